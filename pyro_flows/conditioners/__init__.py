@@ -1,0 +1,7 @@
+"""Networks that give bijectors their parameters, pure torch."""
+
+from .base import Conditioner as Conditioner
+from .made import MADE as MADE
+from .mlp import MLP as MLP
+from .stream import costream as costream
+from .stream import stream as stream

@@ -1,0 +1,63 @@
+"""A multilayer perceptron, the conditioner of coupling layers: h_{l+1} = a(W_l h_l + b_l)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .base import Conditioner, zero_
+
+
+class MLP(Conditioner):
+    """A fully connected network from ``input_dim`` numbers to ``output_dim`` × ``num_params`` parameters.
+
+    Args:
+        input_dim: The number of inputs; with 0 the parameters depend on the context alone.
+        output_dim: The number of features that receive parameters.
+        num_params: The number of parameters of each feature (``bijector.num_params``).
+        hidden_dims: The widths of the hidden layers, at least one.
+        context_dim: The number of context features.
+        activation: The class of the elementwise nonlinearity.
+        residual: Let each hidden layer that keeps the width add its input (He et al. 2015, arXiv:1512.03385).
+
+    Example::
+
+        >>> import torch
+        >>> net = MLP(2, 3, num_params=5, hidden_dims=(16, 16), context_dim=4)
+        >>> net(torch.randn(7, 2), torch.randn(4)).shape
+        torch.Size([7, 3, 5])
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        num_params: int,
+        hidden_dims: Sequence[int] = (64, 64),
+        context_dim: int = 0,
+        *,
+        activation: type[nn.Module] = nn.ReLU,
+        residual: bool = False,
+    ) -> None:
+        super().__init__()
+        self.input_dim, self.output_dim = input_dim, output_dim
+        self.num_params, self.context_dim = num_params, context_dim
+        self.hidden_dims = tuple(hidden_dims)
+        self.activation = activation
+        self.residual = residual
+        widths = (input_dim, *self.hidden_dims)
+        self.hidden = nn.ModuleList(nn.Linear(n, m) for n, m in zip(widths, widths[1:], strict=False))
+        # A context is added to the first hidden layer: computed once per context, broadcast over samples.
+        self.from_context = nn.Linear(context_dim, widths[1], bias=False) if context_dim else None
+        self.output = zero_(nn.Linear(widths[-1], num_params * output_dim))
+        self.act = activation()
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        first, *others = self.hidden
+        h = first(x)
+        h = self.act(h if self.from_context is None else h + self.from_context(context))
+        for layer in others:
+            update = self.act(layer(h))
+            h = h + update if self.residual and update.shape == h.shape else update
+        return self.output(h).unflatten(-1, (self.num_params, self.output_dim)).mT

@@ -1,0 +1,152 @@
+"""Incremental evaluation of a masked autoregressive network, and of its transposed Jacobian.
+
+To invert an autoregressive layer, the parameters of rank r are needed as soon as the features of lower rank are known.
+A :class:`Chain` keeps the rows that are known and computes only those that one more step unlocks: :func:`stream` runs
+the network from the first rank to the last, :func:`costream` its transposed Jacobian from the last rank to the first,
+which solves the triangular system that the gradient of an inverse asks for.  Each takes about the work of one pass, in
+memory of O(width) per sample.  Both are local to one call; nothing is kept on the module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .made import MADE
+
+
+class Chain:
+    """Layers whose rows become known step by step, each from the rows of the layer below that are known by then.
+
+    Within a block of about sqrt(D) steps, what the rows from before the block contribute is one large product; a step
+    then only adds the products inside its block.  Rows not yet known are zero, so no step needs a mask.
+
+    Args:
+        sizes: ``sizes[l][t]``: how many rows of layer l step t unlocks; layer 0 is what the steps are given.
+        weights: For each layer above layer 0, ``(rows, rows of the layer below)``.
+        biases: For each of these layers, ``(rows, 1)`` or ``(rows, N)``.
+        finish: For each of these layers, what is done to the rows that step t has summed up.
+        like: A tensor with N columns, of the dtype and on the device of the rows.
+        backwards: Whether the steps unlock the rows from the last to the first.
+    """
+
+    def __init__(
+        self,
+        sizes: list[list[int]],
+        weights: list[Tensor],
+        biases: list[Tensor],
+        finish: list[Callable[[Tensor, int], Tensor]],
+        like: Tensor,
+        *,
+        backwards: bool = False,
+    ) -> None:
+        self._sizes, self._weights, self._biases, self._finish = sizes, weights, biases, finish
+        self._backwards = backwards
+        self._starts = [[0, *accumulate(of_layer)] for of_layer in sizes]
+        self._known = [like.new_zeros(starts[-1], like.shape[-1]) for starts in self._starts]
+        self._rows = [split_steps(*pair, backwards) for pair in zip(self._known, sizes, strict=True)]
+        self._step, self._steps = 0, len(sizes[0])
+        self._length = math.isqrt(self._steps - 1) + 1
+        self._parts: list[tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]] = []
+
+    def step(self, rows: Tensor | None = None) -> Tensor | None:
+        """Take the next rows of layer 0, ``(n, N)``, or None if there are none; return those of the last layer."""
+        t, first = self._step, self._step % self._length
+        if first == 0:
+            self._open_block()
+        if rows is not None:
+            self._rows[0][t].copy_(rows)
+        result = None
+        for layer, (below, weights, sums) in enumerate(self._parts, 1):
+            if self._sizes[layer][t]:
+                result = self._finish[layer - 1](torch.addmm(sums[first], weights[first], below), t)
+                if layer < len(self._parts):
+                    self._rows[layer][t].copy_(result)
+        self._step = t + 1
+        return result if self._sizes[-1][t] else None
+
+    def _open_block(self) -> None:
+        """For the steps of a block: the rows below that it unlocks, weights on them, and sums over all earlier rows."""
+        start, stop = self._step, min(self._step + self._length, self._steps)
+        self._parts = []
+        for layer, (weight, bias) in enumerate(zip(self._weights, self._biases, strict=True), 1):
+            rows, old, new = (
+                self._span(layer, start, stop),
+                self._span(layer - 1, 0, start),
+                self._span(layer - 1, start, stop),
+            )
+            known, weight, sizes = self._known[layer - 1], weight[rows], self._sizes[layer][start:stop]
+            sums = torch.addmm(bias[rows], weight[:, old], known[old])
+            weights = split_steps(weight[:, new], sizes, self._backwards)
+            self._parts.append((known[new], weights, split_steps(sums, sizes, self._backwards)))
+
+    def _span(self, layer: int, start: int, stop: int) -> slice:
+        """Where the rows lie that the steps from ``start`` until ``stop`` unlock."""
+        starts = self._starts[layer]
+        if self._backwards:
+            return slice(starts[-1] - starts[stop], starts[-1] - starts[start])
+        return slice(starts[start], starts[stop])
+
+
+def split_steps(rows: Tensor, sizes: list[int], backwards: bool) -> Sequence[Tensor]:
+    """The rows of each step."""
+    return rows.split(sizes[::-1])[::-1] if backwards else rows.split(sizes)
+
+
+def stream(net: MADE, context: Tensor | None, like: Tensor) -> Chain:
+    """A chain that is given features rank by rank, nothing at its first step, and returns the next one's parameters.
+
+    Args:
+        net: The network.
+        context: Its context, ``(N, C)``, or None.
+        like: A tensor with N columns.
+
+    Returns:
+        A chain whose step takes ``(1, N)`` and returns ``(P, N)``.
+    """
+    weights, biases = _weights(net), [layer.bias.unsqueeze(-1) for layer in net.hidden]
+    if net.from_context is not None:
+        biases[0] = biases[0] + net.from_context(context).T
+    biases.append(_by_rank(net.output.bias.unsqueeze(-1), net))
+    sizes = [[0] + [1] * (net.input_dim - 1), *net.unlocked, [net.num_params] * net.input_dim]
+    activate = net.act.forward
+    finish = [*(lambda rows, t: activate(rows),) * len(net.hidden), lambda rows, t: rows]
+    return Chain(sizes, weights, biases, finish, like)
+
+
+def costream(net: MADE, slopes: list[Tensor]) -> Chain:
+    """A chain that is given cotangents of the parameters, from the last rank to the first.
+
+    Args:
+        net: The network.
+        slopes: For each hidden layer, the derivative of the activation at its units, ``(H, N)``.
+
+    Returns:
+        A chain whose step takes the cotangent ``(P, N)`` of one rank's parameters and returns what flows back to the
+        feature one rank below, ``(1, N)``, or None below the first.
+    """
+    units = [unlocked[::-1] for unlocked in reversed(net.unlocked)]
+    sizes = [[net.num_params] * net.input_dim, *units, [1] * (net.input_dim - 1) + [0]]
+    weights = [weight.T for weight in reversed(_weights(net))]
+    biases = [weight.new_zeros(len(weight), 1) for weight in weights]
+    finish: list[Callable[[Tensor, int], Tensor]] = []
+    for slope, of_layer in zip(reversed(slopes), units, strict=True):
+        rows = split_steps(slope, of_layer, True)
+        finish.append(lambda summed, t, rows=rows: summed * rows[t])  # type: ignore[misc]
+    finish.append(lambda rows, t: rows)
+    return Chain(sizes, weights, biases, finish, slopes[0], backwards=True)
+
+
+def _weights(net: MADE) -> list[Tensor]:
+    """The weights of all layers, with features by rank; the feature of the last rank feeds nothing."""
+    first = net.hidden[0].weight[:, list(net.features[:-1])]
+    return [first, *(layer.weight for layer in list(net.hidden)[1:]), _by_rank(net.output.weight, net)]
+
+
+def _by_rank(rows: Tensor, net: MADE) -> Tensor:
+    """Reorder the rows of the output layer: P rows for each rank, from the first rank to the last."""
+    return rows.unflatten(0, (net.num_params, net.input_dim)).transpose(0, 1)[list(net.features)].flatten(0, 1)

@@ -1,0 +1,3 @@
+"""Base distributions of flows."""
+
+from .base import StandardNormal as StandardNormal

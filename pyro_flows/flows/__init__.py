@@ -1,0 +1,9 @@
+"""Flows and their recipes, one short function a paper."""
+
+from .autoregressive import iaf as iaf
+from .autoregressive import maf as maf
+from .autoregressive import nsf_ar as nsf_ar
+from .coupling import nice as nice
+from .coupling import nsf as nsf
+from .coupling import realnvp as realnvp
+from .flow import Flow as Flow

@@ -1,0 +1,20 @@
+"""The checks that all recipes make of their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def check_sizes(name: str, input_dim: int, context_dim: int, num_transforms: int, hidden_dims: Sequence[int]) -> None:
+    """Raise one clear error that names the recipe, the argument and its value."""
+    for argument, value, least in (
+        ("input_dim", input_dim, 1),
+        ("context_dim", context_dim, 0),
+        ("num_transforms", num_transforms, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: {argument} must be an integer of at least {least}, got {value!r}.")
+    if isinstance(hidden_dims, int) or not hidden_dims or any(width < 1 for width in hidden_dims):
+        raise ValueError(
+            f"{name}: hidden_dims must be a sequence of positive widths such as (64, 64), got {hidden_dims!r}."
+        )

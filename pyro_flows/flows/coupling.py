@@ -1,0 +1,155 @@
+"""Recipes of coupling flows: density and samples at the same price, one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..bijectors import Affine, Bijector, RationalQuadraticSpline, Shift
+from ..conditioners import MLP
+from ..transforms import ActNorm, Coupling, Elementwise, FlowTransform
+from .checks import check_sizes
+from .flow import Flow
+
+
+def nice(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    num_transforms: int = 6,
+    hidden_dims: Sequence[int] = (64, 64),
+    activation: type[nn.Module] = nn.ReLU,
+    residual: bool = False,
+) -> Flow:
+    """NICE: additive couplings and one scale per feature (Dinh, Krueger, Bengio 2014, arXiv:1410.8516).
+
+    Args:
+        input_dim: The number of features.
+        context_dim: The number of context features.
+        num_transforms: The number of coupling layers.
+        hidden_dims: The widths of the hidden layers of each network.
+        activation: The class of the nonlinearity.
+        residual: Whether hidden layers add their input.
+
+    Raises:
+        ValueError: If a size is out of its range.
+
+    Example::
+
+        >>> nice(4)().event_shape
+        torch.Size([4])
+    """
+    layers = _stack("nice", Shift(), input_dim, context_dim, num_transforms, hidden_dims, activation, residual)
+    return Flow([*layers, ActNorm(input_dim)])
+
+
+def realnvp(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    num_transforms: int = 8,
+    hidden_dims: Sequence[int] = (64, 64),
+    max_log_scale: float = 4.0,
+    activation: type[nn.Module] = nn.ReLU,
+    residual: bool = False,
+) -> Flow:
+    """Real NVP: affine couplings (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803).
+
+    Args:
+        max_log_scale: The bound on the log-scale of one layer, in nats.
+
+    The other arguments and the errors are those of :func:`nice`.
+
+    Example::
+
+        >>> realnvp(4, context_dim=2, num_transforms=2).context_dim
+        2
+    """
+    bijector = Affine(max_log_scale)
+    return Flow(_stack("realnvp", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, residual))
+
+
+def nsf(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    num_transforms: int = 5,
+    hidden_dims: Sequence[int] = (64, 64),
+    bins: int = 8,
+    bound: float = 5.0,
+    activation: type[nn.Module] = nn.ReLU,
+    residual: bool = False,
+) -> Flow:
+    """Neural spline flow, coupling form (Durkan, Bekasov, Murray, Papamakarios 2019, arXiv:1906.04032).
+
+    Args:
+        bins: The number of bins of each spline.
+        bound: The half-width of the interval that the splines bend; outside they are the identity.
+
+    The other arguments and the errors are those of :func:`nice`.
+
+    Example::
+
+        >>> import torch
+        >>> nsf(4)().log_prob(torch.zeros(4)).item() == torch.distributions.Normal(0, 1).log_prob(torch.zeros(4)).sum()
+        tensor(True)
+    """
+    bijector = RationalQuadraticSpline(bins, bound)
+    return Flow(_stack("nsf", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, residual))
+
+
+def _stack(
+    name: str,
+    bijector: Bijector,
+    input_dim: int,
+    context_dim: int,
+    num_transforms: int,
+    hidden_dims: Sequence[int],
+    activation: type[nn.Module],
+    residual: bool,
+) -> list[FlowTransform]:
+    """Coupling layers; a single feature has nothing to be coupled with and is mapped on its own."""
+    check_sizes(name, input_dim, context_dim, num_transforms, hidden_dims)
+    layers: list[FlowTransform] = []
+    for mask in coupling_masks(input_dim, num_transforms):
+        kept = int(mask.sum())
+        if input_dim > 1:
+            net = MLP(
+                kept,
+                input_dim - kept,
+                bijector.num_params,
+                hidden_dims,
+                context_dim,
+                activation=activation,
+                residual=residual,
+            )
+            layers.append(Coupling(bijector, net, mask))
+        elif context_dim:
+            net = MLP(context_dim, 1, bijector.num_params, hidden_dims, activation=activation, residual=residual)
+            layers.append(Elementwise(bijector, 1, net))
+        else:
+            layers.append(Elementwise(bijector, 1))
+    return layers
+
+
+def coupling_masks(input_dim: int, count: int) -> list[Tensor]:
+    """Masks for consecutive couplings, in complementary pairs.
+
+    Pair j splits the features by the j-th binary digit of their place: first into halves, then into alternating
+    quarters, eighths … and again from the halves.  So each feature is transformed in each pair, and any two features
+    are separated by one of the first ⌈log2 D⌉ pairs.
+
+    Example::
+
+        >>> [mask.int().tolist() for mask in coupling_masks(4, 4)]
+        [[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
+    """
+    digits = max((input_dim - 1).bit_length(), 1)
+    place = torch.arange(input_dim)
+    masks = []
+    for layer in range(count):
+        digit = (place << (layer // 2 % digits + 1)) // input_dim % 2
+        masks.append(digit == layer % 2)
+    return masks

@@ -1,0 +1,193 @@
+"""A flow: transforms over a base, p(y) = p_base(x) |det dx/dy| with x = t_1⁻¹(… t_n⁻¹(y)).
+
+The flow is a module that lasts; ``flow(context)`` is a Pyro distribution that lives for one use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.conditional import ConditionalDistribution
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from ..distributions import StandardNormal
+from ..transforms import FlowTransform, View
+from ..transforms.compose import check_chain
+
+
+class FlowDistribution(dist.TransformedDistribution):
+    """What ``flow(context)`` returns: a transformed distribution over a flat list of views.
+
+    It checks values before it scores them, unless validation is off (``pyro.enable_validation(False)``).
+    """
+
+    def __init__(self, base: Distribution, views: list[View], validate_args: bool | None = None) -> None:
+        self.base_dist = base
+        self.transforms = views
+        # The views share one event shape, so none of the general class's inference of shapes is needed.
+        super(torch.distributions.TransformedDistribution, self).__init__(
+            base.batch_shape, base.event_shape, validate_args=validate_args
+        )
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> FlowDistribution:
+        return FlowDistribution(self.base_dist.expand(batch_shape), self.transforms, self._validate_args)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-density of ``value``, ``(*batch, *event_shape)``, in nats; no network runs twice for own samples."""
+        if self._validate_args:
+            self._validate_sample(value)
+        total: Tensor | None = None
+        for view in reversed(self.transforms):
+            value, log_det = view.inverse_and_log_det(value)
+            total = log_det if total is None else total + log_det
+        log_prob = self.base_dist.log_prob(value)
+        return log_prob if total is None else log_prob + total
+
+    def _validate_sample(self, value: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
+        shape, event = tuple(value.shape), tuple(self.event_shape)
+        if shape[len(shape) - len(event) :] != event:
+            raise ValueError(f"log_prob: value must have the event shape {event} on the right, got shape {shape}.")
+        if not value.is_floating_point():
+            raise ValueError(f"log_prob: value must be of a floating dtype, got {value.dtype}; use value.float().")
+        if not value.isfinite().all():
+            bad = int((~value.isfinite()).sum())
+            raise ValueError(f"log_prob: value holds NaN or inf ({bad} of {value.numel()} numbers, shape {shape}).")
+
+
+class Flow(nn.Module):
+    """A distribution over events, with or without a context, made of transforms over a base.
+
+    Args:
+        transforms: From base to data, at least one; all share one event shape, and one context size where they have
+            a context.
+        base: The base distribution: a module that builds it when called without arguments, or a distribution (which
+            then stays in its dtype and on its device); by default the standard normal.
+
+    Attributes:
+        event_shape: The shape of an event.
+        context_dim: The number of context features, 0 without.
+        base: The base.
+        transforms: The transforms, a flat list.
+
+    Raises:
+        ValueError: If transforms and base do not fit together.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows import flows
+        >>> flow = flows.nsf(3, context_dim=2)
+        >>> q = flow(torch.randn(5, 2))
+        >>> q.batch_shape, q.event_shape, q.rsample((7,)).shape
+        (torch.Size([5]), torch.Size([3]), torch.Size([7, 5, 3]))
+    """
+
+    def __init__(self, transforms: Iterable[FlowTransform], base: nn.Module | Distribution | None = None) -> None:
+        super().__init__()
+        transforms = list(transforms)
+        if not transforms:
+            raise ValueError("Flow: transforms must not be empty.")
+        self.context_dim = check_chain("Flow", transforms)
+        self.event_shape = transforms[0].event_shape
+        self.transforms = nn.ModuleList(transforms)
+        self.base = StandardNormal(self.event_shape) if base is None else base
+        shape = (self.base() if base is None or isinstance(base, nn.Module) else base).event_shape
+        if shape != self.event_shape:
+            raise ValueError(
+                f"Flow: base has event shape {tuple(shape)}, but the transforms act on {tuple(self.event_shape)}; "
+                "use base.to_event(n) to make batch dimensions part of the event."
+            )
+
+    def _base(self, context: Tensor | None) -> Distribution:
+        self._check_context(context)
+        base = self.base() if isinstance(self.base, nn.Module) else self.base
+        if context is not None:
+            base = base.expand(torch.broadcast_shapes(base.batch_shape, context.shape[:-1]))
+        return base
+
+    def forward(self, context: Tensor | None = None) -> FlowDistribution:
+        """The distribution at a context.
+
+        Args:
+            context: ``(*batch, context_dim)``, or None where the flow takes none.
+
+        Returns:
+            A Pyro distribution with ``batch_shape == context.shape[:-1]`` and densities in nats.
+
+        Raises:
+            ValueError: If a context is missing, unexpected, of the wrong width or not floating.
+        """
+        base = self._base(context)
+        parameters = list(self.parameters())
+        views = [View(t, context if t.context_dim else None, parameters) for t in self.transforms]
+        return FlowDistribution(base, views)
+
+    def condition(self, context: Tensor | None) -> FlowDistribution:
+        """The same as calling the flow: Pyro's protocol of conditional distributions."""
+        return self(context)
+
+    def rsample_and_log_prob(
+        self, sample_shape: Sequence[int] = (), context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw reparameterised samples and score them, with each network run once.
+
+        Returns:
+            Samples ``(*sample_shape, *batch, *event_shape)`` and log-densities ``(*sample_shape, *batch)`` in nats.
+        """
+        base = self._base(context)
+        value = base.rsample(torch.Size(sample_shape))
+        log_prob = base.log_prob(value)
+        for transform in self.transforms:
+            value, log_det = transform.forward_and_log_det(value, context if transform.context_dim else None)
+            log_prob = log_prob - log_det
+        return value, log_prob
+
+    def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        """The log-density of values ``(*batch, *event_shape)`` in nats: ``flow(context).log_prob(value)``, no views.
+
+        It has no data-dependent control flow, so it compiles as a whole.
+        """
+        base = self._base(context)
+        total = torch.zeros((), dtype=value.dtype, device=value.device)
+        for transform in reversed(self.transforms):
+            value, log_det = transform.inverse_and_log_det(value, context if transform.context_dim else None)
+            total = total + log_det
+        return base.log_prob(value) + total
+
+    @torch.no_grad()
+    def initialize(self, value: Tensor, context: Tensor | None = None) -> None:
+        """Let data ``(*batch, *event_shape)`` set the layers that start from data (:class:`ActNorm`), each from what
+        reaches it."""
+        for transform in reversed(self.transforms):
+            if hasattr(transform, "initialize"):
+                transform.initialize(value)
+            value, _ = transform.inverse_and_log_det(value, context if transform.context_dim else None)
+
+    @property
+    def inv(self) -> Flow:
+        """The flow whose transforms run the opposite way: fast where this one is slow.  It shares the parameters."""
+        return Flow([transform.inv for transform in reversed(self.transforms)], self.base)
+
+    def _check_context(self, context: Tensor | None) -> None:
+        if context is None:
+            if self.context_dim:
+                raise ValueError(f"Flow: context is missing; this flow takes contexts of width {self.context_dim}.")
+            return
+        if not self.context_dim:
+            raise ValueError(
+                f"Flow: context of shape {tuple(context.shape)} is unexpected; build the flow with context_dim > 0."
+            )
+        if context.dim() == 0 or context.shape[-1] != self.context_dim:
+            raise ValueError(
+                f"Flow: context must have width {self.context_dim} on the right, got shape {tuple(context.shape)}."
+            )
+        if not context.is_floating_point():
+            raise ValueError(f"Flow: context must be of a floating dtype, got {context.dtype}.")
+
+
+ConditionalDistribution.register(Flow)

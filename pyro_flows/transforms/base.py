@@ -1,0 +1,191 @@
+"""The contract of a transform: one verb pair with an optional context, a module, Pyro's and torch's protocols derived.
+
+Everything that torch and Pyro ask of a transform follows, in this one file, from ``forward_and_log_det`` and
+``inverse_and_log_det``.  A transform keeps no state between calls.  What torch's protocol splits into two questions,
+the value and the log-determinant, is answered from one evaluation by an ephemeral :class:`View`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+from pyro.distributions import TransformModule
+from pyro.distributions.conditional import ConditionalTransform
+from torch import Tensor, nn
+from torch.distributions import Transform, constraints
+
+
+class FlowTransform(TransformModule):
+    """A learnable bijection of events, with or without a context.
+
+    Subclasses define the verb pair and set ``event_shape`` and ``context_dim``.  Log-determinants have the batch
+    shape of their input and are in nats.
+    """
+
+    bijective = True
+    event_shape: torch.Size
+    context_dim: int = 0
+
+    @abstractmethod
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map ``x`` of shape ``(*batch, *event_shape)`` to ``(y, log|det dy/dx|)``.
+
+        ``context`` has shape ``(*batch, context_dim)``; its batch broadcasts with that of ``x``.
+        """
+
+    @abstractmethod
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map ``y`` back to ``(x, log|det dx/dy|)``.  Shapes as in :meth:`forward_and_log_det`."""
+
+    def __init__(self, event_shape: torch.Size | tuple[int, ...], context_dim: int = 0) -> None:
+        super().__init__()
+        if any(size <= 0 for size in event_shape):
+            raise ValueError(f"{type(self).__name__}: every event size must be positive, got {tuple(event_shape)}.")
+        if context_dim < 0:
+            raise ValueError(f"{type(self).__name__}: context_dim must not be negative, got {context_dim}.")
+        self.event_shape = torch.Size(event_shape)
+        self.context_dim = context_dim
+        self.domain = self.codomain = constraints.independent(constraints.real, len(self.event_shape))
+
+    @property
+    def inv(self) -> FlowTransform:
+        """The opposite direction, a module that owns this one; ``t.inv.inv is t``."""
+        return Inverse(self)
+
+    def condition(self, context: Tensor) -> Transform:
+        """This transform at a context: an ephemeral view, or itself where it takes no context."""
+        return View(self, context) if self.context_dim else self
+
+    def with_cache(self, cache_size: int = 1) -> FlowTransform:
+        """Itself: modules remember nothing, and views always remember the one pair."""
+        return self
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.forward_and_log_det(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.inverse_and_log_det(y)[0]
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self._inverse(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return self.forward_and_log_det(x, context)[1]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._call(x)
+
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
+
+
+ConditionalTransform.register(FlowTransform)
+
+
+class Inverse(FlowTransform):
+    """A transform read backwards.  It registers the forward transform, which keeps no reference back."""
+
+    def __init__(self, transform: FlowTransform) -> None:
+        super().__init__(transform.event_shape, transform.context_dim)
+        self.transform = transform
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse_and_log_det(x, context)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.forward_and_log_det(y, context)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return -self.transform.log_abs_det_jacobian(y, x, context)
+
+    @property
+    def inv(self) -> FlowTransform:
+        return self.transform
+
+
+class View(Transform):
+    """A transform at a context, as torch's :class:`~torch.distributions.TransformedDistribution` wants it.
+
+    torch asks separately for a value and for its log-determinant, and after ``rsample`` once more for the way back.
+    So a view remembers one evaluation (*the memo*).  It answers only the opposite direction of the very tensor that it
+    returned, unchanged, in the grad mode that made it, with unchanged parameters, and it forgets when the
+    log-determinant is read.  It never answers for a leaf that requires grad, whose gradient would be lost, nor while
+    compiling.  Correctness does not depend on it.
+    """
+
+    bijective = True
+
+    def __init__(
+        self, transform: FlowTransform, context: Tensor | None = None, parameters: list[nn.Parameter] | None = None
+    ) -> None:
+        super().__init__()
+        self.domain, self.codomain = transform.domain, transform.codomain
+        self.transform = transform
+        self.context = context
+        self._parameters = list(transform.parameters()) if parameters is None else parameters
+        self._memo: _Memo | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        memo = self._memo
+        if memo is not None and memo.known == "y" and memo.x is x and not _is_leaf_with_grad(x) and self._holds(memo):
+            return memo.y
+        y, log_det = self.transform.forward_and_log_det(x, self.context)
+        self._remember("x", x, y, log_det)
+        return y
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        memo = self._memo
+        if memo is not None and memo.known == "x" and memo.y is y and not _is_leaf_with_grad(y) and self._holds(memo):
+            return memo.x
+        x, log_det = self.transform.inverse_and_log_det(y, self.context)
+        self._remember("y", x, y, -log_det)
+        return x
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        memo, self._memo = self._memo, None
+        if memo is not None and memo.x is x and memo.y is y and self._holds(memo):
+            return memo.log_det
+        return self.transform.log_abs_det_jacobian(x, y, self.context)
+
+    def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Both questions of the way back in one: ``(x, log|det dx/dy|)``."""
+        memo, self._memo = self._memo, None
+        if memo is not None and memo.known == "x" and memo.y is y and not _is_leaf_with_grad(y) and self._holds(memo):
+            return memo.x, -memo.log_det
+        return self.transform.inverse_and_log_det(y, self.context)
+
+    def with_cache(self, cache_size: int = 1) -> View:
+        return self
+
+    def _remember(self, known: str, x: Tensor, y: Tensor, log_det: Tensor) -> None:
+        if torch.compiler.is_compiling() or x.is_inference() or y.is_inference():
+            self._memo = None
+        else:
+            self._memo = _Memo(known, x, y, log_det, self._stamp(x, y))
+
+    def _holds(self, memo: _Memo) -> bool:
+        return memo.stamp == self._stamp(memo.x, memo.y)
+
+    def _stamp(self, x: Tensor, y: Tensor) -> tuple[bool, int, int, int]:
+        """Changes when the grad mode, a value, the context or a parameter does (fused optimisers go unseen)."""
+        version = sum(parameter._version for parameter in self._parameters)
+        if self.context is not None:
+            version += self.context._version
+        return torch.is_grad_enabled(), x._version, y._version, version
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**super().__getstate__(), "_memo": None}
+
+
+class _Memo(NamedTuple):
+    known: str  # "x" or "y": from which of the two the other was computed
+    x: Tensor
+    y: Tensor
+    log_det: Tensor  # log|dy/dx|
+    stamp: tuple[bool, int, int, int]
+
+
+def _is_leaf_with_grad(value: Tensor) -> bool:
+    return value.is_leaf and value.requires_grad

@@ -1,0 +1,70 @@
+"""Composition: y = t_n(… t_1(x)), log-determinants added, each network run once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from .base import FlowTransform, Inverse
+
+
+class Compose(FlowTransform):
+    """A chain of transforms, applied from the first to the last.
+
+    Args:
+        transforms: At least one transform; all share one event shape.
+
+    Example::
+
+        >>> import torch
+        >>> chain = Compose([Permute([1, 0]), ActNorm(2)])
+        >>> y, log_det = chain.forward_and_log_det(torch.tensor([[1.0, 2.0]]))
+        >>> y.tolist(), log_det.tolist()
+        ([[2.0, 1.0]], [0.0])
+    """
+
+    def __init__(self, transforms: Iterable[FlowTransform]) -> None:
+        transforms = list(transforms)
+        if not transforms:
+            raise ValueError("Compose: transforms must not be empty.")
+        super().__init__(transforms[0].event_shape, check_chain("Compose", transforms))
+        self.transforms = nn.ModuleList(transforms)
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total: Tensor | None = None
+        for transform in self.transforms:
+            x, log_det = transform.forward_and_log_det(x, context if transform.context_dim else None)
+            total = log_det if total is None else total + log_det
+        assert total is not None
+        return x, total
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total: Tensor | None = None
+        for transform in reversed(self.transforms):
+            y, log_det = transform.inverse_and_log_det(y, context if transform.context_dim else None)
+            total = log_det if total is None else total + log_det
+        assert total is not None
+        return y, total
+
+    @property
+    def inv(self) -> FlowTransform:
+        return Inverse(self)
+
+
+def check_chain(owner: str, transforms: list[FlowTransform]) -> int:
+    """Check that transforms fit together; return the context size that they share, 0 if none takes a context."""
+    for number, transform in enumerate(transforms):
+        if not isinstance(transform, FlowTransform):
+            raise TypeError(
+                f"{owner}: transforms[{number}] must be a pyro_flows transform, got {type(transform).__name__}."
+            )
+        if transform.event_shape != transforms[0].event_shape:
+            raise ValueError(
+                f"{owner}: transforms[{number}] acts on events of shape {tuple(transform.event_shape)}, "
+                f"but transforms[0] on {tuple(transforms[0].event_shape)}."
+            )
+    sizes = {transform.context_dim for transform in transforms} - {0}
+    if len(sizes) > 1:
+        raise ValueError(f"{owner}: the transforms disagree on context_dim: {sorted(sizes)}.")
+    return sizes.pop() if sizes else 0

@@ -1,0 +1,67 @@
+"""A bijector applied to each feature on its own: y_i = f(x_i; θ_i), with θ learned or computed from a context."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..bijectors import Bijector
+from ..conditioners import Conditioner
+from .base import FlowTransform
+
+
+class Elementwise(FlowTransform):
+    """Independent maps of the features of a vector.
+
+    Args:
+        bijector: The map.
+        input_dim: The number D of features.
+        conditioner: A network from contexts to parameters, with ``input_dim = context_dim``; by default the
+            parameters are a table of shape ``(D, P)`` that starts at zero.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows.bijectors import RationalQuadraticSpline
+        >>> y, log_det = Elementwise(RationalQuadraticSpline(), 3).forward_and_log_det(torch.randn(5, 3))
+        >>> y.shape, log_det.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+    """
+
+    def __init__(self, bijector: Bijector, input_dim: int, conditioner: Conditioner | None = None) -> None:
+        super().__init__((input_dim,), 0 if conditioner is None else conditioner.input_dim)
+        self.bijector = bijector
+        self.input_dim = input_dim
+        self.conditioner = conditioner
+        if conditioner is None:
+            self.params = nn.Parameter(torch.zeros(input_dim, bijector.num_params))
+        else:
+            check_params("Elementwise", bijector, conditioner, input_dim)
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, log_det = self.bijector.forward_and_log_det(x, self._params(context))
+        return y, log_det.sum(-1)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_det = self.bijector.inverse_and_log_det(y, self._params(context))
+        return x, log_det.sum(-1)
+
+    def _params(self, context: Tensor | None) -> Tensor:
+        if self.conditioner is None:
+            return self.params
+        assert context is not None
+        return self.conditioner(context)
+
+
+def check_params(owner: str, bijector: Bijector, conditioner: Conditioner, output_dim: int) -> None:
+    """Check that a conditioner yields what a bijector asks for, for as many features as there are to map."""
+    if conditioner.num_params != bijector.num_params:
+        raise ValueError(
+            f"{owner}: {type(bijector).__name__} takes num_params={bijector.num_params} parameters for each feature, "
+            f"but the conditioner yields num_params={conditioner.num_params}."
+        )
+    if conditioner.output_dim != output_dim:
+        raise ValueError(
+            f"{owner}: {output_dim} features are to be transformed, but the conditioner yields parameters for "
+            f"{conditioner.output_dim}."
+        )
