@@ -11,6 +11,7 @@ MADE: Masked Autoencoder for Distribution Estimation (Germain, Gregor, Murray, L
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ class MADE(Conditioner):
     """
 
     order: Tensor
+    hidden: Sequence[MaskedLinear]
 
     def __init__(
         self,
@@ -59,7 +61,7 @@ class MADE(Conditioner):
         self.activation = activation
         self.act = activation()
         widths = (input_dim, *self.hidden_dims)
-        self.hidden = nn.ModuleList(MaskedLinear(n, m) for n, m in zip(widths, widths[1:], strict=False))
+        self.hidden = nn.ModuleList(MaskedLinear(n, m) for n, m in pairwise(widths))  # type: ignore[assignment]
         self.from_context = nn.Linear(context_dim, widths[1], bias=False) if context_dim else None
         self.output = MaskedLinear(widths[-1], num_params * input_dim, zero=True)
         lowest = min(0 if context_dim else 1, input_dim - 1)
@@ -78,7 +80,7 @@ class MADE(Conditioner):
         for layer, degrees in zip(self.hidden, self.degrees, strict=True):
             rank = torch.tensor(degrees, device=device)
             above = rank[:, None] > seen if seen is self.order else rank[:, None] >= seen
-            layer.mask = above.to(layer.weight)  # type: ignore[union-attr]
+            layer.mask = above.to(layer.weight)
             seen = rank
         fed = self.order[:, None] >= seen  # (D, H)
         self.output.mask = fed.repeat(self.num_params, 1).to(self.output.weight)

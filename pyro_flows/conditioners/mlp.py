@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -47,7 +48,7 @@ class MLP(Conditioner):
         self.activation = activation
         self.residual = residual
         widths = (input_dim, *self.hidden_dims)
-        self.hidden = nn.ModuleList(nn.Linear(n, m) for n, m in zip(widths, widths[1:], strict=False))
+        self.hidden = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(widths))
         # A context is added to the first hidden layer: computed once per context, broadcast over samples.
         self.from_context = nn.Linear(context_dim, widths[1], bias=False) if context_dim else None
         self.output = zero_(nn.Linear(widths[-1], num_params * output_dim))

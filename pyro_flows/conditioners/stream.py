@@ -113,7 +113,7 @@ def stream(net: MADE, context: Tensor | None, like: Tensor) -> Chain:
         biases[0] = biases[0] + net.from_context(context).T
     biases.append(_by_rank(net.output.bias.unsqueeze(-1), net))
     sizes = [[0] + [1] * (net.input_dim - 1), *net.unlocked, [net.num_params] * net.input_dim]
-    activate = net.act.forward
+    activate: Callable[[Tensor], Tensor] = net.act.forward
     finish = [*(lambda rows, t: activate(rows),) * len(net.hidden), lambda rows, t: rows]
     return Chain(sizes, weights, biases, finish, like)
 

@@ -1,10 +1,11 @@
-"""The standard normal base of a flow, as a module that moves with it."""
+"""Bases of flows: modules that build a distribution when they are called."""
 
 from __future__ import annotations
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 
 class StandardNormal(nn.Module):
@@ -29,3 +30,23 @@ class StandardNormal(nn.Module):
     def forward(self) -> dist.TorchDistribution:
         ones = torch.ones_like(self.zeros)
         return dist.Normal(self.zeros, ones, validate_args=False).to_event(self.zeros.dim())
+
+
+class FixedBase(nn.Module):
+    """Hands out a distribution as it is.  It keeps its dtype and device when the flow moves.
+
+    Args:
+        distribution: Any torch or Pyro distribution.
+
+    Example::
+
+        >>> FixedBase(dist.Laplace(torch.zeros(3), 1.0).to_event(1))().event_shape
+        torch.Size([3])
+    """
+
+    def __init__(self, distribution: Distribution) -> None:
+        super().__init__()
+        self.distribution = distribution
+
+    def forward(self) -> Distribution:
+        return self.distribution

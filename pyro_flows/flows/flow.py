@@ -13,7 +13,7 @@ from pyro.distributions.conditional import ConditionalDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ..distributions import StandardNormal
+from ..distributions import FixedBase, StandardNormal
 from ..transforms import FlowTransform, View
 from ..transforms.compose import check_chain
 
@@ -26,14 +26,14 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def __init__(self, base: Distribution, views: list[View], validate_args: bool | None = None) -> None:
         self.base_dist = base
-        self.transforms = views
+        self.transforms: list[View] = views
         # The views share one event shape, so none of the general class's inference of shapes is needed.
-        super(torch.distributions.TransformedDistribution, self).__init__(
+        super(torch.distributions.TransformedDistribution, self).__init__(  # type: ignore[misc]
             base.batch_shape, base.event_shape, validate_args=validate_args
         )
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> FlowDistribution:
-        return FlowDistribution(self.base_dist.expand(batch_shape), self.transforms, self._validate_args)
+        return FlowDistribution(self.base_dist.expand(torch.Size(batch_shape)), self.transforms, self._validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-density of ``value``, ``(*batch, *event_shape)``, in nats; no network runs twice for own samples."""
@@ -71,7 +71,7 @@ class Flow(nn.Module):
     Attributes:
         event_shape: The shape of an event.
         context_dim: The number of context features, 0 without.
-        base: The base.
+        base: The base, a module that builds the base distribution when called.
         transforms: The transforms, a flat list.
 
     Raises:
@@ -87,6 +87,9 @@ class Flow(nn.Module):
         (torch.Size([5]), torch.Size([3]), torch.Size([7, 5, 3]))
     """
 
+    transforms: Sequence[FlowTransform]
+    base: nn.Module
+
     def __init__(self, transforms: Iterable[FlowTransform], base: nn.Module | Distribution | None = None) -> None:
         super().__init__()
         transforms = list(transforms)
@@ -94,9 +97,10 @@ class Flow(nn.Module):
             raise ValueError("Flow: transforms must not be empty.")
         self.context_dim = check_chain("Flow", transforms)
         self.event_shape = transforms[0].event_shape
-        self.transforms = nn.ModuleList(transforms)
-        self.base = StandardNormal(self.event_shape) if base is None else base
-        shape = (self.base() if base is None or isinstance(base, nn.Module) else base).event_shape
+        self.transforms = nn.ModuleList(transforms)  # type: ignore[assignment]
+        base = StandardNormal(self.event_shape) if base is None else base
+        self.base = FixedBase(base) if isinstance(base, Distribution) else base
+        shape = self.base().event_shape
         if shape != self.event_shape:
             raise ValueError(
                 f"Flow: base has event shape {tuple(shape)}, but the transforms act on {tuple(self.event_shape)}; "
@@ -105,7 +109,7 @@ class Flow(nn.Module):
 
     def _base(self, context: Tensor | None) -> Distribution:
         self._check_context(context)
-        base = self.base() if isinstance(self.base, nn.Module) else self.base
+        base = self.base()
         if context is not None:
             base = base.expand(torch.broadcast_shapes(base.batch_shape, context.shape[:-1]))
         return base

@@ -52,7 +52,11 @@ class Autoregressive(FlowTransform):
         batch = y.shape[:-1] if context is None else torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
         y = y.expand(*batch, y.shape[-1]).reshape(-1, y.shape[-1])  # (N, D)
         context = None if context is None else context.expand(*batch, context.shape[-1]).reshape(len(y), -1)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._get_tracing_state() is not None
+            or torch._C._are_functorch_transforms_active()
+        ):
             x, log_det = invert_by_passes(self.bijector, self.conditioner, y, context)
         else:
             names, weights = zip(*self.conditioner.named_parameters(), strict=True)
@@ -75,12 +79,16 @@ def invert_by_passes(bijector: Bijector, net: MADE, y: Tensor, context: Tensor |
 
 
 def _sweep(bijector: Bijector, net: MADE, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Invert rank by rank: ``(N, D), (N, C) -> (N, D), (N,)``.  Rows are features here, so that slices are contiguous."""
+    """Invert rank by rank: ``(N, D), (N, C) -> (N, D), (N,)``, with features as rows, whose slices are contiguous."""
     columns = y.T.contiguous()
     chain, features = stream(net, context, columns), columns.unbind(0)
-    x, log_det, last = {}, [], None
+    x: dict[int, Tensor] = {}
+    log_det: list[Tensor] = []
+    last: Tensor | None = None
     for feature in net.features:
-        last, contribution = bijector.inverse_and_log_det(features[feature], chain.step(last).T)
+        params = chain.step(None if last is None else last.unsqueeze(0))
+        assert params is not None
+        last, contribution = bijector.inverse_and_log_det(features[feature], params.T)
         x[feature] = last
         log_det.append(contribution)
     return torch.stack([x[feature] for feature in range(len(x))], -1), torch.stack(log_det).sum(0)

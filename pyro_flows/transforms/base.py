@@ -71,7 +71,7 @@ class FlowTransform(TransformModule):
     def _inv_call(self, y: Tensor) -> Tensor:
         return self._inverse(y)
 
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:
         return self.forward_and_log_det(x, context)[1]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Inverse(FlowTransform):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.transform.forward_and_log_det(y, context)
 
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:
         return -self.transform.log_abs_det_jacobian(y, x, context)
 
     @property

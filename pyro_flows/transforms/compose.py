@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -24,12 +24,14 @@ class Compose(FlowTransform):
         ([[2.0, 1.0]], [0.0])
     """
 
+    transforms: Sequence[FlowTransform]
+
     def __init__(self, transforms: Iterable[FlowTransform]) -> None:
         transforms = list(transforms)
         if not transforms:
             raise ValueError("Compose: transforms must not be empty.")
         super().__init__(transforms[0].event_shape, check_chain("Compose", transforms))
-        self.transforms = nn.ModuleList(transforms)
+        self.transforms = nn.ModuleList(transforms)  # type: ignore[assignment]
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total: Tensor | None = None

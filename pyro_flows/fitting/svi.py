@@ -1,0 +1,136 @@
+"""Stochastic variational inference: fit a guide to a model's posterior by maximising the ELBO.
+
+Stochastic Variational Inference (Hoffman, Blei, Wang, Paisley 2013, arXiv:1206.7051); Automated Variational Inference
+in Probabilistic Programming (Wingate, Weber 2013, arXiv:1301.1299).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, Trace_ELBO
+from torch import Tensor, nn
+
+from ..diagnostics.draws import single_trace
+from .loop import Fit, descend
+
+
+def fit_svi(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    steps: int | None = None,
+    objective: ELBO | None = None,
+    num_particles: int = 32,
+    lr: float = 0.005,
+    clip_norm: float = 100.0,
+    on_nonfinite: str = "skip",
+    progress: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Fit:
+    """Fit a guide, and whatever parameters the model has, by maximising the evidence lower bound.
+
+    Args:
+        model: A Pyro model.
+        guide: Any Pyro guide.
+        *args: The model's arguments.
+        steps: The number of steps, by default 3,000.
+        objective: A Pyro ELBO; by default ``Trace_ELBO`` with ``num_particles`` draws side by side, for which the model
+            must broadcast to the left of its plates.
+        num_particles: The number of draws in each step, where no objective is given.
+        lr: The first step size of Adam, which falls to zero along a cosine.
+        clip_norm: The largest norm of a gradient.
+        on_nonfinite: ``"skip"`` passes over steps whose loss or gradient is not finite, counts them, and ends with an
+            error when there are 100 in a row; ``"raise"`` ends at the first.
+        progress: Whether to show a progress bar.
+        model_kwargs: Keyword arguments of the model whose names clash with those above.
+        **kwargs: The model's other keyword arguments.
+
+    Returns:
+        The record of the fit.  The guide is left at its best state, also after Ctrl-C, which ends the fit early and
+        returns.
+
+    Raises:
+        ValueError: If an argument is out of its range, or there is nothing to train.
+        FloatingPointError: If the loss or gradients stay non-finite; the error names the site at fault.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro_flows import AutoFlow
+        >>> def model(y):
+        ...     x = pyro.sample("x", dist.Normal(0, 1))
+        ...     pyro.sample("y", dist.Normal(x, 1), obs=y)
+        >>> fit = fit_svi(model, AutoFlow(model), torch.tensor(2.0), steps=20, progress=False)
+        >>> fit.losses.shape
+        torch.Size([20])
+    """
+    steps = 3000 if steps is None else steps
+    for name, number, least in (("steps", steps, 1), ("num_particles", num_particles, 1)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise ValueError(f"fit_svi: {name} must be an integer of at least {least}, got {number!r}.")
+    for name, value in (("lr", lr), ("clip_norm", clip_norm)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"fit_svi: {name} must be positive and finite, got {value!r}.")
+    if on_nonfinite not in ("skip", "raise"):
+        raise ValueError(f"fit_svi: on_nonfinite must be 'skip' or 'raise', got {on_nonfinite!r}.")
+    kwargs = {**kwargs, **(model_kwargs or {})}
+    _, nesting = single_trace(model, guide, args, kwargs)
+    if objective is None:
+        objective = Trace_ELBO(num_particles, max_plate_nesting=nesting, vectorize_particles=num_particles > 1)
+
+    def loss() -> Tensor:
+        return objective.differentiable_loss(model, guide, *args, **kwargs)
+
+    return descend(
+        loss,
+        _parameters(loss, model, guide),
+        trained=guide,
+        steps=steps,
+        lr=lr,
+        clip_norm=clip_norm,
+        on_nonfinite=on_nonfinite,
+        progress=progress,
+        diagnose=lambda: _culprit(model, guide, args, kwargs),
+    )
+
+
+def _parameters(loss: Callable[[], Tensor], model: Any, guide: Any) -> list[Tensor]:
+    """The tensors that the loss depends on: those of modules, and those that Pyro's param statements touch."""
+    with poutine.trace(param_only=True) as capture:
+        loss()
+    touched = [site["value"] for site in capture.trace.nodes.values()]
+    found = [value.unconstrained() if hasattr(value, "unconstrained") else value for value in touched]
+    for program in (model, guide):
+        if isinstance(program, nn.Module):
+            found += program.parameters()
+    unique = {id(parameter): parameter for parameter in found if parameter is not None and parameter.requires_grad}
+    if not unique:
+        raise ValueError("fit_svi: neither the guide nor the model has parameters to train.")
+    return list(unique.values())
+
+
+@torch.no_grad()
+def _culprit(
+    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str:
+    """Name the first site, in the guide and then in the model, whose value or density is not finite."""
+    for _ in range(20):
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        for program, trace in (("guide", guide_trace), ("model", model_trace)):
+            for name, site in trace.nodes.items():
+                if site["type"] != "sample":
+                    continue
+                value = site["value"]
+                if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+                    return f"the {program}'s site {name!r} has a value that is not finite"
+                if not site["fn"].log_prob(site["value"]).isfinite().all():
+                    return f"the {program}'s site {name!r} has a log-density that is not finite"
+    return "all sites are finite in 20 single draws, so the gradient is at fault"

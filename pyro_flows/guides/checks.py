@@ -1,0 +1,78 @@
+"""What a joint guide cannot answer for is refused by name, before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import biject_to
+
+
+def check_latents(prototype: Trace) -> None:
+    """Refuse discrete latents and latents of subsampled plates."""
+    for name, site in prototype.iter_stochastic_nodes():
+        if site["fn"].support.is_discrete:
+            raise ValueError(
+                f"AutoFlow: latent site {name!r} is discrete. Sum it out: train with TraceEnum_ELBO, mark the model "
+                f"with config_enumerate, and give the flow the rest: AutoFlow(poutine.block(model, hide=[{name!r}]))."
+            )
+        for frame in site["cond_indep_stack"]:
+            if frame.full_size is not None and frame.size < frame.full_size:
+                raise ValueError(
+                    f"AutoFlow: latent site {name!r} lies in plate {frame.name!r}, which is subsampled ({frame.size} "
+                    f"of {frame.full_size} rows); one joint flow would tie its dimensions to whatever rows come first. "
+                    f"Let the plate run over all rows, or give its latents a guide of their own: "
+                    f"AutoGuideList(model, create_plates=...) with AutoNormal for {name!r} and AutoFlow for the rest."
+                )
+
+
+def check_start(
+    model: Callable[..., Any], prototype: Trace, scale: float, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse a model without a finite density at the start, and supports that move with another latent."""
+    latents = dict(prototype.iter_stochastic_nodes())
+    if not latents:
+        return
+    start = {name: site["value"].detach() for name, site in latents.items()}
+    trace = _trace_at(model, start, args, kwargs)
+    trace.compute_log_prob()
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site["log_prob"].isfinite().all():
+            continue
+        value: Any = site["value"]
+        if name not in latents and isinstance(value, Tensor) and not value.isfinite().all():
+            bad = int((~value.isfinite()).sum())
+            raise ValueError(f"AutoFlow: observed site {name!r} holds NaN or inf ({bad} of {value.numel()} numbers).")
+        raise ValueError(
+            f"AutoFlow: the log-density of site {name!r} is {_worst(site['log_prob'])} at the guide's start; give a "
+            "better one with init_loc_fn=init_to_value(values={...})."
+        )
+    transforms = {name: biject_to(site["fn"].support) for name, site in latents.items()}
+    places = {name: transform.inv(start[name]) for name, transform in transforms.items()}
+    moved = {name: transforms[name](place + scale) for name, place in places.items()}
+    for name, site in _trace_at(model, moved, args, kwargs).nodes.items():
+        if name not in latents:
+            continue
+        there = biject_to(site["fn"].support)(places[name])
+        if there.shape != start[name].shape or not torch.allclose(there, transforms[name](places[name])):
+            raise ValueError(
+                f"AutoFlow: the support of latent site {name!r}, {site['fn'].support}, depends on another latent. Draw "
+                f"it on a fixed scale and stretch it: u ~ Uniform(0, 1), "
+                f"{name} = pyro.deterministic({name!r}, low + (high - low) * u)."
+            )
+
+
+def _trace_at(
+    model: Callable[..., Any], values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Trace:
+    """Run the model with its latents held at values, unseen by the handlers outside."""
+    with poutine.block(), torch.no_grad():
+        return poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
+
+
+def _worst(log_prob: Tensor) -> float:
+    return log_prob[~log_prob.isfinite()].flatten()[0].item()

@@ -1,0 +1,69 @@
+"""Where a guide starts: at the centre of the prior, without drawing from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.distributions import Independent, MaskedDistribution
+from torch import Tensor
+from torch.distributions import biject_to
+
+
+def init_to_center(site: dict[str, Any] | None = None) -> Tensor | Callable[..., Any]:
+    """Initialise a site to its prior's median where that is known in closed form, else to its mean where that is
+    finite, else to the origin of the unconstrained space.
+
+    Unlike Pyro's strategies it needs no draw, so flat priors (``ImproperUniform``) have a start too, and the same
+    start every time.
+
+    Args:
+        site: A Pyro sample site; without one the strategy itself is returned, as Pyro's strategies do.
+
+    Example::
+
+        >>> import pyro.distributions as dist
+        >>> init_to_center({"fn": dist.LogNormal(0.0, 3.0)}).item()
+        1.0
+        >>> init_to_center({"fn": dist.ImproperUniform(dist.constraints.positive, (), ())}).item()
+        1.0
+    """
+    if site is None:
+        return init_to_center
+    fn = site["fn"]
+    bijection = biject_to(fn.support)
+    for value in (_median(fn), _mean(fn)):
+        if value is not None and value.shape == fn.shape() and bijection.inv(value).isfinite().all():
+            return value
+    prior = _tensors(fn)
+    like = prior[0] if prior else torch.zeros(())
+    origin = torch.zeros(bijection.inverse_shape(fn.shape()), dtype=like.dtype, device=like.device)
+    return bijection(origin)
+
+
+def _median(fn: Any) -> Tensor | None:
+    shape = fn.shape()
+    while isinstance(fn, Independent | MaskedDistribution):
+        fn = fn.base_dist
+    tensors = _tensors(fn)
+    if not tensors:
+        return None
+    try:
+        return fn.icdf(torch.full((), 0.5, dtype=tensors[0].dtype, device=tensors[0].device)).expand(shape).detach()
+    except (NotImplementedError, RuntimeError, ValueError):
+        return None
+
+
+def _mean(fn: Any) -> Tensor | None:
+    try:
+        return fn.mean.detach().clone()
+    except (NotImplementedError, RuntimeError, AttributeError):
+        return None
+
+
+def _tensors(fn: Any) -> list[Tensor]:
+    """The floating parameters of a distribution, down to the base that it wraps."""
+    found = [t for t in vars(fn).values() if isinstance(t, Tensor) and t.is_floating_point()]
+    base = getattr(fn, "base_dist", None)
+    return found or (_tensors(base) if base is not None else [])

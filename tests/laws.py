@@ -1,0 +1,285 @@
+"""The laws that every map obeys, and the registries of what has to obey them.
+
+A bijector and a transform are the same verb pair, ``forward_and_log_det(value, theta)`` and
+``inverse_and_log_det(value, theta)``, with parameters or a context as theta.  So a law is one function of such a map
+``f``, a value and a theta.  A new bijector, transform or recipe adds one line to a registry and gets every law.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyro_flows import flows
+from pyro_flows.bijectors import Affine, Bijector, RationalQuadraticSpline, Shift
+from pyro_flows.conditioners import MADE, MLP, Conditioner
+from pyro_flows.flows import Flow
+from pyro_flows.transforms import (
+    ActNorm,
+    Autoregressive,
+    Compose,
+    Coupling,
+    Elementwise,
+    FlowTransform,
+    Inverse,
+    LULinear,
+    Permute,
+)
+
+CONTEXT_DIM = 3
+WIDTHS = (24, 24)
+
+# ------------------------------------------------------------ bijectors
+
+BIJECTORS: dict[str, Bijector] = {
+    "affine": Affine(),
+    "affine_2": Affine(2.0),
+    "shift": Shift(),
+    "spline": RationalQuadraticSpline(),
+    "spline_2_bins": RationalQuadraticSpline(bins=2),
+    "spline_16_bins": RationalQuadraticSpline(bins=16, bound=3.0),
+}
+
+# ------------------------------------------------------------ transforms
+
+Builder = Callable[[int, int], FlowTransform]  # (D, context_dim) -> transform
+
+
+class Kind(NamedTuple):
+    """A line of the registry of transforms."""
+
+    build: Builder
+    takes_context: bool = False
+    least_dim: int = 1
+    starts_at_identity: bool = True
+
+
+def shuffled(dim: int) -> list[int]:
+    """A permutation of 0 … dim - 1 that is neither ascending nor descending once dim > 3."""
+    return torch.randperm(dim, generator=torch.Generator().manual_seed(dim)).tolist()
+
+
+def _coupling(bijector: Bijector) -> Builder:
+    def build(dim: int, context_dim: int) -> FlowTransform:
+        mask = [place % 2 == 0 for place in range(dim)]
+        net = MLP(sum(mask), dim - sum(mask), bijector.num_params, WIDTHS, context_dim)
+        return Coupling(bijector, net, mask)
+
+    return build
+
+
+def _autoregressive(bijector: Bijector, order: Callable[[int], list[int]] | None = None) -> Builder:
+    def build(dim: int, context_dim: int) -> FlowTransform:
+        net = MADE(dim, bijector.num_params, WIDTHS, context_dim, order=order(dim) if order else None)
+        return Autoregressive(bijector, net)
+
+    return build
+
+
+def _elementwise(bijector: Bijector) -> Builder:
+    def build(dim: int, context_dim: int) -> FlowTransform:
+        net = MLP(context_dim, dim, bijector.num_params, WIDTHS) if context_dim else None
+        return Elementwise(bijector, dim, net)
+
+    return build
+
+
+def _compose(dim: int, context_dim: int) -> FlowTransform:
+    first = _coupling(Affine(1.0)) if dim > 1 else _elementwise(Affine(1.0))
+    second = _autoregressive(RationalQuadraticSpline(), shuffled)
+    return Compose(
+        [ActNorm(dim), first(dim, context_dim), Permute(shuffled(dim)), second(dim, context_dim), LULinear(dim)]
+    )
+
+
+TRANSFORMS: dict[str, Kind] = {
+    **{f"coupling_{name}": Kind(_coupling(b), True, least_dim=2) for name, b in BIJECTORS.items()},
+    **{f"autoregressive_{name}": Kind(_autoregressive(b), True) for name, b in BIJECTORS.items()},
+    **{f"shuffled_{name}": Kind(_autoregressive(b, shuffled), True) for name, b in BIJECTORS.items()},
+    "elementwise_affine": Kind(_elementwise(Affine()), True),
+    "elementwise_spline": Kind(_elementwise(RationalQuadraticSpline()), True),
+    "permute": Kind(lambda dim, _: Permute(shuffled(dim)), starts_at_identity=False),
+    "lu_linear": Kind(lambda dim, _: LULinear(dim)),
+    "actnorm": Kind(lambda dim, _: ActNorm(dim)),
+    "compose": Kind(_compose, True, starts_at_identity=False),
+    "inverse": Kind(lambda dim, context_dim: _autoregressive(Affine(), shuffled)(dim, context_dim).inv, True),
+}
+
+# ------------------------------------------------------------ recipes
+
+RECIPES: dict[str, Callable[..., Flow]] = {
+    "nice": flows.nice,
+    "realnvp": flows.realnvp,
+    "nsf": flows.nsf,
+    "maf": flows.maf,
+    "iaf": flows.iaf,
+    "nsf_ar": flows.nsf_ar,
+}
+
+# ------------------------------------------------------------ helpers
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
+    """Standard normal draws times ``scale``, the same in every dtype."""
+    return (torch.randn(shape, generator=generator(seed), dtype=torch.float64) * scale).to(dtype)
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module:
+    """Large random parameters: ``scale`` times standard normal in every last layer and table."""
+    source = generator(seed)
+
+    def draw(parameter: Tensor, size: float | Tensor) -> None:
+        parameter.copy_(torch.randn(parameter.shape, generator=source, dtype=torch.float64) * size)
+
+    for part in module.modules():
+        if isinstance(part, Conditioner):
+            draw(part.output.weight, scale)
+            draw(part.output.bias, scale)
+        elif isinstance(part, Elementwise) and part.conditioner is None:
+            draw(part.params, scale)
+        elif isinstance(part, ActNorm):
+            draw(part.loc, scale)
+            draw(part.log_scale, scale / 3)
+        elif isinstance(part, LULinear):
+            # Off-diagonals shrink with the size, or the matrix would be singular to working precision.
+            off = scale / part.input_dim**0.5
+            draw(part.factors, off + (1 - off) * torch.eye(part.input_dim, dtype=torch.float64))
+            draw(part.shift, scale)
+    return module
+
+
+def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The Jacobian of each row: ``(N, D) -> (N, D, D)``."""
+    x = x.detach().requires_grad_()
+    y = function(x)
+    rows = [torch.autograd.grad(y[:, i].sum(), x, retain_graph=True)[0] for i in range(y.shape[-1])]
+    return torch.stack(rows, 1)
+
+
+def bits_equal(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def gap(got: Tensor, wanted: Tensor, event_dim: int) -> Tensor:
+    """|got - wanted| / (1 + |wanted|) for each event; |·| is the largest entry of the event."""
+    error, size = (got - wanted).abs(), wanted.abs()
+    if event_dim:
+        error, size = error.flatten(-event_dim).amax(-1), size.flatten(-event_dim).amax(-1)
+    return error / (1 + size)
+
+
+def event_dim_of(f: Bijector | FlowTransform) -> int:
+    return len(f.event_shape) if isinstance(f, FlowTransform) else 0
+
+
+# ------------------------------------------------------------ laws
+
+Map = Bijector | FlowTransform
+TINY = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+def starts_at_identity(f: Map, x: Tensor, theta: Tensor | None) -> None:
+    """Zero parameters are the identity, in both directions, up to rounding."""
+    for verb in (f.forward_and_log_det, f.inverse_and_log_det):
+        y, log_det = verb(x, theta)
+        assert y.dtype == log_det.dtype == x.dtype
+        assert gap(y, x, 0).max() <= TINY[x.dtype]
+        assert log_det.abs().max() <= TINY[x.dtype] * max(
+            f.event_shape.numel() if isinstance(f, FlowTransform) else 1, 1
+        )
+
+
+def undoes_itself(f: Map, x: Tensor, theta: Tensor | None, tolerance: float | Tensor = 1e-9) -> None:
+    """f⁻¹(f(x)) = x: the forward error, which the map itself may amplify."""
+    y, _ = f.forward_and_log_det(x, theta)
+    again, _ = f.inverse_and_log_det(y, theta)
+    assert (gap(again, x, event_dim_of(f)) <= tolerance).all()
+
+
+def inverts(f: Map, x: Tensor, theta: Tensor | None, tolerance: float) -> None:
+    """f(f⁻¹(y)) = y for y = f(x): the backward error, for which the map has no excuse."""
+    y, _ = f.forward_and_log_det(x, theta)
+    x, _ = f.inverse_and_log_det(y, theta)
+    again, _ = f.forward_and_log_det(x, theta)
+    assert gap(again, y, event_dim_of(f)).max() <= tolerance
+
+
+def log_dets_are_opposite(f: Map, x: Tensor, theta: Tensor | None, tolerance: float) -> None:
+    """log|dx/dy| = -log|dy/dx| at the x that the inverse has found."""
+    y, _ = f.forward_and_log_det(x, theta)
+    x, backward = f.inverse_and_log_det(y, theta)
+    _, forward = f.forward_and_log_det(x, theta)
+    assert gap(-backward, forward, 0).max() <= tolerance
+
+
+def log_det_is_slope(f: Bijector, x: Tensor, theta: Tensor, tolerance: float) -> None:
+    """The log-determinant of a scalar map is the logarithm of autograd's derivative, in both directions."""
+    for verb in (f.forward_and_log_det, f.inverse_and_log_det):
+        value = x.detach().requires_grad_()
+        y, log_det = verb(value, theta)
+        (slope,) = torch.autograd.grad(y.sum(), value)
+        assert (slope > 0).all()
+        assert gap(log_det, slope.log(), 0).max() <= tolerance
+
+
+def log_det_is_slogdet(f: FlowTransform, x: Tensor, context: Tensor | None) -> None:
+    """The log-determinant is that of autograd's Jacobian."""
+    y, log_det = f.forward_and_log_det(x, context)
+    matrix = jacobian(lambda value: f.forward_and_log_det(value, context)[0], x)
+    order = order_of(f)
+    if order is None:
+        # The elimination inside slogdet is itself only as exact as the matrix is well conditioned.
+        wanted, tolerance = torch.linalg.slogdet(matrix).logabsdet, 1e-9 + 1e-15 * torch.linalg.cond(matrix)
+    else:
+        wanted, tolerance = matrix.diagonal(dim1=-2, dim2=-1).log().sum(-1), torch.tensor(1e-9)
+    assert y.shape == x.shape
+    assert log_det.shape == x.shape[:-1]
+    assert (gap(log_det, wanted, 0) <= tolerance).all()
+
+
+def order_of(f: FlowTransform) -> Tensor | None:
+    """The ranks of the features of an autoregressive layer, forward or inverted; None for other transforms."""
+    f = f.transform if isinstance(f, Inverse) else f
+    return f.conditioner.order if isinstance(f, Autoregressive) else None
+
+
+def is_triangular(f: FlowTransform, x: Tensor, context: Tensor | None) -> None:
+    """Feature i of y depends on no feature of higher rank, and increases in its own."""
+    order = order_of(f)
+    assert order is not None
+    for verb in (f.forward_and_log_det, f.inverse_and_log_det):
+        matrix = jacobian(lambda value, verb=verb: verb(value, context)[0], x)
+        assert (matrix[:, order[:, None] < order] == 0).all()
+        assert (matrix.diagonal(dim1=-2, dim2=-1) > 0).all()
+
+
+def compiles(f: Map, x: Tensor, theta: Tensor | None) -> None:
+    """Both verbs compile to one graph, forward and backward.  Not every machine has a compiler, hence ``aot_eager``."""
+    for verb in (f.forward_and_log_det, f.inverse_and_log_det):
+        torch._dynamo.reset()
+        plain = _value_and_grad(verb, x, theta)
+        compiled = _value_and_grad(torch.compile(verb, fullgraph=True, backend="aot_eager"), x, theta)
+        for ours, theirs in zip(compiled, plain, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+
+
+def _value_and_grad(verb: Callable, x: Tensor, theta: Tensor | None) -> list[Tensor]:
+    leaves = [t if t is None else t.detach().requires_grad_() for t in (x, theta)]
+    y, log_det = verb(*leaves)
+    found = torch.autograd.grad(y.square().sum() + log_det.sum(), [t for t in leaves if t is not None])
+    return [y.detach(), log_det.detach(), *found]
+
+
+def maps(f: Map, x: Tensor, theta: Tensor | None, in_dims: tuple[int, int | None]) -> None:
+    """``torch.func.vmap`` over a leading dimension gives what one call on the whole batch gives."""
+    for verb in (f.forward_and_log_det, f.inverse_and_log_det):
+        for ours, theirs in zip(torch.func.vmap(verb, in_dims)(x, theta), verb(x, theta), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)

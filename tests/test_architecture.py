@@ -1,0 +1,83 @@
+"""The house keeps its plan: imports point one way, siblings never meet, networks and maps stay free of Pyro."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pyro_flows
+
+ROOT = Path(pyro_flows.__file__).parent
+LAYERS = [
+    {"bijectors", "conditioners", "encoders"},
+    {"transforms"},
+    {"distributions"},
+    {"flows"},
+    {"objectives", "guides", "diagnostics"},
+    {"fitting"},
+    {"__init__"},
+    {"__main__"},
+]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+FILES = sorted(ROOT.rglob("*.py"))
+every_file = pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
+
+
+def part_of(path: Path) -> str:
+    """The part of the house that a file belongs to: a package, or a module beside them."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """The absolute names of all modules that a file imports, wherever the statement stands."""
+    package = ["pyro_flows", *path.relative_to(ROOT).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            # `from . import name` may name a module; with a module given, what follows is inside it.
+            yield from ([f"{module}.{alias.name}" for alias in node.names] if module == "pyro_flows" else [module])
+
+
+def parts_imported_by(path: Path) -> set[str]:
+    """The parts of the house that a file imports; a name straight from the top belongs to ``__init__``."""
+    names = [name.split(".") for name in imports_of(path)]
+    inner = [parts[1] if len(parts) > 1 else "__init__" for parts in names if parts[0] == "pyro_flows"]
+    return {part if part in RANK else "__init__" for part in inner}
+
+
+@every_file
+def test_every_file_has_its_place(path: Path) -> None:
+    assert part_of(path) in RANK
+
+
+@every_file
+def test_imports_point_left_only_and_siblings_never_meet(path: Path) -> None:
+    own = part_of(path)
+    for other in parts_imported_by(path) - {own}:
+        assert RANK[other] < RANK[own], f"{path} imports {other}"
+
+
+def test_the_reader_of_imports_sees_them() -> None:
+    """Were the reader blind, the law above would hold of anything."""
+    assert {"bijectors", "conditioners"} <= parts_imported_by(ROOT / "transforms" / "autoregressive.py")
+    assert {"distributions", "transforms"} <= parts_imported_by(ROOT / "flows" / "flow.py")
+    assert "pyro.distributions" in imports_of(ROOT / "flows" / "flow.py")
+
+
+@pytest.mark.parametrize("package", ["bijectors", "conditioners"])
+def test_maps_and_networks_know_neither_pyro_nor_each_other(package: str) -> None:
+    for path in (ROOT / package).rglob("*.py"):
+        assert not any(name.split(".")[0] == "pyro" for name in imports_of(path)), path
+        assert parts_imported_by(path) <= {package}, path
+
+
+@every_file
+def test_files_hold_one_concept(path: Path) -> None:
+    assert "utils" not in path.relative_to(ROOT).with_suffix("").parts
+    assert len(path.read_text().splitlines()) <= 260

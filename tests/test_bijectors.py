@@ -1,0 +1,206 @@
+"""Every bijector is an increasing map of the whole real line onto itself, the identity at zero parameters, whose two
+verbs undo each other and whose log-determinant is autograd's, at large random parameters and far outside any box."""
+
+from __future__ import annotations
+
+import math
+
+import laws
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pyro_flows.bijectors import Affine, Bijector, RationalQuadraticSpline
+
+DTYPES = [torch.float32, torch.float64]
+SPLINES = [name for name, bijector in laws.BIJECTORS.items() if isinstance(bijector, RationalQuadraticSpline)]
+every_bijector = pytest.mark.parametrize("bijector", laws.BIJECTORS.values(), ids=laws.BIJECTORS)
+every_spline = pytest.mark.parametrize("spline", [laws.BIJECTORS[name] for name in SPLINES], ids=SPLINES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+
+
+def params_of(bijector: Bijector, *shape: int, dtype: torch.dtype = torch.float64, scale: float = 3.0) -> Tensor:
+    return laws.normal(*shape, bijector.num_params, seed=1, dtype=dtype, scale=scale)
+
+
+def knots_of(spline: RationalQuadraticSpline, params: Tensor) -> tuple[Tensor, Tensor]:
+    """The K + 1 knots along x and along y, to the last bit."""
+    xs, ys, _ = spline._table(params)
+    return xs, ys
+
+
+def places(bijector: Bijector, params: Tensor) -> Tensor:
+    """Values where a formula could break: zero, far out, and the spline's knots and edges exactly."""
+    far = torch.tensor([0.0, 1e-30, 1.0, 4.99, 1e3, 1e30], dtype=params.dtype)
+    if not isinstance(bijector, RationalQuadraticSpline):
+        return torch.cat((-far, far))
+    edge = torch.tensor([bijector.bound], dtype=params.dtype)
+    return torch.cat((-far, far, -edge, edge, torch.nextafter(edge, 0 * edge), *knots_of(bijector, params)))
+
+
+@every_dtype
+@every_bijector
+def test_zero_parameters_are_the_identity(bijector: Bijector, dtype: torch.dtype) -> None:
+    x = torch.cat((laws.normal(200, dtype=dtype, scale=3.0), torch.linspace(-1e3, 1e3, 201, dtype=dtype)))
+    laws.starts_at_identity(bijector, x, torch.zeros(bijector.num_params, dtype=dtype))
+
+
+@every_bijector
+def test_the_two_verbs_undo_each_other(bijector: Bijector) -> None:
+    x = torch.cat((laws.normal(500, scale=3.0), torch.linspace(-1e3, 1e3, 500, dtype=torch.float64)))
+    laws.undoes_itself(bijector, x, params_of(bijector, 1000))
+    laws.inverts(bijector, x, params_of(bijector, 1000), 1e-12)
+
+
+@every_bijector
+def test_the_inverse_is_exact_backwards_in_float32(bijector: Bijector) -> None:
+    x = torch.linspace(-10, 10, 2000)
+    laws.inverts(bijector, x, params_of(bijector, 2000, dtype=torch.float32), 1e-4)
+
+
+@every_dtype
+@every_bijector
+def test_log_det_is_the_log_of_the_derivative(bijector: Bijector, dtype: torch.dtype) -> None:
+    x = torch.cat((laws.normal(500, dtype=dtype, scale=3.0), torch.linspace(-1e3, 1e3, 501, dtype=dtype)))
+    laws.log_det_is_slope(bijector, x, params_of(bijector, 1001, dtype=dtype), {4: 1e-3, 8: 1e-9}[dtype.itemsize])
+
+
+@every_dtype
+@every_bijector
+def test_the_log_dets_are_opposite(bijector: Bijector, dtype: torch.dtype) -> None:
+    x = torch.linspace(-10, 10, 1000, dtype=dtype)
+    laws.log_dets_are_opposite(bijector, x, params_of(bijector, 1000, dtype=dtype), {4: 1e-3, 8: 1e-10}[dtype.itemsize])
+
+
+@every_bijector
+def test_it_increases(bijector: Bijector) -> None:
+    x = torch.linspace(-8, 8, 2001, dtype=torch.float64)
+    for params in params_of(bijector, 20):
+        for verb in (bijector.forward_and_log_det, bijector.inverse_and_log_det):
+            assert (verb(x, params)[0].diff() > 0).all()
+
+
+@every_bijector
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(data=st.data())
+def test_any_values_and_parameters(bijector: Bijector, data: st.DataObject) -> None:
+    """Round trip and order hold wherever hypothesis looks, parameters far beyond what training reaches included."""
+    number = st.floats(-10, 10, allow_subnormal=False)
+    params = torch.tensor(
+        data.draw(st.lists(number, min_size=bijector.num_params, max_size=bijector.num_params)), dtype=torch.float64
+    )
+    low, high = sorted(data.draw(st.tuples(*(st.floats(-1e3, 1e3),) * 2)))
+    x = torch.tensor([low, high], dtype=torch.float64)
+    laws.undoes_itself(bijector, x, params)
+    (y_low, y_high), _ = bijector.forward_and_log_det(x, params)
+    assert y_low <= y_high if high - low < 1e-6 else y_low < y_high
+
+
+@every_dtype
+@every_bijector
+def test_values_and_gradients_are_finite_everywhere(bijector: Bijector, dtype: torch.dtype) -> None:
+    for params in params_of(bijector, 5, dtype=dtype):
+        x = places(bijector, params)
+        for verb in (bijector.forward_and_log_det, bijector.inverse_and_log_det):
+            leaves = x.clone().requires_grad_(), params.clone().requires_grad_()
+            y, log_det = verb(*leaves)
+            grads = torch.autograd.grad(y.sum() + log_det.sum(), leaves)
+            assert all(t.isfinite().all() for t in (y, log_det, *grads))
+
+
+@every_dtype
+@every_spline
+def test_knots_map_to_knots(spline: RationalQuadraticSpline, dtype: torch.dtype) -> None:
+    for params in params_of(spline, 20, dtype=dtype):
+        xs, ys = knots_of(spline, params)
+        torch.testing.assert_close(spline.forward_and_log_det(xs, params)[0], ys)
+        torch.testing.assert_close(spline.inverse_and_log_det(ys, params)[0], xs)
+
+
+@every_spline
+def test_a_value_outside_the_box_poisons_no_gradient(spline: RationalQuadraticSpline) -> None:
+    """The branch that ``where`` does not select has a gradient too: were it NaN, 0 x NaN would spoil the others."""
+    inner = torch.linspace(-0.99, 0.99, 9, dtype=torch.float64) * spline.bound
+    outer = torch.tensor([-1e30, -spline.bound, spline.bound, 1e30], dtype=torch.float64)
+    for verb in (spline.forward_and_log_det, spline.inverse_and_log_det):
+        alone, together = [], []
+        for x, found in ((inner, alone), (torch.cat((inner, outer)), together)):
+            leaves = x.clone().requires_grad_(), params_of(spline).requires_grad_()
+            y, log_det = verb(*leaves)
+            found += torch.autograd.grad(y.sum() + log_det.sum(), leaves)
+        torch.testing.assert_close(together[0][: len(inner)], alone[0])
+        torch.testing.assert_close(together[1], alone[1])
+        assert (together[0][len(inner) :] == 1).all()
+
+
+@every_spline
+def test_the_slope_does_not_jump_at_the_edge_of_the_box(spline: RationalQuadraticSpline) -> None:
+    params = params_of(spline, 50)
+    for edge in (-spline.bound, spline.bound):
+        inside = torch.full((50,), edge * (1 - 1e-10), dtype=torch.float64)
+        for verb in (spline.forward_and_log_det, spline.inverse_and_log_det):
+            y, log_det = verb(inside, params)
+            assert 0 < log_det.abs().max() < 1e-5  # not zero: the place is inside, where the spline bends
+            assert (y - edge).abs().max() < 1e-8
+
+
+@every_bijector
+@pytest.mark.parametrize(
+    ("value_shape", "params_shape"),
+    [((), ()), ((4,), ()), ((), (3,)), ((4, 1), (3,)), ((3,), (4, 1)), ((2, 4, 3), (3,))],
+)
+def test_parameters_broadcast_against_values(
+    bijector: Bijector, value_shape: tuple[int, ...], params_shape: tuple[int, ...]
+) -> None:
+    x, params = laws.normal(*value_shape, scale=2.0), params_of(bijector, *params_shape)
+    shape = torch.broadcast_shapes(value_shape, params_shape)
+    for verb in (bijector.forward_and_log_det, bijector.inverse_and_log_det):
+        y, log_det = verb(x, params)
+        assert y.shape == log_det.shape == shape
+        wanted = verb(x.expand(shape).clone(), params.expand(*shape, -1).clone())
+        torch.testing.assert_close((y, log_det), wanted, atol=1e-12, rtol=1e-12)
+
+
+@every_bijector
+def test_gradcheck(bijector: Bijector) -> None:
+    x = laws.normal(4, scale=2.0).requires_grad_()
+    params = params_of(bijector, 4, scale=1.0).requires_grad_()
+    assert torch.autograd.gradcheck(bijector.forward_and_log_det, (x, params))
+    assert torch.autograd.gradcheck(bijector.inverse_and_log_det, (x, params))
+
+
+@every_bijector
+def test_it_compiles_to_one_graph(bijector: Bijector) -> None:
+    laws.compiles(bijector, laws.normal(4, 3, scale=3.0), params_of(bijector, 4, 3))
+
+
+@every_bijector
+def test_it_maps_under_vmap(bijector: Bijector) -> None:
+    laws.maps(bijector, laws.normal(4, 3, scale=3.0), params_of(bijector, 4, 3), in_dims=(0, 0))
+
+
+@pytest.mark.parametrize(("bound", "value"), [(4.0, 100.0), (2.0, -100.0)])
+def test_affine_scales_are_bounded(bound: float, value: float) -> None:
+    _, log_det = Affine(bound).forward_and_log_det(torch.tensor(1.0), torch.tensor([value, 0.0]))
+    assert log_det.item() == pytest.approx(math.copysign(bound, value), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("build", "argument", "value"),
+    [
+        (lambda: Affine(0.0), "max_log_scale", "0.0"),
+        (lambda: Affine(-1.0), "max_log_scale", "-1.0"),
+        (lambda: Affine(math.nan), "max_log_scale", "nan"),
+        (lambda: RationalQuadraticSpline(bins=1), "bins", "1"),
+        (lambda: RationalQuadraticSpline(bound=0.0), "bound", "0.0"),
+        (lambda: RationalQuadraticSpline(bound=-2.0), "bound", "-2.0"),
+        (lambda: RationalQuadraticSpline(bins=4, min_bin=0.25), "min_bin", "0.25"),
+        (lambda: RationalQuadraticSpline(min_bin=0.0), "min_bin", "0.0"),
+        (lambda: RationalQuadraticSpline(max_slope=1.0), "max_slope", "1.0"),
+    ],
+)
+def test_errors_name_argument_and_value(build: object, argument: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"{argument} .*got {value}"):
+        build()

@@ -1,0 +1,243 @@
+"""Networks give bijectors their parameters: a MADE sees the features of lower rank only, runs feature by feature at
+the price of one pass in both directions, with exact gradients; an MLP broadcasts its context and starts at zero."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import laws
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from pyro_flows.bijectors import Affine, Bijector, RationalQuadraticSpline
+from pyro_flows.conditioners import MADE, MLP, costream, stream
+from pyro_flows.transforms import Autoregressive
+from pyro_flows.transforms.autoregressive import invert_by_passes
+
+NARROW, WIDE = (2, 3), (70, 70)
+SIZES = [1, 2, 5, 33]
+every_size = pytest.mark.parametrize("dim", SIZES)
+every_context = pytest.mark.parametrize("context_dim", [0, 3], ids=["plain", "context"])
+every_width = pytest.mark.parametrize("hidden_dims", [NARROW, WIDE, (7,)], ids=["narrow", "wide", "one_layer"])
+
+
+def made(dim: int, num_params: int = 2, hidden_dims: tuple[int, ...] = WIDE, context_dim: int = 0, **options) -> MADE:
+    """A MADE in float64 with large random parameters and a shuffled order."""
+    net = MADE(dim, num_params, hidden_dims, context_dim, order=laws.shuffled(dim), **options)
+    return laws.randomise(net).double()
+
+
+def inputs(dim: int, context_dim: int, rows: int = 16) -> tuple[Tensor, Tensor | None]:
+    return laws.normal(rows, dim, seed=1), laws.normal(rows, context_dim, seed=2) if context_dim else None
+
+
+@every_width
+@every_context
+@every_size
+def test_parameters_depend_on_lower_ranks_alone(dim: int, context_dim: int, hidden_dims: tuple[int, ...]) -> None:
+    net = made(dim, 1, hidden_dims, context_dim, activation=nn.Tanh)
+    x, context = inputs(dim, context_dim, rows=4)
+    matrix = laws.jacobian(lambda value: net(value, context).squeeze(-1), x)
+    touched = (matrix != 0).any(0)  # feature i's parameters, by feature j
+    lower = net.order[:, None] > net.order
+    assert not (touched & ~lower).any()
+    if hidden_dims is WIDE:  # one unit for each degree: nothing that may be seen is lost
+        assert (touched == lower).all()
+
+
+@every_size
+def test_every_feature_sees_the_context(dim: int) -> None:
+    """The first one too, whose parameters depend on nothing else."""
+    net = made(dim, 1, WIDE, 3, activation=nn.Tanh)
+    x, context = inputs(dim, 3, rows=4)
+    matrix = laws.jacobian(lambda c: net(x, c).squeeze(-1), context)
+    assert (matrix != 0).any(0).all()
+
+
+@every_width
+@every_context
+@every_size
+def test_a_stream_fed_rank_by_rank_gives_the_parameters(
+    dim: int, context_dim: int, hidden_dims: tuple[int, ...]
+) -> None:
+    net = made(dim, 3, hidden_dims, context_dim)
+    x, context = inputs(dim, context_dim)
+    with torch.no_grad():
+        chain, given = stream(net, context, x.T), None
+        wanted = net(x, context)
+        for feature in net.features:
+            torch.testing.assert_close(chain.step(given).T, wanted[:, feature], atol=1e-10, rtol=1e-10)
+            given = x.T[[feature]]
+
+
+@every_width
+@every_context
+@every_size
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU], ids=["relu", "silu"])
+def test_a_costream_gives_the_gradient_rank_by_rank(
+    dim: int, context_dim: int, hidden_dims: tuple[int, ...], activation: type[nn.Module]
+) -> None:
+    net = made(dim, 3, hidden_dims, context_dim, activation=activation)
+    x, context = inputs(dim, context_dim)
+    x.requires_grad_()
+    cotangents = laws.normal(16, dim, 3, seed=4)
+    (wanted,) = torch.autograd.grad(net(x, context), x, cotangents, materialize_grads=True)
+    params, slopes = net.params_and_slopes(x, context)
+    torch.testing.assert_close(params, net(x, context))
+    with torch.no_grad():  # as inside a backward pass, which is where a costream runs
+        chain = costream(net, slopes)
+        for rank in reversed(range(dim)):
+            passed = chain.step(cotangents[:, net.features[rank]].T)
+            if rank:
+                torch.testing.assert_close(passed[0], wanted[:, net.features[rank - 1]], atol=1e-9, rtol=1e-9)
+        assert passed is None
+
+
+def inverse_gradients(by_passes: bool, layer: Autoregressive, y: Tensor, context: Tensor | None) -> list[Tensor]:
+    """Gradients of a function of the inverse and its log-determinant, with respect to all that it depends on."""
+    leaves = [t.clone().requires_grad_() for t in (y, context) if t is not None]
+    arguments = leaves[0], leaves[1] if context is not None else None
+    if by_passes:
+        x, log_det = invert_by_passes(layer.bijector, layer.conditioner, *arguments)
+    else:
+        x, log_det = layer.inverse_and_log_det(*arguments)
+    wanted = [*leaves, *(p for p in layer.parameters() if p.requires_grad)]
+    weights = laws.normal(*x.shape, seed=5)
+    return [
+        x.detach(),
+        log_det.detach(),
+        *torch.autograd.grad((x * weights).sum() + log_det.square().sum(), wanted, materialize_grads=True),
+    ]
+
+
+@every_size
+@every_context
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, nn.Tanh], ids=["relu", "silu", "tanh"])
+@pytest.mark.parametrize("frozen", ["no", "all", "biases"])
+@pytest.mark.parametrize("bijector", [Affine(1.0), RationalQuadraticSpline(4)], ids=["affine", "spline"])
+def test_the_swept_inverse_has_autograds_gradient(
+    bijector: Bijector, frozen: str, activation: type[nn.Module], context_dim: int, dim: int
+) -> None:
+    net = MADE(dim, bijector.num_params, (16, 12), context_dim, order=laws.shuffled(dim), activation=activation)
+    layer = Autoregressive(bijector, laws.randomise(net, scale=0.3).double())
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(frozen == "no" or (frozen == "biases" and "bias" not in name))
+    ours, plain = (inverse_gradients(by_passes, layer, *inputs(dim, context_dim, 6)) for by_passes in (False, True))
+    for got, wanted in zip(ours, plain, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-8, rtol=1e-8)
+
+
+@every_context
+def test_the_swept_inverse_can_be_differentiated_twice(context_dim: int) -> None:
+    net = MADE(2, 2, (4,), context_dim, activation=nn.Tanh)
+    layer = Autoregressive(Affine(), laws.randomise(net, scale=0.5).double())
+    names = [name for name, _ in layer.named_parameters()]
+    y, context = inputs(2, context_dim, rows=3)
+
+    def inverse(y: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        context, weights = (others[0], others[1:]) if context_dim else (None, others)
+        return functional_call(
+            Both(layer), dict(zip([f"layer.{n}" for n in names], weights, strict=True)), (y, context)
+        )
+
+    leaves = [t.detach().clone().requires_grad_() for t in (y, context, *layer.parameters()) if t is not None]
+    assert torch.autograd.gradcheck(inverse, leaves)
+    assert torch.autograd.gradgradcheck(inverse, leaves)
+
+
+class Both(nn.Module):
+    """The inverse and its log-determinant as one module call, which is what ``functional_call`` can reach."""
+
+    def __init__(self, layer: Autoregressive) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.layer.inverse_and_log_det(y, context)
+
+
+def test_the_gradient_is_that_of_the_weights_of_a_functional_call() -> None:
+    """The backward sweep runs after the call has put the module's own weights back."""
+    layer = Autoregressive(Affine(), made(5))
+    other = copy.deepcopy(layer)
+    laws.randomise(other, seed=9)
+    y, _ = inputs(5, 0)
+    weights = {f"layer.{name}": p.detach().clone().requires_grad_() for name, p in other.named_parameters()}
+    x, log_det = functional_call(Both(layer), weights, (y,))
+    got = torch.autograd.grad(x.sum() + log_det.sum(), weights.values())
+    x, log_det = other.inverse_and_log_det(y)
+    wanted = torch.autograd.grad(x.sum() + log_det.sum(), other.parameters())
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("bijector", [Affine(), RationalQuadraticSpline()], ids=["affine", "spline"])
+def test_inverting_costs_about_one_pass_and_not_one_for_each_feature(bijector: Bijector) -> None:
+    layer = Autoregressive(bijector, MADE(64, bijector.num_params, (128, 128), 3))
+    x, context = torch.randn(8, 64), torch.randn(8, 3)
+    spent = []
+    for verb in (layer.forward_and_log_det, layer.inverse_and_log_det):
+        with FlopCounterMode(display=False) as once:
+            y, log_det = verb(x, context)
+        with FlopCounterMode(display=False) as again:
+            (y.sum() + log_det.sum()).backward()
+        spent.append((once.get_total_flops(), again.get_total_flops()))
+    (forward, forward_gradient), (inverse, inverse_gradient) = spent
+    assert 0 < inverse <= 2.5 * forward
+    assert 0 < inverse_gradient <= 2.5 * forward_gradient
+
+
+def test_orders_travel_with_the_state() -> None:
+    """Masks follow the order that was saved; were it missing, a strict load would silently give another network."""
+    first, second = (
+        laws.randomise(MADE(4, 2, (9, 8), order=order), seed=s) for s, order in ((0, [2, 0, 3, 1]), (1, None))
+    )
+    x = torch.randn(6, 4)
+    assert not torch.equal(second(x), first(x))
+    second.load_state_dict(first.state_dict(), strict=True)
+    assert torch.equal(second(x), first(x))
+    assert second.features == first.features
+    y, _ = Autoregressive(Affine(), second).inverse_and_log_det(x)
+    assert torch.equal(y, Autoregressive(Affine(), first).inverse_and_log_det(x)[0])
+
+
+def test_every_network_starts_at_zero() -> None:
+    x, context = torch.randn(6, 4), torch.randn(6, 3)
+    assert (MADE(4, 2, context_dim=3)(x, context) == 0).all()
+    assert (MLP(4, 5, 2, context_dim=3)(x, context) == 0).all()
+
+
+@pytest.mark.parametrize("build", [lambda: MADE(4, 2, (8, 8), 3), lambda: MLP(4, 4, 2, (8, 8), 3)], ids=["made", "mlp"])
+def test_contexts_broadcast_against_inputs(build: object) -> None:
+    net = laws.randomise(build()).double()
+    shapes = [(), (5,), (1,), (7, 1), (7, 5)]
+    for of_x, of_context in itertools.product(shapes, shapes):
+        x, context = laws.normal(*of_x, 4, seed=1), laws.normal(*of_context, 3, seed=2)
+        batch = torch.broadcast_shapes(of_x, of_context)
+        params = net(x, context)
+        assert params.shape == (*batch, 4, 2)
+        torch.testing.assert_close(params, net(x.expand(*batch, 4), context.expand(*batch, 3)))
+
+
+def test_residual_layers_add_their_input() -> None:
+    net = laws.randomise(MLP(4, 3, 2, (8, 8, 6), residual=True)).double()
+    x = laws.normal(5, 4)
+    h = net.hidden[0](x).relu()
+    h = h + net.hidden[1](h).relu()
+    h = net.hidden[2](h).relu()  # the width changes here: nothing to add
+    torch.testing.assert_close(net(x), net.output(h).unflatten(-1, (2, 3)).mT)
+
+
+def test_a_network_without_inputs_depends_on_the_context_alone() -> None:
+    net = laws.randomise(MLP(0, 3, 2, (8,), context_dim=2))
+    assert net(torch.zeros(5, 0), torch.randn(5, 2)).shape == (5, 3, 2)
+
+
+@pytest.mark.parametrize("order", [[0, 0, 1], [1, 2, 3], [0, 1]])
+def test_an_order_must_be_a_permutation(order: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"order must be a permutation of 0 … 2, got \["):
+        MADE(3, 2, order=order)

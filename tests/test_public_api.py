@@ -1,0 +1,37 @@
+"""The public names, pinned: a change here is a decision, not an accident."""
+
+import pyro_flows
+from pyro_flows import bijectors, conditioners, diagnostics, distributions, fitting, flows, guides, transforms
+
+NAMES = {
+    pyro_flows: "AutoFlow Fit Flow Psis fit_svi flows psis to_arviz",
+    bijectors: "Affine Bijector RationalQuadraticSpline Shift",
+    conditioners: "Conditioner MADE MLP costream stream",
+    transforms: "ActNorm Autoregressive Compose Coupling Elementwise FlowTransform Inverse LULinear Permute View",
+    distributions: "FixedBase StandardNormal",
+    flows: "Flow iaf maf nice nsf nsf_ar realnvp",
+    guides: "AutoFlow default_flow init_to_center",
+    diagnostics: "Psis psis to_arviz",
+    fitting: "Fit fit_svi",
+}
+MODULE = type(pyro_flows)
+
+
+def test_public_names_are_pinned():
+    for module, names in NAMES.items():
+        submodules = {n for n, v in vars(module).items() if isinstance(v, MODULE) and n not in names.split()}
+        public = {n for n in vars(module) if not n.startswith("_")} - submodules
+        assert public == set(names.split()), module.__name__
+
+
+def test_every_public_name_is_documented():
+    for module, names in NAMES.items():
+        assert module.__doc__, module.__name__
+        for name in names.split():
+            assert getattr(module, name).__doc__, f"{module.__name__}.{name}"
+
+
+def test_the_package_is_typed():
+    from pathlib import Path
+
+    assert (Path(pyro_flows.__file__).parent / "py.typed").exists()

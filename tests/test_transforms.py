@@ -1,0 +1,454 @@
+"""Every transform is a learnable bijection that obeys the same laws, at large random parameters, in both dtypes, with
+and without a context: it starts at the identity, its verbs undo each other, its log-determinant is autograd's, its
+gradients reach every parameter, it copies, pickles, saves, compiles and maps, and Pyro and torch take it as theirs."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Iterator
+
+import laws
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import TransformModule
+from pyro.distributions.conditional import ConditionalTransform
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.distributions import transforms as torch_transforms
+
+from pyro_flows.bijectors import Affine, RationalQuadraticSpline
+from pyro_flows.conditioners import MADE, MLP
+from pyro_flows.flows import Flow
+from pyro_flows.transforms import (
+    ActNorm,
+    Autoregressive,
+    Compose,
+    Coupling,
+    Elementwise,
+    FlowTransform,
+    LULinear,
+    Permute,
+)
+
+ROWS = 8
+SIZES = [1, 2, 5, 33]
+CONTEXTS = ["no_context", "context", "batched_context"]
+
+
+class Case:
+    """A transform of the registry at one size and one kind of context."""
+
+    def __init__(self, name: str, dim: int, context: str) -> None:
+        self.name, self.dim, self.context_kind = name, dim, context
+        self.kind = laws.TRANSFORMS[name]
+        self.context_dim = 0 if context == "no_context" else laws.CONTEXT_DIM
+
+    def __repr__(self) -> str:
+        return f"{self.name}-{self.dim}-{self.context_kind}"
+
+    def start(self) -> FlowTransform:
+        return self.kind.build(self.dim, self.context_dim)
+
+    def random(self, dtype: torch.dtype = torch.float64, scale: float = 3.0) -> FlowTransform:
+        return laws.randomise(self.start(), scale=scale).to(dtype)
+
+    def context(self, dtype: torch.dtype = torch.float64) -> Tensor | None:
+        batch = (ROWS,) if self.context_kind == "batched_context" else ()
+        return laws.normal(*batch, self.context_dim, seed=2, dtype=dtype) if self.context_dim else None
+
+    def values(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Half of the rows where the action is, half far outside."""
+        near, far = laws.normal(ROWS // 2, self.dim, seed=1, scale=3.0), laws.normal(ROWS // 2, self.dim, seed=3)
+        return torch.cat((near, far.clamp(-2, 2) * 500)).to(dtype)
+
+
+def cases(sizes: list[int], contexts: list[str]) -> list[Case]:
+    return list(_cases(sizes, contexts))
+
+
+def _cases(sizes: list[int], contexts: list[str]) -> Iterator[Case]:
+    for name, kind in laws.TRANSFORMS.items():
+        for dim in sizes:
+            for context in contexts if kind.takes_context else ["no_context"]:
+                if dim >= kind.least_dim:
+                    yield Case(name, dim, context)
+
+
+every_case = pytest.mark.parametrize("case", cases(SIZES, CONTEXTS), ids=repr)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+# What does not depend on sizes is shown at one size, where no feature is special.
+every_transform = pytest.mark.parametrize("case", cases([5], ["batched_context"]), ids=repr)
+every_plain_transform = pytest.mark.parametrize("case", cases([5], ["no_context"]), ids=repr)
+every_learner = pytest.mark.parametrize(
+    "case", [case for case in cases([5], ["no_context", "batched_context"]) if case.name != "permute"], ids=repr
+)
+
+
+# ------------------------------------------------------------ the bijection
+
+
+@every_dtype
+@every_case
+def test_it_starts_at_the_identity(case: Case, dtype: torch.dtype) -> None:
+    transform, x = case.start().to(dtype), case.values(dtype)
+    if case.kind.starts_at_identity:
+        laws.starts_at_identity(transform, x, case.context(dtype))
+    else:  # then it is a permutation at the start
+        y, log_det = transform.forward_and_log_det(x, case.context(dtype))
+        torch.testing.assert_close(y.sort(-1).values, x.sort(-1).values)
+        assert log_det.abs().max() < laws.TINY[dtype] * case.dim
+
+
+@every_case
+def test_the_two_verbs_undo_each_other(case: Case) -> None:
+    transform, x, context = case.random(), case.values(), case.context()
+    # Far from the start a deep stack of steep splines amplifies the last bit of y by the condition of its Jacobian,
+    # whoever inverts it: up to 1e20 at D = 33.  There the backward error below is the law that bites.
+    matrix = laws.jacobian(lambda value: transform.forward_and_log_det(value, context)[0], x)
+    with torch.no_grad():
+        laws.undoes_itself(transform, x, context, (1e-13 * torch.linalg.cond(matrix)).clamp_min(1e-9))
+
+
+@every_dtype
+@every_case
+def test_the_inverse_is_exact_backwards(case: Case, dtype: torch.dtype) -> None:
+    x = torch.empty(64, case.dim, dtype=dtype).uniform_(-10, 10)
+    if case.context_kind == "batched_context":
+        x = x.unflatten(0, (-1, ROWS))
+    with torch.no_grad():
+        laws.inverts(case.random(dtype), x, case.context(dtype), {4: 1e-4, 8: 1e-11}[dtype.itemsize])
+
+
+@every_case
+def test_log_det_is_that_of_autograds_jacobian(case: Case) -> None:
+    laws.log_det_is_slogdet(case.random(), case.values(), case.context())
+
+
+@every_dtype
+@every_case
+def test_the_log_dets_are_opposite(case: Case, dtype: torch.dtype) -> None:
+    with torch.no_grad():
+        laws.log_dets_are_opposite(
+            case.random(dtype), case.values(dtype), case.context(dtype), {4: 1e-2, 8: 1e-9}[dtype.itemsize]
+        )
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in cases(SIZES, CONTEXTS) if laws.order_of(case.start()) is not None], ids=repr
+)
+def test_autoregressive_jacobians_are_triangular(case: Case) -> None:
+    laws.is_triangular(case.random(scale=1.0), laws.normal(ROWS, case.dim, seed=1, scale=3.0), case.context())
+
+
+@every_transform
+def test_values_and_contexts_broadcast(case: Case) -> None:
+    transform, context = case.random(), case.context()
+    x = laws.normal(3, 1, case.dim, seed=1)
+    for verb in (transform.forward_and_log_det, transform.inverse_and_log_det):
+        y, log_det = verb(x, context)
+        batch = (3, ROWS) if transform.context_dim else (3, 1)
+        assert y.shape == (*batch, case.dim)
+        assert log_det.shape == batch
+        wanted = verb(x.expand(3, ROWS, case.dim), context)
+        torch.testing.assert_close(y.expand_as(wanted[0]), wanted[0], atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(log_det.expand_as(wanted[1]), wanted[1], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dim", [1, 5])
+def test_a_composition_is_its_parts_one_after_the_other(dim: int) -> None:
+    chain = laws.randomise(laws.TRANSFORMS["compose"].build(dim, 0)).double()
+    x = laws.normal(ROWS, dim)
+    y, total = x, torch.zeros(ROWS, dtype=torch.float64)
+    for transform in chain.transforms:
+        y, log_det = transform.forward_and_log_det(y)
+        total = total + log_det
+    assert laws.bits_equal(chain.forward_and_log_det(x), (y, total))
+
+
+# ------------------------------------------------------------ learning
+
+
+@every_learner
+@pytest.mark.parametrize("backwards", [False, True], ids=["forward", "inverse"])
+def test_gradients_reach_every_parameter(case: Case, backwards: bool) -> None:
+    transform, x = case.random(scale=1.0), laws.normal(64, ROWS, case.dim, seed=1, scale=2.0)
+    y, log_det = (transform.inverse_and_log_det if backwards else transform.forward_and_log_det)(x, case.context())
+    (y.square().sum() + log_det.sum()).backward()
+    for name, parameter in transform.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert (parameter.grad != 0).any(), name
+
+
+@every_learner
+def test_three_steps_from_the_start_move_every_parameter(case: Case) -> None:
+    """All start at the identity, yet nothing is stuck there."""
+    transform, context = case.start().double(), case.context()
+    before = {name: p.detach().clone() for name, p in transform.named_parameters()}
+    data = 0.5 * laws.normal(64, ROWS, case.dim, seed=1).cumsum(-1) + 1
+    optimiser = torch.optim.Adam(transform.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(3):
+        optimiser.zero_grad()
+        x, log_det = transform.inverse_and_log_det(data, context)
+        loss = (0.5 * x.square().sum(-1) - log_det).mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2]
+    for name, parameter in transform.named_parameters():
+        assert (parameter != before[name]).any(), name
+
+
+# ------------------------------------------------------------ copy and state
+
+
+def used(case: Case) -> FlowTransform:
+    """A transform that has run forward and backward, so that whatever it might keep is there."""
+    transform, x, context = case.random(), case.values(), case.context()
+    for verb in (transform.forward_and_log_det, transform.inverse_and_log_det):
+        y, log_det = verb(x.requires_grad_(), context)
+        (y.sum() + log_det.sum()).backward()
+    return transform
+
+
+@every_transform
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))], ids=["deepcopy", "pickle"])
+def test_copies_agree_and_are_independent(case: Case, how: object) -> None:
+    transform, x, context = used(case), case.values(), case.context()
+    twin = how(transform)
+    forward, backward = transform.forward_and_log_det(x, context), transform.inverse_and_log_det(x, context)
+    assert laws.bits_equal(twin.forward_and_log_det(x, context), forward)
+    assert laws.bits_equal(twin.inverse_and_log_det(x, context), backward)
+    laws.randomise(twin, seed=7)
+    assert laws.bits_equal(transform.forward_and_log_det(x, context), forward)
+
+
+@every_transform
+def test_state_loads_into_a_fresh_instance(case: Case) -> None:
+    transform, x, context = used(case), case.values(), case.context()
+    fresh = case.start().double()
+    fresh.load_state_dict(transform.state_dict(), strict=True)
+    assert laws.bits_equal(fresh.forward_and_log_det(x, context), transform.forward_and_log_det(x, context))
+    assert laws.bits_equal(fresh.inverse_and_log_det(x, context), transform.inverse_and_log_det(x, context))
+
+
+def _autoregressive(order: list[int]) -> FlowTransform:
+    return Autoregressive(Affine(), MADE(4, 2, (8,), order=order))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Permute([1, 2, 3, 0]), Permute([0, 1, 2, 3])),
+        (
+            Coupling(Affine(), MLP(2, 2, 2, (8,)), [True, True, False, False]),
+            Coupling(Affine(), MLP(2, 2, 2, (8,)), [False, True, False, True]),
+        ),
+        (_autoregressive([3, 1, 0, 2]), _autoregressive([0, 1, 2, 3])),
+        (Compose([Permute([1, 2, 3, 0])]), Compose([Permute([0, 1, 2, 3])])),
+    ],
+    ids=["permute", "coupling", "autoregressive", "compose"],
+)
+def test_permutations_masks_and_orders_are_part_of_the_state(one: FlowTransform, other: FlowTransform) -> None:
+    """Were they missing, a strict load into a differently built instance would silently give another function."""
+    laws.randomise(one, seed=1)
+    laws.randomise(other, seed=2)
+    x = torch.randn(6, 4)
+    assert not torch.equal(other(x), one(x))
+    other.load_state_dict(one.state_dict(), strict=True)
+    assert laws.bits_equal(other.forward_and_log_det(x), one.forward_and_log_det(x))
+    assert laws.bits_equal(other.inverse_and_log_det(x), one.inverse_and_log_det(x))
+
+
+@every_transform
+def test_dtypes_can_be_changed_at_any_time(case: Case) -> None:
+    single, context = case.random(torch.float32, scale=0.3), case.context(torch.float32)
+    x = laws.normal(ROWS, case.dim, seed=1, dtype=torch.float32)
+    y, log_det = single.forward_and_log_det(x, context)
+    double = single.to(torch.float64)
+    finer, finer_log_det = double.forward_and_log_det(x.double(), case.context())
+    assert finer.dtype == finer_log_det.dtype == torch.float64
+    torch.testing.assert_close(finer.float(), y, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(finer_log_det.float(), log_det, atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------ the inverse
+
+
+@every_transform
+def test_the_inverse_is_the_opposite_direction(case: Case) -> None:
+    transform, x, context = case.random(), case.values(), case.context()
+    assert laws.bits_equal(transform.inv.forward_and_log_det(x, context), transform.inverse_and_log_det(x, context))
+    assert laws.bits_equal(transform.inv.inverse_and_log_det(x, context), transform.forward_and_log_det(x, context))
+    assert transform.inv.inv is transform or transform.inv.transform is transform
+    assert (transform.inv.event_shape, transform.inv.context_dim) == (transform.event_shape, transform.context_dim)
+
+
+@pytest.mark.parametrize("case", [c for c in cases([5], ["no_context"]) if c.name != "inverse"], ids=repr)
+def test_inverting_twice_gives_the_very_same_module(case: Case) -> None:
+    transform = case.start()
+    assert transform.inv.inv is transform
+
+
+@every_learner
+@pytest.mark.parametrize("holder_type", [nn.Module, PyroModule], ids=["nn", "pyro"])
+def test_holding_the_inverse_registers_its_parameters(case: Case, holder_type: type) -> None:
+    transform = case.start()
+    own = {id(parameter) for parameter in transform.parameters()}
+    holder = holder_type()
+    holder.layer = transform.inv
+    assert own == {id(parameter) for parameter in holder.parameters()} != set()
+    assert len(holder.state_dict()) == len(transform.state_dict())
+
+
+# ------------------------------------------------------------ compilers
+
+
+@pytest.mark.parametrize("name", ["coupling_spline", "shuffled_affine", "autoregressive_spline_2_bins", "compose"])
+def test_it_compiles_to_one_graph(name: str) -> None:
+    case = Case(name, 5, "batched_context")
+    laws.compiles(case.random(scale=0.3), laws.normal(ROWS, 5), case.context())
+
+
+@every_transform
+def test_it_maps_under_vmap(case: Case) -> None:
+    transform = case.random(scale=1.0)
+    laws.maps(transform, laws.normal(3, ROWS, case.dim, scale=2.0), case.context(), in_dims=(0, None))
+
+
+# ------------------------------------------------------------ Pyro and torch
+
+
+@every_transform
+def test_it_is_one_of_pyros_own(case: Case) -> None:
+    transform = case.start()
+    assert isinstance(transform, TransformModule)
+    assert isinstance(transform, ConditionalTransform)
+    assert isinstance(transform, torch_transforms.Transform)
+    assert transform.bijective
+    assert transform.domain.event_dim == transform.codomain.event_dim == 1
+    pyro_type = PyroModule[type(transform)]
+    assert issubclass(pyro_type, type(transform))
+    assert issubclass(pyro_type, PyroModule)
+
+
+def test_a_pyro_module_of_a_transform_is_one() -> None:
+    layer = PyroModule[ActNorm](2)
+    assert dict(layer.named_parameters()).keys() == {"loc", "log_scale"}
+    x = torch.randn(5, 2)
+    assert torch.equal(layer(x), x)
+    assert torch.equal(layer.inv(x), x)
+
+
+@every_learner
+def test_pyro_registers_its_parameters(case: Case) -> None:
+    transform = case.start()
+    pyro.module("layer", transform)
+    assert len(pyro.get_param_store()) == len(list(transform.parameters()))
+
+
+OTHERS = {
+    "sigmoid": torch_transforms.SigmoidTransform(),
+    "exp": torch_transforms.ExpTransform(),
+    "tanh": torch_transforms.TanhTransform(),
+    "stick_breaking": torch_transforms.StickBreakingTransform(),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+@every_plain_transform
+def test_it_stands_among_torchs_transforms(case: Case, other: torch_transforms.Transform) -> None:
+    """Fresh values are scored, in a list and inside torch's own composition."""
+    transform = case.random(scale=0.3)
+    base = dist.Normal(torch.zeros(5, dtype=torch.float64), 1.0).to_event(1)
+    x = laws.normal(ROWS, 5, scale=0.5)
+    middle, log_det = transform.forward_and_log_det(x)
+    y = other(middle)
+    of_other = other.log_abs_det_jacobian(middle, y)
+    wanted = base.log_prob(x) - log_det - (of_other.sum(-1) if of_other.dim() == 2 else of_other)
+    chain = torch_transforms.ComposeTransform([transform, other])
+    for parts in ([transform, other], [chain], chain):
+        score = dist.TransformedDistribution(base, parts).log_prob(y.detach().clone())
+        torch.testing.assert_close(score, wanted, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(chain.inv(y), x, atol=1e-6, rtol=1e-6)
+
+
+@every_transform
+def test_conditioning_gives_a_plain_transform(case: Case) -> None:
+    transform, context, x = case.random(), case.context(), laws.normal(ROWS, 5, scale=3.0)
+    if context is None:
+        assert transform.condition(torch.zeros(3)) is transform
+    fixed = transform if context is None else transform.condition(context)
+    y, log_det = transform.forward_and_log_det(x, context)
+    assert torch.equal(fixed(x), y)
+    assert torch.equal(fixed.log_abs_det_jacobian(x, y), log_det)
+    assert torch.equal(fixed.inv(y.clone()), transform.inverse_and_log_det(y, context)[0])
+
+
+def test_actnorm_sets_itself_from_data() -> None:
+    norm = ActNorm(3).double()
+    data = torch.cat((3 + 2 * laws.normal(100, 2), torch.full((100, 1), 4.0, dtype=torch.float64)), -1)
+    norm.initialize(data)
+    x, _ = norm.inverse_and_log_det(data)
+    torch.testing.assert_close(x.mean(0), torch.zeros(3, dtype=torch.float64))
+    torch.testing.assert_close(x.std(0, correction=0), torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64))
+
+
+# ------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: ActNorm(0), ValueError, r"ActNorm: every event size must be positive, got \(0,\)"),
+        (lambda: LULinear(-1), ValueError, r"LULinear: every event size must be positive, got \(-1,\)"),
+        (lambda: LULinear(2, max_log_scale=0.0), ValueError, r"max_log_scale must be positive, got 0.0"),
+        (lambda: Elementwise(Affine(), 0), ValueError, r"Elementwise: every event size must be positive"),
+        (lambda: Permute([]), ValueError, r"Permute"),
+        (lambda: Permute([0, 0]), ValueError, r"permutation .*got \[0, 0\]"),
+        (lambda: Permute([1, 2]), ValueError, r"permutation .*got \[1, 2\]"),
+        (lambda: Permute([[0, 1]]), ValueError, r"permutation .*got \[\[0, 1\]\]"),
+        (
+            lambda: Coupling(Affine(), MLP(1, 1, 2), [True, True]),
+            ValueError,
+            r"mask .*got \[True, True\]",
+        ),
+        (lambda: Coupling(Affine(), MLP(1, 1, 2), [False, False]), ValueError, r"mask .*got \[False, False\]"),
+        (lambda: Coupling(Affine(), MLP(1, 1, 3), [True, False]), ValueError, r"num_params=2 .*num_params=3"),
+        (lambda: Coupling(Affine(), MLP(1, 2, 2), [True, False]), ValueError, r"1 features .*parameters for 2"),
+        (lambda: Coupling(Affine(), MLP(2, 1, 2), [True, False]), ValueError, r"1 features condition, .* takes 2"),
+        (lambda: Autoregressive(RationalQuadraticSpline(), MADE(3, 2)), ValueError, r"num_params=23 .*num_params=2"),
+        (lambda: Elementwise(Affine(), 3, MLP(2, 4, 2)), ValueError, r"3 features .*parameters for 4"),
+        (lambda: Compose([]), ValueError, r"transforms must not be empty"),
+        (lambda: Compose([ActNorm(2), ActNorm(3)]), ValueError, r"transforms\[1\] acts on events of shape \(3,\)"),
+        (lambda: Compose([ActNorm(2), torch_transforms.ExpTransform()]), TypeError, r"transforms\[1\] .*ExpTransform"),
+        (
+            lambda: Compose([Autoregressive(Affine(), MADE(2, 2, context_dim=c)) for c in (1, 2)]),
+            ValueError,
+            r"disagree on context_dim: \[1, 2\]",
+        ),
+        (lambda: Flow([]), ValueError, r"Flow: transforms must not be empty"),
+        (lambda: Flow([ActNorm(2)], dist.Normal(0.0, 1.0)), ValueError, r"base has event shape \(\)"),
+    ],
+)
+def test_errors_name_argument_and_value(build: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        build()
+
+
+def test_lu_linear_is_the_matrix_it_says() -> None:
+    """y = L U x + t with the pivots bounded: even an absurd parameter gives an invertible matrix."""
+    layer = laws.randomise(LULinear(4)).double()
+    with torch.no_grad():
+        layer.factors.fill_diagonal_(-1e6)
+    x = torch.eye(4, dtype=torch.float64)
+    y, log_det = layer.forward_and_log_det(x)
+    matrix = (y - layer.shift).T
+    lower, upper = layer.factors.tril(-1) + x, layer.factors.triu(1) + math.exp(-8) * x
+    torch.testing.assert_close(matrix, lower @ upper)
+    torch.testing.assert_close(log_det, torch.full((4,), -32.0, dtype=torch.float64))
