@@ -1,4 +1,4 @@
-"""What every test starts from: one seed, no parameters left over, validation on."""
+"""What every test starts from: one seed, no parameters left over, validation on, one thread."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 
 
 def pytest_sessionstart() -> None:
-    torch.set_num_threads(2)
+    # The tensors are tiny: two threads only wait for each other, for minutes where the machine is busy.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -90,8 +90,9 @@ def _elementwise(bijector: Bijector) -> Builder:
 def _compose(dim: int, context_dim: int) -> FlowTransform:
     first = _coupling(Affine(1.0)) if dim > 1 else _elementwise(Affine(1.0))
     second = _autoregressive(RationalQuadraticSpline(), shuffled)
+    # The steep linear layers come first: after a bounded map they would multiply its round-off, which is not its own.
     return Compose(
-        [ActNorm(dim), first(dim, context_dim), Permute(shuffled(dim)), second(dim, context_dim), LULinear(dim)]
+        [ActNorm(dim), LULinear(dim), Permute(shuffled(dim)), first(dim, context_dim), second(dim, context_dim)]
     )
 
 

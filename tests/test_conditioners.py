@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from pyro_flows.bijectors import Affine, Bijector, RationalQuadraticSpline
 from pyro_flows.conditioners import MADE, MLP, costream, stream
@@ -114,10 +115,13 @@ def inverse_gradients(by_passes: bool, layer: Autoregressive, y: Tensor, context
     ]
 
 
-@every_size
+@pytest.mark.parametrize("dim", [1, 5, 11])
 @every_context
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, nn.Tanh], ids=["relu", "silu", "tanh"])
-@pytest.mark.parametrize("frozen", ["no", "all", "biases"])
+@pytest.mark.parametrize(
+    ("activation", "frozen"),
+    [(nn.ReLU, "none"), (nn.SiLU, "none"), (nn.Tanh, "none"), (nn.ReLU, "all"), (nn.SiLU, "biases")],
+    ids=["relu", "silu", "tanh", "relu_frozen", "silu_partly_frozen"],
+)
 @pytest.mark.parametrize("bijector", [Affine(1.0), RationalQuadraticSpline(4)], ids=["affine", "spline"])
 def test_the_swept_inverse_has_autograds_gradient(
     bijector: Bijector, frozen: str, activation: type[nn.Module], context_dim: int, dim: int
@@ -125,7 +129,7 @@ def test_the_swept_inverse_has_autograds_gradient(
     net = MADE(dim, bijector.num_params, (16, 12), context_dim, order=laws.shuffled(dim), activation=activation)
     layer = Autoregressive(bijector, laws.randomise(net, scale=0.3).double())
     for name, parameter in layer.named_parameters():
-        parameter.requires_grad_(frozen == "no" or (frozen == "biases" and "bias" not in name))
+        parameter.requires_grad_(frozen == "none" or (frozen == "biases" and "bias" not in name))
     ours, plain = (inverse_gradients(by_passes, layer, *inputs(dim, context_dim, 6)) for by_passes in (False, True))
     for got, wanted in zip(ours, plain, strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-8, rtol=1e-8)
@@ -175,17 +179,32 @@ def test_the_gradient_is_that_of_the_weights_of_a_functional_call() -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
 
 
+class Flops(TorchDispatchMode):
+    """Counts the work of matrix products, those inside a backward pass included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> object:
+        result = function(*args, **kwargs or {})
+        count = flop_registry.get(function._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **kwargs or {}, out_val=result)
+        return result
+
+
 @pytest.mark.parametrize("bijector", [Affine(), RationalQuadraticSpline()], ids=["affine", "spline"])
 def test_inverting_costs_about_one_pass_and_not_one_for_each_feature(bijector: Bijector) -> None:
     layer = Autoregressive(bijector, MADE(64, bijector.num_params, (128, 128), 3))
     x, context = torch.randn(8, 64), torch.randn(8, 3)
     spent = []
     for verb in (layer.forward_and_log_det, layer.inverse_and_log_det):
-        with FlopCounterMode(display=False) as once:
+        with Flops() as once:
             y, log_det = verb(x, context)
-        with FlopCounterMode(display=False) as again:
+        with Flops() as again:
             (y.sum() + log_det.sum()).backward()
-        spent.append((once.get_total_flops(), again.get_total_flops()))
+        spent.append((once.total, again.total))
     (forward, forward_gradient), (inverse, inverse_gradient) = spent
     assert 0 < inverse <= 2.5 * forward
     assert 0 < inverse_gradient <= 2.5 * forward_gradient
@@ -230,11 +249,6 @@ def test_residual_layers_add_their_input() -> None:
     h = h + net.hidden[1](h).relu()
     h = net.hidden[2](h).relu()  # the width changes here: nothing to add
     torch.testing.assert_close(net(x), net.output(h).unflatten(-1, (2, 3)).mT)
-
-
-def test_a_network_without_inputs_depends_on_the_context_alone() -> None:
-    net = laws.randomise(MLP(0, 3, 2, (8,), context_dim=2))
-    assert net(torch.zeros(5, 0), torch.randn(5, 2)).shape == (5, 3, 2)
 
 
 @pytest.mark.parametrize("order", [[0, 0, 1], [1, 2, 3], [0, 1]])

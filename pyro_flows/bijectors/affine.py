@@ -1,4 +1,4 @@
-"""Scale and shift: y = x exp(s) + t, with s = b tanh(a / b).
+"""Scale and shift: y = x exp(s) + t, with s = b tanh(a / 2).
 
 The log-scale is bounded smoothly, so that no step of an optimiser can make a layer explode.
 Density estimation using Real NVP (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803);
@@ -17,7 +17,7 @@ from .base import Bijector, split_params
 
 @dataclass(frozen=True)
 class Affine(Bijector):
-    """The map y = x exp(s) + t, with parameters (a, t) and s = b tanh(a / b).
+    """The map y = x exp(s) + t, with parameters (a, t) and s = b tanh(a / 2).
 
     Args:
         max_log_scale: The bound b on the log-scale, in nats: one layer scales by at most exp(b).
@@ -33,7 +33,7 @@ class Affine(Bijector):
         (2.0, 0.0)
     """
 
-    max_log_scale: float = 4.0
+    max_log_scale: float = 3.0
 
     def __post_init__(self) -> None:
         if not self.max_log_scale > 0:
@@ -56,6 +56,6 @@ class Affine(Bijector):
         return x, s.expand_as(x)
 
     def _bounded(self, a: Tensor, sign: int) -> Tensor:
-        """±b tanh(a / b) as b - 2 b sigmoid(∓2 a / b), in three fast operations."""
-        b = self.max_log_scale
-        return torch.rsub(torch.sigmoid(a * (-sign * 2 / b)), b, alpha=2 * b)
+        """±b tanh(a / 2) as ±(2 b sigmoid(a) - b), in two fast operations."""
+        b = sign * self.max_log_scale
+        return torch.rsub(torch.sigmoid(a), -b, alpha=-2 * b)

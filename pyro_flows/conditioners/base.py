@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,32 @@ class Conditioner(nn.Module, ABC):
     output_dim: int
     num_params: int
     context_dim: int
+    hidden_dims: tuple[int, ...]
+    from_context: nn.Linear | None
+
+    def __init__(
+        self, input_dim: int, output_dim: int, num_params: int, hidden_dims: Sequence[int], context_dim: int
+    ) -> None:
+        super().__init__()
+        self.input_dim, self.output_dim = input_dim, output_dim
+        self.num_params, self.context_dim = num_params, context_dim
+        self.hidden_dims = tuple(hidden_dims)
+        if not self.hidden_dims or min(self.hidden_dims) < 1:
+            raise ValueError(
+                f"{type(self).__name__}: hidden_dims must hold at least one positive width, got {hidden_dims!r}."
+            )
+        # A context is added to the first hidden layer: computed once per context, broadcast over samples.
+        self.from_context = nn.Linear(context_dim, self.hidden_dims[0], bias=False) if context_dim else None
+
+    def add_context(self, h: Tensor, context: Tensor | None) -> Tensor:
+        """What enters the first hidden layer's activation: ``h`` and the share of the context."""
+        if self.from_context is None:
+            return h
+        if context is None:
+            raise ValueError(
+                f"{type(self).__name__}: context is missing; this network takes contexts of width {self.context_dim}."
+            )
+        return h + self.from_context(context)
 
     @abstractmethod
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -51,18 +51,14 @@ class MADE(Conditioner):
         order: Sequence[int] | None = None,
         activation: type[nn.Module] = nn.ReLU,
     ) -> None:
-        super().__init__()
+        super().__init__(input_dim, input_dim, num_params, hidden_dims, context_dim)
         order = range(input_dim) if order is None else [int(rank) for rank in order]
         if sorted(order) != list(range(input_dim)):
             raise ValueError(f"MADE: order must be a permutation of 0 … {input_dim - 1}, got {list(order)}.")
-        self.input_dim = self.output_dim = input_dim
-        self.num_params, self.context_dim = num_params, context_dim
-        self.hidden_dims = tuple(hidden_dims)
         self.activation = activation
         self.act = activation()
         widths = (input_dim, *self.hidden_dims)
         self.hidden = nn.ModuleList(MaskedLinear(n, m) for n, m in pairwise(widths))  # type: ignore[assignment]
-        self.from_context = nn.Linear(context_dim, widths[1], bias=False) if context_dim else None
         self.output = MaskedLinear(widths[-1], num_params * input_dim, zero=True)
         lowest = min(0 if context_dim else 1, input_dim - 1)
         self.degrees = [_degrees(width, lowest, input_dim - 1) for width in self.hidden_dims]
@@ -87,8 +83,7 @@ class MADE(Conditioner):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, *others = self.hidden
-        h = first(x)
-        h = self.act(h if self.from_context is None else h + self.from_context(context))
+        h = self.act(self.add_context(first(x), context))
         for layer in others:
             h = self.act(layer(h))
         return self._output(h)
@@ -102,7 +97,7 @@ class MADE(Conditioner):
         with torch.enable_grad():
             h = x.detach().requires_grad_()
             for number, layer in enumerate(self.hidden):
-                a = layer(h) if number or self.from_context is None else layer(h) + self.from_context(context)
+                a = layer(h) if number else self.add_context(layer(h), context)
                 h = self.act(a)
                 slopes.append(torch.autograd.grad(h, a, torch.ones_like(h), retain_graph=True)[0].T.contiguous())
             return self._output(h), slopes

@@ -41,23 +41,17 @@ class MLP(Conditioner):
         activation: type[nn.Module] = nn.ReLU,
         residual: bool = False,
     ) -> None:
-        super().__init__()
-        self.input_dim, self.output_dim = input_dim, output_dim
-        self.num_params, self.context_dim = num_params, context_dim
-        self.hidden_dims = tuple(hidden_dims)
+        super().__init__(input_dim, output_dim, num_params, hidden_dims, context_dim)
         self.activation = activation
         self.residual = residual
         widths = (input_dim, *self.hidden_dims)
         self.hidden = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(widths))
-        # A context is added to the first hidden layer: computed once per context, broadcast over samples.
-        self.from_context = nn.Linear(context_dim, widths[1], bias=False) if context_dim else None
         self.output = zero_(nn.Linear(widths[-1], num_params * output_dim))
         self.act = activation()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, *others = self.hidden
-        h = first(x)
-        h = self.act(h if self.from_context is None else h + self.from_context(context))
+        h = self.act(self.add_context(first(x), context))
         for layer in others:
             update = self.act(layer(h))
             h = h + update if self.residual and update.shape == h.shape else update

@@ -4,7 +4,8 @@ To invert an autoregressive layer, the parameters of rank r are needed as soon a
 A :class:`Chain` keeps the rows that are known and computes only those that one more step unlocks: :func:`stream` runs
 the network from the first rank to the last, :func:`costream` its transposed Jacobian from the last rank to the first,
 which solves the triangular system that the gradient of an inverse asks for.  Each takes about the work of one pass, in
-memory of O(width) per sample.  Both are local to one call; nothing is kept on the module.
+memory of O(width) per sample.  Both are local to one call; nothing is kept on the module.  Rows are written in place,
+so chains run where autograd does not watch: inside an autograd function, or under ``torch.no_grad``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .made import MADE
 class Chain:
     """Layers whose rows become known step by step, each from the rows of the layer below that are known by then.
 
-    Within a block of about sqrt(D) steps, what the rows from before the block contribute is one large product; a step
+    Within a block of about 2 sqrt(D) steps, what the rows from before the block contribute is one large product; a step
     then only adds the products inside its block.  Rows not yet known are zero, so no step needs a mask.
 
     Args:
@@ -50,7 +51,7 @@ class Chain:
         self._known = [like.new_zeros(starts[-1], like.shape[-1]) for starts in self._starts]
         self._rows = [split_steps(*pair, backwards) for pair in zip(self._known, sizes, strict=True)]
         self._step, self._steps = 0, len(sizes[0])
-        self._length = math.isqrt(self._steps - 1) + 1
+        self._length = 2 * math.isqrt(self._steps - 1) + 1
         self._parts: list[tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]] = []
 
     def step(self, rows: Tensor | None = None) -> Tensor | None:
@@ -109,8 +110,7 @@ def stream(net: MADE, context: Tensor | None, like: Tensor) -> Chain:
         A chain whose step takes ``(1, N)`` and returns ``(P, N)``.
     """
     weights, biases = _weights(net), [layer.bias.unsqueeze(-1) for layer in net.hidden]
-    if net.from_context is not None:
-        biases[0] = biases[0] + net.from_context(context).T
+    biases[0] = net.add_context(biases[0].T, context).T
     biases.append(_by_rank(net.output.bias.unsqueeze(-1), net))
     sizes = [[0] + [1] * (net.input_dim - 1), *net.unlocked, [net.num_params] * net.input_dim]
     activate: Callable[[Tensor], Tensor] = net.act.forward

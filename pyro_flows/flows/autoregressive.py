@@ -23,7 +23,7 @@ def iaf(
     *,
     num_transforms: int = 5,
     hidden_dims: Sequence[int] = (64, 64),
-    max_log_scale: float = 4.0,
+    max_log_scale: float = 3.0,
     activation: type[nn.Module] = nn.ReLU,
 ) -> Flow:
     """Inverse autoregressive flow (Kingma et al. 2016, arXiv:1606.04934): fast samples, the choice for guides.
@@ -53,7 +53,7 @@ def maf(
     *,
     num_transforms: int = 5,
     hidden_dims: Sequence[int] = (64, 64),
-    max_log_scale: float = 4.0,
+    max_log_scale: float = 3.0,
     activation: type[nn.Module] = nn.ReLU,
 ) -> Flow:
     """Masked autoregressive flow (Papamakarios, Pavlakou, Murray 2017, arXiv:1705.07057): fast densities.

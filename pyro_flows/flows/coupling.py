@@ -51,7 +51,7 @@ def realnvp(
     *,
     num_transforms: int = 8,
     hidden_dims: Sequence[int] = (64, 64),
-    max_log_scale: float = 4.0,
+    max_log_scale: float = 3.0,
     activation: type[nn.Module] = nn.ReLU,
     residual: bool = False,
 ) -> Flow:
@@ -93,8 +93,8 @@ def nsf(
     Example::
 
         >>> import torch
-        >>> nsf(4)().log_prob(torch.zeros(4)).item() == torch.distributions.Normal(0, 1).log_prob(torch.zeros(4)).sum()
-        tensor(True)
+        >>> round(nsf(4)().log_prob(torch.zeros(4)).item(), 3)  # at the start it is the standard normal
+        -3.676
     """
     bijector = RationalQuadraticSpline(bins, bound)
     return Flow(_stack("nsf", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, residual))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ..distributions import FixedBase, StandardNormal
-from ..transforms import FlowTransform, View
+from ..transforms import Compose, FlowTransform, View
 from ..transforms.compose import check_chain
 
 
@@ -163,14 +163,9 @@ class Flow(nn.Module):
             total = total + log_det
         return base.log_prob(value) + total
 
-    @torch.no_grad()
     def initialize(self, value: Tensor, context: Tensor | None = None) -> None:
-        """Let data ``(*batch, *event_shape)`` set the layers that start from data (:class:`ActNorm`), each from what
-        reaches it."""
-        for transform in reversed(self.transforms):
-            if hasattr(transform, "initialize"):
-                transform.initialize(value)
-            value, _ = transform.inverse_and_log_det(value, context if transform.context_dim else None)
+        """Let data ``(*batch, *event_shape)`` set the layers that start from data, such as ``ActNorm``."""
+        Compose(self.transforms).initialize(value, context)
 
     @property
     def inv(self) -> Flow:

@@ -34,7 +34,7 @@ class ActNorm(FlowTransform):
         self.log_scale = nn.Parameter(torch.zeros(input_dim))
 
     @torch.no_grad()
-    def initialize(self, y: Tensor) -> None:
+    def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
         """Set location and scale so that the data ``(*batch, D)`` go back to mean 0 and standard deviation 1.
 
         A constant feature keeps the scale 1.

@@ -39,6 +39,12 @@ class FlowTransform(TransformModule):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map ``y`` back to ``(x, log|det dx/dy|)``.  Shapes as in :meth:`forward_and_log_det`."""
 
+    def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
+        """Let data that this transform shall produce, ``(*batch, *event_shape)``, set its parameters.
+
+        By default nothing is set.
+        """
+
     def __init__(self, event_shape: torch.Size | tuple[int, ...], context_dim: int = 0) -> None:
         super().__init__()
         if any(size <= 0 for size in event_shape):
@@ -51,7 +57,7 @@ class FlowTransform(TransformModule):
 
     @property
     def inv(self) -> FlowTransform:
-        """The opposite direction, a module that owns this one; ``t.inv.inv is t``."""
+        """The opposite direction, a module that owns this one; ``t.inv.inv is t`` unless t is an inverse."""
         return Inverse(self)
 
     def condition(self, context: Tensor) -> Transform:

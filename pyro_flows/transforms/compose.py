@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from .base import FlowTransform, Inverse
+from .base import FlowTransform
 
 
 class Compose(FlowTransform):
@@ -18,6 +19,7 @@ class Compose(FlowTransform):
     Example::
 
         >>> import torch
+        >>> from pyro_flows.transforms import ActNorm, Permute
         >>> chain = Compose([Permute([1, 0]), ActNorm(2)])
         >>> y, log_det = chain.forward_and_log_det(torch.tensor([[1.0, 2.0]]))
         >>> y.tolist(), log_det.tolist()
@@ -49,9 +51,13 @@ class Compose(FlowTransform):
         assert total is not None
         return y, total
 
-    @property
-    def inv(self) -> FlowTransform:
-        return Inverse(self)
+    @torch.no_grad()
+    def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
+        """Initialise each transform from what reaches it when the data ``y`` go back to the base."""
+        for transform in reversed(self.transforms):
+            own = context if transform.context_dim else None
+            transform.initialize(y, own)
+            y, _ = transform.inverse_and_log_det(y, own)
 
 
 def check_chain(owner: str, transforms: list[FlowTransform]) -> int:

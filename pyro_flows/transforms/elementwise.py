@@ -49,7 +49,8 @@ class Elementwise(FlowTransform):
     def _params(self, context: Tensor | None) -> Tensor:
         if self.conditioner is None:
             return self.params
-        assert context is not None
+        if context is None:
+            raise ValueError(f"Elementwise: context is missing; its width is {self.context_dim}.")
         return self.conditioner(context)
 
 

@@ -1,0 +1,403 @@
+"""The training loop keeps its promises.
+
+It reaches known evidences, trains what there is to train, survives steps that are not finite, and leaves the
+parameters at the best state whatever ends the run.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import JitTrace_ELBO, RenyiELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from torch import Tensor
+
+from pyro_flows import AutoFlow, Fit, fit_svi, flows, psis
+from pyro_flows.fitting.loop import descend
+
+small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
+
+Y = torch.tensor([2.0, 3.0, 2.5])
+
+
+def conjugate(y):
+    """mu ~ N(0, 1), y_i ~ N(mu, 1): everything about it is known."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def log_evidence(y: Tensor) -> float:
+    """y is Gaussian with covariance I + 1 1ᵀ."""
+    return dist.MultivariateNormal(torch.zeros(len(y)), torch.eye(len(y)) + 1).log_prob(y).item()
+
+
+quick = functools.partial(fit_svi, steps=5, num_particles=2, progress=False)
+
+
+# A fit that goes well.
+
+
+def test_record():
+    guide = AutoFlow(conjugate, small)
+    fit = fit_svi(conjugate, guide, Y, steps=60, num_particles=4, progress=False)
+    assert isinstance(fit, Fit)
+    assert fit.guide is guide
+    assert fit.losses.shape == (60,)
+    assert fit.losses.dtype == torch.float64
+    assert fit.losses.isfinite().all()
+    assert (fit.steps, fit.skipped, fit.stopped) == (60, 0, "steps")
+    assert fit.best_step in (50, 60)
+    assert fit.best_loss == pytest.approx(fit.losses[fit.best_step - 50 : fit.best_step].mean().item())
+    assert 0 < fit.seconds < 60
+    assert repr(fit).startswith("Fit(best_loss=")
+    assert "steps=60, skipped=0" in repr(fit)
+
+
+@pytest.mark.parametrize("build", [functools.partial(AutoFlow, flow=small), AutoNormal, AutoMultivariateNormal])
+def test_conjugate_model_reaches_its_evidence(build):
+    """The posterior is a Gaussian, which each of these guides holds exactly: the ELBO is then the evidence."""
+    guide = build(conjugate)
+    fit = fit_svi(conjugate, guide, Y, steps=600, lr=0.03, num_particles=16, progress=False)
+    weights = psis(conjugate, guide, Y, num_samples=2000).log_weights.double()
+    gap = log_evidence(Y) - weights.mean().item()
+    # The gap is the divergence of the guide from the posterior: never negative but for the mean's standard error.
+    error = weights.std().item() / math.sqrt(2000)
+    assert -4 * error - 1e-5 < gap < 0.02 + 4 * error
+    # The loss of the record is the mean of the last 50 steps.
+    spread = fit.losses[-50:].std().item() / math.sqrt(50)
+    assert abs(fit.best_loss + log_evidence(Y)) < 0.03 + 4 * spread
+
+
+def test_progress_bar_shows_loss_and_is_silent_on_request(capsys):
+    fit_svi(conjugate, AutoFlow(conjugate, small), Y, steps=50, num_particles=2)
+    captured = capsys.readouterr()
+    assert "50/50" in captured.err
+    assert "loss" in captured.err
+    quick(conjugate, AutoFlow(conjugate, small), Y)
+    captured = capsys.readouterr()
+    assert "/5" not in captured.err
+    assert not captured.out
+
+
+def test_trains_parameters_of_the_model():
+    """y_i ~ N(theta + z, 1) with z ~ N(0, 1): the likelihood, z summed out, is highest at the mean of y."""
+
+    def model(y):
+        theta = pyro.param("theta", torch.tensor(0.0))
+        noise = pyro.param("noise", torch.tensor(3.0), constraint=dist.constraints.positive)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(theta + z, noise), obs=y)
+
+    fit = fit_svi(model, AutoFlow(model, small), Y, steps=500, lr=0.03, num_particles=32, progress=False)
+    assert fit.losses[-50:].mean() < fit.losses[:10].mean()
+    assert pyro.param("theta").item() == pytest.approx(2.5, abs=0.1)
+    # The residuals' variance on two degrees of freedom; z takes the third.
+    assert pyro.param("noise").item() == pytest.approx(Y.var().sqrt().item(), abs=0.1)
+
+
+def test_trains_modules_of_the_model():
+    net = torch.nn.Linear(1, 1)
+
+    def model(y):
+        pyro.module("net", net)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(net(torch.ones(1)) + z, 1.0), obs=y)
+
+    before = net.bias.item()
+    quick(model, AutoFlow(model, small), Y)
+    assert net.bias.item() != before
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        TraceMeanField_ELBO(num_particles=4),
+        RenyiELBO(alpha=0.5, num_particles=4, vectorize_particles=True, max_plate_nesting=1),
+        JitTrace_ELBO(num_particles=4, ignore_jit_warnings=True),
+    ],
+    ids=lambda objective: type(objective).__name__,
+)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_other_objectives(objective):
+    guide = AutoNormal(conjugate)
+    fit = fit_svi(conjugate, guide, Y, steps=100, lr=0.05, objective=objective, progress=False)
+    assert fit.losses[-20:].mean() < fit.losses[:5].mean()
+    assert guide.median()["mu"].item() == pytest.approx(7.5 / 4, abs=0.5)
+
+
+def test_keyword_arguments_reach_the_model():
+    seen = []
+
+    def model(y, scale=None, steps=None):
+        seen.append((scale, steps))
+        mu = pyro.sample("mu", dist.Normal(0.0, scale))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    fit = quick(model, AutoFlow(model, small), Y, scale=2.0, model_kwargs={"steps": "the model's own"})
+    assert fit.steps == 5
+    assert set(seen) == {(2.0, "the model's own")}
+
+
+@pytest.mark.parametrize("build", [functools.partial(AutoFlow, flow=small), AutoNormal], ids=["AutoFlow", "AutoNormal"])
+def test_module_local_params_make_no_difference(build):
+    losses = []
+    for local in (True, False):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        with pyro.settings.context(module_local_params=local):
+            losses.append(fit_svi(conjugate, build(conjugate), Y, steps=20, lr=0.05, progress=False).losses)
+    assert torch.equal(*losses)
+    assert losses[0][-5:].mean() < losses[0][0]
+
+
+def test_same_seed_gives_the_same_fit():
+    losses = []
+    for _ in range(2):
+        pyro.set_rng_seed(5)
+        losses.append(quick(conjugate, AutoFlow(conjugate, small), Y).losses)
+    assert torch.equal(*losses)
+
+
+# The best state.
+
+
+def run(loss, parameters, **settings) -> Fit:
+    defaults = {
+        "trained": None,
+        "steps": 100,
+        "lr": 0.1,
+        "clip_norm": 10.0,
+        "on_nonfinite": "skip",
+        "progress": False,
+        "diagnose": lambda: "the diagnosis",
+        "window": 10,
+    }
+    return descend(loss, parameters, **{**defaults, **settings})
+
+
+class Bowl:
+    """(x - 1)² with a last part of one's choice: ``after`` is called from step ``turn`` on."""
+
+    def __init__(self, after, turn: int) -> None:
+        self.x, self.after, self.turn, self.calls = torch.zeros((), requires_grad=True), after, turn, 0
+        self.seen: list[float] = []
+
+    def __call__(self) -> Tensor:
+        self.calls += 1
+        self.seen.append(self.x.item())
+        return self.after(self.x) if self.calls >= self.turn else (self.x - 1) ** 2
+
+
+def test_descend_finds_the_minimum():
+    bowl = Bowl(None, 10**6)
+    fit = run(bowl, [bowl.x], steps=200)
+    assert bowl.x.item() == pytest.approx(1, abs=0.01)
+    assert fit.best_step == 200
+
+
+def test_a_loss_that_blows_up_is_undone():
+    bowl = Bowl(lambda x: 1000 - 100 * x, turn=51)  # from here on the gradient drags x away
+    fit = run(bowl, [bowl.x])
+    assert abs(bowl.seen[-1] - 1) > 1  # it did blow up
+    assert 20 <= fit.best_step <= 50
+    assert bowl.x.item() == bowl.seen[fit.best_step]  # what the next step saw is what this one left
+    assert bowl.x.item() == pytest.approx(1, abs=0.1)
+    assert fit.best_loss == pytest.approx(fit.losses[fit.best_step - 10 : fit.best_step].mean().item())
+
+
+def test_step_size_falls_to_zero_along_a_cosine():
+    x = torch.zeros((), requires_grad=True)
+    seen = []
+
+    def slope() -> Tensor:  # a constant gradient, on which Adam's steps are exactly as long as the step size
+        seen.append(x.item())
+        return -x
+
+    run(slope, [x], lr=0.1)
+    moves = torch.tensor([*seen, x.item()]).diff()
+    expected = 0.05 * (1 + torch.cos(math.pi * torch.arange(100) / 100))
+    torch.testing.assert_close(moves, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_are_clipped():
+    x = torch.zeros(2, requires_grad=True)
+    run(lambda: 1e6 * x.sum(), [x], steps=1, clip_norm=5.0)
+    assert x.grad.norm().item() == pytest.approx(5.0, rel=1e-4)
+
+
+# Steps that are not finite.
+
+
+def test_nonfinite_steps_are_skipped_and_counted():
+    calls = []
+    x = torch.zeros((), requires_grad=True)
+
+    def loss() -> Tensor:
+        calls.append(x.item())
+        return (x - 1) ** 2 * (math.nan if len(calls) % 4 == 0 else 1.0)
+
+    fit = run(loss, [x], steps=200)
+    assert fit.skipped == 50
+    assert fit.steps == 200
+    assert torch.equal(fit.losses.isnan(), torch.arange(1, 201) % 4 == 0)
+    assert calls[3] == calls[4]  # the fourth step changed nothing
+    assert x.item() == pytest.approx(1, abs=0.05)
+    assert math.isfinite(fit.best_loss)
+
+
+def test_nonfinite_gradient_of_a_finite_loss_is_skipped():
+    x = torch.zeros((), requires_grad=True)
+    fit = run(lambda: x.sqrt() + 1, [x], steps=5)  # the slope at zero is infinite
+    assert fit.skipped == 5
+    assert x.item() == 0
+
+
+def poisoned(after: int):
+    """The conjugate model, whose site "wall" turns NaN for good after so many calls, and the list of its calls."""
+    calls = []
+
+    def model(y):
+        calls.append(0)
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        pyro.factor("wall", mu * (math.nan if len(calls) > after else 0.0))
+
+    return model, calls
+
+
+def test_many_nonfinite_steps_in_a_row_name_the_site():
+    model, _ = poisoned(after=30)
+    message = r"at step 1\d\d and at the 99 before: .*'wall'.*smaller lr \(now 0.01"
+    with pytest.raises(FloatingPointError, match=message):
+        fit_svi(model, AutoNormal(conjugate), Y, steps=300, lr=0.01, progress=False)
+
+
+def test_on_nonfinite_raise_stops_at_the_first():
+    model, calls = poisoned(after=30)
+    with pytest.raises(FloatingPointError, match=r"at step \d+: .*'wall'"):
+        fit_svi(model, AutoNormal(conjugate), Y, steps=300, progress=False, on_nonfinite="raise")
+    assert len(calls) < 60
+
+
+def test_a_draw_that_a_distribution_refuses_counts_as_nonfinite():
+    """Pyro's validation raises where a scale is negative; that too is a bad step and not the end."""
+    calls = []
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        calls.append(0)
+        scale = torch.where(torch.tensor(len(calls) % 5 == 0), -1.0, 1.0)
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(mu, scale), obs=y)
+
+    fit = fit_svi(model, AutoNormal(conjugate), Y, steps=40, progress=False)
+    assert fit.skipped == 8
+    assert fit.losses.isfinite().sum() == 32
+
+
+# What ends a run early.
+
+
+def ending(error: BaseException, after: int, watch=lambda: None):
+    """The conjugate model, which raises at a call; what ``watch`` sees at each call is kept in ``seen``."""
+    seen = []
+
+    def model(y):
+        seen.append(watch())
+        if len(seen) == after:
+            raise error
+        conjugate(y)
+
+    return model, seen
+
+
+@pytest.mark.parametrize("build", [functools.partial(AutoFlow, flow=small), AutoNormal], ids=["AutoFlow", "AutoNormal"])
+def test_interrupt_keeps_the_best_state(build, capsys):
+    guide = build(conjugate)
+    guide(Y)
+
+    def state() -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in guide.parameters()]
+
+    model, seen = ending(KeyboardInterrupt(), 90, state)
+    fit = fit_svi(model, guide, Y, steps=500, lr=0.03, progress=False)
+    assert fit.stopped == "interrupted"
+    assert 50 < fit.steps < 90
+    assert fit.losses.shape == (fit.steps,)
+    assert fit.best_step == 50
+    assert f"Interrupted after {fit.steps} steps; kept the best state, of step 50" in capsys.readouterr().err
+    # The last call was that of step fit.steps + 1; the call of step 51 saw what step 50 had left.
+    best = seen[51 - (fit.steps + 1) - 1]
+    assert all(torch.equal(kept, then) for kept, then in zip(state(), best, strict=True))
+    assert not all(torch.equal(kept, then) for kept, then in zip(state(), seen[-1], strict=True))
+
+
+def test_interrupt_before_the_first_window_keeps_the_start(capsys):
+    guide = AutoFlow(conjugate, small).setup(Y)
+    start = [parameter.detach().clone() for parameter in guide.parameters()]
+    model, _ = ending(KeyboardInterrupt(), 12)
+    fit = fit_svi(model, guide, Y, steps=500, progress=False)
+    assert fit.stopped == "interrupted"
+    assert fit.best_step == 0
+    assert all(torch.equal(old, new) for old, new in zip(start, guide.parameters(), strict=True))
+    assert "kept the state at the start" in capsys.readouterr().err
+
+
+def test_any_other_error_leaves_the_best_state():
+    bowl = Bowl(lambda x: 1 / 0, turn=38)
+    with pytest.raises(ZeroDivisionError):
+        run(bowl, [bowl.x])
+    assert bowl.x.item() == bowl.seen[30]
+    assert bowl.x.item() != bowl.seen[37]
+
+
+def test_an_error_of_the_model_is_not_swallowed():
+    model, _ = ending(ValueError("out of cheese"), 20)
+    with pytest.raises(ValueError, match="out of cheese"):
+        fit_svi(model, AutoNormal(conjugate), Y, steps=100, progress=False)
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("steps", 0),
+        ("steps", 1.5),
+        ("steps", True),
+        ("num_particles", 0),
+        ("lr", -1.0),
+        ("lr", math.inf),
+        ("clip_norm", math.nan),
+        ("clip_norm", 0.0),
+        ("on_nonfinite", "x"),
+    ],
+)
+def test_bad_arguments_are_named(argument, value):
+    with pytest.raises(ValueError, match=f"fit_svi: {argument} must .*got {value!r}"):
+        fit_svi(conjugate, AutoFlow(conjugate, small), Y, **{"progress": False, argument: value})
+
+
+def test_nothing_to_train_is_refused():
+    def guide(y):
+        pyro.sample("mu", dist.Normal(2.0, 0.5))
+
+    with pytest.raises(ValueError, match="neither the guide nor the model has parameters to train"):
+        quick(conjugate, guide, Y)
+
+
+def test_a_frozen_guide_is_refused():
+    guide = AutoFlow(conjugate, small).setup(Y).requires_grad_(False).eval()
+    with pytest.raises(ValueError, match="parameters to train"):
+        quick(conjugate, guide, Y)

@@ -1,0 +1,446 @@
+"""A flow is a module that lasts, ``flow(context)`` a Pyro distribution: it starts at its base, its density integrates
+to one, its batch is that of its context, each network runs once, and it goes wherever a distribution goes in Pyro."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import laws
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.distributions.conditional import ConditionalDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_flows.conditioners import Conditioner
+from pyro_flows.flows import Flow
+from pyro_flows.flows.coupling import coupling_masks
+from pyro_flows.transforms import ActNorm, Coupling, LULinear
+
+CONTEXT_DIM = 2
+every_recipe = pytest.mark.parametrize("name", laws.RECIPES)
+every_size = pytest.mark.parametrize("dim", [1, 2, 5])
+every_context = pytest.mark.parametrize("context_dim", [0, CONTEXT_DIM], ids=["plain", "context"])
+
+
+def start(name: str, dim: int = 3, context_dim: int = 0, **options: Any) -> Flow:
+    return laws.RECIPES[name](dim, context_dim, **{"num_transforms": 3, "hidden_dims": (8, 8), **options}).double()
+
+
+def random(name: str, dim: int = 3, context_dim: int = 0, scale: float = 0.3, **options: Any) -> Flow:
+    return laws.randomise(start(name, dim, context_dim, **options), scale=scale)
+
+
+def context_of(flow: Flow, *batch: int) -> Tensor | None:
+    return laws.normal(*batch, flow.context_dim, seed=2) if flow.context_dim else None
+
+
+def close(got: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(got, wanted, atol=1e-9, rtol=1e-9)
+
+
+# -------------------------------------------------------------------------------------------------------- distribution
+
+
+@every_recipe
+@every_size
+@every_context
+def test_it_starts_at_its_base(name: str, dim: int, context_dim: int) -> None:
+    flow = start(name, dim, context_dim)
+    x = laws.normal(6, dim, scale=2.0)
+    close(flow(context_of(flow, 6)).log_prob(x), dist.Normal(0.0, 1.0).log_prob(x).sum(-1))
+
+
+@every_recipe
+@every_size
+@every_context
+def test_shapes_are_those_of_the_context(name: str, dim: int, context_dim: int) -> None:
+    flow = random(name, dim, context_dim)
+    batch = (5,) if context_dim else ()
+    q = flow(context_of(flow, 5))
+    assert (q.batch_shape, q.event_shape) == (batch, (dim,))
+    x = q.sample((7,))
+    assert x.shape == (7, *batch, dim)
+    assert q.log_prob(x).shape == (7, *batch)
+    assert q.log_prob(x[0]).shape == batch
+    assert q.shape((7,)) == x.shape
+    assert q.rsample().shape == (*batch, dim)
+    assert (x.dtype, q.log_prob(x).dtype) == (torch.float64,) * 2
+    assert (flow.event_shape, flow.context_dim) == ((dim,), context_dim)
+    assert isinstance(q, dist.TransformedDistribution)
+    assert isinstance(flow, ConditionalDistribution)
+    assert q.has_rsample
+    assert q.support.event_dim == 1
+    assert isinstance(q.support.base_constraint, type(constraints.real))
+
+
+@every_recipe
+def test_values_and_contexts_broadcast(name: str) -> None:
+    flow = random(name, 3, CONTEXT_DIM)
+    context, x = laws.normal(4, 1, CONTEXT_DIM), laws.normal(4, 5, 3, seed=1)
+    score = flow(context).log_prob(x)
+    assert score.shape == (4, 5)
+    close(score, flow(context.expand(4, 5, CONTEXT_DIM)).log_prob(x))
+    close(flow(context[0, 0]).log_prob(x)[0], score[0])
+    close(flow(context).log_prob(x[0, 0]), flow(context).log_prob(x[0, 0].expand(4, 1, 3)))
+    close(flow.condition(context).log_prob(x), score)
+    close(flow.log_prob(x, context), score)
+    assert flow(context).rsample((6,)).shape == (6, 4, 1, 3)
+    assert flow.rsample_and_log_prob((6,), context)[1].shape == (6, 4, 1)
+
+
+@every_recipe
+@every_size
+@every_context
+def test_samples_and_scores_belong_together(name: str, dim: int, context_dim: int) -> None:
+    flow = random(name, dim, context_dim)
+    context = context_of(flow, 5)
+    x, log_prob = flow.rsample_and_log_prob((7,), context)
+    assert x.requires_grad
+    close(log_prob, flow(context).log_prob(x.detach().clone()))
+
+
+@pytest.mark.parametrize("context_dim", [0, CONTEXT_DIM], ids=["plain", "context"])
+@every_recipe
+@pytest.mark.parametrize("dim", [1, 2])
+def test_the_density_integrates_to_one(name: str, dim: int, context_dim: int) -> None:
+    """The mean of f(x) under the density agrees with that of the samples too: they are the same law."""
+    flow = random(name, dim, context_dim, scale=0.2)
+    q = flow(context_of(flow))
+    axis = torch.linspace(-14, 14, 2801 if dim == 1 else 281, dtype=torch.float64)
+    grid = torch.cartesian_prod(*(axis,) * dim).reshape(-1, dim)
+    with torch.no_grad():
+        mass = q.log_prob(grid).exp() * (axis[1] - axis[0]) ** dim
+        x = q.sample((4000,))
+    assert mass.sum().item() == pytest.approx(1, abs=2e-3)
+    test_function = torch.sigmoid(grid).prod(-1)
+    assert torch.sigmoid(x).prod(-1).mean().item() == pytest.approx((mass * test_function).sum().item(), abs=0.03)
+
+
+# -------------------------------------------------------------------------------------------------------------- economy
+
+
+def count_calls(flow: Flow) -> list[int]:
+    """How often each conditioner has run as a module; an incremental run, which inverts a layer, is not one."""
+    counts = [0] * sum(isinstance(part, Conditioner) for part in flow.modules())
+    for place, net in enumerate(part for part in flow.modules() if isinstance(part, Conditioner)):
+
+        def called(*_: object, place: int = place) -> None:
+            counts[place] += 1
+
+        net.register_forward_hook(called)
+    return counts
+
+
+@pytest.mark.parametrize("name", ["nice", "realnvp", "nsf", "iaf"])
+@every_context
+def test_each_network_runs_once(name: str, context_dim: int) -> None:
+    flow = random(name, 3, context_dim)
+    context, counts = context_of(flow, 5), count_calls(flow)
+    flow.rsample_and_log_prob((7,), context)
+    assert set(counts) == {1}
+    q = flow(context)
+    x = q.rsample((7,))
+    remembered = q.log_prob(x)
+    assert set(counts) == {2}
+    x = x.detach().clone()
+    close(q.log_prob(x), remembered)
+    # Coupling layers run once more for a value from elsewhere; iaf's networks then run incrementally, not as modules.
+    assert set(counts) == ({2} if name == "iaf" else {3})
+
+
+@pytest.mark.parametrize("name", ["maf", "nsf_ar"])
+def test_density_fast_flows_score_in_one_pass_and_never_run_to_score_their_samples(name: str) -> None:
+    flow = random(name, 3)
+    counts = count_calls(flow)
+    flow().log_prob(laws.normal(7, 3))
+    assert set(counts) == {1}
+    q = flow()
+    q.log_prob(q.rsample((7,)))
+    assert set(counts) == {1}
+
+
+# --------------------------------------------------------------------------------------------------------------- depth
+
+
+@every_recipe
+@pytest.mark.parametrize("dim", [2, 3, 5, 8])
+def test_every_dimension_is_transformed_by_two_layers(name: str, dim: int) -> None:
+    flow = laws.randomise(start(name, dim, num_transforms=2), scale=1.0)
+    layers = [layer for layer in flow.transforms if not isinstance(layer, ActNorm)]  # couplings alone must do it
+    x = y = laws.normal(9, dim)
+    for layer in layers:
+        y, _ = layer.forward_and_log_det(y)
+    assert (y != x).any(0).all()
+
+
+@pytest.mark.parametrize("dim", [2, 3, 4, 5, 8, 13, 33])
+def test_coupling_masks_separate_all_features(dim: int) -> None:
+    pairs = math.ceil(math.log2(dim))
+    masks = coupling_masks(dim, 2 * pairs)
+    assert all(mask.any() and not mask.all() for mask in masks)
+    for first, second in zip(masks[::2], masks[1::2], strict=True):
+        assert torch.equal(first, ~second)
+    table = torch.stack(masks)
+    apart = (table[:, :, None] != table[:, None]).any(0)
+    assert torch.equal(apart, ~torch.eye(dim, dtype=torch.bool))
+
+
+def test_masks_go_around_when_the_stack_is_deep() -> None:
+    masks = coupling_masks(4, 6)
+    assert torch.equal(torch.stack(masks[4:]), torch.stack(masks[:2]))
+
+
+# ------------------------------------------------------------------------------------------------------------- inverse
+
+
+@every_recipe
+@every_context
+def test_inv_is_the_opposite_direction(name: str, context_dim: int) -> None:
+    flow = random(name, 3, context_dim)
+    context, x = context_of(flow, 6), laws.normal(6, 3)
+    y, total = x, torch.zeros(6, dtype=torch.float64)
+    for transform in flow.transforms:
+        y, log_det = transform.forward_and_log_det(y, context if transform.context_dim else None)
+        total = total + log_det
+    close(flow.inv(context).log_prob(x), dist.Normal(0.0, 1.0).log_prob(y).sum(-1) + total)
+    close(flow.inv.inv(context).log_prob(y), flow(context).log_prob(y))
+    assert {id(p) for p in flow.inv.parameters()} == {id(p) for p in flow.parameters()}
+
+
+# --------------------------------------------------------------------------------------------------------------- Pyro
+
+
+@every_recipe
+def test_it_expands(name: str) -> None:
+    q = random(name, 3)()
+    wide = q.expand((4, 5))
+    x = laws.normal(4, 5, 3)
+    assert (wide.batch_shape, wide.event_shape, wide.sample().shape) == ((4, 5), (3,), (4, 5, 3))
+    close(wide.log_prob(x), q.log_prob(x))
+    assert wide.sample().unique(dim=0).shape[0] == 4  # independent draws, not copies of one
+    conditional = random(name, 3, CONTEXT_DIM)
+    narrow = conditional(laws.normal(5, CONTEXT_DIM))
+    close(narrow.expand((4, 5)).log_prob(x), narrow.log_prob(x))
+
+
+def test_it_masks_and_becomes_an_event() -> None:
+    q = random("nsf", 3, CONTEXT_DIM)(laws.normal(5, CONTEXT_DIM))
+    x = q.sample()
+    mask = torch.tensor([True, False, True, True, False])
+    close(q.mask(mask).log_prob(x), torch.where(mask, q.log_prob(x), 0.0))
+    event = q.to_event(1)
+    assert (event.batch_shape, event.event_shape) == ((), (5, 3))
+    close(event.log_prob(x), q.log_prob(x).sum())
+
+
+@every_recipe
+def test_it_is_a_prior_and_a_likelihood(name: str) -> None:
+    prior, likelihood = random(name, 3), random(name, 2, 3)
+
+    def model(data: Tensor) -> None:
+        pyro.module("prior", prior)
+        z = pyro.sample("z", prior())
+        with pyro.plate("rows", len(data)):
+            local = pyro.sample("local", prior())  # the plate expands it
+            pyro.sample("x", likelihood(z + local), obs=data)
+
+    data = laws.normal(6, 2)
+    trace = poutine.trace(model).get_trace(data)
+    trace.compute_log_prob()
+    sites = {site: trace.nodes[site] for site in ("z", "local", "x")}
+    z, local = sites["z"]["value"], sites["local"]["value"]
+    assert (z.shape, local.shape) == ((3,), (6, 3))
+    close(sites["z"]["log_prob"], prior().log_prob(z.detach().clone()))
+    close(sites["local"]["log_prob"], prior().log_prob(local.detach().clone()))
+    close(sites["x"]["log_prob"], likelihood(z + local).log_prob(data))
+    gradient = torch.autograd.grad(trace.log_prob_sum(), list(prior.parameters()), allow_unused=True)
+    assert any(g is not None and (g != 0).any() for g in gradient)
+
+
+def test_it_is_scored_in_nested_and_subsampled_plates() -> None:
+    flow = random("maf", 3, CONTEXT_DIM)
+    context = laws.normal(4, 6, CONTEXT_DIM)
+
+    def model() -> Tensor:
+        with pyro.plate("rows", 4, dim=-2), pyro.plate("columns", 12, subsample_size=6, dim=-1):
+            return pyro.sample("x", flow(context))
+
+    trace = poutine.trace(model).get_trace()
+    trace.compute_log_prob()
+    x = trace.nodes["x"]["value"]
+    assert x.shape == (4, 6, 3)
+    close(trace.nodes["x"]["log_prob_sum"], 2 * flow(context).log_prob(x.detach().clone()).sum())
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        dist.Laplace(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1),
+        dist.MultivariateNormal(torch.ones(3, dtype=torch.float64), 2 * torch.eye(3, dtype=torch.float64)),
+    ],
+    ids=["laplace", "multivariate_normal"],
+)
+@every_context
+def test_any_distribution_can_be_the_base(base: dist.TorchDistribution, context_dim: int) -> None:
+    flow = Flow(start("nsf", 3, context_dim).transforms, base)
+    context, x = context_of(flow, 6), laws.normal(6, 3)
+    close(flow(context).log_prob(x), base.log_prob(x))
+    laws.randomise(flow, scale=0.3)
+    y, log_prob = flow.rsample_and_log_prob((6,) if context is None else (), context)
+    close(flow(context).log_prob(y.detach().clone()), log_prob)
+
+
+def test_data_set_the_layers_that_start_from_data() -> None:
+    flow = Flow([ActNorm(2), LULinear(2), ActNorm(2)]).double()
+    data = 3 + 2 * laws.normal(500, 2)
+    flow.initialize(data)
+    x = data
+    for transform in reversed(flow.transforms):
+        x, _ = transform.inverse_and_log_det(x)
+    close(x.mean(0), torch.zeros(2, dtype=torch.float64))
+    close(x.std(0, correction=0), torch.ones(2, dtype=torch.float64))
+
+
+# ------------------------------------------------------------------------------------------------------ copy and state
+
+
+@every_recipe
+@every_context
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda flow: pickle.loads(pickle.dumps(flow))], ids=["copy", "pickle"])
+def test_copies_agree_and_are_independent(name: str, context_dim: int, how: Any) -> None:
+    flow = random(name, 3, context_dim)
+    context, x = context_of(flow, 6), laws.normal(6, 3)
+    q = flow(context)
+    (q.log_prob(x).sum() + q.log_prob(q.rsample()).sum()).backward()
+    before, twin = q.log_prob(x), how(flow)
+    assert torch.equal(twin(context).log_prob(x), before)
+    laws.randomise(twin, seed=5)
+    assert torch.equal(flow(context).log_prob(x), before)
+    assert not torch.equal(twin(context).log_prob(x), before)
+
+
+@every_recipe
+@every_context
+def test_state_loads_into_a_fresh_instance(name: str, context_dim: int) -> None:
+    flow, fresh = random(name, 3, context_dim), start(name, 3, context_dim)
+    fresh.load_state_dict(flow.state_dict(), strict=True)
+    context, x = context_of(flow, 6), laws.normal(6, 3)
+    assert torch.equal(fresh(context).log_prob(x), flow(context).log_prob(x))
+
+
+@every_recipe
+def test_a_float64_flow_draws_float64(name: str) -> None:
+    single = random(name, 3).float()
+    x, log_prob = single.rsample_and_log_prob((4,))
+    assert x.dtype == log_prob.dtype == torch.float32
+    double = single.double()
+    x, log_prob = double.rsample_and_log_prob((4,))
+    assert x.dtype == log_prob.dtype == double().sample().dtype == torch.float64
+
+
+@every_recipe
+def test_three_steps_from_the_start_move_every_parameter(name: str) -> None:
+    flow = start(name, 5, CONTEXT_DIM)
+    before = {key: p.detach().clone() for key, p in flow.named_parameters()}
+    optimiser = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    context, x = laws.normal(64, CONTEXT_DIM), laws.normal(64, 5, seed=1).cumsum(-1) + 1
+    for _ in range(3):
+        optimiser.zero_grad()
+        (-flow(context).log_prob(x).mean()).backward()
+        optimiser.step()
+    assert all((p != before[key]).any() for key, p in flow.named_parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------ compiler
+
+
+@pytest.mark.parametrize("name", ["realnvp", "maf"])
+@pytest.mark.parametrize("verb", ["log_prob", "rsample_and_log_prob"])
+def test_it_compiles_to_one_graph(name: str, verb: str) -> None:
+    pyro.enable_validation(False)  # a check of values is control flow that depends on data
+    flow = random(name, 3, CONTEXT_DIM, num_transforms=2)
+    context, value = laws.normal(4, CONTEXT_DIM), laws.normal(4, 3)
+    argument = value if verb == "log_prob" else ()
+    torch._dynamo.reset()
+    found = []
+    for function in (getattr(flow, verb), torch.compile(getattr(flow, verb), fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(3)
+        outputs = function(argument, context)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        found.append([*outputs, *torch.autograd.grad(sum(o.sum() for o in outputs), list(flow.parameters()))])
+    for ours, theirs in zip(*found, strict=True):
+        close(ours, theirs)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("context_dim", "context", "message"),
+    [
+        (2, None, r"context is missing; .* width 2"),
+        (0, torch.zeros(5, 2), r"context of shape \(5, 2\) is unexpected"),
+        (2, torch.zeros(5, 3), r"context must have width 2 .*got shape \(5, 3\)"),
+        (2, torch.zeros(()), r"context must have width 2 .*got shape \(\)"),
+        (2, torch.zeros(5, 2, dtype=torch.long), r"context must be of a floating dtype, got torch.int64"),
+    ],
+)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda flow, context: flow(context),
+        lambda flow, context: flow.rsample_and_log_prob((), context),
+        lambda flow, context: flow.log_prob(torch.zeros(3, dtype=torch.float64), context),
+    ],
+    ids=["call", "rsample_and_log_prob", "log_prob"],
+)
+def test_a_wrong_context_is_refused(use: Any, context_dim: int, context: Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        use(start("realnvp", 3, context_dim), context)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.zeros(5, 2), r"event shape \(3,\) on the right, got shape \(5, 2\)"),
+        (torch.zeros(()), r"event shape \(3,\) on the right, got shape \(\)"),
+        (torch.zeros(5, 3, dtype=torch.long), r"floating dtype, got torch.int64"),
+        (torch.tensor([0.0, math.nan, 0.0]), r"NaN or inf \(1 of 3 numbers"),
+        (torch.tensor([0.0, math.inf, -math.inf]), r"NaN or inf \(2 of 3 numbers"),
+    ],
+)
+def test_a_wrong_value_is_refused(value: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        start("realnvp", 3)().log_prob(value)
+
+
+@every_recipe
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_dim": 0}, "input_dim must be an integer of at least 1, got 0"),
+        ({"input_dim": 2.0}, "input_dim must be an integer of at least 1, got 2.0"),
+        ({"input_dim": True}, "input_dim must be an integer of at least 1, got True"),
+        ({"context_dim": -1}, "context_dim must be an integer of at least 0, got -1"),
+        ({"num_transforms": 0}, "num_transforms must be an integer of at least 1, got 0"),
+        ({"hidden_dims": 64}, "hidden_dims must be a sequence .*got 64"),
+        ({"hidden_dims": ()}, r"hidden_dims must be a sequence .*got \(\)"),
+        ({"hidden_dims": (64, 0)}, r"hidden_dims must be a sequence .*got \(64, 0\)"),
+    ],
+)
+def test_a_recipe_names_itself_the_argument_and_the_value(name: str, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: {message}"):
+        laws.RECIPES[name](**{"input_dim": 2, **arguments})
+
+
+def test_couplings_are_what_coupling_recipes_are_made_of() -> None:
+    """With one feature there is nothing to couple; from two on, every layer is a coupling."""
+    assert not any(isinstance(layer, Coupling) for layer in start("realnvp", 1).transforms)
+    assert all(isinstance(layer, Coupling) for layer in start("realnvp", 2).transforms)

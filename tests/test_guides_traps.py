@@ -1,0 +1,327 @@
+"""Traps of Pyro's own flow guides, each of which once cost somebody an afternoon: AutoFlow falls into none.
+
+Either it works, or it is refused at setup in words that name the site at fault.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import pickle
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoGuideList, init_to_value
+from torch.distributions import constraints
+
+from pyro_flows import AutoFlow, fit_svi, flows, psis
+
+small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
+
+
+def model():
+    """x ~ N(0, 1) and y = x + noise seen at 3: the loss at the optimum is -log N(3; 0, 2)."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.1))
+    pyro.sample("y", dist.Normal(x, scale), obs=torch.tensor(3.0))
+
+
+def train(guide, steps: int = 100, program=model) -> list[float]:
+    svi = SVI(program, guide, pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(16, vectorize_particles=True))
+    return [svi.step() for _ in range(steps)]
+
+
+def state(guide) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in guide.parameters()]
+
+
+def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def draws_of(guide) -> list[torch.Tensor]:
+    pyro.set_rng_seed(3)
+    return list(guide.sample(10).values())
+
+
+# Several guides in one process.
+
+
+def test_second_guide_trains():
+    """Without clearing the parameter store; the first guide is left as it is, bit for bit."""
+    first = AutoFlow(model, small)
+    reached = train(first)
+    kept = state(first)
+    second = AutoFlow(model, small)
+    losses = train(second)
+    assert losses[0] > reached[-1] + 0.5  # it starts afresh
+    # Losses are means of 16 draws, averaged over 20 steps; their spread is that of the steps themselves.
+    tails = torch.tensor([reached[-20:], losses[-20:]])
+    assert (tails.mean(1).diff().abs() < 4 * (tails.var(1).sum() / 20).sqrt()).all()
+    Trace_ELBO().loss(model, first)
+    assert same(state(first), kept)
+
+
+def test_second_guide_list_starts_afresh():
+    """AutoGuideList renames its parts after their place, the same in every list."""
+
+    def other():
+        pyro.sample("z", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+
+    lists = []
+    for program in (model, model, other):
+        guide = AutoGuideList(program)
+        guide.append(AutoFlow(program, small))
+        guide()
+        start = [parameter.detach().clone() for parameter in guide[0].flow.transforms[-1].parameters()]
+        lists.append((guide, start, train(guide, 30, program)))
+    assert same(lists[0][1], lists[1][1])
+    assert lists[1][2][0] > lists[0][2][-1] + 0.5
+
+
+def test_same_explicit_name_of_two_live_guides_warns():
+    first = AutoFlow(model, small, name="posterior")
+    with pytest.warns(UserWarning, match="named 'posterior'"):
+        second = AutoFlow(model, small, name="posterior")
+    del first, second
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # both are gone, so the name is free again
+        AutoFlow(model, small, name="posterior").setup()
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_trains_with_and_without_module_local_params(local):
+    losses = []
+    for setting in (local, False):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        with pyro.settings.context(module_local_params=setting):
+            guide = AutoFlow(model, small)
+            losses.append(train(guide, 20))
+            if setting:
+                assert not pyro.get_param_store().keys()
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
+
+
+# Parameters.
+
+
+def test_parameters_exist_after_setup_under_clean_names():
+    guide = AutoFlow(model, small).setup()
+    names = [name for name, _ in guide.named_parameters(remove_duplicate=False)]
+    assert names
+    assert all(name.startswith("flow.transforms.") for name in names)
+    assert "flow.transforms.2.loc" in names  # after the two couplings: location and scale
+    assert len({id(p) for _, p in guide.named_parameters(remove_duplicate=False)}) == len(names)
+    before = state(guide)
+    optimizer = torch.optim.Adam(guide.parameters(), lr=0.01)
+    for _ in range(2):  # in the first step only the last layers move, which start at zero
+        optimizer.zero_grad()
+        Trace_ELBO(2).differentiable_loss(model, guide).backward()
+        optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, state(guide), strict=True))
+
+
+def test_state_dict_restores_the_function():
+    guide = AutoFlow(model, small)
+    train(guide, 5)
+    expected = draws_of(guide)
+    fresh = AutoFlow(model, small).setup()
+    assert not same(draws_of(fresh), expected)
+    fresh.load_state_dict(guide.state_dict(), strict=True)
+    assert same(draws_of(fresh), expected)
+
+
+def test_param_store_file_restores_the_function(tmp_path):
+    guide = AutoFlow(model, small, name="kept")
+    train(guide, 5)
+    expected = draws_of(guide)
+    pyro.get_param_store().save(str(tmp_path / "params"))
+    del guide
+    pyro.clear_param_store()
+    pyro.get_param_store().load(str(tmp_path / "params"))
+    fresh = AutoFlow(model, small, name="kept").setup()
+    assert same(draws_of(fresh), expected)
+    losses = train(fresh, 50)  # and it goes on from there
+    assert losses[-1] < losses[0]
+    assert not same(draws_of(fresh), expected)
+
+
+def test_param_store_of_another_shape_is_refused():
+    guide = AutoFlow(model, small, name="wide")
+    train(guide, 1)
+    narrow = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(8,))
+    del guide
+    with pytest.raises(ValueError, match=r"parameter store holds 'wide\.flow.*another name"):
+        AutoFlow(model, narrow, name="wide").setup()
+
+
+def test_pickling_leaves_the_live_guide_usable():
+    guide = AutoFlow(model, small)
+    train(guide, 5)
+    before = draws_of(guide)
+    copy = pickle.loads(pickle.dumps(guide))
+    assert same(draws_of(guide), before)
+    assert same(draws_of(copy), before)
+    assert guide.model is not None
+    train(guide, 2)
+    assert not same(draws_of(guide), before)
+
+
+# Posteriors that are hard to reach.
+
+
+def test_far_gaussian_is_reached_with_the_defaults():
+    pyro.set_rng_seed(2)  # not every seed is as hard: half of them forgive a step size that is too small
+    loc, scale = torch.tensor([0.0, 10.0, -20.0, 0.0]), torch.tensor([1.0, 1.0, 0.1, 30.0])
+
+    def far():
+        z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (4,)))
+        pyro.factor("target", dist.Normal(loc, scale).log_prob(z).sum(-1))
+
+    guide = AutoFlow(far)
+    fit_svi(far, guide, progress=False)
+    checked = psis(far, guide, num_samples=4000)
+    # The target is normalised, log Z = 0, so the divergence KL(q, p) is the mean of log q - log p; its standard error
+    # is part of the answer: a divergence of 0.1 nats has log-weights with a spread of about sqrt(0.2).
+    divergence = -checked.log_weights.mean().item()
+    assert divergence + 2 * checked.log_weights.std().item() / math.sqrt(4000) < 0.1
+
+
+def test_improper_uniform_sites_start():
+    def flat():
+        x = pyro.sample("x", dist.ImproperUniform(constraints.positive, (), ()))
+        z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (3,)))
+        p = pyro.sample("p", dist.ImproperUniform(constraints.simplex, (), (3,)))
+        pyro.factor("data", dist.Gamma(3.0, 2.0).log_prob(x) - (z**2).sum(-1) + p.log().sum(-1))
+
+    losses = train(AutoFlow(flat, small), 100, flat)
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+# What one joint flow cannot answer for is refused by name.
+
+
+def test_support_that_depends_on_another_latent_is_refused():
+    def triangle():
+        a = pyro.sample("a", dist.Uniform(0.0, 1.0))
+        pyro.sample("b", dist.Uniform(0.0, 1 - a))
+
+    with pytest.raises(ValueError, match="support of latent site 'b'"):
+        AutoFlow(triangle, small).setup()
+
+    def stretched():
+        a = pyro.sample("a", dist.Uniform(0.0, 1.0))
+        u = pyro.sample("u", dist.Uniform(0.0, 1.0))
+        pyro.deterministic("b", (1 - a) * u)
+
+    assert AutoFlow(stretched, small).setup().latent_dim == 2  # what the error recommends
+
+
+def test_support_that_depends_on_the_data_alone_is_accepted():
+    def bounded(top):
+        pyro.sample("b", dist.Uniform(0.0, top))
+
+    draws = AutoFlow(bounded, small, init_scale=2.0).setup(torch.tensor(5.0)).sample(500)["b"]
+    assert 0 < draws.min() < 1 < 4 < draws.max() < 5
+
+
+def test_support_without_a_bijection_is_refused():
+    def matrix():
+        pyro.sample("covariance", dist.Wishart(torch.tensor(5.0), torch.eye(3)))
+
+    with pytest.raises((NotImplementedError, ValueError), match="'covariance'"):
+        AutoFlow(matrix, small).setup()
+
+
+def test_latent_in_a_subsampled_plate_is_refused():
+    def local():
+        with pyro.plate("people", 10, subsample_size=4):
+            pyro.sample("ability", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"'ability' lies in plate 'people'.*4 of 10"):
+        AutoFlow(local, small).setup()
+
+
+def test_subsampled_plate_of_observations_is_accepted():
+    data = torch.linspace(1, 3, 20)
+
+    def observed():
+        x = pyro.sample("x", dist.Normal(0.0, 10.0))
+        with pyro.plate("people", 20, subsample_size=5) as rows:
+            pyro.sample("y", dist.Normal(x, 1.0), obs=data[rows])
+
+    guide = AutoFlow(observed, small)
+    losses = train(guide, 300, observed)
+    assert sum(losses[-30:]) < sum(losses[:30])
+    # The posterior is N(2, 1 / 20); a noisy objective reaches it roughly.
+    assert guide.median()["x"].item() == pytest.approx(2, abs=0.3)
+
+
+def test_discrete_latent_is_refused_with_the_way_out():
+    def coin():
+        p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        pyro.sample("side", dist.Bernoulli(p))
+
+    with pytest.raises(ValueError, match=r"'side' is discrete.*TraceEnum_ELBO.*config_enumerate.*hide=\['side'\]"):
+        AutoFlow(coin, small).setup()
+    assert AutoFlow(poutine.block(coin, hide=["side"]), small).setup().latent_dim == 1  # what the error recommends
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_nan_in_the_data_is_refused(validate):
+    def holes(y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    pyro.enable_validation(validate)
+    with pytest.raises(ValueError, match=r"observed site 'y' holds NaN or inf \(1 of 3 numbers\)"):
+        AutoFlow(holes, small).setup(torch.tensor([0.0, math.nan, 1.0]))
+
+
+def test_impossible_start_is_refused():
+    def narrow():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("wall", torch.where(x > 3, 0.0, -math.inf))
+
+    with pytest.raises(ValueError, match=r"site 'wall' is -inf.*init_to_value"):
+        AutoFlow(narrow, small).setup()
+    guide = AutoFlow(narrow, small, init_loc_fn=init_to_value(values={"x": torch.tensor(4.0)})).setup()
+    assert guide.median()["x"].item() == pytest.approx(4, abs=0.05)
+
+
+def test_model_without_latents_is_refused():
+    def empty():
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0))
+
+    with pytest.raises((RuntimeError, ValueError), match="no latent"):
+        AutoFlow(empty, small).setup()
+
+
+@pytest.mark.parametrize("wrong", [flows.nsf(2), "nsf", 3], ids=["a Flow", "a string", "a number"])
+def test_flow_must_be_a_recipe(wrong):
+    with pytest.raises(TypeError, match=f"flow must be a recipe.*got {type(wrong).__name__}"):
+        AutoFlow(model, wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda size: flows.nsf(size + 1), lambda size: flows.nsf(size, context_dim=2), lambda size: None],
+    ids=["of another size", "with a context", "nothing"],
+)
+def test_recipe_must_fit(wrong):
+    with pytest.raises(ValueError, match=r"flow\(2\) must return a Flow over events of shape \(2,\)"):
+        AutoFlow(model, wrong).setup()
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
+def test_init_scale_must_be_positive(scale):
+    with pytest.raises(ValueError, match=f"init_scale must be positive and finite, got {scale}"):
+        AutoFlow(model, small, init_scale=scale)

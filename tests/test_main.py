@@ -1,0 +1,186 @@
+"""The main job: ``python -m pyro_flows`` prints an answer and a verdict, writes two files, and refuses bad wishes
+before it trains."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyro_flows
+from pyro_flows import __main__ as job
+from pyro_flows.diagnostics.importance import weigh
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)
+    import arviz as az
+
+ROWS = ["mu", "tau", *(f"theta[{school}]" for school in "ABCDEFGH")]
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    """The job uses one thread; the tests after it shall not."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def check_files(folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == ["eight_schools.nc", "eight_schools.png"]
+    data = az.from_netcdf(str(folder / "eight_schools.nc"))
+    assert data.posterior["theta"].shape == (1, 4000, 8)
+    assert data.observed_data["effect"].values.tolist() == [28, 8, -3, 7, -1, 1, 18, 12]
+    picture = (folder / "eight_schools.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    assert picture.endswith(b"IEND\xaeB`\x82")  # a whole picture
+
+
+def table_of(text: str) -> dict[str, list[float]]:
+    """The rows of the table: name -> mean, sd, 5 %, 95 %."""
+    rows = [line.split() for line in text.splitlines()]
+    return {row[0]: [float(number) for number in row[1:]] for row in rows if row and row[0] in ROWS}
+
+
+def test_as_a_command(tmp_path):
+    """As a user runs it, in a process of its own."""
+    root = Path(pyro_flows.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "pyro_flows", "--steps", "30", "--quiet", "--out", str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr == ""
+    check_files(tmp_path)
+
+
+def test_prints_table_diagnostics_and_verdict(tmp_path, capsys):
+    assert job.main(["--steps", "30", "--out", str(tmp_path / "new" / "folder")]) == 0
+    captured = capsys.readouterr()
+    check_files(tmp_path / "new" / "folder")
+    table = table_of(captured.out)
+    assert list(table) == ROWS
+    for mean, sd, low, high in table.values():
+        assert sd > 0
+        assert low < mean < high
+    assert table["tau"][2] > 0
+    for words in ("k-hat", "ESS", "log evidence", "nats", "time", "trust", "cannot see a region"):
+        assert words in captured.out
+    assert str(tmp_path / "new" / "folder" / "eight_schools.nc") in captured.out
+    assert "30/30" in captured.err  # the progress bar
+
+
+def test_quiet_prints_nothing(tmp_path, capsys):
+    assert job.main(["--steps", "3", "--quiet", "--out", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+    check_files(tmp_path)
+
+
+def test_the_same_seed_gives_the_same_table(tmp_path, capsys):
+    tables = []
+    for seed in ("7", "7", "8"):
+        assert job.main(["--steps", "10", "--seed", seed, "--out", str(tmp_path)]) == 0
+        tables.append(table_of(capsys.readouterr().out))
+    assert tables[0] == tables[1]
+    assert tables[0] != tables[2]
+
+
+@pytest.mark.parametrize("flow", sorted(job.RECIPES))
+def test_every_flow_runs(flow, tmp_path, capsys):
+    assert job.main(["--flow", flow, "--steps", "3", "--out", str(tmp_path)]) == 0
+    assert list(table_of(capsys.readouterr().out)) == ROWS
+    check_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [(0.3, "The guide can be trusted where it looks: "), (0.6, "with care in the tails"), (0.9, "Do not trust")],
+)
+def test_verdict_follows_khat(shape, words):
+    """Weights that are the quantiles of a Pareto distribution: k-hat finds its shape."""
+    survival = (torch.arange(10_000) + 0.5) / 10_000
+    checked = weigh(-shape * survival.log())
+    assert checked.khat == pytest.approx(shape, abs=0.05)
+    assert words in job.verdict(checked)
+    assert "cannot see a region that the guide has missed" in job.verdict(checked)
+
+
+# Bad wishes.
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("it trained")
+
+    monkeypatch.setattr(job, "fit_svi", refuse)
+
+
+def refused(arguments: list[str], capsys) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        job.main(arguments)
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_training")
+def test_unknown_flow_is_refused(capsys):
+    message = refused(["--flow", "glowworm"], capsys)
+    assert "glowworm" in message
+    assert all(name in message for name in ("iaf", "maf", "nice", "nsf", "nsf_ar", "realnvp"))
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize("steps", ["0", "-3", "many"])
+def test_bad_steps_are_refused(steps, capsys):
+    message = refused(["--steps", steps], capsys)
+    assert "--steps" in message
+    assert steps in message
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_file_as_folder_is_refused_before_training(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("keep me")
+    for out in (file, file / "below"):
+        message = refused(["--out", str(out)], capsys)
+        assert "--out" in message
+        assert str(out) in message
+    assert file.read_text() == "keep me"
+
+
+@pytest.mark.usefixtures("no_training")
+def test_an_unwritable_folder_is_refused_before_training(tmp_path, capsys, monkeypatch):
+    """The permission is denied by hand, since an administrator may write anywhere."""
+
+    def denied(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", denied)
+    message = refused(["--out", str(tmp_path)], capsys)
+    assert "Permission denied" in message
+    assert str(tmp_path) in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_half_written_is_left_behind(tmp_path, monkeypatch):
+    """The disk fills up while the picture is written: what was there before stays, and no draft remains."""
+
+    class Picture:
+        def savefig(self, path, **_):
+            Path(path).write_bytes(b"\x89PNG half a pic")
+            raise OSError(28, "No space left on device")
+
+    (tmp_path / "eight_schools.png").write_bytes(b"the old one")
+    monkeypatch.setattr(job, "plot_funnel", lambda *_: Picture())
+    with pytest.raises(OSError, match="No space left"):
+        job.main(["--steps", "3", "--quiet", "--out", str(tmp_path)])
+    assert (tmp_path / "eight_schools.png").read_bytes() == b"the old one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eight_schools.nc", "eight_schools.png"]
