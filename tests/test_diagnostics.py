@@ -358,3 +358,40 @@ def test_arviz_1_gets_groups_as_one_argument(monkeypatch):
     tree = compat.from_groups(groups, {}, {"x": ["row"]}, {"khat": 0.1})
     assert calls == [(groups, {}, {"x": ["row"]})]
     assert tree["posterior"].attrs == {"khat": 0.1}
+
+
+def test_a_subsampled_plate_is_refused_by_name():
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 10, subsample_size=4):
+            pyro.sample("y", dist.Normal(x, 1.0), obs=torch.zeros(4))
+
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"plate 'rows', which is subsampled \(4 of 10 rows\)"):
+        psis(model, guide, num_samples=100)
+
+
+def test_batch_size_must_be_positive():
+    def model() -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        psis(model, model, num_samples=100, batch_size=0)
+
+
+def test_masked_rows_carry_no_likelihood():
+    seen = torch.tensor([True, False, True])
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3), pyro.poutine.mask(mask=seen):
+            pyro.sample("y", dist.Normal(x, 1.0), obs=torch.ones(3))
+
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    found = to_arviz(model, guide, num_samples=50)["log_likelihood"]["y"].values
+    assert (found[..., 1] == 0).all()
+    assert (found[..., [0, 2]] < 0).all()

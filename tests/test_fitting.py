@@ -225,7 +225,8 @@ def test_step_size_falls_to_zero_along_a_cosine():
     run(slope, [x], lr=0.1)
     moves = torch.tensor([*seen, x.item()]).diff()
     expected = 0.05 * (1 + torch.cos(math.pi * torch.arange(100) / 100))
-    torch.testing.assert_close(moves, expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(moves[50:], expected[50:], rtol=1e-3, atol=1e-5)
+    assert (moves[:50] <= expected[:50] + 1e-5).all()  # the first steps may be held back
 
 
 def test_gradients_are_clipped():
@@ -329,10 +330,10 @@ def test_interrupt_keeps_the_best_state(build, capsys):
     def state() -> list[Tensor]:
         return [parameter.detach().clone() for parameter in guide.parameters()]
 
-    model, seen = ending(KeyboardInterrupt(), 90, state)
+    model, seen = ending(KeyboardInterrupt(), 58, state)
     fit = fit_svi(model, guide, Y, steps=500, lr=0.03, progress=False)
     assert fit.stopped == "interrupted"
-    assert 50 < fit.steps < 90
+    assert 50 < fit.steps < 60
     assert fit.losses.shape == (fit.steps,)
     assert fit.best_step == 50
     assert f"Interrupted after {fit.steps} steps; kept the best state, of step 50" in capsys.readouterr().err
@@ -342,7 +343,16 @@ def test_interrupt_keeps_the_best_state(build, capsys):
     assert not all(torch.equal(kept, then) for kept, then in zip(state(), seen[-1], strict=True))
 
 
-def test_interrupt_before_the_first_window_keeps_the_start(capsys):
+def test_interrupt_counts_the_steps_since_the_last_window():
+    guide = AutoFlow(conjugate, small).setup(Y)
+    model, seen = ending(KeyboardInterrupt(), 40, lambda: [p.detach().clone() for p in guide.parameters()])
+    fit = fit_svi(model, guide, Y, steps=500, lr=0.03, progress=False)
+    assert fit.stopped == "interrupted"
+    assert fit.best_step == fit.steps < 40
+    assert all(torch.equal(kept, then) for kept, then in zip(guide.parameters(), seen[-1], strict=True))
+
+
+def test_interrupt_at_once_keeps_the_start(capsys):
     guide = AutoFlow(conjugate, small).setup(Y)
     start = [parameter.detach().clone() for parameter in guide.parameters()]
     model, _ = ending(KeyboardInterrupt(), 12)

@@ -68,31 +68,34 @@ class RationalQuadraticSpline(Bijector):
         return 3 * self.bins - 1
 
     def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        clamped = x.clamp(-self.bound, self.bound)
         inside = x.abs() < self.bound
-        x0, w, y0, h, d0, d1 = self._bin_of(x, params, axis=0)
-        u = ((x.clamp(-self.bound, self.bound) - x0) / w).clamp(0, 1)
-        s = h / w
-        uv = u * (1 - u)
-        denominator = s + (d0 + d1 - 2 * s) * uv
-        y = y0 + h * (s * u * u + d0 * uv) / denominator
-        log_det = _log_slope(u, uv, s, d0, d1, denominator)
+        x0, w, y0, h, d0, d1 = self._bin_of(clamped, params, axis=0)
+        u = ((clamped - x0) / w).clamp(0, 1)
+        v, s = 1 - u, h / w
+        denominator = torch.addcmul(s, torch.sub(d0 + d1, s, alpha=2), u * v)
+        y = torch.addcmul(y0, h, u * torch.addcmul(s * u, d0, v) / denominator)
+        log_det = _log_slope(u, v, s, d0, d1, denominator)
         return torch.where(inside, y, x), torch.where(inside, log_det, 0.0)
 
     def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        clamped = y.clamp(-self.bound, self.bound)
         inside = y.abs() < self.bound
-        x0, w, y0, h, d0, d1 = self._bin_of(y, params, axis=1)
-        v = (y.clamp(-self.bound, self.bound) - y0) / h
+        x0, w, y0, h, d0, d1 = self._bin_of(clamped, params, axis=1)
         s = h / w
-        # v is a ratio of two quadratics in u, so (s - b) u^2 + b u - s v = 0; the sign of b picks the form of the root
-        # that does not cancel.
-        curvature = d0 + d1 - 2 * s
-        b = d0 - v * curvature
-        root = (b * b + 4 * (s - b) * s * v).clamp_min(torch.finfo(y.dtype).tiny).sqrt()
-        u = torch.where(b >= 0, 2 * s * v, root - b) / torch.where(b >= 0, b + root, 2 * (s - b))
-        u = u.clamp(0, 1)
-        uv = u * (1 - u)
-        log_det = _log_slope(u, uv, s, d0, d1, s + curvature * uv)
-        return torch.where(inside, x0 + w * u, y), torch.where(inside, -log_det, 0.0)
+        # With t = (y - y0) / h, a ratio of two quadratics in u, (s - b) u^2 + b u - s t = 0; the sign of b picks
+        # the form of the root that does not cancel.
+        t = (clamped - y0) / h
+        curvature = torch.sub(d0 + d1, s, alpha=2)
+        b = torch.addcmul(d0, t, curvature, value=-1)
+        a, c = s - b, s * t
+        root = torch.addcmul(b * b, a, c, value=4).clamp_min(torch.finfo(y.dtype).tiny).sqrt()
+        half = (root + b) * 0.5
+        rising = b >= 0
+        u = (torch.where(rising, c, half - b) / torch.where(rising, half, a)).clamp(0, 1)
+        v = 1 - u
+        log_det = _log_slope(u, v, s, d0, d1, torch.addcmul(s, curvature, u * v))
+        return torch.where(inside, torch.addcmul(x0, w, u), y), torch.where(inside, -log_det, 0.0)
 
     def _bin_of(self, value: Tensor, params: Tensor, axis: int) -> tuple[Tensor, ...]:
         """The bin (x0, w, y0, h, d0, d1) that holds each value; axis 0 finds it along x, axis 1 along y."""
@@ -112,18 +115,21 @@ class RationalQuadraticSpline(Bijector):
         # Parameters stand first: softmax, sums and gathers then run over whole vectors of scalars.
         sizes, slopes = params.movedim(-1, 0).split((2 * self.bins, self.bins - 1))
         sizes = torch.softmax(sizes.unflatten(0, (2, self.bins)), 1)[:, :-1]
-        width = 2 * self.bound
-        sizes = sizes * (width * (1 - self.bins * self.min_bin)) + width * self.min_bin
-        knots = sizes.cumsum(1) - self.bound
+        bound, least, inner = self.bound, 2 * self.bound * self.min_bin, self.bins - 1
+        even = torch.linspace(least - bound, inner * least - bound, inner, dtype=params.dtype, device=params.device)
+        even = even.view(-1, *(1,) * (params.dim() - 1))
+        knots = torch.add(even, sizes.cumsum(1), alpha=2 * bound - self.bins * least)
         low, high = 1 / self.max_slope, self.max_slope
-        slopes = torch.sigmoid(slopes + math.log((1 - low) / (high - 1))) * (high - low) + low  # zero gives one
-        edge = torch.full_like(slopes[:1], self.bound)
-        one = torch.ones_like(edge)
-        table = torch.cat((-edge, knots[0], edge, -edge, knots[1], edge, one, slopes, one))
+        slopes = torch.sigmoid(slopes + math.log((1 - low) / (high - 1)))  # zero gives slope one
+        slopes = torch.rsub(slopes, low, alpha=low - high)
+        last = torch.full_like(slopes[:1], bound)
+        first, one = -last, torch.ones_like(last)
+        table = torch.cat((first, knots[0], last, first, knots[1], last, one, slopes, one))
         return table.unflatten(0, (3, self.bins + 1))
 
 
-def _log_slope(u: Tensor, uv: Tensor, s: Tensor, d0: Tensor, d1: Tensor, denominator: Tensor) -> Tensor:
-    """log dy/dx at the place u of a bin."""
+def _log_slope(u: Tensor, v: Tensor, s: Tensor, d0: Tensor, d1: Tensor, denominator: Tensor) -> Tensor:
+    """log dy/dx at the place u = 1 - v of a bin, (s / denominator)^2 (d0 v^2 + 2 s u v + d1 u^2)."""
     ratio = s / denominator
-    return torch.log(ratio * ratio * (d1 * u * u + 2 * s * uv + d0 * (1 - u) * (1 - u)))
+    slope = torch.addcmul(torch.addcmul(d0 * v, s, u) * v, torch.addcmul(d1 * u, s, v), u)
+    return torch.log(ratio * ratio * slope)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from .compat import from_groups
@@ -71,7 +72,10 @@ def to_arviz(
             else:
                 observed[name] = _array(single["value"])
                 if log_likelihood:
-                    value = rows_of(name, site["unscaled_log_prob"], single["fn"].batch_shape, size)
+                    density = scale_and_mask(
+                        site["unscaled_log_prob"], mask=site["mask"]
+                    )  # a masked row counts nothing
+                    value = rows_of(name, density, single["fn"].batch_shape, size)
                     parts["log_likelihood"].setdefault(name, []).append(value)
         stats = {"log_p": batch.log_p, "log_q": batch.log_q, "log_weight": batch.log_p - batch.log_q}
         for name, value in stats.items():

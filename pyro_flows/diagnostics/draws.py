@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.util import is_validation_enabled
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match
@@ -61,10 +60,32 @@ def draw(
     vectorize: bool = True,
 ) -> Iterator[Draws]:
     """Yield ``num_samples`` draws in batches of at most ``batch_size``, or one at a time without ``vectorize``."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
+        yield from _batches(model, guide, args, kwargs, num_samples, batch_size if vectorize else 1, vectorize)
+
+
+def _batches(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_samples: int,
+    batch_size: int,
+    vectorize: bool,
+) -> Iterator[Draws]:
     single, nesting = single_trace(model, guide, args, kwargs)
+    for name, site in single.nodes.items():
+        for frame in site.get("cond_indep_stack", ()):
+            if frame.full_size is not None and frame.size < frame.full_size:
+                raise ValueError(
+                    f"site {name!r} lies in plate {frame.name!r}, which is subsampled ({frame.size} of "
+                    f"{frame.full_size} rows): draws would be weighed against different data. Let the plate run over all rows."
+                )
     remaining = num_samples
     while remaining > 0:
-        size = min(batch_size, remaining) if vectorize else 1
+        size = min(batch_size, remaining)
         remaining -= size
         run_model, run_guide = model, guide
         if vectorize:
@@ -72,8 +93,7 @@ def draw(
         with poutine.block():
             guide_trace = poutine.trace(run_guide).get_trace(*args, **kwargs)
             model_trace = poutine.trace(poutine.replay(run_model, trace=guide_trace)).get_trace(*args, **kwargs)
-        if is_validation_enabled():
-            check_model_guide_match(model_trace, guide_trace)
+        check_model_guide_match(model_trace, guide_trace)
         guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
         log_p, log_q = (_total(trace, size, nesting) for trace in (model_trace, guide_trace))
         yield Draws(log_p, log_q, model_trace, single)

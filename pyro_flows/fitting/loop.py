@@ -72,7 +72,7 @@ def descend(
         parameters: The tensors to train.
         trained: What the record shall name as trained.
         steps: The number of steps.
-        lr: The first step size; it falls to zero along a cosine.
+        lr: The largest step size; it is reached within 100 steps and falls to zero along a cosine.
         clip_norm: The largest norm of a gradient.
         on_nonfinite: ``"skip"`` passes over steps whose loss or gradient is not finite and gives up after ``patience``
             in a row; ``"raise"`` gives up at the first.
@@ -82,7 +82,6 @@ def descend(
         patience: How many steps in a row may be skipped.
     """
     optimizer = torch.optim.Adam(parameters, lr=lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
     losses: list[float] = []
     best = _Best(parameters)
     skipped = in_a_row = 0
@@ -90,6 +89,8 @@ def descend(
     bar = tqdm(total=steps, disable=not progress, unit="step", dynamic_ncols=True, leave=True)
     try:
         for step in range(1, steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * _schedule(step, steps)
             optimizer.zero_grad()
             number, cause = _backward(loss, parameters, clip_norm)
             losses.append(number)
@@ -99,18 +100,20 @@ def descend(
             else:
                 skipped, in_a_row = skipped + 1, in_a_row + 1
                 if on_nonfinite == "raise" or in_a_row == patience:
+                    cause = "; ".join(filter(None, (_ask(diagnose), cause)))
                     raise FloatingPointError(
                         f"The loss or its gradient was not finite at step {step}"
-                        f"{f' and at the {in_a_row - 1} before' if in_a_row > 1 else ''}: {cause or diagnose()}. "
+                        f"{f' and at the {in_a_row - 1} before' if in_a_row > 1 else ''}: {cause}. "
                         f"Try a smaller lr (now {lr:g}) or init_scale, or a float64 model."
                     )
-            schedule.step()
             bar.update()
             if step % window == 0 or step == steps:
                 best.offer(losses[-window:], step)
                 bar.set_postfix_str(f"loss {best.latest:.3f}" + (f", {skipped} skipped" if skipped else ""))
     except KeyboardInterrupt:
         stopped = "interrupted"
+        if len(losses) % window >= 10:
+            best.offer(losses[-(len(losses) % window) :], len(losses))
     finally:
         bar.close()
         best.restore()
@@ -144,6 +147,21 @@ def _backward(loss: Callable[[], Tensor], parameters: list[Tensor], clip_norm: f
         return math.nan, str(error).splitlines()[0]
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
     return (value.item() if norm.isfinite() else math.nan), ""
+
+
+def _schedule(step: int, steps: int) -> float:
+    """The step size, as a share of the largest: up along a line, since Adam's first steps are all of full size and
+    deep flows compound them, then down along a cosine."""
+    warm_up = min(100, max(20, steps / 4))
+    return min(1.0, step / warm_up) * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+
+
+def _ask(diagnose: Callable[[], str]) -> str:
+    """A diagnosis, or nothing where what it runs fails."""
+    try:
+        return diagnose()
+    except (ValueError, RuntimeError):
+        return ""
 
 
 class _Best:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
@@ -26,7 +27,7 @@ def fit_svi(
     steps: int | None = None,
     objective: ELBO | None = None,
     num_particles: int = 32,
-    lr: float = 0.005,
+    lr: float = 0.01,
     clip_norm: float = 100.0,
     on_nonfinite: str = "skip",
     progress: bool = True,
@@ -43,7 +44,7 @@ def fit_svi(
         objective: A Pyro ELBO; by default ``Trace_ELBO`` with ``num_particles`` draws side by side, for which the model
             must broadcast to the left of its plates.
         num_particles: The number of draws in each step, where no objective is given.
-        lr: The first step size of Adam, which falls to zero along a cosine.
+        lr: The largest step size of Adam, which is reached within 100 steps and falls to zero along a cosine.
         clip_norm: The largest norm of a gradient.
         on_nonfinite: ``"skip"`` passes over steps whose loss or gradient is not finite, counts them, and ends with an
             error when there are 100 in a row; ``"raise"`` ends at the first.
@@ -82,15 +83,28 @@ def fit_svi(
         raise ValueError(f"fit_svi: on_nonfinite must be 'skip' or 'raise', got {on_nonfinite!r}.")
     kwargs = {**kwargs, **(model_kwargs or {})}
     _, nesting = single_trace(model, guide, args, kwargs)
+    side_by_side = objective is None and num_particles > 1
     if objective is None:
-        objective = Trace_ELBO(num_particles, max_plate_nesting=nesting, vectorize_particles=num_particles > 1)
+        objective = Trace_ELBO(num_particles, max_plate_nesting=nesting, vectorize_particles=side_by_side)
 
     def loss() -> Tensor:
-        return objective.differentiable_loss(model, guide, *args, **kwargs)
+        if hasattr(objective, "differentiable_loss"):
+            return objective.differentiable_loss(model, guide, *args, **kwargs)
+        # An objective such as RenyiELBO fills in the gradients itself.
+        return torch.tensor(objective.loss_and_grads(model, guide, *args, **kwargs), requires_grad=True)
 
+    try:
+        parameters = _parameters(loss, model, guide)
+    except (ValueError, RuntimeError, IndexError) as error:
+        if not side_by_side or "invalid values" in str(error) or "fit_svi" in str(error):
+            raise
+        raise ValueError(
+            f"fit_svi: the model runs with one draw, but not with num_particles={num_particles} draws side by side. "
+            "Let it broadcast to the left of its plates, use num_particles=1 or objective=Trace_ELBO(num_particles=n)."
+        ) from error
     return descend(
         loss,
-        _parameters(loss, model, guide),
+        parameters,
         trained=guide,
         steps=steps,
         lr=lr,
@@ -122,8 +136,9 @@ def _culprit(
 ) -> str:
     """Name the first site, in the guide and then in the model, whose value or density is not finite."""
     for _ in range(20):
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        with poutine.block(), pyro.validation_enabled(False):  # which would raise, and name no site
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         for program, trace in (("guide", guide_trace), ("model", model_trace)):
             for name, site in trace.nodes.items():
                 if site["type"] != "sample":
@@ -131,6 +146,6 @@ def _culprit(
                 value = site["value"]
                 if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
                     return f"the {program}'s site {name!r} has a value that is not finite"
-                if not site["fn"].log_prob(site["value"]).isfinite().all():
+                if not site["fn"].log_prob(value).isfinite().all():
                     return f"the {program}'s site {name!r} has a log-density that is not finite"
     return "all sites are finite in 20 single draws, so the gradient is at fault"

@@ -105,6 +105,10 @@ class AutoFlow(AutoContinuous):
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        if self.model is None:
+            raise ValueError(
+                "AutoFlow: this guide was saved before setup(), and a saved guide leaves its model behind."
+            )
         try:
             super(AutoContinuous, self)._setup_prototype(*args, **kwargs)
             check_latents(self.prototype_trace)  # before Pyro refuses a discrete site in fewer words
@@ -127,6 +131,10 @@ class AutoFlow(AutoContinuous):
         affine.loc.data.copy_(loc)
         affine.log_scale.data.fill_(math.log(self._init_scale))
         self._adopt_stored_parameters()
+
+    def _pyro_set_supermodule(self, name: str, context: Any) -> None:
+        """Inside a list of guides too, the guide keeps its own name, which is unique; its place in the list is not."""
+        super()._pyro_set_supermodule(self._pyro_name, context)
 
     def _adopt_stored_parameters(self) -> None:
         """Take over what the parameter store holds under this guide's name, as after ``get_param_store().load``."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro import poutine
+from pyro import poutine, validation_enabled
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
@@ -38,8 +38,9 @@ def check_start(
     if not latents:
         return
     start = {name: site["value"].detach() for name, site in latents.items()}
-    trace = _trace_at(model, start, args, kwargs)
-    trace.compute_log_prob()
+    with validation_enabled(False):  # its errors would come first, with less to say
+        trace = _trace_at(model, start, args, kwargs)
+        trace.compute_log_prob()
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or site["log_prob"].isfinite().all():
             continue

@@ -32,7 +32,15 @@ def init_to_center(site: dict[str, Any] | None = None) -> Tensor | Callable[...,
     if site is None:
         return init_to_center
     fn = site["fn"]
-    bijection = biject_to(fn.support)
+    if fn.support.is_discrete:
+        return fn.sample()  # for the guide to refuse, in words of its own
+    try:
+        bijection = biject_to(fn.support)
+    except NotImplementedError:
+        raise NotImplementedError(
+            f"init_to_center: torch knows no bijection from real vectors onto {fn.support}, the support of site "
+            f"{site.get('name')!r}; write the site another way, a covariance as scales and an LKJCholesky, say."
+        ) from None
     for value in (_median(fn), _mean(fn)):
         if value is not None and value.shape == fn.shape() and bijection.inv(value).isfinite().all():
             return value
@@ -57,7 +65,8 @@ def _median(fn: Any) -> Tensor | None:
 
 def _mean(fn: Any) -> Tensor | None:
     try:
-        return fn.mean.detach().clone()
+        mean = fn.mean.detach().clone()
+        return torch.where(mean.isfinite(), mean, fn.loc) if hasattr(fn, "loc") else mean  # StudentT of one degree
     except (NotImplementedError, RuntimeError, AttributeError):
         return None
 
