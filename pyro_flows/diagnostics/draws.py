@@ -81,7 +81,8 @@ def _batches(
             if frame.full_size is not None and frame.size < frame.full_size:
                 raise ValueError(
                     f"site {name!r} lies in plate {frame.name!r}, which is subsampled ({frame.size} of "
-                    f"{frame.full_size} rows): draws would be weighed against different data. Let the plate run over all rows."
+                    f"{frame.full_size} rows): draws would be weighed against different data. Let the plate run over "
+                    "all rows."
                 )
     remaining = num_samples
     while remaining > 0:

@@ -26,7 +26,7 @@ def fit_svi(
     *args: Any,
     steps: int | None = None,
     objective: ELBO | None = None,
-    num_particles: int = 32,
+    num_particles: int = 64,
     lr: float = 0.01,
     clip_norm: float = 100.0,
     on_nonfinite: str = "skip",

@@ -33,8 +33,8 @@ from .names import claim_name, is_free
 
 def default_flow(input_dim: int) -> Flow:
     """The flow that :class:`AutoFlow` builds when none is named: an inverse autoregressive flow, fast to sample."""
-    width = min(max(32, 2 * input_dim), 128)
-    return flows.iaf(input_dim, num_transforms=4, hidden_dims=(width, width), activation=nn.ELU)
+    width = min(max(64, 2 * input_dim), 128)
+    return flows.iaf(input_dim, num_transforms=3, hidden_dims=(width, width), activation=nn.ELU)
 
 
 class AutoFlow(AutoContinuous):
