@@ -308,12 +308,15 @@ def plot(results: dict[tuple[str, int, str], dict[str, float]], libraries: list[
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     dims = sorted({dim for _, dim, _ in results})
     names = [name for name in FLOWS if any(key[0] == name for key in results)]
     figure, axes = plt.subplots(len(TASKS), len(names), figsize=(2.6 * len(names), 8.5), sharex=True, squeeze=False)
     for row, task in zip(axes, TASKS, strict=True):
         for axis, name in zip(row, names, strict=True):
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
             for number, library in enumerate(libraries):
                 points = [(d, results[name, d, task].get(library, np.nan)) for d in dims if (name, d, task) in results]
                 style = (
@@ -325,9 +328,9 @@ def plot(results: dict[tuple[str, int, str], dict[str, float]], libraries: list[
             axis.set_xticks(dims, [str(d) for d in dims])
             axis.minorticks_off()
             axis.grid(alpha=0.25)
-            if row is axes[0]:
+            if task == TASKS[0]:
                 axis.set_title(name)
-            if row is axes[-1]:
+            if task == TASKS[-1]:
                 axis.set_xlabel("D")
         row[0].set_ylabel(f"{task}  [ms]")
     handles, labels = axes[0, 0].get_legend_handles_labels()

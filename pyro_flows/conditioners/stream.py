@@ -64,7 +64,7 @@ class Chain:
         result = None
         for layer, (below, weights, sums) in enumerate(self._parts, 1):
             if self._sizes[layer][t]:
-                result = self._finish[layer - 1](torch.addmm(sums[first], weights[first], below), t)
+                result = self._finish[layer - 1](sums[first].addmm_(weights[first], below), t)
                 if layer < len(self._parts):
                     self._rows[layer][t].copy_(result)
         self._step = t + 1
