@@ -315,8 +315,6 @@ def plot(results: dict[tuple[str, int, str], dict[str, float]], libraries: list[
     figure, axes = plt.subplots(len(TASKS), len(names), figsize=(2.6 * len(names), 8.5), sharex=True, squeeze=False)
     for row, task in zip(axes, TASKS, strict=True):
         for axis, name in zip(row, names, strict=True):
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter("{x:g}")
             for number, library in enumerate(libraries):
                 points = [(d, results[name, d, task].get(library, np.nan)) for d in dims if (name, d, task) in results]
                 style = (
@@ -326,6 +324,8 @@ def plot(results: dict[tuple[str, int, str], dict[str, float]], libraries: list[
                     style["color"] = ["C0", "C2", "C1", "C4"][number - 1]
                 axis.loglog(*zip(*points, strict=True), marker="o", ms=3, label=library, **style)
             axis.set_xticks(dims, [str(d) for d in dims])
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
             axis.minorticks_off()
             axis.grid(alpha=0.25)
             if task == TASKS[0]:
