@@ -255,3 +255,40 @@ def test_residual_layers_add_their_input() -> None:
 def test_an_order_must_be_a_permutation(order: list[int]) -> None:
     with pytest.raises(ValueError, match=r"order must be a permutation of 0 … 2, got \["):
         MADE(3, 2, order=order)
+
+
+def test_create_graph_changes_no_gradient():
+    """Tied layers: what flows through y to the shared weights must not count twice when the graph is kept."""
+    layer = Autoregressive(Affine(), MADE(3, 2, (8,), order=(1, 2, 0))).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(0, 0.3)
+    y = torch.randn(5, 3, dtype=torch.float64)
+    for chain in ([layer, layer], [layer.inv, layer]):
+
+        def loss(chain=chain) -> torch.Tensor:
+            x, total = y, 0.0
+            for transform in chain:
+                x, log_det = transform.inverse_and_log_det(x)
+                total = total + log_det.sum()
+            return total + x.sin().sum()
+
+        plain = torch.autograd.grad(loss(), list(layer.parameters()))
+        kept = torch.autograd.grad(loss(), list(layer.parameters()), create_graph=True)
+        for one, other in zip(plain, kept, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_an_empty_batch_stays_empty():
+    layer = Autoregressive(Affine(), MADE(3, 2, (8,)))
+    x, log_det = layer.inverse_and_log_det(torch.zeros(0, 3))
+    assert x.shape == (0, 3)
+    assert log_det.shape == (0,)
+
+
+def test_autocast_leaves_the_sweep_alone():
+    layer = Autoregressive(Affine(), MADE(3, 2, (8,), context_dim=2))
+    y, context = torch.randn(5, 3), torch.randn(5, 2)
+    expected = layer.inverse_and_log_det(y, context)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(layer.inverse_and_log_det(y, context)[0], expected)

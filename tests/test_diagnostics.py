@@ -17,6 +17,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoDelta
 
 from pyro_flows import AutoFlow, Psis, flows, psis, to_arviz
 from pyro_flows.diagnostics import compat
@@ -27,6 +28,20 @@ with warnings.catch_warnings():
     import arviz as az
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
+
+
+def groups_of(data) -> set[str]:
+    """The groups of an InferenceData (ArviZ 0.2x) or DataTree (1.x)."""
+    return set(data.groups()) if callable(data.groups) else set(data.children)
+
+
+def arviz_psislw(log_weights):
+    """ArviZ's own smoothing, asked directly: 1.x takes the negative of the log-weights."""
+    if hasattr(az, "psislw"):
+        return az.psislw(log_weights)
+    from arviz_stats.base import array_stats
+
+    return array_stats.psislw(-log_weights)
 
 
 def target(*_, **__):
@@ -84,7 +99,7 @@ def test_few_draws_lower_the_threshold():
 
 def test_agrees_with_arviz():
     checked = psis(target, gaussian(0.7), num_samples=2000)
-    log_smoothed, khat = az.psislw(checked.log_weights.double().numpy())
+    log_smoothed, khat = arviz_psislw(checked.log_weights.double().numpy())
     smoothed = np.exp(log_smoothed) / np.exp(log_smoothed).sum()
     assert checked.khat == pytest.approx(float(khat), abs=1e-9)
     assert checked.ess == pytest.approx(1 / (smoothed**2).sum(), rel=1e-9)
@@ -232,7 +247,7 @@ def data(guide):
 
 
 def test_groups_and_dims(data):
-    assert set(data.groups()) == {"posterior", "sample_stats", "log_likelihood", "observed_data"}
+    assert set(groups_of(data)) == {"posterior", "sample_stats", "log_likelihood", "observed_data"}
     dims = {name: tuple(map(str, value.dims)) for name, value in data.posterior.items()}
     sizes = {name: value.shape for name, value in data.posterior.items()}
     assert set(dims) == {"top", "middle", "leaf", "pair", "double", "square"}
@@ -265,18 +280,18 @@ def test_log_likelihood_of_each_observation(data):
 
 def test_log_likelihood_can_be_left_out(guide):
     data = to_arviz(nested, guide, Y, num_samples=30, log_likelihood=False)
-    assert set(data.groups()) == {"posterior", "sample_stats", "observed_data"}
+    assert set(groups_of(data)) == {"posterior", "sample_stats", "observed_data"}
 
 
 def test_model_without_data():
     data = to_arviz(target, gaussian(0.9), num_samples=30)
-    assert set(data.groups()) == {"posterior", "sample_stats"}
+    assert set(groups_of(data)) == {"posterior", "sample_stats"}
 
 
 def test_without_vectorize_the_layout_is_the_same(guide, data):
     single = to_arviz(nested, guide, Y, num_samples=25, vectorize=False)
-    assert set(single.groups()) == set(data.groups())
-    for group in single.groups():
+    assert set(groups_of(single)) == set(groups_of(data))
+    for group in groups_of(single):
         for name, value in single[group].items():
             assert value.dims == data[group][name].dims
             assert value.sizes.get("draw", 25) == 25
@@ -284,7 +299,7 @@ def test_without_vectorize_the_layout_is_the_same(guide, data):
 
 def test_attrs_hold_khat(data):
     khat = weigh(torch.as_tensor(data.sample_stats["log_weight"].values[0])).khat
-    for group in data.groups():
+    for group in groups_of(data):
         assert data[group].attrs["inference_library"] == "pyro_flows"
         assert data[group].attrs["khat"] == pytest.approx(khat)
 
@@ -293,8 +308,8 @@ def test_netcdf_round_trip(data, tmp_path):
     path = str(tmp_path / "draws.nc")
     data.to_netcdf(path)
     again = az.from_netcdf(path)
-    assert set(again.groups()) == set(data.groups())
-    for group in data.groups():
+    assert set(groups_of(again)) == set(groups_of(data))
+    for group in groups_of(data):
         assert again[group].attrs["khat"] == data[group].attrs["khat"]
         for name, value in data[group].items():
             np.testing.assert_array_equal(again[group][name].values, value.values)
@@ -328,9 +343,8 @@ def test_arviz_1_gets_negated_weights(monkeypatch):
 
     def negated(values):
         seen.append(values)
-        return az_psislw(-values)
+        return arviz_psislw(-values)
 
-    az_psislw = az.psislw
     modern, stats, base = (types.ModuleType(name) for name in ("arviz", "arviz_stats", "arviz_stats.base"))
     base.array_stats = types.SimpleNamespace(psislw=negated)
     for module in (modern, stats, base):
@@ -338,7 +352,7 @@ def test_arviz_1_gets_negated_weights(monkeypatch):
     log_weights = np.random.default_rng(0).normal(size=500)
     smoothed, khat = compat.psislw(log_weights)
     np.testing.assert_array_equal(seen[0], -log_weights)
-    expected, expected_khat = az_psislw(log_weights)
+    expected, expected_khat = arviz_psislw(log_weights)
     np.testing.assert_allclose(smoothed, expected)
     assert khat == pytest.approx(float(expected_khat))
 
@@ -395,3 +409,34 @@ def test_masked_rows_carry_no_likelihood():
     found = to_arviz(model, guide, num_samples=50)["log_likelihood"]["y"].values
     assert (found[..., 1] == 0).all()
     assert (found[..., [0, 2]] < 0).all()
+
+
+def test_a_model_that_sums_over_all_draws_is_refused():
+    """It runs side by side without an error, and is wrong: its factor would count once for every draw."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        pyro.factor("f", -0.5 * (x - 1).pow(2).sum())
+
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(0.5, 0.7).expand([2]).to_event(1))
+
+    with pytest.raises(ValueError, match="with two draws side by side"):
+        psis(model, guide, num_samples=100)
+    found = psis(model, guide, num_samples=2000, vectorize=False)
+    # N(0, 1) times exp(-(x - 1)^2 / 2) integrates to exp(-1/4) / sqrt(2) in each of two dimensions.
+    assert abs(found.log_evidence - (-0.5 - math.log(2))) < 4 * found.log_evidence_se
+
+
+def test_a_latent_without_a_guide_is_refused():
+    def model() -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="latent site 'z' of the model is not in the guide"):
+        psis(model, gaussian(0.9), num_samples=100)
+
+
+def test_a_point_is_refused():
+    with pytest.raises(ValueError, match="the guide is a point"):
+        psis(target, AutoDelta(target), num_samples=100)

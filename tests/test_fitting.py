@@ -18,7 +18,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 from pyro_flows import AutoFlow, Fit, fit_svi, flows, psis
-from pyro_flows.fitting.loop import descend
+from pyro_flows.fitting.loop import _Best, descend
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
 
@@ -411,3 +411,15 @@ def test_a_frozen_guide_is_refused():
     guide = AutoFlow(conjugate, small).setup(Y).requires_grad_(False).eval()
     with pytest.raises(ValueError, match="parameters to train"):
         quick(conjugate, guide, Y)
+
+
+def test_a_diverged_state_is_not_kept_for_its_own_noise():
+    """One exploding loss widens its window's standard error; that must not let the window in."""
+    parameter = torch.zeros(())
+    best = _Best([parameter])
+    best.offer([1.0, 1.1] * 25, 50)
+    parameter.fill_(1e9)
+    best.offer([1.0] * 49 + [1e8], 100)
+    best.restore()
+    assert parameter == 0
+    assert best.step == 50

@@ -325,3 +325,19 @@ def test_recipe_must_fit(wrong):
 def test_init_scale_must_be_positive(scale):
     with pytest.raises(ValueError, match=f"init_scale must be positive and finite, got {scale}"):
         AutoFlow(model, small, init_scale=scale)
+
+
+def test_a_store_loaded_after_setup_is_taken_over_and_trained(tmp_path):
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(2.0))
+
+    guide = AutoFlow(model, functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(8,))).setup()
+    guide()
+    pyro.get_param_store().save(tmp_path / "store")
+    pyro.get_param_store().load(tmp_path / "store")
+    before = [parameter.detach().clone() for parameter in guide.parameters()]
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(5):
+        svi.step()
+    assert any(not torch.equal(old, new) for old, new in zip(before, guide.parameters(), strict=True))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pyro_flows import flows
 from pyro_flows.flows import Flow
 
 every_recipe = pytest.mark.parametrize("recipe", laws.RECIPES.values(), ids=laws.RECIPES)
@@ -228,3 +229,18 @@ def test_nothing_stays_on_the_module(recipe: object) -> None:
     owned = {id(t) for t in (*flow.parameters(), *flow.buffers())}
     attributes = [module.__dict__ for module in flow.modules() if isinstance(module, nn.Module)]
     assert {id(t) for t in tensors_in(attributes)} == owned
+
+
+def test_a_sample_drawn_while_frozen_is_scored_anew_once_the_parameters_are_free():
+    flow = flows.realnvp(3, num_transforms=2, hidden_dims=(8,)).requires_grad_(False)
+    q = flow()
+    y = q.rsample()
+    flow.requires_grad_(True)
+    assert q.log_prob(y).requires_grad
+
+
+def test_a_context_made_in_inference_mode_is_welcome():
+    flow = flows.realnvp(3, 2, num_transforms=2, hidden_dims=(8,))
+    with torch.inference_mode():
+        context = torch.randn(4, 2)
+    assert flow(context).sample().shape == (4, 3)

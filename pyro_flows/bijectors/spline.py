@@ -53,8 +53,8 @@ class RationalQuadraticSpline(Bijector):
     def __post_init__(self) -> None:
         if self.bins < 2:
             raise ValueError(f"RationalQuadraticSpline: bins must be at least 2, got {self.bins}.")
-        if not self.bound > 0:
-            raise ValueError(f"RationalQuadraticSpline: bound must be positive, got {self.bound}.")
+        if not 0 < self.bound < math.inf:
+            raise ValueError(f"RationalQuadraticSpline: bound must be positive and finite, got {self.bound}.")
         if not 0 < self.min_bin * self.bins < 1:
             raise ValueError(
                 f"RationalQuadraticSpline: min_bin must lie between 0 and 1 / bins = {1 / self.bins:.3g}, "

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
-from pyro.util import check_model_guide_match
 from torch import Tensor
 
 
@@ -76,28 +76,97 @@ def _batches(
     vectorize: bool,
 ) -> Iterator[Draws]:
     single, nesting = single_trace(model, guide, args, kwargs)
-    for name, site in single.nodes.items():
-        for frame in site.get("cond_indep_stack", ()):
-            if frame.full_size is not None and frame.size < frame.full_size:
-                raise ValueError(
-                    f"site {name!r} lies in plate {frame.name!r}, which is subsampled ({frame.size} of "
-                    f"{frame.full_size} rows): draws would be weighed against different data. Let the plate run over "
-                    "all rows."
-                )
+    plate = subsampled_plate(single)
+    if plate:
+        raise ValueError(f"{plate}: draws would be weighed against different data. Let the plate run over all rows.")
+    if vectorize:
+        check_side_by_side(model, guide, args, kwargs)
     remaining = num_samples
     while remaining > 0:
         size = min(batch_size, remaining)
         remaining -= size
-        run_model, run_guide = model, guide
-        if vectorize:
-            run_model, run_guide = _plated(model, size, nesting), _plated(guide, size, nesting)
-        with poutine.block():
-            guide_trace = poutine.trace(run_guide).get_trace(*args, **kwargs)
-            model_trace = poutine.trace(poutine.replay(run_model, trace=guide_trace)).get_trace(*args, **kwargs)
-        check_model_guide_match(model_trace, guide_trace)
-        guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
-        log_p, log_q = (_total(trace, size, nesting) for trace in (model_trace, guide_trace))
-        yield Draws(log_p, log_q, model_trace, single)
+        yield _run(model, guide, args, kwargs, size, nesting if vectorize else None, single)
+
+
+def _run(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    size: int,
+    nesting: int | None,
+    single: Trace,
+) -> Draws:
+    """One batch of draws, side by side under a plate left of ``nesting`` others, or a single one without a plate."""
+    if nesting is not None:
+        model, guide = _plated(model, size, nesting), _plated(guide, size, nesting)
+    with poutine.block():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
+    _check_match(model_trace, guide_trace)
+    log_p, log_q = (_total(trace, size, nesting) for trace in (model_trace, guide_trace))
+    return Draws(log_p, log_q, model_trace, single)
+
+
+def _check_match(model: Trace, guide: Trace) -> None:
+    """Refuse a guide that is a point, and latents that only one of the two has: their weights mean nothing."""
+    drawn = dict(guide.iter_stochastic_nodes())
+    if drawn and all(isinstance(site["fn"], dist.Delta) for site in drawn.values()):
+        raise ValueError("the guide is a point (every site is a Delta) and not a distribution; it cannot be weighed.")
+    for name, _ in model.iter_stochastic_nodes():
+        if name not in drawn:
+            raise ValueError(
+                f"latent site {name!r} of the model is not in the guide; sum it out of the model, or give it a guide."
+            )
+    for name, site in drawn.items():
+        if name not in model.nodes and not site["infer"].get("is_auxiliary"):
+            raise ValueError(f"site {name!r} of the guide is not in the model; is it the guide of another model?")
+
+
+def subsampled_plate(trace: Trace) -> str:
+    """Words for the first plate of a trace that runs over a part of its rows, or an empty string."""
+    for name, site in trace.nodes.items():
+        for frame in site.get("cond_indep_stack", ()):
+            if frame.full_size is not None and frame.size < frame.full_size:
+                rows = f"{frame.size} of {frame.full_size} rows"
+                return f"site {name!r} lies in plate {frame.name!r}, which is subsampled ({rows})"
+    return ""
+
+
+@torch.no_grad()
+def check_side_by_side(
+    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse a model that means something else when draws run side by side: one that sums over all it sees, say.
+
+    Two draws are scored under the plate and then one by one; the log-densities must agree.
+    """
+    way_out = (
+        "Let the model broadcast to the left of its plates, or run one draw at a time: vectorize=False in psis and "
+    )
+    way_out += "to_arviz, num_particles=1 or objective=Trace_ELBO(num_particles=n) in fit_svi."
+    with pyro.validation_enabled(False):
+        single, nesting = single_trace(model, guide, args, kwargs)
+        try:
+            draws = _run(model, guide, args, kwargs, 2, nesting, single)
+            latents = {
+                name: rows_of(name, site["value"], single.nodes[name]["value"].shape, 2)
+                for name, site in draws.model.iter_stochastic_nodes()
+            }
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(f"the model does not run with draws side by side ({error!s:.200}). {way_out}") from error
+        for row in range(2):
+            held = poutine.condition(model, data={name: value[row] for name, value in latents.items()})
+            with poutine.block():
+                alone = poutine.trace(held).get_trace(*args, **kwargs).log_prob_sum()
+            together, alone = draws.log_p[row].double(), torch.as_tensor(alone).double()
+            close = torch.isclose(together, alone, rtol=1e-3, atol=1e-2)
+            if together.isfinite() and alone.isfinite() and not close:
+                raise ValueError(
+                    f"the model's log-density of one draw is {float(alone):.4g}, but {float(together):.4g} with two "
+                    f"draws side by side. {way_out}"
+                )
 
 
 def _plated(program: Callable[..., Any], size: int, nesting: int) -> Callable[..., Any]:
@@ -108,16 +177,17 @@ def _plated(program: Callable[..., Any], size: int, nesting: int) -> Callable[..
     return run
 
 
-def _total(trace: Trace, size: int, nesting: int) -> Tensor:
+def _total(trace: Trace, size: int, nesting: int | None) -> Tensor:
     """The log-density of each draw: every site's, summed over all dimensions but that of the draws."""
     trace.compute_log_prob()
-    total = torch.zeros(size)
+    parts = []
     for site in trace.nodes.values():
         if site["type"] == "sample":
             log_prob = site["log_prob"]
-            rows = log_prob.reshape(log_prob.shape[0], -1) if log_prob.dim() > nesting else log_prob.reshape(1, -1)
-            total = total.to(rows) + rows.sum(-1)
-    return total
+            many = nesting is not None and log_prob.dim() > nesting
+            rows = log_prob.reshape(log_prob.shape[0] if many else 1, -1)
+            parts.append(rows.sum(-1).expand(size))
+    return sum(parts, torch.zeros(()))
 
 
 def rows_of(name: str, value: Tensor, shape: torch.Size, size: int) -> Tensor:

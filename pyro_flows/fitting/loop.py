@@ -174,7 +174,7 @@ class _Best:
     def __init__(self, parameters: list[Tensor]) -> None:
         self._parameters = parameters
         self._state = [parameter.detach().clone() for parameter in parameters]
-        self._lowest = math.inf
+        self._lowest, self._noise = math.inf, math.inf
         self.mean, self.latest, self.step = math.nan, math.nan, 0
 
     def offer(self, losses: list[float], step: int) -> None:
@@ -182,8 +182,10 @@ class _Best:
         if len(recent) < 2:
             return
         self.latest = recent.mean().item()
-        if self.latest <= self._lowest + 2 * recent.std().item() / math.sqrt(len(recent)):
-            self._lowest = min(self._lowest, self.latest)
+        error = recent.std().item() / math.sqrt(len(recent))
+        if self.latest <= self._lowest + 2 * min(error, self._noise):
+            if self.latest < self._lowest:
+                self._lowest, self._noise = self.latest, error
             self.mean, self.step = self.latest, step
             for kept, parameter in zip(self._state, self._parameters, strict=True):
                 kept.copy_(parameter.detach())

@@ -16,7 +16,7 @@ from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
 
-from ..diagnostics.draws import single_trace
+from ..diagnostics.draws import check_side_by_side, single_trace, subsampled_plate
 from .loop import Fit, descend
 
 
@@ -82,7 +82,7 @@ def fit_svi(
     if on_nonfinite not in ("skip", "raise"):
         raise ValueError(f"fit_svi: on_nonfinite must be 'skip' or 'raise', got {on_nonfinite!r}.")
     kwargs = {**kwargs, **(model_kwargs or {})}
-    _, nesting = single_trace(model, guide, args, kwargs)
+    single, nesting = single_trace(model, guide, args, kwargs)
     side_by_side = objective is None and num_particles > 1
     if objective is None:
         objective = Trace_ELBO(num_particles, max_plate_nesting=nesting, vectorize_particles=side_by_side)
@@ -93,18 +93,11 @@ def fit_svi(
         # An objective such as RenyiELBO fills in the gradients itself.
         return torch.tensor(objective.loss_and_grads(model, guide, *args, **kwargs), requires_grad=True)
 
-    try:
-        parameters = _parameters(loss, model, guide)
-    except (ValueError, RuntimeError, IndexError) as error:
-        if not side_by_side or "invalid values" in str(error) or "fit_svi" in str(error):
-            raise
-        raise ValueError(
-            f"fit_svi: the model runs with one draw, but not with num_particles={num_particles} draws side by side. "
-            "Let it broadcast to the left of its plates, use num_particles=1 or objective=Trace_ELBO(num_particles=n)."
-        ) from error
+    if side_by_side and not subsampled_plate(single):  # a subsample is drawn anew each time
+        check_side_by_side(model, guide, args, kwargs)
     return descend(
         loss,
-        parameters,
+        _parameters(loss, model, guide),
         trained=guide,
         steps=steps,
         lr=lr,

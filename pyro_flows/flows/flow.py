@@ -47,7 +47,7 @@ class FlowDistribution(dist.TransformedDistribution):
         return log_prob if total is None else log_prob + total
 
     def _validate_sample(self, value: Tensor) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return
         shape, event = tuple(value.shape), tuple(self.event_shape)
         if shape[len(shape) - len(event) :] != event:
@@ -156,6 +156,11 @@ class Flow(nn.Module):
 
         It has no data-dependent control flow, so it compiles as a whole.
         """
+        if value.shape[value.dim() - len(self.event_shape) :] != self.event_shape:
+            raise ValueError(
+                f"log_prob: value must have the event shape {tuple(self.event_shape)} on the right, "
+                f"got shape {tuple(value.shape)}."
+            )
         base = self._base(context)
         total = torch.zeros((), dtype=value.dtype, device=value.device)
         for transform in reversed(self.transforms):

@@ -18,7 +18,6 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoContinuous
 from pyro.nn.module import _is_module_local_param_enabled
-from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 from torch.distributions import Transform, biject_to
 from torch.distributions.utils import _sum_rightmost
@@ -28,7 +27,7 @@ from ..flows import Flow
 from ..transforms import ActNorm, Compose, View
 from .checks import check_latents, check_start
 from .init import init_to_center
-from .names import claim_name, is_free
+from .names import adopt_stored_parameters, claim_name, is_free
 
 
 def default_flow(input_dim: int) -> Flow:
@@ -130,28 +129,19 @@ class AutoFlow(AutoContinuous):
         self.flow = Flow([*flow.transforms, affine], flow.base).to(device=loc.device, dtype=loc.dtype)
         affine.loc.data.copy_(loc)
         affine.log_scale.data.fill_(math.log(self._init_scale))
-        self._adopt_stored_parameters()
+        adopt_stored_parameters(f"{self._pyro_name}.flow", self._modules["flow"])
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
         """Inside a list of guides too, the guide keeps its own name, which is unique; its place in the list is not."""
         super()._pyro_set_supermodule(self._pyro_name, context)
 
-    def _adopt_stored_parameters(self) -> None:
-        """Take over what the parameter store holds under this guide's name, as after ``get_param_store().load``."""
-        store = pyro.get_param_store()
-        for name, parameter in self.flow.named_parameters():
-            full = param_with_module_name(f"{self._pyro_name}.flow", name)
-            if full in store:
-                stored = store[full].detach()
-                if stored.shape != parameter.shape:
-                    raise ValueError(
-                        f"AutoFlow: the parameter store holds {full!r} of shape {tuple(stored.shape)}, but this guide "
-                        f"needs {tuple(parameter.shape)}; give the guide another name= or clear the store."
-                    )
-                parameter.data.copy_(stored)
-                del store[full]
-
     # Pyro's protocol of continuous guides.
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw the latents, as Pyro's guides do: site name -> value."""
+        if self.prototype_trace is not None and not _is_module_local_param_enabled():
+            adopt_stored_parameters(f"{self._pyro_name}.flow", self._modules["flow"])  # it may have been loaded since
+        return super().forward(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)

@@ -10,6 +10,10 @@ import warnings
 import weakref
 from typing import Any
 
+import pyro
+from pyro.params.param_store import param_with_module_name
+from torch import nn
+
 _used: set[str] = set()
 _live: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
@@ -34,3 +38,21 @@ def claim_name(guide: Any, name: str | None) -> str:
 def is_free(name: str) -> bool:
     """Whether no live guide bears the name."""
     return name not in _live
+
+
+def adopt_stored_parameters(name: str, module: nn.Module) -> None:
+    """Take over what the parameter store holds under a module's name, as after ``get_param_store().load``.
+
+    The store then lets go of its own tensors, so that it and the module agree on one set.
+    """
+    store = pyro.get_param_store()
+    for inner, parameter in module.named_parameters():
+        full = param_with_module_name(name, inner)
+        if full in store and (stored := store[full].detach()).data_ptr() != parameter.data_ptr():
+            if stored.shape != parameter.shape:
+                raise ValueError(
+                    f"The parameter store holds {full!r} of shape {tuple(stored.shape)}, but the guide needs "
+                    f"{tuple(parameter.shape)}; give the guide another name= or clear the store."
+                )
+            parameter.data.copy_(stored)
+            del store[full]

@@ -50,8 +50,9 @@ class Autoregressive(FlowTransform):
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         batch = y.shape[:-1] if context is None else torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
-        y = y.expand(*batch, y.shape[-1]).reshape(-1, y.shape[-1])  # (N, D)
-        context = None if context is None else context.expand(*batch, context.shape[-1]).reshape(len(y), -1)
+        y = y.expand(*batch, y.shape[-1]).reshape(batch.numel(), y.shape[-1])  # (N, D)
+        if context is not None:
+            context = context.expand(*batch, context.shape[-1]).reshape(len(y), context.shape[-1])
         if (
             torch.compiler.is_compiling()
             or torch._C._get_tracing_state() is not None
@@ -60,8 +61,11 @@ class Autoregressive(FlowTransform):
             x, log_det = invert_by_passes(self.bijector, self.conditioner, y, context)
         else:
             names, weights = zip(*self.conditioner.named_parameters(), strict=True)
-            x, log_det = _Sweep.apply(self.bijector, self.conditioner, names, y, context, *weights)
-        return x.reshape(*batch, -1), log_det.reshape(batch)
+            with torch.autocast(y.device.type, enabled=False):  # round-off would add up from feature to feature
+                y = y.to(weights[0].dtype)
+                context = None if context is None else context.to(y.dtype)
+                x, log_det = _Sweep.apply(self.bijector, self.conditioner, names, y, context, *weights)
+        return x.reshape(*batch, x.shape[-1]), log_det.reshape(batch)
 
 
 def invert_by_passes(bijector: Bijector, net: MADE, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -123,14 +127,21 @@ class _Sweep(torch.autograd.Function):
         x, *inputs = ctx.saved_tensors  # inputs: y, context, weights
         needs = ctx.needs_input_grad[3:]
         again = torch.is_grad_enabled()  # create_graph=True: this gradient will itself be differentiated
-        if not again:
-            inputs = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True)]
+        live = dict(ctx.net.named_parameters())
+        own = not again and all(live[name] is weight for name, weight in zip(ctx.names, inputs[2:], strict=True))
+        for place, (tensor, needed) in enumerate(zip(inputs, needs, strict=True)):
+            # Stand-ins, so that what is upstream of one input does not count as a path from another.
+            if tensor is not None and not (own and place >= 2):
+                inputs[place] = tensor.view_as(tensor) if again else tensor.detach().requires_grad_(needed)
         y, context, *weights = inputs
         pullback = _Pullback(ctx.bijector, ctx.net)
-        named = {f"net.{name}": weight for name, weight in zip(ctx.names, weights, strict=True)}
         wanted = [t for t, n in zip(inputs, needs, strict=True) if n]
         arguments = (x.detach(), y, context, wanted, grad_x, grad_log_det, again)
-        grads = iter(functional_call(pullback, named, arguments))
+        if own:
+            grads = iter(pullback(*arguments))
+        else:  # run at the weights that the sweep has seen, which are no longer (or never were) the module's
+            named = {f"net.{name}": weight for name, weight in zip(ctx.names, weights, strict=True)}
+            grads = iter(functional_call(pullback, named, arguments))
         return None, None, None, *(next(grads) if n else None for n in needs)
 
 

@@ -106,6 +106,12 @@ class Inverse(FlowTransform):
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:
         return -self.transform.log_abs_det_jacobian(y, x, context)
 
+    def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
+        if type(self.transform).initialize is not FlowTransform.initialize:
+            raise NotImplementedError(
+                f"{type(self.transform).__name__} starts from data that it produces; initialise it, not its inverse."
+            )
+
     @property
     def inv(self) -> FlowTransform:
         return self.transform
@@ -166,7 +172,8 @@ class View(Transform):
         return self
 
     def _remember(self, known: str, x: Tensor, y: Tensor, log_det: Tensor) -> None:
-        if torch.compiler.is_compiling() or x.is_inference() or y.is_inference():
+        tensors = (x, y, *self._parameters, *(() if self.context is None else (self.context,)))
+        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
             self._memo = None
         else:
             self._memo = _Memo(known, x, y, log_det, self._stamp(x, y))
@@ -176,7 +183,7 @@ class View(Transform):
 
     def _stamp(self, x: Tensor, y: Tensor) -> tuple[bool, int, int, int]:
         """Changes when the grad mode, a value, the context or a parameter does (fused optimisers go unseen)."""
-        version = sum(parameter._version for parameter in self._parameters)
+        version = sum(2 * parameter._version + parameter.requires_grad for parameter in self._parameters)
         if self.context is not None:
             version += self.context._version
         return torch.is_grad_enabled(), x._version, y._version, version

@@ -40,7 +40,7 @@ class LULinear(FlowTransform):
 
     def _lower_upper_log_pivots(self) -> tuple[Tensor, Tensor, Tensor]:
         log_pivots = self.max_log_scale * torch.tanh(self.factors.diagonal() / self.max_log_scale)
-        lower = self.factors.tril(-1) + torch.eye(self.input_dim).to(self.factors)
+        lower = self.factors.tril(-1) + torch.eye(self.input_dim, dtype=log_pivots.dtype, device=log_pivots.device)
         return lower, self.factors.triu(1) + torch.diag(log_pivots.exp()), log_pivots
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ class LULinear(FlowTransform):
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lower, upper, log_pivots = self._lower_upper_log_pivots()
-        columns = (y - self.shift).unsqueeze(-1)  # (*batch, D, 1)
+        columns = (y - self.shift).reshape(-1, self.input_dim).T  # (D, N)
         columns = torch.linalg.solve_triangular(lower, columns, upper=False, unitriangular=True)
-        x = torch.linalg.solve_triangular(upper, columns, upper=True).squeeze(-1)
+        x = torch.linalg.solve_triangular(upper, columns, upper=True).T.reshape(y.shape)
         return x, -log_pivots.sum().expand(y.shape[:-1])
