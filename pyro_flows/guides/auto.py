@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoContinuous
