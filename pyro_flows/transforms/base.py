@@ -7,6 +7,7 @@ the value and the log-determinant, is answered from one evaluation by an ephemer
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from typing import NamedTuple
 
@@ -172,11 +173,10 @@ class View(Transform):
         return self
 
     def _remember(self, known: str, x: Tensor, y: Tensor, log_det: Tensor) -> None:
-        tensors = (x, y, *self._parameters, *(() if self.context is None else (self.context,)))
-        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
-            self._memo = None
-        else:
-            self._memo = _Memo(known, x, y, log_det, self._stamp(x, y))
+        self._memo = None
+        if not torch.compiler.is_compiling():
+            with contextlib.suppress(RuntimeError):  # tensors made in inference mode have no version: nothing is kept
+                self._memo = _Memo(known, x, y, log_det, self._stamp(x, y))
 
     def _holds(self, memo: _Memo) -> bool:
         return memo.stamp == self._stamp(memo.x, memo.y)
