@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import JitTrace_ELBO, RenyiELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 from pyro_flows import AutoFlow, Fit, fit_svi, flows, psis
@@ -423,3 +423,9 @@ def test_a_diverged_state_is_not_kept_for_its_own_noise():
     best.restore()
     assert parameter == 0
     assert best.step == 50
+
+
+def test_a_point_guide_can_be_fitted():
+    """psis refuses a point; training one is maximum a posteriori, and welcome."""
+    fit = fit_svi(conjugate, AutoDelta(conjugate), Y, steps=20, progress=False)
+    assert fit.losses.isfinite().all()

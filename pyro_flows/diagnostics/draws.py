@@ -32,8 +32,8 @@ class Draws(NamedTuple):
 
 def single_trace(
     model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Trace, int]:
-    """Run guide and model once: the model's trace, and how many dimensions the plates take."""
+) -> tuple[Trace, Trace, int]:
+    """Run guide and model once: the model's trace, the guide's, and how many dimensions the plates take."""
     with poutine.block(), torch.no_grad():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
@@ -45,7 +45,7 @@ def single_trace(
         for frame in site["cond_indep_stack"]
         if frame.vectorized
     ]
-    return model_trace, max((-frame.dim for frame in frames), default=0)
+    return model_trace, guide_trace, max((-frame.dim for frame in frames), default=0)
 
 
 @torch.no_grad()
@@ -75,7 +75,8 @@ def _batches(
     batch_size: int,
     vectorize: bool,
 ) -> Iterator[Draws]:
-    single, nesting = single_trace(model, guide, args, kwargs)
+    single, guide_trace, nesting = single_trace(model, guide, args, kwargs)
+    _check_match(single, prune_subsample_sites(guide_trace))
     plate = subsampled_plate(single)
     if plate:
         raise ValueError(f"{plate}: draws would be weighed against different data. Let the plate run over all rows.")
@@ -104,7 +105,6 @@ def _run(
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
-    _check_match(model_trace, guide_trace)
     log_p, log_q = (_total(trace, size, nesting) for trace in (model_trace, guide_trace))
     return Draws(log_p, log_q, model_trace, single)
 
@@ -114,7 +114,7 @@ def _check_match(model: Trace, guide: Trace) -> None:
     drawn = dict(guide.iter_stochastic_nodes())
     if drawn and all(isinstance(site["fn"], dist.Delta) for site in drawn.values()):
         raise ValueError("the guide is a point (every site is a Delta) and not a distribution; it cannot be weighed.")
-    for name, _ in model.iter_stochastic_nodes():
+    for name, _ in prune_subsample_sites(model).iter_stochastic_nodes():
         if name not in drawn:
             raise ValueError(
                 f"latent site {name!r} of the model is not in the guide; sum it out of the model, or give it a guide."
@@ -147,7 +147,9 @@ def check_side_by_side(
     )
     way_out += "to_arviz, num_particles=1 or objective=Trace_ELBO(num_particles=n) in fit_svi."
     with pyro.validation_enabled(False):
-        single, nesting = single_trace(model, guide, args, kwargs)
+        single, guide_trace, nesting = single_trace(model, guide, args, kwargs)
+        if any(name not in guide_trace.nodes for name, _ in single.iter_stochastic_nodes()):
+            return  # what the guide leaves to the model's own randomness is drawn anew each time
         try:
             draws = _run(model, guide, args, kwargs, 2, nesting, single)
             latents = {

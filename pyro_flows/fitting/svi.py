@@ -82,7 +82,7 @@ def fit_svi(
     if on_nonfinite not in ("skip", "raise"):
         raise ValueError(f"fit_svi: on_nonfinite must be 'skip' or 'raise', got {on_nonfinite!r}.")
     kwargs = {**kwargs, **(model_kwargs or {})}
-    single, nesting = single_trace(model, guide, args, kwargs)
+    single, _, nesting = single_trace(model, guide, args, kwargs)
     side_by_side = objective is None and num_particles > 1
     if objective is None:
         objective = Trace_ELBO(num_particles, max_plate_nesting=nesting, vectorize_particles=side_by_side)
