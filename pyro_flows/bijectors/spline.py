@@ -51,81 +51,115 @@ class RationalQuadraticSpline(Bijector):
     max_slope: float = 100.0
 
     def __post_init__(self) -> None:
-        if self.bins < 2:
-            raise ValueError(f"RationalQuadraticSpline: bins must be at least 2, got {self.bins}.")
-        if not 0 < self.bound < math.inf:
-            raise ValueError(f"RationalQuadraticSpline: bound must be positive and finite, got {self.bound}.")
-        if not 0 < self.min_bin * self.bins < 1:
-            raise ValueError(
-                f"RationalQuadraticSpline: min_bin must lie between 0 and 1 / bins = {1 / self.bins:.3g}, "
-                f"got {self.min_bin}; use fewer bins or a smaller min_bin."
-            )
-        if not self.max_slope > 1:
-            raise ValueError(f"RationalQuadraticSpline: max_slope must exceed 1, got {self.max_slope}.")
+        check_spline("RationalQuadraticSpline", self.bins, self.bound, self.min_bin, self.max_slope)
 
     @property
     def num_params(self) -> int:
         return 3 * self.bins - 1
 
     def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        clamped = x.clamp(-self.bound, self.bound)
         inside = x.abs() < self.bound
-        x0, w, y0, h, d0, d1 = self._bin_of(clamped, params, axis=0)
-        u = ((clamped - x0) / w).clamp(0, 1)
-        v, s = 1 - u, h / w
-        denominator = torch.addcmul(s, torch.sub(d0 + d1, s, alpha=2), u * v)
-        y = torch.addcmul(y0, h, u * torch.addcmul(s * u, d0, v) / denominator)
-        log_det = _log_slope(u, v, s, d0, d1, denominator)
+        y, log_det = bend(x.clamp(-self.bound, self.bound), self._table(params))
         return torch.where(inside, y, x), torch.where(inside, log_det, 0.0)
 
     def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        clamped = y.clamp(-self.bound, self.bound)
         inside = y.abs() < self.bound
-        x0, w, y0, h, d0, d1 = self._bin_of(clamped, params, axis=1)
-        s = h / w
-        # With t = (y - y0) / h, a ratio of two quadratics in u, (s - b) u^2 + b u - s t = 0; the sign of b picks
-        # the form of the root that does not cancel.
-        t = (clamped - y0) / h
-        curvature = torch.sub(d0 + d1, s, alpha=2)
-        b = torch.addcmul(d0, t, curvature, value=-1)
-        a, c = s - b, s * t
-        root = torch.addcmul(b * b, a, c, value=4).clamp_min(torch.finfo(y.dtype).tiny).sqrt()
-        half = (root + b) * 0.5
-        rising = b >= 0
-        u = (torch.where(rising, c, half - b) / torch.where(rising, half, a)).clamp(0, 1)
-        v = 1 - u
-        log_det = _log_slope(u, v, s, d0, d1, torch.addcmul(s, curvature, u * v))
-        return torch.where(inside, torch.addcmul(x0, w, u), y), torch.where(inside, -log_det, 0.0)
-
-    def _bin_of(self, value: Tensor, params: Tensor, axis: int) -> tuple[Tensor, ...]:
-        """The bin (x0, w, y0, h, d0, d1) that holds each value; axis 0 finds it along x, axis 1 along y."""
-        table = self._table(params)  # (3, K + 1, *s)
-        shape = torch.broadcast_shapes(value.shape, params.shape[:-1])
-        table = table.reshape(*table.shape[:2], *(1,) * (len(shape) + 2 - table.dim()), *table.shape[2:])
-        table = table.expand(3, self.bins + 1, *shape)
-        left = (value >= table[axis, 1:-1]).sum(0)  # the bin's number
-        place = torch.stack((left, left + 1)).expand(3, 2, *shape)
-        start, stop = table.gather(1, place).unbind(1)
-        x0, y0, d0 = start.unbind(0)
-        w, h, _ = (stop - start).unbind(0)
-        return x0, w, y0, h, d0, stop[2]
+        x, log_det = unbend(y.clamp(-self.bound, self.bound), self._table(params))
+        return torch.where(inside, x, y), torch.where(inside, log_det, 0.0)
 
     def _table(self, params: Tensor) -> Tensor:
-        """Knots along x, knots along y and slopes, of shape (3, K + 1, *s)."""
-        # Parameters stand first: softmax, sums and gathers then run over whole vectors of scalars.
         sizes, slopes = params.movedim(-1, 0).split((2 * self.bins, self.bins - 1))
-        sizes = torch.softmax(sizes.unflatten(0, (2, self.bins)), 1)[:, :-1]
-        bound, least, inner = self.bound, 2 * self.bound * self.min_bin, self.bins - 1
-        even = torch.linspace(least - bound, inner * least - bound, inner, dtype=params.dtype, device=params.device)
-        even = even.view(-1, *(1,) * (params.dim() - 1))
-        knots = torch.add(even, sizes.cumsum(1), alpha=2 * bound - self.bins * least)
-        low, high = 1 / self.max_slope, self.max_slope
-        slopes = torch.sigmoid(slopes + math.log((1 - low) / (high - 1)))  # zero gives slope one
-        slopes = torch.rsub(slopes, low, alpha=low - high)
-        last = torch.full_like(slopes[:1], bound)
-        first, one = -last, torch.ones_like(last)
-        table = torch.cat((first, knots[0], last, first, knots[1], last, one, slopes, one))
-        return table.unflatten(0, (3, self.bins + 1))
+        slopes = bounded_slopes(slopes, self.max_slope)
+        one = torch.ones_like(slopes[:1])
+        return knot_table(sizes, (one, slopes, one), self.bound, self.min_bin)
+
+
+def check_spline(name: str, bins: int, bound: float, min_bin: float, max_slope: float) -> None:
+    """Raise one clear error that names the spline, the argument and its value."""
+    if bins < 2:
+        raise ValueError(f"{name}: bins must be at least 2, got {bins}.")
+    if not 0 < bound < math.inf:
+        raise ValueError(f"{name}: bound must be positive and finite, got {bound}.")
+    if not 0 < min_bin * bins < 1:
+        raise ValueError(
+            f"{name}: min_bin must lie between 0 and 1 / bins = {1 / bins:.3g}, got {min_bin}; "
+            "use fewer bins or a smaller min_bin."
+        )
+    if not max_slope > 1:
+        raise ValueError(f"{name}: max_slope must exceed 1, got {max_slope}.")
+
+
+def bounded_slopes(raw: Tensor, max_slope: float) -> Tensor:
+    """Slopes between 1 / max_slope and max_slope from real numbers; zero gives slope one."""
+    low, high = 1 / max_slope, max_slope
+    return torch.rsub(torch.sigmoid(raw + math.log((1 - low) / (high - 1))), low, alpha=low - high)
+
+
+def knot_table(sizes: Tensor, slopes: tuple[Tensor, ...], bound: float, min_bin: float) -> Tensor:
+    """What a spline from [-B, B] onto itself is made of.
+
+    Parameters stand first: softmax, sums and gathers then run over whole vectors of scalars.
+
+    Args:
+        sizes: K unnormalised bin widths, then K unnormalised bin heights, ``(2 K, *s)``.
+        slopes: Parts of ``(K + 1, *s)``, the slopes at the knots.
+        bound: The half-width B.
+        min_bin: The least width and height of a bin, as a fraction of 2 B.
+
+    Returns:
+        Knots along x, knots along y and slopes, ``(3, K + 1, *s)``.
+    """
+    bins = len(sizes) // 2
+    fractions = torch.softmax(sizes.unflatten(0, (2, bins)), 1)[:, :-1]
+    least, inner = 2 * bound * min_bin, bins - 1
+    even = torch.linspace(least - bound, inner * least - bound, inner, dtype=sizes.dtype, device=sizes.device)
+    even = even.view(-1, *(1,) * (sizes.dim() - 1))
+    knots = torch.add(even, fractions.cumsum(1), alpha=2 * bound - bins * least)
+    last = torch.full_like(sizes[:1], bound)
+    table = torch.cat((-last, knots[0], last, -last, knots[1], last, *slopes))
+    return table.unflatten(0, (3, bins + 1))
+
+
+def bend(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Map x in [-B, B] to ``(y, log dy/dx)`` by the spline of a table, ``(*s), (3, K + 1, *s) -> (*s), (*s)``."""
+    x0, w, y0, h, d0, d1 = _bin_of(x, table, axis=0)
+    u = ((x - x0) / w).clamp(0, 1)
+    v, s = 1 - u, h / w
+    denominator = torch.addcmul(s, torch.sub(d0 + d1, s, alpha=2), u * v)
+    y = torch.addcmul(y0, h, u * torch.addcmul(s * u, d0, v) / denominator)
+    return y, _log_slope(u, v, s, d0, d1, denominator)
+
+
+def unbend(y: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo :func:`bend`: map y in [-B, B] to ``(x, log dx/dy)``."""
+    x0, w, y0, h, d0, d1 = _bin_of(y, table, axis=1)
+    s = h / w
+    # With t = (y - y0) / h, a ratio of two quadratics in u, (s - b) u^2 + b u - s t = 0; the sign of b picks
+    # the form of the root that does not cancel.
+    t = (y - y0) / h
+    curvature = torch.sub(d0 + d1, s, alpha=2)
+    b = torch.addcmul(d0, t, curvature, value=-1)
+    a, c = s - b, s * t
+    root = torch.addcmul(b * b, a, c, value=4).clamp_min(torch.finfo(y.dtype).tiny).sqrt()
+    half = (root + b) * 0.5
+    rising = b >= 0
+    u = torch.where(rising, c, half - b) / torch.where(rising, half, a)
+    u = u - (u - u.clamp(0, 1)).detach()  # next to a knot round-off leaves the bin; the gradient must not stop there
+    v = 1 - u
+    return torch.addcmul(x0, w, u), -_log_slope(u, v, s, d0, d1, torch.addcmul(s, curvature, u * v))
+
+
+def _bin_of(value: Tensor, table: Tensor, axis: int) -> tuple[Tensor, ...]:
+    """The bin (x0, w, y0, h, d0, d1) that holds each value; axis 0 finds it along x, axis 1 along y."""
+    shape = torch.broadcast_shapes(value.shape, table.shape[2:])
+    table = table.reshape(*table.shape[:2], *(1,) * (len(shape) + 2 - table.dim()), *table.shape[2:])
+    table = table.expand(*table.shape[:2], *shape)
+    left = (value >= table[axis, 1:-1]).sum(0)  # the bin's number
+    place = torch.stack((left, left + 1)).expand(3, 2, *shape)
+    start, stop = table.gather(1, place).unbind(1)
+    x0, y0, d0 = start.unbind(0)
+    w, h, _ = (stop - start).unbind(0)
+    return x0, w, y0, h, d0, stop[2]
 
 
 def _log_slope(u: Tensor, v: Tensor, s: Tensor, d0: Tensor, d1: Tensor, denominator: Tensor) -> Tensor:
