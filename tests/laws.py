@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyro_flows import flows
 from pyro_flows.bijectors import Affine, Bijector, RationalQuadraticSpline, Shift
 from pyro_flows.conditioners import MADE, MLP, Conditioner
+from pyro_flows.distributions import CircularBase, MixtureBase, StandardNormal, StudentTBase
 from pyro_flows.flows import Flow
 from pyro_flows.transforms import (
     ActNorm,
@@ -118,6 +119,15 @@ RECIPES: dict[str, Callable[..., Flow]] = {
     "maf": flows.maf,
     "iaf": flows.iaf,
     "nsf_ar": flows.nsf_ar,
+}
+
+# ------------------------------------------------------------ bases
+
+BASES: dict[str, Callable[[int], nn.Module]] = {
+    "standard_normal": lambda dim: StandardNormal((dim,)),
+    "student_t": lambda dim: StudentTBase((dim,), df=3.0),
+    "mixture": lambda dim: MixtureBase(dim, 4),
+    "circular": lambda dim: CircularBase([place % 2 == 0 for place in range(dim)], bound=2.0),
 }
 
 # ------------------------------------------------------------ helpers

@@ -8,7 +8,7 @@ NAMES = {
     bijectors: "Affine Bijector RationalQuadraticSpline Shift",
     conditioners: "Conditioner MADE MLP costream stream",
     transforms: "ActNorm Autoregressive Compose Coupling Elementwise FlowTransform Inverse LULinear Permute View",
-    distributions: "FixedBase StandardNormal",
+    distributions: "CircularBase FixedBase MixtureBase StandardNormal StudentTBase",
     flows: "Flow iaf maf nice nsf nsf_ar realnvp",
     guides: "AutoFlow default_flow init_to_center",
     diagnostics: "Psis psis to_arviz",

@@ -1,0 +1,76 @@
+"""The base of flows on tori and cylinders: uniform on the circle for each angle, standard normal for each real number.
+
+Normalizing Flows on Tori and Spheres (Rezende et al. 2020, arXiv:2002.02428).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+
+class CircularBase(nn.Module):
+    """Builds N(0, 1) for linear features and the uniform distribution on [-B, B) for circular ones.
+
+    Angles may be scored by any representative: x and x + 2 B have the same density, which integrates to one over any
+    stretch of length 2 B.
+
+    Args:
+        circular: For each feature, whether it is circular.
+        bound: Half the circumference B; by default circular features are angles in radians.
+
+    Raises:
+        ValueError: If ``circular`` is empty, or ``bound`` is not positive and finite.
+
+    Example::
+
+        >>> import torch
+        >>> base = CircularBase([True])
+        >>> round(base().log_prob(torch.tensor([100.0])).item(), 4)  # -log 2π
+        -1.8379
+    """
+
+    circular: Tensor
+    zeros: Tensor
+
+    def __init__(self, circular: Sequence[bool] | Tensor, bound: float = math.pi) -> None:
+        super().__init__()
+        circular = torch.as_tensor(circular, dtype=torch.bool)
+        if circular.dim() != 1 or not len(circular):
+            raise ValueError(f"CircularBase: circular must hold one bool for each feature, got {circular.tolist()}.")
+        if not 0 < bound < math.inf:
+            raise ValueError(f"CircularBase: bound must be positive and finite, got {bound}.")
+        self.bound = bound
+        self.register_buffer("circular", circular)
+        self.register_buffer("zeros", torch.zeros(len(circular)), persistent=False)
+
+    def forward(self) -> dist.TorchDistribution:
+        normal = dist.Normal(self.zeros, torch.ones_like(self.zeros), validate_args=False)
+        return NormalOrUniform(self.circular, self.bound, normal)
+
+
+class NormalOrUniform(dist.TorchDistribution):
+    """Feature by feature what a distribution of real numbers says, or uniform on [-B, B) where ``circular`` is true."""
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, circular: Tensor, bound: float, normal: dist.Normal) -> None:
+        self.circular, self.bound, self.normal = circular, bound, normal
+        super().__init__(normal.batch_shape[:-1], normal.batch_shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> NormalOrUniform:
+        return NormalOrUniform(self.circular, self.bound, self.normal.expand((*batch_shape, *self.event_shape)))
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        normal = self.normal.rsample(torch.Size(sample_shape))
+        return torch.where(self.circular, (2 * torch.rand_like(normal) - 1) * self.bound, normal)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return torch.where(self.circular, -math.log(2 * self.bound), self.normal.log_prob(value)).sum(-1)

@@ -1,0 +1,315 @@
+"""A base is a module that builds a Pyro distribution: in its own dtype, expandable, with a density that integrates to
+one, draws that follow it, and gradients of draws that are those of the density's integrals."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+
+import laws
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor, nn
+
+from pyro_flows import flows
+from pyro_flows.distributions import CircularBase, MixtureBase, StudentTBase
+from pyro_flows.flows import Flow
+from pyro_flows.transforms import ActNorm
+
+every_base = pytest.mark.parametrize("name", laws.BASES)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+every_learner = pytest.mark.parametrize("name", ["student_t", "mixture"])
+
+
+def random(name: str, dim: int = 3, seed: int = 0) -> nn.Module:
+    """A base in float64 whose parameters are away from the start."""
+    base = laws.BASES[name](dim).double()
+    with torch.no_grad():
+        for place, parameter in enumerate(base.parameters()):
+            parameter.add_(laws.normal(*parameter.shape, seed=seed + place, scale=0.5))
+    return base
+
+
+def quadrature(base: nn.Module) -> tuple[Tensor, Tensor]:
+    """Places x, ``(N, 1)``, and weights of an integral over all that the first feature can be."""
+    unit = (torch.arange(20001, dtype=torch.float64) + 0.5) / 20001 * 2 - 1
+    if isinstance(base, CircularBase):
+        return base.bound * unit.unsqueeze(-1), torch.full_like(unit, 2 * base.bound / len(unit))
+    steps = 32 * unit  # equidistant in arsinh x, for tails as heavy as Cauchy's
+    return steps.sinh().unsqueeze(-1), steps.cosh() * (64 / len(unit))
+
+
+def bounded(x: Tensor) -> Tensor:
+    """A smooth bounded function with the period of the circular base, or none."""
+    return torch.sin(math.pi / 2 * x + 0.5).sum(-1)
+
+
+def skewed(x: Tensor) -> Tensor:
+    return torch.sigmoid(2 * x - 1).sum(-1)
+
+
+# -------------------------------------------------------------------------------------------------------- distribution
+
+
+@every_base
+@every_dtype
+def test_shapes_and_dtypes(name: str, dtype: torch.dtype) -> None:
+    base = laws.BASES[name](3).to(dtype)
+    for batch in ((), (5,), (4, 5)):
+        q = base().expand(torch.Size(batch))
+        assert (q.batch_shape, q.event_shape, q.has_rsample) == (batch, (3,), True)
+        for shape in ((), (1,), (7,), (2, 6)):
+            x = q.rsample(torch.Size(shape))
+            assert x.shape == (*shape, *batch, 3) == q.sample(torch.Size(shape)).shape
+            assert q.log_prob(x).shape == (*shape, *batch)
+            assert x.dtype == q.log_prob(x).dtype == dtype
+            assert x.reshape(-1, 3).unique(dim=0).shape[0] == math.prod((*shape, *batch))  # no draw twice
+            torch.testing.assert_close(q.log_prob(x), base().log_prob(x))
+    assert isinstance(base(), TorchDistributionMixin)
+
+
+@every_base
+def test_the_density_integrates_to_one_and_its_draws_follow_it(name: str) -> None:
+    base = random(name, 1)
+    x, weight = quadrature(base)
+    with torch.no_grad():
+        mass = base().log_prob(x).exp() * weight
+        draws = base().sample((40000,))
+    assert mass.sum().item() == pytest.approx(1, abs=1e-6)
+    for function in (bounded, skewed):
+        seen = function(draws)
+        standard_error = seen.std().item() / len(seen) ** 0.5
+        assert seen.mean().item() == pytest.approx((mass * function(x)).sum().item(), abs=4 * standard_error)
+
+
+@every_base
+def test_features_are_scored_with_the_others(name: str) -> None:
+    """In two dimensions too: the mean of exp(log q - log p) over draws of p is one."""
+    p, q = random(name, 2, seed=0), random(name, 2, seed=9)
+    with torch.no_grad():
+        x = p().sample((40000,))
+        ratio = (q().log_prob(x) - p().log_prob(x)).exp()
+    assert ratio.mean().item() == pytest.approx(1, abs=4 * ratio.std().item() / 200 + 1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------------ learning
+
+
+@every_learner
+@every_dtype
+@pytest.mark.parametrize("function", [bounded, skewed])
+def test_gradients_of_draws_are_those_of_the_integral(name: str, dtype: torch.dtype, function: Callable) -> None:
+    """d/dθ ∫ p f = E[f'(x) dx/dθ], within four standard errors over 40 batches; both sides see one feature."""
+    base = random(name, 1)
+    x, weight = quadrature(base)
+    parameters = list(base.parameters())
+    wanted = torch.autograd.grad((base().log_prob(x).exp() * weight * function(x)).sum(), parameters)
+    base = copy.deepcopy(base).to(dtype)
+    parameters = list(base.parameters())
+    found = [torch.autograd.grad(function(base().rsample((2000,))).mean(), parameters) for _ in range(40)]
+    batches = torch.stack([torch.cat([g.flatten() for g in gradients]) for gradients in found]).double()
+    error = batches.mean(0) - torch.cat([g.flatten() for g in wanted])
+    assert (error.abs() <= 4 * batches.std(0) / 40**0.5 + 1e-7).all()
+
+
+@every_learner
+def test_three_steps_from_the_start_move_every_parameter(name: str) -> None:
+    base = laws.BASES[name](3).double()
+    before = [parameter.detach().clone() for parameter in base.parameters()]
+    optimiser = torch.optim.Adam(base.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimiser.zero_grad()
+        (-base().log_prob(laws.normal(64, 3).cumsum(-1) + 1).mean()).backward()
+        optimiser.step()
+    for parameter, old in zip(base.parameters(), before, strict=True):
+        assert (parameter != old).all()
+
+
+@every_learner
+def test_a_flow_trains_its_base_by_its_draws(name: str) -> None:
+    base = laws.BASES[name](2)
+    flow = Flow([ActNorm(2)], base)
+    x, log_prob = flow.rsample_and_log_prob((64,))
+    (log_prob + 0.5 * x.square().sum(-1)).mean().backward()
+    assert all((p.grad != 0).all() and p.grad.isfinite().all() for p in flow.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------- flow
+
+
+@every_base
+@pytest.mark.parametrize("context_dim", [0, 2], ids=["plain", "context"])
+def test_it_is_the_base_of_a_flow(name: str, context_dim: int) -> None:
+    flow = laws.randomise(Flow(flows.nsf(3, context_dim, hidden_dims=(8,)).transforms, random(name)), scale=0.3)
+    flow = flow.double()
+    context = laws.normal(4, context_dim) if context_dim else None
+    q = flow(context)
+    x = q.rsample((5,))
+    assert x.shape == ((5, 4, 3) if context_dim else (5, 3))
+    score = q.log_prob(x)
+    torch.testing.assert_close(flow(context).log_prob(x.detach().clone()), score)
+    again, log_prob = flow.rsample_and_log_prob((5,), context)
+    torch.testing.assert_close(flow.log_prob(again, context), log_prob)
+    assert flow.float()(None if context is None else context.float()).sample().dtype == torch.float32
+
+
+@every_base
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))], ids=["deepcopy", "pickle"])
+def test_copies_and_states_agree(name: str, how: Callable[[nn.Module], nn.Module]) -> None:
+    base, x = random(name), laws.normal(6, 3)
+    fresh = laws.BASES[name](3).double()
+    fresh.load_state_dict(base.state_dict(), strict=True)
+    for twin in (how(base), fresh):
+        assert torch.equal(twin().log_prob(x), base().log_prob(x))
+
+
+@every_base
+@pytest.mark.parametrize("verb", ["log_prob", "rsample_and_log_prob"])
+def test_flows_over_it_compile_to_one_graph(name: str, verb: str) -> None:
+    pyro.enable_validation(False)  # a check of values is control flow that depends on data
+    flow = Flow([ActNorm(3)], random(name)).double()
+    argument = laws.normal(4, 3) if verb == "log_prob" else (4,)
+    torch._dynamo.reset()
+    found = []
+    for function in (getattr(flow, verb), torch.compile(getattr(flow, verb), fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(3)
+        found.append(function(argument))
+    torch.testing.assert_close(*found)
+
+
+# ------------------------------------------------------------------------------------------------------------ student t
+
+
+@every_dtype
+@pytest.mark.parametrize("df", [1.001, 1.5, 10.0, 100.0, 999.0])
+def test_student_t_is_the_same_in_float32_from_cauchy_to_normal(df: float, dtype: torch.dtype) -> None:
+    base = StudentTBase((4,), df=df, max_df=1000.0).to(dtype)
+    torch.testing.assert_close(base.degrees_of_freedom, torch.full((4,), df, dtype=dtype), atol=0, rtol=1e-5)
+    x = torch.tensor([0.0, 1.0, -10.0, 1e4], dtype=dtype)
+    exact = dist.StudentT(base.degrees_of_freedom.double(), torch.zeros(4, dtype=torch.float64), 1.0)
+    torch.testing.assert_close(base().base_dist.log_prob(x).double(), exact.log_prob(x.double()), atol=5e-4, rtol=1e-5)
+    draws = base().rsample((10000,))
+    (base().log_prob(draws).mean() + draws.abs().log1p().mean()).backward()
+    assert draws.isfinite().all()
+    assert base.free_df.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("free", [-50.0, 50.0])
+def test_degrees_of_freedom_stay_between_their_bounds(free: float) -> None:
+    base = StudentTBase((2,), df=5.0, min_df=2.0, max_df=50.0)
+    nn.init.constant_(base.free_df, free)
+    torch.testing.assert_close(base.degrees_of_freedom, torch.full((2,), 2.0 if free < 0 else 50.0))
+
+
+def test_student_t_learns_the_tails_of_each_feature() -> None:
+    """Within four standard errors, from the Fisher information of 4000 draws, of what made them."""
+    true = torch.tensor([1.5, 6.0], dtype=torch.float64)
+    data = dist.StudentT(true, 0.0, 1.0).sample((4000,))
+    base = StudentTBase((2,)).double()
+    optimiser = torch.optim.LBFGS(base.parameters(), line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = -base().log_prob(data).sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    df = base.degrees_of_freedom.detach().requires_grad_()
+    score = torch.autograd.grad(dist.StudentT(df, 0.0, 1.0).log_prob(data).sum(), df, create_graph=True)[0]
+    curvature = -torch.autograd.grad(score.sum(), df)[0]
+    assert ((df - true).abs() < 4 / curvature.sqrt()).all()
+
+
+# -------------------------------------------------------------------------------------------------------------- mixture
+
+
+@pytest.mark.parametrize("num_components", [2, 3, 8, 30])
+@pytest.mark.parametrize("dim", [1, 2, 7])
+def test_a_mixture_starts_with_unit_variance_and_components_apart(dim: int, num_components: int) -> None:
+    base = MixtureBase(dim, num_components).double()
+    torch.testing.assert_close(base().mean, torch.zeros(dim, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(base().variance, torch.ones(dim, dtype=torch.float64), atol=1e-6, rtol=0)
+    assert all(len(column.unique()) == num_components for column in base.loc.T)
+    assert torch.equal(base.loc, MixtureBase(dim, num_components).double().loc)
+
+
+@pytest.mark.parametrize("name", ["sin", "x", "y^2", "x y"])
+def test_draws_of_a_mixture_move_as_the_density_does(name: str) -> None:
+    """E[∇f · dx/dθ] = d/dθ ∫ p f for locations, scales and logits alike, both as sums over one grid, so exactly."""
+    function = {
+        "sin": lambda z: torch.sin(z[:, 0] + 2 * z[:, 1]),
+        "x": lambda z: z[:, 0],
+        "y^2": lambda z: z[:, 1].square(),
+        "x y": lambda z: z.prod(-1),
+    }[name]
+    base = random("mixture", 2)
+    axis = torch.linspace(-9, 9, 301, dtype=torch.float64)
+    grid, area = torch.cartesian_prod(axis, axis), (axis[1] - axis[0]) ** 2
+    density = base().log_prob(grid).exp() * area
+    wanted = torch.autograd.grad((density * function(grid)).sum(), list(base.parameters()))
+    mixture = base()
+    mixture.sample = lambda _: grid
+    found = torch.autograd.grad((density.detach() * function(mixture.rsample())).sum(), list(base.parameters()))
+    torch.testing.assert_close(found, wanted, atol=1e-10, rtol=0)
+
+
+def test_gradients_of_a_mixture_are_finite_where_components_are_far_apart() -> None:
+    """In float32, next to float64: in a tail the distribution function rounds to one, its derivative does not."""
+    base = MixtureBase(3, 4)
+    with torch.no_grad():
+        base.loc.mul_(10)
+        base.logits.add_(torch.tensor([0.0, 2.0, -3.0, 1.0]))
+    draws, found = base().sample((20000,)), []
+    for dtype in (torch.float32, torch.float64):
+        twin = copy.deepcopy(base).to(dtype)
+        mixture = twin()
+        mixture.sample = lambda _, dtype=dtype: draws.to(dtype)
+        found.append(torch.autograd.grad(torch.sin(mixture.rsample()).sum() / len(draws), list(twin.parameters())))
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- circular
+
+
+def test_angles_are_uniform_and_scored_by_any_representative() -> None:
+    base = CircularBase([True, False, True], bound=2.0).double()
+    x = base().sample((20000,))
+    assert (x[:, [0, 2]].abs() <= 2).all()
+    assert x[:, 1].abs().max() > 2
+    torch.testing.assert_close(
+        x.std(0), torch.tensor([2 / 3**0.5, 1, 2 / 3**0.5], dtype=torch.float64), atol=0.03, rtol=0
+    )
+    turned = x + torch.tensor([4.0, 0.0, -400.0], dtype=torch.float64)
+    torch.testing.assert_close(base().log_prob(turned), base().log_prob(x))
+    wanted = dist.Normal(0.0, 1.0).log_prob(x[:, 1]) - 2 * math.log(4)
+    torch.testing.assert_close(base().log_prob(x), wanted)
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: StudentTBase((2,), df=1.0), "StudentTBase: df must lie between min_df = 1.0 and .*got 1.0"),
+        (lambda: StudentTBase((2,), df=300.0), "StudentTBase: df must .* max_df = 200.0, .*got 300.0"),
+        (lambda: StudentTBase((2,), min_df=0.0), "StudentTBase: df .* min_df = 0.0"),
+        (lambda: StudentTBase((2,), max_df=math.inf), "StudentTBase: df .* max_df = inf"),
+        (lambda: MixtureBase(0, 2), "MixtureBase: input_dim must be at least 1, got 0"),
+        (lambda: MixtureBase(2, 1), "MixtureBase: num_components must be at least 2, got 1; use StandardNormal"),
+        (lambda: MixtureBase(2, 2, spread=1.0), "MixtureBase: spread must lie between 0 and 1, got 1.0"),
+        (lambda: CircularBase([]), r"CircularBase: circular must hold one bool for each feature, got \[\]"),
+        (lambda: CircularBase([[True]]), r"CircularBase: circular .*got \[\[True\]\]"),
+        (lambda: CircularBase([True], bound=-1.0), "CircularBase: bound must be positive and finite, got -1.0"),
+    ],
+)
+def test_errors_name_argument_and_value(build: Callable, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
