@@ -8,14 +8,14 @@ A bijector and a transform are the same verb pair, ``forward_and_log_det(value, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyro_flows import flows
-from pyro_flows.bijectors import Affine, Bijector, RationalQuadraticSpline, Shift
-from pyro_flows.conditioners import MADE, MLP, Conditioner
+from pyro_flows.bijectors import Affine, Bijector, CircularSpline, RationalQuadraticSpline, Shift
+from pyro_flows.conditioners import MADE, MLP, Conditioner, Periodic
 from pyro_flows.distributions import CircularBase, MixtureBase, StandardNormal, StudentTBase
 from pyro_flows.flows import Flow
 from pyro_flows.transforms import (
@@ -42,6 +42,7 @@ BIJECTORS: dict[str, Bijector] = {
     "spline": RationalQuadraticSpline(),
     "spline_2_bins": RationalQuadraticSpline(bins=2),
     "spline_16_bins": RationalQuadraticSpline(bins=16, bound=3.0),
+    "circular": CircularSpline(),
 }
 
 # ------------------------------------------------------------ transforms
@@ -70,6 +71,14 @@ def _coupling(bijector: Bijector) -> Builder:
         return Coupling(bijector, net, mask)
 
     return build
+
+
+def _periodic(dim: int, context_dim: int) -> FlowTransform:
+    mask = [place % 2 == 0 for place in range(dim)]
+    seen = [place % 2 == 0 for place in range(sum(mask))]
+    bijector = CircularSpline(bins=4)
+    net = MLP(sum(mask) + sum(seen), dim - sum(mask), bijector.num_params, WIDTHS, context_dim)
+    return Coupling(bijector, Periodic(net, seen), mask)
 
 
 def _autoregressive(bijector: Bijector, order: Callable[[int], list[int]] | None = None) -> Builder:
@@ -103,6 +112,7 @@ TRANSFORMS: dict[str, Kind] = {
     **{f"shuffled_{name}": Kind(_autoregressive(b, shuffled), True) for name, b in BIJECTORS.items()},
     "elementwise_affine": Kind(_elementwise(Affine()), True),
     "elementwise_spline": Kind(_elementwise(RationalQuadraticSpline()), True),
+    "periodic_circular": Kind(_periodic, True, least_dim=2),
     "permute": Kind(lambda dim, _: Permute(shuffled(dim)), starts_at_identity=False),
     "lu_linear": Kind(lambda dim, _: LULinear(dim)),
     "actnorm": Kind(lambda dim, _: ActNorm(dim)),
@@ -112,6 +122,13 @@ TRANSFORMS: dict[str, Kind] = {
 
 # ------------------------------------------------------------ recipes
 
+
+def circular_coupling(input_dim: int, context_dim: int = 0, **options: Any) -> Flow:
+    """Angles and real numbers in turn."""
+    circular = [place % 2 == 0 for place in range(int(input_dim))]
+    return flows.circular_coupling(input_dim, context_dim, circular=circular, **options)
+
+
 RECIPES: dict[str, Callable[..., Flow]] = {
     "nice": flows.nice,
     "realnvp": flows.realnvp,
@@ -119,6 +136,7 @@ RECIPES: dict[str, Callable[..., Flow]] = {
     "maf": flows.maf,
     "iaf": flows.iaf,
     "nsf_ar": flows.nsf_ar,
+    "circular_coupling": circular_coupling,
 }
 
 # ------------------------------------------------------------ bases
@@ -151,7 +169,7 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
         parameter.copy_(torch.randn(parameter.shape, generator=source, dtype=torch.float64) * size)
 
     for part in module.modules():
-        if isinstance(part, Conditioner):
+        if isinstance(part, Conditioner) and not isinstance(part, Periodic):
             draw(part.output.weight, scale)
             draw(part.output.bias, scale)
         elif isinstance(part, Elementwise) and part.conditioner is None:

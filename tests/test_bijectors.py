@@ -12,11 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyro_flows.bijectors import Affine, Bijector, RationalQuadraticSpline
+from pyro_flows.bijectors import Affine, Bijector, CircularSpline, RationalQuadraticSpline
 
 DTYPES = [torch.float32, torch.float64]
 SPLINES = [name for name, bijector in laws.BIJECTORS.items() if isinstance(bijector, RationalQuadraticSpline)]
 every_bijector = pytest.mark.parametrize("bijector", laws.BIJECTORS.values(), ids=laws.BIJECTORS)
+CIRCULAR = {
+    "pi": CircularSpline(),
+    "2_bins": CircularSpline(bins=2, bound=1.0),
+    "16_bins": CircularSpline(bins=16, bound=2.7),
+}
+every_circular = pytest.mark.parametrize("circular", CIRCULAR.values(), ids=CIRCULAR)
 every_spline = pytest.mark.parametrize("spline", [laws.BIJECTORS[name] for name in SPLINES], ids=SPLINES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 
@@ -25,7 +31,7 @@ def params_of(bijector: Bijector, *shape: int, dtype: torch.dtype = torch.float6
     return laws.normal(*shape, bijector.num_params, seed=1, dtype=dtype, scale=scale)
 
 
-def knots_of(spline: RationalQuadraticSpline, params: Tensor) -> tuple[Tensor, Tensor]:
+def knots_of(spline: RationalQuadraticSpline | CircularSpline, params: Tensor) -> tuple[Tensor, Tensor]:
     """The K + 1 knots along x and along y, to the last bit."""
     xs, ys, _ = spline._table(params)
     return xs, ys
@@ -34,10 +40,21 @@ def knots_of(spline: RationalQuadraticSpline, params: Tensor) -> tuple[Tensor, T
 def places(bijector: Bijector, params: Tensor) -> Tensor:
     """Values where a formula could break: zero, far out, and the spline's knots and edges exactly."""
     far = torch.tensor([0.0, 1e-30, 1.0, 4.99, 1e3, 1e30], dtype=params.dtype)
-    if not isinstance(bijector, RationalQuadraticSpline):
+    if not isinstance(bijector, RationalQuadraticSpline | CircularSpline):
         return torch.cat((-far, far))
     edge = torch.tensor([bijector.bound], dtype=params.dtype)
     return torch.cat((-far, far, -edge, edge, torch.nextafter(edge, 0 * edge), *knots_of(bijector, params)))
+
+
+def neighbours(values: Tensor) -> Tensor:
+    """Values and the three numbers of their dtype next to each on either side, ``(7 N,)``."""
+    found = [values]
+    for end in (-math.inf, math.inf):
+        value = values
+        for _ in range(3):
+            value = torch.nextafter(value, torch.full_like(value, end))
+            found.append(value)
+    return torch.cat(found)
 
 
 @every_dtype
@@ -146,6 +163,63 @@ def test_the_slope_does_not_jump_at_the_edge_of_the_box(spline: RationalQuadrati
             assert (y - edge).abs().max() < 1e-8
 
 
+@pytest.mark.parametrize("bijector", [RationalQuadraticSpline(), *CIRCULAR.values()], ids=repr)
+def test_gradients_do_not_stop_next_to_a_knot(bijector: RationalQuadraticSpline | CircularSpline) -> None:
+    """Within round-off of a knot a formula may leave its bin; the derivative must stay what the log-det says."""
+    for params in params_of(bijector, 20):
+        rotation = params[-1] if isinstance(bijector, CircularSpline) else 0.0
+        xs, ys = knots_of(bijector, params)
+        verbs = ((bijector.forward_and_log_det, xs), (bijector.inverse_and_log_det, ys + rotation))
+        for verb, knots in verbs:
+            value = neighbours(knots).requires_grad_()
+            y, log_det = verb(value, params)
+            (slope,) = torch.autograd.grad(y.sum(), value)
+            torch.testing.assert_close(slope.log(), log_det, atol=1e-6, rtol=0)
+
+
+@every_circular
+def test_once_around_is_once_around(circular: CircularSpline) -> None:
+    """f(x + 2 B k) = f(x) + 2 B k, with the same slope; so it is a map of the circle."""
+    x, params = laws.normal(200, scale=3.0), params_of(circular, 200)
+    for verb in (circular.forward_and_log_det, circular.inverse_and_log_det):
+        y, log_det = verb(x, params)
+        for turns in (-150, -1, 1, 2, 150):
+            far, of_far = verb(x + 2 * circular.bound * turns, params)
+            torch.testing.assert_close(far, y + 2 * circular.bound * turns, atol=1e-9, rtol=0)
+            torch.testing.assert_close(of_far, log_det, atol=1e-6, rtol=0)
+
+
+@every_dtype
+@every_circular
+def test_the_seams_cannot_be_seen(circular: CircularSpline, dtype: torch.dtype) -> None:
+    """On both sides of an odd multiple of B the value is the seam's and the slope is the one free number."""
+    seams = circular.bound * torch.tensor([-7.0, -1.0, 1.0, 3.0], dtype=dtype)
+    for params in params_of(circular, 20, dtype=dtype, scale=1.0):
+        slope = circular._table(params)[2, 0].log()
+        for verb, at, wanted, sign in (
+            (circular.forward_and_log_det, seams, seams + params[-1], 1),
+            (circular.inverse_and_log_det, seams + params[-1], seams, -1),
+        ):
+            value = neighbours(at).requires_grad_()
+            y, log_det = verb(value, params)
+            (gradient,) = torch.autograd.grad(y.sum(), value)
+            tolerance = {4: 5e-2, 8: 1e-9}[dtype.itemsize]  # 7 B is known to 1e-6 in float32
+            torch.testing.assert_close(y.view(-1, 4), wanted.expand(7, 4), atol=tolerance, rtol=0)
+            torch.testing.assert_close(log_det, (sign * slope).expand(28), atol=tolerance, rtol=0)
+            torch.testing.assert_close(gradient.log(), (sign * slope).expand(28), atol=tolerance, rtol=0)
+        assert slope != 0
+
+
+@every_circular
+def test_a_circular_spline_can_be_a_rotation(circular: CircularSpline) -> None:
+    params = torch.zeros(circular.num_params, dtype=torch.float64)
+    params[-1] = 100.0
+    x = laws.normal(200, scale=3.0)
+    y, log_det = circular.forward_and_log_det(x, params)
+    torch.testing.assert_close(y, x + 100)
+    torch.testing.assert_close(log_det, torch.zeros_like(x))
+
+
 @every_bijector
 @pytest.mark.parametrize(
     ("value_shape", "params_shape"),
@@ -199,6 +273,10 @@ def test_affine_scales_are_bounded(bound: float, value: float) -> None:
         (lambda: RationalQuadraticSpline(bins=4, min_bin=0.25), "min_bin", "0.25"),
         (lambda: RationalQuadraticSpline(min_bin=0.0), "min_bin", "0.0"),
         (lambda: RationalQuadraticSpline(max_slope=1.0), "max_slope", "1.0"),
+        (lambda: CircularSpline(bins=1), "CircularSpline: bins", "1"),
+        (lambda: CircularSpline(bound=math.inf), "CircularSpline: bound", "inf"),
+        (lambda: CircularSpline(bins=4, min_bin=0.25), "CircularSpline: min_bin", "0.25"),
+        (lambda: CircularSpline(max_slope=0.5), "CircularSpline: max_slope", "0.5"),
     ],
 )
 def test_errors_name_argument_and_value(build: object, argument: str, value: str) -> None:

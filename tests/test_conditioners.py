@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pyro_flows.bijectors import Affine, Bijector, RationalQuadraticSpline
-from pyro_flows.conditioners import MADE, MLP, costream, stream
+from pyro_flows.conditioners import MADE, MLP, Periodic, costream, stream
 from pyro_flows.transforms import Autoregressive
 from pyro_flows.transforms.autoregressive import invert_by_passes
 
@@ -222,6 +222,59 @@ def test_orders_travel_with_the_state() -> None:
     assert second.features == first.features
     y, _ = Autoregressive(Affine(), second).inverse_and_log_det(x)
     assert torch.equal(y, Autoregressive(Affine(), first).inverse_and_log_det(x)[0])
+
+
+PERIODIC = [True, False, True, False, False]
+
+
+def periodic(context_dim: int = 0, bound: float = 2.0) -> Periodic:
+    """A periodic network in float64 with random parameters."""
+    net = Periodic(MLP(7, 4, 3, (16,), context_dim, activation=nn.Tanh), PERIODIC, bound)
+    return laws.randomise(net, scale=1.0).double()
+
+
+@every_context
+def test_parameters_have_the_period_of_each_marked_feature_and_of_no_other(context_dim: int) -> None:
+    net = periodic(context_dim)
+    x, context = inputs(5, context_dim)
+    params = net(x, context)
+    assert params.shape == (16, 4, 3)
+    for place, is_periodic in enumerate(PERIODIC):
+        for turns in (-3, 1, 100):
+            moved = x + 4 * turns * torch.eye(5, dtype=torch.float64)[place]
+            change = (net(moved, context) - params).abs()
+            assert change.max() < 1e-10 if is_periodic else change.max() > 1e-2
+    matrix = laws.jacobian(lambda value: net(value, context).flatten(1), x)
+    assert (matrix != 0).any(0).all()  # every feature is seen
+
+
+def test_the_network_sees_cosines_sines_and_the_others() -> None:
+    net = periodic()
+    x, _ = inputs(5, 0)
+    angle = x[:, [0, 2]] * (torch.pi / 2)
+    assert torch.equal(net(x), net.net(torch.cat((angle.cos(), angle.sin(), x[:, [1, 3, 4]]), -1)))
+
+
+def test_which_features_are_periodic_is_part_of_the_state() -> None:
+    net = periodic()
+    other = Periodic(MLP(7, 4, 3, (16,), activation=nn.Tanh), [False, True, False, False, True], 2.0).double()
+    other.load_state_dict(net.state_dict(), strict=True)
+    x, _ = inputs(5, 0)
+    assert torch.equal(other(x), net(x))
+    assert torch.equal(copy.deepcopy(net)(x), net(x))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Periodic(MLP(2, 1, 1), [True, False]), r"3 for periodic = \[True, False\], .* net.input_dim = 2"),
+        (lambda: Periodic(MLP(2, 1, 1), [[True]]), r"2 for periodic = \[\[True\]\]"),
+        (lambda: Periodic(MLP(2, 1, 1), [True], bound=0.0), "bound must be positive and finite, got 0.0"),
+    ],
+)
+def test_a_periodic_network_names_what_does_not_fit(build: object, message: str) -> None:
+    with pytest.raises(ValueError, match=f"Periodic: .*{message}"):
+        build()
 
 
 def test_every_network_starts_at_zero() -> None:

@@ -5,11 +5,11 @@ from pyro_flows import bijectors, conditioners, diagnostics, distributions, fitt
 
 NAMES = {
     pyro_flows: "AutoFlow Fit Flow Psis fit_svi flows psis to_arviz",
-    bijectors: "Affine Bijector RationalQuadraticSpline Shift",
-    conditioners: "Conditioner MADE MLP costream stream",
+    bijectors: "Affine Bijector CircularSpline RationalQuadraticSpline Shift",
+    conditioners: "Conditioner MADE MLP Periodic costream stream",
     transforms: "ActNorm Autoregressive Compose Coupling Elementwise FlowTransform Inverse LULinear Permute View",
     distributions: "CircularBase FixedBase MixtureBase StandardNormal StudentTBase",
-    flows: "Flow iaf maf nice nsf nsf_ar realnvp",
+    flows: "Flow circular_coupling iaf maf nice nsf nsf_ar realnvp",
     guides: "AutoFlow default_flow init_to_center",
     diagnostics: "Psis psis to_arviz",
     fitting: "Fit fit_svi",

@@ -131,10 +131,11 @@ def test_log_det_is_that_of_autograds_jacobian(case: Case) -> None:
 @every_dtype
 @every_case
 def test_the_log_dets_are_opposite(case: Case, dtype: torch.dtype) -> None:
+    x = case.values(dtype)
+    if "circular" in case.name and dtype == torch.float32:
+        x = x.clamp(-10, 10)  # an angle of 1000 radians is known to 6e-5 only, in which a slope may double
     with torch.no_grad():
-        laws.log_dets_are_opposite(
-            case.random(dtype), case.values(dtype), case.context(dtype), {4: 1e-2, 8: 1e-9}[dtype.itemsize]
-        )
+        laws.log_dets_are_opposite(case.random(dtype), x, case.context(dtype), {4: 1e-2, 8: 1e-9}[dtype.itemsize])
 
 
 @pytest.mark.parametrize(

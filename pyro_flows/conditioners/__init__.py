@@ -3,5 +3,6 @@
 from .base import Conditioner as Conditioner
 from .made import MADE as MADE
 from .mlp import MLP as MLP
+from .periodic import Periodic as Periodic
 from .stream import costream as costream
 from .stream import stream as stream

@@ -1,0 +1,64 @@
+"""A network on angles: it sees cos(π x / B) and sin(π x / B) in place of x, so its parameters have the period 2 B in x.
+
+Normalizing Flows on Tori and Spheres (Rezende et al. 2020, arXiv:2002.02428).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import Conditioner
+
+
+class Periodic(Conditioner):
+    """Another conditioner, periodic in some of its inputs.
+
+    It serves coupling layers.  Features that follow an order, as those of a ``MADE`` do, lose it here.
+
+    Args:
+        net: The network; of its inputs, first come the cosines, then the sines of the P periodic features, then the
+            D - P other features, so that ``net.input_dim`` is D + P.
+        periodic: For each of the D features, whether it is periodic.
+        bound: Half the period; by default the periodic features are angles in radians.
+
+    Raises:
+        ValueError: If ``periodic`` does not fit the network's inputs, or ``bound`` is not positive and finite.
+
+    Example::
+
+        >>> import math, torch
+        >>> from pyro_flows.conditioners import MLP
+        >>> net = Periodic(MLP(3, 2, num_params=5), [True, False])
+        >>> net.input_dim, net(torch.randn(7, 2)).shape
+        (2, torch.Size([7, 2, 5]))
+    """
+
+    periodic: Tensor
+    order: Tensor
+
+    def __init__(self, net: Conditioner, periodic: Sequence[bool] | Tensor, bound: float = math.pi) -> None:
+        periodic = torch.as_tensor(periodic, dtype=torch.bool)
+        wanted = periodic.numel() + int(periodic.sum())
+        if periodic.dim() != 1 or net.input_dim != wanted:
+            raise ValueError(
+                f"Periodic: the network sees two numbers of each periodic feature and one of each other, "
+                f"{wanted} for periodic = {periodic.tolist()}, but it takes net.input_dim = {net.input_dim}."
+            )
+        if not 0 < bound < math.inf:
+            raise ValueError(f"Periodic: bound must be positive and finite, got {bound}.")
+        super().__init__(len(periodic), net.output_dim, net.num_params, net.hidden_dims, context_dim=0)
+        self.context_dim = net.context_dim  # the context enters inside the network
+        self.net = net
+        self.bound = bound
+        self.register_buffer("periodic", periodic)
+        self.register_buffer("order", torch.argsort(~periodic, stable=True))  # the periodic features first
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x = x.index_select(-1, self.order)
+        count = self.net.input_dim - self.input_dim
+        angle = x[..., :count] * (math.pi / self.bound)
+        return self.net(torch.cat((angle.cos(), angle.sin(), x[..., count:]), -1), context)

@@ -1,0 +1,91 @@
+"""A recipe for angles among real numbers: flows on tori and cylinders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..bijectors import Affine, Bijector, CircularSpline
+from ..conditioners import MLP, Periodic
+from ..distributions import CircularBase
+from ..transforms import Coupling, Elementwise, FlowTransform
+from .checks import check_sizes
+from .coupling import coupling_masks
+from .flow import Flow
+
+
+def circular_coupling(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    circular: Sequence[bool],
+    num_transforms: int = 8,
+    hidden_dims: Sequence[int] = (64, 64),
+    bins: int = 8,
+    max_log_scale: float = 3.0,
+    activation: type[nn.Module] = nn.ReLU,
+) -> Flow:
+    """Couplings of circular splines for angles and affine maps for the others (Rezende et al. 2020, arXiv:2002.02428).
+
+    The density has the period 2π in each angle and integrates to one over one period.  Angles may be scored by any
+    representative, and samples are representatives: ``torch.remainder(x + math.pi, 2 * math.pi) - math.pi`` lies in
+    [-π, π).  At the start angles are uniform and other features standard normal.
+
+    Args:
+        input_dim: The number of features.
+        context_dim: The number of context features.
+        circular: For each feature, whether it is an angle in radians.
+        num_transforms: The number of coupling masks; where angles and other features are both to be mapped, two
+            layers share one.
+        hidden_dims: The widths of the hidden layers of each network.
+        bins: The number of bins of each circular spline.
+        max_log_scale: The bound on the log-scale of one affine layer, in nats.
+        activation: The class of the nonlinearity.
+
+    Raises:
+        ValueError: If a size is out of its range, or ``circular`` does not hold one bool for each feature.
+
+    Example::
+
+        >>> import math, torch
+        >>> flow = circular_coupling(2, circular=[True, False])
+        >>> round(flow().log_prob(torch.tensor([1.0, 0.0])).item(), 3)  # -log 2π - log(2π) / 2
+        -2.757
+    """
+    check_sizes("circular_coupling", input_dim, context_dim, num_transforms, hidden_dims)
+    if len(circular) != input_dim or not set(circular) <= {True, False}:
+        raise ValueError(
+            f"circular_coupling: circular must hold one bool for each of input_dim = {input_dim} features, "
+            f"got {circular!r}."
+        )
+    angles = torch.tensor(circular, dtype=torch.bool)
+    kinds: list[tuple[Bijector, Tensor]] = [(Affine(max_log_scale), ~angles), (CircularSpline(bins), angles)]
+    layers: list[FlowTransform] = []
+    for mask in coupling_masks(input_dim, num_transforms):
+        for bijector, kind in kinds:
+            mapped = kind & ~mask if input_dim > 1 else kind
+            if mapped.any():
+                layers.append(_layer(bijector, mapped, angles, context_dim, hidden_dims, activation))
+    return Flow(layers, CircularBase(angles))
+
+
+def _layer(
+    bijector: Bijector,
+    mapped: Tensor,
+    angles: Tensor,
+    context_dim: int,
+    hidden_dims: Sequence[int],
+    activation: type[nn.Module],
+) -> FlowTransform:
+    """A coupling conditioned on all that it does not map; what is alone is mapped on its own."""
+    count, seen = int(mapped.sum()), angles[~mapped]
+    if len(seen):
+        inputs = len(seen) + int(seen.sum())
+        net = MLP(inputs, count, bijector.num_params, hidden_dims, context_dim, activation=activation)
+        return Coupling(bijector, Periodic(net, seen), ~mapped)
+    if context_dim:
+        net = MLP(context_dim, count, bijector.num_params, hidden_dims, activation=activation)
+        return Elementwise(bijector, count, net)
+    return Elementwise(bijector, count)
