@@ -40,6 +40,29 @@ class FlowTransform(TransformModule):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map ``y`` back to ``(x, log|det dx/dy|)``.  Shapes as in :meth:`forward_and_log_det`."""
 
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Map ``x`` and carry the score of its law along, which path gradients need.
+
+        With q(y) the law of y when x follows p, ``∇_y log q`` is the Jacobian's inverse transpose times
+        ``∇_x (log p - log|det dy/dx|)``; by default it is found on the way back.
+
+        Args:
+            x: ``(*batch, *event_shape)``; a tensor that requires grad.
+            score: ``∇_x log p(x)``, of the shape of ``x``.
+            context: As for the verb pair.
+
+        Returns:
+            ``(y, log|det dy/dx|, ∇_y log q(y))``; the score carries no gradient.
+        """
+        y, log_det = self.forward_and_log_det(x, context)
+        with torch.enable_grad():
+            leaf = y.detach().requires_grad_()
+            back, back_log_det = self.inverse_and_log_det(leaf, context)
+            log_density = (score * back).sum() + back_log_det.sum()
+            return y, log_det, torch.autograd.grad(log_density, leaf)[0]
+
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
         """Let data that this transform shall produce, ``(*batch, *event_shape)``, set its parameters.
 

@@ -69,13 +69,33 @@ class Coupling(FlowTransform):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_verb(self.bijector.inverse_and_log_det, y, context)
 
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # The Jacobian is triangular by blocks, so its transpose is solved in the pass at hand, without a way back.
+        kept, mapped = x.index_select(-1, self.kept), x.index_select(-1, self.mapped)
+        y, log_det = self.bijector.forward_and_log_det(mapped, self.conditioner(kept, context))
+        of_mapped = score.index_select(-1, self.mapped)
+        if log_det.requires_grad:
+            of_mapped = of_mapped - _gradient((log_det,), mapped, (torch.ones_like(log_det),))
+        of_mapped = of_mapped * torch.exp(-log_det.detach())
+        of_kept = score.index_select(-1, self.kept) - _gradient((log_det, y), kept, (torch.ones_like(y), of_mapped))
+        return self._join(kept, y), log_det.sum(-1), self._join(of_kept, of_mapped)
+
+    def _join(self, kept: Tensor, mapped: Tensor) -> Tensor:
+        kept = kept.expand(*mapped.shape[:-1], kept.shape[-1])
+        return torch.cat((kept, mapped), -1).index_select(-1, self.restore)
+
     def _apply_verb(
         self, verb: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         kept = x.index_select(-1, self.kept)
         mapped, log_det = verb(x.index_select(-1, self.mapped), self.conditioner(kept, context))
-        kept = kept.expand(*mapped.shape[:-1], kept.shape[-1])
-        return torch.cat((kept, mapped), -1).index_select(-1, self.restore), log_det.sum(-1)
+        return self._join(kept, mapped), log_det.sum(-1)
+
+
+def _gradient(outputs: tuple[Tensor, ...], of: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+    return torch.autograd.grad(outputs, of, weights, retain_graph=True, materialize_grads=True)[0]
 
 
 def _restore_indices(module: nn.Module, _: object) -> None:

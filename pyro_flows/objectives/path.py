@@ -1,0 +1,106 @@
+"""The ELBO with path gradients: only the way through the draws counts.
+
+The gradient of E_q [log q(z) - log p(z, x)] by way of q's own parameters has mean zero but not variance zero.  Left
+out, what remains vanishes draw by draw where q is the posterior, so that a fit settles instead of jittering.
+
+Sticking the Landing (Roeder, Wu, Duvenaud 2017, arXiv:1703.09194); for flows Vaitl, Nicoli, Nakajima, Kessel 2022,
+arXiv:2207.08219.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+
+from ..flows.flow import FlowDistribution
+
+
+class PathGradient:
+    """For a Pyro ELBO: score the guide's reparameterised draws with its parameters held fixed."""
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        seen = poutine.trace(_CarryScores()(guide))
+        model_trace, guide_trace = super()._get_trace(model, seen, args, kwargs)  # type: ignore[misc]
+        rest = [name for name, site in guide_trace.iter_stochastic_nodes() if _has_parameters(site["fn"])]
+        if rest:
+            with frozen(_leaves(guide, seen.trace)), poutine.block():
+                again = poutine.trace(poutine.replay(guide, trace=seen.trace)).get_trace(*args, **kwargs)
+                again.compute_score_parts()
+            if hasattr(model_trace, "plate_to_symbol"):
+                again.pack_tensors(model_trace.plate_to_symbol)
+            for name in rest:
+                guide_trace.nodes[name].update(_density(again.nodes[name]))
+        return model_trace, guide_trace
+
+
+class PathELBO(PathGradient, Trace_ELBO):
+    """Pyro's ``Trace_ELBO``, and its arguments, with path gradients for the guide.
+
+    The loss has the same value; its gradient has the same mean wherever draws are reparameterised, and no variance
+    where the guide is the posterior.  Flows carry the score along with their draws, at about 1.4 times the cost of a
+    plain step; other guides run a second time.  Plates, ``scale``, masks and subsampling work as they do in Pyro.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro_flows import AutoFlow
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(2.0, 1.0))
+        >>> guide = AutoFlow(model).setup()
+        >>> loss = PathELBO(num_particles=8, vectorize_particles=True)(model, guide)
+        >>> loss().backward()
+    """
+
+
+class PathEnumELBO(PathGradient, TraceEnum_ELBO):
+    """Pyro's ``TraceEnum_ELBO``, which sums discrete latents out, with path gradients for the guide."""
+
+
+class _CarryScores(Messenger):
+    """Lets flows in a guide carry the score along with their draws."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if isinstance(msg["fn"], FlowDistribution) and not msg["done"]:
+            msg["fn"] = msg["fn"].with_path_gradient()
+
+
+def _has_parameters(fn: Any) -> bool:
+    """Whether a site's density is still to be freed of its parameters."""
+    return fn.has_rsample and not isinstance(fn, dist.Delta | FlowDistribution)
+
+
+def _leaves(guide: Any, trace: Trace) -> list[Tensor]:
+    """The tensors that a guide may train: those of its param statements and of the modules in it."""
+    values = [site["value"] for site in trace.nodes.values() if site["type"] == "param"]
+    found = [value.unconstrained() if hasattr(value, "unconstrained") else value for value in values]
+    program = poutine.unwrap(guide)
+    return found + (list(program.parameters()) if isinstance(program, nn.Module) else [])
+
+
+@contextlib.contextmanager
+def frozen(leaves: list[Tensor]) -> Iterator[None]:
+    """Let tensors require no gradient for a while."""
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
+    for leaf in trained:
+        leaf.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for leaf in trained:
+            leaf.requires_grad_(True)
+
+
+def _density(site: dict[str, Any]) -> dict[str, Any]:
+    """What a trace keeps of a site's density."""
+    names = "log_prob", "log_prob_sum", "unscaled_log_prob", "score_parts", "packed"
+    return {name: site[name] for name in names if name in site}
