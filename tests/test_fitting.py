@@ -18,7 +18,8 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 from pyro_flows import AutoFlow, Fit, fit_svi, flows, psis
-from pyro_flows.fitting.loop import _Best, descend
+from pyro_flows.fitting.loop import descend
+from pyro_flows.fitting.state import Best
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
 
@@ -416,7 +417,7 @@ def test_a_frozen_guide_is_refused():
 def test_a_diverged_state_is_not_kept_for_its_own_noise():
     """One exploding loss widens its window's standard error; that must not let the window in."""
     parameter = torch.zeros(())
-    best = _Best([parameter])
+    best = Best([parameter])
     best.offer([1.0, 1.1] * 25, 50)
     parameter.fill_(1e9)
     best.offer([1.0] * 49 + [1e8], 100)

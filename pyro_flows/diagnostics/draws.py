@@ -100,12 +100,12 @@ def _run(
 ) -> Draws:
     """One batch of draws, side by side under a plate left of ``nesting`` others, or a single one without a plate."""
     if nesting is not None:
-        model, guide = _plated(model, size, nesting), _plated(guide, size, nesting)
+        model, guide = side_by_side(model, size, nesting), side_by_side(guide, size, nesting)
     with poutine.block():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
-    log_p, log_q = (_total(trace, size, nesting) for trace in (model_trace, guide_trace))
+    log_p, log_q = (log_prob_of_draws(trace, size, nesting) for trace in (model_trace, guide_trace))
     return Draws(log_p, log_q, model_trace, single)
 
 
@@ -171,7 +171,9 @@ def check_side_by_side(
                 )
 
 
-def _plated(program: Callable[..., Any], size: int, nesting: int) -> Callable[..., Any]:
+def side_by_side(program: Callable[..., Any], size: int, nesting: int) -> Callable[..., Any]:
+    """A program that runs ``size`` draws at a time, under a plate left of ``nesting`` others."""
+
     def run(*args: Any, **kwargs: Any) -> Any:
         with pyro.plate("_pyro_flows_draws", size, dim=-1 - nesting):
             return program(*args, **kwargs)
@@ -179,8 +181,8 @@ def _plated(program: Callable[..., Any], size: int, nesting: int) -> Callable[..
     return run
 
 
-def _total(trace: Trace, size: int, nesting: int | None) -> Tensor:
-    """The log-density of each draw: every site's, summed over all dimensions but that of the draws."""
+def log_prob_of_draws(trace: Trace, size: int, nesting: int | None) -> Tensor:
+    """The log-density of each draw, ``(size,)``: every site's, summed over all dimensions but that of the draws."""
     trace.compute_log_prob()
     parts = []
     for site in trace.nodes.values():

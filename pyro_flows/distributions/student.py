@@ -21,7 +21,7 @@ class StudentTBase(nn.Module):
     steps, which an optimiser can take at one pace all the way from Cauchy to normal.
 
     Args:
-        event_shape: The shape of an event.
+        event_shape: The shape of an event; a number D stands for ``(D,)``.
         df: The degrees of freedom at the start.
         min_df: Their lower bound l; 1 is the Cauchy distribution, and means exist above 1, variances above 2.
         max_df: Their upper bound u; at 200 the distribution is normal to some 4e-5 nats.
@@ -37,7 +37,11 @@ class StudentTBase(nn.Module):
     """
 
     def __init__(
-        self, event_shape: tuple[int, ...] | torch.Size, df: float = 10.0, min_df: float = 1.0, max_df: float = 200.0
+        self,
+        event_shape: int | tuple[int, ...] | torch.Size,
+        df: float = 10.0,
+        min_df: float = 1.0,
+        max_df: float = 200.0,
     ) -> None:
         super().__init__()
         if not 0 < min_df < df < max_df < math.inf:
@@ -45,7 +49,7 @@ class StudentTBase(nn.Module):
                 f"StudentTBase: df must lie between min_df = {min_df} and max_df = {max_df}, both positive and finite, "
                 f"got {df}."
             )
-        self.event_shape = torch.Size(event_shape)
+        self.event_shape = torch.Size((event_shape,) if isinstance(event_shape, int) else event_shape)
         self.df, self.min_df, self.max_df = df, min_df, max_df
         start = math.log(math.log(df / min_df) / math.log(max_df / df))
         self.free_df = nn.Parameter(torch.full(self.event_shape, start))

@@ -2,7 +2,7 @@
 
 Adam (Kingma, Ba 2014, arXiv:1412.6980) with a cosine decay (Loshchilov, Hutter 2016, arXiv:1608.03983) and gradients
 clipped by norm.  The state with the best running loss is kept; whatever ends the run, an error and Ctrl-C included,
-leaves the parameters in it.
+leaves the parameters in it.  With a checkpoint a run that was killed goes on where it was, to the same end.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from tqdm import tqdm
+
+from . import checkpoint as checkpoints
+from .state import Run
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Fit:
         best_step: The step after which that state was kept.
         steps: The number of steps taken.
         skipped: How many of them were skipped because the loss or a gradient was not finite.
-        seconds: The wall time.
+        seconds: The wall time, that before a resumption included.
         stopped: Why the run ended: ``"steps"`` or ``"interrupted"``.
     """
 
@@ -62,6 +66,9 @@ def descend(
     on_nonfinite: str,
     progress: bool,
     diagnose: Callable[[], str],
+    settled: Callable[[], bool] = lambda: True,
+    checkpoint: Path | None = None,
+    companion: Any = None,
     window: int = 50,
     patience: int = 100,
 ) -> Fit:
@@ -78,27 +85,38 @@ def descend(
             in a row; ``"raise"`` gives up at the first.
         progress: Whether to show a progress bar.
         diagnose: Says what is not finite, for the error.
+        settled: Whether losses can be compared by now; as long as they cannot, the latest state counts as the best.
+        checkpoint: A file for the state of the run, from which it goes on if it is there.
+        companion: What has a state beside the parameters, with ``state_dict`` and ``load_state_dict``.
         window: The number of steps over which the loss is averaged to judge a state.
         patience: How many steps in a row may be skipped.
     """
-    optimizer = torch.optim.Adam(parameters, lr=lr)
-    losses: list[float] = []
-    best = _Best(parameters)
-    skipped = in_a_row = 0
-    stopped, start = "steps", time.perf_counter()
-    bar = tqdm(total=steps, disable=not progress, unit="step", dynamic_ncols=True, leave=True)
+    run = Run(parameters, lr, companion)
+    settings = {"steps": steps, "lr": lr, "clip_norm": clip_norm, "shapes": [list(p.shape) for p in parameters]}
+    if checkpoint is not None and (state := checkpoints.read(checkpoint, settings)) is not None:
+        run.load_state_dict(state)
+    losses, best = run.losses, run.best
+    in_a_row, stopped, start = 0, "steps", time.perf_counter() - run.seconds
+    last_save = time.perf_counter()
+    bar = tqdm(total=steps, initial=len(losses), disable=not progress, unit="step", dynamic_ncols=True, leave=True)
+
+    def save() -> None:
+        if checkpoint is not None:
+            run.seconds = time.perf_counter() - start
+            checkpoints.write(checkpoint, {"settings": settings, **run.state_dict()})
+
     try:
-        for step in range(1, steps + 1):
-            for group in optimizer.param_groups:
+        for step in range(len(losses) + 1, steps + 1):
+            for group in run.optimizer.param_groups:
                 group["lr"] = lr * _schedule(step, steps)
-            optimizer.zero_grad()
+            run.optimizer.zero_grad()
             number, cause = _backward(loss, parameters, clip_norm)
             losses.append(number)
             if math.isfinite(number):
-                optimizer.step()
+                run.optimizer.step()
                 in_a_row = 0
             else:
-                skipped, in_a_row = skipped + 1, in_a_row + 1
+                in_a_row += 1
                 if on_nonfinite == "raise" or in_a_row == patience:
                     cause = "; ".join(filter(None, (_ask(diagnose), cause)))
                     raise FloatingPointError(
@@ -108,12 +126,17 @@ def descend(
                     )
             bar.update()
             if step % window == 0 or step == steps:
-                best.offer(losses[-window:], step)
+                best.offer(losses[-window:], step, comparable=settled())
+                skipped = sum(not math.isfinite(value) for value in losses)
                 bar.set_postfix_str(f"loss {best.latest:.3f}" + (f", {skipped} skipped" if skipped else ""))
+                if step == steps or time.perf_counter() - last_save > 10:
+                    save()
+                    last_save = time.perf_counter()
     except KeyboardInterrupt:
         stopped = "interrupted"
+        save()
         if len(losses) % window >= 10:
-            best.offer(losses[-(len(losses) % window) :], len(losses))
+            best.offer(losses[-(len(losses) % window) :], len(losses), comparable=settled())
     finally:
         bar.close()
         best.restore()
@@ -126,7 +149,7 @@ def descend(
         best.mean,
         best.step,
         len(losses),
-        skipped,
+        sum(not math.isfinite(value) for value in losses),
         time.perf_counter() - start,
         stopped,
     )
@@ -162,35 +185,3 @@ def _ask(diagnose: Callable[[], str]) -> str:
         return diagnose()
     except (ValueError, RuntimeError):
         return ""
-
-
-class _Best:
-    """The best state seen so far, judged by the mean loss of a window of steps.
-
-    Losses are noisy: a later state replaces an earlier one unless it is worse than the lowest mean by more than two
-    standard errors.
-    """
-
-    def __init__(self, parameters: list[Tensor]) -> None:
-        self._parameters = parameters
-        self._state = [parameter.detach().clone() for parameter in parameters]
-        self._lowest, self._noise = math.inf, math.inf
-        self.mean, self.latest, self.step = math.nan, math.nan, 0
-
-    def offer(self, losses: list[float], step: int) -> None:
-        recent = torch.tensor([value for value in losses if math.isfinite(value)], dtype=torch.float64)
-        if len(recent) < 2:
-            return
-        self.latest = recent.mean().item()
-        error = recent.std().item() / math.sqrt(len(recent))
-        if self.latest <= self._lowest + 2 * min(error, self._noise):
-            if self.latest < self._lowest:
-                self._lowest, self._noise = self.latest, error
-            self.mean, self.step = self.latest, step
-            for kept, parameter in zip(self._state, self._parameters, strict=True):
-                kept.copy_(parameter.detach())
-
-    def restore(self) -> None:
-        with torch.no_grad():
-            for kept, parameter in zip(self._state, self._parameters, strict=True):
-                parameter.copy_(kept)

@@ -7,17 +7,23 @@ in Probabilistic Programming (Wingate, Weber 2013, arXiv:1301.1299).
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO
 from torch import Tensor, nn
 
 from ..diagnostics.draws import check_side_by_side, single_trace, subsampled_plate
+from ..guides import AutoFlow
+from ..objectives import PathELBO
 from .loop import Fit, descend
+from .schedule import suited_to
+from .warm import start_from_gaussian
 
 
 def fit_svi(
@@ -26,28 +32,38 @@ def fit_svi(
     *args: Any,
     steps: int | None = None,
     objective: ELBO | None = None,
-    num_particles: int = 64,
-    lr: float = 0.01,
+    num_particles: int | None = None,
+    lr: float | None = None,
     clip_norm: float = 100.0,
+    warm_start: bool | None = None,
     on_nonfinite: str = "skip",
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Fit:
     """Fit a guide, and whatever parameters the model has, by maximising the evidence lower bound.
 
+    An ``AutoFlow`` starts from a Gaussian that is found first, within a second or so, and suits ill-conditioned and
+    far-off posteriors; then it is trained with path gradients.
+
     Args:
         model: A Pyro model.
         guide: Any Pyro guide.
         *args: The model's arguments.
-        steps: The number of steps, by default 3,000.
-        objective: A Pyro ELBO; by default ``Trace_ELBO`` with ``num_particles`` draws side by side, for which the model
-            must broadcast to the left of its plates.
-        num_particles: The number of draws in each step, where no objective is given.
-        lr: The largest step size of Adam, which is reached within 100 steps and falls to zero along a cosine.
+        steps: The number of steps; by default as many as suit the guide (see *Choosing a flow* in the docs).
+        objective: A Pyro ELBO, such as those of ``pyro_flows.objectives``; by default a ``PathELBO`` with
+            ``num_particles`` draws side by side, for which the model must broadcast to the left of its plates.
+        num_particles: The number of draws in each step, where no objective is given; by default what suits the guide.
+        lr: The largest step size of Adam, which is reached within 100 steps and falls to zero along a cosine; by
+            default 0.01, or 0.003 where latents are angles.
         clip_norm: The largest norm of a gradient.
+        warm_start: Whether to look for a Gaussian to start from.  By default an ``AutoFlow`` that is new does where no
+            objective is given; a guide that was trained before goes on from where it is.
         on_nonfinite: ``"skip"`` passes over steps whose loss or gradient is not finite, counts them, and ends with an
             error when there are 100 in a row; ``"raise"`` ends at the first.
+        checkpoint: A file that the state of the run is kept in, every ten seconds and at the end.  A run that was
+            killed and is called again with the same file goes on from there, to the same result as without the break.
         progress: Whether to show a progress bar.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
@@ -57,7 +73,7 @@ def fit_svi(
         returns.
 
     Raises:
-        ValueError: If an argument is out of its range, or there is nothing to train.
+        ValueError: If an argument is out of its range, there is nothing to train, or the checkpoint is of another run.
         FloatingPointError: If the loss or gradients stay non-finite; the error names the site at fault.
 
     Example::
@@ -72,20 +88,22 @@ def fit_svi(
         >>> fit.losses.shape
         torch.Size([20])
     """
-    steps = 3000 if steps is None else steps
-    for name, number, least in (("steps", steps, 1), ("num_particles", num_particles, 1)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise ValueError(f"fit_svi: {name} must be an integer of at least {least}, got {number!r}.")
-    for name, value in (("lr", lr), ("clip_norm", clip_norm)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"fit_svi: {name} must be positive and finite, got {value!r}.")
-    if on_nonfinite not in ("skip", "raise"):
-        raise ValueError(f"fit_svi: on_nonfinite must be 'skip' or 'raise', got {on_nonfinite!r}.")
     kwargs = {**kwargs, **(model_kwargs or {})}
+    _check(steps=steps, num_particles=num_particles, lr=lr, clip_norm=clip_norm, on_nonfinite=on_nonfinite)
     single, _, nesting = single_trace(model, guide, args, kwargs)
+    suited = suited_to(guide)
+    steps, lr, num_particles = steps or suited.steps, lr or suited.lr, num_particles or suited.num_particles
+    file = None if checkpoint is None else Path(checkpoint)
     side_by_side = objective is None and num_particles > 1
+    if side_by_side and not subsampled_plate(single):  # a subsample is drawn anew each time
+        check_side_by_side(model, guide, args, kwargs)
+    if isinstance(guide, AutoFlow) and not (file and file.exists()):
+        if warm_start if warm_start is not None else (side_by_side and guide.is_fresh):
+            start_from_gaussian(model, guide, args, kwargs)
+    elif warm_start and not isinstance(guide, AutoFlow):
+        raise ValueError(f"fit_svi: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
     if objective is None:
-        objective = Trace_ELBO(num_particles, max_plate_nesting=nesting, vectorize_particles=side_by_side)
+        objective = PathELBO(num_particles, max_plate_nesting=nesting, vectorize_particles=side_by_side)
 
     def loss() -> Tensor:
         if hasattr(objective, "differentiable_loss"):
@@ -93,8 +111,6 @@ def fit_svi(
         # An objective such as RenyiELBO fills in the gradients itself.
         return torch.tensor(objective.loss_and_grads(model, guide, *args, **kwargs), requires_grad=True)
 
-    if side_by_side and not subsampled_plate(single):  # a subsample is drawn anew each time
-        check_side_by_side(model, guide, args, kwargs)
     return descend(
         loss,
         _parameters(loss, model, guide),
@@ -105,7 +121,24 @@ def fit_svi(
         on_nonfinite=on_nonfinite,
         progress=progress,
         diagnose=lambda: _culprit(model, guide, args, kwargs),
+        settled=lambda: getattr(objective, "settled", True),
+        checkpoint=file,
+        companion=objective,
     )
+
+
+def _check(*, on_nonfinite: str, **numbers: Any) -> None:
+    """Raise one clear error that names the argument and its value; None stands for a default."""
+    for name in ("steps", "num_particles"):
+        number = numbers[name]
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise ValueError(f"fit_svi: {name} must be an integer of at least 1, got {number!r}.")
+    for name in ("lr", "clip_norm"):
+        value = numbers[name]
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            raise ValueError(f"fit_svi: {name} must be positive and finite, got {value!r}.")
+    if on_nonfinite not in ("skip", "raise"):
+        raise ValueError(f"fit_svi: on_nonfinite must be 'skip' or 'raise', got {on_nonfinite!r}.")
 
 
 def _parameters(loss: Callable[[], Tensor], model: Any, guide: Any) -> list[Tensor]:

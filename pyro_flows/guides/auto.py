@@ -21,18 +21,13 @@ from torch import Tensor, nn
 from torch.distributions import Transform, biject_to
 from torch.distributions.utils import _sum_rightmost
 
-from .. import flows
 from ..flows import Flow
-from ..transforms import ActNorm, Compose, View
+from ..transforms import Compose, View
 from .checks import check_latents, check_start
+from .circles import is_circular, mark_circles
 from .init import init_to_center
 from .names import adopt_stored_parameters, claim_name, is_free
-
-
-def default_flow(input_dim: int) -> Flow:
-    """The flow that :class:`AutoFlow` builds when none is named: an inverse autoregressive flow, fast to sample."""
-    width = min(max(64, 2 * input_dim), 128)
-    return flows.iaf(input_dim, num_transforms=3, hidden_dims=(width, width), activation=nn.ELU)
+from .recipe import assemble, check_recipe, is_at, set_affine
 
 
 class AutoFlow(AutoContinuous):
@@ -40,17 +35,22 @@ class AutoFlow(AutoContinuous):
 
     It is a Pyro ``AutoContinuous``: SVI with any ELBO, ``Predictive``, ``AutoGuideList`` and ``NeuTraReparam`` take it
     as it is.  Latents are moved to the unconstrained space and packed into one vector; the flow, the identity at
-    the start, is followed by a learnable location and scale, which start at ``init_loc_fn`` and ``init_scale`` exactly.
+    the start, is followed by a learnable affine map (a full matrix up to 64 latents, a scale each beyond), which starts
+    at ``init_loc_fn`` and ``init_scale`` exactly.
+
+    Latents on circles, von Mises or on intervals marked ``infer={"periodic": True}``, get circular splines.
 
     Args:
         model: A Pyro model of fixed structure, with continuous latents.
-        flow: A recipe, called with the number of latent dimensions: ``flows.nsf``, or
-            ``functools.partial(flows.realnvp, num_transforms=4)``.
+        flow: A recipe, called with the number of latent dimensions, such as ``flows.iaf``; by default eight affine
+            couplings.
+        base: In place of the recipe's base, a function of the number of latent dimensions, such as
+            ``distributions.StudentTBase`` for heavy tails.
         init_loc_fn: Where the guide starts, a Pyro initialisation strategy; by default the prior's median or mean
             where it has one, else the origin.
         init_scale: The standard deviation of each unconstrained latent at the start.
-        name: The guide's name in Pyro's parameter store; by default one that is unique in the process.  Give one to
-            find the parameters again in another process.
+        name: The guide's name in Pyro's parameter store, unique by default; with one of your own, another process finds
+            the parameters again.
 
     Raises:
         ValueError: At :meth:`setup`, naming the site: if a latent is discrete, if its support depends on another
@@ -77,27 +77,22 @@ class AutoFlow(AutoContinuous):
         model: Callable[..., Any],
         flow: Callable[[int], Flow] | None = None,
         *,
+        base: Callable[[int], nn.Module] | None = None,
         init_loc_fn: Callable[..., Any] = init_to_center,
         init_scale: float = 0.1,
         name: str | None = None,
     ) -> None:
-        if isinstance(flow, nn.Module) or not (flow is None or callable(flow)):
-            raise TypeError(
-                f"AutoFlow: flow must be a recipe that is called with the number of latent dimensions, such as "
-                f"flows.nsf, got {type(flow).__name__}."
-            )
+        check_recipe("flow", flow, "flows.nsf")
+        check_recipe("base", base, "distributions.StudentTBase")
         if not (math.isfinite(init_scale) and init_scale > 0):
             raise ValueError(f"AutoFlow: init_scale must be positive and finite, got {init_scale}.")
-        super().__init__(model, init_loc_fn=init_loc_fn)
-        self._build_flow = flow or default_flow
+        super().__init__(mark_circles(model), init_loc_fn=init_loc_fn)
+        self._build_flow, self._build_base = flow, base
         self._init_scale = float(init_scale)
         self._pyro_name = claim_name(self, name)
 
-    # Setting up: the model is run, the flow is built, and from then on the parameters exist.
-
     def setup(self, *args: Any, **kwargs: Any) -> AutoFlow:
-        """Build the flow now, by running the model on its arguments, and return the guide.  A second call does
-        nothing."""
+        """Build the flow now, by running the model, and return the guide.  A second call does nothing."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         return self
@@ -118,17 +113,35 @@ class AutoFlow(AutoContinuous):
             raise
 
     def _build(self) -> None:
-        flow = self._build_flow(self.latent_dim)
-        if not isinstance(flow, Flow) or flow.event_shape != (self.latent_dim,) or flow.context_dim:
-            raise ValueError(
-                f"AutoFlow: flow({self.latent_dim}) must return a Flow over events of shape ({self.latent_dim},) "
-                f"without context, got {flow!r:.200}."
-            )
-        loc, affine = self._init_loc(), ActNorm(self.latent_dim)
-        self.flow = Flow([*flow.transforms, affine], flow.base).to(device=loc.device, dtype=loc.dtype)
-        affine.loc.data.copy_(loc)
-        affine.log_scale.data.fill_(math.log(self._init_scale))
+        sites = [site for _, site in self.prototype_trace.iter_stochastic_nodes()]
+        circular = [is_circular(s) for s in sites for _ in range(self._unconstrained_shapes[s["name"]].numel())]
+        self.has_circles = any(circular)
+        self.flow = assemble(self._build_flow, self._build_base, *self.start, circular)
         adopt_stored_parameters(f"{self._pyro_name}.flow", self._modules["flow"])
+
+    @property
+    def start(self) -> tuple[Tensor, float]:
+        """Where the guide starts: the packed, unconstrained latents of ``init_loc_fn``, and ``init_scale``."""
+        return self._init_loc(), self._init_scale
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the guide is still where it started, untrained."""
+        return is_at(self.flow, *self.start)
+
+    def start_at(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Let the guide's affine map take the base to N(loc, L Lᵀ); beyond 64 latents, to its marginals.
+
+        Args:
+            loc: The mean of the packed, unconstrained latents, ``(latent_dim,)``.
+            scale_tril: Their Cholesky factor L, ``(latent_dim, latent_dim)``.
+
+        Raises:
+            ValueError: If some latents are angles.
+        """
+        if self.has_circles:
+            raise ValueError("AutoFlow.start_at: some latents are angles, which have no Gaussian.")
+        set_affine(self.flow, loc, scale_tril)
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
         """Inside a list of guides too, the guide keeps its own name, which is unique; its place in the list is not."""
@@ -154,7 +167,7 @@ class AutoFlow(AutoContinuous):
         return self.flow.base()
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
-        """From the base to the unconstrained latents, as one transform that runs each network once."""
+        """From the base to the unconstrained latents; each network runs once."""
         return View(Compose(self.flow.transforms))
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
@@ -229,7 +242,8 @@ class AutoFlow(AutoContinuous):
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        shared = {"_model": self._model, "prototype_trace": self.prototype_trace, "_build_flow": self._build_flow}
+        names = "_model", "prototype_trace", "_build_flow", "_build_base"
+        shared = {name: self.__dict__.get(name) for name in names}
         state = {k: v for k, v in self.__dict__.items() if k not in (*shared, "master")}
         new.__dict__.update(copy.deepcopy(state, memo), **shared, master=None)
         new.__dict__["_pyro_name"] = claim_name(new, None)
@@ -238,7 +252,7 @@ class AutoFlow(AutoContinuous):
     def __getstate__(self) -> dict[str, Any]:
         for parameter in self.parameters():
             parameter.__dict__.pop("unconstrained", None)  # a weak reference that Pyro leaves on parameters
-        return {**self.__dict__, "_model": (None,), "master": None, "_build_flow": None}
+        return {**self.__dict__, "_model": (None,), "master": None, "_build_flow": None, "_build_base": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

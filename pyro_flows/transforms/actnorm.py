@@ -6,6 +6,8 @@ set once, on request, from data.  Glow (Kingma, Dhariwal 2018, arXiv:1807.03039,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ class ActNorm(FlowTransform):
 
     Args:
         input_dim: The number D of features.
+        fixed: For each feature, whether it is left as it is; by default none is.
 
     Example::
 
@@ -27,11 +30,16 @@ class ActNorm(FlowTransform):
         [-1.0, 1.0]
     """
 
-    def __init__(self, input_dim: int) -> None:
+    free: Tensor | None
+
+    def __init__(self, input_dim: int, *, fixed: Sequence[bool] | Tensor | None = None) -> None:
         super().__init__((input_dim,))
         self.input_dim = input_dim
         self.loc = nn.Parameter(torch.zeros(input_dim))
         self.log_scale = nn.Parameter(torch.zeros(input_dim))
+        if fixed is not None and len(fixed) != input_dim:
+            raise ValueError(f"ActNorm: fixed must hold one bool for each of {input_dim} features, got {len(fixed)}.")
+        self.register_buffer("free", None if fixed is None else 1.0 - torch.as_tensor(fixed).float())
 
     @torch.no_grad()
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
@@ -45,9 +53,14 @@ class ActNorm(FlowTransform):
         self.log_scale.copy_(torch.where(scale > 0, scale, 1.0).log())
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y = torch.addcmul(self.loc, x, self.log_scale.exp())
-        return y, self.log_scale.sum().expand(x.shape[:-1])
+        loc, log_scale = self._loc_and_log_scale()
+        return torch.addcmul(loc, x, log_scale.exp()), log_scale.sum().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = (y - self.loc) * torch.exp(-self.log_scale)
-        return x, -self.log_scale.sum().expand(y.shape[:-1])
+        loc, log_scale = self._loc_and_log_scale()
+        return (y - loc) * torch.exp(-log_scale), -log_scale.sum().expand(y.shape[:-1])
+
+    def _loc_and_log_scale(self) -> tuple[Tensor, Tensor]:
+        if self.free is None:
+            return self.loc, self.log_scale
+        return self.loc * self.free, self.log_scale * self.free

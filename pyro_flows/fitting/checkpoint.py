@@ -1,0 +1,68 @@
+"""Checkpoints: what a run needs to go on as if it had never stopped, in one file that is never half written."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FORMAT = 1
+
+
+def write(path: Path, state: dict[str, Any]) -> None:
+    """Put a state, and that of the random numbers, in a file, which takes its place at once or not at all."""
+    draft = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        torch.save({"format": FORMAT, **state, "random": _random_state()}, draft)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The state in a file, with the random numbers set as they were; None where there is no file.
+
+    Raises:
+        ValueError: If the file is no checkpoint, or one of a run with other settings.
+    """
+    if not path.exists():
+        return None
+    way_out = "Use the same settings, name another file, or remove this one."
+    try:
+        state = torch.load(path, weights_only=True)
+        kept = state["settings"]
+    except Exception as error:
+        raise ValueError(
+            f"fit_svi: checkpoint={str(path)!r} is not a checkpoint ({error!s:.100}). {way_out}"
+        ) from error
+    if state["format"] != FORMAT or kept != settings:
+        other = [f"{k}={kept.get(k)!r} and not {v!r}" for k, v in settings.items() if kept.get(k) != v]
+        raise ValueError(
+            f"fit_svi: checkpoint={str(path)!r} is of another run ({', '.join(other) or 'another format'}). {way_out}"
+        )
+    _set_random_state(state["random"])
+    return state
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002  (the generator that Pyro seeds)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "random": random.getstate(),
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    version, keys, gauss = state["random"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002

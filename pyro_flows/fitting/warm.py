@@ -1,0 +1,145 @@
+"""A Gaussian for a flow guide to start from, found in about a second.
+
+Adam moves each parameter at its own pace and so crawls on ill-conditioned posteriors.  Batch and match (Cai, Modi,
+Pillaud-Vivien, Margossian, Gower, Blei, Saul 2024, arXiv:2402.14758) does not: each round draws z from the Gaussian
+N(μ, Σ), takes the scores g = ∇ log p(z), and moves to the Gaussian whose own scores match them best, in closed form
+and alike under every linear change of variables.  It starts at the guide's start and, for posteriors far away, some
+steps of L-BFGS uphill from there; the better of the two in ELBO is kept, so a mode without mass leads nobody astray.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine, validation_enabled
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from ..diagnostics.draws import log_prob_of_draws, side_by_side, single_trace
+from ..guides import AutoFlow
+
+LogDensity = Callable[[Tensor], Tensor]  # (N, D) -> (N,), in nats
+
+
+class Gaussian(NamedTuple):
+    """A Gaussian over packed, unconstrained latents: ``loc`` (D,), ``scale_tril`` (D, D), its ELBO in nats."""
+
+    loc: Tensor
+    scale_tril: Tensor
+    elbo: float
+
+
+def start_from_gaussian(
+    model: Callable[..., Any], guide: AutoFlow, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Let a guide start from the best Gaussian found, which is where it is already if none is better."""
+    if guide.has_circles:
+        return
+    with validation_enabled(False):  # a place without density is for the scores to show
+        found = fit_gaussian(log_joint(model, guide, args, kwargs), *guide.start)
+    guide.start_at(found.loc, found.scale_tril)
+
+
+def log_joint(model: Callable[..., Any], guide: AutoFlow, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogDensity:
+    """The model's log-density of packed, unconstrained latents."""
+    _, guide_trace, nesting = single_trace(model, guide, args, kwargs)
+    (latent_site,) = (name for name, site in guide_trace.nodes.items() if site.get("infer", {}).get("is_auxiliary"))
+
+    def density(latent: Tensor) -> Tensor:
+        size = len(latent)
+        held = poutine.condition(guide, data={latent_site: latent.reshape(size, *(1,) * nesting, -1)})
+        with poutine.block():
+            placed = poutine.trace(side_by_side(held, size, nesting)).get_trace(*args, **kwargs)
+            scored = poutine.trace(poutine.replay(side_by_side(model, size, nesting), trace=placed)).get_trace(
+                *args, **kwargs
+            )
+        placed.remove_node(latent_site)  # what is left are the changes of variables
+        return log_prob_of_draws(scored, size, nesting) - log_prob_of_draws(placed, size, nesting)
+
+    return density
+
+
+def fit_gaussian(density: LogDensity, loc: Tensor, scale: float, *, rounds: int = 100, draws: int = 64) -> Gaussian:
+    """The best Gaussian that a few rounds of batch and match find, or the start where they find none better.
+
+    Args:
+        density: The log-density.
+        loc: The start's mean, ``(D,)``.
+        scale: The start's standard deviation.
+        rounds: How many rounds to make from each place.
+        draws: The number of draws in each round.
+    """
+    start = torch.eye(len(loc), dtype=loc.dtype, device=loc.device) * scale
+    best = Gaussian(loc, start, _elbo(density, loc, start))
+    for place in (loc, _climb(density, loc)):
+        found = _match(density, place, start, rounds, draws)
+        if found is not None and found.elbo > best.elbo:
+            best = found
+    return best
+
+
+def _match(density: LogDensity, loc: Tensor, scale_tril: Tensor, rounds: int, draws: int) -> Gaussian | None:
+    """Batch and match, with a learning rate that is constant at first and then falls; None where it breaks down."""
+    eye = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
+    try:
+        for number in range(1, rounds + 1):
+            z = loc + torch.randn(draws, len(loc), dtype=loc.dtype, device=loc.device) @ scale_tril.T
+            score = _score(density, z)
+            usable = score.isfinite().all(-1)
+            if usable.sum() < draws / 2:
+                scale_tril = scale_tril / 2
+                continue
+            z, score = z[usable], score[usable]
+            rate = draws / max(1.0, number - rounds / 2)
+            weight = rate / (1 + rate)
+            mean, mean_score = z.mean(0), score.mean(0)
+            moved = loc - mean
+            u = rate * torch.cov(score.T, correction=0).reshape(eye.shape) + weight * mean_score.outer(mean_score)
+            v = rate * torch.cov(z.T, correction=0).reshape(eye.shape) + weight * moved.outer(moved)
+            # Σ' solves Σ' U Σ' + Σ' = Σ + V; in coordinates where the right side is the identity, by its eigenvalues.
+            root = scale_tril @ torch.linalg.cholesky(eye + _whitened(v, scale_tril))
+            eigenvalues, vectors = torch.linalg.eigh(root.T @ u @ root)
+            shrink = 2 / (1 + (1 + 4 * eigenvalues.clamp_min(0)).sqrt())
+            factor = root @ (vectors * shrink.sqrt())
+            scale_tril = torch.linalg.qr(factor.T).R.T
+            scale_tril = scale_tril * scale_tril.diagonal().sign()
+            loc = (loc + rate * (factor @ (factor.T @ mean_score) + mean)) / (1 + rate)
+    except LinAlgError:
+        return None
+    elbo = _elbo(density, loc, scale_tril)
+    return Gaussian(loc, scale_tril, elbo) if math.isfinite(elbo) else None
+
+
+def _whitened(v: Tensor, scale_tril: Tensor) -> Tensor:
+    half = torch.linalg.solve_triangular(scale_tril, v, upper=False)
+    return torch.linalg.solve_triangular(scale_tril, half.T, upper=False)
+
+
+def _climb(density: LogDensity, loc: Tensor, steps: int = 20) -> Tensor:
+    """Some steps of L-BFGS uphill."""
+    place = loc.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([place], max_iter=steps, history_size=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = -density(place.unsqueeze(0)).sum()
+        loss.backward()
+        return loss.nan_to_num(math.inf)
+
+    optimizer.step(closure)
+    return place.detach() if place.isfinite().all() else loc
+
+
+def _score(density: LogDensity, z: Tensor) -> Tensor:
+    z = z.detach().requires_grad_()
+    return torch.autograd.grad(density(z).sum(), z)[0]
+
+
+@torch.no_grad()
+def _elbo(density: LogDensity, loc: Tensor, scale_tril: Tensor, draws: int = 500) -> float:
+    noise = torch.randn(draws, len(loc), dtype=loc.dtype, device=loc.device)
+    entropy = scale_tril.diagonal().log().sum() + len(loc) / 2 * (1 + math.log(2 * math.pi))
+    return float(density(loc + noise @ scale_tril.T).mean() + entropy)
