@@ -67,8 +67,8 @@ def folder() -> Path:
     path = Path(os.environ.get("PYRO_FLOWS_DATA", here.parents[2] / "shared" / "data")) / "posteriors"
     if not path.is_dir():
         sys.exit(
-            f"No data in {path}. Set PYRO_FLOWS_DATA to a folder with posteriors/NAME.data.json, NAME.reference.npz and "
-            "NAME.moments.npz; the originals are in posteriordb (github.com/stan-dev/posteriordb), inference-gym "
+            f"No data in {path}. Set PYRO_FLOWS_DATA to a folder with posteriors/NAME.data.json, NAME.reference.npz "
+            "and NAME.moments.npz; the originals are in posteriordb (github.com/stan-dev/posteriordb), inference-gym "
             "(PyPI) and stan-dev/example-models (hepatitis, electric_1c_chr, wells)."
         )
     return path

@@ -1,0 +1,282 @@
+"""How much evidence do the benchmark's posteriors have?  Reference values of log Z that owe nothing to a flow.
+
+    python benchmarks/evidence.py                        # every target, about half an hour on one core
+    python benchmarks/evidence.py --targets garch wells
+    python benchmarks/evidence.py --quick --out quick.csv
+
+Z is the integral over the latents of the joint density as Pyro scores it in a trace; ``ImproperUniform`` counts as 1.
+A sequential Monte Carlo sampler (Del Moral, Doucet and Jasra 2006, doi:10.1111/j.1467-9868.2006.00553.x) computes it in
+unconstrained space.  Particles of q, Student-t's after whitening, pass through the densities
+
+    p_b(x) ~ q(x)^(1-b) p(x)^b,    0 = b_0 < b_1 < ... < b_T = 1,    Z = prod_t E_{x ~ p_b_t} (p/q)(x)^(b_{t+1} - b_t)
+
+Each step is as long as the effective sample size allows; then the particles are resampled and moved by Hamiltonian
+Monte Carlo, whose metric is their covariance (Buchholz, Chopin and Jacob 2021, arXiv:1808.07730).  Where a model is
+linear and Gaussian in many of its latents, only the others are sampled: particles do not find the neck of a funnel.  A
+pilot run from a standard q gives mean and covariance of the q of all other runs, which are independent: log Z is the
+logarithm of their mean, and their scatter gives the standard error.  Writes ``docs/benchmarks/evidence.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import targets
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+from torch.distributions import Transform, biject_to
+
+OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "evidence.csv"
+COLUMNS = "target", "log_evidence", "standard_error", "method", "seconds"
+SAME = {"eight_schools_centered": "eight_schools"}  # the same evidence, and easier to have
+GAUSSIAN = {  # latents in which the model is linear and Gaussian, given the others: integrated out exactly
+    "eight_schools": ("mu", "theta_raw"),
+    "kidiq": ("beta",),
+    "earnings": ("beta",),
+    "sblrc": ("beta",),
+    "brownian_unknown_scales": ("locs",),
+    "hepatitis": ("alpha0", "beta0", "gamma", "alpha", "beta"),
+}
+ESS = 0.5  # what a step along the path leaves of the effective sample size, as a share of the particles
+ACCEPTANCE, MAX_MOVES = 0.8, 12  # of the moves, and how many follow a step
+LENGTH, MAX_LEAPS = 2.0, 64  # of a trajectory, in standard deviations and in leapfrog steps
+ROWS = 10_000  # points at which slopes are had side by side, for Hessians
+
+Density = Callable[[Tensor], Tensor]  # from (N, D) to (N,)
+
+
+class Site(NamedTuple):
+    """A latent: its bijection, and its unconstrained shape, padded to the model's plates."""
+
+    name: str
+    transform: Transform
+    shape: tuple[int, ...]
+
+
+class Scores(NamedTuple):
+    """Of each particle: log p_b, its gradient, and log p/q."""
+
+    log_density: Tensor
+    gradient: Tensor
+    log_ratio: Tensor
+
+
+def latent_sites(model: Callable[[], None]) -> tuple[list[Site], int]:
+    """The latents of a model, in its order, and how many dimensions its plates take."""
+
+    def origin(site: dict[str, Any]) -> Tensor:  # flat priors cannot be drawn from
+        transform = biject_to(site["fn"].support)
+        return transform(torch.zeros(transform.inverse_shape(site["fn"].shape())))
+
+    with poutine.block(), InitMessenger(origin):
+        trace = prune_subsample_sites(poutine.trace(model).get_trace())
+    functions = {name: node["fn"] for name, node in trace.iter_stochastic_nodes()}
+    plates, sites = max(len(fn.batch_shape) for fn in functions.values()), []
+    for name, fn in functions.items():
+        transform = biject_to(fn.support)
+        padding = (1,) * (plates - len(fn.batch_shape))
+        sites.append(Site(name, transform, (*padding, *transform.inverse_shape(fn.shape()))))
+    return sites, plates
+
+
+def log_joint(model: Callable[[], None], sites: list[Site], plates: int, position: Tensor) -> Tensor:
+    """The model's log-density at unconstrained positions, side by side under a plate, Jacobian included."""
+    number, total, values = len(position), position.new_zeros(len(position)), {}
+    for site, part in zip(sites, position.split([math.prod(s.shape) for s in sites], -1), strict=True):
+        free = part.reshape(number, *site.shape)
+        values[site.name] = value = site.transform(free)
+        total = total + site.transform.log_abs_det_jacobian(free, value).reshape(number, -1).sum(-1)
+    try:
+        with pyro.plate("particles", number, dim=-1 - plates):
+            trace = prune_subsample_sites(poutine.trace(poutine.condition(model, data=values)).get_trace())
+    except torch.linalg.LinAlgError:  # some particle's matrix has no Cholesky factor
+        if number == 1:
+            return torch.full((1,), -math.inf)
+        return torch.cat([log_joint(model, sites, plates, half) for half in position.chunk(2)])
+    trace.compute_log_prob()
+    parts = [node["log_prob"] for node in trace.nodes.values() if node["type"] == "sample"]
+    return total + sum(part.reshape(number, -1).sum(-1) for part in parts)
+
+
+def integrated(log_p: Density, inner: Tensor, outer: Tensor) -> Density:
+    """The log-density of the outer coordinates alone, where log p is quadratic in the inner ones.
+
+    log of the integral of exp(log p) is log p(mode) + (log det(2 pi) - log det H) / 2, and H = slope(0) - slope(e_i).
+    """
+    size, dim = len(inner), len(inner) + len(outer)
+    corners = torch.cat((torch.zeros(1, size), torch.eye(size)))
+
+    def log_marginal(position: Tensor) -> Tensor:
+        def joint(values: Tensor) -> Tensor:
+            rows = position.repeat(len(values) // len(position), 1)
+            return log_p(torch.zeros(len(rows), dim).index_copy(1, outer, rows).index_copy(1, inner, values))
+
+        points = corners.repeat_interleave(len(position), 0).requires_grad_()
+        (slopes,) = torch.autograd.grad(joint(points).sum(), points, create_graph=True)
+        slopes = slopes.reshape(1 + size, len(position), size).transpose(0, 1)
+        factor, failed = torch.linalg.cholesky_ex(slopes[:, :1] - slopes[:, 1:])
+        mode = torch.cholesky_solve(slopes[:, 0, :, None], factor)[..., 0]
+        volume = size / 2 * math.log(2 * math.pi) - factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return torch.where(failed == 0, joint(mode) + volume, -math.inf)
+
+    return log_marginal
+
+
+def moved(
+    z: Tensor, now: Scores, score: Callable[[Tensor], Scores], metric: Tensor, step: float
+) -> tuple[Tensor, Scores, float]:
+    """Each particle after a trajectory of Hamiltonian Monte Carlo, its scores, and the rate of acceptance."""
+    steps = step * (0.5 + 0.5 * torch.rand(len(z), 1))
+    momentum = torch.randn_like(z)
+    energy = now.log_density - momentum.square().sum(-1) / 2
+    there, new = z, now
+    for _ in range(min(MAX_LEAPS, math.ceil(LENGTH / step))):
+        momentum = momentum + steps / 2 * (new.gradient @ metric)
+        there = there + steps * (momentum @ metric.T)
+        new = score(there)
+        momentum = momentum + steps / 2 * (new.gradient @ metric)
+    chance = (new.log_density - momentum.square().sum(-1) / 2 - energy).exp().clamp(max=1).nan_to_num()
+    accept = torch.rand(len(z)) < chance
+    pairs = zip((there, *new), (z, *now), strict=True)
+    z, *scores = (torch.where(accept.reshape(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs)
+    return z, Scores(*scores), float(chance.mean())
+
+
+def increment(log_ratio: Tensor, left: float) -> float:
+    """The longest step along the path, at most ``left``, that leaves enough of the effective sample size."""
+
+    def enough(log_step: float) -> bool:
+        return float(torch.softmax(math.exp(log_step) * log_ratio, 0).square().sum()) * ESS * len(log_ratio) <= 1
+
+    low, high = math.log(left) - 80, math.log(left)
+    if enough(high):
+        return left
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (middle, high) if enough(middle) else (low, middle)
+    return math.exp(low)
+
+
+def remembered(a: Tensor, b: Tensor) -> bool:
+    """Whether a coordinate before is correlated with itself after, by more than the noise of so many particles."""
+    a, b = ((c - c.mean(0)) / c.std(0, correction=0) for c in (a, b))
+    return bool(((a * b).mean(0).abs() > 2 / math.sqrt(len(a))).any())
+
+
+def anneal(log_p: Density, mean: Tensor, scale: Tensor, number: int, batch: int) -> tuple[float, Tensor]:
+    """Take particles from q = mean + scale z to p: log Z and the particles; ``batch`` of them are scored at a time."""
+    base = dist.StudentT(torch.tensor(10.0))  # its tails are heavier than any posterior's in unconstrained space
+
+    def score(z: Tensor, b: float) -> Scores:
+        return Scores(*map(torch.cat, zip(*(score_batch(part, b) for part in z.split(batch)), strict=True)))
+
+    def score_batch(z: Tensor, b: float) -> Scores:
+        z = z.detach().requires_grad_()
+        log_q = base.log_prob(z).sum(-1) - scale.diagonal().log().sum()
+        log_ratio = log_p(mean + z @ scale.T) - log_q
+        log_density = log_q + b * log_ratio
+        (gradient,) = torch.autograd.grad(log_density.sum(), z)
+        finite = [torch.where(t.isfinite(), t, -1e300).detach() for t in (log_density, log_ratio)]
+        return Scores(finite[0], gradient.nan_to_num(0.0, 0.0, 0.0), finite[1])
+
+    z = base.sample((number, len(mean)))
+    log_z, b, step, now = 0.0, 0.0, 0.5, score(z, 0.0)
+    while True:
+        rise = increment(now.log_ratio, 1 - b)
+        log_weights = rise * now.log_ratio
+        log_z += float(log_weights.logsumexp(0)) - math.log(number)
+        grid = (torch.arange(number) + torch.rand(())) / number  # systematic resampling
+        z = z[torch.searchsorted(torch.softmax(log_weights, 0).cumsum(0), grid).clamp(max=number - 1)]
+        if rise == 1 - b:
+            return log_z, mean + z @ scale.T
+        b += rise
+        covariance, shrinkage = z.T.cov().reshape(len(mean), -1), len(mean) / (len(mean) + number)
+        metric = torch.linalg.cholesky(covariance.lerp(covariance.diagonal().diag(), shrinkage))
+        before, now = z, score(z, b)
+        for _ in range(MAX_MOVES):
+            z, now, acceptance = moved(z, now, partial(score, b=b), metric, step)
+            step *= math.exp(acceptance - ACCEPTANCE)
+            if not remembered(before, z):
+                break
+
+
+def evidence(target: targets.Target, number: int, runs: int) -> tuple[float, float]:
+    """log Z of a target, and its standard error."""
+    sites, plates = latent_sites(target.model)
+    names = [site.name for site in sites for _ in range(math.prod(site.shape))]
+    gaussian = torch.tensor([name in GAUSSIAN.get(target.name, ()) for name in names])
+    inner, outer = gaussian.nonzero().flatten(), (~gaussian).nonzero().flatten()
+    log_p, batch = partial(log_joint, target.model, sites, plates), number
+    if len(inner):
+        log_p, batch = integrated(log_p, inner, outer), ROWS // len(inner)
+
+    _, pilot = anneal(log_p, torch.zeros(len(outer)), torch.eye(len(outer)), min(number, batch), batch)
+    mean, scale = pilot.mean(0), torch.linalg.cholesky(pilot.T.cov().reshape(len(outer), -1))
+    log_z = torch.tensor([anneal(log_p, mean, scale, number, batch)[0] for _ in range(runs)])
+    relative = (log_z - log_z.max()).exp()
+    value = log_z.max() + relative.mean().log()
+    return float(value), float(relative.std() / relative.mean() / math.sqrt(runs))
+
+
+def write(path: Path, rows: dict[str, dict[str, str]]) -> None:
+    """The table, whole or not at all."""
+    part = path.with_suffix(".part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[name] for name in targets.NAMES if name in rows)
+    os.replace(part, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", default=list(targets.NAMES), choices=targets.NAMES)
+    parser.add_argument(
+        "--particles", type=int, default=1000, help="a quarter of them where latents are integrated out"
+    )
+    parser.add_argument("--runs", type=int, default=8, help="independent runs, whose scatter is the standard error")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a smoke run")
+    parser.add_argument("--out", type=Path, default=OUT, help="the table; the rows of other targets stay in it")
+    options = parser.parse_args()
+    if options.quick:
+        options.particles, options.runs = 200, 2
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    pyro.enable_validation(False)
+
+    rows: dict[str, dict[str, str]] = {}
+    if options.out.exists():
+        with options.out.open(newline="") as file:
+            rows = {row["target"]: row for row in csv.DictReader(file)}
+    for name in options.targets:
+        pyro.set_rng_seed(options.seed)
+        start, target = time.perf_counter(), targets.load(SAME.get(name, name))
+        number = options.particles // (4 if target.name in GAUSSIAN else 1)
+        value, error = evidence(target, number, options.runs)
+        seconds = time.perf_counter() - start
+        without = "".join(
+            f"; {' '.join(inner)} integrated out" for key, inner in GAUSSIAN.items() if key == target.name
+        )
+        method = f"SMC: {options.runs} runs of {number} particles{without}"
+        row = name, f"{value:.3f}", f"{error:.3f}", method, f"{seconds:.0f}"
+        rows[name] = dict(zip(COLUMNS, row, strict=True))
+        write(options.out, rows)
+        print(f"{name:24} log Z = {value:.3f} ± {error:.3f}  ({seconds:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
