@@ -45,6 +45,7 @@ SAME = {"eight_schools_centered": "eight_schools"}  # the same evidence, and eas
 GAUSSIAN = {  # latents in which the model is linear and Gaussian, given the others: integrated out exactly
     "eight_schools": ("mu", "theta_raw"),
     "kidiq": ("beta",),
+    "diamonds": ("b",),
     "earnings": ("beta",),
     "sblrc": ("beta",),
     "brownian_unknown_scales": ("locs",),

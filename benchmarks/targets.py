@@ -343,3 +343,4 @@ def _electric_1c_chr(data: dict[str, Tensor]) -> Target:
 
 
 NAMES = tuple(STEM)
+DIMS = dict(zip(NAMES, (10, 10, 4, 13, 5, 5, 26, 5, 10, 6, 51, 32, 218, 116, 2), strict=True))

@@ -24,6 +24,7 @@ from pyro_flows.transforms import (
     Compose,
     Coupling,
     Elementwise,
+    FixedAffine,
     FlowTransform,
     Inverse,
     LULinear,
@@ -57,6 +58,7 @@ class Kind(NamedTuple):
     takes_context: bool = False
     least_dim: int = 1
     starts_at_identity: bool = True
+    learns: bool = True
 
 
 def shuffled(dim: int) -> list[int]:
@@ -113,8 +115,10 @@ TRANSFORMS: dict[str, Kind] = {
     "elementwise_affine": Kind(_elementwise(Affine()), True),
     "elementwise_spline": Kind(_elementwise(RationalQuadraticSpline()), True),
     "periodic_circular": Kind(_periodic, True, least_dim=2),
-    "permute": Kind(lambda dim, _: Permute(shuffled(dim)), starts_at_identity=False),
+    "permute": Kind(lambda dim, _: Permute(shuffled(dim)), starts_at_identity=False, learns=False),
     "lu_linear": Kind(lambda dim, _: LULinear(dim)),
+    "fixed_affine": Kind(lambda dim, _: FixedAffine(dim), learns=False),
+    "fixed_affine_diagonal": Kind(lambda dim, _: FixedAffine(dim, dense=False), learns=False),
     "actnorm": Kind(lambda dim, _: ActNorm(dim)),
     "compose": Kind(_compose, True, starts_at_identity=False),
     "inverse": Kind(lambda dim, context_dim: _autoregressive(Affine(), shuffled)(dim, context_dim).inv, True),
@@ -177,6 +181,12 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
         elif isinstance(part, ActNorm):
             draw(part.loc, scale)
             draw(part.log_scale, scale / 3)
+        elif isinstance(part, FixedAffine):
+            draw(part.loc, scale)
+            draw(part.scale, scale / part.input_dim**0.5 if part.dense else scale)
+            diagonal = part.scale.diagonal() if part.dense else part.scale
+            diagonal.abs_().add_(0.1)
+            part.scale.tril_() if part.dense else None
         elif isinstance(part, LULinear):
             # Off-diagonals shrink with the size, or the matrix would be singular to working precision.
             off = scale / part.input_dim**0.5

@@ -20,6 +20,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..diagnostics.draws import log_prob_of_draws, side_by_side, single_trace
 from ..guides import AutoFlow
+from ..guides.recipe import DENSE
 
 LogDensity = Callable[[Tensor], Tensor]  # (N, D) -> (N,), in nats
 
@@ -35,8 +36,11 @@ class Gaussian(NamedTuple):
 def start_from_gaussian(
     model: Callable[..., Any], guide: AutoFlow, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Let a guide start from the best Gaussian found, which is where it is already if none is better."""
-    if guide.has_circles:
+    """Let a guide start from the best Gaussian found, which is where it is already if none is better.
+
+    Latents on circles have no Gaussian, and more than 512 are too many for a dense one.
+    """
+    if guide.has_circles or guide.latent_dim > DENSE:
         return
     with validation_enabled(False):  # a place without density is for the scores to show
         found = fit_gaussian(log_joint(model, guide, args, kwargs), *guide.start)

@@ -27,16 +27,16 @@ from .checks import check_latents, check_start
 from .circles import is_circular, mark_circles
 from .init import init_to_center
 from .names import adopt_stored_parameters, claim_name, is_free
-from .recipe import assemble, check_recipe, is_at, set_affine
+from .recipe import assemble, check_recipe, is_untrained, place
 
 
 class AutoFlow(AutoContinuous):
     """A guide whose posterior over all continuous latents is one normalizing flow.
 
     It is a Pyro ``AutoContinuous``: SVI with any ELBO, ``Predictive``, ``AutoGuideList`` and ``NeuTraReparam`` take it
-    as it is.  Latents are moved to the unconstrained space and packed into one vector; the flow, the identity at
-    the start, is followed by a learnable affine map (a full matrix up to 64 latents, a scale each beyond), which starts
-    at ``init_loc_fn`` and ``init_scale`` exactly.
+    as it is.  Latents are moved to the unconstrained space and packed into one vector.  The flow, the identity at the
+    start, is followed by a learnable affine map (a full matrix up to 64 latents, a scale each beyond), and that by a
+    fixed one, which starts at ``init_loc_fn`` and ``init_scale`` exactly and which ``fit_svi`` moves to a Gaussian.
 
     Latents on circles, von Mises or on intervals marked ``infer={"periodic": True}``, get circular splines.
 
@@ -126,22 +126,23 @@ class AutoFlow(AutoContinuous):
 
     @property
     def is_fresh(self) -> bool:
-        """Whether the guide is still where it started, untrained."""
-        return is_at(self.flow, *self.start)
+        """Whether the guide is still untrained."""
+        return is_untrained(self.flow)
 
     def start_at(self, loc: Tensor, scale_tril: Tensor) -> None:
-        """Let the guide's affine map take the base to N(loc, L Lᵀ); beyond 64 latents, to its marginals.
+        """Let the guide's last, affine map take what comes before it from N(0, I) to N(loc, L Lᵀ).
 
         Args:
             loc: The mean of the packed, unconstrained latents, ``(latent_dim,)``.
-            scale_tril: Their Cholesky factor L, ``(latent_dim, latent_dim)``.
+            scale_tril: Their Cholesky factor L, ``(latent_dim, latent_dim)``; beyond 512 latents only the marginals
+                count.
 
         Raises:
             ValueError: If some latents are angles.
         """
         if self.has_circles:
             raise ValueError("AutoFlow.start_at: some latents are angles, which have no Gaussian.")
-        set_affine(self.flow, loc, scale_tril)
+        place(self.flow).set(loc, scale_tril)
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
         """Inside a list of guides too, the guide keeps its own name, which is unique; its place in the list is not."""

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from .. import flows
 from ..distributions import CircularBase
 from ..flows import Flow
-from ..transforms import ActNorm, FlowTransform, LULinear
+from ..transforms import ActNorm, FixedAffine, FlowTransform, LULinear
 
-DENSE = 64  # up to how many latents the last, affine map has a full matrix
+LEARNED = 64  # up to how many latents the learned affine map has a full matrix
+DENSE = 512  # up to how many the one that the guide starts from has
 
 
 def default_flow(input_dim: int) -> Flow:
@@ -67,30 +67,22 @@ def assemble(
             "AutoFlow: some latents are angles, which a base or recipe for real numbers cannot hold; leave both out, "
             f"or use flow=lambda dim: flows.circular_coupling(dim, circular={list(circular)}, ...)."
         )
-    linear = [LULinear(dim)] if 1 < dim <= DENSE and not angles else []
-    norm = ActNorm(dim, fixed=circular if angles else None)
-    layers: list[FlowTransform] = [*flow.transforms, *linear, norm]
+    learned = LULinear(dim) if 1 < dim <= LEARNED and not angles else ActNorm(dim, fixed=circular if angles else None)
+    placed = FixedAffine(dim, dense=dim <= DENSE)
+    layers: list[FlowTransform] = [*flow.transforms, learned, placed]
     made = Flow(layers, base(dim) if base else flow.base).to(device=loc.device, dtype=loc.dtype)
-    norm.loc.data.copy_(loc)
-    norm.log_scale.data.fill_(math.log(scale))
+    stays = torch.as_tensor(circular, device=loc.device)  # angles
+    placed.set(loc.masked_fill(stays, 0), torch.full_like(loc, scale).masked_fill(stays, 1))
     return made
 
 
-@torch.no_grad()
-def is_at(flow: Flow, loc: Tensor, scale: float) -> bool:
-    """Whether an assembled flow's last, affine map is at ``loc`` and ``scale`` exactly."""
-    norm = flow.transforms[-1]
-    assert isinstance(norm, ActNorm)
-    return bool((norm.loc == loc).all() and (norm.log_scale == torch.full_like(norm.log_scale, math.log(scale))).all())
+def place(flow: Flow) -> FixedAffine:
+    """The last, affine map of an assembled flow."""
+    last = flow.transforms[-1]
+    assert isinstance(last, FixedAffine)
+    return last
 
 
-@torch.no_grad()
-def set_affine(flow: Flow, loc: Tensor, scale_tril: Tensor) -> None:
-    """Let the last, affine map of an assembled flow take N(0, I) to N(loc, L Lᵀ), or to its marginals if diagonal."""
-    linear, norm = flow.transforms[-2], flow.transforms[-1]
-    assert isinstance(norm, ActNorm)
-    scale = scale_tril.norm(dim=-1)
-    norm.loc.copy_(loc)
-    norm.log_scale.copy_(scale.log())
-    if isinstance(linear, LULinear):
-        linear.set_lower(scale_tril / scale.unsqueeze(-1))
+def is_untrained(flow: Flow) -> bool:
+    """Whether the learned affine map of an assembled flow is still the identity."""
+    return not any(parameter.any() for parameter in flow.transforms[-2].parameters())

@@ -8,5 +8,6 @@ from .base import View as View
 from .compose import Compose as Compose
 from .coupling import Coupling as Coupling
 from .elementwise import Elementwise as Elementwise
+from .fixed import FixedAffine as FixedAffine
 from .linear import LULinear as LULinear
 from .permute import Permute as Permute

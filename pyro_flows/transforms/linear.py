@@ -38,16 +38,6 @@ class LULinear(FlowTransform):
         self.factors = nn.Parameter(torch.zeros(input_dim, input_dim))  # L below, U above, log-pivots on the diagonal
         self.shift = nn.Parameter(torch.zeros(input_dim))
 
-    @torch.no_grad()
-    def set_lower(self, scale_tril: Tensor) -> None:
-        """Become the map of a lower triangular matrix with a positive diagonal, ``(D, D)``, such as a Cholesky factor.
-
-        Pivots beyond the bound on them are cut off there.
-        """
-        diagonal = scale_tril.diagonal()
-        share = (diagonal.log() / self.max_log_scale).clamp(-0.999, 0.999)
-        self.factors.copy_((scale_tril / diagonal).tril(-1) + torch.diag(self.max_log_scale * torch.atanh(share)))
-
     def _lower_upper_log_pivots(self) -> tuple[Tensor, Tensor, Tensor]:
         log_pivots = self.max_log_scale * torch.tanh(self.factors.diagonal() / self.max_log_scale)
         lower = self.factors.tril(-1) + torch.eye(self.input_dim, dtype=log_pivots.dtype, device=log_pivots.device)
