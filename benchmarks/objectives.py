@@ -1,0 +1,206 @@
+"""What do the objectives cost, and where does each help?
+
+    python benchmarks/objectives.py                  # all four questions, about 15 minutes on one core
+    python benchmarks/objectives.py --quick --out F  # few steps: a smoke run
+
+1. *Cost.* A step of ``PathELBO`` over one of Pyro's ``Trace_ELBO``, same guide, same draws, taking turns.
+2. *Objectives.* ``AutoFlow`` on the centred eight schools with each: nats below log Z, k-hat, errors, seconds.
+3. *Modes.* Two Gaussians in two dimensions, 8 sd apart: the weight that a fit gives the first, plain and tempered.
+4. *Plain SVI.* Pyro's ``SVI(model, guide, ClippedAdam, Trace_ELBO())`` against ``fit_svi(warm_start=False)`` with as
+   many steps: ELBOs in nats.
+
+Writes ``docs/benchmarks/objectives.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import posteriors
+import pyro
+import pyro.distributions as dist
+import targets
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import ClippedAdam
+
+import pyro_flows as pf
+from pyro_flows import objectives
+from pyro_flows.fitting.schedule import suited_to
+
+OUT = posteriors.OUT / "objectives.md"
+SEEDS = 0, 1, 2
+
+
+def fresh(model: Callable[[], None], seed: int) -> pf.AutoFlow:
+    """A new guide, and nothing left of the last one."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    return pf.AutoFlow(model).setup()
+
+
+def cost(repetitions: int) -> list[list[str]]:
+    """The ratio of the time of a step with path gradients to one without."""
+    rows = []
+    for name in ("eight_schools_centered", "low_dim_gauss_mix", "german_credit_sparse"):
+        model = targets.load(name).model
+        guide = fresh(model, 0)
+        number = suited_to(guide).num_particles
+        losses = [
+            kind(number, vectorize_particles=True, max_plate_nesting=1) for kind in (Trace_ELBO, objectives.PathELBO)
+        ]
+        seconds: list[list[float]] = [[], []]
+        for _ in range(repetitions + 3):
+            for loss, times in zip(losses, seconds, strict=True):
+                start = time.perf_counter()
+                guide.zero_grad()
+                loss.differentiable_loss(model, guide).backward()
+                times.append(time.perf_counter() - start)
+        plain, path = (1000 * statistics.median(times[3:]) for times in seconds)
+        rows.append([name, str(number), f"{plain:.1f}", f"{path:.1f}", f"{path / plain:.2f}"])
+    return rows
+
+
+def compare(steps: int | None) -> list[list[str]]:
+    """Each objective on a funnel."""
+    target = targets.load("eight_schools_centered")
+    number = steps or suited_to(fresh(target.model, 0)).steps
+    kinds: dict[str, Callable[[], Any]] = {
+        "`PathELBO` (default)": lambda: None,
+        "`Trace_ELBO` (Pyro)": lambda: Trace_ELBO(256, vectorize_particles=True),
+        "`ImportanceWeightedELBO`": lambda: objectives.ImportanceWeightedELBO(256, vectorize_particles=True),
+        "`RenyiELBO(0.5)`": lambda: objectives.RenyiELBO(0.5, num_particles=256, vectorize_particles=True),
+        "`ForwardKL`": lambda: objectives.ForwardKL(256),
+        "`TemperedELBO`": lambda: objectives.TemperedELBO(number, num_particles=256),
+    }
+    rows = []
+    for label, build in kinds.items():
+        guide = fresh(target.model, 0)
+        start = time.perf_counter()
+        pf.fit_svi(target.model, guide, steps=number, objective=build(), warm_start=True, progress=False)
+        seconds = time.perf_counter() - start
+        found = posteriors.judge(target, guide, posteriors.DRAWS)
+        gap = targets.evidence(target.name) - found["elbo"]
+        spread = f"{found['low_sd']:.2f}–{found['high_sd']:.2f}"
+        rows.append(
+            [label, f"{gap:.3f}", f"{found['khat']:.2f}", f"{found['worst_error']:.3f}", spread, f"{seconds:.0f}"]
+        )
+        print(" ".join(rows[-1]), flush=True)
+    return rows
+
+
+def two_modes(weight: float) -> Callable[[], None]:
+    """Two Gaussians in two dimensions, 8 sd apart."""
+    places = torch.tensor([[-4.0, 0.0], [4.0, 0.0]])
+    parts = dist.MultivariateNormal(places, torch.eye(2))
+
+    def model() -> None:
+        z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (2,)))
+        logits = parts.log_prob(z.unsqueeze(-2)) + torch.tensor([weight, 1 - weight]).log()
+        pyro.factor("modes", logits.logsumexp(-1))
+
+    return model
+
+
+def modes(steps: int | None) -> list[list[str]]:
+    """The weight of the first mode."""
+    rows = []
+    for weight in (0.5, 0.3, 0.2):
+        model = two_modes(weight)
+        for label in ("`PathELBO` (default)", "`TemperedELBO`"):
+            found, seconds = [], []
+            for seed in SEEDS:
+                guide = fresh(model, seed)
+                start = time.perf_counter()
+                number = steps or suited_to(guide).steps
+                objective = objectives.TemperedELBO(number) if "Tempered" in label else None
+                pf.fit_svi(model, guide, steps=number, objective=objective, progress=False)
+                seconds.append(time.perf_counter() - start)
+                found.append((guide.sample(100_000)["z"][:, 0] < 0).double().mean().item())
+            rows.append([f"{weight}", label, ", ".join(f"{w:.3f}" for w in found), f"{statistics.median(seconds):.0f}"])
+            print(" ".join(rows[-1]), flush=True)
+    return rows
+
+
+def plain_svi(steps: int | None) -> list[list[str]]:
+    """Pyro's own way of training."""
+    rows = []
+    for name in ("eight_schools", "eight_schools_centered", "garch"):
+        model = targets.load(name).model
+        number = steps or suited_to(fresh(model, 0)).steps
+        draws = suited_to(fresh(model, 0)).num_particles
+        found = []
+        for particles in (1, draws):
+            guide = fresh(model, 0)
+            decay = 0.01 ** (1 / number)
+            objective = Trace_ELBO(particles, vectorize_particles=particles > 1)
+            svi = SVI(model, guide, ClippedAdam({"lr": 0.01, "lrd": decay}), objective)
+            for _ in range(number):
+                svi.step()
+            found.append(posteriors.judge(targets.load(name), guide, posteriors.DRAWS)["elbo"])
+        guide = fresh(model, 0)
+        pf.fit_svi(model, guide, steps=number, warm_start=False, progress=False)
+        cold = posteriors.judge(targets.load(name), guide, posteriors.DRAWS)["elbo"]
+        numbers = [f"{value:.3f}" for value in (*found, cold)]
+        rows.append([name, str(number), *numbers, f"{found[1] - cold:+.3f}"])
+        print(" ".join(rows[-1]), flush=True)
+    return rows
+
+
+def table(title: str, text: str, columns: list[str], rows: list[list[str]]) -> str:
+    lines = [f"## {title}", "", text, "", "| " + " | ".join(columns) + " |"]
+    lines.append("|" + "|".join(["---"] + ["---:"] * (len(columns) - 1)) + "|")
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows), ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smoke run: needs --out")
+    parser.add_argument("--out", type=Path, default=OUT, help="the file to write")
+    options = parser.parse_args()
+    if options.quick and options.out == OUT:
+        parser.error("--quick needs --out: its figures are no results")
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    pyro.enable_validation(False)
+    steps = 20 if options.quick else None
+    parts = [
+        "# Objectives\n",
+        f"One thread, float64; torch {torch.__version__}, Pyro {pyro.__version__}. "
+        "Reproduce with `python benchmarks/objectives.py`.\n",
+        table(
+            "What a step with path gradients costs",
+            "Milliseconds for a loss and its gradients, medians, the two taking turns.",
+            ["target", "draws", "`Trace_ELBO`", "`PathELBO`", "ratio"],
+            cost(5 if options.quick else 100),
+        ),
+        table(
+            "Each objective on the centred eight schools",
+            "From the same warm start, with as many steps and draws; errors of raw draws in sd.",
+            ["objective", "log Z − ELBO", "k-hat", "worst error", "sd ratio", "s"],
+            compare(steps),
+        ),
+        table(
+            "Two modes, 8 sd apart",
+            "The weight that the fit gives the first mode, for each seed.",
+            ["true weight", "objective", "seeds " + ", ".join(map(str, SEEDS)), "s"],
+            modes(steps),
+        ),
+        table(
+            "Plain SVI",
+            "ELBOs in nats after as many steps, without a warm start: Pyro's `SVI` with `ClippedAdam` (step size .01, "
+            "falling to a hundredth) and `Trace_ELBO`, one draw and as many draws as `fit_svi` takes.",
+            ["target", "steps", "SVI, 1 draw", "SVI, as many", "`fit_svi`", "difference"],
+            plain_svi(steps),
+        ),
+    ]
+    posteriors.write("\n".join(parts), options.out)
+
+
+if __name__ == "__main__":
+    main()
