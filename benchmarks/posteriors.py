@@ -27,7 +27,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,6 @@ OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 SEEDS, DRAWS, PARTICLES = (0, 1, 2), 100_000, 64
 QUICK = "wells", "eight_schools_centered"
 MEASURES = "elbo", "elbo_se", "log_evidence", "khat", "worst_error", "mean_error", "low_sd", "high_sd", "w1", "seconds"
-COLUMNS = "target", "guide", "seed", *MEASURES, "failed"
 # The reference moments of this target belong to another prior than the one that is written down beside them.
 UNRELATED = {"brownian_unknown_scales"}
 
@@ -65,7 +64,7 @@ def auto_iaf_normal(model: Callable[[], None]) -> Any:
 
 
 def auto_normalizing_flow(model: Callable[[], None]) -> Any:
-    return AutoNormalizingFlow(centred(model), functools.partial(iterated, 5, spline_coupling))
+    return AutoNormalizingFlow(centred(model), functools.partial(iterated, 3, spline_coupling))
 
 
 PEERS: dict[str, tuple[Callable[[Callable[[], None]], Any], float]] = {  # how to build, and the step size
@@ -93,16 +92,21 @@ def fit(target: targets.Target, guide_name: str, steps: int | None) -> Any:
 
 def measure(name: str, guide_name: str, seed: int, steps: int | None, draws: int) -> Row:
     """Fit one guide to one target and judge it."""
+    return run(name, {"guide": guide_name}, seed, lambda target: fit(target, guide_name, steps), draws)
+
+
+def run(name: str, key: Row, seed: int, fit: Callable[[targets.Target], Any], draws: int) -> Row:
+    """A row of results: a fit to a target, from a seed, and what its draws are worth."""
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     pyro.enable_validation(False)
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     target = targets.load(name)
-    row: dict[str, Any] = {"target": name, "guide": guide_name, "seed": str(seed)}
+    row: dict[str, Any] = {"target": name, **key, "seed": str(seed)}
     start = time.perf_counter()
     try:
-        guide = fit(target, guide_name, steps)
+        guide = fit(target)
         row["seconds"] = time.perf_counter() - start
         row |= judge(target, guide, draws)
     except Exception as error:
@@ -272,13 +276,24 @@ def write(text: str, path: Path) -> None:
 
 
 def save(rows: list[Row], path: Path) -> None:
+    """The rows as CSV, in the order of targets, guides or variants, and seeds."""
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in (*MEASURES, "failed")))
     order = {name: i for i, name in enumerate((*targets.NAMES, *GUIDES))}
-    rows.sort(key=lambda r: (order[r["target"]], order[r["guide"]], int(r["seed"])))
+    rows.sort(key=lambda r: [order.get(r[c], 0) for c in columns] + [int(r["seed"])])
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, [*columns, *MEASURES, "failed"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write(text.getvalue(), path)
+
+
+def side_by_side(measure: Callable[..., Row], tasks: list[tuple[Any, ...]], jobs: int) -> Iterator[Row]:
+    """The rows that a function finds, several at a time, as they are done; each is printed too."""
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(measure, *task) for task in tasks]):
+            row = future.result()
+            print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+            yield row
 
 
 def main() -> None:
@@ -306,12 +321,9 @@ def main() -> None:
         for seed in (seeds if guide == "AutoFlow" else seeds[:1])
         if (name, guide, seed) not in done
     ]
-    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(measure, *key, steps, draws) for key in wanted]):
-            row = future.result()
-            rows.append(row)
-            save(rows, results)
-            print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+    for row in side_by_side(measure, [(*key, steps, draws) for key in wanted], options.jobs):
+        rows.append(row)
+        save(rows, results)
     evidence = {name: targets.evidence(name) for name in targets.NAMES}
     write(table(rows, evidence), options.out / "posteriors.md")
     plot(rows, evidence, options.out / "posteriors.png")

@@ -14,7 +14,7 @@ class Run:
 
     def __init__(self, parameters: list[Tensor], lr: float, companion: Any) -> None:
         self.parameters = parameters
-        self.optimizer = torch.optim.Adam(parameters, lr=lr)
+        self.optimizer = torch.optim.Adam(parameters, lr=lr, foreach=True)
         self.companion = companion if hasattr(companion, "load_state_dict") else None
         self.losses: list[float] = []
         self.best = Best(parameters)
