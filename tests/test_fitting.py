@@ -38,7 +38,7 @@ def log_evidence(y: Tensor) -> float:
     return dist.MultivariateNormal(torch.zeros(len(y)), torch.eye(len(y)) + 1).log_prob(y).item()
 
 
-quick = functools.partial(fit_svi, steps=5, num_particles=2, progress=False)
+quick = functools.partial(fit_svi, steps=5, num_particles=2, warm_start=False, progress=False)
 
 
 # A fit that goes well.
@@ -46,7 +46,7 @@ quick = functools.partial(fit_svi, steps=5, num_particles=2, progress=False)
 
 def test_record():
     guide = AutoFlow(conjugate, small)
-    fit = fit_svi(conjugate, guide, Y, steps=60, num_particles=4, progress=False)
+    fit = quick(conjugate, guide, Y, steps=60, num_particles=4)
     assert isinstance(fit, Fit)
     assert fit.guide is guide
     assert fit.losses.shape == (60,)
@@ -64,7 +64,7 @@ def test_record():
 def test_conjugate_model_reaches_its_evidence(build):
     """The posterior is a Gaussian, which each of these guides holds exactly: the ELBO is then the evidence."""
     guide = build(conjugate)
-    fit = fit_svi(conjugate, guide, Y, steps=600, lr=0.03, num_particles=16, progress=False)
+    fit = quick(conjugate, guide, Y, steps=600, lr=0.03, num_particles=16)
     weights = psis(conjugate, guide, Y, num_samples=2000).log_weights.double()
     gap = log_evidence(Y) - weights.mean().item()
     # The gap is the divergence of the guide from the posterior: never negative but for the mean's standard error.
@@ -76,7 +76,7 @@ def test_conjugate_model_reaches_its_evidence(build):
 
 
 def test_progress_bar_shows_loss_and_is_silent_on_request(capsys):
-    fit_svi(conjugate, AutoFlow(conjugate, small), Y, steps=50, num_particles=2)
+    quick(conjugate, AutoFlow(conjugate, small), Y, steps=50, progress=True)
     captured = capsys.readouterr()
     assert "50/50" in captured.err
     assert "loss" in captured.err
@@ -96,7 +96,7 @@ def test_trains_parameters_of_the_model():
         with pyro.plate("row", len(y)):
             pyro.sample("y", dist.Normal(theta + z, noise), obs=y)
 
-    fit = fit_svi(model, AutoFlow(model, small), Y, steps=500, lr=0.03, num_particles=32, progress=False)
+    fit = quick(model, AutoFlow(model, small), Y, steps=500, lr=0.03, num_particles=32)
     assert fit.losses[-50:].mean() < fit.losses[:10].mean()
     assert pyro.param("theta").item() == pytest.approx(2.5, abs=0.1)
     # The residuals' variance on two degrees of freedom; z takes the third.
@@ -155,7 +155,8 @@ def test_module_local_params_make_no_difference(build):
         pyro.clear_param_store()
         pyro.set_rng_seed(1)
         with pyro.settings.context(module_local_params=local):
-            losses.append(fit_svi(conjugate, build(conjugate), Y, steps=20, lr=0.05, progress=False).losses)
+            fit = quick(conjugate, build(conjugate), Y, steps=20, lr=0.05, num_particles=16)
+        losses.append(fit.losses)
     assert torch.equal(*losses)
     assert losses[0][-5:].mean() < losses[0][0]
 
@@ -332,7 +333,7 @@ def test_interrupt_keeps_the_best_state(build, capsys):
         return [parameter.detach().clone() for parameter in guide.parameters()]
 
     model, seen = ending(KeyboardInterrupt(), 58, state)
-    fit = fit_svi(model, guide, Y, steps=500, lr=0.03, progress=False)
+    fit = quick(model, guide, Y, steps=500, lr=0.03)
     assert fit.stopped == "interrupted"
     assert 50 < fit.steps < 60
     assert fit.losses.shape == (fit.steps,)
@@ -347,7 +348,7 @@ def test_interrupt_keeps_the_best_state(build, capsys):
 def test_interrupt_counts_the_steps_since_the_last_window():
     guide = AutoFlow(conjugate, small).setup(Y)
     model, seen = ending(KeyboardInterrupt(), 40, lambda: [p.detach().clone() for p in guide.parameters()])
-    fit = fit_svi(model, guide, Y, steps=500, lr=0.03, progress=False)
+    fit = quick(model, guide, Y, steps=500, lr=0.03)
     assert fit.stopped == "interrupted"
     assert fit.best_step == fit.steps < 40
     assert all(torch.equal(kept, then) for kept, then in zip(guide.parameters(), seen[-1], strict=True))
@@ -357,7 +358,7 @@ def test_interrupt_at_once_keeps_the_start(capsys):
     guide = AutoFlow(conjugate, small).setup(Y)
     start = [parameter.detach().clone() for parameter in guide.parameters()]
     model, _ = ending(KeyboardInterrupt(), 12)
-    fit = fit_svi(model, guide, Y, steps=500, progress=False)
+    fit = quick(model, guide, Y, steps=500)
     assert fit.stopped == "interrupted"
     assert fit.best_step == 0
     assert all(torch.equal(old, new) for old, new in zip(start, guide.parameters(), strict=True))
