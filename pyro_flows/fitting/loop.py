@@ -68,6 +68,7 @@ def descend(
     diagnose: Callable[[], str],
     settled: Callable[[], bool] = lambda: True,
     checkpoint: Path | None = None,
+    settings: dict[str, Any] | None = None,
     companion: Any = None,
     window: int = 50,
     patience: int = 100,
@@ -87,12 +88,14 @@ def descend(
         diagnose: Says what is not finite, for the error.
         settled: Whether losses can be compared by now; as long as they cannot, the latest state counts as the best.
         checkpoint: A file for the state of the run, from which it goes on if it is there.
+        settings: What else tells this run from another, of which a checkpoint is refused.
         companion: What has a state beside the parameters, with ``state_dict`` and ``load_state_dict``.
         window: The number of steps over which the loss is averaged to judge a state.
         patience: How many steps in a row may be skipped.
     """
     run = Run(parameters, lr, companion)
-    settings = {"steps": steps, "lr": lr, "clip_norm": clip_norm, "shapes": [list(p.shape) for p in parameters]}
+    settings = {"steps": steps, "lr": lr, "clip_norm": clip_norm, **(settings or {})}
+    settings["shapes"] = [list(parameter.shape) for parameter in parameters]
     if checkpoint is not None and (state := checkpoints.read(checkpoint, settings)) is not None:
         run.load_state_dict(state)
     losses, best = run.losses, run.best

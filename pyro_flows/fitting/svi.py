@@ -94,6 +94,8 @@ def fit_svi(
     suited = suited_to(guide)
     steps, lr, num_particles = steps or suited.steps, lr or suited.lr, num_particles or suited.num_particles
     file = None if checkpoint is None else Path(checkpoint)
+    if file and not file.parent.is_dir():
+        raise ValueError(f"fit_svi: checkpoint={str(file)!r} lies in a folder that does not exist.")
     side_by_side = objective is None and num_particles > 1
     if side_by_side and not subsampled_plate(single):  # a subsample is drawn anew each time
         check_side_by_side(model, guide, args, kwargs)
@@ -123,6 +125,7 @@ def fit_svi(
         diagnose=lambda: _culprit(model, guide, args, kwargs),
         settled=lambda: getattr(objective, "settled", True),
         checkpoint=file,
+        settings={"objective": type(objective).__name__, "num_particles": getattr(objective, "num_particles", None)},
         companion=objective,
     )
 
