@@ -7,17 +7,26 @@ parameters at the best state whatever ends the run.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import JitTrace_ELBO, RenyiELBO, TraceMeanField_ELBO
+from pyro import poutine
+from pyro.infer import JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 from pyro_flows import AutoFlow, Fit, fit_svi, flows, psis
+from pyro_flows.fitting import checkpoint as checkpoints
+from pyro_flows.fitting import loop
 from pyro_flows.fitting.loop import descend
 from pyro_flows.fitting.state import Best
 
@@ -377,6 +386,181 @@ def test_an_error_of_the_model_is_not_swallowed():
     model, _ = ending(ValueError("out of cheese"), 20)
     with pytest.raises(ValueError, match="out of cheese"):
         fit_svi(model, AutoNormal(conjugate), Y, steps=100, progress=False)
+
+
+# Checkpoints.
+
+
+class Rising(Trace_ELBO):
+    """An ELBO whose likelihood counts more from call to call: a state of its own, for a checkpoint to keep."""
+
+    calls = 0
+
+    def differentiable_loss(self, model, guide, *args, **kwargs):
+        self.calls += 1
+        return super().differentiable_loss(poutine.scale(model, scale=min(1, self.calls / 150)), guide, *args, **kwargs)
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Each look at the clock takes a minute, so that every window of 50 steps ends with a checkpoint."""
+    clock = itertools.count(step=60)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
+
+
+def checkpointed(model, file, steps=200, **settings) -> tuple[Tensor, list[Tensor], Fit]:
+    """A fit of a new guide from one seed: the losses, and the parameters in the end."""
+    pyro.set_rng_seed(1)
+    guide = AutoFlow(conjugate, small)
+    fit = fit_svi(model, guide, Y, steps=steps, num_particles=4, progress=False, checkpoint=file, **settings)
+    return fit.losses, [parameter.detach().clone() for parameter in guide.parameters()], fit
+
+
+def assert_same_run(left, right) -> None:
+    assert torch.equal(left[0], right[0])
+    assert all(torch.equal(*pair) for pair in zip(left[1], right[1], strict=True))
+
+
+@pytest.mark.parametrize("objective", [lambda: None, lambda: Rising(num_particles=4)], ids=["default", "with a state"])
+@pytest.mark.usefixtures("hasty")
+def test_a_killed_run_goes_on_to_the_same_end(objective, tmp_path):
+    file = tmp_path / "run"
+    whole = checkpointed(conjugate, tmp_path / "whole", objective=objective())
+    since = []
+
+    def mortal(y):
+        since.extend([0] * file.exists())
+        if len(since) > 30:
+            sys.exit()
+        conjugate(y)
+
+    with pytest.raises(SystemExit):
+        checkpointed(mortal, file, objective=objective())
+    assert len(torch.load(file, weights_only=True)["losses"]) == 50
+    pyro.clear_param_store()
+    resumed = checkpointed(conjugate, file, objective=objective())
+    assert resumed[2].steps == 200
+    assert_same_run(resumed, whole)
+    again = checkpointed(conjugate, file, objective=objective())  # what is done is not done again
+    assert_same_run(again, whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "whole"]
+
+
+KILLED = """
+import itertools, os, signal, sys
+sys.path.insert(0, {tests!r})
+import test_fitting as t
+clock = itertools.count(step=60)
+t.loop.time.perf_counter = lambda: next(clock)
+calls = []
+def model(y):
+    calls.append(0)
+    if len(calls) == 90:
+        os.kill(os.getpid(), signal.SIGKILL)
+    t.conjugate(y)
+t.torch.set_num_threads(1)
+t.checkpointed(model, {file!r}, steps=100, warm_start=False)
+"""
+
+
+def test_a_run_killed_by_the_system_goes_on_in_another_process(tmp_path):
+    file = tmp_path / "run"
+    root = Path(__file__).resolve().parent
+    code = KILLED.format(tests=str(root), file=str(file))
+    environment = {**os.environ, "PYTHONPATH": str(root.parent), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(torch.load(file, weights_only=True)["losses"]) == 50
+    whole = checkpointed(conjugate, None, steps=100, warm_start=False)
+    assert_same_run(checkpointed(conjugate, file, steps=100, warm_start=False), whole)
+
+
+def test_an_interrupted_run_goes_on(tmp_path, capsys):
+    file = tmp_path / "run"
+    model, _ = ending(KeyboardInterrupt(), 90)
+    losses, _, fit = checkpointed(model, file, warm_start=False)
+    assert fit.stopped == "interrupted"
+    assert 50 < fit.steps < 90
+    resumed, _, fit = checkpointed(conjugate, file, warm_start=False)
+    assert (fit.stopped, fit.steps) == ("steps", 200)
+    assert torch.equal(resumed[: len(losses)], losses)
+    assert resumed[-50:].mean() < losses[:20].mean()
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "run"
+    checkpointed(conjugate, file, steps=50, warm_start=False)
+    before = file.read_bytes()
+
+    def full_disk(_, path):
+        path.write_bytes(before[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.write(file, {"settings": {}})
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def _spoil(file: Path, kind: str) -> None:
+    if kind == "half":
+        file.write_bytes(file.read_bytes()[:1000])
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "text":
+        file.write_text("keep me")
+    elif kind == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        torch.save({"weights": {"weight": torch.zeros(2)}, "number": 5, "tensor": torch.zeros(2)}[kind], file)
+
+
+@pytest.mark.parametrize("kind", ["half", "empty", "text", "folder", "weights", "number", "tensor"])
+def test_what_is_no_checkpoint_is_refused(kind, tmp_path):
+    file = tmp_path / "run"
+    quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=file)
+    _spoil(file, kind)
+    with pytest.raises(ValueError, match=r"fit_svi: checkpoint='.*/run' is not a checkpoint .*remove this one"):
+        quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=file)
+    assert file.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"steps": 6}, "steps=5 and not 6"),
+        ({"lr": 0.2}, "lr=0.01 and not 0.2"),
+        ({"clip_norm": 1.0}, "clip_norm=100.0 and not 1.0"),
+        ({"num_particles": 3}, "num_particles=2 and not 3"),
+        ({"objective": Trace_ELBO(num_particles=2)}, "objective='PathELBO' and not 'Trace_ELBO'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_checkpoint_of_another_run_is_refused(settings, words, tmp_path):
+    quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"checkpoint='.*/run' is of another run \({words}\).*remove this one"):
+        quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=tmp_path / "run", **settings)
+
+
+def test_a_checkpoint_of_another_guide_is_refused(tmp_path):
+    quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=tmp_path / "run")
+    for guide in (AutoNormal(conjugate), AutoFlow(conjugate, functools.partial(small, num_transforms=3))):
+        with pytest.raises(ValueError, match="is of another run"):
+            quick(conjugate, guide, Y, checkpoint=tmp_path / "run", warm_start=None)
+
+
+def test_a_checkpoint_in_no_folder_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint='.*/missing/run' lies in a folder that does not exist"):
+        quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=tmp_path / "missing" / "run")
 
 
 # Arguments.
