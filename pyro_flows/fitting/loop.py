@@ -159,20 +159,22 @@ def descend(
 
 
 def _backward(loss: Callable[[], Tensor], parameters: list[Tensor], clip_norm: float) -> tuple[float, str]:
-    """Compute loss and clipped gradients: the loss, NaN if any of it is not finite, and the reason where one is known.
-
-    A draw so far out that a distribution refuses its parameters, or a matrix is no longer positive definite, counts as
-    not finite too.
-    """
+    """Compute loss and clipped gradients: the loss, NaN if any of it is not finite, and the reason where one is known."""
     try:
         value = loss()
         value.backward()
     except (ValueError, LinAlgError) as error:
-        if isinstance(error, ValueError) and "invalid values" not in str(error):
+        if not is_breakdown(error):
             raise
         return math.nan, str(error).splitlines()[0]
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
     return (value.item() if norm.isfinite() else math.nan), ""
+
+
+def is_breakdown(error: Exception) -> bool:
+    """Whether a draw was so far out that a distribution refused its parameters, or a matrix was not positive definite:
+    it counts as one whose density is not finite."""
+    return isinstance(error, LinAlgError) or (isinstance(error, ValueError) and "invalid values" in str(error))
 
 
 def _schedule(step: int, steps: int) -> float:
