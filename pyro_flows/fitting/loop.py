@@ -159,7 +159,7 @@ def descend(
 
 
 def _backward(loss: Callable[[], Tensor], parameters: list[Tensor], clip_norm: float) -> tuple[float, str]:
-    """Compute loss and clipped gradients: the loss, NaN if any of it is not finite, and the reason where one is known."""
+    """Compute loss and clipped gradients: the loss, NaN if any of it is not finite, and the reason if it is known."""
     try:
         value = loss()
         value.backward()
