@@ -287,17 +287,24 @@ def poisoned(after: int):
     return model, calls
 
 
-def test_many_nonfinite_steps_in_a_row_name_the_site():
+both_guides = pytest.mark.parametrize(
+    "build", [functools.partial(AutoFlow, flow=small), AutoNormal], ids=["AutoFlow", "AutoNormal"]
+)
+
+
+@both_guides
+def test_many_nonfinite_steps_in_a_row_name_the_site(build):
     model, _ = poisoned(after=30)
     message = r"at step 1\d\d and at the 99 before: .*'wall'.*smaller lr \(now 0.01"
     with pytest.raises(FloatingPointError, match=message):
-        fit_svi(model, AutoNormal(conjugate), Y, steps=300, lr=0.01, progress=False)
+        quick(model, build(conjugate), Y, steps=300, lr=0.01)
 
 
-def test_on_nonfinite_raise_stops_at_the_first():
+@both_guides
+def test_on_nonfinite_raise_stops_at_the_first(build):
     model, calls = poisoned(after=30)
     with pytest.raises(FloatingPointError, match=r"at step \d+: .*'wall'"):
-        fit_svi(model, AutoNormal(conjugate), Y, steps=300, progress=False, on_nonfinite="raise")
+        quick(model, build(conjugate), Y, steps=300, on_nonfinite="raise")
     assert len(calls) < 60
 
 
