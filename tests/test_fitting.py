@@ -7,17 +7,26 @@ parameters at the best state whatever ends the run.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import JitTrace_ELBO, RenyiELBO, TraceMeanField_ELBO
+from pyro import poutine
+from pyro.infer import JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 from pyro_flows import AutoFlow, Fit, fit_svi, flows, psis
+from pyro_flows.fitting import checkpoint as checkpoints
+from pyro_flows.fitting import loop
 from pyro_flows.fitting.loop import descend
 from pyro_flows.fitting.state import Best
 
@@ -38,7 +47,7 @@ def log_evidence(y: Tensor) -> float:
     return dist.MultivariateNormal(torch.zeros(len(y)), torch.eye(len(y)) + 1).log_prob(y).item()
 
 
-quick = functools.partial(fit_svi, steps=5, num_particles=2, progress=False)
+quick = functools.partial(fit_svi, steps=5, num_particles=2, warm_start=False, progress=False)
 
 
 # A fit that goes well.
@@ -46,7 +55,7 @@ quick = functools.partial(fit_svi, steps=5, num_particles=2, progress=False)
 
 def test_record():
     guide = AutoFlow(conjugate, small)
-    fit = fit_svi(conjugate, guide, Y, steps=60, num_particles=4, progress=False)
+    fit = quick(conjugate, guide, Y, steps=60, num_particles=4)
     assert isinstance(fit, Fit)
     assert fit.guide is guide
     assert fit.losses.shape == (60,)
@@ -64,7 +73,7 @@ def test_record():
 def test_conjugate_model_reaches_its_evidence(build):
     """The posterior is a Gaussian, which each of these guides holds exactly: the ELBO is then the evidence."""
     guide = build(conjugate)
-    fit = fit_svi(conjugate, guide, Y, steps=600, lr=0.03, num_particles=16, progress=False)
+    fit = quick(conjugate, guide, Y, steps=600, lr=0.03, num_particles=16)
     weights = psis(conjugate, guide, Y, num_samples=2000).log_weights.double()
     gap = log_evidence(Y) - weights.mean().item()
     # The gap is the divergence of the guide from the posterior: never negative but for the mean's standard error.
@@ -76,7 +85,7 @@ def test_conjugate_model_reaches_its_evidence(build):
 
 
 def test_progress_bar_shows_loss_and_is_silent_on_request(capsys):
-    fit_svi(conjugate, AutoFlow(conjugate, small), Y, steps=50, num_particles=2)
+    quick(conjugate, AutoFlow(conjugate, small), Y, steps=50, progress=True)
     captured = capsys.readouterr()
     assert "50/50" in captured.err
     assert "loss" in captured.err
@@ -96,7 +105,7 @@ def test_trains_parameters_of_the_model():
         with pyro.plate("row", len(y)):
             pyro.sample("y", dist.Normal(theta + z, noise), obs=y)
 
-    fit = fit_svi(model, AutoFlow(model, small), Y, steps=500, lr=0.03, num_particles=32, progress=False)
+    fit = quick(model, AutoFlow(model, small), Y, steps=500, lr=0.03, num_particles=32)
     assert fit.losses[-50:].mean() < fit.losses[:10].mean()
     assert pyro.param("theta").item() == pytest.approx(2.5, abs=0.1)
     # The residuals' variance on two degrees of freedom; z takes the third.
@@ -155,7 +164,8 @@ def test_module_local_params_make_no_difference(build):
         pyro.clear_param_store()
         pyro.set_rng_seed(1)
         with pyro.settings.context(module_local_params=local):
-            losses.append(fit_svi(conjugate, build(conjugate), Y, steps=20, lr=0.05, progress=False).losses)
+            fit = quick(conjugate, build(conjugate), Y, steps=20, lr=0.05, num_particles=16)
+        losses.append(fit.losses)
     assert torch.equal(*losses)
     assert losses[0][-5:].mean() < losses[0][0]
 
@@ -277,17 +287,24 @@ def poisoned(after: int):
     return model, calls
 
 
-def test_many_nonfinite_steps_in_a_row_name_the_site():
+both_guides = pytest.mark.parametrize(
+    "build", [functools.partial(AutoFlow, flow=small), AutoNormal], ids=["AutoFlow", "AutoNormal"]
+)
+
+
+@both_guides
+def test_many_nonfinite_steps_in_a_row_name_the_site(build):
     model, _ = poisoned(after=30)
     message = r"at step 1\d\d and at the 99 before: .*'wall'.*smaller lr \(now 0.01"
     with pytest.raises(FloatingPointError, match=message):
-        fit_svi(model, AutoNormal(conjugate), Y, steps=300, lr=0.01, progress=False)
+        quick(model, build(conjugate), Y, steps=300, lr=0.01)
 
 
-def test_on_nonfinite_raise_stops_at_the_first():
+@both_guides
+def test_on_nonfinite_raise_stops_at_the_first(build):
     model, calls = poisoned(after=30)
     with pytest.raises(FloatingPointError, match=r"at step \d+: .*'wall'"):
-        fit_svi(model, AutoNormal(conjugate), Y, steps=300, progress=False, on_nonfinite="raise")
+        quick(model, build(conjugate), Y, steps=300, on_nonfinite="raise")
     assert len(calls) < 60
 
 
@@ -332,7 +349,7 @@ def test_interrupt_keeps_the_best_state(build, capsys):
         return [parameter.detach().clone() for parameter in guide.parameters()]
 
     model, seen = ending(KeyboardInterrupt(), 58, state)
-    fit = fit_svi(model, guide, Y, steps=500, lr=0.03, progress=False)
+    fit = quick(model, guide, Y, steps=500, lr=0.03)
     assert fit.stopped == "interrupted"
     assert 50 < fit.steps < 60
     assert fit.losses.shape == (fit.steps,)
@@ -347,7 +364,7 @@ def test_interrupt_keeps_the_best_state(build, capsys):
 def test_interrupt_counts_the_steps_since_the_last_window():
     guide = AutoFlow(conjugate, small).setup(Y)
     model, seen = ending(KeyboardInterrupt(), 40, lambda: [p.detach().clone() for p in guide.parameters()])
-    fit = fit_svi(model, guide, Y, steps=500, lr=0.03, progress=False)
+    fit = quick(model, guide, Y, steps=500, lr=0.03)
     assert fit.stopped == "interrupted"
     assert fit.best_step == fit.steps < 40
     assert all(torch.equal(kept, then) for kept, then in zip(guide.parameters(), seen[-1], strict=True))
@@ -357,7 +374,7 @@ def test_interrupt_at_once_keeps_the_start(capsys):
     guide = AutoFlow(conjugate, small).setup(Y)
     start = [parameter.detach().clone() for parameter in guide.parameters()]
     model, _ = ending(KeyboardInterrupt(), 12)
-    fit = fit_svi(model, guide, Y, steps=500, progress=False)
+    fit = quick(model, guide, Y, steps=500)
     assert fit.stopped == "interrupted"
     assert fit.best_step == 0
     assert all(torch.equal(old, new) for old, new in zip(start, guide.parameters(), strict=True))
@@ -376,6 +393,181 @@ def test_an_error_of_the_model_is_not_swallowed():
     model, _ = ending(ValueError("out of cheese"), 20)
     with pytest.raises(ValueError, match="out of cheese"):
         fit_svi(model, AutoNormal(conjugate), Y, steps=100, progress=False)
+
+
+# Checkpoints.
+
+
+class Rising(Trace_ELBO):
+    """An ELBO whose likelihood counts more from call to call: a state of its own, for a checkpoint to keep."""
+
+    calls = 0
+
+    def differentiable_loss(self, model, guide, *args, **kwargs):
+        self.calls += 1
+        return super().differentiable_loss(poutine.scale(model, scale=min(1, self.calls / 150)), guide, *args, **kwargs)
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Each look at the clock takes a minute, so that every window of 50 steps ends with a checkpoint."""
+    clock = itertools.count(step=60)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
+
+
+def checkpointed(model, file, steps=200, **settings) -> tuple[Tensor, list[Tensor], Fit]:
+    """A fit of a new guide from one seed: the losses, and the parameters in the end."""
+    pyro.set_rng_seed(1)
+    guide = AutoFlow(conjugate, small)
+    fit = fit_svi(model, guide, Y, steps=steps, num_particles=4, progress=False, checkpoint=file, **settings)
+    return fit.losses, [parameter.detach().clone() for parameter in guide.parameters()], fit
+
+
+def assert_same_run(left, right) -> None:
+    assert torch.equal(left[0], right[0])
+    assert all(torch.equal(*pair) for pair in zip(left[1], right[1], strict=True))
+
+
+@pytest.mark.parametrize("objective", [lambda: None, lambda: Rising(num_particles=4)], ids=["default", "with a state"])
+@pytest.mark.usefixtures("hasty")
+def test_a_killed_run_goes_on_to_the_same_end(objective, tmp_path):
+    file = tmp_path / "run"
+    whole = checkpointed(conjugate, tmp_path / "whole", objective=objective())
+    since = []
+
+    def mortal(y):
+        since.extend([0] * file.exists())
+        if len(since) > 30:
+            sys.exit()
+        conjugate(y)
+
+    with pytest.raises(SystemExit):
+        checkpointed(mortal, file, objective=objective())
+    assert len(torch.load(file, weights_only=True)["losses"]) == 50
+    pyro.clear_param_store()
+    resumed = checkpointed(conjugate, file, objective=objective())
+    assert resumed[2].steps == 200
+    assert_same_run(resumed, whole)
+    again = checkpointed(conjugate, file, objective=objective())  # what is done is not done again
+    assert_same_run(again, whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "whole"]
+
+
+KILLED = """
+import itertools, os, signal, sys
+sys.path.insert(0, {tests!r})
+import test_fitting as t
+clock = itertools.count(step=60)
+t.loop.time.perf_counter = lambda: next(clock)
+calls = []
+def model(y):
+    calls.append(0)
+    if len(calls) == 90:
+        os.kill(os.getpid(), signal.SIGKILL)
+    t.conjugate(y)
+t.torch.set_num_threads(1)
+t.checkpointed(model, {file!r}, steps=100, warm_start=False)
+"""
+
+
+def test_a_run_killed_by_the_system_goes_on_in_another_process(tmp_path):
+    file = tmp_path / "run"
+    root = Path(__file__).resolve().parent
+    code = KILLED.format(tests=str(root), file=str(file))
+    environment = {**os.environ, "PYTHONPATH": str(root.parent), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(torch.load(file, weights_only=True)["losses"]) == 50
+    whole = checkpointed(conjugate, None, steps=100, warm_start=False)
+    assert_same_run(checkpointed(conjugate, file, steps=100, warm_start=False), whole)
+
+
+def test_an_interrupted_run_goes_on(tmp_path, capsys):
+    file = tmp_path / "run"
+    model, _ = ending(KeyboardInterrupt(), 90)
+    losses, _, fit = checkpointed(model, file, warm_start=False)
+    assert fit.stopped == "interrupted"
+    assert 50 < fit.steps < 90
+    resumed, _, fit = checkpointed(conjugate, file, warm_start=False)
+    assert (fit.stopped, fit.steps) == ("steps", 200)
+    assert torch.equal(resumed[: len(losses)], losses)
+    assert resumed[-50:].mean() < losses[:20].mean()
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "run"
+    checkpointed(conjugate, file, steps=50, warm_start=False)
+    before = file.read_bytes()
+
+    def full_disk(_, path):
+        path.write_bytes(before[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.write(file, {"settings": {}})
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def _spoil(file: Path, kind: str) -> None:
+    if kind == "half":
+        file.write_bytes(file.read_bytes()[:1000])
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "text":
+        file.write_text("keep me")
+    elif kind == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        torch.save({"weights": {"weight": torch.zeros(2)}, "number": 5, "tensor": torch.zeros(2)}[kind], file)
+
+
+@pytest.mark.parametrize("kind", ["half", "empty", "text", "folder", "weights", "number", "tensor"])
+def test_what_is_no_checkpoint_is_refused(kind, tmp_path):
+    file = tmp_path / "run"
+    quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=file)
+    _spoil(file, kind)
+    with pytest.raises(ValueError, match=r"fit_svi: checkpoint='.*/run' is not a checkpoint .*remove this one"):
+        quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=file)
+    assert file.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"steps": 6}, "steps=5 and not 6"),
+        ({"lr": 0.2}, "lr=0.01 and not 0.2"),
+        ({"clip_norm": 1.0}, "clip_norm=100.0 and not 1.0"),
+        ({"num_particles": 3}, "num_particles=2 and not 3"),
+        ({"objective": Trace_ELBO(num_particles=2)}, "objective='PathELBO' and not 'Trace_ELBO'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_checkpoint_of_another_run_is_refused(settings, words, tmp_path):
+    quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"checkpoint='.*/run' is of another run \({words}\).*remove this one"):
+        quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=tmp_path / "run", **settings)
+
+
+def test_a_checkpoint_of_another_guide_is_refused(tmp_path):
+    quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=tmp_path / "run")
+    for guide in (AutoNormal(conjugate), AutoFlow(conjugate, functools.partial(small, num_transforms=3))):
+        with pytest.raises(ValueError, match="is of another run"):
+            quick(conjugate, guide, Y, checkpoint=tmp_path / "run", warm_start=None)
+
+
+def test_a_checkpoint_in_no_folder_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint='.*/missing/run' lies in a folder that does not exist"):
+        quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=tmp_path / "missing" / "run")
 
 
 # Arguments.

@@ -1,7 +1,17 @@
 """The public names, pinned: a change here is a decision, not an accident."""
 
 import pyro_flows
-from pyro_flows import bijectors, conditioners, diagnostics, distributions, fitting, flows, guides, transforms
+from pyro_flows import (
+    bijectors,
+    conditioners,
+    diagnostics,
+    distributions,
+    fitting,
+    flows,
+    guides,
+    objectives,
+    transforms,
+)
 
 NAMES = {
     pyro_flows: "AutoFlow Fit Flow Psis fit_svi flows psis to_arviz",
@@ -10,6 +20,7 @@ NAMES = {
     transforms: "ActNorm Autoregressive Compose Coupling Elementwise FlowTransform Inverse LULinear Permute View",
     distributions: "CircularBase FixedBase MixtureBase StandardNormal StudentTBase",
     flows: "Flow circular_coupling iaf maf nice nsf nsf_ar realnvp",
+    objectives: "PathELBO PathEnumELBO",
     guides: "AutoFlow default_flow init_to_center",
     diagnostics: "Psis psis to_arviz",
     fitting: "Fit fit_svi",

@@ -15,7 +15,7 @@ FORMAT = 1
 
 def write(path: Path, state: dict[str, Any]) -> None:
     """Put a state, and that of the random numbers, in a file, which takes its place at once or not at all."""
-    draft = path.with_name(f".{os.getpid()}-{path.name}")
+    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")  # torch takes no name that begins with its last dot
     try:
         torch.save({"format": FORMAT, **state, "random": _random_state()}, draft)
         os.replace(draft, path)
@@ -34,12 +34,12 @@ def read(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     way_out = "Use the same settings, name another file, or remove this one."
     try:
         state = torch.load(path, weights_only=True)
-        kept = state["settings"]
+        version, kept = state["format"], dict(state["settings"])
     except Exception as error:
         raise ValueError(
             f"fit_svi: checkpoint={str(path)!r} is not a checkpoint ({error!s:.100}). {way_out}"
         ) from error
-    if state["format"] != FORMAT or kept != settings:
+    if version != FORMAT or kept != settings:
         other = [f"{k}={kept.get(k)!r} and not {v!r}" for k, v in settings.items() if kept.get(k) != v]
         raise ValueError(
             f"fit_svi: checkpoint={str(path)!r} is of another run ({', '.join(other) or 'another format'}). {way_out}"

@@ -68,6 +68,7 @@ def descend(
     diagnose: Callable[[], str],
     settled: Callable[[], bool] = lambda: True,
     checkpoint: Path | None = None,
+    settings: dict[str, Any] | None = None,
     companion: Any = None,
     window: int = 50,
     patience: int = 100,
@@ -87,12 +88,14 @@ def descend(
         diagnose: Says what is not finite, for the error.
         settled: Whether losses can be compared by now; as long as they cannot, the latest state counts as the best.
         checkpoint: A file for the state of the run, from which it goes on if it is there.
+        settings: What else tells this run from another, of which a checkpoint is refused.
         companion: What has a state beside the parameters, with ``state_dict`` and ``load_state_dict``.
         window: The number of steps over which the loss is averaged to judge a state.
         patience: How many steps in a row may be skipped.
     """
     run = Run(parameters, lr, companion)
-    settings = {"steps": steps, "lr": lr, "clip_norm": clip_norm, "shapes": [list(p.shape) for p in parameters]}
+    settings = {"steps": steps, "lr": lr, "clip_norm": clip_norm, **(settings or {})}
+    settings["shapes"] = [list(parameter.shape) for parameter in parameters]
     if checkpoint is not None and (state := checkpoints.read(checkpoint, settings)) is not None:
         run.load_state_dict(state)
     losses, best = run.losses, run.best
@@ -156,20 +159,22 @@ def descend(
 
 
 def _backward(loss: Callable[[], Tensor], parameters: list[Tensor], clip_norm: float) -> tuple[float, str]:
-    """Compute loss and clipped gradients: the loss, NaN if any of it is not finite, and the reason where one is known.
-
-    A draw so far out that a distribution refuses its parameters, or a matrix is no longer positive definite, counts as
-    not finite too.
-    """
+    """Compute loss and clipped gradients: the loss, NaN if any of it is not finite, and the reason if it is known."""
     try:
         value = loss()
         value.backward()
     except (ValueError, LinAlgError) as error:
-        if isinstance(error, ValueError) and "invalid values" not in str(error):
+        if not is_breakdown(error):
             raise
         return math.nan, str(error).splitlines()[0]
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
     return (value.item() if norm.isfinite() else math.nan), ""
+
+
+def is_breakdown(error: Exception) -> bool:
+    """Whether a draw was so far out that a distribution refused its parameters, or a matrix was not positive definite:
+    it counts as one whose density is not finite."""
+    return isinstance(error, LinAlgError) or (isinstance(error, ValueError) and "invalid values" in str(error))
 
 
 def _schedule(step: int, steps: int) -> float:

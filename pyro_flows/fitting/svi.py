@@ -15,7 +15,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO
+from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
 
 from ..diagnostics.draws import check_side_by_side, single_trace, subsampled_plate
@@ -53,7 +53,8 @@ def fit_svi(
         *args: The model's arguments.
         steps: The number of steps; by default as many as suit the guide (see *Choosing a flow* in the docs).
         objective: A Pyro ELBO, such as those of ``pyro_flows.objectives``; by default a ``PathELBO`` with
-            ``num_particles`` draws side by side, for which the model must broadcast to the left of its plates.
+            ``num_particles`` draws side by side, for which the model must broadcast to the left of its plates, or,
+            where latents are angles, a ``Trace_ELBO``: the scores of steep splines make path gradients too noisy.
         num_particles: The number of draws in each step, where no objective is given; by default what suits the guide.
         lr: The largest step size of Adam, which is reached within 100 steps and falls to zero along a cosine; by
             default 0.01, or 0.003 where latents are angles.
@@ -94,6 +95,8 @@ def fit_svi(
     suited = suited_to(guide)
     steps, lr, num_particles = steps or suited.steps, lr or suited.lr, num_particles or suited.num_particles
     file = None if checkpoint is None else Path(checkpoint)
+    if file and not file.parent.is_dir():
+        raise ValueError(f"fit_svi: checkpoint={str(file)!r} lies in a folder that does not exist.")
     side_by_side = objective is None and num_particles > 1
     if side_by_side and not subsampled_plate(single):  # a subsample is drawn anew each time
         check_side_by_side(model, guide, args, kwargs)
@@ -103,7 +106,8 @@ def fit_svi(
     elif warm_start and not isinstance(guide, AutoFlow):
         raise ValueError(f"fit_svi: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
     if objective is None:
-        objective = PathELBO(num_particles, max_plate_nesting=nesting, vectorize_particles=side_by_side)
+        kind = Trace_ELBO if isinstance(guide, AutoFlow) and guide.has_circles else PathELBO
+        objective = kind(num_particles, max_plate_nesting=nesting, vectorize_particles=side_by_side)
 
     def loss() -> Tensor:
         if hasattr(objective, "differentiable_loss"):
@@ -123,6 +127,7 @@ def fit_svi(
         diagnose=lambda: _culprit(model, guide, args, kwargs),
         settled=lambda: getattr(objective, "settled", True),
         checkpoint=file,
+        settings={"objective": type(objective).__name__, "num_particles": getattr(objective, "num_particles", None)},
         companion=objective,
     )
 

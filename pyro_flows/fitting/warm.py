@@ -21,6 +21,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from ..diagnostics.draws import log_prob_of_draws, side_by_side, single_trace
 from ..guides import AutoFlow
 from ..guides.recipe import DENSE
+from .loop import is_breakdown
 
 LogDensity = Callable[[Tensor], Tensor]  # (N, D) -> (N,), in nats
 
@@ -43,7 +44,7 @@ def start_from_gaussian(
     if guide.has_circles or guide.latent_dim > DENSE:
         return
     with validation_enabled(False):  # a place without density is for the scores to show
-        found = fit_gaussian(log_joint(model, guide, args, kwargs), *guide.start)
+        found = fit_gaussian(_or_nan(log_joint(model, guide, args, kwargs)), *guide.start)
     guide.start_at(found.loc, found.scale_tril)
 
 
@@ -64,6 +65,20 @@ def log_joint(model: Callable[..., Any], guide: AutoFlow, args: tuple[Any, ...],
         return log_prob_of_draws(scored, size, nesting) - log_prob_of_draws(placed, size, nesting)
 
     return density
+
+
+def _or_nan(density: LogDensity) -> LogDensity:
+    """A density that is NaN, for all its draws, where the model breaks down at one of them."""
+
+    def guarded(latent: Tensor) -> Tensor:
+        try:
+            return density(latent)
+        except (ValueError, LinAlgError) as error:
+            if not is_breakdown(error):
+                raise
+            return latent.sum(-1) * math.nan
+
+    return guarded
 
 
 def fit_gaussian(density: LogDensity, loc: Tensor, scale: float, *, rounds: int = 100, draws: int = 64) -> Gaussian:
@@ -144,6 +159,7 @@ def _score(density: LogDensity, z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _elbo(density: LogDensity, loc: Tensor, scale_tril: Tensor, draws: int = 500) -> float:
+    """The mean of log p - log q, which has no noise where the two are alike; -inf if it is no number."""
     noise = torch.randn(draws, len(loc), dtype=loc.dtype, device=loc.device)
-    entropy = scale_tril.diagonal().log().sum() + len(loc) / 2 * (1 + math.log(2 * math.pi))
-    return float(density(loc + noise @ scale_tril.T).mean() + entropy)
+    log_q = -noise.square().sum(-1) / 2 - scale_tril.diagonal().log().sum() - len(loc) / 2 * math.log(2 * math.pi)
+    return float((density(loc + noise @ scale_tril.T) - log_q).mean().nan_to_num(-math.inf, math.inf, -math.inf))

@@ -34,7 +34,8 @@ class Wrap(Transform):
 
     def _call(self, x: Tensor) -> Tensor:
         turns = (x + math.pi) / (2 * math.pi)
-        return self.low + (self.high - self.low) * (turns - turns.floor())
+        y = self.low + (self.high - self.low) * (turns - turns.floor())
+        return torch.where(y < self.high, y, self.low)  # just below -π the fraction is rounded to a whole turn
 
     def _inverse(self, y: Tensor) -> Tensor:
         return (y - self.low) / (self.high - self.low) * (2 * math.pi) - math.pi

@@ -1,0 +1,397 @@
+"""The Gaussian that a flow guide starts from: exact where the posterior is one, far off and ill-conditioned included,
+and never worse than no warm start at all."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+from pyro_flows import AutoFlow, fit_svi, flows
+from pyro_flows.fitting.warm import Gaussian, fit_gaussian, log_joint, start_from_gaussian
+
+small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
+
+
+def start(model, *args, recipe=small, **settings) -> AutoFlow:
+    """A guide after its warm start and before any training."""
+    guide = AutoFlow(model, recipe, **settings).setup(*args)
+    start_from_gaussian(model, guide, args, {})
+    return guide
+
+
+def elbo(density, loc: Tensor, scale_tril: Tensor, draws: int = 20_000) -> tuple[float, float]:
+    """A Gaussian's ELBO and its standard error."""
+    q = dist.MultivariateNormal(loc, scale_tril=scale_tril)
+    z = q.sample((draws,))
+    with torch.no_grad():
+        weights = (density(z) - q.log_prob(z)).double()
+    return weights.mean().item(), weights.std().item() / math.sqrt(draws)
+
+
+def at_the_start(density, dim: int, scale: float = 0.1) -> tuple[float, float]:
+    return elbo(density, torch.zeros(dim), scale * torch.eye(dim))
+
+
+# Posteriors that are Gaussians.
+
+
+def rotated(dim: int, condition: float, shift: float) -> dist.MultivariateNormal:
+    source = torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(dim, dim, generator=source, dtype=torch.float64)).Q
+    variances = torch.logspace(0, math.log10(condition), dim, dtype=torch.float64) / condition**0.5
+    loc = shift * torch.randn(dim, generator=source, dtype=torch.float64)
+    return dist.MultivariateNormal(loc, precision_matrix=(axes / variances) @ axes.T)
+
+
+@pytest.mark.parametrize(("dim", "condition", "shift"), [(1, 1.0, 50.0), (5, 1e4, 0.0), (50, 1e6, 3.0)])
+def test_a_gaussian_is_found_exactly(dim, condition, shift):
+    target = rotated(dim, condition, shift)
+    found = fit_gaussian(target.log_prob, torch.zeros(dim, dtype=torch.float64), 0.1)
+    q = dist.MultivariateNormal(found.loc, scale_tril=found.scale_tril)
+    assert torch.distributions.kl_divergence(q, target) < 1e-6
+    assert abs(found.elbo) < 1e-6  # the target is normalised
+
+
+X = torch.linspace(0, 30, 40, dtype=torch.float64)
+X = torch.stack([torch.ones_like(X), 100 + X, (X - 15) ** 2 / 10], -1)
+TARGETS = X @ torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64) + torch.sin(7 * X[:, 1])
+
+
+def regression(x, y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3, dtype=torch.float64), 10.0).to_event(1))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal((x * w).sum(-1), 1.0), obs=y)
+
+
+def test_an_ill_conditioned_regression_is_found_exactly():
+    precision = X.T @ X + torch.eye(3, dtype=torch.float64) / 100
+    assert torch.linalg.cond(precision) > 1e5
+    loc = torch.linalg.solve(precision, X.T @ TARGETS)
+    # The evidence: y is Gaussian with covariance I + 100 X Xᵀ.
+    covariance = torch.eye(40, dtype=torch.float64) + 100 * X @ X.T
+    evidence = dist.MultivariateNormal(torch.zeros(40, dtype=torch.float64), covariance).log_prob(TARGETS).item()
+
+    guide = start(regression, X, TARGETS)
+    losses = torch.stack([_loss(regression, guide, X, TARGETS) for _ in range(20)])
+    assert losses.std() < 1e-3  # where the guide is the posterior each draw gives the evidence
+    assert abs(losses.mean() + evidence) < 1e-3
+    deviations = torch.linalg.inv(precision).diagonal().sqrt()
+    assert ((guide.flow.transforms[-1].loc - loc).abs() < 1e-3 * deviations).all()
+
+
+def _loss(model, guide, *args) -> Tensor:
+    return torch.tensor(Trace_ELBO().loss(model, guide, *args))
+
+
+def test_flat_priors_are_no_hindrance():
+    """Flat in w and in log sigma: w follows a t distribution, whose mean is that of least squares."""
+
+    def flat(x, y):
+        w = pyro.sample("w", dist.ImproperUniform(constraints.real_vector, (), (3,)))
+        sigma = pyro.sample("sigma", dist.ImproperUniform(constraints.positive, (), ()))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal((x * w).sum(-1), sigma), obs=y)
+        pyro.factor("scale-free", -sigma.log())
+
+    x, y = (X - X.mean(0) * torch.tensor([0.0, 1.0, 1.0])).float(), TARGETS.float()
+    guide = start(flat, x, y)
+    least_squares = torch.linalg.lstsq(x, y.unsqueeze(-1))
+    residual = (y - x @ least_squares.solution.squeeze(-1)).square().sum() / 37
+    deviations = (residual * torch.linalg.inv(x.T @ x).diagonal() * 37 / 35).sqrt()
+    draws = guide.sample(4000)
+    assert ((draws["w"].mean(0) - least_squares.solution.squeeze(-1)).abs() < 0.2 * deviations).all()
+    assert (draws["w"].std(0) / deviations - 1).abs().max() < 0.2
+    assert draws["sigma"].median().item() == pytest.approx(residual.sqrt().item(), rel=0.1)
+
+
+@pytest.mark.parametrize("heavy", [False, True], ids=["normal", "student"])
+def test_a_target_a_thousand_deviations_away_is_reached(heavy):
+    loc, scale = torch.tensor([1000.0, -500.0]), torch.tensor([1.0, 0.5])
+    law = dist.StudentT(5.0, loc, scale) if heavy else dist.Normal(loc, scale)
+    found = fit_gaussian(lambda z: law.log_prob(z).sum(-1), torch.zeros(2), 0.1)
+    assert ((found.loc - loc).abs() < 0.2 * scale).all()
+    assert (found.scale_tril.diagonal() / scale - 1).abs().max() < 0.3
+    assert found.elbo > -0.2
+
+
+# The density.
+
+
+def test_log_joint_counts_every_change_of_variables():
+    """Laws whose density is known in the unconstrained space too."""
+
+    def model():
+        pyro.sample("a", dist.LogNormal(0.5, 2.0))  # log a is normal
+        pyro.sample("b", dist.Uniform(-2.0, 5.0))  # its logit is logistic
+        with pyro.plate("rows", 3):
+            c = pyro.sample("c", dist.Normal(torch.arange(3.0), 1.0))
+            pyro.sample("d", dist.Exponential(1.0))  # log d is Gumbel's, mirrored
+            pyro.sample("y", dist.Normal(c, 0.5), obs=torch.zeros(3))
+            with poutine.scale(scale=2.5):
+                pyro.sample("again", dist.Normal(c, 0.5), obs=torch.ones(3))
+
+    z = 2 * torch.randn(7, 8)
+    a, b, c, d = z[:, 0], z[:, 1], z[:, 2:5], z[:, 5:]
+    wanted = dist.Normal(0.5, 2.0).log_prob(a) + b - 2 * torch.nn.functional.softplus(b)
+    wanted += (dist.Normal(torch.arange(3.0), 1.0).log_prob(c) + d - d.exp()).sum(-1)
+    wanted += (dist.Normal(c, 0.5).log_prob(torch.zeros(3)) + 2.5 * dist.Normal(c, 0.5).log_prob(torch.ones(3))).sum(-1)
+    guide = AutoFlow(model, small).setup()
+    torch.testing.assert_close(log_joint(model, guide, (), {})(z), wanted, rtol=1e-4, atol=1e-4)
+
+
+def nested(y):
+    top = pyro.sample("top", dist.Normal(0.0, 1.0))
+    corr = pyro.sample("corr", dist.LKJCholesky(3, 1.0))
+    with pyro.plate("outer", 2, dim=-2):
+        middle = pyro.sample("middle", dist.Normal(top, 1.0))
+        with pyro.plate("inner", 3, dim=-1):
+            leaf = pyro.sample("leaf", dist.LogNormal(middle, 0.5))
+            mix = pyro.sample("mix", dist.Dirichlet(torch.ones(4)))
+            pyro.sample("y", dist.Normal(leaf + mix[..., 0] + corr[..., 1, 0], 1.0), obs=y)
+
+
+NESTED_Y = torch.tensor([[0.5, 1.0, 2.0], [3.0, 0.1, 1.5]])
+
+
+def test_log_joint_is_the_models_density_of_one_draw_at_a_time():
+    guide = AutoFlow(nested, small).setup(NESTED_Y)
+    z = torch.randn(5, guide.latent_dim)
+    together = log_joint(nested, guide, (NESTED_Y,), {})(z)
+    for row in range(5):
+        values, change = {}, torch.zeros(())
+        for site, unconstrained in guide._sites(z[row : row + 1]):
+            bijection = biject_to(site["fn"].support)
+            values[site["name"]] = bijection(unconstrained[0])
+            change += bijection.log_abs_det_jacobian(unconstrained[0], values[site["name"]]).sum()
+        alone = poutine.trace(poutine.condition(nested, data=values)).get_trace(NESTED_Y).log_prob_sum() + change
+        torch.testing.assert_close(together[row], alone, rtol=1e-5, atol=1e-4)
+
+
+# What the guide makes of a Gaussian.
+
+
+def gaussian_model(dim: int):
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(dim, dtype=torch.float64), 1.0).to_event(1))
+
+    return model
+
+
+@pytest.mark.parametrize("dim", [1, 2, 64, 65])
+@pytest.mark.parametrize("name", ["realnvp", "iaf", "nsf_ar"])
+def test_start_at_makes_the_guide_that_gaussian(dim, name):
+    recipe = functools.partial(getattr(flows, name), num_transforms=2, hidden_dims=(8,))
+    guide = AutoFlow(gaussian_model(dim), recipe).setup()
+    loc = 100 * torch.randn(dim, dtype=torch.float64)
+    law = dist.MultivariateNormal(loc, rotated(dim, 1e5, 0.0).covariance_matrix)
+    guide.start_at(loc, law.scale_tril)
+    if dim > 64:
+        law = dist.Normal(loc, law.variance.sqrt()).to_event(1)
+    z = law.sample((20,))
+    torch.testing.assert_close(guide.get_posterior().log_prob(z), law.log_prob(z), rtol=1e-6, atol=1e-5)
+    assert not guide.is_fresh
+
+
+def test_beyond_64_latents_the_marginals_are_found():
+    variance = torch.logspace(-4, 4, 100, dtype=torch.float64)
+
+    def wide():
+        pyro.sample("x", dist.Normal(torch.arange(100.0, dtype=torch.float64), variance.sqrt()).to_event(1))
+
+    guide = start(wide, init_scale=1.0)
+    losses = torch.stack([_loss(wide, guide) for _ in range(10)])
+    assert losses.abs().max() < 1e-3
+
+
+# It can do no harm.
+
+
+def funnel(z: Tensor) -> Tensor:
+    return dist.Normal(0.0, 3.0).log_prob(z[:, 0]) + dist.Normal(0.0, (z[:, :1] / 2).exp()).log_prob(z[:, 1:]).sum(-1)
+
+
+def unbounded(z: Tensor) -> Tensor:
+    """Eight schools without data that would hold tau up: the density is infinite at tau = 0, which has no mass."""
+    tau = z[:, :1].exp()
+    rest = dist.Normal(0.0, tau, validate_args=False).log_prob(z[:, 1:]).sum(-1)
+    return rest + dist.HalfCauchy(5.0, validate_args=False).log_prob(tau[:, 0]) + z[:, 0]
+
+
+def banana(z: Tensor) -> Tensor:
+    return dist.Normal(0.0, 2.0).log_prob(z[:, 0]) + dist.Normal(z[:, 0] ** 2, 0.05).log_prob(z[:, 1])
+
+
+def far_modes(z: Tensor) -> Tensor:
+    narrow = dist.Normal(20.0, 0.001).log_prob(z).sum(-1) - 20  # a needle without mass
+    return torch.logaddexp(narrow, dist.Normal(0.0, 1.0).log_prob(z).sum(-1))
+
+
+def half_nan(z: Tensor) -> Tensor:
+    return dist.Normal(0.0, 1.0).log_prob(z).sum(-1) + torch.where(z[:, 0] > 0.05, math.nan, 0.0)
+
+
+def improper(z: Tensor) -> Tensor:
+    return z.sum(-1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("density", [funnel, unbounded, banana, far_modes, improper], ids=lambda f: f.__name__)
+def test_it_is_never_worse_than_the_start(density, seed):
+    pyro.set_rng_seed(seed)
+    dim = 2 if density is banana else 9
+    found = fit_gaussian(density, torch.zeros(dim), 0.1)
+    assert found.loc.isfinite().all()
+    assert (found.scale_tril.diagonal() > 0).all()
+    before, after = at_the_start(density, dim), elbo(density, found.loc, found.scale_tril)
+    assert after[0] > before[0] - 4 * (before[1] + after[1])
+
+
+def test_the_funnels_best_gaussian_is_near():
+    """The best Gaussian is worth -1.9 nats or so; the start is worth -19."""
+    found = fit_gaussian(funnel, torch.zeros(9), 0.1)
+    assert elbo(funnel, found.loc, found.scale_tril)[0] > -3
+
+
+def test_a_needle_without_mass_is_passed_over():
+    found = fit_gaussian(far_modes, torch.zeros(3), 0.1)
+    assert found.loc.abs().max() < 0.1
+    assert found.elbo == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_nothing_can_be_evaluated_the_start_stays(seed):
+    pyro.set_rng_seed(seed)
+    loc = torch.zeros(2)
+    found = fit_gaussian(lambda z: z.sum(-1) * math.nan, loc, 0.1)
+    assert torch.equal(found.loc, loc)
+    assert torch.equal(found.scale_tril, 0.1 * torch.eye(2))
+    assert isinstance(fit_gaussian(half_nan, loc, 0.1), Gaussian)
+
+
+def walled(kind: str):
+    """x ~ N(5, 2) and y = 2 seen, in a model that breaks down near the guide's start."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(5.0, 2.0))
+        out = x > 5.2
+        if kind == "nan":
+            pyro.factor("wall", torch.where(out, math.nan, 0.0))
+        elif kind == "invalid" and out.any():
+            raise ValueError("Expected parameter scale, but found invalid values")
+        elif kind == "singular" and out.any():
+            torch.linalg.cholesky(-torch.eye(2))
+        elif kind == "refused":
+            pyro.sample("wall", dist.Normal(0.0, torch.where(out, -1.0, 1.0)), obs=torch.zeros(()))
+        pyro.sample("y", dist.Normal(x, 0.5), obs=torch.tensor(2.0))
+
+    return model
+
+
+@pytest.mark.parametrize("kind", ["nan", "invalid", "singular", "refused"])
+def test_it_survives_a_model_that_fails_in_places(kind):
+    """The posterior, far from where the model fails, is N(2.18, 0.485)."""
+    guide = AutoFlow(walled(kind), small)
+    fit = fit_svi(walled(kind), guide, steps=30, num_particles=8, progress=False)
+    assert fit.losses.isfinite().any()
+    draws = guide.sample(2000)["x"]
+    assert abs(draws.mean().item() - 37 / 17) < 4 * 0.485 / math.sqrt(2000) + 0.1
+    assert draws.std().item() == pytest.approx(0.485, rel=0.2)
+
+
+def test_an_error_of_the_model_is_not_swallowed():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        if x.numel() > 50:
+            raise ValueError("out of cheese")
+
+    with pytest.raises(ValueError, match="out of cheese"):
+        start(model)
+
+
+# When it runs.
+
+
+def watched(guide: AutoFlow) -> list[int]:
+    """Grows when the guide is put in another place."""
+    calls, place = [], guide.start_at
+
+    def start_at(loc, scale_tril):
+        calls.append(1)
+        place(loc, scale_tril)
+
+    guide.start_at = start_at
+    return calls
+
+
+def model(y=3.0):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(y))
+
+
+fit = functools.partial(fit_svi, model, steps=2, num_particles=4, progress=False)
+
+
+def test_a_new_guide_is_started_and_a_trained_one_is_not():
+    guide = AutoFlow(model, small).setup()
+    calls = watched(guide)
+    assert guide.is_fresh
+    fit(guide)
+    assert calls == [1]
+    assert not guide.is_fresh
+    fit(guide)
+    assert calls == [1]
+    fit(guide, warm_start=True)  # on request
+    assert calls == [1, 1]
+
+
+def test_a_guide_trained_by_svi_is_not_fresh():
+    guide = AutoFlow(model, small).setup()
+    pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step()
+    assert not guide.is_fresh
+    calls = watched(guide)
+    fit(guide)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"warm_start": False}, {"num_particles": 1}, {"objective": Trace_ELBO(num_particles=4)}],
+    ids=["warm_start=False", "one particle", "an objective"],
+)
+def test_it_is_left_out(settings):
+    guide = AutoFlow(model, small).setup()
+    calls = watched(guide)
+    fit(guide, **settings)
+    assert not calls
+
+
+def test_it_can_be_asked_for_with_an_objective():
+    guide = AutoFlow(model, small).setup()
+    calls = watched(guide)
+    fit(guide, objective=Trace_ELBO(num_particles=4), warm_start=True)
+    assert calls == [1]
+
+
+def test_other_guides_have_none():
+    fit(AutoNormal(model))
+    with pytest.raises(ValueError, match="warm_start=True is for an AutoFlow, not for AutoNormal"):
+        fit(AutoNormal(model), warm_start=True)
+
+
+def test_the_same_seed_finds_the_same_start():
+    found = []
+    for _ in range(2):
+        pyro.set_rng_seed(3)
+        found.append(fit_gaussian(funnel, torch.zeros(4), 0.1))
+    assert torch.equal(found[0].loc, found[1].loc)
+    assert torch.equal(found[0].scale_tril, found[1].scale_tril)
