@@ -15,7 +15,7 @@ FORMAT = 1
 
 def write(path: Path, state: dict[str, Any]) -> None:
     """Put a state, and that of the random numbers, in a file, which takes its place at once or not at all."""
-    draft = path.with_name(f".{os.getpid()}-{path.name}")
+    draft = path.with_name(f"{path.name}.{os.getpid()}")  # torch cannot write a name that is all extension
     try:
         torch.save({"format": FORMAT, **state, "random": _random_state()}, draft)
         os.replace(draft, path)

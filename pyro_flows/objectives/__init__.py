@@ -5,3 +5,4 @@ from .path import PathELBO as PathELBO
 from .path import PathEnumELBO as PathEnumELBO
 from .renyi import ImportanceWeightedELBO as ImportanceWeightedELBO
 from .renyi import RenyiELBO as RenyiELBO
+from .tempered import TemperedELBO as TemperedELBO

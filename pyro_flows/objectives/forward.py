@@ -1,8 +1,8 @@
 """The inclusive divergence KL(p ‖ q) = -E_p [log q(z)] + const, which covers all of the posterior p that is found.
 
-Expectations under p are those of the guide's own past draws, weighed by w = p(z, x) / q_old(z).  Old draws cost nothing,
-so they are kept for replay: a step trains on draws that are picked from the buffer in proportion to their weights.
-These stay right whatever the guide becomes.  They are cut off at √n times their mean, which bounds their noise.
+Expectations under p are those of the guide's own past draws, weighed by w = p(z, x) / q_old(z).  Old draws cost
+nothing, so they are kept for replay: a step trains on draws that are picked from the buffer in proportion to their
+weights, which stay right whatever the guide becomes.  Cut off at √n times their mean, their noise is bounded.
 
 Flow Annealed Importance Sampling Bootstrap (Midgley, Stimper, Simm, Schölkopf, Hernández-Lobato 2022,
 arXiv:2208.01893), without the annealing and, since it is p and not p²/q that weights aim at, without a correction for
@@ -14,11 +14,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from .particles import ParticleObjective
@@ -45,6 +42,7 @@ class ForwardKL(ParticleObjective):
 
     Example::
 
+        >>> import pyro
         >>> import pyro.distributions as dist
         >>> from pyro_flows import AutoFlow, fit_svi
         >>> def model():
@@ -69,11 +67,9 @@ class ForwardKL(ParticleObjective):
             self._draw(model, guide, args, kwargs)
         scores = self._kept["scores"]
         picked = torch.multinomial(_truncated(scores["log_p"] - scores["log_q"]), self.num_particles, replacement=True)
-        values = {name: value[picked] for name, value in self._kept["values"].items()}
-        held = self._vectorized_num_particles(poutine.condition(guide, data=values))
-        trace = prune_subsample_sites(poutine.trace(held).get_trace(*args, **kwargs))
+        held = {name: value[picked] for name, value in self._kept["draws"].items()}
+        trace = self._score(guide, held, args, kwargs)
         _check_held(trace)
-        trace.compute_log_prob()
         return (scores["log_p"][picked] - self._log_density(trace)).mean()
 
     @torch.no_grad()
@@ -81,13 +77,8 @@ class ForwardKL(ParticleObjective):
         """Put new draws of the guide, with the log-densities of model and guide, in front of those kept."""
         ((model_trace, guide_trace),) = self._traces(model, guide, args, kwargs)
         _check_whole(model_trace)
-        values = {
-            name: site["value"]
-            for name, site in guide_trace.iter_stochastic_nodes()
-            if not isinstance(site["fn"], dist.Delta)
-        }
         scores = {"log_p": self._log_density(model_trace), "log_q": self._log_density(guide_trace)}
-        new = {"values": values, "scores": scores}
+        new = {"draws": self._draws_of(guide_trace), "scores": scores}
         self._kept = {
             kind: {
                 name: torch.cat((tensor, self._kept[kind][name]))[: self.buffer_size] if self._kept else tensor

@@ -8,10 +8,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
+import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 
@@ -88,6 +91,21 @@ class ParticleObjective(Trace_ELBO):
                     f"{type(self).__name__}: site {name!r} of the guide has no reparameterised draws.  If it is "
                     "discrete, sum it out with PathEnumELBO; else use Pyro's Trace_ELBO or RenyiELBO."
                 )
+
+    @staticmethod
+    def _draws_of(guide_trace: Trace) -> dict[str, Tensor]:
+        """What a guide has drawn: the values of all sites but those that only place others' draws, ``Delta``."""
+        sites = guide_trace.iter_stochastic_nodes()
+        return {name: site["value"].detach() for name, site in sites if not isinstance(site["fn"], dist.Delta)}
+
+    def _score(self, guide: Any, draws: dict[str, Tensor], args: Any, kwargs: Any) -> Trace:
+        """The guide's trace with its draws held, so that its densities have all of their parameters' gradient."""
+        held = poutine.condition(guide, data=draws)
+        if self.vectorize_particles:
+            held = self._vectorized_num_particles(held)
+        trace = prune_subsample_sites(poutine.trace(held).get_trace(*args, **kwargs))
+        trace.compute_log_prob()
+        return trace
 
     def _log_density(self, trace: Trace, sites: type | tuple[type, ...] = object) -> Tensor:
         """The log-density of each draw in a trace, over all sites whose distribution is of a class: ``(rows,)``."""

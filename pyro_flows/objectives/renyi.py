@@ -41,6 +41,7 @@ class RenyiELBO(PathGradient, ParticleObjective):
 
     Example::
 
+        >>> import pyro
         >>> import pyro.distributions as dist
         >>> from pyro_flows import AutoFlow
         >>> def model():
@@ -97,6 +98,7 @@ class ImportanceWeightedELBO(RenyiELBO):
 
     Example::
 
+        >>> import pyro
         >>> import pyro.distributions as dist
         >>> from pyro_flows import AutoFlow, fit_svi
         >>> def model():
