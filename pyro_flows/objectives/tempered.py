@@ -32,8 +32,8 @@ HOLD, RISEN, COMPARED = (
 class TemperedELBO(PathGradient, ParticleObjective):
     """An ELBO whose target is flattened at first, so that a flow finds modes that lie apart, and their shares.
 
-    In the first tenth of the steps β stays at ``start``, by seven tenths of them it has risen to 1; the last three
-    twentieths are steps of a plain :class:`PathELBO`.  The log-density is flattened in the space in which the guide
+    In the first tenth of the steps β stays at ``start``, by seven tenths of them it has risen to 1; the last tenth
+    are steps of a plain :class:`PathELBO`.  The log-density is flattened in the space in which the guide
     draws, which for an ``AutoFlow`` is the unconstrained one.  Latents must be reparameterised in the guide.  Each call
     with gradients enabled counts as one step.
 
@@ -66,7 +66,7 @@ class TemperedELBO(PathGradient, ParticleObjective):
         self,
         num_steps: int,
         start: float = 0.05,
-        num_particles: int = 128,
+        num_particles: int = 256,
         max_plate_nesting: float = float("inf"),
         vectorize_particles: bool = True,
     ) -> None:
