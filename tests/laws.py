@@ -284,6 +284,20 @@ def log_det_is_slogdet(f: FlowTransform, x: Tensor, context: Tensor | None) -> N
     assert (gap(log_det, wanted, 0) <= tolerance).all()
 
 
+def carries_the_score(f: FlowTransform, x: Tensor, context: Tensor | None, tolerance: float) -> None:
+    """The score carried along with y is the gradient at y of the log-density that y has when x is standard normal."""
+    y, log_det, score = f.forward_and_score(x.detach().requires_grad_(), -x, context)
+    plain, plain_log_det = f.forward_and_log_det(x, context)
+    assert gap(y, plain, 1).max() <= TINY[x.dtype]
+    assert gap(log_det, plain_log_det, 0).max() <= TINY[x.dtype]
+    leaf = y.detach().requires_grad_()
+    back, back_log_det = f.inverse_and_log_det(leaf, context)
+    log_density = -0.5 * back.square().sum(-1) + back_log_det
+    (wanted,) = torch.autograd.grad(log_density.sum(), leaf)
+    assert not score.requires_grad
+    assert gap(score, wanted, 1).max() <= tolerance
+
+
 def order_of(f: FlowTransform) -> Tensor | None:
     """The ranks of the features of an autoregressive layer, forward or inverted; None for other transforms."""
     f = f.transform if isinstance(f, Inverse) else f

@@ -177,6 +177,11 @@ def test_values_and_contexts_broadcast(case: Case) -> None:
         torch.testing.assert_close(log_det.expand_as(wanted[1]), wanted[1], atol=1e-9, rtol=1e-9)
 
 
+@every_case
+def test_scores_are_carried_along(case: Case) -> None:
+    laws.carries_the_score(case.random(scale=1.0), laws.normal(ROWS, case.dim, seed=1), case.context(), 1e-8)
+
+
 @pytest.mark.parametrize("dim", [1, 5])
 def test_a_composition_is_its_parts_one_after_the_other(dim: int) -> None:
     chain = laws.randomise(laws.TRANSFORMS["compose"].build(dim, 0)).double()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..diagnostics.draws import check_side_by_side, single_trace, subsampled_plate
 from ..guides import AutoFlow
-from ..objectives import PathELBO
+from ..objectives import PathELBO, TemperedELBO
 from .loop import Fit, descend
 from .schedule import suited_to
 from .warm import start_from_gaussian
@@ -60,7 +60,8 @@ def fit_svi(
             default 0.01, or 0.003 where latents are angles.
         clip_norm: The largest norm of a gradient.
         warm_start: Whether to look for a Gaussian to start from.  By default an ``AutoFlow`` that is new does where no
-            objective is given; a guide that was trained before goes on from where it is.
+            objective is given, or a ``TemperedELBO``, which takes a Gaussian of the flattened posterior; a guide that
+            was trained before goes on from where it is.
         on_nonfinite: ``"skip"`` passes over steps whose loss or gradient is not finite, counts them, and ends with an
             error when there are 100 in a row; ``"raise"`` ends at the first.
         checkpoint: A file that the state of the run is kept in, every ten seconds and at the end.  A run that was
@@ -101,8 +102,9 @@ def fit_svi(
     if side_by_side and not subsampled_plate(single):  # a subsample is drawn anew each time
         check_side_by_side(model, guide, args, kwargs)
     if isinstance(guide, AutoFlow) and not (file and file.exists()):
-        if warm_start if warm_start is not None else (side_by_side and guide.is_fresh):
-            start_from_gaussian(model, guide, args, kwargs)
+        annealed = isinstance(objective, TemperedELBO)
+        if warm_start if warm_start is not None else ((side_by_side or annealed) and guide.is_fresh):
+            start_from_gaussian(model, guide, args, kwargs, objective.beta if annealed else 1.0)
     elif warm_start and not isinstance(guide, AutoFlow):
         raise ValueError(f"fit_svi: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
     if objective is None:

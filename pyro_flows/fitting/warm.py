@@ -35,16 +35,18 @@ class Gaussian(NamedTuple):
 
 
 def start_from_gaussian(
-    model: Callable[..., Any], guide: AutoFlow, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Callable[..., Any], guide: AutoFlow, args: tuple[Any, ...], kwargs: dict[str, Any], power: float = 1.0
 ) -> None:
     """Let a guide start from the best Gaussian found, which is where it is already if none is better.
 
-    Latents on circles have no Gaussian, and more than 512 are too many for a dense one.
+    The Gaussian is one of the posterior, or of a power of it.  Latents on circles have none, and more than 512 latents
+    are too many for a dense one.
     """
     if guide.has_circles or guide.latent_dim > DENSE:
         return
     with validation_enabled(False):  # a place without density is for the scores to show
-        found = fit_gaussian(_or_nan(log_joint(model, guide, args, kwargs)), *guide.start)
+        density = _or_nan(log_joint(model, guide, args, kwargs))
+        found = fit_gaussian(lambda latent: power * density(latent), *guide.start)
     guide.start_at(found.loc, found.scale_tril)
 
 

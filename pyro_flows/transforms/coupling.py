@@ -75,11 +75,10 @@ class Coupling(FlowTransform):
         # The Jacobian is triangular by blocks, so its transpose is solved in the pass at hand, without a way back.
         kept, mapped = x.index_select(-1, self.kept), x.index_select(-1, self.mapped)
         y, log_det = self.bijector.forward_and_log_det(mapped, self.conditioner(kept, context))
-        of_mapped = score.index_select(-1, self.mapped)
-        of_mapped = of_mapped - _gradient([(log_det, torch.ones_like(log_det))], mapped)
+        ones = torch.ones_like(log_det)
+        of_mapped = score.index_select(-1, self.mapped) - _gradient([(log_det, ones)], mapped)
         of_mapped = of_mapped * torch.exp(-log_det.detach())
-        of_kept = score.index_select(-1, self.kept)
-        of_kept = of_kept - _gradient([(log_det, torch.ones_like(log_det)), (y, of_mapped)], kept)
+        of_kept = score.index_select(-1, self.kept) - _gradient([(log_det, ones), (y, of_mapped)], kept)
         return self._join(kept, y), log_det.sum(-1), self._join(of_kept, of_mapped)
 
     def _join(self, kept: Tensor, mapped: Tensor) -> Tensor:
@@ -95,11 +94,11 @@ class Coupling(FlowTransform):
 
 
 def _gradient(weighted: list[tuple[Tensor, Tensor]], of: Tensor) -> Tensor:
-    """The gradient of a weighted sum of outputs, some of which may depend on nothing: a shift's log-determinant."""
-    weighted = [(output, weight) for output, weight in weighted if output.requires_grad]
-    if not weighted:
+    """The gradient of a weighted sum; the log-determinant of a shift, for one, is constant and adds nothing."""
+    moving = [(output, weight) for output, weight in weighted if output.requires_grad]
+    if not moving:
         return torch.zeros_like(of)
-    outputs, weights = zip(*weighted, strict=True)
+    outputs, weights = zip(*moving, strict=True)
     return torch.autograd.grad(outputs, of, weights, retain_graph=True, materialize_grads=True)[0]
 
 

@@ -1,0 +1,559 @@
+"""Objectives are Pyro ELBOs: they have the right value, a gradient with the right mean and no noise where the guide is
+the posterior, and they respect what Pyro's models are made of: plates, scale, mask, subsampling, discrete latents."""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
+from torch import Tensor, nn
+
+from pyro_flows import AutoFlow, Flow, fit_svi, flows
+from pyro_flows.objectives import (
+    ForwardKL,
+    ImportanceWeightedELBO,
+    PathELBO,
+    PathEnumELBO,
+    RenyiELBO,
+    TemperedELBO,
+)
+
+Y = torch.tensor([1.0, 2.5, 4.0])
+
+OBJECTIVES: dict[str, Callable[[], Any]] = {
+    "path": lambda: PathELBO(8, vectorize_particles=True),
+    "path_looped": lambda: PathELBO(4),
+    "importance": lambda: ImportanceWeightedELBO(8),
+    "importance_looped": lambda: ImportanceWeightedELBO(4, vectorize_particles=False),
+    "renyi": lambda: RenyiELBO(0.5, 8),
+    "forward": lambda: ForwardKL(8, 64),
+    "tempered": lambda: TemperedELBO(100, num_particles=8),
+    "tempered_looped": lambda: TemperedELBO(100, num_particles=3, vectorize_particles=False),
+}
+every_objective = pytest.mark.parametrize("build", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+
+
+def small(dim: int) -> Flow:
+    return flows.realnvp(dim, num_transforms=2, hidden_dims=(8,), activation=nn.ELU)
+
+
+def plain() -> None:
+    """Two latents and what they explain, in plates, scaled and masked."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    sigma = pyro.sample("sigma", dist.LogNormal(0.0, 0.5))
+    with pyro.plate("group", 2, dim=-2), pyro.plate("row", 3, dim=-1), poutine.scale(scale=0.7):
+        keep = torch.tensor([True, False, True])
+        pyro.sample("y", dist.Normal(mu, sigma).mask(keep), obs=Y.expand(2, 3))
+
+
+def subsampled() -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with pyro.plate("row", 3, subsample_size=2) as rows:
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=Y[rows])
+
+
+def learned() -> None:
+    """A model with a parameter of its own."""
+    offset = pyro.param("offset", torch.tensor(0.3))
+    x = pyro.sample("x", dist.Normal(offset, 1.0).expand([2]).to_event(1))
+    pyro.sample("y", dist.Normal(x.sum(-1), 0.7), obs=torch.tensor(1.5))
+
+
+def gaussian() -> None:
+    cov = torch.tensor([[1.0, 0.8], [0.8, 1.0]])
+    pyro.sample("x", dist.MultivariateNormal(torch.tensor([2.0, -1.0]), cov))
+
+
+def coin() -> None:
+    heads = pyro.sample("heads", dist.Bernoulli(0.4))
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x + heads, 1.0), obs=torch.tensor(1.0))
+
+
+def randomly(guide: Any, scale: float = 0.3) -> list[Tensor]:
+    """Move a guide's parameters anywhere, and list them."""
+    guide()
+    parameters = list(guide.parameters())
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(scale * torch.randn_like(parameter))
+    return parameters
+
+
+def gradient(loss: Tensor, parameters: list[Tensor]) -> Tensor:
+    parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return torch.cat([part.flatten() for part in parts])
+
+
+def moments(sample: Callable[[], Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """The mean of a random vector and its standard error."""
+    draws = torch.stack([sample() for _ in range(count)])
+    return draws.mean(0), draws.std(0) / math.sqrt(count)
+
+
+def agree(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
+    """Two estimates are of one mean: their differences, in standard errors, are standard normal, about."""
+    z = (ours[0] - theirs[0]) / (ours[1] ** 2 + theirs[1] ** 2).sqrt().clamp_min(1e-9)
+    assert z.abs().max() < 4.5
+    assert z.square().mean() < 2
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# ------------------------------------------------------------ all of them
+
+
+@every_objective
+def test_it_trains_with_svi(build):
+    guide = AutoFlow(plain, small)
+    svi = SVI(plain, guide, pyro.optim.Adam({"lr": 0.01}), build())
+    losses = [svi.step() for _ in range(5)]
+    assert all(map(math.isfinite, losses))
+    assert math.isfinite(svi.evaluate_loss())
+
+
+@every_objective
+def test_it_trains_with_fit_svi(build):
+    guide = AutoNormal(plain)
+    fit = fit_svi(plain, guide, steps=20, objective=build(), progress=False)
+    assert fit.losses.isfinite().all()
+
+
+@every_objective
+def test_it_is_a_module_with_local_parameters(build):
+    with pyro.settings.context(module_local_params=True):
+        guide = AutoFlow(plain, small).setup()
+        loss = build()(plain, guide)
+        loss().backward()
+        assert all(p.grad is not None for p in guide.parameters())
+        SVI(plain, guide, pyro.optim.Adam({"lr": 0.01}), build()).step()
+
+
+@every_objective
+def test_it_trains_with_subsamples_or_refuses_them(build):
+    objective, guide = build(), AutoFlow(subsampled, small)
+    if isinstance(objective, ForwardKL):
+        with pytest.raises(ValueError, match="site 'y' lies in plate 'row', which is subsampled"):
+            objective.loss(subsampled, guide)
+    else:
+        assert math.isfinite(objective.loss_and_grads(subsampled, guide))
+
+
+@pytest.mark.parametrize("build", [OBJECTIVES[n] for n in ("importance", "importance_looped", "forward", "tempered")])
+@pytest.mark.filterwarnings("ignore:Found vars in model but not guide")
+def test_a_discrete_latent_is_refused_by_name(build):
+    guide = AutoFlow(poutine.block(coin, hide=["heads"]), small)
+    with pytest.raises(ValueError, match="'heads' of the model is not in the guide"):
+        build().loss(coin, guide)
+
+
+@pytest.mark.parametrize("build", [OBJECTIVES[name] for name in ("importance", "tempered")])
+def test_draws_without_a_gradient_are_refused_by_name(build):
+    def guide():
+        pyro.sample("heads", dist.Bernoulli(0.4))
+        pyro.sample("x", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0))
+
+    with pytest.raises(ValueError, match="'heads' of the guide has no reparameterised draws"):
+        build().loss_and_grads(coin, guide)
+
+
+@every_objective
+def test_memory_stays_where_it_is(build):
+    """The nesting of plates is found out in time, and no step leaves anything behind."""
+    objective, guide = build(), AutoFlow(plain, small)
+    for _ in range(3):
+        objective.loss_and_grads(plain, guide)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(100 if objective.vectorize_particles else 20):
+        objective.loss_and_grads(plain, guide)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000  # kB
+    assert objective.max_plate_nesting == (3 if objective.vectorize_particles else math.inf)
+
+
+# ------------------------------------------------------------ path gradients
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("model", [plain, learned])
+def test_path_elbo_has_the_value_of_pyros(model, vectorize):
+    guide = AutoFlow(model, small)
+    randomly(guide)
+    values = []
+    for kind in (PathELBO, Trace_ELBO):
+        pyro.set_rng_seed(0)
+        values.append(kind(4, vectorize_particles=vectorize).loss(model, guide))
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda m: AutoFlow(m, small), AutoNormal, AutoMultivariateNormal])
+@pytest.mark.parametrize("model", [plain, learned, subsampled])
+def test_path_gradients_have_the_mean_of_pyros(model, make):
+    guide = make(model)
+    parameters = randomly(guide, 0.2)
+    if model is learned:
+        parameters.append(pyro.param("offset").unconstrained())
+    losses = [PathELBO(64, vectorize_particles=True), Trace_ELBO(64, vectorize_particles=True)]
+    agree(*(moments(lambda e=e: gradient(e.differentiable_loss(model, guide), parameters), 60) for e in losses))
+
+
+def test_path_gradients_are_those_of_a_loop():
+    guide = AutoFlow(plain, small)
+    parameters = randomly(guide, 0.2)
+    losses = [PathELBO(4, vectorize_particles=True), PathELBO(4)]
+    agree(*(moments(lambda e=e: gradient(e.differentiable_loss(plain, guide), parameters), 60) for e in losses))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "objective",
+    [
+        PathELBO(4, vectorize_particles=True),
+        ImportanceWeightedELBO(4),
+        ImportanceWeightedELBO(4, vectorize_particles=False),
+        RenyiELBO(0.5, 4),
+        RenyiELBO(2.0, 4),
+    ],
+    ids=["path", "importance", "importance_looped", "renyi", "renyi_2"],
+)
+@pytest.mark.parametrize("make", [lambda m: AutoFlow(m, small), AutoMultivariateNormal], ids=["flow", "normal"])
+def test_no_noise_is_left_where_the_guide_is_the_posterior(objective, make):
+    """The model's latent is what the guide draws, so every gradient is zero up to round-off, draw by draw."""
+    guide = make(gaussian)
+    parameters = randomly(guide)
+    posterior = guide.get_posterior()
+
+    def model():
+        pyro.sample("x", _Frozen(posterior))
+
+    assert gradient(objective.differentiable_loss(model, guide), parameters).abs().max() < 1e-10
+
+
+class _Frozen(dist.TorchDistribution):
+    """A distribution as it is now: scored with a gradient to the value alone."""
+
+    def __init__(self, inner: Any, batch_shape: tuple[int, ...] = ()) -> None:
+        self.inner = inner
+        super().__init__(torch.Size(batch_shape), inner.event_shape, validate_args=False)
+
+    support = dist.constraints.real_vector
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _Frozen:
+        return _Frozen(self.inner, batch_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = value.detach().requires_grad_()
+            log_prob = self.inner.log_prob(leaf)
+            (score,) = torch.autograd.grad(log_prob.sum(), leaf)
+        return log_prob.detach() + (score * (value - value.detach())).sum(-1)
+
+
+def test_path_gradients_with_discrete_latents_summed_out():
+    """A mixture whose assignments are enumerated in the model."""
+
+    @config_enumerate
+    def model():
+        loc = pyro.sample("loc", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
+        with pyro.plate("row", 3):
+            which = pyro.sample("which", dist.Categorical(torch.tensor([0.4, 0.6])))
+            pyro.sample("y", dist.Normal(loc[which], 1.0), obs=Y)
+
+    guide = AutoFlow(poutine.block(model, hide=["which"]), small)
+    parameters = randomly(guide, 0.2)
+    losses = [kind(2, max_plate_nesting=1) for kind in (PathEnumELBO, TraceEnum_ELBO)]
+    values = []
+    for loss in losses:
+        pyro.set_rng_seed(0)
+        values.append(loss.loss(model, guide))
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    agree(*(moments(lambda e=e: gradient(e.differentiable_loss(model, guide), parameters), 40) for e in losses))
+
+
+# ------------------------------------------------------------ Rényi's bound
+
+
+def log_weights(model: Any, guide: Any, count: int) -> Tensor:
+    """log p - log q of draws side by side, with all gradients: ``(count,)``."""
+    with pyro.plate("draws", count):
+        guide_trace = poutine.trace(guide).get_trace()
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace()
+    sums = []
+    for trace in (model_trace, guide_trace):
+        trace.compute_log_prob()
+        sums.append(sum(s["log_prob"] for s in trace.nodes.values() if s["type"] == "sample" and s["name"] != "draws"))
+    return sums[0] - sums[1]
+
+
+def textbook(model: Any, guide: Any, alpha: float, count: int) -> Tensor:
+    """Rényi's bound as it is written, to be differentiated as it is."""
+    powers = (1 - alpha) * log_weights(model, guide, count)
+    return -(torch.logsumexp(powers, 0) - math.log(count)) / (1 - alpha)
+
+
+def chain() -> None:
+    """A guide whose second draw depends on the first."""
+    loc, scale, slope = (
+        pyro.param(name, torch.tensor(value)) for name, value in (("loc", 0.2), ("scale", 0.6), ("slope", 0.4))
+    )
+    first = pyro.sample("first", dist.Normal(loc, scale.exp()), infer={"is_auxiliary": True})
+    second = pyro.sample("second", dist.Normal(slope * first, 0.8), infer={"is_auxiliary": True})
+    pyro.sample("x", dist.Delta(torch.stack((first, second), -1), event_dim=1))
+
+
+def flow_guide() -> Any:
+    guide = AutoFlow(learned, small, init_scale=0.7)
+    randomly(guide, 0.2)
+    return guide
+
+
+def parameters_of(guide: Any) -> list[Tensor]:
+    """The model's parameter and the guide's."""
+    learned()
+    if isinstance(guide, nn.Module):
+        return [pyro.param("offset").unconstrained(), *guide.parameters()]
+    guide()
+    return [pyro.param(name).unconstrained() for name in ("offset", "loc", "scale", "slope")]
+
+
+every_guide = pytest.mark.parametrize("make", [lambda: chain, flow_guide], ids=["chain", "flow"])
+outside = pytest.mark.filterwarnings("ignore:trying to observe a value outside of inference")
+
+
+@outside
+@every_guide
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 2.0])
+def test_the_bound_is_the_textbooks(make, alpha):
+    guide = make()
+    parameters_of(guide)
+    values = []
+    for bound in (
+        lambda: RenyiELBO(alpha, 5, max_plate_nesting=0).loss(learned, guide),
+        lambda: textbook(learned, guide, alpha, 5).item(),
+    ):
+        pyro.set_rng_seed(1)
+        values.append(bound())
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+@outside
+@every_guide
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_its_gradient_has_the_mean_of_the_textbooks(make, alpha):
+    """That of the guide and that of the model, though neither is the gradient of the value as it is written."""
+    guide = make()
+    parameters = parameters_of(guide)
+    objective = RenyiELBO(alpha, 5)
+    ours = moments(lambda: gradient(objective.differentiable_loss(learned, guide), parameters), 200)
+    agree(ours, moments(lambda: gradient(textbook(learned, guide, alpha, 5), parameters), 200))
+
+
+@outside
+def test_side_by_side_and_one_by_one_have_the_same_gradient():
+    parameters = parameters_of(chain)
+    losses = [ImportanceWeightedELBO(3), ImportanceWeightedELBO(3, vectorize_particles=False)]
+    agree(*(moments(lambda e=e: gradient(e.differentiable_loss(learned, chain), parameters), 100) for e in losses))
+
+
+@outside
+def test_a_point_takes_the_weights_of_a_parameter():
+    """The place of a ``Delta`` is no draw: its gradient is the plain one."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, s), obs=torch.tensor(2.0))
+
+    def guide():
+        pyro.sample("x", dist.Normal(pyro.param("m", torch.tensor(0.3)), 0.9))
+        pyro.sample("s", dist.Delta(pyro.param("s0", torch.tensor(0.8))))
+
+    guide()
+    parameters = [pyro.param("m").unconstrained(), pyro.param("s0").unconstrained()]
+    objective = ImportanceWeightedELBO(3)
+    ours = moments(lambda: gradient(objective.differentiable_loss(model, guide), parameters), 300)
+    agree(ours, moments(lambda: gradient(textbook(model, guide, 0.0, 3), parameters), 300))
+
+
+def test_one_draw_is_the_elbo():
+    guide = AutoFlow(plain, small)
+    randomly(guide)
+    values = []
+    for objective in (ImportanceWeightedELBO(1, max_plate_nesting=2), PathELBO()):
+        pyro.set_rng_seed(0)
+        values.append(objective.loss(plain, guide))
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_the_bound_rises_with_the_number_of_draws():
+    guide = AutoNormal(gaussian, init_scale=0.5)
+    bounds = []
+    for count in (1, 4, 32):
+        objective = ImportanceWeightedELBO(count)
+        bounds.append(-sum(objective.loss(gaussian, guide) for _ in range(100)) / 100)
+    assert bounds[0] < bounds[1] < bounds[2] < 0.1
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 2.0])
+def test_the_bound_of_a_gaussian_is_known(alpha):
+    """For q = N(0, 1) and p = N(1, 1) it is -α/2."""
+
+    def model():
+        pyro.sample("x", dist.Normal(1.0, 1.0))
+
+    def guide():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    assert RenyiELBO(alpha, 200_000).loss(model, guide) == pytest.approx(alpha / 2, abs=0.03)
+
+
+def test_order_one_is_refused():
+    with pytest.raises(ValueError, match="alpha must not be 1, where the bound is the ELBO; use PathELBO"):
+        RenyiELBO(1.0)
+
+
+# ------------------------------------------------------------ the inclusive divergence
+
+
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
+def test_the_inclusive_divergence_covers_the_marginals():
+    """The exclusive one would end at a standard deviation of 0.6."""
+    guide = AutoFlow(gaussian, lambda dim: flows.nice(dim, num_transforms=1, hidden_dims=(1,)), init_scale=0.5)
+    guide.setup()
+    for name, parameter in guide.flow.named_parameters():
+        parameter.requires_grad_(name.split(".")[1] == str(len(guide.flow.transforms) - 1))  # loc and scale alone
+    fit_svi(gaussian, guide, steps=300, lr=0.05, objective=ForwardKL(128, 2000), progress=False)
+    last = guide.flow.transforms[-1]
+    assert last.loc.tolist() == pytest.approx([2.0, -1.0], abs=0.15)
+    assert last.log_scale.exp().tolist() == pytest.approx([1.0, 1.0], abs=0.12)
+
+
+def test_its_loss_is_the_log_evidence_at_the_posterior():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        pyro.sample("x", dist.Normal(0.5, math.sqrt(0.5)))
+
+    evidence = dist.Normal(0.0, math.sqrt(2.0)).log_prob(torch.tensor(1.0)).item()
+    assert ForwardKL(64).loss(model, guide) == pytest.approx(evidence, abs=1e-4)
+
+
+def test_old_draws_are_kept_up_to_a_number():
+    objective, guide = ForwardKL(8, 20), AutoNormal(plain)
+    for step in range(1, 5):
+        objective.loss_and_grads(plain, guide)
+        assert len(objective.state_dict()["scores"]["log_p"]) == min(8 * step, 20)
+    kept = objective.state_dict()
+    assert math.isfinite(objective.loss(plain, guide))  # without gradients nothing changes
+    assert objective.state_dict()["scores"]["log_p"] is kept["scores"]["log_p"]
+
+
+def test_a_guide_that_moves_under_its_draws_is_refused():
+    guide = AutoGuideList(plain)
+    guide.append(AutoFlow(poutine.block(plain, hide=["sigma"]), small))
+    guide.append(AutoDelta(poutine.block(plain, hide=["mu"])))
+    with pytest.raises(ValueError, match="site 'sigma' of the guide moves with its parameters"):
+        ForwardKL(8, 64).loss_and_grads(plain, guide)
+
+
+# ------------------------------------------------------------ annealing
+
+
+def test_beta_rises_to_one():
+    objective, guide, betas = TemperedELBO(20, start=0.1, num_particles=4), AutoNormal(plain), []
+    for _ in range(20):
+        betas.append(objective.beta)
+        assert objective.settled <= (objective.beta == 1)
+        objective.loss_and_grads(plain, guide)
+    assert betas == sorted(betas)
+    assert (betas[0], betas[-1], objective.settled) == (pytest.approx(0.1), 1.0, True)
+    objective.loss(plain, guide)
+    assert objective.step == 20
+
+
+def test_it_ends_as_the_path_elbo():
+    guide = AutoFlow(plain, small)
+    parameters = randomly(guide)
+    tempered = TemperedELBO(10, num_particles=4, max_plate_nesting=2)
+    tempered.load_state_dict({"step": 10})
+    grads = []
+    for objective in (tempered, PathELBO(4, vectorize_particles=True, max_plate_nesting=2)):
+        pyro.set_rng_seed(0)
+        grads.append(gradient(objective.differentiable_loss(plain, guide), parameters))
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def modes(share: float) -> None:
+    """Two modes eight standard deviations apart."""
+    x = pyro.sample("x", dist.ImproperUniform(dist.constraints.real_vector, (), (2,)))
+    parts = dist.Normal(torch.tensor([[-4.0, 0.0], [4.0, 0.0]]), 1.0).to_event(1).log_prob(x.unsqueeze(-2))
+    pyro.factor("modes", torch.logsumexp(parts + torch.tensor([share, 1 - share]).log(), -1))
+
+
+def test_it_finds_two_modes_and_their_shares():
+    guide = AutoFlow(modes, lambda dim: flows.realnvp(dim, num_transforms=6, hidden_dims=(32,), activation=nn.ELU))
+    fit_svi(modes, guide, 0.3, steps=700, objective=TemperedELBO(700), progress=False)
+    assert (guide.sample(10_000)["x"][:, 0] < 0).float().mean().item() == pytest.approx(0.3, abs=0.15)
+
+
+# ------------------------------------------------------------ checkpoints
+
+
+@pytest.mark.parametrize("build", [OBJECTIVES["forward"], OBJECTIVES["tempered"]], ids=["forward", "tempered"])
+def test_what_is_loaded_goes_on_as_what_was_saved(build, tmp_path):
+    guide, first, second = AutoFlow(plain, small), build(), build()
+    for _ in range(3):
+        first.loss_and_grads(plain, guide)
+    torch.save(first.state_dict(), tmp_path / "state")
+    second.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    second.max_plate_nesting = first.max_plate_nesting  # which would else be found out by one more run
+    for _ in range(3):
+        losses = []
+        for objective in (first, second):
+            pyro.set_rng_seed(1)
+            losses.append(objective.loss_and_grads(plain, guide))
+        assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("build", [OBJECTIVES["forward"], OBJECTIVES["tempered"]], ids=["forward", "tempered"])
+def test_a_run_goes_on_from_its_checkpoint(build, tmp_path):
+    guide = AutoFlow(plain, small)
+    file = tmp_path / "run"
+    first = fit_svi(plain, guide, steps=30, objective=build(), checkpoint=file, progress=False)
+    objective = build()
+    again = fit_svi(plain, guide, steps=30, objective=objective, checkpoint=file, progress=False)
+    assert torch.equal(first.losses, again.losses)
+    assert objective.state_dict()
+
+
+# ------------------------------------------------------------ arguments
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ImportanceWeightedELBO(0), "ImportanceWeightedELBO: num_particles must be at least 1, got 0"),
+        (lambda: ForwardKL(1), "ForwardKL: num_particles must be at least 2, got 1"),
+        (lambda: ForwardKL(64, 10), "ForwardKL: buffer_size must be at least num_particles, got 10"),
+        (lambda: TemperedELBO(0), "TemperedELBO: num_steps must be at least 1, got 0"),
+        (lambda: TemperedELBO(10, start=0.0), "TemperedELBO: start must lie above 0 and not above 1, got 0.0"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
