@@ -183,10 +183,10 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
             draw(part.log_scale, scale / 3)
         elif isinstance(part, FixedAffine):
             draw(part.loc, scale)
-            draw(part.scale, scale / part.input_dim**0.5 if part.dense else scale)
+            off = scale / part.input_dim**0.5
+            draw(part.scale, off)
             diagonal = part.scale.diagonal() if part.dense else part.scale
-            diagonal.abs_().add_(0.1)
-            part.scale.tril_() if part.dense else None
+            diagonal.copy_(torch.where(diagonal < 0, -1, 1) + diagonal / off)
         elif isinstance(part, LULinear):
             # Off-diagonals shrink with the size, or the matrix would be singular to working precision.
             off = scale / part.input_dim**0.5

@@ -145,24 +145,6 @@ def test_autoregressive_jacobians_are_triangular(case: Case) -> None:
     laws.is_triangular(case.random(scale=1.0), laws.normal(ROWS, case.dim, seed=1, scale=3.0), case.context())
 
 
-@pytest.mark.parametrize("randomised", [False, True], ids=["start", "random"])
-@pytest.mark.parametrize("case", cases([1, 2, 5], CONTEXTS), ids=repr)
-def test_scores_are_carried_along(case: Case, randomised: bool) -> None:
-    """With y = f(x): ∇_y log q is the Jacobian's inverse transpose times ∇_x (log p - log|det|)."""
-    transform, context = case.random(scale=1.0) if randomised else case.start().double(), case.context()
-    x, score = laws.normal(ROWS, case.dim, seed=1).requires_grad_(), laws.normal(ROWS, case.dim, seed=4)
-    y, log_det = transform.forward_and_log_det(x, context)
-    of_log_det = torch.zeros_like(x)
-    if log_det.requires_grad:
-        (of_log_det,) = torch.autograd.grad(log_det.sum(), x, materialize_grads=True)
-    matrix = laws.jacobian(lambda value: transform.forward_and_log_det(value, context)[0], x)
-    wanted = torch.linalg.solve(matrix.mT, (score - of_log_det).unsqueeze(-1)).squeeze(-1)
-    found = transform.forward_and_score(x, score, context)
-    for number, expected in zip(found, (y, log_det, wanted), strict=True):
-        torch.testing.assert_close(number, expected, rtol=1e-7, atol=1e-9)
-    assert not found[2].requires_grad
-
-
 @every_transform
 def test_values_and_contexts_broadcast(case: Case) -> None:
     transform, context = case.random(), case.context()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..diagnostics.draws import check_side_by_side, single_trace, subsampled_plate
 from ..guides import AutoFlow
 from ..objectives import PathELBO, TemperedELBO
+from ..objectives.particles import ParticleObjective
 from .loop import Fit, descend
 from .schedule import suited_to
 from .warm import start_from_gaussian
@@ -59,9 +60,9 @@ def fit_svi(
         lr: The largest step size of Adam, which is reached within 100 steps and falls to zero along a cosine; by
             default 0.01, or 0.003 where latents are angles.
         clip_norm: The largest norm of a gradient.
-        warm_start: Whether to look for a Gaussian to start from.  By default an ``AutoFlow`` that is new does where no
-            objective is given, or a ``TemperedELBO``, which takes a Gaussian of the flattened posterior; a guide that
-            was trained before goes on from where it is.
+        warm_start: Whether to look for a Gaussian to start from, one of the flattened posterior for a ``TemperedELBO``.
+            By default a new ``AutoFlow`` does, with objectives of ``pyro_flows`` whose draws run side by side and no
+            subsampled plates; one that was trained before goes on from where it is.
         on_nonfinite: ``"skip"`` passes over steps whose loss or gradient is not finite, counts them, and ends with an
             error when there are 100 in a row; ``"raise"`` ends at the first.
         checkpoint: A file that the state of the run is kept in, every ten seconds and at the end.  A run that was
@@ -98,18 +99,22 @@ def fit_svi(
     file = None if checkpoint is None else Path(checkpoint)
     if file and not file.parent.is_dir():
         raise ValueError(f"fit_svi: checkpoint={str(file)!r} lies in a folder that does not exist.")
-    side_by_side = objective is None and num_particles > 1
-    if side_by_side and not subsampled_plate(single):  # a subsample is drawn anew each time
-        check_side_by_side(model, guide, args, kwargs)
-    if isinstance(guide, AutoFlow) and not (file and file.exists()):
-        annealed = isinstance(objective, TemperedELBO)
-        if warm_start if warm_start is not None else ((side_by_side or annealed) and guide.is_fresh):
-            start_from_gaussian(model, guide, args, kwargs, objective.beta if annealed else 1.0)
-    elif warm_start and not isinstance(guide, AutoFlow):
-        raise ValueError(f"fit_svi: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
+    whole = not subsampled_plate(single)  # a subsample is drawn anew each time
     if objective is None:
         kind = Trace_ELBO if isinstance(guide, AutoFlow) and guide.has_circles else PathELBO
-        objective = kind(num_particles, max_plate_nesting=nesting, vectorize_particles=side_by_side)
+        objective = kind(num_particles, max_plate_nesting=nesting, vectorize_particles=num_particles > 1)
+        if num_particles > 1 and whole:
+            check_side_by_side(model, guide, args, kwargs)
+    if not isinstance(guide, AutoFlow):
+        if warm_start:
+            raise ValueError(f"fit_svi: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
+    elif not (file and file.exists()):
+        if warm_start is None:
+            ours = isinstance(objective, PathELBO | ParticleObjective) and objective.vectorize_particles
+            warm_start = guide.is_fresh and ours and whole
+        if warm_start:
+            power = objective.beta if isinstance(objective, TemperedELBO) else 1.0
+            start_from_gaussian(model, guide, args, kwargs, power)
 
     def loss() -> Tensor:
         if hasattr(objective, "differentiable_loss"):

@@ -26,12 +26,23 @@ from .loop import is_breakdown
 LogDensity = Callable[[Tensor], Tensor]  # (N, D) -> (N,), in nats
 
 
+POOR = 5.0  # how much, in nats, the log-weights of a Gaussian may vary before its correlations mislead
+
+
 class Gaussian(NamedTuple):
-    """A Gaussian over packed, unconstrained latents: ``loc`` (D,), ``scale_tril`` (D, D), its ELBO in nats."""
+    """A Gaussian over packed, unconstrained latents, and how it fits: with log-weights log p - log q.
+
+    Attributes:
+        loc: The mean, ``(D,)``.
+        scale_tril: The Cholesky factor of the covariance, ``(D, D)``.
+        elbo: The mean log-weight, in nats; -inf if it is no number.
+        spread: The standard deviation of the log-weights, in nats.
+    """
 
     loc: Tensor
     scale_tril: Tensor
     elbo: float
+    spread: float
 
 
 def start_from_gaussian(
@@ -47,7 +58,8 @@ def start_from_gaussian(
     with validation_enabled(False):  # a place without density is for the scores to show
         density = _or_nan(log_joint(model, guide, args, kwargs))
         found = fit_gaussian(lambda latent: power * density(latent), *guide.start)
-    guide.start_at(found.loc, found.scale_tril)
+    poor = found.spread > POOR
+    guide.start_at(found.loc, found.scale_tril.norm(dim=-1).diag() if poor else found.scale_tril)
 
 
 def log_joint(model: Callable[..., Any], guide: AutoFlow, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogDensity:
@@ -83,7 +95,7 @@ def _or_nan(density: LogDensity) -> LogDensity:
     return guarded
 
 
-def fit_gaussian(density: LogDensity, loc: Tensor, scale: float, *, rounds: int = 100, draws: int = 64) -> Gaussian:
+def fit_gaussian(density: LogDensity, loc: Tensor, scale: float, *, rounds: int = 100) -> Gaussian:
     """The best Gaussian that a few rounds of batch and match find, or the start where they find none better.
 
     Args:
@@ -91,12 +103,11 @@ def fit_gaussian(density: LogDensity, loc: Tensor, scale: float, *, rounds: int 
         loc: The start's mean, ``(D,)``.
         scale: The start's standard deviation.
         rounds: How many rounds to make from each place.
-        draws: The number of draws in each round.
     """
     start = torch.eye(len(loc), dtype=loc.dtype, device=loc.device) * scale
-    best = Gaussian(loc, start, _elbo(density, loc, start))
+    best = _judged(density, loc, start)
     for place in (loc, _climb(density, loc)):
-        found = _match(density, place, start, rounds, draws)
+        found = _match(density, place, start, rounds, draws=max(64, 2 * len(loc)))
         if found is not None and found.elbo > best.elbo:
             best = found
     return best
@@ -130,8 +141,7 @@ def _match(density: LogDensity, loc: Tensor, scale_tril: Tensor, rounds: int, dr
             loc = (loc + rate * (factor @ (factor.T @ mean_score) + mean)) / (1 + rate)
     except LinAlgError:
         return None
-    elbo = _elbo(density, loc, scale_tril)
-    return Gaussian(loc, scale_tril, elbo) if math.isfinite(elbo) else None
+    return _judged(density, loc, scale_tril)
 
 
 def _whitened(v: Tensor, scale_tril: Tensor) -> Tensor:
@@ -160,8 +170,10 @@ def _score(density: LogDensity, z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _elbo(density: LogDensity, loc: Tensor, scale_tril: Tensor, draws: int = 500) -> float:
-    """The mean of log p - log q, which has no noise where the two are alike; -inf if it is no number."""
+def _judged(density: LogDensity, loc: Tensor, scale_tril: Tensor, draws: int = 500) -> Gaussian:
+    """A Gaussian with what some log-weights say of it; they have no noise where it is the posterior."""
     noise = torch.randn(draws, len(loc), dtype=loc.dtype, device=loc.device)
     log_q = -noise.square().sum(-1) / 2 - scale_tril.diagonal().log().sum() - len(loc) / 2 * math.log(2 * math.pi)
-    return float((density(loc + noise @ scale_tril.T) - log_q).mean().nan_to_num(-math.inf, math.inf, -math.inf))
+    log_weights = density(loc + noise @ scale_tril.T) - log_q
+    elbo = log_weights.mean().nan_to_num(-math.inf, math.inf, -math.inf)
+    return Gaussian(loc, scale_tril, float(elbo), float(log_weights.std()))

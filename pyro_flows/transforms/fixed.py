@@ -50,19 +50,20 @@ class FixedAffine(FlowTransform):
             self.scale.copy_(scale.norm(dim=-1) if scale.dim() == 2 else scale)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        loc, scale = self.loc.detach(), self.scale.detach()
-        y = loc + (x @ scale.T if self.dense else x * scale)
-        return y, self._log_det(scale).expand(x.shape[:-1])
+        scale, log_det = self._scale_and_log_det()
+        y = self.loc.detach() + (x @ scale.T if self.dense else x * scale)
+        return y, log_det.expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        scale = self.scale.detach()
+        scale, log_det = self._scale_and_log_det()
         x = y - self.loc.detach()
         if self.dense:
             x = torch.linalg.solve_triangular(scale.T, x.reshape(-1, self.input_dim), upper=True, left=False)
             x = x.reshape(y.shape)
         else:
             x = x / scale
-        return x, -self._log_det(scale).expand(y.shape[:-1])
+        return x, -log_det.expand(y.shape[:-1])
 
-    def _log_det(self, scale: Tensor) -> Tensor:
-        return (scale.diagonal() if self.dense else scale).log().sum()
+    def _scale_and_log_det(self) -> tuple[Tensor, Tensor]:
+        scale = self.scale.detach().tril() if self.dense else self.scale.detach()
+        return scale, (scale.diagonal() if self.dense else scale).abs().log().sum()
