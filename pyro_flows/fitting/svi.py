@@ -99,9 +99,9 @@ def fit_svi(
     if side_by_side and not subsampled_plate(single):  # a subsample is drawn anew each time
         check_side_by_side(model, guide, args, kwargs)
     if isinstance(guide, AutoFlow) and not (file and file.exists()):
-        annealed = isinstance(objective, TemperedELBO)
-        if warm_start if warm_start is not None else ((side_by_side or annealed) and guide.is_fresh):
-            start_from_gaussian(model, guide, args, kwargs, objective.beta if annealed else 1.0)
+        power = objective.beta if isinstance(objective, TemperedELBO) else None
+        if warm_start if warm_start is not None else ((side_by_side or power) and guide.is_fresh):
+            start_from_gaussian(model, guide, args, kwargs, power or 1.0)
     elif warm_start and not isinstance(guide, AutoFlow):
         raise ValueError(f"fit_svi: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
     if objective is None:
