@@ -97,9 +97,21 @@ def fit_svi(
     suited = suited_to(guide)
     steps, lr, num_particles = steps or suited.steps, lr or suited.lr, num_particles or suited.num_particles
     file = None if checkpoint is None else Path(checkpoint)
+<<<<<<< HEAD
     if file and not file.parent.is_dir():
         raise ValueError(f"fit_svi: checkpoint={str(file)!r} lies in a folder that does not exist.")
     whole = not subsampled_plate(single)  # a subsample is drawn anew each time
+=======
+    side_by_side = objective is None and num_particles > 1
+    if side_by_side and not subsampled_plate(single):  # a subsample is drawn anew each time
+        check_side_by_side(model, guide, args, kwargs)
+    if isinstance(guide, AutoFlow) and not (file and file.exists()):
+        power = objective.beta if isinstance(objective, TemperedELBO) else None
+        if warm_start if warm_start is not None else ((side_by_side or power) and guide.is_fresh):
+            start_from_gaussian(model, guide, args, kwargs, power or 1.0)
+    elif warm_start and not isinstance(guide, AutoFlow):
+        raise ValueError(f"fit_svi: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
+>>>>>>> objectives
     if objective is None:
         kind = Trace_ELBO if isinstance(guide, AutoFlow) and guide.has_circles else PathELBO
         objective = kind(num_particles, max_plate_nesting=nesting, vectorize_particles=num_particles > 1)

@@ -26,8 +26,10 @@ from .path import PathGradient
 class RenyiELBO(PathGradient, ParticleObjective):
     """Rényi's bound of order α, over all of the model at once, with doubly reparameterised gradients.
 
-    α below 1 covers the posterior more than the ELBO does, α above 1 keeps to its modes.  Plates, ``scale``, masks
-    and subsampling work as they do in Pyro.  Latents must be continuous and reparameterised in the guide.
+    α below 1 covers the posterior more than the ELBO does, α above 1 keeps to its modes.  Plates, ``scale``, masks and
+    subsampling work as they do in Pyro.  Latents must be continuous and reparameterised in the guide, whose parameters
+    must be Pyro's or those of modules.  Far from the posterior one draw has all the weight, so let a guide start near:
+    ``fit_svi(..., warm_start=True)``, or go on from one that was fitted.
 
     Args:
         alpha: The order α, any number but 1.

@@ -3,8 +3,8 @@
 The ELBO forgives a guide that covers one mode and misses the others, and its gradient at one mode knows nothing of the
 rest.  A tempered posterior p^β is wide enough for its modes to touch: the guide covers all of it, and keeps what it
 covers as β rises.  The modes' shares change with β, though, and once they lie apart no draw moves from one to another.
-So, until β = 1 and some time beyond, half of the loss is the standard deviation of log q - β log p over the draws: it
-compares modes directly, however far apart, and vanishes with its noise where the guide is right.
+So, until well after β = 1, half of the loss is the standard deviation of log q - β log p over the draws: it compares
+modes directly, however far apart, and vanishes with its noise where the guide is right.
 
 Annealing: Variational Inference with Normalizing Flows (Rezende, Mohamed 2015, arXiv:1505.05770).  The variance of the
 log-ratio: VarGrad (Richter, Boustati, Nüsken, Ruiz, Akyildiz 2020, arXiv:2010.10436); its root makes the size of the
@@ -22,20 +22,19 @@ from torch import Tensor
 from .particles import ParticleObjective
 from .path import PathGradient
 
-HOLD, RISEN, COMPARED = (
-    0.1,
-    0.7,
-    0.85,
-)  # shares of the steps: β begins to rise, has risen, and modes are compared no more
+# The shares of the steps after which β begins to rise, is 1, and modes are compared no more.
+HOLD, RISEN, COMPARED = 0.05, 0.55, 0.9
 
 
 class TemperedELBO(PathGradient, ParticleObjective):
     """An ELBO whose target is flattened at first, so that a flow finds modes that lie apart, and their shares.
 
-    In the first tenth of the steps β stays at ``start``, by seven tenths of them it has risen to 1; the last tenth
-    are steps of a plain :class:`PathELBO`.  The log-density is flattened in the space in which the guide
-    draws, which for an ``AutoFlow`` is the unconstrained one.  Latents must be reparameterised in the guide.  Each call
-    with gradients enabled counts as one step.
+    For a twentieth of the steps β stays at ``start``, then rises to 1, geometrically, in half of them; the last tenth
+    are steps of a plain :class:`PathELBO`.  The density is flattened in the space in which the guide draws, for an
+    ``AutoFlow`` the unconstrained one.  Each call with gradients enabled counts as a step, so an object serves
+    one fit.  ``fit_svi`` lets an ``AutoFlow`` start from a Gaussian of the flattened posterior.
+
+    A step costs about twice one of a ``PathELBO``.  Latents must be reparameterised in the guide.
 
     Args:
         num_steps: How many steps the fit takes.
