@@ -22,6 +22,7 @@ from ..diagnostics.draws import check_side_by_side, single_trace, subsampled_pla
 from ..guides import AutoFlow
 from ..objectives import PathELBO
 from .loop import Fit, descend
+from .propriety import check_proper
 from .schedule import suited_to
 from .warm import start_from_gaussian
 
@@ -74,7 +75,8 @@ def fit_svi(
         returns.
 
     Raises:
-        ValueError: If an argument is out of its range, there is nothing to train, or the checkpoint is of another run.
+        ValueError: If an argument is out of its range, there is nothing to train, the posterior is improper, or the
+            checkpoint is of another run.
         FloatingPointError: If the loss or gradients stay non-finite; the error names the site at fault.
 
     Example::
@@ -100,6 +102,8 @@ def fit_svi(
     side_by_side = objective is None and num_particles > 1
     if side_by_side and not subsampled_plate(single):  # a subsample is drawn anew each time
         check_side_by_side(model, guide, args, kwargs)
+        if isinstance(guide, AutoFlow) and guide.is_fresh:
+            check_proper(model, guide, args, kwargs)
     if isinstance(guide, AutoFlow) and not (file and file.exists()):
         if warm_start if warm_start is not None else (side_by_side and guide.is_fresh):
             start_from_gaussian(model, guide, args, kwargs)
