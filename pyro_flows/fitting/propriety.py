@@ -31,8 +31,8 @@ def check_proper(model: Callable[..., Any], guide: AutoFlow, args: tuple[Any, ..
         return
     with validation_enabled(False):
         density = or_nan(log_joint(model, guide, args, kwargs))
-        for places, far in ((on_lines, True), (elsewhere, False)):
-            for direction in _straight_lines(density, guide.start[0], places, far):
+        for places in (on_lines, elsewhere):
+            for direction in _straight_lines(density, guide.start[0], places, places is on_lines):
                 sites = sorted({names[place] for place in (direction.abs() > 0.1).nonzero().flatten().tolist()})
                 which = f"latent site{'s' * (len(sites) > 1)} {', '.join(map(repr, sites))}"
                 raise ValueError(
@@ -77,9 +77,8 @@ def _straight_lines(density: LogDensity, start: Tensor, places: list[int], on_li
     if len(scores) < count / 2:
         return
     mean, spread = scores.mean(0), scores - scores.mean(0)
-    round_off = (
-        100 * eps * scores.abs().amax(0).clamp_min(0.0 if on_lines else 1.0)
-    )  # their Jacobians' scores are near 1
+    floor = 0.0 if on_lines else 1.0  # the size of the scores of changes of variables
+    round_off = 100 * eps * scores.abs().amax(0).clamp_min(floor)
     still = spread.abs().amax(0) <= round_off
     axes = torch.eye(len(places), dtype=torch.float64)
     _, sizes, null = torch.linalg.svd(spread[:, ~still], full_matrices=False)
