@@ -401,6 +401,69 @@ def test_base_transform_and_posterior_are_consistent():
     torch.testing.assert_close(transform.log_abs_det_jacobian(x[0], transform(x[0])), change, rtol=1e-4, atol=1e-4)
 
 
+# The default guide.
+
+
+def schools(effects, errors):
+    """Eight schools, centred: a funnel."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("school", len(effects)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, errors), obs=effects)
+
+
+SCHOOLS = torch.tensor([28.0, 8.0, -3.0]), torch.tensor([15.0, 10.0, 16.0])
+
+
+def schools_evidence(effects, errors) -> float:
+    """The schools and mu summed out by hand, tau by the trapezoid rule in log tau."""
+    log_tau = torch.linspace(-15, 10, 5001, dtype=torch.float64)
+    tau, size = log_tau.exp(), len(effects)
+    covariance = torch.diag_embed((errors**2 + tau[:, None] ** 2).double()) + 25 * torch.ones(size, size).double()
+    likelihood = dist.MultivariateNormal(torch.zeros(size).double(), covariance).log_prob(effects.double())
+    log_density = likelihood + dist.HalfCauchy(torch.tensor(5.0).double()).log_prob(tau) + log_tau
+    return torch.trapezoid(log_density.exp(), log_tau).log().item()
+
+
+def test_the_default_fit_of_a_funnel_reaches_its_evidence_in_few_steps():
+    guide = AutoFlow(schools)
+    fit_svi(schools, guide, *SCHOOLS, steps=120, num_particles=64, progress=False)
+    found = psis(schools, guide, *SCHOOLS, num_samples=4000)
+    assert found.log_evidence == pytest.approx(schools_evidence(*SCHOOLS), abs=4 * found.log_evidence_se + 0.02)
+    assert schools_evidence(*SCHOOLS) - found.log_weights.mean().item() < 0.25
+
+
+def test_the_default_fit_of_correlated_latents_is_exact_at_once():
+    """The warm start finds a Gaussian posterior, and the flow, trained with path gradients, leaves it alone."""
+    scale_tril = torch.linalg.cholesky(0.99 * torch.ones(6, 6) + 0.01 * torch.eye(6))
+
+    def model():
+        pyro.sample("x", dist.MultivariateNormal(100.0 * torch.arange(6.0), scale_tril=scale_tril))
+
+    guide = AutoFlow(model)
+    fit = fit_svi(model, guide, steps=20, num_particles=64, progress=False)
+    assert fit.losses.abs().max() < 0.1  # the log evidence is 0; float32 knows 500 to 3e-5, of deviations of 0.1
+    assert fit.losses.mean().abs() < 0.02
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO(), Trace_ELBO(16, vectorize_particles=True)], ids=["one draw", "16 draws"])
+def test_the_default_guide_trains_under_plain_svi(elbo):
+    """x ~ N(0, 1) in four dimensions, whose sum is seen: the sum of five normals."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x.sum(-1), 1.0), obs=torch.tensor(3.0))
+
+    evidence = dist.Normal(0.0, math.sqrt(5)).log_prob(torch.tensor(3.0)).item()
+    guide = AutoFlow(model)
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.001}), elbo)
+    losses = torch.tensor([svi.step() for _ in range(200)])
+    assert losses.isfinite().all()
+    assert losses[:20].median() > 3 - evidence
+    assert losses[-50:].median() < 1.5 - evidence
+
+
 # Beside discrete sites.
 
 MIXED = torch.cat([torch.linspace(-2.5, -1.5, 10), torch.linspace(2.5, 3.5, 20)])

@@ -34,7 +34,7 @@ def read(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     way_out = "Use the same settings, name another file, or remove this one."
     try:
         state = torch.load(path, weights_only=True)
-        version, kept = state["format"], dict(state["settings"])
+        version, kept = dict(state)["format"], dict(state["settings"])
     except Exception as error:
         raise ValueError(
             f"fit_svi: checkpoint={str(path)!r} is not a checkpoint ({error!s:.100}). {way_out}"

@@ -23,6 +23,7 @@ from ..guides import AutoFlow
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective
 from .loop import Fit, descend
+from .propriety import check_proper
 from .schedule import suited_to
 from .warm import start_from_gaussian
 
@@ -76,7 +77,8 @@ def fit_svi(
         returns.
 
     Raises:
-        ValueError: If an argument is out of its range, there is nothing to train, or the checkpoint is of another run.
+        ValueError: If an argument is out of its range, there is nothing to train, the posterior is improper, or the
+            checkpoint is of another run.
         FloatingPointError: If the loss or gradients stay non-finite; the error names the site at fault.
 
     Example::
@@ -97,21 +99,9 @@ def fit_svi(
     suited = suited_to(guide)
     steps, lr, num_particles = steps or suited.steps, lr or suited.lr, num_particles or suited.num_particles
     file = None if checkpoint is None else Path(checkpoint)
-<<<<<<< HEAD
     if file and not file.parent.is_dir():
         raise ValueError(f"fit_svi: checkpoint={str(file)!r} lies in a folder that does not exist.")
     whole = not subsampled_plate(single)  # a subsample is drawn anew each time
-=======
-    side_by_side = objective is None and num_particles > 1
-    if side_by_side and not subsampled_plate(single):  # a subsample is drawn anew each time
-        check_side_by_side(model, guide, args, kwargs)
-    if isinstance(guide, AutoFlow) and not (file and file.exists()):
-        power = objective.beta if isinstance(objective, TemperedELBO) else None
-        if warm_start if warm_start is not None else ((side_by_side or power) and guide.is_fresh):
-            start_from_gaussian(model, guide, args, kwargs, power or 1.0)
-    elif warm_start and not isinstance(guide, AutoFlow):
-        raise ValueError(f"fit_svi: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
->>>>>>> objectives
     if objective is None:
         kind = Trace_ELBO if isinstance(guide, AutoFlow) and guide.has_circles else PathELBO
         objective = kind(num_particles, max_plate_nesting=nesting, vectorize_particles=num_particles > 1)
@@ -121,10 +111,11 @@ def fit_svi(
         if warm_start:
             raise ValueError(f"fit_svi: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
     elif not (file and file.exists()):
-        if warm_start is None:
-            ours = isinstance(objective, PathELBO | ParticleObjective) and objective.vectorize_particles
-            warm_start = guide.is_fresh and ours and whole
-        if warm_start:
+        ours = isinstance(objective, PathELBO | ParticleObjective) and objective.vectorize_particles
+        new = guide.is_fresh and ours and whole
+        if new:
+            check_proper(model, guide, args, kwargs)
+        if new if warm_start is None else warm_start:
             power = objective.beta if isinstance(objective, TemperedELBO) else 1.0
             start_from_gaussian(model, guide, args, kwargs, power)
 

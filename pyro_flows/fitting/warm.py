@@ -56,7 +56,7 @@ def start_from_gaussian(
     if guide.has_circles or guide.latent_dim > DENSE:
         return
     with validation_enabled(False):  # a place without density is for the scores to show
-        density = _or_nan(log_joint(model, guide, args, kwargs))
+        density = or_nan(log_joint(model, guide, args, kwargs))
         found = fit_gaussian(lambda latent: power * density(latent), *guide.start)
     poor = found.spread > POOR
     guide.start_at(found.loc, found.scale_tril.norm(dim=-1).diag() if poor else found.scale_tril)
@@ -81,7 +81,7 @@ def log_joint(model: Callable[..., Any], guide: AutoFlow, args: tuple[Any, ...],
     return density
 
 
-def _or_nan(density: LogDensity) -> LogDensity:
+def or_nan(density: LogDensity) -> LogDensity:
     """A density that is NaN, for all its draws, where the model breaks down at one of them."""
 
     def guarded(latent: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def _match(density: LogDensity, loc: Tensor, scale_tril: Tensor, rounds: int, dr
     try:
         for number in range(1, rounds + 1):
             z = loc + torch.randn(draws, len(loc), dtype=loc.dtype, device=loc.device) @ scale_tril.T
-            score = _score(density, z)
+            score = score_of(density, z)
             usable = score.isfinite().all(-1)
             if usable.sum() < draws / 2:
                 scale_tril = scale_tril / 2
@@ -164,9 +164,10 @@ def _climb(density: LogDensity, loc: Tensor, steps: int = 20) -> Tensor:
     return place.detach() if place.isfinite().all() else loc
 
 
-def _score(density: LogDensity, z: Tensor) -> Tensor:
+def score_of(density: LogDensity, z: Tensor) -> Tensor:
     z = z.detach().requires_grad_()
-    return torch.autograd.grad(density(z).sum(), z)[0]
+    total = density(z).sum()
+    return torch.autograd.grad(total, z)[0] if total.requires_grad else torch.zeros_like(z)
 
 
 @torch.no_grad()

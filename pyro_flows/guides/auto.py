@@ -53,8 +53,8 @@ class AutoFlow(AutoContinuous):
             the parameters again.
 
     Raises:
-        ValueError: At :meth:`setup`, naming the site: if a latent is discrete, if its support depends on another
-            latent, if it lies in a subsampled plate, or if the model's density is not finite at the start.
+        ValueError: At :meth:`setup`, naming the site: if a latent is discrete, if its support has no volume or depends
+            on another latent, if it lies in a subsampled plate, or if the model's density is not finite at the start.
 
     Example::
 

@@ -5,16 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine, validation_enabled
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 
 
 def check_latents(prototype: Trace) -> None:
-    """Refuse discrete latents and latents of subsampled plates."""
+    """Refuse discrete latents, latents without room to move and latents of subsampled plates."""
     for name, site in prototype.iter_stochastic_nodes():
+        if _is_point(site["fn"]):
+            raise ValueError(
+                f"AutoFlow: latent site {name!r} is a Delta: its mass lies at a point, where no flow has a density. "
+                f"Write {name} = pyro.deterministic({name!r}, value)."
+            )
+        if _is_empty(site["fn"].support):
+            raise ValueError(
+                f"AutoFlow: the support of latent site {name!r}, {site['fn'].support}, has no volume: low must be less "
+                f"than high. Where they are equal, write {name} = pyro.deterministic({name!r}, value)."
+            )
         if site["fn"].support.is_discrete:
             raise ValueError(
                 f"AutoFlow: latent site {name!r} is discrete. Sum it out: train with TraceEnum_ELBO, mark the model "
@@ -28,6 +39,19 @@ def check_latents(prototype: Trace) -> None:
                     f"Let the plate run over all rows, or give its latents a guide of their own: "
                     f"AutoGuideList(model, create_plates=...) with AutoNormal for {name!r} and AutoFlow for the rest."
                 )
+
+
+def _is_point(fn: Any) -> bool:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)
+
+
+def _is_empty(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    low, high = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
+    return low is not None and high is not None and bool((torch.as_tensor(low) >= torch.as_tensor(high)).any())
 
 
 def check_start(

@@ -1,0 +1,263 @@
+"""Models without a posterior, or without room for a density, are refused in words that name the site; models that
+only look like them are not."""
+
+from __future__ import annotations
+
+import functools
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions import constraints
+
+from pyro_flows import AutoFlow, fit_svi, flows
+
+small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(8,))
+DATA = torch.tensor([0.5, 1.0, 2.0, 4.0])
+
+
+def flat(name: str, support=constraints.real, shape=()):
+    return pyro.sample(name, dist.ImproperUniform(support, (), shape))
+
+
+def fit(model, *args, recipe=small, **settings):
+    settings = {"steps": 1, "num_particles": 4, "warm_start": False, "progress": False, **settings}
+    return fit_svi(model, AutoFlow(model, recipe), *args, **settings)
+
+
+# Supports without volume.
+
+POINTS = {
+    "a Delta": lambda: dist.Delta(torch.tensor(1.0)),
+    "a vector of Deltas": lambda: dist.Delta(torch.ones(3)).to_event(1),
+    "a masked Delta": lambda: dist.Delta(torch.ones(3), event_dim=1).mask(True),
+}
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_points_are_refused(name):
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("fixed", POINTS[name]())
+
+    with pytest.raises(ValueError, match=r"latent site 'fixed' is a Delta.*fixed = pyro\.deterministic\('fixed'"):
+        AutoFlow(model).setup()
+
+
+def test_deterministic_and_factor_are_welcome():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.deterministic("fixed", x**2)
+        pyro.factor("data", -(x**2))
+
+    assert AutoFlow(model).setup().latent_dim == 1
+
+
+@pytest.mark.parametrize("infer", [{}, {"periodic": True}], ids=["interval", "circle"])
+@pytest.mark.parametrize(
+    ("low", "high"), [(1.0, 1.0), (2.0, 1.0), (torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]))]
+)
+def test_intervals_without_volume_are_refused(low, high, infer):
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("thin", dist.Uniform(low, high, validate_args=False), infer=infer)
+
+    with pytest.raises(ValueError, match=r"support of latent site 'thin', .*, has no volume"):
+        AutoFlow(model).setup()
+
+
+def test_spheres_are_refused():
+    def model():
+        pyro.sample("direction", dist.ProjectedNormal(torch.ones(3)))
+
+    with pytest.raises((ValueError, NotImplementedError), match="'direction'"):
+        AutoFlow(model).setup()
+
+
+# Posteriors that are improper.
+
+
+def nothing():
+    flat("loose")
+
+
+def unused():
+    x = flat("x")
+    flat("loose")
+    pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+
+
+def unused_positive():
+    x = flat("x")
+    flat("loose", constraints.positive)
+    pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+
+
+def log_uniform():
+    scale = flat("loose", constraints.positive)
+    pyro.factor("prior", -scale.log())
+    pyro.sample("y", dist.Normal(pyro.sample("x", dist.Normal(0.0, 1.0)), 1.0), obs=torch.tensor(1.0))
+
+
+def unused_column():
+    w = flat("loose", constraints.real_vector, (3,))
+    x = torch.tensor([[1.0, 0.0, 1.0], [1.0, 0.0, 2.0], [1.0, 0.0, -1.0], [1.0, 0.0, 0.0]])
+    with pyro.plate("row", 4):
+        pyro.sample("y", dist.Normal((x * w).sum(-1), 1.0), obs=DATA)
+
+
+def unused_row():
+    with pyro.plate("row", 4):
+        z = flat("loose")
+        pyro.sample("y", dist.Normal(z, 1.0).mask(torch.arange(4) > 0), obs=DATA)
+
+
+def masked_prior():
+    pyro.sample("loose", dist.Normal(0.0, 1.0).mask(False))
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.parametrize("settings", [{}, {"warm_start": True}, {"recipe": None}], ids=["cold", "warm", "default"])
+@pytest.mark.parametrize(
+    "model",
+    [nothing, unused, unused_positive, log_uniform, unused_column, unused_row, masked_prior],
+    ids=lambda model: model.__name__,
+)
+def test_what_nothing_bounds_is_refused(model, settings):
+    with pytest.raises(
+        ValueError, match="posterior is improper: nothing in the model bounds latent site 'loose', whose prior is flat"
+    ):
+        fit(model, **settings)
+
+
+def total():
+    a, b = flat("a"), flat("b")
+    pyro.sample("c", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", 4):
+        pyro.sample("y", dist.Normal(a + b, 0.1), obs=DATA)
+
+
+def difference():
+    """Item response without an anchor: abilities less difficulties."""
+    a, b = flat("a", constraints.real_vector, (5,)), flat("b", constraints.real_vector, (4,))
+    logits = a[..., :, None] - b[..., None, :]
+    seen = (torch.arange(20).reshape(5, 4) % 3 == 0).float()
+    pyro.factor("y", dist.Bernoulli(logits=logits).log_prob(seen).sum((-1, -2)))
+
+
+def product():
+    a, b = flat("a", constraints.positive), flat("b", constraints.positive)
+    with pyro.plate("row", 4):
+        pyro.sample("y", dist.Normal(a * b, 1.0), obs=DATA)
+
+
+@pytest.mark.parametrize("model", [total, difference, product], ids=lambda model: model.__name__)
+def test_directions_that_nothing_bounds_are_refused(model):
+    with pytest.raises(ValueError, match="nothing in the model bounds latent sites 'a', 'b', whose prior is flat"):
+        fit(model)
+
+
+# Posteriors that are proper.
+
+
+def regression(x, y):
+    w = flat("w", constraints.real_vector, (x.shape[-1],))
+    sigma = flat("sigma", constraints.positive)
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal((x * w).sum(-1), sigma), obs=y)
+
+
+def design(kind: str) -> torch.Tensor:
+    t = torch.linspace(0, 1, 20)
+    if kind == "collinear":
+        return torch.stack([torch.ones(20), t, t + 0.003 * torch.sin(50 * t)], -1)
+    scale = {"plain": 1.0, "tiny": 1e-3, "huge": 1e3}[kind]
+    return torch.stack([torch.ones(20), scale * t, t**2], -1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "tiny", "huge", "collinear"])
+@pytest.mark.parametrize("unit", [1e-4, 1.0, 1e5])
+def test_flat_regressions_are_welcome(kind, unit):
+    """Unlike a column that is not there, one in strange units is no fault."""
+    x = design(kind)
+    y = unit * (x @ torch.tensor([1.0, 2.0, -1.0]) + 0.1 * torch.sin(20 * x[:, 2]))
+    assert fit(regression, x, y).steps == 1
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e5])
+def test_a_flat_location_with_a_known_scale_is_welcome(scale):
+    def model():
+        x = flat("x")
+        pyro.sample("y", dist.Normal(x, scale), obs=torch.tensor(0.0))
+
+    def beside():
+        model()
+        sharp = flat("sharp")
+        pyro.sample("z", dist.Normal(sharp, 0.01), obs=torch.tensor(0.0))
+        rate = flat("rate", constraints.positive)
+        pyro.sample("w", dist.Exponential(rate), obs=torch.tensor(1.0))
+
+    fit(model)
+    fit(beside)
+
+
+def bounded():
+    pyro.sample("p", dist.ImproperUniform(constraints.unit_interval, (), ()))
+    pyro.sample("q", dist.ImproperUniform(constraints.simplex, (), (3,)))
+    pyro.sample("c", dist.ImproperUniform(constraints.corr_cholesky, (), (3, 3)))
+    pyro.sample("i", dist.ImproperUniform(constraints.interval(-5.0, 70.0), (), (2,)))
+
+
+def circle():
+    pyro.sample("angle", dist.ImproperUniform(constraints.interval(0.0, 1.0), (), ()), infer={"periodic": True})
+    pyro.sample("other", dist.VonMises(0.0, 1.0))
+
+
+def two_modes():
+    x = flat("x")
+    pyro.factor("y", torch.logaddexp(dist.Normal(-30.0, 1.0).log_prob(x), dist.Normal(30.0, 1.0).log_prob(x)))
+
+
+def change_point():
+    """A step function of tau, whose slope is zero nearly everywhere, and which comes to an end far out."""
+    tau = pyro.sample("tau", dist.ImproperUniform(constraints.real, (), ()))
+    t = torch.linspace(-3, 3, 7)
+    likelihood = dist.Normal((t > tau.unsqueeze(-1)).float(), 0.1).log_prob((t > 0).float()).sum(-1)
+    pyro.factor("y", likelihood + 0.0 * tau - 100.0 * (tau.abs() > 40))
+
+
+def heavy():
+    x = flat("x")
+    with pyro.plate("row", 4):
+        pyro.sample("y", dist.Cauchy(x, 0.1), obs=DATA)
+
+
+def far_scale():
+    """Started far above the data, where the likelihood is close to a straight line in log sigma."""
+    sigma = flat("sigma", constraints.positive)
+    with pyro.plate("row", 4):
+        pyro.sample("y", dist.Normal(0.0, sigma), obs=1e-3 * DATA)
+
+
+def ordered():
+    x = flat("x", dist.constraints.ordered_vector, (3,))
+    pyro.factor("y", dist.Normal(torch.arange(3.0), 1.0).log_prob(x).sum(-1))
+
+
+def vague():
+    """A proper prior, however wide, is the modeller's business."""
+    a = pyro.sample("a", dist.Normal(0.0, 1e6))
+    b = flat("b")
+    with pyro.plate("row", 4):
+        pyro.sample("y", dist.Normal(a + b, 0.1), obs=DATA)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [bounded, circle, two_modes, change_point, heavy, far_scale, ordered, vague],
+    ids=lambda model: model.__name__,
+)
+def test_proper_posteriors_are_welcome(model):
+    recipe = None if model is circle else small
+    assert fit(model, recipe=recipe).steps == 1
