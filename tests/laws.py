@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_flows import flows
+from pyro_flows import AutoFlow, flows
 from pyro_flows.bijectors import Affine, Bijector, CircularSpline, RationalQuadraticSpline, Shift
 from pyro_flows.conditioners import MADE, MLP, Conditioner, Periodic
 from pyro_flows.distributions import CircularBase, MixtureBase, StandardNormal, StudentTBase
@@ -336,3 +336,8 @@ def maps(f: Map, x: Tensor, theta: Tensor | None, in_dims: tuple[int, int | None
     for verb in (f.forward_and_log_det, f.inverse_and_log_det):
         for ours, theirs in zip(torch.func.vmap(verb, in_dims)(x, theta), verb(x, theta), strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+
+
+def learned(guide: AutoFlow) -> list[nn.Parameter]:
+    """The parameters of a guide that are trained: all but those of the last transform, which is set."""
+    return [parameter for transform in guide.flow.transforms[:-1] for parameter in transform.parameters()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 
+import laws
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -24,7 +25,7 @@ PERIODIC = {"periodic": True}
 
 def stir(guide: AutoFlow, scale: float = 0.3) -> AutoFlow:
     with torch.no_grad():
-        for parameter in guide.parameters():
+        for parameter in laws.learned(guide):
             parameter.add_(scale * torch.randn_like(parameter))
     return guide
 

@@ -12,6 +12,7 @@ import functools
 import io
 import math
 
+import laws
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -34,7 +35,7 @@ RECIPES = {name: getattr(flows, name) for name in ("nice", "realnvp", "maf", "ia
 def stir(guide: AutoFlow, scale: float = 0.1) -> AutoFlow:
     """Move a guide away from its start, so that its flow is no longer the identity."""
     with torch.no_grad():
-        for parameter in guide.parameters():
+        for parameter in laws.learned(guide):
             parameter.add_(scale * torch.randn_like(parameter))
     return guide
 
@@ -297,12 +298,12 @@ def test_every_recipe_trains_as_a_guide(name, size):
 
     recipe = functools.partial(RECIPES[name], num_transforms=2, hidden_dims=(8,))
     guide = AutoFlow(model, recipe).setup()
-    before = [parameter.detach().clone() for parameter in guide.parameters()]
+    before = [parameter.detach().clone() for parameter in laws.learned(guide)]
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(64, vectorize_particles=True))
     losses = [svi.step() for _ in range(5)]
     # The start at 0 +- 0.1 is some 3 nats a row from the answer, its loss known to 1 / sqrt(64) of less than that.
     assert losses[-1] < losses[0] - 0.3 * size
-    moved = [not torch.equal(old, new) for old, new in zip(before, guide.parameters(), strict=True)]
+    moved = [not torch.equal(old, new) for old, new in zip(before, laws.learned(guide), strict=True)]
     # With one feature an autoregressive network has no input left, so that its first weights rest.
     assert all(moved) if size > 1 else sum(moved) > 2
 
@@ -321,7 +322,7 @@ def test_jit_elbo_equals_trace_elbo(recipe, vectorize):
         guide.zero_grad()
         pyro.set_rng_seed(1)
         loss = elbo.loss_and_grads(regression, guide, Y)
-        found.append((loss, [parameter.grad.clone() for parameter in guide.parameters()]))
+        found.append((loss, [parameter.grad.clone() for parameter in laws.learned(guide)]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     for fast, slow in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-5)

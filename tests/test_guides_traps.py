@@ -10,6 +10,7 @@ import math
 import pickle
 import warnings
 
+import laws
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -78,7 +79,7 @@ def test_second_guide_list_starts_afresh():
         guide = AutoGuideList(program)
         guide.append(AutoFlow(program, small))
         guide()
-        start = [parameter.detach().clone() for parameter in guide[0].flow.transforms[-1].parameters()]
+        start = [parameter.detach().clone() for parameter in guide[0].flow.transforms[-2].parameters()]
         lists.append((guide, start, train(guide, 30, program)))
     assert same(lists[0][1], lists[1][1])
     assert lists[1][2][0] > lists[0][2][-1] + 0.5
@@ -117,16 +118,16 @@ def test_parameters_exist_after_setup_under_clean_names():
     names = [name for name, _ in guide.named_parameters(remove_duplicate=False)]
     assert names
     assert all(name.startswith("flow.transforms.") for name in names)
-    # After the two couplings: a dense matrix, location and scale.
-    assert names[-4:] == [f"flow.transforms.{place}" for place in ("2.factors", "2.shift", "3.loc", "3.log_scale")]
+    # After the two couplings: a dense matrix and a shift that are learned, a location and a scale that are set.
+    assert names[-4:] == [f"flow.transforms.{place}" for place in ("2.factors", "2.shift", "3.loc", "3.scale")]
     assert len({id(p) for _, p in guide.named_parameters(remove_duplicate=False)}) == len(names)
-    before = state(guide)
+    before = [parameter.detach().clone() for parameter in laws.learned(guide)]
     optimizer = torch.optim.Adam(guide.parameters(), lr=0.01)
     for _ in range(2):  # in the first step only the last layers move, which start at zero
         optimizer.zero_grad()
         Trace_ELBO(2).differentiable_loss(model, guide).backward()
         optimizer.step()
-    assert not any(torch.equal(a, b) for a, b in zip(before, state(guide), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(before, laws.learned(guide), strict=True))
 
 
 def test_state_dict_restores_the_function():

@@ -17,10 +17,11 @@ NAMES = {
     pyro_flows: "AutoFlow Fit Flow Psis fit_svi flows psis to_arviz",
     bijectors: "Affine Bijector CircularSpline RationalQuadraticSpline Shift",
     conditioners: "Conditioner MADE MLP Periodic costream stream",
-    transforms: "ActNorm Autoregressive Compose Coupling Elementwise FlowTransform Inverse LULinear Permute View",
+    transforms: "ActNorm Autoregressive Compose Coupling Elementwise FixedAffine FlowTransform Inverse LULinear "
+    "Permute View",
     distributions: "CircularBase FixedBase MixtureBase StandardNormal StudentTBase",
     flows: "Flow circular_coupling iaf maf nice nsf nsf_ar realnvp",
-    objectives: "PathELBO PathEnumELBO",
+    objectives: "ForwardKL ImportanceWeightedELBO PathELBO PathEnumELBO RenyiELBO TemperedELBO",
     guides: "AutoFlow default_flow init_to_center",
     diagnostics: "Psis psis to_arviz",
     fitting: "Fit fit_svi",

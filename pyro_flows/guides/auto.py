@@ -27,7 +27,7 @@ from .checks import check_latents, check_start
 from .circles import is_circular, mark_circles
 from .init import init_to_center
 from .names import adopt_stored_parameters, claim_name, is_free
-from .recipe import assemble, check_recipe, is_untrained, place
+from .recipe import assemble, check_recipe, is_untrained, start_at
 
 
 class AutoFlow(AutoContinuous):
@@ -35,8 +35,8 @@ class AutoFlow(AutoContinuous):
 
     It is a Pyro ``AutoContinuous``: SVI with any ELBO, ``Predictive``, ``AutoGuideList`` and ``NeuTraReparam`` take it
     as it is.  Latents are moved to the unconstrained space and packed into one vector.  The flow, the identity at the
-    start, is followed by a learnable affine map (a full matrix up to 64 latents, a scale each beyond), and that by a
-    fixed one, which starts at ``init_loc_fn`` and ``init_scale`` exactly and which ``fit_svi`` moves to a Gaussian.
+    start, is followed by a learnable affine map (a full matrix up to 64 latents, a scale each beyond), which starts at
+    ``init_scale``, and that by a fixed one, which starts at ``init_loc_fn`` and which ``fit_svi`` sets to a Gaussian.
 
     Latents on circles, von Mises or on intervals marked ``infer={"periodic": True}``, get circular splines.
 
@@ -114,9 +114,8 @@ class AutoFlow(AutoContinuous):
 
     def _build(self) -> None:
         sites = [site for _, site in self.prototype_trace.iter_stochastic_nodes()]
-        circular = [is_circular(s) for s in sites for _ in range(self._unconstrained_shapes[s["name"]].numel())]
-        self.has_circles = any(circular)
-        self.flow = assemble(self._build_flow, self._build_base, *self.start, circular)
+        self._circular = [is_circular(s) for s in sites for _ in range(self._unconstrained_shapes[s["name"]].numel())]
+        self.flow = assemble(self._build_flow, self._build_base, *self.start, self._circular)
         adopt_stored_parameters(f"{self._pyro_name}.flow", self._modules["flow"])
 
     @property
@@ -125,24 +124,28 @@ class AutoFlow(AutoContinuous):
         return self._init_loc(), self._init_scale
 
     @property
+    def has_circles(self) -> bool:
+        """Whether some latents are angles."""
+        return any(self._circular)
+
+    @property
     def is_fresh(self) -> bool:
         """Whether the guide is still untrained."""
-        return is_untrained(self.flow)
+        return is_untrained(self.flow, self._init_scale, self._circular)
 
     def start_at(self, loc: Tensor, scale_tril: Tensor) -> None:
-        """Let the guide's last, affine map take what comes before it from N(0, I) to N(loc, L Lᵀ).
+        """Let the guide's affine maps, which are reset, take N(0, I) to N(loc, L Lᵀ).
 
         Args:
             loc: The mean of the packed, unconstrained latents, ``(latent_dim,)``.
-            scale_tril: Their Cholesky factor L, ``(latent_dim, latent_dim)``; beyond 512 latents only the marginals
-                count.
+            scale_tril: Their Cholesky factor L, ``(latent_dim, latent_dim)``; beyond 512 only the marginals count.
 
         Raises:
             ValueError: If some latents are angles.
         """
         if self.has_circles:
             raise ValueError("AutoFlow.start_at: some latents are angles, which have no Gaussian.")
-        place(self.flow).set(loc, scale_tril)
+        start_at(self.flow, loc, scale_tril)
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
         """Inside a list of guides too, the guide keeps its own name, which is unique; its place in the list is not."""
@@ -179,11 +182,7 @@ class AutoFlow(AutoContinuous):
 
     @torch.no_grad()
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draw from the guide.
-
-        Returns:
-            For each latent site, values of shape ``(num_samples, *site_shape)``.
-        """
+        """Draw from the guide: for each latent site, values of shape ``(num_samples, *site_shape)``."""
         latent = self.setup(*args, **kwargs).flow().sample((num_samples,))
         return {site["name"]: biject_to(site["fn"].support)(value) for site, value in self._sites(latent)}
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,7 +26,7 @@ def default_flow(input_dim: int) -> Flow:
     After Agrawal, Domke 2024, Disentangling impact of capacity, objective, batchsize, estimators, and step-size on
     flow VI, arXiv:2412.08824.
     """
-    return flows.realnvp(input_dim, activation=nn.ELU)
+    return flows.realnvp(input_dim, activation=nn.ELU, max_log_scale=1.0)
 
 
 def circular_flow(circular: Sequence[bool]) -> Flow:
@@ -49,7 +50,8 @@ def assemble(
     scale: float,
     circular: Sequence[bool],
 ) -> Flow:
-    """A recipe's flow over a base, followed by an affine map that starts at ``loc`` and ``scale`` exactly.
+    """A recipe's flow over a base, then an affine map that is learned and starts at ``scale``, then one that is fixed
+    and starts at ``loc``.
 
     Raises:
         ValueError: If the recipe's result is no flow over so many latents, or has no place for the angles among them.
@@ -67,22 +69,44 @@ def assemble(
             "AutoFlow: some latents are angles, which a base or recipe for real numbers cannot hold; leave both out, "
             f"or use flow=lambda dim: flows.circular_coupling(dim, circular={list(circular)}, ...)."
         )
-    learned = LULinear(dim) if 1 < dim <= LEARNED and not angles else ActNorm(dim, fixed=circular if angles else None)
-    placed = FixedAffine(dim, dense=dim <= DENSE)
-    layers: list[FlowTransform] = [*flow.transforms, learned, placed]
+    fixed = FixedAffine(dim, dense=dim <= DENSE)
+    layers: list[FlowTransform] = [*flow.transforms, _learned(circular, _reachable(scale)), fixed]
     made = Flow(layers, base(dim) if base else flow.base).to(device=loc.device, dtype=loc.dtype)
-    stays = torch.as_tensor(circular, device=loc.device)  # angles
-    placed.set(loc.masked_fill(stays, 0), torch.full_like(loc, scale).masked_fill(stays, 1))
+    rest = torch.as_tensor(circular, device=loc.device)
+    fixed.set(loc.masked_fill(rest, 0), torch.full_like(loc, scale / _reachable(scale)).masked_fill(rest, 1))
     return made
 
 
-def place(flow: Flow) -> FixedAffine:
-    """The last, affine map of an assembled flow."""
-    last = flow.transforms[-1]
-    assert isinstance(last, FixedAffine)
-    return last
+def start_at(flow: Flow, loc: Tensor, scale_tril: Tensor) -> None:
+    """Let the affine maps of an assembled flow take N(0, I) to N(loc, L Lᵀ): the fixed one does, the other rests."""
+    learned, fixed = flow.transforms[-2:]
+    assert isinstance(fixed, FixedAffine)
+    learned.load_state_dict(_learned([False] * len(loc), 1.0).state_dict())
+    fixed.set(loc, scale_tril)
 
 
-def is_untrained(flow: Flow) -> bool:
-    """Whether the learned affine map of an assembled flow is still the identity."""
-    return not any(parameter.any() for parameter in flow.transforms[-2].parameters())
+def is_untrained(flow: Flow, scale: float, circular: Sequence[bool]) -> bool:
+    """Whether the learned affine map of an assembled flow is where it started, or at rest."""
+    mine = list(flow.transforms[-2].parameters())
+    starts = [
+        [p.to(m) for p, m in zip(_learned(circular, s).parameters(), mine, strict=True)]
+        for s in (_reachable(scale), 1.0)
+    ]
+    return any(all(map(torch.equal, mine, start)) for start in starts)
+
+
+def _reachable(scale: float) -> float:
+    """As much of a scale as a learned map may start at."""
+    return min(max(scale, 0.01), 100.0)
+
+
+def _learned(circular: Sequence[bool], scale: float) -> FlowTransform:
+    """The affine map that is learned: a full matrix for some latents, a scale each for many; angles rest."""
+    dim, angles = len(circular), any(circular)
+    if dim == 1 or dim > LEARNED or angles:
+        norm = ActNorm(dim, fixed=circular if angles else None)
+        norm.log_scale.data.fill_(math.log(scale))
+        return norm
+    linear = LULinear(dim)
+    linear.set_scale(scale)
+    return linear

@@ -7,6 +7,8 @@ Flows (Durkan et al. 2019, arXiv:1906.04032).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +39,12 @@ class LULinear(FlowTransform):
         self.max_log_scale = max_log_scale
         self.factors = nn.Parameter(torch.zeros(input_dim, input_dim))  # L below, U above, log-pivots on the diagonal
         self.shift = nn.Parameter(torch.zeros(input_dim))
+
+    @torch.no_grad()
+    def set_scale(self, scale: float) -> None:
+        """Become the multiplication by a number, whose logarithm must lie within the bound on pivots."""
+        share = torch.tensor(math.log(scale) / self.max_log_scale, dtype=torch.float64)
+        self.factors.copy_(torch.eye(self.input_dim) * (self.max_log_scale * torch.atanh(share)))
 
     def _lower_upper_log_pivots(self) -> tuple[Tensor, Tensor, Tensor]:
         log_pivots = self.max_log_scale * torch.tanh(self.factors.diagonal() / self.max_log_scale)
