@@ -55,7 +55,7 @@ GAUSSIAN = {  # latents in which the model is linear and Gaussian, given the oth
 ESS = 0.5  # what a step along the path leaves of the effective sample size, as a share of the particles
 ACCEPTANCE, MAX_MOVES = 0.8, 12  # of the moves, and how many follow a step
 LENGTH, MAX_LEAPS = 2.0, 64  # of a trajectory, in standard deviations and in leapfrog steps
-REACH, POINTS = 12.0, 97  # of a grid in one or two dimensions, in standard deviations, and of a line through it
+REACH, POINTS = 24.0, 145  # of a grid in one or two dimensions, in standard deviations, and of a line through it
 ROWS = 10_000  # points at which slopes are had side by side, for Hessians
 
 Density = Callable[[Tensor], Tensor]  # from (N, D) to (N,)

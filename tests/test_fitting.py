@@ -192,7 +192,7 @@ def run(loss, parameters, **settings) -> Fit:
         "diagnose": lambda: "the diagnosis",
         "window": 10,
     }
-    return descend(loss, parameters, **{**defaults, **settings})
+    return descend(loss, parameters, [torch.optim.Adam(parameters)], **{**defaults, **settings})
 
 
 class Bowl:

@@ -61,15 +61,13 @@ class Conditioner(nn.Module, ABC):
         """
 
 
-class MaskedLinear(nn.Module):
+class MaskedLinear(nn.Linear):
     """y = (W ∘ M) x + b, where the 0/1 matrix M cuts connections; it starts as ``torch.nn.Linear`` does, or at zero."""
 
     mask: Tensor
 
     def __init__(self, in_features: int, out_features: int, *, zero: bool = False) -> None:
-        super().__init__()
-        start = nn.Linear(in_features, out_features)
-        self.weight, self.bias = start.weight, start.bias
+        super().__init__(in_features, out_features)
         self.register_buffer("mask", torch.ones(out_features, in_features), persistent=False)
         if zero:
             zero_(self)

@@ -1,7 +1,6 @@
 """One training loop for everything that has a loss.
 
-Adam (Kingma, Ba 2014, arXiv:1412.6980) with a cosine decay (Loshchilov, Hutter 2016, arXiv:1608.03983) and gradients
-clipped by norm.  The state with the best running loss is kept; whatever ends the run, an error and Ctrl-C included,
+Any optimisers, with a cosine decay (Loshchilov, Hutter 2016, arXiv:1608.03983) and gradients clipped by norm.  The state with the best running loss is kept; whatever ends the run, an error and Ctrl-C included,
 leaves the parameters in it.  With a checkpoint a run that was killed goes on where it was, to the same end.
 """
 
@@ -58,6 +57,7 @@ class Fit:
 def descend(
     loss: Callable[[], Tensor],
     parameters: list[Tensor],
+    optimizers: list[torch.optim.Optimizer],
     *,
     trained: Any,
     steps: int,
@@ -78,6 +78,7 @@ def descend(
     Args:
         loss: Computes the loss, anew each time.
         parameters: The tensors to train.
+        optimizers: What trains them, each some of them.
         trained: What the record shall name as trained.
         steps: The number of steps.
         lr: The largest step size; it is reached within 100 steps and falls to zero along a cosine.
@@ -93,7 +94,7 @@ def descend(
         window: The number of steps over which the loss is averaged to judge a state.
         patience: How many steps in a row may be skipped.
     """
-    run = Run(parameters, lr, companion)
+    run = Run(parameters, optimizers, companion)
     settings = {"steps": steps, "lr": lr, "clip_norm": clip_norm, **(settings or {})}
     settings["shapes"] = [list(parameter.shape) for parameter in parameters]
     if checkpoint is not None and (state := checkpoints.read(checkpoint, settings)) is not None:
@@ -110,13 +111,14 @@ def descend(
 
     try:
         for step in range(len(losses) + 1, steps + 1):
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr * _schedule(step, steps)
-            run.optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = lr * _schedule(step, steps)
+                optimizer.zero_grad()
             number, cause = _backward(loss, parameters, clip_norm)
             losses.append(number)
             if math.isfinite(number):
-                run.optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
                 in_a_row = 0
             else:
                 in_a_row += 1

@@ -1,4 +1,4 @@
-"""The state of a run: parameters, optimiser, losses, and the best of what was seen."""
+"""The state of a run: parameters, optimisers, losses, and the best of what was seen."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class Run:
-    """What changes from step to step, as one state: parameters, optimiser, losses, the best state so far."""
+    """What changes from step to step, as one state: parameters, optimisers, losses, the best state so far."""
 
-    def __init__(self, parameters: list[Tensor], lr: float, companion: Any) -> None:
+    def __init__(self, parameters: list[Tensor], optimizers: list[torch.optim.Optimizer], companion: Any) -> None:
         self.parameters = parameters
-        self.optimizer = torch.optim.Adam(parameters, lr=lr, foreach=True)
+        self.optimizers = optimizers
         self.companion = companion if hasattr(companion, "load_state_dict") else None
         self.losses: list[float] = []
         self.best = Best(parameters)
@@ -23,7 +23,7 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         return {
             "parameters": [parameter.detach() for parameter in self.parameters],
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "companion": self.companion.state_dict() if self.companion else None,
             "losses": self.losses,
             "best": self.best.state_dict(),
@@ -34,7 +34,8 @@ class Run:
         with torch.no_grad():
             for parameter, kept in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(kept)
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         if self.companion:
             self.companion.load_state_dict(state["companion"])
         self.losses[:] = state["losses"]

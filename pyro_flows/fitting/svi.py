@@ -23,6 +23,7 @@ from ..guides import AutoFlow
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective
 from .loop import Fit, descend
+from .optimizers import matrices, optimizers
 from .propriety import check_proper
 from .schedule import suited_to
 from .warm import start_from_gaussian
@@ -58,8 +59,8 @@ def fit_svi(
             ``num_particles`` draws side by side, for which the model must broadcast to the left of its plates, or,
             where latents are angles, a ``Trace_ELBO``: the scores of steep splines make path gradients too noisy.
         num_particles: The number of draws in each step, where no objective is given; by default what suits the guide.
-        lr: The largest step size of Adam, which is reached within 100 steps and falls to zero along a cosine; by
-            default 0.01, or 0.003 where latents are angles.
+        lr: The largest step size, which is reached within 100 steps and falls to zero along a cosine; by default 0.01,
+            or 0.003 where latents are angles.  Muon trains the weights of an ``AutoFlow``'s networks, Adam all else.
         clip_norm: The largest norm of a gradient.
         warm_start: Whether to look for a Gaussian to start from, one of the flattened posterior for a ``TemperedELBO``.
             By default a new ``AutoFlow`` does, with objectives of ``pyro_flows`` whose draws run side by side and no
@@ -125,9 +126,11 @@ def fit_svi(
         # An objective such as RenyiELBO fills in the gradients itself.
         return torch.tensor(objective.loss_and_grads(model, guide, *args, **kwargs), requires_grad=True)
 
+    parameters = _parameters(loss, model, guide)
     return descend(
         loss,
-        _parameters(loss, model, guide),
+        parameters,
+        optimizers(parameters, lr, matrices(guide)),
         trained=guide,
         steps=steps,
         lr=lr,
