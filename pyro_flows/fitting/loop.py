@@ -1,7 +1,8 @@
 """One training loop for everything that has a loss.
 
-Any optimisers, with a cosine decay (Loshchilov, Hutter 2016, arXiv:1608.03983) and gradients clipped by norm.  The state with the best running loss is kept; whatever ends the run, an error and Ctrl-C included,
-leaves the parameters in it.  With a checkpoint a run that was killed goes on where it was, to the same end.
+Any optimisers, with a cosine decay (Loshchilov, Hutter 2016, arXiv:1608.03983) and gradients clipped by norm.  The
+state with the best running loss is kept; whatever ends the run, an error and Ctrl-C included, leaves the parameters in
+it.  With a checkpoint a run that was killed goes on where it was, to the same end.
 """
 
 from __future__ import annotations

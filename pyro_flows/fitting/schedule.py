@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..guides import AutoFlow
+from .optimizers import FEW
 
 
 class Schedule(NamedTuple):
@@ -28,5 +29,5 @@ def suited_to(guide: Any) -> Schedule:
         return Schedule(steps=3000, num_particles=64, lr=0.01)
     if guide.has_circles:
         return Schedule(steps=2000, num_particles=256, lr=0.003)
-    steps = 1000 if guide.latent_dim <= 32 else 2500 if guide.latent_dim <= 64 else 1500
+    steps = 1000 if guide.latent_dim <= FEW else 2500 if guide.latent_dim <= 64 else 1500
     return Schedule(steps=steps, num_particles=256, lr=0.01)

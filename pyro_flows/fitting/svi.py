@@ -60,7 +60,7 @@ def fit_svi(
             where latents are angles, a ``Trace_ELBO``: the scores of steep splines make path gradients too noisy.
         num_particles: The number of draws in each step, where no objective is given; by default what suits the guide.
         lr: The largest step size, which is reached within 100 steps and falls to zero along a cosine; by default 0.01,
-            or 0.003 where latents are angles.  Muon trains the weights of an ``AutoFlow``'s networks, Adam all else.
+            or 0.003 where latents are angles.  Beyond 32 latents Muon trains an ``AutoFlow``'s networks; Adam all else.
         clip_norm: The largest norm of a gradient.
         warm_start: Whether to look for a Gaussian to start from, one of the flattened posterior for a ``TemperedELBO``.
             By default a new ``AutoFlow`` does, with objectives of ``pyro_flows`` whose draws run side by side and no
