@@ -34,7 +34,7 @@ class TemperedELBO(PathGradient, ParticleObjective):
     ``AutoFlow`` the unconstrained one.  Each call with gradients enabled counts as a step, so an object serves
     one fit.  ``fit_svi`` lets an ``AutoFlow`` start from a Gaussian of the flattened posterior.
 
-    A step costs about twice one of a ``PathELBO``.  Latents must be reparameterised in the guide.
+    A step costs about 1.6 times one of a ``PathELBO``.  Latents must be reparameterised in the guide.
 
     Args:
         num_steps: How many steps the fit takes.
