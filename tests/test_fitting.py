@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -29,6 +30,7 @@ from pyro_flows.fitting import checkpoint as checkpoints
 from pyro_flows.fitting import loop
 from pyro_flows.fitting.loop import descend
 from pyro_flows.fitting.state import Best
+from pyro_flows.objectives import TemperedELBO
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
 
@@ -155,6 +157,23 @@ def test_keyword_arguments_reach_the_model():
     fit = quick(model, AutoFlow(model, small), Y, scale=2.0, model_kwargs={"steps": "the model's own"})
     assert fit.steps == 5
     assert set(seen) == {(2.0, "the model's own")}
+
+
+def test_a_breakdown_at_the_very_first_loss_ends_no_fit():
+    guide = AutoFlow(conjugate, small).setup(Y)
+    elbo = Trace_ELBO(num_particles=2, vectorize_particles=True)
+    whole, broken = elbo.differentiable_loss, []
+
+    def loss(*args, **kwargs):
+        if not broken:
+            broken.append(True)
+            raise torch.linalg.LinAlgError("the input is not positive-definite")
+        return whole(*args, **kwargs)
+
+    elbo.differentiable_loss = loss
+    fit = quick(conjugate, guide, Y, objective=elbo)
+    assert broken
+    assert fit.skipped == 0
 
 
 @pytest.mark.parametrize("build", [functools.partial(AutoFlow, flow=small), AutoNormal], ids=["AutoFlow", "AutoNormal"])
@@ -548,7 +567,10 @@ def test_what_is_no_checkpoint_is_refused(kind, tmp_path):
         ({"lr": 0.2}, "lr=0.01 and not 0.2"),
         ({"clip_norm": 1.0}, "clip_norm=100.0 and not 1.0"),
         ({"num_particles": 3}, "num_particles=2 and not 3"),
-        ({"objective": Trace_ELBO(num_particles=2)}, "objective='PathELBO' and not 'Trace_ELBO'"),
+        (
+            {"objective": Trace_ELBO(num_particles=2, vectorize_particles=True)},
+            "objective='PathELBO' and not 'Trace_ELBO'",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -556,6 +578,20 @@ def test_a_checkpoint_of_another_run_is_refused(settings, words, tmp_path):
     quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=tmp_path / "run")
     with pytest.raises(ValueError, match=rf"checkpoint='.*/run' is of another run \({words}\).*remove this one"):
         quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=tmp_path / "run", **settings)
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"of another run \(data=.* and not "):
+        quick(conjugate, AutoFlow(conjugate, small), -Y, checkpoint=tmp_path / "run")
+
+
+def test_a_number_of_numpy_leaves_the_checkpoint_readable(tmp_path):
+    runs = [
+        quick(conjugate, AutoFlow(conjugate, small), Y, lr=np.float64(0.01), checkpoint=tmp_path / "run")
+        for _ in range(2)
+    ]
+    assert torch.equal(runs[0].losses, runs[1].losses)
 
 
 def test_a_checkpoint_of_another_guide_is_refused(tmp_path):
@@ -590,6 +626,22 @@ def test_a_checkpoint_in_no_folder_is_refused_before_training(tmp_path):
 def test_bad_arguments_are_named(argument, value):
     with pytest.raises(ValueError, match=f"fit_svi: {argument} must .*got {value!r}"):
         fit_svi(conjugate, AutoFlow(conjugate, small), Y, **{"progress": False, argument: value})
+
+
+def test_an_annealed_objective_sets_the_number_of_steps():
+    fit = fit_svi(conjugate, AutoFlow(conjugate, small), Y, objective=TemperedELBO(7, num_particles=4), progress=False)
+    assert fit.steps == 7
+    with pytest.raises(ValueError, match="steps=5 end before the num_steps=7"):
+        quick(conjugate, AutoFlow(conjugate, small), Y, objective=TemperedELBO(7, num_particles=4))
+
+
+def test_a_single_step_is_kept():
+    guide = AutoFlow(conjugate, small).setup(Y)
+    start = [parameter.detach().clone() for parameter in guide.parameters()]
+    fit = quick(conjugate, guide, Y, steps=1)
+    assert fit.best_step == 1
+    assert math.isfinite(fit.best_loss)
+    assert not all(map(torch.equal, start, guide.parameters()))
 
 
 def test_nothing_to_train_is_refused():

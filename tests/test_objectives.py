@@ -36,8 +36,8 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
     "importance_looped": lambda: ImportanceWeightedELBO(4, vectorize_particles=False),
     "renyi": lambda: RenyiELBO(0.5, 8),
     "forward": lambda: ForwardKL(8, 64),
-    "tempered": lambda: TemperedELBO(100, num_particles=8),
-    "tempered_looped": lambda: TemperedELBO(100, num_particles=3, vectorize_particles=False),
+    "tempered": lambda: TemperedELBO(30, num_particles=8),
+    "tempered_looped": lambda: TemperedELBO(20, num_particles=3, vectorize_particles=False),
 }
 every_objective = pytest.mark.parametrize("build", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 
@@ -129,7 +129,7 @@ def test_it_trains_with_svi(build):
 @every_objective
 def test_it_trains_with_fit_svi(build):
     guide = AutoNormal(plain)
-    fit = fit_svi(plain, guide, steps=20, objective=build(), progress=False)
+    fit = fit_svi(plain, guide, steps=30, objective=build(), progress=False)
     assert fit.losses.isfinite().all()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-FORMAT = 1
+FORMAT = 2
 
 
 def write(path: Path, state: dict[str, Any]) -> None:

@@ -67,10 +67,10 @@ class Best:
     def offer(self, losses: list[float], step: int, *, comparable: bool = True) -> None:
         """Take the present state unless it is worse; where losses are not comparable, in any case."""
         recent = torch.tensor([value for value in losses if math.isfinite(value)], dtype=torch.float64)
-        if len(recent) < 2:
+        if not len(recent):
             return
         self.latest = recent.mean().item()
-        error = recent.std().item() / math.sqrt(len(recent))
+        error = recent.std().item() / math.sqrt(len(recent)) if len(recent) > 1 else 0.0
         if not comparable or self.latest <= self._lowest + 2 * min(error, self._noise):
             if comparable and self.latest < self._lowest:
                 self._lowest, self._noise = self.latest, error

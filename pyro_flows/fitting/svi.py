@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,19 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..diagnostics.draws import check_side_by_side, single_trace, subsampled_plate
 from ..guides import AutoFlow
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective
-from .loop import Fit, descend
+from .loop import Fit, descend, is_breakdown
 from .optimizers import matrices, optimizers
 from .propriety import check_proper
 from .schedule import suited_to
 from .warm import start_from_gaussian
+
+SETTINGS = "num_particles", "vectorize_particles", "num_steps", "start", "alpha", "buffer_size"  # of objectives
 
 
 def fit_svi(
@@ -54,7 +58,8 @@ def fit_svi(
         model: A Pyro model.
         guide: Any Pyro guide.
         *args: The model's arguments.
-        steps: The number of steps; by default as many as suit the guide (see *Choosing a flow* in the docs).
+        steps: The number of steps; by default as many as a ``TemperedELBO`` anneals over, or as suit the guide (see
+            *Choosing a flow* in the docs).
         objective: A Pyro ELBO, such as those of ``pyro_flows.objectives``; by default a ``PathELBO`` with
             ``num_particles`` draws side by side, for which the model must broadcast to the left of its plates, or,
             where latents are angles, a ``Trace_ELBO``: the scores of steep splines make path gradients too noisy.
@@ -67,8 +72,10 @@ def fit_svi(
             subsampled plates; one that was trained before goes on from where it is.
         on_nonfinite: ``"skip"`` passes over steps whose loss or gradient is not finite, counts them, and ends with an
             error when there are 100 in a row; ``"raise"`` ends at the first.
-        checkpoint: A file that the state of the run is kept in, every ten seconds and at the end.  A run that was
-            killed and is called again with the same file goes on from there, to the same result as without the break.
+        checkpoint: A file that the state of the run is kept in, after each 50 steps but at most every ten seconds,
+            and at the end.  A run that was killed and is called again with the same file goes on from there, to the
+            same result as without the break.  Runs are told apart by their settings and by tensors, numbers and
+            strings among the arguments, not by what the model holds itself.
         progress: Whether to show a progress bar.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
@@ -98,7 +105,8 @@ def fit_svi(
     _check(steps=steps, num_particles=num_particles, lr=lr, clip_norm=clip_norm, on_nonfinite=on_nonfinite)
     single, _, nesting = single_trace(model, guide, args, kwargs)
     suited = suited_to(guide)
-    steps, lr, num_particles = steps or suited.steps, lr or suited.lr, num_particles or suited.num_particles
+    steps = _steps(steps, getattr(objective, "num_steps", None), suited.steps)
+    lr, num_particles, clip_norm = float(lr or suited.lr), num_particles or suited.num_particles, float(clip_norm)
     file = None if checkpoint is None else Path(checkpoint)
     if file and not file.parent.is_dir():
         raise ValueError(f"fit_svi: checkpoint={str(file)!r} lies in a folder that does not exist.")
@@ -140,9 +148,34 @@ def fit_svi(
         diagnose=lambda: _culprit(model, guide, args, kwargs),
         settled=lambda: getattr(objective, "settled", True),
         checkpoint=file,
-        settings={"objective": type(objective).__name__, "num_particles": getattr(objective, "num_particles", None)},
+        settings={
+            "objective": type(objective).__name__,
+            **{name: getattr(objective, name, None) for name in SETTINGS},
+            "data": _fingerprint((*args, *kwargs.values())),
+        },
         companion=objective,
     )
+
+
+def _steps(asked: int | None, annealed: int | None, suited: int) -> int:
+    """As many steps as are asked for, or else as the objective anneals over, or else as suit the guide."""
+    if asked and annealed and asked < annealed:
+        raise ValueError(
+            f"fit_svi: steps={asked} end before the num_steps={annealed} in which the objective reaches the "
+            "posterior.  Leave steps out, or give the objective as many."
+        )
+    return asked or annealed or suited
+
+
+def _fingerprint(data: tuple[Any, ...]) -> list[str]:
+    """What tells one data set from another: tensors by their contents, numbers and words as they are."""
+    found = []
+    for value in data:
+        if isinstance(value, Tensor):
+            found.append(f"{zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes()):08x}")
+        elif isinstance(value, int | float | str):
+            found.append(repr(value))
+    return found
 
 
 def _check(*, on_nonfinite: str, **numbers: Any) -> None:
@@ -162,7 +195,11 @@ def _check(*, on_nonfinite: str, **numbers: Any) -> None:
 def _parameters(loss: Callable[[], Tensor], model: Any, guide: Any) -> list[Tensor]:
     """The tensors that the loss depends on: those of modules, and those that Pyro's param statements touch."""
     with poutine.trace(param_only=True) as capture:
-        loss()
+        try:
+            loss()
+        except (ValueError, LinAlgError) as error:
+            if not is_breakdown(error):
+                raise
     touched = [site["value"] for site in capture.trace.nodes.values()]
     found = [value.unconstrained() if hasattr(value, "unconstrained") else value for value in touched]
     for program in (model, guide):

@@ -56,7 +56,7 @@ class TemperedELBO(PathGradient, ParticleObjective):
         >>> def model():
         ...     x = pyro.sample("x", dist.Normal(0.0, 5.0))
         ...     pyro.sample("y", dist.Normal(x**2, 1.0), obs=torch.tensor(16.0))
-        >>> fit = fit_svi(model, AutoFlow(model), objective=TemperedELBO(10), steps=10, progress=False)
+        >>> fit = fit_svi(model, AutoFlow(model), objective=TemperedELBO(10), progress=False)
     """
 
     least_particles = 2
