@@ -72,6 +72,10 @@ def averaged(guide: Any, model: Callable[[], None], steps: int, draws: int, lr: 
     guide.flow.load_state_dict(mean.module.state_dict())
 
 
+# AutoFlow's couplings, to be changed.
+default = functools.partial(flows.realnvp, activation=nn.ELU, max_log_scale=1.0)
+
+
 def recipe(build: Callable[..., Any], **options: Any) -> dict[str, Any]:
     return {"flow": functools.partial(build, **options)}
 
@@ -80,7 +84,7 @@ VARIANTS = {
     "default": Variant(),
     "no warm start": Variant(fit={"warm_start": False}),
     "Laplace start": Variant(fit={"warm_start": False}, prepare=laplace),
-    "plain gradient": Variant(train=None, fit={"objective": Trace_ELBO}),
+    "plain gradient": Variant(fit={"objective": Trace_ELBO}),
     "a quarter of the draws": Variant(draws=1 / 4),
     "a quarter of the steps": Variant(steps=1 / 4),
     "twice the steps": Variant(steps=2),
@@ -88,10 +92,11 @@ VARIANTS = {
     "step size / 3": Variant(lr=1 / 3),
     "averaged iterates": Variant(train=averaged),
     "gradients clipped at 1": Variant(fit={"clip_norm": 1.0}),
-    "4 couplings": Variant(guide=recipe(flows.realnvp, num_transforms=4, activation=nn.ELU)),
-    "16 couplings": Variant(guide=recipe(flows.realnvp, num_transforms=16, activation=nn.ELU)),
-    "width 128": Variant(guide=recipe(flows.realnvp, hidden_dims=(128, 128), activation=nn.ELU)),
-    "ReLU": Variant(guide=recipe(flows.realnvp)),
+    "4 couplings": Variant(guide=recipe(default, num_transforms=4)),
+    "16 couplings": Variant(guide=recipe(default, num_transforms=16)),
+    "width 128": Variant(guide=recipe(default, hidden_dims=(128, 128))),
+    "ReLU": Variant(guide=recipe(default, activation=nn.ReLU)),
+    "log-scales up to 3": Variant(guide=recipe(default, max_log_scale=3.0)),
     "3 IAF layers": Variant(guide=recipe(flows.iaf, num_transforms=3, hidden_dims=(128, 128), activation=nn.ELU)),
     "5 spline couplings": Variant(guide=recipe(flows.nsf, activation=nn.ELU)),
     "5 spline couplings, step size / 3": Variant(guide=recipe(flows.nsf, activation=nn.ELU), lr=1 / 3),

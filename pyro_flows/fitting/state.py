@@ -70,7 +70,7 @@ class Best:
         if not len(recent):
             return
         self.latest = recent.mean().item()
-        error = recent.std().item() / math.sqrt(len(recent)) if len(recent) > 1 else 0.0
+        error = recent.std().item() / math.sqrt(len(recent)) if len(recent) > 1 else math.inf
         if not comparable or self.latest <= self._lowest + 2 * min(error, self._noise):
             if comparable and self.latest < self._lowest:
                 self._lowest, self._noise = self.latest, error

@@ -25,7 +25,6 @@ from .loop import is_breakdown
 
 LogDensity = Callable[[Tensor], Tensor]  # (N, D) -> (N,), in nats
 
-
 POOR = 5.0  # how much, in nats, the log-weights of a Gaussian may vary before its correlations mislead
 
 
