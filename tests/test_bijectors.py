@@ -255,10 +255,12 @@ def test_it_maps_under_vmap(bijector: Bijector) -> None:
     laws.maps(bijector, laws.normal(4, 3, scale=3.0), params_of(bijector, 4, 3), in_dims=(0, 0))
 
 
-@pytest.mark.parametrize(("bound", "value"), [(4.0, 100.0), (2.0, -100.0)])
+@pytest.mark.parametrize(("bound", "value"), [(4.0, 1000.0), (2.0, -1000.0)])
 def test_affine_scales_are_bounded(bound: float, value: float) -> None:
     _, log_det = Affine(bound).forward_and_log_det(torch.tensor(1.0), torch.tensor([value, 0.0]))
     assert log_det.item() == pytest.approx(math.copysign(bound, value), rel=1e-6)
+    _, log_det = Affine(bound).forward_and_log_det(torch.tensor(1.0), torch.tensor([0.01, 0.0]))
+    assert log_det.item() == pytest.approx(0.01 / 4, rel=1e-3)  # whatever the bound
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import JitTrace_ELBO, RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
@@ -134,13 +134,14 @@ def test_trains_modules_of_the_model():
         TraceMeanField_ELBO(num_particles=4),
         RenyiELBO(alpha=0.5, num_particles=4, vectorize_particles=True, max_plate_nesting=1),
         JitTrace_ELBO(num_particles=4, ignore_jit_warnings=True),
+        ReweightedWakeSleep(num_particles=16, vectorize_particles=True, max_plate_nesting=1),
     ],
     ids=lambda objective: type(objective).__name__,
 )
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_other_objectives(objective):
     guide = AutoNormal(conjugate)
-    fit = fit_svi(conjugate, guide, Y, steps=100, lr=0.05, objective=objective, progress=False)
+    fit = fit_svi(conjugate, guide, Y, steps=200, lr=0.05, objective=objective, progress=False)
     assert fit.losses[-20:].mean() < fit.losses[:5].mean()
     assert guide.median()["mu"].item() == pytest.approx(7.5 / 4, abs=0.5)
 
@@ -519,6 +520,61 @@ def test_an_interrupted_run_goes_on(tmp_path, capsys):
     assert resumed[-50:].mean() < losses[:20].mean()
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, which a shell withholds from what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_waits_for_the_end_of_the_step(tmp_path, capsys):
+    whole, calls = checkpointed(conjugate, None, steps=100, warm_start=False), []
+
+    def model(y):
+        calls.append(0)
+        if len(calls) == 70:
+            signal.raise_signal(signal.SIGINT)
+        conjugate(y)
+
+    fit = checkpointed(model, tmp_path / "run", steps=100, warm_start=False)[2]
+    assert fit.stopped == "interrupted"
+    assert 50 < fit.steps < 70
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_same_run(checkpointed(conjugate, tmp_path / "run", steps=100, warm_start=False), whole)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_second_ctrl_c_does_not_wait(capsys):
+    def model(y):
+        for _ in range(2 * (len(calls) == 30)):
+            signal.raise_signal(signal.SIGINT)
+        calls.append(0)
+        conjugate(y)
+
+    calls = []
+    fit = quick(model, AutoFlow(conjugate, small), Y, steps=100)
+    assert fit.stopped == "interrupted"
+    assert len(calls) == 30
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_that_somebody_else_listens_to_is_left_to_them():
+    def model(y):
+        signal.raise_signal(signal.SIGINT)
+        conjugate(y)
+
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append(0))
+    try:
+        fit = quick(model, AutoNormal(conjugate), Y)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert fit.stopped == "steps"
+    assert heard
+
+
 @pytest.mark.usefixtures("hasty")
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "run"
@@ -599,6 +655,37 @@ def test_a_checkpoint_of_another_guide_is_refused(tmp_path):
     for guide in (AutoNormal(conjugate), AutoFlow(conjugate, functools.partial(small, num_transforms=3))):
         with pytest.raises(ValueError, match="is of another run"):
             quick(conjugate, guide, Y, checkpoint=tmp_path / "run", warm_start=None)
+
+
+def near(y):
+    """A posterior that a Gaussian holds: half of the usual steps."""
+    pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+
+def curved(y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("z", dist.Normal(x**2, 0.3))
+
+
+def tuned(y):
+    """Near-Gaussian at any theta, which is still to be learned."""
+    theta = pyro.param("theta", torch.tensor(0.0))
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(theta + z, 1.0), obs=y[0])
+
+
+@pytest.mark.parametrize(("model", "steps"), [(near, 500), (curved, 1000), (tuned, 1000)])
+def test_few_steps_where_the_gaussian_is_near_also_when_resumed(model, steps, tmp_path, monkeypatch):
+    asked = []
+
+    def stop(*args, steps, checkpoint, settings, **kwargs):
+        asked.append(steps)
+        checkpoints.write(checkpoint, {"settings": {"steps": steps}})
+
+    monkeypatch.setattr("pyro_flows.fitting.svi.descend", stop)
+    for _ in range(2):
+        fit_svi(model, AutoFlow(model, small), Y, progress=False, checkpoint=tmp_path / "run")
+    assert asked == [steps, steps]
 
 
 def test_a_checkpoint_in_no_folder_is_refused_before_training(tmp_path):

@@ -459,6 +459,31 @@ def test_old_draws_are_kept_up_to_a_number():
     assert objective.state_dict()["scores"]["log_p"] is kept["scores"]["log_p"]
 
 
+def test_draws_are_kept_for_one_guide_one_model_and_one_data_set():
+    class Program:
+        def shifted(self, place, scale=1.0):
+            pyro.sample("x", dist.Normal(place, scale))
+
+    first, normal = Program(), AutoNormal(Program().shifted)
+
+    def kept(*args, program=first, guide=normal, **kwargs):
+        objective.loss_and_grads(program.shifted, guide, *args, **kwargs)
+        return len(objective.state_dict()["scores"]["log_p"])
+
+    objective, places = ForwardKL(8, 64), torch.tensor([1.0, -1.0])
+    assert [kept(places[0]) for _ in range(3)] == [8, 16, 24]  # views of the same number, a new method each time
+    assert [kept(places[1]) for _ in range(2)] == [8, 16]
+    assert [kept(places[1], scale=2.0) for _ in range(2)] == [8, 16]
+    assert kept(places[1], program=Program(), scale=2.0) == 8
+    assert kept(places[1], guide=AutoFlow(Program().shifted, small)) == 8
+    places.neg_()
+    assert kept(places[1]) == 8
+    other = ForwardKL(8, 64)
+    other.load_state_dict(objective.state_dict())
+    objective = other
+    assert kept(places[1]) == 16
+
+
 def test_a_guide_that_moves_under_its_draws_is_refused():
     guide = AutoGuideList(plain)
     guide.append(AutoFlow(poutine.block(plain, hide=["sigma"]), small))

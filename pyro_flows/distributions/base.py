@@ -12,7 +12,7 @@ class StandardNormal(nn.Module):
     """Builds N(0, I) over events of a given shape, in the dtype and on the device of the flow that holds it.
 
     Args:
-        event_shape: The shape of an event.
+        event_shape: The shape of an event; a number D stands for ``(D,)``.
 
     Example::
 
@@ -22,9 +22,9 @@ class StandardNormal(nn.Module):
 
     zeros: Tensor
 
-    def __init__(self, event_shape: tuple[int, ...] | torch.Size) -> None:
+    def __init__(self, event_shape: int | tuple[int, ...] | torch.Size) -> None:
         super().__init__()
-        self.event_shape = torch.Size(event_shape)
+        self.event_shape = torch.Size((event_shape,) if isinstance(event_shape, int) else event_shape)
         self.register_buffer("zeros", torch.zeros(self.event_shape), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:

@@ -20,6 +20,8 @@ class StudentTBase(nn.Module):
     The degrees of freedom are l (u / l)^sigmoid(a) with a real parameter a, between the bounds l and u: geometric
     steps, which an optimiser can take at one pace all the way from Cauchy to normal.
 
+    Draws have first derivatives only.
+
     Args:
         event_shape: The shape of an event; a number D stands for ``(D,)``.
         df: The degrees of freedom at the start.

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-FORMAT = 2
+FORMAT = 3
+WAY_OUT = "Use the same settings, name another file, or remove this one."
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
@@ -31,20 +32,30 @@ def read(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    way_out = "Use the same settings, name another file, or remove this one."
+    state = _load(path)
+    kept = state["settings"]
+    if kept != settings:
+        other = [f"{k}={kept.get(k)!r} and not {v!r}" for k, v in settings.items() if kept.get(k) != v]
+        raise ValueError(f"fit_svi: checkpoint={str(path)!r} is of another run ({', '.join(other)}). {WAY_OUT}")
+    _set_random_state(state["random"])
+    return state
+
+
+def steps_of(path: Path) -> int | None:
+    """How many steps the run in a file was to take, None where there is no file; errors as in :func:`read`."""
+    return int(_load(path)["settings"]["steps"]) if path.exists() else None
+
+
+def _load(path: Path) -> dict[str, Any]:
     try:
-        state = torch.load(path, weights_only=True)
-        version, kept = dict(state)["format"], dict(state["settings"])
+        state = dict(torch.load(path, weights_only=True))
+        version, _ = state["format"], state["settings"]["steps"]
     except Exception as error:
         raise ValueError(
-            f"fit_svi: checkpoint={str(path)!r} is not a checkpoint ({error!s:.100}). {way_out}"
+            f"fit_svi: checkpoint={str(path)!r} is not a checkpoint ({error!s:.100}). {WAY_OUT}"
         ) from error
-    if version != FORMAT or kept != settings:
-        other = [f"{k}={kept.get(k)!r} and not {v!r}" for k, v in settings.items() if kept.get(k) != v]
-        raise ValueError(
-            f"fit_svi: checkpoint={str(path)!r} is of another run ({', '.join(other) or 'another format'}). {way_out}"
-        )
-    _set_random_state(state["random"])
+    if version != FORMAT:
+        raise ValueError(f"fit_svi: checkpoint={str(path)!r} is of another run (another format). {WAY_OUT}")
     return state
 
 

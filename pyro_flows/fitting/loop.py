@@ -7,10 +7,13 @@ it.  With a checkpoint a run that was killed goes on where it was, to the same e
 
 from __future__ import annotations
 
+import contextlib
 import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,33 +114,36 @@ def descend(
             checkpoints.write(checkpoint, {"settings": settings, **run.state_dict()})
 
     try:
-        for step in range(len(losses) + 1, steps + 1):
-            for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = lr * _schedule(step, steps)
-                optimizer.zero_grad()
-            number, cause = _backward(loss, parameters, clip_norm)
-            losses.append(number)
-            if math.isfinite(number):
+        with hold_interrupts() as asked:
+            for step in range(len(losses) + 1, steps + 1):
                 for optimizer in optimizers:
-                    optimizer.step()
-                in_a_row = 0
-            else:
-                in_a_row += 1
-                if on_nonfinite == "raise" or in_a_row == patience:
-                    cause = "; ".join(filter(None, (_ask(diagnose), cause)))
-                    raise FloatingPointError(
-                        f"The loss or its gradient was not finite at step {step}"
-                        f"{f' and at the {in_a_row - 1} before' if in_a_row > 1 else ''}: {cause}. "
-                        f"Try a smaller lr (now {lr:g}) or init_scale, or a float64 model."
-                    )
-            bar.update()
-            if step % window == 0 or step == steps:
-                best.offer(losses[-window:], step, comparable=settled())
-                skipped = sum(not math.isfinite(value) for value in losses)
-                bar.set_postfix_str(f"loss {best.latest:.3f}" + (f", {skipped} skipped" if skipped else ""))
-                if step == steps or time.perf_counter() - last_save > 10:
-                    save()
-                    last_save = time.perf_counter()
+                    optimizer.param_groups[0]["lr"] = lr * _schedule(step, steps)
+                    optimizer.zero_grad()
+                number, cause = _backward(loss, parameters, clip_norm)
+                losses.append(number)
+                if math.isfinite(number):
+                    for optimizer in optimizers:
+                        optimizer.step()
+                    in_a_row = 0
+                else:
+                    in_a_row += 1
+                    if on_nonfinite == "raise" or in_a_row == patience:
+                        cause = "; ".join(filter(None, (_ask(diagnose), cause)))
+                        raise FloatingPointError(
+                            f"The loss or its gradient was not finite at step {step}"
+                            f"{f' and at the {in_a_row - 1} before' if in_a_row > 1 else ''}: {cause}. "
+                            f"Try a smaller lr (now {lr:g}) or init_scale, or a float64 model."
+                        )
+                bar.update()
+                if step % window == 0 or step == steps:
+                    best.offer(losses[-window:], step, comparable=settled())
+                    skipped = sum(not math.isfinite(value) for value in losses)
+                    bar.set_postfix_str(f"loss {best.latest:.3f}" + (f", {skipped} skipped" if skipped else ""))
+                    if step == steps or time.perf_counter() - last_save > 10:
+                        save()
+                        last_save = time.perf_counter()
+                if asked() and step < steps:
+                    raise KeyboardInterrupt
     except KeyboardInterrupt:
         stopped = "interrupted"
         save()
@@ -159,6 +165,27 @@ def descend(
         time.perf_counter() - start,
         stopped,
     )
+
+
+@contextlib.contextmanager
+def hold_interrupts() -> Iterator[Callable[[], bool]]:
+    """Let a first Ctrl-C wait until somebody asks whether there was one; a second one does not wait."""
+    held = threading.Event()
+
+    def hold(*_: Any) -> None:
+        if held.is_set():
+            raise KeyboardInterrupt
+        held.set()
+
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+        yield held.is_set  # somebody else listens
+        return
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield held.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _backward(loss: Callable[[], Tensor], parameters: list[Tensor], clip_norm: float) -> tuple[float, str]:

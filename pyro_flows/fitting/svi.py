@@ -24,6 +24,7 @@ from ..diagnostics.draws import check_side_by_side, single_trace, subsampled_pla
 from ..guides import AutoFlow
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective
+from . import checkpoint as checkpoints
 from .loop import Fit, descend, is_breakdown
 from .optimizers import matrices, optimizers
 from .propriety import check_proper
@@ -58,8 +59,8 @@ def fit_svi(
         model: A Pyro model.
         guide: Any Pyro guide.
         *args: The model's arguments.
-        steps: The number of steps; by default as many as a ``TemperedELBO`` anneals over, or as suit the guide (see
-            *Choosing a flow* in the docs).
+        steps: The number of steps; by default as many as a ``TemperedELBO`` anneals over, or as suit the guide and the
+            Gaussian that it starts from (see *Choosing a flow* in the docs).
         objective: A Pyro ELBO, such as those of ``pyro_flows.objectives``; by default a ``PathELBO`` with
             ``num_particles`` draws side by side, for which the model must broadcast to the left of its plates, or,
             where latents are angles, a ``Trace_ELBO``: the scores of steep splines make path gradients too noisy.
@@ -104,8 +105,8 @@ def fit_svi(
     kwargs = {**kwargs, **(model_kwargs or {})}
     _check(steps=steps, num_particles=num_particles, lr=lr, clip_norm=clip_norm, on_nonfinite=on_nonfinite)
     single, _, nesting = single_trace(model, guide, args, kwargs)
+    _check_steps(steps, annealed := getattr(objective, "num_steps", None))
     suited = suited_to(guide)
-    steps = _steps(steps, getattr(objective, "num_steps", None), suited.steps)
     lr, num_particles, clip_norm = float(lr or suited.lr), num_particles or suited.num_particles, float(clip_norm)
     file = None if checkpoint is None else Path(checkpoint)
     if file and not file.parent.is_dir():
@@ -116,31 +117,37 @@ def fit_svi(
         objective = kind(num_particles, max_plate_nesting=nesting, vectorize_particles=num_particles > 1)
         if num_particles > 1 and whole:
             check_side_by_side(model, guide, args, kwargs)
-    if not isinstance(guide, AutoFlow):
-        if warm_start:
-            raise ValueError(f"fit_svi: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
-    elif not (file and file.exists()):
+    kept = checkpoints.steps_of(file) if file else None
+    if warm_start and not isinstance(guide, AutoFlow):
+        raise ValueError(f"fit_svi: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
+    start = None
+    if isinstance(guide, AutoFlow) and not kept:
         ours = isinstance(objective, PathELBO | ParticleObjective) and objective.vectorize_particles
         new = guide.is_fresh and ours and whole
         if new:
             check_proper(model, guide, args, kwargs)
         if new if warm_start is None else warm_start:
             power = objective.beta if isinstance(objective, TemperedELBO) else 1.0
-            start_from_gaussian(model, guide, args, kwargs, power)
+            start = start_from_gaussian(model, guide, args, kwargs, power)
 
     def loss() -> Tensor:
         if hasattr(objective, "differentiable_loss"):
             return objective.differentiable_loss(model, guide, *args, **kwargs)
-        # An objective such as RenyiELBO fills in the gradients itself.
-        return torch.tensor(objective.loss_and_grads(model, guide, *args, **kwargs), requires_grad=True)
+        # An objective such as RenyiELBO fills in the gradients itself, one such as ReweightedWakeSleep has two losses.
+        found = objective.loss_and_grads(model, guide, *args, **kwargs)
+        return torch.tensor(sum(found) if isinstance(found, tuple) else found, requires_grad=True)
 
     parameters = _parameters(loss, model, guide)
+    fewer = suited_to(guide, near=True).steps
+    near = kept == fewer  # a run that goes on has known since its start
+    if isinstance(guide, AutoFlow) and start:
+        near = start.is_near and _has_all(guide, parameters)
     return descend(
         loss,
         parameters,
         optimizers(parameters, lr, matrices(guide)),
         trained=guide,
-        steps=steps,
+        steps=steps or annealed or (fewer if near else suited.steps),
         lr=lr,
         clip_norm=clip_norm,
         on_nonfinite=on_nonfinite,
@@ -157,14 +164,18 @@ def fit_svi(
     )
 
 
-def _steps(asked: int | None, annealed: int | None, suited: int) -> int:
-    """As many steps as are asked for, or else as the objective anneals over, or else as suit the guide."""
+def _has_all(guide: nn.Module, parameters: list[Tensor]) -> bool:
+    """Whether all that is trained is the guide's, and nothing the model's."""
+    return {id(parameter) for parameter in parameters} <= {id(parameter) for parameter in guide.parameters()}
+
+
+def _check_steps(asked: int | None, annealed: int | None) -> None:
+    """Refuse fewer steps than an objective anneals over."""
     if asked and annealed and asked < annealed:
         raise ValueError(
             f"fit_svi: steps={asked} end before the num_steps={annealed} in which the objective reaches the "
             "posterior.  Leave steps out, or give the objective as many."
         )
-    return asked or annealed or suited
 
 
 def _fingerprint(data: tuple[Any, ...]) -> list[str]:

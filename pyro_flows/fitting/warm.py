@@ -25,6 +25,7 @@ from .loop import is_breakdown
 
 LogDensity = Callable[[Tensor], Tensor]  # (N, D) -> (N,), in nats
 
+NEAR = 0.25  # how little, in nats, the log-weights of a Gaussian vary that hardly differs from the posterior
 POOR = 5.0  # how much, in nats, the log-weights of a Gaussian may vary before its correlations mislead
 
 
@@ -43,22 +44,32 @@ class Gaussian(NamedTuple):
     elbo: float
     spread: float
 
+    @property
+    def is_near(self) -> bool:
+        """Whether it hardly differs from the posterior."""
+        return self.spread < NEAR
+
+    @property
+    def is_poor(self) -> bool:
+        """Whether it fits so badly that its correlations mislead."""
+        return self.spread > POOR
+
 
 def start_from_gaussian(
     model: Callable[..., Any], guide: AutoFlow, args: tuple[Any, ...], kwargs: dict[str, Any], power: float = 1.0
-) -> None:
+) -> Gaussian | None:
     """Let a guide start from the best Gaussian found, which is where it is already if none is better.
 
     The Gaussian is one of the posterior, or of a power of it.  Latents on circles have none, and more than 512 latents
     are too many for a dense one.
     """
     if guide.has_circles or guide.latent_dim > DENSE:
-        return
+        return None
     with validation_enabled(False):  # a place without density is for the scores to show
         density = or_nan(log_joint(model, guide, args, kwargs))
         found = fit_gaussian(lambda latent: power * density(latent), *guide.start)
-    poor = found.spread > POOR
-    guide.start_at(found.loc, found.scale_tril.norm(dim=-1).diag() if poor else found.scale_tril)
+    guide.start_at(found.loc, found.scale_tril.norm(dim=-1).diag() if found.is_poor else found.scale_tril)
+    return found
 
 
 def log_joint(model: Callable[..., Any], guide: AutoFlow, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogDensity:

@@ -43,12 +43,12 @@ class AutoFlow(AutoContinuous):
     Args:
         model: A Pyro model of fixed structure, with continuous latents.
         flow: A recipe, called with the number of latent dimensions, such as ``flows.iaf``; by default eight affine
-            couplings.
+            couplings over Student's t with 50 degrees of freedom, which are trained.
         base: In place of the recipe's base, a function of the number of latent dimensions, such as
             ``distributions.StudentTBase`` for heavy tails.
         init_loc_fn: Where the guide starts, a Pyro initialisation strategy; by default the prior's median or mean
             where it has one, else the origin.
-        init_scale: The standard deviation of each unconstrained latent at the start.
+        init_scale: The scale of each unconstrained latent at the start; standard deviations are 2 % larger by default.
         name: The guide's name in Pyro's parameter store, unique by default; with one of your own, another process finds
             the parameters again.
 

@@ -12,6 +12,7 @@ the guide's age; Truncated Importance Sampling (Ionides 2008).
 from __future__ import annotations
 
 import math
+from types import MethodType
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ class ForwardKL(ParticleObjective):
     guide is the posterior.  As long as draws do not reach all of the posterior it comes out too low, so losses of
     different steps are not comparable.
 
-    Only the guide is trained, not the model's parameters.  The guide need not be reparameterised, but what it draws
-    must be scored by densities alone: a ``Delta`` whose place depends on parameters is refused.
+    Draws are kept as long as model, guide and data are the same objects.  Only the guide is trained, not the model's
+    parameters.  The guide need not be reparameterised, but what it draws must be scored by densities alone: a
+    ``Delta`` whose place depends on parameters is refused.
 
     Args:
         num_particles: How many draws are taken and how many are replayed in each step, at least 2.
@@ -61,8 +63,10 @@ class ForwardKL(ParticleObjective):
             raise ValueError(f"ForwardKL: buffer_size must be at least num_particles, got {buffer_size}.")
         self.buffer_size = buffer_size
         self._kept: dict[str, dict[str, Tensor]] = {}
+        self._posterior: tuple[Any, ...] = ()
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        self._forget_others((model, guide, *args, *kwargs, *kwargs.values()))
         if torch.is_grad_enabled() or not self._kept:
             self._draw(model, guide, args, kwargs)
         scores = self._kept["scores"]
@@ -71,6 +75,13 @@ class ForwardKL(ParticleObjective):
         trace = self._score(guide, held, args, kwargs)
         _check_held(trace)
         return (scores["log_p"][picked] - self._log_density(trace)).mean()
+
+    def _forget_others(self, posterior: tuple[Any, ...]) -> None:
+        """Keep no draws of another guide, or that were weighed for another model or other data."""
+        same = len(posterior) == len(self._posterior) and all(map(_is_same, posterior, self._posterior))
+        if self._posterior and not same:
+            self._kept = {}
+        self._posterior = posterior
 
     @torch.no_grad()
     def _draw(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
@@ -93,6 +104,15 @@ class ForwardKL(ParticleObjective):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._kept = {kind: dict(tensors) for kind, tensors in state.items()}
+        self._posterior = ()
+
+
+def _is_same(left: Any, right: Any) -> bool:
+    """Whether two arguments are one: tensors by the memory that they show, methods and plain values by equality."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        views = [(x.data_ptr(), x.dtype, x.shape, x.stride(), x._version) for x in (left, right)]
+        return left is right or views[0] == views[1]
+    return left is right or (isinstance(left, MethodType | int | float | str) and left == right)
 
 
 def _truncated(log_weights: Tensor) -> Tensor:
