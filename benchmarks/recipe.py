@@ -28,7 +28,7 @@ from torch import nn
 
 import pyro_flows as pf
 from pyro_flows import flows, objectives
-from pyro_flows.distributions import StandardNormal, StudentTBase
+from pyro_flows.distributions import ContaminatedNormalBase, StandardNormal, StudentTBase
 from pyro_flows.fitting.optimizers import matrices
 from pyro_flows.fitting.schedule import suited_to
 from pyro_flows.guides import init_to_center
@@ -86,11 +86,10 @@ def nothing(guide: Any) -> list[torch.Tensor]:
 
 # AutoFlow's couplings and base, to be changed.
 default = functools.partial(flows.realnvp, activation=nn.ELU)
-tails = functools.partial(StudentTBase, df=50.0)
 
 
 def recipe(build: Callable[..., Any], **options: Any) -> dict[str, Any]:
-    return {"flow": functools.partial(build, **options), "base": tails}
+    return {"flow": functools.partial(build, **options), "base": ContaminatedNormalBase}
 
 
 VARIANTS = {
@@ -118,7 +117,7 @@ VARIANTS = {
     "5 spline couplings": Variant(guide=recipe(flows.nsf, activation=nn.ELU)),
     "5 spline couplings, step size / 3": Variant(guide=recipe(flows.nsf, activation=nn.ELU), lr=1 / 3),
     "normal base": Variant(guide={"base": StandardNormal}),
-    "Student-t base, df 10": Variant(guide={"base": functools.partial(StudentTBase, df=10.0)}),
+    "Student-t base": Variant(guide={"base": functools.partial(StudentTBase, df=50.0)}),
 }
 
 

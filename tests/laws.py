@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyro_flows import AutoFlow, flows
 from pyro_flows.bijectors import Affine, Bijector, CircularSpline, RationalQuadraticSpline, Shift
 from pyro_flows.conditioners import MADE, MLP, Conditioner, Periodic
-from pyro_flows.distributions import CircularBase, MixtureBase, StandardNormal, StudentTBase
+from pyro_flows.distributions import CircularBase, ContaminatedNormalBase, MixtureBase, StandardNormal, StudentTBase
 from pyro_flows.flows import Flow
 from pyro_flows.transforms import (
     ActNorm,
@@ -147,6 +147,7 @@ RECIPES: dict[str, Callable[..., Flow]] = {
 
 BASES: dict[str, Callable[[int], nn.Module]] = {
     "standard_normal": lambda dim: StandardNormal((dim,)),
+    "contaminated_normal": lambda dim: ContaminatedNormalBase(dim, share=0.2, scale=2.0),
     "student_t": lambda dim: StudentTBase((dim,), df=3.0),
     "mixture": lambda dim: MixtureBase(dim, 4),
     "circular": lambda dim: CircularBase([place % 2 == 0 for place in range(dim)], bound=2.0),

@@ -17,7 +17,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_flows import flows
-from pyro_flows.distributions import CircularBase, MixtureBase, StudentTBase
+from pyro_flows.distributions import CircularBase, ContaminatedNormalBase, MixtureBase, StudentTBase
 from pyro_flows.flows import Flow
 from pyro_flows.transforms import ActNorm
 
@@ -275,6 +275,30 @@ def test_gradients_of_a_mixture_are_finite_where_components_are_far_apart() -> N
         torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=1e-4)
 
 
+# -------------------------------------------------------------------------------------------------- contaminated normal
+
+
+def test_weights_of_a_normal_are_bounded_under_the_contaminated_one():
+    base, x = ContaminatedNormalBase(1).double()(), torch.linspace(-60, 60, 2401, dtype=torch.float64).unsqueeze(-1)
+    normal = dist.Normal(torch.zeros((), dtype=torch.float64), 1.0)
+    log_weights = normal.log_prob(x).sum(-1) - base.log_prob(x)
+    assert log_weights.max() <= -math.log(1 - 0.02) + 1e-12
+    assert log_weights[0] < -1000  # where the normal has long ended
+
+
+def test_moments_of_the_contaminated_normal():
+    base = ContaminatedNormalBase(2, share=0.2, scale=2.0).double()
+    pyro.set_rng_seed(0)
+    draws, number = base().rsample((200_000,)), 400_000
+    variance = 1 - 0.2 + 0.2 * 4
+    torch.testing.assert_close(base().variance, torch.full((2,), variance, dtype=torch.float64))
+    assert base().mean.tolist() == [0, 0]
+    fourth = 3 * (1 - 0.2 + 0.2 * 16)
+    assert abs(draws.square().mean().item() - variance) < 4 * math.sqrt((fourth - variance**2) / number)
+    eighth = 105 * (1 - 0.2 + 0.2 * 256)
+    assert abs(draws.pow(4).mean().item() - fourth) < 4 * math.sqrt((eighth - fourth**2) / number)
+
+
 # ------------------------------------------------------------------------------------------------------------- circular
 
 
@@ -305,6 +329,14 @@ def test_angles_are_uniform_and_scored_by_any_representative() -> None:
         (lambda: MixtureBase(0, 2), "MixtureBase: input_dim must be at least 1, got 0"),
         (lambda: MixtureBase(2, 1), "MixtureBase: num_components must be at least 2, got 1; use StandardNormal"),
         (lambda: MixtureBase(2, 2, spread=1.0), "MixtureBase: spread must lie between 0 and 1, got 1.0"),
+        (
+            lambda: ContaminatedNormalBase(2, share=1.0),
+            "ContaminatedNormalBase: share must lie between 0 and 1, got 1.0",
+        ),
+        (
+            lambda: ContaminatedNormalBase(2, scale=1.0),
+            "ContaminatedNormalBase: scale must be above 1 and finite, got 1",
+        ),
         (lambda: CircularBase([]), r"CircularBase: circular must hold one bool for each feature, got \[\]"),
         (lambda: CircularBase([[True]]), r"CircularBase: circular .*got \[\[True\]\]"),
         (lambda: CircularBase([True], bound=-1.0), "CircularBase: bound must be positive and finite, got -1.0"),

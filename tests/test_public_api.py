@@ -19,7 +19,7 @@ NAMES = {
     conditioners: "Conditioner MADE MLP Periodic costream stream",
     transforms: "ActNorm Autoregressive Compose Coupling Elementwise FixedAffine FlowTransform Inverse LULinear "
     "Permute View",
-    distributions: "CircularBase FixedBase MixtureBase StandardNormal StudentTBase",
+    distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase StandardNormal StudentTBase",
     flows: "Flow circular_coupling iaf maf nice nsf nsf_ar realnvp",
     objectives: "ForwardKL ImportanceWeightedELBO PathELBO PathEnumELBO RenyiELBO TemperedELBO",
     guides: "AutoFlow default_flow init_to_center",

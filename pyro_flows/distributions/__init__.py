@@ -3,5 +3,6 @@
 from .base import FixedBase as FixedBase
 from .base import StandardNormal as StandardNormal
 from .circular import CircularBase as CircularBase
+from .contaminated import ContaminatedNormalBase as ContaminatedNormalBase
 from .mixture import MixtureBase as MixtureBase
 from .student import StudentTBase as StudentTBase

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import flows
-from ..distributions import CircularBase, StudentTBase
+from ..distributions import CircularBase, ContaminatedNormalBase
 from ..flows import Flow
 from ..transforms import ActNorm, FixedAffine, FlowTransform, LULinear
 
@@ -28,7 +28,7 @@ def default_flow(input_dim: int) -> Flow:
     flow VI, arXiv:2412.08824.
     """
     couplings = flows.realnvp(input_dim, activation=nn.ELU)
-    return Flow(couplings.transforms, StudentTBase(input_dim, df=50.0))
+    return Flow(couplings.transforms, ContaminatedNormalBase(input_dim))
 
 
 def circular_flow(circular: Sequence[bool]) -> Flow:

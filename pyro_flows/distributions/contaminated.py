@@ -1,0 +1,97 @@
+"""The contaminated normal: a base with tails slightly heavier than a normal's, and yet all of a normal's moments.
+
+Weights p / q of a normal posterior stay bounded under it.  Tails of Student's t would do that too, but a latent that is
+the exponential of one has no mean at all.
+
+Tukey 1960, A survey of sampling from contaminated distributions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+
+class ContaminatedNormal(dist.TorchDistribution):
+    """The mixture (1 - share) N(0, 1) + share N(0, scale²), as many times as ``like`` has numbers.
+
+    Args:
+        like: A tensor that says the batch shape, the dtype and the device.
+        share: The share of the wide component.
+        scale: Its standard deviation.
+
+    Example::
+
+        >>> ContaminatedNormal(torch.zeros(3)).log_prob(torch.zeros(3)).shape
+        torch.Size([3])
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = dist.constraints.real
+    has_rsample = True
+
+    def __init__(self, like: Tensor, share: float = 0.02, scale: float = 1.6) -> None:
+        self._like, self.share, self.scale = like, share, scale
+        super().__init__(like.shape, validate_args=False)
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> ContaminatedNormal:
+        return ContaminatedNormal(self._like.expand(torch.Size(batch_shape)), self.share, self.scale)
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.zeros_like(self._like)
+
+    @property
+    def variance(self) -> Tensor:
+        return torch.full_like(self._like, 1 - self.share + self.share * self.scale**2)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        noise = self._like.new_empty(self._extended_shape(torch.Size(sample_shape))).normal_()
+        return torch.where(torch.rand_like(noise) < self.share, self.scale * noise, noise)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        # Relative to N(0, 1): where the wide component leads, far out, the logarithm is that of a large number.
+        half_square = value.square() / 2
+        wide = half_square * (1 - self.scale**-2) + math.log(self.share / self.scale)
+        narrow = torch.full_like(wide, math.log1p(-self.share))
+        return torch.logaddexp(wide, narrow) - half_square - math.log(2 * math.pi) / 2
+
+
+class ContaminatedNormalBase(nn.Module):
+    """Builds independent contaminated normals, in the dtype and on the device of the flow that holds it.
+
+    Args:
+        event_shape: The shape of an event; a number D stands for ``(D,)``.
+        share: The share of the wide component.
+        scale: Its standard deviation, in those of the narrow one.
+
+    Raises:
+        ValueError: Unless ``0 < share < 1`` and ``1 < scale < inf``.
+
+    Example::
+
+        >>> ContaminatedNormalBase(3)().event_shape
+        torch.Size([3])
+    """
+
+    zeros: Tensor
+
+    def __init__(
+        self, event_shape: int | tuple[int, ...] | torch.Size, share: float = 0.02, scale: float = 1.6
+    ) -> None:
+        super().__init__()
+        if not 0 < share < 1:
+            raise ValueError(f"ContaminatedNormalBase: share must lie between 0 and 1, got {share}.")
+        if not 1 < scale < math.inf:
+            raise ValueError(f"ContaminatedNormalBase: scale must be above 1 and finite, got {scale}.")
+        self.event_shape = torch.Size((event_shape,) if isinstance(event_shape, int) else event_shape)
+        self.share, self.scale = share, scale
+        self.register_buffer("zeros", torch.zeros(self.event_shape), persistent=False)
+
+    def forward(self) -> dist.TorchDistribution:
+        return ContaminatedNormal(self.zeros, self.share, self.scale).to_event(self.zeros.dim())
