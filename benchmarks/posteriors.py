@@ -49,6 +49,7 @@ SEEDS, DRAWS, PARTICLES = (0, 1, 2), 100_000, 64
 QUICK = "wells", "eight_schools_centered"
 MEASURES = "elbo", "elbo_se", "log_evidence", "khat", "worst_error", "mean_error", "low_sd", "high_sd", "w1", "seconds"
 # The reference moments of this target belong to another prior than the one that is written down beside them.
+HUGE = 1e4  # from here on, the order of magnitude will do
 UNRELATED = {"brownian_unknown_scales"}
 
 Row = dict[str, str]
@@ -216,13 +217,14 @@ def cells(m: dict[str, float]) -> list[str]:
         "mean_error": ".3f",
         "w1": ".3f",
     }
-    text = {key: f"{m[key]:{form}}" if key in m else "–" for key, form in numbers.items()}
+    forms = {key: form if abs(m.get(key, 0)) < HUGE else ".0e" for key, form in numbers.items()}
+    text = {key: f"{m[key]:{form}}" if key in m else "–" for key, form in forms.items()}
     order = "gap", "log_evidence", "khat", "worst_error", "mean_error"
     return [*(text[key] for key in order), ratio, text["w1"], f"{m['seconds']:.0f}"]
 
 
 def plot(rows: list[Row], evidence: dict[str, float], path: Path) -> None:
-    """One row a target, one panel a measure, one mark a guide."""
+    """One row a target, one panel a measure, one mark a guide; what is too small or too large lies at the edge."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -230,22 +232,22 @@ def plot(rows: list[Row], evidence: dict[str, float], path: Path) -> None:
 
     middle = summaries(rows, evidence)
     names = [name for name in targets.NAMES if any((name, guide) in middle for guide in GUIDES)]
-    panels = {
-        "gap": ("log Z − ELBO (nats)", 1e-3, 0.1),
-        "khat": ("k-hat", None, 0.7),
-        "worst_error": ("worst |error of a mean| (sd)", None, 0.05),
-        "seconds": ("seconds", None, 60),
+    panels = {  # label, least and greatest value, a line
+        "gap": ("log Z − ELBO (nats)", 1e-3, 1e3, 0.1),
+        "khat": ("k-hat", -0.5, 2.0, 0.7),
+        "worst_error": ("worst |error of a mean| (sd)", 1e-3, 1e1, 0.05),
+        "seconds": ("seconds", 1.0, 1e3, 60),
     }
     figure, axes = plt.subplots(
         1, len(panels), figsize=(14, 0.34 * len(names) + 1.6), sharey=True, layout="constrained"
     )
     styles = dict(zip(GUIDES, [("C3", "o"), ("0.6", "s"), ("0.25", "D"), ("C0", "^"), ("C1", "v")], strict=True))
-    for axis, (key, (label, floor, line)) in zip(axes, panels.items(), strict=True):
+    for axis, (key, (label, low, high, line)) in zip(axes, panels.items(), strict=True):
         for guide in reversed(GUIDES):
-            places = [(i, middle[n, guide][key]) for i, n in enumerate(names) if key in middle.get((n, guide), {})]
+            places = [(middle[n, guide][key], i) for i, n in enumerate(names) if key in middle.get((n, guide), {})]
             color, marker = styles[guide]
-            values = [max(v, floor) if floor else v for _, v in places]
-            axis.scatter(values, [i for i, _ in places], c=color, marker=marker, s=36, label=guide, zorder=3)
+            values = [min(max(v, low), high) for v, _ in places]
+            axis.scatter(values, [i for _, i in places], c=color, marker=marker, s=36, label=guide, zorder=3)
         axis.axvline(line, color="0.7", lw=1, ls=":")
         if key != "khat":
             axis.set_xscale("log")
