@@ -35,6 +35,7 @@ from pyro_flows.fitting.schedule import suited_to
 
 OUT = posteriors.OUT / "objectives.md"
 SEEDS = 0, 1, 2
+FINISH = "`ImportanceWeightedELBO(16)`, after the default"
 
 
 def fresh(model: Callable[[], None], seed: int) -> pf.AutoFlow:
@@ -73,7 +74,7 @@ def compare(steps: int | None) -> list[list[str]]:
     kinds: dict[str, Callable[[], Any]] = {
         "`PathELBO` (default)": lambda: None,
         "`Trace_ELBO` (Pyro)": lambda: Trace_ELBO(256, vectorize_particles=True),
-        "`ImportanceWeightedELBO`": lambda: objectives.ImportanceWeightedELBO(256, vectorize_particles=True),
+        FINISH: lambda: objectives.ImportanceWeightedELBO(16),
         "`RenyiELBO(0.5)`": lambda: objectives.RenyiELBO(0.5, num_particles=256, vectorize_particles=True),
         "`ForwardKL`": lambda: objectives.ForwardKL(256),
         "`TemperedELBO`": lambda: objectives.TemperedELBO(number, num_particles=256),
@@ -82,7 +83,11 @@ def compare(steps: int | None) -> list[list[str]]:
     for label, build in kinds.items():
         guide = fresh(target.model, 0)
         start = time.perf_counter()
-        pf.fit_svi(target.model, guide, steps=number, objective=build(), warm_start=True, progress=False)
+        if label == FINISH:
+            pf.fit_svi(target.model, guide, steps=number, progress=False)
+            pf.fit_svi(target.model, guide, steps=number // 2, lr=3e-4, objective=build(), progress=False)
+        else:
+            pf.fit_svi(target.model, guide, steps=number, objective=build(), warm_start=True, progress=False)
         seconds = time.perf_counter() - start
         found = posteriors.judge(target, guide, posteriors.DRAWS)
         gap = targets.evidence(target.name) - found["elbo"]
@@ -181,7 +186,9 @@ def main() -> None:
         ),
         table(
             "Each objective on the centred eight schools",
-            "From the same warm start, with as many steps and draws; errors of raw draws in sd.",
+            "From the same warm start, with as many steps and draws, but for the importance weighted bound, with which a "
+            "flow grows wide until draws overflow: it goes on from the default with half as many steps of size .0003.  "
+            "Errors of raw draws in sd.",
             ["objective", "log Z − ELBO", "k-hat", "worst error", "sd ratio", "s"],
             compare(steps),
         ),

@@ -96,7 +96,9 @@ class RenyiELBO(PathGradient, ParticleObjective):
 class ImportanceWeightedELBO(RenyiELBO):
     """The importance weighted bound log mean_k w_k of K draws: :class:`RenyiELBO` of order 0, and its arguments.
 
-    With one draw it is the ELBO; with more it is closer to the evidence.
+    With one draw it is the ELBO; with more it is closer to the evidence.  Draws far out have no weight and so cost
+    little: a flow that it trains alone can grow wide until draws overflow.  Let it finish what another objective has
+    fitted, in small steps.
 
     Example::
 
@@ -105,7 +107,8 @@ class ImportanceWeightedELBO(RenyiELBO):
         >>> from pyro_flows import AutoFlow, fit_svi
         >>> def model():
         ...     pyro.sample("x", dist.Normal(2.0, 1.0))
-        >>> fit = fit_svi(model, AutoFlow(model), objective=ImportanceWeightedELBO(8), steps=10, progress=False)
+        >>> guide = fit_svi(model, AutoFlow(model), steps=10, progress=False).guide
+        >>> fit = fit_svi(model, guide, objective=ImportanceWeightedELBO(8), lr=3e-4, steps=10, progress=False)
     """
 
     def __init__(
