@@ -187,7 +187,7 @@ def main() -> None:
         table(
             "Each objective on the centred eight schools",
             "From the same warm start, with as many steps and draws, but for the importance weighted bound, with which "
-            "a flow grows wide until draws overflow: it goes on from the default with half as many steps of size .0003. "
+            "a flow grows wide until draws overflow: it goes on from the default with half as many steps, of .0003. "
             "Errors of raw draws in sd.",
             ["objective", "log Z − ELBO", "k-hat", "worst error", "sd ratio", "s"],
             compare(steps),
