@@ -34,7 +34,7 @@ from pyro_flows import objectives
 from pyro_flows.fitting.schedule import suited_to
 
 OUT = posteriors.OUT / "objectives.md"
-SEEDS = 0, 1, 2
+SEEDS, TEMPERED = (0, 1, 2), 3000  # steps for modes far apart
 FINISH = "`ImportanceWeightedELBO(16)`, after the default"
 
 
@@ -115,14 +115,14 @@ def two_modes(weight: float) -> Callable[[], None]:
 def modes(steps: int | None) -> list[list[str]]:
     """The weight of the first mode."""
     rows = []
-    for weight in (0.5, 0.3, 0.2):
+    for weight in (0.5, 0.2):
         model = two_modes(weight)
         for label in ("`PathELBO` (default)", "`TemperedELBO`"):
             found, seconds = [], []
             for seed in SEEDS:
                 guide = fresh(model, seed)
                 start = time.perf_counter()
-                number = steps or suited_to(guide).steps
+                number = steps or TEMPERED
                 objective = objectives.TemperedELBO(number) if "Tempered" in label else None
                 pf.fit_svi(model, guide, steps=number, objective=objective, progress=False)
                 seconds.append(time.perf_counter() - start)
