@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         "trust it, and write eight_schools.nc (ArviZ) and eight_schools.png.",
     )
     made.add_argument("--flow", choices=sorted(RECIPES), help="the recipe of the flow (default: AutoFlow's own)")
-    made.add_argument("--steps", type=_positive, help="optimisation steps (default: as many as suit the guide)")
+    made.add_argument("--steps", type=_positive, default=2000, help="optimisation steps (default: 2000)")
     made.add_argument("--seed", type=int, default=0, help="seed of the random numbers (default: %(default)s)")
     made.add_argument("--out", type=Path, default=Path(), help="folder of the two files (default: the current one)")
     made.add_argument("--quiet", action="store_true", help="no progress bar and no table")

@@ -154,7 +154,8 @@ def descend(
         best.restore()
     if stopped == "interrupted":
         where = f"the best state, of step {best.step}" if best.step else "the state at the start"
-        print(f"Interrupted after {len(losses)} steps; kept {where} (loss {best.mean:.3f}).", file=sys.stderr)
+        onward = "  The same call goes on from the checkpoint." if checkpoint else ""
+        print(f"Interrupted after {len(losses)} steps; kept {where} (loss {best.mean:.3f}).{onward}", file=sys.stderr)
     return Fit(
         trained,
         torch.tensor(losses, dtype=torch.float64),
