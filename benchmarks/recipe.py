@@ -150,11 +150,12 @@ def measure(name: str, label: str, quick: bool) -> posteriors.Row:
 def table(rows: list[posteriors.Row], names: tuple[str, ...]) -> str:
     """For each target: nats below log Z, k-hat, worst error, seconds."""
     by_key = {(r["target"], r["variant"]): r for r in rows}
+    names = tuple(name for name in names if any(r["target"] == name for r in rows))
     heads = [f"{name} ({targets.DIMS[name]})" for name in names]
     lines = [
         "# The recipe: one change at a time",
         "",
-        "Each cell: nats below log Z / k-hat / seconds (seed 0, one core of two, both at work). "
+        "Each cell: nats below log Z / k-hat / seconds (seed 0, on a busy core; a rough guide). "
         "Reproduce with `python benchmarks/recipe.py`.",
         "",
         "| variant | " + " | ".join(heads) + " |",
