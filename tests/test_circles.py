@@ -220,7 +220,7 @@ def test_the_joint_density_of_angle_and_line_integrates_to_one():
         pyro.sample("line", dist.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0))
 
     guide = stir(AutoFlow(model, small(True, False), init_scale=1.0).setup(), 0.2)
-    places = torch.cartesian_prod(line(-math.pi, math.pi, 300), line(-40, 40, 1000))
+    places = torch.cartesian_prod(line(-math.pi, math.pi, 300), line(-40, 40, 4000))
     with torch.no_grad():
         density = guide.log_prob({"angle": places[:, 0], "line": places[:, 1]}).exp()
     assert density.mean().item() * 2 * math.pi * 80 == pytest.approx(1, abs=1e-3)
