@@ -48,8 +48,8 @@ OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 SEEDS, DRAWS, PARTICLES = (0, 1, 2), 100_000, 64
 QUICK = "wells", "eight_schools_centered"
 MEASURES = "elbo", "elbo_se", "log_evidence", "khat", "worst_error", "mean_error", "low_sd", "high_sd", "w1", "seconds"
-# The reference moments of this target belong to another prior than the one that is written down beside them.
 HUGE = 1e4  # from here on, the order of magnitude will do
+# The reference moments of this target belong to another prior than the one that is written down beside them.
 UNRELATED = {"brownian_unknown_scales"}
 
 Row = dict[str, str]
@@ -190,8 +190,8 @@ def table(rows: list[Row], evidence: dict[str, float]) -> str:
         "worst and the mean error of a mean in sd, the smallest and the largest ratio of sds, the mean Wasserstein-1 "
         "distance of marginals in sd; seconds on one core of two, both at work.",
         "In the figure dotted lines stand at .1 nats, .7, .05 sd and 60 s, and marks at an edge lie beyond it. "
-        "log Z of gp_pois_regr, garch and those of more than 50 dimensions is known to .01 to .03 (evidence.csv), so"
-        " gaps may come out negative.",
+        "log Z of gp_pois_regr, garch and those of more than 50 dimensions is known to .01 to .03 (evidence.csv), so "
+        "gaps may come out negative.",
         "A dash: there are no reference draws. Reproduce with `python benchmarks/posteriors.py`.",
         "",
         "| target | D | log Z | guide | log Z − ELBO | evidence | k-hat | worst error | mean error | sd | W1 | s |",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from torch import nn
 import pyro_flows as pf
 from pyro_flows import flows, objectives
 from pyro_flows.distributions import ContaminatedNormalBase, StandardNormal, StudentTBase
-from pyro_flows.fitting.optimizers import matrices
+from pyro_flows.fitting.optimizers import FEW
 from pyro_flows.fitting.schedule import suited_to
 from pyro_flows.guides import init_to_center
 
@@ -45,7 +46,7 @@ class Variant(NamedTuple):
     steps: float = 1.0
     draws: float = 1.0
     lr: float = 1.0
-    matrices: Callable[[Any], list[torch.Tensor]] = matrices
+    few: float = FEW  # up to how many latents Adam trains all
     prepare: Callable[[Any, Callable[[], None]], None] | None = None
     train: Callable[..., None] | None = None
 
@@ -75,15 +76,6 @@ def averaged(guide: Any, model: Callable[[], None], steps: int, draws: int, lr: 
     guide.flow.load_state_dict(mean.module.state_dict())
 
 
-def networks(guide: Any) -> list[torch.Tensor]:
-    """What Muon trains beyond some latents, under any number of them."""
-    return [layer.weight for layer in guide.flow.modules() if isinstance(layer, nn.Linear)]
-
-
-def nothing(guide: Any) -> list[torch.Tensor]:
-    return []
-
-
 # AutoFlow's couplings and base, to be changed.
 default = functools.partial(flows.realnvp, activation=nn.ELU)
 
@@ -97,8 +89,8 @@ VARIANTS = {
     "no warm start": Variant(fit={"warm_start": False}),
     "Laplace start": Variant(fit={"warm_start": False}, prepare=laplace),
     "plain gradient": Variant(fit={"objective": Trace_ELBO}),
-    "Adam alone": Variant(matrices=nothing),
-    "Muon for all networks": Variant(matrices=networks),
+    "Adam alone": Variant(few=math.inf),
+    "Muon for all networks": Variant(few=0),
     "draws / 4": Variant(draws=1 / 4),
     "draws / 4, steps x 4": Variant(draws=1 / 4, steps=4),
     "draws x 2, steps / 2": Variant(draws=2, steps=1 / 2),
@@ -140,7 +132,7 @@ def measure(name: str, label: str, quick: bool) -> posteriors.Row:
         if "objective" in options:
             options["objective"] = options["objective"](particles, vectorize_particles=True)
             options["warm_start"] = True
-        with mock.patch("pyro_flows.fitting.svi.matrices", variant.matrices):
+        with mock.patch("pyro_flows.fitting.optimizers.FEW", variant.few):
             pf.fit_svi(target.model, guide, steps=asked, num_particles=particles, lr=lr, progress=False, **options)
         return guide
 

@@ -27,7 +27,7 @@ class ContaminatedNormal(dist.TorchDistribution):
 
     Example::
 
-        >>> ContaminatedNormal(torch.zeros(3)).log_prob(torch.zeros(3)).shape
+        >>> ContaminatedNormal(torch.zeros(3), share=0.02, scale=1.6).log_prob(torch.zeros(3)).shape
         torch.Size([3])
     """
 
@@ -35,7 +35,7 @@ class ContaminatedNormal(dist.TorchDistribution):
     support = dist.constraints.real
     has_rsample = True
 
-    def __init__(self, like: Tensor, share: float = 0.02, scale: float = 1.6) -> None:
+    def __init__(self, like: Tensor, share: float, scale: float) -> None:
         self._like, self.share, self.scale = like, share, scale
         super().__init__(like.shape, validate_args=False)
 
@@ -55,10 +55,9 @@ class ContaminatedNormal(dist.TorchDistribution):
         return torch.where(torch.rand_like(noise) < self.share, self.scale * noise, noise)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        # Relative to N(0, 1): where the wide component leads, far out, the logarithm is that of a large number.
         half_square = value.square() / 2
         wide = half_square * (1 - self.scale**-2) + math.log(self.share / self.scale)
-        narrow = torch.full_like(wide, math.log1p(-self.share))
+        narrow = wide.new_full((), math.log1p(-self.share))  # each relative to N(0, 1), but for its normaliser
         return torch.logaddexp(wide, narrow) - half_square - math.log(2 * math.pi) / 2
 
 
