@@ -431,6 +431,29 @@ def test_a_model_that_sums_over_all_draws_is_refused():
     assert abs(found.log_evidence - (-0.5 - math.log(2))) < 4 * found.log_evidence_se
 
 
+def test_a_model_that_cannot_run_side_by_side_is_refused():
+    """Its data lie in a plate, which the guide has not; still the two are tried together."""
+    x = torch.randn(20, 3)
+
+    def model(product) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(product(w), 1.0), obs=torch.zeros(20))
+
+    def guide(product) -> None:
+        pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    with pytest.raises(
+        ValueError, match=r"does not run with draws side by side.*with \(x \* w\).sum\(-1\) in place of x @ w"
+    ):
+        psis(model, guide, lambda w: x @ w, num_samples=30)
+    with pytest.raises(ValueError, match="with two draws side by side"):
+        psis(model, guide, lambda w: (w * x.sum(0)).sum(), num_samples=30)
+    assert psis(model, guide, lambda w: (x * w).sum(-1), num_samples=30).log_weights.shape == (
+        30,
+    )  # what the error recommends
+
+
 def test_a_latent_without_a_guide_is_refused():
     def model() -> None:
         pyro.sample("x", dist.Normal(0.0, 1.0))

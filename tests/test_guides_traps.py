@@ -242,6 +242,36 @@ def test_support_without_a_bijection_is_refused():
         AutoFlow(matrix, small).setup()
 
 
+def test_latents_of_mixtures_have_the_support_of_the_components():
+    shares = dist.Categorical(torch.tensor([0.3, 0.7]))
+
+    def two(components):
+        pyro.sample("x", dist.MixtureSameFamily(shares, components))
+
+    for components in (
+        dist.Normal(torch.tensor([-1.0, 1.0]), 1.0),
+        dist.LogNormal(torch.tensor([-1.0, 1.0]), 1.0),
+        dist.Normal(torch.zeros(2, 3), 1.0).to_event(1),
+    ):
+        guide = AutoFlow(two, small).setup(components)
+        draws = guide.sample(200)
+        assert components.support.check(draws["x"].unsqueeze(-1 - components.event_dim)).all()
+        assert guide.log_prob(draws).isfinite().all()
+    with pytest.raises(NotImplementedError, match="the support of site 'x'"):
+        AutoFlow(two, small).setup(dist.Uniform(torch.zeros(2), torch.tensor([1.0, 2.0])))
+
+
+def test_a_new_guide_asks_for_the_arguments_of_the_model():
+    def shifted(y):
+        pyro.sample("y", dist.Normal(pyro.sample("x", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    guide = AutoFlow(shifted, small)
+    for ask in (lambda: guide.quantiles([0.5]), lambda: guide.sample(2), guide.median):
+        with pytest.raises(TypeError, match=r"this guide is new.*missing 1 required .*Fit the guide first"):
+            ask()
+    assert guide.sample(2, torch.tensor(1.0))["x"].shape == (2,)
+
+
 def test_latent_in_a_subsampled_plate_is_refused():
     def local():
         with pyro.plate("people", 10, subsample_size=4):

@@ -143,21 +143,23 @@ def check_side_by_side(
     Two draws are scored under the plate and then one by one; the log-densities must agree.
     """
     way_out = (
-        "Let the model broadcast to the left of its plates, or run one draw at a time: vectorize=False in psis and "
+        "Let the model broadcast to the left of its plates, with (x * w).sum(-1) in place of x @ w, say, or run one "
+        "draw at a time: vectorize=False in psis and to_arviz, num_particles=1 or "
+        "objective=Trace_ELBO(num_particles=n) in fit_svi."
     )
-    way_out += "to_arviz, num_particles=1 or objective=Trace_ELBO(num_particles=n) in fit_svi."
     with pyro.validation_enabled(False):
         single, guide_trace, nesting = single_trace(model, guide, args, kwargs)
-        if any(name not in guide_trace.nodes for name, _ in single.iter_stochastic_nodes()):
-            return  # what the guide leaves to the model's own randomness is drawn anew each time
         try:
             draws = _run(model, guide, args, kwargs, 2, nesting, single)
             latents = {
                 name: rows_of(name, site["value"], single.nodes[name]["value"].shape, 2)
-                for name, site in draws.model.iter_stochastic_nodes()
+                for name, site in prune_subsample_sites(draws.model).iter_stochastic_nodes()
             }
         except (RuntimeError, IndexError) as error:
-            raise ValueError(f"the model does not run with draws side by side ({error!s:.200}). {way_out}") from error
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"the model does not run with draws side by side ({reason:.200}). {way_out}") from error
+        if not latents.keys() <= guide_trace.nodes.keys():
+            return  # what the guide leaves to the model's own randomness is drawn anew each time
         for row in range(2):
             held = poutine.condition(model, data={name: value[row] for name, value in latents.items()})
             with poutine.block():

@@ -1,5 +1,6 @@
 """Guides for Pyro models, built from flows."""
 
+from . import supports as supports
 from .auto import AutoFlow as AutoFlow
 from .init import init_to_center as init_to_center
 from .recipe import default_flow as default_flow

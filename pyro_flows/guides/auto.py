@@ -23,7 +23,7 @@ from torch.distributions.utils import _sum_rightmost
 
 from ..flows import Flow
 from ..transforms import Compose, View
-from .checks import check_latents, check_start
+from .checks import check_latents, check_start, missing_arguments
 from .circles import is_circular, mark_circles
 from .init import init_to_center
 from .names import adopt_stored_parameters, claim_name, is_free
@@ -48,9 +48,9 @@ class AutoFlow(AutoContinuous):
             ``distributions.StudentTBase`` for heavy tails.
         init_loc_fn: Where the guide starts, a Pyro initialisation strategy; by default the prior's median or mean
             where it has one, else the origin.
-        init_scale: The scale of each unconstrained latent at the start; standard deviations are 2 % larger by default.
-        name: The guide's name in Pyro's parameter store, unique by default; with one of your own, another process finds
-            the parameters again.
+        init_scale: The scale of each unconstrained latent at the start (sds are 2 % larger by default).  For plain SVI,
+            whose gradients are noisy in narrow guides, 1.0 is better where the model bears it.
+        name: The guide's name in Pyro's parameter store, unique by default; by your own, other processes find it again.
 
     Raises:
         ValueError: At :meth:`setup`, naming the site: if a latent is discrete, if its support has no volume or depends
@@ -94,7 +94,8 @@ class AutoFlow(AutoContinuous):
     def setup(self, *args: Any, **kwargs: Any) -> AutoFlow:
         """Build the flow now, by running the model, and return the guide.  A second call does nothing."""
         if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
+            with missing_arguments(args, kwargs):
+                self._setup_prototype(*args, **kwargs)
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro.distributions as dist
@@ -11,6 +12,20 @@ from pyro import poutine, validation_enabled
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to, constraints
+
+
+@contextlib.contextmanager
+def missing_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """Say why the model is called at all, when it asks for arguments and none are given."""
+    try:
+        yield
+    except TypeError as error:
+        if args or kwargs:
+            raise
+        raise TypeError(
+            f"AutoFlow: this guide is new, and to set it up the model is called with what is given here: {error}. Fit "
+            "the guide first, or give the model's arguments here too."
+        ) from error
 
 
 def check_latents(prototype: Trace) -> None:
