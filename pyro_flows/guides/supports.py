@@ -6,7 +6,6 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
 
-@biject_to.register(constraints.MixtureSameFamilyConstraint)
 def _of_mixture(support: constraints.MixtureSameFamilyConstraint) -> Transform:
     shared = inner = support.base_constraint
     while isinstance(inner, constraints.independent):
@@ -14,3 +13,6 @@ def _of_mixture(support: constraints.MixtureSameFamilyConstraint) -> Transform:
     if any(isinstance(bound, Tensor) and bound.dim() for bound in vars(inner).values()):
         raise NotImplementedError(f"components may differ in their support, {inner}")
     return biject_to(shared)
+
+
+biject_to.register(constraints.MixtureSameFamilyConstraint, _of_mixture)
