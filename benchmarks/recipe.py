@@ -13,9 +13,11 @@ stopped goes on where it was.  Writes ``recipe.csv`` and ``recipe.md`` into ``do
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -29,10 +31,11 @@ from torch import nn
 
 import pyro_flows as pf
 from pyro_flows import flows, objectives
+from pyro_flows.bijectors import RationalQuadraticSpline
 from pyro_flows.distributions import ContaminatedNormalBase, StandardNormal, StudentTBase
-from pyro_flows.fitting.optimizers import FEW
 from pyro_flows.fitting.schedule import suited_to
 from pyro_flows.guides import init_to_center
+from pyro_flows.transforms import Elementwise
 
 TARGETS = "earnings", "gp_pois_regr", "eight_schools_centered", "german_credit_sparse"
 QUICK = "default", "no warm start", "averaged iterates"
@@ -46,7 +49,7 @@ class Variant(NamedTuple):
     steps: float = 1.0
     draws: float = 1.0
     lr: float = 1.0
-    few: float = FEW  # up to how many latents Adam trains all
+    other: dict[str, Any] = {}  # constants of pyro_flows by another value
     prepare: Callable[[Any, Callable[[], None]], None] | None = None
     train: Callable[..., None] | None = None
 
@@ -59,25 +62,60 @@ def laplace(guide: Any, model: Callable[[], None]) -> None:
     guide.start_at(found.loc.detach(), found.scale_tril.detach())
 
 
-def averaged(guide: Any, model: Callable[[], None], steps: int, draws: int, lr: float) -> None:
-    """A constant step size, and the exponential average of the iterates."""
+def by_hand(guide: Any, model: Callable[[], None], draws: int, lr: float) -> Iterator[tuple[torch.optim.Adam, float]]:
+    """The default's steps by Adam, without end and without a decay: before each the optimizer, and the last loss."""
     pf.fit_svi(model, guide, steps=1, num_particles=2, lr=1e-9, progress=False)  # the warm start
     objective = objectives.PathELBO(draws, vectorize_particles=True)
-    mean = torch.optim.swa_utils.AveragedModel(guide.flow, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn())
-    optimizer = torch.optim.Adam(guide.parameters(), lr=lr)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100)
+    optimizer, value = torch.optim.Adam(guide.parameters(), lr=lr / 100), math.nan
+    for step in itertools.count(1):
+        yield optimizer, value
+        if step <= 100:
+            optimizer.param_groups[0]["lr"] = lr * step / 100
         optimizer.zero_grad()
-        objective.differentiable_loss(model, guide).backward()
+        loss = objective.differentiable_loss(model, guide)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(guide.parameters(), 100.0)
         optimizer.step()
+        value = loss.item()
+
+
+def averaged(guide: Any, model: Callable[[], None], steps: int, draws: int, lr: float) -> None:
+    """A constant step size, and the exponential average of the iterates."""
+    mean = torch.optim.swa_utils.AveragedModel(guide.flow, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn())
+    for _ in itertools.islice(by_hand(guide, model, draws, lr), steps):
         mean.update_parameters(guide.flow)
     guide.flow.load_state_dict(mean.module.state_dict())
 
 
+def until_flat(guide: Any, model: Callable[[], None], steps: int, draws: int, lr: float) -> None:
+    """A third of the step size whenever the mean loss of 50 steps has not fallen twice; after four times it stops."""
+    losses: list[float] = []
+    for optimizer, loss in itertools.islice(by_hand(guide, model, draws, lr), 4 * steps):
+        losses.append(loss)
+        if len(losses) == 101:
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=1 / 3, patience=2, threshold=0.0)
+        elif len(losses) > 101 and len(losses) % 50 == 1:
+            plateau.step(sum(losses[-50:]) / 50)
+            if optimizer.param_groups[0]["lr"] < lr / 60:
+                return
+
+
+def along_a_line(step: int, steps: int) -> float:
+    return min(1.0, step / 100) * (1 - (step - 1) / steps)
+
+
+def late(step: int, steps: int) -> float:
+    return min(1.0, step / 100, 2 * (1 - (step - 1) / steps))
+
+
 # AutoFlow's couplings and base, to be changed.
 default = functools.partial(flows.realnvp, activation=nn.ELU)
+
+
+def with_splines(input_dim: int) -> flows.Flow:
+    """The default couplings, and then a spline for each latent."""
+    splines = Elementwise(RationalQuadraticSpline(bound=6.0), input_dim)
+    return flows.Flow([*default(input_dim).transforms, splines])
 
 
 def recipe(build: Callable[..., Any], **options: Any) -> dict[str, Any]:
@@ -88,9 +126,11 @@ VARIANTS = {
     "default": Variant(),
     "no warm start": Variant(fit={"warm_start": False}),
     "Laplace start": Variant(fit={"warm_start": False}, prepare=laplace),
+    "start with scales alone": Variant(other={"fitting.warm.POOR": 0}),
+    "start with all correlations": Variant(other={"fitting.warm.POOR": math.inf}),
     "plain gradient": Variant(fit={"objective": Trace_ELBO}),
-    "Adam alone": Variant(few=math.inf),
-    "Muon for all networks": Variant(few=0),
+    "Adam alone": Variant(other={"fitting.optimizers.FEW": math.inf}),
+    "Muon for all networks": Variant(other={"fitting.optimizers.FEW": 0}),
     "draws / 4": Variant(draws=1 / 4),
     "draws / 4, steps x 4": Variant(draws=1 / 4, steps=4),
     "draws x 2, steps / 2": Variant(draws=2, steps=1 / 2),
@@ -98,6 +138,9 @@ VARIANTS = {
     "steps x 2": Variant(steps=2),
     "step size x 3": Variant(lr=3),
     "step size / 3": Variant(lr=1 / 3),
+    "step size falls along a line": Variant(other={"fitting.loop._schedule": along_a_line}),
+    "step size falls in the second half": Variant(other={"fitting.loop._schedule": late}),
+    "step size falls when the loss does not, to a stop": Variant(train=until_flat),
     "averaged iterates": Variant(train=averaged),
     "gradients clipped at 1": Variant(fit={"clip_norm": 1.0}),
     "4 couplings": Variant(guide=recipe(default, num_transforms=4)),
@@ -108,6 +151,8 @@ VARIANTS = {
     "3 IAF layers": Variant(guide=recipe(flows.iaf, num_transforms=3, hidden_dims=(128, 128), activation=nn.ELU)),
     "5 spline couplings": Variant(guide=recipe(flows.nsf, activation=nn.ELU)),
     "5 spline couplings, step size / 3": Variant(guide=recipe(flows.nsf, activation=nn.ELU), lr=1 / 3),
+    "a spline for each latent at the end": Variant(guide=recipe(with_splines)),
+    "a scale for each latent at the end": Variant(other={"guides.recipe.LEARNED": 0}),
     "normal base": Variant(guide={"base": StandardNormal}),
     "Student-t base": Variant(guide={"base": functools.partial(StudentTBase, df=50.0)}),
 }
@@ -132,11 +177,13 @@ def measure(name: str, label: str, quick: bool) -> posteriors.Row:
         if "objective" in options:
             options["objective"] = options["objective"](particles, vectorize_particles=True)
             options["warm_start"] = True
-        with mock.patch("pyro_flows.fitting.optimizers.FEW", variant.few):
-            pf.fit_svi(target.model, guide, steps=asked, num_particles=particles, lr=lr, progress=False, **options)
+        pf.fit_svi(target.model, guide, steps=asked, num_particles=particles, lr=lr, progress=False, **options)
         return guide
 
-    return posteriors.run(name, {"variant": label}, 0, fit, draws)
+    with contextlib.ExitStack() as changes:
+        for place, value in variant.other.items():
+            changes.enter_context(mock.patch(f"pyro_flows.{place}", value))
+        return posteriors.run(name, {"variant": label}, 0, fit, draws)
 
 
 def table(rows: list[posteriors.Row], names: tuple[str, ...]) -> str:

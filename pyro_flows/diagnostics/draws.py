@@ -151,15 +151,13 @@ def check_side_by_side(
         single, guide_trace, nesting = single_trace(model, guide, args, kwargs)
         try:
             draws = _run(model, guide, args, kwargs, 2, nesting, single)
-            latents = {
-                name: rows_of(name, site["value"], single.nodes[name]["value"].shape, 2)
-                for name, site in prune_subsample_sites(draws.model).iter_stochastic_nodes()
-            }
         except (RuntimeError, IndexError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"the model does not run with draws side by side ({reason:.200}). {way_out}") from error
-        if not latents.keys() <= guide_trace.nodes.keys():
+        sites = dict(prune_subsample_sites(draws.model).iter_stochastic_nodes())
+        if not sites.keys() <= guide_trace.nodes.keys():
             return  # what the guide leaves to the model's own randomness is drawn anew each time
+        latents = {name: rows_of(name, s["value"], single.nodes[name]["value"].shape, 2) for name, s in sites.items()}
         for row in range(2):
             held = poutine.condition(model, data={name: value[row] for name, value in latents.items()})
             with poutine.block():
