@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 
 from pyro_flows import AutoFlow, fit_svi, flows
 from pyro_flows.fitting import loop
-from pyro_flows.fitting.optimizers import FEW, matrices, optimizers
+from pyro_flows.fitting.optimizers import FEW, Muon, matrices, optimizers
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
 
@@ -34,12 +34,35 @@ def test_muon_has_the_matrices_of_networks_and_adam_all_else(recipe):
     guide = guide_over(FEW + 1, recipe)
     parameters = list(guide.parameters())
     adam, muon = optimizers(parameters, 0.01, matrices(guide))
-    assert (type(adam), type(muon)) == (torch.optim.Adam, torch.optim.Muon)
+    assert (type(adam), type(muon)) == (torch.optim.Adam, Muon)
     names = {id(parameter): name for name, parameter in guide.named_parameters()}
     by_muon, by_adam = ({names[id(p)] for g in o.param_groups for p in g["params"]} for o in (muon, adam))
     assert by_muon == {name for name in names.values() if ".conditioner." in name and name.endswith("weight")}
     assert len(by_muon) == (4 if recipe is small else 6)
     assert by_adam == set(names.values()) - by_muon
+
+
+def test_muon_side_by_side_does_what_torch_does_one_by_one():
+    """Wide, square and tall matrices, several of a shape, and one without a gradient; torch computes in bfloat16."""
+    torch.manual_seed(0)
+    shapes = [(3, 20), (20, 20), (3, 20), (30, 4), (30, 4), (5, 5)]
+    mine, theirs = ([torch.ones(shape, dtype=torch.float64).requires_grad_() for shape in shapes] for _ in range(2))
+    both = Muon(mine, lr=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0)
+    for _ in range(3):
+        for left, right in zip(mine[:-1], theirs[:-1], strict=True):
+            left.grad = torch.randn_like(left)
+            right.grad = left.grad.clone()
+        before = [parameter.detach().clone() for parameter in mine]
+        for optimizer in both:
+            optimizer.step()
+        for place, parameter in zip(before[:-1], mine[:-1], strict=True):
+            rows, columns = place.shape
+            sizes = torch.linalg.svdvals(parameter.detach() - place) / (0.1 * max(1, rows / columns) ** 0.5)
+            assert sizes.min() > 0.6
+            assert sizes.max() < 1.3
+    assert torch.equal(mine[-1], torch.ones(5, 5, dtype=torch.float64))
+    for left, right in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize(

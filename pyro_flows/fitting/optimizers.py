@@ -8,14 +8,50 @@ arXiv:1412.6980) costs less and leaves lighter tails of the weights.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..guides import AutoFlow
+from ..guides.recipe import FEW
 
-FEW = 32  # up to how many latents Adam trains all
+
+class Muon(torch.optim.Muon):
+    """torch's Muon without decay of weights, and with all matrices of one shape side by side: flows have many small."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            for parameter in group["params"]:
+                if (gradient := parameter.grad) is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+                direction = gradient.lerp(momentum, group["momentum"])
+                alike.setdefault(parameter.shape, []).append((parameter, direction))
+            for (rows, columns), pairs in alike.items():
+                parameters, directions = zip(*pairs, strict=True)
+                moves = _orthonormal(torch.stack(directions), group["ns_coefficients"], group["ns_steps"])
+                for parameter, move in zip(parameters, moves, strict=True):
+                    parameter.add_(move, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+
+
+def _orthonormal(matrices: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Matrices ``(N, rows, columns)`` with their singular values brought to about one, by Newton-Schulz steps."""
+    a, b, c = coefficients
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).float()  # an approximation anyway
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def matrices(guide: Any) -> list[Tensor]:
@@ -34,5 +70,5 @@ def optimizers(parameters: list[Tensor], lr: float, matrices: list[Tensor]) -> l
     if by_adam:
         found.append(torch.optim.Adam(by_adam, lr=lr, foreach=True))
     if by_muon:
-        found.append(torch.optim.Muon(by_muon, lr=lr, weight_decay=0.0))
+        found.append(Muon(by_muon, lr=lr, weight_decay=0.0))
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..guides import AutoFlow
-from .optimizers import FEW
+from ..guides.recipe import FEW
 
 
 class Schedule(NamedTuple):
@@ -17,6 +17,7 @@ class Schedule(NamedTuple):
     steps: int
     num_particles: int
     lr: float
+    clip_norm: float
 
 
 def suited_to(guide: Any, *, near: bool = False) -> Schedule:
@@ -27,8 +28,9 @@ def suited_to(guide: Any, *, near: bool = False) -> Schedule:
     anything is left to learn, half of the steps will do.
     """
     if not isinstance(guide, AutoFlow):
-        return Schedule(steps=3000, num_particles=64, lr=0.01)
+        return Schedule(steps=3000, num_particles=64, lr=0.01, clip_norm=100.0)
     if guide.has_circles:
-        return Schedule(steps=2000, num_particles=256, lr=0.003)
-    steps = 1000 if guide.latent_dim <= FEW else 3000 if guide.latent_dim <= 64 else 1500
-    return Schedule(steps=steps // 2 if near else steps, num_particles=256, lr=0.01)
+        return Schedule(steps=2000, num_particles=256, lr=0.003, clip_norm=100.0)
+    few = guide.latent_dim <= FEW
+    steps = 1000 if few else 2100 if guide.latent_dim <= 64 else 1000
+    return Schedule(steps // 2 if near else steps, num_particles=256, lr=0.01, clip_norm=100.0 if few else 1.0)

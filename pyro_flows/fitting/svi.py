@@ -42,7 +42,7 @@ def fit_svi(
     objective: ELBO | None = None,
     num_particles: int | None = None,
     lr: float | None = None,
-    clip_norm: float = 100.0,
+    clip_norm: float | None = None,
     warm_start: bool | None = None,
     on_nonfinite: str = "skip",
     checkpoint: str | os.PathLike[str] | None = None,
@@ -67,7 +67,7 @@ def fit_svi(
         num_particles: The number of draws in each step, where no objective is given; by default what suits the guide.
         lr: The largest step size, which is reached within 100 steps and falls to zero along a cosine; by default 0.01,
             or 0.003 where latents are angles.  Beyond 32 latents Muon trains an ``AutoFlow``'s networks; Adam all else.
-        clip_norm: The largest norm of a gradient.
+        clip_norm: The largest norm of a gradient; by default 100, or 1 for an ``AutoFlow`` over more than 32 latents.
         warm_start: Whether to look for a Gaussian to start from, one of the flattened posterior for a ``TemperedELBO``.
             By default a new ``AutoFlow`` does, with objectives of ``pyro_flows`` whose draws run side by side and no
             subsampled plates; one that was trained before goes on from where it is.
@@ -107,7 +107,8 @@ def fit_svi(
     single, _, nesting = single_trace(model, guide, args, kwargs)
     _check_steps(steps, annealed := getattr(objective, "num_steps", None))
     suited = suited_to(guide)
-    lr, num_particles, clip_norm = float(lr or suited.lr), num_particles or suited.num_particles, float(clip_norm)
+    num_particles = num_particles or suited.num_particles
+    lr, clip_norm = float(lr or suited.lr), float(clip_norm or suited.clip_norm)
     file = None if checkpoint is None else Path(checkpoint)
     if file and not file.parent.is_dir():
         raise ValueError(f"fit_svi: checkpoint={str(file)!r} lies in a folder that does not exist.")

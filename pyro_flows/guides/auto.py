@@ -42,8 +42,8 @@ class AutoFlow(AutoContinuous):
 
     Args:
         model: A Pyro model of fixed structure, with continuous latents.
-        flow: A recipe, called with the number of latent dimensions, such as ``flows.iaf``; by default eight affine
-            couplings over contaminated normals.
+        flow: A recipe, called with the number of latent dimensions, such as ``flows.iaf``; by default 8 affine
+            couplings, 16 beyond 32 latents, over contaminated normals.
         base: In place of the recipe's base, a function of the number of latent dimensions, such as
             ``distributions.StudentTBase`` for heavy tails.
         init_loc_fn: Where the guide starts, a Pyro initialisation strategy; by default the prior's median or mean

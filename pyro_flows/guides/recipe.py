@@ -16,19 +16,23 @@ from ..distributions import CircularBase, ContaminatedNormalBase
 from ..flows import Flow
 from ..transforms import ActNorm, FixedAffine, FlowTransform, LULinear
 
+FEW = 32  # up to how many latents eight couplings will do
 LEARNED = 64  # up to how many latents the learned affine map has a full matrix
 DENSE = 512  # up to how many the one that the guide starts from has
 
 
 def default_flow(input_dim: int) -> Flow:
-    """The flow that :class:`AutoFlow` builds when none is named: eight affine couplings over a base with tails that are
-    slightly heavier than a normal's, so that weights p / q stay bounded where the posterior's are normal.
+    """The flow that :class:`AutoFlow` builds when none is named: 8 affine couplings, 16 beyond 32 latents, over a base
+    with tails that are slightly heavier than a normal's, so that weights p / q stay bounded where the posterior's are.
 
     After Agrawal, Domke 2024, Disentangling impact of capacity, objective, batchsize, estimators, and step-size on
     flow VI, arXiv:2412.08824.
     """
-    couplings = flows.realnvp(input_dim, activation=nn.ELU)
-    return Flow(couplings.transforms, ContaminatedNormalBase(input_dim))
+    few = input_dim <= FEW
+    couplings = flows.realnvp(input_dim, num_transforms=8 if few else 16, activation=nn.ELU)
+    # Among many latents one is always in the wide component, which must then be less wide.
+    base = ContaminatedNormalBase(input_dim) if few else ContaminatedNormalBase(input_dim, share=0.05, scale=1.3)
+    return Flow(couplings.transforms, base)
 
 
 def circular_flow(circular: Sequence[bool]) -> Flow:
