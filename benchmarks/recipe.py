@@ -45,7 +45,7 @@ QUICK = "reference", "no warm start", "averaged iterates"
 
 
 class Variant(NamedTuple):
-    """What differs from the defaults: of the guide, of the fit, of how many times the steps and the draws."""
+    """What differs from the reference: of the guide, of the fit, of how many times the steps and the draws."""
 
     guide: dict[str, Any] = {}
     fit: dict[str, Any] = {}
@@ -91,7 +91,7 @@ def averaged(guide: Any, model: Callable[[], None], steps: int, draws: int, lr: 
 
 
 def until_flat(guide: Any, model: Callable[[], None], steps: int, draws: int, lr: float) -> None:
-    """A third of the step size whenever the mean loss of 50 steps has not fallen twice; after four times it stops."""
+    """A third of the step size when the loss of 50 steps has not fallen three times running; the fourth ends it."""
     losses: list[float] = []
     for optimizer, loss in itertools.islice(by_hand(guide, model, draws, lr), 4 * steps):
         losses.append(loss)
@@ -201,8 +201,9 @@ def table(rows: list[posteriors.Row], names: tuple[str, ...]) -> str:
         "# The recipe: one change at a time",
         "",
         "Each cell: nats below log Z / k-hat / worst error of a mean in sd / seconds (seed 0, on a busy core; a rough "
-        "guide). The reference, 8 couplings, is the default up to 32 latents; with 51 the default is "
-        "the row of 16 couplings that is clipped at 1. Reproduce with `python benchmarks/recipe.py`.",
+        "guide). The reference, 8 couplings, is the default up to 32 latents; with 51 the default is the row of 16 "
+        "couplings that is clipped at 1. Averaged iterates and the row that stops have Adam alone. "
+        "Reproduce with `python benchmarks/recipe.py`.",
         "",
         "| variant | " + " | ".join(heads) + " |",
         "|---" * (1 + len(heads)) + "|",

@@ -14,7 +14,10 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 
 from pyro_flows import AutoFlow, fit_svi, flows
 from pyro_flows.fitting import loop
-from pyro_flows.fitting.optimizers import FEW, Muon, matrices, optimizers
+from pyro_flows.fitting.optimizers import Muon, matrices, optimizers
+from pyro_flows.fitting.schedule import suited_to
+from pyro_flows.guides.recipe import FEW
+from pyro_flows.transforms import Coupling
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
 
@@ -63,6 +66,13 @@ def test_muon_side_by_side_does_what_torch_does_one_by_one():
     assert torch.equal(mine[-1], torch.ones(5, 5, dtype=torch.float64))
     for left, right in zip(mine, theirs, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(("dim", "couplings", "clip_norm"), [(FEW, 8, 100.0), (FEW + 1, 16, 1.0)])
+def test_many_latents_have_a_deeper_flow_and_smaller_gradients(dim, couplings, clip_norm):
+    guide = AutoFlow(functools.partial(chain, dim)).setup()
+    assert sum(isinstance(layer, Coupling) for layer in guide.flow.transforms) == couplings
+    assert suited_to(guide).clip_norm == clip_norm
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ arXiv:1412.6980) costs less and leaves lighter tails of the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,8 +21,11 @@ from ..guides.recipe import FEW
 class Muon(torch.optim.Muon):
     """torch's Muon without decay of weights, and with all matrices of one shape side by side: flows have many small."""
 
+    def __init__(self, parameters: list[Tensor], lr: float) -> None:
+        super().__init__(parameters, lr=lr, weight_decay=0.0)
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for parameter in group["params"]:
@@ -70,5 +72,5 @@ def optimizers(parameters: list[Tensor], lr: float, matrices: list[Tensor]) -> l
     if by_adam:
         found.append(torch.optim.Adam(by_adam, lr=lr, foreach=True))
     if by_muon:
-        found.append(Muon(by_muon, lr=lr, weight_decay=0.0))
+        found.append(Muon(by_muon, lr=lr))
     return found

@@ -50,7 +50,7 @@ class AutoFlow(AutoContinuous):
             where it has one, else the origin.
         init_scale: The scale of each unconstrained latent at the start (sds are 2 % larger by default).  For plain SVI,
             whose gradients are noisy in narrow guides, 1.0 is better where the model bears it.
-        name: The guide's name in Pyro's parameter store, unique by default; by your own, other processes find it again.
+        name: The guide's name in Pyro's parameter store, unique by default; under one you give it is found again.
 
     Raises:
         ValueError: At :meth:`setup`, naming the site: if a latent is discrete, if its support has no volume or depends

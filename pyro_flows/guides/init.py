@@ -36,11 +36,11 @@ def init_to_center(site: dict[str, Any] | None = None) -> Tensor | Callable[...,
         return fn.sample()  # for the guide to refuse, in words of its own
     try:
         bijection = biject_to(fn.support)
-    except NotImplementedError:
+    except NotImplementedError as error:
         raise NotImplementedError(
             f"init_to_center: torch knows no bijection from real vectors onto {fn.support}, the support of site "
             f"{site.get('name')!r}; write the site another way, a covariance as scales and an LKJCholesky, say."
-        ) from None
+        ) from error
     for value in (_median(fn), _mean(fn)):
         if value is not None and value.shape == fn.shape() and bijection.inv(value).isfinite().all():
             return value

@@ -16,7 +16,7 @@ from ..distributions import CircularBase, ContaminatedNormalBase
 from ..flows import Flow
 from ..transforms import ActNorm, FixedAffine, FlowTransform, LULinear
 
-FEW = 32  # up to how many latents eight couplings will do
+FEW = 32  # up to how many latents eight couplings and Adam will do
 LEARNED = 64  # up to how many latents the learned affine map has a full matrix
 DENSE = 512  # up to how many the one that the guide starts from has
 
