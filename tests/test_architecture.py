@@ -19,6 +19,7 @@ LAYERS = [
     {"objectives", "guides", "diagnostics"},
     {"fitting"},
     {"__init__"},
+    {"commands"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

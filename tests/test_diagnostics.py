@@ -1,19 +1,13 @@
 """The diagnostics tell the truth.
 
-``psis`` finds the k-hat and the evidence of pairs where both are known, in agreement with ArviZ; ``to_arviz`` keeps
-every number in its place, with both generations of ArviZ.
+``psis`` finds the k-hat and the evidence of pairs where both are known, and refuses what cannot be weighed.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import math
-import sys
-import types
-import warnings
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -21,30 +15,9 @@ import torch
 from pyro.infer.autoguide import AutoDelta
 
 from pyro_flows import AutoFlow, Psis, flows, psis, to_arviz
-from pyro_flows.diagnostics import compat
 from pyro_flows.diagnostics.importance import weigh
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)
-    import arviz as az
-
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
-
-
-def groups_of(data) -> set[str]:
-    """The groups of an InferenceData (ArviZ 0.2x) or DataTree (1.x)."""
-    return set(data.groups()) if callable(data.groups) else set(data.children)
-
-
-def _find_psislw():
-    """ArviZ's own smoothing, asked directly: 1.x takes the negative of the log-weights."""
-    if hasattr(az, "psislw"):
-        return az.psislw
-    smooth = importlib.import_module("arviz_stats.base").array_stats.psislw
-    return lambda log_weights: smooth(-log_weights)
-
-
-arviz_psislw = _find_psislw()  # found now, before a test puts a stand-in in ArviZ's place
 
 
 def target(*_, **__):
@@ -98,18 +71,6 @@ def test_equal_densities():
 
 def test_few_draws_lower_the_threshold():
     assert psis(target, gaussian(0.9), num_samples=100).threshold == pytest.approx(0.5)
-
-
-def test_agrees_with_arviz():
-    checked = psis(target, gaussian(0.7), num_samples=2000)
-    log_smoothed, khat = arviz_psislw(checked.log_weights.double().numpy())
-    smoothed = np.exp(log_smoothed) / np.exp(log_smoothed).sum()
-    assert checked.khat == pytest.approx(float(khat), abs=1e-9)
-    assert checked.ess == pytest.approx(1 / (smoothed**2).sum(), rel=1e-9)
-    # The evidence is the plain mean of the raw weights.
-    assert checked.log_evidence == pytest.approx(
-        checked.log_weights.double().logsumexp(0).item() - math.log(2000), abs=1e-9
-    )
 
 
 def test_log_weights_are_raw():
@@ -241,142 +202,6 @@ def test_guide_outside_the_support_is_refused():
         psis(model, gaussian(1.0), num_samples=50)
 
 
-# ArviZ.
-
-
-@pytest.fixture
-def data(guide):
-    return to_arviz(nested, guide, Y, num_samples=40)
-
-
-def test_groups_and_dims(data):
-    assert set(groups_of(data)) == {"posterior", "sample_stats", "log_likelihood", "observed_data"}
-    dims = {name: tuple(map(str, value.dims)) for name, value in data.posterior.items()}
-    sizes = {name: value.shape for name, value in data.posterior.items()}
-    assert set(dims) == {"top", "middle", "leaf", "pair", "double", "square"}
-    assert dims["top"] == dims["square"] == ("chain", "draw")
-    assert dims["leaf"] == dims["double"] == ("chain", "draw", "outer", "inner")
-    assert dims["middle"][:3] == ("chain", "draw", "outer")
-    assert dims["pair"][:4] == ("chain", "draw", "outer", "inner")
-    assert sizes["top"] == (1, 40)
-    assert sizes["middle"] == (1, 40, 2, 1)
-    assert sizes["leaf"] == (1, 40, 2, 3)
-    assert sizes["pair"] == (1, 40, 2, 3, 2)
-
-
-def test_deterministic_sites_belong_to_their_draws(data):
-    np.testing.assert_allclose(data.posterior["double"].values, 2 * data.posterior["leaf"].values, rtol=1e-6)
-    np.testing.assert_allclose(data.posterior["square"].values, data.posterior["top"].values ** 2, rtol=1e-6)
-
-
-def test_observed_data_is_there_once(data):
-    assert dict(data.observed_data.sizes) == {"outer": 2, "inner": 3}
-    np.testing.assert_array_equal(data.observed_data["y"].values, Y.numpy())
-
-
-def test_log_likelihood_of_each_observation(data):
-    assert tuple(map(str, data.log_likelihood["y"].dims)) == ("chain", "draw", "outer", "inner")
-    pair = torch.as_tensor(data.posterior["pair"].values)
-    expected = dist.Normal(pair.sum(-1), 1.0).log_prob(Y)
-    np.testing.assert_allclose(data.log_likelihood["y"].values, expected.numpy(), rtol=1e-4, atol=1e-5)
-
-
-def test_log_likelihood_can_be_left_out(guide):
-    data = to_arviz(nested, guide, Y, num_samples=30, log_likelihood=False)
-    assert set(groups_of(data)) == {"posterior", "sample_stats", "observed_data"}
-
-
-def test_model_without_data():
-    data = to_arviz(target, gaussian(0.9), num_samples=30)
-    assert set(groups_of(data)) == {"posterior", "sample_stats"}
-
-
-def test_without_vectorize_the_layout_is_the_same(guide, data):
-    single = to_arviz(nested, guide, Y, num_samples=25, vectorize=False)
-    assert set(groups_of(single)) == set(groups_of(data))
-    for group in groups_of(single):
-        for name, value in single[group].items():
-            assert value.dims == data[group][name].dims
-            assert value.sizes.get("draw", 25) == 25
-
-
-def test_attrs_hold_khat(data):
-    khat = weigh(torch.as_tensor(data.sample_stats["log_weight"].values[0])).khat
-    for group in groups_of(data):
-        assert data[group].attrs["inference_library"] == "pyro_flows"
-        assert data[group].attrs["khat"] == pytest.approx(khat)
-
-
-def test_netcdf_round_trip(data, tmp_path):
-    path = str(tmp_path / "draws.nc")
-    data.to_netcdf(path)
-    again = az.from_netcdf(path)
-    assert set(groups_of(again)) == set(groups_of(data))
-    for group in groups_of(data):
-        assert again[group].attrs["khat"] == data[group].attrs["khat"]
-        for name, value in data[group].items():
-            np.testing.assert_array_equal(again[group][name].values, value.values)
-            assert again[group][name].dims == value.dims
-
-
-def test_summary_runs(data):
-    table = az.summary(data, kind="stats")
-    assert "leaf[1, 2]" in table.index
-    assert table.loc["top", "mean"] == pytest.approx(float(data.posterior["top"].mean()), abs=6e-4)  # three decimals
-
-
-def test_a_model_that_does_not_broadcast_is_told_how():
-    """A model that mixes its draws up is refused by the site's name, and runs one draw at a time."""
-
-    def model():
-        x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.deterministic("wide", x.sum().expand(3) if x.dim() == 0 else x.reshape(-1)[:7])
-
-    with pytest.raises(ValueError, match=r"site 'wide' has shape \(3,\).*vectorize=False"):
-        to_arviz(model, gaussian(0.9), num_samples=30)
-    assert to_arviz(model, gaussian(0.9), num_samples=30, vectorize=False).posterior["wide"].shape == (1, 30, 3)
-
-
-# The other generation of ArviZ, which this environment lacks: a stand-in with its layout.
-
-
-def test_arviz_1_gets_negated_weights(monkeypatch):
-    """ArviZ 1.x moved psislw into arviz_stats, where it takes the negative of the log-ratios."""
-    seen = []
-
-    def negated(values):
-        seen.append(values)
-        return arviz_psislw(-values)
-
-    modern, stats, base = (types.ModuleType(name) for name in ("arviz", "arviz_stats", "arviz_stats.base"))
-    base.array_stats = types.SimpleNamespace(psislw=negated)
-    for module in (modern, stats, base):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    log_weights = np.random.default_rng(0).normal(size=500)
-    smoothed, khat = compat.psislw(log_weights)
-    np.testing.assert_array_equal(seen[0], -log_weights)
-    expected, expected_khat = arviz_psislw(log_weights)
-    np.testing.assert_allclose(smoothed, expected)
-    assert khat == pytest.approx(float(expected_khat))
-
-
-def test_arviz_1_gets_groups_as_one_argument(monkeypatch):
-    """ArviZ 1.x takes the groups as one dictionary and returns a tree of them."""
-    calls = []
-
-    def from_dict(groups, *, coords, dims):
-        calls.append((groups, coords, dims))
-        return {name: types.SimpleNamespace(attrs={}) for name in groups}
-
-    modern = types.ModuleType("arviz")
-    modern.from_dict = from_dict
-    monkeypatch.setitem(sys.modules, "arviz", modern)
-    groups = {"posterior": {"x": np.zeros((1, 30, 2))}}
-    tree = compat.from_groups(groups, {}, {"x": ["row"]}, {"khat": 0.1})
-    assert calls == [(groups, {}, {"x": ["row"]})]
-    assert tree["posterior"].attrs == {"khat": 0.1}
-
-
 def test_a_subsampled_plate_is_refused_by_name():
     def model() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -396,22 +221,6 @@ def test_batch_size_must_be_positive():
 
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         psis(model, model, num_samples=100, batch_size=0)
-
-
-def test_masked_rows_carry_no_likelihood():
-    seen = torch.tensor([True, False, True])
-
-    def model() -> None:
-        x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        with pyro.plate("rows", 3), pyro.poutine.mask(mask=seen):
-            pyro.sample("y", dist.Normal(x, 1.0), obs=torch.ones(3))
-
-    def guide() -> None:
-        pyro.sample("x", dist.Normal(0.0, 1.0))
-
-    found = to_arviz(model, guide, num_samples=50)["log_likelihood"]["y"].values
-    assert (found[..., 1] == 0).all()
-    assert (found[..., [0, 2]] < 0).all()
 
 
 def test_a_model_that_sums_over_all_draws_is_refused():

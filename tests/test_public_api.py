@@ -14,7 +14,7 @@ from pyro_flows import (
 )
 
 NAMES = {
-    pyro_flows: "AutoFlow Fit Flow Psis fit_svi flows psis to_arviz",
+    pyro_flows: "AutoFlow Check Fit Flow Psis check fit_svi flows neutra psis refine resample to_arviz",
     bijectors: "Affine Bijector CircularSpline RationalQuadraticSpline Shift",
     conditioners: "Conditioner MADE MLP Periodic costream stream",
     transforms: "ActNorm Autoregressive Compose Coupling Elementwise FixedAffine FlowTransform Inverse LULinear "
@@ -23,7 +23,7 @@ NAMES = {
     flows: "Flow circular_coupling iaf maf nice nsf nsf_ar realnvp",
     objectives: "ForwardKL ImportanceWeightedELBO PathELBO PathEnumELBO RenyiELBO TemperedELBO",
     guides: "AutoFlow default_flow init_to_center",
-    diagnostics: "Psis psis to_arviz",
+    diagnostics: "Check Neutra Psis Refined check neutra psis refine resample to_arviz",
     fitting: "Fit fit_svi",
 }
 MODULE = type(pyro_flows)

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_flows import AutoFlow, fit_svi, flows
-from pyro_flows.fitting.warm import Gaussian, fit_gaussian, log_joint, start_from_gaussian
+from pyro_flows.diagnostics.gaussian import Gaussian, fit_gaussian
+from pyro_flows.diagnostics.space import Space
+from pyro_flows.fitting.warm import start_from_gaussian
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
 
@@ -127,7 +129,7 @@ def test_a_target_a_thousand_deviations_away_is_reached(heavy):
 # The density.
 
 
-def test_log_joint_counts_every_change_of_variables():
+def test_log_p_counts_every_change_of_variables():
     """Laws whose density is known in the unconstrained space too."""
 
     def model():
@@ -146,7 +148,7 @@ def test_log_joint_counts_every_change_of_variables():
     wanted += (dist.Normal(torch.arange(3.0), 1.0).log_prob(c) + d - d.exp()).sum(-1)
     wanted += (dist.Normal(c, 0.5).log_prob(torch.zeros(3)) + 2.5 * dist.Normal(c, 0.5).log_prob(torch.ones(3))).sum(-1)
     guide = AutoFlow(model, small).setup()
-    torch.testing.assert_close(log_joint(model, guide, (), {})(z), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(Space(model, guide, (), {}).log_p(z), wanted, rtol=1e-4, atol=1e-4)
 
 
 def nested(y):
@@ -163,10 +165,10 @@ def nested(y):
 NESTED_Y = torch.tensor([[0.5, 1.0, 2.0], [3.0, 0.1, 1.5]])
 
 
-def test_log_joint_is_the_models_density_of_one_draw_at_a_time():
+def test_log_p_is_the_models_density_of_one_draw_at_a_time():
     guide = AutoFlow(nested, small).setup(NESTED_Y)
     z = torch.randn(5, guide.latent_dim)
-    together = log_joint(nested, guide, (NESTED_Y,), {})(z)
+    together = Space(nested, guide, (NESTED_Y,), {}).log_p(z)
     for row in range(5):
         values, change = {}, torch.zeros(())
         for site, unconstrained in guide._sites(z[row : row + 1]):

@@ -3,3 +3,10 @@
 from .arviz import to_arviz as to_arviz
 from .importance import Psis as Psis
 from .importance import psis as psis
+from .refinement import Refined as Refined
+from .refinement import refine as refine
+from .resampling import resample as resample
+from .transport import Neutra as Neutra
+from .transport import neutra as neutra
+from .verdict import Check as Check
+from .verdict import check as check

@@ -1,4 +1,4 @@
-"""Guide draws as ArviZ data: one chain of N independent draws, with both log-densities."""
+"""Guide draws as ArviZ data: one chain of N draws, with both log-densities."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from .compat import from_groups
-from .draws import draw, rows_of
+from .compat import Groups, Variable, container
+from .draws import draw
+from .held import Held, hold, read, sites_of, values_of
 from .importance import weigh
+from .resampling import reweighted
 
 
 def to_arviz(
@@ -20,24 +22,42 @@ def to_arviz(
     guide: Callable[..., Any],
     *args: Any,
     num_samples: int = 1000,
+    importance: bool = False,
+    num_weighed: int = 10_000,
+    posterior_predictive: bool = False,
+    log_likelihood: bool = True,
     batch_size: int = 1000,
     vectorize: bool = True,
-    log_likelihood: bool = True,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Draw from a guide into ArviZ's container: ``InferenceData`` for ArviZ 0.2x, ``DataTree`` for 1.x.
 
     The groups are ``posterior`` (latent and deterministic sites), ``sample_stats`` (``log_p``, ``log_q`` and their
-    difference ``log_weight``, in nats), ``log_likelihood`` and ``observed_data``.  Dimensions are ``(chain=1, draw=N)``
-    and the names of the model's plates; k-hat is an attribute of each group.  The draws are independent and
-    unweighted, so ``r_hat`` and ``ess`` of ``arviz.summary`` say nothing about the guide's quality: see :func:`psis`.
+    difference ``log_weight``, in nats), ``posterior_predictive``, ``log_likelihood`` and ``observed_data``.  Dimensions
+    are ``(chain=1, draw=N)`` and the names of the model's plates.  Attributes of each group are ``khat``,
+    ``importance_resampled`` (1 or 0) and ``importance_ess``, the effective sample size of the weights.
+
+    ``arviz.loo`` takes the result, with ``var_name`` if several sites are observed.  Observations that are masked, and
+    so have no likelihood in any draw, are left out of ``log_likelihood``: the others of such a site lie along a
+    dimension ``{site}_seen``, whose coordinates count the site's rows.
+
+    The draws are a guide's, so ``r_hat`` and ``ess`` of ``arviz.summary`` say nothing about its quality: see
+    :func:`check`.  They are unweighted, or with ``importance`` resampled as by :func:`resample`.
 
     Args:
         num_samples: The number N of draws.
-        log_likelihood: Whether to keep each observation's log-likelihood.
+        importance: Whether to resample the draws by their Pareto-smoothed weights; ``sample_stats`` are then those of
+            the draws that are kept, some several times.
+        num_weighed: How many draws they are then chosen from; at least N are.
+        posterior_predictive: Whether to draw the observed sites anew, given the latents.  What the model gets from an
+            observed site is then the new value, so one that depends on another follows it.
+        log_likelihood: Whether to keep each observation's log-likelihood, in nats.
 
     The other arguments and the errors are those of :func:`psis`.
+
+    Warns:
+        UserWarning: With ``importance``, if k-hat is above its threshold: the draws cannot be trusted.
 
     Example::
 
@@ -49,65 +69,76 @@ def to_arviz(
         >>> dict(data["posterior"].sizes)
         {'chain': 1, 'draw': 100}
     """
-    if num_samples < 25:
-        raise ValueError(f"to_arviz: num_samples must be at least 25 to fit a tail, got {num_samples}.")
+    for name, value in (("num_samples", num_samples), ("num_weighed", num_weighed)):
+        if value < 25:
+            raise ValueError(f"to_arviz: {name} must be at least 25 to fit a tail, got {value}.")
     kwargs = {**kwargs, **(model_kwargs or {})}
-    parts: dict[str, dict[str, list[Tensor]]] = {"posterior": {}, "sample_stats": {}, "log_likelihood": {}}
-    observed: dict[str, np.ndarray] = {}
-    dims: dict[str, list[str]] = {}
-    for batch in draw(model, guide, args, kwargs, num_samples, batch_size=batch_size, vectorize=vectorize):
-        for name, site in batch.model.nodes.items():
-            kind = _kind(site)
-            if kind is None:
-                continue
-            plates = sorted((f for f in site["cond_indep_stack"] if f.vectorized), key=lambda f: f.dim)
-            plates = [frame for frame in plates if frame.name != "_pyro_flows_draws"]
-            depth = -plates[0].dim if plates else 0
-            labels = {frame.dim: frame.name for frame in plates}
-            dims[name] = [labels.get(dim - depth, f"{name}_dim_{dim}") for dim in range(depth)]
-            single, size = batch.single.nodes[name], len(batch.log_p)
-            if kind == "posterior":
-                value = rows_of(name, site["value"], single["value"].shape, size)
-                parts["posterior"].setdefault(name, []).append(value)
-            else:
-                observed[name] = _array(single["value"])
-                if log_likelihood:
-                    density = scale_and_mask(
-                        site["unscaled_log_prob"], mask=site["mask"]
-                    )  # a masked row counts nothing
-                    value = rows_of(name, density, single["fn"].batch_shape, size)
-                    parts["log_likelihood"].setdefault(name, []).append(value)
-        stats = {"log_p": batch.log_p, "log_q": batch.log_q, "log_weight": batch.log_p - batch.log_q}
-        for name, value in stats.items():
-            parts["sample_stats"].setdefault(name, []).append(value)
-    groups = {
-        group: {name: _array(torch.cat(values))[None] for name, values in variables.items()}
-        for group, variables in parts.items()
-        if variables
+    total = max(num_samples, num_weighed) if importance else num_samples
+    held = hold(draw(model, guide, args, kwargs, total, batch_size=batch_size, vectorize=vectorize))
+    if importance:
+        held, psis = reweighted(held, num_samples, "to_arviz")
+    else:
+        psis = weigh(held.log_p - held.log_q)
+    groups: Groups = {
+        "posterior": _by_draw(held, values_of(model, held, args, kwargs, batch_size)),
+        "sample_stats": _by_draw(
+            held, {"log_p": held.log_p, "log_q": held.log_q, "log_weight": held.log_p - held.log_q}
+        ),
     }
-    khat = weigh(torch.as_tensor(groups["sample_stats"]["log_weight"][0])).khat
-    attrs = {"inference_library": "pyro_flows", "inference_method": "variational", "khat": khat}
-    latent_dims = {name: dims[name] for name in (*groups["posterior"], *groups.get("log_likelihood", {})) if dims[name]}
-    latent_dims = {name: _complete(name, groups, latent_dims[name]) for name in latent_dims}
-    if observed:
-        groups["observed_data"] = observed
-    return from_groups(groups, {}, latent_dims, attrs)
+    observed = sites_of(held.single, "observed")
+    if posterior_predictive:
+        shapes = {name: site["fn"].batch_shape + site["fn"].event_shape for name, site in observed.items()}
+        drawn = read(model, held, args, kwargs, shapes, batch_size=batch_size, forget=True)
+        groups["posterior_predictive"] = _by_draw(held, drawn)
+    if log_likelihood:
+        shapes = {name: site["fn"].batch_shape for name, site in observed.items()}
+        densities = read(model, held, args, kwargs, shapes, _log_likelihood, batch_size=batch_size)
+        for name, variable in _by_draw(held, densities).items():
+            groups.setdefault("log_likelihood", {}).update(_seen(name, *variable))
+    groups["observed_data"] = {
+        name: (_dims(name, site, site["value"].shape), _array(site["value"])) for name, site in observed.items()
+    }
+    attrs = {
+        "inference_library": "pyro_flows",
+        "inference_method": "variational",
+        "khat": psis.khat,
+        "importance_resampled": int(importance),
+        "importance_ess": psis.ess,
+    }
+    return container({group: variables for group, variables in groups.items() if variables}, attrs)
 
 
-def _kind(site: dict[str, Any]) -> str | None:
-    """The group of a site of the model's trace."""
-    if site["type"] != "sample" or not isinstance(site["value"], Tensor):
-        return None
-    if not site["is_observed"] or site["infer"].get("_deterministic", False):
-        return "posterior"
-    return None if type(site["fn"]).__name__ == "Unit" else "observed"
+def _by_draw(held: Held, values: dict[str, Tensor]) -> dict[str, Variable]:
+    """Values ``(N, *shape)`` of the model's sites, or of the draws, as variables of one chain."""
+    nodes = held.single.nodes
+    return {
+        name: (("chain", "draw", *_dims(name, nodes.get(name), value.shape[1:])), _array(value)[None])
+        for name, value in values.items()
+    }
 
 
-def _complete(name: str, groups: dict[str, dict[str, np.ndarray]], dims: list[str]) -> list[str]:
-    """Names for a variable's plates, and generic ones for what is left of its shape."""
-    array = groups["posterior"].get(name, groups.get("log_likelihood", {}).get(name))
-    assert array is not None
-    return dims + [f"{name}_dim_{i}" for i in range(len(dims), array.ndim - 2)]
+def _dims(name: str, site: dict[str, Any] | None, shape: torch.Size) -> tuple[str, ...]:
+    """Names for a shape's dimensions: those of the plates that the site lies in, and generic ones for the rest."""
+    frames = {frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized} if site else {}
+    depth = max((-dim for dim in frames), default=0)
+    found = [(i, size, frames.get(i - depth)) for i, size in enumerate(shape)]
+    return tuple(frame.name if frame and frame.size == size else f"{name}_dim_{i}" for i, size, frame in found)
+
+
+def _log_likelihood(site: dict[str, Any]) -> Tensor:
+    """The log-density of each row, without the scale of its plates; a masked row counts nothing."""
+    return scale_and_mask(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), mask=site["mask"])
+
+
+def _seen(name: str, dims: tuple[str, ...], array: np.ndarray) -> dict[str, Variable]:
+    """A log-likelihood without the rows that have none in any draw: ArviZ 1.x fails on them, 0.2x takes fright."""
+    rows = (array != 0).any((0, 1))
+    if rows.all():
+        return {name: (dims, array)}
+    if not rows.any():
+        return {}
+    label = f"{name}_seen"
+    return {name: (("chain", "draw", label), array[:, :, rows]), label: ((label,), np.flatnonzero(rows))}
 
 
 def _array(value: Tensor) -> np.ndarray:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+Variable = tuple[tuple[str, ...], np.ndarray]  # the names of an array's dimensions, and the array
+Groups = dict[str, dict[str, Variable]]
 
 
 def import_arviz() -> ModuleType:
@@ -18,7 +22,14 @@ def import_arviz() -> ModuleType:
 
 
 def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
-    """Pareto-smoothed, normalised log-weights and k-hat of raw log-weights ``(S,)``."""
+    """Pareto-smoothed, normalised log-weights and k-hat of raw log-weights ``(S,)``.
+
+    Where the largest weights are all equal there is no tail to smooth, and k-hat is ``-inf``: ArviZ 1.x fails there.
+    """
+    size = len(log_weights)
+    tail = np.sort(log_weights)[-math.ceil(min(size / 5, 3 * math.sqrt(size))) :]
+    if tail[0] == tail[-1]:
+        return log_weights - np.logaddexp.reduce(log_weights), -math.inf
     arviz = import_arviz()
     if hasattr(arviz, "psislw"):
         smoothed, khat = arviz.psislw(log_weights)
@@ -26,26 +37,23 @@ def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
         from arviz_stats.base import array_stats
 
         smoothed, khat = array_stats.psislw(-log_weights)  # ArviZ 1.x takes the negative of the log-ratios
-    return np.asarray(smoothed), float(khat)
+    return np.asarray(smoothed), math.inf if np.isnan(khat) else float(khat)
 
 
-def from_groups(
-    groups: dict[str, dict[str, np.ndarray]],
-    coords: dict[str, Any],
-    dims: dict[str, list[str]],
-    attrs: dict[str, Any],
-) -> Any:
+def container(groups: Groups, attrs: dict[str, Any]) -> Any:
     """An ``InferenceData`` (0.2x) or ``DataTree`` (1.x) of groups of variables.
 
-    Variables of all groups but ``observed_data`` have shape ``(chain, draw, *shape)``.
+    Args:
+        groups: For each group its variables, each by the names of its dimensions and an array.  One named like its only
+            dimension holds that dimension's coordinates; other dimensions are numbered from 0.
+        attrs: The attributes of each group.
     """
+    import xarray
+
+    datasets = {}
+    for group, variables in groups.items():
+        sizes = {dim: size for dims, array in variables.values() for dim, size in zip(dims, array.shape, strict=True)}
+        coords = {dim: np.arange(size) for dim, size in sizes.items() if dim not in variables}
+        datasets[group] = xarray.Dataset(variables, coords, attrs)
     arviz = import_arviz()
-    if hasattr(arviz, "psislw"):
-        data = arviz.from_dict(**groups, coords=coords, dims=dims)
-        for group in groups:
-            getattr(data, group).attrs.update(attrs)
-        return data
-    tree = arviz.from_dict(groups, coords=coords, dims=dims)
-    for group in groups:
-        tree[group].attrs.update(attrs)
-    return tree
+    return arviz.InferenceData(**datasets) if hasattr(arviz, "psislw") else xarray.DataTree.from_dict(datasets)

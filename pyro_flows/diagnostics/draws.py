@@ -21,13 +21,15 @@ class Draws(NamedTuple):
     """A batch of N draws.
 
     ``log_p`` and ``log_q`` are the log-densities of model and guide, ``(N,)`` in nats; ``model`` is the model's trace,
-    to be read through :func:`rows_of`; ``single`` is the trace of one draw, which shows what shape each site has.
+    to be read through :func:`rows_of`; ``single`` is the trace of one draw, which shows what shape each site has;
+    ``nesting`` is the number of dimensions that the plates take, None for a draw without the plate of the draws.
     """
 
     log_p: Tensor
     log_q: Tensor
     model: Trace
     single: Trace
+    nesting: int | None
 
 
 def single_trace(
@@ -75,11 +77,7 @@ def _batches(
     batch_size: int,
     vectorize: bool,
 ) -> Iterator[Draws]:
-    single, guide_trace, nesting = single_trace(model, guide, args, kwargs)
-    _check_match(single, prune_subsample_sites(guide_trace))
-    plate = subsampled_plate(single)
-    if plate:
-        raise ValueError(f"{plate}: draws would be weighed against different data. Let the plate run over all rows.")
+    single, nesting = check_guide(model, guide, args, kwargs)
     if vectorize:
         check_side_by_side(model, guide, args, kwargs)
     remaining = num_samples
@@ -106,7 +104,33 @@ def _run(
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
     log_p, log_q = (log_prob_of_draws(trace, size, nesting) for trace in (model_trace, guide_trace))
-    return Draws(log_p, log_q, model_trace, single)
+    return Draws(log_p, log_q, model_trace, single, nesting)
+
+
+def check_trained(caller: str, guide: Any) -> None:
+    """Refuse a guide that was never trained, where that shows."""
+    if getattr(guide, "is_fresh", False) or getattr(guide, "prototype_trace", guide) is None:
+        kind = type(guide).__name__
+        raise ValueError(f"{caller}: the {kind} was never trained; fit it first: fit_svi(model, guide, ...).")
+
+
+def check_integers(caller: str, **numbers: tuple[Any, int]) -> None:
+    """Refuse arguments that are no integers, or less than they must be: each comes with its least value."""
+    for name, (value, least) in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{caller}: {name} must be an integer of at least {least}, got {value!r}.")
+
+
+def check_guide(
+    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Trace, int]:
+    """Refuse guides whose draws cannot be weighed; return the model's trace and how many dimensions the plates take."""
+    single, guide_trace, nesting = single_trace(model, guide, args, kwargs)
+    _check_match(single, prune_subsample_sites(guide_trace))
+    plate = subsampled_plate(single)
+    if plate:
+        raise ValueError(f"{plate}: draws would be weighed against different data. Let the plate run over all rows.")
+    return single, nesting
 
 
 def _check_match(model: Trace, guide: Trace) -> None:
@@ -181,12 +205,14 @@ def side_by_side(program: Callable[..., Any], size: int, nesting: int) -> Callab
     return run
 
 
-def log_prob_of_draws(trace: Trace, size: int, nesting: int | None) -> Tensor:
-    """The log-density of each draw, ``(size,)``: every site's, summed over all dimensions but that of the draws."""
-    trace.compute_log_prob()
+def log_prob_of_draws(
+    trace: Trace, size: int, nesting: int | None, among: Callable[[str], bool] = lambda name: True
+) -> Tensor:
+    """The log-density of each draw, ``(size,)``: of the sites asked for, summed over all dimensions but the draws'."""
+    trace.compute_log_prob(lambda name, _: among(name))
     parts = []
-    for site in trace.nodes.values():
-        if site["type"] == "sample":
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and among(name):
             log_prob = site["log_prob"]
             many = nesting is not None and log_prob.dim() > nesting
             rows = log_prob.reshape(log_prob.shape[0] if many else 1, -1)

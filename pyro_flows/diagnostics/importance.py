@@ -34,6 +34,7 @@ class Psis:
         log_evidence: The logarithm of the mean weight, in nats: log p(x) where the guide covers the posterior.
         log_evidence_se: Its standard error, in nats.
         log_weights: The raw log-weights log p - log q, ``(S,)``.
+        smoothed: The smoothed log-weights, normalised: their exponentials sum to one, ``(S,)``.
     """
 
     khat: float
@@ -42,6 +43,7 @@ class Psis:
     log_evidence: float
     log_evidence_se: float
     log_weights: Tensor
+    smoothed: Tensor
 
     @property
     def reliable(self) -> bool:
@@ -113,16 +115,16 @@ def weigh(log_weights: Tensor) -> Psis:
     relative = (raw - raw.max()).exp()
     mean = relative.mean()
     if relative.min() > 1 - 1e-5:  # equal up to round-off: nothing to fit
-        smoothed, khat = torch.full_like(raw, 1 / size), -math.inf
+        smoothed, khat = torch.full_like(raw, -math.log(size)), -math.inf
     else:
         log_smoothed, khat = psislw(raw.numpy())
-        smoothed = torch.as_tensor(log_smoothed).exp()
-        smoothed = smoothed / smoothed.sum()
+        smoothed = torch.as_tensor(log_smoothed).log_softmax(0)
     return Psis(
         khat=khat,
         threshold=min(1 - 1 / math.log10(size), 0.7),
-        ess=float(1 / smoothed.square().sum()),
+        ess=float(1 / smoothed.exp().square().sum()),
         log_evidence=float(raw.max() + mean.log()),
         log_evidence_se=float(relative.std() / mean / math.sqrt(size)),
         log_weights=log_weights,
+        smoothed=smoothed.to(log_weights),
     )

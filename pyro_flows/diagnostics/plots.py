@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -47,4 +49,52 @@ def plot_funnel(mean: Tensor, scale: Tensor, effects: dict[str, Tensor]) -> Any:
     right.set_title("The funnel: the smaller tau, the less the schools differ", fontsize=11)
     right.grid(alpha=0.3)
     right.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plot_check(check: Any, most: int = 30) -> Any:
+    """The errors of a guide that chains and weights see, and its weights.
+
+    Args:
+        check: What :func:`~pyro_flows.check` returns.
+        most: How many quantities are shown: those with the largest errors.
+
+    Returns:
+        A matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+
+    chains, weighted = check.chains, check.weighted
+    size = torch.maximum(chains.error.abs(), (chains.ratio - 1).abs())
+    shown = size.argsort(descending=True)[:most].sort().values
+    rows = np.arange(len(shown))
+    figure = Figure(figsize=(11, 2.6 + 0.2 * len(shown)), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1))
+    panels = {
+        "error of the mean (posterior sd)": (left, 0.0, "error", "error_se"),
+        "sd, guide / posterior": (middle, 1.0, "ratio", "ratio_se"),
+    }
+    for label, (axis, truth, value, noise) in panels.items():
+        axis.axvspan(truth - 0.1, truth + 0.1, color="C2", alpha=0.15, lw=0)
+        for drift, name, color, shift in ((chains, "chains", "C0", -0.15), (weighted, "weights", "C1", 0.15)):
+            places = getattr(drift, value)[shown].cpu().numpy().clip(truth - 1.5, truth + 3)
+            errors = 2 * getattr(drift, noise)[shown].cpu().numpy().clip(0, 2)
+            axis.errorbar(places, rows + shift, xerr=errors, fmt="o", ms=3.5, lw=1.2, color=color, label=name)
+        axis.axvline(truth, color="0.4", lw=0.8)
+        axis.set_xlabel(label)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.set_yticks(
+            rows, [check.names[i] for i in shown.tolist()] if axis is left else [""] * len(rows), fontsize=8
+        )
+        axis.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=8)
+    log_weights = (check.psis.log_weights - check.log_evidence).cpu().numpy()
+    right.hist(log_weights.clip(-6, 6), bins=80, color="0.6")
+    right.set_yscale("log")
+    right.axvline(0, color="0.4", lw=0.8)
+    right.set_xlabel("log-weight − log evidence (nats)")
+    right.set_ylabel("draws")
+    right.set_title(f"k-hat {check.khat:.2f}", fontsize=10)
+    right.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{check.verdict}: " + "\n".join(textwrap.wrap(check.reason, 110)), fontsize=10)
     return figure

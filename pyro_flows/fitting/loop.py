@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from tqdm import tqdm
 
+from ..diagnostics import Check
+from ..diagnostics.density import is_breakdown
 from . import checkpoint as checkpoints
 from .state import Run
 
@@ -40,6 +42,8 @@ class Fit:
         skipped: How many of them were skipped because the loss or a gradient was not finite.
         seconds: The wall time, that before a resumption included.
         stopped: Why the run ended: ``"steps"`` or ``"interrupted"``.
+        check: What a check said of the guide, where ``escalate`` asked for one.
+        rungs: All fits that were made with ``escalate`` or ``restarts``, from the first to the last.
     """
 
     guide: Any
@@ -50,11 +54,14 @@ class Fit:
     skipped: int
     seconds: float
     stopped: str
+    check: Check | None = None
+    rungs: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
+        rungs = "".join(f"\n{number}. {rung}" for number, rung in enumerate(self.rungs, 1))
         return (
             f"Fit(best_loss={self.best_loss:.4f} at step {self.best_step}, steps={self.steps}, skipped={self.skipped}, "
-            f"seconds={self.seconds:.1f}, stopped={self.stopped!r})"
+            f"seconds={self.seconds:.1f}, stopped={self.stopped!r}){rungs}"
         )
 
 
@@ -200,12 +207,6 @@ def _backward(loss: Callable[[], Tensor], parameters: list[Tensor], clip_norm: f
         return math.nan, str(error).splitlines()[0]
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
     return (value.item() if norm.isfinite() else math.nan), ""
-
-
-def is_breakdown(error: Exception) -> bool:
-    """Whether a draw was so far out that a distribution refused its parameters, or a matrix was not positive definite:
-    it counts as one whose density is not finite."""
-    return isinstance(error, LinAlgError) or (isinstance(error, ValueError) and "invalid values" in str(error))
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -18,8 +18,9 @@ from pyro import validation_enabled
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from ..diagnostics.density import LogDensity, or_nan, score_of
+from ..diagnostics.space import Space
 from ..guides import AutoFlow
-from .warm import LogDensity, log_joint, or_nan, score_of
 
 MANY = 200  # latents with flat priors, beyond which the search would take long
 
@@ -30,7 +31,7 @@ def check_proper(model: Callable[..., Any], guide: AutoFlow, args: tuple[Any, ..
     if not 0 < len(on_lines) + len(elsewhere) <= MANY:
         return
     with validation_enabled(False):
-        density = or_nan(log_joint(model, guide, args, kwargs))
+        density = or_nan(Space(model, guide, args, kwargs).log_p)
         for places in (on_lines, elsewhere):
             for direction in _straight_lines(density, guide.start[0], places, places is on_lines):
                 sites = sorted({names[place] for place in (direction.abs() > 0.1).nonzero().flatten().tolist()})

@@ -6,26 +6,25 @@ in Probabilistic Programming (Wingate, Weber 2013, arXiv:1301.1299).
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
-from torch import Tensor, nn
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+from torch import Tensor
 
 from ..diagnostics.draws import check_side_by_side, single_trace, subsampled_plate
 from ..guides import AutoFlow
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective
 from . import checkpoint as checkpoints
-from .loop import Fit, descend, is_breakdown
+from .inspect import culprit, fingerprint, has_all, trained_by
+from .ladder import climb
+from .loop import Fit, descend
 from .optimizers import matrices, optimizers
 from .propriety import check_proper
 from .schedule import suited_to
@@ -47,6 +46,8 @@ def fit_svi(
     on_nonfinite: str = "skip",
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    escalate: bool = False,
+    restarts: int = 1,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Fit:
@@ -78,6 +79,12 @@ def fit_svi(
             same result as without the break.  Runs are told apart by their settings and by tensors, numbers and
             strings among the arguments, not by what the model holds itself.
         progress: Whether to show a progress bar.
+        escalate: Whether to judge the fit by :func:`~pyro_flows.check` and, until one can be trusted, to go on: from a
+            Gaussian to the guide's flow, to more couplings trained for longer, and to an objective that covers mass.
+            The fit's ``rungs`` tell of each; use its ``guide``, which need not be the one given.  ``steps`` and ``lr``
+            are those of the guide's own flow.
+        restarts: How often to fit an ``AutoFlow``, each time from elsewhere: the prior, or far around the start.  The
+            best is kept.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 
@@ -103,7 +110,21 @@ def fit_svi(
         torch.Size([20])
     """
     kwargs = {**kwargs, **(model_kwargs or {})}
-    _check(steps=steps, num_particles=num_particles, lr=lr, clip_norm=clip_norm, on_nonfinite=on_nonfinite)
+    settings: dict[str, Any] = {
+        "num_particles": num_particles,
+        "lr": lr,
+        "clip_norm": clip_norm,
+        "on_nonfinite": on_nonfinite,
+    }
+    _check(steps=steps, restarts=restarts, **settings)
+    if escalate or restarts > 1:
+        if not isinstance(guide, AutoFlow):
+            raise ValueError(f"fit_svi: escalate and restarts are for an AutoFlow, not for {type(guide).__name__}.")
+        if escalate and objective is not None:
+            raise ValueError("fit_svi: escalate=True chooses objectives itself; leave out objective, or escalate.")
+        settings |= {"steps": steps, "objective": objective, "warm_start": warm_start, "progress": progress}
+        fit_once = functools.partial(fit_svi, model, model_kwargs=kwargs)
+        return climb(fit_once, model, guide, args, kwargs, settings, checkpoint, escalate=escalate, restarts=restarts)
     single, _, nesting = single_trace(model, guide, args, kwargs)
     _check_steps(steps, annealed := getattr(objective, "num_steps", None))
     suited = suited_to(guide)
@@ -138,11 +159,11 @@ def fit_svi(
         found = objective.loss_and_grads(model, guide, *args, **kwargs)
         return torch.tensor(sum(found) if isinstance(found, tuple) else found, requires_grad=True)
 
-    parameters = _parameters(loss, model, guide)
+    parameters = trained_by(loss, model, guide)
     fewer = suited_to(guide, near=True).steps
     near = kept == fewer  # a run that goes on has known since its start
     if isinstance(guide, AutoFlow) and start:
-        near = start.is_near and _has_all(guide, parameters)
+        near = start.is_near and has_all(guide, parameters)
     return descend(
         loss,
         parameters,
@@ -153,21 +174,16 @@ def fit_svi(
         clip_norm=clip_norm,
         on_nonfinite=on_nonfinite,
         progress=progress,
-        diagnose=lambda: _culprit(model, guide, args, kwargs),
+        diagnose=lambda: culprit(model, guide, args, kwargs),
         settled=lambda: getattr(objective, "settled", True),
         checkpoint=file,
         settings={
             "objective": type(objective).__name__,
             **{name: getattr(objective, name, None) for name in SETTINGS},
-            "data": _fingerprint((*args, *kwargs.values())),
+            "data": fingerprint((*args, *kwargs.values())),
         },
         companion=objective,
     )
-
-
-def _has_all(guide: nn.Module, parameters: list[Tensor]) -> bool:
-    """Whether all that is trained is the guide's, and nothing the model's."""
-    return {id(parameter) for parameter in parameters} <= {id(parameter) for parameter in guide.parameters()}
 
 
 def _check_steps(asked: int | None, annealed: int | None) -> None:
@@ -179,20 +195,9 @@ def _check_steps(asked: int | None, annealed: int | None) -> None:
         )
 
 
-def _fingerprint(data: tuple[Any, ...]) -> list[str]:
-    """What tells one data set from another: tensors by their contents, numbers and words as they are."""
-    found = []
-    for value in data:
-        if isinstance(value, Tensor):
-            found.append(f"{zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes()):08x}")
-        elif isinstance(value, int | float | str):
-            found.append(repr(value))
-    return found
-
-
 def _check(*, on_nonfinite: str, **numbers: Any) -> None:
     """Raise one clear error that names the argument and its value; None stands for a default."""
-    for name in ("steps", "num_particles"):
+    for name in ("steps", "num_particles", "restarts"):
         number = numbers[name]
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
             raise ValueError(f"fit_svi: {name} must be an integer of at least 1, got {number!r}.")
@@ -202,43 +207,3 @@ def _check(*, on_nonfinite: str, **numbers: Any) -> None:
             raise ValueError(f"fit_svi: {name} must be positive and finite, got {value!r}.")
     if on_nonfinite not in ("skip", "raise"):
         raise ValueError(f"fit_svi: on_nonfinite must be 'skip' or 'raise', got {on_nonfinite!r}.")
-
-
-def _parameters(loss: Callable[[], Tensor], model: Any, guide: Any) -> list[Tensor]:
-    """The tensors that the loss depends on: those of modules, and those that Pyro's param statements touch."""
-    with poutine.trace(param_only=True) as capture:
-        try:
-            loss()
-        except (ValueError, LinAlgError) as error:
-            if not is_breakdown(error):
-                raise
-    touched = [site["value"] for site in capture.trace.nodes.values()]
-    found = [value.unconstrained() if hasattr(value, "unconstrained") else value for value in touched]
-    for program in (model, guide):
-        if isinstance(program, nn.Module):
-            found += program.parameters()
-    unique = {id(parameter): parameter for parameter in found if parameter is not None and parameter.requires_grad}
-    if not unique:
-        raise ValueError("fit_svi: neither the guide nor the model has parameters to train.")
-    return list(unique.values())
-
-
-@torch.no_grad()
-def _culprit(
-    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> str:
-    """Name the first site, in the guide and then in the model, whose value or density is not finite."""
-    for _ in range(20):
-        with poutine.block(), pyro.validation_enabled(False):  # which would raise, and name no site
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-        for program, trace in (("guide", guide_trace), ("model", model_trace)):
-            for name, site in trace.nodes.items():
-                if site["type"] != "sample":
-                    continue
-                value = site["value"]
-                if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
-                    return f"the {program}'s site {name!r} has a value that is not finite"
-                if not site["fn"].log_prob(value).isfinite().all():
-                    return f"the {program}'s site {name!r} has a log-density that is not finite"
-    return "all sites are finite in 20 single draws, so the gradient is at fault"

@@ -19,7 +19,6 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.nn.module import _is_module_local_param_enabled
 from torch import Tensor, nn
 from torch.distributions import Transform, biject_to
-from torch.distributions.utils import _sum_rightmost
 
 from ..flows import Flow
 from ..transforms import Compose, View
@@ -28,6 +27,7 @@ from .circles import is_circular, mark_circles
 from .init import init_to_center
 from .names import adopt_stored_parameters, claim_name, is_free
 from .recipe import assemble, check_recipe, is_untrained, start_at
+from .supports import unconstrain
 
 
 class AutoFlow(AutoContinuous):
@@ -101,7 +101,7 @@ class AutoFlow(AutoContinuous):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         if self.model is None:
             raise ValueError(
-                "AutoFlow: this guide was saved before setup(), and a saved guide leaves its model behind."
+                "AutoFlow: this guide was saved before setup(), and saved guides leave their models behind."
             )
         try:
             super(AutoContinuous, self)._setup_prototype(*args, **kwargs)
@@ -116,13 +116,20 @@ class AutoFlow(AutoContinuous):
     def _build(self) -> None:
         sites = [site for _, site in self.prototype_trace.iter_stochastic_nodes()]
         self._circular = [is_circular(s) for s in sites for _ in range(self._unconstrained_shapes[s["name"]].numel())]
-        self.flow = assemble(self._build_flow, self._build_base, *self.start, self._circular)
+        self.flow = assemble(self._build_flow, self._build_base, self._init_loc(), self._init_scale, self._circular)
         adopt_stored_parameters(f"{self._pyro_name}.flow", self._modules["flow"])
 
     @property
     def start(self) -> tuple[Tensor, float]:
-        """Where the guide starts: the packed, unconstrained latents of ``init_loc_fn``, and ``init_scale``."""
-        return self._init_loc(), self._init_scale
+        """Where the guide starts: packed, unconstrained latents, by default of ``init_loc_fn``, and ``init_scale``."""
+        return self.flow.transforms[-1].loc.detach().clone(), self._init_scale
+
+    def rebuilt(self, flow: Callable[[int], Flow] | None = None) -> AutoFlow:
+        """A new guide of the same model, untrained, with another recipe or with the same."""
+        new = copy.deepcopy(self)
+        new._build_flow = flow or self._build_flow
+        new._build()
+        return new
 
     @property
     def has_circles(self) -> bool:
@@ -201,18 +208,9 @@ class AutoFlow(AutoContinuous):
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             if name not in values:
                 raise ValueError(f"AutoFlow.log_prob: values lack the latent site {name!r}.")
-            value, shape = values[name], site["value"].shape
-            batch = value.shape[: value.dim() - len(shape)]
-            if value.shape != batch + shape:
-                raise ValueError(
-                    f"AutoFlow.log_prob: values[{name!r}] must have shape (*batch, *{tuple(shape)}), got "
-                    f"{tuple(value.shape)}."
-                )
-            inverse = biject_to(site["fn"].support).inv
-            unconstrained = inverse(value)
-            change = inverse.log_abs_det_jacobian(value, unconstrained)
-            log_det = log_det.to(change.device) + _sum_rightmost(change, change.dim() - len(batch))
-            packed.append(unconstrained.reshape(*batch, -1))
+            free, change = unconstrain(name, site, values[name])
+            packed.append(free)
+            log_det = log_det.to(change.device) + change
         return self.flow().log_prob(torch.cat(packed, -1)) + log_det
 
     @torch.no_grad()

@@ -1,9 +1,12 @@
-"""Supports that torch knows no bijection for: a mixture's is that of its components."""
+"""From supports to unconstrained space; torch knows no bijection for a mixture's, which is that of its components."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
+from torch.distributions.utils import _sum_rightmost
 
 
 def _of_mixture(support: constraints.MixtureSameFamilyConstraint) -> Transform:
@@ -16,3 +19,17 @@ def _of_mixture(support: constraints.MixtureSameFamilyConstraint) -> Transform:
 
 
 biject_to.register(constraints.MixtureSameFamilyConstraint, _of_mixture)
+
+
+def unconstrain(name: str, site: dict[str, Any], value: Tensor) -> tuple[Tensor, Tensor]:
+    """Values of a latent, ``(*batch, *site_shape)``: unconstrained and flat, ``(*batch, n)``, and log|det|."""
+    shape = site["value"].shape
+    batch = value.shape[: value.dim() - len(shape)]
+    if value.shape != batch + shape:
+        raise ValueError(
+            f"AutoFlow.log_prob: values[{name!r}] must have shape (*batch, *{tuple(shape)}), got {tuple(value.shape)}."
+        )
+    inverse = biject_to(site["fn"].support).inv
+    free = inverse(value)
+    change = inverse.log_abs_det_jacobian(value, free)
+    return free.reshape(*batch, -1), _sum_rightmost(change, change.dim() - len(batch))

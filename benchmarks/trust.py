@@ -1,0 +1,438 @@
+"""Does the verdict hold?  Fits, good and bad, judged by ``check`` and by answers that it does not know.
+
+    python benchmarks/trust.py                        # all of it, some three hours on 2 cores
+    python benchmarks/trust.py --parts broken modes   # some of it
+    python benchmarks/trust.py --quick --out DIR      # one target, few steps: a smoke run
+
+*guides*: ``AutoFlow`` (three seeds) and Pyro's guides (one) on the posteriors of ``posteriors.py``, fitted as there.
+*broken*: guides that are wrong on purpose, and spline couplings that have collapsed into a funnel's neck.  *modes*: two
+Gaussians 8 sd apart, fitted by the plain ELBO, which keeps one.  *ladder*: ``fit_svi(escalate=True)``.
+
+The truth is that of 100,000 draws against the reference: the worst error of a mean in sd, and the ratios of sds; where
+there is no reference, against draws of the default ``AutoFlow``, weighed.  *Well fitted* are means within .05 sd,
+ratios within .95 to 1.05 and k-hat below .7; *accurate* are means within .1 and ratios within .9 to 1.1.  Fits are kept
+in the folder given by ``--fits``, so that they are not made again.  Writes ``trust.csv`` and ``trust.md`` into
+``docs/benchmarks``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import io
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import posteriors
+import pyro
+import pyro.distributions as dist
+import targets
+import torch
+from objectives import two_modes
+from torch import Tensor, nn
+
+import pyro_flows as pf
+from pyro_flows.diagnostics.space import Space
+
+OUT = posteriors.OUT
+FUNNEL, REGRESSION = "eight_schools_centered", "nes1972"
+UNTRAINED = 30  # steps after which a fit is stopped that is stopped too early
+SLOW = "electric_1c_chr", "hepatitis"  # on which AutoNormalizingFlow takes up to 45 minutes
+COLUMNS = (
+    *("part", "target", "guide", "seed", "verdict", "khat", "drift", "low_seen", "high_seen", "missing", "worst_error"),
+    *("low_sd", "high_sd", "fit_seconds", "check_seconds", "reason"),
+)
+Row = dict[str, Any]
+
+
+# Fits, kept.
+
+
+def prepare(seed: int) -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    pyro.enable_validation(False)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+
+
+def build(model: Callable[[], None], guide_name: str) -> Any:
+    """An untrained guide."""
+    if guide_name == "AutoFlow":
+        return pf.AutoFlow(model).setup()
+    if guide_name == "splines":
+        return pf.AutoFlow(model, functools.partial(pf.flows.nsf, num_transforms=6)).setup()
+    guide = posteriors.PEERS[guide_name][0](model)
+    guide()
+    return guide
+
+
+def fitted(name: str, guide_name: str, seed: int, steps: int | None, folder: Path) -> tuple[Any, Any, float]:
+    """A target, a guide of it, trained or found in the folder, and how long that took."""
+    prepare(seed)
+    target, path = targets.load(name), folder / f"{name}.{guide_name}.{seed}.pt"
+    if path.exists():
+        kept = torch.load(path, weights_only=True)
+        guide = build(target.model, guide_name)
+        guide.load_state_dict(kept["state"])
+        return target, guide, kept["seconds"]
+    start = time.perf_counter()
+    if guide_name == "splines":
+        guide = build(target.model, guide_name)
+        pf.fit_svi(target.model, guide, steps=steps, warm_start=False, progress=False)
+    else:
+        guide = posteriors.fit(target, guide_name, steps)
+    seconds = time.perf_counter() - start
+    torch.save({"state": {k: v.detach().clone() for k, v in guide.state_dict().items()}, "seconds": seconds}, path)
+    return target, guide, seconds
+
+
+def truth(target: targets.Target, guide: Any, steps: int | None, folder: Path, draws: int) -> Row:
+    """How wrong a guide's draws are."""
+    moments = {} if target.name in posteriors.UNRELATED else targets.reference_moments(target.name)
+    if moments:
+        ours = {k: v.numpy() for k, v in target.quantities(posteriors.draw(guide, draws)).items()}
+        errors = [abs(ours[name].mean() - mean) / sd for name, (mean, sd) in moments.items()]
+        ratios = [ours[name].std() / sd for name, (_, sd) in moments.items()]
+    else:
+        mean, sd = weighed_moments(target.name, steps, folder, draws)
+        values = Space(target.model, guide, (), {}).draw(draws).quantities
+        errors = ((values.mean(0) - mean).abs() / sd).tolist()
+        ratios = (values.std(0) / sd).tolist()
+    return {"worst_error": float(max(errors)), "low_sd": float(min(ratios)), "high_sd": float(max(ratios))}
+
+
+def weighed_moments(name: str, steps: int | None, folder: Path, draws: int) -> tuple[Tensor, Tensor]:
+    """Means and standard deviations of all quantities, by weighed draws of the default guide."""
+    path = folder / f"{name}.moments.pt"
+    if not path.exists():
+        target, guide, _ = fitted(name, "AutoFlow", 0, steps, folder)
+        found = Space(target.model, guide, (), {}).draw(draws)
+        share = torch.softmax(found.log_p - found.log_q, 0).unsqueeze(-1)
+        mean = (share * found.quantities).sum(0)
+        torch.save((mean, (share * (found.quantities - mean).square()).sum(0).sqrt()), path)
+    return torch.load(path, weights_only=True)
+
+
+def judged(model: Callable[[], None], guide: Any) -> Row:
+    """What the check says."""
+    torch.manual_seed(1)
+    found = pf.check(model, guide)
+    return {**seen(found), "check_seconds": found.seconds}
+
+
+def seen(found: pf.Check) -> Row:
+    """A check as a row."""
+    low, high = found.sd_ratios
+    row = {"verdict": found.verdict, "khat": found.khat, "drift": found.drift, "low_seen": low, "high_seen": high}
+    return {**row, "missing": found.missing.share, "reason": found.reason}
+
+
+# The parts.
+
+
+def guides(name: str, guide_name: str, seed: int, steps: int | None, folder: Path, draws: int) -> list[Row]:
+    """A guide of the benchmark."""
+    target, guide, seconds = fitted(name, guide_name, seed, steps, folder)
+    found = {**judged(target.model, guide), "fit_seconds": seconds}
+    return [{**found, **truth(target, guide, steps, folder, draws)}]
+
+
+class Clipped(nn.Module):
+    """The standard normal without what lies beyond 1.3 sd."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("zeros", torch.zeros(dim))
+
+    def forward(self) -> dist.TorchDistribution:
+        return ClippedNormal(self.zeros)
+
+
+class ClippedNormal(dist.TorchDistribution):
+    arg_constraints: dict[str, Any] = {}
+    support = dist.constraints.real_vector
+    has_rsample = True
+    bound = 1.3
+
+    def __init__(self, zeros: Tensor) -> None:
+        self.zeros, self.normal = zeros, torch.distributions.Normal(0.0, 1.0)
+        self.low = self.normal.cdf(torch.tensor(-self.bound)).item()
+        super().__init__(zeros.shape[:-1], zeros.shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> ClippedNormal:
+        return ClippedNormal(self.zeros.expand(*batch_shape, *self.event_shape))
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        level = torch.rand(*sample_shape, *self.zeros.shape)
+        return self.normal.icdf(self.low + (1 - 2 * self.low) * level)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        density = self.normal.log_prob(value) - np.log(1 - 2 * self.low)
+        return torch.where(value.abs() <= self.bound, density, -torch.inf).sum(-1)
+
+
+def moved(guide: pf.AutoFlow, matrix: Tensor, shift: Tensor) -> None:
+    """Let a guide draw m + s A (z - m) / s + s shift where it drew z, with m its mean and s its sds."""
+    z = guide.flow().sample((20_000,))
+    mean, sd = z.mean(0), z.std(0)
+    fixed = guide.flow.transforms[-1]
+    scaled = sd.unsqueeze(-1) * matrix / sd
+    with torch.no_grad():
+        scale = fixed.scale.tril() if fixed.dense else fixed.scale.diag()
+        fixed.loc.copy_(mean + scaled @ (fixed.loc - mean) + sd * shift)
+        fixed.scale.copy_(scaled @ scale)  # the matrices are diagonal, so that it stays triangular
+
+
+def breaks(dim: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Ways to break a guide: a matrix and a shift each, in units of its sds."""
+    one, none, first = torch.ones(dim), torch.zeros(dim), torch.eye(dim)[0]
+    signs = torch.where(torch.arange(dim) % 2 == 0, 1.0, -1.0)
+    return {
+        "all sds a fifth": ((one / 5).diag(), none),
+        "one sd a fifth": ((one - 0.8 * first).diag(), none),
+        "all sds doubled": ((2 * one).diag(), none),
+        "all means off by 2 sd": (one.diag(), 2 * one),
+        "one mean off by 2 sd": (one.diag(), 2 * first),
+        "correlations of the wrong sign": (signs.diag(), none),
+    }
+
+
+def broken(name: str, kind: str, seed: int, steps: int | None, folder: Path, draws: int) -> list[Row]:
+    """A guide that is wrong on purpose."""
+    start = time.perf_counter()
+    if kind == "collapsed splines":
+        target, guide, seconds = fitted(name, "splines", seed, steps, folder)
+    elif kind == "funnel neck":  # fitted to a prior that wants tau fifty times smaller
+        prepare(seed)
+        target = targets.load(name)
+        guide = pf.AutoFlow(narrow_prior(target.model))
+        pf.fit_svi(guide.model, guide, steps=steps, progress=False)
+        seconds = time.perf_counter() - start
+    elif kind in ("stopped early", "tails cut"):
+        prepare(seed)
+        target = targets.load(name)
+        guide = pf.AutoFlow(target.model)
+        if kind == "stopped early":
+            pf.fit_svi(target.model, guide, steps=UNTRAINED, warm_start=False, progress=False)
+        else:
+            pf.fit_svi(target.model, guide, steps=steps, progress=False)
+            guide.flow.base = Clipped(guide.latent_dim)
+        seconds = time.perf_counter() - start
+    else:
+        target, guide, seconds = fitted(name, "AutoFlow", seed, steps, folder)
+        moved(guide, *breaks(target.dim)[kind])
+    found = {**judged(target.model, guide), "fit_seconds": seconds}
+    return [{**found, **truth(target, guide, steps, folder, draws)}]
+
+
+def narrow_prior(model: Callable[[], None]) -> Callable[[], None]:
+    """The centred eight schools with a half-Cauchy prior of scale .1 for tau."""
+
+    class Narrow(pyro.poutine.messenger.Messenger):
+        def _pyro_sample(self, msg: dict[str, Any]) -> None:
+            if msg["name"] == "tau":
+                msg["fn"] = dist.HalfCauchy(torch.tensor(0.1))
+
+    return Narrow()(model)
+
+
+BROKEN = (*breaks(2), "tails cut", "funnel neck", "stopped early", "collapsed splines")
+
+
+def modes(name: str, guide_name: str, seed: int, steps: int | None, folder: Path, draws: int) -> list[Row]:
+    """Two modes, of which the plain ELBO keeps one; the weight of the first is the target's name."""
+    prepare(seed)
+    model, start = two_modes(float(name)), time.perf_counter()
+    guide = pf.AutoFlow(model)
+    pf.fit_svi(model, guide, steps=steps, progress=False)
+    seconds = time.perf_counter() - start
+    kept = float((guide.sample(draws)["z"][:, 0] < 0).double().mean())
+    return [{**judged(model, guide), "fit_seconds": seconds, "worst_error": abs(kept - float(name))}]
+
+
+def ladder(name: str, guide_name: str, seed: int, steps: int | None, folder: Path, draws: int) -> list[Row]:
+    """Each rung of the ladder; the truth is that of the one that is kept."""
+    prepare(seed)
+    target = targets.load(name)
+    fit = pf.fit_svi(target.model, pf.AutoFlow(target.model), steps=steps, escalate=True, progress=False)
+    rows = []
+    for rung in fit.rungs:
+        times = {"fit_seconds": rung.fit.seconds, "check_seconds": rung.check.seconds}
+        kept = truth(target, fit.guide, None, folder, draws) if rung.fit.guide is fit.guide else {}
+        rows.append({"guide": rung.name, **seen(rung.check), **times, **kept})
+    return rows
+
+
+def measure(part: str, name: str, guide_name: str, seed: int, steps: int | None, folder: Path, draws: int) -> list[Row]:
+    key = {"part": part, "target": name, "guide": guide_name, "seed": seed}
+    try:
+        found = {"guides": guides, "broken": broken, "modes": modes, "ladder": ladder}[part](
+            name, guide_name, seed, steps, folder, draws
+        )
+    except Exception as error:
+        found = [{"verdict": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0][:300]}]
+    rows = [{**key, **row} for row in found]
+    return [{k: f"{v:.5g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in rows]
+
+
+def tasks(part: str, names: list[str]) -> list[tuple[str, str, str, int]]:
+    """What a part consists of."""
+    if part == "guides":
+        flows = [(part, name, "AutoFlow", seed) for seed in posteriors.SEEDS for name in names]
+        return flows + [
+            (part, name, guide, 0)
+            for guide in posteriors.PEERS
+            for name in names
+            if not (guide == "AutoNormalizingFlow" and name in SLOW)
+        ]
+    if part == "broken":
+        plans = [(part, name, kind, 0) for kind in breaks(2) for name in (FUNNEL, REGRESSION)]
+        plans += [(part, REGRESSION, "tails cut", 0), (part, FUNNEL, "funnel neck", 0)]
+        plans += [(part, name, "stopped early", 0) for name in (FUNNEL, REGRESSION)]
+        return plans + [(part, FUNNEL, "collapsed splines", seed) for seed in posteriors.SEEDS]
+    if part == "modes":
+        return [(part, weight, "AutoFlow", seed) for weight in ("0.5", "0.2") for seed in posteriors.SEEDS]
+    return [(part, name, "AutoFlow", 0) for name in names]
+
+
+# What was found.
+
+
+def number(row: Row, key: str) -> float:
+    return float(row[key]) if row.get(key) else float("nan")
+
+
+def within(row: Row, error: float, ratio: float) -> bool:
+    return (
+        number(row, "worst_error") <= error
+        and number(row, "low_sd") >= 1 - ratio
+        and number(row, "high_sd") <= 1 + ratio
+    )
+
+
+def quality(row: Row) -> str:
+    """How good a guide really is."""
+    if within(row, 0.05, 0.05) and number(row, "khat") < 0.7:
+        return "well fitted"
+    return "accurate" if within(row, 0.1, 0.1) else "wrong"
+
+
+def table(rows: list[Row]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "# Can the verdict be trusted?",
+        "",
+        "`check` beside the truth that it does not know. Errors of means in sd of the posterior, sds as ratios to the "
+        "posterior's; *seen* is what the chains say, the rest is measured on 100,000 draws against the reference (for "
+        "the posteriors without one, against weighed draws of the default guide). *Well fitted*: errors within .05, "
+        "ratios within .95 to 1.05, k-hat below .7. *Accurate*: within .1, and .9 to 1.1. "
+        "Reproduce with `python benchmarks/trust.py`.",
+        "",
+        "## Confusion",
+        "",
+        "| guides | number | trust | reweight | do not trust |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    benchmark = [row for row in rows if row["part"] == "guides" and row["verdict"] != "failed"]
+    groups = {
+        f"of the benchmark, {kind}": [r for r in benchmark if quality(r) == kind]
+        for kind in ("well fitted", "accurate", "wrong")
+    }
+    groups["broken on purpose, or collapsed"] = [row for row in rows if row["part"] == "broken"]
+    groups["one of two modes lost"] = [row for row in rows if row["part"] == "modes"]
+    for label, group in groups.items():
+        counts = [sum(row["verdict"] == verdict for row in group) for verdict in ("trust", "reweight", "do not trust")]
+        lines.append(f"| {label} | {len(group)} | " + " | ".join(map(str, counts)) + " |")
+    titles = {
+        "guides": "Guides of the benchmark",
+        "broken": "Broken guides",
+        "modes": "Two modes, 8 sd apart, fitted by the plain ELBO (the target is the weight of the first mode)",
+        "ladder": "The ladder, `fit_svi(escalate=True)`",
+    }
+    for part, title in titles.items():
+        mine = [row for row in rows if row["part"] == part]
+        if not mine:
+            continue
+        lines += ["", f"## {title}", "", *header(part)]
+        lines += [line(row) for row in mine]
+    return "\n".join(lines) + "\n"
+
+
+def header(part: str) -> list[str]:
+    columns = "target", "rung" if part == "ladder" else "guide", "seed", "verdict", "k-hat", "error seen", "sds seen"
+    columns += "missing", "error", "sds", "fit s", "check s"
+    return ["| " + " | ".join(columns) + " |", "|---|---|---:|---|" + "---:|" * 8]
+
+
+def line(row: Row) -> str:
+    def text(key: str, form: str) -> str:
+        return f"{float(row[key]):{form}}" if row.get(key) else "–"
+
+    seen = f"{text('low_seen', '.2f')}–{text('high_seen', '.2f')}"
+    real = f"{text('low_sd', '.2f')}–{text('high_sd', '.2f')}" if row.get("low_sd") else "–"
+    cells = [row["target"], row["guide"], row["seed"], row["verdict"], text("khat", ".2f"), text("drift", ".2f"), seen]
+    cells += [text("missing", ".2f"), text("worst_error", ".3f"), real, text("fit_seconds", ".0f")]
+    return "| " + " | ".join([*map(str, cells), text("check_seconds", ".1f")]) + " |"
+
+
+def save(rows: list[Row], out: Path) -> None:
+    """Both files, each whole or not at all."""
+    order = {name: i for i, name in enumerate(("guides", "broken", "modes", "ladder", *targets.NAMES))}
+    guides_first = {name: i for i, name in enumerate((*posteriors.GUIDES, *BROKEN))}
+    rows.sort(
+        key=lambda r: (
+            *(order[r["part"]], order.get(r["target"], 0)),
+            *(guides_first.get(r["guide"], 0) if r["part"] != "ladder" else 0, int(r["seed"])),
+        )
+    )
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    posteriors.write(text.getvalue(), out / "trust.csv")
+    posteriors.write(table(rows), out / "trust.md")
+
+
+def main() -> None:
+    parts = ("guides", "broken", "modes", "ladder")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=list(parts), choices=parts)
+    parser.add_argument("--targets", nargs="+", default=list(targets.NAMES), choices=targets.NAMES)
+    parser.add_argument("--fits", type=Path, help="folder in which fits are kept and looked for")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the two files")
+    parser.add_argument("--quick", action="store_true", help="one target, 30 steps: needs --out")
+    options = parser.parse_args()
+    steps, draws = None, posteriors.DRAWS
+    if options.quick:
+        if options.out == OUT:
+            parser.error("--quick needs --out: its figures are no results")
+        options.targets, steps, draws = [FUNNEL], 30, 5_000
+    targets.folder()
+    folder = options.fits or Path(tempfile.mkdtemp())
+    for path in (options.out, folder):
+        path.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = posteriors.read(options.out / "trust.csv")
+    done = {(r["part"], r["target"], "AutoFlow" if r["part"] == "ladder" else r["guide"], int(r["seed"])) for r in rows}
+    todo = [task for part in options.parts for task in tasks(part, options.targets) if task not in done]
+    if options.quick:
+        todo = [task for task in todo if task[1] in (FUNNEL, "0.5") and task[3] == 0]
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(measure, *task, steps, folder, draws) for task in todo]):
+            for row in future.result():
+                print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+                rows.append(row)
+            save(rows, options.out)
+    save(rows, options.out)
+
+
+if __name__ == "__main__":
+    main()

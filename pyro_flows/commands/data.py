@@ -1,0 +1,151 @@
+"""The arguments of the user's model: by name, from a JSON or NumPy file.
+
+Numbers, booleans and strings stay what they are.  Lists and arrays of numbers become tensors of torch's default dtype,
+those of booleans boolean tensors.  JSON seldom tells integers from real numbers that happen to be whole (R writes
+c(1, 2) as [1, 2]), so a list of integers becomes real numbers as well.  NumPy files do tell: an array of integers stays
+one.
+
+Two kinds of values are read in another way where the model runs only so: a list of integers as integers, with which it
+may index, and a single number as a tensor, which it may observe.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import Refused
+
+TRIALS = 128  # of ways to read the data
+
+
+@dataclass(frozen=True)
+class Data:
+    """Arguments by name, and for some of them another value that may be meant."""
+
+    values: dict[str, Any]
+    others: dict[str, Any]
+
+    def readings(self) -> Iterator[dict[str, Any]]:
+        """The arguments, then with ever more of the other values in their places."""
+        choices = (chosen for size in range(len(self.others) + 1) for chosen in combinations(self.others, size))
+        for chosen in islice(choices, TRIALS):
+            yield {**self.values, **{name: self.others[name] for name in chosen}}
+
+
+def read_data(path: Path | None) -> Data:
+    """Read arguments, in torch's default dtype; none where there is no file.
+
+    Raises:
+        Refused: If the file is missing or is none of the two kinds, or an argument is of no use or not finite.
+    """
+    if path is None:
+        return Data({}, {})
+    readers = {".json": _read_json, ".npz": _read_npz}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise Refused(f"the data file {str(path)!r} must end with .json or .npz")
+    try:
+        data = reader(path)
+    except OSError as error:
+        raise Refused(f"cannot read the data file {str(path)!r}: {error.strerror or error}") from error
+    for name, value in data.values.items():
+        _check_finite(name, value)
+    return data
+
+
+def _read_json(path: Path) -> Data:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise Refused(f"the data file {str(path)!r} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise Refused(f"the data file {str(path)!r} must hold an object, {{name: value, ...}}")
+    values = {name: _from_json(name, value) for name, value in found.items()}
+    integers = {name: value for name, value in values.items() if _is_integral(value)}
+    reals = {name: value.to(torch.get_default_dtype()) for name, value in integers.items()}
+    return Data({**values, **reals}, integers | _as_tensors(values))
+
+
+def _from_json(name: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        raise Refused(f"argument {name!r} is an object; give its parts as arguments of their own")
+    if not isinstance(value, list):
+        return value
+    leaves = list(_leaves(value))
+    kinds = {type(leaf) for leaf in leaves}
+    if kinds == {str}:
+        return value
+    dtypes = {frozenset({bool}): torch.bool, frozenset({int}): torch.int64}
+    if not (kinds <= {int, float} or kinds == {bool}):
+        words = ", ".join(sorted({"NoneType": "null", "dict": "object"}.get(k.__name__, k.__name__) for k in kinds))
+        raise Refused(f"argument {name!r} is a list of {words}; it must hold numbers, or booleans, or strings")
+    if any(isinstance(leaf, int) and not -(2**63) <= leaf < 2**63 for leaf in leaves):
+        raise Refused(f"argument {name!r} holds integers beyond 64 bits")
+    try:
+        return torch.tensor(value, dtype=dtypes.get(frozenset(kinds), torch.get_default_dtype()))
+    except (TypeError, ValueError) as error:
+        raise Refused(f"argument {name!r} is a list of lists of unequal lengths") from error
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        for part in value:
+            yield from _leaves(part)
+    else:
+        yield value
+
+
+def _read_npz(path: Path) -> Data:
+    try:
+        found = np.load(path, allow_pickle=False)
+        arrays = {name: found[name] for name in found.files} if isinstance(found, np.lib.npyio.NpzFile) else None
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise Refused(f"the data file {str(path)!r} is not a NumPy file of plain arrays: {error}") from error
+    if arrays is None:
+        raise Refused(f"the data file {str(path)!r} holds one array without a name; write it with numpy.savez")
+    found.close()
+    values = {name: _from_numpy(name, array) for name, array in arrays.items()}
+    return Data(values, _as_tensors(values))
+
+
+def _from_numpy(name: str, array: np.ndarray) -> Any:
+    if array.dtype.kind not in "biufU":
+        raise Refused(f"argument {name!r} is an array of {array.dtype}; it must hold numbers, or booleans, or strings")
+    if array.ndim == 0 or array.dtype.kind == "U":
+        return array.tolist()
+    if array.dtype.kind == "b":
+        return torch.from_numpy(array)
+    if array.dtype.kind == "f":
+        return torch.from_numpy(array.astype(np.float64)).to(torch.get_default_dtype())
+    if array.size and int(array.max()) > torch.iinfo(torch.int64).max:
+        raise Refused(f"argument {name!r} holds integers beyond 64 bits")
+    return torch.from_numpy(array.astype(np.int64))  # bytes would be masks, and not indices
+
+
+def _as_tensors(values: dict[str, Any]) -> dict[str, Any]:
+    """Tensors in place of the single numbers among values."""
+    numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
+    return {name: torch.tensor(float(value)) for name, value in numbers.items()}
+
+
+def _is_integral(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.int64
+
+
+def _check_finite(name: str, value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Refused(f"argument {name!r} is {value}; data must be finite")
+    if isinstance(value, Tensor) and not value.isfinite().all():
+        bad = int((~value.isfinite()).sum())
+        raise Refused(f"argument {name!r} holds NaN or inf ({bad} of {value.numel()} numbers); data must be finite")

@@ -1,0 +1,113 @@
+"""The user's model: a callable in a Python file, and the arguments that it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from . import Refused
+
+
+def load_model(spec: str) -> Callable[..., Any]:
+    """The model that ``FILE.py:NAME`` stands for.
+
+    The file may import its neighbours.
+
+    Raises:
+        Refused: If the file or the name is missing, the file fails to import, or what it holds cannot be called.
+    """
+    file, colon, name = spec.rpartition(":")
+    if not (colon and file and name):
+        raise Refused(f"the model must be given as FILE.py:NAME, got {spec!r}")
+    path = Path(file)
+    if not path.is_file():
+        raise Refused(f"there is no file {file!r}")
+    if path.suffix != ".py":
+        raise Refused(f"{file!r} is not a Python file; its name must end with .py")
+    module = _import(path)
+    model = getattr(module, name, None)
+    if model is None:
+        functions = [n for n, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == module.__name__]
+        raise Refused(
+            f"{file!r} has no {name!r}" + (f"; its functions are {', '.join(functions)}" if functions else "")
+        )
+    if inspect.isclass(model):
+        raise Refused(f"{name!r} in {file!r} is a class and no model; name an instance of it, made in the file")
+    if not callable(model):
+        raise Refused(f"{name!r} in {file!r} is of type {type(model).__name__} and cannot be called")
+    return model
+
+
+def _import(path: Path) -> ModuleType:
+    """Run a file as a module, under a name that shadows no other."""
+    name = f"_pyro_flows_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    assert spec is not None  # a name that ends with .py has a loader
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look there
+    try:
+        with _neighbours_of(path):
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise Refused(f"{str(path)!r} cannot be imported: {in_one_line(error, path)}") from error
+    return module
+
+
+@contextlib.contextmanager
+def _neighbours_of(path: Path) -> Iterator[None]:
+    """Let a file import what lies in its folder, as it could if it were run itself."""
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def check_arguments(model: Callable[..., Any], given: list[str]) -> None:
+    """Refuse arguments that a model does not take, and the lack of those that it needs."""
+    try:
+        taken = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters.values()
+    except (TypeError, ValueError):
+        return  # a callable that cannot be looked into says itself what it lacks
+    named = [p for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    nameless = [p.name for p in taken if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+    if nameless:
+        raise Refused(f"the model takes {_listed(nameless)} by position only; arguments are given by name")
+    missing = [p.name for p in named if p.default is p.empty and p.name not in given]
+    unexpected = sorted(set(given) - {p.name for p in named})
+    if any(p.kind is p.VAR_KEYWORD for p in taken):
+        unexpected = []
+    faults = [f"the data lack {_listed(missing)}"] if missing else []
+    faults += [f"the model does not take {_listed(unexpected)}"] if unexpected else []
+    if faults:
+        takes = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r:.30}" for p in named)
+        raise Refused(f"{' and '.join(faults)}; the model's arguments: {takes or 'none'}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def in_one_line(error: BaseException, file: Path) -> str:
+    """An error in one line, with its kind and place if it came out of the user's file."""
+    words = " ".join(str(error).partition("Trace Shapes:")[0].split()) or "no reason given"
+    places = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if _is(frame.filename, file)]
+    if places:
+        return f"{type(error).__name__}: {words} ({file.name}, line {places[-1]})"
+    return words if isinstance(error, ValueError) else f"{type(error).__name__}: {words}"
+
+
+def _is(name: str, file: Path) -> bool:
+    return Path(name) == file.resolve()

@@ -1,0 +1,91 @@
+"""What a run says: a table of the posterior, the diagnostics, and a verdict on both."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from math import floor, log10
+from typing import Any
+
+import numpy as np
+
+from ..diagnostics import Check
+
+MANY = 40  # rows, beyond which long sites are cut short
+HEADINGS = "mean", "sd", "5 %", "95 %"
+VERDICTS = {
+    "trust": "Trust these draws.",
+    "reweight": "Use these draws as they are here: resampled by their weights.",
+    "do not trust": "Do not trust these draws.",
+}
+
+
+def draws_of(data: Any) -> dict[str, np.ndarray]:
+    """The draws in ArviZ's container, whose chain is one: site name -> ``(N, *site_shape)``."""
+    return {str(name): variable.values[0] for name, variable in data["posterior"].data_vars.items()}
+
+
+def report(
+    draws: dict[str, np.ndarray],
+    check: Check,
+    *,
+    seconds: float,
+    skipped: int,
+    advice: str,
+    labels: dict[str, list[str]] | None = None,
+) -> str:
+    """The table, the diagnostics and the verdict, as a person reads them.
+
+    Args:
+        draws: For each site, values of shape ``(N, *site_shape)``.
+        check: The check of the guide.
+        seconds: The time that the run took.
+        skipped: The number of steps that were skipped.
+        advice: What to try if the answer cannot be trusted.
+        labels: Names for the numbers of a site, in place of their indices.
+    """
+    psis = check.psis
+    verdict = f"{VERDICTS[check.verdict]} {check.reason}" + (f" {advice}" if check.verdict == "do not trust" else "")
+    return "\n".join(
+        [
+            "",
+            *_table(draws, labels or {}),
+            "",
+            f"k-hat         {psis.khat:.2f}  (reliable below {psis.threshold:.2f})",
+            f"ESS           {psis.ess:.0f} of {len(psis.log_weights)} draws",
+            f"log evidence  {psis.log_evidence:.3f} ± {psis.log_evidence_se:.3f} nats",
+            f"time          {seconds:.1f} s" + (f", {skipped} steps skipped" if skipped else ""),
+            "",
+            *textwrap.wrap(verdict, 110),
+        ]
+    )
+
+
+def _table(draws: dict[str, np.ndarray], labels: dict[str, list[str]]) -> Iterator[str]:
+    """A line for each number of each site; of long sites, where there are many, only the first and the last."""
+    columns = {name: values.reshape(len(values), -1).astype(float) for name, values in draws.items()}
+    total = sum(values.shape[1] for values in columns.values())
+    room = total if total <= MANY else max(5, MANY // len(columns))
+    rows: list[tuple[str, ...]] = [("", *HEADINGS)]
+    for name, values in columns.items():
+        size = values.shape[1]
+        shown = range(size) if size <= room else [*range(room - 2), size - 1]
+        numbers = _summary(values)
+        own = labels.get(name) or [", ".join(map(str, place)) for place in np.ndindex(*draws[name].shape[1:])]
+        for i in shown:
+            if size > room and i == size - 1:
+                rows.append((f"({size - len(shown)} more of {name})",))
+            rows.append((f"{name}[{own[i]}]" if own[i] else name, *numbers[i]))
+    first = max(8, *(len(row[0]) for row in rows)) + 2
+    width = max(6, *(len(cell) for row in rows for cell in row[1:])) + 2
+    for label, *cells in rows:
+        yield f"{label:<{first}}{''.join(f'{cell:>{width}}' for cell in cells)}".rstrip()
+
+
+def _summary(values: np.ndarray) -> list[list[str]]:
+    """Mean, sd and two quantiles of each column, ``(N, K)``, with three digits of the smallest sd."""
+    sds = values.std(0, ddof=1)
+    numbers = np.stack((values.mean(0), sds, *np.quantile(values, [0.05, 0.95], axis=0)), -1)  # (K, 4)
+    least = sds.min(initial=np.inf)
+    style = f".{max(0, 2 - floor(log10(least)))}f" if 1e-4 < least < 1e7 else ".4g"
+    return [[f"{number:{style}}" for number in row] for row in numbers]

@@ -1,0 +1,43 @@
+"""Log-densities over vectors, and what to do where one breaks down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pyro
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+LogDensity = Callable[[Tensor], Tensor]  # (N, D) -> (N,), in nats
+
+
+def or_nan(density: LogDensity) -> LogDensity:
+    """A density that is NaN where the model breaks down; the draws at fault are found by halving."""
+
+    def guarded(z: Tensor) -> Tensor:
+        try:
+            with pyro.validation_enabled(False):
+                return density(z)
+        except (ValueError, LinAlgError) as error:
+            if not is_breakdown(error):
+                raise
+        if len(z) == 1:
+            return z.sum(-1) * math.nan
+        return torch.cat([guarded(half) for half in z.chunk(2)])
+
+    return guarded
+
+
+def is_breakdown(error: Exception) -> bool:
+    """Whether a draw was so far out that a distribution refused its parameters, or a matrix was not positive definite:
+    it counts as one whose density is not finite."""
+    return isinstance(error, LinAlgError) or (isinstance(error, ValueError) and "invalid values" in str(error))
+
+
+def score_of(density: LogDensity, z: Tensor) -> Tensor:
+    """The gradient of a log-density, ``(N, D)``."""
+    z = z.detach().requires_grad_()
+    total = density(z).sum()
+    return torch.autograd.grad(total, z)[0] if total.requires_grad else torch.zeros_like(z)

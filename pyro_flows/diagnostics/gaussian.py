@@ -1,0 +1,125 @@
+"""The Gaussian that comes closest to a density, found in about a second.
+
+Batch and match (Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei, Saul 2024, arXiv:2402.14758): each round draws z
+from the Gaussian N(μ, Σ), takes the scores g = ∇ log p(z), and moves to the Gaussian whose own scores match them best,
+in closed form and alike under every linear change of variables.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from .density import LogDensity, score_of
+
+NEAR = 0.25  # how little, in nats, the log-weights of a Gaussian vary that hardly differs from the posterior
+POOR = 5.0  # how much, in nats, the log-weights of a Gaussian may vary before its correlations mislead
+
+
+class Gaussian(NamedTuple):
+    """A Gaussian over packed, unconstrained latents, and how it fits: with log-weights log p - log q.
+
+    Attributes:
+        loc: The mean, ``(D,)``.
+        scale_tril: The Cholesky factor of the covariance, ``(D, D)``.
+        elbo: The mean log-weight, in nats; -inf if it is no number.
+        spread: The standard deviation of the log-weights, in nats.
+    """
+
+    loc: Tensor
+    scale_tril: Tensor
+    elbo: float
+    spread: float
+
+    @property
+    def is_near(self) -> bool:
+        """Whether it hardly differs from the posterior."""
+        return self.spread < NEAR
+
+    @property
+    def is_poor(self) -> bool:
+        """Whether it fits so badly that its correlations mislead."""
+        return self.spread > POOR
+
+
+def fit_gaussian(density: LogDensity, loc: Tensor, scale: float, *, rounds: int = 100) -> Gaussian:
+    """The best Gaussian that a few rounds of batch and match find, or the start where they find none better.
+
+    Args:
+        density: The log-density.
+        loc: The start's mean, ``(D,)``.
+        scale: The start's standard deviation.
+        rounds: How many rounds to make from each place.
+    """
+    start = torch.eye(len(loc), dtype=loc.dtype, device=loc.device) * scale
+    best = _judged(density, loc, start)
+    for place in (loc, _climb(density, loc)):
+        found = match(density, place, start, rounds)
+        if found is not None and found.elbo > best.elbo:
+            best = found
+    return best
+
+
+def match(density: LogDensity, loc: Tensor, scale_tril: Tensor, rounds: int = 100) -> Gaussian | None:
+    """Batch and match, with a learning rate that is constant at first and then falls; None where it breaks down."""
+    eye, draws = torch.eye(len(loc), dtype=loc.dtype, device=loc.device), max(64, 2 * len(loc))
+    try:
+        for number in range(1, rounds + 1):
+            z = loc + torch.randn(draws, len(loc), dtype=loc.dtype, device=loc.device) @ scale_tril.T
+            score = score_of(density, z)
+            usable = score.isfinite().all(-1)
+            if usable.sum() < draws / 2:
+                scale_tril = scale_tril / 2
+                continue
+            z, score = z[usable], score[usable]
+            rate = draws / max(1.0, number - rounds / 2)
+            weight = rate / (1 + rate)
+            mean, mean_score = z.mean(0), score.mean(0)
+            moved = loc - mean
+            u = rate * torch.cov(score.T, correction=0).reshape(eye.shape) + weight * mean_score.outer(mean_score)
+            v = rate * torch.cov(z.T, correction=0).reshape(eye.shape) + weight * moved.outer(moved)
+            # Σ' solves Σ' U Σ' + Σ' = Σ + V; in coordinates where the right side is the identity, by its eigenvalues.
+            root = scale_tril @ torch.linalg.cholesky(eye + _whitened(v, scale_tril))
+            eigenvalues, vectors = torch.linalg.eigh(root.T @ u @ root)
+            shrink = 2 / (1 + (1 + 4 * eigenvalues.clamp_min(0)).sqrt())
+            factor = root @ (vectors * shrink.sqrt())
+            scale_tril = torch.linalg.qr(factor.T).R.T
+            scale_tril = scale_tril * scale_tril.diagonal().sign()
+            loc = (loc + rate * (factor @ (factor.T @ mean_score) + mean)) / (1 + rate)
+    except LinAlgError:
+        return None
+    return _judged(density, loc, scale_tril)
+
+
+def _whitened(v: Tensor, scale_tril: Tensor) -> Tensor:
+    half = torch.linalg.solve_triangular(scale_tril, v, upper=False)
+    return torch.linalg.solve_triangular(scale_tril, half.T, upper=False)
+
+
+def _climb(density: LogDensity, loc: Tensor, steps: int = 20) -> Tensor:
+    """Some steps of L-BFGS uphill."""
+    place = loc.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([place], max_iter=steps, history_size=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = -density(place.unsqueeze(0)).sum()
+        loss.backward()
+        return loss.nan_to_num(math.inf)
+
+    optimizer.step(closure)
+    return place.detach() if place.isfinite().all() else loc
+
+
+@torch.no_grad()
+def _judged(density: LogDensity, loc: Tensor, scale_tril: Tensor, draws: int = 500) -> Gaussian:
+    """A Gaussian with what some log-weights say of it; they have no noise where it is the posterior."""
+    noise = torch.randn(draws, len(loc), dtype=loc.dtype, device=loc.device)
+    log_q = -noise.square().sum(-1) / 2 - scale_tril.diagonal().log().sum() - len(loc) / 2 * math.log(2 * math.pi)
+    log_weights = density(loc + noise @ scale_tril.T) - log_q
+    elbo = log_weights.mean().nan_to_num(-math.inf, math.inf, -math.inf)
+    return Gaussian(loc, scale_tril, float(elbo), float(log_weights.std()))

@@ -1,0 +1,105 @@
+"""Draws of a guide resampled by their Pareto-smoothed weights: draws of the posterior where k-hat is low.
+
+Systematic resampling: N points u, u + 1/N, u + 2/N, ... for one u uniform on [0, 1/N) are dropped on the weights laid
+end to end, so that a draw of weight w is kept N w times, rounded up or down, and N w times on average: less noise than
+there is in N independent picks.  Then the order is shuffled.
+
+Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao, Gabry 2015, arXiv:1507.02646); Comparison of
+Resampling Schemes for Particle Filtering (Douc, Cappé, Moulines 2005, arXiv:cs/0507025).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .draws import draw
+from .held import Held, hold, values_of
+from .importance import Psis, weigh
+
+
+def resample(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    num_samples: int = 1000,
+    num_weighed: int = 10_000,
+    batch_size: int = 1000,
+    vectorize: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> dict[str, Tensor]:
+    """Draw from any Pyro guide, resampled by Pareto-smoothed weights: closer to the posterior than the guide is.
+
+    The same seed gives the same draws (``pyro.set_rng_seed``).  Draws of great weight are there several times, so N of
+    them tell less than N independent ones.
+
+    Args:
+        num_samples: The number N of draws that are kept.
+        num_weighed: How many draws of the guide they are chosen from; at least N are.
+
+    The other arguments are those of :func:`psis`.
+
+    Returns:
+        For each latent and deterministic site of the model, values of shape ``(num_samples, *site_shape)``.
+
+    Raises:
+        ValueError: If a number is out of its range, or no weight is finite.
+
+    Warns:
+        UserWarning: If k-hat is above its threshold: the draws cannot be trusted.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> def guide():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.5))
+        >>> pyro.set_rng_seed(0)
+        >>> draws = resample(model, guide, num_samples=4000)
+        >>> draws["x"].shape, bool((draws["x"].std() - 1).abs() < 0.1)
+        (torch.Size([4000]), True)
+    """
+    if num_samples < 1:
+        raise ValueError(f"resample: num_samples must be at least 1, got {num_samples}.")
+    if num_weighed < 25:
+        raise ValueError(f"resample: num_weighed must be at least 25 to fit a tail, got {num_weighed}.")
+    kwargs = {**kwargs, **(model_kwargs or {})}
+    total = max(num_samples, num_weighed)
+    held = hold(draw(model, guide, args, kwargs, total, batch_size=batch_size, vectorize=vectorize))
+    kept, _ = reweighted(held, num_samples, "resample")
+    return values_of(model, kept, args, kwargs, batch_size)
+
+
+def reweighted(held: Held, number: int, caller: str) -> tuple[Held, Psis]:
+    """A number of draws, chosen by their weights, and what the weights are worth."""
+    psis = weigh(held.log_p - held.log_q)
+    if not psis.reliable:
+        warnings.warn(
+            f"{caller}: k-hat is {psis.khat:.2f}, above {psis.threshold:.2f}: a few draws hold most of the weight, and "
+            "the resampled draws cannot be trusted. Fit the guide longer, or give it a flow of more layers.",
+            stacklevel=3,
+        )
+    return held.take(systematic(psis.smoothed, number)), psis
+
+
+def systematic(log_weights: Tensor, number: int) -> Tensor:
+    """The numbers of the draws that are kept, ``(number,)``, shuffled.
+
+    Args:
+        log_weights: The logarithms of weights, ``(S,)``, not all of which are zero.
+        number: How many to keep.
+    """
+    edges = (log_weights.double() - log_weights.max().double()).exp().cumsum(0)
+    offset = torch.rand((), dtype=edges.dtype, device=edges.device)
+    places = (torch.arange(number, dtype=edges.dtype, device=edges.device) + offset) / number * edges[-1]
+    # Rounded up to the very end, a place would lie beyond the last draw.
+    places = places.minimum(edges[-1].nextafter(torch.zeros_like(offset)))
+    kept = torch.searchsorted(edges, places, right=True)
+    return kept[torch.randperm(number, device=edges.device)]

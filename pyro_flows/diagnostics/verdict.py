@@ -1,0 +1,226 @@
+"""A verdict on a guide: whether its draws can be believed, and why.
+
+Weights say how far the guide is from the posterior where it draws, and k-hat whether they can be believed themselves.
+Short chains from its draws say what lies next to them: they drift if the guide is wrong (:mod:`.drift`).  A search says
+what lies far away (:mod:`.modes`).  None of the three needs to know the answer, and together they leave little room.
+
+A guide's draws are to be trusted if each mean is right to a tenth of a standard deviation and each standard deviation
+to a tenth of itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from .chains import Chains
+from .charts import Base, Chart, White
+from .density import or_nan
+from .draws import check_guide, check_integers, check_side_by_side, check_trained
+from .drift import Drift, DriftMeter, weighted_drift
+from .importance import Psis, weigh
+from .judgement import CALM, LIMIT, SURE, is_off, judge
+from .modes import Missing, search
+from .space import Scored, Space
+
+ADAPT, BLOCK, BLOCKS = 4, 10, 5  # sweeps of the chains: to adapt their steps, between judgements, and at most
+
+
+@dataclass(frozen=True)
+class Check:
+    """The result of :func:`check`.
+
+    Attributes:
+        verdict: ``"trust"`` the guide's draws as they are; ``"reweight"`` them first; or ``"do not trust"`` them.
+        reason: Why, in words.
+        psis: k-hat, the effective sample size, the log evidence, its standard error, and the weights.
+        chains: The guide's errors as short chains from its draws see them.
+        directions: The same along directions of the unconstrained space in which the guide's draws are white: the D
+            coordinates, and those two in which the chains have spread most and least while their steps were adapted.
+        weighted: The same as the weights see them.
+        names: The names of the K quantities that the errors are of: latent and deterministic sites, number by number.
+        missing: The share of the posterior's mass found where the guide draws nothing, its standard error and place.
+        acceptance: The chains' mean acceptance, in each of the coordinates that they moved in.
+        seconds: The wall time.
+    """
+
+    verdict: str
+    reason: str
+    psis: Psis
+    chains: Drift
+    directions: Drift
+    weighted: Drift
+    names: list[str]
+    missing: Missing
+    acceptance: list[float]
+    seconds: float
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the verdict is ``"trust"``."""
+        return self.verdict == "trust"
+
+    @property
+    def misses_a_mode(self) -> bool:
+        """Whether mass was found far away from a guide that is right where it draws."""
+        return self.missing.is_grave and not is_off(self.chains)
+
+    @property
+    def khat(self) -> float:
+        """The shape of the tail of the weights."""
+        return self.psis.khat
+
+    @property
+    def ess(self) -> float:
+        """The effective sample size of the smoothed weights."""
+        return self.psis.ess
+
+    @property
+    def log_evidence(self) -> float:
+        """The log evidence, in nats, as far as the guide reaches."""
+        return self.psis.log_evidence
+
+    @property
+    def log_evidence_se(self) -> float:
+        """Its standard error, in nats."""
+        return self.psis.log_evidence_se
+
+    @property
+    def drift(self) -> float:
+        """The largest error of a mean, in standard deviations, as the chains see it."""
+        return float(self.chains.error.abs().max())
+
+    @property
+    def sd_ratios(self) -> tuple[float, float]:
+        """The smallest and the largest ratio of the guide's standard deviations to the posterior's."""
+        return float(self.chains.ratio.min()), float(self.chains.ratio.max())
+
+    def __repr__(self) -> str:
+        low, high = self.sd_ratios
+        return (
+            f"Check({self.verdict!r}, khat={self.khat:.2f}, log_evidence={self.log_evidence:.3f} ± "
+            f"{self.log_evidence_se:.3f}, drift={self.drift:.2f}, sd_ratios={low:.2f}–{high:.2f}, "
+            f"missing={self.missing.share:.2f}, seconds={self.seconds:.1f})\n{self.reason}"
+        )
+
+    def plot(self) -> Any:
+        """Picture the errors of each quantity and the weights: a matplotlib figure."""
+        from .plots import plot_check
+
+        return plot_check(self)
+
+
+def check(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    num_samples: int = 10_000,
+    num_chains: int = 256,
+    model_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Check:
+    """Judge whether any Pyro guide's draws can be trusted.
+
+    The guide is the posterior if weights, chains and search find nothing: its weights hardly vary, short Markov chains
+    from its draws (Hamiltonian Monte Carlo in the coordinates of its base, and in whitened ones) stay where they are,
+    and climbs from far away find no mass that it misses.  Each error is seen with its standard error; the chains go on
+    until they tell.  Costs a tenth of a fit or so.
+
+    Args:
+        model: A Pyro model, all of whose latents are continuous; it must broadcast to the left of its plates.
+        guide: A trained guide of the same latents.
+        *args: The model's arguments.
+        num_samples: The number of draws that are weighed.
+        num_chains: The number of chains.
+        model_kwargs: Keyword arguments of the model whose names clash with those above.
+        **kwargs: The model's other keyword arguments.
+
+    Raises:
+        ValueError: If the guide was never trained, is a point or of another model, a number is out of its range, or no
+            weight is finite.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> def narrow():
+        ...     pyro.sample("x", dist.Normal(0.0, 0.7))
+        >>> check(model, narrow).verdict
+        'reweight'
+    """
+    start, kwargs = time.perf_counter(), {**kwargs, **(model_kwargs or {})}
+    check_integers("check", num_samples=(num_samples, 100), num_chains=(num_chains, 16))
+    check_trained("check", guide)
+    check_guide(model, guide, args, kwargs)
+    check_side_by_side(model, guide, args, kwargs)
+    with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
+        space = Space(model, guide, args, kwargs)
+        space.verify()
+        draws = space.draw(num_samples)
+        psis = weigh(draws.log_p - draws.log_q)
+        judged = _judged(space, draws.quantities)
+        names = [name for name, used in zip(space.read.names, judged.tolist(), strict=True) if used]
+        weighted = weighted_drift(draws.quantities[:, judged], psis.smoothed)
+        white = White(draws.z)
+        charts: list[Chart] = [*filter(None, [Base.of(space, draws.z[:100])]), white]
+        calm = psis.khat < CALM and bool((weighted.errors + 2 * weighted.noise < SURE).all())
+        chains, directions, acceptance = _run(space, charts, draws, judged, num_chains, calm)
+        # Along an angle the density is periodic: its copies a turn away are no modes.
+        missing = Missing(0.0, 0.0, None) if space.read.has_angles else search(space, white, draws)
+    verdict, reason = judge(psis, chains, directions, weighted, names, missing, acceptance)
+    seconds = time.perf_counter() - start
+    return Check(verdict, reason, psis, chains, directions, weighted, names, missing, acceptance, seconds)
+
+
+def _judged(space: Space, quantities: Tensor) -> Tensor:
+    """Which quantities are judged, ``(K,)``: those that vary, and are finite."""
+    spread = quantities.double().std(0)
+    varies = spread > 1e-6 * quantities.double().mean(0).abs().clamp_min(1e-12)
+    for name in space.read.latents:
+        if not any(v for v, site in zip(varies.tolist(), space.read.sites, strict=True) if site == name):
+            raise ValueError(f"the guide's site {name!r} is a point: it has the same value in all draws.")
+    return varies & quantities.isfinite().all(0)
+
+
+def _run(
+    space: Space, charts: list[Chart], draws: Scored, judged: Tensor, num_chains: int, calm: bool
+) -> tuple[Drift, Drift, list[float]]:
+    """Run chains from new draws of the guide until they tell whether they drift, and how much.
+
+    Args:
+        judged: The quantities that are looked at, ``(K,)``.
+        calm: Whether the weights see no error at all, so that chains need only not see one either.
+    """
+    began, white = space.draw(num_chains), charts[-1]
+    chains, meter = (
+        Chains(or_nan(space.log_p), charts, began.z),
+        DriftMeter(draws.quantities[:, judged], began.quantities[:, judged]),
+    )
+    places = []
+    for _ in range(ADAPT):
+        chains.sweep(adapt=True)
+        places.append(white.inverse(chains.z))
+    extremes = torch.linalg.eigh(torch.cov(torch.cat(places).T).reshape(space.dim, space.dim)).eigenvectors[:, [0, -1]]
+    axes = torch.cat((torch.eye(space.dim).to(extremes), extremes), -1)
+    compass = DriftMeter(white.inverse(draws.z) @ axes, white.inverse(began.z) @ axes)
+    for block in range(BLOCKS):
+        for _ in range(BLOCK):
+            chains.sweep(adapt=False)
+            meter.record(space.quantities(chains.z)[:, judged])
+            compass.record(white.inverse(chains.z) @ axes)
+        drift = meter.drift()
+        right = drift.errors + (0.0 if calm else 1.5) * drift.noise < LIMIT
+        if bool(right.all()) or (block > 0 and is_off(drift)):
+            break
+    directions = compass.drift()
+    if space.read.has_angles:  # a density that is periodic has neither mean nor variance along it
+        directions = Drift(*(part[:0] for part in directions))
+    return drift, directions, chains.acceptance

@@ -1,0 +1,83 @@
+"""What a fit needs to know of model and guide: what they train, which data they see, and which site is at fault."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from ..diagnostics.density import is_breakdown
+from ..diagnostics.draws import single_trace
+
+
+def trained_by(loss: Callable[[], Tensor], model: Any, guide: Any) -> list[Tensor]:
+    """The tensors that the loss depends on: those of modules, and those that Pyro's param statements touch."""
+    with poutine.trace(param_only=True) as capture:
+        try:
+            loss()
+        except (ValueError, LinAlgError) as error:
+            if not is_breakdown(error):
+                raise
+    touched = [site["value"] for site in capture.trace.nodes.values()]
+    found = [value.unconstrained() if hasattr(value, "unconstrained") else value for value in touched]
+    for program in (model, guide):
+        if isinstance(program, nn.Module):
+            found += program.parameters()
+    unique = {id(parameter): parameter for parameter in found if parameter is not None and parameter.requires_grad}
+    if not unique:
+        raise ValueError("fit_svi: neither the guide nor the model has parameters to train.")
+    return list(unique.values())
+
+
+@torch.no_grad()
+def culprit(model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Name the first site, in the guide and then in the model, whose value or density is not finite."""
+    for _ in range(20):
+        with poutine.block(), pyro.validation_enabled(False):  # which would raise, and name no site
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        for program, trace in (("guide", guide_trace), ("model", model_trace)):
+            for name, site in trace.nodes.items():
+                if site["type"] != "sample":
+                    continue
+                value = site["value"]
+                if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+                    return f"the {program}'s site {name!r} has a value that is not finite"
+                if not site["fn"].log_prob(value).isfinite().all():
+                    return f"the {program}'s site {name!r} has a log-density that is not finite"
+    return "all sites are finite in 20 single draws, so the gradient is at fault"
+
+
+def has_all(guide: nn.Module, parameters: list[Tensor]) -> bool:
+    """Whether all that is trained is the guide's, and nothing the model's."""
+    return {id(parameter) for parameter in parameters} <= {id(parameter) for parameter in guide.parameters()}
+
+
+def fingerprint(data: tuple[Any, ...]) -> list[str]:
+    """What tells one data set from another: tensors by their contents, numbers and words as they are."""
+    found = []
+    for value in data:
+        if isinstance(value, Tensor):
+            found.append(f"{zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes()):08x}")
+        elif isinstance(value, int | float | str):
+            found.append(repr(value))
+    return found
+
+
+def check_no_parameters(model: Callable[..., Any], guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a model that is trained itself: each fit would go on from where the last has left it."""
+    trace, _, _ = single_trace(model, guide, args, kwargs)
+    names = [name for name, site in trace.nodes.items() if site["type"] == "param"]
+    if isinstance(model, nn.Module):
+        names += [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if names:
+        raise ValueError(
+            f"fit_svi: escalate and restarts fit more than once, but the model has parameters ({', '.join(names[:3])}) "
+            "that each fit would take over from the last. Fit once, or give them priors."
+        )

@@ -1,0 +1,258 @@
+"""The ladder: fits of growing effort, each judged, until one can be trusted.
+
+A Gaussian; the guide's flow; more couplings before it, trained for longer; and objectives that cover mass.  What comes
+next depends on what the check has found: longer training finds no mode that is missing.  Restarts, from draws of the
+prior or from far around the start, guard against spurious modes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro import validation_enabled
+from torch import Tensor, nn
+
+from ..diagnostics import Check, check
+from ..diagnostics.density import or_nan
+from ..diagnostics.space import Space
+from ..flows import Flow, realnvp
+from ..guides import AutoFlow
+from ..objectives import ForwardKL, TemperedELBO
+from ..transforms import ActNorm
+from .inspect import check_no_parameters
+from .loop import Fit
+from .schedule import suited_to
+
+ORDER = "do not trust", "reweight", "trust"
+ANNEAL = 3000  # steps over which a mode that is missing is looked for
+LESS = 0.1  # nats of evidence that a rung must not lack against an earlier one
+TRIES = 8  # places of which a restart takes the best
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One fit of several.
+
+    Attributes:
+        name: What was fitted.
+        fit: The record of the fit, with its guide.
+        check: What the check said of the guide; None for a fit that was not checked.
+        seconds: The wall time of both.
+    """
+
+    name: str
+    fit: Fit
+    check: Check | None
+    seconds: float
+
+    @property
+    def elbo(self) -> float:
+        """The evidence lower bound, in nats: that of the check's draws, or else of the last steps."""
+        if self.check:
+            return float(self.check.psis.log_weights.mean())
+        return -math.inf if math.isnan(self.fit.best_loss) else -self.fit.best_loss
+
+    def __repr__(self) -> str:
+        said = f"{self.check.verdict}. {self.check.reason}" if self.check else "not checked"
+        return f"{self.name} (loss {self.fit.best_loss:.3f}, {self.fit.steps} steps, {self.seconds:.0f} s): {said}"
+
+
+class Ladder:
+    """Makes fits of a model, judges them and remembers them.
+
+    Args:
+        fit_once: Fits a guide: ``fit_once(guide, *args, **settings)``.
+        model: The model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        settings: Settings of each fit.
+        checkpoint: The stem of the files for the states of fits.
+    """
+
+    def __init__(
+        self,
+        fit_once: Callable[..., Fit],
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        settings: dict[str, Any],
+        checkpoint: str | os.PathLike[str] | None,
+    ) -> None:
+        self._fit_once, self._model, self._args, self._kwargs = fit_once, model, args, kwargs
+        self._settings, self._checkpoint = settings, checkpoint
+        self.rungs: list[Rung] = []
+        self.stopped = ""
+
+    def fit(self, name: str, guide: AutoFlow, **settings: Any) -> Fit | None:
+        """Fit a guide; None where that breaks off and there is an earlier rung to keep."""
+        file = self._checkpoint and Path(f"{os.fspath(self._checkpoint)}.{name.replace(' ', '-')}")
+        try:
+            fit = self._fit_once(guide, *self._args, **{**self._settings, **settings}, checkpoint=file)
+        except (KeyboardInterrupt, ValueError, FloatingPointError) as error:
+            self._break_off(name, error)
+            return None
+        if fit.stopped == "interrupted":
+            self.stopped = "interrupted"
+        return fit
+
+    def climb(self, name: str, guide: AutoFlow, **settings: Any) -> None:
+        """Fit a guide and judge it."""
+        if fit := self.fit(name, guide, **settings):
+            self.judge(name, fit, fit.seconds)
+
+    def judge(self, name: str, fit: Fit, seconds: float) -> None:
+        """Judge a fit, unless the run was interrupted, also in view of the evidence of earlier ones."""
+        start, found = time.perf_counter(), None
+        if not self.stopped:
+            try:
+                found = self._compared(check(self._model, fit.guide, *self._args, model_kwargs=self._kwargs))
+            except KeyboardInterrupt:
+                self.stopped = "interrupted"
+            except ValueError as error:
+                self._break_off(name, error)
+        self.note(Rung(name, fit, found, seconds + time.perf_counter() - start))
+
+    def _break_off(self, name: str, error: BaseException) -> None:
+        """End the ladder where it is; with nothing to keep, with the error."""
+        if not self.rungs:
+            raise error
+        self.stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{name}: {error}"
+
+    def note(self, rung: Rung) -> None:
+        """Remember a fit, and say so."""
+        self.rungs.append(rung)
+        if self._settings["progress"]:
+            print(f"{len(self.rungs)}. {rung}", file=sys.stderr)
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing to do any more."""
+        return bool(self.stopped) or (bool(self.rungs) and self._rank(self.rungs[-1]) == len(ORDER) - 1)
+
+    @property
+    def misses_a_mode(self) -> bool:
+        """Whether the last check has found a mode that the guide misses."""
+        last = self.rungs[-1].check if self.rungs else None
+        return last is not None and last.misses_a_mode
+
+    @property
+    def best(self) -> Rung:
+        """The rung with the best verdict and, among these, the highest evidence lower bound."""
+        return max(self.rungs, key=lambda rung: (self._rank(rung), rung.elbo))
+
+    def result(self) -> Fit:
+        """The best fit, with all rungs."""
+        best = self.best
+        return dataclasses.replace(
+            best.fit,
+            check=best.check,
+            rungs=tuple(self.rungs),
+            seconds=sum(rung.seconds for rung in self.rungs),
+            stopped=self.stopped or best.fit.stopped,
+        )
+
+    def _rank(self, rung: Rung) -> int:
+        return ORDER.index(rung.check.verdict) if rung.check else -1
+
+    def _compared(self, found: Check) -> Check:
+        """A check, which trusts no guide that has less evidence than an earlier one."""
+        for rung in self.rungs:
+            if rung.check and rung.check.psis.reliable:
+                lost = rung.check.log_evidence - found.log_evidence
+                if lost - 3 * math.hypot(rung.check.log_evidence_se, found.log_evidence_se) > LESS:
+                    reason = f"Mass is missing: the rung {rung.name!r} has found {lost:.2f} nats more evidence."
+                    return dataclasses.replace(found, verdict="do not trust", reason=reason)
+        return found
+
+
+def climb(
+    fit_once: Callable[..., Fit],
+    model: Callable[..., Any],
+    guide: AutoFlow,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    settings: dict[str, Any],
+    checkpoint: str | os.PathLike[str] | None,
+    *,
+    escalate: bool,
+    restarts: int,
+) -> Fit:
+    """Fit a guide, from several places or with growing effort or both; return the best fit, with all rungs."""
+    guide.setup(*args, **kwargs)
+    check_no_parameters(model, guide, args, kwargs)
+    ladder = Ladder(fit_once, model, args, kwargs, settings, checkpoint)
+    fresh = guide.rebuilt()
+    space = Space(model, fresh, args, kwargs)
+    if not escalate:
+        _restarted(ladder, guide, space, restarts)
+        return ladder.result()
+    if guide.is_fresh and not guide.has_circles:
+        gaussian = guide.rebuilt(lambda dim: Flow([ActNorm(dim)]))
+        ladder.climb("Gaussian", gaussian, steps=suited_to(gaussian).steps // 2)
+    if not (ladder.ended or ladder.misses_a_mode) and (flow := _restarted(ladder, guide, space, restarts)):
+        ladder.judge("flow", flow, 0.0 if restarts > 1 else flow.seconds)
+    if not (ladder.ended or ladder.misses_a_mode):
+        last = ladder.rungs[-1].fit.guide
+        deeper = last if guide.has_circles else _deepened(last)
+        ladder.climb("deeper and longer", deeper, steps=2 * suited_to(guide).steps, lr=0.005)
+    if not ladder.ended and ladder.misses_a_mode:
+        ladder.climb("tempered", fresh, objective=TemperedELBO(ANNEAL), steps=None)
+    if not ladder.ended:
+        covering = copy.deepcopy(ladder.best.fit.guide)
+        ladder.climb("forward KL", covering, objective=ForwardKL(256), steps=suited_to(guide).steps, lr=0.003)
+    return ladder.result()
+
+
+def _restarted(ladder: Ladder, guide: AutoFlow, space: Space, restarts: int) -> Fit | None:
+    """The best of several fits of one flow, the first from the guide's own start."""
+    best = ladder.fit("flow", guide)
+    if best is None or restarts == 1:
+        return best
+    starts = [Rung("start 1", best, None, best.seconds)]
+    ladder.note(starts[0])
+    for number in range(2, restarts + 1):
+        if ladder.stopped:
+            break
+        again = guide.rebuilt()
+        again.start_at(_elsewhere(space), guide.start[1] * torch.eye(guide.latent_dim))
+        fit = ladder.fit(f"start {number}", again)
+        if fit:
+            starts.append(Rung(f"start {number}", fit, None, fit.seconds))
+            ladder.note(starts[-1])
+    return max(starts, key=lambda rung: rung.elbo).fit
+
+
+@torch.no_grad()
+def _elsewhere(space: Space) -> Tensor:
+    """The most likely of some draws from the prior, or of some within 2 of the origin."""
+    wide = 4 * torch.rand(TRIES, space.dim) - 2
+    with validation_enabled(False):
+        found = space.prior(wide)
+    places = wide if found is None else found
+    heights = or_nan(space.log_p)(places).nan_to_num(-math.inf, -math.inf, -math.inf)
+    return places[heights.argmax()]
+
+
+def _deepened(guide: AutoFlow) -> AutoFlow:
+    """A guide that draws as the given one does, with more couplings, wider ones, between the base and its flow."""
+    *layers, learned, fixed = guide.flow.transforms
+
+    def deeper(dim: int) -> Flow:
+        more = realnvp(dim, num_transforms=8, hidden_dims=(128, 128), activation=nn.ELU)
+        return Flow([*more.transforms, *copy.deepcopy(layers)], copy.deepcopy(guide.flow.base))
+
+    new = guide.rebuilt(deeper)
+    new.flow.base.load_state_dict(guide.flow.base.state_dict())
+    for mine, kept in zip(new.flow.transforms[-2:], (learned, fixed), strict=True):
+        mine.load_state_dict(kept.state_dict())
+    return new

@@ -1,0 +1,461 @@
+"""Guide draws as ArviZ data, and draws resampled by their weights.
+
+Every number is in its place, with both generations of ArviZ; resampled draws and predictions have the laws that they
+should have, where these are known.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import sys
+import types
+import warnings
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray
+
+from pyro_flows import AutoFlow, flows, psis, resample, to_arviz
+from pyro_flows.diagnostics import compat
+from pyro_flows.diagnostics.importance import weigh
+from pyro_flows.diagnostics.resampling import systematic
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)
+    import arviz as az
+
+small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
+
+
+def groups_of(data) -> set[str]:
+    """The groups of an InferenceData (ArviZ 0.2x) or DataTree (1.x)."""
+    return set(data.groups()) if callable(data.groups) else set(data.children)
+
+
+def _find_psislw():
+    """ArviZ's own smoothing, asked directly: 1.x takes the negative of the log-weights."""
+    if hasattr(az, "psislw"):
+        return az.psislw
+    smooth = importlib.import_module("arviz_stats.base").array_stats.psislw
+    return lambda log_weights: smooth(-log_weights)
+
+
+arviz_psislw = _find_psislw()  # found now, before a test puts a stand-in in ArviZ's place
+
+
+def target(*_, **__):
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+
+
+def gaussian(scale: float):
+    def guide(*_, **__):
+        pyro.sample("x", dist.Normal(0.0, scale))
+
+    return guide
+
+
+def nested(y=None, *, noise=1.0):
+    """Two nested plates, a factor, a deterministic site, data."""
+    top = pyro.sample("top", dist.Normal(0.0, 1.0))
+    with pyro.plate("outer", 2, dim=-2):
+        middle = pyro.sample("middle", dist.Normal(top, 1.0))
+        with pyro.plate("inner", 3, dim=-1):
+            leaf = pyro.sample("leaf", dist.Normal(middle, 1.0))
+            pair = pyro.sample("pair", dist.Normal(leaf[..., None], torch.ones(2)).to_event(1))
+            pyro.deterministic("double", 2 * leaf)
+            pyro.sample("y", dist.Normal(pair.sum(-1), noise), obs=y)
+    pyro.factor("penalty", -0.1 * top**2)
+    pyro.deterministic("square", top**2)
+
+
+Y = torch.tensor([[0.5, 1.0, 2.0], [3.0, 0.1, 1.5]])
+
+
+@pytest.fixture
+def guide():
+    return AutoFlow(nested, small, init_scale=0.5).setup(Y)
+
+
+@pytest.fixture
+def data(guide):
+    return to_arviz(nested, guide, Y, num_samples=40)
+
+
+def test_groups_and_dims(data):
+    assert set(groups_of(data)) == {"posterior", "sample_stats", "log_likelihood", "observed_data"}
+    dims = {name: tuple(map(str, value.dims)) for name, value in data.posterior.items()}
+    sizes = {name: value.shape for name, value in data.posterior.items()}
+    assert set(dims) == {"top", "middle", "leaf", "pair", "double", "square"}
+    assert dims["top"] == dims["square"] == ("chain", "draw")
+    assert dims["leaf"] == dims["double"] == ("chain", "draw", "outer", "inner")
+    assert dims["middle"][:3] == ("chain", "draw", "outer")
+    assert dims["pair"][:4] == ("chain", "draw", "outer", "inner")
+    assert sizes["top"] == (1, 40)
+    assert sizes["middle"] == (1, 40, 2, 1)
+    assert sizes["leaf"] == (1, 40, 2, 3)
+    assert sizes["pair"] == (1, 40, 2, 3, 2)
+
+
+def test_deterministic_sites_belong_to_their_draws(data):
+    np.testing.assert_allclose(data.posterior["double"].values, 2 * data.posterior["leaf"].values, rtol=1e-6)
+    np.testing.assert_allclose(data.posterior["square"].values, data.posterior["top"].values ** 2, rtol=1e-6)
+
+
+def test_observed_data_is_there_once(data):
+    assert dict(data.observed_data.sizes) == {"outer": 2, "inner": 3}
+    np.testing.assert_array_equal(data.observed_data["y"].values, Y.numpy())
+
+
+def test_log_likelihood_of_each_observation(data):
+    assert tuple(map(str, data.log_likelihood["y"].dims)) == ("chain", "draw", "outer", "inner")
+    pair = torch.as_tensor(data.posterior["pair"].values)
+    expected = dist.Normal(pair.sum(-1), 1.0).log_prob(Y)
+    np.testing.assert_allclose(data.log_likelihood["y"].values, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_log_likelihood_can_be_left_out(guide):
+    data = to_arviz(nested, guide, Y, num_samples=30, log_likelihood=False)
+    assert set(groups_of(data)) == {"posterior", "sample_stats", "observed_data"}
+
+
+def test_model_without_data():
+    data = to_arviz(target, gaussian(0.9), num_samples=30)
+    assert set(groups_of(data)) == {"posterior", "sample_stats"}
+
+
+def test_without_vectorize_the_layout_is_the_same(guide, data):
+    single = to_arviz(nested, guide, Y, num_samples=25, vectorize=False)
+    assert set(groups_of(single)) == set(groups_of(data))
+    for group in groups_of(single):
+        for name, value in single[group].items():
+            assert value.dims == data[group][name].dims
+            assert value.sizes.get("draw", 25) == 25
+
+
+def test_attrs_hold_khat(data):
+    khat = weigh(torch.as_tensor(data.sample_stats["log_weight"].values[0])).khat
+    for group in groups_of(data):
+        assert data[group].attrs["inference_library"] == "pyro_flows"
+        assert data[group].attrs["khat"] == pytest.approx(khat)
+
+
+def test_netcdf_round_trip(data, tmp_path):
+    path = str(tmp_path / "draws.nc")
+    data.to_netcdf(path)
+    again = az.from_netcdf(path)
+    assert set(groups_of(again)) == set(groups_of(data))
+    for group in groups_of(data):
+        assert again[group].attrs["khat"] == data[group].attrs["khat"]
+        for name, value in data[group].items():
+            np.testing.assert_array_equal(again[group][name].values, value.values)
+            assert again[group][name].dims == value.dims
+
+
+def test_summary_runs(data):
+    table = az.summary(data, kind="stats")
+    assert "leaf[1, 2]" in table.index
+    assert table.loc["top", "mean"] == pytest.approx(float(data.posterior["top"].mean()), abs=6e-4)  # three decimals
+
+
+def test_a_model_that_does_not_broadcast_is_told_how():
+    """A model that mixes its draws up is refused by the site's name, and runs one draw at a time."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.deterministic("wide", x.sum().expand(3) if x.dim() == 0 else x.reshape(-1)[:7])
+
+    with pytest.raises(ValueError, match=r"site 'wide' has shape \(3,\).*vectorize=False"):
+        to_arviz(model, gaussian(0.9), num_samples=30)
+    assert to_arviz(model, gaussian(0.9), num_samples=30, vectorize=False).posterior["wide"].shape == (1, 30, 3)
+
+
+def test_agrees_with_arviz():
+    checked = psis(target, gaussian(0.7), num_samples=2000)
+    log_smoothed, khat = arviz_psislw(checked.log_weights.double().numpy())
+    smoothed = np.exp(log_smoothed) / np.exp(log_smoothed).sum()
+    assert checked.khat == pytest.approx(float(khat), abs=1e-9)
+    assert checked.ess == pytest.approx(1 / (smoothed**2).sum(), rel=1e-9)
+    # The evidence is the plain mean of the raw weights.
+    assert checked.log_evidence == pytest.approx(
+        checked.log_weights.double().logsumexp(0).item() - math.log(2000), abs=1e-9
+    )
+
+
+# The other generation of ArviZ, which this environment may lack: stand-ins with its layout.
+
+
+def test_equal_weights_have_no_tail():
+    """All that are not zero, that is; round-off makes ties too, where densities are large."""
+    log_weights = np.log(np.repeat([2.0, 1.0, 0.0, 1.0], [90, 10, 60, 40]).clip(1e-300))
+    smoothed, khat = compat.psislw(log_weights)
+    assert khat == -math.inf
+    np.testing.assert_allclose(np.exp(smoothed), np.exp(log_weights) / 230, atol=1e-12)
+
+
+def test_arviz_1_gets_negated_weights(monkeypatch):
+    """ArviZ 1.x moved psislw into arviz_stats, where it takes the negative of the log-ratios."""
+    seen = []
+
+    def negated(values):
+        seen.append(values)
+        return arviz_psislw(-values)
+
+    modern, stats, base = (types.ModuleType(name) for name in ("arviz", "arviz_stats", "arviz_stats.base"))
+    base.array_stats = types.SimpleNamespace(psislw=negated)
+    for module in (modern, stats, base):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    log_weights = np.random.default_rng(0).normal(size=500)
+    smoothed, khat = compat.psislw(log_weights)
+    np.testing.assert_array_equal(seen[0], -log_weights)
+    expected, expected_khat = arviz_psislw(log_weights)
+    np.testing.assert_allclose(smoothed, expected)
+    assert khat == pytest.approx(float(expected_khat))
+
+
+def test_arviz_1_gets_a_tree(monkeypatch):
+    """ArviZ 1.x has no container of its own: it takes xarray's."""
+    monkeypatch.setitem(sys.modules, "arviz", types.ModuleType("arviz"))
+    variables = {"x": (("chain", "draw", "row"), np.zeros((1, 30, 2))), "row": (("row",), np.array([3, 7]))}
+    tree = compat.container({"posterior": variables}, {"khat": 0.1})
+    assert isinstance(tree, xarray.DataTree)
+    assert tree["posterior"].attrs == {"khat": 0.1}
+    assert dict(tree["posterior"].sizes) == {"chain": 1, "draw": 30, "row": 2}
+    np.testing.assert_array_equal(tree["posterior"]["row"].values, [3, 7])
+    np.testing.assert_array_equal(tree["posterior"]["draw"].values, np.arange(30))
+
+
+# Leave-one-out cross-validation by ArviZ.
+
+
+def elpd(found) -> float:
+    return float(found["elpd_loo"] if hasattr(az, "psislw") else found.elpd)
+
+
+def loo(data, **options) -> float:
+    """The expected log predictive density that ArviZ finds, without a word of warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return elpd(az.loo(data, **options))
+
+
+def rows_model(y: torch.Tensor, w: torch.Tensor | None = None, seen: torch.Tensor | None = None) -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 10.0))
+    with pyro.plate("rows", len(y)), pyro.poutine.mask(mask=True if seen is None else seen):
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+    if w is not None:
+        with pyro.plate("more", len(w)):
+            pyro.sample("w", dist.Normal(x.unsqueeze(-1), 2.0 * torch.ones(2)).to_event(1), obs=w)
+
+
+def exact(precision: float, mean: float):
+    """A Gaussian guide of the site x."""
+    return lambda *_, **__: pyro.sample("x", dist.Normal(mean, precision**-0.5))
+
+
+ROWS, PAIRS = torch.tensor([0.3, -1.0, 2.0, 1.1]), torch.tensor([[1.0, 2.0], [0.0, -1.5], [0.5, 0.4]])
+
+
+def test_loo_of_each_observed_site_is_exact():
+    """Against the densities of each row given all others, which a Gaussian model knows; a pair counts as one row."""
+    precision = 0.01 + 4 + 6 / 4
+    total = float(ROWS.sum() + PAIRS.sum() / 4)
+    data = to_arviz(rows_model, exact(precision, total / precision), ROWS, PAIRS, num_samples=4000)
+    assert data.log_likelihood["y"].shape == (1, 4000, 4)
+    assert data.log_likelihood["w"].shape == (1, 4000, 3)
+    expected = {"y": 0.0, "w": 0.0}
+    for y in ROWS:
+        rest = precision - 1
+        expected["y"] += float(dist.Normal((total - y) / rest, (1 / rest + 1) ** 0.5).log_prob(y))
+    for pair in PAIRS:
+        rest = precision - 0.5
+        loc = (total - float(pair.sum()) / 4) / rest * torch.ones(2)
+        expected["w"] += float(dist.MultivariateNormal(loc, 4 * torch.eye(2) + 1 / rest).log_prob(pair))
+    for name, value in expected.items():
+        # The plain estimate is -log mean(1 / p) for each row; smoothing makes it no noisier.
+        ratios = np.exp(-data.log_likelihood[name].values[0].astype(float))
+        noise = (ratios.std(0) / ratios.mean(0)).sum() / math.sqrt(4000)
+        assert abs(loo(data, var_name=name) - value) < 4 * noise < 0.3
+
+
+def test_loo_of_masked_rows_is_that_of_the_others():
+    """ArviZ 1.x fails on rows without any likelihood, and 0.2x counts them as outliers: they are left out."""
+    seen = torch.tensor([True, False, True, True])
+    guide = exact(3.01, 1.1)
+    found = []
+    for y, mask in ((ROWS, seen), (ROWS[seen], None)):
+        pyro.set_rng_seed(0)
+        found.append(to_arviz(rows_model, guide, y, seen=mask, num_samples=1000))
+    masked, others = found
+    assert masked.log_likelihood["y"].dims == ("chain", "draw", "y_seen")
+    np.testing.assert_array_equal(masked.log_likelihood["y_seen"].values, [0, 2, 3])
+    np.testing.assert_array_equal(masked.log_likelihood["y"].values, others.log_likelihood["y"].values)
+    np.testing.assert_array_equal(masked.observed_data["y"].values, ROWS.numpy())
+    assert loo(masked) == loo(others)
+    nothing = to_arviz(rows_model, guide, ROWS, seen=torch.zeros(4, dtype=torch.bool), num_samples=30)
+    assert set(groups_of(nothing)) == {"posterior", "sample_stats", "observed_data"}
+
+
+# Predictions.
+
+
+def growth(y: torch.Tensor, z: torch.Tensor) -> None:
+    """A later observed site that depends on an earlier one, by way of a deterministic site in a plate."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 3):
+        first = pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+        doubled = pyro.deterministic("doubled", 2 * first)
+        pyro.sample("z", dist.Normal(doubled.unsqueeze(-1), 0.5 * torch.ones(2)).to_event(1), obs=z)
+    pyro.factor("nothing", torch.zeros(()))
+
+
+@pytest.mark.parametrize(("number", "vectorize"), [(4000, True), (400, False)])
+def test_predictions_follow_the_model(number, vectorize):
+    """The guide says x ~ N(4.5, 1/4); then y = x + e and z = 2 y + e / 2, whatever the data were."""
+    data = to_arviz(
+        growth,
+        exact(4.0, 4.5),
+        torch.tensor([5.0, 6.0, 7.0]),
+        torch.full((3, 2), -20.0),
+        num_samples=number,
+        posterior_predictive=True,
+        vectorize=vectorize,
+    )
+    predicted = data.posterior_predictive
+    assert set(predicted.data_vars) == {"y", "z"}
+    assert predicted["y"].dims == ("chain", "draw", "rows")
+    assert predicted["z"].dims == ("chain", "draw", "rows", "z_dim_1")
+    assert data.observed_data["z"].dims == ("rows", "z_dim_1")
+    np.testing.assert_array_equal(data.observed_data["y"].values, [5.0, 6.0, 7.0])
+    columns = data.posterior["x"], predicted["y"], predicted["z"]
+    joint = np.concatenate([column.values[0].reshape(number, -1) for column in columns], 1)
+    loading = np.zeros((10, 10))  # of x's noise, the three of y, the six of z
+    loading[0, 0], loading[1:4, 0], loading[1:4, 1:4] = 0.5, 0.5, np.eye(3)
+    loading[4:] = 2 * np.repeat(loading[1:4], 2, axis=0)
+    loading[4:, 4:] = 0.5 * np.eye(6)
+    covariance = loading @ loading.T
+    expected, sd = 4.5 * np.array([1.0] * 4 + [2.0] * 6), np.sqrt(np.diag(covariance))
+    assert (abs(joint.mean(0) - expected) < 4 * sd / math.sqrt(number)).all()
+    noise = np.sqrt((np.outer(sd, sd) ** 2 + covariance**2) / number)  # of a Gaussian sample's covariance
+    assert (abs(np.cov(joint.T) - covariance) < 4.5 * noise).all()
+
+
+def test_predictions_of_nested_plates_and_masked_rows(guide):
+    data = to_arviz(nested, guide, Y, num_samples=30, posterior_predictive=True)
+    assert data.posterior_predictive["y"].dims == ("chain", "draw", "outer", "inner")
+    assert (data.posterior_predictive["y"].values.std((0, 1)) > 0.3).all()  # their noise has sd 1
+    seen = torch.tensor([True, False, True, True])
+    masked = to_arviz(rows_model, exact(2.0, 1.0), ROWS, seen=seen, num_samples=30, posterior_predictive=True)
+    assert masked.posterior_predictive["y"].shape == (1, 30, 4)
+
+
+# Resampling.
+
+
+def test_systematic_resampling_keeps_each_draw_as_often_as_it_weighs():
+    weights = torch.tensor([0.0, 0.31, 0.02, 0.0, 0.6, 0.07, 0.0], dtype=torch.float64)
+    counts = torch.stack([systematic(weights.log(), 10).bincount(minlength=7) for _ in range(4000)]).double()
+    assert (counts.sum(-1) == 10).all()
+    assert ((counts - 10 * weights).abs() < 1).all()
+    assert (counts[:, weights == 0] == 0).all()
+    part = 10 * weights % 1
+    assert ((counts.mean(0) - 10 * weights).abs() <= 4 * (part * (1 - part) / 4000).sqrt() + 1e-6).all()
+    orders = torch.stack([systematic(torch.zeros(10), 10) for _ in range(2000)]).double()
+    assert ((orders.mean(0) - 4.5).abs() < 4 * 2.9 / math.sqrt(2000)).all()  # shuffled: any draw may be anywhere
+
+
+def test_resampled_draws_are_the_posterior():
+    """From a guide that is off by half a standard deviation and too wide; the posterior is N(2.4 / 4.01, 1 / 4.01)."""
+    guide = exact(1.5, 0.85)
+    draws = resample(rows_model, guide, ROWS, num_samples=3000)["x"]
+    assert draws.shape == (3000,)
+    sd, size = 4.01**-0.5, psis(rows_model, guide, ROWS).ess
+    noise = sd * (1 / size + 1 / 3000) ** 0.5
+    assert abs(draws.mean() - float(ROWS.sum()) / 4.01) < 4 * noise
+    assert abs(draws.std() - sd) < 4 * noise / 2**0.5
+
+
+def test_resampled_sites_keep_together(guide):
+    """Latent and deterministic sites in their own shapes, from the same draw, the same for the same seed."""
+    found = []
+    for batch_size in (1000, 1000, 7):
+        pyro.set_rng_seed(3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            found.append(resample(nested, guide, Y, num_samples=20, num_weighed=30, batch_size=batch_size))
+    draws, again, other = found
+    shapes = {name: tuple(value.shape) for name, value in draws.items()}
+    sites = {"top": (), "middle": (2, 1), "leaf": (2, 3), "pair": (2, 3, 2), "double": (2, 3), "square": ()}
+    assert shapes == {name: (20, *shape) for name, shape in sites.items()}
+    assert shapes == {name: tuple(value.shape) for name, value in other.items()}
+    assert all(torch.equal(value, again[name]) for name, value in draws.items())
+    torch.testing.assert_close(draws["double"], 2 * draws["leaf"])
+    torch.testing.assert_close(draws["square"], draws["top"] ** 2)
+
+
+def test_as_many_are_weighed_as_are_kept():
+    assert resample(target, gaussian(1.1), num_samples=60, num_weighed=25)["x"].unique().numel() > 30
+    assert resample(target, gaussian(1.1), num_samples=1, num_weighed=100, vectorize=False)["x"].shape == (1,)
+
+
+def test_sample_stats_are_those_of_the_draws_that_are_kept(guide):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        data = to_arviz(nested, guide, Y, num_samples=50, importance=True, num_weighed=200, log_likelihood=False)
+    stats = {name: torch.as_tensor(data.sample_stats[name].values[0]) for name in ("log_p", "log_q", "log_weight")}
+    latents = {name: torch.as_tensor(data.posterior[name].values[0]) for name in ("top", "middle", "leaf", "pair")}
+    torch.testing.assert_close(stats["log_q"], guide.log_prob(latents).detach(), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(stats["log_weight"], stats["log_p"] - stats["log_q"])
+    held = [pyro.poutine.condition(nested, {name: value[row] for name, value in latents.items()}) for row in range(50)]
+    log_p = torch.stack([pyro.poutine.trace(model).get_trace(Y).log_prob_sum() for model in held])
+    torch.testing.assert_close(stats["log_p"], log_p.detach(), rtol=1e-4, atol=1e-3)
+    assert len(latents["top"].unique()) < 50  # some are there several times
+
+
+def test_resampled_data_say_so():
+    data = to_arviz(rows_model, exact(2.0, 1.0), ROWS, num_samples=500, importance=True, posterior_predictive=True)
+    plain = to_arviz(rows_model, exact(2.0, 1.0), ROWS, num_samples=500)
+    assert set(groups_of(data)) == {*groups_of(plain), "posterior_predictive"}
+    for group in groups_of(data):
+        assert data[group].attrs["importance_resampled"] == 1
+        assert 500 < data[group].attrs["importance_ess"] < 10_000
+    assert plain["posterior"].attrs["importance_resampled"] == 0
+    x = torch.as_tensor(data.posterior["x"].values[0])
+    likelihood = dist.Normal(x[:, None], 1.0).log_prob(ROWS)
+    np.testing.assert_allclose(data.log_likelihood["y"].values[0], likelihood.numpy(), rtol=1e-5, atol=1e-6)
+    noise = 4.01**-0.5 * (1 / data.posterior.attrs["importance_ess"] + 1 / 500) ** 0.5
+    assert abs(float(x.mean()) - float(ROWS.sum()) / 4.01) < 4 * noise
+
+
+@pytest.mark.parametrize("function", [resample, functools.partial(to_arviz, importance=True)])
+def test_weights_that_cannot_be_trusted_are_a_warning(function):
+    """For a Gaussian of scale .3 the weights' tail has the shape 1 - .3² = .91."""
+    with pytest.warns(UserWarning, match=r"k-hat is .*, above 0.70: a few draws hold most of the weight"):
+        function(target, gaussian(0.3), num_samples=100)
+
+
+def test_what_cannot_be_resampled_is_refused():
+    with pytest.raises(ValueError, match="resample: num_samples must be at least 1, got 0"):
+        resample(target, gaussian(1.0), num_samples=0)
+    for function in (resample, to_arviz):
+        with pytest.raises(ValueError, match="num_weighed must be at least 25 to fit a tail, got 24"):
+            function(target, gaussian(1.0), num_weighed=24)
+
+    def nowhere() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("wall", torch.where(x > 100, 0.0, -math.inf))
+
+    with pytest.raises(ValueError, match="all log-weights are -inf"):
+        resample(nowhere, gaussian(1.0))
+
+
+def test_draws_outside_the_support_are_never_kept():
+    def half() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("wall", torch.where(x > 0, 0.0, -math.inf))
+
+    assert (resample(half, gaussian(1.0), num_samples=2000)["x"] > 0).all()

@@ -1,0 +1,528 @@
+"""The verdict holds: right guides are trusted, wrong ones are not, whatever is wrong with them."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoGuideList,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoStructured,
+)
+from pyro.infer.autoguide.initialization import init_to_value
+from torch import Tensor
+
+import pyro_flows as pf
+from pyro_flows import AutoFlow, check, fit_svi, flows, refine
+from pyro_flows.diagnostics.chains import Chains
+from pyro_flows.diagnostics.charts import White
+from pyro_flows.diagnostics.drift import Drift, DriftMeter, weighted_drift
+
+DIM = 5
+FACTOR = torch.linalg.cholesky(0.6 * torch.ones(DIM, DIM) + 0.4 * torch.eye(DIM))
+
+
+def correlated() -> None:
+    pyro.sample("z", dist.MultivariateNormal(torch.ones(DIM), scale_tril=FACTOR))
+
+
+def gaussian(loc: Tensor, scale_tril: Tensor):
+    def guide() -> None:
+        pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=scale_tril))
+
+    return guide
+
+
+def banana() -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    y = pyro.sample("y", dist.Normal(x.square() / 2, 0.5))
+    pyro.deterministic("sum", x + y)
+
+
+def two_modes(share: float, at: float = 4.0):
+    def model() -> None:
+        parts = dist.Normal(torch.tensor([-at, at]), 1.0)
+        z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+        logits = parts.log_prob(z.unsqueeze(-1)) + torch.tensor([share, 1 - share]).log()
+        pyro.factor("modes", logits.logsumexp(-1))
+
+    return model
+
+
+def at_one_mode() -> None:
+    pyro.sample("z", dist.Normal(4.0, 1.0))
+    pyro.sample("w", dist.Normal(0.0, 1.0))
+
+
+# Right guides.
+
+
+def test_the_posterior_itself_is_trusted():
+    found = check(correlated, gaussian(torch.ones(DIM), FACTOR))
+    assert found.verdict == "trust"
+    assert found.trusted
+    assert found.missing.share == 0
+    assert abs(found.log_evidence) < 1e-5
+    assert found.names == [f"z[{i}]" for i in range(DIM)]
+    assert all(0.6 < accepted < 0.95 for accepted in found.acceptance)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_right_guides_are_trusted_whatever_the_seed(seed):
+    pyro.set_rng_seed(seed)
+    assert check(banana, banana).trusted
+
+
+def test_what_is_trusted_is_known_with_small_noise():
+    found = check(correlated, gaussian(torch.ones(DIM), FACTOR))
+    assert found.chains.noise.max() < 0.035
+
+
+def test_nearly_right_is_trusted():
+    """Off by .03 sd, and 3 % too narrow."""
+    assert check(correlated, gaussian(torch.full((DIM,), 1.03), 0.97 * FACTOR)).trusted
+
+
+# Wrong guides.
+
+SIGNS = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+FIRST = torch.eye(DIM)[0]
+WRONG = {
+    "all sds a fifth": (torch.ones(DIM), FACTOR / 5),
+    "one sd a fifth": (torch.ones(DIM), (1 - 0.8 * FIRST).diag() @ FACTOR),
+    "all means off by 2 sd": (3 * torch.ones(DIM), FACTOR),
+    "one mean off by 2 sd": (1 + 2 * FIRST, FACTOR),
+    "one mean off by .2 sd": (1 + 0.2 * FIRST, FACTOR),
+    "all sds doubled": (torch.ones(DIM), 2 * FACTOR),
+    "sds a seventh too small": (torch.ones(DIM), FACTOR / 1.17),
+    "no correlations": (torch.ones(DIM), torch.eye(DIM)),
+    "correlations of the wrong sign": (torch.ones(DIM), SIGNS.diag() @ FACTOR @ SIGNS.diag()),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_guides_are_not_trusted(wrong):
+    found = check(correlated, gaussian(*WRONG[wrong]))
+    assert found.verdict != "trust", wrong
+    assert found.reason
+
+
+def test_errors_are_measured():
+    """Off by 1 sd of the posterior and 20 % too wide, as weights and chains both see."""
+    found = check(correlated, gaussian(1 + FIRST, 1.2 * FACTOR))
+    wanted, ratio = FIRST, torch.full((DIM,), 1.2)
+    for drift in (found.chains, found.weighted):
+        error = drift.error.float()
+        assert ((error - wanted).abs() < 4 * drift.error_se + 0.02).all()
+        assert ((drift.ratio.float() - ratio).abs() < 4 * drift.ratio_se + 0.02).all()
+    assert found.verdict == "reweight"
+    assert found.drift == pytest.approx(1, abs=0.1)
+    assert found.sd_ratios == pytest.approx((1.2, 1.2), abs=0.1)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2, 0.8])
+def test_a_lost_mode_is_missed(share):
+    found = check(two_modes(share), at_one_mode)
+    assert found.verdict == "do not trust"
+    assert "A mode may be missing" in found.reason
+    assert abs(found.missing.share - share) < 4 * found.missing.share_se + 0.01
+    assert found.missing.place[0] == pytest.approx(-4, abs=0.5)
+
+
+def test_a_lost_mode_that_only_the_prior_knows():
+    """A hundred sds away."""
+
+    def model() -> None:
+        pyro.sample(
+            "z", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Normal(torch.tensor([-50.0, 50.0]), 1.0))
+        )
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(50.0, 1.0))
+
+    assert check(model, guide).missing.share == pytest.approx(0.5, abs=0.02)
+
+
+def test_both_modes_with_the_wrong_shares():
+    """The chains cannot cross, but the weights see it."""
+
+    def guide() -> None:
+        parts = dist.Normal(torch.tensor([-4.0, 4.0]), 1.0)
+        pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.3, 0.7])), parts))
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    assert check(two_modes(0.5), guide).verdict == "reweight"
+
+
+def test_a_guide_in_the_neck_of_a_funnel():
+    def funnel() -> None:
+        scale = pyro.sample("log_scale", dist.Normal(0.0, 1.5))
+        pyro.sample("x", dist.Normal(torch.zeros(4), scale.exp().unsqueeze(-1)).to_event(1))
+
+    def neck() -> None:
+        scale = pyro.sample("log_scale", dist.Normal(-2.0, 0.5))
+        pyro.sample("x", dist.Normal(torch.zeros(4), scale.exp().unsqueeze(-1)).to_event(1))
+
+    assert check(funnel, funnel).trusted
+    found = check(funnel, neck)
+    assert found.verdict == "do not trust"
+    assert found.sd_ratios[0] < 0.5
+
+
+# Any guide of Pyro's.
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal, AutoFlow])
+def test_pyros_guides_are_judged(kind):
+    """A posterior that is a product of normals, which each of them can be."""
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("row", 3):
+            mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    y = torch.tensor([1.0, -1.0, 3.0])
+    guide = kind(model)
+    guide(y)
+    fit_svi(model, guide, y, steps=1000, num_particles=64, lr=0.05, progress=False)
+    assert check(model, guide, y).trusted
+    assert not check(model, guide, y + 1).trusted  # the posterior of other data
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_in_both_modes_of_parameters(local):
+    with pyro.settings.context(module_local_params=local), pyro.validation_enabled(True):
+        pyro.clear_param_store()
+        guide = AutoFlow(banana, lambda dim: flows.realnvp(dim, num_transforms=4))
+        fit_svi(banana, guide, steps=300, progress=False)
+        found = check(banana, guide)
+    assert found.names == ["x", "y", "sum"]
+    assert found.khat < 1
+
+
+def test_keywords_that_clash():
+    def model(num_samples: Tensor) -> None:
+        pyro.sample("x", dist.Normal(num_samples, 1.0))
+
+    assert check(model, model, model_kwargs={"num_samples": torch.tensor(2.0)}).trusted
+
+
+def test_a_picture_of_it():
+    found = check(banana, banana)
+    figure = found.plot()
+    left = figure.axes[0]
+    assert [label.get_text() for label in left.get_yticklabels()] == found.names
+    assert found.verdict in figure.get_suptitle()
+    assert found.verdict in repr(found)
+    assert found.reason in repr(found)
+
+
+# Models of all kinds.
+
+
+def test_a_cholesky_factor_has_constant_entries():
+    def model() -> None:
+        pyro.sample("L", dist.LKJCholesky(2, 2.0))
+
+    found = check(model, model)
+    assert found.trusted
+    assert found.names == ["L[1, 0]", "L[1, 1]"]
+
+
+def test_a_sampler_that_belies_its_density_is_found_out():
+    """torch draws Cholesky factors of three dimensions and more from another law than it scores them by."""
+
+    def model() -> None:
+        pyro.sample("L", dist.LKJCholesky(3, 2.0))
+
+    law = dist.LKJCholesky(3, 2.0)
+    z = 2 * torch.randn(100_000, 3)
+    transform = torch.distributions.biject_to(law.support)
+    factor = transform(z)
+    log_q = dist.Normal(0.0, 2.0).log_prob(z).sum(-1)
+    share = (law.log_prob(factor) + transform.log_abs_det_jacobian(z, factor) - log_q).softmax(0)
+    scored, drawn = (share * factor[:, 2, 2]).sum(), law.sample((20_000,))[:, 2, 2].mean()
+    assert check(model, model).trusted == bool((scored - drawn).abs() < 0.01)
+
+
+def test_what_does_not_vary_or_is_not_finite_is_not_judged():
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.deterministic("constant", torch.ones(2))
+        pyro.deterministic("logarithm", x.log())
+        pyro.deterministic("positive", x > 0)
+
+    found = check(model, model)
+    assert found.trusted
+    assert found.names == ["x", "positive"]
+
+
+def test_angles_are_judged_on_the_circle():
+    def model() -> None:
+        pyro.sample("angle", dist.VonMises(3.0, 4.0))
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    found = check(model, model)
+    assert found.trusted
+    assert found.names == ["cos angle", "sin angle", "x"]
+    guide = AutoFlow(model)
+    fit_svi(model, guide, steps=400, progress=False)
+    assert check(model, guide).khat < 1  # it is not taken for untrained
+
+    def turned() -> None:
+        pyro.sample("angle", dist.VonMises(1.0, 4.0))
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    assert not check(model, turned).trusted
+
+
+@pytest.mark.parametrize("kind", [AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoStructured])
+def test_pyros_other_guides_run(kind):
+    guide = kind(banana)
+    guide()
+    assert not check(banana, guide).trusted  # they have their random starts
+    assert refine(banana, guide, num_samples=20).draws["sum"].shape == (20,)
+
+
+def test_chains_that_cannot_move_are_not_believed():
+    """A gradient that is not finite, though the density is."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.3))
+        pyro.factor("odd", 0 * (0 * x).sqrt())
+
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    found = check(model, guide)
+    assert found.verdict == "do not trust"
+    assert "hardly move" in found.reason
+    with pytest.warns(UserWarning, match="hardly move"):
+        refine(model, guide, num_samples=20)
+
+
+def test_a_guide_without_density_far_out_misses_what_lies_there():
+    class Short(dist.Normal):
+        def log_prob(self, value: Tensor) -> Tensor:
+            return super().log_prob(value).where(value > -10, math.nan)
+
+    def model() -> None:
+        parts = dist.Normal(torch.tensor([-50.0, 50.0]), 1.0)
+        pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts))
+
+    def guide() -> None:
+        pyro.sample("z", Short(50.0, 1.0))
+
+    assert check(model, guide).missing.share == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_prior_that_breaks_down_does_no_harm():
+    """Some draws of the prior are no correlations."""
+
+    def model() -> None:
+        r = pyro.sample("r", dist.Normal(0.0, 1.0))
+        one = torch.ones_like(r)
+        matrix = torch.stack((one, r, r, one), -1).reshape(*r.shape, 2, 2)
+        scale_tril = torch.linalg.cholesky(matrix)
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), scale_tril=scale_tril), obs=torch.tensor([1.0, 1.0]))
+
+    def guide() -> None:
+        pyro.sample("r", dist.Normal(0.2, 0.15))
+
+    assert check(model, guide).verdict in ("trust", "reweight", "do not trust")
+
+
+@pytest.mark.parametrize(("law", "allowed"), [("t", 1), ("funnel", 6)])
+def test_heavy_tails_raise_few_false_alarms(law, allowed):
+    """Variances that few chains can know.  With the alarm's rate at most 1 in 30 for the t, two alarms of 12 come about
+    once in 17 runs of other seeds; the funnel's squares have a kurtosis of thousands."""
+
+    def t() -> None:
+        pyro.sample("x", dist.StudentT(3.0, torch.zeros(5), 1.0).to_event(1))
+
+    def funnel() -> None:
+        scale = pyro.sample("log_scale", dist.Normal(0.0, 1.5))
+        pyro.sample("x", dist.Normal(torch.zeros(4), scale.exp().unsqueeze(-1)).to_event(1))
+
+    model, alarms = {"t": t, "funnel": funnel}[law], 0
+    for seed in range(12):
+        pyro.set_rng_seed(seed)
+        alarms += not check(model, model).trusted
+    assert alarms <= allowed
+
+
+def test_nothing_outside_is_changed():
+    guide = AutoFlow(banana, lambda dim: flows.realnvp(dim, num_transforms=2))
+    fit_svi(banana, guide, steps=20, progress=False)
+    before = [(p.requires_grad, p.grad, p.detach().clone()) for p in guide.parameters()]
+    check(banana, guide)
+    for (required, grad, value), p in zip(before, guide.parameters(), strict=True):
+        assert p.requires_grad == required
+        assert p.grad is grad
+        assert torch.equal(p, value)
+    assert dist.Normal._validate_args  # as conftest has set it
+
+
+# Bad input.
+
+
+def test_bad_guides_are_refused_in_words():
+    fresh = AutoFlow(banana).setup()
+    with pytest.raises(ValueError, match="never trained"):
+        check(banana, fresh)
+    with pytest.raises(ValueError, match="never trained"):
+        check(banana, AutoNormal(banana))
+    point = AutoDelta(banana)
+    point()
+    with pytest.raises(ValueError, match="point"):
+        check(banana, point)
+    with pytest.raises(ValueError, match=r"'z'.*not in the model|'x'.*not in the guide"):
+        check(banana, correlated)
+    with pytest.raises(ValueError, match=r"num_samples.*0"):
+        check(banana, banana, num_samples=0)
+    with pytest.raises(ValueError, match=r"num_chains.*1"):
+        check(banana, banana, num_chains=1)
+
+    half = AutoGuideList(banana)
+    half.append(AutoDelta(pyro.poutine.block(banana, expose=["x"])))
+    half.append(AutoNormal(pyro.poutine.block(banana, expose=["y"])))
+    half()
+    with pytest.raises(ValueError, match=r"'x'.*point|draws 1 numbers for latents of 2"):
+        check(banana, half)
+
+    def noisy() -> None:
+        u = pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        pyro.sample("x", dist.Normal(u, 1.0))
+        pyro.sample("y", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="auxiliary"):
+        check(banana, noisy)
+
+    def moving() -> None:
+        x = pyro.sample("x", dist.Uniform(1.0, 2.0))
+        pyro.sample("y", dist.Uniform(0.0, x))
+
+    with pytest.raises(ValueError, match="depends on its other draws"):
+        check(banana, moving)
+
+    def elsewhere() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("never", torch.full_like(x, -math.inf))
+
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="-inf"):
+        check(elsewhere, guide)
+
+
+# Chains.
+
+
+def test_chains_leave_a_density_alone():
+    """From draws of a bent density all moments stay, to within standard errors."""
+    pyro.set_rng_seed(3)
+    x = torch.randn(4000, 2, dtype=torch.float64)
+    z = torch.stack((x[:, 0], x[:, 0].square() / 2 + 0.5 * x[:, 1]), -1)
+
+    def density(z: Tensor) -> Tensor:
+        return -z[:, 0].square() / 2 - 2 * (z[:, 1] - z[:, 0].square() / 2).square()
+
+    chains = Chains(density, [White(z), White(3 * z)], z)
+    for number in range(12):
+        chains.sweep(adapt=number < 6)
+    moved = chains.z
+    assert (moved != z).all(1).double().mean() > 0.9
+    for function in (lambda z: z, lambda z: z.square(), lambda z: z.prod(-1, keepdim=True)):
+        apart = function(moved) - function(z)
+        assert (apart.mean(0).abs() < 4 * apart.std(0) / math.sqrt(4000)).all()
+
+
+def test_chains_never_go_where_there_is_no_density():
+    def half(z: Tensor) -> Tensor:
+        return torch.where(z[:, 0] > 0, -z.square().sum(-1) / 2, math.nan)
+
+    z = torch.randn(500, 2)
+    z[:, 0] = z[:, 0].abs()
+    chains = Chains(half, [White(z)], z)
+    for _ in range(10):
+        chains.sweep(adapt=True)
+    assert (chains.z[:, 0] > 0).all()
+
+
+def test_a_drift_counts_as_what_it_would_become():
+    """Chains that have forgotten only a part of where they started."""
+    pyro.set_rng_seed(0)
+    slope, truth = 0.8, torch.tensor([0.5, 0.0])
+    reference, start = torch.randn(20_000, 2), torch.randn(4000, 2)
+    meter = DriftMeter(reference, start)
+    here = start
+    for _ in range(3):
+        here = truth + slope * (here - truth) + math.sqrt(1 - slope**2) * torch.randn_like(here)
+        meter.record(here)
+    drift = meter.drift()
+    assert ((drift.error + truth).abs() < 4 * drift.error_se).all()
+    assert ((drift.ratio - 1).abs() < 4 * drift.ratio_se + 0.05).all()
+    assert (drift.error_se < 0.1).all()
+
+
+def test_weights_see_errors_too():
+    pyro.set_rng_seed(0)
+    z = torch.randn(50_000, 1, dtype=torch.float64)
+    log_weights = dist.Normal(0.3, 0.8).log_prob(z[:, 0]) - dist.Normal(0.0, 1.0).log_prob(z[:, 0])
+    drift = weighted_drift(z, log_weights.log_softmax(0))
+    assert abs(drift.error + 0.3 / 0.8) < 4 * drift.error_se
+    assert abs(drift.ratio - 1 / 0.8) < 4 * drift.ratio_se
+
+
+def test_two_views_are_pooled_by_their_precision():
+    exact = Drift(*(torch.tensor([value]) for value in (0.1, 1e-6, 1.0, 1e-6)))
+    vague = Drift(*(torch.tensor([value]) for value in (0.5, 0.1, 2.0, 0.3)))
+    for pooled in (exact.pooled_with(vague), vague.pooled_with(exact)):
+        torch.testing.assert_close(torch.stack(pooled[:4:2]), torch.tensor([[0.1], [1.0]]), rtol=1e-4, atol=1e-4)
+    twice = vague.pooled_with(vague)
+    torch.testing.assert_close(twice.error_se, vague.error_se / math.sqrt(2))
+
+
+# Refined draws.
+
+
+@pytest.mark.parametrize("kind", ["program", "AutoMultivariateNormal"])
+def test_refined_draws_are_better(kind):
+    """From a guide that is off and far too narrow to the posterior itself."""
+    if kind == "program":
+        model, guide = correlated, gaussian(torch.zeros(DIM), 0.5 * FACTOR)
+    else:
+        start = init_to_value(values={"z": torch.zeros(DIM)})
+        model, guide = correlated, AutoMultivariateNormal(correlated, init_loc_fn=start, init_scale=0.5)
+        guide()
+    found = refine(model, guide, num_samples=3000, transitions=30)
+    z = found.draws["z"]
+    assert z.shape == (3000, DIM)
+    error = 4 / math.sqrt(3000)
+    assert ((z.mean(0) - 1).abs() < error).all()
+    assert ((torch.cov(z.T) - FACTOR @ FACTOR.T).abs() < 1.5 * error).all()
+    assert len(found.acceptance) == 1 + (kind != "program")
+    assert all(0.5 < accepted <= 1 for accepted in found.acceptance)
+    assert ((found.drift.error + 1).abs() < 0.15).all()  # the guide lies 1 sd below
+    assert "3000 draws" in repr(found)
+
+
+def test_refined_draws_hold_deterministic_sites():
+    found = pf.refine(banana, banana, num_samples=10)
+    torch.testing.assert_close(found.draws["sum"], found.draws["x"] + found.draws["y"])
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_samples", 0), ("num_samples", 2.5), ("transitions", 1)])
+def test_bad_numbers_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}.*{value}"):
+        refine(banana, banana, **{name: value})

@@ -1,0 +1,652 @@
+"""The command ``fit``: a posterior of a user's own model, with a verdict, and one clear line for each bad wish."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_flows
+from pyro_flows.__main__ import main
+from pyro_flows.commands import Refused, fit
+from pyro_flows.commands.data import read_data
+from pyro_flows.commands.model import check_arguments, load_model
+from pyro_flows.commands.report import report
+from pyro_flows.diagnostics import Check, check
+from pyro_flows.fitting import loop
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)
+    import arviz as az
+
+RANDOM = np.random.default_rng(0)
+MODELS = """
+from dataclasses import dataclass
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import nn
+
+number = 3
+
+
+def normal(y, scale=1.0):
+    x = pyro.sample("x", dist.Normal(0.0, 3.0))
+    pyro.deterministic("twice", 2 * x)
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(x, scale), obs=y)
+
+
+def clash(steps, lr, escalate):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", len(steps)):
+        pyro.sample("y", dist.Normal(x, lr), obs=steps)
+
+
+def nested(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("school", y.shape[1]):
+        level = pyro.sample("level", dist.Normal(mu, 1.0))
+        with pyro.plate("class", y.shape[0]):
+            pyro.sample("y", dist.Normal(level, 1.0), obs=y)
+
+
+def single(y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+
+def no_arguments():
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+
+
+def no_latents(y):
+    pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+
+
+def discrete(y):
+    k = pyro.sample("k", dist.Bernoulli(0.5))
+    pyro.sample("y", dist.Normal(k, 1.0), obs=y)
+
+
+def improper(y):
+    shift = pyro.sample("shift", dist.ImproperUniform(dist.constraints.real, (), ()))
+    other = pyro.sample("other", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(other, 1.0), obs=y)
+
+
+def faulty(y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    return torch.zeros(3) @ torch.zeros(4)
+
+
+def no_arguments_but_faulty():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    return len(3)
+
+
+def subsampled(y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", len(y), subsample_size=2) as rows:
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y[rows.long()])
+
+
+def by_position(y, /):
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+
+
+def anything(**kwargs):
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+
+
+class Class(PyroModule):
+    def forward(self, y):
+        normal(y)
+
+
+@dataclass
+class Record:
+    field: "int"
+
+
+instance = Class()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Where a user works: a file of models, and data."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models.py").write_text(MODELS)
+    (tmp_path / "data.json").write_text('{"y": [1.5, 2.5, 3.0]}')
+    return tmp_path
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("it trained")
+
+    monkeypatch.setattr(fit, "fit_svi", refuse)
+
+
+def run(*words: str) -> int:
+    """The exit status of a run of few steps."""
+    return main(["fit", *words, "--steps", "20"])
+
+
+def refused(capsys, *words: str) -> str:
+    """The one line that a bad wish is answered with."""
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", *words])
+    assert exit_.value.code == 2
+    captured = capsys.readouterr()
+    start = "python -m pyro_flows fit: error: "
+    assert captured.err.startswith(start)
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    return captured.err.removeprefix(start)
+
+
+@pytest.fixture(scope="module")
+def a_check() -> Check:
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    def guide():
+        pyro.sample("x", dist.Normal(0.0, 1.01))
+
+    return dataclasses.replace(check(model, guide, num_samples=1000, num_chains=16), verdict="trust")
+
+
+@pytest.fixture
+def quick(monkeypatch, a_check) -> None:
+    """Neither start from a Gaussian nor judge."""
+    monkeypatch.setattr(fit, "fit_svi", functools.partial(pyro_flows.fit_svi, warm_start=False))
+    monkeypatch.setattr(fit, "check", lambda *_, **__: a_check)
+
+
+# Good wishes.
+
+
+def test_as_a_command(folder):
+    """As a user runs it, in a process of its own."""
+    root = Path(pyro_flows.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    words = ["models.py:normal", "--data", "data.json", "--out", "posterior.nc", "--steps", "20", "--quiet"]
+    command = [sys.executable, "-m", "pyro_flows", "fit", *words]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr == ""
+    assert az.from_netcdf("posterior.nc").posterior["x"].shape == (1, 4000)
+
+
+def test_prints_table_diagnostics_and_verdict_and_writes_both_files(folder, capsys):
+    assert run("models.py:normal", "--data", "data.json", "--out", "new/folder/answer.nc") == 0
+    captured = capsys.readouterr()
+    assert sorted(path.name for path in (folder / "new" / "folder").iterdir()) == ["answer.nc", "answer.png"]
+    rows = {words[0]: [float(word) for word in words[1:]] for words in map(str.split, captured.out.splitlines()[2:4])}
+    variance = 1 / (1 / 9 + 3)
+    assert rows["x"][:2] == pytest.approx([variance * 7, variance**0.5], abs=0.06)
+    assert rows["twice"] == pytest.approx([2 * number for number in rows["x"]], abs=0.02)
+    for words in ("k-hat", "ESS", "log evidence", "nats", "time", "Trust these draws. ", "Wrote "):
+        assert words in captured.out
+    assert str(Path("new/folder/answer.png")) in captured.out
+    assert "20/20" in captured.err  # the progress bar
+    data = az.from_netcdf("new/folder/answer.nc")
+    assert set(data.posterior) == {"x", "twice"}
+    assert data.observed_data["y"].values.tolist() == [1.5, 2.5, 3.0]
+    assert data.log_likelihood["y"].shape == (1, 4000, 3)
+    assert (folder / "new" / "folder" / "answer.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_plates_name_the_dimensions(folder):
+    (folder / "data.json").write_text(json.dumps({"y": [[1.0, 2.0, 0.5], [0.0, 1.0, 1.5]]}))
+    run("models.py:nested", "--data", "data.json", "--quiet")
+    data = az.from_netcdf("posterior.nc")
+    assert data.posterior["level"].dims == ("chain", "draw", "school")
+    assert data.log_likelihood["y"].dims == ("chain", "draw", "class", "school")
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_same_seed_gives_the_same_file(folder):
+    means = []
+    for seed in ("7", "7", "8"):
+        run("models.py:normal", "--data", "data.json", "--seed", seed, "--quiet")
+        means.append(float(az.from_netcdf("posterior.nc").posterior["x"].mean()))
+    assert means[0] == means[1]
+    assert means[0] != means[2]
+
+
+@pytest.mark.usefixtures("quick")
+def test_names_of_arguments_may_be_those_of_options(folder):
+    (folder / "data.json").write_text('{"steps": [1.0, 2.0], "lr": 0.5, "escalate": true}')
+    assert run("models.py:clash", "--data", "data.json", "--quiet") == 0
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_model_without_arguments_needs_no_data(folder):
+    assert run("models.py:no_arguments", "--quiet", "--flow", "nsf") == 0
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("number", ["2", "1.5"])
+def test_a_single_number_is_observed(number, folder):
+    (folder / "data.json").write_text(f'{{"y": {number}}}')
+    assert run("models.py:single", "--data", "data.json", "--quiet") == 0
+    assert float(az.from_netcdf("posterior.nc").observed_data["y"]) == float(number)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_module_is_a_model(folder):
+    assert run("models.py:instance", "--data", "data.json", "--quiet") == 0
+
+
+@pytest.mark.usefixtures("quick")
+def test_double_calculates_in_float64_and_leaves_no_trace(folder):
+    assert run("models.py:normal", "--data", "data.json", "--quiet", "--double") == 0
+    assert az.from_netcdf("posterior.nc").posterior["x"].dtype == np.float64
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.filterwarnings("ignore:to_arviz")  # the fit is bad, whatever the verdict
+@pytest.mark.parametrize(("verdict", "status"), [("trust", 0), ("reweight", 0), ("do not trust", 3)])
+def test_the_verdict_is_the_exit_status(verdict, status, folder, capsys, monkeypatch, a_check):
+    """Draws are resampled where they must be, and only there."""
+    asked, to_arviz = [], fit.to_arviz
+    monkeypatch.setattr(fit, "check", lambda *_, **__: dataclasses.replace(a_check, verdict=verdict))
+    monkeypatch.setattr(fit, "to_arviz", lambda *a, **k: asked.append(k["importance"]) or to_arviz(*a, **k))
+    assert run("models.py:normal", "--data", "data.json") == status
+    out = capsys.readouterr().out
+    assert ("Try --escalate" in out) == (status == 3)
+    assert ("resampled by their weights" in out) == (verdict == "reweight")
+    assert asked == [verdict == "reweight"]
+    assert {path.name for path in folder.iterdir()} >= {"posterior.nc", "posterior.png"}
+
+
+def test_escalate_keeps_the_guide_and_the_check_of_the_best_rung(folder, capsys, monkeypatch):
+    """The check of the rung that was kept is not made again."""
+    monkeypatch.setattr(fit, "check", None)
+    assert run("models.py:normal", "--data", "data.json", "--escalate") == 0
+    assert "Trust these draws. " in capsys.readouterr().out
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """A run of 100 000 steps that is interrupted after some."""
+
+    def run(last: int) -> int:
+        monkeypatch.setattr(loop, "tqdm", interrupting(last))
+        return main(["fit", "models.py:normal", "--data", "data.json", "--steps", "100000"])
+
+    return run
+
+
+def interrupting(last: int) -> type:
+    class Interrupting(loop.tqdm):
+        def update(self, n=1):
+            if self.total == 100_000 and self.n >= last:
+                signal.raise_signal(signal.SIGINT)
+            self.n += n
+
+    return Interrupting
+
+
+@pytest.mark.usefixtures("quick")
+def test_ctrl_c_keeps_the_best_state_and_writes_it(folder, capsys, interrupt):
+    assert interrupt(60) in (0, 3)
+    assert "Interrupted after 6" in capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} >= {"posterior.nc", "posterior.png"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_ctrl_c_at_once_leaves_nothing_to_write(folder, capsys, interrupt):
+    with pytest.raises(SystemExit) as exit_:
+        interrupt(1)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.endswith("error: interrupted before there was anything to keep\n")
+    assert not (folder / "posterior.nc").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_likelihood_of_very_many_observations_is_not_kept(folder, monkeypatch):
+    monkeypatch.setattr(fit, "MOST_OBSERVED", 2)
+    run("models.py:normal", "--data", "data.json", "--quiet")
+    assert not hasattr(az.from_netcdf("posterior.nc"), "log_likelihood")
+
+
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
+    """One list must be of integers, for it indexes, and another must not, for a Bernoulli refuses integers."""
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    for name in ("drug.py", "data.json"):
+        Path(name).write_text(re.search(rf"<!-- {name} -->\n```\n(.*?)```", readme, flags=re.DOTALL).group(1))
+    command = re.search(r"python -m pyro_flows (fit drug.*)\n", readme).group(1)
+    assert main([*command.split(), "--steps", "20", "--quiet"]) in (0, 3)
+    data = az.from_netcdf("posterior.nc")
+    assert data.posterior["level"].dims == ("chain", "draw", "clinics")
+    assert data.observed_data["cured"].dtype == np.float32
+
+
+# The table.
+
+
+def table(draws: dict[str, np.ndarray], a_check) -> list[str]:
+    return report(draws, a_check, seconds=1.0, skipped=0, advice="").split("\n\n")[0].splitlines()[1:]
+
+
+def test_long_sites_are_cut_short_where_there_are_many_rows(a_check):
+    draws = {
+        "short": RANDOM.standard_normal(100),
+        "long": RANDOM.standard_normal((100, 10, 50)),
+        "matrix": RANDOM.standard_normal((100, 2, 2)),
+    }
+    names = [line.split("  ")[0] for line in table(draws, a_check)]
+    assert names[1] == "short"
+    assert names[2:5] == ["long[0, 0]", "long[0, 1]", "long[0, 2]"]
+    assert names[-6:] == ["(488 more of long)", "long[9, 49]", *(f"matrix[{i}, {j}]" for i in (0, 1) for j in (0, 1))]
+
+
+def test_forty_rows_are_all_shown(a_check):
+    assert len(table({"x": RANDOM.standard_normal((100, 40))}, a_check)) == 41
+
+
+@pytest.mark.parametrize(("scale", "words"), [(100.0, "123"), (1.0, "1.23"), (1e-3, "0.00123"), (1e-7, "1.234e-07")])
+def test_decimals_follow_the_standard_deviation(scale, words, a_check):
+    values = RANDOM.standard_normal(2000)
+    values = scale * (1.234 + (values - values.mean()) / values.std())
+    assert table({"x": values}, a_check)[1].split()[1].startswith(words)
+
+
+def test_the_numbers_of_a_site_have_the_same_decimals(a_check):
+    values = RANDOM.standard_normal((2000, 2))
+    lines = table({"x": values / values.std(0) * (0.99, 1.01)}, a_check)
+    assert [len(number.partition(".")[2]) for line in lines[1:] for number in line.split()[1:]] == [3] * 8
+
+
+def test_columns_stay_apart_and_level(a_check):
+    lines = table(
+        {"a_rather_long_name": 1e6 + RANDOM.standard_normal(99), "b": 1e-9 * RANDOM.standard_normal(99)}, a_check
+    )
+    assert len({len(line) for line in lines}) == 1
+    assert all(len(line.split()) == 5 for line in lines[1:])
+
+
+# The data.
+
+
+def read(folder: Path, text: str) -> dict[str, object]:
+    (folder / "d.json").write_text(text)
+    return next(read_data(folder / "d.json").readings())
+
+
+def test_json_becomes_what_its_values_are(tmp_path):
+    text = '{"a": 1, "b": 1.5, "c": true, "d": "word", "e": null, "f": ["v", "w"], "g": [1, 2.5], "h": [[true, false]]}'
+    found = read(tmp_path, text)
+    assert [found[name] for name in "abcdef"] == [1, 1.5, True, "word", None, ["v", "w"]]
+    assert found["c"] is True
+    assert type(found["a"]) is int
+    assert found["g"].dtype == torch.float32
+    assert found["g"].tolist() == [1.0, 2.5]
+    assert found["h"].dtype == torch.bool
+    assert found["h"].shape == (1, 2)
+
+
+def test_lists_of_integers_are_real_numbers_first_and_integers_then(tmp_path):
+    (tmp_path / "d.json").write_text('{"a": [1, 2], "b": [[3], [4]], "c": [1.0, 2], "d": true, "e": "1"}')
+    kinds = [
+        tuple(reading[name].dtype == torch.int64 for name in "abc")
+        for reading in read_data(tmp_path / "d.json").readings()
+    ]
+    assert kinds == [(False, False, False), (True, False, False), (False, True, False), (True, True, False)]
+
+
+def test_numbers_are_numbers_first_and_tensors_then(tmp_path):
+    (tmp_path / "d.json").write_text('{"a": 1}')
+    first, second = (reading["a"] for reading in read_data(tmp_path / "d.json").readings())
+    assert type(first) is int
+    assert torch.equal(second, torch.tensor(1.0))
+
+
+def test_npz_keeps_kinds(tmp_path):
+    arrays = {
+        "real": np.ones(2),
+        "half": np.ones(2, "f2"),
+        "integer": np.arange(3, dtype="u1"),
+        "flag": np.ones(1, "?"),
+    }
+    np.savez(
+        tmp_path / "d.npz", **arrays, n=np.array(3), x=np.array(0.5), word=np.array("w"), big_endian=np.ones(2, ">f8")
+    )
+    found = next(read_data(tmp_path / "d.npz").readings())
+    dtypes = {"real": torch.float32, "half": torch.float32, "integer": torch.int64, "flag": torch.bool}
+    assert {name: found[name].dtype for name in dtypes} == dtypes
+    assert found["big_endian"].tolist() == [1.0, 1.0]
+    assert [found["n"], found["x"], found["word"]] == [3, 0.5, "w"]
+    assert type(found["n"]) is int
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is not JSON"),
+        ("", "is not JSON"),
+        ("[1]", "must hold an object"),
+        ('{"y": {"a": 1}}', "'y' is an object"),
+        ('{"y": [1, [2]]}', "'y' is a list of lists of unequal lengths"),
+        ('{"y": [[1], [1, 2]]}', "'y' is a list of lists of unequal lengths"),
+        ('{"y": [1, null]}', "'y' is a list of int, null"),
+        ('{"y": [1, true]}', "'y' is a list of bool, int"),
+        ('{"y": [1, 99999999999999999999]}', "'y' holds integers beyond 64 bits"),
+        ('{"y": [1.0, NaN, Infinity]}', "'y' holds NaN or inf (2 of 3 numbers)"),
+        ('{"y": [1.0, 1e60]}', "'y' holds NaN or inf (1 of 2 numbers)"),
+        ('{"y": NaN}', "'y' is nan"),
+    ],
+)
+def test_bad_json_is_refused(text, words, tmp_path):
+    with pytest.raises(Refused) as error:
+        read(tmp_path, text)
+    assert words in str(error.value)
+
+
+def test_bad_npz_is_refused(tmp_path):
+    path = tmp_path / "d.npz"
+    path.write_text("no archive")
+    with pytest.raises(Refused, match="is not a NumPy file of plain arrays"):
+        read_data(path)
+    np.savez(path, y=np.array([{}]))
+    with pytest.raises(Refused, match="is not a NumPy file of plain arrays"):
+        read_data(path)
+    np.savez(path, y=np.array([1j]))
+    with pytest.raises(Refused, match="'y' is an array of complex128"):
+        read_data(path)
+    np.savez(path, y=np.array([2**63], dtype="u8"))
+    with pytest.raises(Refused, match="'y' holds integers beyond 64 bits"):
+        read_data(path)
+    np.save(tmp_path / "one.npy", np.ones(2))
+    (tmp_path / "one.npy").rename(path)
+    with pytest.raises(Refused, match="one array without a name"):
+        read_data(path)
+
+
+# The model.
+
+
+def test_a_file_may_import_its_neighbours_and_shadows_none(folder):
+    (folder / "neighbour_of_a_model.py").write_text("def model(): pass")
+    (folder / "json.py").write_text("from neighbour_of_a_model import model")
+    before = list(sys.path)
+    assert load_model(str(folder / "json.py:model"))() is None
+    assert sys.path == before
+    assert sys.modules["json"] is json
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "words"),
+    [
+        (lambda y, sigma, group=None: 0, ["y", "sigma"], ""),
+        (lambda y, sigma, group=None: 0, ["y", "sigma", "group"], ""),
+        (
+            lambda y, sigma, group=None: 0,
+            ["y", "sgima"],
+            "the data lack 'sigma' and the model does not take 'sgima'; the model's arguments: y, sigma, group=None",
+        ),
+        (lambda: 0, ["y"], "the model does not take 'y'; the model's arguments: none"),
+        (lambda y, *rest, **more: 0, ["y", "z"], ""),
+        (lambda y, /: 0, ["y"], "the model takes 'y' by position only"),
+        (torch.nn.Linear(1, 1), ["input"], ""),
+        (torch.nn.Linear(1, 1), [], "the data lack 'input'; the model's arguments: input"),
+    ],
+)
+def test_arguments_must_be_those_of_the_model(model, given, words):
+    if words:
+        with pytest.raises(Refused) as error:
+            check_arguments(model, given)
+        assert words in str(error.value)
+    else:
+        check_arguments(model, given)
+
+
+# Bad wishes.
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("models.py", "must be given as FILE.py:NAME, got 'models.py'"),
+        (":normal", "must be given as FILE.py:NAME"),
+        ("models.py:", "must be given as FILE.py:NAME"),
+        ("absent.py:normal", "there is no file 'absent.py'"),
+        (".:normal", "there is no file '.'"),
+        ("data.json:normal", "'data.json' is not a Python file"),
+        ("models.py:norma", "'models.py' has no 'norma'; its functions are anything, by_position, clash"),
+        ("models.py:number", "'number' in 'models.py' is of type int and cannot be called"),
+        ("models.py:Class", "'Class' in 'models.py' is a class"),
+        ("models.py:no_latents", "the model has no latent sites"),
+        ("models.py:discrete", "latent site 'k' is discrete"),
+        ("models.py:by_position", "by position only"),
+        ("models.py:clash", "the data lack 'steps', 'lr', 'escalate' and the model does not take 'y'"),
+        ("models.py:faulty", "RuntimeError: inconsistent tensor size"),
+        ("models.py:faulty", "(models.py, line "),
+        ("models.py:single", "Observations of many rows belong into a pyro.plate.\n"),
+        ("models.py:subsampled", "plate 'row', which is subsampled"),
+    ],
+)
+def test_a_bad_model_is_refused_before_training(spec, words, folder, capsys):
+    assert words in refused(capsys, spec, "--data", "data.json")
+    assert {path.name for path in folder.iterdir()} <= {"models.py", "data.json", "__pycache__"}
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module' (broken.py, line 1)"),
+        ("def model(:", "SyntaxError: invalid syntax"),
+        ("\nraise ValueError('two\\nlines')", "ValueError: two lines (broken.py, line 2)"),
+        ("raise SystemExit(0)", "SystemExit: 0 (broken.py, line 1)"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_refused(text, words, folder, capsys):
+    (folder / "broken.py").write_text(text)
+    message = refused(capsys, "broken.py:model")
+    assert message.startswith("'broken.py' cannot be imported: ")
+    assert words in message
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_fault_of_a_model_without_arguments_is_told_in_its_own_words(folder, capsys):
+    message = refused(capsys, "models.py:no_arguments_but_faulty")
+    assert message.startswith("TypeError: object of type 'int' has no len() (models.py, line ")
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("absent.json", None, "cannot read the data file 'absent.json': No such file"),
+        ("data.csv", "y\n1", "the data file 'data.csv' must end with .json or .npz"),
+        ("data.json", "{'y': 1}", "is not JSON"),
+        ("data.json", '{"y": [1.0, NaN]}', "argument 'y' holds NaN or inf (1 of 2 numbers)"),
+        ("data.json", '{"y": [1.0], "z": 1}', "the model does not take 'z'; the model's arguments: y, scale=1.0"),
+        ("data.json", "{}", "the data lack 'y'"),
+    ],
+)
+def test_bad_data_are_refused_before_training(name, content, words, folder, capsys):
+    if content is not None:
+        (folder / name).write_text(content)
+    assert words in refused(capsys, "models.py:normal", "--data", name)
+
+
+@pytest.mark.usefixtures("no_training")
+def test_no_data_for_a_model_with_arguments_are_refused(folder, capsys):
+    assert "the data lack 'y'" in refused(capsys, "models.py:normal")
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_bad_place_for_the_files_is_refused_before_training(folder, capsys, monkeypatch):
+    words = "models.py:normal", "--data", "data.json", "--out"
+    assert "argument --out: 'a.png' must end with .nc" in refused(capsys, *words, "a.png")
+    assert "argument --out: cannot write into 'data.json'" in refused(capsys, *words, "data.json/a.nc")
+    (folder / "a.png").mkdir()
+    assert "argument --out: cannot write 'a.png': it is a folder" in refused(capsys, *words, "a.nc")
+
+    def denied(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", denied)  # by hand, since an administrator may write anywhere
+    assert "argument --out: cannot write into '.': Permission denied" in refused(capsys, *words, "b.nc")
+
+
+def test_what_training_refuses_is_one_line(folder, capsys):
+    """The posterior is seen to be improper by what trains."""
+    assert "the posterior is improper" in refused(capsys, "models.py:improper", "--data", "data.json", "--quiet")
+
+
+@pytest.mark.parametrize("words", [["--steps", "0"], ["--seed", "-1"], ["--flow", "glowworm"], ["--escalte"]])
+def test_bad_options_are_refused(words, folder, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "models.py:normal", *words])
+    assert exit_.value.code == 2
+    assert words[-1] in capsys.readouterr().err
+
+
+def test_help_tells_the_rules(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "FILE.py:NAME",
+        "--data",
+        "--out",
+        "--escalate",
+        "--flow",
+        "--steps",
+        "--seed",
+        "--double",
+        "--quiet",
+    ):
+        assert words in text
+    assert "A JSON list of integers becomes real numbers too" in text
+    assert "The exit status is 0" in text

@@ -1,0 +1,269 @@
+"""The ladder: it stops where it can, goes on where it must, tells of each rung, and loses nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+from pyro_flows import AutoFlow, Fit, check, fit_svi, flows
+from pyro_flows.fitting import ladder
+
+small = functools.partial(flows.realnvp, num_transforms=4, hidden_dims=(16,))
+
+
+def normal(y: Tensor) -> None:
+    x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+
+def banana() -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x.square() / 2, 0.3))
+
+
+def two_modes() -> None:
+    parts = dist.Normal(torch.tensor([-4.0, 4.0]), 1.0)
+    z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (2,)))
+    logits = parts.log_prob(z[..., :1]) - math.log(2)
+    pyro.factor("modes", logits.logsumexp(-1) - z[..., 1].square() / 2)
+
+
+Y = torch.tensor([1.0, 0.0, -2.0])
+
+
+def names(fit: Fit) -> list[str]:
+    return [rung.name for rung in fit.rungs]
+
+
+def test_a_gaussian_is_enough_for_a_gaussian():
+    guide = AutoFlow(normal, small)
+    fit = fit_svi(normal, guide, Y, escalate=True, progress=False)
+    assert names(fit) == ["Gaussian"]
+    assert fit.check.trusted
+    assert fit.guide is fit.rungs[0].fit.guide
+    assert fit.guide.sample(5)["x"].shape == (5, 3)
+    assert guide.is_fresh  # it was not needed
+
+
+def test_a_bent_posterior_takes_a_flow():
+    guide = AutoFlow(banana)
+    fit = fit_svi(banana, guide, escalate=True, progress=False)
+    assert names(fit) == ["Gaussian", "flow"]
+    assert [rung.check.trusted for rung in fit.rungs] == [False, True]
+    assert fit.guide is guide
+    assert fit.seconds == pytest.approx(sum(rung.seconds for rung in fit.rungs))
+    for number, rung in enumerate(fit.rungs, 1):
+        assert f"{number}. {rung.name}" in repr(fit)
+        assert rung.check.reason in repr(fit)
+
+
+def test_a_missing_mode_is_looked_for(monkeypatch):
+    """Neither more couplings nor more steps can find it, so they are passed over."""
+    monkeypatch.setattr(ladder, "ANNEAL", 20)
+    fit = fit_svi(two_modes, AutoFlow(two_modes, small), num_particles=64, escalate=True, progress=False)
+    assert names(fit)[:2] == ["Gaussian", "tempered"]
+    assert "A mode may be missing" in fit.rungs[0].check.reason
+    assert fit.rungs[1].fit.steps == 20
+
+
+def never(*_, **__):
+    raise AssertionError("it was fitted")
+
+
+def distrust(found, reason: str):
+    return dataclasses.replace(found, verdict="do not trust", reason=reason)
+
+
+def test_every_rung_is_tried_before_it_gives_up(monkeypatch):
+    """Each starts from the last: the deeper flow draws at first as the one before it."""
+    monkeypatch.setattr(ladder, "check", lambda *a, **k: distrust(check(*a, **k), "no"))
+    deepened = []
+    original = ladder._deepened
+
+    def spy(guide):
+        new = original(guide)
+        z = torch.randn(4, guide.latent_dim)
+        torch.testing.assert_close(new.get_transform()(z), guide.get_transform()(z), rtol=1e-4, atol=1e-4)
+        deepened.append(new)
+        return new
+
+    monkeypatch.setattr(ladder, "_deepened", spy)
+    settings = {"num_particles": 16, "progress": False}
+    monkeypatch.setattr(ladder, "suited_to", lambda guide: _Steps(20))
+    fit = fit_svi(banana, AutoFlow(banana, small), steps=40, escalate=True, **settings)
+    assert names(fit) == ["Gaussian", "flow", "deeper and longer", "forward KL"]
+    assert len(deepened[0].flow.transforms) == 4 + 8 + 2
+    assert fit.check.verdict == "do not trust"
+    elbos = [float(rung.check.psis.log_weights.mean()) for rung in fit.rungs]
+    assert fit.guide is fit.rungs[elbos.index(max(elbos))].fit.guide  # losses of other objectives do not compare
+
+
+@dataclasses.dataclass
+class _Steps:
+    steps: int
+
+
+def test_less_evidence_than_before_is_not_trusted():
+    """A second fit has found one mode, exactly; the first one had found two."""
+
+    def both() -> None:
+        pyro.sample(
+            "z", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Normal(torch.tensor([-9.0, 9.0]), 1.0))
+        )
+
+    whole = check(both, both)
+    climber = ladder.Ladder(never, both, (), {}, {"progress": False}, None)
+    fit = Fit(both, torch.zeros(1), 0.0, 1, 1, 0, 1.0, "steps")
+    climber.note(ladder.Rung("first", fit, whole, 1.0))
+    half = dataclasses.replace(whole, psis=dataclasses.replace(whole.psis, log_evidence=whole.log_evidence - 0.69))
+    found = climber._compared(half)
+    assert found.verdict == "do not trust"
+    assert "0.69 nats more evidence" in found.reason
+    assert climber._compared(whole).trusted
+
+
+def test_the_best_rung_is_kept():
+    climber = ladder.Ladder(never, normal, (), {}, {"progress": False}, None)
+    right = check(banana, banana)
+    for name, verdict, elbo in (("a", "do not trust", -1.0), ("b", "reweight", -3.0), ("c", "reweight", -2.0)):
+        fit = Fit(name, torch.zeros(1), 0.0, 1, 1, 0, 1.0, "steps")
+        weights = dataclasses.replace(right.psis, log_weights=torch.full((10,), elbo))
+        climber.note(ladder.Rung(name, fit, dataclasses.replace(right, verdict=verdict, psis=weights), 1.0))
+    assert climber.result().guide == "c"
+
+
+# Restarts.
+
+
+def test_restarts_find_the_better_mode():
+    """From one start the fit stays at a spurious mode, tens of nats below the posterior."""
+
+    def spurious() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 30.0))
+        high, low = dist.Normal(60.0, 1.0).log_prob(z), dist.Normal(-60.0, 1.0).log_prob(z) - 40
+        pyro.factor("modes", torch.logaddexp(high, low))
+
+    start = pyro.infer.autoguide.init_to_value(values={"z": torch.tensor(-60.0)})
+    guide = AutoFlow(spurious, small, init_loc_fn=start)
+    alone = fit_svi(spurious, guide, steps=100, progress=False)
+    pyro.set_rng_seed(0)
+    fit = fit_svi(spurious, AutoFlow(spurious, small, init_loc_fn=start), steps=100, restarts=6, progress=False)
+    assert names(fit) == [f"start {number}" for number in range(1, 7)]
+    assert fit.best_loss == min(rung.fit.best_loss for rung in fit.rungs)
+    assert fit.best_loss < alone.best_loss - 30
+    assert fit.guide.sample(100)["z"].mean() > 50
+    assert fit.check is None
+
+
+def test_restarts_of_flat_priors():
+    def flat() -> None:
+        x = pyro.sample("x", dist.ImproperUniform(dist.constraints.positive, (), ()))
+        pyro.sample("y", dist.Normal(x.log(), 1.0), obs=torch.tensor(0.5))
+        pyro.factor("change", -x.log())
+
+    fit = fit_svi(flat, AutoFlow(flat, small), steps=60, restarts=2, progress=False)
+    assert len(fit.rungs) == 2
+
+
+# Interruptions, files, bad input.
+
+
+def test_an_interrupted_ladder_keeps_the_best_rung(monkeypatch):
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return distrust(check(*args, **kwargs), "no")
+
+    monkeypatch.setattr(ladder, "check", interrupted)
+    fit = fit_svi(normal, AutoFlow(normal, small), Y, steps=30, escalate=True, progress=False)
+    assert names(fit) == ["Gaussian", "flow"]
+    assert fit.stopped == "interrupted"
+    assert fit.rungs[1].check is None
+    assert fit.guide is fit.rungs[0].fit.guide  # the one that was judged
+    assert fit.guide.sample(3)["x"].isfinite().all()
+
+
+def test_a_ladder_goes_on_from_its_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "check", lambda *a, **k: distrust(check(*a, **k), "no"))
+    monkeypatch.setattr(ladder, "suited_to", lambda guide: _Steps(20))
+    settings = {"steps": 30, "num_particles": 16, "escalate": True, "progress": False}
+    settings["checkpoint"] = tmp_path / "run.pt"
+    first = fit_svi(normal, AutoFlow(normal, small), Y, **settings)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "run.pt.Gaussian",
+        "run.pt.flow",
+        "run.pt.deeper-and-longer",
+        "run.pt.forward-KL",
+    }
+    again = fit_svi(normal, AutoFlow(normal, small), Y, **settings)
+    assert [rung.fit.best_loss for rung in again.rungs] == [rung.fit.best_loss for rung in first.rungs]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), FloatingPointError("not finite"), ValueError("bad")])
+def test_a_rung_that_breaks_off_costs_no_other(monkeypatch, error):
+    """In its warm start, say, outside of any loop that would hold a Ctrl-C."""
+    monkeypatch.setattr(ladder, "check", lambda *a, **k: distrust(check(*a, **k), "no"))
+    monkeypatch.setattr(ladder, "_restarted", lambda climber, guide, *_: climber.fit("flow", _Broken(error)))
+    monkeypatch.setattr(ladder.Ladder, "fit", _fit_or_break(ladder.Ladder.fit))
+    fit = fit_svi(normal, AutoFlow(normal, small), Y, escalate=True, progress=False)
+    assert names(fit) == ["Gaussian"]
+    assert fit.guide is fit.rungs[0].fit.guide
+    assert fit.stopped == ("interrupted" if isinstance(error, KeyboardInterrupt) else f"flow: {error}")
+
+
+@dataclasses.dataclass
+class _Broken:
+    error: BaseException
+
+
+def _fit_or_break(fit):
+    def fitted(self, name, guide, **settings):
+        if isinstance(guide, _Broken):
+            self._fit_once = functools.partial(_raise, guide.error)
+        return fit(self, name, guide, **settings)
+
+    return fitted
+
+
+def _raise(error, *_, **__):
+    raise error
+
+
+def test_a_model_with_parameters_is_refused():
+    """Each fit would take over what the last has made of them."""
+
+    def model(y: Tensor) -> None:
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+        x = pyro.sample("x", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(x, 1.0).expand([3]).to_event(1), obs=y)
+
+    with pytest.raises(ValueError, match=r"parameters \(scale\)"):
+        fit_svi(model, AutoFlow(model, small), Y, restarts=2, progress=False)
+
+
+def test_what_cannot_be_fitted_twice_is_refused():
+    guide = AutoNormal(normal)
+    guide(Y)
+    for settings in ({"escalate": True}, {"restarts": 3}):
+        with pytest.raises(ValueError, match=r"AutoFlow, not for AutoNormal"):
+            fit_svi(normal, guide, Y, progress=False, **settings)
+    with pytest.raises(ValueError, match="objective"):
+        fit_svi(normal, AutoFlow(normal), Y, escalate=True, objective=pyro.infer.Trace_ELBO(), progress=False)
+    with pytest.raises(ValueError, match=r"restarts.*0"):
+        fit_svi(normal, AutoFlow(normal), Y, restarts=0, progress=False)
+
+
+def test_rungs_are_told_as_they_are_made(capsys):
+    fit_svi(normal, AutoFlow(normal, small), Y, steps=20, escalate=True)
+    assert "1. Gaussian" in capsys.readouterr().err

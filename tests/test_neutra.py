@@ -1,0 +1,246 @@
+"""NeuTra: chains in the base space of a guide find the posterior, and a collapsed guide is told apart."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import MCMC, NUTS
+from pyro.infer.autoguide import (
+    AutoDiagonalNormal,
+    AutoIAFNormal,
+    AutoLaplaceApproximation,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
+
+import pyro_flows as pf
+from pyro_flows import AutoFlow, fit_svi, flows, neutra
+from pyro_flows.diagnostics import Neutra
+
+Y = torch.tensor([1.0, 2.5, 0.2])
+
+
+def model(y: torch.Tensor, noise: float = 1.0) -> None:
+    """The first latent lies in a plate: x given y is N(y / 2, 1/2); the other two keep their priors."""
+    with pyro.plate("rows", 3):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, noise), obs=y)
+    pyro.sample("scale", dist.LogNormal(0.5, 0.5))
+    pyro.sample("shares", dist.Dirichlet(torch.tensor([3.0, 2.0])))
+
+
+def bent() -> AutoFlow:
+    """A guide of the model that is far from it, and not linear."""
+    flow = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(8,))
+    guide = AutoFlow(model, flow, init_scale=1.0).setup(Y)
+    for parameter in guide.flow.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    return guide
+
+
+def run(found: Neutra, *args) -> dict[str, torch.Tensor]:
+    kernel = NUTS(found.model, jit_compile=False)
+    mcmc = MCMC(kernel, 200, 100, initial_params=found.initial(), disable_progbar=True)
+    mcmc.run(*args)
+    return found.transform(mcmc.get_samples())
+
+
+def error(draws: torch.Tensor, mean: float) -> float:
+    """How far the mean of a chain is off, in its own standard errors, from ten batches: Student-t with 9 degrees."""
+    batches = draws.reshape(10, -1).mean(1)
+    return abs(float(batches.mean()) - mean) / (float(batches.std()) / 10**0.5)
+
+
+FAR = 6.0  # a t of 9 degrees of freedom lies beyond it once in 5,000
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_chains_find_the_posterior(local):
+    """Whatever the guide; with the parameters in Pyro's store, or in the guide alone."""
+    with pyro.settings.context(module_local_params=local):
+        draws = run(neutra(model, bent(), Y, check=False), Y)
+    assert {name: value.shape[1:] for name, value in draws.items()} == {"x": (3,), "scale": (), "shares": (2,)}
+    for row in range(3):
+        assert error(draws["x"][:, row], float(Y[row]) / 2) < FAR
+        assert error((draws["x"][:, row] - Y[row] / 2) ** 2, 0.5) < FAR
+    assert error(draws["scale"].log(), 0.5) < FAR
+    assert error((draws["scale"].log() - 0.5) ** 2, 0.25) < FAR
+    assert error(draws["shares"][:, 0], 0.6) < FAR
+    torch.testing.assert_close(draws["shares"].sum(-1), torch.ones(200))
+
+
+def log_joint(values: dict[str, torch.Tensor], noise: float) -> torch.Tensor:
+    return poutine.trace(poutine.condition(model, values)).get_trace(Y, noise).log_prob_sum()
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("build", [None, AutoMultivariateNormal, AutoDiagonalNormal, AutoIAFNormal])
+@pytest.mark.parametrize("options", [{"noise": 0.5}, {"model_kwargs": {"noise": 2.0}}])
+@torch.no_grad()
+def test_the_density_is_that_of_the_base(double, build, options):
+    """log p(T(u), x) + log|dT/du| by autograd, once, though the first latent lies in a plate of three rows."""
+    guide = build(model) if build else bent()
+    guide(Y)
+    for parameter in guide.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape))
+    found = neutra(model, guide, Y, check=False, **options)
+    u, noise = torch.randn(5), options.get("noise", 2.0)
+    with torch.enable_grad():
+        jacobian = torch.autograd.functional.jacobian(lambda u: guide.get_transform()(u), u)
+    z, values = guide.get_transform()(u), found.transform(u)
+    shares = torch.distributions.biject_to(torch.distributions.constraints.simplex)
+    change = values["scale"].log() + shares.log_abs_det_jacobian(z[4:], values["shares"])
+    expected = log_joint(values, noise) + jacobian.slogdet()[1] + change
+    held = poutine.condition(found.model, {found.site: u})
+    actual = poutine.trace(held).get_trace(Y, noise=noise).log_prob_sum()
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_transform_keeps_the_shape_of_its_samples():
+    """By draw, by chain and draw, as a tensor or a dictionary; other sites stay as they are."""
+    found = neutra(model, bent(), Y, check=False)
+    u = torch.randn(4, 6, 5)
+    by_chain = found.transform({found.site: u, "other": torch.ones(4, 6)})
+    flat = found.transform(u.reshape(24, 5))
+    assert by_chain["x"].shape == (4, 6, 3)
+    assert by_chain["scale"].shape == by_chain["other"].shape == (4, 6)
+    assert by_chain["shares"].shape == (4, 6, 2)
+    for name in ("x", "scale", "shares"):
+        torch.testing.assert_close(by_chain[name].reshape(flat[name].shape), flat[name])
+        torch.testing.assert_close(found.transform(u[2, 3])[name], by_chain[name][2, 3])
+    with pytest.raises(ValueError, match=r"samples lack the site 'x_shared_latent'; got \['other'\]"):
+        found.transform({"other": torch.ones(4)})
+
+
+def test_chains_start_from_the_guide():
+    guide = bent()
+    found = neutra(model, guide, Y, check=False)
+    start = found.initial(2000)[found.site]
+    assert start.shape == (2000, 5)
+    draws, own = found.transform(start)["x"], guide.sample(2000)["x"]
+    noise = (draws.var(0) / 2000 + own.var(0) / 2000).sqrt()
+    assert ((draws.mean(0) - own.mean(0)).abs() < 4.5 * noise).all()
+    assert found.initial()[found.site].shape == (5,)
+    with pytest.raises(ValueError, match="num_chains must be at least 1, got 0"):
+        found.initial(0)
+
+
+def test_several_chains():
+    found = neutra(model, bent(), Y, check=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there are few cores
+        mcmc = MCMC(
+            NUTS(found.model, max_tree_depth=4),
+            20,
+            20,
+            num_chains=2,
+            initial_params=found.initial(2),
+            disable_progbar=True,
+            mp_context="fork",
+        )
+    mcmc.run(Y)
+    draws = found.transform(mcmc.get_samples(group_by_chain=True))
+    assert draws["x"].shape == (2, 20, 3)
+    assert not torch.equal(draws["x"][0], draws["x"][1])
+
+
+def test_a_model_that_breaks_down_leaves_nothing_behind():
+    """Between two latents; the next run starts anew."""
+    broken = True
+
+    def fragile() -> None:
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        if broken:
+            raise RuntimeError("broke down")
+        pyro.sample("b", dist.Normal(0.0, 1.0))
+
+    broken = False
+    guide = AutoDiagonalNormal(fragile)
+    guide()
+    found = neutra(fragile, guide, check=False)
+    broken = True
+    with pytest.raises(RuntimeError, match="broke down"):
+        poutine.trace(found.model).get_trace()
+    broken = False
+    assert {"a", "b"} <= set(poutine.trace(found.model).get_trace().nodes)
+
+
+def correlated() -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("z", dist.Normal(0.8 * x, 0.6))
+
+
+def gaussian(scale: float) -> AutoMultivariateNormal:
+    """The posterior of the model above, shrunk."""
+    guide = AutoMultivariateNormal(correlated)
+    guide()
+    guide.loc.data.zero_()
+    guide.scale = torch.tensor([scale, scale])
+    guide.scale_tril = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+    return guide
+
+
+def test_a_collapsed_guide_is_a_warning():
+    guide = gaussian(0.2)
+    verdict = pf.check(correlated, guide)
+    assert verdict.verdict == "do not trust"
+    pyro.set_rng_seed(0)
+    with pytest.warns(UserWarning, match=r"neutra: the guide is not to be trusted.*chains may stay where it has coll"):
+        found = neutra(correlated, guide)
+    assert isinstance(found, Neutra)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        neutra(correlated, guide, check=False)
+        neutra(correlated, gaussian(1.0))
+    draws = run(found)  # this model is easy enough for the chains all the same
+    assert error(draws["x"], 0.0) < FAR
+
+
+def test_a_fitted_flow_passes():
+    guide = AutoFlow(model)
+    fit_svi(model, guide, Y, steps=300, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = neutra(model, guide, Y)
+    assert poutine.trace(found.model).get_trace(Y).log_prob_sum().isfinite()
+
+
+def test_guides_without_a_base_are_refused():
+    words = "the guide must be an AutoContinuous with a base distribution, AutoFlow or AutoMultivariateNormal say"
+    normal, laplace = AutoNormal(correlated), AutoLaplaceApproximation(correlated)
+    for guide in (normal, laplace):
+        guide()
+    with pytest.raises(ValueError, match=f"neutra: {words}, got AutoNormal"):
+        neutra(correlated, normal)
+    with pytest.raises(ValueError, match=f"neutra: {words}; AutoLaplaceApproximation has none"):
+        neutra(correlated, laplace)
+
+
+@pytest.mark.parametrize("guide", [AutoFlow(correlated), AutoFlow(correlated).setup(), AutoDiagonalNormal(correlated)])
+def test_untrained_guides_are_refused(guide):
+    with pytest.raises(ValueError, match=r"neutra: the Auto.* was never trained; fit it first"):
+        neutra(correlated, guide, check=False)
+
+
+def test_a_guide_that_cannot_be_checked_is_refused():
+    def sums() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        pyro.factor("f", -0.5 * (x - 1).pow(2).sum())
+
+    guide = AutoDiagonalNormal(sums)
+    guide()
+    with pytest.raises(ValueError, match=r"cannot be checked \(check=False leaves that out\).*side by side"):
+        neutra(sums, guide)
+    assert neutra(sums, guide, check=False).site == "x_shared_latent"

@@ -1,0 +1,240 @@
+"""The space in which a guide draws: densities of guide and model there agree with Pyro's own, whatever the guide."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal, AutoNormalizingFlow
+from pyro.nn.module import PyroModule
+from torch import Tensor
+
+from pyro_flows import AutoFlow
+from pyro_flows.diagnostics.charts import Base, White
+from pyro_flows.diagnostics.density import or_nan, score_of
+from pyro_flows.diagnostics.space import Space
+
+Y = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def double():
+    """Pyro's IAF is inverted in the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def model(y: Tensor) -> None:
+    one = torch.ones((), dtype=torch.float64)
+    mean = pyro.sample("mean", dist.Normal(0 * one, 2.0))
+    scale = pyro.sample("scale", dist.Gamma(2 * one, 1.0))
+    share = pyro.sample("share", dist.Dirichlet(one.expand(3)))
+    with pyro.plate("row", 3):
+        effect = pyro.sample("effect", dist.Normal(mean, 1.0))
+        pyro.sample("y", dist.Normal(effect, scale), obs=y)
+    pyro.deterministic("twice", 2 * mean)
+    pyro.factor("tilt", share[..., 0])
+
+
+def by_hand(y: Tensor) -> None:
+    one = torch.ones((), dtype=torch.float64)
+    mean = pyro.sample("mean", dist.Normal(0.3 * one, 0.8))
+    pyro.sample("scale", dist.LogNormal(0.1 * mean, 0.5))
+    pyro.sample("share", dist.Dirichlet(torch.tensor([2.0, 1.0, 3.0], dtype=torch.float64)))
+    with pyro.plate("row", 3):
+        pyro.sample("effect", dist.Normal(0.5 * y, 0.7 * one))
+
+
+def trained(kind: str):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    guides = {
+        "AutoFlow": AutoFlow,
+        "AutoNormal": AutoNormal,
+        "AutoMultivariateNormal": AutoMultivariateNormal,
+        "AutoIAFNormal": AutoIAFNormal,
+    }
+    if kind == "by hand":
+        return by_hand
+    guide = guides[kind](model)
+    guide(Y)
+    for parameter in guide.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return guide
+
+
+KINDS = "AutoFlow", "AutoNormal", "AutoMultivariateNormal", "AutoIAFNormal", "by hand"
+FLAT = "AutoFlow", "AutoNormal", "AutoMultivariateNormal", "by hand"
+
+
+@pytest.fixture(params=KINDS)
+def space(request) -> Space:
+    return Space(model, trained(request.param), (Y,), {})
+
+
+def test_weights_are_those_of_traces(space):
+    """log p - log q of a draw, site by site in Pyro's words, with the constrained values held."""
+    draws = space.draw(5)
+    assert draws.z.shape == (5, space.dim) == (5, 7)
+    values = space.values(draws.z)
+    for row in range(5):
+        held = {name: value[row] for name, value in values.items() if name != "twice"}
+        with poutine.block():
+            log_p = poutine.trace(poutine.condition(model, data=held)).get_trace(Y).log_prob_sum()
+        if space.guide is by_hand:
+            with poutine.block():
+                log_q = poutine.trace(poutine.condition(by_hand, data=held)).get_trace(Y).log_prob_sum()
+            torch.testing.assert_close((draws.log_p - draws.log_q)[row], log_p - log_q)
+        if isinstance(space.guide, AutoFlow):
+            log_q = space.guide.log_prob(held, Y)
+            torch.testing.assert_close((draws.log_p - draws.log_q)[row], log_p - log_q)
+
+
+def test_a_draw_is_scored_as_a_vector_is(space):
+    draws = space.draw(7)
+    tolerance = 1e-4 if isinstance(space.guide, AutoIAFNormal) else 1e-8
+    torch.testing.assert_close(space.log_p(draws.z), draws.log_p, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(space.log_q(draws.z), draws.log_q, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(space.quantities(draws.z), draws.quantities, rtol=tolerance, atol=tolerance)
+
+
+def test_draws_come_in_batches(space):
+    assert len(space.draw(25, batch_size=10).z) == 25
+
+
+@pytest.mark.parametrize("kind", FLAT)
+def test_the_guides_density_integrates_to_one(kind):
+    """By importance sampling from a wide Student's t around the guide."""
+    space = Space(model, trained(kind), (Y,), {})
+    z = space.draw(2000).z
+    wide = dist.StudentT(5.0, z.mean(0), 1.5 * z.std(0)).to_event(1)
+    places = wide.sample((40_000,))
+    weights = (space.log_q(places) - wide.log_prob(places)).exp()
+    assert abs(weights.mean() - 1) < 4 * weights.std() / 200
+
+
+def test_quantities_have_names(space):
+    wanted = ["mean", "scale", "share[0]", "share[1]", "share[2]", "effect[0]", "effect[1]", "effect[2]", "twice"]
+    assert space.read.names == wanted
+    quantities = dict(zip(space.read.names, space.draw(4).quantities.T, strict=True))
+    torch.testing.assert_close(quantities["twice"], 2 * quantities["mean"])
+    torch.testing.assert_close(sum(quantities[f"share[{i}]"] for i in range(3)), torch.ones(4, dtype=torch.float64))
+
+
+def test_prior_draws_are_the_priors(space):
+    pyro.set_rng_seed(1)
+    prior = space.values(space.prior(space.draw(4000).z))
+    assert abs(prior["mean"].mean()) < 4 * 2 / math.sqrt(4000)
+    assert abs(prior["mean"].std() / 2 - 1) < 4 / math.sqrt(8000)
+    assert abs(prior["scale"].mean() - 2) < 4 * math.sqrt(2 / 4000)
+    assert abs((prior["effect"] - prior["mean"].unsqueeze(-1)).std() - 1) < 4 / math.sqrt(24_000)
+
+
+def test_flat_priors_stay():
+    def flat() -> None:
+        slope = pyro.sample("slope", dist.ImproperUniform(dist.constraints.real, (), ()))
+        pyro.sample("y", dist.Normal(slope, 1.0), obs=torch.tensor(0.0))
+
+    space = Space(flat, AutoFlow(flat).setup(), (), {})
+    z = space.draw(6).z
+    torch.testing.assert_close(space.prior(z), z)
+
+
+def test_angles_are_points_of_the_circle():
+    def turning() -> None:
+        pyro.sample("angle", dist.VonMises(3.0, 4.0))
+        pyro.sample("phase", dist.Uniform(0.0, 24.0), infer={"periodic": True})
+
+    space = Space(turning, AutoFlow(turning).setup(), (), {})
+    assert space.read.names == ["cos angle", "sin angle", "cos phase", "sin phase"]
+    draws = space.draw(100)
+    torch.testing.assert_close(draws.quantities[:, :2].square().sum(1), torch.ones(100))
+    torch.testing.assert_close(draws.quantities[:, 2:].square().sum(1), torch.ones(100))
+
+
+def test_discrete_sites_are_refused():
+    def coin() -> None:
+        pyro.sample("side", dist.Bernoulli(0.5))
+
+    with pytest.raises(ValueError, match=r"'side'.*discrete"):
+        Space(coin, coin, (), {})
+
+
+@pytest.mark.parametrize("kind", ["AutoFlow", "AutoMultivariateNormal", "AutoIAFNormal"])
+def test_the_base_leads_to_the_guide(kind):
+    """The guide's density is the base's, moved."""
+    space = Space(model, trained(kind), (Y,), {})
+    z = space.draw(6).z
+    base = Base.of(space, z)
+    x = base.inverse(z)
+    again, log_det = base.forward(x)
+    torch.testing.assert_close(again, z, rtol=1e-4, atol=1e-4)
+    moved = space.guide.get_base_dist().log_prob(x) - log_det
+    torch.testing.assert_close(moved.reshape(6), space.log_q(z), rtol=1e-4, atol=1e-4)
+
+
+def test_guides_without_a_way_back_have_no_base():
+    assert Base.of(Space(model, by_hand, (Y,), {}), torch.zeros(2, 7)) is None
+
+    def two() -> None:
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    pyro.clear_param_store()
+    guide = AutoNormalizingFlow(two, lambda dim: dist.transforms.planar(dim))
+    guide()
+    space = Space(two, guide, (), {})
+    assert Base.of(space, space.draw(3).z) is None
+
+
+def test_white_coordinates_are_white():
+    pyro.set_rng_seed(0)
+    factor = torch.tensor([[2.0, 0.0], [1.5, 0.1]])
+    z = 5 + torch.randn(10_000, 2) @ factor.T
+    white = White(z)
+    x = white.inverse(z)
+    torch.testing.assert_close(torch.cov(x.T), torch.eye(2), rtol=0, atol=1e-3)
+    back, log_det = white.forward(x)
+    torch.testing.assert_close(back, z, rtol=0, atol=1e-4)
+    jacobian = torch.autograd.functional.jacobian(lambda x: white.forward(x[None])[0][0], x[0])
+    torch.testing.assert_close(log_det[0], torch.linalg.slogdet(jacobian).logabsdet)
+
+
+def test_few_draws_are_whitened_by_their_sds():
+    white = White(torch.randn(8, 4) * torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    torch.testing.assert_close(white.scale_tril, white.scale_tril.diag().diag())
+
+
+def test_a_breakdown_of_one_draw_spares_the_others():
+    def fragile(z: Tensor) -> Tensor:
+        torch.linalg.cholesky(z.diag_embed())  # positive definite where all of a row is positive
+        return z.sum(-1)
+
+    z = torch.ones(9, 2)
+    z[4] = -1
+    found = or_nan(fragile)(z)
+    assert found.isnan().tolist() == [i == 4 for i in range(9)]
+
+    def wrong(z: Tensor) -> Tensor:
+        raise ValueError("a mistake of the model's")
+
+    with pytest.raises(ValueError, match="a mistake"):
+        or_nan(wrong)(z)
+
+
+def test_scores_are_gradients():
+    z = torch.randn(4, 3, dtype=torch.float64)
+    torch.testing.assert_close(score_of(lambda z: -z.square().sum(-1) / 2, z), -z)
+    assert not score_of(lambda z: torch.zeros(4), z).any()
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_in_both_modes_of_parameters(local):
+    with pyro.settings.context(module_local_params=local), pyro.validation_enabled(True):
+        assert isinstance(space := Space(model, trained("AutoFlow"), (Y,), {}), Space)
+        assert space.draw(3).log_p.isfinite().all()
+    assert issubclass(AutoFlow, PyroModule)
