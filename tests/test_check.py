@@ -25,6 +25,8 @@ from pyro_flows import AutoFlow, check, fit_svi, flows, refine
 from pyro_flows.diagnostics.chains import Chains
 from pyro_flows.diagnostics.charts import White
 from pyro_flows.diagnostics.drift import Drift, DriftMeter, weighted_drift
+from pyro_flows.diagnostics.judgement import judge
+from pyro_flows.diagnostics.modes import Missing
 
 DIM = 5
 FACTOR = torch.linalg.cholesky(0.6 * torch.ones(DIM, DIM) + 0.4 * torch.eye(DIM))
@@ -308,6 +310,14 @@ def test_chains_that_cannot_move_are_not_believed():
     assert "hardly move" in found.reason
     with pytest.warns(UserWarning, match="hardly move"):
         refine(model, guide, num_samples=20)
+
+
+def test_what_is_no_number_is_not_trusted():
+    right = Drift(*(torch.zeros(1), torch.full((1,), 0.01), torch.ones(1), torch.full((1,), 0.01)))
+    lost = Drift(*(torch.full((1,), math.nan) for _ in range(4)))
+    psis = check(banana, banana).psis
+    verdicts = [judge(psis, seen, right, right, ["x"], Missing(0.0, 0.0, None), [0.8])[0] for seen in (right, lost)]
+    assert verdicts == ["trust", "do not trust"]
 
 
 def test_a_guide_without_density_far_out_misses_what_lies_there():

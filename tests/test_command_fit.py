@@ -248,6 +248,14 @@ def test_a_model_without_arguments_needs_no_data(folder):
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_model_that_observes_nothing_is_told_of(folder, capsys):
+    assert run("models.py:no_arguments", "--quiet") == 0
+    assert "Nothing is observed" in capsys.readouterr().err
+    assert run("models.py:normal", "--data", "data.json", "--quiet") == 0
+    assert "Nothing is observed" not in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("number", ["2", "1.5"])
 def test_a_single_number_is_observed(number, folder):
     (folder / "data.json").write_text(f'{{"y": {number}}}')
@@ -276,7 +284,7 @@ def test_the_verdict_is_the_exit_status(verdict, status, folder, capsys, monkeyp
     monkeypatch.setattr(fit, "check", lambda *_, **__: dataclasses.replace(a_check, verdict=verdict))
     monkeypatch.setattr(fit, "to_arviz", lambda *a, **k: asked.append(k["importance"]) or to_arviz(*a, **k))
     assert run("models.py:normal", "--data", "data.json") == status
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert ("Try --escalate" in out) == (status == 3)
     assert ("resampled by their weights" in out) == (verdict == "reweight")
     assert asked == [verdict == "reweight"]

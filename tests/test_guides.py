@@ -212,6 +212,20 @@ def test_log_prob_scores_batches_row_by_row():
     torch.testing.assert_close(together, torch.stack(single).reshape(2, 3), rtol=1e-5, atol=1e-4)
 
 
+def test_log_prob_outside_of_the_support():
+    def model():
+        pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+
+    guide = AutoFlow(model).setup()
+    share = torch.tensor([[0.2, 0.3, 0.5], [0.2, 0.3, 0.5], [0.5, 0.5, 0.5]])
+    scores = guide.log_prob({"scale": torch.tensor([1.0, -1.0, 1.0]), "share": share})
+    assert scores.isfinite().tolist() == [True, False, False]
+    assert scores[1:].tolist() == [-math.inf, -math.inf]
+    alone = guide.log_prob({"scale": torch.tensor(1.0), "share": share[0]})
+    torch.testing.assert_close(scores[0], alone)
+
+
 def test_log_prob_names_what_is_wrong_with_its_values():
     guide = AutoFlow(regression, small).setup(Y)
     draws = guide.sample(4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,6 +68,8 @@ def run(
         data = read_data(data_file)
         check_arguments(model, list(data.values))
         guide, trace, arguments = _set_up(model, recipe, data, file)
+        if all(trace.nodes[name]["infer"].get("_deterministic") for name in trace.observation_nodes):
+            print("Nothing is observed, so the posterior is the prior: is an obs= missing?", file=sys.stderr)
         problem = why_not_writable(paths)
         if problem:
             raise Refused(f"argument --out: {problem}")

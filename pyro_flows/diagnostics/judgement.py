@@ -71,15 +71,18 @@ def judge(
     if psis.khat >= WORST_KHAT:
         return "do not trust", f"The weights have no mean (k-hat {psis.khat:.2f}): the guide's tails are too short."
     seen = chains.pooled_with(weighted) if psis.reliable else chains
-    if bool((torch.maximum(seen.errors, seen.noise) > LIMIT).any()):
+    if not bool(
+        (torch.maximum(seen.errors, seen.noise) <= LIMIT).all()
+    ):  # nor where chains have overflown to no number
         return "do not trust", f"It cannot be told whether the draws are right ({seen.worst(names)})."
     doubtful = (chains.errors > LIMIT) & (chains.errors > DOUBT * chains.noise)
     doubtful[1] &= chains.variance > 1  # too narrow: what weights cannot see
     if bool(doubtful.any()):
         return "do not trust", f"The chains doubt that the draws are right ({chains.worst(names, doubtful)})."
-    found = f"Weights, chains and search find the draws right (largest error seen: {seen.worst(names)})."
+    largest = max(0.01, float(seen.errors.max()))
+    found = f"Weights, chains and search find no error of a mean or sd beyond {largest:.2f} sd."
     if not psis.reliable:
-        found += f" But do not reweight them: k-hat is {psis.khat:.2f}."
+        found += f" Use the draws as they are: their weights are not reliable (k-hat {psis.khat:.2f})."
     return "trust", found
 
 

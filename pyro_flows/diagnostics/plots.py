@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def plot_funnel(mean: Tensor, scale: Tensor, effects: dict[str, Tensor]) -> Any:
-    """The posterior of a hierarchical model: its marginals, and the funnel of mean against log scale.
+    """The posterior of a hierarchical model: its marginals, and the funnel of a group's deviation against log scale.
 
     Args:
         mean: Draws of the population mean, ``(N,)``.
@@ -43,8 +43,9 @@ def plot_funnel(mean: Tensor, scale: Tensor, effects: dict[str, Tensor]) -> Any:
     left.set_title("Marginals: density, mean and 90 % interval", fontsize=11)
     left.grid(axis="x", alpha=0.3)
     left.spines[["top", "right", "left"]].set_visible(False)
-    right.scatter(mean.cpu(), scale.log().cpu(), s=5, alpha=0.25, color="C0", lw=0, rasterized=True)
-    right.set_xlabel("mu")
+    name, effect = next(iter(effects.items()))
+    right.scatter((effect - mean).cpu(), scale.log().cpu(), s=5, alpha=0.25, color="C0", lw=0, rasterized=True)
+    right.set_xlabel(f"{name} − mu")
     right.set_ylabel("log tau")
     right.set_title("The funnel: the smaller tau, the less the schools differ", fontsize=11)
     right.grid(alpha=0.3)

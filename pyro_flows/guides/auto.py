@@ -201,7 +201,7 @@ class AutoFlow(AutoContinuous):
             values: For each latent site, values of shape ``(*batch, *site_shape)``.
 
         Returns:
-            A tensor of shape ``batch``.
+            A tensor of shape ``batch``; -inf outside of the support.
         """
         self.setup(*args, **kwargs)
         packed, log_det = [], torch.zeros((), dtype=self.flow.transforms[-1].loc.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -22,14 +23,20 @@ biject_to.register(constraints.MixtureSameFamilyConstraint, _of_mixture)
 
 
 def unconstrain(name: str, site: dict[str, Any], value: Tensor) -> tuple[Tensor, Tensor]:
-    """Values of a latent, ``(*batch, *site_shape)``: unconstrained and flat, ``(*batch, n)``, and log|det|."""
-    shape = site["value"].shape
+    """Values of a latent, ``(*batch, *site_shape)``: unconstrained and flat, ``(*batch, n)``, and log|det|, ``batch``.
+
+    The latter is -inf outside of the support.
+    """
+    shape, support = site["value"].shape, site["fn"].support
     batch = value.shape[: value.dim() - len(shape)]
     if value.shape != batch + shape:
         raise ValueError(
             f"AutoFlow.log_prob: values[{name!r}] must have shape (*batch, *{tuple(shape)}), got {tuple(value.shape)}."
         )
-    inverse = biject_to(site["fn"].support).inv
-    free = inverse(value)
-    change = inverse.log_abs_det_jacobian(value, free)
-    return free.reshape(*batch, -1), _sum_rightmost(change, change.dim() - len(batch))
+    inside = support.check(value).reshape(*batch, -1).all(-1)
+    held = value.where(inside.reshape(batch + (1,) * len(shape)), site["value"].detach())
+    inverse = biject_to(support).inv
+    free = inverse(held)
+    change = inverse.log_abs_det_jacobian(held, free)
+    log_det = _sum_rightmost(change, change.dim() - len(batch))
+    return free.reshape(*batch, -1), log_det.where(inside, -math.inf)
