@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pyro
 import pytest
 import torch
@@ -17,3 +19,11 @@ def clean_start() -> None:
     pyro.set_rng_seed(0)
     pyro.clear_param_store()
     pyro.enable_validation(True)
+
+
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, which a shell withholds from what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

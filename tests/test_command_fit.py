@@ -299,7 +299,7 @@ def test_escalate_keeps_the_guide_and_the_check_of_the_best_rung(folder, capsys,
 
 
 @pytest.fixture
-def interrupt(monkeypatch):
+def interrupt(monkeypatch, ctrl_c):
     """A run of 100 000 steps that is interrupted after some."""
 
     def run(last: int) -> int:

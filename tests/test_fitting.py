@@ -520,14 +520,6 @@ def test_an_interrupted_run_goes_on(tmp_path, capsys):
     assert resumed[-50:].mean() < losses[:20].mean()
 
 
-@pytest.fixture
-def ctrl_c():
-    """Python's own handler, which a shell withholds from what it runs in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_waits_for_the_end_of_the_step(tmp_path, capsys):
     whole, calls = checkpointed(conjugate, None, steps=100, warm_start=False), []
