@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.utils import _sum_rightmost
 
+from .circles import is_circular
+
 
 def _of_mixture(support: constraints.MixtureSameFamilyConstraint) -> Transform:
     shared = inner = support.base_constraint
@@ -33,7 +35,7 @@ def unconstrain(name: str, site: dict[str, Any], value: Tensor) -> tuple[Tensor,
         raise ValueError(
             f"AutoFlow.log_prob: values[{name!r}] must have shape (*batch, *{tuple(shape)}), got {tuple(value.shape)}."
         )
-    inside = support.check(value).reshape(*batch, -1).all(-1)
+    inside = support.check(value).reshape(*batch, -1).all(-1) | is_circular(site)  # any representative of an angle
     held = value.where(inside.reshape(batch + (1,) * len(shape)), site["value"].detach())
     inverse = biject_to(support).inv
     free = inverse(held)
