@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import Y, nested
 from pyro.infer.autoguide import AutoDelta
 
 from pyro_flows import AutoFlow, Psis, flows, psis, to_arviz
@@ -89,23 +90,6 @@ def test_log_weights_are_raw():
     expected = dist.Normal(0.0, 1.0).log_prob(x) + dist.Normal(x, 1.0).log_prob(torch.tensor(30.0))
     torch.testing.assert_close(checked.log_weights, expected - dist.Normal(15.0, 0.5).log_prob(x))
     assert checked.log_weights.max() < -200
-
-
-def nested(y=None, *, noise=1.0):
-    """Two nested plates, a factor, a deterministic site, data."""
-    top = pyro.sample("top", dist.Normal(0.0, 1.0))
-    with pyro.plate("outer", 2, dim=-2):
-        middle = pyro.sample("middle", dist.Normal(top, 1.0))
-        with pyro.plate("inner", 3, dim=-1):
-            leaf = pyro.sample("leaf", dist.Normal(middle, 1.0))
-            pair = pyro.sample("pair", dist.Normal(leaf[..., None], torch.ones(2)).to_event(1))
-            pyro.deterministic("double", 2 * leaf)
-            pyro.sample("y", dist.Normal(pair.sum(-1), noise), obs=y)
-    pyro.factor("penalty", -0.1 * top**2)
-    pyro.deterministic("square", top**2)
-
-
-Y = torch.tensor([[0.5, 1.0, 2.0], [3.0, 0.1, 1.5]])
 
 
 @pytest.fixture

@@ -173,6 +173,35 @@ def test_restarts_of_flat_priors():
     assert len(fit.rungs) == 2
 
 
+def test_restarts_in_another_dtype_and_of_angles():
+    """A model in float64 where floats are of 32 bits, and one whose angles no Gaussian can start from."""
+    double = Y.double()
+
+    def precise() -> None:
+        x = pyro.sample("x", dist.Normal(double.new_zeros(3), 1.0).to_event(1))
+        pyro.sample("y", dist.MultivariateNormal(x, torch.eye(3, dtype=torch.float64)), obs=double)
+
+    def turning() -> None:
+        pyro.sample("angle", dist.VonMises(1.0, 4.0))
+
+    for model in (precise, turning):
+        recipe = small if model is precise else None
+        fit = fit_svi(model, AutoFlow(model, recipe), steps=20, restarts=2, progress=False)
+        assert names(fit) == ["start 1", "start 2"]
+    assert check(precise, fit_svi(precise, AutoFlow(precise, small), progress=False).guide).trusted
+
+
+def test_longer_training_leaves_the_rung_before_it_alone(monkeypatch):
+    def turning() -> None:
+        pyro.sample("angle", dist.VonMises(1.0, 4.0))
+
+    monkeypatch.setattr(ladder, "check", lambda *a, **k: distrust(check(*a, **k), "no"))
+    monkeypatch.setattr(ladder, "suited_to", lambda guide: _Steps(20))
+    fit = fit_svi(turning, AutoFlow(turning), steps=20, escalate=True, progress=False)
+    assert names(fit) == ["flow", "deeper and longer", "forward KL"]
+    assert len({id(rung.fit.guide) for rung in fit.rungs}) == 3
+
+
 # Interruptions, files, bad input.
 
 

@@ -38,6 +38,12 @@ class White:
         return torch.linalg.solve_triangular(self.scale_tril, (z - self.loc).T, upper=False).T
 
 
+def charts_of(space: Space, z: Tensor) -> tuple[list[Chart], White]:
+    """All coordinates that chains of a guide move in, given draws z of it; and the whitened ones, the last of these."""
+    white, base = White(z), Base.of(space, z[:100])
+    return [base, white] if base else [white], white
+
+
 class Base:
     """The coordinates of an ``AutoContinuous`` guide's base distribution."""
 

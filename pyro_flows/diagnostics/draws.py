@@ -220,6 +220,11 @@ def log_prob_of_draws(
     return sum(parts, torch.zeros(()))
 
 
+def room_of(site: dict[str, Any], nesting: int) -> tuple[int, ...]:
+    """Dimensions for the plates that a site does not lie in, between many draws and the shape of one."""
+    return (1,) * (nesting + site["fn"].event_dim - site["value"].dim())
+
+
 def rows_of(name: str, value: Tensor, shape: torch.Size, size: int) -> Tensor:
     """A site's tensor with its N draws in front and no dimensions of absent plates: ``(N, *shape)``.
 

@@ -12,7 +12,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .draws import Draws, rows_of, side_by_side
+from .draws import Draws, room_of, rows_of, side_by_side
 
 
 class Held(NamedTuple):
@@ -122,8 +122,7 @@ def _room(held: Held, name: str, size: int) -> tuple[int, ...]:
     """The draws' dimension, and one for each plate that a latent does not lie in; none for a single draw."""
     if held.nesting is None:
         return ()
-    site = held.single.nodes[name]
-    return size, *(1,) * (held.nesting + site["fn"].event_dim - site["value"].dim())
+    return size, *room_of(held.single.nodes[name], held.nesting)
 
 
 def _is_derived(message: dict[str, Any]) -> bool:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from .chains import FROZEN, Chains
-from .charts import Base, Chart, White
+from .charts import charts_of
 from .density import or_nan
-from .draws import check_guide, check_integers, check_side_by_side, check_trained
+from .draws import check_integers
 from .drift import Drift, DriftMeter
-from .space import Space
+from .space import sound_space
 
 BATCH = 500  # chains that run side by side
 
@@ -89,14 +89,10 @@ def refine(
     """
     kwargs = {**kwargs, **(model_kwargs or {})}
     check_integers("refine", num_samples=(num_samples, 1), transitions=(transitions, 4))
-    check_trained("refine", guide)
-    check_guide(model, guide, args, kwargs)
-    check_side_by_side(model, guide, args, kwargs)
     with pyro.validation_enabled(False):  # a draw of no density is for the chains to shun
-        space = Space(model, guide, args, kwargs)
-        space.verify()
+        space = sound_space("refine", model, guide, args, kwargs)
         reference = space.draw(max(4 * BATCH, 10 * space.dim))
-        charts: list[Chart] = [*filter(None, [Base.of(space, reference.z[:100])]), White(reference.z)]
+        charts, _ = charts_of(space, reference.z)
         began = space.draw(num_samples)
         meter = DriftMeter(reference.quantities, began.quantities)
         batches = [Chains(or_nan(space.log_p), charts, z) for z in began.z.split(BATCH)]

@@ -22,7 +22,15 @@ from torch.distributions.utils import _sum_rightmost
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from .density import is_breakdown
-from .draws import log_prob_of_draws, side_by_side, single_trace
+from .draws import (
+    check_guide,
+    check_side_by_side,
+    check_trained,
+    log_prob_of_draws,
+    room_of,
+    side_by_side,
+    single_trace,
+)
 from .quantities import Quantities, innermost
 
 
@@ -75,7 +83,7 @@ class Space:
             if site["fn"].support.is_discrete:
                 raise ValueError(f"site {name!r} of the guide is discrete; sum it out of model and guide.")
             transform = biject_to(site["fn"].support)
-            self._own[name] = _Own(transform, transform.inv(site["value"]).shape, self._room(site))
+            self._own[name] = _Own(transform, transform.inv(site["value"]).shape, room_of(site, self.nesting))
         self.dim = sum(own.shape.numel() for own in self._own.values())
         self.read = Quantities(model, self._single, args, kwargs)
 
@@ -147,7 +155,7 @@ class Space:
             for name, value in self.values(z).items():
                 site = self._single.nodes[name]
                 if name in self._latents and isinstance(innermost(site["fn"]), dist.ImproperUniform):
-                    held[name] = value.reshape(size, *self._room(site), *site["value"].shape)
+                    held[name] = value.reshape(size, *room_of(site, self.nesting), *site["value"].shape)
             with poutine.block():
                 model = poutine.condition(self._beside(self.model, size), data=held)
                 trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
@@ -160,10 +168,6 @@ class Space:
 
     def _beside(self, program: Callable[..., Any], size: int) -> Callable[..., Any]:
         return side_by_side(program, size, self.nesting)
-
-    def _room(self, site: dict[str, Any]) -> tuple[int, ...]:
-        """Dimensions for the plates that a site does not lie in, between the draws and its own shape."""
-        return (1,) * (self.nesting + site["fn"].event_dim - site["value"].dim())
 
     def _place(self, z: Tensor) -> tuple[Trace, Tensor]:
         """The guide's trace with its draws held at z, and the log-determinant of constraining these."""
@@ -216,6 +220,18 @@ class Space:
                 groups[own].append(free)
         z = torch.cat([part.reshape(len(part), -1) for group in groups.values() for part in group], -1)
         return z if z.shape[1] == self.dim else None
+
+
+def sound_space(
+    caller: str, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Space:
+    """The space of a guide that was trained, is one of the model, and has a density; others are refused."""
+    check_trained(caller, guide)
+    check_guide(model, guide, args, kwargs)
+    check_side_by_side(model, guide, args, kwargs)
+    space = Space(model, guide, args, kwargs)
+    space.verify()
+    return space
 
 
 class _Own(NamedTuple):

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from .chains import Chains
-from .charts import Base, Chart, White
+from .charts import Chart, White, charts_of
 from .density import or_nan
-from .draws import check_guide, check_integers, check_side_by_side, check_trained
+from .draws import check_integers
 from .drift import Drift, DriftMeter, weighted_drift
 from .importance import Psis, weigh
 from .judgement import CALM, LIMIT, SURE, is_off, judge
 from .modes import Missing, search
-from .space import Scored, Space
+from .space import Scored, Space, sound_space
 
 ADAPT, BLOCK, BLOCKS = 4, 10, 5  # sweeps of the chains: to adapt their steps, between judgements, and at most
 
@@ -158,21 +158,16 @@ def check(
     """
     start, kwargs = time.perf_counter(), {**kwargs, **(model_kwargs or {})}
     check_integers("check", num_samples=(num_samples, 100), num_chains=(num_chains, 16))
-    check_trained("check", guide)
-    check_guide(model, guide, args, kwargs)
-    check_side_by_side(model, guide, args, kwargs)
     with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
-        space = Space(model, guide, args, kwargs)
-        space.verify()
+        space = sound_space("check", model, guide, args, kwargs)
         draws = space.draw(num_samples)
         psis = weigh(draws.log_p - draws.log_q)
         judged = _judged(space, draws.quantities)
         names = [name for name, used in zip(space.read.names, judged.tolist(), strict=True) if used]
         weighted = weighted_drift(draws.quantities[:, judged], psis.smoothed)
-        white = White(draws.z)
-        charts: list[Chart] = [*filter(None, [Base.of(space, draws.z[:100])]), white]
+        charts, white = charts_of(space, draws.z)
         calm = psis.khat < CALM and bool((weighted.errors + 2 * weighted.noise < SURE).all())
-        chains, directions, acceptance = _run(space, charts, draws, judged, num_chains, calm)
+        chains, directions, acceptance = _run(space, charts, white, draws, judged, num_chains, calm)
         # Along an angle the density is periodic: its copies a turn away are no modes.
         missing = Missing(0.0, 0.0, None) if space.read.has_angles else search(space, white, draws)
     verdict, reason = judge(psis, chains, directions, weighted, names, missing, acceptance)
@@ -191,7 +186,7 @@ def _judged(space: Space, quantities: Tensor) -> Tensor:
 
 
 def _run(
-    space: Space, charts: list[Chart], draws: Scored, judged: Tensor, num_chains: int, calm: bool
+    space: Space, charts: list[Chart], white: White, draws: Scored, judged: Tensor, num_chains: int, calm: bool
 ) -> tuple[Drift, Drift, list[float]]:
     """Run chains from new draws of the guide until they tell whether they drift, and how much.
 
@@ -199,11 +194,9 @@ def _run(
         judged: The quantities that are looked at, ``(K,)``.
         calm: Whether the weights see no error at all, so that chains need only not see one either.
     """
-    began, white = space.draw(num_chains), charts[-1]
-    chains, meter = (
-        Chains(or_nan(space.log_p), charts, began.z),
-        DriftMeter(draws.quantities[:, judged], began.quantities[:, judged]),
-    )
+    began = space.draw(num_chains)
+    chains = Chains(or_nan(space.log_p), charts, began.z)
+    meter = DriftMeter(draws.quantities[:, judged], began.quantities[:, judged])
     places = []
     for _ in range(ADAPT):
         chains.sweep(adapt=True)

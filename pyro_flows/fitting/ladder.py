@@ -203,7 +203,7 @@ def climb(
         ladder.judge("flow", flow, 0.0 if restarts > 1 else flow.seconds)
     if not (ladder.ended or ladder.misses_a_mode):
         last = ladder.rungs[-1].fit.guide
-        deeper = last if guide.has_circles else _deepened(last)
+        deeper = copy.deepcopy(last) if guide.has_circles else _deepened(last)
         ladder.climb("deeper and longer", deeper, steps=2 * suited_to(guide).steps, lr=0.005)
     if not ladder.ended and ladder.misses_a_mode:
         ladder.climb("tempered", fresh, objective=TemperedELBO(ANNEAL), steps=None)
@@ -224,18 +224,19 @@ def _restarted(ladder: Ladder, guide: AutoFlow, space: Space, restarts: int) -> 
         if ladder.stopped:
             break
         again = guide.rebuilt()
-        again.start_at(_elsewhere(space), guide.start[1] * torch.eye(guide.latent_dim))
-        fit = ladder.fit(f"start {number}", again)
-        if fit:
+        if not guide.has_circles:  # else it differs by its random weights alone
+            place = _elsewhere(space, guide.start[0])
+            again.start_at(place, guide.start[1] * torch.eye(len(place)).to(place))
+        if fit := ladder.fit(f"start {number}", again):
             starts.append(Rung(f"start {number}", fit, None, fit.seconds))
             ladder.note(starts[-1])
     return max(starts, key=lambda rung: rung.elbo).fit
 
 
 @torch.no_grad()
-def _elsewhere(space: Space) -> Tensor:
-    """The most likely of some draws from the prior, or of some within 2 of the origin."""
-    wide = 4 * torch.rand(TRIES, space.dim) - 2
+def _elsewhere(space: Space, start: Tensor) -> Tensor:
+    """The most likely of some draws from the prior, or of some within 2 of the origin, in the dtype of the start."""
+    wide = (4 * torch.rand(TRIES, space.dim) - 2).to(start)
     with validation_enabled(False):
         found = space.prior(wide)
     places = wide if found is None else found

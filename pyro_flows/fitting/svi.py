@@ -77,7 +77,8 @@ def fit_svi(
         checkpoint: A file that the state of the run is kept in, after each 50 steps but at most every ten seconds,
             and at the end.  A run that was killed and is called again with the same file goes on from there, to the
             same result as without the break.  Runs are told apart by their settings and by tensors, numbers and
-            strings among the arguments, not by what the model holds itself.
+            strings among the arguments, not by what the model holds itself.  With ``escalate`` or ``restarts`` each fit
+            has a file of its own, with the fit's name added.
         progress: Whether to show a progress bar.
         escalate: Whether to judge the fit by :func:`~pyro_flows.check` and, until one can be trusted, to go on: from a
             Gaussian to the guide's flow, to more couplings trained for longer, and to an objective that covers mass.
