@@ -1,17 +1,23 @@
 """Normalizing flows as first-class citizens of Pyro."""
 
+from . import encoders as encoders
 from . import flows as flows
+from .diagnostics import Calibration as Calibration
 from .diagnostics import Check as Check
 from .diagnostics import Psis as Psis
+from .diagnostics import calibrate as calibrate
 from .diagnostics import check as check
+from .diagnostics import importance_log_likelihood as importance_log_likelihood
 from .diagnostics import neutra as neutra
 from .diagnostics import psis as psis
 from .diagnostics import refine as refine
 from .diagnostics import resample as resample
 from .diagnostics import to_arviz as to_arviz
 from .fitting import Fit as Fit
+from .fitting import fit_amortized as fit_amortized
 from .fitting import fit_svi as fit_svi
 from .flows import Flow as Flow
 from .guides import AutoFlow as AutoFlow
+from .guides import AutoPlateFlow as AutoPlateFlow
 
 __version__ = "0.1.0"

@@ -29,6 +29,7 @@ from pyro_flows.transforms import (
     Inverse,
     LULinear,
     Permute,
+    Planar,
 )
 
 CONTEXT_DIM = 3
@@ -108,6 +109,10 @@ def _compose(dim: int, context_dim: int) -> FlowTransform:
     )
 
 
+def _planar(dim: int, context_dim: int) -> FlowTransform:
+    return Planar(dim, MLP(context_dim, 1, 2 * dim + 1, WIDTHS) if context_dim else None)
+
+
 TRANSFORMS: dict[str, Kind] = {
     **{f"coupling_{name}": Kind(_coupling(b), True, least_dim=2) for name, b in BIJECTORS.items()},
     **{f"autoregressive_{name}": Kind(_autoregressive(b), True) for name, b in BIJECTORS.items()},
@@ -119,6 +124,7 @@ TRANSFORMS: dict[str, Kind] = {
     "lu_linear": Kind(lambda dim, _: LULinear(dim)),
     "fixed_affine": Kind(lambda dim, _: FixedAffine(dim), learns=False),
     "fixed_affine_diagonal": Kind(lambda dim, _: FixedAffine(dim, dense=False), learns=False),
+    "planar": Kind(_planar, True),
     "actnorm": Kind(lambda dim, _: ActNorm(dim)),
     "compose": Kind(_compose, True, starts_at_identity=False),
     "inverse": Kind(lambda dim, context_dim: _autoregressive(Affine(), shuffled)(dim, context_dim).inv, True),
@@ -140,6 +146,7 @@ RECIPES: dict[str, Callable[..., Flow]] = {
     "maf": flows.maf,
     "iaf": flows.iaf,
     "nsf_ar": flows.nsf_ar,
+    "planar": flows.planar,
     "circular_coupling": circular_coupling,
 }
 
@@ -177,7 +184,7 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
         if isinstance(part, Conditioner) and not isinstance(part, Periodic):
             draw(part.output.weight, scale)
             draw(part.output.bias, scale)
-        elif isinstance(part, Elementwise) and part.conditioner is None:
+        elif (isinstance(part, Elementwise) and part.conditioner is None) or isinstance(part, Planar):
             draw(part.params, scale)
         elif isinstance(part, ActNorm):
             draw(part.loc, scale)

@@ -71,7 +71,7 @@ def test_the_reader_of_imports_sees_them() -> None:
     assert "pyro.distributions" in imports_of(ROOT / "flows" / "flow.py")
 
 
-@pytest.mark.parametrize("package", ["bijectors", "conditioners"])
+@pytest.mark.parametrize("package", ["bijectors", "conditioners", "encoders"])
 def test_maps_and_networks_know_neither_pyro_nor_each_other(package: str) -> None:
     for path in (ROOT / package).rglob("*.py"):
         assert not any(name.split(".")[0] == "pyro" for name in imports_of(path)), path

@@ -1,6 +1,7 @@
 """Networks that give bijectors their parameters, pure torch."""
 
 from .base import Conditioner as Conditioner
+from .given import Given as Given
 from .made import MADE as MADE
 from .mlp import MLP as MLP
 from .periodic import Periodic as Periodic

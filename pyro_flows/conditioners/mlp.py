@@ -21,6 +21,7 @@ class MLP(Conditioner):
         context_dim: The number of context features.
         activation: The class of the elementwise nonlinearity.
         residual: Let each hidden layer that keeps the width add its input (He et al. 2015, arXiv:1512.03385).
+        skip: Add a linear map of the inputs to the output, which starts at zero too.
 
     Example::
 
@@ -40,6 +41,7 @@ class MLP(Conditioner):
         *,
         activation: type[nn.Module] = nn.ReLU,
         residual: bool = False,
+        skip: bool = False,
     ) -> None:
         super().__init__(input_dim, output_dim, num_params, hidden_dims, context_dim)
         self.activation = activation
@@ -48,6 +50,7 @@ class MLP(Conditioner):
         self.hidden = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(widths))
         self.output = zero_(nn.Linear(widths[-1], num_params * output_dim))
         self.act = activation()
+        self.skip = zero_(nn.Linear(input_dim, num_params * output_dim, bias=False)) if skip else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, *others = self.hidden
@@ -55,4 +58,5 @@ class MLP(Conditioner):
         for layer in others:
             update = self.act(layer(h))
             h = h + update if self.residual and update.shape == h.shape else update
-        return self.output(h).unflatten(-1, (self.num_params, self.output_dim)).mT
+        params = self.output(h) if self.skip is None else self.output(h) + self.skip(x)
+        return params.unflatten(-1, (self.num_params, self.output_dim)).mT

@@ -1,8 +1,11 @@
 """How far to trust a guide, and its draws as ArviZ data."""
 
 from .arviz import to_arviz as to_arviz
+from .calibration import Calibration as Calibration
+from .calibration import calibrate as calibrate
 from .importance import Psis as Psis
 from .importance import psis as psis
+from .likelihood import importance_log_likelihood as importance_log_likelihood
 from .refinement import Refined as Refined
 from .refinement import refine as refine
 from .resampling import resample as resample

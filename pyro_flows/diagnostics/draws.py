@@ -168,7 +168,7 @@ def check_side_by_side(
     """
     way_out = (
         "Let the model broadcast to the left of its plates, with (x * w).sum(-1) in place of x @ w, say, or run one "
-        "draw at a time: vectorize=False in psis and to_arviz, num_particles=1 or "
+        "draw at a time: vectorize=False in psis, to_arviz and fit_amortized, num_particles=1 or "
         "objective=Trace_ELBO(num_particles=n) in fit_svi."
     )
     with pyro.validation_enabled(False):

@@ -99,3 +99,49 @@ def plot_check(check: Any, most: int = 30) -> Any:
     right.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{check.verdict}: " + "\n".join(textwrap.wrap(check.reason, 110)), fontsize=10)
     return figure
+
+
+def plot_calibration(calibration: Any) -> Any:
+    """The three tests of a calibration, each with the band that 95 % of exact guides stay in.
+
+    Args:
+        calibration: What :func:`~pyro_flows.calibrate` returns.
+
+    Returns:
+        A matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    number = len(calibration.ranks)
+    level = np.linspace(0, 1, 201)
+    band = 1.358 / np.sqrt(number)  # Kolmogorov's law at 5 %
+    left.axhspan(-band, band, color="C2", alpha=0.15, lw=0)
+    worst = int(calibration.rank_p.argmin())
+    for column, ranks in enumerate(calibration.ranks.T.cpu().numpy()):
+        chosen = column == worst
+        label = f"{calibration.names[column]} (worst)" if chosen else None
+        style = {"color": "C3", "lw": 1.6, "zorder": 3} if chosen else {"color": "C0", "lw": 0.8, "alpha": 0.6}
+        left.plot(level, (ranks[:, None] <= level).mean(0) - level, label=label, **style)
+    left.set_xlabel("rank of the truth, as a share of the draws")
+    left.set_ylabel("share of data sets below, less expected")
+    left.set_title(f"Ranks: p = {calibration.sbc_p:.2g}", fontsize=10)
+    left.legend(frameon=False, fontsize=8)
+    tests = (
+        (middle, "Regions of highest density", calibration.coverage, calibration.coverage_p),
+        (right, "TARP: balls around random points", calibration.tarp, calibration.tarp_p),
+    )
+    for axis, title, levels, p in tests:
+        axis.fill_between(level, level - band, level + band, color="C2", alpha=0.15, lw=0)
+        axis.plot(level, level, color="0.4", lw=0.8)
+        axis.plot(level, (levels.cpu().numpy()[:, None] <= level).mean(0), color="C0", lw=1.6)
+        axis.set_xlim(0, 1)
+        axis.set_ylim(0, 1)
+        axis.set_xlabel("nominal level")
+        axis.set_ylabel("share of data sets whose truth it holds")
+        axis.set_title(f"{title}: p = {p:.2g}", fontsize=10)
+    for axis in (left, middle, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("\n".join(textwrap.wrap(calibration.reason, 120)), fontsize=10)
+    return figure

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-FORMAT = 3
+FORMAT = 4
 WAY_OUT = "Use the same settings, name another file, or remove this one."
 
 

@@ -1,8 +1,9 @@
 """One training loop for everything that has a loss.
 
 Any optimisers, with a cosine decay (Loshchilov, Hutter 2016, arXiv:1608.03983) and gradients clipped by norm.  The
-state with the best running loss is kept; whatever ends the run, an error and Ctrl-C included, leaves the parameters in
-it.  With a checkpoint a run that was killed goes on where it was, to the same end.
+state with the best running loss is kept, or the average of states with the best loss on held-out data; whatever ends
+the run, an error and Ctrl-C included, leaves the parameters in it.  With a checkpoint a run that was killed goes on
+where it was, to the same end.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ class Fit:
     Attributes:
         guide: What was trained.
         losses: The loss of each step, ``(steps,)``, in nats; NaN for a step that was skipped.
-        best_loss: The running mean of the loss at the state that was kept.
+        best_loss: The running mean of the loss, or the loss on held-out data, at the state that was kept.
         best_step: The step after which that state was kept.
         steps: The number of steps taken.
         skipped: How many of them were skipped because the loss or a gradient was not finite.
         seconds: The wall time, that before a resumption included.
-        stopped: Why the run ended: ``"steps"`` or ``"interrupted"``.
+        stopped: Why the run ended: ``"steps"``, ``"interrupted"``, or ``"held-out"`` where held-out data stopped it.
         check: What a check said of the guide, where ``escalate`` asked for one.
         rungs: All fits that were made with ``escalate`` or ``restarts``, from the first to the last.
+        held_out: The loss on held-out data after each epoch, in nats, where there were some.
     """
 
     guide: Any
@@ -56,6 +58,7 @@ class Fit:
     stopped: str
     check: Check | None = None
     rungs: tuple[Any, ...] = ()
+    held_out: Tensor | None = None
 
     def __repr__(self) -> str:
         rungs = "".join(f"\n{number}. {rung}" for number, rung in enumerate(self.rungs, 1))
@@ -63,6 +66,23 @@ class Fit:
             f"Fit(best_loss={self.best_loss:.4f} at step {self.best_step}, steps={self.steps}, skipped={self.skipped}, "
             f"seconds={self.seconds:.1f}, stopped={self.stopped!r}){rungs}"
         )
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How a run is judged on held-out data.
+
+    Attributes:
+        loss: Computes the loss on them, in nats.
+        every: After how many steps it is asked for.
+        patience: After how many times without an improvement the run ends.
+        decay: Of the average of the parameters, which is what is judged and kept.
+    """
+
+    loss: Callable[[], float]
+    every: int
+    patience: int
+    decay: float = 0.99
 
 
 def descend(
@@ -81,6 +101,7 @@ def descend(
     checkpoint: Path | None = None,
     settings: dict[str, Any] | None = None,
     companion: Any = None,
+    held_out: HeldOut | None = None,
     window: int = 50,
     patience: int = 100,
 ) -> Fit:
@@ -102,10 +123,12 @@ def descend(
         checkpoint: A file for the state of the run, from which it goes on if it is there.
         settings: What else tells this run from another, of which a checkpoint is refused.
         companion: What has a state beside the parameters, with ``state_dict`` and ``load_state_dict``.
+        held_out: What judges states on data that are not trained on, in place of the running loss.
         window: The number of steps over which the loss is averaged to judge a state.
         patience: How many steps in a row may be skipped.
     """
-    run = Run(parameters, optimizers, companion)
+    buffers = list(trained.buffers()) if isinstance(trained, torch.nn.Module) else []
+    run = Run(parameters, optimizers, companion, buffers, held_out.decay if held_out else None)
     settings = {"steps": steps, "lr": lr, "clip_norm": clip_norm, **(settings or {})}
     settings["shapes"] = [list(parameter.shape) for parameter in parameters]
     if checkpoint is not None and (state := checkpoints.read(checkpoint, settings)) is not None:
@@ -131,6 +154,8 @@ def descend(
                 if math.isfinite(number):
                     for optimizer in optimizers:
                         optimizer.step()
+                    if run.average:
+                        run.average.update(step)
                     in_a_row = 0
                 else:
                     in_a_row += 1
@@ -142,19 +167,27 @@ def descend(
                             f"Try a smaller lr (now {lr:g}) or init_scale, or a float64 model."
                         )
                 bar.update()
-                if step % window == 0 or step == steps:
-                    best.offer(losses[-window:], step, comparable=settled())
+                if step % (held_out.every if held_out else window) == 0 or step == steps:
+                    if held_out and run.average:
+                        with run.average.in_place():
+                            run.held_out.append(held_out.loss())
+                            best.improve(run.held_out[-1], step)
+                    else:
+                        best.offer(losses[-window:], step, comparable=settled())
                     skipped = sum(not math.isfinite(value) for value in losses)
                     bar.set_postfix_str(f"loss {best.latest:.3f}" + (f", {skipped} skipped" if skipped else ""))
                     if step == steps or time.perf_counter() - last_save > 10:
                         save()
                         last_save = time.perf_counter()
+                    if held_out and step - best.step >= held_out.patience * held_out.every:
+                        stopped = "held-out"
+                        break
                 if asked() and step < steps:
                     raise KeyboardInterrupt
     except KeyboardInterrupt:
         stopped = "interrupted"
         save()
-        if len(losses) % window >= 10:
+        if not held_out and len(losses) % window >= 10:
             best.offer(losses[-(len(losses) % window) :], len(losses), comparable=settled())
     finally:
         bar.close()
@@ -172,6 +205,7 @@ def descend(
         sum(not math.isfinite(value) for value in losses),
         time.perf_counter() - start,
         stopped,
+        held_out=torch.tensor(run.held_out, dtype=torch.float64) if held_out else None,
     )
 
 

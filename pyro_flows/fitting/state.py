@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,13 +12,31 @@ from torch import Tensor
 
 
 class Run:
-    """What changes from step to step, as one state: parameters, optimisers, losses, the best state so far."""
+    """What changes from step to step, as one state: parameters, optimisers, losses, the best state so far.
 
-    def __init__(self, parameters: list[Tensor], optimizers: list[torch.optim.Optimizer], companion: Any) -> None:
+    Args:
+        parameters: What is trained.
+        optimizers: What trains it.
+        companion: What has a state beside them, with ``state_dict`` and ``load_state_dict``.
+        buffers: What else the trained modules hold and change.
+        decay: Of the average of the parameters, a share a step; None where no average is kept.
+    """
+
+    def __init__(
+        self,
+        parameters: list[Tensor],
+        optimizers: list[torch.optim.Optimizer],
+        companion: Any,
+        buffers: list[Tensor],
+        decay: float | None,
+    ) -> None:
         self.parameters = parameters
         self.optimizers = optimizers
         self.companion = companion if hasattr(companion, "load_state_dict") else None
+        self.buffers = buffers
+        self.average = None if decay is None else Average(parameters, decay)
         self.losses: list[float] = []
+        self.held_out: list[float] = []
         self.best = Best(parameters)
         self.seconds = 0.0
 
@@ -25,22 +45,60 @@ class Run:
             "parameters": [parameter.detach() for parameter in self.parameters],
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "companion": self.companion.state_dict() if self.companion else None,
+            "buffers": self.buffers,
+            "average": self.average.values if self.average else [],
             "losses": self.losses,
+            "held_out": self.held_out,
             "best": self.best.state_dict(),
             "seconds": self.seconds,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        own = self.parameters, self.buffers, self.average.values if self.average else []
         with torch.no_grad():
-            for parameter, kept in zip(self.parameters, state["parameters"], strict=True):
-                parameter.copy_(kept)
+            for name, tensors in zip(("parameters", "buffers", "average"), own, strict=True):
+                for tensor, kept in zip(tensors, state[name], strict=True):
+                    (tensor if tensor.shape == kept.shape else tensor.resize_(kept.shape)).copy_(kept)
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         if self.companion:
             self.companion.load_state_dict(state["companion"])
-        self.losses[:] = state["losses"]
+        self.losses[:], self.held_out[:] = state["losses"], state["held_out"]
         self.best.load_state_dict(state["best"])
         self.seconds = state["seconds"]
+
+
+class Average:
+    """The exponential moving average of parameters, which generalises better than any one of their states.
+
+    Acceleration of Stochastic Approximation by Averaging (Polyak, Juditsky 1992).
+    """
+
+    def __init__(self, parameters: list[Tensor], decay: float) -> None:
+        self._parameters, self._decay = parameters, decay
+        self.values = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the parameters after a step; early ones weigh less than the decay alone would let them."""
+        share = 1 - min(self._decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.values, [parameter.detach() for parameter in self._parameters], share)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the parameters be the average for a while."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for value, parameter in zip(self.values, self._parameters, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(value)
+            value.copy_(kept)
 
 
 class Best:
@@ -74,9 +132,19 @@ class Best:
         if not comparable or self.latest <= self._lowest + 2 * min(error, self._noise):
             if comparable and self.latest < self._lowest:
                 self._lowest, self._noise = self.latest, error
-            self.mean, self.step = self.latest, step
-            for kept, parameter in zip(self._state, self._parameters, strict=True):
-                kept.copy_(parameter.detach())
+            self._take(step)
+
+    def improve(self, mean: float, step: int) -> None:
+        """Take the present state if it is better, as a loss on held-out data says, which is the same data each time."""
+        self.latest = mean
+        if mean < self._lowest:
+            self._lowest, self._noise = mean, 0.0
+            self._take(step)
+
+    def _take(self, step: int) -> None:
+        self.mean, self.step = self.latest, step
+        for kept, parameter in zip(self._state, self._parameters, strict=True):
+            kept.copy_(parameter.detach())
 
     def restore(self) -> None:
         with torch.no_grad():

@@ -8,3 +8,4 @@ from .coupling import nice as nice
 from .coupling import nsf as nsf
 from .coupling import realnvp as realnvp
 from .flow import Flow as Flow
+from .planar import planar as planar

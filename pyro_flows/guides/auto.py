@@ -1,36 +1,36 @@
 """AutoFlow: one flow over all latents of a model.
 
 q(z) is the law of z = constrain(loc + scale · T(u)), u from the flow's base and T the flow, which starts at the
-identity.  Automatic Differentiation Variational Inference (Kucukelbir et al. 2017, arXiv:1603.00788) with a
-normalizing flow (Rezende, Mohamed 2015, arXiv:1505.05770) in the unconstrained space.
+identity; with an encoder T depends on the data, and q(z | data) is amortised over data sets.  Automatic
+Differentiation Variational Inference (Kucukelbir et al. 2017, arXiv:1603.00788) with a normalizing flow (Rezende,
+Mohamed 2015, arXiv:1505.05770) in the unconstrained space.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoContinuous
-from pyro.nn.module import _is_module_local_param_enabled
 from torch import Tensor, nn
 from torch.distributions import Transform, biject_to
 
 from ..flows import Flow
-from ..transforms import Compose, View
-from .checks import check_latents, check_start, missing_arguments
+from ..transforms import Compose, Conditioned, View
+from .base import FlowGuide
+from .checks import check_density, check_latents, check_supports
 from .circles import is_circular, mark_circles
+from .encoding import check_encoder, encode, width_for_one
 from .init import init_to_center
-from .names import adopt_stored_parameters, claim_name, is_free
-from .recipe import assemble, check_recipe, is_untrained, start_at
+from .names import claim_name
+from .recipe import assemble, built, check_recipe, check_scale, default_for, is_untrained, start_at
 from .supports import unconstrain
 
 
-class AutoFlow(AutoContinuous):
+class AutoFlow(FlowGuide, AutoContinuous):
     """A guide whose posterior over all continuous latents is one normalizing flow.
 
     It is a Pyro ``AutoContinuous``: SVI with any ELBO, ``Predictive``, ``AutoGuideList`` and ``NeuTraReparam`` take it
@@ -40,10 +40,17 @@ class AutoFlow(AutoContinuous):
 
     Latents on circles, von Mises or on intervals marked ``infer={"periodic": True}``, get circular splines.
 
+    With an encoder the guide is *amortised*: q(z | data), one network for all data sets, to be trained by
+    ``fit_amortized``.  Then ``guide.sample(n, x)`` is the posterior of the data ``x``, and :meth:`bind` makes a guide
+    of that data set alone.
+
     Args:
         model: A Pyro model of fixed structure, with continuous latents.
         flow: A recipe, called with the number of latent dimensions, such as ``flows.iaf``; by default 8 affine
-            couplings, 16 beyond 32 latents, over contaminated normals.
+            couplings, 16 beyond 32 latents, over contaminated normals.  With an encoder it is called with the width of
+            the context too, and is by default ``flows.nsf``.
+        encoder: A network or function from the model's arguments to a context ``(context_dim,)``, and from those of
+            many data sets side by side, ``(*batch, ...)``, to ``(*batch, context_dim)``: see ``pyro_flows.encoders``.
         base: In place of the recipe's base, a function of the number of latent dimensions, such as
             ``distributions.StudentTBase`` for heavy tails.
         init_loc_fn: Where the guide starts, a Pyro initialisation strategy; by default the prior's median or mean
@@ -68,46 +75,41 @@ class AutoFlow(AutoContinuous):
         torch.Size([5])
     """
 
-    num_summary_draws = 10_000
+    recipes = "_build_flow", "_build_base"
     flow: Flow
-    prototype_trace: Any
 
     def __init__(
         self,
         model: Callable[..., Any],
-        flow: Callable[[int], Flow] | None = None,
+        flow: Callable[..., Flow] | None = None,
         *,
+        encoder: Callable[..., Tensor] | None = None,
         base: Callable[[int], nn.Module] | None = None,
         init_loc_fn: Callable[..., Any] = init_to_center,
         init_scale: float = 0.1,
         name: str | None = None,
     ) -> None:
-        check_recipe("flow", flow, "flows.nsf")
-        check_recipe("base", base, "distributions.StudentTBase")
-        if not (math.isfinite(init_scale) and init_scale > 0):
-            raise ValueError(f"AutoFlow: init_scale must be positive and finite, got {init_scale}.")
+        check_recipe("AutoFlow", "flow", flow, "flows.nsf")
+        check_recipe("AutoFlow", "base", base, "distributions.StudentTBase")
+        check_encoder("AutoFlow", encoder)
+        check_scale("AutoFlow", init_scale)
         super().__init__(mark_circles(model), init_loc_fn=init_loc_fn)
         self._build_flow, self._build_base = flow, base
         self._init_scale = float(init_scale)
+        self.encoder = encoder
         self._pyro_name = claim_name(self, name)
 
-    def setup(self, *args: Any, **kwargs: Any) -> AutoFlow:
-        """Build the flow now, by running the model, and return the guide.  A second call does nothing."""
-        if self.prototype_trace is None:
-            with missing_arguments(args, kwargs):
-                self._setup_prototype(*args, **kwargs)
-        return self
-
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        if self.model is None:
-            raise ValueError(
-                "AutoFlow: this guide was saved before setup(), and saved guides leave their models behind."
-            )
+        self._check_model()
         try:
             super(AutoContinuous, self)._setup_prototype(*args, **kwargs)
-            check_latents(self.prototype_trace)  # before Pyro refuses a discrete site in fewer words
+            check_latents("AutoFlow", self.prototype_trace)  # before Pyro refuses a discrete site in fewer words
             super()._setup_prototype(*args, **kwargs)
-            check_start(self.model, self.prototype_trace, self._init_scale, args, kwargs)
+            here = "AutoFlow", self.model, self.prototype_trace
+            if self.encoder is None:  # else it is trained on draws, and the data may have no density
+                check_density(*here, args, kwargs)
+            check_supports(*here, self._init_scale, args, kwargs)
+            self._context_dim = width_for_one("AutoFlow", self.encoder, self.model, args, kwargs)
             self._build()
         except Exception:
             self.prototype_trace = None  # a failed setup can be tried again
@@ -116,15 +118,17 @@ class AutoFlow(AutoContinuous):
     def _build(self) -> None:
         sites = [site for _, site in self.prototype_trace.iter_stochastic_nodes()]
         self._circular = [is_circular(s) for s in sites for _ in range(self._unconstrained_shapes[s["name"]].numel())]
-        self.flow = assemble(self._build_flow, self._build_base, self._init_loc(), self._init_scale, self._circular)
-        adopt_stored_parameters(f"{self._pyro_name}.flow", self._modules["flow"])
+        sizes = self.latent_dim, self._context_dim
+        flow = built("AutoFlow", "flow", self._build_flow, default_for(self._circular, self._context_dim), *sizes)
+        self.flow = assemble(flow, self._build_base, self._init_loc(), self._init_scale, self._circular)
+        self._adopt_stored()
 
     @property
     def start(self) -> tuple[Tensor, float]:
         """Where the guide starts: packed, unconstrained latents, by default of ``init_loc_fn``, and ``init_scale``."""
         return self.flow.transforms[-1].loc.detach().clone(), self._init_scale
 
-    def rebuilt(self, flow: Callable[[int], Flow] | None = None) -> AutoFlow:
+    def rebuilt(self, flow: Callable[..., Flow] | None = None) -> AutoFlow:
         """A new guide of the same model, untrained, with another recipe or with the same."""
         new = copy.deepcopy(self)
         new._build_flow = flow or self._build_flow
@@ -155,24 +159,46 @@ class AutoFlow(AutoContinuous):
             raise ValueError("AutoFlow.start_at: some latents are angles, which have no Gaussian.")
         start_at(self.flow, loc, scale_tril)
 
-    def _pyro_set_supermodule(self, name: str, context: Any) -> None:
-        """Inside a list of guides too, the guide keeps its own name, which is unique; its place in the list is not."""
-        super()._pyro_set_supermodule(self._pyro_name, context)
+    # One network for all data sets.
+
+    def context(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """What the encoder makes of data, ``(*batch, context_dim)``; None without an encoder."""
+        if self.encoder is None:
+            return None
+        context = encode("AutoFlow", self.encoder, self.model, args, kwargs, self._context_dim)
+        return context.to(self.flow.transforms[-1].loc)
+
+    @torch.no_grad()
+    def bind(self, *args: Any, **kwargs: Any) -> AutoFlow:
+        """The guide of one data set, without the encoder: a copy, to be checked, refined, trained further.
+
+        Args:
+            *args: The model's arguments, with the data.
+            **kwargs: Its keyword arguments.
+
+        Raises:
+            ValueError: If the guide has no encoder, or was never set up.
+        """
+        if self.encoder is None or self.prototype_trace is None:
+            reason = "has no encoder" if self.encoder is None else "was never set up; train it by fit_amortized"
+            raise ValueError(f"AutoFlow.bind: the guide {reason}.")
+        context = self.context(*args, **kwargs)
+        assert context is not None
+        if context.dim() != 1:
+            raise ValueError(f"AutoFlow.bind: give one data set; the encoder saw a batch {tuple(context.shape[:-1])}.")
+        new, context = copy.deepcopy(self), nn.Parameter(context.clone())
+        layers = [Conditioned(t, context) if t.context_dim else t for t in new.flow.transforms]
+        new.encoder, new._context_dim = None, 0
+        new.flow = Flow(layers, new.flow.base)
+        return new
 
     # Pyro's protocol of continuous guides.
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw the latents, as Pyro's guides do: site name -> value."""
-        if self.prototype_trace is not None and not _is_module_local_param_enabled():
-            adopt_stored_parameters(f"{self._pyro_name}.flow", self._modules["flow"])  # it may have been loaded since
+        if self.prototype_trace is not None:
+            self._adopt_stored()
         return super().forward(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
-        if isinstance(value, Flow) and _is_module_local_param_enabled():
-            for parameter in value.parameters():  # SVI asks each parameter for this, and Pyro forgets it in this mode
-                parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
-        return value
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """The base distribution of the flow, over vectors of ``latent_dim`` numbers."""
@@ -180,19 +206,18 @@ class AutoFlow(AutoContinuous):
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         """From the base to the unconstrained latents; each network runs once."""
-        return View(Compose(self.flow.transforms))
+        return View(Compose(self.flow.transforms), self.context(*args, **kwargs))
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
         """The distribution of the packed, unconstrained latents."""
-        return self.flow()
+        return self.flow(self.context(*args, **kwargs))
 
     # Using the answer.
 
     @torch.no_grad()
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw from the guide: for each latent site, values of shape ``(num_samples, *site_shape)``."""
-        latent = self.setup(*args, **kwargs).flow().sample((num_samples,))
-        return {site["name"]: biject_to(site["fn"].support)(value) for site, value in self._sites(latent)}
+        return self.unpack(self.setup(*args, **kwargs).get_posterior(*args, **kwargs).sample((num_samples,)))
 
     def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The guide's log-density, in nats, of any constrained values, draws of another method included.
@@ -203,7 +228,15 @@ class AutoFlow(AutoContinuous):
         Returns:
             A tensor of shape ``batch``; -inf outside of the support.
         """
-        self.setup(*args, **kwargs)
+        packed, log_det = self.setup(*args, **kwargs).pack(values)
+        return self.get_posterior(*args, **kwargs).log_prob(packed) + log_det
+
+    def unpack(self, latent: Tensor) -> dict[str, Tensor]:
+        """Packed, unconstrained latents ``(*batch, latent_dim)`` as values of sites, ``(*batch, *site_shape)``."""
+        return {site["name"]: biject_to(site["fn"].support)(value) for site, value in self._sites(latent)}
+
+    def pack(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The way back: ``(*batch, latent_dim)``, and log|det| of the change in nats, -inf outside of the support."""
         packed, log_det = [], torch.zeros((), dtype=self.flow.transforms[-1].loc.dtype)
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             if name not in values:
@@ -211,48 +244,13 @@ class AutoFlow(AutoContinuous):
             free, change = unconstrain(name, site, values[name])
             packed.append(free)
             log_det = log_det.to(change.device) + change
-        return self.flow().log_prob(torch.cat(packed, -1)) + log_det
-
-    @torch.no_grad()
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The median of each latent, from ``num_summary_draws`` draws: site name -> ``site_shape``."""
-        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
-
-    @torch.no_grad()
-    def quantiles(self, quantiles: list[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Quantiles of each latent, from ``num_summary_draws`` draws: name -> ``(len(quantiles), *site_shape)``."""
-        draws = self.sample(self.num_summary_draws, *args, **kwargs)
-        return {
-            name: torch.quantile(value, torch.as_tensor(quantiles, dtype=value.dtype, device=value.device), dim=0)
-            for name, value in draws.items()
-        }
+        return torch.cat(packed, -1), log_det
 
     def _sites(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Split packed latents ``(N, latent_dim)`` into sites and their unconstrained values ``(N, *shape)``."""
+        """Split packed latents ``(*batch, latent_dim)`` into sites and unconstrained values ``(*batch, *shape)``."""
         start = 0
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             shape = self._unconstrained_shapes[name]
             stop = start + shape.numel()
-            yield site, latent[:, start:stop].reshape(-1, *shape)
+            yield site, latent[..., start:stop].reshape(*latent.shape[:-1], *shape)
             start = stop
-
-    # Copies: independent parameters under a name of their own; pickles leave the model behind.
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
-        new = self.__class__.__new__(self.__class__)
-        memo[id(self)] = new
-        names = "_model", "prototype_trace", "_build_flow", "_build_base"
-        shared = {name: self.__dict__.get(name) for name in names}
-        state = {k: v for k, v in self.__dict__.items() if k not in (*shared, "master")}
-        new.__dict__.update(copy.deepcopy(state, memo), **shared, master=None)
-        new.__dict__["_pyro_name"] = claim_name(new, None)
-        return new
-
-    def __getstate__(self) -> dict[str, Any]:
-        for parameter in self.parameters():
-            parameter.__dict__.pop("unconstrained", None)  # a weak reference that Pyro leaves on parameters
-        return {**self.__dict__, "_model": (None,), "master": None, "_build_flow": None, "_build_base": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__["_pyro_name"] = claim_name(self, self._pyro_name if is_free(self._pyro_name) else None)

@@ -15,7 +15,7 @@ from torch.distributions import biject_to, constraints
 
 
 @contextlib.contextmanager
-def missing_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+def missing_arguments(owner: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
     """Say why the model is called at all, when it asks for arguments and none are given."""
     try:
         yield
@@ -23,36 +23,36 @@ def missing_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator
         if args or kwargs:
             raise
         raise TypeError(
-            f"AutoFlow: this guide is new, and to set it up the model is called with what is given here: {error}. Fit "
+            f"{owner}: this guide is new, and to set it up the model is called with what is given here: {error}. Fit "
             "the guide first, or give the model's arguments here too."
         ) from error
 
 
-def check_latents(prototype: Trace) -> None:
-    """Refuse discrete latents, latents without room to move and latents of subsampled plates."""
+def check_latents(owner: str, prototype: Trace, plate: str | None = None) -> None:
+    """Refuse discrete latents, latents without room to move and latents of subsampled plates but for one plate."""
     for name, site in prototype.iter_stochastic_nodes():
         if _is_point(site["fn"]):
             raise ValueError(
-                f"AutoFlow: latent site {name!r} is a Delta: its mass lies at a point, where no flow has a density. "
+                f"{owner}: latent site {name!r} is a Delta: its mass lies at a point, where no flow has a density. "
                 f"Write {name} = pyro.deterministic({name!r}, value)."
             )
         if _is_empty(site["fn"].support):
             raise ValueError(
-                f"AutoFlow: the support of latent site {name!r}, {site['fn'].support}, has no volume: low must be less "
+                f"{owner}: the support of latent site {name!r}, {site['fn'].support}, has no volume: low must be less "
                 f"than high. Where they are equal, write {name} = pyro.deterministic({name!r}, value)."
             )
         if site["fn"].support.is_discrete:
             raise ValueError(
-                f"AutoFlow: latent site {name!r} is discrete. Sum it out: train with TraceEnum_ELBO, mark the model "
+                f"{owner}: latent site {name!r} is discrete. Sum it out: train with TraceEnum_ELBO, mark the model "
                 f"with config_enumerate, and give the flow the rest: AutoFlow(poutine.block(model, hide=[{name!r}]))."
             )
         for frame in site["cond_indep_stack"]:
-            if frame.full_size is not None and frame.size < frame.full_size:
+            if frame.name != plate and frame.full_size is not None and frame.size < frame.full_size:
                 raise ValueError(
-                    f"AutoFlow: latent site {name!r} lies in plate {frame.name!r}, which is subsampled ({frame.size} "
+                    f"{owner}: latent site {name!r} lies in plate {frame.name!r}, which is subsampled ({frame.size} "
                     f"of {frame.full_size} rows); one joint flow would tie its dimensions to whatever rows come first. "
-                    f"Let the plate run over all rows, or give its latents a guide of their own: "
-                    f"AutoGuideList(model, create_plates=...) with AutoNormal for {name!r} and AutoFlow for the rest."
+                    f"Let the plate run over all rows, or use AutoPlateFlow(model, {frame.name!r}), which gives each "
+                    "row a posterior of its own."
                 )
 
 
@@ -69,13 +69,15 @@ def _is_empty(support: Any) -> bool:
     return low is not None and high is not None and bool((torch.as_tensor(low) >= torch.as_tensor(high)).any())
 
 
-def check_start(
-    model: Callable[..., Any], prototype: Trace, scale: float, args: tuple[Any, ...], kwargs: dict[str, Any]
+def check_density(
+    owner: str,
+    model: Callable[..., Any],
+    prototype: Trace,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
-    """Refuse a model without a finite density at the start, and supports that move with another latent."""
+    """Refuse a model without a finite density at the start."""
     latents = dict(prototype.iter_stochastic_nodes())
-    if not latents:
-        return
     start = {name: site["value"].detach() for name, site in latents.items()}
     with validation_enabled(False):  # its errors would come first, with less to say
         trace = _trace_at(model, start, args, kwargs)
@@ -86,11 +88,24 @@ def check_start(
         value: Any = site["value"]
         if name not in latents and isinstance(value, Tensor) and not value.isfinite().all():
             bad = int((~value.isfinite()).sum())
-            raise ValueError(f"AutoFlow: observed site {name!r} holds NaN or inf ({bad} of {value.numel()} numbers).")
+            raise ValueError(f"{owner}: observed site {name!r} holds NaN or inf ({bad} of {value.numel()} numbers).")
         raise ValueError(
-            f"AutoFlow: the log-density of site {name!r} is {_worst(site['log_prob'])} at the guide's start; give a "
+            f"{owner}: the log-density of site {name!r} is {_worst(site['log_prob'])} at the guide's start; give a "
             "better one with init_loc_fn=init_to_value(values={...})."
         )
+
+
+def check_supports(
+    owner: str,
+    model: Callable[..., Any],
+    prototype: Trace,
+    scale: float,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Refuse supports that move with another latent."""
+    latents = dict(prototype.iter_stochastic_nodes())
+    start = {name: site["value"].detach() for name, site in latents.items()}
     transforms = {name: biject_to(site["fn"].support) for name, site in latents.items()}
     places = {name: transform.inv(start[name]) for name, transform in transforms.items()}
     moved = {name: transforms[name](place + scale) for name, place in places.items()}
@@ -100,7 +115,7 @@ def check_start(
         there = biject_to(site["fn"].support)(places[name])
         if there.shape != start[name].shape or not torch.allclose(there, transforms[name](places[name])):
             raise ValueError(
-                f"AutoFlow: the support of latent site {name!r}, {site['fn'].support}, depends on another latent. Draw "
+                f"{owner}: the support of latent site {name!r}, {site['fn'].support}, depends on another latent. Draw "
                 f"it on a fixed scale and stretch it: u ~ Uniform(0, 1), "
                 f"{name} = pyro.deterministic({name!r}, low + (high - low) * u)."
             )

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .. import flows
+from ..bijectors import Affine
+from ..conditioners import MLP, Given
 from ..distributions import CircularBase, ContaminatedNormalBase
 from ..flows import Flow
-from ..transforms import ActNorm, FixedAffine, FlowTransform, LULinear
+from ..transforms import ActNorm, Elementwise, FixedAffine, FlowTransform, LULinear
 
 FEW = 32  # up to how many latents eight couplings and Adam will do
 LEARNED = 64  # up to how many latents the learned affine map has a full matrix
@@ -35,40 +38,81 @@ def default_flow(input_dim: int) -> Flow:
     return Flow(couplings.transforms, base)
 
 
-def circular_flow(circular: Sequence[bool]) -> Flow:
+def circular_flow(circular: Sequence[bool], input_dim: int, context_dim: int = 0) -> Flow:
     """The flow that :class:`AutoFlow` builds when none is named and some latents are angles."""
-    return flows.circular_coupling(len(circular), circular=circular, activation=nn.ELU)
+    return flows.circular_coupling(input_dim, context_dim, circular=circular, activation=nn.ELU)
 
 
-def check_recipe(argument: str, recipe: object, example: str) -> None:
+def amortized_flow(input_dim: int, context_dim: int) -> Flow:
+    """The flow that :class:`AutoFlow` builds when none is named and there is an encoder: autoregressive splines, which
+    score simulations in one pass and overfit less than couplings do."""
+    return flows.nsf_ar(input_dim, context_dim, activation=nn.SiLU)
+
+
+def check_recipe(owner: str, argument: str, recipe: object, example: str) -> None:
     """Refuse what is not a function of the number of latent dimensions."""
     if isinstance(recipe, nn.Module) or not (recipe is None or callable(recipe)):
         raise TypeError(
-            f"AutoFlow: {argument} must be a recipe that is called with the number of latent dimensions, such as "
+            f"{owner}: {argument} must be a recipe that is called with the number of latent dimensions, such as "
             f"{example}, got {type(recipe).__name__}."
         )
 
 
+def check_scale(owner: str, scale: float) -> None:
+    """Refuse a scale to start from that is none."""
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"{owner}: init_scale must be positive and finite, got {scale}.")
+
+
+def built(
+    owner: str,
+    argument: str,
+    build: Callable[..., Flow] | None,
+    default: Callable[..., Flow],
+    input_dim: int,
+    context_dim: int = 0,
+) -> Flow:
+    """What a recipe builds, or a default where there is none.
+
+    Raises:
+        ValueError: If it is no flow over so many latents with such a context.
+    """
+    sizes = (input_dim, context_dim) if context_dim else (input_dim,)
+    call = f"{argument}({', '.join(map(str, sizes))})"
+    try:
+        flow = (build or default)(*sizes)
+    except TypeError as error:
+        raise TypeError(f"{owner}: {call} fails: {error}.") from error
+    if not isinstance(flow, Flow) or flow.event_shape != (input_dim,) or flow.context_dim != context_dim:
+        context = f"contexts of width {context_dim}" if context_dim else "no context"
+        raise ValueError(
+            f"{owner}: {call} must return a Flow over events of shape ({input_dim},) with {context}, got {flow!r:.200}."
+        )
+    return flow
+
+
+def default_for(circular: Sequence[bool], context_dim: int) -> Callable[..., Flow]:
+    """The recipe of :class:`AutoFlow` where none is named."""
+    if any(circular):
+        return partial(circular_flow, circular)
+    return amortized_flow if context_dim else default_flow
+
+
 def assemble(
-    build: Callable[[int], Flow] | None,
+    flow: Flow,
     base: Callable[[int], nn.Module] | None,
     loc: Tensor,
     scale: float,
-    circular: Sequence[bool],
+    circular: Sequence[bool] = (),
 ) -> Flow:
     """A recipe's flow over a base, then an affine map that is learned and starts at ``scale``, then one that is fixed
     and starts at ``loc``.
 
     Raises:
-        ValueError: If the recipe's result is no flow over so many latents, or has no place for the angles among them.
+        ValueError: If the flow has no place for the angles among the latents.
     """
     dim, angles = len(loc), any(circular)
-    flow = build(dim) if build else circular_flow(circular) if angles else default_flow(dim)
-    if not isinstance(flow, Flow) or flow.event_shape != (dim,) or flow.context_dim:
-        raise ValueError(
-            f"AutoFlow: flow({dim}) must return a Flow over events of shape ({dim},) without context, "
-            f"got {flow!r:.200}."
-        )
+    circular = circular or [False] * dim
     held = flow.base.circular.tolist() if isinstance(flow.base, CircularBase) else [False] * dim
     if angles and (base or held != list(circular)):
         raise ValueError(
@@ -80,6 +124,32 @@ def assemble(
     made = Flow(layers, base(dim) if base else flow.base).to(device=loc.device, dtype=loc.dtype)
     rest = torch.as_tensor(circular, device=loc.device)
     fixed.set(loc.masked_fill(rest, 0), torch.full_like(loc, scale / _reachable(scale)).masked_fill(rest, 1))
+    return made
+
+
+def local_flow(input_dim: int, context_dim: int) -> Flow:
+    """The flow that :class:`AutoPlateFlow` gives to the rows of a plate when none is named.
+
+    Its last layer is an affine map of the context alone, so that each row's place and scale are found first.
+    """
+    if input_dim == 1:
+        layers = flows.nsf(1, context_dim, num_transforms=2, activation=nn.ELU).transforms
+    else:
+        layers = flows.realnvp(input_dim, context_dim, num_transforms=4, activation=nn.ELU).transforms
+    place = MLP(context_dim, input_dim, Affine().num_params, activation=nn.ELU, skip=True)
+    return Flow([*layers, Elementwise(Affine(), input_dim, place)])
+
+
+def assemble_local(flow: Flow, loc: Tensor, scale: float, *, by_row: bool) -> Flow:
+    """A recipe's flow for the latents of a row, then an affine map that is fixed.
+
+    With ``by_row`` there is another between them, whose parameters the context begins with.
+    """
+    dim = len(loc)
+    fixed = FixedAffine(dim, dense=False)
+    own = [Elementwise(Affine(), dim, Given(flow.context_dim, dim, Affine().num_params))] if by_row else []
+    made = Flow([*flow.transforms, *own, fixed], flow.base).to(device=loc.device, dtype=loc.dtype)
+    fixed.set(loc, torch.full_like(loc, scale))
     return made
 
 
@@ -102,10 +172,16 @@ def is_untrained(flow: Flow, scale: float, circular: Sequence[bool]) -> bool:
     ]
     if not any(all(map(torch.equal, mine, start)) for start in starts):
         return False
-    x = torch.linspace(-1.5, 1.5, 3 * len(circular)).reshape(3, -1).to(mine[0])
+    return permutes(layers, mine[0].new_zeros(len(circular)))
+
+
+@torch.no_grad()
+def permutes(layers: Sequence[FlowTransform], like: Tensor) -> bool:
+    """Whether layers do nothing but permute, as they do before they are trained."""
+    x = torch.linspace(-1.5, 1.5, 3 * len(like)).reshape(3, -1).to(like)
     y = x
     for layer in layers:
-        y, _ = layer.forward_and_log_det(y)
+        y, _ = layer.forward_and_log_det(y, x.new_zeros(layer.context_dim) if layer.context_dim else None)
     return torch.allclose(x.sort(-1).values, y.sort(-1).values, rtol=0, atol=1e-3)
 
 

@@ -66,16 +66,23 @@ class PathEnumELBO(PathGradient, TraceEnum_ELBO):
 
 
 class _CarryScores(Messenger):
-    """Lets flows in a guide carry the score along with their draws."""
+    """Lets flows in a guide carry the score along with their draws.
+
+    A flow at a context that is trained, or drawn, does not: its density depends on other draws by way of the context.
+    """
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if isinstance(msg["fn"], FlowDistribution) and not msg["done"]:
-            msg["fn"] = msg["fn"].with_path_gradient()
+        fn = msg["fn"]
+        if isinstance(fn, FlowDistribution) and not msg["done"]:
+            contexts = [view.context for view in fn.transforms if view.context is not None]
+            if not any(context.requires_grad for context in contexts):
+                msg["fn"] = fn.with_path_gradient()
 
 
 def _has_parameters(fn: Any) -> bool:
     """Whether a site's density is still to be freed of its parameters."""
-    return fn.has_rsample and not isinstance(fn, dist.Delta | FlowDistribution)
+    carried = isinstance(fn, FlowDistribution) and fn.path_gradient
+    return fn.has_rsample and not carried and not isinstance(fn, dist.Delta)
 
 
 def _leaves(guide: Any, trace: Trace) -> list[Tensor]:

@@ -1,0 +1,39 @@
+"""Parameters that are computed elsewhere: θ is what the input holds."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import Conditioner
+
+
+class Given(Conditioner):
+    """Reads the parameters off the first ``num_params * output_dim`` numbers of its input; it has none of its own.
+
+    Where these are zero at the start, as a conditioner's should be, all of its maps are the identity.
+
+    Args:
+        input_dim: The number of inputs; those beyond the parameters are left alone.
+        output_dim: The number of features that receive parameters.
+        num_params: The number of parameters of each feature (``bijector.num_params``).
+
+    Raises:
+        ValueError: If there are fewer inputs than parameters.
+
+    Example::
+
+        >>> import torch
+        >>> Given(5, 2, num_params=2)(torch.arange(5.0)).tolist()
+        [[0.0, 2.0], [1.0, 3.0]]
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, num_params: int) -> None:
+        super().__init__(input_dim, output_dim, num_params, (1,), 0)
+        if input_dim < num_params * output_dim:
+            raise ValueError(
+                f"Given: input_dim must be at least num_params * output_dim = {num_params * output_dim}, "
+                f"got {input_dim}."
+            )
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return x[..., : self.num_params * self.output_dim].unflatten(-1, (self.num_params, self.output_dim)).mT

@@ -1,0 +1,205 @@
+"""Whether an amortised posterior is calibrated: over data sets that the model simulates, truth and draws are alike.
+
+* *Ranks*: the rank of the truth among draws is uniform.  Validating Bayesian Inference Algorithms with Simulation-Based
+  Calibration (Talts, Betancourt, Simpson, Vehtari, Gelman 2018, arXiv:1804.06788).
+* *Coverage*: the regions of highest density of level γ hold the truth in a share γ of the data sets.  A Trust Crisis in
+  Simulation-Based Inference (Hermans et al. 2021, arXiv:2110.06581).
+* *TARP*: so do balls around points that know nothing of the truth.  Sampling-Based Accuracy Testing of Posterior
+  Estimators (Lemos, Coogan, Hezaveh, Perreault-Levasseur 2023, arXiv:2302.03026).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from .draws import check_integers
+from .simulation import Simulations, Simulator
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The result of :func:`calibrate`.
+
+    Each of the three tests compares numbers that should be uniform on (0, 1) with that law, in place and in spread
+    (Kolmogorov and Smirnov's test of u and of |2u - 1|), and has a p-value: small ones speak against the guide.
+
+    Attributes:
+        names: The numbers that the latents hold, K of them.
+        ranks: The rank of the truth of each among draws, as a share, ``(M, K)``.
+        coverage: The level of the region of highest density that just holds the truth, ``(M,)``.
+        tarp: The level of the ball around a random point that just holds the truth, ``(M,)``.
+        rank_p: The p-value of each number's ranks, ``(K,)``.
+        sbc_p: That of all ranks together, corrected for their number (Bonferroni).
+        coverage_p: That of the coverage.
+        tarp_p: That of TARP.
+    """
+
+    names: list[str]
+    ranks: Tensor
+    coverage: Tensor
+    tarp: Tensor
+    rank_p: Tensor
+    sbc_p: float
+    coverage_p: float
+    tarp_p: float
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether none of the three p-values is below .01 / 3: an exact guide fails in one case of a hundred."""
+        return min(self.sbc_p, self.coverage_p, self.tarp_p) > 0.01 / 3
+
+    @property
+    def reason(self) -> str:
+        """What was found, in a sentence."""
+        found = f"{100 * float((self.coverage <= 0.9).double().mean()):.1f} % of the truths lie in regions of 90 %"
+        worst = int(self.rank_p.argmin())
+        if self.calibrated:
+            return f"No test finds an error over {len(self.ranks)} data sets; {found}."
+        bias = float(self.ranks[:, worst].mean()) - 0.5
+        spread = float((2 * self.ranks[:, worst] - 1).abs().mean()) - 0.5
+        side = "low" if bias > 0 else "high"
+        how = f"too {side}" if abs(bias) > abs(spread) else "too narrow" if spread > 0 else "too wide"
+        return f"The draws are not calibrated: {found}; worst is {self.names[worst]}, whose draws lie {how}."
+
+    def __repr__(self) -> str:
+        return (
+            f"Calibration(calibrated={self.calibrated}, sbc_p={self.sbc_p:.3g}, coverage_p={self.coverage_p:.3g}, "
+            f"tarp_p={self.tarp_p:.3g}): {self.reason}"
+        )
+
+
+@torch.no_grad()
+def calibrate(
+    model: Callable[..., Any],
+    guide: Any,
+    *args: Any,
+    num_simulations: int = 1000,
+    num_samples: int = 500,
+    vectorize: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Calibration:
+    """Test an amortised guide on new simulations from the same model.
+
+    Args:
+        model: A Pyro model that takes its data by arguments, as for :func:`~pyro_flows.fit_amortized`.
+        guide: An ``AutoFlow`` with an encoder; or a function from the model's arguments with data to an ``AutoFlow``
+            fitted to them, which is called for each data set.
+        *args: The model's arguments without the data.
+        num_simulations: The number M of data sets, at least 20.
+        num_samples: The number of draws for each, at least 20.
+        vectorize: Whether simulations run side by side.
+        model_kwargs: Keyword arguments of the model whose names clash with those above.
+        **kwargs: The model's other keyword arguments.
+
+    Raises:
+        ValueError: If a number is out of its range, the guide is not amortised, or the model cannot be simulated.
+
+    Example::
+
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> from pyro_flows import AutoFlow, fit_amortized
+        >>> from pyro_flows.encoders import MLPEncoder
+        >>> def model(x=None):
+        ...     theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1).to_event(1))
+        ...     return pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
+        >>> guide = AutoFlow(model, encoder=MLPEncoder(2, context_dim=8))
+        >>> fit = fit_amortized(model, guide, num_simulations=200, max_epochs=1, progress=False)
+        >>> calibrate(model, guide, num_simulations=200, num_samples=50).calibrated  # one epoch is not enough
+        False
+    """
+    kwargs = {**kwargs, **(model_kwargs or {})}
+    check_integers("calibrate", num_simulations=(num_simulations, 20), num_samples=(num_samples, 20))
+    amortised = getattr(guide, "encoder", None) is not None
+    if not amortised and (isinstance(guide, torch.nn.Module) or not callable(guide)):
+        raise ValueError(
+            "calibrate: the guide must be amortised, an AutoFlow with an encoder, or a function that fits one guide to "
+            f"each data set; got {type(guide).__name__}{' without an encoder' if hasattr(guide, 'encoder') else ''}."
+        )
+    if amortised and guide.prototype_trace is None:
+        raise ValueError("calibrate: the guide was never trained; fit it first: fit_amortized(model, guide).")
+    simulator = Simulator("calibrate", model, args, kwargs)
+    known = simulator.draw(num_simulations, vectorize=vectorize)
+    size = max(1, 100_000 // num_samples) if amortised else 1
+    parts = [
+        _compare(*_posterior(guide, amortised, simulator, known.take(slice(start, start + size))), num_samples)
+        for start in range(0, num_simulations, size)
+    ]
+    ranks, coverage, truth, draws = (torch.cat(part) for part in list(zip(*parts, strict=True))[:4])
+    tarp = _tarp(truth, draws)
+    rank_p = torch.tensor([uniformity(column, num_samples) for column in ranks.T], dtype=torch.float64)
+    return Calibration(
+        parts[0].names,
+        ranks,
+        coverage,
+        tarp,
+        rank_p,
+        min(1.0, float(rank_p.min()) * len(rank_p)),
+        uniformity(coverage, num_samples),
+        uniformity(tarp, num_samples),
+    )
+
+
+class _Part(NamedTuple):
+    ranks: Tensor  # (M, K)
+    coverage: Tensor  # (M,)
+    truth: Tensor  # (M, D), unconstrained
+    draws: Tensor  # (M, S, D)
+    names: list[str]
+
+
+def _posterior(guide: Any, amortised: bool, simulator: Simulator, rows: Simulations) -> tuple[Any, Any, Simulations]:
+    """The guide of some data sets, or of one, and its distribution over unconstrained latents."""
+    if amortised:
+        args, kwargs = simulator.arguments(rows.data)
+        return guide, guide.flow(guide.context(*args, **kwargs)), rows
+    args, kwargs = simulator.arguments(rows.take(0).data)
+    with torch.enable_grad():
+        fitted = guide(*args, **kwargs)
+    if not hasattr(fitted, "pack"):
+        raise ValueError(f"calibrate: the function must return an AutoFlow, got {type(fitted).__name__}.")
+    return fitted, fitted.get_posterior(*args, **kwargs).expand((1,)), rows
+
+
+def _compare(guide: Any, posterior: Any, rows: Simulations, num_samples: int) -> _Part:
+    """Where the truths of some data sets lie among draws."""
+    latents = [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
+    truths = {name: rows.latents[name] for name in latents}
+    truth, truth_det = guide.pack(truths)
+    z = posterior.sample((num_samples,))
+    values = guide.unpack(z)
+    _, det = guide.pack(values)
+    ranks = torch.cat([(values[n] < truths[n]).double().mean(0).reshape(len(truth), -1) for n in latents], 1)
+    higher = posterior.log_prob(z) + det > posterior.log_prob(truth) + truth_det
+    names = [label for name in latents for label in _labels(name, truths[name].shape[1:])]
+    return _Part(ranks, higher.double().mean(0), truth, z.transpose(0, 1), names)
+
+
+def _tarp(truth: Tensor, draws: Tensor) -> Tensor:
+    """The share of draws closer than the truth to the truth of another data set, in standard deviations."""
+    scale = truth.std(0)
+    other = truth.roll(int(torch.randint(1, len(truth), ())), 0)
+    nearer = ((draws - other[:, None]) / scale).norm(dim=-1) < ((truth - other) / scale).norm(dim=-1)[:, None]
+    return nearer.double().mean(1)
+
+
+def uniformity(shares: Tensor, num_samples: int) -> float:
+    """The p-value of shares of ``num_samples`` draws, ``(M,)``, that should be uniform in place and in spread.
+
+    A share is one of S + 1 numbers that are equally likely; spread evenly over the steps between, they are uniform.
+    """
+    steps = shares * num_samples
+    u = ((steps + torch.rand_like(steps)) / (num_samples + 1)).cpu().numpy()
+    return min(1.0, 2 * min(stats.kstest(u, "uniform").pvalue, stats.kstest(abs(2 * u - 1), "uniform").pvalue))
+
+
+def _labels(name: str, shape: torch.Size) -> list[str]:
+    places = torch.cartesian_prod(*map(torch.arange, shape)).reshape(-1, len(shape)).tolist() if shape else [[]]
+    return [f"{name}[{', '.join(map(str, place))}]" if place else name for place in places]

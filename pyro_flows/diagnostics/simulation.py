@@ -1,0 +1,215 @@
+"""Simulations: a model run forward, its latents and data drawn together, many side by side.
+
+The model takes its data by arguments that are None where they are to be drawn: ``def model(x=None)`` with
+``pyro.sample("x", ..., obs=x)``.  Which site an argument holds the data of is found out by running the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor, nn
+
+from .draws import check_side_by_side, room_of, rows_of, side_by_side, single_trace, subsampled_plate
+from .held import group_of
+
+
+@dataclass(frozen=True)
+class Simulations:
+    """Draws of the joint law of latents and data.
+
+    Attributes:
+        latents: For each latent site the values, ``(N, *site_shape)``.
+        data: For each argument that holds data the values, ``(N, *site_shape)``.
+    """
+
+    latents: dict[str, Tensor]
+    data: dict[str, Tensor]
+
+    def take(self, index: Tensor | slice | int) -> Simulations:
+        """Some of the draws."""
+        return Simulations(*({name: value[index] for name, value in g.items()} for g in (self.latents, self.data)))
+
+    def join(self, other: Simulations) -> Simulations:
+        """These draws, and then those of another."""
+        groups = (self.latents, other.latents), (self.data, other.data)
+        return Simulations(*({name: torch.cat((a[name], b[name])) for name in a} for a, b in groups))
+
+    def __len__(self) -> int:
+        return len(next(iter(self.data.values())))
+
+
+class Simulator:
+    """A model that can be run forward.
+
+    Args:
+        caller: The public function that asks, for errors.
+        model: A Pyro model.
+        args: Its arguments without the data.
+        kwargs: Its keyword arguments.
+
+    Attributes:
+        sites: For each argument that holds data, the site that it is observed at.
+
+    Raises:
+        ValueError: If the model needs an argument, observes what no argument holds, has a factor statement or a
+            subsampled plate, or takes no data.
+    """
+
+    def __init__(self, caller: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.caller, self.model = caller, model
+        program = poutine.unwrap(model)
+        self._signature = inspect.signature(program.forward if isinstance(program, nn.Module) else program)
+        try:
+            self._given = self._signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise ValueError(
+                f"{caller}: the model cannot be simulated: {error}. Data arguments must be optional, "
+                "`def model(x=None)`; give the others here."
+            ) from error
+        self.args, self.kwargs = self.arguments({})
+        single, _, self.nesting = single_trace(model, lambda *_, **__: None, self.args, self.kwargs)
+        self.single = prune_subsample_sites(single)
+        if plate := subsampled_plate(single):
+            raise ValueError(f"{caller}: {plate}. Let it run over all rows of a simulated data set.")
+        self.sites = self._find_data()
+        self._check_sites()
+
+    def arguments(self, data: dict[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The model's arguments, with data."""
+        bound = self._signature.bind_partial()
+        bound.arguments.update({**self._given, **data})
+        return bound.args, bound.kwargs
+
+    def _find_data(self) -> dict[str, str]:
+        drawn = dict(self.single.iter_stochastic_nodes())
+        found: dict[str, str] = {}
+        for name, parameter in self._signature.parameters.items():
+            if self._given.get(name, parameter.default) is not None:
+                continue
+            for site in sorted(drawn.keys() - found.values(), key=lambda site: (site != name, site)):
+                if self._holds(name, site, drawn[site]["value"]):
+                    found[name] = site
+                    break
+        return found
+
+    def _holds(self, name: str, site: str, value: Tensor) -> bool:
+        """Whether a value given by an argument is observed at a site."""
+        args, kwargs = self.arguments({name: value})
+        try:
+            with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
+                node = poutine.trace(self.model).get_trace(*args, **kwargs).nodes.get(site)
+        except Exception:  # it is not the data of that site, and anything may happen
+            return False
+        return bool(node and node["is_observed"] and node["value"] is value)
+
+    def _check_sites(self) -> None:
+        for name, site in self.single.nodes.items():
+            if site["type"] != "sample" or not site["is_observed"] or group_of(site) == "posterior":
+                continue
+            if type(site["fn"]).__name__ == "Unit":
+                raise ValueError(
+                    f"{self.caller}: the model cannot be simulated: {name!r} is a factor statement, which has no "
+                    "draws. Write it as a pyro.sample statement."
+                )
+            raise ValueError(
+                f"{self.caller}: site {name!r} is observed though no argument was given for it: take its data by an "
+                f"argument, `def model({name}=None)` with `pyro.sample({name!r}, ..., obs={name})`."
+            )
+        if not self.sites:
+            free = [n for n, p in self._signature.parameters.items() if self._given.get(n, p.default) is None]
+            raise ValueError(
+                f"{self.caller}: the model takes no data: it needs an argument that is None by default and is "
+                'observed as it is, `def model(x=None)` with `pyro.sample("x", ..., obs=x)`; '
+                f"its arguments are {', '.join(self._signature.parameters) or 'none'}"
+                f"{f', and {free} reach no observed site' if free else ''}."
+            )
+
+    @torch.no_grad()
+    def draw(
+        self,
+        number: int,
+        latents: dict[str, Tensor] | None = None,
+        *,
+        batch_size: int = 10_000,
+        vectorize: bool = True,
+    ) -> Simulations:
+        """Draw latents and data: side by side under an outer plate, or one after the other.
+
+        Args:
+            number: How many.
+            latents: Values of some latents, ``(number, *site_shape)``, in place of the prior's draws.
+            batch_size: How many run side by side.
+            vectorize: Whether they do.
+
+        Raises:
+            ValueError: If the model means something else when it runs side by side.
+        """
+        if vectorize:
+            self.check()
+        step, held = batch_size if vectorize else 1, latents or {}
+        parts = [
+            self._run(min(step, number - start), vectorize, {n: v[start : start + step] for n, v in held.items()})
+            for start in range(0, number, step)
+        ]
+        values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        data = {name: values.pop(site) for name, site in self.sites.items()}
+        return Simulations(values, data)
+
+    def placed(self, latents: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Values ``(N, *site_shape)`` with room for plates that their sites do not lie in, to be held side by side."""
+        nodes, nesting = self.single.nodes, self.nesting
+        return {
+            name: value.reshape(len(value), *room_of(nodes[name], nesting), *value.shape[1:])
+            for name, value in latents.items()
+        }
+
+    def _run(self, size: int, vectorize: bool, latents: dict[str, Tensor]) -> dict[str, Tensor]:
+        held = self.placed(latents) if vectorize else {name: value[0] for name, value in latents.items()}
+        program = poutine.condition(self.model, data=held)
+        with poutine.block(), pyro.validation_enabled(False):
+            beside = side_by_side(program, size, self.nesting) if vectorize else program
+            trace = poutine.trace(beside).get_trace(*self.args, **self.kwargs)
+        sites = self.single.iter_stochastic_nodes()
+        return {name: rows_of(name, trace.nodes[name]["value"], site["value"].shape, size) for name, site in sites}
+
+    def check(self) -> None:
+        """Refuse a model that means something else when many run side by side."""
+        check_side_by_side(self.model, self.model, self.args, self.kwargs)
+        for name in self.sites.values():
+            fn = self.single.nodes[name]["fn"]
+            while hasattr(fn, "base_dist"):
+                fn = fn.base_dist
+            if isinstance(fn, dist.Delta):
+                self._check_noise(name)
+
+    def _check_noise(self, name: str) -> None:
+        """Refuse noise that is drawn outside of sample statements: side by side all would get the same."""
+        with poutine.block(), pyro.validation_enabled(False):
+            latents = {n: s["value"] for n, s in self.single.iter_stochastic_nodes() if n not in self.sites.values()}
+            held = poutine.condition(self.model, data=latents)
+            alone = [poutine.trace(held).get_trace(*self.args, **self.kwargs).nodes[name]["value"] for _ in range(2)]
+            beside = poutine.trace(side_by_side(held, 2, self.nesting)).get_trace(*self.args, **self.kwargs)
+            pair = rows_of(name, beside.nodes[name]["value"], alone[0].shape, 2)
+        if torch.equal(pair[0], pair[1]) and not torch.equal(alone[0], alone[1]):
+            raise ValueError(
+                f"{self.caller}: site {name!r} has noise from outside of sample statements, which would be the same "
+                "for all simulations that run side by side. Draw it by pyro.sample, or use vectorize=False."
+            )
+
+
+def check_draws(caller: str, name: str, what: str, value: Tensor) -> None:
+    """Refuse draws ``(N, *shape)`` that are not finite, or all the same."""
+    if not value.isfinite().all():
+        rows = value.reshape(len(value), -1).isfinite().all(1)
+        raise ValueError(f"{caller}: {what} {name!r} holds NaN or inf in {int((~rows).sum())} of {len(value)} draws.")
+    if len(value) > 1 and value.numel() and (value == value[:1]).all():
+        raise ValueError(f"{caller}: {what} {name!r} is constant: {value[0].flatten()[0].item():.6g} in every draw.")

@@ -1,0 +1,77 @@
+"""The contract of an encoder: a network from data to a context vector, c = f(x).
+
+Amortised inference conditions one flow on c, so c is to say about x what matters for the latents: a learned summary.
+BayesFlow: Learning Complex Stochastic Models with Invertible Neural Networks (Radev et al. 2020, arXiv:2003.06281).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .standardize import Standardize
+
+
+class Encoder(nn.Module, ABC):
+    """A network that turns each row of the data into ``context_dim`` numbers.
+
+    Rows do not touch each other: a row's context is the same in any batch.  Data of any real dtype, integers and bools
+    too, are converted to the network's own.
+
+    Args:
+        data_shape: The shape of one row; None stands for any size, as that of a set.
+        context_dim: The width of the context.
+        standardize: What brings the data to a mean of 0 and a standard deviation of 1; ``initialize`` sets it.
+    """
+
+    data_shape: tuple[int | None, ...]
+    context_dim: int
+
+    def __init__(self, data_shape: Sequence[int | None], context_dim: int, standardize: Standardize) -> None:
+        super().__init__()
+        self.data_shape = tuple(data_shape)
+        self.context_dim = context_dim
+        self.standardize = standardize
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode data.
+
+        Args:
+            x: Data of shape ``(*batch, *data_shape)``, with any number of batch dimensions, also none.
+
+        Returns:
+            Contexts of shape ``(*batch, context_dim)``.
+
+        Raises:
+            ValueError: If the data do not end with ``data_shape``.
+        """
+
+    def initialize(self, x: Tensor) -> None:
+        """Let a batch of data ``(*batch, *data_shape)`` set the standardisation, once, before training.
+
+        Raises:
+            ValueError: If the data do not end with ``data_shape``, hold nothing, or hold NaN or infinite values.
+        """
+        self.check_data(x)
+        self.standardize.initialize(x)
+
+    def check_data(self, x: Tensor) -> None:
+        """Raise a ValueError that says both shapes unless the data end with ``data_shape``."""
+        got = x.shape[max(x.dim() - len(self.data_shape), 0) :]
+        fits = len(got) == len(self.data_shape)
+        if not fits or any(size not in (None, given) for size, given in zip(self.data_shape, got, strict=True)):
+            wanted = ", ".join("n" if size is None else str(size) for size in self.data_shape)
+            raise ValueError(f"{type(self).__name__}: data must have shape (*batch, {wanted}), got {tuple(x.shape)}.")
+
+
+def check_sizes(owner: str, **sizes: int | tuple[int, ...]) -> None:
+    """Raise a ValueError that names the first size below 1, or the first tuple of sizes that is empty."""
+    for name, size in sizes.items():
+        if isinstance(size, tuple):
+            if not size or min(size) < 1:
+                raise ValueError(f"{owner}: {name} must hold at least one size, each at least 1, got {size}.")
+        elif size < 1:
+            raise ValueError(f"{owner}: {name} must be at least 1, got {size}.")

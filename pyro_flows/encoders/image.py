@@ -1,0 +1,80 @@
+"""A convolutional encoder of images: h_{l+1} = a(W_l * h_l + b_l) at every second place, c = V a(U vec(h_L) + b) + d.
+
+Strided convolutions in place of pooling: Striving for Simplicity: The All Convolutional Net (Springenberg, Dosovitskiy,
+Brox, Riedmiller 2014, arXiv:1412.6806).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from .base import Encoder, check_sizes
+from .standardize import Standardize
+
+
+class ConvEncoder(Encoder):
+    """A network from images ``(*batch, C, H, W)`` to contexts ``(*batch, context_dim)``.
+
+    Each convolution halves height and width, rounding up; give large images more of them.
+
+    Args:
+        image_shape: Channels, height and width of an image.
+        context_dim: The width of the context.
+        channels: The number of channels after each convolution, at least one.
+        hidden_dim: The width of the fully connected layer behind them.
+        activation: The class of the elementwise nonlinearity.
+
+    Raises:
+        ValueError: If a size is below 1, or an image is too small to be halved so often.
+
+    Example::
+
+        >>> import torch
+        >>> x = torch.randint(0, 256, (10, 1, 28, 28))
+        >>> encoder = ConvEncoder((1, 28, 28), context_dim=8)
+        >>> encoder.initialize(x)
+        >>> encoder(x).shape
+        torch.Size([10, 8])
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        context_dim: int,
+        channels: Sequence[int] = (32, 64),
+        hidden_dim: int = 128,
+        *,
+        activation: type[nn.Module] = nn.ReLU,
+    ) -> None:
+        name, shape, counts = type(self).__name__, tuple(image_shape), tuple(channels)
+        check_sizes(name, image_shape=shape, context_dim=context_dim, channels=counts, hidden_dim=hidden_dim)
+        if len(shape) != 3:
+            raise ValueError(f"{name}: image_shape must be (channels, height, width), got {shape}.")
+        step = 2 ** len(counts)
+        if min(shape[1:]) < step:
+            raise ValueError(
+                f"{name}: image_shape {shape} is too small to be halved {len(counts)} times, by channels = {counts}: "
+                f"height and width must be at least {step}."
+            )
+        super().__init__(shape, context_dim, Standardize((shape[0], 1, 1)))
+        self.image_shape = shape
+        self.channels = counts
+        self.hidden_dim = hidden_dim
+        self.activation = activation
+        layers = (nn.Conv2d(n, m, kernel_size=3, stride=2, padding=1) for n, m in pairwise((shape[0], *counts)))
+        self.convolutions = nn.Sequential(*(part for layer in layers for part in (layer, activation())))
+        flat_dim = counts[-1] * math.prod(math.ceil(size / step) for size in shape[1:])
+        self.hidden = nn.Sequential(nn.Linear(flat_dim, hidden_dim), activation())
+        self.output = nn.Linear(hidden_dim, context_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_data(x)
+        batch = x.shape[:-3]
+        # A convolution takes one batch dimension; the product, not -1, so that a batch may be empty.
+        images = self.standardize(x).reshape(math.prod(batch), *self.image_shape)
+        h = self.convolutions(images).flatten(1)
+        return self.output(self.hidden(h)).reshape(*batch, self.context_dim)

@@ -1,0 +1,65 @@
+"""A multilayer perceptron, the encoder of vectors: h_{l+1} = a(W_l h_l + b_l), c = W h_L + b.
+
+The recognition network of Auto-Encoding Variational Bayes (Kingma, Welling 2013, arXiv:1312.6114, appendix C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from .base import Encoder, check_sizes
+from .standardize import Standardize
+
+
+class MLPEncoder(Encoder):
+    """A fully connected network from vectors ``(*batch, input_dim)`` to contexts ``(*batch, context_dim)``.
+
+    Where a row is one number, give it a dimension of its own: ``x[..., None]`` with ``input_dim=1``.
+
+    Args:
+        input_dim: The number of features of a row.
+        context_dim: The width of the context.
+        hidden_dims: The widths of the hidden layers, at least one.
+        activation: The class of the elementwise nonlinearity.
+
+    Raises:
+        ValueError: If a size is below 1.
+
+    Example::
+
+        >>> import torch
+        >>> x = 5.0 + torch.randn(100, 3)
+        >>> encoder = MLPEncoder(3, context_dim=8)
+        >>> encoder.initialize(x)
+        >>> encoder(x).shape
+        torch.Size([100, 8])
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        context_dim: int,
+        hidden_dims: Sequence[int] = (64, 64),
+        *,
+        activation: type[nn.Module] = nn.ReLU,
+    ) -> None:
+        widths = tuple(hidden_dims)
+        check_sizes(type(self).__name__, input_dim=input_dim, context_dim=context_dim, hidden_dims=widths)
+        super().__init__((input_dim,), context_dim, Standardize((input_dim,)))
+        self.input_dim = input_dim
+        self.hidden_dims = widths
+        self.activation = activation
+        self.hidden = hidden_layers(input_dim, *widths, activation=activation)
+        self.output = nn.Linear(widths[-1], context_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_data(x)
+        return self.output(self.hidden(self.standardize(x)))
+
+
+def hidden_layers(*widths: int, activation: type[nn.Module]) -> nn.Sequential:
+    """Linear layers from the first width to the last, each followed by a nonlinearity."""
+    return nn.Sequential(*(part for n, m in pairwise(widths) for part in (nn.Linear(n, m), activation())))

@@ -1,0 +1,115 @@
+"""A permutation-invariant encoder of sets: c = ρ(Σ_i φ(x_i) / n, Σ_i w_1i φ(x_i), …, Σ_i w_Qi φ(x_i), log(1 + n)).
+
+The weights of query q are a softmax over the elements, w_qi ∝ exp(u_q · φ(x_i)).  Deep Sets (Zaheer et al. 2017,
+arXiv:1703.06114), with the attention pooling of Attention-based Deep Multiple Instance Learning (Ilse, Tomczak, Welling
+2018, arXiv:1802.04712) and by learned queries as in Set Transformer (Lee et al. 2019, arXiv:1810.00825).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .base import Encoder, check_sizes
+from .mlp import hidden_layers
+from .standardize import Standardize
+
+
+class SetEncoder(Encoder):
+    """A network from sets ``(*batch, n, element_dim)`` to contexts ``(*batch, context_dim)``, in whatever order.
+
+    The size n may differ from call to call.  Means do not know it, yet a posterior narrows with it: so log(1 + n) is
+    one more feature.  Sets of different sizes go into one batch with a ``mask``.
+
+    Args:
+        element_dim: The number of features of an element.
+        context_dim: The width of the context.
+        hidden_dims: The widths of the hidden layers, at least one; φ and ρ have the same.
+        num_queries: The number of learned queries, each with its own attention over the elements.
+        activation: The class of the elementwise nonlinearity.
+
+    Raises:
+        ValueError: If a size is below 1.
+
+    Example::
+
+        >>> import torch
+        >>> x = torch.randn(10, 25, 2)  # 10 sets of 25 pairs
+        >>> encoder = SetEncoder(2, context_dim=8)
+        >>> encoder.initialize(x)
+        >>> encoder(x).shape
+        torch.Size([10, 8])
+        >>> sizes = torch.randint(1, 26, (10, 1))
+        >>> encoder(x, mask=torch.arange(25) < sizes).shape  # the first few of each
+        torch.Size([10, 8])
+    """
+
+    def __init__(
+        self,
+        element_dim: int,
+        context_dim: int,
+        hidden_dims: Sequence[int] = (64, 64),
+        *,
+        num_queries: int = 4,
+        activation: type[nn.Module] = nn.ReLU,
+    ) -> None:
+        widths = tuple(hidden_dims)
+        name = type(self).__name__
+        check_sizes(name, element_dim=element_dim, context_dim=context_dim, hidden_dims=widths, num_queries=num_queries)
+        super().__init__((None, element_dim), context_dim, Standardize((element_dim,)))
+        self.element_dim = element_dim
+        self.hidden_dims = widths
+        self.num_queries = num_queries
+        self.activation = activation
+        self.phi = hidden_layers(element_dim, *widths, activation=activation)
+        self.queries = nn.Linear(widths[-1], num_queries, bias=False)  # a softmax would not feel a bias
+        pooled_dim = (num_queries + 1) * widths[-1] + 1
+        self.rho = hidden_layers(pooled_dim, *widths, activation=activation)
+        self.output = nn.Linear(widths[-1], context_dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Encode sets.
+
+        Args:
+            x: Sets of shape ``(*batch, n, element_dim)``.
+            mask: Of shape ``(*batch, n)``, True where there is an element; what stands elsewhere does not matter, NaN
+                included.  A set may be empty.
+
+        Returns:
+            Contexts of shape ``(*batch, context_dim)``.
+
+        Raises:
+            ValueError: If data or mask have another shape, or the mask is not boolean.
+        """
+        self.check_data(x)
+        if mask is None:
+            mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        self._check_mask(x, mask)
+        there = mask[..., None]  # (*batch, n, 1)
+        # Zeroed before any product: a weight of zero would not silence a NaN.
+        h = self.phi(self.standardize(x).masked_fill(~there, 0.0))  # (*batch, n, H)
+        scores = self.queries(h)  # (*batch, n, Q)
+        # The lowest finite number, not -inf: the softmax of an empty set would be NaN.  There the mask makes it zero.
+        attention = scores.masked_fill(~there, torch.finfo(scores.dtype).min).softmax(-2) * there
+        size = there.sum(-2).to(h.dtype)  # (*batch, 1)
+        average = there / size.clamp(min=1.0)[..., None]
+        weights = torch.cat((average, attention), -1)  # (*batch, n, 1 + Q)
+        pooled = (weights.mT @ h).flatten(-2)  # (*batch, (1 + Q) H)
+        return self.output(self.rho(torch.cat((pooled, size.log1p()), -1)))
+
+    def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Let the elements of all sets ``(*batch, n, element_dim)``, those under the mask, set the standardisation."""
+        self.check_data(x)
+        if mask is not None:
+            self._check_mask(x, mask)
+            x = x[mask]
+        self.standardize.initialize(x)
+
+    def _check_mask(self, x: Tensor, mask: Tensor) -> None:
+        if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
+            raise ValueError(
+                f"{type(self).__name__}: mask must be torch.bool of shape {tuple(x.shape[:-1])}, for data of shape "
+                f"{tuple(x.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}."
+            )

@@ -1,0 +1,88 @@
+"""Bring data to a mean of 0 and a standard deviation of 1, where networks learn fast: z = (x - loc) / scale.
+
+Efficient BackProp (LeCun, Bottou, Orr, Müller 1998, section 4.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Standardize(nn.Module):
+    """A fixed affine map of each feature, the identity until ``initialize`` has seen data.
+
+    Location and scale belong to the state, not to the parameters: training leaves them as they are.
+
+    Args:
+        shape: The shape of location and scale, that of the last dimensions of the data; a size of 1 is shared by all
+            that lies along its dimension, so that ``(channels, 1, 1)`` gives an image one pair for each channel.
+
+    Example::
+
+        >>> import torch
+        >>> standardize = Standardize((2,))
+        >>> standardize.initialize(torch.tensor([[2, 5], [6, 5]]))
+        >>> standardize
+        Standardize((2,), loc=[4, 5], scale=[2, 1])
+        >>> standardize(torch.tensor([[2, 5], [6, 5]])).tolist()
+        [[-1.0, 0.0], [1.0, 0.0]]
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.register_buffer("loc", torch.zeros(self.shape))
+        self.register_buffer("scale", torch.ones(self.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.to(self.loc.dtype) - self.loc) / self.scale
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set location and scale to the mean and the standard deviation of the data ``(*batch, *shape)``.
+
+        A feature that is constant in the data keeps the scale 1.
+
+        Raises:
+            ValueError: If the data do not fit ``shape``, hold nothing, or hold values that are NaN or infinite in the
+                dtype of this module.
+        """
+        trailing = x.shape[max(x.dim() - len(self.shape), 0) :]
+        fits = len(trailing) == len(self.shape)
+        if not fits or any(size not in (1, given) for size, given in zip(self.shape, trailing, strict=True)):
+            raise ValueError(f"Standardize: data must end with the shape {self.shape}, got {tuple(x.shape)}.")
+        if x.numel() == 0:
+            raise ValueError(f"Standardize: data must hold at least one row, got the shape {tuple(x.shape)}.")
+        # In the network's own dtype first, since that is what it will see; then the sums in full precision, on the CPU,
+        # as not every device has float64.
+        x = x.to(self.loc.dtype).to("cpu", torch.float64)
+        bad = x.numel() - int(x.isfinite().sum())
+        if bad:
+            raise ValueError(
+                f"Standardize: data must be finite in {self.loc.dtype}, got {bad} NaN or infinite of {x.numel()}."
+            )
+        rows = x.reshape(-1, *trailing)
+        shared = (0, *(place for place, size in enumerate(self.shape, start=1) if size == 1))
+        low, high = rows.amin(shared).reshape(self.shape), rows.amax(shared).reshape(self.shape)
+        # Round-off must not push the mean out of the data: a constant feature would seem to vary.
+        loc = rows.mean(shared).reshape(self.shape).clamp(low, high)
+        spread = torch.where(high > low, high - low, 1.0)  # divided out, lest the squares of huge values overflow
+        relative = ((rows - loc) / spread).square().mean(shared).reshape(self.shape).sqrt()
+        scale = (relative * spread).to(self.scale.dtype)
+        self.loc.copy_(loc)
+        self.scale.copy_(torch.where(scale > 0, scale, 1.0))
+
+    def extra_repr(self) -> str:
+        return f"{self.shape}, loc={_brief(self.loc)}, scale={_brief(self.scale)}"
+
+
+def _brief(values: Tensor) -> str:
+    """The first few of many numbers."""
+    shown = [f"{value:.4g}" for value in values.flatten()[:4].tolist()]
+    return f"[{', '.join(shown + ['…'] * (values.numel() > 4))}]"

@@ -1,0 +1,184 @@
+"""Neural posterior estimation: one flow that answers for all data sets, trained on simulations from the model itself.
+
+Minimises the expected forward KL, E_p(x) KL(p(θ | x) ‖ q(θ | x)) = -E_p(θ, x) log q(θ | x) + const, which needs no
+likelihood.  Fast ε-free Inference of Simulation Models with Bayesian Conditional Density Estimation (Papamakarios,
+Murray 2016, arXiv:1605.06376); Automatic Posterior Transformation (Greenberg, Nonnenmacher, Macke 2019,
+arXiv:1905.07488).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..diagnostics.draws import check_integers
+from ..diagnostics.simulation import Simulations, Simulator
+from ..guides import AutoFlow
+from . import checkpoint as checkpoints
+from .loop import Fit
+from .simulated import train
+from .truncated import Truncated
+
+
+def fit_amortized(
+    model: Callable[..., Any],
+    guide: AutoFlow,
+    *args: Any,
+    num_simulations: int = 10_000,
+    rounds: int = 1,
+    observed: dict[str, Tensor] | None = None,
+    max_epochs: int = 100,
+    batch_size: int = 256,
+    lr: float = 2e-3,
+    clip_norm: float = 5.0,
+    held_out: float = 0.1,
+    patience: int = 20,
+    vectorize: bool = True,
+    simulation_batch_size: int = 10_000,
+    on_nonfinite: str = "skip",
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Fit:
+    """Train a guide with an encoder on data that the model itself simulates: q(latents | data) for any data.
+
+    The model takes its data by arguments that are None by default, and draws them where they are: ``def model(x=None)``
+    with ``pyro.sample("x", ..., obs=x)``.  No likelihood is evaluated, so x may be what a simulator returns:
+    ``pyro.sample("x", dist.Delta(simulator(theta), event_dim=1), obs=x)``.  The guide covers the latents that its model
+    shows; nuisance latents can be hidden from it: ``AutoFlow(poutine.block(model, hide=["noise"]), encoder=...)``.
+
+    Latents are standardised by the guide's fixed affine map, whose Jacobian is part of the density, and data by the
+    encoder's ``initialize``, where it has one.
+
+    Afterwards ``guide.sample(n, x)`` answers for any data, :func:`~pyro_flows.calibrate` says whether the answers are
+    calibrated, ``resample(model, guide, x)`` weighs draws against the model's own likelihood where it has one, and
+    ``fit_svi(model, guide.bind(x), x, steps=...)`` goes on for one data set.
+
+    Args:
+        model: A Pyro model.
+        guide: An ``AutoFlow`` of it with an encoder.
+        *args: The model's arguments without the data.
+        num_simulations: How many simulations to draw, in all rounds together.
+        rounds: With more than one, those after the first draw latents from the prior cut off to where the guide's
+            posterior of ``observed`` has its mass, so that simulations serve that data set: truncated sequential neural
+            posterior estimation (Deistler, Goncalves, Macke 2022, arXiv:2210.04815).
+        observed: The data of interest, by the names of the model's arguments; for more than one round.
+        max_epochs: How often to go through the simulations in a round; the step size falls to zero by then.
+        batch_size: How many simulations to take in each step.
+        lr: The largest step size.
+        clip_norm: The largest norm of a gradient.
+        held_out: The share of the simulations that are not trained on and judge the states.
+        patience: After how many epochs without an improvement on these to stop.
+        vectorize: Whether simulations run side by side under an outer plate, for which the model must broadcast to the
+            left of its plates; else one after the other.
+        simulation_batch_size: How many run side by side.
+        on_nonfinite: As for :func:`fit_svi`.
+        checkpoint: A file for the state of the run, as for :func:`fit_svi`; the simulations are kept beside it.
+        progress: Whether to show a progress bar.
+        model_kwargs: Keyword arguments of the model whose names clash with those above.
+        **kwargs: The model's other keyword arguments.
+
+    Returns:
+        The record of the (last round's) fit; its losses are -log q(latents | data), in nats of the latents as the model
+        has them.  The guide is left, in evaluation mode, at its best averaged state.
+
+    Raises:
+        ValueError: If an argument is out of its range, the guide has no encoder, the model cannot be simulated, or what
+            it draws is constant or not finite; the error names the argument or site.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro_flows import AutoFlow
+        >>> from pyro_flows.encoders import MLPEncoder
+        >>> def model(x=None):
+        ...     theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1).to_event(1))
+        ...     return pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
+        >>> guide = AutoFlow(model, encoder=MLPEncoder(2, context_dim=8))
+        >>> fit = fit_amortized(model, guide, num_simulations=200, max_epochs=2, progress=False)
+        >>> guide.sample(5, torch.tensor([1.0, -1.0]))["theta"].shape
+        torch.Size([5, 2])
+    """
+    kwargs = {**kwargs, **(model_kwargs or {})}
+    check_integers(
+        "fit_amortized",
+        num_simulations=(num_simulations, 20),
+        rounds=(rounds, 1),
+        max_epochs=(max_epochs, 1),
+        batch_size=(batch_size, 1),
+        patience=(patience, 1),
+        simulation_batch_size=(simulation_batch_size, 1),
+    )
+    _check(guide, lr=lr, clip_norm=clip_norm, held_out=held_out, on_nonfinite=on_nonfinite)
+    file = None if checkpoint is None else Path(checkpoint)
+    if file and not file.parent.is_dir():
+        raise ValueError(f"fit_amortized: checkpoint={str(file)!r} lies in a folder that does not exist.")
+    simulator = Simulator("fit_amortized", model, args, kwargs)
+    if rounds > 1 and (observed is None or observed.keys() != simulator.sites.keys()):
+        raise ValueError(
+            f"fit_amortized: rounds={rounds} needs observed={{{', '.join(f'{n!r}: ...' for n in simulator.sites)}}}, "
+            f"the data to draw simulations for, got {observed!r:.100}."
+        )
+    sizes = [num_simulations * (r + 1) // rounds - num_simulations * r // rounds for r in range(rounds)]
+    known: Simulations | None = None
+    for number, size in enumerate(sizes, 1):
+        part = file.with_name(f"{file.name}.{number}") if file and rounds > 1 else file
+
+        def draw(size: int = size, known: Simulations | None = known) -> Simulations:
+            latents = Truncated(simulator, guide, observed).draw(size) if known is not None and observed else None
+            return simulator.draw(size, latents, batch_size=simulation_batch_size, vectorize=vectorize)
+
+        new = draw() if part is None else _kept(part, draw, {"model": sorted(simulator.sites), "number": size})
+        known = new if known is None else known.join(new)
+        fit = train(
+            simulator,
+            guide,
+            known,
+            max_epochs=max_epochs,
+            batch_size=batch_size,
+            lr=lr,
+            clip_norm=clip_norm,
+            share=held_out,
+            patience=patience,
+            on_nonfinite=on_nonfinite,
+            checkpoint=part,
+            progress=progress,
+        )
+        if fit.stopped == "interrupted":
+            break
+    return fit
+
+
+def _kept(file: Path, draw: Callable[[], Simulations], settings: dict[str, Any]) -> Simulations:
+    """The simulations beside a checkpoint, drawn and put there where there are none."""
+    beside = file.with_name(f"{file.name}.simulations")
+    kept = checkpoints.read(beside, {"steps": 0, **settings})
+    if kept is not None:
+        return Simulations(kept["latents"], kept["data"])
+    new = draw()
+    checkpoints.write(beside, {"settings": {"steps": 0, **settings}, "latents": new.latents, "data": new.data})
+    return new
+
+
+def _check(guide: Any, *, held_out: float, on_nonfinite: str, **numbers: float) -> None:
+    """Raise one clear error that names the argument and its value."""
+    if not isinstance(guide, AutoFlow) or guide.encoder is None:
+        raise ValueError(
+            "fit_amortized: the guide must be an AutoFlow with an encoder, AutoFlow(model, encoder=...), got "
+            f"{type(guide).__name__}{' without one' if isinstance(guide, AutoFlow) else ''}. An AutoPlateFlow is "
+            "trained by fit_svi."
+        )
+    for name, value in numbers.items():
+        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            raise ValueError(f"fit_amortized: {name} must be positive and finite, got {value!r}.")
+    if not 0 < held_out < 1:
+        raise ValueError(f"fit_amortized: held_out must lie between 0 and 1, got {held_out!r}.")
+    if on_nonfinite not in ("skip", "raise"):
+        raise ValueError(f"fit_amortized: on_nonfinite must be 'skip' or 'raise', got {on_nonfinite!r}.")

@@ -1,0 +1,108 @@
+"""Training on simulations: standardise latents and data, hold some out, maximise the density of the latents given the
+data."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diagnostics.simulation import Simulations, Simulator, check_draws
+from ..guides import AutoFlow
+from .loop import Fit, HeldOut, descend
+
+
+def train(
+    simulator: Simulator,
+    guide: AutoFlow,
+    simulations: Simulations,
+    *,
+    max_epochs: int,
+    batch_size: int,
+    share: float,
+    patience: int,
+    **settings: Any,
+) -> Fit:
+    """Train on simulations, a share of which is held out."""
+    z, log_det = _standardise(simulator, guide, simulations)
+    number = len(z) - max(1, math.ceil(share * len(z)))
+    rows = Epochs(number, min(batch_size, number))
+
+    def loss_of(index: Tensor | slice) -> Tensor:
+        args, kwargs = simulator.arguments(simulations.take(index).data)
+        log_q = guide.flow.log_prob(z[index], guide.context(*args, **kwargs))
+        return -(log_q + log_det[index]).mean()
+
+    @torch.no_grad()
+    def loss_held_out() -> float:
+        guide.eval()
+        parts = torch.arange(number, len(z)).split(10_000)
+        total = sum(float(loss_of(part)) * len(part) for part in parts) / (len(z) - number)
+        guide.train()
+        return total
+
+    parameters = [parameter for parameter in guide.parameters() if parameter.requires_grad]
+    guide.train()
+    try:
+        return descend(
+            lambda: loss_of(rows.next()),
+            parameters,
+            [torch.optim.Adam(parameters, lr=settings["lr"], foreach=True)],
+            trained=guide,
+            steps=max_epochs * rows.steps,
+            diagnose=lambda: "the guide's density of simulated latents",
+            settings={"simulations": len(z), "batch_size": rows.size},
+            companion=rows,
+            held_out=HeldOut(loss_held_out, rows.steps, patience),
+            **settings,
+        )
+    finally:
+        guide.eval()
+
+
+def _standardise(simulator: Simulator, guide: AutoFlow, simulations: Simulations) -> tuple[Tensor, Tensor]:
+    """Set the guide up and standardise; the packed latents ``(N, latent_dim)`` and log|det| of the packing."""
+    caller = simulator.caller
+    for name, value in simulations.data.items():
+        check_draws(caller, "data argument", name, value)
+    first, kwargs = simulator.arguments(simulations.take(0).data)
+    guide.setup(*first, **kwargs)
+    for name, _ in guide.prototype_trace.iter_stochastic_nodes():
+        if name not in simulations.latents:
+            raise ValueError(f"{caller}: latent site {name!r} of the guide is not drawn by the model without data.")
+        check_draws(caller, "latent site", name, simulations.latents[name])
+    with torch.no_grad():
+        z, log_det = guide.pack(simulations.latents)
+        if not (z.isfinite().all() and log_det.isfinite().all()):
+            bad = int((~(z.isfinite().all(-1) & log_det.isfinite())).sum())
+            raise ValueError(f"{caller}: {bad} of {len(z)} draws of the latents lie at an end of their support.")
+        if guide.is_fresh:
+            if not guide.has_circles:
+                guide.start_at(z.mean(0), torch.diag(z.std(0)))
+            initialize = getattr(guide.encoder, "initialize", None)
+            if initialize is not None:
+                places, names = simulator.arguments(simulations.data)
+                initialize(*places, **names)
+    return z, log_det
+
+
+class Epochs:
+    """Which simulations come next: shuffled anew in each epoch."""
+
+    def __init__(self, number: int, size: int) -> None:
+        self.number, self.size, self.steps = number, size, number // size
+        self.order, self.place = torch.zeros(0, dtype=torch.long), 0
+
+    def next(self) -> Tensor:
+        if self.place + self.size > len(self.order):
+            self.order, self.place = torch.randperm(self.number), 0
+        self.place += self.size
+        return self.order[self.place - self.size : self.place]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": self.order, "place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order, self.place = state["order"], state["place"]

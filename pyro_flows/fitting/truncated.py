@@ -1,0 +1,103 @@
+"""The prior cut off to where a guide's posterior of some data has its mass: θ ~ p(θ), log q(θ | x) > τ.
+
+The threshold τ is exceeded by all but a share ε of the guide's own draws.  Within it the draws follow the prior, so
+they are trained on like all others.  Truncated proposals for scalable and hassle-free simulation-based inference
+(Deistler, Goncalves, Macke 2022, arXiv:2210.04815).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from ..diagnostics.draws import log_prob_of_draws, rows_of, side_by_side
+from ..diagnostics.simulation import Simulator
+from ..guides import AutoFlow
+
+EPSILON = 1e-4
+
+
+class Truncated:
+    """Draws latents from the truncated prior.
+
+    Args:
+        simulator: The model.
+        guide: A guide trained on it.
+        observed: The data by the model's arguments.
+    """
+
+    @torch.no_grad()
+    def __init__(self, simulator: Simulator, guide: AutoFlow, observed: dict[str, Tensor]) -> None:
+        self.simulator, self.guide = simulator, guide
+        self.names = [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
+        self.given = simulator.arguments(observed)
+        own = self._log_q(guide.sample(10_000, *self.given[0], **self.given[1]))
+        self.threshold = torch.quantile(own, EPSILON)
+
+    @torch.no_grad()
+    def draw(self, number: int, batch_size: int = 10_000) -> dict[str, Tensor]:
+        """Draw ``number`` values of each latent of the guide: from the prior by rejection, or, where less than one in a
+        thousand is kept, from the guide by resampling."""
+        kept: list[dict[str, Tensor]] = []
+        tried = found = 0
+        while found < number and (tried < 10 * batch_size or found > tried / 1000):
+            values, _ = self._prior(batch_size)
+            inside = self._log_q(values) > self.threshold
+            kept.append({name: value[inside] for name, value in values.items()})
+            tried, found = tried + batch_size, found + int(inside.sum())
+        if found >= number:
+            return {name: torch.cat([part[name] for part in kept])[:number] for name in self.names}
+        return self._resampled(number)
+
+    def _resampled(self, number: int, each: int = 64) -> dict[str, Tensor]:
+        """One of many draws of the guide, in proportion to prior / guide within the threshold, and again."""
+        parts = []
+        for start in range(0, number, 1000):
+            rows = min(1000, number - start)
+            values = self.guide.sample(rows * each, *self.given[0], **self.given[1])
+            log_q = self._log_q(values)
+            _, log_p = self._prior(rows * each, values)
+            weights = (log_p - log_q).where(log_q > self.threshold, -torch.inf).reshape(rows, each)
+            weights = weights.where(weights.isfinite().any(1, keepdim=True), 0.0)
+            picked = torch.distributions.Categorical(logits=weights).sample() + each * torch.arange(rows)
+            parts.append({name: value[picked] for name, value in values.items()})
+        return {name: torch.cat([part[name] for part in parts]) for name in self.names}
+
+    def _log_q(self, values: dict[str, Tensor]) -> Tensor:
+        return self.guide.log_prob(values, *self.given[0], **self.given[1])
+
+    def _prior(self, size: int, values: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """Draws of the guide's latents from the prior, or given ones, and their log-density, without the simulator."""
+        simulator = self.simulator
+        program = poutine.condition(simulator.model, data=simulator.placed(values or {}))
+        with poutine.block(), pyro.validation_enabled(False), poutine.trace() as capture:
+            try:
+                with _StopAfter(self.names):
+                    side_by_side(program, size, simulator.nesting)(*simulator.args, **simulator.kwargs)
+            except _Enough:
+                pass
+        trace, single = capture.trace, simulator.single.nodes
+        drawn = {
+            name: rows_of(name, trace.nodes[name]["value"], single[name]["value"].shape, size) for name in self.names
+        }
+        return drawn, log_prob_of_draws(trace, size, simulator.nesting, lambda name: name in self.names)
+
+
+class _Enough(BaseException):
+    """All latents are there; no handler of the model's own for errors shall catch it."""
+
+
+class _StopAfter(Messenger):
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.missing = set(names)
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        self.missing.discard(msg["name"])
+        if not self.missing:
+            raise _Enough

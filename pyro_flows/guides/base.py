@@ -1,0 +1,96 @@
+"""What all guides made of flows share: a name of their own, summaries of their draws, and independent copies."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from pyro.infer.autoguide import AutoGuide
+from pyro.nn import PyroModule
+from pyro.nn.module import _is_module_local_param_enabled
+from torch import Tensor, nn
+
+from .checks import missing_arguments
+from .names import adopt_stored_parameters, claim_name, is_free
+
+
+class FlowGuide(AutoGuide):
+    """A guide whose networks are its own, under a name that no other guide bears."""
+
+    num_summary_draws = 10_000
+    recipes: tuple[str, ...] = ()  # attributes that hold functions, which copies share and pickles leave behind
+    prototype_trace: Any
+
+    def setup(self, *args: Any, **kwargs: Any) -> Any:
+        """Build the guide now, by running the model, and return it.  A second call does nothing."""
+        if self.prototype_trace is None:
+            with missing_arguments(type(self).__name__, args, kwargs):
+                self._setup_prototype(*args, **kwargs)
+        return self
+
+    def _check_model(self) -> None:
+        if self.model is None:
+            raise ValueError(
+                f"{type(self).__name__}: this guide was saved before setup(), and saved guides leave their models "
+                "behind."
+            )
+
+    @abstractmethod
+    def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw from the guide: for each latent site, values of shape ``(num_samples, *site_shape)``."""
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The median of each latent, from ``num_summary_draws`` draws: site name -> ``site_shape``."""
+        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: list[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Quantiles of each latent, from ``num_summary_draws`` draws: name -> ``(len(quantiles), *site_shape)``."""
+        draws = self.sample(self.num_summary_draws, *args, **kwargs)
+        return {
+            name: torch.quantile(value, torch.as_tensor(quantiles, dtype=value.dtype, device=value.device), dim=0)
+            for name, value in draws.items()
+        }
+
+    # Parameters under a name of the guide's own.
+
+    def _adopt_stored(self) -> None:
+        """Take over what Pyro's parameter store holds under the guide's name: it may have been loaded since."""
+        for name, module in self._modules.items():
+            if module is not None and not _is_module_local_param_enabled():
+                adopt_stored_parameters(f"{self._pyro_name}.{name}", module)
+
+    def _pyro_set_supermodule(self, name: str, context: Any) -> None:
+        """Inside a list of guides too, the guide keeps its own name, which is unique; its place in the list is not."""
+        super()._pyro_set_supermodule(self._pyro_name, context)
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if isinstance(value, nn.Module) and not isinstance(value, PyroModule) and _is_module_local_param_enabled():
+            for parameter in value.parameters():  # SVI asks each parameter for this, and Pyro forgets it in this mode
+                parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+        return value
+
+    # Copies: independent parameters under a name of their own; pickles leave the model behind.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        shared = {name: self.__dict__.get(name) for name in ("_model", "prototype_trace", *self.recipes)}
+        state = {k: v for k, v in self.__dict__.items() if k not in (*shared, "master")}
+        new.__dict__.update(copy.deepcopy(state, memo), **shared, master=None)
+        new.__dict__["_pyro_name"] = claim_name(new, None)
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        for parameter in self.parameters():
+            parameter.__dict__.pop("unconstrained", None)  # a weak reference that Pyro leaves on parameters
+        return {**self.__dict__, "_model": (None,), "master": None, **dict.fromkeys(self.recipes)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__["_pyro_name"] = claim_name(self, self._pyro_name if is_free(self._pyro_name) else None)

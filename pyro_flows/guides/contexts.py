@@ -1,0 +1,85 @@
+"""What a guide knows of each row of a plate: what an encoder makes of the row's data, or a vector learned for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .encoding import encode, probe
+from .rows import Rows, take_rows
+
+PACE = 10.0  # a row is seen once in many steps, and then has to move farther than what all rows share
+
+
+class RowContexts(nn.Module):
+    """Contexts of a plate's rows, ``(rows, width)``.
+
+    Args:
+        plate: The plate's name.
+        encoder: A network or function from the model's arguments to them; without one they are parameters.
+    """
+
+    def __init__(self, plate: str, encoder: Callable[..., Tensor] | None) -> None:
+        super().__init__()
+        self.plate, self.encoder, self.width = plate, encoder, 0
+        self.embedding: nn.Embedding | None = None
+
+    def setup(
+        self,
+        model: Callable[..., Any],
+        rows: Rows,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        like: Tensor,
+        num_zeros: int,
+        num_random: int,
+    ) -> None:
+        """Learn the width from the encoder, or make for each row a vector of zeros and then random numbers."""
+        if self.encoder is None:
+            self.width = num_zeros + num_random
+            start = torch.cat((torch.zeros(rows.full_size, num_zeros), torch.randn(rows.full_size, num_random)), 1)
+            self.embedding = nn.Embedding.from_pretrained(start.to(like) / PACE, freeze=False)
+        else:
+            context = probe("AutoPlateFlow", self.encoder, model, args, kwargs)
+            self._check(context, rows.size, rows.full_size)
+            self.width = context.shape[-1]
+
+    def of(
+        self, model: Callable[..., Any], plate: Any, indices: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The contexts of the rows at ``indices`` of a plate."""
+        if self.embedding is not None:
+            if plate.size != self.embedding.num_embeddings:
+                raise ValueError(
+                    f"AutoPlateFlow: without an encoder the guide knows the {self.embedding.num_embeddings} rows of "
+                    f"plate {self.plate!r} that it was built for, not {plate.size}. Give it an encoder, or build "
+                    "another guide."
+                )
+            return PACE * self.embedding(indices)
+        if len(indices) < plate.size or not torch.equal(indices, torch.arange(plate.size, device=indices.device)):
+            args, kwargs = take_rows(args, kwargs, indices, plate.size)
+        context = self._encode(model, args, kwargs)
+        self._check(context, len(indices), plate.size)
+        return context if len(context) == len(indices) else context[indices]
+
+    def of_all(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The contexts of all rows that the arguments tell of."""
+        if self.embedding is not None:
+            return PACE * self.embedding.weight
+        context = self._encode(model, args, kwargs)
+        self._check(context, len(context), len(context))
+        return context
+
+    def _encode(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        assert self.encoder is not None
+        return encode("AutoPlateFlow", self.encoder, model, args, kwargs, self.width)
+
+    def _check(self, context: Tensor, present: int, all_rows: int) -> None:
+        if context.dim() != 2 or len(context) not in (present, all_rows):
+            raise ValueError(
+                f"AutoPlateFlow: the encoder must return one vector for each of the {all_rows} rows of plate "
+                f"{self.plate!r}, ({all_rows}, context_dim), got shape {tuple(context.shape)}."
+            )

@@ -1,0 +1,151 @@
+"""Latent sites side by side in one vector: all those outside of a plate, or those of one row of the plate.
+
+A row's vector holds whatever of a site lies in the row, dimensions of other plates included.  So the plate's dimension
+belongs to the batch of vectors, and all other dimensions of a site to the vector itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Transform, biject_to, constraints
+from torch.distributions.utils import _sum_rightmost
+
+
+class Part(NamedTuple):
+    """A site in the vector: its batch shape with 1 for the plate's rows, and what an event is, unconstrained."""
+
+    support: constraints.Constraint
+    transform: Transform
+    batch: torch.Size
+    event: torch.Size
+    event_dim: int
+    plates: tuple[Any, ...]
+    start: Tensor
+
+
+class Packing:
+    """How sites lie in a vector.
+
+    Args:
+        sites: Latent sites of a prototype trace.
+        dim: The dimension, negative, of the plate whose rows have a vector each; None where there is one vector.
+        rows: How many of the plate's rows the prototype has.
+
+    Attributes:
+        size: The length of the vector.
+
+    Raises:
+        ValueError: If the support of a site differs from row to row.
+    """
+
+    def __init__(self, sites: list[dict[str, Any]], dim: int | None = None, rows: int = 1) -> None:
+        self.parts: dict[str, Part] = {}
+        self.dim = dim
+        self.rows = rows
+        for site in sites:
+            name, fn, value = site["name"], site["fn"], site["value"]
+            support = fn.support if dim is None else _of_one_row(name, fn.support, dim - fn.event_dim, rows)
+            transform = biject_to(support)
+            free = transform.inv(value).shape
+            batch = list(free[: value.dim() - fn.event_dim])
+            if dim is not None:
+                batch[dim] = 1
+            event, plates = free[len(batch) :], tuple(site["cond_indep_stack"])
+            start = value.detach()
+            self.parts[name] = Part(support, transform, torch.Size(batch), event, fn.event_dim, plates, start)
+        self.size = sum(self._sizes())
+
+    @property
+    def trailing(self) -> int:
+        """How many dimensions of plates lie to the right of that of the rows."""
+        return -1 - (-1 if self.dim is None else self.dim)
+
+    @property
+    def depth(self) -> int:
+        """How many dimensions the plates of the sites take."""
+        return max((len(part.batch) for part in self.parts.values()), default=0)
+
+    @property
+    def start(self) -> Tensor:
+        """The prototype's vectors, ``([rows,] size)``."""
+        return self.pack({name: part.start for name, part in self.parts.items()})[0]
+
+    def _sizes(self) -> list[int]:
+        return [part.batch.numel() * part.event.numel() for part in self.parts.values()]
+
+    def unpack(self, latent: Tensor) -> Iterator[tuple[str, Part, Tensor, Tensor]]:
+        """Vectors ``(*batch, size)`` as sites: their names, parts, values and log|det| of the constraining map.
+
+        The batch may have dimensions to the left of all plates; those of plates must be 1 but for the plate of rows.
+        """
+        lead = latent.shape[:-1]
+        for (name, part), chunk in zip(self.parts.items(), latent.split(self._sizes(), -1), strict=True):
+            depth = max(len(lead), len(part.batch))
+            outer, inner = (torch.Size((1,) * (depth - len(shape)) + tuple(shape)) for shape in (lead, part.batch))
+            # Of each dimension either the batch or the site has 1, so that interleaved they merge.
+            free = chunk.reshape(outer + inner + part.event)
+            order = [place for i in range(depth) for place in (i, depth + i)]
+            free = free.permute(order + list(range(2 * depth, free.dim())))
+            free = free.reshape([a * b for a, b in zip(outer, inner, strict=True)] + list(part.event))
+            value = part.transform(free)
+            change = part.transform.log_abs_det_jacobian(free, value)
+            yield name, part, value, _sum_rightmost(change, change.dim() - depth)
+
+    def values(self, latent: Tensor, size: int) -> Iterator[tuple[str, Tensor]]:
+        """Draws ``(size, ..., size of a vector)``: each site's name and values, ``(size, *site_shape)``."""
+        for name, part, value, _ in self.unpack(latent):
+            yield name, value.reshape(size, *value.shape[value.dim() - len(part.batch) - part.event_dim :])
+
+    def pack(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The way back: ``(*sample, [rows,] size)``, and log|det| of it, for values ``(*sample, *site_shape)``.
+
+        The log-determinant, in nats and of the shape of the batch, is -inf outside of the support.
+        """
+        packed, total = [], torch.zeros(())
+        for name, part in self.parts.items():
+            if name not in values:
+                raise ValueError(f"AutoPlateFlow.log_prob: values lack the latent site {name!r}.")
+            value, plates = values[name], len(part.batch)
+            sample = value.dim() - plates - part.event_dim
+            inside = part.support.check(value)
+            held = value.where(inside.reshape(inside.shape + (1,) * (value.dim() - inside.dim())), _anywhere(part))
+            free = part.transform.inv(held)
+            change = -part.transform.log_abs_det_jacobian(free, held)
+            change = _sum_rightmost(change, change.dim() - sample - plates).where(
+                inside.reshape(*value.shape[: sample + plates], -1).all(-1), -torch.inf
+            )
+            if self.dim is not None:
+                axis = sample + plates + self.dim
+                free, change = free.movedim(axis, sample), change.movedim(axis, sample)
+            batch = sample + (self.dim is not None)
+            packed.append(free.reshape(*free.shape[:batch], -1))
+            total = total + _sum_rightmost(change, change.dim() - batch)
+        return torch.cat(packed, -1), total
+
+
+def _anywhere(part: Part) -> Tensor:
+    """A value inside of the support."""
+    return part.transform(torch.zeros(part.event, dtype=part.start.dtype, device=part.start.device))
+
+
+def _of_one_row(name: str, support: Any, axis: int, rows: int) -> Any:
+    """A support with one row in place of all: plates expand bounds to their rows, and other data have other rows."""
+    one = copy.copy(support)
+    for key, bound in vars(support).items():
+        if isinstance(bound, constraints.Constraint):
+            setattr(one, key, _of_one_row(name, bound, axis, rows))
+        elif isinstance(bound, Tensor) and bound.dim() >= -axis and bound.shape[axis] == rows:
+            first = bound.narrow(axis, 0, 1)
+            if not (bound == first).all():
+                raise ValueError(
+                    f"AutoPlateFlow: the support of latent site {name!r}, {support}, differs from row to row. Draw it "
+                    f"on a fixed scale and stretch it: u ~ Uniform(0, 1), "
+                    f"{name} = pyro.deterministic({name!r}, low + (high - low) * u)."
+                )
+            setattr(one, key, first)
+    return one

@@ -1,0 +1,254 @@
+"""AutoPlateFlow: one conditional flow, shared by all rows of a plate, given the latents outside of it.
+
+q(g, l) = q(g) Π_i q(l_i | c_i, g), where c_i is what an encoder makes of row i's data, or a vector that is learned for
+row i.  Auto-Encoding Variational Bayes (Kingma, Welling 2013, arXiv:1312.6114), with normalizing flows (Rezende,
+Mohamed 2015, arXiv:1505.05770); Amortized Variational Inference for Simple Hierarchical Models (Agrawal, Domke 2021,
+arXiv:2111.03144).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide.initialization import InitMessenger
+from torch import Tensor
+
+from ..bijectors import Affine
+from ..flows import Flow
+from .base import FlowGuide
+from .checks import check_density, check_latents, check_supports
+from .circles import is_circular, mark_circles
+from .contexts import RowContexts
+from .encoding import check_encoder
+from .init import init_to_center
+from .names import claim_name
+from .packing import Packing
+from .recipe import assemble, assemble_local, built, check_recipe, check_scale, default_flow, local_flow
+from .rows import Shuffled, check_tied, rows_of_plate
+
+
+class AutoPlateFlow(FlowGuide):
+    """A guide for a model with a plate: a flow over the latents outside of it, and one conditional flow for its rows.
+
+    Each row's latents get a posterior of their own, given the latents outside and the row's context, which an encoder
+    computes from the data (*amortised*: rows never seen work as well) or, without one, is learned for each row.  The
+    plate may be subsampled: minibatches are tied to the rows' indices, and Pyro's plate scales them.  A model without
+    latents outside of the plate is a variational autoencoder; one without latents in it gets what ``AutoFlow`` gives.
+
+    Latents in the plate may lie in further plates, of fixed size: they belong to the row.
+
+    Args:
+        model: A Pyro model of fixed structure, with continuous latents.
+        plate: The name of the plate.
+        encoder: A network or function from the model's arguments to a context for each row, ``(rows, context_dim)``.
+            Where the plate is subsampled, tensors among the arguments that have one row for each of the plate's come to
+            it with the rows of the minibatch only.
+        local_flow: A recipe for the rows' latents, called with their number and the width of the context, such as
+            ``flows.iaf``; by default affine couplings, splines for a single latent, after an affine map of the context.
+        global_flow: A recipe for the other latents, called with their number; by default as for ``AutoFlow``.
+        embedding_dim: Without an encoder, the width of the vector that is learned for each row.
+        init_loc_fn: Where the guide starts, as for ``AutoFlow``.
+        init_scale: The scale of each unconstrained latent at the start.
+        name: The guide's name in Pyro's parameter store, unique by default.
+
+    Raises:
+        ValueError: At :meth:`setup`, naming site or plate: if the model lacks the plate, another plate that holds
+            latents is subsampled, a latent is discrete or has no fixed support, or the encoder's output does not fit.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro_flows.encoders import MLPEncoder
+        >>> def model(y):
+        ...     mean = pyro.sample("mean", dist.Normal(0, 1))
+        ...     with pyro.plate("group", len(y), subsample_size=2) as rows:
+        ...         level = pyro.sample("level", dist.Normal(mean, 1))
+        ...         pyro.sample("y", dist.Normal(level[..., None], 1).to_event(1), obs=y[rows])
+        >>> y = torch.randn(6, 3)
+        >>> guide = AutoPlateFlow(model, "group", encoder=MLPEncoder(3, context_dim=4)).setup(y)
+        >>> {name: tuple(value.shape) for name, value in guide(y).items()}
+        {'mean': (), 'level': (2,)}
+    """
+
+    recipes = "_build_local", "_build_global"
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        plate: str,
+        *,
+        encoder: Callable[..., Tensor] | None = None,
+        local_flow: Callable[..., Flow] | None = None,
+        global_flow: Callable[[int], Flow] | None = None,
+        embedding_dim: int = 8,
+        init_loc_fn: Callable[..., Any] = init_to_center,
+        init_scale: float = 0.1,
+        name: str | None = None,
+    ) -> None:
+        check_recipe("AutoPlateFlow", "local_flow", local_flow, "flows.nsf")
+        check_recipe("AutoPlateFlow", "global_flow", global_flow, "flows.nsf")
+        check_encoder("AutoPlateFlow", encoder)
+        check_scale("AutoPlateFlow", init_scale)
+        if isinstance(embedding_dim, bool) or not isinstance(embedding_dim, int) or embedding_dim < 1:
+            raise ValueError(f"AutoPlateFlow: embedding_dim must be an integer of at least 1, got {embedding_dim!r}.")
+        super().__init__(InitMessenger(init_loc_fn)(mark_circles(model)))
+        self.plate = plate
+        self._build_local, self._build_global = local_flow, global_flow
+        self._embedding_dim, self._init_scale = embedding_dim, float(init_scale)
+        self.contexts, self.minibatches = RowContexts(plate, encoder), Shuffled()
+        self._pyro_name = claim_name(self, name)
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        self._check_model()
+        try:
+            super()._setup_prototype(*args, **kwargs)
+            check_latents("AutoPlateFlow", self.prototype_trace, self.plate)
+            self._sort_latents(args, kwargs)
+            here = "AutoPlateFlow", self.model, self.prototype_trace
+            check_density(*here, args, kwargs)
+            check_supports(*here, self._init_scale, args, kwargs)
+            self._build()
+        except Exception:
+            self.prototype_trace = None  # a failed setup can be tried again
+            raise
+
+    def _sort_latents(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell the latents in the plate from those outside."""
+        rows = rows_of_plate(self.model, self.plate, args, kwargs)
+        sites = [site for _, site in self.prototype_trace.iter_stochastic_nodes()]
+        if not sites:
+            raise ValueError("AutoPlateFlow: the model has no latents.")
+        if angles := [site["name"] for site in sites if is_circular(site)]:
+            raise ValueError(f"AutoPlateFlow: latent site {angles[0]!r} is an angle; only AutoFlow takes angles.")
+        frames = [[f for f in site["cond_indep_stack"] if f.name == self.plate] for site in sites]
+        self._globals = Packing([site for site, found in zip(sites, frames, strict=True) if not found])
+        dim = next((found[0].dim for found in frames if found), None)
+        self._locals = Packing([s for s, found in zip(sites, frames, strict=True) if found], dim, rows.size)
+        if self._locals.size:
+            if self.contexts.encoder is None:
+                check_tied(self.model, self.prototype_trace, self.plate, rows, args, kwargs)
+            sizes = Affine().num_params * self._locals.size, self._embedding_dim
+            self.contexts.setup(self.model, rows, args, kwargs, self._locals.start, *sizes)
+
+    def _build(self) -> None:
+        shared, scale = self._globals.size, self._init_scale
+        if shared:
+            flow = built("AutoPlateFlow", "global_flow", self._build_global, default_flow, shared)
+            self.flow = assemble(flow, None, self._globals.start, scale)
+        if self._locals.size:
+            start, sizes = self._locals.start, (self._locals.size, self.contexts.width + shared)
+            flow = built("AutoPlateFlow", "local_flow", self._build_local, local_flow, *sizes)
+            self.local_flow = assemble_local(flow, start.mean(0), scale, by_row=self.contexts.encoder is None)
+        self._adopt_stored()
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw the latents, those of the plate's present rows, as Pyro's guides do: site name -> value."""
+        self.setup(*args, **kwargs)
+        self._adopt_stored()
+        plates = self._plates(args, kwargs)
+        result: dict[str, Tensor] = {}
+        shared = None
+        if self._globals.size:
+            shared = pyro.sample(f"_{self._pyro_name}_latent", self.flow(), infer={"is_auxiliary": True})
+            result.update(self._place(self._globals, shared, plates))
+        if self._locals.size:
+            with plates[self.plate] as indices:
+                rows = self.contexts.of(self.model, plates[self.plate], indices, args, kwargs)
+                context = self._beside(rows, shared)
+                name = f"_{self._pyro_name}_{self.plate}_latent"
+                latent = pyro.sample(name, self.local_flow(context), infer={"is_auxiliary": True})
+            result.update(self._place(self._locals, latent, plates))
+        return result
+
+    def _plates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The plates that latents lie in, of the sizes that they have with these arguments."""
+        if self.master is not None:
+            return self._create_plates()
+        frames = self._prototype_frames.values()
+        made = {f.name: pyro.plate(f.name, f.size, dim=f.dim) for f in frames if f.name != self.plate}
+        if self._locals.size:
+            full_size, size, chosen = rows_of_plate(self.model, self.plate, args, kwargs)
+            if chosen is None and size < full_size:
+                chosen = self.minibatches.next(full_size, size)
+            made[self.plate] = pyro.plate(self.plate, full_size, size, chosen, dim=self._locals.dim)
+        return made
+
+    @staticmethod
+    def _place(packing: Packing, latent: Tensor, plates: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """Put packed latents at their sites."""
+        for name, part, value, log_det in packing.unpack(latent):
+            with ExitStack() as stack:
+                for frame in part.plates:
+                    stack.enter_context(plates[frame.name])
+                yield name, pyro.sample(name, dist.Delta(value, log_density=-log_det, event_dim=part.event_dim))
+
+    def _beside(self, rows: Tensor, shared: Tensor | None) -> Tensor:
+        """The contexts of rows, ``(rows, context_dim)``, in the plate's dimension and beside the latents outside of it.
+
+        The latter as they were before the guide's affine maps: in coordinates of about unit scale.
+        """
+        rows = rows.to(self._locals.start.dtype).reshape(len(rows), *(1,) * self._locals.trailing, -1)
+        if shared is None:
+            return rows
+        for transform in reversed(self.flow.transforms[-2:]):
+            shared, _ = transform.inverse_and_log_det(shared)
+        shape = torch.broadcast_shapes(rows.shape[:-1], shared.shape[:-1])
+        return torch.cat((rows.expand(*shape, -1), shared.expand(*shape, -1)), -1)
+
+    # Using the answer, for all rows of the plate even where the model looks at a few.
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw from the guide, for all rows of the plate that the arguments tell of.
+
+        Returns:
+            For each latent site values of shape ``(num_samples, *site_shape)``.
+        """
+        self.setup(*args, **kwargs)
+        rows = self.contexts.of_all(self.model, args, kwargs) if self._locals.size else torch.zeros(1, 0)
+        size = max(1, 100_000 // len(rows)) if self._locals.size else num_samples
+        sizes = [size] * (num_samples // size) + [num_samples % size] * (num_samples % size > 0)
+        batches = [self._draw(size, rows) for size in sizes]
+        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+    def _draw(self, size: int, rows: Tensor) -> dict[str, Tensor]:
+        depth = max(self._globals.depth, self._locals.depth)
+        lead, shared = (size, *(1,) * depth), None
+        found: dict[str, Tensor] = {}
+        if self._globals.size:
+            shared = self.flow().sample(lead)
+            found.update(self._globals.values(shared, size))
+        if self._locals.size:
+            context = self._beside(rows, shared)
+            more = () if self._globals.size else lead[: depth - self._locals.trailing]
+            found.update(self._locals.values(self.local_flow(context).sample(more), size))
+        return found
+
+    def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """The guide's log-density, in nats, of any constrained values of all rows.
+
+        Args:
+            values: For each latent site, values of shape ``(*batch, *site_shape)``.
+
+        Returns:
+            A tensor of shape ``batch``; -inf outside of the support.
+        """
+        self.setup(*args, **kwargs)
+        total, shared = torch.zeros(()), None
+        if self._globals.size:
+            packed, log_det = self._globals.pack(values)
+            total = total + self.flow().log_prob(packed) + log_det
+            shared = packed.reshape(*packed.shape[:-1], *(1,) * (self._locals.trailing + 1), -1)
+        if self._locals.size:
+            packed, log_det = self._locals.pack(values)
+            context = self._beside(self.contexts.of_all(self.model, args, kwargs), shared)
+            rows = packed.reshape(*packed.shape[:-1], *(1,) * self._locals.trailing, -1)
+            log_q = self.local_flow(context).log_prob(rows)
+            total = total + (log_q.reshape(log_det.shape) + log_det).sum(-1)
+        return total

@@ -1,0 +1,128 @@
+"""Which rows of a plate a call is about, found out by running the model as far as the plate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine, validation_enabled
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+
+
+class Rows(NamedTuple):
+    """A plate's full size, how many of its rows are looked at, and which, where the model says that itself."""
+
+    full_size: int
+    size: int
+    chosen: Tensor | None
+
+
+def rows_of_plate(model: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+    """Run a model up to where it enters a plate.
+
+    Raises:
+        ValueError: If it enters none of that name.
+    """
+    with poutine.block(), torch.no_grad():
+        try:
+            with _StopAt(name):
+                model(*args, **kwargs)
+        except _Reached as reached:
+            return reached.rows
+    with poutine.block(), torch.no_grad():
+        nodes = poutine.trace(model).get_trace(*args, **kwargs).nodes.values()
+    plates = sorted({frame.name for site in nodes for frame in site.get("cond_indep_stack", ())})
+    raise ValueError(
+        f"AutoPlateFlow: the model enters no plate {name!r} of known size; it has {', '.join(plates) or 'none'}."
+    )
+
+
+class Shuffled(nn.Module):
+    """Which rows come next: minibatches without replacement until all rows were seen, so that their noise cancels.
+
+    Every row is as likely as any other, as in Pyro's own minibatches, which are drawn independently of each other.
+    """
+
+    order: Tensor
+    place: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.zeros(0, dtype=torch.long), persistent=False)
+        self.register_buffer("place", torch.zeros((), dtype=torch.long), persistent=False)
+
+    def next(self, full_size: int, size: int) -> Tensor:
+        """The next ``size`` rows of ``full_size``."""
+        start = int(self.place)
+        if len(self.order) != full_size or start + size > full_size:
+            start = 0
+            self.order.resize_(full_size).copy_(torch.randperm(full_size))
+        self.place.fill_(start + size)
+        return self.order[start : start + size].clone()  # the next shuffle is in place
+
+
+def take_rows(
+    args: tuple[Any, ...], kwargs: dict[str, Any], indices: Tensor, full_size: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with some rows only of tensors that have one row for each of the plate's."""
+
+    def take(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() and len(value) == full_size:
+            return value[indices.to(value.device)]
+        return value
+
+    return tuple(map(take, args)), {name: take(value) for name, value in kwargs.items()}
+
+
+def check_tied(
+    model: Callable[..., Any],
+    prototype: Trace,
+    name: str,
+    rows: Rows,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Refuse a subsampled plate whose rows are not those of its indices: nothing could be learned row by row."""
+    if rows.chosen is not None or rows.size == rows.full_size:
+        return
+    latents = {latent: site["value"].detach() for latent, site in prototype.iter_stochastic_nodes()}
+    first = torch.arange(rows.size)
+    seen = []
+    for indices in (first, first + rows.full_size - rows.size):
+        with poutine.block(), torch.no_grad(), validation_enabled(False):
+            held = poutine.condition(model, data={**latents, name: indices})
+            trace = poutine.trace(held).get_trace(*args, **kwargs)
+        inside = (s for s in trace.nodes.values() if any(f.name == name for f in s.get("cond_indep_stack", ())))
+        seen.append([s["value"] for s in inside if s["is_observed"] and s["name"] not in latents])
+    if seen[0] and all(torch.equal(a, b) for a, b in zip(*seen, strict=True)):
+        raise ValueError(
+            f"AutoPlateFlow: plate {name!r} is subsampled ({rows.size} of {rows.full_size} rows), but the observed "
+            "sites in it are the same whatever its indices: rows cannot be told apart. Take the data's rows by the "
+            f"plate's indices, `with pyro.plate({name!r}, ...) as i: ... obs=y[i]`, give them as subsample=i, or use "
+            "an encoder."
+        )
+
+
+class _Reached(BaseException):
+    """The plate was reached; no handler of the model's own for errors shall catch it."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__()
+        self.rows = rows
+
+
+class _StopAt(Messenger):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] == self.name and type(msg["fn"]).__name__ == "_Subsample":
+            full, size, chosen = msg["fn"].size, msg["fn"].subsample_size, msg["value"]
+            if chosen is not None:
+                chosen = torch.as_tensor(chosen)
+                size = len(chosen)
+            raise _Reached(Rows(full, full if size is None else min(size, full), chosen))

@@ -1,0 +1,49 @@
+"""A transform at one context, as a module: y = t(x | c) with c held fixed, or trained."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .base import FlowTransform
+
+
+class Conditioned(FlowTransform):
+    """What ``transform.condition(context)`` is for one use, to keep: the context is a parameter like any other.
+
+    Args:
+        transform: A transform that takes contexts.
+        context: One context, ``(context_dim,)``; its values are copied.
+
+    Raises:
+        ValueError: If the context is not one vector of the transform's width.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows import flows
+        >>> layer = flows.nsf(2, context_dim=3).transforms[0]
+        >>> held = Conditioned(layer, torch.zeros(3))
+        >>> held.context_dim, held(torch.ones(5, 2)).shape
+        (0, torch.Size([5, 2]))
+    """
+
+    def __init__(self, transform: FlowTransform, context: Tensor | nn.Parameter) -> None:
+        super().__init__(transform.event_shape)
+        if context.shape != (transform.context_dim,):
+            raise ValueError(
+                f"Conditioned: context must have shape ({transform.context_dim},), got {tuple(context.shape)}."
+            )
+        self.transform = transform
+        shared = isinstance(context, nn.Parameter)
+        self.context = context if shared else nn.Parameter(context.detach().clone())
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.forward_and_log_det(x, self.context)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse_and_log_det(y, self.context)
+
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.transform.forward_and_score(x, score, self.context)

@@ -1,0 +1,119 @@
+"""A planar transform bends space along one ridge: y = x + û tanh(z), with z = w·x + b.
+
+The Jacobian is the identity plus a matrix of rank one, so log|det dy/dx| = log(1 + s (1 - tanh² z)) with s = w·û.  The
+map is a bijection if s > -1.  So, as in the paper, the part of the free vector u along w is replaced,
+
+    û = u + (s - w·u) w / |w|²,   here with   log(1 + s) = B tanh(w·u / B):
+
+u = 0 is the identity, and no layer stretches or squeezes space by more than exp(B).
+
+The way back is one increasing scalar equation, z + s tanh z = w·y + b.  It is odd, and convex (s < 0) or concave on
+z > 0; there Newton's iteration runs monotonically to the root from the better of the two points where the tangents at
+zero and at infinity meet the right-hand side.  Slopes are bounded, so a fixed number of steps reaches the last bit.
+Its derivatives are those of the implicit function.
+
+Variational Inference with Normalizing Flows (Rezende, Mohamed 2015, arXiv:1505.05770, section 4.1 and appendix A).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..conditioners import Conditioner
+from .base import FlowTransform
+
+MAX_LOG_SLOPE = 4.0  # B
+STEPS = 6  # With the two differentiable ones that follow, one more than any slope within the bound needs in float64.
+
+
+class Planar(FlowTransform):
+    """A planar transform of a vector, the identity at the start.
+
+    Its 2 D + 1 parameters (u, w, b) are a table, in which only u starts at zero: w and b are random, so that
+    gradients are alive and no two layers alike.  A conditioner adds to the table what depends on the context.
+
+    Args:
+        input_dim: The number D of features.
+        conditioner: A network from contexts to parameters, with ``input_dim = context_dim``, ``output_dim = 1`` and
+            ``num_params = 2 * D + 1``; by default there is no context.
+
+    Raises:
+        ValueError: If ``input_dim`` is not positive or the conditioner's sizes do not fit it.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows.conditioners import MLP
+        >>> planar = Planar(3, MLP(4, 1, num_params=7))
+        >>> y, log_det = planar.forward_and_log_det(torch.randn(5, 3), torch.randn(4))
+        >>> y.shape, log_det.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+    """
+
+    def __init__(self, input_dim: int, conditioner: Conditioner | None = None) -> None:
+        super().__init__((input_dim,), 0 if conditioner is None else conditioner.input_dim)
+        self.input_dim = input_dim
+        self.conditioner = conditioner
+        if conditioner is not None:
+            got, wanted = (conditioner.output_dim, conditioner.num_params), (1, 2 * input_dim + 1)
+            if got != wanted:
+                raise ValueError(
+                    f"Planar: conditioner must have (output_dim, num_params) = {wanted} for {input_dim} features, "
+                    f"got {got}."
+                )
+        w = torch.randn(input_dim) / input_dim**0.5  # w·x is of order one
+        self.params = nn.Parameter(torch.cat((torch.zeros(input_dim), w, torch.randn(1))))
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        u, w, b, s = self._ridge(context)
+        t = torch.tanh((x * w).sum(-1) + b)
+        return x + u * t.unsqueeze(-1), torch.log1p(s * (1 - t * t))
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        u, w, b, s = self._ridge(context)
+        t = torch.tanh(_root(s, (y * w).sum(-1) + b))
+        return y - u * t.unsqueeze(-1), -torch.log1p(s * (1 - t * t))
+
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # The inverse of the identity plus a matrix of rank one (Sherman, Morrison 1950): no way back is needed.
+        u, w, b, s = self._ridge(context)
+        t = torch.tanh((x * w).sum(-1) + b)
+        bend = 1 - t * t
+        slope = 1 + s * bend
+        y, log_det = x + u * t.unsqueeze(-1), torch.log1p(s * bend)
+        along = bend / slope * (2 * s * t / slope - (u * score).sum(-1))
+        return y, log_det, (score + along.unsqueeze(-1) * w).detach()
+
+    def _ridge(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The vectors û and w, ``(*batch, D)``, and the numbers b and s = w·û, ``(*batch)``."""
+        params = self.params
+        if self.conditioner is not None:
+            if context is None:
+                raise ValueError(f"Planar: context is missing; its width is {self.context_dim}.")
+            params = params + self.conditioner(context).squeeze(-2)
+        u, w, b = params.split((self.input_dim, self.input_dim, 1), -1)
+        dot = (w * u).sum(-1, keepdim=True)
+        s = torch.expm1(MAX_LOG_SLOPE * torch.tanh(dot / MAX_LOG_SLOPE))
+        # s - w·u vanishes like (w·u)², and so does the whole correction where w does.
+        norm = w.square().sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+        return u + (s - dot) / norm * w, w, b.squeeze(-1), s.squeeze(-1)
+
+
+def _root(s: Tensor, k: Tensor) -> Tensor:
+    """The root z of z + s tanh z = k, for s > -1, with first and second derivatives."""
+    with torch.no_grad():
+        size = k.abs()
+        of_zero, of_infinity = size / (1 + s), size - s
+        z = torch.where(s < 0, torch.minimum(of_zero, of_infinity), torch.maximum(of_zero, of_infinity))
+        for _ in range(STEPS):
+            z = _newton(z, s, size)
+        z = torch.copysign(z, k)
+    return _newton(_newton(z, s, k), s, k)  # each step doubles the order of the derivatives that are right
+
+
+def _newton(z: Tensor, s: Tensor, k: Tensor) -> Tensor:
+    t = torch.tanh(z)
+    return z - (z + s * t - k) / (1 + s * (1 - t * t))

@@ -1,0 +1,392 @@
+"""Encoders turn each row of data into a context of its own, whatever the batch, the dtype or the order of a set."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import NamedTuple
+
+import laws
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyro_flows.encoders import ConvEncoder, Encoder, MLPEncoder, SetEncoder, Standardize
+
+CONTEXT_DIM = 6
+
+
+class Kind(NamedTuple):
+    """A line of the registry: how to build an encoder, the shape of one row of its data, and its hyper-parameters."""
+
+    build: Callable[[], Encoder]
+    row: tuple[int, ...]
+    arguments: dict[str, object]
+
+
+ENCODERS: dict[str, Kind] = {
+    "mlp": Kind(
+        lambda: MLPEncoder(3, CONTEXT_DIM, [16, 8]),
+        (3,),
+        {"input_dim": 3, "hidden_dims": (16, 8), "activation": nn.ReLU},
+    ),
+    "mlp_of_numbers": Kind(
+        lambda: MLPEncoder(1, CONTEXT_DIM, (16,), activation=nn.Tanh),
+        (1,),
+        {"input_dim": 1, "hidden_dims": (16,), "activation": nn.Tanh},
+    ),
+    "set": Kind(
+        lambda: SetEncoder(2, CONTEXT_DIM, [16, 8]),
+        (7, 2),
+        {"element_dim": 2, "hidden_dims": (16, 8), "num_queries": 4, "activation": nn.ReLU},
+    ),
+    "set_one_query": Kind(
+        lambda: SetEncoder(2, CONTEXT_DIM, (16,), num_queries=1, activation=nn.PReLU),
+        (3, 2),
+        {"element_dim": 2, "hidden_dims": (16,), "num_queries": 1, "activation": nn.PReLU},
+    ),
+    "image": Kind(
+        lambda: ConvEncoder([1, 28, 28], CONTEXT_DIM, [4, 8], 16),
+        (1, 28, 28),
+        {"image_shape": (1, 28, 28), "channels": (4, 8), "hidden_dim": 16, "activation": nn.ReLU},
+    ),
+    "image_small": Kind(
+        lambda: ConvEncoder((3, 8, 8), CONTEXT_DIM, (4, 4, 8), 16),
+        (3, 8, 8),
+        {"image_shape": (3, 8, 8), "channels": (4, 4, 8), "hidden_dim": 16, "activation": nn.ReLU},
+    ),
+    "image_odd": Kind(
+        lambda: ConvEncoder((2, 5, 11), CONTEXT_DIM, (4, 8), 16, activation=nn.SiLU),
+        (2, 5, 11),
+        {"image_shape": (2, 5, 11), "channels": (4, 8), "hidden_dim": 16, "activation": nn.SiLU},
+    ),
+}
+every_encoder = pytest.mark.parametrize("kind", ENCODERS.values(), ids=ENCODERS.keys())
+
+
+def made(kind: Kind, seed: int = 0) -> Encoder:
+    """An encoder in float64 that has seen data."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoder = kind.build().double()
+    encoder.initialize(data(kind, 20, seed=seed + 100))
+    return encoder
+
+
+def data(kind: Kind, *batch: int, seed: int = 1) -> Tensor:
+    """Data that are far from standardised."""
+    return 30.0 + 7.0 * laws.normal(*batch, *kind.row, seed=seed)
+
+
+# ------------------------------------------------------------ laws of all encoders
+
+
+@every_encoder
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (0,), (2, 0)], ids=str)
+def test_contexts_have_the_batch_shape_of_the_data(kind: Kind, batch: tuple[int, ...]) -> None:
+    context = made(kind)(data(kind, *batch))
+    assert context.shape == (*batch, CONTEXT_DIM)
+    assert context.isfinite().all()
+
+
+@every_encoder
+def test_rows_do_not_touch_each_other(kind: Kind) -> None:
+    encoder, x = made(kind), data(kind, 2, 3)
+    together = encoder(x)
+    alone = torch.stack([torch.stack([encoder(row) for row in rows]) for rows in x])
+    torch.testing.assert_close(together, alone)
+    assert not torch.allclose(together[0, 0], together[1, 2])  # the data do matter
+
+
+@every_encoder
+def test_a_gradient_reaches_every_parameter_and_the_data(kind: Kind) -> None:
+    encoder, x = made(kind), data(kind, 16).requires_grad_()
+    encoder(x).square().sum().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+    assert x.grad.abs().sum() > 0
+
+
+@every_encoder
+def test_float32_and_float64_agree(kind: Kind) -> None:
+    encoder, x = made(kind), data(kind, 5)
+    narrow = copy.deepcopy(encoder).float()
+    assert encoder(x).dtype == torch.float64
+    assert narrow(x.float()).dtype == torch.float32
+    torch.testing.assert_close(narrow(x.float()).double(), encoder(x), atol=1e-4, rtol=1e-4)
+
+
+@every_encoder
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("own", [torch.float32, torch.float64], ids=str)
+def test_data_of_any_dtype_are_converted_to_the_networks(kind: Kind, dtype: torch.dtype, own: torch.dtype) -> None:
+    x = (3.0 * laws.normal(6, *kind.row, seed=1).abs()).to(dtype)
+    encoder = kind.build().to(own)
+    other = copy.deepcopy(encoder)
+    encoder.initialize(x)
+    other.initialize(x.to(own))
+    assert encoder(x).dtype == own
+    assert torch.equal(encoder(x), other(x.to(own)))
+
+
+@every_encoder
+def test_copies_pickles_and_strict_states_are_the_same_function(kind: Kind) -> None:
+    encoder, x = made(kind), data(kind, 4)
+    fresh = kind.build().double()
+    assert not torch.allclose(fresh(x), encoder(x))
+    fresh.load_state_dict(encoder.state_dict(), strict=True)
+    for other in (fresh, copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        assert torch.equal(other(x), encoder(x))
+
+
+@every_encoder
+def test_arguments_are_kept_under_their_names(kind: Kind) -> None:
+    encoder = kind.build()
+    arguments = {**kind.arguments, "context_dim": CONTEXT_DIM}
+    assert {name: getattr(encoder, name) for name in arguments} == arguments
+    again = type(encoder)(**arguments)
+    assert [p.shape for p in again.parameters()] == [p.shape for p in encoder.parameters()]
+
+
+@every_encoder
+def test_data_shape_describes_a_row(kind: Kind) -> None:
+    described = kind.build().data_shape
+    assert len(described) == len(kind.row)
+    assert all(size in (None, given) for size, given in zip(described, kind.row, strict=True))
+
+
+@every_encoder
+def test_initialising_standardises_the_data(kind: Kind) -> None:
+    encoder, x = kind.build().double(), data(kind, 4, 5)
+    assert torch.equal(encoder.standardize(x), x)
+    encoder.initialize(x)
+    z = encoder.standardize(x)
+    shape = encoder.standardize.shape
+    shared = tuple(place - len(shape) for place in range(len(shape)) if shape[place] == 1)
+    over = (*range(z.dim() - len(shape)), *shared)
+    torch.testing.assert_close(z.mean(over), torch.zeros_like(z.mean(over)), atol=1e-10, rtol=0.0)
+    torch.testing.assert_close(z.std(over, correction=0), torch.ones_like(z.mean(over)))
+    assert not any(name.startswith("standardize") for name, _ in encoder.named_parameters())
+
+
+@every_encoder
+def test_standardised_data_make_units_irrelevant(kind: Kind) -> None:
+    encoder = kind.build().double()
+    other, x = copy.deepcopy(encoder), data(kind, 10)
+    encoder.initialize(x)
+    other.initialize(1000.0 * x - 3.0)
+    torch.testing.assert_close(encoder(x), other(1000.0 * x - 3.0))
+
+
+@every_encoder
+def test_encoders_compile_and_map(kind: Kind) -> None:
+    encoder, x = made(kind), data(kind, 3)
+    torch.testing.assert_close(torch.func.vmap(encoder)(x), encoder(x))
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(encoder, fullgraph=True, backend="aot_eager")(x), encoder(x))
+
+
+@every_encoder
+def test_data_of_another_shape_are_refused(kind: Kind) -> None:
+    encoder = made(kind)
+    wide = torch.zeros(2, *kind.row[:-1], kind.row[-1] + 1)
+    for use in (encoder, encoder.initialize):
+        for wrong in (wide, torch.zeros(())):
+            with pytest.raises(
+                ValueError, match=rf"^{type(encoder).__name__}: data must have shape \(\*batch, .*, got "
+            ):
+                use(wrong)
+
+
+# ------------------------------------------------------------ standardisation
+
+
+def test_a_constant_feature_keeps_the_scale_1() -> None:
+    for dtype in (torch.float32, torch.float64):
+        for value in (0.1, -1e30, 0.0):
+            standardize = Standardize((2,)).to(dtype)
+            x = torch.stack((torch.full((1001,), value), torch.linspace(-1, 1, 1001)), -1).to(dtype)
+            standardize.initialize(x)
+            assert standardize.scale[0] == 1.0
+            assert (standardize(x)[:, 0] == 0.0).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "loc", "scale"),
+    [
+        (torch.float32, 0.0, 1e35),
+        (torch.float32, 1e7, 10.0),
+        (torch.float32, 0.0, 1e-40),
+        (torch.float64, 1e200, 1e199),
+        (torch.float64, 0.0, 1e-200),
+        (torch.float64, 1.7e9, 1e-3),
+    ],
+)
+def test_extreme_values_are_standardised(dtype: torch.dtype, loc: float, scale: float) -> None:
+    x = (loc + scale * laws.normal(1000, 3)).to(dtype)
+    standardize = Standardize((3,)).to(dtype)
+    standardize.initialize(x)
+    z = standardize(x).double()
+    torch.testing.assert_close(z.std(0, correction=0), torch.ones(3).double(), atol=1e-3, rtol=0.0)
+    assert (z.mean(0).abs() < 0.1).all()
+
+
+def test_a_size_of_1_shares_its_scale_along_the_dimension() -> None:
+    standardize = Standardize((2, 1)).double()
+    x = laws.normal(10, 2, 5) * torch.tensor([[1.0], [50.0]])
+    standardize.initialize(x)
+    torch.testing.assert_close(standardize.scale, x.std((0, 2), correction=0)[:, None])
+    standardize.initialize(x[0])  # one row, no batch
+    torch.testing.assert_close(standardize.loc, x[0].mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (
+            torch.tensor([[1.0, torch.nan], [torch.inf, 2.0]]),
+            r"finite in torch\.float32, got 2 NaN or infinite of 4",
+        ),
+        (torch.tensor([[1e300, 0.0]], dtype=torch.float64), r"finite in torch\.float32, got 1 NaN or infinite of 2"),
+        (torch.zeros(0, 2), r"at least one row, got the shape \(0, 2\)"),
+        (torch.zeros(4, 3), r"end with the shape \(2,\), got \(4, 3\)"),
+        (torch.zeros(()), r"end with the shape \(2,\), got \(\)"),
+    ],
+)
+def test_data_that_cannot_set_a_scale_are_refused(x: Tensor, message: str) -> None:
+    standardize = Standardize((2,))
+    with pytest.raises(ValueError, match=f"^Standardize: data must (be|hold)? ?{message}"):
+        standardize.initialize(x)
+    assert torch.equal(standardize(torch.ones(2)), torch.ones(2))  # as it was
+
+
+def test_the_standardisation_is_shown() -> None:
+    encoder = MLPEncoder(6, 1)
+    encoder.initialize(torch.tensor([2.5, 0.0]).repeat(3)[None])
+    assert "Standardize((6,), loc=[2.5, 0, 2.5, 0, …], scale=[1, 1, 1, 1, …])" in repr(encoder)
+
+
+# ------------------------------------------------------------ sets
+
+
+def encoded_sets(n: int = 7) -> tuple[SetEncoder, Tensor]:
+    encoder = made(ENCODERS["set"])
+    assert isinstance(encoder, SetEncoder)
+    return encoder, 30.0 + 7.0 * laws.normal(3, n, 2, seed=4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 500])
+def test_the_order_of_a_set_does_not_matter(n: int) -> None:
+    encoder, x = encoded_sets(n)
+    order = laws.shuffled(n)
+    torch.testing.assert_close(encoder(x[:, order]), encoder(x))
+    mask = torch.rand(3, n, generator=torch.Generator().manual_seed(0)) < 0.5
+    torch.testing.assert_close(encoder(x[:, order], mask[:, order]), encoder(x, mask))
+
+
+@pytest.mark.parametrize("filler", [0.0, -1e9, torch.nan, torch.inf])
+def test_masked_elements_do_not_matter(filler: float) -> None:
+    encoder, x = encoded_sets()
+    mask = torch.arange(7) < torch.tensor([[2], [7], [0]])
+    filled = torch.where(mask[..., None], x, filler).requires_grad_()
+    context = encoder(filled, mask)
+    torch.testing.assert_close(context, torch.stack([encoder(row[there]) for row, there in zip(x, mask, strict=True)]))
+    context.sum().backward()
+    assert torch.equal(filled.grad.abs().sum(-1) > 0, mask)
+    assert all(p.grad.isfinite().all() for p in encoder.parameters())
+    again = copy.deepcopy(encoder)
+    again.initialize(filled.detach(), mask)
+    encoder.initialize(x[mask])
+    assert torch.equal(again.standardize.loc, encoder.standardize.loc)
+    assert torch.equal(again.standardize.scale, encoder.standardize.scale)
+
+
+def test_a_full_mask_is_no_mask() -> None:
+    encoder, x = encoded_sets()
+    assert torch.equal(encoder(x, torch.ones(3, 7, dtype=torch.bool)), encoder(x))
+
+
+def test_an_empty_set_has_a_context() -> None:
+    """Also with a gradient, in either spelling."""
+    encoder, x = encoded_sets()
+    masked, empty = encoder(x, torch.zeros(3, 7, dtype=torch.bool)), encoder(x[:, :0])
+    torch.testing.assert_close(masked, empty)
+    masked.sum().backward()
+    assert masked.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in encoder.parameters())
+
+
+def test_the_size_of_a_set_is_known() -> None:
+    """Every element twice leaves all means as they are, but it is twice the evidence."""
+    encoder, x = encoded_sets()
+    assert (encoder(x.repeat(1, 2, 1)) - encoder(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.ones(3, 7), torch.ones(3, 6, dtype=torch.bool), torch.ones(7, dtype=torch.bool)], ids=str
+)
+def test_a_mask_that_does_not_fit_is_refused(mask: Tensor) -> None:
+    encoder, x = encoded_sets()
+    for use in (encoder, encoder.initialize):
+        with pytest.raises(ValueError, match=r"^SetEncoder: mask must be torch.bool of shape \(3, 7\), .* got torch\."):
+            use(x, mask)
+
+
+def test_a_set_encoder_learns_what_a_set_says() -> None:
+    """Mean, spread, maximum and size of ragged sets, then also of sets larger than any that it has seen."""
+    torch.manual_seed(0)
+    encoder = SetEncoder(1, 4, (32, 32))
+    optimiser = torch.optim.Adam(encoder.parameters(), lr=5e-3)
+
+    def draw(low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
+        size = torch.randint(low, high + 1, (128, 1))
+        mask = torch.arange(high) < size
+        x = torch.randn(128, 1) + torch.randn(128, 1).mul(0.3).exp() * torch.randn(128, high)
+        mean = (x * mask).sum(1, keepdim=True) / size
+        spread = (((x - mean).square() * mask).sum(1, keepdim=True) / size).sqrt()
+        largest = x.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
+        return x[..., None], mask, torch.cat((mean, spread, largest, size.log()), -1)
+
+    for _ in range(400):
+        x, mask, wanted = draw(4, 30)
+        optimiser.zero_grad()
+        (encoder(x, mask) - wanted).square().mean().backward()
+        optimiser.step()
+    for low, high in ((4, 30), (31, 40)):
+        x, mask, wanted = draw(low, high)
+        error = (encoder(x, mask) - wanted).square().mean(0).sqrt()
+        assert (error < 0.3).all(), error
+
+
+# ------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: MLPEncoder(0, 2), "MLPEncoder: input_dim must be at least 1, got 0"),
+        (lambda: MLPEncoder(2, -1), "MLPEncoder: context_dim must be at least 1, got -1"),
+        (lambda: MLPEncoder(2, 2, ()), r"MLPEncoder: hidden_dims must hold at least one size, .*, got \(\)"),
+        (lambda: MLPEncoder(2, 2, (8, 0)), r"MLPEncoder: hidden_dims must hold .* each at least 1, got \(8, 0\)"),
+        (lambda: SetEncoder(0, 2), "SetEncoder: element_dim must be at least 1, got 0"),
+        (lambda: SetEncoder(2, 2, num_queries=0), "SetEncoder: num_queries must be at least 1, got 0"),
+        (lambda: ConvEncoder((0, 8, 8), 2), r"ConvEncoder: image_shape must hold .* each at least 1, got \(0, 8, 8\)"),
+        (lambda: ConvEncoder((8, 8), 2), r"ConvEncoder: image_shape must be \(channels, height, width\), got \(8, 8\)"),
+        (lambda: ConvEncoder((1, 8, 8), 2, ()), r"ConvEncoder: channels must hold at least one size, .*, got \(\)"),
+        (lambda: ConvEncoder((1, 8, 8), 2, hidden_dim=0), "ConvEncoder: hidden_dim must be at least 1, got 0"),
+        (
+            lambda: ConvEncoder((1, 9, 3), 2),
+            r"ConvEncoder: image_shape \(1, 9, 3\) is too small to be halved 2 times, by channels = \(32, 64\): "
+            "height and width must be at least 4",
+        ),
+    ],
+)
+def test_sizes_that_make_no_network_are_refused(build: Callable[[], Encoder], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}\\.$"):
+        build()
+
+
+def test_the_message_says_what_shape_a_set_has() -> None:
+    with pytest.raises(ValueError, match=r"^SetEncoder: data must have shape \(\*batch, n, 2\), got \(5, 3\)\.$"):
+        SetEncoder(2, 4)(torch.zeros(5, 3))
