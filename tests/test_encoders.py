@@ -29,7 +29,7 @@ ENCODERS: dict[str, Kind] = {
     "mlp": Kind(
         lambda: MLPEncoder(3, CONTEXT_DIM, [16, 8]),
         (3,),
-        {"input_dim": 3, "hidden_dims": (16, 8), "activation": nn.ReLU},
+        {"input_dim": 3, "hidden_dims": (16, 8), "activation": nn.SiLU},
     ),
     "mlp_of_numbers": Kind(
         lambda: MLPEncoder(1, CONTEXT_DIM, (16,), activation=nn.Tanh),
@@ -39,22 +39,22 @@ ENCODERS: dict[str, Kind] = {
     "set": Kind(
         lambda: SetEncoder(2, CONTEXT_DIM, [16, 8]),
         (7, 2),
-        {"element_dim": 2, "hidden_dims": (16, 8), "num_queries": 4, "activation": nn.ReLU},
+        {"element_dim": 2, "hidden_dims": (16, 8), "num_queries": 4, "num_moments": 8, "activation": nn.SiLU},
     ),
     "set_one_query": Kind(
         lambda: SetEncoder(2, CONTEXT_DIM, (16,), num_queries=1, activation=nn.PReLU),
         (3, 2),
-        {"element_dim": 2, "hidden_dims": (16,), "num_queries": 1, "activation": nn.PReLU},
+        {"element_dim": 2, "hidden_dims": (16,), "num_queries": 1, "num_moments": 8, "activation": nn.PReLU},
     ),
     "image": Kind(
         lambda: ConvEncoder([1, 28, 28], CONTEXT_DIM, [4, 8], 16),
         (1, 28, 28),
-        {"image_shape": (1, 28, 28), "channels": (4, 8), "hidden_dim": 16, "activation": nn.ReLU},
+        {"image_shape": (1, 28, 28), "channels": (4, 8), "hidden_dim": 16, "activation": nn.SiLU},
     ),
     "image_small": Kind(
         lambda: ConvEncoder((3, 8, 8), CONTEXT_DIM, (4, 4, 8), 16),
         (3, 8, 8),
-        {"image_shape": (3, 8, 8), "channels": (4, 4, 8), "hidden_dim": 16, "activation": nn.ReLU},
+        {"image_shape": (3, 8, 8), "channels": (4, 4, 8), "hidden_dim": 16, "activation": nn.SiLU},
     ),
     "image_odd": Kind(
         lambda: ConvEncoder((2, 5, 11), CONTEXT_DIM, (4, 8), 16, activation=nn.SiLU),

@@ -15,18 +15,19 @@ from pyro_flows import (
 )
 
 NAMES = {
-    pyro_flows: "AutoFlow AutoPlateFlow Calibration Check Fit Flow Psis calibrate check encoders fit_amortized fit_svi "
-    "flows importance_log_likelihood neutra psis refine resample to_arviz",
+    pyro_flows: "AutoFlow AutoPlateFlow Calibration Check Fit Flow Psis Simulations calibrate check encoders "
+    "fit_amortized fit_svi flows importance_log_likelihood neutra psis refine resample simulate to_arviz",
     bijectors: "Affine Bijector CircularSpline RationalQuadraticSpline Shift",
     conditioners: "Conditioner Given MADE MLP Periodic costream stream",
     encoders: "ConvEncoder Encoder MLPEncoder SetEncoder Standardize",
-    transforms: "ActNorm Autoregressive Compose Conditioned Coupling Elementwise FixedAffine FlowTransform Inverse LULinear "
-    "Permute Planar View",
+    transforms: "ActNorm Autoregressive Compose Conditioned Coupling Elementwise FixedAffine FlowTransform Inverse "
+    "LULinear Permute Planar View",
     distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase StandardNormal StudentTBase",
     flows: "Flow circular_coupling iaf maf nice nsf nsf_ar planar realnvp",
     objectives: "ForwardKL ImportanceWeightedELBO PathELBO PathEnumELBO RenyiELBO TemperedELBO",
     guides: "AutoFlow AutoPlateFlow default_flow init_to_center",
-    diagnostics: "Calibration Check Neutra Psis Refined calibrate check importance_log_likelihood neutra psis refine resample to_arviz",
+    diagnostics: "Calibration Check Neutra Psis Refined Simulations calibrate check importance_log_likelihood neutra "
+    "psis refine resample simulate to_arviz",
     fitting: "Fit fit_amortized fit_svi",
 }
 MODULE = type(pyro_flows)

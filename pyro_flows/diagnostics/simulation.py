@@ -18,7 +18,7 @@ from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from .draws import check_side_by_side, room_of, rows_of, side_by_side, single_trace, subsampled_plate
+from .draws import check_integers, check_side_by_side, room_of, rows_of, side_by_side, single_trace, subsampled_plate
 from .held import group_of
 
 
@@ -45,6 +45,43 @@ class Simulations:
 
     def __len__(self) -> int:
         return len(next(iter(self.data.values())))
+
+
+def simulate(
+    model: Callable[..., Any],
+    *args: Any,
+    num_simulations: int = 10_000,
+    batch_size: int = 10_000,
+    vectorize: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Simulations:
+    """Run a model forward: draws of its latents, and of its data by the arguments that take them.
+
+    Args:
+        model: A Pyro model that takes its data by arguments, as for :func:`~pyro_flows.fit_amortized`.
+        *args: The model's arguments without the data.
+        num_simulations: How many to draw.
+        batch_size: How many run side by side.
+        vectorize: Whether they do, under an outer plate, for which the model must broadcast to the left of its plates.
+        model_kwargs: Keyword arguments of the model whose names clash with those above.
+        **kwargs: The model's other keyword arguments.
+
+    Raises:
+        ValueError: If the model cannot be simulated, or means something else when it runs side by side.
+
+    Example::
+
+        >>> def model(x=None):
+        ...     theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        ...     return pyro.sample("x", dist.Normal(theta, 0.5), obs=x)
+        >>> found = simulate(model, num_simulations=100)
+        >>> found.latents["theta"].shape, found.data["x"].shape
+        (torch.Size([100]), torch.Size([100]))
+    """
+    check_integers("simulate", num_simulations=(num_simulations, 1), batch_size=(batch_size, 1))
+    simulator = Simulator("simulate", model, args, {**kwargs, **(model_kwargs or {})})
+    return simulator.draw(num_simulations, batch_size=batch_size, vectorize=vectorize)
 
 
 class Simulator:
@@ -180,6 +217,16 @@ class Simulator:
             trace = poutine.trace(beside).get_trace(*self.args, **self.kwargs)
         sites = self.single.iter_stochastic_nodes()
         return {name: rows_of(name, trace.nodes[name]["value"], site["value"].shape, size) for name, site in sites}
+
+    def check_simulations(self, simulations: Simulations, rounds: int = 1) -> None:
+        """Refuse simulations that are not of this model."""
+        if rounds > 1:
+            raise ValueError(f"{self.caller}: give either simulations or rounds={rounds}, which draw their own.")
+        if simulations.data.keys() != self.sites.keys() or len(simulations) < 20:
+            raise ValueError(
+                f"{self.caller}: simulations must hold at least 20 draws of the data arguments {sorted(self.sites)}, "
+                f"got {len(simulations)} of {sorted(simulations.data)}."
+            )
 
     def check(self) -> None:
         """Refuse a model that means something else when many run side by side."""

@@ -48,7 +48,7 @@ class ConvEncoder(Encoder):
         channels: Sequence[int] = (32, 64),
         hidden_dim: int = 128,
         *,
-        activation: type[nn.Module] = nn.ReLU,
+        activation: type[nn.Module] = nn.SiLU,
     ) -> None:
         name, shape, counts = type(self).__name__, tuple(image_shape), tuple(channels)
         check_sizes(name, image_shape=shape, context_dim=context_dim, channels=counts, hidden_dim=hidden_dim)

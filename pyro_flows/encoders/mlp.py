@@ -44,7 +44,7 @@ class MLPEncoder(Encoder):
         context_dim: int,
         hidden_dims: Sequence[int] = (64, 64),
         *,
-        activation: type[nn.Module] = nn.ReLU,
+        activation: type[nn.Module] = nn.SiLU,
     ) -> None:
         widths = tuple(hidden_dims)
         check_sizes(type(self).__name__, input_dim=input_dim, context_dim=context_dim, hidden_dims=widths)

@@ -1,8 +1,10 @@
-"""A permutation-invariant encoder of sets: c = ρ(Σ_i φ(x_i) / n, Σ_i w_1i φ(x_i), …, Σ_i w_Qi φ(x_i), log(1 + n)).
+"""A permutation-invariant encoder of sets: c = ρ(pooled φ(x_i), mean and log-spread of A x_i, log(1 + n)).
 
-The weights of query q are a softmax over the elements, w_qi ∝ exp(u_q · φ(x_i)).  Deep Sets (Zaheer et al. 2017,
-arXiv:1703.06114), with the attention pooling of Attention-based Deep Multiple Instance Learning (Ilse, Tomczak, Welling
-2018, arXiv:1802.04712) and by learned queries as in Set Transformer (Lee et al. 2019, arXiv:1810.00825).
+φ is pooled by its mean and by weighted means, with weights w_qi ∝ exp(u_q · φ(x_i)) for each of Q learned queries.
+Deep Sets (Zaheer et al. 2017, arXiv:1703.06114), with the attention pooling of Attention-based Deep Multiple Instance
+Learning (Ilse, Tomczak, Welling 2018, arXiv:1802.04712) and by learned queries as in Set Transformer (Lee et al. 2019,
+arXiv:1810.00825).  Moments of linear features, after Principal Neighbourhood Aggregation (Corso et al. 2020,
+arXiv:2004.05718), are nearly sufficient for many models, and means alone tell of a spread only slowly.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class SetEncoder(Encoder):
         context_dim: The width of the context.
         hidden_dims: The widths of the hidden layers, at least one; φ and ρ have the same.
         num_queries: The number of learned queries, each with its own attention over the elements.
+        num_moments: The number of linear features whose mean and log standard deviation are taken.
         activation: The class of the elementwise nonlinearity.
 
     Raises:
@@ -53,19 +56,22 @@ class SetEncoder(Encoder):
         hidden_dims: Sequence[int] = (64, 64),
         *,
         num_queries: int = 4,
-        activation: type[nn.Module] = nn.ReLU,
+        num_moments: int = 8,
+        activation: type[nn.Module] = nn.SiLU,
     ) -> None:
         widths = tuple(hidden_dims)
         name = type(self).__name__
-        check_sizes(name, element_dim=element_dim, context_dim=context_dim, hidden_dims=widths, num_queries=num_queries)
+        check_sizes(name, element_dim=element_dim, context_dim=context_dim, hidden_dims=widths)
+        check_sizes(name, num_queries=num_queries, num_moments=num_moments)
         super().__init__((None, element_dim), context_dim, Standardize((element_dim,)))
         self.element_dim = element_dim
         self.hidden_dims = widths
-        self.num_queries = num_queries
+        self.num_queries, self.num_moments = num_queries, num_moments
         self.activation = activation
         self.phi = hidden_layers(element_dim, *widths, activation=activation)
         self.queries = nn.Linear(widths[-1], num_queries, bias=False)  # a softmax would not feel a bias
-        pooled_dim = (num_queries + 1) * widths[-1] + 1
+        self.linear = nn.Linear(element_dim, num_moments, bias=False)
+        pooled_dim = (num_queries + 1) * widths[-1] + 2 * num_moments + 1
         self.rho = hidden_layers(pooled_dim, *widths, activation=activation)
         self.output = nn.Linear(widths[-1], context_dim)
 
@@ -89,7 +95,8 @@ class SetEncoder(Encoder):
         self._check_mask(x, mask)
         there = mask[..., None]  # (*batch, n, 1)
         # Zeroed before any product: a weight of zero would not silence a NaN.
-        h = self.phi(self.standardize(x).masked_fill(~there, 0.0))  # (*batch, n, H)
+        x = self.standardize(x).masked_fill(~there, 0.0)
+        h = self.phi(x)  # (*batch, n, H)
         scores = self.queries(h)  # (*batch, n, Q)
         # The lowest finite number, not -inf: the softmax of an empty set would be NaN.  There the mask makes it zero.
         attention = scores.masked_fill(~there, torch.finfo(scores.dtype).min).softmax(-2) * there
@@ -97,7 +104,11 @@ class SetEncoder(Encoder):
         average = there / size.clamp(min=1.0)[..., None]
         weights = torch.cat((average, attention), -1)  # (*batch, n, 1 + Q)
         pooled = (weights.mT @ h).flatten(-2)  # (*batch, (1 + Q) H)
-        return self.output(self.rho(torch.cat((pooled, size.log1p()), -1)))
+        a = self.linear(x)
+        mean = average.mT @ a  # (*batch, 1, M)
+        log_spread = 0.5 * (average.mT @ (a - mean).square() + 1e-6).log()
+        moments = torch.cat((mean, log_spread), -1).squeeze(-2)
+        return self.output(self.rho(torch.cat((pooled, moments, size.log1p()), -1)))
 
     def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Let the elements of all sets ``(*batch, n, element_dim)``, those under the mask, set the standardisation."""

@@ -30,10 +30,11 @@ def fit_amortized(
     guide: AutoFlow,
     *args: Any,
     num_simulations: int = 10_000,
+    simulations: Simulations | None = None,
     rounds: int = 1,
     observed: dict[str, Tensor] | None = None,
-    max_epochs: int = 100,
-    batch_size: int = 256,
+    max_epochs: int | None = None,
+    batch_size: int | None = None,
     lr: float = 2e-3,
     clip_norm: float = 5.0,
     held_out: float = 0.1,
@@ -65,12 +66,14 @@ def fit_amortized(
         guide: An ``AutoFlow`` of it with an encoder.
         *args: The model's arguments without the data.
         num_simulations: How many simulations to draw, in all rounds together.
+        simulations: Simulations made before, such as by :func:`~pyro_flows.simulate`, in place of those of one round.
         rounds: With more than one, those after the first draw latents from the prior cut off to where the guide's
             posterior of ``observed`` has its mass, so that simulations serve that data set: truncated sequential neural
             posterior estimation (Deistler, Goncalves, Macke 2022, arXiv:2210.04815).
         observed: The data of interest, by the names of the model's arguments; for more than one round.
-        max_epochs: How often to go through the simulations in a round; the step size falls to zero by then.
-        batch_size: How many simulations to take in each step.
+        max_epochs: How often to go through the simulations in a round; the step size falls to zero by then.  By default
+            100, and fewer beyond 10,000 simulations.
+        batch_size: How many simulations to take in each step; by default 256, and fewer where there are few.
         lr: The largest step size.
         clip_norm: The largest norm of a gradient.
         held_out: The share of the simulations that are not trained on and judge the states.
@@ -111,8 +114,8 @@ def fit_amortized(
         "fit_amortized",
         num_simulations=(num_simulations, 20),
         rounds=(rounds, 1),
-        max_epochs=(max_epochs, 1),
-        batch_size=(batch_size, 1),
+        max_epochs=(100 if max_epochs is None else max_epochs, 1),
+        batch_size=(256 if batch_size is None else batch_size, 1),
         patience=(patience, 1),
         simulation_batch_size=(simulation_batch_size, 1),
     )
@@ -126,6 +129,9 @@ def fit_amortized(
             f"fit_amortized: rounds={rounds} needs observed={{{', '.join(f'{n!r}: ...' for n in simulator.sites)}}}, "
             f"the data to draw simulations for, got {observed!r:.100}."
         )
+    if simulations is not None:
+        simulator.check_simulations(simulations, rounds)
+        num_simulations = len(simulations)
     sizes = [num_simulations * (r + 1) // rounds - num_simulations * r // rounds for r in range(rounds)]
     known: Simulations | None = None
     for number, size in enumerate(sizes, 1):
@@ -135,7 +141,9 @@ def fit_amortized(
             latents = Truncated(simulator, guide, observed).draw(size) if known is not None and observed else None
             return simulator.draw(size, latents, batch_size=simulation_batch_size, vectorize=vectorize)
 
-        new = draw() if part is None else _kept(part, draw, {"model": sorted(simulator.sites), "number": size})
+        new = simulations or (
+            draw() if part is None else _kept(part, draw, {"model": sorted(simulator.sites), "number": size})
+        )
         known = new if known is None else known.join(new)
         fit = train(
             simulator,

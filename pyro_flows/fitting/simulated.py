@@ -19,8 +19,8 @@ def train(
     guide: AutoFlow,
     simulations: Simulations,
     *,
-    max_epochs: int,
-    batch_size: int,
+    max_epochs: int | None,
+    batch_size: int | None,
     share: float,
     patience: int,
     **settings: Any,
@@ -28,7 +28,8 @@ def train(
     """Train on simulations, a share of which is held out."""
     z, log_det = _standardise(simulator, guide, simulations)
     number = len(z) - max(1, math.ceil(share * len(z)))
-    rows = Epochs(number, min(batch_size, number))
+    rows = Epochs(number, min(batch_size or min(256, max(32, number // 18)), number))
+    max_epochs = max_epochs or max(10, round(100 * min(1.0, math.sqrt(10_000 / len(z)))))
 
     def loss_of(index: Tensor | slice) -> Tensor:
         args, kwargs = simulator.arguments(simulations.take(index).data)
