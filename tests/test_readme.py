@@ -19,6 +19,11 @@ def test_example_runs(number, capsys):
     assert out.strip()
     if "flow" in scope:  # the ring: far better than the Gaussian of the same moments, whose entropy is 3.5 nats
         assert scope["flow"]().log_prob(scope["ring"]).mean() > -2.7
+    elif "data" not in scope:  # amortised: the exact posterior at x = (1, 3) has mean (1.0, 2.0) but for the bounds
+        draws = scope["guide"].sample(1000, torch.tensor([1.0, 3.0]))["rate"]
+        assert (draws.mean(0) - torch.tensor([1.0, 2.0])).abs().max() < 0.3
+        assert draws.min() > 0
+        assert draws.max() < 4
     else:  # the least-squares slope lies inside the 90 % interval, which is narrower than the prior's
         low, _, high = scope["guide"].quantiles([0.05, 0.5, 0.95])["slope"]
         x, y = scope["data"]
@@ -27,8 +32,16 @@ def test_example_runs(number, capsys):
         assert torch.isfinite(scope["fit"].losses).all()
 
 
-def test_there_are_both_examples_of_the_promised_length():
-    guide, density = (sum(bool(line.strip()) for line in text.splitlines()) for text in EXAMPLES)
+def test_the_pages_examples_run(capsys):
+    page = (ROOT / "docs" / "amortized.md").read_text()
+    scope: dict[str, object] = {}
+    for example in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(example, scope)
+    assert "Calibration(" in capsys.readouterr().out
+
+
+def test_the_examples_are_of_the_promised_length():
+    guide, _, density = (sum(bool(line.strip()) for line in text.splitlines()) for text in EXAMPLES)
     assert guide <= 16
     assert density <= 12
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from .base import Conditioner, zero_
@@ -21,7 +22,8 @@ class MLP(Conditioner):
         context_dim: The number of context features.
         activation: The class of the elementwise nonlinearity.
         residual: Let each hidden layer that keeps the width add its input (He et al. 2015, arXiv:1512.03385).
-        skip: Add a linear map of the inputs to the output, which starts at zero too.
+        skip: Add a linear map of the inputs, and of as many products of two as the first layer is wide; it starts at zero
+            too.  What is nearly linear, or bilinear, is then learned to a precision that few units reach.
 
     Example::
 
@@ -50,7 +52,10 @@ class MLP(Conditioner):
         self.hidden = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(widths))
         self.output = zero_(nn.Linear(widths[-1], num_params * output_dim))
         self.act = activation()
-        self.skip = zero_(nn.Linear(input_dim, num_params * output_dim, bias=False)) if skip else None
+        self.skip = skip
+        if skip:
+            self.factors = nn.Linear(input_dim, 2 * widths[1])
+            self.direct = zero_(nn.Linear(input_dim + widths[1], num_params * output_dim, bias=False))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, *others = self.hidden
@@ -58,5 +63,8 @@ class MLP(Conditioner):
         for layer in others:
             update = self.act(layer(h))
             h = h + update if self.residual and update.shape == h.shape else update
-        params = self.output(h) if self.skip is None else self.output(h) + self.skip(x)
+        params = self.output(h)
+        if self.skip:
+            a, b = self.factors(x).chunk(2, -1)
+            params = params + self.direct(torch.cat((x, a * b), -1))
         return params.unflatten(-1, (self.num_params, self.output_dim)).mT

@@ -13,7 +13,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 
@@ -164,7 +164,8 @@ def check_side_by_side(
 ) -> None:
     """Refuse a model that means something else when draws run side by side: one that sums over all it sees, say.
 
-    Two draws are scored under the plate and then one by one; the log-densities must agree.
+    Two draws are scored under the plate and then one by one, with the same rows of subsampled plates; the log-densities
+    must agree.
     """
     way_out = (
         "Let the model broadcast to the left of its plates, with (x * w).sum(-1) in place of x @ w, say, or run one "
@@ -173,6 +174,9 @@ def check_side_by_side(
     )
     with pyro.validation_enabled(False):
         single, guide_trace, nesting = single_trace(model, guide, args, kwargs)
+        rows = {name: site["value"] for name, site in guide_trace.nodes.items() if site_is_subsample(site)}
+        if subsampled_plate(single):
+            model, guide = poutine.condition(model, data=rows), poutine.condition(guide, data=rows)
         try:
             draws = _run(model, guide, args, kwargs, 2, nesting, single)
         except (RuntimeError, IndexError) as error:

@@ -113,7 +113,13 @@ class Simulator:
                 "`def model(x=None)`; give the others here."
             ) from error
         self.args, self.kwargs = self.arguments({})
-        single, _, self.nesting = single_trace(model, lambda *_, **__: None, self.args, self.kwargs)
+        try:
+            single, _, self.nesting = single_trace(model, lambda *_, **__: None, self.args, self.kwargs)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{caller}: the model cannot be simulated: it fails without its data ({error}). It must draw what is "
+                "None, and take sizes from other arguments, which are given here."
+            ) from error
         self.single = prune_subsample_sites(single)
         if plate := subsampled_plate(single):
             raise ValueError(f"{caller}: {plate}. Let it run over all rows of a simulated data set.")

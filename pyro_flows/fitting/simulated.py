@@ -26,6 +26,9 @@ def train(
     **settings: Any,
 ) -> Fit:
     """Train on simulations, a share of which is held out."""
+    # Those of others may come in an order; the same one each time, so that a run goes on with the same held out.
+    order = torch.randperm(len(simulations), generator=torch.Generator().manual_seed(0))
+    simulations = simulations.take(order)
     z, log_det = _standardise(simulator, guide, simulations)
     number = len(z) - max(1, math.ceil(share * len(z)))
     rows = Epochs(number, min(batch_size or min(256, max(32, number // 18)), number))

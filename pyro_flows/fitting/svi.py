@@ -121,6 +121,8 @@ def fit_svi(
     if escalate or restarts > 1:
         if not isinstance(guide, AutoFlow):
             raise ValueError(f"fit_svi: escalate and restarts are for an AutoFlow, not for {type(guide).__name__}.")
+        if guide.encoder is not None:
+            raise ValueError("fit_svi: escalate and restarts fit one data set; give guide.bind(...), or no encoder.")
         if escalate and objective is not None:
             raise ValueError("fit_svi: escalate=True chooses objectives itself; leave out objective, or escalate.")
         settings |= {"steps": steps, "objective": objective, "warm_start": warm_start, "progress": progress}
@@ -138,7 +140,7 @@ def fit_svi(
     if objective is None:
         kind = Trace_ELBO if isinstance(guide, AutoFlow) and guide.has_circles else PathELBO
         objective = kind(num_particles, max_plate_nesting=nesting, vectorize_particles=num_particles > 1)
-        if num_particles > 1 and whole:
+        if num_particles > 1:
             check_side_by_side(model, guide, args, kwargs)
     kept = checkpoints.steps_of(file) if file else None
     if warm_start and not isinstance(guide, AutoFlow):
@@ -146,7 +148,7 @@ def fit_svi(
     start = None
     if isinstance(guide, AutoFlow) and not kept:
         ours = isinstance(objective, PathELBO | ParticleObjective) and objective.vectorize_particles
-        new = guide.is_fresh and ours and whole
+        new = guide.is_fresh and ours and whole and guide.encoder is None
         if new:
             check_proper(model, guide, args, kwargs)
         if new if warm_start is None else warm_start:

@@ -20,10 +20,14 @@ class RowContexts(nn.Module):
     Args:
         plate: The plate's name.
         encoder: A network or function from the model's arguments to them; without one they are parameters.
+        embedding_dim: How many random numbers a row's parameters then start with, beside some zeros.
     """
 
-    def __init__(self, plate: str, encoder: Callable[..., Tensor] | None) -> None:
+    def __init__(self, plate: str, encoder: Callable[..., Tensor] | None, embedding_dim: int) -> None:
         super().__init__()
+        if isinstance(embedding_dim, bool) or not isinstance(embedding_dim, int) or embedding_dim < 1:
+            raise ValueError(f"AutoPlateFlow: embedding_dim must be an integer of at least 1, got {embedding_dim!r}.")
+        self.embedding_dim = embedding_dim
         self.plate, self.encoder, self.width = plate, encoder, 0
         self.embedding: nn.Embedding | None = None
 
@@ -35,12 +39,13 @@ class RowContexts(nn.Module):
         kwargs: dict[str, Any],
         like: Tensor,
         num_zeros: int,
-        num_random: int,
     ) -> None:
         """Learn the width from the encoder, or make for each row a vector of zeros and then random numbers."""
         if self.encoder is None:
-            self.width = num_zeros + num_random
-            start = torch.cat((torch.zeros(rows.full_size, num_zeros), torch.randn(rows.full_size, num_random)), 1)
+            self.width = num_zeros + self.embedding_dim
+            start = torch.cat(
+                (torch.zeros(rows.full_size, num_zeros), torch.randn(rows.full_size, self.embedding_dim)), 1
+            )
             self.embedding = nn.Embedding.from_pretrained(start.to(like) / PACE, freeze=False)
         else:
             context = probe("AutoPlateFlow", self.encoder, model, args, kwargs)

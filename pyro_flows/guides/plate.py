@@ -27,9 +27,10 @@ from .contexts import RowContexts
 from .encoding import check_encoder
 from .init import init_to_center
 from .names import claim_name
+from .nested import Nested
 from .packing import Packing
 from .recipe import assemble, assemble_local, built, check_recipe, check_scale, default_flow, local_flow
-from .rows import Shuffled, check_tied, rows_of_plate
+from .rows import Rows, Shuffled, check_tied, rows_of_plate
 
 
 class AutoPlateFlow(FlowGuide):
@@ -95,75 +96,89 @@ class AutoPlateFlow(FlowGuide):
         check_recipe("AutoPlateFlow", "global_flow", global_flow, "flows.nsf")
         check_encoder("AutoPlateFlow", encoder)
         check_scale("AutoPlateFlow", init_scale)
-        if isinstance(embedding_dim, bool) or not isinstance(embedding_dim, int) or embedding_dim < 1:
-            raise ValueError(f"AutoPlateFlow: embedding_dim must be an integer of at least 1, got {embedding_dim!r}.")
         super().__init__(InitMessenger(init_loc_fn)(mark_circles(model)))
         self.plate = plate
         self._build_local, self._build_global = local_flow, global_flow
-        self._embedding_dim, self._init_scale = embedding_dim, float(init_scale)
-        self.contexts, self.minibatches = RowContexts(plate, encoder), Shuffled()
+        self._init_scale = float(init_scale)
+        self.contexts, self.minibatches = RowContexts(plate, encoder, embedding_dim), Shuffled()
         self._pyro_name = claim_name(self, name)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self._check_model()
         try:
             super()._setup_prototype(*args, **kwargs)
+            rows = rows_of_plate(self.model, self.plate, args, kwargs)
             check_latents("AutoPlateFlow", self.prototype_trace, self.plate)
-            self._sort_latents(args, kwargs)
             here = "AutoPlateFlow", self.model, self.prototype_trace
             check_density(*here, args, kwargs)
             check_supports(*here, self._init_scale, args, kwargs)
-            self._build()
+            self._build(rows, args, kwargs)
         except Exception:
             self.prototype_trace = None  # a failed setup can be tried again
             raise
 
-    def _sort_latents(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tell the latents in the plate from those outside."""
-        rows = rows_of_plate(self.model, self.plate, args, kwargs)
+    def _build(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        shared, own = self._sorted(rows)
+        if own.size and self.contexts.encoder is None:
+            check_tied(self.model, self.prototype_trace, self.plate, rows, args, kwargs)
+        outer = inner = None
+        if shared.size:
+            outer = built("AutoPlateFlow", "global_flow", self._build_global, default_flow, shared.size)
+            outer = assemble(outer, None, shared.start, self._init_scale)
+        if own.size:
+            num_params = Affine().num_params * own.size
+            self.contexts.setup(self.model, rows, args, kwargs, own.start, num_zeros=num_params)
+            sizes = own.size, self.contexts.width + shared.size
+            inner = built("AutoPlateFlow", "local_flow", self._build_local, local_flow, *sizes)
+            by_row = self.contexts.encoder is None
+            inner = assemble_local(inner, own.start.mean(0), self._init_scale, by_row=by_row)
+        self.posterior = Nested(shared, own, outer, inner, self._init_scale)
+        self._full_size = rows.full_size
+        self._adopt_stored()
+
+    def _sorted(self, rows: Rows) -> tuple[Packing, Packing]:
+        """The latents outside of the plate, and those in it."""
         sites = [site for _, site in self.prototype_trace.iter_stochastic_nodes()]
         if not sites:
             raise ValueError("AutoPlateFlow: the model has no latents.")
         if angles := [site["name"] for site in sites if is_circular(site)]:
             raise ValueError(f"AutoPlateFlow: latent site {angles[0]!r} is an angle; only AutoFlow takes angles.")
         frames = [[f for f in site["cond_indep_stack"] if f.name == self.plate] for site in sites]
-        self._globals = Packing([site for site, found in zip(sites, frames, strict=True) if not found])
         dim = next((found[0].dim for found in frames if found), None)
-        self._locals = Packing([s for s, found in zip(sites, frames, strict=True) if found], dim, rows.size)
-        if self._locals.size:
-            if self.contexts.encoder is None:
-                check_tied(self.model, self.prototype_trace, self.plate, rows, args, kwargs)
-            sizes = Affine().num_params * self._locals.size, self._embedding_dim
-            self.contexts.setup(self.model, rows, args, kwargs, self._locals.start, *sizes)
+        inside = [site for site, found in zip(sites, frames, strict=True) if found]
+        outside = [site for site, found in zip(sites, frames, strict=True) if not found]
+        return Packing(outside), Packing(inside, dim, rows.size)
 
-    def _build(self) -> None:
-        shared, scale = self._globals.size, self._init_scale
-        if shared:
-            flow = built("AutoPlateFlow", "global_flow", self._build_global, default_flow, shared)
-            self.flow = assemble(flow, None, self._globals.start, scale)
-        if self._locals.size:
-            start, sizes = self._locals.start, (self._locals.size, self.contexts.width + shared)
-            flow = built("AutoPlateFlow", "local_flow", self._build_local, local_flow, *sizes)
-            self.local_flow = assemble_local(flow, start.mean(0), scale, by_row=self.contexts.encoder is None)
-        self._adopt_stored()
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the guide is still untrained."""
+        return self.posterior.is_fresh
+
+    @property
+    def has_globals(self) -> bool:
+        """Whether some latents lie outside of the plate."""
+        return self.posterior.shared.size > 0
+
+    @property
+    def full_size(self) -> int:
+        """How many rows the plate had when the guide was built."""
+        return self._full_size
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw the latents, those of the plate's present rows, as Pyro's guides do: site name -> value."""
         self.setup(*args, **kwargs)
         self._adopt_stored()
-        plates = self._plates(args, kwargs)
-        result: dict[str, Tensor] = {}
-        shared = None
-        if self._globals.size:
-            shared = pyro.sample(f"_{self._pyro_name}_latent", self.flow(), infer={"is_auxiliary": True})
-            result.update(self._place(self._globals, shared, plates))
-        if self._locals.size:
+        posterior, plates = self.posterior, self._plates(args, kwargs)
+        result, g = dict[str, Tensor](), None
+        if posterior.flow:
+            g = pyro.sample(f"_{self._pyro_name}_latent", posterior.flow(), infer={"is_auxiliary": True})
+            result.update(self._place(posterior.shared, g, plates))
+        if posterior.local_flow:
             with plates[self.plate] as indices:
                 rows = self.contexts.of(self.model, plates[self.plate], indices, args, kwargs)
-                context = self._beside(rows, shared)
-                name = f"_{self._pyro_name}_{self.plate}_latent"
-                latent = pyro.sample(name, self.local_flow(context), infer={"is_auxiliary": True})
-            result.update(self._place(self._locals, latent, plates))
+                q, name = posterior.local_flow(posterior.contexts(rows, g)), f"_{self._pyro_name}_{self.plate}_latent"
+                latent = pyro.sample(name, q, infer={"is_auxiliary": True})
+            result.update(self._place(posterior.own, latent, plates))
         return result
 
     def _plates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -172,11 +187,11 @@ class AutoPlateFlow(FlowGuide):
             return self._create_plates()
         frames = self._prototype_frames.values()
         made = {f.name: pyro.plate(f.name, f.size, dim=f.dim) for f in frames if f.name != self.plate}
-        if self._locals.size:
+        if self.posterior.own.size:
             full_size, size, chosen = rows_of_plate(self.model, self.plate, args, kwargs)
             if chosen is None and size < full_size:
                 chosen = self.minibatches.next(full_size, size)
-            made[self.plate] = pyro.plate(self.plate, full_size, size, chosen, dim=self._locals.dim)
+            made[self.plate] = pyro.plate(self.plate, full_size, size, chosen, dim=self.posterior.own.dim)
         return made
 
     @staticmethod
@@ -188,19 +203,6 @@ class AutoPlateFlow(FlowGuide):
                     stack.enter_context(plates[frame.name])
                 yield name, pyro.sample(name, dist.Delta(value, log_density=-log_det, event_dim=part.event_dim))
 
-    def _beside(self, rows: Tensor, shared: Tensor | None) -> Tensor:
-        """The contexts of rows, ``(rows, context_dim)``, in the plate's dimension and beside the latents outside of it.
-
-        The latter as they were before the guide's affine maps: in coordinates of about unit scale.
-        """
-        rows = rows.to(self._locals.start.dtype).reshape(len(rows), *(1,) * self._locals.trailing, -1)
-        if shared is None:
-            return rows
-        for transform in reversed(self.flow.transforms[-2:]):
-            shared, _ = transform.inverse_and_log_det(shared)
-        shape = torch.broadcast_shapes(rows.shape[:-1], shared.shape[:-1])
-        return torch.cat((rows.expand(*shape, -1), shared.expand(*shape, -1)), -1)
-
     # Using the answer, for all rows of the plate even where the model looks at a few.
 
     @torch.no_grad()
@@ -210,25 +212,11 @@ class AutoPlateFlow(FlowGuide):
         Returns:
             For each latent site values of shape ``(num_samples, *site_shape)``.
         """
-        self.setup(*args, **kwargs)
-        rows = self.contexts.of_all(self.model, args, kwargs) if self._locals.size else torch.zeros(1, 0)
-        size = max(1, 100_000 // len(rows)) if self._locals.size else num_samples
+        rows = self.setup(*args, **kwargs)._all_rows(args, kwargs)
+        size = max(1, 100_000 // len(rows))
         sizes = [size] * (num_samples // size) + [num_samples % size] * (num_samples % size > 0)
-        batches = [self._draw(size, rows) for size in sizes]
+        batches = [self.posterior.draw(size, rows) for size in sizes]
         return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-
-    def _draw(self, size: int, rows: Tensor) -> dict[str, Tensor]:
-        depth = max(self._globals.depth, self._locals.depth)
-        lead, shared = (size, *(1,) * depth), None
-        found: dict[str, Tensor] = {}
-        if self._globals.size:
-            shared = self.flow().sample(lead)
-            found.update(self._globals.values(shared, size))
-        if self._locals.size:
-            context = self._beside(rows, shared)
-            more = () if self._globals.size else lead[: depth - self._locals.trailing]
-            found.update(self._locals.values(self.local_flow(context).sample(more), size))
-        return found
 
     def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The guide's log-density, in nats, of any constrained values of all rows.
@@ -239,16 +227,11 @@ class AutoPlateFlow(FlowGuide):
         Returns:
             A tensor of shape ``batch``; -inf outside of the support.
         """
-        self.setup(*args, **kwargs)
-        total, shared = torch.zeros(()), None
-        if self._globals.size:
-            packed, log_det = self._globals.pack(values)
-            total = total + self.flow().log_prob(packed) + log_det
-            shared = packed.reshape(*packed.shape[:-1], *(1,) * (self._locals.trailing + 1), -1)
-        if self._locals.size:
-            packed, log_det = self._locals.pack(values)
-            context = self._beside(self.contexts.of_all(self.model, args, kwargs), shared)
-            rows = packed.reshape(*packed.shape[:-1], *(1,) * self._locals.trailing, -1)
-            log_q = self.local_flow(context).log_prob(rows)
-            total = total + (log_q.reshape(log_det.shape) + log_det).sum(-1)
-        return total
+        rows = self.setup(*args, **kwargs)._all_rows(args, kwargs)
+        return self.posterior.log_prob(values, rows)
+
+    def _all_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The contexts of all rows, ``(rows, context_dim)``; of one without content where none is needed."""
+        if not self.posterior.local_flow:
+            return torch.zeros(1, 0)
+        return self.contexts.of_all(self.model, args, kwargs)

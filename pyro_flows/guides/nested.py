@@ -1,0 +1,75 @@
+"""The law behind :class:`AutoPlateFlow`: q(g, l) = q(g) Π_i q(l_i | c_i, g), over vectors and over values of sites."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..flows import Flow
+from .packing import Packing
+from .recipe import is_untrained, permutes
+
+
+class Nested(nn.Module):
+    """A flow over the latents outside of a plate, and a conditional one over those of each of its rows.
+
+    Args:
+        shared: How the latents outside of the plate lie in a vector g.
+        own: How those of a row lie in a vector l.
+        flow: The flow over g, of :func:`assemble`; None where there is no g.
+        local_flow: The flow over l, of :func:`assemble_local`; None where there is no l.
+        scale: The scale that the guide starts from.
+    """
+
+    def __init__(self, shared: Packing, own: Packing, flow: Flow | None, local_flow: Flow | None, scale: float) -> None:
+        super().__init__()
+        self.shared, self.own = shared, own
+        self.flow, self.local_flow = flow, local_flow
+        self.scale = scale
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the flows are still untrained."""
+        if self.flow and not is_untrained(self.flow, self.scale, [False] * self.shared.size):
+            return False
+        like = self.own.start.new_zeros(self.own.size)
+        return not self.local_flow or permutes(self.local_flow.transforms[:-1], like)
+
+    def contexts(self, rows: Tensor, g: Tensor | None) -> Tensor:
+        """The contexts of rows, ``(rows, context_dim)``, in the plate's dimension and beside g.
+
+        The latter as it was before the affine maps of its flow: in coordinates of about unit scale.
+        """
+        rows = rows.to(self.own.start.dtype).reshape(len(rows), *(1,) * self.own.trailing, -1)
+        if g is None or self.flow is None:
+            return rows
+        for transform in reversed(self.flow.transforms[-2:]):
+            g, _ = transform.inverse_and_log_det(g)
+        shape = torch.broadcast_shapes(rows.shape[:-1], g.shape[:-1])
+        return torch.cat((rows.expand(*shape, -1), g.expand(*shape, -1)), -1)
+
+    def draw(self, size: int, rows: Tensor) -> dict[str, Tensor]:
+        """Draws for rows with some contexts: for each site ``(size, *site_shape)``."""
+        depth = max(self.shared.depth, self.own.depth)
+        lead, g, found = (size, *(1,) * depth), None, dict[str, Tensor]()
+        if self.flow:
+            g = self.flow().sample(lead)
+            found.update(self.shared.values(g, size))
+        if self.local_flow:
+            more = () if self.flow else lead[: depth - self.own.trailing]
+            found.update(self.own.values(self.local_flow(self.contexts(rows, g)).sample(more), size))
+        return found
+
+    def log_prob(self, values: dict[str, Tensor], rows: Tensor) -> Tensor:
+        """The log-density of values ``(*batch, *site_shape)`` for rows with some contexts, ``batch``."""
+        total, g = torch.zeros(()), None
+        if self.flow:
+            packed, log_det = self.shared.pack(values)
+            total = total + self.flow().log_prob(packed) + log_det
+            g = packed.reshape(*packed.shape[:-1], *(1,) * (self.own.trailing + 1), -1)
+        if self.local_flow:
+            packed, log_det = self.own.pack(values)
+            own = packed.reshape(*packed.shape[:-1], *(1,) * self.own.trailing, -1)
+            log_q = self.local_flow(self.contexts(rows, g)).log_prob(own)
+            total = total + (log_q.reshape(log_det.shape) + log_det).sum(-1)
+        return total
