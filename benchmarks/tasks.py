@@ -73,7 +73,8 @@ def gaussian_linear_uniform(x: Tensor | None = None) -> Tensor:
 def slcp(x: Tensor | None = None) -> Tensor:
     """Simple likelihood, complex posterior: four points from a Gaussian."""
     theta = pyro.sample("theta", box(3.0, 5))
-    s1, s2, t5 = theta[..., 2] ** 2, theta[..., 3] ** 2, theta[..., 4]
+    s1, s2 = (theta[..., 2:4] ** 2).clamp(min=1e-6).unbind(-1)  # at zero, the prior's median, it has no density
+    t5 = theta[..., 4]
     # Of a correlation tanh(t5); 1 / cosh(t5) is the square root of 1 - tanh(t5)^2.
     rows = torch.stack((s1, torch.zeros_like(s1)), -1), torch.stack((s2 * t5.tanh(), s2 / t5.cosh()), -1)
     point = dist.MultivariateNormal(theta[..., None, :2], scale_tril=torch.stack(rows, -2)[..., None, :, :])
@@ -114,7 +115,7 @@ def load(name: str, number: int) -> tuple[Tensor, np.ndarray]:
     """An observation of a task, and reference draws of its posterior, ``(10,000, dim)``."""
     with np.load(folder() / f"{name}.npz") as file:
         x = torch.as_tensor(file[f"observation_{number}"], dtype=torch.float32).reshape(TASKS[name].shape)
-        return x, np.asarray(file[f"reference_{number}"], dtype=np.float64)
+        return x, np.asarray(file[f"reference_{number}"], dtype=np.float32)
 
 
 def c2st(draws: np.ndarray, reference: np.ndarray) -> float:
@@ -124,13 +125,14 @@ def c2st(draws: np.ndarray, reference: np.ndarray) -> float:
     """
     from sklearn.model_selection import KFold, cross_val_score
     from sklearn.neural_network import MLPClassifier
+    from threadpoolctl import threadpool_limits
 
     mean, sd = reference.mean(0), reference.std(0, ddof=1)
     width = 10 * reference.shape[1]
     points = np.concatenate(((reference - mean) / sd, (draws - mean) / sd))
     labels = np.repeat((0, 1), (len(reference), len(draws)))
     network = MLPClassifier((width, width), activation="relu", solver="adam", max_iter=1000, random_state=1)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore")  # of a fold that did not converge
         return float(cross_val_score(network, points, labels, cv=KFold(5, shuffle=True, random_state=1)).mean())
 

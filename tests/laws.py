@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from pyro_flows import AutoFlow, flows
 from pyro_flows.bijectors import Affine, Bijector, CircularSpline, RationalQuadraticSpline, Shift
-from pyro_flows.conditioners import MADE, MLP, Conditioner, Periodic
+from pyro_flows.conditioners import MADE, MLP, Conditioner, Given, Periodic
 from pyro_flows.distributions import CircularBase, ContaminatedNormalBase, MixtureBase, StandardNormal, StudentTBase
 from pyro_flows.flows import Flow
 from pyro_flows.transforms import (
     ActNorm,
     Autoregressive,
     Compose,
+    Conditioned,
     Coupling,
     Elementwise,
     FixedAffine,
@@ -100,6 +101,15 @@ def _elementwise(bijector: Bijector) -> Builder:
     return build
 
 
+def _skip(dim: int, context_dim: int) -> FlowTransform:
+    net = MLP(context_dim, dim, Affine().num_params, WIDTHS, skip=True) if context_dim else None
+    return Elementwise(Affine(), dim, net)
+
+
+def _conditioned(dim: int, context_dim: int) -> FlowTransform:
+    return Conditioned(_autoregressive(Affine(), shuffled)(dim, CONTEXT_DIM), torch.zeros(CONTEXT_DIM))
+
+
 def _compose(dim: int, context_dim: int) -> FlowTransform:
     first = _coupling(Affine(1.0)) if dim > 1 else _elementwise(Affine(1.0))
     second = _autoregressive(RationalQuadraticSpline(), shuffled)
@@ -119,6 +129,8 @@ TRANSFORMS: dict[str, Kind] = {
     **{f"shuffled_{name}": Kind(_autoregressive(b, shuffled), True) for name, b in BIJECTORS.items()},
     "elementwise_affine": Kind(_elementwise(Affine()), True),
     "elementwise_spline": Kind(_elementwise(RationalQuadraticSpline()), True),
+    "elementwise_skip": Kind(_skip, True),
+    "conditioned": Kind(_conditioned),
     "periodic_circular": Kind(_periodic, True, least_dim=2),
     "permute": Kind(lambda dim, _: Permute(shuffled(dim)), starts_at_identity=False, learns=False),
     "lu_linear": Kind(lambda dim, _: LULinear(dim)),
@@ -181,11 +193,15 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
         parameter.copy_(torch.randn(parameter.shape, generator=source, dtype=torch.float64) * size)
 
     for part in module.modules():
-        if isinstance(part, Conditioner) and not isinstance(part, Periodic):
+        if isinstance(part, Conditioner) and not isinstance(part, Periodic | Given):
             draw(part.output.weight, scale)
             draw(part.output.bias, scale)
+            if isinstance(part, MLP) and part.skip:
+                draw(part.direct.weight, scale / 10)
         elif (isinstance(part, Elementwise) and part.conditioner is None) or isinstance(part, Planar):
             draw(part.params, scale)
+        elif isinstance(part, Conditioned):
+            draw(part.context, scale)
         elif isinstance(part, ActNorm):
             draw(part.loc, scale)
             draw(part.log_scale, scale / 3)

@@ -22,8 +22,8 @@ class MLP(Conditioner):
         context_dim: The number of context features.
         activation: The class of the elementwise nonlinearity.
         residual: Let each hidden layer that keeps the width add its input (He et al. 2015, arXiv:1512.03385).
-        skip: Add a linear map of the inputs, and of as many products of two as the first layer is wide; it starts at zero
-            too.  What is nearly linear, or bilinear, is then learned to a precision that few units reach.
+        skip: Add a linear map of the inputs, and of as many products of two as the first layer is wide; it starts at
+            zero too.  What is nearly linear, or bilinear, is then learned to a precision that few units reach.
 
     Example::
 

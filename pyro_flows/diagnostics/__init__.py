@@ -9,7 +9,7 @@ from .likelihood import importance_log_likelihood as importance_log_likelihood
 from .refinement import Refined as Refined
 from .refinement import refine as refine
 from .resampling import resample as resample
-from .simulation import Simulations as Simulations
+from .simulated import Simulations as Simulations
 from .simulation import simulate as simulate
 from .transport import Neutra as Neutra
 from .transport import neutra as neutra

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -20,31 +19,7 @@ from torch import Tensor, nn
 
 from .draws import check_integers, check_side_by_side, room_of, rows_of, side_by_side, single_trace, subsampled_plate
 from .held import group_of
-
-
-@dataclass(frozen=True)
-class Simulations:
-    """Draws of the joint law of latents and data.
-
-    Attributes:
-        latents: For each latent site the values, ``(N, *site_shape)``.
-        data: For each argument that holds data the values, ``(N, *site_shape)``.
-    """
-
-    latents: dict[str, Tensor]
-    data: dict[str, Tensor]
-
-    def take(self, index: Tensor | slice | int) -> Simulations:
-        """Some of the draws."""
-        return Simulations(*({name: value[index] for name, value in g.items()} for g in (self.latents, self.data)))
-
-    def join(self, other: Simulations) -> Simulations:
-        """These draws, and then those of another."""
-        groups = (self.latents, other.latents), (self.data, other.data)
-        return Simulations(*({name: torch.cat((a[name], b[name])) for name in a} for a, b in groups))
-
-    def __len__(self) -> int:
-        return len(next(iter(self.data.values())))
+from .simulated import Simulations
 
 
 def simulate(
@@ -257,12 +232,3 @@ class Simulator:
                 f"{self.caller}: site {name!r} has noise from outside of sample statements, which would be the same "
                 "for all simulations that run side by side. Draw it by pyro.sample, or use vectorize=False."
             )
-
-
-def check_draws(caller: str, name: str, what: str, value: Tensor) -> None:
-    """Refuse draws ``(N, *shape)`` that are not finite, or all the same."""
-    if not value.isfinite().all():
-        rows = value.reshape(len(value), -1).isfinite().all(1)
-        raise ValueError(f"{caller}: {what} {name!r} holds NaN or inf in {int((~rows).sum())} of {len(value)} draws.")
-    if len(value) > 1 and value.numel() and (value == value[:1]).all():
-        raise ValueError(f"{caller}: {what} {name!r} is constant: {value[0].flatten()[0].item():.6g} in every draw.")

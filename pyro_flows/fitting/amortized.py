@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from ..diagnostics.draws import check_integers
-from ..diagnostics.simulation import Simulations, Simulator
+from ..diagnostics.simulated import Simulations
+from ..diagnostics.simulation import Simulator
 from ..guides import AutoFlow
 from . import checkpoint as checkpoints
 from .loop import Fit

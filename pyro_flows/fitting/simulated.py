@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diagnostics.simulation import Simulations, Simulator, check_draws
+from ..diagnostics.simulated import Simulations, check_draws
+from ..diagnostics.simulation import Simulator
 from ..guides import AutoFlow
 from .loop import Fit, HeldOut, descend
 

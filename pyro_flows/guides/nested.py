@@ -38,13 +38,16 @@ class Nested(nn.Module):
     def contexts(self, rows: Tensor, g: Tensor | None) -> Tensor:
         """The contexts of rows, ``(rows, context_dim)``, in the plate's dimension and beside g.
 
-        The latter as it was before the affine maps of its flow: in coordinates of about unit scale.
+        The latter is seen from where its flow now lies, in units of the scale that the guide started from: were they
+        those of the flow, what was learned of a row given g would be wrong whenever the flow gets narrower.
         """
         rows = rows.to(self.own.start.dtype).reshape(len(rows), *(1,) * self.own.trailing, -1)
         if g is None or self.flow is None:
             return rows
-        for transform in reversed(self.flow.transforms[-2:]):
-            g, _ = transform.inverse_and_log_det(g)
+        centre = torch.zeros_like(self.shared.start)
+        for transform in self.flow.transforms[-2:]:
+            centre, _ = transform.forward_and_log_det(centre)
+        g = (g - centre) / self.scale
         shape = torch.broadcast_shapes(rows.shape[:-1], g.shape[:-1])
         return torch.cat((rows.expand(*shape, -1), g.expand(*shape, -1)), -1)
 

@@ -189,7 +189,8 @@ class AutoPlateFlow(FlowGuide):
         made = {f.name: pyro.plate(f.name, f.size, dim=f.dim) for f in frames if f.name != self.plate}
         if self.posterior.own.size:
             full_size, size, chosen = rows_of_plate(self.model, self.plate, args, kwargs)
-            if chosen is None and size < full_size:
+            trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.posterior.parameters())
+            if chosen is None and size < full_size and trained:
                 chosen = self.minibatches.next(full_size, size)
             made[self.plate] = pyro.plate(self.plate, full_size, size, chosen, dim=self.posterior.own.dim)
         return made

@@ -33,6 +33,8 @@ class PathGradient:
         if rest:
             with frozen(_leaves(guide, seen.trace)), poutine.block():
                 again = poutine.trace(poutine.replay(guide, trace=seen.trace)).get_trace(*args, **kwargs)
+                for name in again.nodes.keys() - set(rest):
+                    again.remove_node(name)  # scored already
                 again.compute_score_parts()
             if hasattr(model_trace, "plate_to_symbol"):
                 again.pack_tensors(model_trace.plate_to_symbol)

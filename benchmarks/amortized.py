@@ -1,0 +1,280 @@
+"""Does one network answer for all data?  ``fit_amortized`` beside sbi's neural posterior estimation.
+
+    python benchmarks/amortized.py                         # all of it, about 90 minutes on one core
+    python benchmarks/amortized.py --parts speed           # some of it; what is in the CSV file is not done again
+    python benchmarks/amortized.py --quick --out DIR       # few simulations and draws: a smoke run
+
+*posteriors*: three tasks of sbibm, for which guides of this package and sbi's NPE (neural spline flow, all settings its
+defaults) are trained on the same simulations, one after the other.  10,000 draws for each of five observations are
+told from 10,000 reference draws by a classifier (C2ST: .5 is perfect).  *speed*: simulations, and a training step.
+*calibration*: of a guide as trained, and with its draws' scale shrunk by 20 %.  *hierarchy*: 2,000 groups seen 100 at a
+time, against the exact posterior.
+
+Needs the extra ``bench`` (sbi and scikit-learn).  Writes ``amortized.csv``, ``amortized.md`` and pictures of
+the calibration into ``docs/benchmarks``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import tasks
+import torch
+from amortized_table import METHODS, Results, page
+from torch import Tensor, nn
+
+import pyro_flows as pf
+from pyro_flows import encoders
+from pyro_flows.diagnostics.plots import plot_calibration
+from pyro_flows.distributions import FixedBase
+
+OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
+PARTS = "posteriors", "speed", "calibration", "hierarchy"
+OURS, SBI, SETS = METHODS[:3], *METHODS[3:]
+DRAWS, WEIGHED, SVI_STEPS, BATCH, REPEATS = 10_000, 100_000, 300, 256, 200
+
+Answer = Callable[[Tensor], tuple[Tensor, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What was trained: its answers to data, its log-density of latents given data, and what training took."""
+
+    answers: dict[str, Answer]
+    log_q: Callable[[Tensor, Tensor], Tensor]
+    took: dict[str, float]
+
+
+def timed(train: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    wall, work = time.perf_counter(), time.process_time()
+    result = train()
+    return result, {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - work}
+
+
+def simulate(model: Callable[..., Any], number: int, seed: int) -> Any:
+    pyro.set_rng_seed(seed)
+    return pf.simulate(model, num_simulations=number)
+
+
+# The two contestants.
+
+
+def ours(task: tasks.Task, simulations: Any, seed: int) -> Trained:
+    pyro.set_rng_seed(seed)
+    guide = pf.AutoFlow(task.model, encoder=task.encoder())
+    fit, took = timed(lambda: pf.fit_amortized(task.model, guide, simulations=simulations, progress=False))
+
+    def amortised(x: Tensor) -> tuple[Tensor, dict[str, float]]:
+        return guide.sample(DRAWS, x)["theta"], {}
+
+    def resampled(x: Tensor) -> tuple[Tensor, dict[str, float]]:
+        khat = pf.psis(task.model, guide, x, num_samples=WEIGHED).khat
+        kept = pf.resample(task.model, guide, x, num_samples=DRAWS, num_weighed=WEIGHED)
+        return kept["theta"], {"khat": khat}
+
+    def refined(x: Tensor) -> tuple[Tensor, dict[str, float]]:
+        own = guide.bind(x)
+        fit = pf.fit_svi(task.model, own, x, steps=SVI_STEPS, progress=False)
+        return own.sample(DRAWS, x)["theta"], {"skipped": fit.skipped}
+
+    answers = dict(zip(OURS, (amortised, resampled, refined), strict=True))
+    took["epochs"] = len(fit.held_out)
+    return Trained(answers, lambda theta, x: guide.log_prob({"theta": theta}, x), took)
+
+
+def theirs(task: tasks.Task, simulations: Any, seed: int, *, sets: bool = False) -> Trained:
+    from sbi.inference import NPE
+    from sbi.utils import BoxUniform
+
+    torch.manual_seed(seed)
+    flat = (lambda x: x) if sets else (lambda x: x.flatten(-len(task.shape)))
+    prior = BoxUniform(torch.full((task.dim,), -task.limit), torch.full((task.dim,), task.limit))
+
+    def train() -> tuple[NPE, nn.Module]:
+        inference = NPE(prior, density_estimator=builder(sets), show_progress_bars=False)
+        inference.append_simulations(simulations.latents["theta"], flat(simulations.data["x"]))
+        return inference, inference.train()
+
+    (inference, estimator), took = timed(train)
+    posterior = inference.build_posterior(estimator)
+
+    def answer(x: Tensor) -> tuple[Tensor, dict[str, float]]:
+        return posterior.sample((DRAWS,), x=flat(x)[None], show_progress_bars=False), {}
+
+    took["epochs"] = inference.summary["epochs_trained"][-1]
+    return Trained({SETS if sets else SBI: answer}, lambda theta, x: estimator.log_prob(theta[None], flat(x))[0], took)
+
+
+def builder(sets: bool) -> Any:
+    """sbi's neural spline flow; for sets behind its permutation-invariant network."""
+    from sbi.neural_nets import posterior_nn
+    from sbi.neural_nets.embedding_nets import FCEmbedding, PermutationInvariantEmbedding
+
+    if not sets:
+        return "nsf"
+    network = PermutationInvariantEmbedding(FCEmbedding(input_dim=2, output_dim=64), trial_net_output_dim=64)
+    return posterior_nn("nsf", embedding_net=network)
+
+
+# What is measured.
+
+
+def posteriors(results: Results, options: argparse.Namespace, name: str, seed: int) -> None:
+    """Train all methods on the same simulations, and compare their draws with the reference."""
+    task = tasks.TASKS[name]
+    known = simulate(task.model, options.simulations, seed)
+    fresh = simulate(task.model, DRAWS, 1000 + seed)
+    trained: dict[str, Trained] = {}
+    for method in options.methods:
+        todo = [k for k in tasks.OBSERVATIONS if not results.has("posteriors", name, method, seed, f"c2st_{k}")]
+        if not todo or (method == SETS and len(task.shape) == 1):
+            continue
+        if method not in trained:
+            by_sbi = method not in OURS
+            found = theirs(task, known, seed, sets=method == SETS) if by_sbi else ours(task, known, seed)
+            trained |= dict.fromkeys(found.answers, found)
+            with torch.no_grad():
+                took = {**found.took, "log_q": float(found.log_q(fresh.latents["theta"], fresh.data["x"]).mean())}
+            key = "posteriors", name, method if by_sbi else OURS[0], seed
+            if not results.has(*key, "seconds"):
+                results.add(*key, **took)
+        for k in todo:
+            x, reference = tasks.load(name, k)
+            pyro.set_rng_seed(100 * seed + k)
+            try:
+                draws, notes = trained[method].answers[method](x)
+            except FloatingPointError as error:
+                print(name, method, k, error, flush=True)
+                results.add("posteriors", name, method, seed, **{f"c2st_{k}": float("nan")})
+                continue
+            value = tasks.c2st(draws.numpy(), reference[: len(draws)])
+            results.add("posteriors", name, method, seed, **{f"c2st_{k}": value})
+            results.add("posteriors", name, method, seed, **{f"{key}_{k}": note for key, note in notes.items()})
+
+
+def speed(results: Results, options: argparse.Namespace, name: str, seed: int) -> None:
+    """The price of simulations and of a step of training with a batch of 256, both contestants in turn."""
+    from sbi.neural_nets import posterior_nn
+
+    task = tasks.TASKS[name]
+    if results.has("speed", name, "ratio", seed, "step"):
+        return
+    _, took = timed(lambda: simulate(task.model, 100_000, seed))
+    results.add("speed", name, "100,000 simulations", seed, seconds=took["seconds"])
+    simulations = simulate(task.model, 2000, seed)
+    theta, x = simulations.latents["theta"], simulations.data["x"]
+    guide = pf.AutoFlow(task.model, encoder=task.encoder())
+    pf.fit_amortized(task.model, guide, simulations=simulations, max_epochs=1, progress=False)
+    guide.train()
+    z, _ = guide.pack({"theta": theta})
+    flat = x.flatten(-len(task.shape))
+    estimator = posterior_nn("nsf")(theta, flat)
+
+    def stepper(network: nn.Module, loss: Callable[[Tensor], Tensor]) -> Iterator[float]:
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(parameters, lr=1e-4)
+        while True:
+            rows = torch.randint(len(x), (BATCH,))
+            start = time.process_time()
+            optimizer.zero_grad()
+            loss(rows).backward()
+            nn.utils.clip_grad_norm_(parameters, 5.0)
+            optimizer.step()
+            yield time.process_time() - start
+
+    steppers = {
+        OURS[0]: stepper(guide, lambda rows: -guide.flow.log_prob(z[rows], guide.context(x[rows])).mean()),
+        SBI: stepper(estimator, lambda rows: estimator.loss(theta[rows], flat[rows]).mean()),
+    }
+    times: dict[str, list[float]] = {method: [] for method in steppers}
+    for _ in range(options.repeats):
+        for method, steps in steppers.items():
+            times[method].append(1000 * next(steps))
+    medians = {method: statistics.median(values) for method, values in times.items()}
+    for method, median in medians.items():
+        results.add("speed", name, method, seed, step=median)
+    results.add("speed", name, "ratio", seed, step=medians[OURS[0]] / medians[SBI])
+
+
+def calibration(results: Results, options: argparse.Namespace, seed: int) -> None:
+    """Train a guide for a model with a known posterior; test it, and it with its scale shrunk by 20 %."""
+    key = "calibration", "conjugate"
+    if results.has(*key, "shrunk", seed, "sbc_p"):
+        return
+    pyro.set_rng_seed(seed)
+    guide = pf.AutoFlow(tasks.conjugate, encoder=encoders.Standardize((2,)))
+    fit = pf.fit_amortized(tasks.conjugate, guide, num_simulations=options.simulations, progress=False)
+    shrunk = copy.deepcopy(guide)
+    shrunk.flow = pf.Flow(guide.flow.transforms, FixedBase(dist.Normal(torch.zeros(2), 0.8).to_event(1)))
+    for kind, tested in {"trained": guide, "shrunk": shrunk}.items():
+        found = pf.calibrate(tasks.conjugate, tested)
+        inside = float((found.coverage <= 0.9).double().mean())
+        measures = {"sbc_p": found.sbc_p, "coverage_p": found.coverage_p, "tarp_p": found.tarp_p, "in_90": inside}
+        results.add(*key, kind, seed, seconds=fit.seconds, **measures)
+        if seed == options.seeds[0]:
+            plot_calibration(found).savefig(options.out / f"calibration_{kind}.png", dpi=110)
+
+
+def hierarchy(results: Results, options: argparse.Namespace, seed: int) -> None:
+    """Fit a plate of 2,000 groups in minibatches of 100, and compare each group with the exact posterior."""
+    for method in ("encoder", "learned rows"):
+        if results.has("hierarchy", "groups", method, seed, "theta_error"):
+            continue
+        pyro.set_rng_seed(seed)
+        pyro.clear_param_store()
+        y = tasks.make_groups()
+        encoder = encoders.MLPEncoder(y.shape[1], context_dim=8) if method == "encoder" else None
+        guide = pf.AutoPlateFlow(tasks.groups, "group", encoder=encoder)
+        fit, took = timed(lambda: pf.fit_svi(tasks.groups, guide, y, progress=False))  # noqa: B023
+        draws = guide.sample(8000, y)
+        found: dict[str, float] = {**took, "steps": fit.steps}
+        for site, (mean, sd) in tasks.exact_groups(y).items():
+            values = draws[site].double()
+            error, ratio = (values.mean(0) - mean) / sd, values.std(0) / sd
+            found |= {f"{site}_error": float(error.abs().max()), f"{site}_typical": float(error.square().mean().sqrt())}
+            found |= {f"{site}_low_sd": float(ratio.min()), f"{site}_high_sd": float(ratio.max())}
+        results.add("hierarchy", "groups", method, seed, **found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--tasks", nargs="+", default=list(tasks.TASKS), choices=list(tasks.TASKS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--simulations", type=int, default=10_000)
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the files")
+    parser.add_argument("--quick", action="store_true", help="500 simulations, one task: needs --out")
+    options = parser.parse_args()
+    options.repeats = REPEATS
+    if options.quick:
+        if options.out == OUT:
+            parser.error("--quick needs --out: its figures are no results")
+        options.tasks, options.simulations, options.repeats = options.tasks[:1], 500, 5
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    tasks.folder()
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = Results(options.out / "amortized.csv")
+    for part in options.parts:
+        for seed in options.seeds:
+            if part in ("posteriors", "speed"):
+                for name in options.tasks:
+                    (posteriors if part == "posteriors" else speed)(results, options, name, seed)
+            else:
+                (calibration if part == "calibration" else hierarchy)(results, options, seed)
+            (options.out / "amortized.md").write_text(page(results, options.simulations))
+
+
+if __name__ == "__main__":
+    main()

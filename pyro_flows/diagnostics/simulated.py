@@ -1,0 +1,42 @@
+"""What simulations are: draws of latents and data, row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Simulations:
+    """Draws of the joint law of latents and data.
+
+    Attributes:
+        latents: For each latent site the values, ``(N, *site_shape)``.
+        data: For each argument that holds data the values, ``(N, *site_shape)``.
+    """
+
+    latents: dict[str, Tensor]
+    data: dict[str, Tensor]
+
+    def take(self, index: Tensor | slice | int) -> Simulations:
+        """Some of the draws."""
+        return Simulations(*({name: value[index] for name, value in g.items()} for g in (self.latents, self.data)))
+
+    def join(self, other: Simulations) -> Simulations:
+        """These draws, and then those of another."""
+        groups = (self.latents, other.latents), (self.data, other.data)
+        return Simulations(*({name: torch.cat((a[name], b[name])) for name in a} for a, b in groups))
+
+    def __len__(self) -> int:
+        return len(next(iter(self.data.values())))
+
+
+def check_draws(caller: str, name: str, what: str, value: Tensor) -> None:
+    """Refuse draws ``(N, *shape)`` that are not finite, or all the same."""
+    if not value.isfinite().all():
+        rows = value.reshape(len(value), -1).isfinite().all(1)
+        raise ValueError(f"{caller}: {what} {name!r} holds NaN or inf in {int((~rows).sum())} of {len(value)} draws.")
+    if len(value) > 1 and value.numel() and (value == value[:1]).all():
+        raise ValueError(f"{caller}: {what} {name!r} is constant: {value[0].flatten()[0].item():.6g} in every draw.")

@@ -1,0 +1,242 @@
+"""Calibration tells exact amortised guides from narrow, wide and shifted ones, by each of its three tests."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from matplotlib.figure import Figure
+from scipy import stats
+from torch import Tensor, nn
+
+from pyro_flows import AutoFlow, Flow, calibrate, fit_amortized, flows
+from pyro_flows.bijectors import Affine
+from pyro_flows.conditioners import Conditioner
+from pyro_flows.diagnostics.calibration import uniformity
+from pyro_flows.diagnostics.plots import plot_calibration
+from pyro_flows.encoders import MLPEncoder
+from pyro_flows.transforms import Elementwise
+
+run = functools.partial(calibrate, num_simulations=1000, num_samples=100)
+
+
+def model(x=None, scale=1.0):
+    """theta ~ N(0, I) in two dimensions, x ~ N(theta, I): the posterior is N(x / 2, I / 2)."""
+    theta = pyro.sample("theta", dist.Normal(torch.zeros(2), scale).to_event(1))
+    return pyro.sample("x", dist.Normal(theta, scale).to_event(1), obs=x)
+
+
+class Line(Conditioner):
+    """The parameters of an affine map as a linear function."""
+
+    def __init__(self, input_dim: int, output_dim: int) -> None:
+        super().__init__(input_dim, output_dim, 2, (1,), 0)
+        self.output = nn.Linear(input_dim, 2 * output_dim)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.output(x).unflatten(-1, (2, self.output_dim)).mT
+
+
+def by_hand(program=model, *, width: float = 1.0, shift: float = 0.0) -> AutoFlow:
+    """The posterior, its sd times ``width`` and its mean off by ``shift`` sds."""
+
+    def recipe(dim, context_dim):
+        return Flow([Elementwise(Affine(), dim, Line(context_dim, dim))])
+
+    guide = AutoFlow(program, recipe, encoder=lambda x, *_: x, init_scale=1.0).setup(torch.zeros(2))
+    net, sd = guide.flow.transforms[0].conditioner, math.sqrt(0.5)
+    with torch.no_grad():
+        net.output.weight.zero_()
+        net.output.weight[2:] = torch.eye(2) / 2
+        net.output.bias[:2] = 12 * math.atanh(math.log(sd * width) / 3)
+        net.output.bias[2:] = sd * shift
+    return guide
+
+
+def test_the_guide_by_hand_is_the_posterior():
+    draws = by_hand().sample(4000, torch.tensor([1.0, -2.0]))["theta"]
+    assert (draws.mean(0) - torch.tensor([0.5, -1.0])).abs().max() < 4 * math.sqrt(0.5 / 4000)
+    assert (draws.var(0) - 0.5).abs().max() < 4 * 0.5 * math.sqrt(2 / 4000)
+
+
+def test_an_exact_guide_passes():
+    found = run(model, by_hand())
+    assert found.calibrated
+    assert found.reason.startswith("No test finds an error over 1000 data sets; ")
+    assert repr(found).startswith("Calibration(calibrated=True, sbc_p=")
+    assert found.names == ["theta[0]", "theta[1]"]
+    assert found.ranks.shape == (1000, 2)
+    assert found.coverage.shape == found.tarp.shape == (1000,)
+    assert found.rank_p.shape == (2,)
+    assert found.sbc_p == min(1, 2 * float(found.rank_p.min()))
+    for shares in (found.ranks, found.coverage, found.tarp):
+        assert ((shares >= 0) & (shares <= 1)).all()
+        # The mean of a uniform number has the standard error sqrt(1 / 12 / 1000).
+        assert ((shares.mean(0) - 0.5).abs() < 4 / math.sqrt(12_000)).all()
+
+
+def test_p_values_of_an_exact_guide_are_uniform():
+    """Over some seeds."""
+    guide, found = by_hand(), []
+    for seed in range(24):
+        pyro.set_rng_seed(seed)
+        one = calibrate(model, guide, num_simulations=200, num_samples=50)
+        found.append([*one.rank_p.tolist(), one.coverage_p, one.tarp_p])
+    p = torch.tensor(found, dtype=torch.float64)
+    # Twice the smaller of two p-values that are nearly independent: P(p < t) = t - t² / 4, and a quarter of them is 1.
+    u = torch.where(p < 1, p - p**2 / 4, 0.75 + 0.25 * torch.rand_like(p))
+    for column in u.T.numpy():
+        assert stats.kstest(column, "uniform").pvalue > 1e-3
+    assert (p < 0.01 / 3).sum() <= 4  # of 96
+
+
+ERRORS = {
+    "too narrow": {"width": 0.8},
+    "too wide": {"width": 1.3},
+    "too high": {"shift": 0.4},
+    "too low": {"shift": -0.4},
+}
+
+
+@pytest.mark.parametrize(("how", "settings"), ERRORS.items(), ids=list(ERRORS))
+def test_an_error_is_found_and_named(how, settings):
+    found = run(model, by_hand(**settings))
+    assert not found.calibrated
+    assert found.sbc_p < 1e-4
+    assert found.reason.endswith(f", whose draws lie {how}.")
+    assert found.reason.startswith("The draws are not calibrated: ")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"width": 0.7}, {"width": 1.4}, {"shift": 0.8}], ids=["narrow", "wide", "shifted"]
+)
+def test_each_test_sees_what_is_wrong(settings):
+    found = run(model, by_hand(**settings), num_simulations=2000)
+    assert found.sbc_p < 1e-6
+    assert found.coverage_p < 1e-6
+    assert found.tarp_p < 1e-3
+
+
+def test_levels_of_coverage_are_those_of_the_chi_square():
+    """A guide of 0.8 times the width: its region of level γ holds the truth with the probability of a wider one."""
+    found = run(model, by_hand(width=0.8), num_simulations=4000, num_samples=200)
+    for level in (0.5, 0.9):
+        radius = stats.chi2.ppf(level, 2)
+        wanted = stats.chi2.cdf(radius * 0.64, 2)
+        share = float((found.coverage <= level).double().mean())
+        # 200 draws know a level to .035 at most; the noise of it averages out but for a bias of 1 / 200.
+        assert abs(share - wanted) < 4 * math.sqrt(0.25 / 4000) + 1 / 200
+
+
+def test_bounds_and_plates():
+    """Latents with supports of their own, in plates; the densities compared are those of constrained values."""
+
+    def bounded(x=None):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        with pyro.plate("rows", 3):
+            z = pyro.sample("z", dist.Beta(2.0, 2.0))
+            return pyro.sample("x", dist.Normal(z * rate, 0.5), obs=x)
+
+    small = functools.partial(flows.nsf_ar, num_transforms=1, hidden_dims=(8,))
+    guide = AutoFlow(bounded, small, encoder=MLPEncoder(3, 4, (8,)))
+    fit_amortized(bounded, guide, num_simulations=200, max_epochs=1, progress=False)
+    found = calibrate(bounded, guide, num_simulations=50, num_samples=20)
+    assert found.names == ["rate", "z[0]", "z[1]", "z[2]"]
+    assert found.ranks.shape == (50, 4)
+
+
+def test_coverage_of_constrained_values():
+    """log theta of the model above: density regions of the positive values, which the exact guide still passes."""
+
+    def positive(x=None):
+        theta = pyro.sample("theta", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+        return pyro.sample("x", dist.Normal(theta.log(), 1.0).to_event(1), obs=x)
+
+    assert run(positive, by_hand(positive)).calibrated
+    assert run(positive, by_hand(positive, width=0.7)).coverage_p < 1e-6
+
+
+def test_a_function_that_fits_each_data_set():
+    """Refits: a function from the model's arguments to a guide of one data set."""
+    calls = []
+
+    def refit(guide):
+        def fit(x, scale):
+            assert torch.is_grad_enabled()
+            assert (x.shape, scale) == ((2,), 1.0)
+            calls.append(x)
+            return guide.bind(x)
+
+        return fit
+
+    found = calibrate(model, refit(by_hand()), scale=1.0, num_simulations=60, num_samples=40)
+    assert found.calibrated
+    assert len(calls) == 60
+    assert not torch.equal(calls[0], calls[1])
+    bad = calibrate(model, refit(by_hand(width=0.4)), scale=1.0, num_simulations=60, num_samples=40)
+    assert not bad.calibrated
+
+
+def test_one_by_one():
+    found = calibrate(model, by_hand(), num_simulations=100, num_samples=40, vectorize=False)
+    assert min(found.sbc_p, found.coverage_p, found.tarp_p) > 1e-4
+
+
+def test_model_kwargs_reach_the_model():
+    found = run(model, by_hand(), num_simulations=300, model_kwargs={"scale": 10.0})
+    assert found.sbc_p < 1e-6  # the guide is of the model at scale 1
+
+
+def test_uniformity():
+    torch.manual_seed(0)
+    counts = torch.randint(0, 101, (2000,)) / 100.0
+    assert uniformity(counts, 100) > 1e-3
+    for wrong in (counts * 0.9, 0.5 + (counts - 0.5) * 0.85, torch.full((50,), 0.5), torch.zeros(50)):
+        assert uniformity(wrong, 100) < 1e-4
+    # Few steps: the shares of two draws are three numbers, which tell nothing apart but are uniform.
+    assert uniformity(torch.randint(0, 3, (2000,)) / 2.0, 2) > 1e-3
+
+
+def test_plot():
+    for settings in ({}, {"width": 0.6}):
+        found = calibrate(model, by_hand(**settings), num_simulations=100, num_samples=40)
+        figure = plot_calibration(found)
+        assert isinstance(figure, Figure)
+        assert len(figure.axes) == 3
+        assert found.reason[:30] in figure._suptitle.get_text()
+        figure.canvas.draw()
+
+
+# Errors.
+
+
+@pytest.mark.parametrize("name", ["num_simulations", "num_samples"])
+@pytest.mark.parametrize("value", [19, 100.0, True])
+def test_numbers_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"calibrate: {name} must be an integer of at least 20"):
+        calibrate(model, by_hand(), **{name: value})
+
+
+def test_guides_that_are_not_amortised_are_refused():
+    words = "calibrate: the guide must be amortised"
+    with pytest.raises(ValueError, match=words + ".*got AutoFlow without an encoder"):
+        calibrate(model, AutoFlow(model).setup(torch.zeros(2)))
+    with pytest.raises(ValueError, match=words + ".*got int"):
+        calibrate(model, 3)
+    with pytest.raises(ValueError, match="the guide was never trained"):
+        calibrate(model, AutoFlow(model, encoder=MLPEncoder(2, 2)))
+    with pytest.raises(ValueError, match="must return an AutoFlow, got NoneType"):
+        calibrate(model, lambda x, scale=1.0: None, num_simulations=20, num_samples=20)
+
+
+def test_models_that_cannot_be_simulated_are_refused():
+    def coded(x=None):
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(theta, 1.0).to_event(1), obs=torch.zeros(2))
+
+    with pytest.raises(ValueError, match="calibrate: site 'x' is observed though no argument"):
+        calibrate(coded, by_hand())

@@ -1,0 +1,1115 @@
+"""AutoPlateFlow is an exact Pyro guide of models with plates, whole or subsampled.
+
+It scores what it draws, ties minibatches to the rows that the model sees, finds the known posteriors of conjugate
+hierarchies with an encoder and without, does what Pyro asks of a guide, and refuses in words what it cannot answer for.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import itertools
+import math
+import pickle
+import sys
+import warnings
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_flows import AutoFlow, AutoPlateFlow, Flow, fit_svi, flows, psis, to_arviz
+from pyro_flows.bijectors import Affine
+from pyro_flows.conditioners import Conditioner, Given
+from pyro_flows.encoders import MLPEncoder
+from pyro_flows.fitting import loop
+from pyro_flows.guides.rows import Shuffled
+from pyro_flows.objectives import PathELBO
+from pyro_flows.transforms import ActNorm, Elementwise
+
+small_local = functools.partial(flows.nsf, num_transforms=2, hidden_dims=(8,))
+small_global = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(8,))
+plate_flow = functools.partial(AutoPlateFlow, local_flow=small_local, global_flow=small_global, embedding_dim=2)
+
+
+def stir(guide: Any, scale: float = 0.2) -> Any:
+    """Move a guide away from its start, so that its flows are no longer the identity."""
+    with torch.no_grad():
+        for parameter in learned(guide):
+            embedded = guide.contexts.embedding is not None and parameter is guide.contexts.embedding.weight
+            parameter.add_(scale / (10 if embedded else 1) * torch.randn_like(parameter))
+    return guide
+
+
+def learned(guide: Any) -> list[nn.Parameter]:
+    """What is trained: all but the fixed affine map that each flow ends with."""
+    ends = [flow.transforms[-1] for flow in (guide.posterior.flow, guide.posterior.local_flow) if flow]
+    fixed = {id(parameter) for end in ends for parameter in end.parameters()}
+    return [parameter for parameter in guide.parameters() if id(parameter) not in fixed]
+
+
+def snapshot(guide: Any) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in guide.parameters()]
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def draws_of(guide: Any, *args: Any) -> list[Tensor]:
+    pyro.set_rng_seed(3)
+    return list(guide.sample(10, *args).values())
+
+
+# Models, all with rows of data (N, 3).
+
+
+def hierarchy(y, size=None, rows=None):
+    """mean ~ N(0, 1), level_i ~ N(mean, 1), y_ij ~ N(level_i, 1): all about it is known."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("group", len(y), subsample_size=size, subsample=rows) as i:
+        level = pyro.sample("level", dist.Normal(mean, 1.0))
+        pyro.sample("y", dist.Normal(level[..., None], torch.ones(3)).to_event(1), obs=y[i])
+
+
+def locals_only(y, size=None):
+    """A variational autoencoder's shape: nothing outside of the plate."""
+    with pyro.plate("group", len(y), subsample_size=size) as i:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z.sum(-1, keepdim=True), torch.ones(3)).to_event(1), obs=y[i])
+
+
+def globals_only(y, size=None):
+    """Nothing in the plate but data."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    with pyro.plate("group", len(y), subsample_size=size) as i:
+        location = torch.stack(torch.broadcast_tensors(mean, mean, mean), -1)
+        pyro.sample("y", dist.Normal(location, scale[..., None]).to_event(1), obs=y[i])
+
+
+def inner(y, size=None):
+    """The plate of rows lies at dim -1, inside of another."""
+    top = pyro.sample("top", dist.Normal(0.0, 1.0))
+    with pyro.plate("side", 3, dim=-2):
+        middle = pyro.sample("middle", dist.LogNormal(top, 0.5))
+        with pyro.plate("group", len(y), subsample_size=size, dim=-1) as i:
+            leaf = pyro.sample("leaf", dist.Normal(middle, 1.0))
+            pair = pyro.sample("pair", dist.Dirichlet(torch.ones(3)))
+            pyro.sample("y", dist.Normal(leaf + pair[..., 0], 1.0), obs=y[i].T)
+
+
+def outer(y, size=None):
+    """The plate of rows lies at dim -2, around another, and holds latents of its own."""
+    top = pyro.sample("top", dist.Normal(0.0, 1.0))
+    with pyro.plate("group", len(y), subsample_size=size, dim=-2) as i:
+        middle = pyro.sample("middle", dist.LogNormal(top, 0.5))
+        with pyro.plate("side", 3, dim=-1):
+            leaf = pyro.sample("leaf", dist.Normal(middle, 1.0))
+            pair = pyro.sample("pair", dist.Dirichlet(torch.ones(3)))
+            pyro.sample("y", dist.Normal(leaf + pair[..., 0], 1.0), obs=y[i])
+
+
+def crossed(y, size=None):
+    """Latents outside of the rows that lie in a plate of their own, at the same place and at another."""
+    with pyro.plate("treatment", 3, dim=-1):
+        effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+    with pyro.plate("season", 2, dim=-2):
+        shift = pyro.sample("shift", dist.HalfNormal(1.0))
+    with pyro.plate("group", len(y), subsample_size=size, dim=-1) as i:
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+        scale = 0.5 + shift.sum(-2, keepdim=True)[..., None]
+        pyro.sample("y", dist.Normal(level[..., None] + effect[..., None, :], scale).to_event(1), obs=y[i])
+
+
+def supports(y, size=None):
+    """Every kind of support, outside of the plate and in it."""
+    pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+    pyro.sample("factor", dist.LKJCholesky(3, 2.0))
+    pyro.sample("sorted", dist.ImproperUniform(dist.constraints.ordered_vector, (), (3,)))
+    with pyro.plate("group", len(y), subsample_size=size) as i:
+        weights = pyro.sample("weights", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0, 4.0])))
+        positive = pyro.sample("positive", dist.Gamma(2.0, 1.0))
+        between = pyro.sample("between", dist.Uniform(-1.0, 4.0))
+        pyro.sample("corr", dist.LKJCholesky(3, 1.0))
+        pyro.sample("vector", dist.HalfNormal(torch.ones(2)).to_event(1))
+        location = (weights[..., 0] + positive + between)[..., None]
+        pyro.sample("y", dist.Normal(location, torch.ones(3)).to_event(1), obs=y[i])
+
+
+class Case(NamedTuple):
+    model: Any
+    nesting: int
+    globals_: dict[str, tuple[int, ...]]
+    locals_: dict[str, tuple[int, ...]]
+
+
+N = 5
+CASES = {
+    "both": Case(hierarchy, 1, {"mean": ()}, {"level": (N,)}),
+    "locals_only": Case(locals_only, 1, {}, {"z": (N, 2)}),
+    "globals_only": Case(globals_only, 1, {"mean": (), "scale": ()}, {}),
+    "inner": Case(inner, 2, {"top": (), "middle": (3, 1)}, {"leaf": (3, N), "pair": (3, N, 3)}),
+    "outer": Case(outer, 2, {"top": ()}, {"middle": (N, 1), "leaf": (N, 3), "pair": (N, 3, 3)}),
+    "crossed": Case(crossed, 2, {"effect": (3,), "shift": (2, 1)}, {"level": (N,)}),
+    "supports": Case(
+        supports,
+        1,
+        {"share": (3,), "factor": (3, 3), "sorted": (3,)},
+        {"weights": (N, 4), "positive": (N,), "between": (N,), "corr": (N, 3, 3), "vector": (N, 2)},
+    ),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+with_locals = pytest.mark.parametrize(
+    "case", [c for c in CASES.values() if c.locals_], ids=[n for n in CASES if n != "globals_only"]
+)
+both_ways = pytest.mark.parametrize("amortised", [True, False], ids=["encoder", "rows"])
+both_stores = pytest.mark.parametrize("local", [False, True], ids=["store", "module_local"])
+
+
+def data(rows: int = N, seed: int = 0) -> Tensor:
+    return 1 + torch.randn(rows, 3, generator=torch.Generator().manual_seed(seed))
+
+
+class Line(Conditioner):
+    """The parameters of an affine map as a linear function: a flow of it holds the posteriors of conjugate models."""
+
+    def __init__(self, input_dim: int, output_dim: int) -> None:
+        super().__init__(input_dim, output_dim, 2, (1,), 0)
+        self.output = nn.Linear(input_dim, 2 * output_dim)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.output(x).unflatten(-1, (2, self.output_dim)).mT
+
+
+def line(dim: int, context_dim: int) -> Flow:
+    return Flow([Elementwise(Affine(), dim, Line(context_dim, dim))])
+
+
+class Rows(MLPEncoder):
+    """An encoder of the data alone, whatever else the model is called with."""
+
+    def __init__(self, context_dim: int = 4, hidden_dims: tuple[int, ...] = (8,)) -> None:
+        super().__init__(3, context_dim, hidden_dims)
+
+    def forward(self, y: Tensor, *_: Any) -> Tensor:
+        return super().forward(y)
+
+
+def build(case: Case, amortised: bool, **settings: Any) -> AutoPlateFlow:
+    guide = plate_flow(case.model, "group", encoder=Rows() if amortised else None, init_scale=0.5, **settings)
+    return stir(guide.setup(data()))
+
+
+# Densities.
+
+
+@both_ways
+@every_case
+def test_log_prob_is_that_of_the_trace(case, amortised):
+    guide, y = build(case, amortised), data()
+    for _ in range(3):
+        trace = poutine.trace(guide).get_trace(y)
+        values = {name: trace.nodes[name]["value"] for name in (*case.globals_, *case.locals_)}
+        assert {name: tuple(value.shape) for name, value in values.items()} == {**case.globals_, **case.locals_}
+        scale = sum(value.numel() for value in values.values())
+        torch.testing.assert_close(guide.log_prob(values, y), trace.log_prob_sum(), rtol=1e-4, atol=1e-4 * scale)
+
+
+@both_ways
+@every_case
+def test_draws_have_the_shapes_and_supports_of_the_model(case, amortised):
+    guide, y = build(case, amortised), data()
+    draws = guide.sample(6, y)
+    assert {name: tuple(value.shape[1:]) for name, value in draws.items()} == {**case.globals_, **case.locals_}
+    alone = {name: value[0] for name, value in draws.items()}
+    prior = poutine.trace(poutine.condition(case.model, alone)).get_trace(y).nodes
+    for name, value in draws.items():
+        assert len(value) == 6
+        assert prior[name]["fn"].support.check(value).all(), name
+    scores = guide.log_prob(draws, y)
+    alone = torch.stack([guide.log_prob({name: value[k] for name, value in draws.items()}, y) for k in range(6)])
+    assert scores.shape == (6,)
+    torch.testing.assert_close(scores, alone, rtol=1e-4, atol=1e-3)
+    twice = {name: value.reshape(2, 3, *value.shape[1:]) for name, value in draws.items()}
+    torch.testing.assert_close(guide.log_prob(twice, y), scores.reshape(2, 3), rtol=1e-4, atol=1e-3)
+
+
+@both_ways
+@every_case
+def test_three_ways_to_the_same_elbo(case, amortised):
+    """Side by side, one by one, and from the guide's own draws and densities, within four standard errors."""
+    guide, y = build(case, amortised), data()
+    with torch.no_grad():
+        wide = psis(case.model, guide, y, num_samples=1000).log_weights.double()
+        alone = psis(case.model, guide, y, num_samples=60, vectorize=False).log_weights.double()
+        draws = guide.sample(60, y)
+        log_q = guide.log_prob(draws, y)
+        own = []
+        for k in range(60):
+            held = poutine.condition(case.model, {name: value[k] for name, value in draws.items()})
+            own.append(poutine.trace(held).get_trace(y).log_prob_sum() - log_q[k])
+    spread = wide.std()
+    assert spread > 0.01
+    for few in (alone, torch.stack(own).double()):
+        assert abs(wide.mean() - few.mean()) < 4 * max(spread, few.std()) * math.sqrt(1 / 1000 + 1 / 60)
+    elbo = Trace_ELBO(1000, max_plate_nesting=case.nesting, vectorize_particles=True).loss(case.model, guide, y)
+    assert abs(wide.mean() + elbo) < 4 * spread * math.sqrt(2 / 1000)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["with a global", "without"])
+def test_density_integrates_to_one(shared):
+    """On a grid, in float64, at random parameters: over one global and one local, or two locals of one row."""
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+
+    def model():
+        if shared:
+            pyro.sample("a", dist.LogNormal(zero, one))
+        with pyro.plate("group", 1):
+            pyro.sample("b", dist.Uniform(zero - 2, one))
+            if not shared:
+                pyro.sample("a", dist.LogNormal(zero, one))
+
+    guide = stir(plate_flow(model, "group", encoder=lambda: one.reshape(1, 1), init_scale=0.8).setup(), 0.2)
+    step = 0.05
+    z = torch.arange(-11, 11, step, dtype=torch.float64)
+    za, zb = torch.meshgrid(z, z, indexing="ij")
+    a, b = za.exp(), torch.sigmoid(zb) * 3 - 2
+    change = za + math.log(3) + torch.nn.functional.logsigmoid(zb) + torch.nn.functional.logsigmoid(-zb)
+    values = {"a": a if shared else a[..., None], "b": b[..., None]}
+    with torch.no_grad():
+        mass = (guide.log_prob(values) + change).exp().sum() * step**2
+    assert mass.item() == pytest.approx(1, abs=2e-3)
+
+
+def test_density_is_zero_outside_of_the_support():
+    guide, y = build(CASES["supports"], True), data()
+    draws = guide.sample(3, y)
+    for name, row in (("positive", 2), ("between", 4), ("weights", 0), ("share", None)):
+        off = {key: value.clone() for key, value in draws.items()}
+        (off[name][1] if row is None else off[name][1, row]).sub_(10)
+        scores = guide.log_prob(off, y)
+        assert scores[1] == -math.inf, name
+        assert scores[[0, 2]].isfinite().all()
+    with pytest.raises(ValueError, match="lack the latent site 'between'"):
+        guide.log_prob({key: value for key, value in draws.items() if key != "between"}, y)
+
+
+# Packing.
+
+
+def coordinates(name: str, value: Tensor) -> Tensor:
+    """As many numbers as a value of the site has degrees of freedom, flat."""
+    if name in ("weights", "share", "pair"):
+        return value[..., :-1].flatten()
+    if name in ("corr", "factor"):
+        rows, columns = torch.tril_indices(3, 3, -1)
+        return value[..., rows, columns].flatten()
+    return value.flatten()
+
+
+def double(packing: Any) -> Any:
+    packing = copy.copy(packing)
+    packing.parts = {name: part._replace(start=part.start.double()) for name, part in packing.parts.items()}
+    return packing
+
+
+@with_locals
+def test_pack_and_unpack_undo_each_other(case):
+    guide = build(case, False)
+    for packing in filter(lambda p: p.size, map(double, (guide.posterior.shared, guide.posterior.own))):
+        batch = (4,) if packing.dim is None else (4, N)
+        z = torch.randn(*batch, packing.size, dtype=torch.float64)
+        trailing = (1,) * (1 if packing is None else packing.trailing)
+        depth = max(packing.depth, 1) - len(batch) + 1
+        lead = z if packing.dim is not None else z.reshape(4, *(1,) * depth, packing.size)
+        if packing.dim is not None:
+            lead = z.reshape(4, *(1,) * (packing.depth - 1 - len(trailing)), N, *trailing, packing.size)
+        found = list(packing.unpack(lead))
+        change = sum(log_det.flatten(1).sum(1) for *_, log_det in found)
+        again, log_det = packing.pack(dict(packing.values(lead, 4)))
+        torch.testing.assert_close(again, z, rtol=1e-7, atol=1e-7)
+        assert log_det.shape == batch
+        torch.testing.assert_close(log_det.reshape(4, -1).sum(1), -change, rtol=1e-7, atol=1e-7)
+
+
+@with_locals
+def test_log_det_of_packing_is_autograds(case):
+    guide = build(case, False)
+    for packing in filter(lambda p: p.size, map(double, (guide.posterior.shared, guide.posterior.own))):
+        shape = (1,) * max(packing.depth, 1)
+
+        def constrained(z: Tensor, packing: Any = packing, shape: Any = shape) -> Tensor:
+            found = packing.unpack(z.reshape(*shape, -1))
+            return torch.cat([coordinates(name, value) for name, _, value, _ in found])
+
+        z = torch.randn(packing.size, dtype=torch.float64)
+        matrix = torch.autograd.functional.jacobian(constrained, z)
+        log_det = sum(change.sum() for *_, change in packing.unpack(z.reshape(*shape, -1)))
+        torch.testing.assert_close(log_det, torch.linalg.slogdet(matrix).logabsdet, rtol=1e-8, atol=1e-8)
+
+
+# No locals, no globals.
+
+
+def test_without_locals_it_is_what_autoflow_is():
+    """The same recipe, at the same parameters, has the same density."""
+    y = data()
+    guide = stir(plate_flow(globals_only, "group", init_scale=0.5).setup(y))
+    joint = AutoFlow(globals_only, small_global, init_scale=0.5).setup(y)
+    joint.flow.load_state_dict(guide.posterior.flow.state_dict())
+    draws = joint.sample(20)
+    torch.testing.assert_close(guide.log_prob(draws, y), joint.log_prob(draws))
+    assert set(guide(y)) == {"mean", "scale"}
+    losses = [fit_svi(globals_only, guide, y, 2, steps=60, num_particles=8, progress=False).losses]
+    assert losses[0][-20:].mean() < losses[0][:5].mean()
+
+
+def test_without_globals_rows_are_independent():
+    y = data()
+    guide = stir(plate_flow(locals_only, "group", encoder=Rows()).setup(y))
+    assert guide.posterior.flow is None
+    whole = guide.sample(4, y)
+    by_row = sum(guide.log_prob({"z": whole["z"][:, [i]]}, y[[i]]) for i in range(N))
+    torch.testing.assert_close(guide.log_prob(whole, y), by_row, rtol=1e-4, atol=1e-4)
+
+
+# Minibatches.
+
+
+class Watched(Trace_ELBO):
+    """Notes which rows guide and model look at, and the scales of their sites."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: list[Tensor] = []
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        programs = poutine.trace(model), poutine.trace(guide)
+        found = super()._get_trace(*programs, args, kwargs)
+        looked = [program.trace.nodes["group"]["value"] for program in programs]  # before Pyro prunes these sites
+        assert torch.equal(*looked)
+        self.seen.append(looked[0].clone())
+        for program in programs:
+            for node in program.trace.nodes.values():
+                frames = [f for f in node.get("cond_indep_stack", ()) if f.name == "group"]
+                if node["type"] == "sample" and frames:
+                    assert node["scale"] == frames[0].full_size / len(looked[0])
+        return found
+
+
+@both_stores
+@both_ways
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_model_and_guide_look_at_the_same_rows(vectorize, amortised, local):
+    y, elbo = data(12), Watched(2, max_plate_nesting=1, vectorize_particles=vectorize)
+    with pyro.settings.context(module_local_params=local):
+        guide = plate_flow(hierarchy, "group", encoder=Rows() if amortised else None).setup(y, 4)
+        svi = SVI(hierarchy, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+        losses = [svi.step(y, 4) for _ in range(6)]
+    assert all(map(math.isfinite, losses))
+    assert len(elbo.seen) == (6 if vectorize else 12)
+    for epoch in torch.stack(elbo.seen).reshape(-1, 12):  # every row once an epoch
+        assert epoch.sort().values.tolist() == list(range(12))
+    assert len({tuple(rows.tolist()) for rows in elbo.seen}) > 2
+
+
+def test_minibatches_that_do_not_divide_the_rows():
+    shuffled, seen = Shuffled(), torch.zeros(10)
+    for epoch in range(300):
+        first, second = shuffled.next(10, 4), shuffled.next(10, 4)
+        assert len({*first.tolist(), *second.tolist()}) == 8, epoch
+        seen[torch.cat((first, second))] += 1
+    # Each row is left out of an epoch with probability .2: a binomial count, within four standard deviations.
+    assert ((seen - 240).abs() < 4 * math.sqrt(300 * 0.2 * 0.8)).all()
+    assert shuffled.next(3, 3).sort().values.tolist() == [0, 1, 2]  # another size starts anew
+    kept = shuffled.next(6, 2)
+    before = kept.clone()
+    for _ in range(10):
+        shuffled.next(6, 2)
+    assert torch.equal(kept, before)
+
+
+@both_ways
+def test_subsampled_loss_is_that_of_all_rows_on_average(amortised):
+    y = data(12)
+    guide = stir(plate_flow(hierarchy, "group", encoder=Rows() if amortised else None, init_scale=0.5).setup(y, 4), 0.1)
+    elbo = Trace_ELBO(20, max_plate_nesting=1, vectorize_particles=True)
+
+    def losses(number: int, *args: Any) -> Tensor:
+        return torch.stack([elbo.differentiable_loss(hierarchy, guide, y, *args).detach() for _ in range(number)])
+
+    whole, part = losses(40), losses(120, 4)
+    epochs = part.reshape(40, 3).mean(1)
+    assert part.std() > 3 * epochs.std()  # the noise of minibatches cancels within an epoch: independent ones give √3
+    assert abs(whole.mean() - epochs.mean()) < 4 * math.hypot(whole.std(), epochs.std()) / math.sqrt(40)
+
+
+def exact(y: Tensor) -> tuple[Tensor, float, Tensor, Tensor]:
+    """The posterior of :func:`hierarchy`: mean and sd of the global, and of each level."""
+    precision = 1 + len(y) / (1 + 1 / 3)
+    mean = y.mean(1).sum() / (1 + 1 / 3) / precision
+    return mean, precision**-0.5, (mean + 3 * y.mean(1)) / 4, torch.tensor(1 / 4 + 1 / precision / 16).sqrt()
+
+
+@both_ways
+def test_subsampled_hierarchy_finds_the_exact_posterior(amortised):
+    y = 1.5 + torch.randn(200, 1) + torch.randn(200, 3)
+    encoder = Rows(8, (32,)) if amortised else None
+    guide = plate_flow(hierarchy, "group", encoder=encoder, local_flow=line)
+    fit = fit_svi(hierarchy, guide, y, 20, steps=300, num_particles=4, lr=0.03, progress=False)
+    assert fit.skipped == 0
+    draws = guide.sample(2000, y)
+    mean, mean_sd, levels, level_sd = exact(y)
+    assert draws["level"].shape == (2000, 200)
+    # In units of the posterior's sd; of 2000 draws the mean is known to 0.02, the sd to 1.6 %.
+    off = (draws["level"].mean(0) - levels) / level_sd
+    assert off.square().mean().sqrt() < 0.15
+    assert (draws["level"].std(0) / level_sd).log().square().mean().sqrt() < 0.15
+    assert abs(draws["mean"].mean() - mean) < 0.75 * mean_sd
+    assert 0.6 < draws["mean"].std() / mean_sd < 1.6
+
+
+@both_ways
+def test_given_rows_are_respected(amortised):
+    y, rows = data(6), torch.tensor([4, 0, 3])
+    guide = stir(plate_flow(hierarchy, "group", encoder=Rows() if amortised else None).setup(y))
+    trace = poutine.trace(guide).get_trace(y, None, rows)
+    assert torch.equal(trace.nodes["group"]["value"], rows)
+    assert trace.nodes["level"]["value"].shape == (3,)
+    assert trace.nodes["level"]["scale"] == 2
+    # Each of the rows is drawn from its own conditional, that of the whole plate at its index.
+    name = next(name for name in trace.nodes if name.endswith("group_latent"))
+    pyro.set_rng_seed(5)
+    part = poutine.trace(guide).get_trace(y, None, rows).nodes[name]["fn"]
+    pyro.set_rng_seed(5)
+    whole = poutine.trace(guide).get_trace(y).nodes[name]["fn"]
+    probe = torch.tensor([0.3])
+    torch.testing.assert_close(part.log_prob(probe), whole.log_prob(probe)[rows])
+    assert whole.log_prob(probe).unique().numel() == 6
+    svi = SVI(
+        hierarchy, guide, pyro.optim.Adam({"lr": 0.01}), Watched(2, max_plate_nesting=1, vectorize_particles=True)
+    )
+    assert math.isfinite(svi.step(y, None, rows))
+
+
+def by_batch(y, total):
+    with pyro.plate("group", total, subsample_size=len(y)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z.sum(-1, keepdim=True), torch.ones(3)).to_event(1), obs=y)
+
+
+def test_minibatches_as_arguments_with_a_ragged_last_one():
+    """As from a DataLoader; each row's latents come from its own data."""
+    y = data(10)
+    guide = stir(plate_flow(by_batch, "group", encoder=Rows()).setup(y[:4], 10))
+    svi = SVI(by_batch, guide, pyro.optim.Adam({"lr": 0.01}), Watched(3, max_plate_nesting=1, vectorize_particles=True))
+    name = f"_{guide._pyro_name}_group_latent"
+    for _ in range(3):
+        for batch in (y[:4], y[4:8], y[8:], y[9:], y):
+            assert math.isfinite(svi.step(batch, 10))
+            trace = poutine.trace(guide).get_trace(batch, 10)
+            assert trace.nodes["z"]["value"].shape == (len(batch), 2)
+            assert trace.nodes["z"]["scale"] == 10 / len(batch)
+            wanted = guide.posterior.local_flow(guide.contexts.encoder(batch)).log_prob(torch.zeros(2))
+            torch.testing.assert_close(trace.nodes[name]["fn"].log_prob(torch.zeros(2)), wanted)
+
+
+def test_rows_never_seen_are_encoded():
+    y, new = data(6), data(40, seed=9)
+    guide = stir(plate_flow(hierarchy, "group", encoder=Rows()).setup(y, 2))
+    draws = guide.sample(7, new)
+    assert draws["level"].shape == (7, 40)
+    assert guide.log_prob(draws, new).shape == (7,)
+    trace = poutine.trace(guide).get_trace(new)
+    values = {name: trace.nodes[name]["value"] for name in ("mean", "level")}
+    torch.testing.assert_close(guide.log_prob(values, new), trace.log_prob_sum(), rtol=1e-4, atol=1e-3)
+    assert guide.median(new)["level"].shape == (40,)
+    assert guide.quantiles([0.1, 0.9], new)["level"].shape == (2, 40)
+
+
+def test_rows_never_seen_need_an_encoder():
+    guide = stir(plate_flow(hierarchy, "group").setup(data(6), 2))
+    words = r"knows the 6 rows of plate 'group' that it was built for, not 4"
+    with pytest.raises(ValueError, match=words):
+        guide(data(4))
+    with pytest.raises(ValueError, match=words):
+        guide(data(4), 2)
+
+
+def test_rows_never_seen_need_an_encoder_in_draws_and_densities_too():
+    guide = stir(plate_flow(hierarchy, "group").setup(data(6), 2))
+    draws = guide.sample(2, data(6))
+    with pytest.raises(ValueError, match="knows the 6 rows"):
+        guide.sample(2, data(4))
+    with pytest.raises(ValueError, match="knows the 6 rows"):
+        guide.log_prob({"mean": draws["mean"], "level": draws["level"][:, :4]}, data(4))
+
+
+def test_data_that_are_not_tied_to_the_rows_are_refused():
+    def untied(y):
+        with pyro.plate("group", 100, subsample_size=len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    y = torch.randn(5)
+    with pytest.raises(ValueError, match=r"plate 'group' is subsampled \(5 of 100 rows\).*the same whatever its ind"):
+        plate_flow(untied, "group").setup(y)
+    # The ways out: an encoder, or indices.
+    plate_flow(untied, "group", encoder=lambda y: y[:, None]).setup(y)
+    plate_flow(hierarchy, "group").setup(data(9), None, torch.tensor([2, 3]))
+
+
+# What Pyro asks of a guide.
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@both_ways
+def test_predictive(amortised, parallel):
+    guide, y = build(CASES["both"], amortised), data()
+    found = Predictive(hierarchy, guide=guide, num_samples=30, parallel=parallel)(y)
+    assert found["level"].shape == (30, N)
+    assert found["mean"].numel() == 30
+    assert found["mean"].std() > 0
+
+
+@both_stores
+@with_locals
+def test_to_arviz_names_dimensions_after_plates(case, local):
+    with pyro.settings.context(module_local_params=local):
+        guide, y = build(case, True), data()
+        found = to_arviz(case.model, guide, y, num_samples=50)
+    for name, shape in {**case.globals_, **case.locals_}.items():
+        variable = found["posterior"][name]
+        assert variable.shape == (1, 50, *shape)
+        assert ("group" in variable.dims) == (name in case.locals_)
+    assert found["posterior"].sizes["group"] == N
+
+
+def test_psis_of_an_exact_guide_is_exact():
+    y = data(4)
+    guide = conjugate_guide(y)
+    found = psis(exact_model, guide, y.double(), num_samples=200)
+    assert found.log_weights.std() < 1e-9
+    y = y.double()
+    # y_i. is Gaussian with covariance I + 1 1' + 1 1' within a group, 1 across groups.
+    block = torch.eye(3, dtype=torch.float64) + 1
+    cov = torch.kron(torch.eye(4, dtype=torch.float64), block) + 1
+    wanted = dist.MultivariateNormal(torch.zeros(12, dtype=torch.float64), cov).log_prob(y.flatten())
+    assert found.log_evidence == pytest.approx(float(wanted), abs=1e-8)
+
+
+@pytest.mark.parametrize("size", [None, 2])
+@both_ways
+def test_member_of_a_list_of_guides(amortised, size):
+    y = data(6)
+
+    def program(y, size=None):
+        hierarchy(y, size)
+        pyro.sample("other", dist.Normal(3.0, 1.0))
+
+    def plates(y, size=None):
+        return pyro.plate("group", len(y), subsample_size=size, dim=-1)
+
+    guide = AutoGuideList(program, create_plates=plates)
+    mine = plate_flow(poutine.block(program, hide=["other"]), "group", encoder=Rows() if amortised else None)
+    guide.append(mine)
+    guide.append(AutoNormal(poutine.block(program, expose=["other"])))
+    elbo = Watched(4, max_plate_nesting=1, vectorize_particles=True)
+    svi = SVI(program, guide, pyro.optim.Adam({"lr": 0.05}), elbo)
+    before = None
+    for step in range(20):
+        assert math.isfinite(svi.step(y, size))
+        before = snapshot(mine) if step == 0 else before
+    assert not same(snapshot(mine), before)
+    assert set(guide(y, size)) == {"mean", "level", "other"}
+    assert len(elbo.seen[-1]) == (size or 6)
+
+
+@both_stores
+@both_ways
+def test_deepcopy_is_independent(amortised, local):
+    y = data()
+    with pyro.settings.context(module_local_params=local):
+        guide = build(CASES["both"], amortised)
+        twin = copy.deepcopy(guide)
+        assert twin._pyro_name != guide._pyro_name
+        assert same(draws_of(twin, y), draws_of(guide, y))
+        kept = snapshot(guide)
+        svi = SVI(hierarchy, twin, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+        for _ in range(2):
+            svi.step(y)
+        assert same(snapshot(guide), kept)
+        assert not same(snapshot(twin), kept)
+        guide(y)
+        assert same(snapshot(guide), kept)
+
+
+@both_ways
+def test_pickle_and_state_dict(amortised):
+    y = data()
+    guide = build(CASES["both"], amortised)
+    svi = SVI(hierarchy, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    svi.step(y, 2)
+    before = draws_of(guide, y)
+    other = pickle.loads(pickle.dumps(guide))
+    assert same(draws_of(other, y), before)
+    assert same(draws_of(guide, y), before)
+    svi.step(y, 2)  # the live one is as it was, and trains on
+    assert not same(draws_of(guide, y), before)
+    buffer = io.BytesIO()
+    torch.save(guide.state_dict(), buffer)
+    buffer.seek(0)
+    # Of another init_scale: the state is all that the function depends on, as it is for AutoFlow.
+    fresh = plate_flow(hierarchy, "group", encoder=Rows() if amortised else None).setup(y)
+    assert not same(draws_of(fresh, y), draws_of(guide, y))
+    fresh.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
+    assert same(draws_of(fresh, y), draws_of(guide, y))
+
+
+@both_ways
+def test_param_store_file_restores_the_function(amortised, tmp_path):
+    y = data()
+
+    def train(guide, steps=5):
+        svi = SVI(hierarchy, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(8, vectorize_particles=True))
+        return [svi.step(y) for _ in range(steps)]
+
+    guide = plate_flow(hierarchy, "group", encoder=Rows() if amortised else None, name="plates_kept")
+    train(guide)
+    wanted = draws_of(guide, y)
+    pyro.get_param_store().save(str(tmp_path / "params"))
+    del guide
+    pyro.clear_param_store()
+    pyro.get_param_store().load(str(tmp_path / "params"))
+    fresh = plate_flow(hierarchy, "group", encoder=Rows() if amortised else None, name="plates_kept").setup(y)
+    assert same(draws_of(fresh, y), wanted)
+    train(fresh, 2)
+    assert not same(draws_of(fresh, y), wanted)
+
+
+# Training.
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Each look at the clock takes a minute, so that every window of 50 steps ends with a checkpoint."""
+    clock = itertools.count(step=60)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
+
+
+@both_ways
+@pytest.mark.usefixtures("hasty")
+def test_a_killed_run_goes_on_to_the_same_end(amortised, tmp_path):
+    """Minibatches included: which rows come next is part of the state."""
+    y, file = data(12), tmp_path / "run"
+
+    def checkpointed(model, file):
+        pyro.set_rng_seed(1)
+        guide = plate_flow(hierarchy, "group", encoder=Rows() if amortised else None, local_flow=line)
+        fit = fit_svi(model, guide, y, 4, steps=70, num_particles=2, progress=False, checkpoint=file)
+        return fit.losses, snapshot(guide)
+
+    since = []
+
+    def mortal(y, size):
+        since.extend([0] * file.exists())
+        if len(since) > 10:
+            sys.exit()
+        hierarchy(y, size)
+
+    whole = checkpointed(hierarchy, tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        checkpointed(mortal, file)
+    assert len(torch.load(file, weights_only=True)["losses"]) == 50
+    pyro.clear_param_store()
+    resumed = checkpointed(hierarchy, file)
+    assert torch.equal(resumed[0], whole[0])
+    assert same(resumed[1], whole[1])
+
+
+@both_stores
+@pytest.mark.parametrize("kind", ["module", "pyro_module", "function"])
+def test_encoders_are_trained(kind, local):
+    class Net(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = PyroModule[nn.Linear](3, 4)
+
+        def forward(self, y, *_):
+            return self.layer(y)
+
+    y = data()
+    with pyro.settings.context(module_local_params=local):
+        encoder = {"module": Rows(), "pyro_module": Net(), "function": lambda y, *_: y}[kind]
+        guide = plate_flow(hierarchy, "group", encoder=encoder)
+        fit_svi(hierarchy, guide, y, 2, steps=3, num_particles=2, progress=False)
+        mine = dict(encoder.named_parameters()) if kind != "function" else {}
+        assert all(parameter.requires_grad for parameter in mine.values())
+        ours = {id(parameter) for parameter in guide.parameters()}
+        assert all(id(parameter) in ours for parameter in mine.values())
+        stored = [name for name in list(pyro.get_param_store()) if "encoder" in name]
+        assert len(stored) == (0 if local else len(mine))
+        before = {name: parameter.detach().clone() for name, parameter in mine.items()}
+        losses = fit_svi(hierarchy, guide, y, steps=40, num_particles=8, lr=0.03, progress=False).losses
+    assert losses[-10:].mean() < losses[:10].mean() - 1
+    assert not any(torch.equal(before[name], parameter) for name, parameter in mine.items())
+
+
+@both_ways
+def test_module_local_params_make_no_difference(amortised):
+    losses, y = [], data(8)
+    for local in (True, False):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        with pyro.settings.context(module_local_params=local):
+            guide = plate_flow(hierarchy, "group", encoder=Rows() if amortised else None)
+            losses.append(fit_svi(hierarchy, guide, y, 4, steps=20, num_particles=8, progress=False).losses)
+            assert bool(pyro.get_param_store().keys()) != local
+    assert torch.equal(*losses)
+
+
+@both_ways
+@pytest.mark.parametrize("case", [CASES["both"], CASES["outer"]], ids=["both", "outer"])
+def test_every_parameter_learns(case, amortised):
+    y = data()
+    guide = AutoPlateFlow(case.model, "group", encoder=Rows() if amortised else None).setup(y)
+    before = [parameter.detach().clone() for parameter in learned(guide)]
+    fit_svi(case.model, guide, y, 2, steps=12, num_particles=4, progress=False)
+    still = [torch.equal(old, new) for old, new in zip(before, learned(guide), strict=True)]
+    assert not any(still)
+
+
+@both_ways
+def test_float64(amortised):
+    y = data(6).double()
+
+    def model(y, size=None):
+        zero = y.new_zeros(())
+        mean = pyro.sample("mean", dist.Normal(zero, 1.0))
+        with pyro.plate("group", len(y), subsample_size=size) as i:
+            level = pyro.sample("level", dist.Normal(mean, zero + 1))
+            pyro.sample("y", dist.Normal(level[..., None], y.new_ones(3)).to_event(1), obs=y[i])
+
+    guide = plate_flow(model, "group", encoder=Rows().double() if amortised else None).setup(y)
+    assert all(value.dtype == torch.float64 for value in guide(y).values())
+    draws = guide.sample(3, y)
+    assert all(value.dtype == torch.float64 for value in draws.values())
+    assert guide.log_prob(draws, y).dtype == torch.float64
+    assert all(parameter.dtype == torch.float64 for parameter in guide.parameters())
+    assert fit_svi(model, guide, y, 2, steps=5, num_particles=2, progress=False).losses.isfinite().all()
+
+
+def test_starts_at_loc_and_scale():
+    y = data(300)
+    start = {"mean": torch.tensor(2.0), "level": torch.full((300,), -3.0)}
+    for encoder in (Rows(), None):
+        guide = AutoPlateFlow(
+            hierarchy, "group", encoder=encoder, init_loc_fn=init_to_value(values=start), init_scale=0.3
+        )
+        draws = guide.setup(y).sample(300, y)
+        # 90 000 draws of levels; the default base of globals is 2 % wider than a normal.
+        assert abs(draws["level"].mean() + 3) < 4 * 0.3 / 300
+        assert draws["level"].std().item() == pytest.approx(0.3, rel=0.03)
+        assert abs(draws["mean"].mean() - 2) < 4 * 0.31 / math.sqrt(300)
+
+
+# Path gradients.
+
+
+def exact_model(y):
+    """:func:`hierarchy` in float64."""
+    zero = y.new_zeros(())
+    mean = pyro.sample("mean", dist.Normal(zero, 1.0))
+    with pyro.plate("group", len(y)):
+        level = pyro.sample("level", dist.Normal(mean, zero + 1))
+        pyro.sample("y", dist.Normal(level[..., None], y.new_ones(3)).to_event(1), obs=y)
+
+
+def conjugate_guide(y: Tensor) -> AutoPlateFlow:
+    """A guide that is the posterior of :func:`exact_model`, set by hand."""
+    y = y.double()
+
+    guide = AutoPlateFlow(
+        exact_model,
+        "group",
+        encoder=lambda y: y.mean(-1, keepdim=True),
+        local_flow=line,
+        global_flow=lambda dim: Flow([ActNorm(dim)]),
+        init_scale=1.0,
+    ).setup(y)
+    mean, sd, _, _ = exact(y)
+    flow, local = guide.posterior.flow, guide.posterior.local_flow
+    norm, net = flow.transforms[0], local.transforms[0].conditioner
+    learned_norm, fixed = flow.transforms[1:]
+    assert learned_norm.log_scale.item() == fixed.loc.item() == 0
+    assert fixed.scale.item() == 1
+    with torch.no_grad():
+        # The globals' coordinates, before the guide's own affine maps, are those of the mean itself.
+        norm.loc.fill_(mean)
+        norm.log_scale.fill_(math.log(sd))
+        # level | mean, y ~ N((mean + 3 average) / 4, 1 / 4): a is where b tanh(a / 4b) is log(1 / 2), with b = 3.
+        net.output.bias[0] = 12 * math.atanh(math.log(0.5) / 3)
+        net.output.weight[1] = torch.tensor([3 / 4, 1 / 4])
+    return guide
+
+
+def gradients(guide: Any, elbo: Any, model: Any, *args: Any) -> Tensor:
+    guide.zero_grad()
+    elbo.loss_and_grads(model, guide, *args)
+    found = [parameter.grad for parameter in learned(guide)]
+    return torch.cat([grad.flatten() for grad in found if grad is not None])
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_path_gradients_vanish_at_the_posterior(vectorize):
+    y = data(4).double()
+    guide = conjugate_guide(y)
+    options = {"num_particles": 3, "max_plate_nesting": 1, "vectorize_particles": vectorize}
+    path = gradients(guide, PathELBO(**options), exact_model, y)
+    assert path.abs().max() < 1e-9
+    assert gradients(guide, Trace_ELBO(**options), exact_model, y).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("amortised", "size"), [(True, 2), (False, None)], ids=["encoder", "rows"])
+def test_path_gradients_have_the_same_mean(amortised, size):
+    y = data(4)
+    guide = stir(plate_flow(hierarchy, "group", encoder=Rows() if amortised else None, init_scale=0.5).setup(y), 0.1)
+    found = []
+    for kind in (Trace_ELBO, PathELBO):
+        elbo = kind(20, max_plate_nesting=1, vectorize_particles=True)
+        found.append(torch.stack([gradients(guide, elbo, hierarchy, y, size) for _ in range(60)]).double())
+    plain, path = found
+    error = ((plain.var(0) + path.var(0)) / 60).sqrt()
+    off = (plain.mean(0) - path.mean(0)).abs() / error.clamp_min(1e-6)
+    # Some hundred parameters, each with an error of its own: the root mean square of normal errors is 1.
+    assert off.square().mean().sqrt() < 1.3
+    assert off.max() < 6
+
+
+# Errors.
+
+
+def refused(model, words, *args, plate="group", **settings):
+    guide = plate_flow(model, plate, **settings)
+    for _ in range(2):  # a failed setup can be tried again
+        with pytest.raises(ValueError, match=words):
+            guide.setup(*args)
+
+
+def test_an_unknown_plate_is_refused_with_those_there_are():
+    refused(inner, r"the model enters no plate 'groups'.*it has group, side", data(), plate="groups")
+
+    def none():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    refused(none, r"no plate 'group' of known size; it has none")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "words"),
+    [
+        (
+            lambda y: y[:3],
+            r"one vector for each of the 5 rows of plate 'group', \(5, context_dim\), got shape \(3, 3\)",
+        ),
+        (lambda y: y[..., None], r"\(5, context_dim\), got shape \(5, 3, 1\)"),
+        (lambda y: y.sum(), r"must return a floating tensor \(\*batch, context_dim\), got \(\)"),
+        (lambda y: y.long(), "must return a floating tensor"),
+        (lambda y: "context", "got str"),
+        (MLPEncoder(4, 2), r"the encoder fails on arguments of shape \(5, 3\): MLPEncoder"),
+    ],
+    ids=["rows", "dimensions", "scalar", "integers", "words", "fails"],
+)
+def test_an_encoder_that_does_not_fit_is_refused(encoder, words):
+    refused(hierarchy, words, data(), encoder=encoder)
+
+
+def test_an_encoder_that_changes_its_width_is_refused():
+    guide = plate_flow(hierarchy, "group", encoder=lambda y: y[:, :2] if len(y) == 5 else y).setup(data())
+    with pytest.raises(ValueError, match=r"width 3 \(shape \(7, 3\)\), but the guide was built for width 2"):
+        guide(data(7))
+
+
+@pytest.mark.parametrize("encoder", [MLPEncoder, "net", 3])
+def test_an_encoder_must_be_callable(encoder):
+    with pytest.raises(TypeError, match="AutoPlateFlow: encoder must be a network or function"):
+        AutoPlateFlow(hierarchy, "group", encoder=encoder)
+
+
+@pytest.mark.parametrize("width", [0, -1, 2.0, True])
+def test_embedding_dim_must_be_a_positive_integer(width):
+    with pytest.raises(ValueError, match="embedding_dim must be an integer of at least 1"):
+        AutoPlateFlow(hierarchy, "group", embedding_dim=width)
+
+
+def test_recipes_must_fit():
+    for name in ("local_flow", "global_flow"):
+        with pytest.raises(TypeError, match=f"{name} must be a recipe"):
+            AutoPlateFlow(hierarchy, "group", **{name: flows.nsf(1)})
+    guide = AutoPlateFlow(hierarchy, "group", local_flow=lambda dim, width: flows.nsf(dim))
+    with pytest.raises(ValueError, match=r"local_flow\(1, 11\) must return a Flow .* with contexts of width 11"):
+        guide.setup(data())
+    guide = AutoPlateFlow(hierarchy, "group", global_flow=lambda dim: flows.nsf(dim + 1))
+    with pytest.raises(ValueError, match=r"global_flow\(1\) must return a Flow over events of shape \(1,\)"):
+        guide.setup(data())
+
+
+def test_a_sequential_plate_is_refused():
+    def model():
+        for i in pyro.plate("group", 3):
+            pyro.sample(f"x_{i}", dist.Normal(0.0, 1.0))
+
+    guide = plate_flow(model, "group")
+    with pytest.raises((ValueError, NotImplementedError), match="sequential"):
+        guide.setup()
+
+
+def test_latents_that_it_cannot_answer_for_are_refused():
+    def program(latent, size=None):
+        with pyro.plate("group", 6, subsample_size=size):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            latent(x)
+
+    refused(program, "'k' is discrete", lambda x: pyro.sample("k", dist.Bernoulli(0.5)))
+    refused(program, "'a' is an angle; only AutoFlow", lambda x: pyro.sample("a", dist.VonMises(0.0, 1.0)))
+    refused(
+        program,
+        "support of latent site 'u'.*differs from row to row.*stretch it",
+        lambda x: pyro.sample("u", dist.Uniform(0.0, torch.arange(1.0, 7.0))),
+    )
+    refused(program, "support of latent site 'u'", lambda x: pyro.sample("u", dist.Uniform(x, x + 2)))
+    refused(program, "'d' is a Delta", lambda x: pyro.sample("d", dist.Delta(x)))
+
+    def scaled(x):
+        u = pyro.sample("u", dist.Uniform(0.0, 1.0))
+        pyro.deterministic("v", u * torch.arange(1.0, 7.0))
+
+    plate_flow(program, "group").setup(scaled)  # what the error recommends
+
+
+def test_rows_may_have_a_support_that_is_shared():
+    """Bounds that a plate expands to its rows, and data of other rows."""
+
+    def model(top, rows):
+        with pyro.plate("group", rows):
+            pyro.sample("u", dist.Uniform(torch.zeros(rows), torch.full((rows,), top)))
+
+    guide = plate_flow(model, "group", encoder=lambda top, rows: torch.zeros(rows, 1), init_scale=2.0).setup(5.0, 4)
+    draws = guide.sample(200, 5.0, 9)["u"]
+    assert draws.shape == (200, 9)
+    assert 0 < draws.min() < 1 < 4 < draws.max() < 5
+
+
+def test_another_subsampled_plate_with_latents_is_refused():
+    def model():
+        with pyro.plate("other", 8, subsample_size=3, dim=-2):
+            pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("group", 4, dim=-1):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    refused(model, r"'x' lies in plate 'other', which is subsampled \(3 of 8 rows\)")
+
+
+def test_a_model_without_latents_is_refused():
+    def model(y):
+        with pyro.plate("group", len(y)):
+            pyro.sample("y", dist.Normal(0.0, torch.ones(3)).to_event(1), obs=y)
+
+    refused(model, "the model has no latents", data())
+
+
+def test_a_density_that_is_not_finite_is_refused():
+    y = data()
+    y[2, 1] = math.nan
+    refused(hierarchy, r"observed site 'y' holds NaN or inf \(1 of", y)
+
+
+def test_a_new_guide_asks_for_the_arguments_of_the_model():
+    guide = plate_flow(hierarchy, "group")
+    for ask in (lambda: guide.sample(2), guide.median, lambda: guide.log_prob({})):
+        with pytest.raises(TypeError, match=r"this guide is new.*missing 1 required"):
+            ask()
+
+
+def test_fit_svi_refuses_what_is_for_autoflow():
+    guide = plate_flow(hierarchy, "group")
+    for settings in ({"escalate": True}, {"restarts": 2}, {"warm_start": True}):
+        with pytest.raises(ValueError, match="AutoPlateFlow"):
+            fit_svi(hierarchy, guide, data(), steps=5, progress=False, **settings)
+
+
+def test_training_is_silent():
+    """Minibatches, encoders and networks give no warning to wonder about."""
+    guide = plate_flow(hierarchy, "group", encoder=Rows())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_svi(hierarchy, guide, data(), 2, steps=2, num_particles=2, progress=False)
+
+
+def test_guides_without_the_plate_are_trained_on_minibatches_too():
+    """Only the model looks at rows; they differ, so that other minibatches have other densities."""
+    y = torch.tensor([0.0, 5.0, 9.0, 100.0])
+
+    def model(y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("group", len(y), subsample_size=2) as i:
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y[i])
+
+    for guide in (AutoFlow(model, small_global), plate_flow(model, "group")):
+        assert fit_svi(model, guide, y, steps=5, num_particles=4, progress=False).losses.isfinite().all()
+
+
+def test_encoders_may_answer_for_all_rows():
+    """A table of features, say, of which the guide takes the minibatch's rows."""
+    y, table = data(6), torch.randn(6, 2)
+    guide = stir(plate_flow(hierarchy, "group", encoder=lambda *_: table).setup(y, 2))
+    rows = torch.tensor([5, 1])
+    pyro.set_rng_seed(5)
+    part = poutine.trace(guide).get_trace(y, None, rows)
+    pyro.set_rng_seed(5)
+    whole = poutine.trace(guide).get_trace(y)
+    name, probe = f"_{guide._pyro_name}_group_latent", torch.tensor([0.3])
+    scores = (trace.nodes[name]["fn"].log_prob(probe) for trace in (part, whole))
+    torch.testing.assert_close(next(scores), next(scores)[rows])
+
+
+# The layer that reads a row's own parameters off its context.
+
+
+def test_given_reads_its_input():
+    net = Given(7, 2, num_params=3)
+    x = torch.randn(4, 7, requires_grad=True)
+    params = net(x)
+    assert params.shape == (4, 2, 3)
+    assert torch.equal(params.mT.flatten(1), x[:, :6])
+    (grad,) = torch.autograd.grad(params.sum(), x)
+    assert grad.sum(0).tolist() == [4.0] * 6 + [0.0]
+    assert not list(net.parameters())
+    with pytest.raises(ValueError, match=r"input_dim must be at least num_params \* output_dim = 6, got 5"):
+        Given(5, 2, num_params=3)
+    layer = Elementwise(Affine(), 2, Given(5, 2, num_params=2))
+    y, log_det = layer.forward_and_log_det(torch.ones(4, 2), torch.zeros(4, 5))
+    assert torch.equal(y, torch.ones(4, 2))
+    assert torch.equal(log_det, torch.zeros(4))
+
+
+def test_rows_start_alike_and_learn_apart():
+    """Without an encoder no row is ahead at the start; each learns its own place."""
+    y = torch.tensor([[-4.0], [0.0], [4.0]]).expand(3, 3)
+    guide = plate_flow(hierarchy, "group", local_flow=line).setup(y)
+    draws = guide.sample(500, y)["level"]
+    assert (draws.mean(0)).abs().max() < 5 * 0.1 / math.sqrt(500)
+    fit_svi(hierarchy, guide, y, 1, steps=150, num_particles=4, lr=0.05, progress=False)
+    _, _, levels, sd = exact(y)
+    assert ((guide.sample(500, y)["level"].mean(0) - levels) / sd).abs().max() < 0.5

@@ -1,0 +1,305 @@
+"""Simulations are draws of the model itself: side by side as one by one, with plates, whatever argument holds the data;
+what cannot be simulated is refused in words that name argument or site."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from scipy import stats
+from torch import Tensor, nn
+
+from pyro_flows import AutoFlow, fit_amortized, simulate
+from pyro_flows.diagnostics import Simulations
+from pyro_flows.diagnostics.simulation import Simulator
+from pyro_flows.encoders import MLPEncoder
+
+
+def linear(x=None):
+    """theta ~ N(0, 1), x_j ~ N(theta, 1/4) for three j."""
+    theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    return pyro.sample("x", dist.Normal(theta[..., None], 0.5 * torch.ones(3)).to_event(1), obs=x)
+
+
+def plates(x=None, size=4):
+    """Two plates, one inside of the other, with latents in both and outside."""
+    top = pyro.sample("top", dist.Normal(0.0, 1.0))
+    with pyro.plate("outer", 2, dim=-2):
+        middle = pyro.sample("middle", dist.Normal(top, 1.0))
+        with pyro.plate("inner", size, dim=-1):
+            leaf = pyro.sample("leaf", dist.LogNormal(middle, 0.5))
+            pair = pyro.sample("pair", dist.Dirichlet(torch.ones(3)))
+            pyro.sample("x", dist.Normal(leaf.log() + pair[..., 0], 1.0), obs=x)
+
+
+def simulator(model, *args, **kwargs) -> Simulator:
+    return Simulator("caller", model, args, kwargs)
+
+
+def flat(found: Simulations) -> Tensor:
+    values = {**found.latents, **{f"data_{name}": value for name, value in found.data.items()}}
+    return torch.cat([values[name].reshape(len(found), -1) for name in sorted(values)], 1).double()
+
+
+@pytest.mark.parametrize("model", [linear, plates], ids=["plain", "plates"])
+def test_side_by_side_is_one_by_one(model):
+    """Means, variances and covariances agree within the standard errors of both."""
+    wide = flat(simulator(model).draw(6000))
+    alone = flat(simulator(model).draw(400, vectorize=False))
+    assert wide.shape[1] == alone.shape[1]
+    moments = []
+    for draws in (wide, alone):
+        centred = draws - wide.mean(0)
+        products = torch.cat([draws, (centred[:, :, None] * centred[:, None, :]).flatten(1)], 1)
+        moments.append((products.mean(0), products.std(0) / math.sqrt(len(draws))))
+    (mean, error), (few, coarse) = moments
+    off = ((mean - few) / (error**2 + coarse**2).sqrt().clamp_min(1e-12)).abs()
+    assert off.max() < 6  # of up to 1500 correlated numbers, from laws with heavier tails than a normal's
+
+
+def test_shapes_are_those_of_the_sites():
+    for vectorize in (True, False):
+        found = simulator(plates, size=3).draw(5, vectorize=vectorize)
+        shapes = {name: tuple(value.shape) for name, value in found.latents.items()}
+        assert shapes == {"top": (5,), "middle": (5, 2, 1), "leaf": (5, 2, 3), "pair": (5, 2, 3, 3)}
+        assert {name: tuple(value.shape) for name, value in found.data.items()} == {"x": (5, 2, 3)}
+        assert len(found) == 5
+
+
+def test_moments_of_a_linear_model():
+    found = simulator(linear).draw(20_000, batch_size=7000)
+    theta, x = found.latents["theta"], found.data["x"]
+    assert len(theta) == len(x) == 20_000
+    assert theta.unique().numel() > 19_900  # batches differ
+    # The variance of x is 1.25, that of its mean over j 1 + 1 / 12, its covariance with theta 1: four standard errors.
+    assert abs(theta.mean()) < 4 / math.sqrt(20_000)
+    assert (x.var(0) - 1.25).abs().max() < 4 * 1.25 * math.sqrt(2 / 20_000)
+    cov = (theta[:, None] * x).mean(0)
+    assert (cov - 1).abs().max() < 4 * math.sqrt((1.25 + 1) / 20_000)
+    assert stats.kstest(((x - theta[:, None]) / 0.5).flatten().numpy(), "norm").pvalue > 1e-4
+
+
+def test_given_latents_are_held():
+    theta = torch.linspace(-20, 20, 50)
+    for vectorize in (True, False):
+        found = simulator(linear).draw(50, {"theta": theta}, batch_size=20, vectorize=vectorize)
+        assert torch.equal(found.latents["theta"], theta)
+        assert (found.data["x"] - theta[:, None]).abs().max() < 0.5 * 6
+    held = torch.randn(4, 2, 1) * 10
+    found = simulator(plates).draw(4, {"middle": held})
+    assert torch.equal(found.latents["middle"], held)
+    assert (found.latents["leaf"].log() - held).abs().max() < 0.5 * 6
+
+
+def test_seeds_repeat():
+    draws = []
+    for _ in range(2):
+        pyro.set_rng_seed(4)
+        draws.append(flat(simulator(plates).draw(10)))
+    assert torch.equal(*draws)
+
+
+def test_take_and_join():
+    found = simulator(linear).draw(10)
+    index = torch.tensor([3, 1])
+    part = found.take(index).join(found.take(slice(0, 2)))
+    assert len(part) == 4
+    assert torch.equal(part.data["x"], found.data["x"][[3, 1, 0, 1]])
+    assert torch.equal(part.latents["theta"], found.latents["theta"][[3, 1, 0, 1]])
+    assert found.take(0).data["x"].shape == (3,)
+
+
+def test_simulate():
+    pyro.set_rng_seed(1)
+    found = simulate(plates, num_simulations=7, batch_size=3, model_kwargs={"size": 3})
+    pyro.set_rng_seed(1)
+    assert torch.equal(flat(found), flat(simulator(plates, size=3).draw(7, batch_size=3)))
+    assert len(simulate(plates, num_simulations=4, vectorize=False)) == 4
+    for name in ("num_simulations", "batch_size"):
+        with pytest.raises(ValueError, match=f"simulate: {name} must be an integer of at least 1"):
+            simulate(plates, **{name: 0})
+
+
+# Which argument holds the data.
+
+
+def sites(model, *args, **kwargs) -> dict[str, str]:
+    return simulator(model, *args, **kwargs).sites
+
+
+def test_arguments_are_matched_to_sites():
+    def renamed(observations=None):
+        linear(observations)
+
+    def several(scale, seen=None, n=None, *, other=None):
+        theta = pyro.sample("theta", dist.Normal(0.0, scale))
+        pyro.sample("other", dist.Normal(theta, 1.0), obs=other)
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=seen)
+
+    def swapped(a=None, b=None):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(theta, 1.0), obs=a)
+        pyro.sample("a", dist.Normal(theta, 1.0), obs=b)
+
+    def integers(counts=None):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        pyro.sample("k", dist.Poisson(rate), obs=counts)
+
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(1, 1)
+
+        def forward(self, x=None):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(self.net(theta[..., None]), 1.0).to_event(1), obs=x)
+
+    assert sites(linear) == sites(linear, None) == sites(linear, x=None) == {"x": "x"}
+    assert sites(renamed) == {"observations": "x"}
+    assert sites(several, 2.0) == sites(several, 2.0, None) == {"seen": "y", "other": "other"}
+    assert sites(swapped) == {"a": "b", "b": "a"}
+    assert sites(integers) == {"counts": "k"}
+    assert sites(Module()) == {"x": "x"}
+    assert sites(poutine.block(linear, hide=["theta"])) == {"x": "x"}
+
+
+def test_arguments_come_back_in_their_places():
+    def model(n, x=None, *, scale=1.0):
+        theta = pyro.sample("theta", dist.Normal(0.0, scale))
+        pyro.sample("x", dist.Normal(theta[..., None], torch.ones(n)).to_event(1), obs=x)
+
+    simulated = simulator(model, 2, scale=3.0)
+    x = torch.zeros(2)
+    assert simulated.arguments({"x": x}) == ((2, x), {"scale": 3.0})
+    found = simulated.draw(4000)
+    assert found.data["x"].shape == (4000, 2)
+    assert found.latents["theta"].std().item() == pytest.approx(3, abs=4 * 3 / math.sqrt(8000))
+
+
+def test_given_data_are_no_data_argument():
+    """What is fixed by the call is not simulated."""
+
+    def model(x=None, covariate=None):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        covariate = pyro.sample("covariate", dist.Normal(0.0, 1.0), obs=covariate)
+        pyro.sample("x", dist.Normal(theta + covariate, 0.1), obs=x)
+
+    with pytest.raises(ValueError, match="site 'covariate' is observed though no argument"):
+        sites(model, covariate=torch.tensor(100.0))
+    assert sites(model) == {"x": "x", "covariate": "covariate"}
+
+
+# What cannot be simulated.
+
+
+def refused(model, words, *args, draw=False, **kwargs):
+    def run():
+        simulated = simulator(model, *args, **kwargs)
+        return simulated.draw(5) if draw else simulated
+
+    with pytest.raises(ValueError, match=words) as error:
+        run()
+    assert "caller" in str(error.value) or draw
+
+
+def test_what_cannot_be_simulated_is_refused():
+    def required(x):
+        linear(x)
+
+    def factor(x=None):
+        linear(x)
+        pyro.factor("penalty", torch.tensor(0.0))
+
+    def coded(x=None):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(theta, 1.0), obs=x)
+        pyro.sample("z", dist.Normal(theta, 1.0), obs=torch.tensor(1.0))
+
+    def nothing(x=None):
+        pyro.sample("theta", dist.Normal(0.0, 1.0))
+
+    def changed(x=None):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(theta, 1.0), obs=None if x is None else x + 1)
+
+    def subsampled(x=None):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 6, subsample_size=2):
+            pyro.sample("x", dist.Normal(theta, 1.0), obs=x)
+
+    refused(required, r"missing a required argument: 'x'.*must be optional")
+    refused(factor, "'penalty' is a factor statement")
+    refused(coded, "site 'z' is observed though no argument was given for it")
+    refused(nothing, r"takes no data.*its arguments are x, and \['x'\] reach no observed site")
+    refused(changed, "takes no data")
+    refused(lambda: linear(), "its arguments are none")
+    refused(subsampled, r"plate 'rows', which is subsampled \(2 of 6 rows\)")
+
+
+def outside(x=None):
+    """Noise from torch, which comes once for all that run side by side."""
+    theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    noise = torch.randn(3)
+    pyro.sample("x", dist.Delta(theta[..., None] + noise, event_dim=1), obs=x)
+
+
+def inside(x=None):
+    theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    noise = pyro.sample("noise", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.sample("x", dist.Delta(theta[..., None] + noise, event_dim=1), obs=x)
+
+
+def test_noise_from_outside_of_sample_statements_is_refused():
+    refused(outside, r"site 'x' has noise from outside of sample statements.*vectorize=False", draw=True)
+    found = simulator(outside).draw(300, vectorize=False)  # the first way out, and the second
+    rest = found.data["x"] - found.latents["theta"][:, None]
+    assert rest.std(0).min() > 0.7
+    rest = (found := simulator(inside).draw(300)).data["x"] - found.latents["theta"][:, None]
+    assert rest.std(0).min() > 0.7
+
+
+def test_noise_of_the_shape_of_the_draws_is_accepted():
+    def own(x=None):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Delta(theta + torch.randn(theta.shape)), obs=x)
+
+    found = simulator(own).draw(400)
+    assert (found.data["x"] - found.latents["theta"]).std() > 0.7
+
+
+def test_a_model_that_does_not_broadcast_is_refused_with_the_way_out():
+    weights = torch.tensor([[1.0, 2.0], [0.0, 1.0], [1.0, 1.0]])
+
+    def model(x=None):
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(weights @ theta, 1.0).to_event(1), obs=x)
+
+    refused(model, r"does not run with draws side by side.*vectorize=False", draw=True)
+    found = simulator(model).draw(30, vectorize=False)
+    assert found.data["x"].shape == (30, 3)
+
+    guide = AutoFlow(model, encoder=MLPEncoder(3, 2, (4,)))
+    with pytest.raises(ValueError, match="vectorize=False"):
+        fit_amortized(model, guide, num_simulations=40, max_epochs=1, progress=False)
+    fit = fit_amortized(model, guide, num_simulations=40, max_epochs=1, vectorize=False, progress=False)
+    assert fit.losses.isfinite().all()
+
+
+def test_a_model_that_sums_over_all_it_sees_is_refused():
+    def model(x=None):
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(theta.sum(), 1.0), obs=x)
+
+    refused(model, "side by side", draw=True)
+
+
+def test_a_mean_over_all_draws_in_a_delta_is_refused():
+    def model(x=None):
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("x", dist.Delta(theta - theta.mean(), event_dim=1), obs=x)
+
+    refused(model, "side by side", draw=True)
