@@ -37,7 +37,7 @@ from pyro_flows import (
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import Conditioner
 from pyro_flows.diagnostics import Simulations
-from pyro_flows.diagnostics.simulation import Simulator
+from pyro_flows.diagnostics.simulator import Simulator
 from pyro_flows.encoders import MLPEncoder, SetEncoder
 from pyro_flows.fitting import loop, truncated
 from pyro_flows.transforms import Elementwise
@@ -230,8 +230,15 @@ def test_positional_none_and_model_kwargs():
         theta = pyro.sample("theta", dist.Normal(0.0, progress))
         pyro.sample("x", dist.Normal(theta[..., None], torch.ones(2)).to_event(1), obs=x)
 
-    encoder = MLPEncoder(2, 2, (4,))
-    guide = AutoFlow(model, small, encoder=lambda x, *_: encoder(x))
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = MLPEncoder(2, 2, (4,))
+
+        def forward(self, x, progress):
+            return self.net(x)
+
+    guide = AutoFlow(model, small, encoder=First())
     quick(model, guide, None, model_kwargs={"progress": 50.0})
     spread = guide.sample(500, torch.tensor([0.0, 0.0]), 50.0)["theta"].std()
     assert spread > 5  # the prior's is 50
@@ -393,7 +400,7 @@ def test_an_amortised_guide_works_with_pyro(trained):
 
 def test_bind_asks_for_one_data_set(trained):
     guide, _ = trained
-    with pytest.raises(ValueError, match=r"give one data set; the encoder saw a batch \(4,\)"):
+    with pytest.raises(ValueError, match=r"give one data set, for which the encoder returns one vector"):
         guide.bind(torch.zeros(4, 3))
     with pytest.raises(ValueError, match="has no encoder"):
         guide.bind(X).bind(X)
@@ -695,7 +702,11 @@ def test_encoders_and_recipes_that_do_not_fit_are_refused():
     words = "for one data set the encoder must return one vector|must return a floating tensor"
     refused(linear, words, guide=AutoFlow(linear, small, encoder=Flat(3, 2, (4,))))
     refused(linear, words, guide=AutoFlow(linear, small, encoder=lambda x: x[..., None]))
-    refused(linear, "the encoder fails on arguments of shape", guide=AutoFlow(linear, encoder=MLPEncoder(4, 2)))
+    refused(
+        linear,
+        "the encoder fails on the arguments that the model is given",
+        guide=AutoFlow(linear, encoder=MLPEncoder(4, 2)),
+    )
     plain = AutoFlow(linear, lambda dim, width: flows.nsf(dim), encoder=MLPEncoder(3, 2, (4,)))
     refused(linear, r"flow\(2, 2\) must return a Flow .* with contexts of width 2", guide=plain)
     with pytest.raises(TypeError, match=r"flow\(2, 2\) fails"):

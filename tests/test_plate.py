@@ -927,7 +927,7 @@ def test_an_unknown_plate_is_refused_with_those_there_are():
         (lambda y: y.sum(), r"must return a floating tensor \(\*batch, context_dim\), got \(\)"),
         (lambda y: y.long(), "must return a floating tensor"),
         (lambda y: "context", "got str"),
-        (MLPEncoder(4, 2), r"the encoder fails on arguments of shape \(5, 3\): MLPEncoder"),
+        (MLPEncoder(4, 2), r"the encoder fails on the arguments that the model is given, \(5, 3\): MLPEncoder"),
     ],
     ids=["rows", "dimensions", "scalar", "integers", "words", "fails"],
 )

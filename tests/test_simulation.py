@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_flows import AutoFlow, fit_amortized, simulate
 from pyro_flows.diagnostics import Simulations
-from pyro_flows.diagnostics.simulation import Simulator
+from pyro_flows.diagnostics.simulator import Simulator
 from pyro_flows.encoders import MLPEncoder
 
 
@@ -110,7 +110,7 @@ def test_take_and_join():
     assert len(part) == 4
     assert torch.equal(part.data["x"], found.data["x"][[3, 1, 0, 1]])
     assert torch.equal(part.latents["theta"], found.latents["theta"][[3, 1, 0, 1]])
-    assert found.take(0).data["x"].shape == (3,)
+    assert found.row(0)["x"].shape == (3,)
 
 
 def test_simulate():
@@ -233,7 +233,7 @@ def test_what_cannot_be_simulated_is_refused():
 
     refused(required, r"missing a required argument: 'x'.*must be optional")
     refused(factor, "'penalty' is a factor statement")
-    refused(coded, "site 'z' is observed though no argument was given for it")
+    refused(coded, "site 'z' is observed though no argument was left open for it")
     refused(nothing, r"takes no data.*its arguments are x, and \['x'\] reach no observed site")
     refused(changed, "takes no data")
     refused(lambda: linear(), "its arguments are none")

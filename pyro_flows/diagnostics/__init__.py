@@ -9,8 +9,8 @@ from .likelihood import importance_log_likelihood as importance_log_likelihood
 from .refinement import Refined as Refined
 from .refinement import refine as refine
 from .resampling import resample as resample
-from .simulated import Simulations as Simulations
-from .simulation import simulate as simulate
+from .simulations import Simulations as Simulations
+from .simulator import simulate as simulate
 from .transport import Neutra as Neutra
 from .transport import neutra as neutra
 from .verdict import Check as Check

@@ -19,8 +19,8 @@ from scipy import stats
 from torch import Tensor
 
 from .draws import check_integers
-from .simulated import Simulations
-from .simulation import Simulator
+from .simulations import Simulations
+from .simulator import Simulator
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,12 @@ class Calibration:
     def reason(self) -> str:
         """What was found, in a sentence."""
         found = f"{100 * float((self.coverage <= 0.9).double().mean()):.1f} % of the truths lie in regions of 90 %"
-        worst = int(self.rank_p.argmin())
         if self.calibrated:
             return f"No test finds an error over {len(self.ranks)} data sets; {found}."
+        if self.sbc_p > 0.01 / 3:
+            wide = bool(self.coverage.mean() < 0.5)
+            return f"The draws are not calibrated: {found}; they lie {'too wide' if wide else 'too narrow'} as a whole."
+        worst = int(self.rank_p.argmin())
         bias = float(self.ranks[:, worst].mean()) - 0.5
         spread = float((2 * self.ranks[:, worst] - 1).abs().mean()) - 0.5
         side = "low" if bias > 0 else "high"
@@ -164,7 +167,7 @@ def _posterior(guide: Any, amortised: bool, simulator: Simulator, rows: Simulati
     if amortised:
         args, kwargs = simulator.arguments(rows.data)
         return guide, guide.flow(guide.context(*args, **kwargs)), rows
-    args, kwargs = simulator.arguments(rows.take(0).data)
+    args, kwargs = simulator.arguments(rows.row(0))
     with torch.enable_grad():
         fitted = guide(*args, **kwargs)
     if not hasattr(fitted, "pack"):

@@ -174,12 +174,12 @@ def check_side_by_side(
     )
     with pyro.validation_enabled(False):
         single, guide_trace, nesting = single_trace(model, guide, args, kwargs)
-        rows = {name: site["value"] for name, site in guide_trace.nodes.items() if site_is_subsample(site)}
+        rows = {name: site["value"] for name, site in single.nodes.items() if site_is_subsample(site)}
         if subsampled_plate(single):
             model, guide = poutine.condition(model, data=rows), poutine.condition(guide, data=rows)
         try:
             draws = _run(model, guide, args, kwargs, 2, nesting, single)
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"the model does not run with draws side by side ({reason:.200}). {way_out}") from error
         sites = dict(prune_subsample_sites(draws.model).iter_stochastic_nodes())

@@ -13,11 +13,12 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from .draws import check_guide, check_integers, check_side_by_side, side_by_side
+from .draws import check_guide, check_integers, check_side_by_side, side_by_side, single_trace
 
 
 @torch.no_grad()
@@ -73,7 +74,9 @@ def importance_log_likelihood(
         raise ValueError("importance_log_likelihood: give the name of the rows' plate, plate=...")
     single, nesting = check_guide(model, guide, args, kwargs)
     check_side_by_side(model, guide, args, kwargs)
+    _, guide_trace, _ = single_trace(model, guide, args, kwargs)
     dim = _place(name, single)
+    _place(name, guide_trace)
     total: Tensor | None = None
     for start in range(0, num_samples, batch_size):
         size = min(batch_size, num_samples - start)
@@ -81,7 +84,8 @@ def importance_log_likelihood(
             guide_trace = poutine.trace(side_by_side(guide, size, nesting)).get_trace(*args, **kwargs)
             replayed = poutine.replay(side_by_side(model, size, nesting), trace=guide_trace)
             model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-        log_weights = _by_row(model_trace, dim, size) - _by_row(guide_trace, dim, size)  # (size, rows)
+        log_p, log_q = (_by_row(trace, name, dim, size) for trace in (model_trace, guide_trace))  # (size, rows)
+        log_weights = log_p - log_q
         batch = log_weights.logsumexp(0)
         total = batch if total is None else torch.logaddexp(total, batch)
     assert total is not None
@@ -92,28 +96,32 @@ def _place(plate: str, trace: Trace) -> int:
     """The plate's dimension; every site with a density must lie in it."""
     dim = None
     for name, site in prune_subsample_sites(trace).nodes.items():
-        if site["type"] != "sample":
-            continue
-        frames = [frame for frame in site["cond_indep_stack"] if frame.name == plate and frame.vectorized]
-        if not frames and not (site["infer"] or {}).get("_deterministic"):
+        if site["type"] != "sample" or (site["is_observed"] and not _in(plate, site)):
+            continue  # what is given, outside of the plate, is the same for all rows
+        frames = _in(plate, site)
+        if not frames:
             raise ValueError(
                 f"importance_log_likelihood: site {name!r} lies outside of plate {plate!r}: rows have no likelihood of "
-                "their own. Fix the latents outside of the plate with poutine.condition, and hide them from the guide."
+                "their own. Fix latents outside of the plate with poutine.condition(model, data={...}), and give a "
+                "guide that draws row by row, in the plate."
             )
-        dim = frames[0].dim if frames else dim
+        dim = frames[0].dim
     if dim is None:
         raise ValueError(f"importance_log_likelihood: the model has no plate {plate!r}.")
     return dim
 
 
-def _by_row(trace: Trace, dim: int, size: int) -> Tensor:
+def _in(plate: str, site: dict[str, Any]) -> list[Any]:
+    return [frame for frame in site["cond_indep_stack"] if frame.name == plate and frame.vectorized]
+
+
+def _by_row(trace: Trace, plate: str, dim: int, size: int) -> Tensor:
     """The log-density of each draw and row, ``(size, rows)``."""
     trace.compute_log_prob()
     total = torch.zeros(())
     for site in prune_subsample_sites(trace).nodes.values():
-        if site["type"] == "sample" and site["log_prob"].dim() >= -dim:
-            log_prob = site["unscaled_log_prob"] if site["mask"] is None else site["log_prob"]
-            rows = log_prob.movedim(dim, -1)
+        if site["type"] == "sample" and _in(plate, site):
+            rows = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"]).movedim(dim, -1)
             rows = rows.expand(size, *rows.shape[1:]) if rows.dim() > 1 else rows.expand(size, -1)
             total = total + rows.reshape(size, -1, rows.shape[-1]).sum(1)
     return total

@@ -17,10 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from ..diagnostics.draws import check_integers
-from ..diagnostics.simulated import Simulations
-from ..diagnostics.simulation import Simulator
+from ..diagnostics.simulations import Simulations
+from ..diagnostics.simulator import Simulator
 from ..guides import AutoFlow
 from . import checkpoint as checkpoints
+from .inspect import fingerprint
 from .loop import Fit
 from .simulated import train
 from .truncated import Truncated
@@ -125,11 +126,18 @@ def fit_amortized(
     if file and not file.parent.is_dir():
         raise ValueError(f"fit_amortized: checkpoint={str(file)!r} lies in a folder that does not exist.")
     simulator = Simulator("fit_amortized", model, args, kwargs)
-    if rounds > 1 and (observed is None or observed.keys() != simulator.sites.keys()):
+    if (rounds > 1 or observed) and (observed is None or observed.keys() != simulator.sites.keys()):
         raise ValueError(
             f"fit_amortized: rounds={rounds} needs observed={{{', '.join(f'{n!r}: ...' for n in simulator.sites)}}}, "
             f"the data to draw simulations for, got {observed!r:.100}."
         )
+    for name, value in (observed or {}).items():
+        shape = simulator.single.nodes[simulator.sites[name]]["value"].shape
+        if value.shape != shape:
+            raise ValueError(
+                f"fit_amortized: observed[{name!r}] must be one data set of shape {tuple(shape)}, got "
+                f"{tuple(value.shape)}."
+            )
     if simulations is not None:
         simulator.check_simulations(simulations, rounds)
         num_simulations = len(simulations)
@@ -142,9 +150,8 @@ def fit_amortized(
             latents = Truncated(simulator, guide, observed).draw(size) if known is not None and observed else None
             return simulator.draw(size, latents, batch_size=simulation_batch_size, vectorize=vectorize)
 
-        new = simulations or (
-            draw() if part is None else _kept(part, draw, {"model": sorted(simulator.sites), "number": size})
-        )
+        key = {"data": fingerprint((*args, *kwargs.values(), *(observed or {}).values())), "number": size}
+        new = simulations or (draw() if part is None else _kept(part, draw, key))
         known = new if known is None else known.join(new)
         fit = train(
             simulator,
@@ -168,7 +175,7 @@ def fit_amortized(
 def _kept(file: Path, draw: Callable[[], Simulations], settings: dict[str, Any]) -> Simulations:
     """The simulations beside a checkpoint, drawn and put there where there are none."""
     beside = file.with_name(f"{file.name}.simulations")
-    kept = checkpoints.read(beside, {"steps": 0, **settings})
+    kept = checkpoints.read(beside, {"steps": 0, **settings}, "fit_amortized")
     if kept is not None:
         return Simulations(kept["latents"], kept["data"])
     new = draw()

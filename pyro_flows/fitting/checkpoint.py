@@ -24,7 +24,7 @@ def write(path: Path, state: dict[str, Any]) -> None:
         draft.unlink(missing_ok=True)
 
 
-def read(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def read(path: Path, settings: dict[str, Any], caller: str = "fit_svi") -> dict[str, Any] | None:
     """The state in a file, with the random numbers set as they were; None where there is no file.
 
     Raises:
@@ -32,30 +32,30 @@ def read(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    state = _load(path)
+    state = _load(path, caller)
     kept = state["settings"]
     if kept != settings:
         other = [f"{k}={kept.get(k)!r} and not {v!r}" for k, v in settings.items() if kept.get(k) != v]
-        raise ValueError(f"fit_svi: checkpoint={str(path)!r} is of another run ({', '.join(other)}). {WAY_OUT}")
+        raise ValueError(f"{caller}: checkpoint={str(path)!r} is of another run ({', '.join(other)}). {WAY_OUT}")
     _set_random_state(state["random"])
     return state
 
 
 def steps_of(path: Path) -> int | None:
     """How many steps the run in a file was to take, None where there is no file; errors as in :func:`read`."""
-    return int(_load(path)["settings"]["steps"]) if path.exists() else None
+    return int(_load(path, "fit_svi")["settings"]["steps"]) if path.exists() else None
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path, caller: str) -> dict[str, Any]:
     try:
         state = dict(torch.load(path, weights_only=True))
         version, _ = state["format"], state["settings"]["steps"]
     except Exception as error:
         raise ValueError(
-            f"fit_svi: checkpoint={str(path)!r} is not a checkpoint ({error!s:.100}). {WAY_OUT}"
+            f"{caller}: checkpoint={str(path)!r} is not a checkpoint ({error!s:.100}). {WAY_OUT}"
         ) from error
     if version != FORMAT:
-        raise ValueError(f"fit_svi: checkpoint={str(path)!r} is of another run (another format). {WAY_OUT}")
+        raise ValueError(f"{caller}: checkpoint={str(path)!r} is of another run (another format). {WAY_OUT}")
     return state
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ..diagnostics import Check
 from ..diagnostics.density import is_breakdown
 from . import checkpoint as checkpoints
-from .state import Run
+from .state import HeldOut, Run
 
 
 @dataclass(frozen=True)
@@ -68,23 +68,6 @@ class Fit:
         )
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """How a run is judged on held-out data.
-
-    Attributes:
-        loss: Computes the loss on them, in nats.
-        every: After how many steps it is asked for.
-        patience: After how many times without an improvement the run ends.
-        decay: Of the average of the parameters, which is what is judged and kept.
-    """
-
-    loss: Callable[[], float]
-    every: int
-    patience: int
-    decay: float = 0.99
-
-
 def descend(
     loss: Callable[[], Tensor],
     parameters: list[Tensor],
@@ -102,6 +85,7 @@ def descend(
     settings: dict[str, Any] | None = None,
     companion: Any = None,
     held_out: HeldOut | None = None,
+    caller: str = "fit_svi",
     window: int = 50,
     patience: int = 100,
 ) -> Fit:
@@ -124,6 +108,7 @@ def descend(
         settings: What else tells this run from another, of which a checkpoint is refused.
         companion: What has a state beside the parameters, with ``state_dict`` and ``load_state_dict``.
         held_out: What judges states on data that are not trained on, in place of the running loss.
+        caller: The public function that asks, for errors.
         window: The number of steps over which the loss is averaged to judge a state.
         patience: How many steps in a row may be skipped.
     """
@@ -131,7 +116,7 @@ def descend(
     run = Run(parameters, optimizers, companion, buffers, held_out.decay if held_out else None)
     settings = {"steps": steps, "lr": lr, "clip_norm": clip_norm, **(settings or {})}
     settings["shapes"] = [list(parameter.shape) for parameter in parameters]
-    if checkpoint is not None and (state := checkpoints.read(checkpoint, settings)) is not None:
+    if checkpoint is not None and (state := checkpoints.read(checkpoint, settings, caller)) is not None:
         run.load_state_dict(state)
     losses, best = run.losses, run.best
     in_a_row, stopped, start = 0, "steps", time.perf_counter() - run.seconds
@@ -145,7 +130,7 @@ def descend(
 
     try:
         with hold_interrupts() as asked:
-            for step in range(len(losses) + 1, steps + 1):
+            for step in range(len(losses) + 1, steps + 1 if not run.stopped else 0):
                 for optimizer in optimizers:
                     optimizer.param_groups[0]["lr"] = lr * _schedule(step, steps)
                     optimizer.zero_grad()
@@ -176,14 +161,15 @@ def descend(
                         best.offer(losses[-window:], step, comparable=settled())
                     skipped = sum(not math.isfinite(value) for value in losses)
                     bar.set_postfix_str(f"loss {best.latest:.3f}" + (f", {skipped} skipped" if skipped else ""))
-                    if step == steps or time.perf_counter() - last_save > 10:
+                    if held_out and step - best.step >= held_out.patience * held_out.every:
+                        run.stopped = "held-out"
+                    if step == steps or run.stopped or time.perf_counter() - last_save > 10:
                         save()
                         last_save = time.perf_counter()
-                    if held_out and step - best.step >= held_out.patience * held_out.every:
-                        stopped = "held-out"
-                        break
-                if asked() and step < steps:
+                if asked() and (held_out or step < steps):
                     raise KeyboardInterrupt
+                if run.stopped:
+                    break
     except KeyboardInterrupt:
         stopped = "interrupted"
         save()
@@ -192,6 +178,8 @@ def descend(
     finally:
         bar.close()
         best.restore()
+    if held_out and losses and not any(map(math.isfinite, losses)):
+        raise FloatingPointError(f"The loss or its gradient was not finite in any step: {_ask(diagnose)}.")
     if stopped == "interrupted":
         where = f"the best state, of step {best.step}" if best.step else "the state at the start"
         onward = "  The same call goes on from the checkpoint." if checkpoint else ""
@@ -204,7 +192,7 @@ def descend(
         len(losses),
         sum(not math.isfinite(value) for value in losses),
         time.perf_counter() - start,
-        stopped,
+        run.stopped or stopped,
         held_out=torch.tensor(run.held_out, dtype=torch.float64) if held_out else None,
     )
 

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diagnostics.simulated import Simulations, check_draws
-from ..diagnostics.simulation import Simulator
+from ..diagnostics.simulations import Simulations, check_draws
+from ..diagnostics.simulator import Simulator
 from ..guides import AutoFlow
-from .loop import Fit, HeldOut, descend
+from ..guides.checks import check_same
+from .inspect import fingerprint
+from .loop import Fit, descend
+from .state import HeldOut
 
 
 def train(
@@ -31,13 +34,20 @@ def train(
     order = torch.randperm(len(simulations), generator=torch.Generator().manual_seed(0))
     simulations = simulations.take(order)
     z, log_det = _standardise(simulator, guide, simulations)
-    number = len(z) - max(1, math.ceil(share * len(z)))
+    number = max(1, len(z) - math.ceil(share * len(z)))
     rows = Epochs(number, min(batch_size or min(256, max(32, number // 18)), number))
     max_epochs = max_epochs or max(10, round(100 * min(1.0, math.sqrt(10_000 / len(z)))))
 
     def loss_of(index: Tensor | slice) -> Tensor:
         args, kwargs = simulator.arguments(simulations.take(index).data)
-        log_q = guide.flow.log_prob(z[index], guide.context(*args, **kwargs))
+        context = guide.context(*args, **kwargs)
+        if context is None or context.shape[:-1] != z[index].shape[:-1]:
+            shape = None if context is None else tuple(context.shape)
+            raise ValueError(
+                f"{simulator.caller}: for {len(z[index])} data sets side by side the encoder must return as many "
+                f"vectors ({len(z[index])}, context_dim), got shape {shape}."
+            )
+        log_q = guide.flow.log_prob(z[index], context)
         return -(log_q + log_det[index]).mean()
 
     @torch.no_grad()
@@ -58,9 +68,10 @@ def train(
             trained=guide,
             steps=max_epochs * rows.steps,
             diagnose=lambda: "the guide's density of simulated latents",
-            settings={"simulations": len(z), "batch_size": rows.size},
+            settings={"data": fingerprint((z, *simulations.data.values())), "batch_size": rows.size},
             companion=rows,
             held_out=HeldOut(loss_held_out, rows.steps, patience),
+            caller=simulator.caller,
             **settings,
         )
     finally:
@@ -72,25 +83,38 @@ def _standardise(simulator: Simulator, guide: AutoFlow, simulations: Simulations
     caller = simulator.caller
     for name, value in simulations.data.items():
         check_draws(caller, "data argument", name, value)
-    first, kwargs = simulator.arguments(simulations.take(0).data)
-    guide.setup(*first, **kwargs)
+    args, kwargs = simulator.arguments(simulations.row(0))
+    guide.setup(*args, **kwargs)
     for name, _ in guide.prototype_trace.iter_stochastic_nodes():
         if name not in simulations.latents:
             raise ValueError(f"{caller}: latent site {name!r} of the guide is not drawn by the model without data.")
         check_draws(caller, "latent site", name, simulations.latents[name])
+    args, kwargs = simulator.arguments(simulations.row(1))
+    check_same(caller, simulator.model, guide.prototype_trace, args, kwargs)
     with torch.no_grad():
         z, log_det = guide.pack(simulations.latents)
-        if not (z.isfinite().all() and log_det.isfinite().all()):
-            bad = int((~(z.isfinite().all(-1) & log_det.isfinite())).sum())
-            raise ValueError(f"{caller}: {bad} of {len(z)} draws of the latents lie at an end of their support.")
+        for name, column in zip(guide.coordinates, z.T, strict=True):
+            if bad := int((~column.isfinite()).sum()):
+                raise ValueError(
+                    f"{caller}: latent site {name!r} has {bad} of {len(z)} draws at an end of its support."
+                )
+            if (column == column[0]).all():
+                raise ValueError(f"{caller}: latent site {name!r} has a number that is constant in all {len(z)} draws.")
         if guide.is_fresh:
             if not guide.has_circles:
-                guide.start_at(z.mean(0), torch.diag(z.std(0)))
+                guide.start_at(z.median(0).values, torch.diag(_spread(z)))
             initialize = getattr(guide.encoder, "initialize", None)
             if initialize is not None:
                 places, names = simulator.arguments(simulations.data)
                 initialize(*places, **names)
     return z, log_det
+
+
+def _spread(z: Tensor) -> Tensor:
+    """The standard deviation of each column, from its quartiles, which heavy tails leave alone, where they differ."""
+    quarter = max(1, len(z) // 4)
+    width = z.kthvalue(len(z) - quarter, 0).values - z.kthvalue(quarter, 0).values
+    return torch.where(width > 0, width / 1.349, z.std(0))
 
 
 class Epochs:

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How a run is judged on held-out data.
+
+    Attributes:
+        loss: Computes the loss on them, in nats.
+        every: After how many steps it is asked for.
+        patience: After how many times without an improvement the run ends.
+        decay: Of the average of the parameters, which is what is judged and kept.
+    """
+
+    loss: Callable[[], float]
+    every: int
+    patience: int
+    decay: float = 0.99
 
 
 class Run:
@@ -37,8 +55,9 @@ class Run:
         self.average = None if decay is None else Average(parameters, decay)
         self.losses: list[float] = []
         self.held_out: list[float] = []
-        self.best = Best(parameters)
+        self.best = Best([*parameters, *(buffer for buffer in buffers if buffer.is_floating_point())])
         self.seconds = 0.0
+        self.stopped = ""
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -51,6 +70,7 @@ class Run:
             "held_out": self.held_out,
             "best": self.best.state_dict(),
             "seconds": self.seconds,
+            "stopped": self.stopped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -65,7 +85,7 @@ class Run:
             self.companion.load_state_dict(state["companion"])
         self.losses[:], self.held_out[:] = state["losses"], state["held_out"]
         self.best.load_state_dict(state["best"])
-        self.seconds = state["seconds"]
+        self.seconds, self.stopped = state["seconds"], state["stopped"]
 
 
 class Average:

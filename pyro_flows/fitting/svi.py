@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO, Trace_ELBO
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..diagnostics.draws import check_side_by_side, single_trace, subsampled_plate
 from ..guides import AutoFlow
@@ -90,8 +90,8 @@ def fit_svi(
         **kwargs: The model's other keyword arguments.
 
     Returns:
-        The record of the fit.  The guide is left at its best state, also after Ctrl-C, which ends the fit early and
-        returns.
+        The record of the fit.  The guide is left at its best state, in evaluation mode, also after Ctrl-C, which ends
+        the fit early and returns.
 
     Raises:
         ValueError: If an argument is out of its range, there is nothing to train, the posterior is improper, or the
@@ -162,12 +162,14 @@ def fit_svi(
         found = objective.loss_and_grads(model, guide, *args, **kwargs)
         return torch.tensor(sum(found) if isinstance(found, tuple) else found, requires_grad=True)
 
+    if isinstance(guide, nn.Module):
+        guide.train()
     parameters = trained_by(loss, model, guide)
     fewer = suited_to(guide, near=True).steps
     near = kept == fewer  # a run that goes on has known since its start
     if isinstance(guide, AutoFlow) and start:
         near = start.is_near and has_all(guide, parameters)
-    return descend(
+    fit = descend(
         loss,
         parameters,
         optimizers(parameters, lr, matrices(guide)),
@@ -187,6 +189,9 @@ def fit_svi(
         },
         companion=objective,
     )
+    if isinstance(guide, nn.Module):
+        guide.eval()
+    return fit
 
 
 def _check_steps(asked: int | None, annealed: int | None) -> None:

@@ -16,7 +16,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..diagnostics.draws import log_prob_of_draws, rows_of, side_by_side
-from ..diagnostics.simulation import Simulator
+from ..diagnostics.simulator import Simulator
 from ..guides import AutoFlow
 
 EPSILON = 1e-4
@@ -54,17 +54,18 @@ class Truncated:
             return {name: torch.cat([part[name] for part in kept])[:number] for name in self.names}
         return self._resampled(number)
 
-    def _resampled(self, number: int, each: int = 64) -> dict[str, Tensor]:
+    def _resampled(self, number: int, each: int = 1024) -> dict[str, Tensor]:
         """One of many draws of the guide, in proportion to prior / guide within the threshold, and again."""
         parts = []
-        for start in range(0, number, 1000):
-            rows = min(1000, number - start)
+        for start in range(0, number, 100):
+            rows = min(100, number - start)
             values = self.guide.sample(rows * each, *self.given[0], **self.given[1])
             log_q = self._log_q(values)
             _, log_p = self._prior(rows * each, values)
             weights = (log_p - log_q).where(log_q > self.threshold, -torch.inf).reshape(rows, each)
             weights = weights.where(weights.isfinite().any(1, keepdim=True), 0.0)
-            picked = torch.distributions.Categorical(logits=weights).sample() + each * torch.arange(rows)
+            first = each * torch.arange(rows, device=weights.device)
+            picked = torch.distributions.Categorical(logits=weights).sample() + first
             parts.append({name: value[picked] for name, value in values.items()})
         return {name: torch.cat([part[name] for part in parts]) for name in self.names}
 

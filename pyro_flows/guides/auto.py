@@ -9,7 +9,7 @@ Mohamed 2015, arXiv:1505.05770) in the unconstrained space.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
@@ -21,9 +21,9 @@ from torch.distributions import Transform, biject_to
 from ..flows import Flow
 from ..transforms import Compose, Conditioned, View
 from .base import FlowGuide
-from .checks import check_density, check_latents, check_supports
+from .checks import check_density, check_latents, check_same, check_supports
 from .circles import is_circular, mark_circles
-from .encoding import check_encoder, encode, width_for_one
+from .encoding import at_rest, check_encoder, encode, width_for_one
 from .init import init_to_center
 from .names import claim_name
 from .recipe import assemble, built, check_recipe, check_scale, default_for, is_untrained, start_at
@@ -48,7 +48,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         model: A Pyro model of fixed structure, with continuous latents.
         flow: A recipe, called with the number of latent dimensions, such as ``flows.iaf``; by default 8 affine
             couplings, 16 beyond 32 latents, over contaminated normals.  With an encoder it is called with the width of
-            the context too, and is by default ``flows.nsf``.
+            the context too, and is by default ``flows.nsf_ar``.
         encoder: A network or function from the model's arguments to a context ``(context_dim,)``, and from those of
             many data sets side by side, ``(*batch, ...)``, to ``(*batch, context_dim)``: see ``pyro_flows.encoders``.
         base: In place of the recipe's base, a function of the number of latent dimensions, such as
@@ -116,8 +116,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
             raise
 
     def _build(self) -> None:
-        sites = [site for _, site in self.prototype_trace.iter_stochastic_nodes()]
-        self._circular = [is_circular(s) for s in sites for _ in range(self._unconstrained_shapes[s["name"]].numel())]
+        nodes = self.prototype_trace.nodes
+        self._circular = [is_circular(nodes[name]) for name in self.coordinates]
         sizes = self.latent_dim, self._context_dim
         flow = built("AutoFlow", "flow", self._build_flow, default_for(self._circular, self._context_dim), *sizes)
         self.flow = assemble(flow, self._build_base, self._init_loc(), self._init_scale, self._circular)
@@ -172,21 +172,15 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def bind(self, *args: Any, **kwargs: Any) -> AutoFlow:
         """The guide of one data set, without the encoder: a copy, to be checked, refined, trained further.
 
-        Args:
-            *args: The model's arguments, with the data.
-            **kwargs: Its keyword arguments.
-
-        Raises:
-            ValueError: If the guide has no encoder, or was never set up.
+        Its arguments are the model's, with the data.
         """
         if self.encoder is None or self.prototype_trace is None:
             reason = "has no encoder" if self.encoder is None else "was never set up; train it by fit_amortized"
             raise ValueError(f"AutoFlow.bind: the guide {reason}.")
-        context = self.context(*args, **kwargs)
-        assert context is not None
-        if context.dim() != 1:
-            raise ValueError(f"AutoFlow.bind: give one data set; the encoder saw a batch {tuple(context.shape[:-1])}.")
-        new, context = copy.deepcopy(self), nn.Parameter(context.clone())
+        seen = self._context_at_rest(args, kwargs)
+        if seen is None or seen.dim() != 1:
+            raise ValueError("AutoFlow.bind: give one data set, for which the encoder returns one vector.")
+        new, context = copy.deepcopy(self), nn.Parameter(seen.clone())
         layers = [Conditioned(t, context) if t.context_dim else t for t in new.flow.transforms]
         new.encoder, new._context_dim = None, 0
         new.flow = Flow(layers, new.flow.base)
@@ -217,7 +211,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
     @torch.no_grad()
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw from the guide: for each latent site, values of shape ``(num_samples, *site_shape)``."""
-        return self.unpack(self.setup(*args, **kwargs).get_posterior(*args, **kwargs).sample((num_samples,)))
+        context = self.setup(*args, **kwargs)._context_at_rest(args, kwargs)
+        return self.unpack(self.flow(context).sample((num_samples,)))
 
     def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The guide's log-density, in nats, of any constrained values, draws of another method included.
@@ -228,12 +223,23 @@ class AutoFlow(FlowGuide, AutoContinuous):
         Returns:
             A tensor of shape ``batch``; -inf outside of the support.
         """
-        packed, log_det = self.setup(*args, **kwargs).pack(values)
-        return self.get_posterior(*args, **kwargs).log_prob(packed) + log_det
+        context = self.setup(*args, **kwargs)._context_at_rest(args, kwargs)
+        packed, log_det = self.pack(values)
+        return self.flow(context).log_prob(packed) + log_det
+
+    def _context_at_rest(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        if self.encoder is not None:
+            check_same("AutoFlow", self.model, self.prototype_trace, args, kwargs)
+        with at_rest(self.encoder):
+            return self.context(*args, **kwargs)
 
     def unpack(self, latent: Tensor) -> dict[str, Tensor]:
         """Packed, unconstrained latents ``(*batch, latent_dim)`` as values of sites, ``(*batch, *site_shape)``."""
-        return {site["name"]: biject_to(site["fn"].support)(value) for site, value in self._sites(latent)}
+        sites = dict(self.prototype_trace.iter_stochastic_nodes())
+        shapes = {name: self._unconstrained_shapes[name] for name in sites}
+        parts = latent.split([shape.numel() for shape in shapes.values()], -1)
+        free = {n: part.reshape(*latent.shape[:-1], *shapes[n]) for n, part in zip(sites, parts, strict=True)}
+        return {name: biject_to(site["fn"].support)(free[name]) for name, site in sites.items()}
 
     def pack(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The way back: ``(*batch, latent_dim)``, and log|det| of the change in nats, -inf outside of the support."""
@@ -246,11 +252,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
             log_det = log_det.to(change.device) + change
         return torch.cat(packed, -1), log_det
 
-    def _sites(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Split packed latents ``(*batch, latent_dim)`` into sites and unconstrained values ``(*batch, *shape)``."""
-        start = 0
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
-            shape = self._unconstrained_shapes[name]
-            stop = start + shape.numel()
-            yield site, latent[..., start:stop].reshape(*latent.shape[:-1], *shape)
-            start = stop
+    @property
+    def coordinates(self) -> list[str]:
+        """The site that each of the packed latents belongs to."""
+        sites = self.prototype_trace.iter_stochastic_nodes()
+        return [name for name, _ in sites for _ in range(self._unconstrained_shapes[name].numel())]

@@ -49,12 +49,14 @@ class FlowGuide(AutoGuide):
 
     @torch.no_grad()
     def quantiles(self, quantiles: list[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Quantiles of each latent, from ``num_summary_draws`` draws: name -> ``(len(quantiles), *site_shape)``."""
-        draws = self.sample(self.num_summary_draws, *args, **kwargs)
-        return {
-            name: torch.quantile(value, torch.as_tensor(quantiles, dtype=value.dtype, device=value.device), dim=0)
-            for name, value in draws.items()
-        }
+        """Quantiles of each latent, from ``num_summary_draws`` draws, or fewer where there are more than 2,000 numbers.
+
+        Returns:
+            For each latent site values of shape ``(len(quantiles), *site_shape)``.
+        """
+        one = sum(value.numel() for value in self.sample(1, *args, **kwargs).values())
+        number = min(self.num_summary_draws, max(1000, 20_000_000 // one))  # so that they fit into memory
+        return {name: _quantiles(value, quantiles) for name, value in self.sample(number, *args, **kwargs).items()}
 
     # Parameters under a name of the guide's own.
 
@@ -94,3 +96,10 @@ class FlowGuide(AutoGuide):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__["_pyro_name"] = claim_name(self, self._pyro_name if is_free(self._pyro_name) else None)
+
+
+def _quantiles(value: Tensor, quantiles: list[float] | Tensor) -> Tensor:
+    """Quantiles over the first dimension, some columns at a time: torch takes no more than 2²⁴ numbers."""
+    levels = torch.as_tensor(quantiles, dtype=value.dtype, device=value.device)
+    columns = value.reshape(len(value), -1).split(1000, 1)
+    return torch.cat([torch.quantile(part, levels, dim=0) for part in columns], 1).reshape(-1, *value.shape[1:])

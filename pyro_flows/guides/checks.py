@@ -129,5 +129,32 @@ def _trace_at(
         return poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
 
 
+def check_same(
+    owner: str, model: Callable[..., Any], prototype: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse arguments with which the latents have other shapes or supports than those that a guide was built for."""
+    if model is None:
+        return  # a guide that was saved
+    latents = dict(prototype.iter_stochastic_nodes())
+    with poutine.block(), torch.no_grad(), validation_enabled(False):
+        nodes = poutine.trace(model).get_trace(*args, **kwargs).nodes
+    for name, site in latents.items():
+        value = nodes[name]["value"] if name in nodes else None
+        if value is None or value.shape != site["value"].shape:
+            shape = None if value is None else tuple(value.shape)
+            raise ValueError(
+                f"{owner}: with these arguments latent site {name!r} has shape {shape}, but the guide was built for "
+                f"{tuple(site['value'].shape)}. Build another, or give each row a posterior of its own: AutoPlateFlow."
+            )
+        place = biject_to(site["fn"].support).inv(site["value"].detach())
+        if not torch.allclose(
+            biject_to(nodes[name]["fn"].support)(place), site["value"].detach(), rtol=1e-4, atol=1e-6
+        ):
+            raise ValueError(
+                f"{owner}: with these arguments latent site {name!r} has the support {nodes[name]['fn'].support}, and "
+                "not that of the arguments that the guide was built for. Draw it on a fixed scale and stretch it."
+            )
+
+
 def _worst(log_prob: Tensor) -> float:
     return log_prob[~log_prob.isfinite()].flatten()[0].item()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .encoding import encode, probe
-from .rows import Rows, take_rows
+from .rows import Rows, rows_of_plate, take_rows
 
 PACE = 10.0  # a row is seen once in many steps, and then has to move farther than what all rows share
 
@@ -57,15 +57,15 @@ class RowContexts(nn.Module):
     ) -> Tensor:
         """The contexts of the rows at ``indices`` of a plate."""
         if self.embedding is not None:
-            if plate.size != self.embedding.num_embeddings:
-                raise ValueError(
-                    f"AutoPlateFlow: without an encoder the guide knows the {self.embedding.num_embeddings} rows of "
-                    f"plate {self.plate!r} that it was built for, not {plate.size}. Give it an encoder, or build "
-                    "another guide."
-                )
-            return PACE * self.embedding(indices)
-        if len(indices) < plate.size or not torch.equal(indices, torch.arange(plate.size, device=indices.device)):
+            self._check_known(plate.size)
+            return PACE * self.embedding(indices.to(self.embedding.weight.device))
+        if len(indices) < plate.size:
             args, kwargs = take_rows(args, kwargs, indices, plate.size)
+        elif not torch.equal(indices, torch.arange(plate.size, device=indices.device)):
+            raise ValueError(
+                f"AutoPlateFlow: plate {self.plate!r} takes all of its rows in another order, by subsample=; whether "
+                "the arguments are in that order cannot be told. Leave subsample= out where all rows are taken."
+            )
         context = self._encode(model, args, kwargs)
         self._check(context, len(indices), plate.size)
         return context if len(context) == len(indices) else context[indices]
@@ -73,10 +73,19 @@ class RowContexts(nn.Module):
     def of_all(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The contexts of all rows that the arguments tell of."""
         if self.embedding is not None:
+            if model is not None:  # which saved guides are without
+                self._check_known(rows_of_plate(model, self.plate, args, kwargs).full_size)
             return PACE * self.embedding.weight
         context = self._encode(model, args, kwargs)
         self._check(context, len(context), len(context))
         return context
+
+    def _check_known(self, full_size: int) -> None:
+        if self.embedding is not None and full_size != self.embedding.num_embeddings:
+            raise ValueError(
+                f"AutoPlateFlow: without an encoder the guide knows the {self.embedding.num_embeddings} rows of plate "
+                f"{self.plate!r} that it was built for, not {full_size}. Give it an encoder, or build another guide."
+            )
 
     def _encode(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         assert self.encoder is not None

@@ -27,13 +27,30 @@ def signature_of(model: Callable[..., Any]) -> inspect.Signature | None:
 def arranged(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments as the model's signature orders them: by place wherever it allows, so that encoders need no names."""
+    """The arguments that are given, in the order of the model's signature and by place, so that encoders need no names.
+
+    Only those that a model takes by name alone keep their names.
+    """
     signature = signature_of(model)
     try:
-        bound = signature.bind(*args, **kwargs) if signature else None
+        given = signature.bind(*args, **kwargs).arguments if signature else None
     except TypeError:
-        bound = None
-    return (bound.args, bound.kwargs) if bound else (args, kwargs)
+        given = None
+    if signature is None or given is None:
+        return args, kwargs
+    places: list[Any] = []
+    names: dict[str, Any] = {}
+    for name, value in given.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            places += value
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            names |= value
+        elif kind is inspect.Parameter.KEYWORD_ONLY:
+            names[name] = value
+        else:
+            places.append(value)
+    return tuple(places), names
 
 
 def check_encoder(owner: str, encoder: object) -> None:
@@ -48,14 +65,15 @@ def check_encoder(owner: str, encoder: object) -> None:
 @contextlib.contextmanager
 def at_rest(encoder: Any) -> Iterator[None]:
     """Let a network answer as it does after training: without dropout, and alike for one row and for many."""
-    training = isinstance(encoder, nn.Module) and encoder.training
-    if training:
+    modules = list(encoder.modules()) if isinstance(encoder, nn.Module) else []
+    flags = [module.training for module in modules]
+    if any(flags):
         encoder.eval()
     try:
         yield
     finally:
-        if training:
-            encoder.train()
+        for module, flag in zip(modules, flags, strict=True):
+            module.training = flag
 
 
 def encode(
@@ -75,9 +93,10 @@ def encode(
     try:
         context = encoder(*places, **names)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        shapes = [getattr(value, "shape", type(value).__name__) for value in (*places, *names.values())]
-        seen = ", ".join(str(tuple(shape)) if isinstance(shape, torch.Size) else str(shape) for shape in shapes)
-        raise ValueError(f"{owner}: the encoder fails on arguments of shape {seen}: {error!s:.300}") from error
+        seen = [str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in (*places, *names.values())]
+        raise ValueError(
+            f"{owner}: the encoder fails on the arguments that the model is given, {', '.join(seen)}: {error!s:.300}"
+        ) from error
     if not isinstance(context, Tensor) or not context.dim() or not context.is_floating_point():
         what = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
         raise ValueError(f"{owner}: the encoder must return a floating tensor (*batch, context_dim), got {what}.")
@@ -89,13 +108,37 @@ def encode(
     return context
 
 
-@torch.no_grad()
 def probe(
     owner: str, encoder: Callable[..., Any], model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
-    """A first context, from which a guide learns the width and the number of rows."""
-    with at_rest(encoder):
-        return encode(owner, encoder, model, args, kwargs)
+    """A first context, from which a guide learns the width and the number of rows.
+
+    Raises:
+        ValueError: If the encoder is a function of networks that the guide would not train.
+    """
+    with at_rest(encoder), torch.enable_grad():
+        context = encode(owner, encoder, model, args, kwargs)
+    own = {id(parameter) for parameter in encoder.parameters()} if isinstance(encoder, nn.Module) else set()
+    if any(isinstance(leaf, nn.Parameter) and id(leaf) not in own for leaf in leaves_of(context)):
+        raise ValueError(
+            f"{owner}: the encoder is a function of parameters that the guide cannot see, and would never train. Give "
+            "the network itself, or an nn.Module that holds it and whose forward does what the function does."
+        )
+    return context.detach()
+
+
+def leaves_of(value: Tensor) -> list[Tensor]:
+    """The leaves that a tensor has gradients for."""
+    found, seen, front = [], set(), [value.grad_fn]
+    while front:
+        node = front.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        front.extend(parent for parent, _ in node.next_functions)
+    return found
 
 
 def width_for_one(

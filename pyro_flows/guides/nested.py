@@ -21,16 +21,18 @@ class Nested(nn.Module):
         scale: The scale that the guide starts from.
     """
 
+    unit: Tensor
+
     def __init__(self, shared: Packing, own: Packing, flow: Flow | None, local_flow: Flow | None, scale: float) -> None:
         super().__init__()
         self.shared, self.own = shared, own
         self.flow, self.local_flow = flow, local_flow
-        self.scale = scale
+        self.register_buffer("unit", torch.tensor(scale, dtype=torch.float64))
 
     @property
     def is_fresh(self) -> bool:
         """Whether the flows are still untrained."""
-        if self.flow and not is_untrained(self.flow, self.scale, [False] * self.shared.size):
+        if self.flow and not is_untrained(self.flow, float(self.unit), [False] * self.shared.size):
             return False
         like = self.own.start.new_zeros(self.own.size)
         return not self.local_flow or permutes(self.local_flow.transforms[:-1], like)
@@ -47,7 +49,7 @@ class Nested(nn.Module):
         centre = torch.zeros_like(self.shared.start)
         for transform in self.flow.transforms[-2:]:
             centre, _ = transform.forward_and_log_det(centre)
-        g = (g - centre) / self.scale
+        g = (g - centre) / self.unit.to(g)
         shape = torch.broadcast_shapes(rows.shape[:-1], g.shape[:-1])
         return torch.cat((rows.expand(*shape, -1), g.expand(*shape, -1)), -1)
 

@@ -24,13 +24,13 @@ from .base import FlowGuide
 from .checks import check_density, check_latents, check_supports
 from .circles import is_circular, mark_circles
 from .contexts import RowContexts
-from .encoding import check_encoder
+from .encoding import at_rest, check_encoder
 from .init import init_to_center
 from .names import claim_name
 from .nested import Nested
 from .packing import Packing
 from .recipe import assemble, assemble_local, built, check_recipe, check_scale, default_flow, local_flow
-from .rows import Rows, Shuffled, check_tied, rows_of_plate
+from .rows import InTurn, Rows, Shuffled, check_tied, rows_of_plate
 
 
 class AutoPlateFlow(FlowGuide):
@@ -189,10 +189,8 @@ class AutoPlateFlow(FlowGuide):
         made = {f.name: pyro.plate(f.name, f.size, dim=f.dim) for f in frames if f.name != self.plate}
         if self.posterior.own.size:
             full_size, size, chosen = rows_of_plate(self.model, self.plate, args, kwargs)
-            trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.posterior.parameters())
-            if chosen is None and size < full_size and trained:
-                chosen = self.minibatches.next(full_size, size)
-            made[self.plate] = pyro.plate(self.plate, full_size, size, chosen, dim=self.posterior.own.dim)
+            with InTurn(self.plate, self.minibatches):
+                made[self.plate] = pyro.plate(self.plate, full_size, size, chosen, dim=self.posterior.own.dim)
         return made
 
     @staticmethod
@@ -214,7 +212,11 @@ class AutoPlateFlow(FlowGuide):
             For each latent site values of shape ``(num_samples, *site_shape)``.
         """
         rows = self.setup(*args, **kwargs)._all_rows(args, kwargs)
-        size = max(1, 100_000 // len(rows))
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(
+                f"AutoPlateFlow.sample: num_samples must be an integer of at least 1, got {num_samples!r}."
+            )
+        size = max(1, 100_000 // max(1, len(rows)))
         sizes = [size] * (num_samples // size) + [num_samples % size] * (num_samples % size > 0)
         batches = [self.posterior.draw(size, rows) for size in sizes]
         return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
@@ -235,4 +237,5 @@ class AutoPlateFlow(FlowGuide):
         """The contexts of all rows, ``(rows, context_dim)``; of one without content where none is needed."""
         if not self.posterior.local_flow:
             return torch.zeros(1, 0)
-        return self.contexts.of_all(self.model, args, kwargs)
+        with at_rest(self.contexts.encoder):
+            return self.contexts.of_all(self.model, args, kwargs)

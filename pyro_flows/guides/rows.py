@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro import poutine, validation_enabled
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
@@ -34,7 +35,10 @@ def rows_of_plate(model: Callable[..., Any], name: str, args: tuple[Any, ...], k
             return reached.rows
     with poutine.block(), torch.no_grad():
         nodes = poutine.trace(model).get_trace(*args, **kwargs).nodes.values()
-    plates = sorted({frame.name for site in nodes for frame in site.get("cond_indep_stack", ())})
+    frames = {frame.name: frame for site in nodes for frame in site.get("cond_indep_stack", ())}
+    if name in frames and frames[name].vectorized:  # a plate that is hidden, or was made before
+        return Rows(frames[name].full_size or frames[name].size, frames[name].size, None)
+    plates = sorted(frames)
     raise ValueError(
         f"AutoPlateFlow: the model enters no plate {name!r} of known size; it has {', '.join(plates) or 'none'}."
     )
@@ -56,12 +60,27 @@ class Shuffled(nn.Module):
 
     def next(self, full_size: int, size: int) -> Tensor:
         """The next ``size`` rows of ``full_size``."""
+        if torch._C._get_tracing_state():  # what is traced would be the same rows for ever
+            return torch.randperm(full_size, device=self.order.device)[:size]
         start = int(self.place)
         if len(self.order) != full_size or start + size > full_size:
             start = 0
             self.order.resize_(full_size).copy_(torch.randperm(full_size))
         self.place.fill_(start + size)
         return self.order[start : start + size].clone()  # the next shuffle is in place
+
+
+class InTurn(Messenger):
+    """Lets a plate that is subsampled take its rows in turn, unless its rows are given or replayed."""
+
+    def __init__(self, name: str, rows: Shuffled) -> None:
+        super().__init__()
+        self.name, self.rows = name, rows
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        fn = msg["fn"]
+        if msg["name"] == self.name and isinstance(fn, _Subsample) and (fn.subsample_size or fn.size) < fn.size:
+            fn.sample = lambda *_: self.rows.next(fn.size, fn.subsample_size)
 
 
 def take_rows(
@@ -89,15 +108,15 @@ def check_tied(
     if rows.chosen is not None or rows.size == rows.full_size:
         return
     latents = {latent: site["value"].detach() for latent, site in prototype.iter_stochastic_nodes()}
-    first = torch.arange(rows.size)
     seen = []
-    for indices in (first, first + rows.full_size - rows.size):
+    for _ in range(10):  # a few rows may be alike
+        indices = torch.randperm(rows.full_size)[: rows.size]
         with poutine.block(), torch.no_grad(), validation_enabled(False):
             held = poutine.condition(model, data={**latents, name: indices})
             trace = poutine.trace(held).get_trace(*args, **kwargs)
         inside = (s for s in trace.nodes.values() if any(f.name == name for f in s.get("cond_indep_stack", ())))
         seen.append([s["value"] for s in inside if s["is_observed"] and s["name"] not in latents])
-    if seen[0] and all(torch.equal(a, b) for a, b in zip(*seen, strict=True)):
+    if seen[0] and all(torch.equal(a, b) for other in seen for a, b in zip(seen[0], other, strict=True)):
         raise ValueError(
             f"AutoPlateFlow: plate {name!r} is subsampled ({rows.size} of {rows.full_size} rows), but the observed "
             "sites in it are the same whatever its indices: rows cannot be told apart. Take the data's rows by the "
@@ -120,7 +139,7 @@ class _StopAt(Messenger):
         self.name = name
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] == self.name and type(msg["fn"]).__name__ == "_Subsample":
+        if msg["name"] == self.name and isinstance(msg["fn"], _Subsample):
             full, size, chosen = msg["fn"].size, msg["fn"].subsample_size, msg["value"]
             if chosen is not None:
                 chosen = torch.as_tensor(chosen)

@@ -10,10 +10,12 @@ arXiv:2207.08219.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.poutine.messenger import Messenger
@@ -31,7 +33,8 @@ class PathGradient:
         model_trace, guide_trace = super()._get_trace(model, seen, args, kwargs)  # type: ignore[misc]
         rest = [name for name, site in guide_trace.iter_stochastic_nodes() if _has_parameters(site["fn"])]
         if rest:
-            with frozen(_leaves(guide, seen.trace)), poutine.block():
+            with frozen(_leaves(guide, seen.trace)), poutine.block(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*not registered in the param store")  # they are frozen
                 again = poutine.trace(poutine.replay(guide, trace=seen.trace)).get_trace(*args, **kwargs)
                 for name in again.nodes.keys() - set(rest):
                     again.remove_node(name)  # scored already
@@ -39,6 +42,7 @@ class PathGradient:
             if hasattr(model_trace, "plate_to_symbol"):
                 again.pack_tensors(model_trace.plate_to_symbol)
             for name in rest:
+                _check_same(name, guide_trace.nodes[name]["fn"], again.nodes[name]["fn"])
                 guide_trace.nodes[name].update(_density(again.nodes[name]))
         return model_trace, guide_trace
 
@@ -70,21 +74,53 @@ class PathEnumELBO(PathGradient, TraceEnum_ELBO):
 class _CarryScores(Messenger):
     """Lets flows in a guide carry the score along with their draws.
 
-    A flow at a context that is trained, or drawn, does not: its density depends on other draws by way of the context.
+    A flow at a context that is drawn itself does not: its density depends on that draw in two ways.
     """
+
+    def __enter__(self) -> _CarryScores:
+        self._drawn: set[Any] = set()
+        return super().__enter__()
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         fn = msg["fn"]
         if isinstance(fn, FlowDistribution) and not msg["done"]:
-            contexts = [view.context for view in fn.transforms if view.context is not None]
-            if not any(context.requires_grad for context in contexts):
+            contexts = {id(view.context): view.context for view in fn.transforms if view.context is not None}
+            if not any(_reaches(context, self._drawn) for context in contexts.values()):
                 msg["fn"] = fn.with_path_gradient()
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if isinstance(msg["value"], Tensor) and msg["value"].grad_fn is not None:
+            self._drawn.add(msg["value"].grad_fn)
+
+
+def _reaches(value: Tensor, nodes: set[Any]) -> bool:
+    """Whether a tensor was computed from what some nodes of the graph of gradients made."""
+    seen, front = set(), [value.grad_fn] if nodes else []
+    while front:
+        node = front.pop()
+        if node in nodes:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            front.extend(parent for parent, _ in node.next_functions)
+    return False
 
 
 def _has_parameters(fn: Any) -> bool:
     """Whether a site's density is still to be freed of its parameters."""
     carried = isinstance(fn, FlowDistribution) and fn.path_gradient
     return fn.has_rsample and not carried and not isinstance(fn, dist.Delta)
+
+
+def _check_same(name: str, first: Any, second: Any) -> None:
+    """Refuse a flow whose context is another when the guide runs again with the same draws."""
+    if isinstance(first, FlowDistribution):
+        for a, b in zip(first.transforms, second.transforms, strict=True):
+            if a.context is not None and not torch.equal(a.context, b.context):
+                raise ValueError(
+                    f"PathELBO: the context of the guide's site {name!r} is another each time, as with dropout. Put "
+                    "its encoder into evaluation mode, or use Pyro's Trace_ELBO."
+                )
 
 
 def _leaves(guide: Any, trace: Trace) -> list[Tensor]:

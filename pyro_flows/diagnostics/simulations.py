@@ -20,7 +20,16 @@ class Simulations:
     latents: dict[str, Tensor]
     data: dict[str, Tensor]
 
-    def take(self, index: Tensor | slice | int) -> Simulations:
+    def __post_init__(self) -> None:
+        sizes = {name: len(value) for group in (self.latents, self.data) for name, value in group.items()}
+        if not self.data or len(set(sizes.values())) > 1:
+            raise ValueError(f"Simulations: latents and data must have as many rows, and some data, got {sizes}.")
+
+    def row(self, number: int) -> dict[str, Tensor]:
+        """One data set."""
+        return {name: value[number] for name, value in self.data.items()}
+
+    def take(self, index: Tensor | slice) -> Simulations:
         """Some of the draws."""
         return Simulations(*({name: value[index] for name, value in g.items()} for g in (self.latents, self.data)))
 
@@ -33,7 +42,7 @@ class Simulations:
         return len(next(iter(self.data.values())))
 
 
-def check_draws(caller: str, name: str, what: str, value: Tensor) -> None:
+def check_draws(caller: str, what: str, name: str, value: Tensor) -> None:
     """Refuse draws ``(N, *shape)`` that are not finite, or all the same."""
     if not value.isfinite().all():
         rows = value.reshape(len(value), -1).isfinite().all(1)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .draws import check_integers, check_side_by_side, room_of, rows_of, side_by_side, single_trace, subsampled_plate
 from .held import group_of
-from .simulated import Simulations
+from .simulations import Simulations
 
 
 def simulate(
@@ -90,10 +90,10 @@ class Simulator:
         self.args, self.kwargs = self.arguments({})
         try:
             single, _, self.nesting = single_trace(model, lambda *_, **__: None, self.args, self.kwargs)
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, NotImplementedError) as error:
             raise ValueError(
                 f"{caller}: the model cannot be simulated: it fails without its data ({error}). It must draw what is "
-                "None, and take sizes from other arguments, which are given here."
+                "None from proper laws, and take sizes from other arguments, which are given here."
             ) from error
         self.single = prune_subsample_sites(single)
         if plate := subsampled_plate(single):
@@ -117,6 +117,12 @@ class Simulator:
                 if self._holds(name, site, drawn[site]["value"]):
                     found[name] = site
                     break
+            else:
+                if name in drawn:
+                    raise ValueError(
+                        f"{self.caller}: argument {name!r} must be what site {name!r} observes as it is, obs={name}; "
+                        "change it in the site's distribution, as by a TransformedDistribution, and not before obs=."
+                    )
         return found
 
     def _holds(self, name: str, site: str, value: Tensor) -> bool:
@@ -139,8 +145,9 @@ class Simulator:
                     "draws. Write it as a pyro.sample statement."
                 )
             raise ValueError(
-                f"{self.caller}: site {name!r} is observed though no argument was given for it: take its data by an "
-                f"argument, `def model({name}=None)` with `pyro.sample({name!r}, ..., obs={name})`."
+                f"{self.caller}: site {name!r} is observed though no argument was left open for it: take its data by "
+                f"an argument, `def model({name}=None)` with `pyro.sample({name!r}, ..., obs={name})`, and do not give "
+                "it."
             )
         if not self.sites:
             free = [n for n, p in self._signature.parameters.items() if self._given.get(n, p.default) is None]
@@ -212,23 +219,35 @@ class Simulator:
     def check(self) -> None:
         """Refuse a model that means something else when many run side by side."""
         check_side_by_side(self.model, self.model, self.args, self.kwargs)
+        found = self._run(2, True, {})
+        latents = {name: value for name, value in found.items() if name not in self.sites.values()}
         for name in self.sites.values():
             fn = self.single.nodes[name]["fn"]
             while hasattr(fn, "base_dist"):
                 fn = fn.base_dist
-            if isinstance(fn, dist.Delta):
-                self._check_noise(name)
+            if isinstance(fn, dist.Delta):  # its value says what no density can
+                self._check_values(name, latents)
 
-    def _check_noise(self, name: str) -> None:
-        """Refuse noise that is drawn outside of sample statements: side by side all would get the same."""
-        with poutine.block(), pyro.validation_enabled(False):
-            latents = {n: s["value"] for n, s in self.single.iter_stochastic_nodes() if n not in self.sites.values()}
-            held = poutine.condition(self.model, data=latents)
-            alone = [poutine.trace(held).get_trace(*self.args, **self.kwargs).nodes[name]["value"] for _ in range(2)]
-            beside = poutine.trace(side_by_side(held, 2, self.nesting)).get_trace(*self.args, **self.kwargs)
-            pair = rows_of(name, beside.nodes[name]["value"], alone[0].shape, 2)
-        if torch.equal(pair[0], pair[1]) and not torch.equal(alone[0], alone[1]):
+    def _check_values(self, name: str, latents: dict[str, Tensor]) -> None:
+        """Compare what follows from latents side by side and one by one, or, where there is noise, its independence."""
+        alone = [torch.cat([self._run(1, False, self._row(latents, row))[name] for row in (0, 1)]) for _ in range(2)]
+        if torch.equal(alone[0], alone[1]):
+            if not torch.allclose(self._run(2, True, latents)[name], alone[0], rtol=1e-4, atol=1e-6):
+                raise ValueError(
+                    f"{self.caller}: site {name!r} is another function of the latents when simulations run side by "
+                    "side: one of them sees the others. Let the model broadcast to the left of its plates, with "
+                    "x.mean(-1, keepdim=True) in place of x.mean() and x[..., 0] in place of x[0], or use "
+                    "vectorize=False."
+                )
+            return
+        twice = {key: value.expand(2, *value.shape[1:]) for key, value in self._row(latents, 0).items()}
+        pair = self._run(2, True, twice)[name]
+        if torch.equal(pair[0], pair[1]):
             raise ValueError(
                 f"{self.caller}: site {name!r} has noise from outside of sample statements, which would be the same "
                 "for all simulations that run side by side. Draw it by pyro.sample, or use vectorize=False."
             )
+
+    @staticmethod
+    def _row(latents: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+        return {name: value[row : row + 1] for name, value in latents.items()}
