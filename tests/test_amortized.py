@@ -682,7 +682,7 @@ def test_draws_that_cannot_be_learned_from_are_refused():
 
     refused(model, "data argument 'x' is constant: -?0 in every draw", dist.Normal(0.0, 1.0), lambda x: 0 * x)
     refused(model, "data argument 'x' holds NaN or inf in .* of 200 draws", dist.Normal(0.0, 1.0), lambda x: x.log())
-    wild = dist.StudentT(0.01, torch.zeros(()), 1.0)
+    wild = dist.LogNormal(0.0, 1000.0)
     refused(model, "'(theta|x)' holds NaN or inf in .* of 200 draws", wild, same)
 
 

@@ -74,7 +74,7 @@ def fit_amortized(
             posterior estimation (Deistler, Goncalves, Macke 2022, arXiv:2210.04815).
         observed: The data of interest, by the names of the model's arguments; for more than one round.
         max_epochs: How often to go through the simulations in a round; the step size falls to zero by then.  By default
-            100, and fewer beyond 10,000 simulations.
+            200, and fewer beyond 10,000 simulations.
         batch_size: How many simulations to take in each step; by default 256, and fewer where there are few.
         lr: The largest step size.
         clip_norm: The largest norm of a gradient.
@@ -116,7 +116,7 @@ def fit_amortized(
         "fit_amortized",
         num_simulations=(num_simulations, 20),
         rounds=(rounds, 1),
-        max_epochs=(100 if max_epochs is None else max_epochs, 1),
+        max_epochs=(200 if max_epochs is None else max_epochs, 1),
         batch_size=(256 if batch_size is None else batch_size, 1),
         patience=(patience, 1),
         simulation_batch_size=(simulation_batch_size, 1),

@@ -30,7 +30,7 @@ def suited_to(guide: Any, *, near: bool = False) -> Schedule:
     if isinstance(guide, AutoPlateFlow):
         # The rows of a plate average themselves; the latents that they share need several draws.  Gradients grow with
         # the plate, and clipping at any one norm would weigh minibatches by theirs.
-        return Schedule(4000, num_particles=8 if guide.has_globals else 1, lr=0.003, clip_norm=1e3 * guide.full_size)
+        return Schedule(4000, num_particles=8 if guide.has_globals else 1, lr=0.005, clip_norm=1e3 * guide.full_size)
     if not isinstance(guide, AutoFlow):
         return Schedule(steps=3000, num_particles=64, lr=0.01, clip_norm=100.0)
     if guide.has_circles:

@@ -36,7 +36,7 @@ def train(
     z, log_det = _standardise(simulator, guide, simulations)
     number = max(1, len(z) - math.ceil(share * len(z)))
     rows = Epochs(number, min(batch_size or min(256, max(32, number // 18)), number))
-    max_epochs = max_epochs or max(10, round(100 * min(1.0, math.sqrt(10_000 / len(z)))))
+    max_epochs = max_epochs or max(10, round(200 * min(1.0, math.sqrt(10_000 / len(z)))))
 
     def loss_of(index: Tensor | slice) -> Tensor:
         args, kwargs = simulator.arguments(simulations.take(index).data)
