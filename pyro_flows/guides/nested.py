@@ -21,18 +21,18 @@ class Nested(nn.Module):
         scale: The scale that the guide starts from.
     """
 
-    unit: Tensor
+    scale: Tensor
 
     def __init__(self, shared: Packing, own: Packing, flow: Flow | None, local_flow: Flow | None, scale: float) -> None:
         super().__init__()
         self.shared, self.own = shared, own
         self.flow, self.local_flow = flow, local_flow
-        self.register_buffer("unit", torch.tensor(scale, dtype=torch.float64))
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
 
     @property
     def is_fresh(self) -> bool:
         """Whether the flows are still untrained."""
-        if self.flow and not is_untrained(self.flow, float(self.unit), [False] * self.shared.size):
+        if self.flow and not is_untrained(self.flow, float(self.scale), [False] * self.shared.size):
             return False
         like = self.own.start.new_zeros(self.own.size)
         return not self.local_flow or permutes(self.local_flow.transforms[:-1], like)
@@ -40,8 +40,9 @@ class Nested(nn.Module):
     def contexts(self, rows: Tensor, g: Tensor | None) -> Tensor:
         """The contexts of rows, ``(rows, context_dim)``, in the plate's dimension and beside g.
 
-        The latter is seen from where its flow now lies, in units of the scale that the guide started from: were they
-        those of the flow, what was learned of a row given g would be wrong whenever the flow gets narrower.
+        The latter is seen from where its flow now lies, in a unit that stays: were it the flow's width, what was learned
+        of a row given g would be wrong whenever the flow gets narrower.  The unit is wide, so that noise in what is
+        learned matters little within the narrow law of g that many rows leave.
         """
         rows = rows.to(self.own.start.dtype).reshape(len(rows), *(1,) * self.own.trailing, -1)
         if g is None or self.flow is None:
@@ -49,7 +50,7 @@ class Nested(nn.Module):
         centre = torch.zeros_like(self.shared.start)
         for transform in self.flow.transforms[-2:]:
             centre, _ = transform.forward_and_log_det(centre)
-        g = (g - centre) / self.unit.to(g)
+        g = (g - centre) / (10 * self.scale.to(g))
         shape = torch.broadcast_shapes(rows.shape[:-1], g.shape[:-1])
         return torch.cat((rows.expand(*shape, -1), g.expand(*shape, -1)), -1)
 
