@@ -195,9 +195,9 @@ def table(rows: list[Row]) -> str:
         f"{rows[-1]['epochs']} epochs, minibatches of {BATCH}, Adam with a step size of {LR:g} that falls as a cosine. "
         "Every posterior ends with the same affine map of the context, which alone is the diagonal Gaussian. ELBO of "
         f"the 10,000 test images ({ELBO_DRAWS} draws each) and log-likelihood of the first {LIKELIHOOD_IMAGES:,} "
-        f"(K = {LIKELIHOOD_DRAWS}), in nats an image, ± standard error over images, which leaves out the noise from one "
-        "training to the next. Gains are over the diagonal posterior with a normal prior and the same seed, image by "
-        f"image. Seconds of one core of a CPU; torch {torch.__version__}, Pyro {pyro.__version__}. Reproduce with "
+        f"(K = {LIKELIHOOD_DRAWS}), in nats an image, ± standard error over images, which leaves out the noise from "
+        "one training to the next. Gains are over the diagonal posterior with a normal prior and the same seed, image "
+        f"by image. Seconds of one core of a CPU; torch {torch.__version__}, Pyro {pyro.__version__}. Reproduce with "
         "`python benchmarks/vae.py`.",
         "",
         "Log-likelihood less ELBO is what the posterior misses, by its family, which a flow widens, and by the "

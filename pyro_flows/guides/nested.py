@@ -40,9 +40,9 @@ class Nested(nn.Module):
     def contexts(self, rows: Tensor, g: Tensor | None) -> Tensor:
         """The contexts of rows, ``(rows, context_dim)``, in the plate's dimension and beside g.
 
-        The latter is seen from where its flow now lies, in a unit that stays: were it the flow's width, what was learned
-        of a row given g would be wrong whenever the flow gets narrower.  The unit is wide, so that noise in what is
-        learned matters little within the narrow law of g that many rows leave.
+        The latter is seen from where its flow now lies, in a unit that stays: were it the flow's width, what was
+        learned of a row given g would be wrong whenever the flow gets narrower.  The unit is wide, so that noise in
+        what is learned matters little within the narrow law of g that many rows leave.
         """
         rows = rows.to(self.own.start.dtype).reshape(len(rows), *(1,) * self.own.trailing, -1)
         if g is None or self.flow is None:
