@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro import validation_enabled
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor, nn
 from torch.distributions import Transform, biject_to
@@ -101,14 +103,17 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self._check_model()
+        # With an encoder it is trained on draws: the data may have no density, and the model may break at the centre.
+        amortised = self.encoder is not None
         try:
-            super(AutoContinuous, self)._setup_prototype(*args, **kwargs)
-            check_latents("AutoFlow", self.prototype_trace)  # before Pyro refuses a discrete site in fewer words
-            super()._setup_prototype(*args, **kwargs)
-            here = "AutoFlow", self.model, self.prototype_trace
-            if self.encoder is None:  # else it is trained on draws, and the data may have no density
-                check_density(*here, args, kwargs)
-            check_supports(*here, self._init_scale, args, kwargs)
+            with validation_enabled(False) if amortised else nullcontext():
+                super(AutoContinuous, self)._setup_prototype(*args, **kwargs)
+                check_latents("AutoFlow", self.prototype_trace)  # before Pyro refuses a discrete site in fewer words
+                super()._setup_prototype(*args, **kwargs)
+                here = "AutoFlow", self.model, self.prototype_trace
+                if not amortised:
+                    check_density(*here, args, kwargs)
+                check_supports(*here, self._init_scale, args, kwargs)
             self._context_dim = width_for_one("AutoFlow", self.encoder, self.model, args, kwargs)
             self._build()
         except Exception:
@@ -159,8 +164,6 @@ class AutoFlow(FlowGuide, AutoContinuous):
             raise ValueError("AutoFlow.start_at: some latents are angles, which have no Gaussian.")
         start_at(self.flow, loc, scale_tril)
 
-    # One network for all data sets.
-
     def context(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """What the encoder makes of data, ``(*batch, context_dim)``; None without an encoder."""
         if self.encoder is None:
@@ -205,8 +208,6 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
         """The distribution of the packed, unconstrained latents."""
         return self.flow(self.context(*args, **kwargs))
-
-    # Using the answer.
 
     @torch.no_grad()
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
