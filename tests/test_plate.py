@@ -855,12 +855,12 @@ def conjugate_guide(y: Tensor) -> AutoPlateFlow:
     assert learned_norm.log_scale.item() == fixed.loc.item() == 0
     assert fixed.scale.item() == 1
     with torch.no_grad():
-        # The globals' coordinates, before the guide's own affine maps, are those of the mean itself.
+        # Rows see the mean in units of ten times init_scale.
         norm.loc.fill_(mean)
         norm.log_scale.fill_(math.log(sd))
         # level | mean, y ~ N((mean + 3 average) / 4, 1 / 4): a is where b tanh(a / 4b) is log(1 / 2), with b = 3.
         net.output.bias[0] = 12 * math.atanh(math.log(0.5) / 3)
-        net.output.weight[1] = torch.tensor([3 / 4, 1 / 4])
+        net.output.weight[1] = torch.tensor([3 / 4, 10 / 4])
     return guide
 
 

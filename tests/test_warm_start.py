@@ -170,11 +170,10 @@ def test_log_p_is_the_models_density_of_one_draw_at_a_time():
     z = torch.randn(5, guide.latent_dim)
     together = Space(nested, guide, (NESTED_Y,), {}).log_p(z)
     for row in range(5):
-        values, change = {}, torch.zeros(())
-        for site, unconstrained in guide._sites(z[row : row + 1]):
+        values, change = guide.unpack(z[row]), torch.zeros(())
+        for name, site in guide.prototype_trace.iter_stochastic_nodes():
             bijection = biject_to(site["fn"].support)
-            values[site["name"]] = bijection(unconstrained[0])
-            change += bijection.log_abs_det_jacobian(unconstrained[0], values[site["name"]]).sum()
+            change += bijection.log_abs_det_jacobian(bijection.inv(values[name]), values[name]).sum()
         alone = poutine.trace(poutine.condition(nested, data=values)).get_trace(NESTED_Y).log_prob_sum() + change
         torch.testing.assert_close(together[row], alone, rtol=1e-5, atol=1e-4)
 

@@ -239,7 +239,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         sites = dict(self.prototype_trace.iter_stochastic_nodes())
         shapes = {name: self._unconstrained_shapes[name] for name in sites}
         parts = latent.split([shape.numel() for shape in shapes.values()], -1)
-        free = {n: part.reshape(*latent.shape[:-1], *shapes[n]) for n, part in zip(sites, parts, strict=True)}
+        free = {n: part.reshape(latent.shape[:-1] + shapes[n]) for n, part in zip(sites, parts, strict=True)}
         return {name: biject_to(site["fn"].support)(free[name]) for name, site in sites.items()}
 
     def pack(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
