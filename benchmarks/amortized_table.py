@@ -110,8 +110,8 @@ def posteriors(results: Results, simulations: int) -> list[str]:
         "data, for sbi that of its network, which puts some mass outside of the prior. *Resampled*: `resample`, from "
         "100,000 draws by their weights under the model's own likelihood, with the largest k-hat of the five. "
         "*fit_svi*: `guide.bind(x)` trained for 300 more steps on that observation alone; none where the fit ends with "
-        "an error, as for two_moons, whose likelihood is zero outside of a half moon. *For sets*: sbi with its "
-        "permutation-invariant network, where the others of sbi see the four points as eight numbers.",
+        "an error. *For sets*: sbi with its permutation-invariant network, where the others of sbi see the four points "
+        "as eight numbers.",
         "",
         *head("task", "method", "seed", *"12345", "mean", "k-hat", "log q", "epochs", "s", "cpu s", text=2),
     ]
