@@ -19,6 +19,7 @@ from scipy import stats
 from torch import Tensor
 
 from .draws import check_integers
+from .quantities import labels_of
 from .simulations import Simulations
 from .simulator import Simulator
 
@@ -185,7 +186,7 @@ def _compare(guide: Any, posterior: Any, rows: Simulations, num_samples: int) ->
     _, det = guide.pack(values)
     ranks = torch.cat([(values[n] < truths[n]).double().mean(0).reshape(len(truth), -1) for n in latents], 1)
     higher = posterior.log_prob(z) + det > posterior.log_prob(truth) + truth_det
-    names = [label for name in latents for label in _labels(name, truths[name].shape[1:])]
+    names = [label for name in latents for label in labels_of(name, truths[name].shape[1:])]
     return _Part(ranks, higher.double().mean(0), truth, z.transpose(0, 1), names)
 
 
@@ -205,8 +206,3 @@ def uniformity(shares: Tensor, num_samples: int) -> float:
     steps = shares * num_samples
     u = ((steps + torch.rand_like(steps)) / (num_samples + 1)).cpu().numpy()
     return min(1.0, 2 * min(stats.kstest(u, "uniform").pvalue, stats.kstest(abs(2 * u - 1), "uniform").pvalue))
-
-
-def _labels(name: str, shape: torch.Size) -> list[str]:
-    places = torch.cartesian_prod(*map(torch.arange, shape)).reshape(-1, len(shape)).tolist() if shape else [[]]
-    return [f"{name}[{', '.join(map(str, place))}]" if place else name for place in places]

@@ -61,8 +61,13 @@ class Quantities:
         return torch.cat(columns, -1)
 
     def _labels(self, name: str) -> list[str]:
-        own = [f"{name}[{', '.join(map(str, place))}]" if place else name for place in np.ndindex(*self._shapes[name])]
+        own = labels_of(name, self._shapes[name])
         return own if self._turns[name] is None else [f"{part} {label}" for part in ("cos", "sin") for label in own]
+
+
+def labels_of(name: str, shape: torch.Size) -> list[str]:
+    """Names for the numbers that a site holds: theta[0, 1]; the site's own where it holds one."""
+    return [f"{name}[{', '.join(map(str, place))}]" if place else name for place in np.ndindex(*shape)]
 
 
 def innermost(fn: Any) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .draws import check_integers, check_side_by_side, room_of, rows_of, side_by_side, single_trace, subsampled_plate
 from .held import group_of
+from .quantities import innermost
 from .simulations import Simulations
 
 
@@ -222,10 +223,7 @@ class Simulator:
         found = self._run(2, True, {})
         latents = {name: value for name, value in found.items() if name not in self.sites.values()}
         for name in self.sites.values():
-            fn = self.single.nodes[name]["fn"]
-            while hasattr(fn, "base_dist"):
-                fn = fn.base_dist
-            if isinstance(fn, dist.Delta):  # its value says what no density can
+            if isinstance(innermost(self.single.nodes[name]["fn"]), dist.Delta):  # its value says what no density can
                 self._check_values(name, latents)
 
     def _check_values(self, name: str, latents: dict[str, Tensor]) -> None:

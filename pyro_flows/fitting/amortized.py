@@ -8,7 +8,6 @@ arXiv:1905.07488).
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..diagnostics.simulator import Simulator
 from ..guides import AutoFlow
 from . import checkpoint as checkpoints
 from .inspect import fingerprint
-from .loop import Fit
+from .loop import Fit, check_settings
 from .simulated import train
 from .truncated import Truncated
 
@@ -121,7 +120,8 @@ def fit_amortized(
         patience=(patience, 1),
         simulation_batch_size=(simulation_batch_size, 1),
     )
-    _check(guide, lr=lr, clip_norm=clip_norm, held_out=held_out, on_nonfinite=on_nonfinite)
+    _check(guide, held_out)
+    check_settings("fit_amortized", lr=lr, clip_norm=clip_norm, on_nonfinite=on_nonfinite)
     file = None if checkpoint is None else Path(checkpoint)
     if file and not file.parent.is_dir():
         raise ValueError(f"fit_amortized: checkpoint={str(file)!r} lies in a folder that does not exist.")
@@ -183,7 +183,7 @@ def _kept(file: Path, draw: Callable[[], Simulations], settings: dict[str, Any])
     return new
 
 
-def _check(guide: Any, *, held_out: float, on_nonfinite: str, **numbers: float) -> None:
+def _check(guide: Any, held_out: float) -> None:
     """Raise one clear error that names the argument and its value."""
     if not isinstance(guide, AutoFlow) or guide.encoder is None:
         raise ValueError(
@@ -191,10 +191,5 @@ def _check(guide: Any, *, held_out: float, on_nonfinite: str, **numbers: float) 
             f"{type(guide).__name__}{' without one' if isinstance(guide, AutoFlow) else ''}. An AutoPlateFlow is "
             "trained by fit_svi."
         )
-    for name, value in numbers.items():
-        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-            raise ValueError(f"fit_amortized: {name} must be positive and finite, got {value!r}.")
     if not 0 < held_out < 1:
         raise ValueError(f"fit_amortized: held_out must lie between 0 and 1, got {held_out!r}.")
-    if on_nonfinite not in ("skip", "raise"):
-        raise ValueError(f"fit_amortized: on_nonfinite must be 'skip' or 'raise', got {on_nonfinite!r}.")

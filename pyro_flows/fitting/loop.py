@@ -68,6 +68,15 @@ class Fit:
         )
 
 
+def check_settings(caller: str, *, on_nonfinite: str, **numbers: float | None) -> None:
+    """Refuse settings that are out of their range, by name and value; None stands for a default."""
+    for name, value in numbers.items():
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            raise ValueError(f"{caller}: {name} must be positive and finite, got {value!r}.")
+    if on_nonfinite not in ("skip", "raise"):
+        raise ValueError(f"{caller}: on_nonfinite must be 'skip' or 'raise', got {on_nonfinite!r}.")
+
+
 def descend(
     loss: Callable[[], Tensor],
     parameters: list[Tensor],

@@ -7,7 +7,6 @@ in Probabilistic Programming (Wingate, Weber 2013, arXiv:1301.1299).
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from ..objectives.particles import ParticleObjective
 from . import checkpoint as checkpoints
 from .inspect import culprit, fingerprint, has_all, trained_by
 from .ladder import climb
-from .loop import Fit, descend
+from .loop import Fit, check_settings, descend
 from .optimizers import matrices, optimizers
 from .propriety import check_proper
 from .schedule import suited_to
@@ -117,7 +116,8 @@ def fit_svi(
         "clip_norm": clip_norm,
         "on_nonfinite": on_nonfinite,
     }
-    _check(steps=steps, restarts=restarts, **settings)
+    _check(steps=steps, num_particles=num_particles, restarts=restarts)
+    check_settings("fit_svi", lr=lr, clip_norm=clip_norm, on_nonfinite=on_nonfinite)
     if escalate or restarts > 1:
         if not isinstance(guide, AutoFlow):
             raise ValueError(f"fit_svi: escalate and restarts are for an AutoFlow, not for {type(guide).__name__}.")
@@ -203,15 +203,8 @@ def _check_steps(asked: int | None, annealed: int | None) -> None:
         )
 
 
-def _check(*, on_nonfinite: str, **numbers: Any) -> None:
-    """Raise one clear error that names the argument and its value; None stands for a default."""
-    for name in ("steps", "num_particles", "restarts"):
-        number = numbers[name]
+def _check(**numbers: Any) -> None:
+    """Refuse numbers that are none to count with; None stands for a default."""
+    for name, number in numbers.items():
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
             raise ValueError(f"fit_svi: {name} must be an integer of at least 1, got {number!r}.")
-    for name in ("lr", "clip_norm"):
-        value = numbers[name]
-        if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-            raise ValueError(f"fit_svi: {name} must be positive and finite, got {value!r}.")
-    if on_nonfinite not in ("skip", "raise"):
-        raise ValueError(f"fit_svi: on_nonfinite must be 'skip' or 'raise', got {on_nonfinite!r}.")

@@ -46,7 +46,6 @@ class Packing:
     def __init__(self, sites: list[dict[str, Any]], dim: int | None = None, rows: int = 1) -> None:
         self.parts: dict[str, Part] = {}
         self.dim = dim
-        self.rows = rows
         for site in sites:
             name, fn, value = site["name"], site["fn"], site["value"]
             support = fn.support if dim is None else _of_one_row(name, fn.support, dim - fn.event_dim, rows)

@@ -133,7 +133,7 @@ class AutoPlateFlow(FlowGuide):
             by_row = self.contexts.encoder is None
             inner = assemble_local(inner, own.start.mean(0), self._init_scale, by_row=by_row)
         self.posterior = Nested(shared, own, outer, inner, self._init_scale)
-        self._full_size = rows.full_size
+        self.full_size = rows.full_size
         self._adopt_stored()
 
     def _sorted(self, rows: Rows) -> tuple[Packing, Packing]:
@@ -158,11 +158,6 @@ class AutoPlateFlow(FlowGuide):
     def has_globals(self) -> bool:
         """Whether some latents lie outside of the plate."""
         return self.posterior.shared.size > 0
-
-    @property
-    def full_size(self) -> int:
-        """How many rows the plate had when the guide was built."""
-        return self._full_size
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw the latents, those of the plate's present rows, as Pyro's guides do: site name -> value."""
