@@ -328,6 +328,15 @@ def test_on_nonfinite_raise_stops_at_the_first(build):
     assert len(calls) < 60
 
 
+def test_a_hard_edge_in_the_likelihood_points_to_resample():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("wall", dist.Delta(y, log_density=torch.where(mu > y, -math.inf, 0.0)), obs=y)
+
+    with pytest.raises(FloatingPointError, match=r"'wall' has a log-density of -inf .*resample"):
+        quick(model, AutoFlow(model, flow=small), torch.tensor(0.05), steps=150, num_particles=32)
+
+
 def test_a_draw_that_a_distribution_refuses_counts_as_nonfinite():
     """Pyro's validation raises where a scale is negative; that too is a bad step and not the end."""
     calls = []

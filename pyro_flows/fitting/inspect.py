@@ -49,7 +49,13 @@ def culprit(model: Callable[..., Any], guide: Callable[..., Any], args: tuple[An
                 value = site["value"]
                 if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
                     return f"the {program}'s site {name!r} has a value that is not finite"
-                if not site["fn"].log_prob(value).isfinite().all():
+                log_prob = site["fn"].log_prob(value)
+                if program == "model" and (log_prob == -torch.inf).any():
+                    return (
+                        f"the model's site {name!r} has a log-density of -inf where the guide draws, so that "
+                        "KL(q || p) is infinite; weigh the draws instead (resample)"
+                    )
+                if not log_prob.isfinite().all():
                     return f"the {program}'s site {name!r} has a log-density that is not finite"
     return "all sites are finite in 20 single draws, so the gradient is at fault"
 
