@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from pyro_flows import AutoFlow, AutoPlateFlow, Flow, fit_svi, flows, psis, to_arviz
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import Conditioner, Given
-from pyro_flows.encoders import MLPEncoder
+from pyro_flows.encoders import MLPEncoder, Standardize
 from pyro_flows.fitting import loop
 from pyro_flows.guides.rows import Shuffled
 from pyro_flows.objectives import PathELBO
@@ -50,9 +50,10 @@ def stir(guide: Any, scale: float = 0.2) -> Any:
 
 
 def learned(guide: Any) -> list[nn.Parameter]:
-    """What is trained: all but the fixed affine map that each flow ends with."""
+    """What is trained: all but the fixed affine maps that each flow ends with, and that an encoder begins with."""
     ends = [flow.transforms[-1] for flow in (guide.posterior.flow, guide.posterior.local_flow) if flow]
-    fixed = {id(parameter) for end in ends for parameter in end.parameters()}
+    begins = [part for part in guide.modules() if isinstance(part, Standardize)]
+    fixed = {id(parameter) for part in ends + begins for parameter in part.parameters()}
     return [parameter for parameter in guide.parameters() if id(parameter) not in fixed]
 
 
@@ -204,6 +205,9 @@ class Rows(MLPEncoder):
 
     def forward(self, y: Tensor, *_: Any) -> Tensor:
         return super().forward(y)
+
+    def initialize(self, y: Tensor, *_: Any) -> None:
+        super().initialize(y)
 
 
 def build(case: Case, amortised: bool, **settings: Any) -> AutoPlateFlow:
@@ -763,7 +767,8 @@ def test_encoders_are_trained(kind, local):
         before = {name: parameter.detach().clone() for name, parameter in mine.items()}
         losses = fit_svi(hierarchy, guide, y, steps=40, num_particles=8, lr=0.03, progress=False).losses
     assert losses[-10:].mean() < losses[:10].mean() - 1
-    assert not any(torch.equal(before[name], parameter) for name, parameter in mine.items())
+    still = [name for name, parameter in mine.items() if torch.equal(before[name], parameter)]
+    assert still == [name for name in mine if name.startswith("standardize")]
 
 
 @both_ways
@@ -808,6 +813,44 @@ def test_float64(amortised):
     assert guide.log_prob(draws, y).dtype == torch.float64
     assert all(parameter.dtype == torch.float64 for parameter in guide.parameters())
     assert fit_svi(model, guide, y, 2, steps=5, num_particles=2, progress=False).losses.isfinite().all()
+
+
+def test_fit_svi_shows_the_data_to_the_encoder_of_a_new_guide(tmp_path):
+    y = 500 + 100 * data(50)
+    guide = AutoPlateFlow(locals_only, "group", encoder=Rows(), local_flow=small_local, name="standardised")
+    quick = functools.partial(fit_svi, locals_only, guide, steps=2, progress=False)
+    quick(y, 10)  # all rows, not those of a minibatch
+    torch.testing.assert_close(guide.contexts.encoder.standardize.loc.detach(), y.mean(0))
+    torch.testing.assert_close(guide.contexts.encoder.standardize.scale.detach(), y.std(0, correction=0))
+    quick(y + 100)  # one that was trained keeps what it knows
+    torch.testing.assert_close(guide.contexts.encoder.standardize.loc.detach(), y.mean(0))
+    SVI(locals_only, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).step(y)
+    wanted = draws_of(guide, y)
+    pyro.get_param_store().save(str(tmp_path / "params"))
+    del guide, quick
+    pyro.clear_param_store()
+    pyro.get_param_store().load(str(tmp_path / "params"))
+    fresh = AutoPlateFlow(locals_only, "group", encoder=Rows(), local_flow=small_local, name="standardised")
+    assert same(draws_of(fresh.setup(y), y), wanted)
+
+
+def test_an_encoder_that_cannot_be_shown_the_data_is_refused():
+    class Deaf(Rows):
+        def initialize(self, x: Tensor) -> None:
+            super().initialize(x)
+
+    guide = plate_flow(locals_only, "group", encoder=Deaf())
+    with pytest.raises(TypeError, match=r"fit_svi: Deaf\.initialize must take the arguments"):
+        fit_svi(locals_only, guide, data(), 4, steps=1, progress=False)
+
+
+@both_ways
+def test_without_globals_rows_start_at_unit_scale(amortised):
+    y = data(300)
+    for model, scale in ((locals_only, 1.0), (hierarchy, 0.1)):
+        guide = AutoPlateFlow(model, "group", encoder=Rows() if amortised else None)
+        draws = guide.setup(y).sample(300, y)["z" if model is locals_only else "level"]
+        assert draws.std().item() == pytest.approx(scale, rel=0.03)
 
 
 def test_starts_at_loc_and_scale():
@@ -855,9 +898,10 @@ def conjugate_guide(y: Tensor) -> AutoPlateFlow:
     assert learned_norm.log_scale.item() == fixed.loc.item() == 0
     assert fixed.scale.item() == 1
     with torch.no_grad():
-        # Rows see the mean in units of ten times init_scale.
         norm.loc.fill_(mean)
         norm.log_scale.fill_(math.log(sd))
+        # Rows see the mean from where its flow now has its middle, in units of ten times init_scale.
+        net.output.bias[1] = mean / 4
         # level | mean, y ~ N((mean + 3 average) / 4, 1 / 4): a is where b tanh(a / 4b) is log(1 / 2), with b = 3.
         net.output.bias[0] = 12 * math.atanh(math.log(0.5) / 3)
         net.output.weight[1] = torch.tensor([3 / 4, 10 / 4])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 class Standardize(nn.Module):
     """A fixed affine map of each feature, the identity until ``initialize`` has seen data.
 
-    Location and scale belong to the state, not to the parameters: training leaves them as they are.
+    Location and scale are parameters, so that parameter stores and checkpoints hold them, but no gradient reaches them.
 
     Args:
         shape: The shape of location and scale, that of the last dimensions of the data; a size of 1 is shared by all
@@ -31,17 +31,14 @@ class Standardize(nn.Module):
         [[-1.0, 0.0], [1.0, 0.0]]
     """
 
-    loc: Tensor
-    scale: Tensor
-
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
         self.shape = tuple(shape)
-        self.register_buffer("loc", torch.zeros(self.shape))
-        self.register_buffer("scale", torch.ones(self.shape))
+        self.loc = nn.Parameter(torch.zeros(self.shape))
+        self.scale = nn.Parameter(torch.ones(self.shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x.to(self.loc.dtype) - self.loc) / self.scale
+        return (x.to(self.loc.dtype) - self.loc.detach()) / self.scale.detach()
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:

@@ -13,6 +13,7 @@ from ..diagnostics.simulations import Simulations, check_draws
 from ..diagnostics.simulator import Simulator
 from ..guides import AutoFlow
 from ..guides.checks import check_same
+from ..guides.encoding import initialize
 from .inspect import fingerprint
 from .loop import Fit, descend
 from .state import HeldOut
@@ -103,10 +104,7 @@ def _standardise(simulator: Simulator, guide: AutoFlow, simulations: Simulations
         if guide.is_fresh:
             if not guide.has_circles:
                 guide.start_at(z.median(0).values, torch.diag(_spread(z)))
-            initialize = getattr(guide.encoder, "initialize", None)
-            if initialize is not None:
-                places, names = simulator.arguments(simulations.data)
-                initialize(*places, **names)
+            initialize(caller, guide.encoder, simulator.model, *simulator.arguments(simulations.data))
     return z, log_det
 
 

@@ -17,7 +17,8 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
 
 from ..diagnostics.draws import check_side_by_side, single_trace, subsampled_plate
-from ..guides import AutoFlow
+from ..guides import AutoFlow, AutoPlateFlow
+from ..guides.encoding import initialize
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective
 from . import checkpoint as checkpoints
@@ -53,7 +54,8 @@ def fit_svi(
     """Fit a guide, and whatever parameters the model has, by maximising the evidence lower bound.
 
     An ``AutoFlow`` starts from a Gaussian that is found first, within a second or so, and suits ill-conditioned and
-    far-off posteriors; then it is trained with path gradients.
+    far-off posteriors; then it is trained with path gradients.  The encoder of a new ``AutoPlateFlow`` is shown
+    the data first, by its ``initialize``, where it has one.
 
     Args:
         model: A Pyro model.
@@ -146,6 +148,8 @@ def fit_svi(
     if warm_start and not isinstance(guide, AutoFlow):
         raise ValueError(f"fit_svi: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
     start = None
+    if isinstance(guide, AutoPlateFlow) and guide.is_fresh:
+        initialize("fit_svi", guide.contexts.encoder, model, args, kwargs)
     if isinstance(guide, AutoFlow) and not kept:
         ours = isinstance(objective, PathELBO | ParticleObjective) and objective.vectorize_particles
         new = guide.is_fresh and ours and whole and guide.encoder is None

@@ -108,6 +108,32 @@ def encode(
     return context
 
 
+def initialize(
+    owner: str,
+    encoder: Callable[..., Any] | None,
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Show an encoder that has a method ``initialize`` the data that it will be trained on, before that.
+
+    Raises:
+        TypeError: If it takes other arguments than the encoder is called with.
+    """
+    method = getattr(encoder, "initialize", None)
+    if method is None:
+        return
+    places, names = arranged(model, args, kwargs)
+    try:
+        inspect.signature(method).bind(*places, **names)
+    except TypeError as error:
+        raise TypeError(
+            f"{owner}: {type(encoder).__name__}.initialize must take the arguments that the encoder is called with, "
+            f"those of the model, as its forward does: {error}."
+        ) from error
+    method(*places, **names)
+
+
 def probe(
     owner: str, encoder: Callable[..., Any], model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:

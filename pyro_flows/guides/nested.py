@@ -34,21 +34,22 @@ class Nested(nn.Module):
         """Whether the flows are still untrained."""
         if self.flow and not is_untrained(self.flow, float(self.scale), [False] * self.shared.size):
             return False
-        like = self.own.start.new_zeros(self.own.size)
-        return not self.local_flow or permutes(self.local_flow.transforms[:-1], like)
+        if not self.local_flow:
+            return True
+        return permutes(self.local_flow.transforms[:-1], self.own.start.new_zeros(self.own.size))
 
     def contexts(self, rows: Tensor, g: Tensor | None) -> Tensor:
         """The contexts of rows, ``(rows, context_dim)``, in the plate's dimension and beside g.
 
-        The latter is seen from where its flow now lies, in a unit that stays: were it the flow's width, what was
-        learned of a row given g would be wrong whenever the flow gets narrower.  The unit is wide, so that noise in
-        what is learned matters little within the narrow law of g that many rows leave.
+        The latter is seen from the middle of its flow, in a unit that stays: were it the flow's width, what was learned
+        of a row given g would be wrong whenever the flow gets narrower.  The unit is wide, so that noise in what is
+        learned matters little within the narrow law of g that many rows leave.
         """
         rows = rows.to(self.own.start.dtype).reshape(len(rows), *(1,) * self.own.trailing, -1)
         if g is None or self.flow is None:
             return rows
         centre = torch.zeros_like(self.shared.start)
-        for transform in self.flow.transforms[-2:]:
+        for transform in self.flow.transforms:
             centre, _ = transform.forward_and_log_det(centre)
         g = (g - centre) / (10 * self.scale.to(g))
         shape = torch.broadcast_shapes(rows.shape[:-1], g.shape[:-1])

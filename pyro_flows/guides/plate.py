@@ -54,7 +54,8 @@ class AutoPlateFlow(FlowGuide):
         global_flow: A recipe for the other latents, called with their number; by default as for ``AutoFlow``.
         embedding_dim: Without an encoder, the width of the vector that is learned for each row.
         init_loc_fn: Where the guide starts, as for ``AutoFlow``.
-        init_scale: The scale of each unconstrained latent at the start.
+        init_scale: The scale of each unconstrained latent at the start; by default 0.1, and 1 where all latents lie in
+            the plate, as those of an autoencoder do, which start from what is mostly their prior.
         name: The guide's name in Pyro's parameter store, unique by default.
 
     Raises:
@@ -89,17 +90,18 @@ class AutoPlateFlow(FlowGuide):
         global_flow: Callable[[int], Flow] | None = None,
         embedding_dim: int = 8,
         init_loc_fn: Callable[..., Any] = init_to_center,
-        init_scale: float = 0.1,
+        init_scale: float | None = None,
         name: str | None = None,
     ) -> None:
         check_recipe("AutoPlateFlow", "local_flow", local_flow, "flows.nsf")
         check_recipe("AutoPlateFlow", "global_flow", global_flow, "flows.nsf")
         check_encoder("AutoPlateFlow", encoder)
-        check_scale("AutoPlateFlow", init_scale)
+        if init_scale is not None:
+            check_scale("AutoPlateFlow", init_scale)
         super().__init__(InitMessenger(init_loc_fn)(mark_circles(model)))
         self.plate = plate
         self._build_local, self._build_global = local_flow, global_flow
-        self._init_scale = float(init_scale)
+        self._init_scale = init_scale
         self.contexts, self.minibatches = RowContexts(plate, encoder, embedding_dim), Shuffled()
         self._pyro_name = claim_name(self, name)
 
@@ -111,28 +113,31 @@ class AutoPlateFlow(FlowGuide):
             check_latents("AutoPlateFlow", self.prototype_trace, self.plate)
             here = "AutoPlateFlow", self.model, self.prototype_trace
             check_density(*here, args, kwargs)
-            check_supports(*here, self._init_scale, args, kwargs)
-            self._build(rows, args, kwargs)
+            shared, own = self._sorted(rows)
+            scale = float(self._init_scale or (0.1 if shared.size else 1.0))
+            check_supports(*here, scale, args, kwargs)
+            self._build(rows, shared, own, scale, args, kwargs)
         except Exception:
             self.prototype_trace = None  # a failed setup can be tried again
             raise
 
-    def _build(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        shared, own = self._sorted(rows)
+    def _build(
+        self, rows: Rows, shared: Packing, own: Packing, scale: float, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if own.size and self.contexts.encoder is None:
             check_tied(self.model, self.prototype_trace, self.plate, rows, args, kwargs)
         outer = inner = None
         if shared.size:
             outer = built("AutoPlateFlow", "global_flow", self._build_global, default_flow, shared.size)
-            outer = assemble(outer, None, shared.start, self._init_scale)
+            outer = assemble(outer, None, shared.start, scale)
         if own.size:
             num_params = Affine().num_params * own.size
             self.contexts.setup(self.model, rows, args, kwargs, own.start, num_zeros=num_params)
             sizes = own.size, self.contexts.width + shared.size
             inner = built("AutoPlateFlow", "local_flow", self._build_local, local_flow, *sizes)
             by_row = self.contexts.encoder is None
-            inner = assemble_local(inner, own.start.mean(0), self._init_scale, by_row=by_row)
-        self.posterior = Nested(shared, own, outer, inner, self._init_scale)
+            inner = assemble_local(inner, own.start.mean(0), scale, by_row=by_row)
+        self.posterior = Nested(shared, own, outer, inner, scale)
         self.full_size = rows.full_size
         self._adopt_stored()
 
