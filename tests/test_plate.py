@@ -815,6 +815,19 @@ def test_float64(amortised):
     assert fit_svi(model, guide, y, 2, steps=5, num_particles=2, progress=False).losses.isfinite().all()
 
 
+def test_rows_see_the_latents_outside_from_the_middle_of_their_flow():
+    """Wherever its layers have moved it: an offset would drown what rows learn of how these vary."""
+    y = data()
+    posterior = stir(plate_flow(hierarchy, "group", encoder=Rows(), init_scale=0.3).setup(y), 1.0).posterior
+    middle = torch.zeros(1)
+    for transform in posterior.flow.transforms:
+        middle, _ = transform.forward_and_log_det(middle)
+    assert middle.abs() > 0.01
+    for distance in (0.0, 1.0, -2.0):  # in units of ten times init_scale
+        seen = posterior.contexts(torch.zeros(len(y), 4), middle + 3 * distance)[..., -1]
+        torch.testing.assert_close(seen, torch.full_like(seen, distance), atol=1e-5, rtol=1e-5)
+
+
 def test_fit_svi_shows_the_data_to_the_encoder_of_a_new_guide(tmp_path):
     y = 500 + 100 * data(50)
     guide = AutoPlateFlow(locals_only, "group", encoder=Rows(), local_flow=small_local, name="standardised")
