@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .encoding import encode, probe
 from .rows import Rows, rows_of_plate, take_rows
 
-PACE = 10.0  # a row is seen once in many steps, and then has to move farther than what all rows share
+PACE = 30.0  # a row is seen once in many steps, and then has to move farther than what all rows share
 
 
 class RowContexts(nn.Module):
