@@ -212,9 +212,6 @@ def test_arguments_of_every_kind():
             assert scale == 1.5
             return super().forward(torch.stack((counts.log1p(), y), -1))
 
-        def initialize(self, scale, counts, *, y):
-            super().initialize(torch.stack((counts.log1p(), y), -1))
-
     guide = AutoFlow(model, small, encoder=Both(2, 4, (8,)))
     fit = quick(model, guide, 1.5, num_simulations=500, max_epochs=12, lr=0.01)
     assert fit.losses[-7:].mean() < fit.losses[:7].mean()
@@ -240,6 +237,7 @@ def test_positional_none_and_model_kwargs():
 
     guide = AutoFlow(model, small, encoder=First())
     quick(model, guide, None, model_kwargs={"progress": 50.0})
+    assert not guide.encoder.net.standardize.is_fresh  # however deep it lies
     spread = guide.sample(500, torch.tensor([0.0, 0.0]), 50.0)["theta"].std()
     assert spread > 5  # the prior's is 50
 
@@ -253,9 +251,6 @@ def test_integer_data():
     class Total(MLPEncoder):
         def forward(self, k):
             return super().forward(k.float().mean(-1, keepdim=True))
-
-        def initialize(self, k):
-            super().initialize(k.float().mean(-1, keepdim=True))
 
     guide = AutoFlow(model, small, encoder=Total(1, 2, (8,)))
     quick(model, guide, num_simulations=2000, max_epochs=15, lr=0.01)
@@ -612,6 +607,47 @@ def test_second_rounds_look_closer(tmp_path, monkeypatch):
     assert ((draws.mean(0) - exact_mean(x)) / COV.diagonal().sqrt()).abs().max() < 0.4
 
 
+def test_later_rounds_keep_the_latents_that_the_guide_does_not_show():
+    """mu comes first and is hidden: drawn anew, it would not fit the theta that is kept."""
+
+    def model(x=None):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("theta", dist.Normal(mu, 0.2))
+        return pyro.sample("x", dist.Normal(mu, 0.2), obs=x)
+
+    class Wide(MLPEncoder):
+        def forward(self, x):
+            return super().forward(x[..., None])
+
+    guide = AutoFlow(poutine.block(model, hide=["mu"]), small, encoder=Wide(1, 4, (8,)))
+    observed = {"x": torch.tensor(0.5)}
+    quick(model, guide, num_simulations=2000, max_epochs=10, lr=0.01)
+    law = truncated.Truncated(Simulator("test", model, (), {}), guide, observed)
+    values = law.draw(1000)
+    assert values.keys() == {"mu", "theta"}
+    assert (values["theta"] - values["mu"]).std().item() == pytest.approx(0.2, rel=0.2)
+    _, guide, _ = narrow(2e-4)
+    with pytest.raises(ValueError, match=r"latent site 'mu', which the guide does not show"):
+        truncated.Truncated(Simulator("test", before_narrow(2e-4), (), {}), guide, {"x": torch.tensor([0.6])}).draw(100)
+
+
+def before_narrow(noise: float):
+    """The model of :func:`narrow`, theta in two steps."""
+
+    def model(x=None):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()), math.sqrt(0.5)))
+        theta = pyro.sample("theta", dist.Normal(mu, math.sqrt(0.5)))
+        return pyro.sample("x", dist.Normal(theta[..., None], noise).to_event(1), obs=x)
+
+    return model
+
+
+def test_rounds_need_simulations_side_by_side():
+    guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (8,)))
+    with pytest.raises(ValueError, match=r"rounds=2 .*needs vectorize=True"):
+        quick(linear, guide, rounds=2, observed={"x": X}, vectorize=False)
+
+
 def test_rounds_need_the_data():
     guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (8,)))
     for observed in (None, {"y": X}, {}):
@@ -631,7 +667,7 @@ def refused(model, words, *args, guide=None, **settings):
 def test_guides_that_cannot_be_trained_are_refused():
     words = "must be an AutoFlow with an encoder"
     refused(linear, words + ".*got AutoFlow without one", guide=AutoFlow(linear))
-    refused(linear, words + ".*got AutoPlateFlow.*trained by fit_svi", guide=AutoPlateFlow(linear, "rows"))
+    refused(linear, words + ".*got AutoPlateFlow, which fit_svi trains", guide=AutoPlateFlow(linear, "rows"))
     refused(linear, words + ".*got function", guide=lambda x: None)
 
 

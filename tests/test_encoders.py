@@ -304,6 +304,19 @@ def test_masked_elements_do_not_matter(filler: float) -> None:
     assert torch.equal(again.standardize.scale, encoder.standardize.scale)
 
 
+def test_what_forward_makes_of_the_data_is_what_is_standardised() -> None:
+    class Log(MLPEncoder):
+        def forward(self, x: torch.Tensor, size: int | None = None) -> torch.Tensor:
+            return super().forward(x.log())
+
+    x = (3 + 5 * torch.randn(1000, 2)).exp()
+    encoder = Log(2, CONTEXT_DIM)
+    encoder.initialize(x, size=4)
+    torch.testing.assert_close(encoder.standardize.loc, x.log().mean(0))
+    torch.testing.assert_close(encoder.standardize.scale, x.log().std(0, correction=0))
+    assert not encoder.standardize._forward_pre_hooks
+
+
 def test_a_full_mask_is_no_mask() -> None:
     encoder, x = encoded_sets()
     assert torch.equal(encoder(x, torch.ones(3, 7, dtype=torch.bool)), encoder(x))

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -328,12 +329,22 @@ def test_on_nonfinite_raise_stops_at_the_first(build):
     assert len(calls) < 60
 
 
+def test_many_skipped_steps_are_told():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        pyro.factor("wall", torch.where(mu > 2, -math.inf, 0.0))
+
+    with pytest.warns(UserWarning, match=r"\d+ of 60 steps were skipped.*'wall' has a log-density of -inf"):
+        fit_svi(model, AutoNormal(model, init_scale=1.0), torch.tensor(0.0), steps=60, lr=1e-4, progress=False)
+
+
 def test_a_hard_edge_in_the_likelihood_points_to_resample():
     def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         pyro.sample("wall", dist.Delta(y, log_density=torch.where(mu > y, -math.inf, 0.0)), obs=y)
 
-    with pytest.raises(FloatingPointError, match=r"'wall' has a log-density of -inf .*resample"):
+    with pytest.raises(FloatingPointError, match=r"'wall' has a log-density of -inf .*hard edge.*resample"):
         quick(model, AutoFlow(model, flow=small), torch.tensor(0.05), steps=150, num_particles=32)
 
 
@@ -682,6 +693,7 @@ def test_few_steps_where_the_gaussian_is_near_also_when_resumed(model, steps, tm
     def stop(*args, steps, checkpoint, settings, **kwargs):
         asked.append(steps)
         checkpoints.write(checkpoint, {"settings": {"steps": steps}})
+        return SimpleNamespace(steps=steps, skipped=0)
 
     monkeypatch.setattr("pyro_flows.fitting.svi.descend", stop)
     for _ in range(2):

@@ -18,6 +18,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from ..encoders.base import at_rest
 from .draws import check_integers
 from .quantities import labels_of
 from .simulations import Simulations
@@ -167,7 +168,8 @@ def _posterior(guide: Any, amortised: bool, simulator: Simulator, rows: Simulati
     """The guide of some data sets, or of one, and its distribution over unconstrained latents."""
     if amortised:
         args, kwargs = simulator.arguments(rows.data)
-        return guide, guide.flow(guide.context(*args, **kwargs)), rows
+        with at_rest(guide.encoder):
+            return guide, guide.flow(guide.context(*args, **kwargs)), rows
     args, kwargs = simulator.arguments(rows.row(0))
     with torch.enable_grad():
         fitted = guide(*args, **kwargs)

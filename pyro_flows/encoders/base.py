@@ -6,12 +6,14 @@ BayesFlow: Learning Complex Stochastic Models with Invertible Neural Networks (R
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from .standardize import Standardize
+from .standardize import Standardize, learning
 
 
 class Encoder(nn.Module, ABC):
@@ -49,14 +51,18 @@ class Encoder(nn.Module, ABC):
             ValueError: If the data do not end with ``data_shape``.
         """
 
-    def initialize(self, x: Tensor) -> None:
-        """Let a batch of data ``(*batch, *data_shape)`` set the standardisation, once, before training.
+    def initialize(self, *data: Any, **named: Any) -> None:
+        """Let data set the standardisation, once, before training: what :meth:`forward` makes of them first counts.
+
+        Args:
+            *data: The arguments of :meth:`forward`, such as a batch of data ``(*batch, *data_shape)``.
+            **named: Those by name.
 
         Raises:
             ValueError: If the data do not end with ``data_shape``, hold nothing, or hold NaN or infinite values.
         """
-        self.check_data(x)
-        self.standardize.initialize(x)
+        with learning([self.standardize]):
+            self(*data, **named)
 
     def check_data(self, x: Tensor) -> None:
         """Raise a ValueError that says both shapes unless the data end with ``data_shape``."""
@@ -75,3 +81,17 @@ def check_sizes(owner: str, **sizes: int | tuple[int, ...]) -> None:
                 raise ValueError(f"{owner}: {name} must hold at least one size, each at least 1, got {size}.")
         elif size < 1:
             raise ValueError(f"{owner}: {name} must be at least 1, got {size}.")
+
+
+@contextlib.contextmanager
+def at_rest(encoder: Any) -> Iterator[None]:
+    """Let a network answer as it does after training: without dropout, and alike for one row and for many."""
+    modules = list(encoder.modules()) if isinstance(encoder, nn.Module) else []
+    flags = [module.training for module in modules]
+    if any(flags):
+        encoder.eval()
+    try:
+        yield
+    finally:
+        for module, flag in zip(modules, flags, strict=True):
+            module.training = flag

@@ -95,7 +95,7 @@ class SetEncoder(Encoder):
         self._check_mask(x, mask)
         there = mask[..., None]  # (*batch, n, 1)
         # Zeroed before any product: a weight of zero would not silence a NaN.
-        x = self.standardize(x).masked_fill(~there, 0.0)
+        x = self.standardize(x, mask).masked_fill(~there, 0.0)
         h = self.phi(x)  # (*batch, n, H)
         scores = self.queries(h)  # (*batch, n, Q)
         # The lowest finite number, not -inf: the softmax of an empty set would be NaN.  There the mask makes it zero.
@@ -109,14 +109,6 @@ class SetEncoder(Encoder):
         log_spread = 0.5 * (average.mT @ (a - mean).square() + 1e-6).log()
         moments = torch.cat((mean, log_spread), -1).squeeze(-2)
         return self.output(self.rho(torch.cat((pooled, moments, size.log1p()), -1)))
-
-    def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Let the elements of all sets ``(*batch, n, element_dim)``, those under the mask, set the standardisation."""
-        self.check_data(x)
-        if mask is not None:
-            self._check_mask(x, mask)
-            x = x[mask]
-        self.standardize.initialize(x)
 
     def _check_mask(self, x: Tensor, mask: Tensor) -> None:
         if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:

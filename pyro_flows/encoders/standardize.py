@@ -5,7 +5,8 @@ Efficient BackProp (LeCun, Bottou, Orr, Müller 1998, section 4.3).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,19 +38,27 @@ class Standardize(nn.Module):
         self.loc = nn.Parameter(torch.zeros(self.shape))
         self.scale = nn.Parameter(torch.ones(self.shape))
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it is still the identity."""
+        return bool((self.loc == 0).all() and (self.scale == 1).all())
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Standardise data ``(*batch, *shape)``; what a mask leaves out does not count for ``initialize``."""
         return (x.to(self.loc.dtype) - self.loc.detach()) / self.scale.detach()
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Set location and scale to the mean and the standard deviation of the data ``(*batch, *shape)``.
 
-        A feature that is constant in the data keeps the scale 1.
+        A feature that is constant in the data keeps the scale 1.  With a mask ``batch``, only the rows where it is True
+        count.
 
         Raises:
             ValueError: If the data do not fit ``shape``, hold nothing, or hold values that are NaN or infinite in the
                 dtype of this module.
         """
+        x = x if mask is None else x[mask]
         trailing = x.shape[max(x.dim() - len(self.shape), 0) :]
         fits = len(trailing) == len(self.shape)
         if not fits or any(size not in (1, given) for size, given in zip(self.shape, trailing, strict=True)):
@@ -77,6 +86,33 @@ class Standardize(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.shape}, loc={_brief(self.loc)}, scale={_brief(self.scale)}"
+
+
+@contextlib.contextmanager
+def learning(parts: Sequence[Standardize]) -> Iterator[None]:
+    """Let what reaches some parts of a network set them; the rest of it does not run once all of them are."""
+    waiting = list(parts)
+
+    def learn(part: Standardize, inputs: tuple[Tensor, ...]) -> None:
+        if any(part is other for other in waiting):
+            part.initialize(*inputs)
+            waiting[:] = [other for other in waiting if other is not part]
+        if not waiting:
+            raise _Enough
+
+    hooks = [part.register_forward_pre_hook(learn) for part in parts]
+    try:
+        with torch.no_grad():
+            yield
+    except _Enough:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Enough(BaseException):
+    """All have seen their data."""
 
 
 def _brief(values: Tensor) -> str:

@@ -55,8 +55,8 @@ def fit_amortized(
     ``pyro.sample("x", dist.Delta(simulator(theta), event_dim=1), obs=x)``.  The guide covers the latents that its model
     shows; nuisance latents can be hidden from it: ``AutoFlow(poutine.block(model, hide=["noise"]), encoder=...)``.
 
-    Latents are standardised by the guide's fixed affine map, whose Jacobian is part of the density, and data by the
-    encoder's ``initialize``, where it has one.
+    Latents are standardised by the guide's fixed affine map, whose Jacobian is part of the density, and data by each
+    ``Standardize`` in the encoder, which those of ``pyro_flows.encoders`` begin with.
 
     Afterwards ``guide.sample(n, x)`` answers for any data, :func:`~pyro_flows.calibrate` says whether the answers are
     calibrated, ``resample(model, guide, x)`` weighs draws against the model's own likelihood where it has one, and
@@ -131,6 +131,11 @@ def fit_amortized(
             f"fit_amortized: rounds={rounds} needs observed={{{', '.join(f'{n!r}: ...' for n in simulator.sites)}}}, "
             f"the data to draw simulations for, got {observed!r:.100}."
         )
+    if rounds > 1 and not vectorize:
+        raise ValueError(
+            f"fit_amortized: rounds={rounds} draws many latents for each that it keeps, side by side; it needs "
+            "vectorize=True."
+        )
     for name, value in (observed or {}).items():
         shape = simulator.single.nodes[simulator.sites[name]]["value"].shape
         if value.shape != shape:
@@ -188,8 +193,7 @@ def _check(guide: Any, held_out: float) -> None:
     if not isinstance(guide, AutoFlow) or guide.encoder is None:
         raise ValueError(
             "fit_amortized: the guide must be an AutoFlow with an encoder, AutoFlow(model, encoder=...), got "
-            f"{type(guide).__name__}{' without one' if isinstance(guide, AutoFlow) else ''}. An AutoPlateFlow is "
-            "trained by fit_svi."
+            f"{type(guide).__name__}{' without one' if isinstance(guide, AutoFlow) else ', which fit_svi trains'}."
         )
     if not 0 < held_out < 1:
         raise ValueError(f"fit_amortized: held_out must lie between 0 and 1, got {held_out!r}.")

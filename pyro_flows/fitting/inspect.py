@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
@@ -49,11 +50,11 @@ def culprit(model: Callable[..., Any], guide: Callable[..., Any], args: tuple[An
                 value = site["value"]
                 if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
                     return f"the {program}'s site {name!r} has a value that is not finite"
-                log_prob = site["fn"].log_prob(value)
+                log_prob = scale_and_mask(site["fn"].log_prob(value), 1.0, site["mask"])
                 if program == "model" and (log_prob == -torch.inf).any():
                     return (
-                        f"the model's site {name!r} has a log-density of -inf where the guide draws, so that "
-                        "KL(q || p) is infinite; weigh the draws instead (resample)"
+                        f"the model's site {name!r} has a log-density of -inf where the guide draws: an overflow, or a "
+                        "hard edge, where KL(q || p) is infinite, and draws can only be weighed (resample)"
                     )
                 if not log_prob.isfinite().all():
                     return f"the {program}'s site {name!r} has a log-density that is not finite"

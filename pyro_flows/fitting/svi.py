@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,8 @@ def fit_svi(
     """Fit a guide, and whatever parameters the model has, by maximising the evidence lower bound.
 
     An ``AutoFlow`` starts from a Gaussian that is found first, within a second or so, and suits ill-conditioned and
-    far-off posteriors; then it is trained with path gradients.  The encoder of a new ``AutoPlateFlow`` is shown
-    the data first, by its ``initialize``, where it has one.
+    far-off posteriors; then it is trained with path gradients.  The data set each ``Standardize``
+    in the encoder of a new ``AutoPlateFlow``, which those of ``pyro_flows.encoders`` begin with.
 
     Args:
         model: A Pyro model.
@@ -195,6 +196,12 @@ def fit_svi(
     )
     if isinstance(guide, nn.Module):
         guide.eval()
+    if fit.skipped > fit.steps / 5:
+        warnings.warn(
+            f"fit_svi: {fit.skipped} of {fit.steps} steps were skipped, as loss or gradient were not finite; what was "
+            f"learned comes from the others: {culprit(model, guide, args, kwargs)}.",
+            stacklevel=2,
+        )
     return fit
 
 

@@ -41,8 +41,8 @@ class Truncated:
 
     @torch.no_grad()
     def draw(self, number: int, batch_size: int = 10_000) -> dict[str, Tensor]:
-        """Draw ``number`` values of each latent of the guide: from the prior by rejection, or, where less than one in a
-        thousand is kept, from the guide by resampling."""
+        """Draw ``number`` values of each latent of the guide, and of those before it that the guide does not show: from
+        the prior by rejection, or, where less than one in a thousand is kept, from the guide by resampling."""
         kept: list[dict[str, Tensor]] = []
         tried = found = 0
         while found < number and (tried < 10 * batch_size or found > tried / 1000):
@@ -51,7 +51,13 @@ class Truncated:
             kept.append({name: value[inside] for name, value in values.items()})
             tried, found = tried + batch_size, found + int(inside.sum())
         if found >= number:
-            return {name: torch.cat([part[name] for part in kept])[:number] for name in self.names}
+            return {name: torch.cat([part[name] for part in kept])[:number] for name in kept[0]}
+        if hidden := kept[0].keys() - set(self.names):
+            raise ValueError(
+                "fit_amortized: less than one in a thousand of the prior's draws is near the posterior of observed, "
+                f"and latent site {min(hidden)!r}, which the guide does not show, comes before those that it does: "
+                "the prior within the region cannot be drawn. Use rounds=1, or a guide that shows it."
+            )
         return self._resampled(number)
 
     def _resampled(self, number: int, each: int = 1024) -> dict[str, Tensor]:
@@ -73,7 +79,10 @@ class Truncated:
         return self.guide.log_prob(values, *self.given[0], **self.given[1])
 
     def _prior(self, size: int, values: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], Tensor]:
-        """Draws of the guide's latents from the prior, or given ones, and their log-density, without the simulator."""
+        """Draws of the guide's latents from the prior, or given ones, and their log-density, without the simulator.
+
+        With them come the latents before them, from the same draws of the model.
+        """
         simulator = self.simulator
         program = poutine.condition(simulator.model, data=simulator.placed(values or {}))
         with poutine.block(), pyro.validation_enabled(False), poutine.trace() as capture:
@@ -82,9 +91,11 @@ class Truncated:
                     side_by_side(program, size, simulator.nesting)(*simulator.args, **simulator.kwargs)
             except _Enough:
                 pass
-        trace, single = capture.trace, simulator.single.nodes
+        trace, single = capture.trace, simulator.single
         drawn = {
-            name: rows_of(name, trace.nodes[name]["value"], single[name]["value"].shape, size) for name in self.names
+            name: rows_of(name, trace.nodes[name]["value"], site["value"].shape, size)
+            for name, site in single.iter_stochastic_nodes()
+            if name in trace.nodes and name not in simulator.sites.values()
         }
         return drawn, log_prob_of_draws(trace, size, simulator.nesting, lambda name: name in self.names)
 

@@ -5,14 +5,17 @@ Amortised inference: one network answers for all data (Gershman, Goodman 2014; K
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+
+from ..encoders import Standardize
+from ..encoders.base import at_rest as at_rest
+from ..encoders.standardize import learning
 
 
 def signature_of(model: Callable[..., Any]) -> inspect.Signature | None:
@@ -62,20 +65,6 @@ def check_encoder(owner: str, encoder: object) -> None:
         )
 
 
-@contextlib.contextmanager
-def at_rest(encoder: Any) -> Iterator[None]:
-    """Let a network answer as it does after training: without dropout, and alike for one row and for many."""
-    modules = list(encoder.modules()) if isinstance(encoder, nn.Module) else []
-    flags = [module.training for module in modules]
-    if any(flags):
-        encoder.eval()
-    try:
-        yield
-    finally:
-        for module, flag in zip(modules, flags, strict=True):
-            module.training = flag
-
-
 def encode(
     owner: str,
     encoder: Callable[..., Any],
@@ -92,10 +81,12 @@ def encode(
     places, names = arranged(model, args, kwargs)
     try:
         context = encoder(*places, **names)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         seen = [str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in (*places, *names.values())]
         raise ValueError(
-            f"{owner}: the encoder fails on the arguments that the model is given, {', '.join(seen)}: {error!s:.300}"
+            f"{owner}: the encoder fails on the arguments that the model is given, {', '.join(seen) or 'none at all'}: "
+            f"{error!s:.300}. It is called with all of them, in the model's order, as tensors where they are data; to "
+            "use some, wrap it in an nn.Module whose forward takes all."
         ) from error
     if not isinstance(context, Tensor) or not context.dim() or not context.is_floating_point():
         what = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
@@ -115,23 +106,15 @@ def initialize(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """Show an encoder that has a method ``initialize`` the data that it will be trained on, before that.
+    """Let the data that an encoder will be trained on set each ``Standardize`` in it, before that.
 
-    Raises:
-        TypeError: If it takes other arguments than the encoder is called with.
+    One that was set before stays as it is, and so does an encoder that is not trained.
     """
-    method = getattr(encoder, "initialize", None)
-    if method is None:
+    if not isinstance(encoder, nn.Module) or not any(p.requires_grad for p in encoder.parameters()):
         return
-    places, names = arranged(model, args, kwargs)
-    try:
-        inspect.signature(method).bind(*places, **names)
-    except TypeError as error:
-        raise TypeError(
-            f"{owner}: {type(encoder).__name__}.initialize must take the arguments that the encoder is called with, "
-            f"those of the model, as its forward does: {error}."
-        ) from error
-    method(*places, **names)
+    if fresh := [part for part in encoder.modules() if isinstance(part, Standardize) and part.is_fresh]:
+        with at_rest(encoder), learning(fresh):
+            encode(owner, encoder, model, args, kwargs)
 
 
 def probe(

@@ -188,7 +188,11 @@ class AutoPlateFlow(FlowGuide):
         frames = self._prototype_frames.values()
         made = {f.name: pyro.plate(f.name, f.size, dim=f.dim) for f in frames if f.name != self.plate}
         if self.posterior.own.size:
-            full_size, size, chosen = rows_of_plate(self.model, self.plate, args, kwargs)
+            if self.model is None:  # a guide that was saved looks at all rows that it is told of
+                full_size = size = len(self._all_rows(args, kwargs))
+                chosen = None
+            else:
+                full_size, size, chosen = rows_of_plate(self.model, self.plate, args, kwargs)
             with InTurn(self.plate, self.minibatches):
                 made[self.plate] = pyro.plate(self.plate, full_size, size, chosen, dim=self.posterior.own.dim)
         return made
