@@ -289,6 +289,17 @@ def test_a_model_that_does_not_broadcast_is_refused_with_the_way_out():
     assert fit.losses.isfinite().all()
 
 
+def test_as_many_numbers_as_draws_do_not_pass_for_them():
+    """With two draws side by side, a factor for each would fit a vector of two by accident."""
+
+    def model(x=None):
+        factor = pyro.sample("factor", dist.LogNormal(0.0, 1.0))
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Delta(factor * theta, event_dim=1), obs=x)
+
+    refused(model, r"does not run with draws side by side.*vectorize=False", draw=True)
+
+
 def test_a_model_that_sums_over_all_it_sees_is_refused():
     def model(x=None):
         theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))

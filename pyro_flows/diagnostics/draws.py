@@ -158,14 +158,17 @@ def subsampled_plate(trace: Trace) -> str:
     return ""
 
 
+PROBES = 7  # draws side by side, as few models have dimensions of that size, which might pass for theirs
+
+
 @torch.no_grad()
 def check_side_by_side(
     model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Refuse a model that means something else when draws run side by side: one that sums over all it sees, say.
 
-    Two draws are scored under the plate and then one by one, with the same rows of subsampled plates; the log-densities
-    must agree.
+    Some draws are scored under the plate, and two of them alone, with the same rows of subsampled plates; the
+    log-densities must agree.
     """
     way_out = (
         "Let the model broadcast to the left of its plates, with (x * w).sum(-1) in place of x @ w, say, or run one "
@@ -178,14 +181,15 @@ def check_side_by_side(
         if subsampled_plate(single):
             model, guide = poutine.condition(model, data=rows), poutine.condition(guide, data=rows)
         try:
-            draws = _run(model, guide, args, kwargs, 2, nesting, single)
+            draws = _run(model, guide, args, kwargs, PROBES, nesting, single)
         except (RuntimeError, IndexError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"the model does not run with draws side by side ({reason:.200}). {way_out}") from error
         sites = dict(prune_subsample_sites(draws.model).iter_stochastic_nodes())
         if not sites.keys() <= guide_trace.nodes.keys():
             return  # what the guide leaves to the model's own randomness is drawn anew each time
-        latents = {name: rows_of(name, s["value"], single.nodes[name]["value"].shape, 2) for name, s in sites.items()}
+        shapes = {name: single.nodes[name]["value"].shape for name in sites}
+        latents = {name: rows_of(name, s["value"], shapes[name], PROBES) for name, s in sites.items()}
         for row in range(2):
             held = poutine.condition(model, data={name: value[row] for name, value in latents.items()})
             with poutine.block():
@@ -194,8 +198,8 @@ def check_side_by_side(
             close = torch.isclose(together, alone, rtol=1e-3, atol=1e-2)
             if together.isfinite() and alone.isfinite() and not close:
                 raise ValueError(
-                    f"the model's log-density of one draw is {float(alone):.4g}, but {float(together):.4g} with two "
-                    f"draws side by side. {way_out}"
+                    f"the model's log-density of one draw is {float(alone):.4g}, but {float(together):.4g} with "
+                    f"{PROBES} draws side by side. {way_out}"
                 )
 
 

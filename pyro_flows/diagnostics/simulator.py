@@ -17,7 +17,16 @@ from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from .draws import check_integers, check_side_by_side, room_of, rows_of, side_by_side, single_trace, subsampled_plate
+from .draws import (
+    PROBES,
+    check_integers,
+    check_side_by_side,
+    room_of,
+    rows_of,
+    side_by_side,
+    single_trace,
+    subsampled_plate,
+)
 from .held import group_of
 from .quantities import innermost
 from .simulations import Simulations
@@ -220,7 +229,7 @@ class Simulator:
     def check(self) -> None:
         """Refuse a model that means something else when many run side by side."""
         check_side_by_side(self.model, self.model, self.args, self.kwargs)
-        found = self._run(2, True, {})
+        found = self._run(PROBES, True, {})
         latents = {name: value for name, value in found.items() if name not in self.sites.values()}
         for name in self.sites.values():
             if isinstance(innermost(self.single.nodes[name]["fn"]), dist.Delta):  # its value says what no density can
@@ -230,7 +239,7 @@ class Simulator:
         """Compare what follows from latents side by side and one by one, or, where there is noise, its independence."""
         alone = [torch.cat([self._run(1, False, self._row(latents, row))[name] for row in (0, 1)]) for _ in range(2)]
         if torch.equal(alone[0], alone[1]):
-            if not torch.allclose(self._run(2, True, latents)[name], alone[0], rtol=1e-4, atol=1e-6):
+            if not torch.allclose(self._run(PROBES, True, latents)[name][:2], alone[0], rtol=1e-4, atol=1e-6):
                 raise ValueError(
                     f"{self.caller}: site {name!r} is another function of the latents when simulations run side by "
                     "side: one of them sees the others. Let the model broadcast to the left of its plates, with "
@@ -238,8 +247,8 @@ class Simulator:
                     "vectorize=False."
                 )
             return
-        twice = {key: value.expand(2, *value.shape[1:]) for key, value in self._row(latents, 0).items()}
-        pair = self._run(2, True, twice)[name]
+        twice = {key: value.expand(PROBES, *value.shape[1:]) for key, value in self._row(latents, 0).items()}
+        pair = self._run(PROBES, True, twice)[name]
         if torch.equal(pair[0], pair[1]):
             raise ValueError(
                 f"{self.caller}: site {name!r} has noise from outside of sample statements, which would be the same "
