@@ -91,8 +91,8 @@ def posteriors(results: Results, simulations: int) -> list[str]:
         "tells 10,000 draws from 10,000 reference draws (C2ST, the accuracy of a network with two hidden layers of "
         "10 d units over five folds): .5 is perfect, 1 hopeless. *Asked* is the figure that amortised draws are to "
         "reach, *published* that of NPE in the paper; *sbi* is measured here, on the same simulations. "
-        "The points of slcp are a set, which `AutoFlow` sees by a `SetEncoder`, and sbi as eight numbers or, *for sets*, "
-        "by its permutation-invariant network. Training: seconds of the processor.",
+        "The points of slcp are a set, which `AutoFlow` sees by a `SetEncoder`, and sbi as eight numbers or, *for "
+        "sets*, by its permutation-invariant network. Training: seconds of the processor.",
         "",
         *head(
             *("task", "seed", "asked", "published", "AutoFlow", "resampled", "fit_svi", "sbi", "sbi, for sets"),
@@ -113,8 +113,8 @@ def posteriors(results: Results, simulations: int) -> list[str]:
         "Each observation. *log q*: the mean log-density, in nats, of the truth of 10,000 new simulations given their "
         "data, for sbi that of its network, which puts some mass outside of the prior. *Resampled*: `resample`, from "
         "100,000 draws by their weights under the model's own likelihood, with the largest k-hat of the five. "
-        "*fit_svi*: `guide.bind(x)` trained for 300 more steps on that observation alone, which loses modes; none where "
-        "the fit ends with an error, as where a likelihood has hard edges.",
+        "*fit_svi*: `guide.bind(x)` trained for 300 more steps on that observation alone, which loses modes; none "
+        "where the fit ends with an error, as where a likelihood has hard edges.",
         "",
         *head("task", "method", "seed", *"12345", "mean", "k-hat", "log q", "epochs", "s", "cpu s", text=2),
     ]
