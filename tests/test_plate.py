@@ -1056,6 +1056,20 @@ def test_latents_that_it_cannot_answer_for_are_refused():
     plate_flow(program, "group").setup(scaled)  # what the error recommends
 
 
+def test_other_arguments_must_not_move_the_supports():
+    def model(y, top):
+        with pyro.plate("group", len(y)):
+            u = pyro.sample("u", dist.Uniform(0.0, top))
+            pyro.sample("y", dist.Normal(u, 1.0), obs=y)
+
+    guide = plate_flow(model, "group", encoder=lambda y, top: y[:, None]).setup(torch.rand(6), 5.0)
+    draws = guide.sample(3, torch.rand(9), 5.0)
+    for ask in (lambda *args: guide.sample(3, *args), lambda *args: guide.log_prob(draws, *args)):
+        with pytest.raises(ValueError, match=r"'u' has another support .*upper_bound=10.*built for .*upper_bound=5"):
+            ask(torch.rand(9), 10.0)
+    assert guide.log_prob(draws, torch.rand(9), 5.0).shape == (3,)
+
+
 def test_rows_may_have_a_support_that_is_shared():
     """Bounds that a plate expands to its rows, and data of other rows."""
 

@@ -126,10 +126,25 @@ class Packing:
             total = total + _sum_rightmost(change, change.dim() - batch)
         return torch.cat(packed, -1), total
 
+    def check_same(self, other: Packing) -> None:
+        """Refuse sites whose supports are other ones, as they may be with other arguments."""
+        for name, part in self.parts.items():
+            there = other.parts.get(name)
+            if there is None or not all(
+                _anywhere(part, at).shape == _anywhere(there, at).shape
+                and torch.allclose(_anywhere(part, at), _anywhere(there, at), rtol=1e-4, atol=1e-6)
+                for at in (0.0, 1.0)
+            ):
+                raise ValueError(
+                    f"AutoPlateFlow: with these arguments latent site {name!r} has another support "
+                    f"({'none' if there is None else there.support}) than with those that the guide was built for "
+                    f"({part.support}). Draw it on a fixed scale and stretch it."
+                )
 
-def _anywhere(part: Part) -> Tensor:
+
+def _anywhere(part: Part, at: float = 0.0) -> Tensor:
     """A value inside of the support."""
-    return part.transform(torch.zeros(part.event, dtype=part.start.dtype, device=part.start.device))
+    return part.transform(torch.full(part.event, at, dtype=part.start.dtype, device=part.start.device))
 
 
 def _of_one_row(name: str, support: Any, axis: int, rows: int) -> Any:

@@ -15,7 +15,10 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine, validation_enabled
 from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from ..bijectors import Affine
@@ -113,7 +116,7 @@ class AutoPlateFlow(FlowGuide):
             check_latents("AutoPlateFlow", self.prototype_trace, self.plate)
             here = "AutoPlateFlow", self.model, self.prototype_trace
             check_density(*here, args, kwargs)
-            shared, own = self._sorted(rows)
+            shared, own = self._sorted(self.prototype_trace, rows)
             scale = float(self._init_scale or (0.1 if shared.size else 1.0))
             check_supports(*here, scale, args, kwargs)
             self._build(rows, shared, own, scale, args, kwargs)
@@ -141,9 +144,9 @@ class AutoPlateFlow(FlowGuide):
         self.full_size = rows.full_size
         self._adopt_stored()
 
-    def _sorted(self, rows: Rows) -> tuple[Packing, Packing]:
+    def _sorted(self, trace: Trace, rows: Rows) -> tuple[Packing, Packing]:
         """The latents outside of the plate, and those in it."""
-        sites = [site for _, site in self.prototype_trace.iter_stochastic_nodes()]
+        sites = [site for _, site in trace.iter_stochastic_nodes()]
         if not sites:
             raise ValueError("AutoPlateFlow: the model has no latents.")
         if angles := [site["name"] for site in sites if is_circular(site)]:
@@ -239,6 +242,12 @@ class AutoPlateFlow(FlowGuide):
 
     def _all_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The contexts of all rows, ``(rows, context_dim)``; of one without content where none is needed."""
+        if self.model is not None:  # a guide that was saved is without
+            with poutine.block(), torch.no_grad(), validation_enabled(False):
+                trace = prune_subsample_sites(poutine.trace(self.model).get_trace(*args, **kwargs))
+            there = self._sorted(trace, rows_of_plate(self.model, self.plate, args, kwargs))
+            for packing, other in zip((self.posterior.shared, self.posterior.own), there, strict=True):
+                packing.check_same(other)
         if not self.posterior.local_flow:
             return torch.zeros(1, 0)
         with at_rest(self.contexts.encoder):
