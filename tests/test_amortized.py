@@ -642,6 +642,22 @@ def before_narrow(noise: float):
     return model
 
 
+def test_data_that_are_not_finite_are_refused():
+    guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (8,))).setup(X)
+    wrong = torch.tensor([0.0, math.nan, 1.0])
+    for ask in (guide.bind, lambda x: guide.sample(5, x), lambda x: guide.log_prob(guide.sample(5, X), x)):
+        with pytest.raises(ValueError, match=r"AutoFlow: the encoder returned 4 NaN .* of 4; are the data finite"):
+            ask(wrong)
+
+
+@pytest.mark.parametrize("wrong", [[0.0, 1.0, 2.0], X.numpy(), None])
+def test_data_that_are_no_tensor_are_refused_with_what_encoders_take(wrong):
+    guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (8,))).setup(X)
+    args = () if wrong is None else (wrong,)
+    with pytest.raises((ValueError, TypeError), match=r"encoder fails on the arguments.*(list|ndarray|none at all)"):
+        guide.sample(5, *args)
+
+
 def test_rounds_need_simulations_side_by_side():
     guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (8,)))
     with pytest.raises(ValueError, match=r"rounds=2 .*needs vectorize=True"):

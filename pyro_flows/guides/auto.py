@@ -25,7 +25,7 @@ from ..transforms import Compose, Conditioned, View
 from .base import FlowGuide
 from .checks import check_density, check_latents, check_same, check_supports
 from .circles import is_circular, mark_circles
-from .encoding import at_rest, check_encoder, encode, width_for_one
+from .encoding import at_rest, check_encoder, encode, finite, width_for_one
 from .init import init_to_center
 from .names import claim_name
 from .recipe import assemble, built, check_recipe, check_scale, default_for, is_untrained, start_at
@@ -232,7 +232,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         if self.encoder is not None:
             check_same("AutoFlow", self.model, self.prototype_trace, args, kwargs)
         with at_rest(self.encoder):
-            return self.context(*args, **kwargs)
+            return finite("AutoFlow", self.context(*args, **kwargs))
 
     def unpack(self, latent: Tensor) -> dict[str, Tensor]:
         """Packed, unconstrained latents ``(*batch, latent_dim)`` as values of sites, ``(*batch, *site_shape)``."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .encoding import encode, probe
+from .encoding import encode, finite, probe
 from .rows import Rows, rows_of_plate, take_rows
 
 PACE = 30.0  # a row is seen once in many steps, and then has to move farther than what all rows share
@@ -78,6 +78,7 @@ class RowContexts(nn.Module):
             return PACE * self.embedding.weight
         context = self._encode(model, args, kwargs)
         self._check(context, len(context), len(context))
+        finite("AutoPlateFlow", context)
         return context
 
     def _check_known(self, full_size: int) -> None:

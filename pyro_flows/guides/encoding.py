@@ -99,6 +99,20 @@ def encode(
     return context
 
 
+def finite(owner: str, context: Tensor | None) -> Tensor | None:
+    """A context as it is.
+
+    Raises:
+        ValueError: If it is not finite.
+    """
+    if context is not None and not context.isfinite().all():
+        raise ValueError(
+            f"{owner}: the encoder returned {int((~context.isfinite()).sum())} NaN or infinite numbers of "
+            f"{context.numel()}; are the data finite?"
+        )
+    return context
+
+
 def initialize(
     owner: str,
     encoder: Callable[..., Any] | None,
