@@ -154,7 +154,7 @@ def descend(
                 else:
                     in_a_row += 1
                     if on_nonfinite == "raise" or in_a_row == patience:
-                        cause = "; ".join(filter(None, (_ask(diagnose), cause)))
+                        cause = "; ".join(filter(None, (ask(diagnose), cause)))
                         raise FloatingPointError(
                             f"The loss or its gradient was not finite at step {step}"
                             f"{f' and at the {in_a_row - 1} before' if in_a_row > 1 else ''}: {cause}. "
@@ -188,7 +188,7 @@ def descend(
         bar.close()
         best.restore()
     if held_out and losses and not any(map(math.isfinite, losses)):
-        raise FloatingPointError(f"The loss or its gradient was not finite in any step: {_ask(diagnose)}.")
+        raise FloatingPointError(f"The loss or its gradient was not finite in any step: {ask(diagnose)}.")
     if stopped == "interrupted":
         where = f"the best state, of step {best.step}" if best.step else "the state at the start"
         onward = "  The same call goes on from the checkpoint." if checkpoint else ""
@@ -247,7 +247,7 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, step / warm_up) * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
 
 
-def _ask(diagnose: Callable[[], str]) -> str:
+def ask(diagnose: Callable[[], str]) -> str:
     """A diagnosis, or nothing where what it runs fails."""
     try:
         return diagnose()

@@ -25,7 +25,7 @@ from ..objectives.particles import ParticleObjective
 from . import checkpoint as checkpoints
 from .inspect import culprit, fingerprint, has_all, trained_by
 from .ladder import climb
-from .loop import Fit, check_settings, descend
+from .loop import Fit, ask, check_settings, descend
 from .optimizers import matrices, optimizers
 from .propriety import check_proper
 from .schedule import suited_to
@@ -199,7 +199,7 @@ def fit_svi(
     if fit.skipped > fit.steps / 5:
         warnings.warn(
             f"fit_svi: {fit.skipped} of {fit.steps} steps were skipped, as loss or gradient were not finite; what was "
-            f"learned comes from the others: {culprit(model, guide, args, kwargs)}.",
+            f"learned comes from the others. {ask(lambda: culprit(model, guide, args, kwargs))}",
             stacklevel=2,
         )
     return fit
