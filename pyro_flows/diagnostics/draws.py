@@ -158,16 +158,17 @@ def subsampled_plate(trace: Trace) -> str:
     return ""
 
 
-PROBES = 7  # draws side by side, as few models have dimensions of that size, which might pass for theirs
-
-
 @torch.no_grad()
 def check_side_by_side(
-    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    number: int = 2,
 ) -> None:
     """Refuse a model that means something else when draws run side by side: one that sums over all it sees, say.
 
-    Some draws are scored under the plate, and two of them alone, with the same rows of subsampled plates; the
+    A number of draws are scored under the plate, and two of them alone, with the same rows of subsampled plates; the
     log-densities must agree.
     """
     way_out = (
@@ -181,7 +182,7 @@ def check_side_by_side(
         if subsampled_plate(single):
             model, guide = poutine.condition(model, data=rows), poutine.condition(guide, data=rows)
         try:
-            draws = _run(model, guide, args, kwargs, PROBES, nesting, single)
+            draws = _run(model, guide, args, kwargs, number, nesting, single)
         except (RuntimeError, IndexError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"the model does not run with draws side by side ({reason:.200}). {way_out}") from error
@@ -189,7 +190,7 @@ def check_side_by_side(
         if not sites.keys() <= guide_trace.nodes.keys():
             return  # what the guide leaves to the model's own randomness is drawn anew each time
         shapes = {name: single.nodes[name]["value"].shape for name in sites}
-        latents = {name: rows_of(name, s["value"], shapes[name], PROBES) for name, s in sites.items()}
+        latents = {name: rows_of(name, s["value"], shapes[name], number) for name, s in sites.items()}
         for row in range(2):
             held = poutine.condition(model, data={name: value[row] for name, value in latents.items()})
             with poutine.block():
@@ -199,7 +200,7 @@ def check_side_by_side(
             if together.isfinite() and alone.isfinite() and not close:
                 raise ValueError(
                     f"the model's log-density of one draw is {float(alone):.4g}, but {float(together):.4g} with "
-                    f"{PROBES} draws side by side. {way_out}"
+                    f"{number} draws side by side. {way_out}"
                 )
 
 

@@ -17,19 +17,12 @@ from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from .draws import (
-    PROBES,
-    check_integers,
-    check_side_by_side,
-    room_of,
-    rows_of,
-    side_by_side,
-    single_trace,
-    subsampled_plate,
-)
+from .draws import check_integers, check_side_by_side, room_of, rows_of, side_by_side, single_trace, subsampled_plate
 from .held import group_of
 from .quantities import innermost
 from .simulations import Simulations
+
+PROBES = 7  # draws side by side: as few dimensions of models are of that size, which might pass for theirs
 
 
 def simulate(
@@ -228,7 +221,7 @@ class Simulator:
 
     def check(self) -> None:
         """Refuse a model that means something else when many run side by side."""
-        check_side_by_side(self.model, self.model, self.args, self.kwargs)
+        check_side_by_side(self.model, self.model, self.args, self.kwargs, PROBES)
         found = self._run(PROBES, True, {})
         latents = {name: value for name, value in found.items() if name not in self.sites.values()}
         for name in self.sites.values():
