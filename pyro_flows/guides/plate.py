@@ -32,7 +32,7 @@ from .init import init_to_center
 from .names import claim_name
 from .nested import Nested
 from .packing import Packing
-from .recipe import assemble, assemble_local, built, check_recipe, check_scale, default_flow, local_flow
+from .recipe import assemble, assemble_local, built, check_recipe, check_scale, default_flow, default_local
 from .rows import InTurn, Rows, Shuffled, check_tied, rows_of_plate
 
 
@@ -58,7 +58,7 @@ class AutoPlateFlow(FlowGuide):
         embedding_dim: Without an encoder, the width of the vector that is learned for each row.
         init_loc_fn: Where the guide starts, as for ``AutoFlow``.
         init_scale: The scale of each unconstrained latent at the start; by default 0.1, and 1 where all latents lie in
-            the plate, as those of an autoencoder do, which start from what is mostly their prior.
+            the plate, as an autoencoder's do.  With an encoder these start spread by a random map of their contexts.
         name: The guide's name in Pyro's parameter store, unique by default.
 
     Raises:
@@ -137,8 +137,9 @@ class AutoPlateFlow(FlowGuide):
             num_params = Affine().num_params * own.size
             self.contexts.setup(self.model, rows, args, kwargs, own.start, num_zeros=num_params)
             sizes = own.size, self.contexts.width + shared.size
-            inner = built("AutoPlateFlow", "local_flow", self._build_local, local_flow, *sizes)
             by_row = self.contexts.encoder is None
+            default = default_local(by_encoder=not (shared.size or by_row))
+            inner = built("AutoPlateFlow", "local_flow", self._build_local, default, *sizes)
             inner = assemble_local(inner, own.start.mean(0), scale, by_row=by_row)
         self.posterior = Nested(shared, own, outer, inner, scale)
         self.full_size = rows.full_size

@@ -140,6 +140,22 @@ def local_flow(input_dim: int, context_dim: int) -> Flow:
     return Flow([*layers, Elementwise(Affine(), input_dim, place)])
 
 
+def autoencoder_flow(input_dim: int, context_dim: int) -> Flow:
+    """That of :func:`local_flow`, whose rows are spread from the start, by a random linear map of the context.
+
+    If all rows started alike, a decoder that is trained with the guide would learn to do without their latents.
+    """
+    flow = local_flow(input_dim, context_dim)
+    shift = flow.transforms[-1].conditioner.direct.weight[input_dim : 2 * input_dim, :context_dim]
+    nn.init.normal_(shift, std=context_dim**-0.5)
+    return flow
+
+
+def default_local(*, by_encoder: bool) -> Callable[[int, int], Flow]:
+    """The recipe of :class:`AutoPlateFlow` where none is named, for rows that depend on an encoder alone or on more."""
+    return autoencoder_flow if by_encoder else local_flow
+
+
 def assemble_local(flow: Flow, loc: Tensor, scale: float, *, by_row: bool) -> Flow:
     """A recipe's flow for the latents of a row, then an affine map that is fixed.
 
