@@ -113,7 +113,7 @@ def posteriors(results: Results, simulations: int) -> list[str]:
         "Each observation. *log q*: the mean log-density, in nats, of the truth of 10,000 new simulations given their "
         "data, for sbi that of its network, which puts some mass outside of the prior. *Resampled*: `resample`, from "
         "100,000 draws by their weights under the model's own likelihood, with the largest k-hat of the five. "
-        "*fit_svi*: `guide.bind(x)` trained for 300 more steps on that observation alone, which loses modes; none "
+        "*fit_svi*: `guide.bind(x)` trained for 300 more steps on that observation alone, which may lose modes; none "
         "where the fit ends with an error, as where a likelihood has hard edges.",
         "",
         *head("task", "method", "seed", *"12345", "mean", "k-hat", "log q", "epochs", "s", "cpu s", text=2),
