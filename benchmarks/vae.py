@@ -1,6 +1,6 @@
 """How much does a flow posterior, or a flow prior, improve a variational autoencoder of MNIST?
 
-    python benchmarks/vae.py                                 # the full table, about half an hour of one core
+    python benchmarks/vae.py                                 # a table of one seed, about an hour of one core
     python benchmarks/vae.py --only diagonal iaf --seeds 0   # some of its rows
     python benchmarks/vae.py --epochs 1 --out DIR            # a smoke run
 

@@ -91,12 +91,12 @@ class Standardize(nn.Module):
 @contextlib.contextmanager
 def learning(parts: Sequence[Standardize]) -> Iterator[None]:
     """Let what reaches some parts of a network set them; the rest of it does not run once all of them are."""
-    waiting = list(parts)
+    waiting = set(parts)
 
     def learn(part: Standardize, inputs: tuple[Tensor, ...]) -> None:
-        if any(part is other for other in waiting):
+        if part in waiting:
             part.initialize(*inputs)
-            waiting[:] = [other for other in waiting if other is not part]
+            waiting.remove(part)
         if not waiting:
             raise _Enough
 

@@ -100,6 +100,9 @@ def fit_svi(
             checkpoint is of another run.
         FloatingPointError: If the loss or gradients stay non-finite; the error names the site at fault.
 
+    Warns:
+        UserWarning: If more than a fifth of the steps was skipped.
+
     Example::
 
         >>> import pyro, torch

@@ -243,13 +243,18 @@ class AutoPlateFlow(FlowGuide):
 
     def _all_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The contexts of all rows, ``(rows, context_dim)``; of one without content where none is needed."""
-        if self.model is not None:  # a guide that was saved is without
-            with poutine.block(), torch.no_grad(), validation_enabled(False):
-                trace = prune_subsample_sites(poutine.trace(self.model).get_trace(*args, **kwargs))
-            there = self._sorted(trace, rows_of_plate(self.model, self.plate, args, kwargs))
-            for packing, other in zip((self.posterior.shared, self.posterior.own), there, strict=True):
-                packing.check_same(other)
+        self._check_supports(args, kwargs)
         if not self.posterior.local_flow:
             return torch.zeros(1, 0)
         with at_rest(self.contexts.encoder):
             return self.contexts.of_all(self.model, args, kwargs)
+
+    def _check_supports(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse arguments that move the supports of the latents."""
+        if self.model is None:
+            return  # a guide that was saved
+        with poutine.block(), torch.no_grad(), validation_enabled(False):
+            trace = prune_subsample_sites(poutine.trace(self.model).get_trace(*args, **kwargs))
+        there = self._sorted(trace, rows_of_plate(self.model, self.plate, args, kwargs))
+        for packing, other in zip((self.posterior.shared, self.posterior.own), there, strict=True):
+            packing.check_same(other)

@@ -146,6 +146,7 @@ def autoencoder_flow(input_dim: int, context_dim: int) -> Flow:
     If all rows started alike, a decoder that is trained with the guide would learn to do without their latents.
     """
     flow = local_flow(input_dim, context_dim)
+    # A conditioner yields all scales of an affine map and then all shifts, here from the context's own columns.
     shift = flow.transforms[-1].conditioner.direct.weight[input_dim : 2 * input_dim, :context_dim]
     nn.init.normal_(shift, std=context_dim**-0.5)
     return flow
