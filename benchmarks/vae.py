@@ -72,7 +72,7 @@ def diagonal(input_dim: int, context_dim: int) -> Flow:
 
 
 def planar(input_dim: int, context_dim: int) -> Flow:
-    flow = flows.planar(input_dim, context_dim, num_transforms=10, hidden_dims=(64,))
+    flow = flows.planar_flow(input_dim, context_dim, num_transforms=10, hidden_dims=(64,))
     return Flow([*flow.transforms, place(context_dim)])
 
 

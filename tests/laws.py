@@ -14,23 +14,41 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows import AutoFlow, flows
-from pyro_flows.bijectors import Affine, Bijector, CircularSpline, RationalQuadraticSpline, Shift
-from pyro_flows.conditioners import MADE, MLP, Conditioner, Given, Periodic
+from pyro_flows.bijectors import (
+    Affine,
+    Bernstein,
+    Bijector,
+    CircularSpline,
+    Integral,
+    LinearRationalSpline,
+    LogisticMixture,
+    RationalQuadraticSpline,
+    Shift,
+    Sigmoidal,
+    SumOfSquares,
+)
+from pyro_flows.conditioners import MADE, MLP, Conditioner, Given, LipschitzMLP, Periodic
 from pyro_flows.distributions import CircularBase, ContaminatedNormalBase, MixtureBase, StandardNormal, StudentTBase
 from pyro_flows.flows import Flow
 from pyro_flows.transforms import (
     ActNorm,
     Autoregressive,
+    BlockAutoregressive,
     Compose,
     Conditioned,
     Coupling,
     Elementwise,
     FixedAffine,
     FlowTransform,
+    Householder,
     Inverse,
     LULinear,
+    Orthogonal,
     Permute,
     Planar,
+    Radial,
+    Residual,
+    Sylvester,
 )
 
 CONTEXT_DIM = 3
@@ -45,7 +63,14 @@ BIJECTORS: dict[str, Bijector] = {
     "spline": RationalQuadraticSpline(),
     "spline_2_bins": RationalQuadraticSpline(bins=2),
     "spline_16_bins": RationalQuadraticSpline(bins=16, bound=3.0),
+    "linear_rational": LinearRationalSpline(),
     "circular": CircularSpline(),
+    "sigmoidal": Sigmoidal(),
+    "sigmoidal_2_layers": Sigmoidal(components=4, layers=2),
+    "mixture": LogisticMixture(components=4),
+    "integral": Integral(hidden=4, panels=6),
+    "squares": SumOfSquares(degree=4),
+    "bernstein": Bernstein(degree=8),
 }
 
 # ------------------------------------------------------------ transforms
@@ -93,6 +118,14 @@ def _autoregressive(bijector: Bijector, order: Callable[[int], list[int]] | None
     return build
 
 
+def _graph(dim: int, context_dim: int) -> FlowTransform:
+    """Each feature depends on those whose ranks differ from its own by one or by three, and are lower."""
+    rank = torch.tensor(shuffled(dim))
+    above = rank[:, None] - rank
+    net = MADE(dim, 2, (48, 48), context_dim, adjacency=(above == 1) | (above == 3))
+    return Autoregressive(Affine(), net)
+
+
 def _elementwise(bijector: Bijector) -> Builder:
     def build(dim: int, context_dim: int) -> FlowTransform:
         net = MLP(context_dim, dim, bijector.num_params, WIDTHS) if context_dim else None
@@ -119,14 +152,43 @@ def _compose(dim: int, context_dim: int) -> FlowTransform:
     )
 
 
+def _block(dim: int, context_dim: int) -> FlowTransform:
+    return BlockAutoregressive(dim, (4, 3), MLP(context_dim, dim, 9, WIDTHS) if context_dim else None)
+
+
 def _planar(dim: int, context_dim: int) -> FlowTransform:
     return Planar(dim, MLP(context_dim, 1, 2 * dim + 1, WIDTHS) if context_dim else None)
 
 
+def _radial(dim: int, context_dim: int) -> FlowTransform:
+    return Radial(dim, MLP(context_dim, 1, dim + 2, WIDTHS) if context_dim else None)
+
+
+def _sylvester(sizes: Callable[[int], tuple[int | None, int | None]]) -> Builder:
+    def build(dim: int, context_dim: int) -> FlowTransform:
+        count = Sylvester.count_params(dim, *sizes(dim))
+        return Sylvester(dim, *sizes(dim), MLP(context_dim, 1, count, WIDTHS) if context_dim else None)
+
+    return build
+
+
+def _residual(dim: int, context_dim: int) -> FlowTransform:
+    return Residual(LipschitzMLP(dim, WIDTHS, context_dim), exact=True)
+
+
+def _between_scales(rotation: Callable[[int], FlowTransform]) -> Builder:
+    """A rotation keeps |x| and the volume, all that the laws of learning look at; between two scales it matters."""
+    return lambda dim, _: Compose([ActNorm(dim), rotation(dim), ActNorm(dim)])
+
+
+# One of each kind: what else a bijector's own settings may be is no matter for the transform.
+STEERED = {name: b for name, b in BIJECTORS.items() if name not in ("affine_2", "spline_16_bins", "sigmoidal_2_layers")}
+
 TRANSFORMS: dict[str, Kind] = {
-    **{f"coupling_{name}": Kind(_coupling(b), True, least_dim=2) for name, b in BIJECTORS.items()},
-    **{f"autoregressive_{name}": Kind(_autoregressive(b), True) for name, b in BIJECTORS.items()},
-    **{f"shuffled_{name}": Kind(_autoregressive(b, shuffled), True) for name, b in BIJECTORS.items()},
+    **{f"coupling_{name}": Kind(_coupling(b), True, least_dim=2) for name, b in STEERED.items()},
+    **{f"autoregressive_{name}": Kind(_autoregressive(BIJECTORS[name]), True) for name in ("affine", "spline_2_bins")},
+    **{f"shuffled_{name}": Kind(_autoregressive(b, shuffled), True) for name, b in STEERED.items()},
+    "graph": Kind(_graph, True),
     "elementwise_affine": Kind(_elementwise(Affine()), True),
     "elementwise_spline": Kind(_elementwise(RationalQuadraticSpline()), True),
     "elementwise_skip": Kind(_skip, True),
@@ -136,7 +198,17 @@ TRANSFORMS: dict[str, Kind] = {
     "lu_linear": Kind(lambda dim, _: LULinear(dim)),
     "fixed_affine": Kind(lambda dim, _: FixedAffine(dim), learns=False),
     "fixed_affine_diagonal": Kind(lambda dim, _: FixedAffine(dim, dense=False), learns=False),
+    "block": Kind(_block, True),
     "planar": Kind(_planar, True),
+    "radial": Kind(_radial, True),
+    "sylvester": Kind(_sylvester(lambda dim: (None, None)), True),
+    "sylvester_householder": Kind(_sylvester(lambda dim: (dim, 3)), True),
+    "sylvester_triangular": Kind(_sylvester(lambda dim: (dim, 0)), True),
+    "residual": Kind(_residual, True),
+    "householder": Kind(lambda dim, _: Householder(dim), learns=False),
+    "householder_between_scales": Kind(_between_scales(Householder)),
+    "orthogonal": Kind(lambda dim, _: Orthogonal(dim), learns=False),
+    "orthogonal_between_scales": Kind(_between_scales(Orthogonal)),
     "actnorm": Kind(lambda dim, _: ActNorm(dim)),
     "compose": Kind(_compose, True, starts_at_identity=False),
     "inverse": Kind(lambda dim, context_dim: _autoregressive(Affine(), shuffled)(dim, context_dim).inv, True),
@@ -151,6 +223,16 @@ def circular_coupling(input_dim: int, context_dim: int = 0, **options: Any) -> F
     return flows.circular_coupling(input_dim, context_dim, circular=circular, **options)
 
 
+def umnn(input_dim: int, context_dim: int = 0, **options: Any) -> Flow:
+    """With few units, whose weights are parameters: it is steeper than other flows at parameters of one size."""
+    return flows.umnn(input_dim, context_dim, **{"hidden": 3, **options})
+
+
+def bpf(input_dim: int, context_dim: int = 0, **options: Any) -> Flow:
+    """Of a low degree."""
+    return flows.bpf(input_dim, context_dim, **{"degree": 8, **options})
+
+
 RECIPES: dict[str, Callable[..., Flow]] = {
     "nice": flows.nice,
     "realnvp": flows.realnvp,
@@ -158,7 +240,17 @@ RECIPES: dict[str, Callable[..., Flow]] = {
     "maf": flows.maf,
     "iaf": flows.iaf,
     "nsf_ar": flows.nsf_ar,
-    "planar": flows.planar,
+    "bnaf": flows.bnaf,
+    "planar_flow": flows.planar_flow,
+    "radial_flow": flows.radial_flow,
+    "sylvester_flow": flows.sylvester_flow,
+    "residual_flow": flows.residual_flow,
+    "naf": flows.naf,
+    "umnn": umnn,
+    "sospf": flows.sospf,
+    "bpf": bpf,
+    "flowpp": flows.flowpp,
+    "gaussianization": flows.gaussianization,
     "circular_coupling": circular_coupling,
 }
 
@@ -198,8 +290,20 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
             draw(part.output.bias, scale)
             if isinstance(part, MLP) and part.skip:
                 draw(part.direct.weight, scale / 10)
-        elif (isinstance(part, Elementwise) and part.conditioner is None) or isinstance(part, Planar):
+        elif (isinstance(part, Elementwise) and part.conditioner is None) or isinstance(
+            part, Planar | Radial | Sylvester | Orthogonal
+        ):
             draw(part.params, scale)
+        elif isinstance(part, BlockAutoregressive):
+            for own in (part.cross, part.mixtures, part.steepness):
+                for parameter in own.parameters():
+                    draw(parameter, scale)
+            draw(part.gates, scale)
+        elif isinstance(part, LipschitzMLP):
+            for parameter in part.parameters():
+                draw(parameter, scale)
+        elif isinstance(part, Householder):
+            draw(part.vectors, scale)
         elif isinstance(part, Conditioned):
             draw(part.context, scale)
         elif isinstance(part, ActNorm):
@@ -327,6 +431,8 @@ def carries_the_score(f: FlowTransform, x: Tensor, context: Tensor | None, toler
 def order_of(f: FlowTransform) -> Tensor | None:
     """The ranks of the features of an autoregressive layer, forward or inverted; None for other transforms."""
     f = f.transform if isinstance(f, Inverse) else f
+    if isinstance(f, BlockAutoregressive):
+        return torch.arange(f.input_dim)
     return f.conditioner.order if isinstance(f, Autoregressive) else None
 
 

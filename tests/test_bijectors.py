@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyro_flows.bijectors import Affine, Bijector, CircularSpline, RationalQuadraticSpline
+from pyro_flows.bijectors import Affine, Bijector, CircularSpline, LinearRationalSpline, RationalQuadraticSpline
 
 DTYPES = [torch.float32, torch.float64]
-SPLINES = [name for name, bijector in laws.BIJECTORS.items() if isinstance(bijector, RationalQuadraticSpline)]
+Spline = RationalQuadraticSpline | LinearRationalSpline
+SPLINES = [name for name, bijector in laws.BIJECTORS.items() if isinstance(bijector, Spline)]
 every_bijector = pytest.mark.parametrize("bijector", laws.BIJECTORS.values(), ids=laws.BIJECTORS)
 CIRCULAR = {
     "pi": CircularSpline(),
@@ -31,16 +32,16 @@ def params_of(bijector: Bijector, *shape: int, dtype: torch.dtype = torch.float6
     return laws.normal(*shape, bijector.num_params, seed=1, dtype=dtype, scale=scale)
 
 
-def knots_of(spline: RationalQuadraticSpline | CircularSpline, params: Tensor) -> tuple[Tensor, Tensor]:
+def knots_of(spline: Spline | CircularSpline, params: Tensor) -> tuple[Tensor, Tensor]:
     """The K + 1 knots along x and along y, to the last bit."""
-    xs, ys, _ = spline._table(params)
+    xs, ys = spline._table(params)[:2]
     return xs, ys
 
 
 def places(bijector: Bijector, params: Tensor) -> Tensor:
     """Values where a formula could break: zero, far out, and the spline's knots and edges exactly."""
     far = torch.tensor([0.0, 1e-30, 1.0, 4.99, 1e3, 1e30], dtype=params.dtype)
-    if not isinstance(bijector, RationalQuadraticSpline | CircularSpline):
+    if not isinstance(bijector, Spline | CircularSpline):
         return torch.cat((-far, far))
     edge = torch.tensor([bijector.bound], dtype=params.dtype)
     return torch.cat((-far, far, -edge, edge, torch.nextafter(edge, 0 * edge), *knots_of(bijector, params)))
@@ -129,7 +130,7 @@ def test_values_and_gradients_are_finite_everywhere(bijector: Bijector, dtype: t
 
 @every_dtype
 @every_spline
-def test_knots_map_to_knots(spline: RationalQuadraticSpline, dtype: torch.dtype) -> None:
+def test_knots_map_to_knots(spline: Spline, dtype: torch.dtype) -> None:
     for params in params_of(spline, 20, dtype=dtype):
         xs, ys = knots_of(spline, params)
         torch.testing.assert_close(spline.forward_and_log_det(xs, params)[0], ys)
@@ -137,7 +138,7 @@ def test_knots_map_to_knots(spline: RationalQuadraticSpline, dtype: torch.dtype)
 
 
 @every_spline
-def test_a_value_outside_the_box_poisons_no_gradient(spline: RationalQuadraticSpline) -> None:
+def test_a_value_outside_the_box_poisons_no_gradient(spline: Spline) -> None:
     """The branch that ``where`` does not select has a gradient too: were it NaN, 0 x NaN would spoil the others."""
     inner = torch.linspace(-0.99, 0.99, 9, dtype=torch.float64) * spline.bound
     outer = torch.tensor([-1e30, -spline.bound, spline.bound, 1e30], dtype=torch.float64)
@@ -153,7 +154,7 @@ def test_a_value_outside_the_box_poisons_no_gradient(spline: RationalQuadraticSp
 
 
 @every_spline
-def test_the_slope_does_not_jump_at_the_edge_of_the_box(spline: RationalQuadraticSpline) -> None:
+def test_the_slope_does_not_jump_at_the_edge_of_the_box(spline: Spline) -> None:
     params = params_of(spline, 50)
     for edge in (-spline.bound, spline.bound):
         inside = torch.full((50,), edge * (1 - 1e-10), dtype=torch.float64)
@@ -163,8 +164,8 @@ def test_the_slope_does_not_jump_at_the_edge_of_the_box(spline: RationalQuadrati
             assert (y - edge).abs().max() < 1e-8
 
 
-@pytest.mark.parametrize("bijector", [RationalQuadraticSpline(), *CIRCULAR.values()], ids=repr)
-def test_gradients_do_not_stop_next_to_a_knot(bijector: RationalQuadraticSpline | CircularSpline) -> None:
+@pytest.mark.parametrize("bijector", [RationalQuadraticSpline(), LinearRationalSpline(), *CIRCULAR.values()], ids=repr)
+def test_gradients_do_not_stop_next_to_a_knot(bijector: Spline | CircularSpline) -> None:
     """Within round-off of a knot a formula may leave its bin; the derivative must stay what the log-det says."""
     for params in params_of(bijector, 20):
         rotation = params[-1] if isinstance(bijector, CircularSpline) else 0.0
@@ -275,6 +276,8 @@ def test_affine_scales_are_bounded(bound: float, value: float) -> None:
         (lambda: RationalQuadraticSpline(bins=4, min_bin=0.25), "min_bin", "0.25"),
         (lambda: RationalQuadraticSpline(min_bin=0.0), "min_bin", "0.0"),
         (lambda: RationalQuadraticSpline(max_slope=1.0), "max_slope", "1.0"),
+        (lambda: LinearRationalSpline(bins=1), "LinearRationalSpline: bins", "1"),
+        (lambda: LinearRationalSpline(bins=4, min_bin=0.25), "LinearRationalSpline: min_bin", "0.25"),
         (lambda: CircularSpline(bins=1), "CircularSpline: bins", "1"),
         (lambda: CircularSpline(bound=math.inf), "CircularSpline: bound", "inf"),
         (lambda: CircularSpline(bins=4, min_bin=0.25), "CircularSpline: min_bin", "0.25"),

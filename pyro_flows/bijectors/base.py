@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 
@@ -49,3 +50,8 @@ class Bijector(ABC):
 def split_params(params: Tensor) -> tuple[Tensor, ...]:
     """The P parameters of shape ``(*s)`` each, so that their gradients are put together in the conditioners' order."""
     return params.mT.unbind(-2) if params.dim() > 1 else params.unbind(-1)
+
+
+def bounded(raw: Tensor, limit: float) -> Tensor:
+    """A real number as one between -limit and limit, smoothly; near zero it stays what it is."""
+    return limit * torch.tanh(raw / limit)

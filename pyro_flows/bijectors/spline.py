@@ -95,19 +95,19 @@ def bounded_slopes(raw: Tensor, max_slope: float) -> Tensor:
     return torch.rsub(torch.sigmoid(raw + math.log((1 - low) / (high - 1))), low, alpha=low - high)
 
 
-def knot_table(sizes: Tensor, slopes: tuple[Tensor, ...], bound: float, min_bin: float) -> Tensor:
+def knot_table(sizes: Tensor, rows: tuple[Tensor, ...], bound: float, min_bin: float) -> Tensor:
     """What a spline from [-B, B] onto itself is made of.
 
     Parameters stand first: softmax, sums and gathers then run over whole vectors of scalars.
 
     Args:
         sizes: K unnormalised bin widths, then K unnormalised bin heights, ``(2 K, *s)``.
-        slopes: Parts of ``(K + 1, *s)``, the slopes at the knots.
+        rows: Parts of ``(R, K + 1, *s)``: what else each knot has, above all its slope.
         bound: The half-width B.
         min_bin: The least width and height of a bin, as a fraction of 2 B.
 
     Returns:
-        Knots along x, knots along y and slopes, ``(3, K + 1, *s)``.
+        Knots along x, knots along y and the rows, ``(2 + R, K + 1, *s)``.
     """
     bins = len(sizes) // 2
     fractions = torch.softmax(sizes.unflatten(0, (2, bins)), 1)[:, :-1]
@@ -116,13 +116,14 @@ def knot_table(sizes: Tensor, slopes: tuple[Tensor, ...], bound: float, min_bin:
     even = even.view(-1, *(1,) * (sizes.dim() - 1))
     knots = torch.add(even, fractions.cumsum(1), alpha=2 * bound - bins * least)
     last = torch.full_like(sizes[:1], bound)
-    table = torch.cat((-last, knots[0], last, -last, knots[1], last, *slopes))
-    return table.unflatten(0, (3, bins + 1))
+    table = torch.cat((-last, knots[0], last, -last, knots[1], last, *rows))
+    return table.unflatten(0, (-1, bins + 1))
 
 
 def bend(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """Map x in [-B, B] to ``(y, log dy/dx)`` by the spline of a table, ``(*s), (3, K + 1, *s) -> (*s), (*s)``."""
-    x0, w, y0, h, d0, d1 = _bin_of(x, table, axis=0)
+    x0, x1, y0, y1, d0, d1 = bin_of(x, table, axis=0)
+    w, h = x1 - x0, y1 - y0
     u = ((x - x0) / w).clamp(0, 1)
     v, s = 1 - u, h / w
     denominator = torch.addcmul(s, torch.sub(d0 + d1, s, alpha=2), u * v)
@@ -132,7 +133,8 @@ def bend(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
 
 def unbend(y: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """Undo :func:`bend`: map y in [-B, B] to ``(x, log dx/dy)``."""
-    x0, w, y0, h, d0, d1 = _bin_of(y, table, axis=1)
+    x0, x1, y0, y1, d0, d1 = bin_of(y, table, axis=1)
+    w, h = x1 - x0, y1 - y0
     s = h / w
     # With t = (y - y0) / h, a ratio of two quadratics in u, (s - b) u^2 + b u - s t = 0; the sign of b picks
     # the form of the root that does not cancel.
@@ -149,17 +151,17 @@ def unbend(y: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     return torch.addcmul(x0, w, u), -_log_slope(u, v, s, d0, d1, torch.addcmul(s, curvature, u * v))
 
 
-def _bin_of(value: Tensor, table: Tensor, axis: int) -> tuple[Tensor, ...]:
-    """The bin (x0, w, y0, h, d0, d1) that holds each value; axis 0 finds it along x, axis 1 along y."""
+def bin_of(value: Tensor, table: Tensor, axis: int) -> tuple[Tensor, ...]:
+    """The bin that holds each value; axis 0 finds it along x, axis 1 along y.
+
+    Each row of the table is an entry at the bin's start, then one at its end: x0, x1, y0, y1, d0, d1 and so on.
+    """
     shape = torch.broadcast_shapes(value.shape, table.shape[2:])
     table = table.reshape(*table.shape[:2], *(1,) * (len(shape) + 2 - table.dim()), *table.shape[2:])
     table = table.expand(*table.shape[:2], *shape)
     left = (value >= table[axis, 1:-1]).sum(0)  # the bin's number
-    place = torch.stack((left, left + 1)).expand(3, 2, *shape)
-    start, stop = table.gather(1, place).unbind(1)
-    x0, y0, d0 = start.unbind(0)
-    w, h, _ = (stop - start).unbind(0)
-    return x0, w, y0, h, d0, stop[2]
+    place = torch.stack((left, left + 1)).expand(len(table), 2, *shape)
+    return table.gather(1, place).flatten(0, 1).unbind(0)
 
 
 def _log_slope(u: Tensor, v: Tensor, s: Tensor, d0: Tensor, d1: Tensor, denominator: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from .base import Conditioner as Conditioner
 from .given import Given as Given
+from .lipschitz import LipschitzMLP as LipschitzMLP
 from .made import MADE as MADE
 from .mlp import MLP as MLP
 from .periodic import Periodic as Periodic

@@ -1,11 +1,12 @@
-"""Masked autoencoder: the parameters of a feature depend on the features of lower rank alone.
+"""Masked autoencoder: the parameters of a feature depend on the features of lower rank alone, or on its parents.
 
-A hidden unit of degree m sees the features of rank < m and feeds the features of rank >= m.  Units are sorted by
-degree, so the units that one more feature unlocks lie side by side: the network can be run *incrementally*, one
-feature at a time, in about the work of one pass (:func:`stream`), and so can its transposed Jacobian
-(:func:`costream`).
+Each hidden unit sees a set of features, and feeds those units and outputs that may see all of it.  Without a graph the
+sets are {rank < m}, and m is the unit's degree.  Units are sorted by degree, so the units that one more feature unlocks
+lie side by side: the network can be run *incrementally*, one feature at a time, in about the work of one pass
+(:func:`stream`), and so can its transposed Jacobian (:func:`costream`).
 
 MADE: Masked Autoencoder for Distribution Estimation (Germain, Gregor, Murray, Larochelle 2015, arXiv:1502.03509).
+Graphical Normalizing Flows (Wehenkel, Louppe 2021, arXiv:2006.02548).
 """
 
 from __future__ import annotations
@@ -27,8 +28,15 @@ class MADE(Conditioner):
         num_params: The number of parameters of each feature (``bijector.num_params``).
         hidden_dims: The widths of the hidden layers, at least one; they may be narrower than the input.
         context_dim: The number of context features; every unit may see them.
-        order: ``order[i]`` is the rank of feature i, a permutation of 0 … D - 1; by default the features' own order.
+        order: ``order[i]`` is the rank of feature i, a permutation of 0 … D - 1; by default the features' own order, or
+            one in which parents come first.
+        adjacency: ``adjacency[i, j]`` says whether the parameters of feature i may depend on feature j, ``(D, D)``: a
+            directed graph without cycles, whose diagonal does not count; by default all of lower rank may be seen.
         activation: The class of the elementwise nonlinearity.
+
+    Raises:
+        ValueError: If the order is no permutation or puts a child before a parent, the graph has a cycle, or a hidden
+            layer has fewer units than there are different sets of parents.
 
     Example::
 
@@ -39,6 +47,7 @@ class MADE(Conditioner):
     """
 
     order: Tensor
+    adjacency: Tensor | None
     hidden: Sequence[MaskedLinear]
 
     def __init__(
@@ -49,37 +58,70 @@ class MADE(Conditioner):
         context_dim: int = 0,
         *,
         order: Sequence[int] | None = None,
+        adjacency: Sequence[Sequence[bool]] | Tensor | None = None,
         activation: type[nn.Module] = nn.ReLU,
     ) -> None:
         super().__init__(input_dim, input_dim, num_params, hidden_dims, context_dim)
-        order = range(input_dim) if order is None else [int(rank) for rank in order]
+        graph = None if adjacency is None else checked_graph(adjacency, input_dim)
+        if order is None:
+            order = range(input_dim) if graph is None else topological_order(graph)
+        order = [int(rank) for rank in order]
         if sorted(order) != list(range(input_dim)):
-            raise ValueError(f"MADE: order must be a permutation of 0 … {input_dim - 1}, got {list(order)}.")
+            raise ValueError(f"MADE: order must be a permutation of 0 … {input_dim - 1}, got {order}.")
         self.activation = activation
         self.act = activation()
         widths = (input_dim, *self.hidden_dims)
         self.hidden = nn.ModuleList(MaskedLinear(n, m) for n, m in pairwise(widths))  # type: ignore[assignment]
         self.output = MaskedLinear(widths[-1], num_params * input_dim, zero=True)
-        lowest = min(0 if context_dim else 1, input_dim - 1)
-        self.degrees = [_degrees(width, lowest, input_dim - 1) for width in self.hidden_dims]
-        # unlocked[l][r]: how many units of hidden layer l have degree r, and so wait for r features
-        self.unlocked = [[degrees.count(r) for r in range(input_dim)] for degrees in self.degrees]
-        self.register_buffer("order", torch.tensor(list(order)))
+        self.register_buffer("order", torch.tensor(order))
+        self.register_buffer("adjacency", graph)
+        if graph is not None:
+            self._check_graph(graph)
         self._set_masks()
         self.register_load_state_dict_post_hook(_restore_masks)
 
+    def _check_graph(self, graph: Tensor) -> None:
+        child, parent = graph.nonzero().T
+        wrong = self.order[parent] > self.order[child]
+        if wrong.any():
+            first = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"MADE: order must put parents first, but feature {int(child[first])} comes before its parent "
+                f"{int(parent[first])}."
+            )
+        sets = len(self._parent_sets())
+        if min(self.hidden_dims) < sets:
+            raise ValueError(
+                f"MADE: hidden_dims must be at least {sets}, one unit for each different set of parents in adjacency, "
+                f"got {self.hidden_dims}."
+            )
+
+    def _parent_sets(self) -> Tensor:
+        """The sets of features that hidden units may see, each once, by their degrees, ``(T, D)``."""
+        sets = self._parents().unique(dim=0)
+        degrees = _degrees(sets, self.order)
+        sets = sets[torch.argsort(degrees, stable=True)]
+        # A unit that sees nothing is of use only where a context reaches it, or where there is nothing to see.
+        return sets if self.context_dim or len(sets) == 1 else sets[sets.any(-1)]
+
+    def _parents(self) -> Tensor:
+        """The features that each feature's parameters may depend on, ``(D, D)``."""
+        return self.order[:, None] > self.order if self.adjacency is None else self.adjacency
+
     def _set_masks(self) -> None:
-        """Derive the masks and the sequence of features from ``order``, which alone is part of the state."""
-        device = self.order.device
+        """Derive masks, units and the sequence of features from ``order`` and ``adjacency``, the only ones in the
+        state."""
         self.features: tuple[int, ...] = tuple(torch.argsort(self.order).tolist())  # the feature of each rank
-        seen = self.order
-        for layer, degrees in zip(self.hidden, self.degrees, strict=True):
-            rank = torch.tensor(degrees, device=device)
-            above = rank[:, None] > seen if seen is self.order else rank[:, None] >= seen
-            layer.mask = above.to(layer.weight)
-            seen = rank
-        fed = self.order[:, None] >= seen  # (D, H)
-        self.output.mask = fed.repeat(self.num_params, 1).to(self.output.weight)
+        sets = self._parent_sets()
+        # unlocked[l][r]: how many units of hidden layer l have degree r, and so wait for r features
+        self.unlocked: list[list[int]] = []
+        seen = torch.eye(self.input_dim, dtype=torch.bool, device=sets.device)
+        for layer in self.hidden:
+            units = sets[_spread(layer.out_features, len(sets))]  # (H, D)
+            layer.mask = _within(seen, units).to(layer.weight)
+            self.unlocked.append(torch.bincount(_degrees(units, self.order), minlength=self.input_dim).tolist())
+            seen = units
+        self.output.mask = _within(seen, self._parents()).repeat(self.num_params, 1).to(self.output.weight)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, *others = self.hidden
@@ -103,12 +145,51 @@ class MADE(Conditioner):
             return self._output(h), slopes
 
 
-def _degrees(width: int, lowest: int, highest: int) -> list[int]:
-    """Ascending degrees, spread evenly over lowest … highest, both ends included whenever there are two units."""
-    span = highest - lowest + 1
-    if width >= span:
-        return [lowest + i * span // width for i in range(width)]
-    return [lowest + round(i * (span - 1) / max(width - 1, 1)) for i in range(width)]
+def checked_graph(adjacency: Sequence[Sequence[bool]] | Tensor, input_dim: int) -> Tensor:
+    """A graph over features as a boolean matrix without its diagonal, ``(D, D)``."""
+    graph = torch.as_tensor(adjacency)
+    if graph.shape != (input_dim, input_dim):
+        raise ValueError(
+            f"MADE: adjacency must have shape ({input_dim}, {input_dim}), one row and one column for each feature, got "
+            f"{tuple(graph.shape)}."
+        )
+    return (graph != 0) & ~torch.eye(input_dim, dtype=torch.bool, device=graph.device)
+
+
+def topological_order(graph: Tensor) -> list[int]:
+    """The rank of each feature in the first order in which parents come before their children.
+
+    Example::
+
+        >>> topological_order(torch.tensor([[False, True], [False, False]]))
+        [1, 0]
+    """
+    left, order = set(range(len(graph))), [0] * len(graph)
+    parents = [set(row.nonzero().flatten().tolist()) for row in graph]
+    for rank in range(len(graph)):
+        free = [feature for feature in sorted(left) if not parents[feature] & left]
+        if not free:
+            raise ValueError(f"MADE: adjacency must have no cycle, got one among the features {sorted(left)}.")
+        order[free[0]] = rank
+        left.remove(free[0])
+    return order
+
+
+def _degrees(sets: Tensor, order: Tensor) -> Tensor:
+    """How many features must be known for all of a set to be, ``(T, D) -> (T)``."""
+    return torch.where(sets, order + 1, 0).amax(-1)
+
+
+def _within(inner: Tensor, outer: Tensor) -> Tensor:
+    """Whether each of the inner sets ``(I, D)`` is a part of each of the outer ones ``(O, D)``: ``(O, I)``."""
+    return (~outer).float() @ inner.float().T == 0  # none of its features is missing
+
+
+def _spread(width: int, count: int) -> list[int]:
+    """So many of the numbers 0 … count - 1, ascending and even, both ends included wherever there is room for two."""
+    if width >= count:
+        return [place * count // width for place in range(width)]
+    return [round(place * (count - 1) / max(width - 1, 1)) for place in range(width)]
 
 
 def _restore_masks(module: nn.Module, _: object) -> None:

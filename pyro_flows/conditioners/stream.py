@@ -143,8 +143,10 @@ def costream(net: MADE, slopes: list[Tensor]) -> Chain:
 
 def _weights(net: MADE) -> list[Tensor]:
     """The weights of all layers, with features by rank; the feature of the last rank feeds nothing."""
-    first = net.hidden[0].weight[:, list(net.features[:-1])]
-    return [first, *(layer.weight for layer in list(net.hidden)[1:]), _by_rank(net.output.weight, net)]
+    layers = [*net.hidden, net.output]
+    # Without a graph no mask is needed: what a unit must not see is not yet known, and zero, when its turn comes.
+    weights = [layer.weight if net.adjacency is None else layer.weight * layer.mask for layer in layers]
+    return [weights[0][:, list(net.features[:-1])], *weights[1:-1], _by_rank(weights[-1], net)]
 
 
 def _by_rank(rows: Tensor, net: MADE) -> Tensor:

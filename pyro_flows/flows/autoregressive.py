@@ -1,20 +1,23 @@
 """Recipes of autoregressive flows: one direction costs one pass, the other about one pass, run incrementally.
 
-``iaf`` samples fast and scores incrementally; ``maf`` and ``nsf_ar`` score fast and sample incrementally.  ``.inv``
-turns each into the other kind.
+``iaf`` samples fast and scores incrementally; all others score fast and sample incrementally.  ``.inv`` turns each into
+the other kind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..bijectors import Affine, Bijector, RationalQuadraticSpline
 from ..conditioners import MADE
 from ..transforms import Autoregressive, FlowTransform
 from .checks import check_sizes
+from .coupling import marginal
 from .flow import Flow
+
+Graph = Sequence[Sequence[bool]] | Tensor
 
 
 def iaf(
@@ -24,6 +27,7 @@ def iaf(
     num_transforms: int = 5,
     hidden_dims: Sequence[int] = (64, 64),
     max_log_scale: float = 3.0,
+    adjacency: Graph | None = None,
     activation: type[nn.Module] = nn.ReLU,
 ) -> Flow:
     """Inverse autoregressive flow (Kingma et al. 2016, arXiv:1606.04934): fast samples, the choice for guides.
@@ -34,17 +38,24 @@ def iaf(
         num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
         hidden_dims: The widths of the hidden layers of each network.
         max_log_scale: The bound on the log-scale of one layer, in nats.
+        adjacency: ``adjacency[i, j]`` says whether feature i may depend on feature j, ``(D, D)``, a directed graph
+            without cycles, such as :func:`~pyro_flows.posterior_graph` of a Pyro model.  All layers then have one
+            order, parents first.  One layer has exactly this graph; in several a feature depends on all its ancestors.
         activation: The class of the nonlinearity.
 
     Raises:
-        ValueError: If a size is out of its range.
+        ValueError: If a size is out of its range, or the graph has a cycle.
 
     Example::
 
         >>> iaf(4)().rsample((3,)).shape
         torch.Size([3, 4])
     """
-    return Flow(_stack("iaf", Affine(max_log_scale), input_dim, context_dim, num_transforms, hidden_dims, activation))
+    return Flow(
+        autoregressive_layers(
+            "iaf", Affine(max_log_scale), input_dim, context_dim, num_transforms, hidden_dims, adjacency, activation
+        )
+    )
 
 
 def maf(
@@ -54,6 +65,7 @@ def maf(
     num_transforms: int = 5,
     hidden_dims: Sequence[int] = (64, 64),
     max_log_scale: float = 3.0,
+    adjacency: Graph | None = None,
     activation: type[nn.Module] = nn.ReLU,
 ) -> Flow:
     """Masked autoregressive flow (Papamakarios, Pavlakou, Murray 2017, arXiv:1705.07057): fast densities.
@@ -66,7 +78,9 @@ def maf(
         >>> maf(4)().log_prob(torch.zeros(3, 4)).shape
         torch.Size([3])
     """
-    layers = _stack("maf", Affine(max_log_scale), input_dim, context_dim, num_transforms, hidden_dims, activation)
+    layers = autoregressive_layers(
+        "maf", Affine(max_log_scale), input_dim, context_dim, num_transforms, hidden_dims, adjacency, activation
+    )
     return Flow([layer.inv for layer in layers])
 
 
@@ -78,9 +92,12 @@ def nsf_ar(
     hidden_dims: Sequence[int] = (64, 64),
     bins: int = 8,
     bound: float = 5.0,
+    adjacency: Graph | None = None,
     activation: type[nn.Module] = nn.ReLU,
 ) -> Flow:
     """Neural spline flow, autoregressive form (Durkan et al. 2019, arXiv:1906.04032): fast densities.
+
+    At the end of the data each of several features passes a spline of its own, which no other feature steers.
 
     Args:
         bins: The number of bins of each spline.
@@ -94,26 +111,36 @@ def nsf_ar(
         torch.Size([3, 4])
     """
     bijector = RationalQuadraticSpline(bins, bound)
-    layers = _stack("nsf_ar", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation)
-    return Flow([layer.inv for layer in layers])
+    layers = autoregressive_layers(
+        "nsf_ar", bijector, input_dim, context_dim, num_transforms, hidden_dims, adjacency, activation
+    )
+    return Flow([*(layer.inv for layer in layers), *(layer.inv for layer in marginal(bijector, input_dim))])
 
 
-def _stack(
+def autoregressive_layers(
     name: str,
     bijector: Bijector,
     input_dim: int,
     context_dim: int,
     num_transforms: int,
     hidden_dims: Sequence[int],
+    adjacency: Graph | None,
     activation: type[nn.Module],
 ) -> list[FlowTransform]:
+    """Autoregressive layers, which take the features in their order and in the opposite one by turns."""
     check_sizes(name, input_dim, context_dim, num_transforms, hidden_dims)
     orders = [range(input_dim), range(input_dim - 1, -1, -1)]
     return [
         Autoregressive(
             bijector,
             MADE(
-                input_dim, bijector.num_params, hidden_dims, context_dim, order=orders[layer % 2], activation=activation
+                input_dim,
+                bijector.num_params,
+                hidden_dims,
+                context_dim,
+                order=orders[layer % 2] if adjacency is None else None,
+                adjacency=adjacency,
+                activation=activation,
             ),
         )
         for layer in range(num_transforms)

@@ -1,8 +1,10 @@
-"""The checks that all recipes make of their sizes."""
+"""The checks that all recipes make of their sizes, and flows of their contexts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from torch import Tensor
 
 
 def check_sizes(name: str, input_dim: int, context_dim: int, num_transforms: int, hidden_dims: Sequence[int]) -> None:
@@ -18,3 +20,19 @@ def check_sizes(name: str, input_dim: int, context_dim: int, num_transforms: int
         raise ValueError(
             f"{name}: hidden_dims must be a sequence of positive widths such as (64, 64), got {hidden_dims!r}."
         )
+
+
+def check_context(context: Tensor | None, width: int, what: str = "context") -> None:
+    """Raise one clear error unless a context is there, floating and of the right width, or neither given nor due."""
+    if context is None:
+        if width:
+            raise ValueError(f"Flow: context is missing; this flow takes contexts of width {width}.")
+        return
+    if not width:
+        raise ValueError(
+            f"Flow: context of shape {tuple(context.shape)} is unexpected; build the flow with context_dim > 0."
+        )
+    if context.dim() == 0 or context.shape[-1] != width:
+        raise ValueError(f"Flow: {what} must have width {width} on the right, got shape {tuple(context.shape)}.")
+    if not context.is_floating_point():
+        raise ValueError(f"Flow: {what} must be of a floating dtype, got {context.dtype}.")

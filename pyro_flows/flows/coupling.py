@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..bijectors import Affine, Bijector, RationalQuadraticSpline, Shift
 from ..conditioners import MLP
-from ..transforms import ActNorm, Coupling, Elementwise, FlowTransform
+from ..transforms import ActNorm, Coupling, Elementwise, FlowTransform, LULinear
 from .checks import check_sizes
 from .flow import Flow
 
@@ -41,7 +41,7 @@ def nice(
         >>> nice(4)().event_shape
         torch.Size([4])
     """
-    layers = _stack("nice", Shift(), input_dim, context_dim, num_transforms, hidden_dims, activation, residual)
+    layers = coupling_layers("nice", Shift(), input_dim, context_dim, num_transforms, hidden_dims, activation, residual)
     return Flow([*layers, ActNorm(input_dim)])
 
 
@@ -68,7 +68,9 @@ def realnvp(
         2
     """
     bijector = Affine(max_log_scale)
-    return Flow(_stack("realnvp", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, residual))
+    return Flow(
+        coupling_layers("realnvp", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, residual)
+    )
 
 
 def nsf(
@@ -81,12 +83,17 @@ def nsf(
     bound: float = 5.0,
     activation: type[nn.Module] = nn.ReLU,
     residual: bool = False,
+    linear: bool = False,
 ) -> Flow:
     """Neural spline flow, coupling form (Durkan, Bekasov, Murray, Papamakarios 2019, arXiv:1906.04032).
+
+    At the end of the data each of several features passes a spline of its own, which no other feature steers.
 
     Args:
         bins: The number of bins of each spline.
         bound: The half-width of the interval that the splines bend; outside they are the identity.
+        linear: Whether a learned dense linear map follows each coupling, as in the paper's fits of tables: worth a
+            tenth of a nat on some, for D² parameters each.
 
     The other arguments and the errors are those of :func:`nice`.
 
@@ -97,10 +104,18 @@ def nsf(
         -3.676
     """
     bijector = RationalQuadraticSpline(bins, bound)
-    return Flow(_stack("nsf", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, residual))
+    layers = coupling_layers("nsf", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, residual)
+    if linear:
+        layers = [part for layer in layers for part in (layer, LULinear(input_dim))]
+    return Flow([*layers, *marginal(bijector, input_dim)])
 
 
-def _stack(
+def marginal(bijector: Bijector, input_dim: int) -> list[FlowTransform]:
+    """A map of each of several features on its own; of a single one, the layers before are such maps already."""
+    return [Elementwise(bijector, input_dim)] if input_dim > 1 else []
+
+
+def coupling_layers(
     name: str,
     bijector: Bijector,
     input_dim: int,

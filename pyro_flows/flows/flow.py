@@ -16,6 +16,7 @@ from torch.distributions import Distribution
 from ..distributions import FixedBase, StandardNormal
 from ..transforms import Compose, FlowTransform, View
 from ..transforms.compose import check_chain
+from .checks import check_context
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -114,15 +115,18 @@ class Flow(nn.Module):
             a context.
         base: The base distribution: a module that builds it when called without arguments, or a distribution (which
             then stays in its dtype and on its device); by default the standard normal.
+        encoder: A network that contexts pass through first, such as those of ``pyro_flows.encoders``; by default
+            contexts are vectors that the transforms take as they are.
 
     Attributes:
         event_shape: The shape of an event.
-        context_dim: The number of context features, 0 without.
+        context_dim: The number of context features that the transforms take, 0 without a context.
         base: The base, a module that builds the base distribution when called.
         transforms: The transforms, a flat list.
+        encoder: The network before them, or None.
 
     Raises:
-        ValueError: If transforms and base do not fit together.
+        ValueError: If transforms, base and encoder do not fit together.
 
     Example::
 
@@ -136,8 +140,15 @@ class Flow(nn.Module):
 
     transforms: Sequence[FlowTransform]
     base: nn.Module
+    encoder: nn.Module | None
 
-    def __init__(self, transforms: Iterable[FlowTransform], base: nn.Module | Distribution | None = None) -> None:
+    def __init__(
+        self,
+        transforms: Iterable[FlowTransform],
+        base: nn.Module | Distribution | None = None,
+        *,
+        encoder: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         transforms = list(transforms)
         if not transforms:
@@ -153,9 +164,23 @@ class Flow(nn.Module):
                 f"Flow: base has event shape {tuple(shape)}, but the transforms act on {tuple(self.event_shape)}; "
                 "use base.to_event(n) to make batch dimensions part of the event."
             )
+        if encoder is not None and not (isinstance(encoder, nn.Module) and self.context_dim):
+            no = (
+                "it is of no use, as no transform takes a context" if self.context_dim == 0 else f"got {encoder!r:.100}"
+            )
+            raise ValueError(f"Flow: encoder must be a network from contexts to vectors; {no}.")
+        self.encoder = encoder
+
+    def _encoded(self, context: Tensor | None) -> Tensor | None:
+        """What the transforms take of a context, which is checked."""
+        if self.encoder is None or context is None:
+            check_context(context, self.context_dim)
+            return context
+        context = self.encoder(context)
+        check_context(context, self.context_dim, "what the encoder makes of the context")
+        return context
 
     def _base(self, context: Tensor | None) -> Distribution:
-        self._check_context(context)
         base = self.base()
         if context is not None:
             base = base.expand(torch.broadcast_shapes(base.batch_shape, context.shape[:-1]))
@@ -165,14 +190,16 @@ class Flow(nn.Module):
         """The distribution at a context.
 
         Args:
-            context: ``(*batch, context_dim)``, or None where the flow takes none.
+            context: ``(*batch, context_dim)``, or what the encoder takes, or None where the flow takes none.
 
         Returns:
-            A Pyro distribution with ``batch_shape == context.shape[:-1]`` and densities in nats.
+            A Pyro distribution with ``batch_shape == context.shape[:-1]``, of the encoded one where there is an
+            encoder, and densities in nats.
 
         Raises:
             ValueError: If a context is missing, unexpected, of the wrong width or not floating.
         """
+        context = self._encoded(context)
         base = self._base(context)
         parameters = list(self.parameters())
         views = [View(t, context if t.context_dim else None, parameters) for t in self.transforms]
@@ -190,6 +217,7 @@ class Flow(nn.Module):
         Returns:
             Samples ``(*sample_shape, *batch, *event_shape)`` and log-densities ``(*sample_shape, *batch)`` in nats.
         """
+        context = self._encoded(context)
         base = self._base(context)
         value = base.rsample(torch.Size(sample_shape))
         log_prob = base.log_prob(value)
@@ -208,6 +236,7 @@ class Flow(nn.Module):
                 f"log_prob: value must have the event shape {tuple(self.event_shape)} on the right, "
                 f"got shape {tuple(value.shape)}."
             )
+        context = self._encoded(context)
         base = self._base(context)
         total = torch.zeros((), dtype=value.dtype, device=value.device)
         for transform in reversed(self.transforms):
@@ -217,28 +246,14 @@ class Flow(nn.Module):
 
     def initialize(self, value: Tensor, context: Tensor | None = None) -> None:
         """Let data ``(*batch, *event_shape)`` set the layers that start from data, such as ``ActNorm``."""
-        Compose(self.transforms).initialize(value, context)
+        with torch.no_grad():
+            Compose(self.transforms).initialize(value, self._encoded(context))
 
     @property
     def inv(self) -> Flow:
         """The flow whose transforms run the opposite way: fast where this one is slow.  It shares the parameters."""
-        return Flow([transform.inv for transform in reversed(self.transforms)], self.base)
-
-    def _check_context(self, context: Tensor | None) -> None:
-        if context is None:
-            if self.context_dim:
-                raise ValueError(f"Flow: context is missing; this flow takes contexts of width {self.context_dim}.")
-            return
-        if not self.context_dim:
-            raise ValueError(
-                f"Flow: context of shape {tuple(context.shape)} is unexpected; build the flow with context_dim > 0."
-            )
-        if context.dim() == 0 or context.shape[-1] != self.context_dim:
-            raise ValueError(
-                f"Flow: context must have width {self.context_dim} on the right, got shape {tuple(context.shape)}."
-            )
-        if not context.is_floating_point():
-            raise ValueError(f"Flow: context must be of a floating dtype, got {context.dtype}.")
+        layers = [transform.inv for transform in reversed(self.transforms)]
+        return Flow(layers, self.base, encoder=self.encoder)
 
 
 ConditionalDistribution.register(Flow)

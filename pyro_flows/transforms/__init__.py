@@ -5,11 +5,17 @@ from .autoregressive import Autoregressive as Autoregressive
 from .base import FlowTransform as FlowTransform
 from .base import Inverse as Inverse
 from .base import View as View
+from .block import BlockAutoregressive as BlockAutoregressive
 from .compose import Compose as Compose
 from .condition import Conditioned as Conditioned
 from .coupling import Coupling as Coupling
 from .elementwise import Elementwise as Elementwise
 from .fixed import FixedAffine as FixedAffine
 from .linear import LULinear as LULinear
+from .orthogonal import Householder as Householder
+from .orthogonal import Orthogonal as Orthogonal
 from .permute import Permute as Permute
 from .planar import Planar as Planar
+from .radial import Radial as Radial
+from .residual import Residual as Residual
+from .sylvester import Sylvester as Sylvester

@@ -41,6 +41,11 @@ class ActNorm(FlowTransform):
             raise ValueError(f"ActNorm: fixed must hold one bool for each of {input_dim} features, got {len(fixed)}.")
         self.register_buffer("free", None if fixed is None else 1.0 - torch.as_tensor(fixed).float())
 
+    @property
+    def fixed(self) -> list[bool] | None:
+        """For each feature, whether it is left as it is; None where none is."""
+        return None if self.free is None else (self.free == 0).tolist()
+
     @torch.no_grad()
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
         """Set location and scale so that the data ``(*batch, D)`` go back to mean 0 and standard deviation 1.

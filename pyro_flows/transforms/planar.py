@@ -7,10 +7,7 @@ map is a bijection if s > -1.  So, as in the paper, the part of the free vector 
 
 u = 0 is the identity, and no layer stretches or squeezes space by more than exp(B).
 
-The way back is one increasing scalar equation, z + s tanh z = w·y + b.  It is odd, and convex (s < 0) or concave on
-z > 0; there Newton's iteration runs monotonically to the root from the better of the two points where the tangents at
-zero and at infinity meet the right-hand side.  Slopes are bounded, so a fixed number of steps reaches the last bit.
-Its derivatives are those of the implicit function.
+The way back is one increasing scalar equation, z + s tanh z = w·y + b.
 
 Variational Inference with Normalizing Flows (Rezende, Mohamed 2015, arXiv:1505.05770, section 4.1 and appendix A).
 """
@@ -22,9 +19,8 @@ from torch import Tensor, nn
 
 from ..conditioners import Conditioner
 from .base import FlowTransform
-
-MAX_LOG_SLOPE = 4.0  # B
-STEPS = 6  # With the two differentiable ones that follow, one more than any slope within the bound needs in float64.
+from .ridge import bounded_slope, root
+from .table import check_table, read_table
 
 
 class Planar(FlowTransform):
@@ -52,16 +48,9 @@ class Planar(FlowTransform):
     """
 
     def __init__(self, input_dim: int, conditioner: Conditioner | None = None) -> None:
-        super().__init__((input_dim,), 0 if conditioner is None else conditioner.input_dim)
+        super().__init__((input_dim,), check_table("Planar", conditioner, input_dim, 2 * input_dim + 1))
         self.input_dim = input_dim
         self.conditioner = conditioner
-        if conditioner is not None:
-            got, wanted = (conditioner.output_dim, conditioner.num_params), (1, 2 * input_dim + 1)
-            if got != wanted:
-                raise ValueError(
-                    f"Planar: conditioner must have (output_dim, num_params) = {wanted} for {input_dim} features, "
-                    f"got {got}."
-                )
         w = torch.randn(input_dim) / input_dim**0.5  # w·x is of order one
         self.params = nn.Parameter(torch.cat((torch.zeros(input_dim), w, torch.randn(1))))
 
@@ -72,7 +61,7 @@ class Planar(FlowTransform):
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         u, w, b, s = self._ridge(context)
-        t = torch.tanh(_root(s, (y * w).sum(-1) + b))
+        t = torch.tanh(root(s, (y * w).sum(-1) + b))
         return y - u * t.unsqueeze(-1), -torch.log1p(s * (1 - t * t))
 
     def forward_and_score(
@@ -89,31 +78,10 @@ class Planar(FlowTransform):
 
     def _ridge(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The vectors û and w, ``(*batch, D)``, and the numbers b and s = w·û, ``(*batch)``."""
-        params = self.params
-        if self.conditioner is not None:
-            if context is None:
-                raise ValueError(f"Planar: context is missing; its width is {self.context_dim}.")
-            params = params + self.conditioner(context).squeeze(-2)
+        params = read_table("Planar", self.params, self.conditioner, context)
         u, w, b = params.split((self.input_dim, self.input_dim, 1), -1)
         dot = (w * u).sum(-1, keepdim=True)
-        s = torch.expm1(MAX_LOG_SLOPE * torch.tanh(dot / MAX_LOG_SLOPE))
+        s = bounded_slope(dot)
         # s - w·u vanishes like (w·u)², and so does the whole correction where w does.
         norm = w.square().sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
         return u + (s - dot) / norm * w, w, b.squeeze(-1), s.squeeze(-1)
-
-
-def _root(s: Tensor, k: Tensor) -> Tensor:
-    """The root z of z + s tanh z = k, for s > -1, with first and second derivatives."""
-    with torch.no_grad():
-        size = k.abs()
-        of_zero, of_infinity = size / (1 + s), size - s
-        z = torch.where(s < 0, torch.minimum(of_zero, of_infinity), torch.maximum(of_zero, of_infinity))
-        for _ in range(STEPS):
-            z = _newton(z, s, size)
-        z = torch.copysign(z, k)
-    return _newton(_newton(z, s, k), s, k)  # each step doubles the order of the derivatives that are right
-
-
-def _newton(z: Tensor, s: Tensor, k: Tensor) -> Tensor:
-    t = torch.tanh(z)
-    return z - (z + s * t - k) / (1 + s * (1 - t * t))

@@ -1,0 +1,80 @@
+"""Bernstein polynomial on [-B, B] with increasing coefficients, continued by its tangents.
+
+    y = Σ_j β_j B_{j,n}(u),    u = (x + B) / 2B,    B_{j,n}(u) = C(n, j) u^j (1 - u)^{n-j}
+
+Its slope is Σ_j s_j B_{j,n-1}(u) with s_j = n (β_{j+1} - β_j) / 2B: a mean of n numbers, within their bounds.
+Deep Transformation Models (Sick, Hothorn, Dürr 2020, arXiv:2004.00464).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import bounded
+from .continued import Continued, check_at_least, check_positive
+
+
+@dataclass(frozen=True)
+class Bernstein(Continued):
+    """An increasing Bernstein polynomial of degree n with linear tails, inverted numerically.
+
+    The n + 1 parameters are the logarithms of the slopes s and the shift of y.
+
+    Args:
+        degree: The degree n, at least 2.
+        bound: The half-width B of the interval that is bent.
+        max_log_slope: The bound on the log-slope, in nats.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example::
+
+        >>> import torch
+        >>> bernstein = Bernstein(degree=8)
+        >>> x, params = torch.linspace(-9.0, 9.0, 5), torch.randn(5, bernstein.num_params)
+        >>> y, log_det = bernstein.forward_and_log_det(x, params)
+        >>> torch.allclose(bernstein.inverse_and_log_det(y, params)[0], x, atol=1e-3)
+        True
+    """
+
+    degree: int = 32
+    bound: float = 5.0
+    max_log_slope: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_at_least("Bernstein", 2, degree=self.degree)
+        check_positive("Bernstein", bound=self.bound, max_log_slope=self.max_log_slope)
+
+    @property
+    def num_params(self) -> int:
+        return self.degree + 1
+
+    def table(self, params: Tensor) -> tuple[Tensor, ...]:
+        raw, shift = params.movedim(-1, 0).split((self.degree, 1))
+        slopes = bounded(raw, self.max_log_slope).exp()
+        steps = slopes * (2 * self.bound / self.degree)
+        places = steps.cumsum(0)  # of the coefficients but the first, seen from there
+        first = shift[0] - places[-1] / 2  # the tails of steps as they come then leave the middle where it is
+        binomials = [math.comb(self.degree - 1, j) for j in range(self.degree)]
+        counts = torch.tensor(binomials, dtype=params.dtype, device=params.device).view(-1, *(1,) * (params.dim() - 1))
+        return counts, slopes, steps, first + places - steps
+
+    def bend(self, x: Tensor, table: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        counts, slopes, steps, starts = table
+        u, v = (self.bound + x) / (2 * self.bound), (self.bound - x) / (2 * self.bound)
+        basis = counts * powers(u, self.degree) * powers(v, self.degree).flip(0)
+        basis = basis / basis.sum(0).detach()  # which is one but for the round-off of u + v to the n-th power
+        return (basis * torch.addcmul(starts, steps, u)).sum(0), torch.log((basis * slopes).sum(0))
+
+
+def powers(x: Tensor, number: int) -> Tensor:
+    """1, x, x² … as products, whose derivatives are right at zero too, ``(*s) -> (number, *s)``."""
+    found = torch.ones_like(x).unsqueeze(0)
+    while len(found) < number:
+        found = torch.cat((found, found * (found[-1] * x)))
+    return found[:number]

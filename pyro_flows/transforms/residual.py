@@ -1,0 +1,154 @@
+"""A residual transform adds a contraction: y = x + g(x) with Lip(g) < 1, which no mask or triangle constrains.
+
+With J the Jacobian of g, the log-determinant is
+
+    log det(I + J) = Σ_{k≥1} (-1)^{k+1} tr(Jᵏ) / k.
+
+Where the network has a narrow layer, the left side is computed as it stands.  Else the right side is estimated without
+bias: each trace by a random vector v, tr(Jᵏ) = E vᵀ Jᵏ v (Hutchinson 1990), and the sum by its first terms and a
+random number of more, each divided by the probability that it is reached (Russian roulette).  From term to term the
+roulette goes on with probability Lip(g), as slowly as the terms fall; so the variance is finite at any parameters.
+
+The way back solves x + g(x) = y.  The step x ← y - g(x) shrinks the residual at least by Lip(g), that of Newton squares
+it near the root; of these two and their mean the best is taken, each time and for each event.  So a dozen of steps
+reach the last bits.  Where J is never built, the first kind of step is repeated until its guarantee suffices.  The
+derivatives are those of the implicit function.
+
+Invertible Residual Networks (Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen 2018, arXiv:1811.00995);
+Residual Flows for Invertible Generative Modeling (Chen, Behrmann, Duvenaud, Jacobsen 2019, arXiv:1906.02735).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..conditioners import LipschitzMLP
+from ..conditioners.lipschitz import Jacobian, Layers
+from .base import FlowTransform
+
+# Exact log-determinants cost no more than estimates at a width of 16, six times as much at 64; but there the noise of
+# one estimate, 0.3 nats, would take dozens of them to remove.
+WIDEST = 64
+TERMS = 8  # of the series, always taken
+STEPS = 4  # of the search, and one more for each doubling from the least slope of x + g, 1 - Lip(g), to the greatest
+
+
+class Residual(FlowTransform):
+    """A residual transform of a vector, the identity at the start.
+
+    The direction from x to y is the fast one: one pass of the network, and the log-determinant.
+
+    Args:
+        net: The network g of D numbers, with or without a context.
+        exact: Whether log-determinants are exact, or unbiased estimates that differ from call to call, by torch's
+            generators; by default they are exact where the network is at most 64 wide at its narrowest, inputs
+            included.  Estimates need no matrix for each event, nor does the inverse then.  They compile, but not to
+            one graph, and map under ``vmap`` with ``randomness="same"``.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows.conditioners import LipschitzMLP
+        >>> residual = Residual(LipschitzMLP(3, context_dim=4))
+        >>> y, log_det = residual.forward_and_log_det(torch.randn(5, 3), torch.randn(4))
+        >>> y.shape, log_det.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+    """
+
+    def __init__(self, net: LipschitzMLP, exact: bool | None = None) -> None:
+        super().__init__((net.input_dim,), net.context_dim)
+        self.net = net
+        self.exact = exact
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether log-determinants are exact."""
+        return min(self.net.input_dim, *self.net.hidden_dims) <= WIDEST if self.exact is None else self.exact
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        change, jacobian = self.net.at(context).linearise(x)
+        return x + change, self._log_det(jacobian)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        layers = self.net.at(context)
+        if self.is_exact:
+            with torch.no_grad():
+                x = _search(layers, y, self.net.lipschitz)
+            for _ in range(2):  # each step doubles the order of the derivatives that are right
+                change, jacobian = layers.linearise(x)
+                x = x - jacobian.solve(x + change - y)
+        else:
+            steps = math.ceil(math.log(torch.finfo(y.dtype).eps) / math.log(self.net.lipschitz))
+            with torch.no_grad():
+                x = y
+                for _ in range(steps):
+                    x = y - layers.linearise(x)[0]
+            change, jacobian = layers.linearise(x)
+            x = x - _neumann(jacobian, x + change - y, steps)
+        return x, -self._log_det(layers.linearise(x)[1])
+
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.is_exact:
+            return super().forward_and_score(x, score, context)
+        batch = x.shape[:-1] if context is None else torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+        x = x.expand(*batch, -1)
+        with torch.enable_grad():
+            change, jacobian = self.net.at(context).linearise(x)
+            log_det = jacobian.log_det()
+            (slope,) = torch.autograd.grad(log_det.sum(), x, retain_graph=True)
+        return x + change, log_det, jacobian.solve_transposed(score - slope).detach()
+
+    def _log_det(self, jacobian: Jacobian) -> Tensor:
+        return jacobian.log_det() if self.is_exact else _series(jacobian.ring(), self.net.lipschitz)
+
+
+def _search(layers: Layers, y: Tensor, lipschitz: float) -> Tensor:
+    """The root x of x + g(x) = y.
+
+    With the two steps of Newton's that follow, networks bent by hill climbing to be hard for it took 8 of 11 steps at a
+    bound of 0.9, 12 of 14 at 0.99 and 16 of 17 at 0.999; random ones take 4 or 5.
+    """
+    steps = STEPS + math.ceil(math.log2((1 + lipschitz) / (1 - lipschitz)))
+    x = y
+    change, jacobian = layers.linearise(x)
+    residual = x + change - y
+    for _ in range(steps):
+        newton = jacobian.solve(residual)
+        trials = x - torch.stack((newton, (newton + residual) / 2, residual))
+        change, jacobian = layers.linearise(trials)
+        left = trials + change - y  # (3, *batch, D)
+        best = left.square().sum(-1, keepdim=True).argmin(0, keepdim=True)
+
+        def chosen(values: Tensor, best: Tensor = best) -> Tensor:
+            return values.gather(0, best.expand(1, *values.shape[1:])).squeeze(0)
+
+        x, residual = chosen(trials), chosen(left)
+        jacobian = Jacobian(layers.weights, [chosen(slope) for slope in jacobian.slopes])
+    return x
+
+
+def _neumann(jacobian: Jacobian, v: Tensor, steps: int) -> Tensor:
+    """(I + J)⁻¹ v = Σ_{k≥0} (-J)ᵏ v, which has no gradient to J."""
+    jacobian = Jacobian(*([factor.detach() for factor in factors] for factors in jacobian))
+    total = v
+    for _ in range(steps):
+        total = v - jacobian.push(total)
+    return total
+
+
+def _series(ring: Jacobian, survival: float) -> Tensor:
+    """An unbiased estimate of log det(I + J), ``(*batch)``, in the value and in its gradient."""
+    more = int(torch.empty((), dtype=torch.float64).exponential_(-math.log(survival)))  # geometric, one for all events
+    like = ring.slopes[-1]
+    width = ring.weights[0].shape[-1]
+    probe = torch.randint(0, 2, (*like.shape[:-1], width), dtype=like.dtype, device=like.device) * 2 - 1
+    v, total = probe, torch.zeros_like(like[..., 0])
+    for k in range(1, TERMS + more + 1):
+        v = -ring.push(v)
+        total = total - (v * probe).sum(-1) / (k * survival ** max(k - TERMS, 0))
+    return total

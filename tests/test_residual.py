@@ -1,0 +1,303 @@
+"""Residual transforms: the bound holds whatever the parameters, determinants are exact or estimated without bias, and
+the way back reaches the last bits, with the derivatives of the implicit function."""
+
+from __future__ import annotations
+
+import math
+
+import laws
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import StudentT
+from torch.func import functional_call
+
+from pyro_flows import flows
+from pyro_flows.conditioners import LipschitzMLP
+from pyro_flows.conditioners.lipschitz import Jacobian, spectral_bound
+from pyro_flows.transforms import FlowTransform, Residual
+from pyro_flows.transforms.residual import _search
+
+WIDTHS = [(24, 24), (4, 16), (16, 4), (3,), (16, 2, 16)]
+every_widths = pytest.mark.parametrize("widths", WIDTHS, ids=str)
+
+
+def net_of(dim: int, widths: tuple[int, ...], context_dim: int = 0, scale: float = 3.0) -> LipschitzMLP:
+    return laws.randomise(LipschitzMLP(dim, widths, context_dim), scale=scale).double()
+
+
+@torch.no_grad()
+def steep(dim: int, width: int, *, at_zero: bool = False, lipschitz: float = 0.9) -> LipschitzMLP:
+    """As steep as the bound allows along many directions, with sharp bends; near x = 0, J is -lipschitz if so asked."""
+    net = LipschitzMLP(dim, (width, width), lipschitz=lipschitz).double()
+    net.steepness.fill_(9.0)
+    for seed, layer in enumerate((*net.hidden, net.output)):
+        left, _, right = torch.linalg.svd(laws.normal(*layer.weight.shape, seed=seed), full_matrices=False)
+        layer.weight.copy_(100 * left @ right)
+        layer.bias.copy_(laws.normal(len(layer.bias), seed=seed + 9))
+    if at_zero:
+        net.output.weight.copy_(-(net.hidden[1].weight @ net.hidden[0].weight).T)
+        a = 2.4 / 9  # there a sigmoid(9 a) has its greatest slope
+        net.hidden[0].bias.fill_(a)
+        h = torch.full((width,), a / (1 + math.exp(-2.4)) / 1.1, dtype=torch.float64)
+        net.hidden[1].bias.copy_(a - net.at().weights[1] @ h)
+    return net
+
+
+# ------------------------------------------------------------ the bound
+
+
+SHAPES = [(1, 1), (64, 64), (9, 64), (64, 9)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_the_spectral_bound_is_one_and_tight(shape: tuple[int, int], dtype: torch.dtype, size: float) -> None:
+    rank = min(shape)
+    dense = laws.normal(*shape)
+    left, _, right = torch.linalg.svd(dense, full_matrices=False)
+    low = laws.normal(shape[0], 1) @ laws.normal(1, shape[1], seed=1)
+    for matrix, most in ((dense, 1.01), (left @ right, rank ** (1 / 128)), (low, 1.0)):
+        ratio = spectral_bound((matrix * size).to(dtype)).double() / (size * torch.linalg.matrix_norm(matrix, 2))
+        slack = {4: 1e-5, 8: 1e-12}[dtype.itemsize]
+        assert 1 - slack <= ratio.item() <= most * (1 + slack)
+
+
+def test_the_spectral_bound_is_differentiable_and_at_zero_harmless() -> None:
+    matrix = laws.normal(4, 3).requires_grad_()
+    assert torch.autograd.gradcheck(spectral_bound, matrix)
+    assert torch.autograd.gradgradcheck(spectral_bound, matrix)
+    zero = torch.zeros(4, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(spectral_bound(zero), zero)
+    assert torch.equal(gradient, torch.zeros(4, 3))
+
+
+@every_widths
+@pytest.mark.parametrize("scale", [0.3, 3.0, 100.0])
+def test_no_parameters_break_the_lipschitz_bound(widths: tuple[int, ...], scale: float) -> None:
+    net = net_of(5, widths, laws.CONTEXT_DIM, scale)
+    context, x = laws.normal(500, laws.CONTEXT_DIM), laws.normal(500, 5, seed=1, scale=5.0)
+    matrix = laws.jacobian(lambda value: net(value, context), x)
+    assert torch.linalg.matrix_norm(matrix, 2).max() <= 0.9
+    x, other = x, x + laws.normal(500, 5, seed=3)
+    assert ((net(x, context) - net(other, context)).norm(dim=-1) <= 0.9 * (x - other).norm(dim=-1)).all()
+
+
+def test_the_bound_can_be_used_up() -> None:
+    """All directions together can have nearly the slope that is allowed: the bound costs little freedom."""
+    matrix = laws.jacobian(steep(5, 5, at_zero=True), laws.normal(50, 5, scale=1e-4))
+    identity = torch.eye(5, dtype=torch.float64)
+    assert torch.linalg.matrix_norm(matrix + 0.875 * identity, 2).max() < 0.025
+
+
+def test_it_is_the_map_it_says() -> None:
+    """Matrices within their bounds stay as they are: x + W₂ h, h = a sigmoid(β a) / 1.1, a = W₁ x + b + V context."""
+    layer = Residual(laws.randomise(LipschitzMLP(3, (7,), 2), scale=0.05).double())
+    x, context = laws.normal(6, 3), laws.normal(6, 2, seed=1)
+    net, inner = layer.net, layer.net.hidden[0]
+    a = x @ inner.weight.T + inner.bias + context @ net.from_context.weight.T
+    h = a * torch.sigmoid(nn.functional.softplus(net.steepness) * a) / 1.1
+    y, _ = layer.forward_and_log_det(x, context)
+    torch.testing.assert_close(y, x + h @ net.output.weight.T + net.output.bias)
+
+
+def test_far_draws_have_finite_densities_in_each_mode() -> None:
+    flow = flows.residual_flow(5, num_transforms=3)
+    laws.randomise(flow, scale=1.0)
+    torch.manual_seed(0)
+    x = 5 * StudentT(2.0).sample((10_000, 5))
+    with torch.no_grad():
+        trained, evaluated = flow.train().log_prob(x), flow.eval().log_prob(x)
+    assert trained.isfinite().all()
+    assert torch.equal(trained, evaluated)
+
+
+# ------------------------------------------------------------ the determinant
+
+
+@every_widths
+@pytest.mark.parametrize("dim", [1, 5])
+def test_determinants_and_solutions_are_those_of_the_whole_matrix(widths: tuple[int, ...], dim: int) -> None:
+    """Wherever the narrowest layer is."""
+    x, v = laws.normal(6, dim, scale=3.0), laws.normal(6, dim, seed=1)
+    net = net_of(dim, widths)
+    _, factors = net.at().linearise(x)
+    whole = laws.jacobian(net, x)
+    matrix = torch.eye(dim, dtype=torch.float64) + whole
+    torch.testing.assert_close(factors.push(v), (whole @ v.unsqueeze(-1)).squeeze(-1))
+    torch.testing.assert_close(factors.pull(v), (whole.mT @ v.unsqueeze(-1)).squeeze(-1))
+    torch.testing.assert_close(factors.log_det(), torch.linalg.slogdet(matrix).logabsdet)
+    torch.testing.assert_close(factors.solve(v), torch.linalg.solve(matrix, v))
+    torch.testing.assert_close(factors.solve_transposed(v), torch.linalg.solve(matrix.mT, v))
+
+
+def test_estimates_are_unbiased() -> None:
+    """So are their gradients.  The series converges as slowly as the bound allows, so its tail is felt."""
+    x = laws.normal(3, 3, scale=0.05).repeat(8, 1)
+    net = steep(3, 3, at_zero=True)
+    parameters = [net.steepness, net.hidden[0].bias, net.hidden[1].weight]
+
+    def value_and_gradients(exact: bool) -> Tensor:
+        _, log_det = Residual(net, exact).forward_and_log_det(x)
+        log_det = log_det.unflatten(0, (8, 3)).mean(0)
+        gradients = torch.autograd.grad((log_det * laws.normal(3, seed=5)).sum(), parameters)
+        return torch.cat((log_det.detach(), *(gradient.flatten() for gradient in gradients)))
+
+    torch.manual_seed(0)
+    draws = torch.stack([value_and_gradients(False) for _ in range(200)])
+    wanted = value_and_gradients(True)
+    error, spread = draws.mean(0) - wanted, draws.std(0) / len(draws) ** 0.5
+    assert (error.abs() <= 4 * spread).all()
+
+
+def test_estimates_come_where_no_layer_is_narrow_unless_asked_for() -> None:
+    assert Residual(LipschitzMLP(100, (64, 100))).is_exact
+    assert Residual(LipschitzMLP(64, (100, 100))).is_exact
+    assert not Residual(LipschitzMLP(100, (100, 65))).is_exact
+    assert Residual(LipschitzMLP(100, (100, 65)), exact=True).is_exact
+    assert not Residual(LipschitzMLP(2), exact=False).is_exact
+
+
+def test_estimates_follow_the_seed() -> None:
+    flow = laws.randomise(flows.residual_flow(3, num_transforms=2, exact=False), scale=1.0)
+    x, scores = laws.normal(5, 3, dtype=torch.float32), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        scores.append(flow.log_prob(x))
+    assert torch.equal(scores[0], scores[1])
+    assert not torch.equal(scores[0], scores[2])
+
+
+# ------------------------------------------------------------ the way back
+
+
+@pytest.mark.parametrize(
+    ("exact", "lipschitz", "at_zero"),
+    [(True, 0.9, False), (True, 0.9, True), (True, 0.99, True), (False, 0.9, False), (False, 0.9, True)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("dim", [1, 2, 33])
+def test_the_steepest_networks_are_inverted(
+    dim: int, dtype: torch.dtype, lipschitz: float, at_zero: bool, exact: bool
+) -> None:
+    layer = Residual(steep(dim, max(dim, 8), at_zero=at_zero, lipschitz=lipschitz), exact).to(dtype)
+    y = torch.cat([laws.normal(60, dim, seed=seed, scale=10.0**power) for seed, power in enumerate((-2, 0, 1, 3))])
+    with torch.no_grad():
+        x, _ = layer.inverse_and_log_det(y.to(dtype))
+        again, _ = layer.forward_and_log_det(x)
+    assert laws.gap(again, y.to(dtype), 1).max() < {4: 3e-6, 8: 1e-14}[dtype.itemsize]
+
+
+class Bend:
+    """x + g(x) = 0.1 x + 0.45 tanh(4 x) + 2, with slopes of g between -0.9 and 0.9."""
+
+    weights = [torch.ones(1, 1, dtype=torch.float64)] * 2
+
+    def linearise(self, x: Tensor) -> tuple[Tensor, Jacobian]:
+        t = torch.tanh(4 * x)
+        return 0.45 * t - 0.9 * x + 2, Jacobian(self.weights, [1.8 * (1 - t * t) - 0.9])
+
+
+def test_the_search_converges_where_newtons_steps_alone_go_back_and_forth() -> None:
+    y = torch.tensor([[2.0]], dtype=torch.float64)
+    x = y
+    for _ in range(10):
+        change, jacobian = Bend().linearise(x)
+        x = x - jacobian.solve(x + change - y)
+    assert x.abs() > 4
+    assert _search(Bend(), y, 0.9).abs() < 1e-14
+
+
+class Back(nn.Module):
+    """The way back as a module, so that its parameters can be given to it."""
+
+    def __init__(self, layer: Residual) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, y: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+        return self.layer.inverse_and_log_det(y, context)[: 2 if self.layer.is_exact else 1]
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+@pytest.mark.parametrize("exact", [True, False], ids=["newton", "contraction"])
+def test_the_inverse_has_the_derivatives_of_the_implicit_function(dim: int, exact: bool) -> None:
+    """In the value, the context and all parameters; the second derivatives too where matrices are solved with."""
+    module = Back(Residual(net_of(dim, (4, 3), 2, scale=0.7), exact))
+    names = [name for name, _ in module.named_parameters()]
+
+    def back(y: Tensor, context: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return functional_call(module, dict(zip(names, parameters, strict=True)), (y, context))
+
+    inputs = [laws.normal(2, dim, seed=1), laws.normal(2, 2, seed=2), *module.parameters()]
+    inputs = [value.detach().requires_grad_() for value in inputs]
+    assert torch.autograd.gradcheck(back, inputs, fast_mode=not exact)
+    if exact:
+        assert torch.autograd.gradgradcheck(back, inputs, fast_mode=True)
+
+
+@every_widths
+def test_scores_are_carried_along_where_contexts_broadcast(widths: tuple[int, ...]) -> None:
+    layer = Residual(net_of(3, widths, 2, scale=1.0))
+    x, context = laws.normal(4, 1, 3).requires_grad_(), laws.normal(5, 2, seed=1)
+    got = layer.forward_and_score(x, -x, context)
+    wanted = FlowTransform.forward_and_score(layer, x, -x, context)
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+
+
+# ------------------------------------------------------------ compilers
+
+
+def test_exact_transforms_compile_to_one_graph() -> None:
+    net = LipschitzMLP(3, (8,), 2, lipschitz=0.3)  # the search is then short
+    layer = Residual(laws.randomise(net, scale=0.5)).double()
+    laws.compiles(layer, laws.normal(4, 3), laws.normal(4, 2, seed=1))
+
+
+def test_estimates_map_under_vmap_with_the_same_noise_for_all() -> None:
+    layer = Residual(net_of(3, (8, 8)), exact=False)
+    x = laws.normal(2, 4, 3)
+    for verb in (layer.forward_and_log_det, layer.inverse_and_log_det):
+        y, log_det = torch.func.vmap(verb, randomness="same")(x)
+        torch.testing.assert_close(y, verb(x)[0])
+        assert log_det.isfinite().all()
+
+
+# ------------------------------------------------------------ the recipe
+
+
+def test_it_fits_a_banana() -> None:
+    flow = flows.residual_flow(2, num_transforms=3, hidden_dims=(16, 16))
+    torch.manual_seed(0)
+    z = torch.randn(400, 2)
+    x = torch.stack((2 * z[:, 0], z[:, 0].square() + 0.3 * z[:, 1]), -1)
+    entropy = (0.5 * z.square().sum(-1) + torch.tensor(2 * torch.pi * 0.6).log()).mean()
+    flow.initialize(x)
+    optimiser = torch.optim.Adam(flow.parameters(), lr=0.03)
+    losses = []
+    for _ in range(60):
+        optimiser.zero_grad()
+        loss = -flow.log_prob(x).mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item() - entropy.item())
+    assert losses[0] > 1
+    assert losses[-1] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: LipschitzMLP(2, ()), r"LipschitzMLP: hidden_dims .*got \(\)"),
+        (lambda: LipschitzMLP(2, (4, 0)), r"LipschitzMLP: hidden_dims .*got \(4, 0\)"),
+        (lambda: LipschitzMLP(2, lipschitz=1.0), r"LipschitzMLP: lipschitz must lie between 0 and 1, got 1.0"),
+        (lambda: flows.residual_flow(2, lipschitz=0.0), r"lipschitz must lie between 0 and 1, got 0.0"),
+        (lambda: LipschitzMLP(0), r"LipschitzMLP: input_dim must be positive, got 0"),
+        (lambda: LipschitzMLP(2, context_dim=3)(torch.zeros(2)), r"LipschitzMLP: context is missing; .* width 3"),
+    ],
+)
+def test_errors_name_argument_and_value(build: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
