@@ -12,12 +12,12 @@ import pyro_flows
 
 ROOT = Path(pyro_flows.__file__).parent
 LAYERS = [
-    {"bijectors", "conditioners", "encoders"},
+    {"bijectors", "conditioners", "encoders", "files"},
     {"transforms"},
     {"distributions"},
     {"flows"},
     {"objectives", "guides", "diagnostics"},
-    {"fitting"},
+    {"fitting", "persistence"},
     {"__init__"},
     {"commands"},
     {"__main__"},

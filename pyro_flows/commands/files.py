@@ -1,9 +1,8 @@
-"""Files that are written whole or not at all, and a look beforehand whether they can be written."""
+"""A look beforehand whether files can be written."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 
@@ -21,13 +20,3 @@ def why_not_writable(paths: tuple[Path, ...]) -> str:
     except OSError as error:
         return f"cannot write into {str(folder)!r}: {error.strerror or error}"
     return ""
-
-
-def write_atomically(path: Path, write: Callable[[str], object]) -> None:
-    """Let ``write`` fill a file beside ``path`` that then takes its place: no half-written file is ever seen."""
-    draft = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        write(str(draft))
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

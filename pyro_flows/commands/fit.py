@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ..diagnostics import check, to_arviz
 from ..diagnostics.draws import check_guide, check_side_by_side
+from ..files import write_atomically
 from ..fitting import fit_svi
 from ..flows import Flow
 from ..guides import AutoFlow
 from . import Refused
 from .data import Data, read_data
-from .files import why_not_writable, write_atomically
+from .files import why_not_writable
 from .model import check_arguments, in_one_line, load_model
 from .report import draws_of, report
 

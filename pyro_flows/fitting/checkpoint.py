@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..files import write_atomically
+
 FORMAT = 4
 WAY_OUT = "Use the same settings, name another file, or remove this one."
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
     """Put a state, and that of the random numbers, in a file, which takes its place at once or not at all."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")  # torch takes no name that begins with its last dot
-    try:
-        torch.save({"format": FORMAT, **state, "random": _random_state()}, draft)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    content = {"format": FORMAT, **state, "random": random_state()}
+    write_atomically(path, lambda draft: torch.save(content, Path(draft)))
 
 
 def read(path: Path, settings: dict[str, Any], caller: str = "fit_svi") -> dict[str, Any] | None:
@@ -37,7 +34,7 @@ def read(path: Path, settings: dict[str, Any], caller: str = "fit_svi") -> dict[
     if kept != settings:
         other = [f"{k}={kept.get(k)!r} and not {v!r}" for k, v in settings.items() if kept.get(k) != v]
         raise ValueError(f"{caller}: checkpoint={str(path)!r} is of another run ({', '.join(other)}). {WAY_OUT}")
-    _set_random_state(state["random"])
+    set_random_state(state["random"])
     return state
 
 
@@ -59,7 +56,8 @@ def _load(path: Path, caller: str) -> dict[str, Any]:
     return state
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """The state of all random numbers of this process."""
     kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002  (the generator that Pyro seeds)
     return {
         "torch": torch.get_rng_state(),
@@ -69,7 +67,8 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
+    """Set them to a state."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])

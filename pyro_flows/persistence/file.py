@@ -1,0 +1,176 @@
+"""Save a flow or a guide, and load it where the code that built it is not.
+
+The file is torch's, with {format, spec, state}: the number of the format, what the object is built of, as plain data,
+and its tensors.  Reading it runs no code but that of pyro_flows.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.serialization import get_crc32_options, set_crc32_options
+
+from ..files import write_atomically
+from ..flows import Flow
+from ..guides import AutoFlow, AutoPlateFlow
+from .classes import BY_TYPE, ROOTS
+from .spec import WAY_OUT, build, describe, named
+from .state import check_comes_back, marks_of, restore, state_of
+
+FORMAT = 1
+
+
+def save(flow_or_guide: Flow | AutoFlow | AutoPlateFlow, path: str | os.PathLike[str]) -> None:
+    """Write a flow or a guide to a file, from which :func:`load` restores it without the code that built it.
+
+    A guide is saved without its model: what comes back draws and scores latents.  A flow comes back in its dtypes, on
+    the CPU, with frozen parameters frozen and shared layers shared.
+
+    The file is complete or not there.  It holds classes of pyro_flows by name, so that a network, transform or bijector
+    of your own, also one that inherits from ours, is refused; so is a function as encoder.  Activations must be classes
+    of ``torch.nn``.  The distribution of a ``FixedBase`` may be ``Normal``, ``Laplace``, ``StudentT``, ``Cauchy``,
+    ``Gumbel``, ``Uniform`` or ``MultivariateNormal``, with ``to_event``.
+
+    Args:
+        flow_or_guide: A ``Flow``, or an ``AutoFlow`` or ``AutoPlateFlow`` that was set up.
+        path: The file, which is replaced if it exists.
+
+    Raises:
+        ValueError: If something in it is of a class that files do not hold, which is named.
+
+    Example::
+
+        >>> import tempfile, torch
+        >>> from pyro_flows import flows
+        >>> flow = flows.nsf(3, context_dim=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(flow, f"{folder}/flow.pt")
+        ...     again = load(f"{folder}/flow.pt")
+        >>> x, context = torch.randn(5, 3), torch.randn(5, 2)
+        >>> torch.equal(again(context).log_prob(x), flow(context).log_prob(x))
+        True
+    """
+    kind = BY_TYPE.get(type(flow_or_guide))
+    if kind is None or kind.name not in ROOTS:
+        raise ValueError(
+            f"save: flow_or_guide is {named(flow_or_guide)}, but must be a Flow, an AutoFlow or an AutoPlateFlow, "
+            f"exactly. {WAY_OUT}"
+        )
+    spec = describe(flow_or_guide)
+    parts = kind.arguments(flow_or_guide) if kind.type is not Flow else {"the flow": flow_or_guide}
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            check_comes_back(name, part)
+    content = {"format": FORMAT, "spec": {**spec, **marks_of(flow_or_guide)}, "state": state_of(flow_or_guide)}
+    write_atomically(Path(path), lambda draft: _write(content, draft))
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """The flow or the guide in a file of :func:`save`, on the CPU; move it by ``.to(device)``.
+
+    A guide comes back without its model.  ``guide.sample(n)``, ``log_prob(values)``, ``median()`` and ``quantiles(q)``
+    need neither model nor data, except with an encoder: then they take the data, by place, as the encoder does.  With a
+    model it can be checked and trained further: ``pf.psis(model, guide, *args)``.
+
+    Args:
+        path: The file.
+
+    Returns:
+        A ``Flow``, an ``AutoFlow`` or an ``AutoPlateFlow``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a file of :func:`save`, is damaged, or was written by a newer pyro_flows.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist, tempfile
+        >>> from pyro_flows import AutoFlow
+        >>> def model():
+        ...     pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(AutoFlow(model).setup(), f"{folder}/guide.pt")
+        ...     guide = load(f"{folder}/guide.pt")
+        >>> guide.sample(100)["rate"].min() > 0
+        tensor(True)
+    """
+    path = Path(path)
+    spec, state = _read(path)
+    try:
+        if list(spec) != ["class", "arguments", "frozen", "dtypes"]:
+            raise ValueError(f"its spec has the parts {list(spec)!r:.100}")
+        if spec["class"] not in ROOTS:
+            raise ValueError(f"it is of a class {spec['class']!r:.60}, which is neither a flow nor a guide")
+        made = build({name: spec[name] for name in ("class", "arguments")})
+        restore(made, state, frozen=spec["frozen"], dtypes=spec["dtypes"])
+    except Exception as error:
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        words = f"cannot be restored: {reason:.400}. Save it anew, from where the flow or guide still is."
+        raise _refused(path, words) from error
+    return made
+
+
+def _write(content: dict[str, Any], draft: str) -> None:
+    checked = get_crc32_options()
+    set_crc32_options(True)  # by these sums damage is found
+    try:
+        with open(draft, "wb") as file:
+            torch.save(content, file)
+    finally:
+        set_crc32_options(checked)
+
+
+def _refused(path: Path, words: str) -> ValueError:
+    return ValueError(f"load: {str(path)!r} {words}")
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The spec and the state in a file.
+
+    Raises:
+        FileNotFoundError: If there is no file.
+        ValueError: If it holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"load: there is no file {str(path)!r}.")
+    with path.open("rb") as file:
+        try:
+            damaged = zipfile.ZipFile(file).testzip()  # torch itself does not look at the sums
+        except Exception as error:
+            words = f"is not a file of pyro_flows.save, or was cut off ({error!s:.100}). Copy it again or save it anew."
+            raise _refused(path, words) from error
+        if damaged:
+            raise _refused(path, f"is damaged (in its part {damaged!r}). Copy it again or save it anew.")
+        file.seek(0)
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            words = "it holds more than plain data and tensors, of which nothing was run. Read it with what wrote it."
+            raise _refused(path, f"is not a file of pyro_flows.save: {words}") from error
+        except Exception as error:
+            words = f"is not a file of pyro_flows.save, nor any of torch.save ({error!s:.100})."
+            raise _refused(path, words) from error
+    spec, state = (content.get(key) if isinstance(content, dict) else None for key in ("spec", "state"))
+    if not isinstance(spec, dict) or not isinstance(state, dict) or not isinstance(content.get("format"), int):
+        raise _refused(path, f"is not a file of pyro_flows.save: {_what_else(content)}.")
+    if (number := content["format"]) != FORMAT:
+        words = f"has the format {number}, and this pyro_flows reads format {FORMAT}. If a newer one wrote it, update."
+        raise _refused(path, words)
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
+        raise _refused(path, "was changed: its state holds something other than tensors. Save it anew.")
+    return spec, state
+
+
+def _what_else(content: Any) -> str:
+    """What a file of torch is instead, and what to do with it."""
+    if isinstance(content, dict) and "settings" in content:
+        return "it is a checkpoint of an unfinished fit; give it to the fit as checkpoint="
+    if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
+        return "it holds tensors alone, as a state_dict does; load them into a flow that you build, by load_state_dict"
+    return f"it holds a {type(content).__name__} without format, spec and state"

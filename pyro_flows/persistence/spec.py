@@ -1,0 +1,125 @@
+"""Objects as plain data: which class, built from which arguments, all the way down.
+
+A spec is made of dicts, lists, tuples, numbers, strings and tensors:
+
+    {"class": "transforms.Permute", "arguments": {"permutation": tensor([1, 0])}}
+
+A module or tensor that stands in two places, as in a layer and in its inverse, is described once, where it stands
+first; the other place refers to it by ``{"same": "transforms[0]"}``, so that what was shared is shared again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .classes import BY_NAME, BY_TYPE
+
+WAY_OUT = (
+    "Keep its tensors instead, torch.save(x.state_dict(), path), and load them into what your own code builds, "
+    "x.load_state_dict(torch.load(path))."
+)
+
+
+def describe(value: object) -> Any:
+    """An object as plain data.
+
+    Raises:
+        ValueError: If it, or something in it, is of a class that files may not name.
+    """
+    return _describe(value, "", {})
+
+
+def _describe(value: Any, place: str, seen: dict[int, tuple[Any, str]]) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) in (list, nn.ModuleList):
+        return [_describe(part, f"{place}[{i}]", seen) for i, part in enumerate(value)]
+    if type(value) in (tuple, torch.Size):
+        return tuple(_describe(part, f"{place}[{i}]", seen) for i, part in enumerate(value))
+    if isinstance(value, type) and _of_torch(value.__name__) is value:
+        return {"torch.nn": value.__name__}
+    if isinstance(value, nn.Module | Tensor):
+        if id(value) in seen:
+            return {"same": seen[id(value)][1]}
+        seen[id(value)] = value, place  # kept alive, so that its id stays its own
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().clone()  # a view would be saved with all that it is a view of
+        return {"parameter": data} if isinstance(value, nn.Parameter) else data
+    if (kind := BY_TYPE.get(type(value))) is None:
+        raise ValueError(
+            f"save: {place} is {named(value)}, which files do not hold: they name classes of "
+            "pyro_flows, activations of torch.nn and supports of torch and Pyro, exactly, so that opening one runs no "
+            f"other code. {WAY_OUT}"
+        )
+    inner = kind.arguments(value).items()
+    return {
+        "class": kind.name,
+        "arguments": {name: _describe(part, f"{place}.{name}".lstrip("."), seen) for name, part in inner},
+    }
+
+
+def _of_torch(name: str) -> type | None:
+    """The class of ``torch.nn`` of that name, if there is one."""
+    found = getattr(nn, name, None)
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
+
+
+def named(value: object) -> str:
+    """What a user calls an object: its own name where it has one, else that of its class."""
+    if isinstance(value, type):
+        return f"the class {value.__module__}.{value.__qualname__}"
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"the function {getattr(value, '__module__', '?')}.{value.__qualname__}"
+    return f"of the class {type(value).__module__}.{type(value).__qualname__}"
+
+
+def build(spec: Any) -> Any:
+    """The object that a spec describes, with tensors as its classes start them; it draws no random numbers of yours.
+
+    Raises:
+        ValueError: If it is no spec, or names a class that there is not.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        return _build(spec, "", {})
+
+
+def _build(spec: Any, place: str, made: dict[str, Any]) -> Any:
+    if spec is None or isinstance(spec, bool | int | float | str):
+        return spec
+    if isinstance(spec, list | tuple):
+        return type(spec)(_build(part, f"{place}[{i}]", made) for i, part in enumerate(spec))
+    if isinstance(spec, dict) and list(spec) == ["same"]:
+        if spec["same"] not in made:
+            raise ValueError(f"{place} is to be the same as {spec['same']!r:.60}, which is not there")
+        return made[spec["same"]]
+    if isinstance(spec, dict) and list(spec) == ["torch.nn"]:
+        if (found := _of_torch(spec["torch.nn"])) is None:
+            raise ValueError(f"{place} names torch.nn.{spec['torch.nn']}, which is no network of this torch")
+        return found
+    if isinstance(spec, Tensor):
+        made[place] = spec
+    elif isinstance(spec, dict) and list(spec) == ["parameter"]:
+        made[place] = nn.Parameter(spec["parameter"])
+    elif isinstance(spec, dict) and list(spec) == ["class", "arguments"]:
+        made[place] = _object(spec["class"], spec["arguments"], place, made)
+    else:
+        raise ValueError(f"{place or 'the spec'} holds {spec!r:.60}, which describes nothing")
+    return made[place]
+
+
+def _object(name: str, arguments: dict[str, Any], place: str, made: dict[str, Any]) -> Any:
+    if name not in BY_NAME:
+        raise ValueError(
+            f"{place or 'it'} is of a class {name!r:.60}, which this pyro_flows does not have; perhaps a newer one does"
+        )
+    parts = {key: _build(part, f"{place}.{key}".lstrip("."), made) for key, part in arguments.items()}
+    try:
+        return BY_NAME[name].build(**parts)
+    except Exception as error:
+        raise ValueError(f"{name} refuses its arguments: {error!s:.300}") from error
