@@ -11,24 +11,29 @@ from pyro_flows import (
     flows,
     guides,
     objectives,
+    persistence,
     transforms,
 )
 
 NAMES = {
-    pyro_flows: "AutoFlow AutoPlateFlow Calibration Check Fit Flow Psis Simulations calibrate check encoders "
-    "fit_amortized fit_svi flows importance_log_likelihood neutra psis refine resample simulate to_arviz",
-    bijectors: "Affine Bijector CircularSpline RationalQuadraticSpline Shift",
-    conditioners: "Conditioner Given MADE MLP Periodic costream stream",
+    pyro_flows: "AutoFlow AutoPlateFlow Calibration Check Fit Flow Psis Simulations Spike calibrate check dequantize "
+    "encoders find_spikes fit_amortized fit_density fit_svi flows importance_log_likelihood load neutra "
+    "posterior_graph psis refine resample save simulate to_arviz",
+    bijectors: "Affine Bernstein Bijector CircularSpline Continued Integral LinearRationalSpline LogisticMixture "
+    "RationalQuadraticSpline Shift Sigmoidal SumOfSquares",
+    conditioners: "Conditioner Given LipschitzMLP MADE MLP Periodic costream stream",
     encoders: "ConvEncoder Encoder MLPEncoder SetEncoder Standardize",
-    transforms: "ActNorm Autoregressive Compose Conditioned Coupling Elementwise FixedAffine FlowTransform Inverse "
-    "LULinear Permute Planar View",
+    transforms: "ActNorm Autoregressive BlockAutoregressive Compose Conditioned Coupling Elementwise FixedAffine "
+    "FlowTransform Householder Inverse LULinear Orthogonal Permute Planar Radial Residual Sylvester View",
     distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase StandardNormal StudentTBase",
-    flows: "Flow circular_coupling iaf maf nice nsf nsf_ar planar realnvp",
+    flows: "Flow bnaf circular_coupling iaf maf nice nsf nsf_ar planar_flow radial_flow realnvp residual_flow "
+    "sylvester_flow",
     objectives: "ForwardKL ImportanceWeightedELBO PathELBO PathEnumELBO RenyiELBO TemperedELBO",
-    guides: "AutoFlow AutoPlateFlow default_flow init_to_center",
+    guides: "AutoFlow AutoPlateFlow default_flow init_to_center posterior_graph",
     diagnostics: "Calibration Check Neutra Psis Refined Simulations calibrate check importance_log_likelihood neutra "
     "psis refine resample simulate to_arviz",
-    fitting: "Fit fit_amortized fit_svi",
+    fitting: "Fit Spike dequantize find_spikes fit_amortized fit_density fit_svi",
+    persistence: "load save",
 }
 MODULE = type(pyro_flows)
 

@@ -169,7 +169,8 @@ def descend(
                     else:
                         best.offer(losses[-window:], step, comparable=settled())
                     skipped = sum(not math.isfinite(value) for value in losses)
-                    bar.set_postfix_str(f"loss {best.latest:.3f}" + (f", {skipped} skipped" if skipped else ""))
+                    shown = f"held-out loss {best.latest:.3f} nats" if held_out else f"loss {best.latest:.3f}"
+                    bar.set_postfix_str(shown + (f", {skipped} skipped" if skipped else ""))
                     if held_out and step - best.step >= held_out.patience * held_out.every:
                         run.stopped = "held-out"
                     if step == steps or run.stopped or time.perf_counter() - last_save > 10:

@@ -14,6 +14,7 @@ from ..diagnostics.simulator import Simulator
 from ..guides import AutoFlow
 from ..guides.checks import check_same
 from ..guides.encoding import initialize
+from .batches import Epochs, suited_size
 from .inspect import fingerprint
 from .loop import Fit, descend
 from .state import HeldOut
@@ -36,7 +37,7 @@ def train(
     simulations = simulations.take(order)
     z, log_det = _standardise(simulator, guide, simulations)
     number = max(1, len(z) - math.ceil(share * len(z)))
-    rows = Epochs(number, min(batch_size or min(256, max(32, number // 18)), number))
+    rows = Epochs(number, suited_size(number, batch_size))
     max_epochs = max_epochs or max(10, round(200 * min(1.0, math.sqrt(10_000 / len(z)))))
 
     def loss_of(index: Tensor | slice) -> Tensor:
@@ -113,23 +114,3 @@ def _spread(z: Tensor) -> Tensor:
     quarter = max(1, len(z) // 4)
     width = z.kthvalue(len(z) - quarter, 0).values - z.kthvalue(quarter, 0).values
     return torch.where(width > 0, width / 1.349, z.std(0))
-
-
-class Epochs:
-    """Which simulations come next: shuffled anew in each epoch."""
-
-    def __init__(self, number: int, size: int) -> None:
-        self.number, self.size, self.steps = number, size, number // size
-        self.order, self.place = torch.zeros(0, dtype=torch.long), 0
-
-    def next(self) -> Tensor:
-        if self.place + self.size > len(self.order):
-            self.order, self.place = torch.randperm(self.number), 0
-        self.place += self.size
-        return self.order[self.place - self.size : self.place]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"order": self.order, "place": self.place}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.order, self.place = state["order"], state["place"]

@@ -1,0 +1,201 @@
+"""Where batches come from: rows in memory, shuffled anew in each epoch, or a loader.
+
+Each source knows how many batches an epoch has, hands out one after the other, goes once through all for those who want
+to see the whole, and has a state from which it goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, random_split
+
+from . import checkpoint as checkpoints
+
+Batch = tuple[Tensor, Tensor | None]  # rows (N, D), and contexts (N, ...) where there are some
+PART = 10_000  # rows that are looked at together
+_END = object()
+
+
+class Epochs:
+    """Which rows come next: shuffled anew in each epoch."""
+
+    def __init__(self, number: int, size: int) -> None:
+        self.number, self.size, self.steps = number, size, number // size
+        self.order, self.place = torch.zeros(0, dtype=torch.long), 0
+
+    def next(self) -> Tensor:
+        if self.place + self.size > len(self.order):
+            self.order, self.place = torch.randperm(self.number), 0
+        self.place += self.size
+        return self.order[self.place - self.size : self.place]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": self.order, "place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order, self.place = state["order"], state["place"]
+
+
+def suited_size(number: int, asked: int | None = None) -> int:
+    """How many rows a batch takes: what is asked for, or 256, and fewer where there are few rows."""
+    return min(asked or min(256, max(32, number // 18)), number)
+
+
+class Rows:
+    """Batches of rows in memory.
+
+    Args:
+        x: ``(N, D)``.
+        context: ``(N, ...)``, or None.
+        size: How many rows a batch has, at most N; rows that an epoch does not reach come in another one.
+    """
+
+    def __init__(self, x: Tensor, context: Tensor | None, size: int = PART) -> None:
+        self.x, self.context = x, context
+        self.epochs = Epochs(len(x), size)
+
+    again = False
+
+    @property
+    def steps(self) -> int:
+        return self.epochs.steps
+
+    def _take(self, index: Tensor | slice) -> Batch:
+        return self.x[index], None if self.context is None else self.context[index]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.x), PART):
+            yield self._take(slice(start, start + PART))
+
+    def next(self) -> Batch:
+        return self._take(self.epochs.next())
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.epochs.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epochs.load_state_dict(state)
+
+
+class Stream:
+    """Batches of a loader, or of anything that can be gone through again and again.
+
+    A loader's place cannot be kept in a file.  What is kept is where the random numbers stood when its epoch began, and
+    how many batches were taken since; to go on, as many are passed over.
+
+    Args:
+        loader: Yields items.
+        read: Makes a batch of an item.
+
+    Attributes:
+        steps: How many items it yields, known once it was gone through.
+        again: Whether it may yield a row again and again.
+    """
+
+    def __init__(self, loader: Iterable[Any], read: Callable[[Any], Batch]) -> None:
+        self.loader, self.read = loader, read
+        self.steps, self.again = 0, bool(getattr(getattr(loader, "sampler", None), "replacement", False))
+        self._items: Iterator[Any] | None = None
+        self._start: dict[str, Any] = {}
+        self._taken = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.steps = 0
+        for item in self.loader:
+            self.steps += 1
+            yield self.read(item)
+
+    def next(self) -> Batch:
+        item = _END if self._items is None else next(self._items, _END)
+        if item is _END:  # an epoch may also be shorter than the first was
+            item = next(self._begin(), _END)
+        if item is _END:
+            raise ValueError("fit_density: the loader, which had batches before, yields no more; it must start anew.")
+        self._taken += 1
+        if self._taken == self.steps:
+            self._items = None
+        return self.read(item)
+
+    def _begin(self) -> Iterator[Any]:
+        self._start = {"random": checkpoints.random_state(), "own": self._own_state()}
+        self._items, self._taken = iter(self.loader), 0
+        return self._items
+
+    def _generators(self) -> list[torch.Generator]:
+        """Random numbers that belong to the loader alone."""
+        samplers = [getattr(self.loader, name, None) for name in ("sampler", "batch_sampler")]
+        owners = [self.loader, *samplers, getattr(samplers[1], "sampler", None)]
+        found = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners) if g is not None}
+        return list(found.values())
+
+    def _own_state(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self._generators()]
+
+    def _set_own_state(self, states: list[Tensor]) -> None:
+        for generator, state in zip(self._generators(), states, strict=True):
+            generator.set_state(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        midway = self._items is not None
+        return {"start": self._start if midway else {}, "taken": self._taken, "own": self._own_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._items = None
+        if state["start"]:
+            now = checkpoints.random_state()
+            checkpoints.set_random_state(state["start"]["random"])
+            self._set_own_state(state["start"]["own"])
+            items = self._begin()
+            for _ in range(state["taken"]):
+                next(items)
+            self._taken = state["taken"]
+            checkpoints.set_random_state(now)
+        self._set_own_state(state["own"])
+
+
+Source = Rows | Stream
+
+
+def split(caller: str, loader: Any, share: float) -> tuple[DataLoader, DataLoader]:
+    """Two loaders like one that goes through all rows of a data set: of rows to train on, and of a share held out.
+
+    The share is the same each time.
+
+    Raises:
+        ValueError: If the loader draws its rows in a way of its own, which cannot be divided.
+    """
+    reason = _indivisible(loader)
+    if reason:
+        raise ValueError(
+            f"{caller}: x is {reason}, of which no rows can be held out; give others to judge by: validation=x, "
+            "(x, context) or a loader."
+        )
+    number = len(loader.dataset)
+    held = min(math.ceil(share * number), number - 1)
+    kept, out = random_split(loader.dataset, [number - held, held], generator=torch.Generator().manual_seed(0))
+    names = (
+        "batch_size", "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn",
+        "multiprocessing_context", "generator", "prefetch_factor", "persistent_workers",
+    )  # fmt: skip
+    like = {name: getattr(loader, name) for name in names}
+    train = DataLoader(kept, shuffle=True, drop_last=loader.drop_last and len(kept) >= loader.batch_size, **like)
+    return train, DataLoader(out, **like)
+
+
+def _indivisible(loader: Any) -> str:
+    """Why a loader cannot be divided, or an empty string."""
+    if not isinstance(loader, DataLoader):
+        return f"a {type(loader).__name__} of batches"
+    if isinstance(loader.dataset, IterableDataset):
+        return "a loader of a data set without places"
+    sampler, number = loader.sampler, len(loader.dataset)  # type: ignore[arg-type]
+    whole = isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == number
+    plain = type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and whole)
+    if number < 2 or not plain or type(loader.batch_sampler) is not BatchSampler:
+        return "a loader of one row" if number < 2 else "a loader with a sampler of its own"
+    return ""

@@ -1,0 +1,210 @@
+"""Columns that have no density as they are: discrete values, and values that many rows share.
+
+A density can grow without bound where it meets one value again and again, and the likelihood with it: what is learned
+then is how narrow a spike may be.  Uniform noise makes integers a density's affair,
+
+    log P(k) = log ∫ p(k + u) du ≥ E log p(k + u),   u ~ U[0, 1).
+
+A Note on the Evaluation of Generative Models (Theis, van den Oord, Bethge 2016, arXiv:1511.01844).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .table import Names, label, places_of, read_table
+
+FINE = {"integers": 1e-4, "lattice": 1e-3}  # steps, in standard deviations, that flows hardly resolve
+TIED = 0.1  # of the rows that share their value with others, from which a lattice matters
+LEAST = 5  # times that a value must occur; continuous values occur once
+
+
+@dataclass(frozen=True)
+class Spike:
+    """Values that repeat so often that a density diverges there; as a string it says so in words.
+
+    Attributes:
+        column: The place of the column, or its name where the table has names; None for whole rows.
+        kind: ``"integers"``, ``"lattice"`` (multiples of one step, apart from an offset), ``"value"`` (a single one
+            among others that differ) or ``"rows"`` (copies of whole rows).
+        share: The share of the rows that hold the commonest value, or that are copies of a row before.
+        value: The commonest value; None for whole rows.
+        step: What the values are multiples of; None for single values and rows.
+    """
+
+    column: int | str | None
+    kind: str
+    share: float
+    value: float | None = None
+    step: float | None = None
+
+    def __str__(self) -> str:
+        share = f"{100 * self.share:.2g} % of the rows"
+        if self.kind == "rows":
+            return f"{share} are copies of others"
+        holds = {
+            "integers": "holds integers",
+            "lattice": f"holds multiples of {self.step or 1.0:.4g}",
+            "value": "repeats a value",
+        }
+        return f"column {self.column!r} {holds[self.kind]} ({self.value:.6g} in {share})"
+
+
+def find_spikes(x: Any, *, share: float = 0.01) -> list[Spike]:
+    """Find what makes a density of a table diverge: integers, rounded values, values and rows that repeat.
+
+    Args:
+        x: A table of shape ``(N, D)`` or ``(N,)``: a tensor, an array or a data frame.
+        share: From which share of the rows on a single value, or copies of rows, are a spike.
+
+    Returns:
+        One :class:`Spike` for each column at fault, and one for whole rows that repeat; empty where there are none.
+        Integers count where the standard deviation is below 1e4, and multiples of another step where it is below a
+        thousand steps and a tenth of the rows share their values with others.
+
+    Raises:
+        ValueError: If ``x`` is no table of real numbers, or ``share`` not between 0 and 1.
+
+    Example::
+
+        >>> import torch
+        >>> x = torch.stack((torch.randn(1000), torch.arange(1000) % 4, torch.randn(1000).clamp_min(0)), 1)
+        >>> for spike in find_spikes(x):
+        ...     print(spike)
+        column 1 holds integers (0 in 25 % of the rows)
+        column 2 repeats a value (0 in ... % of the rows)
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"find_spikes: share must lie between 0 and 1, got {share!r}.")
+    table, names = _read("find_spikes", x)
+    return spikes_of(table, names, list(range(table.shape[1])), share)
+
+
+def spikes_of(table: Tensor, names: Names, places: list[int], share: float = 0.01) -> list[Spike]:
+    """The spikes of some columns of a table ``(N, D)``."""
+    eps = _eps(table)
+    values = table.to("cpu", torch.float64)
+    least = max(LEAST, share * len(values))
+    found = []
+    for place in places:
+        spike = _spike_of(names[place] if names else place, values[:, place].sort().values, eps, least)
+        found += [spike] if spike else []
+    if len(places) > 1:
+        copies = len(values) - len(_hashes(values[:, places]).unique())
+        found += [Spike(None, "rows", copies / len(values))] if copies >= least else []
+    return found
+
+
+def _spike_of(column: int | str, x: Tensor, eps: float, least: float) -> Spike | None:
+    """The spike of one column, sorted, ``(N,)``; values of rounding errors' distance are one."""
+    first = torch.cat((torch.ones(1, dtype=torch.bool), x.diff() > 2 * eps * x[1:].abs()))
+    distinct, counts = x[first], torch.bincount(first.cumsum(0) - 1)
+    commonest = int(counts.argmax())
+    top, value = int(counts[commonest]), float(distinct[commonest])
+    tied = int(counts[counts > 1].sum()) / len(x)
+    resolved = 16 * eps * float(x.abs().max())  # what is finer is the grid of the floats themselves
+    finest = {kind: max(resolved, fine * float(x.std())) for kind, fine in FINE.items()}
+    if len(distinct) > 1 and finest["integers"] < 1 and (x == x.round()).all():
+        return Spike(column, "integers", top / len(x), value, 1.0)
+    if tied >= TIED and (step := _step(distinct, eps)) and step > finest["lattice"]:
+        return Spike(column, "lattice", top / len(x), value, step)
+    return Spike(column, "value", top / len(x), value) if top >= least else None
+
+
+def _step(distinct: Tensor, eps: float) -> float | None:
+    """The step of a lattice that sorted, distinct values lie on; None if they lie on none."""
+    gaps = distinct.diff()
+    if not len(gaps):
+        return None
+    step = gaps[gaps < 1.5 * gaps.min()].mean()
+    step = gaps.sum() / (gaps / step).round().sum()  # over all gaps errors of rounding average out
+    off = (gaps / step - (gaps / step).round()).abs()
+    return float(step) if (off < 0.05 + 4 * eps * distinct[1:].abs() / step).all() else None
+
+
+def _hashes(rows: Tensor) -> Tensor:
+    """A number for each row of float64, the same for equal rows and hardly ever for others."""
+    bits = (rows + 0.0).contiguous().view(torch.int64)  # which makes one of the two zeros
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator) * 2 + 1
+    mixed = bits ^ (bits >> 29)
+    return ((mixed * factors) ^ (mixed >> 17)).sum(1)
+
+
+def dequantize(
+    x: Any,
+    columns: Sequence[int | str] | None = None,
+    *,
+    step: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Spread discrete values evenly over their cells: x + step · u, u ~ U[0, 1).
+
+    With a step of 1 the mean log-density of the result is a lower bound on the log-mass of the integers, in nats
+    (Theis, van den Oord, Bethge 2016, arXiv:1511.01844); with another, add log(step) for each column.  Fresh noise each
+    time, as ``fit_density(..., discrete=columns)`` draws it, cannot be learned by heart.
+
+    Args:
+        x: A table of shape ``(N, D)`` or ``(N,)``: a tensor, an array or a data frame.
+        columns: The columns, by place or name; by default those that hold nothing but multiples of ``step``.
+        step: The distance of neighbouring values.
+        generator: Where the noise comes from.
+
+    Returns:
+        A new tensor of the shape of ``x``; integers become floats of torch's default dtype.
+
+    Raises:
+        ValueError: If ``x`` is no table of real numbers, ``step`` not positive, or a column that is asked for holds
+            values that are no multiples of ``step`` apart.
+
+    Example::
+
+        >>> import torch
+        >>> x = torch.tensor([[1.0, 0.3], [2.0, 0.6]])
+        >>> noisy = dequantize(x)
+        >>> noisy.floor()[:, 0].tolist(), noisy[:, 1].equal(x[:, 1])
+        ([1.0, 2.0], True)
+    """
+    if not 0 < step < float("inf"):
+        raise ValueError(f"dequantize: step must be positive and finite, got {step!r}.")
+    table, names = _read("dequantize", x)
+    if columns is None:
+        places = [place for place in range(table.shape[1]) if on_grid(table[:, place], step)]
+    else:
+        places = places_of("dequantize", "columns", columns, names, table.shape[1])
+        for place in places:
+            if not on_grid(table[:, place] - table[:1, place], step):
+                raise ValueError(f"dequantize: {label(names, place)} holds values that are no multiples of {step:g}.")
+    table = table if table.is_floating_point() else table.to(torch.get_default_dtype())
+    device = generator.device if generator else table.device
+    noise = torch.rand(len(table), len(places), generator=generator, dtype=table.dtype, device=device)
+    noisy = table.clone()
+    noisy[:, places] += step * noise.to(table.device)
+    return noisy.reshape(x.shape)
+
+
+def on_grid(x: Tensor, step: float = 1.0) -> bool:
+    """Whether a column holds nothing but multiples of a step."""
+    multiples = x.double() / step
+    slack = 1e-6 + 4 * _eps(x) * multiples.abs()
+    return bool(((multiples - multiples.round()).abs() <= slack.clamp_max(0.25)).all())
+
+
+def _eps(x: Tensor) -> float:
+    """The relative error of the numbers in a tensor, which integers do not have."""
+    return torch.finfo(x.dtype if x.is_floating_point() else torch.float64).eps
+
+
+def _read(caller: str, x: Any) -> tuple[Tensor, Names]:
+    """A table of at least one row, as a matrix."""
+    table, names = read_table(caller, "x", x)
+    if table.dim() not in (1, 2) or not table.numel():
+        raise ValueError(f"{caller}: x must have shape (N, D) or (N,), got {tuple(table.shape)}.")
+    if table.is_floating_point() and (bad := int((~table.isfinite()).sum())):
+        raise ValueError(f"{caller}: x holds NaN or inf ({bad} of {table.numel()} numbers); leave those rows out.")
+    return table.reshape(len(table), -1), names

@@ -1,0 +1,149 @@
+"""What a flow is trained on and judged by: tables or batches of a loader, read for this flow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..encoders import Standardize
+from ..encoders.base import at_rest
+from ..flows import Flow
+from .batches import Batch, Rows, Source, Stream, split, suited_size
+from .table import Names, is_table, read_table
+
+FEWEST = 20
+
+
+class Reader:
+    """Turns what users have into rows ``(N, D)`` and contexts that a flow can take.
+
+    Args:
+        caller: The public function that asks, for errors.
+        flow: The flow.
+
+    Attributes:
+        width: The number D of columns.
+        like: A parameter that has the flow's dtype and device.
+        names: Those of the columns, once a table with names was read.
+    """
+
+    def __init__(self, caller: str, flow: Any) -> None:
+        if not isinstance(flow, Flow):
+            got = f"the recipe {flow.__name__}, uncalled" if hasattr(flow, "__name__") else type(flow).__name__
+            raise TypeError(f"{caller}: flow must be a Flow, such as flows.nsf(x.shape[1]), got {got}.")
+        if len(flow.event_shape) != 1:
+            raise ValueError(
+                f"{caller}: flow must be one over vectors, got one over events of shape {tuple(flow.event_shape)}."
+            )
+        likes = [parameter for parameter in flow.parameters() if parameter.is_floating_point()]
+        if not any(parameter.requires_grad for parameter in likes):
+            raise ValueError(f"{caller}: the flow has no parameters to train.")
+        self.caller, self.flow, self.width, self.like = caller, flow, flow.event_shape[0], likes[0]
+        self.names: Names = None
+        self._is_new = True
+
+    def rows(self, x: Any, context: Any = None, argument: str = "x") -> Batch:
+        """Rows and contexts as tensors in the flow's dtype, where they are.
+
+        Raises:
+            ValueError: If they do not fit the flow or each other.
+        """
+        found, names = read_table(self.caller, argument, x)
+        self.names = self.names or names
+        found = found.unsqueeze(-1) if found.dim() == 1 and self.width == 1 else found
+        if found.dim() != 2 or found.shape[1] != self.width:
+            raise ValueError(
+                f"{self.caller}: {argument} must have shape (N, {self.width}), a column for each of the flow's "
+                f"features, got {tuple(found.shape)}."
+            )
+        encoded = None if context is None else self._context(context, len(found))
+        if self._is_new and len(found):
+            with torch.no_grad(), at_rest(self.flow):
+                self.flow(None if encoded is None else encoded[:1].to(self.like.device))  # the flow's own errors
+            self._is_new = False
+        return found.to(self.like.dtype), encoded
+
+    def _context(self, context: Any, number: int) -> Tensor:
+        found, _ = read_table(self.caller, "context", context)
+        plain = self.flow.encoder is None or isinstance(self.flow.encoder, Standardize)
+        if plain and found.dim() == 1:
+            found = found.unsqueeze(-1)
+        if not found.dim() or len(found) != number:
+            raise ValueError(
+                f"{self.caller}: context must have as many rows as x, {number}, got shape {tuple(found.shape)}."
+            )
+        return found.to(self.like.dtype) if plain or found.is_floating_point() else found
+
+    def batch(self, item: Any) -> Batch:
+        """What a loader yields."""
+        parts = tuple(item) if isinstance(item, list | tuple) else (item,)
+        if len(parts) not in (1, 2) or not all(map(is_table, parts)):
+            got = f"({', '.join(type(part).__name__ for part in parts)})" if len(parts) != 1 else type(item).__name__
+            raise ValueError(f"{self.caller}: batches must be x or (x, context), got {got}.")
+        return self.rows(parts[0], parts[1] if len(parts) == 2 else None, "a batch")
+
+
+def sources(
+    reader: Reader, x: Any, context: Any, validation: Any, batch_size: int | None, share: float
+) -> tuple[Source, Source]:
+    """Where rows to train on come from, and those that judge.
+
+    Raises:
+        TypeError: If x or validation is neither a table nor batches.
+        ValueError: If they do not fit the flow, or nothing can be held out.
+    """
+    caller = reader.caller
+    if not 0 < share < 1:
+        raise ValueError(f"{caller}: held_out must lie between 0 and 1, got {share!r}.")
+    judge = None if validation is None else _judge(reader, validation)
+    if is_table(x):
+        rows, contexts = reader.rows(x, context)
+        if len(rows) < FEWEST:
+            raise ValueError(f"{caller}: x must hold at least {FEWEST} rows, got {len(rows)}.")
+        if judge is None:
+            # Rows may come in an order; the same one each time, so that a run goes on with the same held out.
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+            kept, out = order.tensor_split([max(1, len(rows) - math.ceil(share * len(rows)))])
+            judge = Rows(rows[out], None if contexts is None else contexts[out])
+            rows, contexts = rows[kept], None if contexts is None else contexts[kept]
+        return Rows(rows, contexts, suited_size(len(rows), batch_size)), judge
+    if context is not None or batch_size is not None:
+        what = "context" if context is not None else "batch_size"
+        raise ValueError(f"{caller}: {what} is for a table x; of a loader it is a matter of the batches.")
+    loader = _again("x", x)
+    if judge is None:
+        loader, held = split(caller, loader, share)
+        judge = Stream(held, reader.batch)
+    return Stream(loader, reader.batch), judge
+
+
+def _judge(reader: Reader, validation: Any) -> Source:
+    """What judges, as it was given."""
+    if is_table(validation):
+        return Rows(*reader.rows(validation, None, "validation"))
+    if isinstance(validation, tuple):
+        if len(validation) != 2:
+            raise ValueError(f"{reader.caller}: validation must be x, (x, context) or a loader, got {len(validation)}.")
+        return Rows(*reader.rows(validation[0], validation[1], "validation"))
+    return Stream(_again("validation", validation), reader.batch)
+
+
+def _again(argument: str, value: Any) -> Iterable[Any]:
+    """Batches that can be gone through again and again.
+
+    Raises:
+        TypeError: If they cannot.
+    """
+    must = f"fit_density: {argument} must be a tensor, an array, a data frame or a DataLoader"
+    if isinstance(value, Dataset):
+        raise TypeError(f"{must}, got a data set; give DataLoader(data, batch_size=256, shuffle=True).")
+    if isinstance(value, str | dict) or not hasattr(value, "__iter__"):
+        raise TypeError(f"{must}, got {type(value).__name__}.")
+    if iter(value) is value:
+        raise TypeError(f"{must}, or batches that can be gone through again, got a {type(value).__name__}.")
+    return value

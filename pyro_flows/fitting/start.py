@@ -1,0 +1,92 @@
+"""What a new flow starts from: standardised data and contexts, a base with tails like theirs, layers that saw some.
+
+Efficient BackProp (LeCun, Bottou, Orr, Müller 1998, section 4.3).  Outliers are for the base to bear: what a network
+says of places where it never was can be anything, and a normal density makes that -z²/2 nats, a Student's t some
+-log z.  Marginal Tail-Adaptive Normalizing Flows (Laszkiewicz, Lederer, Fischer 2022, arXiv:2206.10311).
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+from ..distributions import CircularBase, StandardNormal, StudentTBase
+from ..encoders import Standardize
+from ..encoders.base import at_rest
+from ..encoders.standardize import learning
+from ..flows import Flow
+from ..guides.recipe import permutes
+from ..transforms import FixedAffine
+
+INITIAL = 5000  # rows that layers such as ActNorm start from
+
+
+@torch.no_grad()
+def start(
+    flow: Flow,
+    loc: Tensor,
+    scale: Tensor,
+    x: Tensor,
+    context: Tensor | None,
+    *,
+    standardize: bool,
+    heavy_tails: bool,
+) -> None:
+    """Prepare a flow that does no more than permute; leave any other as it is.
+
+    A fixed affine map is put at its end, or set if it is there, and a ``Standardize`` before its transforms where they
+    take contexts as they are.
+
+    Args:
+        flow: The flow.
+        loc: The mean of each column, ``(D,)``.
+        scale: The standard deviation of each, ``(D,)``.
+        x: Some of the rows, on the flow's device, ``(N, D)``.
+        context: Their contexts, ``(N, ...)``.
+        standardize: Whether to do more than to let layers that start from data, an encoder's too, see some.
+        heavy_tails: Whether the base, where it is the standard normal, shall be a Student's t.
+    """
+    if not permutes(flow.transforms, x.new_zeros(x.shape[1])):
+        return
+    if heavy_tails and type(flow.base) is StandardNormal:
+        flow.base = StudentTBase(flow.event_shape).to(x)
+    if standardize:
+        if isinstance(flow.base, CircularBase):  # angles have a scale of their own
+            angles = flow.base.circular.to(loc.device)
+            loc, scale = loc.masked_fill(angles, 0.0), scale.masked_fill(angles, 1.0)
+        if not isinstance(flow.transforms[-1], FixedAffine):
+            assert isinstance(flow.transforms, nn.ModuleList)
+            flow.transforms.append(FixedAffine(x.shape[1], dense=False).to(x))
+        flow.transforms[-1].set(loc, scale)
+        if flow.context_dim and flow.encoder is None:
+            flow.encoder = Standardize((flow.context_dim,)).to(x)
+    with at_rest(flow):
+        if flow.encoder is not None and (fresh := _fresh_parts(flow.encoder)):
+            with learning(fresh):
+                flow.encoder(context)
+        with contextlib.suppress(NotImplementedError):  # by an inverse of such a layer
+            flow.initialize(x[:INITIAL], None if context is None else context[:INITIAL])
+
+
+def _fresh_parts(encoder: nn.Module) -> list[Standardize]:
+    """The parts of an encoder that standardise and have seen no data yet, unless they are frozen."""
+    parts = [part for part in encoder.modules() if isinstance(part, Standardize)]
+    return [part for part in parts if part.is_fresh and part.scale.requires_grad]
+
+
+@torch.no_grad()
+def culprit(flow: Flow, x: Tensor, context: Tensor | None) -> str:
+    """Name the first part of a flow, from the data to the base, that is not finite or makes some rows so."""
+    for name, parameter in flow.named_parameters():
+        if not parameter.isfinite().all():
+            return f"the flow's parameter {name} is not finite"
+    density = flow(context)
+    for place, view in reversed(list(enumerate(density.transforms))):
+        x, log_det = view.inverse_and_log_det(x)
+        if not (x.isfinite().all() and log_det.isfinite().all()):
+            return f"transforms[{place}] of the flow, {type(view.transform).__name__}, takes data to what is not finite"
+    if not density.base_dist.log_prob(x).isfinite().all():
+        return f"the base {type(flow.base).__name__} has a log-density that is not finite"
+    return f"all layers are finite on {len(x)} rows, so the gradient is at fault"

@@ -1,0 +1,145 @@
+"""One look at all rows before training: where they lie, how far they spread, and what no density can be of."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .batches import Batch
+from .columns import spikes_of
+from .table import Names, label, listed
+
+SAMPLE = 25_000  # rows to look at more closely, at least, where there are as many
+COARSE = 1e-3  # standard deviations that a number may be rounded by
+FAR = 8  # standard deviations from the mean where normals never are
+
+
+class Survey:
+    """What was seen of rows ``(N, D)`` and their contexts.
+
+    Attributes:
+        rows: Their number.
+        loc: The mean of each column, ``(D,)``, in float64.
+        low: The least number in each column.
+        high: The greatest.
+        whole: Whether a column holds integers only.
+        broken: How many rows hold NaN or inf, for each column.
+        broken_contexts: How many contexts do.
+        sample: Rows from all over, in their order, and their contexts.
+    """
+
+    def __init__(self, batches: Iterable[Batch], width: int) -> None:
+        self.rows, self.broken_contexts = 0, 0
+        self.loc, self._squares = torch.zeros(2, width, dtype=torch.float64)
+        self.low, self.high = torch.full((width,), torch.inf).double(), torch.full((width,), -torch.inf).double()
+        self.whole, self.broken = torch.ones(width, dtype=torch.bool), torch.zeros(width, dtype=torch.long)
+        kept: list[Batch] = []
+        stride = 1
+        for x, context in batches:
+            if not len(x):
+                continue
+            self._add(x.to("cpu", torch.float64), context)
+            kept.append((x[::stride], None if context is None else context[::stride]))
+            if sum(len(x) for x, _ in kept) > 2 * SAMPLE:
+                kept, stride = [_thinned(kept)], 2 * stride
+        self.sample: Batch = _joined(kept) if kept else (torch.zeros(0, width), None)
+
+    def _add(self, x: Tensor, context: Tensor | None) -> None:
+        """Take rows in; moments after Chan, Golub, LeVeque 1979, which loses no digits to a mean far from zero."""
+        number, mean = len(x), x.mean(0)
+        total, gap = self.rows + number, mean - self.loc
+        self.loc = self.loc + gap * (number / total)
+        self._squares = self._squares + (x - mean).square().sum(0) + gap.square() * (self.rows * number / total)
+        self.low, self.high = torch.minimum(self.low, x.amin(0)), torch.maximum(self.high, x.amax(0))
+        self.whole = self.whole & (x == x.round()).all(0)
+        self.broken = self.broken + (~x.isfinite()).sum(0)
+        if context is not None and context.is_floating_point():
+            self.broken_contexts += int((~context.isfinite()).flatten(1).any(1).sum())
+        self.rows = total
+
+    @property
+    def scale(self) -> Tensor:
+        """The standard deviation of each column, ``(D,)``, in float64."""
+        return (self._squares / max(1, self.rows)).sqrt()
+
+    @property
+    def has_outliers(self) -> bool:
+        """Whether some number lies far from the others of its column."""
+        return bool((torch.maximum(self.high - self.loc, self.loc - self.low) > FAR * self.scale).any())
+
+
+def _joined(batches: list[Batch]) -> Batch:
+    contexts = [context for _, context in batches if context is not None]
+    return torch.cat([x for x, _ in batches]), torch.cat(contexts) if contexts else None
+
+
+def _thinned(batches: list[Batch]) -> Batch:
+    x, context = _joined(batches)
+    return x[::2], None if context is None else context[::2]
+
+
+def check_rows(
+    caller: str, names: Names, seen: Survey, judged: Survey, discrete: Sequence[int], *, apart: bool
+) -> None:
+    """Refuse rows that no density can be learned from, by column and number.
+
+    Args:
+        caller: The public function that asks.
+        names: Those of the columns.
+        seen: The rows to train on.
+        judged: Those that judge.
+        discrete: The places of columns that are said to hold integers.
+        apart: Whether the latter were given apart from the others.
+    """
+    for argument, surveys in (("x", (seen,)), ("validation", (judged,))) if apart else (("x", (seen, judged)),):
+        rows = sum(survey.rows for survey in surveys)
+        broken = torch.stack([survey.broken for survey in surveys]).sum(0).tolist()
+        if found := [f"{label(names, p)} ({n} of {rows} rows)" for p, n in enumerate(broken) if n]:
+            raise ValueError(
+                f"{caller}: {argument} holds NaN or inf in {listed(found)}. Leave those rows out, or fill the gaps."
+            )
+        if number := sum(survey.broken_contexts for survey in surveys):
+            raise ValueError(f"{caller}: the contexts of {argument} hold NaN or inf in {number} of {rows} rows.")
+    if not judged.rows or seen.rows < 2:
+        raise ValueError(
+            f"{caller}: there must be some rows to train on and some to judge by, got {seen.rows} and {judged.rows}."
+        )
+    if found := [label(names, place) for place in discrete if not (seen.whole & judged.whole)[place]]:
+        raise ValueError(
+            f"{caller}: discrete columns must hold integers only, unlike {listed(found)}. For other steps use "
+            "dequantize(x, columns, step=...)."
+        )
+    same = [place for place in (seen.high == seen.low).nonzero().flatten().tolist() if place not in discrete]
+    if found := [f"{label(names, place)} ({seen.low[place].item():.6g})" for place in same]:
+        raise ValueError(f"{caller}: x is constant in {listed(found)}, which has no density. Leave it out.")
+
+
+def warn(caller: str, names: Names, seen: Survey, places: Sequence[int], dtype: torch.dtype, *, again: bool) -> None:
+    """Tell of columns that densities grow without bound in, and of those whose digits are lost.
+
+    Args:
+        caller: The public function that asks.
+        names: Those of the columns.
+        seen: The rows to train on.
+        places: The columns that are taken as they are.
+        dtype: That of the flow.
+        again: Whether rows are drawn again and again on purpose.
+    """
+    step = torch.finfo(dtype).eps * seen.loc.abs() / seen.scale
+    coarse = [place for place in places if step[place] > COARSE]
+    if found := [f"{label(names, place)} (to {step[place].item():.1g} sd)" for place in coarse]:
+        warnings.warn(
+            f"{caller}: {dtype} rounds {listed(found)}, so far from zero; subtract the mean, or use flow.double().",
+            stacklevel=3,
+        )
+    x = seen.sample[0].unique(dim=0) if again else seen.sample[0]
+    if spikes := spikes_of(x, names, [place for place in places if place not in coarse]):
+        warnings.warn(
+            f"{caller}: {listed([str(spike) for spike in spikes])}. Densities grow without bound there, and nats say "
+            "how narrow the spikes are, not how good the density is. Give columns of integers as discrete=[...], use "
+            "dequantize(x, columns, step=...) for those of other steps, or leave such columns and copies out.",
+            stacklevel=3,
+        )

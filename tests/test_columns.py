@@ -1,0 +1,254 @@
+"""What no density can be of is found and told by column, and only that: integers, rounded values, values and rows that
+repeat.  Dequantised integers have a density, whose mean bounds their log-mass."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from pyro_flows import Spike, dequantize, find_spikes
+from pyro_flows.fitting.table import read_table
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- what is found
+
+
+CONTINUOUS = {
+    "normal": lambda x: x,
+    "uniform": lambda x: torch.special.ndtr(x),
+    "cauchy": lambda x: torch.tan(math.pi * (torch.special.ndtr(x) - 0.5)),
+    "log-normal": lambda x: (4 * x).exp(),
+    "tiny": lambda x: 1e-30 * x,
+    "huge": lambda x: 1e9 * x,  # in float32 all of these are integers
+    "with two scales": lambda x: torch.where(x > 1, 1e5 * x, 1e-3 * x),
+}
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [20, 20_000])
+def test_continuous_columns_are_let_be(name: str, dtype: torch.dtype, rows: int) -> None:
+    assert find_spikes(CONTINUOUS[name](normal(rows, 4)).to(dtype)) == []
+
+
+def only(x: Tensor) -> Spike:
+    (found,) = find_spikes(x)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.int16])
+@pytest.mark.parametrize("rows", [20, 20_000])
+def test_integers_are_found(dtype: torch.dtype, rows: int) -> None:
+    x = (3 * normal(rows)).round().to(dtype)
+    counts = torch.bincount((x - x.min()).long())
+    value, share = float(counts.argmax() + x.min()), counts.max().item() / rows
+    assert only(x) == Spike(0, "integers", share, value, 1.0)
+
+
+def test_flags_counts_and_ids_are_integers() -> None:
+    x = torch.stack((normal(1000) > 0, torch.arange(1000), torch.full((1000,), 7)), 1)
+    assert [(spike.column, spike.kind) for spike in find_spikes(x)] == [(0, "integers"), (1, "integers"), (2, "value")]
+    assert find_spikes((1e6 * normal(1000)).round()) == []  # no finer than what is hardly resolved
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("step", "loc"), [(0.01, 0.0), (0.01, 37.0), (0.25, -3.1), (12.5, 1e4), (1e-7, 0.0), (2.0, 0.5)]
+)
+def test_rounded_values_are_a_lattice(dtype: torch.dtype, step: float, loc: float) -> None:
+    x = (loc + step * (30 * normal(5000)).round()).to(dtype)
+    found = only(x)
+    assert (found.column, found.kind) == (0, "lattice")
+    assert found.step == pytest.approx(step, rel=1e-3)
+    assert found.share == ((x - found.value).abs() < step / 2).double().mean().item()
+    mixed = torch.where(torch.arange(5000) % 3 == 0, x, (loc + 30 * step * normal(5000, seed=1)).to(dtype))
+    assert [spike.kind for spike in find_spikes(mixed)] in ([], ["value"])
+
+
+def test_errors_of_rounding_do_not_hide_a_lattice() -> None:
+    tenths = (5 * normal(2000)).round()
+    x = torch.where(torch.arange(2000) % 2 == 0, tenths / 10, tenths * 0.1)
+    assert len(x.unique()) > len((x * 10).round().unique())
+    found = only(x)
+    assert (found.kind, found.share) == ("lattice", torch.bincount((tenths - tenths.min()).long()).max().item() / 2000)
+
+
+def test_single_values_among_others_are_found() -> None:
+    x = normal(2000, 3)
+    x[:400, 1] = 0.0
+    x[:30, 2] = -1.5
+    assert find_spikes(x) == [Spike(1, "value", 0.2, 0.0), Spike(2, "value", 0.015, -1.5)]
+    assert find_spikes(x, share=0.02) == [Spike(1, "value", 0.2, 0.0)]
+    x[:30, 2] = normal(30, seed=3)
+    x[:400, 1] = torch.where(torch.arange(400) % 2 == 0, 0.0, -0.0).double()
+    assert find_spikes(x) == [Spike(1, "value", 0.2, 0.0)]
+
+
+def test_few_rows_that_share_a_value_by_chance_are_let_be() -> None:
+    x = normal(50, 2)
+    x[:4] = x[4:8]  # 8 %, but four rows only
+    assert find_spikes(x) == []
+    x[:5] = x[5]
+    assert [spike.kind for spike in find_spikes(x)] == ["value", "value", "rows"]
+
+
+def test_copies_of_rows_are_found() -> None:
+    x = normal(1000, 3)
+    x[:100] = x[100:200]
+    assert find_spikes(x) == [Spike(None, "rows", 0.1)]
+    x[:100, 2] = normal(100, seed=5)
+    assert find_spikes(x) == []
+    x[:100, [0, 1, 2]] = x[100:200, [1, 2, 0]]  # the same numbers in another order
+    assert find_spikes(x) == []
+
+
+def test_spikes_say_what_they_are() -> None:
+    frame = pd.DataFrame({"rooms": [1, 2, 2, 3] * 25, "price": np.round(normal(100).numpy(), 1), "x": normal(100)})
+    rooms, price = find_spikes(frame)
+    assert str(rooms) == "column 'rooms' holds integers (2 in 50 % of the rows)"
+    assert str(price).startswith("column 'price' holds multiples of 0.1 (")
+    assert str(Spike(3, "value", 0.123, 0.5)) == "column 3 repeats a value (0.5 in 12 % of the rows)"
+    assert str(Spike(None, "rows", 0.05)) == "5 % of the rows are copies of others"
+
+
+# ------------------------------------------------------------------------------------------------------------ the noise
+
+
+def test_noise_is_uniform_within_each_cell() -> None:
+    k = (3 * normal(4000, seed=1)).round()
+    noisy = dequantize(k, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(noisy.floor(), k)
+    assert stats.kstest((noisy - k).numpy(), "uniform").pvalue > 1e-3
+    assert abs(torch.corrcoef(torch.stack((k, noisy - k)))[0, 1]) < 0.06
+    assert torch.equal(noisy, dequantize(k, generator=torch.Generator().manual_seed(0)))
+    assert not torch.equal(noisy, dequantize(k, generator=torch.Generator().manual_seed(1)))
+    assert find_spikes(noisy) == []
+
+
+def test_only_columns_of_integers_are_changed() -> None:
+    x = torch.stack((normal(50), (9 * normal(50)).round(), normal(50) > 0, (9 * normal(50)).round() / 2), 1)
+    before = x.clone()
+    noisy = dequantize(x)
+    assert torch.equal(x, before)
+    assert (noisy != x).any(0).tolist() == [False, True, True, False]
+    assert (dequantize(x, [2]) != x).any(0).tolist() == [False, False, True, False]
+    assert (dequantize(x, [3], step=0.5) != x).any(0).tolist() == [False, False, False, True]
+    assert (dequantize(x, step=0.5) != x).any(0).tolist() == [False, True, True, True]
+    assert torch.equal((2 * dequantize(x, [3], step=0.5)).floor()[:, 3], 2 * x[:, 3])
+    assert torch.equal(dequantize(x[:, :1]), x[:, :1])
+
+
+def test_a_grid_may_have_an_offset() -> None:
+    x = normal(50).round() + 0.5
+    assert torch.equal(dequantize(x, [0]).sub(0.5).floor(), x - 0.5)
+    assert torch.equal(dequantize(x), x)  # they are no integers
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array", "frame"])
+def test_any_table_can_be_spread(kind: str) -> None:
+    x = torch.tensor([[1, 10], [2, 20], [3, 30]])
+    given = {"tensor": x, "array": x.numpy(), "frame": pd.DataFrame(x.numpy(), columns=["a", "b"])}[kind]
+    noisy = dequantize(given, ["b"] if kind == "frame" else [1])
+    assert noisy.dtype == torch.float32
+    assert torch.equal(noisy[:, 0], x[:, 0].float())
+    assert torch.equal(noisy.floor(), x.float())
+    assert (noisy[:, 1] != x[:, 1]).any()
+    assert dequantize(x.double()).dtype == torch.float64
+
+
+def test_the_mean_log_density_bounds_the_log_mass() -> None:
+    """Of a density that is not constant within cells; of one that is, the bound is the mass itself."""
+    k = torch.distributions.Poisson(3.0).sample((20_000,)).double()
+    noisy = dequantize(k, generator=torch.Generator().manual_seed(0))
+    density = torch.distributions.Normal(torch.tensor(3.5).double(), math.sqrt(3 + 1 / 12))
+    log_mass = (density.cdf(k + 1) - density.cdf(k)).log()
+    assert density.log_prob(noisy).mean() < log_mass.mean()
+    counts = torch.bincount(k.long()) / len(k)
+    assert torch.equal(counts[noisy.floor().long()], counts[k.long()])
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_wrong_arguments_are_refused() -> None:
+    x = normal(10, 2)
+    for step in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=r"dequantize: step must be positive and finite, got"):
+            dequantize(x, step=step)
+    with pytest.raises(ValueError, match=r"dequantize: column 1 holds values that are no multiples of 1"):
+        dequantize(x, [1])
+    with pytest.raises(ValueError, match=r"dequantize: columns must hold places from 0 to 1, got 2"):
+        dequantize(x, [2])
+    for wrong in (-1, True, 0.0, "a"):
+        with pytest.raises(ValueError, match=r"columns must hold places from 0 to 1, got"):
+            dequantize(x, [wrong])
+    with pytest.raises(ValueError, match=r"columns must hold the names 'a', 'b' or places from 0 to 1, got 'c'"):
+        dequantize(pd.DataFrame({"a": [1], "b": [2]}), ["c"])
+    with pytest.raises(ValueError, match=r"find_spikes: share must lie between 0 and 1, got 1.0"):
+        find_spikes(x, share=1.0)
+    with pytest.raises(ValueError, match=r"find_spikes: x must have shape \(N, D\) or \(N,\), got \(2, 2, 2\)"):
+        find_spikes(torch.zeros(2, 2, 2))
+    with pytest.raises(ValueError, match=r"find_spikes: x must have shape .*got \(0, 3\)"):
+        find_spikes(torch.zeros(0, 3))
+    x[3, 1] = math.nan
+    with pytest.raises(ValueError, match=r"find_spikes: x holds NaN or inf \(1 of 20 numbers\)"):
+        find_spikes(x)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.zeros(3, 2, dtype=torch.complex64), "hold real numbers .*got torch.complex64"),
+        (torch.zeros(3, 2, dtype=torch.float16), "hold real numbers of float32, .*got torch.float16"),
+        (torch.zeros(3, 2, dtype=torch.bfloat16), "got torch.bfloat16"),
+        (np.zeros((3, 2), dtype=np.float16), "got torch.float16"),
+        (np.zeros((3, 2), dtype=np.complex128), "got torch.complex128"),
+        (np.array([["1", "2"]]), r"column 0 holds .*'1'.* \(str_?\)"),
+        (np.array([[1.0, None]], dtype=object), r"column 1 holds None \(NoneType\)"),
+        (np.zeros(3, dtype=[("a", float), ("b", float)]), r"structured array with the fields \('a', 'b'\)"),
+        (pd.DataFrame({"a": [1.0, 2.0], "town": ["Rome", "Bonn"]}), r"column 'town' holds 'Rome' \(str\)"),
+        (pd.DataFrame({"a": [1.0], "day": pd.to_datetime(["2020-01-01"])}), r"column 'day' holds Timestamp.*Leave it"),
+    ],
+)  # fmt: skip
+def test_what_holds_no_real_numbers_is_refused_by_column(value: object, words: str) -> None:
+    with pytest.raises(ValueError, match=f"^find_spikes: x must .*{words}"):
+        find_spikes(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.array([[1, 2], [3, 4]], dtype=np.uint16),
+        np.array([[1, 2], [3, 4]], dtype=np.uint64),
+        np.array([[1, 2], [3, 4]], dtype=">i4"),
+        np.array([[1, 2], [3, 4]], dtype=">f8"),
+        np.array([[1, 2], [3, 4]], dtype=np.longdouble),
+        np.array([[1, 2], [3, 4]], dtype=object),
+        np.array([[1, 2], [3, 4]], dtype=np.int8)[:, ::-1][:, ::-1],
+        np.ma.array([[1, 2], [3, 4]]),
+        pd.DataFrame({"a": [1, 3], "b": [2.0, 4.0]}),
+        pd.DataFrame({"a": pd.array([1, 3], dtype="Int64"), "b": [2.0, 4.0]}),
+        torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True),
+    ],
+)
+def test_numbers_of_every_kind_are_read(value: object) -> None:
+    found, _ = read_table("test", "x", value)
+    assert found.double().tolist() == [[1, 2], [3, 4]]
+    assert not found.requires_grad
+    found += 1  # a copy, or the tensor itself; never an array that is not to be written to
+
+
+def test_masked_values_are_missing() -> None:
+    masked = np.ma.array([[1, 2], [3, 4]], mask=[[False, True], [False, False]])
+    with pytest.raises(ValueError, match=r"NaN or inf \(1 of 4 numbers\)"):
+        find_spikes(masked)

@@ -1,0 +1,774 @@
+"""A flow trained on a table is its density, in nats of the table as it is: known densities are found whatever their
+scales, with contexts and encoders, from tensors, arrays, frames and loaders alike; outliers do no harm, integers have a
+mass, runs stop and resume as promised.  What no density can be of is refused or told of by column, before training."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import math
+import pickle
+import signal
+import sys
+import warnings
+from typing import Any
+
+import laws
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
+
+from pyro_flows import Fit, Flow, dequantize, fit_density, flows, load, save
+from pyro_flows.distributions import StudentTBase
+from pyro_flows.encoders import MLPEncoder, SetEncoder, Standardize
+from pyro_flows.fitting import density, loop
+from pyro_flows.transforms import ActNorm, FixedAffine, LULinear
+
+small = functools.partial(flows.nsf, num_transforms=2, hidden_dims=(16,))
+quick = functools.partial(fit_density, max_epochs=2, progress=False)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+LOC, TRIL = torch.tensor([1e4, -3e-4]), torch.tensor([[10.0, 0.0], [8e-5, 6e-5]])
+TARGET = dist.MultivariateNormal(LOC.double(), scale_tril=TRIL.double())
+
+
+def correlated(rows: int, seed: int = 0) -> Tensor:
+    """Normals with correlation 0.8, around 1e4 with a spread of 10 and around -3e-4 with one of 1e-4."""
+    return (LOC + normal(rows, 2, seed=seed) @ TRIL.T).float()
+
+
+# -------------------------------------------------------------------------------------------------------- known answers
+
+
+def test_a_density_of_bad_scales_is_found_in_nats_of_the_data() -> None:
+    x, unseen = correlated(2000).double(), correlated(2000, seed=1).double()
+    flow = small(2).double()
+    fit = fit_density(flow, x, max_epochs=10, lr=0.01, progress=False)
+    gap = TARGET.log_prob(unseen) - flow.log_prob(unseen)  # its mean is the divergence, never negative
+    assert -4 * gap.std().item() / math.sqrt(2000) < gap.mean().item() < 0.06
+    assert (gap - gap.mean()).abs().quantile(0.9) < 0.5
+    assert isinstance(fit, Fit)
+    assert fit.guide is flow
+    assert not flow.training
+    assert fit.losses[-20:].mean().item() == pytest.approx(TARGET.entropy().item(), abs=0.15)
+    assert fit.held_out.min().item() == fit.best_loss
+    assert fit.stopped == "steps"
+    draws = flow().sample((5000,))
+    assert ((draws.mean(0) - LOC) / TARGET.stddev).abs().max() < 0.1
+    assert (draws.T.cov() / TARGET.covariance_matrix - 1).abs().max() < 0.15
+
+
+def test_a_conditional_density_of_bad_scales_is_found() -> None:
+    """y ~ N(±(c - 5000), 1): two lines that cross, contexts in thousands."""
+    context = 5000 + 100 * normal(2000, 1, seed=1)
+    side = torch.where(torch.arange(2000) % 2 == 0, 1.0, -1.0)[:, None]
+    x = 7 + 0.03 * (side * (context - 5000) / 100 + 0.3 * normal(2000, 1))
+    flow = flows.nsf(1, context_dim=1, num_transforms=2, hidden_dims=(32,))
+    fit = fit_density(flow, x, context, max_epochs=15, lr=0.01, progress=False)
+    u = (context - 5000) / 100
+    halves = [dist.Normal(7 + 0.03 * s * u, 0.009).log_prob(x) for s in (1, -1)]
+    exact = torch.logsumexp(torch.stack(halves), 0) - math.log(2)
+    gap = (exact.squeeze(1) - flow.log_prob(x, context)).mean().item()
+    assert -0.03 < gap < 0.12
+    assert abs(fit.best_loss + exact.mean().item()) < 0.25
+    assert isinstance(flow.encoder, Standardize)
+    assert flow.encoder.loc.item() == pytest.approx(5000, abs=15)
+    assert flow.encoder.scale.item() == pytest.approx(100, rel=0.1)
+    assert flow(context[:5]).sample((3,)).shape == (3, 5, 1)
+
+
+def test_an_encoder_learns_with_the_flow() -> None:
+    """Contexts are sets of five numbers; x is their mean and noise."""
+    sets = 300 + 20 * normal(1000, 5, 1, seed=1)
+    x = sets.mean(1) + 1.0 * normal(1000, 1)
+    encoder = SetEncoder(1, 4, (16,), num_queries=1)
+    flow = Flow(flows.maf(1, 4, num_transforms=2, hidden_dims=(16,)).transforms, encoder=encoder)
+    before = [p.detach().clone() for p in encoder.parameters()]
+    fit = fit_density(flow, x, sets, max_epochs=20, batch_size=64, lr=0.01, progress=False)
+    assert flow.encoder is encoder
+    assert encoder.standardize.loc.item() == pytest.approx(300, abs=2)
+    assert all((p != b).any() for p, b in zip(encoder.parameters(), before, strict=True))
+    unconditional = dist.Normal(300.0, math.sqrt(20**2 / 5 + 1)).entropy().item()
+    assert fit.best_loss < dist.Normal(0.0, 1.0).entropy().item() + 0.5 < unconditional - 1
+
+
+MIX = normal(5, 5, seed=103)
+
+
+def outlying(rows: int, seed: int, far: float = 50.0) -> Tensor:
+    """Five correlated normals, five rows of them many standard deviations away."""
+    x = normal(rows, 5, seed=seed) @ MIX
+    if far:
+        x[:: rows // 5][:5] = far * MIX.norm(dim=0) * nn.functional.normalize(normal(5, 5, seed=seed + 1), dim=1)
+    return x
+
+
+@pytest.mark.parametrize("recipe", [flows.maf, flows.nsf, flows.nsf_ar])
+def test_outliers_do_no_harm(recipe: Any) -> None:
+    """Networks know nothing of places where they never were: affine maps make some 1e5 of outliers not seen before."""
+    x, others, clean = outlying(1000, 30), outlying(1000, 40), outlying(1000, 50, far=0.0)
+    flow = recipe(5, num_transforms=2, hidden_dims=(32,))
+    fit = fit_density(flow, x, max_epochs=15, batch_size=60, lr=0.01, progress=False)
+    assert isinstance(flow.base, StudentTBase)
+    assert fit.skipped == 0
+    gaussian = dist.MultivariateNormal(x.mean(0), x.T.cov())
+    with torch.no_grad():
+        for rows in (x, others, clean):
+            nats = flow.log_prob(rows)
+            assert nats.isfinite().all()
+            assert nats.mean() > gaussian.log_prob(rows).mean() + 1
+    exact = dist.MultivariateNormal(torch.zeros(5), MIX.T @ MIX)
+    assert (exact.log_prob(clean) - flow.log_prob(clean)).mean() < 0.5
+
+
+def test_only_outliers_change_the_base() -> None:
+    x = outlying(200, 3)
+    for rows, settings, changed in (
+        (normal(200, 5), {}, False),
+        (normal(200, 5), {"heavy_tails": True}, True),
+        (x, {}, True),
+        (x, {"heavy_tails": False}, False),
+    ):
+        flow = quick(small(5), rows, **settings).guide
+        assert isinstance(flow.base, StudentTBase) == changed
+    laplace = dist.Laplace(torch.zeros(5), 1.0).to_event(1)
+    assert quick(Flow(small(5).transforms, laplace), x).guide.base.distribution is laplace
+    trained = quick(small(5), normal(200, 5)).guide
+    assert not isinstance(quick(trained, x).guide.base, StudentTBase)  # its density would jump
+    assert quick(small(5).double(), x).guide.base.free_df.dtype == torch.float64
+
+
+def test_integers_get_a_mass() -> None:
+    """What the flow says of a noisy integer bounds its log-mass; the entropy bounds the mean of that from below."""
+    k = torch.distributions.Poisson(3.0).sample((2000,))
+    x = torch.stack((k, 0.5 * k + normal(2000)), 1)
+    flow = flows.nsf(2, num_transforms=2, hidden_dims=(32,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit = fit_density(flow, x, discrete=[0], max_epochs=12, lr=0.01, progress=False)
+    order = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
+    rows = x[order[:1800]].double()
+    spread = rows.var(0, correction=0) + torch.tensor([1 / 12, 0])
+    torch.testing.assert_close(flow.transforms[-1].loc.double(), rows.mean(0) + torch.tensor([0.5, 0]))
+    torch.testing.assert_close(flow.transforms[-1].scale.double(), spread.sqrt())
+    support = torch.arange(30.0)
+    p = torch.distributions.Poisson(3.0).log_prob(support)
+    entropy = -(p.exp() * p).sum().item() + dist.Normal(0.0, 1.0).entropy().item()
+    error = math.sqrt(1 / 200)
+    assert -4 * error < fit.best_loss - entropy < 0.2 + 4 * error
+    # The noise of the rows held out is the same each time: what is kept has the loss that it says.
+    noisy = dequantize(x[order[1800:]], [0], generator=torch.Generator().manual_seed(0))
+    assert -flow.log_prob(noisy).mean().item() == pytest.approx(fit.best_loss, abs=1e-4)
+
+
+def test_angles_keep_their_scale() -> None:
+    angle = 0.3 * normal(500) + math.pi  # across the seam
+    x = torch.stack((torch.remainder(angle + math.pi, 2 * math.pi) - math.pi, 100 + 5 * normal(500, seed=1)), 1)
+    flow = flows.circular_coupling(2, circular=[True, False], num_transforms=2, hidden_dims=(8,))
+    fit = quick(flow, x, max_epochs=8, lr=0.01)
+    affine = flow.transforms[-1]
+    assert (affine.loc[0], affine.scale[0]) == (0, 1)
+    assert affine.loc[1].item() == pytest.approx(100, abs=1)
+    torch.testing.assert_close(flow.log_prob(x + torch.tensor([2 * math.pi, 0])), flow.log_prob(x), atol=1e-3, rtol=0)
+    assert fit.best_loss < math.log(2 * math.pi) + dist.Normal(0.0, 5.0).entropy().item() - 0.3
+
+
+# ------------------------------------------------------------------------------------------------------ what x may be
+
+
+def losses_of(x: Any, *args: Any, **settings: Any) -> Tensor:
+    pyro.set_rng_seed(3)
+    return quick(small(2), x, *args, **settings).losses
+
+
+def test_tables_of_every_kind_are_the_same_table() -> None:
+    x = normal(100, 2).double()
+    wanted = losses_of(x.float())
+    assert len(wanted) == 2 * (90 // 32)
+    for other in (x, x.numpy(), x.numpy().astype(np.float32), pd.DataFrame(x.numpy()), x.requires_grad_()):
+        assert torch.equal(losses_of(other), wanted)
+    one = [quick(small(1), v).losses for v in (normal(50, 1), normal(50).numpy()) if not pyro.set_rng_seed(0)]
+    assert torch.equal(*one)
+    k = (100 * normal(100, 2)).round()
+    assert torch.equal(losses_of(k, discrete=[0, 1]), losses_of(k.long(), discrete=[0, 1]))
+    frame = pd.DataFrame(k.numpy(), columns=["a", "b"])
+    assert torch.equal(losses_of(frame, discrete=["b", "a"]), losses_of(k, discrete=[1, 0]))
+
+
+def test_contexts_of_every_kind_are_the_same_context() -> None:
+    x, context = normal(60, 2), normal(60, seed=1)
+    ways = (context[:, None], context, context.numpy(), pd.Series(context.numpy()), context.double())
+    found = []
+    for way in ways:
+        pyro.set_rng_seed(0)
+        found.append(quick(small(2, 1), x, way).losses)
+    assert all(torch.equal(found[0], other) for other in found)
+    labels = torch.arange(60) % 3
+    embedding = nn.Sequential(nn.Embedding(3, 2))
+    flow = Flow(small(2, 2).transforms, encoder=embedding)
+    assert quick(flow, x, labels).losses.isfinite().all()  # integers reach an encoder as they are
+    assert quick(small(2, 1), x, labels).losses.isfinite().all()
+
+
+def test_a_data_set_in_a_loader_is_divided() -> None:
+    x = normal(100, 2)
+    sizes = []
+
+    class Watched(Dataset):
+        def __len__(self) -> int:
+            return 100
+
+        def __getitem__(self, index: int) -> Tensor:
+            return x[index]
+
+    def collate(rows: list[Tensor]) -> Tensor:
+        sizes.append(len(rows))
+        return torch.stack(rows)
+
+    fit = quick(small(2), DataLoader(Watched(), batch_size=32, collate_fn=collate))
+    assert fit.steps == 2 * 3  # batches of 32, 32 and 26
+    assert sizes == 3 * [32, 32, 26, 10]  # once to look, then in each epoch
+    assert len(fit.held_out) == 2
+    dropped = quick(small(2), DataLoader(TensorDataset(x), batch_size=32, drop_last=True, shuffle=True))
+    assert dropped.steps == 2 * 2
+
+
+def test_a_loader_finds_what_a_table_does() -> None:
+    x = correlated(1000)
+    flow = small(2)
+    fit = fit_density(flow, DataLoader(TensorDataset(x), batch_size=60), max_epochs=5, lr=0.01, progress=False)
+    table = small(2)
+    twin = fit_density(table, x, max_epochs=5, batch_size=60, lr=0.01, progress=False)
+    assert fit.best_loss == pytest.approx(twin.best_loss, abs=0.3)
+    kept = torch.utils.data.random_split(range(1000), [900, 100], generator=torch.Generator().manual_seed(0))[0]
+    torch.testing.assert_close(flow.transforms[-1].loc, x[list(kept)].double().mean(0).float())
+    torch.testing.assert_close(
+        flow.transforms[-1].scale, x[list(kept)].double().std(0, correction=0).float(), rtol=1e-4, atol=0
+    )
+
+
+def test_batches_may_come_from_anywhere_if_others_judge() -> None:
+    x, context = normal(90, 2), normal(90, 1, seed=1)
+
+    class Pairs(IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(zip(x, context, strict=True))
+
+    pairs = list(zip(x.split(30), context.split(30), strict=True))
+    sampler = WeightedRandomSampler(torch.ones(90), 90)
+    judges = [(x[:20], context[:20]), (x[:20].numpy(), context[:20].numpy()), pairs, DataLoader(Pairs(), batch_size=9)]
+    sources = [pairs, DataLoader(Pairs(), batch_size=30),
+               DataLoader(TensorDataset(x, context), batch_size=30, sampler=sampler)]  # fmt: skip
+    for source, judge in [*itertools.product(sources, judges[:1]), *itertools.product(sources[:1], judges)]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a sampler that draws rows again makes no copies worth telling of
+            fit = quick(small(2, 1), source, validation=judge)
+        assert fit.steps == 6
+    for source in sources:
+        with pytest.raises(ValueError, match=r"x is a .*of which no rows can be held out; give others .*validation="):
+            quick(small(2, 1), source)
+    judged = quick(small(2), x, validation=x[:20])
+    assert judged.steps == 2 * (90 // 32)  # all rows are trained on
+    torch.testing.assert_close(judged.guide.transforms[-1].loc.detach(), x.mean(0))
+    assert -judged.guide.log_prob(x[:20]).mean().item() == pytest.approx(judged.best_loss, abs=1e-4)
+
+
+# --------------------------------------------------------------------------------------------- where a flow starts from
+
+
+def test_a_new_flow_is_standardised_by_the_rows_it_is_trained_on() -> None:
+    x = correlated(200)
+    rows = x[torch.randperm(200, generator=torch.Generator().manual_seed(0))[:180]].double()
+    for flow in (small(2), Flow([*small(2).transforms, FixedAffine(2)])):
+        quick(flow, x)
+        affine = flow.transforms[-1]
+        assert isinstance(affine, FixedAffine)
+        assert sum(isinstance(t, FixedAffine) for t in flow.transforms) == 1
+        torch.testing.assert_close(affine.loc.double(), rows.mean(0))
+        scale = affine.scale.diagonal() if affine.dense else affine.scale
+        torch.testing.assert_close(scale.double(), rows.std(0, correction=0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("context_dim", [0, 2], ids=["plain", "context"])
+@pytest.mark.parametrize("name", laws.RECIPES)
+def test_flows_of_every_recipe_are_new_until_they_are_trained(name: str, context_dim: int) -> None:
+    x = 1e3 + normal(60, 2)
+    flow = laws.RECIPES[name](2, context_dim, num_transforms=2, hidden_dims=(8,))
+    settings = {"max_epochs": 1, "lr": 0.05}
+    for count in (1, 1):
+        fit = quick(flow, x, normal(60, 2) if context_dim else None, **settings)
+        assert fit.losses.isfinite().all()
+        assert fit.best_loss < 10
+        assert sum(isinstance(t, FixedAffine) for t in flow.transforms) == count
+        x = x + 0.1
+
+
+def test_layers_that_start_from_data_see_standardised_ones() -> None:
+    bent = ActNorm(2)
+    flow = Flow([LULinear(2), bent])
+    x = correlated(500)
+    quick(flow, x, lr=1e-9)
+    assert bent.loc.abs().max() < 1e-4
+    flow = Flow([LULinear(2), bent := ActNorm(2)])
+    quick(flow, normal(500, 2) * 3 + 5, lr=1e-9, standardize=False)
+    assert not any(isinstance(t, FixedAffine) for t in flow.transforms)
+    torch.testing.assert_close(bent.loc.detach(), torch.tensor([5.0, 5.0]), rtol=0, atol=0.5)
+    torch.testing.assert_close(bent.log_scale.exp().detach(), torch.tensor([3.0, 3.0]), rtol=0.1, atol=0)
+    assert quick(flows.nice(2).inv, x).losses.isfinite().all()  # whose layers cannot start from data
+
+
+def test_a_second_fit_goes_on() -> None:
+    flow, x, context = small(2, 1), correlated(500), normal(500, 1)
+    first = quick(flow, x, context, max_epochs=8, lr=0.01)
+    fixed = [p.clone() for p in (*flow.transforms[-1].parameters(), *flow.encoder.parameters())]
+    depth = len(flow.transforms)
+    second = quick(flow, x + torch.tensor([1.0, 1e-5]), context + 0.1, max_epochs=1, lr=1e-7)
+    assert second.losses.mean() < first.losses[:5].mean()
+    assert len(flow.transforms) == depth
+    assert all(map(torch.equal, fixed, (*flow.transforms[-1].parameters(), *flow.encoder.parameters())))
+    trained = small(2)
+    laws.randomise(trained, scale=0.3)
+    quick(trained, normal(50, 2))
+    assert not any(isinstance(t, FixedAffine) for t in trained.transforms)  # it was made for the data as they are
+
+
+def test_only_what_has_a_gradient_is_handed_to_the_optimiser(monkeypatch: Any) -> None:
+    seen = []
+
+    def watched(loss: Any, parameters: Any, optimizers: Any, **settings: Any) -> Any:
+        seen.extend(p for o in optimizers for group in o.param_groups for p in group["params"])
+        loss().backward()
+        return loop.descend(loss, parameters, optimizers, **settings)
+
+    monkeypatch.setattr(density, "descend", watched)
+    flow = Flow(small(2, 4).transforms, encoder=MLPEncoder(3, 4, (8,)))
+    frozen = flow.transforms[0].conditioner.output.bias.requires_grad_(False)
+    before = frozen.clone()
+    quick(flow, correlated(100), normal(100, 3))
+    assert all(p.grad is not None for p in seen)
+    assert torch.equal(frozen, before)
+    held = {id(p) for p in (*flow.transforms[-1].parameters(), *flow.encoder.standardize.parameters(), frozen)}
+    assert {id(p) for p in seen} == {id(p) for p in flow.parameters()} - held
+
+
+def test_what_was_fitted_is_saved_whole(tmp_path: Any) -> None:
+    x, context = outlying(200, 3), 50 + normal(200, 2)
+    flow = quick(small(5, 2), x, context).guide
+    save(flow, tmp_path / "flow")
+    assert torch.equal(load(tmp_path / "flow").log_prob(x, context), flow.log_prob(x, context))
+
+
+def test_a_flow_keeps_its_dtype() -> None:
+    flow = small(2, 1).double()
+    fit = quick(flow, correlated(50), normal(50, 1))
+    assert {p.dtype for p in flow.parameters()} == {torch.float64}
+    assert fit.losses.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------- stopping, going on
+
+
+def test_early_stopping_restores_the_best_averaged_state() -> None:
+    x = normal(100, 3)
+    flow = flows.nsf(3, num_transforms=2, hidden_dims=(64,))
+    fit = fit_density(
+        flow, x, max_epochs=300, batch_size=35, lr=0.02, held_out=0.3, patience=4, progress=False
+    )  # fmt: skip
+    assert fit.stopped == "held-out"
+    assert fit.steps == 2 * len(fit.held_out) < 600
+    best = int(fit.held_out.argmin())
+    assert len(fit.held_out) == best + 1 + 4
+    assert (fit.best_step, fit.best_loss) == (2 * (best + 1), fit.held_out[best].item())
+    held = x[torch.randperm(100, generator=torch.Generator().manual_seed(0))[70:]]
+    assert -flow.log_prob(held).mean().item() == pytest.approx(fit.best_loss, abs=1e-4)
+
+
+@pytest.fixture
+def hasty(monkeypatch: Any) -> None:
+    """Each look at the clock takes a minute, so that every epoch ends with a checkpoint."""
+    clock = itertools.count(step=60)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
+
+
+class Mortal(Flow):
+    """A flow that something happens to when it is scored for the n-th time in training."""
+
+    calls, last, what = 0, math.inf, None
+
+    def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        self.calls += self.training
+        if self.calls == self.last and self.training:
+            self.what()
+        return super().log_prob(value, context)
+
+
+TABLE, CONTEXT = (50 * normal(100, 2)).round(), normal(100, 1, seed=1)
+
+
+def noisy(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Augments rows with random numbers, and is given to a loader."""
+    x, context = (torch.stack(part) for part in zip(*rows, strict=True))
+    return x, context + 0.1 * torch.randn(context.shape)
+
+
+def loader(**options: Any) -> DataLoader:
+    return DataLoader(TensorDataset(TABLE, CONTEXT), batch_size=30, collate_fn=noisy, **options)
+
+
+KINDS = {
+    "table": lambda: ((TABLE, CONTEXT), {"batch_size": 30}),
+    "loader": lambda: ((loader(),), {}),
+    "loader with random numbers of its own": lambda: (
+        (loader(shuffle=True, generator=torch.Generator().manual_seed(5)),), {"validation": (TABLE[:20], CONTEXT[:20])}
+    ),
+    "loader with a sampler": lambda: (
+        (loader(sampler=WeightedRandomSampler(torch.rand(100), 85)),), {"validation": (TABLE[:20], CONTEXT[:20])}
+    ),
+    "batches": lambda: (
+        (list(zip(TABLE.split(40), CONTEXT.split(40), strict=True)),), {"validation": (TABLE, CONTEXT)}
+    ),
+}  # fmt: skip
+
+
+def checkpointed(kind: str, file: Any, last: float = math.inf, what: Any = None, **settings: Any) -> tuple:
+    """A fit of a new flow from one seed: the record, and losses and parameters in the end."""
+    pyro.set_rng_seed(1)
+    args, options = KINDS[kind]()
+    flow = Mortal(flows.nsf(2, 1, num_transforms=2, hidden_dims=(8,)).transforms)
+    flow.last, flow.what = last, what
+    fit = quick(flow, *args, discrete=[0, 1], checkpoint=file, **{"max_epochs": 5, **options, **settings})
+    return fit, [fit.losses, fit.held_out, *(parameter.detach().clone() for parameter in flow.parameters())]
+
+
+def assert_same_run(left: list[Tensor], right: list[Tensor]) -> None:
+    assert all(torch.equal(*pair) for pair in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("hasty")
+def test_a_killed_run_goes_on_to_the_same_end(kind: str, tmp_path: Any) -> None:
+    whole = checkpointed(kind, tmp_path / "whole")[1]
+    with pytest.raises(SystemExit):
+        checkpointed(kind, tmp_path / "run", 8, sys.exit)
+    assert 3 <= len(torch.load(tmp_path / "run", weights_only=True)["losses"]) < 8
+    assert_same_run(checkpointed(kind, tmp_path / "run")[1], whole)
+    assert_same_run(checkpointed(kind, tmp_path / "run")[1], whole)
+    with pytest.raises(ValueError, match=r"fit_density: checkpoint=.*of another run"):
+        checkpointed(kind, tmp_path / "run", lr=0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_amid_an_epoch_and_the_run_goes_on(kind: str, tmp_path: Any, capsys: Any) -> None:
+    whole = checkpointed(kind, None)[1]
+    fit = checkpointed(kind, tmp_path / "run", 8, lambda: signal.raise_signal(signal.SIGINT))[0]
+    assert (fit.stopped, fit.steps) == ("interrupted", 8)
+    assert "Interrupted after 8 steps" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_same_run(checkpointed(kind, tmp_path / "run")[1], whole)
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path: Any) -> None:
+    x = normal(100, 2)
+    quick(small(2), x, checkpoint=tmp_path / "run")
+    for other, settings in (
+        (-x, {}),
+        (x, {"batch_size": 20}),
+        (x, {"validation": x}),
+        (x, {"held_out": 0.2}),
+        (DataLoader(TensorDataset(x), batch_size=32), {}),
+    ):
+        with pytest.raises(ValueError, match=r"fit_density: checkpoint='.*/run' is of another run"):
+            quick(small(2), other, checkpoint=tmp_path / "run", **settings)
+    with pytest.raises(ValueError, match="lies in a folder that does not exist"):
+        quick(small(2), x, checkpoint=tmp_path / "no" / "run")
+
+
+def test_progress_shows_held_out_nats(capsys: Any) -> None:
+    fit = fit_density(small(2), normal(100, 2), max_epochs=2)
+    assert f"held-out loss {fit.held_out[-1].item():.3f} nats" in capsys.readouterr().err
+    quick(small(2), normal(100, 2))
+    assert capsys.readouterr().err == ""
+
+
+def test_steps_that_are_not_finite_are_skipped_or_end_the_run() -> None:
+    class Broken(ActNorm):
+        calls = 0
+
+        def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            self.calls += self.training
+            x, log_det = super().inverse_and_log_det(y, context)
+            return x, log_det * (math.nan if self.training and self.calls % 3 == 0 else 1)
+
+    flow = Flow([*small(2).transforms, Broken(2)])
+    fit = quick(flow, normal(200, 2), batch_size=30)
+    assert 0 < fit.skipped < fit.steps
+    assert math.isfinite(fit.best_loss)
+    with pytest.raises(FloatingPointError, match="all layers are finite on 180 rows, so the gradient is at fault"):
+        quick(Flow([*small(2).transforms, Broken(2)]), normal(200, 2), batch_size=30, on_nonfinite="raise")
+
+    class Worse(ActNorm):
+        def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return super().inverse_and_log_det(y, context)[0] / 0, torch.zeros(len(y))
+
+    with pytest.raises(FloatingPointError, match=r"transforms\[\d\] of the flow, Worse, takes data to what is n"):
+        quick(Flow([*small(2).transforms, Worse(2)]), normal(200, 2), batch_size=30, on_nonfinite="raise")
+
+
+# ------------------------------------------------------------------------------------------------------------ warnings
+
+
+def test_spikes_are_told_of_once_by_column() -> None:
+    x = normal(1000, 4)
+    x[:, 1] = (10 * x[:, 1]).round() / 10
+    x[:, 2] = (3 * x[:, 2]).round()
+    x[:100, 3] = 0.0
+    with pytest.warns(UserWarning, match="fit_density: column 1 holds multiples of 0.1") as told:
+        quick(small(4), x, max_epochs=1)
+    (words,) = [str(warning.message) for warning in told]
+    for part in (
+        "column 2 holds integers (",
+        "column 3 repeats a value (0 in ",
+        "grow without bound",
+        "discrete=[...]",
+    ):
+        assert part in words
+    assert "column 0" not in words
+    assert told[0].filename == __file__
+    frame = pd.DataFrame({"a": x[:, 0].numpy(), "rooms": x[:, 2].numpy()})
+    with pytest.warns(UserWarning, match="column 'rooms' holds integers"):
+        quick(small(2), frame, max_epochs=1)
+    with pytest.warns(UserWarning, match=r"4\d % of the rows are copies of others"):
+        quick(small(2), normal(100, 2).repeat(2, 1), max_epochs=1)
+
+
+def test_there_is_nothing_to_tell_of_spread_or_continuous_columns() -> None:
+    x = normal(1000, 2)
+    x[:, 1] = (3 * x[:, 1]).round()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quick(small(2), normal(1000, 2), max_epochs=1)
+        quick(small(2), x, max_epochs=1, discrete=[1])
+        quick(small(2), dequantize(x), max_epochs=1)
+
+
+def test_columns_whose_digits_are_lost_are_told_of() -> None:
+    x = normal(100, 2).double() + torch.tensor([0.0, 1e6])
+    with pytest.warns(UserWarning, match=r"torch.float32 rounds column 1 \(to 0.1 sd\), so far from zero; .*double"):
+        quick(small(2), x, max_epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quick(small(2).double(), x, max_epochs=1)
+        quick(small(2), torch.stack((x[:, 0], torch.full((100,), 7.0)), 1), max_epochs=1, discrete=[1])
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def refused(words: str, flow: Any, *args: Any, error: type = ValueError, **settings: Any) -> None:
+    """Refused in these words, and the flow is as it was."""
+    before = copy.deepcopy(flow)
+    with pytest.raises(error, match=words):
+        quick(flow, *args, **settings)
+    if isinstance(flow, Flow):
+        assert len(flow.transforms) == len(before.transforms)
+        assert flow.encoder is None or before.encoder is not None
+        assert all(map(torch.equal, flow.parameters(), before.parameters()))
+
+
+def test_what_is_no_flow_over_vectors_is_refused() -> None:
+    refused("flow must be a Flow, .* got the recipe nsf, uncalled", flows.nsf, normal(50, 2), error=TypeError)
+    refused("flow must be a Flow, .* got Linear", nn.Linear(2, 2), normal(50, 2), error=TypeError)
+    refused("the flow has no parameters to train", small(2).requires_grad_(False), normal(50, 2))
+
+
+def test_rows_that_do_not_fit_the_flow_are_refused() -> None:
+    flow = small(3)
+    for shape in ((50,), (50, 2), (50, 3, 1), (3,), ()):
+        refused(rf"x must have shape \(N, 3\), .*got \({', '.join(map(str, shape))}", flow, torch.zeros(shape))
+    refused(r"x must hold at least 20 rows, got 19", flow, normal(19, 3))
+    refused(r"validation must have shape \(N, 3\)", flow, normal(50, 3), validation=normal(50, 2))
+    refused(r"some rows to train on and some to judge by, got 50 and 0", flow, normal(50, 3), validation=normal(0, 3))
+    refused(r"a batch must have shape \(N, 3\)", flow, DataLoader(TensorDataset(normal(50, 2))))
+    refused("x must hold real numbers", flow, normal(50, 3).half())
+    refused("x must hold real numbers", flow, normal(50, 3).to(torch.complex64))
+    refused("column 'town' holds 'Rome'", flow, pd.DataFrame({"a": range(30), "town": "Rome", "c": 1.0}))
+
+
+def test_contexts_that_do_not_fit_are_refused_in_the_words_of_the_flow() -> None:
+    x, context = normal(50, 2), normal(50, 3)
+    refused("Flow: context is missing; this flow takes contexts of width 3", small(2, 3), x)
+    refused("Flow: context of shape .* is unexpected", small(2), x, context)
+    refused("Flow: context must have width 3 on the right", small(2, 3), x, context[:, :2])
+    refused(r"context must have as many rows as x, 50, got shape \(49, 3\)", small(2, 3), x, context[:49])
+    refused("Flow: context is missing", small(2, 3), x, context, validation=x)
+    refused("Flow: context is missing", small(2, 3), DataLoader(TensorDataset(x)))
+    refused("Flow: context of shape .* is unexpected", small(2), DataLoader(TensorDataset(x, context)))
+    refused("MLPEncoder: data must have shape", Flow(small(2, 3).transforms, encoder=MLPEncoder(4, 3)), x, context)
+    refused("context is for a table x", small(2, 3), DataLoader(TensorDataset(x)), context)
+    refused("batch_size is for a table x", small(2), DataLoader(TensorDataset(x)), batch_size=3)
+
+
+def test_what_is_neither_a_table_nor_batches_is_refused() -> None:
+    x = normal(50, 2)
+    must = "x must be a tensor, an array, a data frame or a DataLoader, "
+    refused(must + r"got a data set; give DataLoader\(", small(2), TensorDataset(x), error=TypeError)
+    refused(must + "got NoneType", small(2), None, error=TypeError)
+    refused(must + "got str", small(2), "x.csv", error=TypeError)
+    refused(must + "or batches .* again, got a generator", small(2), (b for b in [x]), validation=x, error=TypeError)
+    refused("validation must be a tensor", small(2), x, validation=3, error=TypeError)
+    refused("validation must be x, .x, context. or a loader, got 3", small(2), x, validation=(x, x, x))
+    refused(r"batches must be x or \(x, context\), got dict", small(2), [{"x": x}], validation=x)
+    refused(r"batches must be x or \(x, context\), got \(Tensor, Tensor, Tensor\)", small(2), [(x, x, x)], validation=x)
+    refused(r"batches must be x or \(x, context\), got \(float, float\)", small(2), [[1.0, 2.0]], validation=x)
+    refused("some rows to train on and some to judge by, got 0 and 50", small(2), [], validation=x)
+
+
+def test_rows_that_are_not_finite_or_constant_are_refused_by_column() -> None:
+    x = normal(50, 3)
+    x[4, 1], x[5, 1], x[4, 2] = math.nan, math.inf, -math.inf
+    words = r"x holds NaN or inf in column 1 \(2 of 50 rows\), column 2 \(1 of 50 rows\)\. Leave those rows out"
+    refused(words, small(3), x)
+    refused(words, small(3), DataLoader(TensorDataset(x), batch_size=7))
+    refused(r"x holds NaN or inf in column 'b' \(2 of", small(3), pd.DataFrame(x.numpy(), columns=list("abc")))
+    refused(r"validation holds NaN or inf in column 1 \(2 of", small(3), normal(50, 3), validation=x)
+    context = normal(50, 1)
+    context[7] = math.nan
+    refused("the contexts of x hold NaN or inf in 1 of 50 rows", small(3, 1), normal(50, 3), context)
+    x = normal(50, 3)
+    x[:, 2] = 4.5
+    refused(r"x is constant in column 2 \(4.5\), which has no density. Leave it out", small(3), x)
+    refused(r"x is constant in column 'c' \(4.5\)", small(3), pd.DataFrame(x.numpy(), columns=list("abc")))
+    refused("discrete columns must hold integers only, unlike column 2", small(3), x, discrete=[2])
+    refused("discrete must hold places from 0 to 2, got 3", small(3), x, discrete=[3])
+    x[:, 2] = 4.0
+    assert quick(small(3), x, discrete=[2]).losses.isfinite().all()  # an integer that is always the same has a mass
+
+
+def test_a_seldom_column_that_varies_in_few_rows_is_no_error() -> None:
+    x = normal(1000, 2)
+    x[:, 1] = 0.0
+    x[::100, 1] = 1.0
+    with pytest.warns(UserWarning, match="column 1 holds integers"):
+        assert quick(small(2), x, max_epochs=1).losses.isfinite().all()
+
+
+def test_numbers_out_of_range_are_refused() -> None:
+    for name, value in (
+        ("max_epochs", 0),
+        ("batch_size", 0),
+        ("batch_size", True),
+        ("patience", 0.5),
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("clip_norm", -1.0),
+        ("held_out", 0.0),
+        ("held_out", 1.0),
+        ("on_nonfinite", "ignore"),
+    ):
+        refused(f"fit_density: {name} must", small(2), normal(50, 2), **{name: value})
+
+
+# -------------------------------------------------------------------------------------------------- flows with encoders
+
+
+def encoded(seed: int = 0) -> tuple[Flow, Flow, nn.Module]:
+    """A flow, the same with an encoder before it, and the encoder, all at random parameters."""
+    flow = laws.randomise(flows.nsf(3, 4, num_transforms=2, hidden_dims=(8,)).double(), scale=0.3)
+    encoder = MLPEncoder(2, 4, (8,)).double()
+    return flow, Flow(flow.transforms, flow.base, encoder=encoder), encoder
+
+
+def close(got: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(got, wanted, atol=1e-9, rtol=1e-9)
+
+
+def test_contexts_pass_through_the_encoder_whatever_is_asked() -> None:
+    flow, through, encoder = encoded()
+    raw, x = laws.normal(6, 1, 2), laws.normal(6, 5, 3, seed=1)
+    c = encoder(raw)
+    q = through(raw)
+    assert (q.batch_shape, q.event_shape, through.context_dim) == ((6, 1), (3,), 4)
+    close(q.log_prob(x), flow(c).log_prob(x))
+    close(through.condition(raw).log_prob(x), flow(c).log_prob(x))
+    close(through.log_prob(x, raw), flow.log_prob(x, c))
+    close(through.inv(raw).log_prob(x), flow.inv(c).log_prob(x))
+    close(through.inv.inv.log_prob(x, raw), flow.log_prob(x, c))
+    for ask in (lambda f, c: f.rsample_and_log_prob((4,), c), lambda f, c: (f(c).rsample((4,)),)):
+        found = []
+        for f, given in ((through, raw), (flow, c)):
+            torch.manual_seed(0)
+            found.append(ask(f, given))
+        for left, right in zip(*found, strict=True):
+            close(left, right)
+    gradients = torch.autograd.grad(through(raw).log_prob(x).sum(), encoder.output.weight)
+    assert (gradients[0] != 0).any()
+    assert {id(p) for p in encoder.parameters()} < {id(p) for p in through.inv.parameters()}
+
+
+def test_layers_start_from_data_at_encoded_contexts() -> None:
+    layers = flows.nsf(3, 4, num_transforms=2, hidden_dims=(8,)).double().transforms
+    laws.randomise(layers, scale=0.3)
+    encoder = MLPEncoder(2, 4, (8,)).double()
+    raw, x = laws.normal(50, 2), 5 + laws.normal(50, 3, seed=1)
+    norms = []
+    for given, net in ((raw, encoder), (encoder(raw), None)):
+        norms.append(ActNorm(3).double())
+        Flow([norms[-1], *layers], encoder=net).initialize(x, given)
+    close(norms[0].loc, norms[1].loc)
+    assert norms[0].loc.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda flow: pickle.loads(pickle.dumps(flow))], ids=["copy", "pickle"])
+def test_flows_with_encoders_are_copied_with_them(how: Any) -> None:
+    _, flow, _ = encoded()
+    raw, x = laws.normal(6, 2), laws.normal(6, 3, seed=1)
+    before, twin = flow.log_prob(x, raw), how(flow)
+    assert torch.equal(twin.log_prob(x, raw), before)
+    nn.init.ones_(twin.encoder.output.weight)
+    assert not torch.equal(twin.log_prob(x, raw), before)
+    assert torch.equal(flow.log_prob(x, raw), before)
+    fresh = Flow(
+        flows.nsf(3, 4, num_transforms=2, hidden_dims=(8,)).transforms, encoder=MLPEncoder(2, 4, (8,))
+    ).double()
+    fresh.load_state_dict(flow.state_dict(), strict=True)
+    assert torch.equal(fresh.log_prob(x, raw), before)
+    assert not [name for name in small(2, 1).state_dict() if "encoder" in name]
+
+
+def test_a_flow_with_an_encoder_compiles_to_one_graph() -> None:
+    flow = Flow(
+        flows.realnvp(3, 4, num_transforms=1, hidden_dims=(8,)).transforms, encoder=MLPEncoder(2, 4, (8,))
+    ).double()
+    raw, x = laws.normal(6, 2), laws.normal(6, 3, seed=1)
+    torch._dynamo.reset()
+    close(torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")(x, raw), flow.log_prob(x, raw))
+
+
+def test_encoders_that_do_not_fit_are_refused() -> None:
+    layers, raw = flows.nsf(3, 4).transforms, torch.zeros(5, 2)
+    with pytest.raises(ValueError, match=r"Flow: encoder must be a network .* it is of no use, as no transform"):
+        Flow(flows.nsf(3).transforms, encoder=MLPEncoder(2, 4))
+    for wrong in (MLPEncoder, lambda x: x):
+        with pytest.raises(ValueError, match="Flow: encoder must be a network from contexts to vectors; got"):
+            Flow(layers, encoder=wrong)
+    with pytest.raises(
+        ValueError, match=r"what the encoder makes of the context must have width 4 .* got shape \(5, 3\)"
+    ):
+        Flow(layers, encoder=MLPEncoder(2, 3))(raw)
+    with pytest.raises(ValueError, match="MLPEncoder: data must have shape"):
+        Flow(layers, encoder=MLPEncoder(3, 4))(raw)
+    with pytest.raises(ValueError, match="Flow: context is missing"):
+        Flow(layers, encoder=MLPEncoder(2, 4))()
+    # The raw context is the encoder's affair.
+    assert Flow(layers, encoder=nn.Embedding(7, 4))(torch.tensor([1, 6])).batch_shape == (2,)
