@@ -1,0 +1,655 @@
+"""The command ``density``: a flow as the density of a user's own table, and one clear line for each bad wish."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pyro_flows
+from pyro_flows import flows
+from pyro_flows.__main__ import main
+from pyro_flows.commands import DENSITIES, RECIPES, Refused, density
+from pyro_flows.commands.nats import gaussian_of, report
+from pyro_flows.commands.table import read_table, split_names
+from pyro_flows.diagnostics.pairs import plot_pairs
+from pyro_flows.fitting import fit_density, loop
+
+RANDOM = np.random.default_rng(0)
+X = RANDOM.standard_normal((120, 2))
+X[:, 1] += X[:, 0] ** 2
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Where a user works, with a table of 120 rows of two columns, ``a`` and ``b``."""
+    monkeypatch.chdir(tmp_path)
+    write("table.csv", ["a", "b"], X)
+    return tmp_path
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("it trained")
+
+    monkeypatch.setattr(density, "fit_density", refuse)
+
+
+def write(name: str, names: list[str], rows: object) -> None:
+    """A table as CSV."""
+    with open(name, "w", newline="") as file:
+        csv.writer(file).writerows([names, *rows])
+
+
+def run(*words: str, epochs: int = 2) -> int:
+    """The exit status of a short run."""
+    return main(["density", *words, "--epochs", str(epochs)])
+
+
+def said(capsys) -> str:
+    """What was printed, as one line."""
+    return " ".join(capsys.readouterr().out.split())
+
+
+def refused(capsys, *words: str) -> str:
+    """The one line that a bad wish is answered with."""
+    with pytest.raises(SystemExit) as exit_:
+        main(["density", *words])
+    assert exit_.value.code == 2
+    captured = capsys.readouterr()
+    start = "python -m pyro_flows density: error: "
+    assert captured.err.startswith(start)
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    return captured.err.removeprefix(start)
+
+
+def nats(out: str) -> dict[str, list[float]]:
+    """The rows of the printed table: train, validation, test and twice the error of the last."""
+    rows = [line.replace("±", "").split() for line in out.splitlines()]
+    return {
+        row[0]: [float(word) for word in row[1:]] for row in rows if len(row) == 5 and row[0] in ("Gaussian", "nsf")
+    }
+
+
+# Good wishes.
+
+
+def test_as_a_command(folder):
+    """As a user runs it, in a process of its own."""
+    root = Path(pyro_flows.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    words = ["table.csv", "--flow", "nsf", "--out", "model.pt", "--epochs", "20", "--quiet"]
+    command = [sys.executable, "-m", "pyro_flows", "density", *words]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr == ""
+    assert pyro_flows.load("model.pt")().sample().shape == (2,)
+
+
+def test_prints_nats_beside_a_gaussian_and_writes_both_files(folder, capsys):
+    assert run("table.csv", "--out", "new/folder/bend.pt", epochs=30) == 0
+    captured = capsys.readouterr()
+    assert sorted(path.name for path in (folder / "new" / "folder").iterdir()) == ["bend.png", "bend.pt"]
+    picture = (folder / "new" / "folder" / "bend.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    assert picture.endswith(b"IEND\xaeB`\x82")  # a whole picture
+    table = nats(captured.out)
+    assert list(table) == ["Gaussian", "nsf"]
+    assert table["nsf"][0] > table["Gaussian"][0] + 0.1  # on the rows for training, for certain
+    # The file holds the flow whose nats were printed: 96, 12 and 12 rows.
+    flow = pyro_flows.load("new/folder/bend.pt")
+    total = flow.log_prob(torch.from_numpy(X).float()).sum().item()
+    assert total / 12 == pytest.approx(8 * table["nsf"][0] + table["nsf"][1] + table["nsf"][2], abs=0.01)
+    out = " ".join(captured.out.split())
+    for words in (
+        "Columns: 'a', 'b'. Rows: 120, of which 96 to train on, 12 to validate and 12 to test.",
+        "nats a row over the Gaussian",
+        "time",
+        "for rows x of float32 with the columns in the order above: flow = pyro_flows.load('new/folder/bend.pt');",
+        f"Wrote {Path('new/folder/bend.pt')} and {Path('new/folder/bend.png')}.",
+    ):
+        assert words in out
+    assert "epochs" in out
+    assert "nats]" in captured.err  # the progress bar
+    assert "noise" not in out
+
+
+def test_the_line_of_python_runs(folder, capsys):
+    assert run("table.csv") in (0, 3)
+    line = capsys.readouterr().out.splitlines()[-1].strip()
+    exec(line, {"pyro_flows": pyro_flows, "x": torch.zeros(3, 2)})
+
+
+@pytest.mark.parametrize("flow", sorted(DENSITIES))
+def test_every_flow_runs(flow, folder, monkeypatch):
+    monkeypatch.setattr(density, "SAMPLES", 50)
+    assert run("table.csv", "--flow", flow, "--quiet", epochs=1) in (0, 3)
+    assert pyro_flows.load("model.pt").log_prob(torch.zeros(2)).isfinite()
+
+
+def test_the_flows_are_those_that_need_no_more_than_the_columns():
+    assert DENSITIES.items() >= RECIPES.items() | {"planar_flow": flows.planar_flow}.items()
+    assert not {"Flow", "circular_coupling"} & set(DENSITIES)
+
+
+def test_one_column_is_enough(folder):
+    assert run("table.csv", "--columns", "b", "--quiet") in (0, 3)
+    assert pyro_flows.load("model.pt")().sample().shape == (1,)
+
+
+def test_the_same_seed_gives_the_same_table(folder, capsys):
+    tables = []
+    for seed in ("7", "7", "8"):
+        run("table.csv", "--seed", seed)
+        tables.append(nats(capsys.readouterr().out))
+    assert tables[0] == tables[1]
+    assert tables[0]["Gaussian"][0] != tables[2]["Gaussian"][0]  # other rows
+
+
+def test_double_calculates_in_float64_and_leaves_no_trace(folder, capsys):
+    assert run("table.csv", "--double") in (0, 3)
+    assert pyro_flows.load("model.pt")().sample().dtype == torch.float64
+    assert torch.get_default_dtype() == torch.float32
+    assert "rows x of float64" in said(capsys)
+
+
+def test_integers_get_noise(folder, capsys, monkeypatch):
+    """Fresh noise in training, which the Gaussian and the nats see too: a Gaussian of 0 and 1 alone has more nats."""
+    asked = []
+    monkeypatch.setattr(density, "fit_density", lambda *a, **k: asked.append(k["discrete"]) or fit_density(*a, **k))
+    flips = RANDOM.integers(0, 2, 4000)
+    write("table.csv", ["a", "flip"], zip(RANDOM.standard_normal(4000), flips, strict=True))
+    assert run("table.csv", epochs=1) in (0, 3)
+    assert asked == [[1]]
+    out = capsys.readouterr().out
+    with_noise = -0.5 * math.log(2 * math.pi * math.e) * 2 - 0.5 * math.log(0.25 + 1 / 12)
+    assert nats(out)["Gaussian"][0] == pytest.approx(with_noise, abs=0.06)
+    assert "Integers: 'flip'. Noise from [0, 1) is added to them;" in out
+    assert "lower bound of the log-mass" in " ".join(out.split())
+    assert "and noise from [0, 1) added to integers" in " ".join(out.split())
+
+
+def test_spikes_and_copies_are_told_of_by_name(folder, capsys):
+    """In lines of the command, and not as warnings of Python's."""
+    x = np.stack((X[:, 0], X[:, 1].clip(0), X[:, 0].round(1)), 1)
+    write("table.csv", ["a", "hurdle", "grid"], np.concatenate((x, x[:10])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run("table.csv", epochs=1)
+    captured = capsys.readouterr()
+    out = " ".join(captured.out.split())
+    for words in ("Warning: column 'hurdle' repeats", "column 'grid' holds multiples of 0.1", "are copies of others."):
+        assert words in out
+    assert out.count("Warning: ") == 2  # of columns and of rows
+    assert "fit_density" not in out + captured.err
+    assert ".py" not in captured.err
+
+
+def test_columns_far_from_zero_are_told_of_before_the_training(folder, capsys):
+    write("table.csv", ["a", "time"], zip(X[:, 0], 1.6e9 + 1000 * X[:, 1], strict=True))
+    run("table.csv", epochs=1)
+    out = said(capsys)
+    assert out.index("Warning: torch.float32 rounds column 'time' (to ") < out.index("Gaussian")
+    assert "use --double." in out
+    assert "repeats" not in out  # only because of the rounding
+    run("table.csv", "--double", epochs=1)
+    assert "Warning" not in said(capsys)
+
+
+def test_warnings_of_others_are_shown_as_ever(folder, monkeypatch):
+    def warning(*arguments, **options):
+        warnings.warn("of another kind", stacklevel=1)
+        return fit_density(*arguments, **options)
+
+    monkeypatch.setattr(density, "fit_density", warning)
+    with pytest.warns(UserWarning, match="of another kind"):
+        run("table.csv", "--quiet", epochs=1)
+
+
+def test_quiet_prints_nothing(folder, capsys):
+    write("table.csv", ["a", "b", "c"], [[a, round(b, 1), "word"] for a, b in X])
+    assert run("table.csv", "--quiet") in (0, 3)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+
+
+@pytest.fixture
+def untrained(monkeypatch) -> list:
+    """A fit that leaves the flow at its start, the standard normal; what it was given to train on and to validate."""
+    given = []
+
+    def idle(_, x, *, validation, **__):
+        given.extend((x, validation))
+        return types.SimpleNamespace(stopped="steps", best_step=1, held_out=torch.zeros(1), skipped=2)
+
+    monkeypatch.setattr(density, "fit_density", idle)
+    return given
+
+
+@pytest.mark.usefixtures("untrained")
+def test_a_flow_below_the_gaussian_ends_with_3(folder, capsys):
+    write("table.csv", ["a", "b"], 10 * X)
+    assert run("table.csv") == 3
+    out = said(capsys)
+    assert "The flow is worse than a Gaussian. Try more --epochs or another --flow." in out
+    assert ", 1 epoch, 2 steps skipped" in out
+    assert (folder / "model.png").exists()
+
+
+def test_a_flow_within_the_error_of_the_gaussian_ends_with_0(folder, untrained):
+    """Standard normal data, which the flow has at its start."""
+    write("table.csv", ["a", "b"], RANDOM.standard_normal((2000, 2)))
+    assert run("table.csv", "--quiet") == 0
+
+
+def test_the_rows_are_divided_into_80_10_and_10_of_100(folder, untrained):
+    run("table.csv", "--quiet")
+    train, judge = ({tuple(row) for row in part.to_numpy().tolist()} for part in untrained)
+    assert (len(train), len(judge)) == (96, 12)
+    assert not train & judge
+    assert train | judge < {tuple(row) for row in X.astype(np.float32).tolist()}
+
+
+@pytest.fixture
+def interrupt(monkeypatch, ctrl_c):
+    """A run that is interrupted after some steps, two an epoch."""
+
+    def run(last: int) -> int:
+        class Interrupting(loop.tqdm):
+            def update(self, n=1):
+                if self.n >= last:
+                    signal.raise_signal(signal.SIGINT)
+                self.n += n
+
+        monkeypatch.setattr(loop, "tqdm", Interrupting)
+        return main(["density", "table.csv", "--epochs", "50000"])
+
+    return run
+
+
+def test_ctrl_c_keeps_the_best_state_and_writes_it(folder, capsys, interrupt):
+    write("table.csv", ["a", "b"], 10 * X)
+    assert interrupt(9) in (0, 3)
+    captured = capsys.readouterr()
+    assert "Interrupted after 10 steps; kept the best state" in captured.err
+    assert "Wrote model.pt and model.png." in captured.out
+    flow = pyro_flows.load("model.pt")
+    assert flow.log_prob(torch.from_numpy(10 * X).float()).mean() > -8  # standardised at least
+
+
+def test_ctrl_c_at_once_leaves_nothing_to_write(folder, capsys, interrupt):
+    with pytest.raises(SystemExit) as exit_:
+        interrupt(0)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.endswith("error: interrupted before there was anything to keep\n")
+    assert not (folder / "model.pt").exists()
+
+
+def test_nothing_half_written_is_left_behind(folder, monkeypatch):
+    """The disk fills up while the picture is written: what was there before stays, and no draft remains."""
+
+    class Picture:
+        def savefig(self, path, **_):
+            Path(path).write_bytes(b"\x89PNG half a pic")
+            raise OSError(28, "No space left on device")
+
+    (folder / "model.png").write_bytes(b"the old one")
+    monkeypatch.setattr(density, "plot_pairs", lambda *_: Picture())
+    with pytest.raises(OSError, match="No space left"):
+        run("table.csv", "--quiet", epochs=1)
+    assert (folder / "model.png").read_bytes() == b"the old one"
+    assert sorted(path.name for path in folder.iterdir()) == ["model.png", "model.pt", "table.csv"]
+
+
+# The nats.
+
+
+def test_the_gaussian_is_that_of_maximal_likelihood():
+    x = torch.from_numpy(RANDOM.standard_normal((50, 3)) @ RANDOM.standard_normal((3, 3)) * (1e-6, 1.0, 1e6))
+    x += x.std(0) * 5
+    gaussian = gaussian_of(x, "abc")
+    assert gaussian_of(x.float(), "abc").loc.dtype == torch.float64
+    covariance = torch.cov(x.T, correction=0)
+    best = -1.5 * math.log(2 * math.pi * math.e) - 0.5 * torch.logdet(covariance).item()
+    assert gaussian.log_prob(x).mean().item() == pytest.approx(best, abs=1e-6)
+
+
+def test_columns_that_determine_one_another_are_refused_by_name():
+    x = torch.from_numpy(RANDOM.standard_normal((50, 4)))
+    x[:, 1] = 3.0
+    with pytest.raises(Refused, match="constant in 'b'; choose other columns by --columns"):
+        gaussian_of(x, "abcd")
+    x[:, 1] = 1000 * x[:, 3] - 500 * x[:, 0] + 7
+    with pytest.raises(Refused, match="the columns 'a', 'b', 'd' determine one another"):
+        gaussian_of(x, "abcd")
+
+
+def test_the_report_tells_errors_of_means_and_of_the_gain():
+    gaussian = [torch.tensor(part) for part in ([-1.0, -3.0], [-2.0], [-11.0, -13.0, -12.0, -16.0])]
+    flow = [part + 1 for part in gaussian]
+    lines = report(flow, gaussian, "nsf", seconds=1.25, note=", 3 epochs").splitlines()
+    error = 2 * torch.tensor([-11.0, -13.0, -12.0, -16.0]).std().item() / 2
+    assert lines == [
+        "",
+        "           train  validation             test",
+        f"Gaussian  -2.000      -2.000  -13.000 ± {error:.3f}",
+        f"nsf       -1.000      -1.000  -12.000 ± {error:.3f}",
+        "",
+        "gain  1.000 ± 0.000 nats a row over the Gaussian, on the test rows one by one",
+        "time  1.2 s, 3 epochs",
+    ]
+
+
+# The picture.
+
+
+def test_the_picture_shows_data_below_and_samples_above_on_the_same_axes():
+    data = RANDOM.standard_normal((500, 3)) * (1.0, 10.0, 100.0)
+    data[0] = 1e6  # an outlier does not squash the others
+    samples = RANDOM.standard_normal((400, 3)) + 1
+    samples[1] = np.inf
+    figure = plot_pairs(data, samples, ["a", "b", "a name that is far too long"])
+    axes = np.array(figure.axes).reshape(3, 3)
+    for row, column in ((0, 1), (0, 2), (1, 2)):
+        above, below = axes[row, column], axes[column, row]
+        assert above.get_xlim() == below.get_ylim()
+        assert above.get_ylim() == below.get_xlim()
+        assert len(above.collections[0].get_offsets()) == 399  # without the infinite one
+        np.testing.assert_array_equal(below.collections[0].get_offsets(), data[:399, [row, column]])
+        np.testing.assert_array_equal(above.collections[0].get_offsets(), np.delete(samples, 1, 0)[:, [column, row]])
+        assert below.get_xlim() == axes[row, row].get_xlim()
+    low, high = axes[1, 1].get_xlim()
+    assert -60 < low < -20
+    assert 20 < high < 60
+    assert [axis.get_xlabel() for axis in axes[2]] == ["a", "b", "a name that is far …"]
+    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["a", "b", "a name that is far …"]
+
+
+def test_the_picture_of_many_columns_shows_the_first_and_says_so():
+    data = RANDOM.standard_normal((50, 8))
+    figure = plot_pairs(data, data, list("abcdefgh"))
+    assert len(figure.axes) == 36
+    assert "(the first 6 of 8 columns)" in figure.get_suptitle()
+    assert "columns" not in plot_pairs(data[:, :2], data[:, :2], "ab").get_suptitle()
+
+
+def test_the_picture_takes_any_names(tmp_path):
+    """Dollars begin no formula, which could not be drawn."""
+    figure = plot_pairs(X, X, ["price ($", r"\frac{$}{$}_x^"])
+    figure.savefig(tmp_path / "pairs.png")
+    assert figure.axes[2].get_xlabel() == r"price (\$"
+
+
+def test_the_picture_of_a_column_that_hardly_varies_has_a_width():
+    data = np.zeros((500, 1))
+    data[0] = 3.0
+    low, high = plot_pairs(data, data, "a").axes[0].get_xlim()
+    assert low < 0
+    assert high > 3
+
+
+# Tables.
+
+
+def read(text: str, chosen: list[str] | None = None, name: str = "t.csv") -> tuple[list[str], list, list[str]]:
+    """The columns, rows and remarks of a table that is written in a file."""
+    Path(name).write_text(text, encoding="utf-8")
+    table = read_table(Path(name), chosen)
+    return table.columns, table.values.tolist(), table.remarks
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a,b\n1,2.5\n3,-4e1\n",
+        "\ufeffa,b\r\n1,2.5\r\n3,-4e1\r\n",  # as Excel writes it
+        "a;b\n1;2.5\n3;-4e1",
+        "a\tb\n1\t2.5\n3\t-4e1\n",
+        '"a", "b"\n"1", 2.5\n 3 ,"-4e1"\n',
+        "\na,b\n\n1,2.5\n  \n3,-4e1\n\n",
+        "# a,b\n1,2.5\n3,-4e1\n",  # as NumPy does
+    ],
+)
+def test_text_is_read_whatever_parts_it(text, folder):
+    assert read(text) == (["a", "b"], [[1.0, 2.5], [3.0, -40.0]], [])
+
+
+def test_names_may_hold_the_delimiter_and_lines(folder):
+    columns, rows, _ = read('"height, cm";"two\nlines"\n1;2\n3;5\n')
+    assert columns == ["height, cm", "two\nlines"]
+    assert rows == [[1, 2], [3, 5]]
+    assert read('"a, b",c\n1,2\n3,5\n', split_names('"a, b", c'))[0] == ["a, b", "c"]
+
+
+def test_a_first_line_of_numbers_is_data(folder):
+    assert read("1.5,NA\n2,3\n7,5\n3,9") == (
+        ["column 1", "column 2"],
+        [[2, 3], [7, 5], [3, 9]],
+        ["Left out 1 of 4 rows, where values are missing: in 'column 2' (1 row)."],
+    )
+    assert read("3\n1\n2\n") == (["column 1"], [[3], [1], [2]], [])
+
+
+def test_a_first_line_of_words_and_numbers_is_names_and_said_to_be(folder):
+    columns, _, remarks = read("name,2019,2020\na,1,2\nb,2,4\n")
+    assert columns == ["2019", "2020"]
+    assert remarks[0] == "The first line (name, 2019, 2020) was taken for names."
+
+
+def test_columns_without_a_name_are_numbered_and_row_numbers_left_out(folder):
+    assert read(",b,\n1,5,0\n2,5.5,7\n3,1,3\n") == (
+        ["b", "column 3"],
+        [[5, 0], [5.5, 7], [1, 3]],
+        ["Left out row numbers: 'column 1'."],
+    )
+    assert read("time,b\n1,5\n2,5.5\n3,1\n")[0] == ["time", "b"]  # it has a name
+    assert read(",b\n1,5\n2,5.5\n4,1\n")[0] == ["column 1", "b"]  # it does not count
+
+
+@pytest.mark.parametrize("word", ["", "NA", "NaN", "nan", "null", "NULL", "None", "n/a", "#N/A", "?", "-", ".", " NA "])
+def test_rows_with_missing_values_are_left_out_and_counted(word, folder):
+    columns, rows, remarks = read(f"a,b,c\n1,2,x\n{word},3,{word}\n2,{word},x\n5,1,y\n{word},4,y\n6,7,y\n7,7,z\n8,8,z")
+    assert columns == ["a", "b"]
+    assert rows == [[1, 2], [5, 1], [6, 7], [7, 7], [8, 8]]
+    assert remarks == [
+        "Left out columns that are not numbers: 'c' ('x' in 7 rows).",
+        "Left out 3 of 8 rows, where values are missing: in 'a' (2 rows), 'b' (1 row).",
+    ]
+
+
+def test_columns_without_a_density_are_left_out_by_name(folder):
+    columns, _, remarks = read("a,red,most,none,same,flag\n1,r,1,,3,True\n2,g,2 cm,NA,3.0,False\n3,b,3,?,,True\n")
+    assert columns == ["a"]
+    assert remarks == [
+        "Left out columns that are not numbers: 'red' ('r'), 'most' ('2 cm' in 1 row), 'flag' ('True').",
+        "Left out empty columns: 'none'.",
+        "Left out constant columns: 'same' (3).",
+    ]
+
+
+def test_a_column_that_is_constant_in_the_rows_that_are_left_is_left_out(folder):
+    columns, rows, remarks = read("a,b\n1,5\n2,5\n3,5\n,6\n")
+    assert (columns, rows) == (["a"], [[1], [2], [3]])
+    assert remarks[-1] == "Left out constant columns: 'b' (5)."
+
+
+def test_chosen_columns_come_in_the_order_asked_for_and_nothing_is_said_of_others(folder):
+    text = ",a,b,c,d\n1,1,NA,x,7\n2,2,3,y,5\n3,5,4,z,5\n"
+    assert read(text, ["d", "a"]) == (["d", "a"], [[7, 1], [5, 2], [5, 5]], [])
+    assert read(text, ["b"])[2] == ["Left out 1 of 3 rows, where values are missing: in 'b' (1 row)."]
+
+
+def test_numpy_files_hold_a_matrix_or_vectors(folder):
+    x = np.array([[1.5, 2], [3, 5]], dtype=np.float32)
+    np.savez("t.npz", x=x)
+    table = read_table(Path("t.npz"))
+    assert (table.columns, table.values.tolist(), table.remarks) == (["column 1", "column 2"], x.tolist(), [])
+    assert table.values.dtype == np.float64
+    np.savez("t.npz", x=x, columns=np.array(["a", "b"]), other=x, y=x[0])
+    table = read_table(Path("t.npz"))
+    assert table.columns == ["a", "b"]
+    assert table.remarks == ["Used the array 'x' alone, without 'other', 'y'."]
+    np.savez("t.npz", data=x)
+    assert read_table(Path("t.npz")).values.tolist() == x.tolist()
+    vectors = {"u": np.array([1, 2, 5]), "v": np.array([np.nan, 1, 2]), "w": np.array(["a", "b", "c"])}
+    np.savez("t.npz", **vectors, flag=np.array([True, False, True]))
+    table = read_table(Path("t.npz"))
+    assert table.columns == ["u", "v", "flag"]
+    assert table.values.tolist() == [[2, 1, 0], [5, 2, 1]]
+    assert len(table.remarks) == 2
+    np.save("t.npy", x)
+    assert read_table(Path("t.npy")).values.tolist() == x.tolist()
+    np.save("t.npy", np.array([(1, 2.5), (2, 3.5)], dtype=[("p", int), ("q", float)]))
+    assert read_table(Path("t.npy")).columns == ["p", "q"]
+
+
+def test_an_npz_file_goes_all_the_way(folder):
+    np.savez("table.npz", x=X, columns=np.array(["a", "b"]))
+    assert run("table.npz", "--quiet") in (0, 3)
+
+
+# Bad wishes.
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "the table 't.csv' is empty"),
+        ("\n \n", "the table 't.csv' is empty"),
+        ("a,b\n", "holds names and no rows"),
+        ("a,b\n1,2\n3,4,5\n", "line 3 of the table 't.csv' has 3 values, the first line 2"),
+        ("a,b\n1,2\n\n3\n", "line 4 of the table 't.csv' has 1 values, the first line 2"),
+        ('a,b\n1,2\n"3,4\n', "line 3 of the table 't.csv' cannot be read: unexpected end of data"),
+        ("a,b,a\n1,2,3\n", "several columns named 'a'; rename them"),
+        ("column 2,\n1,2\n", "several columns named 'column 2'"),
+        (
+            "a;b\n1,5;2,5\n3,5;1,0\n",
+            "column 'a' holds numbers with commas, such as '1,5'; write them with a decimal point",
+        ),
+        ("a;b\n1;2,5\n3;1,0\n", "column 'b' holds numbers with commas, such as '2,5'"),
+        ('a,b\n1,"1,200"\n3,"1,300"\n', "column 'b' holds numbers with commas, such as '1,200'"),
+        (
+            "a\n1 2\n3 4\n",
+            "the table has no column that has a density. Left out columns that are not numbers: 'a' ('1 2').",
+        ),
+        ("a,b\n1,x\n1,y\n", "Left out columns that are not numbers: 'b' ('x'). Left out constant columns: 'a' (1)."),
+        ("a,b\n1,2\n2,inf\n3,-Infinity\n", "the table holds inf in 'b' (2 rows); leave these rows out"),
+        ("a,b\n1,2\n2,\n3,\n4,5\n5,\n", "values are missing in 3 of 5 rows: in 'b' (3 rows); choose other columns by"),
+        ("a,b\n" + "1.5,2\n0.1,3\n" * 20, "the table has 40 rows, too few for a density of 2 columns"),
+    ],
+)
+def test_bad_tables_are_refused_before_training(text, words, folder, capsys):
+    (folder / "t.csv").write_text(text)
+    assert words in refused(capsys, "t.csv")
+    assert not (folder / "model.pt").exists()
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ("a,z", "argument --columns: there is no 'z'; the table has 'a', 'b', 'c', 'd', 'e'"),
+        ("c", "argument --columns: columns that are not numbers have no density: 'c' ('x')"),
+        ("a,d", "argument --columns: constant columns have no density: 'd' (1)"),
+        ("e,a", "argument --columns: empty columns have no density: 'e'"),
+        ("a,a", "argument --columns: names must be parted by commas, each there once, got 'a,a'"),
+        ("", "argument --columns: names must be parted by commas, each there once, got ''"),
+        ("a,,b", "argument --columns: names must be parted by commas"),
+    ],
+)
+def test_bad_columns_are_refused(columns, words, folder, capsys):
+    write("t.csv", list("abcde"), [[*row, "x", 1, ""] for row in X])
+    assert words in refused(capsys, "t.csv", "--columns", columns)
+
+
+@pytest.mark.usefixtures("no_training")
+def test_columns_that_are_sums_of_others_are_refused(folder, capsys):
+    write("t.csv", list("abc"), [[a, b, a + b] for a, b in X])
+    assert "the columns 'a', 'b', 'c' determine one another" in refused(capsys, "t.csv")
+
+
+@pytest.mark.usefixtures("no_training")
+def test_bad_files_are_refused(folder, capsys):
+    assert "cannot read the table 'absent.csv': No such file" in refused(capsys, "absent.csv")
+    assert "must end with one of .csv, .tsv, .txt, .npz, .npy" in refused(capsys, "table.xlsx")
+    (folder / "latin.csv").write_bytes("größe,b\n1,2\n".encode("latin-1"))
+    assert "'latin.csv' is not UTF-8 text; save it as CSV in UTF-8" in refused(capsys, "latin.csv")
+    (folder / "text.npz").write_text("a,b\n1,2\n")
+    assert "the table 'text.npz' is not a NumPy file of plain arrays" in refused(capsys, "text.npz")
+    np.savez("objects.npz", x=np.array([{}, {}], dtype=object))
+    assert "is not a NumPy file of plain arrays" in refused(capsys, "objects.npz")
+    (folder / "cut.npz").write_bytes((folder / "objects.npz").read_bytes()[:100])
+    assert "is not a NumPy file of plain arrays" in refused(capsys, "cut.npz")
+    np.savez("many.npz", u=np.zeros((2, 2)), v=np.zeros((2, 2)))
+    assert "must hold a matrix 'x', or vectors of one length, a column each; it holds 'u' of shape (2, 2)" in refused(
+        capsys, "many.npz"
+    )
+    np.savez("unequal.npz", u=np.zeros(2), v=np.zeros(3))
+    assert "it holds 'u' of shape (2,), 'v' of shape (3,)" in refused(capsys, "unequal.npz")
+    np.savez("cube.npz", u=np.zeros((2, 2, 2)))
+    assert "it holds 'u' of shape (2, 2, 2)" in refused(capsys, "cube.npz")
+    np.savez("names.npz", x=X, columns=np.array(["a"]))
+    assert "holds 1 names in 'columns', and its table has 2 columns" in refused(capsys, "names.npz")
+    np.savez("twice.npz", x=X, columns=np.array(["a", "a"]))
+    assert "several columns named 'a'" in refused(capsys, "twice.npz")
+    np.savez("inf.npz", x=np.array([[1.0, np.inf], [2.0, 1.0]]))
+    assert "the table holds inf in 'column 2' (1 row)" in refused(capsys, "inf.npz")
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_bad_place_for_the_files_is_refused_before_training(folder, capsys, monkeypatch):
+    assert "argument --out: 'a.png' must end with .pt" in refused(capsys, "table.csv", "--out", "a.png")
+    assert "argument --out: cannot write into 'table.csv'" in refused(capsys, "table.csv", "--out", "table.csv/a.pt")
+    (folder / "a.png").mkdir()
+    assert "argument --out: cannot write 'a.png': it is a folder" in refused(capsys, "table.csv", "--out", "a.pt")
+
+    def denied(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", denied)  # by hand, since an administrator may write anywhere
+    assert "cannot write into '.': Permission denied" in refused(capsys, "table.csv", "--out", "b.pt")
+
+
+@pytest.mark.parametrize("error", [ValueError, FloatingPointError])
+def test_what_training_refuses_is_one_line(error, folder, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise error("fit_density: x is\nnot to my taste.")
+
+    monkeypatch.setattr(density, "fit_density", refuse)
+    assert refused(capsys, "table.csv", "--quiet") == "x is not to my taste.\n"
+
+
+@pytest.mark.parametrize("words", [["--epochs", "0"], ["--seed", "-1"], ["--flow", "glowworm"], ["--steps"]])
+def test_bad_options_are_refused(words, folder, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["density", "table.csv", *words])
+    assert exit_.value.code == 2
+    assert words[-1] in capsys.readouterr().err
+
+
+def test_help_tells_the_rules(capsys):
+    texts = []
+    for words in (["density", "--help"], ["--help"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(words)
+        assert exit_.value.code == 0
+        texts.append(" ".join(capsys.readouterr().out.split()))
+    options = ("TABLE", "--columns", "--out", "--flow", "--epochs", "--seed", "--double", "--quiet", "sylvester_flow")
+    for words in (*options, "rows with missing values", "The exit status is 0", "beside that of a Gaussian"):
+        assert words in texts[0]
+    assert "`python -m pyro_flows density --help`" in texts[1]
