@@ -246,7 +246,7 @@ def test_gradcheck(bijector: Bijector) -> None:
     assert torch.autograd.gradcheck(bijector.inverse_and_log_det, (x, params))
 
 
-@every_bijector
+@pytest.mark.parametrize("bijector", laws.STEERED.values(), ids=laws.STEERED)
 def test_it_compiles_to_one_graph(bijector: Bijector) -> None:
     laws.compiles(bijector, laws.normal(4, 3, scale=3.0), params_of(bijector, 4, 3))
 

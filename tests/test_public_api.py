@@ -26,8 +26,8 @@ NAMES = {
     transforms: "ActNorm Autoregressive BlockAutoregressive Compose Conditioned Coupling Elementwise FixedAffine "
     "FlowTransform Householder Inverse LULinear Orthogonal Permute Planar Radial Residual Sylvester View",
     distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase StandardNormal StudentTBase",
-    flows: "Flow bnaf circular_coupling iaf maf nice nsf nsf_ar planar_flow radial_flow realnvp residual_flow "
-    "sylvester_flow",
+    flows: "Flow bnaf bpf circular_coupling flowpp gaussianization iaf maf naf nice nsf nsf_ar planar_flow "
+    "radial_flow realnvp residual_flow sospf sylvester_flow umnn",
     objectives: "ForwardKL ImportanceWeightedELBO PathELBO PathEnumELBO RenyiELBO TemperedELBO",
     guides: "AutoFlow AutoPlateFlow default_flow init_to_center posterior_graph",
     diagnostics: "Calibration Check Neutra Psis Refined Simulations calibrate check importance_log_likelihood neutra "
