@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyro_flows.bijectors import Affine, Bijector, CircularSpline, LinearRationalSpline, RationalQuadraticSpline
+from pyro_flows.bijectors import (
+    Affine,
+    Bijector,
+    CircularSpline,
+    Integral,
+    LinearRationalSpline,
+    RationalQuadraticSpline,
+)
 
 DTYPES = [torch.float32, torch.float64]
 Spline = RationalQuadraticSpline | LinearRationalSpline
@@ -32,7 +39,7 @@ def params_of(bijector: Bijector, *shape: int, dtype: torch.dtype = torch.float6
     return laws.normal(*shape, bijector.num_params, seed=1, dtype=dtype, scale=scale)
 
 
-def knots_of(spline: Spline | CircularSpline, params: Tensor) -> tuple[Tensor, Tensor]:
+def knots_of(spline: Spline | Integral | CircularSpline, params: Tensor) -> tuple[Tensor, Tensor]:
     """The K + 1 knots along x and along y, to the last bit."""
     xs, ys = spline._table(params)[:2]
     return xs, ys
@@ -164,8 +171,10 @@ def test_the_slope_does_not_jump_at_the_edge_of_the_box(spline: Spline) -> None:
             assert (y - edge).abs().max() < 1e-8
 
 
-@pytest.mark.parametrize("bijector", [RationalQuadraticSpline(), LinearRationalSpline(), *CIRCULAR.values()], ids=repr)
-def test_gradients_do_not_stop_next_to_a_knot(bijector: Spline | CircularSpline) -> None:
+@pytest.mark.parametrize(
+    "bijector", [RationalQuadraticSpline(), LinearRationalSpline(), Integral(), *CIRCULAR.values()], ids=repr
+)
+def test_gradients_do_not_stop_next_to_a_knot(bijector: Spline | Integral | CircularSpline) -> None:
     """Within round-off of a knot a formula may leave its bin; the derivative must stay what the log-det says."""
     for params in params_of(bijector, 20):
         rotation = params[-1] if isinstance(bijector, CircularSpline) else 0.0

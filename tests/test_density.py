@@ -772,3 +772,40 @@ def test_encoders_that_do_not_fit_are_refused() -> None:
         Flow(layers, encoder=MLPEncoder(2, 4))()
     # The raw context is the encoder's affair.
     assert Flow(layers, encoder=nn.Embedding(7, 4))(torch.tensor([1, 6])).batch_shape == (2,)
+
+
+# ------------------------------------------------------------ what a hostile table would hide
+
+
+def test_integers_too_large_for_noise_are_refused() -> None:
+    """In float32 noise from [0, 1) on 16,000,000 is 0 or 1, and the density of two spikes is no bound of anything."""
+    x = torch.stack((16_000_000 + torch.randint(0, 6, (200,)).double(), torch.randn(200).double()), 1)
+    flow = flows.nsf(2, num_transforms=1, hidden_dims=(4,))
+    with pytest.raises(ValueError, match=r"float32 leaves no room for noise .*column 0 \(up to 1.6e\+07\)"):
+        fit_density(flow, x, discrete=[0], max_epochs=1, progress=False)
+    assert fit_density(flow.double(), x, discrete=[0], max_epochs=1, progress=False).steps
+    with pytest.raises(ValueError, match=r"dequantize: torch.float32 leaves no room"):
+        dequantize(x.float(), [0])
+
+
+class Frame:
+    """As much of a data frame as matters here."""
+
+    def __init__(self, columns: list[str], values: np.ndarray) -> None:
+        self.columns, self.values = columns, values
+
+    def to_numpy(self) -> np.ndarray:
+        return self.values
+
+
+def test_columns_in_another_order_are_refused() -> None:
+    values = np.random.default_rng(0).normal(size=(100, 2))
+    flow = flows.nsf(2, num_transforms=1, hidden_dims=(4,))
+    with pytest.raises(ValueError, match=r"columns \['a', 'b'\], .* has \['b', 'a'\]|has \['a', 'b'\]"):
+        fit_density(flow, Frame(["a", "b"], values), validation=Frame(["b", "a"], values[:, ::-1]), max_epochs=1)
+
+
+def test_arrays_may_run_backwards() -> None:
+    values = np.random.default_rng(0).normal(size=(100, 2))
+    flow = flows.nsf(2, num_transforms=1, hidden_dims=(4,))
+    assert fit_density(flow, values[::-1, ::-1], max_epochs=1, progress=False).steps

@@ -841,3 +841,16 @@ def test_a_guide_whose_parts_do_not_fit_is_refused(tmp_path: Path) -> None:
     edited(file, lambda c: c["spec"]["arguments"]["sites"].__delitem__(0))
     with pytest.raises(ValueError, match=r"guides\.AutoFlow refuses its arguments: the flow is over \d+ numbers"):
         pf.load(file)
+
+
+@pytest.mark.parametrize("change", ["setting", "hook"])
+def test_a_flow_that_was_changed_by_hand_is_refused(change: str, tmp_path: Path) -> None:
+    """What its constructor does not tell would be missing from the file, and another function come back."""
+    flow = flows.maf(3, num_transforms=1, activation=nn.LeakyReLU)
+    part = next(module for module in flow.modules() if isinstance(module, nn.LeakyReLU))
+    if change == "setting":
+        part.negative_slope = 0.9
+    else:
+        part.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"negative_slope is 0.9|has forward hooks"):
+        pf.save(flow, tmp_path / "flow.pt")

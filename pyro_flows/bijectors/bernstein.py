@@ -58,17 +58,18 @@ class Bernstein(Continued):
         raw, shift = params.movedim(-1, 0).split((self.degree, 1))
         slopes = bounded(raw, self.max_log_slope).exp()
         steps = slopes * (2 * self.bound / self.degree)
-        places = steps.cumsum(0)  # of the coefficients but the first, seen from there
-        first = shift[0] - places[-1] / 2  # the tails of steps as they come then leave the middle where it is
-        binomials = [math.comb(self.degree - 1, j) for j in range(self.degree)]
+        ends = steps.cumsum(0)  # β without the first, seen from there
+        first = shift - ends[-1:] / 2  # what rises on the right sinks as much on the left
+        binomials = [float(math.comb(self.degree - 1, j)) for j in range(self.degree)]
         counts = torch.tensor(binomials, dtype=params.dtype, device=params.device).view(-1, *(1,) * (params.dim() - 1))
-        return counts, slopes, steps, first + places - steps
+        return counts, slopes, steps, first + ends - steps
 
     def bend(self, x: Tensor, table: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         counts, slopes, steps, starts = table
         u, v = (self.bound + x) / (2 * self.bound), (self.bound - x) / (2 * self.bound)
         basis = counts * powers(u, self.degree) * powers(v, self.degree).flip(0)
         basis = basis / basis.sum(0).detach()  # which is one but for the round-off of u + v to the n-th power
+        # B_{j,n} = u B_{j-1,n-1} + (1 - u) B_{j,n-1}, so degree n - 1 does for both.
         return (basis * torch.addcmul(starts, steps, u)).sum(0), torch.log((basis * slopes).sum(0))
 
 

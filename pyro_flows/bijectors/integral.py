@@ -4,9 +4,9 @@
 
 with t in units of the distance between the places t_k = 0 … H - 1, which are spread over [-B, B].  The network is asked
 at fixed nodes and g is straight between them, so that the trapezoid rule is exact: whatever the weights, the map
-increases, its log-determinant is that of the map itself, and its inverse is the root of a quadratic.  (A rule of Gauss
-on [0, x] takes more nodes than this one before every network within the bounds gives a map that increases.)  Outside of
-[-B, B] the map goes on straight.
+increases, its log-determinant is that of the map itself, and its inverse is the root of a quadratic.  (Gauss's rule on
+[0, x] would take more nodes before every such network gave an increasing map, and a search for its inverse besides.)
+Outside of [-B, B] the map goes on straight.
 Unconstrained Monotonic Neural Networks (Wehenkel, Louppe 2019, arXiv:1908.05164).
 """
 
@@ -69,8 +69,7 @@ class Integral(Bijector):
         x0, x1, y0, y1, g0, g1 = bin_of(within, self._table(params), axis=0)
         u = (within - x0) / (x1 - x0)
         slope = torch.lerp(g0, g1, u)
-        # The share of the panel's area that lies to the left.
-        share = u * (g0 + slope) / (g0 + g1)
+        share = u * (g0 + slope) / (g0 + g1)  # of the panel's area
         y = torch.addcmul(y0, y1 - y0, share)
         return torch.addcmul(y, x - within, slope), torch.log(slope)
 
@@ -80,8 +79,7 @@ class Integral(Bijector):
         within = torch.maximum(torch.minimum(y, high), low)
         x0, x1, y0, y1, g0, g1 = bin_of(within, table, axis=1)
         share = (within - y0) / (y1 - y0)
-        # The square of the slope is linear in the area.
-        slope = torch.sqrt(torch.lerp(g0 * g0, g1 * g1, share))
+        slope = torch.sqrt(torch.lerp(g0 * g0, g1 * g1, share))  # the square of a straight slope is linear in the area
         u = share * (g0 + g1) / (g0 + slope)
         x = torch.addcmul(x0, x1 - x0, u)
         return x + (y - within) / slope, -torch.log(slope)

@@ -65,11 +65,11 @@ class SumOfSquares(Continued):
     def table(self, params: Tensor) -> tuple[Tensor, ...]:
         ones = (1,) * (params.dim() - 1)
         raw, shift = params.movedim(-1, 0).split((self.num_params - 1, 1))
-        raw = raw.unflatten(0, (self.degree + 1, self.polynomials))
+        raw = raw.unflatten(0, (self.degree + 1, self.polynomials))  # (n + 1, K, *s)
         constants = distinct(self.polynomials, params).view(-1, *ones)
         raw = torch.cat((raw[:1] + constants, raw[1:]))
         norms = torch.arange(1, 2 * self.degree + 2, 2, device=params.device).view(-1, 1, *ones)
-        size, most = (raw.square() / norms).sum((0, 1)), self.max_mean_slope
+        size, most = (raw.square() / norms).sum((0, 1)), self.max_mean_slope  # one stays one, and most is the limit
         coefficients = (raw * torch.sqrt(most / (size + (most - 1)))).unsqueeze(2)
         places, weights = gauss_rule(self.degree + 1)
         ends = torch.tensor([*places, 1.0], dtype=params.dtype, device=params.device).view(-1, *ones)
@@ -80,7 +80,7 @@ class SumOfSquares(Continued):
         shift, coefficients, ends, shares = table
         z = ends * x  # nodes between 0 and x, then x
         before, basis = torch.ones_like(z), z
-        values = torch.addcmul(coefficients[0], coefficients[1], z)
+        values = torch.addcmul(coefficients[0], coefficients[1], z)  # (K, n + 2, *s)
         for j in range(2, self.degree + 1):
             before, basis = basis, torch.addcmul(before * ((1 - j) / j), z, basis, value=(2 * j - 1) / j)
             values = torch.addcmul(values, coefficients[j], basis)

@@ -65,6 +65,8 @@ def run(
     start = time.perf_counter()
     paths = out, out.with_suffix(".png")
     read = read_table(file, None if columns is None else split_names(columns))
+    if not double and (lost := _lost(read)):
+        raise Refused(f"single precision cannot tell apart the values of {lost}; use --double")
     table = replace(read, values=read.values.astype(np.float64 if double else np.float32))
     rows, width = table.values.shape
     if rows < max(FEWEST, 4 * width):
@@ -131,6 +133,17 @@ def _log_prob(density: Flow | MultivariateNormal, x: Tensor) -> Tensor:
     """Log-densities of rows, ``(N,)``, in float64."""
     x = x if isinstance(density, Flow) else x.double()
     return torch.cat([density.log_prob(part).double() for part in x.split(PART)])
+
+
+def _lost(table: Table) -> str:
+    """The first column whose numbers float32 cannot hold, or not apart, by name; empty where there is none."""
+    info = np.finfo(np.float32)
+    for name, column in zip(table.columns, table.values.T, strict=True):
+        largest, spread = np.abs(column).max(), column.std()
+        step = 1.0 if spread < 1e4 and (column == column.round()).all() else spread  # integers get noise between them
+        if largest > info.max / 1e6 or largest < info.tiny * 1e6 or 100 * largest * info.eps > step:
+            return repr(name)
+    return ""
 
 
 def _beginning(file: Path, table: Table, sizes: list[int], spikes: list[Spike]) -> list[str]:

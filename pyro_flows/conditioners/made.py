@@ -156,6 +156,19 @@ def checked_graph(adjacency: Sequence[Sequence[bool]] | Tensor, input_dim: int) 
     return (graph != 0) & ~torch.eye(input_dim, dtype=torch.bool, device=graph.device)
 
 
+def ancestors(graph: Tensor) -> Tensor:
+    """The graph in which each feature sees its parents, their parents, and so on, ``(D, D)``.
+
+    Example::
+
+        >>> ancestors(torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0]]) > 0).int().tolist()
+        [[0, 0, 0], [1, 0, 0], [1, 1, 0]]
+    """
+    for _ in range(len(graph).bit_length()):  # each time twice as many generations
+        graph = graph | ((graph.float() @ graph.float()) > 0)
+    return graph
+
+
 def topological_order(graph: Tensor) -> list[int]:
     """The rank of each feature in the first order in which parents come before their children.
 

@@ -181,6 +181,12 @@ def dequantize(
             if not on_grid(table[:, place] - table[:1, place], step):
                 raise ValueError(f"dequantize: {label(names, place)} holds values that are no multiples of {step:g}.")
     table = table if table.is_floating_point() else table.to(torch.get_default_dtype())
+    for place in places:
+        if len(table) and (largest := float(table[:, place].abs().max())) * _eps(table) > 0.01 * step:
+            raise ValueError(
+                f"dequantize: {table.dtype} leaves no room for noise between the values of {label(names, place)} "
+                f"(up to {largest:.6g}); subtract a constant, or use x.double()."
+            )
     device = generator.device if generator else table.device
     noise = torch.rand(len(table), len(places), generator=generator, dtype=table.dtype, device=device)
     noisy = table.clone()

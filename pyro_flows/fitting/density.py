@@ -25,7 +25,7 @@ from .loop import Fit, check_settings, descend
 from .sources import Reader, sources
 from .start import culprit, start
 from .state import HeldOut
-from .survey import Survey, check_rows, warn
+from .survey import Survey, check_room, check_rows, warn
 from .table import places_of
 
 CALLER = "fit_density"
@@ -125,6 +125,7 @@ def fit_density(
     seen, judged = (Survey(source, reader.width) for source in (train, judge))
     places = places_of(CALLER, "discrete", discrete, reader.names, reader.width)
     check_rows(CALLER, reader.names, seen, judged, places, apart=validation is not None)
+    check_room(CALLER, reader.names, seen, places, reader.like.dtype)
     plain = [place for place in range(reader.width) if place not in places]
     warn(CALLER, reader.names, seen, plain, reader.like.dtype, again=train.again)
     spread = Spread(places, reader.like.device)

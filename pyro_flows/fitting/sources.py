@@ -54,6 +54,10 @@ class Reader:
             ValueError: If they do not fit the flow or each other.
         """
         found, names = read_table(self.caller, argument, x)
+        if names and self.names and names != self.names:
+            raise ValueError(
+                f"{self.caller}: {argument} has the columns {names}, but x has {self.names}; give them in one order."
+            )
         self.names = self.names or names
         found = found.unsqueeze(-1) if found.dim() == 1 and self.width == 1 else found
         if found.dim() != 2 or found.shape[1] != self.width:

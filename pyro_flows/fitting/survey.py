@@ -14,6 +14,7 @@ from .table import Names, label, listed
 
 SAMPLE = 25_000  # rows to look at more closely, at least, where there are as many
 COARSE = 1e-3  # standard deviations that a number may be rounded by
+ROOM = 0.01  # that noise from [0, 1) may be rounded by
 FAR = 8  # standard deviations from the mean where normals never are
 
 
@@ -115,6 +116,16 @@ def check_rows(
     same = [place for place in (seen.high == seen.low).nonzero().flatten().tolist() if place not in discrete]
     if found := [f"{label(names, place)} ({seen.low[place].item():.6g})" for place in same]:
         raise ValueError(f"{caller}: x is constant in {listed(found)}, which has no density. Leave it out.")
+
+
+def check_room(caller: str, names: Names, seen: Survey, discrete: Sequence[int], dtype: torch.dtype) -> None:
+    """Refuse integers so large that noise from [0, 1) would be rounded away."""
+    size = torch.maximum(seen.low.abs(), seen.high.abs()) * torch.finfo(dtype).eps
+    if found := [f"{label(names, p)} (up to {seen.high[p].item():.6g})" for p in discrete if size[p] > ROOM]:
+        raise ValueError(
+            f"{caller}: {dtype} leaves no room for noise between the integers of {listed(found)}; subtract a constant, "
+            "or use flow.double()."
+        )
 
 
 def warn(caller: str, names: Names, seen: Survey, places: Sequence[int], dtype: torch.dtype, *, again: bool) -> None:

@@ -54,7 +54,7 @@ def _as_tensor(caller: str, argument: str, array: np.ndarray, names: Names) -> T
         array = array.astype(np.int64)
     elif array.dtype.kind == "u" or (array.dtype.kind == "f" and array.dtype.itemsize > 8):
         array = array.astype(np.float64)
-    return torch.tensor(array.astype(array.dtype.newbyteorder("="), copy=False))
+    return torch.tensor(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False)))
 
 
 def _numbers(caller: str, argument: str, array: np.ndarray, names: Names) -> np.ndarray:

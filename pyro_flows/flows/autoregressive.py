@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..bijectors import Affine, Bijector, RationalQuadraticSpline
 from ..conditioners import MADE
+from ..conditioners.made import ancestors, checked_graph
 from ..transforms import Autoregressive, FlowTransform
 from .checks import check_sizes
 from .coupling import marginal
@@ -40,7 +41,9 @@ def iaf(
         max_log_scale: The bound on the log-scale of one layer, in nats.
         adjacency: ``adjacency[i, j]`` says whether feature i may depend on feature j, ``(D, D)``, a directed graph
             without cycles, such as :func:`~pyro_flows.posterior_graph` of a Pyro model.  All layers then have one
-            order, parents first.  One layer has exactly this graph; in several a feature depends on all its ancestors.
+            order, parents first.  In flows of fast densities one layer has exactly this graph, and each layer more
+            lets a feature see one generation of ancestors more.  ``iaf`` masks the base, whose features reach all of
+            their descendants: it sees all ancestors at once.
         activation: The class of the nonlinearity.
 
     Raises:
@@ -51,10 +54,10 @@ def iaf(
         >>> iaf(4)().rsample((3,)).shape
         torch.Size([3, 4])
     """
+    bijector = Affine(max_log_scale)
+    graph = None if adjacency is None else ancestors(checked_graph(adjacency, input_dim))
     return Flow(
-        autoregressive_layers(
-            "iaf", Affine(max_log_scale), input_dim, context_dim, num_transforms, hidden_dims, adjacency, activation
-        )
+        autoregressive_layers("iaf", bijector, input_dim, context_dim, num_transforms, hidden_dims, graph, activation)
     )
 
 

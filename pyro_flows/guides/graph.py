@@ -23,9 +23,11 @@ def posterior_graph(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Ten
     It is the ``adjacency`` of autoregressive recipes::
 
         graph = posterior_graph(model, *data)
-        guide = AutoFlow(model, functools.partial(flows.iaf, adjacency=graph))
+        guide = AutoFlow(model, functools.partial(flows.maf, adjacency=graph))
 
-    With one layer the guide has exactly this graph; with more a latent depends on all of its ancestors.
+    With one layer the guide has exactly this graph, with k layers a latent sees k generations of ancestors; with
+    ``flows.iaf``, whose networks see the base, all of them at once.  Rows of a plate count as independent unless Pyro
+    sees what joins them; what couples them inside of the plate, such as a ``factor`` of neighbours, it does not see.
 
     Args:
         model: A Pyro model.

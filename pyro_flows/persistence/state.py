@@ -82,6 +82,11 @@ def _difference(module: nn.Module, again: nn.Module) -> str:
         got, wanted = (f"{type(m).__module__}.{type(m).__qualname__}" for m in (part, others.get(name)))
         if got != wanted:  # by name, since torch makes a class for each module that it parametrises
             return f"{name} is a {got} and not a {wanted}"
+        if part._forward_hooks or part._forward_pre_hooks:
+            return f"{name or 'it'} has forward hooks"
+        for key, value in _plain(part).items():
+            if value != (there := _plain(others[name]).get(key)):
+                return f"{name}.{key} is {value!r:.50} and not {there!r:.50}"
     ties, wanted_ties = _ties(module), _ties(again)
     for name, first in ties.items():
         if wanted_ties.get(name) != first:
@@ -92,6 +97,12 @@ def _difference(module: nn.Module, again: nn.Module) -> str:
         if there is None or there.dtype != buffer.dtype or not torch.equal(there, buffer.cpu()):
             return f"the buffer {name} differs"
     return ""
+
+
+def _plain(module: nn.Module) -> dict[str, object]:
+    """What a module holds beside tensors and modules, as far as it is numbers and words."""
+    kinds = int, float, str, bool, type(None)
+    return {name: value for name, value in vars(module).items() if name != "training" and isinstance(value, kinds)}
 
 
 def _ties(module: nn.Module) -> dict[str, str]:

@@ -162,8 +162,10 @@ class BlockAutoregressive(FlowTransform):
             raise ValueError(
                 f"BlockAutoregressive: hidden_dims must hold at least one positive width, got {self.hidden_dims}."
             )
-        if not self.max_log_slope > 0:
-            raise ValueError(f"BlockAutoregressive: max_log_slope must be positive, got {self.max_log_slope}.")
+        if not 0 < self.max_log_slope < math.inf:
+            raise ValueError(
+                f"BlockAutoregressive: max_log_slope must be positive and finite, got {self.max_log_slope}."
+            )
         if self.conditioner is not None:
             got = self.conditioner.output_dim, self.conditioner.num_params
             wanted = self.input_dim, sum(self.hidden_dims) + 2
