@@ -209,6 +209,22 @@ def test_columns_far_from_zero_are_told_of_before_the_training(folder, capsys):
     assert "Warning" not in said(capsys)
 
 
+@pytest.mark.parametrize("far", ["integers", "shifted", "huge", "tiny"])
+def test_columns_that_single_precision_loses_are_refused(folder, capsys, far):
+    """Noise between integers would be rounded away, and the density of what is left be one of spikes."""
+    column = {
+        "integers": 16_000_000 + np.arange(len(X)) % 6,
+        "shifted": 1e9 + X[:, 1],
+        "huge": 1e39 * X[:, 1],
+        "tiny": 1e-46 * X[:, 1],
+    }[far]
+    write("table.csv", ["a", "far"], zip(X[:, 0], column, strict=True))
+    with pytest.raises(SystemExit, match="2"):
+        run("table.csv", epochs=1)
+    assert "single precision cannot tell apart the values of 'far'; use --double" in capsys.readouterr().err
+    run("table.csv", "--double", "--quiet", epochs=1)
+
+
 def test_warnings_of_others_are_shown_as_ever(folder, monkeypatch):
     def warning(*arguments, **options):
         warnings.warn("of another kind", stacklevel=1)

@@ -140,8 +140,8 @@ def _lost(table: Table) -> str:
     info = np.finfo(np.float32)
     for name, column in zip(table.columns, table.values.T, strict=True):
         largest, spread = np.abs(column).max(), column.std()
-        step = 1.0 if spread < 1e4 and (column == column.round()).all() else spread  # integers get noise between them
-        if largest > info.max / 1e6 or largest < info.tiny * 1e6 or 100 * largest * info.eps > step:
+        step = 0.01 if spread < 1e4 and (column == column.round()).all() else spread  # integers get noise between them
+        if largest > info.max / 1e6 or largest < info.tiny * 1e6 or largest * info.eps > step:
             return repr(name)
     return ""
 
