@@ -16,9 +16,6 @@ from .diagnostics import resample as resample
 from .diagnostics import simulate as simulate
 from .diagnostics import to_arviz as to_arviz
 from .fitting import Fit as Fit
-from .fitting import Spike as Spike
-from .fitting import dequantize as dequantize
-from .fitting import find_spikes as find_spikes
 from .fitting import fit_amortized as fit_amortized
 from .fitting import fit_density as fit_density
 from .fitting import fit_svi as fit_svi
@@ -28,5 +25,8 @@ from .guides import AutoPlateFlow as AutoPlateFlow
 from .guides import posterior_graph as posterior_graph
 from .persistence import load as load
 from .persistence import save as save
+from .tables import Spike as Spike
+from .tables import dequantize as dequantize
+from .tables import find_spikes as find_spikes
 
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ import pyro_flows
 
 ROOT = Path(pyro_flows.__file__).parent
 LAYERS = [
-    {"bijectors", "conditioners", "encoders", "files"},
+    {"bijectors", "conditioners", "encoders", "files", "tables"},
     {"transforms"},
     {"distributions"},
     {"flows"},

@@ -12,6 +12,7 @@ from pyro_flows import (
     guides,
     objectives,
     persistence,
+    tables,
     transforms,
 )
 
@@ -32,8 +33,9 @@ NAMES = {
     guides: "AutoFlow AutoPlateFlow default_flow init_to_center posterior_graph",
     diagnostics: "Calibration Check Neutra Psis Refined Simulations calibrate check importance_log_likelihood neutra "
     "psis refine resample simulate to_arviz",
-    fitting: "Fit Spike dequantize find_spikes fit_amortized fit_density fit_svi",
+    fitting: "Fit fit_amortized fit_density fit_svi",
     persistence: "load save",
+    tables: "Spike dequantize find_spikes",
 }
 MODULE = type(pyro_flows)
 

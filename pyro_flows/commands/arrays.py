@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..fitting.table import listed
+from ..tables.table import listed
 from . import Refused
 
 

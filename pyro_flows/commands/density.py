@@ -18,10 +18,11 @@ from torch.distributions import MultivariateNormal
 
 from ..diagnostics.pairs import plot_pairs
 from ..files import write_atomically
-from ..fitting import Fit, Spike, dequantize, find_spikes, fit_density
-from ..fitting.table import listed
+from ..fitting import Fit, fit_density
 from ..flows import Flow
 from ..persistence import save
+from ..tables import Spike, dequantize, find_spikes
+from ..tables.table import listed
 from . import Refused
 from .files import why_not_writable
 from .nats import gaussian_of, report, two_errors

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from ..fitting.table import listed
+from ..tables.table import listed
 from . import Refused
 
 SINGULAR = 1e-10  # the least variance of standardised columns' combinations, below which they determine one another

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..fitting.table import listed
+from ..tables.table import listed
 from . import Refused
 from .arrays import read_arrays
 from .delimited import decimal_comma, number_of, read_delimited

@@ -1,9 +1,6 @@
 """One training loop and its faces."""
 
 from .amortized import fit_amortized as fit_amortized
-from .columns import Spike as Spike
-from .columns import dequantize as dequantize
-from .columns import find_spikes as find_spikes
 from .density import fit_density as fit_density
 from .loop import Fit as Fit
 from .svi import fit_svi as fit_svi

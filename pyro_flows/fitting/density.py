@@ -18,6 +18,7 @@ from torch import Tensor
 from ..diagnostics.draws import check_integers
 from ..encoders import Standardize
 from ..flows import Flow
+from ..tables.table import places_of
 from ..transforms import FixedAffine
 from .batches import Batch, Rows, Source
 from .inspect import fingerprint
@@ -26,7 +27,6 @@ from .sources import Reader, sources
 from .start import culprit, start
 from .state import HeldOut
 from .survey import Survey, check_room, check_rows, warn
-from .table import places_of
 
 CALLER = "fit_density"
 

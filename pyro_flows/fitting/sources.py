@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from ..encoders import Standardize
 from ..encoders.base import at_rest
 from ..flows import Flow
+from ..tables.table import Names, is_table, read_table
 from .batches import Batch, Rows, Source, Stream, split, suited_size
-from .table import Names, is_table, read_table
 
 FEWEST = 20
 
