@@ -295,10 +295,9 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
         ):
             draw(part.params, scale)
         elif isinstance(part, BlockAutoregressive):
-            for own in (part.cross, part.mixtures, part.steepness):
+            for own in (part.cross, part.mixtures, part.steepness, part.gates):
                 for parameter in own.parameters():
                     draw(parameter, scale)
-            draw(part.gates, scale)
         elif isinstance(part, LipschitzMLP):
             for parameter in part.parameters():
                 draw(parameter, scale)

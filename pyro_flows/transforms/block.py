@@ -1,14 +1,14 @@
 """Block neural autoregressive transform: one network in which x_i reaches y_i by increasing paths alone.
 
-Hidden layer l has K_l units t_i for each feature i of D, above t_i⁰ = x_i.  Its weights are triangular by blocks:
+Hidden layer l bends K_l copies of each of D features: h_i is what becomes of x_i, and t_i what later features see,
 
-    t_iˡ = tanh(a_iˡ (P_iˡ (t_iˡ⁻¹ / a_iˡ⁻¹) + Σ_{j<i} W_ijˡ t_jˡ⁻¹ + b_iˡ)),    a > 0, rows of P on the simplex
-    y_i = exp(s_i) (x_i + Σ_k γ_ik p_ik t_ikᴸ / a_ikᴸ) + o_i,    (s_i, o_i) = V_i t_<iᴸ + c_i,    p_i on the simplex
+    m_iˡ = P_iˡ h_iˡ⁻¹,    t_iˡ = tanh(a_iˡ (m_iˡ + Σ_{j<i} W_ijˡ t_jˡ⁻¹ + b_iˡ)),    h_iˡ = m_iˡ + γ_iˡ t_iˡ / a_iˡ,
+    y_i = exp(s_i) p_i h_iᴸ + o_i,    (s_i, o_i) = Σ_{j<i} V_ij t_jᴸ + c_i,    h_i⁰ = t_i⁰ = x_i,
 
-Since tanh(a z) / a has slopes in (0, 1], and so have mixtures and compositions of such maps, what stands in brackets
-has slopes within exp(±B) if log(1 + γ) is within ±B: a bijection of R^D, at any parameters.  It is the identity where
-γ, V and c are zero.  In the paper any positive weights stand in place of P and p; then slopes have no bounds and images
-are not all of R^D, and no inverse is given.  It has no s, and one gate for all units.
+with p and the rows of P on the simplex, a > 0 and γ > -1, elementwise, and W, V free.  The slopes of a layer are
+mixtures of those below, times 1 + γ (1 - t²), which is within exp(±B) if log(1 + γ) is within ±B: a bijection of R^D,
+at any parameters.  It is the identity where γ, V and c are zero.  In the paper h is t, and any positive weights stand
+in place of P; then slopes have no bounds, and no inverse is given.
 
 The inverse goes from feature to feature.  What those known add to the later ones is summed up as they become known, in
 about one pass; there remains one increasing scalar equation in x_i, bracketed in closed form since |t| < 1.  Its root
@@ -33,20 +33,20 @@ from ..conditioners import Conditioner
 from ..conditioners.base import MaskedLinear
 from .base import FlowTransform
 
-STEPS = 10  # of the search, and two more for each nat of max_log_slope: what the last bits take at any parameters
+STEPS = 11  # of the search, and one more for each nat of max_log_slope in each layer: what the last bits take
 
 
 class BlockAutoregressive(FlowTransform):
     """A block neural autoregressive transform of a vector, the identity at the start.
 
-    Forward is one pass; the inverse takes about 23 evaluations of each feature's units, one feature after the other.
+    Forward is one pass; the inverse takes some 22 evaluations of each feature's units, one feature after the other.
 
     Args:
         input_dim: The number D of features.
         hidden_dims: The numbers of units *of each feature* in the hidden layers, at least one layer.
         conditioner: A network from contexts to what is added to all b, s and o, with ``input_dim = context_dim``,
             ``output_dim = D`` and ``num_params = sum(hidden_dims) + 2``; by default there is no context.
-        max_log_slope: The bound B of log(1 + γ), and those of s and of log a, in nats.
+        max_log_slope: The bound B of log(1 + γ) in each hidden layer, and those of s and of log a, in nats.
 
     Raises:
         ValueError: If a size is out of its range, or the conditioner's sizes do not fit.
@@ -64,6 +64,7 @@ class BlockAutoregressive(FlowTransform):
     cross: Sequence[MaskedLinear]  # W and b of each hidden layer; V and c at last
     mixtures: nn.ParameterList  # log P of each hidden layer but the first, where P is one; log p at last
     steepness: nn.ParameterList  # log a of each hidden layer
+    gates: nn.ParameterList  # log(1 + γ) of each hidden layer
 
     def __init__(
         self,
@@ -80,53 +81,52 @@ class BlockAutoregressive(FlowTransform):
         self._check()
         widths = self.hidden_dims
         cross = [_cross(input_dim, *sizes) for sizes in pairwise((1, *widths))]
-        # The bends of the first layer are spread over what a standard normal covers, those above over what tanh does.
-        for number, layer in enumerate(cross):
-            nn.init.uniform_(layer.bias, *((-1.0, 1.0) if number else (-3.0, 3.0)))
+        for layer in cross:  # the bends are spread over what a standard normal covers
+            nn.init.uniform_(layer.bias, -3, 3)
         cross.append(_cross(input_dim, widths[-1], 2, zero=True))
         self.cross = nn.ModuleList(cross)  # type: ignore[assignment]
         self.mixtures = nn.ParameterList(torch.randn(input_dim, k, below) for below, k in pairwise((*widths, 1)))
         self.steepness = nn.ParameterList(1.5 * torch.rand(input_dim, k, 1) for k in widths)
-        self.gates = nn.Parameter(torch.zeros(input_dim, 1, widths[-1]))
+        self.gates = nn.ParameterList(torch.zeros(input_dim, k, 1) for k in widths)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        batch, columns, table = self._read(x, context)
-        units = [columns.unsqueeze(1)]  # (D, K, N) of each layer
+        batch, columns, net = self._read(x, context)
+        seen = copies = columns.unsqueeze(1)  # (D, K, N) in each layer
         slopes = columns.new_ones(self.input_dim, 1, 1)
-        for weight, bias, own in zip(table.weights[:-1], table.biases[:-1], table.own, strict=True):
-            shift = torch.addmm(bias, weight, units[-1].flatten(0, 1)).unflatten(0, (self.input_dim, -1))
-            above, slopes = _ascend(units[-1], slopes, shift, own)
-            units.append(above)
-        value, log_slope = _close(units[0], units[-1], slopes, table.gates)
-        out = torch.addmm(table.biases[-1], table.weights[-1], units[-1].flatten(0, 1))
-        log_scale, shift = self._scale_and_shift(out.unflatten(0, (self.input_dim, 2)))
-        y = torch.addcmul(shift, value, log_scale.exp())
-        return _event(y, batch), (log_scale + log_slope).sum((0, 1)).reshape(batch)
+        for layer, weight, bias in zip(net.layers, net.weights[:-1], net.biases[:-1], strict=True):
+            shift = torch.addmm(bias, weight, seen.flatten(0, 1)).unflatten(0, (self.input_dim, -1))
+            copies, seen, slopes = layer.ascend(copies, slopes, shift)
+        out = torch.addmm(net.biases[-1], net.weights[-1], seen.flatten(0, 1)).unflatten(0, (self.input_dim, 2))
+        log_scale, shift = self._scale_and_shift(out)
+        y = torch.addcmul(shift, torch.bmm(net.last, copies), log_scale.exp())
+        log_det = log_scale + torch.bmm(net.last, slopes).log()
+        return _event(y, batch), log_det.sum((0, 1)).reshape(batch)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        batch, columns, table = self._read(y, context)
-        widths, steps = (*self.hidden_dims, 2), STEPS + math.ceil(2 * self.max_log_slope)
-        weights = [w.split(below, 1) for w, below in zip(table.weights, (1, *self.hidden_dims), strict=True)]
-        sums = table.biases  # what the features known so far add to each layer, from the next feature on
+        batch, columns, net = self._read(y, context)
+        widths = *self.hidden_dims, 2
+        steps = STEPS + math.ceil(self.max_log_slope * len(self.hidden_dims))
+        weights = [w.split(below, 1) for w, below in zip(net.weights, (1, *self.hidden_dims), strict=True)]
+        sums = net.biases  # what the features known so far add to each layer, from the next feature on
         x, log_dets = [], []
         for feature, column in enumerate(columns.split(1)):
             *shifts, out = (rows[:width].unsqueeze(0) for rows, width in zip(sums, widths, strict=True))
-            block = _Block(shifts, [part[feature, None] for part in table.own], table.gates[feature, None])
+            block = _Block([layer.of(feature) for layer in net.layers], shifts, net.last[feature, None])
             log_scale, shift = self._scale_and_shift(out)
             root = block.root((column - shift) * torch.exp(-log_scale), steps)
-            _, log_slope, units = block(root)
+            _, log_slope, seen = block(root)
             x.append(root)
             log_dets.append(-log_scale - log_slope)
             if feature + 1 < self.input_dim:
                 sums = [
                     torch.addmm(rows[width:], part[feature][(feature + 1) * width :], known[0])
-                    for rows, width, part, known in zip(sums, widths, weights, units, strict=True)
+                    for rows, width, part, known in zip(sums, widths, weights, seen, strict=True)
                 ]
         return _event(torch.cat(x), batch), torch.stack(log_dets).sum((0, 1, 2)).reshape(batch)
 
-    def _read(self, value: Tensor, context: Tensor | None) -> tuple[torch.Size, Tensor, _Table]:
+    def _read(self, value: Tensor, context: Tensor | None) -> tuple[torch.Size, Tensor, _Net]:
         """The batch of N events, the features as rows ``(D, N)``, and the weights of this call."""
-        added: Sequence[Tensor | None] = [None] * (len(self.hidden_dims) + 1)
+        added: Sequence[Tensor | None] = [None] * len(self.cross)
         batch = value.shape[:-1]
         if self.conditioner is not None:
             if context is None:
@@ -136,22 +136,22 @@ class BlockAutoregressive(FlowTransform):
             params = params.expand(*batch, *params.shape[-2:]).reshape(batch.numel(), *params.shape[-2:])
             added = params.permute(1, 2, 0).split((*self.hidden_dims, 2), 1)  # (D, K, N) for each layer
         columns = value.expand(*batch, self.input_dim).reshape(batch.numel(), self.input_dim).T.contiguous()
-        return batch, columns, self._table(added)
+        return batch, columns, self._net(added)
 
-    def _table(self, added: Sequence[Tensor | None]) -> _Table:
-        steep = [bounded(raw, self.max_log_slope).exp() for raw in self.steepness]  # (D, K, 1)
-        mixtures = [torch.softmax(raw, -1) / a.mT for raw, a in zip(self.mixtures, steep, strict=True)]
-        gain = self.hidden_dims[-1] ** 0.5  # the units share one unit of slope: as they get more, they get faster
-        gates = torch.expm1(bounded(gain * self.gates, self.max_log_slope)) * mixtures.pop()
-        own = [steep[0], *(a * mixture for a, mixture in zip(steep[1:], mixtures, strict=True))]
-        weights, biases = [], []
-        for layer, part, a in zip(self.cross, added, (*steep, None), strict=True):
-            weight, bias = layer.weight * layer.mask, layer.bias.unsqueeze(-1)
-            if part is not None:
-                bias = bias + part.flatten(0, 1)
-            weights.append(weight if a is None else a.flatten(0, 1) * weight)
-            biases.append(bias if a is None else a.flatten(0, 1) * bias)
-        return _Table(weights, biases, own, gates)
+    def _net(self, added: Sequence[Tensor | None]) -> _Net:
+        weights = [layer.weight * layer.mask for layer in self.cross]
+        biases = [layer.bias.unsqueeze(-1) for layer in self.cross]
+        biases = [b if more is None else b + more.flatten(0, 1) for b, more in zip(biases, added, strict=True)]
+        *mixtures, last = torch.ones_like(self.gates[0]), *(torch.softmax(raw, -1) for raw in self.mixtures)
+        layers = []
+        for number, mixture in enumerate(mixtures):
+            a = bounded(self.steepness[number], self.max_log_slope).exp()
+            # The copies share one unit of slope: where they are more, each has to move faster.
+            gate = torch.expm1(bounded(self.hidden_dims[number] ** 0.5 * self.gates[number], self.max_log_slope))
+            layers.append(_Layer(mixture, a * mixture, gate, gate / a))
+            weights[number] = a.flatten(0, 1) * weights[number]
+            biases[number] = a.flatten(0, 1) * biases[number]
+        return _Net(layers, weights, biases, last)
 
     def _scale_and_shift(self, out: Tensor) -> tuple[Tensor, Tensor]:
         log_scale, shift = out.split(1, 1)
@@ -176,34 +176,55 @@ class BlockAutoregressive(FlowTransform):
                 )
 
 
-class _Table(NamedTuple):
-    """The weights of one call, times the steepness of the units that they lead to."""
+class _Layer(NamedTuple):
+    """How a hidden layer bends the copies of features, of all or of one."""
 
-    weights: list[Tensor]  # W, and V at last: (D K, D K'), zero from a feature on to itself and to earlier ones
-    biases: list[Tensor]  # b, and c at last, and what a context adds: (D K, 1) or (D K, N)
-    own: list[Tensor]  # P: (D, K, K')
-    gates: Tensor  # γ p: (D, 1, K)
+    mixture: Tensor  # P: (D, K, K')
+    steep: Tensor  # a P: (D, K, K')
+    gate: Tensor  # γ: (D, K, 1)
+    reach: Tensor  # γ / a: (D, K, 1)
+
+    def ascend(self, copies: Tensor, slopes: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From the copies ``(D, K', N)`` below and their slopes to ``(h, t, slopes of h)``, ``(D, K, N)`` each."""
+        t = torch.tanh(torch.baddbmm(shift, self.steep, copies))
+        bent = torch.baddbmm(self.reach * t, self.mixture, copies)
+        return bent, t, (1 + self.gate * (1 - t * t)) * torch.bmm(self.mixture, slopes)
+
+    def of(self, feature: int) -> _Layer:
+        return _Layer(*(part[feature, None] for part in self))
+
+
+class _Net(NamedTuple):
+    """What one call needs of parameters and context; weights and biases of hidden layers times their steepness."""
+
+    layers: list[_Layer]
+    weights: list[Tensor]  # a W of each layer and V: (D K, D K'), zero but from features to later ones
+    biases: list[Tensor]  # a b of each layer and c: (D K, 1), or (D K, N) with a context
+    last: Tensor  # p: (D, 1, K)
 
 
 class _Block(NamedTuple):
-    """The units of one feature, once all earlier features are known: an increasing map of a number."""
+    """An increasing map of a number: what the network makes of one feature once all earlier ones are known."""
 
+    layers: list[_Layer]
     shifts: list[Tensor]  # (1, K, N) or (1, K, 1) for each layer
-    own: list[Tensor]  # (1, K, K')
-    gates: Tensor  # (1, 1, K)
+    last: Tensor  # (1, 1, K)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """The value, its log-slope, ``(1, 1, N)`` each, and all units, x first."""
-        units, slopes = [x], x.new_ones(1, 1, 1)
-        for shift, own in zip(self.shifts, self.own, strict=True):
-            above, slopes = _ascend(units[-1], slopes, shift, own)
-            units.append(above)
-        return *_close(x, units[-1], slopes, self.gates), units
+        """The value and its log-slope, ``(1, 1, N)`` each, and what later features see in each layer."""
+        copies, slopes, seen = x, x.new_ones(1, 1, 1), [x]
+        for layer, shift in zip(self.layers, self.shifts, strict=True):
+            copies, t, slopes = layer.ascend(copies, slopes, shift)
+            seen.append(t)
+        return torch.bmm(self.last, copies), torch.bmm(self.last, slopes).log(), seen
 
     def root(self, value: Tensor, steps: int) -> Tensor:
         """The x that is mapped to a value, ``(1, 1, N)``, with the derivatives of the implicit function."""
         with torch.no_grad():
-            radius = self.gates.abs().sum()
+            radius = torch.zeros_like(self.last[..., :1])  # how far the copies can be from x
+            for layer in self.layers:
+                radius = torch.baddbmm(layer.reach.abs(), layer.mixture, radius)
+            radius = torch.bmm(self.last, radius)
             low, high = value - radius, value + radius
             x = bracketed_root(self._slope, value, (low, *self._slope(low)), (high, *self._slope(high)), steps)
         return implicit_root(self._slope, x, value)
@@ -212,24 +233,13 @@ class _Block(NamedTuple):
         return self(x)[:2]
 
 
-def _ascend(units: Tensor, slopes: Tensor, shift: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """From units ``(D, K', N)`` and their slopes in x_i to those of the next layer, ``(D, K, N)``."""
-    above = torch.tanh(torch.baddbmm(shift, own, units))
-    return above, (1 - above * above) * torch.bmm(own, slopes)
-
-
-def _close(x: Tensor, units: Tensor, slopes: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
-    """What the last units add to x, and the log-slope of the sum, ``(D, 1, N)`` each."""
-    return torch.baddbmm(x, gates, units), torch.log1p(torch.bmm(gates, slopes))
-
-
 def _event(rows: Tensor, batch: torch.Size) -> Tensor:
     """Features as rows ``(D, 1, N)`` as events ``(*batch, D)``."""
     return rows.squeeze(1).T.reshape(*batch, len(rows))
 
 
 def _cross(input_dim: int, below: int, width: int, *, zero: bool = False) -> MaskedLinear:
-    """A layer that leads from the units of a feature to those of later ones."""
+    """A layer from what is seen of each feature to the units of later ones."""
     layer = MaskedLinear(input_dim * below, input_dim * width, zero=zero)
     feature = torch.arange(input_dim)
     layer.mask = (feature.repeat_interleave(width)[:, None] > feature.repeat_interleave(below)).to(layer.weight)
