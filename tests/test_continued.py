@@ -286,7 +286,7 @@ def test_an_integral_is_that_of_its_network() -> None:
     rates = 3 * torch.exp(1.5 * torch.tanh(w / 1.5))
     t = (x + 5) * 0.7 - torch.arange(8).unsqueeze(-1)
     net = params[-2] + (v * torch.tanh(rates * (t - u))).sum(0)
-    slope = torch.exp(4 * torch.tanh(net / 4))
+    slope = torch.exp(3 * torch.tanh(net / 3))
     integral = torch.cat((torch.zeros(1), torch.cumulative_trapezoid(slope, x)))
     wanted = integral - integral[1000] + params[-1]
     for panels in (25, 50):

@@ -51,9 +51,9 @@ class Integral(Bijector):
     """
 
     hidden: int = 8
-    panels: int = 16
+    panels: int = 8
     bound: float = 5.0
-    max_log_slope: float = 4.0
+    max_log_slope: float = 3.0
 
     def __post_init__(self) -> None:
         check_at_least("Integral", 2, hidden=self.hidden)
@@ -90,12 +90,12 @@ class Integral(Bijector):
         count = 2 * self.panels + 1
         nodes = torch.linspace(-self.bound, self.bound, count, dtype=params.dtype, device=params.device)
         nodes = nodes.view(-1, *(1,) * (params.dim() - 1))
-        rates = 6 * bounded(w, MAX_LOG_RATE).exp()
-        net = c
+        t = (nodes + self.bound) * ((self.hidden - 1) / (2 * self.bound))
+        rates = 6 * bounded(w, MAX_LOG_RATE).exp()  # tanh(z) = 2 σ(2 z) - 1, and a sigmoid is faster
+        net = c - v.sum(0)
         for k in range(self.hidden):
-            t = (nodes + self.bound) * ((self.hidden - 1) / (2 * self.bound)) - k
-            # tanh(z) = 2 σ(2 z) - 1, and a sigmoid is faster.
-            net = torch.addcmul(net, v[k], torch.sigmoid(rates[k] * (t - u[k])) - 0.5, value=2)
+            bend = torch.sigmoid(torch.addcmul(-rates[k] * (u[k] + k), rates[k], t))
+            net = torch.addcmul(net, v[k], bend, value=2)
         slopes = bounded(net, self.max_log_slope).exp()
         extra = (slopes[1:] + slopes[:-1] - 2) * (self.bound / (2 * self.panels))  # areas beyond the identity's
         left, right = extra.split(self.panels)
