@@ -761,6 +761,12 @@ def test_encoders_and_recipes_that_do_not_fit_are_refused():
     )
     plain = AutoFlow(linear, lambda dim, width: flows.nsf(dim), encoder=MLPEncoder(3, 2, (4,)))
     refused(linear, r"flow\(2, 2\) must return a Flow .* with contexts of width 2", guide=plain)
+
+    def doubled(dim: int, width: int) -> Flow:
+        return Flow(small(dim, width).transforms, encoder=MLPEncoder(3, width, (4,)))
+
+    words = r"flow\(2, 2\) must return a Flow without an encoder; give it to the guide"
+    refused(linear, words, guide=AutoFlow(linear, doubled, encoder=MLPEncoder(3, 2, (4,))))
     with pytest.raises(TypeError, match=r"flow\(2, 2\) fails"):
         quick(linear, AutoFlow(linear, lambda dim: flows.nsf(dim), encoder=MLPEncoder(3, 2, (4,))))
     with pytest.raises(TypeError, match="encoder must be a network or function"):

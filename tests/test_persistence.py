@@ -492,10 +492,12 @@ def first(content: dict[str, Any]) -> dict[str, Any]:
 
 
 WEIGHT = "transforms.0.conditioner.output.weight"
+ORDER = "transforms.0.transform.conditioner.order"
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "state_dict": (lambda c: c["state"], r"not a file of pyro_flows\.save: it holds tensors alone.*load_state_dict"),
     "list": (lambda c: [1, 2], "it holds a list without format, spec and state"),
     "other dict": (lambda c: {"a": 1}, "it holds a dict without format, spec and state"),
+    "no number": (lambda c: c.update(format=True), "it holds a dict without format, spec and state"),
     "newer": (lambda c: c.update(format=2), "has the format 2, and this pyro_flows reads format 1.*update"),
     "root": (
         lambda c: c["spec"].update({"class": "transforms.ActNorm"}),
@@ -551,6 +553,15 @@ def test_changed_files_are_refused(name: str, tmp_path: Path) -> None:
     edit, words = CHANGES[name]
     edited(file, edit)
     with pytest.raises(ValueError, match=rf"^load: '{file}' .*{words}"):
+        pf.load(file)
+
+
+def test_an_order_that_is_no_permutation_is_refused(tmp_path: Path) -> None:
+    """The masks would follow it, and the map would not be invertible."""
+    file = tmp_path / "flow.pt"
+    pf.save(flows.maf(3, num_transforms=1, hidden_dims=(8,)), file)
+    edited(file, lambda content: content["state"].update({ORDER: torch.ones(3, dtype=torch.long)}))
+    with pytest.raises(ValueError, match=rf"^load: '{file}' .*order is no permutation of 0 … 2"):
         pf.load(file)
 
 

@@ -207,4 +207,6 @@ def _spread(width: int, count: int) -> list[int]:
 
 def _restore_masks(module: nn.Module, _: object) -> None:
     assert isinstance(module, MADE)
+    if sorted(module.order.tolist()) != list(range(module.input_dim)):
+        raise ValueError(f"MADE: the state's order is no permutation of 0 … {module.input_dim - 1}.")
     module._set_masks()

@@ -88,6 +88,8 @@ def built(
         raise ValueError(
             f"{owner}: {call} must return a Flow over events of shape ({input_dim},) with {context}, got {flow!r:.200}."
         )
+    if flow.encoder is not None:
+        raise ValueError(f"{owner}: {call} must return a Flow without an encoder; give it to the guide, encoder=....")
     return flow
 
 

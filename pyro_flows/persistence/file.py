@@ -157,7 +157,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             words = f"is not a file of pyro_flows.save, nor any of torch.save ({error!s:.100})."
             raise _refused(path, words) from error
     spec, state = (content.get(key) if isinstance(content, dict) else None for key in ("spec", "state"))
-    if not isinstance(spec, dict) or not isinstance(state, dict) or not isinstance(content.get("format"), int):
+    if not isinstance(spec, dict) or not isinstance(state, dict) or type(content.get("format")) is not int:
         raise _refused(path, f"is not a file of pyro_flows.save: {_what_else(content)}.")
     if (number := content["format"]) != FORMAT:
         words = f"has the format {number}, and this pyro_flows reads format {FORMAT}. If a newer one wrote it, update."
