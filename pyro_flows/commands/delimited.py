@@ -1,6 +1,6 @@
 """Text files of delimited values: which character parts them, whether names come first, and the cells of each column.
 
-RFC 4180 (Shafranovich 2005), with semicolons and tabs as well.
+RFC 4180 (Shafranovich 2005), with semicolons and tabs as well, and columns parted by spaces.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from ..tables.table import listed
 from . import Refused
 
-DELIMITERS = ",;\t"
+DELIMITERS = ",;\t "
 MISSING = {"", "?", "-", ".", "na", "n/a", "#n/a", "<na>", "nan", "-nan", "null", "none", "missing"}  # in lower case
 LOOKED_AT = 100  # lines, by which the delimiter is told
 HEAD = 100_000  # characters that these lines may take
@@ -53,6 +53,7 @@ def read_delimited(path: Path) -> tuple[dict[str, list[str]], list[str]]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise Refused(f"the table {str(path)!r} is not UTF-8 text; save it as CSV in UTF-8") from error
+    text = text.removeprefix("#")  # as NumPy's savetxt begins its header
     rows = list(_rows(path, text, _delimiter(text)))
     if not rows:
         raise Refused(f"the table {str(path)!r} is empty")
@@ -65,7 +66,6 @@ def read_delimited(path: Path) -> tuple[dict[str, list[str]], list[str]]:
     if named and any(number is not None and not math.isnan(number) for number in first):
         remarks.append(f"The first line ({listed(rows[0], 4)}) was taken for names.")
     given = [cell.strip() for cell in rows[0]] if named else [""] * len(first)
-    given[0] = given[0].removeprefix("#").strip()  # as NumPy's savetxt begins its header
     names = [name or f"column {place}" for place, name in enumerate(given, 1)]
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise Refused(f"the table {str(path)!r} has several columns named {listed([*map(repr, twice)])}; rename them")
@@ -74,28 +74,34 @@ def read_delimited(path: Path) -> tuple[dict[str, list[str]], list[str]]:
 
 def _rows(path: Path, text: str, delimiter: str) -> Iterator[list[str]]:
     """The cells of each line that is not blank."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
-    width = 0
+    width = number = 0
     try:
-        for row in reader:
+        for number, row in _lines(text, delimiter):
             if not row or (width != 1 and len(row) == 1 and not row[0].strip()):
                 continue
             width = width or len(row)
             if len(row) != width:
-                raise Refused(
-                    f"line {reader.line_num} of the table {str(path)!r} has {len(row)} values, the first line {width}"
-                )
+                raise Refused(f"line {number} of the table {str(path)!r} has {len(row)} values, the first line {width}")
             yield row
     except csv.Error as error:
-        raise Refused(f"line {reader.line_num} of the table {str(path)!r} cannot be read: {error}") from error
+        raise Refused(f"line {number + 1} of the table {str(path)!r} cannot be read: {error}") from error
+
+
+def _lines(text: str, delimiter: str, strict: bool = True) -> Iterator[tuple[int, list[str]]]:
+    """The number of the line where each row ends, and the cells of the row."""
+    if delimiter == " ":  # any number of them
+        yield from enumerate(map(str.split, text.splitlines()), 1)
+        return
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=strict)
+    for row in reader:
+        yield reader.line_num, row
 
 
 def _delimiter(text: str) -> str:
     """The character that parts the first lines into equally many cells, and most of these into numbers."""
 
     def score(delimiter: str) -> float:
-        reader = csv.reader(io.StringIO(text[:HEAD], newline=""), delimiter=delimiter, skipinitialspace=True)
-        rows = [row for row in islice(reader, LOOKED_AT) if row]
+        rows = [row for _, row in islice(_lines(text[:HEAD], delimiter, strict=False), LOOKED_AT) if row]
         width, times = Counter(map(len, rows)).most_common(1)[0] if rows else (0, 0)
         cells = [cell for row in rows[1:] or rows for cell in row]
         if width < 2:
