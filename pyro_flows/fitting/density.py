@@ -39,7 +39,7 @@ def fit_density(
     validation: Any = None,
     max_epochs: int = 100,
     batch_size: int | None = None,
-    lr: float = 2e-3,
+    lr: float = 8e-3,
     clip_norm: float = 5.0,
     held_out: float = 0.1,
     patience: int = 20,
