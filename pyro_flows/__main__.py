@@ -83,10 +83,10 @@ def density_parser() -> argparse.ArgumentParser:
         "table",
         type=Path,
         metavar="TABLE",
-        help="numbers as CSV (commas, semicolons or tabs, with names in the first line or without) or as a NumPy file: "
-        ".npz with a matrix x (and the names in an array columns) or with vectors, or .npy. Columns of text, empty and "
-        "constant ones are left out, and so are rows with missing values; columns of integers get uniform noise. What "
-        "was done is reported by the columns' names",
+        help="numbers as text (parted by commas, semicolons, tabs or spaces, with names in the first line or without) "
+        "or as a NumPy file: .npz with a matrix x (and the names in an array columns) or with vectors, or .npy. "
+        "Columns of text, empty and constant ones are left out, and so are rows with missing values; integers get "
+        "uniform noise. What was done is reported by the columns' names",
     )
     made.add_argument(
         "--columns",

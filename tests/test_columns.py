@@ -13,6 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from pyro_flows import Spike, dequantize, find_spikes
+from pyro_flows.tables.columns import tied_columns
 from pyro_flows.tables.table import read_table
 
 
@@ -99,7 +100,27 @@ def test_few_rows_that_share_a_value_by_chance_are_let_be() -> None:
     x[:4] = x[4:8]  # 8 %, but four rows only
     assert find_spikes(x) == []
     x[:5] = x[5]
-    assert [spike.kind for spike in find_spikes(x)] == ["value", "value", "rows"]
+    assert [spike.kind for spike in find_spikes(x)] == ["value", "value"]
+
+
+def test_copies_are_no_fault_of_their_own_where_all_columns_repeat_values() -> None:
+    """Rows of counts coincide; to leave some of them out would make another distribution of them."""
+    counts = torch.randint(0, 5, (1000, 2)).double()
+    assert [spike.kind for spike in find_spikes(counts)] == ["integers", "integers"]
+    x = torch.cat((counts, normal(1000, 1)), -1)
+    assert [spike.kind for spike in find_spikes(x)] == ["integers", "integers"]
+    x[:100] = x[100:200]
+    assert [spike.kind for spike in find_spikes(x)] == ["integers", "integers", "rows"]
+
+
+def test_columns_that_determine_one_another_are_found() -> None:
+    x = normal(1000, 4)
+    assert tied_columns(x) == []
+    x[:, 3] = 2 * x[:, 0] - x[:, 2] + 7
+    assert tied_columns(x) == [0, 2, 3]
+    assert tied_columns(x.float()) == [0, 2, 3]
+    x[:, 3] += 1e-4 * normal(1000, seed=5)
+    assert tied_columns(x) == []
 
 
 def test_copies_of_rows_are_found() -> None:

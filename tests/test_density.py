@@ -552,6 +552,15 @@ def test_spikes_are_told_of_once_by_column() -> None:
         quick(small(2), normal(100, 2).repeat(2, 1), max_epochs=1)
 
 
+def test_columns_that_determine_one_another_are_told_of() -> None:
+    x = normal(500, 3)
+    x[:, 2] = x[:, 0] - x[:, 1]
+    with pytest.warns(
+        UserWarning, match=r"column 0, column 1, column 2 determine one another .* Leave one of them out"
+    ):
+        quick(small(3), x, max_epochs=1)
+
+
 def test_there_is_nothing_to_tell_of_spread_or_continuous_columns() -> None:
     x = normal(1000, 2)
     x[:, 1] = (3 * x[:, 1]).round()
@@ -610,6 +619,9 @@ def test_contexts_that_do_not_fit_are_refused_in_the_words_of_the_flow() -> None
     refused("Flow: context is missing; this flow takes contexts of width 3", small(2, 3), x)
     refused("Flow: context of shape .* is unexpected", small(2), x, context)
     refused("Flow: context must have width 3 on the right", small(2, 3), x, context[:, :2])
+    trained = small(2, 3)
+    quick(trained, x, context, max_epochs=1)
+    refused(r"Standardize: data must end with the shape \(3,\), got \(1, 1\)", trained, x, context[:, :1])
     refused(r"context must have as many rows as x, 50, got shape \(49, 3\)", small(2, 3), x, context[:49])
     refused("Flow: context is missing", small(2, 3), x, context, validation=x)
     refused("Flow: context is missing", small(2, 3), DataLoader(TensorDataset(x)))

@@ -263,6 +263,12 @@ def test_data_that_cannot_set_a_scale_are_refused(x: Tensor, message: str) -> No
     assert torch.equal(standardize(torch.ones(2)), torch.ones(2))  # as it was
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (5, 1), (5, 3)])
+def test_data_of_another_width_are_not_spread_over_all(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^Standardize: data must end with the shape \(2,\)"):
+        Standardize((2,))(torch.zeros(shape))
+
+
 def test_the_standardisation_is_shown() -> None:
     encoder = MLPEncoder(6, 1)
     encoder.initialize(torch.tensor([2.5, 0.0]).repeat(3)[None])

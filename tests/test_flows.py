@@ -9,6 +9,7 @@ import pickle
 from typing import Any
 
 import laws
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -511,6 +512,17 @@ def test_a_wrong_context_is_refused(use: Any, context_dim: int, context: Tensor 
         use(start("realnvp", 3, context_dim), context)
 
 
+def test_arrays_are_refused_with_the_way_out() -> None:
+    array = np.zeros((5, 3))
+    for argument, use in (
+        ("log_prob: value", lambda: start("nsf", 3, 0).log_prob(array)),
+        ("log_prob: value", lambda: start("nsf", 3, 0)().log_prob(array)),
+        ("Flow: context", lambda: start("nsf", 3, 3)(array)),
+    ):
+        with pytest.raises(TypeError, match=rf"{argument} must be a tensor, got ndarray; use torch\.as_tensor"):
+            use()
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -524,6 +536,9 @@ def test_a_wrong_context_is_refused(use: Any, context_dim: int, context: Tensor 
 def test_a_wrong_value_is_refused(value: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         start("realnvp", 3)().log_prob(value)
+    if value.dim() != 1:  # what is not finite costs a look, which this way does without
+        with pytest.raises(ValueError, match=message):
+            start("realnvp", 3).log_prob(value)
 
 
 @every_recipe

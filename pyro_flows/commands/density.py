@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from ..diagnostics.pairs import plot_pairs
+from ..distributions import StudentTBase
 from ..files import write_atomically
 from ..fitting import Fit, fit_density
 from ..flows import Flow
@@ -93,7 +94,8 @@ def run(
     gain = own[2] - floor[2]
     usable = bool(gain.mean() >= -two_errors(gain))
     samples = flow().sample((SAMPLES,))
-    figure = plot_pairs(torch.cat(scored).numpy(), samples.numpy(), table.columns)
+    titles = [f"{name} + noise" if place in integers else name for place, name in enumerate(table.columns)]
+    figure = plot_pairs(torch.cat(scored).numpy(), samples.numpy(), titles)
     save(flow, out)
     write_atomically(paths[1], lambda path: figure.savefig(path, dpi=150))
     if not quiet:
@@ -101,7 +103,7 @@ def run(
         note = f", {len(fit.held_out)} epoch{'' if len(fit.held_out) == 1 else 's'}"
         note += f", {fit.skipped} steps skipped" if fit.skipped else ""
         print(report(own, floor, recipe.__name__, seconds=time.perf_counter() - start, note=note))
-        print(*_ending(paths, table, integers, usable=usable), sep="\n")
+        print(*_ending(paths, table, integers, heavy=isinstance(flow.base, StudentTBase), usable=usable), sep="\n")
     return usable
 
 
@@ -163,27 +165,28 @@ def _beginning(file: Path, table: Table, sizes: list[int], spikes: list[Spike]) 
     if others := [str(spike) for spike in spikes if spike.kind in ("lattice", "value")]:
         said.append(
             f"Warning: {listed(others)}. Densities grow without bound there, and nats say how narrow the spikes are, "
-            "not how good the density is. Leave such columns out by --columns; multiples of a step, divided by it, "
-            "become integers, which get noise."
+            "not how good the density is. Leave such columns out by --columns, or divide multiples of a step by it: "
+            "they become integers, which get noise."
         )
     if copies := [str(spike) for spike in spikes if spike.kind == "rows"]:
         said.append(
-            f"Warning: {copies[0]}. Copies among the test rows are known from training, and densities grow without "
-            "bound there. Leave them out of the table."
+            f"Warning: {copies[0]}. Densities grow without bound there, and copies among the test rows are known from "
+            "training. If rows were entered twice, keep one of each."
         )
     return _wrapped(said)
 
 
-def _ending(paths: tuple[Path, Path], table: Table, integers: list[int], *, usable: bool) -> list[str]:
+def _ending(paths: tuple[Path, Path], table: Table, integers: list[int], *, heavy: bool, usable: bool) -> list[str]:
     """What the numbers are, and how to use what was written."""
-    noise = " and noise from [0, 1) added to integers" if integers else ""
+    noise = f"x = pyro_flows.dequantize(x, {integers}); " if integers else ""
     said = [
         "Mean log-densities of the rows, in nats, of the data as given, ± 2 standard errors.",
+        "Some values lie far out: the base has a Student's t's tails." if heavy else "",
         "" if usable else "The flow is worse than a Gaussian. Try more --epochs or another --flow.",
         f"Wrote {paths[0]} and {paths[1]}. In Python, for rows x of {table.values.dtype} with the columns in the order "
-        f"above{noise}:",
+        "above:",
     ]
-    code = f"flow = pyro_flows.load({str(paths[0])!r}); flow.log_prob(x); flow().sample((1000,))"
+    code = f"flow = pyro_flows.load({str(paths[0])!r}); {noise}flow.log_prob(x); flow().sample((1000,))"
     return ["", *_wrapped(said), f"    {code}"]
 
 

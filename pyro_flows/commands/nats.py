@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
+from ..tables.columns import tied_columns
 from ..tables.table import listed
 from . import Refused
 
-SINGULAR = 1e-10  # the least variance of standardised columns' combinations, below which they determine one another
 PARTS = "train", "validation", "test"
 
 
@@ -33,17 +33,13 @@ def gaussian_of(x: Tensor, names: Sequence[str]) -> MultivariateNormal:
     scale, loc = torch.std_mean(x, 0, correction=0)
     if same := [repr(name) for name, sd in zip(names, scale, strict=True) if not sd > 0]:
         raise Refused(f"the rows to train on are constant in {listed(same)}; choose other columns by --columns")
-    z = (x - loc) / scale
-    correlation = z.T @ z / len(z)
-    variances, directions = torch.linalg.eigh(correlation)
-    if variances[0] < SINGULAR:
-        weights = directions[:, 0].abs()
-        tied = [repr(name) for name, weight in zip(names, weights, strict=True) if weight > 0.05 * weights.max()]
+    if tied := tied_columns(x):
         raise Refused(
-            f"the columns {listed(tied)} determine one another (by a linear relation), so that they have no joint "
-            "density; leave one of them out by --columns"
+            f"the columns {listed([repr(names[place]) for place in tied])} determine one another (by a linear "
+            "relation), so that they have no joint density; leave one of them out by --columns"
         )
-    return MultivariateNormal(loc, scale_tril=scale[:, None] * torch.linalg.cholesky(correlation))
+    z = (x - loc) / scale
+    return MultivariateNormal(loc, scale_tril=scale[:, None] * torch.linalg.cholesky(z.T @ z / len(z)))
 
 
 def report(flow: Sequence[Tensor], gaussian: Sequence[Tensor], name: str, *, seconds: float, note: str) -> str:

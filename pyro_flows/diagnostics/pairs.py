@@ -10,13 +10,14 @@ import numpy as np
 MOST = 6  # columns
 POINTS = 3000  # of each table, in each panel, at most
 BINS = 50  # at most
+FAR = 5  # interquartile ranges beyond the quartiles, where axes end
 
 
 def plot_pairs(data: np.ndarray, samples: np.ndarray, names: Sequence[str], most: int = MOST) -> Any:
     """Data beside the samples of a flow: pairs of columns of the data below the diagonal, of the samples above it.
 
-    Axes span the middle of the data, 99 of 100 rows, and a margin; what lies farther out is not seen.  As many samples
-    are shown as rows.
+    Axes span the middle of the data, 99 of 100 rows, and a margin, and no more than five interquartile ranges beyond
+    the quartiles; what lies farther out is not seen.  As many samples are shown as rows.
 
     Args:
         data: ``(N, D)``.
@@ -69,16 +70,19 @@ def plot_pairs(data: np.ndarray, samples: np.ndarray, names: Sequence[str], most
             axis.set_ylabel(_short(names[row]))
     figure.align_labels()
     kept = f" (the first {width} of {data.shape[1]} columns)" if width < data.shape[1] else ""
-    title = "Data (filled) and samples (line)" if width == 1 else "Data, below the diagonal, and samples, above it"
+    title = "Data (filled) and samples (line)"
+    title += "" if width == 1 else "; in pairs, data below the diagonal and samples above it"
     figure.suptitle(title + kept, fontsize=11)
     return figure
 
 
 def _limits(x: np.ndarray) -> tuple[float, float]:
     """Where the middle of a column lies, with a margin."""
-    low, high = np.quantile(x, [0.005, 0.995])
+    low, first, third, high = np.quantile(x, [0.005, 0.25, 0.75, 0.995])
     if low == high:
         low, high = x.min(), x.max()
+    elif reach := FAR * (third - first):
+        low, high = max(low, first - reach), min(high, third + reach)
     margin = 0.08 * (high - low) or 0.5
     return float(low - margin), float(high + margin)
 
@@ -89,5 +93,5 @@ def _tick(value: float, _: int) -> str:
 
 
 def _short(name: str, most: int = 20) -> str:
-    short = name if len(name) <= most else f"{name[: most - 1]}…"
+    short = name if len(name) <= most else f"{name[: most // 2]}…{name[most // 2 + 1 - most :]}"
     return short.replace("$", r"\$")  # which would begin a formula

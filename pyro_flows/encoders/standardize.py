@@ -44,7 +44,12 @@ class Standardize(nn.Module):
         return bool((self.loc == 0).all() and (self.scale == 1).all())
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Standardise data ``(*batch, *shape)``; what a mask leaves out does not count for ``initialize``."""
+        """Standardise data ``(*batch, *shape)``; what a mask leaves out does not count for ``initialize``.
+
+        Raises:
+            ValueError: If the data do not end with ``shape``.
+        """
+        self._trailing(x)
         return (x.to(self.loc.dtype) - self.loc.detach()) / self.scale.detach()
 
     @torch.no_grad()
@@ -59,10 +64,7 @@ class Standardize(nn.Module):
                 dtype of this module.
         """
         x = x if mask is None else x[mask]
-        trailing = x.shape[max(x.dim() - len(self.shape), 0) :]
-        fits = len(trailing) == len(self.shape)
-        if not fits or any(size not in (1, given) for size, given in zip(self.shape, trailing, strict=True)):
-            raise ValueError(f"Standardize: data must end with the shape {self.shape}, got {tuple(x.shape)}.")
+        trailing = self._trailing(x)
         if x.numel() == 0:
             raise ValueError(f"Standardize: data must hold at least one row, got the shape {tuple(x.shape)}.")
         # In the network's own dtype first, since that is what it will see; then the sums in full precision, on the CPU,
@@ -83,6 +85,14 @@ class Standardize(nn.Module):
         scale = (relative * spread).to(self.scale.dtype)
         self.loc.copy_(loc)
         self.scale.copy_(torch.where(scale > 0, scale, 1.0))
+
+    def _trailing(self, x: Tensor) -> torch.Size:
+        """The sizes of the last dimensions of data, which must be those of ``shape``."""
+        trailing = x.shape[max(x.dim() - len(self.shape), 0) :]
+        fits = len(trailing) == len(self.shape)
+        if not fits or any(size not in (1, given) for size, given in zip(self.shape, trailing, strict=True)):
+            raise ValueError(f"Standardize: data must end with the shape {self.shape}, got {tuple(x.shape)}.")
+        return trailing
 
     def extra_repr(self) -> str:
         return f"{self.shape}, loc={_brief(self.loc)}, scale={_brief(self.scale)}"

@@ -97,8 +97,8 @@ def fit_density(
         FloatingPointError: If the loss or gradients stay non-finite; the error names the layer at fault.
 
     Warns:
-        UserWarning: If columns hold integers or other values that repeat, where densities grow without bound (see
-            :func:`~pyro_flows.find_spikes`), or are too far from zero for the flow's dtype.
+        UserWarning: If columns hold integers or other values that repeat (see :func:`~pyro_flows.find_spikes`) or
+            determine one another, so that densities grow without bound, or are too far from zero for the flow's dtype.
 
     Example::
 

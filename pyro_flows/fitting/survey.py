@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..tables.columns import spikes_of
+from ..tables.columns import spikes_of, tied_columns
 from ..tables.table import Names, label, listed
 from .batches import Batch
 
@@ -129,7 +129,7 @@ def check_room(caller: str, names: Names, seen: Survey, discrete: Sequence[int],
 
 
 def warn(caller: str, names: Names, seen: Survey, places: Sequence[int], dtype: torch.dtype, *, again: bool) -> None:
-    """Tell of columns that densities grow without bound in, and of those whose digits are lost.
+    """Tell of columns that densities grow without bound in, alone or together, and of those whose digits are lost.
 
     Args:
         caller: The public function that asks.
@@ -147,7 +147,15 @@ def warn(caller: str, names: Names, seen: Survey, places: Sequence[int], dtype: 
             stacklevel=3,
         )
     x = seen.sample[0].unique(dim=0) if again else seen.sample[0]
-    if spikes := spikes_of(x, names, [place for place in places if place not in coarse]):
+    fine = [place for place in places if place not in coarse]
+    if tied := tied_columns(x[:, fine]) if len(fine) > 1 else []:
+        found = [label(names, fine[place]) for place in tied]
+        warnings.warn(
+            f"{caller}: {listed(found)} determine one another (by a linear relation), so that densities grow without "
+            "bound. Leave one of them out.",
+            stacklevel=3,
+        )
+    if spikes := spikes_of(x, names, fine):
         warnings.warn(
             f"{caller}: {listed([str(spike) for spike in spikes])}. Densities grow without bound there, and nats say "
             "how narrow the spikes are, not how good the density is. Give columns of integers as discrete=[...], use "

@@ -1,9 +1,10 @@
-"""The checks that all recipes make of their sizes, and flows of their contexts."""
+"""The checks that all recipes make of their sizes, and flows of their values and contexts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,25 @@ def check_sizes(name: str, input_dim: int, context_dim: int, num_transforms: int
         raise ValueError(
             f"{name}: hidden_dims must be a sequence of positive widths such as (64, 64), got {hidden_dims!r}."
         )
+
+
+def check_tensor(caller: str, argument: str, value: object) -> None:
+    """Raise one clear error unless a value is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{caller}: {argument} must be a tensor, got {type(value).__name__}; use "
+            "torch.as_tensor(array, dtype=torch.float32), and frame.to_numpy() for the array of a data frame."
+        )
+
+
+def check_value(value: Tensor, event_shape: torch.Size) -> None:
+    """Raise one clear error unless a value is a floating tensor with the event shape on the right."""
+    check_tensor("log_prob", "value", value)
+    shape, event = tuple(value.shape), tuple(event_shape)
+    if shape[len(shape) - len(event) :] != event:
+        raise ValueError(f"log_prob: value must have the event shape {event} on the right, got shape {shape}.")
+    if not value.is_floating_point():
+        raise ValueError(f"log_prob: value must be of a floating dtype, got {value.dtype}; use value.float().")
 
 
 def check_context(context: Tensor | None, width: int, what: str = "context") -> None:

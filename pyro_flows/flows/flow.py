@@ -16,7 +16,7 @@ from torch.distributions import Distribution
 from ..distributions import FixedBase, StandardNormal
 from ..transforms import Compose, FlowTransform, View
 from ..transforms.compose import check_chain
-from .checks import check_context
+from .checks import check_context, check_tensor, check_value
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -97,13 +97,9 @@ class FlowDistribution(dist.TransformedDistribution):
     def _validate_sample(self, value: Tensor) -> None:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return
-        shape, event = tuple(value.shape), tuple(self.event_shape)
-        if shape[len(shape) - len(event) :] != event:
-            raise ValueError(f"log_prob: value must have the event shape {event} on the right, got shape {shape}.")
-        if not value.is_floating_point():
-            raise ValueError(f"log_prob: value must be of a floating dtype, got {value.dtype}; use value.float().")
+        check_value(value, self.event_shape)
         if not value.isfinite().all():
-            bad = int((~value.isfinite()).sum())
+            bad, shape = int((~value.isfinite()).sum()), tuple(value.shape)
             raise ValueError(f"log_prob: value holds NaN or inf ({bad} of {value.numel()} numbers, shape {shape}).")
 
 
@@ -173,6 +169,8 @@ class Flow(nn.Module):
 
     def _encoded(self, context: Tensor | None) -> Tensor | None:
         """What the transforms take of a context, which is checked."""
+        if context is not None:
+            check_tensor("Flow", "context", context)
         if self.encoder is None or context is None:
             check_context(context, self.context_dim)
             return context
@@ -231,11 +229,7 @@ class Flow(nn.Module):
 
         It has no data-dependent control flow, so it compiles as a whole.
         """
-        if value.shape[value.dim() - len(self.event_shape) :] != self.event_shape:
-            raise ValueError(
-                f"log_prob: value must have the event shape {tuple(self.event_shape)} on the right, "
-                f"got shape {tuple(value.shape)}."
-            )
+        check_value(value, self.event_shape)
         context = self._encoded(context)
         base = self._base(context)
         total = torch.zeros((), dtype=value.dtype, device=value.device)

@@ -22,6 +22,7 @@ from .table import Names, label, places_of, read_table
 FINE = {"integers": 1e-4, "lattice": 1e-3}  # steps, in standard deviations, that flows hardly resolve
 TIED = 0.1  # of the rows that share their value with others, from which a lattice matters
 LEAST = 5  # times that a value must occur; continuous values occur once
+SINGULAR = 1e-10  # the least variance of standardised columns' combinations, below which they determine one another
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def find_spikes(x: Any, *, share: float = 0.01) -> list[Spike]:
         share: From which share of the rows on a single value, or copies of rows, are a spike.
 
     Returns:
-        One :class:`Spike` for each column at fault, and one for whole rows that repeat; empty where there are none.
+        One :class:`Spike` for each column at fault, and one for whole rows that repeat though some column has no spike
+        of its own; empty where there are none.
         Integers count where the standard deviation is below 1e4, and multiples of another step where it is below a
         thousand steps and a tenth of the rows share their values with others.
 
@@ -94,7 +96,7 @@ def spikes_of(table: Tensor, names: Names, places: list[int], share: float = 0.0
     for place in places:
         spike = _spike_of(names[place] if names else place, values[:, place].sort().values, eps, least)
         found += [spike] if spike else []
-    if len(places) > 1:
+    if len(found) < len(places) > 1:  # otherwise the columns' own spikes explain copies
         copies = len(values) - len(_hashes(values[:, places]).unique())
         found += [Spike(None, "rows", copies / len(values))] if copies >= least else []
     return found
@@ -134,6 +136,19 @@ def _hashes(rows: Tensor) -> Tensor:
     factors = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator) * 2 + 1
     mixed = bits ^ (bits >> 29)
     return ((mixed * factors) ^ (mixed >> 17)).sum(1)
+
+
+def tied_columns(x: Tensor) -> list[int]:
+    """The places of columns of ``(N, D)`` that determine one another by a linear relation, so that they have no joint
+    density; empty where there are none."""
+    x = x.double()
+    scale, loc = torch.std_mean(x, 0, correction=0)
+    z = (x - loc) / torch.where(scale > 0, scale, 1.0)
+    variances, directions = torch.linalg.eigh(z.T @ z / len(z))
+    if not variances[0] < SINGULAR:
+        return []
+    weights = directions[:, 0].abs()
+    return (weights > 0.05 * weights.max()).nonzero().flatten().tolist()
 
 
 def dequantize(
