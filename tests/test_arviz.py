@@ -179,6 +179,9 @@ def test_equal_weights_have_no_tail():
     smoothed, khat = compat.psislw(log_weights)
     assert khat == -math.inf
     np.testing.assert_allclose(np.exp(smoothed), np.exp(log_weights) / 230, atol=1e-12)
+    nearly = (-6.547 + 1e-6 * np.random.default_rng(0).standard_normal(10_000)).astype(np.float32)
+    assert 1 < len(np.unique(np.sort(nearly)[-300:])) < 10
+    assert compat.psislw(nearly.astype(float))[1] == -math.inf
 
 
 def test_arviz_1_gets_negated_weights(monkeypatch):

@@ -124,7 +124,7 @@ def bend(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """Map x in [-B, B] to ``(y, log dy/dx)`` by the spline of a table, ``(*s), (3, K + 1, *s) -> (*s), (*s)``."""
     x0, x1, y0, y1, d0, d1 = bin_of(x, table, axis=0)
     w, h = x1 - x0, y1 - y0
-    u = ((x - x0) / w).clamp(0, 1)
+    u = (x - x0) / w  # in [0, 1]: differences and quotients are rounded monotonically
     v, s = 1 - u, h / w
     denominator = torch.addcmul(s, torch.sub(d0 + d1, s, alpha=2), u * v)
     y = torch.addcmul(y0, h, u * torch.addcmul(s * u, d0, v) / denominator)

@@ -11,6 +11,7 @@ import numpy as np
 
 Variable = tuple[tuple[str, ...], np.ndarray]  # the names of an array's dimensions, and the array
 Groups = dict[str, dict[str, Variable]]
+ROUND_OFF = 1e-4  # nats
 
 
 def import_arviz() -> ModuleType:
@@ -24,11 +25,12 @@ def import_arviz() -> ModuleType:
 def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     """Pareto-smoothed, normalised log-weights and k-hat of raw log-weights ``(S,)``.
 
-    Where the largest weights are all equal there is no tail to smooth, and k-hat is ``-inf``: ArviZ 1.x fails there.
+    Where the largest weights are equal, up to what float32 makes of log-densities, there is no tail to smooth, and
+    k-hat is ``-inf``: ArviZ 1.x fails there.
     """
     size = len(log_weights)
     tail = np.sort(log_weights)[-math.ceil(min(size / 5, 3 * math.sqrt(size))) :]
-    if tail[0] == tail[-1]:
+    if tail[-1] - tail[0] < ROUND_OFF:
         return log_weights - np.logaddexp.reduce(log_weights), -math.inf
     arviz = import_arviz()
     if hasattr(arviz, "psislw"):
