@@ -114,11 +114,8 @@ def weigh(log_weights: Tensor) -> Psis:
     raw, size = log_weights.double().cpu(), len(log_weights)
     relative = (raw - raw.max()).exp()
     mean = relative.mean()
-    if relative.min() > 1 - 1e-5:  # equal up to round-off: nothing to fit
-        smoothed, khat = torch.full_like(raw, -math.log(size)), -math.inf
-    else:
-        log_smoothed, khat = psislw(raw.numpy())
-        smoothed = torch.as_tensor(log_smoothed).log_softmax(0)
+    log_smoothed, khat = psislw(raw.numpy())
+    smoothed = torch.as_tensor(log_smoothed).log_softmax(0)
     return Psis(
         khat=khat,
         threshold=min(1 - 1 / math.log10(size), 0.7),

@@ -55,11 +55,11 @@ class Rows:
         size: How many rows a batch has, at most N; rows that an epoch does not reach come in another one.
     """
 
+    again = False
+
     def __init__(self, x: Tensor, context: Tensor | None, size: int = PART) -> None:
         self.x, self.context = x, context
         self.epochs = Epochs(len(x), size)
-
-    again = False
 
     @property
     def steps(self) -> int:
