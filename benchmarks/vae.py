@@ -22,19 +22,16 @@ Flows for Variational Inference (van den Berg et al. 2018, arXiv:1803.05649), wi
 from __future__ import annotations
 
 import argparse
-import gzip
 import itertools
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from mnist import mnist
 from posteriors import read, write
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.optim import CosineAnnealingLR
@@ -133,16 +130,7 @@ class VAE(nn.Module):
 
 def images(part: str) -> Tensor:
     """The grey values of MNIST's images, in [0, 1], ``(N, 784)``."""
-    here = Path(__file__).resolve()
-    path = Path(os.environ.get("PYRO_FLOWS_DATA", here.parents[2] / "shared" / "data")) / "images"
-    file = path / f"{part}-images-idx3-ubyte.gz"
-    if not file.is_file():
-        sys.exit(
-            f"No data in {path}. Set PYRO_FLOWS_DATA to a folder with images/{file.name}, one of MNIST's four original "
-            "files, which ossci-datasets.s3.amazonaws.com/mnist/ holds (as torchvision.datasets.MNIST knows)."
-        )
-    pixels = np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8, offset=16)
-    return torch.from_numpy(pixels.copy()).reshape(-1, PIXELS) / 255
+    return mnist(part)[0].flatten(1) / 255
 
 
 def train(vae: VAE, guide: pf.AutoPlateFlow, objective: ELBO, grey: Tensor, epochs: int) -> float:

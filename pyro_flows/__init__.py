@@ -6,6 +6,7 @@ from .diagnostics import Calibration as Calibration
 from .diagnostics import Check as Check
 from .diagnostics import Psis as Psis
 from .diagnostics import Simulations as Simulations
+from .diagnostics import bits_per_dim as bits_per_dim
 from .diagnostics import calibrate as calibrate
 from .diagnostics import check as check
 from .diagnostics import importance_log_likelihood as importance_log_likelihood
@@ -13,6 +14,7 @@ from .diagnostics import neutra as neutra
 from .diagnostics import psis as psis
 from .diagnostics import refine as refine
 from .diagnostics import resample as resample
+from .diagnostics import save_images as save_images
 from .diagnostics import simulate as simulate
 from .diagnostics import to_arviz as to_arviz
 from .fitting import Fit as Fit

@@ -27,7 +27,16 @@ from pyro_flows.bijectors import (
     Sigmoidal,
     SumOfSquares,
 )
-from pyro_flows.conditioners import MADE, MLP, Conditioner, Given, LipschitzMLP, Periodic
+from pyro_flows.conditioners import (
+    MADE,
+    MLP,
+    CausalTransformer,
+    Conditioner,
+    ConvNet,
+    Given,
+    LipschitzMLP,
+    Periodic,
+)
 from pyro_flows.distributions import CircularBase, ContaminatedNormalBase, MixtureBase, StandardNormal, StudentTBase
 from pyro_flows.flows import Flow
 from pyro_flows.transforms import (
@@ -44,10 +53,16 @@ from pyro_flows.transforms import (
     Inverse,
     LULinear,
     Orthogonal,
+    Patched,
     Permute,
+    PerPixel,
     Planar,
     Radial,
+    Recomputed,
+    Reshaped,
     Residual,
+    Split,
+    Squeezed,
     Sylvester,
 )
 
@@ -79,10 +94,11 @@ Builder = Callable[[int, int], FlowTransform]  # (D, context_dim) -> transform
 
 
 class Kind(NamedTuple):
-    """A line of the registry of transforms."""
+    """A line of the registry of transforms; a feature of those of images is a channel of four pixels."""
 
     build: Builder
     takes_context: bool = False
+    size: int = 1  # how many numbers a feature has
     least_dim: int = 1
     starts_at_identity: bool = True
     learns: bool = True
@@ -181,6 +197,38 @@ def _between_scales(rotation: Callable[[int], FlowTransform]) -> Builder:
     return lambda dim, _: Compose([ActNorm(dim), rotation(dim), ActNorm(dim)])
 
 
+PIXELS = 4
+
+
+def _of_images(build: Callable[[int, int], FlowTransform]) -> Builder:
+    """A transform of images of two by two pixels, (channels, context_dim) -> transform, that takes them as vectors."""
+    return lambda dim, context_dim: Reshaped(build(dim // PIXELS, context_dim), (dim,))
+
+
+def _conv(bijector: Bijector, num_blocks: int, size: tuple[int, int] = (2, 2)) -> Builder:
+    def build(channels: int, context_dim: int) -> FlowTransform:
+        mask = [place < channels // 2 for place in range(channels)]
+        kept = channels // 2
+        net = ConvNet(kept, channels - kept, bijector.num_params, size, 8, num_blocks, context_dim)
+        return Coupling(bijector, net, mask)
+
+    return build
+
+
+def _multiscale(channels: int, context_dim: int) -> FlowTransform:
+    """All of a scale: a coupling of half of the channels, one that steers the others by them, one by a checkerboard."""
+    coupling = _conv(Affine(1.0), 0, (1, 1))
+    board = [place % 4 in (0, 3) for place in range(4 * channels)]
+    net = ConvNet(2 * channels, 2 * channels, 2, (1, 1), 8, 1, context_dim)
+    first = Split(coupling(2 * channels, context_dim))
+    return Squeezed(Compose([first, coupling(4 * channels, context_dim), Coupling(Affine(1.0), net, board)]))
+
+
+def _tokens(channels: int, context_dim: int) -> FlowTransform:
+    net = CausalTransformer(PIXELS, channels, 2, 8, 1, 2, context_dim, order=[2, 0, 3, 1])
+    return Patched(Autoregressive(Affine(1.0), net), (channels, 2, 2))
+
+
 # One of each kind: what else a bijector's own settings may be is no matter for the transform.
 STEERED = {name: b for name, b in BIJECTORS.items() if name not in ("affine_2", "spline_16_bins", "sigmoidal_2_layers")}
 
@@ -211,6 +259,18 @@ TRANSFORMS: dict[str, Kind] = {
     "orthogonal_between_scales": Kind(_between_scales(Orthogonal)),
     "actnorm": Kind(lambda dim, _: ActNorm(dim)),
     "compose": Kind(_compose, True, starts_at_identity=False),
+    "pixel_lu_linear": Kind(_of_images(lambda channels, _: PerPixel(LULinear(channels), (2, 2))), size=PIXELS),
+    "pixel_coupling": Kind(
+        _of_images(lambda channels, context_dim: PerPixel(_coupling(Affine())(channels, context_dim), (2, 2))),
+        True,
+        size=PIXELS,
+        least_dim=2,
+    ),
+    "conv_affine": Kind(_of_images(_conv(Affine(), 0)), True, size=PIXELS, least_dim=2),
+    "conv_mixture": Kind(_of_images(_conv(BIJECTORS["mixture"], 1)), True, size=PIXELS, least_dim=2),
+    "multiscale": Kind(_of_images(_multiscale), True, size=PIXELS),
+    "tokens": Kind(_of_images(_tokens), True, size=PIXELS),
+    "recomputed": Kind(lambda *of: Recomputed(_coupling(RationalQuadraticSpline())(*of)), True, least_dim=2),
     "inverse": Kind(lambda dim, context_dim: _autoregressive(Affine(), shuffled)(dim, context_dim).inv, True),
 }
 

@@ -110,7 +110,7 @@ def test_every_transform_comes_back(name: str, context_dim: int, tmp_path: Path)
     kind = laws.TRANSFORMS[name]
     if context_dim and not kind.takes_context:
         pytest.skip("it takes no context")
-    flow = Flow([laws.randomise(kind.build(DIM, context_dim))]).double()
+    flow = Flow([laws.randomise(kind.build(DIM * kind.size, context_dim))]).double()
     context = laws.normal(6, context_dim, seed=2) if context_dim else None
     same_flow(flow, there_and_back(flow, tmp_path), context)
 
@@ -147,7 +147,8 @@ def test_every_encoder_comes_back(name: str, tmp_path: Path) -> None:
 def test_no_public_class_is_left_out() -> None:
     """A new class comes under these laws by its line in a registry; without one it would be saved unseen."""
     found: set[str] = {"distributions.FixedBase", "conditioners.Given", "encoders.Standardize"}  # tested further below
-    builds = [kind.build(DIM, laws.CONTEXT_DIM) for kind in laws.TRANSFORMS.values()]
+    found |= {"transforms.Sigmoid", "encoders.ClassEmbedding", "encoders.Flatten"}  # tested with models of images
+    builds = [kind.build(DIM * kind.size, laws.CONTEXT_DIM) for kind in laws.TRANSFORMS.values()]
     parts = [*builds, *laws.BIJECTORS.values(), *(build(DIM) for build in laws.BASES.values())]
     for part in [*parts, *(encoder for encoder, _ in ENCODERS.values())]:
         found |= set(names_in(describe(part)))
@@ -165,7 +166,7 @@ def names_in(spec: Any) -> list[str]:
 def test_arguments_are_kept_under_their_names() -> None:
     """Whatever ``save`` finds in attributes builds an object that says the same of itself."""
     for name, kind in laws.TRANSFORMS.items():
-        spec = describe(kind.build(DIM, 0))
+        spec = describe(kind.build(DIM * kind.size, 0))
         assert str(describe(build(spec))) == str(spec), name
 
 

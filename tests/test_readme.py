@@ -33,8 +33,12 @@ def test_example_runs(number, capsys, monkeypatch, tmp_path):
         assert torch.isfinite(scope["fit"].losses).all()
 
 
-@pytest.mark.parametrize(("page", "said"), [("amortized", "Calibration("), ("density", "\nTrue\n")])
-def test_the_pages_examples_run(page, said, capsys):
+PAGES = [("amortized", "Calibration("), ("density", "\nTrue\n"), ("images", "torch.Size([5, 2, 1, 8, 8])")]
+
+
+@pytest.mark.parametrize(("page", "said"), PAGES)
+def test_the_pages_examples_run(page, said, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
     for example in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), flags=re.DOTALL):
         exec(example, scope)

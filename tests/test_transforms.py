@@ -44,8 +44,9 @@ class Case:
     """A transform of the registry at one size and one kind of context."""
 
     def __init__(self, name: str, dim: int, context: str) -> None:
-        self.name, self.dim, self.context_kind = name, dim, context
+        self.name, self.context_kind = name, context
         self.kind = laws.TRANSFORMS[name]
+        self.dim = dim * self.kind.size
         self.context_dim = 0 if context == "no_context" else laws.CONTEXT_DIM
 
     def __repr__(self) -> str:
@@ -316,11 +317,20 @@ def test_holding_the_inverse_registers_its_parameters(case: Case, holder_type: t
 
 
 @pytest.mark.parametrize(
-    "name", ["coupling_spline", "shuffled_affine", "autoregressive_spline_2_bins", "compose", "planar"]
+    "name",
+    [
+        "coupling_spline",
+        "shuffled_affine",
+        "autoregressive_spline_2_bins",
+        "compose",
+        "planar",
+        "conv_affine",
+        "tokens",
+    ],
 )
 def test_it_compiles_to_one_graph(name: str) -> None:
     case = Case(name, 5, "batched_context")
-    laws.compiles(case.random(scale=0.3), laws.normal(ROWS, 5), case.context())
+    laws.compiles(case.random(scale=0.3), laws.normal(ROWS, case.dim), case.context())
 
 
 @every_transform
@@ -373,8 +383,8 @@ OTHERS = {
 def test_it_stands_among_torchs_transforms(case: Case, other: torch_transforms.Transform) -> None:
     """Fresh values are scored, in a list and inside torch's own composition."""
     transform = case.random(scale=0.3)
-    base = dist.Normal(torch.zeros(5, dtype=torch.float64), 1.0).to_event(1)
-    x = laws.normal(ROWS, 5, scale=0.5)
+    base = dist.Normal(torch.zeros(case.dim, dtype=torch.float64), 1.0).to_event(1)
+    x = laws.normal(ROWS, case.dim, scale=0.5)
     middle, log_det = transform.forward_and_log_det(x)
     y = other(middle)
     of_other = other.log_abs_det_jacobian(middle, y)
@@ -388,7 +398,7 @@ def test_it_stands_among_torchs_transforms(case: Case, other: torch_transforms.T
 
 @every_transform
 def test_conditioning_gives_a_plain_transform(case: Case) -> None:
-    transform, context, x = case.random(), case.context(), laws.normal(ROWS, 5, scale=3.0)
+    transform, context, x = case.random(), case.context(), laws.normal(ROWS, case.dim, scale=3.0)
     if context is None:
         assert transform.condition(torch.zeros(3)) is transform
     fixed = transform if context is None else transform.condition(context)

@@ -11,7 +11,10 @@ from torch.nn import functional as F
 
 
 class Conditioner(nn.Module, ABC):
-    """A network that gives ``num_params`` parameters to each of ``output_dim`` features.
+    """A network that gives ``num_params`` parameters to each of ``output_dim`` features, or to each of their numbers.
+
+    Features are numbers, and ``size`` is ``()``, or they are the channels of an image, of size ``(H, W)``, or the
+    tokens of a sequence, of size ``(token_dim,)``.
 
     Its last layer starts at zero, so that every bijector starts at the identity.  Parameter p of feature i is output
     ``p * output_dim + i``: each parameter of all features lies side by side, as the elementwise maps read them.
@@ -22,7 +25,8 @@ class Conditioner(nn.Module, ABC):
     num_params: int
     context_dim: int
     hidden_dims: tuple[int, ...]
-    from_context: nn.Linear | None
+    size: tuple[int, ...] = ()
+    from_context: nn.Module | None
 
     def __init__(
         self, input_dim: int, output_dim: int, num_params: int, hidden_dims: Sequence[int], context_dim: int
@@ -53,11 +57,11 @@ class Conditioner(nn.Module, ABC):
         """Compute parameters.
 
         Args:
-            x: Inputs of shape ``(*batch, input_dim)``.
+            x: Inputs of shape ``(*batch, input_dim, *size)``.
             context: Contexts of shape ``(*batch, context_dim)``, broadcast with ``x``, or None if ``context_dim`` is 0.
 
         Returns:
-            Parameters of shape ``(*batch, output_dim, num_params)``.
+            Parameters of shape ``(*batch, output_dim, *size, num_params)``.
         """
 
 

@@ -16,8 +16,9 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from . import checkpoint as checkpoints
 
-Batch = tuple[Tensor, Tensor | None]  # rows (N, D), and contexts (N, ...) where there are some
+Batch = tuple[Tensor, Tensor | None]  # rows (N, *event_shape), and contexts (N, ...) where there are some
 PART = 10_000  # rows that are looked at together
+NUMBERS = 250_000  # in the images that are
 _END = object()
 
 
@@ -41,16 +42,16 @@ class Epochs:
         self.order, self.place = state["order"], state["place"]
 
 
-def suited_size(number: int, asked: int | None = None) -> int:
-    """How many rows a batch takes: what is asked for, or 256, and fewer where there are few rows."""
-    return min(asked or min(256, max(32, number // 18)), number)
+def suited_size(number: int, asked: int | None = None, most: int = 256) -> int:
+    """How many rows a batch takes: what is asked for, or some 256, and fewer where there are few rows."""
+    return min(asked or min(most, max(32, number // 18)), number)
 
 
 class Rows:
     """Batches of rows in memory.
 
     Args:
-        x: ``(N, D)``.
+        x: ``(N, *event_shape)``.
         context: ``(N, ...)``, or None.
         size: How many rows a batch has, at most N; rows that an epoch does not reach come in another one.
     """
@@ -69,8 +70,9 @@ class Rows:
         return self.x[index], None if self.context is None else self.context[index]
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.x), PART):
-            yield self._take(slice(start, start + PART))
+        part = PART if self.x.dim() == 2 else max(1, NUMBERS // self.x[0].numel())
+        for start in range(0, len(self.x), part):
+            yield self._take(slice(start, start + part))
 
     def next(self) -> Batch:
         return self._take(self.epochs.next())

@@ -94,6 +94,7 @@ def descend(
     settings: dict[str, Any] | None = None,
     companion: Any = None,
     held_out: HeldOut | None = None,
+    show: Callable[[float], str] = "{:.3f} nats".format,
     caller: str = "fit_svi",
     window: int = 50,
     patience: int = 100,
@@ -117,6 +118,7 @@ def descend(
         settings: What else tells this run from another, of which a checkpoint is refused.
         companion: What has a state beside the parameters, with ``state_dict`` and ``load_state_dict``.
         held_out: What judges states on data that are not trained on, in place of the running loss.
+        show: Writes a loss on held-out data for the progress bar.
         caller: The public function that asks, for errors.
         window: The number of steps over which the loss is averaged to judge a state.
         patience: How many steps in a row may be skipped.
@@ -164,12 +166,12 @@ def descend(
                 if step % (held_out.every if held_out else window) == 0 or step == steps:
                     if held_out and run.average:
                         with run.average.in_place():
-                            run.held_out.append(held_out.loss())
+                            run.held_out.append(held_out.loss(len(run.held_out) + 1))
                             best.improve(run.held_out[-1], step)
                     else:
                         best.offer(losses[-window:], step, comparable=settled())
                     skipped = sum(not math.isfinite(value) for value in losses)
-                    shown = f"held-out loss {best.latest:.3f} nats" if held_out else f"loss {best.latest:.3f}"
+                    shown = f"held-out loss {show(best.latest)}" if held_out else f"loss {best.latest:.3f}"
                     bar.set_postfix_str(shown + (f", {skipped} skipped" if skipped else ""))
                     if held_out and step - best.step >= held_out.patience * held_out.every:
                         run.stopped = "held-out"

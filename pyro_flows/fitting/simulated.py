@@ -53,7 +53,7 @@ def train(
         return -(log_q + log_det[index]).mean()
 
     @torch.no_grad()
-    def loss_held_out() -> float:
+    def loss_held_out(_: int) -> float:
         guide.eval()
         parts = torch.arange(number, len(z)).split(10_000)
         total = sum(float(loss_of(part)) * len(part) for part in parts) / (len(z) - number)

@@ -1,4 +1,4 @@
-"""What a flow is trained on and judged by: tables or batches of a loader, read for this flow."""
+"""What a flow is trained on and judged by: rows of a table, images, or batches of a loader, read for this flow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ..encoders import Standardize
 from ..encoders.base import at_rest
-from ..flows import Flow
+from ..flows import Dequantized, Flow
 from ..tables.table import Names, is_table, read_table
 from .batches import Batch, Rows, Source, Stream, split, suited_size
 
@@ -20,35 +20,41 @@ FEWEST = 20
 
 
 class Reader:
-    """Turns what users have into rows ``(N, D)`` and contexts that a flow can take.
+    """Turns what users have into rows ``(N, *event_shape)`` and contexts that a flow can take.
 
     Args:
         caller: The public function that asks, for errors.
-        flow: The flow.
+        model: The flow, or the dequantised one.
 
     Attributes:
-        width: The number D of columns.
+        flow: The flow over real numbers.
+        levels: How many integers a row may hold, of a model over integers; else None.
+        width: The number of columns of a table, or of channels of an image.
         like: A parameter that has the flow's dtype and device.
         names: Those of the columns, once a table with names was read.
     """
 
-    def __init__(self, caller: str, flow: Any) -> None:
-        if not isinstance(flow, Flow):
-            got = f"the recipe {flow.__name__}, uncalled" if hasattr(flow, "__name__") else type(flow).__name__
+    def __init__(self, caller: str, model: Any) -> None:
+        if not isinstance(model, Flow | Dequantized):
+            got = f"the recipe {model.__name__}, uncalled" if hasattr(model, "__name__") else type(model).__name__
             raise TypeError(f"{caller}: flow must be a Flow, such as flows.nsf(x.shape[1]), got {got}.")
-        if len(flow.event_shape) != 1:
+        shape = model.event_shape
+        if len(shape) not in (1, 3):
             raise ValueError(
-                f"{caller}: flow must be one over vectors, got one over events of shape {tuple(flow.event_shape)}."
+                f"{caller}: flow must be one over vectors or over images (C, H, W), got one over events of shape "
+                f"{tuple(shape)}."
             )
-        likes = [parameter for parameter in flow.parameters() if parameter.is_floating_point()]
+        likes = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
         if not any(parameter.requires_grad for parameter in likes):
             raise ValueError(f"{caller}: the flow has no parameters to train.")
-        self.caller, self.flow, self.width, self.like = caller, flow, flow.event_shape[0], likes[0]
+        self.caller, self.model, self.event_shape, self.width, self.like = caller, model, shape, shape[0], likes[0]
+        self.flow: Flow = model.flow if isinstance(model, Dequantized) else model
+        self.levels: int | None = model.levels if isinstance(model, Dequantized) else None
         self.names: Names = None
         self._is_new = True
 
     def rows(self, x: Any, context: Any = None, argument: str = "x") -> Batch:
-        """Rows and contexts as tensors in the flow's dtype, where they are.
+        """Rows and contexts as tensors in the flow's dtype, where they are; integers of a model of such stay integers.
 
         Raises:
             ValueError: If they do not fit the flow or each other.
@@ -59,18 +65,32 @@ class Reader:
                 f"{self.caller}: {argument} has the columns {names}, but x has {self.names}; give them in one order."
             )
         self.names = self.names or names
-        found = found.unsqueeze(-1) if found.dim() == 1 and self.width == 1 else found
-        if found.dim() != 2 or found.shape[1] != self.width:
+        found = found.unsqueeze(-1) if found.dim() == 1 and self.event_shape == (1,) else found
+        if found.shape[1:] != self.event_shape or not found.dim():
+            sizes = ", ".join(map(str, self.event_shape))
+            what = "a column for each of the flow's features" if len(self.event_shape) == 1 else "the flow's images"
             raise ValueError(
-                f"{self.caller}: {argument} must have shape (N, {self.width}), a column for each of the flow's "
-                f"features, got {tuple(found.shape)}."
+                f"{self.caller}: {argument} must have shape (N, {sizes}), {what}, got {tuple(found.shape)}."
             )
+        self._check_dtype(found, argument)
         encoded = None if context is None else self._context(context, len(found))
         if self._is_new and len(found):
             with torch.no_grad(), at_rest(self.flow):
                 self.flow(None if encoded is None else encoded[:1].to(self.like.device))  # the flow's own errors
             self._is_new = False
-        return found.to(self.like.dtype), encoded
+        return found if self.levels else found.to(self.like.dtype), encoded
+
+    def _check_dtype(self, found: Tensor, argument: str) -> None:
+        if self.levels and found.is_floating_point():
+            raise ValueError(
+                f"{self.caller}: {argument} must hold integers from 0 to {self.levels - 1}, as this flow does, got "
+                f"{found.dtype}; use x.to(torch.uint8), and (x * {self.levels - 1}).round() of numbers from 0 to 1."
+            )
+        if len(self.event_shape) == 3 and not self.levels and not found.is_floating_point():
+            raise ValueError(
+                f"{self.caller}: {argument} holds integers, {found.dtype}, of which a flow over real images has "
+                "densities without bound; use flows.Dequantized(flow), or x.float() where they are real numbers."
+            )
 
     def _context(self, context: Any, number: int) -> Tensor:
         found, _ = read_table(self.caller, "context", context)
@@ -115,7 +135,7 @@ def sources(
             kept, out = order.tensor_split([max(1, len(rows) - math.ceil(share * len(rows)))])
             judge = Rows(rows[out], None if contexts is None else contexts[out])
             rows, contexts = rows[kept], None if contexts is None else contexts[kept]
-        return Rows(rows, contexts, suited_size(len(rows), batch_size)), judge
+        return Rows(rows, contexts, suited_size(len(rows), batch_size, 256 if rows.dim() == 2 else 64)), judge
     if context is not None or batch_size is not None:
         what = "context" if context is not None else "batch_size"
         raise ValueError(f"{caller}: {what} is for a table x; of a loader it is a matter of the batches.")

@@ -18,9 +18,10 @@ from ..encoders.base import at_rest
 from ..encoders.standardize import learning
 from ..flows import Flow
 from ..guides.recipe import permutes
-from ..transforms import FixedAffine
+from ..transforms import FixedAffine, FlowTransform, PerPixel
 
 INITIAL = 5000  # rows that layers such as ActNorm start from
+FEW = 512  # images, of which each is many rows
 
 
 @torch.no_grad()
@@ -41,14 +42,14 @@ def start(
 
     Args:
         flow: The flow.
-        loc: The mean of each column, ``(D,)``.
-        scale: The standard deviation of each, ``(D,)``.
-        x: Some of the rows, on the flow's device, ``(N, D)``.
+        loc: The mean of each column, ``(D,)``, or of each channel.
+        scale: The standard deviation of each.
+        x: Some of the rows, on the flow's device, ``(N, *event_shape)``.
         context: Their contexts, ``(N, ...)``.
         standardize: Whether to do more than to let layers that start from data, an encoder's too, see some.
         heavy_tails: Whether the base, where it is the standard normal, shall be a Student's t.
     """
-    if not permutes(flow.transforms, x.new_zeros(x.shape[1])):
+    if not permutes(flow.transforms, x.new_zeros(flow.event_shape)):
         return
     if heavy_tails and type(flow.base) is StandardNormal:
         flow.base = StudentTBase(flow.event_shape).to(x)
@@ -56,10 +57,14 @@ def start(
         if isinstance(flow.base, CircularBase):  # angles have a scale of their own
             angles = flow.base.circular.to(loc.device)
             loc, scale = loc.masked_fill(angles, 0.0), scale.masked_fill(angles, 1.0)
-        if not isinstance(flow.transforms[-1], FixedAffine):
+        if not isinstance(_of_columns(flow.transforms[-1]), FixedAffine):
             assert isinstance(flow.transforms, nn.ModuleList)
-            flow.transforms.append(FixedAffine(x.shape[1], dense=False).to(x))
-        flow.transforms[-1].set(loc, scale)
+            columns, *size = flow.event_shape
+            fixed = FixedAffine(columns, dense=False).to(x)
+            flow.transforms.append(PerPixel(fixed, size) if size else fixed)
+        last = _of_columns(flow.transforms[-1])
+        assert isinstance(last, FixedAffine)
+        last.set(loc, scale)
         if flow.context_dim and flow.encoder is None:
             flow.encoder = Standardize((flow.context_dim,)).to(x)
     with at_rest(flow):
@@ -67,7 +72,13 @@ def start(
             with learning(fresh):
                 flow.encoder(context)
         with contextlib.suppress(NotImplementedError):  # by an inverse of such a layer
-            flow.initialize(x[:INITIAL], None if context is None else context[:INITIAL])
+            number = INITIAL if len(flow.event_shape) == 1 else FEW
+            flow.initialize(x[:number], None if context is None else context[:number])
+
+
+def _of_columns(layer: FlowTransform) -> FlowTransform:
+    """What a layer does to the columns of a table, or to the channels of each pixel."""
+    return layer.inner if isinstance(layer, PerPixel) else layer
 
 
 def _fresh_parts(encoder: nn.Module) -> list[Standardize]:

@@ -17,13 +17,13 @@ class HeldOut:
     """How a run is judged on held-out data.
 
     Attributes:
-        loss: Computes the loss on them, in nats.
+        loss: Computes the loss on them, in nats, given how often it was computed, this time included.
         every: After how many steps it is asked for.
         patience: After how many times without an improvement the run ends.
         decay: Of the average of the parameters, which is what is judged and kept.
     """
 
-    loss: Callable[[], float]
+    loss: Callable[[int], float]
     every: int
     patience: int
     decay: float = 0.99

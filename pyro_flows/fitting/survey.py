@@ -13,13 +13,14 @@ from ..tables.table import Names, label, listed
 from .batches import Batch
 
 SAMPLE = 25_000  # rows to look at more closely, at least, where there are as many
+IMAGES = 1000  # images to look at more closely
 COARSE = 1e-3  # standard deviations that a number may be rounded by
 ROOM = 0.01  # that noise from [0, 1) may be rounded by
 FAR = 8  # standard deviations from the mean where normals never are
 
 
 class Survey:
-    """What was seen of rows ``(N, D)`` and their contexts.
+    """What was seen of rows ``(N, D)`` and their contexts, or of images ``(N, C, H, W)``, whose columns are channels.
 
     Attributes:
         rows: Their number.
@@ -33,7 +34,7 @@ class Survey:
     """
 
     def __init__(self, batches: Iterable[Batch], width: int) -> None:
-        self.rows, self.broken_contexts = 0, 0
+        self.rows, self._numbers, self.broken_contexts = 0, 0, 0
         self.loc, self._squares = torch.zeros(2, width, dtype=torch.float64)
         self.low, self.high = torch.full((width,), torch.inf).double(), torch.full((width,), -torch.inf).double()
         self.whole, self.broken = torch.ones(width, dtype=torch.bool), torch.zeros(width, dtype=torch.long)
@@ -42,29 +43,31 @@ class Survey:
         for x, context in batches:
             if not len(x):
                 continue
-            self._add(x.to("cpu", torch.float64), context)
+            columns = x if x.dim() == 2 else x.movedim(1, -1).flatten(0, -2)
+            self._add(columns.to("cpu", torch.float64), context)
+            self.rows += len(x)
             kept.append((x[::stride], None if context is None else context[::stride]))
-            if sum(len(x) for x, _ in kept) > 2 * SAMPLE:
+            if sum(len(x) for x, _ in kept) > 2 * (SAMPLE if x.dim() == 2 else IMAGES):
                 kept, stride = [_thinned(kept)], 2 * stride
         self.sample: Batch = _joined(kept) if kept else (torch.zeros(0, width), None)
 
     def _add(self, x: Tensor, context: Tensor | None) -> None:
         """Take rows in; moments after Chan, Golub, LeVeque 1979, which loses no digits to a mean far from zero."""
         number, mean = len(x), x.mean(0)
-        total, gap = self.rows + number, mean - self.loc
+        total, gap = self._numbers + number, mean - self.loc
         self.loc = self.loc + gap * (number / total)
-        self._squares = self._squares + (x - mean).square().sum(0) + gap.square() * (self.rows * number / total)
+        self._squares = self._squares + (x - mean).square().sum(0) + gap.square() * (self._numbers * number / total)
         self.low, self.high = torch.minimum(self.low, x.amin(0)), torch.maximum(self.high, x.amax(0))
         self.whole = self.whole & (x == x.round()).all(0)
         self.broken = self.broken + (~x.isfinite()).sum(0)
         if context is not None and context.is_floating_point():
             self.broken_contexts += int((~context.isfinite()).flatten(1).any(1).sum())
-        self.rows = total
+        self._numbers = total
 
     @property
     def scale(self) -> Tensor:
         """The standard deviation of each column, ``(D,)``, in float64."""
-        return (self._squares / max(1, self.rows)).sqrt()
+        return (self._squares / max(1, self._numbers)).sqrt()
 
     @property
     def has_outliers(self) -> bool:
@@ -116,6 +119,37 @@ def check_rows(
     same = [place for place in (seen.high == seen.low).nonzero().flatten().tolist() if place not in discrete]
     if found := [f"{label(names, place)} ({seen.low[place].item():.6g})" for place in same]:
         raise ValueError(f"{caller}: x is constant in {listed(found)}, which has no density. Leave it out.")
+
+
+def check_images(caller: str, seen: Survey, judged: Survey, levels: int | None) -> None:
+    """Refuse images that no density can be learned from.
+
+    Args:
+        caller: The public function that asks.
+        seen: Those to train on.
+        judged: Those that judge.
+        levels: The number of integers that a model of such is over, else None.
+    """
+    if broken := sum(int(survey.broken.sum()) for survey in (seen, judged)):
+        raise ValueError(f"{caller}: the images hold NaN or inf in {broken} numbers. Leave those out.")
+    if number := seen.broken_contexts + judged.broken_contexts:
+        raise ValueError(f"{caller}: the contexts of {number} images hold NaN or inf.")
+    if not judged.rows or seen.rows < 2:
+        raise ValueError(
+            f"{caller}: there must be some images to train on and some to judge by, got {seen.rows} and {judged.rows}."
+        )
+    low = min(survey.low.min().item() for survey in (seen, judged))
+    high = max(survey.high.max().item() for survey in (seen, judged))
+    if levels and not 0 <= low <= high < levels:
+        raise ValueError(f"{caller}: x must hold integers from 0 to {levels - 1}, got some from {low:g} to {high:g}.")
+    if not levels and bool((seen.high == seen.low).any()):
+        raise ValueError(f"{caller}: x is constant in a channel, which has no density. Leave it out.")
+    if not levels and bool(seen.whole.all()):
+        warnings.warn(
+            f"{caller}: the images hold integers only, where densities grow without bound. Use flows.Dequantized(flow) "
+            "and x.to(torch.uint8).",
+            stacklevel=3,
+        )
 
 
 def check_room(caller: str, names: Names, seen: Survey, discrete: Sequence[int], dtype: torch.dtype) -> None:

@@ -8,7 +8,11 @@ from .circular import circular_coupling as circular_coupling
 from .coupling import nice as nice
 from .coupling import nsf as nsf
 from .coupling import realnvp as realnvp
+from .dequantized import Dequantized as Dequantized
 from .flow import Flow as Flow
+from .image import flowpp_image as flowpp_image
+from .image import glow as glow
+from .image import realnvp_image as realnvp_image
 from .mixture import flowpp as flowpp
 from .mixture import gaussianization as gaussianization
 from .monotone import bpf as bpf
@@ -19,3 +23,4 @@ from .rank import planar_flow as planar_flow
 from .rank import radial_flow as radial_flow
 from .rank import sylvester_flow as sylvester_flow
 from .residual import residual_flow as residual_flow
+from .tarflow import tarflow as tarflow

@@ -197,11 +197,11 @@ def is_untrained(flow: Flow, scale: float, circular: Sequence[bool]) -> bool:
 @torch.no_grad()
 def permutes(layers: Sequence[FlowTransform], like: Tensor) -> bool:
     """Whether layers do nothing but permute, as they do before they are trained."""
-    x = torch.linspace(-1.5, 1.5, 3 * len(like)).reshape(3, -1).to(like)
+    x = torch.linspace(-1.5, 1.5, 3 * like.numel()).reshape(3, *like.shape).to(like)
     y = x
     for layer in layers:
         y, _ = layer.forward_and_log_det(y, x.new_zeros(layer.context_dim) if layer.context_dim else None)
-    return torch.allclose(x.sort(-1).values, y.sort(-1).values, rtol=0, atol=1e-3)
+    return torch.allclose(x.flatten(1).sort().values, y.flatten(1).sort().values, rtol=0, atol=1e-3)
 
 
 def _reachable(scale: float) -> float:

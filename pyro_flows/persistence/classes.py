@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import bijectors, conditioners, distributions, encoders, transforms
 from ..bijectors import Bijector
-from ..flows import Flow
+from ..flows import Dequantized, Flow
 from ..guides import AutoFlow, AutoPlateFlow
 from ..guides.circles import Circle
 from ..guides.saved import Site, auto_of, parts_of_auto, parts_of_plate, plate_of
@@ -31,7 +31,7 @@ class Kind(NamedTuple):
     build: Callable[..., Any]
 
 
-ROOTS = "flows.Flow", "guides.AutoFlow", "guides.AutoPlateFlow"
+ROOTS = "flows.Flow", "flows.Dequantized", "guides.AutoFlow", "guides.AutoPlateFlow"
 BASES = {  # distributions that ``FixedBase`` may hold, and which of their attributes tell all about them
     "Cauchy": ("loc", "scale"),
     "Gumbel": ("loc", "scale"),
@@ -56,6 +56,7 @@ def _own() -> Iterator[Kind]:
             if isinstance(found, type) and issubclass(found, nn.Module | Bijector) and not _is_abstract(found):
                 yield Kind(found, f"{part}.{name}", arguments_of, found)
     yield Kind(Flow, "flows.Flow", arguments_of, Flow)
+    yield Kind(Dequantized, "flows.Dequantized", arguments_of, Dequantized)
     yield Kind(AutoFlow, "guides.AutoFlow", parts_of_auto, auto_of)
     yield Kind(AutoPlateFlow, "guides.AutoPlateFlow", parts_of_plate, plate_of)
     yield Kind(Site, "guides.Site", arguments_of, Site)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from ..files import write_atomically
-from ..flows import Flow
+from ..flows import Dequantized, Flow
 from ..guides import AutoFlow, AutoPlateFlow
 from .classes import BY_TYPE, ROOTS
 from .spec import WAY_OUT, build, describe, named
@@ -26,7 +26,7 @@ from .state import check_comes_back, marks_of, restore, state_of
 FORMAT = 1
 
 
-def save(flow_or_guide: Flow | AutoFlow | AutoPlateFlow, path: str | os.PathLike[str]) -> None:
+def save(flow_or_guide: Flow | Dequantized | AutoFlow | AutoPlateFlow, path: str | os.PathLike[str]) -> None:
     """Write a flow or a guide to a file, from which :func:`load` restores it without the code that built it.
 
     A guide is saved without its model: what comes back draws and scores latents.  A flow comes back in its dtypes, on
@@ -38,7 +38,7 @@ def save(flow_or_guide: Flow | AutoFlow | AutoPlateFlow, path: str | os.PathLike
     ``Gumbel``, ``Uniform`` or ``MultivariateNormal``, with ``to_event``.
 
     Args:
-        flow_or_guide: A ``Flow``, or an ``AutoFlow`` or ``AutoPlateFlow`` that was set up.
+        flow_or_guide: A ``Flow`` or ``Dequantized`` one, or an ``AutoFlow`` or ``AutoPlateFlow`` that was set up.
         path: The file, which is replaced if it exists.
 
     Raises:
@@ -59,8 +59,8 @@ def save(flow_or_guide: Flow | AutoFlow | AutoPlateFlow, path: str | os.PathLike
     kind = BY_TYPE.get(type(flow_or_guide))
     if kind is None or kind.name not in ROOTS:
         raise ValueError(
-            f"save: flow_or_guide is {named(flow_or_guide)}, but must be a Flow, an AutoFlow or an AutoPlateFlow, "
-            f"exactly. {WAY_OUT}"
+            f"save: flow_or_guide is {named(flow_or_guide)}, but must be a Flow, a Dequantized one, an AutoFlow or "
+            f"an AutoPlateFlow, exactly. {WAY_OUT}"
         )
     spec = describe(flow_or_guide)
     parts = kind.arguments(flow_or_guide) if kind.type is not Flow else {"the flow": flow_or_guide}
@@ -82,7 +82,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         path: The file.
 
     Returns:
-        A ``Flow``, an ``AutoFlow`` or an ``AutoPlateFlow``.
+        A ``Flow``, a ``Dequantized`` one, an ``AutoFlow`` or an ``AutoPlateFlow``.
 
     Raises:
         FileNotFoundError: If there is no such file.

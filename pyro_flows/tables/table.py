@@ -50,9 +50,9 @@ def _as_tensor(caller: str, argument: str, array: np.ndarray, names: Names) -> T
     if array.dtype.kind not in "biufc":
         array = _numbers(caller, argument, array, names)
     # torch counts with few of the unsigned integers, has no longer floats, and wants the machine's order of bytes.
-    if array.dtype.kind == "u" and array.dtype.itemsize < 8:
+    if array.dtype.kind == "u" and 1 < array.dtype.itemsize < 8:
         array = array.astype(np.int64)
-    elif array.dtype.kind == "u" or (array.dtype.kind == "f" and array.dtype.itemsize > 8):
+    elif array.dtype == np.uint64 or (array.dtype.kind == "f" and array.dtype.itemsize > 8):
         array = array.astype(np.float64)
     return torch.tensor(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False)))
 

@@ -15,7 +15,14 @@ from .linear import LULinear as LULinear
 from .orthogonal import Householder as Householder
 from .orthogonal import Orthogonal as Orthogonal
 from .permute import Permute as Permute
+from .pixel import PerPixel as PerPixel
 from .planar import Planar as Planar
 from .radial import Radial as Radial
+from .recompute import Recomputed as Recomputed
+from .reshape import Patched as Patched
+from .reshape import Reshaped as Reshaped
+from .reshape import Squeezed as Squeezed
 from .residual import Residual as Residual
+from .sigmoid import Sigmoid as Sigmoid
+from .split import Split as Split
 from .sylvester import Sylvester as Sylvester

@@ -2,8 +2,9 @@
 
 Forward, one pass of the network.  Backward, the features become known one after the other; the network is then run
 incrementally (:func:`~pyro_flows.conditioners.stream`), in about the work of one pass and not of D, and so is the
-gradient.  IAF (Kingma et al. 2016, arXiv:1606.04934) uses the forward direction to sample; MAF (Papamakarios,
-Pavlakou, Murray 2017, arXiv:1705.07057) uses it to score.
+gradient.  Features are numbers, or the tokens of a sequence (:mod:`~pyro_flows.transforms.tokens`).  IAF (Kingma et al.
+2016, arXiv:1606.04934) uses the forward direction to sample; MAF (Papamakarios, Pavlakou, Murray 2017,
+arXiv:1705.07057) uses it to score.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..bijectors import Bijector
-from ..conditioners import MADE, costream, stream
+from ..conditioners import MADE, CausalTransformer, costream, stream
 from .base import FlowTransform
 from .elementwise import check_params
+from .tokens import invert_tokens
 
 
 class Autoregressive(FlowTransform):
-    """An autoregressive layer over the features of a vector.
+    """An autoregressive layer over the features of a vector, or over the tokens ``(T, D)`` of a sequence.
 
     Args:
-        bijector: The map of each feature.
-        conditioner: The masked network; its ``order`` is the order of the layer.
+        bijector: The map of each feature, or of each number of a token.
+        conditioner: The masked network or causal transformer; its ``order`` is the order of the layer.
 
     Example::
 
@@ -38,17 +40,19 @@ class Autoregressive(FlowTransform):
         (torch.Size([5, 3]), torch.Size([5]))
     """
 
-    def __init__(self, bijector: Bijector, conditioner: MADE) -> None:
-        super().__init__((conditioner.input_dim,), conditioner.context_dim)
+    def __init__(self, bijector: Bijector, conditioner: MADE | CausalTransformer) -> None:
+        super().__init__((conditioner.input_dim, *conditioner.size), conditioner.context_dim)
         check_params("Autoregressive", bijector, conditioner, conditioner.input_dim)
         self.bijector = bijector
         self.conditioner = conditioner
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, log_det = self.bijector.forward_and_log_det(x, self.conditioner(x, context))
-        return y, log_det.sum(-1)
+        return y, log_det.sum(tuple(range(-len(self.event_shape), 0)))
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if isinstance(self.conditioner, CausalTransformer):
+            return invert_tokens(self.bijector, self.conditioner, y, context)
         batch = y.shape[:-1] if context is None else torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
         y = y.expand(*batch, y.shape[-1]).reshape(batch.numel(), y.shape[-1])  # (N, D)
         if context is not None:

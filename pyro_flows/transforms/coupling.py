@@ -18,11 +18,14 @@ from .elementwise import check_params
 
 
 class Coupling(FlowTransform):
-    """A coupling layer over the features of a vector.
+    """A coupling layer over the features of a vector, or over the channels of an image.
+
+    A checkerboard over the pixels of an image is a choice of channels once it is :class:`Squeezed`.
 
     Args:
         bijector: The map of the features that are transformed.
-        conditioner: A network from the other features to the parameters.
+        conditioner: A network from the other features to the parameters; ``conditioner.size`` is the shape of a
+            feature: ``()`` in a vector, ``(H, W)`` where features are channels.
         mask: For each feature, True where it conditions and stays as it is, False where it is transformed.
 
     Raises:
@@ -45,7 +48,7 @@ class Coupling(FlowTransform):
         mask = torch.as_tensor(mask, dtype=torch.bool)
         if mask.dim() != 1 or mask.all() or not mask.any():
             raise ValueError(f"Coupling: mask must be a vector with both True and False, got {mask.tolist()}.")
-        super().__init__((len(mask),), conditioner.context_dim)
+        super().__init__((len(mask), *conditioner.size), conditioner.context_dim)
         check_params("Coupling", bijector, conditioner, int((~mask).sum()))
         if conditioner.input_dim != int(mask.sum()):
             raise ValueError(
@@ -62,6 +65,11 @@ class Coupling(FlowTransform):
         self.register_buffer("kept", kept, persistent=False)
         self.register_buffer("mapped", mapped, persistent=False)
         self.register_buffer("restore", torch.argsort(torch.cat((kept, mapped))), persistent=False)
+        count, first = len(kept), bool(self.mask[0])
+        # Two runs, as the halves of an image's channels, need no copy to be taken apart, and one to be joined.
+        self._in_runs = bool((self.mask[1:] != self.mask[:-1]).sum() == 1)
+        self._runs = (count, len(mapped)) if first else (len(mapped), count)
+        self._kept_first = first
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_verb(self.bijector.forward_and_log_det, x, context)
@@ -73,24 +81,39 @@ class Coupling(FlowTransform):
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The Jacobian is triangular by blocks, so its transpose is solved in the pass at hand, without a way back.
-        kept, mapped = x.index_select(-1, self.kept), x.index_select(-1, self.mapped)
+        kept, mapped = self._part(x)
         y, log_det = self.bijector.forward_and_log_det(mapped, self.conditioner(kept, context))
         ones = torch.ones_like(log_det)
-        of_mapped = score.index_select(-1, self.mapped) - _gradient([(log_det, ones)], mapped)
+        of_kept, of_mapped = self._part(score)
+        of_mapped = of_mapped - _gradient([(log_det, ones)], mapped)
         of_mapped = of_mapped * torch.exp(-log_det.detach())
-        of_kept = score.index_select(-1, self.kept) - _gradient([(log_det, ones), (y, of_mapped)], kept)
-        return self._join(kept, y), log_det.sum(-1), self._join(of_kept, of_mapped)
+        of_kept = of_kept - _gradient([(log_det, ones), (y, of_mapped)], kept)
+        return self._join(kept, y), self._total(log_det), self._join(of_kept, of_mapped)
+
+    def _part(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What conditions, and what is transformed."""
+        dim = -len(self.event_shape)
+        if self._in_runs:
+            first, second = x.split(self._runs, dim)
+            return (first, second) if self._kept_first else (second, first)
+        return x.index_select(dim, self.kept), x.index_select(dim, self.mapped)
 
     def _join(self, kept: Tensor, mapped: Tensor) -> Tensor:
-        kept = kept.expand(*mapped.shape[:-1], kept.shape[-1])
-        return torch.cat((kept, mapped), -1).index_select(-1, self.restore)
+        dim = -len(self.event_shape)
+        kept = kept.expand(*mapped.shape[:dim], *kept.shape[dim:])
+        if self._in_runs:
+            return torch.cat((kept, mapped) if self._kept_first else (mapped, kept), dim)
+        return torch.cat((kept, mapped), dim).index_select(dim, self.restore)
+
+    def _total(self, log_det: Tensor) -> Tensor:
+        return log_det.sum(tuple(range(-len(self.event_shape), 0)))
 
     def _apply_verb(
         self, verb: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        kept = x.index_select(-1, self.kept)
-        mapped, log_det = verb(x.index_select(-1, self.mapped), self.conditioner(kept, context))
-        return self._join(kept, mapped), log_det.sum(-1)
+        kept, mapped = self._part(x)
+        mapped, log_det = verb(mapped, self.conditioner(kept, context))
+        return self._join(kept, mapped), self._total(log_det)
 
 
 def _gradient(weighted: list[tuple[Tensor, Tensor]], of: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .base import FlowTransform
 
@@ -53,7 +54,7 @@ class LULinear(FlowTransform):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lower, upper, log_pivots = self._lower_upper_log_pivots()
-        y = (x @ upper.T) @ lower.T + self.shift
+        y = F.linear(x, lower @ upper, self.shift)
         return y, log_pivots.sum().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

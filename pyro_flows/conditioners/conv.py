@@ -1,0 +1,128 @@
+"""A convolutional network, the conditioner of couplings of images.
+
+    h = a(W_0 * x + U c),   h ← h + u σ(g) with (u, g) = V a(W a(h)) block by block,   parameters = W_L * a(h)
+
+Gated residual blocks as in Flow++ (Ho, Chen, Srinivas, Duan, Abbeel 2019, arXiv:1902.00275); without them one 1 × 1
+convolution stands in the middle, as in Glow (Kingma, Dhariwal 2018, arXiv:1807.03039).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import Conditioner, zero_
+
+
+class ConvNet(Conditioner):
+    """A network from images to the parameters of each number of an image of the same size.
+
+    Args:
+        input_dim: The number of channels that go in.
+        output_dim: The number of channels that receive parameters.
+        num_params: The number of parameters of each of their numbers (``bijector.num_params``).
+        size: Height and width.
+        hidden_dim: The number of channels between the convolutions.
+        num_blocks: The number of gated residual blocks; with 0 a 1 × 1 convolution stands in their place.
+        context_dim: The number of context features, which every pixel sees.
+        context_shape: The shape ``(K, H, W)`` of contexts that are images themselves, flattened: each pixel sees what
+            lies there.  Height and width are those of ``size`` or multiples of them.
+        activation: The class of the elementwise nonlinearity.
+
+    Raises:
+        ValueError: If sizes are out of their range or do not fit.
+
+    Example::
+
+        >>> import torch
+        >>> net = ConvNet(2, 3, num_params=5, size=(8, 8), hidden_dim=16, context_dim=4)
+        >>> net(torch.randn(7, 2, 8, 8), torch.randn(4)).shape
+        torch.Size([7, 3, 8, 8, 5])
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        num_params: int,
+        size: Sequence[int],
+        hidden_dim: int = 32,
+        num_blocks: int = 2,
+        context_dim: int = 0,
+        *,
+        context_shape: Sequence[int] | None = None,
+        activation: type[nn.Module] = nn.ReLU,
+    ) -> None:
+        height, width = size
+        super().__init__(input_dim, output_dim, num_params, (hidden_dim,), 0 if context_shape else context_dim)
+        self.size, self.hidden_dim, self.num_blocks = (height, width), hidden_dim, num_blocks
+        self.context_shape = None if context_shape is None else tuple(context_shape)
+        self.activation = activation
+        self.first = nn.Conv2d(input_dim, hidden_dim, 3, padding=1)
+        self.blocks = nn.ModuleList(_Gated(hidden_dim, activation) for _ in range(num_blocks))
+        self.middle = None if num_blocks else nn.Conv2d(hidden_dim, hidden_dim, 1)
+        self.output = zero_(nn.Conv2d(hidden_dim, num_params * output_dim, 3, padding=1))
+        self.act = activation()
+        if self.context_shape is not None:
+            self.context_dim = math.prod(self.context_shape)
+            self.factor = self.context_shape[1] // height
+            if self.context_shape[1:] != (height * self.factor, width * self.factor) or context_dim not in (
+                0,
+                self.context_dim,
+            ):
+                raise ValueError(
+                    f"ConvNet: context_shape={self.context_shape} must be images whose height and width are multiples "
+                    f"of size={self.size} by one factor, of {self.context_dim} numbers, got context_dim={context_dim}."
+                )
+            channels = self.context_shape[0] * self.factor**2
+            self.from_context = nn.Conv2d(channels, hidden_dim, 3, padding=1, bias=False)
+
+    def add_context(self, h: Tensor, context: Tensor | None) -> Tensor:
+        if self.context_shape is None or context is None:
+            # Contexts are added to each pixel: as vectors, with the channels of the image last.
+            return super().add_context(h.movedim(-3, -1), _of_pixels(context)).movedim(-1, -3)
+        assert self.from_context is not None
+        images = context.reshape(math.prod(context.shape[:-1]), *self.context_shape)
+        share = self.from_context(F.pixel_unshuffle(images, self.factor))
+        return h + share.reshape(*context.shape[:-1], *share.shape[1:])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        h = self.first(_images(x)).reshape(*x.shape[:-3], self.hidden_dim, *self.size)
+        h = self.add_context(h, context)
+        batch, h = h.shape[:-3], _images(h)
+        for block in self.blocks:
+            h = block(h)
+        h = self.act(h)
+        if self.middle is not None:
+            h = self.act(self.middle(h))
+        params = self.output(h).reshape(*batch, self.num_params, self.output_dim, *self.size)
+        return params.movedim(-4, -1)
+
+
+class _Gated(nn.Module):
+    """h + u σ(g); it starts as a small change of h."""
+
+    def __init__(self, hidden_dim: int, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.act = activation()
+        self.inner = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1)
+        self.outer = nn.Conv2d(hidden_dim, 2 * hidden_dim, 1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + F.glu(self.outer(self.act(self.inner(self.act(h)))), 1)
+
+
+def _images(x: Tensor) -> Tensor:
+    """One batch dimension, and channels side by side in memory, where convolutions are fastest."""
+    images = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return images  # they see to the order themselves
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _of_pixels(context: Tensor | None) -> Tensor | None:
+    return None if context is None else context.unsqueeze(-2).unsqueeze(-2)

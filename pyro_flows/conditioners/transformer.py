@@ -1,0 +1,201 @@
+"""A causal transformer, the conditioner of autoregressive flows over tokens: θ_t depends on x_<t alone.
+
+    h_t = E x_{t-1} + p_t + U c,   h ← h + attention(norm(h)),  h ← h + V a(W norm(h)),   θ_t = O norm(h_t)
+
+Where tokens become known one after the other, the keys and values of those before are kept, so that all of them
+together cost about one pass.  Attention Is All You Need (Vaswani et al. 2017, arXiv:1706.03762); Normalizing Flows are
+Capable Generative Models (Zhai et al. 2024, arXiv:2412.06329).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import Conditioner, zero_
+
+
+class CausalTransformer(Conditioner):
+    """A network from sequences of tokens to the parameters of each of their numbers.
+
+    Args:
+        length: The number T of tokens.
+        token_dim: The number D of numbers in a token.
+        num_params: The number of parameters of each of these (``bijector.num_params``).
+        hidden_dim: The width, a multiple of ``num_heads``.
+        num_layers: The number of layers.
+        num_heads: The number of heads of attention in each.
+        context_dim: The number of context features, which every token sees.
+        context_shape: The shape ``(K, H, W)`` of contexts that are images, flattened, where tokens are T square patches
+            of an image: a token and those behind it see what lies in its patch.
+        order: The rank of each token, ``order[t]``; by default they come in their own order.
+
+    Raises:
+        ValueError: If sizes are out of their range or do not fit.
+
+    Example::
+
+        >>> import torch
+        >>> net = CausalTransformer(length=6, token_dim=3, num_params=2, hidden_dim=16)
+        >>> net(torch.randn(7, 6, 3)).shape
+        torch.Size([7, 6, 3, 2])
+    """
+
+    order: Tensor
+
+    def __init__(
+        self,
+        length: int,
+        token_dim: int,
+        num_params: int,
+        hidden_dim: int = 64,
+        num_layers: int = 2,
+        num_heads: int = 4,
+        context_dim: int = 0,
+        *,
+        context_shape: Sequence[int] | None = None,
+        order: Sequence[int] | None = None,
+    ) -> None:
+        if hidden_dim % num_heads:
+            raise ValueError(f"CausalTransformer: hidden_dim={hidden_dim} must be a multiple of num_heads={num_heads}.")
+        order = list(range(length)) if order is None else [int(rank) for rank in order]
+        if sorted(order) != list(range(length)):
+            raise ValueError(f"CausalTransformer: order must hold each of 0 … {length - 1} once, got {order}.")
+        super().__init__(length, length, num_params, (hidden_dim,) * num_layers, 0 if context_shape else context_dim)
+        self.length, self.token_dim, self.size = length, token_dim, (token_dim,)
+        self.hidden_dim, self.num_layers, self.num_heads = hidden_dim, num_layers, num_heads
+        self.context_shape = None if context_shape is None else tuple(context_shape)
+        if self.context_shape is not None:
+            channels, height, width = self.context_shape
+            self.context_dim = channels * height * width
+            self.side = math.isqrt(height * width // length)
+            if self.side**2 * length != height * width or context_dim not in (0, self.context_dim):
+                raise ValueError(
+                    f"CausalTransformer: context_shape={self.context_shape} must be images of {length} square patches, "
+                    f"of {self.context_dim} numbers, got context_dim={context_dim}."
+                )
+            self.from_context = nn.Linear(channels * self.side**2, hidden_dim, bias=False)
+        self.embed = nn.Linear(token_dim, hidden_dim)
+        self.position = nn.Parameter(torch.randn(length, hidden_dim) * 0.1)
+        self.layers = nn.ModuleList(_Layer(hidden_dim, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.output = zero_(nn.Linear(hidden_dim, num_params * token_dim))
+        self.register_buffer("order", torch.tensor(order))
+        self._set_places()
+        self.register_load_state_dict_post_hook(_restore_places)
+
+    def _set_places(self) -> None:
+        self.places: tuple[int, ...] = tuple(torch.argsort(self.order).tolist())  # of the token of each rank
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        before = self.embed(x[..., list(self.places[:-1]), :])  # by rank; the last is seen by none
+        h = self.starts(context) + F.pad(before, (0, 0, 1, 0))
+        batch, h = h.shape[:-2], h.reshape(math.prod(h.shape[:-2]), *h.shape[-2:])
+        for layer in self.layers:
+            h = layer(h)
+        params = self.read(h).index_select(1, self.order)
+        return params.reshape(*batch, *params.shape[1:])
+
+    def starts(self, context: Tensor | None) -> Tensor:
+        """What each token's place and context say of it, by rank: ``(*batch, T, hidden_dim)``."""
+        if self.context_shape is not None and context is not None:
+            images = context.reshape(math.prod(context.shape[:-1]), *self.context_shape)
+            patches = F.pixel_unshuffle(images, self.side).flatten(2).mT[:, list(self.places)]
+            context = patches.reshape(*context.shape[:-1], *patches.shape[1:])
+        elif context is not None:
+            context = context.unsqueeze(-2)
+        return self.add_context(self.position, context)
+
+    def read(self, h: Tensor) -> Tensor:
+        """Parameters ``(N, T, D, P)`` of what the last layer says, ``(N, T, hidden_dim)``."""
+        return self.output(self.norm(h)).unflatten(-1, (self.num_params, self.token_dim)).mT
+
+
+class Tokens:
+    """A causal transformer that is given one token at a time, from the first rank to the last, and knows those before.
+
+    Args:
+        net: The network.
+        context: Contexts ``(N, context_dim)``, or None.
+        number: The number N of sequences.
+    """
+
+    def __init__(self, net: CausalTransformer, context: Tensor | None, number: int) -> None:
+        self.net = net
+        self.starts = net.starts(context)  # (T, hidden_dim), or (N, T, hidden_dim)
+        self.known = [_Known(net.length) for _ in net.layers]
+        self.number, self.rank = number, 0
+
+    def step(self, token: Tensor | None) -> Tensor:
+        """Take the token ``(N, D)`` of the last rank, None at first; give the parameters ``(N, D, P)`` of the next."""
+        h = self.starts[..., self.rank, :].expand(self.number, -1)
+        if token is not None:
+            h = h + self.net.embed(token)
+        h = h.unsqueeze(1)  # (N, 1, hidden_dim)
+        for layer, known in zip(self.net.layers, self.known, strict=True):
+            assert isinstance(layer, _Layer)
+            h = layer.extend(h, known)
+        self.rank += 1
+        return self.net.read(h).squeeze(1)
+
+
+class _Known:
+    """The keys and values of up to ``length`` tokens; where no gradient is asked for, in room that is made once."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.number = length, 0
+        self.both: tuple[Tensor, ...] = ()
+
+    def joined_by(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Key and value ``(N, heads, 1, d)`` of one more token join; those of all, ``(N, heads, t, d)``."""
+        self.number += 1
+        if torch.is_grad_enabled():
+            self.both = tuple(torch.cat(pair, 2) for pair in zip(self.both, new, strict=True)) if self.both else new
+            return self.both
+        if not self.both:
+            self.both = tuple(part.new_empty(*part.shape[:2], self.length, part.shape[3]) for part in new)
+        for room, part in zip(self.both, new, strict=True):
+            room[:, :, self.number - 1 : self.number] = part
+        return tuple(room[:, :, : self.number] for room in self.both)
+
+
+def _restore_places(module: nn.Module, _: object) -> None:
+    assert isinstance(module, CausalTransformer)
+    module._set_places()
+
+
+class _Layer(nn.Module):
+    """Attention to what came before, then a map of each token; each is added to its input."""
+
+    def __init__(self, hidden_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.projections = nn.Linear(hidden_dim, 3 * hidden_dim)
+        self.mixed = nn.Linear(hidden_dim, hidden_dim)
+        wide = 4 * hidden_dim
+        self.feed = nn.Sequential(
+            nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, wide), nn.GELU(), nn.Linear(wide, hidden_dim)
+        )
+
+    def forward(self, h: Tensor) -> Tensor:
+        q, k, v = self._heads(h)
+        return self._finish(h, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+    def extend(self, h: Tensor, known: _Known) -> Tensor:
+        """The same for one more token ``(N, 1, hidden_dim)``, whose key and value join those that are known."""
+        q, *new = self._heads(h)
+        k, v = known.joined_by(*new)
+        return self._finish(h, F.scaled_dot_product_attention(q, k, v))
+
+    def _heads(self, h: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, each ``(N, heads, T, hidden_dim / heads)``."""
+        return self.projections(self.norm(h)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _finish(self, h: Tensor, attended: Tensor) -> Tensor:
+        h = h + self.mixed(attended.transpose(1, 2).flatten(2))
+        return h + self.feed(h)

@@ -1,0 +1,74 @@
+"""How good a density of images is, in the field's unit, and what its samples look like."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..files import write_atomically
+
+
+def bits_per_dim(log_prob: Tensor, event_shape: Sequence[int]) -> Tensor:
+    """Log-masses of images as bits for each of their numbers: ``-log_prob / (D log 2)``; smaller is better.
+
+    Of a lower bound, as that of :class:`~pyro_flows.flows.Dequantized`, it is an upper bound.
+
+    Args:
+        log_prob: Log-masses in nats, of any shape.
+        event_shape: The shape of an image, of D numbers.
+
+    Returns:
+        Bits per dimension, of the shape of ``log_prob``.
+
+    Example::
+
+        >>> import math
+        >>> import torch
+        >>> bits_per_dim(torch.tensor(-784 * math.log(256)), (1, 28, 28)).item()  # nothing learned of 256 levels
+        8.0
+    """
+    return -log_prob / (math.prod(event_shape) * math.log(2))
+
+
+def save_images(images: Tensor, path: str | os.PathLike[str], *, columns: int = 8, levels: int | None = None) -> None:
+    """Write images side by side into a PNG file, which takes its place at once.
+
+    Args:
+        images: ``(N, C, H, W)``, with one channel (grey) or three (red, green, blue).
+        path: The file.
+        columns: How many stand in a row.
+        levels: The number of integers that a model is over; without it black and white are the least number and the
+            greatest, but for one in a hundred at each end.
+
+    Raises:
+        ValueError: If the images have another shape, or another number of channels.
+
+    Example::
+
+        >>> import tempfile
+        >>> import torch
+        >>> save_images(torch.rand(20, 1, 8, 8), f"{tempfile.mkdtemp()}/noise.png")
+    """
+    if images.dim() != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise ValueError(f"save_images: images must have shape (N, 1 or 3, H, W), got {tuple(images.shape)}.")
+    pixels = images.detach().to("cpu", torch.float64).numpy()
+    low, high = (0.0, levels - 1.0) if levels else np.quantile(pixels, [0.01, 0.99])
+    pixels = np.clip((pixels - low) / max(high - low, 1e-12), 0, 1)
+    number, channels, height, width = pixels.shape
+    columns = min(columns, number)
+    rows = math.ceil(number / columns)
+    zoom = max(1, round(40 / height))
+    grid = np.ones((rows * columns, channels, height + 1, width + 1))
+    grid[:number, :, :height, :width] = pixels
+    grid = grid.reshape(rows, columns, channels, height + 1, width + 1).transpose(0, 3, 1, 4, 2)
+    picture = grid.reshape(rows * (height + 1), columns * (width + 1), channels)
+    picture = np.repeat(np.repeat(picture, 3 // channels, 2), zoom, 0).repeat(zoom, 1)
+    from matplotlib.image import imsave
+
+    write_atomically(Path(path), lambda draft: imsave(draft, picture, format="png"))

@@ -1,0 +1,198 @@
+"""Images of integers from a flow over real numbers: P(n) is the mass of the cell [n, n + 1), and bounded from below by
+
+    log P(n) ≥ E log 1/K Σ_k p(n + u_k) / q(u_k | n),   u_k ~ q(· | n) on [0, 1)
+
+With q uniform this is uniform dequantisation (Theis, van den Oord, Bethge 2015, arXiv:1511.01844); with a conditional
+flow, variational dequantisation (Ho, Chen, Srinivas, Duan, Abbeel 2019, Flow++, arXiv:1902.00275); K > 1 draws make the
+importance-weighted bound (Burda, Grosse, Salakhutdinov 2015, arXiv:1509.00519), which is tighter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.conditional import ConditionalDistribution
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from ..transforms import Sigmoid, View
+from .checks import check_tensor
+from .flow import Flow, FlowDistribution
+
+
+class Dequantized(nn.Module):
+    """A distribution over images of integers, or over other events of them, made of a flow over real numbers.
+
+    The flow ends with a sigmoid onto the range of the integers, whose inverse is the logit preprocessing of Real NVP.
+    The cells at both ends own what lies beyond, so that all masses add up to one, and samples are drawn exactly.
+
+    Args:
+        flow: A flow over real events, such as ``flows.glow((1, 28, 28))``.
+        levels: The number of integers: events hold 0 … levels - 1.
+        alpha: By what share the interval of the sigmoid is wider than that of the integers (:class:`Sigmoid`).
+        noise: A flow over the same events whose contexts are such events, such as
+            ``flows.realnvp_image((1, 28, 28), context_dim=(1, 28, 28))``: through the normal distribution function it
+            gives the noise u in a cell, uniform at the start.  By default the noise is uniform.
+        num_samples: The number K of draws that the bound of a log-mass takes.
+
+    Attributes:
+        event_shape: The shape of an event.
+        context_dim: The number of context features that the flow's transforms take, 0 without a context.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the noise does not fit the flow.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows import flows
+        >>> model = Dequantized(flows.glow((1, 8, 8), num_steps=2, hidden_dim=8), levels=17)
+        >>> images = model().sample((5,))
+        >>> images.dtype, images.shape, model().log_prob(images).shape
+        (torch.uint8, torch.Size([5, 1, 8, 8]), torch.Size([5]))
+    """
+
+    def __init__(
+        self, flow: Flow, *, levels: int = 256, alpha: float = 0.05, noise: Flow | None = None, num_samples: int = 1
+    ) -> None:
+        super().__init__()
+        for argument, value, least in (("levels", levels, 2), ("num_samples", num_samples, 1)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"Dequantized: {argument} must be an integer of at least {least}, got {value!r}.")
+        if noise is not None and (noise.event_shape != flow.event_shape or not noise.context_dim):
+            raise ValueError(
+                f"Dequantized: noise must be a flow over events of shape {tuple(flow.event_shape)} with contexts of "
+                f"that shape, got one over {tuple(noise.event_shape)} with context_dim={noise.context_dim}; image "
+                f"recipes take context_dim={tuple(flow.event_shape)}."
+            )
+        self.flow, self.levels, self.alpha, self.noise, self.num_samples = flow, levels, alpha, noise, num_samples
+        self.event_shape, self.context_dim = flow.event_shape, flow.context_dim
+        self.pixels = Sigmoid(flow.event_shape, high=float(levels), alpha=alpha)
+
+    def forward(self, context: Tensor | None = None, *, num_samples: int | None = None) -> DequantizedDistribution:
+        """The distribution at a context, as for a :class:`Flow`; ``num_samples`` may differ from that of the model."""
+        density = self.flow(context)
+        density = FlowDistribution(density.base_dist, [*density.transforms, View(self.pixels)])
+        number = self.num_samples if num_samples is None else num_samples
+        return DequantizedDistribution(density, self.levels, self.dtype, noise=self.noise, num_samples=number)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype that the flow calculates in."""
+        return next(self.flow.parameters()).dtype
+
+    def condition(self, context: Tensor | None) -> DequantizedDistribution:
+        """The same as calling it: Pyro's protocol of conditional distributions."""
+        return self(context)
+
+    def log_prob(self, value: Tensor, context: Tensor | None = None, *, num_samples: int | None = None) -> Tensor:
+        """The bound of the log-mass of events ``(*batch, *event_shape)``, in nats: of ``model(context)``."""
+        return self(context, num_samples=num_samples).log_prob(value)
+
+    @torch.no_grad()
+    def initialize(self, value: Tensor, context: Tensor | None = None) -> None:
+        """Let data ``(*batch, *event_shape)`` set the layers of the flow that start from data, such as ``ActNorm``."""
+        self.flow.initialize(self.unbounded(value), context)
+
+    def unbounded(self, value: Tensor) -> Tensor:
+        """Events ``(*batch, *event_shape)``, with uniform noise, where the flow sees them: their logits."""
+        value = value.to(self.dtype)
+        return self.pixels.inverse_and_log_det(value + torch.rand_like(value))[0]
+
+
+ConditionalDistribution.register(Dequantized)
+
+
+class DequantizedDistribution(dist.TorchDistribution):
+    """What ``model(context)`` returns: integers, whose log-mass is estimated by a lower bound, new at each call.
+
+    Args:
+        density: The density p over real events.
+        levels: The number of integers.
+        dtype: That of the density's events.
+        noise: The flow that the noise is drawn from, or None where it is uniform.
+        num_samples: The number K of draws of the noise.
+        validate_args: As for all of Pyro's distributions.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+
+    def __init__(
+        self,
+        density: FlowDistribution,
+        levels: int,
+        dtype: torch.dtype,
+        *,
+        noise: Flow | None = None,
+        num_samples: int = 1,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.density, self.levels, self.dtype = density, levels, dtype
+        self.noise, self.num_samples = noise, num_samples
+        super().__init__(density.batch_shape, density.event_shape, validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.independent(constraints.integer_interval(0, self.levels - 1), len(self.event_shape))
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> DequantizedDistribution:
+        return DequantizedDistribution(
+            self.density.expand(batch_shape),
+            self.levels,
+            self.dtype,
+            noise=self.noise,
+            num_samples=self.num_samples,
+            validate_args=self._validate_args,
+        )
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw events ``(*sample_shape, *batch, *event_shape)`` of 0 … levels - 1, as uint8 if there are up to 256."""
+        value = self.density.sample(torch.Size(sample_shape)).floor().clamp(0, self.levels - 1)
+        return value.to(torch.uint8 if self.levels <= 256 else torch.int64)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """A lower bound of the log-mass of ``value``, ``(*batch, *event_shape)`` of integers, in nats.
+
+        Raises:
+            ValueError: If a value has another dtype or shape or is out of range, unless validation is off: the log-mass
+                of what is out of range is then -inf.
+        """
+        if self._validate_args and not torch.compiler.is_compiling():
+            check_levels(value, self.event_shape, self.levels)
+        number = len(self.event_shape)
+        batch = torch.broadcast_shapes(value.shape[:-number], self.batch_shape)
+        x = value.to(self.dtype).expand(*batch, *self.event_shape)
+        u, log_q = self._draw(x)
+        bound = (self.density.log_prob(x + u) - log_q).logsumexp(0) - math.log(self.num_samples)
+        if self._validate_args:
+            return bound
+        outside = ((x < 0) | (x >= self.levels)).flatten(-number).any(-1)
+        return bound.masked_fill(outside, -math.inf)
+
+    def _draw(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
+        """K draws of the noise, ``(K, *x.shape)``, and their log-densities, ``(K, *batch)``."""
+        if self.noise is None:
+            return torch.rand((self.num_samples, *x.shape), dtype=x.dtype, device=x.device), 0.0
+        context = (x + 0.5) * (2 / self.levels) - 1
+        z, log_q = self.noise.rsample_and_log_prob((self.num_samples,), context)
+        normal = dist.Normal(torch.zeros_like(z), 1.0, validate_args=False).to_event(len(self.event_shape))
+        return torch.special.ndtr(z), log_q - normal.log_prob(z)
+
+
+def check_levels(value: Tensor, event_shape: torch.Size, levels: int) -> None:
+    """Raise one clear error unless a value is a tensor of integers in range with the event shape on the right."""
+    check_tensor("log_prob", "value", value)
+    shape, event = tuple(value.shape), tuple(event_shape)
+    if shape[max(len(shape) - len(event), 0) :] != event:
+        raise ValueError(f"log_prob: value must have the event shape {event} on the right, got shape {shape}.")
+    if value.is_floating_point() or value.is_complex():
+        broken = "" if value.isfinite().all() else " with NaN or inf"
+        raise ValueError(
+            f"log_prob: value must hold integers, got {value.dtype}{broken}; use value.to(torch.uint8) where they are."
+        )
+    low, high = (int(value.min()), int(value.max())) if value.numel() else (0, 0)
+    if not 0 <= low <= high < levels:
+        raise ValueError(f"log_prob: value must lie between 0 and {levels - 1}, got some from {low} to {high}.")

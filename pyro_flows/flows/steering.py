@@ -1,0 +1,82 @@
+"""What steers an image flow: nothing, a vector, an image, or a class; and the checks that recipes of images share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from ..encoders import ClassEmbedding, Flatten
+
+MOST_SCALES = 3
+CLASS_DIM = 32  # the width of what stands for a class
+
+
+class Steering(NamedTuple):
+    """The sizes of an image flow and of its contexts.
+
+    Attributes:
+        name: The recipe's.
+        image_shape: Channels, height and width of an image.
+        context_dim: The width of what the networks see of a context, 0 without one.
+        context_shape: The shape of contexts that are images, else None.
+        encoder: What makes vectors of contexts that are none, else None.
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    context_dim: int
+    context_shape: tuple[int, int, int] | None
+    encoder: nn.Module | None
+
+    def scales(self, asked: int | None) -> int:
+        """How often height and width are halved: as often as is asked for, or as they can be."""
+        size = math.gcd(*self.image_shape[1:])
+        most = (size & -size).bit_length() - 1  # how often 2 divides both
+        number = min(most, MOST_SCALES) if asked is None else asked
+        if not 1 <= number <= most:
+            height, width = self.image_shape[1:]
+            raise ValueError(
+                f"{self.name}: images of {height} × {width} pixels can be halved {most} times, got num_scales={asked}; "
+                "pad them to a height and width that a power of 2 divides."
+            )
+        return number
+
+
+def check_image(
+    name: str, image_shape: Sequence[int], context_dim: int | Sequence[int], num_classes: int, *sizes: int
+) -> Steering:
+    """Raise one clear error that names the recipe, the argument and its value.
+
+    Args:
+        name: The recipe's.
+        image_shape: As the user gave it.
+        context_dim: As the user gave it.
+        num_classes: As the user gave it.
+        *sizes: ``num_steps``, ``hidden_dim`` and ``num_blocks``.
+    """
+    shape = tuple(image_shape) if isinstance(image_shape, Sequence) else ()
+    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"{name}: image_shape must be (channels, height, width), got {image_shape!r}.")
+    for argument, value, least in zip(("num_steps", "hidden_dim", "num_blocks"), sizes, (1, 1, 0), strict=True):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: {argument} must be an integer of at least {least}, got {value!r}.")
+    if num_classes and context_dim:
+        raise ValueError(
+            f"{name}: give context_dim or num_classes, not both, got {context_dim} and {num_classes}; a vector may "
+            "hold one-hot classes among others."
+        )
+    if num_classes:
+        return Steering(name, shape, CLASS_DIM, None, ClassEmbedding(num_classes, CLASS_DIM))
+    if isinstance(context_dim, int):
+        if context_dim < 0:
+            raise ValueError(f"{name}: context_dim must not be negative, got {context_dim}.")
+        return Steering(name, shape, context_dim, None, None)
+    of_context = tuple(context_dim)
+    if len(of_context) != 3 or of_context[1:] != shape[1:]:
+        raise ValueError(
+            f"{name}: contexts that are images must have the shape (K, {shape[1]}, {shape[2]}), got {of_context}."
+        )
+    return Steering(name, shape, math.prod(of_context), of_context, Flatten(of_context))

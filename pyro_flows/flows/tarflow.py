@@ -1,0 +1,83 @@
+"""Recipe of a transformer autoregressive flow over the patches of an image: fast densities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..bijectors import Affine
+from ..conditioners import CausalTransformer
+from ..transforms import Autoregressive, FlowTransform, Patched, Recomputed
+from .flow import Flow
+from .steering import check_image
+
+
+def tarflow(
+    image_shape: Sequence[int],
+    context_dim: int | Sequence[int] = 0,
+    *,
+    num_classes: int = 0,
+    patch_size: int | None = None,
+    num_transforms: int = 4,
+    num_layers: int = 2,
+    hidden_dim: int = 96,
+    num_heads: int = 4,
+    max_log_scale: float = 3.0,
+    recompute: bool = False,
+) -> Flow:
+    """TarFlow: autoregressive affine maps of patches by causal transformers, in alternating directions (Zhai et al.
+    2024, Normalizing Flows are Capable Generative Models, arXiv:2412.06329).
+
+    A density takes one pass of each transformer; a sample as many steps as there are patches, which together cost about
+    a pass as well, since keys and values are kept.  Unlike the paper's, the first patch is mapped too, and the
+    log-density is a sum over all numbers.
+
+    Args:
+        image_shape: Channels, height and width of an image.
+        context_dim: The number of context features, or the shape ``(K, H, W)`` of contexts that are images, of which
+            a patch sees its own place and those before.
+        num_classes: The number of classes, where contexts are class labels, as for :func:`realnvp_image`.
+        patch_size: The side of a patch; by default the least above 1 that leaves at most 64 of them.
+        num_transforms: The number of layers of the flow, each with a transformer.
+        num_layers: The number of layers of each transformer.
+        hidden_dim: Their width, a multiple of ``num_heads``.
+        num_heads: The number of heads of attention.
+        max_log_scale: The bound on the log-scale of one layer, in nats.
+        recompute: As for :func:`realnvp_image`.
+
+    Raises:
+        ValueError: If a size is out of its range, or patches do not fill an image.
+
+    Example::
+
+        >>> flow = tarflow((1, 8, 8), patch_size=4, num_transforms=2, hidden_dim=16)
+        >>> flow().rsample((5,)).shape
+        torch.Size([5, 1, 8, 8])
+    """
+    steering = check_image("tarflow", image_shape, context_dim, num_classes, num_transforms, hidden_dim, num_layers)
+    (channels, height, width), bijector = steering.image_shape, Affine(max_log_scale)
+    fitting = [p for p in range(1, min(height, width) + 1) if height % p == 0 and width % p == 0]
+    coarse = [p for p in fitting if p > 1 and height * width // p**2 <= 64]
+    side = (coarse or fitting[-1:])[0] if patch_size is None else patch_size
+    if side not in fitting:
+        raise ValueError(
+            f"tarflow: patch_size must divide height and width, {height} and {width}, got {patch_size}; it may be one "
+            f"of {fitting}."
+        )
+    length = height * width // side**2
+    layers: list[FlowTransform] = []
+    for number in range(num_transforms):
+        ranks = list(range(length))
+        net = CausalTransformer(
+            length,
+            channels * side**2,
+            bijector.num_params,
+            hidden_dim,
+            num_layers,
+            num_heads,
+            steering.context_dim,
+            context_shape=steering.context_shape,
+            order=ranks[::-1] if number % 2 else ranks,
+        )
+        layer = Patched(Autoregressive(bijector, net).inv, steering.image_shape)
+        layers.append(Recomputed(layer) if recompute else layer)
+    return Flow(layers, encoder=steering.encoder)

@@ -1,0 +1,62 @@
+"""One transform for every pixel: y[:, i, j] = t(x[:, i, j]), a map of the channels.
+
+Of a linear map this makes the invertible 1 × 1 convolution, of a scale and a shift the activation normalisation of
+Glow (Kingma, Dhariwal 2018, arXiv:1807.03039).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .base import FlowTransform
+
+
+class PerPixel(FlowTransform):
+    """A transform of vectors, applied to the channels of each pixel of an image.
+
+    Args:
+        inner: A transform of vectors ``(C,)``; a context of the image is the context of each pixel.
+        size: Height and width of the image.
+
+    Raises:
+        ValueError: If the inner transform does not act on vectors.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows.transforms import LULinear
+        >>> convolution = PerPixel(LULinear(3), (8, 8))
+        >>> y, log_det = convolution.forward_and_log_det(torch.randn(5, 3, 8, 8))
+        >>> y.shape, log_det.shape
+        (torch.Size([5, 3, 8, 8]), torch.Size([5]))
+    """
+
+    def __init__(self, inner: FlowTransform, size: Sequence[int]) -> None:
+        if len(inner.event_shape) != 1:
+            raise ValueError(f"PerPixel: inner must act on vectors, got events of shape {tuple(inner.event_shape)}.")
+        super().__init__((*inner.event_shape, *size), inner.context_dim)
+        self.inner, self.size = inner, tuple(size)
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, log_det = self.inner.forward_and_log_det(x.movedim(-3, -1), _of_pixels(context))
+        return y.movedim(-1, -3), log_det.sum((-2, -1))
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_det = self.inner.inverse_and_log_det(y.movedim(-3, -1), _of_pixels(context))
+        return x.movedim(-1, -3), log_det.sum((-2, -1))
+
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found = self.inner.forward_and_score(x.movedim(-3, -1), score.movedim(-3, -1), _of_pixels(context))
+        y, log_det, score = found
+        return y.movedim(-1, -3), log_det.sum((-2, -1)), score.movedim(-1, -3)
+
+    def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
+        self.inner.initialize(y.movedim(-3, -1), _of_pixels(context))
+
+
+def _of_pixels(context: Tensor | None) -> Tensor | None:
+    return None if context is None else context.unsqueeze(-2).unsqueeze(-2)

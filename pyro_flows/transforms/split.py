@@ -1,0 +1,71 @@
+"""Multiscale: an inner transform acts on some channels, the others are factored out, (y_A, y_B) = (t(x_A), x_B).
+
+From the data's side, the channels B leave the flow early and meet the base as they are; a coupling put behind makes
+their law depend on A.  Real NVP (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803, section 3.6); Glow (Kingma,
+Dhariwal 2018, arXiv:1807.03039).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import FlowTransform
+
+
+class Split(FlowTransform):
+    """A transform of the first channels of an image, or of the first features of a vector; the others stay.
+
+    Args:
+        inner: The transform of the first ones.
+        input_dim: The number of all channels or features; by default twice as many as ``inner`` acts on.
+
+    Raises:
+        ValueError: If nothing is left to stay.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows.transforms import LULinear, PerPixel
+        >>> split = Split(PerPixel(LULinear(2), (4, 4)))
+        >>> split.event_shape, split(torch.zeros(5, 4, 4, 4)).shape
+        (torch.Size([4, 4, 4]), torch.Size([5, 4, 4, 4]))
+    """
+
+    def __init__(self, inner: FlowTransform, input_dim: int | None = None) -> None:
+        first, *size = inner.event_shape
+        total = 2 * first if input_dim is None else input_dim
+        if total <= first:
+            raise ValueError(f"Split: input_dim must exceed the {first} that inner acts on, got {total}.")
+        super().__init__((total, *size), inner.context_dim)
+        self.inner, self.input_dim = inner, total
+        self.sizes = [first, total - first]
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        first, rest = self._parts(x)
+        first, log_det = self.inner.forward_and_log_det(first, context)
+        return self._join(first, rest), log_det
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        first, rest = self._parts(y)
+        first, log_det = self.inner.inverse_and_log_det(first, context)
+        return self._join(first, rest), log_det
+
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        (first, rest), (score, score_of_rest) = self._parts(x), self._parts(score)
+        first, log_det, score = self.inner.forward_and_score(first, score, context)
+        return self._join(first, rest), log_det, self._join(score, score_of_rest)
+
+    def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
+        self.inner.initialize(self._parts(y)[0], context)
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, rest = x.split(self.sizes, -len(self.event_shape))
+        return first, rest
+
+    def _join(self, first: Tensor, rest: Tensor) -> Tensor:
+        number = len(self.event_shape)
+        rest = rest.expand(*first.shape[:-number], *rest.shape[-number:])
+        return torch.cat((first, rest), -number)

@@ -1,0 +1,685 @@
+"""Image flows are exact at every scale, whatever steers them; models of integers give masses to integers alone, and
+never too much; training shows what it does, stops, resumes and saves."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import pickle
+import signal
+from pathlib import Path
+from typing import Any
+
+import laws
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyro_flows as pf
+from pyro_flows import Flow, fit_density, flows
+from pyro_flows.bijectors import Affine
+from pyro_flows.conditioners import CausalTransformer, ConvNet
+from pyro_flows.encoders import ClassEmbedding, ConvEncoder, Flatten
+from pyro_flows.flows import Dequantized
+from pyro_flows.flows.image import checkerboard
+from pyro_flows.transforms import (
+    ActNorm,
+    Autoregressive,
+    Coupling,
+    LULinear,
+    Patched,
+    PerPixel,
+    Reshaped,
+    Sigmoid,
+    Split,
+    Squeezed,
+)
+
+RECIPES: dict[str, functools.partial[Flow]] = {
+    "realnvp_image": functools.partial(flows.realnvp_image, num_steps=2, hidden_dim=8, num_blocks=1),
+    "glow": functools.partial(flows.glow, num_steps=2, hidden_dim=8),
+    "flowpp_image": functools.partial(flows.flowpp_image, num_steps=2, hidden_dim=8, num_blocks=1, components=4),
+    "tarflow": functools.partial(flows.tarflow, num_transforms=2, num_layers=1, hidden_dim=16),
+}
+SHAPE = (2, 4, 4)
+every_recipe = pytest.mark.parametrize("name", RECIPES)
+CONTEXTS: dict[str, tuple[dict[str, Any], Tensor | None]] = {
+    "plain": ({}, None),
+    "vector": ({"context_dim": 3}, laws.normal(5, 3, seed=2)),
+    "image": ({"context_dim": (3, 4, 4)}, laws.normal(5, 3, 4, 4, seed=2)),
+    "index": ({"num_classes": 4}, torch.tensor([0, 3, 1, 1, 2])),
+    "one_hot": ({"num_classes": 4}, F.one_hot(torch.tensor([0, 3, 1, 1, 2]), 4).double()),
+}
+every_context = pytest.mark.parametrize("kind", CONTEXTS)
+
+
+def random(name: str, shape: tuple[int, int, int] = SHAPE, scale: float = 0.5, **options: Any) -> Flow:
+    flow = RECIPES[name](shape, **options)
+    return laws.randomise(flow, scale=scale).double()
+
+
+def slogdet(function: Any, x: Tensor) -> Tensor:
+    """The log-determinants of the whole Jacobians, by brute force."""
+    rows = [torch.autograd.functional.jacobian(function, row.unsqueeze(0)).reshape(row.numel(), -1) for row in x]
+    return torch.linalg.slogdet(torch.stack(rows)).logabsdet
+
+
+# ------------------------------------------------------------ exact
+
+
+@every_context
+@every_recipe
+def test_densities_are_those_of_the_whole_jacobian(name: str, kind: str) -> None:
+    options, contexts = CONTEXTS[kind]
+    # The elimination inside of slogdet is itself only as exact as the matrix is well conditioned.
+    scale = 0.3 if name == "tarflow" else 2.0
+    flow, x = random(name, scale=scale, **options), laws.normal(5, *SHAPE, seed=1, scale=2.0)
+    score = flow(contexts).log_prob(x)
+    for place in range(5):
+        context = None if contexts is None else contexts[place : place + 1]
+
+        def back(value: Tensor, context: Tensor | None = context) -> Tensor:
+            for view in reversed(flow(context).transforms):
+                value = view.transform.inverse_and_log_det(value, view.context)[0]
+            return value
+
+        row = x[place : place + 1]
+        wanted = flow.base().log_prob(back(row)) + slogdet(back, row)
+        torch.testing.assert_close(score[place : place + 1], wanted, atol=1e-8, rtol=1e-8)
+
+
+@every_context
+@every_recipe
+def test_samples_are_scored_and_found_again(name: str, kind: str) -> None:
+    options, contexts = CONTEXTS[kind]
+    flow = random(name, scale=0.1 if name == "flowpp_image" else 0.5, **options)
+    x, score = flow.rsample_and_log_prob((3,), contexts)
+    assert x.shape == (3, *([] if contexts is None else [5]), *SHAPE)
+    torch.testing.assert_close(flow(contexts).log_prob(x), score, atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(flow.log_prob(x, contexts), score, atol=1e-8, rtol=1e-8)
+
+
+@every_recipe
+def test_each_starts_at_its_base(name: str) -> None:
+    flow, x = RECIPES[name](SHAPE).double(), laws.normal(5, *SHAPE)
+    torch.testing.assert_close(flow.log_prob(x), flow.base().log_prob(x), atol=1e-9, rtol=1e-9)
+
+
+def test_a_glow_of_28_by_28_pixels_goes_there_and_back_in_float32() -> None:
+    flow = flows.glow((1, 28, 28), hidden_dim=16)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    x = laws.normal(4, 1, 28, 28, dtype=torch.float32)
+    q, z, there = flow(), x, torch.zeros(4)
+    with torch.no_grad():
+        for view in q.transforms:
+            z, log_det = view.transform.forward_and_log_det(z)
+            there = there + log_det
+        back, log_det = z, torch.zeros(4)
+        for view in reversed(q.transforms):
+            back, part = view.transform.inverse_and_log_det(back)
+            log_det = log_det + part
+    assert there.abs().min() > 10  # far from the identity
+    assert laws.gap(back, x, 3).max() < 1e-4
+    torch.testing.assert_close(log_det, -there, atol=0, rtol=1e-4)
+
+
+@every_recipe
+def test_gradients_of_samples_are_those_of_finite_steps(name: str) -> None:
+    flow = random(name, context_dim=3)
+    z, context = laws.normal(1, *SHAPE), laws.normal(1, 3, seed=1).requires_grad_()
+
+    def draw(context: Tensor) -> Tensor:
+        value = z
+        for view in flow(context).transforms:
+            value = view.transform.forward_and_log_det(value, view.context)[0]
+        return value
+
+    assert torch.autograd.gradcheck(draw, context, atol=1e-6)
+
+
+@every_recipe
+def test_gradients_reach_every_parameter_either_way(name: str) -> None:
+    flow = random(name, num_classes=4)
+    labels = torch.arange(4)
+    for loss in (flow(labels).rsample((8,)).square().sum(), flow(labels).log_prob(laws.normal(8, 4, *SHAPE)).sum()):
+        flow.zero_grad()
+        loss.backward()
+        for parameter_name, parameter in flow.named_parameters():
+            assert parameter.grad is not None, parameter_name
+            assert (parameter.grad != 0).any(), parameter_name
+
+
+@every_recipe
+def test_activations_that_are_computed_again_change_nothing(name: str) -> None:
+    plain, again = (random(name, recompute=recompute) for recompute in (False, True))
+    again.load_state_dict(dict(zip(again.state_dict(), plain.state_dict().values(), strict=True)))
+    x = laws.normal(5, *SHAPE)
+    grads = []
+    for flow in (plain, again):
+        flow.log_prob(x).sum().backward()
+        grads.append([parameter.grad for parameter in flow.parameters()])
+    assert all(map(torch.equal, *grads))
+
+
+def kept_for_the_gradient(flow: Flow, x: Tensor) -> int:
+    """The bytes of all tensors that a graph keeps, but for parameters."""
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not any(tensor is p for p in flow.parameters()):
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        score = flow.log_prob(x).sum()
+    assert score.requires_grad
+    return sum(sizes.values())
+
+
+@every_recipe
+def test_memory_grows_less_than_half_as_fast_where_activations_are_computed_again(name: str) -> None:
+    depth = "num_transforms" if name == "tarflow" else "num_steps"
+    x = torch.randn(64, *SHAPE)
+    growth = []
+    for recompute in (False, True):
+        few, many = (RECIPES[name](SHAPE, **{depth: number, "recompute": recompute}) for number in (2, 6))
+        growth.append(kept_for_the_gradient(many, x) - kept_for_the_gradient(few, x))
+    assert 0 < growth[1] < growth[0] / 2
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]])
+def test_tokens_depend_on_those_of_lower_rank_alone(order: list[int]) -> None:
+    layer = laws.randomise(Autoregressive(Affine(), CausalTransformer(4, 2, 2, 8, order=order)), scale=1.0).double()
+    x, rank = laws.normal(4, 2), torch.tensor(order).repeat_interleave(2)
+    for verb in (layer.forward_and_log_det, layer.inverse_and_log_det):
+        matrix = torch.autograd.functional.jacobian(lambda value, verb=verb: verb(value)[0], x).reshape(8, 8)
+        assert (matrix[rank[:, None] < rank] == 0).all()
+        assert (matrix[rank[:, None] > rank] != 0).all()
+        within = matrix[rank[:, None] == rank].reshape(4, 2, 2)
+        assert (within - torch.diag_embed(within.diagonal(dim1=1, dim2=2)) == 0).all()
+
+
+def test_the_order_of_tokens_is_part_of_the_state() -> None:
+    one, other = (CausalTransformer(4, 2, 2, 8, order=order) for order in ([3, 1, 0, 2], [0, 1, 2, 3]))
+    laws.randomise(one)
+    other.load_state_dict(one.state_dict(), strict=True)
+    x = torch.randn(5, 4, 2)
+    assert torch.equal(other(x), one(x))
+
+
+# ------------------------------------------------------------ the parts
+
+
+def test_a_checkerboard_is_one() -> None:
+    """What conditions stays as it is, and these are the squares of one colour; no other pixel does."""
+    board = checkerboard(1, 0)
+    layer = Squeezed(Coupling(Affine(), ConvNet(2, 2, 2, (3, 3), 4), board))
+    laws.randomise(layer)
+    x = torch.randn(1, 6, 6)
+    same = (layer(x) == x)[0]
+    place = torch.arange(6)
+    assert torch.equal(same, (place[:, None] + place) % 2 == 0)
+
+
+def test_squeezing_is_space_to_depth() -> None:
+    x = torch.arange(2 * 4 * 6).reshape(2, 4, 6).double()
+    layer = Squeezed(PerPixel(ActNorm(8), (2, 3)))
+    assert torch.equal(layer.arrange(x), F.pixel_unshuffle(x, 2))
+    assert torch.equal(layer.restore(layer.arrange(x)), x)
+
+
+def test_patches_are_read_row_by_row() -> None:
+    x = torch.arange(16).reshape(1, 4, 4).double()
+    layer = Patched(Autoregressive(Affine(), CausalTransformer(4, 4, 2, 8)), (1, 4, 4))
+    assert layer.arrange(x)[1].tolist() == [2, 3, 6, 7]
+    assert torch.equal(layer.restore(layer.arrange(x)), x)
+
+
+def test_an_invertible_1x1_convolution_is_one() -> None:
+    linear = laws.randomise(LULinear(3)).double()
+    x = laws.normal(5, 3, 4, 4)
+    lower, upper, log_pivots = linear._lower_upper_log_pivots()
+    y, log_det = PerPixel(linear, (4, 4)).forward_and_log_det(x)
+    torch.testing.assert_close(y, F.conv2d(x, (lower @ upper)[:, :, None, None], linear.shift))
+    torch.testing.assert_close(log_det, 16 * log_pivots.sum().expand(5))
+
+
+def test_what_leaves_early_meets_the_base_as_it_is() -> None:
+    split = Split(laws.randomise(PerPixel(LULinear(2), (2, 2))), 5).double()
+    x = laws.normal(3, 5, 2, 2)
+    y, _ = split.forward_and_log_det(x)
+    assert torch.equal(y[:, 2:], x[:, 2:])
+    assert not torch.equal(y[:, :2], x[:, :2])
+
+
+def test_data_set_the_norms_at_every_scale() -> None:
+    flow = flows.glow((1, 8, 8), num_steps=2, hidden_dim=8).double()
+    x = 3 + 5 * laws.normal(200, 1, 8, 8).cumsum(-1)
+    flow.initialize(x)
+    norms = [part for part in flow.modules() if isinstance(part, ActNorm)]
+    assert len(norms) == 6
+    assert all((norm.log_scale != 0).any() for norm in norms)
+    z = x
+    for view in reversed(flow().transforms):
+        z = view.transform.inverse_and_log_det(z)[0]
+    assert z.mean().abs() < 0.1
+    assert abs(z.std() - 1) < 0.1
+
+
+def test_the_sigmoid_has_the_logits_jacobian() -> None:
+    layer, z = Sigmoid((1, 2, 2), high=256.0), laws.normal(7, 1, 2, 2, scale=2.0)
+    y, log_det = layer.forward_and_log_det(z)
+    share = 0.05 + 0.9 * y / 256
+    torch.testing.assert_close(z, torch.logit(share))
+    torch.testing.assert_close(-log_det, (math.log(0.9 / 256) - share.log() - (1 - share).log()).sum((1, 2, 3)))
+    torch.testing.assert_close(layer.inverse_and_log_det(y)[0], z)
+    assert layer.codomain.check(y).all()
+    assert layer.inverse_and_log_det(torch.tensor([[[0.0, 256.0]]]))[0].isfinite().all()
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([4]), torch.tensor([-1]), torch.zeros(2, 3)])
+def test_what_is_no_class_is_refused(labels: Tensor) -> None:
+    with pytest.raises(ValueError, match="ClassEmbedding: "):
+        ClassEmbedding(4, 2)(labels)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: flows.glow((1, 28)), "glow: image_shape must be"),
+        (lambda: flows.glow((1, 7, 8)), "can be halved 0 times"),
+        (lambda: flows.glow((1, 8, 8), num_scales=4), "num_scales=4"),
+        (lambda: flows.glow((1, 8, 8), num_steps=0), "num_steps must be"),
+        (lambda: flows.realnvp_image((1, 8, 8), 3, num_classes=2), "not both"),
+        (lambda: flows.realnvp_image((1, 8, 8), (1, 4, 4)), "must have the shape"),
+        (lambda: flows.tarflow((1, 8, 8), patch_size=3), "patch_size must divide"),
+        (lambda: flows.tarflow((1, 8, 8), hidden_dim=10), "multiple of num_heads"),
+        (lambda: Squeezed(PerPixel(ActNorm(3), (2, 2))), "multiple of factor²"),
+        (lambda: Reshaped(LULinear(4), (1, 3)), "Reshaped: "),
+        (lambda: Split(LULinear(4), 4), "Split: input_dim"),
+        (lambda: PerPixel(PerPixel(LULinear(4), (2, 2)), (2, 2)), "PerPixel: inner"),
+        (lambda: Sigmoid((1,), low=1.0), "Sigmoid: low"),
+        (lambda: Sigmoid((1,), alpha=0.5), "Sigmoid: alpha"),
+        (lambda: ConvNet(1, 1, 2, (4, 4), context_shape=(1, 6, 6)), "ConvNet: context_shape"),
+        (lambda: Dequantized(flows.glow((1, 8, 8)), levels=1), "levels must be"),
+        (lambda: Dequantized(flows.glow((1, 8, 8)), noise=flows.glow((1, 8, 8))), "noise must be"),
+    ],
+)
+def test_bad_sizes_are_refused_by_name(build: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        build()
+
+
+# ------------------------------------------------------------ integers
+
+
+def quantised(levels: int = 4, noise: bool = False, **options: Any) -> Dequantized:
+    """A random flow over images of two pixels, whose masses can be added up."""
+    shape = (2, 1, 1)
+    layer = Coupling(Affine(), ConvNet(1, 1, 2, (1, 1), 8, 0), [True, False])
+    other = Coupling(Affine(), ConvNet(1, 1, 2, (1, 1), 8, 0), [False, True])
+    of_noise = None
+    if noise:
+        nets = [ConvNet(1, 1, 2, (1, 1), 8, 0, context_shape=shape) for _ in range(2)]
+        masks = [True, False], [False, True]
+        of_noise = Flow([Coupling(Affine(), *pair) for pair in zip(nets, masks, strict=True)], encoder=Flatten(shape))
+    model = Dequantized(Flow([layer, other]), levels=levels, noise=of_noise, **options)
+    return laws.randomise(model, scale=0.5).double()
+
+
+def every_image(levels: int) -> Tensor:
+    return torch.cartesian_prod(torch.arange(levels), torch.arange(levels))[:, :, None, None]
+
+
+def masses(model: Dequantized, levels: int) -> Tensor:
+    """The mass of each image of two pixels, by a grid over its cell; the ends own what lies beyond."""
+    edges = torch.arange(levels + 1).double()
+    fine = 60
+    centres = (torch.arange(levels * fine).double() + 0.5) / fine
+    low, high = model.pixels.codomain.base_constraint.lower_bound, model.pixels.codomain.base_constraint.upper_bound
+    below = torch.linspace(low, 0, 41, dtype=torch.float64)
+    above = torch.linspace(levels, high, 41, dtype=torch.float64)
+    points = torch.cat([(below[1:] + below[:-1]) / 2, centres, (above[1:] + above[:-1]) / 2])
+    widths = torch.cat([below.diff(), torch.full_like(centres, 1 / fine), above.diff()])
+    grid = torch.cartesian_prod(points, points)
+    density = model().density.log_prob(grid[:, :, None, None]).exp()
+    weights = torch.cartesian_prod(widths, widths).prod(-1)
+    cells = torch.bucketize(grid, edges[1:-1], right=True)
+    found = torch.zeros(levels * levels, dtype=torch.float64)
+    return found.index_add(0, cells[:, 0] * levels + cells[:, 1], density * weights)
+
+
+@pytest.mark.parametrize("noise", [False, True], ids=["uniform", "variational"])
+def test_masses_are_bounded_from_below_and_the_bound_tightens(noise: bool) -> None:
+    model, images = quantised(noise=noise), every_image(4)
+    true = masses(model, 4)
+    assert abs(true.sum() - 1) < 1e-3
+    torch.manual_seed(0)
+    gaps = []
+    for number in (1, 8, 64):
+        draws = torch.stack([model.log_prob(images, num_samples=number) for _ in range(400)]).detach()
+        mean, error = draws.mean(0), draws.std(0) / 20
+        assert (mean - 4 * error <= true.log() + 2e-3).all()
+        gaps.append((true.log() - mean).mean().item())
+    assert gaps[0] > gaps[1] > gaps[2] > -0.01
+
+
+def test_samples_have_these_masses() -> None:
+    model = quantised()
+    torch.manual_seed(0)
+    draws = model().sample((20_000,)).long().squeeze()
+    share = torch.bincount(draws[:, 0] * 4 + draws[:, 1], minlength=16) / 20_000
+    true = masses(model, 4)
+    assert ((share - true).abs() < 5 * (true * (1 - true) / 20_000).sqrt() + 1e-3).all()
+
+
+def test_variational_noise_starts_as_uniform() -> None:
+    flow = flows.realnvp_image((1, 4, 4), num_steps=1, hidden_dim=4)
+    noise = flows.realnvp_image((1, 4, 4), (1, 4, 4), num_steps=1, hidden_dim=4)
+    model, images = Dequantized(flow, noise=noise).double(), torch.randint(0, 256, (300, 1, 4, 4))
+    u, log_q = model()._draw(images.double())
+    assert torch.as_tensor(log_q).abs().max() < 1e-9
+    assert abs(u.mean() - 0.5) < 5 / math.sqrt(12 * u.numel())
+    assert abs(u.var() - 1 / 12) < 0.005
+
+
+def test_noise_is_trained_with_the_flow() -> None:
+    model = quantised(noise=True)
+    (-model.log_prob(every_image(4)).mean()).backward()
+    assert model.noise is not None
+    grads = [parameter.grad for parameter in model.noise.transforms.parameters()]  # type: ignore[attr-defined]
+    assert all(grad is not None and (grad != 0).any() for grad in grads)
+
+
+def image_of(value: object) -> Tensor:
+    return torch.full((3, 1, 8, 8), value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (image_of(1.0), "must hold integers, got torch.float32"),
+        (image_of(float("nan")), "with NaN or inf"),
+        (image_of(256), "between 0 and 255, got some from 256 to 256"),
+        (image_of(-1), "between 0 and 255, got some from -1 to -1"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), "must have the event shape"),
+        (torch.zeros(8, dtype=torch.uint8), "must have the event shape"),
+    ],
+)
+def test_what_is_no_image_of_integers_is_one_clear_error(value: Tensor, words: str) -> None:
+    model = Dequantized(flows.glow((1, 8, 8), num_steps=1, hidden_dim=4))
+    with pytest.raises(ValueError, match=words):
+        model.log_prob(value)
+
+
+def test_out_of_range_there_is_no_mass() -> None:
+    model = Dequantized(flows.glow((1, 8, 8), num_steps=1, hidden_dim=4))
+    with pyro.validation_enabled(False):
+        score = model.log_prob(torch.cat((image_of(255), image_of(256), image_of(-1))))
+    assert score.isfinite().tolist() == [True] * 3 + [False] * 6
+    assert (score[3:] == -math.inf).all()
+
+
+def test_models_of_integers_are_pyros() -> None:
+    model, h = Dequantized(flows.glow((1, 8, 8), 3, num_steps=1, hidden_dim=4)), torch.randn(4, 3)
+    q = model(h)
+    assert (q.batch_shape, q.event_shape) == ((4,), (1, 8, 8))
+    draws = q.sample((5,))
+    assert draws.dtype == torch.uint8
+    assert q.support.check(draws).all()
+    assert q.expand((2, 4)).log_prob(draws[0]).shape == (2, 4)
+    assert model(h, num_samples=3).log_prob(draws).shape == (5, 4)
+
+    def program(images: Tensor | None = None) -> Tensor:
+        with pyro.plate("image", 4):
+            return pyro.sample("x", model(h), obs=images)
+
+    trace = pyro.poutine.trace(program).get_trace(draws[0])
+    assert trace.log_prob_sum().isfinite()
+    assert program().shape == (4, 1, 8, 8)
+    with pyro.poutine.mask(mask=False):
+        assert pyro.poutine.trace(program).get_trace(draws[0]).log_prob_sum() == 0
+
+
+def test_a_flow_over_real_images_is_a_likelihood_too() -> None:
+    flow, h, fields = flows.glow((2, 8, 8), 3, num_steps=1, hidden_dim=4), torch.randn(4, 3), torch.randn(4, 2, 8, 8)
+    with pyro.poutine.trace() as capture:
+        pyro.sample("x", flow(h).to_event(1), obs=fields)
+    torch.testing.assert_close(capture.trace.log_prob_sum(), flow(h).log_prob(fields).sum())
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))], ids=["deepcopy", "pickle"])
+def test_copies_of_models_agree(how: Any) -> None:
+    model = quantised(noise=True)
+    twin = how(model)
+    scores = []
+    for one in (model, twin):
+        torch.manual_seed(0)
+        scores.append(one.log_prob(every_image(4)))
+    assert torch.equal(*scores)
+
+
+@every_context
+@every_recipe
+def test_models_come_back_from_files(name: str, kind: str, tmp_path: Path) -> None:
+    options, contexts = CONTEXTS[kind]
+    noise = flows.realnvp_image(SHAPE, SHAPE, num_steps=1, hidden_dim=4, recompute=True)
+    model = Dequantized(random(name, **options), levels=7, noise=noise, num_samples=2).double()
+    laws.randomise(model.noise, scale=0.1)
+    pf.save(model, tmp_path / "model.pt")
+    again = pf.load(tmp_path / "model.pt")
+    images = torch.randint(0, 7, (5, *SHAPE))
+    scores = []
+    for one in (model, again):
+        torch.manual_seed(0)
+        scores.append(one.log_prob(images, contexts))
+    assert torch.equal(*scores)
+
+
+def test_bits_per_dim() -> None:
+    assert pf.bits_per_dim(torch.tensor([-12 * math.log(2)]), (1, 2, 3)).tolist() == [2.0]
+
+
+# ------------------------------------------------------------ training
+
+
+def stripes(number: int, levels: int = 16) -> tuple[Tensor, Tensor]:
+    """Images of stripes, upright or lying as their class says, with noise: ``(N, 1, 8, 8)`` of 0 … levels - 1."""
+    source = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 2, (number,), generator=source)
+    phase = torch.randint(0, 4, (number, 1, 1), generator=source)
+    place = torch.arange(8)
+    wave = ((place + phase) % 4 < 2).expand(number, 8, 8)
+    wave = torch.where(labels[:, None, None] == 0, wave, wave.mT)
+    noise = torch.randint(0, 3, (number, 8, 8), generator=source)
+    return (wave * (levels - 3) + noise).unsqueeze(1).to(torch.uint8), labels
+
+
+def small(**options: Any) -> Dequantized:
+    torch.manual_seed(0)
+    return Dequantized(flows.glow((1, 8, 8), num_steps=2, hidden_dim=16, **options), levels=16)
+
+
+quick = functools.partial(fit_density, max_epochs=2, progress=False)
+
+
+def test_classes_are_learned_and_drawn(tmp_path: Path) -> None:
+    x, labels = stripes(600)
+    model = small(num_classes=2)
+    fit = fit_density(
+        model, x, labels, max_epochs=12, lr=5e-3, progress=False, samples=tmp_path / "samples-{epoch}.png"
+    )
+    bits = pf.bits_per_dim(-fit.held_out[-1], (1, 8, 8))
+    assert bits < 3.2  # 4 where nothing is learned, log2 3 = 1.585 at best
+    draws = model(torch.tensor([0, 1])).sample((50,)).double()
+    down, across = draws.diff(dim=-2).abs().mean((0, 2, 3, 4)), draws.diff(dim=-1).abs().mean((0, 2, 3, 4))
+    assert down[0] < across[0]
+    assert down[1] > across[1]
+    assert len(list(tmp_path.glob("samples-*.png"))) == 12
+    right = model.log_prob(x, labels, num_samples=4) - model.log_prob(x, 1 - labels, num_samples=4)
+    assert (right > 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("how", ["tensor", "array", "loader"])
+def test_images_come_as_they_come(how: str) -> None:
+    x, labels = stripes(200)
+    data: tuple[Any, ...] = (x, labels)
+    if how == "array":
+        data = (x.numpy(), labels.numpy())
+    if how == "loader":
+        data = (DataLoader(TensorDataset(x, labels), batch_size=50, shuffle=True),)
+    fit = quick(small(num_classes=2), *data)
+    assert fit.held_out.isfinite().all()
+    assert fit.losses[-1] < fit.losses[0]
+
+
+def test_tables_of_integers_have_masses_too() -> None:
+    source = torch.Generator().manual_seed(0)
+    first = torch.randint(0, 10, (600, 1), generator=source)
+    x = torch.cat((first, (first + torch.randint(0, 2, (600, 1), generator=source)) % 10), 1)
+    model = Dequantized(flows.nsf(2, num_transforms=2, hidden_dims=(16,)), levels=10)
+    fit = fit_density(model, x, max_epochs=20, progress=False)
+    assert math.log(20) < fit.best_loss + 0.05  # the entropy of such rows
+    assert fit.best_loss < math.log(100) - 0.3
+    assert model().sample((5,)).shape == (5, 2)
+
+
+def test_real_images_are_standardised_channel_by_channel() -> None:
+    x = laws.normal(200, 2, 4, 4, dtype=torch.float32) * torch.tensor([10.0, 0.01])[:, None, None] + 5
+    flow = flows.glow((2, 4, 4), num_steps=1, hidden_dim=8)
+    fit = quick(flow, x)
+    last = flow.transforms[-1]
+    assert isinstance(last, PerPixel)
+    torch.testing.assert_close(last.inner.scale.detach(), torch.tensor([10.0, 0.01]), rtol=0.1, atol=0)
+    wanted = -dist.Normal(5.0, torch.tensor([10.0, 0.01])).log_prob(x.movedim(1, -1)).sum((1, 2, 3)).mean()
+    assert abs(fit.held_out[-1] - wanted) < 3
+
+
+def test_images_steer_images() -> None:
+    seen = laws.normal(300, 1, 4, 4, dtype=torch.float32)
+    x = 3 * seen + 0.1 * laws.normal(300, 1, 4, 4, seed=1, dtype=torch.float32)
+    flow = flows.realnvp_image((1, 4, 4), (1, 4, 4), num_steps=2, hidden_dim=16, num_blocks=1)
+    fit = fit_density(flow, x, seen, max_epochs=20, lr=1e-2, progress=False)
+    alone = 16 * 0.5 * math.log(2 * math.pi * math.e * 9)
+    assert fit.held_out[-1] < alone - 8
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "options", "words"),
+    [
+        (small(), stripes(50)[0].float(), {}, "must hold integers from 0 to 15"),
+        (small(), stripes(50)[0] + 1, {}, "integers from 0 to 15, got some from"),
+        (small(), stripes(50)[0][:, 0], {}, r"must have shape \(N, 1, 8, 8\)"),
+        (small().flow, stripes(50)[0], {}, "flows.Dequantized"),
+        (small().flow, torch.full((50, 1, 8, 8), math.nan), {}, "NaN or inf"),
+        (small().flow, torch.ones(50, 1, 8, 8), {}, "constant in a channel"),
+        (small(), stripes(50)[0], {"samples": "no/where.png"}, "does not exist"),
+        (small(), stripes(50)[0], {"ema_decay": 1.0}, "ema_decay must be"),
+        (small(), stripes(50)[0], {"discrete": [0]}, "discrete"),
+        (flows.nsf(2), torch.randn(50, 2), {"samples": "x.png"}, "samples are drawn of images"),
+    ],
+)
+def test_images_that_cannot_be_learned_are_refused(model: Any, x: Tensor, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        quick(model, x, **options)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_run_on_a_loader_goes_on_where_it_was(tmp_path: Path) -> None:
+    x, labels = stripes(200)
+
+    def loader() -> DataLoader:
+        return DataLoader(
+            TensorDataset(x, labels), batch_size=50, shuffle=True, generator=torch.Generator().manual_seed(0)
+        )
+
+    def fit(model: Dequantized, stop: bool) -> Any:
+        count = 0
+
+        def after(*_: Any) -> None:
+            nonlocal count
+            count += 1
+            if stop and count == 9:
+                signal.raise_signal(signal.SIGINT)
+
+        original = model.log_prob
+
+        def counted(*args: Any, **kwargs: Any) -> Tensor:
+            if model.training:
+                after()
+            return original(*args, **kwargs)
+
+        model.log_prob = counted  # type: ignore[method-assign]
+        torch.manual_seed(1)
+        return quick(model, loader(), max_epochs=4, checkpoint=tmp_path / f"run-{stop or 'on'}.pt")
+
+    whole = fit(small(num_classes=2), stop=False)
+    stopped = small(num_classes=2)
+    first = fit(stopped, stop=True)
+    assert first.stopped == "interrupted"
+    (tmp_path / "run-True.pt").rename(tmp_path / "run-on.pt")
+    again = fit(small(num_classes=2), stop=False)
+    assert again.steps == whole.steps
+    assert torch.equal(again.losses, whole.losses)
+    assert torch.equal(again.held_out, whole.held_out)
+
+
+def test_networks_alone_calculate_in_half_precision() -> None:
+    x, _ = stripes(200)
+    model, seen = small(), set()
+    networks = [part for part in model.modules() if isinstance(part, ConvNet)]
+    for net in networks:
+        net.output.register_forward_hook(lambda m, i, y: seen.add(y.dtype))
+    fit = quick(model, x, mixed_precision=True)
+    assert torch.bfloat16 in seen
+    assert fit.held_out[-1] < fit.held_out[0]
+    seen.clear()
+    assert model.log_prob(x[:5]).dtype == torch.float32
+    assert seen == {torch.float32}
+    assert not any(net._forward_hooks or net._forward_pre_hooks for net in networks)
+
+
+def test_a_grid_shows_the_images(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    images = torch.zeros(3, 1, 4, 4)
+    images[1] = 16.0
+    pf.save_images(images, tmp_path / "grid.png", columns=2, levels=17)
+    picture = np.asarray(imread(tmp_path / "grid.png"))[..., 0]
+    assert picture.shape == (100, 100)
+    assert (picture[0, 0], picture[0, 60], picture[60, 0], picture[60, 60]) == (0, 1, 0, 1)
+    with pytest.raises(ValueError, match="save_images: images must have shape"):
+        pf.save_images(torch.zeros(3, 2, 4, 4), tmp_path / "no.png")
+
+
+# ------------------------------------------------------------ autoencoders
+
+
+def test_an_autoencoder_with_a_flow_for_a_decoder_learns() -> None:
+    x, _ = stripes(300)
+    torch.manual_seed(0)
+    decoder = Dequantized(flows.glow((1, 8, 8), 4, num_steps=2, hidden_dim=16), levels=16)
+    decoder.initialize(x, torch.zeros(300, 4))
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("image", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            pyro.sample("x", decoder(z), obs=x)
+
+    guide = pf.AutoPlateFlow(model, "image", encoder=ConvEncoder((1, 8, 8), 16, (8,), 16))
+    fit = pf.fit_svi(model, guide, x, steps=200, lr=5e-3, progress=False, num_particles=1)
+    assert fit.losses[-20:].mean() < fit.losses[:20].mean()
+    bound = pf.importance_log_likelihood(model, guide, x[:20], num_samples=8)
+    assert bound.shape == (20,)
+    assert pf.bits_per_dim(bound.mean(), (1, 8, 8)) < 3.6
