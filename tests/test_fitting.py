@@ -456,7 +456,7 @@ class Rising(Trace_ELBO):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """Each look at the clock takes a minute, so that every window of 50 steps ends with a checkpoint."""
+    """Each look at the clock takes a minute, so that every step ends with a checkpoint."""
     clock = itertools.count(step=60)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
 
@@ -489,7 +489,7 @@ def test_a_killed_run_goes_on_to_the_same_end(objective, tmp_path):
 
     with pytest.raises(SystemExit):
         checkpointed(mortal, file, objective=objective())
-    assert len(torch.load(file, weights_only=True)["losses"]) == 50
+    assert len(torch.load(file, weights_only=True)["losses"]) % 50 != 0  # in the middle of a window
     pyro.clear_param_store()
     resumed = checkpointed(conjugate, file, objective=objective())
     assert resumed[2].steps == 200
@@ -523,7 +523,7 @@ def test_a_run_killed_by_the_system_goes_on_in_another_process(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(root.parent), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(torch.load(file, weights_only=True)["losses"]) == 50
+    assert 50 < len(torch.load(file, weights_only=True)["losses"]) < 100
     whole = checkpointed(conjugate, None, steps=100, warm_start=False)
     assert_same_run(checkpointed(conjugate, file, steps=100, warm_start=False), whole)
 

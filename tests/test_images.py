@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_flows as pf
 from pyro_flows import Flow, fit_density, flows
 from pyro_flows.bijectors import Affine
-from pyro_flows.conditioners import CausalTransformer, ConvNet
+from pyro_flows.conditioners import CausalTransformer, ConvNet, LipschitzMLP
+from pyro_flows.diagnostics.draws import check_side_by_side
 from pyro_flows.encoders import ClassEmbedding, ConvEncoder, Flatten
 from pyro_flows.flows import Dequantized
 from pyro_flows.flows.image import checkerboard
@@ -35,7 +36,9 @@ from pyro_flows.transforms import (
     LULinear,
     Patched,
     PerPixel,
+    Recomputed,
     Reshaped,
+    Residual,
     Sigmoid,
     Split,
     Squeezed,
@@ -170,6 +173,39 @@ def test_activations_that_are_computed_again_change_nothing(name: str) -> None:
     assert all(map(torch.equal, *grads))
 
 
+def test_activations_are_computed_again() -> None:
+    calls = []
+    for recompute in (False, True):
+        flow = RECIPES["glow"](SHAPE, recompute=recompute)
+        seen: list[int] = []
+        net = next(part for part in flow.modules() if isinstance(part, ConvNet))
+        net.register_forward_hook(lambda *_, seen=seen: seen.append(0))
+        flow.log_prob(torch.randn(5, *SHAPE)).sum().backward()
+        calls.append(len(seen))
+    assert calls == [1, 2]
+
+
+def test_random_numbers_are_the_same_when_computed_again() -> None:
+    """As those of an estimated log-determinant."""
+    inner = laws.randomise(Residual(LipschitzMLP(5, (16, 16))), scale=1.0).double()
+    x, grads = laws.normal(50, 5), []
+    for layer in (inner, Recomputed(inner)):
+        layer.zero_grad()
+        torch.manual_seed(0)
+        y, log_det = layer.forward_and_log_det(x)
+        (y.square().sum() + log_det.sum()).backward()
+        grads.append([parameter.grad.clone() for parameter in inner.parameters()])
+    assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize(
+    ("size", "patches"), [(4, 16), (8, 16), (13, 169), (22, 121), (28, 49), (31, 961), (32, 64), (64, 64)]
+)
+def test_patches_are_neither_few_nor_wide(size: int, patches: int) -> None:
+    flow = flows.tarflow((1, size, size), num_transforms=1, num_layers=1, hidden_dim=4, num_heads=1)
+    assert flow.transforms[0].inner.event_shape[0] == patches  # type: ignore[union-attr]
+
+
 def kept_for_the_gradient(flow: Flow, x: Tensor) -> int:
     """The bytes of all tensors that a graph keeps, but for parameters."""
     sizes: dict[int, int] = {}
@@ -287,7 +323,17 @@ def test_the_sigmoid_has_the_logits_jacobian() -> None:
     assert layer.inverse_and_log_det(torch.tensor([[[0.0, 256.0]]]))[0].isfinite().all()
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([4]), torch.tensor([-1]), torch.zeros(2, 3)])
+NO_CLASSES = [
+    torch.tensor([4]),
+    torch.tensor([-1]),
+    torch.zeros(2, 3),
+    F.one_hot(torch.tensor([0, 3]), 4),
+    torch.tensor([[5.0, -2.0, -1.0, -1.0]]),
+    torch.full((2, 4), math.nan),
+]
+
+
+@pytest.mark.parametrize("labels", NO_CLASSES)
 def test_what_is_no_class_is_refused(labels: Tensor) -> None:
     with pytest.raises(ValueError, match="ClassEmbedding: "):
         ClassEmbedding(4, 2)(labels)
@@ -304,6 +350,12 @@ def test_what_is_no_class_is_refused(labels: Tensor) -> None:
         (lambda: flows.realnvp_image((1, 8, 8), (1, 4, 4)), "must have the shape"),
         (lambda: flows.tarflow((1, 8, 8), patch_size=3), "patch_size must divide"),
         (lambda: flows.tarflow((1, 8, 8), hidden_dim=10), "multiple of num_heads"),
+        (lambda: flows.tarflow((1, 1, 3)), "into 4 patches at least"),
+        (lambda: flows.tarflow((1, 8, 8), patch_size=8), "into 4 patches at least"),
+        (lambda: flows.glow((1, 8, 8), num_scales=1.5), "num_scales=1.5"),  # type: ignore[arg-type]
+        (lambda: Dequantized(flows.glow((1, 8, 8)), alpha=0.0), "alpha must be"),
+        (lambda: Dequantized(flows.glow((1, 8, 8)), noise=flows.glow((1, 8, 8), 8)), "noise must be"),
+        (lambda: Dequantized(flows.glow((1, 8, 8)), noise=flows.glow((1, 8, 8), num_classes=3)), "noise must be"),
         (lambda: Squeezed(PerPixel(ActNorm(3), (2, 2))), "multiple of factor²"),
         (lambda: Reshaped(LULinear(4), (1, 3)), "Reshaped: "),
         (lambda: Split(LULinear(4), 4), "Split: input_dim"),
@@ -425,9 +477,30 @@ def test_what_is_no_image_of_integers_is_one_clear_error(value: Tensor, words: s
 def test_out_of_range_there_is_no_mass() -> None:
     model = Dequantized(flows.glow((1, 8, 8), num_steps=1, hidden_dim=4))
     with pyro.validation_enabled(False):
-        score = model.log_prob(torch.cat((image_of(255), image_of(256), image_of(-1))))
-    assert score.isfinite().tolist() == [True] * 3 + [False] * 6
+        score = model.log_prob(torch.cat((image_of(255.0), *map(image_of, (256.0, -1.0, 0.5, math.nan)))))
+    assert score.isfinite().tolist() == [True] * 3 + [False] * 12
     assert (score[3:] == -math.inf).all()
+    score[:3].sum().backward()  # the others do no harm
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_values_are_checked_after_something_was_compiled() -> None:
+    """Which turns torch's own validation off."""
+    model = Dequantized(flows.glow((1, 8, 8), num_steps=1, hidden_dim=4))
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        with pytest.raises(ValueError, match="must hold integers"):
+            model.log_prob(image_of(0.5))
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)
+
+
+def test_integers_of_16_bits_are_read() -> None:
+    model = Dequantized(flows.glow((1, 8, 8), num_steps=1, hidden_dim=4), levels=2**16)
+    assert model.log_prob(image_of(60_000).to(torch.uint16)).isfinite().all()
+    fit = quick(model, torch.randint(0, 2**16, (60, 1, 8, 8)).to(torch.uint16))
+    assert fit.held_out.isfinite().all()
 
 
 def test_models_of_integers_are_pyros() -> None:
@@ -586,6 +659,7 @@ def test_images_steer_images() -> None:
         (small(), stripes(50)[0], {"samples": "no/where.png"}, "does not exist"),
         (small(), stripes(50)[0], {"ema_decay": 1.0}, "ema_decay must be"),
         (small(), stripes(50)[0], {"discrete": [0]}, "discrete"),
+        (small().double(), stripes(50)[0], {"mixed_precision": True}, "mixed_precision is for flows in float32"),
         (flows.nsf(2), torch.randn(50, 2), {"samples": "x.png"}, "samples are drawn of images"),
     ],
 )
@@ -634,6 +708,41 @@ def test_a_run_on_a_loader_goes_on_where_it_was(tmp_path: Path) -> None:
     assert torch.equal(again.held_out, whole.held_out)
 
 
+def test_what_is_kept_is_the_average(tmp_path: Path) -> None:
+    x, labels = stripes(200)
+    fits, models = [], []
+    for decay in (0.0, 0.99):
+        model = small(num_classes=2)
+        torch.manual_seed(1)
+        fits.append(quick(model, x, labels, ema_decay=decay, checkpoint=tmp_path / f"{decay}.pt"))
+        models.append(model)
+    assert torch.equal(fits[0].losses, fits[1].losses)  # the path is the same
+    last = torch.load(tmp_path / "0.99.pt", weights_only=True)
+    assert all(torch.equal(*pair) for pair in zip(last["parameters"], models[0].parameters(), strict=True))
+    assert any(not torch.equal(*pair) for pair in zip(*(model.parameters() for model in models), strict=True))
+    with pytest.raises(ValueError, match="of another run"):
+        quick(small(num_classes=2), x, labels, ema_decay=0.5, checkpoint=tmp_path / "0.99.pt")
+
+
+def test_noise_that_breaks_down_is_named() -> None:
+    x, _ = stripes(200)
+    noise = flows.realnvp_image((1, 8, 8), (1, 8, 8), num_steps=1, hidden_dim=4)
+    model = Dequantized(flows.glow((1, 8, 8), num_steps=1, hidden_dim=4), levels=16, noise=noise)
+    with torch.no_grad():
+        next(part for part in noise.modules() if isinstance(part, ConvNet)).output.bias.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match=r"the flow's parameter noise\..*output.bias is not finite"):
+        quick(model, x, on_nonfinite="raise")
+
+
+def test_a_flow_is_trained_where_it_is_told(tmp_path: Path) -> None:
+    x, _ = stripes(100)
+    model = small()
+    quick(model, x, max_epochs=1, device="cpu")
+    assert next(model.parameters()).device.type == "cpu"
+    with pytest.raises(RuntimeError, match="device"):
+        quick(model, x, max_epochs=1, device="nowhere")
+
+
 def test_networks_alone_calculate_in_half_precision() -> None:
     x, _ = stripes(200)
     model, seen = small(), set()
@@ -663,6 +772,34 @@ def test_a_grid_shows_the_images(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------ autoencoders
+
+
+def test_an_estimated_density_may_run_side_by_side() -> None:
+    """Its estimates differ by their noise, which no check takes for a fault of the model, and a fault is one still."""
+    torch.manual_seed(0)
+    decoder = Dequantized(flows.glow((1, 2, 2), 2, num_steps=1, hidden_dim=4), levels=16)
+    x = torch.randint(0, 16, (20, 1, 2, 2))
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("image", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", decoder(z), obs=x)
+
+    def faulty(x: Tensor) -> None:
+        with pyro.plate("image", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.factor("all", -100 * z.square().sum() + 0 * z.sum(-1))
+            pyro.sample("x", decoder(z), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("image", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    for seed in range(40):
+        torch.manual_seed(seed)
+        check_side_by_side(model, guide, (x,), {})
+    with pytest.raises(ValueError, match="side by side"):
+        check_side_by_side(faulty, guide, (x,), {})
 
 
 def test_an_autoencoder_with_a_flow_for_a_decoder_learns() -> None:

@@ -83,8 +83,8 @@ class ConvNet(Conditioner):
 
     def add_context(self, h: Tensor, context: Tensor | None) -> Tensor:
         if self.context_shape is None or context is None:
-            # Contexts are added to each pixel: as vectors, with the channels of the image last.
-            return super().add_context(h.movedim(-3, -1), _of_pixels(context)).movedim(-1, -3)
+            context = None if context is None else context.unsqueeze(-2).unsqueeze(-2)  # of each pixel
+            return super().add_context(h.movedim(-3, -1), context).movedim(-1, -3)
         assert self.from_context is not None
         images = context.reshape(math.prod(context.shape[:-1]), *self.context_shape)
         share = self.from_context(F.pixel_unshuffle(images, self.factor))
@@ -122,7 +122,3 @@ def _images(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return images  # they see to the order themselves
     return images.contiguous(memory_format=torch.channels_last)
-
-
-def _of_pixels(context: Tensor | None) -> Tensor | None:
-    return None if context is None else context.unsqueeze(-2).unsqueeze(-2)

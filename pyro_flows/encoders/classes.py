@@ -12,7 +12,7 @@ class ClassEmbedding(nn.Module):
     """A network from class labels to contexts ``(*batch, context_dim)``.
 
     Labels are an index tensor ``(*batch,)`` of integers from 0 to ``num_classes - 1``, or one-hot, or probabilities:
-    floating, ``(*batch, num_classes)``.
+    floating, ``(*batch, num_classes)``.  Floating and not, since integers of that shape may be a batch of indices.
 
     Args:
         num_classes: The number of classes.
@@ -42,17 +42,30 @@ class ClassEmbedding(nn.Module):
         Raises:
             ValueError: If they are no classes.
         """
+        if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+            self._check(labels)
+        return labels.to(self.weight.dtype) @ self.weight if labels.is_floating_point() else self.weight[labels.long()]
+
+    def _check(self, labels: Tensor) -> None:
+        number, shape = self.num_classes, tuple(labels.shape)
+        wide = bool(shape) and shape[-1] == number
         if labels.is_floating_point():
-            if labels.dim() == 0 or labels.shape[-1] != self.num_classes:
+            if not wide:
                 raise ValueError(
-                    f"ClassEmbedding: floating labels are one-hot, of shape (*batch, {self.num_classes}), got "
-                    f"{tuple(labels.shape)}; use labels.long() where they are indices."
+                    f"ClassEmbedding: floating labels are one-hot, of shape (*batch, {number}), got {shape}; use "
+                    "labels.long() where they are indices."
                 )
-            return labels.to(self.weight.dtype) @ self.weight
+            if not ((labels >= 0).all() and torch.allclose(labels.sum(-1), labels.new_ones(()), atol=1e-3)):
+                raise ValueError("ClassEmbedding: floating labels are probabilities, of at least 0 and with the sum 1.")
+            return
         labels = labels.long()
         low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
-        if not 0 <= low <= high < self.num_classes:
+        if not 0 <= low <= high < number:
             raise ValueError(
-                f"ClassEmbedding: labels must lie between 0 and {self.num_classes - 1}, got some from {low} to {high}."
+                f"ClassEmbedding: labels must lie between 0 and {number - 1}, got some from {low} to {high}."
             )
-        return self.weight[labels]
+        if wide and labels.dim() > 1 and high == 1 and (labels.sum(-1) == 1).all():
+            raise ValueError(
+                f"ClassEmbedding: labels of integers, of shape {shape}, are indices, but these look one-hot; use "
+                "labels.float() where they are."
+            )

@@ -45,7 +45,7 @@ def steps_of(path: Path) -> int | None:
 
 def _load(path: Path, caller: str) -> dict[str, Any]:
     try:
-        state = dict(torch.load(path, weights_only=True))
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
         version, _ = state["format"], state["settings"]["steps"]
     except Exception as error:
         raise ValueError(
@@ -70,8 +70,8 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Set them to a state."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for device, own in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(own, device)
     version, keys, gauss = state["random"]
     random.setstate((version, tuple(keys), gauss))
     kind, keys, *rest = state["numpy"]

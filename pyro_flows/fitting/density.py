@@ -146,6 +146,8 @@ def fit_density(
         raise ValueError(
             f"{CALLER}: samples are drawn of images with 1 or 3 channels, not of {tuple(reader.event_shape)}."
         )
+    if mixed_precision and reader.like.dtype != torch.float32:
+        raise ValueError(f"{CALLER}: mixed_precision is for flows in float32, got one in {reader.like.dtype}.")
     lr = (5e-3 if pictures else 8e-3) if lr is None else lr
     clip_norm = (50.0 if pictures else 5.0) if clip_norm is None else clip_norm
     train, judge = sources(reader, x, context, validation, batch_size, held_out)
@@ -201,13 +203,15 @@ def fit_density(
                 clip_norm=clip_norm,
                 on_nonfinite=on_nonfinite,
                 progress=progress,
-                diagnose=lambda: culprit(reader.flow, rows, contexts),
+                diagnose=lambda: culprit(flow, reader.flow, rows, contexts),
                 checkpoint=file,
                 settings={
                     "data": [mark for pair in ((train, seen), (judge, judged)) for mark in _marks(*pair)],
                     "batch_size": train.epochs.size if isinstance(train, Rows) else None,
                     "discrete": places,
+                    "ema_decay": ema_decay,
                     "mixed_precision": mixed_precision,
+                    "integers": [flow.levels, flow.alpha, flow.num_samples] if isinstance(flow, Dequantized) else [],
                 },
                 companion=train,
                 held_out=HeldOut(loss_held_out, train.steps, patience, ema_decay),

@@ -175,9 +175,9 @@ def descend(
                     bar.set_postfix_str(shown + (f", {skipped} skipped" if skipped else ""))
                     if held_out and step - best.step >= held_out.patience * held_out.every:
                         run.stopped = "held-out"
-                    if step == steps or run.stopped or time.perf_counter() - last_save > 10:
-                        save()
-                        last_save = time.perf_counter()
+                if step == steps or run.stopped or time.perf_counter() - last_save > 10:
+                    save()
+                    last_save = time.perf_counter()
                 if asked() and (held_out or step < steps):
                     raise KeyboardInterrupt
                 if run.stopped:

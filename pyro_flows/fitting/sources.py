@@ -76,7 +76,12 @@ class Reader:
         encoded = None if context is None else self._context(context, len(found))
         if self._is_new and len(found):
             with torch.no_grad(), at_rest(self.flow):
-                self.flow(None if encoded is None else encoded[:1].to(self.like.device))  # the flow's own errors
+                q = self.flow(None if encoded is None else encoded[:1].to(self.like.device))  # the flow's own errors
+            if encoded is not None and q.batch_shape != (1,):
+                raise ValueError(
+                    f"{self.caller}: context must hold one for each row of x, but of the shape {tuple(encoded.shape)} "
+                    f"the flow takes {tuple(q.batch_shape[1:])} for each."
+                )
             self._is_new = False
         return found if self.levels else found.to(self.like.dtype), encoded
 

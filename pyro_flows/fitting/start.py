@@ -88,9 +88,16 @@ def _fresh_parts(encoder: nn.Module) -> list[Standardize]:
 
 
 @torch.no_grad()
-def culprit(flow: Flow, x: Tensor, context: Tensor | None) -> str:
-    """Name the first part of a flow, from the data to the base, that is not finite or makes some rows so."""
-    for name, parameter in flow.named_parameters():
+def culprit(model: nn.Module, flow: Flow, x: Tensor, context: Tensor | None) -> str:
+    """Name the first part of a flow, from the data to the base, that is not finite or makes some rows so.
+
+    Args:
+        model: What is trained: the flow, or what holds it.
+        flow: The flow over real numbers.
+        x: Some of the rows, as the flow sees them.
+        context: Their contexts.
+    """
+    for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             return f"the flow's parameter {name} is not finite"
     density = flow(context)

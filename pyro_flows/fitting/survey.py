@@ -13,7 +13,7 @@ from ..tables.table import Names, label, listed
 from .batches import Batch
 
 SAMPLE = 25_000  # rows to look at more closely, at least, where there are as many
-IMAGES = 1000  # images to look at more closely
+IMAGES = 4_000_000  # numbers in the images to look at more closely
 COARSE = 1e-3  # standard deviations that a number may be rounded by
 ROOM = 0.01  # that noise from [0, 1) may be rounded by
 FAR = 8  # standard deviations from the mean where normals never are
@@ -46,8 +46,10 @@ class Survey:
             columns = x if x.dim() == 2 else x.movedim(1, -1).flatten(0, -2)
             self._add(columns.to("cpu", torch.float64), context)
             self.rows += len(x)
-            kept.append((x[::stride], None if context is None else context[::stride]))
-            if sum(len(x) for x, _ in kept) > 2 * (SAMPLE if x.dim() == 2 else IMAGES):
+            # Copies, since a view would keep all of a batch.
+            kept.append((x[::stride].clone(), None if context is None else context[::stride].clone()))
+            most = SAMPLE if x.dim() == 2 else max(64, min(1000, IMAGES // x[0].numel()))
+            if sum(len(x) for x, _ in kept) > 2 * most:
                 kept, stride = [_thinned(kept)], 2 * stride
         self.sample: Batch = _joined(kept) if kept else (torch.zeros(0, width), None)
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import pyro.distributions as dist
 import torch
 from pyro.distributions.conditional import ConditionalDistribution
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -32,7 +33,8 @@ class Dequantized(nn.Module):
     Args:
         flow: A flow over real events, such as ``flows.glow((1, 28, 28))``.
         levels: The number of integers: events hold 0 … levels - 1.
-        alpha: By what share the interval of the sigmoid is wider than that of the integers (:class:`Sigmoid`).
+        alpha: By what share the interval of the sigmoid is wider than that of the integers (:class:`Sigmoid`), at least
+            1e-6.
         noise: A flow over the same events whose contexts are such events, such as
             ``flows.realnvp_image((1, 28, 28), context_dim=(1, 28, 28))``: through the normal distribution function it
             gives the noise u in a cell, uniform at the start.  By default the noise is uniform.
@@ -62,10 +64,12 @@ class Dequantized(nn.Module):
         for argument, value, least in (("levels", levels, 2), ("num_samples", num_samples, 1)):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"Dequantized: {argument} must be an integer of at least {least}, got {value!r}.")
-        if noise is not None and (noise.event_shape != flow.event_shape or not noise.context_dim):
+        if not 1e-6 <= alpha < 0.5:
+            raise ValueError(f"Dequantized: alpha must be at least 1e-6 and below 0.5, got {alpha}.")
+        if noise is not None and not _takes_events(noise, flow.event_shape):
             raise ValueError(
-                f"Dequantized: noise must be a flow over events of shape {tuple(flow.event_shape)} with contexts of "
-                f"that shape, got one over {tuple(noise.event_shape)} with context_dim={noise.context_dim}; image "
+                f"Dequantized: noise must be a flow over events of shape {tuple(flow.event_shape)} whose contexts are "
+                f"such events, got one over {tuple(noise.event_shape)} with context_dim={noise.context_dim}; image "
                 f"recipes take context_dim={tuple(flow.event_shape)}."
             )
         self.flow, self.levels, self.alpha, self.noise, self.num_samples = flow, levels, alpha, noise, num_samples
@@ -75,14 +79,16 @@ class Dequantized(nn.Module):
     def forward(self, context: Tensor | None = None, *, num_samples: int | None = None) -> DequantizedDistribution:
         """The distribution at a context, as for a :class:`Flow`; ``num_samples`` may differ from that of the model."""
         density = self.flow(context)
-        density = FlowDistribution(density.base_dist, [*density.transforms, View(self.pixels)])
+        views = [*density.transforms, View(self.pixels)]
+        density = FlowDistribution(density.base_dist, views, validate_args=False)  # integers are what is checked
         number = self.num_samples if num_samples is None else num_samples
         return DequantizedDistribution(density, self.levels, self.dtype, noise=self.noise, num_samples=number)
 
     @property
     def dtype(self) -> torch.dtype:
         """The floating dtype that the flow calculates in."""
-        return next(self.flow.parameters()).dtype
+        found = (parameter.dtype for parameter in self.flow.parameters() if parameter.is_floating_point())
+        return next(found, torch.get_default_dtype())
 
     def condition(self, context: Tensor | None) -> DequantizedDistribution:
         """The same as calling it: Pyro's protocol of conditional distributions."""
@@ -104,6 +110,18 @@ class Dequantized(nn.Module):
 
 
 ConditionalDistribution.register(Dequantized)
+
+
+@torch.no_grad()
+def _takes_events(noise: Flow, event_shape: torch.Size) -> bool:
+    """Whether a flow is over events of a shape, given one such event."""
+    if noise.event_shape != event_shape or not noise.context_dim:
+        return False
+    like = next(noise.parameters())
+    try:
+        return noise(torch.zeros(event_shape, dtype=like.dtype, device=like.device)).batch_shape == ()
+    except (ValueError, RuntimeError):
+        return False
 
 
 class DequantizedDistribution(dist.TorchDistribution):
@@ -132,6 +150,8 @@ class DequantizedDistribution(dist.TorchDistribution):
     ) -> None:
         self.density, self.levels, self.dtype = density, levels, dtype
         self.noise, self.num_samples = noise, num_samples
+        if validate_args is None:  # as Pyro has it: torch's own default goes off once anything was compiled
+            validate_args = is_validation_enabled()
         super().__init__(density.batch_shape, density.event_shape, validate_args=validate_args)
 
     @property
@@ -157,20 +177,19 @@ class DequantizedDistribution(dist.TorchDistribution):
         """A lower bound of the log-mass of ``value``, ``(*batch, *event_shape)`` of integers, in nats.
 
         Raises:
-            ValueError: If a value has another dtype or shape or is out of range, unless validation is off: the log-mass
-                of what is out of range is then -inf.
+            ValueError: If a value has another dtype or shape or is out of range, unless validation is off
+                (``pyro.enable_validation(False)``): the log-mass of what is no integer in range is then -inf.
         """
         if self._validate_args and not torch.compiler.is_compiling():
             check_levels(value, self.event_shape, self.levels)
         number = len(self.event_shape)
         batch = torch.broadcast_shapes(value.shape[:-number], self.batch_shape)
         x = value.to(self.dtype).expand(*batch, *self.event_shape)
+        inside = (x >= 0) & (x < self.levels) & (x == x.floor())
+        x = torch.where(inside, x, 0.0)
         u, log_q = self._draw(x)
         bound = (self.density.log_prob(x + u) - log_q).logsumexp(0) - math.log(self.num_samples)
-        if self._validate_args:
-            return bound
-        outside = ((x < 0) | (x >= self.levels)).flatten(-number).any(-1)
-        return bound.masked_fill(outside, -math.inf)
+        return torch.where(inside.flatten(-number).all(-1), bound, -math.inf)
 
     def _draw(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
         """K draws of the noise, ``(K, *x.shape)``, and their log-densities, ``(K, *batch)``."""
@@ -193,6 +212,7 @@ def check_levels(value: Tensor, event_shape: torch.Size, levels: int) -> None:
         raise ValueError(
             f"log_prob: value must hold integers, got {value.dtype}{broken}; use value.to(torch.uint8) where they are."
         )
+    value = value if value.dtype in (torch.uint8, torch.int64) else value.to(torch.int64)
     low, high = (int(value.min()), int(value.max())) if value.numel() else (0, 0)
     if not 0 <= low <= high < levels:
         raise ValueError(f"log_prob: value must lie between 0 and {levels - 1}, got some from {low} to {high}.")

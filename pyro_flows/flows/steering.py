@@ -36,7 +36,7 @@ class Steering(NamedTuple):
         size = math.gcd(*self.image_shape[1:])
         most = (size & -size).bit_length() - 1  # how often 2 divides both
         number = min(most, MOST_SCALES) if asked is None else asked
-        if not 1 <= number <= most:
+        if not isinstance(number, int) or not 1 <= number <= most:
             height, width = self.image_shape[1:]
             raise ValueError(
                 f"{self.name}: images of {height} × {width} pixels can be halved {most} times, got num_scales={asked}; "

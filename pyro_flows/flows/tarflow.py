@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ..bijectors import Affine
@@ -9,6 +10,8 @@ from ..conditioners import CausalTransformer
 from ..transforms import Autoregressive, FlowTransform, Patched, Recomputed
 from .flow import Flow
 from .steering import check_image
+
+FEWEST = 4  # patches: of a single one a layer would be an affine map of each number alone
 
 
 def tarflow(
@@ -36,7 +39,7 @@ def tarflow(
         context_dim: The number of context features, or the shape ``(K, H, W)`` of contexts that are images, of which
             a patch sees its own place and those before.
         num_classes: The number of classes, where contexts are class labels, as for :func:`realnvp_image`.
-        patch_size: The side of a patch; by default the least above 1 that leaves at most 64 of them.
+        patch_size: The side of a patch; by default that of which there are nearest to 64, above 1 where it leaves 16.
         num_transforms: The number of layers of the flow, each with a transformer.
         num_layers: The number of layers of each transformer.
         hidden_dim: Their width, a multiple of ``num_heads``.
@@ -55,13 +58,14 @@ def tarflow(
     """
     steering = check_image("tarflow", image_shape, context_dim, num_classes, num_transforms, hidden_dim, num_layers)
     (channels, height, width), bijector = steering.image_shape, Affine(max_log_scale)
-    fitting = [p for p in range(1, min(height, width) + 1) if height % p == 0 and width % p == 0]
-    coarse = [p for p in fitting if p > 1 and height * width // p**2 <= 64]
-    side = (coarse or fitting[-1:])[0] if patch_size is None else patch_size
-    if side not in fitting:
+    sides = [p for p in range(1, min(height, width) + 1) if height % p == width % p == 0]
+    counts = {p: height * width // p**2 for p in sides if height * width // p**2 >= FEWEST}
+    coarse = {p: count for p, count in counts.items() if p > 1 and count >= 16} or counts
+    side = min(coarse, key=lambda p: abs(math.log(coarse[p] / 64)), default=0) if patch_size is None else patch_size
+    if side not in counts:
         raise ValueError(
-            f"tarflow: patch_size must divide height and width, {height} and {width}, got {patch_size}; it may be one "
-            f"of {fitting}."
+            f"tarflow: patch_size must divide height and width, {height} and {width}, into {FEWEST} patches at least, "
+            f"got {patch_size}; it may be one of {list(counts)}."
         )
     length = height * width // side**2
     layers: list[FlowTransform] = []

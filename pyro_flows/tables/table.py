@@ -38,6 +38,8 @@ def read_table(caller: str, argument: str, value: Any) -> tuple[Tensor, Names]:
         raise ValueError(
             f"{caller}: {argument} must hold real numbers of float32, float64 or an integer dtype, got {found.dtype}."
         )
+    if found.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch counts with few of these
+        found = found.to(torch.int64)
     return found.to(torch.uint8) if found.dtype == torch.bool else found, names
 
 

@@ -48,4 +48,4 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return verb(x, context)
-    return checkpoint(verb, x, context, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(verb, x, context, use_reentrant=False)
