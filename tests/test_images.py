@@ -17,7 +17,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -559,6 +559,15 @@ def test_models_come_back_from_files(name: str, kind: str, tmp_path: Path) -> No
     assert torch.equal(*scores)
 
 
+def test_what_is_no_flow_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match="Dequantized: flow must be a Flow"):
+        Dequantized(flows.glow)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Dequantized: noise must be a Flow"):
+        Dequantized(flows.glow((1, 8, 8)), noise="uniform")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_samples must be at least 1"):
+        Dequantized(flows.glow((1, 8, 8)))(num_samples=0)
+
+
 def test_bits_per_dim() -> None:
     assert pf.bits_per_dim(torch.tensor([-12 * math.log(2)]), (1, 2, 3)).tolist() == [2.0]
 
@@ -657,6 +666,15 @@ def test_images_steer_images() -> None:
         (small().flow, torch.full((50, 1, 8, 8), math.nan), {}, "NaN or inf"),
         (small().flow, torch.ones(50, 1, 8, 8), {}, "constant in a channel"),
         (small(), stripes(50)[0], {"samples": "no/where.png"}, "does not exist"),
+        (small(), stripes(50)[0], {"samples": "x.jpg"}, "must name a .png file"),
+        (small(), stripes(50)[0], {"context": torch.zeros(50)}, "this flow takes none. Build it with"),
+        (small(num_classes=2), stripes(50)[0], {}, "labels of 2 classes"),
+        (
+            small(num_classes=2),
+            stripes(50)[0],
+            {"context": torch.zeros(50, 1).long()},
+            r"labels of classes have the shape \(N,\)",
+        ),
         (small(), stripes(50)[0], {"ema_decay": 1.0}, "ema_decay must be"),
         (small(), stripes(50)[0], {"discrete": [0]}, "discrete"),
         (small().double(), stripes(50)[0], {"mixed_precision": True}, "mixed_precision is for flows in float32"),
@@ -724,6 +742,28 @@ def test_what_is_kept_is_the_average(tmp_path: Path) -> None:
         quick(small(num_classes=2), x, labels, ema_decay=0.5, checkpoint=tmp_path / "0.99.pt")
 
 
+def test_a_checkpoint_of_another_design_is_refused(tmp_path: Path) -> None:
+    """Though all shapes are the same."""
+    x, labels = stripes(100)
+    quick(small(num_classes=2), x, labels, checkpoint=tmp_path / "run.pt")
+    for options in ({"max_log_scale": 1.0}, {"activation": nn.Tanh}):
+        with pytest.raises(ValueError, match="of another run"):
+            quick(small(num_classes=2, **options), x, labels, checkpoint=tmp_path / "run.pt")
+
+
+def test_levels_that_are_not_there_are_told_of() -> None:
+    model = Dequantized(flows.glow((1, 8, 8), num_steps=1, hidden_dim=4))
+    with pytest.warns(UserWarning, match=r"greatest integer in x is 15, but the flow has levels=256"):
+        quick(model, stripes(100)[0])
+
+
+def test_what_is_not_a_number_is_not_drawn() -> None:
+    model = Dequantized(flows.glow((1, 8, 8), 2, num_steps=1, hidden_dim=4))
+    laws.randomise(model)
+    with pytest.raises(ValueError, match="sample: the flow gives NaN"):
+        model(torch.full((2,), math.nan)).sample()
+
+
 def test_noise_that_breaks_down_is_named() -> None:
     x, _ = stripes(200)
     noise = flows.realnvp_image((1, 8, 8), (1, 8, 8), num_steps=1, hidden_dim=4)
@@ -739,7 +779,7 @@ def test_a_flow_is_trained_where_it_is_told(tmp_path: Path) -> None:
     model = small()
     quick(model, x, max_epochs=1, device="cpu")
     assert next(model.parameters()).device.type == "cpu"
-    with pytest.raises(RuntimeError, match="device"):
+    with pytest.raises(ValueError, match="device='nowhere' is not there"):
         quick(model, x, max_epochs=1, device="nowhere")
 
 
@@ -795,6 +835,8 @@ def test_an_estimated_density_may_run_side_by_side() -> None:
         with pyro.plate("image", len(x)):
             pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
+    with pytest.warns(UserWarning, match="is an estimate, with a standard deviation of"):
+        pf.psis(model, guide, x, num_samples=200)
     for seed in range(40):
         torch.manual_seed(seed)
         check_side_by_side(model, guide, (x,), {})

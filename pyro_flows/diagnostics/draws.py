@@ -16,6 +16,9 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
+from .alongside import log_prob_of_draws, rows_of, side_by_side
+from .noise import warn_of_noise
+
 
 class Draws(NamedTuple):
     """A batch of N draws.
@@ -79,7 +82,7 @@ def _batches(
 ) -> Iterator[Draws]:
     single, nesting = check_guide(model, guide, args, kwargs)
     if vectorize:
-        check_side_by_side(model, guide, args, kwargs)
+        warn_of_noise(check_side_by_side(model, guide, args, kwargs))
     remaining = num_samples
     while remaining > 0:
         size = min(batch_size, remaining)
@@ -165,12 +168,13 @@ def check_side_by_side(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     number: int = 2,
-) -> None:
+) -> float:
     """Refuse a model that means something else when draws run side by side: one that sums over all it sees, say.
 
     A number of draws are scored under the plate, and two of them alone, with the same rows of subsampled plates; the
-    log-densities must agree.
+    log-densities must agree.  Returned is the standard deviation of those that are estimates, or 0.
     """
+    noise = 0.0
     way_out = (
         "Let the model broadcast to the left of its plates, with (x * w).sum(-1) in place of x @ w, say, or run one "
         "draw at a time: vectorize=False in psis, to_arviz and fit_amortized, num_particles=1 or "
@@ -188,7 +192,7 @@ def check_side_by_side(
             raise ValueError(f"the model does not run with draws side by side ({reason:.200}). {way_out}") from error
         sites = dict(prune_subsample_sites(draws.model).iter_stochastic_nodes())
         if not sites.keys() <= guide_trace.nodes.keys():
-            return  # what the guide leaves to the model's own randomness is drawn anew each time
+            return noise  # what the guide leaves to the model's own randomness is drawn anew each time
         shapes = {name: single.nodes[name]["value"].shape for name in sites}
         latents = {name: rows_of(name, s["value"], shapes[name], number) for name, s in sites.items()}
         for row in range(2):
@@ -198,63 +202,16 @@ def check_side_by_side(
                 continue
             # An estimate, as that of dequantised images, is another one each time: by how much?
             several = torch.stack([alone, *(_log_density(held, args, kwargs) for _ in range(9))])
+            noise = max(noise, float(several.std()))
             if (together - several.mean()).abs() <= 10 * several.std():
                 continue
             raise ValueError(
                 f"the model's log-density of one draw is {float(alone):.4g}, but {float(together):.4g} with "
                 f"{number} draws side by side. {way_out}"
             )
+    return noise
 
 
 def _log_density(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     with poutine.block():
         return torch.as_tensor(poutine.trace(model).get_trace(*args, **kwargs).log_prob_sum()).double()
-
-
-def side_by_side(program: Callable[..., Any], size: int, nesting: int) -> Callable[..., Any]:
-    """A program that runs ``size`` draws at a time, under a plate left of ``nesting`` others."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with pyro.plate("_pyro_flows_draws", size, dim=-1 - nesting):
-            return program(*args, **kwargs)
-
-    return run
-
-
-def log_prob_of_draws(
-    trace: Trace, size: int, nesting: int | None, among: Callable[[str], bool] = lambda name: True
-) -> Tensor:
-    """The log-density of each draw, ``(size,)``: of the sites asked for, summed over all dimensions but the draws'."""
-    trace.compute_log_prob(lambda name, _: among(name))
-    parts = []
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and among(name):
-            log_prob = site["log_prob"]
-            many = nesting is not None and log_prob.dim() > nesting
-            rows = log_prob.reshape(log_prob.shape[0] if many else 1, -1)
-            parts.append(rows.sum(-1).expand(size))
-    return sum(parts, torch.zeros(()))
-
-
-def room_of(site: dict[str, Any], nesting: int) -> tuple[int, ...]:
-    """Dimensions for the plates that a site does not lie in, between many draws and the shape of one."""
-    return (1,) * (nesting + site["fn"].event_dim - site["value"].dim())
-
-
-def rows_of(name: str, value: Tensor, shape: torch.Size, size: int) -> Tensor:
-    """A site's tensor with its N draws in front and no dimensions of absent plates: ``(N, *shape)``.
-
-    Args:
-        name: The site, for the error.
-        value: The tensor in the trace of N draws.
-        shape: Its shape in the trace of a single draw.
-        size: The number N of draws.
-    """
-    if value.numel() == size * shape.numel():
-        return value.reshape(size, *shape)
-    if value.numel() == shape.numel():  # it does not vary from draw to draw
-        return value.reshape(shape).expand(size, *shape)
-    raise ValueError(
-        f"site {name!r} has shape {tuple(shape)} for one draw but {tuple(value.shape)} for {size} draws side by side; "
-        "let the model broadcast to the left of its plates, or use vectorize=False."
-    )

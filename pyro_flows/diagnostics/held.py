@@ -12,7 +12,8 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .draws import Draws, room_of, rows_of, side_by_side
+from .alongside import room_of, rows_of, side_by_side
+from .draws import Draws
 
 
 class Held(NamedTuple):

@@ -18,7 +18,8 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from .draws import check_guide, check_integers, check_side_by_side, side_by_side, single_trace
+from .alongside import side_by_side
+from .draws import check_guide, check_integers, check_side_by_side, single_trace
 
 
 @torch.no_grad()

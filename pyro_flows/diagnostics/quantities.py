@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from .draws import rows_of
+from .alongside import rows_of
 
 MOST = 1000  # numbers of a deterministic site; larger ones are not looked at
 

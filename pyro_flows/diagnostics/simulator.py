@@ -17,7 +17,8 @@ from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from .draws import check_integers, check_side_by_side, room_of, rows_of, side_by_side, single_trace, subsampled_plate
+from .alongside import room_of, rows_of, side_by_side
+from .draws import check_integers, check_side_by_side, single_trace, subsampled_plate
 from .held import group_of
 from .quantities import innermost
 from .simulations import Simulations

@@ -21,16 +21,10 @@ from torch.distributions import Transform, biject_to
 from torch.distributions.utils import _sum_rightmost
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from .alongside import log_prob_of_draws, room_of, side_by_side
 from .density import is_breakdown
-from .draws import (
-    check_guide,
-    check_side_by_side,
-    check_trained,
-    log_prob_of_draws,
-    room_of,
-    side_by_side,
-    single_trace,
-)
+from .draws import check_guide, check_side_by_side, check_trained, single_trace
+from .noise import warn_of_noise
 from .quantities import Quantities, innermost
 
 
@@ -228,7 +222,7 @@ def sound_space(
     """The space of a guide that was trained, is one of the model, and has a density; others are refused."""
     check_trained(caller, guide)
     check_guide(model, guide, args, kwargs)
-    check_side_by_side(model, guide, args, kwargs)
+    warn_of_noise(check_side_by_side(model, guide, args, kwargs))
     space = Space(model, guide, args, kwargs)
     space.verify()
     return space

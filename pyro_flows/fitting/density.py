@@ -23,7 +23,7 @@ from ..flows import Dequantized, Flow
 from ..tables.table import places_of
 from ..transforms import FixedAffine
 from .batches import Batch, Rows, Source
-from .inspect import fingerprint
+from .inspect import design, fingerprint
 from .loop import Fit, check_settings, descend
 from .pictures import draw, in_bits
 from .precision import networks_in_bfloat16
@@ -43,7 +43,7 @@ def fit_density(
     validation: Any = None,
     max_epochs: int = 100,
     batch_size: int | None = None,
-    lr: float | None = None,
+    lr: float = 8e-3,
     clip_norm: float | None = None,
     held_out: float = 0.1,
     patience: int = 20,
@@ -78,7 +78,7 @@ def fit_density(
         max_epochs: How often to go through the rows; the step size falls to zero by then.
         batch_size: How many rows in memory to take in each step; by default 256, or 64 images, and fewer where there
             are few.
-        lr: The largest step size; by default 0.008, or 0.005 for images.
+        lr: The largest step size.
         clip_norm: The largest norm of a gradient; by default 5, or 50 for images.
         held_out: The share of the rows that are not trained on and judge the states, without ``validation``.
         patience: After how many epochs without an improvement on these to stop.
@@ -139,21 +139,31 @@ def fit_density(
         if path and not path.parent.is_dir():
             raise ValueError(f"{CALLER}: {argument}={str(path)!r} lies in a folder that does not exist.")
     if device is not None and isinstance(flow, nn.Module):
-        flow.to(device)
+        try:
+            flow.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"{CALLER}: device={device!r} is not there ({str(error).splitlines()[0]:.200})."
+            ) from error
     reader = Reader(CALLER, flow)
     pictures = len(reader.event_shape) == 3
+    if grid and (grid.suffix != ".png" or grid.is_dir()):
+        raise ValueError(f"{CALLER}: samples must name a .png file, got {str(grid)!r}.")
     if grid and not (pictures and reader.width in (1, 3)):
         raise ValueError(
             f"{CALLER}: samples are drawn of images with 1 or 3 channels, not of {tuple(reader.event_shape)}."
         )
     if mixed_precision and reader.like.dtype != torch.float32:
         raise ValueError(f"{CALLER}: mixed_precision is for flows in float32, got one in {reader.like.dtype}.")
-    lr = (5e-3 if pictures else 8e-3) if lr is None else lr
     clip_norm = (50.0 if pictures else 5.0) if clip_norm is None else clip_norm
     train, judge = sources(reader, x, context, validation, batch_size, held_out)
     seen, judged = (Survey(source, reader.width) for source in (train, judge))
     if pictures or reader.levels:
-        places = places_of(CALLER, "discrete", discrete, None, 0)
+        places: list[int] = []
+        if discrete:
+            raise ValueError(
+                f"{CALLER}: discrete is for columns of a table, got {list(discrete)}; use flows.Dequantized(flow)."
+            )
         check_images(CALLER, seen, judged, reader.levels)
     else:
         places = places_of(CALLER, "discrete", discrete, reader.names, reader.width)
@@ -209,9 +219,9 @@ def fit_density(
                     "data": [mark for pair in ((train, seen), (judge, judged)) for mark in _marks(*pair)],
                     "batch_size": train.epochs.size if isinstance(train, Rows) else None,
                     "discrete": places,
+                    "model": design(flow),
                     "ema_decay": ema_decay,
                     "mixed_precision": mixed_precision,
-                    "integers": [flow.levels, flow.alpha, flow.num_samples] if isinstance(flow, Dequantized) else [],
                 },
                 companion=train,
                 held_out=HeldOut(loss_held_out, train.steps, patience, ema_decay),

@@ -13,6 +13,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from ..bijectors import Bijector
 from ..diagnostics.density import is_breakdown
 from ..diagnostics.draws import single_trace
 
@@ -75,6 +76,17 @@ def fingerprint(data: tuple[Any, ...]) -> list[str]:
         elif isinstance(value, int | float | str):
             found.append(repr(value))
     return found
+
+
+def design(model: nn.Module) -> str:
+    """What tells a module from others whose parameters have the same shapes: its classes and their settings."""
+    found = []
+    for name, part in model.named_modules():
+        plain = {k: v for k, v in vars(part).items() if isinstance(v, int | float | str | tuple | type) and k[0] != "_"}
+        plain |= {k: repr(v) for k, v in vars(part).items() if isinstance(v, Bijector)}
+        plain.pop("training")
+        found.append((name, type(part).__qualname__, sorted(plain.items(), key=lambda item: item[0])))
+    return f"{zlib.crc32(repr(found).encode()):08x}"
 
 
 def check_no_parameters(model: Callable[..., Any], guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

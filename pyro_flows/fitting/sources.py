@@ -68,7 +68,9 @@ class Reader:
         found = found.unsqueeze(-1) if found.dim() == 1 and self.event_shape == (1,) else found
         if found.shape[1:] != self.event_shape or not found.dim():
             sizes = ", ".join(map(str, self.event_shape))
-            what = "a column for each of the flow's features" if len(self.event_shape) == 1 else "the flow's images"
+            what = "a column for each of the flow's features"
+            if len(self.event_shape) == 3:
+                what = "images with their channels first, as of x.permute(0, 3, 1, 2), or one, as of x[:, None]"
             raise ValueError(
                 f"{self.caller}: {argument} must have shape (N, {sizes}), {what}, got {tuple(found.shape)}."
             )
@@ -79,8 +81,9 @@ class Reader:
                 q = self.flow(None if encoded is None else encoded[:1].to(self.like.device))  # the flow's own errors
             if encoded is not None and q.batch_shape != (1,):
                 raise ValueError(
-                    f"{self.caller}: context must hold one for each row of x, but of the shape {tuple(encoded.shape)} "
-                    f"the flow takes {tuple(q.batch_shape[1:])} for each."
+                    f"{self.caller}: context must hold one context for each row of x, but one row of those of shape "
+                    f"{tuple(encoded.shape)} makes a batch of {tuple(q.batch_shape)}; labels of classes have the shape "
+                    "(N,), images (N, K, H, W)."
                 )
             self._is_new = False
         return found if self.levels else found.to(self.like.dtype), encoded
@@ -89,7 +92,8 @@ class Reader:
         if self.levels and found.is_floating_point():
             raise ValueError(
                 f"{self.caller}: {argument} must hold integers from 0 to {self.levels - 1}, as this flow does, got "
-                f"{found.dtype}; use x.to(torch.uint8), and (x * {self.levels - 1}).round() of numbers from 0 to 1."
+                f"{found.dtype}; convert it, x.to(torch.uint8) or x.astype('uint8'), after x * {self.levels - 1} where "
+                "it holds numbers from 0 to 1."
             )
         if len(self.event_shape) == 3 and not self.levels and not found.is_floating_point():
             raise ValueError(
@@ -99,6 +103,11 @@ class Reader:
 
     def _context(self, context: Any, number: int) -> Tensor:
         found, _ = read_table(self.caller, "context", context)
+        if not self.flow.context_dim:
+            raise ValueError(
+                f"{self.caller}: context of shape {tuple(found.shape)} is unexpected: this flow takes none. Build it "
+                "with context_dim > 0, or with num_classes where contexts are labels of images."
+            )
         plain = self.flow.encoder is None or isinstance(self.flow.encoder, Standardize)
         if plain and found.dim() == 1:
             found = found.unsqueeze(-1)

@@ -144,6 +144,12 @@ def check_images(caller: str, seen: Survey, judged: Survey, levels: int | None) 
     high = max(survey.high.max().item() for survey in (seen, judged))
     if levels and not 0 <= low <= high < levels:
         raise ValueError(f"{caller}: x must hold integers from 0 to {levels - 1}, got some from {low:g} to {high:g}.")
+    if levels and 2 * (high + 1) <= levels:
+        warnings.warn(
+            f"{caller}: the greatest integer in x is {high:g}, but the flow has levels={levels}, most of which would "
+            f"stay empty. Use Dequantized(flow, levels={high + 1:g}) where there are no others.",
+            stacklevel=3,
+        )
     if not levels and bool((seen.high == seen.low).any()):
         raise ValueError(f"{caller}: x is constant in a channel, which has no density. Leave it out.")
     if not levels and bool(seen.whole.all()):

@@ -15,7 +15,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from ..diagnostics.draws import log_prob_of_draws, rows_of, side_by_side
+from ..diagnostics.alongside import log_prob_of_draws, rows_of, side_by_side
 from ..diagnostics.simulator import Simulator
 from ..guides import AutoFlow
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_sizes(name: str, input_dim: int, context_dim: int, num_transforms: int, hidden_dims: Sequence[int]) -> None:
@@ -23,12 +23,13 @@ def check_sizes(name: str, input_dim: int, context_dim: int, num_transforms: int
         )
 
 
-def check_tensor(caller: str, argument: str, value: object) -> None:
-    """Raise one clear error unless a value is a tensor."""
+def check_tensor(caller: str, argument: str, value: object, *, floating: bool = True) -> None:
+    """Raise one clear error unless a value is a tensor, be it of floats or of integers."""
     if not isinstance(value, Tensor):
+        way = "torch.as_tensor(array, dtype=torch.float32)" if floating else "torch.as_tensor(array), of integers"
         raise TypeError(
-            f"{caller}: {argument} must be a tensor, got {type(value).__name__}; use "
-            "torch.as_tensor(array, dtype=torch.float32), and frame.to_numpy() for the array of a data frame."
+            f"{caller}: {argument} must be a tensor, got {type(value).__name__}; use {way}, and frame.to_numpy() for "
+            "the array of a data frame."
         )
 
 
@@ -56,3 +57,12 @@ def check_context(context: Tensor | None, width: int, what: str = "context") -> 
         raise ValueError(f"Flow: {what} must have width {width} on the right, got shape {tuple(context.shape)}.")
     if not context.is_floating_point():
         raise ValueError(f"Flow: {what} must be of a floating dtype, got {context.dtype}.")
+
+
+def taken_by(encoder: nn.Module) -> str:
+    """What a user gives for a context, in words."""
+    if (classes := getattr(encoder, "num_classes", None)) is not None:
+        return f"labels of {classes} classes, (*batch,) of integers"
+    if shape := getattr(encoder, "data_shape", None):
+        return f"contexts of shape (*batch, {', '.join('n' if size is None else str(size) for size in shape)})"
+    return f"contexts that {type(encoder).__name__} encodes"

@@ -61,6 +61,11 @@ class Dequantized(nn.Module):
         self, flow: Flow, *, levels: int = 256, alpha: float = 0.05, noise: Flow | None = None, num_samples: int = 1
     ) -> None:
         super().__init__()
+        for argument, part in (("flow", flow), ("noise", noise)):
+            if not isinstance(part, Flow) and (part is not None or argument == "flow"):
+                raise TypeError(
+                    f"Dequantized: {argument} must be a Flow, such as flows.glow((1, 28, 28)), got {part!r:.60}."
+                )
         for argument, value, least in (("levels", levels, 2), ("num_samples", num_samples, 1)):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"Dequantized: {argument} must be an integer of at least {least}, got {value!r}.")
@@ -82,6 +87,8 @@ class Dequantized(nn.Module):
         views = [*density.transforms, View(self.pixels)]
         density = FlowDistribution(density.base_dist, views, validate_args=False)  # integers are what is checked
         number = self.num_samples if num_samples is None else num_samples
+        if number < 1:
+            raise ValueError(f"Dequantized: num_samples must be at least 1, got {number}.")
         return DequantizedDistribution(density, self.levels, self.dtype, noise=self.noise, num_samples=number)
 
     @property
@@ -95,7 +102,19 @@ class Dequantized(nn.Module):
         return self(context)
 
     def log_prob(self, value: Tensor, context: Tensor | None = None, *, num_samples: int | None = None) -> Tensor:
-        """The bound of the log-mass of events ``(*batch, *event_shape)``, in nats: of ``model(context)``."""
+        """The lower bound of the log-mass of events: ``model(context).log_prob(value)``.
+
+        Args:
+            value: Integers ``(*batch, *event_shape)``.
+            context: As for the call, or None.
+            num_samples: The number of draws of the noise, K; by default the model's own.
+
+        Returns:
+            The bound, ``(*batch)`` in nats.
+
+        Raises:
+            ValueError: If ``value`` does not hold integers in range, or the context does not fit.
+        """
         return self(context, num_samples=num_samples).log_prob(value)
 
     @torch.no_grad()
@@ -169,9 +188,15 @@ class DequantizedDistribution(dist.TorchDistribution):
         )
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw events ``(*sample_shape, *batch, *event_shape)`` of 0 … levels - 1, as uint8 if there are up to 256."""
-        value = self.density.sample(torch.Size(sample_shape)).floor().clamp(0, self.levels - 1)
-        return value.to(torch.uint8 if self.levels <= 256 else torch.int64)
+        """Draw events ``(*sample_shape, *batch, *event_shape)`` of 0 … levels - 1, as uint8 if there are up to 256.
+
+        Raises:
+            ValueError: If the flow gives NaN, as of a context that holds NaN, unless validation is off.
+        """
+        value = self.density.sample(torch.Size(sample_shape))
+        if self._validate_args and value.isnan().any():
+            raise ValueError("sample: the flow gives NaN, of which there are no integers; look at context and weights.")
+        return value.floor().clamp(0, self.levels - 1).to(torch.uint8 if self.levels <= 256 else torch.int64)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """A lower bound of the log-mass of ``value``, ``(*batch, *event_shape)`` of integers, in nats.
@@ -203,7 +228,7 @@ class DequantizedDistribution(dist.TorchDistribution):
 
 def check_levels(value: Tensor, event_shape: torch.Size, levels: int) -> None:
     """Raise one clear error unless a value is a tensor of integers in range with the event shape on the right."""
-    check_tensor("log_prob", "value", value)
+    check_tensor("log_prob", "value", value, floating=False)
     shape, event = tuple(value.shape), tuple(event_shape)
     if shape[max(len(shape) - len(event), 0) :] != event:
         raise ValueError(f"log_prob: value must have the event shape {event} on the right, got shape {shape}.")

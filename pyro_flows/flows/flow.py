@@ -16,7 +16,7 @@ from torch.distributions import Distribution
 from ..distributions import FixedBase, StandardNormal
 from ..transforms import Compose, FlowTransform, View
 from ..transforms.compose import check_chain
-from .checks import check_context, check_tensor, check_value
+from .checks import check_context, check_tensor, check_value, taken_by
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -170,7 +170,9 @@ class Flow(nn.Module):
     def _encoded(self, context: Tensor | None) -> Tensor | None:
         """What the transforms take of a context, which is checked."""
         if context is not None:
-            check_tensor("Flow", "context", context)
+            check_tensor("Flow", "context", context, floating=not hasattr(self.encoder, "num_classes"))
+        elif self.encoder is not None:
+            raise ValueError(f"Flow: context is missing; this flow takes {taken_by(self.encoder)}.")
         if self.encoder is None or context is None:
             check_context(context, self.context_dim)
             return context

@@ -38,9 +38,10 @@ class Steering(NamedTuple):
         number = min(most, MOST_SCALES) if asked is None else asked
         if not isinstance(number, int) or not 1 <= number <= most:
             height, width = self.image_shape[1:]
+            got = "" if asked is None else f", got num_scales={asked}"
             raise ValueError(
-                f"{self.name}: images of {height} × {width} pixels can be halved {most} times, got num_scales={asked}; "
-                "pad them to a height and width that a power of 2 divides."
+                f"{self.name}: images (channels, height, width) of {height} × {width} pixels can be halved {most} times"
+                f"{got}; pad them to a height and width that a power of 2 divides."
             )
         return number
 
@@ -65,8 +66,8 @@ def check_image(
             raise ValueError(f"{name}: {argument} must be an integer of at least {least}, got {value!r}.")
     if num_classes and context_dim:
         raise ValueError(
-            f"{name}: give context_dim or num_classes, not both, got {context_dim} and {num_classes}; a vector may "
-            "hold one-hot classes among others."
+            f"{name}: give context_dim or num_classes, not both, got {context_dim} and {num_classes}; vectors may hold "
+            "one-hot classes, and images constant channels of them."
         )
     if num_classes:
         return Steering(name, shape, CLASS_DIM, None, ClassEmbedding(num_classes, CLASS_DIM))
@@ -77,6 +78,7 @@ def check_image(
     of_context = tuple(context_dim)
     if len(of_context) != 3 or of_context[1:] != shape[1:]:
         raise ValueError(
-            f"{name}: contexts that are images must have the shape (K, {shape[1]}, {shape[2]}), got {of_context}."
+            f"{name}: contexts that are images must have the shape (K, {shape[1]}, {shape[2]}), got {of_context}; "
+            "resize them, as torch.nn.functional.interpolate does."
         )
     return Steering(name, shape, math.prod(of_context), of_context, Flatten(of_context))

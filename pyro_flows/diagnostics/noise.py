@@ -1,0 +1,18 @@
+"""Log-densities that are estimates, new at each call, as those of dequantised images: weights see their noise."""
+
+from __future__ import annotations
+
+import warnings
+
+NOISY = 0.1  # nats
+
+
+def warn_of_noise(deviation: float) -> None:
+    """Tell of a model whose log-density, at one and the same draw, has a standard deviation that weights will show."""
+    if deviation > NOISY:
+        warnings.warn(
+            f"the model's log-density is an estimate, with a standard deviation of {deviation:.2g} nats at one and the "
+            "same draw: weights, k-hat and verdicts see that noise too. Give more draws to the estimate, as "
+            "Dequantized(flow, num_samples=...) does, or fit flow, not Dequantized(flow), to x + noise drawn once.",
+            stacklevel=3,
+        )
