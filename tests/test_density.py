@@ -617,7 +617,7 @@ def test_rows_that_do_not_fit_the_flow_are_refused() -> None:
 def test_contexts_that_do_not_fit_are_refused_in_the_words_of_the_flow() -> None:
     x, context = normal(50, 2), normal(50, 3)
     refused("Flow: context is missing; this flow takes contexts of width 3", small(2, 3), x)
-    refused("Flow: context of shape .* is unexpected", small(2), x, context)
+    refused("fit_density: context of shape .* is unexpected", small(2), x, context)
     refused("Flow: context must have width 3 on the right", small(2, 3), x, context[:, :2])
     trained = small(2, 3)
     quick(trained, x, context, max_epochs=1)
@@ -625,7 +625,7 @@ def test_contexts_that_do_not_fit_are_refused_in_the_words_of_the_flow() -> None
     refused(r"context must have as many rows as x, 50, got shape \(49, 3\)", small(2, 3), x, context[:49])
     refused("Flow: context is missing", small(2, 3), x, context, validation=x)
     refused("Flow: context is missing", small(2, 3), DataLoader(TensorDataset(x)))
-    refused("Flow: context of shape .* is unexpected", small(2), DataLoader(TensorDataset(x, context)))
+    refused("fit_density: context of shape .* is unexpected", small(2), DataLoader(TensorDataset(x, context)))
     refused("MLPEncoder: data must have shape", Flow(small(2, 3).transforms, encoder=MLPEncoder(4, 3)), x, context)
     refused("context is for a table x", small(2, 3), DataLoader(TensorDataset(x)), context)
     refused("batch_size is for a table x", small(2), DataLoader(TensorDataset(x)), batch_size=3)

@@ -736,7 +736,7 @@ def test_a_killed_run_goes_on_to_the_same_end(amortised, tmp_path):
     whole = checkpointed(hierarchy, tmp_path / "whole")
     with pytest.raises(SystemExit):
         checkpointed(mortal, file)
-    assert len(torch.load(file, weights_only=True)["losses"]) == 50
+    assert 0 < len(torch.load(file, weights_only=True)["losses"]) < 50
     pyro.clear_param_store()
     resumed = checkpointed(hierarchy, file)
     assert torch.equal(resumed[0], whole[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -79,13 +80,13 @@ def fingerprint(data: tuple[Any, ...]) -> list[str]:
 
 
 def design(model: nn.Module) -> str:
-    """What tells a module from others whose parameters have the same shapes: its classes and their settings."""
+    """What tells a module from others whose parameters have the same shapes: its classes and their settings, which
+    are those arguments of their constructors that they keep as attributes."""
     found = []
     for name, part in model.named_modules():
-        plain = {k: v for k, v in vars(part).items() if isinstance(v, int | float | str | tuple | type) and k[0] != "_"}
-        plain |= {k: repr(v) for k, v in vars(part).items() if isinstance(v, Bijector)}
-        plain.pop("training")
-        found.append((name, type(part).__qualname__, sorted(plain.items(), key=lambda item: item[0])))
+        kept = {key: getattr(part, key, None) for key in inspect.signature(type(part)).parameters}
+        plain = {k: v for k, v in kept.items() if isinstance(v, bool | int | float | str | tuple | type | Bijector)}
+        found.append((name, type(part).__qualname__, plain))
     return f"{zlib.crc32(repr(found).encode()):08x}"
 
 
