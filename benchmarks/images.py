@@ -174,10 +174,10 @@ class Run(NamedTuple):
 
 
 RUNS = [
-    Run("mnist", "RealNVP", flows.realnvp_image),
     Run("mnist", "Glow", glow),
     Run("mnist", "Glow of normflows", normflows),
     Run("mnist", "Flow++", flows.flowpp_image),
+    Run("mnist", "RealNVP", flows.realnvp_image),
     Run("mnist", "TarFlow", flows.tarflow),
     Run("mnist", "Glow", glow, variational=True),
     Run("mnist", "Flow++", flows.flowpp_image, variational=True),
