@@ -52,6 +52,7 @@ PORTIONS = 12  # how often a fit looks at held-out images
 BATCH, LR = 64, 8e-3
 SCALES, STEPS, HIDDEN = 2, 8, 64  # of both Glows
 DRAWS, FEW = 16, 1000
+LARGE = 1024  # images in the batch whose memory is looked at
 ALPHA = 1e-6  # of the logit space of the MAF paper
 
 VAE = "digits", "VAE with a Glow for decoder", "uniform"
@@ -355,10 +356,10 @@ def peak(queue: multiprocessing.Queue, steps: int, recompute: bool) -> None:
         torch.randn(8, 1, 28, 28),
     )
     flow.log_prob(x).mean().backward()  # libraries load, gradients are there
-    x = torch.randn(256, 1, 28, 28)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    flow.log_prob(x).mean().backward()
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    x = torch.randn(LARGE, 1, 28, 28)
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    flow.log_prob(x).mean().backward()  # so many that no peak before was as high
+    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before)
 
 
 def peak_of(steps: int, recompute: bool) -> float:

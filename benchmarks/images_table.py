@@ -66,7 +66,7 @@ def table(rows: list[Row], minutes: dict[str, float]) -> str:
     ]
     for part, (title, words) in PARTS.items():
         if own := [row for row in rows if row["part"] == part]:
-            lines += [f"## {title}, {minutes[part]:.0f} minutes each", "", words, "", *scores(own), ""]
+            lines += [f"## {title}, {minutes[part]:.0f} min each", "", words, "", *scores(own), ""]
             if part != "logit":
                 lines += [line for row in own for line in picture(row)]
     if own := [row for row in rows if row["part"] == "costs"]:
@@ -112,8 +112,8 @@ def costs(rows: list[Row]) -> list[str]:
     return [
         *lines,
         "",
-        "MiB that a training step of a Glow with 256 images takes at its peak, with activations kept for the gradient "
-        "and with `recompute=True`.",
+        "MiB that a training step of a Glow with 1,024 images takes at its peak, with activations kept for the "
+        "gradient and with `recompute=True`.",
         "",
         "| | kept | computed again |",
         "|---|---:|---:|",
