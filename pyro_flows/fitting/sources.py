@@ -47,7 +47,7 @@ class Reader:
         likes = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
         if not any(parameter.requires_grad for parameter in likes):
             raise ValueError(f"{caller}: the flow has no parameters to train.")
-        self.caller, self.model, self.event_shape, self.width, self.like = caller, model, shape, shape[0], likes[0]
+        self.caller, self.event_shape, self.width, self.like = caller, shape, shape[0], likes[0]
         self.flow: Flow = model.flow if isinstance(model, Dequantized) else model
         self.levels: int | None = model.levels if isinstance(model, Dequantized) else None
         self.names: Names = None

@@ -124,7 +124,7 @@ def check_rows(
 
 
 def check_images(caller: str, seen: Survey, judged: Survey, levels: int | None) -> None:
-    """Refuse images that no density can be learned from.
+    """Refuse images, or rows of integers, that no density can be learned from.
 
     Args:
         caller: The public function that asks.
@@ -133,12 +133,12 @@ def check_images(caller: str, seen: Survey, judged: Survey, levels: int | None) 
         levels: The number of integers that a model of such is over, else None.
     """
     if broken := sum(int(survey.broken.sum()) for survey in (seen, judged)):
-        raise ValueError(f"{caller}: the images hold NaN or inf in {broken} numbers. Leave those out.")
+        raise ValueError(f"{caller}: x holds NaN or inf in {broken} numbers. Leave those rows out.")
     if number := seen.broken_contexts + judged.broken_contexts:
-        raise ValueError(f"{caller}: the contexts of {number} images hold NaN or inf.")
+        raise ValueError(f"{caller}: the contexts of {number} rows hold NaN or inf.")
     if not judged.rows or seen.rows < 2:
         raise ValueError(
-            f"{caller}: there must be some images to train on and some to judge by, got {seen.rows} and {judged.rows}."
+            f"{caller}: there must be some rows to train on and some to judge by, got {seen.rows} and {judged.rows}."
         )
     low = min(survey.low.min().item() for survey in (seen, judged))
     high = max(survey.high.max().item() for survey in (seen, judged))
