@@ -37,7 +37,14 @@ from pyro_flows.conditioners import (
     LipschitzMLP,
     Periodic,
 )
-from pyro_flows.distributions import CircularBase, ContaminatedNormalBase, MixtureBase, StandardNormal, StudentTBase
+from pyro_flows.distributions import (
+    CircularBase,
+    ContaminatedNormalBase,
+    MixtureBase,
+    NormalBase,
+    StandardNormal,
+    StudentTBase,
+)
 from pyro_flows.flows import Flow
 from pyro_flows.transforms import (
     ActNorm,
@@ -74,6 +81,7 @@ WIDTHS = (24, 24)
 BIJECTORS: dict[str, Bijector] = {
     "affine": Affine(),
     "affine_2": Affine(2.0),
+    "affine_steep": Affine(slope=1.0),
     "shift": Shift(),
     "spline": RationalQuadraticSpline(),
     "spline_2_bins": RationalQuadraticSpline(bins=2),
@@ -100,7 +108,7 @@ class Kind(NamedTuple):
     takes_context: bool = False
     size: int = 1  # how many numbers a feature has
     least_dim: int = 1
-    starts_at_identity: bool = True
+    start: str = "identity"  # or "permutation", or "rotation"
     learns: bool = True
 
 
@@ -197,6 +205,12 @@ def _between_scales(rotation: Callable[[int], FlowTransform]) -> Builder:
     return lambda dim, _: Compose([ActNorm(dim), rotation(dim), ActNorm(dim)])
 
 
+def _rotated(dim: int, context_dim: int) -> FlowTransform:
+    with torch.random.fork_rng():
+        torch.manual_seed(dim)
+        return LULinear(dim, rotated=True)
+
+
 PIXELS = 4
 
 
@@ -230,7 +244,8 @@ def _tokens(channels: int, context_dim: int) -> FlowTransform:
 
 
 # One of each kind: what else a bijector's own settings may be is no matter for the transform.
-STEERED = {name: b for name, b in BIJECTORS.items() if name not in ("affine_2", "spline_16_bins", "sigmoidal_2_layers")}
+OTHER_SETTINGS = ("affine_2", "affine_steep", "spline_16_bins", "sigmoidal_2_layers")
+STEERED = {name: b for name, b in BIJECTORS.items() if name not in OTHER_SETTINGS}
 
 TRANSFORMS: dict[str, Kind] = {
     **{f"coupling_{name}": Kind(_coupling(b), True, least_dim=2) for name, b in STEERED.items()},
@@ -242,8 +257,9 @@ TRANSFORMS: dict[str, Kind] = {
     "elementwise_skip": Kind(_skip, True),
     "conditioned": Kind(_conditioned),
     "periodic_circular": Kind(_periodic, True, least_dim=2),
-    "permute": Kind(lambda dim, _: Permute(shuffled(dim)), starts_at_identity=False, learns=False),
+    "permute": Kind(lambda dim, _: Permute(shuffled(dim)), start="permutation", learns=False),
     "lu_linear": Kind(lambda dim, _: LULinear(dim)),
+    "lu_linear_rotated": Kind(_rotated, start="rotation"),
     "fixed_affine": Kind(lambda dim, _: FixedAffine(dim), learns=False),
     "fixed_affine_diagonal": Kind(lambda dim, _: FixedAffine(dim, dense=False), learns=False),
     "block": Kind(_block, True),
@@ -258,7 +274,7 @@ TRANSFORMS: dict[str, Kind] = {
     "orthogonal": Kind(lambda dim, _: Orthogonal(dim), learns=False),
     "orthogonal_between_scales": Kind(_between_scales(Orthogonal)),
     "actnorm": Kind(lambda dim, _: ActNorm(dim)),
-    "compose": Kind(_compose, True, starts_at_identity=False),
+    "compose": Kind(_compose, True, start="permutation"),
     "pixel_lu_linear": Kind(_of_images(lambda channels, _: PerPixel(LULinear(channels), (2, 2))), size=PIXELS),
     "pixel_coupling": Kind(
         _of_images(lambda channels, context_dim: PerPixel(_coupling(Affine())(channels, context_dim), (2, 2))),
@@ -318,6 +334,7 @@ RECIPES: dict[str, Callable[..., Flow]] = {
 
 BASES: dict[str, Callable[[int], nn.Module]] = {
     "standard_normal": lambda dim: StandardNormal((dim,)),
+    "normal": lambda dim: NormalBase((dim,)),
     "contaminated_normal": lambda dim: ContaminatedNormalBase(dim, share=0.2, scale=2.0),
     "student_t": lambda dim: StudentTBase((dim,), df=3.0),
     "mixture": lambda dim: MixtureBase(dim, 4),

@@ -279,6 +279,7 @@ def test_affine_scales_are_bounded(bound: float, value: float) -> None:
         (lambda: Affine(0.0), "max_log_scale", "0.0"),
         (lambda: Affine(-1.0), "max_log_scale", "-1.0"),
         (lambda: Affine(math.nan), "max_log_scale", "nan"),
+        (lambda: Affine(slope=0.0), "slope", "0.0"),
         (lambda: RationalQuadraticSpline(bins=1), "bins", "1"),
         (lambda: RationalQuadraticSpline(bound=0.0), "bound", "0.0"),
         (lambda: RationalQuadraticSpline(bound=-2.0), "bound", "-2.0"),

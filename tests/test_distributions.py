@@ -23,7 +23,7 @@ from pyro_flows.transforms import ActNorm
 
 every_base = pytest.mark.parametrize("name", laws.BASES)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-every_learner = pytest.mark.parametrize("name", ["student_t", "mixture"])
+every_learner = pytest.mark.parametrize("name", ["normal", "student_t", "mixture"])
 
 
 def random(name: str, dim: int = 3, seed: int = 0) -> nn.Module:

@@ -27,7 +27,7 @@ NAMES = {
     transforms: "ActNorm Autoregressive BlockAutoregressive Compose Conditioned Coupling Elementwise FixedAffine "
     "FlowTransform Householder Inverse LULinear Orthogonal Patched PerPixel Permute Planar Radial Recomputed Reshaped "
     "Residual Sigmoid Split Squeezed Sylvester View",
-    distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase StandardNormal StudentTBase",
+    distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase NormalBase StandardNormal StudentTBase",
     flows: "Dequantized Flow bnaf bpf circular_coupling flowpp flowpp_image gaussianization glow iaf maf naf nice nsf "
     "nsf_ar planar_flow radial_flow realnvp realnvp_image residual_flow sospf sylvester_flow tarflow umnn",
     objectives: "ForwardKL ImportanceWeightedELBO PathELBO PathEnumELBO RenyiELBO TemperedELBO",

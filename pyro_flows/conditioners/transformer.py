@@ -148,19 +148,18 @@ class _Known:
 
     def __init__(self, length: int) -> None:
         self.length, self.number = length, 0
-        self.both: tuple[Tensor, ...] = ()
+        self.both: Tensor | None = None
 
-    def joined_by(self, *new: Tensor) -> tuple[Tensor, ...]:
-        """Key and value ``(N, heads, 1, d)`` of one more token join; those of all, ``(N, heads, t, d)``."""
+    def joined_by(self, new: Tensor) -> Tensor:
+        """Key and value ``(2, N, heads, 1, d)`` of one more token join; those of all, ``(2, N, heads, t, d)``."""
         self.number += 1
         if torch.is_grad_enabled():
-            self.both = tuple(torch.cat(pair, 2) for pair in zip(self.both, new, strict=True)) if self.both else new
+            self.both = new if self.both is None else torch.cat((self.both, new), 3)
             return self.both
-        if not self.both:
-            self.both = tuple(part.new_empty(*part.shape[:2], self.length, part.shape[3]) for part in new)
-        for room, part in zip(self.both, new, strict=True):
-            room[:, :, self.number - 1 : self.number] = part
-        return tuple(room[:, :, : self.number] for room in self.both)
+        if self.both is None:
+            self.both = new.new_empty(*new.shape[:3], self.length, new.shape[4])
+        self.both[..., self.number - 1, :] = new.squeeze(3)
+        return self.both[..., : self.number, :]
 
 
 def _restore_places(module: nn.Module, _: object) -> None:
@@ -183,18 +182,18 @@ class _Layer(nn.Module):
         )
 
     def forward(self, h: Tensor) -> Tensor:
-        q, k, v = self._heads(h)
+        q, k, v = self._heads(h).unbind(0)
         return self._finish(h, F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
     def extend(self, h: Tensor, known: _Known) -> Tensor:
         """The same for one more token ``(N, 1, hidden_dim)``, whose key and value join those that are known."""
-        q, *new = self._heads(h)
-        k, v = known.joined_by(*new)
-        return self._finish(h, F.scaled_dot_product_attention(q, k, v))
+        heads = self._heads(h)
+        k, v = known.joined_by(heads[1:]).unbind(0)
+        return self._finish(h, F.scaled_dot_product_attention(heads[0], k, v))
 
-    def _heads(self, h: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values, each ``(N, heads, T, hidden_dim / heads)``."""
-        return self.projections(self.norm(h)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    def _heads(self, h: Tensor) -> Tensor:
+        """Queries, keys and values, ``(3, N, heads, T, hidden_dim / heads)``."""
+        return self.projections(self.norm(h)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
     def _finish(self, h: Tensor, attended: Tensor) -> Tensor:
         h = h + self.mixed(attended.transpose(1, 2).flatten(2))

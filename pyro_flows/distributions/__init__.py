@@ -1,6 +1,7 @@
 """Base distributions of flows."""
 
 from .base import FixedBase as FixedBase
+from .base import NormalBase as NormalBase
 from .base import StandardNormal as StandardNormal
 from .circular import CircularBase as CircularBase
 from .contaminated import ContaminatedNormalBase as ContaminatedNormalBase

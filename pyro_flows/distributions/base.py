@@ -32,6 +32,28 @@ class StandardNormal(nn.Module):
         return dist.Normal(self.zeros, ones, validate_args=False).to_event(self.zeros.dim())
 
 
+class NormalBase(nn.Module):
+    """Builds independent normals whose means and scales are learned; they start as standard.
+
+    Args:
+        event_shape: The shape of an event; a number D stands for ``(D,)``.
+
+    Example::
+
+        >>> NormalBase((3,))().mean.tolist()
+        [0.0, 0.0, 0.0]
+    """
+
+    def __init__(self, event_shape: int | tuple[int, ...] | torch.Size) -> None:
+        super().__init__()
+        self.event_shape = torch.Size((event_shape,) if isinstance(event_shape, int) else event_shape)
+        self.loc = nn.Parameter(torch.zeros(self.event_shape))
+        self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
+
+    def forward(self) -> dist.TorchDistribution:
+        return dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(self.loc.dim())
+
+
 class FixedBase(nn.Module):
     """Hands out a distribution as it is.  It keeps its dtype and device when the flow moves.
 

@@ -1,7 +1,8 @@
 """Recipes of image flows by couplings, at several scales: density and samples at about the same price.
 
-Each scale halves height and width, takes some steps and lets half of the channels go.  Images are ``(C, H, W)`` with
-real values; :class:`~pyro_flows.flows.Dequantized` makes of each flow a distribution over images of integers.
+Each scale halves height and width, takes some steps and lets half of the channels go.  Each number of the base has a
+mean and a scale that are learned, since convolutions do not know where in an image they are.  Images are ``(C, H, W)``
+with real values; :class:`~pyro_flows.flows.Dequantized` makes of each flow a distribution over images of integers.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import nn
 
 from ..bijectors import Affine, Bijector, LogisticMixture
 from ..conditioners import ConvNet
+from ..distributions import NormalBase
 from ..transforms import ActNorm, Compose, Coupling, FlowTransform, LULinear, PerPixel, Recomputed, Split, Squeezed
 from .flow import Flow
 from .steering import Steering, check_image
@@ -64,7 +66,7 @@ def realnvp_image(
         torch.Size([5, 1, 8, 8])
     """
     steering = check_image("realnvp_image", image_shape, context_dim, num_classes, num_steps, hidden_dim, num_blocks)
-    couple = _coupling(Affine(max_log_scale), steering, hidden_dim, num_blocks, activation)
+    couple = _coupling(Affine(max_log_scale, slope=1.0), steering, hidden_dim, num_blocks, activation)
 
     def steps(shape: Shape, masks: Sequence[Sequence[bool]]) -> list[FlowTransform]:
         layers = [[couple(shape, mask), PerPixel(ActNorm(shape[0]), shape[1:])] for mask in masks]
@@ -78,7 +80,7 @@ def realnvp_image(
             layers = [Split(scale((half[0] // 2, *half[1:]), left - 1)), *by_channel, *layers]
         return Squeezed(Compose(layers))
 
-    return Flow([scale(steering.image_shape, steering.scales(num_scales))], encoder=steering.encoder)
+    return _made(scale(steering.image_shape, steering.scales(num_scales)), steering)
 
 
 def glow(
@@ -97,8 +99,8 @@ def glow(
     """Glow: steps of ActNorm, an invertible 1 × 1 convolution and an affine coupling (Kingma, Dhariwal 2018,
     arXiv:1807.03039).
 
-    Without blocks its networks are Glow's own, of three convolutions.  Channels that leave have a normal law whose mean
-    and scale depend on those that stay.
+    Without blocks its networks are Glow's own, of three convolutions.  Linear maps start as random rotations.  Channels
+    that leave have a normal law whose mean and scale depend on those that stay.
 
     The arguments and errors are those of :func:`realnvp_image`.
 
@@ -110,8 +112,8 @@ def glow(
         torch.Size([2])
     """
     steering = check_image("glow", image_shape, context_dim, num_classes, num_steps, hidden_dim, num_blocks)
-    couple = _coupling(Affine(max_log_scale), steering, hidden_dim, num_blocks, activation)
-    return _glow(steering, couple, steering.scales(num_scales), num_steps, recompute)
+    couple = _coupling(Affine(max_log_scale, slope=1.0), steering, hidden_dim, num_blocks, activation)
+    return _glow(steering, couple, steering.scales(num_scales), num_steps, recompute, rotated=True)
 
 
 def flowpp_image(
@@ -131,7 +133,8 @@ def flowpp_image(
     """Flow++ for images: Glow's steps, with couplings by distribution functions of logistic mixtures (Ho, Chen,
     Srinivas, Duan, Abbeel 2019, arXiv:1902.00275).
 
-    Its maps are inverted numerically, in the direction that samples.
+    Its maps are inverted numerically, in the direction that samples.  Linear maps start at the identity: mixtures find
+    the steps of integers in single pixels sooner than in sums of them.
 
     Args:
         components: The number of logistic components of each map.
@@ -146,16 +149,20 @@ def flowpp_image(
     """
     steering = check_image("flowpp_image", image_shape, context_dim, num_classes, num_steps, hidden_dim, num_blocks)
     couple = _coupling(LogisticMixture(components, bound=bound), steering, hidden_dim, num_blocks, activation)
-    return _glow(steering, lambda *of: couple(*of).inv, steering.scales(num_scales), num_steps, recompute)
+    return _glow(
+        steering, lambda *of: couple(*of).inv, steering.scales(num_scales), num_steps, recompute, rotated=False
+    )
 
 
-def _glow(steering: Steering, couple: Build, num_scales: int, num_steps: int, recompute: bool) -> Flow:
+def _glow(
+    steering: Steering, couple: Build, num_scales: int, num_steps: int, recompute: bool, *, rotated: bool
+) -> Flow:
     def scale(shape: Shape, left: int) -> FlowTransform:
         (channels, *size) = half = halved(shape)
         layers = [
             [
                 couple(half, halves(channels, number)),
-                PerPixel(LULinear(channels).inv, size),  # its cheap direction is the density's
+                PerPixel(LULinear(channels, rotated=rotated).inv, size),  # its cheap direction is the density's
                 PerPixel(ActNorm(channels), size),
             ]
             for number in range(num_steps)
@@ -166,7 +173,12 @@ def _glow(steering: Steering, couple: Build, num_scales: int, num_steps: int, re
             steps = [Split(inner), couple(half, halves(channels, 0)), *steps]
         return Squeezed(Compose(steps))
 
-    return Flow([scale(steering.image_shape, num_scales)], encoder=steering.encoder)
+    return _made(scale(steering.image_shape, num_scales), steering)
+
+
+def _made(transform: FlowTransform, steering: Steering) -> Flow:
+    """The flow over a base whose numbers each have a mean and a scale."""
+    return Flow([transform], NormalBase(steering.image_shape), encoder=steering.encoder)
 
 
 def _coupling(

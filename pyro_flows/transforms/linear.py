@@ -1,8 +1,9 @@
-"""A dense linear map in triangular factors: y = L U x + t, with L unit lower and U upper triangular.
+"""A dense linear map in factors: y = L U Q x + t, with L unit lower, U upper triangular and Q a rotation that is fixed.
 
 The diagonal of U is exp(b tanh(a / b)), so the map can never become singular, the log-determinant is a sum of D
-numbers and both directions cost O(D²).  Glow (Kingma, Dhariwal 2018, arXiv:1807.03039, section 3.2); Neural Spline
-Flows (Durkan et al. 2019, arXiv:1906.04032).
+numbers and both directions cost O(D²).  Q is the identity unless a random one is asked for, which mixes all features
+from the start.  Glow (Kingma, Dhariwal 2018, arXiv:1807.03039, section 3.2); Neural Spline Flows (Durkan et al. 2019,
+arXiv:1906.04032).
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from .base import FlowTransform
 
 
 class LULinear(FlowTransform):
-    """An invertible dense matrix and a shift, the identity at the start.
+    """An invertible dense matrix and a shift, at the start the identity, or a random rotation.
 
     Args:
         input_dim: The number D of features.
         max_log_scale: The bound b on each log-pivot, in nats.
+        rotated: Whether it starts as a random rotation, uniform among all, as in Glow.
 
     Example::
 
@@ -32,12 +34,15 @@ class LULinear(FlowTransform):
         ([1.0, 1.0, 1.0], 0.0)
     """
 
-    def __init__(self, input_dim: int, *, max_log_scale: float = 8.0) -> None:
+    rotation: Tensor | None
+
+    def __init__(self, input_dim: int, *, max_log_scale: float = 8.0, rotated: bool = False) -> None:
         super().__init__((input_dim,))
         if not max_log_scale > 0:
             raise ValueError(f"LULinear: max_log_scale must be positive, got {max_log_scale}.")
         self.input_dim = input_dim
-        self.max_log_scale = max_log_scale
+        self.max_log_scale, self.rotated = max_log_scale, rotated
+        self.register_buffer("rotation", _random_rotation(input_dim) if rotated else None)
         self.factors = nn.Parameter(torch.zeros(input_dim, input_dim))  # L below, U above, log-pivots on the diagonal
         self.shift = nn.Parameter(torch.zeros(input_dim))
 
@@ -54,12 +59,28 @@ class LULinear(FlowTransform):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lower, upper, log_pivots = self._lower_upper_log_pivots()
-        y = F.linear(x, lower @ upper, self.shift)
+        matrix = lower @ upper
+        if self.rotation is not None:
+            matrix = matrix @ _polished(self.rotation)
+        y = F.linear(x, matrix, self.shift)
         return y, log_pivots.sum().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lower, upper, log_pivots = self._lower_upper_log_pivots()
         columns = (y - self.shift).reshape(-1, self.input_dim).T  # (D, N)
         columns = torch.linalg.solve_triangular(lower, columns, upper=False, unitriangular=True)
-        x = torch.linalg.solve_triangular(upper, columns, upper=True).T.reshape(y.shape)
-        return x, -log_pivots.sum().expand(y.shape[:-1])
+        columns = torch.linalg.solve_triangular(upper, columns, upper=True)
+        if self.rotation is not None:
+            columns = _polished(self.rotation).T @ columns
+        return columns.T.reshape(y.shape), -log_pivots.sum().expand(y.shape[:-1])
+
+
+def _random_rotation(dim: int) -> Tensor:
+    """An orthogonal matrix from the uniform law (Mezzadri 2006, arXiv:math-ph/0609050), ``(D, D)``."""
+    q, r = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64))
+    return (q * r.diagonal().sign()).to(torch.get_default_dtype())
+
+
+def _polished(rotation: Tensor) -> Tensor:
+    """A matrix that is orthogonal up to rounding in a coarser dtype, up to its square: Newton's step."""
+    return 1.5 * rotation - 0.5 * rotation @ (rotation.T @ rotation)
