@@ -1,7 +1,7 @@
 """How well do flows model images, beside normflows' Glow, in one run?
 
     python benchmarks/images.py                              # all of it, some three hours on 2 cores
-    python benchmarks/images.py --only digits                # one part: mnist, logit, digits, long or costs
+    python benchmarks/images.py --only digits                # one part: mnist, logit, digits or costs
     python benchmarks/images.py --models Glow TarFlow        # some models
     python benchmarks/images.py --minutes 0.2 --out DIR      # a smoke run
 
@@ -12,8 +12,8 @@ Each fit has one core of its own, and its time is that core's: as many run side 
 as a transform of ours, between the same base and the same logits.  Reported are bits per dimension of the 10,000 test
 images, an upper bound, ± 2 standard errors over images, and with K = 16 draws of the noise those of the first 1,000.
 *digits*: scikit-learn's 8 × 8 digits, 0 … 16, a fifth of them for the test; also by class, and decoded from 16
-latents by an autoencoder.  *logit*: MNIST in the logit space of the MAF paper (arXiv:1705.07057), in nats.  *long*: one
-model for four times as long.  *costs*: time of a training step and of a batch of samples, and memory, as a Glow grows.
+latents by an autoencoder.  *logit*: MNIST in the logit space of the MAF paper (arXiv:1705.07057), in nats.
+*costs*: time of a training step and of a batch of samples, and memory, as a Glow grows.
 
 A run that was stopped goes on after its last finished fit.  Writes ``images.md``, ``images.csv`` and grids of samples
 into ``docs/benchmarks``.
@@ -52,7 +52,7 @@ from pyro_flows.flows import Dequantized, Flow
 from pyro_flows.transforms import FlowTransform
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
-MINUTES = {"mnist": 24.0, "digits": 1.5, "logit": 12.0, "long": 60.0}  # of one core
+MINUTES = {"mnist": 24.0, "digits": 1.5, "logit": 12.0}  # of one core
 PORTIONS = 12  # how often a fit looks at held-out images
 SHARE = 0.87  # of a fit's time that its steps take: the rest goes to these looks, the start and the averages
 BATCH, LR = 64, 8e-3
@@ -193,7 +193,6 @@ RUNS = [
     Run("digits", "Flow++", flows.flowpp_image),
     Run("digits", "TarFlow", flows.tarflow),
     Run("digits", "Flow++", flows.flowpp_image, by_class=True),
-    Run("long", "Flow++", flows.flowpp_image),
 ]
 
 
@@ -424,7 +423,7 @@ def alone() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["mnist", "digits", "logit", "long", "costs"]
+    parts = ["mnist", "digits", "logit", "costs"]
     parser.add_argument("--only", nargs="+", default=parts, choices=parts)
     parser.add_argument("--models", nargs="+", help="names as the table has them; by default all")
     parser.add_argument("--minutes", type=float, help="for each fit; another number than the default needs --out")

@@ -22,7 +22,6 @@ PARTS = {
         "first 1,000. Both Glows: 2 scales, 8 steps each, networks of width 64. Published, with far larger models and "
         "longer training: RealNVP 1.06, Glow 1.05, FFJORD .99 (arXiv:1810.01367).",
     ),
-    "long": ("MNIST, one model for longer", "As above."),
     "digits": (
         "Digits of 8 × 8 pixels, 17 levels",
         "Some 1,260 images to train on, 360 to test. The autoencoder's figure is that of 16 draws of its latents.",
@@ -58,15 +57,16 @@ def table(rows: list[Row], minutes: dict[str, float]) -> str:
     lines = [
         "# Images",
         "",
-        f"All models of a part are trained for the same time on one machine ({os.cpu_count()} cores of a CPU, "
-        f"{platform.machine()}, torch {torch.__version__}) by `fit_density`: Adam in batches of 64, a step size that "
-        "falls as a cosine, averaged weights. Errors are 2 standard errors over test images. Sampling: seconds for 64 "
-        "images. Reproduce with `python benchmarks/images.py`.",
+        f"All models of a part are trained for the same time of one core of a CPU ({platform.machine()}, torch "
+        f"{torch.__version__}; {os.cpu_count()} fits side by side) by `fit_density`: Adam in batches of 64, a step "
+        "size that falls as a cosine, averaged weights. Errors are 2 standard errors over test images. Seconds are "
+        "those of the core, from the first step to the last; sampling: those for 64 images. Reproduce with "
+        "`python benchmarks/images.py`.",
         "",
     ]
     for part, (title, words) in PARTS.items():
         if own := [row for row in rows if row["part"] == part]:
-            lines += [f"## {title}, {minutes[part]:.0f} min each", "", words, "", *scores(own), ""]
+            lines += [f"## {title}, {minutes[part]:g} min of a core each", "", words, "", *scores(own), ""]
             if part != "logit":
                 lines += [line for row in own for line in picture(row)]
     if own := [row for row in rows if row["part"] == "costs"]:

@@ -48,7 +48,7 @@ class LULinear(FlowTransform):
 
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
-        """Become the multiplication by a number, whose logarithm must lie within the bound on pivots."""
+        """Become a number, whose logarithm must lie within the bound on pivots, times the rotation if there is one."""
         share = torch.tensor(math.log(scale) / self.max_log_scale, dtype=torch.float64)
         self.factors.copy_(torch.eye(self.input_dim) * (self.max_log_scale * torch.atanh(share)))
 
