@@ -57,16 +57,16 @@ def table(rows: list[Row], minutes: dict[str, float]) -> str:
     lines = [
         "# Images",
         "",
-        f"All models of a part are trained for the same time of one core of a CPU ({platform.machine()}, torch "
-        f"{torch.__version__}; {os.cpu_count()} fits side by side) by `fit_density`: Adam in batches of 64, a step "
+        f"All models of a part are trained for about the same time of one core of a CPU ({platform.machine()}, torch "
+        f"{torch.__version__}), as far as it is known beforehand, by `fit_density`: Adam in batches of 64, a step "
         "size that falls as a cosine, averaged weights. Errors are 2 standard errors over test images. Seconds are "
-        "those of the core, from the first step to the last; sampling: those for 64 images. Reproduce with "
+        "those of the core that a fit took; sampling: those for 64 images. Reproduce with "
         "`python benchmarks/images.py`.",
         "",
     ]
     for part, (title, words) in PARTS.items():
         if own := [row for row in rows if row["part"] == part]:
-            lines += [f"## {title}, {minutes[part]:g} min of a core each", "", words, "", *scores(own), ""]
+            lines += [f"## {title}, some {minutes[part]:g} min of a core each", "", words, "", *scores(own), ""]
             if part != "logit":
                 lines += [line for row in own for line in picture(row)]
     if own := [row for row in rows if row["part"] == "costs"]:
@@ -100,8 +100,8 @@ def costs(rows: list[Row]) -> list[str]:
     lines = [
         "## Costs",
         "",
-        "Milliseconds for a batch of 64 images of 28 × 28 pixels, taking turns; both Glows with 2 scales, 8 steps each "
-        "and networks of width 64.",
+        f"Milliseconds for a batch of 64 images of 28 × 28 pixels on {os.cpu_count()} cores, taking turns; both Glows "
+        "with 2 scales, 8 steps each and networks of width 64.",
         "",
         "| | pyro_flows | normflows | ratio |",
         "|---|---:|---:|---:|",

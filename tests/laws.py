@@ -205,12 +205,6 @@ def _between_scales(rotation: Callable[[int], FlowTransform]) -> Builder:
     return lambda dim, _: Compose([ActNorm(dim), rotation(dim), ActNorm(dim)])
 
 
-def _rotated(dim: int, context_dim: int) -> FlowTransform:
-    with torch.random.fork_rng():
-        torch.manual_seed(dim)
-        return LULinear(dim, rotated=True)
-
-
 PIXELS = 4
 
 
@@ -259,7 +253,7 @@ TRANSFORMS: dict[str, Kind] = {
     "periodic_circular": Kind(_periodic, True, least_dim=2),
     "permute": Kind(lambda dim, _: Permute(shuffled(dim)), start="permutation", learns=False),
     "lu_linear": Kind(lambda dim, _: LULinear(dim)),
-    "lu_linear_rotated": Kind(_rotated, start="rotation"),
+    "lu_linear_rotated": Kind(lambda dim, _: LULinear(dim, rotation_seed=1), start="rotation"),
     "fixed_affine": Kind(lambda dim, _: FixedAffine(dim), learns=False),
     "fixed_affine_diagonal": Kind(lambda dim, _: FixedAffine(dim, dense=False), learns=False),
     "block": Kind(_block, True),

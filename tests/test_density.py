@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
 from pyro_flows import Fit, Flow, dequantize, fit_density, flows, load, save
-from pyro_flows.distributions import StudentTBase
+from pyro_flows.distributions import NormalBase, StudentTBase
 from pyro_flows.encoders import MLPEncoder, SetEncoder, Standardize
 from pyro_flows.fitting import density, loop
-from pyro_flows.transforms import ActNorm, FixedAffine, LULinear
+from pyro_flows.transforms import ActNorm, FixedAffine, LULinear, Orthogonal
 
 small = functools.partial(flows.nsf, num_transforms=2, hidden_dims=(16,))
 quick = functools.partial(fit_density, max_epochs=2, progress=False)
@@ -311,6 +311,19 @@ def test_flows_of_every_recipe_are_new_until_they_are_trained(name: str, context
         assert fit.best_loss < 10
         assert sum(isinstance(t, FixedAffine) for t in flow.transforms) == count
         x = x + 0.1
+
+
+def test_a_rotation_that_was_learned_is_not_new() -> None:
+    x = normal(500, 2) * torch.tensor([3.0, 1.0])
+    turn = Orthogonal(2)
+    flow = Flow([turn, LULinear(2, rotation_seed=0)], NormalBase(2))
+    with torch.no_grad():
+        turn.params.fill_(0.5)
+    quick(flow, x)
+    assert not any(isinstance(t, FixedAffine) for t in flow.transforms)
+    turned = Flow([LULinear(2, rotation_seed=0)], NormalBase(2))
+    quick(turned, x)
+    assert any(isinstance(t, FixedAffine) for t in turned.transforms)
 
 
 def test_layers_that_start_from_data_see_standardised_ones() -> None:

@@ -60,8 +60,8 @@ def fit_density(
 ) -> Fit:
     """Train a flow as the density of a table, of images, or of the rows of a loader.
 
-    A new flow, one that does no more than permute and rotate, is standardised first: a fixed affine map is put at its
-    end, from the mean and standard deviation of the training rows (of each channel, where these are images), so that
+    A new flow, whose layers are as they were made, is standardised first: a fixed affine map is put at its end, from
+    the mean and standard deviation of the training rows (of each channel, where these are images), so that
     ``flow.log_prob(x)`` is the density of x as given, and contexts pass through ``flow.encoder``, a ``Standardize``
     where there is none.  Layers such as ``ActNorm`` start from the data.  Where those of a table have outliers, a
     standard normal base gives way to a ``StudentTBase``.  A flow that was trained before goes on from where it is.

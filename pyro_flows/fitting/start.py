@@ -17,7 +17,7 @@ from ..encoders import Standardize
 from ..encoders.base import at_rest
 from ..encoders.standardize import learning
 from ..flows import Flow
-from ..guides.recipe import only_turns
+from ..guides.recipe import permutes
 from ..transforms import FixedAffine, FlowTransform, PerPixel
 
 INITIAL = 5000  # rows that layers such as ActNorm start from
@@ -35,7 +35,7 @@ def start(
     standardize: bool,
     heavy_tails: bool,
 ) -> None:
-    """Prepare a flow that does no more than permute and rotate; leave any other as it is.
+    """Prepare a flow that does no more than permute, beyond rotations that it starts from; leave any other as it is.
 
     A fixed affine map is put at its end, or set if it is there, and a ``Standardize`` before its transforms where they
     take contexts as they are.
@@ -49,7 +49,7 @@ def start(
         standardize: Whether to do more than to let layers that start from data, an encoder's too, see some.
         heavy_tails: Whether the base, where it is the standard normal, shall be a Student's t.
     """
-    if not only_turns(flow.transforms, x.new_zeros(flow.event_shape)):
+    if not permutes(flow.transforms, x.new_zeros(flow.event_shape)):
         return
     if heavy_tails and type(flow.base) is StandardNormal:
         flow.base = StudentTBase(flow.event_shape).to(x)

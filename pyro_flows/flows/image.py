@@ -162,7 +162,9 @@ def _glow(
         layers = [
             [
                 couple(half, halves(channels, number)),
-                PerPixel(LULinear(channels, rotated=rotated).inv, size),  # its cheap direction is the density's
+                PerPixel(
+                    LULinear(channels, rotation_seed=number if rotated else None).inv, size
+                ),  # its cheap direction is the density's
                 PerPixel(ActNorm(channels), size),
             ]
             for number in range(num_steps)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..flows import Flow
 from .packing import Packing
-from .recipe import is_untrained, only_turns
+from .recipe import is_untrained, permutes
 
 
 class Nested(nn.Module):
@@ -36,7 +36,7 @@ class Nested(nn.Module):
             return False
         if not self.local_flow:
             return True
-        return only_turns(self.local_flow.transforms[:-1], self.own.start.new_zeros(self.own.size))
+        return permutes(self.local_flow.transforms[:-1], self.own.start.new_zeros(self.own.size))
 
     def contexts(self, rows: Tensor, g: Tensor | None) -> Tensor:
         """The contexts of rows, ``(rows, context_dim)``, in the plate's dimension and beside g.

@@ -1,14 +1,16 @@
-"""A dense linear map in factors: y = L U Q x + t, with L unit lower, U upper triangular and Q a rotation that is fixed.
+"""A dense linear map in factors: y = L U Q x + t, with L unit lower, U upper triangular and Q orthogonal and fixed.
 
 The diagonal of U is exp(b tanh(a / b)), so the map can never become singular, the log-determinant is a sum of D
-numbers and both directions cost O(D²).  Q is the identity unless a random one is asked for, which mixes all features
-from the start.  Glow (Kingma, Dhariwal 2018, arXiv:1807.03039, section 3.2); Neural Spline Flows (Durkan et al. 2019,
-arXiv:1906.04032).
+numbers and both directions cost O(D²) a vector.  Q is the identity unless a random one is asked for, which mixes all
+features from the start.  Glow (Kingma, Dhariwal 2018, arXiv:1807.03039, section 3.2); Neural Spline Flows (Durkan et
+al. 2019, arXiv:1906.04032).
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +20,12 @@ from .base import FlowTransform
 
 
 class LULinear(FlowTransform):
-    """An invertible dense matrix and a shift, at the start the identity, or a random rotation.
+    """An invertible dense matrix and a shift, at the start the identity, or random and orthogonal.
 
     Args:
         input_dim: The number D of features.
         max_log_scale: The bound b on each log-pivot, in nats.
-        rotated: Whether it starts as a random rotation, uniform among all, as in Glow.
+        rotation_seed: The seed of the orthogonal matrix that it starts as, as in Glow; by default the identity.
 
     Example::
 
@@ -36,13 +38,13 @@ class LULinear(FlowTransform):
 
     rotation: Tensor | None
 
-    def __init__(self, input_dim: int, *, max_log_scale: float = 8.0, rotated: bool = False) -> None:
+    def __init__(self, input_dim: int, *, max_log_scale: float = 8.0, rotation_seed: int | None = None) -> None:
         super().__init__((input_dim,))
         if not max_log_scale > 0:
             raise ValueError(f"LULinear: max_log_scale must be positive, got {max_log_scale}.")
         self.input_dim = input_dim
-        self.max_log_scale, self.rotated = max_log_scale, rotated
-        self.register_buffer("rotation", _random_rotation(input_dim) if rotated else None)
+        self.max_log_scale, self.rotation_seed = max_log_scale, rotation_seed
+        self.register_buffer("rotation", None if rotation_seed is None else _orthogonal(input_dim, rotation_seed))
         self.factors = nn.Parameter(torch.zeros(input_dim, input_dim))  # L below, U above, log-pivots on the diagonal
         self.shift = nn.Parameter(torch.zeros(input_dim))
 
@@ -75,9 +77,24 @@ class LULinear(FlowTransform):
         return columns.T.reshape(y.shape), -log_pivots.sum().expand(y.shape[:-1])
 
 
-def _random_rotation(dim: int) -> Tensor:
-    """An orthogonal matrix from the uniform law (Mezzadri 2006, arXiv:math-ph/0609050), ``(D, D)``."""
-    q, r = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64))
+@contextlib.contextmanager
+def unrotated(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let all linear maps in some layers do without their rotations for a while."""
+    parts = {part for layer in layers for part in layer.modules() if isinstance(part, LULinear)}
+    kept = {part: part.rotation for part in parts if part.rotation is not None}
+    for part in kept:
+        part.rotation = None
+    try:
+        yield
+    finally:
+        for part, rotation in kept.items():
+            part.rotation = rotation
+
+
+def _orthogonal(dim: int, seed: int) -> Tensor:
+    """One of all orthogonal matrices, with equal chances (Mezzadri 2006, arXiv:math-ph/0609050), ``(D, D)``."""
+    source = torch.Generator().manual_seed(seed)
+    q, r = torch.linalg.qr(torch.randn(dim, dim, generator=source, dtype=torch.float64))
     return (q * r.diagonal().sign()).to(torch.get_default_dtype())
 
 
