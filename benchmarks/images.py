@@ -395,11 +395,11 @@ def costs(shape: Shape = (1, 28, 28)) -> list[Row]:
         (-flow.log_prob(x).mean()).backward()
 
     @torch.no_grad()
-    def draw(flow: Flow) -> Tensor:
-        return flow().sample((BATCH,))
+    def draw(flow: Flow, number: int = BATCH) -> Tensor:
+        return flow().sample((number,))
 
     @torch.no_grad()
-    def score(flow: Flow) -> Tensor:
+    def score(flow: Flow, x: Tensor) -> Tensor:
         return flow.log_prob(x)
 
     ours.initialize(x)
@@ -407,9 +407,14 @@ def costs(shape: Shape = (1, 28, 28)) -> list[Row]:
     for what, task in (("training step", step), ("samples", draw)):
         found = in_turns({"ours": lambda task=task: task(ours), "theirs": lambda task=task: task(theirs)})
         rows.append({"what": f"Glow, {what}", **{name: f"{1e3 * value:.1f}" for name, value in found.items()}})
-    found = in_turns({"samples": lambda: draw(tar), "one pass": lambda: score(tar)})
-    rows.append({"what": "TarFlow, samples", "ours": f"{1e3 * found['samples']:.1f}"})
-    rows.append({"what": "TarFlow, one pass of all layers", "ours": f"{1e3 * found['one pass']:.1f}"})
+    for number in (BATCH, 4 * BATCH):
+        more = x.repeat(number // BATCH, 1, 1, 1)
+        tasks = {
+            "samples": lambda number=number: draw(tar, number),
+            "one pass of all layers": lambda more=more: score(tar, more),
+        }
+        found = in_turns(tasks)
+        rows += [{"what": f"TarFlow, {n}, {number} images", "ours": f"{1e3 * value:.1f}"} for n, value in found.items()]
     for steps in (4, 8, 16):
         kept, again = peak_of(steps, False), peak_of(steps, True)
         rows.append({"what": f"memory, {steps} steps a scale", "kept": f"{kept:.0f}", "again": f"{again:.0f}"})

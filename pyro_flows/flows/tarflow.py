@@ -30,8 +30,8 @@ def tarflow(
     """TarFlow: autoregressive affine maps of patches by causal transformers, in alternating directions (Zhai et al.
     2024, Normalizing Flows are Capable Generative Models, arXiv:2412.06329).
 
-    A density takes one pass of each transformer; a sample as many steps as there are patches, which together cost about
-    a pass as well, since keys and values are kept.  Unlike the paper's, the first patch is mapped too, and the
+    A density takes one pass of each transformer; a sample as many steps as there are patches, which together cost a few
+    passes, since keys and values are kept.  Unlike the paper's, the first patch is mapped too, and the
     log-density is a sum over all numbers.
 
     Args:
