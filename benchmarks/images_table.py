@@ -28,9 +28,8 @@ PARTS = {
     ),
     "logit": (
         "MNIST in logit space",
-        "Mean log-density of the 10,000 test images in nats, trained with fresh noise in each batch. Published, with fixed "
-        "noise (arXiv:1705.07057): Gaussian -1366.9, "
-        "RealNVP (5) -1323.2, MAF (5) -1300.5.",
+        "Mean log-density of the 10,000 test images in nats, after training with fresh noise in each batch. Published, "
+        "with fixed noise (arXiv:1705.07057): Gaussian -1366.9, RealNVP (5) -1323.2, MAF (5) -1300.5.",
     ),
 }
 
