@@ -61,6 +61,6 @@ class Affine(Bijector):
         return x, s.expand_as(x)
 
     def _bounded(self, a: Tensor, sign: int) -> Tensor:
-        """±b tanh(c a / b) as ±(2 b sigmoid(2 c a / b) - b): a sigmoid is faster than a tangent."""
+        """±b tanh(c a / b) as ±(2 b sigmoid(a / (b / 2c)) - b): a sigmoid is faster than a tangent."""
         b = self.max_log_scale
-        return torch.rsub(torch.sigmoid(a * (2 * self.slope / b)), -sign * b, alpha=-2 * sign * b)
+        return torch.rsub(torch.sigmoid(a / (b / (2 * self.slope))), -sign * b, alpha=-2 * sign * b)
