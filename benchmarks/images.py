@@ -421,6 +421,10 @@ def costs(shape: Shape = (1, 28, 28)) -> list[Row]:
     return rows
 
 
+def label_of(row: Row) -> Label:
+    return row["part"], row["model"], row["dequantisation"]
+
+
 def alone() -> None:
     """Give a fit's process one core."""
     torch.set_num_threads(1)
@@ -448,7 +452,7 @@ def main() -> None:
     jobs[VAE] = functools.partial(autoencoded, minutes["digits"], options.out)
     jobs |= {("logit", name, "uniform"): functools.partial(fitted_logits, name, minutes["logit"]) for name in LOGIT}
     places = {label: place for place, label in enumerate(jobs)}
-    done = {(r["part"], r["model"], r["dequantisation"]) for r in rows}
+    done = set(map(label_of, rows))
     todo = {
         label: job
         for label, job in jobs.items()
@@ -462,7 +466,7 @@ def main() -> None:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-            rows.sort(key=lambda row: places.get((row["part"], row["model"], row["dequantisation"]), len(jobs)))
+            rows.sort(key=lambda row: places.get(label_of(row), len(places)))
             save(rows, MINUTES, options.out)
     if "costs" in options.only and not options.models:
         pyro.enable_validation(False)

@@ -271,6 +271,8 @@ def test_affine_scales_are_bounded(bound: float, value: float) -> None:
     assert log_det.item() == pytest.approx(math.copysign(bound, value), rel=1e-6)
     _, log_det = Affine(bound).forward_and_log_det(torch.tensor(1.0), torch.tensor([0.01, 0.0]))
     assert log_det.item() == pytest.approx(0.01 / 4, rel=1e-3)  # whatever the bound
+    _, log_det = Affine(bound, slope=1.0).forward_and_log_det(torch.tensor(1.0), torch.tensor([0.01, 0.0]))
+    assert log_det.item() == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -157,14 +157,15 @@ def flowpp_image(
 def _glow(
     steering: Steering, couple: Build, num_scales: int, num_steps: int, recompute: bool, *, rotated: bool
 ) -> Flow:
+    def mixed(channels: int, number: int) -> FlowTransform:
+        return LULinear(channels, rotation_seed=number if rotated else None)
+
     def scale(shape: Shape, left: int) -> FlowTransform:
         (channels, *size) = half = halved(shape)
         layers = [
             [
                 couple(half, halves(channels, number)),
-                PerPixel(
-                    LULinear(channels, rotation_seed=number if rotated else None).inv, size
-                ),  # its cheap direction is the density's
+                PerPixel(mixed(channels, number).inv, size),  # its cheap direction is the density's
                 PerPixel(ActNorm(channels), size),
             ]
             for number in range(num_steps)

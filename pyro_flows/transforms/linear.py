@@ -80,8 +80,7 @@ class LULinear(FlowTransform):
 @contextlib.contextmanager
 def unrotated(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Let all linear maps in some layers do without their rotations for a while."""
-    parts = {part for layer in layers for part in layer.modules() if isinstance(part, LULinear)}
-    kept = {part: part.rotation for part in parts if part.rotation is not None}
+    kept = {part: part.rotation for layer in layers for part in layer.modules() if isinstance(part, LULinear)}
     for part in kept:
         part.rotation = None
     try:
