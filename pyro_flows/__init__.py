@@ -4,6 +4,7 @@ from . import encoders as encoders
 from . import flows as flows
 from .diagnostics import Calibration as Calibration
 from .diagnostics import Check as Check
+from .diagnostics import OdeReport as OdeReport
 from .diagnostics import Psis as Psis
 from .diagnostics import Simulations as Simulations
 from .diagnostics import bits_per_dim as bits_per_dim
@@ -11,6 +12,7 @@ from .diagnostics import calibrate as calibrate
 from .diagnostics import check as check
 from .diagnostics import importance_log_likelihood as importance_log_likelihood
 from .diagnostics import neutra as neutra
+from .diagnostics import ode_report as ode_report
 from .diagnostics import psis as psis
 from .diagnostics import refine as refine
 from .diagnostics import resample as resample

@@ -35,6 +35,7 @@ from pyro_flows.conditioners import (
     ConvNet,
     Given,
     LipschitzMLP,
+    MLPField,
     Periodic,
 )
 from pyro_flows.distributions import (
@@ -52,6 +53,7 @@ from pyro_flows.transforms import (
     BlockAutoregressive,
     Compose,
     Conditioned,
+    Continuous,
     Coupling,
     Elementwise,
     FixedAffine,
@@ -110,6 +112,8 @@ class Kind(NamedTuple):
     least_dim: int = 1
     start: str = "identity"  # or "permutation", or "rotation"
     learns: bool = True
+    maps: bool = True  # under vmap
+    most_dim: int = 33  # up to which size laws are tried
 
 
 def shuffled(dim: int) -> list[int]:
@@ -200,6 +204,12 @@ def _residual(dim: int, context_dim: int) -> FlowTransform:
     return Residual(LipschitzMLP(dim, WIDTHS, context_dim), exact=True)
 
 
+def _continuous(dim: int, context_dim: int) -> FlowTransform:
+    """Solved as exactly as its dtype allows; the laws of a solver are not those of a tolerance."""
+    field = MLPField(dim, context_dim, WIDTHS, activation=nn.Tanh)
+    return Continuous(field, exact=True, solver="dopri8", rtol=1e-11, atol=1e-11)
+
+
 def _between_scales(rotation: Callable[[int], FlowTransform]) -> Builder:
     """A rotation keeps |x| and the volume, all that the laws of learning look at; between two scales it matters."""
     return lambda dim, _: Compose([ActNorm(dim), rotation(dim), ActNorm(dim)])
@@ -263,6 +273,7 @@ TRANSFORMS: dict[str, Kind] = {
     "sylvester_householder": Kind(_sylvester(lambda dim: (dim, 3)), True),
     "sylvester_triangular": Kind(_sylvester(lambda dim: (dim, 0)), True),
     "residual": Kind(_residual, True),
+    "continuous": Kind(_continuous, True, maps=False, most_dim=5),
     "householder": Kind(lambda dim, _: Householder(dim), learns=False),
     "householder_between_scales": Kind(_between_scales(Householder)),
     "orthogonal": Kind(lambda dim, _: Orthogonal(dim), learns=False),
@@ -298,6 +309,16 @@ def umnn(input_dim: int, context_dim: int = 0, **options: Any) -> Flow:
     return flows.umnn(input_dim, context_dim, **{"hidden": 3, **options})
 
 
+def cnf(input_dim: int, context_dim: int = 0, **options: Any) -> Flow:
+    """Solved nearly to the last bits, in float64."""
+    return flows.cnf(input_dim, context_dim, solver="dopri8", rtol=1e-12, atol=1e-12, **options)
+
+
+def ffjord(input_dim: int, context_dim: int = 0, **options: Any) -> Flow:
+    """Exact all the same: the laws of a density are not those of an estimate."""
+    return flows.ffjord(input_dim, context_dim, exact=True, solver="dopri8", rtol=1e-12, atol=1e-12, **options)
+
+
 def bpf(input_dim: int, context_dim: int = 0, **options: Any) -> Flow:
     """Of a low degree."""
     return flows.bpf(input_dim, context_dim, **{"degree": 8, **options})
@@ -322,6 +343,8 @@ RECIPES: dict[str, Callable[..., Flow]] = {
     "flowpp": flows.flowpp,
     "gaussianization": flows.gaussianization,
     "circular_coupling": circular_coupling,
+    "cnf": cnf,
+    "ffjord": ffjord,
 }
 
 # ------------------------------------------------------------ bases
@@ -372,6 +395,9 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
         elif isinstance(part, LipschitzMLP):
             for parameter in part.parameters():
                 draw(parameter, scale)
+        elif isinstance(part, MLPField):
+            draw(part.output.weight, scale / part.hidden_dims[-1] ** 0.5)  # two points part by exp(slope) at most
+            draw(part.output.bias, scale)
         elif isinstance(part, Householder):
             draw(part.vectors, scale)
         elif isinstance(part, Conditioned):
@@ -425,10 +451,11 @@ TINY = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 def starts_at_identity(f: Map, x: Tensor, theta: Tensor | None) -> None:
     """Zero parameters are the identity, in both directions, up to rounding."""
+    tiny = TINY[x.dtype] * (10 if isinstance(f, Continuous) else 1)  # torchdiffeq interpolates at the end of a solve
     for verb in (f.forward_and_log_det, f.inverse_and_log_det):
         y, log_det = verb(x, theta)
         assert y.dtype == log_det.dtype == x.dtype
-        assert gap(y, x, 0).max() <= TINY[x.dtype]
+        assert gap(y, x, 0).max() <= tiny
         assert log_det.abs().max() <= TINY[x.dtype] * max(
             f.event_shape.numel() if isinstance(f, FlowTransform) else 1, 1
         )

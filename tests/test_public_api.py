@@ -17,23 +17,24 @@ from pyro_flows import (
 )
 
 NAMES = {
-    pyro_flows: "AutoFlow AutoPlateFlow Calibration Check Fit Flow Psis Simulations Spike bits_per_dim calibrate check "
-    "dequantize encoders find_spikes fit_amortized fit_density fit_svi flows importance_log_likelihood load neutra "
-    "posterior_graph psis refine resample save save_images simulate to_arviz",
+    pyro_flows: "AutoFlow AutoPlateFlow Calibration Check Fit Flow OdeReport Psis Simulations Spike bits_per_dim "
+    "calibrate check dequantize encoders find_spikes fit_amortized fit_density fit_svi flows importance_log_likelihood "
+    "load neutra ode_report posterior_graph psis refine resample save save_images simulate to_arviz",
     bijectors: "Affine Bernstein Bijector CircularSpline Continued Integral LinearRationalSpline LogisticMixture "
     "RationalQuadraticSpline Shift Sigmoidal SumOfSquares",
-    conditioners: "CausalTransformer Conditioner ConvNet Given LipschitzMLP MADE MLP Periodic Tokens costream stream",
+    conditioners: "CausalTransformer Conditioner ConvNet Given LipschitzMLP MADE MLP MLPField Periodic Tokens "
+    "VectorField costream stream",
     encoders: "ClassEmbedding ConvEncoder Encoder Flatten MLPEncoder SetEncoder Standardize",
-    transforms: "ActNorm Autoregressive BlockAutoregressive Compose Conditioned Coupling Elementwise FixedAffine "
-    "FlowTransform Householder Inverse LULinear Orthogonal Patched PerPixel Permute Planar Radial Recomputed Reshaped "
-    "Residual Sigmoid Split Squeezed Sylvester View",
+    transforms: "ActNorm Autoregressive BlockAutoregressive Compose Conditioned Continuous Coupling Elementwise "
+    "FixedAffine FlowTransform Householder Inverse LULinear Orthogonal Patched PerPixel Permute Planar Radial "
+    "Recomputed Reshaped Residual Sigmoid Solution Split Squeezed Sylvester View",
     distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase NormalBase StandardNormal StudentTBase",
-    flows: "Dequantized Flow bnaf bpf circular_coupling flowpp flowpp_image gaussianization glow iaf maf naf nice nsf "
-    "nsf_ar planar_flow radial_flow realnvp realnvp_image residual_flow sospf sylvester_flow tarflow umnn",
-    objectives: "ForwardKL ImportanceWeightedELBO PathELBO PathEnumELBO RenyiELBO TemperedELBO",
+    flows: "Dequantized Flow bnaf bpf circular_coupling cnf ffjord flowpp flowpp_image gaussianization glow iaf maf "
+    "naf nice nsf nsf_ar planar_flow radial_flow realnvp realnvp_image residual_flow sospf sylvester_flow tarflow umnn",
+    objectives: "FlowMatching ForwardKL ImportanceWeightedELBO Likelihood PathELBO PathEnumELBO RenyiELBO TemperedELBO",
     guides: "AutoFlow AutoPlateFlow default_flow init_to_center posterior_graph",
-    diagnostics: "Calibration Check Neutra Psis Refined Simulations bits_per_dim calibrate check "
-    "importance_log_likelihood neutra psis refine resample save_images simulate to_arviz",
+    diagnostics: "Calibration Check Neutra OdeReport Psis Refined Simulations bits_per_dim calibrate check "
+    "importance_log_likelihood neutra ode_report psis refine resample save_images simulate to_arviz",
     fitting: "Fit fit_amortized fit_density fit_svi",
     persistence: "load save",
     tables: "Spike dequantize find_spikes",

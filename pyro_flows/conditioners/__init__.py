@@ -2,6 +2,8 @@
 
 from .base import Conditioner as Conditioner
 from .conv import ConvNet as ConvNet
+from .field import MLPField as MLPField
+from .field import VectorField as VectorField
 from .given import Given as Given
 from .lipschitz import LipschitzMLP as LipschitzMLP
 from .made import MADE as MADE

@@ -10,9 +10,7 @@ the matrices stand smooth functions of slope at most one, h = a sigmoid(β a) / 
 
     J = W_L S_{L-1} W_{L-1} … S_1 W_1   with   |J|₂ ≤ lipschitz < 1,
 
-where S_l holds the slopes of layer l.  Determinant and inverse of I + J cost what they cost in the narrowest layer, be
-it an inner one: with J = A B, where B leads there, det(I + A B) = det(I + B A) (Sylvester 1851), and
-(I + A B)⁻¹ = I - A (I + B A)⁻¹ B (Woodbury 1950).  W_1 and W_L then meet in one product that no input enters.
+where S_l holds the slopes of layer l.
 
 Residual Flows for Invertible Generative Modeling (Chen, Behrmann, Duvenaud, Jacobsen 2019, arXiv:1906.02735);
 Efficient Bound of Lipschitz Constant for Convolutional Layers by Gram Iteration (Delattre, Barthélemy, Araujo,
@@ -22,7 +20,7 @@ Allauzen 2023, arXiv:2305.16173).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -30,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import zero_
+from .jacobian import Jacobian
 
 GRAMS = 6  # T: at rank 64 the bound exceeds the spectral norm by 3 per cent at most
 STEEPEST = 1.1  # the slope of a sigmoid(β a) is at most 1.09984, whatever β
@@ -110,65 +109,6 @@ class Layers(NamedTuple):
             x = a * gate / STEEPEST
             slopes.append(gate / STEEPEST + beta * x * (1 - gate))
         return x @ self.weights[-1].mT + self.biases[-1], Jacobian(self.weights, slopes)
-
-
-class Jacobian(NamedTuple):
-    """The Jacobian J = W_L S_{L-1} … S_1 W_1 at each of a batch of inputs."""
-
-    weights: Sequence[Tensor]  # (n_l, n_{l-1}), shared by the batch
-    slopes: Sequence[Tensor]  # (*batch, n_l)
-
-    def push(self, v: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Carry vectors, ``(*batch, n_start)``, from one layer up to another; by default J v."""
-        for weight, slope in self._layers(start, stop):
-            v = v @ weight.mT
-            v = v if slope is None else v * slope
-        return v
-
-    def pull(self, v: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Carry covectors, ``(*batch, n_stop)``, from one layer down to another; by default Jᵀ v."""
-        for weight, slope in reversed(self._layers(start, stop)):
-            v = (v if slope is None else v * slope) @ weight
-        return v
-
-    def ring(self) -> Jacobian:
-        """The factors once around from the waist, B A: det(I + B A) and the traces of its powers are those of J."""
-        w, s, k = self.weights, self.slopes, self._waist()
-        return self if k == 0 else Jacobian([*w[k:-1], w[0] @ w[-1], *w[1:k]], [*s[k:], *s[:k]])
-
-    def log_det(self) -> Tensor:
-        """log det(I + J), ``(*batch)``."""
-        return torch.linalg.slogdet(self._core()).logabsdet
-
-    def solve(self, v: Tensor) -> Tensor:
-        """(I + J)⁻¹ v for vectors v, ``(*batch, D)``."""
-        k = self._waist()
-        z = torch.linalg.solve(self._core().mT, self.push(v, 0, k).unsqueeze(-1)).squeeze(-1)
-        return v - self.push(z, k) if k else z
-
-    def solve_transposed(self, v: Tensor) -> Tensor:
-        """(I + Jᵀ)⁻¹ v for covectors v, ``(*batch, D)``."""
-        k = self._waist()
-        z = torch.linalg.solve(self._core(), (self.pull(v, k) if k else v).unsqueeze(-1)).squeeze(-1)
-        return v - self.pull(z, 0, k) if k else z
-
-    def _core(self) -> Tensor:
-        """I + B A of the ring, transposed, ``(*batch, n, n)`` for a waist of width n."""
-        first, *others = self.ring()._layers()
-        rows = first[0].mT.contiguous()  # row i is what unit vector i becomes; in order, or products would be slow
-        rows = rows if first[1] is None else rows * first[1].unsqueeze(-2)
-        for weight, slope in others:
-            rows = rows @ weight.mT
-            rows = rows if slope is None else rows * slope.unsqueeze(-2)
-        return rows + torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
-
-    def _waist(self) -> int:
-        """The number of the narrowest layer; the input is layer 0."""
-        widths = [weight.shape[-1] for weight in self.weights]
-        return widths.index(min(widths))
-
-    def _layers(self, start: int = 0, stop: int | None = None) -> list[tuple[Tensor, Tensor | None]]:
-        return list(zip_longest(self.weights, self.slopes))[start:stop]
 
 
 def spectral_bound(matrix: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from .images import save_images as save_images
 from .importance import Psis as Psis
 from .importance import psis as psis
 from .likelihood import importance_log_likelihood as importance_log_likelihood
+from .ode import OdeReport as OdeReport
+from .ode import ode_report as ode_report
 from .refinement import Refined as Refined
 from .refinement import refine as refine
 from .resampling import resample as resample

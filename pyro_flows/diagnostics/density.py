@@ -20,7 +20,7 @@ def or_nan(density: LogDensity) -> LogDensity:
         try:
             with pyro.validation_enabled(False):
                 return density(z)
-        except (ValueError, LinAlgError) as error:
+        except (ValueError, LinAlgError, FloatingPointError) as error:
             if not is_breakdown(error):
                 raise
         if len(z) == 1:
@@ -31,9 +31,10 @@ def or_nan(density: LogDensity) -> LogDensity:
 
 
 def is_breakdown(error: Exception) -> bool:
-    """Whether a draw was so far out that a distribution refused its parameters, or a matrix was not positive definite:
-    it counts as one whose density is not finite."""
-    return isinstance(error, LinAlgError) or (isinstance(error, ValueError) and "invalid values" in str(error))
+    """Whether a draw was so far out that a distribution refused its parameters, a matrix was not positive definite, or
+    an equation could not be solved: it counts as one whose density is not finite."""
+    broken = isinstance(error, ValueError) and "invalid values" in str(error)
+    return broken or isinstance(error, LinAlgError | FloatingPointError)
 
 
 def score_of(density: LogDensity, z: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..diagnostics.draws import check_integers
 from ..diagnostics.simulations import Simulations
@@ -22,6 +22,7 @@ from ..guides import AutoFlow
 from . import checkpoint as checkpoints
 from .inspect import fingerprint
 from .loop import Fit, check_settings
+from .losses import checked
 from .simulated import train
 from .truncated import Truncated
 
@@ -34,6 +35,7 @@ def fit_amortized(
     simulations: Simulations | None = None,
     rounds: int = 1,
     observed: dict[str, Tensor] | None = None,
+    objective: nn.Module | None = None,
     max_epochs: int | None = None,
     batch_size: int | None = None,
     lr: float = 2e-3,
@@ -72,6 +74,9 @@ def fit_amortized(
             posterior of ``observed`` has its mass, so that simulations serve that data set: truncated sequential neural
             posterior estimation (Deistler, Goncalves, Macke 2022, arXiv:2210.04815).
         observed: The data of interest, by the names of the model's arguments; for more than one round.
+        objective: The loss of latents, ``objective(guide.flow, z, context)``, by default ``objectives.Likelihood()``.
+            With ``objectives.FlowMatching()`` and a continuous flow, ``AutoFlow(model, flow=flows.cnf, encoder=...)``,
+            this is flow matching posterior estimation (Dax et al. 2023, arXiv:2305.17161).
         max_epochs: How often to go through the simulations in a round; the step size falls to zero by then.  By default
             200, and fewer beyond 10,000 simulations.
         batch_size: How many simulations to take in each step; by default 256, and fewer where there are few.
@@ -90,7 +95,7 @@ def fit_amortized(
 
     Returns:
         The record of the (last round's) fit; its losses are -log q(latents | data), in nats of the latents as the model
-        has them.  The guide is left, in evaluation mode, at its best averaged state.
+        has them, or what the objective says.  The guide is left, in evaluation mode, at its best averaged state.
 
     Raises:
         ValueError: If an argument is out of its range, the guide has no encoder, the model cannot be simulated, or what
@@ -121,6 +126,7 @@ def fit_amortized(
         simulation_batch_size=(simulation_batch_size, 1),
     )
     _check(guide, held_out)
+    loss = checked("fit_amortized", objective)
     check_settings("fit_amortized", lr=lr, clip_norm=clip_norm, on_nonfinite=on_nonfinite)
     file = None if checkpoint is None else Path(checkpoint)
     if file and not file.parent.is_dir():
@@ -162,6 +168,7 @@ def fit_amortized(
             simulator,
             guide,
             known,
+            loss,
             max_epochs=max_epochs,
             batch_size=batch_size,
             lr=lr,

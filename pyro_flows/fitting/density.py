@@ -25,9 +25,11 @@ from ..transforms import FixedAffine
 from .batches import Batch, Rows, Source
 from .inspect import design, fingerprint
 from .loop import Fit, check_settings, descend
+from .losses import checked, shown
 from .pictures import draw, in_bits
 from .precision import networks_in_bfloat16
 from .sources import Reader, sources
+from .spread import Spread
 from .start import culprit, start
 from .state import HeldOut
 from .survey import Survey, check_images, check_room, check_rows, warn
@@ -41,6 +43,7 @@ def fit_density(
     context: Any = None,
     *,
     validation: Any = None,
+    objective: nn.Module | None = None,
     max_epochs: int = 100,
     batch_size: int | None = None,
     lr: float = 8e-3,
@@ -75,6 +78,8 @@ def fit_density(
         validation: Rows that judge the states: ``x``, a tuple ``(x, context)``, or a loader.  By default a
             share of the rows of x, the same each time, for which x must be in memory, or a ``DataLoader`` of a data set
             with places and without a sampler of its own.
+        objective: The loss of a batch, ``objective(flow, x, context)``, by default ``objectives.Likelihood()``; for
+            continuous flows with its penalties, or ``objectives.FlowMatching()``.
         max_epochs: How often to go through the rows; the step size falls to zero by then.
         batch_size: How many rows in memory to take in each step; by default 256, or 64 images, and fewer where there
             are few.
@@ -103,7 +108,8 @@ def fit_density(
 
     Returns:
         The record of the fit, with the flow as its ``guide``; losses, on batches and on held-out rows, are
-        -log p(x | context), in nats.  The flow is left, in evaluation mode, at its best averaged state.
+        -log p(x | context), in nats, or what the objective says.  The flow is left, in evaluation mode, at its best
+        averaged state.
 
     Raises:
         TypeError: If ``flow`` is no flow, or x neither rows nor batches.
@@ -145,6 +151,7 @@ def fit_density(
             raise ValueError(
                 f"{CALLER}: device={device!r} is not there ({str(error).splitlines()[0]:.200})."
             ) from error
+    loss = checked(CALLER, objective)
     reader = Reader(CALLER, flow)
     pictures = len(reader.event_shape) == 3
     if grid and (grid.suffix != ".png" or grid.is_dir()):
@@ -174,7 +181,7 @@ def fit_density(
     spread = Spread(places, reader.like.device)
 
     def loss_of(batch: Batch) -> Tensor:
-        return -flow.log_prob(*spread(batch)).mean()
+        return loss(flow, *spread(batch))
 
     @torch.no_grad()
     def loss_held_out(epoch: int) -> float:
@@ -220,36 +227,17 @@ def fit_density(
                     "batch_size": train.epochs.size if isinstance(train, Rows) else None,
                     "discrete": places,
                     "model": design(flow),
+                    "objective": repr(loss),
                     "ema_decay": ema_decay,
                     "mixed_precision": mixed_precision,
                 },
                 companion=train,
                 held_out=HeldOut(loss_held_out, train.steps, patience, ema_decay),
-                show=functools.partial(in_bits, flow) if pictures else "{:.3f} nats".format,
+                show=functools.partial(in_bits, flow) if pictures else shown(loss),
                 caller=CALLER,
             )
     finally:
         flow.eval()
-
-
-class Spread:
-    """Puts batches on a flow's device and spreads the integers in discrete columns over their cells."""
-
-    def __init__(self, places: list[int], device: torch.device) -> None:
-        self.places, self.device = torch.tensor(places, dtype=torch.long), device
-
-    def __call__(self, batch: Batch) -> Batch:
-        x, context = (None if part is None else part.to(self.device) for part in batch)
-        assert x is not None
-        if len(self.places):
-            noise = torch.rand(len(x), len(self.places), dtype=x.dtype)
-            x = x.index_add(1, self.places.to(x.device), noise.to(x.device))
-        return x, context
-
-    def moments(self, survey: Survey) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each column with its noise, ``(D,)``."""
-        discrete = torch.zeros_like(survey.loc).index_fill(0, self.places, 1.0)
-        return survey.loc + discrete / 2, (survey.scale.square() + discrete / 12).sqrt()
 
 
 def _marks(source: Source, survey: Survey) -> list[str]:

@@ -254,5 +254,5 @@ def ask(diagnose: Callable[[], str]) -> str:
     """A diagnosis, or nothing where what it runs fails."""
     try:
         return diagnose()
-    except (ValueError, RuntimeError):
+    except (ValueError, RuntimeError, FloatingPointError):
         return ""

@@ -1,5 +1,5 @@
-"""Training on simulations: standardise latents and data, hold some out, maximise the density of the latents given the
-data."""
+"""Training on simulations: standardise latents and data, hold some out, and minimise the loss of the latents given the
+data, by default their density's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..diagnostics.simulations import Simulations, check_draws
 from ..diagnostics.simulator import Simulator
@@ -17,6 +17,7 @@ from ..guides.encoding import initialize
 from .batches import Epochs, suited_size
 from .inspect import fingerprint
 from .loop import Fit, descend
+from .losses import shown
 from .state import HeldOut
 
 
@@ -24,6 +25,7 @@ def train(
     simulator: Simulator,
     guide: AutoFlow,
     simulations: Simulations,
+    objective: nn.Module,
     *,
     max_epochs: int | None,
     batch_size: int | None,
@@ -37,6 +39,7 @@ def train(
     simulations = simulations.take(order)
     z, log_det = _standardise(simulator, guide, simulations)
     number = max(1, len(z) - math.ceil(share * len(z)))
+    in_nats = getattr(objective, "in_nats", False)
     rows = Epochs(number, suited_size(number, batch_size))
     max_epochs = max_epochs or max(10, round(200 * min(1.0, math.sqrt(10_000 / len(z)))))
 
@@ -49,14 +52,16 @@ def train(
                 f"{simulator.caller}: for {len(z[index])} data sets side by side the encoder must return as many "
                 f"vectors ({len(z[index])}, context_dim), got shape {shape}."
             )
-        log_q = guide.flow.log_prob(z[index], context)
-        return -(log_q + log_det[index]).mean()
+        loss = objective(guide.flow, z[index], context)
+        return loss - log_det[index].mean() if in_nats else loss
 
     @torch.no_grad()
     def loss_held_out(_: int) -> float:
         guide.eval()
         parts = torch.arange(number, len(z)).split(10_000)
-        total = sum(float(loss_of(part)) * len(part) for part in parts) / (len(z) - number)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            total = sum(float(loss_of(part)) * len(part) for part in parts) / (len(z) - number)
         guide.train()
         return total
 
@@ -70,9 +75,14 @@ def train(
             trained=guide,
             steps=max_epochs * rows.steps,
             diagnose=lambda: "the guide's density of simulated latents",
-            settings={"data": fingerprint((z, *simulations.data.values())), "batch_size": rows.size},
+            settings={
+                "data": fingerprint((z, *simulations.data.values())),
+                "batch_size": rows.size,
+                "objective": repr(objective),
+            },
             companion=rows,
             held_out=HeldOut(loss_held_out, rows.steps, patience),
+            show=shown(objective),
             caller=simulator.caller,
             **settings,
         )

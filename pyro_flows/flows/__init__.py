@@ -5,6 +5,8 @@ from .autoregressive import maf as maf
 from .autoregressive import nsf_ar as nsf_ar
 from .block import bnaf as bnaf
 from .circular import circular_coupling as circular_coupling
+from .continuous import cnf as cnf
+from .continuous import ffjord as ffjord
 from .coupling import nice as nice
 from .coupling import nsf as nsf
 from .coupling import realnvp as realnvp

@@ -167,8 +167,8 @@ class Flow(nn.Module):
             raise ValueError(f"Flow: encoder must be a network from contexts to vectors; {no}.")
         self.encoder = encoder
 
-    def _encoded(self, context: Tensor | None) -> Tensor | None:
-        """What the transforms take of a context, which is checked."""
+    def encode(self, context: Tensor | None) -> Tensor | None:
+        """What the transforms take of a context, ``(*batch, context_dim)``; raises as calling the flow does."""
         if context is not None:
             check_tensor("Flow", "context", context, floating=not hasattr(self.encoder, "num_classes"))
         elif self.encoder is not None:
@@ -199,7 +199,7 @@ class Flow(nn.Module):
         Raises:
             ValueError: If a context is missing, unexpected, of the wrong width or not floating.
         """
-        context = self._encoded(context)
+        context = self.encode(context)
         base = self._base(context)
         parameters = list(self.parameters())
         views = [View(t, context if t.context_dim else None, parameters) for t in self.transforms]
@@ -217,7 +217,7 @@ class Flow(nn.Module):
         Returns:
             Samples ``(*sample_shape, *batch, *event_shape)`` and log-densities ``(*sample_shape, *batch)`` in nats.
         """
-        context = self._encoded(context)
+        context = self.encode(context)
         base = self._base(context)
         value = base.rsample(torch.Size(sample_shape))
         log_prob = base.log_prob(value)
@@ -232,7 +232,7 @@ class Flow(nn.Module):
         It has no data-dependent control flow, so it compiles as a whole.
         """
         check_value(value, self.event_shape)
-        context = self._encoded(context)
+        context = self.encode(context)
         base = self._base(context)
         total = torch.zeros((), dtype=value.dtype, device=value.device)
         for transform in reversed(self.transforms):
@@ -243,7 +243,7 @@ class Flow(nn.Module):
     def initialize(self, value: Tensor, context: Tensor | None = None) -> None:
         """Let data ``(*batch, *event_shape)`` set the layers that start from data, such as ``ActNorm``."""
         with torch.no_grad():
-            Compose(self.transforms).initialize(value, self._encoded(context))
+            Compose(self.transforms).initialize(value, self.encode(context))
 
     @property
     def inv(self) -> Flow:

@@ -1,6 +1,12 @@
-"""Objectives of variational inference; each is a Pyro ELBO, so it serves ``fit_svi`` and ``SVI`` alike."""
+"""Losses, each a module.
+
+Those of variational inference are Pyro ELBOs, which serve ``fit_svi`` and ``SVI`` alike; ``Likelihood`` and
+``FlowMatching`` train flows on rows, in ``fit_density`` and ``fit_amortized``.
+"""
 
 from .forward import ForwardKL as ForwardKL
+from .likelihood import Likelihood as Likelihood
+from .matching import FlowMatching as FlowMatching
 from .path import PathELBO as PathELBO
 from .path import PathEnumELBO as PathEnumELBO
 from .renyi import ImportanceWeightedELBO as ImportanceWeightedELBO

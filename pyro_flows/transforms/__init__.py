@@ -8,6 +8,8 @@ from .base import View as View
 from .block import BlockAutoregressive as BlockAutoregressive
 from .compose import Compose as Compose
 from .condition import Conditioned as Conditioned
+from .continuous import Continuous as Continuous
+from .continuous import Solution as Solution
 from .coupling import Coupling as Coupling
 from .elementwise import Elementwise as Elementwise
 from .fixed import FixedAffine as FixedAffine

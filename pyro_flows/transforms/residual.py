@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from ..conditioners import LipschitzMLP
-from ..conditioners.lipschitz import Jacobian, Layers
+from ..conditioners.jacobian import Jacobian
+from ..conditioners.lipschitz import Layers
 from .base import FlowTransform
 
 # Exact log-determinants cost no more than estimates at a width of 16, six times as much at 64; but there the noise of

@@ -1,0 +1,609 @@
+"""Continuous transforms follow a field: exact divergences are the Jacobian's, estimated ones unbiased, rows keep to
+themselves, gradients are those of the solution, and what cannot be solved says why and what to change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import laws
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pyro_flows import AutoFlow, fit_amortized, fit_density, fit_svi, flows, ode_report
+from pyro_flows.conditioners import MLPField, VectorField
+from pyro_flows.encoders import MLPEncoder
+from pyro_flows.flows import Flow
+from pyro_flows.objectives import FlowMatching, Likelihood
+from pyro_flows.transforms import ActNorm, Continuous, Coupling
+
+ACTIVATIONS = [nn.ELU, nn.SiLU, nn.Softplus, nn.Tanh]
+every_depth = pytest.mark.parametrize("hidden_dims", [(7,), (8, 6), (8, 6, 7)], ids=str)
+every_adaptive = pytest.mark.parametrize("solver", ["dopri5", "dopri8", "bosh3", "adaptive_heun"])
+every_fixed = pytest.mark.parametrize("solver", ["rk4", "heun3", "midpoint", "euler"])
+
+
+def field_of(dim: int = 3, context_dim: int = 0, hidden_dims: tuple[int, ...] = (8, 6), **options: Any) -> MLPField:
+    return laws.randomise(MLPField(dim, context_dim, hidden_dims, **options), scale=1.5).double()
+
+
+def tight(field: VectorField, **options: Any) -> Continuous:
+    return Continuous(field, **{"solver": "dopri8", "rtol": 1e-11, "atol": 1e-11, **options})
+
+
+class Opaque(VectorField):
+    """A field that nothing is known of."""
+
+    def __init__(self, field: VectorField) -> None:
+        super().__init__(field.input_dim, field.context_dim)
+        self.field = field
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.field(t, x, context)
+
+
+class Given(VectorField):
+    """A field that is a function of time and place."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], dim: int = 2) -> None:
+        super().__init__(dim)
+        self.function = function
+        self.size = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.size * self.function(t, x)
+
+
+# ------------------------------------------------------------ fields
+
+
+@every_depth
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_jacobian_of_a_network_is_autograds(hidden_dims: tuple[int, ...], activation: type[nn.Module]) -> None:
+    """Trace and products, at each point's own time and context, in both ways to find them."""
+    field = field_of(3, 2, hidden_dims, activation=activation)
+    t, x, context = torch.rand(5).double(), laws.normal(5, 3), laws.normal(5, 2, seed=1)
+    v, jacobian = field.at(context)(t, x)
+    torch.testing.assert_close(v, field(t, x, context))
+    matrix = laws.jacobian(lambda value: field(t, value, context), x)
+    probes = laws.normal(4, 5, 3, seed=2)
+    for found in (jacobian, Opaque(field).at(context)(t, x)[1]):
+        torch.testing.assert_close(found.trace(), torch.einsum("nii->n", matrix))
+        torch.testing.assert_close(found.pull(probes), torch.einsum("kni,nij->knj", probes, matrix))
+
+
+def test_the_exact_divergence_of_two_hidden_layers_takes_one_pass_in_any_dimension() -> None:
+    """No operation that it records for backward holds a number for each row, feature and unit."""
+    largest = 0
+
+    def watch(tensor: Tensor) -> Tensor:
+        nonlocal largest
+        largest = max(largest, tensor.numel())
+        return tensor
+
+    rows, dim, width = 32, 200, 16
+    field = laws.randomise(MLPField(dim, 0, (width, width)))
+    with torch.autograd.graph.saved_tensors_hooks(watch, lambda tensor: tensor):
+        _, jacobian = field.at()(torch.tensor(0.5), torch.randn(rows, dim, requires_grad=True))
+        jacobian.trace()
+    assert largest <= dim * max(rows, width)
+    assert field.cheap_trace
+    assert not MLPField(dim, 0, (width,) * 3).cheap_trace
+
+
+def test_a_field_that_does_not_depend_on_the_place_has_no_divergence() -> None:
+    layer = Continuous(Given(lambda t, x: t * torch.ones_like(x)))
+    y, log_det = layer.forward_and_log_det(laws.normal(4, 2))
+    torch.testing.assert_close(y, laws.normal(4, 2) + 0.5)
+    assert (log_det == 0).all()
+
+
+# ------------------------------------------------------------ solutions
+
+
+def test_a_linear_field_is_solved_by_the_exponential() -> None:
+    """dx/dt = A x leads to exp(A) x, with the trace of A as log-determinant; its regularisers are known too."""
+    matrix = laws.normal(3, 3)
+    layer = tight(Given(lambda t, x: x @ matrix.T, 3))
+    x = laws.normal(5, 3, seed=1)
+    found = layer.solve(x, costs=True, num_probes=2000)
+    torch.testing.assert_close(found.value, x @ torch.matrix_exp(matrix).T)
+    torch.testing.assert_close(found.log_det, matrix.trace().expand(5))
+    times = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    paths = torch.einsum("tij,nj->tni", torch.matrix_exp(times[:, None, None] * matrix), x)
+    torch.testing.assert_close(found.kinetic, (paths @ matrix.T).square().sum(-1).mean(0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.jacobian, matrix.square().sum().expand(5), rtol=0.1, atol=0)
+    back = layer.solve(found.value, inverse=True, costs=True)
+    torch.testing.assert_close(back.kinetic, found.kinetic)
+    torch.testing.assert_close(back.log_det, -found.log_det)
+
+
+@every_adaptive
+def test_adaptive_solvers_keep_their_tolerance(solver: str) -> None:
+    layer, x = tight(field_of()), laws.normal(20, 3)
+    wanted = layer.solve(x)
+    counts = []
+    for tolerance in (1e-3, 1e-6):
+        found = Continuous(layer.field, solver=solver, rtol=tolerance, atol=tolerance).solve(x)
+        assert (found.value - wanted.value).abs().max() < 20 * tolerance
+        assert (found.log_det - wanted.log_det).abs().max() < 20 * tolerance
+        counts.append(found.evaluations)
+    assert counts[0] < counts[1]
+
+
+@every_fixed
+def test_fixed_steps_converge_at_their_order(solver: str) -> None:
+    order = {"rk4": 4, "heun3": 3, "midpoint": 2, "euler": 1}[solver]
+    stages = {"rk4": 4, "heun3": 3, "midpoint": 2, "euler": 1}[solver]
+    layer, x = tight(field_of()), laws.normal(20, 3)
+    wanted, errors = layer.solve(x), []
+    for number in (20, 40):
+        found = Continuous(layer.field, solver=solver, num_steps=number).solve(x)
+        assert found.evaluations == stages * number
+        errors.append((found.value - wanted.value).norm().item() + (found.log_det - wanted.log_det).norm().item())
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.35)
+
+
+def test_the_density_of_a_plane_integrates_to_one() -> None:
+    """At the default tolerances, in float32, for a field that is bent by training."""
+    torch.manual_seed(0)
+    z = torch.randn(500, 2)
+    x = torch.stack((z[:, 0], z[:, 0].square() + 0.5 * z[:, 1]), -1)
+    flow = flows.cnf(2, hidden_dims=(16, 16))
+    fit_density(flow, x, objective=FlowMatching(), max_epochs=60, progress=False)
+    bounds, count = torch.tensor([[-6.0, 6.0], [-8.0, 24.0]]), 300
+    axes = [low + (high - low) * (torch.arange(count) + 0.5) / count for low, high in bounds.tolist()]
+    with torch.no_grad():
+        mass = flow.log_prob(torch.cartesian_prod(*axes)).double().exp().sum() * (bounds[:, 1] - bounds[:, 0]).prod()
+        assert mass.item() / count**2 == pytest.approx(1, abs=0.01)
+        assert ode_report(flow, x).round_trip.max() < 1e-4
+
+
+def test_rows_do_not_change_each_others_answer_beyond_the_tolerance() -> None:
+    """One row in 10,000 moves fast.  A mean over the batch would let it go a hundred times as wrong."""
+    layer = Continuous(
+        Given(lambda t, x: torch.where(x[..., :1] > 5, 30 * torch.sin(40 * t), 0.1) * torch.ones_like(x))
+    )
+    quiet, loud = torch.zeros(9999, 2).double(), torch.full((1, 2), 10.0).double()
+    together, _ = layer.forward_and_log_det(torch.cat((quiet, loud)))
+    alone, _ = layer.forward_and_log_det(loud)
+    wanted = 10 + 30 * (1 - math.cos(40)) / 40
+    assert (together[-1] - wanted).abs().max() < 20 * layer.rtol * wanted
+    assert (together[-1] - alone).abs().max() < 20 * layer.rtol * wanted
+    assert (together[:-1] - 0.1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_batches_may_be_empty_or_have_many_dimensions(exact: bool) -> None:
+    layer = Continuous(field_of(), exact=exact)
+    for batch in ((), (2, 3), (0,), (2, 0)):
+        y, log_det = layer.forward_and_log_det(laws.normal(*batch, 3))
+        assert (y.shape, log_det.shape) == ((*batch, 3), batch)
+
+
+# ------------------------------------------------------------ estimates
+
+
+@pytest.mark.parametrize("opaque", [False, True], ids=["network", "opaque"])
+@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_estimates_are_unbiased(noise: str, inverse: bool, opaque: bool) -> None:
+    """Within 3 standard errors, which probes tell, of what is exact; so is the mean of the errors themselves."""
+    field = field_of(3, 2)
+    x, context = laws.normal(6, 3), laws.normal(6, 2, seed=1)
+    wanted = tight(field).solve(x, context, inverse=inverse).log_det
+    layer = Continuous(Opaque(field) if opaque else field, exact=False, noise=noise, num_probes=400)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        found = layer.solve(x, context, inverse=inverse)
+        assert ((found.log_det - wanted).abs() < 3 * found.log_det_se).all()
+        layer.num_probes = 1
+        single = torch.stack([layer.solve(x, context, inverse=inverse).log_det for _ in range(20)])
+    spread = found.log_det_se * math.sqrt(400)
+    assert single.std(0) / spread == pytest.approx(torch.ones(6).numpy(), abs=0.75)
+
+
+def test_the_noise_is_one_draw_for_a_solve() -> None:
+    """However many evaluations there are."""
+    x, states = laws.normal(4, 3), []
+    for number in (1, 50):
+        torch.manual_seed(0)
+        Continuous(field_of(), exact=False, solver="rk4", num_steps=number).solve(x)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_what_is_exact_says_so() -> None:
+    narrow, deep = MLPField(3, 0, (8, 8)), MLPField(40, 0, (8, 8, 8))
+    assert Continuous(narrow).is_exact
+    assert Continuous(MLPField(400)).is_exact
+    assert not Continuous(deep).is_exact
+    assert Continuous(deep, exact=True).is_exact
+    assert Continuous(Opaque(MLPField(16))).is_exact
+    assert not Continuous(Opaque(MLPField(17))).is_exact
+    assert not Continuous(narrow, exact=False).is_exact
+    x = torch.randn(4, 3)
+    assert (Continuous(narrow).solve(x).log_det_se == 0).all()
+    assert Continuous(narrow, exact=False).solve(x).log_det_se.isnan().all()
+    exact = flows.cnf(3)
+    laws.randomise(exact, scale=1.0)
+    assert torch.equal(exact.log_prob(x), exact.eval().log_prob(x))
+
+
+# ------------------------------------------------------------ gradients
+
+
+class Verb(nn.Module):
+    """One direction as a module, so that its parameters can be given to it."""
+
+    def __init__(self, layer: Continuous, inverse: bool) -> None:
+        super().__init__()
+        self.layer, self.inverse = layer, inverse
+
+    def forward(self, value: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+        return self.layer.solve(value, context, inverse=self.inverse)[:2]
+
+
+def checked_gradients(layer: Continuous, inverse: bool, **options: Any) -> bool:
+    module = Verb(layer, inverse)
+    names = [name for name, _ in module.named_parameters()]
+
+    def call(value: Tensor, context: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return functional_call(module, dict(zip(names, parameters, strict=True)), (value, context))
+
+    inputs = [laws.normal(2, 2, seed=1), laws.normal(2, 2, seed=2), *module.parameters()]
+    return torch.autograd.gradcheck(call, [value.detach().requires_grad_() for value in inputs], **options)
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("solver", ["dopri5", "dopri8", "rk4"])
+@pytest.mark.parametrize("opaque", [False, True], ids=["network", "opaque"])
+def test_gradients_are_those_of_the_solution(solver: str, inverse: bool, opaque: bool) -> None:
+    """In the value, the context and all parameters."""
+    field = field_of(2, 2, (4, 3))
+    layer = Continuous(Opaque(field) if opaque else field, solver=solver, rtol=1e-9, atol=1e-9, num_steps=5)
+    assert checked_gradients(layer, inverse, fast_mode=True, atol=1e-6)
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("solver", ["dopri5", "rk4"])
+@pytest.mark.parametrize("opaque", [False, True], ids=["network", "opaque"])
+def test_the_adjoint_method_finds_the_same_gradients(solver: str, inverse: bool, opaque: bool) -> None:
+    field, found = field_of(2, 2, (4, 3)), []
+    for layer in (
+        tight(field),
+        Continuous(Opaque(field) if opaque else field, solver=solver, rtol=1e-9, atol=1e-9, num_steps=60, adjoint=True),
+    ):
+        x, context = laws.normal(5, 2).requires_grad_(), laws.normal(5, 2, seed=1).requires_grad_()
+        y, log_det, *_ = layer.solve(x, context, inverse=inverse)
+        found.append(torch.autograd.grad(y.square().sum() + log_det.sum(), [x, context, *field.parameters()]))
+    for ours, wanted in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("adjoint", [False, True], ids=["direct", "adjoint"])
+def test_densities_and_samples_of_a_flow_have_gradients(adjoint: bool) -> None:
+    flow = flows.cnf(2, 2, hidden_dims=(4, 3), rtol=1e-9, atol=1e-9, adjoint=adjoint).double()
+    laws.randomise(flow, scale=1.0)
+    x, context = (laws.normal(2, 2, seed=seed).requires_grad_() for seed in (1, 2))
+
+    def drawn(context: Tensor) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        return flow.rsample_and_log_prob((3,), context)
+
+    assert torch.autograd.gradcheck(flow.log_prob, (x, context), atol=1e-5, fast_mode=True)
+    assert torch.autograd.gradcheck(drawn, (context,), atol=1e-5, fast_mode=True)
+
+
+def test_second_derivatives_are_there_but_for_the_adjoint_method() -> None:
+    layer = Continuous(field_of(2, 0, (4, 3)), solver="rk4", num_steps=10)
+    assert torch.autograd.gradgradcheck(layer.forward_and_log_det, (laws.normal(2, 2).requires_grad_(),))
+
+
+def test_the_adjoint_method_keeps_no_steps() -> None:
+    """What autograd saves grows with the steps of the direct method, not with those of the adjoint one."""
+    saved = {}
+    for adjoint in (False, True):
+        for number in (5, 50):
+            total = 0
+
+            def count(tensor: Tensor) -> Tensor:
+                nonlocal total
+                total += tensor.numel()
+                return tensor
+
+            layer = Continuous(field_of(), solver="rk4", num_steps=number, adjoint=adjoint)
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                layer.solve(laws.normal(50, 3))
+            saved[adjoint, number] = total
+    assert saved[True, 50] == saved[True, 5] < saved[False, 5] < saved[False, 50] / 5
+
+
+# ------------------------------------------------------------ safety
+
+
+def test_a_stiff_field_ends_with_a_way_out() -> None:
+    layer = Continuous(Given(lambda t, x: torch.sin(1e4 * x)), max_num_steps=50)
+    with pytest.raises(FloatingPointError, match=r"max_num_steps=50 steps .*time 0\.\d+ .*stiff.*rtol=.*kinetic="):
+        layer.forward_and_log_det(laws.normal(4, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_field_that_jumps_underflows_with_an_explanation(dtype: torch.dtype) -> None:
+    """The slope across the jump is too much for any step; the budget is not used up to find out."""
+    layer = Continuous(Given(lambda t, x: -1e9 * (x - 1).sign() * t.gt(0.3)), max_num_steps=10**6).to(dtype)
+    with pytest.raises(FloatingPointError, match=r"step of dopri5 fell to .*time 0\.3\d* .*float(32|64).*float64"):
+        layer.forward_and_log_det(torch.zeros(4, 2, dtype=dtype))
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "rk4"])
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_a_field_that_is_not_finite_names_the_time(solver: str, inverse: bool) -> None:
+    layer = Continuous(Given(lambda t, x: torch.where((t - 0.5).abs() < 0.2, math.nan, 1.0) * x), solver=solver)
+    with pytest.raises(FloatingPointError, match=r"not finite at time 0\.[1-9]\d* .*smaller lr"):
+        layer.solve(laws.normal(4, 2), inverse=inverse)
+    with pytest.raises(FloatingPointError, match=r"the values to start from hold NaN or inf"):
+        layer.solve(torch.full((4, 2), math.inf).double(), inverse=inverse)
+
+
+def test_the_adjoint_equation_is_watched_too() -> None:
+    class Blows(torch.autograd.Function):
+        """The identity, with a gradient that is not finite."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient * math.nan
+
+    layer = Continuous(Given(lambda t, x: Blows.apply(x)), exact=False, adjoint=True)
+    x = laws.normal(4, 2).requires_grad_()
+    with pytest.raises(FloatingPointError, match="Continuous: the field is not finite at time"):
+        layer.solve(x).value.sum().backward()
+
+
+def test_a_fit_that_meets_a_stiff_field_ends_and_keeps_what_was_best() -> None:
+    flow = flows.cnf(2, hidden_dims=(8,), max_num_steps=15)
+    before = flow.log_prob(torch.zeros(2))
+    with pytest.raises(FloatingPointError, match="max_num_steps=15"):
+        fit_density(flow, laws.normal(500, 2, dtype=torch.float32), lr=50.0, max_epochs=50, progress=False)
+    assert flow.log_prob(torch.zeros(2)).isfinite()
+    assert before.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: Continuous(nn.Linear(2, 2)), TypeError, "Continuous: field must be a VectorField .*got Linear"),
+        (lambda: Continuous(MLPField(2), solver="lsoda"), ValueError, "solver must be one of dopri5.*got 'lsoda'"),
+        (lambda: Continuous(MLPField(2), rtol=0.0), ValueError, "rtol must be positive and finite, got 0.0"),
+        (lambda: flows.cnf(2, atol=math.inf), ValueError, "atol must be positive and finite, got inf"),
+        (lambda: flows.cnf(2, num_steps=2.5), ValueError, "num_steps must be a positive integer, got 2.5"),
+        (lambda: flows.cnf(2, max_num_steps=0), ValueError, "max_num_steps must be a positive integer, got 0"),
+        (lambda: flows.ffjord(2, num_probes=0), ValueError, "num_probes must be a positive integer, got 0"),
+        (lambda: flows.ffjord(2, noise="uniform"), ValueError, "noise must be 'rademacher' or .*got 'uniform'"),
+        (lambda: flows.cnf(2, activation=nn.ReLU), ValueError, "activation must be .* ELU, SiLU.*ReLU.*VectorField"),
+        (lambda: MLPField(0), ValueError, "MLPField: input_dim must be positive, got 0"),
+        (lambda: MLPField(2, -1), ValueError, "MLPField: context_dim must not be negative, got -1"),
+        (lambda: MLPField(2, 0, ()), ValueError, r"hidden_dims must hold .*got \(\)"),
+        (lambda: MLPField(2, frequencies=0), ValueError, "frequencies must be positive, got 0"),
+        (lambda: MLPField(2, 3)(torch.zeros(()), torch.zeros(2)), ValueError, "context is missing; .*width 3"),
+        (lambda: ode_report(flows.nsf(2), torch.zeros(3, 2)), ValueError, "no continuous transform, only Coupling"),
+        (lambda: ode_report(nn.Linear(2, 2), torch.zeros(3, 2)), TypeError, "must be a Flow, got Linear"),
+        (lambda: ode_report(flows.cnf(2), torch.zeros(3, 2), num_probes=1), ValueError, "num_probes"),
+        (lambda: Likelihood(kinetic=-1.0), ValueError, "kinetic must be at least 0 and finite, got -1.0"),
+        (lambda: FlowMatching(pairing="ot"), ValueError, "pairing must be 'independent' or 'optimal', got 'ot'"),
+        (lambda: FlowMatching(sigma_min=1.0), ValueError, "sigma_min must be at least 0 and below 1, got 1.0"),
+        (lambda: FlowMatching(time_power=-1.0), ValueError, "time_power must be above -1 and finite, got -1.0"),
+        (
+            lambda: Likelihood(jacobian=0.1)(flows.nsf(2), torch.zeros(3, 2)),
+            ValueError,
+            "Likelihood: kinetic=0.0 and jacobian=0.1 are for flows with continuous",
+        ),
+        (
+            lambda: FlowMatching()(flows.nsf(2), torch.zeros(3, 2)),
+            ValueError,
+            "FlowMatching: .*exactly one continuous transform.*0 in this Flow",
+        ),
+        (
+            lambda: FlowMatching()(flows.cnf(2, num_transforms=2), torch.zeros(3, 2)),
+            ValueError,
+            "FlowMatching: .*exactly one continuous transform.*2 in this Flow",
+        ),
+        (
+            lambda: FlowMatching()(Flow([*flows.nsf(2).transforms, *flows.cnf(2).transforms]), torch.zeros(3, 2)),
+            ValueError,
+            "FlowMatching: .*Coupling needs training too",
+        ),
+        (
+            lambda: FlowMatching(pairing="optimal")(flows.cnf(2, 1), torch.zeros(3, 2), torch.zeros(3, 1)),
+            ValueError,
+            "pairing='optimal' is for flows without a context",
+        ),
+        (
+            lambda: fit_density(flows.cnf(2), torch.randn(50, 2), objective=FlowMatching),
+            TypeError,
+            r"fit_density: objective must be a module .*got FlowMatching",
+        ),
+        (
+            lambda: fit_density(flows.cnf(2), torch.randn(50, 2), objective=pyro.infer.Trace_ELBO()),
+            TypeError,
+            r"got Trace_ELBO, which is for fit_svi",
+        ),
+    ],
+)
+def test_errors_name_argument_and_value(build: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        build()
+
+
+# ------------------------------------------------------------ objectives
+
+
+def test_the_likelihood_is_the_mean_log_density_and_its_penalties_are_the_reports() -> None:
+    flow = Flow([*flows.cnf(2, 2).transforms, ActNorm(2)])
+    laws.randomise(flow, scale=0.5).double()
+    x, context = laws.normal(20, 2), laws.normal(20, 2, seed=1)
+    plain = Likelihood()(flow, x, context)
+    torch.testing.assert_close(plain, -flow.log_prob(x, context).mean())
+    report = ode_report(flow, x, context)
+    with_energy = Likelihood(kinetic=0.3)(flow, x, context)
+    torch.testing.assert_close(with_energy, plain + 0.3 * report.kinetic.mean(), rtol=1e-4, atol=0)
+    torch.manual_seed(0)
+    parts = torch.stack([Likelihood(jacobian=0.3)(flow, x, context).detach() for _ in range(50)])
+    error = parts.mean() - plain - 0.3 * report.jacobian.mean()
+    assert error.abs() < 4 * parts.std() / 50**0.5 + 0.3 * 4 * report.jacobian.std() / (20 * 16) ** 0.5
+
+
+def test_penalties_make_a_field_cheaper() -> None:
+    torch.manual_seed(0)
+    angle = torch.rand(300) * 2 * math.pi
+    x = torch.stack((angle.cos(), angle.sin()), -1) + 0.2 * torch.randn(300, 2)
+    found = []
+    for objective in (Likelihood(), Likelihood(kinetic=0.3, jacobian=0.3)):
+        torch.manual_seed(1)
+        flow = flows.cnf(2, hidden_dims=(16, 16), rtol=1e-3, atol=1e-3)
+        fit_density(flow, x, objective=objective, max_epochs=15, progress=False)
+        found.append(ode_report(flow, x))
+    assert found[1].kinetic.mean() < 0.7 * found[0].kinetic.mean()
+    assert found[1].jacobian.mean() < 0.7 * found[0].jacobian.mean()
+
+
+def test_flow_matching_has_the_target_that_it_says() -> None:
+    """For a field that is the line's velocity itself the loss is zero; x = x₀ + t (x₁ - (1 - σ) x₀)."""
+    flow, x = flows.cnf(2).double(), laws.normal(50, 2, seed=1) * 3
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Spy(VectorField):
+        def forward(self, t: Tensor, point: Tensor, context: Tensor | None = None) -> Tensor:
+            seen.append((t, point))
+            return (x - point) / (1 - t.unsqueeze(-1))
+
+    objective = FlowMatching(sigma_min=0.0)
+    assert objective(Flow([Continuous(Spy(2))], flow.base), x) < 1e-20
+    t, point = seen[0]
+    start = (point - t.unsqueeze(-1) * x) / (1 - t.unsqueeze(-1))
+    assert start.mean().abs() < 0.5
+    assert start.std() == pytest.approx(1, abs=0.3)
+    assert ((t * 50).floor().sort().values == torch.arange(50)).all()  # one time in each of 50 equal parts
+
+
+@pytest.mark.parametrize("power", [-0.5, 0.0, 1.0])
+def test_times_follow_their_law(power: float) -> None:
+    t = FlowMatching(time_power=power)._times(torch.zeros(10_000, 1, dtype=torch.float64))
+    assert t.mean().item() == pytest.approx((1 + power) / (2 + power), abs=1e-3)
+
+
+def test_optimal_pairs_have_the_least_distance() -> None:
+    """On a line, the order: each draw goes to the row of its rank."""
+    from pyro_flows.objectives.matching import MOST_PAIRED, _pairs
+
+    start, x = laws.normal(MOST_PAIRED, 1), laws.normal(MOST_PAIRED, 1, seed=1)
+    paired = start[_pairs(start, x)]
+    assert torch.equal(paired[x.flatten().argsort()], start.sort(0).values)
+    many = laws.normal(3 * MOST_PAIRED + 5, 2)
+    assert torch.equal(_pairs(many, many.flip(-1)).sort().values, torch.arange(len(many)))
+
+
+@pytest.mark.parametrize("pairing", ["independent", "optimal"])
+def test_flow_matching_finds_a_correlated_normal(pairing: str) -> None:
+    """Standardised at first, then matched, then as exact a density as any other flow's."""
+    torch.manual_seed(0)
+    law = dist.MultivariateNormal(torch.tensor([50.0, -3.0]), torch.tensor([[4.0, 1.8], [1.8, 1.0]]))
+    x, fresh = law.sample((2000,)), law.sample((2000,))
+    flow = flows.cnf(2, hidden_dims=(32, 32))
+    fit = fit_density(flow, x, objective=FlowMatching(pairing=pairing), max_epochs=60, progress=False)
+    with torch.no_grad():
+        divergence = (law.log_prob(fresh) - flow.log_prob(fresh)).mean()
+        draws = flow().sample((4000,))
+    assert -0.02 < divergence < 0.04
+    assert (draws.mean(0) - law.mean).abs().max() < 0.15
+    assert fit.held_out is not None
+    assert fit.held_out[-1] < fit.held_out[0]
+
+
+def test_a_matched_fit_goes_on_to_the_same_end(tmp_path: Any) -> None:
+    x, ends = laws.normal(200, 2, dtype=torch.float32), []
+    for interrupted in (False, True):
+        torch.manual_seed(0)
+        flow = flows.cnf(2, hidden_dims=(8,))
+        options = {"objective": FlowMatching(), "progress": False, "max_epochs": 4}
+        if interrupted:
+            file = tmp_path / "run"
+            fit_density(flow, x, checkpoint=file, **options)
+            torch.manual_seed(0)
+            flow = flows.cnf(2, hidden_dims=(8,))
+            fit_density(flow, x, checkpoint=file, **options)
+            with pytest.raises(ValueError, match="checkpoint"):
+                fit_density(flow, x, checkpoint=file, **{**options, "objective": Likelihood()})
+        else:
+            fit_density(flow, x, **options)
+        ends.append(flow.log_prob(x[:5]).detach())
+    assert torch.equal(*ends)
+
+
+# ------------------------------------------------------------ in Pyro
+
+
+def test_it_is_the_flow_of_a_guide() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x**2, 0.5), obs=torch.tensor(1.0))
+
+    torch.manual_seed(0)
+    recipe = lambda dim: flows.cnf(dim, hidden_dims=(16, 16), rtol=1e-3, atol=1e-3)  # noqa: E731
+    guide = AutoFlow(model, flow=recipe)
+    fit = fit_svi(model, guide, steps=150, progress=False)
+    grid = torch.linspace(-6, 6, 4001, dtype=torch.float64)
+    evidence = (dist.Normal(0.0, 1.0).log_prob(grid) + dist.Normal(grid**2, 0.5).log_prob(torch.tensor(1.0))).exp()
+    log_evidence = (evidence.sum() * 12 / 4000).log().item()
+    assert -log_evidence - 0.01 < fit.best_loss < -log_evidence + 0.25
+    assert guide.sample(7)["x"].shape == (7,)
+
+
+def test_it_answers_for_all_data_by_flow_matching() -> None:
+    """Linear and normal, so the posterior is known: N(0.8 x, 0.2)."""
+
+    def model(x: Tensor | None = None) -> Tensor:
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        return pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
+
+    torch.manual_seed(0)
+    recipe = lambda dim, context_dim: flows.cnf(dim, context_dim, hidden_dims=(32, 32))  # noqa: E731
+    guide = AutoFlow(model, flow=recipe, encoder=MLPEncoder(2, context_dim=8, hidden_dims=(16,)))
+    fit_amortized(model, guide, num_simulations=4000, objective=FlowMatching(), max_epochs=60, lr=5e-3, progress=False)
+    x = torch.tensor([1.0, -0.5])
+    draws = guide.sample(4000, x)["theta"]
+    assert (draws.mean(0) - 0.8 * x).abs().max() < 0.1
+    assert (draws.std(0) / 0.2**0.5 - 1).abs().max() < 0.12
+    exact = dist.Normal(0.8 * x, 0.2**0.5).to_event(1).log_prob(draws)
+    assert (exact - guide.log_prob({"theta": draws}, x)).mean().abs() < 0.1
+
+
+def test_it_is_a_prior_that_nuts_and_svi_can_take() -> None:
+    flow = flows.cnf(2, hidden_dims=(8,))
+    laws.randomise(flow, scale=0.5)
+
+    def model() -> None:
+        pyro.module("flow", flow)
+        z = pyro.sample("z", flow())
+        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(0.5))
+
+    trace = pyro.poutine.trace(model).get_trace()
+    assert trace.log_prob_sum().isfinite()
+    trace.log_prob_sum().backward()
+    assert all(p.grad is not None for p in flow.parameters())
+
+
+def test_couplings_beside_a_field_are_trained_by_likelihood() -> None:
+    flow = Flow([*flows.cnf(2, hidden_dims=(8,)).transforms, *flows.realnvp(2, num_transforms=2).transforms])
+    fit = fit_density(flow, laws.normal(200, 2, dtype=torch.float32).cumsum(-1), max_epochs=2, progress=False)
+    assert any(isinstance(part, Coupling) for part in flow.transforms)
+    assert math.isfinite(fit.best_loss)
