@@ -25,7 +25,7 @@ class OdeReport:
         log_prob_se: Its standard error by the probes, ``(N,)``: 0 where divergences are exact.
         evaluations: How often fields were evaluated for the densities, from data to base, for all rows at once.
         evaluations_back: How often from base to data.
-        round_trip: How far each row is after both ways from where it was, ``(N,)``: the largest of |x' - x| / (1 + |x|).
+        round_trip: How far each row is from where it was after both ways, ``(N,)``: the largest |x' - x| / (1 + |x|).
         kinetic: The kinetic energy ∫|v|² dt of each row's path, ``(N,)``.
         jacobian: The squared norm ∫|J|² dt along it, ``(N,)``, estimated without bias.
     """

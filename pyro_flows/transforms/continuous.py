@@ -181,31 +181,6 @@ class Continuous(FlowTransform):
         kinetic, jacobian = more.abs().unbind(-1) if costs else (torch.zeros_like(x[..., 0]),) * 2
         return Solution(x, log_dets.mean(-1), self._error(log_dets), kinetic, jacobian, evaluations)
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        # The score s = ∇ log q obeys ds/dt = -Jᵀ s - ∇ tr J along the path, so no way back is needed.
-        if not self.is_exact or self.adjoint:
-            return super().forward_and_score(x, score, context)
-        batch = x.shape[:-1] if context is None else torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
-        dim = x.shape[-1]
-
-        def augmented(t: Tensor, state: Tensor) -> Tensor:
-            place, _, carried = state.split((dim, 1, dim), -1)
-            v, jacobian = rates(t, place)
-            trace = jacobian.trace()
-            total = trace.sum() + (carried.detach() * v).sum()
-            (change,) = torch.autograd.grad(total, place, retain_graph=True)
-            return torch.cat((v, trace.unsqueeze(-1), -change), -1)
-
-        with torch.enable_grad():
-            rates = self.field.at(context)
-            parts = x, x.new_zeros(*x.shape[:-1], 1), score
-            start = torch.cat([part.expand(*batch, -1) for part in parts], -1)
-            end, _ = self._solver().solve(augmented, start, False, start.shape[-1], ())
-        y, log_det, score = end.split((dim, 1, dim), -1)
-        return y, log_det.squeeze(-1), score.detach()
-
     def _solver(self) -> Solver:
         return Solver(self.solver, self.rtol, self.atol, self.num_steps, self.adjoint, self.max_num_steps)
 
