@@ -309,14 +309,10 @@ def umnn(input_dim: int, context_dim: int = 0, **options: Any) -> Flow:
     return flows.umnn(input_dim, context_dim, **{"hidden": 3, **options})
 
 
-def cnf(input_dim: int, context_dim: int = 0, **options: Any) -> Flow:
-    """Solved nearly to the last bits, in float64."""
-    return flows.cnf(input_dim, context_dim, solver="dopri8", rtol=1e-12, atol=1e-12, **options)
-
-
-def ffjord(input_dim: int, context_dim: int = 0, **options: Any) -> Flow:
-    """Exact all the same: the laws of a density are not those of an estimate."""
-    return flows.ffjord(input_dim, context_dim, exact=True, solver="dopri8", rtol=1e-12, atol=1e-12, **options)
+def cnf(input_dim: int, context_dim: int = 0, *, num_transforms: int = 1, **options: Any) -> Flow:
+    """Solved far beyond the default tolerances, in float64, and of two fields at most."""
+    options = {"solver": "dopri8", "rtol": 1e-11, "atol": 1e-11, **options}
+    return flows.cnf(input_dim, context_dim, num_transforms=min(num_transforms, 2), **options)
 
 
 def bpf(input_dim: int, context_dim: int = 0, **options: Any) -> Flow:
@@ -344,7 +340,6 @@ RECIPES: dict[str, Callable[..., Flow]] = {
     "gaussianization": flows.gaussianization,
     "circular_coupling": circular_coupling,
     "cnf": cnf,
-    "ffjord": ffjord,
 }
 
 # ------------------------------------------------------------ bases

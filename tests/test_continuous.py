@@ -235,6 +235,24 @@ def test_what_is_exact_says_so() -> None:
     assert torch.equal(exact.log_prob(x), exact.eval().log_prob(x))
 
 
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_the_estimated_flow_starts_at_its_base_and_scores_about_as_the_exact_one(context_dim: int) -> None:
+    flow = flows.ffjord(3, context_dim, num_transforms=2, hidden_dims=(8, 8, 8), num_probes=200).double()
+    x, context = laws.normal(6, 3), laws.normal(6, 2, seed=1) if context_dim else None
+    torch.testing.assert_close(flow.log_prob(x, context), flow.base().log_prob(x))
+    laws.randomise(flow, scale=1.0)
+    torch.manual_seed(0)
+    report = ode_report(flow, x, context, num_probes=200)
+    estimate = flow.log_prob(x, context)
+    for layer in flow.transforms:
+        layer.exact = True
+    exact = flow.log_prob(x, context)
+    assert (report.log_prob_se > 0).all()
+    for found in (report.log_prob, estimate):
+        assert ((found - exact).abs() < 4 * report.log_prob_se).all()
+    assert (ode_report(flow, x, context).log_prob_se == 0).all()
+
+
 # ------------------------------------------------------------ gradients
 
 
@@ -387,6 +405,7 @@ def test_a_fit_that_meets_a_stiff_field_ends_and_keeps_what_was_best() -> None:
         (lambda: flows.cnf(2, atol=math.inf), ValueError, "atol must be positive and finite, got inf"),
         (lambda: flows.cnf(2, num_steps=2.5), ValueError, "num_steps must be a positive integer, got 2.5"),
         (lambda: flows.cnf(2, max_num_steps=0), ValueError, "max_num_steps must be a positive integer, got 0"),
+        (lambda: flows.ffjord(0), ValueError, "^ffjord: input_dim must be an integer of at least 1, got 0"),
         (lambda: flows.ffjord(2, num_probes=0), ValueError, "num_probes must be a positive integer, got 0"),
         (lambda: flows.ffjord(2, noise="uniform"), ValueError, "noise must be 'rademacher' or .*got 'uniform'"),
         (lambda: flows.cnf(2, activation=nn.ReLU), ValueError, "activation must be .* ELU, SiLU.*ReLU.*VectorField"),

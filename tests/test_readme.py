@@ -33,7 +33,12 @@ def test_example_runs(number, capsys, monkeypatch, tmp_path):
         assert torch.isfinite(scope["fit"].losses).all()
 
 
-PAGES = [("amortized", "Calibration("), ("density", "\nTrue\n"), ("images", "torch.Size([5, 2, 1, 8, 8])"), ("continuous", "OdeReport(")]
+PAGES = [
+    ("amortized", "Calibration("),
+    ("density", "\nTrue\n"),
+    ("images", "torch.Size([5, 2, 1, 8, 8])"),
+    ("continuous", "OdeReport("),
+]
 
 
 @pytest.mark.parametrize(("page", "said"), PAGES)
