@@ -17,7 +17,8 @@ from torch.func import functional_call
 
 from pyro_flows import AutoFlow, fit_amortized, fit_density, fit_svi, flows, ode_report
 from pyro_flows.conditioners import MLPField, VectorField
-from pyro_flows.encoders import MLPEncoder
+from pyro_flows.distributions import MixtureBase
+from pyro_flows.encoders import MLPEncoder, Standardize
 from pyro_flows.flows import Flow
 from pyro_flows.objectives import FlowMatching, Likelihood
 from pyro_flows.transforms import ActNorm, Continuous, Coupling
@@ -97,10 +98,29 @@ def test_the_exact_divergence_of_two_hidden_layers_takes_one_pass_in_any_dimensi
 
 
 def test_a_field_that_does_not_depend_on_the_place_has_no_divergence() -> None:
-    layer = Continuous(Given(lambda t, x: t * torch.ones_like(x)))
-    y, log_det = layer.forward_and_log_det(laws.normal(4, 2))
-    torch.testing.assert_close(y, laws.normal(4, 2) + 0.5)
-    assert (log_det == 0).all()
+    class Time(VectorField):
+        def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+            return t * torch.ones_like(x)
+
+    for field in (Given(lambda t, x: t * torch.ones_like(x)), Time(2)):
+        for exact in (True, False):
+            y, log_det = Continuous(field, exact=exact).forward_and_log_det(laws.normal(4, 2))
+            torch.testing.assert_close(y, laws.normal(4, 2) + 0.5)
+            assert (log_det == 0).all()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_fields_of_any_kind_are_solved_in_inference_mode(exact: bool) -> None:
+    field, x, context = field_of(3, 2), laws.normal(4, 3), laws.normal(4, 2, seed=1)
+    for kind in (field, Opaque(field)):
+        layer = Continuous(kind, exact=exact)
+        torch.manual_seed(0)
+        wanted = layer.forward_and_log_det(x, context)
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            found = layer.forward_and_log_det(x + 0, context + 0)
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours.clone(), theirs)
 
 
 # ------------------------------------------------------------ solutions
@@ -118,6 +138,7 @@ def test_a_linear_field_is_solved_by_the_exponential() -> None:
     paths = torch.einsum("tij,nj->tni", torch.matrix_exp(times[:, None, None] * matrix), x)
     torch.testing.assert_close(found.kinetic, (paths @ matrix.T).square().sum(-1).mean(0), rtol=1e-5, atol=0)
     torch.testing.assert_close(found.jacobian, matrix.square().sum().expand(5), rtol=0.1, atol=0)
+    assert found.evaluations == layer.solve(x).evaluations  # costs do not set the pace
     back = layer.solve(found.value, inverse=True, costs=True)
     torch.testing.assert_close(back.kinetic, found.kinetic)
     torch.testing.assert_close(back.log_det, -found.log_det)
@@ -142,7 +163,7 @@ def test_fixed_steps_converge_at_their_order(solver: str) -> None:
     stages = {"rk4": 4, "heun3": 3, "midpoint": 2, "euler": 1}[solver]
     layer, x = tight(field_of()), laws.normal(20, 3)
     wanted, errors = layer.solve(x), []
-    for number in (20, 40):
+    for number in (49, 98):
         found = Continuous(layer.field, solver=solver, num_steps=number).solve(x)
         assert found.evaluations == stages * number
         errors.append((found.value - wanted.value).norm().item() + (found.log_det - wanted.log_det).norm().item())
@@ -203,9 +224,9 @@ def test_estimates_are_unbiased(noise: str, inverse: bool, opaque: bool) -> None
         found = layer.solve(x, context, inverse=inverse)
         assert ((found.log_det - wanted).abs() < 3 * found.log_det_se).all()
         layer.num_probes = 1
-        single = torch.stack([layer.solve(x, context, inverse=inverse).log_det for _ in range(20)])
+        single = torch.stack([layer.solve(x, context, inverse=inverse).log_det for _ in range(60)])
     spread = found.log_det_se * math.sqrt(400)
-    assert single.std(0) / spread == pytest.approx(torch.ones(6).numpy(), abs=0.75)
+    assert (single.std(0) / spread - 1).abs().max() < 0.6  # the standard error of a ratio is .1 to .2
 
 
 def test_the_noise_is_one_draw_for_a_solve() -> None:
@@ -355,7 +376,7 @@ def test_a_stiff_field_ends_with_a_way_out() -> None:
 def test_a_field_that_jumps_underflows_with_an_explanation(dtype: torch.dtype) -> None:
     """The slope across the jump is too much for any step; the budget is not used up to find out."""
     layer = Continuous(Given(lambda t, x: -1e9 * (x - 1).sign() * t.gt(0.3)), max_num_steps=10**6).to(dtype)
-    with pytest.raises(FloatingPointError, match=r"step of dopri5 fell to .*time 0\.3\d* .*float(32|64).*float64"):
+    with pytest.raises(FloatingPointError, match=r"step of dopri5 fell to .*time 0\.3\d* .*float(32 .*float64|64)"):
         layer.forward_and_log_det(torch.zeros(4, 2, dtype=dtype))
 
 
@@ -363,37 +384,118 @@ def test_a_field_that_jumps_underflows_with_an_explanation(dtype: torch.dtype) -
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 def test_a_field_that_is_not_finite_names_the_time(solver: str, inverse: bool) -> None:
     layer = Continuous(Given(lambda t, x: torch.where((t - 0.5).abs() < 0.2, math.nan, 1.0) * x), solver=solver)
-    with pytest.raises(FloatingPointError, match=r"not finite at time 0\.[1-9]\d* .*smaller lr"):
+    with pytest.raises(FloatingPointError, match=r"(finite near|from) time 0\.[1-9]\d* .*smaller lr"):
         layer.solve(laws.normal(4, 2), inverse=inverse)
-    with pytest.raises(FloatingPointError, match=r"the values to start from hold NaN or inf"):
-        layer.solve(torch.full((4, 2), math.inf).double(), inverse=inverse)
 
 
-def test_the_adjoint_equation_is_watched_too() -> None:
-    class Blows(torch.autograd.Function):
-        """The identity, with a gradient that is not finite."""
-
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> Tensor:
-            return gradient * math.nan
-
-    layer = Continuous(Given(lambda t, x: Blows.apply(x)), exact=False, adjoint=True)
-    x = laws.normal(4, 2).requires_grad_()
-    with pytest.raises(FloatingPointError, match="Continuous: the field is not finite at time"):
-        layer.solve(x).value.sum().backward()
+def test_rows_that_are_not_finite_become_nan_and_leave_the_others_alone() -> None:
+    flow = laws.randomise(flows.cnf(2), scale=1.0)
+    x = torch.tensor([[0.0, 1.0], [math.inf, 0.0], [0.0, math.nan]])
+    found = flow.log_prob(x)
+    assert found.isfinite().tolist() == [True, False, False]
+    torch.testing.assert_close(found[0], flow.log_prob(x[0]))
 
 
-def test_a_fit_that_meets_a_stiff_field_ends_and_keeps_what_was_best() -> None:
-    flow = flows.cnf(2, hidden_dims=(8,), max_num_steps=15)
-    before = flow.log_prob(torch.zeros(2))
-    with pytest.raises(FloatingPointError, match="max_num_steps=15"):
-        fit_density(flow, laws.normal(500, 2, dtype=torch.float32), lr=50.0, max_epochs=50, progress=False)
-    assert flow.log_prob(torch.zeros(2)).isfinite()
-    assert before.isfinite()
+def test_a_step_into_places_without_a_field_is_told_from_a_field_that_is_not_finite() -> None:
+    layer = Continuous(Given(lambda t, x: -5 * x**99))
+    with pytest.raises(FloatingPointError, match=r"from time 0 .*a step of dopri5 reached points"):
+        layer.forward_and_log_det(torch.full((1, 2), 300.0).double())
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_the_adjoint_equation_is_watched_too(inverse: bool) -> None:
+    """A root has no derivative at zero; in the parameter alone the solve itself does not notice."""
+
+    class Root(Given):
+        def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+            return x * torch.where((t - 0.5).abs() < 0.2, (self.size - 1).sqrt(), 0.1)
+
+    layer, x = Continuous(Root(lambda t, x: x), adjoint=True), laws.normal(4, 2).requires_grad_()
+    y, *_ = layer.solve(x, inverse=inverse)
+    with pytest.raises(FloatingPointError, match=r"gradients of the adjoint equation are not finite near time 0"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_no_time_lies_beyond_the_ends(inverse: bool) -> None:
+    times: list[float] = []
+
+    class Watching(Opaque):
+        def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+            times.append(float(t))
+            return super().forward(t, x, context)
+
+    x = laws.normal(4, 3).requires_grad_()
+    y, log_det, *_ = Continuous(Watching(field_of()), adjoint=True).solve(x, inverse=inverse)
+    there = len(times)
+    (y.sum() + log_det.sum()).backward()
+    assert 20 < there < len(times)
+    assert 0 <= min(times) < 0.01 < 0.99 < max(times) <= 1
+
+
+def test_the_adjoint_equation_may_be_solved_many_times() -> None:
+    layer = Continuous(field_of(), adjoint=True, rtol=1e-4, atol=1e-4, max_num_steps=30)
+    x = laws.normal(5, 3).requires_grad_()
+    _, log_det = layer.forward_and_log_det(x)
+    rows = [torch.autograd.grad(log_det[i % 5], x, retain_graph=True)[0] for i in range(30)]
+    assert torch.equal(rows[0], rows[5])
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "rk4"])
+def test_the_adjoint_method_refuses_what_it_cannot_do(solver: str) -> None:
+    layer, x = Continuous(field_of(), adjoint=True, solver=solver), laws.normal(5, 3).requires_grad_()
+    y, _ = layer.forward_and_log_det(x)
+    with pytest.raises(FloatingPointError, match="gradient of the loss is not finite"):
+        (y * math.nan).sum().backward()
+    y, _ = layer.forward_and_log_det(x)
+    with pytest.raises(RuntimeError, match="adjoint=True there are no second derivatives"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    y, _ = layer.forward_and_log_det(x[:0])
+    y.sum().backward()
+    assert (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_the_adjoint_gradient_of_a_row_is_right_in_quiet_company(inverse: bool) -> None:
+    def moves(t: Tensor, x: Tensor) -> Tensor:
+        return torch.where(x[..., :1] > 5, 3 * torch.sin(40 * t) * torch.cos(10 * x), 0.1 + 0 * x)
+
+    x, found = torch.cat((torch.zeros(3000, 2), torch.full((1, 2), 20.0))).double().requires_grad_(), []
+    for layer in (tight(Given(moves)), Continuous(Given(moves), adjoint=True)):
+        y, log_det, *_ = layer.solve(x, inverse=inverse)
+        found.append(torch.autograd.grad(y[-1].sum() + log_det[-1], x)[0][-1])
+    torch.testing.assert_close(found[1], found[0], rtol=2e-3, atol=0)
+
+
+class Sticky(Likelihood):
+    """A likelihood that cannot be solved from some step on."""
+
+    def __init__(self, last: int, until: int = 10**6) -> None:
+        super().__init__()
+        self.last, self.until, self.calls, self.layer = last, until, 0, None
+
+    def forward(self, flow: Any, x: Tensor, context: Any = None) -> Tensor:
+        self.calls += flow.training
+        stuck = flow.training and self.last < self.calls <= self.until
+        flow.transforms[0].max_num_steps = 1 if stuck else 1000
+        return super().forward(flow, x, context)
+
+
+def test_a_fit_that_meets_a_stiff_field_skips_it_or_ends_with_what_was_best() -> None:
+    x, kept = laws.normal(500, 2, dtype=torch.float32).cumsum(-1) + 3, []
+    for objective in (Sticky(30, 33), Sticky(30)):
+        torch.manual_seed(0)
+        flow = flows.cnf(2, hidden_dims=(8,), rtol=1e-3, atol=1e-3)
+        options = {"objective": objective, "max_epochs": 4, "batch_size": 30, "progress": False, "standardize": False}
+        if objective.until == 33:
+            assert fit_density(flow, x, **options).skipped == 3
+        else:
+            with pytest.raises(FloatingPointError, match=r"at step 40 and at the 9 before: .*max_num_steps=1 "):
+                fit_density(flow, x, **options)
+        flow.transforms[0].max_num_steps = 1000
+        kept.append(flow.log_prob(x).mean().item())
+    start = dist.Normal(torch.zeros(2), 1.0).to_event(1).log_prob(x).mean().item()
+    assert kept[0] > kept[1] > start + 0.3  # two epochs were worth something
 
 
 @pytest.mark.parametrize(
@@ -414,7 +516,21 @@ def test_a_fit_that_meets_a_stiff_field_ends_and_keeps_what_was_best() -> None:
         (lambda: MLPField(2, 0, ()), ValueError, r"hidden_dims must hold .*got \(\)"),
         (lambda: MLPField(2, frequencies=0), ValueError, "frequencies must be positive, got 0"),
         (lambda: MLPField(2, 3)(torch.zeros(()), torch.zeros(2)), ValueError, "context is missing; .*width 3"),
-        (lambda: ode_report(flows.nsf(2), torch.zeros(3, 2)), ValueError, "no continuous transform, only Coupling"),
+        (lambda: ode_report(flows.nsf(2), torch.zeros(3, 2)), ValueError, "ode_report: .*among its Coupling.*none"),
+        (lambda: ode_report(flows.cnf(2).inv, torch.zeros(3, 2)), ValueError, "Inverse there are 1 of them inside"),
+        (lambda: ode_report(flows.cnf(2), torch.zeros(3, 3)), ValueError, r"ode_report: x must have .*\(3, 3\)"),
+        (lambda: Continuous(MLPField(2), exact="no"), ValueError, "exact must be None, True or False, got 'no'"),
+        (
+            lambda: Continuous(Given(lambda t, x: x[..., :1])).forward_and_log_det(torch.zeros(3, 2).double()),
+            ValueError,
+            r"Given: the velocity of \(3, 2\) points .*got \(3, 1\)",
+        ),
+        (lambda: FlowMatching()(flows.cnf(2), torch.zeros(4, 1)), ValueError, r"rows \(N, 2\), got shape \(4, 1\)"),
+        (
+            lambda: FlowMatching()(Flow(flows.cnf(2).transforms, MixtureBase(2, 3)), torch.zeros(4, 2)),
+            ValueError,
+            "the base MixtureBase needs training too",
+        ),
         (lambda: ode_report(nn.Linear(2, 2), torch.zeros(3, 2)), TypeError, "must be a Flow, got Linear"),
         (lambda: ode_report(flows.cnf(2), torch.zeros(3, 2), num_probes=1), ValueError, "num_probes"),
         (lambda: Likelihood(kinetic=-1.0), ValueError, "kinetic must be at least 0 and finite, got -1.0"),
@@ -424,7 +540,7 @@ def test_a_fit_that_meets_a_stiff_field_ends_and_keeps_what_was_best() -> None:
         (
             lambda: Likelihood(jacobian=0.1)(flows.nsf(2), torch.zeros(3, 2)),
             ValueError,
-            "Likelihood: kinetic=0.0 and jacobian=0.1 are for flows with continuous",
+            r"Likelihood\(kinetic=0.0, jacobian=0.1\): it needs continuous transforms",
         ),
         (
             lambda: FlowMatching()(flows.nsf(2), torch.zeros(3, 2)),
@@ -473,6 +589,9 @@ def test_the_likelihood_is_the_mean_log_density_and_its_penalties_are_the_report
     plain = Likelihood()(flow, x, context)
     torch.testing.assert_close(plain, -flow.log_prob(x, context).mean())
     report = ode_report(flow, x, context)
+    flow.encoder = Standardize((2,)).double()
+    flow.encoder.loc.data.fill_(0.5)
+    plain, report = Likelihood()(flow, x, context), ode_report(flow, x, context)
     with_energy = Likelihood(kinetic=0.3)(flow, x, context)
     torch.testing.assert_close(with_energy, plain + 0.3 * report.kinetic.mean(), rtol=1e-4, atol=0)
     torch.manual_seed(0)
@@ -500,6 +619,11 @@ def test_flow_matching_has_the_target_that_it_says() -> None:
     flow, x = flows.cnf(2).double(), laws.normal(50, 2, seed=1) * 3
     seen: list[tuple[Tensor, Tensor]] = []
 
+    class Still(VectorField):
+        def forward(self, t: Tensor, point: Tensor, context: Tensor | None = None) -> Tensor:
+            seen.append((t, point))
+            return torch.zeros_like(point)
+
     class Spy(VectorField):
         def forward(self, t: Tensor, point: Tensor, context: Tensor | None = None) -> Tensor:
             seen.append((t, point))
@@ -512,6 +636,14 @@ def test_flow_matching_has_the_target_that_it_says() -> None:
     assert start.mean().abs() < 0.5
     assert start.std() == pytest.approx(1, abs=0.3)
     assert ((t * 50).floor().sort().values == torch.arange(50)).all()  # one time in each of 50 equal parts
+    before, after = ActNorm(2).double(), ActNorm(2).double()
+    before.loc.data.fill_(100.0)
+    after.log_scale.data.fill_(2.0)
+    loss = FlowMatching(sigma_min=0.3)(Flow([before, Continuous(Still(2)), after], flow.base), x)
+    (t, point), rows = seen[-1], after.inverse_and_log_det(x)[0].detach()
+    start = (point - t.unsqueeze(-1) * rows) / (1 - 0.7 * t.unsqueeze(-1))
+    assert (start.mean(0) - 100).abs().max() < 0.5
+    torch.testing.assert_close(loss, (rows - 0.7 * start).square().sum(-1).mean())
 
 
 @pytest.mark.parametrize("power", [-0.5, 0.0, 1.0])
@@ -606,7 +738,21 @@ def test_it_answers_for_all_data_by_flow_matching() -> None:
     assert (exact - guide.log_prob({"theta": draws}, x)).mean().abs() < 0.1
 
 
-def test_it_is_a_prior_that_nuts_and_svi_can_take() -> None:
+def test_losses_of_latents_are_in_nats_as_the_model_has_them() -> None:
+    """Those of LogNormal(3, 0.1) lie at 20, so the density of their logarithms is another one by 3 nats."""
+
+    def model(x: Tensor | None = None) -> Tensor:
+        theta = pyro.sample("theta", dist.LogNormal(torch.full((1,), 3.0), 0.1).to_event(1))
+        return pyro.sample("x", dist.Normal(theta, 10.0).to_event(1), obs=x)
+
+    torch.manual_seed(0)
+    guide = AutoFlow(model, flow=flows.cnf, encoder=MLPEncoder(1, context_dim=2, hidden_dims=(4,)))
+    fit = fit_amortized(model, guide, num_simulations=400, max_epochs=2, progress=False)
+    prior = dist.LogNormal(3.0, 0.1)
+    assert fit.best_loss == pytest.approx(prior.entropy().item(), abs=0.3)
+
+
+def test_it_is_a_prior_that_nuts_can_take() -> None:
     flow = flows.cnf(2, hidden_dims=(8,))
     laws.randomise(flow, scale=0.5)
 
@@ -619,6 +765,10 @@ def test_it_is_a_prior_that_nuts_and_svi_can_take() -> None:
     assert trace.log_prob_sum().isfinite()
     trace.log_prob_sum().backward()
     assert all(p.grad is not None for p in flow.parameters())
+    kernel = pyro.infer.NUTS(model, max_tree_depth=2, step_size=0.1, adapt_step_size=False)
+    chain = pyro.infer.MCMC(kernel, num_samples=5, warmup_steps=2, disable_progbar=True)
+    chain.run()
+    assert chain.get_samples()["z"].unique(dim=0).shape == (5, 2)
 
 
 def test_couplings_beside_a_field_are_trained_by_likelihood() -> None:

@@ -32,8 +32,9 @@ Rates = Callable[[Tensor, Tensor], tuple[Tensor, Derivative]]  # (t, x) -> v, J
 class VectorField(nn.Module, ABC):
     """A field of D numbers that depends on time, on the point, and on a context where there is one.
 
-    Any network may be one: define ``forward`` and call ``super().__init__(input_dim, context_dim)``.  It should have
-    continuous slopes, or adaptive solvers stumble at each kink.
+    Any network may be one: define ``forward`` and call ``super().__init__(input_dim, context_dim)``.  Rows must not
+    depend on one another, nor calls on chance, as batch norm and dropout make them.  Slopes should be continuous, or
+    adaptive solvers stumble at each kink.
 
     Args:
         input_dim: The number D of features.
@@ -81,12 +82,22 @@ class VectorField(nn.Module, ABC):
 
         def rates(t: Tensor, x: Tensor) -> tuple[Tensor, Derivative]:
             lasting = torch.is_grad_enabled()
-            with torch.enable_grad():
-                x = x if lasting and x.requires_grad else x.detach().requires_grad_()
-                v = self(t, x, context)
-            return (v if lasting else v.detach()), Differentiated(x, v, lasting)
+            with torch.inference_mode(False), torch.enable_grad():
+                place = x if lasting and x.requires_grad else _recordable(x).detach().requires_grad_()
+                v = self(_recordable(t), place, None if context is None else _recordable(context))
+                if v.shape != x.shape or v.dtype != x.dtype:
+                    raise ValueError(
+                        f"{type(self).__name__}: the velocity of {tuple(x.shape)} points in {x.dtype} must have their "
+                        f"shape and dtype, got {tuple(v.shape)} in {v.dtype}."
+                    )
+            return (v if lasting else v.detach()), Differentiated(place, v, lasting)
 
         return rates
+
+
+def _recordable(value: Tensor) -> Tensor:
+    """A tensor that autograd takes, also where it was made in inference mode."""
+    return value.clone() if value.is_inference() else value
 
 
 class Differentiated(NamedTuple):
@@ -103,13 +114,16 @@ class Differentiated(NamedTuple):
         return torch.einsum("i...i->...", rows)
 
     def pull(self, v: Tensor) -> Tensor:
-        (found,) = torch.autograd.grad(
-            self.v,
-            self.x,
-            v.expand(-1, *self.v.shape),
-            retain_graph=True,
-            create_graph=self.lasting,
-            allow_unused=True,
-            is_grads_batched=True,
-        )
-        return torch.zeros_like(v) if found is None else found  # a field of time alone
+        if not self.v.requires_grad:  # a field of time alone, without parameters
+            return torch.zeros_like(v)
+        with torch.inference_mode(False):
+            (found,) = torch.autograd.grad(
+                self.v,
+                self.x,
+                _recordable(v.expand(-1, *self.v.shape)),
+                retain_graph=True,
+                create_graph=self.lasting,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
+        return torch.zeros_like(v) if found is None else found

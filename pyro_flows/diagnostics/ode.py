@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..flows import Flow
+from ..flows.checks import check_value
+from ..flows.continuous import continuous_of
 from ..transforms import Continuous
 from .draws import check_integers
 
@@ -48,9 +50,8 @@ class OdeReport:
             "kinetic": f"{self.kinetic.mean():.3g}",
             "jacobian": f"{self.jacobian.mean():.3g}",
         }
-        return (
-            f"OdeReport({', '.join(f'{name}={value}' for name, value in shown.items())}) of {len(self.log_prob)} rows"
-        )
+        parts = ", ".join(f"{name}={value}" for name, value in shown.items())
+        return f"OdeReport({parts}) of {self.log_prob.numel()} rows"
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ def ode_report(flow: Flow, x: Tensor, context: Tensor | None = None, *, num_prob
 
     Args:
         flow: A flow with continuous transforms, such as ``flows.cnf``.
-        x: Rows, ``(N, D)``.
+        x: Rows, ``(*batch, D)``; N of them.
         context: Their contexts, where the flow takes some.
         num_probes: How many random vectors estimate a divergence that is not exact, at least 2, and ``jacobian``.
 
@@ -81,9 +82,8 @@ def ode_report(flow: Flow, x: Tensor, context: Tensor | None = None, *, num_prob
     check_integers("ode_report", num_probes=(num_probes, 2))
     if not isinstance(flow, Flow):
         raise TypeError(f"ode_report: flow must be a Flow, got {type(flow).__name__}; that of a guide is guide.flow.")
-    if not any(isinstance(part, Continuous) for part in flow.transforms):
-        names = ", ".join(dict.fromkeys(type(part).__name__ for part in flow.transforms))
-        raise ValueError(f"ode_report: the flow has no continuous transform, only {names}.")
+    continuous_of(flow, "ode_report")
+    check_value(x, flow.event_shape, "ode_report", "x")
     context = flow.encode(context)
     log_prob, variance, kinetic, jacobian = torch.zeros(4, *x.shape[:-1], dtype=x.dtype, device=x.device)
     there = back = 0

@@ -90,7 +90,7 @@ def fit_density(
         standardize: Whether to standardise x and the contexts of a new flow; angles of circular flows never are.
         heavy_tails: Whether to replace the base of a new flow, where it is the standard normal, by a Student's t with
             trainable tails, under which no row costs many nats; by default where numbers of a table lie more than 8
-            standard deviations from the mean of their column.
+            standard deviations from the mean of their column, and the objective trains the base.
         discrete: The columns of a table that hold integers, by place or name.  Fresh noise from [0, 1) is added to them
             in each step, and the same each time to the rows held out.  The density is then one of integer + noise: to
             score rows, spread them by :func:`~pyro_flows.dequantize`; the losses bound the mean -log-mass of the
@@ -202,7 +202,8 @@ def fit_density(
             rows = flow.unbounded(rows)
             scale, loc = torch.std_mean(rows.transpose(0, 1).flatten(1), 1)
             moments = loc, scale
-    heavy = (seen.has_outliers and not (pictures or reader.levels)) if heavy_tails is None else heavy_tails
+    plain_rows = not (pictures or reader.levels) and getattr(loss, "trains_base", True)
+    heavy = (seen.has_outliers and plain_rows) if heavy_tails is None else heavy_tails
     start(reader.flow, *moments, rows, contexts, standardize=standardize, heavy_tails=heavy)
     parameters: list[Tensor] = [parameter for parameter in flow.parameters() if parameter.requires_grad]
     still = {id(p) for part in flow.modules() if isinstance(part, FixedAffine | Standardize) for p in part.parameters()}

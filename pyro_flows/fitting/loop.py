@@ -98,6 +98,7 @@ def descend(
     caller: str = "fit_svi",
     window: int = 50,
     patience: int = 100,
+    unsolved: int = 10,
 ) -> Fit:
     """Minimise a loss.
 
@@ -122,6 +123,7 @@ def descend(
         caller: The public function that asks, for errors.
         window: The number of steps over which the loss is averaged to judge a state.
         patience: How many steps in a row may be skipped.
+        unsolved: How many, if an equation could not be solved, which takes its time to find out.
     """
     buffers = list(trained.buffers()) if isinstance(trained, torch.nn.Module) else []
     run = Run(parameters, optimizers, companion, buffers, held_out.decay if held_out else None)
@@ -145,7 +147,7 @@ def descend(
                 for optimizer in optimizers:
                     optimizer.param_groups[0]["lr"] = lr * _schedule(step, steps)
                     optimizer.zero_grad()
-                number, cause = _backward(loss, parameters, clip_norm)
+                number, error = _backward(loss, parameters, clip_norm)
                 losses.append(number)
                 if math.isfinite(number):
                     for optimizer in optimizers:
@@ -155,8 +157,11 @@ def descend(
                     in_a_row = 0
                 else:
                     in_a_row += 1
-                    if on_nonfinite == "raise" or in_a_row == patience:
-                        cause = "; ".join(filter(None, (ask(diagnose), cause)))
+                    if on_nonfinite == "raise" or in_a_row >= (
+                        unsolved if isinstance(error, FloatingPointError) else patience
+                    ):
+                        known = str(error).splitlines()[0].rstrip(".") if error else ""
+                        cause = "; ".join(filter(None, (ask(diagnose), known)))
                         raise FloatingPointError(
                             f"The loss or its gradient was not finite at step {step}"
                             f"{f' and at the {in_a_row - 1} before' if in_a_row > 1 else ''}: {cause}. "
@@ -230,17 +235,17 @@ def hold_interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _backward(loss: Callable[[], Tensor], parameters: list[Tensor], clip_norm: float) -> tuple[float, str]:
+def _backward(loss: Callable[[], Tensor], parameters: list[Tensor], clip_norm: float) -> tuple[float, Exception | None]:
     """Compute loss and clipped gradients: the loss, NaN if any of it is not finite, and the reason if it is known."""
     try:
         value = loss()
         value.backward()
-    except (ValueError, LinAlgError) as error:
+    except (ValueError, LinAlgError, FloatingPointError) as error:
         if not is_breakdown(error):
             raise
-        return math.nan, str(error).splitlines()[0]
+        return math.nan, error
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
-    return (value.item() if norm.isfinite() else math.nan), ""
+    return (value.item() if norm.isfinite() else math.nan), None
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -33,14 +33,16 @@ def check_tensor(caller: str, argument: str, value: object, *, floating: bool = 
         )
 
 
-def check_value(value: Tensor, event_shape: torch.Size) -> None:
+def check_value(value: Tensor, event_shape: torch.Size, caller: str = "log_prob", argument: str = "value") -> None:
     """Raise one clear error unless a value is a floating tensor with the event shape on the right."""
-    check_tensor("log_prob", "value", value)
+    check_tensor(caller, argument, value)
     shape, event = tuple(value.shape), tuple(event_shape)
     if shape[len(shape) - len(event) :] != event:
-        raise ValueError(f"log_prob: value must have the event shape {event} on the right, got shape {shape}.")
+        raise ValueError(f"{caller}: {argument} must have the event shape {event} on the right, got shape {shape}.")
     if not value.is_floating_point():
-        raise ValueError(f"log_prob: value must be of a floating dtype, got {value.dtype}; use value.float().")
+        raise ValueError(
+            f"{caller}: {argument} must be of a floating dtype, got {value.dtype}; use {argument}.float()."
+        )
 
 
 def check_context(context: Tensor | None, width: int, what: str = "context") -> None:

@@ -12,6 +12,24 @@ from .checks import check_sizes
 from .flow import Flow
 
 
+def continuous_of(flow: Flow, caller: str) -> list[Continuous]:
+    """The continuous transforms of a flow.
+
+    Raises:
+        ValueError: If there are none, or some stand inside of other transforms.
+    """
+    found = [part for part in flow.transforms if isinstance(part, Continuous)]
+    hidden = sum(isinstance(part, Continuous) for part in flow.modules()) - len(found)
+    if hidden or not found:
+        names = ", ".join(dict.fromkeys(type(part).__name__ for part in flow.transforms))
+        what = f"{hidden} of them inside of others" if hidden else "none"
+        raise ValueError(
+            f"{caller}: it needs continuous transforms in the list of the flow itself, as flows.cnf has them; among "
+            f"its {names} there are {what}."
+        )
+    return found
+
+
 def cnf(
     input_dim: int,
     context_dim: int = 0,
@@ -96,7 +114,8 @@ def ffjord(
     """Free-form continuous flow (Grathwohl et al. 2018, arXiv:1810.01367): divergences estimated without bias.
 
     Log-densities differ from call to call, by torch's generators; several probes tell by how much, in
-    :func:`~pyro_flows.ode_report`.  With at most two hidden layers :func:`cnf` is as fast, and exact.
+    :func:`~pyro_flows.ode_report`.  They are unbiased, but what weighs draws by their exponential is not, such as
+    ``psis``: set ``exact`` before.  With at most two hidden layers :func:`cnf` is as fast, and exact.
 
     Args:
         input_dim: The number of features.

@@ -229,7 +229,7 @@ class Flow(nn.Module):
     def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         """The log-density of values ``(*batch, *event_shape)`` in nats: ``flow(context).log_prob(value)``, no views.
 
-        It has no data-dependent control flow, so it compiles as a whole.
+        It has no data-dependent control flow, so it compiles as a whole, unless transforms are ``Continuous``.
         """
         check_value(value, self.event_shape)
         context = self.encode(context)

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..flows import Flow
+from ..flows.continuous import continuous_of
 from ..transforms import Continuous
 
 
@@ -29,7 +30,8 @@ class Likelihood(nn.Module):
         jacobian: The weight λ_J of the squared norm of the Jacobian.
 
     Raises:
-        ValueError: If a weight is negative or not finite; in use, if there are penalties and no continuous transform.
+        ValueError: If a weight is negative or not finite; in use, if there are penalties and no continuous transform,
+            or some of them inside of other transforms.
 
     Example::
 
@@ -41,6 +43,7 @@ class Likelihood(nn.Module):
     """
 
     in_nats = True
+    trains_base = True
 
     def __init__(self, *, kinetic: float = 0.0, jacobian: float = 0.0) -> None:
         super().__init__()
@@ -53,11 +56,9 @@ class Likelihood(nn.Module):
         """The loss of a flow at rows ``(N, *event_shape)`` and their contexts, a scalar."""
         if not (self.kinetic or self.jacobian):
             return -flow.log_prob(x, context).mean()
-        if not isinstance(flow, Flow) or not any(isinstance(part, Continuous) for part in flow.transforms):
-            raise ValueError(
-                f"Likelihood: kinetic={self.kinetic} and jacobian={self.jacobian} are for flows with continuous "
-                "transforms, such as flows.cnf; set both to 0 for others."
-            )
+        if not isinstance(flow, Flow):
+            raise ValueError(f"Likelihood: penalties are for a Flow such as flows.cnf(2), got {type(flow).__name__}.")
+        continuous_of(flow, f"Likelihood(kinetic={self.kinetic}, jacobian={self.jacobian})")
         context = flow.encode(context)
         loss = x.new_zeros(len(x))
         for transform in reversed(flow.transforms):

@@ -44,7 +44,7 @@ class FlowMatching(nn.Module):
 
     Raises:
         ValueError: If an argument is out of its range; in use, if the flow has not exactly one continuous transform, or
-            others that need training.
+            a base or other transforms that need training, or if rows do not fit the flow.
 
     Example::
 
@@ -57,6 +57,7 @@ class FlowMatching(nn.Module):
     """
 
     in_nats = False
+    trains_base = False
 
     def __init__(self, *, pairing: str = "independent", sigma_min: float = 1e-4, time_power: float = 0.0) -> None:
         super().__init__()
@@ -71,6 +72,8 @@ class FlowMatching(nn.Module):
     def forward(self, flow: Any, x: Tensor, context: Any = None) -> Tensor:
         """The loss of a flow at rows ``(N, D)`` and their contexts, a scalar."""
         before, layer, after = _parts(flow)
+        if x.dim() != 2 or x.shape[1:] != flow.event_shape:
+            raise ValueError(f"FlowMatching: x must be rows (N, {flow.event_shape[0]}), got shape {tuple(x.shape)}.")
         if context is not None and self.pairing == "optimal":
             raise ValueError(
                 "FlowMatching: pairing='optimal' is for flows without a context: it would pair rows of one context "
@@ -117,6 +120,11 @@ def _parts(flow: Any) -> tuple[list[FlowTransform], Continuous, list[FlowTransfo
                 f"FlowMatching: it trains the continuous transform alone, but {type(part).__name__} needs training "
                 "too; train this flow by likelihood."
             )
+    if any(p.requires_grad for p in flow.base.parameters()):
+        raise ValueError(
+            f"FlowMatching: it trains the continuous transform alone, but the base {type(flow.base).__name__} needs "
+            "training too; train this flow by likelihood, or keep the base by flow.base.requires_grad_(False)."
+        )
     return transforms[: places[0]], transforms[places[0]], transforms[places[0] + 1 :]
 
 

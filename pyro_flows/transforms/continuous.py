@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..conditioners import VectorField
 from .base import FlowTransform
-from .ode import Solver
+from .ode import ADAPTIVE, Solver
 
 FEW = 16  # up to how many features a field that is differentiated by autograd has an exact divergence
 
@@ -53,7 +53,7 @@ class Continuous(FlowTransform):
     """A continuous transform of a vector, the identity at the start.
 
     Both directions cost the same, and are exact up to the tolerances.  The number of evaluations follows the data, so
-    it neither compiles to one graph nor maps under ``vmap``.
+    it neither compiles to one graph nor maps under ``torch.func``.  Rows that hold NaN or inf become NaN.
 
     Args:
         field: The vector field, such as an ``MLPField``.
@@ -69,8 +69,9 @@ class Continuous(FlowTransform):
         atol: The absolute tolerance, likewise.
         num_steps: The number of fixed steps.
         adjoint: Whether gradients are found by solving the adjoint equation backwards, in memory that does not depend
-            on the number of steps, and as exact as the tolerances are; by default they are those of the very steps that
-            were taken, which is faster.  Second derivatives need the latter.
+            on the number of steps.  They are as exact as the tolerances are in the mean over the batch, and reach the
+            values, the context and the field's own parameters.  By default they are those of the very steps that were
+            taken, which is faster, and has second derivatives.
         max_num_steps: How many steps an adaptive method may take, those that it rejects included.
 
     Raises:
@@ -120,6 +121,8 @@ class Continuous(FlowTransform):
         self.max_num_steps = max_num_steps
         if isinstance(num_probes, bool) or not isinstance(num_probes, int) or num_probes < 1:
             raise ValueError(f"Continuous: num_probes must be a positive integer, got {num_probes!r}.")
+        if exact not in (None, True, False):
+            raise ValueError(f"Continuous: exact must be None, True or False, got {exact!r}.")
         if noise not in ("rademacher", "gaussian"):
             raise ValueError(f"Continuous: noise must be 'rademacher' or 'gaussian', got {noise!r}.")
         self._solver()
@@ -155,6 +158,8 @@ class Continuous(FlowTransform):
         """
         batch = value.shape[:-1] if context is None else torch.broadcast_shapes(value.shape[:-1], context.shape[:-1])
         value = value.expand(*batch, -1)
+        broken = ~value.isfinite().all(-1, keepdim=True)
+        value = value.masked_fill(broken, 0.0)
         probes = None
         if costs or not self.is_exact:
             probes = self._probes(value, num_probes or self.num_probes)
@@ -177,9 +182,15 @@ class Continuous(FlowTransform):
         start = torch.cat((value, value.new_zeros(*batch, columns + 2 * costs)), -1)
         needs = [*self.field.parameters(), *([] if context is None else [context])]
         end, evaluations = self._solver().solve(augmented, start, inverse, value.shape[-1] + columns, needs)
+        end = end.masked_fill(broken, math.nan)
         x, log_dets, more = end.split((value.shape[-1], columns, 2 * costs), -1)
         kinetic, jacobian = more.abs().unbind(-1) if costs else (torch.zeros_like(x[..., 0]),) * 2
         return Solution(x, log_dets.mean(-1), self._error(log_dets), kinetic, jacobian, evaluations)
+
+    def extra_repr(self) -> str:
+        steps = f"rtol={self.rtol:g}, atol={self.atol:g}" if self.solver in ADAPTIVE else f"num_steps={self.num_steps}"
+        divergence = "exact" if self.is_exact else f"{self.num_probes} {self.noise} probes"
+        return f"solver={self.solver!r}, {steps}, adjoint={self.adjoint}, divergence: {divergence}"
 
     def _solver(self) -> Solver:
         return Solver(self.solver, self.rtol, self.atol, self.num_steps, self.adjoint, self.max_num_steps)
