@@ -36,16 +36,17 @@ class Fit:
 
     Attributes:
         guide: What was trained.
-        losses: The loss of each step, ``(steps,)``, in nats; NaN for a step that was skipped.
+        losses: The loss of each step, ``(steps,)``, in nats unless the objective says otherwise; NaN for a step that was
+            skipped.
         best_loss: The running mean of the loss, or the loss on held-out data, at the state that was kept.
         best_step: The step after which that state was kept.
         steps: The number of steps taken.
-        skipped: How many of them were skipped because the loss or a gradient was not finite.
+        skipped: How many of them were skipped because the loss or a gradient was not finite, or could not be found.
         seconds: The wall time, that before a resumption included.
         stopped: Why the run ended: ``"steps"``, ``"interrupted"``, or ``"held-out"`` where held-out data stopped it.
         check: What a check said of the guide, where ``escalate`` asked for one.
         rungs: All fits that were made with ``escalate`` or ``restarts``, from the first to the last.
-        held_out: The loss on held-out data after each epoch, in nats, where there were some.
+        held_out: The loss on held-out data after each epoch, where there were some.
     """
 
     guide: Any
