@@ -51,7 +51,7 @@ OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 ROWS, TEST, DRAWS = 20_000, 10_000, 10_000
 TOLERANCES = {"rtol": 1e-5, "atol": 1e-6}  # zuko's own
 STEPS = {"planes": 1000, "magic": 600, "posteriors": 300}  # by likelihood
-MATCHED = {"planes": 20_000, "magic": 10_000}
+MATCHED = {"planes": 15_000, "magic": 10_000}
 WIDTHS = {"planes": (64, 64, 64), "magic": (128, 128), "posteriors": (64, 64)}
 FIELDS = (
     *("part", "data", "model", "nats", "two_se", "khat", "steps", "seconds"),
@@ -149,7 +149,7 @@ def fit_rows(part: str, data: str, model: str, quick: bool) -> Row:
         max_epochs=epochs,
         batch_size=size,
         lr=2e-2 if matched else 8e-3 if model == "nsf" else 1e-2,
-        patience=epochs if part == "planes" else 20,
+        patience=epochs if part == "planes" or matched else 20,
         ema_decay=0.999 if matched else 0.99,
         heavy_tails=False,
         progress=False,

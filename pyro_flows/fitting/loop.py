@@ -29,6 +29,8 @@ from ..diagnostics.density import is_breakdown
 from . import checkpoint as checkpoints
 from .state import HeldOut, Run
 
+UNSOLVED = 10  # steps in a row that are skipped where an equation cannot be solved, which takes time to find out
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -36,8 +38,7 @@ class Fit:
 
     Attributes:
         guide: What was trained.
-        losses: The loss of each step, ``(steps,)``, in nats unless the objective says otherwise; NaN for a step that was
-            skipped.
+        losses: The loss of each step, ``(steps,)``, in nats or what the objective measures; NaN where it was skipped.
         best_loss: The running mean of the loss, or the loss on held-out data, at the state that was kept.
         best_step: The step after which that state was kept.
         steps: The number of steps taken.
@@ -99,7 +100,6 @@ def descend(
     caller: str = "fit_svi",
     window: int = 50,
     patience: int = 100,
-    unsolved: int = 10,
 ) -> Fit:
     """Minimise a loss.
 
@@ -124,7 +124,6 @@ def descend(
         caller: The public function that asks, for errors.
         window: The number of steps over which the loss is averaged to judge a state.
         patience: How many steps in a row may be skipped.
-        unsolved: How many, if an equation could not be solved, which takes its time to find out.
     """
     buffers = list(trained.buffers()) if isinstance(trained, torch.nn.Module) else []
     run = Run(parameters, optimizers, companion, buffers, held_out.decay if held_out else None)
@@ -158,9 +157,8 @@ def descend(
                     in_a_row = 0
                 else:
                     in_a_row += 1
-                    if on_nonfinite == "raise" or in_a_row >= (
-                        unsolved if isinstance(error, FloatingPointError) else patience
-                    ):
+                    limit = UNSOLVED if isinstance(error, FloatingPointError) else patience
+                    if on_nonfinite == "raise" or in_a_row >= limit:
                         known = str(error).splitlines()[0].rstrip(".") if error else ""
                         cause = "; ".join(filter(None, (ask(diagnose), known)))
                         raise FloatingPointError(
