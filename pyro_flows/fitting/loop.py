@@ -8,13 +8,10 @@ where it was, to the same end.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from tqdm import tqdm
 from ..diagnostics import Check
 from ..diagnostics.density import is_breakdown
 from . import checkpoint as checkpoints
+from .interrupts import hold_interrupts
 from .state import HeldOut, Run
 
 UNSOLVED = 10  # steps in a row that are skipped where an equation cannot be solved, which takes time to find out
@@ -211,27 +209,6 @@ def descend(
         run.stopped or stopped,
         held_out=torch.tensor(run.held_out, dtype=torch.float64) if held_out else None,
     )
-
-
-@contextlib.contextmanager
-def hold_interrupts() -> Iterator[Callable[[], bool]]:
-    """Let a first Ctrl-C wait until somebody asks whether there was one; a second one does not wait."""
-    held = threading.Event()
-
-    def hold(*_: Any) -> None:
-        if held.is_set():
-            raise KeyboardInterrupt
-        held.set()
-
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
-        yield held.is_set  # somebody else listens
-        return
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield held.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _backward(loss: Callable[[], Tensor], parameters: list[Tensor], clip_norm: float) -> tuple[float, Exception | None]:
