@@ -310,9 +310,9 @@ def umnn(input_dim: int, context_dim: int = 0, **options: Any) -> Flow:
 
 
 def cnf(input_dim: int, context_dim: int = 0, *, num_transforms: int = 1, **options: Any) -> Flow:
-    """Solved far beyond the default tolerances, in float64, and of two fields at most."""
+    """Solved far beyond the default tolerances, in float64, and of one field."""
     options = {"solver": "dopri8", "rtol": 1e-11, "atol": 1e-11, **options}
-    return flows.cnf(input_dim, context_dim, num_transforms=min(num_transforms, 2), **options)
+    return flows.cnf(input_dim, context_dim, num_transforms=min(num_transforms, 1), **options)
 
 
 def bpf(input_dim: int, context_dim: int = 0, **options: Any) -> Flow:

@@ -177,7 +177,7 @@ def test_the_density_of_a_plane_integrates_to_one() -> None:
     x = torch.stack((z[:, 0], z[:, 0].square() + 0.5 * z[:, 1]), -1)
     flow = flows.cnf(2, hidden_dims=(16, 16))
     fit_density(flow, x, objective=FlowMatching(), max_epochs=60, progress=False)
-    bounds, count = torch.tensor([[-6.0, 6.0], [-8.0, 24.0]]), 300
+    bounds, count = torch.tensor([[-6.0, 6.0], [-8.0, 24.0]]), 240
     axes = [low + (high - low) * (torch.arange(count) + 0.5) / count for low, high in bounds.tolist()]
     with torch.no_grad():
         mass = flow.log_prob(torch.cartesian_prod(*axes)).double().exp().sum() * (bounds[:, 1] - bounds[:, 0]).prod()
@@ -300,7 +300,7 @@ def checked_gradients(layer: Continuous, inverse: bool, **options: Any) -> bool:
 
 
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
-@pytest.mark.parametrize("solver", ["dopri5", "dopri8", "rk4"])
+@pytest.mark.parametrize("solver", ["dopri5", "rk4"])
 @pytest.mark.parametrize("opaque", [False, True], ids=["network", "opaque"])
 def test_gradients_are_those_of_the_solution(solver: str, inverse: bool, opaque: bool) -> None:
     """In the value, the context and all parameters."""
@@ -460,7 +460,7 @@ def test_the_adjoint_gradient_of_a_row_is_right_in_quiet_company(inverse: bool) 
     def moves(t: Tensor, x: Tensor) -> Tensor:
         return torch.where(x[..., :1] > 5, 3 * torch.sin(40 * t) * torch.cos(10 * x), 0.1 + 0 * x)
 
-    x, found = torch.cat((torch.zeros(3000, 2), torch.full((1, 2), 20.0))).double().requires_grad_(), []
+    x, found = torch.cat((torch.zeros(1000, 2), torch.full((1, 2), 20.0))).double().requires_grad_(), []
     for layer in (tight(Given(moves)), Continuous(Given(moves), adjoint=True)):
         y, log_det, *_ = layer.solve(x, inverse=inverse)
         found.append(torch.autograd.grad(y[-1].sum() + log_det[-1], x)[0][-1])
@@ -608,7 +608,7 @@ def test_penalties_make_a_field_cheaper() -> None:
     for objective in (Likelihood(), Likelihood(kinetic=0.3, jacobian=0.3)):
         torch.manual_seed(1)
         flow = flows.cnf(2, hidden_dims=(16, 16), rtol=1e-3, atol=1e-3)
-        fit_density(flow, x, objective=objective, max_epochs=15, progress=False)
+        fit_density(flow, x, objective=objective, max_epochs=10, progress=False)
         found.append(ode_report(flow, x))
     assert found[1].kinetic.mean() < 0.7 * found[0].kinetic.mean()
     assert found[1].jacobian.mean() < 0.7 * found[0].jacobian.mean()
@@ -711,7 +711,7 @@ def test_it_is_the_flow_of_a_guide() -> None:
     torch.manual_seed(0)
     recipe = lambda dim: flows.cnf(dim, hidden_dims=(16, 16), rtol=1e-3, atol=1e-3)  # noqa: E731
     guide = AutoFlow(model, flow=recipe)
-    fit = fit_svi(model, guide, steps=150, progress=False)
+    fit = fit_svi(model, guide, steps=100, progress=False)
     grid = torch.linspace(-6, 6, 4001, dtype=torch.float64)
     evidence = (dist.Normal(0.0, 1.0).log_prob(grid) + dist.Normal(grid**2, 0.5).log_prob(torch.tensor(1.0))).exp()
     log_evidence = (evidence.sum() * 12 / 4000).log().item()
