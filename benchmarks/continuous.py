@@ -149,7 +149,7 @@ def fit_rows(part: str, data: str, model: str, quick: bool) -> Row:
         max_epochs=epochs,
         batch_size=size,
         lr=2e-2 if matched else 8e-3 if model == "nsf" else 1e-2,
-        patience=epochs if part == "planes" or matched else 20,
+        patience=epochs if part == "planes" else 20,
         ema_decay=0.999 if matched else 0.99,
         heavy_tails=False,
         progress=False,
