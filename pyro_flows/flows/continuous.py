@@ -78,18 +78,20 @@ def cnf(
         -3.676
     """
     check_sizes("cnf", input_dim, context_dim, num_transforms, hidden_dims)
-    return Flow(
-        Continuous(
-            MLPField(input_dim, context_dim, hidden_dims, frequencies=frequencies, activation=activation),
-            exact=True,
-            solver=solver,
-            rtol=rtol,
-            atol=atol,
-            num_steps=num_steps,
-            adjoint=adjoint,
-            max_num_steps=max_num_steps,
-        )
-        for _ in range(num_transforms)
+    return ffjord(
+        input_dim,
+        context_dim,
+        num_transforms=num_transforms,
+        hidden_dims=hidden_dims,
+        frequencies=frequencies,
+        activation=activation,
+        exact=True,
+        solver=solver,
+        rtol=rtol,
+        atol=atol,
+        num_steps=num_steps,
+        adjoint=adjoint,
+        max_num_steps=max_num_steps,
     )
 
 
