@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -21,7 +22,8 @@ from torch.distributions import constraints
 
 from ..transforms import Sigmoid, View
 from .checks import check_tensor
-from .flow import Flow, FlowDistribution
+from .distribution import FlowDistribution
+from .flow import Flow
 
 
 class Dequantized(nn.Module):
@@ -84,12 +86,18 @@ class Dequantized(nn.Module):
     def forward(self, context: Tensor | None = None, *, num_samples: int | None = None) -> DequantizedDistribution:
         """The distribution at a context, as for a :class:`Flow`; ``num_samples`` may differ from that of the model."""
         density = self.flow(context)
-        views = [*density.transforms, View(self.pixels)]
-        density = FlowDistribution(density.base_dist, views, validate_args=False)  # integers are what is checked
+        last = View(self.pixels)
+        parts = [*density.transforms, last], [*density.runs, last]
+        density = FlowDistribution(density.base_dist, *parts, validate_args=False)  # integers are what is checked
         number = self.num_samples if num_samples is None else num_samples
         if number < 1:
             raise ValueError(f"Dequantized: num_samples must be at least 1, got {number}.")
         return DequantizedDistribution(density, self.levels, self.dtype, noise=self.noise, num_samples=number)
+
+    def compile(self, **settings: Any) -> None:
+        """Compile the flow, and that of the noise; see :meth:`Flow.compile`."""
+        for flow in filter(None, (self.flow, self.noise)):
+            flow.compile(**settings)
 
     @property
     def dtype(self) -> torch.dtype:

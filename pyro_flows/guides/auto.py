@@ -203,7 +203,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         """From the base to the unconstrained latents; each network runs once."""
-        return View(Compose(self.flow.transforms), self.context(*args, **kwargs))
+        return View(Compose(self.flow.runs), self.context(*args, **kwargs))
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
         """The distribution of the packed, unconstrained latents."""

@@ -13,6 +13,7 @@ from pyro.nn import PyroModule
 from pyro.nn.module import _is_module_local_param_enabled
 from torch import Tensor, nn
 
+from ..flows import Flow
 from .checks import missing_arguments
 from .names import adopt_stored_parameters, claim_name, is_free
 
@@ -30,6 +31,21 @@ class FlowGuide(AutoGuide):
             with missing_arguments(type(self).__name__, args, kwargs):
                 self._setup_prototype(*args, **kwargs)
         return self
+
+    def compile(self, **settings: Any) -> None:
+        """Compile the guide's flows once it is set up; see :meth:`~pyro_flows.Flow.compile`.
+
+        Path gradients, and so ``fit_svi`` by default, go layer by layer as before; draws, densities and gradients of
+        Pyro's own ELBOs are compiled.
+
+        Raises:
+            ValueError: If the guide was not set up yet, and has no flow.
+        """
+        found = [module for module in self.modules() if isinstance(module, Flow)]
+        if not found:
+            raise ValueError(f"{type(self).__name__}.compile: the guide has no flow yet; call setup(...) first.")
+        for flow in found:
+            flow.compile(**settings)
 
     def _check_model(self) -> None:
         if self.model is None:

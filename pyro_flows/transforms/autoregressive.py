@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from ..bijectors import Bijector
 from ..conditioners import MADE, CausalTransformer, costream, stream
-from .base import FlowTransform
+from .base import FlowTransform, is_traced
 from .elementwise import check_params
 from .tokens import invert_tokens
 
@@ -57,11 +57,7 @@ class Autoregressive(FlowTransform):
         y = y.expand(*batch, y.shape[-1]).reshape(batch.numel(), y.shape[-1])  # (N, D)
         if context is not None:
             context = context.expand(*batch, context.shape[-1]).reshape(len(y), context.shape[-1])
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._get_tracing_state() is not None
-            or torch._C._are_functorch_transforms_active()
-        ):
+        if is_traced():
             x, log_det = invert_by_passes(self.bijector, self.conditioner, y, context)
         else:
             names, weights = zip(*self.conditioner.named_parameters(), strict=True)
@@ -70,6 +66,9 @@ class Autoregressive(FlowTransform):
                 context = None if context is None else context.to(y.dtype)
                 x, log_det = _Sweep.apply(self.bijector, self.conditioner, names, y, context, *weights)
         return x.reshape(*batch, x.shape[-1]), log_det.reshape(batch)
+
+    def compiles(self, inverse: bool) -> bool:
+        return not inverse
 
 
 def invert_by_passes(bijector: Bijector, net: MADE, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,10 @@ class FlowTransform(TransformModule):
 
         By default nothing is set.
         """
+
+    def compiles(self, inverse: bool) -> bool:
+        """Whether a verb compiles to one graph, whose size grows neither with the features nor with the data."""
+        return all(child.compiles(inverse) for child in inner_transforms(self))
 
     def __init__(self, event_shape: torch.Size | tuple[int, ...], context_dim: int = 0) -> None:
         super().__init__()
@@ -136,9 +141,21 @@ class Inverse(FlowTransform):
                 f"{type(self.transform).__name__} starts from data that it produces; initialise it, not its inverse."
             )
 
+    def compiles(self, inverse: bool) -> bool:
+        return self.transform.compiles(not inverse)
+
     @property
     def inv(self) -> FlowTransform:
         return self.transform
+
+
+def inner_transforms(module: nn.Module) -> Iterator[FlowTransform]:
+    """The transforms that a module is made of, without those that these are made of."""
+    for child in module.children():
+        if isinstance(child, FlowTransform):
+            yield child
+        else:
+            yield from inner_transforms(child)
 
 
 class View(Transform):
@@ -213,6 +230,15 @@ class View(Transform):
 
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_memo": None}
+
+
+def is_traced() -> bool:
+    """Whether operations are being recorded or mapped rather than run."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 class _Memo(NamedTuple):

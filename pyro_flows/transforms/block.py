@@ -102,6 +102,9 @@ class BlockAutoregressive(FlowTransform):
         log_det = log_scale + torch.bmm(net.last, slopes).log()
         return _event(y, batch), log_det.sum((0, 1)).reshape(batch)
 
+    def compiles(self, inverse: bool) -> bool:
+        return not inverse
+
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         batch, columns, net = self._read(y, context)
         widths = *self.hidden_dims, 2

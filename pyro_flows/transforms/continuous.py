@@ -138,6 +138,9 @@ class Continuous(FlowTransform):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.solve(y, context, inverse=True)[:2]
 
+    def compiles(self, inverse: bool) -> bool:
+        return False
+
     def solve(
         self,
         value: Tensor,

@@ -104,6 +104,9 @@ class Residual(FlowTransform):
             (slope,) = torch.autograd.grad(log_det.sum(), x, retain_graph=True)
         return x + change, log_det, jacobian.solve_transposed(score - slope).detach()
 
+    def compiles(self, inverse: bool) -> bool:
+        return self.is_exact and not inverse
+
     def _log_det(self, jacobian: Jacobian) -> Tensor:
         return jacobian.log_det() if self.is_exact else _series(jacobian.ring(), self.net.lipschitz)
 

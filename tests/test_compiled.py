@@ -1,0 +1,228 @@
+"""Compiled flows: the same answers as before, in one graph for each direction, wherever a flow is used."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import laws
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from torch import Tensor
+
+import pyro_flows as pf
+from pyro_flows import AutoFlow, Flow, flows
+from pyro_flows.objectives import Likelihood
+from pyro_flows.transforms import ActNorm, Permute
+from pyro_flows.transforms.compiled import Compiled
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+    pyro.enable_validation(True)  # torch's own default goes off once anything was compiled
+
+
+def random(recipe: Callable[..., Flow], *sizes: int, **settings: Any) -> Flow:
+    flow = recipe(*sizes, num_transforms=2, hidden_dims=(8,), **settings)
+    return laws.randomise(flow, scale=0.3).double()
+
+
+class Graphs:
+    """A backend that runs graphs as they were captured, and counts them."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        self.number += 1
+        return graph.forward
+
+
+def counted(flow: Flow) -> Graphs:
+    graphs = Graphs()
+    flow.compile(backend=graphs)
+    return graphs
+
+
+def value_and_grad(flow: Flow, function: Callable[[], Any]) -> list[Tensor]:
+    torch.manual_seed(1)
+    found = function()
+    found = list(found) if isinstance(found, tuple) else [found]
+    return [*found, *torch.autograd.grad(sum(part.sum() for part in found), list(flow.parameters()))]
+
+
+@pytest.mark.parametrize("recipe", [flows.nsf, flows.realnvp, flows.maf, flows.iaf, flows.nsf_ar])
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_it_answers_as_before_in_both_directions(recipe: Callable[..., Flow], context_dim: int) -> None:
+    flow, x = random(recipe, 3, context_dim), laws.normal(5, 3)
+    context = laws.normal(5, 2) if context_dim else None
+    uses = (
+        lambda: flow.log_prob(x, context),
+        lambda: flow(context).log_prob(x),
+        lambda: flow.rsample_and_log_prob((4,) if context is None else (), context),
+        lambda: flow(context).rsample((4,)),
+        lambda: Likelihood()(flow, x, context),
+    )
+    plain = [value_and_grad(flow, use) for use in uses]
+    graphs = counted(flow)
+    for use, expected in zip(uses, plain, strict=True):
+        for ours, theirs in zip(value_and_grad(flow, use), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+    assert graphs.number > 0
+
+
+def test_own_samples_are_scored_without_a_second_pass() -> None:
+    flow = random(flows.nsf, 3)
+    graphs = counted(flow)
+    q = flow()
+    x = q.rsample((4,))
+    log_prob = q.log_prob(x)
+    assert graphs.number == 1  # the way back was not even compiled
+    torch.testing.assert_close(flow.log_prob(x), log_prob)
+
+
+def test_batches_of_any_size_share_their_graphs() -> None:
+    flow = random(flows.nsf, 3)
+    graphs = counted(flow)
+    for number in range(2, 20):
+        flow.log_prob(laws.normal(number, 3)).sum().backward()
+        flow.log_prob(laws.normal(3, number, 3)).sum().backward()
+        flow.rsample_and_log_prob((number,))
+    assert graphs.number == 2  # one for each direction
+    with torch.no_grad():
+        for number in range(1, 20):
+            flow.log_prob(laws.normal(number, 3))
+    assert graphs.number <= 4  # without gradients, and of a single row
+    optimiser = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    before = graphs.number
+    for number in (7, 8, 9):
+        optimiser.zero_grad()
+        (-flow.log_prob(laws.normal(number, 3)).mean()).backward()
+        optimiser.step()
+    assert graphs.number == before
+
+
+def test_the_loss_of_a_fit_compiles_to_one_graph() -> None:
+    flow, x = random(flows.maf, 3, 2), laws.normal(5, 3)
+    context, objective = laws.normal(5, 2), Likelihood()
+    plain = value_and_grad(flow, lambda: objective(flow, x, context))
+    whole = torch.compile(lambda: objective(flow, x, context), fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(value_and_grad(flow, whole), plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("recipe", [flows.maf, flows.nsf_ar])
+def test_the_direction_that_goes_feature_by_feature_is_left_alone(recipe: Callable[..., Flow]) -> None:
+    flow = random(recipe, 3)
+    graphs = counted(flow)
+    flow.rsample_and_log_prob((4,))
+    assert graphs.number == (recipe is flows.nsf_ar)  # its last layer maps each feature on its own
+    flow.log_prob(laws.normal(4, 3))
+    assert graphs.number == 1 + (recipe is flows.nsf_ar) * 2
+
+
+def test_solvers_are_left_alone() -> None:
+    flow = flows.ffjord(2)
+    graphs = counted(flow)
+    flow.log_prob(torch.zeros(3, 2))
+    assert graphs.number == 0
+
+
+def test_it_copies_and_pickles_and_saves(tmp_path: Any) -> None:
+    flow, x = random(flows.realnvp, 3), laws.normal(5, 3)
+    graphs = counted(flow)
+    expected = flow.log_prob(x)
+    assert "runs" not in "".join(flow.state_dict())
+    other = copy.deepcopy(flow)
+    torch.testing.assert_close(other.log_prob(x), expected)
+    with torch.no_grad():
+        next(other.parameters()).add_(1.0)
+    assert not torch.allclose(other.log_prob(x), expected)  # its own parameters, not those of the original
+    torch.testing.assert_close(flow.log_prob(x), expected)
+    assert graphs.number == 1  # the copy has a backend of its own
+    flow.compile(backend="aot_eager")
+    torch.testing.assert_close(pickle.loads(pickle.dumps(flow)).log_prob(x), expected)
+    pf.save(flow, tmp_path / "flow.pt")
+    torch.testing.assert_close(pf.load(tmp_path / "flow.pt").log_prob(x), expected)
+
+
+def test_layers_may_be_added_later() -> None:
+    flow, x = random(flows.realnvp, 3), laws.normal(5, 3)
+    counted(flow)
+    before = flow.log_prob(x)
+    flow.transforms.append(ActNorm(3).double())  # type: ignore[attr-defined]
+    flow.transforms[-1].log_scale.data.fill_(1.0)
+    assert not torch.allclose(flow.log_prob(x), before)
+
+
+def test_a_fit_and_a_guide_use_it() -> None:
+    flow = flows.realnvp(2, num_transforms=2, hidden_dims=(8,))
+    graphs = counted(flow)
+    fit = pf.fit_density(flow, torch.randn(200, 2) * 3 + 1, max_epochs=2, progress=False)
+    assert graphs.number > 0
+    assert fit.losses.isfinite().all()
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1).to_event(1))
+        pyro.sample("y", dist.Normal(x.sum(-1), 0.5), obs=torch.tensor(1.0))
+
+    guide = AutoFlow(model, flow=flows.realnvp)
+    with pytest.raises(ValueError, match=r"AutoFlow.compile: .* call setup"):
+        guide.compile()
+    guide.setup()
+    graphs = Graphs()
+    guide.compile(backend=graphs)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO(num_particles=4, vectorize_particles=True))
+    losses = [svi.step() for _ in range(5)]
+    assert graphs.number == 2  # for one draw, from which Pyro guesses shapes, and for several
+    assert all(torch.tensor(losses).isfinite())
+
+
+def test_images_and_dequantised_flows_compile() -> None:
+    model = flows.Dequantized(flows.glow((1, 4, 4), num_scales=1, num_steps=1, hidden_dim=4))
+    x = torch.randint(0, 256, (3, 1, 4, 4))
+    torch.manual_seed(0)
+    expected = model.log_prob(x)
+    model.compile(backend="aot_eager")
+    torch.manual_seed(0)
+    torch.testing.assert_close(model.log_prob(x), expected)
+
+
+def test_without_a_compiler_it_says_so_once_and_goes_on() -> None:
+    flow, x = random(flows.realnvp, 3), laws.normal(5, 3)
+    expected = flow.log_prob(x)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no compiler found")
+
+    flow.compile(backend=broken)
+    with pytest.warns(UserWarning, match="runs uncompiled: .*"):
+        torch.testing.assert_close(flow.log_prob(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(flow.log_prob(x), expected)
+
+
+def test_wrong_arguments_are_told_as_before() -> None:
+    flow = random(flows.realnvp, 3)
+    counted(flow)
+    with pytest.raises(ValueError, match=r"value"):
+        flow.log_prob(torch.zeros(4, 2))
+    flow.log_prob(laws.normal(4, 3))
+
+
+def test_runs_hold_what_compiles_alike() -> None:
+    flow = Flow([Permute([1, 0]), *flows.maf(2, num_transforms=2).transforms, ActNorm(2)])
+    flow.compile()
+    assert [type(run) for run in flow.runs] == [Compiled] * 3
