@@ -29,6 +29,7 @@ from ..flows import Flow, realnvp
 from ..guides import AutoFlow
 from ..objectives import ForwardKL, TemperedELBO
 from ..transforms import ActNorm
+from . import processes
 from .inspect import check_no_parameters
 from .loop import Fit
 from .schedule import suited_to
@@ -131,7 +132,7 @@ class Ladder:
     def note(self, rung: Rung) -> None:
         """Remember a fit, and say so."""
         self.rungs.append(rung)
-        if self._settings["progress"]:
+        if self._settings["progress"] and processes.rank() == 0:
             print(f"{len(self.rungs)}. {rung}", file=sys.stderr)
 
     @property

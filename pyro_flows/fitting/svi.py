@@ -23,6 +23,7 @@ from ..guides.encoding import initialize
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective
 from . import checkpoint as checkpoints
+from . import processes
 from .inspect import culprit, fingerprint, has_all, trained_by
 from .ladder import climb
 from .loop import Fit, ask, check_settings, descend
@@ -34,6 +35,7 @@ from .warm import start_from_gaussian
 SETTINGS = "num_particles", "vectorize_particles", "num_steps", "start", "alpha", "buffer_size"  # of objectives
 
 
+@processes.together
 def fit_svi(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -137,15 +139,23 @@ def fit_svi(
     single, _, nesting = single_trace(model, guide, args, kwargs)
     _check_steps(steps, annealed := getattr(objective, "num_steps", None))
     suited = suited_to(guide)
+    if num_particles and objective is None and num_particles % processes.size():
+        raise ValueError(
+            f"fit_svi: num_particles={num_particles} are those of all {processes.size()} processes together, which "
+            "must be able to share them equally; give a multiple of the number of processes, or leave it out."
+        )
     num_particles = num_particles or suited.num_particles
     lr, clip_norm = float(lr or suited.lr), float(clip_norm or suited.clip_norm)
     file = None if checkpoint is None else Path(checkpoint)
     if file and not file.parent.is_dir():
         raise ValueError(f"fit_svi: checkpoint={str(file)!r} lies in a folder that does not exist.")
     whole = not subsampled_plate(single)  # a subsample is drawn anew each time
+    asked: dict[str, Any] = {}  # what the user knows of, whatever the number of processes
     if objective is None:
+        asked = {"num_particles": num_particles, "vectorize_particles": num_particles > 1}
         kind = Trace_ELBO if isinstance(guide, AutoFlow) and guide.has_circles else PathELBO
-        objective = kind(num_particles, max_plate_nesting=nesting, vectorize_particles=num_particles > 1)
+        own = -(-num_particles // processes.size())
+        objective = kind(own, max_plate_nesting=nesting, vectorize_particles=own > 1)
         if num_particles > 1:
             check_side_by_side(model, guide, args, kwargs)
     kept = checkpoints.steps_of(file) if file else None
@@ -177,6 +187,7 @@ def fit_svi(
     near = kept == fewer  # a run that goes on has known since its start
     if isinstance(guide, AutoFlow) and start:
         near = start.is_near and has_all(guide, parameters)
+    near = processes.first(lambda: near)
     fit = descend(
         loss,
         parameters,
@@ -193,6 +204,7 @@ def fit_svi(
         settings={
             "objective": type(objective).__name__,
             **{name: getattr(objective, name, None) for name in SETTINGS},
+            **asked,
             "data": fingerprint((*args, *kwargs.values())),
         },
         companion=objective,
@@ -203,7 +215,7 @@ def fit_svi(
         warnings.warn(
             f"fit_svi: {fit.skipped} of {fit.steps} steps were skipped, as loss or gradient were not finite; what was "
             f"learned comes from the others. {ask(lambda: culprit(model, guide, args, kwargs))}",
-            stacklevel=2,
+            stacklevel=3,
         )
     return fit
 
