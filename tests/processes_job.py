@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_flows import AutoFlow, AutoPlateFlow, Fit, Simulations, fit_amortized, fit_density, fit_svi, flows
 from pyro_flows.encoders import MLPEncoder
+from pyro_flows.fitting.gradients import backward
 from pyro_flows.objectives import ForwardKL, Likelihood
 
 RANK = int(os.environ.get("RANK", 0))
@@ -197,6 +198,16 @@ def fail(_: Tensor) -> None:
     raise KeyError("the step of process 1")
 
 
+def missing() -> Found:
+    """Gradients that one process lacks, one that both lack, and a wish of one."""
+    a, b, c = (
+        torch.ones((), dtype=dtype, requires_grad=True) for dtype in (torch.float32, torch.float64, torch.float64)
+    )
+    loss, share = (lambda: 3 * a) if RANK else (lambda: 5 * b), (0.25, 0.75)[RANK]
+    found = backward(loss, lambda: share, [a, b, c], 1e9, lambda: [RANK == 1, False])
+    return {"grads": [a.grad, b.grad, c.grad], "loss": found.loss, "wishes": found.wishes}
+
+
 def both(folder: Path) -> Found:
     return {
         "density": density(),
@@ -210,6 +221,7 @@ def both(folder: Path) -> Found:
         "restarted": restarted(),
         "replayed": replayed(folder),
         "resumed": resumed(folder),
+        "missing": missing(),
         "skipped": density(objective=At(4, 1, lambda loss: loss * torch.nan)),
         "failed": failed(lambda: density(objective=At(4, 1, fail))),
         "refused": failed(lambda: density(x=rows(RANK))),

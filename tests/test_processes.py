@@ -84,6 +84,14 @@ def test_two_processes_find_what_one_finds(name, pair):
     assert found["skipped"] == (name == "skipped")
 
 
+def test_a_gradient_that_one_process_lacks_is_zero_there_and_one_that_both_lack_is_none(pair):
+    for found in (pair[1][0]["missing"], pair[1][1]["missing"]):
+        a, b, c = found["grads"]
+        assert (a, b, c) == (torch.tensor(2.25), torch.tensor(1.25).double(), None)
+        assert (a.dtype, b.dtype) == (torch.float32, torch.float64)
+        assert (found["loss"], found["wishes"]) == (3.5, [True, False])
+
+
 def test_rounds_divide_the_simulations(pair):
     assert_same(*(found["amortized"]["rounds"] for found in pair[1]), rtol=0, atol=0)
 

@@ -82,7 +82,8 @@ def fit_amortized(
             this is flow matching posterior estimation (Dax et al. 2023, arXiv:2305.17161).
         max_epochs: How often to go through the simulations in a round; the step size falls to zero by then.  By default
             200, and fewer beyond 10,000 simulations.
-        batch_size: How many simulations to take in each step; by default 256, and fewer where there are few.
+        batch_size: How many simulations to take in each step; by default 256, and fewer where there are few.  Several
+            processes share them, as they do the simulations to draw.
         lr: The largest step size.
         clip_norm: The largest norm of a gradient.
         held_out: The share of the simulations that are not trained on and judge the states.

@@ -84,7 +84,7 @@ def fit_density(
             continuous flows with its penalties, or ``objectives.FlowMatching()``.
         max_epochs: How often to go through the rows; the step size falls to zero by then.
         batch_size: How many rows in memory to take in each step; by default 256, or 64 images, and fewer where there
-            are few.
+            are few.  Several processes share them (*Several processes and GPUs* in the docs).
         lr: The largest step size.
         clip_norm: The largest norm of a gradient; by default 5, or 50 for images.
         held_out: The share of the rows that are not trained on and judge the states, without ``validation``.

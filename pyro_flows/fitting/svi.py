@@ -68,8 +68,10 @@ def fit_svi(
             Gaussian that it starts from (see *Choosing a flow* in the docs).
         objective: A Pyro ELBO, such as those of ``pyro_flows.objectives``; by default a ``PathELBO`` with
             ``num_particles`` draws side by side, for which the model must broadcast to the left of its plates, or,
-            where latents are angles, a ``Trace_ELBO``: the scores of steep splines make path gradients too noisy.
+            where latents are angles, a ``Trace_ELBO``: the scores of steep splines make path gradients too noisy.  Of
+            several processes each takes all that it asks for, draws and minibatches, and their mean counts.
         num_particles: The number of draws in each step, where no objective is given; by default what suits the guide.
+            Several processes share them (*Several processes and GPUs* in the docs).
         lr: The largest step size, which is reached within 100 steps and falls to zero along a cosine; by default 0.01,
             or 0.003 where latents are angles.  Beyond 32 latents Muon trains an ``AutoFlow``'s networks; Adam all else.
         clip_norm: The largest norm of a gradient; by default 100, or 1 for an ``AutoFlow`` over more than 32 latents.
@@ -80,9 +82,9 @@ def fit_svi(
             error when there are 100 in a row; ``"raise"`` ends at the first.
         checkpoint: A file that the state of the run is kept in, after each 50 steps but at most every ten seconds,
             and at the end.  A run that was killed and is called again with the same file goes on from there, to the
-            same result as without the break.  Runs are told apart by their settings and by tensors, numbers and
-            strings among the arguments, not by what the model holds itself.  With ``escalate`` or ``restarts`` each fit
-            has a file of its own, with the fit's name added.
+            same result as without the break, with another number of processes too, but for their noise.  Runs are told
+            apart by their settings and by tensors, numbers and strings among the arguments, not by what the model holds
+            itself.  With ``escalate`` or ``restarts`` each fit has a file of its own, with the fit's name added.
         progress: Whether to show a progress bar.
         escalate: Whether to judge the fit by :func:`~pyro_flows.check` and, until one can be trusted, to go on: from a
             Gaussian to the guide's flow, to more couplings trained for longer, and to an objective that covers mass.
@@ -98,8 +100,8 @@ def fit_svi(
         the fit early and returns.
 
     Raises:
-        ValueError: If an argument is out of its range, there is nothing to train, the posterior is improper, or the
-            checkpoint is of another run.
+        ValueError: If an argument is out of its range, there is nothing to train, the posterior is improper, the
+            checkpoint is of another run, or several processes do not fit the same.
         FloatingPointError: If the loss or gradients stay non-finite; the error names the site at fault.
 
     Warns:
