@@ -194,6 +194,14 @@ def resumed(folder: Path) -> Found:
     return {"broken": broken, "again": again, "left": left}
 
 
+def spoil(loss: Tensor) -> Tensor:
+    return loss * torch.nan
+
+
+def give_up(_: Tensor) -> None:
+    raise FloatingPointError("an equation of process 1")
+
+
 def fail(_: Tensor) -> None:
     raise KeyError("the step of process 1")
 
@@ -222,7 +230,9 @@ def both(folder: Path) -> Found:
         "replayed": replayed(folder),
         "resumed": resumed(folder),
         "missing": missing(),
-        "skipped": density(objective=At(4, 1, lambda loss: loss * torch.nan)),
+        "skipped": density(objective=At(4, 1, spoil)),
+        "unsolved": density(objective=At(4, 1, give_up)),
+        "raised": failed(lambda: density(objective=At(4, 1, give_up), on_nonfinite="raise")),
         "failed": failed(lambda: density(objective=At(4, 1, fail))),
         "refused": failed(lambda: density(x=rows(RANK))),
         "uneven": failed(lambda: fit_svi(normal, AutoNormal(normal), Y, steps=1, num_particles=3)),

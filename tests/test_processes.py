@@ -56,7 +56,19 @@ def assert_same(one, two, **close):
     assert [one[k] for k in ("best", "stopped", "skipped")] == [two[k] for k in ("best", "stopped", "skipped")]
 
 
-RUNS = "density", "loader", "amortized", "plain", "default", "grads", "noise", "minibatches", "restarted", "skipped"
+RUNS = (
+    "density",
+    "loader",
+    "amortized",
+    "plain",
+    "default",
+    "grads",
+    "noise",
+    "minibatches",
+    "restarted",
+    "skipped",
+    "unsolved",
+)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -73,7 +85,8 @@ ALONE = {
     "plain": lambda: job.without_noise(job.Trace_ELBO()),
     "default": lambda: job.without_noise(None),
     "grads": lambda: job.without_noise(job.RenyiELBO(0.5, num_particles=2)),
-    "skipped": lambda: job.density(objective=job.At(4, 0, lambda loss: loss * torch.nan)),
+    "skipped": lambda: job.density(objective=job.At(4, 0, job.spoil)),
+    "unsolved": lambda: job.density(objective=job.At(4, 0, job.give_up)),
 }
 
 
@@ -81,7 +94,7 @@ ALONE = {
 def test_two_processes_find_what_one_finds(name, pair):
     found = pair[1][0][name]
     assert_same(ALONE[name](), found, **CLOSE)
-    assert found["skipped"] == (name == "skipped")
+    assert found["skipped"] == (name in ("skipped", "unsolved"))
 
 
 def test_a_gradient_that_one_process_lacks_is_zero_there_and_one_that_both_lack_is_none(pair):
@@ -140,6 +153,13 @@ def test_what_fails_in_one_fails_in_both(pair):
     assert zero["failed"] == "Parted: process 1 of 2 has failed: KeyError: 'the step of process 1'"
     assert one["failed"] == "KeyError: 'the step of process 1'"
     assert "fit_density: process 1 of 2: KeyError: 'the step of process 1'\n" in one["said"]
+
+
+def test_a_step_that_ends_the_run_ends_it_in_both_for_the_reason_that_one_knows(pair):
+    zero, one = (found["raised"] for found in pair[1])
+    assert zero == one
+    assert "FloatingPointError: The loss or its gradient was not finite at step 4" in zero
+    assert "an equation of process 1" in zero
 
 
 def test_processes_that_do_not_fit_the_same_are_refused(pair):

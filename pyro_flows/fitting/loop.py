@@ -171,8 +171,8 @@ def descend(
                     limit = UNSOLVED if unsolved else patience
                     if on_nonfinite == "raise" or in_a_row >= limit:
                         known = str(error).splitlines()[0].rstrip(".") if error else ""
-                        causes = processes.each(lambda: "; ".join(filter(None, (ask(diagnose), known))))  # noqa: B023
-                        cause = max(causes, key=bool)  # the first that says something
+                        words = [word for word in (ask(diagnose), known) if word]
+                        cause = "; ".join(max(processes.each(lambda: words), key=len))  # noqa: B023
                         raise FloatingPointError(
                             f"The loss or its gradient was not finite at step {step}"
                             f"{f' and at the {in_a_row - 1} before' if in_a_row > 1 else ''}: {cause}. "
