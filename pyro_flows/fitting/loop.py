@@ -172,11 +172,10 @@ def descend(
                     if on_nonfinite == "raise" or in_a_row >= limit:
                         known = str(error).splitlines()[0].rstrip(".") if error else ""
                         words = [word for word in (ask(diagnose), known) if word]
-                        reasons = processes.each(lambda: words)  # noqa: B023
-                        cause = "; ".join(max(reasons, key=len))
+                        fullest = max(processes.each(lambda: words), key=len)  # noqa: B023
                         raise FloatingPointError(
                             f"The loss or its gradient was not finite at step {step}"
-                            f"{f' and at the {in_a_row - 1} before' if in_a_row > 1 else ''}: {cause}. "
+                            f"{f' and at the {in_a_row - 1} before' if in_a_row > 1 else ''}: {'; '.join(fullest)}. "
                             f"Try a smaller lr (now {lr:g}) or init_scale, or a float64 model."
                         )
                 bar.update()
