@@ -87,9 +87,10 @@ def density(**settings: Any) -> Found:
     return told(fit_density(small(), **settings))
 
 
-def loader() -> Found:
+def loader(**settings: Any) -> Found:
     """The last batch has one row, so that a process has none."""
-    return density(x=DataLoader(TensorDataset(rows(number=152)), batch_size=34, shuffle=True), batch_size=None)
+    batches = DataLoader(TensorDataset(rows(number=152)), batch_size=34, shuffle=True)
+    return density(x=batches, batch_size=None, **settings)
 
 
 def amortized() -> Found:
@@ -191,7 +192,9 @@ def resumed(folder: Path) -> Found:
         (folder / "left_by_two").write_bytes((folder / "two").read_bytes())
     again = density(checkpoint=folder / "two", objective=At(0, 0, interrupt))
     left = density(checkpoint=folder / "left_by_one", objective=At(0, 0, interrupt))
-    return {"broken": broken, "again": again, "left": left}
+    half = loader(checkpoint=folder / "loader", objective=At(8, 1, interrupt))
+    loaded = loader(checkpoint=folder / "loader", objective=At(0, 0, interrupt))
+    return {"broken": broken, "again": again, "left": left, "half": half, "loaded": loaded}
 
 
 def spoil(loss: Tensor) -> Tensor:

@@ -140,6 +140,8 @@ def test_ctrl_c_in_one_stops_both_and_the_run_goes_on_in_two_or_one(pair):
     folder, found, _ = pair
     for runs in (found[0]["resumed"], found[1]["resumed"]):
         assert (runs["broken"]["stopped"], len(runs["broken"]["losses"])) == ("interrupted", 6)
+    assert found[0]["resumed"]["half"]["stopped"] == "interrupted"
+    assert_same(found[0]["loader"], found[0]["resumed"]["loaded"], rtol=0, atol=0)
     whole = found[0]["density"]
     assert_same(whole, found[0]["resumed"]["again"], rtol=0, atol=0)
     assert_same(whole, found[0]["resumed"]["left"], **CLOSE)
