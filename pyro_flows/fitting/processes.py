@@ -106,7 +106,8 @@ def reaching() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise Parted("another process has ended; see what it says") from error
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Parted(f"another process has ended, see what it says, or cannot be reached ({why:.200})") from error
 
 
 def each(make: Callable[[], T]) -> list[T]:
@@ -218,7 +219,7 @@ def spread(tensors: Iterable[Tensor]) -> None:
 
 
 def agree(caller: str, settings: dict[str, Any], parameters: list[Tensor]) -> None:
-    """Refuse processes that do not fit the same, or that two share a GPU between which nccl would have to pass.
+    """Refuse processes that do not fit the same, or of which two share a GPU, which nccl cannot serve.
 
     Raises:
         ValueError: Naming what differs, or the device.
