@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -186,5 +188,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return TRUSTED if usable else NOT_TRUSTED
 
 
+def _run() -> int:
+    """Run the command line; of several processes that torchrun has started, the first alone speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        return main()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        return main()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_run())

@@ -38,6 +38,7 @@ PAGES = [
     ("density", "\nTrue\n"),
     ("images", "torch.Size([5, 2, 1, 8, 8])"),
     ("continuous", "OdeReport("),
+    ("scale", "True\n"),
 ]
 
 

@@ -8,6 +8,7 @@ arXiv:1905.07488).
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..diagnostics.simulations import Simulations
 from ..diagnostics.simulator import Simulator
 from ..guides import AutoFlow
 from . import checkpoint as checkpoints
+from . import processes
 from .inspect import fingerprint
 from .loop import Fit, check_settings
 from .losses import checked
@@ -27,6 +29,7 @@ from .simulated import train
 from .truncated import Truncated
 
 
+@processes.together
 def fit_amortized(
     model: Callable[..., Any],
     guide: AutoFlow,
@@ -79,7 +82,8 @@ def fit_amortized(
             this is flow matching posterior estimation (Dax et al. 2023, arXiv:2305.17161).
         max_epochs: How often to go through the simulations in a round; the step size falls to zero by then.  By default
             200, and fewer beyond 10,000 simulations.
-        batch_size: How many simulations to take in each step; by default 256, and fewer where there are few.
+        batch_size: How many simulations to take in each step; by default 256, and fewer where there are few.  Several
+            processes share them, as they do the simulations to draw.
         lr: The largest step size.
         clip_norm: The largest norm of a gradient.
         held_out: The share of the simulations that are not trained on and judge the states.
@@ -150,6 +154,8 @@ def fit_amortized(
                 f"{tuple(value.shape)}."
             )
     if simulations is not None:
+        given = simulations
+        simulations = processes.first(lambda: given)  # each may have drawn its own
         simulator.check_simulations(simulations, rounds)
         num_simulations = len(simulations)
     sizes = [num_simulations * (r + 1) // rounds - num_simulations * r // rounds for r in range(rounds)]
@@ -158,8 +164,17 @@ def fit_amortized(
         part = file.with_name(f"{file.name}.{number}") if file and rounds > 1 else file
 
         def draw(size: int = size, known: Simulations | None = known) -> Simulations:
-            latents = Truncated(simulator, guide, observed).draw(size) if known is not None and observed else None
-            return simulator.draw(size, latents, batch_size=simulation_batch_size, vectorize=vectorize)
+            truncated = Truncated(simulator, guide, observed) if known is not None and observed else None
+
+            def own() -> Simulations:
+                number = -(-size // processes.size())
+                latents = truncated.draw(number) if truncated else None
+                return simulator.draw(number, latents, batch_size=simulation_batch_size, vectorize=vectorize)
+
+            processes.apart()
+            parts = processes.each(own)
+            processes.as_one()
+            return functools.reduce(Simulations.join, parts).take(slice(size)) if parts[1:] else parts[0]
 
         key = {"data": fingerprint((*args, *kwargs.values(), *(observed or {}).values())), "number": size}
         new = simulations or (draw() if part is None else _kept(part, draw, key))

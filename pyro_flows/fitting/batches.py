@@ -1,7 +1,8 @@
 """Where batches come from: rows in memory, shuffled anew in each epoch, or a loader.
 
 Each source knows how many batches an epoch has, hands out one after the other, goes once through all for those who want
-to see the whole, and has a state from which it goes on as if it had never stopped.
+to see the whole, and has a state from which it goes on as if it had never stopped.  Of several processes, all have the
+same batches, from process 0, and each is handed its share of every one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, random_split
 
-from . import checkpoint as checkpoints
+from . import processes
+from .randomness import random_state, set_random_state
 
 Batch = tuple[Tensor, Tensor | None]  # rows (N, *event_shape), and contexts (N, ...) where there are some
 PART = 10_000  # rows that are looked at together
@@ -23,17 +25,27 @@ _END = object()
 
 
 class Epochs:
-    """Which rows come next: shuffled anew in each epoch."""
+    """Which rows come next: shuffled anew in each epoch.
+
+    Attributes:
+        steps: How many batches an epoch has.
+        share: What share of the last batch was this process's.
+    """
+
+    in_common = True  # its state is that of all processes
 
     def __init__(self, number: int, size: int) -> None:
         self.number, self.size, self.steps = number, size, number // size
         self.order, self.place = torch.zeros(0, dtype=torch.long), 0
+        self.share = 1.0
 
     def next(self) -> Tensor:
+        """This process's rows of the next batch."""
         if self.place + self.size > len(self.order):
-            self.order, self.place = torch.randperm(self.number), 0
+            self.order, self.place = processes.first(lambda: torch.randperm(self.number)), 0
         self.place += self.size
-        return self.order[self.place - self.size : self.place]
+        own, self.share = processes.share(self.size)
+        return self.order[self.place - self.size : self.place][own]
 
     def state_dict(self) -> dict[str, Any]:
         return {"order": self.order, "place": self.place}
@@ -57,6 +69,7 @@ class Rows:
     """
 
     again = False
+    in_common = True
 
     def __init__(self, x: Tensor, context: Tensor | None, size: int = PART) -> None:
         self.x, self.context = x, context
@@ -66,16 +79,17 @@ class Rows:
     def steps(self) -> int:
         return self.epochs.steps
 
-    def _take(self, index: Tensor | slice) -> Batch:
-        return self.x[index], None if self.context is None else self.context[index]
+    @property
+    def share(self) -> float:
+        return self.epochs.share
 
     def __iter__(self) -> Iterator[Batch]:
         part = PART if self.x.dim() == 2 else max(1, NUMBERS // self.x[0].numel())
         for start in range(0, len(self.x), part):
-            yield self._take(slice(start, start + part))
+            yield part_of((self.x, self.context), slice(start, start + part))
 
     def next(self) -> Batch:
-        return self._take(self.epochs.next())
+        return part_of((self.x, self.context), self.epochs.next())
 
     def state_dict(self) -> dict[str, Any]:
         return self.epochs.state_dict()
@@ -97,7 +111,10 @@ class Stream:
     Attributes:
         steps: How many items it yields, known once it was gone through.
         again: Whether it may yield a row again and again.
+        share: What share of the last batch was this process's.
     """
+
+    in_common = True
 
     def __init__(self, loader: Iterable[Any], read: Callable[[Any], Batch]) -> None:
         self.loader, self.read = loader, read
@@ -105,14 +122,22 @@ class Stream:
         self._items: Iterator[Any] | None = None
         self._start: dict[str, Any] = {}
         self._taken = 0
+        self.share = 1.0
 
     def __iter__(self) -> Iterator[Batch]:
         self.steps = 0
-        for item in self.loader:
+        items = ((item,) for item in self.loader)  # process 0 alone goes through the loader
+        while (item := processes.first(lambda: next(items, None))) is not None:
             self.steps += 1
-            yield self.read(item)
+            yield self.read(*item)
 
     def next(self) -> Batch:
+        """This process's rows of the next batch."""
+        batch = self.read(processes.first(self._next_item))
+        own, self.share = processes.share(len(batch[0]))
+        return part_of(batch, own)
+
+    def _next_item(self) -> Any:
         item = _END if self._items is None else next(self._items, _END)
         if item is _END:  # an epoch may also be shorter than the first was
             item = next(self._begin(), _END)
@@ -121,10 +146,10 @@ class Stream:
         self._taken += 1
         if self._taken == self.steps:
             self._items = None
-        return self.read(item)
+        return item
 
     def _begin(self) -> Iterator[Any]:
-        self._start = {"random": checkpoints.random_state(), "own": self._own_state()}
+        self._start = {"random": random_state(), "own": self._own_state()}
         self._items, self._taken = iter(self.loader), 0
         return self._items
 
@@ -148,19 +173,39 @@ class Stream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._items = None
-        if state["start"]:
-            now = checkpoints.random_state()
-            checkpoints.set_random_state(state["start"]["random"])
+        if state["start"] and processes.rank() == 0:
+            now = random_state()
+            set_random_state(state["start"]["random"])
             self._set_own_state(state["start"]["own"])
             items = self._begin()
             for _ in range(state["taken"]):
                 next(items)
             self._taken = state["taken"]
-            checkpoints.set_random_state(now)
+            set_random_state(now)
         self._set_own_state(state["own"])
 
 
 Source = Rows | Stream
+
+
+def sum_of(loss: Callable[[Batch], Tensor], source: Source) -> float:
+    """A loss of rows summed over all batches of a source, of which each process sees its share."""
+    total, failure = 0.0, None
+    for batch in source:
+        own, share = processes.share(len(batch[0]))
+        if share and not failure:
+            try:
+                mine = part_of(batch, own)
+                total += float(loss(mine)) * len(mine[0])
+            except Exception as error:  # the others wait for this process to go on to the last batch
+                failure = error
+    return sum(processes.each(lambda: processes.settled(total, failure)))
+
+
+def part_of(batch: Batch, own: Tensor | slice) -> Batch:
+    """Some rows of a batch, and their contexts."""
+    x, context = batch
+    return x[own], None if context is None else context[own]
 
 
 def split(caller: str, loader: Any, share: float) -> tuple[DataLoader, DataLoader]:

@@ -22,7 +22,8 @@ from ..encoders import Standardize
 from ..flows import Dequantized, Flow
 from ..tables.table import places_of
 from ..transforms import FixedAffine
-from .batches import Batch, Rows, Source
+from . import processes
+from .batches import Batch, Rows, Source, sum_of
 from .inspect import design, fingerprint
 from .loop import Fit, check_settings, descend
 from .losses import checked, shown
@@ -37,6 +38,7 @@ from .survey import Survey, check_images, check_room, check_rows, warn
 CALLER = "fit_density"
 
 
+@processes.together
 def fit_density(
     flow: Flow | Dequantized,
     x: Any,
@@ -82,7 +84,7 @@ def fit_density(
             continuous flows with its penalties, or ``objectives.FlowMatching()``.
         max_epochs: How often to go through the rows; the step size falls to zero by then.
         batch_size: How many rows in memory to take in each step; by default 256, or 64 images, and fewer where there
-            are few.
+            are few.  Several processes share them (*Several processes and GPUs* in the docs).
         lr: The largest step size.
         clip_norm: The largest norm of a gradient; by default 5, or 50 for images.
         held_out: The share of the rows that are not trained on and judge the states, without ``validation``.
@@ -187,9 +189,9 @@ def fit_density(
     def loss_held_out(epoch: int) -> float:
         flow.eval()
         with torch.random.fork_rng():
-            torch.manual_seed(0)
-            total = sum(float(loss_of(batch)) * len(batch[0]) for batch in judge)
-            if grid:
+            torch.manual_seed(processes.rank())
+            total = sum_of(loss_of, judge)
+            if grid and processes.rank() == 0:
                 draw(flow, judged.sample[1], grid, epoch)
         flow.train()
         return total / judged.rows
@@ -222,6 +224,7 @@ def fit_density(
                 on_nonfinite=on_nonfinite,
                 progress=progress,
                 diagnose=lambda: culprit(flow, reader.flow, rows, contexts),
+                share=lambda: train.share,
                 checkpoint=file,
                 settings={
                     "data": [mark for pair in ((train, seen), (judge, judged)) for mark in _marks(*pair)],

@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 
 @contextlib.contextmanager
-def hold_interrupts() -> Iterator[Callable[[], bool]]:
-    """Let a first Ctrl-C wait until somebody asks whether there was one; a second one does not wait."""
-    held = threading.Event()
+def hold_interrupts(grace: float = 0.0) -> Iterator[Callable[[], bool]]:
+    """Let a first Ctrl-C wait until somebody asks whether there was one; a second one, unless it comes within ``grace``
+    seconds, does not wait: of one Ctrl-C a launcher tells its processes once more."""
+    held, first = threading.Event(), 0.0
 
     def hold(*_: Any) -> None:
-        if held.is_set():
+        nonlocal first
+        if held.is_set() and time.monotonic() - first >= grace:
             raise KeyboardInterrupt
+        if not held.is_set():
+            first = time.monotonic()
         held.set()
 
     before = signal.getsignal(signal.SIGINT)

@@ -29,6 +29,7 @@ from ..flows import Flow, realnvp
 from ..guides import AutoFlow
 from ..objectives import ForwardKL, TemperedELBO
 from ..transforms import ActNorm
+from . import processes
 from .inspect import check_no_parameters
 from .loop import Fit
 from .schedule import suited_to
@@ -101,8 +102,7 @@ class Ladder:
         except (KeyboardInterrupt, ValueError, FloatingPointError) as error:
             self._break_off(name, error)
             return None
-        if fit.stopped == "interrupted":
-            self.stopped = "interrupted"
+        self.stopped = "interrupted" if fit.stopped == "interrupted" else self.stopped
         return fit
 
     def climb(self, name: str, guide: AutoFlow, **settings: Any) -> None:
@@ -129,9 +129,10 @@ class Ladder:
         self.stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{name}: {error}"
 
     def note(self, rung: Rung) -> None:
-        """Remember a fit, and say so."""
-        self.rungs.append(rung)
-        if self._settings["progress"]:
+        """Remember a fit, of several processes as the first judges it, and say so."""
+        found, self.stopped = processes.first(lambda: (rung.check, self.stopped))
+        self.rungs.append(dataclasses.replace(rung, check=found))
+        if self._settings["progress"] and processes.rank() == 0:
             print(f"{len(self.rungs)}. {rung}", file=sys.stderr)
 
     @property

@@ -3,7 +3,7 @@
 Any optimisers, with a cosine decay (Loshchilov, Hutter 2016, arXiv:1608.03983) and gradients clipped by norm.  The
 state with the best running loss is kept, or the average of states with the best loss on held-out data; whatever ends
 the run, an error and Ctrl-C included, leaves the parameters in it.  With a checkpoint a run that was killed goes on
-where it was, to the same end.
+where it was, to the same end.  Several processes take each step together.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from tqdm import tqdm
 
 from ..diagnostics import Check
-from ..diagnostics.density import is_breakdown
 from . import checkpoint as checkpoints
+from . import processes
+from .gradients import backward
 from .interrupts import hold_interrupts
 from .state import HeldOut, Run
 
+AGAIN = 5.0  # seconds within which a launcher passes Ctrl-C on to processes that had it already
 UNSOLVED = 10  # steps in a row that are skipped where an equation cannot be solved, which takes time to find out
 
 
@@ -89,6 +90,7 @@ def descend(
     on_nonfinite: str,
     progress: bool,
     diagnose: Callable[[], str],
+    share: Callable[[], float] = lambda: 1 / processes.size(),
     settled: Callable[[], bool] = lambda: True,
     checkpoint: Path | None = None,
     settings: dict[str, Any] | None = None,
@@ -102,7 +104,7 @@ def descend(
     """Minimise a loss.
 
     Args:
-        loss: Computes the loss, anew each time.
+        loss: Computes the loss, anew each time; of several processes, that of this one's rows or draws.
         parameters: The tensors to train.
         optimizers: What trains them, each some of them.
         trained: What the record shall name as trained.
@@ -113,6 +115,7 @@ def descend(
             in a row; ``"raise"`` gives up at the first.
         progress: Whether to show a progress bar.
         diagnose: Says what is not finite, for the error.
+        share: What share of the rows or draws of all processes those of the last loss were; by default equal shares.
         settled: Whether losses can be compared by now; as long as they cannot, the latest state counts as the best.
         checkpoint: A file for the state of the run, from which it goes on if it is there.
         settings: What else tells this run from another, of which a checkpoint is refused.
@@ -123,29 +126,39 @@ def descend(
         window: The number of steps over which the loss is averaged to judge a state.
         patience: How many steps in a row may be skipped.
     """
-    buffers = list(trained.buffers()) if isinstance(trained, torch.nn.Module) else []
-    run = Run(parameters, optimizers, companion, buffers, held_out.decay if held_out else None)
+    module = trained if isinstance(trained, torch.nn.Module) else torch.nn.Module()
+    buffers, everything = list(module.buffers()), [*parameters, *module.parameters(), *module.buffers()]
     settings = {"steps": steps, "lr": lr, "clip_norm": clip_norm, **(settings or {})}
     settings["shapes"] = [list(parameter.shape) for parameter in parameters]
+    processes.agree(caller, settings, parameters)
+    processes.spread(everything)
+    run = Run(parameters, optimizers, companion, buffers, held_out.decay if held_out else None)
     if checkpoint is not None and (state := checkpoints.read(checkpoint, settings, caller)) is not None:
         run.load_state_dict(state)
+    else:
+        processes.apart(trained)
     losses, best = run.losses, run.best
-    in_a_row, stopped, start = 0, "steps", time.perf_counter() - run.seconds
+    in_a_row, stopped, start = 0, "", time.perf_counter() - run.seconds
     last_save = time.perf_counter()
-    bar = tqdm(total=steps, initial=len(losses), disable=not progress, unit="step", dynamic_ncols=True, leave=True)
+    bar = tqdm(
+        total=steps, initial=len(losses), disable=not progress or processes.rank() > 0, unit="step", dynamic_ncols=True
+    )
 
     def save() -> None:
         if checkpoint is not None:
             run.seconds = time.perf_counter() - start
-            checkpoints.write(checkpoint, {"settings": settings, **run.state_dict()})
+            checkpoints.write(checkpoint, {"settings": settings, **run.state_dict()}, run.own)
+
+    def wishes() -> list[bool]:
+        return [bool(asked()), time.perf_counter() - last_save > 10]
 
     try:
-        with hold_interrupts() as asked:
+        with hold_interrupts(0.0 if processes.alone() else AGAIN) as asked:
             for step in range(len(losses) + 1, steps + 1 if not run.stopped else 0):
                 for optimizer in optimizers:
                     optimizer.param_groups[0]["lr"] = lr * _schedule(step, steps)
                     optimizer.zero_grad()
-                number, error = _backward(loss, parameters, clip_norm)
+                number, error, unsolved, wished = backward(loss, share, parameters, clip_norm, wishes)
                 losses.append(number)
                 if math.isfinite(number):
                     for optimizer in optimizers:
@@ -155,13 +168,14 @@ def descend(
                     in_a_row = 0
                 else:
                     in_a_row += 1
-                    limit = UNSOLVED if isinstance(error, FloatingPointError) else patience
+                    limit = UNSOLVED if unsolved else patience
                     if on_nonfinite == "raise" or in_a_row >= limit:
                         known = str(error).splitlines()[0].rstrip(".") if error else ""
-                        cause = "; ".join(filter(None, (ask(diagnose), known)))
+                        words = [word for word in (ask(diagnose), known) if word]
+                        fullest = max(processes.each(lambda: words), key=len)  # noqa: B023
                         raise FloatingPointError(
                             f"The loss or its gradient was not finite at step {step}"
-                            f"{f' and at the {in_a_row - 1} before' if in_a_row > 1 else ''}: {cause}. "
+                            f"{f' and at the {in_a_row - 1} before' if in_a_row > 1 else ''}: {'; '.join(fullest)}. "
                             f"Try a smaller lr (now {lr:g}) or init_scale, or a float64 model."
                         )
                 bar.update()
@@ -177,14 +191,18 @@ def descend(
                     bar.set_postfix_str(shown + (f", {skipped} skipped" if skipped else ""))
                     if held_out and step - best.step >= held_out.patience * held_out.every:
                         run.stopped = "held-out"
-                if step == steps or run.stopped or time.perf_counter() - last_save > 10:
+                stop, due = wishes() if processes.alone() else wished
+                if step == steps or run.stopped or due:
                     save()
                     last_save = time.perf_counter()
-                if asked() and (held_out or step < steps):
+                if stop and (held_out or step < steps):
+                    stopped = "interrupted"
                     raise KeyboardInterrupt
                 if run.stopped:
                     break
     except KeyboardInterrupt:
+        if not (stopped or processes.alone()):  # the others do not know of it
+            raise
         stopped = "interrupted"
         save()
         if not held_out and len(losses) % window >= 10:
@@ -192,9 +210,10 @@ def descend(
     finally:
         bar.close()
         best.restore()
+    processes.spread(everything)
     if held_out and losses and not any(map(math.isfinite, losses)):
         raise FloatingPointError(f"The loss or its gradient was not finite in any step: {ask(diagnose)}.")
-    if stopped == "interrupted":
+    if stopped and processes.rank() == 0:
         where = f"the best state, of step {best.step}" if best.step else "the state at the start"
         onward = "  The same call goes on from the checkpoint." if checkpoint else ""
         print(f"Interrupted after {len(losses)} steps; kept {where} (loss {best.mean:.3f}).{onward}", file=sys.stderr)
@@ -206,22 +225,9 @@ def descend(
         len(losses),
         sum(not math.isfinite(value) for value in losses),
         time.perf_counter() - start,
-        run.stopped or stopped,
+        run.stopped or stopped or "steps",
         held_out=torch.tensor(run.held_out, dtype=torch.float64) if held_out else None,
     )
-
-
-def _backward(loss: Callable[[], Tensor], parameters: list[Tensor], clip_norm: float) -> tuple[float, Exception | None]:
-    """Compute loss and clipped gradients: the loss, NaN if any of it is not finite, and the reason if it is known."""
-    try:
-        value = loss()
-        value.backward()
-    except (ValueError, LinAlgError, FloatingPointError) as error:
-        if not is_breakdown(error):
-            raise
-        return math.nan, error
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
-    return (value.item() if norm.isfinite() else math.nan), None
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -14,6 +14,7 @@ from ..diagnostics.simulator import Simulator
 from ..guides import AutoFlow
 from ..guides.checks import check_same
 from ..guides.encoding import initialize
+from . import processes
 from .batches import Epochs, suited_size
 from .inspect import fingerprint
 from .loop import Fit, descend
@@ -59,11 +60,12 @@ def train(
     def loss_held_out(_: int) -> float:
         guide.eval()
         parts = torch.arange(number, len(z)).split(10_000)
+        own = [part[where] for part in parts for where, share in [processes.share(len(part))] if share]
         with torch.random.fork_rng():
-            torch.manual_seed(0)
-            total = sum(float(loss_of(part)) * len(part) for part in parts) / (len(z) - number)
+            torch.manual_seed(processes.rank())
+            sums = processes.each(lambda: sum(float(loss_of(part)) * len(part) for part in own))
         guide.train()
-        return total
+        return sum(sums) / (len(z) - number)
 
     parameters = [parameter for parameter in guide.parameters() if parameter.requires_grad]
     guide.train()
@@ -74,6 +76,7 @@ def train(
             [torch.optim.Adam(parameters, lr=settings["lr"], foreach=True)],
             trained=guide,
             steps=max_epochs * rows.steps,
+            share=lambda: rows.share,
             diagnose=lambda: "the guide's density of simulated latents",
             settings={
                 "data": fingerprint((z, *simulations.data.values())),

@@ -59,6 +59,11 @@ class Run:
         self.seconds = 0.0
         self.stopped = ""
 
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Which entries of the state each of several processes has to itself: it differs with what each has drawn."""
+        return () if getattr(self.companion, "in_common", False) else ("companion", "buffers")
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "parameters": [parameter.detach() for parameter in self.parameters],

@@ -148,7 +148,7 @@ def check_images(caller: str, seen: Survey, judged: Survey, levels: int | None) 
         warnings.warn(
             f"{caller}: the greatest integer in x is {high:g}, but the flow has levels={levels}, most of which would "
             f"stay empty. Use Dequantized(flow, levels={high + 1:g}) where there are no others.",
-            stacklevel=3,
+            stacklevel=4,
         )
     if not levels and bool((seen.high == seen.low).any()):
         raise ValueError(f"{caller}: x is constant in a channel, which has no density. Leave it out.")
@@ -156,7 +156,7 @@ def check_images(caller: str, seen: Survey, judged: Survey, levels: int | None) 
         warnings.warn(
             f"{caller}: the images hold integers only, where densities grow without bound. Use flows.Dequantized(flow) "
             "and x.to(torch.uint8).",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -186,7 +186,7 @@ def warn(caller: str, names: Names, seen: Survey, places: Sequence[int], dtype: 
     if found := [f"{label(names, place)} (to {step[place].item():.1g} sd)" for place in coarse]:
         warnings.warn(
             f"{caller}: {dtype} rounds {listed(found)}, so far from zero; subtract the mean, or use flow.double().",
-            stacklevel=3,
+            stacklevel=4,
         )
     x = seen.sample[0].unique(dim=0) if again else seen.sample[0]
     fine = [place for place in places if place not in coarse]
@@ -195,12 +195,12 @@ def warn(caller: str, names: Names, seen: Survey, places: Sequence[int], dtype: 
         warnings.warn(
             f"{caller}: {listed(found)} determine one another (by a linear relation), so that densities grow without "
             "bound. Leave one of them out.",
-            stacklevel=3,
+            stacklevel=4,
         )
     if spikes := spikes_of(x, names, fine):
         warnings.warn(
             f"{caller}: {listed([str(spike) for spike in spikes])}. Densities grow without bound there, and nats say "
             "how narrow the spikes are, not how good the density is. Give columns of integers as discrete=[...], use "
             "dequantize(x, columns, step=...) for those of other steps, or leave such columns and copies out.",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -23,6 +23,7 @@ from ..guides.encoding import initialize
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective
 from . import checkpoint as checkpoints
+from . import processes
 from .inspect import culprit, fingerprint, has_all, trained_by
 from .ladder import climb
 from .loop import Fit, ask, check_settings, descend
@@ -34,6 +35,7 @@ from .warm import start_from_gaussian
 SETTINGS = "num_particles", "vectorize_particles", "num_steps", "start", "alpha", "buffer_size"  # of objectives
 
 
+@processes.together
 def fit_svi(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -66,8 +68,10 @@ def fit_svi(
             Gaussian that it starts from (see *Choosing a flow* in the docs).
         objective: A Pyro ELBO, such as those of ``pyro_flows.objectives``; by default a ``PathELBO`` with
             ``num_particles`` draws side by side, for which the model must broadcast to the left of its plates, or,
-            where latents are angles, a ``Trace_ELBO``: the scores of steep splines make path gradients too noisy.
+            where latents are angles, a ``Trace_ELBO``: the scores of steep splines make path gradients too noisy.  Of
+            several processes each takes all that it asks for, draws and minibatches, and their mean counts.
         num_particles: The number of draws in each step, where no objective is given; by default what suits the guide.
+            Several processes share them (*Several processes and GPUs* in the docs).
         lr: The largest step size, which is reached within 100 steps and falls to zero along a cosine; by default 0.01,
             or 0.003 where latents are angles.  Beyond 32 latents Muon trains an ``AutoFlow``'s networks; Adam all else.
         clip_norm: The largest norm of a gradient; by default 100, or 1 for an ``AutoFlow`` over more than 32 latents.
@@ -78,9 +82,9 @@ def fit_svi(
             error when there are 100 in a row; ``"raise"`` ends at the first.
         checkpoint: A file that the state of the run is kept in, after each 50 steps but at most every ten seconds,
             and at the end.  A run that was killed and is called again with the same file goes on from there, to the
-            same result as without the break.  Runs are told apart by their settings and by tensors, numbers and
-            strings among the arguments, not by what the model holds itself.  With ``escalate`` or ``restarts`` each fit
-            has a file of its own, with the fit's name added.
+            same result as without the break, with another number of processes too, but for their noise.  Runs are told
+            apart by their settings and by tensors, numbers and strings among the arguments, not by what the model holds
+            itself.  With ``escalate`` or ``restarts`` each fit has a file of its own, with the fit's name added.
         progress: Whether to show a progress bar.
         escalate: Whether to judge the fit by :func:`~pyro_flows.check` and, until one can be trusted, to go on: from a
             Gaussian to the guide's flow, to more couplings trained for longer, and to an objective that covers mass.
@@ -96,8 +100,8 @@ def fit_svi(
         the fit early and returns.
 
     Raises:
-        ValueError: If an argument is out of its range, there is nothing to train, the posterior is improper, or the
-            checkpoint is of another run.
+        ValueError: If an argument is out of its range, there is nothing to train, the posterior is improper, the
+            checkpoint is of another run, or several processes do not fit the same.
         FloatingPointError: If the loss or gradients stay non-finite; the error names the site at fault.
 
     Warns:
@@ -137,15 +141,23 @@ def fit_svi(
     single, _, nesting = single_trace(model, guide, args, kwargs)
     _check_steps(steps, annealed := getattr(objective, "num_steps", None))
     suited = suited_to(guide)
+    if num_particles and objective is None and num_particles % processes.size():
+        raise ValueError(
+            f"fit_svi: num_particles={num_particles} are those of all {processes.size()} processes together, which "
+            "must be able to share them equally; give a multiple of the number of processes, or leave it out."
+        )
     num_particles = num_particles or suited.num_particles
     lr, clip_norm = float(lr or suited.lr), float(clip_norm or suited.clip_norm)
     file = None if checkpoint is None else Path(checkpoint)
     if file and not file.parent.is_dir():
         raise ValueError(f"fit_svi: checkpoint={str(file)!r} lies in a folder that does not exist.")
     whole = not subsampled_plate(single)  # a subsample is drawn anew each time
+    asked: dict[str, Any] = {}  # what the user knows of, whatever the number of processes
     if objective is None:
+        asked = {"num_particles": num_particles, "vectorize_particles": num_particles > 1}
         kind = Trace_ELBO if isinstance(guide, AutoFlow) and guide.has_circles else PathELBO
-        objective = kind(num_particles, max_plate_nesting=nesting, vectorize_particles=num_particles > 1)
+        own = -(-num_particles // processes.size())
+        objective = kind(own, max_plate_nesting=nesting, vectorize_particles=own > 1)
         if num_particles > 1:
             check_side_by_side(model, guide, args, kwargs)
     kept = checkpoints.steps_of(file) if file else None
@@ -177,6 +189,7 @@ def fit_svi(
     near = kept == fewer  # a run that goes on has known since its start
     if isinstance(guide, AutoFlow) and start:
         near = start.is_near and has_all(guide, parameters)
+    near = processes.first(lambda: near)
     fit = descend(
         loss,
         parameters,
@@ -193,6 +206,7 @@ def fit_svi(
         settings={
             "objective": type(objective).__name__,
             **{name: getattr(objective, name, None) for name in SETTINGS},
+            **asked,
             "data": fingerprint((*args, *kwargs.values())),
         },
         companion=objective,
@@ -203,7 +217,7 @@ def fit_svi(
         warnings.warn(
             f"fit_svi: {fit.skipped} of {fit.steps} steps were skipped, as loss or gradient were not finite; what was "
             f"learned comes from the others. {ask(lambda: culprit(model, guide, args, kwargs))}",
-            stacklevel=2,
+            stacklevel=3,
         )
     return fit
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..diagnostics.alongside import log_prob_of_draws, rows_of, side_by_side
 from ..diagnostics.simulator import Simulator
 from ..guides import AutoFlow
+from . import processes
 
 EPSILON = 1e-4
 
@@ -37,7 +38,7 @@ class Truncated:
         self.names = [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
         self.given = simulator.arguments(observed)
         own = self._log_q(guide.sample(10_000, *self.given[0], **self.given[1]))
-        self.threshold = torch.quantile(own, EPSILON)
+        self.threshold = processes.first(lambda: torch.quantile(own, EPSILON).cpu()).to(own.device)
 
     @torch.no_grad()
     def draw(self, number: int, batch_size: int = 10_000) -> dict[str, Tensor]:

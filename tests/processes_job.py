@@ -1,0 +1,258 @@
+"""What two processes do in ``test_processes.py``: ``torchrun --nproc-per-node 2 processes_job.py FOLDER``."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoNormal
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_flows import AutoFlow, AutoPlateFlow, Fit, Simulations, fit_amortized, fit_density, fit_svi, flows
+from pyro_flows.encoders import MLPEncoder
+from pyro_flows.fitting.gradients import backward
+from pyro_flows.objectives import ForwardKL, Likelihood
+
+RANK = int(os.environ.get("RANK", 0))
+Found = dict[str, Any]
+
+
+def told(fit: Fit) -> Found:
+    """What there is to compare of a fit."""
+    numbers = (
+        [p.detach().flatten().double() for p in fit.guide.parameters()] if isinstance(fit.guide, nn.Module) else []
+    )
+    found = {"losses": fit.losses, "state": torch.cat(numbers), "best": fit.best_step, "stopped": fit.stopped}
+    held = fit.held_out if fit.held_out is not None else torch.zeros(0)
+    return {**found, "held_out": held, "skipped": fit.skipped, "random": torch.get_rng_state()}
+
+
+def failed(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def rows(seed: int = 0, number: int = 150) -> Tensor:
+    x = torch.randn(number, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return 5 + x @ torch.tensor([[2.0, 1.0], [0.0, 0.5]]).double()
+
+
+def small() -> flows.Flow:
+    """A flow whose weights differ from process to process, until a fit makes them one."""
+    flow = flows.maf(2, num_transforms=2, hidden_dims=(8,)).double()
+    for parameter in flow.parameters():
+        nn.init.normal_(parameter, 0, 0.1)
+    return flow
+
+
+class At(Likelihood):
+    """The likelihood, with something else at one step of one process."""
+
+    def __init__(self, step: int, rank: int, act: Callable[[Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.at, self.process, self.act, self.step = step, rank, act, 0
+
+    def forward(self, flow: Any, x: Tensor, context: Any = None) -> Tensor:
+        loss = super().forward(flow, x, context)
+        if torch.is_grad_enabled():
+            self.step += 1
+            if self.step == self.at and self.process == RANK:
+                acted = self.act(loss)
+                return loss if acted is None else acted
+        return loss
+
+    def extra_repr(self) -> str:
+        return ""
+
+
+def density(**settings: Any) -> Found:
+    """Batches of 37 rows, of which processes have 18 and 19."""
+    pyro.set_rng_seed(RANK)
+    settings = {"x": rows(), "max_epochs": 5, "batch_size": 37, "progress": False, **settings}
+    return told(fit_density(small(), **settings))
+
+
+def loader(**settings: Any) -> Found:
+    """The last batch has one row, so that a process has none."""
+    batches = DataLoader(TensorDataset(rows(number=152)), batch_size=34, shuffle=True)
+    return density(x=batches, batch_size=None, **settings)
+
+
+def amortized() -> Found:
+    def model(x: Any = None) -> Any:
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(2).double(), 1).to_event(1))
+        return pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
+
+    pyro.set_rng_seed(RANK)
+    theta = rows(RANK)  # others' are not used
+    guide = AutoFlow(
+        model, lambda *dims: flows.maf(*dims, num_transforms=1, hidden_dims=(8,)).double(),
+        encoder=MLPEncoder(2, 4, hidden_dims=(8,)).double(), name=f"amortised_{time.monotonic_ns()}",
+    )  # fmt: skip
+    settings = {"max_epochs": 3, "batch_size": 33, "progress": False}
+    found = told(fit_amortized(model, guide, simulations=Simulations({"theta": theta}, {"x": theta + 0.1}), **settings))
+    drawn = fit_amortized(model, guide, num_simulations=101, rounds=2, observed={"x": theta[0]}, **settings)
+    return {**found, "rounds": told(drawn)}
+
+
+Y = torch.tensor([1.0, 2.0, 4.0]).double()
+
+
+def normal(y: Tensor = Y) -> None:
+    mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0).double(), 3.0))
+    with pyro.plate("rows", 3):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def without_noise(objective: Any) -> Found:
+    pyro.clear_param_store()
+    pyro.set_rng_seed(RANK)
+    fit = fit_svi(normal, AutoDelta(normal), Y, steps=30, objective=objective, progress=False)
+    return told(fit)
+
+
+def noise() -> Found:
+    """Losses of one guide, which hardly moves."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    guide = AutoNormal(normal)
+    fit = fit_svi(normal, guide, Y, steps=400, num_particles=8, lr=1e-12, progress=False)
+    return told(fit)
+
+
+def minibatches() -> Found:
+    """The processes' own minibatches, noted by each."""
+    y, seen = torch.arange(40.0).double(), []
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0).double(), 3.0))
+        with pyro.plate("rows", 40, subsample_size=5) as index:
+            seen.append(index.clone())
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y[index])
+
+    guide = AutoPlateFlow(model, "rows", name=f"plates_{time.monotonic_ns()}")
+    fit = fit_svi(model, guide, y, steps=3, progress=False)
+    return {**told(fit), "seen": torch.stack([index.sort().values for index in seen[-3:]])}
+
+
+def restarted() -> Found:
+    pyro.set_rng_seed(RANK)
+    guide = AutoFlow(normal, lambda dim: flows.realnvp(dim, num_transforms=1).double(), name=f"s_{time.monotonic_ns()}")
+    fit = fit_svi(normal, guide, Y, steps=4, num_particles=4, restarts=2, warm_start=True, progress=False)
+    return {**told(fit), "rungs": [rung.fit.losses for rung in fit.rungs]}
+
+
+def replayed(folder: Path) -> Found:
+    """Draws of their own are kept by each process, and in the checkpoint."""
+
+    def run(file: Path | None, at: int) -> Found:
+        pyro.set_rng_seed(3)
+        pyro.clear_param_store()
+        objective, calls = ForwardKL(4, 50), [0]
+
+        def model(y: Tensor) -> None:
+            calls[0] += 1
+            if calls[0] == at and RANK == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            normal(y)
+
+        guide = AutoNormal(normal)
+        settings = {"steps": 12, "progress": False, "checkpoint": file}
+        return told(fit_svi(model, guide, Y, objective=objective, **settings))
+
+    whole = run(None, 0)
+    broken = run(folder / "replayed", 9)
+    return {"whole": whole, "broken": broken, "resumed": run(folder / "replayed", 0)}
+
+
+def interrupt(_: Tensor) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def resumed(folder: Path) -> Found:
+    """Broken off by process 1 alone, and taken up again; and what one process has broken off."""
+    broken = density(checkpoint=folder / "two", objective=At(6, 1, interrupt))
+    if RANK == 0:
+        (folder / "left_by_two").write_bytes((folder / "two").read_bytes())
+    again = density(checkpoint=folder / "two", objective=At(0, 0, interrupt))
+    left = density(checkpoint=folder / "left_by_one", objective=At(0, 0, interrupt))
+    half = loader(checkpoint=folder / "loader", objective=At(8, 1, interrupt))
+    loaded = loader(checkpoint=folder / "loader", objective=At(0, 0, interrupt))
+    return {"broken": broken, "again": again, "left": left, "half": half, "loaded": loaded}
+
+
+def spoil(loss: Tensor) -> Tensor:
+    return loss * torch.nan
+
+
+def give_up(_: Tensor) -> None:
+    raise FloatingPointError("an equation of process 1")
+
+
+def fail(_: Tensor) -> None:
+    raise KeyError("the step of process 1")
+
+
+def missing() -> Found:
+    """Gradients that one process lacks, one that both lack, and a wish of one."""
+    a, b, c = (
+        torch.ones((), dtype=dtype, requires_grad=True) for dtype in (torch.float32, torch.float64, torch.float64)
+    )
+    loss, share = (lambda: 3 * a) if RANK else (lambda: 5 * b), (0.25, 0.75)[RANK]
+    found = backward(loss, lambda: share, [a, b, c], 1e9, lambda: [RANK == 1, False])
+    return {"grads": [a.grad, b.grad, c.grad], "loss": found.loss, "wishes": found.wishes}
+
+
+def both(folder: Path) -> Found:
+    return {
+        "density": density(),
+        "loader": loader(),
+        "amortized": amortized(),
+        "plain": without_noise(Trace_ELBO()),
+        "default": without_noise(None),
+        "grads": without_noise(RenyiELBO(0.5, num_particles=2)),
+        "noise": noise(),
+        "minibatches": minibatches(),
+        "restarted": restarted(),
+        "replayed": replayed(folder),
+        "resumed": resumed(folder),
+        "missing": missing(),
+        "skipped": density(objective=At(4, 1, spoil)),
+        "unsolved": density(objective=At(4, 1, give_up)),
+        "raised": failed(lambda: density(objective=At(4, 1, give_up), on_nonfinite="raise")),
+        "failed": failed(lambda: density(objective=At(4, 1, fail))),
+        "refused": failed(lambda: density(x=rows(RANK))),
+        "uneven": failed(lambda: fit_svi(normal, AutoNormal(normal), Y, steps=1, num_particles=3)),
+    }
+
+
+def main(folder: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        found = both(folder)
+    torch.save({**found, "said": said.getvalue()}, folder / f"found_{RANK}")
+    x = rows()
+    if RANK == 1:
+        x[7, 1] = torch.nan
+    density(x=x)  # one process finds that out before the other listens
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
