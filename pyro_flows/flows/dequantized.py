@@ -21,7 +21,8 @@ from torch.distributions import constraints
 
 from ..transforms import Sigmoid, View
 from .checks import check_tensor
-from .flow import Flow, FlowDistribution
+from .distribution import FlowDistribution
+from .flow import Flow
 
 
 class Dequantized(nn.Module):

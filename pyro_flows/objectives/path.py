@@ -22,7 +22,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-from ..flows.flow import FlowDistribution
+from ..flows.distribution import FlowDistribution
 
 
 class PathGradient:
