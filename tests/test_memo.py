@@ -183,16 +183,17 @@ def test_a_context_changed_in_place_is_seen(recipe: object) -> None:
 
 
 @every_recipe
-def test_views_forget_when_the_log_det_is_read(recipe: object) -> None:
+def test_what_was_drawn_is_forgotten_when_it_is_scored(recipe: object) -> None:
     q = random_flow(recipe)()
     x = q.rsample((5,))
-    assert all(view._memo is not None for view in q.transforms)
+    assert q._memo.made(x, forward=True)
     q.log_prob(x)
-    assert all(view._memo is None for view in q.transforms)
+    assert q._memo._kept is None
     view, value = q.transforms[0], laws.normal(5, 3)
     y = view(value)
+    assert view._memo.made(y, forward=True)
     assert view.log_abs_det_jacobian(value, y).shape == (5,)
-    assert view._memo is None
+    assert view._memo._kept is None
 
 
 def test_a_view_answers_torchs_own_questions() -> None:

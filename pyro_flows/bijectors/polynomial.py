@@ -9,8 +9,7 @@ Sum-of-Squares Polynomial Flow (Jaini, Selby, Yu 2019, arXiv:1905.02325).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -51,12 +50,14 @@ class SumOfSquares(Continued):
     polynomials: int = 2
     bound: float = 5.0
     max_mean_slope: float = 10.0
+    _rule: tuple[tuple[float, ...], tuple[float, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_at_least("SumOfSquares", 1, degree=self.degree, polynomials=self.polynomials)
         check_positive("SumOfSquares", bound=self.bound, max_mean_slope=self.max_mean_slope)
         if not self.max_mean_slope > 1:
             raise ValueError(f"SumOfSquares: max_mean_slope must exceed 1, got {self.max_mean_slope}.")
+        object.__setattr__(self, "_rule", gauss_rule(self.degree + 1))  # compilers cannot see through it
 
     @property
     def num_params(self) -> int:
@@ -71,7 +72,7 @@ class SumOfSquares(Continued):
         norms = torch.arange(1, 2 * self.degree + 2, 2, device=params.device).view(-1, 1, *ones)
         size, most = (raw.square() / norms).sum((0, 1)), self.max_mean_slope  # one stays one, and most is the limit
         coefficients = (raw * torch.sqrt(most / (size + (most - 1)))).unsqueeze(2)
-        places, weights = gauss_rule(self.degree + 1)
+        places, weights = self._rule
         ends = torch.tensor([*places, 1.0], dtype=params.dtype, device=params.device).view(-1, *ones)
         shares = torch.tensor(weights, dtype=params.dtype, device=params.device).view(-1, *ones)
         return shift[0], coefficients, ends / self.bound, shares
@@ -94,13 +95,7 @@ def distinct(number: int, like: Tensor) -> Tensor:
     return found / torch.linalg.vector_norm(found)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def gauss_rule(nodes: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Nodes in (0, 1) and weights, which add up to one, of Gauss's rule."""
-    return _gauss_rule(nodes)
-
-
-@cache
-def _gauss_rule(nodes: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     places, weights = np.polynomial.legendre.leggauss(nodes)
     return tuple(((1 + places) / 2).tolist()), tuple((weights / 2).tolist())

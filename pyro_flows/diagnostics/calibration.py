@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from ..encoders.base import at_rest
@@ -205,6 +204,8 @@ def uniformity(shares: Tensor, num_samples: int) -> float:
 
     A share is one of S + 1 numbers that are equally likely; spread evenly over the steps between, they are uniform.
     """
+    from scipy import stats
+
     steps = shares * num_samples
     u = ((steps + torch.rand_like(steps)) / (num_samples + 1)).cpu().numpy()
     return min(1.0, 2 * min(stats.kstest(u, "uniform").pvalue, stats.kstest(abs(2 * u - 1), "uniform").pvalue))

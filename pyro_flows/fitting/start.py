@@ -102,7 +102,7 @@ def culprit(model: nn.Module, flow: Flow, x: Tensor, context: Tensor | None) -> 
             return f"the flow's parameter {name} is not finite"
     density = flow(context)
     for place, view in reversed(list(enumerate(density.transforms))):
-        x, log_det = view.inverse_and_log_det(x)
+        x, log_det = view.transform.inverse_and_log_det(x, view.context)
         if not (x.isfinite().all() and log_det.isfinite().all()):
             return f"transforms[{place}] of the flow, {type(view.transform).__name__}, takes data to what is not finite"
     if not density.base_dist.log_prob(x).isfinite().all():

@@ -1,4 +1,7 @@
-"""What a flow is at a context: a Pyro distribution that lives for one use."""
+"""A flow at a context: a distribution that lives for one use.
+
+It remembers the pair of what it drew last (:mod:`~pyro_flows.transforms.memo`), so that scoring it costs nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ..transforms import View
+from ..transforms.memo import Memo, Pair
 from .checks import check_value
 
 
@@ -20,7 +24,7 @@ class FlowDistribution(dist.TransformedDistribution):
 
     Args:
         base: The base distribution.
-        views: The transforms at the context.
+        views: The transforms at the context, at least one.
         runs: The same map in fewer and larger parts, which draws and densities take where there are some.
         path_gradient: Whether the log-density of an own sample has, as its gradient, that by way of the sample alone.
         validate_args: As for all of Pyro's distributions.
@@ -40,14 +44,14 @@ class FlowDistribution(dist.TransformedDistribution):
         self.runs = views if runs is None else runs
         self.path_gradient = path_gradient
         self._drawn: tuple[Tensor, Tensor] | None = None
+        self._memo = Memo([view.transform for view in views], [view.context for view in views])
         # The views share one event shape, so none of the general class's inference of shapes is needed.
         super(torch.distributions.TransformedDistribution, self).__init__(  # type: ignore[misc]
             base.batch_shape, base.event_shape, validate_args=validate_args
         )
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> FlowDistribution:
-        base = self.base_dist.expand(torch.Size(batch_shape))
-        return self._with(base, self.path_gradient)
+        return self._with(self.base_dist.expand(torch.Size(batch_shape)), self.path_gradient)
 
     def with_path_gradient(self) -> FlowDistribution:
         """The same distribution, whose own samples are scored without a gradient to the parameters of the density.
@@ -63,21 +67,28 @@ class FlowDistribution(dist.TransformedDistribution):
             base, self.transforms, self.runs, path_gradient=path_gradient, validate_args=self._validate_args
         )
 
-    def _to_data(self, value: Tensor) -> Tensor:
-        for view in self.runs:
-            value = view(value)
-        return value
-
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw samples without a gradient, ``(*sample_shape, *batch, *event_shape)``."""
-        return self._to_data(self.base_dist.sample(torch.Size(sample_shape)))
+        return self._pushed(self.base_dist.sample(torch.Size(sample_shape)))
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw reparameterised samples, ``(*sample_shape, *batch, *event_shape)``."""
-        if not (self.path_gradient and torch.is_grad_enabled()):
-            return self._to_data(self.base_dist.rsample(torch.Size(sample_shape)))
-        value = self.base_dist.rsample(torch.Size(sample_shape))
+        start = self.base_dist.rsample(torch.Size(sample_shape))
+        return self._carried(start) if self.path_gradient and torch.is_grad_enabled() else self._pushed(start)
+
+    def _pushed(self, x: Tensor) -> Tensor:
+        """What the transforms make of draws of the base, of which the memo then knows."""
+        first, *others = self.runs
+        y, total = first.transform.forward_and_log_det(x, first.context)
+        for view in others:
+            y, log_det = view.transform.forward_and_log_det(y, view.context)
+            total = total + log_det
+        self._memo.keep(Pair(x, y, total), forward=True)
+        return y
+
+    def _carried(self, value: Tensor) -> Tensor:
+        """The same, with the score carried along."""
         if not value.requires_grad:
             value.requires_grad_()
         leaf = value.detach().requires_grad_()
@@ -97,12 +108,16 @@ class FlowDistribution(dist.TransformedDistribution):
             return self._drawn[1]
         if self._validate_args:
             self._validate_sample(value)
-        total: Tensor | None = None
-        for view in reversed(self.runs):
-            value, log_det = view.inverse_and_log_det(value)
-            total = log_det if total is None else total + log_det
-        log_prob = self.base_dist.log_prob(value)
-        return log_prob if total is None else log_prob + total
+        known = self._memo.made(value, forward=True)
+        self._memo.forget()
+        if known:
+            return self.base_dist.log_prob(known.x) - known.log_det
+        *others, last = self.runs
+        value, total = last.transform.inverse_and_log_det(value, last.context)
+        for view in reversed(others):
+            value, log_det = view.transform.inverse_and_log_det(value, view.context)
+            total = total + log_det
+        return self.base_dist.log_prob(value) + total
 
     def _validate_sample(self, value: Tensor) -> None:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

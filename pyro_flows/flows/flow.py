@@ -158,10 +158,9 @@ class Flow(nn.Module):
         """
         context = self.encode(context)
         base = self._base(context)
-        parameters = list(self.parameters())
 
         def views(transforms: Iterable[FlowTransform]) -> list[View]:
-            return [View(t, context if t.context_dim else None, parameters) for t in transforms]
+            return [View(t, context if t.context_dim else None) for t in transforms]
 
         return FlowDistribution(base, views(self.transforms), None if self._settings is None else views(self.runs))
 

@@ -48,7 +48,9 @@ def adopt_stored_parameters(name: str, module: nn.Module) -> None:
     store = pyro.get_param_store()
     for inner, parameter in module.named_parameters():
         full = param_with_module_name(name, inner)
-        if full in store and (stored := store[full].detach()).data_ptr() != parameter.data_ptr():
+        if (kept := store._params.get(full)) is None or kept is parameter:  # as nearly always: each step asks
+            continue
+        if (stored := store[full].detach()).data_ptr() != parameter.data_ptr():
             if stored.shape != parameter.shape:
                 raise ValueError(
                     f"The parameter store holds {full!r} of shape {tuple(stored.shape)}, but the guide needs "

@@ -19,7 +19,6 @@ import math
 from typing import Any
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from ..flows import Flow
@@ -130,6 +129,8 @@ def _parts(flow: Any) -> tuple[list[FlowTransform], Continuous, list[FlowTransfo
 
 def _pairs(start: Tensor, x: Tensor) -> Tensor:
     """Which draw goes to which row, of least total squared distance."""
+    from scipy.optimize import linear_sum_assignment
+
     found = []
     for first in range(0, len(x), MOST_PAIRED):
         part = slice(first, first + MOST_PAIRED)

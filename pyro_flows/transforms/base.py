@@ -7,16 +7,16 @@ the value and the log-determinant, is answered from one evaluation by an ephemer
 
 from __future__ import annotations
 
-import contextlib
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from pyro.distributions import TransformModule
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
+
+from .memo import Memo, Pair
 
 
 class FlowTransform(TransformModule):
@@ -161,75 +161,40 @@ def inner_transforms(module: nn.Module) -> Iterator[FlowTransform]:
 class View(Transform):
     """A transform at a context, as torch's :class:`~torch.distributions.TransformedDistribution` wants it.
 
-    torch asks separately for a value and for its log-determinant, and after ``rsample`` once more for the way back.
-    So a view remembers one evaluation (*the memo*).  It answers only the opposite direction of the very tensor that it
-    returned, unchanged, in the grad mode that made it, with unchanged parameters, and it forgets when the
-    log-determinant is read.  It never answers for a leaf that requires grad, whose gradient would be lost, nor while
-    compiling.  Correctness does not depend on it.
+    torch asks separately for a value and for its log-determinant, and for the way back of what it has just got.  So a
+    view has a :class:`~pyro_flows.transforms.memo.Memo`, which is emptied when the log-determinant is read.
     """
 
     bijective = True
 
-    def __init__(
-        self, transform: FlowTransform, context: Tensor | None = None, parameters: list[nn.Parameter] | None = None
-    ) -> None:
+    def __init__(self, transform: FlowTransform, context: Tensor | None = None) -> None:
         super().__init__()
         self.domain, self.codomain = transform.domain, transform.codomain
         self.transform = transform
         self.context = context
-        self._parameters = list(transform.parameters()) if parameters is None else parameters
-        self._memo: _Memo | None = None
+        self._memo = Memo([transform], [context])
 
     def __call__(self, x: Tensor) -> Tensor:
-        memo = self._memo
-        if memo is not None and memo.known == "y" and memo.x is x and not _is_leaf_with_grad(x) and self._holds(memo):
-            return memo.y
+        if known := self._memo.made(x, forward=False):
+            return known.y
         y, log_det = self.transform.forward_and_log_det(x, self.context)
-        self._remember("x", x, y, log_det)
+        self._memo.keep(Pair(x, y, log_det), forward=True)
         return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        memo = self._memo
-        if memo is not None and memo.known == "x" and memo.y is y and not _is_leaf_with_grad(y) and self._holds(memo):
-            return memo.x
+        if known := self._memo.made(y, forward=True):
+            return known.x
         x, log_det = self.transform.inverse_and_log_det(y, self.context)
-        self._remember("y", x, y, -log_det)
+        self._memo.keep(Pair(x, y, -log_det), forward=False)
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        memo, self._memo = self._memo, None
-        if memo is not None and memo.x is x and memo.y is y and self._holds(memo):
-            return memo.log_det
-        return self.transform.log_abs_det_jacobian(x, y, self.context)
-
-    def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Both questions of the way back in one: ``(x, log|det dx/dy|)``."""
-        memo, self._memo = self._memo, None
-        if memo is not None and memo.known == "x" and memo.y is y and not _is_leaf_with_grad(y) and self._holds(memo):
-            return memo.x, -memo.log_det
-        return self.transform.inverse_and_log_det(y, self.context)
+        known = self._memo.of(x, y)
+        self._memo.forget()
+        return known.log_det if known else self.transform.log_abs_det_jacobian(x, y, self.context)
 
     def with_cache(self, cache_size: int = 1) -> View:
         return self
-
-    def _remember(self, known: str, x: Tensor, y: Tensor, log_det: Tensor) -> None:
-        self._memo = None
-        if not torch.compiler.is_compiling():
-            with contextlib.suppress(RuntimeError):  # tensors made in inference mode have no version: nothing is kept
-                self._memo = _Memo(known, x, y, log_det, self._stamp(x, y))
-
-    def _holds(self, memo: _Memo) -> bool:
-        return memo.stamp == self._stamp(memo.x, memo.y)
-
-    def _stamp(self, x: Tensor, y: Tensor) -> tuple[bool, int, int, int]:
-        """Changes when the grad mode, a value, the context or a parameter does (fused optimisers go unseen)."""
-        version = sum(2 * parameter._version + parameter.requires_grad for parameter in self._parameters)
-        if self.context is not None:
-            version += self.context._version
-        return torch.is_grad_enabled(), x._version, y._version, version
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "_memo": None}
 
 
 def is_traced() -> bool:
@@ -239,15 +204,3 @@ def is_traced() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
     )
-
-
-class _Memo(NamedTuple):
-    known: str  # "x" or "y": from which of the two the other was computed
-    x: Tensor
-    y: Tensor
-    log_det: Tensor  # log|dy/dx|
-    stamp: tuple[bool, int, int, int]
-
-
-def _is_leaf_with_grad(value: Tensor) -> bool:
-    return value.is_leaf and value.requires_grad

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint, odeint_adjoint
 
 ADAPTIVE = "dopri5", "dopri8", "bosh3", "adaptive_heun"
 FIXED = "rk4", "heun3", "midpoint", "euler"
@@ -71,6 +70,8 @@ class Solver:
         Returns:
             The state at the end, and the number of evaluations.
         """
+        from torchdiffeq import odeint, odeint_adjoint  # here, since it takes all of SciPy's integrators along
+
         begin, goal = (1.0, 0.0) if inverse else (0.0, 1.0)
         watched = Watched(self, rates, start.dtype, goal)
         times = torch.tensor([begin, goal], dtype=start.dtype, device=start.device)

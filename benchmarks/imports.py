@@ -1,0 +1,65 @@
+"""How long does ``import pyro_flows`` take beyond ``import pyro``?
+
+    python benchmarks/imports.py    # a minute
+
+Fresh interpreters that import Pyro, and Pyro and pyro_flows, by turns, with cached bytecode, as installed packages have
+it; processor time of each, medians, and the median of the differences.  Writes ``docs/benchmarks/imports.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pyro
+import torch
+
+OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
+STATEMENTS = "import pyro", "import pyro, pyro_flows"
+
+
+def milliseconds(statement: str, bytecode: str) -> float:
+    """The processor time of an interpreter that runs a statement."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": bytecode, "PYTHONDONTWRITEBYTECODE": ""}
+    subprocess.run([sys.executable, "-c", statement], check=True, env=environment)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return 1e3 * (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the file")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = [[milliseconds(statement, folder) for statement in STATEMENTS] for _ in range(options.pairs + 1)]
+    pairs = pairs[1:]  # the first compiles
+    alone, both = (statistics.median(times) for times in zip(*pairs, strict=True))
+    more = statistics.median(second - first for first, second in pairs)
+    versions = f"torch {torch.__version__.split('+')[0]}, Pyro {pyro.__version__}, Python {platform.python_version()}"
+    text = f"""# Import
+
+{options.pairs} pairs of fresh interpreters by turns, processor time, medians; {versions}.
+Reproduce with `python benchmarks/imports.py`.
+
+| statement | ms |
+|---|---:|
+| `{STATEMENTS[0]}` | {alone:.0f} |
+| `{STATEMENTS[1]}` | {both:.0f} |
+| difference | **{more:.0f}** |
+"""
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "imports.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
