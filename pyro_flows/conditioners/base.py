@@ -80,6 +80,11 @@ class MaskedLinear(nn.Linear):
         return F.linear(x, self.weight * self.mask, self.bias)
 
 
+def activation_of(kind: type[nn.Module]) -> nn.Module:
+    """An activation for what nothing else reads, as the result of a linear layer: a rectifier then works in place."""
+    return nn.ReLU(inplace=True) if kind is nn.ReLU else kind()
+
+
 def zero_(layer: nn.Module) -> nn.Module:
     """Set all parameters of a layer to zero."""
     for parameter in layer.parameters():

@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .base import Conditioner, MaskedLinear
+from .base import Conditioner, MaskedLinear, activation_of
 
 
 class MADE(Conditioner):
@@ -69,7 +69,7 @@ class MADE(Conditioner):
         if sorted(order) != list(range(input_dim)):
             raise ValueError(f"MADE: order must be a permutation of 0 … {input_dim - 1}, got {order}.")
         self.activation = activation
-        self.act = activation()
+        self.act = activation_of(activation)
         widths = (input_dim, *self.hidden_dims)
         self.hidden = nn.ModuleList(MaskedLinear(n, m) for n, m in pairwise(widths))  # type: ignore[assignment]
         self.output = MaskedLinear(widths[-1], num_params * input_dim, zero=True)
@@ -140,7 +140,7 @@ class MADE(Conditioner):
             h = x.detach().requires_grad_()
             for number, layer in enumerate(self.hidden):
                 a = layer(h) if number else self.add_context(layer(h), context)
-                h = self.act(a)
+                h = self.act(a.clone())
                 slopes.append(torch.autograd.grad(h, a, torch.ones_like(h), retain_graph=True)[0].T.contiguous())
             return self._output(h), slopes
 
