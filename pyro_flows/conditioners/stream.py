@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,13 +25,14 @@ class Chain:
     """Layers whose rows become known step by step, each from the rows of the layer below that are known by then.
 
     Within a block of about 2 sqrt(D) steps, what the rows from before the block contribute is one large product; a step
-    then only adds the products inside its block.  Rows not yet known are zero, so no step needs a mask.
+    then only adds the products inside its block, in place.  Rows that wait hold what has been summed up for them, which
+    the zeros of the weights keep from rows that must not see them.
 
     Args:
         sizes: ``sizes[l][t]``: how many rows of layer l step t unlocks; layer 0 is what the steps are given.
-        weights: For each layer above layer 0, ``(rows, rows of the layer below)``.
+        weights: For each layer above layer 0, ``(rows, rows of the layer below)``, zero where a row must not see.
         biases: For each of these layers, ``(rows, 1)`` or ``(rows, N)``.
-        finish: For each of these layers, what is done to the rows that step t has summed up.
+        finish: For each layer between the first and the last, what is done in place to the rows of step t.
         like: A tensor with N columns, of the dtype and on the device of the rows.
         backwards: Whether the steps unlock the rows from the last to the first.
     """
@@ -40,7 +42,7 @@ class Chain:
         sizes: list[list[int]],
         weights: list[Tensor],
         biases: list[Tensor],
-        finish: list[Callable[[Tensor, int], Tensor]],
+        finish: list[Callable[[Tensor, int], object]],
         like: Tensor,
         *,
         backwards: bool = False,
@@ -48,11 +50,12 @@ class Chain:
         self._sizes, self._weights, self._biases, self._finish = sizes, weights, biases, finish
         self._backwards = backwards
         self._starts = [[0, *accumulate(of_layer)] for of_layer in sizes]
-        self._known = [like.new_zeros(starts[-1], like.shape[-1]) for starts in self._starts]
-        self._rows = [split_steps(*pair, backwards) for pair in zip(self._known, sizes, strict=True)]
+        # Those of the last layer are handed out, and last for a block.
+        self._known = [like.new_zeros(starts[-1], like.shape[-1]) for starts in self._starts[:-1]]
+        self._given = split_steps(self._known[0], sizes[0], backwards)
         self._step, self._steps = 0, len(sizes[0])
         self._length = 2 * math.isqrt(self._steps - 1) + 1
-        self._parts: list[tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]] = []
+        self._plan: list[list[_Task]] = []
 
     def step(self, rows: Tensor | None = None) -> Tensor | None:
         """Take the next rows of layer 0, ``(n, N)``, or None if there are none; return those of the last layer."""
@@ -60,20 +63,18 @@ class Chain:
         if first == 0:
             self._open_block()
         if rows is not None:
-            self._rows[0][t].copy_(rows)
-        result = None
-        for layer, (below, weights, sums) in enumerate(self._parts, 1):
-            if self._sizes[layer][t]:
-                result = self._finish[layer - 1](sums[first].addmm_(weights[first], below), t)
-                if layer < len(self._parts):
-                    self._rows[layer][t].copy_(result)
+            self._given[t].copy_(rows)
+        for sums, weight, below, finish in self._plan[first]:
+            sums.addmm_(weight, below)
+            if finish:
+                finish(sums, t)
         self._step = t + 1
-        return result if self._sizes[-1][t] else None
+        return sums if self._sizes[-1][t] else None
 
     def _open_block(self) -> None:
-        """For the steps of a block: the rows below that it unlocks, weights on them, and sums over all earlier rows."""
+        """Sum up over all earlier rows for the steps of a block, and say what is left to do in each of them."""
         start, stop = self._step, min(self._step + self._length, self._steps)
-        self._parts = []
+        self._plan = [[] for _ in range(start, stop)]
         for layer, (weight, bias) in enumerate(zip(self._weights, self._biases, strict=True), 1):
             rows, old, new = (
                 self._span(layer, start, stop),
@@ -81,9 +82,12 @@ class Chain:
                 self._span(layer - 1, start, stop),
             )
             known, weight, sizes = self._known[layer - 1], weight[rows], self._sizes[layer][start:stop]
-            sums = torch.addmm(bias[rows], weight[:, old], known[old])
-            weights = split_steps(weight[:, new], sizes, self._backwards)
-            self._parts.append((known[new], weights, split_steps(sums, sizes, self._backwards)))
+            last = layer == len(self._weights)
+            sums = torch.addmm(bias[rows], weight[:, old], known[old], out=None if last else self._known[layer][rows])
+            of_steps = (split_steps(part, sizes, self._backwards) for part in (sums, weight[:, new]))
+            for tasks, size, own, weights in zip(self._plan, sizes, *of_steps, strict=True):
+                if size:
+                    tasks.append(_Task(own, weights, known[new], None if last else self._finish[layer - 1]))
 
     def _span(self, layer: int, start: int, stop: int) -> slice:
         """Where the rows lie that the steps from ``start`` until ``stop`` unlock."""
@@ -91,6 +95,15 @@ class Chain:
         if self._backwards:
             return slice(starts[-1] - starts[stop], starts[-1] - starts[start])
         return slice(starts[start], starts[stop])
+
+
+class _Task(NamedTuple):
+    """What a layer does in a step: it adds, to sums over the rows from before the block, products within the block."""
+
+    sums: Tensor
+    weights: Tensor
+    below: Tensor
+    finish: Callable[[Tensor, int], object] | None
 
 
 def split_steps(rows: Tensor, sizes: list[int], backwards: bool) -> Sequence[Tensor]:
@@ -114,8 +127,12 @@ def stream(net: MADE, context: Tensor | None, like: Tensor) -> Chain:
     biases.append(_by_rank(net.output.bias.unsqueeze(-1), net))
     sizes = [[0] + [1] * (net.input_dim - 1), *net.unlocked, [net.num_params] * net.input_dim]
     activate: Callable[[Tensor], Tensor] = net.act.forward
-    finish = [*(lambda rows, t: activate(rows),) * len(net.hidden), lambda rows, t: rows]
-    return Chain(sizes, weights, biases, finish, like)
+
+    def finish(rows: Tensor, t: int) -> None:
+        if (active := activate(rows)) is not rows:
+            rows.copy_(active)
+
+    return Chain(sizes, weights, biases, [finish] * len(net.hidden), like)
 
 
 def costream(net: MADE, slopes: list[Tensor]) -> Chain:
@@ -133,19 +150,17 @@ def costream(net: MADE, slopes: list[Tensor]) -> Chain:
     sizes = [[net.num_params] * net.input_dim, *units, [1] * (net.input_dim - 1) + [0]]
     weights = [weight.T for weight in reversed(_weights(net))]
     biases = [weight.new_zeros(len(weight), 1) for weight in weights]
-    finish: list[Callable[[Tensor, int], Tensor]] = []
+    finish: list[Callable[[Tensor, int], object]] = []
     for slope, of_layer in zip(reversed(slopes), units, strict=True):
         rows = split_steps(slope, of_layer, True)
-        finish.append(lambda summed, t, rows=rows: summed * rows[t])  # type: ignore[misc]
-    finish.append(lambda rows, t: rows)
+        finish.append(lambda summed, t, rows=rows: summed.mul_(rows[t]))  # type: ignore[misc]
     return Chain(sizes, weights, biases, finish, slopes[0], backwards=True)
 
 
 def _weights(net: MADE) -> list[Tensor]:
     """The weights of all layers, with features by rank; the feature of the last rank feeds nothing."""
     layers = [*net.hidden, net.output]
-    # Without a graph no mask is needed: what a unit must not see is not yet known, and zero, when its turn comes.
-    weights = [layer.weight if net.adjacency is None else layer.weight * layer.mask for layer in layers]
+    weights = [layer.weight * layer.mask for layer in layers]
     return [weights[0][:, list(net.features[:-1])], *weights[1:-1], _by_rank(weights[-1], net)]
 
 

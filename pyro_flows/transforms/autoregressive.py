@@ -95,7 +95,7 @@ def _sweep(bijector: Bijector, net: MADE, y: Tensor, context: Tensor | None) -> 
     for feature in net.features:
         params = chain.step(None if last is None else last.unsqueeze(0))
         assert params is not None
-        last, contribution = bijector.inverse_and_log_det(features[feature], params.T)
+        last, contribution = bijector.inverse_and_log_det(features[feature], params.t())
         x[feature] = last
         log_det.append(contribution)
     return torch.stack([x[feature] for feature in range(len(x))], -1), torch.stack(log_det).sum(0)
