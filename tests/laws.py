@@ -146,6 +146,10 @@ def _autoregressive(bijector: Bijector, order: Callable[[int], list[int]] | None
     return build
 
 
+def _fixed_point(dim: int, context_dim: int) -> FlowTransform:
+    return Autoregressive(Affine(), MADE(dim, 2, WIDTHS, context_dim), fixed_point=True)
+
+
 def _graph(dim: int, context_dim: int) -> FlowTransform:
     """Each feature depends on those whose ranks differ from its own by one or by three, and are lower."""
     rank = torch.tensor(shuffled(dim))
@@ -255,6 +259,7 @@ TRANSFORMS: dict[str, Kind] = {
     **{f"coupling_{name}": Kind(_coupling(b), True, least_dim=2) for name, b in STEERED.items()},
     **{f"autoregressive_{name}": Kind(_autoregressive(BIJECTORS[name]), True) for name in ("affine", "spline_2_bins")},
     **{f"shuffled_{name}": Kind(_autoregressive(b, shuffled), True) for name, b in STEERED.items()},
+    "fixed_point": Kind(_fixed_point, True),
     "graph": Kind(_graph, True),
     "elementwise_affine": Kind(_elementwise(Affine()), True),
     "elementwise_spline": Kind(_elementwise(RationalQuadraticSpline()), True),

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pyro_flows.bijectors import Affine, Bijector, RationalQuadraticSpline
-from pyro_flows.conditioners import MADE, MLP, Periodic, costream, stream
+from pyro_flows.conditioners import MADE, MLP, CausalTransformer, Periodic, costream, stream
 from pyro_flows.transforms import Autoregressive
-from pyro_flows.transforms.autoregressive import invert_by_passes
+from pyro_flows.transforms.inversion import invert_by_passes
 
 NARROW, WIDE = (2, 3), (70, 70)
 SIZES = [1, 2, 5, 33]
@@ -123,11 +123,12 @@ def inverse_gradients(by_passes: bool, layer: Autoregressive, y: Tensor, context
     ids=["relu", "silu", "tanh", "relu_frozen", "silu_partly_frozen"],
 )
 @pytest.mark.parametrize("bijector", [Affine(1.0), RationalQuadraticSpline(4)], ids=["affine", "spline"])
-def test_the_swept_inverse_has_autograds_gradient(
-    bijector: Bijector, frozen: str, activation: type[nn.Module], context_dim: int, dim: int
+@pytest.mark.parametrize("fixed_point", [False, True], ids=["swept", "iterated"])
+def test_the_inverse_has_autograds_gradient(
+    fixed_point: bool, bijector: Bijector, frozen: str, activation: type[nn.Module], context_dim: int, dim: int
 ) -> None:
     net = MADE(dim, bijector.num_params, (16, 12), context_dim, order=laws.shuffled(dim), activation=activation)
-    layer = Autoregressive(bijector, laws.randomise(net, scale=0.3).double())
+    layer = Autoregressive(bijector, laws.randomise(net, scale=0.3).double(), fixed_point=fixed_point)
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(frozen == "none" or (frozen == "biases" and "bias" not in name))
     ours, plain = (inverse_gradients(by_passes, layer, *inputs(dim, context_dim, 6)) for by_passes in (False, True))
@@ -345,3 +346,22 @@ def test_autocast_leaves_the_sweep_alone():
     expected = layer.inverse_and_log_det(y, context)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(layer.inverse_and_log_det(y, context)[0], expected)
+
+
+def test_a_fixed_point_takes_few_passes_where_features_steer_one_another_weakly() -> None:
+    net = laws.randomise(MADE(24, 2, (16,)), scale=0.05).double()
+    layer, passes = Autoregressive(Affine(), net, fixed_point=True), []
+    net.register_forward_hook(lambda *_: passes.append(1))
+    y = laws.normal(5, 24)
+    x, _ = layer.inverse_and_log_det(y)
+    assert 1 < len(passes) < 12
+    torch.testing.assert_close(layer.forward_and_log_det(x)[0], y)
+    laws.randomise(net, scale=3.0)
+    passes.clear()
+    layer.inverse_and_log_det(y)
+    assert len(passes) <= 24  # and never more than there are features
+
+
+def test_tokens_have_no_fixed_point() -> None:
+    with pytest.raises(ValueError, match="fixed_point=True is for a MADE"):
+        Autoregressive(Affine(), CausalTransformer(4, 2, 2, 8), fixed_point=True)

@@ -153,7 +153,8 @@ def _compiled_steps(
     if isinstance(transform, Inverse):
         return _compiled_steps(transform.transform, maps, settings).inv
     if isinstance(transform, Autoregressive) and (bijector := transform.bijector).num_params > 2:
-        return Autoregressive(maps.setdefault(bijector, CompiledMap(bijector, settings)), transform.conditioner)
+        map_of = maps.setdefault(bijector, CompiledMap(bijector, settings))
+        return Autoregressive(map_of, transform.conditioner, fixed_point=transform.fixed_point)
     return transform
 
 
