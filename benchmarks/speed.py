@@ -1,6 +1,6 @@
 """How fast are the flows, beside Pyro's own, zuko, nflows, flowjax and the bare matrix products, in one run?
 
-    python benchmarks/speed.py                                # all tables, about 25 minutes on 2 cores
+    python benchmarks/speed.py                                # all tables, half an hour on 2 cores
     python benchmarks/speed.py --tables main "1 thread"       # some of them
     python benchmarks/speed.py --batch 64 --dims 8 --flows maf nsf --libraries pyro_flows zuko   # settings of your own
     python benchmarks/speed.py --report                       # the page and the plots, from the CSV file alone
@@ -121,7 +121,7 @@ def measure(contenders: dict[str, Contender], task: str, seconds: float) -> tupl
         for library, tasks in contenders.items():
             # What takes long is not slow for want of a warm-up: one run is enough.
             if first[library] < BRIEF:
-                tasks[task]()  # its own threads wake up, and those of the library before go to sleep
+                clock(tasks[task])  # its own threads wake up, and those of the library before go to sleep
             times[library].append(first[library] if first[library] > LONG else clock(tasks[task]))
     gc.enable()
     return {library: statistics.median(values) for library, values in times.items()}, compiles
@@ -131,6 +131,7 @@ def run(table: Table, seconds: float, path: Path) -> None:
     """Measure one table, in a process that has done nothing else; what is in the file already is not done again."""
     if hasattr(os, "sched_setaffinity"):  # before jax starts its threads
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: table.threads])
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # jax would take most of a GPU's memory
     torch.set_num_threads(table.threads)
     torch.set_default_dtype(getattr(torch, table.dtype))
     torch.manual_seed(0)

@@ -87,8 +87,8 @@ def page(rows: list[dict[str, str]], tables: dict[tuple[str, ...], Times]) -> st
         "",
         "A dash: the library lacks the flow, or its D passes would take minutes or not fit into memory. Our "
         "compiled slow steps are not measured; `flow.compile()` leaves the slow direction of `maf`, `iaf` and `nsf_ar` "
-        "as it is, but for the last layer of `nsf_ar`. Our `nsf` and `nsf_ar` end with a spline of each feature that no "
-        "peer has; its time is part of ours.",
+        "as it is, but for the last layer of `nsf_ar`. Our `nsf` and `nsf_ar` end with a spline of each feature that "
+        "no peer has; its time is part of ours.",
         "",
         "Weights are the libraries' own initial ones. Each process may use as many cores as the table has threads.",
     ]
