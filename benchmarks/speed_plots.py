@@ -55,7 +55,7 @@ def plot(times: Times, path: Path) -> None:
     dims = sorted({dim for _, dim, _ in times})
     names = [name for name in FLOWS if any(key[0] == name for key in times)]
     found = curves(times)
-    figure, axes = figure_of(len(TASKS), len(names), 2.7 * len(names) + 0.6, 9)
+    figure, axes = figure_of(len(TASKS), len(names), max(2.7 * len(names) + 0.6, 11), 9)
     for row, task in zip(axes, TASKS, strict=True):
         for axis, name in zip(row, names, strict=True):
             for library in LIBRARIES:
