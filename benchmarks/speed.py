@@ -1,9 +1,12 @@
-"""How fast are the flows, beside Pyro's own, zuko, nflows and flowjax, in one run?
+"""How fast are the flows, beside Pyro's own, zuko, nflows, flowjax and the bare matrix products, in one run?
 
-    python benchmarks/speed.py            # the full table, about 10 minutes on 2 cores
-    python benchmarks/speed.py --quick    # D = 8 and few repetitions: a smoke run
+    python benchmarks/speed.py                                # all tables, half an hour on 2 cores
+    python benchmarks/speed.py --tables main "1 thread"       # some of them
+    python benchmarks/speed.py --batch 64 --dims 8 --flows maf nsf --libraries pyro_flows zuko   # settings of your own
+    python benchmarks/speed.py --report                       # the page and the plots, from the CSV file alone
+    python benchmarks/speed.py --quick                        # D = 8, short, into a temporary folder: a smoke run
 
-Same architecture for all: 5 layers, two hidden layers of 128, 8 bins, batch 512, 2 threads, eager.  Four tasks:
+Same architecture for all: 5 layers, two hidden layers of 128, 8 bins.  Four tasks:
 
     log-prob   score a batch, no gradient
     step       score a batch, back-propagate to the parameters
@@ -11,9 +14,14 @@ Same architecture for all: 5 layers, two hidden layers of 128, 8 bins, batch 512
     slow step  the same training step through the other direction: draw, score what was drawn, back-propagate
                (for iaf, whose fast direction draws: score a batch, back-propagate)
 
-The libraries take turns inside each repetition, so a machine whose speed drifts treats them alike; what counts is the
-ratio in one run.  Peers that are not installed are left out (``pip install -e '.[bench]'``; flowjax is optional).
-Writes ``docs/benchmarks/speed.md`` and ``docs/benchmarks/speed.png``.
+The libraries take turns inside each repetition, so a machine whose speed drifts treats them alike, and medians count.
+Each brief run follows one that is not timed, so that threads of the library before are at rest.
+What compiles is warmed up first, and the seconds of its first call are kept in a table of their own.  A table runs in a
+process of its own, which may use as many cores as the table has threads: so jax, which sizes its pool by the cores that
+it may use, has the same number.  Peers that are not installed are left out (``pip install -e '.[bench]'``).
+
+Each cell is appended to ``docs/benchmarks/speed.csv`` when it ends, and a run that was stopped goes on after it; delete
+the file to measure all anew.  ``speed.md``, ``speed.png`` and ``speed_scaling.png`` are made from it.
 """
 
 from __future__ import annotations
@@ -23,235 +31,87 @@ import contextlib
 import gc
 import importlib.metadata
 import importlib.util
-import platform
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from speed_contenders import (
+    AUTOREGRESSIVE,
+    COMPILED,
+    FLOOR,
+    FLOWJAX,
+    FLOWS,
+    OURS,
+    TASKS,
+    Case,
+    Contender,
+    is_slow,
+    is_too_large,
+)
+from speed_peers import LIBRARIES
+from speed_table import Row, append, read, report
 
-LAYERS, HIDDEN, BINS, BATCH, BOUND = 5, [128, 128], 8, 512, 5.0
 LONG = 5.0  # seconds after which a task is run once
-# A peer that inverts by D passes keeps D graphs: for splines at D = 128 some 40 GB, so this case is left out.
-TOO_LARGE = {("nsf_ar", 128, "slow step")}
-FLOWS = ["maf", "iaf", "nsf_ar", "nsf", "realnvp"]
-TASKS = ["log-prob", "step", "sample", "slow step"]
+BRIEF = 0.1  # seconds below which each timed run follows one that is not timed
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
-
-# A contender is a dictionary from task to a function of no arguments.
-Contender = dict[str, Callable[[], object]]
+EAGER = [OURS, "Pyro", "zuko", "nflows"]
 
 
-def contender(
-    x: Tensor,
-    log_prob: Callable[[Tensor], Tensor],
-    sample: Callable[[], Tensor],
-    sample_and_log_prob: Callable[[], Tensor],
-    parameters: list[Tensor],
-    scores_fast: bool,
-) -> Contender:
-    """The four tasks of a torch library, from its three functions."""
+@dataclass(frozen=True)
+class Table:
+    """The settings of one table: all flows, tasks and dims of it at one batch, dtype, device and number of threads."""
 
-    def descend(loss: Tensor) -> None:
-        for parameter in parameters:
-            parameter.grad = None
-        loss.backward()
+    name: str
+    flows: Sequence[str] = tuple(FLOWS)
+    tasks: Sequence[str] = tuple(TASKS)
+    dims: Sequence[int] = (32,)
+    batch: int = 512
+    dtype: str = "float32"
+    threads: int = 2
+    device: str = "cpu"
+    libraries: Sequence[str] = (*EAGER, FLOOR)
 
-    def score() -> None:
-        with torch.no_grad():
-            log_prob(x.clone())
-
-    def draw() -> None:
-        with torch.no_grad():
-            sample()
-
-    def score_step() -> None:
-        descend(-log_prob(x.clone()).mean())
-
-    def draw_step() -> None:
-        descend(sample_and_log_prob().mean())
-
-    fast, slow = (score_step, draw_step) if scores_fast else (draw_step, score_step)
-    return {"log-prob": score, "step": fast, "sample": draw, "slow step": slow}
+    def cells(self) -> Iterator[tuple[int, str, list[str]]]:
+        for dim in self.dims:
+            for flow in self.flows:
+                tasks = [t for t in self.tasks if self.name != "scaling" or is_slow(flow, t)]
+                if tasks:
+                    yield dim, flow, tasks
 
 
-def ours(name: str, dim: int, x: Tensor) -> Contender:
-    from pyro_flows import flows
-
-    sizes = {"bins": BINS, "bound": BOUND} if name.startswith("nsf") else {}
-    flow = getattr(flows, name)(dim, num_transforms=LAYERS, hidden_dims=HIDDEN, **sizes)
-    return contender(
-        x,
-        lambda value: flow().log_prob(value),
-        lambda: flow().sample((BATCH,)),
-        lambda: flow.rsample_and_log_prob((BATCH,))[1],
-        list(flow.parameters()),
-        scores_fast=name != "iaf",
-    )
-
-
-def pyro_own(name: str, dim: int, x: Tensor) -> Contender:
-    import pyro.distributions as dist
-    import pyro.distributions.transforms as T
-    from pyro.nn import AutoRegressiveNN, DenseNN
-
-    half = dim // 2
-    spline = [BINS, BINS, BINS - 1]
-    layers, parts = [], []
-    for _ in range(LAYERS):
-        if name in ("maf", "iaf"):
-            layer = T.AffineAutoregressive(AutoRegressiveNN(dim, HIDDEN))
-            parts.append(layer.inv if name == "maf" else layer)
-        elif name == "nsf_ar":
-            net = AutoRegressiveNN(dim, HIDDEN, param_dims=spline)
-            layer = T.SplineAutoregressive(dim, net, count_bins=BINS, bound=BOUND, order="quadratic")
-            parts.append(layer.inv)
-        elif name == "nsf":
-            net = DenseNN(half, HIDDEN, [n * (dim - half) for n in spline])
-            layer = T.SplineCoupling(dim, half, net, count_bins=BINS, bound=BOUND, order="quadratic")
-            parts += [layer, T.Permute(torch.arange(dim - 1, -1, -1))]
-        else:
-            layer = T.AffineCoupling(half, DenseNN(half, HIDDEN, [dim - half, dim - half]))
-            parts += [layer, T.Permute(torch.arange(dim - 1, -1, -1))]
-        layers.append(layer)
-    flow = dist.TransformedDistribution(dist.Normal(torch.zeros(dim), torch.ones(dim)).to_event(1), parts)
-
-    def sample_and_log_prob() -> Tensor:
-        return flow.log_prob(flow.rsample((BATCH,)))
-
-    def clean(task: Callable[[], object]) -> Callable[[], object]:
-        def run() -> None:
-            flow.clear_cache()
-            task()
-
-        return run
-
-    tasks = contender(
-        x,
-        flow.log_prob,
-        lambda: flow.sample((BATCH,)),
-        sample_and_log_prob,
-        [p for layer in layers for p in layer.parameters()],
-        scores_fast=name != "iaf",
-    )
-    return {task: clean(function) for task, function in tasks.items()}
-
-
-def zuko(name: str, dim: int, x: Tensor) -> Contender | None:
-    import zuko
-
-    if name == "nsf":
-        return None
-    kind = {"maf": "MAF", "iaf": "MAF", "nsf_ar": "NSF", "realnvp": "RealNVP"}[name]
-    sizes = {"bins": BINS} if name == "nsf_ar" else {}
-    flow = getattr(zuko.flows, kind)(dim, transforms=LAYERS, hidden_features=HIDDEN, **sizes)
-    if name == "iaf":
-        flow = zuko.flows.Flow(flow.transform.inv, flow.base)
-    return contender(
-        x,
-        lambda value: flow().log_prob(value),
-        lambda: flow().sample((BATCH,)),
-        lambda: flow().rsample_and_log_prob((BATCH,))[1],
-        list(flow.parameters()),
-        scores_fast=name != "iaf",
-    )
-
-
-def nflows(name: str, dim: int, x: Tensor) -> Contender:
-    from nflows import distributions, flows, transforms
-    from nflows.nn.nets import MLP
-
-    class Net(torch.nn.Module):
-        def __init__(self, n: int, m: int) -> None:
-            super().__init__()
-            self.net = MLP([n], [m], HIDDEN)
-
-        def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-            return self.net(inputs)
-
-    spline = {"num_bins": BINS, "tails": "linear", "tail_bound": BOUND}
-    made = {"features": dim, "hidden_features": HIDDEN[0], "num_blocks": 1, "use_residual_blocks": False}
-    parts = []
-    for layer in range(LAYERS):
-        mask = (torch.arange(dim) < dim // 2).int() * 2 - 1
-        mask = mask if layer % 2 else -mask
-        if name in ("maf", "iaf"):
-            part = transforms.MaskedAffineAutoregressiveTransform(**made)
-            parts.append(part if name == "maf" else transforms.InverseTransform(part))
-        elif name == "nsf_ar":
-            parts.append(transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(**made, **spline))
-        elif name == "nsf":
-            parts.append(transforms.PiecewiseRationalQuadraticCouplingTransform(mask, Net, **spline))
-        else:
-            parts.append(transforms.AffineCouplingTransform(mask, Net))
-    flow = flows.Flow(transforms.CompositeTransform(parts), distributions.StandardNormal([dim]))
-    return contender(
-        x,
-        flow.log_prob,
-        lambda: flow.sample(BATCH),
-        lambda: flow.sample_and_log_prob(BATCH)[1],
-        list(flow.parameters()),
-        scores_fast=name != "iaf",
-    )
-
-
-def flowjax(name: str, dim: int, x: Tensor) -> Contender | None:
-    import equinox as eqx
-    import flowjax.flows
-    import jax
-    import jax.numpy as jnp
-    from flowjax.bijections import Affine, RationalQuadraticSpline
-    from flowjax.distributions import Normal
-
-    key = jax.random.key(0)
-    bijector = RationalQuadraticSpline(knots=BINS, interval=BOUND) if name.startswith("nsf") else Affine()
-    build = flowjax.flows.coupling_flow if name in ("nsf", "realnvp") else flowjax.flows.masked_autoregressive_flow
-    flow = build(
-        key,
-        base_dist=Normal(jnp.zeros(dim)),
-        transformer=bijector,
-        flow_layers=LAYERS,
-        nn_width=HIDDEN[0],
-        nn_depth=len(HIDDEN),
-        invert=name != "iaf",
-    )
-    data = jnp.asarray(x.numpy())
-    score = eqx.filter_jit(lambda f: f.log_prob(data))
-    draw = eqx.filter_jit(lambda f: f.sample(key, (BATCH,)))
-    score_step = eqx.filter_jit(eqx.filter_grad(lambda f: -f.log_prob(data).mean()))
-    draw_step = eqx.filter_jit(eqx.filter_grad(lambda f: f.sample_and_log_prob(key, (BATCH,))[1].mean()))
-    fast, slow = (score_step, draw_step) if name != "iaf" else (draw_step, score_step)
-    functions = {"log-prob": score, "step": fast, "sample": draw, "slow step": slow}
-    return {task: (lambda f=function: jax.block_until_ready(f(flow))) for task, function in functions.items()}
-
-
-LIBRARIES: dict[str, Callable[[str, int, Tensor], Contender | None]] = {
-    "pyro_flows": ours,
-    "Pyro": pyro_own,
-    "zuko": zuko,
-    "nflows": nflows,
-    "flowjax (jit)": flowjax,
-}
-PACKAGES = {
-    "pyro_flows": "pyro-flows",
-    "Pyro": "pyro-ppl",
-    "zuko": "zuko",
-    "nflows": "nflows",
-    "flowjax (jit)": "flowjax",
-}
+TABLES = [
+    Table("main", dims=(8, 32, 128), libraries=tuple(LIBRARIES)),
+    Table("float64", ("maf", "nsf"), dtype="float64"),
+    Table("batch 1", ("maf", "nsf"), ("log-prob", "step"), batch=1, libraries=tuple(LIBRARIES)),
+    Table(
+        "batch 16384", ("maf", "nsf", "realnvp"), ("log-prob", "step"), batch=16384, libraries=(*EAGER, FLOWJAX, FLOOR)
+    ),
+    Table("1 thread", ("maf", "nsf"), threads=1, libraries=(*EAGER, FLOWJAX, FLOOR)),
+    Table("wide", ("maf", "nsf", "realnvp"), ("log-prob", "step"), dims=(16, 512)),
+    Table("scaling", AUTOREGRESSIVE, dims=(16, 32, 64, 128, 256, 512), libraries=(OURS, "zuko")),
+    Table("GPU", dims=(32, 128), device="cuda", libraries=tuple(LIBRARIES)),
+]
 
 
 def clock(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def measure(contenders: dict[str, Contender], task: str, seconds: float) -> dict[str, float]:
-    """Median milliseconds of each contender at one task; they take turns until the time is up."""
+def measure(contenders: dict[str, Contender], task: str, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of each contender at one task, which take turns until the time is up, and those of first calls."""
+    compiles = {library: clock(contenders[library][task]) for library in (COMPILED, FLOWJAX) if library in contenders}
     times: dict[str, list[float]] = {library: [] for library in contenders}
     gc.collect()
     gc.disable()
@@ -260,127 +120,112 @@ def measure(contenders: dict[str, Contender], task: str, seconds: float) -> dict
     while time.perf_counter() < deadline or min(map(len, times.values())) < 3:
         for library, tasks in contenders.items():
             # What takes long is not slow for want of a warm-up: one run is enough.
+            if first[library] < BRIEF:
+                clock(tasks[task])  # its own threads wake up, and those of the library before go to sleep
             times[library].append(first[library] if first[library] > LONG else clock(tasks[task]))
     gc.enable()
-    return {library: 1e3 * statistics.median(values) for library, values in times.items()}
+    return {library: statistics.median(values) for library, values in times.items()}, compiles
+
+
+def run(table: Table, seconds: float, path: Path) -> None:
+    """Measure one table, in a process that has done nothing else; what is in the file already is not done again."""
+    if hasattr(os, "sched_setaffinity"):  # before jax starts its threads
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: table.threads])
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # jax would take most of a GPU's memory
+    torch.set_num_threads(table.threads)
+    torch.set_default_dtype(getattr(torch, table.dtype))
+    torch.manual_seed(0)
+    torch.compiler.config.force_disable_caches = True  # so that the seconds of first calls are those of compiling
+    torch._inductor.config.compile_threads = 1  # no pool of workers beside what is timed
+    torch._dynamo.config.cache_size_limit = 64
+
+    device = torch.cuda.get_device_name() if table.device == "cuda" else table.device
+    libraries = [name for name in table.libraries if importlib.util.find_spec(LIBRARIES[name].module)]
+    setting = {"batch": table.batch, "dtype": table.dtype, "threads": table.threads, "device": device}
+    done = {tuple(row[c] for c in ("table", "flow", "dim", "task", "library", *setting)) for row in read(path)}
+
+    def is_done(flow: str, dim: int, task: str, library: str) -> bool:
+        return tuple(map(str, (table.name, flow, dim, task, library, *setting.values()))) in done
+
+    for dim, flow, tasks in table.cells():
+        case = Case(flow, torch.randn(table.batch, dim, device=table.device))
+        if all(is_done(flow, dim, task, OURS) for task in tasks):
+            continue
+        built = {library: LIBRARIES[library].build(case) for library in libraries}
+        contenders = {library: functions for library, functions in built.items() if functions is not None}
+        for task in tasks:
+            left_out = {COMPILED} if task == "slow step" else set()  # each would take a graph more to compile
+            if is_too_large(case, task):
+                left_out |= {*EAGER[1:], FLOWJAX}
+            able = {library: functions for library, functions in contenders.items() if library not in left_out}
+            if all(is_done(flow, dim, task, library) for library in able):
+                continue
+            times, compiles = measure(able, task, seconds)
+            where = {"flow": flow, "dim": dim, **setting, "task": task}
+            rows: list[Row] = [
+                {"table": name, **where, "library": library, "version": version(library), "ms": f"{1e3 * value:.4g}"}
+                for name, values in ((table.name, times), (f"{table.name}, first call", compiles))
+                for library, value in values.items()
+            ]
+            append(rows, path)
+            shown = "  ".join(f"{library} {1e3 * value:.1f}" for library, value in times.items())
+            took = "".join(f"  [{library}: first {value:.1f} s]" for library, value in compiles.items())
+            print(f"{table.name}: D={dim:<4} {flow:8} {task:10} {shown}{took}", flush=True)
 
 
 def version(library: str) -> str:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return f"{library} {importlib.metadata.version(PACKAGES[library])}"
-    return library
+        own = importlib.metadata.version(LIBRARIES[library].package)
+        return f"{own} (jax {importlib.metadata.version('jax')})" if library == FLOWJAX else own
+    return ""
 
 
-def cell(milliseconds: float | None, ours_ms: float, own: bool) -> str:
-    if milliseconds is None:
-        return "–"
-    text = f"{milliseconds:.1f}" if milliseconds < 100 else f"{milliseconds:.0f}"
-    return f"**{text}**" if own else f"{text} ({ours_ms / milliseconds:.2f})"
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [table.name for table in TABLES]
+    made.add_argument("--tables", nargs="+", choices=names, help="which tables (default: all)")
+    made.add_argument("--dims", type=int, nargs="+", help="numbers of features")
+    made.add_argument("--flows", nargs="+", choices=FLOWS)
+    made.add_argument("--tasks", nargs="+", choices=TASKS)
+    made.add_argument("--libraries", nargs="+", choices=list(LIBRARIES))
+    made.add_argument("--batch", type=int)
+    made.add_argument("--dtype", choices=["float32", "float64"])
+    made.add_argument("--threads", type=int)
+    made.add_argument("--device", choices=["cpu", "cuda"])
+    made.add_argument("--seconds", type=float, default=1.5, help="least time for each task and flow")
+    made.add_argument("--quick", action="store_true", help="a smoke run")
+    made.add_argument("--report", action="store_true", help="measure nothing; make page and plots from the CSV file")
+    made.add_argument("--out", type=Path, help="folder of the results")
+    return made
 
 
-def table(results: dict[tuple[str, int, str], dict[str, float]], libraries: list[str]) -> str:
-    lines = [
-        "# Speed",
-        "",
-        f"{LAYERS} layers, hidden {' × '.join(map(str, HIDDEN))}, {BINS} bins, batch {BATCH}, "
-        f"{torch.get_num_threads()} threads, eager; torch {torch.__version__.split('+')[0]}, "
-        f"Python {platform.python_version()}, {', '.join(version(name) for name in libraries)}.",
-        "Medians in milliseconds; in parentheses our time divided by theirs (below 1: we are faster).",
-        "A dash: the library lacks the flow, or its graph would not fit into memory (D passes of a spline at D = 128).",
-        "Reproduce with `python benchmarks/speed.py`.",
-    ]
-    for dim in sorted({dim for _, dim, _ in results}):
-        lines += ["", f"## D = {dim}", "", "| flow | task | " + " | ".join(libraries) + " |"]
-        lines.append("|---|---|" + "---:|" * len(libraries))
-        for name in FLOWS:
-            for task in TASKS:
-                times = results.get((name, dim, task))
-                if times is None:
-                    continue
-                mine = times["pyro_flows"]
-                row = [cell(times.get(library), mine, library == "pyro_flows") for library in libraries]
-                lines.append(f"| {name} | {task} | " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(results: dict[tuple[str, int, str], dict[str, float]], libraries: list[str], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator
-
-    dims = sorted({dim for _, dim, _ in results})
-    names = [name for name in FLOWS if any(key[0] == name for key in results)]
-    figure, axes = plt.subplots(len(TASKS), len(names), figsize=(2.6 * len(names), 8.5), sharex=True, squeeze=False)
-    for row, task in zip(axes, TASKS, strict=True):
-        for axis, name in zip(row, names, strict=True):
-            for number, library in enumerate(libraries):
-                points = [(d, results[name, d, task].get(library, np.nan)) for d in dims if (name, d, task) in results]
-                style = (
-                    {"lw": 2.5, "color": "C3", "zorder": 3} if library == "pyro_flows" else {"lw": 1.2, "alpha": 0.8}
-                )
-                if library != "pyro_flows":
-                    style["color"] = ["C0", "C2", "C1", "C4"][number - 1]
-                axis.loglog(*zip(*points, strict=True), marker="o", ms=3, label=library, **style)
-            axis.set_xticks(dims, [str(d) for d in dims])
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.minorticks_off()
-            axis.grid(alpha=0.25)
-            if task == TASKS[0]:
-                axis.set_title(name)
-            if task == TASKS[-1]:
-                axis.set_xlabel("D")
-        row[0].set_ylabel(f"{task}  [ms]")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=len(libraries), frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 0.965))
-    figure.savefig(path, dpi=130)
+def chosen(options: argparse.Namespace) -> list[Table]:
+    """The tables that the command line asks for; settings without a table are the main table's with a change."""
+    given: dict[str, Any] = {f.name: getattr(options, f.name, None) for f in fields(Table)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.quick:
+        given = {"dims": [8], "threads": 1, **given}
+    if given and not options.tables and not options.quick:
+        return [replace(TABLES[0], **{"name": "custom", **given})]
+    tables = [replace(t, **given) for t in TABLES if not options.tables or t.name in options.tables]
+    return [table for table in tables if table.device == "cpu" or torch.cuda.is_available()]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dims", type=int, nargs="+", default=[8, 32, 128], help="numbers of features")
-    parser.add_argument("--flows", nargs="+", default=FLOWS, choices=FLOWS, help="which flows")
-    parser.add_argument("--libraries", nargs="+", default=list(LIBRARIES), choices=list(LIBRARIES))
-    parser.add_argument("--seconds", type=float, default=4.0, help="least time for each task and flow")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="a smoke run")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of the table and the plot")
-    options = parser.parse_args()
-    if options.quick:
-        options.dims, options.seconds = [8], 0.2
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-
-    modules = {
-        "pyro_flows": "pyro_flows",
-        "Pyro": "pyro",
-        "zuko": "zuko",
-        "nflows": "nflows",
-        "flowjax (jit)": "flowjax",
-    }
-    libraries = ["pyro_flows", *(n for n in options.libraries if n != "pyro_flows")]
-    libraries = [name for name in libraries if importlib.util.find_spec(modules[name])]
-    results: dict[tuple[str, int, str], dict[str, float]] = {}
-    for dim in options.dims:
-        for name in options.flows:
-            x = torch.randn(BATCH, dim)
-            built = {library: LIBRARIES[library](name, dim, x) for library in libraries}
-            contenders = {library: tasks for library, tasks in built.items() if tasks is not None}
-            for task in TASKS:
-                able = contenders
-                if (name, dim, task) in TOO_LARGE:
-                    able = {"pyro_flows": contenders["pyro_flows"]}
-                results[name, dim, task] = times = measure(able, task, options.seconds)
-                mine = times["pyro_flows"]
-                shown = "  ".join(f"{library} {ms:.1f} ({mine / ms:.2f})" for library, ms in times.items())
-                print(f"D={dim:<4} {name:8} {task:10} {shown}", flush=True)
+    options = parser().parse_args()
+    if options.out is None:
+        options.out = Path(tempfile.mkdtemp(prefix="speed-")) if options.quick else OUT
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "speed.md").write_text(table(results, libraries))
-    plot(results, libraries, options.out / "speed.png")
-    print(f"wrote {options.out / 'speed.md'} and {options.out / 'speed.png'}")
+    tables = [] if options.report else chosen(options)
+    if len(tables) == 1:
+        run(tables[0], 0.1 if options.quick else options.seconds, options.out / "speed.csv")
+    for table in tables if len(tables) > 1 else []:
+        # The child of several tables is the parent of one.
+        rest = [a for a in sys.argv[1:] if a != "--tables" and a not in (options.tables or [])]
+        command = [sys.executable, __file__, *rest, "--out", str(options.out), "--tables", table.name]
+        subprocess.run(command, check=True)
+    for path in report(options.out):
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,144 @@
+"""What ``speed.py`` times: four tasks of a flow, here of ours and of the bare matrix products in it.
+
+Every contender has ``LAYERS`` layers whose networks have the same widths, scores the same batch, and starts from its
+library's own initial weights, whose values do not change the work.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+LAYERS, HIDDEN, BINS, BOUND = 5, [128, 128], 8, 5.0
+AUTOREGRESSIVE = "maf", "iaf", "nsf_ar"
+FLOWS = [*AUTOREGRESSIVE, "nsf", "realnvp"]
+TASKS = ["log-prob", "step", "sample", "slow step"]
+OURS, COMPILED, FLOWJAX, FLOOR = "pyro_flows", "pyro_flows compiled", "flowjax (jit)", "floor"
+
+# A contender is a dictionary from task to a function of no arguments.
+Contender = dict[str, Callable[[], object]]
+
+
+class Case(NamedTuple):
+    """What is built: a flow over ``x.shape[1]`` features, to score ``x`` and to draw as many rows."""
+
+    flow: str
+    x: Tensor
+
+    @property
+    def dim(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def batch(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def splines(self) -> bool:
+        return self.flow.startswith("nsf")
+
+    @property
+    def scores_fast(self) -> bool:
+        return self.flow != "iaf"
+
+
+def is_slow(flow: str, task: str) -> bool:
+    """Whether the task runs the direction of an autoregressive flow that finds one feature after the other."""
+    return flow in AUTOREGRESSIVE and task in ("slow step", "log-prob" if flow == "iaf" else "sample")
+
+
+def is_too_large(case: Case, task: str) -> bool:
+    """Whether a library that inverts by D passes would take a minute (D² rows of work), or 20 GB (D graphs to keep)."""
+    if not is_slow(case.flow, task):
+        return False
+    size = case.dim * case.batch * (BINS if case.splines else 1)
+    return size > 200_000 if task == "slow step" else size * case.dim > 70_000_000
+
+
+def contender(
+    case: Case,
+    log_prob: Callable[[Tensor], Tensor],
+    sample: Callable[[], Tensor],
+    sample_and_log_prob: Callable[[], Tensor],
+    parameters: list[Tensor],
+) -> Contender:
+    """The four tasks of a torch library, from its three functions."""
+
+    def descend(loss: Tensor) -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        loss.backward()
+
+    def score() -> None:
+        with torch.no_grad():
+            log_prob(case.x.clone())
+
+    def draw() -> None:
+        with torch.no_grad():
+            sample()
+
+    def score_step() -> None:
+        descend(-log_prob(case.x.clone()).mean())
+
+    def draw_step() -> None:
+        descend(sample_and_log_prob().mean())
+
+    fast, slow = (score_step, draw_step) if case.scores_fast else (draw_step, score_step)
+    return {"log-prob": score, "step": fast, "sample": draw, "slow step": slow}
+
+
+def ours(case: Case) -> Contender:
+    return of_flow(our_flow(case), case)
+
+
+def compiled(case: Case) -> Contender:
+    flow = copy.deepcopy(our_flow(case))
+    flow.compile()
+    return of_flow(flow, case)
+
+
+def our_flow(case: Case) -> nn.Module:
+    from pyro_flows import flows
+
+    sizes = {"bins": BINS, "bound": BOUND} if case.splines else {}
+    flow = getattr(flows, case.flow)(case.dim, num_transforms=LAYERS, hidden_dims=HIDDEN, **sizes)
+    return flow.to(case.x.device)
+
+
+def of_flow(flow: nn.Module, case: Case) -> Contender:
+    return contender(
+        case,
+        lambda value: flow().log_prob(value),
+        lambda: flow().sample((case.batch,)),
+        lambda: flow.rsample_and_log_prob((case.batch,))[1],
+        list(flow.parameters()),
+    )
+
+
+def floor(case: Case) -> Contender:
+    """For each layer y = x Wᵀ, and in a step also the gradients of x and W; masked weights are dense ones.
+
+    The same for both directions: that of D passes needs one pass' products if each unit is computed once.
+    """
+    weights = [m.weight.detach() for m in our_flow(case).modules() if isinstance(m, nn.Linear)]
+    like = {"dtype": case.x.dtype, "device": case.x.device}
+    rows = [
+        (w, torch.randn(case.batch, w.shape[1], **like), torch.randn(case.batch, w.shape[0], **like)) for w in weights
+    ]
+    results = [(torch.empty_like(y), torch.empty_like(x), torch.empty_like(w)) for w, x, y in rows]
+
+    def forward() -> None:
+        for (w, x, _), (out, _, _) in zip(rows, results, strict=True):
+            torch.mm(x, w.T, out=out)
+
+    def step() -> None:
+        forward()
+        for (w, x, y), (_, of_x, of_w) in zip(rows, results, strict=True):
+            torch.mm(y, w, out=of_x)
+            torch.mm(y.T, x, out=of_w)
+
+    return {"log-prob": forward, "step": step, "sample": forward, "slow step": step}
