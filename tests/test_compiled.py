@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,8 +19,9 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow, Flow, flows
+from pyro_flows.conditioners import MLP
 from pyro_flows.objectives import Likelihood
-from pyro_flows.transforms import ActNorm, Permute
+from pyro_flows.transforms import ActNorm, Coupling, Permute
 from pyro_flows.transforms.compiled import Compiled
 
 
@@ -70,7 +72,7 @@ def test_it_answers_as_before_in_both_directions(recipe: Callable[..., Flow], co
     uses = (
         lambda: flow.log_prob(x, context),
         lambda: flow(context).log_prob(x),
-        lambda: flow.rsample_and_log_prob((4,) if context is None else (), context),
+        lambda: flow.rsample_and_log_prob((4,), context),
         lambda: flow(context).rsample((4,)),
         lambda: Likelihood()(flow, x, context),
     )
@@ -80,6 +82,35 @@ def test_it_answers_as_before_in_both_directions(recipe: Callable[..., Flow], co
         for ours, theirs in zip(value_and_grad(flow, use), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
     assert graphs.number > 0
+
+
+@pytest.mark.parametrize("name", ["affine", "spline"])
+def test_what_compilers_make_of_it_is_right(name: str) -> None:
+    """Graphs taken apart into elementary operations, as for kernels: with numbers for symbols torch gets them wrong."""
+    bijector = laws.BIJECTORS[name]
+    layer = Coupling(bijector, MLP(1, 2, bijector.num_params, (8,)), [True, False, False])
+    plain = Flow([laws.randomise(layer, scale=0.5)]).double()
+    flow = Flow([layer]).double()
+    flow.compile(backend="aot_eager_decomp_partition")
+    for number in (5, 9):
+        x = laws.normal(number, 3)
+        ours, theirs = (value_and_grad(f, lambda f=f, x=x: f.log_prob(x)) for f in (flow, plain))
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+        y, log_prob = flow.rsample_and_log_prob((number,))
+        torch.testing.assert_close(plain.log_prob(y), log_prob, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_machine_code_is_right() -> None:
+    flow, x = random(flows.realnvp, 2), laws.normal(7, 2)
+    plain = value_and_grad(flow, lambda: flow.log_prob(x))
+    flow.compile()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled = value_and_grad(flow, lambda: flow.log_prob(x))
+    for ours, theirs in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_own_samples_are_scored_without_a_second_pass() -> None:
@@ -208,11 +239,38 @@ def test_without_a_compiler_it_says_so_once_and_goes_on() -> None:
         raise RuntimeError("no compiler found")
 
     flow.compile(backend=broken)
-    with pytest.warns(UserWarning, match="runs uncompiled: .*"):
+    with pytest.warns(UserWarning, match="runs uncompiled, Compose.inverse_and_log_det: .*no compiler found"):
         torch.testing.assert_close(flow.log_prob(x), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.testing.assert_close(flow.log_prob(x), expected)
+
+
+def test_with_too_many_graphs_it_goes_on_without() -> None:
+    flow, x = random(flows.realnvp, 3), laws.normal(1, 3)
+    expected = flow.log_prob(x)
+    flow.compile(backend=Graphs(), recompile_limit=1)
+    flow.log_prob(laws.normal(4, 3))
+    with pytest.warns(UserWarning, match="runs uncompiled"):
+        torch.testing.assert_close(flow.log_prob(x), expected)
+    with pytest.raises(ValueError, match="dynamic is set already"):
+        flow.compile(dynamic=True)
+
+
+def test_networks_in_bfloat16_run_as_they_are() -> None:
+    flow = flows.realnvp(2, num_transforms=2, hidden_dims=(8,))
+    graphs = counted(flow)
+    pf.fit_density(flow, torch.randn(100, 2), max_epochs=1, mixed_precision=True, progress=False)
+    assert graphs.number == 0
+    flow.log_prob(torch.zeros(3, 2))
+    assert graphs.number == 1
+
+
+def test_the_opposite_flow_is_compiled_too() -> None:
+    flow = random(flows.maf, 3)
+    graphs = counted(flow)
+    flow.inv.rsample_and_log_prob((4,))
+    assert graphs.number == 1
 
 
 def test_wrong_arguments_are_told_as_before() -> None:

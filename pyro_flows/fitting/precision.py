@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conditioners import Conditioner
+from ..flows import Flow
 
 
 @contextlib.contextmanager
@@ -34,7 +35,11 @@ def networks_in_bfloat16(flow: nn.Module) -> Iterator[None]:
     hooks = [net.register_forward_pre_hook(enter) for net in networks]
     hooks += [net.register_forward_hook(leave, always_call=True) for net in networks]
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            for part in flow.modules():
+                if isinstance(part, Flow):
+                    stack.enter_context(part.uncompiled())  # a graph would not see the hooks
+            yield
     finally:
         for hook in hooks:
             hook.remove()

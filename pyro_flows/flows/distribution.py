@@ -43,8 +43,9 @@ class FlowDistribution(dist.TransformedDistribution):
         self.transforms: list[View] = views
         self.runs = views if runs is None else runs
         self.path_gradient = path_gradient
-        self._drawn: tuple[Tensor, Tensor] | None = None
-        self._memo = Memo([view.transform for view in views], [view.context for view in views])
+        depends = [view.transform for view in views], [view.context for view in views]
+        self._memo = Memo(*depends)
+        self._scored = Memo(*depends)  # of path gradients: draws, and their log-densities in place of log-determinants
         # The views share one event shape, so none of the general class's inference of shapes is needed.
         super(torch.distributions.TransformedDistribution, self).__init__(  # type: ignore[misc]
             base.batch_shape, base.event_shape, validate_args=validate_args
@@ -99,13 +100,13 @@ class FlowDistribution(dist.TransformedDistribution):
             value, log_det, score = view.transform.forward_and_score(value, score, view.context)
             log_prob = log_prob - log_det.detach()
         path = (score * (value - value.detach())).flatten(-len(self.event_shape)).sum(-1)
-        self._drawn = value, log_prob + path
+        self._scored.keep(Pair(leaf, value, log_prob + path), forward=True)
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-density of ``value``, ``(*batch, *event_shape)``, in nats; no network runs twice for own samples."""
-        if self._drawn is not None and value is self._drawn[0]:
-            return self._drawn[1]
+        if scored := self._scored.made(value, forward=True):
+            return scored.log_det
         if self._validate_args:
             self._validate_sample(value)
         known = self._memo.made(value, forward=True)

@@ -5,7 +5,8 @@ The flow is a module that lasts; ``flow(context)`` is a Pyro distribution that l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -93,11 +94,15 @@ class Flow(nn.Module):
         Values, densities, gradients and random numbers stay what they are, up to round-off.  The first calls take
         seconds to minutes, one for each direction, with and without gradients; batches of another size start nothing
         anew.  Encoders and bases are left as they are; so is the one direction of autoregressive flows that finds one
-        feature after the other, and whatever asks a solver.  Copies and pickles compile anew; what was saved by
+        feature after the other, but for its splines, and whatever asks a solver.  Hooks that are put on a network later
+        go unseen.  Copies and pickles compile anew; what was saved by
         ``pyro_flows.save`` is loaded as it was built, not compiled.
 
         Args:
-            **settings: What ``torch.compile`` takes, such as ``mode="max-autotune"``.
+            **settings: What ``torch.compile`` takes beside ``dynamic``, such as ``backend``.
+
+        Raises:
+            ValueError: If ``dynamic`` is among the settings.
 
         Warns:
             UserWarning: Once, at the first call, where the machine has no compiler: the flow then runs as before.
@@ -111,7 +116,18 @@ class Flow(nn.Module):
             >>> flow.log_prob(torch.zeros(5, 2)).shape
             torch.Size([5])
         """
+        if "dynamic" in settings:
+            raise ValueError("Flow.compile: dynamic is set already, to batches of any size; leave it out.")
         self._settings, self._parts = settings, ([], [])
+
+    @contextlib.contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Run the transforms as they are within this context."""
+        self._settings, settings = None, self._settings
+        try:
+            yield
+        finally:
+            self._settings = settings
 
     @property
     def runs(self) -> list[FlowTransform]:
@@ -208,7 +224,9 @@ class Flow(nn.Module):
     def inv(self) -> Flow:
         """The flow whose transforms run the opposite way: fast where this one is slow.  It shares the parameters."""
         layers = [transform.inv for transform in reversed(self.transforms)]
-        return Flow(layers, self.base, encoder=self.encoder)
+        inverse = Flow(layers, self.base, encoder=self.encoder)
+        inverse._settings = self._settings
+        return inverse
 
 
 ConditionalDistribution.register(Flow)

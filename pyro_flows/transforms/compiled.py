@@ -28,7 +28,7 @@ class CompiledVerb:
     """A verb that is compiled when it is first called; copies compile anew.
 
     Args:
-        plain: The verb.
+        plain: The verb, whose first argument is a batch ``(N, ...)``, and its second one too, or None.
         settings: What ``torch.compile`` takes; by default a whole graph, of a batch of any size.
 
     Warns:
@@ -44,22 +44,31 @@ class CompiledVerb:
         if is_traced():
             return self.plain(x, theta)
         if self._compiled is None:
-            settings = {"fullgraph": True, "dynamic": True, "isolate_recompiles": True, "recompile_limit": LIMIT}
+            # dynamic=True would make symbols of the numbers in bijectors, for which torch 2.13 compiles wrong code; so
+            # all is static but what is marked.
+            settings = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "recompile_limit": LIMIT}
             self._compiled = torch.compile(self.plain, **{**settings, **self.settings})
         try:
-            return self._compiled(x, theta)
+            return self._compiled(_any_size(x), None if theta is None else _any_size(theta))
         except Exception as error:
-            from torch._dynamo.exc import TorchDynamoException  # importing it takes a second
-
-            if not isinstance(error, TorchDynamoException):
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
             answer = self.plain(x, theta)  # what is wrong with the arguments is said as without a compiler
             self._compiled = self.plain
-            warnings.warn(f"This flow runs uncompiled: {_first_line(error)}", stacklevel=2)
+            name = getattr(self.plain, "__qualname__", repr(self.plain))
+            warnings.warn(f"A part of this flow runs uncompiled, {name}: {_reason(error)}", stacklevel=4)
             return answer
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": None}
+
+
+def _any_size(batch: Tensor) -> Tensor:
+    """A copy, since graphs are told of views and made anew for others, whose first size is left open."""
+    copy = batch.clone()
+    if len(copy) > 1:
+        torch._dynamo.maybe_mark_dynamic(copy, 0)
+    return copy
 
 
 class Compiled(FlowTransform):
@@ -101,11 +110,16 @@ class Compiled(FlowTransform):
         self.inner.initialize(y, context)
 
     def _run(self, verb: Verb, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        if context is not None or x.dim() == 1 + len(self.event_shape) or not isinstance(verb, CompiledVerb):
+        if not isinstance(verb, CompiledVerb) or is_traced():
             return verb(x, context)
+        # Batches of any shape share one graph.
         batch, event = x.shape[: x.dim() - len(self.event_shape)], self.event_shape
-        # Batches of any shape share one graph, which is told of views, and would be made anew for others.
-        value, log_det = verb(x.reshape(-1, *event).clone(), None)
+        if context is not None:
+            batch = torch.broadcast_shapes(batch, context.shape[:-1])
+            context = context.expand(*batch, -1).reshape(batch.numel(), -1)
+        if batch.numel() == 0:
+            return verb.plain(x, context)
+        value, log_det = verb(x.expand(batch + event).reshape(batch.numel(), *event), context)
         return value.reshape(batch + event), log_det.reshape(batch)
 
 
@@ -127,15 +141,10 @@ class CompiledMap(Bijector):
         return self.inner.num_params
 
     def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        return self._run(self._to_y, x, params)
+        return (self.inner.forward_and_log_det if torch.is_grad_enabled() else self._to_y)(x, params)
 
     def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        return self._run(self._to_x, y, params)
-
-    @staticmethod
-    def _run(verb: CompiledVerb, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        # Graphs are told of views, and made anew for others.
-        return verb.plain(x, params) if torch.is_grad_enabled() else verb(x.clone(), params.clone())
+        return (self.inner.inverse_and_log_det if torch.is_grad_enabled() else self._to_x)(y, params)
 
 
 def compiled_runs(transforms: Iterable[FlowTransform], settings: dict[str, Any]) -> list[FlowTransform]:
@@ -158,6 +167,6 @@ def _compiled_steps(
     return transform
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]:.200}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {' '.join(lines[:3]):.300}"

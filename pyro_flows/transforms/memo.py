@@ -34,7 +34,7 @@ class Memo:
     def __init__(self, modules: Sequence[nn.Module], contexts: Sequence[Tensor | None]) -> None:
         self._modules = modules
         self._contexts = [context for context in contexts if context is not None]
-        self._parameters: list[nn.Parameter] | None = None
+        self._tensors: list[Tensor] | None = None
         self._kept: tuple[bool, Pair, tuple[bool, int]] | None = None
 
     def keep(self, pair: Pair, *, forward: bool) -> None:
@@ -66,13 +66,13 @@ class Memo:
         return self._kept[2] == self._stamp(self._kept[1])
 
     def _stamp(self, pair: Pair) -> tuple[bool, int]:
-        """Changes when the grad mode, a value, a context or a parameter does (fused optimisers go unseen).
+        """Changes when the grad mode, a value, a context, a parameter or a buffer does (fused optimisers go unseen).
 
         Versions only grow, so their sum tells whether one has.
         """
-        if self._parameters is None:
-            self._parameters = [parameter for module in self._modules for parameter in module.parameters()]
-        version = sum([2 * p._version + p.requires_grad for p in self._parameters])
+        if self._tensors is None:
+            self._tensors = [t for module in self._modules for t in (*module.parameters(), *module.buffers())]
+        version = sum([2 * t._version + t.requires_grad for t in self._tensors])
         return torch.is_grad_enabled(), version + 2 * sum([t._version for t in (pair.x, pair.y, *self._contexts)])
 
     def __getstate__(self) -> dict[str, object]:
