@@ -5,7 +5,7 @@ The flow is a module that lasts; ``flow(context)`` is a Pyro distribution that l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..transforms import Compose, FlowTransform, View
 from ..transforms.compiled import compiled_runs
 from ..transforms.compose import check_chain
 from .checks import check_context, check_tensor, check_value, taken_by
+from .chunks import T, in_chunks
 from .distribution import FlowDistribution
 
 
@@ -156,7 +157,10 @@ class Flow(nn.Module):
         Raises:
             ValueError: If a context is missing, unexpected, of the wrong width or not floating.
         """
-        context = self.encode(context)
+        return self.at(self.encode(context))
+
+    def at(self, context: Tensor | None) -> FlowDistribution:
+        """The distribution at what the transforms take of a context, :meth:`encode`'s, or None."""
         base = self._base(context)
         parameters = list(self.parameters())
 
@@ -169,36 +173,73 @@ class Flow(nn.Module):
         """The same as calling the flow: Pyro's protocol of conditional distributions."""
         return self(context)
 
+    @torch.no_grad()
+    def sample(
+        self, sample_shape: Sequence[int] = (), context: Tensor | None = None, *, chunk_size: int | None = None
+    ) -> Tensor:
+        """Draw samples without a gradient, ``(*sample_shape, *batch, *event_shape)``: ``flow(context).sample(...)``.
+
+        With ``chunk_size`` so many pass through the transforms at a time; the draws are the same.
+        """
+        context = self.encode(context)
+        value = self._base(context).sample(torch.Size(sample_shape))
+        return self._in_chunks(lambda v, c, _: self._run(v, c)[0], chunk_size, value, context)
+
     def rsample_and_log_prob(
-        self, sample_shape: Sequence[int] = (), context: Tensor | None = None
+        self, sample_shape: Sequence[int] = (), context: Tensor | None = None, *, chunk_size: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Draw reparameterised samples and score them, with each network run once.
+
+        With ``chunk_size`` it goes as in :meth:`log_prob`; the draws are the same.
 
         Returns:
             Samples ``(*sample_shape, *batch, *event_shape)`` and log-densities ``(*sample_shape, *batch)`` in nats.
         """
         context = self.encode(context)
-        base = self._base(context)
-        value = base.rsample(torch.Size(sample_shape))
-        log_prob = base.log_prob(value)
-        for transform in self.runs:
-            value, log_det = transform.forward_and_log_det(value, context if transform.context_dim else None)
-            log_prob = log_prob - log_det
-        return value, log_prob
+        value = self._base(context).rsample(torch.Size(sample_shape))
 
-    def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        """The log-density of values ``(*batch, *event_shape)`` in nats: ``flow(context).log_prob(value)``, no views.
+        def run(value: Tensor, context: Tensor | None, base: Distribution) -> tuple[Tensor, Tensor]:
+            result, log_det = self._run(value, context)
+            return result, base.log_prob(value) - log_det
+
+        return self._in_chunks(run, chunk_size, value, context)
+
+    def log_prob(self, value: Tensor, context: Tensor | None = None, *, chunk_size: int | None = None) -> Tensor:
+        """The log-density of values, ``(*batch)`` in nats: ``flow(context).log_prob(value)``, no views.
 
         It has no data-dependent control flow, so it compiles as a whole, unless transforms are ``Continuous``.
+
+        Args:
+            value: ``(*batch, *event_shape)``.
+            context: As for the call, or None; it broadcasts with the values.
+            chunk_size: How many events pass through the transforms at a time, which bounds the memory that these take;
+                by default all.  With gradients a chunk is computed again in the backward pass, which bounds its memory
+                too, for a third more time.  An encoder sees all contexts at once.
+
+        Raises:
+            ValueError: If value or context do not fit, or ``chunk_size`` is no positive integer.
         """
         check_value(value, self.event_shape)
-        context = self.encode(context)
-        base = self._base(context)
+
+        def run(value: Tensor, context: Tensor | None, base: Distribution) -> Tensor:
+            value, log_det = self._run(value, context, inverse=True)
+            return base.log_prob(value) + log_det
+
+        return self._in_chunks(run, chunk_size, value, self.encode(context))
+
+    def _run(self, value: Tensor, context: Tensor | None, inverse: bool = False) -> tuple[Tensor, Tensor]:
         total = torch.zeros((), dtype=value.dtype, device=value.device)
-        for transform in reversed(self.runs):
-            value, log_det = transform.inverse_and_log_det(value, context if transform.context_dim else None)
+        for transform in reversed(self.runs) if inverse else self.runs:
+            verb = transform.inverse_and_log_det if inverse else transform.forward_and_log_det
+            value, log_det = verb(value, context if transform.context_dim else None)
             total = total + log_det
-        return base.log_prob(value) + total
+        return value, total
+
+    def _in_chunks(self, run: Callable[..., T], chunk_size: int | None, value: Tensor, context: Tensor | None) -> T:
+        base = self.base()
+        if chunk_size is not None and base.batch_shape:
+            raise ValueError(f"Flow: chunk_size needs a base without a batch, got one of {tuple(base.batch_shape)}.")
+        return in_chunks(lambda v, c: run(v, c, base), chunk_size, value, context, len(self.event_shape))
 
     def initialize(self, value: Tensor, context: Tensor | None = None) -> None:
         """Let data ``(*batch, *event_shape)`` set the layers that start from data, such as ``ActNorm``."""
