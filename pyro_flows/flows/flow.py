@@ -6,7 +6,7 @@ The flow is a module that lasts; ``flow(context)`` is a Pyro distribution that l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from torch.distributions import Distribution
 
 from ..distributions import FixedBase, StandardNormal
 from ..transforms import Compose, FlowTransform, View
-from ..transforms.compiled import compiled_runs
+from ..transforms.compiled import CompiledRuns
 from ..transforms.compose import check_chain
 from .checks import check_context, check_tensor, check_value, taken_by
+from .chunks import T, in_chunks
 from .distribution import FlowDistribution
 
 
@@ -85,18 +86,15 @@ class Flow(nn.Module):
             )
             raise ValueError(f"Flow: encoder must be a network from contexts to vectors; {no}.")
         self.encoder = encoder
-        self._settings: dict[str, Any] | None = None  # of the compiler, if there is to be one
-        self._parts: tuple[list[FlowTransform], list[FlowTransform]] = [], []  # transforms, and the runs made of them
+        self._compiled: CompiledRuns | None = None
 
     def compile(self, **settings: Any) -> None:
         """Let ``torch.compile`` make fewer and larger steps of the transforms, wherever the flow is used from now on.
 
         Values, densities, gradients and random numbers stay what they are, up to round-off.  The first calls take
-        seconds to minutes, one for each direction, with and without gradients; batches of another size start nothing
-        anew.  Encoders and bases are left as they are; so is the one direction of autoregressive flows that finds one
-        feature after the other, but for its splines, and whatever asks a solver.  Hooks that are put on a network later
-        go unseen.  Copies and pickles compile anew; what was saved by
-        ``pyro_flows.save`` is loaded as it was built, not compiled.
+        seconds to minutes, one for each direction, with and without gradients, whatever the size of the batch.  Left as
+        they are: encoders, bases, the direction of autoregressive flows that goes feature by feature, but for its
+        splines, and what asks a solver.  Copies and pickles compile anew; what ``pyro_flows.load`` builds does not.
 
         Args:
             **settings: What ``torch.compile`` takes beside ``dynamic``, such as ``backend``.
@@ -116,29 +114,21 @@ class Flow(nn.Module):
             >>> flow.log_prob(torch.zeros(5, 2)).shape
             torch.Size([5])
         """
-        if "dynamic" in settings:
-            raise ValueError("Flow.compile: dynamic is set already, to batches of any size; leave it out.")
-        self._settings, self._parts = settings, ([], [])
+        self._compiled = CompiledRuns(settings)
 
     @contextlib.contextmanager
     def uncompiled(self) -> Iterator[None]:
         """Run the transforms as they are within this context."""
-        self._settings, settings = None, self._settings
+        self._compiled, compiled = None, self._compiled
         try:
             yield
         finally:
-            self._settings = settings
+            self._compiled = compiled
 
     @property
     def runs(self) -> list[FlowTransform]:
         """The transforms as they are run: one by one, or in compiled runs."""
-        if self._settings is None:
-            return list(self.transforms)
-        known, runs = self._parts
-        if len(known) != len(self.transforms) or any(a is not b for a, b in zip(known, self.transforms, strict=True)):
-            known, runs = list(self.transforms), compiled_runs(self.transforms, self._settings)
-            self._parts = known, runs
-        return runs
+        return list(self.transforms) if self._compiled is None else self._compiled.of(self.transforms)
 
     def encode(self, context: Tensor | None) -> Tensor | None:
         """What the transforms take of a context, ``(*batch, context_dim)``; raises as calling the flow does."""
@@ -172,48 +162,88 @@ class Flow(nn.Module):
         Raises:
             ValueError: If a context is missing, unexpected, of the wrong width or not floating.
         """
-        context = self.encode(context)
+        return self.at(self.encode(context))
+
+    def at(self, context: Tensor | None) -> FlowDistribution:
+        """The distribution at what the transforms take of a context, :meth:`encode`'s, or None."""
         base = self._base(context)
 
         def views(transforms: Iterable[FlowTransform]) -> list[View]:
             return [View(t, context if t.context_dim else None) for t in transforms]
 
-        return FlowDistribution(base, views(self.transforms), None if self._settings is None else views(self.runs))
+        return FlowDistribution(base, views(self.transforms), None if self._compiled is None else views(self.runs))
 
     def condition(self, context: Tensor | None) -> FlowDistribution:
         """The same as calling the flow: Pyro's protocol of conditional distributions."""
         return self(context)
 
+    @torch.no_grad()
+    def sample(
+        self, sample_shape: Sequence[int] = (), context: Tensor | None = None, *, chunk_size: int | None = None
+    ) -> Tensor:
+        """Draw samples without a gradient, ``(*sample_shape, *batch, *event_shape)``: ``flow(context).sample(...)``.
+
+        With ``chunk_size`` so many pass through the transforms at a time; the draws are the same.
+        """
+        context = self.encode(context)
+        value = self._base(context).sample(torch.Size(sample_shape))
+        return self._in_chunks(lambda v, c, _: self._run(v, c)[0], chunk_size, value, context)
+
     def rsample_and_log_prob(
-        self, sample_shape: Sequence[int] = (), context: Tensor | None = None
+        self, sample_shape: Sequence[int] = (), context: Tensor | None = None, *, chunk_size: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Draw reparameterised samples and score them, with each network run once.
+
+        With ``chunk_size`` it goes as in :meth:`log_prob`; the draws are the same.
 
         Returns:
             Samples ``(*sample_shape, *batch, *event_shape)`` and log-densities ``(*sample_shape, *batch)`` in nats.
         """
         context = self.encode(context)
-        base = self._base(context)
-        value = base.rsample(torch.Size(sample_shape))
-        log_prob = base.log_prob(value)
-        for transform in self.runs:
-            value, log_det = transform.forward_and_log_det(value, context if transform.context_dim else None)
-            log_prob = log_prob - log_det
-        return value, log_prob
+        value = self._base(context).rsample(torch.Size(sample_shape))
 
-    def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        """The log-density of values ``(*batch, *event_shape)`` in nats: ``flow(context).log_prob(value)``, no views.
+        def run(value: Tensor, context: Tensor | None, base: Distribution) -> tuple[Tensor, Tensor]:
+            result, log_det = self._run(value, context)
+            return result, base.log_prob(value) - log_det
+
+        return self._in_chunks(run, chunk_size, value, context)
+
+    def log_prob(self, value: Tensor, context: Tensor | None = None, *, chunk_size: int | None = None) -> Tensor:
+        """The log-density of values, ``(*batch)`` in nats: ``flow(context).log_prob(value)``, no views.
 
         It has no data-dependent control flow, so it compiles as a whole, unless transforms are ``Continuous``.
+
+        Args:
+            value: ``(*batch, *event_shape)``.
+            context: As for the call, or None; it broadcasts with the values.
+            chunk_size: How many events pass through the transforms at a time, which bounds the memory that these take;
+                by default all.  With gradients a chunk is computed again in the backward pass, which bounds its memory
+                too, for a third more time.  An encoder sees all contexts at once.
+
+        Raises:
+            ValueError: If value or context do not fit, or ``chunk_size`` is no positive integer.
         """
         check_value(value, self.event_shape)
-        context = self.encode(context)
-        base = self._base(context)
+
+        def run(value: Tensor, context: Tensor | None, base: Distribution) -> Tensor:
+            value, log_det = self._run(value, context, inverse=True)
+            return base.log_prob(value) + log_det
+
+        return self._in_chunks(run, chunk_size, value, self.encode(context))
+
+    def _run(self, value: Tensor, context: Tensor | None, inverse: bool = False) -> tuple[Tensor, Tensor]:
         total = torch.zeros((), dtype=value.dtype, device=value.device)
-        for transform in reversed(self.runs):
-            value, log_det = transform.inverse_and_log_det(value, context if transform.context_dim else None)
+        for transform in reversed(self.runs) if inverse else self.runs:
+            verb = transform.inverse_and_log_det if inverse else transform.forward_and_log_det
+            value, log_det = verb(value, context if transform.context_dim else None)
             total = total + log_det
-        return base.log_prob(value) + total
+        return value, total
+
+    def _in_chunks(self, run: Callable[..., T], chunk_size: int | None, value: Tensor, context: Tensor | None) -> T:
+        base = self.base()
+        if chunk_size is not None and base.batch_shape:
+            raise ValueError(f"Flow: chunk_size needs a base without a batch, got one of {tuple(base.batch_shape)}.")
+        return in_chunks(lambda v, c: run(v, c, base), chunk_size, value, context, len(self.event_shape))
 
     def initialize(self, value: Tensor, context: Tensor | None = None) -> None:
         """Let data ``(*batch, *event_shape)`` set the layers that start from data, such as ``ActNorm``."""
@@ -225,7 +255,8 @@ class Flow(nn.Module):
         """The flow whose transforms run the opposite way: fast where this one is slow.  It shares the parameters."""
         layers = [transform.inv for transform in reversed(self.transforms)]
         inverse = Flow(layers, self.base, encoder=self.encoder)
-        inverse._settings = self._settings
+        if self._compiled is not None:
+            inverse.compile(**self._compiled.settings)
         return inverse
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, biject_to
 
 from ..flows import Flow
+from ..flows.chunks import chunk_for, in_chunks
 from ..transforms import Compose, Conditioned, View
 from .base import FlowGuide
 from .checks import check_density, check_latents, check_same, check_supports
@@ -213,20 +214,17 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw from the guide: for each latent site, values of shape ``(num_samples, *site_shape)``."""
         context = self.setup(*args, **kwargs)._context_at_rest(args, kwargs)
-        return self.unpack(self.flow(context).sample((num_samples,)))
+        return self.unpack(self.flow.sample((num_samples,), context, chunk_size=chunk_for(self.latent_dim)))
 
     def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The guide's log-density, in nats, of any constrained values, draws of another method included.
 
-        Args:
-            values: For each latent site, values of shape ``(*batch, *site_shape)``.
-
-        Returns:
-            A tensor of shape ``batch``; -inf outside of the support.
+        Values of all latent sites, ``(*batch, *site_shape)``, have one of shape ``batch``; -inf outside of the support.
         """
         context = self.setup(*args, **kwargs)._context_at_rest(args, kwargs)
         packed, log_det = self.pack(values)
-        return self.flow(context).log_prob(packed) + log_det
+        size = chunk_for(self.latent_dim)
+        return in_chunks(lambda z, c: self.flow(c).log_prob(z), size, packed, context, 1) + log_det
 
     def _context_at_rest(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         if self.encoder is not None:

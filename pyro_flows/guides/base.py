@@ -56,7 +56,10 @@ class FlowGuide(AutoGuide):
 
     @abstractmethod
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draw from the guide: for each latent site, values of shape ``(num_samples, *site_shape)``."""
+        """Draw from the guide: for each latent site, values of shape ``(num_samples, *site_shape)``.
+
+        A million fit into memory if their values do: networks see some of them at a time.
+        """
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..flows import Flow
+from ..flows.chunks import chunk_for
+from ..transforms.recompute import recomputed
 from .packing import Packing
 from .recipe import is_untrained, permutes
 
@@ -68,7 +70,21 @@ class Nested(nn.Module):
         return found
 
     def log_prob(self, values: dict[str, Tensor], rows: Tensor) -> Tensor:
-        """The log-density of values ``(*batch, *site_shape)`` for rows with some contexts, ``batch``."""
+        """The log-density of values ``(*batch, *site_shape)`` for rows with some contexts, ``batch``.
+
+        Many are scored some at a time, those of the first dimension of the batch, so that they fit into memory.
+        """
+        parts = {**self.shared.parts, **self.own.parts}
+        given = [(values[name], part) for name, part in parts.items() if name in values]
+        batches = {value.shape[: value.dim() - len(part.batch) - part.event_dim] for value, part in given}
+        batch = batches.pop() if len(given) == len(parts) and len(batches) == 1 else torch.Size()
+        size = chunk_for((self.shared.size + len(rows) * self.own.size) * batch[1:].numel())
+        if batch[:1].numel() <= size:
+            return self._log_prob(values, rows)
+        chunks = zip(*(value.split(size) for value, _ in given), strict=True)
+        return torch.cat([recomputed(self._log_prob, dict(zip(parts, chunk, strict=True)), rows) for chunk in chunks])
+
+    def _log_prob(self, values: dict[str, Tensor], rows: Tensor) -> Tensor:
         total, g = torch.zeros(()), None
         if self.flow:
             packed, log_det = self.shared.pack(values)

@@ -8,7 +8,7 @@ features, or change with the data.  What an autoregressive layer does to each fe
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -147,12 +147,31 @@ class CompiledMap(Bijector):
         return (self.inner.inverse_and_log_det if torch.is_grad_enabled() else self._to_x)(y, params)
 
 
-def compiled_runs(transforms: Iterable[FlowTransform], settings: dict[str, Any]) -> list[FlowTransform]:
-    """Transforms in as few parts as there are runs whose verbs compile alike."""
-    maps: dict[Bijector, CompiledMap] = {}
-    layers = [_compiled_steps(transform, maps, settings) for transform in transforms]
-    runs = [list(run) for _, run in groupby(layers, lambda t: (t.compiles(False), t.compiles(True)))]
-    return [Compiled(Compose(run), **settings) for run in runs]
+class CompiledRuns:
+    """The transforms of a flow in as few parts as there are runs whose verbs compile alike.
+
+    Args:
+        settings: What ``torch.compile`` takes, but ``dynamic``.
+
+    Raises:
+        ValueError: If ``dynamic`` is among the settings.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        if "dynamic" in settings:
+            raise ValueError("compile: dynamic is set already, to batches of any size; leave it out.")
+        self.settings = settings
+        self._known: list[FlowTransform] = []
+        self._runs: list[FlowTransform] = []
+
+    def of(self, transforms: Sequence[FlowTransform]) -> list[FlowTransform]:
+        """The runs of some transforms, made anew where these have changed."""
+        if list(map(id, self._known)) != list(map(id, transforms)):
+            maps: dict[Bijector, CompiledMap] = {}
+            layers = [_compiled_steps(transform, maps, self.settings) for transform in transforms]
+            runs = [list(run) for _, run in groupby(layers, lambda t: (t.compiles(False), t.compiles(True)))]
+            self._known, self._runs = list(transforms), [Compiled(Compose(run), **self.settings) for run in runs]
+        return self._runs
 
 
 def _compiled_steps(

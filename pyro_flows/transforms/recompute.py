@@ -6,12 +6,15 @@ Training Deep Nets with Sublinear Memory Cost (Chen, Xu, Zhang, Guestrin 2016, a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .base import FlowTransform
+
+T = TypeVar("T")
 
 
 class Recomputed(FlowTransform):
@@ -34,18 +37,17 @@ class Recomputed(FlowTransform):
         self.domain, self.codomain = inner.domain, inner.codomain
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _run(self.inner.forward_and_log_det, x, context)
+        return recomputed(self.inner.forward_and_log_det, x, context)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _run(self.inner.inverse_and_log_det, y, context)
+        return recomputed(self.inner.inverse_and_log_det, y, context)
 
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
         self.inner.initialize(y, context)
 
 
-def _run(
-    verb: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]], x: Tensor, context: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def recomputed(function: Callable[..., T], *args: Any) -> T:
+    """What a function makes of its arguments, which alone are kept for the gradient; it runs again for the rest."""
     if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        return verb(x, context)
-    return checkpoint(verb, x, context, use_reentrant=False)
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False)
