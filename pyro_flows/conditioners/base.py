@@ -80,9 +80,16 @@ class MaskedLinear(nn.Linear):
         return F.linear(x, self.weight * self.mask, self.bias)
 
 
+class Rectifier(nn.ReLU):
+    """max(0, x) in place, for what nothing else reads, as the result of a linear layer; torch.jit records a copy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x, inplace=torch._C._get_tracing_state() is None)
+
+
 def activation_of(kind: type[nn.Module]) -> nn.Module:
-    """An activation for what nothing else reads, as the result of a linear layer: a rectifier then works in place."""
-    return nn.ReLU(inplace=True) if kind is nn.ReLU else kind()
+    """An activation for the results of linear layers."""
+    return Rectifier() if kind is nn.ReLU else kind()
 
 
 def zero_(layer: nn.Module) -> nn.Module:

@@ -97,10 +97,7 @@ class Flow(nn.Module):
         splines, and what asks a solver.  Copies and pickles compile anew; what ``pyro_flows.load`` builds does not.
 
         Args:
-            **settings: What ``torch.compile`` takes beside ``dynamic``, such as ``backend``.
-
-        Raises:
-            ValueError: If ``dynamic`` is among the settings.
+            **settings: What ``torch.compile`` takes, such as ``backend``; ``dynamic`` is set, and refused.
 
         Warns:
             UserWarning: Once, at the first call, where the machine has no compiler: the flow then runs as before.
@@ -173,9 +170,7 @@ class Flow(nn.Module):
 
         return FlowDistribution(base, views(self.transforms), None if self._compiled is None else views(self.runs))
 
-    def condition(self, context: Tensor | None) -> FlowDistribution:
-        """The same as calling the flow: Pyro's protocol of conditional distributions."""
-        return self(context)
+    condition = forward  # Pyro's protocol of conditional distributions
 
     @torch.no_grad()
     def sample(
