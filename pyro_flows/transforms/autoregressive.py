@@ -28,7 +28,7 @@ class Autoregressive(FlowTransform):
         conditioner: The masked network or causal transformer; its ``order`` is the order of the layer.
         fixed_point: Whether the slow direction is found by passes over all features at once until none changes, rather
             than feature by feature: at most D passes, and far fewer where features steer one another weakly.  Results
-            are the same, to round-off.  Suits GPUs, and few rows of many features; may be set at any time.
+            are the same, to round-off.  Suits few rows of many features, and GPUs; may be set at any time.
 
     Raises:
         ValueError: If bijector and conditioner do not fit, or ``fixed_point`` is asked of tokens.
