@@ -170,6 +170,35 @@ def test_processes_that_do_not_fit_the_same_are_refused(pair):
         assert "fit_svi: num_particles=3 are those of all 2 processes together" in found["uneven"]
 
 
+FAILURES = {
+    "unreadable": (0, "Broken: row 7 of data.csv"),
+    "unsendable": (0, "pickle"),
+    "gap": (1, "ValueError: fit_density: x holds NaN or inf in column 1"),
+    "full": (0, "OSError: [Errno 28] No space left on device"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_what_fails_in_one_outside_of_its_loss_fails_in_both(name, pair):
+    rank, said = FAILURES[name]
+    told = [found[name] for found in pair[1]]
+    assert said in told[rank]
+    assert not told[rank].startswith("Parted")
+    assert told[1 - rank] == f"Parted: process {rank} of 2 has failed: {told[rank]}"
+
+
+def test_one_draw_for_each_process_starts_as_two_draws_do(pair):
+    assert pair[1][0]["far_off"] < 10
+
+
+def test_a_start_that_one_process_refuses_ends_the_restarts_of_both(pair):
+    zero, one = (found["broken_off"] for found in pair[1])
+    assert zero == one
+    for stopped, rungs in zero:
+        assert rungs == 1
+        assert "start 2: process 1 of 2 has failed: ValueError: a draw that the model refuses" in stopped
+
+
 def test_a_process_that_ends_ends_the_job_and_is_named(pair):
     status, said, seconds = pair[2]
     assert status

@@ -190,16 +190,13 @@ Source = Rows | Stream
 
 def sum_of(loss: Callable[[Batch], Tensor], source: Source) -> float:
     """A loss of rows summed over all batches of a source, of which each process sees its share."""
-    total, failure = 0.0, None
+    total = 0.0
     for batch in source:
         own, share = processes.share(len(batch[0]))
-        if share and not failure:
-            try:
-                mine = part_of(batch, own)
-                total += float(loss(mine)) * len(mine[0])
-            except Exception as error:  # the others wait for this process to go on to the last batch
-                failure = error
-    return sum(processes.each(lambda: processes.settled(total, failure)))
+        if share:
+            mine = part_of(batch, own)
+            total += float(loss(mine)) * len(mine[0])
+    return sum(processes.each(lambda: total))
 
 
 def part_of(batch: Batch, own: Tensor | slice) -> Batch:

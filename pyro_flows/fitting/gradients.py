@@ -69,11 +69,8 @@ def backward(
             return Backward(math.nan, error, unsolved, [])
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
         return Backward(value.item() if norm.isfinite() else math.nan, None, unsolved, [])
-    failed = error is not None and not is_breakdown(error)
-    said = _add_up(parameters, value, share(), [failed, unsolved, *wishes()])
-    total, any_failed, any_unsolved, *any_wishes = said
-    if any_failed:
-        processes.each(lambda: processes.settled(None, error if failed else None))
+    processes.meet(None if error is None or is_breakdown(error) else error)
+    total, any_unsolved, *any_wishes = _add_up(parameters, value, share(), [unsolved, *wishes()])
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
     return Backward(
         total if norm.isfinite() else math.nan, error, any_unsolved > 0, [number > 0 for number in any_wishes]

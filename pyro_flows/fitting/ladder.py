@@ -99,7 +99,7 @@ class Ladder:
         file = self._checkpoint and Path(f"{os.fspath(self._checkpoint)}.{name.replace(' ', '-')}")
         try:
             fit = self._fit_once(guide, *self._args, **{**self._settings, **settings}, checkpoint=file)
-        except (KeyboardInterrupt, ValueError, FloatingPointError) as error:
+        except (KeyboardInterrupt, ValueError, FloatingPointError, processes.Parted) as error:
             self._break_off(name, error)
             return None
         self.stopped = "interrupted" if fit.stopped == "interrupted" else self.stopped
@@ -119,12 +119,13 @@ class Ladder:
             except KeyboardInterrupt:
                 self.stopped = "interrupted"
             except ValueError as error:
-                self._break_off(name, error)
+                if not processes.rank():  # which judges for all
+                    self._break_off(name, error)
         self.note(Rung(name, fit, found, seconds + time.perf_counter() - start))
 
     def _break_off(self, name: str, error: BaseException) -> None:
-        """End the ladder where it is; with nothing to keep, with the error."""
-        if not self.rungs:
+        """End the ladder where it is; with nothing to keep, or where another process is at a loss, with the error."""
+        if not self.rungs or (isinstance(error, processes.Parted) and not error.refused):
             raise error
         self.stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{name}: {error}"
 
@@ -153,7 +154,7 @@ class Ladder:
 
     def result(self) -> Fit:
         """The best fit, with all rungs."""
-        best = self.best
+        best, self.stopped = self.best, processes.first(lambda: self.stopped)
         return dataclasses.replace(
             best.fit,
             check=best.check,
@@ -203,8 +204,7 @@ def climb(
     if not (ladder.ended or ladder.misses_a_mode) and (flow := _restarted(ladder, guide, space, restarts)):
         ladder.judge("flow", flow, 0.0 if restarts > 1 else flow.seconds)
     if not (ladder.ended or ladder.misses_a_mode):
-        last = ladder.rungs[-1].fit.guide
-        deeper = copy.deepcopy(last) if guide.has_circles else _deepened(last)
+        deeper = (copy.deepcopy if guide.has_circles else _deepened)(ladder.rungs[-1].fit.guide)
         ladder.climb("deeper and longer", deeper, steps=2 * suited_to(guide).steps, lr=0.005)
     if not ladder.ended and ladder.misses_a_mode:
         ladder.climb("tempered", fresh, objective=TemperedELBO(ANNEAL), steps=None)

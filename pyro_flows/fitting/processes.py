@@ -8,13 +8,15 @@ Decisions are taken in all processes from the same numbers, and what fails in on
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
+import json
 import os
 import sys
+import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import pyro
@@ -23,6 +25,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..guides.rows import Shuffled
+from .exchange import Parted as Parted
+from .exchange import alone as alone
+from .exchange import each as each
+from .exchange import end
+from .exchange import first as first
+from .exchange import meet as meet
+from .exchange import rank as rank
+from .exchange import reaching as reaching
+from .exchange import size as size
 from .randomness import random_state, set_random_state
 
 P = ParamSpec("P")
@@ -30,28 +41,9 @@ T = TypeVar("T")
 _calls: list[str] = []  # the calls that are under way, from the outermost
 
 
-class Parted(RuntimeError):
-    """Another process has failed or has gone, so that this one cannot go on."""
-
-
-def size() -> int:
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """The number of this process, from 0."""
-    return dist.get_rank() if size() > 1 else 0
-
-
-def alone() -> bool:
-    """Whether this is the only process."""
-    return size() == 1
-
-
 def together(fit: Callable[P, T]) -> Callable[P, T]:
     """Let a function that fits be one call of all processes, which begins and ends with the same random numbers in
-    all; process 0 alone warns, and an error names the process that it is of."""
+    all; process 0 alone warns, and an error, which names the process that it is of, ends it in all."""
 
     @functools.wraps(fit)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -70,6 +62,7 @@ def together(fit: Callable[P, T]) -> Callable[P, T]:
         except Exception as error:
             if len(_calls) == 1:
                 _tell(error)
+            end(error, len(_calls))
             raise
         finally:
             _calls.pop()
@@ -94,69 +87,14 @@ def _tell(error: Exception) -> None:
     atexit.unregister(dist.destroy_process_group)  # it would wait for the others
     said = str(error).removeprefix(f"{_calls[0]}: ")
     print(f"{_calls[0]}: process {rank()} of {size()}: {type(error).__name__}: {said}", file=sys.stderr, flush=True)
-    if "TORCHELASTIC_ERROR_FILE" in os.environ and not isinstance(error, Parted):  # which is no cause
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and isinstance(error, Parted):  # which is no cause, as the first error is, and may be of the same second
+        about = {"py_callstack": said, "timestamp": str(int(time.time()) + 1)}
+        Path(file).write_text(json.dumps({"message": {"message": f"Parted: {said}", "extraInfo": about}}))
+    elif file:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
-
-
-@contextlib.contextmanager
-def reaching() -> Iterator[None]:
-    """Say plainly where other processes cannot be reached."""
-    try:
-        yield
-    except RuntimeError as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Parted(f"another process has ended, see what it says, or cannot be reached ({why:.200})") from error
-
-
-def each(make: Callable[[], T]) -> list[T]:
-    """What each process makes, in all of them; where one fails, all do.
-
-    Raises:
-        Parted: If another process has failed, with what it says.
-    """
-    if alone():
-        return [make()]
-    made: T | None = None
-    failure: Exception | None = None
-    try:
-        made = make()
-    except Exception as error:
-        failure = error
-    found: list[Any] = [None] * size()
-    with reaching():
-        dist.all_gather_object(found, (made, f"{type(failure).__name__}: {failure}" if failure else ""))
-    if failure:
-        raise failure
-    for number, (_, problem) in enumerate(found):
-        if problem:
-            raise Parted(f"process {number} of {size()} has failed: {problem}")
-    return [made for made, _ in found]
-
-
-def settled(made: T, failure: Exception | None) -> T:
-    """What was made, unless that has failed."""
-    if failure is not None:
-        raise failure
-    return made
-
-
-def first(make: Callable[[], T]) -> T:
-    """What process 0 makes, in all of them; the others make nothing, and fail as it does."""
-    if alone():
-        return make()
-    found: list[Any] = [None, None]
-    if rank() == 0:
-        try:
-            found[0] = make()
-        except Exception as error:
-            found[1] = error
-    with reaching():
-        dist.broadcast_object_list(found)
-    if found[1] is not None:
-        raise found[1]
-    return found[0]
 
 
 def share(number: int) -> tuple[slice, float]:

@@ -157,7 +157,7 @@ def fit_svi(
         asked = {"num_particles": num_particles, "vectorize_particles": num_particles > 1}
         kind = Trace_ELBO if isinstance(guide, AutoFlow) and guide.has_circles else PathELBO
         own = -(-num_particles // processes.size())
-        objective = kind(own, max_plate_nesting=nesting, vectorize_particles=own > 1)
+        objective = kind(own, max_plate_nesting=nesting, vectorize_particles=num_particles > 1)
         if num_particles > 1:
             check_side_by_side(model, guide, args, kwargs)
     kept = checkpoints.steps_of(file) if file else None

@@ -1,0 +1,112 @@
+"""What fails in one of two processes, for ``processes_job.py``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pyro
+import pyro.distributions as dist
+import torch
+from processes_job import RANK, Found, Y, density, failed, normal, rows, small
+from torch import Tensor
+
+from pyro_flows import AutoFlow, Fit, fit_density, fit_svi, flows
+from pyro_flows.fitting.loop import descend
+from pyro_flows.fitting.warm import start_from_gaussian
+
+BRIEF: Any = {"validation": torch.zeros(9, 2).double() + 5, "max_epochs": 2, "progress": False}
+
+
+class Broken(Exception):
+    """An error that can be sent nowhere: it is made of two arguments, and pickles as one."""
+
+    def __init__(self, row: int, file: str) -> None:
+        super().__init__(f"row {row} of {file}")
+
+
+class Batches:
+    """Batches that end in another way in the second epoch."""
+
+    def __init__(self, end: Callable[[], Any]) -> None:
+        self.end, self.epoch = end, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.epoch += 1
+        yield from rows().split(50)[:2]
+        yield rows(1) if self.epoch == 1 else self.end()
+
+
+def unreadable() -> Any:
+    raise Broken(7, "data.csv")
+
+
+def unsendable() -> Any:
+    return {"x": lambda: 0}
+
+
+def gap() -> Found:
+    """Found by one process before the first step."""
+    x = rows()
+    if RANK == 1:
+        x[7, 1] = torch.nan
+    return density(x=x)
+
+
+def full_disk(folder: Path) -> Fit:
+    """Met by the process that draws, between two steps."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    images = torch.randint(0, 256, (40, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+    flow = flows.Dequantized(flows.glow((1, 4, 4), num_scales=1, num_steps=1, hidden_dim=4))
+    with mock.patch("pyro_flows.fitting.density.draw", full):
+        return fit_density(flow, images, max_epochs=1, progress=False, samples=folder / "samples.png")
+
+
+def far_off() -> float:
+    """Where one draw for each process has to do: found by a start that both make, or not at all."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.tensor([100.0, -50.0]), torch.tensor([1.0, 30.0])).to_event(1))
+        pyro.sample("y", dist.Normal(x.sum(-1), 0.5), obs=torch.tensor(1.0))
+
+    pyro.set_rng_seed(0)
+    guide = AutoFlow(model, name=f"far_{time.monotonic_ns()}")
+    return fit_svi(model, guide, steps=20, num_particles=2, progress=False).best_loss
+
+
+def broken_off(inside: bool) -> tuple[str, int]:
+    """A second start that the model of process 1 refuses, before the first step or within one."""
+    starts = [0]
+
+    def model(y: Tensor) -> None:
+        if RANK == 1 and starts[0] > 1 and (inside or not torch.is_grad_enabled()):
+            raise ValueError("a draw that the model refuses")
+        normal(y)
+
+    def counted(*args: Any, **settings: Any) -> Any:
+        starts[0] += 1
+        return (descend if inside else start_from_gaussian)(*args, **settings)
+
+    name = "descend" if inside else "start_from_gaussian"
+    guide = AutoFlow(model, lambda dim: flows.realnvp(dim, num_transforms=1).double(), name=f"b_{time.monotonic_ns()}")
+    with mock.patch(f"pyro_flows.fitting.svi.{name}", counted):
+        fit = fit_svi(model, guide, Y, steps=4, num_particles=4, restarts=2, warm_start=True, progress=False)
+    return fit.stopped, len(fit.rungs)
+
+
+def failing(folder: Path) -> Found:
+    """Wherever one process fails, both do, and both go on if the script does."""
+    return {
+        "unreadable": failed(lambda: fit_density(small(), Batches(unreadable), **BRIEF)),
+        "unsendable": failed(lambda: fit_density(small(), Batches(unsendable), **BRIEF)),
+        "gap": failed(gap),
+        "full": failed(lambda: full_disk(folder)),
+        "far_off": far_off(),
+        "broken_off": [broken_off(True), broken_off(False)],
+    }
