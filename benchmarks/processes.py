@@ -1,9 +1,9 @@
 """What are several processes worth, and do they find what one finds?
 
-    python benchmarks/processes.py            # about 4 minutes on 2 cores, which must be free
+    python benchmarks/processes.py            # about 7 minutes on 2 cores, which must be free
     python benchmarks/processes.py --quick    # few steps: a smoke run
 
-Throughput: ``fit_density`` on a made-up table, with a fixed number of rows to each process in a step, so that the batch
+Throughput: ``fit_density`` on a made-up table, with fixed numbers of rows to each process in a step, so that the batch
 grows with the processes, and one thread to each.  Beside one process and N by torchrun, N that know nothing of each
 other say what the machine itself allows.  The three take turns, so a machine whose speed drifts treats them alike; a
 figure is the batch divided by the median time from step to step, and the median of the rounds.
@@ -34,7 +34,9 @@ from pyro_flows import flows
 from pyro_flows.objectives import Likelihood
 
 COLUMNS, HIDDEN = 16, (128, 128)
+FIRST = 20  # steps before much is made of round-off
 FLOWS = {"nsf": flows.nsf, "maf": flows.maf}
+Rates = dict[str, dict[tuple[str, int], list[float]]]  # how it was run -> flow and rows -> rows a second
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 
 
@@ -62,6 +64,7 @@ def table(rows: int) -> Tensor:
 def work(options: argparse.Namespace) -> None:
     """What each process does."""
     torch.set_num_threads(1)
+    (rows,) = options.rows
     size = int(os.environ.get("WORLD_SIZE", 1))
     found: dict[str, Any] = {}
     for name, recipe in FLOWS.items():
@@ -69,14 +72,14 @@ def work(options: argparse.Namespace) -> None:
             for dtype in (torch.float32, torch.float64):
                 torch.manual_seed(0)
                 flow = recipe(COLUMNS, hidden_dims=HIDDEN).to(dtype)
-                x = table(10 * options.rows)
+                x = table(10 * rows)
                 epochs = max(1, options.steps // 9)
-                fit = pf.fit_density(flow, x, batch_size=options.rows, max_epochs=epochs, progress=False)
+                fit = pf.fit_density(flow, x, batch_size=rows, max_epochs=epochs, progress=False)
                 found[f"{name} {dtype}"] = (fit.losses, fit.held_out)
         else:
             torch.manual_seed(0)
             flow, timed = recipe(COLUMNS, hidden_dims=HIDDEN), Timed()
-            x, batch = table(size * options.rows * options.steps), size * options.rows
+            x, batch = table(size * rows * options.steps), size * rows
             judge = x[: 2 * COLUMNS]
             pf.fit_density(flow, x, validation=judge, objective=timed, batch_size=batch, max_epochs=1, progress=False)
             steps = torch.tensor(timed.times).double().diff()[5:]  # the first find the memory that they need
@@ -84,10 +87,12 @@ def work(options: argparse.Namespace) -> None:
     torch.save(found, options.worker / f"found_{os.environ.get('RANK', os.getpid())}")
 
 
-def launch(options: argparse.Namespace, processes: int, *, apart: bool = False, curves: bool = False) -> list[Any]:
+def launch(
+    options: argparse.Namespace, rows: int, processes: int, *, apart: bool = False, curves: bool = False
+) -> list[Any]:
     """What each of some processes has found, from the first on."""
     with tempfile.TemporaryDirectory() as folder:
-        own = [__file__, "--worker", folder, "--rows", str(options.rows), "--steps", str(options.steps)]
+        own = [__file__, "--worker", folder, "--rows", str(rows), "--steps", str(options.steps)]
         own += ["--curves"] if curves else []
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         commands = [[sys.executable, *own]] * processes if apart else [[*torchrun, *own]]
@@ -99,14 +104,14 @@ def launch(options: argparse.Namespace, processes: int, *, apart: bool = False, 
         return [torch.load(file, weights_only=False) for file in sorted(Path(folder).iterdir())]
 
 
-def page(rates: dict[str, dict[str, list[float]]], curves: list[Any], options: argparse.Namespace) -> str:
+def page(rates: Rates, curves: list[Any], options: argparse.Namespace) -> str:
     """The table of throughputs and that of loss curves."""
     number = options.processes
     lines = [
         "# Several processes",
         "",
         f"`fit_density` on a made-up table of {COLUMNS} columns, default flows with hidden {HIDDEN[0]} × {HIDDEN[1]}, "
-        f"{options.rows} rows to a process in a step, one thread each, on the CPU (gloo); torch {torch.__version__}, "
+        f"one thread to a process, on the CPU (gloo); torch {torch.__version__}, "
         f"Python {platform.python_version()}, pyro_flows {pf.__version__}. Medians of {options.rounds} rounds.",
         f"Reproduce with `python benchmarks/processes.py` on {number} free cores.",
         "",
@@ -115,36 +120,39 @@ def page(rates: dict[str, dict[str, list[float]]], curves: list[Any], options: a
         f"Rows per second; in parentheses the ratio to one process. Those apart are {number} runs that know nothing of "
         "each other: what the machine allows.",
         "",
-        f"| flow | one process | {number} by torchrun | {number} apart |",
-        "|---|---:|---:|---:|",
+        f"| flow | rows to a process in a step | one process | {number} by torchrun | {number} apart |",
+        "|---|---:|---:|---:|---:|",
     ]
-    for name in FLOWS:
-        one, *more = (statistics.median(rates[how][name]) for how in ("one", "torchrun", "apart"))
-        lines.append(f"| {name} | {one:,.0f} | " + " | ".join(f"{r:,.0f} ({r / one:.2f})" for r in more) + " |")
+    for name, rows in rates["one"]:
+        one, *more = (statistics.median(rates[how][name, rows]) for how in ("one", "torchrun", "apart"))
+        lines.append(
+            f"| {name} | {rows} | {one:,.0f} | " + " | ".join(f"{r:,.0f} ({r / one:.2f})" for r in more) + " |"
+        )
     lines += [
         "",
         "## Loss curves",
         "",
-        f"The same batches of {options.rows} rows in one process and divided among {number}, from the same start: the "
-        "largest difference of a step's loss, and the held-out loss at the end, in nats. What remains is round-off: "
-        "sums are taken in another order.",
+        f"The same batches of {options.rows[0]} rows in one process and divided among {number}, from the same start: the "
+        f"largest difference of a step's loss in the first {FIRST} steps and in all, and the held-out loss at the end, in "
+        "nats. Sums are taken in another order, and the fit makes more of the round-off from step to step.",
         "",
-        "| flow | dtype | steps | largest difference | held-out, one | held-out, divided |",
-        "|---|---|---:|---:|---:|---:|",
+        f"| flow | dtype | steps | difference, first {FIRST} | all | held-out, one | held-out, divided |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for key, (losses, held) in curves[0].items():
         name, dtype = key.split()
         other, other_held = curves[1][key]
-        gap = (losses - other).abs().max().item()
+        gaps = (losses - other).abs()
+        gap = f"{gaps[:FIRST].max():.1e} | {gaps.max():.1e}"
         ends = f"{held.min().item():.6f} | {other_held.min().item():.6f}"
-        lines.append(f"| {name} | {dtype.removeprefix('torch.')} | {len(losses)} | {gap:.1e} | {ends} |")
+        lines.append(f"| {name} | {dtype.removeprefix('torch.')} | {len(losses)} | {gap} | {ends} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, help="how many, beside one")
-    parser.add_argument("--rows", type=int, default=512, help="rows to a process in a step")
+    parser.add_argument("--rows", type=int, nargs="+", default=[512, 2048], help="rows to a process in a step")
     parser.add_argument("--steps", type=int, default=150, help="steps of a fit")
     parser.add_argument("--rounds", type=int, default=3, help="how often the three take turns")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
@@ -157,18 +165,21 @@ def main() -> None:
         return
     if options.quick:
         options.steps, options.rounds = 30, 1
-    rates: dict[str, dict[str, list[float]]] = {how: {n: [] for n in FLOWS} for how in ("one", "torchrun", "apart")}
+    cases = [(name, rows) for rows in options.rows for name in FLOWS]
+    rates: Rates = {how: {case: [] for case in cases} for how in ("one", "torchrun", "apart")}
     for number in range(options.rounds):
-        found = {
-            "one": launch(options, 1)[:1],
-            "torchrun": launch(options, options.processes)[:1],
-            "apart": launch(options, options.processes, apart=True),
-        }
-        for how, all_of_them in found.items():
-            for name in FLOWS:
-                rates[how][name].append(sum(one[name] for one in all_of_them))
-                print(f"round {number + 1}  {how:9} {name:5} {rates[how][name][-1]:9,.0f} rows/s", flush=True)
-    curves = [launch(options, processes, curves=True)[0] for processes in (1, options.processes)]
+        for rows in options.rows:
+            found = {
+                "one": launch(options, rows, 1)[:1],
+                "torchrun": launch(options, rows, options.processes)[:1],
+                "apart": launch(options, rows, options.processes, apart=True),
+            }
+            for how, all_of_them in found.items():
+                for name in FLOWS:
+                    rate = sum(one[name] for one in all_of_them)
+                    rates[how][name, rows].append(rate)
+                    print(f"round {number + 1}  {how:9} {name:5} {rows:6} {rate:9,.0f} rows/s", flush=True)
+    curves = [launch(options, options.rows[0], number, curves=True)[0] for number in (1, options.processes)]
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "processes.md").write_text(page(rates, curves, options))
     print((options.out / "processes.md").read_text())
