@@ -132,9 +132,9 @@ def page(rates: Rates, curves: list[Any], options: argparse.Namespace) -> str:
         "",
         "## Loss curves",
         "",
-        f"The same batches of {options.rows[0]} rows in one process and divided among {number}, from the same start: the "
-        f"largest difference of a step's loss in the first {FIRST} steps and in all, and the held-out loss at the end, in "
-        "nats. Sums are taken in another order, and the fit makes more of the round-off from step to step.",
+        f"The same batches of {options.rows[0]} rows in one process and divided among {number}, from the same start: "
+        f"the largest difference of a step's loss in the first {FIRST} steps and in all, and the held-out loss at the "
+        "end, in nats. Sums are taken in another order, and the fit makes more of the round-off from step to step.",
         "",
         f"| flow | dtype | steps | difference, first {FIRST} | all | held-out, one | held-out, divided |",
         "|---|---|---:|---:|---:|---:|---:|",

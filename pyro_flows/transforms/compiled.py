@@ -21,6 +21,7 @@ from .base import FlowTransform, Inverse, is_traced
 from .compose import Compose
 
 LIMIT = 32  # graphs of one verb: with and without gradients, of one event and of many, in some dimensions
+FEW = 10_000  # numbers in a batch below which threads of the CPU wait for one another longer than they work
 Verb = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
@@ -38,29 +39,31 @@ class CompiledVerb:
     def __init__(self, plain: Verb, settings: dict[str, Any]) -> None:
         self.plain = plain
         self.settings = settings
-        self._compiled: Verb | None = None
+        self._compiled: dict[bool, Verb] = {}
 
     def __call__(self, x: Tensor, theta: Tensor | None) -> tuple[Tensor, Tensor]:
         if is_traced():
             return self.plain(x, theta)
-        if self._compiled is None:
+        few = x.numel() < FEW and x.device.type == "cpu" and not self.settings
+        if few not in self._compiled:
             # dynamic=True would make symbols of the numbers in bijectors, for which torch 2.13 compiles wrong code; so
             # all is static but what is marked.
             settings = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "recompile_limit": LIMIT}
-            self._compiled = torch.compile(self.plain, **{**settings, **self.settings})
+            settings |= {"options": {"cpp.threads": 1}} if few else {}
+            self._compiled[few] = torch.compile(self.plain, **{**settings, **self.settings})
         try:
-            return self._compiled(_any_size(x), None if theta is None else _any_size(theta))
+            return self._compiled[few](_any_size(x), None if theta is None else _any_size(theta))
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
             answer = self.plain(x, theta)  # what is wrong with the arguments is said as without a compiler
-            self._compiled = self.plain
+            self._compiled = dict.fromkeys((False, True), self.plain)
             name = getattr(self.plain, "__qualname__", repr(self.plain))
             warnings.warn(f"A part of this flow runs uncompiled, {name}: {_reason(error)}", stacklevel=4)
             return answer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": None}
+        return {**self.__dict__, "_compiled": {}}
 
 
 def _any_size(batch: Tensor) -> Tensor:
