@@ -441,7 +441,7 @@ def _altered(flow: Flow) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_swapped, r"transforms\.0\.conditioner\.act is a .*Tanh and not a .*ReLU"),
+        (_swapped, r"transforms\.0\.conditioner\.act is a .*Tanh and not a .*Rectifier"),
         (_normed, r"parametrizations"),
         (_widened, r"size mismatch for transforms\.0\.conditioner\.output"),
         (_tied, r"transforms\.1\.conditioner\.output\.bias is tied to transforms\.0\.conditioner\.output\.bias"),
