@@ -20,7 +20,9 @@ from .autoregressive import Autoregressive
 from .base import FlowTransform, Inverse, is_traced
 from .compose import Compose
 
-LIMIT = 32  # graphs of one verb: with and without gradients, of one event and of many, in some dimensions
+# dynamic=True would make symbols of the numbers in bijectors, for which torch 2.13 compiles wrong code; so all is
+# static but what is marked.  There are graphs with and without gradients, of one event and of many, in training or not.
+DEFAULTS = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "recompile_limit": 32}
 FEW = 10_000  # numbers in a batch below which threads of the CPU wait for one another longer than they work
 Verb = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
@@ -46,11 +48,8 @@ class CompiledVerb:
             return self.plain(x, theta)
         few = x.numel() < FEW and x.device.type == "cpu" and not self.settings
         if few not in self._compiled:
-            # dynamic=True would make symbols of the numbers in bijectors, for which torch 2.13 compiles wrong code; so
-            # all is static but what is marked.
-            settings = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "recompile_limit": LIMIT}
-            settings |= {"options": {"cpp.threads": 1}} if few else {}
-            self._compiled[few] = torch.compile(self.plain, **{**settings, **self.settings})
+            settings: dict[str, Any] = {"options": {"cpp.threads": 1}} if few else self.settings
+            self._compiled[few] = torch.compile(self.plain, **{**DEFAULTS, **settings})
         try:
             return self._compiled[few](_any_size(x), None if theta is None else _any_size(theta))
         except Exception as error:
