@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 from ..distributions import FixedBase, StandardNormal
 from ..transforms import Compose, FlowTransform, View
 from ..transforms.compiled import CompiledRuns
-from ..transforms.compose import check_chain
+from ..transforms.compose import chained, check_chain
 from .checks import check_context, check_tensor, check_value, taken_by
 from .chunks import T, in_chunks
 from .distribution import FlowDistribution
@@ -182,7 +182,7 @@ class Flow(nn.Module):
         """
         context = self.encode(context)
         value = self._base(context).sample(torch.Size(sample_shape))
-        return self._in_chunks(lambda v, c, _: self._run(v, c)[0], chunk_size, value, context)
+        return self._in_chunks(lambda v, c, _: chained(self.runs, v, c)[0], chunk_size, value, context)
 
     def rsample_and_log_prob(
         self, sample_shape: Sequence[int] = (), context: Tensor | None = None, *, chunk_size: int | None = None
@@ -198,7 +198,7 @@ class Flow(nn.Module):
         value = self._base(context).rsample(torch.Size(sample_shape))
 
         def run(value: Tensor, context: Tensor | None, base: Distribution) -> tuple[Tensor, Tensor]:
-            result, log_det = self._run(value, context)
+            result, log_det = chained(self.runs, value, context)
             return result, base.log_prob(value) - log_det
 
         return self._in_chunks(run, chunk_size, value, context)
@@ -221,18 +221,10 @@ class Flow(nn.Module):
         check_value(value, self.event_shape)
 
         def run(value: Tensor, context: Tensor | None, base: Distribution) -> Tensor:
-            value, log_det = self._run(value, context, inverse=True)
+            value, log_det = chained(self.runs, value, context, inverse=True)
             return base.log_prob(value) + log_det
 
         return self._in_chunks(run, chunk_size, value, self.encode(context))
-
-    def _run(self, value: Tensor, context: Tensor | None, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        total = torch.zeros((), dtype=value.dtype, device=value.device)
-        for transform in reversed(self.runs) if inverse else self.runs:
-            verb = transform.inverse_and_log_det if inverse else transform.forward_and_log_det
-            value, log_det = verb(value, context if transform.context_dim else None)
-            total = total + log_det
-        return value, total
 
     def _in_chunks(self, run: Callable[..., T], chunk_size: int | None, value: Tensor, context: Tensor | None) -> T:
         base = self.base()

@@ -103,14 +103,6 @@ class Compiled(FlowTransform):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._run(self._to_x, y, context)
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.inner.forward_and_score(x, score, context)
-
-    def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
-        self.inner.initialize(y, context)
-
     def _run(self, verb: Verb, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if not isinstance(verb, CompiledVerb) or is_traced():
             return verb(x, context)
@@ -126,7 +118,7 @@ class Compiled(FlowTransform):
 
 
 class CompiledMap(Bijector):
-    """A bijector whose verbs are compiled, where no gradient is asked for.
+    """A bijector whose inverse, asked for feature by feature, is compiled where no gradient is wanted.
 
     Args:
         inner: The bijector.
@@ -135,7 +127,6 @@ class CompiledMap(Bijector):
 
     def __init__(self, inner: Bijector, settings: dict[str, Any]) -> None:
         self.inner = inner
-        self._to_y = CompiledVerb(inner.forward_and_log_det, settings)  # type: ignore[arg-type]
         self._to_x = CompiledVerb(inner.inverse_and_log_det, settings)  # type: ignore[arg-type]
 
     @property
@@ -143,7 +134,7 @@ class CompiledMap(Bijector):
         return self.inner.num_params
 
     def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        return (self.inner.forward_and_log_det if torch.is_grad_enabled() else self._to_y)(x, params)
+        return self.inner.forward_and_log_det(x, params)
 
     def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         return (self.inner.inverse_and_log_det if torch.is_grad_enabled() else self._to_x)(y, params)

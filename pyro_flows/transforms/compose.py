@@ -36,20 +36,10 @@ class Compose(FlowTransform):
         self.transforms = nn.ModuleList(transforms)  # type: ignore[assignment]
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total: Tensor | None = None
-        for transform in self.transforms:
-            x, log_det = transform.forward_and_log_det(x, context if transform.context_dim else None)
-            total = log_det if total is None else total + log_det
-        assert total is not None
-        return x, total
+        return chained(self.transforms, x, context)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total: Tensor | None = None
-        for transform in reversed(self.transforms):
-            y, log_det = transform.inverse_and_log_det(y, context if transform.context_dim else None)
-            total = log_det if total is None else total + log_det
-        assert total is not None
-        return y, total
+        return chained(self.transforms, y, context, inverse=True)
 
     @torch.no_grad()
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
@@ -58,6 +48,19 @@ class Compose(FlowTransform):
             own = context if transform.context_dim else None
             transform.initialize(y, own)
             y, _ = transform.inverse_and_log_det(y, own)
+
+
+def chained(
+    transforms: Sequence[FlowTransform], value: Tensor, context: Tensor | None, *, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What transforms, at least one, make of a value, from the first to the last or the way back, and log|det|."""
+    total: Tensor | None = None
+    for transform in reversed(transforms) if inverse else transforms:
+        verb = transform.inverse_and_log_det if inverse else transform.forward_and_log_det
+        value, log_det = verb(value, context if transform.context_dim else None)
+        total = log_det if total is None else total + log_det
+    assert total is not None
+    return value, total
 
 
 def check_chain(owner: str, transforms: list[FlowTransform]) -> int:
