@@ -58,7 +58,7 @@ class Chain:
         self._plan: list[list[_Task]] = []
 
     def step(self, rows: Tensor | None = None) -> Tensor | None:
-        """Take the next rows of layer 0, ``(n, N)``, or None if there are none; return those of the last layer."""
+        """Take the next rows of layer 0, ``(n, N)`` or ``(N,)``, None if there are none; return those of the last."""
         t, first = self._step, self._step % self._length
         if first == 0:
             self._open_block()
@@ -120,7 +120,7 @@ def stream(net: MADE, context: Tensor | None, like: Tensor) -> Chain:
         like: A tensor with N columns.
 
     Returns:
-        A chain whose step takes ``(1, N)`` and returns ``(P, N)``.
+        A chain whose step takes ``(N,)`` and returns ``(P, N)``.
     """
     weights, biases = _weights(net), [layer.bias.unsqueeze(-1) for layer in net.hidden]
     biases[0] = net.add_context(biases[0].T, context).T

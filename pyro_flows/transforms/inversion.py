@@ -41,7 +41,7 @@ def _sweep(bijector: Bijector, net: MADE, y: Tensor, context: Tensor | None) -> 
     log_det: list[Tensor] = []
     last: Tensor | None = None
     for feature in net.features:
-        params = chain.step(None if last is None else last.unsqueeze(0))
+        params = chain.step(last)
         assert params is not None
         last, contribution = bijector.inverse_and_log_det(features[feature], params.t())
         x[feature] = last
