@@ -105,6 +105,22 @@ def test_values_and_contexts_broadcast(name: str) -> None:
 
 
 @every_recipe
+@every_context
+def test_no_events_have_no_densities(name: str, context_dim: int) -> None:
+    flow = random(name, 3, context_dim)
+    context = laws.normal(0, context_dim) if context_dim else None
+    nothing = laws.normal(0, 3).requires_grad_()
+    flow.log_prob(nothing, context).sum().backward()
+    assert nothing.grad is not None
+    assert flow(context).log_prob(nothing).shape == (0,)
+    shape = () if context_dim else (0,)
+    q = flow(context)
+    assert q.log_prob(q.rsample(shape)).shape == (0,)
+    assert flow.sample(shape, context).shape == (0, 3)
+    assert flow.rsample_and_log_prob(shape, context)[1].shape == (0,)
+
+
+@every_recipe
 @every_size
 @every_context
 def test_samples_and_scores_belong_together(name: str, dim: int, context_dim: int) -> None:
@@ -510,6 +526,12 @@ def test_it_compiles_to_one_graph(name: str, verb: str) -> None:
 def test_a_wrong_context_is_refused(use: Any, context_dim: int, context: Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         use(start("realnvp", 3, context_dim), context)
+
+
+def test_a_number_is_no_shape_of_draws() -> None:
+    for draw in (start("nsf", 3).sample, start("nsf", 3).rsample_and_log_prob):
+        with pytest.raises(TypeError, match=r"sample_shape must be a tuple of sizes, such as \(10,\), got 10"):
+            draw(10)
 
 
 def test_arrays_are_refused_with_the_way_out() -> None:

@@ -45,6 +45,13 @@ def check_value(value: Tensor, event_shape: torch.Size, caller: str = "log_prob"
         )
 
 
+def as_size(sample_shape: Sequence[int]) -> torch.Size:
+    """A shape of draws, or one clear error where it is a number."""
+    if isinstance(sample_shape, int):
+        raise TypeError(f"Flow: sample_shape must be a tuple of sizes, such as ({sample_shape},), got {sample_shape}.")
+    return torch.Size(sample_shape)
+
+
 def check_context(context: Tensor | None, width: int, what: str = "context") -> None:
     """Raise one clear error unless a context is there, floating and of the right width, or neither given nor due."""
     if context is None:

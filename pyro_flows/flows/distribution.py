@@ -93,7 +93,7 @@ class FlowDistribution(dist.TransformedDistribution):
         if not value.requires_grad:
             value.requires_grad_()
         leaf = value.detach().requires_grad_()
-        log_prob = self.base_dist.log_prob(leaf)
+        log_prob = log_prob_of(self.base_dist, leaf)
         (score,) = torch.autograd.grad(log_prob.sum(), leaf)
         log_prob = log_prob.detach()
         for view in self.transforms:
@@ -112,13 +112,13 @@ class FlowDistribution(dist.TransformedDistribution):
         known = self._memo.made(value, forward=True)
         self._memo.forget()
         if known:
-            return self.base_dist.log_prob(known.x) - known.log_det
+            return log_prob_of(self.base_dist, known.x) - known.log_det
         *others, last = self.runs
         value, total = last.transform.inverse_and_log_det(value, last.context)
         for view in reversed(others):
             value, log_det = view.transform.inverse_and_log_det(value, view.context)
             total = total + log_det
-        return self.base_dist.log_prob(value) + total
+        return log_prob_of(self.base_dist, value) + total
 
     def _validate_sample(self, value: Tensor) -> None:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -127,3 +127,10 @@ class FlowDistribution(dist.TransformedDistribution):
         if not value.isfinite().all():
             bad, shape = int((~value.isfinite()).sum()), tuple(value.shape)
             raise ValueError(f"log_prob: value holds NaN or inf ({bad} of {value.numel()} numbers, shape {shape}).")
+
+
+def log_prob_of(base: Distribution, value: Tensor) -> Tensor:
+    """The log-density of values under a base, of no values too, which torch cannot sum up."""
+    if value.numel():
+        return base.log_prob(value)
+    return value.reshape(*value.shape[: value.dim() - len(base.event_shape)], base.event_shape.numel()).sum(-1)

@@ -18,9 +18,9 @@ from ..distributions import FixedBase, StandardNormal
 from ..transforms import Compose, FlowTransform, View
 from ..transforms.compiled import CompiledRuns
 from ..transforms.compose import chained, check_chain
-from .checks import check_context, check_tensor, check_value, taken_by
+from .checks import as_size, check_context, check_tensor, check_value, taken_by
 from .chunks import T, in_chunks
-from .distribution import FlowDistribution
+from .distribution import FlowDistribution, log_prob_of
 
 
 class Flow(nn.Module):
@@ -98,6 +98,9 @@ class Flow(nn.Module):
 
         Args:
             **settings: What ``torch.compile`` takes, such as ``backend``; ``dynamic`` is set, and refused.
+
+        Raises:
+            ValueError: If a setting is ``dynamic``, or none of ``torch.compile``'s.
 
         Warns:
             UserWarning: Once, at the first call, where the machine has no compiler: the flow then runs as before.
@@ -181,7 +184,7 @@ class Flow(nn.Module):
         With ``chunk_size`` so many pass through the transforms at a time; the draws are the same.
         """
         context = self.encode(context)
-        value = self._base(context).sample(torch.Size(sample_shape))
+        value = self._base(context).sample(as_size(sample_shape))
         return self._in_chunks(lambda v, c, _: chained(self.runs, v, c)[0], chunk_size, value, context)
 
     def rsample_and_log_prob(
@@ -195,11 +198,11 @@ class Flow(nn.Module):
             Samples ``(*sample_shape, *batch, *event_shape)`` and log-densities ``(*sample_shape, *batch)`` in nats.
         """
         context = self.encode(context)
-        value = self._base(context).rsample(torch.Size(sample_shape))
+        value = self._base(context).rsample(as_size(sample_shape))
 
         def run(value: Tensor, context: Tensor | None, base: Distribution) -> tuple[Tensor, Tensor]:
             result, log_det = chained(self.runs, value, context)
-            return result, base.log_prob(value) - log_det
+            return result, log_prob_of(base, value) - log_det
 
         return self._in_chunks(run, chunk_size, value, context)
 
@@ -222,7 +225,7 @@ class Flow(nn.Module):
 
         def run(value: Tensor, context: Tensor | None, base: Distribution) -> Tensor:
             value, log_det = chained(self.runs, value, context, inverse=True)
-            return base.log_prob(value) + log_det
+            return log_prob_of(base, value) + log_det
 
         return self._in_chunks(run, chunk_size, value, self.encode(context))
 
