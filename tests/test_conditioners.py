@@ -365,3 +365,5 @@ def test_a_fixed_point_takes_few_passes_where_features_steer_one_another_weakly(
 def test_tokens_have_no_fixed_point() -> None:
     with pytest.raises(ValueError, match="fixed_point=True is for a MADE"):
         Autoregressive(Affine(), CausalTransformer(4, 2, 2, 8), fixed_point=True)
+    with pytest.raises(ValueError, match="fixed_point must be True or False, got 'yes'"):
+        Autoregressive(Affine(), MADE(4, 2), fixed_point="yes")  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ class Autoregressive(FlowTransform):
             are the same, to round-off.  Suits few rows of many features, and GPUs; may be set at any time.
 
     Raises:
-        ValueError: If bijector and conditioner do not fit, or ``fixed_point`` is asked of tokens.
+        ValueError: If bijector and conditioner do not fit, or ``fixed_point`` is no bool or asked of tokens.
 
     Example::
 
@@ -50,6 +50,8 @@ class Autoregressive(FlowTransform):
         self.bijector = bijector
         self.conditioner = conditioner
         self.fixed_point = fixed_point
+        if not isinstance(fixed_point, bool):
+            raise ValueError(f"Autoregressive: fixed_point must be True or False, got {fixed_point!r}.")
         if fixed_point and isinstance(conditioner, CausalTransformer):
             raise ValueError("Autoregressive: fixed_point=True is for a MADE; tokens are found one after the other.")
 

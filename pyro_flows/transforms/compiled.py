@@ -7,6 +7,7 @@ features, or change with the data.  What an autoregressive layer does to each fe
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -147,12 +148,15 @@ class CompiledRuns:
         settings: What ``torch.compile`` takes, but ``dynamic``.
 
     Raises:
-        ValueError: If ``dynamic`` is among the settings.
+        ValueError: If ``dynamic`` is among the settings, or what ``torch.compile`` does not know.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         if "dynamic" in settings:
             raise ValueError("compile: dynamic is set already, to batches of any size; leave it out.")
+        known = set(inspect.signature(torch.compile).parameters) - {"model", "dynamic"}
+        if unknown := sorted(set(settings) - known):
+            raise ValueError(f"compile: torch.compile knows no {unknown[0]}; it takes {', '.join(sorted(known))}.")
         self.settings = settings
         self._known: list[FlowTransform] = []
         self._runs: list[FlowTransform] = []
