@@ -42,7 +42,8 @@ class Fit:
         best_step: The step after which that state was kept.
         steps: The number of steps taken.
         skipped: How many of them were skipped because the loss or a gradient was not finite, or could not be found.
-        seconds: The wall time, that before a resumption included.
+        seconds: The wall time of the steps, those before a resumption included, and of the checks of ``escalate``; not
+            that of finding a start.
         stopped: Why the run ended: ``"steps"``, ``"interrupted"``, or ``"held-out"`` where held-out data stopped it.
         check: What a check said of the guide, where ``escalate`` asked for one.
         rungs: All fits that were made with ``escalate`` or ``restarts``, from the first to the last.
