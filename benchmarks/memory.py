@@ -40,7 +40,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import speed
+import speed_contenders as contenders
+import speed_peers
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,11 +51,11 @@ from pyro_flows import flows
 from pyro_flows.flows import Flow
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
-FLOWS, DIMS, LAYERS, ROWS = speed.FLOWS, [8, 64, 256], [2, 5, 10], [512, 4096, 32768]
+FLOWS, DIMS, LAYERS, ROWS = contenders.FLOWS, [8, 64, 256], [2, 5, 10], [512, 4096, 32768]
 TASKS = ["score", "step", "slow step"]
 SMALL = 256, 512  # enough for activations to outweigh the gradients of parameters, as they do from there on
 SMALL_PEERS = {8: (32, 64), 64: (32, 64), 256: (8, 16)}
-PEERS = {"zuko": speed.zuko, "nflows": speed.nflows}
+PEERS = {"zuko": speed_peers.zuko, "nflows": speed_peers.nflows}
 DRAWS, CHUNK = 1_000_000, 10_000
 Run = Callable[[], object]
 
@@ -138,13 +139,12 @@ def tasks_of(flow: Flow, scores_fast: bool, shape: tuple[int, ...], device: str,
 
     def build(rows: int) -> Run:
         x = torch.randn(rows, *shape, device=device)
-        run = speed.contender(
-            x,
+        run = contenders.contender(
+            contenders.Case("maf" if scores_fast else "iaf", x),  # of either only the direction counts
             flow.log_prob,
             lambda: flow.sample((rows,)),
             lambda: flow.rsample_and_log_prob((rows,))[1],
             list(flow.parameters()),
-            scores_fast,
         )
         return run[{"score": "log-prob", "draw": "sample"}.get(task, task)]
 
@@ -152,17 +152,14 @@ def tasks_of(flow: Flow, scores_fast: bool, shape: tuple[int, ...], device: str,
 
 
 def ours(name: str, dim: int, layers: int, task: str, device: str) -> Callable[[int], Run]:
-    sizes = {"bins": speed.BINS, "bound": speed.BOUND} if name.startswith("nsf") else {}
-    flow = getattr(flows, name)(dim, num_transforms=layers, hidden_dims=speed.HIDDEN, **sizes)
+    sizes = {"bins": contenders.BINS, "bound": contenders.BOUND} if name.startswith("nsf") else {}
+    flow = getattr(flows, name)(dim, num_transforms=layers, hidden_dims=contenders.HIDDEN, **sizes)
     return tasks_of(flow, name != "iaf", (dim,), device, task)
 
 
 def peer(library: str, name: str, dim: int, task: str) -> Callable[[int], Run]:
     def build(rows: int) -> Run:
-        speed.BATCH = rows
-        tasks = PEERS[library](name, dim, torch.randn(rows, dim))
-        assert tasks is not None
-        return tasks[task]
+        return PEERS[library](contenders.Case(name, torch.randn(rows, dim)))[task]
 
     return build
 
@@ -195,7 +192,7 @@ def slow_peers(options: argparse.Namespace) -> Iterator[Case]:
                 if dim > 64 and name == "nsf_ar":
                     continue  # gigabytes at 32 rows
                 line, _ = line_through(peer(library, name, dim, "slow step"), SMALL_PEERS.get(dim, (8, 16)), "cpu")
-                yield Case(library, name, dim, speed.LAYERS, "slow step", 512, line.at(512), False)
+                yield Case(library, name, dim, contenders.LAYERS, "slow step", 512, line.at(512), False)
 
 
 def special(options: argparse.Namespace) -> Iterator[Case]:
@@ -211,7 +208,7 @@ def special(options: argparse.Namespace) -> Iterator[Case]:
             yield Case("pyro_flows", name, torch.Size(shape).numel(), number, "step", 64, line.at(64), False)
     for recipe in (flows.cnf, flows.ffjord):
         for adjoint in (False, True):
-            flow = recipe(8, hidden_dims=speed.HIDDEN, solver="rk4", num_steps=20, adjoint=adjoint)
+            flow = recipe(8, hidden_dims=contenders.HIDDEN, solver="rk4", num_steps=20, adjoint=adjoint)
             name = f"{recipe.__name__}{', adjoint' if adjoint else ''}"
             line, _ = line_through(tasks_of(flow, True, (8,), options.device, "step"), (256, 512), options.device)
             yield Case("pyro_flows", name, 8, 1, "step", 4096, line.at(4096), False)
@@ -224,15 +221,15 @@ def special(options: argparse.Namespace) -> Iterator[Case]:
 
 def in_chunks(options: argparse.Namespace) -> Iterator[Case]:
     """A million draws of nsf, D = 32, at once and in chunks; and a training step at 32768 rows."""
-    flow = flows.nsf(32, num_transforms=speed.LAYERS, hidden_dims=speed.HIDDEN).to(options.device)
+    flow = flows.nsf(32, num_transforms=contenders.LAYERS, hidden_dims=contenders.HIDDEN).to(options.device)
     line, _ = line_through(tasks_of(flow, True, (32,), options.device, "draw"), (2048, 4096), options.device)
-    yield Case("pyro_flows", "nsf", 32, speed.LAYERS, "draw", options.draws, line.at(options.draws), False)
+    yield Case("pyro_flows", "nsf", 32, contenders.LAYERS, "draw", options.draws, line.at(options.draws), False)
     line, _ = line_through(tasks_of(flow, True, (32,), options.device, "step"), (256, 512), options.device)
     rows = 32768 if not options.quick else 2048
-    yield Case("pyro_flows", "nsf", 32, speed.LAYERS, "step", rows, line.at(rows), False)
+    yield Case("pyro_flows", "nsf", 32, contenders.LAYERS, "step", rows, line.at(rows), False)
     x = torch.randn(rows, 32, device=options.device)
     peak = peak_of(lambda: flow.log_prob(x, chunk_size=1000).mean().backward(), options.device)
-    yield Case("pyro_flows", "nsf, chunks", 32, speed.LAYERS, "step", rows, peak, True)
+    yield Case("pyro_flows", "nsf, chunks", 32, contenders.LAYERS, "step", rows, peak, True)
 
 
 def growth(draws: int, device: str) -> tuple[float, Case]:
@@ -242,14 +239,14 @@ def growth(draws: int, device: str) -> tuple[float, Case]:
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=Path(__file__).parent
     )
     grown, peak = map(float, answer.stdout.split()[-2:])
-    return grown, Case("pyro_flows", "nsf, chunks", 32, speed.LAYERS, "draw", draws, peak, True)
+    return grown, Case("pyro_flows", "nsf, chunks", 32, contenders.LAYERS, "draw", draws, peak, True)
 
 
 def grow(draws: int, device: str, threads: int) -> None:
     """What :func:`growth` runs."""
     torch.set_num_threads(threads)
     unit = 1 if sys.platform == "darwin" else 1024
-    flow = flows.nsf(32, num_transforms=speed.LAYERS, hidden_dims=speed.HIDDEN).to(device)
+    flow = flows.nsf(32, num_transforms=contenders.LAYERS, hidden_dims=contenders.HIDDEN).to(device)
     peak_of(lambda: flow.sample((10,)), device)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak = peak_of(lambda: flow.sample((draws,), chunk_size=CHUNK), device)
@@ -288,7 +285,7 @@ def report(cases: list[Case], grown: tuple[float, Case], options: argparse.Names
     lines = [
         "# Memory",
         "",
-        f"Two hidden layers of 128, {speed.BINS} bins, float32; torch {torch.__version__.split('+')[0]}, Python "
+        f"Two hidden layers of 128, {contenders.BINS} bins, float32; torch {torch.__version__.split('+')[0]}, Python "
         f"{platform.python_version()}, {options.device}.",
         "MB (2²⁰ bytes): the peak of the tensors alive during one call, on top of parameters and data, with",
         "gradients of parameters; the same in every run. *Score* is without gradient, a *step* scores (iaf: draws),",
@@ -336,7 +333,7 @@ def report(cases: list[Case], grown: tuple[float, Case], options: argparse.Names
     lines += table(["flow", "D", "rows", "MB"], [[c.flow, str(c.dim), str(c.rows), megabytes(c)] for c in others], 1)
     chunks = sorted((c for c in cases if c.dim == 32 and 32 not in dims), key=lambda c: (c.task, c.flow))
     lines += ["", "## chunk_size", ""]
-    lines += [f"nsf, D = 32, {speed.LAYERS} layers; draws in chunks of {CHUNK:,}, a step in chunks of 1,000."]
+    lines += [f"nsf, D = 32, {contenders.LAYERS} layers; draws in chunks of {CHUNK:,}, a step in chunks of 1,000."]
     lines += table(["", "task", "rows", "MB"], [[c.flow, c.task, f"{c.rows:,}", megabytes(c)] for c in chunks], 2)
     both = f"{2 * options.draws * 32 * 4 / 2**20:,.0f} MB"
     lines += [
