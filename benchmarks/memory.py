@@ -245,13 +245,19 @@ def growth(draws: int, device: str) -> tuple[float, Case]:
 def grow(draws: int, device: str, threads: int) -> None:
     """What :func:`growth` runs."""
     torch.set_num_threads(threads)
-    unit = 1 if sys.platform == "darwin" else 1024
     flow = flows.nsf(32, num_transforms=contenders.LAYERS, hidden_dims=contenders.HIDDEN).to(device)
     peak_of(lambda: flow.sample((10,)), device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = most_held()
     peak = peak_of(lambda: flow.sample((draws,), chunk_size=CHUNK), device)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(grown * unit, peak)
+    print(most_held() - before, peak)
+
+
+def most_held() -> int:
+    """The bytes that this process has held at most; by ``getrusage`` Linux counts its parent's in."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def megabytes(case: Case | None) -> str:
