@@ -101,14 +101,15 @@ def test_what_compilers_make_of_it_is_right(name: str) -> None:
         torch.testing.assert_close(plain.log_prob(y), log_prob, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_machine_code_is_right() -> None:
+    """Or, where there is no compiler, what runs in its place."""
     flow, x = random(flows.realnvp, 2), laws.normal(7, 2)
     plain = value_and_grad(flow, lambda: flow.log_prob(x))
     flow.compile()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         compiled = value_and_grad(flow, lambda: flow.log_prob(x))
+    assert shutil.which("g++") is None or not any("runs uncompiled" in str(warning.message) for warning in said)
     for ours, theirs in zip(compiled, plain, strict=True):
         torch.testing.assert_close(ours, theirs)
 

@@ -427,6 +427,7 @@ def test_masses_are_bounded_from_below_and_the_bound_tightens(noise: bool) -> No
     model, images = quantised(noise=noise), every_image(4)
     true = masses(model, 4)
     assert abs(true.sum() - 1) < 1e-3
+    assert model.log_prob(images[:0]).shape == (0,)
     torch.manual_seed(0)
     gaps = []
     for number in (1, 8, 64):

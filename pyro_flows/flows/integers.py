@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from .checks import check_tensor
-from .distribution import FlowDistribution
+from .distribution import FlowDistribution, log_prob_of
 from .flow import Flow
 
 
@@ -94,7 +94,7 @@ class DequantizedDistribution(dist.TorchDistribution):
         context = (x + 0.5) * (2 / self.levels) - 1
         z, log_q = self.noise.rsample_and_log_prob((self.num_samples,), context)
         normal = dist.Normal(torch.zeros_like(z), 1.0, validate_args=False).to_event(len(self.event_shape))
-        return torch.special.ndtr(z), log_q - normal.log_prob(z)
+        return torch.special.ndtr(z), log_q - log_prob_of(normal, z)
 
 
 def to_integers(value: Tensor, levels: int, *, checked: bool) -> Tensor:
