@@ -32,8 +32,8 @@ class RenyiELBO(PathGradient, ParticleObjective):
 
     α below 1 covers the posterior more than the ELBO does, α above 1 keeps to its modes.  Gradients are those of
     Tucker, Lawson, Gu, Maddison 2018, arXiv:1810.04152.  Plates, ``scale``, masks and subsampling work as they do in
-    Pyro. Latents must be continuous and reparameterised in the guide, whose parameters must be Pyro's or those of
-    modules. Far from the posterior one draw has all the weight, so let a guide start near: ``fit_svi(...,
+    Pyro.  Latents must be continuous and reparameterised in the guide, whose parameters must be Pyro's or those of
+    modules.  Far from the posterior one draw has all the weight, so let a guide start near: ``fit_svi(...,
     warm_start=True)``, or go on from one that was fitted.
 
     Args:
