@@ -35,6 +35,7 @@ class FlowGuide(AutoGuide):
         Raises:
             TypeError: If the model asks for arguments and none are given, or a recipe fails.
             RuntimeError: If the model of an ``AutoFlow`` has no latents.
+            NotImplementedError: If torch knows no bijection onto the support of a latent.
             ValueError: If the guide cannot answer for the model; the error names the site or plate, and the way out.
         """
         if self.prototype_trace is None:
