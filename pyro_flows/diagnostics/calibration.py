@@ -213,4 +213,4 @@ def uniformity(shares: Tensor, num_samples: int) -> float:
 
     steps = shares * num_samples
     u = ((steps + torch.rand_like(steps)) / (num_samples + 1)).cpu().numpy()
-    return min(1.0, 2 * min(stats.kstest(u, "uniform").pvalue, stats.kstest(abs(2 * u - 1), "uniform").pvalue))
+    return min(1.0, 2 * min(float(stats.kstest(part, "uniform").pvalue) for part in (u, abs(2 * u - 1))))
