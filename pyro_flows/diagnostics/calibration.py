@@ -30,7 +30,7 @@ class Calibration:
     """How often an amortised posterior is right: the result of :func:`calibrate`, over M data sets.
 
     Each of the three tests compares numbers that should be uniform on (0, 1) with that law, in place and in spread
-    (Kolmogorov and Smirnov's test of u and of ``abs(2 * u - 1)``), and has a p-value: small ones speak against the
+    (Kolmogorov and Smirnov's test of u and of ``|2 u - 1|``), and has a p-value: small ones speak against the
     guide.
 
     Attributes:
@@ -69,7 +69,7 @@ class Calibration:
 
     @property
     def calibrated(self) -> bool:
-        """Whether none of the three p-values is below .01 / 3: an exact guide fails in one case of a hundred."""
+        """Whether none of the three p-values is below .01 / 3, as for exact guides in 99 cases of a hundred."""
         return min(self.sbc_p, self.coverage_p, self.tarp_p) > 0.01 / 3
 
     @property

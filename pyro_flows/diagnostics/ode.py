@@ -28,9 +28,9 @@ class OdeReport:
         evaluations: How often fields were evaluated for the densities, from data to base, for all rows at once.
         evaluations_back: How often from base to data.
         round_trip: How far each row is from where it was after both ways, ``(N,)``: the largest of
-            ``abs(x' - x) / (1 + abs(x))`` over its features.
-        kinetic: The kinetic energy ∫ v² dt of each row's path, ``(N,)``, v the field along it.
-        jacobian: The squared norm ∫ J² dt along it, ``(N,)``, J the field's Jacobian, estimated without bias.
+            ``|x' - x| / (1 + |x|)`` over its features.
+        kinetic: The kinetic energy ``∫ |v|² dt`` of each row's path, ``(N,)``, with v the field along it.
+        jacobian: The squared norm ``∫ |J|² dt`` along it, ``(N,)``, J the field's Jacobian, estimated without bias.
 
     For rows ``(*batch, D)`` the tensors have the shape ``batch``.
 

@@ -130,7 +130,7 @@ class Flow(nn.Module):
 
     @property
     def runs(self) -> list[FlowTransform]:
-        """The transforms as they are run: one by one, or in compiled runs."""
+        """The transforms as they are run, one by one or in compiled runs."""
         return list(self.transforms) if self._compiled is None else self._compiled.of(self.transforms)
 
     def encode(self, context: Tensor | None) -> Tensor | None:
@@ -247,7 +247,7 @@ class Flow(nn.Module):
 
     @property
     def inv(self) -> Flow:
-        """The flow whose transforms run the opposite way: fast where this one is slow.  It shares the parameters."""
+        """The flow whose transforms run the opposite way, fast where this one is slow.  It shares the parameters."""
         layers = [transform.inv for transform in reversed(self.transforms)]
         inverse = Flow(layers, self.base, encoder=self.encoder)
         if self._compiled is not None:

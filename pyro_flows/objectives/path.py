@@ -54,7 +54,7 @@ class PathELBO(PathGradient, Trace_ELBO):
 
         loss = E_q [log q(z) - log p(z, x)],    z = z(ε; φ) drawn from the guide with parameters φ
 
-    and φ in log q is held fixed for the gradient.  It has the same mean wherever draws are reparameterised, and no
+    and φ in log q is held fixed for the gradient, which has the same mean wherever draws are reparameterised, and no
     variance where the guide is the posterior (Roeder, Wu, Duvenaud 2017, arXiv:1703.09194).  Flows carry the score
     along with their draws, at about 1.4 times the cost of a plain step (Vaitl, Nicoli, Nakajima, Kessel 2022,
     arXiv:2207.08219); other guides run a second time.  Plates, ``scale``, masks and subsampling work as they do in
