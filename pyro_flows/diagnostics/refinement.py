@@ -29,7 +29,7 @@ BATCH = 500  # chains that run side by side
 
 @dataclass(frozen=True)
 class Refined:
-    """Draws that short chains have moved: the result of :func:`refine`.
+    """Draws that short chains have moved: the result of :func:`~pyro_flows.refine`.
 
     Attributes:
         draws: Refined draws of latents and deterministic sites: name -> ``(num_samples, *site_shape)``.

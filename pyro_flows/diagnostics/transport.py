@@ -29,7 +29,7 @@ from .verdict import check as judge
 
 @dataclass(frozen=True)
 class Neutra:
-    """A model over a guide's base, and the way back: the result of :func:`neutra`.
+    """A model over a guide's base, and the way back: the result of :func:`~pyro_flows.neutra`.
 
     Attributes:
         model: The model to give to ``NUTS``, called with the model's own arguments.

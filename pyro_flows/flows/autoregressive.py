@@ -56,7 +56,7 @@ def iaf(
             GPUs: see :class:`~pyro_flows.transforms.Autoregressive`.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
@@ -108,7 +108,7 @@ def maf(
         fixed_point: Whether samples are found by passes over all features at once, as for :func:`iaf`.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
@@ -169,7 +169,7 @@ def nsf_ar(
         fixed_point: Whether samples are found by passes over all features at once, as for :func:`iaf`.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.

@@ -40,7 +40,7 @@ def bnaf(
         activation: The class of the nonlinearity of the networks of the context.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If a size or ``max_log_slope`` is out of its range.

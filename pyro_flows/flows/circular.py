@@ -50,7 +50,8 @@ def circular_coupling(
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``; at the start angles are uniform and others standard normal.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``; at the start angles are uniform and others standard
+        normal.
 
     Raises:
         ValueError: If a size, ``bins`` or ``max_log_scale`` is out of its range, or ``circular`` does not hold one bool

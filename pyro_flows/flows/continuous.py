@@ -71,7 +71,7 @@ def cnf(
         max_num_steps: How many steps an adaptive solver may take.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -147,7 +147,7 @@ def ffjord(
         max_num_steps: How many steps an adaptive solver may take.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If an argument is out of its range.

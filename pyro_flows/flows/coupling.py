@@ -40,7 +40,7 @@ def nice(
         residual: Whether hidden layers that keep the width add their input.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If a size is out of its range.
@@ -85,7 +85,7 @@ def realnvp(
         residual: Whether hidden layers that keep the width add their input.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If a size or ``max_log_scale`` is out of its range.
@@ -138,7 +138,7 @@ def nsf(
             tenth of a nat on some, for D² parameters each.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If a size, ``bins`` or ``bound`` is out of its range.

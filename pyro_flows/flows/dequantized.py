@@ -50,7 +50,7 @@ class Dequantized(nn.Module):
         context_dim: The number of context features that the flow's transforms take, 0 without a context.
 
     Raises:
-        TypeError: If ``flow`` or ``noise`` is no :class:`~pyro_flows.Flow`.
+        TypeError: If ``flow`` or ``noise`` is no :class:`~pyro_flows.flows.Flow`.
         ValueError: If an argument is out of its range, or the noise does not fit the flow.
 
     Example::

@@ -58,7 +58,7 @@ def realnvp_image(
             memory for about a third more time.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over images ``(C, H, W)`` of real numbers.
+        A :class:`~pyro_flows.flows.Flow` over images ``(C, H, W)`` of real numbers.
 
     Raises:
         ValueError: If a size is out of its range, or height and width cannot be halved so often.
@@ -119,7 +119,7 @@ def glow(
         recompute: Whether to compute activations inside of steps again for the gradient, and not to keep them.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over images ``(C, H, W)`` of real numbers.
+        A :class:`~pyro_flows.flows.Flow` over images ``(C, H, W)`` of real numbers.
 
     Raises:
         ValueError: If a size is out of its range, or height and width cannot be halved so often.

@@ -45,7 +45,7 @@ def flowpp(
         residual: Whether hidden layers that keep the width add their input.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If a size, ``components`` or ``bound`` is out of its range.
@@ -96,7 +96,7 @@ def gaussianization(
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If a size, ``components`` or ``bound`` is out of its range.

@@ -46,7 +46,7 @@ def naf(
         activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
@@ -96,7 +96,7 @@ def umnn(
         activation: The class of the nonlinearity of the masked networks, such as ``torch.nn.ELU``.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
@@ -147,7 +147,7 @@ def sospf(
         activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
@@ -197,7 +197,7 @@ def bpf(
         activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.

@@ -43,7 +43,7 @@ def planar_flow(
         activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If a size is out of its range.
@@ -86,7 +86,7 @@ def radial_flow(
         activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If a size is out of its range.
@@ -136,7 +136,7 @@ def sylvester_flow(
         activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If a size, ``rank`` or ``reflections`` is out of its range.

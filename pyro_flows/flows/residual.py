@@ -39,7 +39,7 @@ def residual_flow(
             exact where features or a hidden layer are at most 64 wide.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If a size or the bound is out of its range.

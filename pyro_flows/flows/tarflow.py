@@ -54,7 +54,7 @@ def tarflow(
             memory for about a third more time.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over images ``(C, H, W)`` of real numbers, the standard normal at the start.
+        A :class:`~pyro_flows.flows.Flow` over images ``(C, H, W)`` of real numbers, the standard normal at the start.
 
     Raises:
         ValueError: If a size is out of its range, or patches do not fill an image.

@@ -133,7 +133,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     @property
     def start(self) -> tuple[Tensor, float]:
-        """Where the guide starts, as packed, unconstrained latents, by default those of ``init_loc_fn``; the scale there."""
+        """The packed, unconstrained latents that the guide starts from, of ``init_loc_fn``, and ``init_scale``."""
         return self.flow.transforms[-1].loc.detach().clone(), self._init_scale
 
     def rebuilt(self, flow: Callable[..., Flow] | None = None) -> AutoFlow:

@@ -44,7 +44,7 @@ class FlowGuide(AutoGuide):
         return self
 
     def compile(self, **settings: Any) -> None:
-        """Compile the guide's flows once it is set up; see :meth:`~pyro_flows.Flow.compile`.
+        """Compile the guide's flows once it is set up; see :meth:`~pyro_flows.flows.Flow.compile`.
 
         Path gradients, and so ``fit_svi`` by default, go layer by layer as before; draws, densities and gradients of
         Pyro's own ELBOs are compiled.

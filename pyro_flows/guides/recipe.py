@@ -37,7 +37,7 @@ def default_flow(input_dim: int) -> Flow:
         input_dim: The number D of latent dimensions.
 
     Returns:
-        A :class:`~pyro_flows.Flow` over vectors ``(D,)``, its base at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, its base at the start.
 
     Raises:
         ValueError: If ``input_dim`` is no positive integer.
