@@ -45,7 +45,7 @@ class Calibration:
 
     Example::
 
-        >>> import pyro
+        >>> import pyro, torch
         >>> import pyro.distributions as dist
         >>> from pyro_flows import AutoFlow
         >>> from pyro_flows.encoders import MLPEncoder
@@ -140,7 +140,7 @@ def calibrate(
 
     Example::
 
-        >>> import pyro
+        >>> import pyro, torch
         >>> import pyro.distributions as dist
         >>> from pyro_flows import AutoFlow, fit_amortized
         >>> from pyro_flows.encoders import MLPEncoder

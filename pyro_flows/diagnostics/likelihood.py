@@ -61,6 +61,7 @@ def importance_log_likelihood(
 
     Example::
 
+        >>> import pyro, torch
         >>> import pyro.distributions as dist
         >>> def model(x):
         ...     with pyro.plate("row", len(x)):

@@ -21,6 +21,7 @@ class Simulations:
 
     Example::
 
+        >>> import torch
         >>> theta = torch.randn(100)
         >>> found = Simulations({"theta": theta}, {"x": theta + 0.5 * torch.randn(100)})
         >>> len(found), len(found.take(slice(10))), found.row(0)["x"].shape, len(found.join(found))

@@ -56,6 +56,7 @@ def simulate(
 
     Example::
 
+        >>> import pyro, pyro.distributions as dist
         >>> def model(x=None):
         ...     theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
         ...     return pyro.sample("x", dist.Normal(theta, 0.5), obs=x)

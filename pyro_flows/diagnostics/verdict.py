@@ -39,7 +39,7 @@ class Check:
 
     The errors that ``chains``, ``directions`` and ``weighted`` hold are, for each of K quantities, ``error``, that of
     the guide's mean in standard deviations of the posterior, and ``variance``, the posterior's over the guide's, with
-    the standard errors ``error_se`` and ``variance_se``, each ``(K,)``.
+    the standard errors ``error_se`` and ``variance_se``, each ``(K,)``; there are D + 2 directions.
 
     Attributes:
         verdict: ``"trust"`` the guide's draws as they are; ``"reweight"`` them first; or ``"do not trust"`` them.
@@ -58,7 +58,7 @@ class Check:
 
     Example::
 
-        >>> import pyro
+        >>> import pyro, torch
         >>> import pyro.distributions as dist
         >>> def model():
         ...     pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))

@@ -56,8 +56,8 @@ def fit_svi(
 ) -> Fit:
     """Fit a guide, and whatever parameters the model has, by maximising the evidence lower bound.
 
-    With the default objective the loss of a step is a mean over draws z of the guide q, in nats, never below minus the
-    log evidence (Hoffman, Blei, Wang, Paisley 2013, arXiv:1206.7051; Wingate, Weber 2013, arXiv:1301.1299)::
+    With the default objective the loss of a step, in nats, is a mean over draws z of the guide q, which estimates what
+    is never below minus the log evidence (Hoffman et al. 2013, arXiv:1206.7051; Wingate, Weber 2013, arXiv:1301.1299)::
 
         loss = -ELBO = E_q [log q(z) - log p(z, x)]
 

@@ -41,8 +41,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
     A (a full matrix up to 64 unconstrained latents, a scale each beyond) starts at ``init_scale``, F at
     ``init_loc_fn``; ``fit_svi`` sets F to a Gaussian (Kucukelbir et al. 2017, arXiv:1603.00788; Rezende, Mohamed 2015,
     arXiv:1505.05770).  It is a Pyro ``AutoContinuous``: SVI with any ELBO, ``Predictive``, ``AutoGuideList`` and
-    ``NeuTraReparam`` take it as it is.  Latents on circles, von Mises or on intervals marked ``infer={"periodic":
-    True}``, get circular splines.
+    ``NeuTraReparam`` take it as it is.  Latents on circles, which are von Mises or lie on intervals that are marked
+    ``infer={"periodic": True}``, get circular splines.
 
     With an encoder the guide is *amortised*: q(z | data), one network for all data sets, trained by ``fit_amortized``.
     Then ``guide.sample(n, x)`` is the posterior of data ``x``; :meth:`bind` makes a guide of that data set alone.
