@@ -8,6 +8,7 @@ Masked Autoregressive Flow (Papamakarios, Pavlakou, Murray 2017, arXiv:1705.0705
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -49,10 +50,9 @@ class Affine(Bijector):
     slope: float = 0.25
 
     def __post_init__(self) -> None:
-        if not self.max_log_scale > 0:
-            raise ValueError(f"Affine: max_log_scale must be positive, got {self.max_log_scale}.")
-        if not self.slope > 0:
-            raise ValueError(f"Affine: slope must be positive, got {self.slope}.")
+        for name, value in (("max_log_scale", self.max_log_scale), ("slope", self.slope)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"Affine: {name} must be positive and finite, got {value}.")
 
     @property
     def num_params(self) -> int:

@@ -97,8 +97,8 @@ def check_spline(name: str, bins: int, bound: float, min_bin: float, max_slope: 
             f"{name}: min_bin must lie between 0 and 1 / bins = {1 / bins:.3g}, got {min_bin}; "
             "use fewer bins or a smaller min_bin."
         )
-    if not max_slope > 1:
-        raise ValueError(f"{name}: max_slope must exceed 1, got {max_slope}.")
+    if not 1 < max_slope < math.inf:
+        raise ValueError(f"{name}: max_slope must exceed 1 and be finite, got {max_slope}.")
 
 
 def bounded_slopes(raw: Tensor, max_slope: float) -> Tensor:
