@@ -40,8 +40,8 @@ class LULinear(FlowTransform):
 
     def __init__(self, input_dim: int, *, max_log_scale: float = 8.0, rotation_seed: int | None = None) -> None:
         super().__init__((input_dim,))
-        if not max_log_scale > 0:
-            raise ValueError(f"LULinear: max_log_scale must be positive, got {max_log_scale}.")
+        if not 0 < max_log_scale < math.inf:
+            raise ValueError(f"LULinear: max_log_scale must be positive and finite, got {max_log_scale}.")
         self.input_dim = input_dim
         self.max_log_scale, self.rotation_seed = max_log_scale, rotation_seed
         self.register_buffer("rotation", None if rotation_seed is None else _orthogonal(input_dim, rotation_seed))
@@ -51,6 +51,10 @@ class LULinear(FlowTransform):
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
         """Become a number, whose logarithm must lie within the bound on pivots, times the rotation if there is one."""
+        if not (0 < scale < math.inf and abs(math.log(scale)) < self.max_log_scale):
+            raise ValueError(
+                f"LULinear: scale must be positive, with a logarithm within ±{self.max_log_scale}, got {scale}."
+            )
         share = torch.tensor(math.log(scale) / self.max_log_scale, dtype=torch.float64)
         self.factors.copy_(torch.eye(self.input_dim) * (self.max_log_scale * torch.atanh(share)))
 

@@ -36,6 +36,8 @@ class PerPixel(FlowTransform):
     def __init__(self, inner: FlowTransform, size: Sequence[int]) -> None:
         if len(inner.event_shape) != 1:
             raise ValueError(f"PerPixel: inner must act on vectors, got events of shape {tuple(inner.event_shape)}.")
+        if len(size) != 2:
+            raise ValueError(f"PerPixel: size must be height and width, got {tuple(size)}.")
         super().__init__((*inner.event_shape, *size), inner.context_dim)
         self.inner, self.size = inner, tuple(size)
 

@@ -60,6 +60,8 @@ class Residual(FlowTransform):
     """
 
     def __init__(self, net: LipschitzMLP, exact: bool | None = None) -> None:
+        if not isinstance(net, LipschitzMLP):
+            raise TypeError(f"Residual: net must be a LipschitzMLP, got {type(net).__name__}.")
         super().__init__((net.input_dim,), net.context_dim)
         self.net = net
         self.exact = exact
