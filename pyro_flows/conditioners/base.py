@@ -32,6 +32,11 @@ class Conditioner(nn.Module, ABC):
         self, input_dim: int, output_dim: int, num_params: int, hidden_dims: Sequence[int], context_dim: int
     ) -> None:
         super().__init__()
+        sizes = {"input_dim": input_dim, "output_dim": output_dim, "num_params": num_params, "context_dim": context_dim}
+        for name, size in sizes.items():
+            least = 0 if name in ("input_dim", "context_dim") else 1
+            if size < least:
+                raise ValueError(f"{type(self).__name__}: {name} must be at least {least}, got {size}.")
         self.input_dim, self.output_dim = input_dim, output_dim
         self.num_params, self.context_dim = num_params, context_dim
         self.hidden_dims = tuple(hidden_dims)

@@ -65,6 +65,8 @@ class LipschitzMLP(nn.Module):
         self.lipschitz = lipschitz
         if input_dim < 1:
             raise ValueError(f"LipschitzMLP: input_dim must be positive, got {input_dim}.")
+        if context_dim < 0:
+            raise ValueError(f"LipschitzMLP: context_dim must not be negative, got {context_dim}.")
         if not self.hidden_dims or min(self.hidden_dims) < 1:
             raise ValueError(f"LipschitzMLP: hidden_dims must hold at least one positive width, got {hidden_dims!r}.")
         if not 0 < lipschitz < 1:

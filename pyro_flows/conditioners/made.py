@@ -61,6 +61,8 @@ class MADE(Conditioner):
         adjacency: Sequence[Sequence[bool]] | Tensor | None = None,
         activation: type[nn.Module] = nn.ReLU,
     ) -> None:
+        if input_dim < 1:
+            raise ValueError(f"MADE: input_dim must be at least 1, got {input_dim}.")
         super().__init__(input_dim, input_dim, num_params, hidden_dims, context_dim)
         graph = None if adjacency is None else checked_graph(adjacency, input_dim)
         if order is None:

@@ -60,7 +60,10 @@ class CausalTransformer(Conditioner):
         context_shape: Sequence[int] | None = None,
         order: Sequence[int] | None = None,
     ) -> None:
-        if hidden_dim % num_heads:
+        for name, size in (("length", length), ("token_dim", token_dim), ("num_layers", num_layers)):
+            if size < 1:
+                raise ValueError(f"CausalTransformer: {name} must be at least 1, got {size}.")
+        if num_heads < 1 or hidden_dim % num_heads:
             raise ValueError(f"CausalTransformer: hidden_dim={hidden_dim} must be a multiple of num_heads={num_heads}.")
         order = list(range(length)) if order is None else [int(rank) for rank in order]
         if sorted(order) != list(range(length)):
