@@ -37,9 +37,15 @@ STEPS = 11  # of the search, and one more for each nat of max_log_slope in each 
 
 
 class BlockAutoregressive(FlowTransform):
-    """A block neural autoregressive transform of a vector, the identity at the start.
+    """A block neural autoregressive transform of a vector ``(*batch, D)``, the identity at the start::
 
-    Forward is one pass; the inverse takes some 22 evaluations of each feature's units, one feature after the other.
+        h_iˡ = m_iˡ + γ_iˡ t_iˡ / a_iˡ,    t_iˡ = tanh(a_iˡ (m_iˡ + Σ_{j<i} W_ijˡ t_jˡ⁻¹ + b_iˡ)),    m_iˡ = P_iˡ h_iˡ⁻¹
+        y_i = exp(s_i) p_i h_iᴸ + o_i,    (s_i, o_i) = Σ_{j<i} V_ij t_jᴸ + c_i,    h_i⁰ = t_i⁰ = x_i
+
+    with p and the rows of P on the simplex, a > 0 and γ > -1: an increasing map of x_i at any parameters.  Forward is
+    one pass; the inverse takes some 22 evaluations of each feature's units, one feature after the other.
+
+    Block Neural Autoregressive Flow (De Cao, Titov, Aziz 2019, arXiv:1904.04676).
 
     Args:
         input_dim: The number D of features.
@@ -49,7 +55,8 @@ class BlockAutoregressive(FlowTransform):
         max_log_slope: The bound B of log(1 + γ) in each hidden layer, and those of s and of log a, in nats.
 
     Raises:
-        ValueError: If a size is out of its range, or the conditioner's sizes do not fit.
+        ValueError: If a size or ``max_log_slope`` is out of its range, or the conditioner's sizes do not fit.  In use,
+            if there is a conditioner and no context is given.
 
     Example::
 

@@ -11,13 +11,19 @@ from .base import FlowTransform
 
 
 class Elementwise(FlowTransform):
-    """Independent maps of the features of a vector.
+    """Independent maps of the features of a vector ``(*batch, D)``, with parameters that are learned, or computed::
+
+        y_i = f(x_i; θ_i(c)),    log|det dy/dx| = Σ_i log f'(x_i; θ_i)
 
     Args:
         bijector: The map.
         input_dim: The number D of features.
-        conditioner: A network from contexts to parameters, with ``input_dim = context_dim``; by default the
-            parameters are a table of shape ``(D, P)`` that starts at zero.
+        conditioner: A network from contexts to parameters, with ``input_dim = context_dim`` and ``output_dim = D``; by
+            default the parameters are a table ``params`` of shape ``(D, P)`` that starts at zero.
+
+    Raises:
+        ValueError: If ``input_dim`` is not positive, or the conditioner's sizes do not fit it or the bijector.  In use,
+            if there is a conditioner and no context is given.
 
     Example::
 

@@ -14,14 +14,18 @@ from .base import FlowTransform
 
 
 class PerPixel(FlowTransform):
-    """A transform of vectors, applied to the channels of each pixel of an image.
+    """A transform t of vectors, applied to the channels of each pixel of an image ``(*batch, C, H, W)``::
+
+        y[:, i, j] = t(x[:, i, j] | c)
+
+    Of a linear map it makes the invertible 1 × 1 convolution of Glow (Kingma, Dhariwal 2018, arXiv:1807.03039).
 
     Args:
         inner: A transform of vectors ``(C,)``; a context of the image is the context of each pixel.
         size: Height and width of the image.
 
     Raises:
-        ValueError: If the inner transform does not act on vectors.
+        ValueError: If the inner transform does not act on vectors, or ``size`` does not hold two positive numbers.
 
     Example::
 

@@ -24,10 +24,17 @@ from .table import check_table, read_table
 
 
 class Planar(FlowTransform):
-    """A planar transform of a vector, the identity at the start.
+    """A planar transform of a vector ``(*batch, D)``, which bends space along one ridge, the identity at the start::
+
+        y = x + û tanh(z),    z = w·x + b,    log|det dy/dx| = log(1 + w·û (1 - tanh² z))
+
+    where û is u with its part along w bounded, so that w·û > -1: a bijection at any parameters.  The way back is one
+    increasing scalar equation, so any value can be scored.
 
     Its 2 D + 1 parameters (u, w, b) are a table, in which only u starts at zero: w and b are random, so that
     gradients are alive and no two layers alike.  A conditioner adds to the table what depends on the context.
+
+    Variational Inference with Normalizing Flows (Rezende, Mohamed 2015, arXiv:1505.05770).
 
     Args:
         input_dim: The number D of features.
@@ -35,7 +42,8 @@ class Planar(FlowTransform):
             ``num_params = 2 * D + 1``; by default there is no context.
 
     Raises:
-        ValueError: If ``input_dim`` is not positive or the conditioner's sizes do not fit it.
+        ValueError: If ``input_dim`` is not positive or the conditioner's sizes do not fit it.  In use, if there is a
+            conditioner and no context is given.
 
     Example::
 

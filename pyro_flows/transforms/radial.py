@@ -22,11 +22,18 @@ from .table import check_table, read_table
 
 
 class Radial(FlowTransform):
-    """A radial transform of a vector, the identity at the start.
+    """A radial transform of a vector ``(*batch, D)``, which stretches space around x₀, the identity at the start::
+
+        y = x + β (x - x₀) / (α + r),    r = |x - x₀|
+        log|det dy/dx| = (D - 1) log(1 + s h) + log(1 + s h²),    s = β / α > -1,    h = α / (α + r)
+
+    The way back is a quadratic equation, so any value can be scored.
 
     Its D + 2 parameters (x₀, log(α / √D), s), of which the last two are bounded smoothly, are a table, in which only s
     starts at zero: x₀ and α are random, so that no two layers are alike.  A conditioner adds to the table what depends
     on the context.
+
+    Variational Inference with Normalizing Flows (Rezende, Mohamed 2015, arXiv:1505.05770).
 
     Args:
         input_dim: The number D of features.
@@ -34,7 +41,8 @@ class Radial(FlowTransform):
             ``num_params = D + 2``; by default there is no context.
 
     Raises:
-        ValueError: If ``input_dim`` is not positive or the conditioner's sizes do not fit it.
+        ValueError: If ``input_dim`` is not positive or the conditioner's sizes do not fit it.  In use, if there is a
+            conditioner and no context is given.
 
     Example::
 
