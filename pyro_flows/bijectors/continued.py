@@ -28,7 +28,7 @@ class Continued(Bijector):
         f(x) = g(c) + g'(c) (x - c),    c = x clamped to [-B, B]
 
     It is the abstract base class of maps g without an inverse in closed form.  Subclasses are frozen dataclasses that
-    define ``bound``, which is B, :attr:`num_params`, :meth:`table` and :meth:`bend`; both verbs follow.  The inverse
+    define ``bound``, which is B, ``num_params``, :meth:`table` and :meth:`bend`; both verbs follow.  The inverse
     costs 21 evaluations of :meth:`bend`, whatever the data, and has first and second derivatives.
 
     Attributes:
@@ -63,7 +63,7 @@ class Continued(Bijector):
             params: Parameters of shape ``(*s, P)``.
 
         Returns:
-            Tensors of shape ``(..., *s)``: parameters first, so that they broadcast with the values.
+            Tensors of shape ``(..., *s)``, with parameters first, so that they broadcast with the values.
         """
 
     @abstractmethod

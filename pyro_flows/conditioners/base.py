@@ -121,7 +121,7 @@ class Conditioner(nn.Module, ABC):
             context: Contexts of shape ``(*batch, context_dim)``, broadcast with ``x``, or None if ``context_dim`` is 0.
 
         Returns:
-            Parameters of shape ``(*batch, output_dim, *size, num_params)``, all zero before the network is trained.
+            Parameters of shape ``(*batch, output_dim, *size, num_params)``.
 
         Raises:
             ValueError: If the network takes contexts and none is given.

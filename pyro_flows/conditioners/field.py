@@ -83,6 +83,9 @@ class VectorField(nn.Module, ABC):
 
         Returns:
             Of the shape and the dtype of x, which has the batch shape of all three when a solver asks.
+
+        Raises:
+            ValueError: If the field takes contexts and none is given.
         """
 
     def at(self, context: Tensor | None = None) -> Rates:
@@ -92,9 +95,13 @@ class VectorField(nn.Module, ABC):
             context: Contexts, ``(*batch, context_dim)``, that broadcast with the points, or None.
 
         Returns:
-            A function of time and points, ``(t, x) -> (v, J)``: velocities ``(*batch, D)``, and what has the methods
-            ``J.trace()``, which gives the divergence ``(*batch)``, and ``J.pull(v)``, which takes covectors
-            ``(K, *batch, D)`` to Jᵀ v of the same shape.
+            A function ``(t, x) -> (v, J)`` of time and points, to velocities ``(*batch, D)`` and what has the methods
+            ``J.trace()``, which gives the divergence ``(*batch)``, and ``J.pull(w)``, which takes covectors
+            ``(K, *batch, D)`` to Jᵀ w of the same shape.
+
+        Raises:
+            ValueError: If the field takes contexts and none is given; and, from the function that is returned, if
+                velocities do not have the shape and the dtype of the points.
         """
 
         def rates(t: Tensor, x: Tensor) -> tuple[Tensor, Derivative]:

@@ -112,6 +112,9 @@ class LipschitzMLP(nn.Module):
 
         Returns:
             What has the method ``linearise(x)``, which gives g(x) and the Jacobian there, in factors.
+
+        Raises:
+            ValueError: If the network takes contexts and none is given.
         """
         layers = [*self.hidden, self.output]
         share = self.lipschitz ** (1 / len(layers))

@@ -114,7 +114,7 @@ class MLPField(VectorField):
 
     @property
     def cheap_trace(self) -> bool:  # type: ignore[override]
-        """Whether the divergence costs about as much as the field itself: with at most two hidden layers."""
+        """Whether the divergence costs about as much as the field itself, as it does with at most two hidden layers."""
         return len(self.hidden_dims) <= 2
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -131,6 +131,8 @@ def stream(net: MADE, context: Tensor | None, like: Tensor) -> Chain:
 
     Example::
 
+        >>> import torch
+        >>> from pyro_flows.conditioners import MADE
         >>> net, x = MADE(3, num_params=2, hidden_dims=(8,)), torch.randn(5, 3)
         >>> _ = torch.nn.init.normal_(net.output.weight)
         >>> with torch.no_grad():
@@ -167,6 +169,8 @@ def costream(net: MADE, slopes: list[Tensor]) -> Chain:
 
     Example::
 
+        >>> import torch
+        >>> from pyro_flows.conditioners import MADE
         >>> net, x = MADE(2, num_params=1, hidden_dims=(8,)), torch.randn(5, 2)
         >>> _ = torch.nn.init.normal_(net.output.weight)
         >>> params, slopes = net.params_and_slopes(x, None)

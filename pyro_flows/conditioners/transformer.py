@@ -151,6 +151,8 @@ class Tokens:
 
     Example::
 
+        >>> import torch
+        >>> from pyro_flows.conditioners import CausalTransformer
         >>> net = CausalTransformer(length=3, token_dim=2, num_params=2, hidden_dim=16)
         >>> _, x = torch.nn.init.normal_(net.output.weight), torch.randn(5, 3, 2)
         >>> tokens = Tokens(net, None, number=5)

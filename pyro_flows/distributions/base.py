@@ -34,6 +34,7 @@ class StandardNormal(nn.Module):
         self.register_buffer("zeros", torch.zeros(self.event_shape), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
+        """Build the distribution, of batch shape ``()`` and event shape ``event_shape``."""
         ones = torch.ones_like(self.zeros)
         return dist.Normal(self.zeros, ones, validate_args=False).to_event(self.zeros.dim())
 
@@ -61,6 +62,7 @@ class NormalBase(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
 
     def forward(self) -> dist.TorchDistribution:
+        """Build the distribution as its parameters are now, of batch shape ``()`` and event shape ``event_shape``."""
         return dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(self.loc.dim())
 
 
@@ -87,4 +89,5 @@ class FixedBase(nn.Module):
         self.distribution = distribution
 
     def forward(self) -> Distribution:
+        """Hand out the distribution."""
         return self.distribution

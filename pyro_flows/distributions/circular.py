@@ -52,6 +52,7 @@ class CircularBase(nn.Module):
         self.register_buffer("zeros", torch.zeros(len(circular)), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
+        """Build the distribution, of batch shape ``()`` and event shape ``(D,)``."""
         normal = dist.Normal(self.zeros, torch.ones_like(self.zeros), validate_args=False)
         return NormalOrUniform(self.circular, self.bound, normal)
 

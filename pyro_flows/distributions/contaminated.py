@@ -102,4 +102,5 @@ class ContaminatedNormalBase(nn.Module):
         self.register_buffer("zeros", torch.zeros(self.event_shape), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
+        """Build the distribution, of batch shape ``()`` and event shape ``event_shape``."""
         return ContaminatedNormal(self.zeros, self.share, self.scale).to_event(self.zeros.dim())

@@ -72,6 +72,7 @@ class MixtureBase(nn.Module):
         self.logits = nn.Parameter(torch.zeros(num_components))
 
     def forward(self) -> dist.TorchDistribution:
+        """Build the distribution as its parameters are now, of batch shape ``()`` and event shape ``(D,)``."""
         weights = dist.Categorical(logits=self.logits, validate_args=False)
         components = dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(1)
         return ReparameterisedMixture(weights, components, validate_args=False)

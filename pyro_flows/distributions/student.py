@@ -66,6 +66,7 @@ class StudentTBase(nn.Module):
         return self.min_df * torch.exp(math.log(self.max_df / self.min_df) * torch.sigmoid(self.free_df))
 
     def forward(self) -> dist.TorchDistribution:
+        """Build the distribution as its parameters are now, of batch shape ``()`` and event shape ``event_shape``."""
         df = self.degrees_of_freedom
         zeros, ones = torch.zeros_like(df), torch.ones_like(df)
         return dist.StudentT(df, zeros, ones, validate_args=False).to_event(df.dim())

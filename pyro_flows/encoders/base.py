@@ -37,6 +37,7 @@ class Encoder(nn.Module, ABC):
     Example::
 
         >>> import torch
+        >>> from pyro_flows.encoders import Standardize
         >>> class MeanAndSpread(Encoder):  # of series of any length
         ...     def __init__(self):
         ...         super().__init__((None,), context_dim=2, standardize=Standardize((1,)))

@@ -1,8 +1,7 @@
-"""The contract of a transform: one verb pair with an optional context, a module, Pyro's and torch's protocols derived.
+"""The contract of a transform: one verb pair with an optional context, from which Pyro's and torch's protocols follow.
 
-Everything that torch and Pyro ask of a transform follows, in this one file, from ``forward_and_log_det`` and
-``inverse_and_log_det``.  A transform keeps no state between calls.  What torch's protocol splits into two questions,
-the value and the log-determinant, is answered from one evaluation by an ephemeral :class:`View`.
+They do so in this one file.  A transform keeps no state between calls.  What torch's protocol splits into two
+questions, value and log-determinant, is answered from one evaluation by an ephemeral :class:`View`.
 """
 
 from __future__ import annotations
@@ -25,14 +24,13 @@ class FlowTransform(TransformModule):
     It is the abstract base class of all transforms: a ``torch.nn.Module`` and Pyro's ``TransformModule`` and
     ``ConditionalTransform`` in one.  ``t(x)``, ``t.inv``, ``t.condition(context)`` and all else follow from two verbs.
 
-    A subclass calls ``super().__init__``, defines the verbs, and keeps these laws at any parameters:
+    A subclass calls ``super().__init__``, defines the verbs, may override :meth:`forward_and_score`,
+    :meth:`initialize` and :meth:`compiles` or set ``codomain``, and keeps these laws at any parameters:
 
     - the verbs undo each other, and log-determinants are those of autograd's Jacobian, in nats;
     - batches have any shape, also none, and broadcast with those of contexts; events do not touch one another;
     - nothing is kept between calls, or written in place; what is set and not learned is a buffer;
     - it starts at the identity, or as its paper says, with gradients that reach every parameter.
-
-    It may override :meth:`forward_and_score`, :meth:`initialize` and :meth:`compiles`, and set ``codomain``.
 
     Args:
         event_shape: The shape of an event, as ``(D,)`` of a vector.
@@ -43,11 +41,12 @@ class FlowTransform(TransformModule):
 
     Example::
 
+        >>> import torch
         >>> from pyro_flows import Flow
         >>> class Stretch(FlowTransform):
         ...     def __init__(self, dim):
         ...         super().__init__((dim,))
-        ...         self.s = nn.Parameter(torch.zeros(dim))
+        ...         self.s = torch.nn.Parameter(torch.zeros(dim))
         ...     def forward_and_log_det(self, x, context=None):
         ...         return x * self.s.exp(), self.s.sum().expand(x.shape[:-1])
         ...     def inverse_and_log_det(self, y, context=None):
@@ -69,7 +68,7 @@ class FlowTransform(TransformModule):
             context: ``(*batch, context_dim)``, whose batch broadcasts with that of ``x``; None if there are none.
 
         Returns:
-            ``(y, log|det dy/dx|)``: events ``(*batch, *event_shape)``, and ``(*batch)``, in nats.
+            ``(y, log|det dy/dx|)``, of shapes ``(*batch, *event_shape)`` and ``(*batch)``, the latter in nats.
 
         Raises:
             ValueError: If the transform takes contexts and none is given.
@@ -145,6 +144,7 @@ class FlowTransform(TransformModule):
         return self._inverse(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """log|det dy/dx| alone, ``(*batch)`` in nats, as torch asks for it; y, the image of x, is not looked at."""
         return self.forward_and_log_det(x, context)[1]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -220,11 +220,11 @@ class View(Transform):
 
     Example::
 
+        >>> import torch
         >>> from pyro_flows.transforms import LULinear
         >>> view, x = View(LULinear(3)), torch.ones(5, 3)
-        >>> y = view(x)
-        >>> view.inv(y) is x, view.log_abs_det_jacobian(x, y).shape  # without a second evaluation
-        (True, torch.Size([5]))
+        >>> view.inv(view(x)) is x  # without a second evaluation
+        True
     """
 
     bijective = True

@@ -43,9 +43,11 @@ class Solution(NamedTuple):
 
     Example::
 
+        >>> import torch
+        >>> from pyro_flows.conditioners import VectorField
         >>> class Growth(VectorField):
         ...     def forward(self, t, x, context=None):
-        ...         return x
+        ...         return x  # by e in each of two directions
         >>> found = Continuous(Growth(2), solver="rk4").solve(torch.ones(2))
         >>> round(found.value[0].item(), 4), round(found.log_det.item(), 4), found.evaluations
         (2.7183, 2.0, 80)
