@@ -53,6 +53,11 @@ class CausalTransformer(Conditioner):
         >>> net = CausalTransformer(length=6, token_dim=3, num_params=2, hidden_dim=16)
         >>> net(torch.randn(7, 6, 3)).shape
         torch.Size([7, 6, 3, 2])
+        >>> _ = torch.nn.init.normal_(net.output.weight)  # as if trained
+        >>> x = torch.randn(6, 3)
+        >>> change = net(x) - net(x + torch.eye(6)[3].unsqueeze(-1))  # of token 3
+        >>> (change.abs().amax((1, 2)) > 1e-3).tolist()
+        [False, False, False, False, True, True]
     """
 
     order: Tensor

@@ -51,9 +51,13 @@ class Autoregressive(FlowTransform):
         >>> from pyro_flows.bijectors import Affine
         >>> from pyro_flows.conditioners import MADE
         >>> layer = Autoregressive(Affine(), MADE(3, num_params=2))
-        >>> y, log_det = layer.forward_and_log_det(torch.randn(5, 3))
-        >>> y.shape, log_det.shape
-        (torch.Size([5, 3]), torch.Size([5]))
+        >>> _ = torch.nn.init.normal_(layer.conditioner.output.weight)  # as if trained
+        >>> x = torch.randn(5, 3)
+        >>> y, log_det = layer.forward_and_log_det(x)
+        >>> torch.equal(y[:, 0], x[:, 0]), log_det.shape  # nothing steers the first feature
+        (True, torch.Size([5]))
+        >>> torch.allclose(layer.inverse_and_log_det(y)[0], x, atol=1e-3)
+        True
     """
 
     def __init__(self, bijector: Bijector, conditioner: MADE | CausalTransformer, *, fixed_point: bool = False) -> None:

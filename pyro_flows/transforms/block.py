@@ -62,10 +62,11 @@ class BlockAutoregressive(FlowTransform):
 
         >>> import torch
         >>> from pyro_flows.conditioners import MLP
-        >>> layer = BlockAutoregressive(3, (8, 8), MLP(4, 3, num_params=18))
-        >>> y, log_det = layer.forward_and_log_det(torch.randn(5, 3), torch.randn(4))
-        >>> y.shape, log_det.shape
-        (torch.Size([5, 3]), torch.Size([5]))
+        >>> layer = BlockAutoregressive(3, (8,), MLP(4, 3, num_params=10))
+        >>> _, x, context = torch.nn.init.normal_(layer.gates[0]), torch.randn(5, 3), torch.randn(4)
+        >>> y, log_det = layer.forward_and_log_det(x, context)
+        >>> torch.allclose(layer.inverse_and_log_det(y, context)[0], x, atol=1e-2), log_det.shape
+        (True, torch.Size([5]))
     """
 
     cross: Sequence[MaskedLinear]  # W and b of each hidden layer; V and c at last

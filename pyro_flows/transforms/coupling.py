@@ -44,9 +44,13 @@ class Coupling(FlowTransform):
         >>> from pyro_flows.bijectors import Affine
         >>> from pyro_flows.conditioners import MLP
         >>> coupling = Coupling(Affine(), MLP(2, 1, num_params=2), mask=[True, False, True])
-        >>> y, log_det = coupling.forward_and_log_det(torch.randn(5, 3))
-        >>> y.shape, log_det.shape
-        (torch.Size([5, 3]), torch.Size([5]))
+        >>> _ = torch.nn.init.normal_(coupling.conditioner.output.weight)  # as if trained
+        >>> x = torch.randn(5, 3)
+        >>> y, log_det = coupling.forward_and_log_det(x)
+        >>> torch.equal(y[:, [0, 2]], x[:, [0, 2]]), log_det.shape
+        (True, torch.Size([5]))
+        >>> torch.allclose(coupling.inverse_and_log_det(y)[0], x, atol=1e-3)
+        True
     """
 
     mask: Tensor

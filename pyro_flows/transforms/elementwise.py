@@ -29,9 +29,10 @@ class Elementwise(FlowTransform):
 
         >>> import torch
         >>> from pyro_flows.bijectors import RationalQuadraticSpline
-        >>> y, log_det = Elementwise(RationalQuadraticSpline(), 3).forward_and_log_det(torch.randn(5, 3))
-        >>> y.shape, log_det.shape
-        (torch.Size([5, 3]), torch.Size([5]))
+        >>> layer, x = Elementwise(RationalQuadraticSpline(), 3), torch.randn(5, 3)
+        >>> y, log_det = layer.forward_and_log_det(x)
+        >>> torch.allclose(y, x, atol=1e-5), log_det.shape, layer.params.shape
+        (True, torch.Size([5]), torch.Size([3, 23]))
     """
 
     def __init__(self, bijector: Bijector, input_dim: int, conditioner: Conditioner | None = None) -> None:

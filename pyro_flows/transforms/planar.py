@@ -50,9 +50,11 @@ class Planar(FlowTransform):
         >>> import torch
         >>> from pyro_flows.conditioners import MLP
         >>> planar = Planar(3, MLP(4, 1, num_params=7))
-        >>> y, log_det = planar.forward_and_log_det(torch.randn(5, 3), torch.randn(4))
-        >>> y.shape, log_det.shape
-        (torch.Size([5, 3]), torch.Size([5]))
+        >>> _ = torch.nn.init.normal_(planar.params)  # as if trained
+        >>> y, context = torch.randn(5, 3), torch.randn(4)
+        >>> x, log_det = planar.inverse_and_log_det(y, context)
+        >>> torch.allclose(planar.forward_and_log_det(x, context)[0], y, atol=1e-3), log_det.shape
+        (True, torch.Size([5]))
     """
 
     def __init__(self, input_dim: int, conditioner: Conditioner | None = None) -> None:

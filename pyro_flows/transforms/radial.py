@@ -49,9 +49,11 @@ class Radial(FlowTransform):
         >>> import torch
         >>> from pyro_flows.conditioners import MLP
         >>> radial = Radial(3, MLP(4, 1, num_params=5))
-        >>> y, log_det = radial.forward_and_log_det(torch.randn(5, 3), torch.randn(4))
-        >>> y.shape, log_det.shape
-        (torch.Size([5, 3]), torch.Size([5]))
+        >>> _ = torch.nn.init.normal_(radial.params)  # as if trained
+        >>> y, context = torch.randn(5, 3), torch.randn(4)
+        >>> x, log_det = radial.inverse_and_log_det(y, context)
+        >>> torch.allclose(radial.forward_and_log_det(x, context)[0], y, atol=1e-3), log_det.shape
+        (True, torch.Size([5]))
     """
 
     def __init__(self, input_dim: int, conditioner: Conditioner | None = None) -> None:

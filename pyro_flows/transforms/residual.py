@@ -64,9 +64,11 @@ class Residual(FlowTransform):
         >>> import torch
         >>> from pyro_flows.conditioners import LipschitzMLP
         >>> residual = Residual(LipschitzMLP(3, context_dim=4))
-        >>> y, log_det = residual.forward_and_log_det(torch.randn(5, 3), torch.randn(4))
-        >>> y.shape, log_det.shape
-        (torch.Size([5, 3]), torch.Size([5]))
+        >>> _ = torch.nn.init.normal_(residual.net.output.weight)  # as if trained
+        >>> x, context = torch.randn(5, 3), torch.randn(4)
+        >>> y, log_det = residual.forward_and_log_det(x, context)
+        >>> torch.allclose(residual.inverse_and_log_det(y, context)[0], x, atol=1e-3), log_det.shape
+        (True, torch.Size([5]))
     """
 
     def __init__(self, net: LipschitzMLP, exact: bool | None = None) -> None:

@@ -68,9 +68,11 @@ class Sylvester(FlowTransform):
         >>> from pyro_flows.conditioners import MLP
         >>> net = MLP(4, 1, Sylvester.count_params(3, rank=2, reflections=2))
         >>> sylvester = Sylvester(3, rank=2, reflections=2, conditioner=net)
-        >>> y, log_det = sylvester.forward_and_log_det(torch.randn(5, 3), torch.randn(4))
-        >>> y.shape, log_det.shape
-        (torch.Size([5, 3]), torch.Size([5]))
+        >>> _ = torch.nn.init.normal_(sylvester.params)  # as if trained
+        >>> y, context = torch.randn(5, 3), torch.randn(4)
+        >>> x, log_det = sylvester.inverse_and_log_det(y, context)
+        >>> torch.allclose(sylvester.forward_and_log_det(x, context)[0], y, atol=1e-3), log_det.shape
+        (True, torch.Size([5]))
     """
 
     def __init__(
