@@ -69,7 +69,7 @@ class NormalBase(nn.Module):
 class FixedBase(nn.Module):
     """Hands out a distribution as it is.  It keeps its dtype and device when the flow moves.
 
-    A :class:`~pyro_flows.Flow` makes one of a distribution that is given as its base.
+    A :class:`~pyro_flows.flows.Flow` makes one of a distribution that is given as its base.
 
     Args:
         distribution: Any torch or Pyro distribution; its event shape has to be that of the flow, so
