@@ -66,7 +66,7 @@ class PathELBO(PathGradient, Trace_ELBO):
         vectorize_particles: Whether draws run side by side under an outer plate, for which the model must broadcast to
             the left of its plates, or one after the other.
 
-    The rest are those of Pyro's ``ELBO``.
+    The other arguments are those of Pyro's ``ELBO``.
 
     Raises:
         ValueError: In use, naming the site, if the context of a flow in the guide is another each time, as with
@@ -100,7 +100,7 @@ class PathEnumELBO(PathGradient, TraceEnum_ELBO):
         vectorize_particles: Whether draws run side by side under an outer plate, for which the model must broadcast to
             the left of its plates, or one after the other.
 
-    The rest are those of Pyro's ``ELBO``.
+    The other arguments are those of Pyro's ``ELBO``.
 
     Raises:
         ValueError: In use, naming the site, if the context of a flow in the guide is another each time, as with
