@@ -34,8 +34,7 @@ from amortized_table import METHODS, Results, page
 from torch import Tensor, nn
 
 import pyro_flows as pf
-from pyro_flows import encoders
-from pyro_flows.diagnostics.plots import plot_calibration
+from pyro_flows import encoders, plots
 from pyro_flows.distributions import FixedBase
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
@@ -222,7 +221,7 @@ def calibration(results: Results, options: argparse.Namespace, seed: int) -> Non
         measures = {"sbc_p": found.sbc_p, "coverage_p": found.coverage_p, "tarp_p": found.tarp_p, "in_90": inside}
         results.add(*key, kind, seed, seconds=fit.seconds, **measures)
         if seed == options.seeds[0]:
-            plot_calibration(found).savefig(options.out / f"calibration_{kind}.png", dpi=110)
+            plots.calibration(found).savefig(options.out / f"calibration_{kind}.png", dpi=110)
 
 
 def hierarchy(results: Results, options: argparse.Namespace, seed: int) -> None:

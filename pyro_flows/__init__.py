@@ -13,6 +13,7 @@ from .diagnostics import check as check
 from .diagnostics import importance_log_likelihood as importance_log_likelihood
 from .diagnostics import neutra as neutra
 from .diagnostics import ode_report as ode_report
+from .diagnostics import plots as plots
 from .diagnostics import psis as psis
 from .diagnostics import refine as refine
 from .diagnostics import resample as resample

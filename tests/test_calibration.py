@@ -13,11 +13,10 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor, nn
 
-from pyro_flows import AutoFlow, Flow, calibrate, fit_amortized, flows
+from pyro_flows import AutoFlow, Flow, calibrate, fit_amortized, flows, plots
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import Conditioner
 from pyro_flows.diagnostics.calibration import uniformity
-from pyro_flows.diagnostics.plots import plot_calibration
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.transforms import Elementwise
 
@@ -204,7 +203,7 @@ def test_uniformity():
 def test_plot():
     for settings in ({}, {"width": 0.6}):
         found = calibrate(model, by_hand(**settings), num_simulations=100, num_samples=40)
-        figure = plot_calibration(found)
+        figure = plots.calibration(found)
         assert isinstance(figure, Figure)
         assert len(figure.axes) == 3
         assert found.reason[:30] in figure._suptitle.get_text()

@@ -22,7 +22,6 @@ from pyro_flows.__main__ import main
 from pyro_flows.commands import DENSITIES, RECIPES, Refused, density
 from pyro_flows.commands.nats import gaussian_of, report
 from pyro_flows.commands.table import read_table, split_names
-from pyro_flows.diagnostics.pairs import plot_pairs
 from pyro_flows.fitting import fit_density, loop
 
 RANDOM = np.random.default_rng(0)
@@ -325,7 +324,7 @@ def test_nothing_half_written_is_left_behind(folder, monkeypatch):
             raise OSError(28, "No space left on device")
 
     (folder / "model.png").write_bytes(b"the old one")
-    monkeypatch.setattr(density, "plot_pairs", lambda *_: Picture())
+    monkeypatch.setattr(density.plots, "pairs", lambda *_, **__: Picture())
     with pytest.raises(OSError, match="No space left"):
         run("table.csv", "--quiet", epochs=1)
     assert (folder / "model.png").read_bytes() == b"the old one"
@@ -369,54 +368,6 @@ def test_the_report_tells_errors_of_means_and_of_the_gain():
         "gain  1.000 ± 0.000 nats a row over the Gaussian, on the test rows one by one",
         "time  1.2 s, 3 epochs",
     ]
-
-
-# The picture.
-
-
-def test_the_picture_shows_data_below_and_samples_above_on_the_same_axes():
-    data = RANDOM.standard_normal((500, 3)) * (1.0, 10.0, 100.0)
-    data[0] = 1e6  # an outlier does not squash the others
-    samples = RANDOM.standard_normal((400, 3)) + 1
-    samples[1] = np.inf
-    figure = plot_pairs(data, samples, ["a", "b", "a name that is far too long"])
-    axes = np.array(figure.axes).reshape(3, 3)
-    for row, column in ((0, 1), (0, 2), (1, 2)):
-        above, below = axes[row, column], axes[column, row]
-        assert above.get_xlim() == below.get_ylim()
-        assert above.get_ylim() == below.get_xlim()
-        assert len(above.collections[0].get_offsets()) == 399  # without the infinite one
-        np.testing.assert_array_equal(below.collections[0].get_offsets(), data[:399, [row, column]])
-        np.testing.assert_array_equal(above.collections[0].get_offsets(), np.delete(samples, 1, 0)[:, [column, row]])
-        assert below.get_xlim() == axes[row, row].get_xlim()
-    low, high = axes[1, 1].get_xlim()
-    assert -60 < low < -20
-    assert 20 < high < 60
-    assert [axis.get_xlabel() for axis in axes[2]] == ["a", "b", "a name tha… too long"]
-    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["a", "b", "a name tha… too long"]
-
-
-def test_the_picture_of_many_columns_shows_the_first_and_says_so():
-    data = RANDOM.standard_normal((50, 8))
-    figure = plot_pairs(data, data, list("abcdefgh"))
-    assert len(figure.axes) == 36
-    assert "(the first 6 of 8 columns)" in figure.get_suptitle()
-    assert "columns" not in plot_pairs(data[:, :2], data[:, :2], "ab").get_suptitle()
-
-
-def test_the_picture_takes_any_names(tmp_path):
-    """Dollars begin no formula, which could not be drawn."""
-    figure = plot_pairs(X, X, ["price ($", r"\frac{$}{$}_x^"])
-    figure.savefig(tmp_path / "pairs.png")
-    assert figure.axes[2].get_xlabel() == r"price (\$"
-
-
-def test_the_picture_of_a_column_that_hardly_varies_has_a_width():
-    data = np.zeros((500, 1))
-    data[0] = 3.0
-    low, high = plot_pairs(data, data, "a").axes[0].get_xlim()
-    assert low < 0
-    assert high > 3
 
 
 # Tables.

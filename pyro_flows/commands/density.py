@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from ..diagnostics.pairs import plot_pairs
+from ..diagnostics import plots
 from ..distributions import StudentTBase
 from ..files import write_atomically
 from ..fitting import Fit, fit_density
@@ -95,9 +95,9 @@ def run(
     usable = bool(gain.mean() >= -two_errors(gain))
     samples = flow().sample((SAMPLES,))
     titles = [f"{name} + noise" if place in integers else name for place, name in enumerate(table.columns)]
-    figure = plot_pairs(torch.cat(scored).numpy(), samples.numpy(), titles)
+    picture = plots.pairs(torch.cat(scored), samples, names=titles, labels=("data", "samples"))
     save(flow, out)
-    write_atomically(paths[1], lambda path: figure.savefig(path, dpi=150))
+    write_atomically(paths[1], lambda path: picture.savefig(path, dpi=150))
     if not quiet:
         assert fit.held_out is not None  # there are rows to validate
         note = f", {len(fit.held_out)} epoch{'' if len(fit.held_out) == 1 else 's'}"

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..diagnostics import check, to_arviz
-from ..diagnostics.plots import plot_funnel
 from ..files import write_atomically
 from ..fitting import fit_svi
 from ..flows import Flow
 from ..guides import AutoFlow
+from .funnel import plot_funnel
 from .report import draws_of, report
 
 SCHOOLS = "ABCDEFGH"

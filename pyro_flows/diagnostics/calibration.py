@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..encoders.base import at_rest
+from . import plots
 from .draws import check_integers
 from .quantities import labels_of
 from .simulations import Simulations
@@ -71,6 +72,10 @@ class Calibration:
         side = "low" if bias > 0 else "high"
         how = f"too {side}" if abs(bias) > abs(spread) else "too narrow" if spread > 0 else "too wide"
         return f"The draws are not calibrated: {found}; worst is {self.names[worst]}, whose draws lie {how}."
+
+    def plot(self) -> Any:
+        """Picture the three tests: :func:`pyro_flows.plots.calibration`."""
+        return plots.calibration(self)
 
     def __repr__(self) -> str:
         return (

@@ -42,6 +42,18 @@ def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     return np.asarray(smoothed), math.inf if np.isnan(khat) else float(khat)
 
 
+def kde(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A grid over the range of values ``(N,)``, and an estimate of their density on it, right at hard ends too."""
+    arviz = import_arviz()
+    if hasattr(arviz, "psislw"):
+        grid, density = arviz.kde(values)
+    else:
+        from arviz_stats.base import array_stats
+
+        grid, density, _ = array_stats.kde(values)  # and the bandwidth
+    return np.asarray(grid), np.asarray(density)
+
+
 def container(groups: Groups, attrs: dict[str, Any]) -> Any:
     """An ``InferenceData`` (0.2x) or ``DataTree`` (1.x) of groups of variables.
 

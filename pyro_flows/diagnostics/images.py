@@ -55,20 +55,25 @@ def save_images(images: Tensor, path: str | os.PathLike[str], *, columns: int = 
         >>> import torch
         >>> save_images(torch.rand(20, 1, 8, 8), f"{tempfile.mkdtemp()}/noise.png")
     """
+    pixels = tiled("save_images", images, columns, levels)
+    zoom = max(1, round(40 / images.shape[2]))
+    picture = pixels.repeat(zoom, 0).repeat(zoom, 1)
+    from matplotlib.image import imsave
+
+    write_atomically(Path(path), lambda draft: imsave(draft, picture, format="png"))
+
+
+def tiled(caller: str, images: Tensor, columns: int, levels: int | None) -> np.ndarray:
+    """Images side by side as one, a pixel of white between them: ``(height, width, 3)``, from 0 to 1."""
     if images.dim() != 4 or images.shape[1] not in (1, 3) or not len(images):
-        raise ValueError(f"save_images: images must have shape (N, 1 or 3, H, W), got {tuple(images.shape)}.")
+        raise ValueError(f"{caller}: images must have shape (N, 1 or 3, H, W), got {tuple(images.shape)}.")
     pixels = images.detach().to("cpu", torch.float64).numpy()
     low, high = (0.0, levels - 1.0) if levels else np.quantile(pixels, [0.01, 0.99])
     pixels = np.clip((pixels - low) / max(high - low, 1e-12), 0, 1)
     number, channels, height, width = pixels.shape
     columns = min(columns, number)
     rows = math.ceil(number / columns)
-    zoom = max(1, round(40 / height))
     grid = np.ones((rows * columns, channels, height + 1, width + 1))
     grid[:number, :, :height, :width] = pixels
     grid = grid.reshape(rows, columns, channels, height + 1, width + 1).transpose(0, 3, 1, 4, 2)
-    picture = grid.reshape(rows * (height + 1), columns * (width + 1), channels)
-    picture = np.repeat(np.repeat(picture, 3 // channels, 2), zoom, 0).repeat(zoom, 1)
-    from matplotlib.image import imsave
-
-    write_atomically(Path(path), lambda draft: imsave(draft, picture, format="png"))
+    return np.repeat(grid.reshape(rows * (height + 1), columns * (width + 1), channels), 3 // channels, 2)

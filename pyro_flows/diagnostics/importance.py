@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import plots
 from .compat import psislw
 from .draws import draw
 
@@ -49,6 +50,10 @@ class Psis:
     def reliable(self) -> bool:
         """Whether k-hat is below its threshold."""
         return self.khat < self.threshold
+
+    def plot(self) -> Any:
+        """Picture the weights: :func:`pyro_flows.plots.weights`."""
+        return plots.weights(self)
 
     def __repr__(self) -> str:
         evidence = f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}"

@@ -19,6 +19,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from . import plots
 from .chains import Chains
 from .charts import Chart, White, charts_of
 from .density import or_nan
@@ -110,10 +111,8 @@ class Check:
         )
 
     def plot(self) -> Any:
-        """Picture the errors of each quantity and the weights: a matplotlib figure."""
-        from .plots import plot_check
-
-        return plot_check(self)
+        """Picture the errors of each quantity and the weights: :func:`pyro_flows.plots.check`."""
+        return plots.check(self)
 
 
 def check(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..diagnostics import Check
+from ..diagnostics import Check, plots
 from . import checkpoint as checkpoints
 from . import processes
 from .gradients import backward
@@ -61,6 +61,10 @@ class Fit:
     check: Check | None = None
     rungs: tuple[Any, ...] = ()
     held_out: Tensor | None = None
+
+    def plot(self) -> Any:
+        """Picture the losses: :func:`pyro_flows.plots.history`."""
+        return plots.history(self)
 
     def __repr__(self) -> str:
         rungs = "".join(f"\n{number}. {rung}" for number, rung in enumerate(self.rungs, 1))

@@ -1,0 +1,74 @@
+"""The errors of a guide that a check sees, quantity by quantity, and its weights."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from .picture import Picture
+
+
+def check(found: Any, *, most: int = 30) -> Picture:
+    """The errors of a guide that chains and weights see, and its weights.
+
+    Args:
+        found: What :func:`~pyro_flows.check` returns.
+        most: How many quantities are shown: those with the largest errors.
+
+    Returns:
+        A matplotlib figure.
+
+    Example::
+
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import pyro_flows as pf
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> guide = pf.AutoFlow(model)
+        >>> fit = pf.fit_svi(model, guide, steps=5, progress=False)
+        >>> picture = check(pf.check(model, guide, num_samples=1000))
+        >>> [label.get_text() for label in picture.axes[0].get_yticklabels()]
+        ['x']
+    """
+    from .picture import Picture
+
+    chains, weighted = found.chains, found.weighted
+    size = torch.maximum(chains.error.abs(), (chains.ratio - 1).abs())
+    shown = size.argsort(descending=True)[:most].sort().values
+    rows = np.arange(len(shown))
+    picture = Picture(11, 2.6 + 0.2 * len(shown))
+    left, middle, right = picture.grid(3, 3)
+    panels = {
+        "error of the mean (posterior sd)": (left, 0.0, "error", "error_se"),
+        "sd, guide / posterior": (middle, 1.0, "ratio", "ratio_se"),
+    }
+    for label, (axis, truth, value, noise) in panels.items():
+        reach = 0.4
+        axis.axvspan(truth - 0.1, truth + 0.1, color="C2", alpha=0.15, lw=0)
+        for drift, name, color, shift in ((chains, "chains", "C0", -0.15), (weighted, "weights", "C1", 0.15)):
+            places = getattr(drift, value)[shown].cpu().numpy().clip(truth - 1.5, truth + 3)
+            errors = 2 * getattr(drift, noise)[shown].cpu().numpy()
+            reach = max(reach, float(abs(places - truth).max()) + 0.15)
+            axis.errorbar(places, rows + shift, xerr=errors, fmt="o", ms=3.5, lw=1.2, color=color, label=name)
+        axis.axvline(truth, color="0.4", lw=0.8)
+        axis.set_xlim(truth - min(reach, truth + 1.6), truth + reach)  # where errors end at times far away
+        axis.set_xlabel(label)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.set_yticks(
+            rows, [found.names[i] for i in shown.tolist()] if axis is left else [""] * len(rows), fontsize=8
+        )
+    left.legend(frameon=False, fontsize=8)
+    log_weights = (found.psis.log_weights - found.log_evidence).cpu().numpy()
+    right.hist(log_weights.clip(-6, 6), bins=80, color="0.6")
+    right.set_yscale("log")
+    right.axvline(0, color="0.4", lw=0.8)
+    right.set_xlabel("log-weight − log evidence (nats)")
+    right.set_ylabel("draws")
+    right.set_title(f"k-hat {found.khat:.2f}", fontsize=10)
+    picture.suptitle(textwrap.fill(f"{found.verdict}: {found.reason}", 130), fontsize=10)
+    return picture

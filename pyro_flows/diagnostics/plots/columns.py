@@ -1,0 +1,55 @@
+"""Draws as named columns of numbers, from the forms in which samplers and guides give them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..quantities import labels_of
+
+Draws: TypeAlias = Mapping[str, Tensor | np.ndarray] | Tensor | np.ndarray
+
+
+def columns_of(caller: str, argument: str, draws: Draws, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Columns ``(N,)`` by their names, from draws of sites ``(N, *shape)`` or a table ``(N, D)``.
+
+    Raises:
+        ValueError: If there are no draws, sites differ in their number, or names in that of the columns.
+    """
+    if isinstance(draws, Mapping):
+        sites = {name: as_array(values) for name, values in draws.items()}
+    else:
+        table = as_array(draws)
+        if table.ndim != 2:
+            raise ValueError(f"{caller}: {argument} must be a dict of sites or of shape (N, D), got {table.shape}.")
+        sites = dict(zip(_names(caller, names, table.shape[1]), table.T, strict=True))
+    lengths = {name: len(values) if values.ndim else 0 for name, values in sites.items()}
+    if len(set(lengths.values())) != 1 or min(lengths.values()) < 2:
+        raise ValueError(f"{caller}: {argument} must hold two draws or more, as many of each site; it holds {lengths}.")
+    columns: dict[str, np.ndarray] = {}
+    for name, values in sites.items():
+        flat = values.reshape(len(values), -1).astype(float)
+        columns.update(zip(labels_of(name, torch.Size(values.shape[1:])), flat.T, strict=True))
+    return columns
+
+
+def as_array(values: Any) -> np.ndarray:
+    """Numbers on the CPU without a gradient."""
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def shortened(name: str, most: int = 20) -> str:
+    """A name that fits beside an axis, and that begins no formula."""
+    short = name if len(name) <= most else f"{name[: most // 2]}…{name[most // 2 + 1 - most :]}"
+    return short.replace("$", r"\$")
+
+
+def _names(caller: str, names: Sequence[str] | None, number: int) -> list[str]:
+    found = [f"x[{i}]" for i in range(number)] if names is None else [str(name) for name in names]
+    if len(found) != number or len(set(found)) != number:
+        raise ValueError(f"{caller}: names must be {number} different ones, got {found}.")
+    return found

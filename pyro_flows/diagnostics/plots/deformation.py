@@ -1,0 +1,92 @@
+"""What a flow of two features does to the plane, layer by layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...flows import Flow
+from ...transforms import FlowTransform, Inverse
+
+if TYPE_CHECKING:
+    from .picture import Picture
+
+REACH = 2.5  # of the grid, in standard deviations of the base
+LINES, POINTS = 21, 201  # in each direction, and along each
+DOTS = 1000  # draws
+
+
+@torch.no_grad()
+def deformation(flow: Flow, context: Tensor | None = None, *, most: int = 8) -> Picture:
+    """Picture a square grid of the base, and draws from it, as the transforms of a flow carry them to the data.
+
+    Args:
+        flow: A flow over vectors of two features.
+        context: One context, ``(context_dim,)`` or what the flow's encoder takes for one event; None where the flow
+            takes none.
+        most: How many pictures are shown: the base, and what some transforms, evenly chosen, and the last have made.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ValueError: If the flow's events are not two numbers, there are fewer than two pictures, or the context does not
+            fit, or is of more than one event.
+
+    Example::
+
+        >>> from pyro_flows import flows
+        >>> picture = deformation(flows.nsf(2, num_transforms=2))
+        >>> [axis.get_title() for axis in picture.axes][:2]
+        ['base', '1 Coupling']
+    """
+    from .picture import Picture
+
+    if tuple(flow.event_shape) != (2,):
+        raise ValueError(f"deformation: the flow must be over two features, got {tuple(flow.event_shape)}.")
+    if most < 2:
+        raise ValueError(f"deformation: most must be 2 or more, got {most}.")
+    encoded = flow.encode(context)
+    if encoded is not None and encoded.dim() > 1:
+        raise ValueError(f"deformation: one context is pictured, got a batch of {tuple(encoded.shape[:-1])}.")
+    draws = flow.base().sample((DOTS,))
+    ticks, along = torch.linspace(-REACH, REACH, LINES), torch.linspace(-REACH, REACH, POINTS)
+    upright = torch.stack(torch.meshgrid(ticks, along, indexing="ij"), -1)  # (LINES, POINTS, 2)
+    unit = torch.cat((upright, upright.flip(-1))).to(draws)
+    value = torch.cat((unit.reshape(-1, 2) * draws.std(0) + draws.mean(0), draws))
+    stages = [("base", value)]
+    for number, transform in enumerate(flow.transforms, 1):
+        value, _ = transform.forward_and_log_det(value, encoded if transform.context_dim else None)
+        stages.append((f"{number} {_title(transform)}", value))
+    chosen = np.unique(np.linspace(0, len(stages) - 1, min(most, len(stages))).round().astype(int))
+    columns = min(4, len(chosen))
+    rows = -(-len(chosen) // columns)
+    picture = Picture(2.4 * columns, 2.55 * rows)
+    for axis, place in zip(picture.grid(len(chosen), columns), chosen, strict=True):
+        title, carried = stages[place]
+        _draw(axis, carried.cpu().double())
+        axis.set_title(title, fontsize=9)
+    return picture
+
+
+def _draw(axis: Any, carried: Tensor) -> None:
+    """Lines in two colours over the draws, in a frame that holds nearly all of these."""
+    from matplotlib.collections import LineCollection
+
+    size = LINES * POINTS
+    for part, color in ((carried[:size], "C0"), (carried[size : 2 * size], "C1")):
+        axis.add_collection(LineCollection(list(part.reshape(LINES, POINTS, 2).numpy()), colors=color, lw=0.7))
+    draws = carried[2 * size :].numpy()
+    axis.scatter(*draws.T, s=2, color="0.25", alpha=0.35, lw=0, zorder=3, rasterized=True)
+    low, high = np.quantile(draws, [0.005, 0.995], axis=0)
+    margin = 0.12 * (high - low) + 1e-6
+    axis.set_xlim(low[0] - margin[0], high[0] + margin[0])
+    axis.set_ylim(low[1] - margin[1], high[1] + margin[1])
+    axis.tick_params(labelsize=7)
+
+
+def _title(transform: FlowTransform) -> str:
+    return f"inverse {_title(transform.inv)}" if isinstance(transform, Inverse) else type(transform).__name__

@@ -1,0 +1,69 @@
+"""The losses of a fit, step by step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .picture import Picture
+
+WINDOW = 50  # steps, of the running mean
+
+
+def history(fit: Any) -> Picture:
+    """Picture the loss of each step of a fit, its running mean, held-out losses, and the state that was kept.
+
+    The highest losses, those of the first steps above all, are cut off: the axis ends where 97 of 100 lie.
+
+    Args:
+        fit: A :class:`~pyro_flows.Fit`, what ``fit_svi``, ``fit_density`` and ``fit_amortized`` return.
+
+    Returns:
+        A matplotlib figure; the loss is in nats, or in what the objective measures.
+
+    Raises:
+        ValueError: If no step was finite.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows import fit_density, flows
+        >>> fit = fit_density(flows.nsf(2), torch.randn(100, 2), max_epochs=2, progress=False)
+        >>> picture = history(fit)  # notebooks show it; picture.savefig("fit.png") writes it
+        >>> picture.axes[0].get_xlabel()
+        'step'
+    """
+    from .picture import Picture
+
+    losses = fit.losses.cpu().double().numpy()
+    steps = np.arange(1, len(losses) + 1)
+    sound = np.isfinite(losses)
+    if not sound.any():
+        raise ValueError("history: no step of this fit has a finite loss.")
+    picture = Picture(7.5, 3.6)
+    (axis,) = picture.grid(1, 1)
+    axis.plot(steps, np.where(sound, losses, np.nan), color="C0", lw=0.7, alpha=0.35, label="each step")
+    width = min(WINDOW, max(1, sound.sum() // 5))
+    smooth = np.convolve(losses[sound], np.full(width, 1 / width), mode="valid")
+    axis.plot(steps[sound][width - 1 :], smooth, color="C0", lw=1.6, label=f"mean of {width} steps")
+    shown = [losses[sound], smooth]
+    if fit.held_out is not None and len(fit.held_out):
+        held_out = fit.held_out.cpu().double().numpy()
+        places = np.linspace(0, len(losses), len(held_out) + 1)[1:]
+        axis.plot(places, held_out, color="C1", lw=1.6, label="held out, after each epoch")
+        shown.append(held_out[np.isfinite(held_out)])
+    axis.plot(fit.best_step, fit.best_loss, "o", color="C3", ms=6, zorder=3, label=f"kept: {fit.best_loss:.3f}")
+    together = np.concatenate(shown)
+    low, high = together.min(), max(np.quantile(together, 0.97), fit.best_loss)
+    margin = 0.06 * (high - low) or 0.5
+    axis.set_ylim(low - margin, high + margin)
+    axis.set_xlim(0, len(losses) + 1)
+    axis.set_xlabel("step")
+    axis.set_ylabel("loss")
+    skipped = f", {fit.skipped} skipped" if fit.skipped else ""
+    axis.set_title(f"{fit.steps} steps in {fit.seconds:.1f} s{skipped}", fontsize=11)
+    axis.legend(frameon=False, fontsize=9, loc="upper right")
+    axis.grid(axis="y", alpha=0.3)
+    return picture

@@ -1,0 +1,100 @@
+"""The density of each quantity, of a guide's draws beside a reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..compat import kde
+from .columns import Draws, as_array, columns_of, shortened
+
+if TYPE_CHECKING:
+    from .picture import Picture
+
+COLUMNS = 4  # panels in a row
+REACH = 0.003  # of the draws lie beyond either end of an axis
+
+
+def marginals(
+    draws: Draws,
+    reference: Draws | None = None,
+    *,
+    truth: Mapping[str, Any] | None = None,
+    labels: tuple[str, str] = ("guide", "reference"),
+    most: int = 12,
+) -> Picture:
+    """Picture the marginal density of each quantity, by ArviZ's kernel density estimate.
+
+    Args:
+        draws: Draws of sites, ``(N, *shape)`` each, as ``guide.sample(N)`` gives them; or a table ``(N, D)``.
+        reference: Draws to compare with, such as those of NUTS, ``mcmc.get_samples()``; sites that ``draws`` lacks are
+            left out.
+        truth: Values that draws should cover, by the names of the sites: a line in each panel.
+        labels: What the draws and the reference are called.
+        most: How many quantities are shown: the first ones.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ValueError: If there are no draws, or sites differ in their number; or if the reference has none of the
+            quantities, or the truth another shape.
+
+    Example::
+
+        >>> import torch
+        >>> draws = {"mu": torch.randn(500), "theta": torch.randn(500, 2)}
+        >>> picture = marginals(draws, {"mu": torch.randn(300)}, truth={"mu": 0.5})
+        >>> [axis.get_title() for axis in picture.axes]
+        ['mu', 'theta[0]', 'theta[1]']
+    """
+    from .picture import Picture
+
+    columns = columns_of("marginals", "draws", draws)
+    others = {} if reference is None else columns_of("marginals", "reference", reference)
+    if reference is not None and not columns.keys() & others.keys():
+        raise ValueError(f"marginals: the reference holds {list(others)}, and none of {list(columns)}.")
+    lines = {} if truth is None else columns_of("marginals", "truth", _twice(truth))
+    shown = dict(list(columns.items())[:most])
+    width = min(COLUMNS, len(shown))
+    rows = math.ceil(len(shown) / width)
+    picture = Picture(max(4.5, 2.3 * width), 1.1 + 1.7 * rows)
+    for axis, (name, own) in zip(picture.grid(len(shown), width), shown.items(), strict=True):
+        other = others.get(name)
+        known = [own] if other is None else [own, other]
+        low = min(np.quantile(x, REACH) for x in known)
+        high = max(np.quantile(x, 1 - REACH) for x in known)
+        grid, density = _density(own, low, high)
+        axis.fill_between(grid, density, color="C0", alpha=0.4, lw=0, label=labels[0])
+        if other is not None:
+            axis.plot(*_density(other, low, high), color="C1", lw=1.6, label=labels[1])
+        if name in lines:
+            axis.axvline(lines[name][0], color="0.2", lw=1.2, ls="--", label="truth")
+        axis.set_ylim(bottom=0)
+        axis.set_yticks([])
+        axis.spines["left"].set_visible(False)
+        axis.set_title(shortened(name), fontsize=10)
+        axis.tick_params(labelsize=8)
+    handles, names = max((axis.get_legend_handles_labels() for axis in picture.axes), key=lambda found: len(found[1]))
+    if len(names) > 1:
+        picture.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False, fontsize=9)
+    if len(columns) > most:
+        picture.supxlabel(f"the first {most} of {len(columns)} quantities", fontsize=9)
+    return picture
+
+
+def _twice(truth: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """One value of each site, as if it had been drawn twice."""
+    return {name: np.stack([as_array(value)] * 2) for name, value in truth.items()}
+
+
+def _density(values: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """An estimate of the density between two ends."""
+    inside = values[(low <= values) & (values <= high)]
+    if len(inside) < 2 or inside.min() == inside.max():
+        return np.array([low, high]), np.zeros(2)
+    grid, density = kde(inside)
+    return grid, density * len(inside) / len(values)

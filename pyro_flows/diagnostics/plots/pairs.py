@@ -1,0 +1,137 @@
+"""Pairs of quantities, of draws beside a reference: a table against the samples of a flow, a guide against NUTS."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .columns import Draws, columns_of, shortened
+
+if TYPE_CHECKING:
+    from .picture import Picture
+
+POINTS = 3000  # of each table, in each panel, at most
+BINS = 50  # at most
+FAR = 5  # interquartile ranges beyond the quartiles, where axes end
+
+
+def pairs(
+    draws: Draws,
+    reference: Draws | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    labels: tuple[str, str] = ("draws", "reference"),
+    most: int = 6,
+) -> Picture:
+    """Picture pairs of quantities, the draws below the diagonal and the reference above it; on it, each on its own.
+
+    Axes span the middle of the draws, 99 of 100, and a margin, and no more than five interquartile ranges beyond
+    the quartiles; what lies farther out is not seen, nor what is not finite.  Of both as many points are shown.
+
+    Args:
+        draws: A table ``(N, D)``, or draws of sites, ``(N, *shape)`` each, as ``guide.sample(N)`` gives them.
+        reference: The same of what they are compared with; of sites, those of the same names.
+        names: Those of a table's columns.
+        labels: What the draws and the reference are called.
+        most: How many quantities are shown: the first ones.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ValueError: If there are no draws, sites differ in their number, names in that of the columns, or the reference
+            has none of the quantities.
+
+    Example::
+
+        >>> import torch
+        >>> picture = pairs(torch.randn(500, 3), torch.randn(400, 3), names=["a", "b", "c"], labels=("data", "flow"))
+        >>> print(picture.get_suptitle())
+        data (filled) and flow (line); in pairs, data below the
+        diagonal and flow above it
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    from .picture import Picture
+
+    found = [columns_of("pairs", "draws", draws, names)]
+    if reference is not None:
+        found.append(columns_of("pairs", "reference", reference, names))
+    common = [name for name in found[0] if name in found[-1]]
+    if not common:
+        raise ValueError(f"pairs: the reference holds {list(found[1])}, and none of {list(found[0])}.")
+    shown = common[:most]
+    width = len(shown)
+    tables = [np.stack([columns[name] for name in shown], -1) for columns in found]
+    tables = [x[np.isfinite(x).all(1)] for x in tables]
+    limits = [_limits(column) for column in tables[0].T]
+    points = min(POINTS, *map(len, tables))
+    bins = round(min(BINS, max(10, 2 * len(tables[0]) ** (1 / 3))))
+    side = max(4.2, 1.9 * width)
+    picture = Picture(side, side)
+    axes = picture.subplots(width, width, squeeze=False)
+    for row, column in np.ndindex(width, width):
+        axis = axes[row, column]
+        if row < column and len(tables) == 1:
+            axis.set_axis_off()
+            continue
+        if row == column:
+            low, high = limits[row]
+            edges = np.linspace(low, high, bins + 1)
+            counts = [np.histogram(x[:, row], edges)[0] / max(1, len(x)) for x in tables]
+            axis.stairs(counts[0], edges, fill=True, color="C0", alpha=0.35)
+            for count in counts[1:]:
+                axis.stairs(count, edges, color="C1", lw=1.4)
+            axis.set_ylim(0, 1.1 * max(float(count.max()) for count in counts))
+            axis.set_yticks([])
+        else:
+            above = row < column
+            dots = tables[above][:points]
+            style = {"s": 3, "alpha": min(1.0, 0.25 * (POINTS / max(1, points)) ** 0.5), "lw": 0, "rasterized": True}
+            axis.scatter(dots[:, column], dots[:, row], color=f"C{int(above)}", **style)
+            axis.set_ylim(*limits[row])
+            axis.yaxis.set_major_locator(MaxNLocator(3))
+            axis.yaxis.set_major_formatter(_tick)
+        axis.set_xlim(*limits[column])
+        axis.xaxis.set_major_locator(MaxNLocator(3))
+        axis.xaxis.set_major_formatter(_tick)
+        first_row = row == 0 and column == width - 1 > 0  # whose own first panel has no ticks
+        axis.tick_params(
+            labelsize=8, labelbottom=row == width - 1, labelleft=column == 0, right=first_row, labelright=first_row
+        )
+        if row == width - 1:
+            axis.set_xlabel(shortened(shown[column]))
+        if column == 0 and width > 1:
+            axis.set_ylabel(shortened(shown[row]))
+    picture.align_labels()
+    title = _title(labels, alone=len(tables) == 1, single=width == 1)
+    title += f" (the first {width} of {len(common)} columns)" if width < len(common) else ""
+    picture.suptitle(textwrap.fill(title, round(11 * side)), fontsize=11)
+    return picture
+
+
+def _title(labels: tuple[str, str], *, alone: bool, single: bool) -> str:
+    first, second = labels
+    if alone:
+        return first
+    title = f"{first} (filled) and {second} (line)"
+    return title if single else f"{title}; in pairs, {first} below the diagonal and {second} above it"
+
+
+def _limits(x: np.ndarray) -> tuple[float, float]:
+    """Where the middle of a column lies, with a margin."""
+    low, first, third, high = np.quantile(x, [0.005, 0.25, 0.75, 0.995])
+    if low == high:
+        low, high = x.min(), x.max()
+    elif reach := FAR * (third - first):
+        low, high = max(low, first - reach), min(high, third + reach)
+    margin = 0.08 * (high - low) or 0.5
+    return float(low - margin), float(high + margin)
+
+
+def _tick(value: float, _: int) -> str:
+    """A number whole: powers of ten of a whole axis would lie between the panels."""
+    return f"{value:.6g}".replace("e+0", "e").replace("e-0", "e-").replace("-", "−")

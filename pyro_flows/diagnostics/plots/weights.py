@@ -1,0 +1,71 @@
+"""The importance weights of a guide's draws: how they spread, and how few draws hold them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .picture import Picture
+
+FAR = 8.0  # nats, beyond which log-weights are shown at the edge
+
+
+def weights(found: Any) -> Picture:
+    """Picture log-weights, with k-hat, and the share of all weight that the heaviest draws hold.
+
+    Args:
+        found: What :func:`~pyro_flows.psis` or :func:`~pyro_flows.check` returns.
+
+    Returns:
+        A matplotlib figure.
+
+    Example::
+
+        >>> import pyro.distributions as dist
+        >>> import pyro, torch
+        >>> from pyro_flows import AutoFlow, psis
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(torch.zeros(2), 1).to_event(1))
+        >>> picture = weights(psis(model, AutoFlow(model, init_scale=0.9), num_samples=500))
+        >>> picture.axes[1].get_xlabel()
+        'share of the draws, the heaviest first'
+    """
+    from .picture import Picture
+
+    psis = getattr(found, "psis", found)
+    raw = (psis.log_weights - psis.log_evidence).cpu().double().numpy()
+    picture = Picture(9, 3.6)
+    left, right = picture.grid(2, 2)
+    left.hist(raw.clip(-FAR, FAR), bins=80, color="0.6")
+    left.set_yscale("log")
+    left.axvline(0, color="0.3", lw=0.8)
+    left.set_xlabel("log-weight − log evidence (nats)")
+    left.set_ylabel("draws")
+    beyond = int((abs(raw) > FAR).sum() + np.isnan(raw).sum())
+    told = f"; {beyond} beyond ±{FAR:.0f}" if beyond else ""
+    left.set_title(f"Log-weights of {len(raw)} draws{told}", fontsize=10)
+    even = np.arange(1, len(raw) + 1) / len(raw)
+    for values, style, label in (
+        (psis.log_weights, {"color": "C1", "lw": 1.2, "ls": "--"}, "raw"),
+        (psis.smoothed, {"color": "C0", "lw": 1.8}, "smoothed"),
+    ):
+        share = (values - values.max()).exp().cpu().double().nan_to_num(0.0).sort(descending=True).values
+        held = (share.cumsum(0) / share.sum()).numpy()
+        right.plot(even, held, label=label, **style)
+    right.plot(even, even, color="0.6", lw=0.8, ls=":", label="all weights equal")
+    right.set_xscale("log")
+    right.set_xlim(1 / len(raw), 1)
+    right.set_ylim(0, 1)
+    right.set_xlabel("share of the draws, the heaviest first")
+    right.set_ylabel("share of the weight that they hold")
+    right.set_title(f"ESS {psis.ess:.0f}", fontsize=10)
+    right.legend(frameon=False, fontsize=9)
+    word = "reliable" if psis.reliable else "not reliable"
+    picture.suptitle(
+        f"k-hat {psis.khat:.2f}: weights are {word} (the limit is {psis.threshold:.2f}); "
+        f"log evidence {psis.log_evidence:.3f} ± {psis.log_evidence_se:.3f} nats",
+        fontsize=11,
+    )
+    return picture

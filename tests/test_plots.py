@@ -1,0 +1,220 @@
+"""Pictures: what they show is what was given, and nothing that a person reads is cut off."""
+
+from __future__ import annotations
+
+import io
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.image import imread
+
+import pyro_flows as pf
+from pyro_flows import flows, plots
+from pyro_flows.diagnostics import compat
+
+RANDOM = np.random.default_rng(0)
+
+
+def read_by_a_person(picture) -> None:
+    """All that is drawn lies within the figure, and no title over another."""
+    canvas = FigureCanvasAgg(picture)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    drawn, (width, height) = picture.get_tightbbox(renderer), picture.get_size_inches()
+    assert min(drawn.x0, drawn.y0, width - drawn.x1, height - drawn.y1) > -0.02, (drawn, width, height)
+    titles = [axis.title.get_window_extent(renderer) for axis in picture.axes if axis.get_title()]
+    for i, box in enumerate(titles):
+        assert not any(box.overlaps(other) for other in titles[i + 1 :])
+
+
+def fit_of(losses, held_out=None, **own):
+    own = {"best_step": 5, "best_loss": 1.0, "steps": len(losses), "skipped": 0, "seconds": 1.0, **own}
+    return SimpleNamespace(losses=torch.tensor(losses), held_out=held_out, **own)
+
+
+def test_notebooks_show_pictures_by_themselves():
+    picture = plots.images(torch.rand(3, 1, 4, 4))
+    assert imread(io.BytesIO(picture._repr_png_())).shape[2] == 4
+    assert "matplotlib.pyplot" not in {type(picture).__module__, type(picture.canvas).__module__}
+
+
+def test_history_shows_losses_their_mean_held_out_ones_and_the_state_that_was_kept():
+    losses = [1e9] + [3.0 - 0.01 * i for i in range(199)] + [math.nan]
+    picture = plots.history(fit_of(losses, torch.tensor([2.0, 1.5]), best_step=150, best_loss=1.5, skipped=1))
+    (axis,) = picture.axes
+    raw, mean, held_out, kept = axis.get_lines()
+    np.testing.assert_allclose(raw.get_ydata(), losses, rtol=1e-6)
+    assert len(mean.get_ydata()) == 200 - 40 + 1  # a fifth of those that are finite
+    assert mean.get_ydata()[-1] == pytest.approx(np.mean(losses[160:200]))
+    assert held_out.get_xdata().tolist() == [100.5, 201.0]
+    assert (kept.get_xdata(), kept.get_ydata()) == ([150], [1.5])
+    assert axis.get_ylim()[1] < 4  # the first loss does not squash the others
+    assert "1 skipped" in axis.get_title()
+    read_by_a_person(picture)
+
+
+def test_history_of_one_step_and_of_none():
+    read_by_a_person(plots.history(fit_of([2.0], best_step=1, best_loss=2.0)))
+    with pytest.raises(ValueError, match="no step of this fit has a finite loss"):
+        plots.history(fit_of([math.nan]))
+
+
+def test_records_plot_themselves():
+    fit = pf.fit_density(flows.nsf(2, num_transforms=2), torch.randn(60, 2), max_epochs=1, progress=False)
+    assert fit.plot().axes[0].get_ylabel() == "loss"
+
+
+def test_marginals_are_densities_of_the_numbers_of_all_sites():
+    draws = {"mu": torch.randn(4000), "tau": torch.randn(4000).exp(), "theta": torch.randn(4000, 2, 2)}
+    reference = {"mu": np.asarray(3 + 0.5 * RANDOM.standard_normal(5000)), "other": torch.randn(5000)}
+    picture = plots.marginals(draws, reference, truth={"theta": torch.eye(2)}, labels=("flow", "NUTS"))
+    names = ["mu", "tau", "theta[0, 0]", "theta[0, 1]", "theta[1, 0]", "theta[1, 1]"]
+    assert [axis.get_title() for axis in picture.axes] == names
+    grid, density = picture.axes[0].get_lines()[0].get_data()
+    np.testing.assert_allclose(density.max(), 1 / (0.5 * math.sqrt(2 * math.pi)), rtol=0.1)
+    assert np.trapezoid(density, grid) == pytest.approx(1, abs=0.02)
+    assert abs(grid[density.argmax()] - 3) < 0.3
+    assert [float(axis.get_lines()[0].get_xdata()[0]) for axis in picture.axes[2:]] == [1.0, 0.0, 0.0, 1.0]
+    (legend,) = picture.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["flow", "NUTS"]
+    read_by_a_person(picture)
+
+
+def test_marginals_of_many_quantities_show_the_first_and_say_so():
+    picture = plots.marginals(torch.randn(50, 30), most=5)
+    assert len(picture.axes) == 5
+    assert picture.get_supxlabel() == "the first 5 of 30 quantities"
+    read_by_a_person(picture)
+    read_by_a_person(plots.marginals({"a site of a name that is far too long for a panel": torch.randn(50)}))
+    read_by_a_person(plots.marginals({"constant": torch.ones(50), "heavy": torch.randn(50).div(torch.randn(50) ** 3)}))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: plots.marginals(torch.randn(5)), r"draws must be a dict of sites or of shape \(N, D\), got \(5,\)"),
+        (lambda: plots.marginals({"a": torch.randn(5), "b": torch.randn(6)}), "as many of each site"),
+        (lambda: plots.marginals({}), "must hold two draws or more"),
+        (lambda: plots.marginals({"a": torch.randn(5)}, {"b": torch.randn(5)}), "the reference holds"),
+        (lambda: plots.pairs({"a": torch.randn(5)}, {"b": torch.randn(5)}), "the reference holds"),
+        (lambda: plots.pairs(torch.randn(5, 2), names=["a"]), "names must be 2 different ones, got"),
+        (lambda: plots.pairs(torch.randn(5, 2), names=["a", "a"]), "names must be 2 different ones, got"),
+        (lambda: plots.images(torch.rand(3, 8, 8)), r"images must have shape \(N, 1 or 3, H, W\), got \(3, 8, 8\)"),
+        (lambda: plots.deformation(flows.nsf(3)), r"over two features, got \(3,\)"),
+        (lambda: plots.deformation(flows.nsf(2), most=1), "most must be 2 or more, got 1"),
+        (lambda: plots.deformation(flows.nsf(2, 1)), "context"),
+        (lambda: plots.deformation(flows.nsf(2, 1), torch.zeros(3, 1)), r"a batch of \(3,\)"),
+    ],
+)
+def test_bad_input_is_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_the_picture_shows_data_below_and_samples_above_on_the_same_axes():
+    data = RANDOM.standard_normal((500, 3)) * (1.0, 10.0, 100.0)
+    data[0] = 1e6  # an outlier does not squash the others
+    samples = RANDOM.standard_normal((400, 3)) + 1
+    samples[1] = np.inf
+    figure = plots.pairs(data, samples, names=["a", "b", "a name that is far too long"])
+    axes = np.array(figure.axes).reshape(3, 3)
+    for row, column in ((0, 1), (0, 2), (1, 2)):
+        above, below = axes[row, column], axes[column, row]
+        assert above.get_xlim() == below.get_ylim()
+        assert above.get_ylim() == below.get_xlim()
+        assert len(above.collections[0].get_offsets()) == 399  # without the infinite one
+        np.testing.assert_array_equal(below.collections[0].get_offsets(), data[:399, [row, column]])
+        np.testing.assert_array_equal(above.collections[0].get_offsets(), np.delete(samples, 1, 0)[:, [column, row]])
+        assert below.get_xlim() == axes[row, row].get_xlim()
+    low, high = axes[1, 1].get_xlim()
+    assert -60 < low < -20
+    assert 20 < high < 60
+    assert [axis.get_xlabel() for axis in axes[2]] == ["a", "b", "a name tha… too long"]
+    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["a", "b", "a name tha… too long"]
+
+
+def test_the_picture_of_many_columns_shows_the_first_and_says_so():
+    data = RANDOM.standard_normal((50, 8))
+    figure = plots.pairs(data, data, names="abcdefgh")
+    assert len(figure.axes) == 36
+    assert "(the first 6 of 8 columns)" in figure.get_suptitle()
+    assert "columns" not in plots.pairs(data[:, :2], data[:, :2]).get_suptitle()
+
+
+def test_the_picture_takes_any_names(tmp_path):
+    """Dollars begin no formula, which could not be drawn."""
+    data = RANDOM.standard_normal((20, 2))
+    figure = plots.pairs(data, data, names=["price ($", r"\frac{$}{$}_x^"])
+    figure.savefig(tmp_path / "pairs.png")
+    assert figure.axes[2].get_xlabel() == r"price (\$"
+
+
+def test_the_picture_of_a_column_that_hardly_varies_has_a_width():
+    data = np.zeros((500, 1))
+    data[0] = 3.0
+    low, high = plots.pairs(data, data).axes[0].get_xlim()
+    assert low < 0
+    assert high > 3
+
+
+def test_pairs_of_sites_take_those_of_the_same_names():
+    guide = {"mu": torch.randn(100), "theta": torch.randn(100, 2)}
+    picture = plots.pairs(guide, {"theta": torch.randn(80, 2), "mu": torch.randn(80)}, labels=("guide", "NUTS"))
+    assert [axis.get_ylabel() for axis in picture.axes[::3]] == ["mu", "theta[0]", "theta[1]"]
+    read_by_a_person(picture)
+    read_by_a_person(plots.pairs(guide, most=2))  # no reference: nothing stands above the diagonal
+    read_by_a_person(plots.pairs({"a": torch.randn(50)}, {"a": torch.randn(50)}))
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.95])
+def test_weights_show_what_the_heaviest_draws_hold(scale):
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(3), 1).to_event(1))
+
+    found = pf.psis(model, pf.AutoFlow(model, init_scale=scale), num_samples=500)
+    picture = found.plot()
+    raw, smoothed, even = picture.axes[1].get_lines()
+    weights = found.log_weights.exp().sort(descending=True).values
+    np.testing.assert_allclose(raw.get_ydata(), weights.cumsum(0) / weights.sum(), rtol=1e-4)
+    assert raw.get_ydata()[-1] == smoothed.get_ydata()[-1] == pytest.approx(1)
+    np.testing.assert_array_equal(even.get_xdata(), even.get_ydata())
+    assert ("not reliable" in picture.get_suptitle()) == (scale == 0.5)
+    read_by_a_person(picture)
+
+
+def test_images_stand_row_by_row():
+    images = torch.arange(5.0).reshape(5, 1, 1, 1).expand(5, 3, 2, 2)
+    shown = plots.images(images, columns=3, levels=5).axes[0].images[0].get_array()
+    assert shown.shape == (6, 9, 3)
+    np.testing.assert_allclose(shown[::3, ::3, 0], [[0, 0.25, 0.5], [0.75, 1, 1]])
+
+
+@pytest.mark.parametrize("recipe", [flows.nsf, flows.maf, flows.cnf])
+def test_deformation_follows_the_transforms(recipe):
+    flow = recipe(2, 1)
+    context = torch.tensor([0.3])
+    pyro.set_rng_seed(1)
+    picture = plots.deformation(flow, context)
+    pyro.set_rng_seed(1)
+    expected = flow(context).sample((1000,))
+    shown = np.asarray(picture.axes[-1].collections[-1].get_offsets())
+    np.testing.assert_allclose(shown, expected.numpy(), atol=1e-4)
+    corner = picture.axes[0].collections[0].get_segments()[0][0]
+    assert abs(corner).min() > 2  # the base's, some 2.5 standard deviations out
+    read_by_a_person(picture)
+
+
+def test_deformation_of_a_deep_flow_shows_some_layers_and_the_last():
+    titles = [axis.get_title() for axis in plots.deformation(flows.maf(2, num_transforms=12), most=4).axes]
+    assert titles == ["base", *(f"{n} inverse Autoregressive" for n in (4, 8, 12))]
+
+
+def test_the_density_estimate_is_right_at_a_hard_end():
+    grid, density = compat.kde(RANDOM.exponential(size=20_000))
+    assert density[np.searchsorted(grid, 0.02)] == pytest.approx(1, abs=0.15)
