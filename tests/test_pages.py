@@ -11,7 +11,7 @@ import torch
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 EXAMPLE = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", flags=re.DOTALL)
-PAGES = ["extending", "from_pyro"]
+PAGES = ["extending", "from_pyro", "start"]
 
 
 def text_of(page):
