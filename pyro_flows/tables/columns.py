@@ -5,7 +5,7 @@ then is how narrow a spike may be.  Uniform noise makes integers a density's aff
 
     log P(k) = log ∫ p(k + u) du ≥ E log p(k + u),   u ~ U[0, 1).
 
-A Note on the Evaluation of Generative Models (Theis, van den Oord, Bethge 2016, arXiv:1511.01844).
+A Note on the Evaluation of Generative Models (Theis, van den Oord, Bethge 2015, arXiv:1511.01844).
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def dequantize(
     """Spread discrete values evenly over their cells: x + step · u, u ~ U[0, 1).
 
     With a step of 1 the mean log-density of the result is a lower bound on the log-mass of the integers, in nats
-    (Theis, van den Oord, Bethge 2016, arXiv:1511.01844); with another, add log(step) for each column::
+    (Theis, van den Oord, Bethge 2015, arXiv:1511.01844); with another, add log(step) for each column::
 
         log P(k) ≥ E log p(k + u)
 
