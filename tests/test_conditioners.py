@@ -20,6 +20,7 @@ from pyro_flows.conditioners import MADE, MLP, CausalTransformer, LipschitzMLP, 
 from pyro_flows.transforms import Autoregressive
 from pyro_flows.transforms.inversion import invert_by_passes
 
+aten = torch.ops.aten
 NARROW, WIDE = (2, 3), (70, 70)
 SIZES = [1, 2, 5, 33]
 every_size = pytest.mark.parametrize("dim", SIZES)
@@ -190,7 +191,8 @@ class Flops(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> object:
         result = function(*args, **kwargs or {})
-        count = flop_registry.get(function._overloadpacket)
+        packet = function._overloadpacket
+        count = flop_registry.get(aten.addmm if packet is aten.addmm_ else packet)  # in place, the work is the same
         if count is not None:
             self.total += count(*args, **kwargs or {}, out_val=result)
         return result
