@@ -342,13 +342,13 @@ def test_the_likelihood_of_very_many_observations_is_not_kept(folder, monkeypatc
     assert not hasattr(az.from_netcdf("posterior.nc"), "log_likelihood")
 
 
-def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
+def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
     """One list must be of integers, for it indexes, and another must not, for a Bernoulli refuses integers."""
     monkeypatch.chdir(tmp_path)
-    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    page = (Path(__file__).resolve().parents[1] / "docs" / "commands.md").read_text()
     for name in ("drug.py", "data.json"):
-        Path(name).write_text(re.search(rf"<!-- {name} -->\n```\n(.*?)```", readme, flags=re.DOTALL).group(1))
-    command = re.search(r"python -m pyro_flows (fit drug.*)\n", readme).group(1)
+        Path(name).write_text(re.search(rf"<!-- {name} -->\n```\n(.*?)```", page, flags=re.DOTALL).group(1))
+    command = re.search(r"python -m pyro_flows (fit drug.*)\n", page).group(1)
     assert main([*command.split(), "--steps", "20", "--quiet"]) in (0, 3)
     data = az.from_netcdf("posterior.nc")
     assert data.posterior["level"].dims == ("chain", "draw", "clinics")

@@ -33,24 +33,6 @@ def test_example_runs(number, capsys, monkeypatch, tmp_path):
         assert torch.isfinite(scope["fit"].losses).all()
 
 
-PAGES = [
-    ("amortized", "Calibration("),
-    ("density", "\nTrue\n"),
-    ("images", "torch.Size([5, 2, 1, 8, 8])"),
-    ("continuous", "OdeReport("),
-    ("scale", "True\n"),
-]
-
-
-@pytest.mark.parametrize(("page", "said"), PAGES)
-def test_the_pages_examples_run(page, said, capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    scope: dict[str, object] = {}
-    for example in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), flags=re.DOTALL):
-        exec(example, scope)
-    assert said in capsys.readouterr().out
-
-
 def test_the_examples_are_of_the_promised_length():
     guide, _, density = (sum(bool(line.strip()) for line in text.splitlines()) for text in EXAMPLES)
     assert guide <= 16

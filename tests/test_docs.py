@@ -1,0 +1,56 @@
+"""The documentation tells the truth: its examples run and print what it shows, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "```python" in path.read_text())
+LINKED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCKS = re.compile(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", flags=re.DOTALL)
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+PRINTED = {  # by pages that show no outputs
+    "amortized": "Calibration(",
+    "continuous": "OdeReport(",
+    "density": "\nTrue\n",
+    "images": "torch.Size([5, 2, 1, 8, 8])",
+    "scale": "True\n",
+}
+
+
+def alike(shown: str, printed: str) -> bool:
+    """Whether words are the same, and numbers nearly so: machines round differently."""
+    if NUMBER.sub("#", shown).split() != NUMBER.sub("#", printed).split():
+        return False
+    numbers = [[float(number) for number in NUMBER.findall(text)] for text in (shown, printed)]
+    return numbers[1] == pytest.approx(numbers[0], rel=0.1, abs=0.1)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[path.stem for path in PAGES])
+def test_examples_run_and_print_what_is_shown(page, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    everything = ""
+    for code, shown in BLOCKS.findall(page.read_text()):
+        exec(compile(code, str(page), "exec"), scope)
+        printed = capsys.readouterr().out
+        assert not shown or alike(shown, printed), f"shown:\n{shown}\nprinted:\n{printed}"
+        everything += printed
+    assert PRINTED.get(page.stem, "") in everything
+
+
+def test_outputs_are_compared():
+    assert alike("k-hat 0.31\n", "k-hat 0.33")
+    assert not alike("k-hat 0.31", "k-hat 0.71")
+    assert not alike("k-hat 0.31 or 2", "k-hat 0.31")
+    assert not alike("trust", "do not trust")
+
+
+@pytest.mark.parametrize("page", LINKED, ids=[str(path.relative_to(ROOT)) for path in LINKED])
+def test_links_lead_to_files(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
