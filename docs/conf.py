@@ -22,15 +22,24 @@ nb_execution_mode = "off"  # notebooks hold their outputs; the tests execute the
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
-autodoc_inherit_docstrings = True
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 100
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 napoleon_custom_sections = [("Shape", "params_style"), ("Warns", "returns_style")]
 
+nitpicky = True  # references to names of ours must lead somewhere; those of other libraries and private classes do not
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|pyro|numpy|collections|abc|os|typing|pathlib|matplotlib)\..*"),
+    ("py:.*", r"pyro_flows\.\w+\.\w+\..*"),  # where private classes are defined
+    ("py:class", r"Tensor|Module|Picture|Draws|optional"),
+]
+
 html_theme = "furo"
 html_title = "pyro_flows"
 html_extra_path = ["root"]  # index.html, which leads to docs/index.html
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
