@@ -434,6 +434,12 @@ def test_bad_guides_are_refused_in_words():
     with pytest.raises(ValueError, match="-inf"):
         check(elsewhere, guide)
 
+    def nothing() -> None:
+        pass
+
+    with pytest.raises(ValueError, match="no latent sites"):
+        check(nothing, nothing)
+
 
 # Chains.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 
 import laws
 import pytest
@@ -15,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pyro_flows.bijectors import Affine, Bijector, RationalQuadraticSpline
-from pyro_flows.conditioners import MADE, MLP, CausalTransformer, Periodic, costream, stream
+from pyro_flows.conditioners import MADE, MLP, CausalTransformer, LipschitzMLP, Periodic, costream, stream
 from pyro_flows.transforms import Autoregressive
 from pyro_flows.transforms.inversion import invert_by_passes
 
+aten = torch.ops.aten
 NARROW, WIDE = (2, 3), (70, 70)
 SIZES = [1, 2, 5, 33]
 every_size = pytest.mark.parametrize("dim", SIZES)
@@ -189,7 +191,8 @@ class Flops(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> object:
         result = function(*args, **kwargs or {})
-        count = flop_registry.get(function._overloadpacket)
+        packet = function._overloadpacket
+        count = flop_registry.get(aten.addmm if packet is aten.addmm_ else packet)  # in place, the work is the same
         if count is not None:
             self.total += count(*args, **kwargs or {}, out_val=result)
         return result
@@ -309,6 +312,25 @@ def test_residual_layers_add_their_input() -> None:
 def test_an_order_must_be_a_permutation(order: list[int]) -> None:
     with pytest.raises(ValueError, match=r"order must be a permutation of 0 … 2, got \["):
         MADE(3, 2, order=order)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: MADE(0, 2), "MADE: input_dim must be at least 1, got 0"),
+        (lambda: MADE(3, 0), "MADE: num_params must be at least 1, got 0"),
+        (lambda: MLP(-1, 2, 2), "MLP: input_dim must be at least 0, got -1"),
+        (lambda: MLP(2, 0, 2), "MLP: output_dim must be at least 1, got 0"),
+        (lambda: MLP(2, 1, 2, context_dim=-1), "MLP: context_dim must be at least 0, got -1"),
+        (lambda: LipschitzMLP(2, context_dim=-1), "LipschitzMLP: context_dim must not be negative, got -1"),
+        (lambda: CausalTransformer(0, 3, 2), "CausalTransformer: length must be at least 1, got 0"),
+        (lambda: CausalTransformer(4, 3, 2, num_layers=0), "CausalTransformer: num_layers must be at least 1, got 0"),
+        (lambda: CausalTransformer(4, 3, 2, num_heads=0), "hidden_dim=64 must be a multiple of num_heads=0"),
+    ],
+)
+def test_sizes_out_of_range_are_named(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
 
 
 def test_create_graph_changes_no_gradient():

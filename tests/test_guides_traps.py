@@ -272,6 +272,14 @@ def test_a_new_guide_asks_for_the_arguments_of_the_model():
     assert guide.sample(2, torch.tensor(1.0))["x"].shape == (2,)
 
 
+def test_a_recipe_that_fails_is_not_mistaken_for_a_model_without_arguments():
+    def normal():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(TypeError, match=r"^AutoFlow: flow\(1\) fails: .*takes 0 positional arguments"):
+        AutoFlow(normal, lambda: None).setup()
+
+
 def test_latent_in_a_subsampled_plate_is_refused():
     def local():
         with pyro.plate("people", 10, subsample_size=4):

@@ -517,7 +517,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "argument": (
         lambda c: first(c)["arguments"]["bijector"]["arguments"].update(max_log_scale=-1.0),
-        "bijectors.Affine refuses its arguments: Affine: max_log_scale must be positive, got -1.0",
+        "bijectors.Affine refuses its arguments: Affine: max_log_scale must be positive and finite, got -1.0",
     ),
     "argument too many": (
         lambda c: first(c)["arguments"]["bijector"]["arguments"].update(other=1),

@@ -168,6 +168,8 @@ def test_pairs_of_sites_take_those_of_the_same_names():
     picture = plots.pairs(guide, {"theta": torch.randn(80, 2), "mu": torch.randn(80)}, labels=("guide", "NUTS"))
     assert [axis.get_ylabel() for axis in picture.axes[::3]] == ["mu", "theta[0]", "theta[1]"]
     read_by_a_person(picture)
+    picture = plots.pairs({"mu": torch.randn(50)}, {"mu": torch.randn(50, 1)})  # as Pyro's Predictive gives scalars
+    assert picture.axes[0].get_xlabel() == "mu"
     read_by_a_person(plots.pairs(guide, most=2))  # no reference: nothing stands above the diagonal
     read_by_a_person(plots.pairs({"a": torch.randn(50)}, {"a": torch.randn(50)}))
 

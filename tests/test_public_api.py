@@ -1,4 +1,9 @@
-"""The public names, pinned: a change here is a decision, not an accident."""
+"""The public names, pinned: a change here is a decision, not an accident.  And each of them is documented."""
+
+import inspect
+import re
+
+import pytest
 
 import pyro_flows
 from pyro_flows import (
@@ -51,11 +56,46 @@ def test_public_names_are_pinned():
         assert public == set(names.split()), module.__name__
 
 
-def test_every_public_name_is_documented():
-    for module, names in NAMES.items():
-        assert module.__doc__, module.__name__
-        for name in names.split():
-            assert getattr(module, name).__doc__, f"{module.__name__}.{name}"
+OBJECTS = {
+    f"{module.__name__}.{name}": getattr(module, name)
+    for module, names in NAMES.items()
+    for name in names.split()
+    if not isinstance(getattr(module, name), MODULE)
+}
+every_name = pytest.mark.parametrize("name", OBJECTS)
+
+
+def test_every_module_is_documented():
+    assert all(module.__doc__ for module in NAMES)
+
+
+@every_name
+def test_docstrings_say_what_it_is_and_show_it(name):
+    """Of its own, not inherited: a sentence and an example, which the tests run."""
+    text = vars(OBJECTS[name]).get("__doc__") if isinstance(OBJECTS[name], type) else OBJECTS[name].__doc__
+    assert re.match(r"\w.*?[.:](\s|$)", inspect.cleandoc(text), flags=re.DOTALL)
+    assert "Example" in text
+    assert ">>> " in text
+
+
+@every_name
+def test_docstrings_tell_arguments_and_errors(name):
+    text = inspect.getdoc(OBJECTS[name])
+    for parameter in inspect.signature(OBJECTS[name]).parameters.values():
+        if parameter.name not in ("args", "kwargs") and parameter.kind is not parameter.VAR_KEYWORD:
+            told = re.search(rf"\b{parameter.name}`*( \(.*\))?:|``\**{parameter.name}``", text)
+            assert told or "rguments" in text, parameter.name
+    if "raise " in inspect.getsource(OBJECTS[name]):  # told there, or of the method that does
+        methods = vars(OBJECTS[name]).values() if isinstance(OBJECTS[name], type) else []
+        assert any("Raises:" in told or "rrors" in told for told in (text, *(inspect.getdoc(m) or "" for m in methods)))
+
+
+@every_name
+def test_methods_are_documented(name):
+    if isinstance(OBJECTS[name], type):
+        for attribute, value in vars(OBJECTS[name]).items():
+            if not attribute.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
+                assert inspect.getdoc(getattr(OBJECTS[name], attribute)), attribute
 
 
 def test_the_package_is_typed():

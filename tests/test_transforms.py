@@ -32,7 +32,9 @@ from pyro_flows.transforms import (
     FlowTransform,
     LULinear,
     Permute,
+    PerPixel,
     Planar,
+    Residual,
 )
 
 ROWS = 8
@@ -430,7 +432,10 @@ def test_actnorm_sets_itself_from_data() -> None:
     [
         (lambda: ActNorm(0), ValueError, r"ActNorm: every event size must be positive, got \(0,\)"),
         (lambda: LULinear(-1), ValueError, r"LULinear: every event size must be positive, got \(-1,\)"),
-        (lambda: LULinear(2, max_log_scale=0.0), ValueError, r"max_log_scale must be positive, got 0.0"),
+        (lambda: LULinear(2, max_log_scale=0.0), ValueError, r"max_log_scale must be positive and finite, got 0.0"),
+        (lambda: LULinear(2, max_log_scale=math.inf), ValueError, r"max_log_scale must be .* finite, got inf"),
+        (lambda: LULinear(2).set_scale(1e4), ValueError, r"logarithm within ±8.0, got 10000.0"),
+        (lambda: LULinear(2).set_scale(0.0), ValueError, r"scale must be positive, .* got 0.0"),
         (lambda: Elementwise(Affine(), 0), ValueError, r"Elementwise: every event size must be positive"),
         (lambda: Permute([]), ValueError, r"Permute"),
         (lambda: Permute([0, 0]), ValueError, r"permutation .*got \[0, 0\]"),
@@ -446,6 +451,9 @@ def test_actnorm_sets_itself_from_data() -> None:
         (lambda: Coupling(Affine(), MLP(1, 2, 2), [True, False]), ValueError, r"1 features .*parameters for 2"),
         (lambda: Coupling(Affine(), MLP(2, 1, 2), [True, False]), ValueError, r"1 features condition, .* takes 2"),
         (lambda: Autoregressive(RationalQuadraticSpline(), MADE(3, 2)), ValueError, r"num_params=23 .*num_params=2"),
+        (lambda: Autoregressive(Affine(), MLP(3, 3, 2)), TypeError, r"a MADE or a CausalTransformer, got MLP"),
+        (lambda: PerPixel(LULinear(2), (4,)), ValueError, r"size must be height and width, got \(4,\)"),
+        (lambda: Residual(MLP(2, 2, 1)), TypeError, r"net must be a LipschitzMLP, got MLP"),
         (lambda: Elementwise(Affine(), 3, MLP(2, 4, 2)), ValueError, r"3 features .*parameters for 4"),
         (lambda: Planar(0), ValueError, r"Planar: every event size must be positive, got \(0,\)"),
         (lambda: Planar(3, MLP(2, 1, 6)), ValueError, r"num_params\) = \(1, 7\) for 3 features, got \(1, 6\)"),

@@ -8,6 +8,7 @@ Masked Autoregressive Flow (Papamakarios, Pavlakou, Murray 2017, arXiv:1705.0705
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,31 +19,40 @@ from .base import Bijector, split_params
 
 @dataclass(frozen=True)
 class Affine(Bijector):
-    """The map y = x exp(s) + t, with parameters (a, t) and s = b tanh(c a / b).
+    """The map of RealNVP, MAF and IAF, a scale and a shift::
+
+        y = x exp(s) + t,    s = b tanh(c a / b)
+
+    Its 2 parameters are a, of the bounded log-scale s, and the shift t.
+
+    Density Estimation Using Real NVP (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803); Masked Autoregressive Flow
+    for Density Estimation (Papamakarios, Pavlakou, Murray 2017, arXiv:1705.07057).
 
     Args:
         max_log_scale: The bound b on the log-scale, in nats: one layer scales by at most exp(b).
         slope: The slope c of the log-scale where it is zero.
 
     Raises:
-        ValueError: If ``max_log_scale`` or ``slope`` is not positive.
+        ValueError: If ``max_log_scale`` or ``slope`` is not positive and finite.
 
     Example::
 
         >>> import torch
-        >>> y, log_det = Affine().forward_and_log_det(torch.tensor(2.0), torch.zeros(2))
-        >>> y.item(), log_det.item()
-        (2.0, 0.0)
+        >>> affine = Affine()
+        >>> affine.forward_and_log_det(torch.tensor(2.0), torch.zeros(2))  # zero parameters are the identity
+        (tensor(2.), tensor(0.))
+        >>> y, log_det = affine.forward_and_log_det(torch.tensor(2.0), torch.tensor([1e9, 0.0]))
+        >>> log_det.item()  # nats: no step of an optimiser leads further
+        3.0
     """
 
     max_log_scale: float = 3.0
     slope: float = 0.25
 
     def __post_init__(self) -> None:
-        if not self.max_log_scale > 0:
-            raise ValueError(f"Affine: max_log_scale must be positive, got {self.max_log_scale}.")
-        if not self.slope > 0:
-            raise ValueError(f"Affine: slope must be positive, got {self.slope}.")
+        for name, value in (("max_log_scale", self.max_log_scale), ("slope", self.slope)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"Affine: {name} must be positive and finite, got {value}.")
 
     @property
     def num_params(self) -> int:

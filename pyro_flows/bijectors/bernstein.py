@@ -20,9 +20,15 @@ from .continued import Continued, check_at_least, check_positive
 
 @dataclass(frozen=True)
 class Bernstein(Continued):
-    """An increasing Bernstein polynomial of degree n with linear tails, inverted numerically.
+    """An increasing Bernstein polynomial of degree n on [-B, B] with linear tails, inverted numerically::
 
-    The n + 1 parameters are the logarithms of the slopes s and the shift of y.
+        y = Σ_j β_j B_{j,n}(u),    u = (x + B) / 2B,    B_{j,n}(u) = C(n, j) u^j (1 - u)^{n-j}
+        dy/dx = Σ_j s_j B_{j,n-1}(u),    s_j = n (β_{j+1} - β_j) / 2B
+
+    The n + 1 parameters are the logarithms of the n slopes s and the shift of y.  Since the slope of y is a mean of
+    the s_j, it stays within their bounds.
+
+    Deep Transformation Models (Sick, Hothorn, Dürr 2020, arXiv:2004.00464).
 
     Args:
         degree: The degree n, at least 2.
@@ -30,7 +36,7 @@ class Bernstein(Continued):
         max_log_slope: The bound on the log-slope, in nats.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If ``degree`` is below 2, or ``bound`` or ``max_log_slope`` is not positive and finite.
 
     Example::
 

@@ -22,19 +22,27 @@ from .spline import bend, bounded_slopes, check_spline, knot_table, unbend
 
 @dataclass(frozen=True)
 class CircularSpline(Bijector):
-    """A rational-quadratic spline of the circle, and a rotation.
+    """A rational-quadratic spline of the circle of circumference 2 B, and a rotation, lifted to the real line::
+
+        f(x) = g(x - 2 B k) + 2 B k + t,    k the number of turns that brings x into [-B, B]
+
+    Here g is a spline of [-B, B] onto itself that has one free slope at both ends, and t the rotation.  So f(x + 2 B) =
+    f(x) + 2 B: each representative of an angle is mapped to one of the same image.
 
     The 3 K + 1 parameters of a scalar are K unnormalised bin widths, K unnormalised bin heights, K unnormalised slopes
     at the knots (the last knot is the first) and the rotation, in the units of x.
 
+    Normalizing Flows on Tori and Spheres (Rezende et al. 2020, arXiv:2002.02428).
+
     Args:
         bins: The number K of bins, at least 2.
-        bound: Half the circumference; by default x is an angle in radians.
-        min_bin: The least width and height of a bin, as a fraction of 2 B; less than 1 / K.
-        max_slope: Slopes at the knots stay between ``1 / max_slope`` and ``max_slope``.
+        bound: Half the circumference B; by default x is an angle in radians.
+        min_bin: The least width and height of a bin, as a fraction of 2 B; more than 0 and less than 1 / K.
+        max_slope: Slopes at the knots stay between ``1 / max_slope`` and ``max_slope``, which exceeds 1.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If ``bins`` is below 2, ``bound`` not positive and finite, ``min_bin`` not between 0 and 1 / K, or
+            ``max_slope`` not above 1 and finite.
 
     Example::
 

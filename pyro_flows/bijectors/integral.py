@@ -26,19 +26,27 @@ MAX_LOG_RATE = 1.5  # the bound on w
 
 @dataclass(frozen=True)
 class Integral(Bijector):
-    """The integral of a positive network with H hidden units, by the trapezoid rule.
+    """The integral of a positive network with H hidden units, by the trapezoid rule, with linear tails::
+
+        y = b + ∫₀ˣ g(t) dt,    log g(t) = M tanh(n(t) / M),    n(t) = c + Σ_k v_k tanh(3 e^{w_k} (t - t_k - u_k))
+
+    with t in units of the distance between the places t_k = 0 … H - 1, which are spread over [-B, B].  The network is
+    asked at fixed nodes and g is straight between them: so the rule is exact, and the inverse the root of a quadratic.
 
     The 3 H + 2 parameters are H weights v of the units, H log-rates w and H shifts u inside of them, the bias c and the
     shift b.  At zero the units have no weight.
 
+    Unconstrained Monotonic Neural Networks (Wehenkel, Louppe 2019, arXiv:1908.05164).
+
     Args:
         hidden: The number H of hidden units, at least 2.
-        panels: The number of panels between nodes on either side of zero.
+        panels: The number of panels between nodes on either side of zero, at least 1.
         bound: The half-width B of the interval that is bent.
         max_log_slope: The bound M on the log-slope, in nats.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If ``hidden`` is below 2, ``panels`` below 1, or ``bound`` or ``max_log_slope`` not positive and
+            finite.
 
     Example::
 

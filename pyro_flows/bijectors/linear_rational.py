@@ -25,7 +25,12 @@ LEAST = 0.025  # of a bin's width for each of its pieces
 
 @dataclass(frozen=True)
 class LinearRationalSpline(Bijector):
-    """A linear-rational spline with linear tails.
+    """A linear-rational spline from [-B, B] onto itself, the identity outside.
+
+    A bin is two pieces that meet, with equal slopes, at the share λ of its width.  Measured from its knot, of slope d,
+    a piece of width l and height r rises by ::
+
+        d ξ / (1 + (M - 1) ξ / l),    M = d l / r,    0 ≤ ξ ≤ l
 
     The 4 K - 1 parameters of a scalar are K unnormalised bin widths, K unnormalised bin heights, K - 1 unnormalised
     slopes at the inner knots and K unnormalised places in the bins where their two pieces meet.
@@ -33,14 +38,17 @@ class LinearRationalSpline(Bijector):
     Where two pieces meet, the slope may be as large as the square of the bin's mean slope times ``max_slope``, so the
     bounds are tighter than those of a rational-quadratic spline.
 
+    Invertible Generative Modeling using Linear Rational Splines (Dolatabadi, Erfani, Leckie 2020, arXiv:2001.05168).
+
     Args:
         bins: The number K of bins, at least 2.
         bound: The half-width B of the interval that is bent.
-        min_bin: The least width and height of a bin, as a fraction of 2 B; less than 1 / K.
-        max_slope: Slopes at the knots stay between ``1 / max_slope`` and ``max_slope``.
+        min_bin: The least width and height of a bin, as a fraction of 2 B; more than 0 and less than 1 / K.
+        max_slope: Slopes at the knots stay between ``1 / max_slope`` and ``max_slope``, which exceeds 1.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If ``bins`` is below 2, ``bound`` not positive and finite, ``min_bin`` not between 0 and 1 / K, or
+            ``max_slope`` not above 1 and finite.
 
     Example::
 

@@ -20,10 +20,15 @@ from .sigmoidal import completed, mixture_logit, places
 
 @dataclass(frozen=True)
 class LogisticMixture(Continued):
-    """The logit of a mixture of K logistics, scaled and shifted, inverted numerically.
+    """The map of Flow++, the logit of a mixture of K logistics, scaled and shifted, with linear tails::
 
-    The 3 K + 3 parameters are K logits of weights, K means, K log-scales, the log-scale and the shift of the result,
-    and one number for what completes the logit.
+        y = e^a logit Σ_k π_k σ((x - μ_k) e^{-s_k}) + b
+
+    The 3 K + 3 parameters are K logits of weights π, K means μ, K log-scales s, the log-scale a and the shift b of the
+    result, and one number for what completes the logit, as in :class:`Sigmoidal`: so zero parameters are the identity
+    though the means start apart.  The inverse is found numerically.
+
+    Flow++: Improving Flow-Based Generative Models (Ho, Chen, Srinivas, Duan, Abbeel 2019, arXiv:1902.00275).
 
     Args:
         components: The number K of logistics, at least 2.
@@ -31,7 +36,7 @@ class LogisticMixture(Continued):
         max_log_scale: The bound on each log-scale, in nats.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If ``components`` is below 2, or ``bound`` or ``max_log_scale`` is not positive and finite.
 
     Example::
 

@@ -22,19 +22,24 @@ FLOOR = 0.01  # ε
 
 @dataclass(frozen=True)
 class SumOfSquares(Continued):
-    """The integral of the squares of K polynomials of degree n, inverted numerically.
+    """The integral of the squares of K polynomials of degree n on [-B, B], with linear tails, inverted numerically::
 
-    The K (n + 1) + 1 parameters are the coefficients a, before their sum of squares is bounded, and the shift b.  At
-    zero the polynomials are distinct constants.
+        y = b + ∫₀ˣ ε + (1 - ε) Σ_k p_k(t)² dt,    p_k(t) = Σ_j a_kj P_j(t / B),    ε = 0.01
+
+    The P_j are Legendre's polynomials.  The K (n + 1) + 1 parameters are the coefficients a, before their sum of
+    squares is bounded, and the shift b.  At zero the polynomials are distinct constants, whose squares add up to 1.
+
+    Sum-of-Squares Polynomial Flow (Jaini, Selby, Yu 2019, arXiv:1905.02325).
 
     Args:
         degree: The degree n of each polynomial, at least 1.
-        polynomials: The number K of polynomials; two can be any positive polynomial.
+        polynomials: The number K of polynomials, at least 1; two can be any positive polynomial.
         bound: The half-width B of the interval that is bent.
         max_mean_slope: The bound on the mean slope over [-B, B], more than 1.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If ``degree`` or ``polynomials`` is below 1, ``bound`` not positive and finite, or
+            ``max_mean_slope`` not above 1 and finite.
 
     Example::
 

@@ -15,7 +15,9 @@ from .base import Bijector
 
 @dataclass(frozen=True)
 class Shift(Bijector):
-    """The map y = x + t, with one parameter t and log-determinant zero.
+    """The map of NICE, a translation y = x + t, with one parameter t and log-determinant zero.
+
+    NICE: Non-linear Independent Components Estimation (Dinh, Krueger, Bengio 2014, arXiv:1410.8516).
 
     Example::
 

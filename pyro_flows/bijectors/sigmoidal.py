@@ -30,18 +30,28 @@ FAR = 30.0  # where x - y₀ is constant to the last bit
 
 @dataclass(frozen=True)
 class Sigmoidal(Continued):
-    """Layers of logits of mixtures of K sigmoids, inverted numerically.
+    """The map of neural autoregressive flows: layers of logits of mixtures of K sigmoids, with linear tails.
+
+    With weights w on the simplex, slopes a > 0 and y₀ the same of equal weights and slopes, a layer makes of x ::
+
+        (1 - ε) (y + ρ (x - y₀)) + ε x,    y = logit Σ_k w_k σ(a_k x + b_k),    ε = 0.01
+
+    where y = y₀ and ρ = 1 at zero parameters, which so are the identity though the sigmoids start apart.
 
     The 3 K + 1 parameters of a layer are K log-slopes, K shifts, K logits of weights and one number for the share ρ.
+    The inverse is found numerically.
+
+    Neural Autoregressive Flows (Huang, Krueger, Lacoste, Courville 2018, arXiv:1804.00779).
 
     Args:
         components: The number K of sigmoids, at least 2.
-        layers: The number of layers.
+        layers: The number of layers, at least 1.
         bound: The half-width B of the interval that is bent.
         max_log_slope: The bound on the log-slope of each sigmoid, in nats.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If ``components`` is below 2, ``layers`` below 1, or ``bound`` or ``max_log_slope`` not positive and
+            finite.
 
     Example::
 

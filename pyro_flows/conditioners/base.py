@@ -11,13 +11,56 @@ from torch.nn import functional as F
 
 
 class Conditioner(nn.Module, ABC):
-    """A network that gives ``num_params`` parameters to each of ``output_dim`` features, or to each of their numbers.
+    """A network θ(x, c) that gives ``num_params`` parameters to each of ``output_dim`` features, or to their numbers.
 
+    It is the abstract base class of the networks behind couplings, autoregressive layers and conditional maps.
     Features are numbers, and ``size`` is ``()``, or they are the channels of an image, of size ``(H, W)``, or the
     tokens of a sequence, of size ``(token_dim,)``.
 
-    Its last layer starts at zero, so that every bijector starts at the identity.  Parameter p of feature i is output
-    ``p * output_dim + i``: each parameter of all features lies side by side, as the elementwise maps read them.
+    A subclass calls ``super().__init__`` and defines :meth:`forward`.  It keeps these rules:
+
+    - its last layer starts at zero, and the others at random: then every bijector starts at the identity, and after
+      three steps of an optimiser every parameter has moved;
+    - the context, where there is one, reaches the first hidden layer by :meth:`add_context`, so that it is worked
+      through once and broadcast over samples;
+    - events do not touch one another, as batch norm would make them, and calls do not depend on chance.
+
+    Parameter p of feature i had best be output ``p * output_dim + i`` of the last layer, as below: each parameter of
+    all features then lies side by side, as the elementwise maps read them.
+
+    Args:
+        input_dim: The number of features that go in; 0 where the context alone does.
+        output_dim: The number of features that receive parameters.
+        num_params: The number of parameters of each of their numbers (``bijector.num_params``).
+        hidden_dims: The widths of the hidden layers, at least one.
+        context_dim: The number of context features, 0 without.
+
+    Attributes:
+        size: The shape of one feature, ``()`` unless a subclass sets another.
+        from_context: The linear map of contexts ``(*batch, context_dim)`` to the first hidden layer, or None.
+
+    Raises:
+        ValueError: If a size is out of its range.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows.bijectors import Affine
+        >>> from pyro_flows.transforms import Coupling
+        >>> class OneLayer(Conditioner):
+        ...     def __init__(self, input_dim, output_dim, num_params, width=16, context_dim=0):
+        ...         super().__init__(input_dim, output_dim, num_params, (width,), context_dim)
+        ...         self.first = torch.nn.Linear(input_dim, width)
+        ...         self.last = torch.nn.Linear(width, num_params * output_dim)
+        ...         torch.nn.init.zeros_(self.last.weight)
+        ...         torch.nn.init.zeros_(self.last.bias)
+        ...     def forward(self, x, context=None):
+        ...         h = torch.tanh(self.add_context(self.first(x), context))
+        ...         return self.last(h).unflatten(-1, (self.num_params, self.output_dim)).mT
+        >>> layer = Coupling(Affine(), OneLayer(2, 1, num_params=2), mask=[True, True, False])
+        >>> y, log_det = layer.forward_and_log_det(torch.ones(3))
+        >>> y.tolist(), log_det.item()  # the identity at the start
+        ([1.0, 1.0, 1.0], 0.0)
     """
 
     input_dim: int
@@ -32,6 +75,11 @@ class Conditioner(nn.Module, ABC):
         self, input_dim: int, output_dim: int, num_params: int, hidden_dims: Sequence[int], context_dim: int
     ) -> None:
         super().__init__()
+        sizes = {"input_dim": input_dim, "output_dim": output_dim, "num_params": num_params, "context_dim": context_dim}
+        for name, size in sizes.items():
+            least = 0 if name in ("input_dim", "context_dim") else 1
+            if size < least:
+                raise ValueError(f"{type(self).__name__}: {name} must be at least {least}, got {size}.")
         self.input_dim, self.output_dim = input_dim, output_dim
         self.num_params, self.context_dim = num_params, context_dim
         self.hidden_dims = tuple(hidden_dims)
@@ -43,7 +91,19 @@ class Conditioner(nn.Module, ABC):
         self.from_context = nn.Linear(context_dim, self.hidden_dims[0], bias=False) if context_dim else None
 
     def add_context(self, h: Tensor, context: Tensor | None) -> Tensor:
-        """What enters the first hidden layer's activation: ``h`` and the share of the context."""
+        """What enters the first hidden layer's activation: ``h`` and the share of the context.
+
+        Args:
+            h: What the inputs make of the first hidden layer, ``(*batch, hidden_dims[0])``.
+            context: Contexts of shape ``(*batch, context_dim)``, broadcast with ``h``; without use if ``context_dim``
+                is 0.
+
+        Returns:
+            Of shape ``(*batch, hidden_dims[0])``.
+
+        Raises:
+            ValueError: If the network takes contexts and none is given.
+        """
         if self.from_context is None:
             return h
         if context is None:
@@ -62,6 +122,9 @@ class Conditioner(nn.Module, ABC):
 
         Returns:
             Parameters of shape ``(*batch, output_dim, *size, num_params)``.
+
+        Raises:
+            ValueError: If the network takes contexts and none is given.
         """
 
 

@@ -19,7 +19,15 @@ from .base import Conditioner, zero_
 
 
 class ConvNet(Conditioner):
-    """A network from images to the parameters of each number of an image of the same size.
+    """A convolutional network from images to the parameters of each number of an image of the same size::
+
+        h = a(W_0 * x + U c),    h ← h + u σ(g) with (u, g) = V a(W a(h)) block by block,    θ = W_L * a(h)
+
+    It takes ``(*batch, input_dim, H, W)`` to ``(*batch, output_dim, H, W, num_params)`` and conditions couplings of
+    channels.
+
+    The gated blocks are those of Flow++ (Ho, Chen, Srinivas, Duan, Abbeel 2019, arXiv:1902.00275); without them the
+    network is that of Glow (Kingma, Dhariwal 2018, arXiv:1807.03039).
 
     Args:
         input_dim: The number of channels that go in.
@@ -28,13 +36,14 @@ class ConvNet(Conditioner):
         size: Height and width.
         hidden_dim: The number of channels between the convolutions.
         num_blocks: The number of gated residual blocks; with 0 a 1 × 1 convolution stands in their place.
-        context_dim: The number of context features, which every pixel sees.
+        context_dim: The number of context features, which every pixel sees; with ``context_shape`` it may be left out.
         context_shape: The shape ``(K, H, W)`` of contexts that are images themselves, flattened: each pixel sees what
             lies there.  Height and width are those of ``size`` or multiples of them.
         activation: The class of the elementwise nonlinearity.
 
     Raises:
-        ValueError: If sizes are out of their range or do not fit.
+        ValueError: If a size is out of its range, ``size`` does not hold two, or ``context_shape`` does not fit it or
+            ``context_dim``.  In use, if the network takes contexts and none is given.
 
     Example::
 

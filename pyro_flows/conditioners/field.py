@@ -30,21 +30,26 @@ Rates = Callable[[Tensor, Tensor], tuple[Tensor, Derivative]]  # (t, x) -> v, J
 
 
 class VectorField(nn.Module, ABC):
-    """A field of D numbers that depends on time, on the point, and on a context where there is one.
+    """A field v(t, x, c) of D numbers that depends on time, on the point, and on a context where there is one.
 
+    It is the abstract base class of what :class:`~pyro_flows.transforms.Continuous` follows, dx/dt = v(t, x, c).
     Any network may be one: define ``forward`` and call ``super().__init__(input_dim, context_dim)``.  Rows must not
     depend on one another, nor calls on chance, as batch norm and dropout make them.  Slopes should be continuous, or
-    adaptive solvers stumble at each kink.
+    adaptive solvers stumble at each kink.  Its last layer had best start at zero, so that the transform starts at the
+    identity.  By default autograd finds the Jacobian; a field that knows its own overrides :meth:`at`.
+
+    Neural Ordinary Differential Equations (Chen, Rubanova, Bettencourt, Duvenaud 2018, arXiv:1806.07366).
 
     Args:
-        input_dim: The number D of features.
-        context_dim: The number of context features.
+        input_dim: The number D of features, at least 1.
+        context_dim: The number of context features, at least 0.
 
     Attributes:
-        cheap_trace: Whether the divergence costs about as much as the field itself, whatever D is.
+        cheap_trace: Whether the divergence costs about as much as the field itself, whatever D is; by default False.
 
     Raises:
-        ValueError: If a size is out of its range.
+        ValueError: If a size is out of its range.  In use, if the velocities that ``forward`` returns do not have the
+            shape and the dtype of the points.
 
     Example::
 
@@ -75,10 +80,29 @@ class VectorField(nn.Module, ABC):
             t: The time, ``()``, or one for each point, ``(*batch)``; between 0 and 1.
             x: The points, ``(*batch, D)``.
             context: Contexts, ``(*batch, context_dim)``, that broadcast with x, or None if ``context_dim`` is 0.
+
+        Returns:
+            Of the shape and the dtype of x, which has the batch shape of all three when a solver asks.
+
+        Raises:
+            ValueError: If the field takes contexts and none is given.
         """
 
     def at(self, context: Tensor | None = None) -> Rates:
-        """The field at a context, with its Jacobian: ``(t, x) -> (v, J)``."""
+        """The field at a context, with its Jacobian J = ∂v/∂x.
+
+        Args:
+            context: Contexts, ``(*batch, context_dim)``, that broadcast with the points, or None.
+
+        Returns:
+            A function ``(t, x) -> (v, J)`` of time and points, to velocities ``(*batch, D)`` and what has the methods
+            ``J.trace()``, which gives the divergence ``(*batch)``, and ``J.pull(w)``, which takes covectors
+            ``(K, *batch, D)`` to Jᵀ w of the same shape.
+
+        Raises:
+            ValueError: If the field takes contexts and none is given; and, from the function that is returned, if
+                velocities do not have the shape and the dtype of the points.
+        """
 
         def rates(t: Tensor, x: Tensor) -> tuple[Tensor, Derivative]:
             lasting = torch.is_grad_enabled()

@@ -10,7 +10,8 @@ from .base import Conditioner
 class Given(Conditioner):
     """Reads the parameters off the first ``num_params * output_dim`` numbers of its input; it has none of its own.
 
-    Where these are zero at the start, as a conditioner's should be, all of its maps are the identity.
+    It takes ``(*batch, input_dim)`` to ``(*batch, output_dim, num_params)``, and no context.  Where what it reads is
+    zero at the start, as a conditioner's parameters should be, all of its maps are the identity.
 
     Args:
         input_dim: The number of inputs; those beyond the parameters are left alone.
@@ -18,7 +19,7 @@ class Given(Conditioner):
         num_params: The number of parameters of each feature (``bijector.num_params``).
 
     Raises:
-        ValueError: If there are fewer inputs than parameters.
+        ValueError: If a size is below 1, or there are fewer inputs than parameters.
 
     Example::
 

@@ -35,25 +35,38 @@ STEEPEST = 1.1  # the slope of a sigmoid(β a) is at most 1.09984, whatever β
 
 
 class LipschitzMLP(nn.Module):
-    """A network g from D numbers to D, with |g(x) - g(x')| ≤ ``lipschitz`` |x - x'|, zero at the start.
+    """A network g from ``(*batch, D)`` to ``(*batch, D)`` whose slopes are bounded.
 
-    The context is added to the first hidden layer and not bounded: the bound holds at each context.
+    It is the network of :class:`~pyro_flows.transforms.Residual`.  At any parameters and at each context, in the
+    Euclidean norm ::
+
+        |g(x) - g(x')| ≤ lipschitz |x - x'|,    lipschitz < 1
+
+    It starts at zero.  Each of its L matrices is divided by what it exceeds ``lipschitz^(1/L)`` by, according to a
+    differentiable upper bound on its spectral norm, and the functions between them have slopes of at most one.  The
+    context is added to the first hidden layer, without a bound.
+
+    Residual Flows for Invertible Generative Modeling (Chen, Behrmann, Duvenaud, Jacobsen 2019, arXiv:1906.02735);
+    Efficient Bound of Lipschitz Constant for Convolutional Layers by Gram Iteration (Delattre, Barthélemy, Araujo,
+    Allauzen 2023, arXiv:2305.16173).
 
     Args:
-        input_dim: The number D of inputs and of outputs.
+        input_dim: The number D of inputs and of outputs, at least 1.
         hidden_dims: The widths of the hidden layers, at least one.
         context_dim: The number of context features.
         lipschitz: The bound, between 0 and 1.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range.  In use, if the network takes contexts and none is given.
 
     Example::
 
         >>> import torch
-        >>> net = LipschitzMLP(2, (16, 16), context_dim=4)
-        >>> net(torch.randn(7, 2), torch.randn(4)).shape
-        torch.Size([7, 2])
+        >>> net = LipschitzMLP(2, (16, 16))
+        >>> _ = torch.nn.init.normal_(net.output.weight, std=1000.0)  # however steep the parameters are
+        >>> x, other = torch.randn(2, 100, 2)
+        >>> bool(((net(x) - net(other)).norm(dim=-1) <= 0.9001 * (x - other).norm(dim=-1)).all())
+        True
     """
 
     def __init__(
@@ -65,6 +78,8 @@ class LipschitzMLP(nn.Module):
         self.lipschitz = lipschitz
         if input_dim < 1:
             raise ValueError(f"LipschitzMLP: input_dim must be positive, got {input_dim}.")
+        if context_dim < 0:
+            raise ValueError(f"LipschitzMLP: context_dim must not be negative, got {context_dim}.")
         if not self.hidden_dims or min(self.hidden_dims) < 1:
             raise ValueError(f"LipschitzMLP: hidden_dims must hold at least one positive width, got {hidden_dims!r}.")
         if not 0 < lipschitz < 1:
@@ -75,11 +90,32 @@ class LipschitzMLP(nn.Module):
         self.steepness = nn.Parameter(torch.full((len(self.hidden_dims),), 0.5))  # β = softplus, as in the paper
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Compute g(x), ``(*batch, D)``; the batch of contexts ``(*batch, context_dim)`` broadcasts with that of x."""
+        """Compute g(x).
+
+        Args:
+            x: Inputs of shape ``(*batch, D)``.
+            context: Contexts of shape ``(*batch, context_dim)``, broadcast with ``x``, or None if ``context_dim`` is 0.
+
+        Returns:
+            Of shape ``(*batch, D)``.
+
+        Raises:
+            ValueError: If the network takes contexts and none is given.
+        """
         return self.at(context).linearise(x)[0]
 
     def at(self, context: Tensor | None = None) -> Layers:
-        """The network at a context, its matrices within their bounds: what many evaluations share."""
+        """The network at a context, its matrices within their bounds: what many evaluations share.
+
+        Args:
+            context: As for :meth:`forward`.
+
+        Returns:
+            What has the method ``linearise(x)``, which gives g(x) and the Jacobian there, in factors.
+
+        Raises:
+            ValueError: If the network takes contexts and none is given.
+        """
         layers = [*self.hidden, self.output]
         share = self.lipschitz ** (1 / len(layers))
         weights = [w / (spectral_bound(w) / share).clamp_min(1) for w in (layer.weight for layer in layers)]

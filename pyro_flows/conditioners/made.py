@@ -21,10 +21,17 @@ from .base import Conditioner, MaskedLinear, activation_of
 
 
 class MADE(Conditioner):
-    """An autoregressive network, in any feature order and with hidden layers of any width.
+    """A masked network: θ_i, the parameters of feature i, depends on the features of lower rank, or on its parents.
+
+    It takes ``(*batch, D)`` to ``(*batch, D, num_params)``, and conditions
+    :class:`~pyro_flows.transforms.Autoregressive` layers, whose inverse it serves feature by feature in about the work
+    of one pass.
+
+    MADE: Masked Autoencoder for Distribution Estimation (Germain, Gregor, Murray, Larochelle 2015, arXiv:1502.03509);
+    with a graph, Graphical Normalizing Flows (Wehenkel, Louppe 2021, arXiv:2006.02548).
 
     Args:
-        input_dim: The number D of features.
+        input_dim: The number D of features, at least 1.
         num_params: The number of parameters of each feature (``bijector.num_params``).
         hidden_dims: The widths of the hidden layers, at least one; they may be narrower than the input.
         context_dim: The number of context features; every unit may see them.
@@ -35,8 +42,9 @@ class MADE(Conditioner):
         activation: The class of the elementwise nonlinearity.
 
     Raises:
-        ValueError: If the order is no permutation or puts a child before a parent, the graph has a cycle, or a hidden
-            layer has fewer units than there are different sets of parents.
+        ValueError: If a size is out of its range, the order is no permutation or puts a child before a parent,
+            ``adjacency`` has another shape or a cycle, or a hidden layer has fewer units than there are different sets
+            of parents.  In use, if the network takes contexts and none is given.
 
     Example::
 
@@ -44,6 +52,10 @@ class MADE(Conditioner):
         >>> net = MADE(3, num_params=2, hidden_dims=(16,), order=(2, 1, 0))
         >>> net(torch.randn(7, 3)).shape
         torch.Size([7, 3, 2])
+        >>> _ = torch.nn.init.normal_(net.output.weight)  # for the slopes at parameters that are trained
+        >>> slopes = torch.autograd.functional.jacobian(lambda x: net(x).sum(-1), torch.randn(3))
+        >>> (slopes != 0).int().tolist()  # row i: which features steer feature i
+        [[0, 1, 1], [0, 0, 1], [0, 0, 0]]
     """
 
     order: Tensor
@@ -61,6 +73,8 @@ class MADE(Conditioner):
         adjacency: Sequence[Sequence[bool]] | Tensor | None = None,
         activation: type[nn.Module] = nn.ReLU,
     ) -> None:
+        if input_dim < 1:
+            raise ValueError(f"MADE: input_dim must be at least 1, got {input_dim}.")
         super().__init__(input_dim, input_dim, num_params, hidden_dims, context_dim)
         graph = None if adjacency is None else checked_graph(adjacency, input_dim)
         if order is None:
@@ -134,7 +148,16 @@ class MADE(Conditioner):
         return self.output(h).unflatten(-1, (self.num_params, self.output_dim)).mT
 
     def params_and_slopes(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """The parameters ``(N, D, P)``, with their graph, and each layer's derivatives of the activation ``(H, N)``."""
+        """What a gradient by :func:`costream` needs, from one pass.
+
+        Args:
+            x: Inputs of shape ``(N, D)``.
+            context: Contexts of shape ``(N, context_dim)``, or None if ``context_dim`` is 0.
+
+        Returns:
+            The parameters ``(N, D, P)``, with their graph, and for each hidden layer the derivatives of the activation
+            at its units, ``(H, N)``.
+        """
         slopes = []
         with torch.enable_grad():
             h = x.detach().requires_grad_()

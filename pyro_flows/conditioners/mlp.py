@@ -12,7 +12,11 @@ from .base import Conditioner, activation_of, zero_
 
 
 class MLP(Conditioner):
-    """A fully connected network from ``input_dim`` numbers to ``output_dim`` × ``num_params`` parameters.
+    """A fully connected network from ``(*batch, input_dim)`` to parameters ``(*batch, output_dim, num_params)``::
+
+        h_1 = a(W_1 x + b_1 + U c),    h_l = a(W_l h_{l-1} + b_l),    θ = W h_L + b
+
+    It conditions couplings and, with contexts in place of x, conditional elementwise maps.
 
     Args:
         input_dim: The number of inputs; with 0 the parameters depend on the context alone.
@@ -25,12 +29,18 @@ class MLP(Conditioner):
         skip: Add a linear map of the inputs, and of as many products of two as the first layer is wide; it starts at
             zero too.  What is nearly linear, or bilinear, is then learned to a precision that few units reach.
 
+    Raises:
+        ValueError: If a size is out of its range.  In use, if the network takes contexts and none is given.
+
     Example::
 
         >>> import torch
         >>> net = MLP(2, 3, num_params=5, hidden_dims=(16, 16), context_dim=4)
         >>> net(torch.randn(7, 2), torch.randn(4)).shape
         torch.Size([7, 3, 5])
+        >>> net(torch.randn(7, 2))
+        Traceback (most recent call last):
+        ValueError: MLP: context is missing; this network takes contexts of width 4.
     """
 
     def __init__(

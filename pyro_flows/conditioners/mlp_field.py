@@ -46,28 +46,36 @@ SMOOTH: dict[type[nn.Module], Callable[[Tensor], tuple[Tensor, Tensor]]] = {  # 
 
 
 class MLPField(VectorField):
-    """A multilayer perceptron as a field, zero at the start.
+    """A multilayer perceptron as a vector field, zero at the start::
 
-    Time enters by its first Fourier modes, cos kπt and sin kπt, and with the context is added to the first hidden
-    layer.  With one or two hidden layers the exact divergence costs no more than the field.
+        v(t, x, c) = W_L h_{L-1} + b_L,    h_l = a(W_l h_{l-1} + b_l),    h_1 = a(W_1 x + b_1 + U τ(t) + V c)
+
+    Time enters by its first Fourier modes τ, cos kπt and sin kπt, and with the context is added to the first hidden
+    layer.  It knows its Jacobian: with one or two hidden layers the exact divergence costs no more than the field.
+
+    FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models (Grathwohl, Chen, Bettencourt,
+    Sutskever, Duvenaud 2018, arXiv:1810.01367).
 
     Args:
-        input_dim: The number D of features.
+        input_dim: The number D of features, at least 1.
         context_dim: The number of context features.
         hidden_dims: The widths of the hidden layers, at least one.
-        frequencies: The number of Fourier modes of time.
+        frequencies: The number of Fourier modes of time, at least 1.
         activation: The class of the nonlinearity: ``torch.nn``'s ``ELU``, ``SiLU``, ``Softplus`` or ``Tanh``, whose
             slopes are continuous.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If a size is out of its range, or ``activation`` is none of the four.  In use, if the field takes
+            contexts and none is given.
 
     Example::
 
         >>> import torch
         >>> field = MLPField(2, context_dim=4)
-        >>> field(torch.rand(7), torch.randn(7, 2), torch.randn(4)).shape
-        torch.Size([7, 2])
+        >>> t, x = torch.rand(7), torch.randn(7, 2)
+        >>> v, jacobian = field.at(torch.randn(4))(t, x)
+        >>> v.shape, jacobian.trace().shape
+        (torch.Size([7, 2]), torch.Size([7]))
     """
 
     hidden: Sequence[nn.Linear]
@@ -106,6 +114,7 @@ class MLPField(VectorField):
 
     @property
     def cheap_trace(self) -> bool:  # type: ignore[override]
+        """Whether the divergence costs about as much as the field itself, as it does with at most two hidden layers."""
         return len(self.hidden_dims) <= 2
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:

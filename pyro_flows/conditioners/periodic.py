@@ -15,26 +15,33 @@ from .base import Conditioner
 
 
 class Periodic(Conditioner):
-    """Another conditioner, periodic in some of its inputs.
+    """Another conditioner, periodic in some of its inputs: it sees cos(π x / B) and sin(π x / B) in place of x.
 
-    It serves coupling layers.  Features that follow an order, as those of a ``MADE`` do, lose it here.
+    It takes ``(*batch, D)`` to ``(*batch, output_dim, num_params)`` and serves coupling layers of angles.  Features
+    that follow an order, as those of a :class:`MADE` do, lose it here.
+
+    Normalizing Flows on Tori and Spheres (Rezende et al. 2020, arXiv:2002.02428).
 
     Args:
         net: The network; of its inputs, first come the cosines, then the sines of the P periodic features, then the
             D - P other features, so that ``net.input_dim`` is D + P.
         periodic: For each of the D features, whether it is periodic.
-        bound: Half the period; by default the periodic features are angles in radians.
+        bound: Half the period, B; by default the periodic features are angles in radians.
 
     Raises:
-        ValueError: If ``periodic`` does not fit the network's inputs, or ``bound`` is not positive and finite.
+        ValueError: If ``periodic`` does not fit the network's inputs, or ``bound`` is not positive and finite.  In use,
+            if the network takes contexts and none is given.
 
     Example::
 
         >>> import math, torch
         >>> from pyro_flows.conditioners import MLP
-        >>> net = Periodic(MLP(3, 2, num_params=5), [True, False])
-        >>> net.input_dim, net(torch.randn(7, 2)).shape
-        (2, torch.Size([7, 2, 5]))
+        >>> inner = MLP(3, 2, num_params=5)
+        >>> _ = torch.nn.init.normal_(inner.output.weight)
+        >>> net = Periodic(inner, [True, False])
+        >>> x = torch.randn(7, 2)
+        >>> torch.allclose(net(x), net(x + torch.tensor([2 * math.pi, 0.0])), atol=1e-4)
+        True
     """
 
     periodic: Tensor

@@ -114,13 +114,32 @@ def split_steps(rows: Tensor, sizes: list[int], backwards: bool) -> Sequence[Ten
 def stream(net: MADE, context: Tensor | None, like: Tensor) -> Chain:
     """A chain that is given features rank by rank, nothing at its first step, and returns the next one's parameters.
 
+    All steps together cost about one pass of the network.  Rows are written in place, so it runs where autograd does
+    not watch, as under ``torch.no_grad``.
+
     Args:
         net: The network.
-        context: Its context, ``(N, C)``, or None.
-        like: A tensor with N columns.
+        context: Its contexts, ``(N, context_dim)``, or None if ``net.context_dim`` is 0.
+        like: A tensor with N columns, of the dtype and on the device of the features.
 
     Returns:
-        A chain whose step takes ``(N,)`` and returns ``(P, N)``.
+        A chain whose ``step`` takes the feature of the rank that has become known, ``(N,)``, or None at first, and
+        returns the parameters of the next rank's, ``(P, N)``.
+
+    Raises:
+        ValueError: If the network takes contexts and none is given.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows.conditioners import MADE
+        >>> net, x = MADE(3, num_params=2, hidden_dims=(8,)), torch.randn(5, 3)
+        >>> _ = torch.nn.init.normal_(net.output.weight)
+        >>> with torch.no_grad():
+        ...     chain = stream(net, None, like=x.T)
+        ...     params = [chain.step(known) for known in (None, x[:, 0], x[:, 1])]
+        >>> torch.allclose(torch.stack(params).permute(2, 0, 1), net(x), atol=1e-4)
+        True
     """
     weights, biases = _weights(net), [layer.bias.unsqueeze(-1) for layer in net.hidden]
     biases[0] = net.add_context(biases[0].T, context).T
@@ -136,15 +155,30 @@ def stream(net: MADE, context: Tensor | None, like: Tensor) -> Chain:
 
 
 def costream(net: MADE, slopes: list[Tensor]) -> Chain:
-    """A chain that is given cotangents of the parameters, from the last rank to the first.
+    """A chain that is given cotangents of the parameters, from the last rank to the first, and returns the features'.
+
+    It is the transposed Jacobian of the network, one rank at a time, in about the work of one pass.
 
     Args:
         net: The network.
         slopes: For each hidden layer, the derivative of the activation at its units, ``(H, N)``.
 
     Returns:
-        A chain whose step takes the cotangent ``(P, N)`` of one rank's parameters and returns what flows back to the
-        feature one rank below, ``(1, N)``, or None below the first.
+        A chain whose ``step`` takes the cotangent ``(P, N)`` of one rank's parameters and returns what flows back to
+        the feature one rank below, ``(1, N)``, or None below the first.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows.conditioners import MADE
+        >>> net, x = MADE(2, num_params=1, hidden_dims=(8,)), torch.randn(5, 2)
+        >>> _ = torch.nn.init.normal_(net.output.weight)
+        >>> params, slopes = net.params_and_slopes(x, None)
+        >>> with torch.no_grad():
+        ...     back = costream(net, slopes).step(torch.ones(1, 5))  # of the last rank's parameter, to feature 0
+        >>> (by_autograd,) = torch.autograd.grad(net(x.requires_grad_())[:, 1].sum(), x)
+        >>> torch.allclose(back[0], by_autograd[:, 0], atol=1e-4)
+        True
     """
     units = [unlocked[::-1] for unlocked in reversed(net.unlocked)]
     sizes = [[net.num_params] * net.input_dim, *units, [1] * (net.input_dim - 1) + [0]]

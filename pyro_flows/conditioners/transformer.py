@@ -20,22 +20,32 @@ from .base import Conditioner, zero_
 
 
 class CausalTransformer(Conditioner):
-    """A network from sequences of tokens to the parameters of each of their numbers.
+    """A causal transformer from sequences of tokens to the parameters of their numbers: θ_t depends on x_<t alone::
+
+        h_t = E x_{t-1} + p_t + U c,    h ← h + attention(norm(h)),    h ← h + V a(W norm(h)),    θ_t = O norm(h_t)
+
+    It takes ``(*batch, T, D)`` to ``(*batch, T, D, num_params)`` and conditions
+    :class:`~pyro_flows.transforms.Autoregressive` layers, whose inverse it serves by :class:`Tokens`.
+
+    Attention Is All You Need (Vaswani et al. 2017, arXiv:1706.03762); Normalizing Flows are Capable Generative Models
+    (Zhai et al. 2024, arXiv:2412.06329).
 
     Args:
-        length: The number T of tokens.
-        token_dim: The number D of numbers in a token.
+        length: The number T of tokens, at least 1.
+        token_dim: The number D of numbers in a token, at least 1.
         num_params: The number of parameters of each of these (``bijector.num_params``).
         hidden_dim: The width, a multiple of ``num_heads``.
-        num_layers: The number of layers.
-        num_heads: The number of heads of attention in each.
-        context_dim: The number of context features, which every token sees.
+        num_layers: The number of layers, at least 1.
+        num_heads: The number of heads of attention in each, at least 1.
+        context_dim: The number of context features, which every token sees; with ``context_shape`` it may be left out.
         context_shape: The shape ``(K, H, W)`` of contexts that are images, flattened, where tokens are T square patches
             of an image: a token and those behind it see what lies in its patch.
         order: The rank of each token, ``order[t]``; by default they come in their own order.
 
     Raises:
-        ValueError: If sizes are out of their range or do not fit.
+        ValueError: If a size is out of its range, ``hidden_dim`` is no multiple of ``num_heads``, ``order`` no
+            permutation, or ``context_shape`` does not fit ``length`` or ``context_dim``.  In use, if the network takes
+            contexts and none is given.
 
     Example::
 
@@ -43,6 +53,11 @@ class CausalTransformer(Conditioner):
         >>> net = CausalTransformer(length=6, token_dim=3, num_params=2, hidden_dim=16)
         >>> net(torch.randn(7, 6, 3)).shape
         torch.Size([7, 6, 3, 2])
+        >>> _ = torch.nn.init.normal_(net.output.weight)  # as if trained
+        >>> x = torch.randn(6, 3)
+        >>> change = net(x) - net(x + torch.eye(6)[3].unsqueeze(-1))  # of token 3
+        >>> (change.abs().amax((1, 2)) > 1e-3).tolist()
+        [False, False, False, False, True, True]
     """
 
     order: Tensor
@@ -60,7 +75,10 @@ class CausalTransformer(Conditioner):
         context_shape: Sequence[int] | None = None,
         order: Sequence[int] | None = None,
     ) -> None:
-        if hidden_dim % num_heads:
+        for name, size in (("length", length), ("token_dim", token_dim), ("num_layers", num_layers)):
+            if size < 1:
+                raise ValueError(f"CausalTransformer: {name} must be at least 1, got {size}.")
+        if num_heads < 1 or hidden_dim % num_heads:
             raise ValueError(f"CausalTransformer: hidden_dim={hidden_dim} must be a multiple of num_heads={num_heads}.")
         order = list(range(length)) if order is None else [int(rank) for rank in order]
         if sorted(order) != list(range(length)):
@@ -101,7 +119,14 @@ class CausalTransformer(Conditioner):
         return params.reshape(*batch, *params.shape[1:])
 
     def starts(self, context: Tensor | None) -> Tensor:
-        """What each token's place and context say of it, by rank: ``(*batch, T, hidden_dim)``."""
+        """What each token's place and its context, ``(*batch, context_dim)``, say of it, by rank.
+
+        Returns:
+            Of shape ``(*batch, T, hidden_dim)``, or ``(T, hidden_dim)`` without a context.
+
+        Raises:
+            ValueError: If the network takes contexts and none is given.
+        """
         if self.context_shape is not None and context is not None:
             images = context.reshape(math.prod(context.shape[:-1]), *self.context_shape)
             patches = F.pixel_unshuffle(images, self.side).flatten(2).mT[:, list(self.places)]
@@ -118,10 +143,27 @@ class CausalTransformer(Conditioner):
 class Tokens:
     """A causal transformer that is given one token at a time, from the first rank to the last, and knows those before.
 
+    It keeps their keys and values, so that all steps together cost about one pass.  It lives for one sequence, or N
+    side by side; nothing is kept on the network.
+
     Args:
         net: The network.
-        context: Contexts ``(N, context_dim)``, or None.
+        context: Contexts ``(N, context_dim)``, or None if ``net.context_dim`` is 0.
         number: The number N of sequences.
+
+    Raises:
+        ValueError: If the network takes contexts and none is given.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows.conditioners import CausalTransformer
+        >>> net = CausalTransformer(length=3, token_dim=2, num_params=2, hidden_dim=16)
+        >>> _, x = torch.nn.init.normal_(net.output.weight), torch.randn(5, 3, 2)
+        >>> tokens = Tokens(net, None, number=5)
+        >>> params = [tokens.step(known) for known in (None, x[:, 0], x[:, 1])]
+        >>> torch.allclose(torch.stack(params, 1), net(x), atol=1e-4)
+        True
     """
 
     def __init__(self, net: CausalTransformer, context: Tensor | None, number: int) -> None:

@@ -43,18 +43,31 @@ def to_arviz(
     dimension ``{site}_seen``, whose coordinates count the site's rows.
 
     The draws are a guide's, so ``r_hat`` and ``ess`` of ``arviz.summary`` say nothing about its quality: see
-    :func:`check`.  They are unweighted, or with ``importance`` resampled as by :func:`resample`.
+    :func:`~pyro_flows.check`.  They are unweighted, or with ``importance`` resampled as by
+    :func:`~pyro_flows.resample`.
 
     Args:
-        num_samples: The number N of draws.
+        model: A Pyro model.
+        guide: A Pyro guide of the same latents.
+        *args: The model's arguments.
+        num_samples: The number N of draws, at least 25.
         importance: Whether to resample the draws by their Pareto-smoothed weights; ``sample_stats`` are then those of
             the draws that are kept, some several times.
-        num_weighed: How many draws they are then chosen from; at least N are.
+        num_weighed: How many draws they are then chosen from, at least 25; at least N are.
         posterior_predictive: Whether to draw the observed sites anew, given the latents.  What the model gets from an
             observed site is then the new value, so one that depends on another follows it.
         log_likelihood: Whether to keep each observation's log-likelihood, in nats.
+        batch_size: How many draws are run at once.
+        vectorize: Whether draws run side by side, for which the model must broadcast to the left of its plates, or one
+            after the other.
+        model_kwargs: Keyword arguments of the model whose names clash with those above.
+        **kwargs: The model's other keyword arguments.
 
-    The other arguments and the errors are those of :func:`psis`.
+    Returns:
+        ArviZ's container; ``.to_netcdf(path)`` keeps it in a file.
+
+    Raises:
+        ValueError: If a number is out of its range, or :func:`~pyro_flows.psis` refuses the guide or its weights.
 
     Warns:
         UserWarning: With ``importance``, if k-hat is above its threshold: the draws cannot be trusted.

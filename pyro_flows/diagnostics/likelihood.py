@@ -35,10 +35,15 @@ def importance_log_likelihood(
 ) -> Tensor:
     """Estimate log p(x_i) of each row of a plate, such as each test image of a variational autoencoder.
 
-    Latents outside of the plate have no place in it: fix them, with ``poutine.condition``.
+    Row by row, with K draws z_k of the row's latents from the guide q, it is::
+
+        log p(x_i) ≈ log 1/K Σ_k p(x_i, z_k) / q(z_k | x_i)
+
+    a lower bound on average, which rises with K (Burda, Grosse, Salakhutdinov 2015, arXiv:1509.00519).  Latents outside
+    of the plate have no place in it: fix them, with ``poutine.condition``.
 
     Args:
-        model: A Pyro model whose latents all lie in the plate.
+        model: A Pyro model whose latents all lie in the plate; it must broadcast to the left of its plates.
         guide: A Pyro guide of the same latents.
         *args: The model's arguments, with the rows to score.
         plate: The plate's name; by default that of an ``AutoPlateFlow``.
@@ -51,10 +56,12 @@ def importance_log_likelihood(
         The log-likelihood of each row, ``(rows,)`` in nats: mean and sum are those of the data set.
 
     Raises:
-        ValueError: If a number is out of its range, the plate is missing or subsampled, or a latent lies outside.
+        ValueError: If a number is out of its range, the plate is missing or subsampled, a latent lies outside, the
+            guide is a point or of other latents, or the model does not run with draws side by side.
 
     Example::
 
+        >>> import pyro, torch
         >>> import pyro.distributions as dist
         >>> def model(x):
         ...     with pyro.plate("row", len(x)):

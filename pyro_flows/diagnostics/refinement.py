@@ -29,13 +29,25 @@ BATCH = 500  # chains that run side by side
 
 @dataclass(frozen=True)
 class Refined:
-    """The result of :func:`refine`.
+    """Draws that short chains have moved: the result of :func:`~pyro_flows.refine`.
 
     Attributes:
         draws: Refined draws of latents and deterministic sites: name -> ``(num_samples, *site_shape)``.
-        acceptance: The mean acceptance of the last transition, in each of the coordinates.
-        drift: The guide's errors, for each of K quantities, as the chains see them.
-        names: The names of the quantities.
+        acceptance: The mean acceptance of the last transition, between 0 and 1, in each of the coordinates.
+        drift: The guide's errors, for each of K quantities, as the chains see them: ``error``, that of the mean in
+            standard deviations of the posterior, and ``ratio``, the guide's standard deviation over the posterior's,
+            with the standard errors ``error_se`` and ``ratio_se``, each ``(K,)``.
+        names: The names of the K quantities, number by number.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        >>> found = refine(model, model, num_samples=100, transitions=4)
+        >>> found.draws["x"].shape, found.names, found.drift.error.shape
+        (torch.Size([100, 2]), ['x[0]', 'x[1]'], torch.Size([2]))
     """
 
     draws: dict[str, Tensor]
@@ -60,20 +72,30 @@ def refine(
 ) -> Refined:
     """Move draws of any Pyro guide towards the posterior, for a fraction of the cost of training.
 
+    Short Markov chains (Hamiltonian Monte Carlo) start from them, side by side, and move in the coordinates of the
+    guide's base and in whitened ones (Hoffman et al. 2019, arXiv:1903.03704; Ruiz, Titsias 2019, arXiv:1905.04062).
+    What few transitions do not reach, a mode that the guide misses above all, they do not mend.
+
     Args:
         model: A Pyro model, all of whose latents are continuous; it must broadcast to the left of its plates.
         guide: A trained guide of the same latents: best an ``AutoContinuous``, whose base makes chains move fast.
         *args: The model's arguments.
         num_samples: The number of draws, each the end of a chain of its own, so that they are independent.
-        transitions: How often each chain moves, in all coordinates.  Step sizes are adapted in the first quarter.
+        transitions: How often each chain moves, in all coordinates, at least 4.  Step sizes are adapted in the first
+            quarter.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 
+    Returns:
+        The :class:`~pyro_flows.diagnostics.Refined`.
+
     Raises:
-        ValueError: If a number is out of its range, or the guide was never trained, is a point or of another model.
+        ValueError: If a number is out of its range; if the guide was never trained, is a point, of another model, or
+            has no density over its draws; if a latent is discrete or a plate subsampled; or if the model does not run
+            with draws side by side.
 
     Warns:
-        UserWarning: If the chains hardly move.
+        UserWarning: If the chains hardly move, or the model's log-density is an estimate whose noise shows.
 
     Example::
 

@@ -35,20 +35,27 @@ def resample(
 ) -> dict[str, Tensor]:
     """Draw from any Pyro guide, resampled by Pareto-smoothed weights: closer to the posterior than the guide is.
 
-    The same seed gives the same draws (``pyro.set_rng_seed``).  Draws of great weight are there several times, so N of
-    them tell less than N independent ones.
+    A draw of normalised weight w is kept N w times, rounded up or down at random (systematic resampling: Douc, Cappé,
+    Moulines 2005, arXiv:cs/0507025).  The same seed gives the same draws (``pyro.set_rng_seed``).  Draws of great
+    weight are there several times, so N of them tell less than N independent ones.
 
     Args:
+        model: A Pyro model.
+        guide: A Pyro guide of the same latents.
+        *args: The model's arguments.
         num_samples: The number N of draws that are kept.
-        num_weighed: How many draws of the guide they are chosen from; at least N are.
-
-    The other arguments are those of :func:`psis`.
+        num_weighed: How many draws of the guide they are chosen from, at least 25; at least N are.
+        batch_size: How many draws are run at once.
+        vectorize: Whether draws run side by side, for which the model must broadcast to the left of its plates, or one
+            after the other.
+        model_kwargs: Keyword arguments of the model whose names clash with those above.
+        **kwargs: The model's other keyword arguments.
 
     Returns:
         For each latent and deterministic site of the model, values of shape ``(num_samples, *site_shape)``.
 
     Raises:
-        ValueError: If a number is out of its range, or no weight is finite.
+        ValueError: If a number is out of its range, or :func:`~pyro_flows.psis` refuses the guide or its weights.
 
     Warns:
         UserWarning: If k-hat is above its threshold: the draws cannot be trusted.

@@ -10,11 +10,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Simulations:
-    """Draws of the joint law of latents and data.
+    """N draws of the joint law of latents and data: by :func:`~pyro_flows.simulate`, or by a simulator of your own.
 
     Attributes:
         latents: For each latent site the values, ``(N, *site_shape)``.
         data: For each argument that holds data the values, ``(N, *site_shape)``.
+
+    Raises:
+        ValueError: If there are no data, or not as many rows of all.
+
+    Example::
+
+        >>> import torch
+        >>> theta = torch.randn(100)
+        >>> found = Simulations({"theta": theta}, {"x": theta + 0.5 * torch.randn(100)})
+        >>> len(found), len(found.take(slice(10))), found.row(0)["x"].shape, len(found.join(found))
+        (100, 10, torch.Size([]), 200)
     """
 
     latents: dict[str, Tensor]
@@ -26,11 +37,11 @@ class Simulations:
             raise ValueError(f"Simulations: latents and data must have as many rows, and some data, got {sizes}.")
 
     def row(self, number: int) -> dict[str, Tensor]:
-        """One data set."""
+        """One data set: for each argument that holds data its value, ``site_shape``."""
         return {name: value[number] for name, value in self.data.items()}
 
     def take(self, index: Tensor | slice) -> Simulations:
-        """Some of the draws."""
+        """Some of the draws: those at an index ``(n,)`` or a slice."""
         return Simulations(*({name: value[index] for name, value in g.items()} for g in (self.latents, self.data)))
 
     def join(self, other: Simulations) -> Simulations:

@@ -40,17 +40,23 @@ def simulate(
     Args:
         model: A Pyro model that takes its data by arguments, as for :func:`~pyro_flows.fit_amortized`.
         *args: The model's arguments without the data.
-        num_simulations: How many to draw.
+        num_simulations: The number N of draws.
         batch_size: How many run side by side.
         vectorize: Whether they do, under an outer plate, for which the model must broadcast to the left of its plates.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 
+    Returns:
+        The :class:`~pyro_flows.Simulations`.
+
     Raises:
-        ValueError: If the model cannot be simulated, or means something else when it runs side by side.
+        ValueError: If a number is out of its range; if the model cannot be simulated, since it takes no data, needs an
+            argument, observes what no argument holds, has a factor statement or a subsampled plate; or if it means
+            something else when it runs side by side.
 
     Example::
 
+        >>> import pyro, pyro.distributions as dist
         >>> def model(x=None):
         ...     theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
         ...     return pyro.sample("x", dist.Normal(theta, 0.5), obs=x)

@@ -222,8 +222,8 @@ def sound_space(
     """The space of a guide that was trained, is one of the model, and has a density; others are refused."""
     check_trained(caller, guide)
     check_guide(model, guide, args, kwargs)
-    warn_of_noise(check_side_by_side(model, guide, args, kwargs))
     space = Space(model, guide, args, kwargs)
+    warn_of_noise(check_side_by_side(model, guide, args, kwargs))
     space.verify()
     return space
 

@@ -29,7 +29,7 @@ from .verdict import check as judge
 
 @dataclass(frozen=True)
 class Neutra:
-    """A model over a guide's base, and the way back: the result of :func:`neutra`.
+    """A model over a guide's base, and the way back: the result of :func:`~pyro_flows.neutra`.
 
     Attributes:
         model: The model to give to ``NUTS``, called with the model's own arguments.
@@ -37,6 +37,21 @@ class Neutra:
         guide: The guide.
         args: The arguments that the guide's transform depends on.
         kwargs: Its keyword arguments.
+
+    Example::
+
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> from pyro.infer.autoguide import AutoDiagonalNormal
+        >>> pyro.clear_param_store()
+        >>> def model():
+        ...     pyro.sample("x", dist.LogNormal(0.0, 1.0))
+        >>> guide = AutoDiagonalNormal(model, init_scale=1.0)
+        >>> _ = guide()  # in earnest: fit it
+        >>> found = neutra(model, guide, check=False)
+        >>> start = found.initial(num_chains=4)
+        >>> start[found.site].shape, found.transform(start)["x"].shape
+        (torch.Size([4, 1]), torch.Size([4]))
     """
 
     model: Callable[..., Any]
@@ -79,6 +94,9 @@ class Neutra:
         """Draws of the guide to start the chains from: the ``initial_params`` of ``MCMC``.
 
         For several chains the draw's dimension comes first, ``(num_chains, D)``; for one there is none, as Pyro has it.
+
+        Raises:
+            ValueError: If ``num_chains`` is below 1.
         """
         if num_chains < 1:
             raise ValueError(f"Neutra.initial: num_chains must be at least 1, got {num_chains}.")
@@ -97,6 +115,11 @@ def neutra(
 ) -> Neutra:
     """Turn a model into one over the base of a trained guide, where Markov chains mix faster.
 
+    With u the base's coordinates and T the guide's transform the chains' target is (Hoffman, Sountsov, Dillon,
+    Langmore, Tran, Vasudevan 2019, arXiv:1903.03704)::
+
+        log p(T(u), x) + log|det dT/du|
+
     However inexact the guide, what the chains converge to is the posterior, so a guide that is merely inexact does no
     harm but to speed.  One that has collapsed does: where it draws next to nothing, at a mode it misses or in tails far
     beyond its own, its base is stretched or squeezed so much that finite chains seldom get there, and agree with each
@@ -107,9 +130,12 @@ def neutra(
         guide: A trained ``AutoContinuous`` guide with a base distribution: ``AutoFlow``, ``AutoMultivariateNormal``,
             ``AutoDiagonalNormal``, ``AutoNormalizingFlow``, ``AutoIAFNormal``.
         *args: The model's arguments.
-        check: Whether to judge the guide by :func:`check` and to warn if its verdict is ``"do not trust"``.
+        check: Whether to judge the guide by :func:`~pyro_flows.check` and to warn if its verdict is ``"do not trust"``.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
+
+    Returns:
+        The :class:`~pyro_flows.diagnostics.Neutra`: its ``model`` is for ``NUTS``, its ``transform`` for the samples.
 
     Raises:
         ValueError: If the guide has no base or was never trained, or cannot be checked.

@@ -35,20 +35,36 @@ ADAPT, BLOCK, BLOCKS = 4, 10, 5  # sweeps of the chains: to adapt their steps, b
 
 @dataclass(frozen=True)
 class Check:
-    """The result of :func:`check`.
+    """The verdict on a guide and what it rests on: the result of :func:`check`.
+
+    The errors that ``chains``, ``directions`` and ``weighted`` hold are, for each of K quantities, ``error``, that of
+    the guide's mean in standard deviations of the posterior, and ``variance``, the posterior's over the guide's, with
+    the standard errors ``error_se`` and ``variance_se``, each ``(K,)``; there are D + 2 directions.
 
     Attributes:
         verdict: ``"trust"`` the guide's draws as they are; ``"reweight"`` them first; or ``"do not trust"`` them.
         reason: Why, in words.
-        psis: k-hat, the effective sample size, the log evidence, its standard error, and the weights.
+        psis: k-hat, the effective sample size, the log evidence, its standard error, and the weights: a
+            :class:`~pyro_flows.Psis`.
         chains: The guide's errors as short chains from its draws see them.
         directions: The same along directions of the unconstrained space in which the guide's draws are white: the D
             coordinates, and those two in which the chains have spread most and least while their steps were adapted.
         weighted: The same as the weights see them.
         names: The names of the K quantities that the errors are of: latent and deterministic sites, number by number.
-        missing: The share of the posterior's mass found where the guide draws nothing, its standard error and place.
-        acceptance: The chains' mean acceptance, in each of the coordinates that they moved in.
+        missing: The mass found where the guide draws nothing: its ``share`` of the posterior's, between 0 and 1, with
+            the standard error ``share_se``, and its ``place``, a vector ``(D,)`` or None.
+        acceptance: The chains' mean acceptance, between 0 and 1, in each of the coordinates that they moved in.
         seconds: The wall time.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        >>> found = check(model, model, num_samples=2000, num_chains=128)
+        >>> found.trusted, found.names, found.chains.error.shape, found.missing.share
+        (True, ['x[0]', 'x[1]'], torch.Size([2]), 0.0)
     """
 
     verdict: str
@@ -129,20 +145,28 @@ def check(
     The guide is the posterior if weights, chains and search find nothing: its weights hardly vary, short Markov chains
     from its draws (Hamiltonian Monte Carlo in the coordinates of its base, and in whitened ones) stay where they are,
     and climbs from far away find no mass that it misses.  Each error is seen with its standard error; the chains go on
-    until they tell.  Costs a tenth of a fit or so.
+    until they tell.  Draws are trusted if each mean is right to a tenth of a standard deviation and each standard
+    deviation to a tenth of itself.  Costs a tenth of a fit or so.
 
     Args:
         model: A Pyro model, all of whose latents are continuous; it must broadcast to the left of its plates.
         guide: A trained guide of the same latents.
         *args: The model's arguments.
-        num_samples: The number of draws that are weighed.
-        num_chains: The number of chains.
+        num_samples: The number of draws that are weighed, at least 100.
+        num_chains: The number of chains, at least 16.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 
+    Returns:
+        The :class:`~pyro_flows.Check`.
+
     Raises:
-        ValueError: If the guide was never trained, is a point or of another model, a number is out of its range, or no
-            weight is finite.
+        ValueError: If a number is out of its range; if the guide was never trained, is a point, of another model, or
+            has no density over its draws; if a latent is discrete or a plate subsampled; if the model has no latents or
+            does not run with draws side by side; or if a weight is not finite, or all are zero.
+
+    Warns:
+        UserWarning: If the model's log-density is an estimate whose noise shows in the verdict.
 
     Example::
 

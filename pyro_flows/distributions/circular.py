@@ -15,17 +15,19 @@ from torch.distributions import constraints
 
 
 class CircularBase(nn.Module):
-    """Builds N(0, 1) for linear features and the uniform distribution on [-B, B) for circular ones.
+    """Builds the base of flows on tori and cylinders: uniform on [-B, B) for each angle, N(0, 1) for each real number.
 
-    Angles may be scored by any representative: x and x + 2 B have the same density, which integrates to one over any
-    stretch of length 2 B.
+    Events have the shape ``(D,)``, in the dtype and on the device of the flow that holds it.  Angles may be scored by
+    any representative: x and x + 2 B have the same density, which integrates to one over any stretch of length 2 B.
+
+    Normalizing Flows on Tori and Spheres (Rezende et al. 2020, arXiv:2002.02428).
 
     Args:
-        circular: For each feature, whether it is circular.
+        circular: For each of the D features, whether it is circular.
         bound: Half the circumference B; by default circular features are angles in radians.
 
     Raises:
-        ValueError: If ``circular`` is empty, or ``bound`` is not positive and finite.
+        ValueError: If ``circular`` is empty or no vector, or ``bound`` is not positive and finite.
 
     Example::
 
@@ -50,6 +52,7 @@ class CircularBase(nn.Module):
         self.register_buffer("zeros", torch.zeros(len(circular)), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
+        """Build the distribution, of batch shape ``()`` and event shape ``(D,)``."""
         normal = dist.Normal(self.zeros, torch.ones_like(self.zeros), validate_args=False)
         return NormalOrUniform(self.circular, self.bound, normal)
 

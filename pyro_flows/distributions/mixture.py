@@ -16,15 +16,27 @@ from torch import Tensor, nn
 
 
 class MixtureBase(nn.Module):
-    """Builds a trainable mixture of diagonal Gaussians over vectors.
+    """Builds a trainable mixture of diagonal Gaussians over vectors ``(D,)``, a base with many modes::
+
+        p(x) = Σ_k π_k N(x; μ_k, σ_k²)
+
+    Draws are reparameterised, with first derivatives only: those of the implicit function.
 
     At the start each feature has mean 0 and variance 1.  The components lie apart, evenly in each feature and in an
     order of its own, fixed once and for all: were they equal, they would stay equal for ever.
 
+    Stochastic Backpropagation through Mixture Density Distributions (Graves 2016, arXiv:1607.05690); Implicit
+    Reparameterization Gradients (Figurnov, Mohamed, Mnih 2018, arXiv:1805.08498).
+
     Args:
-        input_dim: The number D of features.
+        input_dim: The number D of features, at least 1.
         num_components: The number K of components, at least 2.
         spread: The standard deviation of the locations of the components at the start, between 0 and 1.
+
+    Attributes:
+        loc: The locations μ, ``(K, D)``.
+        log_scale: The log-scales log σ in nats, ``(K, D)``.
+        logits: The logits of the weights π, ``(K)``.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -34,6 +46,9 @@ class MixtureBase(nn.Module):
         >>> base = MixtureBase(2, num_components=3)
         >>> base().rsample((5,)).shape, len(base.loc.unique(dim=0))
         (torch.Size([5, 2]), 3)
+        >>> base().rsample((5,)).sum().backward()
+        >>> base.logits.grad.shape  # draws carry gradients to the weights too
+        torch.Size([3])
     """
 
     def __init__(self, input_dim: int, num_components: int, spread: float = 0.5) -> None:
@@ -57,6 +72,7 @@ class MixtureBase(nn.Module):
         self.logits = nn.Parameter(torch.zeros(num_components))
 
     def forward(self) -> dist.TorchDistribution:
+        """Build the distribution as its parameters are now, of batch shape ``()`` and event shape ``(D,)``."""
         weights = dist.Categorical(logits=self.logits, validate_args=False)
         components = dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(1)
         return ReparameterisedMixture(weights, components, validate_args=False)

@@ -15,12 +15,16 @@ from torch import Tensor, nn
 
 
 class StudentTBase(nn.Module):
-    """Builds independent standard Student's t, each feature with trainable degrees of freedom.
+    """Builds independent standard Student's t, each feature with trainable degrees of freedom::
 
-    The degrees of freedom are l (u / l)^sigmoid(a) with a real parameter a, between the bounds l and u: geometric
-    steps, which an optimiser can take at one pace all the way from Cauchy to normal.
+        df = l (u / l)^σ(a)
 
-    Draws have first derivatives only.
+    with a real parameter a, between the bounds l and u: geometric steps, which an optimiser can take at one pace all
+    the way from Cauchy to normal.  It is the base for targets with heavy tails: no flow of Lipschitz maps, such as
+    couplings and splines with linear tails, can make those of its base heavier.  Draws have first derivatives only.
+
+    Tails of Lipschitz Triangular Flows (Jaini, Kobyzev, Yu, Brubaker 2020, arXiv:1907.04481); Marginal Tail-Adaptive
+    Normalizing Flows (Laszkiewicz, Lederer, Fischer 2022, arXiv:2206.10311).
 
     Args:
         event_shape: The shape of an event; a number D stands for ``(D,)``.
@@ -62,6 +66,7 @@ class StudentTBase(nn.Module):
         return self.min_df * torch.exp(math.log(self.max_df / self.min_df) * torch.sigmoid(self.free_df))
 
     def forward(self) -> dist.TorchDistribution:
+        """Build the distribution as its parameters are now, of batch shape ``()`` and event shape ``event_shape``."""
         df = self.degrees_of_freedom
         zeros, ones = torch.zeros_like(df), torch.ones_like(df)
         return dist.StudentT(df, zeros, ones, validate_args=False).to_event(df.dim())

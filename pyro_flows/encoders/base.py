@@ -17,15 +17,43 @@ from .standardize import Standardize, learning
 
 
 class Encoder(nn.Module, ABC):
-    """A network that turns each row of the data into ``context_dim`` numbers.
+    """A network c = f(x) that turns each row of the data into ``context_dim`` numbers, a learned summary.
 
+    It is the abstract base class of our encoders; flows and guides take any ``torch.nn.Module`` that does as much.
     Rows do not touch each other: a row's context is the same in any batch.  Data of any real dtype, integers and bools
     too, are converted to the network's own.
+
+    A subclass calls ``super().__init__`` and defines :meth:`forward`, which first calls :meth:`check_data`, then sends
+    the data through ``self.standardize``, with a mask, if there is one, as its second argument.  From what arrives
+    there :meth:`initialize` learns.
+
+    BayesFlow: Learning Complex Stochastic Models with Invertible Neural Networks (Radev et al. 2020, arXiv:2003.06281).
 
     Args:
         data_shape: The shape of one row; None stands for any size, as that of a set.
         context_dim: The width of the context.
         standardize: What brings the data to a mean of 0 and a standard deviation of 1; ``initialize`` sets it.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows.encoders import Standardize
+        >>> class MeanAndSpread(Encoder):  # of series of any length
+        ...     def __init__(self):
+        ...         super().__init__((None,), context_dim=2, standardize=Standardize((1,)))
+        ...     def forward(self, x):
+        ...         self.check_data(x)
+        ...         z = self.standardize(x)
+        ...         return torch.stack((z.mean(-1), z.std(-1)), -1)
+        >>> encoder = MeanAndSpread()
+        >>> encoder.initialize(torch.tensor([[2, 4, 6], [12, 14, 16]]))
+        >>> encoder.standardize.loc.item()
+        9.0
+        >>> encoder(torch.full((5, 100), 9)).shape
+        torch.Size([5, 2])
+        >>> encoder(torch.tensor(9.0))
+        Traceback (most recent call last):
+        ValueError: MeanAndSpread: data must have shape (*batch, n), got ().
     """
 
     data_shape: tuple[int | None, ...]
@@ -42,7 +70,8 @@ class Encoder(nn.Module, ABC):
         """Encode data.
 
         Args:
-            x: Data of shape ``(*batch, *data_shape)``, with any number of batch dimensions, also none.
+            x: Data of shape ``(*batch, *data_shape)``, of any real dtype, with any number of batch dimensions, also
+                none.
 
         Returns:
             Contexts of shape ``(*batch, context_dim)``.
@@ -65,7 +94,14 @@ class Encoder(nn.Module, ABC):
             self(*data, **named)
 
     def check_data(self, x: Tensor) -> None:
-        """Raise a ValueError that says both shapes unless the data end with ``data_shape``."""
+        """Check the shape of data.
+
+        Args:
+            x: Data of shape ``(*batch, *data_shape)``.
+
+        Raises:
+            ValueError: If they do not end with ``data_shape``; it says both shapes.
+        """
         got = x.shape[max(x.dim() - len(self.data_shape), 0) :]
         fits = len(got) == len(self.data_shape)
         if not fits or any(size not in (None, given) for size, given in zip(self.data_shape, got, strict=True)):

@@ -9,7 +9,9 @@ from .base import check_sizes
 
 
 class ClassEmbedding(nn.Module):
-    """A network from class labels to contexts ``(*batch, context_dim)``.
+    """A network from class labels to contexts ``(*batch, context_dim)``, a learned vector for each class::
+
+        c = E[k] for the index k of a class,    c = p E for one-hot vectors or probabilities p
 
     Labels are an index tensor ``(*batch,)`` of integers from 0 to ``num_classes - 1``, or one-hot, or probabilities:
     floating, ``(*batch, num_classes)``.  Floating and not, since integers of that shape may be a batch of indices.
@@ -19,15 +21,18 @@ class ClassEmbedding(nn.Module):
         context_dim: The width of the context.
 
     Raises:
-        ValueError: If a size is below 1.
+        ValueError: If a size is below 1.  In use, if labels are out of their range or have another form.
 
     Example::
 
         >>> import torch
         >>> embedding = ClassEmbedding(10, context_dim=4)
         >>> labels = torch.tensor([3, 1])
-        >>> torch.equal(embedding(labels), embedding(nn.functional.one_hot(labels, 10).float()))
+        >>> torch.equal(embedding(labels), embedding(torch.nn.functional.one_hot(labels, 10).float()))
         True
+        >>> embedding(torch.tensor([10]))
+        Traceback (most recent call last):
+        ValueError: ClassEmbedding: labels must lie between 0 and 9, got some from 10 to 10.
     """
 
     def __init__(self, num_classes: int, context_dim: int) -> None:
@@ -39,8 +44,17 @@ class ClassEmbedding(nn.Module):
     def forward(self, labels: Tensor) -> Tensor:
         """Encode labels.
 
+        Args:
+            labels: Indices ``(*batch,)`` of integers, or floating one-hot vectors or probabilities
+                ``(*batch, num_classes)``.
+
+        Returns:
+            Contexts of shape ``(*batch, context_dim)``.
+
         Raises:
-            ValueError: If they are no classes.
+            ValueError: If indices lie outside of 0 … ``num_classes - 1`` or look one-hot, or floating labels have
+                another width, are negative, or do not sum to 1.  Under ``torch.compile`` and ``torch.func`` nothing is
+                checked.
         """
         if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
             self._check(labels)

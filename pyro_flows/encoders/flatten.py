@@ -13,17 +13,22 @@ from .standardize import Standardize
 class Flatten(Encoder):
     """Images ``(*batch, C, H, W)`` as contexts ``(*batch, C * H * W)``, each channel standardised.
 
+    It serves networks that see of an image what lies at each place, those with a ``context_shape``.
+
     Args:
         image_shape: Channels, height and width of an image.
 
     Raises:
-        ValueError: If a size is below 1.
+        ValueError: If a size is below 1, or there are not three.  In use, if the data do not end with ``image_shape``.
 
     Example::
 
         >>> import torch
-        >>> Flatten((3, 8, 8))(torch.zeros(5, 3, 8, 8)).shape
-        torch.Size([5, 192])
+        >>> flatten = Flatten((1, 2, 2))
+        >>> images = torch.tensor([[[[0, 0], [10, 10]]]])
+        >>> flatten.initialize(images)
+        >>> flatten(images).tolist()
+        [[-1.0, -1.0, 1.0, 1.0]]
     """
 
     def __init__(self, image_shape: Sequence[int]) -> None:

@@ -17,9 +17,15 @@ from .standardize import Standardize
 
 
 class ConvEncoder(Encoder):
-    """A network from images ``(*batch, C, H, W)`` to contexts ``(*batch, context_dim)``.
+    """A convolutional network from images ``(*batch, C, H, W)`` to contexts ``(*batch, context_dim)``::
 
-    Each convolution halves height and width, rounding up; give large images more of them.
+        h_{l+1} = a(W_l * h_l + b_l) at every second place,    c = V a(U vec(h_L) + b) + d
+
+    Each convolution halves height and width, rounding up; give large images more of them.  Images are standardised
+    first, each channel by what ``initialize`` has seen.
+
+    Striving for Simplicity: The All Convolutional Net (Springenberg, Dosovitskiy, Brox, Riedmiller 2014,
+    arXiv:1412.6806).
 
     Args:
         image_shape: Channels, height and width of an image.
@@ -29,7 +35,8 @@ class ConvEncoder(Encoder):
         activation: The class of the elementwise nonlinearity.
 
     Raises:
-        ValueError: If a size is below 1, or an image is too small to be halved so often.
+        ValueError: If a size is below 1, ``image_shape`` does not hold three, or an image is too small to be halved so
+            often.  In use, if the data do not end with ``image_shape``.
 
     Example::
 

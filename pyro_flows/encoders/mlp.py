@@ -15,9 +15,14 @@ from .standardize import Standardize
 
 
 class MLPEncoder(Encoder):
-    """A fully connected network from vectors ``(*batch, input_dim)`` to contexts ``(*batch, context_dim)``.
+    """A fully connected network from vectors ``(*batch, input_dim)`` to contexts ``(*batch, context_dim)``::
 
-    Where a row is one number, give it a dimension of its own: ``x[..., None]`` with ``input_dim=1``.
+        h_{l+1} = a(W_l h_l + b_l),    c = W h_L + b
+
+    Vectors are standardised first, each feature by what ``initialize`` has seen.  Where a row is one number, give it a
+    dimension of its own: ``x[..., None]`` with ``input_dim=1``.
+
+    Auto-Encoding Variational Bayes (Kingma, Welling 2013, arXiv:1312.6114, appendix C).
 
     Args:
         input_dim: The number of features of a row.
@@ -26,7 +31,7 @@ class MLPEncoder(Encoder):
         activation: The class of the elementwise nonlinearity.
 
     Raises:
-        ValueError: If a size is below 1.
+        ValueError: If a size is below 1.  In use, if the data do not end with ``input_dim`` features.
 
     Example::
 
@@ -36,6 +41,9 @@ class MLPEncoder(Encoder):
         >>> encoder.initialize(x)
         >>> encoder(x).shape
         torch.Size([100, 8])
+        >>> encoder(torch.zeros(7, 4))
+        Traceback (most recent call last):
+        ValueError: MLPEncoder: data must have shape (*batch, 3), got (7, 4).
     """
 
     def __init__(

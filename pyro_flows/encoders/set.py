@@ -20,10 +20,17 @@ from .standardize import Standardize
 
 
 class SetEncoder(Encoder):
-    """A network from sets ``(*batch, n, element_dim)`` to contexts ``(*batch, context_dim)``, in whatever order.
+    """A network from sets ``(*batch, n, element_dim)`` to contexts ``(*batch, context_dim)``, in whatever order::
+
+        c = ρ(mean of φ(x_i), Σ_i w_qi φ(x_i), mean and log standard deviation of A x_i, log(1 + n))
+        w_qi ∝ exp(u_q · φ(x_i)) for each of Q learned queries u_q
 
     The size n may differ from call to call.  Means do not know it, yet a posterior narrows with it: so log(1 + n) is
     one more feature.  Sets of different sizes go into one batch with a ``mask``.
+
+    Deep Sets (Zaheer et al. 2017, arXiv:1703.06114); Attention-based Deep Multiple Instance Learning (Ilse, Tomczak,
+    Welling 2018, arXiv:1802.04712); Set Transformer (Lee et al. 2019, arXiv:1810.00825); Principal Neighbourhood
+    Aggregation (Corso et al. 2020, arXiv:2004.05718).
 
     Args:
         element_dim: The number of features of an element.
@@ -34,7 +41,7 @@ class SetEncoder(Encoder):
         activation: The class of the elementwise nonlinearity.
 
     Raises:
-        ValueError: If a size is below 1.
+        ValueError: If a size is below 1.  In use, if data or mask have another shape, or the mask is not boolean.
 
     Example::
 
@@ -44,6 +51,8 @@ class SetEncoder(Encoder):
         >>> encoder.initialize(x)
         >>> encoder(x).shape
         torch.Size([10, 8])
+        >>> torch.allclose(encoder(x), encoder(x[:, torch.randperm(25)]), atol=1e-4)
+        True
         >>> sizes = torch.randint(1, 26, (10, 1))
         >>> encoder(x, mask=torch.arange(25) < sizes).shape  # the first few of each
         torch.Size([10, 8])

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 
 class Standardize(nn.Module):
-    """A fixed affine map of each feature, the identity until ``initialize`` has seen data.
+    """A fixed affine map of each feature, z = (x - loc) / scale, the identity until ``initialize`` has seen data.
 
     Location and scale are parameters, so that parameter stores and checkpoints hold them, but no gradient reaches them.
+
+    Efficient BackProp (LeCun, Bottou, Orr, Müller 1998, section 4.3).
 
     Args:
         shape: The shape of location and scale, that of the last dimensions of the data; a size of 1 is shared by all
@@ -44,7 +46,15 @@ class Standardize(nn.Module):
         return bool((self.loc == 0).all() and (self.scale == 1).all())
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Standardise data ``(*batch, *shape)``; what a mask leaves out does not count for ``initialize``.
+        """Standardise data.
+
+        Args:
+            x: Data of shape ``(*batch, *shape)``, where a size of 1 in ``shape`` stands for any; of any real dtype.
+            mask: Of shape ``batch``; it changes nothing here, but what it leaves out does not count for
+                :meth:`initialize`.
+
+        Returns:
+            Of the shape of x and the dtype of this module.
 
         Raises:
             ValueError: If the data do not end with ``shape``.
@@ -54,10 +64,13 @@ class Standardize(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Set location and scale to the mean and the standard deviation of the data ``(*batch, *shape)``.
+        """Set location and scale to the mean and the standard deviation of data.
 
-        A feature that is constant in the data keeps the scale 1.  With a mask ``batch``, only the rows where it is True
-        count.
+        A feature that is constant in the data gets the scale 1.
+
+        Args:
+            x: Data of shape ``(*batch, *shape)``, at least one row.
+            mask: Of shape ``batch`` and boolean; only the rows where it is True count.
 
         Raises:
             ValueError: If the data do not fit ``shape``, hold nothing, or hold values that are NaN or infinite in the

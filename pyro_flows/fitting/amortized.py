@@ -60,6 +60,11 @@ def fit_amortized(
     ``pyro.sample("x", dist.Delta(simulator(theta), event_dim=1), obs=x)``.  The guide covers the latents that its model
     shows; nuisance latents can be hidden from it: ``AutoFlow(poutine.block(model, hide=["noise"]), encoder=...)``.
 
+    The loss is a mean over simulations (Papamakarios, Murray 2016, arXiv:1605.06376; Greenberg, Nonnenmacher, Macke
+    2019, arXiv:1905.07488), and least where q is the posterior of each data set::
+
+        loss = -E log q(latents | data),    (latents, data) drawn from the model
+
     Latents are standardised by the guide's fixed affine map, whose Jacobian is part of the density, and data by each
     ``Standardize`` in the encoder, which those of ``pyro_flows.encoders`` begin with.
 
@@ -68,10 +73,10 @@ def fit_amortized(
     ``fit_svi(model, guide.bind(x), x, steps=...)`` goes on for one data set.
 
     Args:
-        model: A Pyro model.
+        model: A Pyro model whose data arguments are None by default.
         guide: An ``AutoFlow`` of it with an encoder.
         *args: The model's arguments without the data.
-        num_simulations: How many simulations to draw, in all rounds together.
+        num_simulations: How many simulations to draw, in all rounds together, at least 20.
         simulations: Simulations made before, such as by :func:`~pyro_flows.simulate`, in place of those of one round.
         rounds: With more than one, those after the first draw latents from the prior cut off to where the guide's
             posterior of ``observed`` has its mass, so that simulations serve that data set: truncated sequential neural
@@ -91,19 +96,25 @@ def fit_amortized(
         vectorize: Whether simulations run side by side under an outer plate, for which the model must broadcast to the
             left of its plates; else one after the other.
         simulation_batch_size: How many run side by side.
-        on_nonfinite: As for :func:`fit_svi`.
-        checkpoint: A file for the state of the run, as for :func:`fit_svi`; the simulations are kept beside it.
+        on_nonfinite: ``"skip"`` passes over steps whose loss or gradient is not finite, and ends with an error when
+            there are 100 in a row; ``"raise"`` ends at the first.
+        checkpoint: A file for the state of the run, from which the same call goes on, as for :func:`fit_svi`; the
+            simulations are kept beside it.
         progress: Whether to show a progress bar.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 
     Returns:
-        The record of the (last round's) fit; its losses are -log q(latents | data), in nats of the latents as the model
-        has them, or what the objective says.  The guide is left, in evaluation mode, at its best averaged state.
+        The :class:`~pyro_flows.Fit` of the (last) round; its losses are -log q(latents | data), in nats of the latents
+        as the model has them, or what the objective says.  The guide is left, in evaluation mode, at its best averaged
+        state.
 
     Raises:
-        ValueError: If an argument is out of its range, the guide has no encoder, the model cannot be simulated, or what
-            it draws is constant or not finite; the error names the argument or site.
+        TypeError: If ``objective`` is no module of rows.
+        ValueError: If an argument is out of its range, the guide has no encoder, the model cannot be simulated, as for
+            :func:`~pyro_flows.simulate`, what it draws is constant or not finite, or the checkpoint is of another run;
+            the error names the argument or site.
+        FloatingPointError: If the loss or gradients stay non-finite.
 
     Example::
 

@@ -63,7 +63,9 @@ def fit_density(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Fit:
-    """Train a flow as the density of a table, of images, or of the rows of a loader.
+    """Train a flow as the density of a table, of images, or of the rows of a loader, by maximum likelihood.
+
+    The loss is a mean over rows, ``-E log p(x | context)``, in nats of x as it is given, standardised or not.
 
     A new flow, whose layers are as they were made, is standardised first: a fixed affine map is put at its end, from
     the mean and standard deviation of the training rows (of each channel, where these are images), so that
@@ -102,26 +104,28 @@ def fit_density(
         mixed_precision: Whether networks calculate in bfloat16, and the rest in the flow's dtype: faster on GPUs.
         samples: A PNG file for a grid of samples of images, written anew after each epoch; with ``{epoch}`` in its name
             all are kept.
-        on_nonfinite: As for :func:`fit_svi`.
-        checkpoint: A file for the state of the run, as for :func:`fit_svi`.  A run on a loader goes on to the same
-            result too if what it yields depends on random numbers alone, not on workers that persist; another loader is
-            told by its size only.
+        on_nonfinite: ``"skip"`` passes over steps whose loss or gradient is not finite, and ends with an error when
+            there are 100 in a row; ``"raise"`` ends at the first.
+        checkpoint: A file for the state of the run, from which the same call goes on, as for :func:`fit_svi`.  A run on
+            a loader goes on to the same result too if what it yields depends on random numbers alone, not on workers
+            that persist; another loader is told by its size only.
         progress: Whether to show a progress bar, in nats, or bits per dimension for images.
 
     Returns:
-        The record of the fit, with the flow as its ``guide``; losses, on batches and on held-out rows, are
+        The :class:`~pyro_flows.Fit`, with the flow as its ``guide``; losses, on batches and on held-out rows, are
         -log p(x | context), in nats, or what the objective says.  The flow is left, in evaluation mode, at its best
         averaged state.
 
     Raises:
-        TypeError: If ``flow`` is no flow, or x neither rows nor batches.
-        ValueError: If an argument is out of its range, data do not fit the flow, are not finite or constant in a
-            column, or the checkpoint is of another run.
+        TypeError: If ``flow`` is no flow, x neither rows nor batches, or ``objective`` no module of rows.
+        ValueError: If an argument is out of its range, data do not fit the flow, are too few, not finite or constant in
+            a column, a file cannot be written or a device is not there, or the checkpoint is of another run.
         FloatingPointError: If the loss or gradients stay non-finite; the error names the layer at fault.
 
     Warns:
         UserWarning: If columns hold integers or other values that repeat (see :func:`~pyro_flows.find_spikes`) or
-            determine one another, so that densities grow without bound, or are too far from zero for the flow's dtype.
+            determine one another, so that densities grow without bound, or are too far from zero for the flow's dtype;
+            if images hold integers and the flow is not dequantised, or has far more ``levels`` than they.
 
     Example::
 

@@ -36,7 +36,7 @@ class Fit:
     """The record of a fit.
 
     Attributes:
-        guide: What was trained.
+        guide: What was trained: the guide, or the flow; of several rungs the one that was kept.
         losses: The loss of each step, ``(steps,)``, in nats or what the objective measures; NaN where it was skipped.
         best_loss: The running mean of the loss, or the loss on held-out data, at the state that was kept.
         best_step: The step after which that state was kept.
@@ -45,9 +45,18 @@ class Fit:
         seconds: The wall time of the steps, those before a resumption included, and of the checks of ``escalate``; not
             that of finding a start.
         stopped: Why the run ended: ``"steps"``, ``"interrupted"``, or ``"held-out"`` where held-out data stopped it.
-        check: What a check said of the guide, where ``escalate`` asked for one.
+        check: What a check said of the guide, a :class:`~pyro_flows.Check`, where ``escalate`` asked for one.
         rungs: All fits that were made with ``escalate`` or ``restarts``, from the first to the last.
-        held_out: The loss on held-out data after each epoch, where there were some.
+        held_out: The loss on held-out data after each epoch, ``(epochs,)``, where there were some.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows import fit_density, flows
+        >>> flow = flows.realnvp(2, num_transforms=1, hidden_dims=(8,))
+        >>> fit = fit_density(flow, torch.randn(100, 2), max_epochs=2, batch_size=30, progress=False)
+        >>> fit.steps, fit.losses.shape, fit.held_out.shape, fit.stopped  # 90 rows to train on, 10 held out
+        (6, torch.Size([6]), torch.Size([2]), 'steps')
     """
 
     guide: Any

@@ -34,28 +34,40 @@ def iaf(
 ) -> Flow:
     """Inverse autoregressive flow (Kingma et al. 2016, arXiv:1606.04934): fast samples, the choice for guides.
 
+    Each layer maps x, on the base's side, to y, on the data's side, by one masked network::
+
+        y_i = x_i exp(s_i) + t_i,    (s_i, t_i) = net_i(x_1 … x_{i-1}, context)
+
+    Samples take one pass of each network; values that it did not draw are scored incrementally, in about one pass too.
+
     Args:
-        input_dim: The number of features.
-        context_dim: The number of context features.
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
         num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
         hidden_dims: The widths of the hidden layers of each network.
-        max_log_scale: The bound on the log-scale of one layer, in nats.
+        max_log_scale: The bound on the log-scale s of one layer, in nats.
         adjacency: ``adjacency[i, j]`` says whether feature i may depend on feature j, ``(D, D)``, a directed graph
             without cycles, such as :func:`~pyro_flows.posterior_graph` of a Pyro model.  All layers then have one
             order, parents first.  In flows of fast densities one layer has exactly this graph, and each layer more
             lets a feature see one generation of ancestors more.  ``iaf`` masks the base, whose features reach all of
             their descendants: it sees all ancestors at once.
-        activation: The class of the nonlinearity.
+        activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
         fixed_point: Whether the slow direction is found by passes over all features at once, which may be faster on
             GPUs: see :class:`~pyro_flows.transforms.Autoregressive`.
 
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
     Raises:
-        ValueError: If a size is out of its range, or the graph has a cycle.
+        ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
 
     Example::
 
-        >>> iaf(4)().rsample((3,)).shape
-        torch.Size([3, 4])
+        >>> import torch
+        >>> flow = iaf(4)
+        >>> x, log_q = flow.rsample_and_log_prob((3,))
+        >>> x.shape, torch.allclose(flow.log_prob(x.detach()), log_q, atol=1e-4)
+        (torch.Size([3, 4]), True)
     """
     bijector = Affine(max_log_scale)
     graph = None if adjacency is None else ancestors(checked_graph(adjacency, input_dim))
@@ -79,13 +91,35 @@ def maf(
 ) -> Flow:
     """Masked autoregressive flow (Papamakarios, Pavlakou, Murray 2017, arXiv:1705.07057): fast densities.
 
-    Arguments and errors are those of :func:`iaf`.
+    Each layer maps y, on the data's side, to x, on the base's side, by one masked network::
+
+        x_i = y_i exp(s_i) + t_i,    (s_i, t_i) = net_i(y_1 … y_{i-1}, context)
+
+    Densities take one pass of each network; samples are drawn incrementally, in about one pass too.
+
+    Args:
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
+        num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
+        hidden_dims: The widths of the hidden layers of each network.
+        max_log_scale: The bound on the log-scale s of one layer, in nats.
+        adjacency: Which feature may depend on which, ``(D, D)``, as for :func:`iaf`.
+        activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
+        fixed_point: Whether samples are found by passes over all features at once, as for :func:`iaf`.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
 
     Example::
 
         >>> import torch
-        >>> maf(4)().log_prob(torch.zeros(3, 4)).shape
-        torch.Size([3])
+        >>> chain = [[0, 0, 0], [1, 0, 0], [0, 1, 0]]  # feature 1 depends on 0, and 2 on 1
+        >>> flow = maf(3, num_transforms=1, adjacency=chain)
+        >>> flow.log_prob(torch.zeros(5, 3)).shape
+        torch.Size([5])
     """
     layers = autoregressive_layers(
         "maf",
@@ -115,18 +149,37 @@ def nsf_ar(
 ) -> Flow:
     """Neural spline flow, autoregressive form (Durkan et al. 2019, arXiv:1906.04032): fast densities.
 
+    Each layer maps y, on the data's side, to x, on the base's side, by splines and one masked network::
+
+        x_i = spline(y_i; θ_i),    θ_i = net_i(y_1 … y_{i-1}, context)
+
     At the end of the data each of several features passes a spline of its own, which no other feature steers.
+    Densities take one pass of each network; samples are drawn incrementally, in about one pass too.
 
     Args:
-        bins: The number of bins of each spline.
-        bound: The half-width of the interval that the splines bend; outside they are the identity.
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
+        num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
+        hidden_dims: The widths of the hidden layers of each network.
+        bins: The number of bins of each spline, from 2 to 99.
+        bound: The half-width of the interval that the splines bend, in the base's standard deviations; outside they are
+            the identity.
+        adjacency: Which feature may depend on which, ``(D, D)``, as for :func:`iaf`.
+        activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
+        fixed_point: Whether samples are found by passes over all features at once, as for :func:`iaf`.
 
-    The other arguments and the errors are those of :func:`iaf`.
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
 
     Example::
 
-        >>> nsf_ar(4, bins=4).inv().rsample((3,)).shape
-        torch.Size([3, 4])
+        >>> import torch
+        >>> flow = nsf_ar(4, bins=4)
+        >>> flow.log_prob(torch.zeros(3, 4)).shape, flow.inv.sample((3,)).shape  # .inv is the flow that samples fast
+        (torch.Size([3]), torch.Size([3, 4]))
     """
     bijector = RationalQuadraticSpline(bins, bound)
     layers = autoregressive_layers(

@@ -23,19 +23,27 @@ def bnaf(
 ) -> Flow:
     """Block neural autoregressive flow (De Cao, Titov, Aziz 2019, arXiv:1904.04676): fast densities.
 
-    It learns better with the larger steps of Adam, 0.01 to 0.02.
+    Each layer maps y, on the data's side, to x, on the base's side, by a single masked network of few parameters::
+
+        x_i = f_i(y_1 … y_i, context),    increasing in y_i
+
+    It learns better with the larger steps of Adam, 0.01 to 0.02.  Densities take one pass; samples are searched for
+    feature by feature, to the last bits.
 
     Args:
         input_dim: The number D of features.
-        context_dim: The number of context features; with a context each layer has a second network.
+        context_dim: The number of context features, 0 for none; with a context each layer has a second network.
         num_transforms: The number of layers; the order of the features is reversed from one to the next.
         hidden_dims: The numbers of units *of each feature*: the hidden layers are D times as wide, as are those of the
             networks of the context.
         max_log_slope: The bound on what bends and what scales a feature in one layer, in nats each.
         activation: The class of the nonlinearity of the networks of the context.
 
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
     Raises:
-        ValueError: If a size is out of its range.
+        ValueError: If a size or ``max_log_slope`` is out of its range.
 
     Example::
 

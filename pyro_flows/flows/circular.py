@@ -29,23 +29,33 @@ def circular_coupling(
 ) -> Flow:
     """Couplings of circular splines for angles and affine maps for the others (Rezende et al. 2020, arXiv:2002.02428).
 
-    The density has the period 2π in each angle and integrates to one over one period.  Angles may be scored by any
-    representative, and samples are representatives: ``torch.remainder(x + math.pi, 2 * math.pi) - math.pi`` lies in
-    [-π, π).  At the start angles are uniform and other features standard normal.
+    In each layer the features of one kind in a part B are mapped, given all others, A, of which angles are seen by
+    their cosines and sines::
+
+        y_A = x_A,    y_B = g(x_B) + t for angles,  x_B exp(s) + t for others,    (g, s, t) by net(x_A, context)
+
+    with g a spline of the circle.  The density has the period 2π in each angle and integrates to one over one period.
+    Angles may be scored by any representative, and samples are representatives:
+    ``torch.remainder(x + math.pi, 2 * math.pi) - math.pi`` lies in [-π, π).
 
     Args:
-        input_dim: The number of features.
-        context_dim: The number of context features.
-        circular: For each feature, whether it is an angle in radians.
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
+        circular: For each of the D features, whether it is an angle in radians.
         num_transforms: The number of coupling masks; where angles and other features are both to be mapped, two
             layers share one.
         hidden_dims: The widths of the hidden layers of each network.
-        bins: The number of bins of each circular spline.
-        max_log_scale: The bound on the log-scale of one affine layer, in nats.
-        activation: The class of the nonlinearity.
+        bins: The number of bins of each circular spline, from 2 to 99.
+        max_log_scale: The bound on the log-scale s of one affine layer, in nats.
+        activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``; at the start angles are uniform and others standard
+        normal.
 
     Raises:
-        ValueError: If a size is out of its range, or ``circular`` does not hold one bool for each feature.
+        ValueError: If a size, ``bins`` or ``max_log_scale`` is out of its range, or ``circular`` does not hold one bool
+            for each feature.
 
     Example::
 

@@ -47,24 +47,31 @@ def cnf(
 ) -> Flow:
     """Continuous normalizing flow (Chen et al. 2018, arXiv:1806.07366), with exact divergences.
 
+    A point of the base x(0) follows a network v, a field of velocities, to the data x(1)::
+
+        dx/dt = v(t, x, context),    log p(x(1)) = log p_base(x(0)) - ∫₀¹ tr ∂v/∂x dt
+
     Densities and samples cost the same, one solve, with as many evaluations of the field as the tolerances ask for.
     With one or two hidden layers the exact divergence costs no more than the field, in any dimension.  A flow of one
-    transform can also be trained without a solve, by ``objectives.FlowMatching``.
+    transform can also be trained without a solve, by :class:`~pyro_flows.objectives.FlowMatching`.
 
     Args:
-        input_dim: The number of features.
-        context_dim: The number of context features.
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
         num_transforms: The number of fields, one followed after the other.
         hidden_dims: The widths of the hidden layers of each field.
         frequencies: How many Fourier modes of time a field sees.
         activation: The class of the nonlinearity: ``torch.nn``'s ``ELU``, ``SiLU``, ``Softplus`` or ``Tanh``.
         solver: ``"dopri5"``, ``"dopri8"``, ``"bosh3"`` or ``"adaptive_heun"``; or with fixed steps ``"rk4"``,
             ``"heun3"``, ``"midpoint"`` or ``"euler"``.
-        rtol: The relative tolerance of a step.
-        atol: The absolute tolerance of a step.
-        num_steps: The number of fixed steps.
+        rtol: The relative tolerance of a step of an adaptive solver.
+        atol: The absolute tolerance of such a step.
+        num_steps: The number of steps of a solver of fixed steps.
         adjoint: Whether gradients come from the adjoint equation, in memory that does not depend on the steps.
         max_num_steps: How many steps an adaptive solver may take.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -115,27 +122,32 @@ def ffjord(
 ) -> Flow:
     """Free-form continuous flow (Grathwohl et al. 2018, arXiv:1810.01367): divergences estimated without bias.
 
+    It is :func:`cnf` with tr ∂v/∂x = E εᵀ (∂v/∂x) ε estimated by a few random vectors ε, the same all along a path.
     Log-densities differ from call to call, by torch's generators; several probes tell by how much, in
     :func:`~pyro_flows.ode_report`.  They are unbiased, but what weighs draws by their exponential is not, such as
-    ``psis``: set ``exact`` before.  With at most two hidden layers :func:`cnf` is as fast, and exact.
+    :func:`~pyro_flows.psis`: set ``exact`` before.  With at most two hidden layers :func:`cnf` is as fast, and exact.
 
     Args:
-        input_dim: The number of features.
-        context_dim: The number of context features.
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
         num_transforms: The number of fields, one followed after the other.
         hidden_dims: The widths of the hidden layers of each field.
         frequencies: How many Fourier modes of time a field sees.
-        activation: The class of the nonlinearity, as for :func:`cnf`.
+        activation: The class of the nonlinearity: ``torch.nn``'s ``ELU``, ``SiLU``, ``Softplus`` or ``Tanh``.
         exact: Whether divergences are exact all the same: in the flow that was trained, set ``exact`` of its
             transforms.
-        num_probes: How many random vectors an estimate takes.
+        num_probes: How many random vectors ε an estimate takes.
         noise: Their law, ``"rademacher"`` or ``"gaussian"``.
-        solver: As for :func:`cnf`, like the arguments that follow.
-        rtol: The relative tolerance of a step.
-        atol: The absolute tolerance of a step.
-        num_steps: The number of fixed steps.
-        adjoint: Whether gradients come from the adjoint equation.
+        solver: ``"dopri5"``, ``"dopri8"``, ``"bosh3"`` or ``"adaptive_heun"``; or with fixed steps ``"rk4"``,
+            ``"heun3"``, ``"midpoint"`` or ``"euler"``.
+        rtol: The relative tolerance of a step of an adaptive solver.
+        atol: The absolute tolerance of such a step.
+        num_steps: The number of steps of a solver of fixed steps.
+        adjoint: Whether gradients come from the adjoint equation, in memory that does not depend on the steps.
         max_num_steps: How many steps an adaptive solver may take.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If an argument is out of its range.

@@ -25,21 +25,33 @@ def nice(
 ) -> Flow:
     """NICE: additive couplings and one scale per feature (Dinh, Krueger, Bengio 2014, arXiv:1410.8516).
 
+    Each coupling splits the features into two parts A and B, others from layer to layer, and with net a network::
+
+        y_A = x_A,    y_B = x_B + t,    t = net(x_A, context)
+
+    At the end of the data stands y = loc + exp(s) x, feature by feature.  Density and samples cost the same, one pass.
+
     Args:
-        input_dim: The number of features.
-        context_dim: The number of context features.
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
         num_transforms: The number of coupling layers.
         hidden_dims: The widths of the hidden layers of each network.
-        activation: The class of the nonlinearity.
-        residual: Whether hidden layers add their input.
+        activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
+        residual: Whether hidden layers that keep the width add their input.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If a size is out of its range.
 
     Example::
 
-        >>> nice(4)().event_shape
-        torch.Size([4])
+        >>> import torch
+        >>> flow = nice(4)
+        >>> x = flow.sample((3,))
+        >>> x.shape, torch.allclose(flow.log_prob(x), flow.base().log_prob(x), atol=1e-5)  # before training
+        (torch.Size([3, 4]), True)
     """
     layers = coupling_layers("nice", Shift(), input_dim, context_dim, num_transforms, hidden_dims, activation, residual)
     return Flow([*layers, ActNorm(input_dim)])
@@ -57,15 +69,33 @@ def realnvp(
 ) -> Flow:
     """Real NVP: affine couplings (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803).
 
-    Args:
-        max_log_scale: The bound on the log-scale of one layer, in nats.
+    Each coupling splits the features into two parts A and B, others from layer to layer, and with net a network::
 
-    The other arguments and the errors are those of :func:`nice`.
+        y_A = x_A,    y_B = x_B exp(s) + t,    (s, t) = net(x_A, context)
+
+    Density and samples cost the same, one pass of each network.
+
+    Args:
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
+        num_transforms: The number of coupling layers.
+        hidden_dims: The widths of the hidden layers of each network.
+        max_log_scale: The bound on the log-scale s of one layer, in nats.
+        activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
+        residual: Whether hidden layers that keep the width add their input.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
+    Raises:
+        ValueError: If a size or ``max_log_scale`` is out of its range.
 
     Example::
 
-        >>> realnvp(4, context_dim=2, num_transforms=2).context_dim
-        2
+        >>> import torch
+        >>> flow = realnvp(4, context_dim=2, num_transforms=2)
+        >>> flow(torch.zeros(5, 2)).sample((7,)).shape
+        torch.Size([7, 5, 4])
     """
     bijector = Affine(max_log_scale)
     return Flow(
@@ -87,15 +117,31 @@ def nsf(
 ) -> Flow:
     """Neural spline flow, coupling form (Durkan, Bekasov, Murray, Papamakarios 2019, arXiv:1906.04032).
 
-    At the end of the data each of several features passes a spline of its own, which no other feature steers.
+    Each coupling splits the features into two parts A and B, others from layer to layer, and with net a network::
+
+        y_A = x_A,    y_B = spline(x_B; θ),    θ = net(x_A, context)
+
+    A spline is a quotient of two quadratics in each bin of [-bound, bound], and the identity outside.  At the end of
+    the data each of several features passes a spline of its own, which no other feature steers.  Density and samples
+    cost the same, one pass of each network.
 
     Args:
-        bins: The number of bins of each spline.
-        bound: The half-width of the interval that the splines bend; outside they are the identity.
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
+        num_transforms: The number of coupling layers.
+        hidden_dims: The widths of the hidden layers of each network.
+        bins: The number of bins of each spline, from 2 to 99.
+        bound: The half-width of the interval that the splines bend, in the base's standard deviations.
+        activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
+        residual: Whether hidden layers that keep the width add their input.
         linear: Whether a learned dense linear map follows each coupling, as in the paper's fits of tables: worth a
             tenth of a nat on some, for D² parameters each.
 
-    The other arguments and the errors are those of :func:`nice`.
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
+    Raises:
+        ValueError: If a size, ``bins`` or ``bound`` is out of its range.
 
     Example::
 

@@ -27,14 +27,19 @@ from .integers import DequantizedDistribution, to_integers
 class Dequantized(nn.Module):
     """A distribution over images of integers, or over other events of them, made of a flow over real numbers.
 
+    P(n) is the mass of the cell [n, n + 1), and bounded from below (dequantisation: Theis, van den Oord, Bethge 2015,
+    arXiv:1511.01844; Ho et al. 2019, arXiv:1902.00275; Burda, Grosse, Salakhutdinov 2015, arXiv:1509.00519)::
+
+        log P(n) ≥ E log 1/K Σ_k p(n + u_k) / q(u_k),    u_k ~ q on [0, 1)
+
     The flow ends with a sigmoid onto the range of the integers, whose inverse is the logit preprocessing of Real NVP.
     The cells at both ends own what lies beyond, so that all masses add up to one, and samples are drawn exactly.
 
     Args:
         flow: A flow over real events, such as ``flows.glow((1, 28, 28))``.
         levels: The number of integers: events hold 0 … levels - 1.
-        alpha: By what share the interval of the sigmoid is wider than that of the integers (:class:`Sigmoid`), at least
-            1e-6.
+        alpha: By what share the interval of the sigmoid is wider than that of the integers, at least 1e-6: see
+            :class:`~pyro_flows.transforms.Sigmoid`.
         noise: A flow over the same events whose contexts are such events, such as
             ``flows.realnvp_image((1, 28, 28), context_dim=(1, 28, 28))``: through the normal distribution function it
             gives the noise u in a cell, uniform at the start.  By default the noise is uniform.
@@ -45,6 +50,7 @@ class Dequantized(nn.Module):
         context_dim: The number of context features that the flow's transforms take, 0 without a context.
 
     Raises:
+        TypeError: If ``flow`` or ``noise`` is no :class:`~pyro_flows.flows.Flow`.
         ValueError: If an argument is out of its range, or the noise does not fit the flow.
 
     Example::
@@ -112,7 +118,7 @@ class Dequantized(nn.Module):
     def sample(
         self, sample_shape: Sequence[int] = (), context: Tensor | None = None, *, chunk_size: int | None = None
     ) -> Tensor:
-        """Draw events ``(*sample_shape, *batch, *event_shape)``: as for :meth:`Flow.sample`."""
+        """Draw events ``(*sample_shape, *batch, *event_shape)``, as uint8 up to 256 levels; as :meth:`Flow.sample`."""
         value = self.flow.sample(sample_shape, context, chunk_size=chunk_size)
         return to_integers(self.pixels(value), self.levels, checked=is_validation_enabled())
 
@@ -136,7 +142,8 @@ class Dequantized(nn.Module):
             The bound, ``(*batch)`` in nats.
 
         Raises:
-            ValueError: If ``value`` does not hold integers in range, or the context does not fit.
+            TypeError: If ``value`` or ``context`` is no tensor.
+            ValueError: If ``value`` does not hold integers in range, the context does not fit, or a number is below 1.
         """
 
         def bound(value: Tensor, context: Tensor | None) -> Tensor:

@@ -24,7 +24,9 @@ from .distribution import FlowDistribution, log_prob_of
 
 
 class Flow(nn.Module):
-    """A distribution over events, with or without a context, made of transforms over a base.
+    """A distribution over events, with or without a context, made of transforms over a base::
+
+        log p(y) = log p_base(x) + log|det dx/dy|,    x = t₁⁻¹(… tₙ⁻¹(y))
 
     Args:
         transforms: From base to data, at least one; all share one event shape, and one context size where they have
@@ -42,6 +44,7 @@ class Flow(nn.Module):
         encoder: The network before them, or None.
 
     Raises:
+        TypeError: If one of ``transforms`` is none.
         ValueError: If transforms, base and encoder do not fit together.
 
     Example::
@@ -127,7 +130,7 @@ class Flow(nn.Module):
 
     @property
     def runs(self) -> list[FlowTransform]:
-        """The transforms as they are run: one by one, or in compiled runs."""
+        """The transforms as they are run, one by one or in compiled runs."""
         return list(self.transforms) if self._compiled is None else self._compiled.of(self.transforms)
 
     def encode(self, context: Tensor | None) -> Tensor | None:
@@ -160,7 +163,8 @@ class Flow(nn.Module):
             encoder, and densities in nats.
 
         Raises:
-            ValueError: If a context is missing, unexpected, of the wrong width or not floating.
+            TypeError: If a context is no tensor.
+            ValueError: If it is missing, unexpected, of the wrong width or not floating.
         """
         return self.at(self.encode(context))
 
@@ -219,6 +223,7 @@ class Flow(nn.Module):
                 too, for a third more time.  An encoder sees all contexts at once.
 
         Raises:
+            TypeError: If one of them is no tensor.
             ValueError: If value or context do not fit, or ``chunk_size`` is no positive integer.
         """
         check_value(value, self.event_shape)
@@ -242,7 +247,7 @@ class Flow(nn.Module):
 
     @property
     def inv(self) -> Flow:
-        """The flow whose transforms run the opposite way: fast where this one is slow.  It shares the parameters."""
+        """The flow whose transforms run the opposite way, fast where this one is slow.  It shares the parameters."""
         layers = [transform.inv for transform in reversed(self.transforms)]
         inverse = Flow(layers, self.base, encoder=self.encoder)
         if self._compiled is not None:

@@ -38,11 +38,12 @@ def realnvp_image(
     """Real NVP for images: affine couplings by checkerboards and by channels (Dinh, Sohl-Dickstein, Bengio 2016,
     arXiv:1605.08803).
 
-    A scale has ``num_steps`` couplings by checkerboards and, at half the height and width, as many by channels; the
-    last has one more by checkerboards and none by channels.  ``ActNorm`` stands for batch normalisation, as in Glow.
+    A coupling is ``y_A = x_A, y_B = x_B exp(s) + t`` with ``(s, t) = net(x_A, context)``.  A scale has ``num_steps`` by
+    checkerboards and, at half the height and width, as many by channels; the last has one more by checkerboards and
+    none by channels.  ``ActNorm`` stands for batch normalisation, as in Glow.
 
     Args:
-        image_shape: Channels, height and width of an image.
+        image_shape: Channels, height and width of an image, ``(C, H, W)``.
         context_dim: The number of context features, or the shape ``(K, H, W)`` of contexts that are images of the same
             height and width, of which networks see at each place what lies there.
         num_classes: The number of classes, where contexts are class labels: an index tensor ``(*batch,)`` of integers,
@@ -56,12 +57,14 @@ def realnvp_image(
         recompute: Whether to keep no activations inside of steps for the gradient, and to compute them again: far less
             memory for about a third more time.
 
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over images ``(C, H, W)`` of real numbers.
+
     Raises:
         ValueError: If a size is out of its range, or height and width cannot be halved so often.
 
     Example::
 
-        >>> import torch
         >>> realnvp_image((1, 8, 8), hidden_dim=8)().sample((5,)).shape
         torch.Size([5, 1, 8, 8])
     """
@@ -99,10 +102,27 @@ def glow(
     """Glow: steps of ActNorm, an invertible 1 × 1 convolution and an affine coupling (Kingma, Dhariwal 2018,
     arXiv:1807.03039).
 
-    Without blocks its networks are Glow's own, of three convolutions.  Linear maps start as random rotations.  Channels
-    that leave have a normal law whose mean and scale depend on those that stay.
+    A step is ``x = coupling⁻¹(W (y - loc) exp(-s))`` from data y to base x, with W, loc and s of channels.  Without
+    blocks its networks are Glow's own, of three convolutions.  W starts as a random rotation.  Channels that leave have
+    a normal law whose mean and scale depend on those that stay.
 
-    The arguments and errors are those of :func:`realnvp_image`.
+    Args:
+        image_shape: Channels, height and width of an image, ``(C, H, W)``.
+        context_dim: The number of context features, or the shape ``(K, H, W)`` of contexts that are images.
+        num_classes: The number of classes, where contexts are class labels, as for :func:`realnvp_image`.
+        num_scales: How often height and width are halved; by default as often as they can be, up to three times.
+        num_steps: The number of steps at each scale.
+        hidden_dim: The number of channels inside of the networks.
+        num_blocks: The number of their gated residual blocks.
+        max_log_scale: The bound on the log-scale of one coupling, in nats.
+        activation: The class of the networks' nonlinearity.
+        recompute: Whether to compute activations inside of steps again for the gradient, and not to keep them.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over images ``(C, H, W)`` of real numbers.
+
+    Raises:
+        ValueError: If a size is out of its range, or height and width cannot be halved so often.
 
     Example::
 
@@ -133,14 +153,15 @@ def flowpp_image(
     """Flow++ for images: Glow's steps, with couplings by distribution functions of logistic mixtures (Ho, Chen,
     Srinivas, Duan, Abbeel 2019, arXiv:1902.00275).
 
-    Its maps are inverted numerically, in the direction that samples.  Linear maps start at the identity: mixtures find
-    the steps of integers in single pixels sooner than in sums of them.
+    From data y to base x they are ``x_A = y_A, x_B = e^a logit Σ_k π_k σ((y_B - μ_k) e^{-s_k}) + b``, to be inverted
+    numerically for samples.  Linear maps start at the identity: mixtures find the steps of integers in single pixels
+    sooner than in sums of them.
 
     Args:
-        components: The number of logistic components of each map.
+        components: The number of logistic components of each map, at least 2.
         bound: The half-width of the interval that the maps bend; outside they are straight.
 
-    The other arguments and the errors are those of :func:`realnvp_image`.
+    The other arguments, the result and the errors are those of :func:`realnvp_image`.
 
     Example::
 

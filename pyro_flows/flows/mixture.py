@@ -27,18 +27,36 @@ def flowpp(
 ) -> Flow:
     """Flow++ for vectors: couplings by distribution functions of logistic mixtures (Ho et al. 2019, arXiv:1902.00275).
 
-    Its maps are inverted numerically, in the direction that samples; ``.inv`` turns it round.
+    Each coupling maps y, on the data's side, to x, on the base's side, for two parts A and B of the features::
+
+        x_A = y_A,    x_B = e^a logit Σ_k π_k σ((y_B - μ_k) e^{-s_k}) + b,    all parameters by net(y_A, context)
+
+    and after each stand a scale and a location of each feature.  Its maps are inverted numerically, in the direction
+    that samples; ``.inv`` turns it round.
 
     Args:
-        components: The number of logistic components of each map.
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
+        num_transforms: The number of coupling layers.
+        hidden_dims: The widths of the hidden layers of each network.
+        components: The number of logistic components of each map, at least 2.
         bound: The half-width of the interval that the maps bend; outside they are straight.
+        activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
+        residual: Whether hidden layers that keep the width add their input.
 
-    The other arguments and the errors are those of :func:`~pyro_flows.flows.nice`.
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
+    Raises:
+        ValueError: If a size, ``components`` or ``bound`` is out of its range.
 
     Example::
 
-        >>> flowpp(4, components=4)().sample((3,)).shape
-        torch.Size([3, 4])
+        >>> import torch
+        >>> flow = flowpp(4, components=4)
+        >>> x = flow.sample((3,))
+        >>> x.shape, flow.log_prob(x).isfinite().all()
+        (torch.Size([3, 4]), tensor(True))
     """
     bijector = LogisticMixture(components, bound=bound)
     layers = coupling_layers(
@@ -60,20 +78,28 @@ def gaussianization(
     """Gaussianization flow: each feature by a mixture's distribution function, then a rotation, over and over (Meng,
     Song, Song, Ermon 2020, arXiv:2003.01941).
 
-    No network steers one feature by another; only rotations mix them.  The kernels are logistic.  The maps are inverted
-    numerically, in the direction that samples.
+    From data y to base x, with f a logistic mixture's map for each feature on its own and Q rotations, all learned::
+
+        x = f_1(Q_1 … f_{n-1}(Q_{n-1} f_n(y)))
+
+    No network steers one feature by another; only rotations mix them.  The maps are inverted numerically, in the
+    direction that samples.
 
     Args:
-        input_dim: The number of features.
-        context_dim: The number of context features; with a context each layer has a network, without it a table.
-        num_transforms: The number of layers.
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for none; with a context each layer has a network, without it a
+            table.
+        num_transforms: The number n of layers.
         hidden_dims: The widths of the hidden layers of each network.
-        components: The number of logistic components of each map.
+        components: The number of logistic components of each map, at least 2.
         bound: The half-width of the interval that the maps bend; outside they are straight.
-        activation: The class of the nonlinearity.
+        activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
-        ValueError: If a size is out of its range.
+        ValueError: If a size, ``components`` or ``bound`` is out of its range.
 
     Example::
 

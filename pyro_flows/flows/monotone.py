@@ -28,17 +28,35 @@ def naf(
 ) -> Flow:
     """Neural autoregressive flow with deep sigmoidal maps (Huang et al. 2018, arXiv:1804.00779): fast densities.
 
-    Args:
-        components: The number of sigmoids of each layer of a map.
-        layers: The number of layers of a map.
-        bound: The half-width of the interval that the maps bend; outside they are straight.
+    Each layer maps y, on the data's side, to x, on the base's side, with all parameters by one masked network::
 
-    The other arguments and the errors are those of :func:`~pyro_flows.flows.iaf`.
+        x_i = f(y_i; θ_i),    f(y) = logit Σ_k w_k σ(a_k y + b_k),    θ_i = net_i(y_1 … y_{i-1}, context)
+
+    Densities take one pass of each network; samples are drawn feature by feature, by a search for each.
+
+    Args:
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
+        num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
+        hidden_dims: The widths of the hidden layers of each network.
+        components: The number of sigmoids of each layer of a map, at least 2.
+        layers: The number of layers of a map: f after f.
+        bound: The half-width of the interval that the maps bend; outside they are straight.
+        adjacency: Which feature may depend on which, ``(D, D)``, as for :func:`~pyro_flows.flows.iaf`.
+        activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
 
     Example::
 
-        >>> naf(4, components=4)().sample((3,)).shape
-        torch.Size([3, 4])
+        >>> flow = naf(4, components=4)
+        >>> x = flow.sample((3,))
+        >>> x.shape, flow.log_prob(x).shape
+        (torch.Size([3, 4]), torch.Size([3]))
     """
     bijector = Sigmoidal(components, layers, bound)
     stack = autoregressive_layers(
@@ -60,18 +78,35 @@ def umnn(
 ) -> Flow:
     """Unconstrained monotonic neural networks (Wehenkel, Louppe 2019, arXiv:1908.05164): fast densities.
 
-    Here the integral is one that can be taken, and undone, exactly.
+    Each layer maps y, on the data's side, to x, on the base's side, with all parameters by one masked network::
+
+        x_i = b_i + ∫₀^{y_i} g(t; θ_i) dt,    g > 0,    (b_i, θ_i) = net_i(y_1 … y_{i-1}, context)
+
+    log g is a network of one hidden layer, bounded; its integral is one that can be taken, and undone, exactly.
+    Densities take one pass of each network; samples are drawn incrementally, in about one pass too.
 
     Args:
-        hidden: The number of hidden units of the network whose integral a map is.
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
+        num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
+        hidden_dims: The widths of the hidden layers of each masked network.
+        hidden: The number of hidden units of the network whose integral a map is, at least 2.
         bound: The half-width of the interval that the maps bend; outside they are straight.
+        adjacency: Which feature may depend on which, ``(D, D)``, as for :func:`~pyro_flows.flows.iaf`.
+        activation: The class of the nonlinearity of the masked networks, such as ``torch.nn.ELU``.
 
-    The other arguments and the errors are those of :func:`~pyro_flows.flows.iaf`.
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
 
     Example::
 
-        >>> umnn(4, hidden=4)().sample((3,)).shape
-        torch.Size([3, 4])
+        >>> flow = umnn(4, hidden=4)
+        >>> x = flow.sample((3,))
+        >>> x.shape, flow.log_prob(x).shape
+        (torch.Size([3, 4]), torch.Size([3]))
     """
     bijector = Integral(hidden, bound=bound)
     layers = autoregressive_layers(
@@ -94,17 +129,35 @@ def sospf(
 ) -> Flow:
     """Sum-of-squares polynomial flow (Jaini, Selby, Yu 2019, arXiv:1905.02325): fast densities.
 
-    Args:
-        degree: The degree of the polynomials whose squares are integrated.
-        polynomials: Their number.
-        bound: The half-width of the interval that the maps bend; outside they are straight.
+    Each layer maps y, on the data's side, to x, on the base's side, with p_k polynomials and net a masked network::
 
-    The other arguments and the errors are those of :func:`~pyro_flows.flows.iaf`.
+        x_i = b_i + ∫₀^{y_i} Σ_k p_k(t; θ_i)² dt,    (b_i, θ_i) = net_i(y_1 … y_{i-1}, context)
+
+    Densities take one pass of each network; samples are drawn feature by feature, by a search for each.
+
+    Args:
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
+        num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
+        hidden_dims: The widths of the hidden layers of each network.
+        degree: The degree of the polynomials whose squares are integrated, at least 1.
+        polynomials: Their number; two can be any positive polynomial.
+        bound: The half-width of the interval that the maps bend; outside they are straight.
+        adjacency: Which feature may depend on which, ``(D, D)``, as for :func:`~pyro_flows.flows.iaf`.
+        activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
 
     Example::
 
-        >>> sospf(4, degree=2)().sample((3,)).shape
-        torch.Size([3, 4])
+        >>> flow = sospf(4, degree=2)
+        >>> x = flow.sample((3,))
+        >>> x.shape, flow.log_prob(x).shape
+        (torch.Size([3, 4]), torch.Size([3]))
     """
     bijector = SumOfSquares(degree, polynomials, bound=bound)
     layers = autoregressive_layers(
@@ -126,16 +179,35 @@ def bpf(
 ) -> Flow:
     """Bernstein polynomial flow (Sick, Hothorn, Dürr 2020, arXiv:2004.00464): fast densities.
 
-    Args:
-        degree: The degree of the polynomials.
-        bound: The half-width of the interval that the maps bend; outside they are straight.
+    Each layer maps y, on the data's side, to x, on the base's side, by polynomials of degree n on [-B, B]::
 
-    The other arguments and the errors are those of :func:`~pyro_flows.flows.iaf`.
+        x_i = Σ_j β_ij C(n, j) uʲ (1 - u)ⁿ⁻ʲ,    u = (y_i + B) / 2B,    β_i = net_i(y_1 … y_{i-1}, context)
+
+    whose coefficients β_ij increase in j; net is a masked network.  Densities take one pass of each network; samples
+    are drawn feature by feature, by a search for each.
+
+    Args:
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
+        num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
+        hidden_dims: The widths of the hidden layers of each network.
+        degree: The degree n of the polynomials, at least 2.
+        bound: The half-width B of the interval that the maps bend; outside they are straight.
+        adjacency: Which feature may depend on which, ``(D, D)``, as for :func:`~pyro_flows.flows.iaf`.
+        activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
 
     Example::
 
-        >>> bpf(4, degree=8)().sample((3,)).shape
-        torch.Size([3, 4])
+        >>> flow = bpf(4, degree=8)
+        >>> x = flow.sample((3,))
+        >>> x.shape, flow.log_prob(x).shape
+        (torch.Size([3, 4]), torch.Size([3]))
     """
     bijector = Bernstein(degree, bound=bound)
     layers = autoregressive_layers(

@@ -27,14 +27,23 @@ def planar_flow(
 ) -> Flow:
     """Planar flow: each layer bends space along one direction (Rezende, Mohamed 2015, arXiv:1505.05770).
 
-    A layer costs O(D): many are needed for what one coupling does.
+    From base to data a layer is::
+
+        y = x + u tanh(w·x + b)
+
+    with u such that it is a bijection.  It costs O(D): many are needed for what one coupling does.  Samples and
+    densities cost the same, but for the root of one scalar equation a layer.
 
     Args:
-        input_dim: The number of features.
-        context_dim: The number of context features; with a context each layer has a network, without it a table.
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for none; with a context each layer has a network, without it a
+            table.
         num_transforms: The number of layers.
         hidden_dims: The widths of the hidden layers of each network.
-        activation: The class of the nonlinearity.
+        activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If a size is out of its range.
@@ -42,7 +51,7 @@ def planar_flow(
     Example::
 
         >>> flow = planar_flow(4)
-        >>> flow().log_prob(flow().sample((3,))).shape
+        >>> flow().log_prob(flow().sample((3,))).shape  # of values that are not its own draws, too
         torch.Size([3])
     """
     check_sizes("planar_flow", input_dim, context_dim, num_transforms, hidden_dims)
@@ -62,12 +71,32 @@ def radial_flow(
 ) -> Flow:
     """Radial flow: each layer stretches space around one point (Rezende, Mohamed 2015, arXiv:1505.05770).
 
-    A layer costs O(D).  The arguments and the errors are those of :func:`planar_flow`.
+    From base to data a layer is::
+
+        y = x + β (x - x₀) / (α + r),    r the distance of x from x₀
+
+    with β such that it is a bijection.  It costs O(D), in both directions.
+
+    Args:
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for none; with a context each layer has a network, without it a
+            table.
+        num_transforms: The number of layers.
+        hidden_dims: The widths of the hidden layers of each network.
+        activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
+    Raises:
+        ValueError: If a size is out of its range.
 
     Example::
 
-        >>> radial_flow(4, context_dim=2).context_dim
-        2
+        >>> import torch
+        >>> flow = radial_flow(4, context_dim=2)
+        >>> flow(torch.zeros(5, 2)).log_prob(torch.zeros(4)).shape  # one value, five contexts
+        torch.Size([5])
     """
     check_sizes("radial_flow", input_dim, context_dim, num_transforms, hidden_dims)
     return Flow(
@@ -87,22 +116,36 @@ def sylvester_flow(
 ) -> Flow:
     """Sylvester flow: each layer bends space along ``rank`` directions (van den Berg et al. 2018, arXiv:1803.05649).
 
+    From base to data a layer is, with M orthonormal columns in Q and triangular R and R̃ such that it is a bijection::
+
+        y = x + Q R tanh(R̃ Qᵀ x + b)
+
     The paper's kinds are choices of two numbers: *orthogonal* is ``rank = reflections``, as by default; *Householder*
     is ``rank = input_dim`` with any number of reflections; and *triangular* is ``rank = input_dim, reflections = 0``,
     between whose layers the order of the features is reversed.
 
     Args:
-        rank: The number M of directions that a layer bends, at most ``input_dim``; by default as many, up to 8.
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for none; with a context each layer has a network, without it a
+            table.
+        num_transforms: The number of layers.
+        rank: The number M of directions that a layer bends, at most D; by default as many, up to 8.
         reflections: The number H of Householder reflections that make the directions; by default M, but less than D.
             A layer has M² + 2 M + H D parameters, and with a context as many outputs of its network.
+        hidden_dims: The widths of the hidden layers of each network.
+        activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
-    The other arguments and the errors are those of :func:`planar_flow`.
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
+    Raises:
+        ValueError: If a size, ``rank`` or ``reflections`` is out of its range.
 
     Example::
 
-        >>> flow = sylvester_flow(4, rank=2)
-        >>> flow().log_prob(flow().sample((3,))).shape
-        torch.Size([3])
+        >>> flow = sylvester_flow(4, num_transforms=1, rank=2)
+        >>> sum(parameter.numel() for parameter in flow.parameters())  # M² + 2 M + H D
+        16
     """
     check_sizes("sylvester_flow", input_dim, context_dim, num_transforms, hidden_dims)
     rank, reflections = check_ridges("sylvester_flow", input_dim, rank, reflections)

@@ -30,22 +30,31 @@ def tarflow(
     """TarFlow: autoregressive affine maps of patches by causal transformers, in alternating directions (Zhai et al.
     2024, Normalizing Flows are Capable Generative Models, arXiv:2412.06329).
 
+    Each layer maps y, on the data's side, to x, on the base's side, where x_i and y_i are the i-th patches::
+
+        x_i = y_i exp(s_i) + t_i,    (s_i, t_i) = net_i(y_1 … y_{i-1}, context)
+
     A density takes one pass of each transformer; a sample as many steps as there are patches, which together cost a few
     passes, since keys and values are kept.  Unlike the paper's, the first patch is mapped too, and the
     log-density is a sum over all numbers.
 
     Args:
-        image_shape: Channels, height and width of an image.
-        context_dim: The number of context features, or the shape ``(K, H, W)`` of contexts that are images, of which
-            a patch sees its own place and those before.
-        num_classes: The number of classes, where contexts are class labels, as for :func:`realnvp_image`.
+        image_shape: Channels, height and width of an image, ``(C, H, W)``.
+        context_dim: The number of context features, 0 for none, or the shape ``(K, H, W)`` of contexts that are images,
+            of which a patch sees its own place and those before.
+        num_classes: The number of classes, where contexts are class labels: an index tensor ``(*batch,)`` of integers,
+            or one-hot and floating, ``(*batch, num_classes)``.
         patch_size: The side of a patch; by default that of which there are nearest to 64, above 1 where it leaves 16.
         num_transforms: The number of layers of the flow, each with a transformer.
         num_layers: The number of layers of each transformer.
         hidden_dim: Their width, a multiple of ``num_heads``.
         num_heads: The number of heads of attention.
-        max_log_scale: The bound on the log-scale of one layer, in nats.
-        recompute: As for :func:`realnvp_image`.
+        max_log_scale: The bound on the log-scale s of one layer, in nats.
+        recompute: Whether to keep no activations inside of layers for the gradient, and to compute them again: far less
+            memory for about a third more time.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over images ``(C, H, W)`` of real numbers, the standard normal at the start.
 
     Raises:
         ValueError: If a size is out of its range, or patches do not fill an image.
@@ -53,8 +62,9 @@ def tarflow(
     Example::
 
         >>> flow = tarflow((1, 8, 8), patch_size=4, num_transforms=2, hidden_dim=16)
-        >>> flow().rsample((5,)).shape
-        torch.Size([5, 1, 8, 8])
+        >>> x = flow.sample((5,))
+        >>> x.shape, flow.log_prob(x).shape
+        (torch.Size([5, 1, 8, 8]), torch.Size([5]))
     """
     steering = check_image("tarflow", image_shape, context_dim, num_classes, num_transforms, hidden_dim, num_layers)
     (channels, height, width), bijector = steering.image_shape, Affine(max_log_scale)

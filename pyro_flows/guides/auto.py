@@ -1,9 +1,7 @@
-"""AutoFlow: one flow over all latents of a model.
+"""AutoFlow: one flow over all latents of a model, z = constrain(loc + scale · T(u)) with u from the flow's base.
 
-q(z) is the law of z = constrain(loc + scale · T(u)), u from the flow's base and T the flow, which starts at the
-identity; with an encoder T depends on the data, and q(z | data) is amortised over data sets.  Automatic
-Differentiation Variational Inference (Kucukelbir et al. 2017, arXiv:1603.00788) with a normalizing flow (Rezende,
-Mohamed 2015, arXiv:1505.05770) in the unconstrained space.
+Automatic Differentiation Variational Inference (Kucukelbir et al. 2017, arXiv:1603.00788) with a normalizing flow
+(Rezende, Mohamed 2015, arXiv:1505.05770) in the unconstrained space.
 """
 
 from __future__ import annotations
@@ -36,16 +34,18 @@ from .supports import unconstrain
 class AutoFlow(FlowGuide, AutoContinuous):
     """A guide whose posterior over all continuous latents is one normalizing flow.
 
-    It is a Pyro ``AutoContinuous``: SVI with any ELBO, ``Predictive``, ``AutoGuideList`` and ``NeuTraReparam`` take it
-    as it is.  Latents are moved to the unconstrained space and packed into one vector.  The flow, the identity at the
-    start, is followed by a learnable affine map (a full matrix up to 64 latents, a scale each beyond), which starts at
-    ``init_scale``, and that by a fixed one, which starts at ``init_loc_fn`` and which ``fit_svi`` sets to a Gaussian.
+    With u drawn from the flow's base, T the flow, the identity at the start, A a learned and F a fixed affine map::
 
-    Latents on circles, von Mises or on intervals marked ``infer={"periodic": True}``, get circular splines.
+        z = constrain(F(A(T(u)))),    log q(z) = log p_base(u) - log|det dz/du| in nats
 
-    With an encoder the guide is *amortised*: q(z | data), one network for all data sets, to be trained by
-    ``fit_amortized``.  Then ``guide.sample(n, x)`` is the posterior of the data ``x``, and :meth:`bind` makes a guide
-    of that data set alone.
+    A (a full matrix up to 64 unconstrained latents, a scale each beyond) starts at ``init_scale``, F at
+    ``init_loc_fn``; ``fit_svi`` sets F to a Gaussian (Kucukelbir et al. 2017, arXiv:1603.00788; Rezende, Mohamed 2015,
+    arXiv:1505.05770).  It is a Pyro ``AutoContinuous``: SVI with any ELBO, ``Predictive``, ``AutoGuideList`` and
+    ``NeuTraReparam`` take it as it is.  Latents on circles, which are von Mises or lie on intervals that are marked
+    ``infer={"periodic": True}``, get circular splines.
+
+    With an encoder the guide is *amortised*: q(z | data), one network for all data sets, trained by ``fit_amortized``.
+    Then ``guide.sample(n, x)`` is the posterior of data ``x``; :meth:`bind` makes a guide of that data set alone.
 
     Args:
         model: A Pyro model of fixed structure, with continuous latents.
@@ -63,8 +63,10 @@ class AutoFlow(FlowGuide, AutoContinuous):
         name: The guide's name in Pyro's parameter store, unique by default; under one you give it is found again.
 
     Raises:
-        ValueError: At :meth:`setup`, naming the site: if a latent is discrete, if its support has no volume or depends
-            on another latent, if it lies in a subsampled plate, or if the model's density is not finite at the start.
+        TypeError: If ``flow``, ``base`` or ``encoder`` cannot be called; at :meth:`setup`, if the recipe fails.
+        ValueError: If ``init_scale`` is not positive; at :meth:`setup`, naming the site: if a latent is discrete, if
+            its support has no volume or depends on another latent, if it lies in a subsampled plate, or if the model's
+            density is not finite at the start; or if the recipe's flow or the encoder's output does not fit.
 
     Example::
 
@@ -74,8 +76,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         ...     x = pyro.sample("x", dist.Normal(0, 1))
         ...     pyro.sample("y", dist.Normal(x**2, 0.1), obs=torch.tensor(1.0))
         >>> guide = AutoFlow(model).setup()
-        >>> guide.sample(5)["x"].shape
-        torch.Size([5])
+        >>> guide.sample(5)["x"].shape, guide.log_prob({"x": torch.zeros(5)}).shape
+        (torch.Size([5]), torch.Size([5]))
     """
 
     recipes = "_build_flow", "_build_base"
@@ -131,7 +133,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     @property
     def start(self) -> tuple[Tensor, float]:
-        """Where the guide starts: packed, unconstrained latents, by default of ``init_loc_fn``, and ``init_scale``."""
+        """The packed, unconstrained latents that the guide starts from, of ``init_loc_fn``, and ``init_scale``."""
         return self.flow.transforms[-1].loc.detach().clone(), self._init_scale
 
     def rebuilt(self, flow: Callable[..., Flow] | None = None) -> AutoFlow:

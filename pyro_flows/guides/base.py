@@ -26,14 +26,25 @@ class FlowGuide(AutoGuide):
     prototype_trace: Any
 
     def setup(self, *args: Any, **kwargs: Any) -> Any:
-        """Build the guide now, by running the model, and return it.  A second call does nothing."""
+        """Build the guide now, by running the model, and return it.  A second call does nothing.
+
+        Args:
+            *args: The model's arguments, with data of the shapes that are to come.
+            **kwargs: Its keyword arguments.
+
+        Raises:
+            TypeError: If the model asks for arguments and none are given, or a recipe fails.
+            RuntimeError: If the model of an ``AutoFlow`` has no latents.
+            NotImplementedError: If torch knows no bijection onto the support of a latent.
+            ValueError: If the guide cannot answer for the model; the error names the site or plate, and the way out.
+        """
         if self.prototype_trace is None:
             with missing_arguments(type(self).__name__, args, kwargs):
                 self._setup_prototype(*args, **kwargs)
         return self
 
     def compile(self, **settings: Any) -> None:
-        """Compile the guide's flows once it is set up; see :meth:`~pyro_flows.Flow.compile`.
+        """Compile the guide's flows once it is set up; see :meth:`~pyro_flows.flows.Flow.compile`.
 
         Path gradients, and so ``fit_svi`` by default, go layer by layer as before; draws, densities and gradients of
         Pyro's own ELBOs are compiled.
@@ -69,6 +80,11 @@ class FlowGuide(AutoGuide):
     @torch.no_grad()
     def quantiles(self, quantiles: list[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Quantiles of each latent, from ``num_summary_draws`` draws, or fewer where there are more than 2,000 numbers.
+
+        Args:
+            quantiles: Levels between 0 and 1.
+            *args: The model's arguments, where the guide is new or depends on data.
+            **kwargs: Its keyword arguments.
 
         Returns:
             For each latent site values of shape ``(len(quantiles), *site_shape)``.

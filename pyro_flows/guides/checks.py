@@ -20,7 +20,7 @@ def missing_arguments(owner: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     try:
         yield
     except TypeError as error:
-        if args or kwargs:
+        if args or kwargs or str(error).startswith(f"{owner}: "):  # such as that of a recipe, in words of its own
             raise
         raise TypeError(
             f"{owner}: this guide is new, and to set it up the model is called with what is given here: {error}. Fit "

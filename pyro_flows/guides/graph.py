@@ -28,9 +28,10 @@ def posterior_graph(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Ten
     With one layer the guide has exactly this graph, with k layers a latent sees k generations of ancestors; with
     ``flows.iaf``, whose networks see the base, all of them at once.  Rows of a plate count as independent unless Pyro
     sees what joins them; what couples them inside of the plate, such as a ``factor`` of neighbours, it does not see.
+    After Webb et al. 2018, arXiv:1712.00287.
 
     Args:
-        model: A Pyro model.
+        model: A Pyro model with continuous latents.
         *args: Its arguments, with the data.
         **kwargs: Its keyword arguments.
 
@@ -38,7 +39,9 @@ def posterior_graph(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Ten
         A boolean matrix ``(D, D)``, true at (i, j) where latent number i depends on latent number j.  It has no cycle.
 
     Raises:
-        ValueError: As :meth:`AutoFlow.setup` does.
+        TypeError: If the model asks for arguments and none are given.
+        RuntimeError: If it has no latents.
+        ValueError: If an :class:`~pyro_flows.AutoFlow` refuses the model, as where a latent is discrete.
 
     Example::
 

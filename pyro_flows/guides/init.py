@@ -21,6 +21,12 @@ def init_to_center(site: dict[str, Any] | None = None) -> Tensor | Callable[...,
     Args:
         site: A Pyro sample site; without one the strategy itself is returned, as Pyro's strategies do.
 
+    Returns:
+        A value of the site's shape, in its support.
+
+    Raises:
+        NotImplementedError: If torch knows no bijection onto the site's support.
+
     Example::
 
         >>> import pyro.distributions as dist

@@ -1,8 +1,7 @@
-"""AutoPlateFlow: one conditional flow, shared by all rows of a plate, given the latents outside of it.
+"""AutoPlateFlow: one conditional flow, shared by all rows of a plate, q(g, l) = q(g) Π_i q(l_i | c_i, g).
 
-q(g, l) = q(g) Π_i q(l_i | c_i, g), where c_i is what an encoder makes of row i's data, or a vector that is learned for
-row i.  Auto-Encoding Variational Bayes (Kingma, Welling 2013, arXiv:1312.6114), with normalizing flows (Rezende,
-Mohamed 2015, arXiv:1505.05770); Amortized Variational Inference for Simple Hierarchical Models (Agrawal, Domke 2021,
+Auto-Encoding Variational Bayes (Kingma, Welling 2013, arXiv:1312.6114), with normalizing flows (Rezende, Mohamed 2015,
+arXiv:1505.05770); Amortized Variational Inference for Simple Hierarchical Models (Agrawal, Domke 2021,
 arXiv:2111.03144).
 """
 
@@ -37,14 +36,16 @@ from .rows import InTurn, Rows, Shuffled, check_tied, rows_of_plate
 
 
 class AutoPlateFlow(FlowGuide):
-    """A guide for a model with a plate: a flow over the latents outside of it, and one conditional flow for its rows.
+    """A guide for a model with a plate: a flow over the latents outside of it, and one conditional flow for its rows::
 
-    Each row's latents get a posterior of their own, given the latents outside and the row's context, which an encoder
-    computes from the data (*amortised*: rows never seen work as well) or, without one, is learned for each row.  The
-    plate may be subsampled: minibatches are tied to the rows' indices, and Pyro's plate scales them.  A model without
-    latents outside of the plate is a variational autoencoder; one without latents in it gets what ``AutoFlow`` gives.
+        q(g, l) = q(g) Π_i q(l_i | c_i, g)
 
-    Latents in the plate may lie in further plates, of fixed size: they belong to the row.
+    The latents l_i of row i get a posterior of their own, given the latents g outside and the row's context c_i, which
+    an encoder computes from the data (*amortised*: rows never seen work as well) or, without one, is learned for each
+    row.  The plate may be subsampled: minibatches are tied to the rows' indices, and Pyro's plate scales them.  Latents
+    in the plate may lie in further plates, of fixed size: they belong to the row.  A model without latents outside of
+    the plate is a variational autoencoder (Kingma, Welling 2013, arXiv:1312.6114), one with some a hierarchy (Agrawal,
+    Domke 2021, arXiv:2111.03144); one without latents in it gets what ``AutoFlow`` gives.
 
     Args:
         model: A Pyro model of fixed structure, with continuous latents.
@@ -62,8 +63,11 @@ class AutoPlateFlow(FlowGuide):
         name: The guide's name in Pyro's parameter store, unique by default.
 
     Raises:
-        ValueError: At :meth:`setup`, naming site or plate: if the model lacks the plate, another plate that holds
-            latents is subsampled, a latent is discrete or has no fixed support, or the encoder's output does not fit.
+        TypeError: If a recipe or ``encoder`` cannot be called; at :meth:`setup`, if a recipe fails.
+        ValueError: If ``init_scale`` or ``embedding_dim`` is out of its range; at :meth:`setup`, naming site or plate:
+            if the model lacks the plate, another plate that holds latents is subsampled, a latent is discrete, an angle
+            or has no fixed support, its density is not finite at the start, or what encoder or recipe return does not
+            fit.
 
     Example::
 
@@ -214,7 +218,7 @@ class AutoPlateFlow(FlowGuide):
 
     @torch.no_grad()
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draw from the guide, for all rows of the plate that the arguments tell of.
+        """Draw from the guide, for all rows of the plate that the arguments tell of, one draw at least.
 
         Returns:
             For each latent site values of shape ``(num_samples, *site_shape)``.
@@ -232,11 +236,7 @@ class AutoPlateFlow(FlowGuide):
     def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The guide's log-density, in nats, of any constrained values of all rows.
 
-        Args:
-            values: For each latent site, values of shape ``(*batch, *site_shape)``.
-
-        Returns:
-            A tensor of shape ``batch``; -inf outside of the support.
+        Values of all latent sites, ``(*batch, *site_shape)``, have one of shape ``batch``; -inf outside of the support.
         """
         rows = self.setup(*args, **kwargs)._all_rows(args, kwargs)
         return self.posterior.log_prob(values, rows)

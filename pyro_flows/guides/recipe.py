@@ -26,11 +26,26 @@ DENSE = 512  # up to how many the one that the guide starts from has
 
 
 def default_flow(input_dim: int) -> Flow:
-    """The flow that :class:`AutoFlow` builds when none is named: 8 affine couplings, 16 beyond 32 latents, over a base
-    with tails that are slightly heavier than a normal's, so that weights p / q stay bounded where the posterior's are.
+    """The flow that :class:`~pyro_flows.AutoFlow` builds when none is named: 8 affine couplings, 16 beyond 32 latents,
+    over a base with tails that are slightly heavier than a normal's, so that weights p / q stay bounded where the
+    posterior's are.
 
     After Agrawal, Domke 2024, Disentangling impact of capacity, objective, batchsize, estimators, and step-size on
     flow VI, arXiv:2412.08824.
+
+    Args:
+        input_dim: The number D of latent dimensions.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, its base at the start.
+
+    Raises:
+        ValueError: If ``input_dim`` is no positive integer.
+
+    Example::
+
+        >>> [len(default_flow(dim).transforms) for dim in (32, 33)]
+        [8, 16]
     """
     few = input_dim <= FEW
     couplings = flows.realnvp(input_dim, num_transforms=8 if few else 16, activation=nn.ELU)

@@ -23,11 +23,17 @@ from ..transforms import Continuous
 
 
 class Likelihood(nn.Module):
-    """The mean of -log p(x | context), in nats, with penalties on the fields of continuous transforms.
+    """Maximum likelihood of rows, with penalties on the fields of continuous transforms.
+
+    The loss, in nats, is a mean over the rows of a batch, with the field v along each row's path and its Jacobian J::
+
+        loss = -E log p(x | context) + λ_K E ∫ |v|² dt + λ_J E ∫ |J|² dt
+
+    The penalties prefer fields that are easy to solve (Finlay, Jacobsen, Nurbekyan, Oberman 2020, arXiv:2002.02798).
 
     Args:
         kinetic: The weight λ_K of the kinetic energy.
-        jacobian: The weight λ_J of the squared norm of the Jacobian.
+        jacobian: The weight λ_J of the squared Frobenius norm of the Jacobian.
 
     Raises:
         ValueError: If a weight is negative or not finite; in use, if there are penalties and no continuous transform,
@@ -37,9 +43,11 @@ class Likelihood(nn.Module):
 
         >>> import torch
         >>> from pyro_flows import flows, fit_density
-        >>> x = torch.randn(200, 2)
+        >>> x, flow = torch.randn(20, 2), flows.cnf(2, hidden_dims=(16,))
+        >>> torch.equal(Likelihood()(flow, x), -flow.log_prob(x).mean())
+        True
         >>> objective = Likelihood(kinetic=0.01, jacobian=0.01)
-        >>> fit = fit_density(flows.cnf(2), x, objective=objective, max_epochs=1, progress=False)
+        >>> fit = fit_density(flow, x, objective=objective, max_epochs=1, progress=False)
     """
 
     in_nats = True

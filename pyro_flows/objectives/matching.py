@@ -31,19 +31,26 @@ MOST_PAIRED = 128  # rows; the time of the search grows with the cube of their n
 class FlowMatching(nn.Module):
     """The mean squared error of a continuous flow's field, against the velocities of lines from base to data.
 
-    The loss is in squares of standardised units, not in nats, and not zero at the best field: it compares states of one
-    flow on the same data.  Afterwards the flow is like any other: ``flow.log_prob`` solves for exact densities.
+    With a draw x₀ of the base, a row x₁ of the data and a time t in [0, 1]::
+
+        loss = E |v(t, x_t, context) - (x₁ - (1 - σ) x₀)|²,    x_t = (1 - (1 - σ) t) x₀ + t x₁
+
+    No equation is solved.  The loss is in squares of standardised units, not in nats, and not zero at the best field:
+    it compares states of one flow on the same data.  Afterwards the flow is like any other: ``flow.log_prob`` solves
+    for exact densities.  After Lipman, Chen, Ben-Hamu, Nickel, Le 2022, arXiv:2210.02747; pairing: Tong et al. 2023,
+    arXiv:2302.00482; times: Dax et al. 2023, arXiv:2305.17161.
 
     Args:
         pairing: ``"independent"``, or ``"optimal"``: the pairs of a batch, or of each 128 of its rows, have the least
             total squared distance.  For flows without a context only: paired among rows of different contexts, the
             draws that go to one context are no longer those of the base.
-        sigma_min: The width σ of what stands for a row, in the field's units.
+        sigma_min: The width σ of what stands for a row, in the field's units, at least 0 and below 1.
         time_power: The times have the density (1 + a) t^a for a power a above -1; more than 0 puts them near the data.
 
     Raises:
         ValueError: If an argument is out of its range; in use, if the flow has not exactly one continuous transform, or
-            a base or other transforms that need training, or if rows do not fit the flow.
+            a base or other transforms that need training, if rows do not fit the flow, or ``pairing="optimal"`` meets
+            contexts.
 
     Example::
 

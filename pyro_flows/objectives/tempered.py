@@ -29,18 +29,25 @@ HOLD, RISEN, COMPARED = 0.05, 0.55, 0.9
 class TemperedELBO(PathGradient, ParticleObjective):
     """An ELBO whose target is flattened at first, so that a flow finds modes that lie apart, and their shares.
 
-    For a twentieth of the steps β stays at ``start``, then rises to 1, geometrically, in half of them; the last tenth
-    are steps of a plain :class:`PathELBO`.  The density is flattened in the space in which the guide draws, for an
-    ``AutoFlow`` the unconstrained one.  Each call with gradients enabled counts as a step, so an object serves
-    one fit.  ``fit_svi`` lets an ``AutoFlow`` start from a Gaussian of the flattened posterior.
+    The loss, in nats, is that of a posterior to the power of β, which rises to 1::
 
-    A step costs about 1.6 times one of a ``PathELBO``.  Latents must be reparameterised in the guide.
+        loss = E_q [log q(z) - β log p(z, x)]
+
+    For a twentieth of the steps β stays at ``start``, then rises to 1, geometrically, in half of them (annealing:
+    Rezende, Mohamed 2015, arXiv:1505.05770).  Until nine tenths, half of what is minimised is the standard deviation of
+    log q - β log p over the draws, which compares modes however far apart (after Richter et al. 2020,
+    arXiv:2010.10436); the last tenth are steps of a plain :class:`PathELBO`.  The density is flattened in the space in
+    which the guide draws, for an ``AutoFlow`` the unconstrained one.  ``fit_svi`` lets an ``AutoFlow`` start from a
+    Gaussian of the flattened posterior.
+
+    Each call with gradients enabled counts as a step, so an object serves one fit.  A step costs about 1.6 times one of
+    a ``PathELBO``.  Latents must be reparameterised in the guide.
 
     Args:
         num_steps: How many steps the fit takes.
         start: β at the start, above 0; the further the modes lie apart, the smaller.
         num_particles: The number of draws in each step, at least 2.
-        max_plate_nesting: As for Pyro's ELBOs.
+        max_plate_nesting: How many dimensions the plates of the model take; by default that is found out.
         vectorize_particles: Whether draws run side by side, for which the model must broadcast to the left of its
             plates.
 
@@ -53,10 +60,13 @@ class TemperedELBO(PathGradient, ParticleObjective):
         >>> import pyro, torch
         >>> import pyro.distributions as dist
         >>> from pyro_flows import AutoFlow, fit_svi
-        >>> def model():
+        >>> def model():  # x is near 4 or near -4
         ...     x = pyro.sample("x", dist.Normal(0.0, 5.0))
         ...     pyro.sample("y", dist.Normal(x**2, 1.0), obs=torch.tensor(16.0))
-        >>> fit = fit_svi(model, AutoFlow(model), objective=TemperedELBO(10), progress=False)
+        >>> objective = TemperedELBO(10)
+        >>> fit = fit_svi(model, AutoFlow(model), objective=objective, progress=False)
+        >>> fit.steps, objective.beta
+        (10, 1.0)
     """
 
     least_particles = 2
@@ -112,4 +122,5 @@ class TemperedELBO(PathGradient, ParticleObjective):
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after as many steps as a :meth:`state_dict` tells of."""
         self.step = state["step"]

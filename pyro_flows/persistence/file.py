@@ -42,7 +42,9 @@ def save(flow_or_guide: Flow | Dequantized | AutoFlow | AutoPlateFlow, path: str
         path: The file, which is replaced if it exists.
 
     Raises:
-        ValueError: If something in it is of a class that files do not hold, which is named.
+        FileNotFoundError: If the folder of ``path`` does not exist.
+        ValueError: If something in it is of a class that files do not hold, which is named, if it was changed since it
+            was built, or is a guide that was never set up.
 
     Example::
 

@@ -20,7 +20,7 @@ from .classes import BY_NAME, BY_TYPE
 
 WAY_OUT = (
     "Keep its tensors instead, torch.save(x.state_dict(), path), and load them into what your own code builds, "
-    "x.load_state_dict(torch.load(path))."
+    "x.load_state_dict(torch.load(path)); a fitted flow ends with the FixedAffine that fit_density has put there."
 )
 
 

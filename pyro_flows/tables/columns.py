@@ -5,7 +5,7 @@ then is how narrow a spike may be.  Uniform noise makes integers a density's aff
 
     log P(k) = log ∫ p(k + u) du ≥ E log p(k + u),   u ~ U[0, 1).
 
-A Note on the Evaluation of Generative Models (Theis, van den Oord, Bethge 2016, arXiv:1511.01844).
+A Note on the Evaluation of Generative Models (Theis, van den Oord, Bethge 2015, arXiv:1511.01844).
 """
 
 from __future__ import annotations
@@ -27,15 +27,26 @@ SINGULAR = 1e-10  # the least variance of standardised columns' combinations, be
 
 @dataclass(frozen=True)
 class Spike:
-    """Values that repeat so often that a density diverges there; as a string it says so in words.
+    """Values that repeat so often that a density diverges there, as :func:`find_spikes` finds them.
+
+    As a string it says so in words.
 
     Attributes:
         column: The place of the column, or its name where the table has names; None for whole rows.
         kind: ``"integers"``, ``"lattice"`` (multiples of one step, apart from an offset), ``"value"`` (a single one
             among others that differ) or ``"rows"`` (copies of whole rows).
-        share: The share of the rows that hold the commonest value, or that are copies of a row before.
-        value: The commonest value; None for whole rows.
-        step: What the values are multiples of; None for single values and rows.
+        share: The share of the rows, between 0 and 1, that hold the commonest value, or are copies of a row before.
+        value: The commonest value, in the column's unit; None for whole rows.
+        step: What the values are multiples of, in the column's unit; None for single values and rows.
+
+    Example::
+
+        >>> import torch
+        >>> spike = find_spikes(torch.arange(1000) % 4)[0]
+        >>> spike.column, spike.kind, spike.share, spike.step
+        (0, 'integers', 0.25, 1.0)
+        >>> print(spike)
+        column 0 holds integers (0 in 25 % of the rows)
     """
 
     column: int | str | None
@@ -59,18 +70,19 @@ class Spike:
 def find_spikes(x: Any, *, share: float = 0.01) -> list[Spike]:
     """Find what makes a density of a table diverge: integers, rounded values, values and rows that repeat.
 
+    Integers count where the standard deviation is below 1e4, and multiples of another step where it is below a
+    thousand steps and a tenth of the rows share their values with others.
+
     Args:
         x: A table of shape ``(N, D)`` or ``(N,)``: a tensor, an array or a data frame.
-        share: From which share of the rows on a single value, or copies of rows, are a spike.
+        share: From which share of the rows on, between 0 and 1, a single value, or copies of rows, are a spike.
 
     Returns:
-        One :class:`Spike` for each column at fault, and one for whole rows that repeat though some column has no spike
-        of its own; empty where there are none.
-        Integers count where the standard deviation is below 1e4, and multiples of another step where it is below a
-        thousand steps and a tenth of the rows share their values with others.
+        One :class:`~pyro_flows.Spike` for each column at fault, and one for whole rows that repeat though some column
+        has no spike of its own; empty where there are none.
 
     Raises:
-        ValueError: If ``x`` is no table of real numbers, or ``share`` not between 0 and 1.
+        ValueError: If ``x`` is no table of finite real numbers, or ``share`` not between 0 and 1.
 
     Example::
 
@@ -161,21 +173,25 @@ def dequantize(
     """Spread discrete values evenly over their cells: x + step · u, u ~ U[0, 1).
 
     With a step of 1 the mean log-density of the result is a lower bound on the log-mass of the integers, in nats
-    (Theis, van den Oord, Bethge 2016, arXiv:1511.01844); with another, add log(step) for each column.  Fresh noise each
-    time, as ``fit_density(..., discrete=columns)`` draws it, cannot be learned by heart.
+    (Theis, van den Oord, Bethge 2015, arXiv:1511.01844); with another, add log(step) for each column::
+
+        log P(k) ≥ E log p(k + u)
+
+    Fresh noise each time, as ``fit_density(..., discrete=columns)`` draws it, cannot be learned by heart.
 
     Args:
         x: A table of shape ``(N, D)`` or ``(N,)``: a tensor, an array or a data frame.
         columns: The columns, by place or name; by default those that hold nothing but multiples of ``step``.
-        step: The distance of neighbouring values.
-        generator: Where the noise comes from.
+        step: The distance of neighbouring values, in the unit of the columns.
+        generator: Where the noise comes from; by default torch's own.
 
     Returns:
         A new tensor of the shape of ``x``; integers become floats of torch's default dtype.
 
     Raises:
-        ValueError: If ``x`` is no table of real numbers, ``step`` not positive, or a column that is asked for holds
-            values that are no multiples of ``step`` apart.
+        ValueError: If ``x`` is no table of finite real numbers, ``step`` not positive, there is no column of that name
+            or place, or one that is asked for holds values that are no multiples of ``step`` apart, or so large that
+            its dtype has no room for noise.
 
     Example::
 

@@ -15,11 +15,20 @@ from .base import FlowTransform
 
 
 class ActNorm(FlowTransform):
-    """An affine map of each feature, the identity at the start.
+    """An affine map of each feature of a vector ``(*batch, D)``, the identity at the start::
+
+        y = loc + exp(log_scale) x,    log|det dy/dx| = Σ_i log_scale_i
+
+    It stands in place of batch normalisation: data set it once, by :meth:`initialize`, and training does the rest.
+
+    Glow: Generative Flow with Invertible 1×1 Convolutions (Kingma, Dhariwal 2018, arXiv:1807.03039, section 3.1).
 
     Args:
         input_dim: The number D of features.
         fixed: For each feature, whether it is left as it is; by default none is.
+
+    Raises:
+        ValueError: If ``input_dim`` is not positive, or ``fixed`` does not hold D values.
 
     Example::
 

@@ -14,14 +14,24 @@ from torch import Tensor
 
 from ..bijectors import Bijector
 from ..conditioners import MADE, CausalTransformer
-from .base import FlowTransform, is_traced
+from .base import FlowTransform
 from .elementwise import check_params
 from .inversion import Inversion, invert_by_passes
 from .tokens import invert_tokens
+from .tracing import is_traced
 
 
 class Autoregressive(FlowTransform):
-    """An autoregressive layer over the features of a vector, or over the tokens ``(T, D)`` of a sequence.
+    """An autoregressive layer over the features of a vector ``(D,)``, or over the tokens ``(T, D)`` of a sequence::
+
+        y_i = f(x_i; θ_i(x_<i, c)),    log|det dy/dx| = Σ_i log f'(x_i; θ_i)
+
+    where < is the conditioner's order.  Forward is one pass of the network; backward, features become known one after
+    the other, in about the work of one pass and not of D.  IAF samples by the forward direction; MAF scores by it, as
+    ``layer.inv`` in a flow.
+
+    Improving Variational Inference with Inverse Autoregressive Flow (Kingma et al. 2016, arXiv:1606.04934); Masked
+    Autoregressive Flow for Density Estimation (Papamakarios, Pavlakou, Murray 2017, arXiv:1705.07057).
 
     Args:
         bijector: The map of each feature, or of each number of a token.
@@ -31,7 +41,9 @@ class Autoregressive(FlowTransform):
             are the same, to round-off.  Suits few rows of many features, and GPUs; may be set at any time.
 
     Raises:
-        ValueError: If bijector and conditioner do not fit, or ``fixed_point`` is no bool or asked of tokens.
+        TypeError: If the conditioner is neither a ``MADE`` nor a ``CausalTransformer``.
+        ValueError: If bijector and conditioner do not fit, or ``fixed_point`` is no bool or asked of tokens.  In use,
+            if the conditioner takes contexts and none is given.
 
     Example::
 
@@ -39,12 +51,20 @@ class Autoregressive(FlowTransform):
         >>> from pyro_flows.bijectors import Affine
         >>> from pyro_flows.conditioners import MADE
         >>> layer = Autoregressive(Affine(), MADE(3, num_params=2))
-        >>> y, log_det = layer.forward_and_log_det(torch.randn(5, 3))
-        >>> y.shape, log_det.shape
-        (torch.Size([5, 3]), torch.Size([5]))
+        >>> _ = torch.nn.init.normal_(layer.conditioner.output.weight)  # as if trained
+        >>> x = torch.randn(5, 3)
+        >>> y, log_det = layer.forward_and_log_det(x)
+        >>> torch.equal(y[:, 0], x[:, 0]), log_det.shape  # nothing steers the first feature
+        (True, torch.Size([5]))
+        >>> torch.allclose(layer.inverse_and_log_det(y)[0], x, atol=1e-3)
+        True
     """
 
     def __init__(self, bijector: Bijector, conditioner: MADE | CausalTransformer, *, fixed_point: bool = False) -> None:
+        if not isinstance(conditioner, MADE | CausalTransformer):
+            raise TypeError(
+                f"Autoregressive: conditioner must be a MADE or a CausalTransformer, got {type(conditioner).__name__}."
+            )
         super().__init__((conditioner.input_dim, *conditioner.size), conditioner.context_dim)
         check_params("Autoregressive", bijector, conditioner, conditioner.input_dim)
         self.bijector = bijector

@@ -1,8 +1,7 @@
-"""The contract of a transform: one verb pair with an optional context, a module, Pyro's and torch's protocols derived.
+"""The contract of a transform: one verb pair with an optional context, from which Pyro's and torch's protocols follow.
 
-Everything that torch and Pyro ask of a transform follows, in this one file, from ``forward_and_log_det`` and
-``inverse_and_log_det``.  A transform keeps no state between calls.  What torch's protocol splits into two questions,
-the value and the log-determinant, is answered from one evaluation by an ephemeral :class:`View`.
+They do so in this one file.  A transform keeps no state between calls.  What torch's protocol splits into two
+questions, value and log-determinant, is answered from one evaluation by an ephemeral :class:`View`.
 """
 
 from __future__ import annotations
@@ -20,10 +19,40 @@ from .memo import Memo, Pair
 
 
 class FlowTransform(TransformModule):
-    """A learnable bijection of events, with or without a context.
+    """A learnable bijection of events, y = t(x | c), with or without a context c.
 
-    Subclasses define the verb pair and set ``event_shape`` and ``context_dim``.  Log-determinants have the batch
-    shape of their input and are in nats.
+    It is the abstract base class of all transforms: a ``torch.nn.Module`` and Pyro's ``TransformModule`` and
+    ``ConditionalTransform`` in one.  ``t(x)``, ``t.inv``, ``t.condition(context)`` and all else follow from two verbs.
+
+    A subclass calls ``super().__init__``, defines the verbs, may override :meth:`forward_and_score`,
+    :meth:`initialize` and :meth:`compiles` or set ``codomain``, and keeps these laws at any parameters:
+
+    - the verbs undo each other, and log-determinants are those of autograd's Jacobian, in nats;
+    - batches have any shape, also none, and broadcast with those of contexts; events do not touch one another;
+    - nothing is kept between calls, or written in place; what is set and not learned is a buffer;
+    - it starts at the identity, or as its paper says, with gradients that reach every parameter.
+
+    Args:
+        event_shape: The shape of an event, as ``(D,)`` of a vector.
+        context_dim: The width of contexts; 0 if there are none.
+
+    Raises:
+        ValueError: If a size of an event is not positive, or ``context_dim`` is negative.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows import Flow
+        >>> class Stretch(FlowTransform):
+        ...     def __init__(self, dim):
+        ...         super().__init__((dim,))
+        ...         self.s = torch.nn.Parameter(torch.zeros(dim))
+        ...     def forward_and_log_det(self, x, context=None):
+        ...         return x * self.s.exp(), self.s.sum().expand(x.shape[:-1])
+        ...     def inverse_and_log_det(self, y, context=None):
+        ...         return y * torch.exp(-self.s), -self.s.sum().expand(y.shape[:-1])
+        >>> round(Flow([Stretch(2)]).log_prob(torch.zeros(2)).item(), 4)  # nats: -log 2π
+        -1.8379
     """
 
     bijective = True
@@ -32,14 +61,22 @@ class FlowTransform(TransformModule):
 
     @abstractmethod
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Map ``x`` of shape ``(*batch, *event_shape)`` to ``(y, log|det dy/dx|)``.
+        """Map x to y.
 
-        ``context`` has shape ``(*batch, context_dim)``; its batch broadcasts with that of ``x``.
+        Args:
+            x: Events ``(*batch, *event_shape)``.
+            context: ``(*batch, context_dim)``, whose batch broadcasts with that of ``x``; None if there are none.
+
+        Returns:
+            ``(y, log|det dy/dx|)``, of shapes ``(*batch, *event_shape)`` and ``(*batch)``, the latter in nats.
+
+        Raises:
+            ValueError: If the transform takes contexts and none is given.
         """
 
     @abstractmethod
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Map ``y`` back to ``(x, log|det dx/dy|)``.  Shapes as in :meth:`forward_and_log_det`."""
+        """Map y back to ``(x, log|det dx/dy|)``; arguments, shapes, units and errors of :meth:`forward_and_log_det`."""
 
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
@@ -90,7 +127,7 @@ class FlowTransform(TransformModule):
         return Inverse(self)
 
     def condition(self, context: Tensor) -> Transform:
-        """This transform at a context: an ephemeral view, or itself where it takes no context."""
+        """This transform at a context ``(*batch, context_dim)``: a :class:`View`, or itself where it takes none."""
         return View(self, context) if self.context_dim else self
 
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
@@ -107,6 +144,7 @@ class FlowTransform(TransformModule):
         return self._inverse(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """log|det dy/dx| alone, ``(*batch)`` in nats, as torch asks for it; y, the image of x, is not looked at."""
         return self.forward_and_log_det(x, context)[1]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -120,7 +158,18 @@ ConditionalTransform.register(FlowTransform)
 
 
 class Inverse(FlowTransform):
-    """A transform read backwards.  It registers the forward transform, which keeps no reference back."""
+    """A transform read backwards, what ``transform.inv`` is.  It owns the transform, which keeps no reference back.
+
+    Args:
+        transform: The transform.
+
+    Example::
+
+        >>> from pyro_flows.transforms import LULinear
+        >>> layer = LULinear(3)
+        >>> layer.inv.inv is layer, len(list(layer.inv.parameters()))
+        (True, 2)
+    """
 
     def __init__(self, transform: FlowTransform) -> None:
         super().__init__(transform.event_shape, transform.context_dim)
@@ -136,6 +185,7 @@ class Inverse(FlowTransform):
         return -self.transform.log_abs_det_jacobian(y, x, context)
 
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
+        """Do nothing, or raise a NotImplementedError where the transform starts from data that *it* produces."""
         if type(self.transform).initialize is not FlowTransform.initialize:
             raise NotImplementedError(
                 f"{type(self.transform).__name__} starts from data that it produces; initialise it, not its inverse."
@@ -162,7 +212,19 @@ class View(Transform):
     """A transform at a context, as torch's :class:`~torch.distributions.TransformedDistribution` wants it.
 
     torch asks separately for a value and for its log-determinant, and for the way back of what it has just got.  So a
-    view has a :class:`~pyro_flows.transforms.memo.Memo`, which is emptied when the log-determinant is read.
+    view remembers its last evaluation, until the log-determinant is read.
+
+    Args:
+        transform: The transform.
+        context: ``(*batch, context_dim)``, or None.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows.transforms import LULinear
+        >>> view, x = View(LULinear(3)), torch.ones(5, 3)
+        >>> view.inv(view(x)) is x  # without a second evaluation
+        True
     """
 
     bijective = True
@@ -194,13 +256,5 @@ class View(Transform):
         return known.log_det if known else self.transform.log_abs_det_jacobian(x, y, self.context)
 
     def with_cache(self, cache_size: int = 1) -> View:
+        """Itself: a view always remembers the one pair."""
         return self
-
-
-def is_traced() -> bool:
-    """Whether operations are being recorded or mapped rather than run."""
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-    )

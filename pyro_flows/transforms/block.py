@@ -37,9 +37,15 @@ STEPS = 11  # of the search, and one more for each nat of max_log_slope in each 
 
 
 class BlockAutoregressive(FlowTransform):
-    """A block neural autoregressive transform of a vector, the identity at the start.
+    """A block neural autoregressive transform of a vector ``(*batch, D)``, the identity at the start::
 
-    Forward is one pass; the inverse takes some 22 evaluations of each feature's units, one feature after the other.
+        h_iˡ = m_iˡ + γ_iˡ t_iˡ / a_iˡ,    t_iˡ = tanh(a_iˡ (m_iˡ + Σ_{j<i} W_ijˡ t_jˡ⁻¹ + b_iˡ)),    m_iˡ = P_iˡ h_iˡ⁻¹
+        y_i = exp(s_i) p_i h_iᴸ + o_i,    (s_i, o_i) = Σ_{j<i} V_ij t_jᴸ + c_i,    h_i⁰ = t_i⁰ = x_i
+
+    with p and the rows of P on the simplex, a > 0 and γ > -1: an increasing map of x_i at any parameters.  Forward is
+    one pass; the inverse takes some 22 evaluations of each feature's units, one feature after the other.
+
+    Block Neural Autoregressive Flow (De Cao, Titov, Aziz 2019, arXiv:1904.04676).
 
     Args:
         input_dim: The number D of features.
@@ -49,16 +55,18 @@ class BlockAutoregressive(FlowTransform):
         max_log_slope: The bound B of log(1 + γ) in each hidden layer, and those of s and of log a, in nats.
 
     Raises:
-        ValueError: If a size is out of its range, or the conditioner's sizes do not fit.
+        ValueError: If a size or ``max_log_slope`` is out of its range, or the conditioner's sizes do not fit.  In use,
+            if there is a conditioner and no context is given.
 
     Example::
 
         >>> import torch
         >>> from pyro_flows.conditioners import MLP
-        >>> layer = BlockAutoregressive(3, (8, 8), MLP(4, 3, num_params=18))
-        >>> y, log_det = layer.forward_and_log_det(torch.randn(5, 3), torch.randn(4))
-        >>> y.shape, log_det.shape
-        (torch.Size([5, 3]), torch.Size([5]))
+        >>> layer = BlockAutoregressive(3, (8,), MLP(4, 3, num_params=10))
+        >>> _, x, context = torch.nn.init.normal_(layer.gates[0]), torch.randn(5, 3), torch.randn(4)
+        >>> y, log_det = layer.forward_and_log_det(x, context)
+        >>> torch.allclose(layer.inverse_and_log_det(y, context)[0], x, atol=1e-2), log_det.shape
+        (True, torch.Size([5]))
     """
 
     cross: Sequence[MaskedLinear]  # W and b of each hidden layer; V and c at last

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..bijectors import Bijector
 from .autoregressive import Autoregressive
-from .base import FlowTransform, Inverse, is_traced
+from .base import FlowTransform, Inverse
 from .compose import Compose
+from .tracing import is_traced
 
 # dynamic=True would make symbols of the numbers in bijectors, for which torch 2.13 compiles wrong code; so all is
 # static but what is marked.  There are graphs with and without gradients, of one event and of many, in training or not.

@@ -11,10 +11,16 @@ from .base import FlowTransform
 
 
 class Compose(FlowTransform):
-    """A chain of transforms, applied from the first to the last.
+    """A chain of transforms, y = t_n(… t_1(x)), whose log-determinants add up; each network is run once.
+
+    A context reaches the transforms that take one.
 
     Args:
-        transforms: At least one transform; all share one event shape.
+        transforms: At least one transform; all share one event shape, and those with contexts one ``context_dim``.
+
+    Raises:
+        TypeError: If one of them is no transform of this library, such as one of torch's.
+        ValueError: If there are none, or they differ in event shape or in ``context_dim``.
 
     Example::
 

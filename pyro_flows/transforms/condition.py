@@ -12,7 +12,8 @@ class Conditioned(FlowTransform):
 
     Args:
         transform: A transform that takes contexts.
-        context: One context, ``(context_dim,)``; its values are copied.
+        context: One context, ``(context_dim,)``; its values are copied, but a ``torch.nn.Parameter`` is kept as it is,
+            and may be shared.
 
     Raises:
         ValueError: If the context is not one vector of the transform's width.
@@ -23,8 +24,8 @@ class Conditioned(FlowTransform):
         >>> from pyro_flows import flows
         >>> layer = flows.nsf(2, context_dim=3).transforms[0]
         >>> held = Conditioned(layer, torch.zeros(3))
-        >>> held.context_dim, held(torch.ones(5, 2)).shape
-        (0, torch.Size([5, 2]))
+        >>> held.context_dim, held(torch.ones(5, 2)).shape, held.context.requires_grad
+        (0, torch.Size([5, 2]), True)
     """
 
     def __init__(self, transform: FlowTransform, context: Tensor | nn.Parameter) -> None:

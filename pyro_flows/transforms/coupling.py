@@ -18,9 +18,15 @@ from .elementwise import check_params
 
 
 class Coupling(FlowTransform):
-    """A coupling layer over the features of a vector, or over the channels of an image.
+    """A coupling layer over the features of a vector ``(D,)``, or over the channels of an image ``(C, H, W)``::
 
-    A checkerboard over the pixels of an image is a choice of channels once it is :class:`Squeezed`.
+        y_A = x_A,    y_B = f(x_B; θ(x_A, c)),    log|det dy/dx| = Σ_B log f'(x_B; θ)
+
+    One part A of the features steers the other, B.  Both directions cost one pass of the network.  A checkerboard over
+    the pixels of an image is a choice of channels once it is :class:`Squeezed`.
+
+    NICE (Dinh, Krueger, Bengio 2014, arXiv:1410.8516); Density Estimation Using Real NVP (Dinh, Sohl-Dickstein, Bengio
+    2016, arXiv:1605.08803).
 
     Args:
         bijector: The map of the features that are transformed.
@@ -29,7 +35,8 @@ class Coupling(FlowTransform):
         mask: For each feature, True where it conditions and stays as it is, False where it is transformed.
 
     Raises:
-        ValueError: If the mask has no True or no False, or the conditioner's sizes do not fit it.
+        ValueError: If the mask has no True or no False, or the conditioner's sizes do not fit it or the bijector.  In
+            use, if the conditioner takes contexts and none is given.
 
     Example::
 
@@ -37,9 +44,13 @@ class Coupling(FlowTransform):
         >>> from pyro_flows.bijectors import Affine
         >>> from pyro_flows.conditioners import MLP
         >>> coupling = Coupling(Affine(), MLP(2, 1, num_params=2), mask=[True, False, True])
-        >>> y, log_det = coupling.forward_and_log_det(torch.randn(5, 3))
-        >>> y.shape, log_det.shape
-        (torch.Size([5, 3]), torch.Size([5]))
+        >>> _ = torch.nn.init.normal_(coupling.conditioner.output.weight)  # as if trained
+        >>> x = torch.randn(5, 3)
+        >>> y, log_det = coupling.forward_and_log_det(x)
+        >>> torch.equal(y[:, [0, 2]], x[:, [0, 2]]), log_det.shape
+        (True, torch.Size([5]))
+        >>> torch.allclose(coupling.inverse_and_log_det(y)[0], x, atol=1e-3)
+        True
     """
 
     mask: Tensor

@@ -11,21 +11,28 @@ from .base import FlowTransform
 
 
 class Elementwise(FlowTransform):
-    """Independent maps of the features of a vector.
+    """Independent maps of the features of a vector ``(*batch, D)``, with parameters that are learned, or computed::
+
+        y_i = f(x_i; θ_i(c)),    log|det dy/dx| = Σ_i log f'(x_i; θ_i)
 
     Args:
         bijector: The map.
         input_dim: The number D of features.
-        conditioner: A network from contexts to parameters, with ``input_dim = context_dim``; by default the
-            parameters are a table of shape ``(D, P)`` that starts at zero.
+        conditioner: A network from contexts to parameters, with ``input_dim = context_dim`` and ``output_dim = D``; by
+            default the parameters are a table ``params`` of shape ``(D, P)`` that starts at zero.
+
+    Raises:
+        ValueError: If ``input_dim`` is not positive, or the conditioner's sizes do not fit it or the bijector.  In use,
+            if there is a conditioner and no context is given.
 
     Example::
 
         >>> import torch
         >>> from pyro_flows.bijectors import RationalQuadraticSpline
-        >>> y, log_det = Elementwise(RationalQuadraticSpline(), 3).forward_and_log_det(torch.randn(5, 3))
-        >>> y.shape, log_det.shape
-        (torch.Size([5, 3]), torch.Size([5]))
+        >>> layer, x = Elementwise(RationalQuadraticSpline(), 3), torch.randn(5, 3)
+        >>> y, log_det = layer.forward_and_log_det(x)
+        >>> torch.allclose(y, x, atol=1e-5), log_det.shape, layer.params.shape
+        (True, torch.Size([5]), torch.Size([3, 23]))
     """
 
     def __init__(self, bijector: Bijector, input_dim: int, conditioner: Conditioner | None = None) -> None:

@@ -12,13 +12,21 @@ from .base import FlowTransform
 
 
 class FixedAffine(FlowTransform):
-    """A shift and a matrix, the identity until they are set.
+    """A shift and a matrix of vectors ``(*batch, D)``, y = t + L x, that are set and not trained.
 
-    Both are parameters, so that parameter stores and checkpoints hold them, but no gradient reaches them.
+    Until they are set it is the identity, afterwards log|det dy/dx| = Σ_i log L_ii.  Both are parameters, so that
+    parameter stores and checkpoints hold them, but no gradient reaches them.
 
     Args:
         input_dim: The number D of features.
         dense: Whether the matrix is lower triangular; else it is diagonal, and takes D numbers.
+
+    Attributes:
+        loc: The shift t, ``(D,)``.
+        scale: The matrix L, ``(D, D)``, or its diagonal, ``(D,)``.
+
+    Raises:
+        ValueError: If ``input_dim`` is not positive.
 
     Example::
 

@@ -11,13 +11,15 @@ from .base import FlowTransform
 
 
 class Permute(FlowTransform):
-    """A fixed permutation of the features of a vector.  It is a buffer: it is saved, loaded and moved with the flow.
+    """A fixed permutation π of the features of a vector ``(*batch, D)``, y_i = x_{π(i)}, with log-determinant zero.
+
+    It is a buffer: it is saved, loaded and moved with the flow.
 
     Args:
         permutation: ``permutation[i]`` is the feature of x that becomes feature i of y.
 
     Raises:
-        ValueError: If ``permutation`` is not a permutation of 0 … D - 1.
+        ValueError: If ``permutation`` is empty or not a permutation of 0 … D - 1.
 
     Example::
 

@@ -24,10 +24,17 @@ from .table import check_table, read_table
 
 
 class Planar(FlowTransform):
-    """A planar transform of a vector, the identity at the start.
+    """A planar transform of a vector ``(*batch, D)``, which bends space along one ridge, the identity at the start::
+
+        y = x + û tanh(z),    z = w·x + b,    log|det dy/dx| = log(1 + w·û (1 - tanh² z))
+
+    where û is u with its part along w bounded, so that w·û > -1: a bijection at any parameters.  The way back is one
+    increasing scalar equation, so any value can be scored.
 
     Its 2 D + 1 parameters (u, w, b) are a table, in which only u starts at zero: w and b are random, so that
     gradients are alive and no two layers alike.  A conditioner adds to the table what depends on the context.
+
+    Variational Inference with Normalizing Flows (Rezende, Mohamed 2015, arXiv:1505.05770).
 
     Args:
         input_dim: The number D of features.
@@ -35,16 +42,19 @@ class Planar(FlowTransform):
             ``num_params = 2 * D + 1``; by default there is no context.
 
     Raises:
-        ValueError: If ``input_dim`` is not positive or the conditioner's sizes do not fit it.
+        ValueError: If ``input_dim`` is not positive or the conditioner's sizes do not fit it.  In use, if there is a
+            conditioner and no context is given.
 
     Example::
 
         >>> import torch
         >>> from pyro_flows.conditioners import MLP
         >>> planar = Planar(3, MLP(4, 1, num_params=7))
-        >>> y, log_det = planar.forward_and_log_det(torch.randn(5, 3), torch.randn(4))
-        >>> y.shape, log_det.shape
-        (torch.Size([5, 3]), torch.Size([5]))
+        >>> _ = torch.nn.init.normal_(planar.params)  # as if trained
+        >>> y, context = torch.randn(5, 3), torch.randn(4)
+        >>> x, log_det = planar.inverse_and_log_det(y, context)
+        >>> torch.allclose(planar.forward_and_log_det(x, context)[0], y, atol=1e-3), log_det.shape
+        (True, torch.Size([5]))
     """
 
     def __init__(self, input_dim: int, conditioner: Conditioner | None = None) -> None:

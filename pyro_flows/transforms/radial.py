@@ -22,11 +22,18 @@ from .table import check_table, read_table
 
 
 class Radial(FlowTransform):
-    """A radial transform of a vector, the identity at the start.
+    """A radial transform of a vector ``(*batch, D)``, which stretches space around x₀, the identity at the start::
+
+        y = x + β (x - x₀) / (α + r),    r = |x - x₀|
+        log|det dy/dx| = (D - 1) log(1 + s h) + log(1 + s h²),    s = β / α > -1,    h = α / (α + r)
+
+    The way back is a quadratic equation, so any value can be scored.
 
     Its D + 2 parameters (x₀, log(α / √D), s), of which the last two are bounded smoothly, are a table, in which only s
     starts at zero: x₀ and α are random, so that no two layers are alike.  A conditioner adds to the table what depends
     on the context.
+
+    Variational Inference with Normalizing Flows (Rezende, Mohamed 2015, arXiv:1505.05770).
 
     Args:
         input_dim: The number D of features.
@@ -34,16 +41,19 @@ class Radial(FlowTransform):
             ``num_params = D + 2``; by default there is no context.
 
     Raises:
-        ValueError: If ``input_dim`` is not positive or the conditioner's sizes do not fit it.
+        ValueError: If ``input_dim`` is not positive or the conditioner's sizes do not fit it.  In use, if there is a
+            conditioner and no context is given.
 
     Example::
 
         >>> import torch
         >>> from pyro_flows.conditioners import MLP
         >>> radial = Radial(3, MLP(4, 1, num_params=5))
-        >>> y, log_det = radial.forward_and_log_det(torch.randn(5, 3), torch.randn(4))
-        >>> y.shape, log_det.shape
-        (torch.Size([5, 3]), torch.Size([5]))
+        >>> _ = torch.nn.init.normal_(radial.params)  # as if trained
+        >>> y, context = torch.randn(5, 3), torch.randn(4)
+        >>> x, log_det = radial.inverse_and_log_det(y, context)
+        >>> torch.allclose(radial.forward_and_log_det(x, context)[0], y, atol=1e-3), log_det.shape
+        (True, torch.Size([5]))
     """
 
     def __init__(self, input_dim: int, conditioner: Conditioner | None = None) -> None:

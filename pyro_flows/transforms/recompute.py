@@ -20,15 +20,20 @@ T = TypeVar("T")
 class Recomputed(FlowTransform):
     """A transform of which only the input is kept for the gradient; it takes about a third more time to train.
 
+    Values, log-determinants and gradients are those of the inner transform, which is run again in the backward pass.
+
+    Training Deep Nets with Sublinear Memory Cost (Chen, Xu, Zhang, Guestrin 2016, arXiv:1604.06174).
+
     Args:
-        inner: The transform.
+        inner: The transform, of events of any shape.
 
     Example::
 
         >>> import torch
         >>> from pyro_flows.transforms import LULinear
-        >>> Recomputed(LULinear(3))(torch.zeros(5, 3)).shape
-        torch.Size([5, 3])
+        >>> inner, x = LULinear(3), torch.randn(5, 3)
+        >>> torch.equal(Recomputed(inner)(x), inner(x))
+        True
     """
 
     def __init__(self, inner: FlowTransform) -> None:

@@ -55,14 +55,17 @@ class Squeezed(Rearranged):
     """An inner transform of images at a lower resolution: each block of ``factor`` × ``factor`` pixels becomes one.
 
     Channel c of pixel (i, j) of a block becomes channel ``(c * factor + i) * factor + j``, so that a checkerboard over
-    pixels is a choice of channels.
+    pixels is a choice of channels.  Nothing but places changes, so the log-determinant is the inner transform's.
+
+    Density Estimation Using Real NVP (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803, section 3.6).
 
     Args:
         inner: A transform of images ``(C * factor², H / factor, W / factor)``.
-        factor: The side of a block.
+        factor: The side of a block, at least 2.
 
     Raises:
-        ValueError: If the inner transform's channels cannot be divided so.
+        ValueError: If ``factor`` is below 2, or the inner transform's events are no images whose channels can be
+            divided so.
 
     Example::
 
@@ -94,12 +97,14 @@ class Squeezed(Rearranged):
 class Patched(Rearranged):
     """An inner transform of the patches of an image, read row by row: a sequence of vectors.
 
+    Nothing but places changes, so the log-determinant is the inner transform's.
+
     Args:
         inner: A transform of sequences ``(T, D)``: of T = H W / p² patches of D = C p² numbers each.
         image_shape: Channels, height and width of an image.
 
     Raises:
-        ValueError: If no side p of a patch fits both.
+        ValueError: If no side p of a patch fits both, or ``image_shape`` does not hold three sizes.
 
     Example::
 
@@ -136,6 +141,8 @@ class Patched(Rearranged):
 
 class Reshaped(Rearranged):
     """An inner transform that takes the numbers of an event, in their order, in another shape.
+
+    Nothing but places changes, so the log-determinant is the inner transform's.
 
     Args:
         inner: A transform, as of vectors.

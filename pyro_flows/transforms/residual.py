@@ -38,9 +38,15 @@ STEPS = 4  # of the search, and one more for each doubling from the least slope 
 
 
 class Residual(FlowTransform):
-    """A residual transform of a vector, the identity at the start.
+    """A residual transform of a vector ``(*batch, D)``, which adds a contraction g, the identity at the start::
 
-    The direction from x to y is the fast one: one pass of the network, and the log-determinant.
+        y = x + g(x),    Lip(g) < 1,    log|det dy/dx| = log det(I + J) = Σ_{k≥1} (-1)^{k+1} tr(Jᵏ) / k
+
+    with J the Jacobian of g.  The direction from x to y is the fast one: one pass of the network, and the
+    log-determinant.  The way back solves the equation to the last bits.
+
+    Invertible Residual Networks (Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen 2018, arXiv:1811.00995);
+    Residual Flows for Invertible Generative Modeling (Chen, Behrmann, Duvenaud, Jacobsen 2019, arXiv:1906.02735).
 
     Args:
         net: The network g of D numbers, with or without a context.
@@ -49,17 +55,25 @@ class Residual(FlowTransform):
             included.  Estimates need no matrix for each event, nor does the inverse then.  They compile, but not to
             one graph, and map under ``vmap`` with ``randomness="same"``.
 
+    Raises:
+        TypeError: If ``net`` is no ``LipschitzMLP``.
+        ValueError: In use, if the network takes contexts and none is given.
+
     Example::
 
         >>> import torch
         >>> from pyro_flows.conditioners import LipschitzMLP
         >>> residual = Residual(LipschitzMLP(3, context_dim=4))
-        >>> y, log_det = residual.forward_and_log_det(torch.randn(5, 3), torch.randn(4))
-        >>> y.shape, log_det.shape
-        (torch.Size([5, 3]), torch.Size([5]))
+        >>> _ = torch.nn.init.normal_(residual.net.output.weight)  # as if trained
+        >>> x, context = torch.randn(5, 3), torch.randn(4)
+        >>> y, log_det = residual.forward_and_log_det(x, context)
+        >>> torch.allclose(residual.inverse_and_log_det(y, context)[0], x, atol=1e-3), log_det.shape
+        (True, torch.Size([5]))
     """
 
     def __init__(self, net: LipschitzMLP, exact: bool | None = None) -> None:
+        if not isinstance(net, LipschitzMLP):
+            raise TypeError(f"Residual: net must be a LipschitzMLP, got {type(net).__name__}.")
         super().__init__((net.input_dim,), net.context_dim)
         self.net = net
         self.exact = exact

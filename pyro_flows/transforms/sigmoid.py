@@ -18,9 +18,13 @@ from .base import FlowTransform
 
 
 class Sigmoid(FlowTransform):
-    """The fixed elementwise map from R onto an interval that is slightly wider than ``[low, high]``.
+    """The fixed elementwise map from R onto an interval that is slightly wider than ``[low, high]``::
+
+        y = low + (high - low) (σ(x) - α) / (1 - 2 α)
 
     It ends a flow, whose events then lie in the interval; what lies outside has no logit, and its inverse is NaN.
+
+    Density Estimation Using Real NVP (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803, section 4.1).
 
     Args:
         event_shape: The shape of an event.
@@ -30,7 +34,7 @@ class Sigmoid(FlowTransform):
             ``α (high - low) / (1 - 2 α)`` beyond ``low`` and ``high``.
 
     Raises:
-        ValueError: If the interval is empty or α out of its range.
+        ValueError: If a size is not positive, the interval is empty or infinite, or α is out of its range.
 
     Example::
 

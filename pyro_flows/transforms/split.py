@@ -14,7 +14,13 @@ from .base import FlowTransform
 
 
 class Split(FlowTransform):
-    """A transform of the first channels of an image, or of the first features of a vector; the others stay.
+    """A transform t of the first channels of an image, or of the first features of a vector; the others stay::
+
+        (y_A, y_B) = (t(x_A | c), x_B)
+
+    It makes flows of images multiscale: from the data's side, the channels B leave the flow early.
+
+    Density Estimation Using Real NVP (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803, section 3.6).
 
     Args:
         inner: The transform of the first ones.
@@ -30,6 +36,10 @@ class Split(FlowTransform):
         >>> split = Split(PerPixel(LULinear(2), (4, 4)))
         >>> split.event_shape, split(torch.zeros(5, 4, 4, 4)).shape
         (torch.Size([4, 4, 4]), torch.Size([5, 4, 4, 4]))
+        >>> linear = LULinear(1)
+        >>> linear.set_scale(2.0)
+        >>> Split(linear)(torch.ones(2)).round(decimals=4).tolist()
+        [2.0, 1.0]
     """
 
     def __init__(self, inner: FlowTransform, input_dim: int | None = None) -> None:

@@ -37,10 +37,18 @@ MAX_LOG_SCALE = 2.0  # bound on log R̃_ii: ridges are between 1/7 and 7 wide
 
 
 class Sylvester(FlowTransform):
-    """A Sylvester transform of a vector, the identity at the start.
+    """A Sylvester transform of a vector ``(*batch, D)``, which bends space along M ridges, the identity at the start::
+
+        y = x + Q R t,    t = tanh(R̃ Qᵀ x + b),    log|det dy/dx| = Σ_i log(1 + R_ii R̃_ii (1 - t_i²))
+
+    Q has M orthonormal columns, R and R̃ are upper triangular, and R_ii R̃_ii > -1: a bijection at any parameters.  The
+    way back is M increasing scalar equations, so any value can be scored.
 
     Its parameters are a table, in which only those of R start at zero: the others are random, so that gradients are
     alive and no two ridges alike.  A conditioner adds to the table what depends on the context.
+
+    Sylvester Normalizing Flows for Variational Inference (van den Berg, Hasenclever, Tomczak, Welling 2018,
+    arXiv:1803.05649).
 
     Args:
         input_dim: The number D of features.
@@ -51,7 +59,8 @@ class Sylvester(FlowTransform):
             ``num_params = Sylvester.count_params(input_dim, rank, reflections)``; by default there is no context.
 
     Raises:
-        ValueError: If a size is out of its range or the conditioner's sizes do not fit them.
+        ValueError: If a size is out of its range or the conditioner's sizes do not fit them.  In use, if there is a
+            conditioner and no context is given.
 
     Example::
 
@@ -59,9 +68,11 @@ class Sylvester(FlowTransform):
         >>> from pyro_flows.conditioners import MLP
         >>> net = MLP(4, 1, Sylvester.count_params(3, rank=2, reflections=2))
         >>> sylvester = Sylvester(3, rank=2, reflections=2, conditioner=net)
-        >>> y, log_det = sylvester.forward_and_log_det(torch.randn(5, 3), torch.randn(4))
-        >>> y.shape, log_det.shape
-        (torch.Size([5, 3]), torch.Size([5]))
+        >>> _ = torch.nn.init.normal_(sylvester.params)  # as if trained
+        >>> y, context = torch.randn(5, 3), torch.randn(4)
+        >>> x, log_det = sylvester.inverse_and_log_det(y, context)
+        >>> torch.allclose(sylvester.forward_and_log_det(x, context)[0], y, atol=1e-3), log_det.shape
+        (True, torch.Size([5]))
     """
 
     def __init__(
@@ -81,7 +92,16 @@ class Sylvester(FlowTransform):
 
     @staticmethod
     def count_params(input_dim: int, rank: int | None = None, reflections: int | None = None) -> int:
-        """The number of parameters, M² + 2 M + H D, that a conditioner has to yield; arguments as for the class."""
+        """The number of parameters, M² + 2 M + H D, that a conditioner has to yield.
+
+        Args:
+            input_dim: The number D of features.
+            rank: The number M of ridges, as for the class.
+            reflections: The number H of reflections, as for the class.
+
+        Raises:
+            ValueError: If a size is out of its range.
+        """
         return sum(_sizes(input_dim, *check_ridges("Sylvester", input_dim, rank, reflections)))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

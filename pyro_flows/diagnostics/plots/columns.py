@@ -33,7 +33,8 @@ def columns_of(caller: str, argument: str, draws: Draws, names: Sequence[str] | 
     columns: dict[str, np.ndarray] = {}
     for name, values in sites.items():
         flat = values.reshape(len(values), -1).astype(float)
-        columns.update(zip(labels_of(name, torch.Size(values.shape[1:])), flat.T, strict=True))
+        shape = torch.Size(values.shape[1:] if flat.shape[1] > 1 else ())  # Pyro's (N, 1) is one number too
+        columns.update(zip(labels_of(name, shape), flat.T, strict=True))
     return columns
 
 
