@@ -67,10 +67,10 @@ def marginals(
         known = [own] if other is None else [own, other]
         low = min(np.quantile(x, REACH) for x in known)
         high = max(np.quantile(x, 1 - REACH) for x in known)
-        grid, density = _density(own, low, high)
+        grid, density = density_of(own, low, high)
         axis.fill_between(grid, density, color="C0", alpha=0.4, lw=0, label=labels[0])
         if other is not None:
-            axis.plot(*_density(other, low, high), color="C1", lw=1.6, label=labels[1])
+            axis.plot(*density_of(other, low, high), color="C1", lw=1.6, label=labels[1])
         if name in lines:
             axis.axvline(lines[name][0], color="0.2", lw=1.2, ls="--", label="truth")
         axis.set_ylim(bottom=0)
@@ -91,8 +91,8 @@ def _twice(truth: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.stack([as_array(value)] * 2) for name, value in truth.items()}
 
 
-def _density(values: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
-    """An estimate of the density between two ends."""
+def density_of(values: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """A grid between two ends, and an estimate of the density of values ``(N,)`` there; zero where nearly none lie."""
     inside = values[(low <= values) & (values <= high)]
     if len(inside) < 2 or inside.min() == inside.max():
         return np.array([low, high]), np.zeros(2)
