@@ -139,9 +139,9 @@ def speed(results: Results) -> list[str]:
         "",
         "## Speed",
         "",
-        "100,000 simulations run side by side (target: two_moons within 5 s). Milliseconds of the processor that a step "
-        "of training takes on a batch of 256, loss, gradients and Adam, both in turn, medians of 200 (target: a ratio "
-        "of at most 1).",
+        "100,000 simulations run side by side (target: two_moons within 5 s). Milliseconds of the processor that a "
+        "step of training takes on a batch of 256, loss, gradients and Adam, both in turn, medians of 200 (target: a "
+        "ratio of at most 1).",
         "",
         *head("task", "100,000 simulations s", "step ms, AutoFlow", "step ms, sbi", "ratio"),
     ]
