@@ -118,6 +118,8 @@ def test_marginals_are_of_the_draws_that_are_finite():
     expected = plots.marginals({"a": values}, {"a": values}).axes[0].get_lines()[0]
     np.testing.assert_allclose((grid, density), expected.get_data())
     assert 1.0 in [line.get_xdata()[0] for line in picture.axes[1].get_lines()]  # no density, but a place
+    (axis,) = plots.marginals({"a": torch.tensor([1.0, *[2.0] * 999])}).axes
+    assert [line.get_xdata()[0] for line in axis.get_lines()] == [2.0]
     read_by_a_person(picture)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..diagnostics.plots.marginals import density_of
+
 
 def plot_funnel(mean: Tensor, scale: Tensor, effects: dict[str, Tensor]) -> Any:
     """The posterior of a hierarchical model: its marginals, and the funnel of a group's deviation against log scale.
@@ -25,18 +27,16 @@ def plot_funnel(mean: Tensor, scale: Tensor, effects: dict[str, Tensor]) -> Any:
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     rows = {"mu": mean, "tau": scale, **effects}
     colors = ["C3", "C2"] + ["C0"] * len(effects)
-    grid = np.linspace(-15, 27, 400)
+    low, high = -15.0, 27.0
     for row, (values, color) in enumerate(zip(rows.values(), colors, strict=True)):
         height = len(rows) - 1 - row
         draws = values.cpu().numpy()
-        density, edges = np.histogram(draws, bins=120, range=(grid[0], grid[-1]), density=True)
-        smooth = np.convolve(np.pad(density, 4, mode="constant"), np.hanning(9) / np.hanning(9).sum(), mode="valid")
-        centres = (edges[1:] + edges[:-1]) / 2
-        left.fill_between(centres, height, height + 0.85 * smooth / smooth.max(), color=color, alpha=0.45, lw=0)
+        places, density = density_of(draws, low, high)
+        left.fill_between(places, height, height + 0.85 * density / (density.max() or 1), color=color, alpha=0.45, lw=0)
         left.plot(np.quantile(draws, [0.05, 0.95]), [height, height], color=color, lw=2.2, solid_capstyle="butt")
         left.plot(draws.mean(), height, "o", color=color, ms=4.5)
     left.set_yticks(range(len(rows)), list(rows)[::-1])
-    left.set_xlim(grid[0], grid[-1])
+    left.set_xlim(low, high)
     left.set_xlabel("value (points of the test)")
     left.set_title("Marginals: density, mean and 90 % interval", fontsize=11)
     left.grid(axis="x", alpha=0.3)

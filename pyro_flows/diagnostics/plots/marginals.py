@@ -29,7 +29,7 @@ def marginals(
 ) -> Picture:
     """Picture the marginal density of each quantity, by ArviZ's kernel density estimate.
 
-    Draws that are not finite are left out.  A quantity that does not vary has no density: a line shows its value.
+    Draws that are not finite are left out.  Where nearly all are one number there is no density: a line shows it.
 
     Args:
         draws: Draws of sites, ``(N, *shape)`` each, as ``guide.sample(N)`` gives them; or a table ``(N, D)``.
@@ -73,13 +73,13 @@ def marginals(
         known = [x[np.isfinite(x)] for x in ([own] if other is None else [own, other])]
         ends = [np.quantile(x, [REACH, 1 - REACH]) for x in known if len(x)]
         low, high = (min(low for low, _ in ends), max(high for _, high in ends)) if ends else (0.0, 1.0)
-        grid, density = _density(known[0], low, high)
-        axis.fill_between(grid, density, color="C0", alpha=0.4, lw=0, label=labels[0])
+        densities = [density_of(x, low, high) for x in known]
+        axis.fill_between(*densities[0], color="C0", alpha=0.4, lw=0, label=labels[0])
         if other is not None:
-            axis.plot(*_density(known[1], low, high), color="C1", lw=1.6, label=labels[1])
-        for values, color in zip(known, ("C0", "C1"), strict=False):
-            if len(values) and values.min() == values.max():
-                axis.axvline(values[0], color=color, lw=1.6)
+            axis.plot(*densities[1], color="C1", lw=1.6, label=labels[1])
+        for values, (_, density), color in zip(known, densities, ("C0", "C1"), strict=False):
+            if len(values) and not density.any():
+                axis.axvline(np.median(values), color=color, lw=1.6)
         if name in lines:
             axis.axvline(lines[name][0], color="0.2", lw=1.2, ls="--", label="truth")
         axis.set_ylim(bottom=0)
@@ -100,8 +100,8 @@ def _twice(truth: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.stack([as_array(value)] * 2) for name, value in truth.items()}
 
 
-def _density(values: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
-    """An estimate of the density between two ends."""
+def density_of(values: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """A grid between two ends, and an estimate of the density of values ``(N,)`` there; zero where nearly none lie."""
     inside = values[(low <= values) & (values <= high)]
     if len(inside) < 2 or inside.min() == inside.max():
         return np.array([low, high]), np.zeros(2)
