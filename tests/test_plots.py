@@ -216,6 +216,11 @@ def test_the_picture_of_a_column_that_hardly_varies_has_a_width():
     assert high > 3
 
 
+def test_the_picture_of_a_heavy_tail_ends_near_its_middle():
+    data = np.concatenate((np.linspace(-1, 1, 900), np.full(100, 1e6)))[:, None]
+    assert plots.pairs(data).axes[0].get_xlim()[1] < 10
+
+
 def test_pairs_of_sites_take_those_of_the_same_names():
     guide = {"mu": torch.randn(100), "theta": torch.randn(100, 2)}
     picture = plots.pairs(guide, {"theta": torch.randn(80, 2), "mu": torch.randn(80)}, labels=("guide", "NUTS"))
@@ -239,6 +244,10 @@ def test_weights_show_what_the_heaviest_draws_hold(scale):
     np.testing.assert_allclose(raw.get_ydata(), weights.cumsum(0) / weights.sum(), rtol=1e-4)
     assert raw.get_ydata()[-1] == smoothed.get_ydata()[-1] == pytest.approx(1)
     np.testing.assert_array_equal(even.get_xdata(), even.get_ydata())
+    bars = picture.axes[0].patches
+    places = np.array([bar.get_x() + bar.get_width() / 2 for bar in bars]), [bar.get_height() for bar in bars]
+    middle = float((found.log_weights - found.log_evidence).clip(-8, 8).mean())
+    assert np.average(places[0], weights=places[1]) == pytest.approx(middle, abs=0.1)
     assert ("not reliable" in picture.get_suptitle()) == (scale == 0.5)
     read_by_a_person(picture)
 
@@ -248,6 +257,28 @@ def test_a_check_shows_errors_on_either_side_as_large_as_they_are():
     assert low.get_lines()[0].get_xdata()[0] == -high.get_lines()[0].get_xdata()[0] == -2.5
     assert low.get_xlim()[0] < -2.5
     assert high.get_xlim()[1] > 2.5
+
+
+def test_a_check_shows_ratios_of_sds_with_two_standard_errors():
+    found = checked(["a", "b"])
+    drift = found.chains._replace(variance=torch.tensor([0.25, 1.0]), variance_se=torch.tensor([0.01, 0.04]))
+    found.chains = found.weighted = drift
+    chains = plots.check(found).axes[1].containers[0]
+    np.testing.assert_allclose(chains.lines[0].get_xdata(), [2.0, 1.0])
+    ends = np.array(chains.lines[2][0].get_segments())[:, :, 0]
+    np.testing.assert_allclose(ends[:, 1] - ends[:, 0], 4 * drift.ratio_se, rtol=1e-5)
+
+
+def test_a_calibration_shows_shares_beside_the_band_of_exact_guides():
+    u = torch.tensor([0.1, 0.2, 0.2, 0.7])
+    found = pf.Calibration(["a"], u[:, None], u, 1 - u, torch.tensor([0.5]), 0.5, 0.5, 0.5)
+    ranks, coverage, tarp = plots.calibration(found).axes
+    np.testing.assert_allclose(ranks.get_lines()[0].get_ydata()[[10, 50, 180]], [-0.05, 0.5, 0.1], atol=1e-9)
+    np.testing.assert_allclose(coverage.get_lines()[1].get_ydata()[[10, 50, 180]], [0, 0.75, 1])
+    np.testing.assert_allclose(tarp.get_lines()[1].get_ydata()[[10, 70, 182]], [0, 0.25, 1])
+    band = coverage.collections[0].get_paths()[0].vertices
+    for end in band[:, 1] - band[:, 0]:
+        assert abs(end) == pytest.approx(1.358 / 4**0.5)  # Kolmogorov and Smirnov's test at 5 % of four
 
 
 def test_a_check_of_many_quantities_shows_the_worst_and_says_so():
