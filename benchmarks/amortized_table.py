@@ -95,7 +95,7 @@ def posteriors(results: Results, simulations: int) -> list[str]:
         "sets*, by its permutation-invariant network. Training: seconds of the processor.",
         "",
         *head(
-            *("task", "seed", "asked", "published", "AutoFlow", "resampled", "fit_svi", "sbi", "sbi, for sets"),
+            *("task", "seed", "target", "published", "AutoFlow", "resampled", "fit_svi", "sbi", "sbi, for sets"),
             *("training cpu s", "sbi", "sbi, for sets"),
         ),
     ]
@@ -139,9 +139,9 @@ def speed(results: Results) -> list[str]:
         "",
         "## Speed",
         "",
-        "100,000 simulations run side by side (asked: two_moons within 5 s). Milliseconds of the processor that a step "
-        "of training takes on a batch of 256, loss, gradients and Adam, both in turn, medians of 200 (asked: a ratio "
-        "of at most 1).",
+        "100,000 simulations run side by side (target: two_moons within 5 s). Milliseconds of the processor that a "
+        "step of training takes on a batch of 256, loss, gradients and Adam, both in turn, medians of 200 (target: a "
+        "ratio of at most 1).",
         "",
         *head("task", "100,000 simulations s", "step ms, AutoFlow", "step ms, sbi", "ratio"),
     ]
@@ -164,7 +164,7 @@ def calibration(results: Results) -> list[str]:
         "",
         "Two normal means, each seen once with noise of half the prior's sd: the posterior is known to be normal. "
         "`calibrate` on 1,000 new simulations, for the guide as trained, and for it with its draws' scale shrunk by "
-        "20 % (asked: p above .01 for the ranks of the one, and that the other is found out).",
+        "20 % (target: p above .01 for the ranks of the one, and that the other is found out).",
         "",
         *head("guide", "seed", "ranks p", "coverage p", "TARP p", "truths in regions of 90 %"),
     ]
@@ -187,7 +187,7 @@ def hierarchy(results: Results) -> list[str]:
         "Eight schools, but 2,000 of five pupils each, fitted by `AutoPlateFlow` and `fit_svi` with their defaults in "
         "minibatches of 100 groups, with an encoder of the groups' data and with learned rows. The exact posterior is "
         "normal given the mean and the spread of the population, which lie on a grid. Errors of means in posterior sd "
-        "(asked: at most .15 for every group, .1 for the population), and the ratios of sds.",
+        "(target: at most .15 for every group, .1 for the population), and the ratios of sds.",
         "",
         *head(
             *("rows", "seed", "error of mu", "of tau", "of a group, typical", "worst"),

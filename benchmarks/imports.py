@@ -54,7 +54,7 @@ Reproduce with `python benchmarks/imports.py`.
 |---|---:|
 | `{STATEMENTS[0]}` | {alone:.0f} |
 | `{STATEMENTS[1]}` | {both:.0f} |
-| difference | **{more:.0f}** |
+| median of the differences | **{more:.0f}** |
 """
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "imports.md").write_text(text)

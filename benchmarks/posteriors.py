@@ -186,6 +186,8 @@ def table(rows: list[Row], evidence: dict[str, float]) -> str:
         "",
         f"`AutoFlow` with its defaults (medians of {len(SEEDS)} seeds) beside Pyro's guides; "
         f"torch {torch.__version__}, Pyro {pyro.__version__}, Python {platform.python_version()}.",
+        "Pyro's guides start where it starts and are trained by the same loop, 3,000 steps of 64 draws with "
+        "`Trace_ELBO`, one seed each.",
         "Nats below log Z (which an independent method found), k-hat of 10,000 draws; of 100,000 unweighted draws the "
         "worst and the mean error of a mean in sd, the smallest and the largest ratio of sds, the mean Wasserstein-1 "
         "distance of marginals in sd; seconds on one core of two, both at work.",

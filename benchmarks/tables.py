@@ -327,7 +327,7 @@ def page(rows: list[dict], regressions: list[dict], paces: list[str]) -> str:
         f"of {HIDDEN[0]}, one setting for all. *{MEMBERS} mixed* is the mean density of {MEMBERS} fits by other seeds.",
         "Published (arXiv:1612.01474): MC dropout 2.80 / -.95 / 3.04, deep ensembles 2.79 / -1.20 / 3.06.",
         "",
-        "| flow | " + " | ".join(f"{name} (asked {target:.2f})" for name, target in TARGETS.items()) + " |",
+        "| flow | " + " | ".join(f"{name} (target {target:.2f})" for name, target in TARGETS.items()) + " |",
         "|---" * (len(TARGETS) + 1) + "|",
     ]
     for flow in dict.fromkeys(row["flow"] for row in regressions):

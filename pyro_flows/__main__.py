@@ -78,8 +78,8 @@ def density_parser() -> argparse.ArgumentParser:
         description="Train a flow as the density of the rows of a table, print its mean log-density of rows to train "
         "on, to validate and to test (80, 10 and 10 of 100) beside that of a Gaussian with full covariance, and write "
         "the model and a picture of the data beside its samples.",
-        epilog="The exit status is 0 if the flow's log-density of the test rows is not below the Gaussian's, 2 if "
-        "nothing was fitted, and 3 if it is below by more than two standard errors.",
+        epilog="The exit status is 3 if the flow's log-density of the test rows is below the Gaussian's by more than "
+        "two standard errors, 2 if nothing was fitted, and 0 otherwise.",
     )
     made.add_argument(
         "table",

@@ -617,6 +617,6 @@ def test_help_tells_the_rules(capsys):
         assert exit_.value.code == 0
         texts.append(" ".join(capsys.readouterr().out.split()))
     options = ("TABLE", "--columns", "--out", "--flow", "--epochs", "--seed", "--double", "--quiet", "sylvester_flow")
-    for words in (*options, "rows with missing values", "The exit status is 0", "beside that of a Gaussian"):
+    for words in (*options, "rows with missing values", "The exit status is 3", "beside that of a Gaussian"):
         assert words in texts[0]
     assert "`python -m pyro_flows density --help`" in texts[1]
