@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pyro_flows.bijectors import Affine, Bijector, RationalQuadraticSpline
-from pyro_flows.conditioners import MADE, MLP, CausalTransformer, LipschitzMLP, Periodic, costream, stream
+from pyro_flows.conditioners import MADE, MLP, CausalTransformer, ConvNet, LipschitzMLP, Periodic, costream, stream
 from pyro_flows.transforms import Autoregressive
 from pyro_flows.transforms.inversion import invert_by_passes
 
@@ -323,6 +323,9 @@ def test_an_order_must_be_a_permutation(order: list[int]) -> None:
         (lambda: MLP(2, 0, 2), "MLP: output_dim must be at least 1, got 0"),
         (lambda: MLP(2, 1, 2, context_dim=-1), "MLP: context_dim must be at least 0, got -1"),
         (lambda: LipschitzMLP(2, context_dim=-1), "LipschitzMLP: context_dim must not be negative, got -1"),
+        (lambda: ConvNet(1, 1, 2, (4, 4, 4)), r"ConvNet: size must be height and width, got \(4, 4, 4\)"),
+        (lambda: ConvNet(1, 1, 2, (0, 4)), r"ConvNet: size must be height and width, got \(0, 4\)"),
+        (lambda: ConvNet(1, 1, 2, (4, 4), num_blocks=-1), "ConvNet: num_blocks must not be negative, got -1"),
         (lambda: CausalTransformer(0, 3, 2), "CausalTransformer: length must be at least 1, got 0"),
         (lambda: CausalTransformer(4, 3, 2, num_layers=0), "CausalTransformer: num_layers must be at least 1, got 0"),
         (lambda: CausalTransformer(4, 3, 2, num_heads=0), "hidden_dim=64 must be a multiple of num_heads=0"),

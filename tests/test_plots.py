@@ -15,8 +15,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
 import pyro_flows as pf
-from pyro_flows import flows, plots
+from pyro_flows import Flow, flows, plots
+from pyro_flows.bijectors import Affine
 from pyro_flows.diagnostics import compat
+from pyro_flows.diagnostics.drift import Drift
+from pyro_flows.diagnostics.importance import weigh
+from pyro_flows.transforms import Elementwise
 
 RANDOM = np.random.default_rng(0)
 
@@ -36,6 +40,23 @@ def read_by_a_person(picture) -> None:
 def fit_of(losses, held_out=None, **own):
     own = {"best_step": 5, "best_loss": 1.0, "steps": len(losses), "skipped": 0, "seconds": 1.0, **own}
     return SimpleNamespace(losses=torch.tensor(losses), held_out=held_out, **own)
+
+
+def checked(names, error=0.0, reason="No error."):
+    """A check that has found an error of the first mean."""
+    errors, small = torch.zeros(len(names)), torch.full((len(names),), 0.02)
+    errors[0] = error
+    drift = Drift(errors, small, torch.ones(len(names)), small)
+    found = weigh(0.1 * torch.randn(200))
+    own = {"psis": found, "khat": found.khat, "log_evidence": found.log_evidence, "chains": drift, "weighted": drift}
+    return SimpleNamespace(names=names, verdict="do not trust", reason=reason, **own)
+
+
+def over(base):
+    """A flow that doubles what a base draws."""
+    double = Elementwise(Affine(), 2)
+    torch.nn.init.constant_(double.params, 3.0)
+    return Flow([double], base.to_event(1))
 
 
 def test_notebooks_show_pictures_by_themselves():
@@ -61,6 +82,8 @@ def test_history_shows_losses_their_mean_held_out_ones_and_the_state_that_was_ke
 
 def test_history_of_one_step_and_of_none():
     read_by_a_person(plots.history(fit_of([2.0], best_step=1, best_loss=2.0)))
+    early = plots.history(fit_of([2.0], best_step=0, best_loss=math.nan))  # interrupted before a state was judged
+    assert not [line for line in early.axes[0].get_lines() if "kept" in line.get_label()]
     with pytest.raises(ValueError, match="no step of this fit has a finite loss"):
         plots.history(fit_of([math.nan]))
 
@@ -86,6 +109,26 @@ def test_marginals_are_densities_of_the_numbers_of_all_sites():
     read_by_a_person(picture)
 
 
+def test_marginals_are_of_the_draws_that_are_finite():
+    """One draw that is not would leave nothing to see."""
+    values = torch.randn(1000)
+    bad = torch.cat((values, torch.tensor([math.nan, math.inf, -math.inf])))
+    picture = plots.marginals({"a": bad, "same": torch.ones(1003)}, {"a": bad, "same": torch.full((1003,), math.nan)})
+    grid, density = picture.axes[0].get_lines()[0].get_data()
+    expected = plots.marginals({"a": values}, {"a": values}).axes[0].get_lines()[0]
+    np.testing.assert_allclose((grid, density), expected.get_data())
+    assert 1.0 in [line.get_xdata()[0] for line in picture.axes[1].get_lines()]  # no density, but a place
+    (axis,) = plots.marginals({"a": torch.tensor([1.0, *[2.0] * 999])}).axes
+    assert [line.get_xdata()[0] for line in axis.get_lines()] == [2.0]
+    read_by_a_person(picture)
+
+
+def test_draws_come_in_any_dtype_and_sites_without_numbers_are_left_out():
+    draws = {"half": torch.randn(50).bfloat16(), "none": torch.randn(50, 0), "bool": torch.randn(50) > 0}
+    assert [axis.get_title() for axis in plots.marginals(draws, truth={}).axes] == ["half", "bool"]
+    assert len(plots.pairs(draws).axes) == 4
+
+
 def test_marginals_of_many_quantities_show_the_first_and_say_so():
     picture = plots.marginals(torch.randn(50, 30), most=5)
     assert len(picture.axes) == 5
@@ -103,11 +146,21 @@ def test_marginals_of_many_quantities_show_the_first_and_say_so():
         (lambda: plots.marginals({}), "must hold two draws or more"),
         (lambda: plots.marginals({"a": torch.randn(5)}, {"b": torch.randn(5)}), "the reference holds"),
         (lambda: plots.pairs({"a": torch.randn(5)}, {"b": torch.randn(5)}), "the reference holds"),
+        (lambda: plots.marginals({"a": torch.randn(5)}, truth={"b": 1.0}), r"the truth holds \['b'\], and the draws"),
+        (lambda: plots.marginals({"a": torch.randn(5, 2)}, truth={"a": 1.0}), r"holds \['a'\], and .*'a\[0\]'"),
+        (lambda: plots.marginals(torch.randn(5, 2), most=0), "marginals: most must be an integer of at least 1, got 0"),
+        (lambda: plots.marginals({"a": torch.randn(5, 0)}), "must hold two draws or more"),
+        (lambda: plots.pairs(torch.randn(5, 2), most=0), "pairs: most must be an integer of at least 1, got 0"),
+        (lambda: plots.pairs({"a": torch.full((5,), math.nan)}), r"must be finite, and in none are all of \['a'\]"),
+        (lambda: plots.check(checked(["a"]), most=0), "check: most must be an integer of at least 1, got 0"),
+        (lambda: plots.images(torch.rand(3, 1, 8, 8), columns=0), "columns must be an integer of at least 1, got 0"),
         (lambda: plots.pairs(torch.randn(5, 2), names=["a"]), "names must be 2 different ones, got"),
         (lambda: plots.pairs(torch.randn(5, 2), names=["a", "a"]), "names must be 2 different ones, got"),
         (lambda: plots.images(torch.rand(3, 8, 8)), r"images must have shape \(N, 1 or 3, H, W\), got \(3, 8, 8\)"),
         (lambda: plots.deformation(flows.nsf(3)), r"over two features, got \(3,\)"),
-        (lambda: plots.deformation(flows.nsf(2), most=1), "most must be 2 or more, got 1"),
+        (lambda: plots.deformation(flows.nsf(2), most=1), "deformation: most must be an integer of at least 2, got 1"),
+        (lambda: plots.deformation(over(dist.Normal(torch.zeros(3, 2), 1))), r"one base is pictured, .* of \(3,\)"),
+        (lambda: plots.deformation(over(dist.Normal(torch.full((2,), 3e38), 1e36))), "Elementwise, makes draws that"),
         (lambda: plots.deformation(flows.nsf(2, 1)), "context"),
         (lambda: plots.deformation(flows.nsf(2, 1), torch.zeros(3, 1)), r"a batch of \(3,\)"),
     ],
@@ -163,6 +216,11 @@ def test_the_picture_of_a_column_that_hardly_varies_has_a_width():
     assert high > 3
 
 
+def test_the_picture_of_a_heavy_tail_ends_near_its_middle():
+    data = np.concatenate((np.linspace(-1, 1, 900), np.full(100, 1e6)))[:, None]
+    assert plots.pairs(data).axes[0].get_xlim()[1] < 10
+
+
 def test_pairs_of_sites_take_those_of_the_same_names():
     guide = {"mu": torch.randn(100), "theta": torch.randn(100, 2)}
     picture = plots.pairs(guide, {"theta": torch.randn(80, 2), "mu": torch.randn(80)}, labels=("guide", "NUTS"))
@@ -186,8 +244,60 @@ def test_weights_show_what_the_heaviest_draws_hold(scale):
     np.testing.assert_allclose(raw.get_ydata(), weights.cumsum(0) / weights.sum(), rtol=1e-4)
     assert raw.get_ydata()[-1] == smoothed.get_ydata()[-1] == pytest.approx(1)
     np.testing.assert_array_equal(even.get_xdata(), even.get_ydata())
+    bars = picture.axes[0].patches
+    places = np.array([bar.get_x() + bar.get_width() / 2 for bar in bars]), [bar.get_height() for bar in bars]
+    middle = float((found.log_weights - found.log_evidence).clip(-8, 8).mean())
+    assert np.average(places[0], weights=places[1]) == pytest.approx(middle, abs=0.1)
     assert ("not reliable" in picture.get_suptitle()) == (scale == 0.5)
     read_by_a_person(picture)
+
+
+def test_a_check_shows_errors_on_either_side_as_large_as_they_are():
+    low, high = (plots.check(checked(["a", "b"], error)).axes[0] for error in (-2.5, 2.5))
+    assert low.get_lines()[0].get_xdata()[0] == -high.get_lines()[0].get_xdata()[0] == -2.5
+    assert low.get_xlim()[0] < -2.5
+    assert high.get_xlim()[1] > 2.5
+
+
+def test_a_check_shows_ratios_of_sds_with_two_standard_errors():
+    found = checked(["a", "b"])
+    drift = found.chains._replace(variance=torch.tensor([0.25, 1.0]), variance_se=torch.tensor([0.01, 0.04]))
+    found.chains = found.weighted = drift
+    chains = plots.check(found).axes[1].containers[0]
+    np.testing.assert_allclose(chains.lines[0].get_xdata(), [2.0, 1.0])
+    ends = np.array(chains.lines[2][0].get_segments())[:, :, 0]
+    np.testing.assert_allclose(ends[:, 1] - ends[:, 0], 4 * drift.ratio_se, rtol=1e-5)
+
+
+def test_a_calibration_shows_shares_beside_the_band_of_exact_guides():
+    u = torch.tensor([0.1, 0.2, 0.2, 0.7])
+    found = pf.Calibration(["a"], u[:, None], u, 1 - u, torch.tensor([0.5]), 0.5, 0.5, 0.5)
+    ranks, coverage, tarp = plots.calibration(found).axes
+    np.testing.assert_allclose(ranks.get_lines()[0].get_ydata()[[10, 50, 180]], [-0.05, 0.5, 0.1], atol=1e-9)
+    np.testing.assert_allclose(coverage.get_lines()[1].get_ydata()[[10, 50, 180]], [0, 0.75, 1])
+    np.testing.assert_allclose(tarp.get_lines()[1].get_ydata()[[10, 70, 182]], [0, 0.25, 1])
+    band = coverage.collections[0].get_paths()[0].vertices
+    for end in band[:, 1] - band[:, 0]:
+        assert abs(end) == pytest.approx(1.358 / 4**0.5)  # Kolmogorov and Smirnov's test at 5 % of four
+
+
+def test_a_check_of_many_quantities_shows_the_worst_and_says_so():
+    picture = plots.check(checked([f"q{i}" for i in range(40)], error=1.0), most=5)
+    labels = [label.get_text() for label in picture.axes[0].get_yticklabels()]
+    assert len(labels) == 5
+    assert labels[0] == "q0"
+    assert picture.get_supxlabel() == "the 5 of 40 quantities with the largest errors"
+    read_by_a_person(picture)
+
+
+def test_reports_take_any_names():
+    """Dollars begin no formula, which could not be drawn."""
+    name = r"\frac{$a$}_$\frac$"
+    read_by_a_person(plots.check(checked([name, "long " * 20], reason=f"mean of {name} off.")))
+    u = torch.rand(50)
+    found = pf.Calibration([name], u[:, None], u, u, torch.tensor([1e-9]), 1e-9, 0.5, 0.5)
+    assert name in found.reason
+    read_by_a_person(plots.calibration(found))
 
 
 def test_images_stand_row_by_row():
@@ -195,6 +305,14 @@ def test_images_stand_row_by_row():
     shown = plots.images(images, columns=3, levels=5).axes[0].images[0].get_array()
     assert shown.shape == (6, 9, 3)
     np.testing.assert_allclose(shown[::3, ::3, 0], [[0, 0.25, 0.5], [0.75, 1, 1]])
+
+
+def test_one_image_that_is_not_finite_leaves_the_others():
+    images = torch.cat((torch.rand(2, 1, 4, 4), torch.full((1, 1, 4, 4), math.nan)))
+    shown, others = (plots.images(x).axes[0].images[0].get_array() for x in (images, images[:2]))
+    assert not np.ma.getmaskarray(shown).any()
+    np.testing.assert_array_equal(shown[:, :10], others)
+    assert (shown[:, 10:] == 1).all()
 
 
 @pytest.mark.parametrize("recipe", [flows.nsf, flows.maf, flows.cnf])

@@ -461,6 +461,7 @@ def test_actnorm_sets_itself_from_data() -> None:
         (lambda: Compose([]), ValueError, r"transforms must not be empty"),
         (lambda: Compose([ActNorm(2), ActNorm(3)]), ValueError, r"transforms\[1\] acts on events of shape \(3,\)"),
         (lambda: Compose([ActNorm(2), torch_transforms.ExpTransform()]), TypeError, r"transforms\[1\] .*ExpTransform"),
+        (lambda: Compose([torch_transforms.ExpTransform()]), TypeError, r"transforms\[0\] .*ExpTransform"),
         (
             lambda: Compose([Autoregressive(Affine(), MADE(2, 2, context_dim=c)) for c in (1, 2)]),
             ValueError,

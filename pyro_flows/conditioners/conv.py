@@ -66,6 +66,10 @@ class ConvNet(Conditioner):
         context_shape: Sequence[int] | None = None,
         activation: type[nn.Module] = nn.ReLU,
     ) -> None:
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"ConvNet: size must be height and width, got {tuple(size)}.")
+        if num_blocks < 0:
+            raise ValueError(f"ConvNet: num_blocks must not be negative, got {num_blocks}.")
         height, width = size
         super().__init__(input_dim, output_dim, num_params, (hidden_dim,), 0 if context_shape else context_dim)
         self.size, self.hidden_dim, self.num_blocks = (height, width), hidden_dim, num_blocks

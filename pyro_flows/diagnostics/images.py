@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..files import write_atomically
+from .draws import check_integers
 
 
 def bits_per_dim(log_prob: Tensor, event_shape: Sequence[int]) -> Tensor:
@@ -47,7 +48,7 @@ def save_images(images: Tensor, path: str | os.PathLike[str], *, columns: int = 
             greatest, but for one in a hundred at each end.
 
     Raises:
-        ValueError: If the images have another shape, or another number of channels.
+        ValueError: If the images have another shape, or another number of channels, or ``columns`` is below 1.
 
     Example::
 
@@ -64,12 +65,14 @@ def save_images(images: Tensor, path: str | os.PathLike[str], *, columns: int = 
 
 
 def tiled(caller: str, images: Tensor, columns: int, levels: int | None) -> np.ndarray:
-    """Images side by side as one, a pixel of white between them: ``(height, width, 3)``, from 0 to 1."""
-    if images.dim() != 4 or images.shape[1] not in (1, 3) or not len(images):
+    """Images side by side as one, a pixel of white between them: ``(height, width, 3)``, from 0 to 1; NaN is white."""
+    if images.dim() != 4 or images.shape[1] not in (1, 3) or not images.numel():
         raise ValueError(f"{caller}: images must have shape (N, 1 or 3, H, W), got {tuple(images.shape)}.")
+    check_integers(caller, columns=(columns, 1))
     pixels = images.detach().to("cpu", torch.float64).numpy()
-    low, high = (0.0, levels - 1.0) if levels else np.quantile(pixels, [0.01, 0.99])
-    pixels = np.clip((pixels - low) / max(high - low, 1e-12), 0, 1)
+    finite = pixels[np.isfinite(pixels)] if np.isfinite(pixels).any() else np.zeros(1)
+    low, high = (0.0, levels - 1.0) if levels else np.quantile(finite, [0.01, 0.99])
+    pixels = np.nan_to_num((pixels.clip(low, high) - low) / max(high - low, 1e-12), nan=1.0)
     number, channels, height, width = pixels.shape
     columns = min(columns, number)
     rows = math.ceil(number / columns)

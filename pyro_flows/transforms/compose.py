@@ -38,7 +38,8 @@ class Compose(FlowTransform):
         transforms = list(transforms)
         if not transforms:
             raise ValueError("Compose: transforms must not be empty.")
-        super().__init__(transforms[0].event_shape, check_chain("Compose", transforms))
+        context_dim = check_chain("Compose", transforms)
+        super().__init__(transforms[0].event_shape, context_dim)
         self.transforms = nn.ModuleList(transforms)  # type: ignore[assignment]
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .columns import plain, shortened
+
 if TYPE_CHECKING:
     from .picture import Picture
 
@@ -40,7 +42,7 @@ def calibration(found: Any) -> Picture:
     worst = int(found.rank_p.argmin())
     for column, ranks in enumerate(found.ranks.T.cpu().numpy()):
         chosen = column == worst
-        label = f"{found.names[column]} (worst)" if chosen else None
+        label = f"{shortened(found.names[column], 40)} (worst)" if chosen else None
         style = {"color": "C3", "lw": 1.6, "zorder": 3} if chosen else {"color": "C0", "lw": 0.8, "alpha": 0.6}
         left.plot(level, (ranks[:, None] <= level).mean(0) - level, label=label, **style)
     left.set_xlabel("rank of the truth, as a share of the draws")
@@ -60,5 +62,5 @@ def calibration(found: Any) -> Picture:
         axis.set_xlabel("nominal level")
         axis.set_ylabel("share of data sets whose truth it holds")
         axis.set_title(f"{title}: p = {p:.2g}", fontsize=10)
-    picture.suptitle(textwrap.fill(found.reason, 130), fontsize=10)
+    picture.suptitle(textwrap.fill(plain(found.reason), 130), fontsize=10)
     return picture

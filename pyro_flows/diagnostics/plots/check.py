@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..draws import check_integers
+from .columns import plain, shortened
+
 if TYPE_CHECKING:
     from .picture import Picture
 
@@ -21,6 +24,9 @@ def check(found: Any, *, most: int = 30) -> Picture:
 
     Returns:
         A matplotlib figure.
+
+    Raises:
+        ValueError: If ``most`` is below 1.
 
     Example::
 
@@ -37,31 +43,30 @@ def check(found: Any, *, most: int = 30) -> Picture:
     """
     from .picture import Picture
 
+    check_integers("check", most=(most, 1))
     chains, weighted = found.chains, found.weighted
     size = torch.maximum(chains.error.abs(), (chains.ratio - 1).abs())
     shown = size.argsort(descending=True)[:most].sort().values
-    rows = np.arange(len(shown))
+    rows, names = np.arange(len(shown)), [shortened(found.names[i], 40) for i in shown.tolist()]
     picture = Picture(11, 2.6 + 0.2 * len(shown))
     left, middle, right = picture.grid(3, 3)
     panels = {
-        "error of the mean (posterior sd)": (left, 0.0, "error", "error_se"),
-        "sd, guide / posterior": (middle, 1.0, "ratio", "ratio_se"),
+        "error of the mean (posterior sd)": (left, 0.0, -3.0, "error", "error_se"),
+        "sd, guide / posterior": (middle, 1.0, 0.0, "ratio", "ratio_se"),
     }
-    for label, (axis, truth, value, noise) in panels.items():
+    for label, (axis, truth, least, value, noise) in panels.items():
         reach = 0.4
         axis.axvspan(truth - 0.1, truth + 0.1, color="C2", alpha=0.15, lw=0)
         for drift, name, color, shift in ((chains, "chains", "C0", -0.15), (weighted, "weights", "C1", 0.15)):
-            places = getattr(drift, value)[shown].cpu().numpy().clip(truth - 1.5, truth + 3)
+            places = getattr(drift, value)[shown].cpu().numpy().clip(least, truth + 3)
             errors = 2 * getattr(drift, noise)[shown].cpu().numpy()
             reach = max(reach, float(abs(places - truth).max()) + 0.15)
             axis.errorbar(places, rows + shift, xerr=errors, fmt="o", ms=3.5, lw=1.2, color=color, label=name)
         axis.axvline(truth, color="0.4", lw=0.8)
-        axis.set_xlim(truth - min(reach, truth + 1.6), truth + reach)  # where errors end at times far away
+        axis.set_xlim(max(truth - reach, least - 0.15), truth + reach)  # where errors end at times far away
         axis.set_xlabel(label)
         axis.set_ylim(len(rows) - 0.5, -0.5)
-        axis.set_yticks(
-            rows, [found.names[i] for i in shown.tolist()] if axis is left else [""] * len(rows), fontsize=8
-        )
+        axis.set_yticks(rows, names if axis is left else [""] * len(rows), fontsize=8)
     left.legend(frameon=False, fontsize=8)
     log_weights = (found.psis.log_weights - found.log_evidence).cpu().numpy()
     right.hist(log_weights.clip(-6, 6), bins=80, color="0.6")
@@ -70,5 +75,7 @@ def check(found: Any, *, most: int = 30) -> Picture:
     right.set_xlabel("log-weight − log evidence (nats)")
     right.set_ylabel("draws")
     right.set_title(f"k-hat {found.khat:.2f}", fontsize=10)
-    picture.suptitle(textwrap.fill(f"{found.verdict}: {found.reason}", 130), fontsize=10)
+    if len(found.names) > len(rows):
+        picture.supxlabel(f"the {len(rows)} of {len(found.names)} quantities with the largest errors", fontsize=9)
+    picture.suptitle(textwrap.fill(plain(f"{found.verdict}: {found.reason}"), 130), fontsize=10)
     return picture

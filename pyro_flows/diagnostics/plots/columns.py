@@ -27,6 +27,7 @@ def columns_of(caller: str, argument: str, draws: Draws, names: Sequence[str] | 
         if table.ndim != 2:
             raise ValueError(f"{caller}: {argument} must be a dict of sites or of shape (N, D), got {table.shape}.")
         sites = dict(zip(_names(caller, names, table.shape[1]), table.T, strict=True))
+    sites = {name: values for name, values in sites.items() if 0 not in values.shape[1:]}
     lengths = {name: len(values) if values.ndim else 0 for name, values in sites.items()}
     if len(set(lengths.values())) != 1 or min(lengths.values()) < 2:
         raise ValueError(f"{caller}: {argument} must hold two draws or more, as many of each site; it holds {lengths}.")
@@ -39,14 +40,22 @@ def columns_of(caller: str, argument: str, draws: Draws, names: Sequence[str] | 
 
 
 def as_array(values: Any) -> np.ndarray:
-    """Numbers on the CPU without a gradient."""
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    """Numbers on the CPU without a gradient; numpy has no bfloat16."""
+    if not isinstance(values, Tensor):
+        return np.asarray(values)
+    values = values.detach().cpu()
+    return (values.float() if values.dtype is torch.bfloat16 else values).numpy()
+
+
+def plain(text: str) -> str:
+    """A text in which dollars begin no formula, which might be none that can be drawn."""
+    return text.replace("$", r"\$")
 
 
 def shortened(name: str, most: int = 20) -> str:
-    """A name that fits beside an axis, and that begins no formula."""
+    """A name that fits beside an axis."""
     short = name if len(name) <= most else f"{name[: most // 2]}…{name[most // 2 + 1 - most :]}"
-    return short.replace("$", r"\$")
+    return plain(short)
 
 
 def _names(caller: str, names: Sequence[str] | None, number: int) -> list[str]:

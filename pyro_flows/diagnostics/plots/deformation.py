@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...flows import Flow
 from ...transforms import FlowTransform, Inverse
+from ..draws import check_integers
 
 if TYPE_CHECKING:
     from .picture import Picture
@@ -33,8 +34,8 @@ def deformation(flow: Flow, context: Tensor | None = None, *, most: int = 8) -> 
         A matplotlib figure.
 
     Raises:
-        ValueError: If the flow's events are not two numbers, there are fewer than two pictures, or the context does not
-            fit, or is of more than one event.
+        ValueError: If the flow's events are not two numbers, there are fewer than two pictures, the context does not
+            fit, the context or the base is a batch, or draws are not finite.
 
     Example::
 
@@ -47,12 +48,14 @@ def deformation(flow: Flow, context: Tensor | None = None, *, most: int = 8) -> 
 
     if tuple(flow.event_shape) != (2,):
         raise ValueError(f"deformation: the flow must be over two features, got {tuple(flow.event_shape)}.")
-    if most < 2:
-        raise ValueError(f"deformation: most must be 2 or more, got {most}.")
+    check_integers("deformation", most=(most, 2))
     encoded = flow.encode(context)
     if encoded is not None and encoded.dim() > 1:
         raise ValueError(f"deformation: one context is pictured, got a batch of {tuple(encoded.shape[:-1])}.")
-    draws = flow.base().sample((DOTS,))
+    base = flow.base()
+    if base.batch_shape:
+        raise ValueError(f"deformation: one base is pictured, got a batch of {tuple(base.batch_shape)}.")
+    draws = base.sample((DOTS,))
     ticks, along = torch.linspace(-REACH, REACH, LINES), torch.linspace(-REACH, REACH, POINTS)
     upright = torch.stack(torch.meshgrid(ticks, along, indexing="ij"), -1)  # (LINES, POINTS, 2)
     unit = torch.cat((upright, upright.flip(-1))).to(draws)
@@ -61,6 +64,8 @@ def deformation(flow: Flow, context: Tensor | None = None, *, most: int = 8) -> 
     for number, transform in enumerate(flow.transforms, 1):
         value, _ = transform.forward_and_log_det(value, encoded if transform.context_dim else None)
         stages.append((f"{number} {_title(transform)}", value))
+        if not value[-DOTS:].isfinite().all():
+            raise ValueError(f"deformation: transform {number}, {_title(transform)}, makes draws that are not finite.")
     chosen = np.unique(np.linspace(0, len(stages) - 1, min(most, len(stages))).round().astype(int))
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)

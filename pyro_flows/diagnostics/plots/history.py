@@ -54,9 +54,11 @@ def history(fit: Any) -> Picture:
         places = np.linspace(0, len(losses), len(held_out) + 1)[1:]
         axis.plot(places, held_out, color="C1", lw=1.6, label="held out, after each epoch")
         shown.append(held_out[np.isfinite(held_out)])
-    axis.plot(fit.best_step, fit.best_loss, "o", color="C3", ms=6, zorder=3, label=f"kept: {fit.best_loss:.3f}")
+    best = [fit.best_loss] if np.isfinite(fit.best_loss) else []  # NaN where it was interrupted before any judgement
+    if best:
+        axis.plot(fit.best_step, fit.best_loss, "o", color="C3", ms=6, zorder=3, label=f"kept: {fit.best_loss:.3f}")
     together = np.concatenate(shown)
-    low, high = together.min(), max(np.quantile(together, 0.97), fit.best_loss)
+    low, high = together.min(), max([np.quantile(together, 0.97), *best])
     margin = 0.06 * (high - low) or 0.5
     axis.set_ylim(low - margin, high + margin)
     axis.set_xlim(0, len(losses) + 1)

@@ -25,7 +25,7 @@ def images(images: Tensor, *, columns: int = 8, levels: int | None = None) -> Pi
         A matplotlib figure.
 
     Raises:
-        ValueError: If the images have another shape, or another number of channels.
+        ValueError: If the images have another shape, or another number of channels, or ``columns`` is below 1.
 
     Example::
 
@@ -38,7 +38,7 @@ def images(images: Tensor, *, columns: int = 8, levels: int | None = None) -> Pi
 
     pixels = tiled("images", images, columns, levels)
     height, width = pixels.shape[:2]
-    inches = min(8.0, max(3.0, 0.62 * columns))
+    inches = min(8.0, max(3.0, 0.62 * min(columns, len(images))))
     picture = Picture(inches, max(0.8, inches * height / width))
     (axis,) = picture.grid(1, 1)
     axis.imshow(pixels, interpolation="nearest")

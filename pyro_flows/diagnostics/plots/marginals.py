@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..compat import kde
+from ..draws import check_integers
 from .columns import Draws, as_array, columns_of, shortened
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def marginals(
 ) -> Picture:
     """Picture the marginal density of each quantity, by ArviZ's kernel density estimate.
 
+    Draws that are not finite are left out.  Where nearly all are one number there is no density: a line shows it.
+
     Args:
         draws: Draws of sites, ``(N, *shape)`` each, as ``guide.sample(N)`` gives them; or a table ``(N, D)``.
         reference: Draws to compare with, such as those of NUTS, ``mcmc.get_samples()``; sites that ``draws`` lacks are
@@ -40,8 +43,8 @@ def marginals(
         A matplotlib figure.
 
     Raises:
-        ValueError: If there are no draws, or sites differ in their number; or if the reference has none of the
-            quantities, or the truth another shape.
+        ValueError: If there are no draws, sites differ in their number, the reference has none of the quantities, the
+            truth has a site that the draws lack or one of another shape, or ``most`` is below 1.
 
     Example::
 
@@ -53,24 +56,30 @@ def marginals(
     """
     from .picture import Picture
 
+    check_integers("marginals", most=(most, 1))
     columns = columns_of("marginals", "draws", draws)
     others = {} if reference is None else columns_of("marginals", "reference", reference)
     if reference is not None and not columns.keys() & others.keys():
         raise ValueError(f"marginals: the reference holds {list(others)}, and none of {list(columns)}.")
-    lines = {} if truth is None else columns_of("marginals", "truth", _twice(truth))
+    lines = columns_of("marginals", "truth", _twice(truth)) if truth else {}
+    if strange := [name for name in lines if name not in columns]:
+        raise ValueError(f"marginals: the truth holds {strange}, and the draws {list(columns)}.")
     shown = dict(list(columns.items())[:most])
     width = min(COLUMNS, len(shown))
     rows = math.ceil(len(shown) / width)
     picture = Picture(max(4.5, 2.3 * width), 1.1 + 1.7 * rows)
     for axis, (name, own) in zip(picture.grid(len(shown), width), shown.items(), strict=True):
         other = others.get(name)
-        known = [own] if other is None else [own, other]
-        low = min(np.quantile(x, REACH) for x in known)
-        high = max(np.quantile(x, 1 - REACH) for x in known)
-        grid, density = density_of(own, low, high)
-        axis.fill_between(grid, density, color="C0", alpha=0.4, lw=0, label=labels[0])
+        known = [x[np.isfinite(x)] for x in ([own] if other is None else [own, other])]
+        ends = [np.quantile(x, [REACH, 1 - REACH]) for x in known if len(x)]
+        low, high = (min(low for low, _ in ends), max(high for _, high in ends)) if ends else (0.0, 1.0)
+        densities = [density_of(x, low, high) for x in known]
+        axis.fill_between(*densities[0], color="C0", alpha=0.4, lw=0, label=labels[0])
         if other is not None:
-            axis.plot(*density_of(other, low, high), color="C1", lw=1.6, label=labels[1])
+            axis.plot(*densities[1], color="C1", lw=1.6, label=labels[1])
+        for values, (_, density), color in zip(known, densities, ("C0", "C1"), strict=False):
+            if len(values) and not density.any():
+                axis.axvline(np.median(values), color=color, lw=1.6)
         if name in lines:
             axis.axvline(lines[name][0], color="0.2", lw=1.2, ls="--", label="truth")
         axis.set_ylim(bottom=0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..draws import check_integers
 from .columns import Draws, columns_of, shortened
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ def pairs(
         A matplotlib figure.
 
     Raises:
-        ValueError: If there are no draws, sites differ in their number, names in that of the columns, or the reference
-            has none of the quantities.
+        ValueError: If there are no draws, or none of finite numbers, sites differ in their number, names in that of the
+            columns, the reference has none of the quantities, or ``most`` is below 1.
 
     Example::
 
@@ -57,6 +58,7 @@ def pairs(
 
     from .picture import Picture
 
+    check_integers("pairs", most=(most, 1))
     found = [columns_of("pairs", "draws", draws, names)]
     if reference is not None:
         found.append(columns_of("pairs", "reference", reference, names))
@@ -67,6 +69,8 @@ def pairs(
     width = len(shown)
     tables = [np.stack([columns[name] for name in shown], -1) for columns in found]
     tables = [x[np.isfinite(x).all(1)] for x in tables]
+    if not len(tables[0]):
+        raise ValueError(f"pairs: draws must be finite, and in none are all of {shown}.")
     limits = [_limits(column) for column in tables[0].T]
     points = min(POINTS, *map(len, tables))
     bins = round(min(BINS, max(10, 2 * len(tables[0]) ** (1 / 3))))
