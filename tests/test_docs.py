@@ -59,3 +59,50 @@ def test_links_lead_to_files(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of the tables in a piece of Markdown."""
+    return [[cell.strip(" *`") for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+
+
+def part_of(page: str, first: str, last: str) -> str:
+    text = (ROOT / "docs" / page).read_text()
+    return text[text.index(first) : text.index(last, text.index(first) + 1)]
+
+
+def test_what_flows_cost_is_what_was_measured():
+    """Choosing a flow quotes the benchmarks' tables, cell by cell."""
+    times = {}
+    for dim in (8, 32, 128):
+        for flow, task, eager, compiled, *_ in rows_of(part_of("benchmarks/speed.md", f"### D = {dim}\n", "\n##"))[2:]:
+            times[flow, task, dim] = f"{eager} / {compiled.replace('*', '').split()[0]}"
+    memory = {
+        row[0]: row[6]
+        for row in rows_of(part_of("benchmarks/memory.md", "## MB by rows", "## MB by layers"))
+        if row[1] == "64"
+    }
+    quoted = rows_of(part_of("choosing_a_flow.md", "| | score, D = 8", "\n\n"))[2:]
+    assert [row[0] for row in quoted] == ["realnvp", "nsf", "maf", "iaf", "nsf_ar"]
+    for flow, *cells in quoted:
+        wanted = [times[flow, task, dim] for task in ("log-prob", "sample") for dim in (8, 32, 128)]
+        assert cells == [*wanted, times[flow, "step", 32], memory[flow]]
+
+
+def test_how_flows_fit_is_what_was_measured():
+    """And so does it the tables of test nats, the best of the peers included."""
+    pages = {name: rows_of(part_of("benchmarks/tables.md", f"## {name}\n", "\n\n##")) for name in ("magic", "diamonds")}
+    pages["protein"] = rows_of(part_of("benchmarks/tables.md", "## protein\n", "\n\nTime of"))
+    found = {name: {row[0]: row for row in rows if len(row) == 5} for name, rows in pages.items()}
+    for flow, *cells in rows_of(part_of("choosing_a_flow.md", "| | magic,", "\n\n"))[2:]:
+        name = flow.replace("nsf(linear=True)", "nsf, linear")
+        if flow != "best peer":
+            assert cells == [*(found[table][name][1] for table in found), found["diamonds"][name][4]]
+            continue
+        for cell, table in zip(cells, found.values(), strict=False):
+            nats, library = re.fullmatch(r"(.*) \((.*)\)", cell).groups()
+            peers = {
+                row[0]: float(row[1].split()[0]) for row in table.values() if row[0].startswith(("zuko", "nflows"))
+            }
+            assert library == max(peers, key=peers.get)
+            assert nats == table[library][1]

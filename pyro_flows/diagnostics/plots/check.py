@@ -10,6 +10,7 @@ import torch
 
 from ..draws import check_integers
 from .columns import plain, shortened
+from .weights import histogram
 
 if TYPE_CHECKING:
     from .picture import Picture
@@ -68,14 +69,8 @@ def check(found: Any, *, most: int = 30) -> Picture:
         axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.set_yticks(rows, names if axis is left else [""] * len(rows), fontsize=8)
     left.legend(frameon=False, fontsize=8)
-    log_weights = (found.psis.log_weights - found.log_evidence).cpu().numpy()
-    right.hist(log_weights.clip(-6, 6), bins=80, color="0.6")
-    right.set_yscale("log")
-    right.axvline(0, color="0.4", lw=0.8)
-    right.set_xlabel("log-weight − log evidence (nats)")
-    right.set_ylabel("draws")
-    right.set_title(f"k-hat {found.khat:.2f}", fontsize=10)
+    histogram(right, found.psis)
     if len(found.names) > len(rows):
         picture.supxlabel(f"the {len(rows)} of {len(found.names)} quantities with the largest errors", fontsize=9)
-    picture.suptitle(textwrap.fill(plain(f"{found.verdict}: {found.reason}"), 130), fontsize=10)
+    picture.suptitle(textwrap.fill(plain(f"{found.verdict}, k-hat {found.khat:.2f}: {found.reason}"), 130), fontsize=10)
     return picture

@@ -15,7 +15,7 @@ from ..draws import check_integers
 if TYPE_CHECKING:
     from .picture import Picture
 
-REACH = 2.5  # of the grid, in standard deviations of the base
+REACH = 2.5  # of the grid, in standard deviations of a normal base
 LINES, POINTS = 21, 201  # in each direction, and along each
 DOTS = 1000  # draws
 
@@ -59,7 +59,10 @@ def deformation(flow: Flow, context: Tensor | None = None, *, most: int = 8) -> 
     ticks, along = torch.linspace(-REACH, REACH, LINES), torch.linspace(-REACH, REACH, POINTS)
     upright = torch.stack(torch.meshgrid(ticks, along, indexing="ij"), -1)  # (LINES, POINTS, 2)
     unit = torch.cat((upright, upright.flip(-1))).to(draws)
-    value = torch.cat((unit.reshape(-1, 2) * draws.std(0) + draws.mean(0), draws))
+    low, middle, high = draws.float().quantile(torch.tensor([0.16, 0.5, 0.84], device=draws.device), 0).to(draws)
+    grid = unit.reshape(-1, 2) * (high - low) / 2 + middle  # as wide as the bulk, whatever the tails
+    grid = grid.clamp(draws.min(0).values, draws.max(0).values)  # a bounded base has nothing beyond
+    value = torch.cat((grid, draws))
     stages = [("base", value)]
     for number, transform in enumerate(flow.transforms, 1):
         value, _ = transform.forward_and_log_det(value, encoded if transform.context_dim else None)

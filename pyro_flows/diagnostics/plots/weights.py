@@ -35,18 +35,10 @@ def weights(found: Any) -> Picture:
     from .picture import Picture
 
     psis = getattr(found, "psis", found)
-    raw = (psis.log_weights - psis.log_evidence).cpu().double().numpy()
     picture = Picture(9, 3.6)
     left, right = picture.grid(2, 2)
-    left.hist(raw.clip(-FAR, FAR), bins=80, color="0.6")
-    left.set_yscale("log")
-    left.axvline(0, color="0.3", lw=0.8)
-    left.set_xlabel("log-weight − log evidence (nats)")
-    left.set_ylabel("draws")
-    beyond = int((abs(raw) > FAR).sum() + np.isnan(raw).sum())
-    told = f"; {beyond} beyond ±{FAR:.0f}" if beyond else ""
-    left.set_title(f"Log-weights of {len(raw)} draws{told}", fontsize=10)
-    even = np.arange(1, len(raw) + 1) / len(raw)
+    histogram(left, psis)
+    even = np.arange(1, len(psis.log_weights) + 1) / len(psis.log_weights)
     for values, style, label in (
         (psis.log_weights, {"color": "C1", "lw": 1.2, "ls": "--"}, "raw"),
         (psis.smoothed, {"color": "C0", "lw": 1.8}, "smoothed"),
@@ -56,7 +48,7 @@ def weights(found: Any) -> Picture:
         right.plot(even, held, label=label, **style)
     right.plot(even, even, color="0.6", lw=0.8, ls=":", label="all weights equal")
     right.set_xscale("log")
-    right.set_xlim(1 / len(raw), 1)
+    right.set_xlim(1 / len(psis.log_weights), 1)
     right.set_ylim(0, 1)
     right.set_xlabel("share of the draws, the heaviest first")
     right.set_ylabel("share of the weight that they hold")
@@ -69,3 +61,16 @@ def weights(found: Any) -> Picture:
         fontsize=11,
     )
     return picture
+
+
+def histogram(axis: Any, psis: Any) -> None:
+    """Draw log-weights less the log evidence, those far away at the edges, and say how many these are."""
+    raw = (psis.log_weights - psis.log_evidence).cpu().double().numpy()
+    axis.hist(raw.clip(-FAR, FAR), bins=80, color="0.6")
+    axis.set_yscale("log")
+    axis.axvline(0, color="0.3", lw=0.8)
+    axis.set_xlabel("log-weight − log evidence (nats)")
+    axis.set_ylabel("draws")
+    beyond = int((abs(raw) > FAR).sum() + np.isnan(raw).sum())
+    told = f"; {beyond} beyond ±{FAR:.0f}" if beyond else ""
+    axis.set_title(f"Log-weights of {len(raw)} draws{told}", fontsize=10)
