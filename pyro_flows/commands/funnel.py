@@ -21,10 +21,10 @@ def plot_funnel(mean: Tensor, scale: Tensor, effects: dict[str, Tensor]) -> Any:
     Returns:
         A matplotlib figure.
     """
-    from matplotlib.figure import Figure
+    from ..diagnostics.plots.picture import Picture
 
-    figure = Figure(figsize=(10.5, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    picture = Picture(10.5, 4.8)
+    left, right = picture.grid(2, 2, width_ratios=(1.15, 1))
     rows = {"mu": mean, "tau": scale, **effects}
     colors = ["C3", "C2"] + ["C0"] * len(effects)
     low, high = -15.0, 27.0
@@ -40,12 +40,11 @@ def plot_funnel(mean: Tensor, scale: Tensor, effects: dict[str, Tensor]) -> Any:
     left.set_xlabel("value (points of the test)")
     left.set_title("Marginals: density, mean and 90 % interval", fontsize=11)
     left.grid(axis="x", alpha=0.3)
-    left.spines[["top", "right", "left"]].set_visible(False)
+    left.spines["left"].set_visible(False)
     name, effect = next(iter(effects.items()))
     right.scatter((effect - mean).cpu(), scale.log().cpu(), s=5, alpha=0.25, color="C0", lw=0, rasterized=True)
     right.set_xlabel(f"{name} − mu")
     right.set_ylabel("log tau")
     right.set_title("The funnel: the smaller tau, the less the schools differ", fontsize=11)
     right.grid(alpha=0.3)
-    right.spines[["top", "right"]].set_visible(False)
-    return figure
+    return picture

@@ -39,6 +39,23 @@ def columns_of(caller: str, argument: str, draws: Draws, names: Sequence[str] | 
     return columns
 
 
+def beside(
+    caller: str, draws: Draws, reference: Draws | None, names: Sequence[str] | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The columns of draws, and those of what they are compared with, none where there is no reference.
+
+    Raises:
+        ValueError: As for :func:`columns_of`, or if the two have no column in common.
+    """
+    columns = columns_of(caller, "draws", draws, names)
+    if reference is None:
+        return columns, {}
+    others = columns_of(caller, "reference", reference, names)
+    if not columns.keys() & others.keys():
+        raise ValueError(f"{caller}: the reference holds {list(others)}, and none of {list(columns)}.")
+    return columns, others
+
+
 def as_array(values: Any) -> np.ndarray:
     """Numbers on the CPU without a gradient; numpy has no bfloat16."""
     if not isinstance(values, Tensor):

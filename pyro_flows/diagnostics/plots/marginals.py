@@ -10,7 +10,7 @@ import numpy as np
 
 from ..compat import kde
 from ..draws import check_integers
-from .columns import Draws, as_array, columns_of, shortened
+from .columns import Draws, as_array, beside, columns_of, shortened
 
 if TYPE_CHECKING:
     from .picture import Picture
@@ -57,10 +57,7 @@ def marginals(
     from .picture import Picture
 
     check_integers("marginals", most=(most, 1))
-    columns = columns_of("marginals", "draws", draws)
-    others = {} if reference is None else columns_of("marginals", "reference", reference)
-    if reference is not None and not columns.keys() & others.keys():
-        raise ValueError(f"marginals: the reference holds {list(others)}, and none of {list(columns)}.")
+    columns, others = beside("marginals", draws, reference)
     lines = columns_of("marginals", "truth", _twice(truth)) if truth else {}
     if strange := [name for name in lines if name not in columns]:
         raise ValueError(f"marginals: the truth holds {strange}, and the draws {list(columns)}.")

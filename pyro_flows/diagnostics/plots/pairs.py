@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..draws import check_integers
-from .columns import Draws, columns_of, shortened
+from .columns import Draws, beside, shortened
 
 if TYPE_CHECKING:
     from .picture import Picture
@@ -59,15 +59,11 @@ def pairs(
     from .picture import Picture
 
     check_integers("pairs", most=(most, 1))
-    found = [columns_of("pairs", "draws", draws, names)]
-    if reference is not None:
-        found.append(columns_of("pairs", "reference", reference, names))
-    common = [name for name in found[0] if name in found[-1]]
-    if not common:
-        raise ValueError(f"pairs: the reference holds {list(found[1])}, and none of {list(found[0])}.")
+    columns, others = beside("pairs", draws, reference, names)
+    common = [name for name in columns if name in others or not others]
     shown = common[:most]
     width = len(shown)
-    tables = [np.stack([columns[name] for name in shown], -1) for columns in found]
+    tables = [np.stack([table[name] for name in shown], -1) for table in (columns, others) if table]
     tables = [x[np.isfinite(x).all(1)] for x in tables]
     if not len(tables[0]):
         raise ValueError(f"pairs: draws must be finite, and in none are all of {shown}.")
