@@ -94,7 +94,8 @@ class Dequantized(nn.Module):
     def _of(self, density: FlowDistribution, num_samples: int | None) -> DequantizedDistribution:
         last = View(self.pixels)
         parts = [*density.transforms, last], [*density.runs, last]
-        density = FlowDistribution(density.base_dist, *parts, validate_args=False)  # integers are what is checked
+        # Integers are what is checked, so the density of real numbers checks nothing.
+        density = FlowDistribution(density.base, *parts, batch_shape=density.batch_shape, validate_args=False)
         number = self.num_samples if num_samples is None else num_samples
         if number < 1:
             raise ValueError(f"Dequantized: num_samples must be at least 1, got {number}.")

@@ -170,12 +170,13 @@ class Flow(nn.Module):
 
     def at(self, context: Tensor | None) -> FlowDistribution:
         """The distribution at what the transforms take of a context, :meth:`encode`'s, or None."""
-        base = self._base(context)
 
         def views(transforms: Iterable[FlowTransform]) -> list[View]:
             return [View(t, context if t.context_dim else None) for t in transforms]
 
-        return FlowDistribution(base, views(self.transforms), None if self._compiled is None else views(self.runs))
+        runs = None if self._compiled is None else views(self.runs)
+        batch_shape = self._base(context).batch_shape
+        return FlowDistribution(self.base, views(self.transforms), runs, batch_shape=batch_shape)
 
     condition = forward  # Pyro's protocol of conditional distributions
 

@@ -1,0 +1,417 @@
+"""A density is that of the parameters as they are, however they were changed since the value was drawn.
+
+Each test is a trap in which a cache of transforms has given a stale value, a lost gradient or a leak.  One pass serves
+draw and score where both are asked for at once: in ``rsample_and_log_prob``, and in a sample statement.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import laws
+import pyro
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyro_flows import flows
+from pyro_flows.distributions import MixtureBase, NormalBase, StudentTBase
+from pyro_flows.flows import Flow
+
+every_recipe = pytest.mark.parametrize("recipe", laws.RECIPES.values(), ids=laws.RECIPES)
+
+
+def random_flow(recipe: object, context_dim: int = 0) -> Flow:
+    flow = recipe(3, context_dim, num_transforms=3, hidden_dims=(8, 8))
+    return laws.randomise(flow, scale=0.3).double()
+
+
+def close(got: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(got, wanted, atol=1e-9, rtol=1e-9)
+
+
+@every_recipe
+def test_own_samples_are_scored_like_any_other_value(recipe: object) -> None:
+    q = random_flow(recipe)()
+    x = q.rsample((5,))
+    score = q.log_prob(x)
+    close(score, q.log_prob(x.clone()))
+    close(score, q.log_prob(x))
+
+
+@every_recipe
+@pytest.mark.parametrize("optimiser_type", [torch.optim.Adam, torch.optim.SGD])
+def test_an_optimiser_step_is_seen(recipe: object, optimiser_type: type) -> None:
+    """The same data tensor is scored before and after: the classical stale value."""
+    flow = random_flow(recipe)
+    optimiser = optimiser_type(flow.parameters(), lr=0.05)
+    q, x = flow(), laws.normal(5, 3)
+    before = q.log_prob(x)
+    (-before.mean()).backward()
+    optimiser.step()
+    after = q.log_prob(x)
+    close(after, q.log_prob(x.clone()))
+    assert not torch.allclose(after, before)
+
+
+@every_recipe
+def test_a_sample_from_before_a_step_is_scored_afresh(recipe: object) -> None:
+    flow = random_flow(recipe)
+    optimiser = torch.optim.Adam(flow.parameters(), lr=0.05)
+    q = flow()
+    x = q.rsample((5,))
+    x.square().sum().backward(retain_graph=True)
+    optimiser.step()
+    close(q.log_prob(x), flow().log_prob(x.detach().clone()))
+
+
+@every_recipe
+def test_a_plain_loop_trains_one_distribution_for_many_steps(recipe: object) -> None:
+    """No clear_cache, no retain_graph, and the distribution made once."""
+    flow = random_flow(recipe)
+    optimiser = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    q, x = flow(), 0.5 * laws.normal(64, 3) + 1
+    losses = []
+    for _ in range(50):
+        optimiser.zero_grad()
+        loss = -q.log_prob(x).mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+    close(q.log_prob(x), flow().log_prob(x.clone()))
+
+
+@every_recipe
+def test_scoring_a_sample_keeps_its_gradient(recipe: object) -> None:
+    """``sample`` makes no graph; the score of what it gave needs one nevertheless."""
+    flow = random_flow(recipe)
+    q = flow()
+    x = q.sample((5,))
+    got = torch.autograd.grad(q.log_prob(x).sum(), flow.parameters())
+    wanted = torch.autograd.grad(flow().log_prob(x.clone()).sum(), flow.parameters())
+    for ours, theirs in zip(got, wanted, strict=True):
+        close(ours, theirs)
+    assert any((g != 0).any() for g in got)
+
+
+@every_recipe
+def test_sampling_without_grad_and_scoring_with_it(recipe: object) -> None:
+    flow = random_flow(recipe)
+    q = flow()
+    with torch.no_grad():
+        x = q.rsample((5,))
+    score = q.log_prob(x)
+    assert score.requires_grad
+    close(score, flow().log_prob(x.clone()))
+
+
+@every_recipe
+def test_sampling_in_inference_mode_and_scoring_outside(recipe: object) -> None:
+    flow = random_flow(recipe)
+    q = flow()
+    with torch.inference_mode():
+        x = q.rsample((5,))
+        inside = q.log_prob(x)
+    close(inside.clone(), q.log_prob(x.clone()))
+
+
+@every_recipe
+@pytest.mark.parametrize("draw", ["sample", "frozen_rsample"])
+def test_a_sample_made_a_leaf_has_the_right_score_gradient(recipe: object, draw: str) -> None:
+    """The path gradient's way: a score that was kept from the draw would not depend on the leaf."""
+    frozen = draw == "frozen_rsample"  # then even rsample, in the grad mode of the score, gives what can become a leaf
+    flow = random_flow(recipe).requires_grad_(not frozen)
+    q = flow()
+    leaf = (q.rsample((5,)) if frozen else q.sample((5,))).requires_grad_()
+    (got,) = torch.autograd.grad(q.log_prob(leaf).sum(), leaf)
+    clone = leaf.detach().clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(flow().log_prob(clone).sum(), clone)
+    close(got, wanted)
+    assert (got != 0).any()
+
+
+@every_recipe
+def test_reparameterised_gradients_are_those_of_one_pass(recipe: object) -> None:
+    flow = random_flow(recipe)
+    q, found = flow(), []
+    for draw in (lambda: (x := q.rsample((5,)), q.log_prob(x)), lambda: flow.rsample_and_log_prob((5,))):
+        torch.manual_seed(3)
+        x, log_prob = draw()
+        found.append(torch.autograd.grad(x.square().sum() - log_prob.sum(), flow.parameters()))
+    for ours, theirs in zip(*found, strict=True):
+        close(ours, theirs)
+
+
+@every_recipe
+@torch.no_grad()  # one grad mode throughout: the change itself has to be seen
+def test_a_sample_changed_in_place_is_scored_as_it_is(recipe: object) -> None:
+    flow = random_flow(recipe)
+    q = flow()
+    x = q.sample((5,))
+    x += 0.3
+    close(q.log_prob(x), flow().log_prob(x.clone()))
+
+
+@every_recipe
+@torch.no_grad()
+def test_a_context_changed_in_place_is_seen(recipe: object) -> None:
+    flow = random_flow(recipe, context_dim=2)
+    context = laws.normal(5, 2)
+    q = flow(context)
+    x = q.sample()
+    context += 0.5
+    close(q.log_prob(x), flow(context.clone()).log_prob(x.clone()))
+    y = q.sample()
+    close(q.log_prob(y), flow(context.clone()).log_prob(y.clone()))
+
+
+def in_place(flow: Flow) -> Flow:
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.1)
+    return flow
+
+
+def by_vector(flow: Flow) -> Flow:
+    vector = nn.utils.parameters_to_vector(flow.parameters())
+    nn.utils.vector_to_parameters(vector.detach() + 0.1, flow.parameters())
+    return flow
+
+
+def by_data(flow: Flow) -> Flow:
+    for parameter in flow.parameters():
+        parameter.data = parameter.data + 0.1
+    return flow
+
+
+def in_data(flow: Flow) -> Flow:
+    for parameter in flow.parameters():
+        parameter.data.mul_(1.3)
+    return flow
+
+
+def by_assignment(flow: Flow) -> Flow:
+    state = {name: value + 0.1 if value.is_floating_point() else value for name, value in flow.state_dict().items()}
+    flow.load_state_dict(state, assign=True)
+    return flow
+
+
+def by_fused_optimiser(flow: Flow) -> Flow:
+    optimiser = torch.optim.Adam(flow.parameters(), lr=0.1, fused=True)
+    context = laws.normal(5, flow.context_dim) if flow.context_dim else None
+    (-flow.log_prob(laws.normal(5, 3), context).mean()).backward()
+    optimiser.step()
+    return flow
+
+
+def by_freezing(flow: Flow) -> Flow:
+    """Two parameters frozen and a third edited in place: versions and flags add up to what they were."""
+    first, second, third, *_ = flow.parameters()
+    first.requires_grad_(False)
+    second.requires_grad_(False)
+    with torch.no_grad():
+        third.add_(0.3)
+    return flow
+
+
+def by_replacement(flow: Flow) -> Flow:
+    for module in flow.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                setattr(module, name, nn.Parameter(parameter.detach() + 0.1))
+    return flow
+
+
+UPDATES = [
+    in_place,
+    by_vector,
+    by_data,
+    in_data,
+    by_assignment,
+    by_fused_optimiser,
+    by_freezing,
+    by_replacement,
+]
+every_update = pytest.mark.parametrize("update", UPDATES, ids=lambda update: update.__name__)
+
+
+@every_recipe
+@every_update
+@pytest.mark.parametrize("draw", ["rsample", "sample", "frozen"])
+def test_no_update_leaves_a_stale_density(recipe: object, update: Callable[[Flow], Flow], draw: str) -> None:
+    """``q = flow(); y = q.rsample()``, then an update by any means, then ``q.log_prob(y)``."""
+    flow = random_flow(recipe)
+    q = flow()
+    with torch.set_grad_enabled(draw != "frozen"):
+        y = q.sample((5,)) if draw == "sample" else q.rsample((5,))
+        before = flow.log_prob(y)
+        with torch.enable_grad():
+            update(flow)
+        got, wanted = q.log_prob(y), flow().log_prob(y.detach().clone())
+    close(got, wanted)
+    assert not torch.allclose(got, before)
+
+
+@pytest.mark.parametrize("base", [NormalBase, StudentTBase, lambda dim: MixtureBase(dim, 3)])
+@every_update
+def test_an_update_of_a_trained_base_is_seen(base: Callable[[int], nn.Module], update: Callable[[Flow], Flow]) -> None:
+    flow = Flow(flows.realnvp(3, num_transforms=2, hidden_dims=(8,)).transforms, base(3)).double()
+    laws.randomise(flow, scale=0.3)
+    q = flow()
+    y = q.rsample((5,))
+    update(flow)
+    close(q.log_prob(y), flow.log_prob(y.detach().clone()))
+    torch.manual_seed(0)
+    got = q.sample((4,))
+    torch.manual_seed(0)
+    close(got, flow().sample((4,)))
+
+
+@every_recipe
+@every_update
+def test_a_view_computes_values_anew_after_an_update(recipe: object, update: Callable[[Flow], Flow]) -> None:
+    flow = random_flow(recipe, context_dim=2)
+    context, x = laws.normal(5, 2), laws.normal(5, 3)
+    views = flow(context).transforms
+    images = [view(x) for view in views]
+    update(flow)
+    for view, y in zip(views, images, strict=True):
+        close(view.inv(y), view.transform.inverse_and_log_det(y, view.context)[0])
+
+
+@every_recipe
+def test_a_sample_statement_is_scored_in_the_pass_that_drew_it(recipe: object) -> None:
+    """The handler is given the score once, and it is that of any other value; what is asked later is computed."""
+    flow = random_flow(recipe)
+    calls: list[int] = []
+
+    def program() -> None:
+        pyro.sample("y", flow())
+
+    for transform in flow.transforms:
+        for verb in ("forward_and_log_det", "inverse_and_log_det"):
+            setattr(transform, verb, counted(getattr(transform, verb), calls))
+    trace = pyro.poutine.trace(program).get_trace()
+    site = trace.nodes["y"]
+    score = site["fn"].log_prob(site["value"])
+    assert len(calls) == len(flow.transforms)
+    close(score, flow().log_prob(site["value"].clone()))
+    in_place(flow)
+    close(site["fn"].log_prob(site["value"]), flow().log_prob(site["value"].clone()))
+
+
+@every_update
+def test_a_sample_statement_outside_of_all_handlers_keeps_nothing(update: Callable[[Flow], Flow]) -> None:
+    flow = random_flow(laws.RECIPES["realnvp"])
+    q = flow()
+    y, z = pyro.sample("y", q), q()
+    update(flow)
+    for value in (y, z):
+        close(q.log_prob(value), flow().log_prob(value.detach().clone()))
+
+
+def counted(verb: Callable[..., object], calls: list[int]) -> Callable[..., object]:
+    def call(*args: object) -> object:
+        calls.append(1)
+        return verb(*args)
+
+    return call
+
+
+def test_gradients_of_a_sample_statement_are_those_of_one_pass() -> None:
+    flow, found = random_flow(laws.RECIPES["maf"]), []
+    for draw in (lambda: drawn_and_scored(flow), lambda: flow.rsample_and_log_prob((5,))):
+        torch.manual_seed(3)
+        x, log_prob = draw()
+        found.append(torch.autograd.grad(x.square().sum() - log_prob.sum(), flow.parameters()))
+    for ours, theirs in zip(*found, strict=True):
+        close(ours, theirs)
+
+
+def drawn_and_scored(flow: Flow) -> tuple[Tensor, Tensor]:
+    trace = pyro.poutine.trace(lambda: pyro.sample("y", flow().expand((5,)))).get_trace()
+    trace.compute_log_prob()
+    return trace.nodes["y"]["value"], trace.nodes["y"]["log_prob"]
+
+
+def test_threads_on_one_distribution_do_not_meet() -> None:
+    flow = random_flow(laws.RECIPES["realnvp"])
+    q = flow()
+
+    def work(_: int) -> float:
+        with torch.no_grad():
+            worst = 0.0
+            for _ in range(50):
+                y = q.rsample((2,))
+                worst = max(worst, float((q.log_prob(y) - flow.log_prob(y)).abs().max()))
+        return worst
+
+    with ThreadPoolExecutor(8) as pool:
+        assert max(pool.map(work, range(8))) < 1e-9
+
+
+@pytest.mark.parametrize("handled", [False, True])
+def test_distributions_and_views_are_copied_and_pickled_after_use(handled: bool) -> None:
+    flow = random_flow(laws.RECIPES["realnvp"], context_dim=2)
+    q = flow(laws.normal(5, 2))
+    if handled:
+        pyro.poutine.trace(lambda: pyro.sample("y", q)).get_trace()
+    q.transforms[0](laws.normal(5, 3))
+    y = laws.normal(5, 3)
+    for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        close(other.log_prob(y), q.log_prob(y))
+
+
+def test_a_view_answers_torchs_own_questions() -> None:
+    """torch asks for the inverse and for its log-determinant one after the other, in either order of directions."""
+    flow = random_flow(laws.RECIPES["maf"], context_dim=2)
+    context, transform = laws.normal(5, 2), flow.transforms[0]
+    x = laws.normal(5, 3)
+    y, log_det = transform.forward_and_log_det(x, context)
+    view = transform.condition(context)
+    close(view.log_abs_det_jacobian(view.inv(y), y), log_det)
+    close(view.inv.log_abs_det_jacobian(y, view.inv(y)), -log_det)
+    close(view(view.inv(y)), y)
+    close(view.inv(view(x)), x)
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from tensors_in(item)
+
+
+@every_recipe
+def test_nothing_stays_on_the_module(recipe: object) -> None:
+    flow = random_flow(recipe, context_dim=2)
+    q = flow(laws.normal(5, 2))
+    x = q.rsample((7,))
+    q.log_prob(x).sum().backward()
+    flow.rsample_and_log_prob((7,), laws.normal(5, 2))
+    owned = {id(t) for t in (*flow.parameters(), *flow.buffers())}
+    attributes = [module.__dict__ for module in flow.modules() if isinstance(module, nn.Module)]
+    assert {id(t) for t in tensors_in(attributes)} == owned
+
+
+def test_a_sample_drawn_while_frozen_is_scored_anew_once_the_parameters_are_free():
+    flow = flows.realnvp(3, num_transforms=2, hidden_dims=(8,)).requires_grad_(False)
+    q = flow()
+    y = q.rsample()
+    flow.requires_grad_(True)
+    assert q.log_prob(y).requires_grad
+
+
+def test_a_context_made_in_inference_mode_is_welcome():
+    flow = flows.realnvp(3, 2, num_transforms=2, hidden_dims=(8,))
+    with torch.inference_mode():
+        context = torch.randn(4, 2)
+    assert flow(context).sample().shape == (4, 3)
