@@ -17,6 +17,7 @@ from .diagnostics import plots as plots
 from .diagnostics import psis as psis
 from .diagnostics import refine as refine
 from .diagnostics import resample as resample
+from .diagnostics import round_off as round_off
 from .diagnostics import save_images as save_images
 from .diagnostics import simulate as simulate
 from .diagnostics import to_arviz as to_arviz

@@ -25,7 +25,8 @@ from pyro_flows import (
 NAMES = {
     pyro_flows: "AutoFlow AutoPlateFlow Calibration Check Fit Flow OdeReport Psis Simulations Spike bits_per_dim "
     "calibrate check dequantize encoders find_spikes fit_amortized fit_density fit_svi flows importance_log_likelihood "
-    "load neutra ode_report plots posterior_graph psis refine resample save save_images simulate to_arviz",
+    "load neutra ode_report plots posterior_graph psis refine resample round_off save save_images simulate "
+    "to_arviz",
     bijectors: "Affine Bernstein Bijector CircularSpline Continued Integral LinearRationalSpline LogisticMixture "
     "RationalQuadraticSpline Shift Sigmoidal SumOfSquares",
     conditioners: "CausalTransformer Conditioner ConvNet Given LipschitzMLP MADE MLP MLPField Periodic Tokens "
@@ -40,7 +41,7 @@ NAMES = {
     objectives: "FlowMatching ForwardKL ImportanceWeightedELBO Likelihood PathELBO PathEnumELBO RenyiELBO TemperedELBO",
     guides: "AutoFlow AutoPlateFlow default_flow init_to_center posterior_graph",
     diagnostics: "Calibration Check Neutra OdeReport Psis Refined Simulations bits_per_dim calibrate check "
-    "importance_log_likelihood neutra ode_report plots psis refine resample save_images simulate to_arviz",
+    "importance_log_likelihood neutra ode_report plots psis refine resample round_off save_images simulate to_arviz",
     plots: "calibration check deformation history images marginals pairs weights",
     fitting: "Fit fit_amortized fit_density fit_svi",
     persistence: "load save",

@@ -14,6 +14,7 @@ from .ode import ode_report as ode_report
 from .refinement import Refined as Refined
 from .refinement import refine as refine
 from .resampling import resample as resample
+from .rounding import round_off as round_off
 from .simulations import Simulations as Simulations
 from .simulator import simulate as simulate
 from .transport import Neutra as Neutra

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diagnostics.draws import check_integers
+from ..diagnostics.rounding import warn_of_round_off
 from ..encoders import Standardize
 from ..flows import Dequantized, Flow
 from ..tables.table import places_of
@@ -125,7 +126,8 @@ def fit_density(
     Warns:
         UserWarning: If columns hold integers or other values that repeat (see :func:`~pyro_flows.find_spikes`) or
             determine one another, so that densities grow without bound, or are too far from zero for the flow's dtype;
-            if images hold integers and the flow is not dequantised, or has far more ``levels`` than they.
+            if images hold integers and the flow is not dequantised, or has far more ``levels`` than they; if round-off
+            moves the trained flow's log-densities (:func:`~pyro_flows.round_off`).
 
     Example::
 
@@ -217,7 +219,7 @@ def fit_density(
     flow.train()
     try:
         with networks_in_bfloat16(flow) if mixed_precision else contextlib.nullcontext():
-            return descend(
+            fit = descend(
                 lambda: loss_of(train.next()),
                 parameters,
                 [torch.optim.Adam(moved, lr=lr, foreach=True)],
@@ -246,6 +248,8 @@ def fit_density(
             )
     finally:
         flow.eval()
+    warn_of_round_off(CALLER, reader.flow, rows, contexts)
+    return fit
 
 
 def _marks(source: Source, survey: Survey) -> list[str]:
