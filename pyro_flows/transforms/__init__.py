@@ -4,7 +4,6 @@ from .actnorm import ActNorm as ActNorm
 from .autoregressive import Autoregressive as Autoregressive
 from .base import FlowTransform as FlowTransform
 from .base import Inverse as Inverse
-from .base import View as View
 from .block import BlockAutoregressive as BlockAutoregressive
 from .compose import Compose as Compose
 from .condition import Conditioned as Conditioned
@@ -28,3 +27,4 @@ from .residual import Residual as Residual
 from .sigmoid import Sigmoid as Sigmoid
 from .split import Split as Split
 from .sylvester import Sylvester as Sylvester
+from .view import View as View

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import TransformModule
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
+
+from .view import View
 
 
 class FlowTransform(TransformModule):
@@ -205,75 +206,3 @@ def inner_transforms(module: nn.Module) -> Iterator[FlowTransform]:
             yield child
         else:
             yield from inner_transforms(child)
-
-
-class View(Transform):
-    """A transform at a context, as torch's :class:`~torch.distributions.TransformedDistribution` wants it.
-
-    torch asks for a value and then for the log-determinant of the pair (x, y).  So a view keeps the log-determinant of
-    the pair that it made last, and gives it away once, when it is asked about these two tensors.  Values are always
-    computed, with the parameters as they are.
-
-    Args:
-        transform: The transform.
-        context: ``(*batch, context_dim)``, or None.
-
-    Example::
-
-        >>> import torch
-        >>> from pyro_flows.transforms import LULinear
-        >>> view, x = View(LULinear(3)), torch.ones(5, 3)
-        >>> y = view(x)
-        >>> view.log_abs_det_jacobian(x, y).shape  # without a second evaluation
-        torch.Size([5])
-    """
-
-    bijective = True
-
-    def __init__(self, transform: FlowTransform, context: Tensor | None = None) -> None:
-        super().__init__()
-        self.domain, self.codomain = transform.domain, transform.codomain
-        self.transform = transform
-        self.context = context
-        self._pair: _Pair | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y, log_det = self.transform.forward_and_log_det(x, self.context)
-        self._keep(x, y, log_det)
-        return y
-
-    def _inv_call(self, y: Tensor) -> Tensor:
-        x, log_det = self.transform.inverse_and_log_det(y, self.context)
-        self._keep(x, y, -log_det)
-        return x
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        pair, self._pair = self._pair, None
-        if pair and pair.x is x and pair.y is y and pair.traced == _traced(x, y):
-            return pair.log_det
-        return self.transform.log_abs_det_jacobian(x, y, self.context)
-
-    def with_cache(self, cache_size: int = 1) -> View:
-        """Itself: a view always keeps the log-determinant of one pair."""
-        return self
-
-    def _keep(self, x: Tensor, y: Tensor, log_det: Tensor) -> None:
-        if not torch.compiler.is_compiling():
-            self._pair = _Pair(x, y, log_det, _traced(x, y))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_pair": None}
-
-
-class _Pair(NamedTuple):
-    """A pair y = t(x), its log|det dy/dx|, and what autograd traced when it was made."""
-
-    x: Tensor
-    y: Tensor
-    log_det: Tensor
-    traced: tuple[bool, bool, bool]
-
-
-def _traced(x: Tensor, y: Tensor) -> tuple[bool, bool, bool]:
-    """Return what decides which gradients a log-determinant carries: the grad mode, and which values require grad."""
-    return torch.is_grad_enabled(), x.requires_grad, y.requires_grad
