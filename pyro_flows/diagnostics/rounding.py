@@ -74,8 +74,9 @@ def warn_of_round_off(caller: str, flow: Flow, value: Tensor, context: Tensor | 
     if value.dtype == torch.float64:
         return
     value, context = value[:ROWS], None if context is None else context[:ROWS]
-    noise = (flow.log_prob(value, context) - flow.log_prob(value, context)).abs().max()
-    error = round_off(flow, value, context) - 10 * noise
+    with flow.uncompiled():  # a fit that was not compiled should not compile at its end
+        noise = (flow.log_prob(value, context) - flow.log_prob(value, context)).abs().max()
+        error = round_off(flow, value, context) - 10 * noise
     if (error > TOLERANCE).double().mean() > SHARE:
         warnings.warn(
             f"{caller}: in {str(value.dtype).removeprefix('torch.')} round-off moves the log-densities of "
