@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..files import write_atomically
+from ..files import save_tensors, write_atomically
 from . import processes
 from .randomness import random_state, set_random_state
 
@@ -24,7 +24,7 @@ def write(path: Path, state: dict[str, Any], own: tuple[str, ...] = ()) -> None:
     mine = {name: state[name] for name in own} | {"random": random_state()}
     _, *others = processes.each(lambda: mine)
     content = {"format": FORMAT, **state, **mine, **({"others": others} if others else {})}
-    processes.first(lambda: write_atomically(path, lambda draft: torch.save(content, Path(draft))))
+    processes.first(lambda: write_atomically(path, lambda draft: save_tensors(content, draft)))
 
 
 def read(path: Path, settings: dict[str, Any], caller: str = "fit_svi") -> dict[str, Any] | None:

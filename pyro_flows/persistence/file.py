@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from ..files import write_atomically
+from ..files import save_tensors, write_atomically
 from ..flows import Dequantized, Flow
 from ..guides import AutoFlow, AutoPlateFlow
 from .classes import BY_TYPE, ROOTS
@@ -24,6 +25,7 @@ from .spec import WAY_OUT, build, describe, named
 from .state import check_comes_back, marks_of, restore, state_of
 
 FORMAT = 1
+_settings_of_torch = threading.Lock()  # they are those of all threads
 
 
 def save(flow_or_guide: Flow | Dequantized | AutoFlow | AutoPlateFlow, path: str | os.PathLike[str]) -> None:
@@ -119,13 +121,13 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 
 def _write(content: dict[str, Any], draft: str) -> None:
-    checked = get_crc32_options()
-    set_crc32_options(True)  # by these sums damage is found
-    try:
-        with open(draft, "wb") as file:
-            torch.save(content, file)
-    finally:
-        set_crc32_options(checked)
+    with _settings_of_torch:
+        checked = get_crc32_options()
+        set_crc32_options(True)  # by these sums damage is found
+        try:
+            save_tensors(content, draft)
+        finally:
+            set_crc32_options(checked)
 
 
 def _refused(path: Path, words: str) -> ValueError:
