@@ -1,7 +1,7 @@
 """Files that are written whole or not at all.
 
-A file is written as a draft in the folder of its target, forced to the disk, and renamed.  Beside each draft lies a lock
-that its writer holds, so that the drafts of writers that were killed can be told from those of live ones and removed.
+A file is written as a draft in the folder of its target, forced to the disk, and renamed.  Beside each draft lies a
+lock that its writer holds, so that the drafts of killed writers can be told from those of live ones, and removed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 try:
     import fcntl
@@ -73,7 +73,7 @@ def save_tensors(content: Any, file: str) -> None:
 
     with open(file, "wb") as stream:
         listener = _Listener(stream.write)
-        torch.save(content, listener)
+        torch.save(content, cast("IO[bytes]", listener))
         if listener.error is not None:
             raise listener.error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import stat
 import subprocess
@@ -246,16 +245,6 @@ def test_an_interruption_leaves_the_old_file(tmp_path: Path) -> None:
         signal.signal(signal.SIGINT, before)
     assert (tmp_path / "a").read_text() == "old"
     assert names(tmp_path) == ["a"]
-
-
-@pytest.fixture
-def small_disk() -> Iterator[None]:
-    """No file may have more than 20 kB."""
-    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.usefixtures("small_disk")

@@ -24,6 +24,7 @@ from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective
 from . import checkpoint as checkpoints
 from . import processes
+from .attempts import check_path
 from .inspect import culprit, fingerprint, has_all, trained_by
 from .ladder import climb
 from .loop import Fit, ask, check_settings, descend
@@ -33,6 +34,7 @@ from .schedule import suited_to
 from .warm import start_from_gaussian
 
 SETTINGS = "num_particles", "vectorize_particles", "num_steps", "start", "alpha", "buffer_size"  # of objectives
+LONGEST_END = ".deeper-and-longer"  # that a fit of several gives the name of a checkpoint
 
 
 @processes.together
@@ -136,6 +138,9 @@ def fit_svi(
     }
     _check(steps=steps, num_particles=num_particles, restarts=restarts)
     check_settings("fit_svi", lr=lr, clip_norm=clip_norm, on_nonfinite=on_nonfinite)
+    file = None if checkpoint is None else Path(checkpoint)
+    if file:
+        check_path("fit_svi", "checkpoint", file, LONGEST_END if escalate or restarts > 1 else "")
     if escalate or restarts > 1:
         if not isinstance(guide, AutoFlow):
             raise ValueError(f"fit_svi: escalate and restarts are for an AutoFlow, not for {type(guide).__name__}.")
@@ -156,9 +161,6 @@ def fit_svi(
         )
     num_particles = num_particles or suited.num_particles
     lr, clip_norm = float(lr or suited.lr), float(clip_norm or suited.clip_norm)
-    file = None if checkpoint is None else Path(checkpoint)
-    if file and not file.parent.is_dir():
-        raise ValueError(f"fit_svi: checkpoint={str(file)!r} lies in a folder that does not exist.")
     whole = not subsampled_plate(single)  # a subsample is drawn anew each time
     asked: dict[str, Any] = {}  # what the user knows of, whatever the number of processes
     if objective is None:
