@@ -7,19 +7,19 @@ and its tensors.  Reading it runs no code but that of pyro_flows.
 from __future__ import annotations
 
 import os
-import pickle
 import threading
 import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from ..files import save_tensors, write_atomically
 from ..flows import Dequantized, Flow
 from ..guides import AutoFlow, AutoPlateFlow
+from .allowance import Allowance, check_numbers
+from .archive import Archive, Damaged, Foreign
 from .classes import BY_TYPE, ROOTS
 from .spec import WAY_OUT, build, describe, named
 from .state import check_comes_back, marks_of, restore, state_of
@@ -105,14 +105,17 @@ def load(path: str | os.PathLike[str]) -> Any:
         tensor(True)
     """
     path = Path(path)
-    spec, state = _read(path)
+    spec, state, archive = _read(path)
     try:
         if list(spec) != ["class", "arguments", "frozen", "dtypes"]:
             raise ValueError(f"its spec has the parts {list(spec)!r:.100}")
         if spec["class"] not in ROOTS:
             raise ValueError(f"it is of a class {spec['class']!r:.60}, which is neither a flow nor a guide")
-        made = build({name: spec[name] for name in ("class", "arguments")})
-        restore(made, state, frozen=spec["frozen"], dtypes=spec["dtypes"])
+        whole = {name: spec[name] for name in ("class", "arguments")}
+        check_numbers(whole, archive.nbytes)
+        with Allowance(archive.nbytes, archive.tensors):
+            made = build(whole)
+            restore(made, state, frozen=spec["frozen"], dtypes=spec["dtypes"])
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         words = f"cannot be restored: {reason:.400}. Save it anew, from where the flow or guide still is."
@@ -134,8 +137,8 @@ def _refused(path: Path, words: str) -> ValueError:
     return ValueError(f"load: {str(path)!r} {words}")
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The spec and the state in a file.
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Archive]:
+    """The spec and the state in a file, and what it holds in all.
 
     Raises:
         FileNotFoundError: If there is no file.
@@ -145,21 +148,21 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FileNotFoundError(f"load: there is no file {str(path)!r}.")
     with path.open("rb") as file:
         try:
-            damaged = zipfile.ZipFile(file).testzip()  # torch itself does not look at the sums
-        except Exception as error:
+            archive = Archive(file)
+        except zipfile.BadZipFile as error:
             words = f"is not a file of pyro_flows.save, or was cut off ({error!s:.100}). Copy it again or save it anew."
             raise _refused(path, words) from error
-        if damaged:
-            raise _refused(path, f"is damaged (in its part {damaged!r}). Copy it again or save it anew.")
-        file.seek(0)
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
+        except Damaged as error:
+            words = f"is damaged (in its part {str(error)!r:.100}). Copy it again or save it anew."
+            raise _refused(path, words) from error
+        except Foreign as error:
             words = "it holds more than plain data and tensors, of which nothing was run. Read it with what wrote it."
             raise _refused(path, f"is not a file of pyro_flows.save: {words}") from error
         except Exception as error:
-            words = f"is not a file of pyro_flows.save, nor any of torch.save ({error!s:.100})."
-            raise _refused(path, words) from error
+            raise _refused(
+                path, f"is not a file of pyro_flows.save, nor any of torch.save ({error!s:.200})."
+            ) from error
+    content = archive.content
     spec, state = (content.get(key) if isinstance(content, dict) else None for key in ("spec", "state"))
     if not isinstance(spec, dict) or not isinstance(state, dict) or type(content.get("format")) is not int:
         raise _refused(path, f"is not a file of pyro_flows.save: {_what_else(content)}.")
@@ -168,7 +171,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise _refused(path, words)
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise _refused(path, "was changed: its state holds something other than tensors. Save it anew.")
-    return spec, state
+    return spec, state, archive
 
 
 def _what_else(content: Any) -> str:
