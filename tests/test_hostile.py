@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import struct
 import subprocess
 import sys
+import time
+import tracemalloc
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import pyro_flows as pf
 from pyro_flows import flows
+from pyro_flows.persistence import allowance, archive
+from pyro_flows.persistence.archive import Archive
 
 ROOT = Path(pf.__file__).parents[1]
 
@@ -95,7 +105,7 @@ SPECS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a number beyond all": (lambda c: mlp(c).update(hidden_dims=WIDE), "hidden_dims holds 0x3b9aca00, beyond the"),
     "a loop": (lambda c: mlp(c).update(input_dim=10**12), "input_dim holds 0x"),
     "layers without end": (lambda c: mlp(c).update(hidden_dims=LONG), "asks for more tensors than a file"),
-    "a number of a megabyte": (lambda c: mlp(c).update(input_dim=1 << 2**21), "input_dim holds 0x"),
+    "a number of a megabyte": (lambda c: mlp(c).update(input_dim=1 << 2**21), "nothing was run"),
     "a large activation": (lambda c: mlp(c).update(activation={"torch.nn": "Transformer"}), "larger tensors|refuses"),
     "a plate far to the left": (with_site(("p", -(10**9), 1, 1)), "plates holds -0x3b9aca00"),
     "a plate of many rows": (with_site(("p", -1, 10**10, 10**10)), "asks for larger tensors"),
@@ -134,3 +144,157 @@ def test_small_files_cost_little(tmp_path: Path) -> None:
         assert len(said) < 900
         assert float(seconds) < 10, line  # on a quiet machine below one
         assert int(megabytes) < 100, line
+
+
+def parts_of(file: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(file) as found:
+        return {name: found.read(name) for name in found.namelist()}
+
+
+def rewritten(file: Path, edit: Callable[[dict[str, bytes]], Any], kind: int = zipfile.ZIP_STORED) -> None:
+    """Change the parts of a saved flow."""
+    pf.save(small(), file)
+    parts = parts_of(file)
+    edit(parts)
+    with zipfile.ZipFile(file, "w", kind) as new:
+        for name, content in parts.items():
+            new.writestr(name, content)
+
+
+def refused(file: Path) -> str:
+    began = time.perf_counter()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=rf"^load: '{file}' ") as error:
+            pf.load(file)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+    assert time.perf_counter() - began < 10  # on a quiet machine below a tenth
+    return str(error.value)
+
+
+def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "bomb"
+    rewritten(file, lambda parts: parts.update({"archive/data/0": bytes(10**8)}), zipfile.ZIP_DEFLATED)
+    assert file.stat().st_size < 200_000
+    assert "its parts are compressed or encrypted" in refused(file)
+
+
+def test_parts_that_claim_to_be_larger_than_the_file_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "flow"
+    pf.save(small(), file)
+    raw = bytearray(file.read_bytes())
+    place = raw.rindex(b"PK\x01\x02")  # the last part, in the directory: its size there is that of a gigabyte
+    raw[place + 20 : place + 28] = struct.pack("<II", 2**30, 2**30)
+    file.write_bytes(raw)
+    assert "its parts claim to be larger than it is" in refused(file)
+
+
+def test_parts_of_one_name_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "flow"
+    rewritten(file, lambda parts: parts.update({"archive/DATA/0": b"x"}))
+    assert "it has parts of one name" in refused(file)
+
+
+def test_a_tensor_has_no_more_numbers_than_its_part(tmp_path: Path) -> None:
+    """torch would read what lies beyond it in memory."""
+    file = tmp_path / "flow"
+    rewritten(file, lambda parts: parts.update({"archive/data/3": parts["archive/data/3"][:4]}))
+    assert "numbers, which its part '3' has not" in refused(file)
+
+
+def pickled(content: Any) -> bytes:
+    """A file of torch.save, as bytes."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(content, file)
+    return file.getvalue()
+
+
+def test_a_stride_that_repeats_numbers_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "flow"
+    edited(file, lambda c: c["state"].update({next(iter(c["state"])): torch.ones(1).expand(10**6, 10**6)}))
+    assert "a tensor of shape (1000000, 1000000) is to be made of 1 numbers" in refused(file)
+
+
+def test_files_of_machines_with_another_order_of_bytes_are_read(tmp_path: Path) -> None:
+    file, flow = tmp_path / "flow", small().double()
+    pf.save(flow, file)
+    parts = parts_of(file)
+    found = Archive(io.BytesIO(file.read_bytes()))
+    widths = {key: dtype.itemsize for key, (dtype, _) in found._storages.items()}
+    with zipfile.ZipFile(file, "w") as new:
+        for name, content in parts.items():
+            width = widths.get(name.rpartition("/")[2], 1) if "/data/" in name else 1
+            swapped = np.frombuffer(content, f"u{width}").byteswap().tobytes() if width > 1 else content
+            other = {"little": b"big", "big": b"little"}[sys.byteorder]
+            new.writestr(name, other if name.endswith("byteorder") else swapped)
+    state = pf.load(file).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in flow.state_dict().items())
+
+
+def test_what_is_read_is_what_torch_reads(tmp_path: Path) -> None:
+    """Of all dtypes and shapes, strides and sharing, and of what a checkpoint holds beside tensors."""
+    base = torch.arange(24.0)
+    content = {
+        "views": [base[3:9].view(2, 3).T, base, torch.zeros(0, 3), torch.tensor(5)],
+        "dtypes": [base.to(dtype) for dtype in archive.DTYPES.values()],
+        "plain": (1, -2.5, None, True, "word", [], {}, 2**40, {3: (1, 2, 3)}),
+        "parameter": torch.nn.Parameter(base[:2]),
+        "state": torch.nn.Linear(2, 3).state_dict(),
+    }
+    file = tmp_path / "file"
+    torch.save(content, file)
+    with file.open("rb") as stream:
+        found = Archive(stream).content
+    wanted = torch.load(file, weights_only=True)
+    assert repr(found) == repr({**wanted, "parameter": wanted["parameter"].data})
+    assert found["views"][0].stride() == (1, 3)
+    found["views"][1][3] = -1
+    assert found["views"][0][0, 0] == -1  # they share their numbers still
+
+
+@pytest.mark.parametrize("value", [np.ones(2), torch.float32, slice(3), {(1, 2): 3}, torch.ones(2).to_sparse()])
+def test_what_is_not_plain_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"_reconstruct|dtype|slice|words nor numbers|sparse|float32|a call|opcode"):
+        Archive(io.BytesIO(pickled({"a": value})))
+
+
+def test_no_pickle_ends_otherwise_than_in_a_refusal() -> None:
+    """Whatever bits are flipped, and wherever it is cut."""
+    whole = pickled({"state": {"a": torch.ones(2)}, "spec": [(1, 2.0, "x"), None]})
+    with zipfile.ZipFile(io.BytesIO(whole)) as found:
+        parts = {name: found.read(name) for name in found.namelist()}
+    data, random = parts["archive/data.pkl"], np.random.default_rng(0)
+    for number in range(400):
+        spoiled = bytearray(data[: random.integers(1, len(data))] if number % 4 == 0 else data)
+        for place in random.integers(0, len(spoiled), 1 + number % 3):
+            spoiled[place] ^= 1 << random.integers(0, 8)
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as new:
+            for name, content in parts.items():
+                new.writestr(name, bytes(spoiled) if name.endswith("data.pkl") else content)
+        with contextlib.suppress(ValueError):
+            Archive(file)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: flows.maf(2, num_transforms=2, hidden_dims=(1500,)),
+    lambda: flows.nsf(200, num_transforms=2, hidden_dims=(600,)),
+    lambda: flows.maf(1000, num_transforms=3, hidden_dims=(50,)),
+    lambda: flows.glow((3, 16, 16), num_steps=8, hidden_dim=128),
+    lambda: flows.tarflow((1, 8, 8)),
+    lambda: flows.sylvester_flow(400, num_transforms=4),
+])  # fmt: skip
+def test_large_flows_stay_far_within_their_allowance(
+    make: Callable[[], flows.Flow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With half of what they are allowed they come back too."""
+    for name in ("FREE_BYTES", "TIMES_BYTES", "TIMES_SQUARES", "FREE_TENSORS", "TIMES_TENSORS"):
+        monkeypatch.setattr(allowance, name, getattr(allowance, name) // 2)
+    flow = make()
+    pf.save(flow, tmp_path / "flow")
+    state = pf.load(tmp_path / "flow").state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in flow.state_dict().items())

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-FREE_BYTES, TIMES_BYTES = 2**25, 32  # beside and per byte of tensors in the file: initialisers take some, and masks
+FREE_BYTES, TIMES_BYTES = 2**25, 32  # beside and per byte of tensors in the file: initialisers take some
+TIMES_SQUARES = 16  # bytes per square of a matrix's longer side: the masks of autoregressive networks
 FREE_TENSORS, TIMES_TENSORS = 5000, 100
 FREE_NUMBER = 2**20  # that a size may be, whatever the file holds
 COUNTED = "arange", "range", "linspace", "logspace", "randperm", "tril_indices", "triu_indices"  # sized by a number
@@ -29,14 +30,15 @@ class Allowance(TorchFunctionMode):
     Args:
         nbytes: The bytes of the tensors in the file.
         tensors: Their number.
+        squares: The longer sides of matrices among them, squared and added up.
 
     Raises:
         ValueError: From the function that would exceed it, before it takes any memory.
     """
 
-    def __init__(self, nbytes: int, tensors: int) -> None:
+    def __init__(self, nbytes: int, tensors: int, squares: int) -> None:
         super().__init__()
-        self.bytes_left = FREE_BYTES + TIMES_BYTES * nbytes
+        self.bytes_left = FREE_BYTES + TIMES_BYTES * nbytes + TIMES_SQUARES * squares
         self.tensors_left = FREE_TENSORS + TIMES_TENSORS * tensors
         self._held = nbytes
 

@@ -66,6 +66,7 @@ class Archive:
         content: The data.
         tensors: How many tensors there are.
         nbytes: How many bytes they have.
+        squares: The longer sides of matrices, squared and added up: masks between features are that large.
 
     Raises:
         zipfile.BadZipFile: If it is no archive, or was cut off.
@@ -83,7 +84,8 @@ class Archive:
             raise ValueError("it has no data.pkl")
         self._root = pickles[0].removesuffix("data.pkl")
         self._storages: dict[str, tuple[torch.dtype, Tensor]] = {}
-        self.tensors = 0
+        self.tensors = self.squares = 0
+        self._seen: set[int] = set()
         data = bytes(self._bytes(pickles[0]).numpy())
         order = self._parts.get(f"{self._root}byteorder")
         self._swapped = order is not None and bytes(self._bytes(order.filename).numpy()).decode() != sys.byteorder
@@ -125,7 +127,7 @@ class Archive:
             own = self._bytes(name)
             if self._swapped and dtype.itemsize > 1:
                 own.numpy().view(f"u{dtype.itemsize}").byteswap(inplace=True)
-            self._storages[key] = dtype, own.view(dtype)
+            self._storages[key] = dtype, own.view(dtype) if numel else torch.empty(0, dtype=dtype)
         known, values = self._storages[key]
         if known != dtype or len(values) != numel:
             raise ValueError(f"its part {key!r:.40} is to be of {known} and of {dtype}")
@@ -141,6 +143,9 @@ class Archive:
         if number > len(values) or last >= len(values):
             raise ValueError(f"a tensor of shape {size!s:.60} is to be made of {len(values)} numbers")
         self.tensors += 1
+        if len(size) > 1 and id(values) not in self._seen:
+            self._seen.add(id(values))
+            self.squares += max(size) ** 2
         return values.as_strided(size, stride, offset) if number else values.new_empty(size)
 
 

@@ -113,7 +113,7 @@ def load(path: str | os.PathLike[str]) -> Any:
             raise ValueError(f"it is of a class {spec['class']!r:.60}, which is neither a flow nor a guide")
         whole = {name: spec[name] for name in ("class", "arguments")}
         check_numbers(whole, archive.nbytes)
-        with Allowance(archive.nbytes, archive.tensors):
+        with Allowance(archive.nbytes, archive.tensors, archive.squares):
             made = build(whole)
             restore(made, state, frozen=spec["frozen"], dtypes=spec["dtypes"])
     except Exception as error:
