@@ -21,7 +21,10 @@ PRODUCTS = "mm", "bmm", "addmm", "matmul", "__matmul__", "__rmatmul__", "linear"
 SQUARES = "diag", "diag_embed", "diagflat", "outer", "ger", "kron", "cov", "block_diag", "cartesian_prod"
 TAKEN = "__getitem__", "index_select", "gather", "embedding", "take"
 UNSIZED = "flows.Dequantized", "guides.AutoPlateFlow", "guides.Site"  # where a number may be of levels, or of rows
-VIEWS = "expand", "expand_as", "broadcast_to"
+ASKED = {  # of tensors, or views of them
+    *("__get__", "__set__", "__len__", "__bool__", "size", "dim", "numel", "stride", "is_floating_point", "is_complex"),
+    *("has_names", "tolist", "item", "detach", "data_ptr", "is_shared", "expand", "expand_as", "broadcast_to", "view"),
+}
 
 
 class Allowance(TorchFunctionMode):
@@ -47,12 +50,12 @@ class Allowance(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name == "__get__" or name in VIEWS:
-            return func(*args, **kwargs)
+        if name in ASKED or (name.endswith("_") and name != "resize_" and not name.startswith("__")):
+            return func(*args, **kwargs)  # which makes nothing
         if _size_of(name, args, kwargs) > self.bytes_left:
             self._refuse("larger")
         made = func(*args, **kwargs)
-        if isinstance(made, Tensor) and (name.startswith("__") or not name.endswith("_")):
+        if isinstance(made, Tensor):
             self.bytes_left -= made.nbytes
             self.tensors_left -= 1
             if self.tensors_left < 0:

@@ -115,7 +115,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         check_numbers(whole, archive.nbytes)
         with Allowance(archive.nbytes, archive.tensors, archive.squares):
             made = build(whole)
-            restore(made, state, frozen=spec["frozen"], dtypes=spec["dtypes"])
+        restore(made, state, frozen=spec["frozen"], dtypes=spec["dtypes"])
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         words = f"cannot be restored: {reason:.400}. Save it anew, from where the flow or guide still is."
