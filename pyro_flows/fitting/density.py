@@ -126,7 +126,8 @@ def fit_density(
     Warns:
         UserWarning: If columns hold integers or other values that repeat (see :func:`~pyro_flows.find_spikes`) or
             determine one another, so that densities grow without bound, or are too far from zero for the flow's dtype;
-            if images hold integers and the flow is not dequantised, or has far more ``levels`` than they.
+            if images hold integers and the flow is not dequantised, or has far more ``levels`` than they; if a
+            checkpoint or a picture could not be written.
 
     Example::
 

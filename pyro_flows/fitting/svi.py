@@ -91,7 +91,8 @@ def fit_svi(
             and at the end.  A run that was killed and is called again with the same file goes on from there, to the
             same result as without the break, with another number of processes too, but for their noise.  Runs are told
             apart by their settings and by tensors, numbers and strings among the arguments, not by what the model holds
-            itself.  With ``escalate`` or ``restarts`` each fit has a file of its own, with the fit's name added.
+            itself.  With ``escalate`` or ``restarts`` each fit has a file of its own, with the fit's name added.  Where
+            the disk is full, training goes on and tries again.
         progress: Whether to show a progress bar.
         escalate: Whether to judge the fit by :func:`~pyro_flows.check` and, until one can be trusted, to go on: from a
             Gaussian to the guide's flow, to more couplings trained for longer, and to an objective that covers mass.
@@ -114,7 +115,7 @@ def fit_svi(
         FloatingPointError: If the loss or gradients stay non-finite; the error names the site at fault.
 
     Warns:
-        UserWarning: If more than a fifth of the steps was skipped.
+        UserWarning: If more than a fifth of the steps was skipped, or a checkpoint could not be written.
 
     Example::
 

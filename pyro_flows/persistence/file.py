@@ -1,7 +1,7 @@
 """Save a flow or a guide, and load it where the code that built it is not.
 
 The file is torch's, with {format, spec, state}: the number of the format, what the object is built of, as plain data,
-and its tensors.  Reading it runs no code but that of pyro_flows.
+and its tensors.  Reading it runs no code but that of pyro_flows, and costs what it holds, not what it asks for.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ def save(flow_or_guide: Flow | Dequantized | AutoFlow | AutoPlateFlow, path: str
 
     Args:
         flow_or_guide: A ``Flow`` or ``Dequantized`` one, or an ``AutoFlow`` or ``AutoPlateFlow`` that was set up.
-        path: The file, which is replaced if it exists.
+        path: The file, which is replaced if it exists: readers and other writers see the old file or the new one.
+            A symbolic link stays, and the file that it points to is replaced; its mode is kept.
 
     Raises:
         FileNotFoundError: If the folder of ``path`` does not exist.
+        OSError: If the file cannot be written, as where the disk is full; then nothing has changed.
         ValueError: If something in it is of a class that files do not hold, which is named, if it was changed since it
             was built, or is a guide that was never set up.
 
@@ -82,6 +84,9 @@ def load(path: str | os.PathLike[str]) -> Any:
     need neither model nor data, except with an encoder: then they take the data, by place, as the encoder does.  With a
     model it can be checked and trained further: ``pf.psis(model, guide, *args)``.
 
+    The file need not be trusted.  Nothing in it is run, and it takes time and memory in proportion to what it holds: a
+    small file that asks for large tensors is refused.
+
     Args:
         path: The file.
 
@@ -90,7 +95,8 @@ def load(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a file of :func:`save`, is damaged, or was written by a newer pyro_flows.
+        ValueError: If it is not a file of :func:`save`, is damaged, was written by a newer pyro_flows, or claims more
+            than it holds.
 
     Example::
 
