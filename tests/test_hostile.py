@@ -106,6 +106,14 @@ SPECS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a loop": (lambda c: mlp(c).update(input_dim=10**12), "input_dim holds 0x"),
     "layers without end": (lambda c: mlp(c).update(hidden_dims=LONG), "asks for more tensors than a file"),
     "a number of a megabyte": (lambda c: mlp(c).update(input_dim=1 << 2**21), "nothing was run"),
+    "an empty matrix as an excuse": (
+        lambda c: (
+            mlp(c).update(hidden_dims=(32_768, 32_768)),
+            c["state"].update(more=torch.zeros(0, 2**40)),
+        )[:0],
+        "asks for larger tensors than a file",
+    ),
+    "a name of 500 kB": (lambda c: c["spec"]["arguments"].update({"n" * 500_000: [0] * 1000}), "names of more than"),
     "a large activation": (lambda c: mlp(c).update(activation={"torch.nn": "Transformer"}), "larger tensors|refuses"),
     "a plate far to the left": (with_site(("p", -(10**9), 1, 1)), "plates holds -0x3b9aca00"),
     "a plate of many rows": (with_site(("p", -1, 10**10, 10**10)), "asks for larger tensors"),

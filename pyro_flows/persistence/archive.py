@@ -9,17 +9,18 @@ has, and the data have no more nodes than the pickle has bytes, so that no share
 from __future__ import annotations
 
 import math
-import pickletools
 import sys
 import zipfile
-from collections import OrderedDict
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .pickles import Machine, Named
+
 DEPTH = 100  # of containers in containers
+LONGEST = 1000  # letters of a name
 CHUNK = 2**20  # bytes
 DTYPES = {
     "torch BoolStorage": torch.bool,
@@ -33,27 +34,10 @@ DTYPES = {
     "torch FloatStorage": torch.float32,
     "torch DoubleStorage": torch.float64,
 }
-ORDERED, TENSOR, PARAMETER = (
-    "collections OrderedDict",
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_parameter",
-)
-LITERALS = "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"
-CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
 class Damaged(ValueError):
     """A part of a file whose sum is wrong; the text is its name."""
-
-
-class Foreign(ValueError):
-    """A file that holds more than plain data and tensors."""
-
-
-class Named(NamedTuple):
-    """A class or function that a pickle names; it is never looked up."""
-
-    name: str
 
 
 class Archive:
@@ -89,7 +73,7 @@ class Archive:
         data = bytes(self._bytes(pickles[0]).numpy())
         order = self._parts.get(f"{self._root}byteorder")
         self._swapped = order is not None and bytes(self._bytes(order.filename).numpy()).decode() != sys.byteorder
-        self.content = _Machine(self).run(data)
+        self.content = Machine(self.storage, self.tensor, DTYPES).run(data)
         check_size(self.content, len(data))
         self.nbytes = sum(values.nbytes for _, values in self._storages.values())
 
@@ -143,7 +127,7 @@ class Archive:
         if number > len(values) or last >= len(values):
             raise ValueError(f"a tensor of shape {size!s:.60} is to be made of {len(values)} numbers")
         self.tensors += 1
-        if len(size) > 1 and id(values) not in self._seen:
+        if number and len(size) > 1 and id(values) not in self._seen:
             self._seen.add(id(values))
             self.squares += max(size) ** 2
         return values.as_strided(size, stride, offset) if number else values.new_empty(size)
@@ -160,126 +144,12 @@ def check_size(content: Any, limit: int) -> None:
         value, depth = waiting.pop()
         count += 1
         if isinstance(value, dict | list | tuple) and not isinstance(value, Named):
-            count += len(value) if isinstance(value, dict) else 0  # its keys
+            if isinstance(value, dict):
+                count += len(value)  # its keys
+                if any(isinstance(key, str) and len(key) > LONGEST for key in value):
+                    raise ValueError(f"its data have names of more than {LONGEST} letters")
             if depth == DEPTH:
                 raise ValueError(f"its data are nested more than {DEPTH} deep")
             if count + len(value) + len(waiting) > limit:
                 raise ValueError(f"its data unfold to more than the {limit} values that {limit} bytes can hold")
             waiting.extend((part, depth + 1) for part in (value.values() if isinstance(value, dict) else value))
-
-
-class _Machine:
-    """Carries out a pickle that makes plain data and tensors."""
-
-    def __init__(self, archive: Archive) -> None:
-        self._archive = archive
-        self._stack: list[Any] = []
-        self._marks: list[int] = []
-        self._memo: dict[int, Any] = {}
-
-    def run(self, data: bytes) -> Any:
-        """Return what a pickle makes."""
-        try:
-            for opcode, argument, _ in pickletools.genops(data):
-                name = opcode.name
-                if name in LITERALS:
-                    self._stack.append(argument)
-                elif name in CONSTANTS:
-                    self._stack.append(CONSTANTS[name])
-                elif (step := getattr(self, f"_do_{name.lower()}", None)) is not None:
-                    step(argument)
-                else:
-                    raise Foreign(f"the opcode {name}")
-            return self._stack.pop()
-        except (IndexError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"its pickle is broken ({error!s:.60})") from error
-
-    def _since_mark(self) -> list[Any]:
-        place = self._marks.pop()
-        found = self._stack[place:]
-        del self._stack[place:]
-        return found
-
-    def _do_proto(self, _: object) -> None:
-        """The number of the protocol, of which nothing depends."""
-
-    def _do_stop(self, _: object) -> None:
-        """The last opcode."""
-
-    def _do_mark(self, _: object) -> None:
-        self._marks.append(len(self._stack))
-
-    def _do_binput(self, place: int) -> None:
-        self._memo[place] = self._stack[-1]
-
-    def _do_binget(self, place: int) -> None:
-        self._stack.append(self._memo[place])
-
-    _do_long_binput, _do_long_binget = _do_binput, _do_binget
-
-    def _do_empty_list(self, _: object) -> None:
-        self._stack.append([])
-
-    def _do_empty_dict(self, _: object) -> None:
-        self._stack.append({})
-
-    def _do_tuple(self, _: object) -> None:
-        self._stack.append(tuple(self._since_mark()))
-
-    def _do_tuple1(self, _: object) -> None:
-        self._stack[-1:] = [(self._stack[-1],)]
-
-    def _do_tuple2(self, _: object) -> None:
-        self._stack[-2:] = [(self._stack[-2], self._stack[-1])]
-
-    def _do_tuple3(self, _: object) -> None:
-        self._stack[-3:] = [(self._stack[-3], self._stack[-2], self._stack[-1])]
-
-    def _do_append(self, _: object) -> None:
-        self._extend([self._stack.pop()])
-
-    def _do_appends(self, _: object) -> None:
-        self._extend(self._since_mark())
-
-    def _extend(self, values: list[Any]) -> None:
-        if type(self._stack[-1]) is not list:
-            raise ValueError("its pickle appends to what is no list")
-        self._stack[-1].extend(values)
-
-    def _do_setitem(self, _: object) -> None:
-        value, key = self._stack.pop(), self._stack.pop()
-        self._update([key, value])
-
-    def _do_setitems(self, _: object) -> None:
-        self._update(self._since_mark())
-
-    def _update(self, pairs: list[Any]) -> None:
-        if not isinstance(self._stack[-1], dict) or any(type(key) not in (str, int) for key in pairs[::2]):
-            raise ValueError("its pickle has keys that are neither words nor numbers")  # others may take for ever
-        self._stack[-1].update(zip(pairs[::2], pairs[1::2], strict=True))
-
-    def _do_global(self, name: str) -> None:
-        if name not in (*DTYPES, ORDERED, TENSOR, PARAMETER):
-            raise Foreign(name)
-        self._stack.append(Named(name))
-
-    def _do_binpersid(self, _: object) -> None:
-        _, kind, key, _, numel = self._stack.pop()
-        self._stack.append(self._archive.storage(kind, key, numel))
-
-    def _do_reduce(self, _: object) -> None:
-        arguments, function = self._stack.pop(), self._stack.pop()
-        if function == Named(ORDERED) and arguments == ():
-            self._stack.append(OrderedDict())
-        elif function == Named(TENSOR):
-            self._stack.append(self._archive.tensor(*arguments))
-        elif function == Named(PARAMETER) and isinstance(arguments[0], Tensor):
-            self._stack.append(arguments[0])
-        else:
-            raise Foreign("a call")
-
-    def _do_build(self, _: object) -> None:
-        """What an ordered dictionary has beside its items, as a ``state_dict`` does."""
-        self._stack.pop()
-        if type(self._stack[-1]) is not OrderedDict:
-            raise Foreign("the state of an object")
