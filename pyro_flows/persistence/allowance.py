@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 FREE_BYTES, TIMES_BYTES = 2**25, 32  # beside and per byte of tensors in the file: initialisers take some
 TIMES_SQUARES = 16  # bytes per square of a matrix's longer side: the masks of autoregressive networks
-FREE_TENSORS, TIMES_TENSORS = 5000, 100
+FREE_TENSORS, TIMES_TENSORS = 500, 100
 FREE_NUMBER = 2**20  # that a size may be, whatever the file holds
 COUNTED = "arange", "range", "linspace", "logspace", "randperm", "tril_indices", "triu_indices"  # sized by a number
 PRODUCTS = "mm", "bmm", "addmm", "matmul", "__matmul__", "__rmatmul__", "linear", "cdist"
@@ -130,12 +130,12 @@ def _broadcast(tensors: list[Tensor]) -> int:
     return math.prod(max((s[i] for s in shapes if i < len(s)), default=1) for i in range(depth))
 
 
-def check_numbers(spec: Any, numel: int) -> None:
+def check_numbers(spec: Any, nbytes: int) -> None:
     """Refuse sizes in a spec that are beyond all that its file holds: loops would count to them.
 
     The number of rows of a plate, and that of levels of integers, are no sizes.
     """
-    limit, waiting = max(FREE_NUMBER, numel), [("", "the spec", spec)]
+    limit, waiting = max(FREE_NUMBER, nbytes), [("", "the spec", spec)]
     while waiting:
         owner, place, value = waiting.pop()
         if isinstance(value, dict) and list(value) == ["class", "arguments"] and isinstance(value["arguments"], dict):
@@ -143,4 +143,7 @@ def check_numbers(spec: Any, numel: int) -> None:
         elif isinstance(value, list | tuple):
             waiting.extend((owner, place, part) for part in value)
         elif isinstance(value, int) and (value < -FREE_NUMBER or value > (math.inf if owner in UNSIZED else limit)):
-            raise ValueError(f"{owner:.60}: {place} holds {hex(value):.20}, beyond the {numel} numbers of the file")
+            shown = value if abs(value) < 2**63 else f"a number of {value.bit_length()} bits"
+            raise ValueError(
+                f"{owner:.60}: {place} holds {shown}, far beyond the {nbytes} bytes of tensors in the file"
+            )

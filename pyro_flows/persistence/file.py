@@ -125,6 +125,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         restore(made, state, frozen=spec["frozen"], dtypes=spec["dtypes"])
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        reason = " ".join(reason.partition("Trace Shapes:")[0].split()).rstrip(".")
         words = f"cannot be restored: {reason:.400}. Save it anew, from where the flow or guide still is."
         raise _refused(path, words) from error
     return made
