@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .commands import DENSITIES, RECIPES, Refused, density, eight_schools, fit
 from .commands.files import why_not_writable
 
-TRUSTED, NOT_TRUSTED = 0, 3  # argparse ends with 2
-STATUS = "The exit status is 0 if the answer can be used, 2 if nothing was fitted, and 3 if it cannot be trusted."
+TRUSTED, NOT_TRUSTED, INTERRUPTED = 0, 3, 130  # argparse ends with 2
+STATUS = (
+    "The exit status is 0 if the answer can be used, 2 if nothing was fitted, 3 if it cannot be trusted, and 130 after "
+    "Ctrl-C, when what was fitted so far is written beside the files that a whole run writes."
+)
+Job = tuple[argparse.ArgumentParser, Callable[[], bool]]
 
 
 def main_parser() -> argparse.ArgumentParser:
@@ -79,7 +85,8 @@ def density_parser() -> argparse.ArgumentParser:
         "on, to validate and to test (80, 10 and 10 of 100) beside that of a Gaussian with full covariance, and write "
         "the model and a picture of the data beside its samples.",
         epilog="The exit status is 3 if the flow's log-density of the test rows is below the Gaussian's by more than "
-        "two standard errors, 2 if nothing was fitted, and 0 otherwise.",
+        "two standard errors, 2 if nothing was fitted, 130 after Ctrl-C, and 0 otherwise. Interrupted, it writes what "
+        "was trained so far to names of their own, such as model.interrupted.pt.",
     )
     made.add_argument(
         "table",
@@ -142,58 +149,72 @@ def _seed(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status, or exit with 2 after one line that says what is wrong."""
+    """Run the command line; return the exit status, or exit after one line that says what is wrong: with 2, or with 130
+    after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["fit"]:
-        command = fit_parser()
-        wish = command.parse_args(words[1:])
-        try:
-            usable = fit.run(
-                wish.model,
-                wish.data,
-                wish.out,
-                recipe=RECIPES.get(wish.flow),
-                steps=wish.steps,
-                seed=wish.seed,
-                escalate=wish.escalate,
-                double=wish.double,
-                quiet=wish.quiet,
-            )
-        except Refused as error:
-            command.exit(2, f"{command.prog}: error: {error}\n")
-    elif words[:1] == ["density"]:
-        command = density_parser()
-        wish = command.parse_args(words[1:])
-        try:
-            usable = density.run(
-                wish.table,
-                wish.out,
-                recipe=DENSITIES[wish.flow],
-                columns=wish.columns,
-                epochs=wish.epochs,
-                seed=wish.seed,
-                double=wish.double,
-                quiet=wish.quiet,
-            )
-        except Refused as error:
-            command.exit(2, f"{command.prog}: error: {error}\n")
-    else:
-        command = main_parser()
-        wish = command.parse_args(words)
-        problem = why_not_writable(tuple(wish.out / name for name in eight_schools.FILES))
-        if problem:
-            command.error(f"argument --out: {problem}")  # now, and not after the training
-        recipe = RECIPES.get(wish.flow)
-        usable = eight_schools.run(wish.out, recipe=recipe, steps=wish.steps, seed=wish.seed, quiet=wish.quiet)
-    return TRUSTED if usable else NOT_TRUSTED
+    command, run = {"fit": _fit, "density": _density}.get(words[0] if words else "", _main_job)(words)
+    try:
+        return TRUSTED if run() else NOT_TRUSTED
+    except Refused as error:
+        command.exit(2, f"{command.prog}: error: {error}\n")
+    except KeyboardInterrupt as error:
+        command.exit(INTERRUPTED, f"{command.prog}: {str(error) or 'interrupted'}\n")
+
+
+def _fit(words: list[str]) -> Job:
+    command = fit_parser()
+    wish = command.parse_args(words[1:])
+    return command, functools.partial(
+        fit.run,
+        wish.model,
+        wish.data,
+        wish.out,
+        recipe=RECIPES.get(wish.flow),
+        steps=wish.steps,
+        seed=wish.seed,
+        escalate=wish.escalate,
+        double=wish.double,
+        quiet=wish.quiet,
+    )
+
+
+def _density(words: list[str]) -> Job:
+    command = density_parser()
+    wish = command.parse_args(words[1:])
+    return command, functools.partial(
+        density.run,
+        wish.table,
+        wish.out,
+        recipe=DENSITIES[wish.flow],
+        columns=wish.columns,
+        epochs=wish.epochs,
+        seed=wish.seed,
+        double=wish.double,
+        quiet=wish.quiet,
+    )
+
+
+def _main_job(words: list[str]) -> Job:
+    command = main_parser()
+    wish = command.parse_args(words)
+    first, second = (wish.out / name for name in eight_schools.FILES)
+    if problem := why_not_writable((first, second)):
+        command.error(f"argument --out: {problem}")  # now, and not after the training
+    recipe = RECIPES.get(wish.flow)
+    return command, functools.partial(
+        eight_schools.run, wish.out, recipe=recipe, steps=wish.steps, seed=wish.seed, quiet=wish.quiet
+    )
 
 
 def _run() -> int:
     """Run the command line; of several processes that torchrun has started, the first alone speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        return main()
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        return main()
+    try:
+        if os.environ.get("RANK", "0") == "0":
+            return main()
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            return main()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the exit status is known by now
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import signal
 
 import pyro
 import pytest
 import torch
+
+from pyro_flows import files
 
 
 def pytest_sessionstart() -> None:
@@ -27,3 +30,22 @@ def ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def small_disk(monkeypatch):
+    """A disk on which no file of ours can have more than 20 kB, until what this returns is called."""
+    room = 20_000
+
+    class Small(io.FileIO):
+        def write(self, data):
+            if self.tell() + memoryview(data).nbytes > room:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    def make_room():
+        nonlocal room
+        room = 10**9
+
+    monkeypatch.setattr(files, "open", lambda file, _: io.BufferedWriter(Small(file, "w")), raising=False)
+    return make_room

@@ -56,15 +56,15 @@ def gap() -> Found:
     return density(x=x)
 
 
-def full_disk(folder: Path) -> Fit:
-    """Met by the process that draws, between two steps."""
+def ugly(folder: Path) -> Fit:
+    """Found by the process that draws, between two steps."""
 
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+    def refuse(*_: Any) -> None:
+        raise ArithmeticError("the picture is ugly")
 
     images = torch.randint(0, 256, (40, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     flow = flows.Dequantized(flows.glow((1, 4, 4), num_scales=1, num_steps=1, hidden_dim=4))
-    with mock.patch("pyro_flows.fitting.density.draw", full):
+    with mock.patch("pyro_flows.fitting.density.draw", refuse):
         return fit_density(flow, images, max_epochs=1, progress=False, samples=folder / "samples.png")
 
 
@@ -106,7 +106,7 @@ def failing(folder: Path) -> Found:
         "unreadable": failed(lambda: fit_density(small(), Batches(unreadable), **BRIEF)),
         "unsendable": failed(lambda: fit_density(small(), Batches(unsendable), **BRIEF)),
         "gap": failed(gap),
-        "full": failed(lambda: full_disk(folder)),
+        "ugly": failed(lambda: ugly(folder)),
         "far_off": far_off(),
         "broken_off": [broken_off(True), broken_off(False)],
     }

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import resource
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,6 +199,19 @@ def resumed(folder: Path) -> Found:
     return {"broken": broken, "again": again, "left": left, "half": half, "loaded": loaded}
 
 
+def full_disk(folder: Path) -> Found:
+    """A checkpoint that process 0 cannot write, and no other knows of."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if RANK == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = density(checkpoint=folder / "full")
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return {**found, "said": [str(warning.message) for warning in said], "there": (folder / "full").exists()}
+
+
 def spoil(loss: Tensor) -> Tensor:
     return loss * torch.nan
 
@@ -233,6 +248,7 @@ def both(folder: Path) -> Found:
         "replayed": replayed(folder),
         "resumed": resumed(folder),
         "missing": missing(),
+        "full_disk": full_disk(folder),
         "skipped": density(objective=At(4, 1, spoil)),
         "unsolved": density(objective=At(4, 1, give_up)),
         "raised": failed(lambda: density(objective=At(4, 1, give_up), on_nonfinite="raise")),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 import types
 import warnings
 from pathlib import Path
@@ -297,22 +299,104 @@ def interrupt(monkeypatch, ctrl_c):
     return run
 
 
-def test_ctrl_c_keeps_the_best_state_and_writes_it(folder, capsys, interrupt):
+def test_ctrl_c_writes_the_best_state_beside_the_old_files_and_ends_with_130(folder, capsys, interrupt):
+    """And never over those of an earlier interrupted run."""
     write("table.csv", ["a", "b"], 10 * X)
-    assert interrupt(9) in (0, 3)
-    captured = capsys.readouterr()
-    assert "Interrupted after 10 steps; kept the best state" in captured.err
-    assert "Wrote model.pt and model.png." in captured.out
-    flow = pyro_flows.load("model.pt")
-    assert flow.log_prob(torch.from_numpy(10 * X).float()).mean() > -8  # standardised at least
+    (folder / "model.pt").write_text("a good model")
+    (folder / "model.png").write_text("its picture")
+    for name in ("model.interrupted", "model.interrupted-2"):
+        assert not (folder / f"{name}.pt").exists()
+        with pytest.raises(SystemExit) as exit_:
+            interrupt(9)
+        assert exit_.value.code == 130
+        captured = capsys.readouterr()
+        assert "Interrupted after 10 steps; kept the best state" in captured.err
+        kept = f"wrote {name}.pt and {name}.png, and left model.pt and model.png as they were\n"
+        assert captured.err.endswith(f"python -m pyro_flows density: interrupted; {kept}")
+        assert f"Wrote {name}.pt and {name}.png." in captured.out
+        flow = pyro_flows.load(f"{name}.pt")
+        assert flow.log_prob(torch.from_numpy(10 * X).float()).mean() > -8  # standardised at least
+    assert (folder / "model.pt").read_text() == "a good model"
+    assert (folder / "model.png").read_text() == "its picture"
+
+
+def test_ctrl_c_in_a_long_first_epoch_keeps_what_it_has_trained(folder, capsys, monkeypatch, interrupt):
+    """There is no loss on held-out data by then."""
+    monkeypatch.setattr("pyro_flows.fitting.sources.suited_size", lambda *_: 4)
+    with pytest.raises(SystemExit):
+        interrupt(14)
+    assert "Interrupted after 15 steps; kept the best state, of step 15" in capsys.readouterr().err
+    assert pyro_flows.load("model.interrupted.pt").log_prob(torch.from_numpy(X).float()).isfinite().all()
 
 
 def test_ctrl_c_at_once_leaves_nothing_to_write(folder, capsys, interrupt):
     with pytest.raises(SystemExit) as exit_:
         interrupt(0)
-    assert exit_.value.code == 2
-    assert capsys.readouterr().err.endswith("error: interrupted before there was anything to keep\n")
-    assert not (folder / "model.pt").exists()
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err.endswith("interrupted before there was anything to keep; nothing was written\n")
+    assert [path.name for path in folder.iterdir()] == ["table.csv"]
+
+
+def test_ctrl_c_after_the_training_leaves_the_model(folder, capsys, monkeypatch, ctrl_c):
+    """Its picture is what it ends."""
+
+    def stop(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(density.plots, "pairs", stop)
+    with pytest.raises(SystemExit) as exit_:
+        run("table.csv", "--quiet")
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err.endswith("density: interrupted after the training; wrote model.pt\n")
+    assert pyro_flows.load("model.pt").event_shape == (2,)
+
+
+def test_ctrl_c_while_the_model_is_written_waits_for_it(folder, capsys, monkeypatch, ctrl_c):
+    def slow(flow, path):
+        signal.raise_signal(signal.SIGINT)
+        pyro_flows.save(flow, path)
+
+    monkeypatch.setattr(density, "save", slow)
+    with pytest.raises(SystemExit) as exit_:
+        run("table.csv", "--quiet")
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err.endswith("interrupted after the training; wrote model.pt and model.png\n")
+    assert pyro_flows.load("model.pt").event_shape == (2,)
+
+
+def test_ctrl_c_while_the_table_is_read_is_one_line(folder, capsys, monkeypatch, ctrl_c):
+    monkeypatch.setattr(density, "read_table", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as exit_:
+        run("table.csv", "--quiet")
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err == "python -m pyro_flows density: interrupted\n"
+
+
+@pytest.mark.parametrize("storm", [False, True], ids=["once", "again and again"])
+def test_ctrl_c_in_a_real_process_damages_nothing(storm, folder, ctrl_c):
+    (folder / "model.pt").write_text("a good model")
+    words = [sys.executable, "-m", "pyro_flows", "density", "table.csv", "--epochs", "100000"]
+    root = Path(pyro_flows.__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        seen = ""
+        while process.poll() is None and not re.search(r" [2-9]\d/300000 ", seen):  # the progress bar's steps
+            seen += process.stderr.read(1)
+        process.send_signal(signal.SIGINT)
+        while storm and process.poll() is None:
+            time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert (folder / "model.pt").read_text() == "a good model"
+    kept = {path.name for path in folder.iterdir()} - {"model.pt", "table.csv"}
+    assert kept <= {"model.interrupted.pt", "model.interrupted.png"}  # and no drafts
+    if not storm:
+        assert len(kept) == 2
+        assert "interrupted; wrote model.interrupted.pt and model.interrupted.png, and left model.pt as it was" in said
+    if "model.interrupted.pt" in kept:
+        assert pyro_flows.load("model.interrupted.pt").event_shape == (2,)
 
 
 def test_nothing_half_written_is_left_behind(folder, monkeypatch):
@@ -585,11 +669,16 @@ def test_a_bad_place_for_the_files_is_refused_before_training(folder, capsys, mo
     (folder / "a.png").mkdir()
     assert "argument --out: cannot write 'a.png': it is a folder" in refused(capsys, "table.csv", "--out", "a.pt")
 
+    long = "n" * 245  # which leaves no room for ".interrupted"
+    assert "nn.interrupted.pt', as an interrupted run does: File name too long" in refused(
+        capsys, "table.csv", "--out", f"{long}.pt"
+    )
+
     def denied(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "touch", denied)  # by hand, since an administrator may write anywhere
-    assert "cannot write into '.': Permission denied" in refused(capsys, "table.csv", "--out", "b.pt")
+    monkeypatch.setattr(os, "open", denied)  # by hand, since an administrator may write anywhere
+    assert "cannot write 'b.pt': Permission denied" in refused(capsys, "table.csv", "--out", "b.pt")
 
 
 @pytest.mark.parametrize("error", [ValueError, FloatingPointError])

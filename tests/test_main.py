@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -19,6 +20,7 @@ from pyro_flows.__main__ import main
 from pyro_flows.commands import RECIPES
 from pyro_flows.commands import eight_schools as job
 from pyro_flows.diagnostics import check
+from pyro_flows.fitting import loop
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
@@ -140,6 +142,25 @@ def test_the_verdict_is_the_exit_status(verdict, status, tmp_path, capsys, monke
     check_files(tmp_path)
 
 
+@pytest.mark.usefixtures("quick")
+def test_ctrl_c_writes_beside_the_old_files_and_ends_with_130(tmp_path, capsys, monkeypatch, ctrl_c):
+    class Interrupting(loop.tqdm):
+        def update(self, n=1):
+            if self.n >= 60:
+                signal.raise_signal(signal.SIGINT)
+            self.n += n
+
+    monkeypatch.setattr(loop, "tqdm", Interrupting)
+    (tmp_path / "eight_schools.nc").write_text("good draws")
+    with pytest.raises(SystemExit) as exit_:
+        main(["--out", str(tmp_path), "--quiet"])
+    assert exit_.value.code == 130
+    assert "python -m pyro_flows: interrupted; wrote" in capsys.readouterr().err
+    assert (tmp_path / "eight_schools.nc").read_text() == "good draws"
+    kept = ["eight_schools.interrupted.nc", "eight_schools.interrupted.png", "eight_schools.nc"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
 # Bad wishes.
 
 
@@ -201,7 +222,7 @@ def test_an_unwritable_folder_is_refused_before_training(tmp_path, capsys, monke
     def denied(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "touch", denied)
+    monkeypatch.setattr(os, "open", denied)
     message = refused(["--out", str(tmp_path)], capsys)
     assert "Permission denied" in message
     assert str(tmp_path) in message

@@ -66,6 +66,7 @@ RUNS = (
     "noise",
     "minibatches",
     "restarted",
+    "full_disk",
     "skipped",
     "unsolved",
 )
@@ -80,6 +81,7 @@ def test_both_processes_end_in_one_state(name, pair):
 
 ALONE = {
     "density": job.density,
+    "full_disk": job.density,
     "loader": job.loader,
     "amortized": job.amortized,
     "plain": lambda: job.without_noise(job.Trace_ELBO()),
@@ -95,6 +97,13 @@ def test_two_processes_find_what_one_finds(name, pair):
     found = pair[1][0][name]
     assert_same(ALONE[name](), found, **CLOSE)
     assert found["skipped"] == (name in ("skipped", "unsolved"))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_by_process_0_alone(pair):
+    zero, one = (found["full_disk"] for found in pair[1])
+    assert ["could not be written (File too large)" in words for words in zero["said"]] == [True, False]
+    assert "could not be written at the end" in zero["said"][1]
+    assert (one["said"], one["there"]) == ([], False)
 
 
 def test_a_gradient_that_one_process_lacks_is_zero_there_and_one_that_both_lack_is_none(pair):
@@ -174,7 +183,7 @@ FAILURES = {
     "unreadable": (0, "Broken: row 7 of data.csv"),
     "unsendable": (0, "pickle"),
     "gap": (1, "ValueError: fit_density: x holds NaN or inf in column 1"),
-    "full": (0, "OSError: [Errno 28] No space left on device"),
+    "ugly": (0, "ArithmeticError: the picture is ugly"),
 }
 
 

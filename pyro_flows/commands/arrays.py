@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from ..tables.table import listed
 from . import Refused
+from .numpy_files import Unreadable, read_numpy
 
 
 def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -23,14 +23,13 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
         Refused: If it is no file of plain arrays, or what it holds is no table.
     """
     try:
-        found = np.load(path, allow_pickle=False)
-        arrays = found if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        arrays = read_numpy(path)
+    except Unreadable as error:
         raise Refused(f"the table {str(path)!r} is not a NumPy file of plain arrays: {error}") from error
     if isinstance(arrays, np.ndarray):
         arrays = {name: arrays[name] for name in arrays.dtype.names} if arrays.dtype.names else {"x": arrays}
-    else:
-        found.close()
+    if empty := [repr(name) for name, array in arrays.items() if not array.size]:
+        raise Refused(f"the table {str(path)!r} holds no values in {listed(empty)}")
     matrices = [name for name, array in arrays.items() if array.ndim == 2]
     chosen = "x" if "x" in matrices else matrices[0] if len(matrices) == 1 else None
     if chosen is None:

@@ -11,9 +11,10 @@ may index, and a single number as a tensor, which it may observe.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, islice
@@ -24,9 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..tables.table import listed
 from . import Refused
+from .numpy_files import Unreadable, read_numpy
 
 TRIALS = 128  # of ways to read the data
+DEEPEST = 64  # lists in lists, of which torch makes dimensions
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,15 @@ def read_data(path: Path | None) -> Data:
 
 def _read_json(path: Path) -> Data:
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=functools.partial(_object, path))
+    except Refused:
+        raise
     except ValueError as error:
         raise Refused(f"the data file {str(path)!r} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise Refused(
+            f"the data file {str(path)!r} is nested too deeply; arrays have at most {DEEPEST} levels"
+        ) from error
     if not isinstance(found, dict):
         raise Refused(f"the data file {str(path)!r} must hold an object, {{name: value, ...}}")
     values = {name: _from_json(name, value) for name, value in found.items()}
@@ -77,12 +87,21 @@ def _read_json(path: Path) -> Data:
     return Data({**values, **reals}, integers | _as_tensors(values))
 
 
+def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose names are there once each."""
+    if twice := [repr(name) for name, times in Counter(name for name, _ in pairs).items() if times > 1]:
+        raise Refused(f"the data file {str(path)!r} gives {listed(twice)} more than once; keep one of each")
+    return dict(pairs)
+
+
 def _from_json(name: str, value: Any) -> Any:
     if isinstance(value, dict):
         raise Refused(f"argument {name!r} is an object; give its parts as arguments of their own")
     if not isinstance(value, list):
+        if type(value) is int and not -(2**63) <= value < 2**63:
+            raise Refused(f"argument {name!r} is an integer beyond 64 bits; write it as a real number")
         return value
-    leaves = list(_leaves(value))
+    leaves = list(_leaves(name, value))
     kinds = {type(leaf) for leaf in leaves}
     if kinds == {str}:
         return value
@@ -98,23 +117,23 @@ def _from_json(name: str, value: Any) -> Any:
         raise Refused(f"argument {name!r} is a list of lists of unequal lengths") from error
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, list):
-        for part in value:
-            yield from _leaves(part)
-    else:
+def _leaves(name: str, value: Any, level: int = 1) -> Iterator[Any]:
+    if not isinstance(value, list):
         yield value
+    elif level > DEEPEST:
+        raise Refused(f"argument {name!r} is nested more than {DEEPEST} lists deep")
+    else:
+        for part in value:
+            yield from _leaves(name, part, level + 1)
 
 
 def _read_npz(path: Path) -> Data:
     try:
-        found = np.load(path, allow_pickle=False)
-        arrays = {name: found[name] for name in found.files} if isinstance(found, np.lib.npyio.NpzFile) else None
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        arrays = read_numpy(path)
+    except Unreadable as error:
         raise Refused(f"the data file {str(path)!r} is not a NumPy file of plain arrays: {error}") from error
-    if arrays is None:
+    if isinstance(arrays, np.ndarray):
         raise Refused(f"the data file {str(path)!r} holds one array without a name; write it with numpy.savez")
-    found.close()
     values = {name: _from_numpy(name, array) for name, array in arrays.items()}
     return Data(values, _as_tensors(values))
 

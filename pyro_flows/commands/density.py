@@ -26,6 +26,7 @@ from ..tables import Spike, dequantize, find_spikes
 from ..tables.table import listed
 from . import Refused
 from .files import why_not_writable
+from .interrupts import NOTHING, Interrupted, beside, hold_ctrl_c, what_was_kept
 from .nats import gaussian_of, report, two_errors
 from .table import MANY, Table, read_table, split_names
 
@@ -61,6 +62,7 @@ def run(
 
     Raises:
         Refused: Before any training, if what is asked for cannot be done; and where training fails.
+        Interrupted: After Ctrl-C, when what was trained is written beside ``out``.
     """
     if out.suffix != ".pt":
         raise Refused(f"argument --out: {str(out)!r} must end with .pt")
@@ -89,21 +91,28 @@ def run(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=GROWS)
         warnings.showwarning = _told(warnings.showwarning, quiet=quiet)
-        fit = _fit(flow, parts, integers, epochs=epochs, progress=not quiet)
-    own, floor = ([_log_prob(density, x) for x in scored] for density in (flow, gaussian))
-    gain = own[2] - floor[2]
-    usable = bool(gain.mean() >= -two_errors(gain))
-    samples = flow().sample((SAMPLES,))
-    titles = [f"{name} + noise" if place in integers else name for place, name in enumerate(table.columns)]
-    picture = plots.pairs(torch.cat(scored), samples, names=titles, labels=("data", "samples"))
-    save(flow, out)
-    write_atomically(paths[1], lambda path: picture.savefig(path, dpi=150))
+        with hold_ctrl_c() as asked:
+            fit = _fit(flow, parts, integers, epochs=epochs, progress=not quiet)
+            kept = beside(paths) if fit.stopped == "interrupted" else paths
+            save(flow, kept[0])  # before all else, as this is what was trained
+    try:
+        own, floor = ([_log_prob(density, x) for x in scored] for density in (flow, gaussian))
+        gain = own[2] - floor[2]
+        usable = bool(gain.mean() >= -two_errors(gain))
+        samples = flow().sample((SAMPLES,))
+        titles = [f"{name} + noise" if place in integers else name for place, name in enumerate(table.columns)]
+        picture = plots.pairs(torch.cat(scored), samples, names=titles, labels=("data", "samples"))
+        write_atomically(kept[1], lambda path: picture.savefig(path, dpi=150))
+    except KeyboardInterrupt as error:
+        raise Interrupted(what_was_kept(paths, kept[0])) from error
     if not quiet:
         assert fit.held_out is not None  # there are rows to validate
         note = f", {len(fit.held_out)} epoch{'' if len(fit.held_out) == 1 else 's'}"
         note += f", {fit.skipped} steps skipped" if fit.skipped else ""
         print(report(own, floor, recipe.__name__, seconds=time.perf_counter() - start, note=note))
-        print(*_ending(paths, table, integers, heavy=isinstance(flow.base, StudentTBase), usable=usable), sep="\n")
+        print(*_ending(kept, table, integers, heavy=isinstance(flow.base, StudentTBase), usable=usable), sep="\n")
+    if asked() or fit.stopped == "interrupted":
+        raise Interrupted(what_was_kept(paths, *kept))
     return usable
 
 
@@ -114,7 +123,7 @@ def _fit(flow: Flow, parts: list[Table], integers: list[int], *, epochs: int, pr
     except (ValueError, FloatingPointError) as error:
         raise Refused(" ".join(str(error).removeprefix(CALLER).split())) from error
     if fit.stopped == "interrupted" and not fit.best_step:
-        raise Refused("interrupted before there was anything to keep")
+        raise Interrupted(NOTHING)
     return fit
 
 

@@ -20,6 +20,7 @@ from ..fitting import fit_svi
 from ..flows import Flow
 from ..guides import AutoFlow
 from .funnel import plot_funnel
+from .interrupts import NOTHING, Interrupted, beside, hold_ctrl_c, what_was_kept
 from .report import draws_of, report
 
 SCHOOLS = "ABCDEFGH"
@@ -39,28 +40,38 @@ def eight_schools(effects: Tensor, standard_errors: Tensor) -> None:
 
 
 def run(out: Path, *, recipe: Callable[[int], Flow] | None, steps: int, seed: int, quiet: bool) -> bool:
-    """Fit, print and write the two files into the folder ``out``; return whether the answer can be used."""
+    """Fit, print and write the two files into the folder ``out``; return whether the answer can be used.
+
+    Raises:
+        Interrupted: After Ctrl-C, when what was fitted is written beside these files.
+    """
     start = time.perf_counter()
     torch.set_num_threads(1)  # ten latents: more threads would only wait for each other
     pyro.set_rng_seed(seed)
     pyro.clear_param_store()
     data = EFFECTS, STANDARD_ERRORS
     guide = AutoFlow(eight_schools, recipe)
-    fit = fit_svi(eight_schools, guide, *data, steps=steps, progress=not quiet)
-    checked = check(eight_schools, guide, *data, num_samples=40_000)
-    weighted = checked.verdict == "reweight"
-    kept = to_arviz(eight_schools, guide, *data, num_samples=WRITTEN, importance=weighted)
+    paths = out / FILES[0], out / FILES[1]
+    with hold_ctrl_c() as asked:
+        fit = fit_svi(eight_schools, guide, *data, steps=steps, progress=not quiet)
+        if fit.stopped == "interrupted" and not fit.best_step:
+            raise Interrupted(NOTHING)
+        checked = check(eight_schools, guide, *data, num_samples=40_000)
+        weighted = checked.verdict == "reweight"
+        written = to_arviz(eight_schools, guide, *data, num_samples=WRITTEN, importance=weighted)
+        kept = beside(paths) if fit.stopped == "interrupted" else paths
+        write_atomically(kept[0], written.to_netcdf)
     many = to_arviz(eight_schools, guide, *data, num_samples=SHOWN, importance=weighted, log_likelihood=False)
     draws, seconds = draws_of(many), time.perf_counter() - start
-    paths = out / FILES[0], out / FILES[1]
-    write_atomically(paths[0], kept.to_netcdf)
     some = {name: torch.from_numpy(values[:WRITTEN]) for name, values in draws.items()}
     effects = {f"theta {school}": column for school, column in zip(SCHOOLS, some["theta"].T, strict=True)}
     figure = plot_funnel(some["mu"], some["tau"], effects)
-    write_atomically(paths[1], lambda path: figure.savefig(path, dpi=150))
+    write_atomically(kept[1], lambda path: figure.savefig(path, dpi=150))
     if not quiet:
         advice = "Try more steps or another flow."
         labels = {"theta": list(SCHOOLS)}
         print(report(draws, checked, seconds=seconds, skipped=fit.skipped, advice=advice, labels=labels))
-        print(f"Wrote {paths[0]} and {paths[1]}.")
+        print(f"Wrote {kept[0]} and {kept[1]}.")
+    if asked() or fit.stopped == "interrupted":
+        raise Interrupted(what_was_kept(paths, *kept))
     return checked.verdict != "do not trust"

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from ..files import try_path
+from .interrupts import beside
 
-def why_not_writable(paths: tuple[Path, ...]) -> str:
-    """Why files, all of one folder, cannot be written, or an empty string; the folder is made where it is missing."""
-    for path in paths:
-        if path.is_dir():
-            return f"cannot write {str(path)!r}: it is a folder"
+
+def why_not_writable(paths: tuple[Path, Path]) -> str:
+    """Say why two files of one folder, or those that an interrupted run leaves beside them, cannot be written.
+
+    The folder is made where it is missing.
+    """
     folder = paths[0].parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".pyro_flows-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
     except OSError as error:
         return f"cannot write into {str(folder)!r}: {error.strerror or error}"
+    for path in paths:
+        try:
+            try_path(path)
+        except OSError as error:
+            return f"cannot write {str(path)!r}: {error.strerror or error}"
+    try:
+        for path in beside(paths):
+            try_path(path)
+    except OSError as error:
+        return f"cannot write {str(path)!r}, as an interrupted run does: {error.strerror or error}"
     return ""

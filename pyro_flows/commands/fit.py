@@ -23,6 +23,7 @@ from ..guides import AutoFlow
 from . import Refused
 from .data import Data, read_data
 from .files import why_not_writable
+from .interrupts import NOTHING, Interrupted, beside, hold_ctrl_c, what_was_kept
 from .model import check_arguments, in_one_line, load_model
 from .report import draws_of, report
 
@@ -57,6 +58,7 @@ def run(
 
     Raises:
         Refused: Before any training, if what is asked for cannot be done; and where training fails.
+        Interrupted: After Ctrl-C, when what was fitted is written beside ``out``.
     """
     if out.suffix != ".nc":
         raise Refused(f"argument --out: {str(out)!r} must end with .nc")
@@ -75,31 +77,35 @@ def run(
         if problem:
             raise Refused(f"argument --out: {problem}")
         given: dict[str, Any] = {"model_kwargs": arguments}
-        with _refusing(file):
-            _check_side_by_side(model, guide, arguments)
-            fit = fit_svi(model, guide, steps=steps, escalate=escalate, progress=not quiet, **given)
-            if fit.stopped == "interrupted" and not fit.best_step:
-                raise Refused("interrupted before there was anything to keep")
-            checked = fit.check or check(model, fit.guide, **given)
-        container = to_arviz(
-            model,
-            fit.guide,
-            num_samples=DRAWS,
-            importance=checked.verdict == "reweight",
-            log_likelihood=_observed(trace) <= MOST_OBSERVED,
-            **given,
-        )
+        with hold_ctrl_c() as asked:
+            with _refusing(file):
+                _check_side_by_side(model, guide, arguments)
+                fit = fit_svi(model, guide, steps=steps, escalate=escalate, progress=not quiet, **given)
+                if fit.stopped == "interrupted" and not fit.best_step:
+                    raise Interrupted(NOTHING)
+                checked = fit.check or check(model, fit.guide, **given)
+            container = to_arviz(
+                model,
+                fit.guide,
+                num_samples=DRAWS,
+                importance=checked.verdict == "reweight",
+                log_likelihood=_observed(trace) <= MOST_OBSERVED,
+                **given,
+            )
+            kept = beside(paths) if fit.stopped == "interrupted" else paths
+            write_atomically(kept[0], container.to_netcdf)
     if not quiet:
         advice = (
             "Try more --steps or another --flow." if escalate else "Try --escalate, more --steps or another --flow."
         )
         seconds = time.perf_counter() - start
         print(report(draws_of(container), checked, seconds=seconds, skipped=fit.skipped, advice=advice))
-    write_atomically(paths[0], container.to_netcdf)
     figure = checked.plot()
-    write_atomically(paths[1], lambda path: figure.savefig(path, dpi=150))
+    write_atomically(kept[1], lambda path: figure.savefig(path, dpi=150))
     if not quiet:
-        print(f"Wrote {paths[0]} and {paths[1]}.")
+        print(f"Wrote {kept[0]} and {kept[1]}.")
+    if asked() or fit.stopped == "interrupted":
+        raise Interrupted(what_was_kept(paths, *kept))
     return checked.verdict != "do not trust"
 
 

@@ -22,6 +22,7 @@ from ..diagnostics.simulator import Simulator
 from ..guides import AutoFlow
 from . import checkpoint as checkpoints
 from . import processes
+from .attempts import Attempts, check_path
 from .inspect import fingerprint
 from .loop import Fit, check_settings
 from .losses import checked
@@ -144,8 +145,8 @@ def fit_amortized(
     loss = checked("fit_amortized", objective)
     check_settings("fit_amortized", lr=lr, clip_norm=clip_norm, on_nonfinite=on_nonfinite)
     file = None if checkpoint is None else Path(checkpoint)
-    if file and not file.parent.is_dir():
-        raise ValueError(f"fit_amortized: checkpoint={str(file)!r} lies in a folder that does not exist.")
+    if file:
+        check_path("fit_amortized", "checkpoint", file, f".{rounds}.simulations" if rounds > 1 else ".simulations")
     simulator = Simulator("fit_amortized", model, args, kwargs)
     if (rounds > 1 or observed) and (observed is None or observed.keys() != simulator.sites.keys()):
         raise ValueError(
@@ -216,8 +217,9 @@ def _kept(file: Path, draw: Callable[[], Simulations], settings: dict[str, Any])
     kept = checkpoints.read(beside, {"steps": 0, **settings}, "fit_amortized")
     if kept is not None:
         return Simulations(kept["latents"], kept["data"])
-    new = draw()
-    checkpoints.write(beside, {"settings": {"steps": 0, **settings}, "latents": new.latents, "data": new.data})
+    new, attempts = draw(), Attempts("fit_amortized", "checkpoint", beside)
+    state = {"settings": {"steps": 0, **settings}, "latents": new.latents, "data": new.data}
+    attempts.note(checkpoints.write(beside, state))
     return new
 
 

@@ -2,29 +2,70 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..files import write_atomically
+from ..files import save_tensors, write_atomically
 from . import processes
+from .attempts import Attempts, why_not
 from .randomness import random_state, set_random_state
+from .state import Run
 
 FORMAT = 4
+EVERY = 10.0  # seconds
 WAY_OUT = "Use the same settings, name another file, or remove this one."
 
 
-def write(path: Path, state: dict[str, Any], own: tuple[str, ...] = ()) -> None:
+class Saver:
+    """Keeps the state of a run in a file, as often as is due; a disk that is full does not end the run.
+
+    Args:
+        caller: The public function that asks, for warnings.
+        path: The file; without one nothing is kept.
+        settings: What tells this run from another.
+    """
+
+    def __init__(self, caller: str, path: Path | None, settings: dict[str, Any]) -> None:
+        self._path, self._settings, self._last = path, settings, time.perf_counter()
+        self._attempts = Attempts(caller, "checkpoint", path or Path())
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return time.perf_counter() - self._last > EVERY
+
+    @property
+    def holds(self) -> bool:
+        """Whether the file holds what was saved last."""
+        return self._path is not None and not self._attempts.problem
+
+    def save(self, run: Run) -> None:
+        """Write the state of a run, or warn that it could not be written."""
+        if self._path is not None:
+            self._attempts.note(write(self._path, {"settings": self._settings, **run.state_dict()}, run.own))
+            self._last = time.perf_counter()
+
+    def conclude(self) -> None:
+        """Warn where the last state could not be written."""
+        self._attempts.conclude()
+
+
+def write(path: Path, state: dict[str, Any], own: tuple[str, ...] = ()) -> str:
     """Put a state, and that of the random numbers, in a file, which takes its place at once or not at all.
 
     Process 0 does so; beside its state it keeps the random numbers of the others, and those entries that are each
     process's ``own``.
+
+    Returns:
+        Why the file could not be written, in all processes; nothing where it was.
     """
     mine = {name: state[name] for name in own} | {"random": random_state()}
     _, *others = processes.each(lambda: mine)
     content = {"format": FORMAT, **state, **mine, **({"others": others} if others else {})}
-    processes.first(lambda: write_atomically(path, lambda draft: torch.save(content, Path(draft))))
+    return processes.first(lambda: why_not(lambda: write_atomically(path, lambda draft: save_tensors(content, draft))))
 
 
 def read(path: Path, settings: dict[str, Any], caller: str = "fit_svi") -> dict[str, Any] | None:

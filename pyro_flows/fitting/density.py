@@ -24,6 +24,7 @@ from ..flows import Dequantized, Flow
 from ..tables.table import places_of
 from ..transforms import FixedAffine
 from . import processes
+from .attempts import Attempts, check_path, why_not
 from .batches import Batch, Rows, Source, sum_of
 from .inspect import design, fingerprint
 from .loop import Fit, check_settings, descend
@@ -126,8 +127,9 @@ def fit_density(
     Warns:
         UserWarning: If columns hold integers or other values that repeat (see :func:`~pyro_flows.find_spikes`) or
             determine one another, so that densities grow without bound, or are too far from zero for the flow's dtype;
-            if images hold integers and the flow is not dequantised, or has far more ``levels`` than they; if round-off
-            moves the trained flow's log-densities (:func:`~pyro_flows.round_off`).
+            if images hold integers and the flow is not dequantised, or has far more ``levels`` than they; if a
+            checkpoint or a picture could not be written; if round-off moves the trained flow's log-densities
+            (:func:`~pyro_flows.round_off`).
 
     Example::
 
@@ -150,8 +152,8 @@ def fit_density(
     check_settings(CALLER, lr=lr, clip_norm=clip_norm, on_nonfinite=on_nonfinite)
     file, grid = (None if path is None else Path(path) for path in (checkpoint, samples))
     for argument, path in (("checkpoint", file), ("samples", grid)):
-        if path and not path.parent.is_dir():
-            raise ValueError(f"{CALLER}: {argument}={str(path)!r} lies in a folder that does not exist.")
+        if path:
+            check_path(CALLER, argument, path)
     if device is not None and isinstance(flow, nn.Module):
         try:
             flow.to(device)
@@ -186,7 +188,7 @@ def fit_density(
         check_room(CALLER, reader.names, seen, places, reader.like.dtype)
         plain = [place for place in range(reader.width) if place not in places]
         warn(CALLER, reader.names, seen, plain, reader.like.dtype, again=train.again)
-    spread = Spread(places, reader.like.device)
+    spread, grids = Spread(places, reader.like.device), Attempts(CALLER, "samples", grid or Path())
 
     def loss_of(batch: Batch) -> Tensor:
         return loss(flow, *spread(batch))
@@ -198,7 +200,7 @@ def fit_density(
             torch.manual_seed(processes.rank())
             total = sum_of(loss_of, judge)
             if grid and processes.rank() == 0:
-                draw(flow, judged.sample[1], grid, epoch)
+                grids.note(why_not(lambda: draw(flow, judged.sample[1], grid, epoch)))
         flow.train()
         return total / judged.rows
 
@@ -248,6 +250,7 @@ def fit_density(
             )
     finally:
         flow.eval()
+        grids.conclude()
     warn_of_round_off(CALLER, reader.flow, rows, contexts)
     return fit
 

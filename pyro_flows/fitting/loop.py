@@ -151,20 +151,18 @@ def descend(
         run.load_state_dict(state)
     else:
         processes.apart(trained)
-    losses, best = run.losses, run.best
+    losses, best, saver = run.losses, run.best, checkpoints.Saver(caller, checkpoint, settings)
     in_a_row, stopped, start = 0, "", time.perf_counter() - run.seconds
-    last_save = time.perf_counter()
     bar = tqdm(
         total=steps, initial=len(losses), disable=not progress or processes.rank() > 0, unit="step", dynamic_ncols=True
     )
 
     def save() -> None:
-        if checkpoint is not None:
-            run.seconds = time.perf_counter() - start
-            checkpoints.write(checkpoint, {"settings": settings, **run.state_dict()}, run.own)
+        run.seconds = time.perf_counter() - start
+        saver.save(run)
 
     def wishes() -> list[bool]:
-        return [bool(asked()), time.perf_counter() - last_save > 10]
+        return [bool(asked()), saver.due]
 
     try:
         with hold_interrupts(0.0 if processes.alone() else AGAIN) as asked:
@@ -208,7 +206,6 @@ def descend(
                 stop, due = wishes() if processes.alone() else wished
                 if step == steps or run.stopped or due:
                     save()
-                    last_save = time.perf_counter()
                 if stop and (held_out or step < steps):
                     stopped = "interrupted"
                     raise KeyboardInterrupt
@@ -221,15 +218,19 @@ def descend(
         save()
         if not held_out and len(losses) % window >= 10:
             best.offer(losses[-(len(losses) % window) :], len(losses), comparable=settled())
+        elif run.average and not best.step and len(losses) >= 10:  # the first epoch may be long
+            with run.average.in_place():
+                best.offer(losses[-window:], len(losses), comparable=False)
     finally:
         bar.close()
         best.restore()
+    saver.conclude()
     processes.spread(everything)
     if held_out and losses and not any(map(math.isfinite, losses)):
         raise FloatingPointError(f"The loss or its gradient was not finite in any step: {ask(diagnose)}.")
     if stopped and processes.rank() == 0:
         where = f"the best state, of step {best.step}" if best.step else "the state at the start"
-        onward = "  The same call goes on from the checkpoint." if checkpoint else ""
+        onward = "  The same call goes on from the checkpoint." if saver.holds else ""
         print(f"Interrupted after {len(losses)} steps; kept {where} (loss {best.mean:.3f}).{onward}", file=sys.stderr)
     return Fit(
         trained,

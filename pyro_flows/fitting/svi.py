@@ -24,6 +24,7 @@ from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective
 from . import checkpoint as checkpoints
 from . import processes
+from .attempts import check_path
 from .inspect import culprit, fingerprint, has_all, trained_by
 from .ladder import climb
 from .loop import Fit, ask, check_settings, descend
@@ -33,6 +34,7 @@ from .schedule import suited_to
 from .warm import start_from_gaussian
 
 SETTINGS = "num_particles", "vectorize_particles", "num_steps", "start", "alpha", "buffer_size"  # of objectives
+LONGEST_END = ".deeper-and-longer"  # that a fit of several gives the name of a checkpoint
 
 
 @processes.together
@@ -89,7 +91,8 @@ def fit_svi(
             and at the end.  A run that was killed and is called again with the same file goes on from there, to the
             same result as without the break, with another number of processes too, but for their noise.  Runs are told
             apart by their settings and by tensors, numbers and strings among the arguments, not by what the model holds
-            itself.  With ``escalate`` or ``restarts`` each fit has a file of its own, with the fit's name added.
+            itself.  With ``escalate`` or ``restarts`` each fit has a file of its own, with the fit's name added.  Where
+            the disk is full, training goes on and tries again.
         progress: Whether to show a progress bar.
         escalate: Whether to judge the fit by :func:`~pyro_flows.check` and, until one can be trusted, to go on: from a
             Gaussian to the guide's flow, to more couplings trained for longer, and to an objective that covers mass.
@@ -112,7 +115,7 @@ def fit_svi(
         FloatingPointError: If the loss or gradients stay non-finite; the error names the site at fault.
 
     Warns:
-        UserWarning: If more than a fifth of the steps was skipped.
+        UserWarning: If more than a fifth of the steps was skipped, or a checkpoint could not be written.
 
     Example::
 
@@ -136,6 +139,9 @@ def fit_svi(
     }
     _check(steps=steps, num_particles=num_particles, restarts=restarts)
     check_settings("fit_svi", lr=lr, clip_norm=clip_norm, on_nonfinite=on_nonfinite)
+    file = None if checkpoint is None else Path(checkpoint)
+    if file:
+        check_path("fit_svi", "checkpoint", file, LONGEST_END if escalate or restarts > 1 else "")
     if escalate or restarts > 1:
         if not isinstance(guide, AutoFlow):
             raise ValueError(f"fit_svi: escalate and restarts are for an AutoFlow, not for {type(guide).__name__}.")
@@ -156,9 +162,6 @@ def fit_svi(
         )
     num_particles = num_particles or suited.num_particles
     lr, clip_norm = float(lr or suited.lr), float(clip_norm or suited.clip_norm)
-    file = None if checkpoint is None else Path(checkpoint)
-    if file and not file.parent.is_dir():
-        raise ValueError(f"fit_svi: checkpoint={str(file)!r} lies in a folder that does not exist.")
     whole = not subsampled_plate(single)  # a subsample is drawn anew each time
     asked: dict[str, Any] = {}  # what the user knows of, whatever the number of processes
     if objective is None:

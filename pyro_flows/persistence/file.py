@@ -1,29 +1,32 @@
 """Save a flow or a guide, and load it where the code that built it is not.
 
 The file is torch's, with {format, spec, state}: the number of the format, what the object is built of, as plain data,
-and its tensors.  Reading it runs no code but that of pyro_flows.
+and its tensors.  Reading it runs no code but that of pyro_flows, and costs what it holds, not what it asks for.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from ..files import write_atomically
+from ..files import save_tensors, write_atomically
 from ..flows import Dequantized, Flow
 from ..guides import AutoFlow, AutoPlateFlow
+from .allowance import Allowance, check_numbers
+from .archive import Archive, Damaged
 from .classes import BY_TYPE, ROOTS
+from .pickles import Foreign
 from .spec import WAY_OUT, build, describe, named
 from .state import check_comes_back, marks_of, restore, state_of
 
 FORMAT = 1
+_settings_of_torch = threading.Lock()  # they are those of all threads
 
 
 def save(flow_or_guide: Flow | Dequantized | AutoFlow | AutoPlateFlow, path: str | os.PathLike[str]) -> None:
@@ -39,10 +42,12 @@ def save(flow_or_guide: Flow | Dequantized | AutoFlow | AutoPlateFlow, path: str
 
     Args:
         flow_or_guide: A ``Flow`` or ``Dequantized`` one, or an ``AutoFlow`` or ``AutoPlateFlow`` that was set up.
-        path: The file, which is replaced if it exists.
+        path: The file, which is replaced if it exists: readers and other writers see the old file or the new one.
+            A symbolic link stays, and the file that it points to is replaced; its mode is kept.
 
     Raises:
         FileNotFoundError: If the folder of ``path`` does not exist.
+        OSError: If the file cannot be written, as where the disk is full; then nothing has changed.
         ValueError: If something in it is of a class that files do not hold, which is named, if it was changed since it
             was built, or is a guide that was never set up.
 
@@ -80,6 +85,9 @@ def load(path: str | os.PathLike[str]) -> Any:
     need neither model nor data, except with an encoder: then they take the data, by place, as the encoder does.  With a
     model it can be checked and trained further: ``pf.psis(model, guide, *args)``.
 
+    The file need not be trusted.  Nothing in it is run, and it takes time and memory in proportion to what it holds: a
+    small file that asks for large tensors is refused.
+
     Args:
         path: The file.
 
@@ -88,7 +96,8 @@ def load(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a file of :func:`save`, is damaged, or was written by a newer pyro_flows.
+        ValueError: If it is not a file of :func:`save`, is damaged, was written by a newer pyro_flows, or claims more
+            than it holds.
 
     Example::
 
@@ -103,37 +112,41 @@ def load(path: str | os.PathLike[str]) -> Any:
         tensor(True)
     """
     path = Path(path)
-    spec, state = _read(path)
+    spec, state, archive = _read(path)
     try:
         if list(spec) != ["class", "arguments", "frozen", "dtypes"]:
             raise ValueError(f"its spec has the parts {list(spec)!r:.100}")
         if spec["class"] not in ROOTS:
             raise ValueError(f"it is of a class {spec['class']!r:.60}, which is neither a flow nor a guide")
-        made = build({name: spec[name] for name in ("class", "arguments")})
+        whole = {name: spec[name] for name in ("class", "arguments")}
+        check_numbers(whole, archive.nbytes)
+        with Allowance(archive.nbytes, archive.tensors, archive.squares):
+            made = build(whole)
         restore(made, state, frozen=spec["frozen"], dtypes=spec["dtypes"])
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        reason = " ".join(reason.partition("Trace Shapes:")[0].split()).rstrip(".")
         words = f"cannot be restored: {reason:.400}. Save it anew, from where the flow or guide still is."
         raise _refused(path, words) from error
     return made
 
 
 def _write(content: dict[str, Any], draft: str) -> None:
-    checked = get_crc32_options()
-    set_crc32_options(True)  # by these sums damage is found
-    try:
-        with open(draft, "wb") as file:
-            torch.save(content, file)
-    finally:
-        set_crc32_options(checked)
+    with _settings_of_torch:
+        checked = get_crc32_options()
+        set_crc32_options(True)  # by these sums damage is found
+        try:
+            save_tensors(content, draft)
+        finally:
+            set_crc32_options(checked)
 
 
 def _refused(path: Path, words: str) -> ValueError:
     return ValueError(f"load: {str(path)!r} {words}")
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The spec and the state in a file.
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Archive]:
+    """The spec and the state in a file, and what it holds in all.
 
     Raises:
         FileNotFoundError: If there is no file.
@@ -143,21 +156,21 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FileNotFoundError(f"load: there is no file {str(path)!r}.")
     with path.open("rb") as file:
         try:
-            damaged = zipfile.ZipFile(file).testzip()  # torch itself does not look at the sums
-        except Exception as error:
+            archive = Archive(file)
+        except zipfile.BadZipFile as error:
             words = f"is not a file of pyro_flows.save, or was cut off ({error!s:.100}). Copy it again or save it anew."
             raise _refused(path, words) from error
-        if damaged:
-            raise _refused(path, f"is damaged (in its part {damaged!r}). Copy it again or save it anew.")
-        file.seek(0)
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
+        except Damaged as error:
+            words = f"is damaged (in its part {str(error)!r:.100}). Copy it again or save it anew."
+            raise _refused(path, words) from error
+        except Foreign as error:
             words = "it holds more than plain data and tensors, of which nothing was run. Read it with what wrote it."
             raise _refused(path, f"is not a file of pyro_flows.save: {words}") from error
         except Exception as error:
-            words = f"is not a file of pyro_flows.save, nor any of torch.save ({error!s:.100})."
-            raise _refused(path, words) from error
+            raise _refused(
+                path, f"is not a file of pyro_flows.save, nor any of torch.save ({error!s:.200})."
+            ) from error
+    content = archive.content
     spec, state = (content.get(key) if isinstance(content, dict) else None for key in ("spec", "state"))
     if not isinstance(spec, dict) or not isinstance(state, dict) or type(content.get("format")) is not int:
         raise _refused(path, f"is not a file of pyro_flows.save: {_what_else(content)}.")
@@ -166,7 +179,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise _refused(path, words)
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise _refused(path, "was changed: its state holds something other than tensors. Save it anew.")
-    return spec, state
+    return spec, state, archive
 
 
 def _what_else(content: Any) -> str:

@@ -44,13 +44,13 @@ def restore(module: nn.Module, state: dict[str, Tensor], *, frozen: list[str], d
     except RuntimeError as error:
         raise ValueError(" ".join(str(error).split())) from error
     # Afterwards, as loading may have derived some of them anew.
-    buffers = dict(module.named_buffers())
-    if unknown := (dtypes.keys() - buffers.keys()) | (set(frozen) - dict(module.named_parameters()).keys()):
+    buffers, still = dict(module.named_buffers()), set(frozen)
+    if unknown := (dtypes.keys() - buffers.keys()) | (still - dict(module.named_parameters()).keys()):
         raise ValueError(f"it has no {unknown.pop()}")
     for name, dtype in dtypes.items():
         buffers[name].data = buffers[name].data.to(_dtype(dtype))
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name not in frozen)
+        parameter.requires_grad_(name not in still)
 
 
 def _dtype(name: str) -> torch.dtype:

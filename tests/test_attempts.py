@@ -1,0 +1,196 @@
+"""What a run writes while it trains: refused before it begins if it cannot be written, and else never the end of it."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyro_flows import AutoFlow, Fit, fit_amortized, fit_density, fit_svi, flows
+from pyro_flows.encoders import MLPEncoder
+from pyro_flows.fitting import loop
+from pyro_flows.objectives import Likelihood
+
+X = torch.randn(80, 2, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at the clock takes a minute, so that every step ends with a checkpoint."""
+    clock = itertools.count(step=60)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
+
+
+class At(nn.Module):
+    """The likelihood, and something that happens at one of its calls in training."""
+
+    def __init__(self, when: int, what: Callable[[], object]) -> None:
+        super().__init__()
+        self.calls, self.when, self.what = 0, when, what
+
+    def forward(self, flow: Any, x: Tensor, context: Tensor | None) -> Tensor:
+        self.calls += flow.training
+        if self.calls == self.when and flow.training:
+            self.what()
+        return Likelihood()(flow, x, context)
+
+    def __repr__(self) -> str:
+        return "At()"
+
+
+def density(file: Path | None, objective: At | None = None) -> Fit:
+    """Eight steps of a flow whose state takes 60 kB."""
+    torch.manual_seed(1)
+    flow = flows.realnvp(2, num_transforms=2, hidden_dims=(32,))
+    settings = {"batch_size": 36, "objective": objective or At(0, int), "checkpoint": file, "progress": False}
+    return fit_density(flow, X, max_epochs=4, **settings)
+
+
+def warned(call: Callable[[], Fit]) -> tuple[Fit, list[str]]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fit = call()
+    return fit, [str(warning.message) for warning in seen]
+
+
+@pytest.mark.usefixtures("hasty", "small_disk")
+def test_a_full_disk_is_told_once_and_at_the_end_and_training_goes_on(tmp_path: Path) -> None:
+    fit, said = warned(lambda: density(tmp_path / "run"))
+    assert (fit.stopped, fit.steps) == ("steps", 8)
+    assert torch.equal(fit.losses, density(None).losses)
+    start = f"fit_density: checkpoint='{tmp_path / 'run'}' could not be written"
+    assert len(said) == 2
+    assert said[0].startswith(f"{start} (No space left on device). Training goes on")
+    assert said[1].startswith(f"{start} at the end (No space left on device)")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_checkpoint_is_tried_again_and_a_run_goes_on_from_it(tmp_path: Path, small_disk: Callable[[], None]) -> None:
+    """The disk has room again from the sixth step on; the run is interrupted at the seventh."""
+    file, whole = tmp_path / "run", density(None)
+
+    def at_seven() -> None:
+        if objective.calls == 6:
+            small_disk()
+            objective.when = 7
+        else:
+            raise SystemExit
+
+    objective = At(6, at_seven)
+    with pytest.raises(SystemExit):
+        warned(lambda: density(file, objective=objective))
+    again, said = warned(lambda: density(file))
+    assert not said
+    assert torch.equal(again.losses, whole.losses)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_nothing_is_said_at_the_end_when_the_last_checkpoint_was_written(
+    tmp_path: Path, small_disk: Callable[[], None]
+) -> None:
+    _, said = warned(lambda: density(tmp_path / "run", At(6, small_disk)))
+    assert len(said) == 1
+    assert "could not be written (No space left on device). Training goes on" in said[0]
+
+
+@pytest.mark.usefixtures("hasty", "ctrl_c")
+def test_an_interrupted_run_promises_no_checkpoint_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], small_disk: Callable[[], None]
+) -> None:
+    for file, promised in ((tmp_path / "run", False), (tmp_path / "room", True)):
+        if promised:
+            small_disk()
+        fit, _ = warned(lambda file=file: density(file, At(5, lambda: signal.raise_signal(signal.SIGINT))))
+        assert fit.stopped == "interrupted"
+        assert ("goes on from the checkpoint" in capsys.readouterr().err) == promised
+
+
+def noise(x: Tensor | None = None) -> Tensor:
+    theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1).to_event(1))
+    return pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_simulations_that_find_no_room_are_used_all_the_same(tmp_path: Path) -> None:
+    guide = AutoFlow(noise, lambda n, c: flows.realnvp(n, c, num_transforms=1), encoder=MLPEncoder(2, context_dim=4))
+    file = tmp_path / "run"
+    settings = {"num_simulations": 2000, "max_epochs": 1, "checkpoint": file, "progress": False}
+    fit, said = warned(lambda: fit_amortized(noise, guide, **settings))
+    assert fit.stopped == "steps"
+    assert f"checkpoint='{file}.simulations' could not be written (No space left on device)" in said[0]
+    assert f"checkpoint='{file}' could not be written at the end" in said[-1]
+
+
+def test_pictures_that_find_no_room_do_not_end_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(draft: str, *_: Any, **__: Any) -> None:
+        Path(draft).write_bytes(b"half a pic")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.image.imsave", full)
+    images = torch.rand(40, 1, 4, 4)
+    flow, file = flows.glow((1, 4, 4), num_scales=1, num_steps=1, hidden_dim=4), tmp_path / "grid-{epoch}.png"
+    fit, said = warned(lambda: fit_density(flow, images, max_epochs=2, samples=file, progress=False))
+    assert fit.stopped == "steps"
+    assert [f"fit_density: samples='{file}' could not be written" in words for words in said] == [True, True]
+    assert not list(tmp_path.iterdir())
+
+
+def normal(y: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def svi(**settings: Any) -> Fit:
+    return fit_svi(normal, AutoFlow(normal), torch.tensor(1.0), progress=False, **settings)
+
+
+def amortized(**settings: Any) -> Fit:
+    return fit_amortized(noise, AutoFlow(noise, encoder=MLPEncoder(2, context_dim=4)), progress=False, **settings)
+
+
+def table(**settings: Any) -> Fit:
+    return fit_density(flows.realnvp(2), X, progress=False, **settings)
+
+
+@pytest.mark.parametrize(
+    ("fit", "settings", "length"),
+    [
+        (svi, {}, 256),
+        (svi, {"escalate": True}, 250),  # with the name of a rung added
+        (svi, {"restarts": 2}, 250),
+        (amortized, {}, 250),  # as the simulations lie beside it
+        (table, {}, 256),
+    ],
+)
+def test_names_that_are_too_long_are_refused_before_training(
+    fit: Callable[..., Fit], settings: dict[str, Any], length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trains(*_: Any, **__: Any) -> None:
+        raise AssertionError("it trained")
+
+    for module in ("svi", "density", "simulated"):
+        monkeypatch.setattr(f"pyro_flows.fitting.{module}.descend", trains)
+    caller = {svi: "fit_svi", amortized: "fit_amortized", table: "fit_density"}[fit]
+    with pytest.raises(ValueError, match=rf"^{caller}: checkpoint='.*n' cannot be written.*\(File name too long\)"):
+        fit(checkpoint=tmp_path / ("n" * length), **settings)
+    with pytest.raises(ValueError, match=rf"^{caller}: checkpoint='.*run' lies in a folder that does not exist"):
+        fit(checkpoint=tmp_path / "no" / "run", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_paths_that_are_no_files_are_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "no" / "run")
+    with pytest.raises(ValueError, match=r"checkpoint='/dev/null' cannot be written \(it is a device or a pipe"):
+        table(checkpoint="/dev/null")
+    with pytest.raises(ValueError, match=r"checkpoint='.*link' cannot be written \(there is no folder '.*no'"):
+        table(checkpoint=tmp_path / "link")

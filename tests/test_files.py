@@ -1,0 +1,259 @@
+"""Files are written whole or not at all, whoever else writes them, and whatever ends a writer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyro_flows as pf
+from pyro_flows import files, flows
+from pyro_flows.files import save_tensors, try_path, write_atomically
+
+WRITERS = f"""
+import importlib.util, sys, time
+from pathlib import Path
+
+spec = importlib.util.spec_from_file_location("files", {files.__file__!r})  # alone, without torch
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+"""
+KILLED = f"""{WRITERS}
+def slow(draft):
+    Path(draft).write_text("half")
+    print("begun", flush=True)
+    time.sleep(60)
+
+files.write_atomically(Path(sys.argv[1]), slow)
+"""
+REPEATED = f"""{WRITERS}
+for _ in range(60):
+    files.write_atomically(Path(sys.argv[1]), lambda draft: Path(draft).write_text(sys.argv[2] * 100_000))
+"""
+
+
+def words(text: str) -> object:
+    return lambda draft: Path(draft).write_text(text)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def a_flow(seed: int) -> flows.Flow:
+    torch.manual_seed(seed)
+    flow = flows.realnvp(2, num_transforms=2, hidden_dims=(32,))
+    for parameter in flow.parameters():
+        torch.nn.init.constant_(parameter, float(seed))
+    return flow
+
+
+def seeds_in(flow: flows.Flow) -> set[float]:
+    """The numbers that all parameters of a flow hold: one, unless it is a mixture of several files."""
+    return {number for parameter in flow.parameters() for number in parameter.detach().unique().tolist()}
+
+
+def test_threads_that_save_to_one_path_never_mix_flows(tmp_path: Path) -> None:
+    file, errors, loaded, over = tmp_path / "flow.pt", [], [], threading.Event()
+    pf.save(a_flow(1), file)
+
+    def keep(seed: int) -> None:
+        flow = a_flow(seed)
+        try:
+            for _ in range(80):
+                pf.save(flow, file)
+        except Exception as error:
+            errors.append(error)
+
+    def read() -> None:
+        try:
+            while not over.is_set():
+                loaded.append(seeds_in(pf.load(file)))
+        except Exception as error:
+            errors.append(error)
+
+    writers = [threading.Thread(target=keep, args=(seed,)) for seed in (1, 2, 3)]
+    reader = threading.Thread(target=read)
+    for thread in (*writers, reader):
+        thread.start()
+    for thread in writers:
+        thread.join()
+    over.set()
+    reader.join()
+    assert not errors
+    assert len(loaded) > 5
+    assert all(found in ({1.0}, {2.0}, {3.0}) for found in loaded)
+    assert names(tmp_path) == ["flow.pt"]
+
+
+def test_processes_that_write_to_one_path_never_mix_contents(tmp_path: Path) -> None:
+    file = tmp_path / "numbers"
+    command = [sys.executable, "-c", REPEATED, str(file)]
+    writers = [subprocess.Popen([*command, letter]) for letter in "abc"]
+    while any(writer.poll() is None for writer in writers):
+        if file.exists():
+            assert (text := file.read_text()) in {letter * 100_000 for letter in "abc"}, text[:9]
+    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    assert names(tmp_path) == ["numbers"]
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> list[str]:
+    """What a writer leaves that is killed amid its work."""
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "other.nc")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "begun\n"
+        write_atomically(tmp_path / "mine", words("mine"))
+        left = [name for name in names(tmp_path) if name != "mine"]
+        assert len(left) == 2  # the draft of a live writer and its lock stay
+        writer.kill()
+    assert names(tmp_path) == [*left, "mine"]
+    return left
+
+
+def test_drafts_of_killed_writers_are_removed_and_those_of_live_ones_stay(tmp_path: Path, killed: list[str]) -> None:
+    assert [name.rpartition(".")[2] for name in killed] == ["lock", "nc"]
+    (tmp_path / "draft-horse.txt").write_text("a file of the user's")
+    write_atomically(tmp_path / "mine", words("mine"))
+    assert names(tmp_path) == ["draft-horse.txt", "mine"]
+
+
+def test_drafts_from_other_machines_are_removed_a_day_later(
+    tmp_path: Path, killed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shared folder need not show their locks here."""
+    monkeypatch.setattr(files, "_machine", lambda: "0" * 8)
+    try_path(tmp_path / "mine")
+    assert names(tmp_path) == [*killed, "mine"]
+    for name in killed:
+        os.utime(tmp_path / name, (time.time() - 2 * 86_400,) * 2)
+    try_path(tmp_path / "mine")
+    assert names(tmp_path) == ["mine"]
+
+
+def test_a_lock_that_was_taken_for_abandoned_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another writer may find a lock in the moment between its creation and its locking."""
+    lock, stolen = files._lock, []
+
+    def late(handle: int) -> bool:
+        if not stolen:
+            stolen.extend(tmp_path.glob("draft-*.lock"))
+            stolen[0].unlink()
+        return lock(handle)
+
+    monkeypatch.setattr(files, "_lock", late)
+    write_atomically(tmp_path / "a", words("whole"))
+    assert stolen
+    assert (tmp_path / "a").read_text() == "whole"
+    assert names(tmp_path) == ["a"]
+
+
+def test_file_systems_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "fcntl", None)
+    write_atomically(tmp_path / "a", lambda draft: Path(draft).write_text(" ".join(names(tmp_path))))
+    assert ".lock" not in (tmp_path / "a").read_text()
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("length", [249, 255])
+def test_names_near_the_limit_of_the_file_system_work(length: int, tmp_path: Path) -> None:
+    file = tmp_path / ("n" * (length - 3) + ".pt")
+    pf.save(a_flow(2), file)
+    assert seeds_in(pf.load(file)) == {2.0}
+    fit = pf.fit_density(a_flow(0), torch.randn(60, 2), max_epochs=1, progress=False, checkpoint=file.with_suffix(".c"))
+    assert fit.stopped == "steps"
+    write_atomically(tmp_path / ("a." + "s" * (length - 2)), words("a suffix that long"))
+
+
+def test_a_symbolic_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "store" / "file")
+    for text in ("new", "newer"):  # at first it points to nothing
+        write_atomically(tmp_path / "link", words(text))
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "store" / "file").read_text() == text
+    assert names(tmp_path / "store") == ["file"]
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(OSError, match="symbolic links"):
+        try_path(tmp_path / "circle")
+    assert (tmp_path / "circle").is_symlink()
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
+def test_modes_are_those_of_the_old_file_or_of_the_umask(tmp_path: Path) -> None:
+    def mode(file: Path) -> int:
+        return stat.S_IMODE(file.stat().st_mode)
+
+    file, during = tmp_path / "a", []
+    write_atomically(file, words("new"))
+    assert mode(file) == 0o640
+    file.chmod(0o604)
+    write_atomically(file, lambda draft: (Path(draft).write_text("newer"), during.append(mode(Path(draft)))))
+    assert mode(file) == 0o604
+    assert during == [0o600]  # nobody reads a secret while it is written
+
+
+def test_what_is_no_file_is_refused_and_left_alone(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for refused, why in (("pipe", "a device or a pipe"), (".", "it is a folder"), ("no/where", "there is no folder")):
+        with pytest.raises(OSError, match=why):
+            write_atomically(tmp_path / refused, words("x"))
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    with pytest.raises(OSError, match="too long"):
+        try_path(tmp_path / ("n" * 256))
+    assert names(tmp_path) == ["pipe"]
+
+
+def test_write_protected_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An administrator may write everything, so that the answer is given by hand."""
+    (tmp_path / "a").write_text("keep me")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PermissionError, match="write-protected"):
+        write_atomically(tmp_path / "a", words("x"))
+    assert (tmp_path / "a").read_text() == "keep me"
+
+
+def test_an_interruption_leaves_the_old_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+
+    def half(draft: str) -> None:
+        Path(draft).write_text("ha")
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write_atomically(tmp_path / "a", half)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "a").read_text() == "old"
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_a_full_disk_is_told_in_the_systems_words(tmp_path: Path) -> None:
+    """And not in those of torch, "enforce fail at inline_container.cc"."""
+    with pytest.raises(OSError, match="No space left"):
+        save_tensors({"x": torch.ones(100_000)}, str(tmp_path / "plain"))
+    (tmp_path / "flow").write_text("old")
+    with pytest.raises(OSError, match="No space left"):
+        pf.save(flows.realnvp(2, hidden_dims=(500,)), tmp_path / "flow")
+    assert (tmp_path / "flow").read_text() == "old"
+    assert names(tmp_path) == ["flow", "plain"]

@@ -1,0 +1,331 @@
+"""Files that ask for more than they hold end in one line, in a second, and take no memory; each is made here."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import subprocess
+import sys
+import time
+import tracemalloc
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_flows as pf
+from pyro_flows import flows
+from pyro_flows.persistence import allowance, archive
+from pyro_flows.persistence.archive import Archive
+
+ROOT = Path(pf.__file__).parents[1]
+
+
+def small() -> flows.Flow:
+    return flows.realnvp(3, num_transforms=2, hidden_dims=(8,))
+
+
+def nested(depth: int) -> Any:
+    """A tuple of two that are one and the same, and so on: 2**depth nodes in a few bytes each."""
+    found: Any = (1,)
+    for _ in range(depth):
+        found = (found, found)
+    return found
+
+
+def deep(depth: int) -> Any:
+    found: Any = (1,)
+    for _ in range(depth):
+        found = (found,)
+    return found
+
+
+def edited(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    pf.save(small(), file)
+    content = torch.load(file, weights_only=True)
+    torch.save(edit(content) or content, file)
+
+
+def mlp(content: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a network."""
+    return content["spec"]["arguments"]["transforms"][0]["arguments"]["conditioner"]["arguments"]
+
+
+def cyclic(content: dict[str, Any]) -> None:
+    own: list[Any] = []
+    own.append(own)
+    mlp(content).update(hidden_dims=own)
+
+
+def keyed(content: dict[str, Any]) -> None:
+    content["spec"]["arguments"][nested(15)] = 1  # hashing more would take the test for ever
+
+
+def with_site(plate: tuple[str, int, int, int]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A guide with one latent, in a plate."""
+    site = {
+        "name": "z",
+        "support": {"class": "constraints.real", "arguments": {}},
+        "value": torch.zeros(1),
+        "batch_shape": (1,),
+        "event_shape": (),
+        "plates": (plate,),
+    }
+
+    def edit(content: dict[str, Any]) -> dict[str, Any]:
+        arguments = {
+            "sites": [{"class": "guides.Site", "arguments": site}],
+            "flow": {"class": "flows.Flow", "arguments": content["spec"]["arguments"]},
+            "encoder": None,
+            "context_dim": 0,
+            "init_scale": 0.1,
+            "name": "g",
+        }
+        spec = {"class": "guides.AutoFlow", "arguments": arguments, "frozen": [], "dtypes": {}}
+        return {**content, "spec": spec}
+
+    return edit
+
+
+WIDE, LONG = (10**9,), (1,) * 100_000
+SPECS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "shared tuples": (lambda c: mlp(c).update(hidden_dims=nested(40)), "its data unfold to more than the"),
+    "shared tuples in the state": (lambda c: c["state"].update(more=nested(40)), "unfold to more than the"),
+    "shared tuples as a key": (keyed, "keys that are neither words nor numbers"),
+    "shared tuples frozen": (lambda c: c["spec"].update(frozen=[nested(40)]), "unfold to more than the"),
+    "a list in itself": (cyclic, "nested more than 100 deep|unfold"),
+    "deep tuples": (lambda c: mlp(c).update(hidden_dims=deep(500)), "nested more than 100 deep"),
+    "a layer of 4 GB": (lambda c: mlp(c).update(hidden_dims=(32_768, 32_768)), "asks for larger tensors than a file"),
+    "a number beyond all": (
+        lambda c: mlp(c).update(hidden_dims=WIDE),
+        "hidden_dims holds 1000000000, far beyond the 388 bytes",
+    ),
+    "a loop": (lambda c: mlp(c).update(input_dim=10**12), "input_dim holds 1000000000000, far"),
+    "layers without end": (lambda c: mlp(c).update(hidden_dims=LONG), "asks for more tensors than a file"),
+    "a number of a megabyte": (lambda c: mlp(c).update(input_dim=1 << 2**21), "nothing was run"),
+    "an empty matrix as an excuse": (
+        lambda c: (
+            mlp(c).update(hidden_dims=(32_768, 32_768)),
+            c["state"].update(more=torch.zeros(0, 2**40)),
+        )[:0],
+        "asks for larger tensors than a file",
+    ),
+    "a name of 500 kB": (lambda c: c["spec"]["arguments"].update({"n" * 500_000: [0] * 1000}), "names of more than"),
+    "a large activation": (lambda c: mlp(c).update(activation={"torch.nn": "Transformer"}), "larger tensors|refuses"),
+    "a plate far to the left": (with_site(("p", -(10**9), 1, 1)), "plates holds -1000000000, far"),
+    "a plate of many rows": (with_site(("p", -1, 10**10, 10**10)), "asks for larger tensors"),
+}
+LIMITED = """
+import resource, sys, time
+import pyro_flows as pf
+
+pf.load(sys.argv[1])  # what is loaded lazily is loaded by now
+began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for file in sys.argv[2:]:
+    try:
+        pf.load(file)
+        print("loaded", flush=True)
+    except ValueError as error:
+        more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+        print(f"{time.perf_counter() - began:.2f} {more} {error}".replace(chr(10), " "), flush=True)
+    began = time.perf_counter()
+"""
+
+
+def test_small_files_cost_little(tmp_path: Path) -> None:
+    """In a process of its own, whose memory is measured."""
+    pf.save(small(), tmp_path / "good")
+    for name, (edit, _) in SPECS.items():
+        edited(tmp_path / name, edit)
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "good"), *(str(tmp_path / name) for name in SPECS)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
+    lines = ended.stdout.splitlines()
+    assert len(lines) == len(SPECS), ended.stderr
+    for line, (name, (_, words)) in zip(lines, SPECS.items(), strict=True):
+        seconds, megabytes, said = line.split(" ", 2)
+        assert said.startswith(f"load: '{tmp_path / name}'"), line
+        with pytest.raises(ValueError, match=words):
+            raise ValueError(said)
+        assert len(said) < 900
+        assert float(seconds) < 10, line  # on a quiet machine below one
+        assert int(megabytes) < 100, line
+
+
+def parts_of(file: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(file) as found:
+        return {name: found.read(name) for name in found.namelist()}
+
+
+def rewritten(file: Path, edit: Callable[[dict[str, bytes]], Any], kind: int = zipfile.ZIP_STORED) -> None:
+    """Change the parts of a saved flow."""
+    pf.save(small(), file)
+    parts = parts_of(file)
+    edit(parts)
+    with zipfile.ZipFile(file, "w", kind) as new:
+        for name, content in parts.items():
+            new.writestr(name, content)
+
+
+def refused(file: Path) -> str:
+    began = time.perf_counter()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=rf"^load: '{file}' ") as error:
+            pf.load(file)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+    assert time.perf_counter() - began < 10  # on a quiet machine below a tenth
+    return str(error.value)
+
+
+def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "bomb"
+    rewritten(file, lambda parts: parts.update({"archive/data/0": bytes(10**8)}), zipfile.ZIP_DEFLATED)
+    assert file.stat().st_size < 200_000
+    assert "its parts are compressed or encrypted" in refused(file)
+
+
+def test_parts_that_claim_to_be_larger_than_the_file_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "flow"
+    pf.save(small(), file)
+    raw = bytearray(file.read_bytes())
+    place = raw.rindex(b"PK\x01\x02")  # the last part, in the directory: its size there is that of a gigabyte
+    raw[place + 20 : place + 28] = struct.pack("<II", 2**30, 2**30)
+    file.write_bytes(raw)
+    assert "its parts claim to be larger than it is" in refused(file)
+
+
+def test_parts_of_one_name_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "flow"
+    rewritten(file, lambda parts: parts.update({"archive/DATA/0": b"x"}))
+    assert "it has parts of one name" in refused(file)
+
+
+def test_a_tensor_has_no_more_numbers_than_its_part(tmp_path: Path) -> None:
+    """torch would read what lies beyond it in memory."""
+    file = tmp_path / "flow"
+    rewritten(file, lambda parts: parts.update({"archive/data/3": parts["archive/data/3"][:4]}))
+    assert "numbers, which its part '3' has not" in refused(file)
+
+
+def pickled(content: Any) -> bytes:
+    """A file of torch.save, as bytes."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(content, file)
+    return file.getvalue()
+
+
+def test_a_stride_that_repeats_numbers_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "flow"
+    edited(file, lambda c: c["state"].update({next(iter(c["state"])): torch.ones(1).expand(10**6, 10**6)}))
+    assert "a tensor of shape (1000000, 1000000) is to be made of 1 numbers" in refused(file)
+
+
+def test_files_of_machines_with_another_order_of_bytes_are_read(tmp_path: Path) -> None:
+    file, flow = tmp_path / "flow", small().double()
+    pf.save(flow, file)
+    parts = parts_of(file)
+    found = Archive(io.BytesIO(file.read_bytes()))
+    widths = {key: dtype.itemsize for key, (dtype, _) in found._storages.items()}
+    with zipfile.ZipFile(file, "w") as new:
+        for name, content in parts.items():
+            width = widths.get(name.rpartition("/")[2], 1) if "/data/" in name else 1
+            swapped = np.frombuffer(content, f"u{width}").byteswap().tobytes() if width > 1 else content
+            other = {"little": b"big", "big": b"little"}[sys.byteorder]
+            new.writestr(name, other if name.endswith("byteorder") else swapped)
+    state = pf.load(file).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in flow.state_dict().items())
+
+
+def test_what_is_read_is_what_torch_reads(tmp_path: Path) -> None:
+    """Of all dtypes and shapes, strides and sharing, and of what a checkpoint holds beside tensors."""
+    base = torch.arange(24.0)
+    content = {
+        "views": [base[3:9].view(2, 3).T, base, torch.zeros(0, 3), torch.tensor(5)],
+        "dtypes": [base.to(dtype) for dtype in archive.DTYPES.values()],
+        "plain": (1, -2.5, None, True, "word", [], {}, 2**40, {3: (1, 2, 3)}),
+        "parameter": torch.nn.Parameter(base[:2]),
+        "state": torch.nn.Linear(2, 3).state_dict(),
+    }
+    file = tmp_path / "file"
+    torch.save(content, file)
+    with file.open("rb") as stream:
+        found = Archive(stream).content
+    wanted = torch.load(file, weights_only=True)
+    assert repr(found) == repr({**wanted, "parameter": wanted["parameter"].data})
+    assert found["views"][0].stride() == (1, 3)
+    found["views"][1][3] = -1
+    assert found["views"][0][0, 0] == -1  # they share their numbers still
+
+
+@pytest.mark.parametrize("value", [np.ones(2), torch.float32, slice(3), {(1, 2): 3}, torch.ones(2).to_sparse()])
+def test_what_is_not_plain_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"_reconstruct|dtype|slice|words nor numbers|sparse|float32|a call|opcode"):
+        Archive(io.BytesIO(pickled({"a": value})))
+
+
+def test_no_pickle_ends_otherwise_than_in_a_refusal() -> None:
+    """Whatever bits are flipped, and wherever it is cut."""
+    whole = pickled({"state": {"a": torch.ones(2)}, "spec": [(1, 2.0, "x"), None]})
+    with zipfile.ZipFile(io.BytesIO(whole)) as found:
+        parts = {name: found.read(name) for name in found.namelist()}
+    data, random = parts["archive/data.pkl"], np.random.default_rng(0)
+    for number in range(400):
+        spoiled = bytearray(data[: random.integers(1, len(data))] if number % 4 == 0 else data)
+        for place in random.integers(0, len(spoiled), 1 + number % 3):
+            spoiled[place] ^= 1 << random.integers(0, 8)
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as new:
+            for name, content in parts.items():
+                new.writestr(name, bytes(spoiled) if name.endswith("data.pkl") else content)
+        with contextlib.suppress(ValueError):
+            Archive(file)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: flows.maf(2, num_transforms=2, hidden_dims=(1500,)),
+    lambda: flows.nsf(200, num_transforms=2, hidden_dims=(600,)),
+    lambda: flows.maf(1000, num_transforms=3, hidden_dims=(50,)),
+    lambda: flows.glow((3, 16, 16), num_steps=8, hidden_dim=128),
+    lambda: flows.tarflow((1, 8, 8)),
+    lambda: flows.sylvester_flow(400, num_transforms=4),
+])  # fmt: skip
+def test_large_flows_stay_far_within_their_allowance(
+    make: Callable[[], flows.Flow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With half of what they are allowed they come back too."""
+    halve(monkeypatch)
+    flow = make()
+    pf.save(flow, tmp_path / "flow")
+    state = pf.load(tmp_path / "flow").state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in flow.state_dict().items())
+
+
+def test_guides_of_many_sites_stay_far_within_their_allowance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def model() -> None:
+        for number in range(60):
+            pyro.sample(f"real{number}", dist.Normal(0.0, 1.0))
+            pyro.sample(f"simplex{number}", dist.Dirichlet(torch.ones(3)))
+            pyro.sample(f"unit{number}", dist.Beta(2.0, torch.ones(2)).to_event(1))
+
+    halve(monkeypatch)
+    guide = pf.AutoFlow(model, lambda dim: flows.realnvp(dim, num_transforms=1, hidden_dims=(4,))).setup()
+    pf.save(guide, tmp_path / "guide")
+    assert len(pf.load(tmp_path / "guide").sample(3)) == 180
+
+
+def halve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allow half as much."""
+    for name in ("FREE_BYTES", "TIMES_BYTES", "TIMES_SQUARES", "FREE_TENSORS", "TIMES_TENSORS"):
+        monkeypatch.setattr(allowance, name, getattr(allowance, name) // 2)

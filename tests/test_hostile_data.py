@@ -1,0 +1,176 @@
+"""Data files of the commands that claim more than they hold, or mean two things, are refused in one line."""
+
+from __future__ import annotations
+
+import resource
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.lib import format as npy
+
+from pyro_flows.__main__ import main
+from pyro_flows.commands import Refused
+from pyro_flows.commands.arrays import read_arrays
+from pyro_flows.commands.data import read_data
+
+MODEL = """
+import pyro, pyro.distributions as dist
+def model(y):
+    pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+"""
+
+
+def header(shape: Any, descr: Any = "<f8", version: tuple[int, int] = (1, 0)) -> bytes:
+    """A file that has numbers for its header alone."""
+    text = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode() + b"\n"
+    size = len(text).to_bytes(2 if version == (1, 0) else 4, "little")
+    return npy.magic(*version) + size + text
+
+
+def raw(text: bytes) -> bytes:
+    return npy.magic(1, 0) + len(text).to_bytes(2, "little") + text
+
+
+CLAIMS = {
+    "10^14 numbers": (header((10**7, 10**7)), "claims 100000000000000 values of 8 bytes"),
+    "10^14 numbers, version 2": (header((10**14,), version=(2, 0)), "claims 100000000000000 values"),
+    "10^14 numbers, version 3": (header((10**14,), version=(3, 0)), "claims 100000000000000 values"),
+    "one long word": (header((1,), "<U500000000"), "claims 1 values of 2000000000 bytes"),
+    "a long field": (header((1,), [("a", "<f8", (10**8,))]), "claims 1 values of 800000000 bytes"),
+    "words without letters": (header((10**14,), "<U0"), "claims 100000000000000 values of 0 bytes"),
+    "columns without rows": (header((0, 10**14)), "claims 0 values"),
+    "negative": (header((-1, -(10**14))), "claims|shape"),
+    "objects": (header((1,), "|O") + b"cos\nsystem\n(S'true'\ntR.", "holds Python objects"),
+    "an object in a field": (header((1,), [("a", "|O")]), "holds Python objects"),
+    "brackets": (raw(b"(" * 5000 + b"\n"), "NumPy file"),
+    "minus signs": (raw(b"-" * 9000 + b"1\n"), "NumPy file"),
+    "a long header": (npy.magic(2, 0) + (2**31).to_bytes(4, "little") + b"{", "NumPy file"),
+    "no version": (npy.magic(9, 0) + b"xx", "NumPy file"),
+    "nothing": (b"", "neither .npy nor .npz"),
+}
+
+
+@pytest.fixture
+def little_memory() -> Any:
+    """What would be taken beyond two gigabytes is refused by the system, too."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("name", CLAIMS)
+def test_headers_that_claim_more_than_there_is_are_refused(name: str, tmp_path: Path) -> None:
+    content, words = CLAIMS[name]
+    (tmp_path / "x.npy").write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("x.npy", content)
+    with zipfile.ZipFile(tmp_path / "small.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", content)
+    for file in ("x.npy", "x.npz", "small.npz"):
+        if not content and file != "x.npy":
+            words = "NumPy file"
+        with pytest.raises(Refused, match="is not a NumPy file of plain arrays") as error:
+            read_arrays(tmp_path / file)
+        assert words in str(error.value) or any(word in str(error.value) for word in words.split("|"))
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 500
+    with pytest.raises(Refused, match="is not a NumPy file of plain arrays"):
+        read_data(tmp_path / "x.npz")
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_an_npz_bomb_is_refused(tmp_path: Path) -> None:
+    """An honest header of a gigabyte of zeros, in a megabyte."""
+    packed = zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+    with packed as archive, archive.open("x.npy", "w", force_zip64=True) as part:
+        part.write(header((2**15, 2**12)))
+        for _ in range(2**10):
+            part.write(bytes(2**20))
+    for read in (read_arrays, read_data):
+        with pytest.raises(
+            Refused, match=r"unpack from \d+ to 107\d+ bytes. If that is right, write it by numpy.savez"
+        ):
+            read(tmp_path / "bomb.npz")
+
+
+def test_compressed_tables_of_much_the_same_numbers_are_read(tmp_path: Path) -> None:
+    """Far more than a hundredfold, but in all no more than fits."""
+    np.savez_compressed(tmp_path / "x.npz", x=np.zeros((10_000, 300)))
+    assert len(read_arrays(tmp_path / "x.npz")[0]) == 300
+    np.savez(tmp_path / "y.npz", x=np.asfortranarray(np.arange(6.0).reshape(2, 3)), columns=["α", "b", "c"])
+    columns, _ = read_arrays(tmp_path / "y.npz")
+    assert {name: column.tolist() for name, column in columns.items()} == {"α": [0, 3], "b": [1, 4], "c": [2, 5]}
+    with pytest.warns(UserWarning, match="format 3.0"):
+        np.save(tmp_path / "named.npy", np.array([(1.0, 2)], dtype=[("φ", "f8"), ("n", "i4")]))
+    assert list(read_arrays(tmp_path / "named.npy")[0]) == ["φ", "n"]
+
+
+def test_damaged_npz_files_are_refused(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "x.npz", x=np.random.default_rng(0).standard_normal((50, 2)))
+    whole = (tmp_path / "x.npz").read_bytes()
+    for place in range(20, len(whole), 97):
+        spoiled = bytearray(whole)
+        spoiled[place] ^= 0xFF
+        (tmp_path / "y.npz").write_bytes(spoiled)
+        try:
+            read_arrays(tmp_path / "y.npz")
+        except Refused as error:
+            assert "\n" not in str(error)  # noqa: PT017
+    np.savez(tmp_path / "twice.npz", x=np.ones((3, 2)))
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(tmp_path / "twice.npz", "a") as archive:
+        archive.writestr("x.npy", header((1,)) + bytes(8))
+    with pytest.raises(Refused, match="several arrays of one name"):
+        read_arrays(tmp_path / "twice.npz")
+
+
+def test_a_table_without_values_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones((0, 3)))
+    with pytest.raises(Refused, match="holds no values in 'x'"):
+        read_arrays(tmp_path / "x.npy")
+
+
+JSON = {
+    "deeply nested": ('{"y": ' + "[" * 100_000 + "]" * 100_000 + "}", "is nested too deeply"),
+    "nested": ('{"y": ' + "[" * 300 + "1" + "]" * 300 + "}", "'y' is nested more than 64 lists deep"),
+    "deep objects": ('{"y":' * 100_000 + "1" + "}" * 100_000, "is nested too deeply"),
+    "a name twice": ('{"y": [1.0], "z": 2, "y": [2.0]}', "gives 'y' more than once; keep one of each"),
+    "a name twice within": ('{"y": {"a": 1, "a": 2}}', "gives 'a' more than once"),
+    "a number of 400 digits": ('{"y": 1' + "0" * 400 + "}", "'y' is an integer beyond 64 bits"),
+    "a number of 5000 digits": ('{"y": 1' + "0" * 5000 + "}", "is not JSON"),
+    "a list of such": ('{"y": [1.5, 1' + "0" * 400 + "]}", "'y' holds integers beyond 64 bits"),
+}
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_hostile_json_is_refused(name: str, tmp_path: Path) -> None:
+    text, words = JSON[name]
+    (tmp_path / "d.json").write_text(text)
+    with pytest.raises(Refused, match=words) as error:
+        read_data(tmp_path / "d.json")
+    assert "\n" not in str(error.value)
+
+
+def test_the_commands_say_so_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("m.py").write_text(MODEL)
+    Path("d.json").write_text(JSON["a name twice"][0])
+    Path("t.npy").write_bytes(CLAIMS["10^14 numbers"][0])
+    for words, said in (
+        (["density", "t.npy"], "claims 100000000000000 values of 8 bytes, in shape (10000000, 10000000), and holds 0"),
+        (["fit", "m.py:model", "--data", "d.json"], "the data file 'd.json' gives 'y' more than once"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            main(words)
+        assert exit_.value.code == 2
+        captured = capsys.readouterr()
+        assert said in captured.err
+        assert captured.err.count("\n") == 1
+        assert captured.out == ""
