@@ -143,25 +143,30 @@ def _locked_name(folder: Path) -> Iterator[str]:
         lock = folder / f"{name}.lock"
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            if not _lock(handle):
-                lock.unlink()  # without a lock nobody is to take the draft for one whose writer is gone
-            elif not _is_still(lock, handle):
-                continue  # another writer has taken it for abandoned before it was locked
-            yield name
-            return
+            try:
+                held = _lock(handle) and _is_still(lock, handle)
+            except OSError:  # no locks here, so nobody may take the draft for one whose writer is gone
+                lock.unlink(missing_ok=True)
+                held = True
+            if held:  # else another writer has taken it for abandoned before it was locked
+                yield name
+                return
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                lock.unlink()
+            lock.unlink(missing_ok=True)
             os.close(handle)
 
 
 def _lock(handle: int) -> bool:
-    """Lock an open file; False where somebody else has, or the file system has no locks."""
+    """Lock an open file; False where somebody else has.
+
+    Raises:
+        OSError: If the file system has no locks.
+    """
     if fcntl is None:
-        return False
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
     return True
 

@@ -95,6 +95,26 @@ def test_threads_that_save_to_one_path_never_mix_flows(tmp_path: Path) -> None:
     assert names(tmp_path) == ["flow.pt"]
 
 
+def test_writers_that_look_for_abandoned_drafts_never_take_those_that_are_about_to_be_locked(tmp_path: Path) -> None:
+    file, errors = tmp_path / "numbers", []
+
+    def keep(letter: str) -> None:
+        try:
+            for _ in range(400):
+                write_atomically(file, lambda draft: Path(draft).write_text(letter * 1000))
+        except OSError as error:
+            errors.append(error)
+
+    writers = [threading.Thread(target=keep, args=(letter,)) for letter in "abcdef"]
+    for thread in writers:
+        thread.start()
+    for thread in writers:
+        thread.join()
+    assert not errors
+    assert file.read_text() in {letter * 1000 for letter in "abcdef"}
+    assert names(tmp_path) == ["numbers"]
+
+
 def test_processes_that_write_to_one_path_never_mix_contents(tmp_path: Path) -> None:
     file = tmp_path / "numbers"
     command = [sys.executable, "-c", REPEATED, str(file)]
