@@ -42,7 +42,9 @@ def hidden_markov() -> None:
         emit = pyro.sample("emit", dist.Beta(1 + rate, 1.0))
     x = torch.tensor(0)
     for t in pyro.markov(range(len(WORDS))):
-        x = pyro.sample(f"x_{t}", dist.Categorical(Vindex(rows[..., None, :, :])[..., x, :]), infer={"enumerate": "parallel"})
+        x = pyro.sample(
+            f"x_{t}", dist.Categorical(Vindex(rows[..., None, :, :])[..., x, :]), infer={"enumerate": "parallel"}
+        )
         pyro.sample(f"y_{t}", dist.Bernoulli(Vindex(emit[..., None, :])[..., x]), obs=WORDS[t])
 
 
@@ -69,7 +71,9 @@ def moments(loss: Any, model: Any, guide: Any, parameters: list[Tensor], number:
     for _ in range(number):
         found = torch.autograd.grad(loss.differentiable_loss(model, guide), parameters, allow_unused=True)
         rows.append(
-            torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(found, parameters, strict=True)])
+            torch.cat(
+                [(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(found, parameters, strict=True)]
+            )
         )
     stacked = torch.stack(rows).double()
     return stacked.mean(0), stacked.std(0) / number**0.5
@@ -125,7 +129,8 @@ def test_gradients_vanish_at_the_posterior_draw_by_draw() -> None:
         guide.zero_grad()
         PathEnumELBO(max_plate_nesting=0, **settings).loss_and_grads(conjugate, guide)
         grads = [parameter.grad.abs().max() for parameter in guide.parameters()]
-        assert len(grads) == 2 and max(grads) < 1e-5
+        assert len(grads) == 2
+        assert max(grads) < 1e-5
         guide.zero_grad()
         TraceEnum_ELBO(max_plate_nesting=0, **settings).loss_and_grads(conjugate, guide)
         assert max(parameter.grad.abs().max() for parameter in guide.parameters()) > 1e-3

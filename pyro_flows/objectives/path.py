@@ -23,6 +23,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from ..flows.distribution import FlowDistribution
+from ..programs.matching import check_drawn
 
 
 class PathGradient:
@@ -32,6 +33,7 @@ class PathGradient:
         # Inside of the ELBO's own handlers: a second run must not take a branch from its queue of discrete choices.
         seen = poutine.trace(_CarryScores()(guide))
         for model_trace, guide_trace in super()._get_traces(model, seen, args, kwargs):  # type: ignore[misc]
+            check_drawn(f"{type(self).__name__}: ", model_trace, guide_trace)
             self._hold_parameters(guide, seen.trace, model_trace, guide_trace, args, kwargs)
             yield model_trace, guide_trace
 
@@ -78,8 +80,8 @@ class PathELBO(PathGradient, Trace_ELBO):
     The other arguments are those of Pyro's ``ELBO``.
 
     Raises:
-        ValueError: In use, naming the site, if the context of a flow in the guide is another each time, as with
-            dropout.
+        ValueError: In use, naming the site, if the guide draws what is no latent of the model, or counts where the
+            model is masked; or if the context of a flow in the guide is another each time, as with dropout.
 
     Example::
 
@@ -112,8 +114,8 @@ class PathEnumELBO(PathGradient, TraceEnum_ELBO):
     The other arguments are those of Pyro's ``ELBO``.
 
     Raises:
-        ValueError: In use, naming the site, if the context of a flow in the guide is another each time, as with
-            dropout.
+        ValueError: In use, naming the site, if the guide draws what is no latent of the model, or counts where the
+            model is masked; or if the context of a flow in the guide is another each time, as with dropout.
 
     Example::
 

@@ -1,0 +1,52 @@
+"""A guide's trace beside the model's: the same latents, under the same masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+
+from .masks import Mask, is_observation, mask_of
+
+
+def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
+    """Refuse a guide that draws what is no latent of the model, or counts where the model's latent is masked.
+
+    Either adds an entropy to the objective that nothing in the model bounds.
+
+    Raises:
+        ValueError: If the guide draws a site that the model has not, or observes; if a mask takes rows of a latent and
+            of the data out of the model, and not out of the guide.
+    """
+    nodes = model.nodes
+    for name, site in guide.nodes.items():
+        if site["type"] != "sample" or site["is_observed"] or site["infer"].get("is_auxiliary"):
+            continue
+        if site_is_subsample(site):
+            continue
+        if name not in nodes or nodes[name]["is_observed"]:
+            what = "observed in" if name in nodes else "not in"
+            raise ValueError(
+                f"{owner}site {name!r} of the guide is {what} the model; is it the guide of another model? Where sites "
+                "come and go with the data, pad the data and mask the observed sites only."
+            )
+        mask = mask_of(nodes[name])
+        if mask.every is not True and mask.hides and not _same(mask, mask_of(site)) and _hides_data(model):
+            raise ValueError(
+                f"{owner}latent site {name!r} is masked in the model, and not in the guide, whose entropy would count "
+                "where the model has no density. Build the guide from the masked model, as in "
+                "AutoPlateFlow(poutine.mask(model, mask=...), plate), or mask the observed sites only."
+            )
+
+
+def _same(one: Mask, other: Mask) -> bool:
+    pairs = [[torch.as_tensor(part) for part in pair] for pair in zip(one, other, strict=True)]
+    return all(bool((a.to(b.device) == b).all()) for a, b in pairs)
+
+
+def _hides_data(model: Trace) -> bool:
+    """True if data are masked too: a mask on latents alone is a flat prior, which is for the guide to count."""
+    sites: list[dict[str, Any]] = list(model.nodes.values())
+    return any(mask_of(site).hides for site in sites if is_observation(site))
