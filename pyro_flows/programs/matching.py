@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pyro.distributions import Delta, Independent
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
@@ -33,12 +34,26 @@ def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
                 "come and go with the data, pad the data and mask the observed sites only."
             )
         mask = mask_of(nodes[name])
-        if mask.every is not True and mask.hides and not _same(mask, mask_of(site)) and _hides_data(model):
+        if mask.every is True or not mask.hides or _same(mask, mask_of(site)):
+            continue
+        if _hides_data(model) and not _is_point(site, guide):
             raise ValueError(
                 f"{owner}latent site {name!r} is masked in the model, and not in the guide, whose entropy would count "
                 "where the model has no density. Build the guide from the masked model, as in "
                 "AutoPlateFlow(poutine.mask(model, mask=...), plate), or mask the observed sites only."
             )
+
+
+def _is_point(site: dict[str, Any], guide: Trace) -> bool:
+    """True if a site is a point without entropy, and no draw that another site has been scored for is placed there."""
+    fn = site["fn"]
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return isinstance(fn, Delta) and not any(node["infer"].get("is_auxiliary") for node in _sites(guide))
+
+
+def _sites(trace: Trace) -> list[dict[str, Any]]:
+    return [site for site in trace.nodes.values() if site["type"] == "sample"]
 
 
 def _same(one: Mask, other: Mask) -> bool:
@@ -48,5 +63,4 @@ def _same(one: Mask, other: Mask) -> bool:
 
 def _hides_data(model: Trace) -> bool:
     """True if data are masked too: a mask on latents alone is a flat prior, which is for the guide to count."""
-    sites: list[dict[str, Any]] = list(model.nodes.values())
-    return any(mask_of(site).hides for site in sites if is_observation(site))
+    return any(mask_of(site).hides for site in _sites(model) if is_observation(site))
