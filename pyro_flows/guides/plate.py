@@ -42,9 +42,9 @@ class AutoPlateFlow(FlowGuide):
     an encoder computes from the data (*amortised*: rows never seen work as well) or, without one, is learned for each
     row.  The plate may be subsampled: minibatches are tied to the rows' indices, and Pyro's plate scales them.  Latents
     in the plate may lie in further plates, of fixed size: they belong to the row.  Rows that a mask takes out of the
-    model do not count in the guide.  A model without latents outside of
-    the plate is a variational autoencoder (Kingma, Welling 2013, arXiv:1312.6114), one with some a hierarchy (Agrawal,
-    Domke 2021, arXiv:2111.03144); one without latents in it gets what ``AutoFlow`` gives.
+    model do not count in the guide.  A model without latents outside of the plate is a variational autoencoder (Kingma,
+    Welling 2013, arXiv:1312.6114), one with some a hierarchy (Agrawal, Domke 2021, arXiv:2111.03144); one without
+    latents in it gets what ``AutoFlow`` gives.
 
     Args:
         model: A Pyro model of fixed structure, with continuous latents.
@@ -71,7 +71,8 @@ class AutoPlateFlow(FlowGuide):
     Example::
 
         >>> import pyro, torch
-        >>>         >>> from pyro_flows.encoders import MLPEncoder
+        >>> import pyro.distributions as dist
+        >>> from pyro_flows.encoders import MLPEncoder
         >>> def model(y):
         ...     mean = pyro.sample("mean", dist.Normal(0, 1))
         ...     with pyro.plate("group", len(y), subsample_size=2) as rows:
@@ -115,9 +116,9 @@ class AutoPlateFlow(FlowGuide):
         self._check_model()
         try:
             super()._setup_prototype(*args, **kwargs)
-            check_latents("AutoPlateFlow", self.prototype_trace, self.plate)
             rows = self._calls.begin(self.model, self.prototype_trace, args, kwargs).rows
             assert rows is not None
+            check_latents("AutoPlateFlow", self.prototype_trace, self.plate)
             here = "AutoPlateFlow", self.model, self.prototype_trace
             check_density(*here, args, kwargs)
             shared, own = self._sorted(rows)
@@ -184,6 +185,7 @@ class AutoPlateFlow(FlowGuide):
             result.update(posterior.shared.place(g, plates))
         if posterior.local_flow:
             plate, name = plates[self.plate], f"_{self._pyro_name}_{self.plate}_latent"
+            # The model enters the plate itself, so it is looked at before the guide is in there.
             masking = self._calls.masking(self.model, self.prototype_trace, plate.indices, args, kwargs)
             with plate as indices, masking:
                 rows = self.contexts.of(self.model, plate, indices, args, kwargs)
