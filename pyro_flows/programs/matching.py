@@ -40,8 +40,8 @@ def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
             raise ValueError(
                 f"{owner}latent site {name!r} is masked in the model, and not in the guide, whose entropy would count "
                 "where the model has no density. Build the guide from the masked model, as in "
-                "AutoPlateFlow(poutine.mask(model, mask=...), plate), or mask the observed sites only. For a flat prior "
-                "write dist.ImproperUniform."
+                "AutoPlateFlow(poutine.mask(model, mask=...), plate), or mask the observed sites only. For a flat "
+                "prior write dist.ImproperUniform."
             )
 
 
