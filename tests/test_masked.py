@@ -461,6 +461,13 @@ def test_a_look_leaves_the_random_numbers_as_they_are(build: Callable[..., Any])
     assert torch.equal(*found)
 
 
+def test_a_guide_that_was_set_up_draws_without_arguments() -> None:
+    """As Pyro's own: ``guide()`` needs no data again."""
+    guide = AutoFlow(chain, small).setup(X)
+    for other in (guide, copy.deepcopy(guide)):
+        assert other()["z_0"].shape == (3,)
+
+
 def test_copies_and_pickles_hold_no_data() -> None:
     guide = AutoFlow(chain, small).setup(X)
     assert guide._calls._last is not None

@@ -103,9 +103,11 @@ class Calls:
 
     def _knows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """True if arguments need no look: a traced program has one structure for ever; a mask may change unseen."""
-        if self._last is None or (self.masked and self.plate is not None):
+        if self.masked and self.plate is not None:
             return False
-        return bool(torch._C._get_tracing_state()) or self._last.are(args, kwargs)
+        if not (args or kwargs) or torch._C._get_tracing_state():  # to draw again takes no data
+            return True
+        return self._last is not None and self._last.are(args, kwargs)
 
     def _aside(self, prototype: Trace) -> Any:
         return same_draws([site for _, site in prototype.iter_stochastic_nodes()])
