@@ -16,6 +16,7 @@ LAYERS = [
     {"transforms"},
     {"distributions"},
     {"flows"},
+    {"programs"},
     {"objectives", "guides", "diagnostics"},
     {"fitting", "persistence"},
     {"__init__"},

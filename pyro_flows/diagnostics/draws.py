@@ -16,6 +16,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
+from ..programs.matching import check_drawn
 from .alongside import log_prob_of_draws, rows_of, side_by_side
 from .noise import warn_of_noise
 
@@ -137,7 +138,7 @@ def check_guide(
 
 
 def _check_match(model: Trace, guide: Trace) -> None:
-    """Refuse a guide that is a point, and latents that only one of the two has: their weights mean nothing."""
+    """Refuse a guide that is a point, latents of only one of the two, and other masks: their weights mean nothing."""
     drawn = dict(guide.iter_stochastic_nodes())
     if drawn and all(isinstance(site["fn"], dist.Delta) for site in drawn.values()):
         raise ValueError("the guide is a point (every site is a Delta) and not a distribution; it cannot be weighed.")
@@ -146,9 +147,7 @@ def _check_match(model: Trace, guide: Trace) -> None:
             raise ValueError(
                 f"latent site {name!r} of the model is not in the guide; sum it out of the model, or give it a guide."
             )
-    for name, site in drawn.items():
-        if name not in model.nodes and not site["infer"].get("is_auxiliary"):
-            raise ValueError(f"site {name!r} of the guide is not in the model; is it the guide of another model?")
+    check_drawn("", model, guide)
 
 
 def subsampled_plate(trace: Trace) -> str:

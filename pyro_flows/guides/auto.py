@@ -22,6 +22,7 @@ from ..flows import Flow
 from ..flows.chunks import chunk_for, in_chunks
 from ..transforms import Compose, Conditioned, View
 from .base import FlowGuide
+from .calls import Calls
 from .checks import check_density, check_latents, check_same, check_supports
 from .circles import is_circular, mark_circles
 from .encoding import at_rest, check_encoder, encode, finite, width_for_one
@@ -39,10 +40,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
         z = constrain(F(A(T(u)))),    log q(z) = log p_base(u) - log|det dz/du| in nats
 
     A (a full matrix up to 64 unconstrained latents, a scale each beyond) starts at ``init_scale``, F at
-    ``init_loc_fn``; ``fit_svi`` sets F to a Gaussian (Kucukelbir et al. 2017, arXiv:1603.00788; Rezende, Mohamed 2015,
-    arXiv:1505.05770).  It is a Pyro ``AutoContinuous``: SVI with any ELBO, ``Predictive``, ``AutoGuideList`` and
-    ``NeuTraReparam`` take it as it is.  Latents on circles, which are von Mises or lie on intervals that are marked
-    ``infer={"periodic": True}``, get circular splines.
+    ``init_loc_fn``; ``fit_svi`` sets F to a Gaussian.  It is a Pyro ``AutoContinuous``: SVI with any ELBO,
+    ``Predictive``, ``AutoGuideList`` and ``NeuTraReparam`` take it as it is.  Latents on circles, which are von Mises
+    or on intervals marked ``infer={"periodic": True}``, get circular splines.
 
     With an encoder the guide is *amortised*: q(z | data), one network for all data sets, trained by ``fit_amortized``.
     Then ``guide.sample(n, x)`` is the posterior of data ``x``; :meth:`bind` makes a guide of that data set alone.
@@ -65,8 +65,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
     Raises:
         TypeError: If ``flow``, ``base`` or ``encoder`` cannot be called; at :meth:`setup`, if the recipe fails.
         ValueError: If ``init_scale`` is not positive; at :meth:`setup`, naming the site: if a latent is discrete, if
-            its support has no volume or depends on another latent, if it lies in a subsampled plate, or if the model's
-            density is not finite at the start; or if the recipe's flow or the encoder's output does not fit.
+            its support has no volume or depends on another latent, if it is masked or in a subsampled plate, or if the
+            model's density is not finite at the start; or if the recipe's flow or the encoder's output does not fit.
+            In use, if arguments change which latents the model has, or their shapes.
 
     Example::
 
@@ -100,8 +101,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         check_scale("AutoFlow", init_scale)
         super().__init__(mark_circles(model), init_loc_fn=init_loc_fn)
         self._build_flow, self._build_base = flow, base
-        self._init_scale = float(init_scale)
-        self.encoder = encoder
+        self._init_scale, self.encoder = float(init_scale), encoder
+        self._calls = Calls("AutoFlow")
         self._pyro_name = claim_name(self, name)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -117,6 +118,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 if not amortised:
                     check_density(*here, args, kwargs)
                 check_supports(*here, self._init_scale, args, kwargs)
+                self._calls.begin(self.model, self.prototype_trace, args, kwargs)
             self._context_dim = width_for_one("AutoFlow", self.encoder, self.model, args, kwargs)
             self._build()
         except Exception:
@@ -124,8 +126,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             raise
 
     def _build(self) -> None:
-        nodes = self.prototype_trace.nodes
-        self._circular = [is_circular(nodes[name]) for name in self.coordinates]
+        self._circular = [is_circular(self.prototype_trace.nodes[name]) for name in self.coordinates]
         sizes = self.latent_dim, self._context_dim
         flow = built("AutoFlow", "flow", self._build_flow, default_for(self._circular, self._context_dim), *sizes)
         self.flow = assemble(flow, self._build_base, self._init_loc(), self._init_scale, self._circular)
@@ -188,16 +189,15 @@ class AutoFlow(FlowGuide, AutoContinuous):
             raise ValueError("AutoFlow.bind: give one data set, for which the encoder returns one vector.")
         new, context = copy.deepcopy(self), nn.Parameter(seen.clone())
         layers = [Conditioned(t, context) if t.context_dim else t for t in new.flow.transforms]
-        new.encoder, new._context_dim = None, 0
-        new.flow = Flow(layers, new.flow.base)
+        new.encoder, new._context_dim, new.flow = None, 0, Flow(layers, new.flow.base)
         return new
 
     # Pyro's protocol of continuous guides.
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw the latents, as Pyro's guides do: site name -> value."""
-        if self.prototype_trace is not None:
-            self._adopt_stored()
+        self.setup(*args, **kwargs)
+        self._calls.rows(self.model, self.prototype_trace, args, kwargs, needed=False)
         return super().forward(*args, **kwargs)
 
     def get_base_dist(self) -> dist.TorchDistribution:

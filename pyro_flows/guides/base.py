@@ -95,26 +95,35 @@ class FlowGuide(AutoGuide):
 
     # Parameters under a name of the guide's own.
 
-    def _adopt_stored(self) -> None:
-        """Take over what Pyro's parameter store holds under the guide's name: it may have been loaded since."""
-        for name, module in self._modules.items():
-            if module is not None and not _is_module_local_param_enabled():
-                adopt_stored_parameters(f"{self._pyro_name}.{name}", module)
+    def _adopt_stored(self, *names: str) -> None:
+        """Let modules take over what Pyro's parameter store holds under the guide's name: it may have been loaded."""
+        if not _is_module_local_param_enabled():
+            for name in names or self._modules:
+                if (module := self._modules[name]) is not None:
+                    adopt_stored_parameters(f"{self._pyro_name}.{name}", module)
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
         """Inside a list of guides too, the guide keeps its own name, which is unique; its place in the list is not."""
         super()._pyro_set_supermodule(self._pyro_name, context)
 
     def __getattr__(self, name: str) -> Any:
+        """Every way to a network leads through here, so that none answers from parameters older than the store's."""
+        if name in self.__dict__.get("_modules", ()):
+            self._adopt_stored(name)
         value = super().__getattr__(name)
         if isinstance(value, nn.Module) and not isinstance(value, PyroModule) and _is_module_local_param_enabled():
             for parameter in value.parameters():  # SVI asks each parameter for this, and Pyro forgets it in this mode
                 parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
         return value
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._adopt_stored()
+        super()._save_to_state_dict(*args, **kwargs)
+
     # Copies: independent parameters under a name of their own; pickles leave the model behind.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        self._adopt_stored()
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         shared = {name: self.__dict__.get(name) for name in ("_model", "prototype_trace", *self.recipes)}
@@ -124,6 +133,7 @@ class FlowGuide(AutoGuide):
         return new
 
     def __getstate__(self) -> dict[str, Any]:
+        self._adopt_stored()
         for parameter in self.parameters():
             parameter.__dict__.pop("unconstrained", None)  # a weak reference that Pyro leaves on parameters
         return {**self.__dict__, "_model": (None,), "master": None, **dict.fromkeys(self.recipes)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pyro.distributions as dist
@@ -12,6 +12,8 @@ from pyro import poutine, validation_enabled
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to, constraints
+
+from .look import Found, look
 
 
 @contextlib.contextmanager
@@ -135,24 +137,47 @@ def check_same(
     """Refuse arguments with which the latents have other shapes or supports than those that a guide was built for."""
     if model is None:
         return  # a guide that was saved
-    latents = dict(prototype.iter_stochastic_nodes())
-    with poutine.block(), torch.no_grad(), validation_enabled(False):
-        nodes = poutine.trace(model).get_trace(*args, **kwargs).nodes
-    for name, site in latents.items():
-        value = nodes[name]["value"] if name in nodes else None
-        if value is None or value.shape != site["value"].shape:
-            shape = None if value is None else tuple(value.shape)
-            raise ValueError(
-                f"{owner}: with these arguments latent site {name!r} has shape {shape}, but the guide was built for "
-                f"{tuple(site['value'].shape)}. Build another, or give each row a posterior of its own: AutoPlateFlow."
-            )
+    found = look(model, args, kwargs)
+    check_shapes(owner, prototype, found)
+    for name, site in prototype.iter_stochastic_nodes():
+        support = found.latents[name]["fn"].support
         place = biject_to(site["fn"].support).inv(site["value"].detach())
-        if not torch.allclose(
-            biject_to(nodes[name]["fn"].support)(place), site["value"].detach(), rtol=1e-4, atol=1e-6
-        ):
+        if not torch.allclose(biject_to(support)(place), site["value"].detach(), rtol=1e-4, atol=1e-6):
             raise ValueError(
-                f"{owner}: with these arguments latent site {name!r} has the support {nodes[name]['fn'].support}, and "
-                "not that of the arguments that the guide was built for. Draw it on a fixed scale and stretch it."
+                f"{owner}: with these arguments latent site {name!r} has the support {support}, and not that of the "
+                "arguments that the guide was built for. Draw it on a fixed scale and stretch it."
+            )
+
+
+def check_shapes(owner: str, prototype: Trace, found: Found, plate: str | None = None) -> None:
+    """Refuse a model without the latents of a guide, or with other shapes, but for the number of a plate's rows."""
+    for name, site in prototype.iter_stochastic_nodes():
+        shape = list(site["value"].shape)
+        for frame in site["cond_indep_stack"]:
+            if frame.name == plate and found.rows:
+                shape[frame.dim - site["fn"].event_dim] = found.rows.size
+        if name not in found.latents:
+            how = "observed" if name in found.observed else "not in the model"
+            raise ValueError(
+                f"{owner}: with these arguments latent site {name!r} is {how}, but the guide was built for one of "
+                f"shape {tuple(shape)}. Build another guide, or let the model draw the same sites for all data: pad "
+                "series to one length, and mask the observed sites only."
+            )
+        if (there := tuple(found.latents[name]["value"].shape)) != tuple(shape):
+            raise ValueError(
+                f"{owner}: with these arguments latent site {name!r} has shape {there}, but the guide was built for "
+                f"{tuple(shape)}. Build another, or give each row a posterior of its own: AutoPlateFlow."
+            )
+
+
+def check_no_more(owner: str, prototype: Trace, found: Found, observed: Collection[str]) -> None:
+    """Refuse latents that a guide was not built for, but sites that were data then and are to be predicted now."""
+    for name, site in found.latents.items():
+        if name not in prototype.nodes and name not in observed:
+            raise ValueError(
+                f"{owner}: with these arguments the model has the latent site {name!r} of shape "
+                f"{tuple(site['value'].shape)}, which it had not with those that the guide was built for. Build "
+                "another guide, or let the model draw the same sites for all data."
             )
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .encoding import encode, finite, probe
-from .rows import Rows, rows_of_plate, take_rows
+from .look import Rows, look
+from .rows import take_rows
 
 PACE = 30.0  # a row is seen once in many steps, and then has to move farther than what all rows share
 
@@ -74,7 +75,9 @@ class RowContexts(nn.Module):
         """The contexts of all rows that the arguments tell of."""
         if self.embedding is not None:
             if model is not None:  # which saved guides are without
-                self._check_known(rows_of_plate(model, self.plate, args, kwargs).full_size)
+                rows = look(model, args, kwargs, plate=self.plate, until=()).rows
+                assert rows is not None
+                self._check_known(rows.full_size)
             return PACE * self.embedding.weight
         context = self._encode(model, args, kwargs)
         self._check(context, len(context), len(context))

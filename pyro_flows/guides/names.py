@@ -11,6 +11,7 @@ import weakref
 from typing import Any
 
 import pyro
+import torch
 from pyro.params.param_store import param_with_module_name
 from torch import nn
 
@@ -56,5 +57,6 @@ def adopt_stored_parameters(name: str, module: nn.Module) -> None:
                     f"The parameter store holds {full!r} of shape {tuple(stored.shape)}, but the guide needs "
                     f"{tuple(parameter.shape)}; give the guide another name= or clear the store."
                 )
-            parameter.data.copy_(stored)
+            with torch.no_grad():
+                parameter.copy_(stored)
             del store[full]

@@ -69,10 +69,11 @@ class Nested(nn.Module):
             found.update(self.own.values(self.local_flow(self.contexts(rows, g)).sample(more), size))
         return found
 
-    def log_prob(self, values: dict[str, Tensor], rows: Tensor) -> Tensor:
+    def log_prob(self, values: dict[str, Tensor], rows: Tensor, mask: Tensor | None = None) -> Tensor:
         """The log-density of values ``(*batch, *site_shape)`` for rows with some contexts, ``batch``.
 
-        Many are scored some at a time, those of the first dimension of the batch, so that they fit into memory.
+        Rows that a mask ``(rows,)`` takes out do not count.  Many values are scored some at a time, those of the first
+        dimension of the batch, so that they fit into memory.
         """
         parts = {**self.shared.parts, **self.own.parts}
         given = [(values[name], part) for name, part in parts.items() if name in values]
@@ -80,11 +81,13 @@ class Nested(nn.Module):
         batch = batches.pop() if len(given) == len(parts) and len(batches) == 1 else torch.Size()
         size = chunk_for((self.shared.size + len(rows) * self.own.size) * batch[1:].numel())
         if batch[:1].numel() <= size:
-            return self._log_prob(values, rows)
+            return self._log_prob(values, rows, mask)
         chunks = zip(*(value.split(size) for value, _ in given), strict=True)
-        return torch.cat([recomputed(self._log_prob, dict(zip(parts, chunk, strict=True)), rows) for chunk in chunks])
+        return torch.cat(
+            [recomputed(self._log_prob, dict(zip(parts, chunk, strict=True)), rows, mask) for chunk in chunks]
+        )
 
-    def _log_prob(self, values: dict[str, Tensor], rows: Tensor) -> Tensor:
+    def _log_prob(self, values: dict[str, Tensor], rows: Tensor, mask: Tensor | None) -> Tensor:
         total, g = torch.zeros(()), None
         if self.flow:
             packed, log_det = self.shared.pack(values)
@@ -94,5 +97,6 @@ class Nested(nn.Module):
             packed, log_det = self.own.pack(values)
             own = packed.reshape(*packed.shape[:-1], *(1,) * self.own.trailing, -1)
             log_q = self.local_flow(self.contexts(rows, g)).log_prob(own)
-            total = total + (log_q.reshape(log_det.shape) + log_det).sum(-1)
+            log_q = log_q.reshape(log_det.shape) + log_det
+            total = total + (log_q if mask is None else log_q.where(mask, 0.0)).sum(-1)
         return total

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
+import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
@@ -94,6 +97,14 @@ class Packing:
             value = part.transform(free)
             change = part.transform.log_abs_det_jacobian(free, value)
             yield name, part, value, _sum_rightmost(change, change.dim() - depth)
+
+    def place(self, latent: Tensor, plates: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """Put packed latents at their sites, in their plates: each site's name and value."""
+        for name, part, value, log_det in self.unpack(latent):
+            with ExitStack() as stack:
+                for frame in part.plates:
+                    stack.enter_context(plates[frame.name])
+                yield name, pyro.sample(name, dist.Delta(value, log_density=-log_det, event_dim=part.event_dim))
 
     def values(self, latent: Tensor, size: int) -> Iterator[tuple[str, Tensor]]:
         """Draws ``(size, ..., size of a vector)``: each site's name and values, ``(size, *site_shape)``."""

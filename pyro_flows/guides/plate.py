@@ -7,32 +7,30 @@ arXiv:2111.03144).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
-from pyro import poutine, validation_enabled
 from pyro.infer.autoguide.initialization import InitMessenger
-from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from ..bijectors import Affine
 from ..flows import Flow
 from .base import FlowGuide
+from .calls import Calls
 from .checks import check_density, check_latents, check_supports
 from .circles import is_circular, mark_circles
 from .contexts import RowContexts
 from .encoding import at_rest, check_encoder
 from .init import init_to_center
+from .look import Found, Rows
+from .masked import mask_of_all
 from .names import claim_name
 from .nested import Nested
 from .packing import Packing
 from .recipe import assemble, assemble_local, built, check_recipe, check_scale, default_flow, default_local
-from .rows import InTurn, Rows, Shuffled, check_tied, rows_of_plate
+from .rows import InTurn, Shuffled, check_tied
 
 
 class AutoPlateFlow(FlowGuide):
@@ -43,9 +41,10 @@ class AutoPlateFlow(FlowGuide):
     The latents l_i of row i get a posterior of their own, given the latents g outside and the row's context c_i, which
     an encoder computes from the data (*amortised*: rows never seen work as well) or, without one, is learned for each
     row.  The plate may be subsampled: minibatches are tied to the rows' indices, and Pyro's plate scales them.  Latents
-    in the plate may lie in further plates, of fixed size: they belong to the row.  A model without latents outside of
-    the plate is a variational autoencoder (Kingma, Welling 2013, arXiv:1312.6114), one with some a hierarchy (Agrawal,
-    Domke 2021, arXiv:2111.03144); one without latents in it gets what ``AutoFlow`` gives.
+    in the plate may lie in further plates, of fixed size: they belong to the row.  Rows that a mask takes out of the
+    model do not count in the guide.  A model without latents outside of the plate is a variational autoencoder (Kingma,
+    Welling 2013, arXiv:1312.6114), one with some a hierarchy (Agrawal, Domke 2021, arXiv:2111.03144); one without
+    latents in it gets what ``AutoFlow`` gives.
 
     Args:
         model: A Pyro model of fixed structure, with continuous latents.
@@ -66,8 +65,8 @@ class AutoPlateFlow(FlowGuide):
         TypeError: If a recipe or ``encoder`` cannot be called; at :meth:`setup`, if a recipe fails.
         ValueError: If ``init_scale`` or ``embedding_dim`` is out of its range; at :meth:`setup`, naming site or plate:
             if the model lacks the plate, another plate that holds latents is subsampled, a latent is discrete, an angle
-            or has no fixed support, its density is not finite at the start, or what encoder or recipe return does not
-            fit.
+            or has no fixed support, its density is not finite at the start, a mask divides a row, or what encoder or
+            recipe return does not fit.  In use, if arguments change which latents the model has, or their shapes.
 
     Example::
 
@@ -110,17 +109,19 @@ class AutoPlateFlow(FlowGuide):
         self._build_local, self._build_global = local_flow, global_flow
         self._init_scale = init_scale
         self.contexts, self.minibatches = RowContexts(plate, encoder, embedding_dim), Shuffled()
+        self._calls = Calls("AutoPlateFlow", plate)
         self._pyro_name = claim_name(self, name)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self._check_model()
         try:
             super()._setup_prototype(*args, **kwargs)
-            rows = rows_of_plate(self.model, self.plate, args, kwargs)
+            rows = self._calls.begin(self.model, self.prototype_trace, args, kwargs).rows
+            assert rows is not None
             check_latents("AutoPlateFlow", self.prototype_trace, self.plate)
             here = "AutoPlateFlow", self.model, self.prototype_trace
             check_density(*here, args, kwargs)
-            shared, own = self._sorted(self.prototype_trace, rows)
+            shared, own = self._sorted(rows)
             scale = float(self._init_scale or (0.1 if shared.size else 1.0))
             check_supports(*here, scale, args, kwargs)
             self._build(rows, shared, own, scale, args, kwargs)
@@ -149,9 +150,10 @@ class AutoPlateFlow(FlowGuide):
         self.full_size = rows.full_size
         self._adopt_stored()
 
-    def _sorted(self, trace: Trace, rows: Rows) -> tuple[Packing, Packing]:
-        """The latents outside of the plate, and those in it."""
-        sites = [site for _, site in trace.iter_stochastic_nodes()]
+    def _sorted(self, rows: Rows, found: Found | None = None) -> tuple[Packing, Packing]:
+        """The latents outside of the plate, and those in it, as they were at setup or are found to be now."""
+        at_setup = dict(self.prototype_trace.iter_stochastic_nodes())
+        sites = [found.latents[name] if found else site for name, site in at_setup.items()]
         if not sites:
             raise ValueError("AutoPlateFlow: the model has no latents.")
         if angles := [site["name"] for site in sites if is_circular(site)]:
@@ -175,44 +177,39 @@ class AutoPlateFlow(FlowGuide):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw the latents, those of the plate's present rows, as Pyro's guides do: site name -> value."""
         self.setup(*args, **kwargs)
-        self._adopt_stored()
-        posterior, plates = self.posterior, self._plates(args, kwargs)
+        posterior = self.posterior
+        plates = self._plates(posterior, args, kwargs)
         result, g = dict[str, Tensor](), None
         if posterior.flow:
             g = pyro.sample(f"_{self._pyro_name}_latent", posterior.flow(), infer={"is_auxiliary": True})
-            result.update(self._place(posterior.shared, g, plates))
+            result.update(posterior.shared.place(g, plates))
         if posterior.local_flow:
-            with plates[self.plate] as indices:
-                rows = self.contexts.of(self.model, plates[self.plate], indices, args, kwargs)
-                q, name = posterior.local_flow(posterior.contexts(rows, g)), f"_{self._pyro_name}_{self.plate}_latent"
+            plate, name = plates[self.plate], f"_{self._pyro_name}_{self.plate}_latent"
+            # The model enters the plate itself, so it is looked at before the guide is in there.
+            masking = self._calls.masking(self.model, self.prototype_trace, plate.indices, args, kwargs)
+            with plate as indices, masking:
+                rows = self.contexts.of(self.model, plate, indices, args, kwargs)
+                q = posterior.local_flow(posterior.contexts(rows, g))
                 latent = pyro.sample(name, q, infer={"is_auxiliary": True})
-            result.update(self._place(posterior.own, latent, plates))
+            with masking:
+                result.update(posterior.own.place(latent, plates))
         return result
 
-    def _plates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _plates(self, posterior: Nested, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The plates that latents lie in, of the sizes that they have with these arguments."""
+        needed = self.master is None and posterior.own.size > 0
+        rows = self._calls.rows(self.model, self.prototype_trace, args, kwargs, needed=needed)
         if self.master is not None:
             return self._create_plates()
         frames = self._prototype_frames.values()
         made = {f.name: pyro.plate(f.name, f.size, dim=f.dim) for f in frames if f.name != self.plate}
-        if self.posterior.own.size:
-            if self.model is None:  # a guide that was saved looks at all rows that it is told of
-                full_size = size = len(self._all_rows(args, kwargs))
-                chosen = None
-            else:
-                full_size, size, chosen = rows_of_plate(self.model, self.plate, args, kwargs)
+        if needed:
+            if rows is None:  # a guide that was saved looks at all rows that it is told of
+                number = len(self._all_rows(args, kwargs))
+                rows = Rows(number, number, None)
             with InTurn(self.plate, self.minibatches):
-                made[self.plate] = pyro.plate(self.plate, full_size, size, chosen, dim=self.posterior.own.dim)
+                made[self.plate] = pyro.plate(self.plate, *rows, dim=posterior.own.dim)
         return made
-
-    @staticmethod
-    def _place(packing: Packing, latent: Tensor, plates: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        """Put packed latents at their sites."""
-        for name, part, value, log_det in packing.unpack(latent):
-            with ExitStack() as stack:
-                for frame in part.plates:
-                    stack.enter_context(plates[frame.name])
-                yield name, pyro.sample(name, dist.Delta(value, log_density=-log_det, event_dim=part.event_dim))
 
     # Using the answer, for all rows of the plate even where the model looks at a few.
 
@@ -223,11 +220,12 @@ class AutoPlateFlow(FlowGuide):
         Returns:
             For each latent site values of shape ``(num_samples, *site_shape)``.
         """
-        rows = self.setup(*args, **kwargs)._all_rows(args, kwargs)
+        self.setup(*args, **kwargs)._look(args, kwargs)
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(
                 f"AutoPlateFlow.sample: num_samples must be an integer of at least 1, got {num_samples!r}."
             )
+        rows = self._all_rows(args, kwargs)
         size = max(1, 100_000 // max(1, len(rows)))
         sizes = [size] * (num_samples // size) + [num_samples % size] * (num_samples % size > 0)
         batches = [self.posterior.draw(size, rows) for size in sizes]
@@ -237,24 +235,24 @@ class AutoPlateFlow(FlowGuide):
         """The guide's log-density, in nats, of any constrained values of all rows.
 
         Values of all latent sites, ``(*batch, *site_shape)``, have one of shape ``batch``; -inf outside of the support.
+        Rows that the model masks do not count.
         """
-        rows = self.setup(*args, **kwargs)._all_rows(args, kwargs)
-        return self.posterior.log_prob(values, rows)
+        found = self.setup(*args, **kwargs)._look(args, kwargs)
+        mask = mask_of_all(self.plate, found) if found else None
+        return self.posterior.log_prob(values, self._all_rows(args, kwargs), mask)
 
     def _all_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The contexts of all rows, ``(rows, context_dim)``; of one without content where none is needed."""
-        self._check_supports(args, kwargs)
         if not self.posterior.local_flow:
             return torch.zeros(1, 0)
         with at_rest(self.contexts.encoder):
             return self.contexts.of_all(self.model, args, kwargs)
 
-    def _check_supports(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse arguments that move the supports of the latents."""
-        if self.model is None:
-            return  # a guide that was saved
-        with poutine.block(), torch.no_grad(), validation_enabled(False):
-            trace = prune_subsample_sites(poutine.trace(self.model).get_trace(*args, **kwargs))
-        there = self._sorted(trace, rows_of_plate(self.model, self.plate, args, kwargs))
-        for packing, other in zip((self.posterior.shared, self.posterior.own), there, strict=True):
-            packing.check_same(other)
+    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found | None:
+        """Refuse arguments that change the latents or their supports."""
+        found = self._calls.whole(self.model, self.prototype_trace, args, kwargs)
+        if found and found.rows:
+            ours = self.posterior.shared, self.posterior.own
+            for packing, there in zip(ours, self._sorted(found.rows, found), strict=True):
+                packing.check_same(there)
+        return found

@@ -1,9 +1,9 @@
-"""Which rows of a plate a call is about, found out by running the model as far as the plate."""
+"""The rows of a subsampled plate: which come next, their data, and whether data and rows belong together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro import poutine, validation_enabled
@@ -12,36 +12,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-
-class Rows(NamedTuple):
-    """A plate's full size, how many of its rows are looked at, and which, where the model says that itself."""
-
-    full_size: int
-    size: int
-    chosen: Tensor | None
-
-
-def rows_of_plate(model: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
-    """Run a model up to where it enters a plate.
-
-    Raises:
-        ValueError: If it enters none of that name.
-    """
-    with poutine.block(), torch.no_grad():
-        try:
-            with _StopAt(name):
-                model(*args, **kwargs)
-        except _Reached as reached:
-            return reached.rows
-    with poutine.block(), torch.no_grad():
-        nodes = poutine.trace(model).get_trace(*args, **kwargs).nodes.values()
-    frames = {frame.name: frame for site in nodes for frame in site.get("cond_indep_stack", ())}
-    if name in frames and frames[name].vectorized:  # a plate that is hidden, or was made before
-        return Rows(frames[name].full_size or frames[name].size, frames[name].size, None)
-    plates = sorted(frames)
-    raise ValueError(
-        f"AutoPlateFlow: the model enters no plate {name!r} of known size; it has {', '.join(plates) or 'none'}."
-    )
+from .look import Rows
 
 
 class Shuffled(nn.Module):
@@ -123,25 +94,3 @@ def check_tied(
             f"plate's indices, `with pyro.plate({name!r}, ...) as i: ... obs=y[i]`, give them as subsample=i, or use "
             "an encoder."
         )
-
-
-class _Reached(BaseException):
-    """The plate was reached; no handler of the model's own for errors shall catch it."""
-
-    def __init__(self, rows: Rows) -> None:
-        super().__init__()
-        self.rows = rows
-
-
-class _StopAt(Messenger):
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] == self.name and isinstance(msg["fn"], _Subsample):
-            full, size, chosen = msg["fn"].size, msg["fn"].subsample_size, msg["value"]
-            if chosen is not None:
-                chosen = torch.as_tensor(chosen)
-                size = len(chosen)
-            raise _Reached(Rows(full, full if size is None else min(size, full), chosen))

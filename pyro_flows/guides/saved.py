@@ -22,10 +22,10 @@ from ..flows import Flow
 from .auto import AutoFlow
 from .base import FlowGuide
 from .circles import is_circular
+from .look import Rows
 from .names import is_free
 from .nested import Nested
 from .plate import AutoPlateFlow
-from .rows import Rows
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def plate_of(
     )
     super(AutoPlateFlow, guide)._setup_prototype()
     seen = [size for site in sites for frame, _, size, _ in site.plates if frame == plate]
-    shared, own = guide._sorted(guide.prototype_trace, Rows(full_size, seen[0] if seen else full_size, None))
+    shared, own = guide._sorted(Rows(full_size, seen[0] if seen else full_size, None))
     _check_fits(flow, shared.size, 0)
     _check_fits(local_flow, own.size, width + shared.size)
     guide.contexts.width = width

@@ -19,6 +19,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from ..programs.matching import check_drawn
 from .particles import ParticleObjective
 
 
@@ -93,6 +94,7 @@ class ForwardKL(ParticleObjective):
     def _draw(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
         """Put new draws of the guide, with the log-densities of model and guide, in front of those kept."""
         ((model_trace, guide_trace),) = self._traces(model, guide, args, kwargs)
+        check_drawn("ForwardKL: ", model_trace, guide_trace)
         _check_whole(model_trace)
         scores = {"log_p": self._log_density(model_trace), "log_q": self._log_density(guide_trace)}
         new = {"draws": self._draws_of(guide_trace), "scores": scores}

@@ -23,28 +23,39 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from ..flows.distribution import FlowDistribution
+from ..programs.matching import check_drawn
 
 
 class PathGradient:
     """For a Pyro ELBO: score the guide's reparameterised draws with its parameters held fixed."""
 
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+    def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[tuple[Trace, Trace]]:
+        # Inside of the ELBO's own handlers: a second run must not take a branch from its queue of discrete choices.
         seen = poutine.trace(_CarryScores()(guide))
-        model_trace, guide_trace = super()._get_trace(model, seen, args, kwargs)  # type: ignore[misc]
+        for model_trace, guide_trace in super()._get_traces(model, seen, args, kwargs):  # type: ignore[misc]
+            check_drawn(f"{type(self).__name__}: ", model_trace, guide_trace)
+            self._hold_parameters(guide, seen.trace, model_trace, guide_trace, args, kwargs)
+            yield model_trace, guide_trace
+
+    def _hold_parameters(
+        self, guide: Any, seen: Trace, model_trace: Trace, guide_trace: Trace, args: Any, kwargs: Any
+    ) -> None:
+        """Replace the densities of a guide's trace, but those that flows carry, by ones with its parameters held."""
         rest = [name for name, site in guide_trace.iter_stochastic_nodes() if _has_parameters(site["fn"])]
-        if rest:
-            with frozen(_leaves(guide, seen.trace)), poutine.block(), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*not registered in the param store")  # they are frozen
-                again = poutine.trace(poutine.replay(guide, trace=seen.trace)).get_trace(*args, **kwargs)
-                for name in again.nodes.keys() - set(rest):
-                    again.remove_node(name)  # scored already
-                again.compute_score_parts()
-            if hasattr(model_trace, "plate_to_symbol"):
-                again.pack_tensors(model_trace.plate_to_symbol)
-            for name in rest:
-                _check_same(name, guide_trace.nodes[name]["fn"], again.nodes[name]["fn"])
-                guide_trace.nodes[name].update(_density(again.nodes[name]))
-        return model_trace, guide_trace
+        if not rest:
+            return
+        program = self._vectorized_num_particles(guide) if self.vectorize_particles else guide  # type: ignore[attr-defined]
+        with frozen(_leaves(guide, seen)), poutine.block(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not registered in the param store")  # they are frozen
+            again = poutine.trace(poutine.replay(program, trace=seen)).get_trace(*args, **kwargs)
+            for name in again.nodes.keys() - set(rest):
+                again.remove_node(name)  # scored already
+            again.compute_score_parts()
+        if hasattr(model_trace, "plate_to_symbol"):
+            again.pack_tensors(model_trace.plate_to_symbol)
+        for name in rest:
+            _check_same(name, guide_trace.nodes[name]["fn"], again.nodes[name]["fn"])
+            guide_trace.nodes[name].update(_density(again.nodes[name]))
 
 
 class PathELBO(PathGradient, Trace_ELBO):
@@ -69,8 +80,8 @@ class PathELBO(PathGradient, Trace_ELBO):
     The other arguments are those of Pyro's ``ELBO``.
 
     Raises:
-        ValueError: In use, naming the site, if the context of a flow in the guide is another each time, as with
-            dropout.
+        ValueError: In use, naming the site, if the guide draws what is no latent of the model, or counts where the
+            model is masked; or if the context of a flow in the guide is another each time, as with dropout.
 
     Example::
 
@@ -103,8 +114,8 @@ class PathEnumELBO(PathGradient, TraceEnum_ELBO):
     The other arguments are those of Pyro's ``ELBO``.
 
     Raises:
-        ValueError: In use, naming the site, if the context of a flow in the guide is another each time, as with
-            dropout.
+        ValueError: In use, naming the site, if the guide draws what is no latent of the model, or counts where the
+            model is masked; or if the context of a flow in the guide is another each time, as with dropout.
 
     Example::
 

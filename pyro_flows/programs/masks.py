@@ -1,0 +1,68 @@
+"""Masks of sites: which elements of a site count in its log-density."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions import Independent, MaskedDistribution
+from torch import Tensor
+
+Bools = Tensor | bool
+
+
+class Mask(NamedTuple):
+    """The mask of a site, over its batch shape.
+
+    Attributes:
+        some: True where some part of an element counts.
+        every: True where all of it counts; it differs from ``some`` where a mask divides an event.
+    """
+
+    some: Bools
+    every: Bools
+
+    @property
+    def hides(self) -> bool:
+        """True if some of the site does not count."""
+        return not bool(torch.as_tensor(self.every).all())
+
+    @property
+    def is_scalar(self) -> bool:
+        """True if one number masks all of the site, as ``mask=False`` does."""
+        return not any(isinstance(part, Tensor) and part.dim() for part in self)
+
+
+def mask_of(site: dict[str, Any]) -> Mask:
+    """Return the mask of a site in a trace, from its handlers and from its distribution."""
+    own = True if site["mask"] is None else site["mask"]
+    inner = _of_distribution(site["fn"])
+    return Mask(inner.some & own, inner.every & own)
+
+
+def is_masked(site: dict[str, Any]) -> bool:
+    """True if a site has a mask, even one that hides nothing today."""
+    return any(part is not True for part in mask_of(site))
+
+
+def is_observation(site: dict[str, Any]) -> bool:
+    """True if a site is observed data, or a factor, and no deterministic value."""
+    return site["type"] == "sample" and site["is_observed"] and not site["infer"].get("_deterministic", False)
+
+
+def _of_distribution(fn: Any) -> Mask:
+    if isinstance(fn, MaskedDistribution):
+        some, every = _of_distribution(fn.base_dist)
+        return Mask(some & fn._mask, every & fn._mask)
+    if isinstance(fn, Independent):
+        some, every = _of_distribution(fn.base_dist)
+        number = fn.reinterpreted_batch_ndims
+        return Mask(_last(some, number, torch.any), _last(every, number, torch.all))
+    return Mask(True, True)
+
+
+def _last(mask: Bools, number: int, reduce: Any) -> Bools:
+    """Reduce a mask over the last dimensions, or over all that it has."""
+    if not isinstance(mask, Tensor) or not number:
+        return mask
+    return reduce(mask.flatten(max(mask.dim() - number, 0)), -1) if mask.dim() else mask

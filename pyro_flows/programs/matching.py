@@ -1,0 +1,67 @@
+"""A guide's trace beside the model's: the same latents, under the same masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.distributions import Delta, Independent
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+
+from .masks import Mask, is_observation, mask_of
+
+
+def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
+    """Refuse a guide that draws what is no latent of the model, or counts where the model's latent is masked.
+
+    Either adds an entropy to the objective that nothing in the model bounds.
+
+    Raises:
+        ValueError: If the guide draws a site that the model has not, or observes; if a mask takes rows of a latent and
+            of the data out of the model, and not out of the guide.
+    """
+    nodes = model.nodes
+    for name, site in guide.nodes.items():
+        if site["type"] != "sample" or site["is_observed"] or site["infer"].get("is_auxiliary"):
+            continue
+        if site_is_subsample(site):
+            continue
+        if name not in nodes or nodes[name]["is_observed"]:
+            what = "observed in" if name in nodes else "not in"
+            raise ValueError(
+                f"{owner}site {name!r} of the guide is {what} the model; is it the guide of another model? Where sites "
+                "come and go with the data, pad the data and mask the observed sites only."
+            )
+        mask = mask_of(nodes[name])
+        if mask.every is True or not mask.hides or _same(mask, mask_of(site)):
+            continue
+        if _hides_data(model) and not _is_point(site, guide):
+            raise ValueError(
+                f"{owner}latent site {name!r} is masked in the model, and not in the guide, whose entropy would count "
+                "where the model has no density. Build the guide from the masked model, as in "
+                "AutoPlateFlow(poutine.mask(model, mask=...), plate), or mask the observed sites only. For a flat "
+                "prior write dist.ImproperUniform."
+            )
+
+
+def _is_point(site: dict[str, Any], guide: Trace) -> bool:
+    """True if a site is a point without entropy, and no draw that another site has been scored for is placed there."""
+    fn = site["fn"]
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return isinstance(fn, Delta) and not any(node["infer"].get("is_auxiliary") for node in _sites(guide))
+
+
+def _sites(trace: Trace) -> list[dict[str, Any]]:
+    return [site for site in trace.nodes.values() if site["type"] == "sample"]
+
+
+def _same(one: Mask, other: Mask) -> bool:
+    pairs = [[torch.as_tensor(part) for part in pair] for pair in zip(one, other, strict=True)]
+    return all(bool((a.to(b.device) == b).all()) for a, b in pairs)
+
+
+def _hides_data(model: Trace) -> bool:
+    """True if data are masked too: a mask on latents alone is a flat prior, which is for the guide to count."""
+    return any(mask_of(site).hides for site in _sites(model) if is_observation(site))

@@ -1,0 +1,500 @@
+"""A mask takes a row out of the model and out of the guide, or is refused by name; so are sites that come and go."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal, init_to_value
+from torch import Tensor
+
+from pyro_flows import AutoFlow, AutoPlateFlow, check, fit_svi, flows, objectives, psis, to_arviz
+from pyro_flows.encoders import MLPEncoder
+
+ROWS = 10
+Y = torch.linspace(-2.0, 3.0, ROWS)
+SEEN = torch.arange(ROWS) % 3 != 1
+EVIDENCE = dist.Normal(0.0, 2**0.5).log_prob(Y)
+
+
+@pytest.fixture(params=[False, True], ids=["store", "local"])
+def local_params(request: Any) -> Iterator[bool]:
+    with pyro.settings.context(module_local_params=request.param):
+        yield request.param
+
+
+def masked(y: Tensor, seen: Any = SEEN, size: int | None = None) -> None:
+    """Rows of a latent and its datum, z ~ N(0, 1), y ~ N(z, 1), under a mask."""
+    with pyro.plate("row", len(y), subsample_size=size) as rows:
+        mask = seen[rows] if isinstance(seen, Tensor) and seen.dim() else seen
+        with poutine.mask(mask=mask):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y[rows])
+
+
+def hierarchy(y: Tensor, seen: Tensor = SEEN) -> None:
+    """As ``masked``, with a mean that all rows share and a latent of two numbers in each row."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", len(y), dim=-1), poutine.mask(mask=seen):
+        z = pyro.sample("z", dist.Normal(mean, 1.0))
+        w = pyro.sample("w", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z, w.sum(-1)), obs=y)
+
+
+def chain(x: Tensor, lengths: Tensor | None = None, *, latents_masked: bool = True) -> None:
+    """A deep Markov model's skeleton: a latent for each time step, masked by the lengths of the series."""
+    steps = x.shape[1]
+    seen = torch.arange(steps) < (torch.full((len(x),), steps) if lengths is None else lengths)[:, None]
+    with pyro.plate("series", len(x)):
+        z = torch.zeros(len(x))
+        for t in range(steps):
+            with poutine.mask(mask=seen[:, t] if latents_masked else torch.tensor(True)):
+                z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+            with poutine.mask(mask=seen[:, t]):
+                pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+
+X, LENGTHS = torch.arange(12.0).reshape(3, 4) / 5, torch.tensor([4, 2, 3])
+
+
+def small(dim: int, context_dim: int = 0) -> flows.Flow:
+    return flows.realnvp(dim, context_dim, num_transforms=2, hidden_dims=(4,))
+
+
+def plate_guide(model: Callable[..., Any], plate: str = "row", **settings: Any) -> AutoPlateFlow:
+    return AutoPlateFlow(model, plate, local_flow=small, global_flow=small, **settings)
+
+
+def train(guide: Any, model: Callable[..., Any], *args: Any, steps: int = 150, lr: float = 0.05) -> list[float]:
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": lr}), Trace_ELBO(num_particles=10, vectorize_particles=True))
+    return [svi.step(*args) for _ in range(steps)]
+
+
+# ------------------------------------------------------------ rows that a mask takes out
+
+
+def test_the_entropy_of_masked_rows_does_not_grow(local_params: bool) -> None:
+    """Their standard deviations were 6,270 after 150 steps, and the loss below any bound."""
+    guide = plate_guide(masked)
+    with pyro.validation_enabled(True):
+        losses = train(guide, masked, Y)
+    draws = guide.sample(2000, Y)["z"]
+    assert draws.std(0).max() < 5
+    assert min(losses) > -EVIDENCE[SEEN].sum() - 3  # that is the least that the loss is in the mean
+    assert sum(losses[-20:]) / 20 < -EVIDENCE[SEEN].sum() + 1
+
+
+@pytest.mark.parametrize("seen", [SEEN, torch.zeros(ROWS, dtype=torch.bool), torch.ones(ROWS, dtype=torch.bool), False])
+def test_the_evidence_is_that_of_the_rows_that_count(seen: Any) -> None:
+    guide = plate_guide(masked).setup(Y, seen)
+    if seen is not False:
+        train(guide, masked, Y, seen, steps=60)
+    found = psis(masked, guide, Y, seen, num_samples=4000)
+    rows = torch.as_tensor(seen).expand(ROWS)
+    assert abs(found.log_evidence - float(EVIDENCE.where(rows, 0.0).sum())) < 0.05 + 4 * found.log_evidence_se
+
+
+def test_densities_are_a_sum_over_the_rows_that_count() -> None:
+    """log q of ``log_prob``, of the trace, of particles side by side and of ``to_arviz`` are one."""
+    guide = plate_guide(hierarchy).setup(Y)
+    stir(guide)
+    plain = copy.deepcopy(guide)
+    plain._model = (lambda y, seen=None: hierarchy(y, torch.ones(ROWS, dtype=torch.bool)),)
+    with pyro.plate("particles", 5, dim=-2):
+        trace = poutine.trace(guide).get_trace(Y)
+    trace.compute_log_prob()
+    values = {name: trace.nodes[name]["value"] for name in ("mean", "z", "w")}
+    values["mean"] = values["mean"][:, 0]
+    parts = [site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample" and site["name"] != "row"]
+    wanted = torch.stack([part.reshape(5, -1).sum(-1) for part in parts]).sum(0)
+    torch.testing.assert_close(guide.log_prob(values, Y), wanted, rtol=1e-4, atol=1e-4)
+    # The rows that count are those of the same guide without a mask.
+    moved = {**values, "z": torch.where(SEEN, values["z"], 7.0)}
+    torch.testing.assert_close(guide.log_prob(moved, Y), wanted, rtol=1e-4, atol=1e-4)
+    assert (plain.log_prob(moved, Y) - plain.log_prob(values, Y)).abs().min() > 0.1
+    data = to_arviz(hierarchy, guide, Y, num_samples=30)
+    draws = {name: torch.as_tensor(data.posterior[name].values[0].copy()) for name in values}
+    log_q = torch.as_tensor(data.sample_stats["log_q"].values[0].copy()).float()
+    torch.testing.assert_close(guide.log_prob(draws, Y).detach(), log_q, rtol=1e-4, atol=1e-4)
+
+
+def test_check_and_the_fit_agree_on_a_masked_model() -> None:
+    guide = plate_guide(masked)
+    fit = fit_svi(masked, guide, Y, steps=200, num_particles=16, progress=False)
+    assert abs(fit.best_loss + float(EVIDENCE[SEEN].sum())) < 0.3
+    found = check(masked, guide, Y)
+    assert abs(found.log_evidence - float(EVIDENCE[SEEN].sum())) < 0.05 + 4 * found.log_evidence_se
+
+
+@pytest.mark.parametrize("kind", ["vectorised", "looped"])
+def test_minibatches_take_the_mask_of_their_own_rows(kind: str) -> None:
+    """The loss of a minibatch of known rows, against a sum by hand, scaled as Pyro scales it."""
+    guide = plate_guide(masked, encoder=lambda y, *_: y[:, None]).setup(Y, SEEN, 4)
+    stir(guide)
+    for seed in range(4):
+        pyro.set_rng_seed(seed)
+        with pyro.plate("particles", 3, dim=-2) if kind == "vectorised" else poutine.block(hide=[]):
+            trace = poutine.trace(guide).get_trace(Y, SEEN, 4)
+        trace.compute_log_prob()
+        rows = trace.nodes["row"]["value"]
+        assert len(rows) == 4
+        full = copy.deepcopy(guide)
+        full._model = (lambda y, *_: masked(y, True),)
+        values = trace.nodes["z"]["value"]
+        for place, row in enumerate(rows):
+            found = sum(s["log_prob"][..., place] for n, s in trace.nodes.items() if n == "z" or n.endswith("_latent"))
+            assert bool((found == 0).all()) != bool(SEEN[row])
+            alone = full.log_prob({"z": values[..., place, None]}, Y[row][None]).detach()
+            torch.testing.assert_close(
+                found.detach(), torch.where(SEEN[row], alone * ROWS / 4, 0.0), rtol=1e-4, atol=1e-4
+            )
+
+
+def test_a_mask_that_changes_between_calls_is_followed() -> None:
+    """Even where the arguments are the very same: the mask may be the model's own."""
+    own = {"seen": SEEN}
+
+    def model(y: Tensor) -> None:
+        masked(y, own["seen"])
+
+    guide = plate_guide(model).setup(Y)
+    for seen in (SEEN, ~SEEN, torch.ones(ROWS, dtype=torch.bool), SEEN):
+        own["seen"] = seen
+        trace = poutine.trace(guide).get_trace(Y)
+        trace.compute_log_prob()
+        assert torch.equal(trace.nodes["z"]["log_prob"] != 0, seen) or trace.nodes["z"]["log_prob"].abs().sum() == 0
+        q = next(site for name, site in trace.nodes.items() if name.endswith("_latent"))
+        assert torch.equal(q["log_prob"] != 0, seen)
+
+
+def test_masked_rows_in_a_list_of_guides() -> None:
+    guide = AutoGuideList(masked)
+    guide.append(plate_guide(masked))
+    guide(Y)
+    trace = poutine.trace(guide).get_trace(Y)
+    trace.compute_log_prob()
+    q = next(site for name, site in trace.nodes.items() if name.endswith("_latent"))
+    assert torch.equal(q["log_prob"] != 0, SEEN)
+
+
+def test_log_prob_of_masked_rows_that_are_not_seen_is_refused() -> None:
+    guide = plate_guide(masked, encoder=lambda y, *_: y[:, None]).setup(Y, SEEN, 4)
+    assert guide.sample(3, Y, SEEN, 4)["z"].shape == (3, ROWS)
+    with pytest.raises(ValueError, match=r"AutoPlateFlow.log_prob: latent site 'z' is masked.*4 of 10 rows.*Let the p"):
+        guide.log_prob({"z": Y}, Y, SEEN, 4)
+
+
+# ------------------------------------------------------------ masks that are refused
+
+
+def whole(y: Tensor) -> None:
+    with poutine.mask(mask=torch.tensor(False)):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y)):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def in_part(y: Tensor) -> None:
+    with pyro.plate("row", len(y)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).mask(torch.tensor([True, False])).to_event(1))
+        pyro.sample("y", dist.Normal(z[..., 0], 1.0), obs=y)
+
+
+def prior_alone(y: Tensor) -> None:
+    with pyro.plate("row", len(y)):
+        with poutine.mask(mask=SEEN):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+REFUSED = {
+    "rows": (AutoFlow, masked, (Y,), r"AutoFlow: latent site 'z' is masked.*Mask the observed.*AutoPlateFlow"),
+    "an event": (AutoFlow, in_part, (Y,), "AutoFlow: latent site 'z' is masked"),
+    "lengths": (AutoFlow, chain, (X, LENGTHS), "AutoFlow: latent site 'z_2' is masked"),
+    "all": (AutoFlow, whole, (Y,), "AutoFlow: latent site 'mean' is masked"),
+    "globals": (plate_guide, whole, (Y,), "AutoPlateFlow: latent site 'mean' is masked.*plate 'row' only"),
+    "part of a row": (plate_guide, in_part, (Y,), "mask of latent site 'z' leaves out a part of a row of plate 'row'"),
+    "prior alone": (plate_guide, prior_alone, (Y,), "observed site 'y'.*counts where latent site 'z' is masked"),
+    "steps of a row": (
+        lambda model: plate_guide(model, "series"),
+        chain,
+        (X, LENGTHS),
+        "latent sites 'z_0' and 'z_2' in plate 'series' have different masks.*padded to one length",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_masks_that_a_guide_cannot_take_out_are_refused(name: str) -> None:
+    build, model, args, words = REFUSED[name]
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        build(model).setup(*args)
+
+
+def test_a_mask_that_comes_after_setup_is_refused() -> None:
+    for guide in (AutoFlow(chain, small), plate_guide(chain, "series")):
+        guide.setup(X, torch.full((3,), 4))
+        guide(X, torch.full((3,), 4))
+        with pytest.raises(ValueError, match="'z_2'"):
+            guide(X, LENGTHS)
+        guide(X, torch.full((3,), 4))
+
+
+def test_series_padded_to_one_length_are_fitted() -> None:
+    """The way out: the observed sites are masked, and the priors of the latents stay in."""
+    model = lambda x, lengths: chain(x, lengths, latents_masked=False)  # noqa: E731
+    for guide in (AutoFlow(model, small), plate_guide(model, "series")):
+        train(guide, model, X, LENGTHS, steps=60)
+        assert guide.sample(1000, X, LENGTHS)["z_3"].std(0).max() < 3
+
+
+@pytest.mark.parametrize(
+    "build", [lambda model: AutoFlow(model, small), plate_guide], ids=["AutoFlow", "AutoPlateFlow"]
+)
+def test_a_latent_masked_alone_has_a_flat_prior(build: Callable[..., Any]) -> None:
+    """Pyro's idiom ``.mask(False)``: the posterior of data with a flat prior, which the guide goes on to fit."""
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("row", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    guide = build(model)
+    fit_svi(model, guide, Y, steps=300, num_particles=16, progress=False)
+    draws = guide.sample(4000, Y)["z"]
+    assert (draws.mean(0) - Y).abs().max() < 0.3
+    assert (draws.std(0) - 1).abs().max() < 0.25
+
+
+def test_masks_that_hide_nothing_are_welcome() -> None:
+    guide = AutoFlow(masked, small).setup(Y, torch.ones(ROWS, dtype=torch.bool))
+    guide(Y, torch.ones(ROWS, dtype=torch.bool))
+    guide(Y, True)
+
+
+# ------------------------------------------------------------ what only the traces show
+
+
+def unmasked(y: Tensor) -> None:
+    masked(y, True)
+
+
+OBJECTIVES = {
+    "PathELBO": lambda: objectives.PathELBO(),
+    "vectorised PathELBO": lambda: objectives.PathELBO(num_particles=2, vectorize_particles=True),
+    "PathEnumELBO": lambda: objectives.PathEnumELBO(max_plate_nesting=1, strict_enumeration_warning=False),
+    "RenyiELBO": lambda: objectives.RenyiELBO(0.5, 2),
+    "ImportanceWeightedELBO": lambda: objectives.ImportanceWeightedELBO(2),
+    "TemperedELBO": lambda: objectives.TemperedELBO(10, num_particles=2),
+    "ForwardKL": lambda: objectives.ForwardKL(2, 10),
+}
+
+
+@pytest.mark.parametrize("guide", [AutoFlow, AutoNormal, plate_guide], ids=["AutoFlow", "AutoNormal", "AutoPlateFlow"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_refuse_a_mask_that_the_guide_does_not_know(name: str, guide: Callable[..., Any]) -> None:
+    found = guide(unmasked)
+    model = poutine.mask(unmasked, mask=SEEN)
+    objective = OBJECTIVES[name]()
+    objective.loss(unmasked, found, Y)
+    with pytest.raises(
+        ValueError, match=r"(ELBO|ForwardKL): latent site 'z' is masked in the model, and not in the guide"
+    ):
+        OBJECTIVES[name]().loss(model, found, Y)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_refuse_a_site_that_the_model_lacks(name: str) -> None:
+    def shorter(y: Tensor) -> None:
+        pyro.sample("other", dist.Normal(0.0, 1.0))
+
+    def held(y: Tensor) -> None:
+        poutine.condition(both, data={"z": Y})(y)
+
+    def both(y: Tensor) -> None:
+        unmasked(y)
+        pyro.sample("other", dist.Normal(0.0, 1.0))
+
+    guide = AutoNormal(both)
+    OBJECTIVES[name]().loss(both, guide, Y)
+    for model, how in ((shorter, "not in"), (held, "observed in")):
+        with pytest.raises(ValueError, match=rf": site 'z' of the guide is {how} the model"):
+            OBJECTIVES[name]().loss(model, guide, Y)
+
+
+def test_a_point_has_no_entropy_to_mask() -> None:
+    """Pyro's ``AutoDelta`` finds the maximum of a masked model as ever."""
+    guide = AutoDelta(masked, init_loc_fn=init_to_value(values={"z": torch.full((ROWS,), 0.7)}))
+    lost = -(dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.7)) + dist.Normal(0.7, 1.0).log_prob(Y))[SEEN].sum()
+    assert objectives.PathELBO().loss(masked, guide, Y) == pytest.approx(float(lost), rel=1e-5)
+
+
+@pytest.mark.parametrize("ask", [psis, check])
+def test_diagnostics_refuse_a_mask_that_the_guide_does_not_know(ask: Callable[..., Any]) -> None:
+    guide = plate_guide(unmasked)
+    fit_svi(unmasked, guide, Y, steps=5, progress=False)
+    with pytest.raises(ValueError, match="latent site 'z' is masked in the model, and not in the guide"):
+        ask(poutine.mask(unmasked, mask=SEEN), guide, Y)
+
+
+def test_a_mask_around_both_is_one_mask() -> None:
+    """Pyro's own way for guides written by hand: the same handler around model and guide."""
+    guide = AutoFlow(unmasked, small)
+    loss = objectives.PathELBO().loss(
+        poutine.mask(unmasked, mask=torch.tensor(False)), poutine.mask(guide, mask=torch.tensor(False)), Y
+    )
+    assert loss == 0
+
+
+# ------------------------------------------------------------ sites that come and go
+
+
+@pytest.mark.parametrize(
+    "build", [AutoFlow, lambda model: plate_guide(model, "series")], ids=["AutoFlow", "AutoPlateFlow"]
+)
+def test_a_minibatch_of_fewer_time_steps_is_refused(build: Callable[..., Any], local_params: bool) -> None:
+    """The missing sites' entropy stayed in the loss, and grew."""
+    guide = build(chain)
+    svi = SVI(chain, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    svi.step(X)
+    with pytest.raises(ValueError, match=r"with these arguments latent site 'z_3' is not in the model.*shape \(3,\)"):
+        svi.step(X[:, :3])
+    svi.step(X.clone())
+
+
+def test_other_shapes_are_refused_and_other_rows_are_not() -> None:
+    guide = AutoFlow(chain, small).setup(X)
+    with pytest.raises(ValueError, match=r"latent site 'z_0' has shape \(2,\), but the guide was built for \(3,\)"):
+        guide(X[:2])
+    rows = plate_guide(chain, "series", encoder=lambda x, *_: x).setup(X)
+    assert rows(X[:2])["z_0"].shape == (2,)
+
+
+def test_a_latent_that_is_new_or_observed_is_refused() -> None:
+    def model(kind: str) -> None:
+        if kind == "more":
+            pyro.sample("a", dist.Normal(0.0, 1.0))
+        obs = torch.tensor(0.5) if kind == "observed" else None
+        pyro.sample("b", dist.Normal(0.0, 1.0), obs=obs)
+        pyro.sample("c", dist.Normal(0.0, 1.0))
+
+    guide = AutoFlow(model, small).setup("as ever")
+    with pytest.raises(ValueError, match=r"the model has the latent site 'a' of shape \(\), which it had not"):
+        guide("more")
+    with pytest.raises(ValueError, match="with these arguments latent site 'b' is observed"):
+        guide("observed")
+
+
+def test_data_that_are_to_be_predicted_are_no_new_latents() -> None:
+    """Pyro's ``Predictive`` runs guide and model without the data, some of which come before latents."""
+
+    def model(x: Tensor | None) -> None:
+        z = torch.tensor(0.0)
+        for t in range(3):
+            z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+            pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=None if x is None else x[t])
+
+    guide = AutoFlow(model, small).setup(Y)
+    found = Predictive(model, guide=guide, num_samples=4)(None)
+    assert found["x_2"].shape[0] == 4
+
+
+# ------------------------------------------------------------ what a check costs
+
+
+def counted(model: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
+    runs: list[int] = []
+
+    def count(*args: Any, **kwargs: Any) -> None:
+        runs.append(1)
+        model(*args, **kwargs)
+        runs.append(-1)  # is not reached where the run stops early
+
+    return count, runs
+
+
+def test_arguments_that_were_seen_are_not_looked_at_again() -> None:
+    model, runs = counted(chain)
+    guide = AutoFlow(model, small).setup(X)
+    for args in ((X,), (X,)):
+        runs.clear()
+        guide(*args)
+        assert not runs
+    other = X.clone()
+    guide(other)
+    assert runs == [1]  # up to the last latent
+    guide(other)
+    assert runs == [1]
+    other += 1.0  # in place: the same object, with other contents
+    guide(other)
+    assert runs == [1, 1]
+    guide({"x": X}["x"])
+    assert runs == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "build", [AutoFlow, lambda model: plate_guide(model, "series")], ids=["AutoFlow", "AutoPlateFlow"]
+)
+def test_a_look_leaves_the_random_numbers_as_they_are(build: Callable[..., Any]) -> None:
+    """With models that draw at random on the way, as one with a hidden discrete site does."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("series", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            z = pyro.sample("z", dist.Normal(k, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    guide = build(poutine.block(model, hide=["k"])).setup(X)
+    found = []
+    for x in (X, X.clone()):
+        pyro.set_rng_seed(5)
+        found.append(guide(x)["z"])
+    assert torch.equal(*found)
+
+
+def test_a_guide_that_was_set_up_draws_without_arguments() -> None:
+    """As Pyro's own: ``guide()`` needs no data again."""
+    guide = AutoFlow(chain, small).setup(X)
+    for other in (guide, copy.deepcopy(guide)):
+        assert other()["z_0"].shape == (3,)
+
+
+def test_copies_and_pickles_hold_no_data() -> None:
+    guide = AutoFlow(chain, small).setup(X)
+    assert guide._calls._last is not None
+    for other in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
+        assert other._calls._last is None
+    assert b"storage" not in pickle.dumps(guide._calls)
+
+
+def stir(guide: Any) -> None:
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+
+
+def test_rows_with_an_encoder_keep_their_mask() -> None:
+    guide = plate_guide(lambda y, seen: masked(y[:, 0], seen), encoder=Rows()).setup(Y[:, None], SEEN)
+    trace = poutine.trace(guide).get_trace(Y[:4, None], SEEN[:4])
+    trace.compute_log_prob()
+    q = next(site for name, site in trace.nodes.items() if name.endswith("_latent"))
+    assert torch.equal(q["log_prob"] != 0, SEEN[:4])
+
+
+class Rows(MLPEncoder):
+    """An encoder of the data alone."""
+
+    def __init__(self) -> None:
+        super().__init__(1, context_dim=2)
+
+    def forward(self, y: Tensor, _: Tensor) -> Tensor:
+        return super().forward(y)

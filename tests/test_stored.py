@@ -1,0 +1,138 @@
+"""A parameter store that was loaded: every way to a guide's answers leads through it at once."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor
+
+import pyro_flows as pf
+from pyro_flows import AutoFlow, AutoPlateFlow, flows
+from pyro_flows.encoders import MLPEncoder, SetEncoder
+
+Y = torch.tensor([[0.5], [-1.0], [2.0]])
+
+
+def model(y: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", 3):
+        level = pyro.sample("level", dist.Normal(mean, 1.0))
+        pyro.sample("y", dist.Normal(level, 1.0), obs=y[:, 0])
+
+
+def small(dim: int, context_dim: int = 0) -> flows.Flow:
+    return flows.realnvp(dim, context_dim, num_transforms=2, hidden_dims=(4,))
+
+
+GUIDES = {
+    "auto": lambda: AutoFlow(model, small),
+    "amortised": lambda: AutoFlow(model, small, encoder=SetEncoder(1, context_dim=2)),
+    "plate": lambda: AutoPlateFlow(model, "row", local_flow=small, global_flow=small),
+    "encoded plate": lambda: AutoPlateFlow(
+        model, "row", encoder=MLPEncoder(1, context_dim=2), local_flow=small, global_flow=small
+    ),
+}
+VALUES = {"mean": torch.tensor(0.3), "level": Y[:, 0] / 2}
+
+
+def seeded(draw: Any) -> Any:
+    pyro.set_rng_seed(3)
+    return draw()
+
+
+def joint(guide: Any) -> dict[str, Tensor]:
+    return seeded(lambda: {"log_weights": pf.psis(model, guide, Y, num_samples=30).log_weights})
+
+
+def checked(guide: Any) -> dict[str, Tensor]:
+    return seeded(lambda: {"log_evidence": torch.tensor(pf.check(model, guide, Y).log_evidence)})
+
+
+def through_file(guide: Any, folder: Any) -> dict[str, Tensor]:
+    pf.save(guide, folder / "guide.pt")
+    return seeded(lambda: pf.load(folder / "guide.pt").sample(3, Y))
+
+
+ANSWERS = {
+    "sample": lambda g, _: seeded(lambda: g.sample(3, Y)),
+    "median": lambda g, _: seeded(lambda: g.median(Y)),
+    "quantiles": lambda g, _: seeded(lambda: g.quantiles([0.1, 0.9], Y)),
+    "log_prob": lambda g, _: {"log_prob": g.log_prob(VALUES, Y).detach()},
+    "forward": lambda g, _: seeded(lambda: g(Y)),
+    "psis": lambda g, _: joint(g),
+    "check": lambda g, _: checked(g),
+    "save": through_file,
+    "deepcopy": lambda g, _: seeded(lambda: copy.deepcopy(g).sample(3, Y)),
+    "pickle": lambda g, _: seeded(lambda: pickle.loads(pickle.dumps(g)).sample(3, Y)),
+    "state_dict": lambda g, _: {name: value.clone() for name, value in g.state_dict().items()},
+}
+OF_AUTO = {
+    "get_posterior": lambda g, _: {"z": seeded(lambda: g.get_posterior(Y).rsample().detach())},
+    "get_transform": lambda g, _: {"z": g.get_transform(Y)(torch.ones(4)).detach()},
+}
+CASES = [
+    *((kind, name, ask) for kind in GUIDES for name, ask in ANSWERS.items()),
+    *((kind, name, ask) for kind in ("auto", "amortised") for name, ask in OF_AUTO.items()),
+    ("amortised", "bind", lambda g, _: seeded(lambda: g.bind(Y).sample(3))),
+]
+
+
+CASES_BY = [
+    (*case, by)
+    for case in CASES
+    for by in ("load", "set_state")
+    if case[1] not in ("check", "psis") or (by == "load" and case[0] in ("auto", "plate"))  # which take longer
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "ask", "by"), CASES_BY, ids=["-".join((k, n, b)) for k, n, _, b in CASES_BY])
+def test_every_answer_is_that_of_the_loaded_store(kind: str, name: str, ask: Any, by: str, tmp_path: Any) -> None:
+    pyro.set_rng_seed(0)
+    guide = GUIDES[kind]()
+    guide(Y)
+    stir(guide)
+    store = pyro.get_param_store()
+    wanted = {k: v.detach().clone() for k, v in ask(guide, tmp_path).items()}
+    guide(Y)
+    if by == "load":
+        store.save(str(tmp_path / "params"))
+    else:
+        state = copy.deepcopy(store.get_state())
+    stir(guide)
+    other = ask(guide, tmp_path)
+    assert any(not torch.equal(other[key], value) for key, value in wanted.items())  # they differ
+    if by == "load":
+        store.load(str(tmp_path / "params"))
+    else:
+        store.set_state(state)
+    for key, value in ask(guide, tmp_path).items():
+        torch.testing.assert_close(value.detach(), wanted[key])
+
+
+def stir(guide: Any) -> None:
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+
+
+@pytest.mark.parametrize("kind", GUIDES)
+def test_a_step_trains_what_was_loaded(kind: str) -> None:
+    """Store and guide agree on one set of tensors after a load, in whatever order they are used."""
+    guide = GUIDES[kind]()
+    guide(Y)
+    store = pyro.get_param_store()
+    state = copy.deepcopy(store.get_state())
+    stir(guide)
+    store.set_state(state)
+    trace = poutine.trace(guide).get_trace(Y)
+    own = {id(parameter) for parameter in guide.parameters()}
+    trained = [site["value"] for site in trace.nodes.values() if site["type"] == "param"]
+    assert trained
+    assert all(id(value.unconstrained()) in own for value in trained)
