@@ -14,9 +14,11 @@ from .compat import Groups, Variable, container
 from .draws import draw
 from .held import Held, hold, read, sites_of, values_of
 from .importance import weigh
+from .nesting import takes_nesting
 from .resampling import reweighted
 
 
+@takes_nesting
 def to_arviz(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -28,6 +30,7 @@ def to_arviz(
     log_likelihood: bool = True,
     batch_size: int = 1000,
     vectorize: bool = True,
+    max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -58,8 +61,9 @@ def to_arviz(
             observed site is then the new value, so one that depends on another follows it.
         log_likelihood: Whether to keep each observation's log-likelihood, in nats.
         batch_size: How many draws are run at once.
-        vectorize: Whether draws run side by side, for which the model must broadcast to the left of its plates, or one
-            after the other.
+        vectorize: Whether the model runs vectorised over draws, for which it must broadcast to the left of its plates,
+            or for one draw after the other.
+        max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 

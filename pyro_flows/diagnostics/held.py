@@ -89,7 +89,7 @@ def read(
         kwargs: Its keyword arguments.
         shapes: The sites, and the shape of what is read for a single draw.
         what: What to read off a site; by default its value.
-        batch_size: How many draws are run at once, where they run side by side.
+        batch_size: How many draws are run at once, where the model runs vectorised over them.
         forget: Whether to draw the observed sites anew, in place of the data; deterministic sites cannot be read then.
     """
     if forget:

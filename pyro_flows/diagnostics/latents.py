@@ -30,7 +30,9 @@ def ways_out(sites: dict[str, Any], enumerate_by: str) -> str:
         sites: The latents.
         enumerate_by: What to do about discrete ones that can be enumerated.
     """
-    finite, infinite, continuous = [], [], []
+    finite: list[str] = []
+    infinite: list[str] = []
+    continuous: list[str] = []
     for name, site in sites.items():
         fn = site["fn"]
         (finite if fn.has_enumerate_support else infinite if fn.support.is_discrete else continuous).append(name)
