@@ -103,14 +103,14 @@ def to_arviz(
         ),
     }
     observed = sites_of(held.single, "observed")
+    rows = {name: _log_likelihood(site).shape for name, site in observed.items()}  # data may have more than fn
     if posterior_predictive:
-        shapes = {name: site["fn"].batch_shape + site["fn"].event_shape for name, site in observed.items()}
+        shapes = {name: rows[name] + site["fn"].event_shape for name, site in observed.items()}
         drawn = read(model, held, args, kwargs, shapes, batch_size=batch_size, forget=True)
         groups["posterior_predictive"] = _by_draw(held, drawn)
     if log_likelihood:
-        shapes = {name: site["fn"].batch_shape for name, site in observed.items()}
-        densities = read(model, held, args, kwargs, shapes, _log_likelihood, batch_size=batch_size)
-        for name, variable in _by_draw(held, densities).items():
+        densities = read(model, held, args, kwargs, rows, _log_likelihood, batch_size=batch_size)
+        for name, variable in _by_draw(held, densities, event_dim=0).items():
             groups.setdefault("log_likelihood", {}).update(_seen(name, *variable))
     groups["observed_data"] = {
         name: (_dims(name, site, site["value"].shape), _array(site["value"])) for name, site in observed.items()
@@ -125,19 +125,24 @@ def to_arviz(
     return container({group: variables for group, variables in groups.items() if variables}, attrs)
 
 
-def _by_draw(held: Held, values: dict[str, Tensor]) -> dict[str, Variable]:
+def _by_draw(held: Held, values: dict[str, Tensor], event_dim: int | None = None) -> dict[str, Variable]:
     """Values ``(N, *shape)`` of the model's sites, or of the draws, as variables of one chain."""
     nodes = held.single.nodes
     return {
-        name: (("chain", "draw", *_dims(name, nodes.get(name), value.shape[1:])), _array(value)[None])
+        name: (("chain", "draw", *_dims(name, nodes.get(name), value.shape[1:], event_dim)), _array(value)[None])
         for name, value in values.items()
     }
 
 
-def _dims(name: str, site: dict[str, Any] | None, shape: torch.Size) -> tuple[str, ...]:
-    """Names for a shape's dimensions: those of the plates that the site lies in, and generic ones for the rest."""
+def _dims(name: str, site: dict[str, Any] | None, shape: torch.Size, event_dim: int | None = None) -> tuple[str, ...]:
+    """Names for a shape's dimensions: those of the plates that the site lies in, and generic ones for the rest.
+
+    The last ``event_dim`` dimensions lie in no plate; by default they are those of the site's events.
+    """
     frames = {frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized} if site else {}
     depth = max((-dim for dim in frames), default=0)
+    if site and not site["infer"].get("_deterministic"):  # whose events may hold plates
+        depth = len(shape) - (site["fn"].event_dim if event_dim is None else event_dim)
     found = [(i, size, frames.get(i - depth)) for i, size in enumerate(shape)]
     return tuple(frame.name if frame and frame.size == size else f"{name}_dim_{i}" for i, size, frame in found)
 

@@ -134,6 +134,6 @@ def refine(
         warnings.warn(
             f"refine: the chains hardly move (acceptance {max(acceptance):.2f}), and the draws are the guide's own. "
             "Is the gradient of the model's density finite?",
-            stacklevel=2,
+            stacklevel=3,
         )
     return Refined(draws, acceptance, meter.drift(), space.read.names)

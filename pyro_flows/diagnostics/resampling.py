@@ -95,7 +95,7 @@ def reweighted(held: Held, number: int, caller: str) -> tuple[Held, Psis]:
         warnings.warn(
             f"{caller}: k-hat is {psis.khat:.2f}, above {psis.threshold:.2f}: a few draws hold most of the weight, and "
             "the resampled draws cannot be trusted. Fit the guide longer, or give it a flow of more layers.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return held.take(systematic(psis.smoothed, number)), psis
 

@@ -192,7 +192,7 @@ def _warn_if_collapsed(
     if found.verdict == "do not trust":
         warnings.warn(
             f"neutra: the guide is not to be trusted, and chains may stay where it has collapsed. {found.reason}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

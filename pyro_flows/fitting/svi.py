@@ -236,7 +236,7 @@ def fit_svi(
         warnings.warn(
             f"fit_svi: {fit.skipped} of {fit.steps} steps were skipped, as loss or gradient were not finite; what was "
             f"learned comes from the others. {ask(lambda: culprit(model, guide, args, kwargs))}",
-            stacklevel=3,
+            stacklevel=4,
         )
     return fit
 
