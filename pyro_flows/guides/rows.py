@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro import poutine, validation_enabled
 from pyro.poutine.messenger import Messenger
@@ -35,13 +36,55 @@ def rows_of_plate(model: Callable[..., Any], name: str, args: tuple[Any, ...], k
             return reached.rows
     with poutine.block(), torch.no_grad():
         nodes = poutine.trace(model).get_trace(*args, **kwargs).nodes.values()
+    inside = [s for s in nodes if any(f.name == name and f.vectorized for f in s.get("cond_indep_stack", ()))]
     frames = {frame.name: frame for site in nodes for frame in site.get("cond_indep_stack", ())}
-    if name in frames and frames[name].vectorized:  # a plate that is hidden, or was made before
+    if not inside:
+        raise ValueError(
+            f"AutoPlateFlow: the model enters no plate {name!r}; it has {', '.join(sorted(frames)) or 'none'}."
+        )
+    if frames[name].size > 0:  # a plate that is hidden, or was made before
         return Rows(frames[name].full_size or frames[name].size, frames[name].size, None)
-    plates = sorted(frames)
-    raise ValueError(
-        f"AutoPlateFlow: the model enters no plate {name!r} of known size; it has {', '.join(plates) or 'none'}."
-    )
+    if latents := [site["name"] for site in inside if not site["is_observed"]]:
+        raise ValueError(
+            f"AutoPlateFlow: plate {name!r} must have a size where latents lie in it, such as {latents[0]!r}; got "
+            f"pyro.plate({name!r}). Give the number of its rows: pyro.plate({name!r}, len(x))."
+        )
+    return Rows(1, 1, None)  # which no latent lies in
+
+
+def places_of(given: Tensor, full_size: int) -> Tensor | None:
+    """Return the indices of the rows that a plate is given as ``subsample=``, None if they cannot be told.
+
+    They may be indices, or, as Pyro allows, the rows' data themselves: all of them in their order, or some.
+    """
+    order = torch.arange(full_size, device=given.device)
+    whole = len(given) == full_size
+    if given.dim() != 1 or given.is_floating_point():
+        return order if whole else None
+    if whole:
+        indices = torch.equal(given, order) or torch.equal(given.sort().values, order)
+    else:
+        indices = bool(((given >= 0) & (given < full_size)).all())
+    return given if indices else order if whole else None
+
+
+def data_plates(
+    model: Callable[..., Any], names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[str]:
+    """Return those of some plates that a model gives their rows' data as ``subsample=``, and not indices."""
+    if model is None or not names:  # a guide that was saved
+        return []
+    with poutine.block(), torch.no_grad(), validation_enabled(False), torch.random.fork_rng():
+        nodes = poutine.trace(model).get_trace(*args, **kwargs).nodes
+    given = {name: nodes[name] for name in names if name in nodes and isinstance(nodes[name]["value"], Tensor)}
+    return [n for n, site in given.items() if places_of(site["value"], site["fn"].size) is not site["value"]]
+
+
+def plate_like(frame: Any) -> Any:
+    """Make the plate that a frame is of; one without a size, which Pyro's frames tell as -1, stays without."""
+    if frame.size < 0:
+        return pyro.plate(frame.name, dim=frame.dim)
+    return pyro.plate(frame.name, frame.full_size or frame.size, frame.size, dim=frame.dim)
 
 
 class Shuffled(nn.Module):
