@@ -39,9 +39,8 @@ def rows_of_plate(model: Callable[..., Any], name: str, args: tuple[Any, ...], k
     inside = [s for s in nodes if any(f.name == name and f.vectorized for f in s.get("cond_indep_stack", ()))]
     frames = {frame.name: frame for site in nodes for frame in site.get("cond_indep_stack", ())}
     if not inside:
-        raise ValueError(
-            f"AutoPlateFlow: the model enters no plate {name!r}; it has {', '.join(sorted(frames)) or 'none'}."
-        )
+        plates = ", ".join(sorted(frames)) or "none"
+        raise ValueError(f"AutoPlateFlow: the model enters no plate {name!r} of known size; it has {plates}.")
     if frames[name].size > 0:  # a plate that is hidden, or was made before
         return Rows(frames[name].full_size or frames[name].size, frames[name].size, None)
     if latents := [site["name"] for site in inside if not site["is_observed"]]:
