@@ -10,6 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.poutine.util import prune_subsample_sites
 from torch import nn
 
 import pyro_flows as pf
@@ -42,7 +43,8 @@ in_both_stores = pytest.mark.usefixtures("stores")
 
 def evidence(model, *args, low=-4.0, high=4.0):
     """The log evidence of a model with one real latent, by a sum over a grid."""
-    (name,) = [n for n, _ in poutine.trace(model).get_trace(*args).iter_stochastic_nodes()]
+    trace = prune_subsample_sites(poutine.trace(model).get_trace(*args))
+    (name,) = [name for name, _ in trace.iter_stochastic_nodes()]
     grid = torch.linspace(low, high, 401)
     heights = [poutine.trace(poutine.condition(model, {name: z})).get_trace(*args).log_prob_sum() for z in grid]
     return float(torch.stack(heights).double().logsumexp(0)) + math.log((high - low) / 400)
@@ -535,13 +537,11 @@ def test_a_number_of_plates_that_is_given_holds_for_fits_and_verdicts(model, val
 def test_an_objective_that_knows_the_number_of_plates_decides(model):
     """The warm start took the guess in its place, and died in a RuntimeError."""
     with pyro.validation_enabled(model is not free):
-        for objective in (
-            PathELBO(64, max_plate_nesting=HIDDEN[model], vectorize_particles=True),
-            TemperedELBO(50, num_particles=64, max_plate_nesting=HIDDEN[model]),
-        ):
-            guide = AutoFlow(model)
-            fit = pf.fit_svi(model, guide, X, objective=objective, steps=50, progress=False)
-            assert abs(float(fit.losses[-10:].mean()) + evidence(model, X)) < 0.3
+        objective = PathELBO(64, max_plate_nesting=HIDDEN[model], vectorize_particles=True)
+        fit = pf.fit_svi(model, AutoFlow(model), X, objective=objective, steps=50, progress=False)
+        assert abs(float(fit.losses[-10:].mean()) + evidence(model, X)) < 0.3
+        objective = TemperedELBO(5, num_particles=64, max_plate_nesting=HIDDEN[model])
+        assert pf.fit_svi(model, AutoFlow(model), X, objective=objective, progress=False).losses.isfinite().all()
         objective = PathELBO(64, vectorize_particles=True)  # and one that does not know it is told
         pf.fit_svi(model, AutoFlow(model), X, objective=objective, max_plate_nesting=HIDDEN[model], **QUICK)
         assert objective.max_plate_nesting == HIDDEN[model] + 1
