@@ -318,15 +318,16 @@ def test_to_arviz_takes_the_shape_of_a_log_likelihood_from_itself(model, setting
 
 
 def test_plates_name_the_dimensions_of_log_likelihoods_from_the_right():
-    """A site whose distribution has a dimension of its own to the left of a plate of the same size."""
+    """A site whose distribution has a dimension of its own to the left of a plate, of the same size."""
 
-    def model(y):
+    def model():
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         with pyro.plate("rows", 3):
-            pyro.sample("y", dist.Normal(loc.unsqueeze(-1).unsqueeze(-1), torch.ones(3, 1)).to_event(1), obs=y)
+            pyro.sample("y", dist.Normal(loc, 1.0).expand([3, 3]), obs=torch.zeros(3, 3))
 
-    found = pf.to_arviz(model, model, torch.zeros(3, 1), num_samples=25, vectorize=False)
-    assert found["log_likelihood"]["y"].dims == ("chain", "draw", "rows")
+    found = pf.to_arviz(model, model, num_samples=25, vectorize=False)
+    assert found["log_likelihood"]["y"].dims == ("chain", "draw", "y_dim_0", "rows")
+    assert found["observed_data"]["y"].dims == ("y_dim_0", "rows")
 
 
 # What Pyro allows as subsample=.
