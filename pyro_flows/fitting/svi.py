@@ -26,7 +26,7 @@ from ..objectives.particles import ParticleObjective
 from . import checkpoint as checkpoints
 from . import processes
 from .beforehand import check_pair
-from .inspect import culprit, fingerprint, has_all, trained_by
+from .inspect import check_no_parameters, culprit, fingerprint, has_all, trained_by
 from .ladder import climb
 from .loop import Fit, ask, check_settings, descend
 from .optimizers import matrices, optimizers
@@ -152,6 +152,7 @@ def fit_svi(
             raise ValueError("fit_svi: escalate=True chooses objectives itself; leave out objective, or escalate.")
         settings |= {"steps": steps, "objective": objective, "warm_start": warm_start, "progress": progress}
         guide.setup(*args, **kwargs)
+        check_no_parameters(model, guide, args, kwargs)
         with unchanged():
             check_pair(model, guide, args, kwargs, objective, search="escalate" if escalate else "restarts")
         fit_once = functools.partial(fit_svi, model, model_kwargs=kwargs)
