@@ -208,7 +208,7 @@ def test_batch_size_must_be_positive():
 
 
 def test_a_model_that_sums_over_all_draws_is_refused():
-    """It runs side by side without an error, and is wrong: its factor would count once for every draw."""
+    """It runs vectorised over draws without an error, and is wrong: its factor would count once for every draw."""
 
     def model() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
@@ -217,14 +217,14 @@ def test_a_model_that_sums_over_all_draws_is_refused():
     def guide() -> None:
         pyro.sample("x", dist.Normal(0.5, 0.7).expand([2]).to_event(1))
 
-    with pytest.raises(ValueError, match="with 2 draws side by side"):
+    with pytest.raises(ValueError, match="vectorised over 2 draws"):
         psis(model, guide, num_samples=100)
     found = psis(model, guide, num_samples=2000, vectorize=False)
     # N(0, 1) times exp(-(x - 1)^2 / 2) integrates to exp(-1/4) / sqrt(2) in each of two dimensions.
     assert abs(found.log_evidence - (-0.5 - math.log(2))) < 4 * found.log_evidence_se
 
 
-def test_a_model_that_cannot_run_side_by_side_is_refused():
+def test_a_model_that_does_not_run_vectorised_is_refused():
     """Its data lie in a plate, which the guide has not; still the two are tried together."""
     x = torch.randn(20, 3)
 
@@ -237,10 +237,10 @@ def test_a_model_that_cannot_run_side_by_side_is_refused():
         pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
 
     with pytest.raises(
-        ValueError, match=r"does not run with draws side by side.*with \(x \* w\).sum\(-1\) in place of x @ w"
+        ValueError, match=r"does not run vectorised over draws.*with \(x \* w\).sum\(-1\) in place of x @ w"
     ):
         psis(model, guide, lambda w: x @ w, num_samples=30)
-    with pytest.raises(ValueError, match="with 2 draws side by side"):
+    with pytest.raises(ValueError, match="vectorised over 2 draws"):
         psis(model, guide, lambda w: (w * x.sum(0)).sum(), num_samples=30)
     assert psis(model, guide, lambda w: (x * w).sum(-1), num_samples=30).log_weights.shape == (
         30,

@@ -855,7 +855,7 @@ def test_an_estimated_density_may_run_side_by_side() -> None:
     for seed in range(40):
         torch.manual_seed(seed)
         check_side_by_side(model, guide, (x,), {})
-    with pytest.raises(ValueError, match="side by side"):
+    with pytest.raises(ValueError, match="vectorised over 2 draws"):
         check_side_by_side(faulty, guide, (x,), {})
 
 

@@ -241,6 +241,6 @@ def test_a_guide_that_cannot_be_checked_is_refused():
 
     guide = AutoDiagonalNormal(sums)
     guide()
-    with pytest.raises(ValueError, match=r"cannot be checked \(check=False leaves that out\).*side by side"):
+    with pytest.raises(ValueError, match=r"cannot be checked \(check=False leaves that out\).*vectorised over 2 draws"):
         neutra(sums, guide)
     assert neutra(sums, guide, check=False).site == "x_shared_latent"

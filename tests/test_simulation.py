@@ -278,7 +278,7 @@ def test_a_model_that_does_not_broadcast_is_refused_with_the_way_out():
         theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         pyro.sample("x", dist.Normal(weights @ theta, 1.0).to_event(1), obs=x)
 
-    refused(model, r"does not run with draws side by side.*vectorize=False", draw=True)
+    refused(model, r"does not run vectorised over draws.*vectorize=False", draw=True)
     found = simulator(model).draw(30, vectorize=False)
     assert found.data["x"].shape == (30, 3)
 
@@ -297,7 +297,7 @@ def test_as_many_numbers_as_draws_do_not_pass_for_them():
         theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         pyro.sample("x", dist.Delta(factor * theta, event_dim=1), obs=x)
 
-    refused(model, r"does not run with draws side by side.*vectorize=False", draw=True)
+    refused(model, r"does not run vectorised over draws.*vectorize=False", draw=True)
 
 
 def test_a_model_that_sums_over_all_it_sees_is_refused():
@@ -305,7 +305,7 @@ def test_a_model_that_sums_over_all_it_sees_is_refused():
         theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         pyro.sample("x", dist.Normal(theta.sum(), 1.0), obs=x)
 
-    refused(model, "side by side", draw=True)
+    refused(model, "vectorised over", draw=True)
 
 
 def test_a_mean_over_all_draws_in_a_delta_is_refused():
@@ -313,4 +313,4 @@ def test_a_mean_over_all_draws_in_a_delta_is_refused():
         theta = pyro.sample("theta", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         pyro.sample("x", dist.Delta(theta - theta.mean(), event_dim=1), obs=x)
 
-    refused(model, "side by side", draw=True)
+    refused(model, "vectorised over", draw=True)

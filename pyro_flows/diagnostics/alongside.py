@@ -1,4 +1,4 @@
-"""Draws side by side: a program that runs many at a time, and what of its trace belongs to each."""
+"""Programs vectorised over draws: one run for many of them, and the parts of its trace that belong to each."""
 
 from __future__ import annotations
 
@@ -55,6 +55,6 @@ def rows_of(name: str, value: Tensor, shape: torch.Size, size: int) -> Tensor:
     if value.numel() == shape.numel():  # it does not vary from draw to draw
         return value.reshape(shape).expand(size, *shape)
     raise ValueError(
-        f"site {name!r} has shape {tuple(shape)} for one draw but {tuple(value.shape)} for {size} draws side by side; "
-        "let the model broadcast to the left of its plates, or use vectorize=False."
+        f"site {name!r} has shape {tuple(shape)} for one draw but {tuple(value.shape)} for {size} draws at once; let "
+        "the model broadcast to the left of its plates, or use vectorize=False."
     )

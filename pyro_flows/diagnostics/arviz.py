@@ -14,9 +14,11 @@ from .compat import Groups, Variable, container
 from .draws import draw
 from .held import Held, hold, read, sites_of, values_of
 from .importance import weigh
+from .nesting import takes_nesting
 from .resampling import reweighted
 
 
+@takes_nesting
 def to_arviz(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -28,6 +30,7 @@ def to_arviz(
     log_likelihood: bool = True,
     batch_size: int = 1000,
     vectorize: bool = True,
+    max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -58,8 +61,9 @@ def to_arviz(
             observed site is then the new value, so one that depends on another follows it.
         log_likelihood: Whether to keep each observation's log-likelihood, in nats.
         batch_size: How many draws are run at once.
-        vectorize: Whether draws run side by side, for which the model must broadcast to the left of its plates, or one
-            after the other.
+        vectorize: Whether the model runs vectorised over draws, for which it must broadcast to the left of its plates,
+            or for one draw after the other.
+        max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 
@@ -99,14 +103,14 @@ def to_arviz(
         ),
     }
     observed = sites_of(held.single, "observed")
+    rows = {name: _log_likelihood(site).shape for name, site in observed.items()}  # data may have more than fn
     if posterior_predictive:
-        shapes = {name: site["fn"].batch_shape + site["fn"].event_shape for name, site in observed.items()}
+        shapes = {name: rows[name] + site["fn"].event_shape for name, site in observed.items()}
         drawn = read(model, held, args, kwargs, shapes, batch_size=batch_size, forget=True)
         groups["posterior_predictive"] = _by_draw(held, drawn)
     if log_likelihood:
-        shapes = {name: site["fn"].batch_shape for name, site in observed.items()}
-        densities = read(model, held, args, kwargs, shapes, _log_likelihood, batch_size=batch_size)
-        for name, variable in _by_draw(held, densities).items():
+        densities = read(model, held, args, kwargs, rows, _log_likelihood, batch_size=batch_size)
+        for name, variable in _by_draw(held, densities, event_dim=0).items():
             groups.setdefault("log_likelihood", {}).update(_seen(name, *variable))
     groups["observed_data"] = {
         name: (_dims(name, site, site["value"].shape), _array(site["value"])) for name, site in observed.items()
@@ -121,19 +125,24 @@ def to_arviz(
     return container({group: variables for group, variables in groups.items() if variables}, attrs)
 
 
-def _by_draw(held: Held, values: dict[str, Tensor]) -> dict[str, Variable]:
+def _by_draw(held: Held, values: dict[str, Tensor], event_dim: int | None = None) -> dict[str, Variable]:
     """Values ``(N, *shape)`` of the model's sites, or of the draws, as variables of one chain."""
     nodes = held.single.nodes
     return {
-        name: (("chain", "draw", *_dims(name, nodes.get(name), value.shape[1:])), _array(value)[None])
+        name: (("chain", "draw", *_dims(name, nodes.get(name), value.shape[1:], event_dim)), _array(value)[None])
         for name, value in values.items()
     }
 
 
-def _dims(name: str, site: dict[str, Any] | None, shape: torch.Size) -> tuple[str, ...]:
-    """Names for a shape's dimensions: those of the plates that the site lies in, and generic ones for the rest."""
+def _dims(name: str, site: dict[str, Any] | None, shape: torch.Size, event_dim: int | None = None) -> tuple[str, ...]:
+    """Names for a shape's dimensions: those of the plates that the site lies in, and generic ones for the rest.
+
+    The last ``event_dim`` dimensions lie in no plate; by default they are those of the site's events.
+    """
     frames = {frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized} if site else {}
     depth = max((-dim for dim in frames), default=0)
+    if site and not site["infer"].get("_deterministic"):  # whose events may hold plates
+        depth = len(shape) - (site["fn"].event_dim if event_dim is None else event_dim)
     found = [(i, size, frames.get(i - depth)) for i, size in enumerate(shape)]
     return tuple(frame.name if frame and frame.size == size else f"{name}_dim_{i}" for i, size, frame in found)
 

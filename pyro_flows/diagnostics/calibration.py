@@ -20,6 +20,7 @@ from torch import Tensor
 from ..encoders.base import at_rest
 from . import plots
 from .draws import check_integers
+from .nesting import takes_nesting
 from .quantities import labels_of
 from .simulations import Simulations
 from .simulator import Simulator
@@ -99,6 +100,7 @@ class Calibration:
         )
 
 
+@takes_nesting
 @torch.no_grad()
 def calibrate(
     model: Callable[..., Any],
@@ -107,6 +109,7 @@ def calibrate(
     num_simulations: int = 1000,
     num_samples: int = 500,
     vectorize: bool = True,
+    max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Calibration:
@@ -127,7 +130,8 @@ def calibrate(
         *args: The model's arguments without the data.
         num_simulations: The number M of data sets, at least 20.
         num_samples: The number of draws for each, at least 20.
-        vectorize: Whether simulations run side by side.
+        vectorize: Whether the model runs vectorised over simulations.
+        max_plate_nesting: How many dimensions the model's plates take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 

@@ -5,20 +5,29 @@ Guide and model are run together, many draws at a time, under one outer plate to
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
-from ..programs.matching import check_drawn
 from .alongside import log_prob_of_draws, rows_of, side_by_side
+from .latents import check_match
+from .nesting import nesting_of
 from .noise import warn_of_noise
+from .quoting import quoted
+
+WAY_OUT = (
+    "Let the model broadcast to the left of its plates, with (x * w).sum(-1) in place of x @ w, say; give "
+    "max_plate_nesting where it has dimensions of its own to the left of its plates; or run one draw at a time: "
+    "vectorize=False in psis, to_arviz and fit_amortized, num_particles=1 or objective=Trace_ELBO(num_particles=n) in "
+    "fit_svi."
+)
 
 
 class Draws(NamedTuple):
@@ -43,15 +52,7 @@ def single_trace(
     with poutine.block(), torch.no_grad():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-    frames = [
-        frame
-        for trace in (guide_trace, model_trace)
-        for site in trace.nodes.values()
-        if site["type"] == "sample"
-        for frame in site["cond_indep_stack"]
-        if frame.vectorized
-    ]
-    return model_trace, guide_trace, max((-frame.dim for frame in frames), default=0)
+    return model_trace, guide_trace, nesting_of(guide_trace, model_trace)
 
 
 @torch.no_grad()
@@ -99,16 +100,29 @@ def _run(
     size: int,
     nesting: int | None,
     single: Trace,
+    watch: Callable[[str], contextlib.AbstractContextManager[None]] = lambda program: contextlib.nullcontext(),
 ) -> Draws:
-    """One batch of draws, side by side under a plate left of ``nesting`` others, or a single one without a plate."""
+    """One batch of draws, vectorised under a plate left of ``nesting`` others, or a single one without a plate."""
     if nesting is not None:
         model, guide = side_by_side(model, size, nesting), side_by_side(guide, size, nesting)
-    with poutine.block():
+    with poutine.block(), watch("guide"):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    with poutine.block(), watch("model"):
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-    guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
-    log_p, log_q = (log_prob_of_draws(trace, size, nesting) for trace in (model_trace, guide_trace))
+        model_trace = prune_subsample_sites(model_trace)
+        log_p = log_prob_of_draws(model_trace, size, nesting)
+    with watch("guide"):
+        log_q = log_prob_of_draws(prune_subsample_sites(guide_trace), size, nesting)
     return Draws(log_p, log_q, model_trace, single, nesting)
+
+
+@contextlib.contextmanager
+def _vectorised(program: str) -> Iterator[None]:
+    """Say that a program, which runs for a single draw, does not run vectorised over draws, and where it fails."""
+    try:
+        yield
+    except Exception as error:  # a user's program may raise anything
+        raise ValueError(f"the {program} does not run vectorised over draws: {quoted(error)}. {WAY_OUT}") from error
 
 
 def check_trained(caller: str, guide: Any) -> None:
@@ -130,24 +144,11 @@ def check_guide(
 ) -> tuple[Trace, int]:
     """Refuse guides whose draws cannot be weighed; return the model's trace and how many dimensions the plates take."""
     single, guide_trace, nesting = single_trace(model, guide, args, kwargs)
-    _check_match(single, prune_subsample_sites(guide_trace))
+    check_match(single, guide_trace)
     plate = subsampled_plate(single)
     if plate:
         raise ValueError(f"{plate}: draws would be weighed against different data. Let the plate run over all rows.")
     return single, nesting
-
-
-def _check_match(model: Trace, guide: Trace) -> None:
-    """Refuse a guide that is a point, latents of only one of the two, and other masks: their weights mean nothing."""
-    drawn = dict(guide.iter_stochastic_nodes())
-    if drawn and all(isinstance(site["fn"], dist.Delta) for site in drawn.values()):
-        raise ValueError("the guide is a point (every site is a Delta) and not a distribution; it cannot be weighed.")
-    for name, _ in prune_subsample_sites(model).iter_stochastic_nodes():
-        if name not in drawn:
-            raise ValueError(
-                f"latent site {name!r} of the model is not in the guide; sum it out of the model, or give it a guide."
-            )
-    check_drawn("", model, guide)
 
 
 def subsampled_plate(trace: Trace) -> str:
@@ -168,27 +169,19 @@ def check_side_by_side(
     kwargs: dict[str, Any],
     number: int = 2,
 ) -> float:
-    """Refuse a model that means something else when draws run side by side: one that sums over all it sees, say.
+    """Refuse a model that fails or means something else vectorised over draws: one that sums over all it sees, say.
 
     A number of draws are scored under the plate, and two of them alone, with the same rows of subsampled plates; the
     log-densities must agree.  Returned is the standard deviation of those that are estimates, or 0.
     """
     noise = 0.0
-    way_out = (
-        "Let the model broadcast to the left of its plates, with (x * w).sum(-1) in place of x @ w, say, or run one "
-        "draw at a time: vectorize=False in psis, to_arviz and fit_amortized, num_particles=1 or "
-        "objective=Trace_ELBO(num_particles=n) in fit_svi."
-    )
+    names = {"guide": "model" if guide is model else "guide", "model": "model"}
     with pyro.validation_enabled(False):
         single, guide_trace, nesting = single_trace(model, guide, args, kwargs)
         rows = {name: site["value"] for name, site in single.nodes.items() if site_is_subsample(site)}
         if subsampled_plate(single):
             model, guide = poutine.condition(model, data=rows), poutine.condition(guide, data=rows)
-        try:
-            draws = _run(model, guide, args, kwargs, number, nesting, single)
-        except (RuntimeError, IndexError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"the model does not run with draws side by side ({reason:.200}). {way_out}") from error
+        draws = _run(model, guide, args, kwargs, number, nesting, single, lambda which: _vectorised(names[which]))
         sites = dict(prune_subsample_sites(draws.model).iter_stochastic_nodes())
         if not sites.keys() <= guide_trace.nodes.keys():
             return noise  # what the guide leaves to the model's own randomness is drawn anew each time
@@ -205,8 +198,8 @@ def check_side_by_side(
             if (together - several.mean()).abs() <= 10 * several.std():
                 continue
             raise ValueError(
-                f"the model's log-density of one draw is {float(alone):.4g}, but {float(together):.4g} with "
-                f"{number} draws side by side. {way_out}"
+                f"the model's log-density of one draw is {float(alone):.4g}, but {float(together):.4g} "
+                f"vectorised over {number} draws. {WAY_OUT}"
             )
     return noise
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -89,12 +90,12 @@ def read(
         kwargs: Its keyword arguments.
         shapes: The sites, and the shape of what is read for a single draw.
         what: What to read off a site; by default its value.
-        batch_size: How many draws are run at once, where they run side by side.
+        batch_size: How many draws are run at once, where the model runs vectorised over them.
         forget: Whether to draw the observed sites anew, in place of the data; deterministic sites cannot be read then.
     """
     if forget:
         # To Pyro what is deterministic is observed too: drawn anew in a plate, it would grow by the plate's size.
-        model = poutine.uncondition(poutine.block(model, hide_fn=_is_derived))
+        model = poutine.uncondition(_AllRows()(poutine.block(model, hide_fn=_is_derived)))
     found: dict[str, list[Tensor]] = {name: [] for name in shapes}
     step = 1 if held.nesting is None else batch_size
     for start in range(0, len(held.log_p), step):
@@ -128,3 +129,12 @@ def _room(held: Held, name: str, size: int) -> tuple[int, ...]:
 
 def _is_derived(message: dict[str, Any]) -> bool:
     return message["type"] == "sample" and message["is_observed"] and group_of(message) != "observed"
+
+
+class _AllRows(Messenger):
+    """Draws as many rows anew as a site observes, also where its distribution is one for all of them."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if group_of(msg) == "observed":
+            rows = msg["value"].shape[: msg["value"].dim() - msg["fn"].event_dim]
+            msg["fn"] = msg["fn"].expand(torch.broadcast_shapes(msg["fn"].batch_shape, rows))

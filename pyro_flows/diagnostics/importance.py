@@ -22,6 +22,7 @@ from torch import Tensor
 from . import plots
 from .compat import psislw
 from .draws import draw
+from .nesting import takes_nesting
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Psis:
         )
 
 
+@takes_nesting
 def psis(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -86,6 +88,7 @@ def psis(
     num_samples: int = 10_000,
     batch_size: int = 1000,
     vectorize: bool = True,
+    max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Psis:
@@ -102,8 +105,9 @@ def psis(
         *args: The model's arguments.
         num_samples: The number S of draws, at least 25.
         batch_size: How many draws are run at once.
-        vectorize: Run draws side by side under an outer plate; the model must then broadcast to the left of its plates,
-            as it must for ``Trace_ELBO(vectorize_particles=True)``.  False runs them one after the other.
+        vectorize: Run the model vectorised over draws, under an outer plate; it must then broadcast to the left of its
+            plates, as it must for ``Trace_ELBO(vectorize_particles=True)``.  False runs them one after the other.
+        max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 
@@ -112,7 +116,7 @@ def psis(
 
     Raises:
         ValueError: If a number is out of its range; if the guide is a point, lacks a latent of the model or has one of
-            another model; if a plate is subsampled; if the model does not run with draws side by side; or if a weight
+            another model; if a plate is subsampled; if the model does not run vectorised over draws; or if a weight
             is not finite, or all are zero.
 
     Warns:

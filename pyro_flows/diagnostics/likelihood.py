@@ -20,8 +20,10 @@ from torch import Tensor
 
 from .alongside import side_by_side
 from .draws import check_guide, check_integers, check_side_by_side, single_trace
+from .nesting import takes_nesting
 
 
+@takes_nesting
 @torch.no_grad()
 def importance_log_likelihood(
     model: Callable[..., Any],
@@ -30,6 +32,7 @@ def importance_log_likelihood(
     plate: str | None = None,
     num_samples: int = 500,
     batch_size: int = 50,
+    max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Tensor:
@@ -48,7 +51,8 @@ def importance_log_likelihood(
         *args: The model's arguments, with the rows to score.
         plate: The plate's name; by default that of an ``AutoPlateFlow``.
         num_samples: The number K of draws for each row.
-        batch_size: How many draws are run side by side.
+        batch_size: How many draws are run at once.
+        max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 
@@ -57,7 +61,7 @@ def importance_log_likelihood(
 
     Raises:
         ValueError: If a number is out of its range, the plate is missing or subsampled, a latent lies outside, the
-            guide is a point or of other latents, or the model does not run with draws side by side.
+            guide is a point or of other latents, or the model does not run vectorised over draws.
 
     Example::
 

@@ -48,7 +48,7 @@ class Quantities:
         self.has_angles = any(self._turns[name] is not None for name in self.latents)
 
     def values(self, trace: Trace, size: int) -> dict[str, Tensor]:
-        """The values in a trace of N draws side by side: for each site ``(N, *shape)``."""
+        """The values in a trace of N draws at once: for each site ``(N, *shape)``."""
         return {name: rows_of(name, trace.nodes[name]["value"], shape, size) for name, shape in self._shapes.items()}
 
     def numbers(self, trace: Trace, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Draws that are better than the guide's own: moved towards the posterior by short Markov chains, side by side.
+"""Draws that are better than the guide's own: moved towards the posterior by short Markov chains, many at once.
 
 The chains start from the guide's draws and move in the coordinates of its base, in which a good guide's posterior is
 nearly a normal, and in whitened ones.  What few transitions do not reach, a mode that the guide misses above all, they
@@ -22,9 +22,10 @@ from .charts import charts_of
 from .density import or_nan
 from .draws import check_integers
 from .drift import Drift, DriftMeter
+from .nesting import takes_nesting
 from .space import sound_space
 
-BATCH = 500  # chains that run side by side
+BATCH = 500  # chains that run at once
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,20 @@ class Refined:
         return f"Refined({size} draws, acceptance={accepted}; the guide's own: {self.drift.worst(self.names)})"
 
 
+@takes_nesting
 def refine(
     model: Callable[..., Any],
     guide: Callable[..., Any],
     *args: Any,
     num_samples: int = 1000,
     transitions: int = 20,
+    max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Refined:
     """Move draws of any Pyro guide towards the posterior, for a fraction of the cost of training.
 
-    Short Markov chains (Hamiltonian Monte Carlo) start from them, side by side, and move in the coordinates of the
+    Short Markov chains (Hamiltonian Monte Carlo) start from them, many at once, and move in the coordinates of the
     guide's base and in whitened ones (Hoffman et al. 2019, arXiv:1903.03704; Ruiz, Titsias 2019, arXiv:1905.04062).
     What few transitions do not reach, a mode that the guide misses above all, they do not mend.
 
@@ -83,6 +86,7 @@ def refine(
         num_samples: The number of draws, each the end of a chain of its own, so that they are independent.
         transitions: How often each chain moves, in all coordinates, at least 4.  Step sizes are adapted in the first
             quarter.
+        max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 
@@ -92,7 +96,7 @@ def refine(
     Raises:
         ValueError: If a number is out of its range; if the guide was never trained, is a point, of another model, or
             has no density over its draws; if a latent is discrete or a plate subsampled; or if the model does not run
-            with draws side by side.
+            vectorised over draws.
 
     Warns:
         UserWarning: If the chains hardly move, or the model's log-density is an estimate whose noise shows.
@@ -130,6 +134,6 @@ def refine(
         warnings.warn(
             f"refine: the chains hardly move (acceptance {max(acceptance):.2f}), and the draws are the guide's own. "
             "Is the gradient of the model's density finite?",
-            stacklevel=2,
+            stacklevel=3,
         )
     return Refined(draws, acceptance, meter.drift(), space.read.names)

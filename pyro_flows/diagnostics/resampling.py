@@ -20,8 +20,10 @@ from torch import Tensor
 from .draws import draw
 from .held import Held, hold, values_of
 from .importance import Psis, weigh
+from .nesting import takes_nesting
 
 
+@takes_nesting
 def resample(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -30,6 +32,7 @@ def resample(
     num_weighed: int = 10_000,
     batch_size: int = 1000,
     vectorize: bool = True,
+    max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, Tensor]:
@@ -46,8 +49,9 @@ def resample(
         num_samples: The number N of draws that are kept.
         num_weighed: How many draws of the guide they are chosen from, at least 25; at least N are.
         batch_size: How many draws are run at once.
-        vectorize: Whether draws run side by side, for which the model must broadcast to the left of its plates, or one
-            after the other.
+        vectorize: Whether the model runs vectorised over draws, for which it must broadcast to the left of its plates,
+            or for one draw after the other.
+        max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 
@@ -91,7 +95,7 @@ def reweighted(held: Held, number: int, caller: str) -> tuple[Held, Psis]:
         warnings.warn(
             f"{caller}: k-hat is {psis.khat:.2f}, above {psis.threshold:.2f}: a few draws hold most of the weight, and "
             "the resampled draws cannot be trusted. Fit the guide longer, or give it a flow of more layers.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return held.take(systematic(psis.smoothed, number)), psis
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -60,3 +61,14 @@ def check_draws(caller: str, what: str, name: str, value: Tensor) -> None:
         raise ValueError(f"{caller}: {what} {name!r} holds NaN or inf in {int((~rows).sum())} of {len(value)} draws.")
     if len(value) > 1 and value.numel() and (value == value[:1]).all():
         raise ValueError(f"{caller}: {what} {name!r} is constant: {value[0].flatten()[0].item():.6g} in every draw.")
+
+
+def check_given(caller: str, simulations: Simulations, data: Iterable[str], rounds: int) -> None:
+    """Refuse simulations of other data arguments than a model's, or with more than one round, which draws its own."""
+    if rounds > 1:
+        raise ValueError(f"{caller}: give either simulations or rounds={rounds}, which draw their own.")
+    if simulations.data.keys() != set(data) or len(simulations) < 20:
+        raise ValueError(
+            f"{caller}: simulations must hold at least 20 draws of the data arguments {sorted(data)}, got "
+            f"{len(simulations)} of {sorted(simulations.data)}."
+        )

@@ -1,4 +1,4 @@
-"""Simulations: a model run forward, its latents and data drawn together, many side by side.
+"""Simulations: a model run forward, its latents and data drawn together, many at once.
 
 The model takes its data by arguments that are None where they are to be drawn: ``def model(x=None)`` with
 ``pyro.sample("x", ..., obs=x)``.  Which site an argument holds the data of is found out by running the model.
@@ -20,18 +20,21 @@ from torch import Tensor, nn
 from .alongside import room_of, rows_of, side_by_side
 from .draws import check_integers, check_side_by_side, single_trace, subsampled_plate
 from .held import group_of
+from .nesting import takes_nesting
 from .quantities import innermost
 from .simulations import Simulations
 
-PROBES = 7  # draws side by side: as few dimensions of models are of that size, which might pass for theirs
+PROBES = 7  # draws at once: as few dimensions of models are of that size, which might pass for theirs
 
 
+@takes_nesting
 def simulate(
     model: Callable[..., Any],
     *args: Any,
     num_simulations: int = 10_000,
     batch_size: int = 10_000,
     vectorize: bool = True,
+    max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Simulations:
@@ -41,8 +44,9 @@ def simulate(
         model: A Pyro model that takes its data by arguments, as for :func:`~pyro_flows.fit_amortized`.
         *args: The model's arguments without the data.
         num_simulations: The number N of draws.
-        batch_size: How many run side by side.
-        vectorize: Whether they do, under an outer plate, for which the model must broadcast to the left of its plates.
+        batch_size: How many run at once.
+        vectorize: Whether the model runs vectorised over them, for which it must broadcast to the left of its plates.
+        max_plate_nesting: How many dimensions the model's plates take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 
@@ -51,8 +55,8 @@ def simulate(
 
     Raises:
         ValueError: If a number is out of its range; if the model cannot be simulated, since it takes no data, needs an
-            argument, observes what no argument holds, has a factor statement or a subsampled plate; or if it means
-            something else when it runs side by side.
+            argument, observes what no argument holds, has a factor statement or a subsampled plate; or if it fails or
+            means something else vectorised over simulations.
 
     Example::
 
@@ -177,16 +181,16 @@ class Simulator:
         batch_size: int = 10_000,
         vectorize: bool = True,
     ) -> Simulations:
-        """Draw latents and data: side by side under an outer plate, or one after the other.
+        """Draw latents and data: vectorised under an outer plate, or one after the other.
 
         Args:
             number: How many.
             latents: Values of some latents, ``(number, *site_shape)``, in place of the prior's draws.
-            batch_size: How many run side by side.
-            vectorize: Whether they do.
+            batch_size: How many run at once.
+            vectorize: Whether many do.
 
         Raises:
-            ValueError: If the model means something else when it runs side by side.
+            ValueError: If the model means something else vectorised over simulations.
         """
         if vectorize:
             self.check()
@@ -200,7 +204,7 @@ class Simulator:
         return Simulations(values, data)
 
     def placed(self, latents: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Values ``(N, *site_shape)`` with room for plates that their sites do not lie in, to be held side by side."""
+        """Values ``(N, *site_shape)`` with room for plates that their sites do not lie in, to be held at once."""
         nodes, nesting = self.single.nodes, self.nesting
         return {
             name: value.reshape(len(value), *room_of(nodes[name], nesting), *value.shape[1:])
@@ -216,18 +220,8 @@ class Simulator:
         sites = self.single.iter_stochastic_nodes()
         return {name: rows_of(name, trace.nodes[name]["value"], site["value"].shape, size) for name, site in sites}
 
-    def check_simulations(self, simulations: Simulations, rounds: int = 1) -> None:
-        """Refuse simulations that are not of this model."""
-        if rounds > 1:
-            raise ValueError(f"{self.caller}: give either simulations or rounds={rounds}, which draw their own.")
-        if simulations.data.keys() != self.sites.keys() or len(simulations) < 20:
-            raise ValueError(
-                f"{self.caller}: simulations must hold at least 20 draws of the data arguments {sorted(self.sites)}, "
-                f"got {len(simulations)} of {sorted(simulations.data)}."
-            )
-
     def check(self) -> None:
-        """Refuse a model that means something else when many run side by side."""
+        """Refuse a model that means something else vectorised over simulations."""
         check_side_by_side(self.model, self.model, self.args, self.kwargs, PROBES)
         found = self._run(PROBES, True, {})
         latents = {name: value for name, value in found.items() if name not in self.sites.values()}
@@ -236,25 +230,24 @@ class Simulator:
                 self._check_values(name, latents)
 
     def _check_values(self, name: str, latents: dict[str, Tensor]) -> None:
-        """Compare what follows from latents side by side and one by one, or, where there is noise, its independence."""
-        alone = [torch.cat([self._run(1, False, self._row(latents, row))[name] for row in (0, 1)]) for _ in range(2)]
+        """Compare what follows from latents vectorised and one by one, or, where there is noise, its independence."""
+        alone = [torch.cat([self._run(1, False, _row(latents, row))[name] for row in (0, 1)]) for _ in range(2)]
         if torch.equal(alone[0], alone[1]):
             if not torch.allclose(self._run(PROBES, True, latents)[name][:2], alone[0], rtol=1e-4, atol=1e-6):
                 raise ValueError(
-                    f"{self.caller}: site {name!r} is another function of the latents when simulations run side by "
-                    "side: one of them sees the others. Let the model broadcast to the left of its plates, with "
-                    "x.mean(-1, keepdim=True) in place of x.mean() and x[..., 0] in place of x[0], or use "
-                    "vectorize=False."
+                    f"{self.caller}: site {name!r} is another function of the latents when the model runs vectorised "
+                    "over simulations: one of them sees the others. Let the model broadcast to the left of its plates, "
+                    "with x.mean(-1, keepdim=True) in place of x.mean(), or use vectorize=False."
                 )
             return
-        twice = {key: value.expand(PROBES, *value.shape[1:]) for key, value in self._row(latents, 0).items()}
+        twice = {key: value.expand(PROBES, *value.shape[1:]) for key, value in _row(latents, 0).items()}
         pair = self._run(PROBES, True, twice)[name]
         if torch.equal(pair[0], pair[1]):
             raise ValueError(
                 f"{self.caller}: site {name!r} has noise from outside of sample statements, which would be the same "
-                "for all simulations that run side by side. Draw it by pyro.sample, or use vectorize=False."
+                "for all simulations that run at once. Draw it by pyro.sample, or use vectorize=False."
             )
 
-    @staticmethod
-    def _row(latents: dict[str, Tensor], row: int) -> dict[str, Tensor]:
-        return {name: value[row : row + 1] for name, value in latents.items()}
+
+def _row(latents: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    return {name: value[row : row + 1] for name, value in latents.items()}

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from .draws import check_trained
+from .nesting import takes_nesting
 from .verdict import check as judge
 
 
@@ -105,11 +106,13 @@ class Neutra:
         return {self.site: draws if num_chains > 1 else draws[0]}
 
 
+@takes_nesting
 def neutra(
     model: Callable[..., Any],
     guide: Any,
     *args: Any,
     check: bool = True,
+    max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Neutra:
@@ -131,6 +134,7 @@ def neutra(
             ``AutoDiagonalNormal``, ``AutoNormalizingFlow``, ``AutoIAFNormal``.
         *args: The model's arguments.
         check: Whether to judge the guide by :func:`~pyro_flows.check` and to warn if its verdict is ``"do not trust"``.
+        max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 
@@ -188,7 +192,7 @@ def _warn_if_collapsed(
     if found.verdict == "do not trust":
         warnings.warn(
             f"neutra: the guide is not to be trusted, and chains may stay where it has collapsed. {found.reason}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -28,6 +28,7 @@ from .drift import Drift, DriftMeter, weighted_drift
 from .importance import Psis, weigh
 from .judgement import CALM, LIMIT, SURE, is_off, judge
 from .modes import Missing, search
+from .nesting import takes_nesting
 from .space import Scored, Space, sound_space
 
 ADAPT, BLOCK, BLOCKS = 4, 10, 5  # sweeps of the chains: to adapt their steps, between judgements, and at most
@@ -131,12 +132,14 @@ class Check:
         return plots.check(self)
 
 
+@takes_nesting
 def check(
     model: Callable[..., Any],
     guide: Callable[..., Any],
     *args: Any,
     num_samples: int = 10_000,
     num_chains: int = 256,
+    max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Check:
@@ -154,6 +157,7 @@ def check(
         *args: The model's arguments.
         num_samples: The number of draws that are weighed, at least 100.
         num_chains: The number of chains, at least 16.
+        max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 
@@ -163,7 +167,7 @@ def check(
     Raises:
         ValueError: If a number is out of its range; if the guide was never trained, is a point, of another model, or
             has no density over its draws; if a latent is discrete or a plate subsampled; if the model has no latents or
-            does not run with draws side by side; or if a weight is not finite, or all are zero.
+            does not run vectorised over draws; or if a weight is not finite, or all are zero.
 
     Warns:
         UserWarning: If the model's log-density is an estimate whose noise shows in the verdict.

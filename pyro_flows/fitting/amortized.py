@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..diagnostics.draws import check_integers
-from ..diagnostics.simulations import Simulations
+from ..diagnostics.nesting import takes_nesting
+from ..diagnostics.simulations import Simulations, check_given
 from ..diagnostics.simulator import Simulator
 from ..guides import AutoFlow
 from . import checkpoint as checkpoints
@@ -31,6 +32,7 @@ from .truncated import Truncated
 
 
 @processes.together
+@takes_nesting
 def fit_amortized(
     model: Callable[..., Any],
     guide: AutoFlow,
@@ -51,6 +53,7 @@ def fit_amortized(
     on_nonfinite: str = "skip",
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Fit:
@@ -94,14 +97,15 @@ def fit_amortized(
         clip_norm: The largest norm of a gradient.
         held_out: The share of the simulations that are not trained on and judge the states.
         patience: After how many epochs without an improvement on these to stop.
-        vectorize: Whether simulations run side by side under an outer plate, for which the model must broadcast to the
-            left of its plates; else one after the other.
-        simulation_batch_size: How many run side by side.
+        vectorize: Whether the model runs vectorised over simulations, for which it must broadcast to the left of its
+            plates; else one after the other.
+        simulation_batch_size: How many run at once.
         on_nonfinite: ``"skip"`` passes over steps whose loss or gradient is not finite, and ends with an error when
             there are 100 in a row; ``"raise"`` ends at the first.
         checkpoint: A file for the state of the run, from which the same call goes on, as for :func:`fit_svi`; the
             simulations are kept beside it.
         progress: Whether to show a progress bar.
+        max_plate_nesting: How many dimensions the model's plates take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 
@@ -155,7 +159,7 @@ def fit_amortized(
         )
     if rounds > 1 and not vectorize:
         raise ValueError(
-            f"fit_amortized: rounds={rounds} draws many latents for each that it keeps, side by side; it needs "
+            f"fit_amortized: rounds={rounds} draws many latents for each that it keeps, all at once; it needs "
             "vectorize=True."
         )
     for name, value in (observed or {}).items():
@@ -168,7 +172,7 @@ def fit_amortized(
     if simulations is not None:
         given = simulations
         simulations = processes.first(lambda: given)  # each may have drawn its own
-        simulator.check_simulations(simulations, rounds)
+        check_given("fit_amortized", simulations, simulator.sites, rounds)
         num_simulations = len(simulations)
     sizes = [num_simulations * (r + 1) // rounds - num_simulations * r // rounds for r in range(rounds)]
     known: Simulations | None = None

@@ -30,7 +30,6 @@ from ..guides import AutoFlow
 from ..objectives import ForwardKL, TemperedELBO
 from ..transforms import ActNorm
 from . import processes
-from .inspect import check_no_parameters
 from .loop import Fit
 from .schedule import suited_to
 
@@ -190,8 +189,6 @@ def climb(
     restarts: int,
 ) -> Fit:
     """Fit a guide, from several places or with growing effort or both; return the best fit, with all rungs."""
-    guide.setup(*args, **kwargs)
-    check_no_parameters(model, guide, args, kwargs)
     ladder = Ladder(fit_once, model, args, kwargs, settings, checkpoint)
     fresh = guide.rebuilt()
     space = Space(model, fresh, args, kwargs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,3 +31,13 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(keys), gauss))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def unchanged() -> Iterator[None]:
+    """Leave all random numbers as they are, whatever is drawn inside."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

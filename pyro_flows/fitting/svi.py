@@ -17,7 +17,8 @@ import torch
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
 
-from ..diagnostics.draws import check_side_by_side, single_trace, subsampled_plate
+from ..diagnostics.draws import check_side_by_side, subsampled_plate
+from ..diagnostics.nesting import settle, takes_nesting
 from ..guides import AutoFlow, AutoPlateFlow
 from ..guides.encoding import initialize
 from ..objectives import PathELBO, TemperedELBO
@@ -25,11 +26,13 @@ from ..objectives.particles import ParticleObjective
 from . import checkpoint as checkpoints
 from . import processes
 from .attempts import check_path
-from .inspect import culprit, fingerprint, has_all, trained_by
+from .beforehand import check_pair
+from .inspect import check_no_parameters, culprit, fingerprint, has_all, trained_by
 from .ladder import climb
 from .loop import Fit, ask, check_settings, descend
 from .optimizers import matrices, optimizers
 from .propriety import check_proper
+from .randomness import unchanged
 from .schedule import suited_to
 from .warm import start_from_gaussian
 
@@ -38,6 +41,7 @@ LONGEST_END = ".deeper-and-longer"  # that a fit of several gives the name of a 
 
 
 @processes.together
+@takes_nesting
 def fit_svi(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -53,6 +57,7 @@ def fit_svi(
     progress: bool = True,
     escalate: bool = False,
     restarts: int = 1,
+    max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Fit:
@@ -74,16 +79,16 @@ def fit_svi(
         steps: The number of steps; by default as many as a ``TemperedELBO`` anneals over, or as suit the guide and the
             Gaussian that it starts from (see *Choosing a flow* in the docs).
         objective: A Pyro ELBO, such as those of ``pyro_flows.objectives``; by default a ``PathELBO`` with
-            ``num_particles`` draws side by side, for which the model must broadcast to the left of its plates, or,
-            where latents are angles, a ``Trace_ELBO``: the scores of steep splines make path gradients too noisy.  Of
-            several processes each takes all that it asks for, draws and minibatches, and their mean counts.
+            ``num_particles`` draws at once, for which the model must broadcast to the left of its plates, or, where
+            latents are angles, a ``Trace_ELBO``: the scores of steep splines make path gradients too noisy.  Of several
+            processes each takes all that it asks for, draws and minibatches, and their mean counts.
         num_particles: The number of draws in each step, where no objective is given; by default what suits the guide.
             Several processes share them (*Several processes and GPUs* in the docs).
         lr: The largest step size, which is reached within 100 steps and falls to zero along a cosine; by default 0.01,
             or 0.003 where latents are angles.  Beyond 32 latents Muon trains an ``AutoFlow``'s networks; Adam all else.
         clip_norm: The largest norm of a gradient; by default 100, or 1 for an ``AutoFlow`` over more than 32 latents.
         warm_start: Whether to look for a Gaussian to start from, one of the flattened posterior for a ``TemperedELBO``.
-            By default a new ``AutoFlow`` does, with objectives of ``pyro_flows`` whose draws run side by side and no
+            By default a new ``AutoFlow`` does, with objectives of ``pyro_flows`` that are vectorised over draws and no
             subsampled plates; one that was trained before goes on from where it is.
         on_nonfinite: ``"skip"`` passes over steps whose loss or gradient is not finite, counts them, and ends with an
             error when there are 100 in a row; ``"raise"`` ends at the first.
@@ -100,6 +105,8 @@ def fit_svi(
             are those of the guide's own flow.
         restarts: How often to fit an ``AutoFlow``, each time from elsewhere: the prior, or far around the start.  The
             best is kept.
+        max_plate_nesting: How many dimensions the plates of model and guide take; by default that of the objective, or
+            what one run shows, which is too few where a model has dimensions of its own to the left of its plates.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 
@@ -109,9 +116,9 @@ def fit_svi(
 
     Raises:
         TypeError: If the model asks for arguments that are not given.
-        ValueError: If an argument is out of its range, the guide refuses the model, the model does not run with draws
-            side by side, there is nothing to train, the posterior is improper, the checkpoint is of another run, or
-            several processes do not fit the same.
+        ValueError: If an argument is out of its range, the guide refuses the model or lacks a latent of it, the model
+            does not run vectorised over draws, there is nothing to train, the posterior is improper, the checkpoint is
+            of another run, or several processes do not fit the same.
         FloatingPointError: If the loss or gradients stay non-finite; the error names the site at fault.
 
     Warns:
@@ -150,9 +157,14 @@ def fit_svi(
         if escalate and objective is not None:
             raise ValueError("fit_svi: escalate=True chooses objectives itself; leave out objective, or escalate.")
         settings |= {"steps": steps, "objective": objective, "warm_start": warm_start, "progress": progress}
+        guide.setup(*args, **kwargs)
+        check_no_parameters(model, guide, args, kwargs)
+        with unchanged():
+            check_pair(model, guide, args, kwargs, objective, search="escalate" if escalate else "restarts")
         fit_once = functools.partial(fit_svi, model, model_kwargs=kwargs)
         return climb(fit_once, model, guide, args, kwargs, settings, checkpoint, escalate=escalate, restarts=restarts)
-    single, _, nesting = single_trace(model, guide, args, kwargs)
+    settle(objective)
+    single, nesting = check_pair(model, guide, args, kwargs, objective, search="warm_start" if warm_start else "")
     _check_steps(steps, annealed := getattr(objective, "num_steps", None))
     suited = suited_to(guide)
     if num_particles and objective is None and num_particles % processes.size():
@@ -228,7 +240,7 @@ def fit_svi(
         warnings.warn(
             f"fit_svi: {fit.skipped} of {fit.steps} steps were skipped, as loss or gradient were not finite; what was "
             f"learned comes from the others. {ask(lambda: culprit(model, guide, args, kwargs))}",
-            stacklevel=3,
+            stacklevel=4,
         )
     return fit
 

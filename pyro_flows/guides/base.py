@@ -8,6 +8,7 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
 from pyro.nn.module import _is_module_local_param_enabled
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..flows import Flow
 from .checks import missing_arguments
 from .names import adopt_stored_parameters, claim_name, is_free
+from .rows import data_plates, plate_like
 
 
 class FlowGuide(AutoGuide):
@@ -24,6 +26,9 @@ class FlowGuide(AutoGuide):
     num_summary_draws = 10_000
     recipes: tuple[str, ...] = ()  # attributes that hold functions, which copies share and pickles leave behind
     prototype_trace: Any
+    _data_plates: list[str] | None = (
+        None  # plates that the model gives their rows' data; None if that was not looked at
+    )
 
     def setup(self, *args: Any, **kwargs: Any) -> Any:
         """Build the guide now, by running the model, and return it.  A second call does nothing.
@@ -92,6 +97,24 @@ class FlowGuide(AutoGuide):
         one = sum(value.numel() for value in self.sample(1, *args, **kwargs).values())
         number = min(self.num_summary_draws, max(1000, 20_000_000 // one))  # so that they fit into memory
         return {name: _quantiles(value, quantiles) for name, value in self.sample(number, *args, **kwargs).items()}
+
+    # The plates that latents lie in.
+
+    def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Make the plates of the prototype that Pyro would make otherwise.
+
+        A plate without a size stays without.  The rows' data that a model gives a plate, ``subsample=x``, are the
+        model's own: indices in the guide's trace would be replayed in their place.
+        """
+        if self.master is not None:
+            return dict(super()._create_plates(*args, **kwargs))
+        if self._data_plates is None:
+            self._data_plates = data_plates(self.model, list(self._prototype_frames), args, kwargs)
+        self.plates = {}
+        for name, frame in sorted(self._prototype_frames.items()):
+            with poutine.block(hide=self._data_plates):
+                self.plates[name] = plate_like(frame)
+        return self.plates
 
     # Parameters under a name of the guide's own.
 

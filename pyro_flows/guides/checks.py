@@ -32,6 +32,7 @@ def missing_arguments(owner: str, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def check_latents(owner: str, prototype: Trace, plate: str | None = None) -> None:
     """Refuse discrete latents, latents without room to move and latents of subsampled plates but for one plate."""
+    _check_continuous(owner, prototype, plate)
     for name, site in prototype.iter_stochastic_nodes():
         if _is_point(site["fn"]):
             raise ValueError(
@@ -43,11 +44,6 @@ def check_latents(owner: str, prototype: Trace, plate: str | None = None) -> Non
                 f"{owner}: the support of latent site {name!r}, {site['fn'].support}, has no volume: low must be less "
                 f"than high. Where they are equal, write {name} = pyro.deterministic({name!r}, value)."
             )
-        if site["fn"].support.is_discrete:
-            raise ValueError(
-                f"{owner}: latent site {name!r} is discrete. Sum it out: train with TraceEnum_ELBO, mark the model "
-                f"with config_enumerate, and give the flow the rest: AutoFlow(poutine.block(model, hide=[{name!r}]))."
-            )
         for frame in site["cond_indep_stack"]:
             if frame.name != plate and frame.full_size is not None and frame.size < frame.full_size:
                 raise ValueError(
@@ -56,6 +52,34 @@ def check_latents(owner: str, prototype: Trace, plate: str | None = None) -> Non
                     f"Let the plate run over all rows, or use AutoPlateFlow(model, {frame.name!r}), which gives each "
                     "row a posterior of its own."
                 )
+
+
+def _check_continuous(owner: str, prototype: Trace, plate: str | None) -> None:
+    """Refuse discrete latents, all at once: some can be enumerated, those with infinite support cannot."""
+    latents = {name: site["fn"] for name, site in prototype.iter_stochastic_nodes()}
+    discrete = {name: fn for name, fn in latents.items() if not _is_point(fn) and fn.support.is_discrete}
+    finite = [name for name, fn in discrete.items() if fn.has_enumerate_support]
+    infinite = [name for name in discrete if name not in finite]
+    ways = ""
+    if finite:
+        ways += (
+            f" Sum {_listed(finite)} out: train with TraceEnum_ELBO or PathEnumELBO, mark the model with "
+            f"config_enumerate, and give the flow the rest: {owner}(poutine.block(model, hide={finite!r})"
+            f"{f', {plate!r}' if plate else ''})."
+        )
+    if infinite:
+        ways += (
+            f" {_listed(infinite)} cannot be enumerated, as the support is infinite: sum it out by hand (a Poisson "
+            "whose rate is Gamma is a GammaPoisson), cut it off at a Categorical, or condition on it."
+        )
+    if discrete:
+        several = len(discrete) > 1
+        sites = f"latent site{'s' * several} {_listed(list(discrete))} {'are' if several else 'is'} discrete"
+        raise ValueError(f"{owner}: {sites}.{ways}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _is_point(fn: Any) -> bool:

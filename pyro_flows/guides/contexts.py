@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .encoding import encode, finite, probe
 from .look import Rows, look
-from .rows import take_rows
+from .rows import places_of, take_rows
 
 PACE = 30.0  # a row is seen once in many steps, and then has to move farther than what all rows share
 
@@ -57,19 +57,36 @@ class RowContexts(nn.Module):
         self, model: Callable[..., Any], plate: Any, indices: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         """The contexts of the rows at ``indices`` of a plate."""
+        places = places_of(indices, plate.size)
+        is_data = places is not None and places is not indices
+        if is_data and not any(value is indices for value in (*args, *kwargs.values())):
+            raise ValueError(
+                f"AutoPlateFlow: the data that plate {self.plate!r} is given as subsample= must be an argument of the "
+                "model, as it is, or their order cannot be told. Write subsample=x, or leave it out."
+            )
         if self.embedding is not None:
             self._check_known(plate.size)
-            return PACE * self.embedding(indices.to(self.embedding.weight.device))
-        if len(indices) < plate.size:
-            args, kwargs = take_rows(args, kwargs, indices, plate.size)
-        elif not torch.equal(indices, torch.arange(plate.size, device=indices.device)):
+            if places is None:
+                raise ValueError(
+                    f"AutoPlateFlow: plate {self.plate!r} is given the data of {len(indices)} of {plate.size} rows as "
+                    "subsample=, and without an encoder the guide must know which rows they are. Give an encoder, or "
+                    "the rows' indices as subsample=."
+                )
+            return PACE * self.embedding(places.to(self.embedding.weight.device))
+        if places is None:  # the arguments are of these rows alone
+            context = self._encode(model, args, kwargs)
+            self._check(context, len(indices), len(indices))
+            return context
+        if len(places) < plate.size:
+            args, kwargs = take_rows(args, kwargs, places, plate.size)
+        elif places is indices and not torch.equal(indices, torch.arange(plate.size, device=indices.device)):
             raise ValueError(
                 f"AutoPlateFlow: plate {self.plate!r} takes all of its rows in another order, by subsample=; whether "
                 "the arguments are in that order cannot be told. Leave subsample= out where all rows are taken."
             )
         context = self._encode(model, args, kwargs)
-        self._check(context, len(indices), plate.size)
-        return context if len(context) == len(indices) else context[indices]
+        self._check(context, len(places), plate.size)
+        return context if len(context) == len(places) else context[places]
 
     def of_all(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The contexts of all rows that the arguments tell of."""

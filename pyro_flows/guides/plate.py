@@ -30,7 +30,7 @@ from .names import claim_name
 from .nested import Nested
 from .packing import Packing
 from .recipe import assemble, assemble_local, built, check_recipe, check_scale, default_flow, default_local
-from .rows import InTurn, Shuffled, check_tied
+from .rows import InTurn, Shuffled, check_tied, plate_like
 
 
 class AutoPlateFlow(FlowGuide):
@@ -202,7 +202,7 @@ class AutoPlateFlow(FlowGuide):
         if self.master is not None:
             return self._create_plates()
         frames = self._prototype_frames.values()
-        made = {f.name: pyro.plate(f.name, f.size, dim=f.dim) for f in frames if f.name != self.plate}
+        made = {f.name: plate_like(f) for f in frames if f.name != self.plate}
         if needed:
             if rows is None:  # a guide that was saved looks at all rows that it is told of
                 number = len(self._all_rows(args, kwargs))

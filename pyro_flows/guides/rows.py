@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine, validation_enabled
 from pyro.poutine.messenger import Messenger
@@ -13,6 +14,41 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from .look import Rows
+
+
+def places_of(given: Tensor, full_size: int) -> Tensor | None:
+    """Return the indices of the rows that a plate is given as ``subsample=``, None if they cannot be told.
+
+    They may be indices, or, as Pyro allows, the rows' data themselves: all of them in their order, or some.
+    """
+    order = torch.arange(full_size, device=given.device)
+    whole = len(given) == full_size
+    if given.dim() != 1 or given.is_floating_point():
+        return order if whole else None
+    if whole:
+        indices = torch.equal(given, order) or torch.equal(given.sort().values, order)
+    else:
+        indices = bool(((given >= 0) & (given < full_size)).all())
+    return given if indices else order if whole else None
+
+
+def data_plates(
+    model: Callable[..., Any], names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[str]:
+    """Return those of some plates that a model gives their rows' data as ``subsample=``, and not indices."""
+    if model is None or not names:  # a guide that was saved
+        return []
+    with poutine.block(), torch.no_grad(), validation_enabled(False), torch.random.fork_rng():
+        nodes = poutine.trace(model).get_trace(*args, **kwargs).nodes
+    given = {name: nodes[name] for name in names if name in nodes and isinstance(nodes[name]["value"], Tensor)}
+    return [n for n, site in given.items() if places_of(site["value"], site["fn"].size) is not site["value"]]
+
+
+def plate_like(frame: Any) -> Any:
+    """Make the plate that a frame is of; one without a size, which Pyro's frames tell as -1, stays without."""
+    if frame.size < 0:
+        return pyro.plate(frame.name, dim=frame.dim)
+    return pyro.plate(frame.name, frame.full_size or frame.size, frame.size, dim=frame.dim)
 
 
 class Shuffled(nn.Module):

@@ -1,0 +1,97 @@
+"""The number of dimensions that the plates of a model and its guide take: found by one run, unless it is given.
+
+Many draws run at once under one more plate, to the left of those dimensions.  One run shows the plates; it does not
+show dimensions that a model makes by hand, as where it sums over components to the left of its plates, nor plates that
+other runs enter.  There the user's ``max_plate_nesting`` counts, or that of the objective.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+from pyro.infer import ELBO
+from pyro.poutine.trace_struct import Trace
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Given(NamedTuple):
+    nesting: int
+    words: str  # the argument in an error
+
+
+_given: ContextVar[_Given | None] = ContextVar("max_plate_nesting", default=None)
+
+
+def takes_nesting(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function's ``max_plate_nesting``, or that of its objective, hold for all programs that it runs."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        given = _asked(function.__name__, kwargs.get("max_plate_nesting"), kwargs.get("objective"))
+        if given is None:  # what holds outside holds on
+            return function(*args, **kwargs)
+        token = _given.set(given)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _given.reset(token)
+
+    return call
+
+
+def nesting_of(*traces: Trace) -> int:
+    """Return the number of dimensions that plates take: the one given, or the one that traces of single runs show.
+
+    Raises:
+        ValueError: If fewer are given than the traces show.
+    """
+    sites = [site for trace in traces for site in trace.nodes.values() if site["type"] == "sample"]
+    frames = [frame for site in sites for frame in site["cond_indep_stack"] if frame.vectorized]
+    leftmost = min(frames, key=lambda frame: frame.dim, default=None)
+    shown, given = -leftmost.dim if leftmost else 0, _given.get()
+    if given is None:
+        return shown
+    if leftmost and given.nesting < shown:
+        raise ValueError(
+            f"{given.words} must be at least {shown}, got {given.nesting}: plate {leftmost.name!r} lies at "
+            f"dim={leftmost.dim}. Give {shown}, or leave it out."
+        )
+    return given.nesting
+
+
+def settle(objective: Any) -> None:
+    """Give an objective that would guess the number of dimensions the one that is given."""
+    given = _given.get()
+    if given is not None and isinstance(objective, ELBO) and math.isinf(objective.max_plate_nesting):
+        objective.max_plate_nesting = given.nesting + _draws_dim(objective)
+
+
+def _asked(caller: str, argument: Any, objective: Any) -> _Given | None:
+    """The number of dimensions that a call asks for, None where it asks for none."""
+    own: int | None = None
+    if isinstance(objective, ELBO) and not math.isinf(objective.max_plate_nesting):
+        own = int(objective.max_plate_nesting) - _draws_dim(objective)
+    if argument is None:
+        return None if own is None else _Given(own, f"{caller}: the objective's max_plate_nesting")
+    if isinstance(argument, bool) or not isinstance(argument, int) or argument < 0:
+        raise ValueError(
+            f"{caller}: max_plate_nesting must be an integer of at least 0, got {argument!r}. Leave it out to have it "
+            "found by one run."
+        )
+    if own is not None and own != argument:
+        raise ValueError(
+            f"{caller}: max_plate_nesting must be that of the objective, {own}, got {argument}. Leave one of the two "
+            "out."
+        )
+    return _Given(argument, f"{caller}: max_plate_nesting")
+
+
+def _draws_dim(objective: ELBO) -> int:
+    """The dimension that Pyro adds to an objective's ``max_plate_nesting`` for its draws."""
+    return int(objective.vectorize_particles and objective.num_particles > 1)

@@ -1,0 +1,654 @@
+"""Pyro programs as people write them: each runs, or is refused before any training, in one line that names what is at
+fault and the way out."""
+
+import inspect
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.poutine.util import prune_subsample_sites
+from torch import nn
+
+import pyro_flows as pf
+from pyro_flows import AutoFlow, AutoPlateFlow
+from pyro_flows.diagnostics.draws import check_side_by_side
+from pyro_flows.diagnostics.quoting import quoted
+from pyro_flows.encoders import MLPEncoder
+from pyro_flows.guides.rows import places_of
+from pyro_flows.objectives import PathELBO, PathEnumELBO, TemperedELBO
+
+X = torch.tensor([0.3, -1.2, 0.8, 2.1, -0.4, 0.9, 1.7])
+QUICK = {"steps": 3, "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+
+@pytest.fixture(params=[False, True], ids=["store", "local"])
+def stores(request):
+    """Pyro's parameter store, and parameters that modules keep themselves."""
+    with pyro.settings.context(module_local_params=request.param):
+        yield
+
+
+in_both_stores = pytest.mark.usefixtures("stores")
+
+
+def evidence(model, *args, low=-4.0, high=4.0):
+    """The log evidence of a model with one real latent, by a sum over a grid."""
+    trace = prune_subsample_sites(poutine.trace(model).get_trace(*args))
+    (name,) = [name for name, _ in trace.iter_stochastic_nodes()]
+    grid = torch.linspace(low, high, 401)
+    heights = [poutine.trace(poutine.condition(model, {name: z})).get_trace(*args).log_prob_sum() for z in grid]
+    return float(torch.stack(heights).double().logsumexp(0)) + math.log((high - low) / 400)
+
+
+# A model that does not run vectorised over draws.
+
+
+def asserts(y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    if w.shape != (3,):
+        raise AssertionError  # as a bare assert does; pytest would give it words
+    pyro.sample("y", dist.Normal(w.sum(-1), 1.0), obs=y)
+
+
+def indexes(y):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    rate = {(): 1.0}[tuple(w.shape)]
+    pyro.sample("y", dist.Normal(w, rate), obs=y)
+
+
+def converts(y):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(math.exp(w), 1.0), obs=y)
+
+
+def misses(y):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(w if w.dim() == 0 else w.absent, 1.0), obs=y)
+
+
+FAULTS = {
+    asserts: r"`raise AssertionError .*`: AssertionError\.",
+    indexes: r"`rate = \{\(\): 1.0\}\[tuple\(w.shape\)\]`: KeyError: \(2,\)\.",
+    converts: r"`pyro.sample\(\"y\", dist.Normal\(math.exp\(w\), 1.0\), obs=y\)`: (ValueError|RuntimeError): .*\.",
+    misses: r"`pyro.sample\(\"y\", dist.Normal\(w if .*`: AttributeError: .*absent'\.",
+}
+every_fault = pytest.mark.parametrize("model", FAULTS, ids=lambda model: model.__name__)
+
+
+def way(model):
+    first = inspect.getsourcelines(model)[1]
+    lines = "|".join(str(first + number) for number in range(1, 5))
+    return rf"the model does not run vectorised over draws: test_programs.py:({lines}), {FAULTS[model]} Let the model.*"
+
+
+@every_fault
+def test_a_model_that_does_not_run_vectorised_is_refused_by_its_own_line(model):
+    y = torch.tensor(1.0)
+    for use in (pf.psis, pf.check, pf.refine, pf.resample, pf.to_arviz):
+        with pytest.raises(ValueError, match=way(model)) as error:
+            use(model, model, y)
+        assert isinstance(error.value.__cause__, Exception)
+        assert "\n" not in str(error.value)
+
+
+@every_fault
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"objective": PathELBO(8, vectorize_particles=True)},
+        {"objective": TemperedELBO(3)},
+        {"objective": Trace_ELBO(8, vectorize_particles=True)},
+        {"num_particles": 1, "warm_start": True},
+        {"objective": PathELBO(), "restarts": 2},
+        {"escalate": True},
+    ],
+    ids=str,
+)
+def test_fit_svi_says_before_training_that_a_model_does_not_run_vectorised(model, settings):
+    guide = AutoFlow(model)
+    with pytest.raises(ValueError, match=way(model)):
+        pf.fit_svi(model, guide, torch.tensor(1.0), **QUICK, **settings)
+    assert guide.is_fresh
+
+
+@every_fault
+def test_the_way_out_is_one_draw_at_a_time(model):
+    y, guide = torch.tensor(1.0), AutoFlow(model)
+    assert pf.fit_svi(model, guide, y, num_particles=1, **QUICK).losses.isfinite().all()
+    assert pf.psis(model, guide, y, num_samples=25, vectorize=False).log_weights.isfinite().all()
+
+
+def test_simulations_of_a_model_that_asserts_shapes_are_refused_by_its_line():
+    def model(x=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        assert not w.dim()
+        pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+    guide = AutoFlow(model, encoder=lambda x: x[..., None]).setup(torch.tensor(0.0))
+    for use in (
+        lambda: pf.simulate(model, num_simulations=20),
+        lambda: pf.calibrate(model, guide, num_simulations=20, num_samples=20),
+        lambda: pf.fit_amortized(model, guide, num_simulations=20, progress=False),
+    ):
+        with pytest.raises(ValueError, match=r"the model does not .*test_programs.py:\d+, `assert not w.dim\(\)`"):
+            use()
+
+
+def test_a_guide_that_does_not_run_vectorised_is_called_the_guide():
+    def model():
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    def guide():
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        assert not w.dim()
+
+    with pytest.raises(ValueError, match="the guide does not run vectorised over draws: test_programs"):
+        pf.psis(model, guide)
+
+
+def test_an_error_without_a_line_of_the_users_is_told_by_its_kind():
+    with pytest.raises(RuntimeError) as error:
+        torch.zeros(2) + torch.zeros(3)
+    assert quoted(error.value).startswith("test_programs.py:")
+    assert quoted(error.value.with_traceback(None)).startswith("RuntimeError: The size of tensor a (2)")
+
+
+def test_a_check_that_a_fit_need_not_make_leaves_its_random_numbers(monkeypatch):
+    def model():
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    def losses():
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        return pf.fit_svi(model, AutoFlow(model), objective=PathELBO(4, vectorize_particles=True), **QUICK).losses
+
+    checked = losses()
+    monkeypatch.setattr("pyro_flows.fitting.beforehand.check_side_by_side", lambda *args: 0.0)
+    assert torch.equal(checked, losses())
+
+
+# Latents that the guide lacks.
+
+
+def several(y):
+    for i in range(2):
+        pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        k = pyro.sample("k", dist.Bernoulli(0.3))
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x + 4 * k, 1.0), obs=y)
+
+
+@in_both_stores
+@pytest.mark.parametrize(
+    "settings", [{}, {"escalate": True}, {"restarts": 2}, {"objective": PathELBO()}, {"warm_start": True}], ids=str
+)
+def test_all_latents_that_a_guide_lacks_are_named_before_training(settings):
+    guide = AutoFlow(poutine.block(several, hide=["z_0", "z_1", "k"]))
+    with pytest.raises(
+        ValueError,
+        match=r"^fit_svi: latent sites 'z_0', 'z_1', 'k' of the model are not in the guide\. 'k' is discrete: .*"
+        r"PathEnumELBO\(max_plate_nesting=1\).*config_enumerate.* 'z_0', 'z_1' are continuous: .*poutine.condition",
+    ):
+        pf.fit_svi(several, guide, X, **QUICK, **settings)
+    assert guide.is_fresh
+
+
+@pytest.mark.parametrize("use", [pf.psis, pf.check, pf.refine, pf.resample, pf.to_arviz, pf.neutra])
+def test_a_blocked_guide_with_the_whole_model_is_refused_by_name(use):
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("w", dist.Normal(x, 1.0))
+        pyro.sample("n", dist.Poisson(2.0))
+
+    part = poutine.block(model, hide=["w", "n"])
+    guide = AutoFlow(part)
+    pf.fit_svi(part, guide, **QUICK)
+    match = (
+        r"latent sites 'w', 'n' of the model are not in the guide\. 'n' is discrete with infinite support.*'w' is cont"
+    )
+    with pytest.raises(ValueError, match=match):
+        use(model, guide)
+    with pytest.raises(ValueError, match=f"fit_svi: {match}"):
+        pf.fit_svi(model, guide, **QUICK)
+
+
+def test_several_sites_of_another_models_guide_are_named_at_once():
+    def guide():
+        for name in "xab":
+            pyro.sample(name, dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="latent sites 'a', 'b' of the guide are not in the model"):
+        pf.psis(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)), guide)
+
+
+@config_enumerate
+def mixture(y):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        k = pyro.sample("k", dist.Bernoulli(0.3))
+        pyro.sample("y", dist.Normal(loc + 3 * k, 1.0), obs=y)
+
+
+@in_both_stores
+@pytest.mark.parametrize(
+    "objective",
+    [
+        lambda: PathEnumELBO(max_plate_nesting=1),
+        lambda: PathEnumELBO(),
+        lambda: PathEnumELBO(32, max_plate_nesting=1, vectorize_particles=True),
+        lambda: TraceEnum_ELBO(32, max_plate_nesting=1, vectorize_particles=True),
+    ],
+)
+def test_enumeration_goes_on_with_the_whole_model(objective):
+    guide = AutoFlow(poutine.block(mixture, hide=["k"]))
+    fit = pf.fit_svi(mixture, guide, X, objective=objective(), steps=300, lr=0.05, progress=False)
+
+    def summed(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        first, second = (dist.Normal(loc + shift, 1.0).log_prob(y) + math.log(p) for shift, p in ((0, 0.7), (3, 0.3)))
+        pyro.factor("y", torch.logaddexp(first, second).sum())
+
+    exact = evidence(summed, X)
+    assert abs(float(fit.losses[-100:].mean()) + exact) < 0.1
+
+
+def test_latents_that_are_not_enumerated_are_named_with_an_enumerating_objective():
+    guide = AutoFlow(poutine.block(several, hide=["k", "z_1"]))
+    for model, names in ((several, "sites 'z_1', 'k'"), (config_enumerate(several), "site 'z_1'")):
+        with pytest.raises(ValueError, match=f"fit_svi: latent {names} of the model"):
+            pf.fit_svi(model, guide, X, objective=PathEnumELBO(max_plate_nesting=1), **QUICK)
+    guide = AutoFlow(poutine.block(several, hide=["k"]))
+    for search in ({"warm_start": True}, {"restarts": 2}):
+        with pytest.raises(ValueError, match=rf"'k' of the model.*Leave {next(iter(search))} out"):
+            pf.fit_svi(config_enumerate(several), guide, X, objective=PathEnumELBO(), **QUICK, **search)
+
+
+# Observations that have more rows than their distribution.
+
+
+def coin(y):
+    """The observations of Pyro's tutorial SVI Part III, in a plate without a size."""
+    heads = pyro.sample("heads", dist.Beta(10.0, 10.0))
+    with pyro.plate("data_plate"):
+        pyro.sample("obs", dist.Bernoulli(heads), obs=y)
+
+
+def plateless(y):
+    heads = pyro.sample("heads", dist.Beta(10.0, 10.0))
+    pyro.sample("obs", dist.Bernoulli(heads), obs=y)
+
+
+@in_both_stores
+@pytest.mark.parametrize("validate", [False, True])
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        (coin, {}),
+        (coin, {"vectorize": False}),
+        (plateless, {"vectorize": False}),
+        (plateless, {"max_plate_nesting": 1}),
+    ],
+)
+def test_to_arviz_takes_the_shape_of_a_log_likelihood_from_itself(model, settings, validate):
+    y = torch.tensor([1.0] * 6 + [0.0] * 4)
+    with pyro.validation_enabled(validate):
+        guide = AutoFlow(model)
+        pf.fit_svi(model, guide, y, steps=30, progress=False, max_plate_nesting=1)
+        found = pf.to_arviz(model, guide, y, num_samples=100, posterior_predictive=True, **settings)
+    heads = torch.tensor(found["posterior"]["heads"].values[0])
+    rows = torch.tensor(found["log_likelihood"]["obs"].values[0])
+    assert rows.shape == (100, 10)
+    assert torch.allclose(rows, dist.Bernoulli(heads[:, None]).log_prob(y))
+    drawn = found["posterior_predictive"]["obs"]
+    assert drawn.dims == found["log_likelihood"]["obs"].dims
+    assert drawn.dims[2:] == found["observed_data"]["obs"].dims
+    assert 0 < drawn.values[0].std(1).mean() < 1  # each row has a draw of its own
+
+
+def test_plates_name_the_dimensions_of_log_likelihoods_from_the_right():
+    """A site whose distribution has a dimension of its own to the left of a plate, of the same size."""
+
+    def model():
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(loc, 1.0).expand([3, 3]), obs=torch.zeros(3, 3))
+
+    found = pf.to_arviz(model, model, num_samples=25, vectorize=False)
+    assert found["log_likelihood"]["y"].dims == ("chain", "draw", "y_dim_0", "rows")
+    assert found["observed_data"]["y"].dims == ("y_dim_0", "rows")
+
+
+# What Pyro allows as subsample=.
+
+
+def rows_model(plate):
+    """Rows with a latent each, in a plate that a function of the data makes and says which rows it holds."""
+
+    def model(x):
+        made, of = plate(x)
+        with made as given:
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            fn = dist.Normal(z, 1.0) if x.dim() == 1 else dist.Normal(z[..., None], torch.ones(2)).to_event(1)
+            pyro.sample("x", fn, obs=of(given))
+
+    return model
+
+
+as_data = rows_model(lambda x: (pyro.plate("rows", len(x), subsample=x), lambda given: given))
+
+
+class Column(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, *rest):
+        return self.scale * x.float().reshape(len(x), -1)
+
+
+def losses(model, build, *args, **settings):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    guide = build(model)
+    return pf.fit_svi(model, guide, *args, **QUICK, **settings).losses, guide
+
+
+@pytest.mark.parametrize("encoder", [None, Column], ids=["learned", "encoder"])
+@pytest.mark.parametrize("x", [X, torch.stack((X, X), 1), torch.tensor([3, 1, 1, 0])], ids=["x", "xx", "counts"])
+def test_data_given_as_subsample_are_the_rows_in_their_order(encoder, x):
+    def twin(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            fn = dist.Normal(z, 1.0) if x.dim() == 1 else dist.Normal(z[..., None], torch.ones(2)).to_event(1)
+            pyro.sample("x", fn, obs=x)
+
+    def build(model):
+        return AutoPlateFlow(model, "rows", encoder=encoder and encoder())
+
+    found, guide = losses(as_data, build, x)
+    assert torch.equal(found, losses(twin, build, x)[0])
+    assert guide.sample(5, x)["z"].shape == (5, len(x))
+    assert pf.psis(as_data, guide, x, num_samples=25).log_weights.isfinite().all()
+
+
+@pytest.mark.parametrize("num_particles", [1, 16])
+@in_both_stores
+def test_autoflow_leaves_a_model_the_data_that_it_gives_as_subsample(num_particles):
+    """Indices in the guide's trace would be replayed in place of the data, and the guide fitted to 0, 1, 2, ..."""
+
+    def twin(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    found, guide = losses(as_data, AutoFlow, X, num_particles=num_particles)
+    assert torch.equal(found, losses(twin, AutoFlow, X, num_particles=num_particles)[0])
+    guide.start_at(X / 2, torch.eye(7) * 0.5**0.5)  # the posterior
+    exact = float(dist.Normal(0.0, 2**0.5).log_prob(X).sum())
+    weights = pf.psis(as_data, guide, X, num_samples=200)
+    assert abs(weights.log_evidence - exact) < 0.3
+
+
+def test_subsamples_are_indices_where_they_can_be_and_data_else():
+    order = torch.arange(4)
+    for indices in (order, torch.tensor([3, 1, 0, 2]), torch.tensor([1, 3]), torch.tensor([2, 2])):
+        assert places_of(indices, 4) is indices
+    for data in (X[:4], torch.ones(4, 2), torch.tensor([1, 1, 2, 0]), torch.tensor([1, 2, 3, 4])):
+        assert torch.equal(places_of(data, 4), order)
+    for some in (X[:3], torch.ones(3, 4), torch.tensor([0, 4]), torch.tensor([-1, 0])):
+        assert places_of(some, 4) is None
+
+
+def test_rows_whose_order_cannot_be_told_are_refused():
+    flipped = rows_model(lambda x: (pyro.plate("rows", len(x), subsample=x.flip(0)), lambda given: given))
+    batch = rows_model(lambda x: (pyro.plate("rows", 100, subsample=x), lambda given: given))
+    permuted = rows_model(
+        lambda x: (pyro.plate("rows", len(x), subsample=torch.arange(len(x)).flip(0)), lambda given: x[given])
+    )
+    for model, encoder, words in (
+        (flipped, None, "'rows' is given as subsample= must be an argument of the model, as it is"),
+        (batch, None, r"the data of 7 of 100 rows .* Give an encoder"),
+        (permuted, Column(), "in another order, by subsample="),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pf.fit_svi(model, AutoPlateFlow(model, "rows", encoder=encoder), X, **QUICK)
+    for model, encoder in ((batch, Column()), (permuted, None)):
+        guide = AutoPlateFlow(model, "rows", encoder=encoder)
+        assert pf.fit_svi(model, guide, X, **QUICK).losses.isfinite().all()
+
+
+@in_both_stores
+def test_latents_in_a_plate_without_a_size_are_those_that_pyro_draws():
+    def sized(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def unsized(x):
+        with pyro.plate("rows"):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def shared(x):
+        with pyro.plate("rows"):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    found, guide = losses(unsized, AutoFlow, X)
+    assert torch.equal(found, losses(sized, AutoFlow, X)[0])
+    assert guide.sample(5)["z"].shape == (5, 7)
+    assert losses(shared, AutoFlow, X)[1].sample(5)["z"].shape == (5,)
+    assert SVI(unsized, AutoFlow(unsized), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(X) < 1e3
+    for program in (unsized, shared):
+        with pytest.raises(ValueError, match=r"plate 'rows' must have a size.*'z'.*pyro.plate\('rows', len\(x\)\)"):
+            AutoPlateFlow(program, "rows").setup(X)
+    guide = AutoPlateFlow(coin, "data_plate")  # no latent lies in it
+    assert pf.fit_svi(coin, guide, torch.ones(4), **QUICK).losses.isfinite().all()
+
+
+# Discrete latents.
+
+
+@pytest.mark.parametrize("build", [AutoFlow, lambda model: AutoPlateFlow(model, "rows")], ids=["joint", "plate"])
+def test_all_discrete_latents_are_named_and_infinite_ones_are_not_to_be_enumerated(build):
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("k", dist.Bernoulli(0.5))
+            pyro.sample("n", dist.Poisson(2.0))
+            pyro.sample("c", dist.Categorical(torch.ones(3)))
+            pyro.sample("g", dist.Geometric(0.3))
+
+    with pytest.raises(ValueError, match="latent sites 'k', 'n', 'c', 'g' are discrete") as error:
+        build(model).setup()
+    told = str(error.value)
+    assert "hide=['k', 'c'])" in told.replace(", 'rows')", ")")
+    assert "Sum 'k', 'c' out: " in told
+    assert "'n', 'g' cannot be enumerated" in told
+    assert "GammaPoisson" in told
+    assert build(poutine.block(model, hide=["k", "n", "c", "g"])).setup() is not None
+
+
+def test_a_latent_of_infinite_support_alone_is_not_to_be_enumerated():
+    with pytest.raises(ValueError, match=r"'n' is discrete\. 'n' cannot be enumerated.*GammaPoisson") as error:
+        AutoFlow(lambda: pyro.sample("n", dist.Poisson(2.0))).setup()
+    assert "hide=" not in str(error.value)
+
+
+# The number of dimensions that plates take.
+
+SHIFTS = torch.tensor([[0.0], [2.0]])
+
+
+def by_hand(y):
+    """Two components in a dimension of the model's own, left of its plate: one run does not show it."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        rows = dist.Normal(loc + SHIFTS, 1.0).log_prob(y).logsumexp(-2, keepdim=True)
+        pyro.factor("y", rows - math.log(2))
+
+
+def free(y):
+    """Rows that lie in no plate."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+
+HIDDEN = {by_hand: 2, free: 1}  # models, and the dimensions that they take
+every_hidden = pytest.mark.parametrize("model", HIDDEN, ids=lambda model: model.__name__)
+
+
+@every_hidden
+@pytest.mark.parametrize("validate", [False, True])
+def test_a_number_of_plates_that_is_given_holds_for_fits_and_verdicts(model, validate):
+    with pyro.validation_enabled(validate):
+        guide = AutoFlow(model)
+        with pytest.raises(ValueError, match="max_plate_nesting"):
+            pf.fit_svi(model, guide, X, **QUICK)
+        pyro.enable_validation(validate and model is not free)  # Pyro itself wants a plate around rows
+        given = {"max_plate_nesting": HIDDEN[model]}
+        pf.fit_svi(model, guide, X, steps=300, progress=False, **given)
+        exact = evidence(model, X)
+        assert abs(pf.psis(model, guide, X, **given).log_evidence - exact) < 0.02
+        assert abs(pf.check(model, guide, X, **given).log_evidence - exact) < 0.02
+        draws = pf.refine(model, guide, X, num_samples=500, **given).draws["loc"]
+        assert draws.shape == (500,)
+        assert pf.resample(model, guide, X, num_samples=50, **given)["loc"].shape == (50,)
+        assert pf.to_arviz(model, guide, X, num_samples=50, **given)["posterior"]["loc"].shape == (1, 50)
+        assert pf.neutra(model, guide, X, **given).site == "loc_shared_latent"
+        for use in (pf.psis, pf.check, pf.refine, pf.resample, pf.to_arviz, pf.neutra):
+            with pytest.raises(ValueError, match="vectorised over"):
+                use(model, guide, X)
+
+
+@in_both_stores
+@every_hidden
+def test_an_objective_that_knows_the_number_of_plates_decides(model):
+    """The warm start took the guess in its place, and died in a RuntimeError."""
+    with pyro.validation_enabled(model is not free):
+        objective = PathELBO(64, max_plate_nesting=HIDDEN[model], vectorize_particles=True)
+        fit = pf.fit_svi(model, AutoFlow(model), X, objective=objective, steps=50, progress=False)
+        assert abs(float(fit.losses[-10:].mean()) + evidence(model, X)) < 0.3
+        objective = TemperedELBO(5, num_particles=64, max_plate_nesting=HIDDEN[model])
+        assert pf.fit_svi(model, AutoFlow(model), X, objective=objective, progress=False).losses.isfinite().all()
+        objective = PathELBO(64, vectorize_particles=True)  # and one that does not know it is told
+        pf.fit_svi(model, AutoFlow(model), X, objective=objective, max_plate_nesting=HIDDEN[model], **QUICK)
+        assert objective.max_plate_nesting == HIDDEN[model] + 1
+
+
+def test_the_ladder_and_restarts_keep_the_number_of_plates():
+    given = {"max_plate_nesting": 1, "progress": False}
+    with pyro.validation_enabled(False):
+        assert pf.fit_svi(free, AutoFlow(free), X, escalate=True, **given).check.trusted
+        fit = pf.fit_svi(free, AutoFlow(free), X, restarts=2, steps=20, **given)
+    assert len(fit.rungs) == 2
+
+
+def test_simulations_keep_the_number_of_plates():
+    def model(y=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        sides = (loc + torch.tensor([[-1.0], [1.0]])).logsumexp(-2, keepdim=True)
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(sides.mean((-2, -1)) if not loc.dim() else sides, 0.1), obs=y)
+
+    given = {"max_plate_nesting": 2}
+    with pytest.raises(ValueError, match="max_plate_nesting"):
+        pf.simulate(model, num_simulations=50)
+    found = pf.simulate(model, num_simulations=500, **given)
+    centre = found.latents["loc"] + math.log(math.exp(-1) + math.exp(1))
+    assert found.data["y"].shape == (500, 3)
+    assert (found.data["y"].mean(1) - centre).std() < 0.1
+    guide = AutoFlow(model, encoder=MLPEncoder(3, 2))
+    pf.fit_amortized(model, guide, num_simulations=60, max_epochs=1, progress=False, **given)
+    assert pf.calibrate(model, guide, num_simulations=20, num_samples=20, **given).ranks.shape == (20, 1)
+
+
+def test_the_log_likelihood_of_rows_keeps_the_number_of_plates():
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            both = dist.Normal(z + SHIFTS, 1.0).log_prob(x).logsumexp(-2, keepdim=True) - math.log(2)
+            pyro.factor("x", both)
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    found = pf.importance_log_likelihood(model, guide, X, plate="rows", num_samples=3000, max_plate_nesting=2)
+    exact = dist.Normal(SHIFTS, 2**0.5).log_prob(X).logsumexp(0) - math.log(2)
+    assert torch.allclose(found, exact, atol=0.1)
+
+
+@pytest.mark.parametrize("use", [pf.fit_svi, pf.psis, pf.check, pf.refine, pf.resample, pf.to_arviz, pf.neutra])
+def test_an_impossible_number_of_plates_is_refused_by_name(use):
+    guide = AutoFlow(by_hand)
+    pf.fit_svi(by_hand, guide, X, max_plate_nesting=2, **QUICK)
+    name = use.__name__
+    for bad in (-1, 1.0, True, "1", math.inf):
+        with pytest.raises(ValueError, match=f"{name}: max_plate_nesting must be an integer of at least 0, got "):
+            use(by_hand, guide, X, max_plate_nesting=bad)
+    with pytest.raises(
+        ValueError, match=f"{name}: max_plate_nesting must be at least 1, got 0: plate 'rows' lies at dim=-1"
+    ):
+        use(by_hand, guide, X, max_plate_nesting=0)
+
+
+def test_the_numbers_of_plates_of_argument_and_objective_must_agree():
+    guide = AutoFlow(by_hand)
+    with pytest.raises(ValueError, match="fit_svi: max_plate_nesting must be that of the objective, 2, got 3"):
+        pf.fit_svi(
+            by_hand, guide, X, objective=PathELBO(8, max_plate_nesting=2, vectorize_particles=True), max_plate_nesting=3
+        )
+    with pytest.raises(ValueError, match="fit_svi: the objective's max_plate_nesting must be at least 1, got 0"):
+        pf.fit_svi(by_hand, guide, X, objective=PathELBO(max_plate_nesting=0), **QUICK)
+
+
+def test_a_number_of_plates_holds_for_one_call_only():
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="max_plate_nesting"):
+        pf.psis(by_hand, by_hand, X, num_samples=30, max_plate_nesting=0)
+    assert pf.psis(model, model, num_samples=30, max_plate_nesting=3).khat == -math.inf
+    with pytest.raises(ValueError, match="vectorised over"):
+        check_side_by_side(by_hand, by_hand, (X,), {})
+
+
+def test_plates_that_one_run_shows_need_no_number():
+    """A plate made by hand far to the left, one in the guide alone, and one that only some data open."""
+
+    def far(y):
+        with pyro.plate("far", 2, dim=-3):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            assert x.shape[-3:] == (2, 1, 1)
+
+    def own(y):
+        with pyro.plate("far", 2, dim=-3):
+            pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("extra", 4, dim=-4):
+            pyro.sample("noise", dist.Normal(torch.zeros(4, 1, 1, 1), 1.0), infer={"is_auxiliary": True})
+
+    def some(y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        if y is not None:
+            with pyro.plate("rows", len(y)):
+                pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    assert pf.psis(far, far, X, num_samples=30).log_weights.abs().max() < 1e-4
+    assert pf.psis(far, own, X, num_samples=30).log_weights.shape == (30,)
+    for y in (None, X):
+        guide = AutoFlow(some)
+        pf.fit_svi(some, guide, y, steps=200, progress=False)
+        assert pf.check(some, guide, y).trusted
