@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.serialization import get_crc32_options, set_crc32_options
+from torch import Tensor, nn, serialization
 
 from ..files import write_atomically
 from ..flows import Dequantized, Flow
@@ -119,13 +118,17 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 
 def _write(content: dict[str, Any], draft: str) -> None:
-    checked = get_crc32_options()
-    set_crc32_options(True)  # by these sums damage is found
+    # By its sums damage is found; where there is no option (before torch 2.6), they are always written.
+    can_leave_out = hasattr(serialization, "set_crc32_options")
+    checked = serialization.get_crc32_options() if can_leave_out else True
+    if not checked:
+        serialization.set_crc32_options(True)
     try:
         with open(draft, "wb") as file:
             torch.save(content, file)
     finally:
-        set_crc32_options(checked)
+        if not checked:
+            serialization.set_crc32_options(False)
 
 
 def _refused(path: Path, words: str) -> ValueError:
