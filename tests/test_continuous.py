@@ -512,7 +512,7 @@ def test_a_fit_that_meets_a_stiff_field_skips_it_or_ends_with_what_was_best() ->
         (lambda: flows.ffjord(2, noise="uniform"), ValueError, "noise must be 'rademacher' or .*got 'uniform'"),
         (lambda: flows.cnf(2, activation=nn.ReLU), ValueError, "activation must be .* ELU, SiLU.*ReLU.*VectorField"),
         (lambda: MLPField(0), ValueError, "MLPField: input_dim must be positive, got 0"),
-        (lambda: MLPField(2, -1), ValueError, "MLPField: context_dim must not be negative, got -1"),
+        (lambda: MLPField(2, -1), ValueError, "MLPField: context_dim must be an integer of at least 0, got -1"),
         (lambda: MLPField(2, 0, ()), ValueError, r"hidden_dims must hold .*got \(\)"),
         (lambda: MLPField(2, frequencies=0), ValueError, "frequencies must be positive, got 0"),
         (lambda: MLPField(2, 3)(torch.zeros(()), torch.zeros(2)), ValueError, "context is missing; .*width 3"),

@@ -61,7 +61,7 @@ class MLP(Conditioner):
         widths = (input_dim, *self.hidden_dims)
         self.hidden = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(widths))
         self.output = zero_(nn.Linear(widths[-1], num_params * output_dim))
-        self.act = activation_of(activation)
+        self.act = activation_of("MLP", activation)
         self.skip = skip
         if skip:
             self.factors = nn.Linear(input_dim, 2 * widths[1])

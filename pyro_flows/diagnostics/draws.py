@@ -16,6 +16,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
+from .. import checks
 from .alongside import log_prob_of_draws, rows_of, side_by_side
 from .noise import warn_of_noise
 
@@ -120,8 +121,7 @@ def check_trained(caller: str, guide: Any) -> None:
 def check_integers(caller: str, **numbers: tuple[Any, int]) -> None:
     """Refuse arguments that are no integers, or less than they must be: each comes with its least value."""
     for name, (value, least) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{caller}: {name} must be an integer of at least {least}, got {value!r}.")
+        checks.check_integers(caller, least, **{name: value})
 
 
 def check_guide(

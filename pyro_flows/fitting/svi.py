@@ -17,6 +17,7 @@ import torch
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
 
+from ..checks import check_integers
 from ..diagnostics.draws import check_side_by_side, single_trace, subsampled_plate
 from ..guides import AutoFlow, AutoPlateFlow
 from ..guides.encoding import initialize
@@ -134,7 +135,8 @@ def fit_svi(
         "clip_norm": clip_norm,
         "on_nonfinite": on_nonfinite,
     }
-    _check(steps=steps, num_particles=num_particles, restarts=restarts)
+    check_integers("fit_svi", optional=True, steps=steps, num_particles=num_particles)
+    check_integers("fit_svi", restarts=restarts)
     check_settings("fit_svi", lr=lr, clip_norm=clip_norm, on_nonfinite=on_nonfinite)
     if escalate or restarts > 1:
         if not isinstance(guide, AutoFlow):
@@ -237,10 +239,3 @@ def _check_steps(asked: int | None, annealed: int | None) -> None:
             f"fit_svi: steps={asked} end before the num_steps={annealed} in which the objective reaches the "
             "posterior.  Leave steps out, or give the objective as many."
         )
-
-
-def _check(**numbers: Any) -> None:
-    """Refuse numbers that are none to count with; None stands for a default."""
-    for name, number in numbers.items():
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            raise ValueError(f"fit_svi: {name} must be an integer of at least 1, got {number!r}.")

@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from ..transforms import View
 from ..transforms.memo import Memo, Pair
-from .checks import check_value
+from .checks import check_value, parameter_of
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -123,8 +123,8 @@ class FlowDistribution(dist.TransformedDistribution):
     def _validate_sample(self, value: Tensor) -> None:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return
-        check_value(value, self.event_shape)
-        if not value.isfinite().all():
+        check_value(value, self.event_shape, parameter_of(view.transform for view in self.transforms))
+        if not (value.is_meta or value.isfinite().all()):
             bad, shape = int((~value.isfinite()).sum()), tuple(value.shape)
             raise ValueError(f"log_prob: value holds NaN or inf ({bad} of {value.numel()} numbers, shape {shape}).")
 

@@ -18,7 +18,7 @@ from ..distributions import FixedBase, StandardNormal
 from ..transforms import Compose, FlowTransform, View
 from ..transforms.compiled import CompiledRuns
 from ..transforms.compose import chained, check_chain
-from .checks import as_size, check_context, check_tensor, check_value, taken_by
+from .checks import as_size, check_context, check_precision, check_tensor, check_value, parameter_of, taken_by
 from .chunks import T, in_chunks
 from .distribution import FlowDistribution, log_prob_of
 
@@ -135,15 +135,17 @@ class Flow(nn.Module):
 
     def encode(self, context: Tensor | None) -> Tensor | None:
         """What the transforms take of a context, ``(*batch, context_dim)``; raises as calling the flow does."""
+        like = parameter_of(self.transforms)
+        check_precision("Flow", like)
         if context is not None:
             check_tensor("Flow", "context", context, floating=not hasattr(self.encoder, "num_classes"))
         elif self.encoder is not None:
             raise ValueError(f"Flow: context is missing; this flow takes {taken_by(self.encoder)}.")
         if self.encoder is None or context is None:
-            check_context(context, self.context_dim)
+            check_context(context, self.context_dim, like)
             return context
         context = self.encoder(context)
-        check_context(context, self.context_dim, "what the encoder makes of the context")
+        check_context(context, self.context_dim, like, "what the encoder makes of the context")
         return context
 
     def _base(self, context: Tensor | None) -> Distribution:
@@ -226,7 +228,7 @@ class Flow(nn.Module):
             TypeError: If one of them is no tensor.
             ValueError: If value or context do not fit, or ``chunk_size`` is no positive integer.
         """
-        check_value(value, self.event_shape)
+        check_value(value, self.event_shape, parameter_of(self.transforms))
 
         def run(value: Tensor, context: Tensor | None, base: Distribution) -> Tensor:
             value, log_det = chained(self.runs, value, context, inverse=True)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ..bijectors import Affine
+from ..checks import is_integer
 from ..conditioners import CausalTransformer
 from ..transforms import Autoregressive, FlowTransform, Patched, Recomputed
 from .flow import Flow
@@ -72,10 +73,10 @@ def tarflow(
     counts = {p: height * width // p**2 for p in sides if height * width // p**2 >= FEWEST}
     coarse = {p: count for p, count in counts.items() if p > 1 and count >= 16} or counts
     side = min(coarse, key=lambda p: abs(math.log(coarse[p] / 64)), default=0) if patch_size is None else patch_size
-    if side not in counts:
+    if not is_integer(side) or side not in counts:
         raise ValueError(
             f"tarflow: patch_size must divide height and width, {height} and {width}, into {FEWEST} patches at least, "
-            f"got {patch_size}; it may be one of {list(counts)}."
+            f"got {patch_size!r}; it may be one of {list(counts)}."
         )
     length = height * width // side**2
     layers: list[FlowTransform] = []

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_dense
+
 Names = list[str] | None  # of the columns, where the table has some
 
 
@@ -26,6 +28,9 @@ def read_table(caller: str, argument: str, value: Any) -> tuple[Tensor, Names]:
     """
     names: Names = None
     if isinstance(value, Tensor):
+        check_dense(caller, argument, value)
+        if value.is_meta:
+            raise ValueError(f"{caller}: {argument} must hold numbers, but lies on the meta device.")
         found = value.detach()
     else:
         columns = getattr(value, "columns", None)

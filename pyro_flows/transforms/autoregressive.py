@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..bijectors import Bijector
+from ..checks import BIJECTOR, check_kind
 from ..conditioners import MADE, CausalTransformer
 from .base import FlowTransform
 from .elementwise import check_params
@@ -65,6 +66,7 @@ class Autoregressive(FlowTransform):
             raise TypeError(
                 f"Autoregressive: conditioner must be a MADE or a CausalTransformer, got {type(conditioner).__name__}."
             )
+        check_kind("Autoregressive", Bijector, BIJECTOR, bijector=bijector)
         super().__init__((conditioner.input_dim, *conditioner.size), conditioner.context_dim)
         check_params("Autoregressive", bijector, conditioner, conditioner.input_dim)
         self.bijector = bijector

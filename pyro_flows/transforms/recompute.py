@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..checks import TRANSFORM, check_kind
 from .base import FlowTransform
 
 T = TypeVar("T")
@@ -37,6 +38,7 @@ class Recomputed(FlowTransform):
     """
 
     def __init__(self, inner: FlowTransform) -> None:
+        check_kind("Recomputed", FlowTransform, TRANSFORM, inner=inner)
         super().__init__(inner.event_shape, inner.context_dim)
         self.inner = inner
         self.domain, self.codomain = inner.domain, inner.codomain

@@ -77,6 +77,8 @@ class Residual(FlowTransform):
         super().__init__((net.input_dim,), net.context_dim)
         self.net = net
         self.exact = exact
+        if exact not in (None, True, False):
+            raise ValueError(f"Residual: exact must be None, True or False, got {exact!r}.")
 
     @property
     def is_exact(self) -> bool:
