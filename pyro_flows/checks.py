@@ -89,6 +89,14 @@ def check_kind(caller: str, kind: type | tuple[type, ...], words: str, /, **valu
             raise TypeError(f"{caller}: {argument} must be {words}, got {given}.")
 
 
+def check_flags(caller: str, /, *, optional: bool = False, **values: object) -> None:
+    """Raise a ValueError unless each value is True or False, or None where that is ``optional``."""
+    for argument, value in values.items():
+        if not (isinstance(value, bool) or (optional and value is None)):
+            words = "None, True or False" if optional else "True or False"
+            raise ValueError(f"{caller}: {argument} must be {words}, got {quoted(value)}.")
+
+
 def check_choice(caller: str, choices: tuple[str, ...], /, **values: object) -> None:
     """Raise a ValueError unless each value is one of a few words."""
     for argument, value in values.items():

@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..checks import as_order, check_integers
+from ..checks import as_order, check_integers, quoted
 from .base import Conditioner, MaskedLinear, activation_of
 
 
@@ -168,7 +168,12 @@ class MADE(Conditioner):
 
 def checked_graph(adjacency: Sequence[Sequence[bool]] | Tensor, input_dim: int) -> Tensor:
     """A graph over features as a boolean matrix without its diagonal, ``(D, D)``."""
-    graph = torch.as_tensor(adjacency)
+    try:
+        graph = torch.as_tensor(adjacency)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"MADE: adjacency must be a matrix of bools such as [[0, 0], [1, 0]], got {quoted(adjacency)}."
+        ) from error
     if graph.shape != (input_dim, input_dim):
         raise ValueError(
             f"MADE: adjacency must have shape ({input_dim}, {input_dim}), one row and one column for each feature, got "

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_flags
 from .base import Conditioner, activation_of, zero_
 
 
@@ -56,6 +57,7 @@ class MLP(Conditioner):
         skip: bool = False,
     ) -> None:
         super().__init__(input_dim, output_dim, num_params, hidden_dims, context_dim)
+        check_flags("MLP", residual=residual, skip=skip)
         self.activation = activation
         self.residual = residual
         widths = (input_dim, *self.hidden_dims)

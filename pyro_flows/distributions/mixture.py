@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_integers, check_numbers
+from ..checks import check_integers, check_numbers, is_integer
 
 
 class MixtureBase(nn.Module):
@@ -56,7 +56,7 @@ class MixtureBase(nn.Module):
     def __init__(self, input_dim: int, num_components: int, spread: float = 0.5) -> None:
         super().__init__()
         check_integers("MixtureBase", input_dim=input_dim)
-        if num_components == 1:
+        if is_integer(num_components) and num_components == 1:
             raise ValueError("MixtureBase: num_components must be at least 2, got 1; use StandardNormal for one.")
         check_integers("MixtureBase", 2, num_components=num_components)
         check_numbers("MixtureBase", above=0, below=1, spread=spread)

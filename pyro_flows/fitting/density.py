@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_integers, check_numbers
+from ..checks import check_choice, check_flags, check_integers, check_numbers
 from ..encoders import Standardize
 from ..flows import Dequantized, Flow
 from ..tables.table import places_of
@@ -139,6 +139,8 @@ def fit_density(
     """
     check_integers(CALLER, max_epochs=max_epochs, patience=patience)
     check_integers(CALLER, optional=True, batch_size=batch_size)
+    check_flags(CALLER, standardize=standardize, mixed_precision=mixed_precision, progress=progress)
+    check_flags(CALLER, optional=True, heavy_tails=heavy_tails)
     check_numbers(CALLER, above=0, lr=lr)
     check_numbers(CALLER, above=0, optional=True, clip_norm=clip_norm)
     check_numbers(CALLER, least=0, below=1, ema_decay=ema_decay)

@@ -17,7 +17,7 @@ import torch
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
 
-from ..checks import check_integers
+from ..checks import check_flags, check_integers
 from ..diagnostics.draws import check_side_by_side, single_trace, subsampled_plate
 from ..guides import AutoFlow, AutoPlateFlow
 from ..guides.encoding import initialize
@@ -137,6 +137,8 @@ def fit_svi(
     }
     check_integers("fit_svi", optional=True, steps=steps, num_particles=num_particles)
     check_integers("fit_svi", restarts=restarts)
+    check_flags("fit_svi", progress=progress, escalate=escalate)
+    check_flags("fit_svi", optional=True, warm_start=warm_start)
     check_settings("fit_svi", lr=lr, clip_norm=clip_norm, on_nonfinite=on_nonfinite)
     if escalate or restarts > 1:
         if not isinstance(guide, AutoFlow):

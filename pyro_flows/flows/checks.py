@@ -98,13 +98,13 @@ def check_value(
     check_like(caller, argument, value, like)
 
 
-def as_size(sample_shape: Sequence[int]) -> torch.Size:
+def as_size(sample_shape: Sequence[int], argument: str = "sample_shape") -> torch.Size:
     """Return a shape of draws, or raise one clear error unless it holds integers of at least 0."""
     whole = isinstance(sample_shape, Sequence) and not isinstance(sample_shape, str | bytes)
     if not whole or not all(checks.is_integer(size) and size >= 0 for size in sample_shape):
         such = f"({sample_shape},)" if checks.is_integer(sample_shape) else "(5,)"
         raise TypeError(
-            f"Flow: sample_shape must be a tuple of sizes, such as {such}, got {checks.quoted(sample_shape)}."
+            f"Flow: {argument} must be a tuple of sizes, such as {such}, got {checks.quoted(sample_shape)}."
         )
     return torch.Size(sample_shape)
 

@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from ..transforms import View
 from ..transforms.memo import Memo, Pair
-from .checks import check_value, parameter_of
+from .checks import as_size, check_value, parameter_of
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -52,7 +52,7 @@ class FlowDistribution(dist.TransformedDistribution):
         )
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> FlowDistribution:
-        return self._with(self.base_dist.expand(torch.Size(batch_shape)), self.path_gradient)
+        return self._with(self.base_dist.expand(as_size(batch_shape, "batch_shape")), self.path_gradient)
 
     def with_path_gradient(self) -> FlowDistribution:
         """The same distribution, whose own samples are scored without a gradient to the parameters of the density.
@@ -71,11 +71,11 @@ class FlowDistribution(dist.TransformedDistribution):
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw samples without a gradient, ``(*sample_shape, *batch, *event_shape)``."""
-        return self._pushed(self.base_dist.sample(torch.Size(sample_shape)))
+        return self._pushed(self.base_dist.sample(as_size(sample_shape)))
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw reparameterised samples, ``(*sample_shape, *batch, *event_shape)``."""
-        start = self.base_dist.rsample(torch.Size(sample_shape))
+        start = self.base_dist.rsample(as_size(sample_shape))
         return self._carried(start) if self.path_gradient and torch.is_grad_enabled() else self._pushed(start)
 
     def _pushed(self, x: Tensor) -> Tensor:

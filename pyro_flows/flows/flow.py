@@ -14,10 +14,11 @@ from pyro.distributions.conditional import ConditionalDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from ..checks import check_kind
 from ..distributions import FixedBase, StandardNormal
 from ..transforms import Compose, FlowTransform, View
 from ..transforms.compiled import CompiledRuns
-from ..transforms.compose import chained, check_chain
+from ..transforms.compose import chained, checked_chain
 from .checks import as_size, check_context, check_precision, check_tensor, check_value, parameter_of, taken_by
 from .chunks import T, in_chunks
 from .distribution import FlowDistribution, log_prob_of
@@ -69,13 +70,11 @@ class Flow(nn.Module):
         encoder: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        transforms = list(transforms)
-        if not transforms:
-            raise ValueError("Flow: transforms must not be empty.")
-        self.context_dim = check_chain("Flow", transforms)
+        transforms, self.context_dim = checked_chain("Flow", transforms)
         self.event_shape = transforms[0].event_shape
         self.transforms = nn.ModuleList(transforms)  # type: ignore[assignment]
         base = StandardNormal(self.event_shape) if base is None else base
+        check_kind("Flow", (nn.Module, Distribution), "a distribution, or a module that builds one", base=base)
         self.base = FixedBase(base) if isinstance(base, Distribution) else base
         shape = self.base().event_shape
         if shape != self.event_shape:
@@ -244,6 +243,7 @@ class Flow(nn.Module):
 
     def initialize(self, value: Tensor, context: Tensor | None = None) -> None:
         """Let data ``(*batch, *event_shape)`` set the layers that start from data, such as ``ActNorm``."""
+        check_value(value, self.event_shape, parameter_of(self.transforms), "Flow.initialize")
         with torch.no_grad():
             Compose(self.transforms).initialize(value, self.encode(context))
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ..bijectors import Affine
-from ..checks import is_integer
+from ..checks import check_flags, check_integers, is_integer
 from ..conditioners import CausalTransformer
 from ..transforms import Autoregressive, FlowTransform, Patched, Recomputed
 from .flow import Flow
@@ -67,6 +67,8 @@ def tarflow(
         >>> x.shape, flow.log_prob(x).shape
         (torch.Size([5, 1, 8, 8]), torch.Size([5]))
     """
+    check_integers("tarflow", num_transforms=num_transforms, num_layers=num_layers)
+    check_flags("tarflow", recompute=recompute)
     steering = check_image("tarflow", image_shape, context_dim, num_classes, num_transforms, hidden_dim, num_layers)
     (channels, height, width), bijector = steering.image_shape, Affine(max_log_scale)
     sides = [p for p in range(1, min(height, width) + 1) if height % p == width % p == 0]

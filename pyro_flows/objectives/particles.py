@@ -17,7 +17,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from ..checks import check_integers
+from ..checks import check_flags, check_integers
 
 
 class ParticleObjective(Trace_ELBO):
@@ -36,6 +36,9 @@ class ParticleObjective(Trace_ELBO):
         self, num_particles: int, max_plate_nesting: float = float("inf"), vectorize_particles: bool = True
     ) -> None:
         check_integers(type(self).__name__, self.least_particles, num_particles=num_particles)
+        check_flags(type(self).__name__, vectorize_particles=vectorize_particles)
+        if max_plate_nesting != float("inf"):
+            check_integers(type(self).__name__, 0, max_plate_nesting=max_plate_nesting)
         super().__init__(
             num_particles=num_particles,
             max_plate_nesting=max_plate_nesting,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..bijectors import Bijector
-from ..checks import BIJECTOR, check_kind
+from ..checks import BIJECTOR, check_flags, check_kind
 from ..conditioners import MADE, CausalTransformer
 from .base import FlowTransform
 from .elementwise import check_params
@@ -72,8 +72,7 @@ class Autoregressive(FlowTransform):
         self.bijector = bijector
         self.conditioner = conditioner
         self.fixed_point = fixed_point
-        if not isinstance(fixed_point, bool):
-            raise ValueError(f"Autoregressive: fixed_point must be True or False, got {fixed_point!r}.")
+        check_flags("Autoregressive", fixed_point=fixed_point)
         if fixed_point and isinstance(conditioner, CausalTransformer):
             raise ValueError("Autoregressive: fixed_point=True is for a MADE; tokens are found one after the other.")
 

@@ -25,6 +25,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..checks import check_flags
 from ..conditioners import LipschitzMLP
 from ..conditioners.jacobian import Jacobian
 from ..conditioners.lipschitz import Layers
@@ -77,8 +78,7 @@ class Residual(FlowTransform):
         super().__init__((net.input_dim,), net.context_dim)
         self.net = net
         self.exact = exact
-        if exact not in (None, True, False):
-            raise ValueError(f"Residual: exact must be None, True or False, got {exact!r}.")
+        check_flags("Residual", optional=True, exact=exact)
 
     @property
     def is_exact(self) -> bool:

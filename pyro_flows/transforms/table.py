@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..checks import CONDITIONER, check_integers, check_kind
+from ..checks import CONDITIONER, check_kind
 from ..conditioners import Conditioner
 
 
 def check_table(owner: str, conditioner: Conditioner | None, input_dim: int, num_params: int) -> int:
     """Check that a conditioner yields one number for each of a table's; return the width of its contexts, 0 without."""
-    check_integers(owner, input_dim=input_dim)
     if conditioner is None:
         return 0
     check_kind(owner, Conditioner, CONDITIONER, conditioner=conditioner)
