@@ -7,7 +7,9 @@ they know nothing of any part.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,6 +106,13 @@ def check_choice(caller: str, choices: tuple[str, ...], /, **values: object) -> 
             raise ValueError(f"{caller}: {argument} must be {' or '.join(map(repr, choices))}, got {quoted(value)}.")
 
 
+def check_program(**programs: object) -> None:
+    """Raise a TypeError unless each argument can be called, as a Pyro model or guide is."""
+    for argument, program in programs.items():
+        if not callable(program):
+            raise TypeError(f"{argument} must be a Pyro program, which can be called, got {quoted(program)}.")
+
+
 def check_dense(caller: str, argument: str, value: Tensor) -> None:
     """Raise a ValueError that says the way out unless a tensor is dense and holds real numbers as they are."""
     if value.is_nested:
@@ -117,6 +126,28 @@ def check_dense(caller: str, argument: str, value: Tensor) -> None:
     else:
         return
     raise ValueError(f"{caller}: {argument} must be a dense tensor of real numbers, got {got}; {way}.")
+
+
+def as_path(caller: str, argument: str, value: Any) -> Path | None:
+    """Return a path, or None for None.
+
+    Raises:
+        TypeError: If a value is none.
+    """
+    if value is not None and not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{caller}: {argument} must be the path of a file, got {quoted(value)}.")
+    return None if value is None else Path(value)
+
+
+def joined(caller: str, kwargs: dict[str, Any], model_kwargs: Any) -> dict[str, Any]:
+    """Return a model's keyword arguments, together with those whose names clash with those of the caller.
+
+    Raises:
+        TypeError: If the latter are no dict.
+    """
+    if model_kwargs is not None:
+        check_kind(caller, Mapping, "a dict of the model's keyword arguments", model_kwargs=model_kwargs)
+    return {**kwargs, **(model_kwargs or {})}
 
 
 def as_shape(caller: str, argument: str, value: object, *, length: int | None = None, words: str = "") -> torch.Size:

@@ -40,6 +40,7 @@ def single_trace(
     model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Trace, Trace, int]:
     """Run guide and model once: the model's trace, the guide's, and how many dimensions the plates take."""
+    checks.check_program(model=model, guide=guide)
     with poutine.block(), torch.no_grad():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
@@ -66,8 +67,8 @@ def draw(
     vectorize: bool = True,
 ) -> Iterator[Draws]:
     """Yield ``num_samples`` draws in batches of at most ``batch_size``, or one at a time without ``vectorize``."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if not checks.is_integer(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size!r}.")
     with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
         yield from _batches(model, guide, args, kwargs, num_samples, batch_size if vectorize else 1, vectorize)
 

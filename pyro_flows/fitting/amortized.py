@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_integers, check_numbers
+from ..checks import as_path, check_choice, check_integers, check_numbers, joined
 from ..diagnostics.simulations import Simulations
 from ..diagnostics.simulator import Simulator
 from ..guides import AutoFlow
@@ -130,7 +130,7 @@ def fit_amortized(
         >>> guide.sample(5, torch.tensor([1.0, -1.0]))["theta"].shape
         torch.Size([5, 2])
     """
-    kwargs = {**kwargs, **(model_kwargs or {})}
+    kwargs = joined("fit_amortized", kwargs, model_kwargs)
     check_integers("fit_amortized", 20, num_simulations=num_simulations)
     check_integers("fit_amortized", rounds=rounds, patience=patience, simulation_batch_size=simulation_batch_size)
     check_integers("fit_amortized", optional=True, max_epochs=max_epochs, batch_size=batch_size)
@@ -138,7 +138,7 @@ def fit_amortized(
     loss = checked("fit_amortized", objective)
     check_numbers("fit_amortized", above=0, lr=lr, clip_norm=clip_norm)
     check_choice("fit_amortized", ("skip", "raise"), on_nonfinite=on_nonfinite)
-    file = None if checkpoint is None else Path(checkpoint)
+    file = as_path("fit_amortized", "checkpoint", checkpoint)
     if file and not file.parent.is_dir():
         raise ValueError(f"fit_amortized: checkpoint={str(file)!r} lies in a folder that does not exist.")
     simulator = Simulator("fit_amortized", model, args, kwargs)

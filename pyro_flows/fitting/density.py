@@ -11,13 +11,12 @@ import contextlib
 import functools
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_flags, check_integers, check_numbers
+from ..checks import as_path, check_choice, check_flags, check_integers, check_numbers
 from ..encoders import Standardize
 from ..flows import Dequantized, Flow
 from ..tables.table import places_of
@@ -146,14 +145,14 @@ def fit_density(
     check_numbers(CALLER, least=0, below=1, ema_decay=ema_decay)
     check_numbers(CALLER, above=0, below=1, held_out=held_out)
     check_choice(CALLER, ("skip", "raise"), on_nonfinite=on_nonfinite)
-    file, grid = (None if path is None else Path(path) for path in (checkpoint, samples))
+    file, grid = as_path(CALLER, "checkpoint", checkpoint), as_path(CALLER, "samples", samples)
     for argument, path in (("checkpoint", file), ("samples", grid)):
         if path and not path.parent.is_dir():
             raise ValueError(f"{CALLER}: {argument}={str(path)!r} lies in a folder that does not exist.")
     if device is not None and isinstance(flow, nn.Module):
         try:
             flow.to(device)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, TypeError) as error:
             raise ValueError(
                 f"{CALLER}: device={device!r} is not there ({str(error).splitlines()[0]:.200})."
             ) from error

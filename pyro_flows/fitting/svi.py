@@ -10,14 +10,13 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
 
-from ..checks import check_flags, check_integers
+from ..checks import as_path, check_flags, check_integers, joined, quoted
 from ..diagnostics.draws import check_side_by_side, single_trace, subsampled_plate
 from ..guides import AutoFlow, AutoPlateFlow
 from ..guides.encoding import initialize
@@ -128,7 +127,7 @@ def fit_svi(
         >>> fit.losses.shape, bool((guide.median()["x"] - 1).abs() < 0.2)  # the posterior is Normal(1, 0.71)
         (torch.Size([20]), True)
     """
-    kwargs = {**kwargs, **(model_kwargs or {})}
+    kwargs = joined("fit_svi", kwargs, model_kwargs)
     settings: dict[str, Any] = {
         "num_particles": num_particles,
         "lr": lr,
@@ -137,6 +136,10 @@ def fit_svi(
     }
     check_integers("fit_svi", optional=True, steps=steps, num_particles=num_particles)
     check_integers("fit_svi", restarts=restarts)
+    if objective is not None and not any(
+        hasattr(objective, verb) for verb in ("differentiable_loss", "loss_and_grads")
+    ):
+        raise TypeError(f"fit_svi: objective must be a Pyro ELBO such as Trace_ELBO(), got {quoted(objective)}.")
     check_flags("fit_svi", progress=progress, escalate=escalate)
     check_flags("fit_svi", optional=True, warm_start=warm_start)
     check_settings("fit_svi", lr=lr, clip_norm=clip_norm, on_nonfinite=on_nonfinite)
@@ -160,7 +163,7 @@ def fit_svi(
         )
     num_particles = num_particles or suited.num_particles
     lr, clip_norm = float(lr or suited.lr), float(clip_norm or suited.clip_norm)
-    file = None if checkpoint is None else Path(checkpoint)
+    file = as_path("fit_svi", "checkpoint", checkpoint)
     if file and not file.parent.is_dir():
         raise ValueError(f"fit_svi: checkpoint={str(file)!r} lies in a folder that does not exist.")
     whole = not subsampled_plate(single)  # a subsample is drawn anew each time
