@@ -30,8 +30,8 @@ def quoted(value: object) -> str:
 
 
 def is_integer(value: object) -> bool:
-    """True if a value is a Python integer; a bool is none."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """True if a value is an integer, also one of numpy; a bool is none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def check_integers(caller: str, least: int = 1, /, *, optional: bool = False, **values: object) -> None:
@@ -39,8 +39,7 @@ def check_integers(caller: str, least: int = 1, /, *, optional: bool = False, **
     for argument, value in values.items():
         if (optional and value is None) or (is_integer(value) and value >= least):  # type: ignore[operator]
             continue
-        way = f" Use int({argument})." if not isinstance(value, int | float) and _counts(value) else ""
-        raise ValueError(f"{caller}: {argument} must be an integer of at least {least}, got {quoted(value)}.{way}")
+        raise ValueError(f"{caller}: {argument} must be an integer of at least {least}, got {quoted(value)}.")
 
 
 def check_numbers(
@@ -67,7 +66,7 @@ def check_numbers(
     for argument, value in values.items():
         if optional and value is None:
             continue
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
         if fits and low < value < (math.inf if below is None else below) and (least is None or value >= least):  # type: ignore[operator]
             continue
         raise ValueError(f"{caller}: {argument} must {_range(above, least, below)}, got {quoted(value)}.")
@@ -223,11 +222,6 @@ def _listed(value: Any) -> list[Any]:
     found = value.tolist() if hasattr(value, "tolist") else value
     whole = isinstance(found, Sequence) and not isinstance(found, str | bytes)
     return list(found) if whole and all(isinstance(part, int | float | np.number | np.bool_) for part in found) else []
-
-
-def _counts(value: object) -> bool:
-    """True if Python can count with a value, such as an integer of numpy."""
-    return hasattr(value, "__index__") and not isinstance(value, Tensor)
 
 
 def _range(above: float | None, least: float | None, below: float | None) -> str:

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..checks import TRANSFORM, check_kind
 from .base import FlowTransform
@@ -57,4 +56,6 @@ def recomputed(function: Callable[..., T], *args: Any) -> T:
     """What a function makes of its arguments, which alone are kept for the gradient; it runs again for the rest."""
     if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return function(*args)
+    from torch.utils.checkpoint import checkpoint  # which loads a compiler on torch 2.4
+
     return checkpoint(function, *args, use_reentrant=False)
