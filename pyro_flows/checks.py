@@ -114,17 +114,18 @@ def check_program(**programs: object) -> None:
 
 def check_dense(caller: str, argument: str, value: Tensor) -> None:
     """Raise a ValueError that says the way out unless a tensor is dense and holds real numbers as they are."""
+    must = "be a dense tensor"
     if value.is_nested:
-        got, way = "a nested tensor", f"give its parts one by one, {argument}.unbind()"
+        got, way = "a nested one", f"give its parts one by one, {argument}.unbind()"
     elif value.is_quantized:
         got, way = f"a quantised one, {value.dtype}", f"use {argument}.dequantize()"
     elif value.layout != torch.strided:
         got, way = f"a sparse one, {value.layout}", f"use {argument}.to_dense()"
     elif value.is_complex():
-        got, way = f"complex ones, {value.dtype}", f"use torch.view_as_real({argument}).flatten(-2)"
+        must, got, way = "hold real numbers", f"{value.dtype}", f"use torch.view_as_real({argument}).flatten(-2)"
     else:
         return
-    raise ValueError(f"{caller}: {argument} must be a dense tensor of real numbers, got {got}; {way}.")
+    raise ValueError(f"{caller}: {argument} must {must}, got {got}; {way}.")
 
 
 def as_path(caller: str, argument: str, value: Any) -> Path | None:

@@ -209,7 +209,7 @@ def coupling_masks(input_dim: int, count: int) -> list[Tensor]:
         >>> [mask.int().tolist() for mask in coupling_masks(4, 4)]
         [[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
     """
-    digits = max((input_dim - 1).bit_length(), 1)
+    digits = max(int(input_dim - 1).bit_length(), 1)
     place = torch.arange(input_dim)
     masks = []
     for layer in range(count):

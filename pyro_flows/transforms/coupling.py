@@ -136,7 +136,8 @@ def _gradient(weighted: list[tuple[Tensor, Tensor]], of: Tensor) -> Tensor:
     if not moving:
         return torch.zeros_like(of)
     outputs, weights = zip(*moving, strict=True)
-    return torch.autograd.grad(outputs, of, weights, retain_graph=True, materialize_grads=True)[0]
+    found = torch.autograd.grad(outputs, of, weights, retain_graph=True, materialize_grads=True)[0]
+    return found.detach()  # on torch 2.4 zeros that are put for None require gradients
 
 
 def _restore_indices(module: nn.Module, _: object) -> None:
