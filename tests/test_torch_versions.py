@@ -17,11 +17,10 @@ OLDEST = "2.4"
 # What torch 2.4 lacks of what pyro_flows makes use of, taken away from the torch at hand.
 LACKING = """
 import functools, inspect, sys, tempfile
-import torch
+import pyro, pyro.distributions as dist, torch
 from torch.distributions import constraints
 for owner, name in (
     (torch.optim, "Muon"),
-    (torch.serialization, "get_crc32_options"),
     (torch.serialization, "set_crc32_options"),
     (constraints, "MixtureSameFamilyConstraint"),
 ):
@@ -32,7 +31,6 @@ def compile(model=None, *, fullgraph=False, dynamic=None, backend="inductor", mo
     return newer(model, fullgraph=fullgraph, dynamic=dynamic, backend=backend, mode=mode, options=options)
 torch.compile = compile
 
-import pyro, pyro.distributions as dist
 import pyro_flows as pf
 from pyro_flows import flows
 """
