@@ -272,7 +272,7 @@ def test_which_features_are_periodic_is_part_of_the_state() -> None:
     ("build", "message"),
     [
         (lambda: Periodic(MLP(2, 1, 1), [True, False]), r"3 for periodic = \[True, False\], .* net.input_dim = 2"),
-        (lambda: Periodic(MLP(2, 1, 1), [[True]]), r"2 for periodic = \[\[True\]\]"),
+        (lambda: Periodic(MLP(2, 1, 1), [[True]]), r"periodic must hold one bool for each feature, got \[\[True\]\]"),
         (lambda: Periodic(MLP(2, 1, 1), [True], bound=0.0), "bound must be positive and finite, got 0.0"),
     ],
 )
@@ -310,25 +310,28 @@ def test_residual_layers_add_their_input() -> None:
 
 @pytest.mark.parametrize("order", [[0, 0, 1], [1, 2, 3], [0, 1]])
 def test_an_order_must_be_a_permutation(order: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"order must be a permutation of 0 … 2, got \["):
+    with pytest.raises(ValueError, match=r"order must hold each of 0 … 2 once, got \["):
         MADE(3, 2, order=order)
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: MADE(0, 2), "MADE: input_dim must be at least 1, got 0"),
-        (lambda: MADE(3, 0), "MADE: num_params must be at least 1, got 0"),
-        (lambda: MLP(-1, 2, 2), "MLP: input_dim must be at least 0, got -1"),
-        (lambda: MLP(2, 0, 2), "MLP: output_dim must be at least 1, got 0"),
-        (lambda: MLP(2, 1, 2, context_dim=-1), "MLP: context_dim must be at least 0, got -1"),
-        (lambda: LipschitzMLP(2, context_dim=-1), "LipschitzMLP: context_dim must not be negative, got -1"),
+        (lambda: MADE(0, 2), "MADE: input_dim must be an integer of at least 1, got 0"),
+        (lambda: MADE(3, 0), "MADE: num_params must be an integer of at least 1, got 0"),
+        (lambda: MLP(-1, 2, 2), "MLP: input_dim must be an integer of at least 0, got -1"),
+        (lambda: MLP(2, 0, 2), "MLP: output_dim must be an integer of at least 1, got 0"),
+        (lambda: MLP(2, 1, 2, context_dim=-1), "MLP: context_dim must be an integer of at least 0, got -1"),
+        (lambda: LipschitzMLP(2, context_dim=-1), "LipschitzMLP: context_dim must be an integer of at least 0, got -1"),
         (lambda: ConvNet(1, 1, 2, (4, 4, 4)), r"ConvNet: size must be height and width, got \(4, 4, 4\)"),
         (lambda: ConvNet(1, 1, 2, (0, 4)), r"ConvNet: size must be height and width, got \(0, 4\)"),
-        (lambda: ConvNet(1, 1, 2, (4, 4), num_blocks=-1), "ConvNet: num_blocks must not be negative, got -1"),
-        (lambda: CausalTransformer(0, 3, 2), "CausalTransformer: length must be at least 1, got 0"),
-        (lambda: CausalTransformer(4, 3, 2, num_layers=0), "CausalTransformer: num_layers must be at least 1, got 0"),
-        (lambda: CausalTransformer(4, 3, 2, num_heads=0), "hidden_dim=64 must be a multiple of num_heads=0"),
+        (lambda: ConvNet(1, 1, 2, (4, 4), num_blocks=-1), "num_blocks must be an integer of at least 0, got -1"),
+        (lambda: CausalTransformer(0, 3, 2), "CausalTransformer: length must be an integer of at least 1, got 0"),
+        (lambda: CausalTransformer(4, 3, 2, num_layers=0), "num_layers must be an integer of at least 1, got 0"),
+        (
+            lambda: CausalTransformer(4, 3, 2, num_heads=0),
+            "CausalTransformer: num_heads must be an integer of at least 1, got 0",
+        ),
     ],
 )
 def test_sizes_out_of_range_are_named(build: Callable[[], object], message: str) -> None:

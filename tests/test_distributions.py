@@ -324,9 +324,9 @@ def test_angles_are_uniform_and_scored_by_any_representative() -> None:
     [
         (lambda: StudentTBase((2,), df=1.0), "StudentTBase: df must lie between min_df = 1.0 and .*got 1.0"),
         (lambda: StudentTBase((2,), df=300.0), "StudentTBase: df must .* max_df = 200.0, .*got 300.0"),
-        (lambda: StudentTBase((2,), min_df=0.0), "StudentTBase: df .* min_df = 0.0"),
-        (lambda: StudentTBase((2,), max_df=math.inf), "StudentTBase: df .* max_df = inf"),
-        (lambda: MixtureBase(0, 2), "MixtureBase: input_dim must be at least 1, got 0"),
+        (lambda: StudentTBase((2,), min_df=0.0), "StudentTBase: min_df must be positive and finite, got 0.0"),
+        (lambda: StudentTBase((2,), max_df=math.inf), "StudentTBase: max_df must be positive and finite, got inf"),
+        (lambda: MixtureBase(0, 2), "MixtureBase: input_dim must be an integer of at least 1, got 0"),
         (lambda: MixtureBase(2, 1), "MixtureBase: num_components must be at least 2, got 1; use StandardNormal"),
         (lambda: MixtureBase(2, 2, spread=1.0), "MixtureBase: spread must lie between 0 and 1, got 1.0"),
         (

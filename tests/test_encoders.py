@@ -386,16 +386,16 @@ def test_a_set_encoder_learns_what_a_set_says() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: MLPEncoder(0, 2), "MLPEncoder: input_dim must be at least 1, got 0"),
-        (lambda: MLPEncoder(2, -1), "MLPEncoder: context_dim must be at least 1, got -1"),
-        (lambda: MLPEncoder(2, 2, ()), r"MLPEncoder: hidden_dims must hold at least one size, .*, got \(\)"),
-        (lambda: MLPEncoder(2, 2, (8, 0)), r"MLPEncoder: hidden_dims must hold .* each at least 1, got \(8, 0\)"),
-        (lambda: SetEncoder(0, 2), "SetEncoder: element_dim must be at least 1, got 0"),
-        (lambda: SetEncoder(2, 2, num_queries=0), "SetEncoder: num_queries must be at least 1, got 0"),
-        (lambda: ConvEncoder((0, 8, 8), 2), r"ConvEncoder: image_shape must hold .* each at least 1, got \(0, 8, 8\)"),
+        (lambda: MLPEncoder(0, 2), "MLPEncoder: input_dim must be an integer of at least 1, got 0"),
+        (lambda: MLPEncoder(2, -1), "MLPEncoder: context_dim must be an integer of at least 1, got -1"),
+        (lambda: MLPEncoder(2, 2, ()), r"MLPEncoder: hidden_dims must be a sequence of .*, got \(\)"),
+        (lambda: MLPEncoder(2, 2, (8, 0)), r"MLPEncoder: hidden_dims must be a sequence .* .*got \(8, 0\)"),
+        (lambda: SetEncoder(0, 2), "SetEncoder: element_dim must be an integer of at least 1, got 0"),
+        (lambda: SetEncoder(2, 2, num_queries=0), "SetEncoder: num_queries must be an integer of at least 1, got 0"),
+        (lambda: ConvEncoder((0, 8, 8), 2), r"ConvEncoder: image_shape must be .*, got \(0, 8, 8\)"),
         (lambda: ConvEncoder((8, 8), 2), r"ConvEncoder: image_shape must be \(channels, height, width\), got \(8, 8\)"),
-        (lambda: ConvEncoder((1, 8, 8), 2, ()), r"ConvEncoder: channels must hold at least one size, .*, got \(\)"),
-        (lambda: ConvEncoder((1, 8, 8), 2, hidden_dim=0), "ConvEncoder: hidden_dim must be at least 1, got 0"),
+        (lambda: ConvEncoder((1, 8, 8), 2, ()), r"ConvEncoder: channels must be a sequence .*, got \(\)"),
+        (lambda: ConvEncoder((1, 8, 8), 2, hidden_dim=0), ".*: hidden_dim must be an integer of at least 1, got 0"),
         (
             lambda: ConvEncoder((1, 9, 3), 2),
             r"ConvEncoder: image_shape \(1, 9, 3\) is too small to be halved 2 times, by channels = \(32, 64\): "

@@ -32,6 +32,9 @@ every_size = pytest.mark.parametrize("dim", [1, 2, 5])
 every_context = pytest.mark.parametrize("context_dim", [0, CONTEXT_DIM], ids=["plain", "context"])
 
 
+CAN_EXPAND = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
 def start(name: str, dim: int = 3, context_dim: int = 0, **options: Any) -> Flow:
     return laws.RECIPES[name](dim, context_dim, **{"num_transforms": 3, "hidden_dims": (8, 8), **options}).double()
 
@@ -487,6 +490,8 @@ def test_three_steps_from_the_start_move_every_parameter(name: str) -> None:
 @pytest.mark.parametrize("verb", ["log_prob", "rsample_and_log_prob"])
 def test_it_compiles_to_one_graph(name: str, verb: str) -> None:
     pyro.enable_validation(False)  # a check of values is control flow that depends on data
+    if verb == "rsample_and_log_prob" and not CAN_EXPAND:
+        pytest.skip("torch.compile of Distribution.expand: torch 2.13, not yet 2.6")
     flow = random(name, 3, CONTEXT_DIM, num_transforms=2)
     context, value = laws.normal(4, CONTEXT_DIM), laws.normal(4, 3)
     argument = value if verb == "log_prob" else ()
@@ -551,8 +556,8 @@ def test_arrays_are_refused_with_the_way_out() -> None:
         (torch.zeros(5, 2), r"event shape \(3,\) on the right, got shape \(5, 2\)"),
         (torch.zeros(()), r"event shape \(3,\) on the right, got shape \(\)"),
         (torch.zeros(5, 3, dtype=torch.long), r"floating dtype, got torch.int64"),
-        (torch.tensor([0.0, math.nan, 0.0]), r"NaN or inf \(1 of 3 numbers"),
-        (torch.tensor([0.0, math.inf, -math.inf]), r"NaN or inf \(2 of 3 numbers"),
+        (torch.tensor([0.0, math.nan, 0.0]).double(), r"NaN or inf \(1 of 3 numbers"),
+        (torch.tensor([0.0, math.inf, -math.inf]).double(), r"NaN or inf \(2 of 3 numbers"),
     ],
 )
 def test_a_wrong_value_is_refused(value: Tensor, message: str) -> None:
@@ -584,7 +589,7 @@ def test_a_recipe_names_itself_the_argument_and_the_value(name: str, arguments: 
 
 @pytest.mark.parametrize("circular", [[True], [True, False, True], [0, 2]], ids=str)
 def test_the_recipe_for_angles_wants_one_bool_for_each_feature(circular: list) -> None:
-    with pytest.raises(ValueError, match=r"^circular_coupling: circular .*input_dim = 2 features, got \["):
+    with pytest.raises(ValueError, match=r"^circular_coupling: circular .* 2 features, got \["):
         flows.circular_coupling(2, circular=circular)
 
 

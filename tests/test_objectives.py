@@ -568,10 +568,10 @@ def test_a_run_goes_on_from_its_checkpoint(build, tmp_path):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: ImportanceWeightedELBO(0), "ImportanceWeightedELBO: num_particles must be at least 1, got 0"),
-        (lambda: ForwardKL(1), "ForwardKL: num_particles must be at least 2, got 1"),
+        (lambda: ImportanceWeightedELBO(0), "num_particles must be an integer of at least 1, got 0"),
+        (lambda: ForwardKL(1), "ForwardKL: num_particles must be an integer of at least 2, got 1"),
         (lambda: ForwardKL(64, 10), "ForwardKL: buffer_size must be at least num_particles, got 10"),
-        (lambda: TemperedELBO(0), "TemperedELBO: num_steps must be at least 1, got 0"),
+        (lambda: TemperedELBO(0), "TemperedELBO: num_steps must be an integer of at least 1, got 0"),
         (lambda: TemperedELBO(10, start=0.0), "TemperedELBO: start must lie above 0 and not above 1, got 0.0"),
     ],
 )

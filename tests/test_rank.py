@@ -60,13 +60,13 @@ def test_it_compiles_to_one_graph(layer: FlowTransform) -> None:
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: Radial(0), ValueError, r"Radial: every event size must be positive, got \(0,\)"),
+        (lambda: Radial(0), ValueError, r"Radial: input_dim must be an integer of at least 1, got 0"),
         (
             lambda: Radial(3, MLP(2, 1, 4)),
             ValueError,
             r"Radial: .*num_params\) = \(1, 5\) for 3 features, got \(1, 4\)",
         ),
-        (lambda: Sylvester(0), ValueError, r"Sylvester: every event size must be positive, got \(0,\)"),
+        (lambda: Sylvester(0), ValueError, r"Sylvester: input_dim must be an integer of at least 1, got 0"),
         (lambda: Sylvester(3, rank=4), ValueError, r"Sylvester: rank .* between 1 and input_dim = 3, got 4"),
         (lambda: Sylvester(3, rank=0), ValueError, r"Sylvester: rank .* between 1 and input_dim = 3, got 0"),
         (lambda: Sylvester(3, rank=2.0), ValueError, r"Sylvester: rank must be an integer .*got 2.0"),
@@ -75,9 +75,9 @@ def test_it_compiles_to_one_graph(layer: FlowTransform) -> None:
         (lambda: flows.sylvester_flow(3, rank=4), ValueError, r"sylvester_flow: rank .* input_dim = 3, got 4"),
         (lambda: flows.sylvester_flow(3, reflections=-2), ValueError, r"sylvester_flow: reflections .*got -2"),
         (lambda: Householder(3, 3), ValueError, r"Householder: reflections must be positive and even, got 3"),
-        (lambda: Householder(3, 0), ValueError, r"Householder: reflections must be positive and even, got 0"),
-        (lambda: Householder(0), ValueError, r"Householder: every event size must be positive, got \(0,\)"),
-        (lambda: Orthogonal(0), ValueError, r"Orthogonal: every event size must be positive, got \(0,\)"),
+        (lambda: Householder(3, 0), ValueError, r"Householder: reflections must be an integer of at least 1, got 0"),
+        (lambda: Householder(0), ValueError, r"Householder: input_dim must be an integer of at least 1, got 0"),
+        (lambda: Orthogonal(0), ValueError, r"Orthogonal: input_dim must be an integer of at least 1, got 0"),
     ],
 )
 def test_errors_name_argument_and_value(build: object, error: type[Exception], message: str) -> None:

@@ -8,12 +8,12 @@ Masked Autoregressive Flow (Papamakarios, Pavlakou, Murray 2017, arXiv:1705.0705
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..checks import check_numbers
 from .base import Bijector, split_params
 
 
@@ -50,9 +50,7 @@ class Affine(Bijector):
     slope: float = 0.25
 
     def __post_init__(self) -> None:
-        for name, value in (("max_log_scale", self.max_log_scale), ("slope", self.slope)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"Affine: {name} must be positive and finite, got {value}.")
+        check_numbers("Affine", above=0, max_log_scale=self.max_log_scale, slope=self.slope)
 
     @property
     def num_params(self) -> int:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_integers, check_numbers
 from .base import bounded
-from .continued import Continued, check_at_least, check_positive
+from .continued import Continued
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Bernstein(Continued):
     max_log_slope: float = 5.0
 
     def __post_init__(self) -> None:
-        check_at_least("Bernstein", 2, degree=self.degree)
-        check_positive("Bernstein", bound=self.bound, max_log_slope=self.max_log_slope)
+        check_integers("Bernstein", 2, degree=self.degree)
+        check_numbers("Bernstein", above=0, bound=self.bound, max_log_slope=self.max_log_slope)
 
     @property
     def num_params(self) -> int:

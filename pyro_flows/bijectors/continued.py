@@ -9,7 +9,6 @@ The derivatives of the inverse are those of the implicit function.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 
@@ -148,17 +147,3 @@ def implicit_root(f: Slope, x: Tensor, y: Tensor) -> Tensor:
         value, log_slope = f(x)
         x = x - (value - y) * torch.exp(-log_slope)
     return x
-
-
-def check_at_least(name: str, least: int, **numbers: int) -> None:
-    """Raise one clear error that names the map, the argument and its value."""
-    for argument, number in numbers.items():
-        if number < least:
-            raise ValueError(f"{name}: {argument} must be at least {least}, got {number}.")
-
-
-def check_positive(name: str, **values: float) -> None:
-    """Raise one clear error that names the map, the argument and its value."""
-    for argument, value in values.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}: {argument} must be positive and finite, got {value}.")

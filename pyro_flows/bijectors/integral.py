@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_integers, check_numbers
 from .base import Bijector, bounded
-from .continued import check_at_least, check_positive
 from .spline import bin_of
 
 MAX_LOG_RATE = 1.5  # the bound on w
@@ -64,9 +64,9 @@ class Integral(Bijector):
     max_log_slope: float = 3.0
 
     def __post_init__(self) -> None:
-        check_at_least("Integral", 2, hidden=self.hidden)
-        check_at_least("Integral", 1, panels=self.panels)
-        check_positive("Integral", bound=self.bound, max_log_slope=self.max_log_slope)
+        check_integers("Integral", 2, hidden=self.hidden)
+        check_integers("Integral", 1, panels=self.panels)
+        check_numbers("Integral", above=0, bound=self.bound, max_log_slope=self.max_log_slope)
 
     @property
     def num_params(self) -> int:

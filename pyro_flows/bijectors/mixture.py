@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_integers, check_numbers
 from .base import bounded
-from .continued import Continued, check_at_least, check_positive
+from .continued import Continued
 from .sigmoidal import completed, mixture_logit, places
 
 
@@ -53,8 +54,8 @@ class LogisticMixture(Continued):
     max_log_scale: float = 3.0
 
     def __post_init__(self) -> None:
-        check_at_least("LogisticMixture", 2, components=self.components)
-        check_positive("LogisticMixture", bound=self.bound, max_log_scale=self.max_log_scale)
+        check_integers("LogisticMixture", 2, components=self.components)
+        check_numbers("LogisticMixture", above=0, bound=self.bound, max_log_scale=self.max_log_scale)
 
     @property
     def num_params(self) -> int:

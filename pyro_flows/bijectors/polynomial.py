@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .continued import Continued, check_at_least, check_positive
+from ..checks import check_integers, check_numbers
+from .continued import Continued
 
 FLOOR = 0.01  # ε
 
@@ -58,10 +59,9 @@ class SumOfSquares(Continued):
     _rule: tuple[tuple[float, ...], tuple[float, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_at_least("SumOfSquares", 1, degree=self.degree, polynomials=self.polynomials)
-        check_positive("SumOfSquares", bound=self.bound, max_mean_slope=self.max_mean_slope)
-        if not self.max_mean_slope > 1:
-            raise ValueError(f"SumOfSquares: max_mean_slope must exceed 1, got {self.max_mean_slope}.")
+        check_integers("SumOfSquares", 1, degree=self.degree, polynomials=self.polynomials)
+        check_numbers("SumOfSquares", above=0, bound=self.bound)
+        check_numbers("SumOfSquares", above=1, max_mean_slope=self.max_mean_slope)
         object.__setattr__(self, "_rule", gauss_rule(self.degree + 1))  # compilers cannot see through it
 
     @property

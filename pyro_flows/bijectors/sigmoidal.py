@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ..checks import check_integers, check_numbers
 from .base import bounded
-from .continued import Continued, check_at_least, check_positive
+from .continued import Continued
 
 FLOOR = 0.01  # ε
 SPREAD = 3.0
@@ -69,9 +70,9 @@ class Sigmoidal(Continued):
     max_log_slope: float = 3.0
 
     def __post_init__(self) -> None:
-        check_at_least("Sigmoidal", 2, components=self.components)
-        check_at_least("Sigmoidal", 1, layers=self.layers)
-        check_positive("Sigmoidal", bound=self.bound, max_log_slope=self.max_log_slope)
+        check_integers("Sigmoidal", 2, components=self.components)
+        check_integers("Sigmoidal", 1, layers=self.layers)
+        check_numbers("Sigmoidal", above=0, bound=self.bound, max_log_slope=self.max_log_slope)
 
     @property
     def num_params(self) -> int:

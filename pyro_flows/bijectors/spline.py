@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_integers, check_numbers
 from .base import Bijector
 
 
@@ -88,17 +89,14 @@ class RationalQuadraticSpline(Bijector):
 
 def check_spline(name: str, bins: int, bound: float, min_bin: float, max_slope: float) -> None:
     """Raise one clear error that names the spline, the argument and its value."""
-    if bins < 2:
-        raise ValueError(f"{name}: bins must be at least 2, got {bins}.")
-    if not 0 < bound < math.inf:
-        raise ValueError(f"{name}: bound must be positive and finite, got {bound}.")
-    if not 0 < min_bin * bins < 1:
+    check_integers(name, 2, bins=bins)
+    check_numbers(name, above=0, bound=bound, min_bin=min_bin)
+    if not min_bin * bins < 1:
         raise ValueError(
             f"{name}: min_bin must lie between 0 and 1 / bins = {1 / bins:.3g}, got {min_bin}; "
             "use fewer bins or a smaller min_bin."
         )
-    if not 1 < max_slope < math.inf:
-        raise ValueError(f"{name}: max_slope must exceed 1 and be finite, got {max_slope}.")
+    check_numbers(name, above=1, max_slope=max_slope)
 
 
 def bounded_slopes(raw: Tensor, max_slope: float) -> Tensor:

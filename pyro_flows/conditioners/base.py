@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import checks
+from ..checks import check_integers, check_sizes
+
 
 class Conditioner(nn.Module, ABC):
     """A network θ(x, c) that gives ``num_params`` parameters to each of ``output_dim`` features, or to their numbers.
@@ -75,18 +78,13 @@ class Conditioner(nn.Module, ABC):
         self, input_dim: int, output_dim: int, num_params: int, hidden_dims: Sequence[int], context_dim: int
     ) -> None:
         super().__init__()
-        sizes = {"input_dim": input_dim, "output_dim": output_dim, "num_params": num_params, "context_dim": context_dim}
-        for name, size in sizes.items():
-            least = 0 if name in ("input_dim", "context_dim") else 1
-            if size < least:
-                raise ValueError(f"{type(self).__name__}: {name} must be at least {least}, got {size}.")
+        caller = type(self).__name__
+        check_integers(caller, 0, input_dim=input_dim, context_dim=context_dim)
+        check_integers(caller, output_dim=output_dim, num_params=num_params)
+        check_sizes(caller, hidden_dims=hidden_dims)
         self.input_dim, self.output_dim = input_dim, output_dim
         self.num_params, self.context_dim = num_params, context_dim
         self.hidden_dims = tuple(hidden_dims)
-        if not self.hidden_dims or min(self.hidden_dims) < 1:
-            raise ValueError(
-                f"{type(self).__name__}: hidden_dims must hold at least one positive width, got {hidden_dims!r}."
-            )
         # A context is added to the first hidden layer: computed once per context, broadcast over samples.
         self.from_context = nn.Linear(context_dim, self.hidden_dims[0], bias=False) if context_dim else None
 
@@ -150,9 +148,9 @@ class Rectifier(nn.ReLU):
         return F.relu(x, inplace=torch._C._get_tracing_state() is None)
 
 
-def activation_of(kind: type[nn.Module]) -> nn.Module:
-    """An activation for the results of linear layers."""
-    return Rectifier() if kind is nn.ReLU else kind()
+def activation_of(caller: str, kind: type[nn.Module]) -> nn.Module:
+    """Return an activation for the results of linear layers; errors as those of ``checks.activation_of``."""
+    return Rectifier() if kind is nn.ReLU else checks.activation_of(caller, kind)
 
 
 def zero_(layer: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import activation_of, as_image, as_shape, check_integers
 from .base import Conditioner, zero_
 
 
@@ -66,11 +67,11 @@ class ConvNet(Conditioner):
         context_shape: Sequence[int] | None = None,
         activation: type[nn.Module] = nn.ReLU,
     ) -> None:
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"ConvNet: size must be height and width, got {tuple(size)}.")
-        if num_blocks < 0:
-            raise ValueError(f"ConvNet: num_blocks must not be negative, got {num_blocks}.")
-        height, width = size
+        height, width = as_shape("ConvNet", "size", size, length=2, words="height and width")
+        check_integers("ConvNet", hidden_dim=hidden_dim)
+        check_integers("ConvNet", 0, num_blocks=num_blocks)
+        if context_shape is not None:
+            context_shape = as_image("ConvNet", "context_shape", context_shape)
         super().__init__(input_dim, output_dim, num_params, (hidden_dim,), 0 if context_shape else context_dim)
         self.size, self.hidden_dim, self.num_blocks = (height, width), hidden_dim, num_blocks
         self.context_shape = None if context_shape is None else tuple(context_shape)
@@ -79,7 +80,7 @@ class ConvNet(Conditioner):
         self.blocks = nn.ModuleList(_Gated(hidden_dim, activation) for _ in range(num_blocks))
         self.middle = None if num_blocks else nn.Conv2d(hidden_dim, hidden_dim, 1)
         self.output = zero_(nn.Conv2d(hidden_dim, num_params * output_dim, 3, padding=1))
-        self.act = activation()
+        self.act = activation_of("ConvNet", activation)
         if self.context_shape is not None:
             self.context_dim = math.prod(self.context_shape)
             self.factor = self.context_shape[1] // height
@@ -121,7 +122,7 @@ class _Gated(nn.Module):
 
     def __init__(self, hidden_dim: int, activation: type[nn.Module]) -> None:
         super().__init__()
-        self.act = activation()
+        self.act = activation_of("ConvNet", activation)
         self.inner = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1)
         self.outer = nn.Conv2d(hidden_dim, 2 * hidden_dim, 1)
 

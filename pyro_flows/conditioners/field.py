@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_integers
+
 
 class Derivative(Protocol):
     """What is asked of the Jacobian J of a field at each of a batch of points."""
@@ -66,10 +68,8 @@ class VectorField(nn.Module, ABC):
 
     def __init__(self, input_dim: int, context_dim: int = 0) -> None:
         super().__init__()
-        if input_dim < 1:
-            raise ValueError(f"{type(self).__name__}: input_dim must be positive, got {input_dim}.")
-        if context_dim < 0:
-            raise ValueError(f"{type(self).__name__}: context_dim must not be negative, got {context_dim}.")
+        check_integers(type(self).__name__, input_dim=input_dim)
+        check_integers(type(self).__name__, 0, context_dim=context_dim)
         self.input_dim, self.context_dim = input_dim, context_dim
 
     @abstractmethod

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import check_integers, check_numbers, check_sizes
 from .base import zero_
 from .jacobian import Jacobian
 
@@ -73,17 +74,13 @@ class LipschitzMLP(nn.Module):
         self, input_dim: int, hidden_dims: Sequence[int] = (64, 64), context_dim: int = 0, *, lipschitz: float = 0.9
     ) -> None:
         super().__init__()
+        check_integers("LipschitzMLP", input_dim=input_dim)
+        check_integers("LipschitzMLP", 0, context_dim=context_dim)
+        check_sizes("LipschitzMLP", hidden_dims=hidden_dims)
+        check_numbers("LipschitzMLP", above=0, below=1, lipschitz=lipschitz)
         self.input_dim, self.context_dim = input_dim, context_dim
         self.hidden_dims = tuple(hidden_dims)
         self.lipschitz = lipschitz
-        if input_dim < 1:
-            raise ValueError(f"LipschitzMLP: input_dim must be positive, got {input_dim}.")
-        if context_dim < 0:
-            raise ValueError(f"LipschitzMLP: context_dim must not be negative, got {context_dim}.")
-        if not self.hidden_dims or min(self.hidden_dims) < 1:
-            raise ValueError(f"LipschitzMLP: hidden_dims must hold at least one positive width, got {hidden_dims!r}.")
-        if not 0 < lipschitz < 1:
-            raise ValueError(f"LipschitzMLP: lipschitz must lie between 0 and 1, got {lipschitz}.")
         self.hidden = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise((input_dim, *self.hidden_dims)))
         self.output = zero_(nn.Linear(self.hidden_dims[-1], input_dim))
         self.from_context = nn.Linear(context_dim, self.hidden_dims[0], bias=False) if context_dim else None

@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ..checks import as_order, check_integers, quoted
 from .base import Conditioner, MaskedLinear, activation_of
 
 
@@ -73,17 +74,14 @@ class MADE(Conditioner):
         adjacency: Sequence[Sequence[bool]] | Tensor | None = None,
         activation: type[nn.Module] = nn.ReLU,
     ) -> None:
-        if input_dim < 1:
-            raise ValueError(f"MADE: input_dim must be at least 1, got {input_dim}.")
+        check_integers("MADE", input_dim=input_dim)
         super().__init__(input_dim, input_dim, num_params, hidden_dims, context_dim)
         graph = None if adjacency is None else checked_graph(adjacency, input_dim)
         if order is None:
             order = range(input_dim) if graph is None else topological_order(graph)
-        order = [int(rank) for rank in order]
-        if sorted(order) != list(range(input_dim)):
-            raise ValueError(f"MADE: order must be a permutation of 0 … {input_dim - 1}, got {order}.")
+        order = as_order("MADE", "order", order, input_dim)
         self.activation = activation
-        self.act = activation_of(activation)
+        self.act = activation_of("MADE", activation)
         widths = (input_dim, *self.hidden_dims)
         self.hidden = nn.ModuleList(MaskedLinear(n, m) for n, m in pairwise(widths))  # type: ignore[assignment]
         self.output = MaskedLinear(widths[-1], num_params * input_dim, zero=True)
@@ -170,7 +168,12 @@ class MADE(Conditioner):
 
 def checked_graph(adjacency: Sequence[Sequence[bool]] | Tensor, input_dim: int) -> Tensor:
     """A graph over features as a boolean matrix without its diagonal, ``(D, D)``."""
-    graph = torch.as_tensor(adjacency)
+    try:
+        graph = torch.as_tensor(adjacency)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"MADE: adjacency must be a matrix of bools such as [[0, 0], [1, 0]], got {quoted(adjacency)}."
+        ) from error
     if graph.shape != (input_dim, input_dim):
         raise ValueError(
             f"MADE: adjacency must have shape ({input_dim}, {input_dim}), one row and one column for each feature, got "

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_flags
 from .base import Conditioner, activation_of, zero_
 
 
@@ -56,12 +57,13 @@ class MLP(Conditioner):
         skip: bool = False,
     ) -> None:
         super().__init__(input_dim, output_dim, num_params, hidden_dims, context_dim)
+        check_flags("MLP", residual=residual, skip=skip)
         self.activation = activation
         self.residual = residual
         widths = (input_dim, *self.hidden_dims)
         self.hidden = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(widths))
         self.output = zero_(nn.Linear(widths[-1], num_params * output_dim))
-        self.act = activation_of(activation)
+        self.act = activation_of("MLP", activation)
         self.skip = skip
         if skip:
             self.factors = nn.Linear(input_dim, 2 * widths[1])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import check_integers, check_sizes
 from .base import zero_
 from .field import Derivative, Rates, VectorField
 from .jacobian import Jacobian
@@ -91,14 +92,12 @@ class MLPField(VectorField):
         activation: type[nn.Module] = nn.SiLU,
     ) -> None:
         super().__init__(input_dim, context_dim)
+        check_sizes("MLPField", hidden_dims=hidden_dims)
+        check_integers("MLPField", frequencies=frequencies)
         self.hidden_dims = tuple(hidden_dims)
         self.frequencies = frequencies
         self.activation = activation
-        if not self.hidden_dims or min(self.hidden_dims) < 1:
-            raise ValueError(f"MLPField: hidden_dims must hold at least one positive width, got {hidden_dims!r}.")
-        if frequencies < 1:
-            raise ValueError(f"MLPField: frequencies must be positive, got {frequencies}.")
-        if activation not in SMOOTH:
+        if not isinstance(activation, type) or activation not in SMOOTH:
             names = ", ".join(known.__name__ for known in SMOOTH)
             raise ValueError(
                 f"MLPField: activation must be a class of torch.nn with continuous slopes, one of {names}, "

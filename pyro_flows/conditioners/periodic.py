@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checks import CONDITIONER, as_flags, check_kind, check_numbers
 from .base import Conditioner
 
 
@@ -48,15 +49,15 @@ class Periodic(Conditioner):
     order: Tensor
 
     def __init__(self, net: Conditioner, periodic: Sequence[bool] | Tensor, bound: float = math.pi) -> None:
-        periodic = torch.as_tensor(periodic, dtype=torch.bool)
+        check_kind("Periodic", Conditioner, CONDITIONER, net=net)
+        periodic = as_flags("Periodic", "periodic", periodic)
+        check_numbers("Periodic", above=0, bound=bound)
         wanted = periodic.numel() + int(periodic.sum())
-        if periodic.dim() != 1 or net.input_dim != wanted:
+        if net.input_dim != wanted:
             raise ValueError(
                 f"Periodic: the network sees two numbers of each periodic feature and one of each other, "
                 f"{wanted} for periodic = {periodic.tolist()}, but it takes net.input_dim = {net.input_dim}."
             )
-        if not 0 < bound < math.inf:
-            raise ValueError(f"Periodic: bound must be positive and finite, got {bound}.")
         super().__init__(len(periodic), net.output_dim, net.num_params, net.hidden_dims, context_dim=0)
         self.context_dim = net.context_dim  # the context enters inside the network
         self.net = net

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import as_image, as_order, check_integers
 from .base import Conditioner, zero_
 
 
@@ -75,14 +76,14 @@ class CausalTransformer(Conditioner):
         context_shape: Sequence[int] | None = None,
         order: Sequence[int] | None = None,
     ) -> None:
-        for name, size in (("length", length), ("token_dim", token_dim), ("num_layers", num_layers)):
-            if size < 1:
-                raise ValueError(f"CausalTransformer: {name} must be at least 1, got {size}.")
-        if num_heads < 1 or hidden_dim % num_heads:
+        caller = "CausalTransformer"
+        check_integers(caller, length=length, token_dim=token_dim, num_layers=num_layers, num_heads=num_heads)
+        check_integers(caller, hidden_dim=hidden_dim)
+        if hidden_dim % num_heads:
             raise ValueError(f"CausalTransformer: hidden_dim={hidden_dim} must be a multiple of num_heads={num_heads}.")
-        order = list(range(length)) if order is None else [int(rank) for rank in order]
-        if sorted(order) != list(range(length)):
-            raise ValueError(f"CausalTransformer: order must hold each of 0 … {length - 1} once, got {order}.")
+        order = list(range(length)) if order is None else as_order(caller, "order", order, length)
+        if context_shape is not None:
+            context_shape = as_image(caller, "context_shape", context_shape)
         super().__init__(length, length, num_params, (hidden_dim,) * num_layers, 0 if context_shape else context_dim)
         self.length, self.token_dim, self.size = length, token_dim, (token_dim,)
         self.hidden_dim, self.num_layers, self.num_heads = hidden_dim, num_layers, num_heads

@@ -10,6 +10,7 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from ..checks import is_integer, joined
 from .compat import Groups, Variable, container
 from .draws import draw
 from .held import Held, hold, read, sites_of, values_of
@@ -87,9 +88,9 @@ def to_arviz(
         {'chain': 1, 'draw': 100}
     """
     for name, value in (("num_samples", num_samples), ("num_weighed", num_weighed)):
-        if value < 25:
-            raise ValueError(f"to_arviz: {name} must be at least 25 to fit a tail, got {value}.")
-    kwargs = {**kwargs, **(model_kwargs or {})}
+        if not is_integer(value) or value < 25:
+            raise ValueError(f"to_arviz: {name} must be at least 25 to fit a tail, got {value!r}.")
+    kwargs = joined("to_arviz", kwargs, model_kwargs)
     total = max(num_samples, num_weighed) if importance else num_samples
     held = hold(draw(model, guide, args, kwargs, total, batch_size=batch_size, vectorize=vectorize))
     if importance:

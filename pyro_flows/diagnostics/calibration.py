@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import joined
 from ..encoders.base import at_rest
 from . import plots
 from .draws import check_integers
@@ -156,7 +157,7 @@ def calibrate(
         >>> calibrate(model, guide, num_simulations=200, num_samples=50).ranks.shape
         torch.Size([200, 2])
     """
-    kwargs = {**kwargs, **(model_kwargs or {})}
+    kwargs = joined("calibrate", kwargs, model_kwargs)
     check_integers("calibrate", num_simulations=(num_simulations, 20), num_samples=(num_samples, 20))
     amortised = getattr(guide, "encoder", None) is not None
     if not amortised and (isinstance(guide, torch.nn.Module) or not callable(guide)):

@@ -16,6 +16,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
+from .. import checks
 from .alongside import log_prob_of_draws, rows_of, side_by_side
 from .latents import check_match
 from .nesting import nesting_of
@@ -49,6 +50,7 @@ def single_trace(
     model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Trace, Trace, int]:
     """Run guide and model once: the model's trace, the guide's, and how many dimensions the plates take."""
+    checks.check_program(model=model, guide=guide)
     with poutine.block(), torch.no_grad():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
@@ -67,8 +69,8 @@ def draw(
     vectorize: bool = True,
 ) -> Iterator[Draws]:
     """Yield ``num_samples`` draws in batches of at most ``batch_size``, or one at a time without ``vectorize``."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if not checks.is_integer(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size!r}.")
     with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
         yield from _batches(model, guide, args, kwargs, num_samples, batch_size if vectorize else 1, vectorize)
 
@@ -135,8 +137,7 @@ def check_trained(caller: str, guide: Any) -> None:
 def check_integers(caller: str, **numbers: tuple[Any, int]) -> None:
     """Refuse arguments that are no integers, or less than they must be: each comes with its least value."""
     for name, (value, least) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{caller}: {name} must be an integer of at least {least}, got {value!r}.")
+        checks.check_integers(caller, least, **{name: value})
 
 
 def check_guide(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import is_integer, joined
 from . import plots
 from .compat import psislw
 from .draws import draw
@@ -135,9 +136,9 @@ def psis(
         >>> found.reliable, round(found.log_evidence, 1)  # log Normal(2; 0, 2**0.5)
         (True, -2.3)
     """
-    if num_samples < 25:
-        raise ValueError(f"psis: num_samples must be at least 25 to fit a tail, got {num_samples}.")
-    kwargs = {**kwargs, **(model_kwargs or {})}
+    if not is_integer(num_samples) or num_samples < 25:
+        raise ValueError(f"psis: num_samples must be at least 25 to fit a tail, got {num_samples!r}.")
+    kwargs = joined("psis", kwargs, model_kwargs)
     batches = draw(model, guide, args, kwargs, num_samples, batch_size=batch_size, vectorize=vectorize)
     return weigh(torch.cat([batch.log_p - batch.log_q for batch in batches]))
 

@@ -18,6 +18,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from ..checks import joined
 from .alongside import side_by_side
 from .draws import check_guide, check_integers, check_side_by_side, single_trace
 from .nesting import takes_nesting
@@ -79,7 +80,7 @@ def importance_log_likelihood(
         >>> torch.allclose(found, dist.Normal(0.0, 2**0.5).log_prob(x), atol=1e-4)  # exact, as the guide is
         True
     """
-    kwargs = {**kwargs, **(model_kwargs or {})}
+    kwargs = joined("importance_log_likelihood", kwargs, model_kwargs)
     check_integers("importance_log_likelihood", num_samples=(num_samples, 1), batch_size=(batch_size, 1))
     name = plate if plate is not None else getattr(guide, "plate", None)
     if name is None:

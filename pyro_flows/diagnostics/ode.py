@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..flows import Flow
-from ..flows.checks import check_value
+from ..flows.checks import check_value, parameter_of
 from ..flows.continuous import continuous_of
 from ..transforms import Continuous
 from .draws import check_integers
@@ -100,7 +100,7 @@ def ode_report(flow: Flow, x: Tensor, context: Tensor | None = None, *, num_prob
     if not isinstance(flow, Flow):
         raise TypeError(f"ode_report: flow must be a Flow, got {type(flow).__name__}; that of a guide is guide.flow.")
     continuous_of(flow, "ode_report")
-    check_value(x, flow.event_shape, "ode_report", "x")
+    check_value(x, flow.event_shape, parameter_of(flow.transforms), "ode_report", "x")
     context = flow.encode(context)
     log_prob, variance, kinetic, jacobian = torch.zeros(4, *x.shape[:-1], dtype=x.dtype, device=x.device)
     there = back = 0

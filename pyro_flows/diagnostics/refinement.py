@@ -17,6 +17,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from ..checks import joined
 from .chains import FROZEN, Chains
 from .charts import charts_of
 from .density import or_nan
@@ -113,7 +114,7 @@ def refine(
         >>> bool(draws.mean().abs() < 0.1), bool((draws.std() - 1).abs() < 0.1)
         (True, True)
     """
-    kwargs = {**kwargs, **(model_kwargs or {})}
+    kwargs = joined("refine", kwargs, model_kwargs)
     check_integers("refine", num_samples=(num_samples, 1), transitions=(transitions, 4))
     with pyro.validation_enabled(False):  # a draw of no density is for the chains to shun
         space = sound_space("refine", model, guide, args, kwargs)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_integers, is_integer, joined
 from .draws import draw
 from .held import Held, hold, values_of
 from .importance import Psis, weigh
@@ -77,11 +78,10 @@ def resample(
         >>> draws["x"].shape, bool((draws["x"].std() - 1).abs() < 0.1)
         (torch.Size([4000]), True)
     """
-    if num_samples < 1:
-        raise ValueError(f"resample: num_samples must be at least 1, got {num_samples}.")
-    if num_weighed < 25:
-        raise ValueError(f"resample: num_weighed must be at least 25 to fit a tail, got {num_weighed}.")
-    kwargs = {**kwargs, **(model_kwargs or {})}
+    check_integers("resample", num_samples=num_samples)
+    if not is_integer(num_weighed) or num_weighed < 25:
+        raise ValueError(f"resample: num_weighed must be at least 25 to fit a tail, got {num_weighed!r}.")
+    kwargs = joined("resample", kwargs, model_kwargs)
     total = max(num_samples, num_weighed)
     held = hold(draw(model, guide, args, kwargs, total, batch_size=batch_size, vectorize=vectorize))
     kept, _ = reweighted(held, num_samples, "resample")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..flows import Flow
-from ..flows.checks import check_value
+from ..flows.checks import check_value, parameter_of
 
 TOLERANCE = 0.1  # nats, beyond which a log-density is called wrong
 SHARE = 0.01  # of the rows, beyond which their round-off is told
@@ -56,7 +56,7 @@ def round_off(flow: Flow, value: Tensor, context: Tensor | None = None) -> Tenso
         >>> bool(round_off(flow, torch.randn(100, 2)).max() < 1e-5)
         True
     """
-    check_value(value, flow.event_shape, "round_off")
+    check_value(value, flow.event_shape, parameter_of(flow.transforms), "round_off")
     place = "cpu" if value.device.type == "mps" else value.device  # which has no float64
     exact = copy.deepcopy(flow).to(place).double()
 

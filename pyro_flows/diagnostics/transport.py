@@ -23,6 +23,7 @@ from pyro.infer.reparam import NeuTraReparam
 from torch import Tensor
 from torch.distributions import biject_to
 
+from ..checks import check_integers, joined
 from .draws import check_trained
 from .nesting import takes_nesting
 from .verdict import check as judge
@@ -99,8 +100,7 @@ class Neutra:
         Raises:
             ValueError: If ``num_chains`` is below 1.
         """
-        if num_chains < 1:
-            raise ValueError(f"Neutra.initial: num_chains must be at least 1, got {num_chains}.")
+        check_integers("Neutra.initial", num_chains=num_chains)
         base = self.guide.get_base_dist()
         draws = biject_to(base.support).inv(base.sample((num_chains,)))
         return {self.site: draws if num_chains > 1 else draws[0]}
@@ -164,7 +164,7 @@ def neutra(
         >>> found.transform(mcmc.get_samples())["x"].shape
         torch.Size([20])
     """
-    kwargs = {**kwargs, **(model_kwargs or {})}
+    kwargs = joined("neutra", kwargs, model_kwargs)
     if not isinstance(guide, AutoContinuous):
         raise ValueError(f"neutra: {_REFUSAL}, got {type(guide).__name__}.")
     check_trained("neutra", guide)

@@ -19,6 +19,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from ..checks import joined
 from . import plots
 from .chains import Chains
 from .charts import Chart, White, charts_of
@@ -183,7 +184,7 @@ def check(
         >>> check(model, narrow).verdict
         'reweight'
     """
-    start, kwargs = time.perf_counter(), {**kwargs, **(model_kwargs or {})}
+    start, kwargs = time.perf_counter(), joined("check", kwargs, model_kwargs)
     check_integers("check", num_samples=(num_samples, 100), num_chains=(num_chains, 16))
     with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
         space = sound_space("check", model, guide, args, kwargs)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from ..checks import as_shape, check_kind
+
 
 class StandardNormal(nn.Module):
     """Builds N(0, I) over events of a given shape, in the dtype and on the device of the flow that holds it.
@@ -30,7 +32,7 @@ class StandardNormal(nn.Module):
 
     def __init__(self, event_shape: int | tuple[int, ...] | torch.Size) -> None:
         super().__init__()
-        self.event_shape = torch.Size((event_shape,) if isinstance(event_shape, int) else event_shape)
+        self.event_shape = as_shape("StandardNormal", "event_shape", event_shape)
         self.register_buffer("zeros", torch.zeros(self.event_shape), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
@@ -57,7 +59,7 @@ class NormalBase(nn.Module):
 
     def __init__(self, event_shape: int | tuple[int, ...] | torch.Size) -> None:
         super().__init__()
-        self.event_shape = torch.Size((event_shape,) if isinstance(event_shape, int) else event_shape)
+        self.event_shape = as_shape("NormalBase", "event_shape", event_shape)
         self.loc = nn.Parameter(torch.zeros(self.event_shape))
         self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
 
@@ -86,6 +88,7 @@ class FixedBase(nn.Module):
 
     def __init__(self, distribution: Distribution) -> None:
         super().__init__()
+        check_kind("FixedBase", Distribution, "a distribution of Pyro or torch", distribution=distribution)
         self.distribution = distribution
 
     def forward(self) -> Distribution:

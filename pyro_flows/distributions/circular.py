@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from ..checks import as_flags, check_numbers
+
 
 class CircularBase(nn.Module):
     """Builds the base of flows on tori and cylinders: uniform on [-B, B) for each angle, N(0, 1) for each real number.
@@ -42,11 +44,8 @@ class CircularBase(nn.Module):
 
     def __init__(self, circular: Sequence[bool] | Tensor, bound: float = math.pi) -> None:
         super().__init__()
-        circular = torch.as_tensor(circular, dtype=torch.bool)
-        if circular.dim() != 1 or not len(circular):
-            raise ValueError(f"CircularBase: circular must hold one bool for each feature, got {circular.tolist()}.")
-        if not 0 < bound < math.inf:
-            raise ValueError(f"CircularBase: bound must be positive and finite, got {bound}.")
+        circular = as_flags("CircularBase", "circular", circular)
+        check_numbers("CircularBase", above=0, bound=bound)
         self.bound = bound
         self.register_buffer("circular", circular)
         self.register_buffer("zeros", torch.zeros(len(circular)), persistent=False)

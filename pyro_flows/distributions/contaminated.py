@@ -16,6 +16,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ..checks import as_shape, check_numbers
+
 
 class ContaminatedNormal(dist.TorchDistribution):
     """The mixture (1 - share) N(0, 1) + share N(0, scale²), as many times as ``like`` has numbers.
@@ -93,11 +95,9 @@ class ContaminatedNormalBase(nn.Module):
         self, event_shape: int | tuple[int, ...] | torch.Size, share: float = 0.02, scale: float = 1.6
     ) -> None:
         super().__init__()
-        if not 0 < share < 1:
-            raise ValueError(f"ContaminatedNormalBase: share must lie between 0 and 1, got {share}.")
-        if not 1 < scale < math.inf:
-            raise ValueError(f"ContaminatedNormalBase: scale must be above 1 and finite, got {scale}.")
-        self.event_shape = torch.Size((event_shape,) if isinstance(event_shape, int) else event_shape)
+        check_numbers("ContaminatedNormalBase", above=0, below=1, share=share)
+        check_numbers("ContaminatedNormalBase", above=1, scale=scale)
+        self.event_shape = as_shape("ContaminatedNormalBase", "event_shape", event_shape)
         self.share, self.scale = share, scale
         self.register_buffer("zeros", torch.zeros(self.event_shape), persistent=False)
 

@@ -14,6 +14,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_integers, check_numbers, is_integer
+
 
 class MixtureBase(nn.Module):
     """Builds a trainable mixture of diagonal Gaussians over vectors ``(D,)``, a base with many modes::
@@ -53,14 +55,11 @@ class MixtureBase(nn.Module):
 
     def __init__(self, input_dim: int, num_components: int, spread: float = 0.5) -> None:
         super().__init__()
-        if input_dim < 1:
-            raise ValueError(f"MixtureBase: input_dim must be at least 1, got {input_dim}.")
-        if num_components < 2:
-            raise ValueError(
-                f"MixtureBase: num_components must be at least 2, got {num_components}; use StandardNormal for one."
-            )
-        if not 0 < spread < 1:
-            raise ValueError(f"MixtureBase: spread must lie between 0 and 1, got {spread}.")
+        check_integers("MixtureBase", input_dim=input_dim)
+        if is_integer(num_components) and num_components == 1:
+            raise ValueError("MixtureBase: num_components must be at least 2, got 1; use StandardNormal for one.")
+        check_integers("MixtureBase", 2, num_components=num_components)
+        check_numbers("MixtureBase", above=0, below=1, spread=spread)
         self.input_dim, self.num_components, self.spread = input_dim, num_components, spread
         even = torch.linspace(-1, 1, num_components)
         even = even * (spread / even.std(correction=0))

@@ -13,6 +13,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ..checks import as_shape, check_numbers
+
 
 class StudentTBase(nn.Module):
     """Builds independent standard Student's t, each feature with trainable degrees of freedom::
@@ -50,12 +52,10 @@ class StudentTBase(nn.Module):
         max_df: float = 200.0,
     ) -> None:
         super().__init__()
-        if not 0 < min_df < df < max_df < math.inf:
-            raise ValueError(
-                f"StudentTBase: df must lie between min_df = {min_df} and max_df = {max_df}, both positive and finite, "
-                f"got {df}."
-            )
-        self.event_shape = torch.Size((event_shape,) if isinstance(event_shape, int) else event_shape)
+        check_numbers("StudentTBase", above=0, df=df, min_df=min_df, max_df=max_df)
+        if not min_df < df < max_df:
+            raise ValueError(f"StudentTBase: df must lie between min_df = {min_df} and max_df = {max_df}, got {df}.")
+        self.event_shape = as_shape("StudentTBase", "event_shape", event_shape)
         self.df, self.min_df, self.max_df = df, min_df, max_df
         start = math.log(math.log(df / min_df) / math.log(max_df / df))
         self.free_df = nn.Parameter(torch.full(self.event_shape, start))

@@ -109,16 +109,6 @@ class Encoder(nn.Module, ABC):
             raise ValueError(f"{type(self).__name__}: data must have shape (*batch, {wanted}), got {tuple(x.shape)}.")
 
 
-def check_sizes(owner: str, **sizes: int | tuple[int, ...]) -> None:
-    """Raise a ValueError that names the first size below 1, or the first tuple of sizes that is empty."""
-    for name, size in sizes.items():
-        if isinstance(size, tuple):
-            if not size or min(size) < 1:
-                raise ValueError(f"{owner}: {name} must hold at least one size, each at least 1, got {size}.")
-        elif size < 1:
-            raise ValueError(f"{owner}: {name} must be at least 1, got {size}.")
-
-
 @contextlib.contextmanager
 def at_rest(encoder: Any) -> Iterator[None]:
     """Let a network answer as it does after training: without dropout, and alike for one row and for many."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import check_sizes
+from ..checks import check_integers
 
 
 class ClassEmbedding(nn.Module):
@@ -37,7 +37,7 @@ class ClassEmbedding(nn.Module):
 
     def __init__(self, num_classes: int, context_dim: int) -> None:
         super().__init__()
-        check_sizes("ClassEmbedding", num_classes=num_classes, context_dim=context_dim)
+        check_integers("ClassEmbedding", num_classes=num_classes, context_dim=context_dim)
         self.num_classes, self.context_dim = num_classes, context_dim
         self.weight = nn.Parameter(torch.randn(num_classes, context_dim))
 

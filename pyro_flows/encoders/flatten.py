@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .base import Encoder, check_sizes
+from ..checks import as_image
+from .base import Encoder
 from .standardize import Standardize
 
 
@@ -32,8 +33,7 @@ class Flatten(Encoder):
     """
 
     def __init__(self, image_shape: Sequence[int]) -> None:
-        channels, height, width = image_shape
-        check_sizes("Flatten", image_shape=(channels, height, width))
+        channels, height, width = as_image("Flatten", "image_shape", image_shape)
         super().__init__((channels, height, width), channels * height * width, Standardize((channels, 1, 1)))
         self.image_shape = (channels, height, width)
 

@@ -12,7 +12,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from .base import Encoder, check_sizes
+from ..checks import activation_of, as_image, check_integers, check_sizes
+from .base import Encoder
 from .standardize import Standardize
 
 
@@ -57,10 +58,11 @@ class ConvEncoder(Encoder):
         *,
         activation: type[nn.Module] = nn.SiLU,
     ) -> None:
-        name, shape, counts = type(self).__name__, tuple(image_shape), tuple(channels)
-        check_sizes(name, image_shape=shape, context_dim=context_dim, channels=counts, hidden_dim=hidden_dim)
-        if len(shape) != 3:
-            raise ValueError(f"{name}: image_shape must be (channels, height, width), got {shape}.")
+        name = type(self).__name__
+        shape = as_image(name, "image_shape", image_shape)
+        check_integers(name, context_dim=context_dim, hidden_dim=hidden_dim)
+        check_sizes(name, channels=channels)
+        counts = tuple(channels)
         step = 2 ** len(counts)
         if min(shape[1:]) < step:
             raise ValueError(
@@ -73,9 +75,10 @@ class ConvEncoder(Encoder):
         self.hidden_dim = hidden_dim
         self.activation = activation
         layers = (nn.Conv2d(n, m, kernel_size=3, stride=2, padding=1) for n, m in pairwise((shape[0], *counts)))
-        self.convolutions = nn.Sequential(*(part for layer in layers for part in (layer, activation())))
+        parts = ((layer, activation_of(name, activation)) for layer in layers)
+        self.convolutions = nn.Sequential(*(part for pair in parts for part in pair))
         flat_dim = counts[-1] * math.prod(math.ceil(size / step) for size in shape[1:])
-        self.hidden = nn.Sequential(nn.Linear(flat_dim, hidden_dim), activation())
+        self.hidden = nn.Sequential(nn.Linear(flat_dim, hidden_dim), activation_of(name, activation))
         self.output = nn.Linear(hidden_dim, context_dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from .base import Encoder, check_sizes
+from ..checks import activation_of, check_integers, check_sizes
+from .base import Encoder
 from .standardize import Standardize
 
 
@@ -54,13 +55,14 @@ class MLPEncoder(Encoder):
         *,
         activation: type[nn.Module] = nn.SiLU,
     ) -> None:
+        check_integers(type(self).__name__, input_dim=input_dim, context_dim=context_dim)
+        check_sizes(type(self).__name__, hidden_dims=hidden_dims)
         widths = tuple(hidden_dims)
-        check_sizes(type(self).__name__, input_dim=input_dim, context_dim=context_dim, hidden_dims=widths)
         super().__init__((input_dim,), context_dim, Standardize((input_dim,)))
         self.input_dim = input_dim
         self.hidden_dims = widths
         self.activation = activation
-        self.hidden = hidden_layers(input_dim, *widths, activation=activation)
+        self.hidden = hidden_layers(type(self).__name__, input_dim, *widths, activation=activation)
         self.output = nn.Linear(widths[-1], context_dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,6 +70,7 @@ class MLPEncoder(Encoder):
         return self.output(self.hidden(self.standardize(x)))
 
 
-def hidden_layers(*widths: int, activation: type[nn.Module]) -> nn.Sequential:
+def hidden_layers(caller: str, *widths: int, activation: type[nn.Module]) -> nn.Sequential:
     """Linear layers from the first width to the last, each followed by a nonlinearity."""
-    return nn.Sequential(*(part for n, m in pairwise(widths) for part in (nn.Linear(n, m), activation())))
+    layers = ((nn.Linear(n, m), activation_of(caller, activation)) for n, m in pairwise(widths))
+    return nn.Sequential(*(part for layer in layers for part in layer))

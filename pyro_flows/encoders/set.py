@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import Encoder, check_sizes
+from ..checks import check_integers, check_sizes
+from .base import Encoder
 from .mlp import hidden_layers
 from .standardize import Standardize
 
@@ -68,20 +69,21 @@ class SetEncoder(Encoder):
         num_moments: int = 8,
         activation: type[nn.Module] = nn.SiLU,
     ) -> None:
-        widths = tuple(hidden_dims)
         name = type(self).__name__
-        check_sizes(name, element_dim=element_dim, context_dim=context_dim, hidden_dims=widths)
-        check_sizes(name, num_queries=num_queries, num_moments=num_moments)
+        check_integers(name, element_dim=element_dim, context_dim=context_dim)
+        check_integers(name, num_queries=num_queries, num_moments=num_moments)
+        check_sizes(name, hidden_dims=hidden_dims)
+        widths = tuple(hidden_dims)
         super().__init__((None, element_dim), context_dim, Standardize((element_dim,)))
         self.element_dim = element_dim
         self.hidden_dims = widths
         self.num_queries, self.num_moments = num_queries, num_moments
         self.activation = activation
-        self.phi = hidden_layers(element_dim, *widths, activation=activation)
+        self.phi = hidden_layers(name, element_dim, *widths, activation=activation)
         self.queries = nn.Linear(widths[-1], num_queries, bias=False)  # a softmax would not feel a bias
         self.linear = nn.Linear(element_dim, num_moments, bias=False)
         pooled_dim = (num_queries + 1) * widths[-1] + 2 * num_moments + 1
-        self.rho = hidden_layers(pooled_dim, *widths, activation=activation)
+        self.rho = hidden_layers(name, pooled_dim, *widths, activation=activation)
         self.output = nn.Linear(widths[-1], context_dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

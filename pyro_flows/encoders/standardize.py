@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..checks import as_shape
+
 
 class Standardize(nn.Module):
     """A fixed affine map of each feature, z = (x - loc) / scale, the identity until ``initialize`` has seen data.
@@ -36,7 +38,7 @@ class Standardize(nn.Module):
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape = tuple(as_shape("Standardize", "shape", shape))
         self.loc = nn.Parameter(torch.zeros(self.shape))
         self.scale = nn.Parameter(torch.ones(self.shape))
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..diagnostics.draws import check_integers
+from ..checks import check_choice, check_integers, check_numbers, joined
 from ..diagnostics.nesting import takes_nesting
 from ..diagnostics.simulations import Simulations, check_given
 from ..diagnostics.simulator import Simulator
@@ -25,7 +25,7 @@ from . import checkpoint as checkpoints
 from . import processes
 from .attempts import Attempts, check_path
 from .inspect import fingerprint
-from .loop import Fit, check_settings
+from .loop import Fit
 from .losses import checked
 from .simulated import train
 from .truncated import Truncated
@@ -135,22 +135,16 @@ def fit_amortized(
         >>> guide.sample(5, torch.tensor([1.0, -1.0]))["theta"].shape
         torch.Size([5, 2])
     """
-    kwargs = {**kwargs, **(model_kwargs or {})}
-    check_integers(
-        "fit_amortized",
-        num_simulations=(num_simulations, 20),
-        rounds=(rounds, 1),
-        max_epochs=(200 if max_epochs is None else max_epochs, 1),
-        batch_size=(256 if batch_size is None else batch_size, 1),
-        patience=(patience, 1),
-        simulation_batch_size=(simulation_batch_size, 1),
-    )
+    kwargs = joined("fit_amortized", kwargs, model_kwargs)
+    check_integers("fit_amortized", 20, num_simulations=num_simulations)
+    check_integers("fit_amortized", rounds=rounds, patience=patience, simulation_batch_size=simulation_batch_size)
+    check_integers("fit_amortized", optional=True, max_epochs=max_epochs, batch_size=batch_size)
     _check(guide, held_out)
     loss = checked("fit_amortized", objective)
-    check_settings("fit_amortized", lr=lr, clip_norm=clip_norm, on_nonfinite=on_nonfinite)
-    file = None if checkpoint is None else Path(checkpoint)
-    if file:
-        check_path("fit_amortized", "checkpoint", file, f".{rounds}.simulations" if rounds > 1 else ".simulations")
+    check_numbers("fit_amortized", above=0, lr=lr, clip_norm=clip_norm)
+    check_choice("fit_amortized", ("skip", "raise"), on_nonfinite=on_nonfinite)
+    ends = f".{rounds}.simulations" if rounds > 1 else ".simulations"
+    file = check_path("fit_amortized", "checkpoint", checkpoint, ends)
     simulator = Simulator("fit_amortized", model, args, kwargs)
     if (rounds > 1 or observed) and (observed is None or observed.keys() != simulator.sites.keys()):
         raise ValueError(
@@ -234,5 +228,4 @@ def _check(guide: Any, held_out: float) -> None:
             "fit_amortized: the guide must be an AutoFlow with an encoder, AutoFlow(model, encoder=...), got "
             f"{type(guide).__name__}{' without one' if isinstance(guide, AutoFlow) else ', which fit_svi trains'}."
         )
-    if not 0 < held_out < 1:
-        raise ValueError(f"fit_amortized: held_out must lie between 0 and 1, got {held_out!r}.")
+    check_numbers("fit_amortized", above=0, below=1, held_out=held_out)

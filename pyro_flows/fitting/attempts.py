@@ -6,20 +6,29 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from ..checks import as_path
 from ..files import try_path
 from . import processes
 
 
-def check_path(caller: str, argument: str, path: Path, ends: str = "") -> None:
-    """Raise ValueError if process 0 cannot write a file.
+def check_path(caller: str, argument: str, value: Any, ends: str = "") -> Path | None:
+    """Return the path of a file that process 0 can write, or None for None.
 
     Args:
         caller: The public function that asks.
         argument: Its argument that names the file.
-        path: The file; a folder is left to what reads it.
+        value: The file; a folder is left to what reads it.
         ends: The longest of the words that names of files made from this one end with.
+
+    Raises:
+        TypeError: If the value is no path.
+        ValueError: If the file cannot be written.
     """
+    path = as_path(caller, argument, value)
+    if path is None:
+        return None
 
     def problem() -> str:
         if not os.path.isdir(path.parent):  # which, unlike Path's, takes names that are too long
@@ -35,6 +44,7 @@ def check_path(caller: str, argument: str, path: Path, ends: str = "") -> None:
 
     if words := processes.first(problem):
         raise ValueError(f"{caller}: {argument}={os.fspath(path)!r} {words}")
+    return path
 
 
 def why_not(write: Callable[[], object]) -> str:

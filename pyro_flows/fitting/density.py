@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..diagnostics.draws import check_integers
+from ..checks import check_choice, check_flags, check_integers, check_numbers
 from ..diagnostics.rounding import warn_of_round_off
 from ..encoders import Standardize
 from ..flows import Dequantized, Flow
@@ -27,7 +27,7 @@ from . import processes
 from .attempts import Attempts, check_path, why_not
 from .batches import Batch, Rows, Source, sum_of
 from .inspect import design, fingerprint
-from .loop import Fit, check_settings, descend
+from .loop import Fit, descend
 from .losses import checked, shown
 from .pictures import draw, in_bits
 from .precision import networks_in_bfloat16
@@ -56,7 +56,7 @@ def fit_density(
     patience: int = 20,
     standardize: bool = True,
     heavy_tails: bool | None = None,
-    discrete: Sequence[int | str] = (),
+    discrete: Sequence[int | str] | None = None,
     ema_decay: float = 0.99,
     device: str | torch.device | None = None,
     mixed_precision: bool = False,
@@ -97,10 +97,10 @@ def fit_density(
         heavy_tails: Whether to replace the base of a new flow, where it is the standard normal, by a Student's t with
             trainable tails, under which no row costs many nats; by default where numbers of a table lie more than 8
             standard deviations from the mean of their column, and the objective trains the base.
-        discrete: The columns of a table that hold integers, by place or name.  Fresh noise from [0, 1) is added to them
-            in each step, and the same each time to the rows held out.  The density is then one of integer + noise: to
-            score rows, spread them by :func:`~pyro_flows.dequantize`; the losses bound the mean -log-mass of the
-            integers from above.
+        discrete: The columns of a table that hold integers, by place or name; or None.  Fresh noise from [0, 1) is
+            added to them in each step, and the same each time to the rows held out.  The density is then one of
+            integer + noise: to score rows, spread them by :func:`~pyro_flows.dequantize`; the losses bound the mean
+            -log-mass of the integers from above.
         ema_decay: What share of the average of the parameters, which is what is judged and kept, stays at each step.
         device: Where to train, such as ``"cuda"``; by default where the flow is.  It stays there.
         mixed_precision: Whether networks calculate in bfloat16, and the rest in the flow's dtype: faster on GPUs.
@@ -141,23 +141,20 @@ def fit_density(
         >>> len(fit.held_out), flow.log_prob(x).shape, flow().sample((5,)).shape
         (3, torch.Size([1000]), torch.Size([5, 2]))
     """
-    check_integers(
-        CALLER,
-        max_epochs=(max_epochs, 1),
-        batch_size=(1 if batch_size is None else batch_size, 1),
-        patience=(patience, 1),
-    )
-    if not 0 <= ema_decay < 1:
-        raise ValueError(f"{CALLER}: ema_decay must be at least 0 and below 1, got {ema_decay!r}.")
-    check_settings(CALLER, lr=lr, clip_norm=clip_norm, on_nonfinite=on_nonfinite)
-    file, grid = (None if path is None else Path(path) for path in (checkpoint, samples))
-    for argument, path in (("checkpoint", file), ("samples", grid)):
-        if path:
-            check_path(CALLER, argument, path)
+    check_integers(CALLER, max_epochs=max_epochs, patience=patience)
+    check_integers(CALLER, optional=True, batch_size=batch_size)
+    check_flags(CALLER, standardize=standardize, mixed_precision=mixed_precision, progress=progress)
+    check_flags(CALLER, optional=True, heavy_tails=heavy_tails)
+    check_numbers(CALLER, above=0, lr=lr)
+    check_numbers(CALLER, above=0, optional=True, clip_norm=clip_norm)
+    check_numbers(CALLER, least=0, below=1, ema_decay=ema_decay)
+    check_numbers(CALLER, above=0, below=1, held_out=held_out)
+    check_choice(CALLER, ("skip", "raise"), on_nonfinite=on_nonfinite)
+    file, grid = (check_path(CALLER, *given) for given in (("checkpoint", checkpoint), ("samples", samples)))
     if device is not None and isinstance(flow, nn.Module):
         try:
             flow.to(device)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, TypeError) as error:
             raise ValueError(
                 f"{CALLER}: device={device!r} is not there ({str(error).splitlines()[0]:.200})."
             ) from error
@@ -183,8 +180,8 @@ def fit_density(
             )
         check_images(CALLER, seen, judged, reader.levels)
     else:
-        places = places_of(CALLER, "discrete", discrete, reader.names, reader.width)
-        check_rows(CALLER, reader.names, seen, judged, places, apart=validation is not None)
+        places = places_of(CALLER, "discrete", discrete or (), reader.names, reader.width)
+        check_rows(CALLER, reader.names, seen, judged, places, apart=validation is not None, span=reader.span)
         check_room(CALLER, reader.names, seen, places, reader.like.dtype)
         plain = [place for place in range(reader.width) if place not in places]
         warn(CALLER, reader.names, seen, plain, reader.like.dtype, again=train.again)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..checks import check_choice, check_numbers
 from ..diagnostics import Check, plots
 from . import checkpoint as checkpoints
 from . import processes
@@ -85,11 +86,8 @@ class Fit:
 
 def check_settings(caller: str, *, on_nonfinite: str, **numbers: float | None) -> None:
     """Refuse settings that are out of their range, by name and value; None stands for a default."""
-    for name, value in numbers.items():
-        if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-            raise ValueError(f"{caller}: {name} must be positive and finite, got {value!r}.")
-    if on_nonfinite not in ("skip", "raise"):
-        raise ValueError(f"{caller}: on_nonfinite must be 'skip' or 'raise', got {on_nonfinite!r}.")
+    check_numbers(caller, above=0, optional=True, **numbers)
+    check_choice(caller, ("skip", "raise"), on_nonfinite=on_nonfinite)
 
 
 def descend(

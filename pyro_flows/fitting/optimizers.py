@@ -18,11 +18,15 @@ from ..guides import AutoFlow
 from ..guides.recipe import FEW
 
 
-class Muon(torch.optim.Muon):
-    """torch's Muon without decay of weights, and with all matrices of one shape side by side: flows have many small."""
+class Muon(torch.optim.Optimizer):
+    """The steps of ``torch.optim.Muon`` (torch 2.9 and newer) without weight decay, on stacks of matrices of one shape.
+
+    Flows have many small matrices.  The settings are those of torch: the same momentum, coefficients and steps.
+    """
 
     def __init__(self, parameters: list[Tensor], lr: float) -> None:
-        super().__init__(parameters, lr=lr, weight_decay=0.0)
+        settings = {"lr": lr, "momentum": 0.95, "ns_coefficients": (3.4445, -4.7750, 2.0315), "ns_steps": 5}
+        super().__init__(parameters, settings)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from ..encoders import Standardize
 from ..encoders.base import at_rest
 from ..flows import Dequantized, Flow
+from ..flows.checks import check_precision
 from ..tables.table import Names, is_table, read_table
 from .batches import Batch, Rows, Source, Stream, split, suited_size
 
@@ -32,6 +33,7 @@ class Reader:
         width: The number of columns of a table, or of channels of an image.
         like: A parameter that has the flow's dtype and device.
         names: Those of the columns, once a table with names was read.
+        span: The least and the greatest number of each column of a table as it was given, if its dtype is another.
     """
 
     def __init__(self, caller: str, model: Any) -> None:
@@ -48,9 +50,15 @@ class Reader:
         if not any(parameter.requires_grad for parameter in likes):
             raise ValueError(f"{caller}: the flow has no parameters to train.")
         self.caller, self.event_shape, self.width, self.like = caller, shape, shape[0], likes[0]
+        check_precision(caller, self.like)
+        if self.like.is_meta:
+            raise ValueError(
+                f"{caller}: the flow must hold numbers, but lies on the meta device; build it elsewhere, as on 'cpu'."
+            )
         self.flow: Flow = model.flow if isinstance(model, Dequantized) else model
         self.levels: int | None = model.levels if isinstance(model, Dequantized) else None
         self.names: Names = None
+        self.span: tuple[Tensor, Tensor] | None = None
         self._is_new = True
 
     def rows(self, x: Any, context: Any = None, argument: str = "x") -> Batch:
@@ -86,7 +94,24 @@ class Reader:
                     "(N,), images (N, K, H, W)."
                 )
             self._is_new = False
-        return found if self.levels else found.to(self.like.dtype), encoded
+        return found if self.levels else self._rounded(found, argument), encoded
+
+    def _rounded(self, found: Tensor, argument: str) -> Tensor:
+        """Numbers in the flow's dtype; those beyond its range are refused, and what columns held before is noted."""
+        rounded = found.to(self.like.dtype)
+        if rounded.dtype == found.dtype or not found.numel():
+            return rounded
+        if found.is_floating_point() and bool((rounded.isinf() & ~found.isinf()).any()):
+            most = found[found.isfinite()].abs().max().item()
+            raise ValueError(
+                f"{self.caller}: {argument} holds numbers of up to {most:.3g}, which overflow in the flow's dtype, "
+                f"{self.like.dtype}; divide the columns by their scale, or use flow.double()."
+            )
+        if rounded.dim() == 2 and argument in ("x", "a batch"):
+            low, high = found.amin(0), found.amax(0)
+            old = self.span or (low, high)
+            self.span = torch.minimum(old[0], low), torch.maximum(old[1], high)
+        return rounded
 
     def _check_dtype(self, found: Tensor, argument: str) -> None:
         if self.levels and found.is_floating_point():
@@ -115,7 +140,7 @@ class Reader:
             raise ValueError(
                 f"{self.caller}: context must have as many rows as x, {number}, got shape {tuple(found.shape)}."
             )
-        return found.to(self.like.dtype) if plain or found.is_floating_point() else found
+        return self._rounded(found, "context") if plain or found.is_floating_point() else found
 
     def batch(self, item: Any) -> Batch:
         """What a loader yields."""
@@ -136,8 +161,6 @@ def sources(
         ValueError: If they do not fit the flow, or nothing can be held out.
     """
     caller = reader.caller
-    if not 0 < share < 1:
-        raise ValueError(f"{caller}: held_out must lie between 0 and 1, got {share!r}.")
     judge = None if validation is None else _judge(reader, validation)
     if is_table(x):
         rows, contexts = reader.rows(x, context)

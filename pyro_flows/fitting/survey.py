@@ -88,7 +88,14 @@ def _thinned(batches: list[Batch]) -> Batch:
 
 
 def check_rows(
-    caller: str, names: Names, seen: Survey, judged: Survey, discrete: Sequence[int], *, apart: bool
+    caller: str,
+    names: Names,
+    seen: Survey,
+    judged: Survey,
+    discrete: Sequence[int],
+    *,
+    apart: bool,
+    span: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Refuse rows that no density can be learned from, by column and number.
 
@@ -99,6 +106,7 @@ def check_rows(
         judged: Those that judge.
         discrete: The places of columns that are said to hold integers.
         apart: Whether the latter were given apart from the others.
+        span: The least and the greatest number in each column before they were rounded to the flow's dtype.
     """
     for argument, surveys in (("x", (seen,)), ("validation", (judged,))) if apart else (("x", (seen, judged)),):
         rows = sum(survey.rows for survey in surveys)
@@ -119,8 +127,19 @@ def check_rows(
             "dequantize(x, columns, step=...)."
         )
     same = [place for place in (seen.high == seen.low).nonzero().flatten().tolist() if place not in discrete]
+    if found := [f"{label(names, p)} (from {s[0].item()} to {s[1].item()})" for p, s in _collapsed(same, span)]:
+        raise ValueError(
+            f"{caller}: the flow's dtype, {seen.sample[0].dtype}, has too few digits for {listed(found)}, all of whose "
+            "numbers it rounds to one. Subtract a constant such as the mean, in the dtype of x, or use flow.double()."
+        )
     if found := [f"{label(names, place)} ({seen.low[place].item():.6g})" for place in same]:
         raise ValueError(f"{caller}: x is constant in {listed(found)}, which has no density. Leave it out.")
+
+
+def _collapsed(same: list[int], span: tuple[Tensor, Tensor] | None) -> list[tuple[int, tuple[Tensor, Tensor]]]:
+    """The places of columns that became constant by rounding, with their ends before."""
+    ends = [] if span is None else [(place, (span[0][place], span[1][place])) for place in same]
+    return [(place, (low, high)) for place, (low, high) in ends if bool(low < high)]
 
 
 def check_images(caller: str, seen: Survey, judged: Survey, levels: int | None) -> None:

@@ -10,13 +10,13 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
 
+from ..checks import check_flags, check_integers, joined, quoted
 from ..diagnostics.draws import check_side_by_side, subsampled_plate
 from ..diagnostics.nesting import settle, takes_nesting
 from ..guides import AutoFlow, AutoPlateFlow
@@ -137,18 +137,23 @@ def fit_svi(
         >>> fit.losses.shape, bool((guide.median()["x"] - 1).abs() < 0.2)  # the posterior is Normal(1, 0.71)
         (torch.Size([20]), True)
     """
-    kwargs = {**kwargs, **(model_kwargs or {})}
+    kwargs = joined("fit_svi", kwargs, model_kwargs)
     settings: dict[str, Any] = {
         "num_particles": num_particles,
         "lr": lr,
         "clip_norm": clip_norm,
         "on_nonfinite": on_nonfinite,
     }
-    _check(steps=steps, num_particles=num_particles, restarts=restarts)
+    check_integers("fit_svi", optional=True, steps=steps, num_particles=num_particles)
+    check_integers("fit_svi", restarts=restarts)
+    if objective is not None and not any(
+        hasattr(objective, verb) for verb in ("differentiable_loss", "loss_and_grads")
+    ):
+        raise TypeError(f"fit_svi: objective must be a Pyro ELBO such as Trace_ELBO(), got {quoted(objective)}.")
+    check_flags("fit_svi", progress=progress, escalate=escalate)
+    check_flags("fit_svi", optional=True, warm_start=warm_start)
     check_settings("fit_svi", lr=lr, clip_norm=clip_norm, on_nonfinite=on_nonfinite)
-    file = None if checkpoint is None else Path(checkpoint)
-    if file:
-        check_path("fit_svi", "checkpoint", file, LONGEST_END if escalate or restarts > 1 else "")
+    file = check_path("fit_svi", "checkpoint", checkpoint, LONGEST_END if escalate or restarts > 1 else "")
     if escalate or restarts > 1:
         if not isinstance(guide, AutoFlow):
             raise ValueError(f"fit_svi: escalate and restarts are for an AutoFlow, not for {type(guide).__name__}.")
@@ -252,10 +257,3 @@ def _check_steps(asked: int | None, annealed: int | None) -> None:
             f"fit_svi: steps={asked} end before the num_steps={annealed} in which the objective reaches the "
             "posterior.  Leave steps out, or give the objective as many."
         )
-
-
-def _check(**numbers: Any) -> None:
-    """Refuse numbers that are none to count with; None stands for a default."""
-    for name, number in numbers.items():
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            raise ValueError(f"fit_svi: {name} must be an integer of at least 1, got {number!r}.")

@@ -1,26 +1,24 @@
-"""The checks that all recipes make of their sizes, and flows of their values and contexts."""
+"""The checks that all recipes make of their sizes, and flows of their values, contexts and dtypes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .. import checks
+from ..checks import check_dense, check_integers
+
+HALF = torch.float16, torch.bfloat16
+
 
 def check_sizes(name: str, input_dim: int, context_dim: int, num_transforms: int, hidden_dims: Sequence[int]) -> None:
     """Raise one clear error that names the recipe, the argument and its value."""
-    for argument, value, least in (
-        ("input_dim", input_dim, 1),
-        ("context_dim", context_dim, 0),
-        ("num_transforms", num_transforms, 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: {argument} must be an integer of at least {least}, got {value!r}.")
-    if isinstance(hidden_dims, int) or not hidden_dims or any(width < 1 for width in hidden_dims):
-        raise ValueError(
-            f"{name}: hidden_dims must be a sequence of positive widths such as (64, 64), got {hidden_dims!r}."
-        )
+    check_integers(name, input_dim=input_dim)
+    check_integers(name, 0, context_dim=context_dim)
+    check_integers(name, num_transforms=num_transforms)
+    checks.check_sizes(name, hidden_dims=hidden_dims)
 
 
 def check_tensor(caller: str, argument: str, value: object, *, floating: bool = True) -> None:
@@ -31,10 +29,64 @@ def check_tensor(caller: str, argument: str, value: object, *, floating: bool = 
             f"{caller}: {argument} must be a tensor, got {type(value).__name__}; use {way}, and frame.to_numpy() for "
             "the array of a data frame."
         )
+    check_dense(caller, argument, value)
 
 
-def check_value(value: Tensor, event_shape: torch.Size, caller: str = "log_prob", argument: str = "value") -> None:
-    """Raise one clear error unless a value is a floating tensor with the event shape on the right."""
+def parameter_of(parts: Iterable[nn.Module | None]) -> Tensor | None:
+    """Return the first floating parameter of modules, or None; None too in a graph, which knows its dtypes."""
+    if torch.compiler.is_compiling():
+        return None
+    for part in (part for part in parts if part is not None):  # nn.Module.parameters() takes eight times as long
+        own: Iterator[Tensor] = (p for p in part._parameters.values() if p is not None and p.is_floating_point())
+        found = next(own, None)
+        if found is None:
+            found = parameter_of(part._modules.values())
+        if found is not None:
+            return found
+    return None
+
+
+def check_precision(caller: str, like: Tensor | None) -> None:
+    """Raise a ValueError if a flow, of which ``like`` is a parameter, calculates in 16 bits."""
+    if like is not None and like.dtype in HALF:
+        raise ValueError(
+            f"{caller}: the flow must be float32 or float64, got {like.dtype}, in which log-determinants and densities "
+            "lose their digits. Use flow.float(); fit_density(..., mixed_precision=True) trains its networks in "
+            "bfloat16."
+        )
+
+
+def check_like(caller: str, argument: str, value: Tensor, like: Tensor | None) -> None:
+    """Raise a ValueError unless a floating tensor has the dtype and the device of a flow's parameter ``like``.
+
+    Under autocast dtypes may differ.
+    """
+    if like is None or (value.dtype == like.dtype and value.device == like.device):
+        return
+    if value.device != like.device and (value.dim() or "meta" in (value.device.type, like.device.type)):
+        way = f"use {argument}.to({str(like.device)!r}), or move the flow"
+        if like.is_meta:
+            way = 'the parameters of the flow hold no numbers: use flow.to_empty(device="cpu") and load their state'
+        raise ValueError(
+            f"{caller}: {argument} must lie on the flow's device, {like.device}, got one on {value.device}; {way}."
+        )
+    if value.dtype != like.dtype and not torch.is_autocast_enabled(value.device.type):
+        ways = {torch.float32: "float()", torch.float64: "double()"}
+        of_flow = f", or flow.{ways[value.dtype]}" if value.dtype in ways else ""
+        raise ValueError(
+            f"{caller}: {argument} must have the flow's dtype, {like.dtype}, got {value.dtype}; use "
+            f"{argument}.{ways.get(like.dtype, f'to({like.dtype})')}{of_flow}."
+        )
+
+
+def check_value(
+    value: Tensor,
+    event_shape: torch.Size,
+    like: Tensor | None = None,
+    caller: str = "log_prob",
+    argument: str = "value",
+) -> None:
+    """Raise one clear error unless a value is a floating tensor with the event shape on the right, like a parameter."""
     check_tensor(caller, argument, value)
     shape, event = tuple(value.shape), tuple(event_shape)
     if shape[len(shape) - len(event) :] != event:
@@ -43,17 +95,23 @@ def check_value(value: Tensor, event_shape: torch.Size, caller: str = "log_prob"
         raise ValueError(
             f"{caller}: {argument} must be of a floating dtype, got {value.dtype}; use {argument}.float()."
         )
+    check_like(caller, argument, value, like)
 
 
-def as_size(sample_shape: Sequence[int]) -> torch.Size:
-    """A shape of draws, or one clear error where it is a number."""
-    if isinstance(sample_shape, int):
-        raise TypeError(f"Flow: sample_shape must be a tuple of sizes, such as ({sample_shape},), got {sample_shape}.")
+def as_size(sample_shape: Sequence[int], argument: str = "sample_shape") -> torch.Size:
+    """Return a shape of draws, or raise one clear error unless it holds integers of at least 0."""
+    whole = isinstance(sample_shape, Sequence) and not isinstance(sample_shape, str | bytes)
+    if not whole or not all(checks.is_integer(size) and size >= 0 for size in sample_shape):
+        such = f"({sample_shape},)" if checks.is_integer(sample_shape) else "(5,)"
+        raise TypeError(
+            f"Flow: {argument} must be a tuple of sizes, such as {such}, got {checks.quoted(sample_shape)}."
+        )
     return torch.Size(sample_shape)
 
 
-def check_context(context: Tensor | None, width: int, what: str = "context") -> None:
-    """Raise one clear error unless a context is there, floating and of the right width, or neither given nor due."""
+def check_context(context: Tensor | None, width: int, like: Tensor | None = None, what: str = "context") -> None:
+    """Raise one clear error unless a context is there, floating, of the right width and like a parameter, or neither
+    given nor due."""
     if context is None:
         if width:
             raise ValueError(f"Flow: context is missing; this flow takes contexts of width {width}.")
@@ -66,6 +124,7 @@ def check_context(context: Tensor | None, width: int, what: str = "context") -> 
         raise ValueError(f"Flow: {what} must have width {width} on the right, got shape {tuple(context.shape)}.")
     if not context.is_floating_point():
         raise ValueError(f"Flow: {what} must be of a floating dtype, got {context.dtype}.")
+    check_like("Flow", what, context, like)
 
 
 def taken_by(encoder: nn.Module) -> str:

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Size, Tensor
 
+from ..checks import check_integers
 from ..transforms.recompute import recomputed
 
 T = TypeVar("T", Tensor, tuple[Tensor, Tensor])
@@ -39,8 +40,7 @@ def in_chunks(
     """
     if chunk_size is None:
         return function(value, context)
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be None or an integer of at least 1, got {chunk_size!r}.")
+    check_integers("Flow", chunk_size=chunk_size)
     batch = value.shape[: value.dim() - event_dim]
     if context is not None:
         batch = torch.broadcast_shapes(batch, context.shape[:-1])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ..bijectors import Affine, Bijector, CircularSpline
+from ..checks import as_flags
 from ..conditioners import MLP, Periodic
 from ..distributions import CircularBase
 from ..transforms import Coupling, Elementwise, FlowTransform
@@ -65,12 +65,7 @@ def circular_coupling(
         -2.757
     """
     check_sizes("circular_coupling", input_dim, context_dim, num_transforms, hidden_dims)
-    if len(circular) != input_dim or not set(circular) <= {True, False}:
-        raise ValueError(
-            f"circular_coupling: circular must hold one bool for each of input_dim = {input_dim} features, "
-            f"got {circular!r}."
-        )
-    angles = torch.tensor(circular, dtype=torch.bool)
+    angles = as_flags("circular_coupling", "circular", circular, input_dim)
     kinds: list[tuple[Bijector, Tensor]] = [(Affine(max_log_scale), ~angles), (CircularSpline(bins), angles)]
     layers: list[FlowTransform] = []
     for mask in coupling_masks(input_dim, num_transforms):

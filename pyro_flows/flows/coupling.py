@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bijectors import Affine, Bijector, RationalQuadraticSpline, Shift
+from ..checks import check_flags
 from ..conditioners import MLP
 from ..transforms import ActNorm, Coupling, Elementwise, FlowTransform, LULinear
 from .checks import check_sizes
@@ -151,6 +152,7 @@ def nsf(
     """
     bijector = RationalQuadraticSpline(bins, bound)
     layers = coupling_layers("nsf", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, residual)
+    check_flags("nsf", linear=linear)
     if linear:
         layers = [part for layer in layers for part in (layer, LULinear(input_dim))]
     return Flow([*layers, *marginal(bijector, input_dim)])
@@ -207,7 +209,7 @@ def coupling_masks(input_dim: int, count: int) -> list[Tensor]:
         >>> [mask.int().tolist() for mask in coupling_masks(4, 4)]
         [[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
     """
-    digits = max((input_dim - 1).bit_length(), 1)
+    digits = max(int(input_dim - 1).bit_length(), 1)
     place = torch.arange(input_dim)
     masks = []
     for layer in range(count):

@@ -17,6 +17,7 @@ from pyro.distributions.conditional import ConditionalDistribution
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
+from ..checks import check_integers, check_numbers
 from ..transforms import Sigmoid, View
 from .chunks import in_chunks
 from .distribution import FlowDistribution
@@ -72,11 +73,9 @@ class Dequantized(nn.Module):
                 raise TypeError(
                     f"Dequantized: {argument} must be a Flow, such as flows.glow((1, 28, 28)), got {part!r:.60}."
                 )
-        for argument, value, least in (("levels", levels, 2), ("num_samples", num_samples, 1)):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"Dequantized: {argument} must be an integer of at least {least}, got {value!r}.")
-        if not 1e-6 <= alpha < 0.5:
-            raise ValueError(f"Dequantized: alpha must be at least 1e-6 and below 0.5, got {alpha}.")
+        check_integers("Dequantized", 2, levels=levels)
+        check_integers("Dequantized", num_samples=num_samples)
+        check_numbers("Dequantized", least=1e-6, below=0.5, alpha=alpha)
         if noise is not None and not _takes_events(noise, flow.event_shape):
             raise ValueError(
                 f"Dequantized: noise must be a flow over events of shape {tuple(flow.event_shape)} whose contexts are "
@@ -97,8 +96,7 @@ class Dequantized(nn.Module):
         # Integers are what is checked, so the density of real numbers checks nothing.
         density = FlowDistribution(density.base, *parts, batch_shape=density.batch_shape, validate_args=False)
         number = self.num_samples if num_samples is None else num_samples
-        if number < 1:
-            raise ValueError(f"Dequantized: num_samples must be at least 1, got {number}.")
+        check_integers("Dequantized", num_samples=number)
         return DequantizedDistribution(density, self.levels, self.dtype, noise=self.noise, num_samples=number)
 
     def compile(self, **settings: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ..transforms import View
-from .checks import as_size, check_value
+from .checks import as_size, check_value, parameter_of
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -72,7 +72,7 @@ class FlowDistribution(dist.TransformedDistribution):
         return self.base_dist.has_rsample
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> FlowDistribution:
-        return self._with(torch.Size(batch_shape), self.path_gradient)
+        return self._with(as_size(batch_shape, "batch_shape"), self.path_gradient)
 
     def with_path_gradient(self) -> FlowDistribution:
         """Return the same distribution, which scores its own draws without a gradient to the density's parameters.
@@ -165,8 +165,8 @@ class FlowDistribution(dist.TransformedDistribution):
     def _validate_sample(self, value: Tensor) -> None:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return
-        check_value(value, self.event_shape)
-        if not value.isfinite().all():
+        check_value(value, self.event_shape, parameter_of(view.transform for view in self.transforms))
+        if not (value.is_meta or value.isfinite().all()):
             bad, shape = int((~value.isfinite()).sum()), tuple(value.shape)
             raise ValueError(f"log_prob: value holds NaN or inf ({bad} of {value.numel()} numbers, shape {shape}).")
 

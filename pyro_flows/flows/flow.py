@@ -14,11 +14,12 @@ from pyro.distributions.conditional import ConditionalDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from ..checks import check_kind
 from ..distributions import FixedBase, StandardNormal
 from ..transforms import Compose, FlowTransform, View
 from ..transforms.compiled import CompiledRuns
-from ..transforms.compose import chained, check_chain
-from .checks import as_size, check_context, check_tensor, check_value, taken_by
+from ..transforms.compose import chained, checked_chain
+from .checks import as_size, check_context, check_precision, check_tensor, check_value, parameter_of, taken_by
 from .chunks import T, in_chunks
 from .distribution import FlowDistribution, log_prob_of
 
@@ -69,13 +70,11 @@ class Flow(nn.Module):
         encoder: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        transforms = list(transforms)
-        if not transforms:
-            raise ValueError("Flow: transforms must not be empty.")
-        self.context_dim = check_chain("Flow", transforms)
+        transforms, self.context_dim = checked_chain("Flow", transforms)
         self.event_shape = transforms[0].event_shape
         self.transforms = nn.ModuleList(transforms)  # type: ignore[assignment]
         base = StandardNormal(self.event_shape) if base is None else base
+        check_kind("Flow", (nn.Module, Distribution), "a distribution, or a module that builds one", base=base)
         self.base = FixedBase(base) if isinstance(base, Distribution) else base
         shape = self.base().event_shape
         if shape != self.event_shape:
@@ -135,15 +134,17 @@ class Flow(nn.Module):
 
     def encode(self, context: Tensor | None) -> Tensor | None:
         """What the transforms take of a context, ``(*batch, context_dim)``; raises as calling the flow does."""
+        like = parameter_of(self.transforms)
+        check_precision("Flow", like)
         if context is not None:
             check_tensor("Flow", "context", context, floating=not hasattr(self.encoder, "num_classes"))
         elif self.encoder is not None:
             raise ValueError(f"Flow: context is missing; this flow takes {taken_by(self.encoder)}.")
         if self.encoder is None or context is None:
-            check_context(context, self.context_dim)
+            check_context(context, self.context_dim, like)
             return context
         context = self.encoder(context)
-        check_context(context, self.context_dim, "what the encoder makes of the context")
+        check_context(context, self.context_dim, like, "what the encoder makes of the context")
         return context
 
     def _base(self, context: Tensor | None) -> Distribution:
@@ -212,9 +213,7 @@ class Flow(nn.Module):
         return self._in_chunks(run, chunk_size, value, context)
 
     def log_prob(self, value: Tensor, context: Tensor | None = None, *, chunk_size: int | None = None) -> Tensor:
-        """The log-density of values, ``(*batch)`` in nats: ``flow(context).log_prob(value)``, no views.
-
-        It has no data-dependent control flow, so it compiles as a whole, unless transforms are ``Continuous``.
+        """Return the log-density of values, ``(*batch)`` in nats; one graph, unless transforms are ``Continuous``.
 
         Args:
             value: ``(*batch, *event_shape)``.
@@ -227,7 +226,7 @@ class Flow(nn.Module):
             TypeError: If one of them is no tensor.
             ValueError: If value or context do not fit, or ``chunk_size`` is no positive integer.
         """
-        check_value(value, self.event_shape)
+        check_value(value, self.event_shape, parameter_of(self.transforms))
 
         def run(value: Tensor, context: Tensor | None, base: Distribution) -> Tensor:
             value, log_det = chained(self.runs, value, context, inverse=True)
@@ -243,6 +242,7 @@ class Flow(nn.Module):
 
     def initialize(self, value: Tensor, context: Tensor | None = None) -> None:
         """Let data ``(*batch, *event_shape)`` set the layers that start from data, such as ``ActNorm``."""
+        check_value(value, self.event_shape, parameter_of(self.transforms), "Flow.initialize")
         with torch.no_grad():
             Compose(self.transforms).initialize(value, self.encode(context))
 

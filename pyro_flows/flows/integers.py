@@ -66,7 +66,7 @@ class DequantizedDistribution(dist.TorchDistribution):
         Raises:
             ValueError: If the flow gives NaN, as of a context that holds NaN, unless validation is off.
         """
-        value = self.density.sample(torch.Size(sample_shape))
+        value = self.density.sample(sample_shape)
         return to_integers(value, self.levels, checked=bool(self._validate_args))
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -107,6 +107,8 @@ def to_integers(value: Tensor, levels: int, *, checked: bool) -> Tensor:
 def check_levels(value: Tensor, event_shape: torch.Size, levels: int) -> None:
     """Raise one clear error unless a value is a tensor of integers in range with the event shape on the right."""
     check_tensor("log_prob", "value", value, floating=False)
+    if value.is_meta:
+        raise ValueError("log_prob: value must hold numbers, but lies on the meta device.")
     shape, event = tuple(value.shape), tuple(event_shape)
     if shape[max(len(shape) - len(event), 0) :] != event:
         raise ValueError(f"log_prob: value must have the event shape {event} on the right, got shape {shape}.")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..checks import IMAGE, as_image, check_integers, is_integer
 from ..encoders import ClassEmbedding, Flatten
 
 MOST_SCALES = 3
@@ -36,9 +37,9 @@ class Steering(NamedTuple):
         size = math.gcd(*self.image_shape[1:])
         most = (size & -size).bit_length() - 1  # how often 2 divides both
         number = min(most, MOST_SCALES) if asked is None else asked
-        if not isinstance(number, int) or not 1 <= number <= most:
+        if not is_integer(number) or not 1 <= number <= most:
             height, width = self.image_shape[1:]
-            got = "" if asked is None else f", got num_scales={asked}"
+            got = "" if asked is None else f", got num_scales={asked!r}"
             raise ValueError(
                 f"{self.name}: images (channels, height, width) of {height} × {width} pixels can be halved {most} times"
                 f"{got}; pad them to a height and width that a power of 2 divides."
@@ -58,12 +59,10 @@ def check_image(
         num_classes: As the user gave it.
         *sizes: ``num_steps``, ``hidden_dim`` and ``num_blocks``.
     """
-    shape = tuple(image_shape) if isinstance(image_shape, Sequence) else ()
-    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
-        raise ValueError(f"{name}: image_shape must be (channels, height, width), got {image_shape!r}.")
-    for argument, value, least in zip(("num_steps", "hidden_dim", "num_blocks"), sizes, (1, 1, 0), strict=True):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: {argument} must be an integer of at least {least}, got {value!r}.")
+    shape = as_image(name, "image_shape", image_shape)
+    num_steps, hidden_dim, num_blocks = sizes
+    check_integers(name, num_steps=num_steps, hidden_dim=hidden_dim)
+    check_integers(name, 0, num_blocks=num_blocks, num_classes=num_classes)
     if num_classes and context_dim:
         raise ValueError(
             f"{name}: give context_dim or num_classes, not both, got {context_dim} and {num_classes}; vectors may hold "
@@ -71,12 +70,11 @@ def check_image(
         )
     if num_classes:
         return Steering(name, shape, CLASS_DIM, None, ClassEmbedding(num_classes, CLASS_DIM))
-    if isinstance(context_dim, int):
-        if context_dim < 0:
-            raise ValueError(f"{name}: context_dim must not be negative, got {context_dim}.")
+    if not isinstance(context_dim, Sequence):
+        check_integers(name, 0, context_dim=context_dim)
         return Steering(name, shape, context_dim, None, None)
-    of_context = tuple(context_dim)
-    if len(of_context) != 3 or of_context[1:] != shape[1:]:
+    of_context = as_image(name, "context_dim", context_dim, f"a width, or {IMAGE} of images")
+    if of_context[1:] != shape[1:]:
         raise ValueError(
             f"{name}: contexts that are images must have the shape (K, {shape[1]}, {shape[2]}), got {of_context}; "
             "resize them, as torch.nn.functional.interpolate does."

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ..bijectors import Affine
+from ..checks import check_flags, check_integers, is_integer
 from ..conditioners import CausalTransformer
 from ..transforms import Autoregressive, FlowTransform, Patched, Recomputed
 from .flow import Flow
@@ -66,16 +67,18 @@ def tarflow(
         >>> x.shape, flow.log_prob(x).shape
         (torch.Size([5, 1, 8, 8]), torch.Size([5]))
     """
+    check_integers("tarflow", num_transforms=num_transforms, num_layers=num_layers)
+    check_flags("tarflow", recompute=recompute)
     steering = check_image("tarflow", image_shape, context_dim, num_classes, num_transforms, hidden_dim, num_layers)
     (channels, height, width), bijector = steering.image_shape, Affine(max_log_scale)
     sides = [p for p in range(1, min(height, width) + 1) if height % p == width % p == 0]
     counts = {p: height * width // p**2 for p in sides if height * width // p**2 >= FEWEST}
     coarse = {p: count for p, count in counts.items() if p > 1 and count >= 16} or counts
     side = min(coarse, key=lambda p: abs(math.log(coarse[p] / 64)), default=0) if patch_size is None else patch_size
-    if side not in counts:
+    if not is_integer(side) or side not in counts:
         raise ValueError(
             f"tarflow: patch_size must divide height and width, {height} and {width}, into {FEWEST} patches at least, "
-            f"got {patch_size}; it may be one of {list(counts)}."
+            f"got {patch_size!r}; it may be one of {list(counts)}."
         )
     length = height * width // side**2
     layers: list[FlowTransform] = []

@@ -12,7 +12,7 @@ from torch.distributions.utils import _sum_rightmost
 from .circles import is_circular
 
 
-def _of_mixture(support: constraints.MixtureSameFamilyConstraint) -> Transform:
+def _of_mixture(support: Any) -> Transform:
     shared = inner = support.base_constraint
     while isinstance(inner, constraints.independent):
         inner = inner.base_constraint
@@ -21,7 +21,8 @@ def _of_mixture(support: constraints.MixtureSameFamilyConstraint) -> Transform:
     return biject_to(shared)
 
 
-biject_to.register(constraints.MixtureSameFamilyConstraint, _of_mixture)
+if hasattr(constraints, "MixtureSameFamilyConstraint"):  # before, a mixture's support was that of its components
+    biject_to.register(constraints.MixtureSameFamilyConstraint, _of_mixture)
 
 
 def unconstrain(name: str, site: dict[str, Any], value: Tensor) -> tuple[Tensor, Tensor]:

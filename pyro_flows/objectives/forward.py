@@ -19,6 +19,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from ..checks import check_integers
 from ..programs.matching import check_drawn
 from .particles import ParticleObjective
 
@@ -66,6 +67,7 @@ class ForwardKL(ParticleObjective):
         self, num_particles: int = 128, buffer_size: int = 10_000, max_plate_nesting: float = float("inf")
     ) -> None:
         super().__init__(num_particles, max_plate_nesting)
+        check_integers("ForwardKL", buffer_size=buffer_size)
         if buffer_size < num_particles:
             raise ValueError(f"ForwardKL: buffer_size must be at least num_particles, got {buffer_size}.")
         self.buffer_size = buffer_size

@@ -12,11 +12,11 @@ How to Train Your Neural ODE: the World of Jacobian and Kinetic Regularization (
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..checks import check_numbers
 from ..flows import Flow
 from ..flows.continuous import continuous_of
 from ..transforms import Continuous
@@ -55,9 +55,7 @@ class Likelihood(nn.Module):
 
     def __init__(self, *, kinetic: float = 0.0, jacobian: float = 0.0) -> None:
         super().__init__()
-        for name, value in (("kinetic", kinetic), ("jacobian", jacobian)):
-            if not (isinstance(value, int | float) and 0 <= value < math.inf):
-                raise ValueError(f"Likelihood: {name} must be at least 0 and finite, got {value!r}.")
+        check_numbers("Likelihood", least=0, kinetic=kinetic, jacobian=jacobian)
         self.kinetic, self.jacobian = kinetic, jacobian
 
     def forward(self, flow: Any, x: Tensor, context: Any = None) -> Tensor:

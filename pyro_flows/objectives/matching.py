@@ -15,12 +15,12 @@ Matching for Scalable Simulation-Based Inference (Dax et al. 2023, arXiv:2305.17
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_choice, check_numbers
 from ..flows import Flow
 from ..transforms import ActNorm, Continuous, FixedAffine, FlowTransform, LULinear
 
@@ -67,12 +67,9 @@ class FlowMatching(nn.Module):
 
     def __init__(self, *, pairing: str = "independent", sigma_min: float = 1e-4, time_power: float = 0.0) -> None:
         super().__init__()
-        if pairing not in ("independent", "optimal"):
-            raise ValueError(f"FlowMatching: pairing must be 'independent' or 'optimal', got {pairing!r}.")
-        if not (isinstance(sigma_min, int | float) and 0 <= sigma_min < 1):
-            raise ValueError(f"FlowMatching: sigma_min must be at least 0 and below 1, got {sigma_min!r}.")
-        if not (isinstance(time_power, int | float) and -1 < time_power < math.inf):
-            raise ValueError(f"FlowMatching: time_power must be above -1 and finite, got {time_power!r}.")
+        check_choice("FlowMatching", ("independent", "optimal"), pairing=pairing)
+        check_numbers("FlowMatching", least=0, below=1, sigma_min=sigma_min)
+        check_numbers("FlowMatching", above=-1, time_power=time_power)
         self.pairing, self.sigma_min, self.time_power = pairing, sigma_min, time_power
 
     def forward(self, flow: Any, x: Tensor, context: Any = None) -> Tensor:

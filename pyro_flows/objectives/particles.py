@@ -17,6 +17,8 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from ..checks import check_flags, check_integers
+
 
 class ParticleObjective(Trace_ELBO):
     """A loss of K draws, of which subclasses define ``differentiable_loss``.  It is a Pyro ELBO, to be used as such.
@@ -33,10 +35,10 @@ class ParticleObjective(Trace_ELBO):
     def __init__(
         self, num_particles: int, max_plate_nesting: float = float("inf"), vectorize_particles: bool = True
     ) -> None:
-        if num_particles < self.least_particles:
-            raise ValueError(
-                f"{type(self).__name__}: num_particles must be at least {self.least_particles}, got {num_particles}."
-            )
+        check_integers(type(self).__name__, self.least_particles, num_particles=num_particles)
+        check_flags(type(self).__name__, vectorize_particles=vectorize_particles)
+        if max_plate_nesting != float("inf"):
+            check_integers(type(self).__name__, 0, max_plate_nesting=max_plate_nesting)
         super().__init__(
             num_particles=num_particles,
             max_plate_nesting=max_plate_nesting,

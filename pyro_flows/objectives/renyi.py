@@ -19,6 +19,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from ..checks import check_numbers
 from .particles import ParticleObjective
 from .path import PathGradient
 
@@ -68,6 +69,7 @@ class RenyiELBO(PathGradient, ParticleObjective):
         max_plate_nesting: float = float("inf"),
         vectorize_particles: bool = True,
     ) -> None:
+        check_numbers("RenyiELBO", alpha=alpha)
         if alpha == 1:
             raise ValueError("RenyiELBO: alpha must not be 1, where the bound is the ELBO; use PathELBO.")
         super().__init__(num_particles, max_plate_nesting, vectorize_particles)

@@ -19,6 +19,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from ..checks import check_integers, check_numbers
 from .particles import ParticleObjective
 from .path import PathGradient
 
@@ -80,8 +81,8 @@ class TemperedELBO(PathGradient, ParticleObjective):
         vectorize_particles: bool = True,
     ) -> None:
         super().__init__(num_particles, max_plate_nesting, vectorize_particles)
-        if num_steps < 1:
-            raise ValueError(f"TemperedELBO: num_steps must be at least 1, got {num_steps}.")
+        check_integers("TemperedELBO", num_steps=num_steps)
+        check_numbers("TemperedELBO", start=start)
         if not 0 < start <= 1:
             raise ValueError(f"TemperedELBO: start must lie above 0 and not above 1, got {start}.")
         self.num_steps, self.start, self.step = num_steps, start, 0

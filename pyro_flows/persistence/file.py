@@ -12,8 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-from torch.serialization import get_crc32_options, set_crc32_options
+from torch import Tensor, nn, serialization
 
 from ..files import save_tensors, write_atomically
 from ..flows import Dequantized, Flow
@@ -132,13 +131,16 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 
 def _write(content: dict[str, Any], draft: str) -> None:
+    # By its sums damage is found; where there is no option (before torch 2.6), they are always written.
     with _settings_of_torch:
-        checked = get_crc32_options()
-        set_crc32_options(True)  # by these sums damage is found
+        checked = serialization.get_crc32_options() if hasattr(serialization, "get_crc32_options") else True
         try:
+            if not checked:
+                serialization.set_crc32_options(True)
             save_tensors(content, draft)
         finally:
-            set_crc32_options(checked)
+            if not checked:
+                serialization.set_crc32_options(False)
 
 
 def _refused(path: Path, words: str) -> ValueError:

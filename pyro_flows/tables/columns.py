@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import Names, label, places_of, read_table
+from ..checks import check_kind, check_numbers
+from .table import Names, is_table, label, places_of, read_table
 
 FINE = {"integers": 1e-4, "lattice": 1e-3}  # steps, in standard deviations, that flows hardly resolve
 TIED = 0.1  # of the rows that share their value with others, from which a lattice matters
@@ -93,8 +94,7 @@ def find_spikes(x: Any, *, share: float = 0.01) -> list[Spike]:
         column 1 holds integers (0 in 25 % of the rows)
         column 2 repeats a value (0 in ... % of the rows)
     """
-    if not 0 < share < 1:
-        raise ValueError(f"find_spikes: share must lie between 0 and 1, got {share!r}.")
+    check_numbers("find_spikes", above=0, below=1, share=share)
     table, names = _read("find_spikes", x)
     return spikes_of(table, names, list(range(table.shape[1])), share)
 
@@ -201,8 +201,9 @@ def dequantize(
         >>> noisy.floor()[:, 0].tolist(), noisy[:, 1].equal(x[:, 1])
         ([1.0, 2.0], True)
     """
-    if not 0 < step < float("inf"):
-        raise ValueError(f"dequantize: step must be positive and finite, got {step!r}.")
+    check_numbers("dequantize", above=0, step=step)
+    if generator is not None:
+        check_kind("dequantize", torch.Generator, "a torch.Generator", generator=generator)
     table, names = _read("dequantize", x)
     if columns is None:
         places = [place for place in range(table.shape[1]) if on_grid(table[:, place], step)]
@@ -239,6 +240,8 @@ def _eps(x: Tensor) -> float:
 
 def _read(caller: str, x: Any) -> tuple[Tensor, Names]:
     """A table of at least one row, as a matrix."""
+    if not is_table(x):
+        raise TypeError(f"{caller}: x must be a tensor, an array or a data frame, got {type(x).__name__}.")
     table, names = read_table(caller, "x", x)
     if table.dim() not in (1, 2) or not table.numel():
         raise ValueError(f"{caller}: x must have shape (N, D) or (N,), got {tuple(table.shape)}.")

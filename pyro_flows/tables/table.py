@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..checks import check_dense
 
 Names = list[str] | None  # of the columns, where the table has some
 
@@ -26,6 +28,9 @@ def read_table(caller: str, argument: str, value: Any) -> tuple[Tensor, Names]:
     """
     names: Names = None
     if isinstance(value, Tensor):
+        check_dense(caller, argument, value)
+        if value.is_meta:
+            raise ValueError(f"{caller}: {argument} must hold numbers, but lies on the meta device.")
         found = value.detach()
     else:
         columns = getattr(value, "columns", None)
@@ -35,8 +40,10 @@ def read_table(caller: str, argument: str, value: Any) -> tuple[Tensor, Names]:
         array = np.asarray(value.to_numpy() if hasattr(value, "to_numpy") else value)
         found = _as_tensor(caller, argument, array, names)
     if found.dtype in (torch.float16, torch.bfloat16) or found.is_complex():
+        way = "" if found.is_complex() else f" Use {argument}.float(), or {argument}.astype('float32')."
         raise ValueError(
             f"{caller}: {argument} must hold real numbers of float32, float64 or an integer dtype, got {found.dtype}."
+            f"{way}"
         )
     if found.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch counts with few of these
         found = found.to(torch.int64)
@@ -89,7 +96,7 @@ def places_of(caller: str, argument: str, columns: Sequence[int | str], names: N
         ValueError: If there is no such column.
     """
     found = []
-    for column in [columns] if isinstance(columns, int | str) else columns:
+    for column in columns if isinstance(columns, Iterable) and not isinstance(columns, str) else [columns]:
         if isinstance(column, str) and names and column in names:
             found.append(names.index(column))
         elif isinstance(column, int | np.integer) and not isinstance(column, bool) and 0 <= column < width:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..checks import as_flags, check_integers
 from .base import FlowTransform
 
 
@@ -42,13 +43,13 @@ class ActNorm(FlowTransform):
     free: Tensor | None
 
     def __init__(self, input_dim: int, *, fixed: Sequence[bool] | Tensor | None = None) -> None:
+        check_integers("ActNorm", input_dim=input_dim)
         super().__init__((input_dim,))
         self.input_dim = input_dim
         self.loc = nn.Parameter(torch.zeros(input_dim))
         self.log_scale = nn.Parameter(torch.zeros(input_dim))
-        if fixed is not None and len(fixed) != input_dim:
-            raise ValueError(f"ActNorm: fixed must hold one bool for each of {input_dim} features, got {len(fixed)}.")
-        self.register_buffer("free", None if fixed is None else 1.0 - torch.as_tensor(fixed).float())
+        free = None if fixed is None else 1.0 - as_flags("ActNorm", "fixed", fixed, input_dim).float()
+        self.register_buffer("free", free)
 
     @property
     def fixed(self) -> list[bool] | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..bijectors import Bijector
+from ..checks import BIJECTOR, check_flags, check_kind
 from ..conditioners import MADE, CausalTransformer
 from .base import FlowTransform
 from .elementwise import check_params
@@ -65,13 +66,13 @@ class Autoregressive(FlowTransform):
             raise TypeError(
                 f"Autoregressive: conditioner must be a MADE or a CausalTransformer, got {type(conditioner).__name__}."
             )
+        check_kind("Autoregressive", Bijector, BIJECTOR, bijector=bijector)
         super().__init__((conditioner.input_dim, *conditioner.size), conditioner.context_dim)
         check_params("Autoregressive", bijector, conditioner, conditioner.input_dim)
         self.bijector = bijector
         self.conditioner = conditioner
         self.fixed_point = fixed_point
-        if not isinstance(fixed_point, bool):
-            raise ValueError(f"Autoregressive: fixed_point must be True or False, got {fixed_point!r}.")
+        check_flags("Autoregressive", fixed_point=fixed_point)
         if fixed_point and isinstance(conditioner, CausalTransformer):
             raise ValueError("Autoregressive: fixed_point=True is for a MADE; tokens are found one after the other.")
 

@@ -15,6 +15,7 @@ from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
+from ..checks import TRANSFORM, as_shape, check_integers, check_kind
 from .view import View
 
 
@@ -113,11 +114,8 @@ class FlowTransform(TransformModule):
 
     def __init__(self, event_shape: torch.Size | tuple[int, ...], context_dim: int = 0) -> None:
         super().__init__()
-        if any(size <= 0 for size in event_shape):
-            raise ValueError(f"{type(self).__name__}: every event size must be positive, got {tuple(event_shape)}.")
-        if context_dim < 0:
-            raise ValueError(f"{type(self).__name__}: context_dim must not be negative, got {context_dim}.")
-        self.event_shape = torch.Size(event_shape)
+        self.event_shape = as_shape(type(self).__name__, "event_shape", event_shape)
+        check_integers(type(self).__name__, 0, context_dim=context_dim)
         self.context_dim = context_dim
         self.domain = self.codomain = constraints.independent(constraints.real, len(self.event_shape))
 
@@ -172,6 +170,7 @@ class Inverse(FlowTransform):
     """
 
     def __init__(self, transform: FlowTransform) -> None:
+        check_kind("Inverse", FlowTransform, TRANSFORM, transform=transform)
         super().__init__(transform.event_shape, transform.context_dim)
         self.transform = transform
 

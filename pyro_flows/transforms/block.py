@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..bijectors.base import bounded
 from ..bijectors.continued import bracketed_root, implicit_root
+from ..checks import CONDITIONER, check_integers, check_kind, check_numbers, check_sizes
 from ..conditioners import Conditioner
 from ..conditioners.base import MaskedLinear
 from .base import FlowTransform
@@ -81,6 +82,11 @@ class BlockAutoregressive(FlowTransform):
         conditioner: Conditioner | None = None,
         max_log_slope: float = 3.0,
     ) -> None:
+        check_integers("BlockAutoregressive", input_dim=input_dim)
+        check_sizes("BlockAutoregressive", hidden_dims=hidden_dims)
+        check_numbers("BlockAutoregressive", above=0, max_log_slope=max_log_slope)
+        if conditioner is not None:
+            check_kind("BlockAutoregressive", Conditioner, CONDITIONER, conditioner=conditioner)
         super().__init__((input_dim,), 0 if conditioner is None else conditioner.input_dim)
         self.input_dim = input_dim
         self.hidden_dims = tuple(hidden_dims)
@@ -169,14 +175,6 @@ class BlockAutoregressive(FlowTransform):
         return bounded(log_scale, self.max_log_slope), shift
 
     def _check(self) -> None:
-        if not self.hidden_dims or min(self.hidden_dims) < 1:
-            raise ValueError(
-                f"BlockAutoregressive: hidden_dims must hold at least one positive width, got {self.hidden_dims}."
-            )
-        if not 0 < self.max_log_slope < math.inf:
-            raise ValueError(
-                f"BlockAutoregressive: max_log_slope must be positive and finite, got {self.max_log_slope}."
-            )
         if self.conditioner is not None:
             got = self.conditioner.output_dim, self.conditioner.num_params
             wanted = self.input_dim, sum(self.hidden_dims) + 2

@@ -25,6 +25,7 @@ from .tracing import is_traced
 # dynamic=True would make symbols of the numbers in bijectors, for which torch 2.13 compiles wrong code; so all is
 # static but what is marked.  There are graphs with and without gradients, of one event and of many, in training or not.
 DEFAULTS = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "recompile_limit": 32}
+KNOWN = frozenset(inspect.signature(torch.compile).parameters)  # torch 2.13 knows all of these, torch 2.4 the first two
 FEW = 10_000  # numbers in a batch below which threads of the CPU wait for one another longer than they work
 Verb = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
@@ -51,7 +52,7 @@ class CompiledVerb:
         few = x.numel() < FEW and x.device.type == "cpu" and not self.settings
         if few not in self._compiled:
             settings: dict[str, Any] = {"options": {"cpp.threads": 1}} if few else self.settings
-            self._compiled[few] = torch.compile(self.plain, **{**DEFAULTS, **settings})
+            self._compiled[few] = torch.compile(self.plain, **{**_defaults(), **settings})
         try:
             return self._compiled[few](_any_size(x), None if theta is None else _any_size(theta))
         except Exception as error:
@@ -65,6 +66,10 @@ class CompiledVerb:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": {}}
+
+
+def _defaults() -> dict[str, Any]:
+    return {name: value for name, value in DEFAULTS.items() if name in KNOWN}
 
 
 def _any_size(batch: Tensor) -> Tensor:
@@ -155,7 +160,7 @@ class CompiledRuns:
     def __init__(self, settings: dict[str, Any]) -> None:
         if "dynamic" in settings:
             raise ValueError("compile: dynamic is set already, to batches of any size; leave it out.")
-        known = set(inspect.signature(torch.compile).parameters) - {"model", "dynamic"}
+        known = KNOWN - {"model", "dynamic"}
         if unknown := sorted(set(settings) - known):
             raise ValueError(f"compile: torch.compile knows no {unknown[0]}; it takes {', '.join(sorted(known))}.")
         self.settings = settings

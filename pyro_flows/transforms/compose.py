@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..checks import quoted
 from .base import FlowTransform
 
 
@@ -35,10 +36,7 @@ class Compose(FlowTransform):
     transforms: Sequence[FlowTransform]
 
     def __init__(self, transforms: Iterable[FlowTransform]) -> None:
-        transforms = list(transforms)
-        if not transforms:
-            raise ValueError("Compose: transforms must not be empty.")
-        context_dim = check_chain("Compose", transforms)
+        transforms, context_dim = checked_chain("Compose", transforms)
         super().__init__(transforms[0].event_shape, context_dim)
         self.transforms = nn.ModuleList(transforms)  # type: ignore[assignment]
 
@@ -70,8 +68,13 @@ def chained(
     return value, total
 
 
-def check_chain(owner: str, transforms: list[FlowTransform]) -> int:
-    """Check that transforms fit together; return the context size that they share, 0 if none takes a context."""
+def checked_chain(owner: str, transforms: Iterable[FlowTransform]) -> tuple[list[FlowTransform], int]:
+    """Return transforms that fit together, and the context size that they share, 0 if none takes a context."""
+    if not isinstance(transforms, Iterable) or isinstance(transforms, str | bytes):
+        raise TypeError(f"{owner}: transforms must be a list of transforms, got {quoted(transforms)}.")
+    transforms = list(transforms)
+    if not transforms:
+        raise ValueError(f"{owner}: transforms must not be empty.")
     for number, transform in enumerate(transforms):
         if not isinstance(transform, FlowTransform):
             raise TypeError(
@@ -85,4 +88,4 @@ def check_chain(owner: str, transforms: list[FlowTransform]) -> int:
     sizes = {transform.context_dim for transform in transforms} - {0}
     if len(sizes) > 1:
         raise ValueError(f"{owner}: the transforms disagree on context_dim: {sorted(sizes)}.")
-    return sizes.pop() if sizes else 0
+    return transforms, sizes.pop() if sizes else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..checks import TRANSFORM, check_kind
 from .base import FlowTransform
 
 
@@ -29,6 +30,8 @@ class Conditioned(FlowTransform):
     """
 
     def __init__(self, transform: FlowTransform, context: Tensor | nn.Parameter) -> None:
+        check_kind("Conditioned", FlowTransform, TRANSFORM, transform=transform)
+        check_kind("Conditioned", Tensor, "a tensor", context=context)
         super().__init__(transform.event_shape)
         if context.shape != (transform.context_dim,):
             raise ValueError(

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_flags, check_integers
 from ..conditioners import VectorField
 from .base import FlowTransform
 from .ode import ADAPTIVE, Solver
@@ -141,12 +142,10 @@ class Continuous(FlowTransform):
         self.num_steps = num_steps
         self.adjoint = adjoint
         self.max_num_steps = max_num_steps
-        if isinstance(num_probes, bool) or not isinstance(num_probes, int) or num_probes < 1:
-            raise ValueError(f"Continuous: num_probes must be a positive integer, got {num_probes!r}.")
-        if exact not in (None, True, False):
-            raise ValueError(f"Continuous: exact must be None, True or False, got {exact!r}.")
-        if noise not in ("rademacher", "gaussian"):
-            raise ValueError(f"Continuous: noise must be 'rademacher' or 'gaussian', got {noise!r}.")
+        check_integers("Continuous", num_probes=num_probes)
+        check_flags("Continuous", optional=True, exact=exact)
+        check_flags("Continuous", adjoint=adjoint)
+        check_choice("Continuous", ("rademacher", "gaussian"), noise=noise)
         self._solver()
 
     @property

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bijectors import Bijector
+from ..checks import BIJECTOR, CONDITIONER, as_flags, check_kind
 from ..conditioners import Conditioner
 from .base import FlowTransform
 from .elementwise import check_params
@@ -56,8 +57,10 @@ class Coupling(FlowTransform):
     mask: Tensor
 
     def __init__(self, bijector: Bijector, conditioner: Conditioner, mask: Sequence[bool] | Tensor) -> None:
-        mask = torch.as_tensor(mask, dtype=torch.bool)
-        if mask.dim() != 1 or mask.all() or not mask.any():
+        check_kind("Coupling", Bijector, BIJECTOR, bijector=bijector)
+        check_kind("Coupling", Conditioner, CONDITIONER, conditioner=conditioner)
+        mask = as_flags("Coupling", "mask", mask)
+        if mask.all() or not mask.any():
             raise ValueError(f"Coupling: mask must be a vector with both True and False, got {mask.tolist()}.")
         super().__init__((len(mask), *conditioner.size), conditioner.context_dim)
         check_params("Coupling", bijector, conditioner, int((~mask).sum()))
@@ -133,7 +136,8 @@ def _gradient(weighted: list[tuple[Tensor, Tensor]], of: Tensor) -> Tensor:
     if not moving:
         return torch.zeros_like(of)
     outputs, weights = zip(*moving, strict=True)
-    return torch.autograd.grad(outputs, of, weights, retain_graph=True, materialize_grads=True)[0]
+    found = torch.autograd.grad(outputs, of, weights, retain_graph=True, materialize_grads=True)[0]
+    return found.detach()  # on torch 2.4 zeros that are put for None require gradients
 
 
 def _restore_indices(module: nn.Module, _: object) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bijectors import Bijector
+from ..checks import BIJECTOR, CONDITIONER, check_integers, check_kind
 from ..conditioners import Conditioner
 from .base import FlowTransform
 
@@ -36,6 +37,10 @@ class Elementwise(FlowTransform):
     """
 
     def __init__(self, bijector: Bijector, input_dim: int, conditioner: Conditioner | None = None) -> None:
+        check_integers("Elementwise", input_dim=input_dim)
+        check_kind("Elementwise", Bijector, BIJECTOR, bijector=bijector)
+        if conditioner is not None:
+            check_kind("Elementwise", Conditioner, CONDITIONER, conditioner=conditioner)
         super().__init__((input_dim,), 0 if conditioner is None else conditioner.input_dim)
         self.bijector = bijector
         self.input_dim = input_dim

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_flags, check_integers
 from .base import FlowTransform
 
 
@@ -38,6 +39,8 @@ class FixedAffine(FlowTransform):
     """
 
     def __init__(self, input_dim: int, *, dense: bool = True) -> None:
+        check_integers("FixedAffine", input_dim=input_dim)
+        check_flags("FixedAffine", dense=dense)
         super().__init__((input_dim,))
         self.input_dim, self.dense = input_dim, dense
         self.loc = nn.Parameter(torch.zeros(input_dim))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import check_integers, check_numbers
 from .base import FlowTransform
 
 
@@ -51,9 +52,10 @@ class LULinear(FlowTransform):
     rotation: Tensor | None
 
     def __init__(self, input_dim: int, *, max_log_scale: float = 8.0, rotation_seed: int | None = None) -> None:
+        check_integers("LULinear", input_dim=input_dim)
         super().__init__((input_dim,))
-        if not 0 < max_log_scale < math.inf:
-            raise ValueError(f"LULinear: max_log_scale must be positive and finite, got {max_log_scale}.")
+        check_numbers("LULinear", above=0, max_log_scale=max_log_scale)
+        check_integers("LULinear", 0, optional=True, rotation_seed=rotation_seed)
         self.input_dim = input_dim
         self.max_log_scale, self.rotation_seed = max_log_scale, rotation_seed
         self.register_buffer("rotation", None if rotation_seed is None else _orthogonal(input_dim, rotation_seed))
@@ -70,7 +72,8 @@ class LULinear(FlowTransform):
         Raises:
             ValueError: If it does not, or the number is not positive.
         """
-        if not (0 < scale < math.inf and abs(math.log(scale)) < self.max_log_scale):
+        check_numbers("LULinear.set_scale", above=0, scale=scale)
+        if not abs(math.log(scale)) < self.max_log_scale:
             raise ValueError(
                 f"LULinear: scale must be positive, with a logarithm within ±{self.max_log_scale}, got {scale}."
             )

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_integers, check_numbers
+
 ADAPTIVE = "dopri5", "dopri8", "bosh3", "adaptive_heun"
 FIXED = "rk4", "heun3", "midpoint", "euler"
 FIRST_STEP = 0.1  # of an adaptive method, as a share of the way
@@ -44,11 +46,8 @@ class Solver:
                 f"Continuous: solver must be one of {', '.join(ADAPTIVE)}, whose steps adapt, or of "
                 f"{', '.join(FIXED)}, whose steps are fixed, got {self.method!r}."
             )
-        for name in ("rtol", "atol", "num_steps", "max_num_steps"):
-            value, kind = getattr(self, name), int if name.endswith("steps") else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < float("inf"):
-                what = "a positive integer" if kind is int else "positive and finite"
-                raise ValueError(f"Continuous: {name} must be {what}, got {value!r}.")
+        check_numbers("Continuous", above=0, rtol=self.rtol, atol=self.atol)
+        check_integers("Continuous", num_steps=self.num_steps, max_num_steps=self.max_num_steps)
 
     def solve(
         self,

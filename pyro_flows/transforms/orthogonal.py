@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_integers
 from .base import FlowTransform
 
 
@@ -50,8 +51,9 @@ class Householder(FlowTransform):
     """
 
     def __init__(self, input_dim: int, reflections: int = 8) -> None:
+        check_integers("Householder", input_dim=input_dim, reflections=reflections)
         super().__init__((input_dim,))
-        if reflections < 2 or reflections % 2:
+        if reflections % 2:
             raise ValueError(
                 f"Householder: reflections must be positive and even, got {reflections}; "
                 "an odd number cannot start at the identity."
@@ -106,6 +108,7 @@ class Orthogonal(FlowTransform):
     """
 
     def __init__(self, input_dim: int) -> None:
+        check_integers("Orthogonal", input_dim=input_dim)
         super().__init__((input_dim,))
         self.input_dim = input_dim
         self.params = nn.Parameter(torch.zeros(input_dim * (input_dim - 1) // 2))

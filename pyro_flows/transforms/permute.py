@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checks import as_order
 from .base import FlowTransform
 
 
@@ -31,11 +32,9 @@ class Permute(FlowTransform):
     permutation: Tensor
 
     def __init__(self, permutation: Sequence[int] | Tensor) -> None:
-        permutation = torch.as_tensor(permutation)
-        if sorted(permutation.flatten().tolist()) != list(range(permutation.numel())) or permutation.dim() != 1:
-            raise ValueError(f"Permute: permutation must hold each of 0 … D - 1 once, got {permutation.tolist()}.")
-        super().__init__((len(permutation),))
-        self.register_buffer("permutation", permutation.clone())
+        order = as_order("Permute", "permutation", permutation)
+        super().__init__((len(order),))
+        self.register_buffer("permutation", torch.tensor(order, device=getattr(permutation, "device", None)))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x.index_select(-1, self.permutation), x.new_zeros(x.shape[:-1])

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..checks import TRANSFORM, as_shape, check_kind
 from .base import FlowTransform
 
 
@@ -39,10 +40,10 @@ class PerPixel(FlowTransform):
     """
 
     def __init__(self, inner: FlowTransform, size: Sequence[int]) -> None:
+        check_kind("PerPixel", FlowTransform, TRANSFORM, inner=inner)
         if len(inner.event_shape) != 1:
             raise ValueError(f"PerPixel: inner must act on vectors, got events of shape {tuple(inner.event_shape)}.")
-        if len(size) != 2:
-            raise ValueError(f"PerPixel: size must be height and width, got {tuple(size)}.")
+        size = as_shape("PerPixel", "size", size, length=2, words="height and width")
         super().__init__((*inner.event_shape, *size), inner.context_dim)
         self.inner, self.size = inner, tuple(size)
 

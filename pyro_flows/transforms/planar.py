@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_integers
 from ..conditioners import Conditioner
 from .base import FlowTransform
 from .ridge import bounded_slope, root
@@ -58,6 +59,7 @@ class Planar(FlowTransform):
     """
 
     def __init__(self, input_dim: int, conditioner: Conditioner | None = None) -> None:
+        check_integers("Planar", input_dim=input_dim)
         super().__init__((input_dim,), check_table("Planar", conditioner, input_dim, 2 * input_dim + 1))
         self.input_dim = input_dim
         self.conditioner = conditioner

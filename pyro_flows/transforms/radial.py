@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bijectors.base import bounded
+from ..checks import check_integers
 from ..conditioners import Conditioner
 from .base import FlowTransform
 from .ridge import MAX_LOG_SLOPE, bounded_slope
@@ -57,6 +58,7 @@ class Radial(FlowTransform):
     """
 
     def __init__(self, input_dim: int, conditioner: Conditioner | None = None) -> None:
+        check_integers("Radial", input_dim=input_dim)
         super().__init__((input_dim,), check_table("Radial", conditioner, input_dim, input_dim + 2))
         self.input_dim = input_dim
         self.conditioner = conditioner

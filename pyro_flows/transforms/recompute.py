@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from ..checks import TRANSFORM, check_kind
 from .base import FlowTransform
 
 T = TypeVar("T")
@@ -37,6 +37,7 @@ class Recomputed(FlowTransform):
     """
 
     def __init__(self, inner: FlowTransform) -> None:
+        check_kind("Recomputed", FlowTransform, TRANSFORM, inner=inner)
         super().__init__(inner.event_shape, inner.context_dim)
         self.inner = inner
         self.domain, self.codomain = inner.domain, inner.codomain
@@ -55,4 +56,6 @@ def recomputed(function: Callable[..., T], *args: Any) -> T:
     """What a function makes of its arguments, which alone are kept for the gradient; it runs again for the rest."""
     if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return function(*args)
+    from torch.utils.checkpoint import checkpoint  # which loads a compiler on torch 2.4
+
     return checkpoint(function, *args, use_reentrant=False)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..checks import TRANSFORM, as_image, as_shape, check_integers, check_kind
 from .base import FlowTransform
 
 
@@ -77,7 +78,9 @@ class Squeezed(Rearranged):
     """
 
     def __init__(self, inner: FlowTransform, factor: int = 2) -> None:
-        if factor < 2 or len(inner.event_shape) != 3 or inner.event_shape[0] % factor**2:
+        check_kind("Squeezed", FlowTransform, TRANSFORM, inner=inner)
+        check_integers("Squeezed", 2, factor=factor)
+        if len(inner.event_shape) != 3 or inner.event_shape[0] % factor**2:
             raise ValueError(
                 f"Squeezed: inner must act on images with a multiple of factor² channels, got factor={factor} and "
                 f"events of shape {tuple(inner.event_shape)}."
@@ -118,6 +121,8 @@ class Patched(Rearranged):
     """
 
     def __init__(self, inner: FlowTransform, image_shape: Sequence[int]) -> None:
+        check_kind("Patched", FlowTransform, TRANSFORM, inner=inner)
+        image_shape = as_image("Patched", "image_shape", image_shape)
         channels, height, width = image_shape
         side = math.isqrt(inner.event_shape[-1] // channels)
         if side == 0 or height % side or width % side:
@@ -160,6 +165,8 @@ class Reshaped(Rearranged):
     """
 
     def __init__(self, inner: FlowTransform, shape: Sequence[int]) -> None:
+        check_kind("Reshaped", FlowTransform, TRANSFORM, inner=inner)
+        shape = as_shape("Reshaped", "shape", shape)
         if math.prod(inner.event_shape) != math.prod(shape):
             raise ValueError(
                 f"Reshaped: events of shape {tuple(shape)} hold {math.prod(shape)} numbers, but inner acts on events "

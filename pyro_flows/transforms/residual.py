@@ -25,6 +25,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..checks import check_flags
 from ..conditioners import LipschitzMLP
 from ..conditioners.jacobian import Jacobian
 from ..conditioners.lipschitz import Layers
@@ -77,6 +78,7 @@ class Residual(FlowTransform):
         super().__init__((net.input_dim,), net.context_dim)
         self.net = net
         self.exact = exact
+        check_flags("Residual", optional=True, exact=exact)
 
     @property
     def is_exact(self) -> bool:

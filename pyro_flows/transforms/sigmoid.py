@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn import functional as F
 
+from ..checks import as_shape, check_numbers
 from .base import FlowTransform
 
 
@@ -45,11 +46,11 @@ class Sigmoid(FlowTransform):
     """
 
     def __init__(self, event_shape: Sequence[int], *, low: float = 0.0, high: float = 1.0, alpha: float = 0.05) -> None:
-        super().__init__(tuple(event_shape))
-        if not -math.inf < low < high < math.inf:
+        super().__init__(as_shape("Sigmoid", "event_shape", event_shape))
+        check_numbers("Sigmoid", low=low, high=high)
+        check_numbers("Sigmoid", least=0, below=0.5, alpha=alpha)
+        if not low < high:
             raise ValueError(f"Sigmoid: low must lie below high, both finite, got low={low} and high={high}.")
-        if not 0 <= alpha < 0.5:
-            raise ValueError(f"Sigmoid: alpha must be at least 0 and below 0.5, got {alpha}.")
         self.low, self.high, self.alpha = low, high, alpha
         self._stretch = (high - low) / (1 - 2 * alpha)
         ends = constraints.interval(low - alpha * self._stretch, high + alpha * self._stretch)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import TRANSFORM, check_integers, check_kind
 from .base import FlowTransform
 
 
@@ -43,6 +44,8 @@ class Split(FlowTransform):
     """
 
     def __init__(self, inner: FlowTransform, input_dim: int | None = None) -> None:
+        check_kind("Split", FlowTransform, TRANSFORM, inner=inner)
+        check_integers("Split", optional=True, input_dim=input_dim)
         first, *size = inner.event_shape
         total = 2 * first if input_dim is None else input_dim
         if total <= first:

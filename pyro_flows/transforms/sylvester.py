@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..bijectors.base import bounded
+from ..checks import check_integers, is_integer
 from ..conditioners import Conditioner
 from .base import FlowTransform
 from .orthogonal import reflect, unit
@@ -186,12 +187,12 @@ class _Ridges(NamedTuple):
 
 def check_ridges(owner: str, input_dim: int, rank: int | None, reflections: int | None) -> tuple[int, int]:
     """The rank and the number of reflections, or one clear error that names the owner, the argument and its value."""
+    check_integers(owner, input_dim=input_dim)
     rank = max(min(input_dim, 8), 1) if rank is None else rank
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= max(input_dim, 1):
+    if not is_integer(rank) or not 1 <= rank <= max(input_dim, 1):
         raise ValueError(f"{owner}: rank must be an integer between 1 and input_dim = {input_dim}, got {rank!r}.")
     reflections = min(rank, max(input_dim - 1, 0)) if reflections is None else reflections
-    if isinstance(reflections, bool) or not isinstance(reflections, int) or reflections < 0:
-        raise ValueError(f"{owner}: reflections must be an integer of at least 0, got {reflections!r}.")
+    check_integers(owner, 0, reflections=reflections)
     return rank, reflections
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..checks import CONDITIONER, check_kind
 from ..conditioners import Conditioner
 
 
@@ -14,6 +15,7 @@ def check_table(owner: str, conditioner: Conditioner | None, input_dim: int, num
     """Check that a conditioner yields one number for each of a table's; return the width of its contexts, 0 without."""
     if conditioner is None:
         return 0
+    check_kind(owner, Conditioner, CONDITIONER, conditioner=conditioner)
     got, wanted = (conditioner.output_dim, conditioner.num_params), (1, num_params)
     if got != wanted:
         raise ValueError(

@@ -1,0 +1,254 @@
+"""Arguments that make no sense are refused in one clear line: the caller, the argument, its requirement, its value."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_flows as pf
+from pyro_flows import bijectors, conditioners, distributions, encoders, flows, objectives, transforms
+
+NO_INTEGERS = [None, "x", True, 2.5, math.nan, math.inf, -1, [], object(), torch.tensor([1.0, 2.0])]
+NO_NUMBERS = [None, "x", True, math.nan, math.inf, -math.inf, [], object(), torch.tensor([1.0, 2.0])]
+NO_SIZES = [None, "x", b"x", "", 2.5, [], (0,), (2.5,), ["a"], object(), {}]
+NO_OBJECTS = [None, "x", 3, object(), int]
+x3 = torch.zeros(5, 3)
+
+INTEGERS = {
+    "Bernstein: degree": lambda v: bijectors.Bernstein(degree=v),
+    "Integral: panels": lambda v: bijectors.Integral(panels=v),
+    "RationalQuadraticSpline: bins": lambda v: bijectors.RationalQuadraticSpline(bins=v),
+    "MLP: input_dim": lambda v: conditioners.MLP(v, 1, 2),
+    "MADE: num_params": lambda v: conditioners.MADE(3, v),
+    "ConvNet: hidden_dim": lambda v: conditioners.ConvNet(1, 1, 2, (4, 4), v),
+    "MLPField: frequencies": lambda v: conditioners.MLPField(3, frequencies=v),
+    "CausalTransformer: num_heads": lambda v: conditioners.CausalTransformer(4, 3, 2, num_heads=v),
+    "ClassEmbedding: num_classes": lambda v: encoders.ClassEmbedding(v, 2),
+    "SetEncoder: num_moments": lambda v: encoders.SetEncoder(2, 2, num_moments=v),
+    "MixtureBase: num_components": lambda v: distributions.MixtureBase(2, v),
+    "ActNorm: input_dim": lambda v: transforms.ActNorm(v),
+    "Squeezed: factor": lambda v: transforms.Squeezed(transforms.PerPixel(transforms.LULinear(4), (2, 2)), v),
+    "nsf: num_transforms": lambda v: flows.nsf(3, num_transforms=v),
+    "glow: num_steps": lambda v: flows.glow((1, 4, 4), num_steps=v),
+    "tarflow: num_layers": lambda v: flows.tarflow((1, 4, 4), num_layers=v),
+    "Dequantized: levels": lambda v: flows.Dequantized(flows.nice(3), levels=v),
+    "TemperedELBO: num_steps": lambda v: objectives.TemperedELBO(v),
+    "ForwardKL: num_particles": lambda v: objectives.ForwardKL(v),
+    "fit_density: max_epochs": lambda v: pf.fit_density(flows.nice(3), torch.randn(60, 3), max_epochs=v),
+}
+NUMBERS = {
+    "Affine: slope": lambda v: bijectors.Affine(slope=v),
+    "SumOfSquares: max_mean_slope": lambda v: bijectors.SumOfSquares(max_mean_slope=v),
+    "CircularSpline: bound": lambda v: bijectors.CircularSpline(bound=v),
+    "LipschitzMLP: lipschitz": lambda v: conditioners.LipschitzMLP(3, lipschitz=v),
+    "StudentTBase: df": lambda v: distributions.StudentTBase(3, v),
+    "ContaminatedNormalBase: scale": lambda v: distributions.ContaminatedNormalBase(3, scale=v),
+    "Sigmoid: alpha": lambda v: transforms.Sigmoid((3,), alpha=v),
+    "LULinear: max_log_scale": lambda v: transforms.LULinear(3, max_log_scale=v),
+    "Continuous: rtol": lambda v: flows.cnf(3, rtol=v),
+    "RenyiELBO: alpha": lambda v: objectives.RenyiELBO(v),
+    "Likelihood: kinetic": lambda v: objectives.Likelihood(kinetic=v),
+    "dequantize: step": lambda v: pf.dequantize(x3, step=v),
+    "find_spikes: share": lambda v: pf.find_spikes(x3, share=v),
+    "fit_density: lr": lambda v: pf.fit_density(flows.nice(3), torch.randn(60, 3), lr=v),
+    "fit_density: held_out": lambda v: pf.fit_density(flows.nice(3), torch.randn(60, 3), held_out=v),
+    "fit_density: ema_decay": lambda v: pf.fit_density(flows.nice(3), torch.randn(60, 3), ema_decay=v),
+}
+SIZES = {
+    "nsf: hidden_dims": lambda v: flows.nsf(3, hidden_dims=v),
+    "MLP: hidden_dims": lambda v: conditioners.MLP(3, 1, 2, v),
+    "MLPEncoder: hidden_dims": lambda v: encoders.MLPEncoder(3, 2, v),
+    "ConvEncoder: channels": lambda v: encoders.ConvEncoder((1, 8, 8), 2, v),
+    "ConvEncoder: image_shape": lambda v: encoders.ConvEncoder(v, 2),
+    "BlockAutoregressive: hidden_dims": lambda v: transforms.BlockAutoregressive(3, v),
+    "Coupling: mask": lambda v: transforms.Coupling(bijectors.Affine(), conditioners.MLP(2, 1, 2), v),
+    "Patched: image_shape": lambda v: transforms.Patched(transforms.LULinear(4), v),
+    "glow: image_shape": flows.glow,
+}
+OBJECTS = {
+    "Coupling: bijector": lambda v: transforms.Coupling(v, conditioners.MLP(2, 1, 2), [True, True, False]),
+    "Elementwise: conditioner": lambda v: transforms.Elementwise(bijectors.Affine(), 3, v or ()),
+    "PerPixel: inner": lambda v: transforms.PerPixel(v, (2, 2)),
+    "Inverse: transform": transforms.Inverse,
+    "FixedBase: distribution": distributions.FixedBase,
+    "Flow: transforms": flows.Flow,
+    "Flow: base": lambda v: flows.Flow([transforms.LULinear(3)], v or ()),
+    "MLP: activation": lambda v: conditioners.MLP(2, 1, 2, activation=v),
+    "MLPEncoder: activation": lambda v: encoders.MLPEncoder(2, 1, activation=v),
+    "log_prob: value": lambda v: flows.nice(3).log_prob(v),
+    "Flow: sample_shape": lambda v: flows.nice(3)().rsample(v),
+    "dequantize: x": pf.dequantize,
+}
+CASES = [
+    pytest.param(name, use, value, id=f"{name}-{value!s:.12}")
+    for table, values in ((INTEGERS, NO_INTEGERS), (NUMBERS, NO_NUMBERS), (SIZES, NO_SIZES), (OBJECTS, NO_OBJECTS))
+    for name, use in table.items()
+    for value in values
+]
+
+
+@pytest.mark.parametrize(("name", "use", "value"), CASES)
+def test_what_makes_no_sense_is_refused_by_name(name, use, value):
+    with pytest.raises((TypeError, ValueError), match=rf"^{name} must .*got ") as caught:
+        use(value)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_that_make_sense_are_taken_in_all_their_forms():
+    """Were everything refused, the law above would hold too."""
+    assert flows.nsf(
+        np.int64(3), num_transforms=np.int32(1), hidden_dims=[np.int64(8)], bound=np.float32(5)
+    ).event_shape
+    assert transforms.Permute(np.array([1, 0])).event_shape == (2,)
+    assert transforms.Coupling(bijectors.Affine(), conditioners.MLP(2, 1, 2), np.array([1, 1, 0])).event_shape == (3,)
+    assert distributions.StandardNormal(3).event_shape == distributions.StandardNormal((3,)).event_shape == (3,)
+    assert conditioners.MLP(2, 1, 2, activation=lambda: torch.nn.LeakyReLU(0.1))(torch.zeros(5, 2)).shape == (5, 1, 2)
+
+
+def test_none_is_a_default_where_the_signature_says_so():
+    x = torch.randn(60, 3)
+    fit = pf.fit_density(
+        flows.nice(3, num_transforms=1), x, max_epochs=1, discrete=None, clip_norm=None, progress=False
+    )
+    assert fit.steps
+    assert pf.fit_density(flows.nice(3), x, max_epochs=1, batch_size=None, heavy_tails=None, progress=False).steps
+
+
+@pytest.mark.parametrize("fit", [pf.fit_svi, pf.psis, pf.resample, pf.refine])
+def test_programs_and_their_arguments_are_refused_by_name(fit):
+    def model(y):
+        pyro.sample("y", dist.Normal(pyro.sample("x", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    guide = pf.AutoFlow(model).setup(torch.tensor(1.0))
+    y = torch.tensor(1.0)
+    with pytest.raises(TypeError, match=r"^.*model must be a Pyro program, which can be called, got None\."):
+        fit(None, model, y)
+    with pytest.raises(TypeError, match=r"model_kwargs must be a dict of the model's keyword arguments, got 'x'\."):
+        fit(model, guide, y, model_kwargs="x")
+
+
+FLOW, CONDITIONAL = (flows.realnvp(3, context, num_transforms=2, hidden_dims=(8,)) for context in (0, 2))
+VALUES = {
+    "float64": (
+        torch.Tensor.double,
+        r"flow's dtype, torch.float32, got torch.float64; use {}\.float\(\), or flow\.double",
+    ),
+    "float16": (torch.Tensor.half, r"flow's dtype, torch.float32, got torch.float16; use {}\.float\(\)\."),
+    "complex": (lambda x: x.to(torch.complex64), r"hold real numbers, got torch.complex64; use torch.view_as_real\({}"),
+    "sparse": (torch.Tensor.to_sparse, r"be a dense tensor, got a sparse one, torch.sparse_coo; use {}\.to_dense"),
+    "quantised": (
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        r"be a dense tensor, got a quantised one, torch.qint8; use {}\.dequantize",
+    ),
+    "nested": (
+        lambda x: torch.nested.nested_tensor([x, x]),
+        r"be a dense tensor, got a nested one; give its parts one by one, {}\.unbind",
+    ),
+    "meta": (lambda x: x.to("meta"), r"lie on the flow's device, cpu, got one on meta; use {}\.to\('cpu'\)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor")
+@pytest.mark.parametrize("kind", VALUES)
+def test_values_and_contexts_that_a_flow_cannot_score_are_refused_in_its_own_words(kind):
+    change, message = VALUES[kind]
+    x, context = torch.randn(5, 3), torch.randn(5, 2)
+    of_value, of_context = (f"{argument} must .*{message.format(argument)}" for argument in ("value", "context"))
+    for use in (FLOW.log_prob, FLOW().log_prob, lambda value: CONDITIONAL.log_prob(value, context)):
+        with pytest.raises(ValueError, match=f"^log_prob: {of_value}"):
+            use(change(x))
+    for use in (CONDITIONAL, lambda value: CONDITIONAL.log_prob(x, value), lambda value: CONDITIONAL.sample((), value)):
+        with pytest.raises(ValueError, match=f"^Flow: {of_context}"):
+            use(change(context))
+    if kind not in ("float64", "float16", "meta"):
+        with pytest.raises(ValueError, match=f"^fit_density: x must {message.format('x')}"):
+            pf.fit_density(FLOW, change(torch.randn(60, 3)))
+
+
+def test_a_flow_without_numbers_says_so():
+    flow = flows.realnvp(3, num_transforms=1, hidden_dims=(8,)).to("meta")
+    with pytest.raises(ValueError, match=r"log_prob: value must lie on the flow's device, meta, .*cpu; .*to_empty"):
+        flow.log_prob(torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="fit_density: the flow must hold numbers, but lies on the meta device"):
+        pf.fit_density(flow, torch.randn(60, 3))
+    assert flow.log_prob(torch.zeros(5, 3, device="meta")).shape == (5,)  # shapes alone are fine
+    assert flow().log_prob(torch.zeros(5, 3, device="meta")).shape == (5,)
+    with pytest.raises(ValueError, match="fit_density: x must hold numbers, but lies on the meta device"):
+        pf.fit_density(FLOW, torch.zeros(60, 3, device="meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_flows_in_half_precision_are_refused_with_the_way_out(dtype):
+    flow = flows.realnvp(3, num_transforms=1, hidden_dims=(8,)).to(dtype)
+    message = rf"the flow must be float32 or float64, got {dtype}, .*Use flow\.float\(\); .*mixed_precision=True"
+    uses = {
+        "Flow": [
+            lambda: flow.log_prob(torch.zeros(5, 3, dtype=dtype)),
+            flow,
+            lambda: flow.sample((2,)),
+            lambda: flow.rsample_and_log_prob((2,)),
+        ],
+        "fit_density": [lambda: pf.fit_density(flow, torch.randn(60, 3))],
+    }
+    for caller, calls in uses.items():
+        for call in calls:
+            with pytest.raises(ValueError, match=f"^{caller}: {message}"):
+                call()
+
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    guide = pf.AutoFlow(model).setup().to(dtype)
+    with pytest.raises(ValueError, match=f"^Flow: {message}"):
+        pf.fit_svi(model, guide, steps=2, progress=False)
+    assert pf.fit_density(FLOW, torch.randn(60, 3), max_epochs=1, mixed_precision=True, progress=False).steps
+
+
+def test_autocast_may_mix_dtypes_and_graphs_see_no_checks():
+    x, context = torch.randn(5, 3), torch.randn(5, 2)
+    expected = CONDITIONAL.log_prob(x, context).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert CONDITIONAL.log_prob(x, context.bfloat16()).isfinite().all()
+    torch._dynamo.reset()
+    whole = torch.compile(CONDITIONAL.log_prob, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(whole(x, context).detach(), expected)
+    torch.testing.assert_close(torch.func.vmap(CONDITIONAL.log_prob)(x, context).detach(), expected)
+
+
+@pytest.mark.parametrize("loader", [False, True])
+def test_numbers_that_float32_collapses_are_told_from_constants(loader):
+    def fit(x: torch.Tensor, flow: flows.Flow) -> pf.Fit:
+        rows = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=30) if loader else x
+        return pf.fit_density(flow, rows, max_epochs=1, progress=False)
+
+    def new() -> flows.Flow:
+        return flows.nice(2, num_transforms=1, hidden_dims=(8,))
+
+    x = torch.randn(90, 2, dtype=torch.float64)
+    stamps = x + torch.tensor([0.0, 1e9])
+    words = r"the flow's dtype, torch.float32, has too few digits for column 1 \(from 99999999\d\..* to 10000000.*\).*"
+    with pytest.raises(ValueError, match=f"^fit_density: {words}Subtract a constant .*or use flow.double"):
+        fit(stamps, new())
+    assert fit(stamps, new().double()).steps  # both ways out
+    assert fit(stamps - stamps.mean(0), new()).steps
+    with pytest.raises(ValueError, match=r"x is constant in column 1 \(3\), which has no density"):
+        fit(torch.stack((x[:, 0], torch.full((90,), 3.0)), 1), new())
+    found = r"^fit_density: (x|a batch) holds numbers of up to .*e\+\d+, which overflow in .*torch.float32; .*double"
+    with pytest.raises(ValueError, match=found):
+        fit(x * 1e200, new())
+    with pytest.raises(ValueError, match=r"x holds NaN or inf in column 1 \(1 of 90 rows\)"):
+        fit(torch.where(torch.arange(180).reshape(90, 2) == 7, torch.inf, x), new())
+
+
+def test_errors_quote_values_on_one_line_and_not_at_length():
+    with pytest.raises(ValueError, match=re.escape("got array([")) as caught:
+        flows.nsf(np.zeros((40, 40)))
+    assert len(str(caught.value)) < 160
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,81 @@
+"""From torch 2.4 on everything works: what newer versions add is asked for by name, and never needed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyro_flows
+
+ROOT = Path(__file__).resolve().parents[1]
+OLDEST = "2.4"
+# What torch 2.4 lacks of what pyro_flows makes use of, taken away from the torch at hand.
+LACKING = """
+import functools, inspect, sys, tempfile
+import pyro, pyro.distributions as dist, torch
+from torch.distributions import constraints
+for owner, name in (
+    (torch.optim, "Muon"),
+    (torch.serialization, "set_crc32_options"),
+    (constraints, "MixtureSameFamilyConstraint"),
+):
+    if hasattr(owner, name):
+        delattr(owner, name)
+newer = torch.compile
+def compile(model=None, *, fullgraph=False, dynamic=None, backend="inductor", mode=None, options=None, disable=False):
+    return newer(model, fullgraph=fullgraph, dynamic=dynamic, backend=backend, mode=mode, options=options)
+torch.compile = compile
+
+import pyro_flows as pf
+from pyro_flows import flows
+"""
+USES = {
+    "a guide over many latents, which Muon trains": """
+def model():
+    pyro.sample("x", dist.Normal(torch.zeros(40), 1.0).to_event(1))
+guide = pf.AutoFlow(model, functools.partial(flows.realnvp, num_transforms=1, hidden_dims=(8,)))
+assert pf.fit_svi(model, guide, steps=3, progress=False).steps == 3
+""",
+    "a file, whose sums are there": """
+import zipfile
+with tempfile.TemporaryDirectory() as folder:
+    pf.save(flows.nice(3), folder + "/flow")
+    assert zipfile.ZipFile(folder + "/flow").testzip() is None
+    assert pf.load(folder + "/flow").event_shape == (3,)
+""",
+    "a compiled flow": """
+import warnings
+warnings.simplefilter("error", UserWarning)
+flow = flows.nice(3)
+x = torch.zeros(5, 3)
+expected = flow.log_prob(x)
+flow.compile(backend="eager")
+assert torch.equal(flow.log_prob(x), expected)
+try:
+    flow.compile(recompile_limit=3)
+except ValueError as error:
+    assert "torch.compile knows no recompile_limit" in str(error), error
+else:
+    raise AssertionError
+""",
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_what_torch_adds_later_is_not_needed(use):
+    run = subprocess.run([sys.executable, "-c", LACKING + USES[use]], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_declared_bound_is_the_oldest_that_was_tried():
+    """In the sources, in what is installed, in the docs, and no newer than the torch at hand."""
+    (bound,) = re.findall(r'^    "torch>=([\d.]+)",$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert bound == OLDEST
+    assert f"torch {OLDEST}" in (ROOT / "docs" / "start.md").read_text()
+    assert tuple(map(int, torch.__version__.split(".")[:2])) >= tuple(map(int, bound.split(".")))
+    assert pyro_flows.__version__
