@@ -82,6 +82,13 @@ FAULTS = {
     converts: r"`pyro.sample\(\"y\", dist.Normal\(math.exp\(w\), 1.0\), obs=y\)`: (ValueError|RuntimeError): .*\.",
     misses: r"`pyro.sample\(\"y\", dist.Normal\(w if .*`: AttributeError: .*absent'\.",
 }
+
+
+def words_of(settings):
+    """Name settings alike in every process; objects show where they lie in memory."""
+    return " ".join(f"{k}={v if isinstance(v, int) else type(v).__name__}" for k, v in settings.items()) or "default"
+
+
 every_fault = pytest.mark.parametrize("model", FAULTS, ids=lambda model: model.__name__)
 
 
@@ -113,7 +120,7 @@ def test_a_model_that_does_not_run_vectorised_is_refused_by_its_own_line(model):
         {"objective": PathELBO(), "restarts": 2},
         {"escalate": True},
     ],
-    ids=str,
+    ids=words_of,
 )
 def test_fit_svi_says_before_training_that_a_model_does_not_run_vectorised(model, settings):
     guide = AutoFlow(model)
@@ -192,7 +199,7 @@ def several(y):
 
 @in_both_stores
 @pytest.mark.parametrize(
-    "settings", [{}, {"escalate": True}, {"restarts": 2}, {"objective": PathELBO()}, {"warm_start": True}], ids=str
+    "settings", [{}, {"escalate": True}, {"restarts": 2}, {"objective": PathELBO()}, {"warm_start": True}], ids=words_of
 )
 def test_all_latents_that_a_guide_lacks_are_named_before_training(settings):
     guide = AutoFlow(poutine.block(several, hide=["z_0", "z_1", "k"]))
