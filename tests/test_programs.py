@@ -412,7 +412,7 @@ def test_subsamples_are_indices_where_they_can_be_and_data_else():
     order = torch.arange(4)
     for indices in (order, torch.tensor([3, 1, 0, 2]), torch.tensor([1, 3]), torch.tensor([2, 2])):
         assert places_of(indices, 4) is indices
-    for data in (X[:4], torch.ones(4, 2), torch.tensor([1, 1, 2, 0]), torch.tensor([1, 2, 3, 4])):
+    for data in (X[:4], torch.ones(4, 2), torch.tensor([1, 1, 2, 0]), torch.tensor([1, 2, 3, 4]), torch.ones(4) > 0):
         assert torch.equal(places_of(data, 4), order)
     for some in (X[:3], torch.ones(3, 4), torch.tensor([0, 4]), torch.tensor([-1, 0])):
         assert places_of(some, 4) is None

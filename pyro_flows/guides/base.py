@@ -26,9 +26,7 @@ class FlowGuide(AutoGuide):
     num_summary_draws = 10_000
     recipes: tuple[str, ...] = ()  # attributes that hold functions, which copies share and pickles leave behind
     prototype_trace: Any
-    _data_plates: list[str] | None = (
-        None  # plates that the model gives their rows' data; None if that was not looked at
-    )
+    _data_plates: list[str] | None = None  # those that the model gives their rows' data; None before the first run
 
     def setup(self, *args: Any, **kwargs: Any) -> Any:
         """Build the guide now, by running the model, and return it.  A second call does nothing.

@@ -23,7 +23,7 @@ def places_of(given: Tensor, full_size: int) -> Tensor | None:
     """
     order = torch.arange(full_size, device=given.device)
     whole = len(given) == full_size
-    if given.dim() != 1 or given.is_floating_point():
+    if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool:
         return order if whole else None
     if whole:
         indices = torch.equal(given, order) or torch.equal(given.sort().values, order)
