@@ -30,7 +30,7 @@ from . import Refused
 from .numpy_files import Unreadable, read_numpy
 
 TRIALS = 128  # of ways to read the data
-DEEPEST = 64  # lists in lists, of which torch makes dimensions
+DEEPEST = 64  # lists in lists; torch makes a dimension of each
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,12 @@ class Saver:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to save."""
+        """True if it is time to save."""
         return time.perf_counter() - self._last > EVERY
 
     @property
     def holds(self) -> bool:
-        """Whether the file holds what was saved last."""
+        """True if the file holds the state that was saved last."""
         return self._path is not None and not self._attempts.problem
 
     def save(self, run: Run) -> None:

@@ -25,7 +25,7 @@ class _Hold:
         return self._outer.first if self._first is None and self._outer else self._first
 
     def held(self) -> bool:
-        """Whether there was one."""
+        """True if there was one."""
         return self.first is not None
 
     def __call__(self, *_: Any) -> None:

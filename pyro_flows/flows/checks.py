@@ -47,7 +47,7 @@ def parameter_of(parts: Iterable[nn.Module | None]) -> Tensor | None:
 
 
 def check_precision(caller: str, like: Tensor | None) -> None:
-    """Raise a ValueError if a flow, of which ``like`` is a parameter, calculates in 16 bits."""
+    """Raise a ValueError if a flow with the parameter ``like`` calculates in 16 bits."""
     if like is not None and like.dtype in HALF:
         raise ValueError(
             f"{caller}: the flow must be float32 or float64, got {like.dtype}, in which log-determinants and densities "

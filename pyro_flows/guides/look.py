@@ -24,7 +24,7 @@ class Rows(NamedTuple):
 
 @dataclass
 class Found:
-    """What a run of a model has shown so far.
+    """The sites and plates that a run of a model has shown so far.
 
     Args:
         latents: The latent sites, by name.

@@ -96,7 +96,7 @@ def _size_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def _size_from_numbers(name: str, values: tuple[Any, ...]) -> int:
-    """How many numbers a function without tensors returns."""
+    """Estimate the numbers that a function without tensors returns."""
     numbers = [abs(math.ceil(v)) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     if name == "eye":
         return numbers[0] * numbers[-1]
@@ -122,7 +122,7 @@ def _tensors_in(values: Sequence[Any]) -> Iterator[Tensor]:
 
 
 def _broadcast(tensors: list[Tensor]) -> int:
-    """How many numbers the tensors have when they are broadcast with one another."""
+    """Count the numbers of tensors that are broadcast with one another."""
     if len(tensors) == 1:
         return tensors[0].numel()
     shapes = [tuple(t.shape)[::-1] for t in tensors]

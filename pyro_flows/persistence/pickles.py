@@ -72,7 +72,7 @@ class Machine:
         return found
 
     def _do_proto(self, _: object) -> None:
-        """The number of the protocol, of which nothing depends."""
+        """Skip the number of the protocol; nothing depends on it."""
 
     def _do_stop(self, _: object) -> None:
         """The last opcode."""
@@ -150,7 +150,7 @@ class Machine:
             raise Foreign("a call")
 
     def _do_build(self, _: object) -> None:
-        """What an ordered dictionary has beside its items, as a ``state_dict`` does."""
+        """Drop the attributes that an ordered dictionary has beside its items, as a ``state_dict`` does."""
         self._stack.pop()
         if type(self._stack[-1]) is not OrderedDict:
             raise Foreign("the state of an object")
