@@ -427,7 +427,7 @@ def test_weights_that_cannot_be_trusted_are_a_warning(function):
 
 
 def test_what_cannot_be_resampled_is_refused():
-    with pytest.raises(ValueError, match="resample: num_samples must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="resample: num_samples must be an integer of at least 1, got 0"):
         resample(target, gaussian(1.0), num_samples=0)
     for function in (resample, to_arviz):
         with pytest.raises(ValueError, match="num_weighed must be at least 25 to fit a tail, got 24"):

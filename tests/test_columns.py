@@ -229,7 +229,7 @@ def test_wrong_arguments_are_refused() -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (torch.zeros(3, 2, dtype=torch.complex64), "hold real numbers .*got torch.complex64"),
+        (torch.zeros(3, 2, dtype=torch.complex64), "hold real numbers, got torch.complex64"),
         (torch.zeros(3, 2, dtype=torch.float16), "hold real numbers of float32, .*got torch.float16"),
         (torch.zeros(3, 2, dtype=torch.bfloat16), "got torch.bfloat16"),
         (np.zeros((3, 2), dtype=np.float16), "got torch.float16"),

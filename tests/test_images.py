@@ -576,7 +576,7 @@ def test_what_is_no_flow_is_refused_by_name() -> None:
         Dequantized(flows.glow)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="Dequantized: noise must be a Flow"):
         Dequantized(flows.glow((1, 8, 8)), noise="uniform")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="num_samples must be at least 1"):
+    with pytest.raises(ValueError, match="num_samples must be an integer of at least 1"):
         Dequantized(flows.glow((1, 8, 8)))(num_samples=0)
 
 

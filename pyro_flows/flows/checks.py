@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +32,20 @@ def check_tensor(caller: str, argument: str, value: object, *, floating: bool = 
     check_dense(caller, argument, value)
 
 
-def parameter_of(parts: Iterable[nn.Module | None]) -> Tensor | None:
+def parameter_of(modules: Iterable[nn.Module]) -> Tensor | None:
     """Return the first floating parameter of modules, or None; None too in a graph, which knows its dtypes."""
-    if torch.compiler.is_compiling():
-        return None
-    for part in (part for part in parts if part is not None):  # nn.Module.parameters() takes eight times as long
-        own: Iterator[Tensor] = (p for p in part._parameters.values() if p is not None and p.is_floating_point())
-        found = next(own, None)
-        if found is None:
-            found = parameter_of(part._modules.values())
+    return None if torch.compiler.is_compiling() else _first(modules)
+
+
+def _first(modules: Iterable[nn.Module | None]) -> Tensor | None:
+    """By hand, since ``nn.Module.parameters()`` takes as long as a layer of a small flow."""
+    for module in modules:
+        if module is None:
+            continue
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                return parameter
+        found = _first(module._modules.values())
         if found is not None:
             return found
     return None

@@ -132,9 +132,9 @@ class Flow(nn.Module):
         """The transforms as they are run, one by one or in compiled runs."""
         return list(self.transforms) if self._compiled is None else self._compiled.of(self.transforms)
 
-    def encode(self, context: Tensor | None) -> Tensor | None:
+    def encode(self, context: Tensor | None, like: Tensor | None = None) -> Tensor | None:
         """What the transforms take of a context, ``(*batch, context_dim)``; raises as calling the flow does."""
-        like = parameter_of(self.transforms)
+        like = parameter_of(self.transforms) if like is None else like
         check_precision("Flow", like)
         if context is not None:
             check_tensor("Flow", "context", context, floating=not hasattr(self.encoder, "num_classes"))
@@ -226,13 +226,13 @@ class Flow(nn.Module):
             TypeError: If one of them is no tensor.
             ValueError: If value or context do not fit, or ``chunk_size`` is no positive integer.
         """
-        check_value(value, self.event_shape, parameter_of(self.transforms))
+        check_value(value, self.event_shape, like := parameter_of(self.transforms))
 
         def run(value: Tensor, context: Tensor | None, base: Distribution) -> Tensor:
             value, log_det = chained(self.runs, value, context, inverse=True)
             return log_prob_of(base, value) + log_det
 
-        return self._in_chunks(run, chunk_size, value, self.encode(context))
+        return self._in_chunks(run, chunk_size, value, self.encode(context, like))
 
     def _in_chunks(self, run: Callable[..., T], chunk_size: int | None, value: Tensor, context: Tensor | None) -> T:
         base = self.base()
