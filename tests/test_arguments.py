@@ -118,6 +118,8 @@ def test_none_is_a_default_where_the_signature_says_so():
     )
     assert fit.steps
     assert pf.fit_density(flows.nice(3), x, max_epochs=1, batch_size=None, heavy_tails=None, progress=False).steps
+    with pytest.raises(ValueError, match="discrete columns must hold integers only, unlike column 0"):
+        pf.fit_density(flows.nice(3), x, discrete=0)  # the first column, and not none
 
 
 @pytest.mark.parametrize("fit", [pf.fit_svi, pf.psis, pf.resample, pf.refine])

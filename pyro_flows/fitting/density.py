@@ -180,7 +180,7 @@ def fit_density(
             )
         check_images(CALLER, seen, judged, reader.levels)
     else:
-        places = places_of(CALLER, "discrete", discrete or (), reader.names, reader.width)
+        places = places_of(CALLER, "discrete", () if discrete is None else discrete, reader.names, reader.width)
         check_rows(CALLER, reader.names, seen, judged, places, apart=validation is not None, span=reader.span)
         check_room(CALLER, reader.names, seen, places, reader.like.dtype)
         plain = [place for place in range(reader.width) if place not in places]
