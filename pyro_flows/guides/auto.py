@@ -29,6 +29,7 @@ from .encoding import at_rest, check_encoder, encode, finite, width_for_one
 from .init import init_to_center
 from .names import claim_name
 from .recipe import assemble, built, check_recipe, check_scale, default_for, is_untrained, start_at
+from .rows import data_plates
 from .supports import unconstrain
 
 
@@ -101,8 +102,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         check_scale("AutoFlow", init_scale)
         super().__init__(mark_circles(model), init_loc_fn=init_loc_fn)
         self._build_flow, self._build_base = flow, base
-        self._init_scale, self.encoder = float(init_scale), encoder
-        self._calls = Calls("AutoFlow")
+        self._init_scale, self.encoder, self._calls = float(init_scale), encoder, Calls("AutoFlow")
         self._pyro_name = claim_name(self, name)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -118,7 +118,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 if not amortised:
                     check_density(*here, args, kwargs)
                 check_supports(*here, self._init_scale, args, kwargs)
-                self._calls.begin(self.model, self.prototype_trace, args, kwargs)
+                self._data_plates = data_plates(self._calls.begin(self.model, self.prototype_trace, args, kwargs))
             self._context_dim = width_for_one("AutoFlow", self.encoder, self.model, args, kwargs)
             self._build()
         except Exception:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..flows import Flow
 from .checks import missing_arguments
 from .names import adopt_stored_parameters, claim_name, is_free
-from .rows import data_plates, plate_like
+from .rows import plate_like
 
 
 class FlowGuide(AutoGuide):
@@ -26,7 +27,7 @@ class FlowGuide(AutoGuide):
     num_summary_draws = 10_000
     recipes: tuple[str, ...] = ()  # attributes that hold functions, which copies share and pickles leave behind
     prototype_trace: Any
-    _data_plates: list[str] | None = None  # those that the model gives their rows' data; None before the first run
+    _data_plates: Sequence[str] = ()  # those that the model gives their rows' data
 
     def setup(self, *args: Any, **kwargs: Any) -> Any:
         """Build the guide now, by running the model, and return it.  A second call does nothing.
@@ -106,8 +107,6 @@ class FlowGuide(AutoGuide):
         """
         if self.master is not None:
             return dict(super()._create_plates(*args, **kwargs))
-        if self._data_plates is None:
-            self._data_plates = data_plates(self.model, list(self._prototype_frames), args, kwargs)
         self.plates = {}
         for name, frame in sorted(self._prototype_frames.items()):
             with poutine.block(hide=self._data_plates):

@@ -30,12 +30,14 @@ class Found:
         latents: The latent sites, by name.
         observed: The observed sites, by name.
         frames: The plates that some of these lie in, by name.
+        given: The full size of plates that the model gives a ``subsample=``, and what it gives them, by name.
         rows: The rows of the plate that was looked for, once the model has entered it.
     """
 
     latents: dict[str, dict[str, Any]] = field(default_factory=dict)
     observed: dict[str, dict[str, Any]] = field(default_factory=dict)
     frames: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
     rows: Rows | None = None
 
 
@@ -109,6 +111,8 @@ class _Look(Messenger):
         self.until = None if until is None else set(until)
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if isinstance(msg["fn"], _Subsample) and isinstance(msg["value"], Tensor):
+            self.found.given[msg["name"]] = msg["fn"].size, msg["value"]
         if msg["name"] == self.plate and isinstance(msg["fn"], _Subsample):
             full, size, chosen = msg["fn"].size, msg["fn"].subsample_size, msg["value"]
             if chosen is not None:

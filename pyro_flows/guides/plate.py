@@ -30,7 +30,7 @@ from .names import claim_name
 from .nested import Nested
 from .packing import Packing
 from .recipe import assemble, assemble_local, built, check_recipe, check_scale, default_flow, default_local
-from .rows import InTurn, Shuffled, check_tied, plate_like
+from .rows import InTurn, Shuffled, check_tied, data_plates, plate_like
 
 
 class AutoPlateFlow(FlowGuide):
@@ -116,7 +116,8 @@ class AutoPlateFlow(FlowGuide):
         self._check_model()
         try:
             super()._setup_prototype(*args, **kwargs)
-            rows = self._calls.begin(self.model, self.prototype_trace, args, kwargs).rows
+            found = self._calls.begin(self.model, self.prototype_trace, args, kwargs)
+            self._data_plates, rows = data_plates(found), found.rows
             assert rows is not None
             check_latents("AutoPlateFlow", self.prototype_trace, self.plate)
             here = "AutoPlateFlow", self.model, self.prototype_trace

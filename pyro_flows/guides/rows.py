@@ -13,7 +13,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-from .look import Rows
+from .look import Found, Rows
 
 
 def places_of(given: Tensor, full_size: int) -> Tensor | None:
@@ -32,16 +32,9 @@ def places_of(given: Tensor, full_size: int) -> Tensor | None:
     return given if indices else order if whole else None
 
 
-def data_plates(
-    model: Callable[..., Any], names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[str]:
-    """Return those of some plates that a model gives their rows' data as ``subsample=``, and not indices."""
-    if model is None or not names:  # a guide that was saved
-        return []
-    with poutine.block(), torch.no_grad(), validation_enabled(False), torch.random.fork_rng():
-        nodes = poutine.trace(model).get_trace(*args, **kwargs).nodes
-    given = {name: nodes[name] for name in names if name in nodes and isinstance(nodes[name]["value"], Tensor)}
-    return [n for n, site in given.items() if places_of(site["value"], site["fn"].size) is not site["value"]]
+def data_plates(found: Found) -> list[str]:
+    """Return the plates that a model gives their rows' data as ``subsample=``, and not indices."""
+    return [name for name, (size, given) in found.given.items() if places_of(given, size) is not given]
 
 
 def plate_like(frame: Any) -> Any:

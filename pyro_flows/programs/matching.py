@@ -22,17 +22,18 @@ def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
             of the data out of the model, and not out of the guide.
     """
     nodes = model.nodes
-    for name, site in guide.nodes.items():
-        if site["type"] != "sample" or site["is_observed"] or site["infer"].get("is_auxiliary"):
-            continue
-        if site_is_subsample(site):
-            continue
-        if name not in nodes or nodes[name]["is_observed"]:
-            what = "observed in" if name in nodes else "not in"
+    drawn = {name: site for name, site in guide.nodes.items() if _is_latent(site)}
+    for what, names in (
+        ("not in", [name for name in drawn if name not in nodes]),
+        ("observed in", [name for name in drawn if name in nodes and nodes[name]["is_observed"]]),
+    ):
+        if names:
+            sites = f"site{'s' * (len(names) > 1)} {', '.join(map(repr, names))}"
             raise ValueError(
-                f"{owner}site {name!r} of the guide is {what} the model; is it the guide of another model? Where sites "
-                "come and go with the data, pad the data and mask the observed sites only."
+                f"{owner}{sites} of the guide {'are' if len(names) > 1 else 'is'} {what} the model; is it the guide of "
+                "another model? Where sites come and go with the data, pad the data and mask the observed sites only."
             )
+    for name, site in drawn.items():
         mask = mask_of(nodes[name])
         if mask.every is True or not mask.hides or _same(mask, mask_of(site)):
             continue
@@ -43,6 +44,12 @@ def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
                 "AutoPlateFlow(poutine.mask(model, mask=...), plate), or mask the observed sites only. For a flat "
                 "prior write dist.ImproperUniform."
             )
+
+
+def _is_latent(site: dict[str, Any]) -> bool:
+    """True if a site of a guide draws a latent of the model."""
+    auxiliary = site["type"] != "sample" or site["is_observed"] or site["infer"].get("is_auxiliary")
+    return not (auxiliary or site_is_subsample(site))
 
 
 def _is_point(site: dict[str, Any], guide: Trace) -> bool:
