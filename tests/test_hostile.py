@@ -329,3 +329,8 @@ def halve(monkeypatch: pytest.MonkeyPatch) -> None:
     """Allow half as much."""
     for name in ("FREE_BYTES", "TIMES_BYTES", "TIMES_SQUARES", "FREE_TENSORS", "TIMES_TENSORS"):
         monkeypatch.setattr(allowance, name, getattr(allowance, name) // 2)
+
+
+def test_a_long_row_in_the_file_allows_no_large_matrix() -> None:
+    """60 kB, whose longer side squared would stand for gigabytes."""
+    assert allowance.Allowance(60_000, 1, 60_000**2).bytes_left < 60e6

@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer import SVI, JitTrace_ELBO, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal, init_to_value
 from torch import Tensor
 
@@ -498,3 +498,30 @@ class Rows(MLPEncoder):
 
     def forward(self, y: Tensor, _: Tensor) -> Tensor:
         return super().forward(y)
+
+
+def test_a_guide_leaves_iterators_to_the_model() -> None:
+    """A look would use up the data, and the guide be fitted to the prior."""
+
+    def model(rows: Any) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 10.0))
+        for i, row in enumerate(rows):
+            pyro.sample(f"x_{i}", dist.Normal(z, 1.0), obs=torch.tensor(row))
+
+    data = [5.0, 5.5, 6.0]
+    guide = AutoFlow(model, small).setup(data)
+    rows = iter(data)
+    guide(rows)
+    assert list(rows) == data
+
+
+def test_a_traced_elbo_takes_masks() -> None:
+    def model(mask: Tensor) -> None:
+        with pyro.plate("rows", 3), poutine.mask(mask=mask):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.zeros(3))
+
+    seen = torch.tensor([True, True, False])
+    guide = AutoPlateFlow(model, "rows")
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), JitTrace_ELBO(ignore_jit_warnings=True))
+    assert all(torch.tensor(svi.step(seen)).isfinite() for _ in range(2))

@@ -13,13 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import laws
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_flows import flows
+from pyro_flows import AutoFlow, flows
 from pyro_flows.distributions import MixtureBase, NormalBase, StudentTBase
 from pyro_flows.flows import Flow
+from pyro_flows.transforms import Compose, View
 
 every_recipe = pytest.mark.parametrize("recipe", laws.RECIPES.values(), ids=laws.RECIPES)
 
@@ -285,7 +287,7 @@ def test_a_view_computes_values_anew_after_an_update(recipe: object, update: Cal
 
 @every_recipe
 def test_a_sample_statement_is_scored_in_the_pass_that_drew_it(recipe: object) -> None:
-    """The handler is given the score once, and it is that of any other value; what is asked later is computed."""
+    """The score is that of any other value, and that of the parameters as they are when it is asked for."""
     flow = random_flow(recipe)
     calls: list[int] = []
 
@@ -305,13 +307,65 @@ def test_a_sample_statement_is_scored_in_the_pass_that_drew_it(recipe: object) -
 
 
 @every_update
-def test_a_sample_statement_outside_of_all_handlers_keeps_nothing(update: Callable[[Flow], Flow]) -> None:
+@pytest.mark.parametrize("expanded", [False, True])
+def test_a_draw_under_a_handler_is_scored_with_the_parameters_as_they_are(
+    update: Callable[[Flow], Flow], expanded: bool
+) -> None:
     flow = random_flow(laws.RECIPES["realnvp"])
-    q = flow()
-    y, z = pyro.sample("y", q), q()
+    q = flow().expand((4,)) if expanded else flow()
+    trace = pyro.poutine.trace(lambda: pyro.sample("y", q)).get_trace()
+    y = trace.nodes["y"]["value"]
     update(flow)
-    for value in (y, z):
-        close(q.log_prob(value), flow().log_prob(value.detach().clone()))
+    close(trace.nodes["y"]["fn"].log_prob(y), flow.log_prob(y.detach().clone()))
+    trace.compute_log_prob()
+    close(trace.nodes["y"]["log_prob"], flow.log_prob(y.detach().clone()))
+
+
+def test_a_draw_that_was_changed_in_place_in_a_program_is_scored_as_it_is() -> None:
+    flow = random_flow(laws.RECIPES["realnvp"])
+
+    def program() -> None:
+        y = pyro.sample("y", flow().expand((5,)))
+        with torch.no_grad():
+            y.clamp_(-0.1, 0.1)
+
+    trace = pyro.poutine.trace(program).get_trace()
+    trace.compute_log_prob()
+    close(trace.nodes["y"]["log_prob"], flow.log_prob(trace.nodes["y"]["value"].detach().clone()))
+
+
+def test_a_draw_that_was_detached_in_place_has_the_gradients_of_any_value() -> None:
+    flow, found = random_flow(laws.RECIPES["realnvp"]), []
+    q = flow()
+    y = q.rsample((5,))
+    clone = y.detach().clone()
+    y.detach_()
+    for value in (y, clone):
+        found.append(torch.autograd.grad(q.log_prob(value).sum(), flow.parameters()))
+    for ours, theirs in zip(*found, strict=True):
+        close(ours, theirs)
+
+
+@every_update
+def test_a_view_gives_no_stale_log_determinant(update: Callable[[Flow], Flow]) -> None:
+    flow = random_flow(laws.RECIPES["realnvp"])
+    x = laws.normal(5, 3)
+    view = View(Compose(flow.transforms))
+    y = view(x)
+    update(flow)
+    close(view.log_abs_det_jacobian(x, y), view.transform.forward_and_log_det(x)[1])
+
+
+@pytest.mark.parametrize("wrap", [lambda q: q.to_event(1), lambda q: q.mask(torch.ones(4, dtype=torch.bool))])
+def test_wrapped_flows_are_scored_in_the_pass_that_drew_them(wrap: Callable[..., object]) -> None:
+    flow = random_flow(laws.RECIPES["realnvp"])
+    calls: list[int] = []
+    for transform in flow.transforms:
+        for verb in ("forward_and_log_det", "inverse_and_log_det"):
+            setattr(transform, verb, counted(getattr(transform, verb), calls))
+    trace = pyro.poutine.trace(lambda: pyro.sample("y", wrap(flow().expand((4,))))).get_trace()
+    trace.compute_log_prob()
+    assert len(calls) == len(flow.transforms)
 
 
 def counted(verb: Callable[..., object], calls: list[int]) -> Callable[..., object]:
@@ -360,6 +414,7 @@ def test_distributions_and_views_are_copied_and_pickled_after_use(handled: bool)
     q = flow(laws.normal(5, 2))
     if handled:
         pyro.poutine.trace(lambda: pyro.sample("y", q)).get_trace()
+    q.rsample()
     q.transforms[0](laws.normal(5, 3))
     y = laws.normal(5, 3)
     for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
@@ -415,3 +470,18 @@ def test_a_context_made_in_inference_mode_is_welcome():
     with torch.inference_mode():
         context = torch.randn(4, 2)
     assert flow(context).sample().shape == (4, 3)
+
+
+@pytest.mark.parametrize("recipe", [None, flows.iaf], ids=["default", "iaf"])
+def test_a_trace_of_a_guide_is_scored_with_the_parameters_as_they_are(recipe: object) -> None:
+    """Its own draws are scored in the step that drew them; an update in between is seen all the same."""
+
+    def model() -> None:
+        pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    guide = AutoFlow(model, recipe).setup()
+    trace = pyro.poutine.trace(guide).get_trace()
+    site = next(site for name, site in trace.nodes.items() if name.endswith("_latent"))
+    in_place(guide.flow)
+    trace.compute_log_prob()
+    torch.testing.assert_close(site["log_prob"], guide.flow.log_prob(site["value"].detach().clone()))

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 from pyro.infer import ELBO
 from pyro.poutine.trace_struct import Trace
 
+from ..checks import is_integer
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -79,7 +81,7 @@ def _asked(caller: str, argument: Any, objective: Any) -> _Given | None:
         own = int(objective.max_plate_nesting) - _draws_dim(objective)
     if argument is None:
         return None if own is None else _Given(own, f"{caller}: the objective's max_plate_nesting")
-    if isinstance(argument, bool) or not isinstance(argument, int) or argument < 0:
+    if not is_integer(argument) or argument < 0:
         raise ValueError(
             f"{caller}: max_plate_nesting must be an integer of at least 0, got {argument!r}. Leave it out to have it "
             "found by one run."
@@ -89,7 +91,7 @@ def _asked(caller: str, argument: Any, objective: Any) -> _Given | None:
             f"{caller}: max_plate_nesting must be that of the objective, {own}, got {argument}. Leave one of the two "
             "out."
         )
-    return _Given(argument, f"{caller}: max_plate_nesting")
+    return _Given(int(argument), f"{caller}: max_plate_nesting")
 
 
 def _draws_dim(objective: ELBO) -> int:

@@ -105,6 +105,8 @@ def check_value(
 
 def as_size(sample_shape: Sequence[int], argument: str = "sample_shape") -> torch.Size:
     """Return a shape of draws, or raise one clear error unless it holds integers of at least 0."""
+    if torch._C._get_tracing_state():  # sizes are tensors then
+        return torch.Size(sample_shape)
     whole = isinstance(sample_shape, Sequence) and not isinstance(sample_shape, str | bytes)
     if not whole or not all(checks.is_integer(size) and size >= 0 for size in sample_shape):
         such = f"({sample_shape},)" if checks.is_integer(sample_shape) else "(5,)"

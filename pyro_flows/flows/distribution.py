@@ -1,6 +1,6 @@
 """A flow at a context: a distribution that lives for one use.
 
-``rsample_and_log_prob`` draws and scores in one pass, and so does a sample statement; ``log_prob`` always computes.
+Its own last draw is scored without a second pass of the networks, unless any number has changed since it was drawn.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
-from pyro.poutine.runtime import am_i_wrapped
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ..transforms import View
+from ..transforms.snapshot import Counters, Snapshot, can_be_kept
 from .checks import as_size, check_value, parameter_of
 
 
@@ -26,16 +26,16 @@ class FlowDistribution(dist.TransformedDistribution):
     fixed, and so is the output of the flow's encoder.  Values are checked before they are scored, unless validation is
     off (``pyro.enable_validation(False)``).
 
-    *Sample statements.*  A Pyro handler that records ``pyro.sample(name, flow(context))`` asks for the log-density of
-    the draw next.  The draw was scored in the same pass, and the handler is given this score once.  So the density in
-    a trace is that of the distribution that the draw came from.
+    The pair of the last draw is kept until it is scored, together with a copy of all numbers that it depends on
+    (:mod:`~pyro_flows.transforms.snapshot`).  If nothing has changed, ``log_prob`` of this very tensor runs no network.
 
     Args:
         base: A function, such as a module, that builds the base distribution.
         views: The transforms at the context, at least one.
         runs: The same map in fewer and larger parts, which draws and densities take if there are some.
         batch_shape: The batch shape, to which that of the base is expanded.
-        path_gradient: Whether draws of a sample statement are scored with the path gradient.
+        path_gradient: Whether its own draws are scored with the path gradient.
+        one_step: Whether its draws are scored in the step that drew them, as by :meth:`for_one_step`.
         validate_args: As for all of Pyro's distributions.
     """
 
@@ -47,13 +47,14 @@ class FlowDistribution(dist.TransformedDistribution):
         *,
         batch_shape: torch.Size,
         path_gradient: bool = False,
+        one_step: bool = False,
         validate_args: bool | None = None,
     ) -> None:
         self.base = base
         self.transforms: list[View] = views
         self.runs = views if runs is None else runs
-        self.path_gradient = path_gradient
-        self._stated: _Stated | None = None
+        self.path_gradient, self.one_step = path_gradient, one_step
+        self._last: _Draw | None = None
         # The views share one event shape, so none of the general class's inference of shapes is needed.
         event_shape = views[0].transform.event_shape
         super(torch.distributions.TransformedDistribution, self).__init__(  # type: ignore[misc]
@@ -72,27 +73,29 @@ class FlowDistribution(dist.TransformedDistribution):
         return self.base_dist.has_rsample
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> FlowDistribution:
-        return self._with(as_size(batch_shape, "batch_shape"), self.path_gradient)
+        return self._with(batch_shape=torch.Size(batch_shape))
 
     def with_path_gradient(self) -> FlowDistribution:
         """Return the same distribution, which scores its own draws without a gradient to the density's parameters.
 
         So the gradient of an ELBO vanishes draw by draw where the guide equals the posterior (Roeder, Wu, Duvenaud
         2017, arXiv:1703.09194); for flows the score is carried along with the draw (Vaitl, Nicoli, Nakajima, Kessel
-        2022, arXiv:2207.08219; Vaitl, Winkler, Richter, Kessel 2024, arXiv:2403.15881).  This holds for
-        ``rsample_and_log_prob`` and for sample statements; ``log_prob`` of any other value has all gradients.
+        2022, arXiv:2207.08219; Vaitl, Winkler, Richter, Kessel 2024, arXiv:2403.15881).  Any other value is scored with
+        all gradients.
         """
-        return self._with(self.batch_shape, True)
+        return self._with(path_gradient=True)
 
-    def _with(self, batch_shape: torch.Size, path_gradient: bool) -> FlowDistribution:
-        return FlowDistribution(
-            self.base,
-            self.transforms,
-            self.runs,
-            batch_shape=batch_shape,
-            path_gradient=path_gradient,
-            validate_args=self._validate_args,
-        )
+    def for_one_step(self) -> FlowDistribution:
+        """Return the same distribution for a guide's own sample statement, which an ELBO scores in the same step.
+
+        That its numbers are unchanged is read off torch's counts of changes, in place of their contents.
+        """
+        return self._with(one_step=True)
+
+    def _with(self, **changes: Any) -> FlowDistribution:
+        own = {name: getattr(self, name) for name in ("batch_shape", "path_gradient", "one_step")}
+        kept = {**own, "validate_args": self._validate_args}
+        return FlowDistribution(self.base, self.transforms, self.runs, **{**kept, **changes})
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -101,7 +104,15 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw reparameterised samples, ``(*sample_shape, *batch, *event_shape)``."""
-        return self._pushed(self.base_dist.rsample(as_size(sample_shape)))[0]
+        value, score = self._drawn(sample_shape)
+        if can_be_kept():
+            contexts = [view.context for view in self.transforms if view.context is not None]
+            modules: list[nn.Module] = [view.transform for view in self.transforms]
+            if isinstance(self.base, nn.Module):
+                modules.append(self.base)
+            snapshot = (Counters if self.one_step else Snapshot)(modules, [value, *contexts[:1]])
+            self._last = _Draw(value, score, torch.is_grad_enabled(), value.grad_fn, snapshot)
+        return value
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Draw reparameterised samples and score them, with each network run once.
@@ -109,20 +120,18 @@ class FlowDistribution(dist.TransformedDistribution):
         Returns:
             Samples ``(*sample_shape, *batch, *event_shape)`` and log-densities ``(*sample_shape, *batch)`` in nats.
         """
+        value, score = self._drawn(sample_shape)
+        return value, score()
+
+    def _drawn(self, sample_shape: Sequence[int]) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Draw, and return a function that scores the draw from the same pass."""
         base = self.base_dist
         x = base.rsample(as_size(sample_shape))
         if self.path_gradient and torch.is_grad_enabled():
-            return self._carried(base, x)
+            y, log_prob = self._carried(base, x)
+            return y, lambda: log_prob
         y, log_det = self._pushed(x)
-        return y, log_prob_of(base, x) - log_det
-
-    def __call__(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw as a sample statement does, and keep the score of the draw for the handler that records it."""
-        if torch.compiler.is_compiling() or not (am_i_wrapped() and self.has_rsample):
-            return super().__call__(sample_shape)
-        value, log_prob = self.rsample_and_log_prob(sample_shape)
-        self._stated = _Stated(value, log_prob, torch.is_grad_enabled())
-        return value
+        return y, lambda: log_prob_of(base, x) - log_det
 
     def _pushed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map draws of the base to draws of the flow, with log|det dy/dx|."""
@@ -148,11 +157,11 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of ``value``, ``(*batch, *event_shape)``, in nats, at the parameters as they are."""
-        stated = self._stated
+        own = self._last
         if not self.path_gradient:
-            self._stated = None
-        if stated is not None and stated.answers(value):
-            return stated.log_prob
+            self._last = None
+        if own is not None and own.answers(value):
+            return own.score()
         if self._validate_args:
             self._validate_sample(value)
         *others, last = self.runs
@@ -171,20 +180,23 @@ class FlowDistribution(dist.TransformedDistribution):
             raise ValueError(f"log_prob: value holds NaN or inf ({bad} of {value.numel()} numbers, shape {shape}).")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stated": None}
+        return {**self.__dict__, "_last": None}
 
 
-class _Stated(NamedTuple):
-    """The draw of a sample statement, its log-density, and the grad mode that both were made in."""
+class _Draw(NamedTuple):
+    """A draw, the function that scores it, and all that both depend on."""
 
     value: Tensor
-    log_prob: Tensor
+    score: Callable[[], Tensor]
     grad_mode: bool
+    grad_fn: object
+    snapshot: Snapshot | Counters
 
     def answers(self, value: Tensor) -> bool:
-        """Return True for the very draw, in the grad mode that made it, unless it became a leaf that requires grad."""
+        """Return True for the very draw, if nothing has changed since, and it became no leaf that requires grad."""
         leaf = value.is_leaf and value.requires_grad
-        return self.value is value and not leaf and self.grad_mode == torch.is_grad_enabled()
+        same = self.value is value and self.grad_fn is value.grad_fn and self.grad_mode == torch.is_grad_enabled()
+        return same and not leaf and self.snapshot.holds()
 
 
 def log_prob_of(base: Distribution, value: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ class Arguments:
         """True if others are the same objects, unchanged; never where an object could have changed unseen."""
         leaves, spec = tree_flatten((args, kwargs))
         return spec == self.spec and all(map(_same, self.leaves, self.versions, leaves))
+
+
+def are_used_up(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True if some argument is an iterator, which a second run of the model would find used up."""
+    return any(isinstance(leaf, Iterator) for leaf in tree_flatten((args, kwargs))[0])
 
 
 def _version(leaf: Any) -> int | None:

@@ -20,6 +20,7 @@ from torch.distributions import Transform, biject_to
 
 from ..flows import Flow
 from ..flows.chunks import chunk_for, in_chunks
+from ..flows.distribution import FlowDistribution
 from ..transforms import Compose, Conditioned, View
 from .base import FlowGuide
 from .calls import Calls
@@ -127,8 +128,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     def _build(self) -> None:
         self._circular = [is_circular(self.prototype_trace.nodes[name]) for name in self.coordinates]
-        sizes = self.latent_dim, self._context_dim
-        flow = built("AutoFlow", "flow", self._build_flow, default_for(self._circular, self._context_dim), *sizes)
+        default, sizes = default_for(self._circular, self._context_dim), (self.latent_dim, self._context_dim)
+        flow = built("AutoFlow", "flow", self._build_flow, default, *sizes)
         self.flow = assemble(flow, self._build_base, self._init_loc(), self._init_scale, self._circular)
         self._adopt_stored()
 
@@ -177,10 +178,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     @torch.no_grad()
     def bind(self, *args: Any, **kwargs: Any) -> AutoFlow:
-        """The guide of one data set, without the encoder: a copy, to be checked, refined, trained further.
-
-        Its arguments are the model's, with the data.
-        """
+        """The guide of one data set, which the arguments hold, without the encoder: a copy, to be checked, refined."""
         if self.encoder is None or self.prototype_trace is None:
             reason = "has no encoder" if self.encoder is None else "was never set up; train it by fit_amortized"
             raise ValueError(f"AutoFlow.bind: the guide {reason}.")
@@ -192,13 +190,15 @@ class AutoFlow(FlowGuide, AutoContinuous):
         new.encoder, new._context_dim, new.flow = None, 0, Flow(layers, new.flow.base)
         return new
 
-    # Pyro's protocol of continuous guides.
-
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw the latents, as Pyro's guides do: site name -> value."""
         self.setup(*args, **kwargs)
         self._calls.rows(self.model, self.prototype_trace, args, kwargs, needed=False)
         return super().forward(*args, **kwargs)
+
+    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Draw the packed, unconstrained latents, ``(latent_dim,)``."""
+        return self._draw("latent", self.get_posterior(*args, **kwargs))
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """The base distribution of the flow, over vectors of ``latent_dim`` numbers."""
@@ -208,7 +208,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """From the base to the unconstrained latents; each network runs once."""
         return View(Compose(self.flow.runs), self.context(*args, **kwargs))
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
+    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """The distribution of the packed, unconstrained latents."""
         return self.flow(self.context(*args, **kwargs))
 
@@ -225,8 +225,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """
         context = self.setup(*args, **kwargs)._context_at_rest(args, kwargs)
         packed, log_det = self.pack(values)
-        size = chunk_for(self.latent_dim)
-        return in_chunks(lambda z, c: self.flow(c).log_prob(z), size, packed, context, 1) + log_det
+        chunk = chunk_for(self.latent_dim)
+        return in_chunks(lambda z, c: self.flow(c).log_prob(z), chunk, packed, context, 1) + log_det
 
     def _context_at_rest(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         if self.encoder is not None:
@@ -256,5 +256,5 @@ class AutoFlow(FlowGuide, AutoContinuous):
     @property
     def coordinates(self) -> list[str]:
         """The site that each of the packed latents belongs to."""
-        sites = self.prototype_trace.iter_stochastic_nodes()
-        return [name for name, _ in sites for _ in range(self._unconstrained_shapes[name].numel())]
+        shapes = self._unconstrained_shapes
+        return [n for n, _ in self.prototype_trace.iter_stochastic_nodes() for _ in range(shapes[n].numel())]

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
@@ -16,6 +17,7 @@ from pyro.nn.module import _is_module_local_param_enabled
 from torch import Tensor, nn
 
 from ..flows import Flow
+from ..flows.distribution import FlowDistribution
 from .checks import missing_arguments
 from .names import adopt_stored_parameters, claim_name, is_free
 from .rows import plate_like
@@ -96,6 +98,10 @@ class FlowGuide(AutoGuide):
         one = sum(value.numel() for value in self.sample(1, *args, **kwargs).values())
         number = min(self.num_summary_draws, max(1000, 20_000_000 // one))  # so that they fit into memory
         return {name: _quantiles(value, quantiles) for name, value in self.sample(number, *args, **kwargs).items()}
+
+    def _draw(self, name: str, q: FlowDistribution) -> Tensor:
+        """Draw packed latents, at a sample statement of the guide's own."""
+        return pyro.sample(f"_{self._pyro_name}_{name}", q.for_one_step(), infer={"is_auxiliary": True})
 
     # The plates that latents lie in.
 

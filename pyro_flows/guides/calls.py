@@ -16,7 +16,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ..programs.masks import is_masked
-from .arguments import Arguments
+from .arguments import Arguments, are_used_up
 from .checks import check_no_more, check_shapes
 from .look import Found, Rows, look, same_draws
 from .masked import check_unmasked, hides_outside, mask_of_rows
@@ -102,7 +102,12 @@ class Calls:
         self._last = Arguments(args, kwargs)
 
     def _knows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """True if arguments need no look: a traced program has one structure for ever; a mask may change unseen."""
+        """True if arguments need no look, or bear none.
+
+        A traced program has one structure for ever, and iterators are for the model alone; a mask may change unseen.
+        """
+        if are_used_up(args, kwargs):
+            return True
         if self.masked and self.plate is not None:
             return False
         if not (args or kwargs) or torch._C._get_tracing_state():  # to draw again takes no data

@@ -182,16 +182,16 @@ class AutoPlateFlow(FlowGuide):
         plates = self._plates(posterior, args, kwargs)
         result, g = dict[str, Tensor](), None
         if posterior.flow:
-            g = pyro.sample(f"_{self._pyro_name}_latent", posterior.flow(), infer={"is_auxiliary": True})
+            g = self._draw("latent", posterior.flow())
             result.update(posterior.shared.place(g, plates))
         if posterior.local_flow:
-            plate, name = plates[self.plate], f"_{self._pyro_name}_{self.plate}_latent"
+            plate = plates[self.plate]
             # The model enters the plate itself, so it is looked at before the guide is in there.
             masking = self._calls.masking(self.model, self.prototype_trace, plate.indices, args, kwargs)
             with plate as indices, masking:
                 rows = self.contexts.of(self.model, plate, indices, args, kwargs)
                 q = posterior.local_flow(posterior.contexts(rows, g))
-                latent = pyro.sample(name, q, infer={"is_auxiliary": True})
+                latent = self._draw(f"{self.plate}_latent", q)
             with masking:
                 result.update(posterior.own.place(latent, plates))
         return result

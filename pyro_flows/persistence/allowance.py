@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 FREE_BYTES, TIMES_BYTES = 2**25, 32  # beside and per byte of tensors in the file: initialisers take some
 TIMES_SQUARES = 16  # bytes per square of a matrix's longer side: the masks of autoregressive networks
+MOST_SQUARES = 256  # bytes per byte in the file, at most, for these
 FREE_TENSORS, TIMES_TENSORS = 500, 100
 FREE_NUMBER = 2**20  # that a size may be, whatever the file holds
 COUNTED = "arange", "range", "linspace", "logspace", "randperm", "tril_indices", "triu_indices"  # sized by a number
@@ -41,7 +42,7 @@ class Allowance(TorchFunctionMode):
 
     def __init__(self, nbytes: int, tensors: int, squares: int) -> None:
         super().__init__()
-        self.bytes_left = FREE_BYTES + TIMES_BYTES * nbytes + TIMES_SQUARES * squares
+        self.bytes_left = FREE_BYTES + TIMES_BYTES * nbytes + min(TIMES_SQUARES * squares, MOST_SQUARES * nbytes)
         self.tensors_left = FREE_TENSORS + TIMES_TENSORS * tensors
         self._held = nbytes
 

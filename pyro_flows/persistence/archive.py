@@ -48,7 +48,7 @@ class Archive:
 
     Attributes:
         content: The data.
-        tensors: How many tensors there are.
+        tensors: How many tensors there are that share no numbers.
         nbytes: How many bytes they have.
         squares: The longer sides of matrices, squared and added up: masks between features are that large.
 
@@ -68,7 +68,7 @@ class Archive:
             raise ValueError("it has no data.pkl")
         self._root = pickles[0].removesuffix("data.pkl")
         self._storages: dict[str, tuple[torch.dtype, Tensor]] = {}
-        self.tensors = self.squares = 0
+        self.squares = 0
         self._seen: set[int] = set()
         data = bytes(self._bytes(pickles[0]).numpy())
         order = self._parts.get(f"{self._root}byteorder")
@@ -76,6 +76,7 @@ class Archive:
         self.content = Machine(self.storage, self.tensor, DTYPES).run(data)
         check_size(self.content, len(data))
         self.nbytes = sum(values.nbytes for _, values in self._storages.values())
+        self.tensors = len(self._storages)
 
     def _check_parts(self, size: int) -> None:
         parts = self._zip.infolist()
@@ -126,7 +127,6 @@ class Archive:
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if number else -1
         if number > len(values) or last >= len(values):
             raise ValueError(f"a tensor of shape {size!s:.60} is to be made of {len(values)} numbers")
-        self.tensors += 1
         if number and len(size) > 1 and id(values) not in self._seen:
             self._seen.add(id(values))
             self.squares += max(size) ** 2

@@ -37,7 +37,7 @@ def mask_of(site: dict[str, Any]) -> Mask:
     """Return the mask of a site in a trace, from its handlers and from its distribution."""
     own = True if site["mask"] is None else site["mask"]
     inner = _of_distribution(site["fn"])
-    return Mask(inner.some & own, inner.every & own)
+    return Mask(_both(inner.some, own), _both(inner.every, own))
 
 
 def is_masked(site: dict[str, Any]) -> bool:
@@ -53,12 +53,17 @@ def is_observation(site: dict[str, Any]) -> bool:
 def _of_distribution(fn: Any) -> Mask:
     if isinstance(fn, MaskedDistribution):
         some, every = _of_distribution(fn.base_dist)
-        return Mask(some & fn._mask, every & fn._mask)
+        return Mask(_both(some, fn._mask), _both(every, fn._mask))
     if isinstance(fn, Independent):
         some, every = _of_distribution(fn.base_dist)
         number = fn.reinterpreted_batch_ndims
         return Mask(_last(some, number, torch.any), _last(every, number, torch.all))
     return Mask(True, True)
+
+
+def _both(one: Bools, other: Bools) -> Bools:
+    """Return what two masks leave; a traced tensor takes no Python bool."""
+    return other if one is True else one if other is True else one & other
 
 
 def _last(mask: Bools, number: int, reduce: Any) -> Bools:

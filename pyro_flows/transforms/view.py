@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
+from .snapshot import Snapshot, can_be_kept
+
 if TYPE_CHECKING:
     from .base import FlowTransform
 
@@ -16,8 +18,8 @@ class View(Transform):
     """A transform at a context, as torch's :class:`~torch.distributions.TransformedDistribution` wants it.
 
     torch asks for a value and then for the log-determinant of the pair (x, y).  So a view keeps the log-determinant of
-    the pair that it made last, and gives it away once, when it is asked about these two tensors.  Values are always
-    computed, with the parameters as they are.
+    the pair that it made last, and gives it away once, when it is asked about these two tensors and no number that it
+    depends on has changed.  Values are always computed.
 
     Args:
         transform: The transform.
@@ -54,7 +56,7 @@ class View(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         pair, self._pair = self._pair, None
-        if pair and pair.x is x and pair.y is y and pair.traced == _traced(x, y):
+        if pair and pair.x is x and pair.y is y and pair.grad_mode == torch.is_grad_enabled() and pair.snapshot.holds():
             return pair.log_det
         return self.transform.log_abs_det_jacobian(x, y, self.context)
 
@@ -63,22 +65,19 @@ class View(Transform):
         return self
 
     def _keep(self, x: Tensor, y: Tensor, log_det: Tensor) -> None:
-        if not torch.compiler.is_compiling():
-            self._pair = _Pair(x, y, log_det, _traced(x, y))
+        if can_be_kept():
+            depends = [x, y] if self.context is None else [x, y, self.context]
+            self._pair = _Pair(x, y, log_det, torch.is_grad_enabled(), Snapshot([self.transform], depends))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_pair": None}
 
 
 class _Pair(NamedTuple):
-    """A pair y = t(x), its log|det dy/dx|, and what autograd traced when it was made."""
+    """A pair y = t(x), its log|det dy/dx|, and what they were made of."""
 
     x: Tensor
     y: Tensor
     log_det: Tensor
-    traced: tuple[bool, bool, bool]
-
-
-def _traced(x: Tensor, y: Tensor) -> tuple[bool, bool, bool]:
-    """Return what decides which gradients a log-determinant carries: the grad mode, and which values require grad."""
-    return torch.is_grad_enabled(), x.requires_grad, y.requires_grad
+    grad_mode: bool
+    snapshot: Snapshot
