@@ -25,14 +25,12 @@ from pyro_flows.distributions import CircularBase
 from pyro_flows.flows import Flow
 from pyro_flows.flows.coupling import coupling_masks
 from pyro_flows.transforms import ActNorm, Coupling, LULinear
+from pyro_flows.transforms.tracing import NEW_COMPILER
 
 CONTEXT_DIM = 2
 every_recipe = pytest.mark.parametrize("name", laws.RECIPES)
 every_size = pytest.mark.parametrize("dim", [1, 2, 5])
 every_context = pytest.mark.parametrize("context_dim", [0, CONTEXT_DIM], ids=["plain", "context"])
-
-
-CAN_EXPAND = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
 def start(name: str, dim: int = 3, context_dim: int = 0, **options: Any) -> Flow:
@@ -490,7 +488,7 @@ def test_three_steps_from_the_start_move_every_parameter(name: str) -> None:
 @pytest.mark.parametrize("verb", ["log_prob", "rsample_and_log_prob"])
 def test_it_compiles_to_one_graph(name: str, verb: str) -> None:
     pyro.enable_validation(False)  # a check of values is control flow that depends on data
-    if verb == "rsample_and_log_prob" and not CAN_EXPAND:
+    if verb == "rsample_and_log_prob" and not NEW_COMPILER:
         pytest.skip("torch.compile of Distribution.expand: torch 2.13, not yet 2.6")
     flow = random(name, 3, CONTEXT_DIM, num_transforms=2)
     context, value = laws.normal(4, CONTEXT_DIM), laws.normal(4, 3)

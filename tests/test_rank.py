@@ -14,6 +14,7 @@ from pyro_flows import flows
 from pyro_flows.conditioners import MLP
 from pyro_flows.transforms import FlowTransform, Householder, Orthogonal, Permute, Planar, Radial, Sylvester
 from pyro_flows.transforms.orthogonal import unit
+from pyro_flows.transforms.tracing import NEW_COMPILER
 
 ROWS = 8
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -53,6 +54,8 @@ def three_steps(layer: FlowTransform, dim: int) -> None:
     ids=lambda layer: type(layer).__name__,
 )
 def test_it_compiles_to_one_graph(layer: FlowTransform) -> None:
+    if isinstance(layer, Sylvester) and not NEW_COMPILER:
+        pytest.skip("torch.compile of Sylvester: torch 2.13, not yet 2.6")
     context = laws.normal(4, layer.context_dim, seed=1) if layer.context_dim else None
     laws.compiles(laws.randomise(layer).double(), laws.normal(4, *layer.event_shape), context)
 

@@ -62,6 +62,12 @@ except ValueError as error:
     assert "torch.compile knows no recompile_limit" in str(error), error
 else:
     raise AssertionError
+warnings.simplefilter("always")
+with warnings.catch_warnings(record=True) as told:
+    flow = flows.sylvester_flow(3, num_transforms=1)
+    flow.compile(backend="eager")
+    flow.log_prob(x)
+assert any("torch.compile needs torch 2.13" in str(warning.message) for warning in told)
 """,
 }
 

@@ -13,7 +13,6 @@ whose matrix is the same for all inputs: one pass of a layer, and not D of the n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -89,4 +88,5 @@ class Jacobian(NamedTuple):
         return widths.index(min(widths))
 
     def _layers(self, start: int = 0, stop: int | None = None) -> list[tuple[Tensor, Tensor | None]]:
-        return list(zip_longest(self.weights, self.slopes))[start:stop]
+        slopes = [*self.slopes, None][: len(self.weights)]
+        return list(zip(self.weights, slopes, strict=True))[start:stop]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..checks import check_dense, check_integers
+from ..transforms.tracing import is_traced
 
 HALF = torch.float16, torch.bfloat16
 
@@ -105,7 +106,7 @@ def check_value(
 
 def as_size(sample_shape: Sequence[int], argument: str = "sample_shape") -> torch.Size:
     """Return a shape of draws, or raise one clear error unless it holds integers of at least 0."""
-    if torch._C._get_tracing_state():  # sizes are tensors then
+    if is_traced():  # where sizes may be symbols or tensors
         return torch.Size(sample_shape)
     whole = isinstance(sample_shape, Sequence) and not isinstance(sample_shape, str | bytes)
     if not whole or not all(checks.is_integer(size) and size >= 0 for size in sample_shape):

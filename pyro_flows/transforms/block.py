@@ -131,7 +131,7 @@ class BlockAutoregressive(FlowTransform):
             block = _Block([layer.of(feature) for layer in net.layers], shifts, net.last[feature, None])
             log_scale, shift = self._scale_and_shift(out)
             root = block.root((column - shift) * torch.exp(-log_scale), steps)
-            _, log_slope, seen = block(root)
+            _, log_slope, seen = block.ascend(root)
             x.append(root)
             log_dets.append(-log_scale - log_slope)
             if feature + 1 < self.input_dim:
@@ -219,7 +219,7 @@ class _Block(NamedTuple):
     shifts: list[Tensor]  # (1, K, N) or (1, K, 1) for each layer
     last: Tensor  # (1, 1, K)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def ascend(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The value and its log-slope, ``(1, 1, N)`` each, and what later features see in each layer."""
         copies, slopes, seen = x, x.new_ones(1, 1, 1), [x]
         for layer, shift in zip(self.layers, self.shifts, strict=True):
@@ -239,7 +239,7 @@ class _Block(NamedTuple):
         return implicit_root(self._slope, x, value)
 
     def _slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self(x)[:2]
+        return self.ascend(x)[:2]
 
 
 def _event(rows: Tensor, batch: torch.Size) -> Tensor:

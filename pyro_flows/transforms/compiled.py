@@ -7,7 +7,6 @@ features, or change with the data.  What an autoregressive layer does to each fe
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -20,12 +19,11 @@ from ..bijectors import Bijector
 from .autoregressive import Autoregressive
 from .base import FlowTransform, Inverse
 from .compose import Compose
-from .tracing import is_traced
+from .tracing import COMPILE_SETTINGS, is_traced
 
 # dynamic=True would make symbols of the numbers in bijectors, for which torch 2.13 compiles wrong code; so all is
 # static but what is marked.  There are graphs with and without gradients, of one event and of many, in training or not.
 DEFAULTS = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "recompile_limit": 32}
-KNOWN = frozenset(inspect.signature(torch.compile).parameters)  # torch 2.13 knows all of these, torch 2.4 the first two
 FEW = 10_000  # numbers in a batch below which threads of the CPU wait for one another longer than they work
 Verb = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
@@ -69,7 +67,8 @@ class CompiledVerb:
 
 
 def _defaults() -> dict[str, Any]:
-    return {name: value for name, value in DEFAULTS.items() if name in KNOWN}
+    """Return those defaults that the torch at hand knows."""
+    return {name: value for name, value in DEFAULTS.items() if name in COMPILE_SETTINGS}
 
 
 def _any_size(batch: Tensor) -> Tensor:
@@ -160,7 +159,7 @@ class CompiledRuns:
     def __init__(self, settings: dict[str, Any]) -> None:
         if "dynamic" in settings:
             raise ValueError("compile: dynamic is set already, to batches of any size; leave it out.")
-        known = KNOWN - {"model", "dynamic"}
+        known = COMPILE_SETTINGS - {"model", "dynamic"}
         if unknown := sorted(set(settings) - known):
             raise ValueError(f"compile: torch.compile knows no {unknown[0]}; it takes {', '.join(sorted(known))}.")
         self.settings = settings

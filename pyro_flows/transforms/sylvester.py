@@ -20,6 +20,7 @@ arXiv:1803.05649).
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from .base import FlowTransform
 from .orthogonal import reflect, unit
 from .ridge import bounded_slope, root
 from .table import check_table, read_table
+from .tracing import NEW_COMPILER
 
 MAX_LOG_SCALE = 2.0  # bound on log R̃_ii: ridges are between 1/7 and 7 wide
 
@@ -104,6 +106,11 @@ class Sylvester(FlowTransform):
             ValueError: If a size is out of its range.
         """
         return sum(_sizes(input_dim, *check_ridges("Sylvester", input_dim, rank, reflections)))
+
+    def compiles(self, inverse: bool) -> bool:
+        if not NEW_COMPILER:
+            warnings.warn("Sylvester: it runs uncompiled, since torch.compile needs torch 2.13 for it.", stacklevel=2)
+        return NEW_COMPILER
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         ridges = self._ridges(context)

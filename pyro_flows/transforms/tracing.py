@@ -1,8 +1,13 @@
-"""Whether code runs on numbers, or is looked at by what compiles, records or maps it."""
+"""Whether code runs on numbers, or is looked at by what compiles, records or maps it; and what torch's compiler can."""
 
 from __future__ import annotations
 
+import inspect
+
 import torch
+
+COMPILE_SETTINGS = frozenset(inspect.signature(torch.compile).parameters)
+NEW_COMPILER = "recompile_limit" in COMPILE_SETTINGS  # as torch 2.13 has it, and torch 2.6 does not
 
 
 def is_traced() -> bool:
