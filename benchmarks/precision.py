@@ -48,9 +48,9 @@ quantile over rows. Reproduce with `python benchmarks/precision.py`.
 NOTES = """
 ## What to notice
 
-* The error of float32 is at most some 10⁻⁷ κ: below 0.01 nats up to κ of some 10⁵, beyond 0.1 nats from some 10⁶ on. A value
-  in float32 is known to one part in 10⁷ only, and where κ is large its neighbours have other densities. So the error is
-  that of the number format and not of the algorithm. float64 has the same limit, further out.
+* The error of float32 is at most some 10⁻⁷ κ: below 0.01 nats up to κ of some 10⁵, beyond 0.1 nats from some 10⁶ on.
+  A value in float32 is known to one part in 10⁷ only, and where κ is large its neighbours have other densities. So the
+  error is that of the number format and not of the algorithm. float64 has the same limit, further out.
 * Tighter bounds on splines help where they already cost accuracy, for κ is a product over layers. So the default bounds
   stay.
 * Trained flows stay far below. `fit_density` looks at its flow when it ends, and warns where more than 1 % of the rows
