@@ -525,3 +525,15 @@ def test_a_traced_elbo_takes_masks() -> None:
     guide = AutoPlateFlow(model, "rows")
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), JitTrace_ELBO(ignore_jit_warnings=True))
     assert all(torch.tensor(svi.step(seen)).isfinite() for _ in range(2))
+
+
+def test_masked_rows_whose_data_lie_outside_of_the_plate_are_refused() -> None:
+    """Their guide would collapse to points: the data count for them, and their entropy does not."""
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("rows", 6), poutine.mask(mask=torch.arange(6) < 2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=y)
+
+    with pytest.raises(ValueError, match="'z' is masked, and the data, such as 'y', lie outside of plate 'rows'"):
+        AutoPlateFlow(model, "rows").setup(torch.zeros(6))

@@ -71,8 +71,21 @@ def mask_of_rows(plate: str, found: Found) -> Tensor | None:
                 f"AutoPlateFlow: observed site {name!r} in plate {plate!r} counts where latent site {first!r} is "
                 f"masked. Mask both alike, or the observed sites only. {FLAT}"
             )
+    _check_data_inside(plate, first, found)
     frame = _frame(inside[first], plate)
     return mask.reshape(-1, *(1,) * (-1 - frame.dim))
+
+
+def _check_data_inside(plate: str, latent: str, found: Found) -> None:
+    """Refuse masked rows of a plate without data: what is observed outside may depend on them all the same."""
+    data = {name: site for name, site in found.observed.items() if is_observation(site)}
+    if not any(_frame(site, plate) for site in data.values()):
+        for name, site in data.items():
+            if bool(torch.as_tensor(mask_of(site).some).any()):
+                raise ValueError(
+                    f"AutoPlateFlow: latent site {latent!r} is masked, and the data, such as {name!r}, lie outside of "
+                    f"plate {plate!r}, where they may count for the rows that are left out. {FLAT}"
+                )
 
 
 def mask_of_all(plate: str, found: Found) -> Tensor | None:
