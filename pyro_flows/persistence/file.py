@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn, serialization
 
+from ..checks import as_file
 from ..files import write_atomically
 from ..flows import Dequantized, Flow
 from ..guides import AutoFlow, AutoPlateFlow
@@ -57,6 +58,7 @@ def save(flow_or_guide: Flow | Dequantized | AutoFlow | AutoPlateFlow, path: str
         >>> torch.equal(again(context).log_prob(x), flow(context).log_prob(x))
         True
     """
+    file = as_file("save", "path", path)
     kind = BY_TYPE.get(type(flow_or_guide))
     if kind is None or kind.name not in ROOTS:
         raise ValueError(
@@ -69,7 +71,7 @@ def save(flow_or_guide: Flow | Dequantized | AutoFlow | AutoPlateFlow, path: str
         if isinstance(part, nn.Module):
             check_comes_back(name, part)
     content = {"format": FORMAT, "spec": {**spec, **marks_of(flow_or_guide)}, "state": state_of(flow_or_guide)}
-    write_atomically(Path(path), lambda draft: _write(content, draft))
+    write_atomically(file, lambda draft: _write(content, draft))
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -101,7 +103,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         >>> guide.sample(100)["rate"].min() > 0
         tensor(True)
     """
-    path = Path(path)
+    path = as_file("load", "path", path)
     spec, state = _read(path)
     try:
         if list(spec) != ["class", "arguments", "frozen", "dtypes"]:
