@@ -128,15 +128,20 @@ def check_dense(caller: str, argument: str, value: Tensor) -> None:
     raise ValueError(f"{caller}: {argument} must {must}, got {got}; {way}.")
 
 
-def as_path(caller: str, argument: str, value: Any) -> Path | None:
-    """Return a path, or None for None.
+def as_file(caller: str, argument: str, value: Any) -> Path:
+    """Return the path of a file.
 
     Raises:
         TypeError: If a value is none.
     """
-    if value is not None and not isinstance(value, str | os.PathLike):
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise TypeError(f"{caller}: {argument} must be the path of a file, got {quoted(value)}.")
-    return None if value is None else Path(value)
+    return Path(value)
+
+
+def as_path(caller: str, argument: str, value: Any) -> Path | None:
+    """Return the path of a file, or None for None; errors as in :func:`as_file`."""
+    return None if value is None else as_file(caller, argument, value)
 
 
 def joined(caller: str, kwargs: dict[str, Any], model_kwargs: Any) -> dict[str, Any]:

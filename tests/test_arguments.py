@@ -56,6 +56,7 @@ NUMBERS = {
     "Likelihood: kinetic": lambda v: objectives.Likelihood(kinetic=v),
     "dequantize: step": lambda v: pf.dequantize(x3, step=v),
     "find_spikes: share": lambda v: pf.find_spikes(x3, share=v),
+    "AutoFlow: init_scale": lambda v: pf.AutoFlow(flows.nice, init_scale=v),
     "fit_density: lr": lambda v: pf.fit_density(flows.nice(3), torch.randn(60, 3), lr=v),
     "fit_density: held_out": lambda v: pf.fit_density(flows.nice(3), torch.randn(60, 3), held_out=v),
     "fit_density: ema_decay": lambda v: pf.fit_density(flows.nice(3), torch.randn(60, 3), ema_decay=v),
@@ -84,6 +85,8 @@ OBJECTS = {
     "log_prob: value": lambda v: flows.nice(3).log_prob(v),
     "Flow: sample_shape": lambda v: flows.nice(3)().rsample(v),
     "dequantize: x": pf.dequantize,
+    "load: path": lambda v: pf.load(v if v != "x" else ""),
+    "AutoFlow: name": lambda v: pf.AutoFlow(flows.nice, name=v if isinstance(v, int) else ()),
 }
 CASES = [
     pytest.param(name, use, value, id=f"{name}-{value!s:.12}")

@@ -10,7 +10,7 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from ..checks import is_integer, joined
+from ..checks import check_flags, is_integer, joined
 from .compat import Groups, Variable, container
 from .draws import draw
 from .held import Held, hold, read, sites_of, values_of
@@ -90,6 +90,7 @@ def to_arviz(
     for name, value in (("num_samples", num_samples), ("num_weighed", num_weighed)):
         if not is_integer(value) or value < 25:
             raise ValueError(f"to_arviz: {name} must be at least 25 to fit a tail, got {value!r}.")
+    check_flags("to_arviz", importance=importance)
     kwargs = joined("to_arviz", kwargs, model_kwargs)
     total = max(num_samples, num_weighed) if importance else num_samples
     held = hold(draw(model, guide, args, kwargs, total, batch_size=batch_size, vectorize=vectorize))

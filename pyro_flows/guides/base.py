@@ -16,6 +16,7 @@ from pyro.nn import PyroModule
 from pyro.nn.module import _is_module_local_param_enabled
 from torch import Tensor, nn
 
+from ..checks import quoted
 from ..flows import Flow
 from ..flows.distribution import FlowDistribution
 from .checks import missing_arguments
@@ -171,6 +172,12 @@ class FlowGuide(AutoGuide):
 
 def _quantiles(value: Tensor, quantiles: list[float] | Tensor) -> Tensor:
     """Quantiles over the first dimension, some columns at a time: torch takes no more than 2²⁴ numbers."""
-    levels = torch.as_tensor(quantiles, dtype=value.dtype, device=value.device)
+    try:
+        levels = torch.as_tensor(quantiles, dtype=value.dtype, device=value.device)
+        fits = bool(((levels >= 0) & (levels <= 1)).all())
+    except (TypeError, ValueError, RuntimeError):
+        fits = False
+    if not fits:
+        raise ValueError(f"quantiles must be numbers from 0 to 1, such as [0.05, 0.95], got {quoted(quantiles)}.")
     columns = value.reshape(len(value), -1).split(1000, 1)
     return torch.cat([torch.quantile(part, levels, dim=0) for part in columns], 1).reshape(-1, *value.shape[1:])

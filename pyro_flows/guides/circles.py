@@ -15,6 +15,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
+from ..checks import check_program
+
 
 class Circle(constraints.interval):
     """The interval [low, high) whose ends are one point."""
@@ -63,6 +65,7 @@ class MarkCircles(Messenger):
 
 def mark_circles(model: Callable[..., Any]) -> Callable[..., Any]:
     """A model for the guide to look at; the densities of its circular sites are left out."""
+    check_program(model=model)
     return MarkCircles()(model)
 
 

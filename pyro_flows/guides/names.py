@@ -15,6 +15,8 @@ import torch
 from pyro.params.param_store import param_with_module_name
 from torch import nn
 
+from ..checks import check_kind
+
 _used: set[str] = set()
 _live: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
@@ -22,6 +24,7 @@ _live: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 def claim_name(guide: Any, name: str | None) -> str:
     """Reserve a name for a guide: the one that was asked for, or the first of its class that was never used."""
     kind = type(guide).__name__
+    check_kind(kind, (str, type(None)), "a word or None", name=name)
     if name is None:
         names = (kind if i == 1 else f"{kind}_{i}" for i in itertools.count(1))
         name = next(n for n in names if n not in _used)

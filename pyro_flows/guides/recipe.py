@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import flows
 from ..bijectors import Affine
+from ..checks import check_numbers
 from ..conditioners import MLP, Given
 from ..distributions import CircularBase, ContaminatedNormalBase
 from ..flows import Flow
@@ -76,8 +77,7 @@ def check_recipe(owner: str, argument: str, recipe: object, example: str) -> Non
 
 def check_scale(owner: str, scale: float) -> None:
     """Refuse a scale to start from that is none."""
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"{owner}: init_scale must be positive and finite, got {scale}.")
+    check_numbers(owner, above=0, init_scale=scale)
 
 
 def built(

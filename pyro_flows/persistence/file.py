@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn, serialization
 
+from ..checks import as_file
 from ..files import save_tensors, write_atomically
 from ..flows import Dequantized, Flow
 from ..guides import AutoFlow, AutoPlateFlow
@@ -62,6 +63,7 @@ def save(flow_or_guide: Flow | Dequantized | AutoFlow | AutoPlateFlow, path: str
         >>> torch.equal(again(context).log_prob(x), flow(context).log_prob(x))
         True
     """
+    file = as_file("save", "path", path)
     kind = BY_TYPE.get(type(flow_or_guide))
     if kind is None or kind.name not in ROOTS:
         raise ValueError(
@@ -74,7 +76,7 @@ def save(flow_or_guide: Flow | Dequantized | AutoFlow | AutoPlateFlow, path: str
         if isinstance(part, nn.Module):
             check_comes_back(name, part)
     content = {"format": FORMAT, "spec": {**spec, **marks_of(flow_or_guide)}, "state": state_of(flow_or_guide)}
-    write_atomically(Path(path), lambda draft: _write(content, draft))
+    write_atomically(file, lambda draft: _write(content, draft))
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -110,7 +112,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         >>> guide.sample(100)["rate"].min() > 0
         tensor(True)
     """
-    path = Path(path)
+    path = as_file("load", "path", path)
     spec, state, archive = _read(path)
     try:
         if list(spec) != ["class", "arguments", "frozen", "dtypes"]:
