@@ -133,7 +133,7 @@ def test_chains_start_from_the_guide():
     noise = (draws.var(0) / 2000 + own.var(0) / 2000).sqrt()
     assert ((draws.mean(0) - own.mean(0)).abs() < 4.5 * noise).all()
     assert found.initial()[found.site].shape == (5,)
-    with pytest.raises(ValueError, match="num_chains must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_chains must be an integer of at least 1, got 0"):
         found.initial(0)
 
 
