@@ -258,7 +258,7 @@ def test_latents_of_mixtures_have_the_support_of_the_components():
         assert components.support.check(draws["x"].unsqueeze(-1 - components.event_dim)).all()
         assert guide.log_prob(draws).isfinite().all()
     # Before torch had MixtureSameFamilyConstraint, the support of the components was that of the mixture.
-    with pytest.raises((NotImplementedError, ValueError), match="the support of (latent )?site 'x'"):
+    with pytest.raises((NotImplementedError, ValueError), match=r"the support of (latent )?site 'x'"):
         AutoFlow(two, small).setup(dist.Uniform(torch.zeros(2), torch.tensor([1.0, 2.0])))
 
 
