@@ -243,7 +243,7 @@ every_update = pytest.mark.parametrize("update", UPDATES, ids=lambda update: upd
 
 
 @every_update
-@pytest.mark.parametrize("recipe, draw", DRAWS)
+@pytest.mark.parametrize(("recipe", "draw"), DRAWS)
 def test_no_update_leaves_a_stale_density(recipe: str, update: Callable[[Flow], Flow], draw: str) -> None:
     """``q = flow(); y = q.rsample()``, then an update by any means, then ``q.log_prob(y)``."""
     flow = random_flow(laws.RECIPES[recipe])
