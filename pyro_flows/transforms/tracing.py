@@ -1,4 +1,4 @@
-"""Whether code runs on numbers, or is looked at by what compiles, records or maps it; and what torch's compiler can."""
+"""Detect code that is compiled, recorded or mapped rather than run, and the settings that torch's compiler knows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NEW_COMPILER = "recompile_limit" in COMPILE_SETTINGS  # as torch 2.13 has it, an
 
 
 def is_traced() -> bool:
-    """Whether operations are being recorded or mapped rather than run."""
+    """Return True if operations are being recorded or mapped rather than run."""
     return bool(
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
