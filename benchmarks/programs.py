@@ -1,0 +1,191 @@
+"""Programs as Pyro's users write them, with their arguments: the models that ``training.py`` trains guides on.
+
+Six come from Pyro's own tutorials and examples.  Nothing of them is copied here: ``taken`` runs their definitions,
+unchanged, from the checkout of Pyro's repository that ``PYRO_FLOWS_PYRO`` names.  Tables that the tutorials download
+are simulated, so that figures are the same with and without a network.  Four more are posteriors of ``targets.py``.
+
+Every build is deterministic, leaves the random state as it was, and makes its modules anew.
+"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import targets
+import torch
+from pyro.infer import Trace_ELBO
+from torch import Tensor, nn
+
+
+class Program(NamedTuple):
+    """A Pyro model with its arguments, and facts that a training loop needs.
+
+    Attributes:
+        model: The model.
+        args: Its arguments.
+        kwargs: Its named arguments.
+        plate: The plate of an ``AutoPlateFlow``, where latents are local and rows come in minibatches.
+        encoder: Makes the encoder of that guide.
+        scalable: False where a covariance matrix of all latents is too large.
+        batched: False where the model does not broadcast over vectorised particles.
+        elbo: Makes Pyro's ELBO for the model, given the arguments of ``Trace_ELBO``.
+        dtype: The default dtype to build guides under.
+        batches: Makes an endless iterator of the arguments of each step, where rows come in minibatches.
+        own_guide: The guide that the example trains, if it has one that is not an autoguide.
+    """
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    plate: str | None = None
+    encoder: Callable[[], nn.Module] | None = None
+    scalable: bool = True
+    batched: bool = True
+    elbo: Callable[..., Any] = Trace_ELBO
+    dtype: torch.dtype = torch.float32
+    batches: Callable[[], Iterator[tuple[Any, ...]]] | None = None
+    own_guide: Callable[..., Any] | None = None
+
+
+def source(name: str) -> tuple[Path, str]:
+    """The path and the Python code of a file or notebook in the checkout of Pyro's repository."""
+    folder = os.environ.get("PYRO_FLOWS_PYRO")
+    path = Path(folder or ".") / name
+    if not folder or not path.is_file():
+        found = f"{path} is missing" if folder else "PYRO_FLOWS_PYRO is not set"
+        sys.exit(
+            f"source: {name} must be in a checkout of Pyro's repository, but {found}. Run `git clone "
+            "https://github.com/pyro-ppl/pyro` and set PYRO_FLOWS_PYRO to the folder that it makes."
+        )
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = (cell["source"] for cell in json.loads(text)["cells"] if cell["cell_type"] == "code")
+        text = "\n".join("".join(lines) for lines in cells)
+        text = "\n".join("" if line.startswith("%") else line for line in text.split("\n"))  # IPython's commands
+    return path, text
+
+
+def bound_by(statement: ast.stmt) -> set[str]:
+    """The names that a definition, an import or an assignment binds; none for other statements."""
+    if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+        return {statement.name}
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return {(alias.asname or alias.name).partition(".")[0] for alias in statement.names}
+    if isinstance(statement, ast.Assign):
+        nodes = (node for target in statement.targets for node in ast.walk(target))
+        return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return set()
+
+
+def read_by(code: CodeType) -> set[str]:
+    """The global names that code and the functions in it read."""
+    found = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return found.union(*(read_by(part) for part in code.co_consts if isinstance(part, CodeType)))
+
+
+def taken(name: str, *wanted: str, **given: Any) -> list[Any]:
+    """Values of global names in a file of Pyro's repository.
+
+    Runs the last statement that binds each name and, before it, the statements that bind what it reads; names that are
+    given need none.  The rest of the file, its downloads, plots and training, does not run.
+    """
+    path, text = source(name)
+    binding = {key: node for node in ast.parse(text).body for key in bound_by(node) if key not in given}
+    needed, pending = set[ast.stmt](), [*wanted]
+    while pending:
+        node = binding.get(pending.pop())
+        if node is not None and node not in needed:
+            needed.add(node)
+            pending += read_by(compile(ast.Module([node], []), str(path), "exec"))
+    scope = {"__name__": path.stem, **given}
+    body = sorted(needed, key=lambda node: node.lineno)
+    exec(compile(ast.Module(body, []), str(path), "exec"), scope)
+    if missing := [key for key in wanted if key not in scope]:
+        sys.exit(f"taken: {name} must define {missing[0]}. Use a checkout of Pyro 1.9.1 or later.")
+    return [scope[key] for key in wanted]
+
+
+def seeded(build: Callable[[], Program]) -> Callable[[], Program]:
+    """A build with a seed of its own, after which the random state is as before."""
+
+    @functools.wraps(build)
+    def built() -> Program:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return build()
+
+    return built
+
+
+def drawn(*shape: int) -> Tensor:
+    """Standard normal draws: the same numbers under every default dtype."""
+    return torch.randn(shape, dtype=torch.float64).to(torch.get_default_dtype())
+
+
+def conjugate() -> Program:
+    """Four standard normal latents, each observed once with unit noise."""
+    y = torch.tensor([1.0, -1.0, 2.0, -2.0])
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=y)
+
+    return Program(model)
+
+
+def bayesian_regression() -> Program:
+    """The regression of bayesian_regression.ipynb on 170 simulated rows: Africa, ruggedness, their product, log GDP."""
+    (kind,) = taken("tutorial/source/bayesian_regression.ipynb", "BayesianRegression")
+    africa = (torch.arange(170) % 10 < 3).to(torch.get_default_dtype())
+    rugged = drawn(170).abs() * 1.3
+    x = torch.stack((africa, rugged, africa * rugged), -1)
+    y = 9.2 - 1.9 * africa - 0.2 * rugged + 0.4 * africa * rugged + 0.9 * drawn(170)
+    return Program(kind(3, 1), (x, y), batched=False)
+
+
+def neutra() -> Program:
+    """The banana of examples/neutra.py, at the example's defaults."""
+    (model,) = taken("examples/neutra.py", "model")
+    return Program(model, (1.15, 1.0))
+
+
+def target(name: str) -> Program:
+    """A posterior of ``targets.py``."""
+    return Program(targets.load(name).model, dtype=torch.float64)
+
+
+def bnn() -> Program:
+    """A Bayesian network of two hidden layers, 2,042 latents, on 300 simulated rows of 8 features."""
+    x = drawn(300, 8)
+    y = torch.sin(2 * x[:, 0]) + x[:, 1] * x[:, 2] + 0.1 * drawn(300)
+    widths = 8, 40, 40, 1
+
+    def model(x: Tensor, y: Tensor) -> None:
+        h = x
+        for i, (n, m) in enumerate(zip(widths, widths[1:])):
+            weight = pyro.sample(f"weight{i}", dist.Normal(x.new_zeros(n, m), n**-0.5).to_event(2))
+            bias = pyro.sample(f"bias{i}", dist.Normal(x.new_zeros(1, m), 1.0).to_event(2))
+            h = (h.tanh() if i else h) @ weight + bias
+        sigma = pyro.sample("sigma", dist.HalfNormal(x.new_ones(())))
+        pyro.sample("y", dist.Normal(h.squeeze(-1), sigma.unsqueeze(-1)).to_event(1), obs=y)
+
+    return Program(model, (x, y), scalable=False)
+
+
+TARGETS = "eight_schools", "eight_schools_centered", "kidiq", "german_credit_sparse"
+BUILDS = conjugate, bayesian_regression, neutra, bnn
+PROGRAMS: dict[str, Callable[[], Program]] = {
+    **{build.__name__: seeded(build) for build in BUILDS},
+    **{name: functools.partial(target, name) for name in TARGETS},
+}
