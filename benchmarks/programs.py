@@ -17,15 +17,21 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import CodeType
+from types import CodeType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import targets
 import torch
-from pyro.infer import Trace_ELBO
+from mnist import mnist
+from pyro import poutine
+from pyro.contrib.forecast.util import time_reparam_dct
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.ops.tensor_utils import periodic_features
 from torch import Tensor, nn
+
+from pyro_flows.encoders import MLPEncoder
 
 
 class Program(NamedTuple):
@@ -43,6 +49,7 @@ class Program(NamedTuple):
         dtype: The default dtype to build guides under.
         batches: Makes an endless iterator of the arguments of each step, where rows come in minibatches.
         own_guide: The guide that the example trains, if it has one that is not an autoguide.
+        hide: Discrete sites, which the ELBO sums out.
     """
 
     model: Callable[..., Any]
@@ -56,6 +63,12 @@ class Program(NamedTuple):
     dtype: torch.dtype = torch.float32
     batches: Callable[[], Iterator[tuple[Any, ...]]] | None = None
     own_guide: Callable[..., Any] | None = None
+    hide: tuple[str, ...] = ()
+
+    @property
+    def guided(self) -> Callable[..., Any]:
+        """The model to build a guide from: without the sites that the ELBO sums out."""
+        return poutine.block(self.model, hide=[*self.hide]) if self.hide else self.model
 
 
 def source(name: str) -> tuple[Path, str]:
@@ -119,7 +132,6 @@ def taken(name: str, *wanted: str, **given: Any) -> list[Any]:
 def seeded(build: Callable[[], Program]) -> Callable[[], Program]:
     """A build with a seed of its own, after which the random state is as before."""
 
-    @functools.wraps(build)
     def built() -> Program:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -183,9 +195,73 @@ def bnn() -> Program:
     return Program(model, (x, y), scalable=False)
 
 
+def stable() -> Program:
+    """The stochastic volatility of stable.ipynb, with its stable density, on 1,000 simulated returns: 1,005 latents."""
+    (model,) = taken("tutorial/source/stable.ipynb", "model_with_log_prob")
+    volatility = 0.01 * (0.5 * 0.03 * drawn(1000).cumsum(0)).exp()
+    returns = dist.Stable(1.9, 0.0, volatility, 0.03 * volatility).sample()
+    return Program(model, (returns,), scalable=False)
+
+
+def lda() -> Program:
+    """The topics of examples/lda.py, of a size with 564 latents: word topics are summed out, as there."""
+    (model,) = taken("examples/lda.py", "model")
+    sizes = SimpleNamespace(num_topics=4, num_words=66, num_docs=100, num_words_per_doc=64)
+    data = model(args=sizes)[-1]
+    elbo = functools.partial(TraceEnum_ELBO, max_plate_nesting=2)
+    return Program(model, (data,), {"args": sizes}, scalable=False, elbo=elbo, hide=("word_topics",))
+
+
+def forecasting_i(number: int) -> Program:
+    """A model of forecasting_i.ipynb as its Forecaster trains it, on simulated log ridership of 469 weeks."""
+    week = torch.arange(469, dtype=torch.get_default_dtype())
+    level = 14.3 + 0.0004 * week - 0.1 * (2 * torch.pi * week / 52.18).cos() + 0.005 * drawn(469).cumsum(0)
+    data = (level + 0.02 * drawn(469) - 0.1 * (drawn(469) > 2)).unsqueeze(-1)  # holidays make the noise skewed
+    kind, end = taken("tutorial/source/forecasting_i.ipynb", f"Model{number}", "T1", data=data)
+    covariates = periodic_features(469, 365.25 / 7).to(data)
+    if number == 1:
+        covariates = torch.cat(((week / 365).unsqueeze(-1), covariates), -1)
+    model = kind() if number == 1 else poutine.reparam(kind(), time_reparam_dct)
+    return Program(model, (data[:end], covariates[:end]), scalable=number == 1, elbo=FORECASTER_ELBO)
+
+
+def forecasting_ii(number: int) -> Program:
+    """A model of forecasting_ii.ipynb as its Forecaster trains it, on simulated log ridership of hours."""
+    hour = torch.arange(HOURS[number], dtype=torch.get_default_dtype())
+    cycle = 8 - 2 * (2 * torch.pi * hour / 24).cos() - 0.5 * (2 * torch.pi * hour / 168).cos()
+    walk = torch.zeros(())
+    local = [walk := 0.96 * walk + 0.05 * noise for noise in drawn(len(hour))]
+    data = (cycle + torch.stack(local) + 0.1 * drawn(len(hour))).unsqueeze(-1)
+    kind, end = taken("tutorial/source/forecasting_ii.ipynb", f"Model{number}", "T1", data=data)
+    args = data[:end], data.new_zeros(end, 0)
+    return Program(kind(), args, scalable=number < 3, elbo=FORECASTER_ELBO)
+
+
+def vae() -> Program:
+    """The autoencoder of examples/vae/vae.py on MNIST's grey values, in the example's minibatches of 256."""
+    (kind,) = taken("examples/vae/vae.py", "VAE")
+    grey = (mnist("train")[0].flatten(1) / 255).to(torch.get_default_dtype())
+    own = kind()
+
+    def batches() -> Iterator[tuple[Tensor]]:
+        source = torch.Generator().manual_seed(0)
+        while True:
+            for rows in torch.randperm(len(grey), generator=source).split(256)[:-1]:  # the last one is smaller
+                yield (grey[rows],)
+
+    def encoder() -> MLPEncoder:
+        return MLPEncoder(784, 100, (400,))
+
+    return Program(own.model, next(batches()), plate="data", encoder=encoder, batches=batches, own_guide=own.guide)
+
+
+FORECASTER_ELBO = functools.partial(Trace_ELBO, max_plate_nesting=1)  # Forecaster makes room for its time plate
+HOURS = {1: 2016, 2: 2016, 3: 504}
 TARGETS = "eight_schools", "eight_schools_centered", "kidiq", "german_credit_sparse"
-BUILDS = conjugate, bayesian_regression, neutra, bnn
+FORECASTS = forecasting_i, forecasting_ii
+BUILDS = conjugate, bayesian_regression, neutra, bnn, stable, lda, vae
 PROGRAMS: dict[str, Callable[[], Program]] = {
     **{build.__name__: seeded(build) for build in BUILDS},
+    **{f"{build.__name__}_{i}": seeded(functools.partial(build, i)) for build in FORECASTS for i in (1, 2, 3)},
     **{name: functools.partial(target, name) for name in TARGETS},
 }
