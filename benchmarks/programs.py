@@ -207,7 +207,7 @@ def stable() -> Program:
 def lda() -> Program:
     """The topics of examples/lda.py, of a size with 564 latents: word topics are summed out, as there."""
     (model,) = taken("examples/lda.py", "model")
-    sizes = SimpleNamespace(num_topics=4, num_words=66, num_docs=100, num_words_per_doc=64)
+    sizes = SimpleNamespace(num_topics=4, num_words=96, num_docs=60, num_words_per_doc=64)
     data = model(args=sizes)[-1]
     elbo = functools.partial(TraceEnum_ELBO, max_plate_nesting=2)
     return Program(model, (data,), {"args": sizes}, scalable=False, batched=False, elbo=elbo, hide=("word_topics",))
