@@ -197,9 +197,9 @@ def bnn() -> Program:
 
 
 def stable() -> Program:
-    """The stochastic volatility of stable.ipynb, as reparametrised there, on 333 simulated returns: 1,004 latents."""
+    """The stochastic volatility of stable.ipynb, as reparametrised there, on 200 simulated returns: 1,005 latents."""
     (model,) = taken("tutorial/source/stable.ipynb", "reparam_model")
-    volatility = 0.01 * (0.015 * drawn(333).cumsum(0)).exp()
+    volatility = 0.01 * (0.015 * drawn(200).cumsum(0)).exp()
     returns = dist.Stable(1.9, 0.0, volatility, 0.03 * volatility).sample()
     return Program(model, (returns,), scalable=False)
 
