@@ -1,10 +1,11 @@
 """Programs as Pyro's users write them, with their arguments: the models that ``training.py`` trains guides on.
 
-Six come from Pyro's own tutorials and examples.  Nothing of them is copied here: ``taken`` runs their definitions,
+Most come from Pyro's own tutorials and examples.  Nothing of them is copied here: ``taken`` runs their definitions,
 unchanged, from the checkout of Pyro's repository that ``PYRO_FLOWS_PYRO`` names.  Tables that the tutorials download
 are simulated, so that figures are the same with and without a network.  Four more are posteriors of ``targets.py``.
 
-Every build is deterministic, leaves the random state as it was, and makes its modules anew.
+Every build is deterministic, leaves the random state as it was, and makes its modules anew.  Training changes modules,
+so build a program for each run.
 """
 
 from __future__ import annotations
@@ -249,9 +250,9 @@ def vae() -> Program:
     own = kind()
 
     def batches() -> Iterator[tuple[Tensor]]:
-        source = torch.Generator().manual_seed(0)
+        order = torch.Generator().manual_seed(0)
         while True:
-            for rows in torch.randperm(len(grey), generator=source).split(256)[:-1]:  # the last one is smaller
+            for rows in torch.randperm(len(grey), generator=order).split(256)[:-1]:  # the last one is smaller
                 yield (grey[rows],)
 
     def encoder() -> MLPEncoder:
