@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import checks
-from ..checks import check_integers, check_sizes
+from ..checks import check_integers, check_numbers, check_sizes
 
 
 class Conditioner(nn.Module, ABC):
@@ -40,6 +41,7 @@ class Conditioner(nn.Module, ABC):
 
     Attributes:
         size: The shape of one feature, ``()`` unless a subclass sets another.
+        pace: How far the parameters move in a step of an optimiser: see :meth:`set_pace`.
         from_context: The linear map of contexts ``(*batch, context_dim)`` to the first hidden layer, or None.
 
     Raises:
@@ -72,6 +74,7 @@ class Conditioner(nn.Module, ABC):
     context_dim: int
     hidden_dims: tuple[int, ...]
     size: tuple[int, ...] = ()
+    pace: float | None = None
     from_context: nn.Module | None
 
     def __init__(
@@ -86,7 +89,7 @@ class Conditioner(nn.Module, ABC):
         self.num_params, self.context_dim = num_params, context_dim
         self.hidden_dims = tuple(hidden_dims)
         # A context is added to the first hidden layer: computed once per context, broadcast over samples.
-        self.from_context = nn.Linear(context_dim, self.hidden_dims[0], bias=False) if context_dim else None
+        self.from_context = Linear(context_dim, self.hidden_dims[0], bias=False) if context_dim else None
 
     def add_context(self, h: Tensor, context: Tensor | None) -> Tensor:
         """What enters the first hidden layer's activation: ``h`` and the share of the context.
@@ -110,6 +113,20 @@ class Conditioner(nn.Module, ABC):
             )
         return h + self.from_context(context)
 
+    def set_pace(self, pace: float | None) -> None:
+        """Choose how far the parameters move in a step of an optimiser; what the network computes stays as it is.
+
+        Args:
+            pace: For steps of Adam of size lr, parameters move by about ``pace * lr``, and hidden units by about lr,
+                whatever the widths; None for weights as torch has them, where both grow with the widths.
+        """
+        check_numbers(type(self).__name__, above=0, optional=True, pace=pace)
+        for layer in self.modules():
+            if isinstance(layer, Linear):
+                wished = 1.0 if pace is None else (pace if layer.zero else 1.0) / layer.in_features
+                layer.set_pace(2.0 ** round(math.log2(wished)))
+        self.pace = pace
+
     @abstractmethod
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Compute parameters.
@@ -126,19 +143,54 @@ class Conditioner(nn.Module, ABC):
         """
 
 
-class MaskedLinear(nn.Linear):
-    """y = (W ∘ M) x + b, where the 0/1 matrix M cuts connections; it starts as ``torch.nn.Linear`` does, or at zero."""
+class Linear(nn.Linear):
+    """y = p (W x + b), where p is the layer's pace: how far y moves when an optimiser moves W and b.
+
+    Adam moves each weight by about its step size, whatever the size of the gradient, and y by as many of them as there
+    are inputs.  A pace of 1 over their number makes that one step size: the maximal update parametrisation (Yang, Hu
+    2020, arXiv:2011.14522; Yang et al. 2022, arXiv:2203.03466).
+
+    Args:
+        in_features: The number of inputs.
+        out_features: The number of outputs.
+        bias: Whether there is b.
+        zero: Whether W and b start at zero, as in a last layer; else as in ``torch.nn.Linear``.
+    """
+
+    pace: float = 1.0
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, zero: bool = False) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.zero = zero
+        if zero:
+            zero_(self)
+
+    @torch.no_grad()
+    def set_pace(self, pace: float) -> None:
+        """Change the pace and keep the function: exact in floating point, since paces are powers of 2."""
+        for parameter in self.parameters():
+            parameter.mul_(self.pace / pace)
+        self.pace = pace
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.paced(F.linear(x, self.weight, self.bias))
+
+    def paced(self, y: Tensor) -> Tensor:
+        """Return p y."""
+        return y if self.pace == 1.0 else self.pace * y
+
+
+class MaskedLinear(Linear):
+    """y = p ((W ∘ M) x + b), where the 0/1 matrix M cuts connections."""
 
     mask: Tensor
 
     def __init__(self, in_features: int, out_features: int, *, zero: bool = False) -> None:
-        super().__init__(in_features, out_features)
+        super().__init__(in_features, out_features, zero=zero)
         self.register_buffer("mask", torch.ones(out_features, in_features), persistent=False)
-        if zero:
-            zero_(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.mask, self.bias)
+        return self.paced(F.linear(x, self.weight * self.mask, self.bias))
 
 
 class Rectifier(nn.ReLU):

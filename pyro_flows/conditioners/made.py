@@ -41,6 +41,7 @@ class MADE(Conditioner):
         adjacency: ``adjacency[i, j]`` says whether the parameters of feature i may depend on feature j, ``(D, D)``: a
             directed graph without cycles, whose diagonal does not count; by default all of lower rank may be seen.
         activation: The class of the elementwise nonlinearity.
+        pace: How far the parameters move in a step of an optimiser: see :meth:`Conditioner.set_pace`.
 
     Raises:
         ValueError: If a size is out of its range, the order is no permutation or puts a child before a parent,
@@ -73,6 +74,7 @@ class MADE(Conditioner):
         order: Sequence[int] | None = None,
         adjacency: Sequence[Sequence[bool]] | Tensor | None = None,
         activation: type[nn.Module] = nn.ReLU,
+        pace: float | None = None,
     ) -> None:
         check_integers("MADE", input_dim=input_dim)
         super().__init__(input_dim, input_dim, num_params, hidden_dims, context_dim)
@@ -90,6 +92,7 @@ class MADE(Conditioner):
         if graph is not None:
             self._check_graph(graph)
         self._set_masks()
+        self.set_pace(pace)
         self.register_load_state_dict_post_hook(_restore_masks)
 
     def _check_graph(self, graph: Tensor) -> None:

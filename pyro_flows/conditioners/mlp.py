@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_flags
-from .base import Conditioner, activation_of, zero_
+from .base import Conditioner, Linear, activation_of
 
 
 class MLP(Conditioner):
@@ -29,6 +29,7 @@ class MLP(Conditioner):
         residual: Let each hidden layer that keeps the width add its input (He et al. 2015, arXiv:1512.03385).
         skip: Add a linear map of the inputs, and of as many products of two as the first layer is wide; it starts at
             zero too.  What is nearly linear, or bilinear, is then learned to a precision that few units reach.
+        pace: How far the parameters move in a step of an optimiser: see :meth:`Conditioner.set_pace`.
 
     Raises:
         ValueError: If a size is out of its range.  In use, if the network takes contexts and none is given.
@@ -55,19 +56,21 @@ class MLP(Conditioner):
         activation: type[nn.Module] = nn.ReLU,
         residual: bool = False,
         skip: bool = False,
+        pace: float | None = None,
     ) -> None:
         super().__init__(input_dim, output_dim, num_params, hidden_dims, context_dim)
         check_flags("MLP", residual=residual, skip=skip)
         self.activation = activation
         self.residual = residual
         widths = (input_dim, *self.hidden_dims)
-        self.hidden = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(widths))
-        self.output = zero_(nn.Linear(widths[-1], num_params * output_dim))
+        self.hidden = nn.ModuleList(Linear(n, m) for n, m in pairwise(widths))
+        self.output = Linear(widths[-1], num_params * output_dim, zero=True)
         self.act = activation_of("MLP", activation)
         self.skip = skip
         if skip:
-            self.factors = nn.Linear(input_dim, 2 * widths[1])
-            self.direct = zero_(nn.Linear(input_dim + widths[1], num_params * output_dim, bias=False))
+            self.factors = Linear(input_dim, 2 * widths[1])
+            self.direct = Linear(input_dim + widths[1], num_params * output_dim, bias=False, zero=True)
+        self.set_pace(pace)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, *others = self.hidden

@@ -141,9 +141,9 @@ def stream(net: MADE, context: Tensor | None, like: Tensor) -> Chain:
         >>> torch.allclose(torch.stack(params).permute(2, 0, 1), net(x), atol=1e-4)
         True
     """
-    weights, biases = _weights(net), [layer.bias.unsqueeze(-1) for layer in net.hidden]
+    weights, biases = _weights(net), [layer.paced(layer.bias).unsqueeze(-1) for layer in net.hidden]
     biases[0] = net.add_context(biases[0].T, context).T
-    biases.append(_by_rank(net.output.bias.unsqueeze(-1), net))
+    biases.append(_by_rank(net.output.paced(net.output.bias).unsqueeze(-1), net))
     sizes = [[0] + [1] * (net.input_dim - 1), *net.unlocked, [net.num_params] * net.input_dim]
     activate: Callable[[Tensor], Tensor] = net.act.forward
 
@@ -194,7 +194,7 @@ def costream(net: MADE, slopes: list[Tensor]) -> Chain:
 def _weights(net: MADE) -> list[Tensor]:
     """The weights of all layers, with features by rank; the feature of the last rank feeds nothing."""
     layers = [*net.hidden, net.output]
-    weights = [layer.weight * layer.mask for layer in layers]
+    weights = [layer.paced(layer.weight * layer.mask) for layer in layers]
     return [weights[0][:, list(net.features[:-1])], *weights[1:-1], _by_rank(weights[-1], net)]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO, Trace_ELBO
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import check_flags, check_integers, joined, quoted
 from ..diagnostics.draws import check_side_by_side, subsampled_plate
@@ -31,6 +31,7 @@ from .inspect import check_no_parameters, culprit, fingerprint, has_all, trained
 from .ladder import climb
 from .loop import Fit, ask, check_settings, descend
 from .optimizers import matrices, optimizers
+from .pace import in_training
 from .propriety import check_proper
 from .randomness import unchanged
 from .schedule import suited_to
@@ -210,37 +211,34 @@ def fit_svi(
         found = objective.loss_and_grads(model, guide, *args, **kwargs)
         return torch.tensor(sum(found) if isinstance(found, tuple) else found, requires_grad=True)
 
-    if isinstance(guide, nn.Module):
-        guide.train()
-    parameters = trained_by(loss, model, guide)
-    fewer = suited_to(guide, near=True).steps
-    near = kept == fewer  # a run that goes on has known since its start
-    if isinstance(guide, AutoFlow) and start:
-        near = start.is_near and has_all(guide, parameters)
-    near = processes.first(lambda: near)
-    fit = descend(
-        loss,
-        parameters,
-        optimizers(parameters, lr, matrices(guide)),
-        trained=guide,
-        steps=steps or annealed or (fewer if near else suited.steps),
-        lr=lr,
-        clip_norm=clip_norm,
-        on_nonfinite=on_nonfinite,
-        progress=progress,
-        diagnose=lambda: culprit(model, guide, args, kwargs),
-        settled=lambda: getattr(objective, "settled", True),
-        checkpoint=file,
-        settings={
-            "objective": type(objective).__name__,
-            **{name: getattr(objective, name, None) for name in SETTINGS},
-            **asked,
-            "data": fingerprint((*args, *kwargs.values())),
-        },
-        companion=objective,
-    )
-    if isinstance(guide, nn.Module):
-        guide.eval()
+    with in_training(guide):
+        parameters = trained_by(loss, model, guide)
+        fewer = suited_to(guide, near=True).steps
+        near = kept == fewer  # a run that goes on has known since its start
+        if isinstance(guide, AutoFlow) and start:
+            near = start.is_near and has_all(guide, parameters)
+        near = processes.first(lambda: near)
+        fit = descend(
+            loss,
+            parameters,
+            optimizers(parameters, lr, matrices(guide)),
+            trained=guide,
+            steps=steps or annealed or (fewer if near else suited.steps),
+            lr=lr,
+            clip_norm=clip_norm,
+            on_nonfinite=on_nonfinite,
+            progress=progress,
+            diagnose=lambda: culprit(model, guide, args, kwargs),
+            settled=lambda: getattr(objective, "settled", True),
+            checkpoint=file,
+            settings={
+                "objective": type(objective).__name__,
+                **{name: getattr(objective, name, None) for name in SETTINGS},
+                **asked,
+                "data": fingerprint((*args, *kwargs.values())),
+            },
+            companion=objective,
+        )
     if fit.skipped > fit.steps / 5:
         warnings.warn(
             f"fit_svi: {fit.skipped} of {fit.steps} steps were skipped, as loss or gradient were not finite; what was "

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from .. import flows
 from ..bijectors import Affine
 from ..checks import check_numbers
-from ..conditioners import MLP, Given
+from ..conditioners import MLP, Conditioner, Given
 from ..distributions import CircularBase, ContaminatedNormalBase
 from ..flows import Flow
-from ..transforms import ActNorm, Elementwise, FixedAffine, FlowTransform, LULinear
+from ..transforms import ActNorm, Elementwise, FixedAffine, FlowTransform, Triangular
 from ..transforms.linear import unrotated
 
 FEW = 32  # up to how many latents eight couplings and Adam will do
-LEARNED = 64  # up to how many latents the learned affine map has a full matrix
+LEARNED = 64  # up to how many latents the learned affine map has a triangular matrix
 DENSE = 512  # up to how many the one that the guide starts from has
 
 
@@ -137,12 +137,24 @@ def assemble(
             "AutoFlow: some latents are angles, which a base or recipe for real numbers cannot hold; leave both out, "
             f"or use flow=lambda dim: flows.circular_coupling(dim, circular={list(circular)}, ...)."
         )
+    if not flow.context_dim:
+        set_pace(flow)
     fixed = FixedAffine(dim, dense=dim <= DENSE)
     layers: list[FlowTransform] = [*flow.transforms, _learned(circular, _reachable(scale)), fixed]
     made = Flow(layers, base(dim) if base else flow.base).to(device=loc.device, dtype=loc.dtype)
     rest = torch.as_tensor(circular, device=loc.device)
     fixed.set(loc.masked_fill(rest, 0), torch.full_like(loc, scale / _reachable(scale)).masked_fill(rest, 1))
     return made
+
+
+def set_pace(flow: Flow) -> None:
+    """Let each network of a flow move its layer by a share of a step of Adam, so that all layers together move by one.
+
+    Then a flow of any depth and width bears the steps that people take in plain SVI.
+    """
+    networks = [module for module in flow.modules() if isinstance(module, Conditioner)]
+    for network in networks:
+        network.set_pace(1 / len(networks))
 
 
 def local_flow(input_dim: int, context_dim: int) -> Flow:
@@ -227,12 +239,12 @@ def _reachable(scale: float) -> float:
 
 
 def _learned(circular: Sequence[bool], scale: float) -> FlowTransform:
-    """The affine map that is learned: a full matrix for some latents, a scale each for many; angles rest."""
+    """The affine map that is learned: a triangular matrix for some latents, a scale each for many; angles rest."""
     dim, angles = len(circular), any(circular)
     if dim == 1 or dim > LEARNED or angles:
         norm = ActNorm(dim, fixed=circular if angles else None)
         norm.log_scale.data.fill_(math.log(scale))
         return norm
-    linear = LULinear(dim)
+    linear = Triangular(dim)
     linear.set_scale(scale)
     return linear

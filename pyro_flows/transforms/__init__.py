@@ -27,4 +27,5 @@ from .residual import Residual as Residual
 from .sigmoid import Sigmoid as Sigmoid
 from .split import Split as Split
 from .sylvester import Sylvester as Sylvester
+from .triangular import Triangular as Triangular
 from .view import View as View
