@@ -147,6 +147,15 @@ def _autoregressive(bijector: Bijector, order: Callable[[int], list[int]] | None
     return build
 
 
+def _paced(build: Builder) -> Builder:
+    def paced(dim: int, context_dim: int) -> FlowTransform:
+        layer = build(dim, context_dim)
+        layer.conditioner.set_pace(0.5)
+        return layer
+
+    return paced
+
+
 def _fixed_point(dim: int, context_dim: int) -> FlowTransform:
     return Autoregressive(Affine(), MADE(dim, 2, WIDTHS, context_dim), fixed_point=True)
 
@@ -260,6 +269,9 @@ TRANSFORMS: dict[str, Kind] = {
     **{f"coupling_{name}": Kind(_coupling(b), True, least_dim=2) for name, b in STEERED.items()},
     **{f"autoregressive_{name}": Kind(_autoregressive(BIJECTORS[name]), True) for name in ("affine", "spline_2_bins")},
     **{f"shuffled_{name}": Kind(_autoregressive(b, shuffled), True) for name, b in STEERED.items()},
+    "coupling_paced": Kind(_paced(_coupling(Affine())), True, least_dim=2),
+    "autoregressive_paced": Kind(_paced(_autoregressive(Affine(), shuffled)), True),
+    "periodic_paced": Kind(_paced(_periodic), True, least_dim=2),
     "fixed_point": Kind(_fixed_point, True),
     "graph": Kind(_graph, True),
     "elementwise_affine": Kind(_elementwise(Affine()), True),

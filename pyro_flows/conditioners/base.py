@@ -121,11 +121,12 @@ class Conditioner(nn.Module, ABC):
                 whatever the widths; None for weights as torch has them, where both grow with the widths.
         """
         check_numbers(type(self).__name__, above=0, optional=True, pace=pace)
-        for layer in self.modules():
-            if isinstance(layer, Linear):
-                wished = 1.0 if pace is None else (pace if layer.zero else 1.0) / layer.in_features
-                layer.set_pace(2.0 ** round(math.log2(wished)))
-        self.pace = pace
+        for part in self.modules():
+            if isinstance(part, Conditioner):
+                part.pace = pace
+            elif isinstance(part, Linear):
+                wished = 1.0 if pace is None else (pace if part.zero else 1.0) / part.in_features
+                part.set_pace(2.0 ** round(math.log2(wished)))
 
     @abstractmethod
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

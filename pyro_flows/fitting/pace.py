@@ -1,7 +1,8 @@
-"""The pace of a guide's networks while ``fit_svi`` trains it.
+"""The pace of a guide's networks and of what it learns of each row, while ``fit_svi`` trains it.
 
 A guide's networks move slowly, so that the steps of any optimiser are safe.  The settings of ``fit_svi``, its warm-up,
-decay, clipping and Muon, were found for weights as torch has them, and get these.
+decay, clipping and Muon, were found for weights as torch has them, and for rows that move farther in a step than what
+all rows share, since a row is seen once in many steps.
 """
 
 from __future__ import annotations
@@ -13,24 +14,28 @@ from typing import Any
 from torch import nn
 
 from ..conditioners import Conditioner
+from ..guides.contexts import RowContexts
+
+OF_ROWS = 32.0
 
 
 @contextlib.contextmanager
 def in_training(guide: Any) -> Iterator[None]:
-    """Put a guide into training mode, with weights as torch has them, and then into evaluation mode, with its own.
+    """Put a guide into training mode, with paces that suit ``fit_svi``, and then into evaluation mode, with its own.
 
     What the guide computes stays the same, bit for bit.
     """
     if not isinstance(guide, nn.Module):
         yield
         return
-    paces = {part: part.pace for part in guide.modules() if isinstance(part, Conditioner) and part.pace is not None}
+    parts = [part for part in guide.modules() if isinstance(part, Conditioner | RowContexts) and part.pace is not None]
+    paces = [part.pace for part in parts]
     guide.train()
     try:
-        for network in paces:
-            network.set_pace(None)
+        for part in parts:
+            part.set_pace(OF_ROWS if isinstance(part, RowContexts) else None)
         yield
     finally:
-        for network, pace in paces.items():
-            network.set_pace(pace)
+        for part, pace in zip(parts, paces, strict=True):
+            part.set_pace(pace)
         guide.eval()

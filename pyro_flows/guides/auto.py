@@ -24,13 +24,14 @@ from ..flows.distribution import FlowDistribution
 from ..transforms import Compose, Conditioned, View
 from .base import FlowGuide
 from .calls import Calls
-from .checks import check_density, check_latents, check_same, check_supports
+from .checks import check_latents, check_same, check_supports
 from .circles import is_circular, mark_circles
 from .encoding import at_rest, check_encoder, encode, finite, width_for_one
 from .init import init_to_center
 from .names import claim_name
 from .recipe import assemble, built, check_recipe, check_scale, default_for, is_untrained, start_at
 from .rows import data_plates
+from .start import settle_start
 from .supports import unconstrain
 
 
@@ -41,8 +42,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
         z = constrain(F(A(T(u)))),    log q(z) = log p_base(u) - log|det dz/du| in nats
 
-    A (a full matrix up to 64 unconstrained latents, a scale each beyond) starts at ``init_scale``, F at
-    ``init_loc_fn``; ``fit_svi`` sets F to a Gaussian.  It is a Pyro ``AutoContinuous``: SVI with any ELBO,
+    A (triangular up to 64 unconstrained latents, a scale each beyond) starts at ``init_scale``, F at ``init_loc_fn``;
+    ``fit_svi`` sets F to a Gaussian.  It is a Pyro ``AutoContinuous``: SVI with any ELBO,
     ``Predictive``, ``AutoGuideList`` and ``NeuTraReparam`` take it as it is.  Latents on circles, which are von Mises
     or on intervals marked ``infer={"periodic": True}``, get circular splines.
 
@@ -58,10 +59,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
             many data sets side by side, ``(*batch, ...)``, to ``(*batch, context_dim)``: see ``pyro_flows.encoders``.
         base: In place of the recipe's base, a function of the number of latent dimensions, such as
             ``distributions.StudentTBase`` for heavy tails.
-        init_loc_fn: Where the guide starts, a Pyro initialisation strategy; by default the prior's median or mean
-            where it has one, else the origin.
-        init_scale: The scale of each unconstrained latent at the start (sds are 2 % larger by default).  For plain SVI,
-            whose gradients are noisy in narrow guides, 1.0 is better where the model bears it.
+        init_loc_fn: Where the guide starts, a Pyro initialisation strategy; by default ``init_to_center``, or the
+            origin of the unconstrained space if the joint density is higher there.
+        init_scale: The scale of each unconstrained latent at the start (sds are 2 % larger by default).
         name: The guide's name in Pyro's parameter store, unique by default; under one you give it is found again.
 
     Raises:
@@ -93,7 +93,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         *,
         encoder: Callable[..., Tensor] | None = None,
         base: Callable[[int], nn.Module] | None = None,
-        init_loc_fn: Callable[..., Any] = init_to_center,
+        init_loc_fn: Callable[..., Any] | None = None,
         init_scale: float = 0.1,
         name: str | None = None,
     ) -> None:
@@ -101,9 +101,10 @@ class AutoFlow(FlowGuide, AutoContinuous):
         check_recipe("AutoFlow", "base", base, "distributions.StudentTBase")
         check_encoder("AutoFlow", encoder)
         check_scale("AutoFlow", init_scale)
-        super().__init__(mark_circles(model), init_loc_fn=init_loc_fn)
+        super().__init__(mark_circles(model), init_loc_fn=init_loc_fn or init_to_center)
         self._build_flow, self._build_base = flow, base
-        self._init_scale, self.encoder, self._calls = float(init_scale), encoder, Calls("AutoFlow")
+        self._init_scale, self._chooses_start = float(init_scale), init_loc_fn is None
+        self.encoder, self._calls = encoder, Calls("AutoFlow")
         self._pyro_name = claim_name(self, name)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -117,7 +118,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 super()._setup_prototype(*args, **kwargs)
                 here = "AutoFlow", self.model, self.prototype_trace
                 if not amortised:
-                    check_density(*here, args, kwargs)
+                    settle_start(*here, args, kwargs, choose=self._chooses_start)
                 check_supports(*here, self._init_scale, args, kwargs)
                 self._data_plates = data_plates(self._calls.begin(self.model, self.prototype_trace, args, kwargs))
             self._context_dim = width_for_one("AutoFlow", self.encoder, self.model, args, kwargs)

@@ -106,7 +106,7 @@ def check_density(
     latents = dict(prototype.iter_stochastic_nodes())
     start = {name: site["value"].detach() for name, site in latents.items()}
     with validation_enabled(False):  # its errors would come first, with less to say
-        trace = _trace_at(model, start, args, kwargs)
+        trace = trace_at(model, start, args, kwargs)
         trace.compute_log_prob()
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or site["log_prob"].isfinite().all():
@@ -135,7 +135,7 @@ def check_supports(
     transforms = {name: biject_to(site["fn"].support) for name, site in latents.items()}
     places = {name: transform.inv(start[name]) for name, transform in transforms.items()}
     moved = {name: transforms[name](place + scale) for name, place in places.items()}
-    for name, site in _trace_at(model, moved, args, kwargs).nodes.items():
+    for name, site in trace_at(model, moved, args, kwargs).nodes.items():
         if name not in latents:
             continue
         there = biject_to(site["fn"].support)(places[name])
@@ -147,7 +147,7 @@ def check_supports(
             )
 
 
-def _trace_at(
+def trace_at(
     model: Callable[..., Any], values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Trace:
     """Run the model with its latents held at values, unseen by the handlers outside."""

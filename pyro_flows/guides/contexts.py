@@ -12,8 +12,6 @@ from .encoding import encode, finite, probe
 from .look import Rows, look
 from .rows import places_of, take_rows
 
-PACE = 30.0  # a row is seen once in many steps, and then has to move farther than what all rows share
-
 
 class RowContexts(nn.Module):
     """Contexts of a plate's rows, ``(rows, width)``.
@@ -22,7 +20,12 @@ class RowContexts(nn.Module):
         plate: The plate's name.
         encoder: A network or function from the model's arguments to them; without one they are parameters.
         embedding_dim: How many random numbers a row's parameters then start with, beside some zeros.
+
+    Attributes:
+        pace: How far a row's context moves when an optimiser moves its parameters.
     """
+
+    pace: float = 1.0
 
     def __init__(self, plate: str, encoder: Callable[..., Tensor] | None, embedding_dim: int) -> None:
         super().__init__()
@@ -47,11 +50,18 @@ class RowContexts(nn.Module):
             start = torch.cat(
                 (torch.zeros(rows.full_size, num_zeros), torch.randn(rows.full_size, self.embedding_dim)), 1
             )
-            self.embedding = nn.Embedding.from_pretrained(start.to(like) / PACE, freeze=False)
+            self.embedding = nn.Embedding.from_pretrained(start.to(like), freeze=False)
         else:
             context = probe("AutoPlateFlow", self.encoder, model, args, kwargs)
             self._check(context, rows.size, rows.full_size)
             self.width = context.shape[-1]
+
+    @torch.no_grad()
+    def set_pace(self, pace: float) -> None:
+        """Change the pace and keep the contexts; exact in floating point for powers of 2."""
+        if self.embedding is not None:
+            self.embedding.weight.mul_(self.pace / pace)
+        self.pace = pace
 
     def of(
         self, model: Callable[..., Any], plate: Any, indices: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -72,7 +82,7 @@ class RowContexts(nn.Module):
                     "subsample=, and without an encoder the guide must know which rows they are. Give an encoder, or "
                     "the rows' indices as subsample=."
                 )
-            return PACE * self.embedding(places.to(self.embedding.weight.device))
+            return self.pace * self.embedding(places.to(self.embedding.weight.device))
         if places is None:  # the arguments are of these rows alone
             context = self._encode(model, args, kwargs)
             self._check(context, len(indices), len(indices))
@@ -95,7 +105,7 @@ class RowContexts(nn.Module):
                 rows = look(model, args, kwargs, plate=self.plate, until=()).rows
                 assert rows is not None
                 self._check_known(rows.full_size)
-            return PACE * self.embedding.weight
+            return self.pace * self.embedding.weight
         context = self._encode(model, args, kwargs)
         self._check(context, len(context), len(context))
         finite("AutoPlateFlow", context)

@@ -19,7 +19,7 @@ from ..bijectors import Affine
 from ..flows import Flow
 from .base import FlowGuide
 from .calls import Calls
-from .checks import check_density, check_latents, check_supports
+from .checks import check_latents, check_supports
 from .circles import is_circular, mark_circles
 from .contexts import RowContexts
 from .encoding import at_rest, check_encoder
@@ -31,6 +31,7 @@ from .nested import Nested
 from .packing import Packing
 from .recipe import assemble, assemble_local, built, check_recipe, check_scale, default_flow, default_local
 from .rows import InTurn, Shuffled, check_tied, data_plates, plate_like
+from .start import settle_start
 
 
 class AutoPlateFlow(FlowGuide):
@@ -95,7 +96,7 @@ class AutoPlateFlow(FlowGuide):
         local_flow: Callable[..., Flow] | None = None,
         global_flow: Callable[[int], Flow] | None = None,
         embedding_dim: int = 8,
-        init_loc_fn: Callable[..., Any] = init_to_center,
+        init_loc_fn: Callable[..., Any] | None = None,
         init_scale: float | None = None,
         name: str | None = None,
     ) -> None:
@@ -104,10 +105,10 @@ class AutoPlateFlow(FlowGuide):
         check_encoder("AutoPlateFlow", encoder)
         if init_scale is not None:
             check_scale("AutoPlateFlow", init_scale)
-        super().__init__(InitMessenger(init_loc_fn)(mark_circles(model)))
+        super().__init__(InitMessenger(init_loc_fn or init_to_center)(mark_circles(model)))
         self.plate = plate
         self._build_local, self._build_global = local_flow, global_flow
-        self._init_scale = init_scale
+        self._init_scale, self._chooses_start = init_scale, init_loc_fn is None
         self.contexts, self.minibatches = RowContexts(plate, encoder, embedding_dim), Shuffled()
         self._calls = Calls("AutoPlateFlow", plate)
         self._pyro_name = claim_name(self, name)
@@ -121,7 +122,7 @@ class AutoPlateFlow(FlowGuide):
             assert rows is not None
             check_latents("AutoPlateFlow", self.prototype_trace, self.plate)
             here = "AutoPlateFlow", self.model, self.prototype_trace
-            check_density(*here, args, kwargs)
+            settle_start(*here, args, kwargs, choose=self._chooses_start)
             shared, own = self._sorted(rows)
             scale = float(self._init_scale or (0.1 if shared.size else 1.0))
             check_supports(*here, scale, args, kwargs)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from .. import flows
 from ..bijectors import Affine
 from ..checks import check_numbers
-from ..conditioners import MLP, Conditioner, Given
+from ..conditioners import MLP, Given
 from ..distributions import CircularBase, ContaminatedNormalBase
 from ..flows import Flow
-from ..transforms import ActNorm, Elementwise, FixedAffine, FlowTransform, Triangular
+from ..transforms import ActNorm, Autoregressive, Coupling, Elementwise, FixedAffine, FlowTransform, Triangular
 from ..transforms.linear import unrotated
 
 FEW = 32  # up to how many latents eight couplings and Adam will do
@@ -137,7 +137,7 @@ def assemble(
             "AutoFlow: some latents are angles, which a base or recipe for real numbers cannot hold; leave both out, "
             f"or use flow=lambda dim: flows.circular_coupling(dim, circular={list(circular)}, ...)."
         )
-    if not flow.context_dim:
+    if not flow.context_dim:  # amortised guides are trained by other means, on simulations
         set_pace(flow)
     fixed = FixedAffine(dim, dense=dim <= DENSE)
     layers: list[FlowTransform] = [*flow.transforms, _learned(circular, _reachable(scale)), fixed]
@@ -150,9 +150,11 @@ def assemble(
 def set_pace(flow: Flow) -> None:
     """Let each network of a flow move its layer by a share of a step of Adam, so that all layers together move by one.
 
-    Then a flow of any depth and width bears the steps that people take in plain SVI.
+    Then a flow of any depth and width bears the steps that people take in plain SVI.  Elementwise maps of a context,
+    which are to an encoder what its own last layers are, move with it.
     """
-    networks = [module for module in flow.modules() if isinstance(module, Conditioner)]
+    layers = [layer for layer in flow.modules() if isinstance(layer, FlowTransform)]
+    networks = [layer.conditioner for layer in layers if isinstance(layer, Coupling | Autoregressive)]
     for network in networks:
         network.set_pace(1 / len(networks))
 
@@ -192,6 +194,7 @@ def assemble_local(flow: Flow, loc: Tensor, scale: float, *, by_row: bool) -> Fl
 
     With ``by_row`` there is another between them, whose parameters the context begins with.
     """
+    set_pace(flow)
     dim = len(loc)
     fixed = FixedAffine(dim, dense=False)
     own = [Elementwise(Affine(), dim, Given(flow.context_dim, dim, Affine().num_params))] if by_row else []

@@ -1,0 +1,250 @@
+"""Guides hold under Pyro's own SVI: the pace of their networks, their start, and steps at the sizes that people use."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from laws import randomise
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import init_to_median
+
+import pyro_flows as pf
+from pyro_flows import flows
+from pyro_flows.conditioners import MADE, MLP, Conditioner, Periodic
+from pyro_flows.encoders import MLPEncoder
+from pyro_flows.fitting.pace import in_training
+from pyro_flows.transforms import Triangular
+
+NETWORKS = {
+    "mlp": lambda width: MLP(4, 3, 2, (width, width)),
+    "mlp_skip": lambda width: MLP(4, 3, 2, (width, width), skip=True),
+    "mlp_context": lambda width: MLP(4, 3, 2, (width, width), 5),
+    "made": lambda width: MADE(4, 2, (width, width)),
+    "made_context": lambda width: MADE(4, 2, (width, width), 5),
+    "periodic": lambda width: Periodic(MLP(6, 3, 2, (width, width)), [True, False, True, False]),
+}
+
+
+def gaussian():
+    """Four standard normal latents, each observed once with unit noise."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=torch.tensor([1.0, -1.0, 2.0, -2.0]))
+
+
+def centred():
+    """Eight schools, centred: a funnel."""
+    y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+    mean, sd = pyro.sample("mean", dist.Normal(0.0, 5.0)), pyro.sample("sd", dist.HalfCauchy(5.0))
+    with pyro.plate("school", 8):
+        theta = pyro.sample("theta", dist.Normal(mean, sd))
+        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+
+def wide():
+    """A hundred latents, beyond those that have a triangular map."""
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    z = pyro.sample("z", dist.Normal(torch.zeros(99), scale).to_event(1))
+    pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=torch.linspace(-2, 2, 99))
+
+
+def rows(y):
+    """Groups of a plate, some at a time."""
+    mean, sd = pyro.sample("mean", dist.Normal(0.0, 5.0)), pyro.sample("sd", dist.HalfNormal(5.0))
+    with pyro.plate("group", len(y), subsample_size=20) as seen:
+        level = pyro.sample("level", dist.Normal(mean, sd))
+        width = pyro.sample("width", dist.LogNormal(0.1 * level, 1.0))
+        pyro.sample("y", dist.Normal(level.unsqueeze(-1) + torch.zeros(4), width.unsqueeze(-1)).to_event(1), obs=y[seen])
+
+
+def train(model, guide, *args, lr=0.03, steps=100, seed=0, elbo=None):
+    """The losses of plain SVI; a step that fails ends them with a NaN."""
+    pyro.clear_param_store()
+    torch.manual_seed(seed)
+    guide.setup(*args)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": lr}), elbo or Trace_ELBO())
+    return [svi.step(*args) for _ in range(steps)]
+
+
+# ------------------------------------------------------------ the pace
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_pace_keeps_what_a_network_computes_bit_for_bit(name):
+    net = randomise(NETWORKS[name](48))
+    x, context = torch.randn(7, 4), torch.randn(7, 5) if net.context_dim else None
+    before, state = net(x, context), {k: v.clone() for k, v in net.state_dict().items()}
+    for pace in (1.0, 0.125, None):
+        net.set_pace(pace)
+        assert net.pace == pace
+        assert torch.equal(net(x, context), before)
+        moved = any(not torch.equal(value, state[key]) for key, value in net.state_dict().items())
+        assert moved == (pace is not None)
+
+
+def largest_move(net: Conditioner, lr: float) -> float:
+    """The largest change of a parameter of a bijector in the second of two steps of Adam, which moves all layers."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 4)
+    optimizer = torch.optim.Adam(net.parameters(), lr)
+    for _ in range(2):
+        optimizer.zero_grad()
+        before = net(x)
+        before.square().add(before).sum().backward()
+        optimizer.step()
+    return (net(x) - before).abs().max().item()
+
+
+@pytest.mark.parametrize("name", ["mlp", "made", "periodic"])
+def test_a_step_of_adam_moves_paced_networks_of_all_widths_alike(name):
+    moves = {}
+    for width in (16, 512):
+        for pace in (1.0, None):
+            net = NETWORKS[name](width)
+            net.set_pace(pace)
+            moves[width, pace] = largest_move(net, 0.01)
+    assert moves[512, 1.0] < 0.03 and moves[512, 1.0] < 2 * moves[16, 1.0]
+    assert moves[512, None] > 20 * moves[512, 1.0]  # else the law above would hold of any network
+
+
+def test_a_refused_pace_is_named():
+    with pytest.raises(ValueError, match=r"MLP: pace must be positive and finite, got 0"):
+        MLP(2, 2, 2, pace=0)
+
+
+@pytest.mark.parametrize("kind", ["auto", "plate"])
+def test_fit_svi_trains_without_the_paces_and_leaves_them(kind, tmp_path):
+    y = 2 * torch.randn(60, 1) + torch.randn(60, 4)
+    model, args = (gaussian, ()) if kind == "auto" else (rows, (y,))
+    guide = pf.AutoFlow(model) if kind == "auto" else pf.AutoPlateFlow(model, "group")
+    guide.setup(*args)
+    networks = [part for part in guide.modules() if isinstance(part, Conditioner)]
+    paces = [network.pace for network in networks]
+    assert any(paces)
+
+    for error in (None, KeyboardInterrupt, RuntimeError):
+        before = {key: value.clone() for key, value in guide.state_dict().items()}
+        try:
+            with in_training(guide):
+                assert guide.training and not any(network.pace for network in networks)
+                if error:
+                    raise error
+        except (KeyboardInterrupt, RuntimeError):
+            pass
+        assert [network.pace for network in networks] == paces and not guide.training
+        assert all(torch.equal(before[key], value) for key, value in guide.state_dict().items())
+
+    pf.fit_svi(model, guide, *args, steps=3, progress=False)
+    assert [network.pace for network in networks] == paces
+    pf.save(guide, tmp_path / "guide.pt")
+    again = pf.load(tmp_path / "guide.pt")
+    assert [part.pace for part in again.modules() if isinstance(part, Conditioner)] == paces
+    values = guide.sample(5, *args)
+    if kind == "auto":
+        torch.testing.assert_close(again.log_prob(values), guide.log_prob(values))
+
+
+def test_amortised_guides_and_recipes_keep_torchs_weights():
+    def model(y=None):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=y)
+
+    guide = pf.AutoFlow(model, encoder=MLPEncoder(2, 4)).setup(torch.zeros(2))
+    for module in (guide, flows.realnvp(3), flows.maf(3)):
+        assert not any(part.pace for part in module.modules() if isinstance(part, Conditioner))
+
+
+# ------------------------------------------------------------ steps at the sizes that people use
+
+RECIPES = "iaf", "maf", "nsf", "nsf_ar", "nice", "realnvp", "planar_flow", "radial_flow", "sylvester_flow", "flowpp"
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("lr", [0.01, 0.03, 0.05])
+@pytest.mark.parametrize(("model", "start"), [(gaussian, 200), (centred, 400), (wide, 1500)])
+def test_plain_svi_does_not_explode(model, start, lr, local):
+    """These losses start below ``start``; before paces they rose to 1e9 and more, or ended in NaN."""
+    with pyro.settings.context(module_local_params=local):
+        losses = train(model, pf.AutoFlow(model), lr=lr)
+    assert max(losses[20:]) < start and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_plain_svi_does_not_explode_with_any_recipe(recipe):
+    assert max(train(gaussian, pf.AutoFlow(gaussian, getattr(flows, recipe)))[20:]) < 200
+
+
+@pytest.mark.parametrize("elbo", [TraceMeanField_ELBO(), Trace_ELBO(16, vectorize_particles=True)])
+def test_plain_svi_does_not_explode_with_other_elbos(elbo):
+    assert max(train(centred, pf.AutoFlow(centred), elbo=elbo)[20:]) < 400
+
+
+@pytest.mark.parametrize("encoder", [None, lambda: MLPEncoder(4, 8)])
+@pytest.mark.parametrize("lr", [0.01, 0.03])
+def test_plain_svi_does_not_explode_with_plates(lr, encoder):
+    torch.manual_seed(0)
+    y = 2 * torch.randn(100, 1) + torch.randn(100, 4)
+    guide = pf.AutoPlateFlow(rows, "group", encoder=encoder and encoder())
+    losses = train(rows, guide, y, lr=lr)
+    assert max(losses[20:]) < 3 * max(losses[:20])
+
+
+def test_plain_svi_reaches_the_evidence():
+    """log Z of the conjugate model is that of N(0, 2 I) at the data; a Gaussian posterior is the flow's start."""
+    guide = pf.AutoFlow(gaussian)
+    train(gaussian, guide, lr=0.01, steps=1000, elbo=Trace_ELBO(16, vectorize_particles=True))
+    with torch.no_grad():
+        loss = Trace_ELBO(2000, vectorize_particles=True, max_plate_nesting=0).loss(gaussian, guide)
+    log_z = dist.Normal(torch.zeros(4), math.sqrt(2)).log_prob(torch.tensor([1.0, -1.0, 2.0, -2.0])).sum().item()
+    assert 0 < loss + log_z + 0.05 < 0.15
+
+
+# ------------------------------------------------------------ the start
+
+
+def absurd():
+    """The prior's centre, a noise of e⁻²⁰, makes these data impossible."""
+    level = pyro.sample("level", dist.Normal(0.0, 10.0))
+    noise = pyro.sample("noise", dist.LogNormal(-20.0, 5.0))
+    with pyro.plate("data", 3):
+        pyro.sample("y", dist.Normal(level, noise), obs=torch.tensor([13.0, 14.0, 15.0]))
+
+
+def test_a_guide_starts_at_the_likelier_of_centre_and_origin():
+    state = torch.get_rng_state()
+    assert pf.AutoFlow(absurd).setup().start[0].tolist() == [0.0, 0.0]
+    at_centre = pf.AutoFlow(absurd, init_loc_fn=pf.guides.init_to_center).setup().start[0]
+    torch.testing.assert_close(at_centre, torch.tensor([0.0, -20.0]))
+
+    def model():
+        level = pyro.sample("level", dist.Normal(14.0, 10.0))
+        pyro.sample("y", dist.Normal(level, 1.0), obs=torch.tensor(13.0))
+
+    assert pf.AutoFlow(model).setup().start[0].tolist() == [14.0]
+    assert pf.AutoFlow(model, init_loc_fn=init_to_median(num_samples=3)).setup().start[0].item() != 14.0
+    torch.set_rng_state(state)
+    pf.AutoFlow(absurd, flow=lambda dim: flows.Flow([Triangular(dim)])).setup()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_plate_guide_starts_at_the_likelier_one_too():
+    def model(y):
+        noise = pyro.sample("noise", dist.LogNormal(-20.0, 5.0))
+        with pyro.plate("row", len(y), subsample_size=2) as seen:
+            level = pyro.sample("level", dist.Normal(0.0, 10.0))
+            pyro.sample("y", dist.Normal(level, noise), obs=y[seen])
+
+    y = torch.tensor([13.0, 14.0, 15.0])
+    assert pf.AutoPlateFlow(model, "row").setup(y).posterior.shared.start.tolist() == [0.0]
+
+
+def test_a_triangular_map_moves_each_feature_by_its_own_scale():
+    """However much the scales differ: were the matrix in front of them, the second feature would move by 100 times."""
+    layer = Triangular(2)
+    layer.factors.data.copy_(torch.diag(torch.tensor([5.0, -5.0])))
+    before, _ = layer.forward_and_log_det(torch.ones(2))
+    layer.factors.data[1, 0] = 0.01  # a step of Adam
+    after, _ = layer.forward_and_log_det(torch.ones(2))
+    torch.testing.assert_close(after / before, torch.tensor([1.0, 1.01]))
