@@ -1,0 +1,287 @@
+"""Do guides hold in a plain loop of Pyro's ``SVI``, at anyone's step size, and where do they end?
+
+    python benchmarks/training.py --jobs 2                      # all parts, a night of two cores
+    python benchmarks/training.py hold --only conjugate neutra  # one part, some models
+    python benchmarks/training.py elbo --seeds 0 --particles 1  # fewer runs
+    python benchmarks/training.py --quick --out DIR             # two models, 25 steps: a smoke run
+
+Each run is ``SVI(model, guide, optimiser({"lr": lr}), Trace_ELBO(particles))`` on a model of ``programs.py``, without
+warm-up, clipping or decay.  ``AutoFlow`` has its defaults, or ``AutoPlateFlow`` where the latents of rows are in
+minibatches.  Pyro's guides have their default sizes and start where ours starts, as in ``posteriors.py``.
+
+*hold*: 150 steps with Adam and ClippedAdam at five rates.  The largest loss after step 20 is to be at most 3 times that
+of ``AutoIAFNormal`` on the same seed.  That guide takes .6 s per step beyond 1,000 latents; there, and where it is not
+finite itself, ``AutoNormal`` is in its place.  Losses have an arbitrary constant and can be negative, so ratios are
+those of excesses over a floor: the lowest loss that any guide reached on the model.
+
+*elbo*: 1,000 steps with Adam at five rates, and then the ELBO of 1,000 draws (200 where a model does not broadcast over
+them), each guide at its best rate.
+
+*short*: 1,000 fits of 40 steps, seeds 0 to 999 dealt over ten models; all parameters must be finite after every step.
+
+*ablation*: the default guide and the guide as it was before its networks had a pace, each with one change.
+
+A run ends where a loss is not finite, or a call fails.  It is saved when it ends, and a benchmark that was stopped goes
+on where it was.  Writes ``docs/benchmarks/training.md`` and ``training.csv``, a row for each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import itertools
+import logging
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import posteriors
+import pyro
+import torch
+import training_ablation
+from posteriors import PEERS, Row, centred
+from programs import PROGRAMS, Program
+from pyro.infer import SVI
+from pyro.infer.autoguide import AutoIAFNormal, AutoLowRankMultivariateNormal
+from training_table import page
+
+import pyro_flows as pf
+from pyro_flows.guides import init_to_center
+
+LRS, OPTIMISERS, PARTICLES = (0.001, 0.003, 0.01, 0.03, 0.05), ("Adam", "ClippedAdam"), (1, 16)
+STEPS = {"hold": 150, "elbo": 1000, "short": 40, "ablation": 150}
+SEEDS = {"hold": range(5), "elbo": range(5), "short": range(1000), "ablation": range(3)}
+EARLY, LAST = 20, 20  # steps that may have any loss, and those whose mean is the loss at the end
+SLOW = 1000  # beyond so many latents AutoIAFNormal takes too long
+SHORT = (
+    *("conjugate", "bayesian_regression", "neutra", "bnn", "stable", "lda", "eight_schools"),
+    *("eight_schools_centered", "kidiq", "german_credit_sparse"),
+)
+QUICK = "conjugate", "eight_schools"
+MEASURES = "latents", "ended", "worst", "end", "elbo", "elbo_se", "seconds", "failed"
+
+
+class Run(NamedTuple):
+    """One training run: what its row in ``training.csv`` begins with."""
+
+    part: str
+    model: str
+    guide: str
+    optimiser: str
+    lr: float
+    particles: int
+    seed: int
+    steps: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return tuple(map(str, self))
+
+
+def ours(program: Program) -> Any:
+    if program.plate:
+        return pf.AutoPlateFlow(program.guided, program.plate, encoder=program.encoder and program.encoder())
+    return pf.AutoFlow(program.guided)
+
+
+GUIDES: dict[str, Callable[[Program], Any]] = {
+    "AutoFlow": ours,
+    "AutoPlateFlow": ours,
+    "AutoIAFNormal": lambda program: AutoIAFNormal(centred(program.guided)),
+    "AutoNormal": lambda program: PEERS["AutoNormal"][0](program.guided),
+    "AutoMultivariateNormal": lambda program: PEERS["AutoMultivariateNormal"][0](program.guided),
+    "AutoLowRankMultivariateNormal": lambda program: AutoLowRankMultivariateNormal(
+        program.guided, init_loc_fn=init_to_center
+    ),
+    "own guide": lambda program: program.own_guide,
+}
+
+
+def load(name: str) -> Program:
+    """Build a program under its own default dtype."""
+    torch.set_default_dtype(torch.float32)
+    program = PROGRAMS[name]()
+    if program.dtype is torch.float32:
+        return program
+    torch.set_default_dtype(program.dtype)
+    return PROGRAMS[name]()
+
+
+def contenders(name: str, part: str) -> list[str]:
+    """Return the guides that a part of the benchmark trains on a model."""
+    program = load(name)
+    if program.own_guide:
+        return ["AutoPlateFlow", "own guide"]
+    guides = ["AutoFlow"]
+    if pf.AutoFlow(program.guided).setup(*program.args, **program.kwargs).latent_dim <= SLOW:
+        guides.append("AutoIAFNormal")
+    guides.append("AutoNormal")
+    if part == "elbo" and program.scalable:
+        guides += ["AutoMultivariateNormal", "AutoLowRankMultivariateNormal"]
+    return guides
+
+
+def runs(part: str, options: argparse.Namespace) -> Iterator[Run]:
+    """Yield the runs of a part, those of one particle and the first seeds first."""
+    steps = options.steps or STEPS[part]
+    seeds = SEEDS[part] if options.seeds is None else options.seeds
+    if part == "short":
+        for seed in seeds:
+            name = SHORT[seed % len(SHORT)]
+            if name in options.only:
+                yield Run(part, name, "AutoFlow", "Adam", 0.01, 1, seed, steps)
+        return
+    if part == "ablation":
+        names = [name for name in training_ablation.MODELS if name in options.only]
+        for seed, name, (label, variant), lr in itertools.product(
+            seeds, names, training_ablation.VARIANTS.items(), training_ablation.LRS
+        ):
+            if lr in options.lrs:
+                yield Run(part, name, label, "Adam", lr, variant.particles, seed, steps)
+        return
+    guides = {name: contenders(name, part) for name in options.only}
+    optimisers = options.optimisers if part == "hold" else OPTIMISERS[:1]
+    for particles, seed, name in itertools.product(options.particles, seeds, options.only):
+        for guide, optimiser, lr in itertools.product(guides[name], optimisers, options.lrs):
+            yield Run(part, name, guide, optimiser, lr, particles, seed, steps)
+
+
+def measure(run: Run) -> Row:
+    """Train one guide, and estimate its ELBO where the part of the benchmark asks for it."""
+    logging.getLogger("pyro").setLevel(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    pyro.enable_validation(False)
+    pyro.clear_param_store()
+    found: dict[str, Any] = dict(zip(Run._fields, run.key, strict=True))
+    start = time.perf_counter()
+    try:
+        program = load(run.model)
+        pyro.set_rng_seed(run.seed)
+        build = training_ablation.build(run.guide) if run.part == "ablation" else GUIDES[run.guide]
+        guide = build(program)
+        losses, failed = train(run, program, guide)
+        finite = len(losses) == run.steps
+        found |= {"latents": getattr(guide, "latent_dim", ""), "ended": len(losses), "failed": failed}
+        found["worst"] = max(losses[EARLY:], default=math.nan) if finite else math.inf
+        found["end"] = statistics.fmean(losses[-LAST:]) if losses else math.nan
+        if run.part == "elbo":
+            found["elbo"], found["elbo_se"] = elbo(program, guide) if finite else (-math.inf, math.nan)
+    except Exception as error:
+        found["failed"] = message(error)
+    found["seconds"] = round(time.perf_counter() - start, 2)
+    return {key: f"{value:.7g}" if isinstance(value, float) else str(value) for key, value in found.items()}
+
+
+def message(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:120]
+
+
+def train(run: Run, program: Program, guide: Any) -> tuple[list[float], str]:
+    """Return the losses before one that is not finite, and the error that ended the run, if one did."""
+    optimiser = getattr(pyro.optim, run.optimiser)({"lr": run.lr})
+    side_by_side = program.batched and run.particles > 1
+    objective = program.elbo(num_particles=run.particles, vectorize_particles=side_by_side)
+    svi = SVI(program.model, guide, optimiser, objective)
+    batches = program.batches() if program.batches else itertools.repeat(program.args)
+    losses: list[float] = []
+    for args in itertools.islice(batches, run.steps):
+        try:
+            loss = svi.step(*args, **program.kwargs)
+        except Exception as error:
+            return losses, message(error)
+        every = run.part == "short" or len(losses) == run.steps - 1
+        if not math.isfinite(loss) or (every and not finite_parameters()):
+            break
+        losses.append(loss)
+    return losses, ""
+
+
+def finite_parameters() -> bool:
+    return all(bool(value.isfinite().all()) for _, value in pyro.get_param_store().named_parameters())
+
+
+@torch.no_grad()
+def elbo(program: Program, guide: Any) -> tuple[float, float]:
+    """Return the ELBO and its standard error; sums over draws are in double precision."""
+    together, repeats = (50, 20) if program.batched else (1, 200)
+    objective = program.elbo(num_particles=together, vectorize_particles=together > 1)
+    found = [-objective.loss(program.model, guide, *program.args, **program.kwargs) for _ in range(repeats)]
+    if not all(map(math.isfinite, found)):
+        return -math.inf, math.nan
+    return statistics.fmean(found), statistics.stdev(found) / math.sqrt(repeats)
+
+
+def text_of(rows: Iterable[Row], header: bool) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, (*Run._fields, *MEASURES), lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def append(row: Row, path: Path) -> None:
+    """Append a row to the file, which is then whole up to this row."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        file.write(text_of([row], header=new))
+
+
+def key_of(row: Row) -> tuple[str, ...]:
+    return tuple(row[name] for name in Run._fields)
+
+
+def whole(path: Path) -> list[Row]:
+    """Return the rows of the file; a last line that was cut off is removed from it."""
+    if path.exists() and not (text := path.read_text()).endswith("\n"):
+        posteriors.write(text[: text.rfind("\n") + 1], path)
+    return posteriors.read(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="*", help=f"of {', '.join(STEPS)}; all by default")
+    parser.add_argument("--only", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS), metavar="MODEL")
+    parser.add_argument("--seeds", nargs="+", type=int, help="by default 0 to 4; short 0 to 999, ablation 0 to 2")
+    parser.add_argument("--lrs", nargs="+", type=float, default=LRS, help="of hold, elbo and ablation")
+    parser.add_argument("--particles", nargs="+", type=int, default=PARTICLES, help="of hold and elbo")
+    parser.add_argument("--optimisers", nargs="+", default=OPTIMISERS, choices=OPTIMISERS, help="of hold")
+    parser.add_argument("--steps", type=int, help=f"of each run, by default {STEPS}")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=posteriors.OUT, help="folder of the two files")
+    parser.add_argument("--quick", action="store_true", help="two models, one rate and seed, 25 steps: needs --out")
+    options = parser.parse_args()
+    if options.quick:
+        if options.out == posteriors.OUT:
+            parser.error("--quick needs --out: its figures are no results")
+        options.only, options.seeds, options.lrs, options.particles = [*QUICK], [0], [0.01], [1]
+        options.steps = 25
+    if unknown := set(options.part) - set(STEPS):
+        parser.error(f"part must be of {', '.join(STEPS)}, got {unknown.pop()}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = options.out / "training.csv"
+    done = {key_of(row) for row in whole(results)}
+    wanted = [run for part in options.part or STEPS for run in runs(part, options) if run.key not in done]
+    print(f"{len(wanted)} runs", flush=True)
+    for row in posteriors.side_by_side(measure, [(run,) for run in wanted], options.jobs):
+        append(row, results)
+    rows = sorted(whole(results), key=place)
+    posteriors.write(text_of(rows, header=True), results)
+    posteriors.write(page(rows), options.out / "training.md")
+
+
+def place(row: Row) -> tuple[Any, ...]:
+    """Return where a row stands in the file: by part, model, guide, and then the numbers."""
+    names = *STEPS, *PROGRAMS, *GUIDES, *training_ablation.VARIANTS
+    words = (names.index(row[name]) for name in ("part", "model", "guide"))
+    return *words, row["optimiser"], *(float(row[name]) for name in ("lr", "particles", "seed", "steps"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""The page ``training.md``, made of the rows of ``training.csv``."""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+from collections.abc import Iterable
+
+import pyro
+import torch
+from amortized_table import head
+from amortized_table import row as line
+from posteriors import Row, mark
+from training_ablation import LRS, MODELS, VARIANTS
+
+OURS, PEER, NORMAL = ("AutoFlow", "AutoPlateFlow"), ("AutoIAFNormal", "own guide"), "AutoNormal"
+USUAL = 0.03  # up to this step size every run is to hold
+BOUND = 3.0  # of the ratio to AutoIAFNormal
+HUGE = 1e4  # from here on, the order of magnitude will do
+
+
+def page(rows: list[Row]) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        "# Guides in plain SVI",
+        "",
+        'Does a guide hold in a loop that you already have, `SVI(model, guide, pyro.optim.Adam({"lr": lr}), '
+        "Trace_ELBO())`, at any usual step size, and how good is it at the end? `AutoFlow` has its defaults, beside "
+        "Pyro's guides in theirs. No run has warm-up, clipping (except ClippedAdam's own), decay or restarts. "
+        "The models are those of Pyro's tutorials and examples, on simulated data where the tutorials download theirs; "
+        "`benchmarks/programs.py` describes each. "
+        f"torch {torch.__version__.split('+')[0]}, Pyro {pyro.__version__}, Python {platform.python_version()}. "
+        "Reproduce with `python benchmarks/training.py`.",
+    ]
+    parts = {"hold": hold, "elbo": elbo, "short": short, "ablation": ablation}
+    for name, section in parts.items():
+        if own := [row for row in rows if row["part"] == name]:
+            lines += ["", *section(own, rows)]
+    return "\n".join([*lines, "", *LIMITS]) + "\n"
+
+
+LIMITS = (
+    "## Limits",
+    "",
+    "`AutoIAFNormal` has one layer of Pyro's default size, which takes .6 s per step beyond 1,000 latents and was not "
+    "trained there. Models with data of their own (`lda`, `stable`, the forecasts, the regression) have simulated "
+    "ones. A run is one seed on one machine: another version of torch gives other draws.",
+)
+
+
+def value(row: Row, name: str) -> float:
+    """Return a measure of a run; NaN where it has none, as when its guide could not be built."""
+    return float(row.get(name) or "nan")
+
+
+def held(row: Row) -> bool:
+    """Return True if all losses and the parameters at the end were finite."""
+    return row["ended"] == row["steps"]
+
+
+def number(x: float, form: str = ".1f") -> str:
+    if math.isnan(x):
+        return "–"
+    if math.isinf(x):
+        return "not finite"
+    return f"{x:{form}}" if abs(x) < HUGE else f"{x:.0e}"
+
+
+def ordered(rows: Iterable[Row], name: str) -> list[str]:
+    return list(dict.fromkeys(row[name] for row in rows))
+
+
+def counts(rows: list[Row]) -> str:
+    """Return how many of some runs did not hold."""
+    return f"{sum(not held(row) for row in rows)} / {len(rows)}" if rows else "–"
+
+
+def floor(model: str, rows: list[Row]) -> float:
+    """Return the lowest loss that any guide reached on a model: of its ELBO, or at the end of the short runs."""
+    own = [row for row in rows if row["model"] == model and row["part"] in ("hold", "elbo") and held(row)]
+    ends: dict[tuple[str, ...], list[float]] = {}
+    for row in own:
+        key = (*(row[name] for name in ("part", "guide", "optimiser", "lr", "particles")),)
+        ends.setdefault(key, []).append(-value(row, "elbo") if row["part"] == "elbo" else value(row, "end"))
+    return min(map(statistics.median, ends.values()), default=math.nan)
+
+
+def hold(own: list[Row], rows: list[Row]) -> list[str]:
+    """Return the section on the largest losses."""
+    lines = [
+        "## Holding at any step size",
+        "",
+        f"Adam and ClippedAdam, step sizes {sizes(own)}, {particles(own)} particles, seeds {seeds(own)}, "
+        f"{own[0]['steps']} steps. *Not finite*: runs with a loss, or parameters at the end, that are not; up to "
+        f"{USUAL:g}, and of ours at the larger step size. *Ratio*: the largest loss after step 20 to that of Pyro's "
+        "flow guide, `AutoIAFNormal`, on the same seed, up to "
+        f"{USUAL:g}; of the excesses over the *floor*, the lowest loss that any guide reached on the model. Where that "
+        "guide is missing or not finite, the ratio is to `AutoNormal`. *Literal*: the ratio of the losses themselves, "
+        "where both are positive. *To AutoNormal*: of the excesses too; both start from the same place, while "
+        "`AutoIAFNormal` starts from a standard normal. On `vae` the peer is the example's own guide. Target: nothing "
+        f"that is not finite, ratios of at most {BOUND:g}.",
+        "",
+        *head(
+            *("model", "latents", "floor", "not finite: ours", "AutoIAFNormal", "AutoNormal", "ours beyond"),
+            *("worst ratio", "median", f"at most {BOUND:g}", "worst literal", f"at most {BOUND:g}"),
+            *("worst to AutoNormal", f"at most {BOUND:g}"),
+        ),
+    ]
+    return [*lines, *(holding(model, own, rows) for model in ordered(own, "model"))]
+
+
+def holding(model: str, own: list[Row], rows: list[Row]) -> str:
+    """Return the line of a model."""
+    low = floor(model, rows)
+    mine = [row for row in own if row["model"] == model]
+    usual = [row for row in mine if float(row["lr"]) <= USUAL]
+    groups = [[row for row in usual if row["guide"] in kind] for kind in (OURS, PEER, (NORMAL,))]
+    beyond = [row for row in mine if row["guide"] in OURS and float(row["lr"]) > USUAL]
+    peers, normals = ({setting(row): row for row in group} for group in groups[1:])
+    ratios, literal, to_normal = [], [], []
+    for row in groups[0]:
+        normal, peer = normals.get(setting(row)), peers.get(setting(row))
+        if normal and held(normal):
+            to_normal.append(excess(row, low) / excess(normal, low))
+        if peer := peer if peer and held(peer) else normal:
+            ratios.append(excess(row, low) / excess(peer, low))
+            if value(row, "worst") > 0 and value(peer, "worst") > 0:
+                literal.append(value(row, "worst") / value(peer, "worst"))
+    latents = next((row["latents"] for row in mine if row["latents"]), "–")
+    cells = [*map(counts, [*groups, beyond]), number(max(ratios, default=math.nan))]
+    cells += [number(statistics.median(ratios) if ratios else math.nan), share(ratios)]
+    for found in (literal, to_normal):
+        cells += [number(max(found, default=math.nan)), share(found)]
+    return line(model, latents, number(low), *cells)
+
+
+def excess(row: Row, low: float) -> float:
+    """Return by how much the largest loss of a run lies over the floor, at least a tenth of a nat."""
+    return max(value(row, "worst") - low, 0.1)
+
+
+def setting(row: Row) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("optimiser", "lr", "particles", "seed"))
+
+
+def share(ratios: list[float]) -> str:
+    """Return the share of ratios within the bound."""
+    return f"{sum(ratio <= BOUND for ratio in ratios) / len(ratios):.0%}" if ratios else "–"
+
+
+def sizes(rows: list[Row]) -> str:
+    return ", ".join(f"{lr:g}" for lr in sorted({float(row["lr"]) for row in rows}))
+
+
+def particles(rows: list[Row]) -> str:
+    return " and ".join(map(str, sorted({int(row["particles"]) for row in rows})))
+
+
+def seeds(rows: list[Row]) -> str:
+    found = sorted({int(row["seed"]) for row in rows})
+    return f"{found[0]} to {found[-1]}" if len(found) > 1 else str(found[0])
+
+
+def elbo(own: list[Row], rows: list[Row]) -> list[str]:
+    """Return the section on the ELBO."""
+    lines = [
+        "## Where training ends",
+        "",
+        f"The ELBO in nats after {own[0]['steps']} steps of Adam, from 1,000 draws (200 of models that do not "
+        f"broadcast), the mean over seeds {seeds(own)} at the best of the step sizes {sizes(own)}. A run that is not "
+        "finite counts as minus infinity. *Difference*: ours minus the best of Pyro's, ± its standard error over "
+        "seeds, or over draws where there is one seed. On `vae` the ELBO is that of the first minibatch, and Pyro's "
+        "guide is the example's own. Target: no difference below zero, within its error.",
+        "",
+        *head(
+            *("model", "particles", "ours", "step size", "best of Pyro's", "its guide", "step size", "difference"),
+            *("AutoIAFNormal", "AutoNormal"),
+        ),
+    ]
+    for model in ordered(own, "model"):
+        for count in sorted({row["particles"] for row in own if row["model"] == model}, key=int):
+            lines.append(ending(model, count, [r for r in own if (r["model"], r["particles"]) == (model, count)]))
+    return lines
+
+
+def ending(model: str, count: str, own: list[Row]) -> str:
+    """Return the line of a model and a number of particles."""
+    found: dict[str, tuple[float, float, str]] = {}
+    for guide in ordered(own, "guide"):
+        for lr in sorted({row["lr"] for row in own}, key=float):
+            if mine := [row for row in own if (row["guide"], row["lr"]) == (guide, lr)]:
+                found[guide] = max(found.get(guide, (-math.inf, math.nan, "–")), (*mean(mine), lr), key=lambda f: f[0])
+    nothing = -math.inf, math.nan, "–"
+    ours = max((f for guide, f in found.items() if guide in OURS), default=nothing)
+    name, best = max(((g, f) for g, f in found.items() if g not in OURS), key=lambda f: f[1][0], default=("–", nothing))
+    difference = ours[0] - best[0]
+    error = math.hypot(ours[1], best[1])
+    text = mark(f"{difference:+.2f} ± {error:.2f}", True) if math.isfinite(difference) else "–"
+    others = [number(found.get(guide, (math.nan,))[0], ".2f") for guide in ("AutoIAFNormal", NORMAL)]
+    return line(*(model, count, number(ours[0], ".2f"), ours[2], number(best[0], ".2f"), name, best[2], text), *others)
+
+
+def mean(rows: list[Row]) -> tuple[float, float]:
+    """Return the mean ELBO over seeds and its standard error; minus infinity if a run was not finite."""
+    values = [value(row, "elbo") if held(row) else -math.inf for row in rows]
+    if not all(map(math.isfinite, values)):
+        return -math.inf, math.nan
+    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else value(rows[0], "elbo_se")
+    return statistics.fmean(values), spread
+
+
+def short(own: list[Row], rows: list[Row]) -> list[str]:
+    """Return the section on many seeds."""
+    lines = [
+        "## A thousand short fits",
+        "",
+        f"`AutoFlow`, Adam with a step size of {sizes(own)}, {own[0]['steps']} steps of one particle, seeds "
+        f"{seeds(own)} dealt over ten models. Loss and all parameters are looked at after every step. Target: no state "
+        "that is not finite.",
+        "",
+        *head("model", "fits", "not finite", "largest loss after step 20", "median loss at the end"),
+    ]
+    for model in ordered(own, "model"):
+        mine = [row for row in own if row["model"] == model]
+        bad = sum(not held(row) for row in mine)
+        worst, end = max(value(row, "worst") for row in mine), statistics.median(value(row, "end") for row in mine)
+        lines.append(line(model, str(len(mine)), str(bad), number(worst), number(end)))
+    return [*lines, line("all", str(len(own)), str(sum(not held(row) for row in own)), "", "")]
+
+
+def ablation(own: list[Row], rows: list[Row]) -> list[str]:
+    """Return the section on the cause."""
+    heads = [f"{model}, {lr:g}" for model in MODELS for lr in LRS]
+    lines = [
+        "## The cause: one change at a time",
+        "",
+        f"The largest loss after step 20 of {own[0]['steps']} steps of Adam, one particle, the worst of seeds "
+        f"{seeds(own)}; in brackets the runs that were not finite. *Default* is the guide as it is, whose networks "
+        "move at a pace; *before* is the guide without: weights as torch has them, and a full matrix for the learned "
+        "affine map. Each line makes one change to one of them. The starting loss of the guide is a part of it, so "
+        "compare columns within a group.",
+        "",
+        *head("guide", *heads),
+    ]
+    for label in (label for label in VARIANTS if label in ordered(own, "guide")):
+        mine = [row for row in own if row["guide"] == label]
+        cells = [
+            cell([row for row in mine if (row["model"], float(row["lr"])) == (model, lr)])
+            for model in MODELS
+            for lr in LRS
+        ]
+        lines.append(line(mark(label, ":" not in label), *cells))
+    return lines
+
+
+def cell(rows: list[Row]) -> str:
+    """Return the worst loss of the runs that held, and how many did not."""
+    bad = sum(not held(row) for row in rows)
+    worst = number(max((value(row, "worst") for row in rows if held(row)), default=math.nan))
+    return f"{worst} ({bad} / {len(rows)})" if bad else worst
