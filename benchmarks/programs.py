@@ -52,6 +52,7 @@ class Program(NamedTuple):
         batches: Makes an endless iterator of the arguments of each step, where rows come in minibatches.
         own_guide: The guide that the example trains, if it has one that is not an autoguide.
         hide: Discrete sites that the ELBO sums out.
+        flat: True where a prior is flat, so that Pyro's guides need a start.
     """
 
     model: Callable[..., Any]
@@ -66,6 +67,7 @@ class Program(NamedTuple):
     batches: Callable[[], Iterator[tuple[Any, ...]]] | None = None
     own_guide: Callable[..., Any] | None = None
     hide: tuple[str, ...] = ()
+    flat: bool = False
 
     @property
     def guided(self) -> Callable[..., Any]:
@@ -176,7 +178,7 @@ def neutra() -> Program:
 
 def target(name: str) -> Program:
     """A posterior of ``targets.py``."""
-    return Program(targets.load(name).model, dtype=torch.float64)
+    return Program(targets.load(name).model, dtype=torch.float64, flat=name == "kidiq")
 
 
 def bnn() -> Program:

@@ -56,7 +56,9 @@ def rows(y):
     with pyro.plate("group", len(y), subsample_size=20) as seen:
         level = pyro.sample("level", dist.Normal(mean, sd))
         width = pyro.sample("width", dist.LogNormal(0.1 * level, 1.0))
-        pyro.sample("y", dist.Normal(level.unsqueeze(-1) + torch.zeros(4), width.unsqueeze(-1)).to_event(1), obs=y[seen])
+        pyro.sample(
+            "y", dist.Normal(level.unsqueeze(-1) + torch.zeros(4), width.unsqueeze(-1)).to_event(1), obs=y[seen]
+        )
 
 
 def train(model, guide, *args, lr=0.03, steps=100, seed=0, elbo=None):
