@@ -107,7 +107,8 @@ def test_a_step_of_adam_moves_paced_networks_of_all_widths_alike(name):
             net = NETWORKS[name](width)
             net.set_pace(pace)
             moves[width, pace] = largest_move(net, 0.01)
-    assert moves[512, 1.0] < 0.03 and moves[512, 1.0] < 2 * moves[16, 1.0]
+    assert moves[512, 1.0] < 0.03
+    assert moves[512, 1.0] < 2 * moves[16, 1.0]
     assert moves[512, None] > 20 * moves[512, 1.0]  # else the law above would hold of any network
 
 
@@ -130,12 +131,14 @@ def test_fit_svi_trains_without_the_paces_and_leaves_them(kind, tmp_path):
         before = {key: value.clone() for key, value in guide.state_dict().items()}
         try:
             with in_training(guide):
-                assert guide.training and not any(network.pace for network in networks)
+                assert guide.training
+                assert not any(network.pace for network in networks)
                 if error:
                     raise error
         except (KeyboardInterrupt, RuntimeError):
             pass
-        assert [network.pace for network in networks] == paces and not guide.training
+        assert [network.pace for network in networks] == paces
+        assert not guide.training
         assert all(torch.equal(before[key], value) for key, value in guide.state_dict().items())
 
     pf.fit_svi(model, guide, *args, steps=3, progress=False)
@@ -170,7 +173,8 @@ def test_plain_svi_does_not_explode(model, start, lr, local):
     """These losses start below ``start``; before paces they rose to 1e9 and more, or ended in NaN."""
     with pyro.settings.context(module_local_params=local):
         losses = train(model, pf.AutoFlow(model), lr=lr)
-    assert max(losses[20:]) < start and losses[-1] < losses[0]
+    assert max(losses[20:]) < start
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
