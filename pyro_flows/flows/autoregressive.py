@@ -123,7 +123,7 @@ def maf(
     """
     layers = autoregressive_layers(
         "maf",
-        Affine(max_log_scale),
+        Affine(max_log_scale, slope=1.0),
         input_dim,
         context_dim,
         num_transforms,

@@ -70,9 +70,10 @@ def realnvp(
 ) -> Flow:
     """Real NVP: affine couplings (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803).
 
-    Each coupling splits the features into two parts A and B, others from layer to layer, and with net a network::
+    Each coupling splits the features into two parts A and B, others from layer to layer.  It maps y, on the data's
+    side, to x, on the base's side, as in the paper, with net a network::
 
-        y_A = x_A,    y_B = x_B exp(s) + t,    (s, t) = net(x_A, context)
+        x_A = y_A,    x_B = y_B exp(s) + t,    (s, t) = net(y_A, context)
 
     Density and samples cost the same, one pass of each network.
 
@@ -98,10 +99,13 @@ def realnvp(
         >>> flow(torch.zeros(5, 2)).sample((7,)).shape
         torch.Size([7, 5, 4])
     """
-    bijector = Affine(max_log_scale)
-    return Flow(
-        coupling_layers("realnvp", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, residual)
+    # Errors of a shift count in units of the base: with y_B = x_B exp(s) + t they would grow by exp(-s) where data are
+    # confined, and at a constant step size the log-density would never settle.
+    bijector = Affine(max_log_scale, slope=1.0)
+    layers = coupling_layers(
+        "realnvp", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, residual
     )
+    return Flow([layer.inv for layer in layers])
 
 
 def nsf(
