@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from pyro import validation_enabled
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..diagnostics import Check, check
 from ..diagnostics.density import or_nan
