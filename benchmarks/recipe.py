@@ -37,6 +37,7 @@ from pyro_flows.bijectors import RationalQuadraticSpline
 from pyro_flows.distributions import ContaminatedNormalBase, StandardNormal, StudentTBase
 from pyro_flows.fitting.schedule import suited_to
 from pyro_flows.guides import init_to_center
+from pyro_flows.guides.couplings import affine_couplings as default
 from pyro_flows.guides.recipe import FEW
 from pyro_flows.transforms import Elementwise
 
@@ -109,10 +110,6 @@ def along_a_line(step: int, steps: int) -> float:
 
 def late(step: int, steps: int) -> float:
     return min(1.0, step / 100, 2 * (1 - (step - 1) / steps))
-
-
-# The reference's couplings, to be changed.
-default = functools.partial(flows.realnvp, activation=nn.ELU)
 
 
 def with_splines(input_dim: int) -> flows.Flow:

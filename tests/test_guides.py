@@ -24,7 +24,10 @@ from pyro.infer.reparam import NeuTraReparam
 from torch.distributions import constraints
 
 from pyro_flows import AutoFlow, Flow, fit_svi, flows, psis
+from pyro_flows.bijectors import Affine
 from pyro_flows.guides import init_to_center
+from pyro_flows.guides.recipe import default_flow, local_flow
+from pyro_flows.transforms import Coupling
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
 small_iaf = functools.partial(flows.iaf, num_transforms=2, hidden_dims=(16,))
@@ -613,3 +616,10 @@ def test_float64_model_gives_float64_draws():
     draws = guide.sample(3)
     assert {value.dtype for value in (*draws.values(), *guide().values(), guide.log_prob(draws))} == {torch.float64}
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_guides_keep_damped_couplings_from_base_to_draws() -> None:
+    """The recipe ``realnvp`` is for densities, steep and from data to base; a guide's first steps need these."""
+    layers = [*default_flow(3).transforms, *local_flow(3, 2).transforms[:-1]]
+    assert len(layers) == 12
+    assert all(isinstance(layer, Coupling) and layer.bijector == Affine(3.0, slope=0.25) for layer in layers)

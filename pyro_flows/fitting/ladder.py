@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from pyro import validation_enabled
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..diagnostics import Check, check
 from ..diagnostics.density import or_nan
 from ..diagnostics.space import Space
-from ..flows import Flow, realnvp
+from ..flows import Flow
 from ..guides import AutoFlow
+from ..guides.couplings import affine_couplings
 from ..objectives import ForwardKL, TemperedELBO
 from ..transforms import ActNorm
 from . import processes
@@ -247,7 +248,7 @@ def _deepened(guide: AutoFlow) -> AutoFlow:
     *layers, learned, fixed = guide.flow.transforms
 
     def deeper(dim: int) -> Flow:
-        more = realnvp(dim, num_transforms=8, hidden_dims=(128, 128), activation=nn.ELU)
+        more = affine_couplings(dim, hidden_dims=(128, 128))
         return Flow([*more.transforms, *copy.deepcopy(layers)], copy.deepcopy(guide.flow.base))
 
     new = guide.rebuilt(deeper)

@@ -28,6 +28,7 @@ def iaf(
     num_transforms: int = 5,
     hidden_dims: Sequence[int] = (64, 64),
     max_log_scale: float = 3.0,
+    slope: float = 0.25,
     adjacency: Graph | None = None,
     activation: type[nn.Module] = nn.ReLU,
     fixed_point: bool = False,
@@ -46,6 +47,8 @@ def iaf(
         num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
         hidden_dims: The widths of the hidden layers of each network.
         max_log_scale: The bound on the log-scale s of one layer, in nats.
+        slope: The slope of s where it is zero.  In a loop of your own, 1 learns given data faster, and 0.25 keeps a
+            guide's first draws in range.
         adjacency: ``adjacency[i, j]`` says whether feature i may depend on feature j, ``(D, D)``, a directed graph
             without cycles, such as :func:`~pyro_flows.posterior_graph` of a Pyro model.  All layers then have one
             order, parents first.  In flows of fast densities one layer has exactly this graph, and each layer more
@@ -69,7 +72,7 @@ def iaf(
         >>> x.shape, torch.allclose(flow.log_prob(x.detach()), log_q, atol=1e-4)
         (torch.Size([3, 4]), True)
     """
-    bijector = Affine(max_log_scale)
+    bijector = Affine(max_log_scale, slope)
     graph = None if adjacency is None else ancestors(checked_graph(adjacency, input_dim))
     return Flow(
         autoregressive_layers(
@@ -85,6 +88,7 @@ def maf(
     num_transforms: int = 5,
     hidden_dims: Sequence[int] = (64, 64),
     max_log_scale: float = 3.0,
+    slope: float = 1.0,
     adjacency: Graph | None = None,
     activation: type[nn.Module] = nn.ReLU,
     fixed_point: bool = False,
@@ -103,6 +107,8 @@ def maf(
         num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
         hidden_dims: The widths of the hidden layers of each network.
         max_log_scale: The bound on the log-scale s of one layer, in nats.
+        slope: The slope of s where it is zero.  For the flow of a guide in a loop of your own, pass 0.25: it keeps the
+            first draws in range.
         adjacency: Which feature may depend on which, ``(D, D)``, as for :func:`iaf`.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
         fixed_point: Whether samples are found by passes over all features at once, as for :func:`iaf`.
@@ -123,7 +129,7 @@ def maf(
     """
     layers = autoregressive_layers(
         "maf",
-        Affine(max_log_scale),
+        Affine(max_log_scale, slope),
         input_dim,
         context_dim,
         num_transforms,

@@ -65,14 +65,16 @@ def realnvp(
     num_transforms: int = 8,
     hidden_dims: Sequence[int] = (64, 64),
     max_log_scale: float = 3.0,
+    slope: float = 1.0,
     activation: type[nn.Module] = nn.ReLU,
     residual: bool = False,
 ) -> Flow:
     """Real NVP: affine couplings (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803).
 
-    Each coupling splits the features into two parts A and B, others from layer to layer, and with net a network::
+    Each coupling splits the features into two parts A and B, others from layer to layer.  It maps y, on the data's
+    side, to x, on the base's side, as in the paper, with net a network::
 
-        y_A = x_A,    y_B = x_B exp(s) + t,    (s, t) = net(x_A, context)
+        x_A = y_A,    x_B = y_B exp(s) + t,    (s, t) = net(y_A, context)
 
     Density and samples cost the same, one pass of each network.
 
@@ -82,6 +84,8 @@ def realnvp(
         num_transforms: The number of coupling layers.
         hidden_dims: The widths of the hidden layers of each network.
         max_log_scale: The bound on the log-scale s of one layer, in nats.
+        slope: The slope of s where it is zero.  For the flow of a guide in a loop of your own, pass 0.25: it keeps the
+            first draws in range.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
         residual: Whether hidden layers that keep the width add their input.
 
@@ -89,7 +93,7 @@ def realnvp(
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
-        ValueError: If a size or ``max_log_scale`` is out of its range.
+        ValueError: If a size or ``max_log_scale`` or ``slope`` is out of its range.
 
     Example::
 
@@ -98,10 +102,13 @@ def realnvp(
         >>> flow(torch.zeros(5, 2)).sample((7,)).shape
         torch.Size([7, 5, 4])
     """
-    bijector = Affine(max_log_scale)
-    return Flow(
-        coupling_layers("realnvp", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, residual)
+    # Errors of a shift count in units of the base: with y_B = x_B exp(s) + t they would grow by exp(-s) where data are
+    # confined, and at a constant step size the log-density would never settle.
+    bijector = Affine(max_log_scale, slope)
+    layers = coupling_layers(
+        "realnvp", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, residual
     )
+    return Flow([layer.inv for layer in layers])
 
 
 def nsf(

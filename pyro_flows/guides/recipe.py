@@ -20,6 +20,7 @@ from ..distributions import CircularBase, ContaminatedNormalBase
 from ..flows import Flow
 from ..transforms import ActNorm, Autoregressive, Coupling, Elementwise, FixedAffine, FlowTransform, Triangular
 from ..transforms.linear import unrotated
+from .couplings import affine_couplings
 
 FEW = 32  # up to how many latents eight couplings and Adam will do
 LEARNED = 64  # up to how many latents the learned affine map has a triangular matrix
@@ -49,7 +50,7 @@ def default_flow(input_dim: int) -> Flow:
         [8, 16]
     """
     few = input_dim <= FEW
-    couplings = flows.realnvp(input_dim, num_transforms=8 if few else 16, activation=nn.ELU)
+    couplings = affine_couplings(input_dim, num_transforms=8 if few else 16)
     # Among many latents one is always in the wide component, which must then be less wide.
     base = ContaminatedNormalBase(input_dim) if few else ContaminatedNormalBase(input_dim, share=0.05, scale=1.3)
     return Flow(couplings.transforms, base)
@@ -167,7 +168,7 @@ def local_flow(input_dim: int, context_dim: int) -> Flow:
     if input_dim == 1:
         layers = flows.nsf(1, context_dim, num_transforms=2, activation=nn.ELU).transforms
     else:
-        layers = flows.realnvp(input_dim, context_dim, num_transforms=4, activation=nn.ELU).transforms
+        layers = affine_couplings(input_dim, context_dim, num_transforms=4).transforms
     place = MLP(context_dim, input_dim, Affine().num_params, activation=nn.ELU, skip=True)
     return Flow([*layers, Elementwise(Affine(), input_dim, place)])
 
