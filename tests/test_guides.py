@@ -475,7 +475,7 @@ def test_the_default_guide_trains_under_plain_svi(elbo):
 
     evidence = dist.Normal(0.0, math.sqrt(5)).log_prob(torch.tensor(3.0)).item()
     guide = AutoFlow(model)
-    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.001}), elbo)
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.03}), elbo)
     losses = torch.tensor([svi.step() for _ in range(200)])
     assert losses.isfinite().all()
     assert losses[:20].median() > 3 - evidence

@@ -47,8 +47,7 @@ def iaf(
         num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
         hidden_dims: The widths of the hidden layers of each network.
         max_log_scale: The bound on the log-scale s of one layer, in nats.
-        slope: The slope of s where it is zero.  In a loop of your own, 1 learns given data faster, and 0.25 keeps a
-            guide's first draws in range.
+        slope: The slope of s where it is zero; in loops of your own on given data 1 learns faster.
         adjacency: ``adjacency[i, j]`` says whether feature i may depend on feature j, ``(D, D)``, a directed graph
             without cycles, such as :func:`~pyro_flows.posterior_graph` of a Pyro model.  All layers then have one
             order, parents first.  In flows of fast densities one layer has exactly this graph, and each layer more
@@ -107,8 +106,7 @@ def maf(
         num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
         hidden_dims: The widths of the hidden layers of each network.
         max_log_scale: The bound on the log-scale s of one layer, in nats.
-        slope: The slope of s where it is zero.  For the flow of a guide in a loop of your own, pass 0.25: it keeps the
-            first draws in range.
+        slope: The slope of s where it is zero.
         adjacency: Which feature may depend on which, ``(D, D)``, as for :func:`iaf`.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
         fixed_point: Whether samples are found by passes over all features at once, as for :func:`iaf`.

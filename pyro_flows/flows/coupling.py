@@ -84,8 +84,7 @@ def realnvp(
         num_transforms: The number of coupling layers.
         hidden_dims: The widths of the hidden layers of each network.
         max_log_scale: The bound on the log-scale s of one layer, in nats.
-        slope: The slope of s where it is zero.  For the flow of a guide in a loop of your own, pass 0.25: it keeps the
-            first draws in range.
+        slope: The slope of s where it is zero.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
         residual: Whether hidden layers that keep the width add their input.
 
