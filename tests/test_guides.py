@@ -504,7 +504,7 @@ def test_guide_list_beside_a_discrete_site(guided):
     if guided:
         guide.append(AutoDiscreteParallel(poutine.block(mixture, expose=["which"])))
     svi = SVI(mixture, guide, pyro.optim.Adam({"lr": 0.03}), TraceEnum_ELBO(max_plate_nesting=1))
-    losses = torch.tensor([svi.step(MIXED) for _ in range(150)])
+    losses = torch.tensor([svi.step(MIXED) for _ in range(300)])
     assert losses[-30:].mean() < losses[:5].mean() - 10
     draws = [guide(MIXED) for _ in range(50)]
     loc = torch.stack([draw["loc"] for draw in draws]).mean(0)
