@@ -1,6 +1,6 @@
 """Do guides hold in a plain loop of Pyro's ``SVI``, at anyone's step size, and where do they end?
 
-    python benchmarks/training.py --jobs 2                      # all parts, a night of two cores
+    python benchmarks/training.py --jobs 2                      # all parts, about 18 hours on 2 cores
     python benchmarks/training.py hold --only conjugate neutra  # one part, some models
     python benchmarks/training.py elbo --seeds 0 --particles 1  # fewer runs
     python benchmarks/training.py --quick --out DIR             # two models, 25 steps: a smoke run
@@ -22,7 +22,8 @@ them), each guide at its best rate.
 *ablation*: the default guide and the guide as it was before its networks had a pace, each with one change.
 
 A run ends where a loss is not finite, or a call fails.  It is saved when it ends, and a benchmark that was stopped goes
-on where it was.  Writes ``docs/benchmarks/training.md`` and ``training.csv``, a row for each run.
+on where it was; remove ``training.csv`` when a guide has changed.  Writes ``docs/benchmarks/training.md`` and
+``training.csv``, a row for each run.
 """
 
 from __future__ import annotations
@@ -79,10 +80,12 @@ class Run(NamedTuple):
 
     @property
     def key(self) -> tuple[str, ...]:
+        """The fields as they stand in the file."""
         return tuple(map(str, self))
 
 
 def ours(program: Program) -> Any:
+    """Return our default guide of a program."""
     if program.plate:
         return pf.AutoPlateFlow(program.guided, program.plate, encoder=program.encoder and program.encoder())
     return pf.AutoFlow(program.guided)
@@ -106,6 +109,8 @@ GUIDES: dict[str, Callable[[Program], Any]] = {
 
 def load(name: str) -> Program:
     """Build a program under its own default dtype."""
+    logging.getLogger("pyro").setLevel(logging.WARNING)  # it tells every guess of max_plate_nesting
+    warnings.simplefilter("ignore")
     torch.set_default_dtype(torch.float32)
     program = PROGRAMS[name]()
     if program.dtype is torch.float32:
@@ -155,8 +160,6 @@ def runs(part: str, options: argparse.Namespace) -> Iterator[Run]:
 
 def measure(run: Run) -> Row:
     """Train one guide, and estimate its ELBO where the part of the benchmark asks for it."""
-    logging.getLogger("pyro").setLevel(logging.WARNING)
-    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     pyro.enable_validation(False)
     pyro.clear_param_store()
@@ -181,6 +184,7 @@ def measure(run: Run) -> Row:
 
 
 def message(error: Exception) -> str:
+    """Return an error in one short line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:120]
 
 
@@ -205,6 +209,7 @@ def train(run: Run, program: Program, guide: Any) -> tuple[list[float], str]:
 
 
 def finite_parameters() -> bool:
+    """Return True if all parameters in Pyro's store are finite."""
     return all(bool(value.isfinite().all()) for _, value in pyro.get_param_store().named_parameters())
 
 
@@ -220,6 +225,7 @@ def elbo(program: Program, guide: Any) -> tuple[float, float]:
 
 
 def text_of(rows: Iterable[Row], header: bool) -> str:
+    """Return rows as lines of ``training.csv``."""
     text = io.StringIO()
     writer = csv.DictWriter(text, (*Run._fields, *MEASURES), lineterminator="\n")
     if header:
@@ -236,6 +242,7 @@ def append(row: Row, path: Path) -> None:
 
 
 def key_of(row: Row) -> tuple[str, ...]:
+    """Return the key of the run that a row tells of."""
     return tuple(row[name] for name in Run._fields)
 
 
@@ -250,7 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="*", help=f"of {', '.join(STEPS)}; all by default")
     parser.add_argument("--only", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS), metavar="MODEL")
-    parser.add_argument("--seeds", nargs="+", type=int, help="by default 0 to 4; short 0 to 999, ablation 0 to 2")
+    parser.add_argument("--seeds", nargs="+", type=int, help="by default 0 to 4; 0 to 999 of short, 0 to 2 of ablation")
     parser.add_argument("--lrs", nargs="+", type=float, default=LRS, help="of hold, elbo and ablation")
     parser.add_argument("--particles", nargs="+", type=int, default=PARTICLES, help="of hold and elbo")
     parser.add_argument("--optimisers", nargs="+", default=OPTIMISERS, choices=OPTIMISERS, help="of hold")

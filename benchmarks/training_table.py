@@ -77,12 +77,12 @@ def counts(rows: list[Row]) -> str:
 
 
 def floor(model: str, rows: list[Row]) -> float:
-    """Return the lowest loss that any guide reached on a model: of its ELBO, or at the end of the short runs."""
-    own = [row for row in rows if row["model"] == model and row["part"] in ("hold", "elbo") and held(row)]
+    """Return the lowest loss that a guide reached on a model: of its ELBO, or at the end of the runs of *hold*."""
     ends: dict[tuple[str, ...], list[float]] = {}
-    for row in own:
-        key = (*(row[name] for name in ("part", "guide", "optimiser", "lr", "particles")),)
-        ends.setdefault(key, []).append(-value(row, "elbo") if row["part"] == "elbo" else value(row, "end"))
+    for row in rows:
+        if row["model"] == model and row["part"] in ("hold", "elbo") and held(row):
+            key = tuple(row[name] for name in ("part", "guide", "optimiser", "lr", "particles"))
+            ends.setdefault(key, []).append(-value(row, "elbo") if row["part"] == "elbo" else value(row, "end"))
     return min(map(statistics.median, ends.values()), default=math.nan)
 
 
@@ -91,9 +91,9 @@ def hold(own: list[Row], rows: list[Row]) -> list[str]:
     lines = [
         "## Holding at any step size",
         "",
-        f"Adam and ClippedAdam, step sizes {sizes(own)}, {particles(own)} particles, seeds {seeds(own)}, "
+        f"Adam and ClippedAdam, step sizes {sizes(own)}, {particles(own)}, {seeds(own)}, "
         f"{own[0]['steps']} steps. *Not finite*: runs with a loss, or parameters at the end, that are not; up to "
-        f"{USUAL:g}, and of ours at the larger step size. *Ratio*: the largest loss after step 20 to that of Pyro's "
+        f"{USUAL:g}, and of ours beyond. *Ratio*: the largest loss after step 20 to that of Pyro's "
         "flow guide, `AutoIAFNormal`, on the same seed, up to "
         f"{USUAL:g}; of the excesses over the *floor*, the lowest loss that any guide reached on the model. Where that "
         "guide is missing or not finite, the ratio is to `AutoNormal`. *Literal*: the ratio of the losses themselves, "
@@ -154,12 +154,15 @@ def sizes(rows: list[Row]) -> str:
 
 
 def particles(rows: list[Row]) -> str:
-    return " and ".join(map(str, sorted({int(row["particles"]) for row in rows})))
+    """Return the numbers of particles in words."""
+    found = sorted({int(row["particles"]) for row in rows})
+    return "one particle" if found == [1] else f"{' and '.join(map(str, found))} particles"
 
 
 def seeds(rows: list[Row]) -> str:
+    """Return the first and the last seed in words."""
     found = sorted({int(row["seed"]) for row in rows})
-    return f"{found[0]} to {found[-1]}" if len(found) > 1 else str(found[0])
+    return f"seeds {found[0]} to {found[-1]}" if len(found) > 1 else f"seed {found[0]}"
 
 
 def elbo(own: list[Row], rows: list[Row]) -> list[str]:
@@ -168,7 +171,7 @@ def elbo(own: list[Row], rows: list[Row]) -> list[str]:
         "## Where training ends",
         "",
         f"The ELBO in nats after {own[0]['steps']} steps of Adam, from 1,000 draws (200 of models that do not "
-        f"broadcast), the mean over seeds {seeds(own)} at the best of the step sizes {sizes(own)}. A run that is not "
+        f"broadcast), the mean over {seeds(own)} at the best of the step sizes {sizes(own)}. A run that is not "
         "finite counts as minus infinity. *Difference*: ours minus the best of Pyro's, ± its standard error over "
         "seeds, or over draws where there is one seed. On `vae` the ELBO is that of the first minibatch, and Pyro's "
         "guide is the example's own. Target: no difference below zero, within its error.",
@@ -215,7 +218,7 @@ def short(own: list[Row], rows: list[Row]) -> list[str]:
     lines = [
         "## A thousand short fits",
         "",
-        f"`AutoFlow`, Adam with a step size of {sizes(own)}, {own[0]['steps']} steps of one particle, seeds "
+        f"`AutoFlow`, Adam with a step size of {sizes(own)}, {own[0]['steps']} steps of one particle, "
         f"{seeds(own)} dealt over ten models. Loss and all parameters are looked at after every step. Target: no state "
         "that is not finite.",
         "",
@@ -235,7 +238,7 @@ def ablation(own: list[Row], rows: list[Row]) -> list[str]:
     lines = [
         "## The cause: one change at a time",
         "",
-        f"The largest loss after step 20 of {own[0]['steps']} steps of Adam, one particle, the worst of seeds "
+        f"The largest loss after step 20 of {own[0]['steps']} steps of Adam, one particle, the worst of "
         f"{seeds(own)}; in brackets the runs that were not finite. *Default* is the guide as it is, whose networks "
         "move at a pace; *before* is the guide without: weights as torch has them, and a full matrix for the learned "
         "affine map. Each line makes one change to one of them. The starting loss of the guide is a part of it, so "
