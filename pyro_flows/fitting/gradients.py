@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..diagnostics.density import is_breakdown
+from ..guides.faults import NonFiniteDraw
 from . import processes
 
 
@@ -59,6 +60,8 @@ def backward(
         found = loss()
         found.backward()
         value = found.detach()
+    except NonFiniteDraw:
+        pass  # the loss would not be finite: it counts as NaN
     except Exception as raised:
         error = raised
         if processes.alone() and not is_breakdown(error):

@@ -24,7 +24,7 @@ def trained_by(loss: Callable[[], Tensor], model: Any, guide: Any) -> list[Tenso
     with poutine.trace(param_only=True) as capture:
         try:
             loss()
-        except (ValueError, LinAlgError) as error:
+        except (ValueError, LinAlgError, FloatingPointError) as error:
             if not is_breakdown(error):
                 raise
     touched = [site["value"] for site in capture.trace.nodes.values()]

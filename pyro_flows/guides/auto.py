@@ -27,6 +27,7 @@ from .calls import Calls
 from .checks import check_latents, check_same, check_supports
 from .circles import is_circular, mark_circles
 from .encoding import at_rest, check_encoder, encode, finite, width_for_one
+from .faults import Sites
 from .init import init_to_center
 from .names import claim_name
 from .recipe import assemble, built, check_recipe, check_scale, default_for, is_untrained, start_at
@@ -70,6 +71,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             its support has no volume or depends on another latent, if it is masked or in a subsampled plate, or if the
             model's density is not finite at the start; or if the recipe's flow or the encoder's output does not fit.
             In use, if arguments change which latents the model has, or their shapes.
+        FloatingPointError: In training, naming the site, the cause and the way out, if a draw is not finite.
 
     Example::
 
@@ -193,13 +195,13 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw the latents, as Pyro's guides do: site name -> value."""
-        self.setup(*args, **kwargs)
-        self._calls.rows(self.model, self.prototype_trace, args, kwargs, needed=False)
-        return super().forward(*args, **kwargs)
+        self.setup(*args, **kwargs)._calls.rows(self.model, self.prototype_trace, args, kwargs, needed=False)
+        with self._calls.watch.over(self, args, kwargs):
+            return super().forward(*args, **kwargs)
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draw the packed, unconstrained latents, ``(latent_dim,)``."""
-        return self._draw("latent", self.get_posterior(*args, **kwargs))
+        return self._draw("latent", self.get_posterior(*args, **kwargs), Sites(lambda: self.coordinates, self.unpack))
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """The base distribution of the flow, over vectors of ``latent_dim`` numbers."""
@@ -237,8 +239,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     def unpack(self, latent: Tensor) -> dict[str, Tensor]:
         """Packed, unconstrained latents ``(*batch, latent_dim)`` as values of sites, ``(*batch, *site_shape)``."""
-        sites = dict(self.prototype_trace.iter_stochastic_nodes())
-        shapes = {name: self._unconstrained_shapes[name] for name in sites}
+        sites, shapes = dict(self.prototype_trace.iter_stochastic_nodes()), self._unconstrained_shapes
         parts = latent.split([shape.numel() for shape in shapes.values()], -1)
         free = {n: part.reshape(latent.shape[:-1] + shapes[n]) for n, part in zip(sites, parts, strict=True)}
         return {name: biject_to(site["fn"].support)(free[name]) for name, site in sites.items()}
@@ -257,5 +258,4 @@ class AutoFlow(FlowGuide, AutoContinuous):
     @property
     def coordinates(self) -> list[str]:
         """The site that each of the packed latents belongs to."""
-        shapes = self._unconstrained_shapes
-        return [n for n, _ in self.prototype_trace.iter_stochastic_nodes() for _ in range(shapes[n].numel())]
+        return [name for name, shape in self._unconstrained_shapes.items() for _ in range(shape.numel())]

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from ..checks import quoted
 from ..flows import Flow
 from ..flows.distribution import FlowDistribution
+from .calls import Calls
 from .checks import missing_arguments
+from .faults import Sites
 from .names import adopt_stored_parameters, claim_name, is_free
 from .rows import plate_like
 
@@ -30,6 +32,7 @@ class FlowGuide(AutoGuide):
     num_summary_draws = 10_000
     recipes: tuple[str, ...] = ()  # attributes that hold functions, which copies share and pickles leave behind
     prototype_trace: Any
+    _calls: Calls
     _data_plates: Sequence[str] = ()  # those that the model gives their rows' data
 
     def setup(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,9 +103,15 @@ class FlowGuide(AutoGuide):
         number = min(self.num_summary_draws, max(1000, 20_000_000 // one))  # so that they fit into memory
         return {name: _quantiles(value, quantiles) for name, value in self.sample(number, *args, **kwargs).items()}
 
-    def _draw(self, name: str, q: FlowDistribution) -> Tensor:
-        """Draw packed latents, at a sample statement of the guide's own."""
-        return pyro.sample(f"_{self._pyro_name}_{name}", q.for_one_step(), infer={"is_auxiliary": True})
+    def _draw(self, name: str, q: FlowDistribution, sites: Sites) -> Tensor:
+        """Draw packed latents, at a sample statement of the guide's own.
+
+        Raises:
+            FloatingPointError: Naming the site, if a draw is not finite while the guide is trained.
+        """
+        z = pyro.sample(f"_{self._pyro_name}_{name}", q.for_one_step(), infer={"is_auxiliary": True})
+        self._calls.watch.see(self, name, sites, q, z)
+        return z
 
     # The plates that latents lie in.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..programs.masks import is_masked
 from .arguments import Arguments, are_used_up
 from .checks import check_no_more, check_shapes
+from .faults import Watch
 from .look import Found, Rows, look, same_draws
 from .masked import check_unmasked, hides_outside, mask_of_rows
 
@@ -37,6 +38,7 @@ class Calls:
         self.observed: frozenset[str] = frozenset()
         self.masked = False
         self._last: Arguments | None = None
+        self.watch = Watch(owner, plate)
 
     def begin(self, model: Model, prototype: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
         """Look at all of a model with the arguments that a guide is built for."""

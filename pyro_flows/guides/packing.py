@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.utils import _sum_rightmost
 
+from .faults import Sites
+
 
 class Part(NamedTuple):
     """A site in the vector: its batch shape with 1 for the plate's rows, and what an event is, unconstrained."""
@@ -105,6 +107,13 @@ class Packing:
                 for frame in part.plates:
                     stack.enter_context(plates[frame.name])
                 yield name, pyro.sample(name, dist.Delta(value, log_density=-log_det, event_dim=part.event_dim))
+
+    def sites(self, rows: Tensor | None = None) -> Sites:
+        """The sites of a packed draw, of some rows of the plate."""
+        return Sites(self._coordinates, lambda z: {name: value for name, _, value, _ in self.unpack(z)}, self.dim, rows)
+
+    def _coordinates(self) -> list[str]:
+        return [name for name, size in zip(self.parts, self._sizes(), strict=True) for _ in range(size)]
 
     def values(self, latent: Tensor, size: int) -> Iterator[tuple[str, Tensor]]:
         """Draws ``(size, ..., size of a vector)``: each site's name and values, ``(size, *site_shape)``."""

@@ -16,6 +16,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
 from ..bijectors import Affine
+from ..checks import check_integers
 from ..flows import Flow
 from .base import FlowGuide
 from .calls import Calls
@@ -68,6 +69,7 @@ class AutoPlateFlow(FlowGuide):
             if the model lacks the plate, another plate that holds latents is subsampled, a latent is discrete, an angle
             or has no fixed support, its density is not finite at the start, a mask divides a row, or what encoder or
             recipe return does not fit.  In use, if arguments change which latents the model has, or their shapes.
+        FloatingPointError: In training, naming the site, the cause and the way out, if a draw is not finite.
 
     Example::
 
@@ -178,12 +180,15 @@ class AutoPlateFlow(FlowGuide):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw the latents, those of the plate's present rows, as Pyro's guides do: site name -> value."""
-        self.setup(*args, **kwargs)
+        with self.setup(*args, **kwargs)._calls.watch.over(self, args, kwargs):
+            return self._draws(args, kwargs)
+
+    def _draws(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         posterior = self.posterior
         plates = self._plates(posterior, args, kwargs)
         result, g = dict[str, Tensor](), None
         if posterior.flow:
-            g = self._draw("latent", posterior.flow())
+            g = self._draw("latent", posterior.flow(), posterior.shared.sites())
             result.update(posterior.shared.place(g, plates))
         if posterior.local_flow:
             plate = plates[self.plate]
@@ -192,7 +197,7 @@ class AutoPlateFlow(FlowGuide):
             with plate as indices, masking:
                 rows = self.contexts.of(self.model, plate, indices, args, kwargs)
                 q = posterior.local_flow(posterior.contexts(rows, g))
-                latent = self._draw(f"{self.plate}_latent", q)
+                latent = self._draw(f"{self.plate}_latent", q, posterior.own.sites(indices))
             with masking:
                 result.update(posterior.own.place(latent, plates))
         return result
@@ -223,14 +228,10 @@ class AutoPlateFlow(FlowGuide):
             For each latent site values of shape ``(num_samples, *site_shape)``.
         """
         self.setup(*args, **kwargs)._look(args, kwargs)
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(
-                f"AutoPlateFlow.sample: num_samples must be an integer of at least 1, got {num_samples!r}."
-            )
+        check_integers("AutoPlateFlow.sample", num_samples=num_samples)
         rows = self._all_rows(args, kwargs)
         size = max(1, 100_000 // max(1, len(rows)))
-        sizes = [size] * (num_samples // size) + [num_samples % size] * (num_samples % size > 0)
-        batches = [self.posterior.draw(size, rows) for size in sizes]
+        batches = [self.posterior.draw(min(size, num_samples - i), rows) for i in range(0, num_samples, size)]
         return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
     def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
