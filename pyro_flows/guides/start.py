@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from pyro import validation_enabled
+from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
@@ -45,21 +46,26 @@ def settle_start(
 
 
 def _choose(model: Callable[..., Any], prototype: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Both densities are those of unconstrained latents, with one subsample of data; no random numbers are used up."""
+    """Compare densities of unconstrained latents, given the same subsample of data; no random numbers are used up."""
     latents = dict(prototype.iter_stochastic_nodes())
     transforms = {name: biject_to(site["fn"].support) for name, site in latents.items()}
     centre = {name: transforms[name].inv(site["value"].detach()) for name, site in latents.items()}
     origin = {name: torch.zeros_like(value) for name, value in centre.items()}
+    rows: dict[str, Tensor] = {}
 
     def log_density(free: dict[str, Tensor]) -> float:
         values = {name: transforms[name](value) for name, value in free.items()}
-        with same_draws(latents.values()), validation_enabled(False):
-            total = trace_at(model, values, args, kwargs).log_prob_sum()
+        trace = trace_at(model, {**values, **rows}, args, kwargs)
+        sites = [(name, site) for name, site in trace.nodes.items() if site["type"] == "sample"]
+        rows.update({name: site["value"] for name, site in sites if isinstance(site["fn"], _Subsample)})
+        total = trace.log_prob_sum()
         for name, value in values.items():
             total = total + transforms[name].log_abs_det_jacobian(free[name], value).sum()
         return float(total)
 
-    found = log_density(origin)
-    if math.isfinite(found) and not log_density(centre) >= found:
+    with same_draws(latents.values()), validation_enabled(False):
+        at_centre, at_origin, again = log_density(centre), log_density(origin), log_density(origin)
+    # A density that differs from run to run is one given sites that are hidden from the guide, and drawn anew.
+    if math.isfinite(at_origin) and at_origin == again and not at_centre >= at_origin:
         for name, site in latents.items():
             site["value"] = transforms[name](origin[name])
