@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from laws import randomise
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import init_to_median
 
@@ -218,7 +219,7 @@ def absurd():
         pyro.sample("y", dist.Normal(level, noise), obs=torch.tensor([13.0, 14.0, 15.0]))
 
 
-def test_a_guide_starts_at_the_likelier_of_centre_and_origin():
+def test_a_guide_starts_at_the_origin_where_the_centre_is_absurd():
     state = torch.get_rng_state()
     assert pf.AutoFlow(absurd).setup().start[0].tolist() == [0.0, 0.0]
     at_centre = pf.AutoFlow(absurd, init_loc_fn=pf.guides.init_to_center).setup().start[0]
@@ -229,6 +230,13 @@ def test_a_guide_starts_at_the_likelier_of_centre_and_origin():
         pyro.sample("y", dist.Normal(level, 1.0), obs=torch.tensor(13.0))
 
     assert pf.AutoFlow(model).setup().start[0].tolist() == [14.0]
+
+    def hidden():  # the density at the centre is that of a draw
+        spread = pyro.sample("spread", dist.LogNormal(-20.0, 5.0))
+        pyro.sample("y", dist.Normal(pyro.sample("hidden", dist.Normal(0.0, 1.0)), spread), obs=torch.tensor(1.0))
+
+    kept = pf.AutoFlow(poutine.block(hidden, hide=["hidden"])).setup().start[0]
+    torch.testing.assert_close(kept, torch.tensor([-20.0]))
     assert pf.AutoFlow(model, init_loc_fn=init_to_median(num_samples=3)).setup().start[0].item() != 14.0
     torch.set_rng_state(state)
     pf.AutoFlow(absurd, flow=lambda dim: flows.Flow([Triangular(dim)])).setup()

@@ -1,7 +1,7 @@
 """The start of a guide where none is asked for: the prior's centre, or the origin of the unconstrained space.
 
 The centre is the better one where priors know something.  Where they are as wide as LogNormal(-20, 5) it may be absurd:
-a scale of e⁻²⁰ makes any data impossible.  So the joint density decides.
+a noise of e⁻²⁰ makes any data impossible, and steps of an optimiser do not lead out of there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch.distributions import biject_to
 
 from .checks import check_density, trace_at
 from .look import same_draws
+
+ABSURD = 10.0  # nats per latent by which the origin must be likelier
 
 
 def settle_start(
@@ -38,7 +40,7 @@ def settle_start(
         prototype: A trace of it.
         args: Its arguments.
         kwargs: Its keyword arguments.
-        choose: Whether to move the latents to the origin first, if the joint density is higher there.
+        choose: Whether to move the latents to the origin first, if the joint density is far higher there.
     """
     if choose:
         _choose(model, prototype, args, kwargs)
@@ -64,8 +66,9 @@ def _choose(model: Callable[..., Any], prototype: Trace, args: tuple[Any, ...], 
         return float(total)
 
     with same_draws(latents.values()), validation_enabled(False):
-        at_centre, at_origin, again = log_density(centre), log_density(origin), log_density(origin)
-    # A density that differs from run to run is one given sites that are hidden from the guide, and drawn anew.
-    if math.isfinite(at_origin) and at_origin == again and not at_centre >= at_origin:
+        found, again = [(log_density(centre), log_density(origin)) for _ in range(2)]
+    # Densities that differ from run to run are given sites that are hidden from the guide, and drawn anew.
+    (at_centre, at_origin), size = found, sum(value.numel() for value in origin.values())
+    if found == again and math.isfinite(at_origin) and at_centre < at_origin - ABSURD * size:
         for name, site in latents.items():
             site["value"] = transforms[name](origin[name])
