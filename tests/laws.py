@@ -283,6 +283,7 @@ TRANSFORMS: dict[str, Kind] = {
     "lu_linear": Kind(lambda dim, _: LULinear(dim)),
     "lu_linear_rotated": Kind(lambda dim, _: LULinear(dim, rotation_seed=1), start="rotation"),
     "triangular": Kind(lambda dim, _: Triangular(dim)),
+    "triangular_paced": Kind(lambda dim, _: Triangular(dim, pace=0.5)),
     "fixed_affine": Kind(lambda dim, _: FixedAffine(dim), learns=False),
     "fixed_affine_diagonal": Kind(lambda dim, _: FixedAffine(dim, dense=False), learns=False),
     "block": Kind(_block, True),

@@ -254,6 +254,17 @@ def test_a_plate_guide_starts_at_the_likelier_one_too():
     assert pf.AutoPlateFlow(model, "row").setup(y).posterior.shared.start.tolist() == [0.0]
 
 
+def test_a_triangular_map_keeps_its_function_at_any_pace():
+    layer, x = randomise(Triangular(9)), torch.randn(5, 9)
+    before, found = layer.forward_and_log_det(x), {}
+    for pace in (1.0, 0.25, None):
+        layer.set_pace(pace)
+        found[pace] = layer.factors.tril(-1).norm().item()
+        assert all(map(torch.equal, layer.forward_and_log_det(x), before))
+    assert found[1.0] == 8 * found[None]
+    assert found[0.25] == 32 * found[None]
+
+
 def test_a_triangular_map_moves_each_feature_by_its_own_scale():
     """However much the scales differ: were the matrix in front of them, the second feature would move by 100 times."""
     layer = Triangular(2)

@@ -15,8 +15,10 @@ from torch import nn
 
 from ..conditioners import Conditioner
 from ..guides.contexts import RowContexts
+from ..transforms import Triangular
 
 OF_ROWS = 32.0
+PACED = Conditioner, RowContexts, Triangular
 
 
 @contextlib.contextmanager
@@ -28,7 +30,7 @@ def in_training(guide: Any) -> Iterator[None]:
     if not isinstance(guide, nn.Module):
         yield
         return
-    parts = [part for part in guide.modules() if isinstance(part, Conditioner | RowContexts) and part.pace is not None]
+    parts = [part for part in guide.modules() if isinstance(part, PACED) and part.pace is not None]
     paces = [part.pace for part in parts]
     guide.train()
     try:

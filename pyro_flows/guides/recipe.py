@@ -249,6 +249,6 @@ def _learned(circular: Sequence[bool], scale: float) -> FlowTransform:
         norm = ActNorm(dim, fixed=circular if angles else None)
         norm.log_scale.data.fill_(math.log(scale))
         return norm
-    linear = Triangular(dim)
+    linear = Triangular(dim, pace=1.0)
     linear.set_scale(scale)
     return linear
