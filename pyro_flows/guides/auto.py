@@ -60,8 +60,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             many data sets side by side, ``(*batch, ...)``, to ``(*batch, context_dim)``: see ``pyro_flows.encoders``.
         base: In place of the recipe's base, a function of the number of latent dimensions, such as
             ``distributions.StudentTBase`` for heavy tails.
-        init_loc_fn: Where the guide starts, a Pyro initialisation strategy; by default ``init_to_center``, or the
-            origin of the unconstrained space if the joint density is far higher there.
+        init_loc_fn: Where the guide starts; by default ``init_to_center``, or the origin if that is far likelier.
         init_scale: The scale of each unconstrained latent at the start (sds are 2 % larger by default).
         name: The guide's name in Pyro's parameter store, unique by default; under one you give it is found again.
 

@@ -57,8 +57,9 @@ class RowContexts(nn.Module):
             self.width = context.shape[-1]
 
     @torch.no_grad()
-    def set_pace(self, pace: float) -> None:
-        """Change the pace and keep the contexts; exact in floating point for powers of 2."""
+    def set_pace(self, pace: float | None) -> None:
+        """Change the pace, by default to 1, and keep the contexts; exact in floating point for powers of 2."""
+        pace = pace or 1.0
         if self.embedding is not None:
             self.embedding.weight.mul_(self.pace / pace)
         self.pace = pace

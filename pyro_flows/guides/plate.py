@@ -52,15 +52,14 @@ class AutoPlateFlow(FlowGuide):
         model: A Pyro model of fixed structure, with continuous latents.
         plate: The name of the plate.
         encoder: A network or function from the model's arguments to a context for each row, ``(rows, context_dim)``.
-            Where the plate is subsampled, tensors among the arguments that have one row for each of the plate's come to
-            it with the rows of the minibatch only.
+            Of arguments with one row for each of a subsampled plate it gets the rows of the minibatch only.
         local_flow: A recipe for the rows' latents, called with their number and the width of the context, such as
             ``flows.iaf``; by default affine couplings, splines for a single latent, after an affine map of the context.
         global_flow: A recipe for the other latents, called with their number; by default as for ``AutoFlow``.
         embedding_dim: Without an encoder, the width of the vector that is learned for each row.
         init_loc_fn: Where the guide starts, as for ``AutoFlow``.
-        init_scale: The scale of each unconstrained latent at the start; by default 0.1, and 1 where all latents lie in
-            the plate, as an autoencoder's do.  With an encoder these start spread by a random map of their contexts.
+        init_scale: The scale of each unconstrained latent at the start; by default 0.1, or 1 where all lie in the
+            plate: with an encoder they start spread by a random map of their contexts.
         name: The guide's name in Pyro's parameter store, unique by default.
 
     Raises:
