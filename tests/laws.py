@@ -70,10 +70,10 @@ from pyro_flows.transforms import (
     Recomputed,
     Reshaped,
     Residual,
+    ScaledLinear,
     Split,
     Squeezed,
     Sylvester,
-    Triangular,
 )
 
 CONTEXT_DIM = 3
@@ -282,8 +282,8 @@ TRANSFORMS: dict[str, Kind] = {
     "permute": Kind(lambda dim, _: Permute(shuffled(dim)), start="permutation", learns=False),
     "lu_linear": Kind(lambda dim, _: LULinear(dim)),
     "lu_linear_rotated": Kind(lambda dim, _: LULinear(dim, rotation_seed=1), start="rotation"),
-    "triangular": Kind(lambda dim, _: Triangular(dim)),
-    "triangular_paced": Kind(lambda dim, _: Triangular(dim, pace=0.5)),
+    "scaled_linear": Kind(lambda dim, _: ScaledLinear(dim)),
+    "scaled_linear_paced": Kind(lambda dim, _: ScaledLinear(dim, pace=0.5)),
     "fixed_affine": Kind(lambda dim, _: FixedAffine(dim), learns=False),
     "fixed_affine_diagonal": Kind(lambda dim, _: FixedAffine(dim, dense=False), learns=False),
     "block": Kind(_block, True),
@@ -426,7 +426,7 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
             draw(part.scale, off)
             diagonal = part.scale.diagonal() if part.dense else part.scale
             diagonal.copy_(torch.where(diagonal < 0, -1, 1) + diagonal / off)
-        elif isinstance(part, LULinear | Triangular):
+        elif isinstance(part, LULinear | ScaledLinear):
             # Off-diagonals shrink with the size, or the matrix would be singular to working precision.
             off = scale / part.input_dim**0.5
             draw(part.factors, off + (1 - off) * torch.eye(part.input_dim, dtype=torch.float64))

@@ -38,12 +38,13 @@ from pyro_flows.conditioners import MADE, MLP
 from pyro_flows.distributions import FixedBase, StandardNormal
 from pyro_flows.encoders import ConvEncoder, MLPEncoder, SetEncoder
 from pyro_flows.fitting import checkpoint
+from pyro_flows.guides.couplings import affine_couplings
 from pyro_flows.persistence.classes import BASES, BY_NAME
 from pyro_flows.persistence.spec import build, describe
 from pyro_flows.transforms import ActNorm, Autoregressive, Compose, Conditioned, Elementwise, FixedAffine, Permute
 
 DIM = 4
-small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(8,))
+small = functools.partial(affine_couplings, num_transforms=2, hidden_dims=(8,))
 small_local = functools.partial(flows.nsf, num_transforms=2, hidden_dims=(8,))
 ENCODERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "mlp": (MLPEncoder(3, 2, (8,), activation=nn.Tanh), (3,)),

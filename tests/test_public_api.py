@@ -34,7 +34,7 @@ NAMES = {
     encoders: "ClassEmbedding ConvEncoder Encoder Flatten MLPEncoder SetEncoder Standardize",
     transforms: "ActNorm Autoregressive BlockAutoregressive Compose Conditioned Continuous Coupling Elementwise "
     "FixedAffine FlowTransform Householder Inverse LULinear Orthogonal Patched PerPixel Permute Planar Radial "
-    "Recomputed Reshaped Residual Sigmoid Solution Split Squeezed Sylvester Triangular View",
+    "Recomputed Reshaped Residual ScaledLinear Sigmoid Solution Split Squeezed Sylvester View",
     distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase NormalBase StandardNormal StudentTBase",
     flows: "Dequantized Flow bnaf bpf circular_coupling cnf ffjord flowpp flowpp_image gaussianization glow iaf maf "
     "naf nice nsf nsf_ar planar_flow radial_flow realnvp realnvp_image residual_flow sospf sylvester_flow tarflow umnn",

@@ -15,10 +15,10 @@ from torch import nn
 
 from ..conditioners import Conditioner
 from ..guides.contexts import RowContexts
-from ..transforms import Triangular
+from ..transforms import ScaledLinear
 
 OF_ROWS = 32.0
-PACED = Conditioner, RowContexts, Triangular
+PACED = Conditioner, RowContexts, ScaledLinear
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
         z = constrain(F(A(T(u)))),    log q(z) = log p_base(u) - log|det dz/du| in nats
 
-    A (triangular up to 64 unconstrained latents, a scale each beyond) starts at ``init_scale``, F at ``init_loc_fn``;
+    A (a matrix up to 64 unconstrained latents, a scale each beyond) starts at ``init_scale``, F at ``init_loc_fn``;
     ``fit_svi`` sets F to a Gaussian.  It is a Pyro ``AutoContinuous``: SVI with any ELBO,
     ``Predictive``, ``AutoGuideList`` and ``NeuTraReparam`` take it as it is.  Latents on circles, which are von Mises
     or on intervals marked ``infer={"periodic": True}``, get circular splines.

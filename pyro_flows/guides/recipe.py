@@ -18,12 +18,12 @@ from ..checks import check_numbers
 from ..conditioners import MLP, Given
 from ..distributions import CircularBase, ContaminatedNormalBase
 from ..flows import Flow
-from ..transforms import ActNorm, Autoregressive, Coupling, Elementwise, FixedAffine, FlowTransform, Triangular
+from ..transforms import ActNorm, Autoregressive, Coupling, Elementwise, FixedAffine, FlowTransform, ScaledLinear
 from ..transforms.linear import unrotated
 from .couplings import affine_couplings
 
 FEW = 32  # up to how many latents eight couplings and Adam will do
-LEARNED = 64  # up to how many latents the learned affine map has a triangular matrix
+LEARNED = 64  # up to how many latents the learned affine map has a full matrix
 DENSE = 512  # up to how many the one that the guide starts from has
 
 
@@ -243,12 +243,12 @@ def _reachable(scale: float) -> float:
 
 
 def _learned(circular: Sequence[bool], scale: float) -> FlowTransform:
-    """The affine map that is learned: a triangular matrix for some latents, a scale each for many; angles rest."""
+    """The affine map that is learned: a full matrix for some latents, a scale each for many; angles rest."""
     dim, angles = len(circular), any(circular)
     if dim == 1 or dim > LEARNED or angles:
         norm = ActNorm(dim, fixed=circular if angles else None)
         norm.log_scale.data.fill_(math.log(scale))
         return norm
-    linear = Triangular(dim, pace=1.0)
+    linear = ScaledLinear(dim, pace=1.0)
     linear.set_scale(scale)
     return linear

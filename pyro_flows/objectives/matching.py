@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_numbers
 from ..flows import Flow
-from ..transforms import ActNorm, Continuous, FixedAffine, FlowTransform, LULinear, Triangular
+from ..transforms import ActNorm, Continuous, FixedAffine, FlowTransform, LULinear, ScaledLinear
 
-AFFINE = ActNorm | FixedAffine | LULinear | Triangular  # what may stand beside the field; it stays as it is
+AFFINE = ActNorm | FixedAffine | LULinear | ScaledLinear  # what may stand beside the field; it stays as it is
 MOST_PAIRED = 128  # rows; the time of the search grows with the cube of their number
 
 

@@ -24,8 +24,8 @@ from .reshape import Patched as Patched
 from .reshape import Reshaped as Reshaped
 from .reshape import Squeezed as Squeezed
 from .residual import Residual as Residual
+from .scaled import ScaledLinear as ScaledLinear
 from .sigmoid import Sigmoid as Sigmoid
 from .split import Split as Split
 from .sylvester import Sylvester as Sylvester
-from .triangular import Triangular as Triangular
 from .view import View as View
