@@ -44,7 +44,7 @@ from pyro_flows.persistence.spec import build, describe
 from pyro_flows.transforms import ActNorm, Autoregressive, Compose, Conditioned, Elementwise, FixedAffine, Permute
 
 DIM = 4
-small = functools.partial(affine_couplings, num_transforms=2, hidden_dims=(8,))
+small = functools.partial(affine_couplings, num_transforms=2, hidden_dims=(8,), activation=nn.ReLU)
 small_local = functools.partial(flows.nsf, num_transforms=2, hidden_dims=(8,))
 ENCODERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "mlp": (MLPEncoder(3, 2, (8,), activation=nn.Tanh), (3,)),

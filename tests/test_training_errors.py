@@ -21,7 +21,7 @@ Y = torch.tensor([0.5, -1.0, 2.0, 0.0])
 WAY_OUT = "smaller step size, pyro.optim.ClippedAdam, more particles, or fit_svi, which skips such steps."
 
 
-def breaking(after: int = 4, log_density=lambda mu: (0 * mu).sqrt()):
+def breaking(after: int = 8, log_density=lambda mu: (0 * mu).sqrt()):
     """A hierarchy whose site "wall" breaks after some runs: by default its gradient, at a finite density."""
     runs = []
 

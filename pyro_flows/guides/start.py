@@ -54,6 +54,8 @@ def _choose(model: Callable[..., Any], prototype: Trace, args: tuple[Any, ...], 
     centre = {name: transforms[name].inv(site["value"].detach()) for name, site in latents.items()}
     origin = {name: torch.zeros_like(value) for name, value in centre.items()}
     rows: dict[str, Tensor] = {}
+    if not any(value.any() for value in centre.values()):
+        return
 
     def log_density(free: dict[str, Tensor]) -> float:
         values = {name: transforms[name](value) for name, value in free.items()}
@@ -65,7 +67,7 @@ def _choose(model: Callable[..., Any], prototype: Trace, args: tuple[Any, ...], 
             total = total + transforms[name].log_abs_det_jacobian(free[name], value).sum()
         return float(total)
 
-    with same_draws(latents.values()), validation_enabled(False):
+    with torch.no_grad(), same_draws(latents.values()), validation_enabled(False):
         found, again = [(log_density(centre), log_density(origin)) for _ in range(2)]
     # Densities that differ from run to run are given sites that are hidden from the guide, and drawn anew.
     (at_centre, at_origin), size = found, sum(value.numel() for value in origin.values())
