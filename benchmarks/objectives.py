@@ -1,13 +1,11 @@
 """What do the objectives cost, and where does each help?
 
-    python benchmarks/objectives.py                  # all four questions, about 15 minutes on one core
+    python benchmarks/objectives.py                  # all three questions, about 10 minutes on one core
     python benchmarks/objectives.py --quick --out F  # few steps: a smoke run
 
 1. *Cost.* A step of ``PathELBO`` over one of Pyro's ``Trace_ELBO``, same guide, same draws, taking turns.
 2. *Objectives.* ``AutoFlow`` on the centred eight schools with each: nats below log Z, k-hat, errors, seconds.
 3. *Modes.* Two Gaussians in two dimensions, 8 sd apart: the weight that a fit gives the first, plain and tempered.
-4. *Plain SVI.* Pyro's ``SVI(model, guide, ClippedAdam, Trace_ELBO())`` against ``fit_svi(warm_start=False)`` with as
-   many steps: ELBOs in nats.
 
 Writes ``docs/benchmarks/objectives.md``.
 """
@@ -15,7 +13,6 @@ Writes ``docs/benchmarks/objectives.md``.
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -27,8 +24,7 @@ import pyro
 import pyro.distributions as dist
 import targets
 import torch
-from pyro.infer import SVI, Trace_ELBO
-from pyro.optim import ClippedAdam
+from pyro.infer import Trace_ELBO
 
 import pyro_flows as pf
 from pyro_flows import objectives
@@ -39,11 +35,11 @@ SEEDS, TEMPERED = (0, 1, 2), 3000  # steps for modes far apart
 FINISH = "`ImportanceWeightedELBO(16)`, after the default"
 
 
-def fresh(model: Callable[[], None], seed: int, scale: float = 0.1) -> pf.AutoFlow:
+def fresh(model: Callable[[], None], seed: int) -> pf.AutoFlow:
     """A new guide, and nothing left of the last one."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    return pf.AutoFlow(model, init_scale=scale).setup()
+    return pf.AutoFlow(model).setup()
 
 
 def cost(repetitions: int) -> list[list[str]]:
@@ -133,31 +129,6 @@ def modes(steps: int | None) -> list[list[str]]:
     return rows
 
 
-def plain_svi(steps: int | None) -> list[list[str]]:
-    """Pyro's own way of training."""
-    rows = []
-    for name, scale in itertools.product(("eight_schools", "eight_schools_centered", "garch"), (0.1, 1.0)):
-        target = targets.load(name)
-        suited = suited_to(fresh(target.model, 0))
-        number = steps or suited.steps
-        found = []
-        for particles in (1, suited.num_particles):
-            guide = fresh(target.model, 0, scale)
-            decay = 0.01 ** (1 / number)
-            objective = Trace_ELBO(particles, vectorize_particles=particles > 1)
-            svi = SVI(target.model, guide, ClippedAdam({"lr": 0.01, "lrd": decay}), objective)
-            for _ in range(number):
-                svi.step()
-            found.append(posteriors.judge(target, guide, posteriors.DRAWS)["elbo"])
-        guide = fresh(target.model, 0, scale)
-        pf.fit_svi(target.model, guide, steps=number, warm_start=False, progress=False)
-        found.append(posteriors.judge(target, guide, posteriors.DRAWS)["elbo"])
-        numbers = [f"{value:.3f}" for value in found]
-        rows.append([name, f"{scale:g}", str(number), *numbers, f"{found[1] - found[2]:+.3f}"])
-        print(" ".join(rows[-1]), flush=True)
-    return rows
-
-
 def table(title: str, text: str, columns: list[str], rows: list[list[str]]) -> str:
     lines = [f"## {title}", "", text, "", "| " + " | ".join(columns) + " |"]
     lines.append("|" + "|".join(["---"] + ["---:"] * (len(columns) - 1)) + "|")
@@ -198,14 +169,6 @@ def main() -> None:
             "The weight that the fit gives the first mode, for each seed.",
             ["true weight", "objective", "seeds " + ", ".join(map(str, SEEDS)), "s"],
             modes(steps),
-        ),
-        table(
-            "Plain SVI",
-            "ELBOs in nats after as many steps, without a warm start: Pyro's `SVI` with `ClippedAdam` (step size .01, "
-            "falling to a hundredth) and `Trace_ELBO`, one draw and as many as `fit_svi` takes. With the guide's "
-            "default `init_scale`, .1, and with 1: the plain gradient of a narrow guide is noisy.",
-            ["target", "init_scale", "steps", "SVI, 1 draw", "SVI, as many", "`fit_svi`", "difference"],
-            plain_svi(steps),
         ),
     ]
     posteriors.write("\n".join(parts), options.out)
