@@ -1,6 +1,8 @@
 """Guides hold under Pyro's own SVI: the pace of their networks, their start, and steps at the sizes that people use."""
 
+import gc
 import math
+import weakref
 
 import pyro
 import pyro.distributions as dist
@@ -8,7 +10,7 @@ import pytest
 import torch
 from laws import randomise
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import init_to_median
 
 import pyro_flows as pf
@@ -131,7 +133,7 @@ def test_fit_svi_trains_without_the_paces_and_leaves_them(kind, tmp_path):
     for error in (None, KeyboardInterrupt, RuntimeError):
         before = {key: value.clone() for key, value in guide.state_dict().items()}
         try:
-            with in_training(guide):
+            with in_training(guide, list(guide.parameters()), Trace_ELBO()):
                 assert guide.training
                 assert not any(network.pace for network in networks)
                 if error:
@@ -150,6 +152,104 @@ def test_fit_svi_trains_without_the_paces_and_leaves_them(kind, tmp_path):
     values = guide.sample(5, *args)
     if kind == "auto":
         torch.testing.assert_close(again.log_prob(values), guide.log_prob(values))
+
+
+def test_fit_svi_trains_a_guide_that_a_function_calls_alike():
+    found = []
+    for wrapped in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        guide = pf.AutoFlow(centred).setup()
+        program = (lambda guide=guide: guide()) if wrapped else guide
+        fit = pf.fit_svi(
+            centred, program, steps=5, lr=0.01, clip_norm=1.0, num_particles=8, warm_start=False, progress=False
+        )
+        found.append(fit.losses)
+        assert guide.flow.transforms[0].conditioner.pace
+    assert torch.equal(*found)
+
+
+def test_a_compiled_objective_forgets_the_paces():
+    """They are constants in what it recorded: with others, steps would go astray."""
+    torch.manual_seed(0)
+    guide = pf.AutoFlow(gaussian).setup()
+    elbo = JitTrace_ELBO(64, vectorize_particles=True, max_plate_nesting=0)
+    svi = SVI(gaussian, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+    for _ in range(2):
+        before = svi.step()
+        fit = pf.fit_svi(gaussian, guide, steps=50, objective=elbo, progress=False)
+        assert fit.losses[0] < 2 * before
+        with torch.no_grad():
+            loss = Trace_ELBO(500, vectorize_particles=True, max_plate_nesting=0).loss(gaussian, guide)
+        assert abs(loss - fit.losses[-10:].mean()) < 2
+        assert svi.step() < 2 * before
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_state_means_the_same_at_any_pace(name):
+    x, context = torch.randn(7, 4), torch.randn(7, 5)
+    context = context if NETWORKS[name](8).context_dim else None
+    for own, other in ((None, 0.25), (0.25, None), (1.0, 0.125)):
+        net, again = randomise(NETWORKS[name](8)), NETWORKS[name](8)
+        net.set_pace(own)
+        again.set_pace(other)
+        again.load_state_dict(net.state_dict())
+        assert again.pace == other
+        torch.testing.assert_close(again(x, context), net(x, context), rtol=0, atol=0)
+
+
+def test_a_state_of_a_linear_map_or_of_rows_means_the_same_at_any_pace():
+    net, again, x = randomise(ScaledLinear(5, pace=1.0)), ScaledLinear(5), torch.randn(3, 5)
+    again.load_state_dict(net.state_dict())
+    assert all(map(torch.equal, again.forward_and_log_det(x), net.forward_and_log_det(x)))
+
+    guide = pf.AutoPlateFlow(rows, "group").setup(y := torch.randn(30, 4))
+    with in_training(guide, list(guide.parameters()), Trace_ELBO()):
+        state = {key: value.clone() for key, value in guide.state_dict().items()}
+    values = guide.sample(3, y)
+    before = guide.log_prob(values, y)
+    guide.load_state_dict(state)
+    assert torch.equal(guide.log_prob(values, y), before)
+
+
+def test_a_pace_that_a_recipe_chose_is_kept():
+    def chosen(dim):
+        flow = flows.maf(dim)
+        for part in flow.modules():
+            if isinstance(part, Conditioner):
+                part.set_pace(2.0)
+        return flow
+
+    guide = pf.AutoFlow(gaussian, chosen).setup()
+    assert {part.pace for part in guide.flow.modules() if isinstance(part, Conditioner)} == {2.0}
+
+
+def test_a_network_of_other_layers_has_no_pace():
+    class Own(Conditioner):
+        def __init__(self):
+            super().__init__(1, 1, 2, (4,), 0)
+            self.output = torch.nn.Linear(1, 2)
+
+        def forward(self, x, context=None):
+            return self.output(x).unflatten(-1, (2, 1)).mT
+
+    net = Own()
+    net.set_pace(1.0)
+    assert net.pace is None
+
+
+def test_a_trained_guide_is_let_go():
+    guide = pf.AutoFlow(gaussian)
+    train(gaussian, guide, steps=1)
+    pyro.clear_param_store()
+    gone, enabled = weakref.ref(guide), gc.isenabled()
+    gc.disable()
+    try:
+        del guide
+        assert gone() is None
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def test_amortised_guides_and_recipes_keep_torchs_weights():

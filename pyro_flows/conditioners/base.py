@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ class Conditioner(nn.Module, ABC):
 
     - its last layer starts at zero, and the others at random: then every bijector starts at the identity, and after
       three steps of an optimiser every parameter has moved;
+    - its layers are :class:`Linear`, whose pace a guide can choose (:meth:`set_pace`);
     - the context, where there is one, reaches the first hidden layer by :meth:`add_context`, so that it is worked
       through once and broadcast over samples;
     - events do not touch one another, as batch norm would make them, and calls do not depend on chance.
@@ -55,10 +57,8 @@ class Conditioner(nn.Module, ABC):
         >>> class OneLayer(Conditioner):
         ...     def __init__(self, input_dim, output_dim, num_params, width=16, context_dim=0):
         ...         super().__init__(input_dim, output_dim, num_params, (width,), context_dim)
-        ...         self.first = torch.nn.Linear(input_dim, width)
-        ...         self.last = torch.nn.Linear(width, num_params * output_dim)
-        ...         torch.nn.init.zeros_(self.last.weight)
-        ...         torch.nn.init.zeros_(self.last.bias)
+        ...         self.first = Linear(input_dim, width)
+        ...         self.last = Linear(width, num_params * output_dim, zero=True)
         ...     def forward(self, x, context=None):
         ...         h = torch.tanh(self.add_context(self.first(x), context))
         ...         return self.last(h).unflatten(-1, (self.num_params, self.output_dim)).mT
@@ -121,7 +121,10 @@ class Conditioner(nn.Module, ABC):
                 whatever the widths; None for weights as torch has them, where both grow with the widths.
         """
         check_numbers(type(self).__name__, above=0, optional=True, pace=pace)
-        for part in self.modules():
+        parts = list(self.modules())
+        if not any(isinstance(part, Linear) for part in parts):
+            return  # a network of other layers, whose weights stay as they are
+        for part in parts:
             if isinstance(part, Conditioner):
                 part.pace = pace
             elif isinstance(part, Linear):
@@ -156,6 +159,15 @@ class Linear(nn.Linear):
         out_features: The number of outputs.
         bias: Whether there is b.
         zero: Whether W and b start at zero, as in a last layer; else as in ``torch.nn.Linear``.
+
+    Example::
+
+        >>> import torch
+        >>> layer, x = Linear(64, 2), torch.ones(64)
+        >>> y = layer(x)
+        >>> layer.set_pace(1 / 64)
+        >>> torch.equal(layer(x), y)
+        True
     """
 
     pace: float = 1.0
@@ -173,12 +185,34 @@ class Linear(nn.Linear):
             parameter.mul_(self.pace / pace)
         self.pace = pace
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_pace(self.pace, destination, prefix)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        ratio = load_pace(state_dict, prefix) / self.pace
+        for name in self._parameters:
+            if ratio != 1.0 and (key := prefix + name) in state_dict:
+                state_dict[key] = ratio * state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.paced(F.linear(x, self.weight, self.bias))
 
     def paced(self, y: Tensor) -> Tensor:
         """Return p y."""
         return y if self.pace == 1.0 else self.pace * y
+
+
+def save_pace(pace: float, destination: dict[str, Any], prefix: str) -> None:
+    """Add a pace to a state, so that another module can tell what its tensors mean; torch's own needs no mention."""
+    if pace != 1.0:
+        destination[f"{prefix}pace"] = torch.tensor(pace)
+
+
+def load_pace(state: dict[str, Any], prefix: str) -> float:
+    """Take the pace out of a state."""
+    return float(state.pop(f"{prefix}pace", 1.0))
 
 
 class MaskedLinear(Linear):

@@ -11,33 +11,49 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..conditioners import Conditioner
 from ..guides.contexts import RowContexts
+from ..guides.names import holders
 from ..transforms import ScaledLinear
 
 OF_ROWS = 32.0
 PACED = Conditioner, RowContexts, ScaledLinear
+# where Pyro's JIT objectives keep what they compiled
+RECORDED = "_loss_and_surrogate_loss", "_differentiable_loss", "_jit_loss_and_surrogate_loss"
 
 
 @contextlib.contextmanager
-def in_training(guide: Any) -> Iterator[None]:
+def in_training(guide: Any, parameters: list[Tensor], objective: Any) -> Iterator[None]:
     """Put a guide into training mode, with paces that suit ``fit_svi``, and then into evaluation mode, with its own.
 
-    What the guide computes stays the same, bit for bit.
+    The guide computes the same, bit for bit.
+
+    Args:
+        guide: The guide; guides that a function calls are found by their parameters.
+        parameters: The tensors that are trained.
+        objective: The loss, which forgets what it compiled: paces are constants there.
     """
-    if not isinstance(guide, nn.Module):
-        yield
-        return
-    parts = [part for part in guide.modules() if isinstance(part, PACED) and part.pace is not None]
+    guides = [guide] if isinstance(guide, nn.Module) else holders(parameters)
+    parts = [part for one in guides for part in one.modules() if isinstance(part, PACED) and part.pace is not None]
     paces = [part.pace for part in parts]
-    guide.train()
+    for one in guides:
+        one.train()
     try:
         for part in parts:
             part.set_pace(OF_ROWS if isinstance(part, RowContexts) else None)
+        _forget(objective)
         yield
     finally:
         for part, pace in zip(parts, paces, strict=True):
             part.set_pace(pace)
-        guide.eval()
+        _forget(objective)
+        for one in guides:
+            one.eval()
+
+
+def _forget(objective: Any) -> None:
+    for name in RECORDED:
+        if name in getattr(objective, "__dict__", ()):
+            setattr(objective, name, None)

@@ -211,8 +211,8 @@ def fit_svi(
         found = objective.loss_and_grads(model, guide, *args, **kwargs)
         return torch.tensor(sum(found) if isinstance(found, tuple) else found, requires_grad=True)
 
-    with in_training(guide):
-        parameters = trained_by(loss, model, guide)
+    parameters = trained_by(loss, model, guide)
+    with in_training(guide, parameters, objective):
         fewer = suited_to(guide, near=True).steps
         near = kept == fewer  # a run that goes on has known since its start
         if isinstance(guide, AutoFlow) and start:

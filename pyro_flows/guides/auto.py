@@ -27,7 +27,7 @@ from .calls import Calls
 from .checks import check_latents, check_same, check_supports
 from .circles import is_circular, mark_circles
 from .encoding import at_rest, check_encoder, encode, finite, width_for_one
-from .faults import Sites
+from .faults import joint_sites
 from .init import init_to_center
 from .names import claim_name
 from .recipe import assemble, built, check_recipe, check_scale, default_for, is_untrained, start_at
@@ -200,7 +200,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draw the packed, unconstrained latents, ``(latent_dim,)``."""
-        return self._draw("latent", self.get_posterior(*args, **kwargs), Sites(lambda: self.coordinates, self.unpack))
+        return self._draw("latent", self.get_posterior(*args, **kwargs), joint_sites(self))
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """The base distribution of the flow, over vectors of ``latent_dim`` numbers."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..conditioners.base import load_pace, save_pace
 from .encoding import encode, finite, probe
 from .look import Rows, look
 from .rows import places_of, take_rows
@@ -63,6 +64,16 @@ class RowContexts(nn.Module):
         if self.embedding is not None:
             self.embedding.weight.mul_(self.pace / pace)
         self.pace = pace
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_pace(self.pace, destination, prefix)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        ratio, key = load_pace(state_dict, prefix) / self.pace, f"{prefix}embedding.weight"
+        if ratio != 1.0 and key in state_dict:
+            state_dict[key] = ratio * state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def of(
         self, model: Callable[..., Any], plate: Any, indices: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]

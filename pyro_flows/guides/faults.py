@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -42,6 +43,12 @@ class Sites(NamedTuple):
     def single(self, z: Tensor) -> Tensor:
         """Draws of many particles, one after the other: ``(particles, [rows, *1s,] size)``."""
         return z.reshape(-1, *z.shape[z.dim() - 1 + (self.dim or 0) :])
+
+
+def joint_sites(guide: Any) -> Sites:
+    """Return the sites of a joint guide, without a reference that keeps it alive."""
+    known = weakref.proxy(guide)
+    return Sites(lambda: known.coordinates, lambda z: known.unpack(z))
 
 
 class _Broken(NonFiniteDraw):
@@ -92,7 +99,7 @@ class Watch:
             return
         plain = z.detach()
         size = torch.linalg.vector_norm(plain, math.inf).item()
-        training = torch.is_grad_enabled()
+        training = z.requires_grad
         if not size < _reach(plain.dtype) and (training or (is_validation_enabled() and _lost(guide))):  # NaN is not
             self._judge(name, sites, q, plain, size)
         if training:
@@ -125,7 +132,7 @@ class Watch:
         if lost := _lost(guide):
             when = "the last step" if self._last else "an earlier step"
             cause = (
-                f"{lost} of the guide's {len(list(guide.parameters()))} parameters are not finite, since the gradient "
+                f"{lost} of the guide's {len(list(guide.parameters()))} parameters are lost, since the gradient "
                 f"of {when} was not{self._fault(guide, args, kwargs)}"
             )
         return NonFiniteDraw(f"{self.owner}: {broken}: {cause}. {ANEW}.")

@@ -8,12 +8,13 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
+from collections.abc import Collection
 from typing import Any
 
 import pyro
 import torch
 from pyro.params.param_store import param_with_module_name
-from torch import nn
+from torch import Tensor, nn
 
 from ..checks import check_kind
 
@@ -42,6 +43,12 @@ def claim_name(guide: Any, name: str | None) -> str:
 def is_free(name: str) -> bool:
     """Whether no live guide bears the name."""
     return name not in _live
+
+
+def holders(parameters: Collection[Tensor]) -> list[nn.Module]:
+    """Return the live guides that hold some of these parameters."""
+    wanted = {id(parameter) for parameter in parameters}
+    return [guide for guide in _live.values() if any(id(parameter) in wanted for parameter in guide.parameters())]
 
 
 def adopt_stored_parameters(name: str, module: nn.Module) -> None:

@@ -157,7 +157,8 @@ def set_pace(flow: Flow) -> None:
     layers = [layer for layer in flow.modules() if isinstance(layer, FlowTransform)]
     networks = [layer.conditioner for layer in layers if isinstance(layer, Coupling | Autoregressive)]
     for network in networks:
-        network.set_pace(1 / len(networks))
+        if network.pace is None:  # else its recipe chose one
+            network.set_pace(1 / len(networks))
 
 
 def local_flow(input_dim: int, context_dim: int) -> Flow:

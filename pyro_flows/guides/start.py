@@ -1,7 +1,8 @@
 """The start of a guide where none is asked for: the prior's centre, or the origin of the unconstrained space.
 
 The centre is the better one where priors know something.  Where they are as wide as LogNormal(-20, 5) it may be absurd:
-a noise of e⁻²⁰ makes any data impossible, and steps of an optimiser do not lead out of there.
+a noise of e⁻²⁰ makes any data impossible, and steps of an optimiser do not lead out of there.  So the origin is taken
+where it is far likelier, data included.
 """
 
 from __future__ import annotations
@@ -68,9 +69,12 @@ def _choose(model: Callable[..., Any], prototype: Trace, args: tuple[Any, ...], 
         return float(total)
 
     with torch.no_grad(), same_draws(latents.values()), validation_enabled(False):
-        found, again = [(log_density(centre), log_density(origin)) for _ in range(2)]
-    # Densities that differ from run to run are given sites that are hidden from the guide, and drawn anew.
-    (at_centre, at_origin), size = found, sum(value.numel() for value in origin.values())
-    if found == again and math.isfinite(at_origin) and at_centre < at_origin - ABSURD * size:
+        at_centre, at_origin = log_density(centre), log_density(origin)
+        least = ABSURD * sum(value.numel() for value in origin.values())
+        if not (math.isfinite(at_origin) and at_centre < at_origin - least):
+            return
+        # Densities that differ from run to run are given sites that are hidden from the guide, and drawn anew.
+        stays = (log_density(centre), log_density(origin)) == (at_centre, at_origin)
+    if stays:
         for name, site in latents.items():
             site["value"] = transforms[name](origin[name])

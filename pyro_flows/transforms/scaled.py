@@ -8,12 +8,14 @@ its minimum by what the noise of each trained number adds.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import check_integers, check_numbers
+from ..conditioners.base import load_pace, save_pace
 from .base import FlowTransform
 
 
@@ -86,6 +88,17 @@ class ScaledLinear(FlowTransform):
         self.factors.copy_(
             torch.eye(self.input_dim) * (self.max_log_scale * math.atanh(math.log(scale) / self.max_log_scale))
         )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_pace(self._unit, destination, prefix)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        ratio, key = load_pace(state_dict, prefix) / self._unit, f"{prefix}factors"
+        if ratio != 1.0 and key in state_dict:
+            diagonal = torch.diag(state_dict[key].diagonal())
+            state_dict[key] = (state_dict[key] - diagonal) * ratio + diagonal
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _below_and_above(self) -> tuple[Tensor, Tensor]:
         """L and U without their diagonals of ones."""
