@@ -772,7 +772,7 @@ def test_it_is_a_prior_that_nuts_can_take() -> None:
 
 
 def test_couplings_beside_a_field_are_trained_by_likelihood() -> None:
-    flow = Flow([*flows.cnf(2, hidden_dims=(8,)).transforms, *flows.realnvp(2, num_transforms=2).transforms])
+    flow = Flow([*flows.cnf(2, hidden_dims=(8,)).transforms, *flows.nice(2, num_transforms=2).transforms])
     fit = fit_density(flow, laws.normal(200, 2, dtype=torch.float32).cumsum(-1), max_epochs=2, progress=False)
     assert any(isinstance(part, Coupling) for part in flow.transforms)
     assert math.isfinite(fit.best_loss)

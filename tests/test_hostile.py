@@ -23,6 +23,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows import flows
+from pyro_flows.guides.couplings import affine_couplings
 from pyro_flows.persistence import allowance, archive
 from pyro_flows.persistence.archive import Archive
 
@@ -30,7 +31,7 @@ ROOT = Path(pf.__file__).parents[1]
 
 
 def small() -> flows.Flow:
-    return flows.realnvp(3, num_transforms=2, hidden_dims=(8,))
+    return affine_couplings(3, num_transforms=2, hidden_dims=(8,))
 
 
 def nested(depth: int) -> Any:
