@@ -97,11 +97,11 @@ CHANGES = {
 DEFAULT, BEFORE = "default", "before"  # what the labels of variants begin with
 VARIANTS = {
     DEFAULT: Variant(),
-    f"{DEFAULT}: no pace": Variant(changes=(no_pace,)),  # also BEFORE, with another linear map
+    f"{DEFAULT}: no pace": Variant(changes=(no_pace,)),
     f"{DEFAULT}: no pace of hidden layers": Variant(changes=(functools.partial(no_pace_of, "hidden"),)),
     f"{DEFAULT}: no pace of output layers": Variant(changes=(functools.partial(no_pace_of, "output"),)),
     f"{DEFAULT}: no share for each network": Variant(changes=(no_share,)),
-    f"{DEFAULT}: full learned affine map": Variant(changes=(full,)),
+    f"{DEFAULT}: LULinear as the learned map": Variant(changes=(full,)),
     **{f"{DEFAULT}: {name}": variant for name, variant in CHANGES.items()},
     BEFORE: Variant(changes=(no_pace, full)),
     **{
