@@ -33,7 +33,7 @@ class NonFiniteDraw(FloatingPointError):
 
 
 class Sites(NamedTuple):
-    """How sites lie in a packed draw: the site of each number, their values, the plate of its rows, and which rows."""
+    """Layout of a packed draw: the site of each number, the sites' values, the plate of its rows, and those rows."""
 
     coordinates: Callable[[], list[str]]
     unpack: Callable[[Tensor], dict[str, Tensor]]
@@ -138,7 +138,7 @@ class Watch:
         return NonFiniteDraw(f"{self.owner}: {broken}: {cause}. {ANEW}.")
 
     def _fault(self, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """Words for the model's first site that was not finite at the last draws, or whose gradient was not."""
+        """Name the model's first site that was not finite at the last draws, or whose gradient was not."""
         if not self._last or guide.model is None:
             return ""
         singles = {name: sites.single(z)[:MOST] for name, (sites, z) in self._last.items()}
@@ -188,7 +188,7 @@ def _worst(value: Tensor) -> float:
 
 
 def _lost(guide: nn.Module) -> int:
-    """How many of a guide's parameters are not finite."""
+    """Return the number of a guide's parameters that are not finite."""
     return sum(not bool(parameter.isfinite().all()) for parameter in guide.parameters())
 
 

@@ -72,13 +72,8 @@ class LULinear(FlowTransform):
         Raises:
             ValueError: If it does not, or the number is not positive.
         """
-        check_numbers("LULinear.set_scale", above=0, scale=scale)
-        if not abs(math.log(scale)) < self.max_log_scale:
-            raise ValueError(
-                f"LULinear: scale must be positive, with a logarithm within ±{self.max_log_scale}, got {scale}."
-            )
-        share = torch.tensor(math.log(scale) / self.max_log_scale, dtype=torch.float64)
-        self.factors.copy_(torch.eye(self.input_dim) * (self.max_log_scale * torch.atanh(share)))
+        raw = raw_log_scale("LULinear.set_scale", scale, self.max_log_scale)
+        self.factors.copy_(torch.eye(self.input_dim) * raw)
 
     def _lower_upper_log_pivots(self) -> tuple[Tensor, Tensor, Tensor]:
         log_pivots = self.max_log_scale * torch.tanh(self.factors.diagonal() / self.max_log_scale)
@@ -101,6 +96,16 @@ class LULinear(FlowTransform):
         if self.rotation is not None:
             columns = _polished(self.rotation).T @ columns
         return columns.T.reshape(y.shape), -log_pivots.sum().expand(y.shape[:-1])
+
+
+def raw_log_scale(caller: str, scale: float, max_log_scale: float) -> float:
+    """Return the a of a log-scale b tanh(a / b), or raise one clear error unless the log-scale lies within ±b."""
+    check_numbers(caller, above=0, scale=scale)
+    if not abs(math.log(scale)) < max_log_scale:
+        raise ValueError(
+            f"{caller}: scale must have a logarithm within ±{max_log_scale}, got {scale}. Raise max_log_scale."
+        )
+    return max_log_scale * math.atanh(math.log(scale) / max_log_scale)
 
 
 @contextlib.contextmanager

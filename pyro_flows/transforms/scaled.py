@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..checks import check_integers, check_numbers
 from ..conditioners.base import load_pace, save_pace
 from .base import FlowTransform
+from .linear import raw_log_scale
 
 
 class ScaledLinear(FlowTransform):
@@ -79,15 +80,8 @@ class ScaledLinear(FlowTransform):
         Raises:
             ValueError: If it does not, or the factor is not positive.
         """
-        check_numbers("ScaledLinear.set_scale", above=0, scale=scale)
-        if not abs(math.log(scale)) < self.max_log_scale:
-            raise ValueError(
-                f"ScaledLinear.set_scale: scale must have a logarithm within ±{self.max_log_scale}, got {scale}. Raise "
-                "max_log_scale."
-            )
-        self.factors.copy_(
-            torch.eye(self.input_dim) * (self.max_log_scale * math.atanh(math.log(scale) / self.max_log_scale))
-        )
+        raw = raw_log_scale("ScaledLinear.set_scale", scale, self.max_log_scale)
+        self.factors.copy_(torch.eye(self.input_dim) * raw)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
