@@ -1,8 +1,8 @@
 """The variants of the part *ablation* of ``training.py``: two guides, and each with one change.
 
-One is the default guide.  The other is the guide before its networks had a pace: weights as torch has them, and a full
-matrix for the learned affine map.  Changes to the first show what it needs; those to the second, which of the suspected
-causes made it explode.
+One is the default guide.  The other is the guide before its networks were centred and had a pace, with weights as torch
+has them and a full matrix for the learned affine map.  Changes to the first show what it needs; those to the second,
+which of the suspected causes made it explode.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 import pyro_flows as pf
 from pyro_flows.bijectors import Affine
-from pyro_flows.conditioners import Conditioner
+from pyro_flows.conditioners import MLP, Conditioner
 from pyro_flows.conditioners.base import Linear
 from pyro_flows.distributions import StandardNormal
 from pyro_flows.flows import Flow
@@ -53,6 +53,12 @@ def no_pace_of(kind: str, guide: Any) -> None:
     for layer in (part for part in guide.flow.modules() if isinstance(part, Linear)):
         if layer.zero is (kind == "output"):
             layer.set_pace(1.0)
+
+
+def not_centered(guide: Any) -> None:
+    """Let the last layers read hidden units as they are."""
+    for network in (part for part in guide.flow.modules() if isinstance(part, MLP)):
+        network.centered = False
 
 
 def steep(guide: Any) -> None:
@@ -94,6 +100,7 @@ CHANGES = {
     "init_scale .01": Variant({"init_scale": 0.01}),
     "16 particles": Variant(particles=16),
 }
+OLD = not_centered, no_pace, full
 DEFAULT, BEFORE = "default", "before"  # what the labels of variants begin with
 VARIANTS = {
     DEFAULT: Variant(),
@@ -101,13 +108,11 @@ VARIANTS = {
     f"{DEFAULT}: no pace of hidden layers": Variant(changes=(functools.partial(no_pace_of, "hidden"),)),
     f"{DEFAULT}: no pace of output layers": Variant(changes=(functools.partial(no_pace_of, "output"),)),
     f"{DEFAULT}: no share for each network": Variant(changes=(no_share,)),
+    f"{DEFAULT}: networks not centred": Variant(changes=(not_centered,)),
     f"{DEFAULT}: LULinear as the learned map": Variant(changes=(full,)),
     **{f"{DEFAULT}: {name}": variant for name, variant in CHANGES.items()},
-    BEFORE: Variant(changes=(no_pace, full)),
-    **{
-        f"{BEFORE}: {name}": variant._replace(changes=(no_pace, full, *variant.changes))
-        for name, variant in CHANGES.items()
-    },
+    BEFORE: Variant(changes=OLD),
+    **{f"{BEFORE}: {name}": variant._replace(changes=(*OLD, *variant.changes)) for name, variant in CHANGES.items()},
 }
 
 

@@ -171,10 +171,11 @@ def elbo(own: list[Row], rows: list[Row]) -> list[str]:
         "## Where training ends",
         "",
         f"The ELBO in nats after {own[0]['steps']} steps of Adam, from 1,000 draws (200 of models that do not "
-        f"broadcast), the mean over {seeds(own)} at the best of the step sizes {sizes(own)}. A run that is not "
-        "finite counts as minus infinity. *Difference*: ours minus the best of Pyro's, ± its standard error over "
-        "seeds, or over draws where there is one seed. On `vae` the ELBO is that of the first minibatch, and Pyro's "
-        "guide is the example's own. Target: no difference below zero, within its error.",
+        f"broadcast), the mean over {seeds(own)}. The first seed tries the step sizes {sizes(own)}, and each guide "
+        "takes its best one for the other seeds. A run that is not finite counts as minus infinity. *Difference*: ours "
+        "minus the best of Pyro's, ± its standard error over seeds, or over draws where there is one seed. On `vae` "
+        "the ELBO is that of the first minibatch, and Pyro's guide is the example's own. Target: no difference below "
+        "zero, within its error.",
         "",
         *head(
             *("model", "particles", "ours", "step size", "best of Pyro's", "its guide", "step size", "difference"),
@@ -191,9 +192,10 @@ def ending(model: str, count: str, own: list[Row]) -> str:
     """Return the line of a model and a number of particles."""
     found: dict[str, tuple[float, float, str]] = {}
     for guide in ordered(own, "guide"):
-        for lr in sorted({row["lr"] for row in own}, key=float):
-            if mine := [row for row in own if (row["guide"], row["lr"]) == (guide, lr)]:
-                found[guide] = max(found.get(guide, (-math.inf, math.nan, "–")), (*mean(mine), lr), key=lambda f: f[0])
+        rates = [[row for row in own if (row["guide"], row["lr"]) == (guide, lr)] for lr in ordered(own, "lr")]
+        most = max(map(len, rates))  # the rate that all seeds took, or any rate where there is one seed
+        ends = [(*mean(mine), mine[0]["lr"]) for mine in rates if len(mine) == most]
+        found[guide] = max(ends, key=lambda end: end[0])
     nothing = -math.inf, math.nan, "–"
     ours = max((f for guide, f in found.items() if guide in OURS), default=nothing)
     name, best = max(((g, f) for g, f in found.items() if g not in OURS), key=lambda f: f[1][0], default=("–", nothing))
@@ -240,9 +242,9 @@ def ablation(own: list[Row], rows: list[Row]) -> list[str]:
         "",
         f"The largest loss after step 20 of {own[0]['steps']} steps of Adam, one particle, the worst of "
         f"{seeds(own)}; in brackets the runs that were not finite. *Default* is the guide as it is, whose networks "
-        "move at a pace; *before* is the guide without: weights as torch has them, and a full matrix for the learned "
-        "affine map. Each line makes one change to one of them. The starting loss of the guide is a part of it, so "
-        "compare columns within a group.",
+        "are centred and move at a pace; *before* is the guide without: weights as torch has them, and a full matrix "
+        "for the learned affine map. Each line makes one change to one of them. The starting loss of the guide is a "
+        "part of it, so compare columns within a group.",
         "",
         *head("guide", *heads),
     ]

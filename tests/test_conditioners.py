@@ -308,6 +308,17 @@ def test_residual_layers_add_their_input() -> None:
     torch.testing.assert_close(net(x), net.output(h).unflatten(-1, (2, 3)).mT)
 
 
+@pytest.mark.parametrize("context_dim", [0, 3])
+def test_a_centered_network_has_its_bias_for_mean_and_no_gradient_drives_its_weights_along(context_dim: int) -> None:
+    net = laws.randomise(MLP(4, 3, 2, (8, 8), context_dim, centered=True)).double()
+    context = laws.normal(5, 1, 3) if context_dim else None
+    mean = net(net.points, context).mean(-3)
+    torch.testing.assert_close(mean, net.output.bias.unflatten(-1, (2, 3)).mT.expand_as(mean))
+    by_weight, by_bias = torch.autograd.grad(mean.sum(), (net.output.weight, net.output.bias))
+    assert by_weight.abs().max() < 1e-12
+    assert by_bias.min() > 0
+
+
 @pytest.mark.parametrize("order", [[0, 0, 1], [1, 2, 3], [0, 1]])
 def test_an_order_must_be_a_permutation(order: list[int]) -> None:
     with pytest.raises(ValueError, match=r"order must hold each of 0 … 2 once, got \["):

@@ -14,6 +14,9 @@ from torch.nn import functional as F
 from .. import checks
 from ..checks import check_integers, check_numbers, check_sizes
 
+# Steps that suit a guide's place and scale are large for networks.
+OF_HIDDEN = 1 / 4
+
 
 class Conditioner(nn.Module, ABC):
     """A network θ(x, c) that gives ``num_params`` parameters to each of ``output_dim`` features, or to their numbers.
@@ -117,8 +120,8 @@ class Conditioner(nn.Module, ABC):
         """Choose how far the parameters move in a step of an optimiser; what the network computes stays as it is.
 
         Args:
-            pace: For steps of Adam of size lr, parameters move by about ``pace * lr``, and hidden units by about lr,
-                whatever the widths; None for weights as torch has them, where both grow with the widths.
+            pace: For steps of Adam of size lr, parameters move by about ``pace * lr``, and hidden units by a quarter
+                of lr, whatever the widths; None for weights as torch has them, where both grow with the widths.
         """
         check_numbers(type(self).__name__, above=0, optional=True, pace=pace)
         parts = list(self.modules())
@@ -128,7 +131,7 @@ class Conditioner(nn.Module, ABC):
             if isinstance(part, Conditioner):
                 part.pace = pace
             elif isinstance(part, Linear):
-                wished = 1.0 if pace is None else (pace if part.zero else 1.0) / part.in_features
+                wished = 1.0 if pace is None else (pace if part.zero else OF_HIDDEN) / part.in_features
                 part.set_pace(2.0 ** round(math.log2(wished)))
 
     @abstractmethod

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..checks import check_flags
 from .base import Conditioner, Linear, activation_of
 
+POINTS = 16  # an even number: each point comes with its mirror image
+
 
 class MLP(Conditioner):
     """A fully connected network from ``(*batch, input_dim)`` to parameters ``(*batch, output_dim, num_params)``::
@@ -29,6 +31,9 @@ class MLP(Conditioner):
         residual: Let each hidden layer that keeps the width add its input (He et al. 2015, arXiv:1512.03385).
         skip: Add a linear map of the inputs, and of as many products of two as the first layer is wide; it starts at
             zero too.  What is nearly linear, or bilinear, is then learned to a precision that few units reach.
+        centered: Subtract from the last hidden layer its mean over 16 normal points.  Weights of the last layer then
+            tell how parameters vary with x, and its bias alone where they lie: gradients that all point one way,
+            whatever x is, do not drive the weights along.
         pace: How far the parameters move in a step of an optimiser: see :meth:`Conditioner.set_pace`.
 
     Raises:
@@ -45,6 +50,8 @@ class MLP(Conditioner):
         ValueError: MLP: context is missing; this network takes contexts of width 4.
     """
 
+    points: Tensor
+
     def __init__(
         self,
         input_dim: int,
@@ -56,12 +63,16 @@ class MLP(Conditioner):
         activation: type[nn.Module] = nn.ReLU,
         residual: bool = False,
         skip: bool = False,
+        centered: bool = False,
         pace: float | None = None,
     ) -> None:
         super().__init__(input_dim, output_dim, num_params, hidden_dims, context_dim)
-        check_flags("MLP", residual=residual, skip=skip)
+        check_flags("MLP", residual=residual, skip=skip, centered=centered)
         self.activation = activation
-        self.residual = residual
+        self.residual, self.centered = residual, centered
+        if centered:
+            half = torch.randn(POINTS // 2, input_dim, generator=torch.Generator().manual_seed(0))
+            self.register_buffer("points", torch.cat((half, -half)), persistent=False)
         widths = (input_dim, *self.hidden_dims)
         self.hidden = nn.ModuleList(Linear(n, m) for n, m in pairwise(widths))
         self.output = Linear(widths[-1], num_params * output_dim, zero=True)
@@ -73,13 +84,20 @@ class MLP(Conditioner):
         self.set_pace(pace)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        first, *others = self.hidden
-        h = self.act(self.add_context(first(x), context))
-        for layer in others:
-            update = self.act(layer(h))
-            h = h + update if self.residual and update.shape == h.shape else update
+        h = self._units(x, context)
+        if self.centered:
+            h = h - self._units(self.points, None if context is None else context.unsqueeze(-2)).mean(-2)
         params = self.output(h)
         if self.skip:
             a, b = self.factors(x).chunk(2, -1)
             params = params + self.direct(torch.cat((x, a * b), -1))
         return params.unflatten(-1, (self.num_params, self.output_dim)).mT
+
+    def _units(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """The last hidden layer."""
+        first, *others = self.hidden
+        h = self.act(self.add_context(first(x), context))
+        for layer in others:
+            update = self.act(layer(h))
+            h = h + update if self.residual and update.shape == h.shape else update
+        return h

@@ -178,6 +178,7 @@ def coupling_layers(
     hidden_dims: Sequence[int],
     activation: type[nn.Module],
     residual: bool,
+    centered: bool = False,
 ) -> list[FlowTransform]:
     """Coupling layers; a single feature has nothing to be coupled with and is mapped on its own."""
     check_sizes(name, input_dim, context_dim, num_transforms, hidden_dims)
@@ -193,6 +194,7 @@ def coupling_layers(
                 context_dim,
                 activation=activation,
                 residual=residual,
+                centered=centered,
             )
             layers.append(Coupling(bijector, net, mask))
         elif context_dim:

@@ -2,7 +2,10 @@
 
 The recipe ``flows.realnvp`` is made for densities.  Its scales are steep, and its shifts are in units of the base.  A
 guide learns from its own draws: shifts are in units of the draws, and scales are damped, since steep ones compound from
-layer to layer and throw the first draws of a fit out of range.
+layer to layer and throw the first draws of a fit out of range.  And its networks are centred: while a guide is far
+from the posterior, all gradients point one way, which is the affine map's affair; networks that are driven along keep
+their distortions when the posterior is reached.
+
 Density estimation using Real NVP (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803).
 """
 
@@ -37,8 +40,6 @@ def affine_couplings(
         2
     """
     bijector = Affine(max_log_scale)
-    return Flow(
-        coupling_layers(
-            "affine_couplings", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, False
-        )
-    )
+    sizes = input_dim, context_dim, num_transforms, hidden_dims
+    centered = context_dim == 0  # with a context the location is a function of it
+    return Flow(coupling_layers("affine_couplings", bijector, *sizes, activation, False, centered))
