@@ -19,7 +19,8 @@ first seed tries five rates, and each guide takes the best of them for the other
 
 *short*: 1,000 fits of 40 steps, seeds 0 to 999 dealt over ten models; all parameters must be finite after every step.
 
-*ablation*: the default guide and the guide as it was before its networks had a pace, each with one change.
+*ablation*: the default guide and the guide as it was before its networks were centred and had a pace, each with one
+change.
 
 A run ends where a loss is not finite, or a call fails.  It is saved when it ends, and a benchmark that was stopped goes
 on where it was; remove ``training.csv`` when a guide has changed.  Writes ``docs/benchmarks/training.md`` and
@@ -134,7 +135,7 @@ def contenders(name: str, part: str) -> list[str]:
 
 
 def runs(part: str, options: argparse.Namespace, rows: list[Row]) -> Iterator[Run]:
-    """Yield the runs of a part that can be made after those of some rows: one particle and the first seeds first."""
+    """Yield the runs of a part whose step sizes the rows tell; one particle and the first seeds come first."""
     steps = options.steps or STEPS[part]
     seeds = SEEDS[part] if options.seeds is None else options.seeds
     if part == "short":
@@ -268,7 +269,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="*", help=f"of {', '.join(STEPS)}; all by default")
     parser.add_argument("--only", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS), metavar="MODEL")
-    parser.add_argument("--seeds", nargs="+", type=int, help="by default 0 to 4; 0 to 999 of short, 0 to 2 of ablation")
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        help="by default 0 to 4; 0 to 999 of short, 0 to 2 of ablation; the first one of elbo tries all rates",
+    )
     parser.add_argument("--lrs", nargs="+", type=float, default=LRS, help="of hold, elbo and ablation")
     parser.add_argument("--particles", nargs="+", type=int, default=PARTICLES, help="of hold and elbo")
     parser.add_argument("--optimisers", nargs="+", default=OPTIMISERS, choices=OPTIMISERS, help="of hold")
@@ -296,7 +302,7 @@ def main() -> None:
 
 
 def missing(options: argparse.Namespace, rows: list[Row]) -> list[Run]:
-    """Return the runs that are asked for, can be made after those of some rows, and are not among them."""
+    """Return the requested runs without a row, as far as their step sizes are known."""
     done = {key_of(row) for row in rows}
     return [run for part in options.part or STEPS for run in runs(part, options, rows) if run.key not in done]
 

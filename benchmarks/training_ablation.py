@@ -55,6 +55,13 @@ def no_pace_of(kind: str, guide: Any) -> None:
             layer.set_pace(1.0)
 
 
+def fast_hidden(guide: Any) -> None:
+    """Let hidden layers move four times as far, by a whole step."""
+    for layer in (part for part in guide.flow.modules() if isinstance(part, Linear)):
+        if not layer.zero:
+            layer.set_pace(4 * layer.pace)
+
+
 def not_centered(guide: Any) -> None:
     """Let the last layers read hidden units as they are."""
     for network in (part for part in guide.flow.modules() if isinstance(part, MLP)):
@@ -108,6 +115,7 @@ VARIANTS = {
     f"{DEFAULT}: no pace of hidden layers": Variant(changes=(functools.partial(no_pace_of, "hidden"),)),
     f"{DEFAULT}: no pace of output layers": Variant(changes=(functools.partial(no_pace_of, "output"),)),
     f"{DEFAULT}: no share for each network": Variant(changes=(no_share,)),
+    f"{DEFAULT}: hidden layers by whole steps": Variant(changes=(fast_hidden,)),
     f"{DEFAULT}: networks not centred": Variant(changes=(not_centered,)),
     f"{DEFAULT}: LULinear as the learned map": Variant(changes=(full,)),
     **{f"{DEFAULT}: {name}": variant for name, variant in CHANGES.items()},

@@ -172,10 +172,10 @@ def elbo(own: list[Row], rows: list[Row]) -> list[str]:
         "",
         f"The ELBO in nats after {own[0]['steps']} steps of Adam, from 1,000 draws (200 of models that do not "
         f"broadcast), the mean over {seeds(own)}. The first seed tries the step sizes {sizes(own)}, and each guide "
-        "takes its best one for the other seeds. A run that is not finite counts as minus infinity. *Difference*: ours "
-        "minus the best of Pyro's, ± its standard error over seeds, or over draws where there is one seed. On `vae` "
-        "the ELBO is that of the first minibatch, and Pyro's guide is the example's own. Target: no difference below "
-        "zero, within its error.",
+        "takes its best one for the other seeds, which favours all guides a little. A run that is not finite counts as "
+        "minus infinity. *Difference*: ours minus the best of Pyro's, ± its standard error over seeds, or over draws "
+        "where there is one seed. On `vae` the ELBO is that of the first minibatch, and Pyro's guide is the example's "
+        "own. Target: no difference below zero, within its error.",
         "",
         *head(
             *("model", "particles", "ours", "step size", "best of Pyro's", "its guide", "step size", "difference"),
@@ -190,13 +190,13 @@ def elbo(own: list[Row], rows: list[Row]) -> list[str]:
 
 def ending(model: str, count: str, own: list[Row]) -> str:
     """Return the line of a model and a number of particles."""
+    nothing = -math.inf, math.nan, "–"
     found: dict[str, tuple[float, float, str]] = {}
     for guide in ordered(own, "guide"):
         rates = [[row for row in own if (row["guide"], row["lr"]) == (guide, lr)] for lr in ordered(own, "lr")]
         most = max(map(len, rates))  # the rate that all seeds took, or any rate where there is one seed
         ends = [(*mean(mine), mine[0]["lr"]) for mine in rates if len(mine) == most]
-        found[guide] = max(ends, key=lambda end: end[0])
-    nothing = -math.inf, math.nan, "–"
+        found[guide] = max((end for end in ends if math.isfinite(end[0])), key=lambda end: end[0], default=nothing)
     ours = max((f for guide, f in found.items() if guide in OURS), default=nothing)
     name, best = max(((g, f) for g, f in found.items() if g not in OURS), key=lambda f: f[1][0], default=("–", nothing))
     difference = ours[0] - best[0]

@@ -308,15 +308,28 @@ def test_residual_layers_add_their_input() -> None:
     torch.testing.assert_close(net(x), net.output(h).unflatten(-1, (2, 3)).mT)
 
 
-@pytest.mark.parametrize("context_dim", [0, 3])
-def test_a_centered_network_has_its_bias_for_mean_and_no_gradient_drives_its_weights_along(context_dim: int) -> None:
-    net = laws.randomise(MLP(4, 3, 2, (8, 8), context_dim, centered=True)).double()
-    context = laws.normal(5, 1, 3) if context_dim else None
-    mean = net(net.points, context).mean(-3)
-    torch.testing.assert_close(mean, net.output.bias.unflatten(-1, (2, 3)).mT.expand_as(mean))
-    by_weight, by_bias = torch.autograd.grad(mean.sum(), (net.output.weight, net.output.bias))
-    assert by_weight.abs().max() < 1e-12
-    assert by_bias.min() > 0
+def test_a_centered_network_has_its_bias_for_mean() -> None:
+    net = laws.randomise(MLP(4, 3, 2, (8, 8), centered=True)).double()
+    mean = net(net.points).mean(0)
+    torch.testing.assert_close(mean, net.output.bias.unflatten(0, (2, 3)).mT)
+    (gradient,) = torch.autograd.grad(mean.sum(), net.output.weight)
+    assert gradient.abs().max() < 1e-12
+
+
+def test_gradients_that_point_one_way_hardly_move_the_weights_of_a_centered_network() -> None:
+    norms = {}
+    for centered in (True, False):
+        torch.manual_seed(0)
+        net = MLP(4, 3, 2, (64, 64), activation=nn.ELU, centered=centered)
+        (gradient,) = torch.autograd.grad(net(laws.normal(4000, 4).float()).sum(), net.output.weight)
+        norms[centered] = gradient.norm().item()
+    assert norms[True] < norms[False] / 4
+
+
+@pytest.mark.parametrize("options", [{"context_dim": 3}, {"skip": True}, {"input_dim": 0}])
+def test_what_a_centered_network_cannot_have_is_named(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"MLP: centered=True takes inputs alone, without skip, got .* Leave centered"):
+        MLP(**{"input_dim": 4, "output_dim": 3, "num_params": 2, "centered": True, **options})
 
 
 @pytest.mark.parametrize("order", [[0, 0, 1], [1, 2, 3], [0, 1]])

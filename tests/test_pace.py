@@ -310,7 +310,7 @@ def test_plain_svi_reaches_the_evidence():
 
 
 def test_a_long_way_to_the_posterior_leaves_no_distortions():
-    """Networks that were driven along on the way to slopes of 9 and -9 lost about 10 nats here."""
+    """Networks that are not centred, or whose hidden layers move four times as far, end 8 to 20 nats lower."""
     torch.manual_seed(0)
     x = torch.randn(100, 2)
     y = x @ torch.tensor([9.0, -9.0]) + torch.randn(100)

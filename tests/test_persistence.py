@@ -252,6 +252,20 @@ def test_dtypes_are_kept_one_by_one(tmp_path: Path) -> None:
         torch.set_default_dtype(before)
 
 
+def test_a_centered_flow_is_the_same_density_in_any_default_dtype(tmp_path: Path) -> None:
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        flow = laws.randomise(small(3))
+        pf.save(flow, tmp_path / "saved.pt")
+    finally:
+        torch.set_default_dtype(before)
+    x = laws.normal(5, 3)
+    assert torch.equal(pf.load(tmp_path / "saved.pt").log_prob(x), flow.log_prob(x))
+    points = [made.transforms[0].conditioner.points for made in (small(3), flow)]
+    assert torch.equal(points[0].double(), points[1])
+
+
 def test_frozen_parameters_are_frozen_again(tmp_path: Path) -> None:
     flow = small(3)
     flow.transforms[0].requires_grad_(False)

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from .. import checks
 from ..checks import check_integers, check_numbers, check_sizes
 
-# Steps that suit a guide's place and scale are large for networks.
-OF_HIDDEN = 1 / 4
+# Steps that suit the place and scale of a guide are large for its networks: at 1 the regression of tests/test_pace.py
+# ends 2 to 16 nats lower.
+HIDDEN_PACE = 1 / 4
 
 
 class Conditioner(nn.Module, ABC):
@@ -131,7 +132,7 @@ class Conditioner(nn.Module, ABC):
             if isinstance(part, Conditioner):
                 part.pace = pace
             elif isinstance(part, Linear):
-                wished = 1.0 if pace is None else (pace if part.zero else OF_HIDDEN) / part.in_features
+                wished = 1.0 if pace is None else (pace if part.zero else HIDDEN_PACE) / max(part.in_features, 1)
                 part.set_pace(2.0 ** round(math.log2(wished)))
 
     @abstractmethod

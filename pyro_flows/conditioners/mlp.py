@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from ..checks import check_flags
 from .base import Conditioner, Linear, activation_of
 
 POINTS = 16  # an even number: each point comes with its mirror image
+FIXED: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 class MLP(Conditioner):
@@ -31,13 +33,13 @@ class MLP(Conditioner):
         residual: Let each hidden layer that keeps the width add its input (He et al. 2015, arXiv:1512.03385).
         skip: Add a linear map of the inputs, and of as many products of two as the first layer is wide; it starts at
             zero too.  What is nearly linear, or bilinear, is then learned to a precision that few units reach.
-        centered: Subtract from the last hidden layer its mean over 16 normal points.  Weights of the last layer then
-            tell how parameters vary with x, and its bias alone where they lie: gradients that all point one way,
-            whatever x is, do not drive the weights along.
+        centered: Subtract from h_L its mean over 16 normal points.  Then b sets the mean of the parameters, and W how
+            they vary with x; a gradient that is the same for all x mostly changes b.  Not with a context or ``skip``.
         pace: How far the parameters move in a step of an optimiser: see :meth:`Conditioner.set_pace`.
 
     Raises:
-        ValueError: If a size is out of its range.  In use, if the network takes contexts and none is given.
+        ValueError: If a size is out of its range, or ``centered`` stands with what it excludes.  In use, if the network
+            takes contexts and none is given.
 
     Example::
 
@@ -70,13 +72,18 @@ class MLP(Conditioner):
         check_flags("MLP", residual=residual, skip=skip, centered=centered)
         self.activation = activation
         self.residual, self.centered = residual, centered
-        if centered:
-            half = torch.randn(POINTS // 2, input_dim, generator=torch.Generator().manual_seed(0))
-            self.register_buffer("points", torch.cat((half, -half)), persistent=False)
+        if centered and (skip or context_dim or not input_dim):
+            raise ValueError(
+                "MLP: centered=True takes inputs alone, without skip, "
+                f"got input_dim={input_dim}, context_dim={context_dim}, skip={skip}. Leave centered out."
+            )
         widths = (input_dim, *self.hidden_dims)
         self.hidden = nn.ModuleList(Linear(n, m) for n, m in pairwise(widths))
         self.output = Linear(widths[-1], num_params * output_dim, zero=True)
         self.act = activation_of("MLP", activation)
+        if centered:  # in any default dtype and on any device the same, and part of the state
+            half = torch.randn(POINTS // 2, input_dim, generator=torch.Generator().manual_seed(0), **FIXED)
+            self.register_buffer("points", torch.cat((half, -half)).to(self.output.weight))
         self.skip = skip
         if skip:
             self.factors = Linear(input_dim, 2 * widths[1])
@@ -86,7 +93,7 @@ class MLP(Conditioner):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = self._units(x, context)
         if self.centered:
-            h = h - self._units(self.points, None if context is None else context.unsqueeze(-2)).mean(-2)
+            h = h - self._units(self.points, None).mean(0)
         params = self.output(h)
         if self.skip:
             a, b = self.factors(x).chunk(2, -1)
@@ -94,7 +101,7 @@ class MLP(Conditioner):
         return params.unflatten(-1, (self.num_params, self.output_dim)).mT
 
     def _units(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """The last hidden layer."""
+        """Return the last hidden layer."""
         first, *others = self.hidden
         h = self.act(self.add_context(first(x), context))
         for layer in others:
