@@ -171,14 +171,25 @@ def elbo(own: list[Row], rows: list[Row]) -> list[str]:
         "## Where training ends",
         "",
         f"The ELBO in nats after {own[0]['steps']} steps of Adam, from 1,000 draws (200 of models that do not "
-        f"broadcast), the mean over {seeds(own)}. The first seed tries the step sizes {sizes(own)}, and each guide "
+        f"broadcast), the mean over seeds. The first seed tries the step sizes {sizes(own)}, and each guide "
         "takes its best one for the other seeds, which favours all guides a little. A run that is not finite counts as "
-        "minus infinity. *Difference*: ours minus the best of Pyro's, ± its standard error over seeds, or over draws "
-        "where there is one seed. On `vae` the ELBO is that of the first minibatch, and Pyro's guide is the example's "
-        "own. Target: no difference below zero, within its error.",
+        f"minus infinity; *not finite* counts ours up to {USUAL:g}. *Difference*: ours minus the best of Pyro's, ± its "
+        "standard error over seeds, or over draws where there is one seed. On `vae` the ELBO is that of the first "
+        "minibatch, and Pyro's guide is the example's own. Target: no difference below zero, within its error.",
         "",
         *head(
-            *("model", "particles", "ours", "step size", "best of Pyro's", "its guide", "step size", "difference"),
+            *(
+                "model",
+                "particles",
+                "seeds",
+                "not finite: ours",
+                "ours",
+                "step size",
+                "best of Pyro's",
+                "its guide",
+                "step size",
+                "difference",
+            ),
             *("AutoIAFNormal", "AutoNormal"),
         ),
     ]
@@ -203,7 +214,9 @@ def ending(model: str, count: str, own: list[Row]) -> str:
     error = math.hypot(ours[1], best[1])
     text = mark(f"{difference:+.2f} ± {error:.2f}", True) if math.isfinite(difference) else "–"
     others = [number(found.get(guide, (math.nan,))[0], ".2f") for guide in ("AutoIAFNormal", NORMAL)]
-    return line(*(model, count, number(ours[0], ".2f"), ours[2], number(best[0], ".2f"), name, best[2], text), *others)
+    usual = [row for row in own if row["guide"] in OURS and float(row["lr"]) <= USUAL]
+    cells = number(ours[0], ".2f"), ours[2], number(best[0], ".2f"), name, best[2], text
+    return line(model, count, str(len(ordered(own, "seed"))), counts(usual), *cells, *others)
 
 
 def mean(rows: list[Row]) -> tuple[float, float]:
