@@ -107,7 +107,7 @@ SPECS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a layer of 4 GB": (lambda c: mlp(c).update(hidden_dims=(32_768, 32_768)), "asks for larger tensors than a file"),
     "a number beyond all": (
         lambda c: mlp(c).update(hidden_dims=WIDE),
-        "hidden_dims holds 1000000000, far beyond the 388 bytes",
+        "hidden_dims holds 1000000000, far beyond the 580 bytes",
     ),
     "a loop": (lambda c: mlp(c).update(input_dim=10**12), "input_dim holds 1000000000000, far"),
     "layers without end": (lambda c: mlp(c).update(hidden_dims=LONG), "asks for more tensors than a file"),
