@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from .. import checks
 from ..checks import check_integers, check_numbers, check_sizes
+from .paced import Paced
 
 # Steps that suit the place and scale of a guide are large for its networks: at 1 the regression of tests/test_pace.py
 # ends 2 to 16 nats lower.
@@ -151,7 +151,7 @@ class Conditioner(nn.Module, ABC):
         """
 
 
-class Linear(nn.Linear):
+class Linear(Paced, nn.Linear):
     """y = p (W x + b), where p is the layer's pace: how far y moves when an optimiser moves W and b.
 
     Adam moves each weight by about its step size, whatever the size of the gradient, and y by as many of them as there
@@ -189,16 +189,12 @@ class Linear(nn.Linear):
             parameter.mul_(self.pace / pace)
         self.pace = pace
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        save_pace(self.pace, destination, prefix)
+    @property
+    def unit(self) -> float:
+        return self.pace
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        ratio = load_pace(state_dict, prefix) / self.pace
-        for name in self._parameters:
-            if ratio != 1.0 and (key := prefix + name) in state_dict:
-                state_dict[key] = ratio * state_dict[key]
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _paced_names(self) -> Iterable[str]:
+        return self._parameters
 
     def forward(self, x: Tensor) -> Tensor:
         return self.paced(F.linear(x, self.weight, self.bias))
@@ -206,17 +202,6 @@ class Linear(nn.Linear):
     def paced(self, y: Tensor) -> Tensor:
         """Return p y."""
         return y if self.pace == 1.0 else self.pace * y
-
-
-def save_pace(pace: float, destination: dict[str, Any], prefix: str) -> None:
-    """Add a pace to a state, so that another module can tell what its tensors mean; torch's own needs no mention."""
-    if pace != 1.0:
-        destination[f"{prefix}pace"] = torch.tensor(pace)
-
-
-def load_pace(state: dict[str, Any], prefix: str) -> float:
-    """Take the pace out of a state."""
-    return float(state.pop(f"{prefix}pace", 1.0))
 
 
 class MaskedLinear(Linear):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,6 @@ from ..checks import check_flags
 from .base import Conditioner, Linear, activation_of
 
 POINTS = 16  # an even number: each point comes with its mirror image
-FIXED: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 class MLP(Conditioner):
@@ -82,7 +80,8 @@ class MLP(Conditioner):
         self.output = Linear(widths[-1], num_params * output_dim, zero=True)
         self.act = activation_of("MLP", activation)
         if centered:  # in any default dtype and on any device the same, and part of the state
-            half = torch.randn(POINTS // 2, input_dim, generator=torch.Generator().manual_seed(0), **FIXED)
+            chance = torch.Generator().manual_seed(0)
+            half = torch.randn(POINTS // 2, input_dim, generator=chance, dtype=torch.float32, device="cpu")
             self.register_buffer("points", torch.cat((half, -half)).to(self.output.weight))
         self.skip = skip
         if skip:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..conditioners.base import load_pace, save_pace
+from ..conditioners.paced import Paced
 from .encoding import encode, finite, probe
 from .look import Rows, look
 from .rows import places_of, take_rows
 
 
-class RowContexts(nn.Module):
+class RowContexts(Paced):
     """Contexts of a plate's rows, ``(rows, width)``.
 
     Args:
@@ -65,15 +65,12 @@ class RowContexts(nn.Module):
             self.embedding.weight.mul_(self.pace / pace)
         self.pace = pace
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        save_pace(self.pace, destination, prefix)
+    @property
+    def unit(self) -> float:
+        return self.pace
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        ratio, key = load_pace(state_dict, prefix) / self.pace, f"{prefix}embedding.weight"
-        if ratio != 1.0 and key in state_dict:
-            state_dict[key] = ratio * state_dict[key]
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _paced_names(self) -> Iterable[str]:
+        return ("embedding.weight",)
 
     def of(
         self, model: Callable[..., Any], plate: Any, indices: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]

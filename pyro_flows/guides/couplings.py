@@ -2,9 +2,8 @@
 
 The recipe ``flows.realnvp`` is made for densities.  Its scales are steep, and its shifts are in units of the base.  A
 guide learns from its own draws: shifts are in units of the draws, and scales are damped, since steep ones compound from
-layer to layer and throw the first draws of a fit out of range.  And without a context its
-networks are centred.  While a guide is far from the posterior, all gradients point one way; they are to move the affine
-map, not to bend the couplings.
+layer to layer and throw the first draws of a fit out of range.  And without a context its networks are centred.  While
+a guide is far from the posterior, all gradients point one way; they are to move the affine map, not to bend couplings.
 
 Density estimation using Real NVP (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803).
 """

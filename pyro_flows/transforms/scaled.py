@@ -8,19 +8,19 @@ its minimum by what the noise of each trained number adds.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import check_integers, check_numbers
-from ..conditioners.base import load_pace, save_pace
+from ..conditioners.paced import Paced
 from .base import FlowTransform
 from .linear import raw_log_scale
 
 
-class ScaledLinear(FlowTransform):
+class ScaledLinear(Paced, FlowTransform):
     """An invertible dense matrix and a shift, of vectors ``(*batch, D)``, the identity at the start::
 
         y = t + exp(s) ∘ (L U x),    log|det dy/dx| = Σ_i s_i,    s_i = b tanh(a_i / b)
@@ -46,6 +46,8 @@ class ScaledLinear(FlowTransform):
         (2.0, 2.0794)
     """
 
+    pace: float | None = None
+
     def __init__(self, input_dim: int, *, max_log_scale: float = 8.0, pace: float | None = None) -> None:
         check_integers("ScaledLinear", input_dim=input_dim)
         super().__init__((input_dim,))
@@ -53,7 +55,6 @@ class ScaledLinear(FlowTransform):
         self.input_dim, self.max_log_scale = input_dim, max_log_scale
         self.factors = nn.Parameter(torch.zeros(input_dim, input_dim))  # L below, U above, a on the diagonal
         self.shift = nn.Parameter(torch.zeros(input_dim))
-        self._unit = 1.0  # what L and U are stored in
         self.set_pace(pace)
 
     @torch.no_grad()
@@ -65,10 +66,8 @@ class ScaledLinear(FlowTransform):
                 None for L and U as they are, where it moves by D times as much.
         """
         check_numbers("ScaledLinear", above=0, optional=True, pace=pace)
-        unit = 1.0 if pace is None else 2.0 ** round(math.log2(pace / self.input_dim))
-        diagonal = torch.diag(self.factors.diagonal())
-        self.factors.copy_((self.factors - diagonal) * (self._unit / unit) + diagonal)
-        self._unit, self.pace = unit, pace
+        before, self.pace = self.unit, pace
+        self.factors.copy_(self._rescaled(self.factors, before / self.unit))
 
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
@@ -83,20 +82,21 @@ class ScaledLinear(FlowTransform):
         raw = raw_log_scale("ScaledLinear.set_scale", scale, self.max_log_scale)
         self.factors.copy_(torch.eye(self.input_dim) * raw)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        save_pace(self._unit, destination, prefix)
+    @property
+    def unit(self) -> float:
+        """What L and U are stored in."""
+        return 1.0 if self.pace is None else 2.0 ** round(math.log2(self.pace / self.input_dim))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        ratio, key = load_pace(state_dict, prefix) / self._unit, f"{prefix}factors"
-        if ratio != 1.0 and key in state_dict:
-            diagonal = torch.diag(state_dict[key].diagonal())
-            state_dict[key] = (state_dict[key] - diagonal) * ratio + diagonal
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _paced_names(self) -> Iterable[str]:
+        return ("factors",)
+
+    def _rescaled(self, stored: Tensor, ratio: float) -> Tensor:
+        diagonal = torch.diag(stored.diagonal())
+        return (stored - diagonal) * ratio + diagonal
 
     def _below_and_above(self) -> tuple[Tensor, Tensor]:
         """L and U without their diagonals of ones."""
-        factors = self.factors if self._unit == 1.0 else self._unit * self.factors
+        factors = self.factors if self.unit == 1.0 else self.unit * self.factors
         return factors.tril(-1), factors.triu(1)
 
     def _log_scale(self) -> Tensor:
