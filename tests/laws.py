@@ -25,6 +25,7 @@ from pyro_flows.bijectors import (
     RationalQuadraticSpline,
     Shift,
     Sigmoidal,
+    SoftplusAffine,
     SumOfSquares,
 )
 from pyro_flows.conditioners import (
@@ -85,6 +86,7 @@ BIJECTORS: dict[str, Bijector] = {
     "affine": Affine(),
     "affine_2": Affine(2.0),
     "affine_steep": Affine(slope=1.0),
+    "softplus_affine": SoftplusAffine(),
     "shift": Shift(),
     "spline": RationalQuadraticSpline(),
     "spline_2_bins": RationalQuadraticSpline(bins=2),

@@ -26,7 +26,8 @@ from torch.distributions import constraints
 from pyro_flows import AutoFlow, Flow, fit_svi, flows, psis
 from pyro_flows.bijectors import Affine
 from pyro_flows.guides import init_to_center
-from pyro_flows.guides.recipe import default_flow, local_flow
+from pyro_flows.guides.local import local_flow
+from pyro_flows.guides.recipe import default_flow
 from pyro_flows.transforms import Coupling
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
@@ -623,3 +624,9 @@ def test_guides_keep_damped_couplings_from_base_to_draws() -> None:
     layers = [*default_flow(3).transforms, *local_flow(3, 2).transforms[:-1]]
     assert len(layers) == 12
     assert all(isinstance(layer, Coupling) and layer.bijector == Affine(3.0, slope=0.25) for layer in layers)
+
+
+def test_the_base_has_wide_tails_up_to_512_latents() -> None:
+    bases = [default_flow(dim).base for dim in (3, 33, 512, 513)]
+    assert [(base.share, base.scale) for base in bases[:3]] == [(0.02, 1.6), (0.05, 1.3), (0.05, 1.3)]
+    assert type(bases[3]).__name__ == "StandardNormal"

@@ -299,6 +299,33 @@ def test_plain_svi_does_not_explode_with_plates(lr, encoder):
     assert max(losses[20:]) < 3 * max(losses[:20])
 
 
+def test_an_autoencoder_holds_in_plain_svi():
+    """Where the map from an encoder to the rows' place has weights as torch has them, losses rise to 4 to 30 times the
+    first one."""
+    torch.manual_seed(1)
+    x = (torch.randn(64, 5) @ torch.randn(5, 100) > 0).float()
+    decoder = torch.nn.Sequential(torch.nn.Linear(20, 200), torch.nn.Softplus(), torch.nn.Linear(200, 100))
+
+    def autoencoder(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(20), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+    losses = train(autoencoder, pf.AutoPlateFlow(autoencoder, "data", encoder=MLPEncoder(100, 50, (200,))), x, seed=1)
+    assert max(losses[5:]) < 3 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_scales_of_many_latents_grow_by_a_summand_where_all_is_flat():
+    def flat():
+        pyro.sample("z", dist.Normal(torch.zeros(100), 1e6).to_event(1))
+
+    guide = pf.AutoFlow(flat)
+    train(flat, guide, lr=0.05, steps=300)
+    assert 5 < guide.flow().sample(torch.Size([100])).std() < 20  # by a factor each it would be some 1e5
+
+
 def test_plain_svi_reaches_the_evidence():
     """log Z of the conjugate model is that of N(0, 2 I) at the data; a Gaussian posterior is the flow's start."""
     guide = pf.AutoFlow(gaussian)

@@ -28,7 +28,7 @@ NAMES = {
     "load neutra ode_report plots posterior_graph psis refine resample round_off save save_images simulate "
     "to_arviz",
     bijectors: "Affine Bernstein Bijector CircularSpline Continued Integral LinearRationalSpline LogisticMixture "
-    "RationalQuadraticSpline Shift Sigmoidal SumOfSquares",
+    "RationalQuadraticSpline Shift Sigmoidal SoftplusAffine SumOfSquares",
     conditioners: "CausalTransformer Conditioner ConvNet Given LipschitzMLP MADE MLP MLPField Periodic Tokens "
     "VectorField costream stream",
     encoders: "ClassEmbedding ConvEncoder Encoder Flatten MLPEncoder SetEncoder Standardize",

@@ -11,4 +11,5 @@ from .mixture import LogisticMixture as LogisticMixture
 from .polynomial import SumOfSquares as SumOfSquares
 from .shift import Shift as Shift
 from .sigmoidal import Sigmoidal as Sigmoidal
+from .softplus import SoftplusAffine as SoftplusAffine
 from .spline import RationalQuadraticSpline as RationalQuadraticSpline

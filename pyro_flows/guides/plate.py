@@ -25,12 +25,13 @@ from .circles import is_circular, mark_circles
 from .contexts import RowContexts
 from .encoding import at_rest, check_encoder
 from .init import init_to_center
+from .local import assemble_local, default_local
 from .look import Found, Rows
 from .masked import mask_of_all
 from .names import claim_name
 from .nested import Nested
 from .packing import Packing
-from .recipe import assemble, assemble_local, built, check_recipe, check_scale, default_flow, default_local
+from .recipe import assemble, built, check_recipe, check_scale, default_flow
 from .rows import InTurn, Shuffled, check_tied, data_plates, plate_like
 from .start import settle_start
 
@@ -142,8 +143,7 @@ class AutoPlateFlow(FlowGuide):
             outer = built("AutoPlateFlow", "global_flow", self._build_global, default_flow, shared.size)
             outer = assemble(outer, None, shared.start, scale)
         if own.size:
-            num_params = Affine().num_params * own.size
-            self.contexts.setup(self.model, rows, args, kwargs, own.start, num_zeros=num_params)
+            self.contexts.setup(self.model, rows, args, kwargs, own.start, num_zeros=Affine().num_params * own.size)
             sizes = own.size, self.contexts.width + shared.size
             by_row = self.contexts.encoder is None
             default = default_local(by_encoder=not (shared.size or by_row))

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import flows
-from ..bijectors import Affine
+from ..bijectors import SoftplusAffine
 from ..checks import check_numbers
-from ..conditioners import MLP, Given
-from ..distributions import CircularBase, ContaminatedNormalBase
+from ..distributions import CircularBase, ContaminatedNormalBase, StandardNormal
 from ..flows import Flow
 from ..transforms import ActNorm, Autoregressive, Coupling, Elementwise, FixedAffine, FlowTransform, ScaledLinear
 from ..transforms.linear import unrotated
@@ -24,13 +23,14 @@ from .couplings import affine_couplings
 
 FEW = 32  # up to how many latents eight couplings and Adam will do
 LEARNED = 64  # up to how many latents the learned affine map has a full matrix
-DENSE = 512  # up to how many the one that the guide starts from has
+DENSE = 512  # up to how many the one that the guide starts from has, and the base has heavy tails
 
 
 def default_flow(input_dim: int) -> Flow:
     """The flow that :class:`~pyro_flows.AutoFlow` builds when none is named: 8 affine couplings, 16 beyond 32 latents,
     over a base with tails that are slightly heavier than a normal's, so that weights p / q stay bounded where the
-    posterior's are.
+    posterior's are.  Beyond 512 latents the base is normal: each draw would have some latents far out, whose gradients
+    are noise to all others.
 
     After Agrawal, Domke 2024, Disentangling impact of capacity, objective, batchsize, estimators, and step-size on
     flow VI, arXiv:2412.08824.
@@ -49,11 +49,17 @@ def default_flow(input_dim: int) -> Flow:
         >>> [len(default_flow(dim).transforms) for dim in (32, 33)]
         [8, 16]
     """
-    few = input_dim <= FEW
-    couplings = affine_couplings(input_dim, num_transforms=8 if few else 16)
+    couplings = affine_couplings(input_dim, num_transforms=8 if input_dim <= FEW else 16)
+    return Flow(couplings.transforms, _default_base(input_dim))
+
+
+def _default_base(input_dim: int) -> nn.Module:
+    if input_dim > DENSE:
+        return StandardNormal(input_dim)
+    if input_dim <= FEW:
+        return ContaminatedNormalBase(input_dim)
     # Among many latents one is always in the wide component, which must then be less wide.
-    base = ContaminatedNormalBase(input_dim) if few else ContaminatedNormalBase(input_dim, share=0.05, scale=1.3)
-    return Flow(couplings.transforms, base)
+    return ContaminatedNormalBase(input_dim, share=0.05, scale=1.3)
 
 
 def circular_flow(circular: Sequence[bool], input_dim: int, context_dim: int = 0) -> Flow:
@@ -151,58 +157,14 @@ def assemble(
 def set_pace(flow: Flow) -> None:
     """Let each network of a flow move its layer by a share of a step of Adam, so that all layers together move by one.
 
-    Then a flow of any depth and width bears the steps that people take in plain SVI.  Elementwise maps of a context,
-    which are to an encoder what its own last layers are, move with it.
+    Then a flow of any depth and width bears the steps that people take in plain SVI.  Elementwise maps of a context
+    keep the pace that their recipe gives them.
     """
     layers = [layer for layer in flow.modules() if isinstance(layer, FlowTransform)]
     networks = [layer.conditioner for layer in layers if isinstance(layer, Coupling | Autoregressive)]
     for network in networks:
         if network.pace is None:  # else its recipe chose one
             network.set_pace(1 / len(networks))
-
-
-def local_flow(input_dim: int, context_dim: int) -> Flow:
-    """The flow that :class:`AutoPlateFlow` gives to the rows of a plate when none is named.
-
-    Its last layer is an affine map of the context alone, so that each row's place and scale are found first.
-    """
-    if input_dim == 1:
-        layers = flows.nsf(1, context_dim, num_transforms=2, activation=nn.ELU).transforms
-    else:
-        layers = affine_couplings(input_dim, context_dim, num_transforms=4).transforms
-    place = MLP(context_dim, input_dim, Affine().num_params, activation=nn.ELU, skip=True)
-    return Flow([*layers, Elementwise(Affine(), input_dim, place)])
-
-
-def autoencoder_flow(input_dim: int, context_dim: int) -> Flow:
-    """That of :func:`local_flow`, whose rows are spread from the start, by a random linear map of the context.
-
-    If all rows started alike, a decoder that is trained with the guide would learn to do without their latents.
-    """
-    flow = local_flow(input_dim, context_dim)
-    # A conditioner yields all scales of an affine map and then all shifts, here from the context's own columns.
-    shift = flow.transforms[-1].conditioner.direct.weight[input_dim : 2 * input_dim, :context_dim]
-    nn.init.normal_(shift, std=context_dim**-0.5)
-    return flow
-
-
-def default_local(*, by_encoder: bool) -> Callable[[int, int], Flow]:
-    """The recipe of :class:`AutoPlateFlow` where none is named, for rows that depend on an encoder alone or on more."""
-    return autoencoder_flow if by_encoder else local_flow
-
-
-def assemble_local(flow: Flow, loc: Tensor, scale: float, *, by_row: bool) -> Flow:
-    """A recipe's flow for the latents of a row, then an affine map that is fixed.
-
-    With ``by_row`` there is another between them, whose parameters the context begins with.
-    """
-    set_pace(flow)
-    dim = len(loc)
-    fixed = FixedAffine(dim, dense=False)
-    own = [Elementwise(Affine(), dim, Given(flow.context_dim, dim, Affine().num_params))] if by_row else []
-    made = Flow([*flow.transforms, *own, fixed], flow.base).to(device=loc.device, dtype=loc.dtype)
-    fixed.set(loc, torch.full_like(loc, scale))
-    return made
 
 
 def start_at(flow: Flow, loc: Tensor, scale_tril: Tensor) -> None:
@@ -246,7 +208,11 @@ def _reachable(scale: float) -> float:
 def _learned(circular: Sequence[bool], scale: float) -> FlowTransform:
     """The affine map that is learned: a full matrix for some latents, a scale each for many; angles rest."""
     dim, angles = len(circular), any(circular)
-    if dim == 1 or dim > LEARNED or angles:
+    if dim > LEARNED and not angles:
+        scaled = Elementwise(SoftplusAffine(), dim)
+        scaled.params.data[:, 0] = SoftplusAffine().raw(scale)
+        return scaled
+    if dim == 1 or angles:
         norm = ActNorm(dim, fixed=circular if angles else None)
         norm.log_scale.data.fill_(math.log(scale))
         return norm
