@@ -178,6 +178,7 @@ def rows_of(data: str, recipe: str, rate: float, found: dict[str, list[tuple[Ten
 
 
 def page(rows: list[dict]) -> str:
+    seeds = sorted(int(row["seeds"]) for row in rows)
     spreads = torch.tensor([float(row["seed_sd"]) for row in rows if row.get("seed_sd")])
     lines = [
         "# Learning in a plain loop",
@@ -189,7 +190,7 @@ def page(rows: list[dict]) -> str:
         "",
         f"Each cell has the mean test log-density in nats, over the states at the ends of the last {LAST} epochs.",
         "Cells of peers add what our recipe gains over them, ± 2 standard errors over the rows of the difference.",
-        f"The affine recipes and their peers are means of {SEEDS} seeds, the others single fits.",
+        f"Cells are means of as many fits as `plain_density.csv` tells, {seeds[0]} to {seeds[-1]}.",
     ]
     if len(spreads):
         lines += [

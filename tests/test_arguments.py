@@ -44,6 +44,7 @@ INTEGERS = {
 }
 NUMBERS = {
     "Affine: slope": lambda v: bijectors.Affine(slope=v),
+    "SoftplusAffine.raw: scale": bijectors.SoftplusAffine.raw,
     "SumOfSquares: max_mean_slope": lambda v: bijectors.SumOfSquares(max_mean_slope=v),
     "CircularSpline: bound": lambda v: bijectors.CircularSpline(bound=v),
     "LipschitzMLP: lipschitz": lambda v: conditioners.LipschitzMLP(3, lipschitz=v),

@@ -19,6 +19,7 @@ from pyro_flows.bijectors import (
     Integral,
     LinearRationalSpline,
     RationalQuadraticSpline,
+    SoftplusAffine,
 )
 
 DTYPES = [torch.float32, torch.float64]
@@ -302,3 +303,17 @@ def test_affine_scales_are_bounded(bound: float, value: float) -> None:
 def test_errors_name_argument_and_value(build: object, argument: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{argument} .*got {value}"):
         build()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_softplus_scales_and_their_gradients_are_finite_from_tiny_to_huge(dtype: torch.dtype) -> None:
+    bijector = SoftplusAffine()
+    params = torch.stack((torch.linspace(-200, 200, 81, dtype=dtype), torch.full((81,), 0.3, dtype=dtype)), -1)
+    params.requires_grad_()
+    for verb in (bijector.forward_and_log_det, bijector.inverse_and_log_det):
+        value, log_det = verb(torch.tensor(2.0, dtype=dtype), params)
+        (grad,) = torch.autograd.grad(value.sum() + log_det.sum(), params)
+        assert all(t.isfinite().all() for t in (value, log_det, grad))
+    for scale in (1e-7, 0.01, 0.1, 1.0, 30.0, 1e6):
+        _, log_det = bijector.forward_and_log_det(torch.ones((), dtype=dtype), torch.tensor([bijector.raw(scale), 0.0]))
+        assert abs(log_det.item() - math.log(scale)) < 1e-5

@@ -3,6 +3,7 @@ themselves, gradients are those of the solution, and what cannot be solved says 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -776,3 +777,19 @@ def test_couplings_beside_a_field_are_trained_by_likelihood() -> None:
     fit = fit_density(flow, laws.normal(200, 2, dtype=torch.float32).cumsum(-1), max_epochs=2, progress=False)
     assert any(isinstance(part, Coupling) for part in flow.transforms)
     assert math.isfinite(fit.best_loss)
+
+
+@pytest.mark.parametrize("dim", [1, 64, 65])
+def test_flow_matching_trains_guides_of_any_width(dim: int) -> None:
+    """The learned affine map of a guide is another beyond 64 latents; it stays where it is."""
+
+    def model(y=None):
+        z = pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
+        return pyro.sample("y", dist.Normal(z[..., :1], 1.0).to_event(1), obs=y)
+
+    guide = AutoFlow(model, functools.partial(flows.cnf, hidden_dims=(8,)), encoder=MLPEncoder(1, 2))
+    guide.setup(torch.zeros(1))
+    loss = FlowMatching()(guide.flow, torch.randn(6, dim), torch.randn(6, 2))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is None for p in guide.flow.transforms[-2].parameters())

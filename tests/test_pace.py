@@ -317,6 +317,23 @@ def test_an_autoencoder_holds_in_plain_svi():
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_rows_of_one_latent_hold_in_plain_svi():
+    """Where the splines of a row have weights as torch has them, losses rise to two to eight times the first one."""
+    torch.manual_seed(0)
+    x = torch.randn(30, 1) @ torch.randn(1, 8) + 0.3 * torch.randn(30, 8)
+    weights = torch.randn(8)
+
+    def factor(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1) * weights, 0.5).to_event(1), obs=x)
+
+    for seed in range(3):
+        guide = pf.AutoPlateFlow(factor, "data", encoder=MLPEncoder(8, 4))
+        losses = train(factor, guide, x, seed=seed)
+        assert max(losses[5:]) < 1.2 * losses[0]
+
+
 def test_scales_of_many_latents_grow_by_a_summand_where_all_is_flat():
     def flat():
         pyro.sample("z", dist.Normal(torch.zeros(100), 1e6).to_event(1))

@@ -54,14 +54,14 @@ class AutoFlow(FlowGuide, AutoContinuous):
     Args:
         model: A Pyro model of fixed structure, with continuous latents.
         flow: A recipe, called with the number of latent dimensions, such as ``flows.iaf``; by default 8 affine
-            couplings, 16 beyond 32 latents, over contaminated normals.  With an encoder it is called with the width of
-            the context too, and is by default ``flows.nsf_ar``.
+            couplings, 16 beyond 32 latents, over contaminated normals, beyond 512 normals.  With an encoder it is
+            called with the width of the context too, and is by default ``flows.nsf_ar``.
         encoder: A network or function from the model's arguments to a context ``(context_dim,)``, and from those of
             many data sets side by side, ``(*batch, ...)``, to ``(*batch, context_dim)``: see ``pyro_flows.encoders``.
         base: In place of the recipe's base, a function of the number of latent dimensions, such as
             ``distributions.StudentTBase`` for heavy tails.
         init_loc_fn: Where the guide starts; by default ``init_to_center``, or the origin if that is far likelier.
-        init_scale: The scale of each unconstrained latent at the start (sds are 2 % larger by default).
+        init_scale: The scale of each unconstrained latent at the start (sds are up to 2 % larger by default).
         name: The guide's name in Pyro's parameter store, unique by default; under one you give it is found again.
 
     Raises:

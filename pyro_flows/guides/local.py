@@ -1,4 +1,4 @@
-"""What :class:`AutoPlateFlow` builds for the rows of a plate where nothing else is asked for."""
+"""The default flows for the rows of a plate: l = F(A_c(T_c(u))), with A_c an affine map by the context alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def local_flow(input_dim: int, context_dim: int) -> Flow:
 
 
 def autoencoder_flow(input_dim: int, context_dim: int) -> Flow:
-    """That of :func:`local_flow`, whose rows are spread from the start, by a random linear map of the context.
+    """Build a flow as :func:`local_flow` does, and spread the rows at the start by a random linear map of the context.
 
     If all rows started alike, a decoder that is trained with the guide would learn to do without their latents.
     """

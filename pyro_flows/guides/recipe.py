@@ -23,7 +23,8 @@ from .couplings import affine_couplings
 
 FEW = 32  # up to how many latents eight couplings and Adam will do
 LEARNED = 64  # up to how many latents the learned affine map has a full matrix
-DENSE = 512  # up to how many the one that the guide starts from has, and the base has heavy tails
+DENSE = 512  # up to how many the one that the guide starts from has
+TAILED = 512  # up to how many the base has wide tails
 
 
 def default_flow(input_dim: int) -> Flow:
@@ -54,7 +55,7 @@ def default_flow(input_dim: int) -> Flow:
 
 
 def _default_base(input_dim: int) -> nn.Module:
-    if input_dim > DENSE:
+    if input_dim > TAILED:
         return StandardNormal(input_dim)
     if input_dim <= FEW:
         return ContaminatedNormalBase(input_dim)
@@ -157,14 +158,13 @@ def assemble(
 def set_pace(flow: Flow) -> None:
     """Let each network of a flow move its layer by a share of a step of Adam, so that all layers together move by one.
 
-    Then a flow of any depth and width bears the steps that people take in plain SVI.  Elementwise maps of a context
-    keep the pace that their recipe gives them.
+    Then a flow of any depth and width bears the steps that people take in plain SVI.  Networks whose recipe gave them a
+    pace keep it.
     """
-    layers = [layer for layer in flow.modules() if isinstance(layer, FlowTransform)]
-    networks = [layer.conditioner for layer in layers if isinstance(layer, Coupling | Autoregressive)]
+    layers = [layer for layer in flow.modules() if isinstance(layer, Coupling | Autoregressive | Elementwise)]
+    networks = [layer.conditioner for layer in layers if layer.conditioner and layer.conditioner.pace is None]
     for network in networks:
-        if network.pace is None:  # else its recipe chose one
-            network.set_pace(1 / len(networks))
+        network.set_pace(1 / len(networks))
 
 
 def start_at(flow: Flow, loc: Tensor, scale_tril: Tensor) -> None:
@@ -180,11 +180,10 @@ def is_untrained(flow: Flow, scale: float, circular: Sequence[bool]) -> bool:
     """Whether an assembled flow is where it started: the learned affine map there or at rest, the rest permutes."""
     *layers, learned, _ = flow.transforms
     mine = list(learned.parameters())
-    starts = [
-        [p.to(m) for p, m in zip(_learned(circular, s).parameters(), mine, strict=True)]
-        for s in (_reachable(scale), 1.0)
-    ]
-    if not any(all(map(torch.equal, mine, start)) for start in starts):
+    starts = [_learned(circular, s) for s in (_reachable(scale), 1.0)]
+    if type(learned) is not type(starts[0]):
+        return False  # a file of another version
+    if not any(all(torch.equal(m, p.to(m)) for m, p in zip(mine, s.parameters(), strict=True)) for s in starts):
         return False
     return permutes(layers, mine[0].new_zeros(len(circular)))
 
@@ -210,7 +209,7 @@ def _learned(circular: Sequence[bool], scale: float) -> FlowTransform:
     dim, angles = len(circular), any(circular)
     if dim > LEARNED and not angles:
         scaled = Elementwise(SoftplusAffine(), dim)
-        scaled.params.data[:, 0] = SoftplusAffine().raw(scale)
+        scaled.params.data[:, 0] = SoftplusAffine.raw(scale)
         return scaled
     if dim == 1 or angles:
         norm = ActNorm(dim, fixed=circular if angles else None)

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bijectors import Affine, SoftplusAffine
 from ..checks import check_choice, check_numbers
 from ..flows import Flow
-from ..transforms import ActNorm, Continuous, FixedAffine, FlowTransform, LULinear, ScaledLinear
+from ..transforms import ActNorm, Continuous, Elementwise, FixedAffine, FlowTransform, LULinear, ScaledLinear
 
-AFFINE = ActNorm | FixedAffine | LULinear | ScaledLinear  # what may stand beside the field; it stays as it is
 MOST_PAIRED = 128  # rows; the time of the search grows with the cube of their number
 
 
@@ -107,6 +107,13 @@ class FlowMatching(nn.Module):
         return f"pairing={self.pairing!r}, sigma_min={self.sigma_min}, time_power={self.time_power}"
 
 
+def _is_affine(part: FlowTransform) -> bool:
+    """Whether a transform is an affine map that may stand beside the field; it stays as it is."""
+    if isinstance(part, Elementwise):
+        return part.conditioner is None and isinstance(part.bijector, Affine | SoftplusAffine)
+    return isinstance(part, ActNorm | FixedAffine | LULinear | ScaledLinear)
+
+
 def _parts(flow: Any) -> tuple[list[FlowTransform], Continuous, list[FlowTransform]]:
     """The transforms before the continuous one, that one, and those after it."""
     transforms = list(flow.transforms) if isinstance(flow, Flow) else []
@@ -118,7 +125,8 @@ def _parts(flow: Any) -> tuple[list[FlowTransform], Continuous, list[FlowTransfo
             f"{has}."
         )
     for part in transforms:
-        if not isinstance(part, Continuous | AFFINE) and any(p.requires_grad for p in part.parameters()):
+        may_stay = isinstance(part, Continuous) or _is_affine(part)
+        if not may_stay and any(p.requires_grad for p in part.parameters()):
             raise ValueError(
                 f"FlowMatching: it trains the continuous transform alone, but {type(part).__name__} needs training "
                 "too; train this flow by likelihood."
