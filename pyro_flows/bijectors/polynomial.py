@@ -19,6 +19,7 @@ from ..checks import check_integers, check_numbers
 from .continued import Continued
 
 FLOOR = 0.01  # ε
+UNIT = 1 / 4  # of the parameters, whose squares are slopes: in whole steps of .003, layers compound until rows overflow
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class SumOfSquares(Continued):
 
         y = b + ∫₀ˣ ε + (1 - ε) Σ_k p_k(t)² dt,    p_k(t) = Σ_j a_kj P_j(t / B),    ε = 0.01
 
-    The P_j are Legendre's polynomials.  The K (n + 1) + 1 parameters are the coefficients a, before their sum of
-    squares is bounded, and the shift b.  At zero the polynomials are distinct constants, whose squares add up to 1.
+    The P_j are Legendre's polynomials.  The K (n + 1) + 1 parameters are the coefficients a, times 4 and before their
+    sum of squares is bounded, and the shift b.  At zero the polynomials are distinct constants, whose squares add up
+    to 1.
 
     Sum-of-Squares Polynomial Flow (Jaini, Selby, Yu 2019, arXiv:1905.02325).
 
@@ -71,7 +73,7 @@ class SumOfSquares(Continued):
     def table(self, params: Tensor) -> tuple[Tensor, ...]:
         ones = (1,) * (params.dim() - 1)
         raw, shift = params.movedim(-1, 0).split((self.num_params - 1, 1))
-        raw = raw.unflatten(0, (self.degree + 1, self.polynomials))  # (n + 1, K, *s)
+        raw = UNIT * raw.unflatten(0, (self.degree + 1, self.polynomials))  # (n + 1, K, *s)
         constants = distinct(self.polynomials, params).view(-1, *ones)
         raw = torch.cat((raw[:1] + constants, raw[1:]))
         norms = torch.arange(1, 2 * self.degree + 2, 2, device=params.device).view(-1, 1, *ones)
