@@ -19,7 +19,7 @@ from ..checks import check_integers, check_numbers
 from .continued import Continued
 
 FLOOR = 0.01  # ε
-UNIT = 1 / 4  # of the parameters, whose squares are slopes: in whole steps of .003, layers compound until rows overflow
+UNIT = 1 / 2  # of the parameters, whose squares are slopes: in whole steps of .003, layers compound until rows overflow
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,8 @@ class SumOfSquares(Continued):
 
         y = b + ∫₀ˣ ε + (1 - ε) Σ_k p_k(t)² dt,    p_k(t) = Σ_j a_kj P_j(t / B),    ε = 0.01
 
-    The P_j are Legendre's polynomials.  The K (n + 1) + 1 parameters are the coefficients a, times 4 and before their
-    sum of squares is bounded, and the shift b.  At zero the polynomials are distinct constants, whose squares add up
-    to 1.
+    The P_j are Legendre's polynomials.  The K (n + 1) + 1 parameters are 2 a, before the sum of squares of the a is
+    bounded, and the shift b.  At zero the polynomials are distinct constants, whose squares add up to 1.
 
     Sum-of-Squares Polynomial Flow (Jaini, Selby, Yu 2019, arXiv:1905.02325).
 
