@@ -1,4 +1,4 @@
-"""What :class:`AutoFlow` builds where nothing else is asked for, and how it puts a guide's flow together.
+"""The default flows of :class:`AutoFlow`, and the affine maps between a recipe's flow and the latents.
 
 *Choosing a flow* in the docs tells how the defaults were found.
 """

@@ -108,7 +108,7 @@ class FlowMatching(nn.Module):
 
 
 def _is_affine(part: FlowTransform) -> bool:
-    """Whether a transform is an affine map that may stand beside the field; it stays as it is."""
+    """Return True for an affine map, which may stand beside the field and is not trained."""
     if isinstance(part, Elementwise):
         return part.conditioner is None and isinstance(part.bijector, Affine | SoftplusAffine)
     return isinstance(part, ActNorm | FixedAffine | LULinear | ScaledLinear)
