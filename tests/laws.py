@@ -266,17 +266,20 @@ def _tokens(channels: int, context_dim: int) -> FlowTransform:
 # One of each kind: what else a bijector's own settings may be is no matter for the transform.
 OTHER_SETTINGS = ("affine_2", "affine_steep", "spline_16_bins", "sigmoidal_2_layers")
 STEERED = {name: b for name, b in BIJECTORS.items() if name not in OTHER_SETTINGS}
+# Scales without a bound, from features that were scaled themselves, outgrow the digits of any float.
+BOUNDED = {name: b for name, b in STEERED.items() if name != "softplus_affine"}
 
 TRANSFORMS: dict[str, Kind] = {
     **{f"coupling_{name}": Kind(_coupling(b), True, least_dim=2) for name, b in STEERED.items()},
     **{f"autoregressive_{name}": Kind(_autoregressive(BIJECTORS[name]), True) for name in ("affine", "spline_2_bins")},
-    **{f"shuffled_{name}": Kind(_autoregressive(b, shuffled), True) for name, b in STEERED.items()},
+    **{f"shuffled_{name}": Kind(_autoregressive(b, shuffled), True) for name, b in BOUNDED.items()},
     "coupling_paced": Kind(_paced(_coupling(Affine())), True, least_dim=2),
     "autoregressive_paced": Kind(_paced(_autoregressive(Affine(), shuffled)), True),
     "periodic_paced": Kind(_paced(_periodic), True, least_dim=2),
     "fixed_point": Kind(_fixed_point, True),
     "graph": Kind(_graph, True),
     "elementwise_affine": Kind(_elementwise(Affine()), True),
+    "elementwise_softplus": Kind(_elementwise(SoftplusAffine()), True),
     "elementwise_spline": Kind(_elementwise(RationalQuadraticSpline()), True),
     "elementwise_skip": Kind(_skip, True),
     "conditioned": Kind(_conditioned),

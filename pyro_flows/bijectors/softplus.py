@@ -27,6 +27,7 @@ class SoftplusAffine(Bijector):
         y = x s + t,    s = log(1 + exp(b a + c)) / b,    with b = 1.25, and s = 1 where a = 0
 
     Its 2 parameters are a and the shift t.  Far below 1, s is an exponential of a, and far above a straight line.
+    Scales have no bound, so autoregressive layers had better take :class:`Affine`: there, scales compound.
 
     Example::
 
