@@ -19,7 +19,7 @@ from ..checks import check_integers, check_numbers
 from .continued import Continued
 
 FLOOR = 0.01  # ε
-UNIT = 1 / 2  # of the parameters, whose squares are slopes: in whole steps of .003, layers compound until rows overflow
+UNIT = 1 / 2  # steps of .003 in coefficients, whose squares are slopes, compound over layers until rows overflow
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..checks import check_numbers
 from .base import Bijector, split_params
 
 SHARPNESS = 1.25  # b: a scale grows from 0.1 to 1 in as many steps as an exponential
-UNIT = math.log(math.expm1(SHARPNESS))  # of which the softplus is b, and the scale 1
+OFFSET = math.log(math.expm1(SHARPNESS))  # c: the scale is 1 where a = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class SoftplusAffine(Bijector):
         """
         check_numbers("SoftplusAffine.raw", above=0, scale=scale)
         size = SHARPNESS * scale
-        return (size + math.log(-math.expm1(-size)) - UNIT) / SHARPNESS
+        return (size + math.log(-math.expm1(-size)) - OFFSET) / SHARPNESS
 
     def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         a, t = split_params(params)
@@ -70,6 +70,6 @@ class SoftplusAffine(Bijector):
 
 
 def _log_scale(a: Tensor) -> Tensor:
-    z = (SHARPNESS * a + UNIT).clamp(min=-60)  # the inverse of exp(-60) leaves room for squares in single precision
+    z = (SHARPNESS * a + OFFSET).clamp(min=-60)  # the inverse of exp(-60) leaves room for squares in single precision
     bent = z.clamp(min=-20)  # below, log(1 + exp(z)) is exp(z) to nine digits, but quotients in gradients overflow
     return (F.softplus(bent) / SHARPNESS).log() + (z - bent)

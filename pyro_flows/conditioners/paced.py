@@ -18,7 +18,7 @@ class Paced(nn.Module):
 
     @property
     def unit(self) -> float:
-        """What the tensors are multiplied by in use."""
+        """The factor of the stored tensors in use."""
         raise NotImplementedError
 
     def _paced_names(self) -> Iterable[str]:

@@ -84,7 +84,7 @@ class ScaledLinear(Paced, FlowTransform):
 
     @property
     def unit(self) -> float:
-        """What L and U are stored in."""
+        """The factor of L and U, as they are stored, in use."""
         return 1.0 if self.pace is None else 2.0 ** round(math.log2(self.pace / self.input_dim))
 
     def _paced_names(self) -> Iterable[str]:
