@@ -19,6 +19,8 @@ first seed tries five rates, and each guide takes the best of them for the other
 
 *short*: 1,000 fits of 40 steps, seeds 0 to 999 dealt over ten models; all parameters must be finite after every step.
 
+*recipes*: as *hold*, of ``AutoFlow(model, flows.maf)`` and so on, each recipe that needs no other argument.
+
 *ablation*: the default guide and the guide as it was before its networks were centred and had a pace, each with one
 change.
 
@@ -31,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import io
 import itertools
 import logging
@@ -55,14 +58,22 @@ from training_table import page
 import pyro_flows as pf
 
 LRS, OPTIMISERS, PARTICLES = (0.001, 0.003, 0.01, 0.03, 0.05), ("Adam", "ClippedAdam"), (1, 16)
-STEPS = {"hold": 150, "elbo": 1000, "short": 40, "ablation": 150}
-SEEDS = {"hold": range(5), "elbo": range(5), "short": range(1000), "ablation": range(3)}
+STEPS = {"hold": 150, "elbo": 1000, "short": 40, "recipes": 150, "ablation": 150}
+SEEDS = {"hold": range(5), "elbo": range(5), "short": range(1000), "recipes": range(3), "ablation": range(3)}
 EARLY, LAST = 20, 20  # steps that may have any loss, and those whose mean is the loss at the end
 SLOW = 1000  # beyond so many latents AutoIAFNormal takes too long
 SHORT = (
     *("conjugate", "bayesian_regression", "neutra", "bnn", "stable", "lda", "eight_schools"),
     *("eight_schools_centered", "kidiq", "german_credit_sparse"),
 )
+RECIPES = (
+    *("nice", "realnvp", "nsf", "flowpp", "iaf", "maf", "nsf_ar", "sospf", "bpf", "umnn", "naf", "bnaf"),
+    *("gaussianization", "planar_flow", "radial_flow", "sylvester_flow", "residual_flow", "cnf", "ffjord"),
+)
+GRIDS = {  # the guides, models and step sizes of a part
+    "recipes": (("AutoIAFNormal", *RECIPES), ("conjugate", "eight_schools_centered", "kidiq"), (0.01, 0.03)),
+    "ablation": (tuple(training_ablation.VARIANTS), training_ablation.MODELS, training_ablation.LRS),
+}
 QUICK = "conjugate", "eight_schools"
 MEASURES = "latents", "ended", "worst", "end", "elbo", "elbo_se", "seconds", "failed"
 
@@ -97,6 +108,11 @@ def startable(program: Program) -> Any:
     return centred(program.guided) if program.flat else program.guided
 
 
+def of_recipe(name: str, program: Program) -> Any:
+    """Return our guide with the flow of a recipe."""
+    return pf.AutoFlow(program.guided, getattr(pf.flows, name))
+
+
 GUIDES: dict[str, Callable[[Program], Any]] = {
     "AutoFlow": ours,
     "AutoPlateFlow": ours,
@@ -105,6 +121,7 @@ GUIDES: dict[str, Callable[[Program], Any]] = {
     "AutoMultivariateNormal": lambda program: AutoMultivariateNormal(startable(program)),
     "AutoLowRankMultivariateNormal": lambda program: AutoLowRankMultivariateNormal(startable(program)),
     "own guide": lambda program: program.own_guide,
+    **{name: functools.partial(of_recipe, name) for name in RECIPES},
 }
 
 
@@ -144,13 +161,12 @@ def runs(part: str, options: argparse.Namespace, rows: list[Row]) -> Iterator[Ru
             if name in options.only:
                 yield Run(part, name, "AutoFlow", "Adam", 0.01, 1, seed, steps)
         return
-    if part == "ablation":
-        names = [name for name in training_ablation.MODELS if name in options.only]
-        for seed, name, (label, variant), lr in itertools.product(
-            seeds, names, training_ablation.VARIANTS.items(), training_ablation.LRS
-        ):
-            if lr in options.lrs:
-                yield Run(part, name, label, "Adam", lr, variant.particles, seed, steps)
+    if part in GRIDS:
+        labels, names, lrs = GRIDS[part]
+        for seed, name, label, lr in itertools.product(seeds, names, labels, lrs):
+            if name in options.only and lr in options.lrs:
+                variant = training_ablation.VARIANTS.get(label)
+                yield Run(part, name, label, "Adam", lr, variant.particles if variant else 1, seed, steps)
         return
     guides = {name: contenders(name, part) for name in options.only}
     optimisers = options.optimisers if part == "hold" else OPTIMISERS[:1]
@@ -273,9 +289,9 @@ def main() -> None:
         "--seeds",
         nargs="+",
         type=int,
-        help="by default 0 to 4; 0 to 999 of short, 0 to 2 of ablation; the first one of elbo tries all rates",
+        help="by default 0 to 4; 0 to 999 of short, 0 to 2 of recipes and ablation; elbo's first one tries all rates",
     )
-    parser.add_argument("--lrs", nargs="+", type=float, default=LRS, help="of hold, elbo and ablation")
+    parser.add_argument("--lrs", nargs="+", type=float, default=LRS, help="of all parts but short")
     parser.add_argument("--particles", nargs="+", type=int, default=PARTICLES, help="of hold and elbo")
     parser.add_argument("--optimisers", nargs="+", default=OPTIMISERS, choices=OPTIMISERS, help="of hold")
     parser.add_argument("--steps", type=int, help=f"of each run, by default {STEPS}")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import platform
 import statistics
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import pyro
 import torch
 from amortized_table import head
 from amortized_table import row as line
 from posteriors import Row, mark
-from training_ablation import LRS, MODELS, VARIANTS
+from training_ablation import BEFORE, DEFAULT
 
 OURS, PEER, NORMAL = ("AutoFlow", "AutoPlateFlow"), ("AutoIAFNormal", "own guide"), "AutoNormal"
 USUAL = 0.03  # up to this step size every run is to hold
@@ -33,7 +35,7 @@ def page(rows: list[Row]) -> str:
         f"torch {torch.__version__.split('+')[0]}, Pyro {pyro.__version__}, Python {platform.python_version()}. "
         "Reproduce with `python benchmarks/training.py`.",
     ]
-    parts = {"hold": hold, "elbo": elbo, "short": short, "ablation": ablation}
+    parts = {"hold": hold, "elbo": elbo, "short": short, "recipes": recipes, "ablation": ablation}
     for name, section in parts.items():
         if own := [row for row in rows if row["part"] == name]:
             lines += ["", *section(own, rows)]
@@ -172,10 +174,11 @@ def elbo(own: list[Row], rows: list[Row]) -> list[str]:
         "",
         f"The ELBO in nats after {own[0]['steps']} steps of Adam, from 1,000 draws (200 of models that do not "
         f"broadcast), the mean over seeds. The first seed tries the step sizes {sizes(own)}, and each guide "
-        "takes its best one for the other seeds, which favours all guides a little. A run that is not finite counts as "
-        f"minus infinity; *not finite* counts ours up to {USUAL:g}. *Difference*: ours minus the best of Pyro's, ± its "
-        "standard error over seeds, or over draws where there is one seed. On `vae` the ELBO is that of the first "
-        "minibatch, and Pyro's guide is the example's own. Target: no difference below zero, within its error.",
+        "takes its best one for the other seeds, which favours all guides a little. Runs that are not finite are "
+        f"*lost*: left out of the mean, and told in brackets; *not finite* counts ours up to {USUAL:g}. *Difference*: "
+        "ours minus the best of Pyro's, ± its standard error over seeds, or over draws where there is one seed. On "
+        "`vae` the ELBO is that of the first minibatch, and Pyro's guide is the example's own. Target: no difference "
+        "below zero, within its error.",
         "",
         *head(
             *(
@@ -201,31 +204,42 @@ def elbo(own: list[Row], rows: list[Row]) -> list[str]:
 
 def ending(model: str, count: str, own: list[Row]) -> str:
     """Return the line of a model and a number of particles."""
-    nothing = -math.inf, math.nan, "–"
-    found: dict[str, tuple[float, float, str]] = {}
+    found: dict[str, End] = {}
     for guide in ordered(own, "guide"):
         rates = [[row for row in own if (row["guide"], row["lr"]) == (guide, lr)] for lr in ordered(own, "lr")]
         most = max(map(len, rates))  # the rate that all seeds took, or any rate where there is one seed
-        ends = [(*mean(mine), mine[0]["lr"]) for mine in rates if len(mine) == most]
-        found[guide] = max((end for end in ends if math.isfinite(end[0])), key=lambda end: end[0], default=nothing)
-    ours = max((f for guide, f in found.items() if guide in OURS), default=nothing)
-    name, best = max(((g, f) for g, f in found.items() if g not in OURS), key=lambda f: f[1][0], default=("–", nothing))
-    difference = ours[0] - best[0]
-    error = math.hypot(ours[1], best[1])
+        found[guide] = max(end_of(mine) for mine in rates if len(mine) == most)
+    ours = max(end for guide, end in found.items() if guide in OURS)
+    name, best = max(((guide, end) for guide, end in found.items() if guide not in OURS), key=lambda pair: pair[1])
+    difference, error = ours.elbo - best.elbo, math.hypot(ours.error, best.error)
     text = mark(f"{difference:+.2f} ± {error:.2f}", True) if math.isfinite(difference) else "–"
-    others = [number(found.get(guide, (math.nan,))[0], ".2f") for guide in ("AutoIAFNormal", NORMAL)]
+    others = [found[guide].text() if guide in found else "–" for guide in ("AutoIAFNormal", NORMAL)]
     usual = [row for row in own if row["guide"] in OURS and float(row["lr"]) <= USUAL]
-    cells = number(ours[0], ".2f"), ours[2], number(best[0], ".2f"), name, best[2], text
+    cells = ours.text(), ours.lr, best.text(), name, best.lr, text
     return line(model, count, str(len(ordered(own, "seed"))), counts(usual), *cells, *others)
 
 
-def mean(rows: list[Row]) -> tuple[float, float]:
-    """Return the mean ELBO over seeds and its standard error; minus infinity if a run was not finite."""
-    values = [value(row, "elbo") if held(row) else -math.inf for row in rows]
-    if not all(map(math.isfinite, values)):
-        return -math.inf, math.nan
-    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else value(rows[0], "elbo_se")
-    return statistics.fmean(values), spread
+class End(NamedTuple):
+    """Where the runs of a guide at one step size end; the best has the fewest that were lost, then the highest ELBO."""
+
+    lost: int
+    elbo: float
+    error: float
+    lr: str
+
+    def text(self) -> str:
+        lost = f" ({-self.lost} lost)" if self.lost and math.isfinite(self.elbo) else ""
+        return number(self.elbo, ".2f") + lost
+
+
+def end_of(rows: list[Row]) -> End:
+    """Return minus the number of lost runs, and the mean ELBO of the others with its standard error."""
+    values = [value(row, "elbo") for row in rows if held(row) and math.isfinite(value(row, "elbo"))]
+    lost, lr = len(values) - len(rows), rows[0]["lr"]
+    if not values:
+        return End(lost, -math.inf, math.nan, "–")
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else value(rows[0], "elbo_se")
+    return End(lost, statistics.fmean(values), error, lr)
 
 
 def short(own: list[Row], rows: list[Row]) -> list[str]:
@@ -247,9 +261,21 @@ def short(own: list[Row], rows: list[Row]) -> list[str]:
     return [*lines, line("all", str(len(own)), str(sum(not held(row) for row in own)), "", "")]
 
 
+def recipes(own: list[Row], rows: list[Row]) -> list[str]:
+    """Return the section on other flows."""
+    lines = [
+        "## Other recipes",
+        "",
+        f"`AutoFlow(model, flows.maf)` and so on: the largest loss after step 20 of {own[0]['steps']} steps of Adam, "
+        f"one particle, the worst of {seeds(own)}; in brackets the runs that were not finite. Target: at most "
+        f"{BOUND:g} times that of Pyro's `AutoIAFNormal`.",
+        "",
+    ]
+    return [*lines, *grid(own)]
+
+
 def ablation(own: list[Row], rows: list[Row]) -> list[str]:
     """Return the section on the cause."""
-    heads = [f"{model}, {lr:g}" for model in MODELS for lr in LRS]
     lines = [
         "## The cause: one change at a time",
         "",
@@ -259,16 +285,18 @@ def ablation(own: list[Row], rows: list[Row]) -> list[str]:
         "for the learned affine map. Each line makes one change to one of them. The starting loss of the guide is a "
         "part of it, so compare columns within a group.",
         "",
-        *head("guide", *heads),
     ]
-    for label in (label for label in VARIANTS if label in ordered(own, "guide")):
+    return [*lines, *grid(own)]
+
+
+def grid(own: list[Row]) -> list[str]:
+    """Return a table of the worst losses, a line for each guide."""
+    columns = list(itertools.product(ordered(own, "model"), sorted({float(row["lr"]) for row in own})))
+    lines = head("guide", *(f"{model}, {lr:g}" for model, lr in columns))
+    for label in ordered(own, "guide"):
         mine = [row for row in own if row["guide"] == label]
-        cells = [
-            cell([row for row in mine if (row["model"], float(row["lr"])) == (model, lr)])
-            for model in MODELS
-            for lr in LRS
-        ]
-        lines.append(line(mark(label, ":" not in label), *cells))
+        cells = (cell([row for row in mine if (row["model"], float(row["lr"])) == column]) for column in columns)
+        lines.append(line(mark(label, label in (DEFAULT, BEFORE, *PEER)), *cells))
     return lines
 
 

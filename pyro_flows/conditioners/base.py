@@ -19,7 +19,35 @@ from .paced import Paced
 HIDDEN_PACE = 1 / 4
 
 
-class Conditioner(nn.Module, ABC):
+class Network(nn.Module):
+    """A module of ``Linear`` layers, whose pace a guide can choose.
+
+    Attributes:
+        pace: How far the parameters move in a step of an optimiser: see :meth:`set_pace`.
+    """
+
+    pace: float | None = None
+
+    def set_pace(self, pace: float | None) -> None:
+        """Choose how far the parameters move in a step of an optimiser; what the network computes stays as it is.
+
+        Args:
+            pace: For steps of Adam of size lr, parameters move by about ``pace * lr``, and hidden units by a quarter
+                of lr, whatever the widths; None for weights as torch has them, where both grow with the widths.
+        """
+        check_numbers(type(self).__name__, above=0, optional=True, pace=pace)
+        parts = list(self.modules())
+        if not any(isinstance(part, Linear) for part in parts):
+            return  # a network of other layers, whose weights stay as they are
+        for part in parts:
+            if isinstance(part, Network):
+                part.pace = pace
+            elif isinstance(part, Linear):
+                wished = 1.0 if pace is None else (pace if part.zero else HIDDEN_PACE) / max(part.in_features, 1)
+                part.set_pace(2.0 ** round(math.log2(wished)))
+
+
+class Conditioner(Network, ABC):
     """A network θ(x, c) that gives ``num_params`` parameters to each of ``output_dim`` features, or to their numbers.
 
     It is the abstract base class of the networks behind couplings, autoregressive layers and conditional maps.
@@ -47,7 +75,6 @@ class Conditioner(nn.Module, ABC):
 
     Attributes:
         size: The shape of one feature, ``()`` unless a subclass sets another.
-        pace: How far the parameters move in a step of an optimiser: see :meth:`set_pace`.
         from_context: The linear map of contexts ``(*batch, context_dim)`` to the first hidden layer, or None.
 
     Raises:
@@ -78,7 +105,6 @@ class Conditioner(nn.Module, ABC):
     context_dim: int
     hidden_dims: tuple[int, ...]
     size: tuple[int, ...] = ()
-    pace: float | None = None
     from_context: nn.Module | None
 
     def __init__(
@@ -116,24 +142,6 @@ class Conditioner(nn.Module, ABC):
                 f"{type(self).__name__}: context is missing; this network takes contexts of width {self.context_dim}."
             )
         return h + self.from_context(context)
-
-    def set_pace(self, pace: float | None) -> None:
-        """Choose how far the parameters move in a step of an optimiser; what the network computes stays as it is.
-
-        Args:
-            pace: For steps of Adam of size lr, parameters move by about ``pace * lr``, and hidden units by a quarter
-                of lr, whatever the widths; None for weights as torch has them, where both grow with the widths.
-        """
-        check_numbers(type(self).__name__, above=0, optional=True, pace=pace)
-        parts = list(self.modules())
-        if not any(isinstance(part, Linear) for part in parts):
-            return  # a network of other layers, whose weights stay as they are
-        for part in parts:
-            if isinstance(part, Conditioner):
-                part.pace = pace
-            elif isinstance(part, Linear):
-                wished = 1.0 if pace is None else (pace if part.zero else HIDDEN_PACE) / max(part.in_features, 1)
-                part.set_pace(2.0 ** round(math.log2(wished)))
 
     @abstractmethod
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -199,6 +207,10 @@ class Linear(Paced, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return self.paced(F.linear(x, self.weight, self.bias))
 
+    def matrix(self) -> Tensor:
+        """Return the matrix of the map, p W."""
+        return self.paced(self.weight)
+
     def paced(self, y: Tensor) -> Tensor:
         """Return p y."""
         return y if self.pace == 1.0 else self.pace * y
@@ -215,6 +227,9 @@ class MaskedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.paced(F.linear(x, self.weight * self.mask, self.bias))
+
+    def matrix(self) -> Tensor:
+        return self.paced(self.weight * self.mask)
 
 
 class Rectifier(nn.ReLU):

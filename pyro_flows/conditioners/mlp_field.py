@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import check_integers, check_sizes
-from .base import zero_
+from .base import Linear, Network
 from .field import Derivative, Rates, VectorField
 from .jacobian import Jacobian
 
@@ -46,7 +46,7 @@ SMOOTH: dict[type[nn.Module], Callable[[Tensor], tuple[Tensor, Tensor]]] = {  # 
 }
 
 
-class MLPField(VectorField):
+class MLPField(Network, VectorField):
     """A multilayer perceptron as a vector field, zero at the start::
 
         v(t, x, c) = W_L h_{L-1} + b_L,    h_l = a(W_l h_{l-1} + b_l),    h_1 = a(W_1 x + b_1 + U τ(t) + V c)
@@ -79,8 +79,8 @@ class MLPField(VectorField):
         (torch.Size([7, 2]), torch.Size([7]))
     """
 
-    hidden: Sequence[nn.Linear]
-    output: nn.Linear
+    hidden: Sequence[Linear]
+    output: Linear
 
     def __init__(
         self,
@@ -103,13 +103,12 @@ class MLPField(VectorField):
                 f"MLPField: activation must be a class of torch.nn with continuous slopes, one of {names}, "
                 f"got {activation!r}; for others write a VectorField of your own."
             )
-        layers = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise((input_dim, *self.hidden_dims)))
+        layers = nn.ModuleList(Linear(n, m) for n, m in pairwise((input_dim, *self.hidden_dims)))
         self.hidden = layers  # type: ignore[assignment]
-        self.output = nn.Linear(self.hidden_dims[-1], input_dim)
-        zero_(self.output)
+        self.output = Linear(self.hidden_dims[-1], input_dim, zero=True)
         self.act = activation()
-        self.from_time = nn.Linear(2 * frequencies, self.hidden_dims[0], bias=False)
-        self.from_context = nn.Linear(context_dim, self.hidden_dims[0], bias=False) if context_dim else None
+        self.from_time = Linear(2 * frequencies, self.hidden_dims[0], bias=False)
+        self.from_context = Linear(context_dim, self.hidden_dims[0], bias=False) if context_dim else None
 
     @property
     def cheap_trace(self) -> bool:  # type: ignore[override]
@@ -124,7 +123,7 @@ class MLPField(VectorField):
         return self.output(h)
 
     def at(self, context: Tensor | None = None) -> Rates:
-        weights = [*(layer.weight for layer in self.hidden), self.output.weight]
+        weights = [*(layer.matrix() for layer in self.hidden), self.output.matrix()]
         share = self._share(context)
         value_and_slope = SMOOTH[self.activation]
 

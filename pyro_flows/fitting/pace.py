@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..conditioners import Conditioner
+from ..conditioners.base import Network
 from ..guides.contexts import RowContexts
 from ..guides.names import holders
-from ..transforms import ScaledLinear
+from ..transforms import Elementwise, ScaledLinear
 
 OF_ROWS = 32.0
-PACED = Conditioner, RowContexts, ScaledLinear
+PACED = Network, Elementwise, RowContexts, ScaledLinear
 # where Pyro's JIT objectives keep what they compiled
 RECORDED = "_loss_and_surrogate_loss", "_differentiable_loss", "_jit_loss_and_surrogate_loss"
 

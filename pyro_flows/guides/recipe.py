@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from .. import flows
 from ..bijectors import SoftplusAffine
 from ..checks import check_numbers
+from ..conditioners.base import Network
 from ..distributions import CircularBase, ContaminatedNormalBase, StandardNormal
 from ..flows import Flow
-from ..transforms import ActNorm, Autoregressive, Coupling, Elementwise, FixedAffine, FlowTransform, ScaledLinear
+from ..transforms import ActNorm, Elementwise, FixedAffine, FlowTransform, ScaledLinear
 from ..transforms.linear import unrotated
 from .couplings import affine_couplings
 
@@ -156,15 +157,26 @@ def assemble(
 
 
 def set_pace(flow: Flow) -> None:
-    """Let each network of a flow move its layer by a share of a step of Adam, so that all layers together move by one.
+    """Let each network of a flow move its layer by a share of a step of Adam, so that all layers together move by one,
+    and each table of a bijector's parameters likewise.
 
-    Then a flow of any depth and width bears the steps that people take in plain SVI.  Networks whose recipe gave them a
+    Then a flow of any depth and width bears the steps that people take in plain SVI.  Parts whose recipe gave them a
     pace keep it.
     """
-    layers = [layer for layer in flow.modules() if isinstance(layer, Coupling | Autoregressive | Elementwise)]
-    networks = [layer.conditioner for layer in layers if layer.conditioner and layer.conditioner.pace is None]
-    for network in networks:
-        network.set_pace(1 / len(networks))
+    tables = [part for part in flow.modules() if isinstance(part, Elementwise) and part.conditioner is None]
+    for parts in ([*_networks(flow)], tables):
+        free = [part for part in parts if part.pace is None]
+        for part in free:
+            part.set_pace(1 / len(free))
+
+
+def _networks(module: nn.Module) -> Iterator[Network]:
+    """Yield the networks of a module; those that are a part of another are not counted by themselves."""
+    for part in module.children():
+        if isinstance(part, Network):
+            yield part
+        else:
+            yield from _networks(part)
 
 
 def start_at(flow: Flow, loc: Tensor, scale_tril: Tensor) -> None:

@@ -31,13 +31,13 @@ from ..bijectors.base import bounded
 from ..bijectors.continued import bracketed_root, implicit_root
 from ..checks import CONDITIONER, check_integers, check_kind, check_numbers, check_sizes
 from ..conditioners import Conditioner
-from ..conditioners.base import MaskedLinear
+from ..conditioners.base import MaskedLinear, Network
 from .base import FlowTransform
 
 STEPS = 11  # of the search, and one more for each nat of max_log_slope in each layer: what the last bits take
 
 
-class BlockAutoregressive(FlowTransform):
+class BlockAutoregressive(Network, FlowTransform):
     """A block neural autoregressive transform of a vector ``(*batch, D)``, the identity at the start::
 
         h_iˡ = m_iˡ + γ_iˡ t_iˡ / a_iˡ,    t_iˡ = tanh(a_iˡ (m_iˡ + Σ_{j<i} W_ijˡ t_jˡ⁻¹ + b_iˡ)),    m_iˡ = P_iˡ h_iˡ⁻¹
@@ -156,8 +156,8 @@ class BlockAutoregressive(FlowTransform):
         return batch, columns, self._net(added)
 
     def _net(self, added: Sequence[Tensor | None]) -> _Net:
-        weights = [layer.weight * layer.mask for layer in self.cross]
-        biases = [layer.bias.unsqueeze(-1) for layer in self.cross]
+        weights = [layer.matrix() for layer in self.cross]
+        biases = [layer.paced(layer.bias).unsqueeze(-1) for layer in self.cross]
         biases = [b if more is None else b + more.flatten(0, 1) for b, more in zip(biases, added, strict=True)]
         *mixtures, last = torch.ones_like(self.gates[0]), *(torch.softmax(raw, -1) for raw in self.mixtures)
         layers = []

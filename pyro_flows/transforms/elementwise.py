@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from ..bijectors import Bijector
-from ..checks import BIJECTOR, CONDITIONER, check_integers, check_kind
+from ..checks import BIJECTOR, CONDITIONER, check_integers, check_kind, check_numbers
 from ..conditioners import Conditioner
+from ..conditioners.paced import Paced
 from .base import FlowTransform
 
 
-class Elementwise(FlowTransform):
+class Elementwise(Paced, FlowTransform):
     """Independent maps of the features of a vector ``(*batch, D)``, with parameters that are learned, or computed::
 
         y_i = f(x_i; θ_i(c)),    log|det dy/dx| = Σ_i log f'(x_i; θ_i)
@@ -36,6 +40,8 @@ class Elementwise(FlowTransform):
         (True, torch.Size([5]), torch.Size([3, 23]))
     """
 
+    pace: float | None = None
+
     def __init__(self, bijector: Bijector, input_dim: int, conditioner: Conditioner | None = None) -> None:
         check_integers("Elementwise", input_dim=input_dim)
         check_kind("Elementwise", Bijector, BIJECTOR, bijector=bijector)
@@ -50,6 +56,30 @@ class Elementwise(FlowTransform):
         else:
             check_params("Elementwise", bijector, conditioner, input_dim)
 
+    @torch.no_grad()
+    def set_pace(self, pace: float | None) -> None:
+        """Choose how far the table moves in a step of an optimiser; the map stays as it is, bit for bit.
+
+        Args:
+            pace: For steps of Adam of size lr, parameters of the bijector move by about ``pace * lr``; None for lr.
+
+        Raises:
+            ValueError: If the pace is not positive and finite, or there is a conditioner, which has one of its own.
+        """
+        check_numbers("Elementwise", above=0, optional=True, pace=pace)
+        if self.conditioner is not None:
+            raise ValueError("Elementwise: a pace is for a table; set that of the conditioner.")
+        before, self.pace = self.unit, pace
+        self.params.mul_(before / self.unit)
+
+    @property
+    def unit(self) -> float:
+        """The factor of the table, as it is stored, in use."""
+        return 1.0 if self.pace is None else 2.0 ** round(math.log2(self.pace))
+
+    def _paced_names(self) -> Iterable[str]:
+        return ("params",)
+
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, log_det = self.bijector.forward_and_log_det(x, self._params(context))
         return y, log_det.sum(-1)
@@ -60,7 +90,7 @@ class Elementwise(FlowTransform):
 
     def _params(self, context: Tensor | None) -> Tensor:
         if self.conditioner is None:
-            return self.params
+            return self.params if self.unit == 1.0 else self.unit * self.params
         if context is None:
             raise ValueError(f"Elementwise: context is missing; its width is {self.context_dim}.")
         return self.conditioner(context)
