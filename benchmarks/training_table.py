@@ -6,7 +6,7 @@ import itertools
 import math
 import platform
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import pyro
@@ -93,8 +93,8 @@ def hold(own: list[Row], rows: list[Row]) -> list[str]:
     lines = [
         "## Holding at any step size",
         "",
-        f"Adam and ClippedAdam, step sizes {sizes(own)}, {particles(own)}, {seeds(own)}, "
-        f"{own[0]['steps']} steps. *Not finite*: runs with a loss, or parameters at the end, that are not; up to "
+        f"Adam and ClippedAdam, step sizes {sizes(own)}, {own[0]['steps']} steps; on some models with 16 particles "
+        "Adam alone, at three of them. *Not finite*: runs with a loss, or parameters at the end, that are not; up to "
         f"{USUAL:g}, and of ours beyond. *Ratio*: the largest loss after step 20 to that of Pyro's "
         "flow guide, `AutoIAFNormal`, on the same seed, up to "
         f"{USUAL:g}; of the excesses over the *floor*, the lowest loss that any guide reached on the model. Where that "
@@ -104,18 +104,25 @@ def hold(own: list[Row], rows: list[Row]) -> list[str]:
         f"that is not finite, ratios of at most {BOUND:g}.",
         "",
         *head(
-            *("model", "latents", "floor", "not finite: ours", "AutoIAFNormal", "AutoNormal", "ours beyond"),
+            *("model", "latents", "particles", "seeds", "floor"),
+            *("not finite: ours", "AutoIAFNormal", "AutoNormal", "ours beyond"),
             *("worst ratio", "median", f"at most {BOUND:g}", "worst literal", f"at most {BOUND:g}"),
             *("worst to AutoNormal", f"at most {BOUND:g}"),
         ),
     ]
-    return [*lines, *(holding(model, own, rows) for model in ordered(own, "model"))]
+    return [*lines, *itertools.starmap(holding, grouped(own, rows))]
 
 
-def holding(model: str, own: list[Row], rows: list[Row]) -> str:
-    """Return the line of a model."""
-    low = floor(model, rows)
-    mine = [row for row in own if row["model"] == model]
+def grouped(own: list[Row], rows: list[Row]) -> Iterator[tuple[str, str, list[Row], float]]:
+    """Yield each model with each number of particles, their runs, and the model's floor."""
+    for model in ordered(own, "model"):
+        low = floor(model, rows)
+        for count in sorted({row["particles"] for row in own if row["model"] == model}, key=int):
+            yield model, count, [row for row in own if (row["model"], row["particles"]) == (model, count)], low
+
+
+def holding(model: str, count: str, mine: list[Row], low: float) -> str:
+    """Return the line of a model and a number of particles."""
     usual = [row for row in mine if float(row["lr"]) <= USUAL]
     groups = [[row for row in usual if row["guide"] in kind] for kind in (OURS, PEER, (NORMAL,))]
     beyond = [row for row in mine if row["guide"] in OURS and float(row["lr"]) > USUAL]
@@ -134,7 +141,7 @@ def holding(model: str, own: list[Row], rows: list[Row]) -> str:
     cells += [number(statistics.median(ratios) if ratios else math.nan), share(ratios)]
     for found in (literal, to_normal):
         cells += [number(max(found, default=math.nan)), share(found)]
-    return line(model, latents, number(low), *cells)
+    return line(model, latents, count, str(len(ordered(mine, "seed"))), number(low), *cells)
 
 
 def excess(row: Row, low: float) -> float:
@@ -153,12 +160,6 @@ def share(ratios: list[float]) -> str:
 
 def sizes(rows: list[Row]) -> str:
     return ", ".join(f"{lr:g}" for lr in sorted({float(row["lr"]) for row in rows}))
-
-
-def particles(rows: list[Row]) -> str:
-    """Return the numbers of particles in words."""
-    found = sorted({int(row["particles"]) for row in rows})
-    return "one particle" if found == [1] else f"{' and '.join(map(str, found))} particles"
 
 
 def seeds(rows: list[Row]) -> str:
@@ -196,10 +197,7 @@ def elbo(own: list[Row], rows: list[Row]) -> list[str]:
             *("AutoIAFNormal", "AutoNormal"),
         ),
     ]
-    for model in ordered(own, "model"):
-        for count in sorted({row["particles"] for row in own if row["model"] == model}, key=int):
-            lines.append(ending(model, count, [r for r in own if (r["model"], r["particles"]) == (model, count)]))
-    return lines
+    return [*lines, *(ending(model, count, mine) for model, count, mine, _ in grouped(own, rows))]
 
 
 def ending(model: str, count: str, own: list[Row]) -> str:
