@@ -61,12 +61,12 @@ def held(row: Row) -> bool:
     return row["ended"] == row["steps"]
 
 
-def number(x: float, form: str = ".1f") -> str:
+def number(x: float, form: str = ".1f", huge: float = HUGE) -> str:
     if math.isnan(x):
         return "–"
     if math.isinf(x):
         return "not finite"
-    return f"{x:{form}}" if abs(x) < HUGE else f"{x:.0e}"
+    return f"{x:{form}}" if abs(x) < huge else f"{x:.0e}"
 
 
 def ordered(rows: Iterable[Row], name: str) -> list[str]:
@@ -207,31 +207,35 @@ def ending(model: str, count: str, own: list[Row]) -> str:
         rates = [[row for row in own if (row["guide"], row["lr"]) == (guide, lr)] for lr in ordered(own, "lr")]
         most = max(map(len, rates))  # the rate that all seeds took, or any rate where there is one seed
         found[guide] = max(end_of(mine) for mine in rates if len(mine) == most)
-    ours = max(end for guide, end in found.items() if guide in OURS)
-    name, best = max(((guide, end) for guide, end in found.items() if guide not in OURS), key=lambda pair: pair[1])
+    ours = max((end for guide, end in found.items() if guide in OURS), default=NOTHING)
+    others = ((guide, end) for guide, end in found.items() if guide not in OURS)
+    name, best = max(others, key=lambda pair: pair[1], default=("–", NOTHING))
     difference, error = ours.elbo - best.elbo, math.hypot(ours.error, best.error)
     text = mark(f"{difference:+.2f} ± {error:.2f}", True) if math.isfinite(difference) else "–"
-    others = [found[guide].text() if guide in found else "–" for guide in ("AutoIAFNormal", NORMAL)]
+    two = [found.get(guide, NOTHING).text() for guide in ("AutoIAFNormal", NORMAL)]
     usual = [row for row in own if row["guide"] in OURS and float(row["lr"]) <= USUAL]
     cells = ours.text(), ours.lr, best.text(), name, best.lr, text
-    return line(model, count, str(len(ordered(own, "seed"))), counts(usual), *cells, *others)
+    return line(model, count, str(len(ordered(own, "seed"))), counts(usual), *cells, *two)
 
 
 class End(NamedTuple):
     """Where the runs of a guide at one step size end; the best has the fewest that were lost, then the highest ELBO."""
 
-    lost: int
+    lost: int  # minus their number
     elbo: float
     error: float
     lr: str
 
     def text(self) -> str:
         lost = f" ({-self.lost} lost)" if self.lost and math.isfinite(self.elbo) else ""
-        return number(self.elbo, ".2f") + lost
+        return number(self.elbo, ".2f", 1e6) + lost
+
+
+NOTHING = End(0, math.nan, math.nan, "–")  # of a guide without runs
 
 
 def end_of(rows: list[Row]) -> End:
-    """Return minus the number of lost runs, and the mean ELBO of the others with its standard error."""
+    """Return the mean ELBO of the runs that were not lost, with its standard error."""
     values = [value(row, "elbo") for row in rows if held(row) and math.isfinite(value(row, "elbo"))]
     lost, lr = len(values) - len(rows), rows[0]["lr"]
     if not values:
