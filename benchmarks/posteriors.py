@@ -190,8 +190,8 @@ def table(rows: list[Row], evidence: dict[str, float]) -> str:
         "`Trace_ELBO`, one seed each.",
         "Nats below log Z (which an independent method found), k-hat of 10,000 draws; of 100,000 unweighted draws the "
         "worst and the mean error of a mean in sd, the smallest and the largest ratio of sds, the mean Wasserstein-1 "
-        "distance of marginals in sd; seconds on one core of two, both at work, of the fits that `posteriors.csv` "
-        "times.",
+        "distance of marginals in sd; seconds on one core of two, both at work. Fits that shared a core have no "
+        "seconds in `posteriors.csv`.",
         "In the figure dotted lines stand at .1 nats, .7, .05 sd and 60 s, and marks at an edge lie beyond it. "
         "log Z of gp_pois_regr, garch and those of more than 50 dimensions is known to .01 to .03 (evidence.csv), so "
         "gaps may come out negative.",

@@ -71,7 +71,11 @@ RECIPES = (
     *("gaussianization", "planar_flow", "radial_flow", "sylvester_flow", "residual_flow", "cnf", "ffjord"),
 )
 GRIDS = {  # the guides, models and step sizes of a part
-    "recipes": (("AutoIAFNormal", *RECIPES), ("conjugate", "eight_schools_centered", "kidiq"), (0.01, 0.03)),
+    "recipes": (
+        ("AutoIAFNormal", "AutoNormal", *RECIPES),
+        ("conjugate", "eight_schools_centered", "kidiq"),
+        (0.01, 0.03),
+    ),
     "ablation": (tuple(training_ablation.VARIANTS), training_ablation.MODELS, training_ablation.LRS),
 }
 QUICK = "conjugate", "eight_schools"

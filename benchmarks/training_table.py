@@ -93,9 +93,9 @@ def hold(own: list[Row], rows: list[Row]) -> list[str]:
     lines = [
         "## Holding at any step size",
         "",
-        f"Adam and ClippedAdam, step sizes {sizes(own)}, {own[0]['steps']} steps; on some models with 16 particles "
-        "Adam alone, at three of them. *Not finite*: runs with a loss, or parameters at the end, that are not; up to "
-        f"{USUAL:g}, and of ours beyond. *Ratio*: the largest loss after step 20 to that of Pyro's "
+        f"Adam and ClippedAdam, step sizes {sizes(own)}, {own[0]['steps']} steps. Where there are fewer runs, Adam "
+        "alone at some of the step sizes. *Not finite*: runs with a loss, or parameters at the end, that are not; up "
+        f"to {USUAL:g}, and of ours beyond. *Ratio*: the largest loss after step 20 to that of Pyro's "
         "flow guide, `AutoIAFNormal`, on the same seed, up to "
         f"{USUAL:g}; of the excesses over the *floor*, the lowest loss that any guide reached on the model. Where that "
         "guide is missing or not finite, the ratio is to `AutoNormal`. *Literal*: the ratio of the losses themselves, "
@@ -176,10 +176,10 @@ def elbo(own: list[Row], rows: list[Row]) -> list[str]:
         f"The ELBO in nats after {own[0]['steps']} steps of Adam, from 1,000 draws (200 of models that do not "
         f"broadcast), the mean over seeds. The first seed tries the step sizes {sizes(own)}, and each guide "
         "takes its best one for the other seeds, which favours all guides a little. Runs that are not finite are "
-        f"*lost*: left out of the mean, and told in brackets; *not finite* counts ours up to {USUAL:g}. *Difference*: "
-        "ours minus the best of Pyro's, ± its standard error over seeds, or over draws where there is one seed. On "
-        "`vae` the ELBO is that of the first minibatch, and Pyro's guide is the example's own. Target: no difference "
-        "below zero, within its error.",
+        "*lost*. The mean leaves them out, and brackets give their number. *Not finite* counts ours up to "
+        f"{USUAL:g}. *Difference*: ours minus the best of Pyro's, ± its standard error over seeds, or over draws where "
+        "there is one seed. On `vae` the ELBO is that of the first minibatch, and Pyro's guide is the example's own. "
+        "Target: no difference below zero, within its error.",
         "",
         *head(
             *(
@@ -207,41 +207,40 @@ def ending(model: str, count: str, own: list[Row]) -> str:
         rates = [[row for row in own if (row["guide"], row["lr"]) == (guide, lr)] for lr in ordered(own, "lr")]
         most = max(map(len, rates))  # the rate that all seeds took, or any rate where there is one seed
         found[guide] = max(end_of(mine) for mine in rates if len(mine) == most)
-    ours = max((end for guide, end in found.items() if guide in OURS), default=NOTHING)
-    others = ((guide, end) for guide, end in found.items() if guide not in OURS)
-    name, best = max(others, key=lambda pair: pair[1], default=("–", NOTHING))
+    nothing = End(-math.inf, math.nan, "–", 0)
+    ours = max((end for guide, end in found.items() if guide in OURS), default=nothing)
+    peers = ((guide, end) for guide, end in found.items() if guide not in OURS)
+    name, best = max(peers, key=lambda pair: pair[1], default=("–", nothing))
     difference, error = ours.elbo - best.elbo, math.hypot(ours.error, best.error)
-    text = mark(f"{difference:+.2f} ± {error:.2f}", True) if math.isfinite(difference) else "–"
-    two = [found.get(guide, NOTHING).text() for guide in ("AutoIAFNormal", NORMAL)]
+    comparable = math.isfinite(difference) and not ours.lost
+    text = mark(f"{difference:+.2f} ± {error:.2f}", True) if comparable else "–"
+    two = [found[guide].text() if guide in found else "–" for guide in ("AutoIAFNormal", NORMAL)]
     usual = [row for row in own if row["guide"] in OURS and float(row["lr"]) <= USUAL]
     cells = ours.text(), ours.lr, best.text(), name, best.lr, text
     return line(model, count, str(len(ordered(own, "seed"))), counts(usual), *cells, *two)
 
 
 class End(NamedTuple):
-    """Where the runs of a guide at one step size end; the best has the fewest that were lost, then the highest ELBO."""
+    """Where the runs of a guide at one step size end: the mean of those that were not lost."""
 
-    lost: int  # minus their number
     elbo: float
     error: float
     lr: str
+    lost: int
 
     def text(self) -> str:
-        lost = f" ({-self.lost} lost)" if self.lost and math.isfinite(self.elbo) else ""
+        lost = f" ({self.lost} lost)" if self.lost and math.isfinite(self.elbo) else ""
         return number(self.elbo, ".2f", 1e6) + lost
 
 
-NOTHING = End(0, math.nan, math.nan, "–")  # of a guide without runs
-
-
 def end_of(rows: list[Row]) -> End:
-    """Return the mean ELBO of the runs that were not lost, with its standard error."""
-    values = [value(row, "elbo") for row in rows if held(row) and math.isfinite(value(row, "elbo"))]
-    lost, lr = len(values) - len(rows), rows[0]["lr"]
-    if not values:
-        return End(lost, -math.inf, math.nan, "–")
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else value(rows[0], "elbo_se")
-    return End(lost, statistics.fmean(values), error, lr)
+    """Return the mean ELBO of runs with its standard error: over seeds, or over draws where there is one."""
+    kept = [row for row in rows if held(row) and math.isfinite(value(row, "elbo"))]
+    if not kept:
+        return End(-math.inf, math.nan, "–", len(rows))
+    values = [value(row, "elbo") for row in kept]
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else value(kept[0], "elbo_se")
+    return End(statistics.fmean(values), error, rows[0]["lr"], len(rows) - len(kept))
 
 
 def short(own: list[Row], rows: list[Row]) -> list[str]:
@@ -269,7 +268,8 @@ def recipes(own: list[Row], rows: list[Row]) -> list[str]:
         "## Other recipes",
         "",
         f"`AutoFlow(model, flows.maf)` and so on: the largest loss after step 20 of {own[0]['steps']} steps of Adam, "
-        f"one particle, the worst of {seeds(own)}; in brackets the runs that were not finite. Target: at most "
+        f"one particle, the worst of {seeds(own)}; in brackets the runs that were not finite. `AutoIAFNormal` starts "
+        "from a standard normal, and the others where `AutoNormal` does. Target: at most "
         f"{BOUND:g} times that of Pyro's `AutoIAFNormal`.",
         "",
     ]
@@ -298,7 +298,7 @@ def grid(own: list[Row]) -> list[str]:
     for label in ordered(own, "guide"):
         mine = [row for row in own if row["guide"] == label]
         cells = (cell([row for row in mine if (row["model"], float(row["lr"])) == column]) for column in columns)
-        lines.append(line(mark(label, label in (DEFAULT, BEFORE, *PEER)), *cells))
+        lines.append(line(mark(label, label in (DEFAULT, BEFORE, *PEER, NORMAL)), *cells))
     return lines
 
 

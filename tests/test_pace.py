@@ -19,6 +19,7 @@ from pyro_flows.bijectors import LogisticMixture
 from pyro_flows.conditioners import MADE, MLP, Conditioner, MLPField, Periodic
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.fitting.pace import in_training
+from pyro_flows.guides.recipe import set_pace
 from pyro_flows.transforms import BlockAutoregressive, Continuous, Elementwise, ScaledLinear
 
 NETWORKS = {
@@ -32,7 +33,7 @@ NETWORKS = {
 }
 
 
-LAYERS = {  # what has networks or tables of its own
+LAYERS = {  # layers with networks or tables of their own
     "block": lambda: BlockAutoregressive(4, (3, 3), MLP(5, 4, 8)),
     "continuous": lambda: Continuous(MLPField(4, context_dim=5, hidden_dims=(8, 8))),
     "table": lambda: Elementwise(LogisticMixture(3), 4),
@@ -113,10 +114,27 @@ def test_a_pace_keeps_what_a_layer_computes_bit_for_bit(name):
     assert all(map(torch.equal, other.forward_and_log_det(x, context), before))
 
 
-def test_a_pace_of_a_conditioner_is_not_that_of_its_layer():
+def test_a_conditioner_has_a_pace_of_its_own():
     layer = Elementwise(LogisticMixture(3), 4, MLP(2, 4, LogisticMixture(3).num_params))
     with pytest.raises(ValueError, match="a pace is for a table; set that of the conditioner"):
         layer.set_pace(1.0)
+    block = BlockAutoregressive(4, (3, 3), MLP(5, 4, 8, pace=2.0))
+    set_pace(flows.Flow([block]))
+    assert (block.pace, block.conditioner.pace) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize("recipe", [None, "nsf", "bnaf", "cnf", "gaussianization"])
+def test_a_guide_with_paces_comes_back_from_a_file(recipe, tmp_path):
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0).expand([3 if recipe else 1]).to_event(1))
+
+    guide = pf.AutoFlow(model, recipe and getattr(flows, recipe))
+    train(model, guide, steps=2)
+    pf.save(guide, tmp_path / "guide.pt")
+    again, draws = pf.load(tmp_path / "guide.pt"), guide.sample(5)
+    assert torch.equal(again.log_prob(draws), guide.log_prob(draws))
+    mine, others = ([getattr(part, "pace", None) for part in one.flow.modules()] for one in (guide, again))
+    assert mine == others
 
 
 def largest_move(net: Conditioner, lr: float) -> float:

@@ -20,23 +20,27 @@ HIDDEN_PACE = 1 / 4
 
 
 class Network(nn.Module):
-    """A module of ``Linear`` layers, whose pace a guide can choose.
+    """A module with ``Linear`` layers.  A guide can choose their pace.
 
     Attributes:
-        pace: How far the parameters move in a step of an optimiser: see :meth:`set_pace`.
+        pace: How far these layers move in a step of an optimiser: see :meth:`set_pace`.
     """
 
     pace: float | None = None
 
     def set_pace(self, pace: float | None) -> None:
-        """Choose how far the parameters move in a step of an optimiser; what the network computes stays as it is.
+        """Choose how far the layers move in a step of an optimiser; what the network computes stays as it is.
 
         Args:
-            pace: For steps of Adam of size lr, parameters move by about ``pace * lr``, and hidden units by a quarter
-                of lr, whatever the widths; None for weights as torch has them, where both grow with the widths.
+            pace: For steps of Adam of size lr, the results of the last layer move by about ``pace * lr``, and hidden
+                units by a quarter of lr, whatever the widths.  None leaves the weights as torch has them: results and
+                hidden units then move by the more, the wider the layers are.
+
+        Raises:
+            ValueError: If the pace is not positive and finite.
         """
         check_numbers(type(self).__name__, above=0, optional=True, pace=pace)
-        parts = list(self.modules())
+        parts = list(self.own_parts())
         if not any(isinstance(part, Linear) for part in parts):
             return  # a network of other layers, whose weights stay as they are
         for part in parts:
@@ -45,6 +49,10 @@ class Network(nn.Module):
             elif isinstance(part, Linear):
                 wished = 1.0 if pace is None else (pace if part.zero else HIDDEN_PACE) / max(part.in_features, 1)
                 part.set_pace(2.0 ** round(math.log2(wished)))
+
+    def own_parts(self) -> Iterable[nn.Module]:
+        """Return the modules that share the pace, this one among them."""
+        return self.modules()
 
 
 class Conditioner(Network, ABC):
@@ -229,6 +237,7 @@ class MaskedLinear(Linear):
         return self.paced(F.linear(x, self.weight * self.mask, self.bias))
 
     def matrix(self) -> Tensor:
+        """Return the matrix of the map, p (W ∘ M)."""
         return self.paced(self.weight * self.mask)
 
 

@@ -64,10 +64,11 @@ class MLPField(Network, VectorField):
         frequencies: The number of Fourier modes of time, at least 1.
         activation: The class of the nonlinearity: ``torch.nn``'s ``ELU``, ``SiLU``, ``Softplus`` or ``Tanh``, whose
             slopes are continuous.
+        pace: How far the parameters move in a step of an optimiser: see :meth:`set_pace`.
 
     Raises:
-        ValueError: If a size is out of its range, or ``activation`` is none of the four.  In use, if the field takes
-            contexts and none is given.
+        ValueError: If a size or ``pace`` is out of its range, or ``activation`` is none of the four.  In use, if the
+            field takes contexts and none is given.
 
     Example::
 
@@ -90,6 +91,7 @@ class MLPField(Network, VectorField):
         *,
         frequencies: int = 3,
         activation: type[nn.Module] = nn.SiLU,
+        pace: float | None = None,
     ) -> None:
         super().__init__(input_dim, context_dim)
         check_sizes("MLPField", hidden_dims=hidden_dims)
@@ -109,6 +111,7 @@ class MLPField(Network, VectorField):
         self.act = activation()
         self.from_time = Linear(2 * frequencies, self.hidden_dims[0], bias=False)
         self.from_context = Linear(context_dim, self.hidden_dims[0], bias=False) if context_dim else None
+        self.set_pace(pace)
 
     @property
     def cheap_trace(self) -> bool:  # type: ignore[override]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import flows
 from ..bijectors import SoftplusAffine
 from ..checks import check_numbers
+from ..conditioners import Conditioner
 from ..conditioners.base import Network
 from ..distributions import CircularBase, ContaminatedNormalBase, StandardNormal
 from ..flows import Flow
@@ -157,11 +158,10 @@ def assemble(
 
 
 def set_pace(flow: Flow) -> None:
-    """Let each network of a flow move its layer by a share of a step of Adam, so that all layers together move by one,
-    and each table of a bijector's parameters likewise.
+    """Let each network of a flow move its layer by a share of a step of Adam.
 
-    Then a flow of any depth and width bears the steps that people take in plain SVI.  Parts whose recipe gave them a
-    pace keep it.
+    All layers together then move by one step.  So do the tables of a bijector's parameters.  A deep or wide flow bears
+    the steps that people take in plain SVI.  Parts whose recipe gave them a pace keep it.
     """
     tables = [part for part in flow.modules() if isinstance(part, Elementwise) and part.conditioner is None]
     for parts in ([*_networks(flow)], tables):
@@ -171,11 +171,11 @@ def set_pace(flow: Flow) -> None:
 
 
 def _networks(module: nn.Module) -> Iterator[Network]:
-    """Yield the networks of a module; those that are a part of another are not counted by themselves."""
+    """Yield the networks of a module, but not those inside of a conditioner, which share its pace."""
     for part in module.children():
         if isinstance(part, Network):
             yield part
-        else:
+        if not isinstance(part, Conditioner):
             yield from _networks(part)
 
 

@@ -20,7 +20,7 @@ Block Neural Autoregressive Flow (De Cao, Titov, Aziz 2019, arXiv:1904.04676).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -54,10 +54,11 @@ class BlockAutoregressive(Network, FlowTransform):
         conditioner: A network from contexts to what is added to all b, s and o, with ``input_dim = context_dim``,
             ``output_dim = D`` and ``num_params = sum(hidden_dims) + 2``; by default there is no context.
         max_log_slope: The bound B of log(1 + γ) in each hidden layer, and those of s and of log a, in nats.
+        pace: How far W, V, b and c move in a step of an optimiser: see :meth:`set_pace`.
 
     Raises:
-        ValueError: If a size or ``max_log_slope`` is out of its range, or the conditioner's sizes do not fit.  In use,
-            if there is a conditioner and no context is given.
+        ValueError: If a size, ``max_log_slope`` or ``pace`` is out of its range, or the conditioner's sizes do not fit.
+            In use, if there is a conditioner and no context is given.
 
     Example::
 
@@ -81,18 +82,25 @@ class BlockAutoregressive(Network, FlowTransform):
         hidden_dims: Sequence[int] = (8, 8),
         conditioner: Conditioner | None = None,
         max_log_slope: float = 3.0,
+        *,
+        pace: float | None = None,
     ) -> None:
         check_integers("BlockAutoregressive", input_dim=input_dim)
         check_sizes("BlockAutoregressive", hidden_dims=hidden_dims)
         check_numbers("BlockAutoregressive", above=0, max_log_slope=max_log_slope)
         if conditioner is not None:
             check_kind("BlockAutoregressive", Conditioner, CONDITIONER, conditioner=conditioner)
+            got, wanted = (conditioner.output_dim, conditioner.num_params), (input_dim, sum(hidden_dims) + 2)
+            if got != wanted:
+                raise ValueError(
+                    f"BlockAutoregressive: conditioner must have (output_dim, num_params) = {wanted} for "
+                    f"{input_dim} features with {tuple(hidden_dims)} units each, got {got}."
+                )
         super().__init__((input_dim,), 0 if conditioner is None else conditioner.input_dim)
         self.input_dim = input_dim
         self.hidden_dims = tuple(hidden_dims)
         self.conditioner = conditioner
         self.max_log_slope = max_log_slope
-        self._check()
         widths = self.hidden_dims
         cross = [_cross(input_dim, *sizes) for sizes in pairwise((1, *widths))]
         for layer in cross:  # the bends are spread over what a standard normal covers
@@ -102,6 +110,10 @@ class BlockAutoregressive(Network, FlowTransform):
         self.mixtures = nn.ParameterList(torch.randn(input_dim, k, below) for below, k in pairwise((*widths, 1)))
         self.steepness = nn.ParameterList(1.5 * torch.rand(input_dim, k, 1) for k in widths)
         self.gates = nn.ParameterList(torch.zeros(input_dim, k, 1) for k in widths)
+        self.set_pace(pace)
+
+    def own_parts(self) -> Iterable[nn.Module]:
+        return self, *self.cross
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         batch, columns, net = self._read(x, context)
@@ -173,16 +185,6 @@ class BlockAutoregressive(Network, FlowTransform):
     def _scale_and_shift(self, out: Tensor) -> tuple[Tensor, Tensor]:
         log_scale, shift = out.split(1, 1)
         return bounded(log_scale, self.max_log_slope), shift
-
-    def _check(self) -> None:
-        if self.conditioner is not None:
-            got = self.conditioner.output_dim, self.conditioner.num_params
-            wanted = self.input_dim, sum(self.hidden_dims) + 2
-            if got != wanted:
-                raise ValueError(
-                    f"BlockAutoregressive: conditioner must have (output_dim, num_params) = {wanted} for "
-                    f"{self.input_dim} features with {self.hidden_dims} units each, got {got}."
-                )
 
 
 class _Layer(NamedTuple):

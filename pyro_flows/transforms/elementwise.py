@@ -25,10 +25,11 @@ class Elementwise(Paced, FlowTransform):
         input_dim: The number D of features.
         conditioner: A network from contexts to parameters, with ``input_dim = context_dim`` and ``output_dim = D``; by
             default the parameters are a table ``params`` of shape ``(D, P)`` that starts at zero.
+        pace: How far the table moves in a step of an optimiser: see :meth:`set_pace`.
 
     Raises:
-        ValueError: If ``input_dim`` is not positive, or the conditioner's sizes do not fit it or the bijector.  In use,
-            if there is a conditioner and no context is given.
+        ValueError: If ``input_dim`` or ``pace`` is not positive, the conditioner's sizes do not fit it or the bijector,
+            or there is a conditioner and a pace.  In use, if there is a conditioner and no context is given.
 
     Example::
 
@@ -42,7 +43,14 @@ class Elementwise(Paced, FlowTransform):
 
     pace: float | None = None
 
-    def __init__(self, bijector: Bijector, input_dim: int, conditioner: Conditioner | None = None) -> None:
+    def __init__(
+        self,
+        bijector: Bijector,
+        input_dim: int,
+        conditioner: Conditioner | None = None,
+        *,
+        pace: float | None = None,
+    ) -> None:
         check_integers("Elementwise", input_dim=input_dim)
         check_kind("Elementwise", Bijector, BIJECTOR, bijector=bijector)
         if conditioner is not None:
@@ -55,10 +63,12 @@ class Elementwise(Paced, FlowTransform):
             self.params = nn.Parameter(torch.zeros(input_dim, bijector.num_params))
         else:
             check_params("Elementwise", bijector, conditioner, input_dim)
+        if pace is not None:
+            self.set_pace(pace)
 
     @torch.no_grad()
     def set_pace(self, pace: float | None) -> None:
-        """Choose how far the table moves in a step of an optimiser; the map stays as it is, bit for bit.
+        """Choose how far the table moves in a step of an optimiser; the map stays as it is.
 
         Args:
             pace: For steps of Adam of size lr, parameters of the bijector move by about ``pace * lr``; None for lr.
@@ -74,7 +84,7 @@ class Elementwise(Paced, FlowTransform):
 
     @property
     def unit(self) -> float:
-        """The factor of the table, as it is stored, in use."""
+        """The factor by which the stored table is multiplied."""
         return 1.0 if self.pace is None else 2.0 ** round(math.log2(self.pace))
 
     def _paced_names(self) -> Iterable[str]:
