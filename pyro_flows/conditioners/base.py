@@ -23,7 +23,7 @@ class Network(nn.Module):
     """A module with ``Linear`` layers.  A guide can choose their pace.
 
     Attributes:
-        pace: How far these layers move in a step of an optimiser: see :meth:`set_pace`.
+        pace: How far these layers move in a step of an optimiser: see ``set_pace``.
     """
 
     pace: float | None = None
@@ -66,7 +66,7 @@ class Conditioner(Network, ABC):
 
     - its last layer starts at zero, and the others at random: then every bijector starts at the identity, and after
       three steps of an optimiser every parameter has moved;
-    - its layers are ``Linear`` of ``conditioners.base``, whose pace a guide can choose (:meth:`set_pace`);
+    - its layers are ``Linear`` of ``conditioners.base``, whose pace a guide can choose (``set_pace``);
     - the context, where there is one, reaches the first hidden layer by :meth:`add_context`, so that it is worked
       through once and broadcast over samples;
     - events do not touch one another, as batch norm would make them, and calls do not depend on chance.

@@ -41,7 +41,7 @@ class MADE(Conditioner):
         adjacency: ``adjacency[i, j]`` says whether the parameters of feature i may depend on feature j, ``(D, D)``: a
             directed graph without cycles, whose diagonal does not count; by default all of lower rank may be seen.
         activation: The class of the elementwise nonlinearity.
-        pace: How far the parameters move in a step of an optimiser: see :meth:`Conditioner.set_pace`.
+        pace: How far the parameters move in a step of an optimiser: see ``set_pace``.
 
     Raises:
         ValueError: If a size is out of its range, the order is no permutation or puts a child before a parent,

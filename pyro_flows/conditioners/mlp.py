@@ -33,7 +33,7 @@ class MLP(Conditioner):
             zero too.  What is nearly linear, or bilinear, is then learned to a precision that few units reach.
         centered: Subtract from h_L its mean over 16 normal points.  Then b sets the mean of the parameters, and W how
             they vary with x; a gradient that is the same for all x mostly changes b.  Not with a context or ``skip``.
-        pace: How far the parameters move in a step of an optimiser: see :meth:`Conditioner.set_pace`.
+        pace: How far the parameters move in a step of an optimiser: see ``set_pace``.
 
     Raises:
         ValueError: If a size is out of its range, or ``centered`` stands with what it excludes.  In use, if the network

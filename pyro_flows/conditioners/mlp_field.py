@@ -64,7 +64,7 @@ class MLPField(Network, VectorField):
         frequencies: The number of Fourier modes of time, at least 1.
         activation: The class of the nonlinearity: ``torch.nn``'s ``ELU``, ``SiLU``, ``Softplus`` or ``Tanh``, whose
             slopes are continuous.
-        pace: How far the parameters move in a step of an optimiser: see :meth:`set_pace`.
+        pace: How far the parameters move in a step of an optimiser: see ``set_pace``.
 
     Raises:
         ValueError: If a size or ``pace`` is out of its range, or ``activation`` is none of the four.  In use, if the

@@ -54,7 +54,7 @@ class BlockAutoregressive(Network, FlowTransform):
         conditioner: A network from contexts to what is added to all b, s and o, with ``input_dim = context_dim``,
             ``output_dim = D`` and ``num_params = sum(hidden_dims) + 2``; by default there is no context.
         max_log_slope: The bound B of log(1 + γ) in each hidden layer, and those of s and of log a, in nats.
-        pace: How far W, V, b and c move in a step of an optimiser: see :meth:`set_pace`.
+        pace: How far W, V, b and c move in a step of an optimiser: see ``set_pace``.
 
     Raises:
         ValueError: If a size, ``max_log_slope`` or ``pace`` is out of its range, or the conditioner's sizes do not fit.
