@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 from .. import checks
 from ..checks import check_integers, check_numbers, check_sizes
-from .paced import Paced
+from .paced import Paced, power_of_2
 
 # Steps that suit the place and scale of a guide are large for its networks: at 1 the regression of tests/test_pace.py
 # ends 2 to 16 nats lower.
@@ -48,7 +47,7 @@ class Network(nn.Module):
                 part.pace = pace
             elif isinstance(part, Linear):
                 wished = 1.0 if pace is None else (pace if part.zero else HIDDEN_PACE) / max(part.in_features, 1)
-                part.set_pace(2.0 ** round(math.log2(wished)))
+                part.set_pace(power_of_2(wished))
 
     def own_parts(self) -> Iterable[nn.Module]:
         """Return the modules that share the pace, this one among them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,3 +41,8 @@ class Paced(nn.Module):
             if ratio != 1.0 and (key := prefix + name) in state_dict:
                 state_dict[key] = self._rescaled(state_dict[key], ratio)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def power_of_2(number: float) -> float:
+    """Return the power of 2 that is closest to a positive number: products with it are exact."""
+    return 2.0 ** round(math.log2(number))

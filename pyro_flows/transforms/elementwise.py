@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from ..bijectors import Bijector
 from ..checks import BIJECTOR, CONDITIONER, check_integers, check_kind, check_numbers
 from ..conditioners import Conditioner
-from ..conditioners.paced import Paced
+from ..conditioners.paced import Paced, power_of_2
 from .base import FlowTransform
 
 
@@ -85,7 +84,7 @@ class Elementwise(Paced, FlowTransform):
     @property
     def unit(self) -> float:
         """The factor by which the stored table is multiplied."""
-        return 1.0 if self.pace is None else 2.0 ** round(math.log2(self.pace))
+        return 1.0 if self.pace is None else power_of_2(self.pace)
 
     def _paced_names(self) -> Iterable[str]:
         return ("params",)

@@ -7,7 +7,6 @@ its minimum by what the noise of each trained number adds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import check_integers, check_numbers
-from ..conditioners.paced import Paced
+from ..conditioners.paced import Paced, power_of_2
 from .base import FlowTransform
 from .linear import raw_log_scale
 
@@ -85,7 +84,7 @@ class ScaledLinear(Paced, FlowTransform):
     @property
     def unit(self) -> float:
         """The factor of L and U, as they are stored, in use."""
-        return 1.0 if self.pace is None else 2.0 ** round(math.log2(self.pace / self.input_dim))
+        return 1.0 if self.pace is None else power_of_2(self.pace / self.input_dim)
 
     def _paced_names(self) -> Iterable[str]:
         return ("factors",)
