@@ -272,6 +272,18 @@ def test_a_pace_that_a_recipe_chose_is_kept():
     assert {part.pace for part in guide.flow.modules() if isinstance(part, Conditioner)} == {2.0}
 
 
+@pytest.mark.parametrize(
+    ("dim", "recipe", "paces"),
+    [(32, None, [1 / 8] * 8), (64, None, [1 / 4] * 16), (65, None, [1 / 16] * 16), (9, flows.maf, [1 / 5] * 5)],
+)
+def test_networks_share_a_step_but_move_by_a_quarter_each_for_33_to_64_latents(dim, recipe, paces):
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
+
+    guide = pf.AutoFlow(model, recipe).setup()
+    assert [part.pace for part in guide.flow.modules() if isinstance(part, Conditioner)] == paces
+
+
 def test_a_network_of_other_layers_has_no_pace():
     class Own(Conditioner):
         def __init__(self):

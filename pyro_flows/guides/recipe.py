@@ -24,6 +24,7 @@ from ..transforms.linear import unrotated
 from .couplings import affine_couplings
 
 FEW = 32  # up to how many latents eight couplings and Adam will do
+QUICK = 64  # up to how many latents, and beyond FEW, each coupling moves by a quarter of a step
 LEARNED = 64  # up to how many latents the learned affine map has a full matrix
 DENSE = 512  # up to how many the one that the guide starts from has
 TAILED = 512  # up to how many the base has wide tails
@@ -53,6 +54,11 @@ def default_flow(input_dim: int) -> Flow:
         [8, 16]
     """
     couplings = affine_couplings(input_dim, num_transforms=8 if input_dim <= FEW else 16)
+    if FEW < input_dim <= QUICK:
+        # If 16 shared a step they would bend slowly.  With fewer latents, networks of this pace bend on a long way to
+        # the posterior; with more, draws can leave the range of float32.
+        for network in _networks(couplings):
+            network.set_pace(0.25)
     return Flow(couplings.transforms, _default_base(input_dim))
 
 
