@@ -39,7 +39,7 @@ from objectives import two_modes
 from torch import Tensor, nn
 
 import pyro_flows as pf
-from pyro_flows.diagnostics.space import Space
+from pyro_flows.programs.space import Space
 
 OUT = posteriors.OUT
 FUNNEL, REGRESSION = "eight_schools_centered", "nes1972"

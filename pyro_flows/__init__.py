@@ -6,7 +6,6 @@ from .diagnostics import Calibration as Calibration
 from .diagnostics import Check as Check
 from .diagnostics import OdeReport as OdeReport
 from .diagnostics import Psis as Psis
-from .diagnostics import Simulations as Simulations
 from .diagnostics import bits_per_dim as bits_per_dim
 from .diagnostics import calibrate as calibrate
 from .diagnostics import check as check
@@ -19,7 +18,6 @@ from .diagnostics import refine as refine
 from .diagnostics import resample as resample
 from .diagnostics import round_off as round_off
 from .diagnostics import save_images as save_images
-from .diagnostics import simulate as simulate
 from .diagnostics import to_arviz as to_arviz
 from .fitting import Fit as Fit
 from .fitting import fit_amortized as fit_amortized
@@ -31,6 +29,8 @@ from .guides import AutoPlateFlow as AutoPlateFlow
 from .guides import posterior_graph as posterior_graph
 from .persistence import load as load
 from .persistence import save as save
+from .programs import Simulations as Simulations
+from .programs import simulate as simulate
 from .tables import Spike as Spike
 from .tables import dequantize as dequantize
 from .tables import find_spikes as find_spikes

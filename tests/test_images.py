@@ -25,10 +25,10 @@ import pyro_flows as pf
 from pyro_flows import Flow, fit_density, flows
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import CausalTransformer, ConvNet, LipschitzMLP
-from pyro_flows.diagnostics.draws import check_side_by_side
 from pyro_flows.encoders import ClassEmbedding, ConvEncoder, Flatten
 from pyro_flows.flows import Dequantized
 from pyro_flows.flows.image import checkerboard
+from pyro_flows.programs.draws import check_side_by_side
 from pyro_flows.transforms import (
     ActNorm,
     Autoregressive,

@@ -15,11 +15,11 @@ from torch import nn
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow, AutoPlateFlow
-from pyro_flows.diagnostics.draws import check_side_by_side
-from pyro_flows.diagnostics.quoting import quoted
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.guides.rows import places_of
 from pyro_flows.objectives import PathELBO, PathEnumELBO, TemperedELBO
+from pyro_flows.programs.draws import check_side_by_side
+from pyro_flows.programs.quoting import quoted
 
 X = torch.tensor([0.3, -1.2, 0.8, 2.1, -0.4, 0.9, 1.7])
 QUICK = {"steps": 3, "progress": False}

@@ -18,6 +18,7 @@ from pyro_flows import (
     objectives,
     persistence,
     plots,
+    programs,
     tables,
     transforms,
 )
@@ -40,11 +41,12 @@ NAMES = {
     "naf nice nsf nsf_ar planar_flow radial_flow realnvp realnvp_image residual_flow sospf sylvester_flow tarflow umnn",
     objectives: "FlowMatching ForwardKL ImportanceWeightedELBO Likelihood PathELBO PathEnumELBO RenyiELBO TemperedELBO",
     guides: "AutoFlow AutoPlateFlow default_flow init_to_center posterior_graph",
-    diagnostics: "Calibration Check Neutra OdeReport Psis Refined Simulations bits_per_dim calibrate check "
-    "importance_log_likelihood neutra ode_report plots psis refine resample round_off save_images simulate to_arviz",
+    diagnostics: "Calibration Check Neutra OdeReport Psis Refined bits_per_dim calibrate check "
+    "importance_log_likelihood neutra ode_report plots psis refine resample round_off save_images to_arviz",
     plots: "calibration check deformation history images marginals pairs weights",
     fitting: "Fit fit_amortized fit_density fit_svi",
     persistence: "load save",
+    programs: "Simulations simulate",
     tables: "Spike dequantize find_spikes",
 }
 MODULE = type(pyro_flows)

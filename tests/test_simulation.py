@@ -14,9 +14,9 @@ from scipy import stats
 from torch import Tensor, nn
 
 from pyro_flows import AutoFlow, fit_amortized, simulate
-from pyro_flows.diagnostics import Simulations
-from pyro_flows.diagnostics.simulator import Simulator
 from pyro_flows.encoders import MLPEncoder
+from pyro_flows.programs import Simulations
+from pyro_flows.programs.simulator import Simulator
 
 
 def linear(x=None):

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pyro_flows import AutoFlow
 from pyro_flows.diagnostics.charts import Base, White
-from pyro_flows.diagnostics.density import or_nan, score_of
-from pyro_flows.diagnostics.space import Space
+from pyro_flows.programs.log_density import or_nan, score_of
+from pyro_flows.programs.space import Space
 
 Y = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
 

@@ -15,11 +15,11 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ..diagnostics import check, to_arviz
-from ..diagnostics.draws import check_guide, check_side_by_side
 from ..files import write_atomically
 from ..fitting import fit_svi
 from ..flows import Flow
 from ..guides import AutoFlow
+from ..programs.draws import check_guide, check_side_by_side
 from . import Refused
 from .data import Data, read_data
 from .files import why_not_writable

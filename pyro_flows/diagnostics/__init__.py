@@ -15,8 +15,6 @@ from .refinement import Refined as Refined
 from .refinement import refine as refine
 from .resampling import resample as resample
 from .rounding import round_off as round_off
-from .simulations import Simulations as Simulations
-from .simulator import simulate as simulate
 from .transport import Neutra as Neutra
 from .transport import neutra as neutra
 from .verdict import Check as Check

@@ -11,11 +11,11 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from ..checks import check_flags, is_integer, joined
+from ..programs.draws import draw
+from ..programs.held import Held, hold, read, sites_of, values_of
+from ..programs.nesting import takes_nesting
 from .compat import Groups, Variable, container
-from .draws import draw
-from .held import Held, hold, read, sites_of, values_of
 from .importance import weigh
-from .nesting import takes_nesting
 from .resampling import reweighted
 
 

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from ..checks import joined
 from ..encoders.base import at_rest
+from ..programs.draws import check_integers
+from ..programs.nesting import takes_nesting
+from ..programs.quantities import labels_of
+from ..programs.simulations import Simulations
+from ..programs.simulator import Simulator
 from . import plots
-from .draws import check_integers
-from .nesting import takes_nesting
-from .quantities import labels_of
-from .simulations import Simulations
-from .simulator import Simulator
 
 
 @dataclass(frozen=True)

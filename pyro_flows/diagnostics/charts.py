@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Transform
 from torch.distributions.utils import _sum_rightmost
 
-from .space import Space
+from ..programs.space import Space
 
 
 class Chart(Protocol):

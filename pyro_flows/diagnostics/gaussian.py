@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from .density import LogDensity, score_of
+from ..programs.log_density import LogDensity, score_of
 
 NEAR = 0.25  # how little, in nats, the log-weights of a Gaussian vary that hardly differs from the posterior
 POOR = 5.0  # how much, in nats, the log-weights of a Gaussian may vary before its correlations mislead

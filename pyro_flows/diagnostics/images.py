@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..files import write_atomically
-from .draws import check_integers
+from ..programs.draws import check_integers
 
 
 def bits_per_dim(log_prob: Tensor, event_shape: Sequence[int]) -> Tensor:

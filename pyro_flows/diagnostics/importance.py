@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ..checks import is_integer, joined
+from ..programs.draws import draw
+from ..programs.nesting import takes_nesting
 from . import plots
 from .compat import psislw
-from .draws import draw
-from .nesting import takes_nesting
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from ..checks import joined
-from .alongside import side_by_side
-from .draws import check_guide, check_integers, check_side_by_side, single_trace
-from .nesting import takes_nesting
+from ..programs.alongside import side_by_side
+from ..programs.draws import check_guide, check_integers, check_side_by_side, single_trace
+from ..programs.nesting import takes_nesting
 
 
 @takes_nesting

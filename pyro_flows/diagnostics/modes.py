@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
+from ..programs.log_density import LogDensity, or_nan, score_of
+from ..programs.space import Scored, Space
 from .charts import Chart, White
-from .density import LogDensity, or_nan, score_of
 from .gaussian import match
-from .space import Scored, Space
 
 STARTS = 64  # climbs, half of them from the prior
 CLIMB = 60  # steps of a climb

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..flows import Flow
 from ..flows.checks import check_value, parameter_of
 from ..flows.continuous import continuous_of
+from ..programs.draws import check_integers
 from ..transforms import Continuous
-from .draws import check_integers
 
 
 @dataclass(frozen=True)

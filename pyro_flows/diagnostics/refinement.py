@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from ..checks import joined
+from ..programs.draws import check_integers
+from ..programs.log_density import or_nan
+from ..programs.nesting import takes_nesting
+from ..programs.space import sound_space
 from .chains import FROZEN, Chains
 from .charts import charts_of
-from .density import or_nan
-from .draws import check_integers
 from .drift import Drift, DriftMeter
-from .nesting import takes_nesting
-from .space import sound_space
 
 BATCH = 500  # chains that run at once
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_integers, is_integer, joined
-from .draws import draw
-from .held import Held, hold, values_of
+from ..programs.draws import draw
+from ..programs.held import Held, hold, values_of
+from ..programs.nesting import takes_nesting
 from .importance import Psis, weigh
-from .nesting import takes_nesting
 
 
 @takes_nesting

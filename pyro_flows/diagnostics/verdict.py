@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 
 from ..checks import joined
+from ..programs.draws import check_integers
+from ..programs.log_density import or_nan
+from ..programs.nesting import takes_nesting
+from ..programs.space import Scored, Space, sound_space
 from . import plots
 from .chains import Chains
 from .charts import Chart, White, charts_of
-from .density import or_nan
-from .draws import check_integers
 from .drift import Drift, DriftMeter, weighted_drift
 from .importance import Psis, weigh
 from .judgement import CALM, LIMIT, SURE, is_off, judge
 from .modes import Missing, search
-from .nesting import takes_nesting
-from .space import Scored, Space, sound_space
 
 ADAPT, BLOCK, BLOCKS = 4, 10, 5  # sweeps of the chains: to adapt their steps, between judgements, and at most
 

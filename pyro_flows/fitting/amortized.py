@@ -17,10 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_integers, check_numbers, joined
-from ..diagnostics.nesting import takes_nesting
-from ..diagnostics.simulations import Simulations, check_given
-from ..diagnostics.simulator import Simulator
 from ..guides import AutoFlow
+from ..programs.nesting import takes_nesting
+from ..programs.simulations import Simulations, check_given
+from ..programs.simulator import Simulator
 from . import checkpoint as checkpoints
 from . import processes
 from .attempts import Attempts, check_path

@@ -8,10 +8,10 @@ from typing import Any
 from pyro.infer import ELBO
 from pyro.poutine.trace_struct import Trace
 
-from ..diagnostics.draws import check_side_by_side, single_trace
-from ..diagnostics.latents import check_guided, lacking
 from ..objectives import PathELBO, PathEnumELBO
 from ..objectives.particles import ParticleObjective
+from ..programs.draws import check_side_by_side, single_trace
+from ..programs.latents import check_guided, lacking
 from .randomness import unchanged
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..diagnostics.density import is_breakdown
 from ..guides.faults import NonFiniteDraw
+from ..programs.log_density import is_breakdown
 from . import processes
 
 

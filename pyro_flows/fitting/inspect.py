@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..bijectors import Bijector
-from ..diagnostics.density import is_breakdown
-from ..diagnostics.draws import single_trace
+from ..programs.draws import single_trace
+from ..programs.log_density import is_breakdown
 
 
 def trained_by(loss: Callable[[], Tensor], model: Any, guide: Any) -> list[Tensor]:

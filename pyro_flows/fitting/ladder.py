@@ -23,12 +23,12 @@ from pyro import validation_enabled
 from torch import Tensor
 
 from ..diagnostics import Check, check
-from ..diagnostics.density import or_nan
-from ..diagnostics.space import Space
 from ..flows import Flow
 from ..guides import AutoFlow
 from ..guides.couplings import affine_couplings
 from ..objectives import ForwardKL, TemperedELBO
+from ..programs.log_density import or_nan
+from ..programs.space import Space
 from ..transforms import ActNorm
 from . import processes
 from .loop import Fit

@@ -18,9 +18,9 @@ from pyro import validation_enabled
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from ..diagnostics.density import LogDensity, or_nan, score_of
-from ..diagnostics.space import Space
 from ..guides import AutoFlow
+from ..programs.log_density import LogDensity, or_nan, score_of
+from ..programs.space import Space
 
 MANY = 200  # latents with flat priors, beyond which the search would take long
 

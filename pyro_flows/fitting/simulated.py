@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..diagnostics.simulations import Simulations, check_draws
-from ..diagnostics.simulator import Simulator
 from ..guides import AutoFlow
 from ..guides.checks import check_same
 from ..guides.encoding import initialize
+from ..programs.simulations import Simulations, check_draws
+from ..programs.simulator import Simulator
 from . import processes
 from .batches import Epochs, suited_size
 from .inspect import fingerprint

@@ -17,12 +17,12 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 
 from ..checks import check_flags, check_integers, joined, quoted
-from ..diagnostics.draws import check_side_by_side, subsampled_plate
-from ..diagnostics.nesting import settle, takes_nesting
 from ..guides import AutoFlow, AutoPlateFlow
 from ..guides.encoding import initialize
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective
+from ..programs.draws import check_side_by_side, subsampled_plate
+from ..programs.nesting import settle, takes_nesting
 from . import checkpoint as checkpoints
 from . import processes
 from .attempts import check_path

@@ -15,9 +15,9 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from ..diagnostics.alongside import log_prob_of_draws, rows_of, side_by_side
-from ..diagnostics.simulator import Simulator
 from ..guides import AutoFlow
+from ..programs.alongside import log_prob_of_draws, rows_of, side_by_side
+from ..programs.simulator import Simulator
 from . import processes
 
 EPSILON = 1e-4

@@ -12,11 +12,11 @@ from typing import Any
 
 from pyro import validation_enabled
 
-from ..diagnostics.density import or_nan
 from ..diagnostics.gaussian import Gaussian, fit_gaussian
-from ..diagnostics.space import Space
 from ..guides import AutoFlow
 from ..guides.recipe import DENSE
+from ..programs.log_density import or_nan
+from ..programs.space import Space
 
 
 def start_from_gaussian(

@@ -1,1 +1,4 @@
-"""Pyro programs: the masks of their sites, and whether a guide's trace is one of the model's."""
+"""Run Pyro programs: draws, densities and simulations of models and guides, vectorised over draws."""
+
+from .simulations import Simulations as Simulations
+from .simulator import simulate as simulate

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...flows import Flow
+from ...programs.draws import check_integers
 from ...transforms import FlowTransform, Inverse
-from ..draws import check_integers
 
 if TYPE_CHECKING:
     from .picture import Picture

@@ -22,8 +22,8 @@ from torch.distributions.utils import _sum_rightmost
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from .alongside import log_prob_of_draws, room_of, side_by_side
-from .density import is_breakdown
 from .draws import check_guide, check_side_by_side, check_trained, single_trace
+from .log_density import is_breakdown
 from .noise import warn_of_noise
 from .quantities import Quantities, innermost
 

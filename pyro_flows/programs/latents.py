@@ -8,7 +8,7 @@ import pyro.distributions as dist
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 
-from ..programs.matching import check_drawn
+from .matching import check_drawn
 
 
 def lacking(model: Trace, guide: Trace, *, enumerated: bool = False) -> dict[str, Any]:
