@@ -2,6 +2,7 @@
 
 from . import encoders as encoders
 from . import flows as flows
+from . import plots as plots
 from .diagnostics import Calibration as Calibration
 from .diagnostics import Check as Check
 from .diagnostics import OdeReport as OdeReport
@@ -12,7 +13,6 @@ from .diagnostics import check as check
 from .diagnostics import importance_log_likelihood as importance_log_likelihood
 from .diagnostics import neutra as neutra
 from .diagnostics import ode_report as ode_report
-from .diagnostics import plots as plots
 from .diagnostics import psis as psis
 from .diagnostics import refine as refine
 from .diagnostics import resample as resample

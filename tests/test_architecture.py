@@ -13,11 +13,12 @@ import pyro_flows
 ROOT = Path(pyro_flows.__file__).parent
 LAYERS = [
     {"checks"},
-    {"bijectors", "conditioners", "encoders", "files", "tables"},
+    {"bijectors", "compat", "conditioners", "encoders", "files", "tables"},
     {"transforms"},
     {"distributions"},
     {"flows"},
     {"programs"},
+    {"plots"},
     {"objectives", "guides"},
     {"diagnostics"},
     {"fitting", "persistence"},

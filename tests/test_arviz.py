@@ -21,8 +21,7 @@ import torch
 import xarray
 from models import Y, nested
 
-from pyro_flows import AutoFlow, flows, psis, resample, to_arviz
-from pyro_flows.diagnostics import compat
+from pyro_flows import AutoFlow, compat, flows, psis, resample, to_arviz
 from pyro_flows.diagnostics.importance import weigh
 from pyro_flows.diagnostics.resampling import systematic
 

@@ -15,9 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
 import pyro_flows as pf
-from pyro_flows import Flow, flows, plots
+from pyro_flows import Flow, compat, flows, plots
 from pyro_flows.bijectors import Affine
-from pyro_flows.diagnostics import compat
 from pyro_flows.diagnostics.drift import Drift
 from pyro_flows.diagnostics.importance import weigh
 from pyro_flows.transforms import Elementwise

@@ -42,7 +42,7 @@ NAMES = {
     objectives: "FlowMatching ForwardKL ImportanceWeightedELBO Likelihood PathELBO PathEnumELBO RenyiELBO TemperedELBO",
     guides: "AutoFlow AutoPlateFlow default_flow init_to_center posterior_graph",
     diagnostics: "Calibration Check Neutra OdeReport Psis Refined bits_per_dim calibrate check "
-    "importance_log_likelihood neutra ode_report plots psis refine resample round_off save_images to_arviz",
+    "importance_log_likelihood neutra ode_report psis refine resample round_off save_images to_arviz",
     plots: "calibration check deformation history images marginals pairs weights",
     fitting: "Fit fit_amortized fit_density fit_svi",
     persistence: "load save",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from ..diagnostics import plots
+from .. import plots
 from ..distributions import StudentTBase
 from ..files import write_atomically
 from ..fitting import Fit, fit_density

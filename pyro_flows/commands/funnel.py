@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..diagnostics.plots.marginals import density_of
+from ..plots.marginals import density_of
 
 
 def plot_funnel(mean: Tensor, scale: Tensor, effects: dict[str, Tensor]) -> Any:
@@ -21,7 +21,7 @@ def plot_funnel(mean: Tensor, scale: Tensor, effects: dict[str, Tensor]) -> Any:
     Returns:
         A matplotlib figure.
     """
-    from ..diagnostics.plots.picture import Picture
+    from ..plots.picture import Picture
 
     picture = Picture(10.5, 4.8)
     left, right = picture.grid(2, 2, width_ratios=(1.15, 1))

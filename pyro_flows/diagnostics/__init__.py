@@ -1,6 +1,5 @@
 """How far to trust a guide, and its draws as ArviZ data."""
 
-from . import plots as plots
 from .arviz import to_arviz as to_arviz
 from .calibration import Calibration as Calibration
 from .calibration import calibrate as calibrate

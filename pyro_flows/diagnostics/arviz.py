@@ -11,10 +11,10 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from ..checks import check_flags, is_integer, joined
+from ..compat import Groups, Variable, container
 from ..programs.draws import draw
 from ..programs.held import Held, hold, read, sites_of, values_of
 from ..programs.nesting import takes_nesting
-from .compat import Groups, Variable, container
 from .importance import weigh
 from .resampling import reweighted
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import plots
 from ..checks import joined
 from ..encoders.base import at_rest
 from ..programs.draws import check_integers
@@ -24,7 +25,6 @@ from ..programs.nesting import takes_nesting
 from ..programs.quantities import labels_of
 from ..programs.simulations import Simulations
 from ..programs.simulator import Simulator
-from . import plots
 
 
 @dataclass(frozen=True)

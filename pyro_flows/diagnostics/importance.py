@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import plots
 from ..checks import is_integer, joined
+from ..compat import psislw
 from ..programs.draws import draw
 from ..programs.nesting import takes_nesting
-from . import plots
-from .compat import psislw
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ import pyro
 import torch
 from torch import Tensor
 
+from .. import plots
 from ..checks import joined
 from ..programs.draws import check_integers
 from ..programs.log_density import or_nan
 from ..programs.nesting import takes_nesting
 from ..programs.space import Scored, Space, sound_space
-from . import plots
 from .chains import Chains
 from .charts import Chart, White, charts_of
 from .drift import Drift, DriftMeter, weighted_drift

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import plots
 from ..checks import check_choice, check_numbers
-from ..diagnostics import Check, plots
+from ..diagnostics import Check
 from . import checkpoint as checkpoints
 from . import processes
 from .gradients import backward

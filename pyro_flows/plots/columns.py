@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...programs.quantities import labels_of
+from ..programs.quantities import labels_of
 
 Draws: TypeAlias = Mapping[str, Tensor | np.ndarray] | Tensor | np.ndarray
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ...programs.draws import check_integers
+from ..programs.draws import check_integers
 from .columns import plain, shortened
 from .weights import histogram
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...programs.draws import check_integers
+from ..programs.draws import check_integers
 from .columns import Draws, beside, shortened
 
 if TYPE_CHECKING:

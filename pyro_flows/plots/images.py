@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from ..images import tiled
+from ..programs.draws import check_integers
 
 if TYPE_CHECKING:
     from .picture import Picture
@@ -44,3 +47,21 @@ def images(images: Tensor, *, columns: int = 8, levels: int | None = None) -> Pi
     axis.imshow(pixels, interpolation="nearest")
     axis.set_axis_off()
     return picture
+
+
+def tiled(caller: str, images: Tensor, columns: int, levels: int | None) -> np.ndarray:
+    """Images side by side as one, a pixel of white between them: ``(height, width, 3)``, from 0 to 1; NaN is white."""
+    if images.dim() != 4 or images.shape[1] not in (1, 3) or not images.numel():
+        raise ValueError(f"{caller}: images must have shape (N, 1 or 3, H, W), got {tuple(images.shape)}.")
+    check_integers(caller, columns=(columns, 1))
+    pixels = images.detach().to("cpu", torch.float64).numpy()
+    finite = pixels[np.isfinite(pixels)] if np.isfinite(pixels).any() else np.zeros(1)
+    low, high = (0.0, levels - 1.0) if levels else np.quantile(finite, [0.01, 0.99])
+    pixels = np.nan_to_num((pixels.clip(low, high) - low) / max(high - low, 1e-12), nan=1.0)
+    number, channels, height, width = pixels.shape
+    columns = min(columns, number)
+    rows = math.ceil(number / columns)
+    grid = np.ones((rows * columns, channels, height + 1, width + 1))
+    grid[:number, :, :height, :width] = pixels
+    grid = grid.reshape(rows, columns, channels, height + 1, width + 1).transpose(0, 3, 1, 4, 2)
+    return np.repeat(grid.reshape(rows * (height + 1), columns * (width + 1), channels), 3 // channels, 2)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...programs.draws import check_integers
 from ..compat import kde
+from ..programs.draws import check_integers
 from .columns import Draws, as_array, beside, columns_of, shortened
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...flows import Flow
-from ...programs.draws import check_integers
-from ...transforms import FlowTransform, Inverse
+from ..flows import Flow
+from ..programs.draws import check_integers
+from ..transforms import FlowTransform, Inverse
 
 if TYPE_CHECKING:
     from .picture import Picture
