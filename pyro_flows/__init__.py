@@ -19,7 +19,6 @@ from .diagnostics import resample as resample
 from .diagnostics import round_off as round_off
 from .diagnostics import save_images as save_images
 from .diagnostics import to_arviz as to_arviz
-from .fitting import Fit as Fit
 from .fitting import fit_amortized as fit_amortized
 from .fitting import fit_density as fit_density
 from .fitting import fit_svi as fit_svi
@@ -34,5 +33,6 @@ from .programs import simulate as simulate
 from .tables import Spike as Spike
 from .tables import dequantize as dequantize
 from .tables import find_spikes as find_spikes
+from .training import Fit as Fit
 
 __version__ = "0.1.0"

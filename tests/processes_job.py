@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_flows import AutoFlow, AutoPlateFlow, Fit, Simulations, fit_amortized, fit_density, fit_svi, flows
 from pyro_flows.encoders import MLPEncoder
-from pyro_flows.fitting.gradients import backward
 from pyro_flows.objectives import ForwardKL, Likelihood
+from pyro_flows.training.gradients import backward
 
 RANK = int(os.environ.get("RANK", 0))
 Found = dict[str, Any]

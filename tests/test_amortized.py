@@ -37,9 +37,10 @@ from pyro_flows import (
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import Conditioner
 from pyro_flows.encoders import MLPEncoder, SetEncoder
-from pyro_flows.fitting import loop, truncated
+from pyro_flows.fitting import truncated
 from pyro_flows.programs import Simulations
 from pyro_flows.programs.simulator import Simulator
+from pyro_flows.training import loop
 from pyro_flows.transforms import Elementwise
 
 small = functools.partial(flows.nsf_ar, num_transforms=2, hidden_dims=(16,))

@@ -19,7 +19,7 @@ LAYERS = [
     {"flows"},
     {"programs"},
     {"plots"},
-    {"objectives", "guides"},
+    {"objectives", "guides", "training"},
     {"diagnostics"},
     {"fitting", "persistence"},
     {"__init__"},

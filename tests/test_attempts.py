@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from pyro_flows import AutoFlow, Fit, fit_amortized, fit_density, fit_svi, flows
 from pyro_flows.encoders import MLPEncoder
-from pyro_flows.fitting import loop
 from pyro_flows.objectives import Likelihood
+from pyro_flows.training import loop
 
 X = torch.randn(80, 2, generator=torch.Generator().manual_seed(0))
 

@@ -24,7 +24,8 @@ from pyro_flows.__main__ import main
 from pyro_flows.commands import DENSITIES, RECIPES, Refused, density
 from pyro_flows.commands.nats import gaussian_of, report
 from pyro_flows.commands.table import read_table, split_names
-from pyro_flows.fitting import fit_density, loop
+from pyro_flows.fitting import fit_density
+from pyro_flows.training import loop
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.standard_normal((120, 2))

@@ -26,7 +26,7 @@ from pyro_flows.commands.data import read_data
 from pyro_flows.commands.model import check_arguments, load_model
 from pyro_flows.commands.report import report
 from pyro_flows.diagnostics import Check, check
-from pyro_flows.fitting import loop
+from pyro_flows.training import loop
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)

@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from pyro_flows import Fit, Flow, dequantize, fit_density, flows, load, save
 from pyro_flows.distributions import NormalBase, StudentTBase
 from pyro_flows.encoders import MLPEncoder, SetEncoder, Standardize
-from pyro_flows.fitting import density, loop
+from pyro_flows.fitting import density
+from pyro_flows.training import loop
 from pyro_flows.transforms import ActNorm, FixedAffine, LULinear, Orthogonal
 
 small = functools.partial(flows.nsf, num_transforms=2, hidden_dims=(16,))

@@ -27,11 +27,11 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 from pyro_flows import AutoFlow, Fit, fit_svi, flows, psis
-from pyro_flows.fitting import checkpoint as checkpoints
-from pyro_flows.fitting import loop
-from pyro_flows.fitting.loop import descend
-from pyro_flows.fitting.state import Best
 from pyro_flows.objectives import TemperedELBO
+from pyro_flows.training import checkpoint as checkpoints
+from pyro_flows.training import loop
+from pyro_flows.training.loop import descend
+from pyro_flows.training.state import Best
 from pyro_flows.transforms import Elementwise
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))

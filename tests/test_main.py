@@ -20,7 +20,7 @@ from pyro_flows.__main__ import main
 from pyro_flows.commands import RECIPES
 from pyro_flows.commands import eight_schools as job
 from pyro_flows.diagnostics import check
-from pyro_flows.fitting import loop
+from pyro_flows.training import loop
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)

@@ -13,10 +13,10 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal
 
 from pyro_flows import AutoFlow, fit_svi, flows
-from pyro_flows.fitting import loop
 from pyro_flows.fitting.optimizers import Muon, matrices, optimizers
 from pyro_flows.fitting.schedule import suited_to
 from pyro_flows.guides.recipe import FEW
+from pyro_flows.training import loop
 from pyro_flows.transforms import Coupling
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))

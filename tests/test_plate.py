@@ -30,9 +30,9 @@ from pyro_flows import AutoFlow, AutoPlateFlow, Flow, fit_svi, flows, psis, to_a
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import Conditioner, Given
 from pyro_flows.encoders import MLPEncoder, Standardize
-from pyro_flows.fitting import loop
-from pyro_flows.guides.rows import Shuffled
 from pyro_flows.objectives import PathELBO
+from pyro_flows.programs.minibatches import Shuffled
+from pyro_flows.training import loop
 from pyro_flows.transforms import ActNorm, Elementwise
 
 small_local = functools.partial(flows.nsf, num_transforms=2, hidden_dims=(8,))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from filelock import FileLock  # a dependency of torch
 
-from pyro_flows.fitting import processes
+from pyro_flows.training import processes
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 CLOSE = {"rtol": 1e-8, "atol": 1e-10}

@@ -20,6 +20,7 @@ from pyro_flows import (
     plots,
     programs,
     tables,
+    training,
     transforms,
 )
 
@@ -44,9 +45,10 @@ NAMES = {
     diagnostics: "Calibration Check Neutra OdeReport Psis Refined bits_per_dim calibrate check "
     "importance_log_likelihood neutra ode_report psis refine resample round_off save_images to_arviz",
     plots: "calibration check deformation history images marginals pairs weights",
-    fitting: "Fit fit_amortized fit_density fit_svi",
+    fitting: "fit_amortized fit_density fit_svi",
     persistence: "load save",
     programs: "Simulations simulate",
+    training: "Fit",
     tables: "Spike dequantize find_spikes",
 }
 MODULE = type(pyro_flows)

@@ -19,11 +19,12 @@ from torch.distributions import MultivariateNormal
 from .. import plots
 from ..distributions import StudentTBase
 from ..files import write_atomically
-from ..fitting import Fit, fit_density
+from ..fitting import fit_density
 from ..flows import Flow
 from ..persistence import save
 from ..tables import Spike, dequantize, find_spikes
 from ..tables.table import listed
+from ..training import Fit
 from . import Refused
 from .files import why_not_writable
 from .interrupts import NOTHING, Interrupted, beside, hold_ctrl_c, what_was_kept

@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ..fitting import processes
-from ..fitting.interrupts import hold_interrupts
-from ..fitting.loop import AGAIN
+from ..training import processes
+from ..training.interrupts import hold_interrupts
+from ..training.loop import AGAIN
 
 NOTICE = "\nInterrupted: finishing what is at hand, to keep what was trained; Ctrl-C again ends at once.\n"
 NOTHING = "interrupted before there was anything to keep; nothing was written"

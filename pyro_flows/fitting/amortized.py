@@ -18,15 +18,16 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_integers, check_numbers, joined
 from ..guides import AutoFlow
+from ..objectives import Likelihood
 from ..programs.nesting import takes_nesting
 from ..programs.simulations import Simulations, check_given
 from ..programs.simulator import Simulator
-from . import checkpoint as checkpoints
-from . import processes
-from .attempts import Attempts, check_path
+from ..training import checkpoint as checkpoints
+from ..training import processes
+from ..training.attempts import Attempts, check_path
+from ..training.loop import Fit
+from ..training.losses import checked
 from .inspect import fingerprint
-from .loop import Fit
-from .losses import checked
 from .simulated import train
 from .truncated import Truncated
 
@@ -140,7 +141,7 @@ def fit_amortized(
     check_integers("fit_amortized", rounds=rounds, patience=patience, simulation_batch_size=simulation_batch_size)
     check_integers("fit_amortized", optional=True, max_epochs=max_epochs, batch_size=batch_size)
     _check(guide, held_out)
-    loss = checked("fit_amortized", objective)
+    loss = checked("fit_amortized", objective, Likelihood)
     check_numbers("fit_amortized", above=0, lr=lr, clip_norm=clip_norm)
     check_choice("fit_amortized", ("skip", "raise"), on_nonfinite=on_nonfinite)
     ends = f".{rounds}.simulations" if rounds > 1 else ".simulations"

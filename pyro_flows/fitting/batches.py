@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, random_split
 
-from . import processes
-from .randomness import random_state, set_random_state
+from ..training import processes
+from ..training.randomness import random_state, set_random_state
 
 Batch = tuple[Tensor, Tensor | None]  # rows (N, *event_shape), and contexts (N, ...) where there are some
 PART = 10_000  # rows that are looked at together

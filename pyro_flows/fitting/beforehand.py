@@ -12,7 +12,7 @@ from ..objectives import PathELBO, PathEnumELBO
 from ..objectives.particles import ParticleObjective
 from ..programs.draws import check_side_by_side, single_trace
 from ..programs.latents import check_guided, lacking
-from .randomness import unchanged
+from ..training.randomness import unchanged
 
 
 def check_pair(

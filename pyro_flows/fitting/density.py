@@ -21,20 +21,21 @@ from ..checks import check_choice, check_flags, check_integers, check_numbers
 from ..diagnostics.rounding import warn_of_round_off
 from ..encoders import Standardize
 from ..flows import Dequantized, Flow
+from ..objectives import Likelihood
 from ..tables.table import places_of
+from ..training import processes
+from ..training.attempts import Attempts, check_path, why_not
+from ..training.loop import Fit, descend
+from ..training.losses import checked, shown
+from ..training.state import HeldOut
 from ..transforms import FixedAffine
-from . import processes
-from .attempts import Attempts, check_path, why_not
 from .batches import Batch, Rows, Source, sum_of
 from .inspect import design, fingerprint
-from .loop import Fit, descend
-from .losses import checked, shown
 from .pictures import draw, in_bits
 from .precision import networks_in_bfloat16
 from .sources import Reader, sources
 from .spread import Spread
 from .start import culprit, start
-from .state import HeldOut
 from .survey import Survey, check_images, check_room, check_rows, warn
 
 CALLER = "fit_density"
@@ -158,7 +159,7 @@ def fit_density(
             raise ValueError(
                 f"{CALLER}: device={device!r} is not there ({str(error).splitlines()[0]:.200})."
             ) from error
-    loss = checked(CALLER, objective)
+    loss = checked(CALLER, objective, Likelihood)
     reader = Reader(CALLER, flow)
     pictures = len(reader.event_shape) == 3
     if grid and (grid.suffix != ".png" or grid.is_dir()):

@@ -29,9 +29,9 @@ from ..guides.couplings import affine_couplings
 from ..objectives import ForwardKL, TemperedELBO
 from ..programs.log_density import or_nan
 from ..programs.space import Space
+from ..training import processes
+from ..training.loop import Fit
 from ..transforms import ActNorm
-from . import processes
-from .loop import Fit
 from .schedule import suited_to
 
 ORDER = "do not trust", "reweight", "trust"

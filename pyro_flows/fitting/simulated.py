@@ -14,12 +14,12 @@ from ..guides.checks import check_same
 from ..guides.encoding import initialize
 from ..programs.simulations import Simulations, check_draws
 from ..programs.simulator import Simulator
-from . import processes
+from ..training import processes
+from ..training.loop import Fit, descend
+from ..training.losses import shown
+from ..training.state import HeldOut
 from .batches import Epochs, suited_size
 from .inspect import fingerprint
-from .loop import Fit, descend
-from .losses import shown
-from .state import HeldOut
 
 
 def train(

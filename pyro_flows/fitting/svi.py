@@ -23,17 +23,17 @@ from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective
 from ..programs.draws import check_side_by_side, subsampled_plate
 from ..programs.nesting import settle, takes_nesting
-from . import checkpoint as checkpoints
-from . import processes
-from .attempts import check_path
+from ..training import checkpoint as checkpoints
+from ..training import processes
+from ..training.attempts import check_path
+from ..training.loop import Fit, ask, check_settings, descend
+from ..training.randomness import unchanged
 from .beforehand import check_pair
 from .inspect import check_no_parameters, culprit, fingerprint, has_all, trained_by
 from .ladder import climb
-from .loop import Fit, ask, check_settings, descend
 from .optimizers import matrices, optimizers
 from .pace import in_training
 from .propriety import check_proper
-from .randomness import unchanged
 from .schedule import suited_to
 from .warm import start_from_gaussian
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..guides import AutoFlow
 from ..programs.alongside import log_prob_of_draws, rows_of, side_by_side
 from ..programs.simulator import Simulator
-from . import processes
+from ..training import processes
 
 EPSILON = 1e-4
 

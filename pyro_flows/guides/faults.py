@@ -19,6 +19,7 @@ from pyro.distributions import is_validation_enabled
 from torch import Tensor, nn
 
 from ..flows.distribution import FlowDistribution
+from ..programs.log_density import NonFiniteDraw
 from ..transforms.tracing import is_traced
 
 MOST = 100  # draws of one step at which the model is run again
@@ -26,10 +27,6 @@ ANEW = (
     "Build the guide anew and train it with a smaller step size, pyro.optim.ClippedAdam, more particles, or fit_svi, "
     "which skips such steps"
 )
-
-
-class NonFiniteDraw(FloatingPointError):
-    """A guide's draw is not finite, and so would be the loss of the step: ``fit_svi`` skips it as such a step."""
 
 
 class Sites(NamedTuple):

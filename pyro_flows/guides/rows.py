@@ -11,8 +11,9 @@ from pyro import poutine, validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..programs.minibatches import Shuffled as Shuffled
 from .look import Found, Rows
 
 
@@ -42,32 +43,6 @@ def plate_like(frame: Any) -> Any:
     if frame.size < 0:
         return pyro.plate(frame.name, dim=frame.dim)
     return pyro.plate(frame.name, frame.full_size or frame.size, frame.size, dim=frame.dim)
-
-
-class Shuffled(nn.Module):
-    """Which rows come next: minibatches without replacement until all rows were seen, so that their noise cancels.
-
-    Every row is as likely as any other, as in Pyro's own minibatches, which are drawn independently of each other.
-    """
-
-    order: Tensor
-    place: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("order", torch.zeros(0, dtype=torch.long), persistent=False)
-        self.register_buffer("place", torch.zeros((), dtype=torch.long), persistent=False)
-
-    def next(self, full_size: int, size: int) -> Tensor:
-        """The next ``size`` rows of ``full_size``."""
-        if torch._C._get_tracing_state():  # what is traced would be the same rows for ever
-            return torch.randperm(full_size, device=self.order.device)[:size]
-        start = int(self.place)
-        if len(self.order) != full_size or start + size > full_size:
-            start = 0
-            self.order.resize_(full_size).copy_(torch.randperm(full_size))
-        self.place.fill_(start + size)
-        return self.order[start : start + size].clone()  # the next shuffle is in place
 
 
 class InTurn(Messenger):

@@ -13,6 +13,10 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 LogDensity = Callable[[Tensor], Tensor]  # (N, D) -> (N,), in nats
 
 
+class NonFiniteDraw(FloatingPointError):
+    """A guide's draw is not finite, and so would be the loss of the step: ``fit_svi`` skips it as such a step."""
+
+
 def or_nan(density: LogDensity) -> LogDensity:
     """A density that is NaN where the model breaks down; the draws at fault are found by halving."""
 

@@ -1,4 +1,4 @@
-"""The loss of rows that a fit minimises: by default their likelihood, or what the user asks for."""
+"""The loss of rows that a fit minimises: the default one, or what the user asks for."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from collections.abc import Callable
 from pyro.infer import ELBO
 from torch import nn
 
-from ..objectives import Likelihood
 
-
-def checked(caller: str, objective: nn.Module | None) -> nn.Module:
-    """The objective that is asked for, or the likelihood; raise one clear error if it is none of rows."""
+def checked(caller: str, objective: nn.Module | None, default: Callable[[], nn.Module]) -> nn.Module:
+    """Return the objective, or the default one for None; raise TypeError unless it is an objective of rows."""
     if objective is None:
-        return Likelihood()
+        return default()
     if isinstance(objective, ELBO) or not isinstance(objective, nn.Module):
         got = objective.__name__ if isinstance(objective, type) else type(objective).__name__
         raise TypeError(

@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from .. import plots
 from ..checks import check_choice, check_numbers
-from ..diagnostics import Check
 from . import checkpoint as checkpoints
 from . import processes
 from .gradients import backward
@@ -69,7 +68,7 @@ class Fit:
     skipped: int
     seconds: float
     stopped: str
-    check: Check | None = None
+    check: Any = None
     rungs: tuple[Any, ...] = ()
     held_out: Tensor | None = None
 

@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..guides.faults import NonFiniteDraw
-from ..programs.log_density import is_breakdown
+from ..programs.log_density import NonFiniteDraw, is_breakdown
 from . import processes
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..guides.rows import Shuffled
+from ..programs.minibatches import Shuffled
 from .exchange import Parted as Parted
 from .exchange import alone as alone
 from .exchange import each as each
