@@ -3,6 +3,9 @@
 from . import encoders as encoders
 from . import flows as flows
 from . import plots as plots
+from .data import Spike as Spike
+from .data import dequantize as dequantize
+from .data import find_spikes as find_spikes
 from .diagnostics import Calibration as Calibration
 from .diagnostics import Check as Check
 from .diagnostics import OdeReport as OdeReport
@@ -30,9 +33,6 @@ from .persistence import load as load
 from .persistence import save as save
 from .programs import Simulations as Simulations
 from .programs import simulate as simulate
-from .tables import Spike as Spike
-from .tables import dequantize as dequantize
-from .tables import find_spikes as find_spikes
 from .training import Fit as Fit
 
 __version__ = "0.1.0"

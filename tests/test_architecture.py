@@ -13,14 +13,14 @@ import pyro_flows
 ROOT = Path(pyro_flows.__file__).parent
 LAYERS = [
     {"checks"},
-    {"bijectors", "compat", "conditioners", "encoders", "files", "tables"},
+    {"bijectors", "compat", "conditioners", "encoders", "files"},
     {"transforms"},
     {"distributions"},
     {"flows"},
     {"programs"},
     {"plots"},
     {"objectives", "guides", "training"},
-    {"diagnostics"},
+    {"data", "diagnostics"},
     {"fitting", "persistence"},
     {"__init__"},
     {"commands"},

@@ -13,8 +13,8 @@ from scipy import stats
 from torch import Tensor
 
 from pyro_flows import Spike, dequantize, find_spikes
-from pyro_flows.tables.columns import tied_columns
-from pyro_flows.tables.table import read_table
+from pyro_flows.data.columns import tied_columns
+from pyro_flows.data.table import read_table
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

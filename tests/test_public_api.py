@@ -9,6 +9,7 @@ import pyro_flows
 from pyro_flows import (
     bijectors,
     conditioners,
+    data,
     diagnostics,
     distributions,
     encoders,
@@ -19,7 +20,6 @@ from pyro_flows import (
     persistence,
     plots,
     programs,
-    tables,
     training,
     transforms,
 )
@@ -42,14 +42,14 @@ NAMES = {
     "naf nice nsf nsf_ar planar_flow radial_flow realnvp realnvp_image residual_flow sospf sylvester_flow tarflow umnn",
     objectives: "FlowMatching ForwardKL ImportanceWeightedELBO Likelihood PathELBO PathEnumELBO RenyiELBO TemperedELBO",
     guides: "AutoFlow AutoPlateFlow default_flow init_to_center posterior_graph",
+    data: "Spike dequantize find_spikes",
     diagnostics: "Calibration Check Neutra OdeReport Psis Refined bits_per_dim calibrate check "
     "importance_log_likelihood neutra ode_report psis refine resample round_off save_images to_arviz",
     plots: "calibration check deformation history images marginals pairs weights",
+    training: "Fit",
     fitting: "fit_amortized fit_density fit_svi",
     persistence: "load save",
     programs: "Simulations simulate",
-    training: "Fit",
-    tables: "Spike dequantize find_spikes",
 }
 MODULE = type(pyro_flows)
 

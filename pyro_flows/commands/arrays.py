@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..tables.table import listed
+from ..data.table import listed
 from . import Refused
 from .numpy_files import Unreadable, read_numpy
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..tables.table import listed
+from ..data.table import listed
 from . import Refused
 from .numpy_files import Unreadable, read_numpy
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from ..tables.table import listed
+from ..data.table import listed
 from . import Refused
 
 DELIMITERS = ",;\t "

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from .. import plots
+from ..data import Spike, dequantize, find_spikes
+from ..data.table import listed
 from ..distributions import StudentTBase
 from ..files import write_atomically
 from ..fitting import fit_density
 from ..flows import Flow
 from ..persistence import save
-from ..tables import Spike, dequantize, find_spikes
-from ..tables.table import listed
 from ..training import Fit
 from . import Refused
 from .files import why_not_writable

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from ..tables.columns import tied_columns
-from ..tables.table import listed
+from ..data.columns import tied_columns
+from ..data.table import listed
 from . import Refused
 
 PARTS = "train", "validation", "test"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..tables.table import listed
+from ..data.table import listed
 from . import Refused
 from .arrays import read_arrays
 from .delimited import decimal_comma, number_of, read_delimited

@@ -18,25 +18,25 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_flags, check_integers, check_numbers
+from ..data.batches import Batch, Rows, Source, sum_of
+from ..data.sources import Reader, sources
+from ..data.spread import Spread
+from ..data.survey import Survey, check_images, check_room, check_rows, warn
+from ..data.table import places_of
 from ..diagnostics.rounding import warn_of_round_off
 from ..encoders import Standardize
 from ..flows import Dequantized, Flow
 from ..objectives import Likelihood
-from ..tables.table import places_of
 from ..training import processes
 from ..training.attempts import Attempts, check_path, why_not
 from ..training.loop import Fit, descend
 from ..training.losses import checked, shown
 from ..training.state import HeldOut
 from ..transforms import FixedAffine
-from .batches import Batch, Rows, Source, sum_of
 from .inspect import design, fingerprint
 from .pictures import draw, in_bits
 from .precision import networks_in_bfloat16
-from .sources import Reader, sources
-from .spread import Spread
 from .start import culprit, start
-from .survey import Survey, check_images, check_room, check_rows, warn
 
 CALLER = "fit_density"
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.batches import Epochs, suited_size
 from ..guides import AutoFlow
 from ..guides.checks import check_same
 from ..guides.encoding import initialize
@@ -18,7 +19,6 @@ from ..training import processes
 from ..training.loop import Fit, descend
 from ..training.losses import shown
 from ..training.state import HeldOut
-from .batches import Epochs, suited_size
 from .inspect import fingerprint
 
 

@@ -14,8 +14,8 @@ from ..encoders import Standardize
 from ..encoders.base import at_rest
 from ..flows import Dequantized, Flow
 from ..flows.checks import check_precision
-from ..tables.table import Names, is_table, read_table
 from .batches import Batch, Rows, Source, Stream, split, suited_size
+from .table import Names, is_table, read_table
 
 FEWEST = 20
 

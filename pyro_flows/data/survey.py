@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..tables.columns import spikes_of, tied_columns
-from ..tables.table import Names, label, listed
 from .batches import Batch
+from .columns import spikes_of, tied_columns
+from .table import Names, label, listed
 
 SAMPLE = 25_000  # rows to look at more closely, at least, where there are as many
 IMAGES = 4_000_000  # numbers in the images to look at more closely

@@ -1,4 +1,4 @@
-"""Tables of data as they come: read, checked, and made fit for a density."""
+"""Data to train on: tables, images and loaders, read, checked and cut into batches."""
 
 from .columns import Spike as Spike
 from .columns import dequantize as dequantize
