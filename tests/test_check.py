@@ -23,7 +23,7 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows import AutoFlow, check, fit_svi, flows, refine
 from pyro_flows.diagnostics.chains import Chains
-from pyro_flows.diagnostics.charts import White
+from pyro_flows.diagnostics.coordinates import White
 from pyro_flows.diagnostics.drift import Drift, DriftMeter, weighted_drift
 from pyro_flows.diagnostics.judgement import judge
 from pyro_flows.diagnostics.modes import Missing

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..programs.log_density import LogDensity
-from .charts import Chart
+from .coordinates import Chart
 
 TARGET = 0.8  # the mean acceptance that step sizes are adapted to
 FROZEN = 0.2  # the mean acceptance below which chains hardly move

@@ -18,7 +18,7 @@ from torch.distributions import MultivariateNormal
 
 from ..programs.log_density import LogDensity, or_nan, score_of
 from ..programs.space import Scored, Space
-from .charts import Chart, White
+from .coordinates import Chart, White
 from .gaussian import match
 
 STARTS = 64  # climbs, half of them from the prior

@@ -23,7 +23,7 @@ from ..programs.log_density import or_nan
 from ..programs.nesting import takes_nesting
 from ..programs.space import sound_space
 from .chains import FROZEN, Chains
-from .charts import charts_of
+from .coordinates import charts_of
 from .drift import Drift, DriftMeter
 
 BATCH = 500  # chains that run at once

@@ -26,7 +26,7 @@ from ..programs.log_density import or_nan
 from ..programs.nesting import takes_nesting
 from ..programs.space import Scored, Space, sound_space
 from .chains import Chains
-from .charts import Chart, White, charts_of
+from .coordinates import Chart, White, charts_of
 from .drift import Drift, DriftMeter, weighted_drift
 from .importance import Psis, weigh
 from .judgement import CALM, LIMIT, SURE, is_off, judge

@@ -15,14 +15,14 @@ from .flow import Flow as Flow
 from .image import flowpp_image as flowpp_image
 from .image import glow as glow
 from .image import realnvp_image as realnvp_image
+from .low_rank import planar_flow as planar_flow
+from .low_rank import radial_flow as radial_flow
+from .low_rank import sylvester_flow as sylvester_flow
 from .mixture import flowpp as flowpp
 from .mixture import gaussianization as gaussianization
 from .monotone import bpf as bpf
 from .monotone import naf as naf
 from .monotone import sospf as sospf
 from .monotone import umnn as umnn
-from .rank import planar_flow as planar_flow
-from .rank import radial_flow as radial_flow
-from .rank import sylvester_flow as sylvester_flow
 from .residual import residual_flow as residual_flow
 from .tarflow import tarflow as tarflow
