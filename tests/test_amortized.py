@@ -662,7 +662,7 @@ def test_data_that_are_no_tensor_are_refused_with_what_encoders_take(wrong):
 def test_rounds_need_simulations_side_by_side():
     guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (8,)))
     with pytest.raises(ValueError, match=r"rounds=2 .*needs vectorize=True"):
-        quick(linear, guide, rounds=2, observed={"x": X}, vectorize=False)
+        quick(linear, guide, rounds=2, observed={"x": X}, vectorize="loop")
 
 
 def test_rounds_need_the_data():

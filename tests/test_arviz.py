@@ -112,7 +112,7 @@ def test_model_without_data():
 
 
 def test_without_vectorize_the_layout_is_the_same(guide, data):
-    single = to_arviz(nested, guide, Y, num_samples=25, vectorize=False)
+    single = to_arviz(nested, guide, Y, num_samples=25, vectorize="loop")
     assert set(groups_of(single)) == set(groups_of(data))
     for group in groups_of(single):
         for name, value in single[group].items():
@@ -153,9 +153,9 @@ def test_a_model_that_does_not_broadcast_is_told_how():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.deterministic("wide", x.sum().expand(3) if x.dim() == 0 else x.reshape(-1)[:7])
 
-    with pytest.raises(ValueError, match=r"site 'wide' has shape \(3,\).*vectorize=False"):
+    with pytest.raises(ValueError, match=r"site 'wide' has shape \(3,\).*vectorize"):
         to_arviz(model, gaussian(0.9), num_samples=30)
-    assert to_arviz(model, gaussian(0.9), num_samples=30, vectorize=False).posterior["wide"].shape == (1, 30, 3)
+    assert to_arviz(model, gaussian(0.9), num_samples=30, vectorize="loop").posterior["wide"].shape == (1, 30, 3)
 
 
 def test_agrees_with_arviz():
@@ -300,7 +300,7 @@ def growth(y: torch.Tensor, z: torch.Tensor) -> None:
     pyro.factor("nothing", torch.zeros(()))
 
 
-@pytest.mark.parametrize(("number", "vectorize"), [(4000, True), (400, False)])
+@pytest.mark.parametrize(("number", "vectorize"), [(4000, "plate"), (4000, "vmap"), (400, "loop")])
 def test_predictions_follow_the_model(number, vectorize):
     """The guide says x ~ N(4.5, 1/4); then y = x + e and z = 2 y + e / 2, whatever the data were."""
     data = to_arviz(
@@ -386,7 +386,7 @@ def test_resampled_sites_keep_together(guide):
 
 def test_as_many_are_weighed_as_are_kept():
     assert resample(target, gaussian(1.1), num_samples=60, num_weighed=25)["x"].unique().numel() > 30
-    assert resample(target, gaussian(1.1), num_samples=1, num_weighed=100, vectorize=False)["x"].shape == (1,)
+    assert resample(target, gaussian(1.1), num_samples=1, num_weighed=100, vectorize="loop")["x"].shape == (1,)
 
 
 def test_sample_stats_are_those_of_the_draws_that_are_kept(guide):

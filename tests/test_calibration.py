@@ -181,7 +181,7 @@ def test_a_function_that_fits_each_data_set():
 
 
 def test_one_by_one():
-    found = calibrate(model, by_hand(), num_simulations=100, num_samples=40, vectorize=False)
+    found = calibrate(model, by_hand(), num_simulations=100, num_samples=40, vectorize="loop")
     assert min(found.sbc_p, found.coverage_p, found.tarp_p) > 1e-4
 
 

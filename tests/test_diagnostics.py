@@ -100,7 +100,7 @@ def guide():
 def test_vectorized_draws_have_the_law_of_single_ones(guide):
     """Log-weights of both kinds have the same mean, within four standard errors, and the same spread."""
     many = psis(nested, guide, Y, num_samples=2000).log_weights.double()
-    few = psis(nested, guide, Y, num_samples=300, vectorize=False).log_weights.double()
+    few = psis(nested, guide, Y, num_samples=300, vectorize="loop").log_weights.double()
     assert few.shape == (300,)
     assert abs(many.mean() - few.mean()) < 4 * (many.var() / 2000 + few.var() / 300).sqrt()
     assert 0.7 < few.std() / many.std() < 1.4
@@ -219,7 +219,7 @@ def test_a_model_that_sums_over_all_draws_is_refused():
 
     with pytest.raises(ValueError, match="vectorised over 2 draws"):
         psis(model, guide, num_samples=100)
-    found = psis(model, guide, num_samples=2000, vectorize=False)
+    found = psis(model, guide, num_samples=2000, vectorize="loop")
     # N(0, 1) times exp(-(x - 1)^2 / 2) integrates to exp(-1/4) / sqrt(2) in each of two dimensions.
     assert abs(found.log_evidence - (-0.5 - math.log(2))) < 4 * found.log_evidence_se
 

@@ -28,7 +28,7 @@ from pyro_flows.conditioners import CausalTransformer, ConvNet, LipschitzMLP
 from pyro_flows.encoders import ClassEmbedding, ConvEncoder, Flatten
 from pyro_flows.flows import Dequantized
 from pyro_flows.flows.image import checkerboard
-from pyro_flows.programs.draws import check_side_by_side
+from pyro_flows.programs.task import Task
 from pyro_flows.transforms import (
     ActNorm,
     Autoregressive,
@@ -854,9 +854,9 @@ def test_an_estimated_density_may_run_side_by_side() -> None:
         pf.psis(model, guide, x, num_samples=200)
     for seed in range(40):
         torch.manual_seed(seed)
-        check_side_by_side(model, guide, (x,), {})
-    with pytest.raises(ValueError, match="vectorised over 2 draws"):
-        check_side_by_side(faulty, guide, (x,), {})
+        assert Task(model, guide, (x,), {}).settle().model.engine == "plate"
+    with pytest.raises(ValueError, match="vectorised over draws"):
+        Task(faulty, guide, (x,), {}, "plate").settle()
 
 
 def test_an_autoencoder_with_a_flow_for_a_decoder_learns() -> None:

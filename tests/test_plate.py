@@ -253,7 +253,7 @@ def test_three_ways_to_the_same_elbo(case, amortised):
     guide, y = build(case, amortised), data()
     with torch.no_grad():
         wide = psis(case.model, guide, y, num_samples=1000).log_weights.double()
-        alone = psis(case.model, guide, y, num_samples=60, vectorize=False).log_weights.double()
+        alone = psis(case.model, guide, y, num_samples=60, vectorize="loop").log_weights.double()
         draws = guide.sample(60, y)
         log_q = guide.log_prob(draws, y)
         own = []

@@ -18,8 +18,8 @@ from pyro_flows import AutoFlow, AutoPlateFlow
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.guides.rows import places_of
 from pyro_flows.objectives import PathELBO, PathEnumELBO, TemperedELBO
-from pyro_flows.programs.draws import check_side_by_side
 from pyro_flows.programs.quoting import quoted
+from pyro_flows.programs.task import Task
 
 X = torch.tensor([0.3, -1.2, 0.8, 2.1, -0.4, 0.9, 1.7])
 QUICK = {"steps": 3, "progress": False}
@@ -133,7 +133,7 @@ def test_fit_svi_says_before_training_that_a_model_does_not_run_vectorised(model
 def test_the_way_out_is_one_draw_at_a_time(model):
     y, guide = torch.tensor(1.0), AutoFlow(model)
     assert pf.fit_svi(model, guide, y, num_particles=1, **QUICK).losses.isfinite().all()
-    assert pf.psis(model, guide, y, num_samples=25, vectorize=False).log_weights.isfinite().all()
+    assert pf.psis(model, guide, y, num_samples=25, vectorize="loop").log_weights.isfinite().all()
 
 
 def test_simulations_of_a_model_that_asserts_shapes_are_refused_by_its_line():
@@ -181,7 +181,7 @@ def test_a_check_that_a_fit_need_not_make_leaves_its_random_numbers(monkeypatch)
         return pf.fit_svi(model, AutoFlow(model), objective=PathELBO(4, vectorize_particles=True), **QUICK).losses
 
     checked = losses()
-    monkeypatch.setattr("pyro_flows.fitting.beforehand.check_side_by_side", lambda *args: 0.0)
+    monkeypatch.setattr(Task, "settle", lambda task: task)
     assert torch.equal(checked, losses())
 
 
@@ -303,8 +303,8 @@ def plateless(y):
     ("model", "settings"),
     [
         (coin, {}),
-        (coin, {"vectorize": False}),
-        (plateless, {"vectorize": False}),
+        (coin, {"vectorize": "loop"}),
+        (plateless, {"vectorize": "loop"}),
         (plateless, {"max_plate_nesting": 1}),
     ],
 )
@@ -332,7 +332,7 @@ def test_plates_name_the_dimensions_of_log_likelihoods_from_the_right():
         with pyro.plate("rows", 3):
             pyro.sample("y", dist.Normal(loc, 1.0).expand([3, 3]), obs=torch.zeros(3, 3))
 
-    found = pf.to_arviz(model, model, num_samples=25, vectorize=False)
+    found = pf.to_arviz(model, model, num_samples=25, vectorize="loop")
     assert found["log_likelihood"]["y"].dims == ("chain", "draw", "y_dim_0", "rows")
     assert found["observed_data"]["y"].dims == ("y_dim_0", "rows")
 
@@ -630,7 +630,7 @@ def test_a_number_of_plates_holds_for_one_call_only():
         pf.psis(by_hand, by_hand, X, num_samples=30, max_plate_nesting=0)
     assert pf.psis(model, model, num_samples=30, max_plate_nesting=3).khat == -math.inf
     with pytest.raises(ValueError, match="vectorised over"):
-        check_side_by_side(by_hand, by_hand, (X,), {})
+        Task(by_hand, by_hand, (X,), {}, "plate").settle()
 
 
 def test_plates_that_one_run_shows_need_no_number():

@@ -49,7 +49,7 @@ def flat(found: Simulations) -> Tensor:
 def test_side_by_side_is_one_by_one(model):
     """Means, variances and covariances agree within the standard errors of both."""
     wide = flat(simulator(model).draw(6000))
-    alone = flat(simulator(model).draw(400, vectorize=False))
+    alone = flat(simulator(model).draw(400, vectorize="loop"))
     assert wide.shape[1] == alone.shape[1]
     moments = []
     for draws in (wide, alone):
@@ -62,7 +62,7 @@ def test_side_by_side_is_one_by_one(model):
 
 
 def test_shapes_are_those_of_the_sites():
-    for vectorize in (True, False):
+    for vectorize in ("plate", "vmap", "loop"):
         found = simulator(plates, size=3).draw(5, vectorize=vectorize)
         shapes = {name: tuple(value.shape) for name, value in found.latents.items()}
         assert shapes == {"top": (5,), "middle": (5, 2, 1), "leaf": (5, 2, 3), "pair": (5, 2, 3, 3)}
@@ -85,7 +85,7 @@ def test_moments_of_a_linear_model():
 
 def test_given_latents_are_held():
     theta = torch.linspace(-20, 20, 50)
-    for vectorize in (True, False):
+    for vectorize in ("plate", "vmap", "loop"):
         found = simulator(linear).draw(50, {"theta": theta}, batch_size=20, vectorize=vectorize)
         assert torch.equal(found.latents["theta"], theta)
         assert (found.data["x"] - theta[:, None]).abs().max() < 0.5 * 6
@@ -118,7 +118,7 @@ def test_simulate():
     found = simulate(plates, num_simulations=7, batch_size=3, model_kwargs={"size": 3})
     pyro.set_rng_seed(1)
     assert torch.equal(flat(found), flat(simulator(plates, size=3).draw(7, batch_size=3)))
-    assert len(simulate(plates, num_simulations=4, vectorize=False)) == 4
+    assert len(simulate(plates, num_simulations=4, vectorize="loop")) == 4
     for name in ("num_simulations", "batch_size"):
         with pytest.raises(ValueError, match=f"simulate: {name} must be an integer of at least 1"):
             simulate(plates, **{name: 0})
@@ -254,8 +254,8 @@ def inside(x=None):
 
 
 def test_noise_from_outside_of_sample_statements_is_refused():
-    refused(outside, r"site 'x' has noise from outside of sample statements.*vectorize=False", draw=True)
-    found = simulator(outside).draw(300, vectorize=False)  # the first way out, and the second
+    refused(outside, r"site 'x' has noise from outside of sample statements.*vectorize", draw=True)
+    found = simulator(outside).draw(300, vectorize="loop")  # the first way out, and the second
     rest = found.data["x"] - found.latents["theta"][:, None]
     assert rest.std(0).min() > 0.7
     rest = (found := simulator(inside).draw(300)).data["x"] - found.latents["theta"][:, None]
@@ -278,14 +278,14 @@ def test_a_model_that_does_not_broadcast_is_refused_with_the_way_out():
         theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         pyro.sample("x", dist.Normal(weights @ theta, 1.0).to_event(1), obs=x)
 
-    refused(model, r"does not run vectorised over draws.*vectorize=False", draw=True)
-    found = simulator(model).draw(30, vectorize=False)
+    refused(model, r"does not run vectorised over draws.*vectorize", draw=True)
+    found = simulator(model).draw(30, vectorize="loop")
     assert found.data["x"].shape == (30, 3)
 
     guide = AutoFlow(model, encoder=MLPEncoder(3, 2, (4,)))
-    with pytest.raises(ValueError, match="vectorize=False"):
+    with pytest.raises(ValueError, match="vectorize"):
         fit_amortized(model, guide, num_simulations=40, max_epochs=1, progress=False)
-    fit = fit_amortized(model, guide, num_simulations=40, max_epochs=1, vectorize=False, progress=False)
+    fit = fit_amortized(model, guide, num_simulations=40, max_epochs=1, vectorize="loop", progress=False)
     assert fit.losses.isfinite().all()
 
 
@@ -297,7 +297,7 @@ def test_as_many_numbers_as_draws_do_not_pass_for_them():
         theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         pyro.sample("x", dist.Delta(factor * theta, event_dim=1), obs=x)
 
-    refused(model, r"does not run vectorised over draws.*vectorize=False", draw=True)
+    refused(model, r"does not run vectorised over draws.*vectorize", draw=True)
 
 
 def test_a_model_that_sums_over_all_it_sees_is_refused():

@@ -19,7 +19,7 @@ from ..files import write_atomically
 from ..fitting import fit_svi
 from ..flows import Flow
 from ..guides import AutoFlow
-from ..programs.draws import check_guide, check_side_by_side
+from ..programs.task import Task
 from . import Refused
 from .data import Data, read_data
 from .files import why_not_writable
@@ -79,7 +79,6 @@ def run(
         given: dict[str, Any] = {"model_kwargs": arguments}
         with hold_ctrl_c() as asked:
             with _refusing(file):
-                _check_side_by_side(model, guide, arguments)
                 fit = fit_svi(model, guide, steps=steps, escalate=escalate, progress=not quiet, **given)
                 if fit.stopped == "interrupted" and not fit.best_step:
                     raise Interrupted(NOTHING)
@@ -119,7 +118,7 @@ def _set_up(
         guide = AutoFlow(model, recipe)
         try:
             guide.setup(**arguments)
-            trace, _ = check_guide(model, guide, (), arguments)
+            trace = Task(model, guide, (), arguments).check().traces[0]
             for name in trace.observation_nodes:
                 if not isinstance(trace.nodes[name]["value"], Tensor):
                     raise TypeError(f"site {name!r} observes {trace.nodes[name]['value']!r:.40}, which is not a tensor")
@@ -132,15 +131,6 @@ def _set_up(
     if "no latent variables" in str(first):
         raise Refused("the model has no latent sites; there is no posterior to fit") from first
     raise Refused(in_one_line(first, file)) from first
-
-
-def _check_side_by_side(model: Callable[..., Any], guide: AutoFlow, arguments: dict[str, Any]) -> None:
-    """Refuse a model that cannot be run for many draws at once, without the ways out that only a program has."""
-    try:
-        check_side_by_side(model, guide, (), arguments)
-    except ValueError as error:
-        words = str(error).partition(", or run one draw at a time")[0].rstrip(".")
-        raise Refused(f"{words}. Observations of many rows belong into a pyro.plate.") from error
 
 
 def _observed(trace: Trace) -> int:

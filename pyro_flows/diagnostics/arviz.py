@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from ..checks import check_flags, is_integer, joined
 from ..compat import Groups, Variable, container
-from ..programs.draws import draw
-from ..programs.held import Held, hold, read, sites_of, values_of
+from ..programs.engines import Site, Values, row_log_prob
 from ..programs.nesting import takes_nesting
+from ..programs.task import Task
 from .importance import weigh
 from .resampling import reweighted
 
@@ -30,7 +29,7 @@ def to_arviz(
     posterior_predictive: bool = False,
     log_likelihood: bool = True,
     batch_size: int = 1000,
-    vectorize: bool = True,
+    vectorize: str = "auto",
     max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
@@ -62,8 +61,8 @@ def to_arviz(
             observed site is then the new value, so one that depends on another follows it.
         log_likelihood: Whether to keep each observation's log-likelihood, in nats.
         batch_size: How many draws are run at once.
-        vectorize: Whether the model runs vectorised over draws, for which it must broadcast to the left of its plates,
-            or for one draw after the other.
+        vectorize: How many draws are run: ``"plate"``, ``"vmap"``, ``"loop"``, or by default the first of these that
+            does to draws what single runs do (*Any Pyro program* in the docs).
         max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
@@ -93,26 +92,25 @@ def to_arviz(
     check_flags("to_arviz", importance=importance)
     kwargs = joined("to_arviz", kwargs, model_kwargs)
     total = max(num_samples, num_weighed) if importance else num_samples
-    held = hold(draw(model, guide, args, kwargs, total, batch_size=batch_size, vectorize=vectorize))
+    task = Task(model, guide, args, kwargs, vectorize).check()
+    draws = task.draw(total, batch_size)
     if importance:
-        held, psis = reweighted(held, num_samples, "to_arviz")
+        draws, psis = reweighted(draws, num_samples, "to_arviz")
     else:
-        psis = weigh(held.log_p - held.log_q)
+        psis = weigh(draws.log_p - draws.log_q)
+    nodes, latents = task.model.single.nodes, task.complete(draws.latents, batch_size)
+    stats = {"log_p": draws.log_p, "log_q": draws.log_q, "log_weight": draws.log_p - draws.log_q}
     groups: Groups = {
-        "posterior": _by_draw(held, values_of(model, held, args, kwargs, batch_size)),
-        "sample_stats": _by_draw(
-            held, {"log_p": held.log_p, "log_q": held.log_q, "log_weight": held.log_p - held.log_q}
-        ),
+        "posterior": _by_draw(nodes, task.read(latents, list(task.sites("posterior")), batch_size=batch_size)),
+        "sample_stats": _by_draw(nodes, stats),
     }
-    observed = sites_of(held.single, "observed")
-    rows = {name: _log_likelihood(site).shape for name, site in observed.items()}  # data may have more than fn
+    observed = task.sites("observed")
     if posterior_predictive:
-        shapes = {name: rows[name] + site["fn"].event_shape for name, site in observed.items()}
-        drawn = read(model, held, args, kwargs, shapes, batch_size=batch_size, forget=True)
-        groups["posterior_predictive"] = _by_draw(held, drawn)
+        drawn = task.read(latents, list(observed), batch_size=batch_size, forget=True)
+        groups["posterior_predictive"] = _by_draw(nodes, drawn)
     if log_likelihood:
-        densities = read(model, held, args, kwargs, rows, _log_likelihood, batch_size=batch_size)
-        for name, variable in _by_draw(held, densities, event_dim=0).items():
+        densities = task.read(latents, list(observed), row_log_prob, batch_size=batch_size)
+        for name, variable in _by_draw(nodes, densities, event_dim=0).items():
             groups.setdefault("log_likelihood", {}).update(_seen(name, *variable))
     groups["observed_data"] = {
         name: (_dims(name, site, site["value"].shape), _array(site["value"])) for name, site in observed.items()
@@ -127,9 +125,8 @@ def to_arviz(
     return container({group: variables for group, variables in groups.items() if variables}, attrs)
 
 
-def _by_draw(held: Held, values: dict[str, Tensor], event_dim: int | None = None) -> dict[str, Variable]:
+def _by_draw(nodes: Mapping[str, Site], values: Values, event_dim: int | None = None) -> dict[str, Variable]:
     """Values ``(N, *shape)`` of the model's sites, or of the draws, as variables of one chain."""
-    nodes = held.single.nodes
     return {
         name: (("chain", "draw", *_dims(name, nodes.get(name), value.shape[1:], event_dim)), _array(value)[None])
         for name, value in values.items()
@@ -147,11 +144,6 @@ def _dims(name: str, site: dict[str, Any] | None, shape: torch.Size, event_dim: 
         depth = len(shape) - (site["fn"].event_dim if event_dim is None else event_dim)
     found = [(i, size, frames.get(i - depth)) for i, size in enumerate(shape)]
     return tuple(frame.name if frame and frame.size == size else f"{name}_dim_{i}" for i, size, frame in found)
-
-
-def _log_likelihood(site: dict[str, Any]) -> Tensor:
-    """The log-density of each row, without the scale of its plates; a masked row counts nothing."""
-    return scale_and_mask(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), mask=site["mask"])
 
 
 def _seen(name: str, dims: tuple[str, ...], array: np.ndarray) -> dict[str, Variable]:

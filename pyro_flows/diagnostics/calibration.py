@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from .. import plots
-from ..checks import joined
+from ..checks import check_integers, joined
 from ..encoders.base import at_rest
-from ..programs.draws import check_integers
 from ..programs.nesting import takes_nesting
 from ..programs.quantities import labels_of
 from ..programs.simulations import Simulations
@@ -109,7 +108,7 @@ def calibrate(
     *args: Any,
     num_simulations: int = 1000,
     num_samples: int = 500,
-    vectorize: bool = True,
+    vectorize: str = "auto",
     max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
@@ -158,7 +157,7 @@ def calibrate(
         torch.Size([200, 2])
     """
     kwargs = joined("calibrate", kwargs, model_kwargs)
-    check_integers("calibrate", num_simulations=(num_simulations, 20), num_samples=(num_samples, 20))
+    check_integers("calibrate", 20, num_simulations=num_simulations, num_samples=num_samples)
     amortised = getattr(guide, "encoder", None) is not None
     if not amortised and (isinstance(guide, torch.nn.Module) or not callable(guide)):
         raise ValueError(

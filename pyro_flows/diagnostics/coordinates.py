@@ -53,7 +53,7 @@ class Base:
     @classmethod
     def of(cls, space: Space, z: Tensor) -> Base | None:
         """Those of a guide, None where it has none or where its transform is not invertible at its draws z."""
-        if not isinstance(space.guide, AutoContinuous):
+        if not isinstance(space.task.guide.call, AutoContinuous):
             return None
         found = cls(space)
         try:
@@ -72,4 +72,5 @@ class Base:
         return self._transform().inv(z)
 
     def _transform(self) -> Transform:
-        return self._space.guide.get_transform(*self._space.args, **self._space.kwargs)  # type: ignore[attr-defined]
+        guide = self._space.task.guide
+        return guide.call.get_transform(*guide.args, **guide.kwargs)  # type: ignore[attr-defined]

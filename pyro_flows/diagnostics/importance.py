@@ -22,8 +22,8 @@ from torch import Tensor
 from .. import plots
 from ..checks import is_integer, joined
 from ..compat import psislw
-from ..programs.draws import draw
 from ..programs.nesting import takes_nesting
+from ..programs.task import Task
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def psis(
     *args: Any,
     num_samples: int = 10_000,
     batch_size: int = 1000,
-    vectorize: bool = True,
+    vectorize: str = "auto",
     max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
@@ -106,8 +106,8 @@ def psis(
         *args: The model's arguments.
         num_samples: The number S of draws, at least 25.
         batch_size: How many draws are run at once.
-        vectorize: Run the model vectorised over draws, under an outer plate; it must then broadcast to the left of its
-            plates, as it must for ``Trace_ELBO(vectorize_particles=True)``.  False runs them one after the other.
+        vectorize: How many draws are run: ``"plate"``, ``"vmap"``, ``"loop"``, or by default the first of these that
+            does to draws what single runs do (*Any Pyro program* in the docs).
         max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
@@ -139,8 +139,8 @@ def psis(
     if not is_integer(num_samples) or num_samples < 25:
         raise ValueError(f"psis: num_samples must be at least 25 to fit a tail, got {num_samples!r}.")
     kwargs = joined("psis", kwargs, model_kwargs)
-    batches = draw(model, guide, args, kwargs, num_samples, batch_size=batch_size, vectorize=vectorize)
-    return weigh(torch.cat([batch.log_p - batch.log_q for batch in batches]))
+    draws = Task(model, guide, args, kwargs, vectorize).check().draw(num_samples, batch_size)
+    return weigh(draws.log_p - draws.log_q)
 
 
 def weigh(log_weights: Tensor) -> Psis:

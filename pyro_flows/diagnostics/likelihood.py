@@ -10,18 +10,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from ..checks import joined
-from ..programs.alongside import side_by_side
-from ..programs.draws import check_guide, check_integers, check_side_by_side, single_trace
+from ..checks import check_integers, joined
+from ..programs.engines import Values, View, row_log_prob
 from ..programs.nesting import takes_nesting
+from ..programs.task import Task, batches
 
 
 @takes_nesting
@@ -33,6 +29,7 @@ def importance_log_likelihood(
     plate: str | None = None,
     num_samples: int = 500,
     batch_size: int = 50,
+    vectorize: str = "auto",
     max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
@@ -81,25 +78,22 @@ def importance_log_likelihood(
         True
     """
     kwargs = joined("importance_log_likelihood", kwargs, model_kwargs)
-    check_integers("importance_log_likelihood", num_samples=(num_samples, 1), batch_size=(batch_size, 1))
+    check_integers("importance_log_likelihood", num_samples=num_samples, batch_size=batch_size)
     name = plate if plate is not None else getattr(guide, "plate", None)
     if name is None:
         raise ValueError("importance_log_likelihood: give the name of the rows' plate, plate=...")
-    single, nesting = check_guide(model, guide, args, kwargs)
-    check_side_by_side(model, guide, args, kwargs)
-    _, guide_trace, _ = single_trace(model, guide, args, kwargs)
-    dim = _place(name, single)
-    _place(name, guide_trace)
+    task = Task(model, guide, args, kwargs, vectorize).check().settle()
+    dims = {program: _place(name, program.single) for program in (task.guide, task.model)}
+
+    def read(view: View) -> Values:
+        return {"log_q": _by_row(view, name, dims[task.guide]), **{n: view.read(n) for n in task.latents}}
+
     total: Tensor | None = None
-    for start in range(0, num_samples, batch_size):
-        size = min(batch_size, num_samples - start)
-        with poutine.block(), pyro.validation_enabled(False):
-            guide_trace = poutine.trace(side_by_side(guide, size, nesting)).get_trace(*args, **kwargs)
-            replayed = poutine.replay(side_by_side(model, size, nesting), trace=guide_trace)
-            model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-        log_p, log_q = (_by_row(trace, name, dim, size) for trace in (model_trace, guide_trace))  # (size, rows)
-        log_weights = log_p - log_q
-        batch = log_weights.logsumexp(0)
+    for size in batches(num_samples, batch_size):
+        latents = task.guide.run(read, {}, size)
+        log_q = latents.pop("log_q")
+        found = task.model.run(lambda view: {"log_p": _by_row(view, name, dims[task.model])}, latents, size)
+        batch = (found["log_p"] - log_q).logsumexp(0)  # (rows,)
         total = batch if total is None else torch.logaddexp(total, batch)
     assert total is not None
     return total - math.log(num_samples)
@@ -108,7 +102,7 @@ def importance_log_likelihood(
 def _place(plate: str, trace: Trace) -> int:
     """The plate's dimension; every site with a density must lie in it."""
     dim = None
-    for name, site in prune_subsample_sites(trace).nodes.items():
+    for name, site in trace.nodes.items():
         if site["type"] != "sample" or (site["is_observed"] and not _in(plate, site)):
             continue  # what is given, outside of the plate, is the same for all rows
         frames = _in(plate, site)
@@ -128,13 +122,11 @@ def _in(plate: str, site: dict[str, Any]) -> list[Any]:
     return [frame for frame in site["cond_indep_stack"] if frame.name == plate and frame.vectorized]
 
 
-def _by_row(trace: Trace, plate: str, dim: int, size: int) -> Tensor:
-    """The log-density of each draw and row, ``(size, rows)``."""
-    trace.compute_log_prob()
-    total = torch.zeros(())
-    for site in prune_subsample_sites(trace).nodes.values():
+def _by_row(view: View, plate: str, dim: int) -> Tensor:
+    """The log-density of each draw and row, ``(N, rows)``, or of each row of one draw."""
+    total, lead = torch.zeros(()), int(view.size is not None)
+    for site in view.trace.nodes.values():
         if site["type"] == "sample" and _in(plate, site):
-            rows = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"]).movedim(dim, -1)
-            rows = rows.expand(size, *rows.shape[1:]) if rows.dim() > 1 else rows.expand(size, -1)
-            total = total + rows.reshape(size, -1, rows.shape[-1]).sum(1)
+            rows = view.by_draw(row_log_prob(site)).movedim(dim, -1)
+            total = total + (rows.flatten(lead, -2).sum(lead) if rows.dim() > lead + 1 else rows)
     return total

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_integers
 from ..flows import Flow
 from ..flows.checks import check_value, parameter_of
 from ..flows.continuous import continuous_of
-from ..programs.draws import check_integers
 from ..transforms import Continuous
 
 
@@ -96,7 +96,7 @@ def ode_report(flow: Flow, x: Tensor, context: Tensor | None = None, *, num_prob
         OdeReport(log_prob=-1.8379, log_prob_se=0, evaluations=13, evaluations_back=13, round_trip=0.0e+00,
         kinetic=0, jacobian=0) of 5 rows
     """
-    check_integers("ode_report", num_probes=(num_probes, 2))
+    check_integers("ode_report", 2, num_probes=num_probes)
     if not isinstance(flow, Flow):
         raise TypeError(f"ode_report: flow must be a Flow, got {type(flow).__name__}; that of a guide is guide.flow.")
     continuous_of(flow, "ode_report")

@@ -17,11 +17,11 @@ import pyro
 import torch
 from torch import Tensor
 
-from ..checks import joined
-from ..programs.draws import check_integers
+from ..checks import check_integers, joined
 from ..programs.log_density import or_nan
 from ..programs.nesting import takes_nesting
 from ..programs.space import sound_space
+from ..programs.task import Task
 from .chains import FROZEN, Chains
 from .coordinates import charts_of
 from .drift import Drift, DriftMeter
@@ -70,6 +70,7 @@ def refine(
     *args: Any,
     num_samples: int = 1000,
     transitions: int = 20,
+    vectorize: str = "auto",
     max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
@@ -87,6 +88,8 @@ def refine(
         num_samples: The number of draws, each the end of a chain of its own, so that they are independent.
         transitions: How often each chain moves, in all coordinates, at least 4.  Step sizes are adapted in the first
             quarter.
+        vectorize: How many draws are run: ``"plate"``, ``"vmap"``, ``"loop"``, or by default the first of these that
+            does to draws what single runs do (*Any Pyro program* in the docs).
         max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
@@ -115,9 +118,10 @@ def refine(
         (True, True)
     """
     kwargs = joined("refine", kwargs, model_kwargs)
-    check_integers("refine", num_samples=(num_samples, 1), transitions=(transitions, 4))
+    check_integers("refine", num_samples=num_samples)
+    check_integers("refine", 4, transitions=transitions)
     with pyro.validation_enabled(False):  # a draw of no density is for the chains to shun
-        space = sound_space("refine", model, guide, args, kwargs)
+        space = sound_space("refine", Task(model, guide, args, kwargs, vectorize))
         reference = space.draw(max(4 * BATCH, 10 * space.dim))
         charts, _ = charts_of(space, reference.z)
         began = space.draw(num_samples)

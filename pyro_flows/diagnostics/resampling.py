@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_integers, is_integer, joined
-from ..programs.draws import draw
-from ..programs.held import Held, hold, values_of
 from ..programs.nesting import takes_nesting
+from ..programs.task import Draws, Task
 from .importance import Psis, weigh
 
 
@@ -32,7 +31,7 @@ def resample(
     num_samples: int = 1000,
     num_weighed: int = 10_000,
     batch_size: int = 1000,
-    vectorize: bool = True,
+    vectorize: str = "auto",
     max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
@@ -50,8 +49,8 @@ def resample(
         num_samples: The number N of draws that are kept.
         num_weighed: How many draws of the guide they are chosen from, at least 25; at least N are.
         batch_size: How many draws are run at once.
-        vectorize: Whether the model runs vectorised over draws, for which it must broadcast to the left of its plates,
-            or for one draw after the other.
+        vectorize: How many draws are run: ``"plate"``, ``"vmap"``, ``"loop"``, or by default the first of these that
+            does to draws what single runs do (*Any Pyro program* in the docs).
         max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
@@ -83,21 +82,21 @@ def resample(
         raise ValueError(f"resample: num_weighed must be at least 25 to fit a tail, got {num_weighed!r}.")
     kwargs = joined("resample", kwargs, model_kwargs)
     total = max(num_samples, num_weighed)
-    held = hold(draw(model, guide, args, kwargs, total, batch_size=batch_size, vectorize=vectorize))
-    kept, _ = reweighted(held, num_samples, "resample")
-    return values_of(model, kept, args, kwargs, batch_size)
+    task = Task(model, guide, args, kwargs, vectorize).check()
+    kept, _ = reweighted(task.draw(total, batch_size), num_samples, "resample")
+    return task.values(kept.latents, batch_size)
 
 
-def reweighted(held: Held, number: int, caller: str) -> tuple[Held, Psis]:
+def reweighted(draws: Draws, number: int, caller: str) -> tuple[Draws, Psis]:
     """A number of draws, chosen by their weights, and what the weights are worth."""
-    psis = weigh(held.log_p - held.log_q)
+    psis = weigh(draws.log_p - draws.log_q)
     if not psis.reliable:
         warnings.warn(
             f"{caller}: k-hat is {psis.khat:.2f}, above {psis.threshold:.2f}: a few draws hold most of the weight, and "
             "the resampled draws cannot be trusted. Fit the guide longer, or give it a flow of more layers.",
             stacklevel=4,
         )
-    return held.take(systematic(psis.smoothed, number)), psis
+    return draws.take(systematic(psis.smoothed, number)), psis
 
 
 def systematic(log_weights: Tensor, number: int) -> Tensor:

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..checks import check_integers, joined
-from ..programs.draws import check_trained
 from ..programs.nesting import takes_nesting
+from ..programs.task import check_trained
 from .verdict import check as judge
 
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from .. import plots
-from ..checks import joined
-from ..programs.draws import check_integers
+from ..checks import check_integers, joined
 from ..programs.log_density import or_nan
 from ..programs.nesting import takes_nesting
 from ..programs.space import Scored, Space, sound_space
+from ..programs.task import Task
 from .chains import Chains
 from .coordinates import Chart, White, charts_of
 from .drift import Drift, DriftMeter, weighted_drift
@@ -140,6 +140,7 @@ def check(
     *args: Any,
     num_samples: int = 10_000,
     num_chains: int = 256,
+    vectorize: str = "auto",
     max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
@@ -158,6 +159,8 @@ def check(
         *args: The model's arguments.
         num_samples: The number of draws that are weighed, at least 100.
         num_chains: The number of chains, at least 16.
+        vectorize: How many draws are run: ``"plate"``, ``"vmap"``, ``"loop"``, or by default the first of these that
+            does to draws what single runs do (*Any Pyro program* in the docs).
         max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
@@ -185,9 +188,10 @@ def check(
         'reweight'
     """
     start, kwargs = time.perf_counter(), joined("check", kwargs, model_kwargs)
-    check_integers("check", num_samples=(num_samples, 100), num_chains=(num_chains, 16))
+    check_integers("check", 100, num_samples=num_samples)
+    check_integers("check", 16, num_chains=num_chains)
     with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
-        space = sound_space("check", model, guide, args, kwargs)
+        space = sound_space("check", Task(model, guide, args, kwargs, vectorize))
         draws = space.draw(num_samples)
         psis = weigh(draws.log_p - draws.log_q)
         judged = _judged(space, draws.quantities)
@@ -207,7 +211,7 @@ def _judged(space: Space, quantities: Tensor) -> Tensor:
     """Which quantities are judged, ``(K,)``: those that vary, and are finite."""
     spread = quantities.double().std(0)
     varies = spread > 1e-6 * quantities.double().mean(0).abs().clamp_min(1e-12)
-    for name in space.read.latents:
+    for name in space.task.latents:
         if not any(v for v, site in zip(varies.tolist(), space.read.sites, strict=True) if site == name):
             raise ValueError(f"the guide's site {name!r} is a point: it has the same value in all draws.")
     return varies & quantities.isfinite().all(0)

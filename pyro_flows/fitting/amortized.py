@@ -49,7 +49,7 @@ def fit_amortized(
     clip_norm: float = 5.0,
     held_out: float = 0.1,
     patience: int = 20,
-    vectorize: bool = True,
+    vectorize: str = "auto",
     simulation_batch_size: int = 10_000,
     on_nonfinite: str = "skip",
     checkpoint: str | os.PathLike[str] | None = None,
@@ -152,13 +152,13 @@ def fit_amortized(
             f"fit_amortized: rounds={rounds} needs observed={{{', '.join(f'{n!r}: ...' for n in simulator.sites)}}}, "
             f"the data to draw simulations for, got {observed!r:.100}."
         )
-    if rounds > 1 and not vectorize:
+    if rounds > 1 and vectorize == "loop":
         raise ValueError(
             f"fit_amortized: rounds={rounds} draws many latents for each that it keeps, all at once; it needs "
-            "vectorize=True."
+            "another vectorize."
         )
     for name, value in (observed or {}).items():
-        shape = simulator.single.nodes[simulator.sites[name]]["value"].shape
+        shape = simulator.model.single.nodes[simulator.sites[name]]["value"].shape
         if value.shape != shape:
             raise ValueError(
                 f"fit_amortized: observed[{name!r}] must be one data set of shape {tuple(shape)}, got "

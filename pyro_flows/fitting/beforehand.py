@@ -1,49 +1,47 @@
-"""Checks of model and guide before a fit, so that none breaks off in the middle."""
+"""What a fit runs, and checks of it before any training, so that none breaks off in the middle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from pyro.infer import ELBO
-from pyro.poutine.trace_struct import Trace
+from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 
 from ..objectives import PathELBO, PathEnumELBO
 from ..objectives.particles import ParticleObjective
-from ..programs.draws import check_side_by_side, single_trace
 from ..programs.latents import check_guided, lacking
+from ..programs.task import Task
 from ..training.randomness import unchanged
 
 
-def check_pair(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    objective: ELBO | None,
-    *,
-    search: str = "",
-) -> tuple[Trace, int]:
-    """Refuse a guide that lacks latents, and a model that does not run vectorised over draws, where a fit needs both.
+def check_task(task: Task, objective: ELBO | None, *, search: bool) -> None:
+    """Refuse a guide that lacks latents, and programs that do not run vectorised over draws, where a fit needs both.
 
     Args:
-        model: The model.
-        guide: The guide.
-        args: The model's arguments.
-        kwargs: Its keyword arguments.
+        task: The model and the guide.
         objective: The user's objective; None for the default one.
-        search: The argument of ``fit_svi`` by which a place to start from is searched for, if any.
-
-    Returns:
-        The model's trace of one draw, and the number of dimensions that its plates take.
+        search: True if a place to start from is searched for.
     """
-    single, drawn, nesting = single_trace(model, guide, args, kwargs)
-    missing = lacking(single, drawn)
-    if search or objective is None or isinstance(objective, PathELBO | ParticleObjective):
-        check_guided("fit_svi", missing, nesting, search)
-    elif isinstance(objective, PathEnumELBO):
-        check_guided("fit_svi", lacking(single, drawn, enumerated=True), nesting, search)
-    if search or (getattr(objective, "vectorize_particles", False) and not missing):
+    if search or objective is None or isinstance(objective, PathELBO | PathEnumELBO | ParticleObjective):
+        check_guided("fit_svi: ", *task.traces)
+    if search or (_is_vectorised(objective) and not lacking(*task.traces)):
         with unchanged():
-            check_side_by_side(model, guide, args, kwargs)
-    return single, nesting
+            task.settle()
+    if _is_vectorised(objective) and task.guide.engine != "plate":
+        raise ValueError(
+            f"fit_svi: the guide{task.guide.fault}. Let it broadcast to the left of its plates, or give the objective "
+            "vectorize_particles=False."
+        )
+
+
+def program_of(task: Task, objective: ELBO) -> Callable[..., Any]:
+    """Return the model as an objective runs it: as it is, or, where it would not work so, lifted."""
+    sums_itself = not isinstance(objective, Trace_ELBO) or isinstance(objective, TraceMeanField_ELBO)
+    if sums_itself or not (task.model.enumerated or _is_vectorised(objective)):
+        return task.model.call
+    with unchanged():
+        return task.broadcasting
+
+
+def _is_vectorised(objective: ELBO | None) -> bool:
+    return bool(getattr(objective, "vectorize_particles", False)) and getattr(objective, "num_particles", 1) > 1

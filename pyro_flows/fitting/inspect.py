@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..bijectors import Bijector
-from ..programs.draws import single_trace
 from ..programs.log_density import is_breakdown
+from ..programs.task import Task
 
 
 def trained_by(loss: Callable[[], Tensor], model: Any, guide: Any) -> list[Tensor]:
@@ -39,12 +39,11 @@ def trained_by(loss: Callable[[], Tensor], model: Any, guide: Any) -> list[Tenso
 
 
 @torch.no_grad()
-def culprit(model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def culprit(task: Task) -> str:
     """Name the first site, in the guide and then in the model, whose value or density is not finite."""
     for _ in range(20):
-        with poutine.block(), pyro.validation_enabled(False):  # which would raise, and name no site
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        with pyro.validation_enabled(False):  # which would raise, and name no site
+            model_trace, guide_trace = task.once()
         for program, trace in (("guide", guide_trace), ("model", model_trace)):
             for name, site in trace.nodes.items():
                 if site["type"] != "sample":
@@ -90,10 +89,10 @@ def design(model: nn.Module) -> str:
     return f"{zlib.crc32(repr(found).encode()):08x}"
 
 
-def check_no_parameters(model: Callable[..., Any], guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_no_parameters(task: Task) -> None:
     """Refuse a model that is trained itself: each fit would go on from where the last has left it."""
-    trace, _, _ = single_trace(model, guide, args, kwargs)
-    names = [name for name, site in trace.nodes.items() if site["type"] == "param"]
+    model = task.model.call
+    names = [name for name, site in task.traces[0].nodes.items() if site["type"] == "param"]
     if isinstance(model, nn.Module):
         names += [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if names:

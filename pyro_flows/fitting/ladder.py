@@ -29,6 +29,7 @@ from ..guides.couplings import affine_couplings
 from ..objectives import ForwardKL, TemperedELBO
 from ..programs.log_density import or_nan
 from ..programs.space import Space
+from ..programs.task import Task
 from ..training import processes
 from ..training.loop import Fit
 from ..transforms import ActNorm
@@ -72,10 +73,8 @@ class Ladder:
     """Makes fits of a model, judges them and remembers them.
 
     Args:
-        fit_once: Fits a guide: ``fit_once(guide, *args, **settings)``.
-        model: The model.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
+        fit_once: Fits a guide: ``fit_once(guide, **settings)``.
+        task: The model, and the guide to begin with.
         settings: Settings of each fit.
         checkpoint: The stem of the files for the states of fits.
     """
@@ -83,13 +82,11 @@ class Ladder:
     def __init__(
         self,
         fit_once: Callable[..., Fit],
-        model: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        task: Task,
         settings: dict[str, Any],
         checkpoint: str | os.PathLike[str] | None,
     ) -> None:
-        self._fit_once, self._model, self._args, self._kwargs = fit_once, model, args, kwargs
+        self._fit_once, self._model = fit_once, task.model
         self._settings, self._checkpoint = settings, checkpoint
         self.rungs: list[Rung] = []
         self.stopped = ""
@@ -98,7 +95,7 @@ class Ladder:
         """Fit a guide; None where that breaks off and there is an earlier rung to keep."""
         file = self._checkpoint and Path(f"{os.fspath(self._checkpoint)}.{name.replace(' ', '-')}")
         try:
-            fit = self._fit_once(guide, *self._args, **{**self._settings, **settings}, checkpoint=file)
+            fit = self._fit_once(guide, **{**self._settings, **settings}, checkpoint=file)
         except (KeyboardInterrupt, ValueError, FloatingPointError, processes.Parted) as error:
             self._break_off(name, error)
             return None
@@ -115,7 +112,9 @@ class Ladder:
         start, found = time.perf_counter(), None
         if not self.stopped:
             try:
-                found = self._compared(check(self._model, fit.guide, *self._args, model_kwargs=self._kwargs))
+                model, vectorize = self._model, self._settings["vectorize"]
+                checked = check(model.call, fit.guide, *model.args, vectorize=vectorize, model_kwargs=model.kwargs)
+                found = self._compared(checked)
             except KeyboardInterrupt:
                 self.stopped = "interrupted"
             except ValueError as error:
@@ -179,10 +178,8 @@ class Ladder:
 
 def climb(
     fit_once: Callable[..., Fit],
-    model: Callable[..., Any],
     guide: AutoFlow,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    task: Task,
     settings: dict[str, Any],
     checkpoint: str | os.PathLike[str] | None,
     *,
@@ -190,9 +187,8 @@ def climb(
     restarts: int,
 ) -> Fit:
     """Fit a guide, from several places or with growing effort or both; return the best fit, with all rungs."""
-    ladder = Ladder(fit_once, model, args, kwargs, settings, checkpoint)
-    fresh = guide.rebuilt()
-    space = Space(model, fresh, args, kwargs)
+    ladder = Ladder(fit_once, task, settings, checkpoint)
+    fresh, space = guide.rebuilt(), Space(task)
     if not escalate:
         _restarted(ladder, guide, space, restarts)
         return ladder.result()

@@ -9,7 +9,7 @@ component of a mixture does, is not found out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyro.distributions as dist
@@ -21,17 +21,18 @@ from torch.distributions import biject_to, constraints
 from ..guides import AutoFlow
 from ..programs.log_density import LogDensity, or_nan, score_of
 from ..programs.space import Space
+from ..programs.task import Task
 
 MANY = 200  # latents with flat priors, beyond which the search would take long
 
 
-def check_proper(model: Callable[..., Any], guide: AutoFlow, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_proper(guide: AutoFlow, task: Task) -> None:
     """Refuse a model whose posterior cannot be normalised, by the names of the sites at fault, where that shows."""
     names, on_lines, elsewhere = _flat_latents(guide)
     if not 0 < len(on_lines) + len(elsewhere) <= MANY:
         return
     with validation_enabled(False):
-        density = or_nan(Space(model, guide, args, kwargs).log_p)
+        density = or_nan(Space(task).log_p)
         for places in (on_lines, elsewhere):
             for direction in _straight_lines(density, guide.start[0], places, places is on_lines):
                 sites = sorted({names[place] for place in (direction.abs() > 0.1).nonzero().flatten().tolist()})

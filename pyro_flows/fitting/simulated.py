@@ -105,7 +105,7 @@ def _standardise(simulator: Simulator, guide: AutoFlow, simulations: Simulations
             raise ValueError(f"{caller}: latent site {name!r} of the guide is not drawn by the model without data.")
         check_draws(caller, "latent site", name, simulations.latents[name])
     args, kwargs = simulator.arguments(simulations.row(1))
-    check_same(caller, simulator.model, guide.prototype_trace, args, kwargs)
+    check_same(caller, simulator.model.call, guide.prototype_trace, args, kwargs)
     with torch.no_grad():
         z, log_det = guide.pack(simulations.latents)
         for name, column in zip(guide.coordinates, z.T, strict=True):
@@ -118,7 +118,7 @@ def _standardise(simulator: Simulator, guide: AutoFlow, simulations: Simulations
         if guide.is_fresh:
             if not guide.has_circles:
                 guide.start_at(z.median(0).values, torch.diag(_spread(z)))
-            initialize(caller, guide.encoder, simulator.model, *simulator.arguments(simulations.data))
+            initialize(caller, guide.encoder, simulator.model.call, *simulator.arguments(simulations.data))
     return z, log_det
 
 

@@ -21,14 +21,14 @@ from ..guides import AutoFlow, AutoPlateFlow
 from ..guides.encoding import initialize
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective
-from ..programs.draws import check_side_by_side, subsampled_plate
 from ..programs.nesting import settle, takes_nesting
+from ..programs.task import Task
 from ..training import checkpoint as checkpoints
 from ..training import processes
 from ..training.attempts import check_path
 from ..training.loop import Fit, ask, check_settings, descend
 from ..training.randomness import unchanged
-from .beforehand import check_pair
+from .beforehand import check_task, program_of
 from .inspect import check_no_parameters, culprit, fingerprint, has_all, trained_by
 from .ladder import climb
 from .optimizers import matrices, optimizers
@@ -38,6 +38,7 @@ from .schedule import suited_to
 from .warm import start_from_gaussian
 
 SETTINGS = "num_particles", "vectorize_particles", "num_steps", "start", "alpha", "buffer_size"  # of objectives
+ONE_BY_ONE = 8  # draws in each step where the model runs one at a time
 LONGEST_END = ".deeper-and-longer"  # that a fit of several gives the name of a checkpoint
 
 
@@ -58,6 +59,7 @@ def fit_svi(
     progress: bool = True,
     escalate: bool = False,
     restarts: int = 1,
+    vectorize: str = "auto",
     max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
@@ -106,6 +108,8 @@ def fit_svi(
             are those of the guide's own flow.
         restarts: How often to fit an ``AutoFlow``, each time from elsewhere: the prior, or far around the start.  The
             best is kept.
+        vectorize: How many draws are run: ``"plate"``, ``"vmap"``, ``"loop"``, or by default the first of these that
+            does to draws what single runs do (*Any Pyro program* in the docs).
         max_plate_nesting: How many dimensions the plates of model and guide take; by default that of the objective, or
             what one run shows, which is too few where a model has dimensions of its own to the left of its plates.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
@@ -144,6 +148,7 @@ def fit_svi(
         "lr": lr,
         "clip_norm": clip_norm,
         "on_nonfinite": on_nonfinite,
+        "vectorize": vectorize,
     }
     check_integers("fit_svi", optional=True, steps=steps, num_particles=num_particles)
     check_integers("fit_svi", restarts=restarts)
@@ -164,13 +169,14 @@ def fit_svi(
             raise ValueError("fit_svi: escalate=True chooses objectives itself; leave out objective, or escalate.")
         settings |= {"steps": steps, "objective": objective, "warm_start": warm_start, "progress": progress}
         guide.setup(*args, **kwargs)
-        check_no_parameters(model, guide, args, kwargs)
-        with unchanged():
-            check_pair(model, guide, args, kwargs, objective, search="escalate" if escalate else "restarts")
-        fit_once = functools.partial(fit_svi, model, model_kwargs=kwargs)
-        return climb(fit_once, model, guide, args, kwargs, settings, checkpoint, escalate=escalate, restarts=restarts)
+        task = Task(model, guide, args, kwargs, vectorize)
+        check_no_parameters(task)
+        check_task(task, objective, search=True)
+        fit_once = functools.partial(_again, model, args, kwargs)
+        return climb(fit_once, guide, task, settings, checkpoint, escalate=escalate, restarts=restarts)
     settle(objective)
-    single, nesting = check_pair(model, guide, args, kwargs, objective, search="warm_start" if warm_start else "")
+    task = Task(model, guide, args, kwargs, vectorize)
+    check_task(task, objective, search=bool(warm_start))
     _check_steps(steps, annealed := getattr(objective, "num_steps", None))
     suited = suited_to(guide)
     if num_particles and objective is None and num_particles % processes.size():
@@ -178,17 +184,20 @@ def fit_svi(
             f"fit_svi: num_particles={num_particles} are those of all {processes.size()} processes together, which "
             "must be able to share them equally; give a multiple of the number of processes, or leave it out."
         )
-    num_particles = num_particles or suited.num_particles
     lr, clip_norm = float(lr or suited.lr), float(clip_norm or suited.clip_norm)
-    whole = not subsampled_plate(single)  # a subsample is drawn anew each time
     asked: dict[str, Any] = {}  # what the user knows of, whatever the number of processes
     if objective is None:
+        several = (num_particles or suited.num_particles) > 1
+        if several:
+            with unchanged():
+                task.settle()
+        alone = several and task.runs_one_by_one
+        num_particles = num_particles or (min(ONE_BY_ONE, suited.num_particles) if alone else suited.num_particles)
         asked = {"num_particles": num_particles, "vectorize_particles": num_particles > 1}
         kind = Trace_ELBO if isinstance(guide, AutoFlow) and guide.has_circles else PathELBO
         own = -(-num_particles // processes.size())
-        objective = kind(own, max_plate_nesting=nesting, vectorize_particles=num_particles > 1)
-        if num_particles > 1:
-            check_side_by_side(model, guide, args, kwargs)
+        by_plate = several and task.guide.engine == "plate"
+        objective = kind(own, max_plate_nesting=task.nesting, vectorize_particles=by_plate)
     kept = checkpoints.steps_of(file) if file else None
     if warm_start and not isinstance(guide, AutoFlow):
         raise ValueError(f"fit_svi: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
@@ -197,18 +206,19 @@ def fit_svi(
         initialize("fit_svi", guide.contexts.encoder, model, args, kwargs)
     if isinstance(guide, AutoFlow) and not kept:
         ours = isinstance(objective, PathELBO | ParticleObjective) and objective.vectorize_particles
-        new = guide.is_fresh and ours and whole and guide.encoder is None
+        new = guide.is_fresh and ours and not task.subsampled and guide.encoder is None
         if new:
-            check_proper(model, guide, args, kwargs)
+            check_proper(guide, task)
         if new if warm_start is None else warm_start:
             power = objective.beta if isinstance(objective, TemperedELBO) else 1.0
-            start = start_from_gaussian(model, guide, args, kwargs, power)
+            start = start_from_gaussian(guide, task, power)
+    program = program_of(task, objective)
 
     def loss() -> Tensor:
         if hasattr(objective, "differentiable_loss"):
-            return objective.differentiable_loss(model, guide, *args, **kwargs)
+            return objective.differentiable_loss(program, guide, *args, **kwargs)
         # An objective such as RenyiELBO fills in the gradients itself, one such as ReweightedWakeSleep has two losses.
-        found = objective.loss_and_grads(model, guide, *args, **kwargs)
+        found = objective.loss_and_grads(program, guide, *args, **kwargs)
         return torch.tensor(sum(found) if isinstance(found, tuple) else found, requires_grad=True)
 
     parameters = trained_by(loss, model, guide)
@@ -228,7 +238,7 @@ def fit_svi(
             clip_norm=clip_norm,
             on_nonfinite=on_nonfinite,
             progress=progress,
-            diagnose=lambda: culprit(model, guide, args, kwargs),
+            diagnose=lambda: culprit(task),
             settled=lambda: getattr(objective, "settled", True),
             checkpoint=file,
             settings={
@@ -242,10 +252,16 @@ def fit_svi(
     if fit.skipped > fit.steps / 5:
         warnings.warn(
             f"fit_svi: {fit.skipped} of {fit.steps} steps were skipped, as loss or gradient were not finite; what was "
-            f"learned comes from the others. {ask(lambda: culprit(model, guide, args, kwargs))}",
+            f"learned comes from the others. {ask(lambda: culprit(task))}",
             stacklevel=4,
         )
     return fit
+
+
+def _again(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], guide: AutoFlow, **settings: Any
+) -> Fit:
+    return fit_svi(model, guide, *args, model_kwargs=kwargs, **settings)
 
 
 def _check_steps(asked: int | None, annealed: int | None) -> None:

@@ -7,16 +7,17 @@ they are trained on like all others.  Truncated proposals for scalable and hassl
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..guides import AutoFlow
-from ..programs.alongside import log_prob_of_draws, rows_of, side_by_side
+from ..programs.engines import Values, View
 from ..programs.simulator import Simulator
 from ..training import processes
 
@@ -84,21 +85,27 @@ class Truncated:
 
         With them come the latents before them, from the same draws of the model.
         """
-        simulator = self.simulator
-        program = poutine.condition(simulator.model, data=simulator.placed(values or {}))
-        with poutine.block(), pyro.validation_enabled(False), poutine.trace() as capture:
-            try:
-                with _StopAfter(self.names):
-                    side_by_side(program, size, simulator.nesting)(*simulator.args, **simulator.kwargs)
-            except _Enough:
-                pass
-        trace, single = capture.trace, simulator.single
-        drawn = {
-            name: rows_of(name, trace.nodes[name]["value"], site["value"].shape, size)
-            for name, site in single.iter_stochastic_nodes()
-            if name in trace.nodes and name not in simulator.sites.values()
-        }
-        return drawn, log_prob_of_draws(trace, size, simulator.nesting, lambda name: name in self.names)
+        single, data = self.simulator.model.single, self.simulator.sites.values()
+
+        def read(view: View) -> Values:
+            before = [name for name, _ in single.iter_stochastic_nodes() if name in view.trace.nodes]
+            return {
+                "log_p": view.log_prob(self.names.__contains__),
+                **{n: view.read(n) for n in before if n not in data},
+            }
+
+        found = self.simulator.model.sample(read, values or {}, size, place=self._before_data)
+        return found, found.pop("log_p")
+
+    def _before_data(self, model: Callable[..., Any], data: Values) -> Callable[..., Any]:
+        """The model, which ends when all latents of the guide are drawn or held."""
+        held = poutine.condition(model, data=data)
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            with contextlib.suppress(_Enough), _StopAfter(self.names):
+                held(*args, **kwargs)
+
+        return run
 
 
 class _Enough(BaseException):

@@ -7,9 +7,6 @@ in ELBO is kept, so a mode without mass leads nobody astray.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from pyro import validation_enabled
 
 from ..diagnostics.gaussian import Gaussian, fit_gaussian
@@ -17,11 +14,10 @@ from ..guides import AutoFlow
 from ..guides.recipe import DENSE
 from ..programs.log_density import or_nan
 from ..programs.space import Space
+from ..programs.task import Task
 
 
-def start_from_gaussian(
-    model: Callable[..., Any], guide: AutoFlow, args: tuple[Any, ...], kwargs: dict[str, Any], power: float = 1.0
-) -> Gaussian | None:
+def start_from_gaussian(guide: AutoFlow, task: Task, power: float = 1.0) -> Gaussian | None:
     """Let a guide start from the best Gaussian found, which is where it is already if none is better.
 
     The Gaussian is one of the posterior, or of a power of it.  Latents on circles have none, and more than 512 latents
@@ -30,7 +26,7 @@ def start_from_gaussian(
     if guide.has_circles or guide.latent_dim > DENSE:
         return None
     with validation_enabled(False):  # a place without density is for the scores to show
-        density = or_nan(Space(model, guide, args, kwargs).log_p)
+        density = or_nan(Space(task).log_p)
         found = fit_gaussian(lambda latent: power * density(latent), *guide.start)
     guide.start_at(found.loc, found.scale_tril.norm(dim=-1).diag() if found.is_poor else found.scale_tril)
     return found

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import validation_enabled
@@ -21,14 +22,17 @@ from torch.distributions import Transform, biject_to
 from ..flows import Flow
 from ..flows.chunks import chunk_for, in_chunks
 from ..flows.distribution import FlowDistribution
+from ..programs.engines import with_room
 from ..transforms import Compose, Conditioned, View
 from .base import FlowGuide
 from .calls import Calls
-from .checks import check_latents, check_same, check_supports
+from .checks import check_latents, check_same, check_supports, moving_supports
 from .circles import is_circular, mark_circles
+from .discrete import hide_discrete
 from .encoding import at_rest, check_encoder, encode, finite, width_for_one
 from .faults import joint_sites
 from .init import init_to_center
+from .moving import Moving
 from .names import claim_name
 from .recipe import assemble, built, check_recipe, check_scale, default_for, is_untrained, start_at
 from .rows import data_plates
@@ -102,10 +106,11 @@ class AutoFlow(FlowGuide, AutoContinuous):
         check_recipe("AutoFlow", "base", base, "distributions.StudentTBase")
         check_encoder("AutoFlow", encoder)
         check_scale("AutoFlow", init_scale)
-        super().__init__(mark_circles(model), init_loc_fn=init_loc_fn or init_to_center)
+        super().__init__(hide_discrete(mark_circles(model)), init_loc_fn=init_loc_fn or init_to_center)
         self._build_flow, self._build_base = flow, base
         self._init_scale, self._chooses_start = float(init_scale), init_loc_fn is None
         self.encoder, self._calls = encoder, Calls("AutoFlow")
+        self._engine: str | None = None  # that of the runs which constrain latents, where supports depend on others
         self._pyro_name = claim_name(self, name)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -120,7 +125,10 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 here = "AutoFlow", self.model, self.prototype_trace
                 if not amortised:
                     settle_start(*here, args, kwargs, choose=self._chooses_start)
-                check_supports(*here, self._init_scale, args, kwargs)
+                moving = moving_supports(*here[1:], self._init_scale, args, kwargs)
+                if amortised:
+                    check_supports("AutoFlow", moving, self.prototype_trace)
+                self._engine = Moving(*here[1:], args, kwargs).engine if moving else None
                 self._data_plates = data_plates(self._calls.begin(self.model, self.prototype_trace, args, kwargs))
             self._context_dim = width_for_one("AutoFlow", self.encoder, self.model, args, kwargs)
             self._build()
@@ -196,7 +204,36 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """Draw the latents, as Pyro's guides do: site name -> value."""
         self.setup(*args, **kwargs)._calls.rows(self.model, self.prototype_trace, args, kwargs, needed=False)
         with self._calls.watch.over(self, args, kwargs):
+            if moving := self._moving(args, kwargs):
+                return self._place(moving, self.sample_latent(*args, **kwargs), args, kwargs)
             return super().forward(*args, **kwargs)
+
+    def _moving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moving | None:
+        """The map to the latents by a run of the model, where supports depend on other latents."""
+        if self._engine is None:
+            return None
+        if self.model is None:
+            raise ValueError(
+                "AutoFlow: the supports of some latents depend on other latents and are found by running the model, "
+                "which saved guides leave behind. Build AutoFlow(model) again and load its state_dict."
+            )
+        return Moving(self.model, self.prototype_trace, args, kwargs, self._engine)
+
+    def _place(
+        self, moving: Moving, latent: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Put the packed latents at their sites, in their plates."""
+        plates, lead = self._create_plates(*args, **kwargs), latent.shape[:-1]
+        values, log_dets = moving.unpack(self._split(latent.reshape(-1, self.latent_dim)), lead.numel())
+        found = {}
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            both = values[name], log_dets[name]
+            value, log_det = (with_room(site, part, len(lead) - 1) if lead else part[0] for part in both)
+            with ExitStack() as stack:
+                for frame in self._cond_indep_stacks[name]:
+                    stack.enter_context(plates[frame.name])
+                found[name] = pyro.sample(name, dist.Delta(value, -log_det, event_dim=site["fn"].event_dim))
+        return found
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draw the packed, unconstrained latents, ``(latent_dim,)``."""
@@ -218,7 +255,10 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw from the guide: for each latent site, values of shape ``(num_samples, *site_shape)``."""
         context = self.setup(*args, **kwargs)._context_at_rest(args, kwargs)
-        return self.unpack(self.flow.sample((num_samples,), context, chunk_size=chunk_for(self.latent_dim)))
+        latent = self.flow.sample((num_samples,), context, chunk_size=chunk_for(self.latent_dim))
+        if moving := self._moving(args, kwargs):
+            return moving.unpack(self._split(latent), num_samples)[0]
+        return self.unpack(latent)
 
     def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The guide's log-density, in nats, of any constrained values, draws of another method included.
@@ -226,7 +266,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         Values of all latent sites, ``(*batch, *site_shape)``, have one of shape ``batch``; -inf outside of the support.
         """
         context = self.setup(*args, **kwargs)._context_at_rest(args, kwargs)
-        packed, log_det = self.pack(values)
+        packed, log_det = self.pack(values, *args, **kwargs)
         chunk = chunk_for(self.latent_dim)
         return in_chunks(lambda z, c: self.flow(c).log_prob(z), chunk, packed, context, 1) + log_det
 
@@ -238,13 +278,18 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     def unpack(self, latent: Tensor) -> dict[str, Tensor]:
         """Packed, unconstrained latents ``(*batch, latent_dim)`` as values of sites, ``(*batch, *site_shape)``."""
-        sites, shapes = dict(self.prototype_trace.iter_stochastic_nodes()), self._unconstrained_shapes
-        parts = latent.split([shape.numel() for shape in shapes.values()], -1)
-        free = {n: part.reshape(latent.shape[:-1] + shapes[n]) for n, part in zip(sites, parts, strict=True)}
-        return {name: biject_to(site["fn"].support)(free[name]) for name, site in sites.items()}
+        free = self._split(latent)
+        return {n: biject_to(s["fn"].support)(free[n]) for n, s in self.prototype_trace.iter_stochastic_nodes()}
 
-    def pack(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _split(self, latent: Tensor) -> dict[str, Tensor]:
+        shapes = self._unconstrained_shapes
+        parts = latent.split([shape.numel() for shape in shapes.values()], -1)
+        return {n: part.reshape(latent.shape[:-1] + shapes[n]) for n, part in zip(shapes, parts, strict=True)}
+
+    def pack(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The way back: ``(*batch, latent_dim)``, and log|det| of the change in nats, -inf outside of the support."""
+        if moving := self._moving(args, kwargs):
+            return moving.packed(values)
         packed, log_det = [], torch.zeros((), dtype=self.flow.transforms[-1].loc.dtype)
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             if name not in values:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from ..programs.latents import is_discrete
+from .discrete import summed
 from .look import Found, look
 
 
@@ -32,7 +35,7 @@ def missing_arguments(owner: str, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def check_latents(owner: str, prototype: Trace, plate: str | None = None) -> None:
     """Refuse discrete latents, latents without room to move and latents of subsampled plates but for one plate."""
-    _check_continuous(owner, prototype, plate)
+    _check_continuous(owner, prototype)
     for name, site in prototype.iter_stochastic_nodes():
         if _is_point(site["fn"]):
             raise ValueError(
@@ -54,28 +57,16 @@ def check_latents(owner: str, prototype: Trace, plate: str | None = None) -> Non
                 )
 
 
-def _check_continuous(owner: str, prototype: Trace, plate: str | None) -> None:
-    """Refuse discrete latents, all at once: some can be enumerated, those with infinite support cannot."""
-    latents = {name: site["fn"] for name, site in prototype.iter_stochastic_nodes()}
-    discrete = {name: fn for name, fn in latents.items() if not _is_point(fn) and fn.support.is_discrete}
-    finite = [name for name, fn in discrete.items() if fn.has_enumerate_support]
-    infinite = [name for name in discrete if name not in finite]
-    ways = ""
-    if finite:
-        ways += (
-            f" Sum {_listed(finite)} out: train with TraceEnum_ELBO or PathEnumELBO, mark the model with "
-            f"config_enumerate, and give the flow the rest: {owner}(poutine.block(model, hide={finite!r})"
-            f"{f', {plate!r}' if plate else ''})."
-        )
-    if infinite:
-        ways += (
-            f" {_listed(infinite)} cannot be enumerated, as the support is infinite: sum it out by hand (a Poisson "
+def _check_continuous(owner: str, prototype: Trace) -> None:
+    """Refuse discrete latents, all at once: those that can be summed out are hidden from the guide."""
+    names = [name for name, site in prototype.iter_stochastic_nodes() if is_discrete(site["fn"])]
+    if names:
+        several = len(names) > 1
+        raise ValueError(
+            f"{owner}: latent site{'s' * several} {_listed(names)} {'are' if several else 'is'} discrete, and cannot "
+            f"be enumerated, as the support is infinite. Sum {'each' if several else 'it'} out by hand (a Poisson "
             "whose rate is Gamma is a GammaPoisson), cut it off at a Categorical, or condition on it."
         )
-    if discrete:
-        several = len(discrete) > 1
-        sites = f"latent site{'s' * several} {_listed(list(discrete))} {'are' if several else 'is'} discrete"
-        raise ValueError(f"{owner}: {sites}.{ways}")
 
 
 def _listed(names: list[str]) -> str:
@@ -106,6 +97,9 @@ def check_density(
     latents = dict(prototype.iter_stochastic_nodes())
     start = {name: site["value"].detach() for name, site in latents.items()}
     with validation_enabled(False):  # its errors would come first, with less to say
+        if program := summed(model, args, kwargs):
+            _check_sum(owner, float(program.log_prob({name: value.unsqueeze(0) for name, value in start.items()}, 1)))
+            return
         trace = trace_at(model, start, args, kwargs)
         trace.compute_log_prob()
     for name, site in trace.nodes.items():
@@ -121,30 +115,44 @@ def check_density(
         )
 
 
-def check_supports(
-    owner: str,
+def _check_sum(owner: str, log_density: float) -> None:
+    if not math.isfinite(log_density):
+        raise ValueError(
+            f"{owner}: the model's log-density, with discrete latents summed out, is {log_density} at the guide's "
+            "start; give a better one with init_loc_fn=init_to_value(values={...})."
+        )
+
+
+def moving_supports(
     model: Callable[..., Any],
     prototype: Trace,
     scale: float,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> None:
-    """Refuse supports that move with another latent."""
+) -> list[str]:
+    """Return the latents whose supports move with another latent."""
     latents = dict(prototype.iter_stochastic_nodes())
     start = {name: site["value"].detach() for name, site in latents.items()}
     transforms = {name: biject_to(site["fn"].support) for name, site in latents.items()}
     places = {name: transform.inv(start[name]) for name, transform in transforms.items()}
     moved = {name: transforms[name](place + scale) for name, place in places.items()}
+    found = []
     for name, site in trace_at(model, moved, args, kwargs).nodes.items():
-        if name not in latents:
-            continue
-        there = biject_to(site["fn"].support)(places[name])
-        if there.shape != start[name].shape or not torch.allclose(there, transforms[name](places[name])):
-            raise ValueError(
-                f"{owner}: the support of latent site {name!r}, {site['fn'].support}, depends on another latent. Draw "
-                f"it on a fixed scale and stretch it: u ~ Uniform(0, 1), "
-                f"{name} = pyro.deterministic({name!r}, low + (high - low) * u)."
-            )
+        if name in latents:
+            there = biject_to(site["fn"].support)(places[name])
+            if there.shape != start[name].shape or not torch.allclose(there, transforms[name](places[name])):
+                found.append(name)
+    return found
+
+
+def check_supports(owner: str, names: list[str], prototype: Trace) -> None:
+    """Refuse latents whose supports move with another latent."""
+    for name in names:
+        raise ValueError(
+            f"{owner}: the support of latent site {name!r}, {prototype.nodes[name]['fn'].support}, depends on another "
+            f"latent. Draw it on a fixed scale and stretch it: u ~ Uniform(0, 1), "
+            f"{name} = pyro.deterministic({name!r}, low + (high - low) * u)."
+        )
 
 
 def trace_at(

@@ -20,9 +20,10 @@ from ..checks import check_integers
 from ..flows import Flow
 from .base import FlowGuide
 from .calls import Calls
-from .checks import check_latents, check_supports
+from .checks import check_latents, check_supports, moving_supports
 from .circles import is_circular, mark_circles
 from .contexts import RowContexts
+from .discrete import hide_discrete
 from .encoding import at_rest, check_encoder
 from .init import init_to_center
 from .local import assemble_local, default_local
@@ -107,7 +108,7 @@ class AutoPlateFlow(FlowGuide):
         check_encoder("AutoPlateFlow", encoder)
         if init_scale is not None:
             check_scale("AutoPlateFlow", init_scale)
-        super().__init__(InitMessenger(init_loc_fn or init_to_center)(mark_circles(model)))
+        super().__init__(InitMessenger(init_loc_fn or init_to_center)(hide_discrete(mark_circles(model))))
         self.plate = plate
         self._build_local, self._build_global = local_flow, global_flow
         self._init_scale, self._chooses_start = init_scale, init_loc_fn is None
@@ -127,7 +128,8 @@ class AutoPlateFlow(FlowGuide):
             settle_start(*here, args, kwargs, choose=self._chooses_start)
             shared, own = self._sorted(rows)
             scale = float(self._init_scale or (0.1 if shared.size else 1.0))
-            check_supports(*here, scale, args, kwargs)
+            moving = moving_supports(self.model, self.prototype_trace, scale, args, kwargs)
+            check_supports("AutoPlateFlow", moving, self.prototype_trace)
             self._build(rows, shared, own, scale, args, kwargs)
         except Exception:
             self.prototype_trace = None  # a failed setup can be tried again

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from .checks import check_density, trace_at
+from .discrete import summed
 from .look import same_draws
 
 ABSURD = 10.0  # nats per latent by which the origin must be likelier
@@ -58,12 +59,17 @@ def _choose(model: Callable[..., Any], prototype: Trace, args: tuple[Any, ...], 
     if not any(value.any() for value in centre.values()):
         return
 
+    program = summed(model, args, kwargs)
+
     def log_density(free: dict[str, Tensor]) -> float:
         values = {name: transforms[name](value) for name, value in free.items()}
-        trace = trace_at(model, {**values, **rows}, args, kwargs)
-        sites = [(name, site) for name, site in trace.nodes.items() if site["type"] == "sample"]
-        rows.update({name: site["value"] for name, site in sites if isinstance(site["fn"], _Subsample)})
-        total = trace.log_prob_sum()
+        if program:
+            total = program.log_prob({name: value.unsqueeze(0) for name, value in values.items()}, 1)[0]
+        else:
+            trace = trace_at(model, {**values, **rows}, args, kwargs)
+            sites = [(name, site) for name, site in trace.nodes.items() if site["type"] == "sample"]
+            rows.update({name: site["value"] for name, site in sites if isinstance(site["fn"], _Subsample)})
+            total = torch.as_tensor(trace.log_prob_sum())
         for name, value in values.items():
             total = total + transforms[name].log_abs_det_jacobian(free[name], value).sum()
         return float(total)

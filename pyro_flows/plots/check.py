@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..programs.draws import check_integers
+from ..checks import check_integers
 from .columns import plain, shortened
 from .weights import histogram
 
@@ -44,7 +44,7 @@ def check(found: Any, *, most: int = 30) -> Picture:
     """
     from .picture import Picture
 
-    check_integers("check", most=(most, 1))
+    check_integers("check", most=most)
     chains, weighted = found.chains, found.weighted
     size = torch.maximum(chains.error.abs(), (chains.ratio - 1).abs())
     shown = size.argsort(descending=True)[:most].sort().values

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_integers
 from ..flows import Flow
-from ..programs.draws import check_integers
 from ..transforms import FlowTransform, Inverse
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def deformation(flow: Flow, context: Tensor | None = None, *, most: int = 8) -> 
 
     if tuple(flow.event_shape) != (2,):
         raise ValueError(f"deformation: the flow must be over two features, got {tuple(flow.event_shape)}.")
-    check_integers("deformation", most=(most, 2))
+    check_integers("deformation", 2, most=most)
     encoded = flow.encode(context)
     if encoded is not None and encoded.dim() > 1:
         raise ValueError(f"deformation: one context is pictured, got a batch of {tuple(encoded.shape[:-1])}.")

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..programs.draws import check_integers
-
 if TYPE_CHECKING:
     from .picture import Picture
+from ..checks import check_integers
 
 
 def images(images: Tensor, *, columns: int = 8, levels: int | None = None) -> Picture:
@@ -53,7 +52,7 @@ def tiled(caller: str, images: Tensor, columns: int, levels: int | None) -> np.n
     """Images side by side as one, a pixel of white between them: ``(height, width, 3)``, from 0 to 1; NaN is white."""
     if images.dim() != 4 or images.shape[1] not in (1, 3) or not images.numel():
         raise ValueError(f"{caller}: images must have shape (N, 1 or 3, H, W), got {tuple(images.shape)}.")
-    check_integers(caller, columns=(columns, 1))
+    check_integers(caller, columns=columns)
     pixels = images.detach().to("cpu", torch.float64).numpy()
     finite = pixels[np.isfinite(pixels)] if np.isfinite(pixels).any() else np.zeros(1)
     low, high = (0.0, levels - 1.0) if levels else np.quantile(finite, [0.01, 0.99])

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..checks import check_integers
 from ..compat import kde
-from ..programs.draws import check_integers
 from .columns import Draws, as_array, beside, columns_of, shortened
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def marginals(
     """
     from .picture import Picture
 
-    check_integers("marginals", most=(most, 1))
+    check_integers("marginals", most=most)
     columns, others = beside("marginals", draws, reference)
     lines = columns_of("marginals", "truth", _twice(truth)) if truth else {}
     if strange := [name for name in lines if name not in columns]:

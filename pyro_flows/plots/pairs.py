@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..programs.draws import check_integers
+from ..checks import check_integers
 from .columns import Draws, beside, shortened
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def pairs(
 
     from .picture import Picture
 
-    check_integers("pairs", most=(most, 1))
+    check_integers("pairs", most=most)
     columns, others = beside("pairs", draws, reference, names)
     common = [name for name in columns if name in others or not others]
     shown = common[:most]

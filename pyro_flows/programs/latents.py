@@ -11,40 +11,46 @@ from pyro.poutine.util import prune_subsample_sites
 from .matching import check_drawn
 
 
-def lacking(model: Trace, guide: Trace, *, enumerated: bool = False) -> dict[str, Any]:
-    """Return the latent sites of a model's trace that its guide's trace lacks.
+def summable(model: Trace, guide: Trace) -> list[str]:
+    """Return the discrete latents of a model's trace that its guide lacks and whose support is finite."""
+    return [name for name, site in _lacking(model, guide).items() if is_summable(site["fn"])]
 
-    Args:
-        model: The model's trace.
-        guide: The guide's.
-        enumerated: True to leave out sites that are marked for enumeration in the model.
-    """
+
+def lacking(model: Trace, guide: Trace) -> dict[str, Any]:
+    """Return the latent sites of a model's trace that its guide lacks and that cannot be summed out."""
+    return {name: site for name, site in _lacking(model, guide).items() if not is_summable(site["fn"])}
+
+
+def is_discrete(fn: Any) -> bool:
+    """True if a distribution is one over integers; a point mass is not."""
+    inner = fn
+    while hasattr(inner, "base_dist"):
+        inner = inner.base_dist
+    try:
+        return not isinstance(inner, dist.Delta) and bool(fn.support.is_discrete)
+    except (NotImplementedError, AttributeError):  # rows of a plate have no support, say
+        return False
+
+
+def is_summable(fn: Any) -> bool:
+    """True if a distribution is discrete and its support finite, so that its site can be summed out."""
+    return is_discrete(fn) and bool(fn.has_enumerate_support)
+
+
+def _lacking(model: Trace, guide: Trace) -> dict[str, Any]:
     latents = prune_subsample_sites(model).iter_stochastic_nodes()
-    found = {name: site for name, site in latents if name not in guide.nodes}
-    marked = [name for name, site in found.items() if site["infer"].get("enumerate") == "parallel"]
-    return {name: site for name, site in found.items() if not (enumerated and name in marked)}
+    return {name: site for name, site in latents if name not in guide.nodes}
 
 
-def ways_out(sites: dict[str, Any], enumerate_by: str) -> str:
-    """Say what to do about latents that a guide lacks.
-
-    Args:
-        sites: The latents.
-        enumerate_by: What to do about discrete ones that can be enumerated.
-    """
-    finite: list[str] = []
-    infinite: list[str] = []
-    continuous: list[str] = []
-    for name, site in sites.items():
-        fn = site["fn"]
-        (finite if fn.has_enumerate_support else infinite if fn.support.is_discrete else continuous).append(name)
+def ways_out(sites: dict[str, Any]) -> str:
+    """Say what to do about latents that a guide lacks."""
+    infinite = [name for name, site in sites.items() if is_discrete(site["fn"])]
+    continuous = [name for name in sites if name not in infinite]
     ways = []
-    if finite:
-        ways.append(f"{named(finite)} {_are(finite)} discrete: {enumerate_by}.")
     if infinite:
         ways.append(
             f"{named(infinite)} {_are(infinite)} discrete with infinite support: sum the site out by hand (a "
-            "GammaPoisson for a Poisson whose rate is Gamma), or condition on it."
+            "GammaPoisson for a Poisson whose rate is Gamma), cut it off at a Categorical, or condition on it."
         )
     if continuous:
         data = ", ".join(f"{name!r}: ..." for name in continuous)
@@ -65,27 +71,15 @@ def check_match(model: Trace, guide: Trace) -> None:
     drawn = dict(prune_subsample_sites(guide).iter_stochastic_nodes())
     if drawn and all(isinstance(site["fn"], dist.Delta) for site in drawn.values()):
         raise ValueError("the guide is a point (every site is a Delta) and not a distribution; it cannot be weighed.")
-    if missing := lacking(model, guide):
-        out = ways_out(missing, "sum the site out of the model by hand, as a mixture's log_prob does")
-        raise ValueError(f"{_latent_sites(list(missing))} of the model {_are(missing)} not in the guide. {out}")
+    check_guided("", model, guide)
     check_drawn("", model, guide)
 
 
-def check_guided(caller: str, missing: dict[str, Any], nesting: int, search: str) -> None:
-    """Refuse to train a guide that lacks latents of the model.
-
-    Args:
-        caller: The public function that trains.
-        missing: The latents that the guide lacks.
-        nesting: The number of dimensions that the plates take.
-        search: The argument by which a place to start from is searched for among all latents, if any.
-    """
-    if missing:
-        by_objective = f"objective=objectives.PathEnumELBO(max_plate_nesting={nesting})"
-        way = f"sum the site out, with {by_objective} and the model marked by config_enumerate"
+def check_guided(owner: str, model: Trace, guide: Trace) -> None:
+    """Refuse a guide that lacks latents of the model which cannot be summed out."""
+    if missing := lacking(model, guide):
         raise ValueError(
-            f"{caller}: {_latent_sites(list(missing))} of the model {_are(missing)} not in the guide. "
-            f"{ways_out(missing, way)}{f' Leave {search} out, which needs all latents.' if search else ''}"
+            f"{owner}{_latent_sites(list(missing))} of the model {_are(missing)} not in the guide. {ways_out(missing)}"
         )
 
 

@@ -3,61 +3,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyro.distributions as dist
 import torch
-from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from .alongside import rows_of
+from .engines import Values
+from .task import Task
 
 MOST = 1000  # numbers of a deterministic site; larger ones are not looked at
 
 
 class Quantities:
-    """Reads K numbers off traces of a model.
+    """Reads K numbers off draws of a model.
 
     Args:
-        model: The model.
-        single: Its trace of a single draw.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
+        task: The model and its guide.
 
     Attributes:
         names: The names of the K quantities; angles count as their cosine and sine.
         sites: The site of each.
-        latents: The model's latent sites.
-        has_angles: Whether some latents are angles, along which densities are periodic.
+        derived: The deterministic sites among these, but where discrete latents are summed out: they may follow from
+            such.
+        has_angles: True if some latents are angles, along which densities are periodic.
     """
 
-    def __init__(self, model: Callable[..., Any], single: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.latents = [name for name, _ in single.iter_stochastic_nodes()]
-        held = {name: single.nodes[name]["value"] for name in self.latents}
-        with poutine.block(), torch.no_grad():  # the marks on latents are lost where a guide is replayed
-            marked = poutine.trace(poutine.condition(model, data=held)).get_trace(*args, **kwargs).nodes
-        read = [name for name, site in single.nodes.items() if name in held or _is_derived(site)]
-        self._turns = {name: _turn_of(marked[name]) for name in read}
-        self._shapes = {name: single.nodes[name]["value"].shape for name in read}
+    def __init__(self, task: Task) -> None:
+        nodes, latents = task.model.single.nodes, task.latents
+        can_follow = not task.model.enumerated
+        self.derived = [name for name, site in nodes.items() if can_follow and _is_derived(site)]
+        read = [name for name in nodes if name in latents or name in self.derived]
+        self._turns = {name: _turn_of(nodes[name]) for name in read}
+        self._shapes = {name: nodes[name]["value"].shape for name in read}
         labels = {name: self._labels(name) for name in read}
         self.names = [label for name in read for label in labels[name]]
         self.sites = [name for name in read for _ in labels[name]]
-        self.has_angles = any(self._turns[name] is not None for name in self.latents)
+        self.has_angles = any(self._turns[name] is not None for name in latents)
 
-    def values(self, trace: Trace, size: int) -> dict[str, Tensor]:
-        """The values in a trace of N draws at once: for each site ``(N, *shape)``."""
-        return {name: rows_of(name, trace.nodes[name]["value"], shape, size) for name, shape in self._shapes.items()}
-
-    def numbers(self, trace: Trace, size: int) -> Tensor:
-        """All of them as columns, ``(N, K)``."""
+    def numbers(self, values: Values) -> Tensor:
+        """All of them as columns, ``(N, K)``, given the values of their sites, ``(N, *shape)``."""
         columns = []
-        for name, value in self.values(trace, size).items():
-            turn = self._turns[name]
+        for name, turn in self._turns.items():
+            value = values[name]
             parts = (value,) if turn is None else ((value * turn).cos(), (value * turn).sin())
-            columns += [part.reshape(size, -1) for part in parts]
+            columns += [part.reshape(len(part), -1) for part in parts]
         return torch.cat(columns, -1)
 
     def _labels(self, name: str) -> list[str]:

@@ -7,6 +7,7 @@ The model takes its data by arguments that are None where they are to be drawn: 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,17 +15,15 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from .alongside import room_of, rows_of, side_by_side
-from .draws import check_integers, check_side_by_side, single_trace, subsampled_plate
-from .held import group_of
-from .nesting import takes_nesting
+from ..checks import check_integers, check_program
+from .engines import Values
+from .nesting import nesting_of, takes_nesting
+from .program import Program
 from .quantities import innermost
 from .simulations import Simulations
-
-PROBES = 7  # draws at once: as few dimensions of models are of that size, which might pass for theirs
+from .task import batches, check_vectorize, group_of, subsampled_plate
 
 
 @takes_nesting
@@ -33,7 +32,7 @@ def simulate(
     *args: Any,
     num_simulations: int = 10_000,
     batch_size: int = 10_000,
-    vectorize: bool = True,
+    vectorize: str = "auto",
     max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
@@ -45,7 +44,8 @@ def simulate(
         *args: The model's arguments without the data.
         num_simulations: The number N of draws.
         batch_size: How many run at once.
-        vectorize: Whether the model runs vectorised over them, for which it must broadcast to the left of its plates.
+        vectorize: How many draws are run: ``"plate"``, ``"vmap"``, ``"loop"``, or by default the first of these that
+            does to draws what single runs do (*Any Pyro program* in the docs).
         max_plate_nesting: How many dimensions the model's plates take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
@@ -68,7 +68,7 @@ def simulate(
         >>> found.latents["theta"].shape, found.data["x"].shape
         (torch.Size([100]), torch.Size([100]))
     """
-    check_integers("simulate", num_simulations=(num_simulations, 1), batch_size=(batch_size, 1))
+    check_integers("simulate", num_simulations=num_simulations, batch_size=batch_size)
     simulator = Simulator("simulate", model, args, {**kwargs, **(model_kwargs or {})})
     return simulator.draw(num_simulations, batch_size=batch_size, vectorize=vectorize)
 
@@ -91,7 +91,8 @@ class Simulator:
     """
 
     def __init__(self, caller: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.caller, self.model = caller, model
+        self.caller = caller
+        check_program(model=model)
         program = poutine.unwrap(model)
         self._signature = inspect.signature(program.forward if isinstance(program, nn.Module) else program)
         try:
@@ -103,13 +104,15 @@ class Simulator:
             ) from error
         self.args, self.kwargs = self.arguments({})
         try:
-            single, _, self.nesting = single_trace(model, lambda *_, **__: None, self.args, self.kwargs)
+            with poutine.block(), torch.no_grad():
+                single = poutine.trace(model).get_trace(*self.args, **self.kwargs)
         except (TypeError, AttributeError, NotImplementedError) as error:
             raise ValueError(
                 f"{caller}: the model cannot be simulated: it fails without its data ({error}). It must draw what is "
                 "None from proper laws, and take sizes from other arguments, which are given here."
             ) from error
-        self.single = prune_subsample_sites(single)
+        self.model = Program(model, self.args, self.kwargs, single, nesting_of(single))
+        self._settled = ""
         if plate := subsampled_plate(single):
             raise ValueError(f"{caller}: {plate}. Let it run over all rows of a simulated data set.")
         self.sites = self._find_data()
@@ -122,7 +125,7 @@ class Simulator:
         return bound.args, bound.kwargs
 
     def _find_data(self) -> dict[str, str]:
-        drawn = dict(self.single.iter_stochastic_nodes())
+        drawn = dict(self.model.single.iter_stochastic_nodes())
         found: dict[str, str] = {}
         for name, parameter in self._signature.parameters.items():
             if self._given.get(name, parameter.default) is not None:
@@ -144,13 +147,13 @@ class Simulator:
         args, kwargs = self.arguments({name: value})
         try:
             with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
-                node = poutine.trace(self.model).get_trace(*args, **kwargs).nodes.get(site)
+                node = poutine.trace(self.model.call).get_trace(*args, **kwargs).nodes.get(site)
         except Exception:  # it is not the data of that site, and anything may happen
             return False
         return bool(node and node["is_observed"] and node["value"] is value)
 
     def _check_sites(self) -> None:
-        for name, site in self.single.nodes.items():
+        for name, site in self.model.single.nodes.items():
             if site["type"] != "sample" or not site["is_observed"] or group_of(site) == "posterior":
                 continue
             if type(site["fn"]).__name__ == "Unit":
@@ -176,78 +179,75 @@ class Simulator:
     def draw(
         self,
         number: int,
-        latents: dict[str, Tensor] | None = None,
+        latents: Values | None = None,
         *,
         batch_size: int = 10_000,
-        vectorize: bool = True,
+        vectorize: str = "auto",
     ) -> Simulations:
-        """Draw latents and data: vectorised under an outer plate, or one after the other.
+        """Draw latents and data.
 
         Args:
             number: How many.
             latents: Values of some latents, ``(number, *site_shape)``, in place of the prior's draws.
             batch_size: How many run at once.
-            vectorize: Whether many do.
+            vectorize: How many are run: see :func:`simulate`.
 
         Raises:
-            ValueError: If the model means something else vectorised over simulations.
+            ValueError: If the model means something else vectorised as ``vectorize`` asks.
         """
-        if vectorize:
-            self.check()
-        step, held = batch_size if vectorize else 1, latents or {}
-        parts = [
-            self._run(min(step, number - start), vectorize, {n: v[start : start + step] for n, v in held.items()})
-            for start in range(0, number, step)
-        ]
+        self.settle(vectorize)
+        parts, start = [], 0
+        for size in batches(number, batch_size):
+            parts.append(self._run(size, {n: v[start : start + size] for n, v in (latents or {}).items()}))
+            start += size
         values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         data = {name: values.pop(site) for name, site in self.sites.items()}
         return Simulations(values, data)
 
-    def placed(self, latents: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Values ``(N, *site_shape)`` with room for plates that their sites do not lie in, to be held at once."""
-        nodes, nesting = self.single.nodes, self.nesting
-        return {
-            name: value.reshape(len(value), *room_of(nodes[name], nesting), *value.shape[1:])
-            for name, value in latents.items()
-        }
+    def _run(self, size: int, latents: Values) -> Values:
+        names = [name for name, _ in self.model.single.iter_stochastic_nodes()]
+        return self.model.sample(lambda view: {name: view.read(name) for name in names}, latents, size)
 
-    def _run(self, size: int, vectorize: bool, latents: dict[str, Tensor]) -> dict[str, Tensor]:
-        held = self.placed(latents) if vectorize else {name: value[0] for name, value in latents.items()}
-        program = poutine.condition(self.model, data=held)
-        with poutine.block(), pyro.validation_enabled(False):
-            beside = side_by_side(program, size, self.nesting) if vectorize else program
-            trace = poutine.trace(beside).get_trace(*self.args, **self.kwargs)
-        sites = self.single.iter_stochastic_nodes()
-        return {name: rows_of(name, trace.nodes[name]["value"], site["value"].shape, size) for name, site in sites}
+    def settle(self, vectorize: str) -> None:
+        """Choose how the model runs many simulations, once.
 
-    def check(self) -> None:
-        """Refuse a model that means something else vectorised over simulations."""
-        check_side_by_side(self.model, self.model, self.args, self.kwargs, PROBES)
-        found = self._run(PROBES, True, {})
-        latents = {name: value for name, value in found.items() if name not in self.sites.values()}
-        for name in self.sites.values():
-            if isinstance(innermost(self.single.nodes[name]["fn"]), dist.Delta):  # its value says what no density can
-                self._check_values(name, latents)
-
-    def _check_values(self, name: str, latents: dict[str, Tensor]) -> None:
-        """Compare what follows from latents vectorised and one by one, or, where there is noise, its independence."""
-        alone = [torch.cat([self._run(1, False, _row(latents, row))[name] for row in (0, 1)]) for _ in range(2)]
-        if torch.equal(alone[0], alone[1]):
-            if not torch.allclose(self._run(PROBES, True, latents)[name][:2], alone[0], rtol=1e-4, atol=1e-6):
-                raise ValueError(
-                    f"{self.caller}: site {name!r} is another function of the latents when the model runs vectorised "
-                    "over simulations: one of them sees the others. Let the model broadcast to the left of its plates, "
-                    "with x.mean(-1, keepdim=True) in place of x.mean(), or use vectorize=False."
-                )
+        Raises:
+            ValueError: If it means something else as ``vectorize`` asks.
+        """
+        check_vectorize(vectorize)
+        if self._settled == vectorize:
             return
-        twice = {key: value.expand(PROBES, *value.shape[1:]) for key, value in _row(latents, 0).items()}
-        pair = self._run(PROBES, True, twice)[name]
-        if torch.equal(pair[0], pair[1]):
-            raise ValueError(
-                f"{self.caller}: site {name!r} has noise from outside of sample statements, which would be the same "
-                "for all simulations that run at once. Draw it by pyro.sample, or use vectorize=False."
+        drawn = self.model.alone(lambda view: {n: view.read(n) for n, _ in view.trace.iter_stochastic_nodes()}, 2)
+        self.model.settle(drawn, vectorize, "model", self._fault)
+        self._settled = vectorize
+        if self.model.engine == "loop" and vectorize == "auto":
+            warnings.warn(f"{self.caller}: the model runs one draw at a time, as it{self.model.fault}.", stacklevel=4)
+
+    def _fault(self) -> str:
+        """What is wrong with data whose value says what no density can, in words."""
+        latents = {name: value for name, value in self._run(2, {}).items() if name not in self.sites.values()}
+        for name in self.sites.values():
+            if isinstance(innermost(self.model.single.nodes[name]["fn"]), dist.Delta) and (
+                fault := self._fault_of(name, latents)
+            ):
+                return fault
+        return ""
+
+    def _fault_of(self, name: str, latents: Values) -> str:
+        """Compare what follows from latents vectorised and one by one, or, where there is noise, its independence."""
+        many = self._run(2, latents)[name]
+        engine, self.model.engine = self.model.engine, "loop"
+        alone = [self._run(2, latents)[name] for _ in range(2)]
+        self.model.engine = engine
+        if torch.equal(alone[0], alone[1]):
+            if torch.allclose(many, alone[0], rtol=1e-4, atol=1e-6):
+                return ""
+            return (
+                f" makes site {name!r} another function of the latents when it runs vectorised over simulations: one "
+                "of them sees the others"
             )
-
-
-def _row(latents: dict[str, Tensor], row: int) -> dict[str, Tensor]:
-    return {name: value[row : row + 1] for name, value in latents.items()}
+        twice = {key: value[:1].expand(2, *value.shape[1:]) for key, value in latents.items()}
+        pair = self._run(2, twice)[name]
+        if torch.equal(pair[0], pair[1]):
+            return f" draws noise for site {name!r} outside of sample statements, the same for all draws of one run"
+        return ""

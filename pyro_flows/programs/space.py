@@ -7,25 +7,20 @@ are a vector z, over which both guide and model have a density: what samplers an
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
-from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 from torch.distributions.utils import _sum_rightmost
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from .alongside import log_prob_of_draws, room_of, side_by_side
-from .draws import check_guide, check_side_by_side, check_trained, single_trace
+from .engines import Values, View
 from .log_density import is_breakdown
-from .noise import warn_of_noise
 from .quantities import Quantities, innermost
+from .task import Task, batches, check_trained
 
 
 class Scored(NamedTuple):
@@ -48,10 +43,7 @@ class Space:
     """The unconstrained space of a guide's own draws.
 
     Args:
-        model: A Pyro model.
-        guide: A Pyro guide of the same latents, all continuous.
-        args: The model's arguments.
-        kwargs: Its keyword arguments.
+        task: A model and a guide of its latents, all continuous but those that are summed out.
 
     Attributes:
         dim: The number D of coordinates.
@@ -61,25 +53,19 @@ class Space:
         ValueError: If the model has no latents, or a site of the guide is discrete.
     """
 
-    def __init__(
-        self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
-        single, trace, self.nesting = single_trace(model, guide, args, kwargs)
-        self._single = prune_subsample_sites(single)
-        self._latents = [name for name, _ in self._single.iter_stochastic_nodes()]
-        if not self._latents:
+    def __init__(self, task: Task) -> None:
+        self.task = task.settle()
+        if not task.latents:
             raise ValueError("the model has no latent sites; there is nothing to judge.")
         self._own: dict[str, _Own] = {}
-        for name, site in prune_subsample_sites(trace).iter_stochastic_nodes():
-            if isinstance(site["fn"], dist.Delta):
-                continue
+        for name in task.own:
+            site = task.guide.single.nodes[name]
             if site["fn"].support.is_discrete:
-                raise ValueError(f"site {name!r} of the guide is discrete; sum it out of model and guide.")
+                raise ValueError(f"site {name!r} of the guide is discrete; leave it out, and it is summed out.")
             transform = biject_to(site["fn"].support)
-            self._own[name] = _Own(transform, transform.inv(site["value"]).shape, room_of(site, self.nesting))
+            self._own[name] = _Own(transform, transform.inv(site["value"]).shape)
         self.dim = sum(own.shape.numel() for own in self._own.values())
-        self.read = Quantities(model, self._single, args, kwargs)
+        self.read = Quantities(task)
 
     @torch.no_grad()
     def verify(self) -> None:
@@ -88,14 +74,18 @@ class Space:
         Raises:
             ValueError: If a support of the guide depends on its other draws, or it draws noise that places no latent.
         """
-        with poutine.block():
-            first, second = (poutine.trace(self.guide).get_trace(*self.args, **self.kwargs) for _ in range(2))
-        for name, own in self._own.items():
-            value = first.nodes[name]["value"]
-            there = biject_to(second.nodes[name]["fn"].support)(own.transform.inv(value))
-            if there.shape != value.shape or not torch.allclose(there, value, rtol=1e-4, atol=1e-6):
+        guide, first = self.task.guide, self.task.guide.single.nodes
+
+        def moved(view: View) -> Values:
+            supports = {name: view.trace.nodes[name]["fn"].support for name in self._own}
+            free = {name: own.transform.inv(first[name]["value"]) for name, own in self._own.items()}
+            return {name: biject_to(support)(free[name]) for name, support in supports.items()}
+
+        for name, there in guide.alone(moved, 1).items():
+            value = first[name]["value"]
+            if there[0].shape != value.shape or not torch.allclose(there[0], value, rtol=1e-4, atol=1e-6):
                 raise ValueError(f"the support of the guide's site {name!r} depends on its other draws.")
-        sites = [self._single.nodes[name] for name in self._latents]
+        sites = [self.task.model.single.nodes[name] for name in self.task.latents]
         free = sum(biject_to(site["fn"].support).inv(site["value"]).numel() for site in sites)
         if free != self.dim:
             raise ValueError(
@@ -105,38 +95,40 @@ class Space:
     @torch.no_grad()
     def draw(self, number: int, batch_size: int = 1000) -> Scored:
         """Draws of the guide and what is known of them, ``batch_size`` at a time."""
-        batches = []
-        for size in [batch_size] * (number // batch_size) + [number % batch_size] * (number % batch_size > 0):
-            with poutine.block():
-                placed = poutine.trace(self._beside(self.guide, size)).get_trace(*self.args, **self.kwargs)
-            parts = {n: own.transform.inv(placed.nodes[n]["value"]) for n, own in self._own.items()}
-            rows = [part.reshape(-1, self._own[n].shape.numel()).expand(size, -1) for n, part in parts.items()]
-            change = self._change(parts, placed, size)
-            scored = self._follow(placed, size)
-            log_q = log_prob_of_draws(placed, size, self.nesting, self._own.__contains__) + change
-            log_p = self._log_p(placed, scored, change)
-            batches.append(Scored(torch.cat(rows, -1), log_p, log_q, self.read.numbers(scored, size)))
-        return Scored(*(torch.cat(column) for column in zip(*batches, strict=True)))
+        parts = []
+        for size in batches(number, batch_size):
+            found = self.task.guide.sample(self._placing, {}, size)
+            free = {name: own.transform.inv(found[f"own {name}"]) for name, own in self._own.items()}
+            change = self._change(free, found)
+            latents = self._latents(found)
+            log_p, derived = self.task.model.score(latents, size, self.read.derived)
+            z = torch.cat([part.reshape(size, -1) for part in free.values()], -1)
+            numbers = self.read.numbers({**latents, **derived})
+            parts.append(Scored(z, log_p - found["rest"] + change, found["log_q"] + change, numbers))
+        return Scored(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def log_p(self, z: Tensor) -> Tensor:
         """The model's log-density over z, ``(N, D) -> (N,)`` in nats."""
-        placed, change = self._place(z)
-        return self._log_p(placed, self._follow(placed, len(z)), change)
+        found, change = self._place(z)
+        return self.task.model.log_prob(self._latents(found), len(z)) - found["rest"] + change
 
     def log_q(self, z: Tensor) -> Tensor:
         """The guide's log-density over z, ``(N, D) -> (N,)`` in nats."""
-        placed, change = self._place(z)
-        return log_prob_of_draws(placed, len(z), self.nesting, self._own.__contains__) + change
+        found, change = self._place(z)
+        return found["log_q"] + change
 
     @torch.no_grad()
-    def values(self, z: Tensor) -> dict[str, Tensor]:
+    def values(self, z: Tensor) -> Values:
         """The model's latents and deterministic sites at z: for each ``(N, *shape)``."""
-        return self.read.values(self._follow(self._place(z)[0], len(z)), len(z))
+        latents = self._latents(self._place(z)[0])
+        if not self.read.derived:
+            return latents
+        return {**latents, **self.task.model.score(latents, len(z), self.read.derived)[1]}
 
     @torch.no_grad()
     def quantities(self, z: Tensor) -> Tensor:
         """All numbers that :meth:`values` holds, ``(N, K)``."""
-        return self.read.numbers(self._follow(self._place(z)[0], len(z)), len(z))
+        return self.read.numbers(self.values(z))
 
     @torch.no_grad()
     def prior(self, z: Tensor) -> Tensor | None:
@@ -144,61 +136,51 @@ class Space:
 
         None for guides that place their draws in ways unknown, and where the model breaks down at one.
         """
-        size, held = len(z), {}
+        model = self.task.model
         try:
-            for name, value in self.values(z).items():
-                site = self._single.nodes[name]
-                if name in self._latents and isinstance(innermost(site["fn"]), dist.ImproperUniform):
-                    held[name] = value.reshape(size, *room_of(site, self.nesting), *site["value"].shape)
-            with poutine.block():
-                model = poutine.condition(self._beside(self.model, size), data=held)
-                trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+            latents = self._latents(self._place(z)[0])
+            sites = model.single.nodes
+            held = {n: v for n, v in latents.items() if isinstance(innermost(sites[n]["fn"]), dist.ImproperUniform)}
+            drawn = model.sample(lambda view: {name: view.read(name) for name in self.task.latents}, held, len(z))
         except (ValueError, LinAlgError) as error:
             if not is_breakdown(error):
                 raise
             return None
-        values = self.read.values(trace, size)
-        return self._locate({name: values[name] for name in self._latents})
+        return self._locate(drawn)
 
-    def _beside(self, program: Callable[..., Any], size: int) -> Callable[..., Any]:
-        return side_by_side(program, size, self.nesting)
+    def _placing(self, view: View) -> Values:
+        """Read off a run of the guide: its own draws, the latents that they place, and its log-densities."""
+        own = {f"own {name}": view.read(name) for name in self._own}
+        latents = {f"latent {name}": view.read(name) for name in self.task.latents}
+        log_q, rest = view.log_prob(self._own.__contains__), view.log_prob(lambda name: name not in self._own)
+        return {**own, **latents, "log_q": log_q, "rest": rest}  # the rest are changes of variables
 
-    def _place(self, z: Tensor) -> tuple[Trace, Tensor]:
-        """The guide's trace with its draws held at z, and the log-determinant of constraining these."""
-        size, start, parts, held = len(z), 0, {}, {}
+    def _latents(self, found: Values) -> Values:
+        return {name: found[f"latent {name}"] for name in self.task.latents}
+
+    def _place(self, z: Tensor) -> tuple[Values, Tensor]:
+        """Run the guide with its draws held at z; also the log-determinant of constraining these."""
+        size, start, free = len(z), 0, {}
         for name, own in self._own.items():
             stop = start + own.shape.numel()
-            parts[name] = z[:, start:stop].reshape(size, *own.room, *own.shape)
-            held[name] = own.transform(parts[name])
+            free[name] = z[:, start:stop].reshape(size, *own.shape)
             start = stop
-        with poutine.block():
-            guide = poutine.condition(self._beside(self.guide, size), data=held)
-            placed = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
-        return placed, self._change(parts, placed, size)
+        held = {name: own.transform(free[name]) for name, own in self._own.items()}
+        found = self.task.guide.run(self._placing, held, size)
+        return found, self._change(free, found)
 
-    def _change(self, parts: dict[str, Tensor], placed: Trace, size: int) -> Tensor:
+    def _change(self, free: Values, found: Values) -> Tensor:
         total = torch.zeros(())
-        for name, part in parts.items():
-            log_det = self._own[name].transform.log_abs_det_jacobian(part, placed.nodes[name]["value"])
-            total = total + _sum_rightmost(log_det.expand(size, *log_det.shape[1:]), log_det.dim() - 1)
+        for name, part in free.items():
+            log_det = self._own[name].transform.log_abs_det_jacobian(part, found[f"own {name}"])
+            total = total + _sum_rightmost(log_det, log_det.dim() - 1)
         return total
 
-    def _follow(self, placed: Trace, size: int) -> Trace:
-        """The model's trace where the guide has placed its latents."""
-        latents = {name: placed.nodes[name]["value"] for name in self._latents}
-        with poutine.block():
-            model = poutine.condition(self._beside(self.model, size), data=latents)
-            return poutine.trace(model).get_trace(*self.args, **self.kwargs)
-
-    def _log_p(self, placed: Trace, scored: Trace, change: Tensor) -> Tensor:
-        size = max(change.shape, default=1)
-        rest = log_prob_of_draws(placed, size, self.nesting, lambda name: name not in self._own)  # changes of variables
-        return log_prob_of_draws(scored, size, self.nesting) - rest + change
-
-    def _locate(self, values: dict[str, Tensor]) -> Tensor | None:
+    def _locate(self, values: Values) -> Tensor | None:
         """The vectors at which the latents take values ``(N, *shape)``: the way back of :meth:`values`."""
         groups: dict[str, list[Tensor]] = {name: [] for name in self._own}
-        prototype = getattr(self.guide, "prototype_trace", None)
+        guide: Any = self.task.guide.call
+        prototype = getattr(guide, "prototype_trace", None)
         for name, value in values.items():
             if name in groups:  # the guide draws the latent itself
                 groups[name].append(self._own[name].transform.inv(value))
@@ -207,7 +189,7 @@ class Space:
             else:
                 free = biject_to(prototype.nodes[name]["fn"].support).inv(value)
                 own = f"{name}_unconstrained"  # AutoNormal's
-                if isinstance(self.guide, AutoContinuous):
+                if isinstance(guide, AutoContinuous):
                     (own,) = groups  # all are packed into one
                 if own not in groups:
                     return None
@@ -216,21 +198,16 @@ class Space:
         return z if z.shape[1] == self.dim else None
 
 
-def sound_space(
-    caller: str, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Space:
+def sound_space(caller: str, task: Task) -> Space:
     """The space of a guide that was trained, is one of the model, and has a density; others are refused."""
-    check_trained(caller, guide)
-    check_guide(model, guide, args, kwargs)
-    space = Space(model, guide, args, kwargs)
-    warn_of_noise(check_side_by_side(model, guide, args, kwargs))
+    check_trained(caller, task.guide.call)
+    space = Space(task.check())
     space.verify()
     return space
 
 
 class _Own(NamedTuple):
-    """A site that a guide draws: how to constrain it, its unconstrained shape, and room for plates it lies not in."""
+    """A site that a guide draws: how to constrain it, and its unconstrained shape."""
 
     transform: Transform
     shape: torch.Size
-    room: tuple[int, ...]

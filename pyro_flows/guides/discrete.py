@@ -1,0 +1,51 @@
+"""Discrete latents with finite support: a guide leaves them to whoever sums them out, and draws the others."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.block_messenger import BlockMessenger
+
+from ..programs.latents import is_summable
+from ..programs.nesting import nesting_of
+from ..programs.program import Program
+
+
+class HideDiscrete(BlockMessenger):
+    """Hides the discrete latents of a model that can be summed out from the guide that looks at it.
+
+    Attributes:
+        names: The names of those that were met so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(hide_fn=self._hides)
+        self.names: dict[str, None] = {}
+
+    def _hides(self, msg: dict[str, Any]) -> bool:
+        hidden = msg["type"] == "sample" and not msg["is_observed"] and is_summable(msg["fn"])
+        if hidden:
+            self.names[msg["name"]] = None
+        return hidden
+
+
+def hide_discrete(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a model without its discrete latents of finite support, which are drawn unseen."""
+    return HideDiscrete()(model)
+
+
+def summed(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
+    """Return a program with the density of a model whose discrete latents are hidden; None where it has none."""
+    program: Any = model
+    while isinstance(program, functools.partial):  # Pyro's handlers around it
+        messenger, inner = program.args[:2]
+        if isinstance(messenger, HideDiscrete) and messenger.names:
+            with poutine.block(), torch.no_grad():
+                single = poutine.trace(inner).get_trace(*args, **kwargs)
+            return Program(inner, args, kwargs, single, nesting_of(single), tuple(messenger.names))
+        program = inner
+    return None

@@ -1,0 +1,160 @@
+"""Many draws in one run of a program: under an outer plate, by vmap over a single run, or in a loop.
+
+* ``"plate"``: the program runs once, inside of one more plate to the left of its own; it must broadcast to the left.
+* ``"vmap"``: ``torch.func.vmap`` maps a single run over draws, whatever shapes the program uses.
+* ``"loop"``: one run for each draw, for programs that write in place, call ``.item()`` or branch on values.
+
+All three read the same things off the trace of a run, see :class:`View`, and return them with the draws in front.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+ENGINES = "plate", "vmap", "loop"
+Site = dict[str, Any]
+Values = dict[str, Tensor]
+
+
+def value_of(site: Site) -> Tensor:
+    """Return the value of a site as a tensor."""
+    return torch.as_tensor(site["value"])
+
+
+def row_log_prob(site: Site) -> Tensor:
+    """Return the log-density of each row of a site without the scale of its plates; a masked row counts nothing."""
+    return scale_and_mask(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), mask=site["mask"])
+
+
+class View(NamedTuple):
+    """A trace of N draws under the plate of draws, or of one.
+
+    Attributes:
+        trace: The trace.
+        single: A trace of one draw, which shows the shape of each site.
+        size: The number N of draws, or None for one draw without the plate.
+        nesting: The number of dimensions that the plates of the program take.
+    """
+
+    trace: Trace
+    single: Trace
+    size: int | None
+    nesting: int
+
+    def read(self, name: str, what: Callable[[Site], Tensor] = value_of) -> Tensor:
+        """Return what is read off a site, by default its value: ``(N, *shape)``, or ``shape`` for one draw."""
+        found = what(self.trace.nodes[name])
+        return found if self.size is None else _rows_of(name, found, what(self.single.nodes[name]).shape, self.size)
+
+    def log_prob(self, among: Callable[[str], bool] = lambda name: True) -> Tensor:
+        """Return the log-density of each draw, ``(N,)``, or of the one, ``()``: the sum over some sites, in nats."""
+        self.trace.compute_log_prob(lambda name, _: among(name))
+        sites = [site for name, site in self.trace.nodes.items() if site["type"] == "sample" and among(name)]
+        total = sum((self.total(site["log_prob"]) for site in sites), torch.zeros(()))
+        return total if self.size is None else total.expand(self.size)
+
+    def total(self, log_prob: Tensor) -> Tensor:
+        """Return the sum of a log-density over all dimensions but the draws', ``(N,)`` or ``()``."""
+        return log_prob.sum() if self.size is None else self.by_draw(log_prob).reshape(self.size, -1).sum(-1)
+
+    def by_draw(self, log_prob: Tensor) -> Tensor:
+        """Return a log-density with the draws' dimension in front, if any, and the others as in a single run."""
+        if self.size is None:
+            return log_prob
+        if log_prob.dim() <= self.nesting:
+            return log_prob.expand(self.size, *log_prob.shape)
+        rows = log_prob.movedim(-1 - self.nesting, 0)
+        return rows.expand(self.size, *rows.shape[1:])
+
+
+Read = Callable[[View], Values]
+Run = Callable[[Values, int | None], View]
+
+
+def run(engine: str, once: Run, read: Read, held: Values, size: int) -> Values:
+    """Run a program for N draws and read some tensors, each ``(N, *shape)``.
+
+    Args:
+        engine: One of ``ENGINES``.
+        once: Runs the program with values held, ``(N, 1s for absent plates, *site_shape)`` and N; or those of one draw,
+            and None.
+        read: What to read off the run.
+        held: The values, ``(N, *site_shape)``.
+        size: The number N of draws.
+    """
+    if engine == "plate":
+        return read(once(held, size))
+    if engine == "loop":
+        rows = [read(once({name: value[row] for name, value in held.items()}, None)) for row in range(size)]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def one(_: Tensor, values: Values) -> Values:
+        with _UnderVmap():
+            return read(once(values, None))
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*performance drop because we have not yet implemented")
+        found: Values = torch.func.vmap(one, randomness="different")(torch.arange(size), held)
+    return found
+
+
+class _UnderVmap(TorchFunctionMode):
+    """Lets programs run under vmap that do what it forbids: read ``tensor.data``, or fill an empty tensor by chance.
+
+    Pyro's enumeration does the former, torch's distributions the latter.  An empty tensor may hold anything, so it may
+    be one for each draw.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        if func in _EMPTY and (found := func(*args, **kwargs)).is_floating_point():
+            return torch.rand_like(found)
+        return func(*args, **kwargs)
+
+
+_EMPTY = torch.empty, torch.Tensor.new, torch.Tensor.new_empty
+
+
+def beside(program: Callable[..., Any], size: int, nesting: int) -> Callable[..., Any]:
+    """Return a program that runs inside of a plate of draws, to the left of ``nesting`` dimensions of its own."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with pyro.plate("_pyro_flows_draws", size, dim=-1 - nesting):
+            return program(*args, **kwargs)
+
+    return run
+
+
+def with_room(site: Site, value: Tensor, nesting: int) -> Tensor:
+    """Return values ``(N, *site_shape)`` with a dimension of 1 for each plate that the site does not lie in.
+
+    Args:
+        site: The site in the trace of a single run.
+        value: The values; unconstrained ones may have other event dimensions.
+        nesting: The number of dimensions that the plates take.
+    """
+    plates = site["value"].dim() - site["fn"].event_dim
+    return value.reshape(len(value), *(1,) * (nesting - plates), *value.shape[1:])
+
+
+def _rows_of(name: str, value: Tensor, shape: torch.Size, size: int) -> Tensor:
+    """Return a tensor from the trace of N draws with the draws in front, ``(N, *shape)``, whatever the plates."""
+    if value.numel() == size * shape.numel():
+        return value.reshape(size, *shape)
+    if value.numel() == shape.numel():  # it does not vary from draw to draw
+        return value.reshape(shape).expand(size, *shape)
+    raise ValueError(
+        f"site {name!r} has shape {tuple(shape)} for one draw but {tuple(value.shape)} for {size} draws at once; let "
+        'the model broadcast to the left of its plates, or use vectorize="vmap".'
+    )

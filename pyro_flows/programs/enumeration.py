@@ -1,0 +1,135 @@
+"""Discrete latents k, summed out exactly and drawn back: log p(z, x) = log Σ_k p(z, k, x), and k ~ p(k | z, x).
+
+Each discrete site is run at all values of its support at once, each site along a dimension of its own, and variable
+elimination contracts the terms.  Tensor Variable Elimination for Plated Factor Graphs (Obermeyer et al. 2019,
+arXiv:1902.03210), as Pyro's ``TraceEnum_ELBO`` and ``infer_discrete`` have it, here for each of N draws of z.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import opt_einsum
+import torch
+from opt_einsum import shared_intermediates
+from pyro.distributions.util import scale_and_mask
+from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
+from pyro.ops.einsum.adjoint import require_backward
+from pyro.ops.rings import SampleRing
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from .engines import Values, View
+
+REST = "the sum over all sites that depend on no discrete latent"
+Packed = Any  # a tensor with Pyro's names of its dimensions as an attribute
+Factors = OrderedDict[frozenset[str], list[Packed]]
+
+
+class Enumeration:
+    """How the sites of a model depend on its discrete latents.
+
+    Args:
+        trace: The trace of one run under Pyro's ``EnumMessenger``.
+        shapes: The discrete latents that are summed out, and the shape of each in a run without enumeration.
+    """
+
+    def __init__(self, trace: Trace, shapes: dict[str, torch.Size]) -> None:
+        trace.compute_log_prob()
+        trace.pack_tensors()
+        self._trace, self._shapes = trace, shapes
+        plates = trace.plate_to_symbol
+        self._draws = opt_einsum.get_symbol(2 * len(plates))  # Pyro takes the even symbols for plates
+        self._summed = set(trace.symbol_to_dim) - set(plates.values())
+        sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+        self._sites = {n: s for n, s in sites.items() if self._summed & set(s["packed"]["log_prob"]._pyro_dims)}
+        self._scale = self._common_scale()
+
+    def _common_scale(self) -> Any:
+        scales = {name: site["scale"] for name, site in self._sites.items()}
+        first, *others = scales
+        for name in others:
+            if float(scales[name]) != float(scales[first]):
+                raise ValueError(
+                    f"sites {first!r} and {name!r} depend on the same discrete latents, but are scaled by "
+                    f"{float(scales[first]):g} and {float(scales[name]):g}: put both into the same subsampled plates, "
+                    "and under the same poutine.scale."
+                )
+        return scales[first]
+
+    def read(self, view: View) -> Values:
+        """Read the terms of the sum off a run: the log-densities of the sites that depend on discrete latents."""
+        found = {REST: view.log_prob(lambda name: name not in self._sites)}
+        view.trace.compute_log_prob(lambda name, _: name in self._sites)
+        for name in self._sites:
+            site = view.trace.nodes[name]
+            is_summed = site["infer"].get("_enumerate_dim") is not None  # its own mask makes no difference to a sum
+            log_prob = site["unscaled_log_prob"]
+            found[name] = view.by_draw(log_prob if is_summed else scale_and_mask(log_prob, mask=site["mask"]))
+        return found
+
+    def log_prob(self, terms: Values) -> Tensor:
+        """Return the log-density of N draws of the continuous latents, ``(N,)`` in nats."""
+        with shared_intermediates() as cache:
+            target = frozenset({self._draws})
+            summed = contract_to_tensor(self._factors(terms), self._summed, target_ordinal=target, cache=cache)
+        return terms[REST] + self._scale * summed
+
+    @torch.no_grad()
+    def sample(self, terms: Values) -> Values:
+        """Draw the discrete latents given N draws of the others: for each site ``(N, *site_shape)``."""
+        factors = self._factors(terms)
+        sizes = {d: n for group in factors.values() for t in group for d, n in zip(t._pyro_dims, t.shape, strict=True)}
+        terms_of = {term._pyro_site: term for group in factors.values() for term in group}
+        own = {name: terms_of[name] for name in self._shapes if name in terms_of}
+        with shared_intermediates() as cache:
+            for term in own.values():
+                require_backward(term)
+            ring = SampleRing(cache=cache, dim_to_size=sizes)
+            for group in contract_tensor_tree(factors, self._summed, ring=ring).values():
+                for term in group:
+                    term._pyro_backward()
+        number = len(terms[REST])
+        places = {
+            name: self._places(name, own[name]._pyro_backward_result) if name in own else None for name in self._shapes
+        }
+        return {name: self._values(name, place, number) for name, place in places.items()}
+
+    def _factors(self, terms: Values) -> Factors:
+        """Return the terms in Pyro's packed form, by the plates that they lie in; the draws count as a plate."""
+        found: Factors = OrderedDict()
+        plates = self._trace.plate_to_symbol
+        for name, site in self._sites.items():
+            symbols = site["infer"]["_dim_to_symbol"]
+            shape = terms[name].shape[1:]
+            dims = [place - len(shape) for place, size in enumerate(shape) if size > 1]
+            term: Packed = terms[name].reshape(len(terms[name]), *(shape[dim] for dim in dims))
+            term._pyro_dims = self._draws + "".join(symbols[dim] for dim in dims)
+            term._pyro_site = name
+            own = frozenset(plates[frame.name] for frame in site["cond_indep_stack"] if frame.vectorized)
+            found.setdefault(own | {self._draws}, []).append(term)
+        return found
+
+    def _places(self, name: str, sample: Packed) -> Tensor:
+        """Return the places of a site's draws in its support, ``(N, *batch_shape)``."""
+        site = self._trace.nodes[name]
+        to_symbol = site["infer"]["_dim_to_symbol"]
+        index = sample[sample._pyro_sample_dims.index(to_symbol[site["infer"]["_enumerate_dim"]])]
+        batch = self._batch(name)
+        dims, symbols = sample._pyro_dims[1:], [to_symbol.get(dim) for dim in range(-len(batch), 0)]
+        order = [dims.index(symbol) for symbol in (self._draws, *symbols) if symbol in dims]
+        shape = [size if symbol in dims else 1 for size, symbol in zip(batch, symbols, strict=True)]
+        return index.permute(order).reshape(-1, *shape)
+
+    def _values(self, name: str, places: Tensor | None, number: int) -> Tensor:
+        """Return the values of a site, ``(number, *site_shape)``, at some places in its support."""
+        site = self._trace.nodes[name]
+        support = site["value"].reshape(-1, *site["fn"].event_shape)
+        if places is None:  # there is but one value
+            places = torch.zeros((), dtype=torch.long, device=support.device)
+        return support[places.expand(number, *self._batch(name))]
+
+    def _batch(self, name: str) -> torch.Size:
+        shape = self._shapes[name]
+        return shape[: len(shape) - self._trace.nodes[name]["fn"].event_dim]

@@ -1,0 +1,277 @@
+"""A Pyro program with its arguments, run for many draws at once by an engine that was tried on two of them first."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from torch import Tensor
+
+from .engines import ENGINES, Read, Values, View, beside, run, with_room
+from .enumeration import Enumeration
+from .quoting import quoted
+
+Place = Callable[..., Any]  # a handler that puts values into a program's sites: place(program, data=values)
+WAY_OUT = (
+    "Let the model broadcast to the left of its plates, with (x * w).sum(-1) in place of x @ w, say; give "
+    "max_plate_nesting where it has dimensions of its own to the left of its plates; or leave vectorize out."
+)
+DENSITY, SIZE = "log p", "size of"  # what is read beside values of sites
+REPEATS = 9  # runs more at one and the same draw, where a density is an estimate
+
+
+class Trial(NamedTuple):
+    """How an engine did on two draws: what went wrong, in words, or nothing, and the noise of the density in nats."""
+
+    fault: str
+    noise: float = 0.0
+
+
+class Program:
+    """A Pyro program, model or guide, with its arguments.
+
+    Args:
+        call: The program.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        single: The trace of one run.
+        nesting: The number of dimensions that its plates take.
+        enumerated: The discrete latents that are summed out of its density.
+        given: The plates whose rows the program chooses itself, ``pyro.plate(..., subsample=...)``.
+
+    Attributes:
+        subsamples: The subsampled plates whose rows are drawn.
+        rows: The rows of these, by their names: every run takes them.
+        engine: How many draws are run: one of ``ENGINES``.
+        noise: The standard deviation, in nats, of the log-density at one and the same draw: 0 unless it is an estimate.
+        fault: Why no faster engine runs the program, in words.
+    """
+
+    def __init__(
+        self,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        single: Trace,
+        nesting: int,
+        enumerated: tuple[str, ...] = (),
+        given: tuple[str, ...] = (),
+    ) -> None:
+        self.call, self.args, self.kwargs = call, args, kwargs
+        self.single, self.nesting, self.enumerated = prune_subsample_sites(single), nesting, enumerated
+        self.given = given
+        plates = {name: site for name, site in single.nodes.items() if site_is_subsample(site)}
+        parts = {n: s for n, s in plates.items() if n not in given and len(s["value"]) < s["fn"].size}
+        self.subsamples = {name: site["fn"] for name, site in parts.items()}
+        self.rows = {name: site["value"] for name, site in parts.items()}
+        self.engine, self.noise, self.fault = "loop", 0.0, ""
+        self._enumeration: Enumeration | None = None
+        self._draws_alone = False
+
+    def run(
+        self, read: Read, held: Values, size: int, *, place: Place = poutine.condition, enumerate: bool = False
+    ) -> Values:
+        """Run the program for N draws and read some tensors off, each ``(N, *shape)``.
+
+        Args:
+            read: What to read.
+            held: Values of some sites, ``(N, *site_shape)``.
+            size: The number N of draws.
+            place: The handler that puts the values into the sites; by default they are conditioned on.
+            enumerate: True to run discrete latents at all of their values.
+        """
+
+        def once(values: Values, number: int | None) -> View:
+            if number is not None:
+                values = {n: with_room(self.single.nodes[n], v, self.nesting) for n, v in values.items()}
+            trace = self._trace(place(self.call, data=values), number, enumerate)
+            return View(trace, self.single, number, self.nesting)
+
+        with pyro.validation_enabled(False):  # a draw of no density is for the caller to see
+            return run(self.engine, once, read, held, size)
+
+    def on(self, rows: Values) -> Program:
+        """The program on other rows of its subsampled plates."""
+        if not rows:
+            return self
+        other = copy.copy(self)
+        other.rows = rows
+        return other
+
+    def alone(self, read: Read, size: int) -> Values:
+        """Run the program one draw at a time, with nothing held, and read some tensors off: each ``(size, *shape)``."""
+        engine, self.engine = self.engine, "loop"
+        try:
+            return self.run(read, {}, size)
+        finally:
+            self.engine = engine
+
+    def sample(self, read: Read, held: Values, size: int, *, place: Place = poutine.condition) -> Values:
+        """Run the program as :meth:`run` does, with sites that are drawn: one by one where the engine cannot draw."""
+        if self.engine == "vmap" and not self._draws_alone:
+            try:
+                return self.run(read, held, size, place=place)
+            except RuntimeError:  # some distributions of torch do not sample under vmap
+                self._draws_alone = True
+        engine, self.engine = self.engine, "loop" if self._draws_alone else self.engine
+        try:
+            return self.run(read, held, size, place=place)
+        finally:
+            self.engine = engine
+
+    def log_prob(self, held: Values, size: int) -> Tensor:
+        """Return the log-density of N draws, ``(N,)`` in nats, with discrete latents summed out.
+
+        Args:
+            held: Values of all latents, but those that are summed out, ``(N, *site_shape)``.
+            size: The number N of draws.
+        """
+        return self.score(held, size, [])[0]
+
+    def score(self, held: Values, size: int, sites: list[str]) -> tuple[Tensor, Values]:
+        """Return the log-density of N draws, as :meth:`log_prob` does, and the values of some sites at them.
+
+        Where discrete latents are summed out no site can be read that follows from them.
+        """
+        if self.enumerated:
+            return self.enumeration.log_prob(self.run(self.enumeration.read, held, size, enumerate=True)), {}
+        found = self.run(lambda view: {DENSITY: view.log_prob(), **{n: view.read(n) for n in sites}}, held, size)
+        return found.pop(DENSITY), found
+
+    def discrete(self, held: Values, size: int) -> Values:
+        """Draw the discrete latents that are summed out, given N draws of the others: each ``(N, *site_shape)``."""
+        if not self.enumerated:
+            return {}
+        return self.enumeration.sample(self.run(self.enumeration.read, held, size, enumerate=True))
+
+    @property
+    def enumeration(self) -> Enumeration:
+        """How the sites depend on the discrete latents, found by one run."""
+        if self._enumeration is None:
+            nodes = self.single.nodes
+            held = {name: site["value"] for name, site in nodes.items() if _is_latent(site)}
+            values = {name: value for name, value in held.items() if name not in self.enumerated}
+            with pyro.validation_enabled(False):
+                trace = self._trace(poutine.condition(self.call, data=values), None, True)
+            self._enumeration = Enumeration(trace, {name: nodes[name]["value"].shape for name in self.enumerated})
+        return self._enumeration
+
+    def _trace(self, program: Callable[..., Any], size: int | None, enumerate: bool) -> Trace:
+        if self.rows:
+            program = poutine.condition(program, data=self.rows)
+        if size is not None:
+            program = beside(program, size, self.nesting)
+        if enumerate:
+            program = poutine.infer_config(program, self._mark)
+            program = EnumMessenger(first_available_dim=-1 - self.nesting - (size is not None))(program)
+        with poutine.block(expose_types=["param"]):  # which are for those to see who train
+            trace = poutine.trace(program).get_trace(*self.args, **self.kwargs)
+        return prune_subsample_sites(trace)
+
+    def _mark(self, site: dict[str, Any]) -> dict[str, Any]:
+        marks = {"enumerate": "parallel", "expand": False, "num_samples": None}
+        return marks if site["name"] in self.enumerated else {}
+
+    # The choice of an engine.
+
+    @torch.no_grad()
+    def settle(self, held: Values, vectorize: str, role: str, also: Callable[[], str] = str) -> None:
+        """Choose the first engine that does to two draws what single runs do to each.
+
+        Args:
+            held: Two draws, values ``(2, *site_shape)`` of all latents but those that are summed out.
+            vectorize: ``"auto"``, or the one engine that is asked for.
+            role: What the program is, for errors: ``"model"`` or ``"guide"``.
+            also: A further look at what an engine does, which returns what is wrong in words.
+
+        Raises:
+            ValueError: If the engine that is asked for does something else.
+        """
+        self.engine = "loop"
+        alone = self._known(held)  # both draws, one by one
+        for engine in ENGINES if vectorize == "auto" else (vectorize,):
+            self.engine = engine
+            trial = self._try(alone, held, also)
+            if not trial.fault:
+                self.noise = trial.noise
+                return
+            if vectorize != "auto":
+                raise ValueError(f"the {role}{trial.fault}. {WAY_OUT}")
+            self.fault = self.fault or trial.fault
+
+    def _known(self, held: Values) -> Values:
+        """What is compared: the log-densities of two draws, site by site where none is summed out, and what follows."""
+        if self.enumerated:
+            return {DENSITY: self.log_prob(held, 2)}
+        sites = {name: site for name, site in self.single.nodes.items() if site["type"] == "sample"}
+
+        def read(view: View) -> Values:
+            found = {f"{DENSITY} of {name}": view.log_prob(name.__eq__) for name in sites}
+            rows = {name: view.trace.nodes[name]["log_prob"] for name in sites}
+            sizes = {f"{SIZE} {DENSITY} of {name}": view.total(value.abs()) for name, value in rows.items()}
+            derived = {name: view.read(name) for name, site in sites.items() if _is_derived(site)}
+            total, size = (sum(parts.values(), torch.zeros(())) for parts in (found, sizes))
+            return {DENSITY: total, f"{SIZE} {DENSITY}": size, **found, **sizes, **derived}
+
+        return self.run(read, held, 2)
+
+    def _try(self, alone: Values, held: Values, also: Callable[[], str]) -> Trial:
+        if self.engine == "loop":
+            return Trial("")
+        try:
+            found, fault = self._known(held), also()
+        except Exception as error:  # a user's program may raise anything
+            return Trial(f" does not run vectorised over draws: {quoted(error)}")
+        values = {name: value for name, value in found.items() if not name.startswith(SIZE)}
+        differ = [n for n, value in values.items() if not _alike(value, alone[n], alone.get(f"{SIZE} {n}"))]
+        if fault or not differ:
+            return Trial(fault)
+        noise = self._noise({name: value[:1] for name, value in held.items()}, alone[DENSITY][0].double())
+        if DENSITY in differ and not noise:
+            one, many = alone[DENSITY], found[DENSITY]
+            row = int((one - many).abs().argmax())
+            return Trial(
+                f"'s log-density of one draw is {float(one[row]):.4g}, but {float(many[row]):.4g} vectorised over draws"
+            )
+        # An estimate, as that of dequantised images, is another one each time.
+        if any(((found[name] - alone[name]).abs() > 10 * noise).any() for name in differ):
+            return Trial(f" means something else vectorised over draws, as at site {differ[-1].split()[-1]!r}")
+        return Trial("", noise)
+
+    def _noise(self, draw: Values, first: Tensor) -> float:
+        """The standard deviation of the log-density at one draw, run several times unless the second is the same."""
+        engine, self.engine = self.engine, "loop"
+        try:
+            found = [first]
+            for _ in range(REPEATS):
+                found.append(self.log_prob(draw, 1)[0].double())
+                if found[1] == found[0]:
+                    return 0.0
+            return float(torch.stack(found).std())
+        finally:
+            self.engine = engine
+
+
+def _alike(value: Tensor, other: Tensor, size: Tensor | None) -> bool:
+    """True if numbers differ by round-off at most, which grows with the sizes of the terms that they are sums of."""
+    if not value.is_floating_point():
+        return torch.equal(value, other)
+    rounding = 1e4 * torch.finfo(other.dtype).eps
+    gap = (value - other).abs() <= rounding * (other.abs() if size is None else size) + rounding
+    return bool((gap | ~(value.isfinite() & other.isfinite())).all())
+
+
+def _is_latent(site: dict[str, Any]) -> bool:
+    return site["type"] == "sample" and not site["is_observed"]
+
+
+def _is_derived(site: dict[str, Any]) -> bool:
+    derived = site["type"] == "sample" and site["infer"].get("_deterministic")
+    return bool(derived) and isinstance(site["value"], Tensor)

@@ -1,0 +1,303 @@
+"""A task: a model with its arguments, and a guide of its latents, traced once and run for many draws at a time."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from .. import checks
+from .engines import ENGINES, Site, Values, View, value_of
+from .latents import check_match, summable
+from .lifted import Lifted
+from .nesting import nesting_of
+from .noise import warn_of_noise
+from .program import Program
+
+
+class Draws(NamedTuple):
+    """N draws of a guide.
+
+    Attributes:
+        latents: The values of each latent that the guide draws, ``(N, *site_shape)``.
+        log_p: The model's log-density at them, ``(N,)`` in nats, with discrete latents summed out.
+        log_q: The guide's.
+    """
+
+    latents: Values
+    log_p: Tensor
+    log_q: Tensor
+
+    def take(self, index: Tensor) -> Draws:
+        """The draws of some numbers, ``(K,)``."""
+        return Draws({name: value[index] for name, value in self.latents.items()}, self.log_p[index], self.log_q[index])
+
+
+class Task:
+    """A model and a guide with the model's arguments.
+
+    Args:
+        model: A Pyro model.
+        guide: A Pyro guide.  Discrete latents that it lacks are summed out, if their support is finite.
+        args: The model's arguments.
+        kwargs: Its keyword arguments.
+        vectorize: How many draws are run: ``"plate"``, ``"vmap"``, ``"loop"``, or the first of these that works.
+
+    Attributes:
+        model: The model as a :class:`Program`.
+        guide: The guide as one.
+        traces: Those of one run of model and guide, in this order.
+        latents: The names of the model's latents, but those that are summed out.
+        own: The names of the sites that the guide draws, but those that only place others' draws.
+
+    Raises:
+        ValueError: If model or guide do not run vectorised over draws as ``vectorize`` asks.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        vectorize: str = "auto",
+    ) -> None:
+        check_vectorize(vectorize)
+        checks.check_program(model=model, guide=guide)
+        self._programs, self._arguments, marks = (model, guide), (args, kwargs), _Marks()
+        single, drawn = self.once(marks)
+        marks.keep(single)
+        nesting = nesting_of(drawn, single)
+        self.traces, self._vectorize, self._settled = (single, drawn), vectorize, False
+        enumerated = tuple(summable(single, drawn))
+        self.guide = Program(guide, args, kwargs, drawn, nesting)
+        self.model = Program(model, args, kwargs, single, nesting, enumerated, tuple(marks.given))
+        sites = self.model.single.iter_stochastic_nodes()
+        self.latents = [name for name, _ in sites if name not in enumerated]
+        own = self.guide.single.iter_stochastic_nodes()
+        self.own = [name for name, site in own if not isinstance(site["fn"], dist.Delta)]
+
+    @torch.no_grad()
+    def once(self, *watching: Messenger) -> tuple[Trace, Trace]:
+        """Run guide and model once; return the traces of the model and of the guide."""
+        model, guide = self._programs
+        args, kwargs = self._arguments
+        for messenger in watching:
+            model = messenger(model)
+        with poutine.block():
+            drawn = poutine.trace(guide).get_trace(*args, **kwargs)
+            return poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs), drawn
+
+    @functools.cached_property
+    def broadcasting(self) -> Callable[..., Any]:
+        """The model as a program that runs under an outer plate of draws: as it is, or lifted by its engine."""
+        self.settle()
+        return (
+            self.model.call
+            if self.model.engine == "plate" and not self.model.enumerated
+            else Lifted(self.model, self.latents)
+        )
+
+    @property
+    def runs_one_by_one(self) -> bool:
+        """True if model or guide run one draw at a time."""
+        return "loop" in (self.model.engine, self.guide.engine)
+
+    @property
+    def nesting(self) -> int:
+        """The number of dimensions that the plates of model and guide take."""
+        return self.model.nesting
+
+    @property
+    def subsampled(self) -> str:
+        """Words for the first plate that runs over a part of its rows, or an empty string."""
+        return subsampled_plate(self.traces[0])
+
+    def check(self) -> Task:
+        """Refuse a guide whose draws cannot be weighed, and return the task.
+
+        Raises:
+            ValueError: If the guide is a point, lacks a latent or has another, or a plate is subsampled.
+        """
+        check_match(*self.traces)
+        if self.subsampled:
+            raise ValueError(
+                f"{self.subsampled}: draws would be weighed against different data. Let the plate run over all rows."
+            )
+        return self
+
+    @torch.no_grad()
+    def settle(self) -> Task:
+        """Choose how guide and model run many draws, by two draws of the guide, and return the task.
+
+        Warns:
+            UserWarning: If the model runs one draw at a time, or its log-density is an estimate whose noise shows.
+        """
+        if self._settled:
+            return self
+        names = dict.fromkeys((*self.own, *self.latents))
+        found = self.guide.alone(lambda view: {name: view.read(name) for name in names}, 2)
+        own, latents = ({name: found[name] for name in part} for part in (self.own, self.latents))
+        self.guide.settle(own, "auto", "guide")
+        self.model.settle(latents, self._vectorize, "model")
+        self._settled = True
+        if self._vectorize == "auto":
+            for role, program in (("model", self.model), ("guide", self.guide)):
+                if program.engine == "loop":
+                    warnings.warn(f"the {role} runs one draw at a time, as it{program.fault}.", stacklevel=4)
+        warn_of_noise(self.model.noise)
+        return self
+
+    @torch.no_grad()
+    def draw(self, number: int, batch_size: int = 1000) -> Draws:
+        """Draw from the guide and score the draws by both, ``batch_size`` at a time."""
+
+        def read(view: View) -> Values:
+            return {**{f"latent {name}": view.read(name) for name in self.latents}, "log_q": view.log_prob()}
+
+        self.settle()
+        parts: list[Draws] = []
+        for size in batches(number, batch_size):
+            found = self.guide.sample(read, {}, size)
+            latents = {name: found[f"latent {name}"] for name in self.latents}
+            parts.append(Draws(latents, self.model.log_prob(latents, size), found["log_q"]))
+        latents = {name: torch.cat([part.latents[name] for part in parts]) for name in self.latents}
+        return Draws(latents, torch.cat([p.log_p for p in parts]), torch.cat([p.log_q for p in parts]))
+
+    @torch.no_grad()
+    def read(
+        self,
+        latents: Values,
+        sites: list[str],
+        what: Callable[[Site], Tensor] = value_of,
+        *,
+        batch_size: int = 1000,
+        forget: bool = False,
+    ) -> Values:
+        """Run the model at N draws of all latents, discrete ones included, and read sites: each ``(N, *shape)``.
+
+        Args:
+            latents: The draws.
+            sites: The sites.
+            what: What to read off a site; by default its value.
+            batch_size: How many draws are run at once.
+            forget: True to draw the observed sites anew, in place of the data; deterministic sites cannot be read then.
+        """
+        number = len(next(iter(latents.values())))
+        place = _forgetful if forget else poutine.condition
+        parts, start = [], 0
+        for size in batches(number, batch_size):
+            held = {name: value[start : start + size] for name, value in latents.items()}
+            start += size
+            run = self.model.sample if forget else self.model.run
+            parts.append(run(lambda view: {n: view.read(n, what) for n in sites}, held, size, place=place))
+        return {name: torch.cat([part[name] for part in parts]) for name in sites}
+
+    def complete(self, latents: Values, batch_size: int = 1000) -> Values:
+        """Add draws of the discrete latents that are summed out, given N draws of the others."""
+        if not self.model.enumerated:
+            return latents
+        number, start, parts = len(next(iter(latents.values()))), 0, []
+        for size in batches(number, batch_size):
+            held = {name: value[start : start + size] for name, value in latents.items()}
+            start += size
+            parts.append(self.model.discrete(held, size))
+        return {**latents, **{name: torch.cat([part[name] for part in parts]) for name in self.model.enumerated}}
+
+    def values(self, latents: Values, batch_size: int = 1000) -> Values:
+        """Return latents and deterministic sites at N draws of the guide's latents: each ``(N, *site_shape)``."""
+        return self.read(self.complete(latents, batch_size), list(self.sites("posterior")), batch_size=batch_size)
+
+    def sites(self, group: str) -> dict[str, Site]:
+        """Return the model's sites that belong to a group, by name: see :func:`group_of`."""
+        return {name: site for name, site in self.model.single.nodes.items() if group_of(site) == group}
+
+
+def check_vectorize(vectorize: Any) -> None:
+    """Raise ValueError unless a way to vectorise exists."""
+    if vectorize not in ("auto", *ENGINES):
+        raise ValueError(
+            f'vectorize must be "auto", {", ".join(map(repr, ENGINES))}, got {checks.quoted(vectorize)}. Leave it out '
+            "to use the fastest that works."
+        )
+
+
+def batches(number: int, batch_size: int) -> Iterator[int]:
+    """Yield the sizes of batches that make up a number."""
+    checks.check_integers("batch_size", batch_size=batch_size)
+    for start in range(0, number, batch_size):
+        yield min(batch_size, number - start)
+
+
+def group_of(site: Site) -> str | None:
+    """What a site of a model's trace is: ``"posterior"`` (latent or deterministic), ``"observed"``, or neither."""
+    if site["type"] != "sample" or site_is_subsample(site) or not isinstance(site["value"], Tensor):
+        return None
+    if not site["is_observed"] or site["infer"].get("_deterministic", False):
+        return "posterior"
+    return None if type(site["fn"]).__name__ == "Unit" else "observed"
+
+
+def subsampled_plate(trace: Trace) -> str:
+    """Words for the first plate of a trace that runs over a part of its rows, or an empty string."""
+    for name, site in trace.nodes.items():
+        for frame in site.get("cond_indep_stack", ()):
+            if frame.full_size is not None and frame.size < frame.full_size:
+                rows = f"{frame.size} of {frame.full_size} rows"
+                return f"site {name!r} lies in plate {frame.name!r}, which is subsampled ({rows})"
+    return ""
+
+
+def check_trained(caller: str, guide: Any) -> None:
+    """Refuse a guide that was never trained, where that shows."""
+    if getattr(guide, "is_fresh", False) or getattr(guide, "prototype_trace", guide) is None:
+        kind = type(guide).__name__
+        raise ValueError(f"{caller}: the {kind} was never trained; fit it first: fit_svi(model, guide, ...).")
+
+
+def _forgetful(model: Callable[..., Any], data: Values) -> Callable[..., Any]:
+    """Hold latents, and let the observed sites be drawn anew."""
+    # To Pyro what is deterministic is observed too: drawn anew in a plate, it would grow by the plate's size.
+    return poutine.condition(poutine.uncondition(_AllRows()(poutine.block(model, hide_fn=_is_derived))), data=data)
+
+
+def _is_derived(message: Site) -> bool:
+    return message["type"] == "sample" and message["is_observed"] and group_of(message) != "observed"
+
+
+class _Marks(Messenger):
+    """Keeps the marks of a model's sites, ``infer={...}``: where a guide is replayed, its marks take their place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, dict[str, Any]] = {}
+        self.given: list[str] = []
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        self.found[msg["name"]] = dict(msg["infer"] or {})
+        if type(msg["fn"]).__name__ == "_Subsample" and msg["value"] is not None:
+            self.given.append(msg["name"])
+
+    def keep(self, trace: Trace) -> None:
+        """Give the sites of a trace their marks back."""
+        for name, mark in self.found.items():
+            if name in trace.nodes:
+                trace.nodes[name]["infer"] = {**trace.nodes[name]["infer"], **mark}
+
+
+class _AllRows(Messenger):
+    """Draws as many rows anew as a site observes, also where its distribution is one for all of them."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if group_of(msg) == "observed":
+            rows = msg["value"].shape[: msg["value"].dim() - msg["fn"].event_dim]
+            msg["fn"] = msg["fn"].expand(torch.broadcast_shapes(msg["fn"].batch_shape, rows))

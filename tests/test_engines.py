@@ -1,0 +1,354 @@
+"""Any Pyro program: plate, vmap and loop do to many draws what single runs do, and the first that does so is chosen."""
+
+from __future__ import annotations
+
+import warnings
+
+import pyro
+import pyro.contrib.gp as gp
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroSample
+from torch import nn
+
+import pyro_flows as pf
+from pyro_flows import AutoFlow
+from pyro_flows.objectives import ImportanceWeightedELBO, PathELBO, TemperedELBO
+from pyro_flows.programs.space import Space
+from pyro_flows.programs.task import Task
+
+X = torch.linspace(-2.0, 2.0, 12, dtype=torch.float64).reshape(4, 3)
+Y = torch.tensor([0.3, -1.2, 0.8, 2.1], dtype=torch.float64)
+QUICK = {"steps": 3, "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    yield
+    torch.set_default_dtype(before)
+
+
+# Models as Pyro's tutorials write them, and their twins, which broadcast to the left of their plates.
+
+
+class Regression(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.linear = PyroModule[nn.Linear](3, 1)
+        self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+        self.linear.bias = PyroSample(dist.Normal(0.0, 10.0).expand([1]).to_event(1))
+
+    def forward(self, x, y=None):
+        sigma = pyro.sample("sigma", dist.Uniform(0.0, 10.0))
+        mean = self.linear(x).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(mean, sigma), obs=y)
+
+
+def regression_twin(x, y):
+    sigma = pyro.sample("sigma", dist.Uniform(0.0, 10.0))
+    weight = pyro.sample("linear.weight", dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+    bias = pyro.sample("linear.bias", dist.Normal(0.0, 10.0).expand([1]).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal((weight[..., 0, :] * x).sum(-1) + bias[..., 0], sigma), obs=y)
+
+
+class Network(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = PyroModule[nn.Linear](3, 5), PyroModule[nn.Linear](5, 1, bias=False)
+        self.hidden.weight = PyroSample(dist.Normal(0.0, 1.0).expand([5, 3]).to_event(2))
+        self.hidden.bias = PyroSample(dist.Normal(0.0, 1.0).expand([5]).to_event(1))
+        self.out.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 5]).to_event(2))
+
+    def forward(self, x, y=None):
+        mean = self.out(torch.tanh(self.hidden(x))).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(mean, 0.5), obs=y)
+
+
+def network_twin(x, y):
+    weight = pyro.sample("hidden.weight", dist.Normal(0.0, 1.0).expand([5, 3]).to_event(2))
+    bias = pyro.sample("hidden.bias", dist.Normal(0.0, 1.0).expand([5]).to_event(1))
+    out = pyro.sample("out.weight", dist.Normal(0.0, 1.0).expand([1, 5]).to_event(2))
+    hidden = torch.tanh((weight * x.unsqueeze(-2)).sum(-1) + bias)
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal((hidden * out[..., 0, :]).sum(-1), 0.5), obs=y)
+
+
+def matmul(x, y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+
+def matmul_twin(x, y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal((x * w).sum(-1), 0.5), obs=y)
+
+
+def lkj(x, y):
+    theta = pyro.sample("theta", dist.HalfCauchy(torch.ones(3)).to_event(1))
+    factor = pyro.sample("L", dist.LKJCholesky(3, 1.0))
+    scale_tril = torch.mm(torch.diag(theta.sqrt()), factor)
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.MultivariateNormal(torch.zeros(3), scale_tril=scale_tril), obs=x)
+
+
+def lkj_twin(x, y):
+    theta = pyro.sample("theta", dist.HalfCauchy(torch.ones(3)).to_event(1))
+    factor = pyro.sample("L", dist.LKJCholesky(3, 1.0))
+    with pyro.plate("data", len(x)):
+        scale_tril = theta.sqrt().unsqueeze(-1) * factor
+        pyro.sample("obs", dist.MultivariateNormal(torch.zeros(3), scale_tril=scale_tril), obs=x)
+
+
+def gaussian_process(x, y):
+    kernel = gp.kernels.RBF(input_dim=1)
+    kernel.lengthscale = PyroSample(dist.LogNormal(0.0, 1.0))
+    kernel.variance = PyroSample(dist.LogNormal(0.0, 1.0))
+    gp.models.GPRegression(x[:, 0], y, kernel, noise=torch.tensor(0.1), jitter=1e-6).model()
+
+
+def gaussian_process_twin(x, y):
+    lengthscale = pyro.sample("kernel.lengthscale", dist.LogNormal(0.0, 1.0))
+    variance = pyro.sample("kernel.variance", dist.LogNormal(0.0, 1.0))
+    gap = (x[:, 0] - x[:, :1]) / lengthscale[..., None, None]
+    covariance = variance[..., None, None] * (-gap.square() / 2).exp() + (0.1 + 1e-6) * torch.eye(len(x))
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros(len(x)), covariance), obs=y)
+
+
+def chain(x, y):
+    """A ``pyro.markov`` loop that stacks its states along a dimension of its own."""
+    state, states = torch.zeros(()), []
+    for t in pyro.markov(range(len(y))):
+        state = pyro.sample(f"z_{t}", dist.Normal(0.9 * state, 1.0))
+        states.append(state)
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(torch.stack(states), 0.5), obs=y)
+
+
+def chain_twin(x, y):
+    state, states = torch.zeros(()), []
+    for t in pyro.markov(range(len(y))):
+        state = pyro.sample(f"z_{t}", dist.Normal(0.9 * state, 1.0))
+        states.append(state)
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(torch.cat([s.reshape(*s.shape[:-1], -1) for s in states], -1), 0.5), obs=y)
+
+
+TWINS = {
+    "regression": (Regression, regression_twin),
+    "network": (Network, network_twin),
+    "matmul": (lambda: matmul, matmul_twin),
+    "lkj": (lambda: lkj, lkj_twin),
+    "gp": (lambda: gaussian_process, gaussian_process_twin),
+    "chain": (lambda: chain, chain_twin),
+}
+every_twin = pytest.mark.parametrize("name", TWINS)
+
+
+def pair(name):
+    build, twin = TWINS[name]
+    model = build()
+    guide = AutoFlow(model, init_scale=0.5).setup(X, Y)
+    return model, twin, guide
+
+
+@every_twin
+def test_refused_models_run_by_vmap_and_have_the_density_of_their_twins(name):
+    model, twin, guide = pair(name)
+    task = Task(model, guide, (X, Y), {}).settle()
+    assert (task.model.engine, task.guide.engine) == ("vmap", "plate")
+    draws = task.draw(40)
+    broadcast = Task(twin, guide, (X, Y), {}, "plate").settle()
+    torch.testing.assert_close(draws.log_p, broadcast.model.log_prob(draws.latents, 40), rtol=1e-9, atol=1e-9)
+    one_by_one = Task(model, guide, (X, Y), {}, "loop").settle()
+    torch.testing.assert_close(draws.log_p, one_by_one.model.log_prob(draws.latents, 40), rtol=1e-9, atol=1e-9)
+
+
+@every_twin
+@pytest.mark.parametrize(
+    "objective",
+    [
+        lambda nesting: PathELBO(6, max_plate_nesting=nesting, vectorize_particles=True),
+        lambda nesting: pyro.infer.Trace_ELBO(6, max_plate_nesting=nesting, vectorize_particles=True),
+        lambda nesting: ImportanceWeightedELBO(6, max_plate_nesting=nesting),
+        lambda nesting: TemperedELBO(10, num_particles=6, max_plate_nesting=nesting),
+    ],
+    ids=["path", "trace", "iw", "tempered"],
+)
+def test_elbo_gradients_are_those_of_the_twins(name, objective):
+    model, twin, guide = pair(name)
+    task = Task(model, guide, (X, Y), {})
+    parameters = list(guide.parameters())
+
+    def gradients(program):
+        pyro.set_rng_seed(5)
+        loss = objective(task.nesting).differentiable_loss(program, guide, X, Y)
+        return loss, torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    with pyro.validation_enabled(True):
+        loss, found = gradients(task.broadcasting)
+        wanted_loss, wanted = gradients(twin)
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-9, atol=1e-9)
+    for one, other in zip(found, wanted, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@every_twin
+def test_scores_are_those_of_the_twins(name):
+    model, twin, guide = pair(name)
+    spaces = [Space(Task(program, guide, (X, Y), {})) for program in (model, twin)]
+    z = torch.randn(5, spaces[0].dim, requires_grad=True)
+    scores = [torch.autograd.grad(space.log_p(z).sum(), z)[0] for space in spaces]
+    torch.testing.assert_close(*scores, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["regression", "gp"])
+def test_verbs_take_models_that_do_not_broadcast(name):
+    model, _, guide = pair(name)
+    pf.fit_svi(model, guide, X, Y, **QUICK)
+    assert pf.psis(model, guide, X, Y, num_samples=50).log_weights.isfinite().all()
+    assert pf.check(model, guide, X, Y, num_samples=100, num_chains=16).verdict
+    assert pf.refine(model, guide, X, Y, num_samples=10, transitions=4).draws.keys() == guide.median(X, Y).keys()
+    found = pf.to_arviz(model, guide, X, Y, num_samples=30, posterior_predictive=True)
+    assert all(found[group].sizes["draw"] == 30 for group in ("posterior", "posterior_predictive", "log_likelihood"))
+    assert pf.resample(model, guide, X, Y, num_samples=10, num_weighed=30).keys() >= guide.median(X, Y).keys()
+
+
+def test_evidence_of_twins_agrees():
+    """The verbs end to end, with log evidence ± s.e. of the exact answer: Y is Gaussian given X."""
+    torch.set_default_dtype(torch.float32)
+    x, y = X.float(), Y.float()
+    exact = dist.MultivariateNormal(torch.zeros(4), x @ x.T + 0.25 * torch.eye(4)).log_prob(y)
+    for model in (matmul, matmul_twin):
+        guide = AutoFlow(model)
+        pf.fit_svi(model, guide, x, y, steps=100, progress=False)
+        assert abs(pf.psis(model, guide, x, y).log_evidence - exact) < 0.01
+
+
+# The loop, and what makes a model need it.
+
+
+def branching(y):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(2 * w if w.item() > 0 else 3 * w, 1.0), obs=y)
+
+
+def writing(y):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    mean = torch.zeros(4)
+    for t in range(4):
+        mean[t] = w * t
+    with pyro.plate("data", 4):
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+NORM = nn.BatchNorm1d(1)
+
+
+def normalising(y):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 4):
+        pyro.sample("y", dist.Normal(NORM.double()(X[:, :1] * w).squeeze(-1) * w, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("model", [branching, writing, normalising])
+def test_what_only_single_runs_can_do_runs_in_a_loop_and_one_line_says_so(model):
+    y = Y[0] if model is branching else Y
+    guide = AutoFlow(model).setup(y)
+    with pytest.warns(UserWarning, match=r"^the model runs one draw at a time, as it does not run vectorised over"):
+        task = Task(model, guide, (y,), {}).settle()
+    assert task.model.engine == "loop"
+    draws = task.draw(3)
+    for row in range(3):
+        held = poutine.condition(model, data={name: value[row] for name, value in draws.latents.items()})
+        alone = poutine.trace(held).get_trace(y).log_prob_sum()
+        torch.testing.assert_close(draws.log_p[row], alone, rtol=1e-9, atol=1e-9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert pf.fit_svi(model, AutoFlow(model), y, warm_start=False, **QUICK).losses.isfinite().all()
+
+
+def summing(y):
+    """A term that sees all draws at once, small beside the data's."""
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    pyro.factor("penalty", -w.square().sum())
+    with pyro.plate("data", 10_000):
+        pyro.sample("y", dist.Normal(w, 1e-3), obs=y.expand(10_000) + 0.5)
+
+
+def test_a_density_that_mixes_draws_is_seen_at_its_site_whatever_the_size_of_others():
+    guide = AutoFlow(summing).setup(Y[0])
+    assert Task(summing, guide, (Y[0],), {}).settle().model.engine == "vmap"
+    with pytest.raises(ValueError, match=r"the model means something else .* as at site 'penalty'\. Let the"):
+        Task(summing, guide, (Y[0],), {}, "plate").settle()
+
+
+def deriving(y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.deterministic("share", w / w.sum())
+    pyro.sample("y", dist.Normal(w.sum(-1), 1.0), obs=y)
+
+
+def test_deterministic_sites_count_in_the_choice():
+    guide = AutoFlow(deriving).setup(Y[0])
+    task = Task(deriving, guide, (Y[0],), {}).settle()
+    assert task.model.engine == "vmap"
+    share = task.values(task.draw(7).latents)["share"]
+    torch.testing.assert_close(share.sum(-1), torch.ones(7))
+
+
+def test_a_guide_that_does_not_broadcast_is_run_by_vmap():
+    def guide(x, y):
+        scale = torch.tensor([[0.2, 0.1, 0.0], [0.0, 0.3, 0.0], [0.0, 0.0, 0.1]])
+        noise = pyro.sample("noise", dist.Normal(torch.zeros(3), 1.0).to_event(1), infer={"is_auxiliary": True})
+        pyro.sample("w", dist.Delta(torch.mv(scale, noise), event_dim=1, log_density=-scale.diagonal().log().sum()))
+
+    task = Task(matmul, guide, (X, Y), {}).settle()
+    assert task.guide.engine == "vmap"
+    draws = task.draw(1000)
+    assert draws.latents["w"].std(0).min() > 0.05  # each draw has noise of its own
+    torch.testing.assert_close(draws.log_q, Task(matmul, guide, (X, Y), {}, "loop").draw(1).log_q * 0 + draws.log_q)
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop", "plate"])
+def test_an_engine_can_be_insisted_on(vectorize):
+    guide = AutoNormal(matmul_twin)
+    guide(X, Y)
+    assert Task(matmul_twin, guide, (X, Y), {}, vectorize).settle().model.engine == vectorize
+    for verb in (pf.psis, pf.check):
+        verb(matmul_twin, guide, X, Y, num_samples=100, vectorize=vectorize)
+
+
+def test_bad_engines_are_refused_by_name():
+    guide = AutoFlow(matmul).setup(X, Y)
+    for verb in (pf.psis, pf.check, pf.refine, pf.to_arviz, pf.resample, pf.fit_svi):
+        with pytest.raises(ValueError, match=r'vectorize must be "auto", .*got True. Leave it out'):
+            verb(matmul, guide, X, Y, vectorize=True)
+    with pytest.raises(ValueError, match=r"the model does not run vectorised over draws: .*x @ w"):
+        pf.psis(matmul, guide, X, Y, vectorize="plate")
+
+
+def test_the_choice_takes_few_runs_of_the_model():
+    runs = []
+
+    def counted(x, y):
+        runs.append(1)
+        matmul(x, y)
+
+    guide = AutoFlow(counted).setup(X, Y)
+    runs.clear()
+    Task(counted, guide, (X, Y), {}).settle()
+    assert len(runs) <= 6  # one to see the sites, and five

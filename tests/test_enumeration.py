@@ -1,0 +1,273 @@
+"""Discrete latents are summed out for many draws at once, and drawn back: against sums written by hand."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+import pyro_flows as pf
+from pyro_flows import AutoFlow
+from pyro_flows.objectives import PathELBO
+from pyro_flows.programs.task import Task
+
+DATA = torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0])
+ENGINES = pytest.mark.parametrize("engine", ["vmap", "loop"])
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def mixture(data):
+    """Pyro's ``gmm.ipynb``, without its decorator."""
+    weights = pyro.sample("weights", dist.Dirichlet(0.5 * torch.ones(2)))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 2.0))
+    with pyro.plate("components", 2):
+        locs = pyro.sample("locs", dist.Normal(0.0, 10.0))
+    with pyro.plate("data", len(data)):
+        assignment = pyro.sample("assignment", dist.Categorical(weights))
+        pyro.sample("obs", dist.Normal(locs[assignment], scale), obs=data)
+
+
+def mixture_by_hand(data):
+    weights = pyro.sample("weights", dist.Dirichlet(0.5 * torch.ones(2)))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 2.0))
+    with pyro.plate("components", 2):
+        locs = pyro.sample("locs", dist.Normal(0.0, 10.0))
+    with pyro.plate("data", len(data)):
+        rows = dist.Normal(locs.unsqueeze(-2), scale.unsqueeze(-1)).log_prob(data.unsqueeze(-1))  # (*draws, 5, 2)
+        pyro.factor("obs", (weights.log() + rows).logsumexp(-1))
+
+
+def hidden_markov(data):
+    transition = pyro.sample("transition", dist.Dirichlet(torch.eye(3) + 0.5).to_event(1))
+    means = pyro.sample("means", dist.Normal(torch.tensor([0.0, 5.0, 10.0]), 1.0).to_event(1))
+    state = 0
+    for t in pyro.markov(range(len(data))):
+        state = pyro.sample(f"state_{t}", dist.Categorical(transition[state]))
+        pyro.sample(f"obs_{t}", dist.Normal(means[state], 1.0), obs=data[t])
+
+
+def forward(latents: dict[str, Tensor], data: Tensor) -> list[Tensor]:
+    """The forward recursion: log p(state_t, obs_1..t) of one draw."""
+    log_rows = latents["transition"].log()
+    emission = dist.Normal(latents["means"], 1.0)
+    found = [log_rows[0] + emission.log_prob(data[0])]
+    for value in data[1:]:
+        found.append(torch.logsumexp(found[-1].unsqueeze(-1) + log_rows, 0) + emission.log_prob(value))
+    return found
+
+
+def smoothed(latents: dict[str, Tensor], data: Tensor) -> Tensor:
+    """The marginals of the states given all data by forward-backward, ``(T, 3)``."""
+    ahead, log_rows = forward(latents, data), latents["transition"].log()
+    emission, back = dist.Normal(latents["means"], 1.0), [torch.zeros(3)]
+    for value in data.flip(0)[:-1]:
+        back.append(torch.logsumexp(log_rows + emission.log_prob(value) + back[-1], -1))
+    return torch.stack([(a + b).softmax(-1) for a, b in zip(ahead, reversed(back), strict=True)])
+
+
+@ENGINES
+def test_a_mixture_has_the_density_of_the_sum_by_hand(engine):
+    guide = AutoFlow(mixture, init_scale=0.5).setup(DATA)
+    task = Task(mixture, guide, (DATA,), {}, engine).settle()
+    assert task.model.enumerated == ("assignment",)
+    draws = task.draw(20)
+    wanted = Task(mixture_by_hand, guide, (DATA,), {}).settle().model.log_prob(draws.latents, 20)
+    torch.testing.assert_close(draws.log_p, wanted, rtol=1e-5, atol=1e-4)
+
+
+@ENGINES
+def test_a_hidden_markov_model_has_the_density_of_the_forward_recursion(engine):
+    guide = AutoFlow(hidden_markov, init_scale=0.3).setup(DATA)
+    task = Task(hidden_markov, guide, (DATA,), {}, engine).settle()
+    draws = task.draw(6)
+    for row in range(6):
+        latents = {name: value[row] for name, value in draws.latents.items()}
+        prior = dist.Dirichlet(torch.eye(3) + 0.5).log_prob(latents["transition"]).sum()
+        prior += dist.Normal(torch.tensor([0.0, 5.0, 10.0]), 1.0).log_prob(latents["means"]).sum()
+        wanted = prior + forward(latents, DATA)[-1].logsumexp(0)
+        torch.testing.assert_close(draws.log_p[row], wanted, rtol=1e-4, atol=1e-4)
+
+
+def repeated(latents: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+    return {name: value[:1].expand(number, *value.shape[1:]) for name, value in latents.items()}
+
+
+def test_discrete_draws_have_the_marginals_of_the_mixture():
+    data = torch.tensor([0.0, 1.0, 4.0, 5.5, 9.0])
+    latents = {
+        "weights": torch.tensor([[0.4, 0.6]]),
+        "scale": torch.tensor([2.5]),
+        "locs": torch.tensor([[1.0, 8.0]]),
+    }
+    task = Task(mixture, AutoFlow(mixture).setup(data), (data,), {}).settle()
+    drawn = task.complete(repeated(latents, 10_000))["assignment"]
+    likelihood = dist.Normal(latents["locs"], latents["scale"].unsqueeze(-1)).log_prob(data.unsqueeze(-1))
+    wanted = (latents["weights"].log() + likelihood).softmax(-1)[:, 1]
+    assert (drawn.double().mean(0) - wanted).abs().max() < 0.02  # four standard errors of the worst
+
+
+def test_discrete_draws_have_the_marginals_of_forward_backward():
+    latents = {
+        "transition": torch.tensor([[[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.3, 0.3, 0.4]]]),
+        "means": torch.tensor([[0.0, 1.0, 2.5]]),
+    }
+    data = torch.tensor([0.5, 1.0, 1.7, 0.2])
+    task = Task(hidden_markov, AutoFlow(hidden_markov).setup(data), (data,), {}).settle()
+    drawn = task.complete(repeated(latents, 10_000))
+    wanted = smoothed({name: value[0] for name, value in latents.items()}, data)
+    found = torch.stack([torch.bincount(drawn[f"state_{t}"], minlength=3) / 10_000 for t in range(4)])
+    assert (found - wanted).abs().max() < 0.02
+    pairs = drawn["state_0"] * 3 + drawn["state_1"]  # jointly, not only each on its own
+    first = (forward({n: v[0] for n, v in latents.items()}, data)[0]).unsqueeze(-1) + latents["transition"][0].log()
+    emission, back = dist.Normal(latents["means"][0], 1.0), torch.zeros(3)
+    for value in data.flip(0)[:-2]:
+        back = torch.logsumexp(latents["transition"][0].log() + emission.log_prob(value) + back, -1)
+    joint = (first + emission.log_prob(data[1]) + back).flatten().softmax(-1)
+    assert (torch.bincount(pairs, minlength=9) / 10_000 - joint).abs().max() < 0.02
+
+
+def test_a_mixture_goes_through_all_verbs():
+    guide = AutoFlow(mixture)
+    fit = pf.fit_svi(mixture, guide, DATA, steps=200, progress=False)
+    assert fit.losses.isfinite().all()
+    assert guide.median(DATA).keys() == {"weights", "scale", "locs"}
+    found = pf.psis(mixture, guide, DATA, num_samples=1000)
+    by_hand = pf.psis(mixture_by_hand, guide, DATA, num_samples=1000)
+    assert abs(found.log_evidence - by_hand.log_evidence) < 4 * (found.log_evidence_se + by_hand.log_evidence_se) + 0.01
+    assert pf.check(mixture, guide, DATA, num_samples=500, num_chains=16).names[0] == "weights[0]"
+    assert pf.refine(mixture, guide, DATA, num_samples=10, transitions=4).draws["locs"].shape == (10, 2)
+    data = pf.to_arviz(mixture, guide, DATA, num_samples=30, posterior_predictive=True)
+    assert data["posterior"]["assignment"].dims == ("chain", "draw", "data")
+    assert data["posterior_predictive"]["obs"].shape == (1, 30, 5)
+    assert pf.resample(mixture, guide, DATA, num_samples=10)["assignment"].shape == (10, 5)
+
+
+def test_gradients_of_the_sum_are_those_of_the_sum_by_hand(double):
+    data, found = DATA.double(), []
+    guide = AutoFlow(mixture, init_scale=0.3).setup(data)
+    task = Task(mixture, guide, (data,), {})
+    parameters = list(guide.parameters())
+    for program in (task.broadcasting, mixture_by_hand):
+        pyro.set_rng_seed(1)
+        loss = PathELBO(5, max_plate_nesting=1, vectorize_particles=True).differentiable_loss(program, guide, data)
+        found.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+    for one, other in zip(*found, strict=True):
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_the_way_of_pyro_still_works():
+    """Pyro's own ELBO sums out what the model marks; the guide leaves the site to it."""
+    guide = AutoFlow(mixture)
+    svi = pyro.infer.SVI(
+        config_enumerate(mixture), guide, pyro.optim.Adam({"lr": 0.01}), TraceEnum_ELBO(max_plate_nesting=1)
+    )
+    losses = [svi.step(DATA) for _ in range(5)]
+    assert all(loss < 1e6 for loss in losses)
+    assert "assignment" not in guide(DATA)
+
+
+def test_guides_of_pyro_and_by_hand_leave_discrete_sites_out_too():
+    guide = AutoNormal(poutine.block(mixture, hide=["assignment"]))
+    guide(DATA)
+    task = Task(mixture, guide, (DATA,), {}).settle()
+    wanted = Task(mixture_by_hand, guide, (DATA,), {}).settle()
+    draws = task.draw(10)
+    torch.testing.assert_close(draws.log_p, wanted.model.log_prob(draws.latents, 10), rtol=1e-5, atol=1e-4)
+
+
+def coin(flips):
+    bias = pyro.sample("bias", dist.Beta(2.0, 2.0))
+    kind = pyro.sample("kind", dist.Bernoulli(bias))
+    shape = pyro.sample("shape", dist.OneHotCategorical(torch.tensor([0.2, 0.3, 0.5])))
+    with pyro.plate("flips", len(flips)):
+        fair = (shape * torch.tensor([0.2, 0.5, 0.9])).sum(-1)
+        pyro.sample("flip", dist.Bernoulli(0.5 * kind * fair + 0.1 + 0.3 * bias), obs=flips)
+
+
+def test_other_discrete_distributions_and_events():
+    flips = torch.tensor([1.0, 0.0, 1.0])
+    guide = AutoFlow(coin).setup(flips)
+    task = Task(coin, guide, (flips,), {}).settle()
+    draws = task.draw(4)
+    for row in range(4):
+        bias, terms = draws.latents["bias"][row], []
+        for kind in (0.0, 1.0):
+            for weight, fair in ((0.2, 0.2), (0.3, 0.5), (0.5, 0.9)):
+                held = dist.Bernoulli(bias).log_prob(torch.tensor(kind)) + torch.tensor(weight).log()
+                terms.append(held + dist.Bernoulli(0.5 * kind * fair + 0.1 + 0.3 * bias).log_prob(flips).sum())
+        wanted = dist.Beta(2.0, 2.0).log_prob(bias) + torch.stack(terms).logsumexp(0)
+        torch.testing.assert_close(draws.log_p[row], wanted, rtol=1e-4, atol=1e-4)
+    drawn = task.complete(draws.latents)
+    assert drawn["kind"].shape == (4,)
+    assert drawn["shape"].shape == (4, 3)
+    assert (drawn["shape"].sum(-1) == 1).all()
+
+
+def test_scales_stand_outside_of_the_sum_and_masks_inside():
+    """As in ``TraceEnum_ELBO``: a scaled mixture is s times its log-density, and a masked row is left out."""
+    mask = torch.tensor([True, True, False, True, True])
+
+    def scaled(data):
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(2)))
+        with pyro.plate("data", len(data)), poutine.scale(scale=3.0), poutine.mask(mask=mask):
+            assignment = pyro.sample("assignment", dist.Categorical(weights))
+            pyro.sample("obs", dist.Normal(torch.tensor([0.0, 10.0])[assignment], 1.0), obs=data)
+
+    guide = AutoFlow(scaled).setup(DATA)
+    draws = Task(scaled, guide, (DATA,), {}).settle().draw(3)
+    likelihood = dist.Normal(torch.tensor([0.0, 10.0]), 1.0).log_prob(DATA[mask].unsqueeze(-1))
+    rows = torch.logsumexp(draws.latents["weights"].log().unsqueeze(1) + likelihood, -1).sum(-1)
+    wanted = dist.Dirichlet(torch.ones(2)).log_prob(draws.latents["weights"]) + 3 * rows
+    torch.testing.assert_close(draws.log_p, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_a_start_that_random_states_make_impossible_is_none():
+    """Capture and recapture: an animal that is drawn dead and seen later has no density, and their sum has one."""
+    seen = torch.tensor([1.0, 1.0, 0.0, 1.0])
+
+    def survival(seen):
+        stays = pyro.sample("stays", dist.Uniform(0.0, 1.0))
+        caught = pyro.sample("caught", dist.Uniform(0.0, 1.0))
+        alive = torch.ones(())
+        for t in pyro.markov(range(len(seen))):
+            alive = pyro.sample(f"alive_{t}", dist.Bernoulli(stays * alive))
+            pyro.sample(f"seen_{t}", dist.Bernoulli(caught * alive), obs=seen[t])
+
+    guide = AutoFlow(survival).setup(seen)
+    draws = Task(survival, guide, (seen,), {}).settle().draw(5)
+    stays, caught = draws.latents["stays"], draws.latents["caught"]
+    wanted = 4 * stays.log() + 3 * caught.log() + (1 - caught).log()
+    torch.testing.assert_close(draws.log_p, wanted, rtol=1e-3, atol=1e-3)
+
+
+def counts(y):
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    number = pyro.sample("number", dist.Poisson(rate))
+    more = pyro.sample("more", dist.Geometric(0.5))
+    pyro.sample("y", dist.Normal(number + more, 1.0), obs=y)
+
+
+def test_infinite_supports_are_refused_by_name_all_at_once():
+    with pytest.raises(ValueError, match=r"AutoFlow: latent sites 'number', 'more' are discrete, and cannot be"):
+        AutoFlow(counts).setup(torch.tensor(3.0))
+    guide = AutoNormal(poutine.block(counts, hide=["number", "more"]))
+    with pytest.raises(ValueError, match=r"fit_svi: latent sites 'number', 'more' of the model are not in the guide"):
+        pf.fit_svi(counts, guide, torch.tensor(3.0), steps=3, progress=False)
