@@ -15,12 +15,14 @@ import dis
 import functools
 import itertools
 import json
+import linecache
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyro
 import pyro.distributions as dist
@@ -34,6 +36,8 @@ from pyro.ops.tensor_utils import periodic_features
 from torch import Tensor, nn
 
 from pyro_flows.encoders import MLPEncoder
+
+Built = TypeVar("Built")
 
 
 class Program(NamedTuple):
@@ -89,7 +93,7 @@ def source(name: str) -> tuple[Path, str]:
     if path.suffix == ".ipynb":
         cells = (cell["source"] for cell in json.loads(text)["cells"] if cell["cell_type"] == "code")
         text = "\n".join("".join(lines) for lines in cells)
-        text = "\n".join("" if line.startswith("%") else line for line in text.split("\n"))  # IPython's commands
+        text = re.sub(r"(?m)^(?:%|( *)!).*", r"\1pass", text)  # IPython's commands
     return path, text
 
 
@@ -111,14 +115,18 @@ def read_by(code: CodeType) -> set[str]:
     return found.union(*(read_by(part) for part in code.co_consts if isinstance(part, CodeType)))
 
 
-def taken(name: str, *wanted: str, **given: Any) -> list[Any]:
+def taken(name: str, *wanted: str, nth: int | None = None, **given: Any) -> list[Any]:
     """Return the values of global names in a file of Pyro's repository.
 
     Runs the last statement that binds each name and, before it, the statements that bind what it reads; names that are
-    given need none.  The rest of the file, its downloads, plots and training, does not run.
+    given need none.  The rest of the file, its downloads, plots and training, does not run.  With ``nth`` the file ends
+    for this purpose at the nth statement, from 1, that binds the first name.
     """
     path, text = source(name)
-    binding = {key: node for node in ast.parse(text).body for key in bound_by(node) if key not in given}
+    body = ast.parse(text).body
+    if nth is not None:
+        body = body[: [i for i, node in enumerate(body) if wanted[0] in bound_by(node)][nth - 1] + 1]
+    binding = {key: node for node in body for key in bound_by(node) if key not in given}
     needed, pending = set[ast.stmt](), [*wanted]
     while pending:
         node = binding.get(pending.pop())
@@ -127,16 +135,17 @@ def taken(name: str, *wanted: str, **given: Any) -> list[Any]:
             pending += read_by(compile(ast.Module([node], []), str(path), "exec"))
     scope = {"__name__": path.stem, **given}
     body = sorted(needed, key=lambda node: node.lineno)
+    linecache.cache[str(path)] = len(text), None, text.splitlines(keepends=True), str(path)  # errors quote this text
     exec(compile(ast.Module(body, []), str(path), "exec"), scope)
     if missing := [key for key in wanted if key not in scope]:
         sys.exit(f"taken: {name} must define {missing[0]}. Use a checkout of Pyro 1.9.1 or later.")
     return [scope[key] for key in wanted]
 
 
-def seeded(build: Callable[[], Program]) -> Callable[[], Program]:
+def seeded(build: Callable[[], Built]) -> Callable[[], Built]:
     """Return the build with a fixed seed; it leaves the random state as it was."""
 
-    def built() -> Program:
+    def built() -> Built:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return build()

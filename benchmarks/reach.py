@@ -1,0 +1,414 @@
+"""Which programs of Pyro's own examples and tutorials do the guides reach, and where do they stop?
+
+    python benchmarks/reach.py                   # all programs, 2 at a time
+    python benchmarks/reach.py --only gmm lda    # some programs, run anew
+    python benchmarks/reach.py --trace gmm       # one program in this process, with the whole error
+    python benchmarks/reach.py --list            # their names
+
+Each program of ``reach_programs.py`` is a model of Pyro's repository, unchanged, with small made-up data.  It goes the
+way of a user: ``guide = pf.AutoFlow(model)``, or ``pf.AutoPlateFlow`` where latents are local to the rows of a plate;
+``pf.fit_svi`` with few steps; ``pf.check``; ``pf.to_arviz``; Pyro's ``Predictive``.  The verdict of ``check`` does not
+count, since the fit is short.
+
+*Works*: the four calls end without an error, draws are finite, and the log-densities that ``to_arviz`` stores are those
+of the plain model at the same draws.  *Refused*: an error that this package raises itself.  *Crash*: any other error,
+or no end within the time limit.  *Wrong*: no error, but values that fail the test above.  Where the fit fails, the
+other calls are not tried.  *Left out*: the program has no continuous latent, or the model does not run by itself.
+
+Each program runs in a process of its own.  Results are saved as they come, and a benchmark that was stopped goes on
+where it was; remove ``reach.csv`` when the guides have changed.  Needs ``PYRO_FLOWS_PYRO``, a checkout of Pyro's
+repository.  Writes ``docs/benchmarks/reach.md`` and ``reach.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import csv
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyro
+import torch
+from programs import source
+from pyro import poutine
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.infer import Predictive
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine.util import site_is_subsample
+from reach_programs import PROGRAMS, Case
+from torch.distributions import biject_to
+
+import pyro_flows as pf
+
+OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
+PACKAGE = Path(pf.__file__).resolve().parent
+CALLS = "fit", "check", "arviz", "predictive"
+COLUMNS = "program", "where", "latents", "discrete", *CALLS, "outcome", "reason", "seconds"
+OUTCOMES = "works", "refused", "crash", "wrong", "left out"
+STEPS, DRAWS, PREDICTIONS, COMPARED = 200, 100, 20, 3
+NESTING = 6  # plates of a model that runs only where its discrete latents are enumerated
+ELSEWHERE = {  # files without a program above
+    "examples/contrib/oed/gp_bayes_opt.py": "the Gaussian process of ab_test.py, without priors: no latent",
+    "examples/contrib/timeseries/gp_models.py": "a torch module with a log-density, no Pyro model",
+    "examples/einsum.py": "no Pyro model",
+    "examples/mixed_hmm/experiment.py": "runs the model of mixed_hmm/model.py",
+    "examples/cvae/baseline.py": "a torch network, no Pyro model",
+    "examples/rsa/generics.py": "discrete sites only, run by a search over executions",
+    "examples/rsa/hyperbole.py": "discrete sites only, run by a search over executions",
+    "examples/rsa/schelling.py": "discrete sites only, run by a search over executions",
+    "examples/rsa/schelling_false.py": "discrete sites only, run by a search over executions",
+    "examples/rsa/semantic_parsing.py": "discrete sites only, run by a search over executions",
+    "tutorial/source/RSA-hyperbole.ipynb": "discrete sites only, run by a search over executions",
+    "tutorial/source/RSA-implicature.ipynb": "discrete sites only, run by a search over executions",
+    "tutorial/source/contrib_funsor_intro_i.ipynb": "no Pyro model",
+    "tutorial/source/custom_objectives.ipynb": "no code that runs",
+    "tutorial/source/cvae.ipynb": "the text of examples/cvae",
+    "tutorial/source/dmm.ipynb": "the text of examples/dmm.py",
+    "tutorial/source/normalizing_flows_intro.ipynb": "distributions alone, no Pyro model",
+    "tutorial/source/ss-vae.ipynb": "two methods of the class of examples/vae/ss_vae_M2.py",
+    "tutorial/source/svi_part_ii.ipynb": "no code that runs",
+    "tutorial/source/svi_part_iv.ipynb": "no code that runs",
+}
+Row = dict[str, str]
+
+
+def latents_of(case: Case) -> tuple[int, list[str]]:
+    """Return how many unconstrained numbers the model's latents have, and the names of its discrete latents."""
+    numbers, discrete = 0, []
+    for name, site in run_of(case).nodes.items():
+        if site["type"] != "sample" or site["is_observed"] or site_is_subsample(site):
+            continue
+        fn = site["fn"]
+        while isinstance(fn, (pyro.distributions.Independent, MaskedDistribution)):
+            fn = fn.base_dist
+        if isinstance(fn, pyro.distributions.Delta):
+            continue
+        if not has_support(fn):
+            numbers += site["value"].numel()
+        elif fn.support.is_discrete:
+            discrete.append(name)
+        else:
+            numbers += biject_to(site["fn"].support).inv(site["value"]).numel()
+    return numbers, discrete
+
+
+def has_support(fn: Any) -> bool:
+    """True if a distribution says what its values are; a flow of zuko's does not."""
+    try:
+        return fn.support is not None
+    except NotImplementedError:
+        return False
+
+
+def centre(site: dict[str, Any]) -> torch.Tensor:
+    """Return a value within the support of a latent, for priors that do not sample."""
+    to_support = biject_to(site["fn"].support)
+    return to_support(torch.zeros(to_support.inverse_shape(site["fn"].shape())))
+
+
+def run_of(case: Case) -> poutine.Trace:
+    """Return a trace of the model by itself.
+
+    A model that does not run so runs with its discrete latents enumerated, or from a start where a prior is improper.
+    """
+    enumerated = [poutine.enum(case.model, first_available_dim=-1 - nesting) for nesting in range(NESTING)]
+    try:
+        return poutine.trace(case.model).get_trace(*case.args, **case.kwargs)
+    except Exception as error:
+        for model in (InitMessenger(centre)(case.model), *enumerated):
+            with contextlib.suppress(Exception):
+                return poutine.trace(model).get_trace(*case.args, **case.kwargs)
+        raise error
+
+
+def differing(case: Case, container: Any) -> str:
+    """Return what is wrong with the container of ``to_arviz``, or an empty text.
+
+    The stored log-density must be that of the plain model, run by itself at the same draws.  Where the model has
+    discrete latents or subsamples rows, its log-density is no single number and is not compared.
+    """
+    posterior, stored = container["posterior"], container["sample_stats"]["log_p"].values[0]
+    values = {str(name): torch.as_tensor(posterior[name].values[0]) for name in posterior.data_vars}
+    for name, draws in values.items():
+        if not draws.isfinite().all():
+            return f"to_arviz: draws of {name!r} are not finite"
+    for draw in range(COMPARED):
+        data = {name: draws[draw] for name, draws in values.items()}
+        trace = run_of(case._replace(model=poutine.condition(case.model, data)))
+        sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
+        subsampled = any(site_is_subsample(site) and len(site["value"]) < site["fn"].size for site in sites)
+        free = [s["name"] for s in sites if not s["is_observed"] and not site_is_subsample(s)]
+        if subsampled or free:
+            return ""
+        wanted = float(trace.log_prob_sum())
+        if abs(wanted - stored[draw]) > 1e-2 + 1e-3 * abs(wanted):
+            return f"to_arviz: log_p is {stored[draw]:.6g}, and {wanted:.6g} by the model at the same draw"
+    return ""
+
+
+def walk(name: str, tell: Callable[[Row], None], strict: bool = False) -> None:
+    """Take a program through all calls, and tell what is known after each."""
+    row: Row = {"program": name, "where": PROGRAMS[name].where} | dict.fromkeys(CALLS, "–")
+    try:
+        numbers, discrete = latents_of(PROGRAMS[name].build())
+    except (Exception, SystemExit) as error:
+        if strict:
+            raise
+        tell(row | {"outcome": "left out", "reason": f"does not run by itself: {named(error)}"})
+        return
+    row |= {"latents": str(numbers), "discrete": str(len(discrete))}
+    if not numbers:
+        tell(row | {"outcome": "left out", "reason": "no continuous latent"})
+        return
+    pyro.clear_param_store()
+    case = PROGRAMS[name].build()
+    state: dict[str, Any] = {}
+
+    def fit() -> str:
+        if case.plate:
+            state["guide"] = pf.AutoPlateFlow(case.model, case.plate, encoder=case.encoder)
+        else:
+            state["guide"] = pf.AutoFlow(case.model)
+        pf.fit_svi(case.model, state["guide"], *case.args, steps=STEPS, progress=False, **case.kwargs)
+        if case.network is not None:
+            case.network.eval()
+        return ""
+
+    def check() -> str:
+        pf.check(case.model, state["guide"], *case.args, num_samples=DRAWS, **case.kwargs)
+        return ""
+
+    def arviz() -> str:
+        return differing(case, pf.to_arviz(case.model, state["guide"], *case.args, num_samples=DRAWS, **case.kwargs))
+
+    def predictive() -> str:
+        args = case.args if case.predict is None else case.predict
+        draws = Predictive(case.model, guide=state["guide"], num_samples=PREDICTIONS)(*args, **case.kwargs)
+        broken = [key for key, value in draws.items() if len(value) != PREDICTIONS or value.isnan().any()]
+        return f"Predictive: draws of {broken[0]!r} are not finite, or not as many as asked for" if broken else ""
+
+    for call, act in zip(CALLS, (fit, check, arviz, predictive), strict=True):
+        tell(row | {call: "timeout", "outcome": "crash", "reason": f"{call}: no end within the time limit"})
+        pyro.set_rng_seed(0)
+        try:
+            reason = act()
+            row[call] = "wrong" if reason else "yes"
+        except Exception as error:
+            if strict:
+                raise
+            row[call], reason = ("refused" if ours(error) else "crash"), named(error)
+        row.setdefault("reason", reason) if reason else None
+        if row["fit"] != "yes":
+            break
+    found = [outcome for outcome in ("crash", "wrong", "refused") if outcome in row.values()]
+    tell(row | {"outcome": found[0] if found else "works"})
+
+
+def ours(error: BaseException) -> bool:
+    """True if the package itself raises the error, and so has a message for it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    inside = PACKAGE in Path(last.filename).resolve().parents
+    return inside and str(last.line).lstrip().startswith("raise ")
+
+
+def named(error: BaseException) -> str:
+    """Return the type and the first line of an error, without paths of this machine."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return re.sub(r"(/[\w.+-]+){2,}/", "…/", f"{type(error).__name__}: {lines[0] if lines else ''}").strip()
+
+
+def worker(name: str) -> None:
+    """Run one program in this process; each line of the output is what is known by then."""
+    output = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    warnings.simplefilter("ignore")
+    with contextlib.redirect_stdout(io.StringIO()):
+        walk(name, lambda row: print(json.dumps(row), file=output))
+
+
+def run(name: str, limit: float) -> Row:
+    """Run one program in a process of its own, and return its row."""
+    start = time.perf_counter()
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", name]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, text=True, env=environment, **pipes)  # type: ignore[call-overload]
+    try:
+        output, errors = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, errors = process.communicate()
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    row: Row = {"program": name, "where": PROGRAMS[name].where, "outcome": "crash", "reason": "no output"}
+    row |= {"reason": ""} | json.loads(lines[-1]) if lines else {}
+    if process.returncode > 0:
+        row |= {"outcome": "crash", "reason": errors.strip().splitlines()[-1] if errors.strip() else "no message"}
+    return row | {"seconds": f"{time.perf_counter() - start:.0f}"}
+
+
+def saved(path: Path) -> dict[str, Row]:
+    """Return the rows of a file by program."""
+    if not path.exists():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        return {row["program"]: row for row in csv.DictReader(file) if row["program"] in PROGRAMS}
+
+
+def write(file: TextIO, rows: dict[str, Row]) -> None:
+    """Write the rows, in the order of the programs."""
+    table = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows[name] for name in PROGRAMS if name in rows)
+
+
+def save(path: Path, rows: dict[str, Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        write(file, rows)
+
+
+def cell(text: str, width: int = 240) -> str:
+    """Return text for a cell of a Markdown table."""
+    text = text if len(text) <= width else text[: width - 1].rstrip() + "…"
+    for old, new in (("|", "\\|"), ("<", "&lt;"), ("*", "\\*"), ("_", "\\_"), ("`", "\\`"), ("[", "\\[")):
+        text = text.replace(old, new)
+    return text
+
+
+def kind_of(reason: str) -> str:
+    """Return an error with its names and numbers left out, so that alike errors fall together."""
+    reason = re.sub(r"'[^']*'|\"[^\"]*\"", "'…'", reason)
+    return re.sub(r"\d+(\.\d+)?", "0", reason)[:90]
+
+
+def table(header: str, rows: Iterable[Iterable[str]]) -> list[str]:
+    return [header, "|" + "---|" * (header.count("|") - 1), *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def page(rows: dict[str, Row]) -> str:
+    """Return the page of the results."""
+    run_ = [rows[name] for name in PROGRAMS if name in rows]
+    entered = [row for row in run_ if row["outcome"] != "left out"]
+    counts = collections.Counter(row["outcome"] for row in entered)
+    failed = [row for row in entered if row["outcome"] != "works"]
+    reasons = collections.Counter(kind_of(row["reason"]) for row in failed)
+    files = len({row["where"] for row in entered})
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "pyro-ppl"))
+    lines = [
+        "# Reach",
+        "",
+        "This page is for users who ask whether their kind of model runs. Every model of Pyro's examples and tutorials",
+        "that has a continuous latent goes, unchanged, through the calls of a first session: a guide, `fit_svi`,",
+        "`check`, `to_arviz` and Pyro's `Predictive`. The data are small and made up. Find a model like yours in the",
+        "table; its row says which calls work, and quotes the first error.",
+        "",
+        f"Of {len(entered)} programs from {files} files, "
+        + ", ".join(f"{counts[outcome]} {label}" for outcome, label in SUMMARY.items() if counts[outcome])
+        + f". Reproduce with `python benchmarks/reach.py`; {versions}, Python {platform.python_version()}.",
+        "",
+        "## Programs",
+        "",
+        "*Latents* counts unconstrained numbers, *discrete* the discrete sites. `–` is a call that was not tried.",
+        "",
+    ]
+    lines += table(
+        "| program | from | latents | discrete | fit | check | arviz | predictive | outcome | first error |",
+        (
+            [row["program"], short(row["where"]), row["latents"], row["discrete"]]
+            + [*(row[call] for call in CALLS), f"**{row['outcome']}**" if row in failed else "works"]
+            + [cell(row["reason"])]
+            for row in entered
+        ),
+    )
+    if failed:
+        lines += ["## Errors", "", "Alike errors together, with names and numbers left out.", ""]
+        lines += table("| programs | error |", ([str(n), cell(kind)] for kind, n in reasons.most_common()))
+    lines += ["## Left out", "", "Programs without a continuous latent, and those that do not run by themselves.", ""]
+    lines += table(
+        "| program | from | why |",
+        ([row["program"], short(row["where"]), cell(row["reason"])] for row in run_ if row["outcome"] == "left out"),
+    )
+    lines += ["Files without a program:", ""]
+    lines += table("| file | why |", ([short(where), why] for where, why in ELSEWHERE.items()))
+    return "\n".join([*lines, *LIMITS])
+
+
+SUMMARY = {"works": "work", "refused": "are refused", "crash": "crash", "wrong": "give wrong values"}
+LIMITS = (
+    "## Limits",
+    "",
+    f"* A fit has {STEPS} steps, so *works* says that a program runs. It says nothing about how good the posterior is.",
+    "* Data are small. Memory and time of the full examples are not measured here.",
+    "* Stored log-densities are compared with the plain model only where it has neither discrete latents nor",
+    "  subsampled rows.",
+    "* Networks are those of the examples with smaller layers.",
+    "",
+)
+
+
+def short(where: str) -> str:
+    return where.removeprefix("tutorial/source/")
+
+
+def check_complete() -> None:
+    """Every example with a model, and every tutorial, must be a program or have a reason."""
+    folder = source("examples/hmm.py")[0].parents[1]
+    known = {entry.where for entry in PROGRAMS.values()} | {*ELSEWHERE}
+    files = [*(folder / "examples").rglob("*.py"), *(folder / "tutorial" / "source").glob("*.ipynb")]
+    for path in sorted(files):
+        name = path.relative_to(folder).as_posix()
+        text = path.read_text(encoding="utf-8")
+        has_model = path.suffix == ".ipynb" or re.search(r"pyro\.sample\(|\.sample_\(|PyroSample", text)
+        if has_model and name not in known:
+            sys.exit(f"reach: {name} must be in PROGRAMS or ELSEWHERE, but is in neither. Add it.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PROGRAMS, metavar="NAME", help="programs to run anew")
+    parser.add_argument("--list", action="store_true", help="list the programs")
+    parser.add_argument("--trace", choices=PROGRAMS, metavar="NAME", help="run one program here, with the whole error")
+    parser.add_argument("--jobs", type=int, default=2, help="programs at a time")
+    parser.add_argument("--limit", type=float, default=180, help="seconds of a program")
+    parser.add_argument("--out", type=Path, default=OUT, help="the folder of the results")
+    parser.add_argument("--worker", choices=PROGRAMS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.worker:
+        return worker(options.worker)
+    if options.trace:
+        return walk(options.trace, print, strict=True)
+    if options.list:
+        for name, entry in PROGRAMS.items():
+            print(f"{name:40} {entry.where}")
+        return None
+    check_complete()
+    path = options.out / "reach.csv"
+    rows = saved(path)
+    wanted = options.only or [name for name in PROGRAMS if name not in rows]
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(run, name, options.limit) for name in wanted]):
+            row = done.result()
+            rows[row["program"]] = row
+            save(path, rows)
+            print(f"{row['program']:36} {row['outcome']:9} {row['seconds']:>4} s  {row['reason'][:100]}", flush=True)
+    (options.out / "reach.md").write_text(page(saved(path)), encoding="utf-8")
+    return None
+
+
+if __name__ == "__main__":
+    main()
