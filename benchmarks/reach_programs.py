@@ -183,7 +183,7 @@ def modules(name: str) -> Case:
 @program("modules.ipynb")
 def modules_linear() -> Case:
     x = drawn(20, 5)
-    return Case(of("modules.ipynb", "Model", nth=1)(5, 2), (x, x[:, :2] + 1), predict=(x,))
+    return Case(of("modules.ipynb", "Model", nth=1)(5, 2), (x, x[:, :2] + 1 + 0.3 * drawn(20, 2)), predict=(x,))
 
 
 @program("modules.ipynb")

@@ -138,8 +138,8 @@ def check(
     model: Callable[..., Any],
     guide: Callable[..., Any],
     *args: Any,
-    num_samples: int = 10_000,
-    num_chains: int = 256,
+    num_samples: int | None = None,
+    num_chains: int | None = None,
     vectorize: str = "auto",
     max_plate_nesting: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
@@ -157,8 +157,9 @@ def check(
         model: A Pyro model, all of whose latents are continuous; it must broadcast to the left of its plates.
         guide: A trained guide of the same latents.
         *args: The model's arguments.
-        num_samples: The number of draws that are weighed, at least 100.
-        num_chains: The number of chains, at least 16.
+        num_samples: The number of draws that are weighed, at least 100; by default 10,000, or 1,000 where the model
+            runs one draw at a time.
+        num_chains: The number of chains, at least 16; by default 256, or 16 where the model runs one draw at a time.
         vectorize: How many draws are run: ``"plate"``, ``"vmap"``, ``"loop"``, or by default the first of these that
             does to draws what single runs do (*Any Pyro program* in the docs).
         max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
@@ -188,18 +189,21 @@ def check(
         'reweight'
     """
     start, kwargs = time.perf_counter(), joined("check", kwargs, model_kwargs)
-    check_integers("check", 100, num_samples=num_samples)
-    check_integers("check", 16, num_chains=num_chains)
+    check_integers("check", 100, optional=True, num_samples=num_samples)
+    check_integers("check", 16, optional=True, num_chains=num_chains)
     with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
         space = sound_space("check", Task(model, guide, args, kwargs, vectorize))
-        draws = space.draw(num_samples)
+        alone = space.task.runs_one_by_one
+        draws = space.draw(num_samples or (1000 if alone else 10_000))
         psis = weigh(draws.log_p - draws.log_q)
         judged = _judged(space, draws.quantities)
         names = [name for name, used in zip(space.read.names, judged.tolist(), strict=True) if used]
         weighted = weighted_drift(draws.quantities[:, judged], psis.smoothed)
         charts, white = charts_of(space, draws.z)
         calm = psis.khat < CALM and bool((weighted.errors + 2 * weighted.noise < SURE).all())
-        chains, directions, acceptance = _run(space, charts, white, draws, judged, num_chains, calm)
+        chains, directions, acceptance = _run(
+            space, charts, white, draws, judged, num_chains or (16 if alone else 256), calm
+        )
         # Along an angle the density is periodic: its copies a turn away are no modes.
         missing = Missing(0.0, 0.0, None) if space.read.has_angles else search(space, white, draws)
     verdict, reason = judge(psis, chains, directions, weighted, names, missing, acceptance)

@@ -6,6 +6,7 @@ in Probabilistic Programming (Wingate, Weber 2013, arXiv:1301.1299).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import warnings
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pyro import validation_enabled
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 
@@ -216,7 +218,8 @@ def fit_svi(
 
     def loss() -> Tensor:
         if hasattr(objective, "differentiable_loss"):
-            return objective.differentiable_loss(program, guide, *args, **kwargs)
+            with validation_enabled(False) if task.has_bare_dimensions else contextlib.nullcontext():
+                return objective.differentiable_loss(program, guide, *args, **kwargs)
         # An objective such as RenyiELBO fills in the gradients itself, one such as ReweightedWakeSleep has two losses.
         found = objective.loss_and_grads(program, guide, *args, **kwargs)
         return torch.tensor(sum(found) if isinstance(found, tuple) else found, requires_grad=True)

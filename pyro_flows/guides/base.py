@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..checks import quoted
 from ..flows import Flow
 from ..flows.distribution import FlowDistribution
+from ..programs.quoting import quoted as in_words
 from .calls import Calls
 from .checks import missing_arguments
 from .faults import Sites
@@ -50,7 +51,13 @@ class FlowGuide(AutoGuide):
         """
         if self.prototype_trace is None:
             with missing_arguments(type(self).__name__, args, kwargs):
-                self._setup_prototype(*args, **kwargs)
+                try:
+                    self._setup_prototype(*args, **kwargs)
+                except (AssertionError, IndexError, KeyError) as error:
+                    raise ValueError(
+                        f"{type(self).__name__}: the model fails where it is run to find its latents: "
+                        f"{in_words(error)}. Give it arguments with which it runs by itself."
+                    ) from error
         return self
 
     def compile(self, **settings: Any) -> None:

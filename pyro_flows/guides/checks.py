@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine, validation_enabled
 from pyro.poutine.trace_struct import Trace
@@ -37,11 +36,6 @@ def check_latents(owner: str, prototype: Trace, plate: str | None = None) -> Non
     """Refuse discrete latents, latents without room to move and latents of subsampled plates but for one plate."""
     _check_continuous(owner, prototype)
     for name, site in prototype.iter_stochastic_nodes():
-        if _is_point(site["fn"]):
-            raise ValueError(
-                f"{owner}: latent site {name!r} is a Delta: its mass lies at a point, where no flow has a density. "
-                f"Write {name} = pyro.deterministic({name!r}, value)."
-            )
         if _is_empty(site["fn"].support):
             raise ValueError(
                 f"{owner}: the support of latent site {name!r}, {site['fn'].support}, has no volume: low must be less "
@@ -71,12 +65,6 @@ def _check_continuous(owner: str, prototype: Trace) -> None:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(map(repr, names))
-
-
-def _is_point(fn: Any) -> bool:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, dist.Delta)
 
 
 def _is_empty(support: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Discrete latents with finite support: a guide leaves them to whoever sums them out, and draws the others."""
+"""Latents that a guide leaves alone: discrete ones of finite support, which are summed out, and points."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from pyro import poutine
 from pyro.poutine.block_messenger import BlockMessenger
 
-from ..programs.latents import is_summable
+from ..programs.latents import is_point, is_summable
 from ..programs.nesting import nesting_of
 from ..programs.program import Program
 
 
 class HideDiscrete(BlockMessenger):
-    """Hides the discrete latents of a model that can be summed out from the guide that looks at it.
+    """Hides the discrete latents of a model that can be summed out, and points, from the guide that looks at it.
 
     Attributes:
-        names: The names of those that were met so far.
+        names: The names of the discrete ones that were met so far.
     """
 
     def __init__(self) -> None:
@@ -27,8 +27,8 @@ class HideDiscrete(BlockMessenger):
         self.names: dict[str, None] = {}
 
     def _hides(self, msg: dict[str, Any]) -> bool:
-        hidden = msg["type"] == "sample" and not msg["is_observed"] and is_summable(msg["fn"])
-        if hidden:
+        hidden = msg["type"] == "sample" and not msg["is_observed"] and (is_summable(msg["fn"]) or is_point(msg["fn"]))
+        if hidden and not is_point(msg["fn"]):
             self.names[msg["name"]] = None
         return hidden
 

@@ -79,7 +79,9 @@ class Moving:
         found = self._program.run(self._read(_free, _log_det), held, batch.numel())
         total = sum(found[f"log det {name}"].reshape(batch.numel(), -1).sum(-1) for name in self._names)
         log_det = torch.as_tensor(total).neg()
-        vectors = torch.cat([found[name].reshape(batch.numel(), -1) for name in self._names], -1).nan_to_num(0.0, 0.0, 0.0)
+        vectors = torch.cat([found[name].reshape(batch.numel(), -1) for name in self._names], -1).nan_to_num(
+            0.0, 0.0, 0.0
+        )
         return vectors.reshape(*batch, -1), log_det.where(log_det.isfinite(), -torch.inf).reshape(batch)
 
     def _read(self, value: Callable[[Site], Tensor], log_det: Callable[[Site], Tensor]) -> Callable[[View], Values]:

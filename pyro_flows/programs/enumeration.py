@@ -1,14 +1,17 @@
 """Discrete latents k, summed out exactly and drawn back: log p(z, x) = log Σ_k p(z, k, x), and k ~ p(k | z, x).
 
-Each discrete site is run at all values of its support at once, each site along a dimension of its own, and variable
-elimination contracts the terms.  Tensor Variable Elimination for Plated Factor Graphs (Obermeyer et al. 2019,
+:class:`Parallel` runs each discrete site at all values of its support at once, each site along a dimension of its own,
+and contracts the terms by variable elimination; :class:`Sequential` runs the model once for each joint value, for
+programs that branch on them.  Tensor Variable Elimination for Plated Factor Graphs (Obermeyer et al. 2019,
 arXiv:1902.03210), as Pyro's ``TraceEnum_ELBO`` and ``infer_discrete`` have it, here for each of N draws of z.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import OrderedDict
-from typing import Any
+from typing import Any, Protocol
 
 import opt_einsum
 import torch
@@ -20,15 +23,23 @@ from pyro.ops.rings import SampleRing
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from .engines import Values, View
+from .engines import Read, Site, Values, View
 
 REST = "the sum over all sites that depend on no discrete latent"
+MOST = 1000  # joint values that are run one after the other
 Packed = Any  # a tensor with Pyro's names of its dimensions as an attribute
 Factors = OrderedDict[frozenset[str], list[Packed]]
 
 
-class Enumeration:
-    """How the sites of a model depend on its discrete latents.
+class Run(Protocol):
+    """Runs a model for N draws of its other latents, and reads tensors off."""
+
+    def __call__(self, read: Read, *, enumerate: bool = False, discrete: Values | None = None) -> Values:
+        """Run at all values of discrete latents, or at some given ones, which are the same for all draws."""
+
+
+class Parallel:
+    """The sum over discrete latents at all of their values at once.
 
     Args:
         trace: The trace of one run under Pyro's ``EnumMessenger``.
@@ -69,16 +80,18 @@ class Enumeration:
             found[name] = view.by_draw(log_prob if is_summed else scale_and_mask(log_prob, mask=site["mask"]))
         return found
 
-    def log_prob(self, terms: Values) -> Tensor:
+    def log_prob(self, run: Run) -> Tensor:
         """Return the log-density of N draws of the continuous latents, ``(N,)`` in nats."""
+        terms = run(self.read, enumerate=True)
         with shared_intermediates() as cache:
             target = frozenset({self._draws})
             summed = contract_to_tensor(self._factors(terms), self._summed, target_ordinal=target, cache=cache)
         return terms[REST] + self._scale * summed
 
     @torch.no_grad()
-    def sample(self, terms: Values) -> Values:
+    def sample(self, run: Run) -> Values:
         """Draw the discrete latents given N draws of the others: for each site ``(N, *site_shape)``."""
+        terms = run(self.read, enumerate=True)
         factors = self._factors(terms)
         sizes = {d: n for group in factors.values() for t in group for d, n in zip(t._pyro_dims, t.shape, strict=True)}
         terms_of = {term._pyro_site: term for group in factors.values() for term in group}
@@ -133,3 +146,40 @@ class Enumeration:
     def _batch(self, name: str) -> torch.Size:
         shape = self._shapes[name]
         return shape[: len(shape) - self._trace.nodes[name]["fn"].event_dim]
+
+
+class Sequential:
+    """The sum over discrete latents, one joint value after the other.
+
+    Args:
+        sites: The discrete latents in a run without enumeration, each of one element.
+
+    Raises:
+        ValueError: If a site has several elements, or there are more than ``MOST`` joint values.
+    """
+
+    def __init__(self, sites: dict[str, Site]) -> None:
+        supports = {
+            name: site["fn"].enumerate_support(expand=False) for name, site in sites.items()
+        }  # (K, *1s, *event)
+        number = math.prod(map(len, supports.values()))
+        several = [name for name, site in sites.items() if site["fn"].batch_shape.numel() > 1]
+        if several or number > MOST:
+            why = f"site {several[0]!r} has several elements" if several else f"there are {number} joint values"
+            raise ValueError(f"one value after the other there are too many: {why}")
+        shapes = {name: site["value"].shape for name, site in sites.items()}
+        joint = itertools.product(*supports.values())
+        self._values = [{n: v.reshape(shapes[n]) for n, v in zip(sites, row, strict=True)} for row in joint]
+
+    def log_prob(self, run: Run) -> Tensor:
+        """Return the log-density of N draws of the continuous latents, ``(N,)`` in nats."""
+        return self._joint(run).logsumexp(0)
+
+    @torch.no_grad()
+    def sample(self, run: Run) -> Values:
+        """Draw the discrete latents given N draws of the others: for each site ``(N, *site_shape)``."""
+        places = torch.distributions.Categorical(logits=self._joint(run).T).sample()
+        return {name: torch.stack([row[name] for row in self._values])[places] for name in self._values[0]}
+
+    def _joint(self, run: Run) -> Tensor:
+        return torch.stack([run(lambda view: {REST: view.log_prob()}, discrete=row)[REST] for row in self._values])

@@ -21,13 +21,17 @@ def lacking(model: Trace, guide: Trace) -> dict[str, Any]:
     return {name: site for name, site in _lacking(model, guide).items() if not is_summable(site["fn"])}
 
 
+def is_point(fn: Any) -> bool:
+    """True if a distribution is a point mass, whose site has a value that follows from the others."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)
+
+
 def is_discrete(fn: Any) -> bool:
     """True if a distribution is one over integers; a point mass is not."""
-    inner = fn
-    while hasattr(inner, "base_dist"):
-        inner = inner.base_dist
     try:
-        return not isinstance(inner, dist.Delta) and bool(fn.support.is_discrete)
+        return not is_point(fn) and bool(fn.support.is_discrete)
     except (NotImplementedError, AttributeError):  # rows of a plate have no support, say
         return False
 
@@ -39,7 +43,7 @@ def is_summable(fn: Any) -> bool:
 
 def _lacking(model: Trace, guide: Trace) -> dict[str, Any]:
     latents = prune_subsample_sites(model).iter_stochastic_nodes()
-    return {name: site for name, site in latents if name not in guide.nodes}
+    return {name: site for name, site in latents if name not in guide.nodes and not is_point(site["fn"])}
 
 
 def ways_out(sites: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+import torch
 from pyro.infer import ELBO
 from pyro.poutine.trace_struct import Trace
 
@@ -54,17 +55,28 @@ def nesting_of(*traces: Trace) -> int:
         ValueError: If fewer are given than the traces show.
     """
     sites = [site for trace in traces for site in trace.nodes.values() if site["type"] == "sample"]
+    widest = max((len(getattr(site["fn"], "batch_shape", ())) for site in sites), default=0)
     frames = [frame for site in sites for frame in site["cond_indep_stack"] if frame.vectorized]
     leftmost = min(frames, key=lambda frame: frame.dim, default=None)
     shown, given = -leftmost.dim if leftmost else 0, _given.get()
     if given is None:
-        return shown
+        return max(shown, widest)  # rows of a site that lies in no plate take dimensions too
     if leftmost and given.nesting < shown:
         raise ValueError(
             f"{given.words} must be at least {shown}, got {given.nesting}: plate {leftmost.name!r} lies at "
             f"dim={leftmost.dim}. Give {shown}, or leave it out."
         )
     return given.nesting
+
+
+def has_bare_dimensions(trace: Trace) -> bool:
+    """True if a site of a trace has dimensions that neither plates nor events declare, which Pyro's checks refuse."""
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and isinstance(shape := getattr(site["fn"], "batch_shape", None), torch.Size):
+            plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+            if any(size > 1 and place - len(shape) not in plates for place, size in enumerate(shape)):
+                return True
+    return False
 
 
 def settle(objective: Any) -> None:

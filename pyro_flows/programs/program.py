@@ -14,8 +14,8 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
-from .engines import ENGINES, Read, Values, View, beside, run, with_room
-from .enumeration import Enumeration
+from .engines import ENGINES, Read, Site, Values, View, beside, run, with_room
+from .enumeration import Parallel, Run, Sequential
 from .quoting import quoted
 
 Place = Callable[..., Any]  # a handler that puts values into a program's sites: place(program, data=values)
@@ -72,7 +72,7 @@ class Program:
         self.subsamples = {name: site["fn"] for name, site in parts.items()}
         self.rows = {name: site["value"] for name, site in parts.items()}
         self.engine, self.noise, self.fault = "loop", 0.0, ""
-        self._enumeration: Enumeration | None = None
+        self._enumeration: Parallel | Sequential | None = None
         self._draws_alone = False
 
     def run(
@@ -105,6 +105,15 @@ class Program:
         other.rows = rows
         return other
 
+    @property
+    def at_values(self) -> Program:
+        """The program where discrete latents have values: by vmap, as a plate that fits sums need not fit values."""
+        if not self.enumerated or self.engine == "loop":
+            return self
+        other = copy.copy(self)
+        other.engine = "vmap"
+        return other
+
     def alone(self, read: Read, size: int) -> Values:
         """Run the program one draw at a time, with nothing held, and read some tensors off: each ``(size, *shape)``."""
         engine, self.engine = self.engine, "loop"
@@ -118,7 +127,7 @@ class Program:
         if self.engine == "vmap" and not self._draws_alone:
             try:
                 return self.run(read, held, size, place=place)
-            except RuntimeError:  # some distributions of torch do not sample under vmap
+            except (RuntimeError, IndexError):  # some distributions of torch do not sample under vmap
                 self._draws_alone = True
         engine, self.engine = self.engine, "loop" if self._draws_alone else self.engine
         try:
@@ -141,7 +150,7 @@ class Program:
         Where discrete latents are summed out no site can be read that follows from them.
         """
         if self.enumerated:
-            return self.enumeration.log_prob(self.run(self.enumeration.read, held, size, enumerate=True)), {}
+            return self.enumeration.log_prob(self._at(held, size)), {}
         found = self.run(lambda view: {DENSITY: view.log_prob(), **{n: view.read(n) for n in sites}}, held, size)
         return found.pop(DENSITY), found
 
@@ -149,19 +158,45 @@ class Program:
         """Draw the discrete latents that are summed out, given N draws of the others: each ``(N, *site_shape)``."""
         if not self.enumerated:
             return {}
-        return self.enumeration.sample(self.run(self.enumeration.read, held, size, enumerate=True))
+        return self.enumeration.sample(self._at(held, size))
+
+    def _at(self, held: Values, size: int) -> Run:
+        def run(read: Read, *, enumerate: bool = False, discrete: Values | None = None) -> Values:
+            program = self.on({**self.rows, **discrete}) if discrete else self
+            return program.run(read, held, size, enumerate=enumerate)
+
+        return run
 
     @property
-    def enumeration(self) -> Enumeration:
-        """How the sites depend on the discrete latents, found by one run."""
+    def enumeration(self) -> Parallel | Sequential:
+        """The sum over discrete latents, which one run shows: of all values at once, or of one after the other.
+
+        Raises:
+            ValueError: If the program runs at all values at once no more than at each.
+        """
         if self._enumeration is None:
             nodes = self.single.nodes
             held = {name: site["value"] for name, site in nodes.items() if _is_latent(site)}
             values = {name: value for name, value in held.items() if name not in self.enumerated}
-            with pyro.validation_enabled(False):
-                trace = self._trace(poutine.condition(self.call, data=values), None, True)
-            self._enumeration = Enumeration(trace, {name: nodes[name]["value"].shape for name in self.enumerated})
+            sites = {name: nodes[name] for name in self.enumerated}
+            try:
+                with pyro.validation_enabled(False):
+                    trace = self._trace(poutine.condition(self.call, data=values), None, True)
+                self._enumeration = Parallel(trace, {name: site["value"].shape for name, site in sites.items()})
+            except Exception as error:  # a user's program may raise anything
+                self._enumeration = self._one_by_one(sites, error)
         return self._enumeration
+
+    def _one_by_one(self, sites: dict[str, Site], error: Exception) -> Sequential:
+        try:
+            return Sequential(sites)
+        except ValueError as more:
+            names = ", ".join(map(repr, sites))
+            raise ValueError(
+                f"discrete latents {names} cannot be summed out: the model does not run at all of their values at once "
+                f"({quoted(error)}), and {more}. Let it broadcast over dimensions to the left of its plates, as for "
+                "Pyro's TraceEnum_ELBO: no .item() and no branches on discrete values."
+            ) from error
 
     def _trace(self, program: Callable[..., Any], size: int | None, enumerate: bool) -> Trace:
         if self.rows:

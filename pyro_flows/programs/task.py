@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .. import checks
 from .engines import ENGINES, Site, Values, View, value_of
-from .latents import check_match, summable
+from .latents import check_match, is_point, summable
 from .lifted import Lifted
-from .nesting import nesting_of
+from .nesting import has_bare_dimensions, nesting_of
 from .noise import warn_of_noise
 from .program import Program
 
@@ -58,6 +58,7 @@ class Task:
         traces: Those of one run of model and guide, in this order.
         latents: The names of the model's latents, but those that are summed out.
         own: The names of the sites that the guide draws, but those that only place others' draws.
+        has_bare_dimensions: True if a site of the model has dimensions that neither plates nor events declare.
 
     Raises:
         ValueError: If model or guide do not run vectorised over draws as ``vectorize`` asks.
@@ -82,7 +83,9 @@ class Task:
         self.guide = Program(guide, args, kwargs, drawn, nesting)
         self.model = Program(model, args, kwargs, single, nesting, enumerated, tuple(marks.given))
         sites = self.model.single.iter_stochastic_nodes()
-        self.latents = [name for name, _ in sites if name not in enumerated]
+        follows = {name for name, site in sites if name not in drawn.nodes and is_point(site["fn"])}
+        self.latents = [n for n, _ in self.model.single.iter_stochastic_nodes() if n not in {*enumerated, *follows}]
+        self.has_bare_dimensions = has_bare_dimensions(single)
         own = self.guide.single.iter_stochastic_nodes()
         self.own = [name for name, site in own if not isinstance(site["fn"], dist.Delta)]
 
@@ -193,13 +196,12 @@ class Task:
             forget: True to draw the observed sites anew, in place of the data; deterministic sites cannot be read then.
         """
         number = len(next(iter(latents.values())))
-        place = _forgetful if forget else poutine.condition
+        place, model = _forgetful if forget else poutine.condition, self.model.at_values
         parts, start = [], 0
         for size in batches(number, batch_size):
             held = {name: value[start : start + size] for name, value in latents.items()}
             start += size
-            run = self.model.sample if forget else self.model.run
-            parts.append(run(lambda view: {n: view.read(n, what) for n in sites}, held, size, place=place))
+            parts.append(model.sample(lambda view: {n: view.read(n, what) for n in sites}, held, size, place=place))
         return {name: torch.cat([part[name] for part in parts]) for name in sites}
 
     def complete(self, latents: Values, batch_size: int = 1000) -> Values:
