@@ -118,7 +118,7 @@ def _set_up(
         guide = AutoFlow(model, recipe)
         try:
             guide.setup(**arguments)
-            trace = Task(model, guide, (), arguments).check().traces[0]
+            trace = Task(model, guide, (), arguments).check(whole=False).traces[0]
             for name in trace.observation_nodes:
                 if not isinstance(trace.nodes[name]["value"], Tensor):
                     raise TypeError(f"site {name!r} observes {trace.nodes[name]['value']!r:.40}, which is not a tensor")

@@ -92,7 +92,7 @@ def to_arviz(
     check_flags("to_arviz", importance=importance)
     kwargs = joined("to_arviz", kwargs, model_kwargs)
     total = max(num_samples, num_weighed) if importance else num_samples
-    task = Task(model, guide, args, kwargs, vectorize).check()
+    task = Task(model, guide, args, kwargs, vectorize).check(whole=False)
     draws = task.draw(total, batch_size)
     if importance:
         draws, psis = reweighted(draws, num_samples, "to_arviz")

@@ -117,11 +117,10 @@ def psis(
 
     Raises:
         ValueError: If a number is out of its range; if the guide is a point, lacks a latent of the model or has one of
-            another model; if a plate is subsampled; if the model does not run vectorised over draws; or if a weight
-            is not finite, or all are zero.
+            another model; if a plate is subsampled; or if a weight is not finite, or all are zero.
 
     Warns:
-        UserWarning: If the model's log-density is an estimate whose noise shows in the weights.
+        UserWarning: If the model runs one draw at a time, or its log-density is an estimate whose noise shows.
 
     Example::
 

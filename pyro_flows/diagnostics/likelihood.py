@@ -44,7 +44,7 @@ def importance_log_likelihood(
     of the plate have no place in it: fix them, with ``poutine.condition``.
 
     Args:
-        model: A Pyro model whose latents all lie in the plate; it must broadcast to the left of its plates.
+        model: A Pyro model whose latents all lie in the plate.
         guide: A Pyro guide of the same latents.
         *args: The model's arguments, with the rows to score.
         plate: The plate's name; by default that of an ``AutoPlateFlow``.
@@ -59,7 +59,7 @@ def importance_log_likelihood(
 
     Raises:
         ValueError: If a number is out of its range, the plate is missing or subsampled, a latent lies outside, the
-            guide is a point or of other latents, or the model does not run vectorised over draws.
+            guide is a point or of other latents.
 
     Example::
 
@@ -82,7 +82,7 @@ def importance_log_likelihood(
     name = plate if plate is not None else getattr(guide, "plate", None)
     if name is None:
         raise ValueError("importance_log_likelihood: give the name of the rows' plate, plate=...")
-    task = Task(model, guide, args, kwargs, vectorize).check().settle()
+    task = Task(model, guide, args, kwargs, vectorize).check(whole=False).settle()
     dims = {program: _place(name, program.single) for program in (task.guide, task.model)}
 
     def read(view: View) -> Values:

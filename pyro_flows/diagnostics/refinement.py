@@ -82,7 +82,7 @@ def refine(
     What few transitions do not reach, a mode that the guide misses above all, they do not mend.
 
     Args:
-        model: A Pyro model, all of whose latents are continuous; it must broadcast to the left of its plates.
+        model: A Pyro model; discrete latents that the guide lacks are summed out.
         guide: A trained guide of the same latents: best an ``AutoContinuous``, whose base makes chains move fast.
         *args: The model's arguments.
         num_samples: The number of draws, each the end of a chain of its own, so that they are independent.
@@ -99,11 +99,12 @@ def refine(
 
     Raises:
         ValueError: If a number is out of its range; if the guide was never trained, is a point, of another model, or
-            has no density over its draws; if a latent is discrete or a plate subsampled; or if the model does not run
-            vectorised over draws.
+            has no density over its draws; or if a discrete latent of infinite support is left to the model, or a plate
+            is subsampled.
 
     Warns:
-        UserWarning: If the chains hardly move, or the model's log-density is an estimate whose noise shows.
+        UserWarning: If the chains hardly move, the model runs one draw at a time, or its log-density is an estimate
+            whose noise shows.
 
     Example::
 

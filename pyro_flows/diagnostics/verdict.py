@@ -154,7 +154,7 @@ def check(
     deviation to a tenth of itself.  Costs a tenth of a fit or so.
 
     Args:
-        model: A Pyro model, all of whose latents are continuous; it must broadcast to the left of its plates.
+        model: A Pyro model; discrete latents that the guide lacks are summed out.
         guide: A trained guide of the same latents.
         *args: The model's arguments.
         num_samples: The number of draws that are weighed, at least 100; by default 10,000, or 1,000 where the model
@@ -171,11 +171,11 @@ def check(
 
     Raises:
         ValueError: If a number is out of its range; if the guide was never trained, is a point, of another model, or
-            has no density over its draws; if a latent is discrete or a plate subsampled; if the model has no latents or
-            does not run vectorised over draws; or if a weight is not finite, or all are zero.
+            has no density over its draws; if a discrete latent of infinite support is left to the model, or a plate is
+            subsampled; if the model has no latents; or if a weight is not finite, or all are zero.
 
     Warns:
-        UserWarning: If the model's log-density is an estimate whose noise shows in the verdict.
+        UserWarning: If the model runs one draw at a time, or its log-density is an estimate whose noise shows.
 
     Example::
 

@@ -98,8 +98,8 @@ def fit_amortized(
         clip_norm: The largest norm of a gradient.
         held_out: The share of the simulations that are not trained on and judge the states.
         patience: After how many epochs without an improvement on these to stop.
-        vectorize: Whether the model runs vectorised over simulations, for which it must broadcast to the left of its
-            plates; else one after the other.
+        vectorize: How many draws are run: ``"plate"``, ``"vmap"``, ``"loop"``, or by default the first of these that
+            does to draws what single runs do (*Any Pyro program* in the docs).
         simulation_batch_size: How many run at once.
         on_nonfinite: ``"skip"`` passes over steps whose loss or gradient is not finite, and ends with an error when
             there are 100 in a row; ``"raise"`` ends at the first.

@@ -84,11 +84,12 @@ def fit_svi(
         steps: The number of steps; by default as many as a ``TemperedELBO`` anneals over, or as suit the guide and the
             Gaussian that it starts from (see *Choosing a flow* in the docs).
         objective: A Pyro ELBO, such as those of ``pyro_flows.objectives``; by default a ``PathELBO`` with
-            ``num_particles`` draws at once, for which the model must broadcast to the left of its plates, or, where
-            latents are angles, a ``Trace_ELBO``: the scores of steep splines make path gradients too noisy.  Of several
-            processes each takes all that it asks for, draws and minibatches, and their mean counts.
-        num_particles: The number of draws in each step, where no objective is given; by default what suits the guide.
-            Several processes share them (*Several processes and GPUs* in the docs).
+            ``num_particles`` draws at once, or, where latents are angles, a ``Trace_ELBO``: the scores of steep splines
+            make path gradients too noisy.  Of several processes each takes all that it asks for, draws and minibatches,
+            and their mean counts.
+        num_particles: The number of draws in each step, where no objective is given; by default what suits the guide,
+            or 8 where the model runs one draw at a time.  Several processes share them (*Several processes and GPUs* in
+            the docs).
         lr: The largest step size, which is reached within 100 steps and falls to zero along a cosine; by default 0.01,
             or 0.003 where latents are angles.  Beyond 32 latents Muon trains an ``AutoFlow``'s networks; Adam all else.
         clip_norm: The largest norm of a gradient; by default 100, or 1 for an ``AutoFlow`` over more than 32 latents.
@@ -123,8 +124,8 @@ def fit_svi(
 
     Raises:
         TypeError: If the model asks for arguments that are not given.
-        ValueError: If an argument is out of its range, the guide refuses the model or lacks a latent of it, the model
-            does not run vectorised over draws, there is nothing to train, the posterior is improper, the checkpoint is
+        ValueError: If an argument is out of its range, the guide refuses the model or lacks a latent of it that
+            cannot be summed out, there is nothing to train, the posterior is improper, the checkpoint is
             of another run, or several processes do not fit the same.
         FloatingPointError: If the loss or gradients stay non-finite; the error names the site at fault.
 

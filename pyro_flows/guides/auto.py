@@ -56,7 +56,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     Then ``guide.sample(n, x)`` is the posterior of data ``x``; :meth:`bind` makes a guide of that data set alone.
 
     Args:
-        model: A Pyro model of fixed structure, with continuous latents.
+        model: A Pyro model of fixed structure.  Its discrete latents of finite support are left to be summed out.
         flow: A recipe, called with the number of latent dimensions, such as ``flows.iaf``; by default 8 affine
             couplings, 16 beyond 32 latents, over contaminated normals, beyond 512 normals.  With an encoder it is
             called with the width of the context too, and is by default ``flows.nsf_ar``.
@@ -70,10 +70,10 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     Raises:
         TypeError: If ``flow``, ``base`` or ``encoder`` cannot be called; at :meth:`setup`, if the recipe fails.
-        ValueError: If ``init_scale`` is not positive; at :meth:`setup`, naming the site: if a latent is discrete, if
-            its support has no volume or depends on another latent, if it is masked or in a subsampled plate, or if the
-            model's density is not finite at the start; or if the recipe's flow or the encoder's output does not fit.
-            In use, if arguments change which latents the model has, or their shapes.
+        ValueError: If ``init_scale`` is not positive; at :meth:`setup`, naming the site: if a latent is discrete with
+            infinite support, its support has no volume, it is masked or in a subsampled plate, or the model's density
+            is not finite at the start; or if the recipe's flow or the encoder's output does not fit.  In use, if
+            arguments change which latents the model has, or their shapes.
         FloatingPointError: In training, naming the site, the cause and the way out, if a draw is not finite.
 
     Example::

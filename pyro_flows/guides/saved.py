@@ -95,12 +95,19 @@ def parts_of_auto(guide: AutoFlow) -> dict[str, Any]:
         "encoder": guide.encoder,
         "context_dim": guide._context_dim,
         "init_scale": guide._init_scale,
+        "moves": guide._engine is not None,
         "name": guide._pyro_name,
     }
 
 
 def auto_of(
-    sites: Sequence[Site], flow: Flow, encoder: nn.Module | None, context_dim: int, init_scale: float, name: str
+    sites: Sequence[Site],
+    flow: Flow,
+    encoder: nn.Module | None,
+    context_dim: int,
+    init_scale: float,
+    name: str,
+    moves: bool = False,
 ) -> AutoFlow:
     """A guide without a model, from its parts.
 
@@ -118,7 +125,7 @@ def auto_of(
     _check_fits(flow, guide.latent_dim, context_dim)
     guide._context_dim = context_dim
     guide._circular = [is_circular(guide.prototype_trace.nodes[name]) for name in guide.coordinates]
-    guide.flow = flow
+    guide.flow, guide._engine = flow, "vmap" if moves else None
     guide._model = (None,)
     return guide
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from .engines import ENGINES, Read, Site, Values, View, beside, run, with_room
 from .enumeration import Parallel, Run, Sequential
 from .quoting import quoted
+from .whole import Part, parts_of
 
 Place = Callable[..., Any]  # a handler that puts values into a program's sites: place(program, data=values)
 WAY_OUT = (
@@ -74,6 +75,8 @@ class Program:
         self.engine, self.noise, self.fault = "loop", 0.0, ""
         self._enumeration: Parallel | Sequential | None = None
         self._draws_alone = False
+        self._parts: list[Part] = []
+        self._part: Part | None = None
 
     def run(
         self, read: Read, held: Values, size: int, *, place: Place = poutine.condition, enumerate: bool = False
@@ -103,6 +106,16 @@ class Program:
             return self
         other = copy.copy(self)
         other.rows = rows
+        return other
+
+    def whole(self) -> None:
+        """Score all rows of the one plate that is subsampled, part by part, in place of a subsample."""
+        ((plate, fn),) = self.subsamples.items()
+        self._parts = list(parts_of(plate, self.rows[plate], fn.size))
+
+    def _take(self, part: Part) -> Program:
+        other = self.on({**self.rows, part.plate: part.rows})
+        other._parts, other._part = [], part
         return other
 
     @property
@@ -149,6 +162,9 @@ class Program:
 
         Where discrete latents are summed out no site can be read that follows from them.
         """
+        if self._parts:
+            scores = [self._take(part).score(held, size, sites) for part in self._parts]
+            return torch.stack([log_prob for log_prob, _ in scores]).sum(0), scores[0][1]
         if self.enumerated:
             return self.enumeration.log_prob(self._at(held, size)), {}
         found = self.run(lambda view: {DENSITY: view.log_prob(), **{n: view.read(n) for n in sites}}, held, size)
@@ -201,6 +217,8 @@ class Program:
     def _trace(self, program: Callable[..., Any], size: int | None, enumerate: bool) -> Trace:
         if self.rows:
             program = poutine.condition(program, data=self.rows)
+        if self._part is not None:
+            program = self._part(program)
         if size is not None:
             program = beside(program, size, self.nesting)
         if enumerate:

@@ -125,18 +125,35 @@ class Task:
         """Words for the first plate that runs over a part of its rows, or an empty string."""
         return subsampled_plate(self.traces[0])
 
-    def check(self) -> Task:
+    def check(self, *, whole: bool = True) -> Task:
         """Refuse a guide whose draws cannot be weighed, and return the task.
 
+        Args:
+            whole: True to weigh draws against all rows of a subsampled plate that holds data alone.
+
         Raises:
-            ValueError: If the guide is a point, lacks a latent or has another, or a plate is subsampled.
+            ValueError: If the guide is a point, lacks a latent or has another, or a plate is subsampled and holds
+                latents, or gets its rows from elsewhere.
         """
         check_match(*self.traces)
-        if self.subsampled:
+        if whole and self._can_be_whole:
+            self.model.whole()
+        elif self.subsampled:
             raise ValueError(
                 f"{self.subsampled}: draws would be weighed against different data. Let the plate run over all rows."
             )
         return self
+
+    @property
+    def _can_be_whole(self) -> bool:
+        """True if one plate is subsampled, by indices that are drawn, and holds none of the guide's latents."""
+        if len(self.model.subsamples) != 1:
+            return False
+        (plate,) = self.model.subsamples
+        nodes = self.model.single.nodes
+        inside = [name for name in self.latents if plate in [frame.name for frame in nodes[name]["cond_indep_stack"]]]
+        others = [f for site in nodes.values() for f in site.get("cond_indep_stack", ()) if f.name != plate]
+        return not inside and all(f.full_size is None or f.size >= f.full_size for f in others)
 
     @torch.no_grad()
     def settle(self) -> Task:

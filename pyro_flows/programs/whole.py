@@ -1,0 +1,50 @@
+"""The density of a model on all rows of a subsampled plate, part by part, where it has a plate of data alone.
+
+A subsample stands for all rows by its scale, which is an estimate.  Parts that together hold each row once, at scale
+one, give the density itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+
+class Part(Messenger):
+    """Lets the rows of one part count once, and all that lies outside of the plate in the first part only.
+
+    Args:
+        plate: The name of the plate.
+        rows: The rows that the plate takes.
+        keep: Which of these count, ``(rows,)``: others belong to another part.
+        share: The number of rows over that of all.
+        is_first: True for the first part.
+    """
+
+    def __init__(self, plate: str, rows: Tensor, keep: Tensor, share: float, is_first: bool) -> None:
+        super().__init__()
+        self.plate, self.rows, self.keep, self.share, self.is_first = plate, rows, keep, share, is_first
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if type(msg["fn"]).__name__ == "_Subsample":
+            return
+        frame = next((frame for frame in msg["cond_indep_stack"] if frame.name == self.plate), None)
+        if frame is not None:
+            keep = self.keep.reshape(-1, *(1,) * (-1 - frame.dim))
+            msg["scale"] = msg["scale"] * self.share
+            msg["mask"] = keep if msg["mask"] is None else msg["mask"] & keep
+        elif not self.is_first:
+            msg["mask"] = False
+
+
+def parts_of(plate: str, rows: Tensor, full_size: int) -> Iterator[Part]:
+    """Yield parts of a plate, of as many rows as it takes at a time; the last one goes back for rows where it must."""
+    size = len(rows)
+    for start in range(0, full_size, size):
+        first = min(start, full_size - size)
+        taken = torch.arange(first, first + size, device=rows.device)
+        yield Part(plate, taken, taken >= start, size / full_size, start == 0)

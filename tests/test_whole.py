@@ -1,0 +1,85 @@
+"""Subsampled plates of data are weighed on all of their rows."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_flows as pf
+from pyro_flows import AutoFlow
+from pyro_flows.programs.task import Task
+
+Y = torch.linspace(-1.0, 2.0, 10)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+
+def regression(y, size=None):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    pyro.sample("outside", dist.Normal(mean, 1.0), obs=torch.tensor(0.5))
+    with pyro.plate("rows", len(y), subsample_size=size) as rows:
+        pyro.sample("y", dist.Normal(mean, 0.5), obs=y[rows])
+
+
+def mixture(y, size=None):
+    weight = pyro.sample("weight", dist.Beta(2.0, 2.0))
+    with pyro.plate("rows", len(y), subsample_size=size) as rows:
+        k = pyro.sample("k", dist.Bernoulli(weight))
+        pyro.sample("y", dist.Normal(2 * k, 0.5), obs=y[rows])
+
+
+def taking(y, size=None):
+    """``x @ w``, so that it runs by vmap."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("rows", len(y), subsample_size=size) as rows:
+        pyro.sample("y", dist.Normal(torch.stack((y, y**2), -1)[rows] @ w, 0.5), obs=y[rows])
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 7, 10])
+@pytest.mark.parametrize("model", [regression, mixture, taking])
+def test_the_density_is_that_of_all_rows(model, size):
+    guide = AutoFlow(model).setup(Y)
+    draws = Task(model, guide, (Y,), {}).check().draw(20)
+    part = Task(model, guide, (Y, size), {}).check().settle()
+    torch.testing.assert_close(part.model.log_prob(draws.latents, 20), draws.log_p, rtol=1e-5, atol=1e-4)
+
+
+def test_verdicts_and_evidence_are_those_of_all_rows():
+    guide = AutoFlow(regression)
+    pf.fit_svi(regression, guide, Y, 4, steps=100, progress=False)
+    whole, part = (pf.psis(regression, guide, Y, size).log_evidence for size in (None, 4))
+    assert abs(whole - part) < 0.01
+    checks = [pf.check(regression, guide, Y, size, num_samples=2000) for size in (None, 4)]
+    assert checks[0].verdict == checks[1].verdict
+    assert abs(checks[0].drift - checks[1].drift) < 0.1
+    assert pf.refine(regression, guide, Y, 4, num_samples=10, transitions=4).draws["mean"].shape == (10,)
+    assert pf.resample(regression, guide, Y, 4, num_samples=10)["mean"].shape == (10,)
+
+
+def local(y, size=None):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y), subsample_size=size) as rows:
+        z = pyro.sample("z", dist.Normal(mean, 1.0))
+        pyro.sample("y", dist.Normal(z, 0.5), obs=y[rows])
+
+
+def chosen(y, rows):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y), subsample=rows):
+        pyro.sample("y", dist.Normal(mean, 0.5), obs=y[rows])
+
+
+def test_rows_with_latents_or_from_elsewhere_are_refused_by_the_plate():
+    guide = pf.AutoPlateFlow(local, "rows").setup(Y, 3)
+    with pytest.raises(ValueError, match=r"lies in plate 'rows', which is subsampled \(3 of 10 rows\)"):
+        pf.psis(local, guide, Y, 3)
+    rows = torch.tensor([1, 4])
+    guide = AutoFlow(chosen).setup(Y, rows)
+    with pytest.raises(ValueError, match=r"lies in plate 'rows', which is subsampled \(2 of 10 rows\)"):
+        pf.psis(chosen, guide, Y, rows)
