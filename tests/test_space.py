@@ -87,18 +87,18 @@ def test_weights_are_those_of_traces(space):
         held = {name: value[row] for name, value in values.items() if name != "twice"}
         with poutine.block():
             log_p = poutine.trace(poutine.condition(model, data=held)).get_trace(Y).log_prob_sum()
-        if space.guide is by_hand:
+        if space.task.guide.call is by_hand:
             with poutine.block():
                 log_q = poutine.trace(poutine.condition(by_hand, data=held)).get_trace(Y).log_prob_sum()
             torch.testing.assert_close((draws.log_p - draws.log_q)[row], log_p - log_q)
-        if isinstance(space.guide, AutoFlow):
-            log_q = space.guide.log_prob(held, Y)
+        if isinstance(space.task.guide.call, AutoFlow):
+            log_q = space.task.guide.call.log_prob(held, Y)
             torch.testing.assert_close((draws.log_p - draws.log_q)[row], log_p - log_q)
 
 
 def test_a_draw_is_scored_as_a_vector_is(space):
     draws = space.draw(7)
-    tolerance = 1e-4 if isinstance(space.guide, AutoIAFNormal) else 1e-8
+    tolerance = 1e-4 if isinstance(space.task.guide.call, AutoIAFNormal) else 1e-8
     torch.testing.assert_close(space.log_p(draws.z), draws.log_p, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(space.log_q(draws.z), draws.log_q, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(space.quantities(draws.z), draws.quantities, rtol=tolerance, atol=tolerance)
@@ -175,7 +175,7 @@ def test_the_base_leads_to_the_guide(kind):
     x = base.inverse(z)
     again, log_det = base.forward(x)
     torch.testing.assert_close(again, z, rtol=1e-4, atol=1e-4)
-    moved = space.guide.get_base_dist().log_prob(x) - log_det
+    moved = space.task.guide.call.get_base_dist().log_prob(x) - log_det
     torch.testing.assert_close(moved.reshape(6), space.log_q(z), rtol=1e-4, atol=1e-4)
 
 
