@@ -28,7 +28,7 @@ small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
 def start(model, *args, recipe=small, **settings) -> AutoFlow:
     """A guide after its warm start and before any training."""
     guide = AutoFlow(model, recipe, **settings).setup(*args)
-    start_from_gaussian(model, guide, args, {})
+    start_from_gaussian(guide, Task(model, guide, args, {}))
     return guide
 
 
