@@ -147,15 +147,18 @@ def test_summary_runs(data):
 
 
 def test_a_model_that_does_not_broadcast_is_told_how():
-    """A model that mixes its draws up is refused by the site's name, and runs one draw at a time."""
+    """A model that mixes its draws up under a plate is refused by the site's name, and runs by other engines."""
 
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.deterministic("wide", x.sum().expand(3) if x.dim() == 0 else x.reshape(-1)[:7])
 
     with pytest.raises(ValueError, match=r"site 'wide' has shape \(3,\).*vectorize"):
-        to_arviz(model, gaussian(0.9), num_samples=30)
-    assert to_arviz(model, gaussian(0.9), num_samples=30, vectorize="loop").posterior["wide"].shape == (1, 30, 3)
+        to_arviz(model, gaussian(0.9), num_samples=30, vectorize="plate")
+    for engine in ("auto", "vmap", "loop"):
+        found = to_arviz(model, gaussian(0.9), num_samples=30, vectorize=engine).posterior
+        assert found["wide"].shape == (1, 30, 3)
+        assert (found["wide"].values == found["x"].values[..., None]).all()
 
 
 def test_agrees_with_arviz():

@@ -203,12 +203,12 @@ def test_batch_size_must_be_positive():
     def model() -> None:
         pyro.sample("x", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"^(psis: )?batch_size must be an integer of at least 1, got 0"):
         psis(model, model, num_samples=100, batch_size=0)
 
 
-def test_a_model_that_sums_over_all_draws_is_refused():
-    """It runs vectorised over draws without an error, and is wrong: its factor would count once for every draw."""
+def test_a_model_that_sums_over_all_it_sees_sees_one_draw():
+    """Under a plate of draws it runs without an error, and is wrong: its factor would count once for every draw."""
 
     def model() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
@@ -217,14 +217,15 @@ def test_a_model_that_sums_over_all_draws_is_refused():
     def guide() -> None:
         pyro.sample("x", dist.Normal(0.5, 0.7).expand([2]).to_event(1))
 
-    with pytest.raises(ValueError, match="vectorised over 2 draws"):
-        psis(model, guide, num_samples=100)
-    found = psis(model, guide, num_samples=2000, vectorize="loop")
-    # N(0, 1) times exp(-(x - 1)^2 / 2) integrates to exp(-1/4) / sqrt(2) in each of two dimensions.
-    assert abs(found.log_evidence - (-0.5 - math.log(2))) < 4 * found.log_evidence_se
+    with pytest.raises(ValueError, match=r"^the model's log-density of one draw is .*, but .* vectorised over draws"):
+        psis(model, guide, num_samples=100, vectorize="plate")
+    for engine in ("auto", "vmap", "loop"):
+        found = psis(model, guide, num_samples=2000, vectorize=engine)
+        # N(0, 1) times exp(-(x - 1)^2 / 2) integrates to exp(-1/4) / sqrt(2) in each of two dimensions.
+        assert abs(found.log_evidence - (-0.5 - math.log(2))) < 4 * found.log_evidence_se
 
 
-def test_a_model_that_does_not_run_vectorised_is_refused():
+def test_a_model_that_does_not_broadcast_has_the_weights_of_one_that_does():
     """Its data lie in a plate, which the guide has not; still the two are tried together."""
     x = torch.randn(20, 3)
 
@@ -236,15 +237,23 @@ def test_a_model_that_does_not_run_vectorised_is_refused():
     def guide(product) -> None:
         pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
 
+    def weights(product, **settings):
+        pyro.set_rng_seed(0)
+        return psis(model, guide, product, num_samples=30, **settings).log_weights
+
     with pytest.raises(
         ValueError, match=r"does not run vectorised over draws.*with \(x \* w\).sum\(-1\) in place of x @ w"
     ):
-        psis(model, guide, lambda w: x @ w, num_samples=30)
-    with pytest.raises(ValueError, match="vectorised over 2 draws"):
-        psis(model, guide, lambda w: (w * x.sum(0)).sum(), num_samples=30)
-    assert psis(model, guide, lambda w: (x * w).sum(-1), num_samples=30).log_weights.shape == (
-        30,
-    )  # what the error recommends
+        weights(lambda w: x @ w, vectorize="plate")
+    wanted = weights(lambda w: (x * w).sum(-1), vectorize="plate")  # what the error recommends
+    torch.testing.assert_close(weights(lambda w: x @ w), wanted)
+
+    def total(w):
+        return (w * x.sum(0)).sum()
+
+    with pytest.raises(ValueError, match=r"log-density of one draw is .* vectorised over draws"):
+        weights(total, vectorize="plate")
+    torch.testing.assert_close(weights(total), weights(lambda w: (w * x.sum(0)).sum(-1, keepdim=True)))
 
 
 def test_a_latent_without_a_guide_is_refused():
