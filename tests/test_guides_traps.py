@@ -207,23 +207,28 @@ def test_improper_uniform_sites_start():
     assert sum(losses[-10:]) < sum(losses[:10])
 
 
-# What one joint flow cannot answer for is refused by name.
+# What one joint flow cannot answer for is refused by name; what it can is not.
 
 
-def test_support_that_depends_on_another_latent_is_refused():
+def test_support_that_depends_on_another_latent_moves_with_it():
     def triangle():
         a = pyro.sample("a", dist.Uniform(0.0, 1.0))
         pyro.sample("b", dist.Uniform(0.0, 1 - a))
-
-    with pytest.raises(ValueError, match="support of latent site 'b'"):
-        AutoFlow(triangle, small).setup()
 
     def stretched():
         a = pyro.sample("a", dist.Uniform(0.0, 1.0))
         u = pyro.sample("u", dist.Uniform(0.0, 1.0))
         pyro.deterministic("b", (1 - a) * u)
 
-    assert AutoFlow(stretched, small).setup().latent_dim == 2  # what the error recommends
+    guide, twin = (AutoFlow(program, small, init_scale=1.0).setup() for program in (triangle, stretched))
+    twin.load_state_dict(guide.state_dict())
+    draws = guide.sample(100)
+    assert (draws["b"] < 1 - draws["a"]).all()
+    for a, b in zip(draws["a"], draws["b"], strict=True):  # the density of b is that of u, stretched
+        found, wanted = guide.log_prob({"a": a, "b": b}), twin.log_prob({"a": a, "u": b / (1 - a)}) - (1 - a).log()
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="support of latent site 'b'"):
+        AutoFlow(triangle, small, encoder=lambda: torch.zeros(2)).setup()  # what a flow of any data cannot answer for
 
 
 def test_support_that_depends_on_the_data_alone_is_accepted():
@@ -305,14 +310,28 @@ def test_subsampled_plate_of_observations_is_accepted():
     assert guide.median()["x"].item() == pytest.approx(2, abs=0.3)
 
 
-def test_discrete_latent_is_refused_with_the_way_out():
+def test_a_discrete_latent_is_left_out_and_summed():
     def coin():
         p = pyro.sample("p", dist.Beta(1.0, 1.0))
-        pyro.sample("side", dist.Bernoulli(p))
+        side = pyro.sample("side", dist.Bernoulli(p))
+        pyro.sample("y", dist.Normal(side, 0.5), obs=torch.tensor(0.8))
 
-    with pytest.raises(ValueError, match=r"'side' is discrete.*TraceEnum_ELBO.*config_enumerate.*hide=\['side'\]"):
-        AutoFlow(coin, small).setup()
-    assert AutoFlow(poutine.block(coin, hide=["side"]), small).setup().latent_dim == 1  # what the error recommends
+    def by_hand():
+        p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        tail, head = (dist.Normal(side, 0.5).log_prob(torch.tensor(0.8)) for side in (0.0, 1.0))
+        pyro.factor("y", torch.logaddexp((1 - p).log() + tail, p.log() + head))
+
+    found = []
+    for program in (coin, by_hand):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = AutoFlow(program, small)
+        found.append(fit_svi(program, guide, steps=20, warm_start=False, progress=False).losses)
+        assert guide.latent_dim == 1
+        assert guide.sample(5).keys() == {"p"}
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    blocked = AutoFlow(poutine.block(coin, hide=["side"]), small).setup()  # as Pyro's own guides need it
+    assert blocked.latent_dim == 1
 
 
 @pytest.mark.parametrize("validate", [True, False])

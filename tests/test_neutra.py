@@ -124,6 +124,20 @@ def test_transform_keeps_the_shape_of_its_samples():
         found.transform({"other": torch.ones(4)})
 
 
+def test_transform_takes_supports_where_they_move():
+    def triangle():
+        a = pyro.sample("a", dist.Uniform(0.0, 1.0))
+        pyro.sample("b", dist.Uniform(0.0, 1 - a))
+
+    guide = AutoFlow(triangle)
+    fit_svi(triangle, guide, steps=3, progress=False)
+    found = neutra(triangle, guide, check=False)
+    for u in torch.randn(5, 2):
+        trace = poutine.trace(poutine.condition(found.model, {found.site: u})).get_trace()
+        for name, value in found.transform(u).items():
+            torch.testing.assert_close(value, trace.nodes[name]["value"])
+
+
 def test_chains_start_from_the_guide():
     guide = bent()
     found = neutra(model, guide, Y, check=False)
@@ -235,12 +249,33 @@ def test_untrained_guides_are_refused(guide):
 
 
 def test_a_guide_that_cannot_be_checked_is_refused():
-    def sums() -> None:
+    def part() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("rows", 6, subsample_size=2):
+            pyro.sample("y", dist.Normal(x[..., 0], 1.0), obs=torch.zeros(2))
+
+    guide = AutoDiagonalNormal(part)
+    guide()
+    with pytest.raises(ValueError, match=r"cannot be checked \(check=False leaves that out\).*'rows', .* subsampled"):
+        neutra(part, guide)
+    assert neutra(part, guide, check=False).site == "x_shared_latent"
+
+
+def test_the_density_of_a_model_that_sums_over_all_it_sees_is_that_of_the_base(double):
+    """Under a plate of draws its factor would count once for every draw."""
+
+    def sums() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         pyro.factor("f", -0.5 * (x - 1).pow(2).sum())
 
     guide = AutoDiagonalNormal(sums)
     guide()
-    with pytest.raises(ValueError, match=r"cannot be checked \(check=False leaves that out\).*vectorised over 2 draws"):
-        neutra(sums, guide)
-    assert neutra(sums, guide, check=False).site == "x_shared_latent"
+    guide.scale = torch.full((2,), 0.6)
+    guide.loc.data.fill_(0.5)
+    found = neutra(sums, guide)
+    for u in torch.randn(5, 2):
+        base = poutine.trace(poutine.condition(found.model, {found.site: u})).get_trace()
+        x = found.transform(u)["x"]
+        wanted = dist.Normal(0.0, 1.0).log_prob(x).sum() - 0.5 * (x - 1).square().sum()
+        log_det = guide.scale.log().sum()
+        torch.testing.assert_close(base.log_prob_sum(), wanted + log_det)
