@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_flows import AutoFlow, Fit, check, fit_svi, flows
 from pyro_flows.fitting import ladder
+from pyro_flows.programs.task import Task
 
 small = functools.partial(flows.realnvp, num_transforms=4, hidden_dims=(16,))
 
@@ -120,7 +121,7 @@ def test_less_evidence_than_before_is_not_trusted():
         )
 
     whole = check(both, both)
-    climber = ladder.Ladder(never, both, (), {}, {"progress": False}, None)
+    climber = ladder.Ladder(never, Task(both, both, (), {}), {"progress": False}, None)
     fit = Fit(both, torch.zeros(1), 0.0, 1, 1, 0, 1.0, "steps")
     climber.note(ladder.Rung("first", fit, whole, 1.0))
     half = dataclasses.replace(whole, psis=dataclasses.replace(whole.psis, log_evidence=whole.log_evidence - 0.69))
@@ -131,7 +132,7 @@ def test_less_evidence_than_before_is_not_trusted():
 
 
 def test_the_best_rung_is_kept():
-    climber = ladder.Ladder(never, normal, (), {}, {"progress": False}, None)
+    climber = ladder.Ladder(never, Task(normal, normal, (), {}), {"progress": False}, None)
     right = check(banana, banana)
     for name, verdict, elbo in (("a", "do not trust", -1.0), ("b", "reweight", -3.0), ("c", "reweight", -2.0)):
         fit = Fit(name, torch.zeros(1), 0.0, 1, 1, 0, 1.0, "steps")
