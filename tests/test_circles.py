@@ -168,10 +168,10 @@ def test_a_circle_that_depends_on_another_latent_turns_with_it():
     assert turns.min() >= 0
     assert turns.max() <= 1
     # The guide's density integrates to one, as the average over places of a known density 1 / period shows.
-    period = torch.rand(20_000) + 1
-    phase = torch.rand(20_000) * period
-    heights = torch.stack([guide.log_prob({"period": a, "phase": b}) for a, b in zip(period[:500], phase[:500])])
-    weights = heights.exp() * period[:500]
+    period = torch.rand(500) + 1
+    phase = torch.rand(500) * period
+    heights = [guide.log_prob({"period": a, "phase": b}) for a, b in zip(period, phase, strict=True)]
+    weights = torch.stack(heights).exp() * period
     assert abs(weights.mean() - 1) < 4 * weights.std() / 500**0.5
 
 
