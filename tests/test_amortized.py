@@ -661,7 +661,7 @@ def test_data_that_are_no_tensor_are_refused_with_what_encoders_take(wrong):
 
 def test_rounds_need_simulations_side_by_side():
     guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (8,)))
-    with pytest.raises(ValueError, match=r"rounds=2 .*needs vectorize=True"):
+    with pytest.raises(ValueError, match=r"rounds=2 .*needs another vectorize"):
         quick(linear, guide, rounds=2, observed={"x": X}, vectorize="loop")
 
 
@@ -739,12 +739,15 @@ def test_draws_that_cannot_be_learned_from_are_refused():
     refused(model, "'(theta|x)' holds NaN or inf in .* of 200 draws", wild, same)
 
 
-def test_a_prior_that_is_constant_is_refused():
+def test_a_prior_that_is_constant_is_left_out():
+    """A point follows from the model: the guide has no part in it, and nothing is left where it is the only latent."""
+
     def model(x=None):
         theta = pyro.sample("theta", dist.Delta(torch.tensor(1.0)))
         pyro.sample("x", dist.Normal(theta[..., None], torch.ones(3)).to_event(1), obs=x)
 
-    refused(model, "latent site 'theta' is (a Delta|constant)")
+    with pytest.raises(RuntimeError, match="AutoFlow found no latent variables"):
+        AutoFlow(model, encoder=MLPEncoder(3, 4, (8,))).setup(X)
 
 
 def test_encoders_and_recipes_that_do_not_fit_are_refused():

@@ -333,7 +333,8 @@ def test_an_engine_can_be_insisted_on(vectorize):
 
 
 def test_bad_engines_are_refused_by_name():
-    guide = AutoFlow(matmul).setup(X, Y)
+    guide = AutoFlow(matmul)
+    pf.fit_svi(matmul, guide, X, Y, **QUICK)
     for verb in (pf.psis, pf.check, pf.refine, pf.to_arviz, pf.resample, pf.fit_svi):
         with pytest.raises(ValueError, match=r'vectorize must be "auto", .*got True. Leave it out'):
             verb(matmul, guide, X, Y, vectorize=True)
@@ -352,3 +353,19 @@ def test_the_choice_takes_few_runs_of_the_model():
     runs.clear()
     Task(counted, guide, (X, Y), {}).settle()
     assert len(runs) <= 6  # one to see the sites, and five
+
+
+def test_random_structure_is_refused_by_the_site():
+    def growing(y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        if runs.append(1) or len(runs) % 2:
+            pyro.sample("extra", dist.Normal(w, 1.0), obs=y)
+        pyro.sample("y", dist.Normal(w, 1.0), obs=y)
+
+    runs: list[int] = []
+
+    def guide(y):
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"other sites from run to run: 'extra' is in some runs only\. Let it draw"):
+        pf.psis(growing, guide, Y[0], num_samples=50)

@@ -271,3 +271,61 @@ def test_infinite_supports_are_refused_by_name_all_at_once():
     guide = AutoNormal(poutine.block(counts, hide=["number", "more"]))
     with pytest.raises(ValueError, match=r"fit_svi: latent sites 'number', 'more' of the model are not in the guide"):
         pf.fit_svi(counts, guide, torch.tensor(3.0), steps=3, progress=False)
+
+
+def branching(y):
+    """Pyro's ``intro_part_i.ipynb`` writes its weather so: the discrete value is a key."""
+    cloudy = pyro.sample("cloudy", dist.Bernoulli(0.3))
+    mean = {"cloudy": 55.0, "sunny": 75.0}["cloudy" if cloudy.item() == 1.0 else "sunny"]
+    heat = pyro.sample("heat", dist.Normal(mean, 10.0))
+    pyro.sample("y", dist.Normal(heat, 5.0), obs=y)
+
+
+def test_a_model_that_branches_on_discrete_values_is_summed_one_value_after_the_other():
+    y = torch.tensor(62.0)
+    guide = AutoFlow(branching).setup(y)
+    task = Task(branching, guide, (y,), {}).settle()
+    draws = task.draw(2000)
+    heat = draws.latents["heat"]
+    kinds = ((0.3, 55.0), (0.7, 75.0))
+    prior = torch.stack([torch.tensor(p).log() + dist.Normal(m, 10.0).log_prob(heat) for p, m in kinds])
+    wanted = prior.logsumexp(0) + dist.Normal(heat, 5.0).log_prob(y)
+    torch.testing.assert_close(draws.log_p, wanted, rtol=1e-4, atol=1e-4)
+    drawn = task.complete(draws.latents)["cloudy"]
+    assert abs((drawn - prior.softmax(0)[0]).mean()) < 0.05
+    pf.fit_svi(branching, guide, y, steps=5, progress=False)
+
+
+def growing(y):
+    kind = pyro.sample("kind", dist.Bernoulli(0.5))
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    if kind.item():
+        pyro.sample("more", dist.Bernoulli(0.5))
+    pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+
+def test_sites_that_only_some_discrete_values_lead_to_are_refused():
+    def guide(y):
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    def weigh():
+        for seed in range(4):  # whichever value the first run has drawn
+            pyro.set_rng_seed(seed)
+            pf.psis(growing, guide, torch.tensor(1.0), num_samples=30)
+
+    with pytest.raises(ValueError, match="other sites from run to run: 'more' is in some runs only"):
+        weigh()
+
+
+def crowded(y):
+    with pyro.plate("rows", 12):
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x + sum(float(one) for one in k), 1.0), obs=y)
+
+
+def test_discrete_latents_that_cannot_be_summed_out_are_refused_with_the_line_and_the_way_out():
+    with pytest.raises(
+        ValueError, match=r"discrete latents 'k' cannot be summed out: .* another density .*'k' has several"
+    ):
+        AutoFlow(crowded).setup(torch.tensor(1.0))

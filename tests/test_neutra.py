@@ -251,7 +251,7 @@ def test_untrained_guides_are_refused(guide):
 def test_a_guide_that_cannot_be_checked_is_refused():
     def part() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-        with pyro.plate("rows", 6, subsample_size=2):
+        with pyro.plate("rows", 6, subsample=torch.arange(2)):
             pyro.sample("y", dist.Normal(x[..., 0], 1.0), obs=torch.zeros(2))
 
     guide = AutoDiagonalNormal(part)

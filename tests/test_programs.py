@@ -315,13 +315,12 @@ def test_enumeration_goes_on_with_the_whole_model(objective):
 
 def test_latents_that_are_not_enumerated_are_named_with_an_enumerating_objective():
     guide = AutoFlow(poutine.block(several, hide=["k", "z_1"]))
-    for model, names in ((several, "sites 'z_1', 'k'"), (config_enumerate(several), "site 'z_1'")):
-        with pytest.raises(ValueError, match=f"fit_svi: latent {names} of the model"):
+    for model in (several, config_enumerate(several)):
+        with pytest.raises(ValueError, match="fit_svi: latent site 'z_1' of the model"):
             pf.fit_svi(model, guide, X, objective=PathEnumELBO(max_plate_nesting=1), **QUICK)
-    guide = AutoFlow(poutine.block(several, hide=["k"]))
     for search in ({"warm_start": True}, {"restarts": 2}):
-        with pytest.raises(ValueError, match=rf"'k' of the model.*Leave {next(iter(search))} out"):
-            pf.fit_svi(config_enumerate(several), guide, X, objective=PathEnumELBO(), **QUICK, **search)
+        objective = PathEnumELBO(max_plate_nesting=1)
+        assert pf.fit_svi(several, AutoFlow(several), X, objective=objective, **QUICK, **search).losses.isfinite().all()
 
 
 # Observations that have more rows than their distribution.
@@ -561,8 +560,7 @@ every_hidden = pytest.mark.parametrize("model", HIDDEN, ids=lambda model: model.
 def test_a_number_of_plates_that_is_given_holds_for_fits_and_verdicts(model, validate):
     with pyro.validation_enabled(validate):
         guide = AutoFlow(model)
-        with pytest.raises(ValueError, match="max_plate_nesting"):
-            pf.fit_svi(model, guide, X, vectorize="plate", **QUICK)
+        assert Task(model, guide, (X,), {}, "plate").settle().nesting == HIDDEN[model]  # one run shows them
         pyro.enable_validation(validate and model is not free)  # Pyro itself wants a plate around rows
         given = {"max_plate_nesting": HIDDEN[model]}
         pf.fit_svi(model, guide, X, steps=300, progress=False, **given)
@@ -574,12 +572,13 @@ def test_a_number_of_plates_that_is_given_holds_for_fits_and_verdicts(model, val
         assert pf.resample(model, guide, X, num_samples=50, **given)["loc"].shape == (50,)
         assert pf.to_arviz(model, guide, X, num_samples=50, **given)["posterior"]["loc"].shape == (1, 50)
         assert pf.neutra(model, guide, X, **given).site == "loc_shared_latent"
-        assert Task(model, guide, (X,), {}).settle().model.engine == "vmap"  # where none is given
+        assert Task(model, guide, (X,), {}).settle().model.engine == "plate"  # where none is given
         assert abs(pf.psis(model, guide, X).log_evidence - exact) < 0.02
         assert pf.neutra(model, guide, X).site == "loc_shared_latent"
+        given = {"max_plate_nesting": HIDDEN[model] - 1, "vectorize": "plate"}  # one fewer is too few
         for use in (pf.psis, pf.check, pf.refine, pf.resample, pf.to_arviz):
             with pytest.raises(ValueError, match="vectorised over"):
-                use(model, guide, X, vectorize="plate")
+                use(model, guide, X, **given)
 
 
 @in_both_stores
@@ -671,8 +670,7 @@ def test_a_number_of_plates_holds_for_one_call_only():
     with pytest.raises(ValueError, match="max_plate_nesting"):
         pf.psis(by_hand, by_hand, X, num_samples=30, max_plate_nesting=0)
     assert pf.psis(model, model, num_samples=30, max_plate_nesting=3).khat == -math.inf
-    with pytest.raises(ValueError, match="vectorised over"):
-        Task(by_hand, by_hand, (X,), {}, "plate").settle()
+    assert Task(by_hand, by_hand, (X,), {}).nesting == HIDDEN[by_hand]
 
 
 def test_plates_that_one_run_shows_need_no_number():

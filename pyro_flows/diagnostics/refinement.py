@@ -21,7 +21,7 @@ from ..checks import check_integers, joined
 from ..programs.log_density import or_nan
 from ..programs.nesting import takes_nesting
 from ..programs.space import sound_space
-from ..programs.task import Task
+from ..programs.task import Task, check_trained
 from .chains import FROZEN, Chains
 from .coordinates import charts_of
 from .drift import Drift, DriftMeter
@@ -121,8 +121,9 @@ def refine(
     kwargs = joined("refine", kwargs, model_kwargs)
     check_integers("refine", num_samples=num_samples)
     check_integers("refine", 4, transitions=transitions)
+    check_trained("refine", guide)
     with pyro.validation_enabled(False):  # a draw of no density is for the chains to shun
-        space = sound_space("refine", Task(model, guide, args, kwargs, vectorize))
+        space = sound_space(Task(model, guide, args, kwargs, vectorize))
         reference = space.draw(max(4 * BATCH, 10 * space.dim))
         charts, _ = charts_of(space, reference.z)
         began = space.draw(num_samples)

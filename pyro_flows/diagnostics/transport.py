@@ -85,6 +85,9 @@ class Neutra:
         frames = [frame for site in nodes for frame in site.get("cond_indep_stack", ()) if frame.vectorized]
         room = (1,) * max((-frame.dim for frame in frames), default=0)  # the draws lie left of all plates
         latent = self.guide.get_transform(*self.args, **self.kwargs)(samples.reshape(-1, *room, samples.shape[-1]))
+        if hasattr(self.guide, "constrain"):
+            values = self.guide.constrain(latent.reshape(-1, latent.shape[-1]), *self.args, **self.kwargs)
+            return {**others, **{name: value.reshape(batch + value.shape[1:]) for name, value in values.items()}}
         found = {
             site["name"]: biject_to(site["fn"].support)(value).reshape(batch + site["value"].shape)
             for site, value in self.guide._unpack_latent(latent)

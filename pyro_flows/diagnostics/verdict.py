@@ -24,7 +24,7 @@ from ..checks import check_integers, joined
 from ..programs.log_density import or_nan
 from ..programs.nesting import takes_nesting
 from ..programs.space import Scored, Space, sound_space
-from ..programs.task import Task
+from ..programs.task import Task, check_trained
 from .chains import Chains
 from .coordinates import Chart, White, charts_of
 from .drift import Drift, DriftMeter, weighted_drift
@@ -191,8 +191,9 @@ def check(
     start, kwargs = time.perf_counter(), joined("check", kwargs, model_kwargs)
     check_integers("check", 100, optional=True, num_samples=num_samples)
     check_integers("check", 16, optional=True, num_chains=num_chains)
+    check_trained("check", guide)
     with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
-        space = sound_space("check", Task(model, guide, args, kwargs, vectorize))
+        space = sound_space(Task(model, guide, args, kwargs, vectorize))
         alone = space.task.runs_one_by_one
         draws = space.draw(num_samples or (1000 if alone else 10_000))
         psis = weigh(draws.log_p - draws.log_q)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 
 from ..objectives import PathELBO, PathEnumELBO
 from ..objectives.particles import ParticleObjective
@@ -27,7 +27,7 @@ def check_task(task: Task, objective: ELBO | None, *, search: bool) -> None:
     if search or (_is_vectorised(objective) and not lacking(*task.traces)):
         with unchanged():
             task.settle()
-    if _is_vectorised(objective) and task.guide.engine != "plate":
+    if _is_vectorised(objective) and task.is_settled and task.guide.engine != "plate":
         raise ValueError(
             f"fit_svi: the guide{task.guide.fault}. Let it broadcast to the left of its plates, or give the objective "
             "vectorize_particles=False."
@@ -36,6 +36,8 @@ def check_task(task: Task, objective: ELBO | None, *, search: bool) -> None:
 
 def program_of(task: Task, objective: ELBO) -> Callable[..., Any]:
     """Return the model as an objective runs it: as it is, or, where it would not work so, lifted."""
+    if isinstance(objective, TraceEnum_ELBO):
+        return task.model.marked
     sums_itself = not isinstance(objective, Trace_ELBO) or isinstance(objective, TraceMeanField_ELBO)
     if sums_itself or not (task.model.enumerated or _is_vectorised(objective)):
         return task.model.call

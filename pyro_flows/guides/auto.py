@@ -256,8 +256,12 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """Draw from the guide: for each latent site, values of shape ``(num_samples, *site_shape)``."""
         context = self.setup(*args, **kwargs)._context_at_rest(args, kwargs)
         latent = self.flow.sample((num_samples,), context, chunk_size=chunk_for(self.latent_dim))
+        return self.constrain(latent, *args, **kwargs)
+
+    def constrain(self, latent: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Map packed latents ``(N, latent_dim)`` to values of the sites, ``(N, *site_shape)``, for some arguments."""
         if moving := self._moving(args, kwargs):
-            return moving.unpack(self._split(latent), num_samples)[0]
+            return moving.unpack(self._split(latent), len(latent))[0]
         return self.unpack(latent)
 
     def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -17,10 +17,12 @@ import pyro
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 ENGINES = "plate", "vmap", "loop"
+DRAWS = "_pyro_flows_draws"  # the plate of draws
 Site = dict[str, Any]
 Values = dict[str, Tensor]
 
@@ -49,6 +51,18 @@ class View(NamedTuple):
     single: Trace
     size: int | None
     nesting: int
+
+    def check_structure(self) -> None:
+        """Raise ValueError unless the run has met the sites of the single one."""
+        met, known = (
+            {name for name, site in trace.nodes.items() if site["type"] == "sample" and not site_is_subsample(site)}
+            for trace in (self.trace, self.single)
+        )
+        if other := sorted((met ^ known) - {DRAWS}):
+            raise ValueError(
+                f"the program has other sites from run to run: {other[0]!r} is in some runs only. Let it draw the same "
+                "sites each time, and mask those that do not count: with poutine.mask(mask=...)."
+            )
 
     def read(self, name: str, what: Callable[[Site], Tensor] = value_of) -> Tensor:
         """Return what is read off a site, by default its value: ``(N, *shape)``, or ``shape`` for one draw."""
@@ -130,7 +144,7 @@ def beside(program: Callable[..., Any], size: int, nesting: int) -> Callable[...
     """Return a program that runs inside of a plate of draws, to the left of ``nesting`` dimensions of its own."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with pyro.plate("_pyro_flows_draws", size, dim=-1 - nesting):
+        with pyro.plate(DRAWS, size, dim=-1 - nesting):
             return program(*args, **kwargs)
 
     return run

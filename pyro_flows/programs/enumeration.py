@@ -17,6 +17,7 @@ import opt_einsum
 import torch
 from opt_einsum import shared_intermediates
 from pyro.distributions.util import scale_and_mask
+from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
 from pyro.ops.einsum.adjoint import require_backward
 from pyro.ops.rings import SampleRing
@@ -75,10 +76,46 @@ class Parallel:
         view.trace.compute_log_prob(lambda name, _: name in self._sites)
         for name in self._sites:
             site = view.trace.nodes[name]
-            is_summed = site["infer"].get("_enumerate_dim") is not None  # its own mask makes no difference to a sum
+            is_summed = name in self._shapes  # its own mask makes no difference to a sum
             log_prob = site["unscaled_log_prob"]
             found[name] = view.by_draw(log_prob if is_summed else scale_and_mask(log_prob, mask=site["mask"]))
         return found
+
+    def check(self, terms: Values, plain: View) -> None:
+        """Raise ValueError unless the terms of one draw, at given discrete values, are those of a run with these alone.
+
+        Args:
+            terms: What :meth:`read` has read off a run at all discrete values.
+            plain: A run at the same other latents, and at one value of each discrete one.
+        """
+        places = {name: self._place_of(name, plain.trace.nodes[name]["value"]) for name in self._shapes}
+        wanted, found = self.read(plain), {REST: terms[REST]}
+        for name, term in ((term._pyro_site, term) for group in self._factors(terms).values() for term in group):
+            for place in places.values():
+                if place is not None and place._pyro_symbol in term._pyro_dims:
+                    term = packed.gather(term, place, place._pyro_symbol)
+            found[name] = term
+        for name, value in found.items():
+            there, size = wanted[name].sum(), wanted[name].abs().sum()
+            if not torch.isclose(value.sum(), there, rtol=0.0, atol=float(1e-3 * (1 + size)), equal_nan=True):
+                what = name if name == REST else f"site {name!r}"
+                raise ValueError(f"{what} has another density at all discrete values at once than at one")
+
+    def _place_of(self, name: str, value: Tensor) -> Packed | None:
+        """Return the places of a discrete site's values in its support, packed; None where there is one value only."""
+        site = self._trace.nodes[name]
+        symbols, event = site["infer"]["_dim_to_symbol"], site["fn"].event_dim
+        support = site["value"].reshape(-1, *site["fn"].event_shape)
+        if len(support) < 2:
+            return None
+        batch = value.shape[: value.dim() - event]
+        same = value.unsqueeze(0) == support.reshape(-1, *(1,) * len(batch), *support.shape[1:])
+        place: Packed = same.reshape(len(support), *batch, -1).all(-1).long().argmax(0)
+        dims = [dim for dim in range(-len(batch), 0) if batch[dim] > 1]
+        place = place.reshape([batch[dim] for dim in dims])
+        place._pyro_dims = "".join(symbols[dim] for dim in dims)
+        place._pyro_symbol = symbols[site["infer"]["_enumerate_dim"]]
+        return place
 
     def log_prob(self, run: Run) -> Tensor:
         """Return the log-density of N draws of the continuous latents, ``(N,)`` in nats."""
@@ -182,4 +219,8 @@ class Sequential:
         return {name: torch.stack([row[name] for row in self._values])[places] for name in self._values[0]}
 
     def _joint(self, run: Run) -> Tensor:
-        return torch.stack([run(lambda view: {REST: view.log_prob()}, discrete=row)[REST] for row in self._values])
+        def read(view: View) -> Values:
+            view.check_structure()  # a site that only some values lead to would be counted with all values
+            return {REST: view.log_prob()}
+
+        return torch.stack([run(read, discrete=row)[REST] for row in self._values])

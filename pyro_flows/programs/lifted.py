@@ -30,7 +30,7 @@ class Lifted:
     """
 
     def __init__(self, model: Program, latents: list[str]) -> None:
-        self._model = model
+        self._model = model.deeper()
         self._sites = {name: model.single.nodes[name] for name in latents}
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:

@@ -33,6 +33,7 @@ class Trial(NamedTuple):
 
     fault: str
     noise: float = 0.0
+    cause: Exception | None = None
 
 
 class Program:
@@ -106,6 +107,17 @@ class Program:
             return self
         other = copy.copy(self)
         other.rows = rows
+        return other
+
+    @property
+    def marked(self) -> Callable[..., Any]:
+        """The program with its discrete latents marked for Pyro's own enumeration."""
+        return poutine.infer_config(self.call, self._mark) if self.enumerated else self.call
+
+    def deeper(self) -> Program:
+        """The program as it runs inside of a plate of draws already, which takes the place next to its own plates."""
+        other = copy.copy(self)
+        other.nesting, other._enumeration = self.nesting + 1, None
         return other
 
     def whole(self) -> None:
@@ -197,8 +209,14 @@ class Program:
             sites = {name: nodes[name] for name in self.enumerated}
             try:
                 with pyro.validation_enabled(False):
-                    trace = self._trace(poutine.condition(self.call, data=values), None, True)
-                self._enumeration = Parallel(trace, {name: site["value"].shape for name, site in sites.items()})
+                    trace, plain = (
+                        self._trace(poutine.condition(self.call, data=data), None, everything)
+                        for data, everything in ((values, True), (held, False))
+                    )
+                    found = Parallel(trace, {name: site["value"].shape for name, site in sites.items()})
+                    terms = {n: v.unsqueeze(0) for n, v in found.read(View(trace, trace, None, self.nesting)).items()}
+                    found.check(terms, View(plain, plain, None, self.nesting))
+                self._enumeration = found
             except Exception as error:  # a user's program may raise anything
                 self._enumeration = self._one_by_one(sites, error)
         return self._enumeration
@@ -248,7 +266,10 @@ class Program:
             ValueError: If the engine that is asked for does something else.
         """
         self.engine = "loop"
-        alone = self._known(held)  # both draws, one by one
+        try:
+            alone = self._known(held)  # both draws, one by one
+        except (KeyError, NotImplementedError):  # some guides of Pyro cannot score a value that they did not draw
+            alone = {}
         for engine in ENGINES if vectorize == "auto" else (vectorize,):
             self.engine = engine
             trial = self._try(alone, held, also)
@@ -256,7 +277,7 @@ class Program:
                 self.noise = trial.noise
                 return
             if vectorize != "auto":
-                raise ValueError(f"the {role}{trial.fault}. {WAY_OUT}")
+                raise ValueError(f"the {role}{trial.fault}. {WAY_OUT}") from trial.cause
             self.fault = self.fault or trial.fault
 
     def _known(self, held: Values) -> Values:
@@ -266,6 +287,7 @@ class Program:
         sites = {name: site for name, site in self.single.nodes.items() if site["type"] == "sample"}
 
         def read(view: View) -> Values:
+            view.check_structure()
             found = {f"{DENSITY} of {name}": view.log_prob(name.__eq__) for name in sites}
             rows = {name: view.trace.nodes[name]["log_prob"] for name in sites}
             sizes = {f"{SIZE} {DENSITY} of {name}": view.total(value.abs()) for name, value in rows.items()}
@@ -279,10 +301,10 @@ class Program:
         if self.engine == "loop":
             return Trial("")
         try:
-            found, fault = self._known(held), also()
+            found, fault = self._known(held) if alone else self._drawn(), also()
         except Exception as error:  # a user's program may raise anything
-            return Trial(f" does not run vectorised over draws: {quoted(error)}")
-        values = {name: value for name, value in found.items() if not name.startswith(SIZE)}
+            return Trial(f" does not run vectorised over draws: {quoted(error)}", cause=error)
+        values = {name: value for name, value in found.items() if name in alone and not name.startswith(SIZE)}
         differ = [n for n, value in values.items() if not _alike(value, alone[n], alone.get(f"{SIZE} {n}"))]
         if fault or not differ:
             return Trial(fault)
@@ -297,6 +319,10 @@ class Program:
         if any(((found[name] - alone[name]).abs() > 10 * noise).any() for name in differ):
             return Trial(f" means something else vectorised over draws, as at site {differ[-1].split()[-1]!r}")
         return Trial("", noise)
+
+    def _drawn(self) -> Values:
+        """New draws, whose densities cannot be compared."""
+        return self.run(lambda view: {DENSITY: view.log_prob()}, {}, 2)
 
     def _noise(self, draw: Values, first: Tensor) -> float:
         """The standard deviation of the log-density at one draw, run several times unless the second is the same."""

@@ -7,7 +7,6 @@ The model takes its data by arguments that are None where they are to be drawn: 
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from ..checks import check_integers, check_program
 from .engines import Values
 from .nesting import nesting_of, takes_nesting
+from .noise import warn_user
 from .program import Program
 from .quantities import innermost
 from .simulations import Simulations
@@ -221,7 +221,7 @@ class Simulator:
         self.model.settle(drawn, vectorize, "model", self._fault)
         self._settled = vectorize
         if self.model.engine == "loop" and vectorize == "auto":
-            warnings.warn(f"{self.caller}: the model runs one draw at a time, as it{self.model.fault}.", stacklevel=4)
+            warn_user(f"{self.caller}: the model runs one draw at a time, as it{self.model.fault}.")
 
     def _fault(self) -> str:
         """What is wrong with data whose value says what no density can, in words."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from .engines import ENGINES, Site, Values, View, value_of
 from .latents import check_match, is_point, summable
 from .lifted import Lifted
 from .nesting import has_bare_dimensions, nesting_of
-from .noise import warn_of_noise
+from .noise import warn_of_noise, warn_user
 from .program import Program
 
 
@@ -58,6 +57,7 @@ class Task:
         traces: Those of one run of model and guide, in this order.
         latents: The names of the model's latents, but those that are summed out.
         own: The names of the sites that the guide draws, but those that only place others' draws.
+        is_settled: True once the engines are chosen.
         has_bare_dimensions: True if a site of the model has dimensions that neither plates nor events declare.
 
     Raises:
@@ -78,7 +78,7 @@ class Task:
         single, drawn = self.once(marks)
         marks.keep(single)
         nesting = nesting_of(drawn, single)
-        self.traces, self._vectorize, self._settled = (single, drawn), vectorize, False
+        self.traces, self._vectorize, self.is_settled = (single, drawn), vectorize, False
         enumerated = tuple(summable(single, drawn))
         self.guide = Program(guide, args, kwargs, drawn, nesting)
         self.model = Program(model, args, kwargs, single, nesting, enumerated, tuple(marks.given))
@@ -155,25 +155,25 @@ class Task:
         others = [f for site in nodes.values() for f in site.get("cond_indep_stack", ()) if f.name != plate]
         return not inside and all(f.full_size is None or f.size >= f.full_size for f in others)
 
-    @torch.no_grad()
     def settle(self) -> Task:
         """Choose how guide and model run many draws, by two draws of the guide, and return the task.
 
         Warns:
             UserWarning: If the model runs one draw at a time, or its log-density is an estimate whose noise shows.
         """
-        if self._settled:
+        if self.is_settled:
             return self
         names = dict.fromkeys((*self.own, *self.latents))
-        found = self.guide.alone(lambda view: {name: view.read(name) for name in names}, 2)
+        with torch.no_grad():
+            found = self.guide.alone(lambda view: {name: view.read(name) for name in names}, 2)
         own, latents = ({name: found[name] for name in part} for part in (self.own, self.latents))
         self.guide.settle(own, "auto", "guide")
         self.model.settle(latents, self._vectorize, "model")
-        self._settled = True
+        self.is_settled = True
         if self._vectorize == "auto":
             for role, program in (("model", self.model), ("guide", self.guide)):
                 if program.engine == "loop":
-                    warnings.warn(f"the {role} runs one draw at a time, as it{program.fault}.", stacklevel=4)
+                    warn_user(f"the {role} runs one draw at a time, as it{program.fault}.")
         warn_of_noise(self.model.noise)
         return self
 
@@ -252,7 +252,8 @@ def check_vectorize(vectorize: Any) -> None:
 
 def batches(number: int, batch_size: int) -> Iterator[int]:
     """Yield the sizes of batches that make up a number."""
-    checks.check_integers("batch_size", batch_size=batch_size)
+    if not checks.is_integer(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size!r}.")
     for start in range(0, number, batch_size):
         yield min(batch_size, number - start)
 
