@@ -129,7 +129,7 @@ def _set_up(
             return guide, trace, arguments
     assert first is not None  # there is at least one reading
     if "no latent variables" in str(first):
-        raise Refused("the model has no latent sites; there is no posterior to fit") from first
+        raise Refused("the model has no continuous latent sites; there is no posterior to fit") from first
     raise Refused(in_one_line(first, file)) from first
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
 from torch import Tensor
 
@@ -92,7 +93,8 @@ def to_arviz(
     check_flags("to_arviz", importance=importance)
     kwargs = joined("to_arviz", kwargs, model_kwargs)
     total = max(num_samples, num_weighed) if importance else num_samples
-    task = Task(model, guide, args, kwargs, vectorize).check(whole=False)
+    with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
+        task = Task(model, guide, args, kwargs, vectorize).check(whole=False)
     draws = task.draw(total, batch_size)
     if importance:
         draws, psis = reweighted(draws, num_samples, "to_arviz")

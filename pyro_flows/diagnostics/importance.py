@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -138,7 +139,8 @@ def psis(
     if not is_integer(num_samples) or num_samples < 25:
         raise ValueError(f"psis: num_samples must be at least 25 to fit a tail, got {num_samples!r}.")
     kwargs = joined("psis", kwargs, model_kwargs)
-    draws = Task(model, guide, args, kwargs, vectorize).check().draw(num_samples, batch_size)
+    with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
+        draws = Task(model, guide, args, kwargs, vectorize).check().draw(num_samples, batch_size)
     return weigh(draws.log_p - draws.log_q)
 
 

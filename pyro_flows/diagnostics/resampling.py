@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -82,7 +83,8 @@ def resample(
         raise ValueError(f"resample: num_weighed must be at least 25 to fit a tail, got {num_weighed!r}.")
     kwargs = joined("resample", kwargs, model_kwargs)
     total = max(num_samples, num_weighed)
-    task = Task(model, guide, args, kwargs, vectorize).check()
+    with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
+        task = Task(model, guide, args, kwargs, vectorize).check()
     kept, _ = reweighted(task.draw(total, batch_size), num_samples, "resample")
     return task.values(kept.latents, batch_size)
 

@@ -167,7 +167,7 @@ class Parallel:
         to_symbol = site["infer"]["_dim_to_symbol"]
         index = sample[sample._pyro_sample_dims.index(to_symbol[site["infer"]["_enumerate_dim"]])]
         batch = self._batch(name)
-        dims, symbols = sample._pyro_dims[1:], [to_symbol.get(dim) for dim in range(-len(batch), 0)]
+        dims, symbols = sample._pyro_dims[1:], [to_symbol.get(dim, " ") for dim in range(-len(batch), 0)]
         order = [dims.index(symbol) for symbol in (self._draws, *symbols) if symbol in dims]
         shape = [size if symbol in dims else 1 for size, symbol in zip(batch, symbols, strict=True)]
         return index.permute(order).reshape(-1, *shape)
