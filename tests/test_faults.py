@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributions import constraints
 
-from pyro_flows import AutoFlow, fit_svi, flows
+from pyro_flows import AutoFlow, fit_svi, flows, resample
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(8,))
 DATA = torch.tensor([0.5, 1.0, 2.0, 4.0])
@@ -36,13 +36,15 @@ POINTS = {
 
 
 @pytest.mark.parametrize("name", POINTS)
-def test_points_are_refused(name):
+def test_points_follow_from_the_model_and_are_left_out(name):
     def model():
         pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.sample("fixed", POINTS[name]())
 
-    with pytest.raises(ValueError, match=r"latent site 'fixed' is a Delta.*fixed = pyro\.deterministic\('fixed'"):
-        AutoFlow(model).setup()
+    guide = AutoFlow(model).setup()
+    assert guide.latent_dim == 1
+    fit_svi(model, guide, steps=1, num_particles=4, warm_start=False, progress=False)
+    assert (resample(model, guide, num_samples=5)["fixed"] == 1).all()
 
 
 def test_deterministic_and_factor_are_welcome():

@@ -53,8 +53,8 @@ def test_the_density_is_that_of_all_rows(model, size):
 def test_verdicts_and_evidence_are_those_of_all_rows():
     guide = AutoFlow(regression)
     pf.fit_svi(regression, guide, Y, 4, steps=100, progress=False)
-    whole, part = (pf.psis(regression, guide, Y, size).log_evidence for size in (None, 4))
-    assert abs(whole - part) < 0.01
+    whole, part = (pf.psis(regression, guide, Y, size) for size in (None, 4))
+    assert abs(whole.log_evidence - part.log_evidence) < 4 * (whole.log_evidence_se + part.log_evidence_se)
     checks = [pf.check(regression, guide, Y, size, num_samples=2000) for size in (None, 4)]
     assert checks[0].verdict == checks[1].verdict
     assert abs(checks[0].drift - checks[1].drift) < 0.1

@@ -21,6 +21,7 @@ from .lifted import Lifted
 from .nesting import has_bare_dimensions, nesting_of
 from .noise import warn_of_noise, warn_user
 from .program import Program
+from .whole import parts_of
 
 
 class Draws(NamedTuple):
@@ -153,7 +154,21 @@ class Task:
         nodes = self.model.single.nodes
         inside = [name for name in self.latents if plate in [frame.name for frame in nodes[name]["cond_indep_stack"]]]
         others = [f for site in nodes.values() for f in site.get("cond_indep_stack", ()) if f.name != plate]
-        return not inside and all(f.full_size is None or f.size >= f.full_size for f in others)
+        if inside or any(f.full_size is not None and f.size < f.full_size for f in others):
+            return False
+        return self._follows_rows(plate)
+
+    def _follows_rows(self, plate: str) -> bool:
+        """True if the data in a plate are other ones at other indices: a minibatch that is given has no other rows."""
+        sites = self.sites("observed").items()
+        names = [n for n, site in sites if plate in [frame.name for frame in site["cond_indep_stack"]]]
+        rows = self.model.rows
+        first, *_, last = parts_of(plate, rows[plate], self.model.subsamples[plate].size)
+        one, other = (
+            self.model.on({**rows, plate: part.rows}).alone(lambda view: {n: view.read(n) for n in names}, 1)
+            for part in (first, last)
+        )
+        return any(not torch.equal(one[name], other[name]) for name in names)
 
     def settle(self) -> Task:
         """Choose how guide and model run many draws, by two draws of the guide, and return the task.
@@ -253,7 +268,7 @@ def check_vectorize(vectorize: Any) -> None:
 def batches(number: int, batch_size: int) -> Iterator[int]:
     """Yield the sizes of batches that make up a number."""
     if not checks.is_integer(batch_size) or batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size!r}.")
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
     for start in range(0, number, batch_size):
         yield min(batch_size, number - start)
 
