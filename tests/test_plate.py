@@ -1041,7 +1041,7 @@ def test_latents_that_it_cannot_answer_for_are_refused():
             x = pyro.sample("x", dist.Normal(0.0, 1.0))
             latent(x)
 
-    refused(program, "'k' is discrete", lambda x: pyro.sample("k", dist.Bernoulli(0.5)))
+    refused(program, "'k' is discrete", lambda x: pyro.sample("k", dist.Poisson(0.5)))
     refused(program, "'a' is an angle; only AutoFlow", lambda x: pyro.sample("a", dist.VonMises(0.0, 1.0)))
     refused(
         program,
@@ -1049,7 +1049,9 @@ def test_latents_that_it_cannot_answer_for_are_refused():
         lambda x: pyro.sample("u", dist.Uniform(0.0, torch.arange(1.0, 7.0))),
     )
     refused(program, "support of latent site 'u'", lambda x: pyro.sample("u", dist.Uniform(x, x + 2)))
-    refused(program, "'d' is a Delta", lambda x: pyro.sample("d", dist.Delta(x)))
+    for left_out in (dist.Delta, lambda x: dist.Bernoulli(logits=x)):  # a point, and what is summed out
+        guide = plate_flow(program, "group").setup(lambda x, fn=left_out: pyro.sample("d", fn(x)))
+        assert guide.sample(2).keys() == {"x"}
 
     def scaled(x):
         u = pyro.sample("u", dist.Uniform(0.0, 1.0))
