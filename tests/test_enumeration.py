@@ -33,22 +33,23 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def mixture(data):
-    """Pyro's ``gmm.ipynb``, without its decorator."""
+def parameters():
     weights = pyro.sample("weights", dist.Dirichlet(0.5 * torch.ones(2)))
     scale = pyro.sample("scale", dist.LogNormal(0.0, 2.0))
     with pyro.plate("components", 2):
-        locs = pyro.sample("locs", dist.Normal(0.0, 10.0))
+        return weights, scale, pyro.sample("locs", dist.Normal(0.0, 10.0))
+
+
+def mixture(data):
+    """Pyro's ``gmm.ipynb``, without its decorator."""
+    weights, scale, locs = parameters()
     with pyro.plate("data", len(data)):
         assignment = pyro.sample("assignment", dist.Categorical(weights))
         pyro.sample("obs", dist.Normal(locs[assignment], scale), obs=data)
 
 
 def mixture_by_hand(data):
-    weights = pyro.sample("weights", dist.Dirichlet(0.5 * torch.ones(2)))
-    scale = pyro.sample("scale", dist.LogNormal(0.0, 2.0))
-    with pyro.plate("components", 2):
-        locs = pyro.sample("locs", dist.Normal(0.0, 10.0))
+    weights, scale, locs = parameters()
     with pyro.plate("data", len(data)):
         rows = dist.Normal(locs.unsqueeze(-2), scale.unsqueeze(-1)).log_prob(data.unsqueeze(-1))  # (*draws, 5, 2)
         pyro.factor("obs", (weights.log() + rows).logsumexp(-1))

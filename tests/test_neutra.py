@@ -223,7 +223,7 @@ def test_a_collapsed_guide_is_a_warning():
 
 
 def test_a_fitted_flow_passes():
-    pyro.set_rng_seed(2)  # some short fits in a hundred end with tails that are too short
+    pyro.set_rng_seed(2)  # one short fit in twenty or so ends with tails that are too short
     guide = AutoFlow(model)
     fit_svi(model, guide, Y, steps=300, progress=False)
     with warnings.catch_warnings():

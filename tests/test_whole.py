@@ -83,3 +83,18 @@ def test_rows_with_latents_or_from_elsewhere_are_refused_by_the_plate():
     guide = AutoFlow(chosen).setup(Y, rows)
     with pytest.raises(ValueError, match=r"lies in plate 'rows', which is subsampled \(2 of 10 rows\)"):
         pf.psis(chosen, guide, Y, rows)
+
+
+def shared(y, size=None):
+    """A discrete latent outside of the plate, which all rows share: its sum does not fall into parts."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    side = pyro.sample("side", dist.Bernoulli(0.5))
+    with pyro.plate("rows", len(y), subsample_size=size) as rows:
+        pyro.sample("y", dist.Normal(mean + side, 0.5), obs=y[rows])
+
+
+def test_a_sum_that_all_rows_share_is_not_taken_apart():
+    guide = AutoFlow(shared).setup(Y, 5)
+    assert pf.psis(shared, guide, Y, num_samples=50).log_weights.isfinite().all()
+    with pytest.raises(ValueError, match=r"lies in plate 'rows', which is subsampled \(5 of 10 rows\)"):
+        pf.psis(shared, guide, Y, 5, num_samples=50)

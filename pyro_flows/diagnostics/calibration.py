@@ -130,7 +130,7 @@ def calibrate(
         *args: The model's arguments without the data.
         num_simulations: The number M of data sets, at least 20.
         num_samples: The number of draws for each, at least 20.
-        vectorize: How many draws are run: ``"plate"``, ``"vmap"``, ``"loop"``, or by default the first of these that
+        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
             does to draws what single runs do (*Any Pyro program* in the docs).
         max_plate_nesting: How many dimensions the model's plates take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.

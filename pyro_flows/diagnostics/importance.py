@@ -107,7 +107,7 @@ def psis(
         *args: The model's arguments.
         num_samples: The number S of draws, at least 25.
         batch_size: How many draws are run at once.
-        vectorize: How many draws are run: ``"plate"``, ``"vmap"``, ``"loop"``, or by default the first of these that
+        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
             does to draws what single runs do (*Any Pyro program* in the docs).
         max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.

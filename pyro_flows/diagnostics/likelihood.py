@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checks import check_integers, joined
 from ..programs.engines import Values, View, row_log_prob
 from ..programs.nesting import takes_nesting
-from ..programs.task import Task, batches
+from ..programs.task import Task, in_batches
 
 
 @takes_nesting
@@ -88,15 +88,13 @@ def importance_log_likelihood(
     def read(view: View) -> Values:
         return {"log_q": _by_row(view, name, dims[task.guide]), **{n: view.read(n) for n in task.latents}}
 
-    total: Tensor | None = None
-    for size in batches(num_samples, batch_size):
+    def step(_: Values, size: int) -> Values:
         latents = task.guide.run(read, {}, size)
         log_q = latents.pop("log_q")
         found = task.model.run(lambda view: {"log_p": _by_row(view, name, dims[task.model])}, latents, size)
-        batch = (found["log_p"] - log_q).logsumexp(0)  # (rows,)
-        total = batch if total is None else torch.logaddexp(total, batch)
-    assert total is not None
-    return total - math.log(num_samples)
+        return {"log_weights": (found["log_p"] - log_q).logsumexp(0, keepdim=True)}  # (1, rows)
+
+    return in_batches(step, {}, num_samples, batch_size)["log_weights"].logsumexp(0) - math.log(num_samples)
 
 
 def _place(plate: str, trace: Trace) -> int:

@@ -88,7 +88,7 @@ def refine(
         num_samples: The number of draws, each the end of a chain of its own, so that they are independent.
         transitions: How often each chain moves, in all coordinates, at least 4.  Step sizes are adapted in the first
             quarter.
-        vectorize: How many draws are run: ``"plate"``, ``"vmap"``, ``"loop"``, or by default the first of these that
+        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
             does to draws what single runs do (*Any Pyro program* in the docs).
         max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.

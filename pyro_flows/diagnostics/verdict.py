@@ -160,7 +160,7 @@ def check(
         num_samples: The number of draws that are weighed, at least 100; by default 10,000, or 1,000 where the model
             runs one draw at a time.
         num_chains: The number of chains, at least 16; by default 256, or 16 where the model runs one draw at a time.
-        vectorize: How many draws are run: ``"plate"``, ``"vmap"``, ``"loop"``, or by default the first of these that
+        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
             does to draws what single runs do (*Any Pyro program* in the docs).
         max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.

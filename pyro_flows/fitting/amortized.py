@@ -98,7 +98,7 @@ def fit_amortized(
         clip_norm: The largest norm of a gradient.
         held_out: The share of the simulations that are not trained on and judge the states.
         patience: After how many epochs without an improvement on these to stop.
-        vectorize: How many draws are run: ``"plate"``, ``"vmap"``, ``"loop"``, or by default the first of these that
+        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
             does to draws what single runs do (*Any Pyro program* in the docs).
         simulation_batch_size: How many run at once.
         on_nonfinite: ``"skip"`` passes over steps whose loss or gradient is not finite, and ends with an error when

@@ -1,4 +1,4 @@
-"""What a fit runs, and checks of it before any training, so that none breaks off in the middle."""
+"""The program that a fit runs, and checks of model and guide before any training."""
 
 from __future__ import annotations
 

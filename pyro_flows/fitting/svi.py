@@ -111,7 +111,7 @@ def fit_svi(
             are those of the guide's own flow.
         restarts: How often to fit an ``AutoFlow``, each time from elsewhere: the prior, or far around the start.  The
             best is kept.
-        vectorize: How many draws are run: ``"plate"``, ``"vmap"``, ``"loop"``, or by default the first of these that
+        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
             does to draws what single runs do (*Any Pyro program* in the docs).
         max_plate_nesting: How many dimensions the plates of model and guide take; by default that of the objective, or
             what one run shows, which is too few where a model has dimensions of its own to the left of its plates.

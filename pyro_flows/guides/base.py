@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from ..checks import quoted
 from ..flows import Flow
 from ..flows.distribution import FlowDistribution
+from ..programs.engines import plate_like
 from ..programs.quoting import quoted as in_words
 from .calls import Calls
 from .checks import missing_arguments
 from .faults import Sites
 from .names import adopt_stored_parameters, claim_name, is_free
-from .rows import plate_like
 
 
 class FlowGuide(AutoGuide):

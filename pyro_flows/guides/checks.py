@@ -13,8 +13,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from ..programs.latents import is_discrete
-from .discrete import summed
+from ..programs.latents import is_discrete, named
+from ..programs.program import Program
 from .look import Found, look
 
 
@@ -57,14 +57,10 @@ def _check_continuous(owner: str, prototype: Trace) -> None:
     if names:
         several = len(names) > 1
         raise ValueError(
-            f"{owner}: latent site{'s' * several} {_listed(names)} {'are' if several else 'is'} discrete, and cannot "
+            f"{owner}: latent site{'s' * several} {named(names)} {'are' if several else 'is'} discrete, and cannot "
             f"be enumerated, as the support is infinite. Sum {'each' if several else 'it'} out by hand (a Poisson "
             "whose rate is Gamma is a GammaPoisson), cut it off at a Categorical, or condition on it."
         )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names))
 
 
 def _is_empty(support: Any) -> bool:
@@ -80,12 +76,13 @@ def check_density(
     prototype: Trace,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    program: Program | None = None,
 ) -> None:
-    """Refuse a model without a finite density at the start."""
+    """Refuse a model without a finite density at the start, of which a program knows the sum over discrete latents."""
     latents = dict(prototype.iter_stochastic_nodes())
     start = {name: site["value"].detach() for name, site in latents.items()}
     with validation_enabled(False):  # its errors would come first, with less to say
-        if program := summed(model, args, kwargs):
+        if program:
             _check_sum(owner, float(program.log_prob({name: value.unsqueeze(0) for name, value in start.items()}, 1)))
             return
         trace = trace_at(model, start, args, kwargs)

@@ -32,7 +32,7 @@ class Moving:
         prototype: A trace of it, with all of its latents.
         args: The model's arguments.
         kwargs: Its keyword arguments.
-        engine: How many draws are run, by default ``"vmap"`` if it does to two draws what single runs do.
+        engine: The way to run many draws, by default ``"vmap"`` if it does to two draws what single runs do.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Moving:
 
     @property
     def engine(self) -> str:
-        """How many draws are run."""
+        """The way to run many draws: ``"vmap"`` or ``"loop"``."""
         return self._program.engine
 
     def unpack(self, free: Values, size: int) -> tuple[Values, Values]:

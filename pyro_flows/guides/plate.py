@@ -18,6 +18,7 @@ from torch import Tensor
 from ..bijectors import Affine
 from ..checks import check_integers
 from ..flows import Flow
+from ..programs.engines import plate_like
 from .base import FlowGuide
 from .calls import Calls
 from .checks import check_latents, check_supports, moving_supports
@@ -33,7 +34,7 @@ from .names import claim_name
 from .nested import Nested
 from .packing import Packing
 from .recipe import assemble, built, check_recipe, check_scale, default_flow
-from .rows import InTurn, Shuffled, check_tied, data_plates, plate_like
+from .rows import InTurn, Shuffled, check_tied, data_plates
 from .start import settle_start
 
 

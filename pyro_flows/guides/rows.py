@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine, validation_enabled
 from pyro.poutine.messenger import Messenger
@@ -36,13 +35,6 @@ def places_of(given: Tensor, full_size: int) -> Tensor | None:
 def data_plates(found: Found) -> list[str]:
     """Return the plates that a model gives their rows' data as ``subsample=``, and not indices."""
     return [name for name, (size, given) in found.given.items() if places_of(given, size) is not given]
-
-
-def plate_like(frame: Any) -> Any:
-    """Make the plate that a frame is of; one without a size, which Pyro's frames tell as -1, stays without."""
-    if frame.size < 0:
-        return pyro.plate(frame.name, dim=frame.dim)
-    return pyro.plate(frame.name, frame.full_size or frame.size, frame.size, dim=frame.dim)
 
 
 class InTurn(Messenger):

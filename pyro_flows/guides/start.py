@@ -18,6 +18,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
+from ..programs.program import Program
 from .checks import check_density, trace_at
 from .discrete import summed
 from .look import same_draws
@@ -44,12 +45,20 @@ def settle_start(
         kwargs: Its keyword arguments.
         choose: Whether to move the latents to the origin first, if the joint density is far higher there.
     """
+    with same_draws([site for _, site in prototype.iter_stochastic_nodes()]):
+        program = summed(model, args, kwargs)
     if choose:
-        _choose(model, prototype, args, kwargs)
-    check_density(owner, model, prototype, args, kwargs)
+        _choose(model, prototype, args, kwargs, program)
+    check_density(owner, model, prototype, args, kwargs, program)
 
 
-def _choose(model: Callable[..., Any], prototype: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _choose(
+    model: Callable[..., Any],
+    prototype: Trace,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    program: Program | None,
+) -> None:
     """Compare densities of unconstrained latents, given the same subsample of data; no random numbers are used up."""
     latents = dict(prototype.iter_stochastic_nodes())
     transforms = {name: biject_to(site["fn"].support) for name, site in latents.items()}
@@ -58,8 +67,6 @@ def _choose(model: Callable[..., Any], prototype: Trace, args: tuple[Any, ...], 
     rows: dict[str, Tensor] = {}
     if not any(value.any() for value in centre.values()):
         return
-
-    program = summed(model, args, kwargs)
 
     def log_density(free: dict[str, Tensor]) -> float:
         values = {name: transforms[name](value) for name, value in free.items()}

@@ -32,6 +32,11 @@ def value_of(site: Site) -> Tensor:
     return torch.as_tensor(site["value"])
 
 
+def is_deterministic(site: Site) -> bool:
+    """True if a site is a tensor that ``pyro.deterministic`` has named."""
+    return bool(site["type"] == "sample" and site["infer"].get("_deterministic") and isinstance(site["value"], Tensor))
+
+
 def row_log_prob(site: Site) -> Tensor:
     """Return the log-density of each row of a site without the scale of its plates; a masked row counts nothing."""
     return scale_and_mask(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), mask=site["mask"])
@@ -91,10 +96,10 @@ class View(NamedTuple):
 
 
 Read = Callable[[View], Values]
-Run = Callable[[Values, int | None], View]
+Once = Callable[[Values, int | None], View]
 
 
-def run(engine: str, once: Run, read: Read, held: Values, size: int) -> Values:
+def run(engine: str, once: Once, read: Read, held: Values, size: int) -> Values:
     """Run a program for N draws and read some tensors, each ``(N, *shape)``.
 
     Args:
@@ -148,6 +153,13 @@ def beside(program: Callable[..., Any], size: int, nesting: int) -> Callable[...
             return program(*args, **kwargs)
 
     return run
+
+
+def plate_like(frame: Any) -> Any:
+    """Make the plate that a frame is of; one without a size, which Pyro's frames tell as -1, stays without."""
+    if frame.size < 0:
+        return pyro.plate(frame.name, dim=frame.dim)
+    return pyro.plate(frame.name, frame.full_size or frame.size, frame.size, dim=frame.dim)
 
 
 def with_room(site: Site, value: Tensor, nesting: int) -> Tensor:

@@ -140,11 +140,8 @@ class Parallel:
             for group in contract_tensor_tree(factors, self._summed, ring=ring).values():
                 for term in group:
                     term._pyro_backward()
-        number = len(terms[REST])
-        places = {
-            name: self._places(name, own[name]._pyro_backward_result) if name in own else None for name in self._shapes
-        }
-        return {name: self._values(name, place, number) for name, place in places.items()}
+        places = {name: self._places(name, term._pyro_backward_result) for name, term in own.items()}
+        return {name: self._values(name, places.get(name), len(terms[REST])) for name in self._shapes}
 
     def _factors(self, terms: Values) -> Factors:
         """Return the terms in Pyro's packed form, by the plates that they lie in; the draws count as a plate."""
@@ -196,9 +193,7 @@ class Sequential:
     """
 
     def __init__(self, sites: dict[str, Site]) -> None:
-        supports = {
-            name: site["fn"].enumerate_support(expand=False) for name, site in sites.items()
-        }  # (K, *1s, *event)
+        supports = {name: site["fn"].enumerate_support(expand=False) for name, site in sites.items()}
         number = math.prod(map(len, supports.values()))
         several = [name for name, site in sites.items() if site["fn"].batch_shape.numel() > 1]
         if several or number > MOST:

@@ -17,7 +17,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
-from .engines import Site, Values
+from .engines import Site, Values, plate_like
 from .program import Program
 
 
@@ -47,22 +47,22 @@ class Lifted:
                 flat = dist.ImproperUniform(constraints.real, batch, shape[len(batch) :])
                 values[name] = pyro.sample(name, flat.mask(False))
         extra = {name: value.dim() - self._sites[name]["value"].dim() for name, value in values.items()}
+        model = self._model.with_(rows=rows)
         dims = max(value.dim() - self._sites[name]["fn"].event_dim for name, value in values.items())
         if not any(extra.values()):
-            log_prob = self._model.on(rows).log_prob({name: value.unsqueeze(0) for name, value in values.items()}, 1)[0]
+            log_prob = model.log_prob({name: value.unsqueeze(0) for name, value in values.items()}, 1)[0]
         else:
             size = next(values[name].shape[0] for name, more in extra.items() if more)
             held = {name: _by_draw(self._sites[name], value, size) for name, value in values.items()}
-            log_prob = self._model.on(rows).log_prob(held, size).reshape(size, *(1,) * (dims - 1))
+            log_prob = model.log_prob(held, size).reshape(size, *(1,) * (dims - 1))
         pyro.factor("_pyro_flows_log_density", log_prob)
 
     def _plates(self) -> tuple[Values, dict[str, Any]]:
-        """The rows of subsampled plates, and the plates that latents lie in."""
+        """Return the rows of subsampled plates, and the plates that latents lie in."""
         plates, hidden = {}, self._model.given
         for frame in {f for site in self._sites.values() for f in site["cond_indep_stack"] if f.vectorized}:
             with poutine.block(hide=hidden):
-                full = frame.full_size or frame.size
-                plates[frame.name] = pyro.plate(frame.name, full, frame.size, dim=frame.dim)
+                plates[frame.name] = plate_like(frame)
         for name, fn in self._model.subsamples.items():
             if name not in plates:
                 plates[name] = pyro.plate(name, fn.size, fn.subsample_size)
@@ -70,7 +70,7 @@ class Lifted:
 
 
 def _by_draw(site: Site, value: Tensor, size: int) -> Tensor:
-    """A latent's values as ``(size, *site_shape)``; one that is the same for all draws has no dimension of them."""
+    """Return a latent's values as ``(size, *site_shape)``, expanded if they are the same for all draws."""
     shape = site["value"].shape
     if value.dim() > len(shape):
         return value.reshape(size, *shape) if len(value) == size else value.reshape(1, *shape).expand(size, *shape)

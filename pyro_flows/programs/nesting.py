@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+import torch
 from pyro.infer import ELBO
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
@@ -56,7 +57,7 @@ def nesting_of(*traces: Trace) -> int:
         ValueError: If fewer are given than the traces show.
     """
     sites = [site for trace in traces for site in trace.nodes.values() if site["type"] == "sample"]
-    widest = max(map(_width, sites), default=0)
+    widest = max((len(_rows(site)) for site in sites), default=0)
     frames = [frame for site in sites for frame in site["cond_indep_stack"] if frame.vectorized]
     leftmost = min(frames, key=lambda frame: frame.dim, default=None)
     shown, given = -leftmost.dim if leftmost else 0, _given.get()
@@ -71,21 +72,23 @@ def nesting_of(*traces: Trace) -> int:
 
 
 def has_bare_dimensions(trace: Trace) -> bool:
-    """True if a site of a trace has dimensions that neither plates nor events declare, which Pyro's checks refuse."""
+    """True if a site of a trace has rows that neither plates nor events declare, which Pyro's checks refuse."""
     for site in trace.nodes.values():
         if site["type"] == "sample":
-            depth = max((-frame.dim for frame in site["cond_indep_stack"] if frame.vectorized), default=0)
-            if _width(site) > depth:
+            plates, shape = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}, _rows(site)
+            if any(size > 1 and place - len(shape) not in plates for place, size in enumerate(shape)):
                 return True
     return False
 
 
-def _width(site: dict[str, Any]) -> int:
-    """The number of dimensions of a site's rows, those of its data included."""
+def _rows(site: dict[str, Any]) -> torch.Size:
+    """The shape of a site's rows, or of its data's where these have more dimensions."""
     fn, value = site["fn"], site["value"]
     if not isinstance(value, Tensor) or site_is_subsample(site):
-        return 0
-    return max(len(getattr(fn, "batch_shape", ())), value.dim() - getattr(fn, "event_dim", 0))
+        return torch.Size()
+    return max(
+        getattr(fn, "batch_shape", torch.Size()), value.shape[: value.dim() - getattr(fn, "event_dim", 0)], key=len
+    )
 
 
 def settle(objective: Any) -> None:

@@ -14,7 +14,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
-from .engines import ENGINES, Read, Site, Values, View, beside, run, with_room
+from .engines import ENGINES, Read, Site, Values, View, beside, is_deterministic, run, with_room
 from .enumeration import Parallel, Run, Sequential
 from .quoting import quoted
 from .whole import Part, parts_of
@@ -29,7 +29,7 @@ REPEATS = 9  # runs more at one and the same draw, where a density is an estimat
 
 
 class Trial(NamedTuple):
-    """How an engine did on two draws: what went wrong, in words, or nothing, and the noise of the density in nats."""
+    """Outcome of an engine on two draws: its fault in words, or an empty string, and the density's noise in nats."""
 
     fault: str
     noise: float = 0.0
@@ -51,7 +51,7 @@ class Program:
     Attributes:
         subsamples: The subsampled plates whose rows are drawn.
         rows: The rows of these, by their names: every run takes them.
-        engine: How many draws are run: one of ``ENGINES``.
+        engine: The way to run many draws: one of ``ENGINES``.
         noise: The standard deviation, in nats, of the log-density at one and the same draw: 0 unless it is an estimate.
         fault: Why no faster engine runs the program, in words.
     """
@@ -78,6 +78,7 @@ class Program:
         self._draws_alone = False
         self._parts: list[Part] = []
         self._part: Part | None = None
+        self._sum_of_parts: Parallel | Sequential | None = None
 
     def run(
         self, read: Read, held: Values, size: int, *, place: Place = poutine.condition, enumerate: bool = False
@@ -101,12 +102,11 @@ class Program:
         with pyro.validation_enabled(False):  # a draw of no density is for the caller to see
             return run(self.engine, once, read, held, size)
 
-    def on(self, rows: Values) -> Program:
-        """The program on other rows of its subsampled plates."""
-        if not rows:
-            return self
+    def with_(self, **changes: Any) -> Program:
+        """Return the program with other attributes: another ``engine``, or other ``rows`` of its subsampled plates."""
         other = copy.copy(self)
-        other.rows = rows
+        for name, value in changes.items():
+            setattr(other, name, value)
         return other
 
     @property
@@ -116,8 +116,9 @@ class Program:
 
     def deeper(self) -> Program:
         """The program as it runs inside of a plate of draws already, which takes the place next to its own plates."""
-        other = copy.copy(self)
-        other.nesting, other._enumeration = self.nesting + 1, None
+        other = self.with_(nesting=self.nesting + 1, _enumeration=None)
+        if other.enumerated:
+            other.enumeration  # noqa: B018 - found once, for all copies that take other rows
         return other
 
     def whole(self) -> None:
@@ -126,39 +127,31 @@ class Program:
         self._parts = list(parts_of(plate, self.rows[plate], fn.size))
 
     def _take(self, part: Part) -> Program:
-        other = self.on({**self.rows, part.plate: part.rows})
-        other._parts, other._part = [], part
+        """The program on one part of the rows; its sum over discrete latents has the parts' scale."""
+        rows = {**self.rows, part.plate: part.rows}
+        other = self.with_(rows=rows, _parts=[], _part=part, _enumeration=self._sum_of_parts)
+        if self.enumerated and self._sum_of_parts is None:
+            self._sum_of_parts = other.enumeration
         return other
 
     @property
     def at_values(self) -> Program:
         """The program where discrete latents have values: by vmap, as a plate that fits sums need not fit values."""
-        if not self.enumerated or self.engine == "loop":
-            return self
-        other = copy.copy(self)
-        other.engine = "vmap"
-        return other
+        return self.with_(engine="vmap") if self.enumerated and self.engine != "loop" else self
 
     def alone(self, read: Read, size: int) -> Values:
         """Run the program one draw at a time, with nothing held, and read some tensors off: each ``(size, *shape)``."""
-        engine, self.engine = self.engine, "loop"
-        try:
-            return self.run(read, {}, size)
-        finally:
-            self.engine = engine
+        return self.with_(engine="loop").run(read, {}, size)
 
     def sample(self, read: Read, held: Values, size: int, *, place: Place = poutine.condition) -> Values:
-        """Run the program as :meth:`run` does, with sites that are drawn: one by one where the engine cannot draw."""
+        """Run the program as :meth:`run` does, with sites that are drawn: one by one where vmap cannot draw."""
         if self.engine == "vmap" and not self._draws_alone:
             try:
                 return self.run(read, held, size, place=place)
             except (RuntimeError, IndexError):  # some distributions of torch do not sample under vmap
                 self._draws_alone = True
-        engine, self.engine = self.engine, "loop" if self._draws_alone else self.engine
-        try:
-            return self.run(read, held, size, place=place)
-        finally:
-            self.engine = engine
+        program = self.with_(engine="loop") if self._draws_alone else self
+        return program.run(read, held, size, place=place)
 
     def log_prob(self, held: Values, size: int) -> Tensor:
         """Return the log-density of N draws, ``(N,)`` in nats, with discrete latents summed out.
@@ -190,7 +183,7 @@ class Program:
 
     def _at(self, held: Values, size: int) -> Run:
         def run(read: Read, *, enumerate: bool = False, discrete: Values | None = None) -> Values:
-            program = self.on({**self.rows, **discrete}) if discrete else self
+            program = self.with_(rows={**self.rows, **discrete}) if discrete else self
             return program.run(read, held, size, enumerate=enumerate)
 
         return run
@@ -281,7 +274,7 @@ class Program:
             self.fault = self.fault or trial.fault
 
     def _known(self, held: Values) -> Values:
-        """What is compared: the log-densities of two draws, site by site where none is summed out, and what follows."""
+        """Return what is compared: log-densities of two draws, by site if none is summed out, and derived values."""
         if self.enumerated:
             return {DENSITY: self.log_prob(held, 2)}
         sites = {name: site for name, site in self.single.nodes.items() if site["type"] == "sample"}
@@ -291,7 +284,7 @@ class Program:
             found = {f"{DENSITY} of {name}": view.log_prob(name.__eq__) for name in sites}
             rows = {name: view.trace.nodes[name]["log_prob"] for name in sites}
             sizes = {f"{SIZE} {DENSITY} of {name}": view.total(value.abs()) for name, value in rows.items()}
-            derived = {name: view.read(name) for name, site in sites.items() if _is_derived(site)}
+            derived = {name: view.read(name) for name, site in sites.items() if is_deterministic(site)}
             total, size = (sum(parts.values(), torch.zeros(())) for parts in (found, sizes))
             return {DENSITY: total, f"{SIZE} {DENSITY}": size, **found, **sizes, **derived}
 
@@ -326,16 +319,12 @@ class Program:
 
     def _noise(self, draw: Values, first: Tensor) -> float:
         """The standard deviation of the log-density at one draw, run several times unless the second is the same."""
-        engine, self.engine = self.engine, "loop"
-        try:
-            found = [first]
-            for _ in range(REPEATS):
-                found.append(self.log_prob(draw, 1)[0].double())
-                if found[1] == found[0]:
-                    return 0.0
-            return float(torch.stack(found).std())
-        finally:
-            self.engine = engine
+        found, alone = [first], self.with_(engine="loop")
+        for _ in range(REPEATS):
+            found.append(alone.log_prob(draw, 1)[0].double())
+            if found[1] == found[0]:
+                return 0.0
+        return float(torch.stack(found).std())
 
 
 def _alike(value: Tensor, other: Tensor, size: Tensor | None) -> bool:
@@ -344,13 +333,8 @@ def _alike(value: Tensor, other: Tensor, size: Tensor | None) -> bool:
         return torch.equal(value, other)
     rounding = 1e4 * torch.finfo(other.dtype).eps
     gap = (value - other).abs() <= rounding * (other.abs() if size is None else size) + rounding
-    return bool((gap | ~(value.isfinite() & other.isfinite())).all())
+    return bool((gap | ~(value.isfinite() | other.isfinite())).all())
 
 
 def _is_latent(site: dict[str, Any]) -> bool:
     return site["type"] == "sample" and not site["is_observed"]
-
-
-def _is_derived(site: dict[str, Any]) -> bool:
-    derived = site["type"] == "sample" and site["infer"].get("_deterministic")
-    return bool(derived) and isinstance(site["value"], Tensor)

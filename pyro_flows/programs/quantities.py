@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from .engines import Values
+from .engines import Values, is_deterministic
 from .task import Task
 
 MOST = 1000  # numbers of a deterministic site; larger ones are not looked at
@@ -69,9 +69,8 @@ def innermost(fn: Any) -> Any:
 
 
 def _is_derived(site: dict[str, Any]) -> bool:
-    """Whether a site is deterministic and of numbers that a person can read."""
-    derived = site["type"] == "sample" and site["infer"].get("_deterministic")
-    return bool(derived) and isinstance(site["value"], Tensor) and site["value"].numel() <= MOST
+    """True if a site is deterministic and of numbers that a person can read."""
+    return is_deterministic(site) and site["value"].numel() <= MOST
 
 
 def _turn_of(site: dict[str, Any]) -> Tensor | None:

@@ -23,7 +23,7 @@ from .noise import warn_user
 from .program import Program
 from .quantities import innermost
 from .simulations import Simulations
-from .task import batches, check_vectorize, group_of, subsampled_plate
+from .task import check_vectorize, group_of, in_batches, subsampled_plate
 
 
 @takes_nesting
@@ -44,7 +44,7 @@ def simulate(
         *args: The model's arguments without the data.
         num_simulations: The number N of draws.
         batch_size: How many run at once.
-        vectorize: How many draws are run: ``"plate"``, ``"vmap"``, ``"loop"``, or by default the first of these that
+        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
             does to draws what single runs do (*Any Pyro program* in the docs).
         max_plate_nesting: How many dimensions the model's plates take; by default what one run shows.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
@@ -190,23 +190,19 @@ class Simulator:
             number: How many.
             latents: Values of some latents, ``(number, *site_shape)``, in place of the prior's draws.
             batch_size: How many run at once.
-            vectorize: How many are run: see :func:`simulate`.
+            vectorize: The way to run many: see :func:`simulate`.
 
         Raises:
             ValueError: If the model means something else vectorised as ``vectorize`` asks.
         """
         self.settle(vectorize)
-        parts, start = [], 0
-        for size in batches(number, batch_size):
-            parts.append(self._run(size, {n: v[start : start + size] for n, v in (latents or {}).items()}))
-            start += size
-        values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        values = in_batches(self._run, latents or {}, number, batch_size)
         data = {name: values.pop(site) for name, site in self.sites.items()}
         return Simulations(values, data)
 
-    def _run(self, size: int, latents: Values) -> Values:
+    def _run(self, latents: Values, size: int, model: Program | None = None) -> Values:
         names = [name for name, _ in self.model.single.iter_stochastic_nodes()]
-        return self.model.sample(lambda view: {name: view.read(name) for name in names}, latents, size)
+        return (model or self.model).sample(lambda view: {name: view.read(name) for name in names}, latents, size)
 
     def settle(self, vectorize: str) -> None:
         """Choose how the model runs many simulations, once.
@@ -224,8 +220,8 @@ class Simulator:
             warn_user(f"{self.caller}: the model runs one draw at a time, as it{self.model.fault}.")
 
     def _fault(self) -> str:
-        """What is wrong with data whose value says what no density can, in words."""
-        latents = {name: value for name, value in self._run(2, {}).items() if name not in self.sites.values()}
+        """Return what is wrong with data whose value says what no density can, in words, or an empty string."""
+        latents = {name: value for name, value in self._run({}, 2).items() if name not in self.sites.values()}
         for name in self.sites.values():
             if isinstance(innermost(self.model.single.nodes[name]["fn"]), dist.Delta) and (
                 fault := self._fault_of(name, latents)
@@ -235,10 +231,8 @@ class Simulator:
 
     def _fault_of(self, name: str, latents: Values) -> str:
         """Compare what follows from latents vectorised and one by one, or, where there is noise, its independence."""
-        many = self._run(2, latents)[name]
-        engine, self.model.engine = self.model.engine, "loop"
-        alone = [self._run(2, latents)[name] for _ in range(2)]
-        self.model.engine = engine
+        many = self._run(latents, 2)[name]
+        alone = [self._run(latents, 2, self.model.with_(engine="loop"))[name] for _ in range(2)]
         if torch.equal(alone[0], alone[1]):
             if torch.allclose(many, alone[0], rtol=1e-4, atol=1e-6):
                 return ""
@@ -247,7 +241,7 @@ class Simulator:
                 "of them sees the others"
             )
         twice = {key: value[:1].expand(2, *value.shape[1:]) for key, value in latents.items()}
-        pair = self._run(2, twice)[name]
+        pair = self._run(twice, 2)[name]
         if torch.equal(pair[0], pair[1]):
             return f" draws noise for site {name!r} outside of sample statements, the same for all draws of one run"
         return ""

@@ -20,7 +20,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from .engines import Values, View
 from .log_density import is_breakdown
 from .quantities import Quantities, innermost
-from .task import Task, batches
+from .task import Task, in_batches
 
 
 class Scored(NamedTuple):
@@ -95,17 +95,17 @@ class Space:
     @torch.no_grad()
     def draw(self, number: int, batch_size: int = 1000) -> Scored:
         """Draws of the guide and what is known of them, ``batch_size`` at a time."""
-        parts = []
-        for size in batches(number, batch_size):
+
+        def step(_: Values, size: int) -> Values:
             found = self.task.guide.sample(self._placing, {}, size)
             free = {name: own.transform.inv(found[f"own {name}"]) for name, own in self._own.items()}
-            change = self._change(free, found)
-            latents = self._latents(found)
+            change, latents = self._change(free, found), self._latents(found)
             log_p, derived = self.task.model.score(latents, size, self.read.derived)
             z = torch.cat([part.reshape(size, -1) for part in free.values()], -1)
-            numbers = self.read.numbers({**latents, **derived})
-            parts.append(Scored(z, log_p - found["rest"] + change, found["log_q"] + change, numbers))
-        return Scored(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            scores = {"log_p": log_p - found["rest"] + change, "log_q": found["log_q"] + change}
+            return {"z": z, **scores, "quantities": self.read.numbers({**latents, **derived})}
+
+        return Scored(**in_batches(step, {}, number, batch_size))
 
     def log_p(self, z: Tensor) -> Tensor:
         """The model's log-density over z, ``(N, D) -> (N,)`` in nats."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -50,7 +50,7 @@ class Task:
         guide: A Pyro guide.  Discrete latents that it lacks are summed out, if their support is finite.
         args: The model's arguments.
         kwargs: Its keyword arguments.
-        vectorize: How many draws are run: ``"plate"``, ``"vmap"``, ``"loop"``, or the first of these that works.
+        vectorize: The way to run many draws: ``"plate"``, ``"vmap"``, ``"loop"``, or the first of these that works.
 
     Attributes:
         model: The model as a :class:`Program`.
@@ -83,9 +83,9 @@ class Task:
         enumerated = tuple(summable(single, drawn))
         self.guide = Program(guide, args, kwargs, drawn, nesting)
         self.model = Program(model, args, kwargs, single, nesting, enumerated, tuple(marks.given))
-        sites = self.model.single.iter_stochastic_nodes()
-        follows = {name for name, site in sites if name not in drawn.nodes and is_point(site["fn"])}
-        self.latents = [n for n, _ in self.model.single.iter_stochastic_nodes() if n not in {*enumerated, *follows}]
+        sites = dict(self.model.single.iter_stochastic_nodes())
+        follows = {name for name, site in sites.items() if name not in drawn.nodes and is_point(site["fn"])}
+        self.latents = [name for name in sites if name not in {*enumerated, *follows}]
         self.has_bare_dimensions = has_bare_dimensions(single)
         own = self.guide.single.iter_stochastic_nodes()
         self.own = [name for name, site in own if not isinstance(site["fn"], dist.Delta)]
@@ -156,6 +156,9 @@ class Task:
         others = [f for site in nodes.values() for f in site.get("cond_indep_stack", ()) if f.name != plate]
         if inside or any(f.full_size is not None and f.size < f.full_size for f in others):
             return False
+        summed = [nodes[name]["cond_indep_stack"] for name in self.model.enumerated]
+        if not all(plate in [frame.name for frame in stack] for stack in summed):
+            return False  # a sum over a latent outside of the plate does not fall into parts
         return self._follows_rows(plate)
 
     def _follows_rows(self, plate: str) -> bool:
@@ -165,7 +168,7 @@ class Task:
         rows = self.model.rows
         first, *_, last = parts_of(plate, rows[plate], self.model.subsamples[plate].size)
         one, other = (
-            self.model.on({**rows, plate: part.rows}).alone(lambda view: {n: view.read(n) for n in names}, 1)
+            self.model.with_(rows={**rows, plate: part.rows}).alone(lambda view: {n: view.read(n) for n in names}, 1)
             for part in (first, last)
         )
         return any(not torch.equal(one[name], other[name]) for name in names)
@@ -199,14 +202,14 @@ class Task:
         def read(view: View) -> Values:
             return {**{f"latent {name}": view.read(name) for name in self.latents}, "log_q": view.log_prob()}
 
-        self.settle()
-        parts: list[Draws] = []
-        for size in batches(number, batch_size):
+        def step(_: Values, size: int) -> Values:
             found = self.guide.sample(read, {}, size)
-            latents = {name: found[f"latent {name}"] for name in self.latents}
-            parts.append(Draws(latents, self.model.log_prob(latents, size), found["log_q"]))
-        latents = {name: torch.cat([part.latents[name] for part in parts]) for name in self.latents}
-        return Draws(latents, torch.cat([p.log_p for p in parts]), torch.cat([p.log_q for p in parts]))
+            log_p = self.model.log_prob({name: found[f"latent {name}"] for name in self.latents}, size)
+            return {**found, "log_p": log_p}
+
+        self.settle()
+        found = in_batches(step, {}, number, batch_size)
+        return Draws({name: found[f"latent {name}"] for name in self.latents}, found["log_p"], found["log_q"])
 
     @torch.no_grad()
     def read(
@@ -227,25 +230,19 @@ class Task:
             batch_size: How many draws are run at once.
             forget: True to draw the observed sites anew, in place of the data; deterministic sites cannot be read then.
         """
-        number = len(next(iter(latents.values())))
         place, model = _forgetful if forget else poutine.condition, self.model.at_values
-        parts, start = [], 0
-        for size in batches(number, batch_size):
-            held = {name: value[start : start + size] for name, value in latents.items()}
-            start += size
-            parts.append(model.sample(lambda view: {n: view.read(n, what) for n in sites}, held, size, place=place))
-        return {name: torch.cat([part[name] for part in parts]) for name in sites}
+
+        def step(held: Values, size: int) -> Values:
+            return model.sample(lambda view: {n: view.read(n, what) for n in sites}, held, size, place=place)
+
+        return in_batches(step, latents, len(next(iter(latents.values()))), batch_size)
 
     def complete(self, latents: Values, batch_size: int = 1000) -> Values:
         """Add draws of the discrete latents that are summed out, given N draws of the others."""
         if not self.model.enumerated:
             return latents
-        number, start, parts = len(next(iter(latents.values()))), 0, []
-        for size in batches(number, batch_size):
-            held = {name: value[start : start + size] for name, value in latents.items()}
-            start += size
-            parts.append(self.model.discrete(held, size))
-        return {**latents, **{name: torch.cat([part[name] for part in parts]) for name in self.model.enumerated}}
+        number = len(next(iter(latents.values())))
+        return {**latents, **in_batches(self.model.discrete, latents, number, batch_size)}
 
     def values(self, latents: Values, batch_size: int = 1000) -> Values:
         """Return latents and deterministic sites at N draws of the guide's latents: each ``(N, *site_shape)``."""
@@ -265,16 +262,26 @@ def check_vectorize(vectorize: Any) -> None:
         )
 
 
-def batches(number: int, batch_size: int) -> Iterator[int]:
-    """Yield the sizes of batches that make up a number."""
+def in_batches(step: Callable[[Values, int], Values], held: Values, number: int, batch_size: int) -> Values:
+    """Call a function for batches of draws, and return what it makes of all of them.
+
+    Args:
+        step: Takes the values that are held in a batch and its size N; returns tensors ``(N, *shape)``.
+        held: The values of all draws, ``(number, *shape)``.
+        number: The number of draws.
+        batch_size: The largest number in a batch.
+    """
     if not checks.is_integer(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+    parts = []
     for start in range(0, number, batch_size):
-        yield min(batch_size, number - start)
+        size = min(batch_size, number - start)
+        parts.append(step({name: value[start : start + size] for name, value in held.items()}, size))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def group_of(site: Site) -> str | None:
-    """What a site of a model's trace is: ``"posterior"`` (latent or deterministic), ``"observed"``, or neither."""
+    """Return a site's group: ``"posterior"`` for latent and deterministic sites, ``"observed"``, or None."""
     if site["type"] != "sample" or site_is_subsample(site) or not isinstance(site["value"], Tensor):
         return None
     if not site["is_observed"] or site["infer"].get("_deterministic", False):
@@ -319,7 +326,7 @@ class _Marks(Messenger):
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         self.found[msg["name"]] = dict(msg["infer"] or {})
-        if type(msg["fn"]).__name__ == "_Subsample" and msg["value"] is not None:
+        if site_is_subsample(msg) and msg["value"] is not None:
             self.given.append(msg["name"])
 
     def keep(self, trace: Trace) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 
@@ -30,7 +31,7 @@ class Part(Messenger):
         self.plate, self.rows, self.keep, self.share, self.is_first = plate, rows, keep, share, is_first
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if type(msg["fn"]).__name__ == "_Subsample":
+        if site_is_subsample(msg):
             return
         frame = next((frame for frame in msg["cond_indep_stack"] if frame.name == self.plate), None)
         if frame is not None:
