@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.messenger import Messenger
 
 from ..programs.latents import is_point, is_summable
 from ..programs.nesting import nesting_of
@@ -41,8 +42,8 @@ def hide_discrete(model: Callable[..., Any]) -> Callable[..., Any]:
 def summed(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
     """Return a program with the density of a model whose discrete latents are hidden; None where it has none."""
     program: Any = model
-    while isinstance(program, functools.partial):  # Pyro's handlers around it
-        messenger, inner = program.args[:2]
+    while isinstance(program, functools.partial) and isinstance(next(iter(program.args), None), Messenger):
+        messenger, inner = program.args[:2]  # one of Pyro's handlers, and what it is around
         if isinstance(messenger, HideDiscrete) and messenger.names:
             with poutine.block(), torch.no_grad():
                 single = poutine.trace(inner).get_trace(*args, **kwargs)
