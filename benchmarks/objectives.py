@@ -28,7 +28,7 @@ from pyro.infer import Trace_ELBO
 
 import pyro_flows as pf
 from pyro_flows import objectives
-from pyro_flows.fitting.schedule import suited_to
+from pyro_flows.guides.plan import plan_of
 
 OUT = posteriors.OUT / "objectives.md"
 SEEDS, TEMPERED = (0, 1, 2), 3000  # steps for modes far apart
@@ -48,7 +48,7 @@ def cost(repetitions: int) -> list[list[str]]:
     for name in ("eight_schools_centered", "low_dim_gauss_mix", "german_credit_sparse"):
         model = targets.load(name).model
         guide = fresh(model, 0)
-        number = suited_to(guide).num_particles
+        number = plan_of(guide).schedule().num_particles
         losses = [
             kind(number, vectorize_particles=True, max_plate_nesting=1) for kind in (Trace_ELBO, objectives.PathELBO)
         ]
@@ -67,7 +67,7 @@ def cost(repetitions: int) -> list[list[str]]:
 def compare(steps: int | None) -> list[list[str]]:
     """Each objective on a funnel."""
     target = targets.load("eight_schools_centered")
-    number = steps or suited_to(fresh(target.model, 0)).steps
+    number = steps or plan_of(fresh(target.model, 0)).schedule().steps
     kinds: dict[str, Callable[[], Any]] = {
         "`PathELBO` (default)": lambda: None,
         "`Trace_ELBO` (Pyro)": lambda: Trace_ELBO(256, vectorize_particles=True),

@@ -36,6 +36,8 @@ class Case(NamedTuple):
         args: Its arguments.
         kwargs: Its named arguments.
         predict: The arguments of predictions, with the observed data left out where the model allows it.
+        judged: Those of ``check`` and ``to_arviz``, with all data, for a model that is trained on minibatches.
+        start: Where the guide starts, for a program whose own inference names a place.
         plate: The plate of an ``AutoPlateFlow``, where latents are local to rows.
         encoder: The encoder of that guide.
         network: A module that goes into evaluation mode after the fit, as the example puts it.
@@ -45,6 +47,8 @@ class Case(NamedTuple):
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     predict: tuple[Any, ...] | None = None
+    judged: tuple[Any, ...] | None = None
+    start: Callable[..., Any] | None = None
     plate: str | None = None
     encoder: nn.Module | None = None
     network: nn.Module | None = None
@@ -402,9 +406,9 @@ def svi_lightning() -> Case:
 
 @program("examples/svi_horovod.py")
 def svi_horovod() -> Case:
-    """A minibatch of ten of the twenty rows, as each of its workers has."""
-    x = drawn(10)
-    return Case(of("examples/svi_horovod.py", "Model")(20), (x, x + drawn(10)), predict=(x,))
+    """Trained on a minibatch of ten of the twenty rows, as each of its workers has."""
+    x, y = drawn(20), drawn(20)
+    return Case(of("examples/svi_horovod.py", "Model")(20), (x[:10], y[:10]), predict=(x,), judged=(x, y))
 
 
 @program("examples/contrib/autoname/tree_data.py")
@@ -614,7 +618,8 @@ def sir_hmc(name: str) -> Case:
 def compartments(model: Any, kind: str) -> Case:
     """Return a model of a compartmental model: the one that its ``fit_svi`` trains on, that of NUTS, or the prior."""
     model.num_quant_bins = 2
-    return Case(getattr(model, f"_{kind}_model"))
+    start = model._heuristic(False, num_particles=64) if kind == "quantized" else None  # as that of NUTS
+    return Case(getattr(model, f"_{kind}_model"), start=start)
 
 
 @program("epi_intro.ipynb", "relaxed", "quantized", "generative")
@@ -758,7 +763,7 @@ def vae_flow_prior() -> Case:
 
 @program("examples/vae/ss_vae_M2.py", "labelled", "unlabelled")
 def ss_vae(kind: str) -> Case:
-    model = of("examples/vae/ss_vae_M2.py", "SSVAE")(output_size=3, input_size=20, z_dim=2, hidden_layers=[8])
+    model = of("examples/vae/ss_vae_M2.py", "SSVAE")(3, 20, 2, [8], config_enum="parallel")
     labels = torch.eye(3)[torch.arange(6) % 3]
     args = (coins(6, 20), labels) if kind == "labelled" else (coins(6, 20),)
     return Case(model.model, args, plate="data", encoder=OfFirst(20))

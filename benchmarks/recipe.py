@@ -35,9 +35,9 @@ import pyro_flows as pf
 from pyro_flows import flows, objectives
 from pyro_flows.bijectors import RationalQuadraticSpline
 from pyro_flows.distributions import ContaminatedNormalBase, StandardNormal, StudentTBase
-from pyro_flows.fitting.schedule import suited_to
 from pyro_flows.guides import init_to_center
 from pyro_flows.guides.couplings import affine_couplings as default
+from pyro_flows.guides.plan import plan_of
 from pyro_flows.guides.recipe import FEW
 from pyro_flows.transforms import Elementwise
 
@@ -167,7 +167,7 @@ def measure(name: str, label: str, quick: bool) -> posteriors.Row:
 
     def fit(target: targets.Target) -> Any:
         guide = pf.AutoFlow(target.model, **{**recipe(default), **variant.guide}).setup()
-        suited, many = suited_to(guide), guide.latent_dim > FEW
+        suited, many = plan_of(guide).schedule(), guide.latent_dim > FEW
         steps = 20 if quick else round(variant.steps * (3000 if many else suited.steps))
         asked = None if variant.steps == 1 and not (quick or many) else steps
         particles, lr = round(variant.draws * suited.num_particles), variant.lr * suited.lr

@@ -47,7 +47,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows import flows
-from pyro_flows.fitting.schedule import suited_to
+from pyro_flows.guides.plan import plan_of
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 PARTS = "model", "forward", "backward", "optimiser"  # of a step; the rest is the guide
@@ -271,7 +271,7 @@ def measure_fits(name: str, steps: int, rounds: int) -> Iterator[dict[str, str]]
     model = MODELS[name]()
     guides = contenders(model)
     ours, peer = guides["AutoFlow"], guides[LARGE]
-    draws = suited_to(ours).num_particles
+    draws = plan_of(ours).schedule().num_particles
 
     def fit(guide: Guide, own: bool, steps: int) -> None:
         objective = None if own else Trace_ELBO(draws, vectorize_particles=True, max_plate_nesting=2)

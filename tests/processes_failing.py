@@ -95,7 +95,7 @@ def broken_off(inside: bool) -> tuple[str, int]:
 
     name = "descend" if inside else "start_from_gaussian"
     guide = AutoFlow(model, lambda dim: flows.realnvp(dim, num_transforms=1).double(), name=f"b_{time.monotonic_ns()}")
-    with mock.patch(f"pyro_flows.fitting.svi.{name}", counted):
+    with mock.patch(f"pyro_flows.fitting.elbo.{name}", counted):
         fit = fit_svi(model, guide, Y, steps=4, num_particles=4, restarts=2, warm_start=True, progress=False)
     return fit.stopped, len(fit.rungs)
 

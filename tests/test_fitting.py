@@ -699,7 +699,7 @@ def test_few_steps_where_the_gaussian_is_near_also_when_resumed(model, steps, tm
         checkpoints.write(checkpoint, {"settings": {"steps": steps}})
         return SimpleNamespace(steps=steps, skipped=0)
 
-    monkeypatch.setattr("pyro_flows.fitting.svi.descend", stop)
+    monkeypatch.setattr("pyro_flows.fitting.elbo.descend", stop)
     for _ in range(2):
         fit_svi(model, AutoFlow(model, small), Y, progress=False, checkpoint=tmp_path / "run")
     assert asked == [steps, steps]

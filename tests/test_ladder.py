@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_flows import AutoFlow, Fit, check, fit_svi, flows
 from pyro_flows.fitting import ladder
+from pyro_flows.guides.plan import Schedule
 from pyro_flows.programs.task import Task
 
 small = functools.partial(flows.realnvp, num_transforms=4, hidden_dims=(16,))
@@ -98,18 +99,13 @@ def test_every_rung_is_tried_before_it_gives_up(monkeypatch):
 
     monkeypatch.setattr(ladder, "_deepened", spy)
     settings = {"num_particles": 16, "progress": False}
-    monkeypatch.setattr(ladder, "suited_to", lambda guide: _Steps(20))
+    monkeypatch.setattr(AutoFlow, "schedule", lambda self, near=False: Schedule(20))
     fit = fit_svi(banana, AutoFlow(banana, small), steps=40, escalate=True, **settings)
     assert names(fit) == ["Gaussian", "flow", "deeper and longer", "forward KL"]
     assert len(deepened[0].flow.transforms) == 4 + 8 + 2
     assert fit.check.verdict == "do not trust"
     elbos = [float(rung.check.psis.log_weights.mean()) for rung in fit.rungs]
     assert fit.guide is fit.rungs[elbos.index(max(elbos))].fit.guide  # losses of other objectives do not compare
-
-
-@dataclasses.dataclass
-class _Steps:
-    steps: int
 
 
 def test_less_evidence_than_before_is_not_trusted():
@@ -197,7 +193,7 @@ def test_longer_training_leaves_the_rung_before_it_alone(monkeypatch):
         pyro.sample("angle", dist.VonMises(1.0, 4.0))
 
     monkeypatch.setattr(ladder, "check", lambda *a, **k: distrust(check(*a, **k), "no"))
-    monkeypatch.setattr(ladder, "suited_to", lambda guide: _Steps(20))
+    monkeypatch.setattr(AutoFlow, "schedule", lambda self, near=False: Schedule(20))
     fit = fit_svi(turning, AutoFlow(turning), steps=20, escalate=True, progress=False)
     assert names(fit) == ["flow", "deeper and longer", "forward KL"]
     assert len({id(rung.fit.guide) for rung in fit.rungs}) == 3
@@ -226,7 +222,7 @@ def test_an_interrupted_ladder_keeps_the_best_rung(monkeypatch):
 
 def test_a_ladder_goes_on_from_its_files(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "check", lambda *a, **k: distrust(check(*a, **k), "no"))
-    monkeypatch.setattr(ladder, "suited_to", lambda guide: _Steps(20))
+    monkeypatch.setattr(AutoFlow, "schedule", lambda self, near=False: Schedule(20))
     settings = {"steps": 30, "num_particles": 16, "escalate": True, "progress": False}
     settings["checkpoint"] = tmp_path / "run.pt"
     first = fit_svi(normal, AutoFlow(normal, small), Y, **settings)

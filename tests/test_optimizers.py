@@ -13,8 +13,8 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal
 
 from pyro_flows import AutoFlow, fit_svi, flows
-from pyro_flows.fitting.optimizers import Muon, matrices, optimizers
-from pyro_flows.fitting.schedule import suited_to
+from pyro_flows.fitting.optimizers import Muon, optimizers
+from pyro_flows.guides.plan import plan_of
 from pyro_flows.guides.recipe import FEW
 from pyro_flows.training import loop
 from pyro_flows.transforms import Coupling
@@ -36,7 +36,7 @@ def guide_over(dim: int, recipe=small) -> AutoFlow:
 def test_muon_has_the_matrices_of_networks_and_adam_all_else(recipe):
     guide = guide_over(FEW + 1, recipe)
     parameters = list(guide.parameters())
-    adam, muon = optimizers(parameters, 0.01, matrices(guide))
+    adam, muon = optimizers(parameters, 0.01, guide.matrices())
     assert (type(adam), type(muon)) == (torch.optim.Adam, Muon)
     names = {id(parameter): name for name, parameter in guide.named_parameters()}
     by_muon, by_adam = ({names[id(p)] for g in o.param_groups for p in g["params"]} for o in (muon, adam))
@@ -73,7 +73,7 @@ def test_muon_side_by_side_does_what_torch_does_one_by_one():
 def test_many_latents_have_a_deeper_flow_and_smaller_gradients(dim, couplings, clip_norm):
     guide = AutoFlow(functools.partial(chain, dim)).setup()
     assert sum(isinstance(layer, Coupling) for layer in guide.flow.transforms) == couplings
-    assert suited_to(guide).clip_norm == clip_norm
+    assert plan_of(guide).schedule().clip_norm == clip_norm
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_many_latents_have_a_deeper_flow_and_smaller_gradients(dim, couplings, c
     ids=["few", "Pyro"],
 )
 def test_adam_has_all_of_small_flows_and_of_other_guides(guide):
-    assert matrices(guide()) == []
+    assert plan_of(guide()).matrices() == []
 
 
 def test_a_large_flow_reaches_the_evidence_without_a_warm_start():

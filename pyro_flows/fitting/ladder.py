@@ -33,7 +33,6 @@ from ..programs.task import Task
 from ..training import processes
 from ..training.loop import Fit
 from ..transforms import ActNorm
-from .schedule import suited_to
 
 ORDER = "do not trust", "reweight", "trust"
 ANNEAL = 3000  # steps over which a mode that is missing is looked for
@@ -194,17 +193,17 @@ def climb(
         return ladder.result()
     if guide.is_fresh and not guide.has_circles:
         gaussian = guide.rebuilt(lambda dim: Flow([ActNorm(dim)]))
-        ladder.climb("Gaussian", gaussian, steps=suited_to(gaussian).steps // 2)
+        ladder.climb("Gaussian", gaussian, steps=gaussian.schedule().steps // 2)
     if not (ladder.ended or ladder.misses_a_mode) and (flow := _restarted(ladder, guide, space, restarts)):
         ladder.judge("flow", flow, 0.0 if restarts > 1 else flow.seconds)
     if not (ladder.ended or ladder.misses_a_mode):
         deeper = (copy.deepcopy if guide.has_circles else _deepened)(ladder.rungs[-1].fit.guide)
-        ladder.climb("deeper and longer", deeper, steps=2 * suited_to(guide).steps, lr=0.005)
+        ladder.climb("deeper and longer", deeper, steps=2 * guide.schedule().steps, lr=0.005)
     if not ladder.ended and ladder.misses_a_mode:
         ladder.climb("tempered", fresh, objective=TemperedELBO(ANNEAL), steps=None)
     if not ladder.ended:
         covering = copy.deepcopy(ladder.best.fit.guide)
-        ladder.climb("forward KL", covering, objective=ForwardKL(256), steps=suited_to(guide).steps, lr=0.003)
+        ladder.climb("forward KL", covering, objective=ForwardKL(256), steps=guide.schedule().steps, lr=0.003)
     return ladder.result()
 
 

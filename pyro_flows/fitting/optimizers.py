@@ -9,13 +9,9 @@ arXiv:1412.6980) costs less and leaves lighter tails of the weights.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from ..guides import AutoFlow
-from ..guides.recipe import FEW
+from torch import Tensor
 
 
 class Muon(torch.optim.Optimizer):
@@ -58,13 +54,6 @@ def _orthonormal(matrices: Tensor, coefficients: tuple[float, float, float], ste
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
-
-
-def matrices(guide: Any) -> list[Tensor]:
-    """The weight matrices that Muon trains, those of a flow over many latents; circular splines keep to Adam."""
-    if not isinstance(guide, AutoFlow) or guide.has_circles or guide.latent_dim <= FEW:
-        return []
-    return [layer.weight for layer in guide.flow.modules() if isinstance(layer, nn.Linear)]
 
 
 def optimizers(parameters: list[Tensor], lr: float, matrices: list[Tensor]) -> list[torch.optim.Optimizer]:

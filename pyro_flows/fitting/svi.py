@@ -6,41 +6,26 @@ in Probabilistic Programming (Wingate, Weber 2013, arXiv:1301.1299).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from pyro import validation_enabled
-from pyro.infer import ELBO, Trace_ELBO
-from torch import Tensor
+from pyro.infer import ELBO
 
 from ..checks import check_flags, check_integers, joined, quoted
-from ..guides import AutoFlow, AutoPlateFlow
-from ..guides.encoding import initialize
-from ..objectives import PathELBO, TemperedELBO
-from ..objectives.particles import ParticleObjective
+from ..guides import AutoFlow
+from ..guides.plan import plan_of
 from ..programs.nesting import settle, takes_nesting
 from ..programs.task import Task
-from ..training import checkpoint as checkpoints
 from ..training import processes
 from ..training.attempts import check_path
-from ..training.loop import Fit, ask, check_settings, descend
-from ..training.randomness import unchanged
-from .beforehand import check_task, program_of
-from .inspect import check_no_parameters, culprit, fingerprint, has_all, trained_by
+from ..training.loop import Fit, check_settings
+from .beforehand import check_task
+from .elbo import ELBOFit
+from .inspect import check_no_parameters
 from .ladder import climb
-from .optimizers import matrices, optimizers
-from .pace import in_training
-from .propriety import check_proper
-from .schedule import suited_to
-from .warm import start_from_gaussian
 
-SETTINGS = "num_particles", "vectorize_particles", "num_steps", "start", "alpha", "buffer_size"  # of objectives
-ONE_BY_ONE = 8  # draws in each step where the model runs one at a time
 LONGEST_END = ".deeper-and-longer"  # that a fit of several gives the name of a checkpoint
 
 
@@ -48,7 +33,7 @@ LONGEST_END = ".deeper-and-longer"  # that a fit of several gives the name of a 
 @takes_nesting
 def fit_svi(
     model: Callable[..., Any],
-    guide: Callable[..., Any],
+    guide: Any,
     *args: Any,
     steps: int | None = None,
     objective: ELBO | None = None,
@@ -147,119 +132,36 @@ def fit_svi(
     """
     kwargs = joined("fit_svi", kwargs, model_kwargs)
     settings: dict[str, Any] = {
+        "steps": steps,
+        "objective": objective,
         "num_particles": num_particles,
         "lr": lr,
         "clip_norm": clip_norm,
+        "warm_start": warm_start,
         "on_nonfinite": on_nonfinite,
+        "progress": progress,
         "vectorize": vectorize,
     }
-    check_integers("fit_svi", optional=True, steps=steps, num_particles=num_particles)
     check_integers("fit_svi", restarts=restarts)
-    if objective is not None and not any(
-        hasattr(objective, verb) for verb in ("differentiable_loss", "loss_and_grads")
-    ):
-        raise TypeError(f"fit_svi: objective must be a Pyro ELBO such as Trace_ELBO(), got {quoted(objective)}.")
-    check_flags("fit_svi", progress=progress, escalate=escalate)
-    check_flags("fit_svi", optional=True, warm_start=warm_start)
-    check_settings("fit_svi", lr=lr, clip_norm=clip_norm, on_nonfinite=on_nonfinite)
-    file = check_path("fit_svi", "checkpoint", checkpoint, LONGEST_END if escalate or restarts > 1 else "")
-    if escalate or restarts > 1:
-        if not isinstance(guide, AutoFlow):
-            raise ValueError(f"fit_svi: escalate and restarts are for an AutoFlow, not for {type(guide).__name__}.")
-        if guide.encoder is not None:
-            raise ValueError("fit_svi: escalate and restarts fit one data set; give guide.bind(...), or no encoder.")
-        if escalate and objective is not None:
-            raise ValueError("fit_svi: escalate=True chooses objectives itself; leave out objective, or escalate.")
-        settings |= {"steps": steps, "objective": objective, "warm_start": warm_start, "progress": progress}
+    check_flags("fit_svi", escalate=escalate)
+    _check(**{name: value for name, value in settings.items() if name != "vectorize"})
+    several = escalate or restarts > 1
+    file = check_path("fit_svi", "checkpoint", checkpoint, LONGEST_END if several else "")
+    plan = plan_of(guide)
+    if several:
+        _check_several(guide, objective, escalate=escalate)
         guide.setup(*args, **kwargs)
-        task = Task(model, guide, args, kwargs, vectorize)
+    elif warm_start and not plan.is_joint:
+        raise ValueError(f"fit_svi: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
+    else:
+        settle(objective)
+    task = Task(model, guide, args, kwargs, vectorize)
+    check_task(task, objective, search=several or bool(warm_start))
+    if several:
         check_no_parameters(task)
-        check_task(task, objective, search=True)
         fit_once = functools.partial(_again, model, args, kwargs)
         return climb(fit_once, guide, task, settings, checkpoint, escalate=escalate, restarts=restarts)
-    settle(objective)
-    task = Task(model, guide, args, kwargs, vectorize)
-    check_task(task, objective, search=bool(warm_start))
-    _check_steps(steps, annealed := getattr(objective, "num_steps", None))
-    suited = suited_to(guide)
-    if num_particles and objective is None and num_particles % processes.size():
-        raise ValueError(
-            f"fit_svi: num_particles={num_particles} are those of all {processes.size()} processes together, which "
-            "must be able to share them equally; give a multiple of the number of processes, or leave it out."
-        )
-    lr, clip_norm = float(lr or suited.lr), float(clip_norm or suited.clip_norm)
-    asked: dict[str, Any] = {}  # what the user knows of, whatever the number of processes
-    if objective is None:
-        several = (num_particles or suited.num_particles) > 1
-        if several:
-            with unchanged():
-                task.settle()
-        alone = several and task.runs_one_by_one
-        num_particles = num_particles or (min(ONE_BY_ONE, suited.num_particles) if alone else suited.num_particles)
-        asked = {"num_particles": num_particles, "vectorize_particles": num_particles > 1}
-        kind = Trace_ELBO if isinstance(guide, AutoFlow) and guide.has_circles else PathELBO
-        own = -(-num_particles // processes.size())
-        by_plate = several and task.guide.engine == "plate"
-        objective = kind(own, max_plate_nesting=task.nesting, vectorize_particles=by_plate)
-    kept = checkpoints.steps_of(file) if file else None
-    if warm_start and not isinstance(guide, AutoFlow):
-        raise ValueError(f"fit_svi: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
-    start = None
-    if isinstance(guide, AutoPlateFlow) and guide.is_fresh:
-        initialize("fit_svi", guide.contexts.encoder, model, args, kwargs)
-    if isinstance(guide, AutoFlow) and not kept:
-        ours = isinstance(objective, PathELBO | ParticleObjective) and objective.vectorize_particles
-        new = guide.is_fresh and ours and not task.subsampled and guide.encoder is None
-        if new:
-            check_proper(guide, task)
-        if new if warm_start is None else warm_start:
-            power = objective.beta if isinstance(objective, TemperedELBO) else 1.0
-            start = start_from_gaussian(guide, task, power)
-    program = program_of(task, objective)
-
-    def loss() -> Tensor:
-        if hasattr(objective, "differentiable_loss"):
-            with validation_enabled(False) if task.has_bare_dimensions else contextlib.nullcontext():
-                return objective.differentiable_loss(program, guide, *args, **kwargs)
-        # An objective such as RenyiELBO fills in the gradients itself, one such as ReweightedWakeSleep has two losses.
-        found = objective.loss_and_grads(program, guide, *args, **kwargs)
-        return torch.tensor(sum(found) if isinstance(found, tuple) else found, requires_grad=True)
-
-    parameters = trained_by(loss, model, guide)
-    with in_training(guide, parameters, objective):
-        fewer = suited_to(guide, near=True).steps
-        near = kept == fewer  # a run that goes on has known since its start
-        if isinstance(guide, AutoFlow) and start:
-            near = start.is_near and has_all(guide, parameters)
-        near = processes.first(lambda: near)
-        fit = descend(
-            loss,
-            parameters,
-            optimizers(parameters, lr, matrices(guide)),
-            trained=guide,
-            steps=steps or annealed or (fewer if near else suited.steps),
-            lr=lr,
-            clip_norm=clip_norm,
-            on_nonfinite=on_nonfinite,
-            progress=progress,
-            diagnose=lambda: culprit(task),
-            settled=lambda: getattr(objective, "settled", True),
-            checkpoint=file,
-            settings={
-                "objective": type(objective).__name__,
-                **{name: getattr(objective, name, None) for name in SETTINGS},
-                **asked,
-                "data": fingerprint((*args, *kwargs.values())),
-            },
-            companion=objective,
-        )
-    if fit.skipped > fit.steps / 5:
-        warnings.warn(
-            f"fit_svi: {fit.skipped} of {fit.steps} steps were skipped, as loss or gradient were not finite; what was "
-            f"learned comes from the others. {ask(lambda: culprit(task))}",
-            stacklevel=4,
-        )
-    return fit
+    return ELBOFit(task, objective, num_particles).run(settings, file)
 
 
 def _again(
@@ -268,10 +170,37 @@ def _again(
     return fit_svi(model, guide, *args, model_kwargs=kwargs, **settings)
 
 
-def _check_steps(asked: int | None, annealed: int | None) -> None:
-    """Refuse fewer steps than an objective anneals over."""
-    if asked and annealed and asked < annealed:
+def _check(
+    *,
+    steps: int | None,
+    objective: ELBO | None,
+    num_particles: int | None,
+    progress: bool,
+    warm_start: bool | None,
+    **settings: Any,
+) -> None:
+    """Refuse settings that are out of their range."""
+    check_integers("fit_svi", optional=True, steps=steps, num_particles=num_particles)
+    if objective is not None and not any(
+        hasattr(objective, verb) for verb in ("differentiable_loss", "loss_and_grads")
+    ):
+        raise TypeError(f"fit_svi: objective must be a Pyro ELBO such as Trace_ELBO(), got {quoted(objective)}.")
+    check_flags("fit_svi", progress=progress)
+    check_flags("fit_svi", optional=True, warm_start=warm_start)
+    check_settings("fit_svi", **settings)
+    annealed = getattr(objective, "num_steps", None)
+    if steps and annealed and steps < annealed:
         raise ValueError(
-            f"fit_svi: steps={asked} end before the num_steps={annealed} in which the objective reaches the "
+            f"fit_svi: steps={steps} end before the num_steps={annealed} in which the objective reaches the "
             "posterior.  Leave steps out, or give the objective as many."
         )
+
+
+def _check_several(guide: Any, objective: ELBO | None, *, escalate: bool) -> None:
+    """Refuse guides and objectives that cannot be fitted several times."""
+    if not plan_of(guide).is_joint:
+        raise ValueError(f"fit_svi: escalate and restarts are for an AutoFlow, not for {type(guide).__name__}.")
+    if guide.encoder is not None:
+        raise ValueError("fit_svi: escalate and restarts fit one data set; give guide.bind(...), or no encoder.")
+    if escalate and objective is not None:
+        raise ValueError("fit_svi: escalate=True chooses objectives itself; leave out objective, or escalate.")

@@ -11,7 +11,6 @@ from pyro import validation_enabled
 
 from ..diagnostics.gaussian import Gaussian, fit_gaussian
 from ..guides import AutoFlow
-from ..guides.recipe import DENSE
 from ..programs.log_density import or_nan
 from ..programs.space import Space
 from ..programs.task import Task
@@ -23,7 +22,7 @@ def start_from_gaussian(guide: AutoFlow, task: Task, power: float = 1.0) -> Gaus
     The Gaussian is one of the posterior, or of a power of it.  Latents on circles have none, and more than 512 latents
     are too many for a dense one.
     """
-    if guide.has_circles or guide.latent_dim > DENSE:
+    if not guide.starts_from_gaussian:
         return None
     with validation_enabled(False):  # a place without density is for the scores to show
         density = or_nan(Space(task).log_p)

@@ -34,13 +34,14 @@ from .faults import joint_sites
 from .init import init_to_center
 from .moving import Moving
 from .names import claim_name
-from .recipe import assemble, built, check_recipe, check_scale, default_for, is_untrained, start_at
+from .plan import JointPlan
+from .recipe import assemble, built, check_recipe, check_scale, default_for, start_at
 from .rows import data_plates
 from .start import settle_start
 from .supports import unconstrain
 
 
-class AutoFlow(FlowGuide, AutoContinuous):
+class AutoFlow(JointPlan, FlowGuide, AutoContinuous):
     """A guide whose posterior over all continuous latents is one normalizing flow.
 
     With u drawn from the flow's base, T the flow, the identity at the start, A a learned and F a fixed affine map::
@@ -89,7 +90,6 @@ class AutoFlow(FlowGuide, AutoContinuous):
     """
 
     recipes = "_build_flow", "_build_base"
-    flow: Flow
 
     def __init__(
         self,
@@ -154,16 +154,6 @@ class AutoFlow(FlowGuide, AutoContinuous):
         new._build_flow = flow or self._build_flow
         new._build()
         return new
-
-    @property
-    def has_circles(self) -> bool:
-        """Whether some latents are angles."""
-        return any(self._circular)
-
-    @property
-    def is_fresh(self) -> bool:
-        """Whether the guide is still untrained."""
-        return is_untrained(self.flow, self._init_scale, self._circular)
 
     def start_at(self, loc: Tensor, scale_tril: Tensor) -> None:
         """Let the guide's affine maps, which are reset, take N(0, I) to N(loc, L Lᵀ).

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
 from ..checks import check_program
+from ..programs.latents import states_support, support_of
 
 
 class Circle(constraints.interval):
@@ -53,14 +54,15 @@ def _onto_circle(constraint: Circle) -> Wrap:
 
 
 class MarkCircles(Messenger):
-    """Shows latents on circles as such: in place of each stands a flat law over its circle."""
+    """Shows latents on circles as such, and those whose law states no support as real: a flat law stands for each."""
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["is_observed"] or type(msg["fn"]).__name__ == "_Subsample":
             return
         circle = _circle_of(msg["name"], msg["fn"], bool(msg["infer"] and msg["infer"].get("periodic")))
-        if circle is not None:
-            msg["fn"] = dist.ImproperUniform(circle, msg["fn"].batch_shape, msg["fn"].event_shape)
+        if circle or not states_support(msg["fn"]):
+            support = circle or support_of(msg["fn"])
+            msg["fn"] = dist.ImproperUniform(support, msg["fn"].batch_shape, msg["fn"].event_shape)
 
 
 def mark_circles(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from pyro.distributions import is_validation_enabled
 from torch import Tensor, nn
 
 from ..flows.distribution import FlowDistribution
+from ..programs.engines import is_weighing
 from ..programs.log_density import NonFiniteDraw
 from ..transforms.tracing import is_traced
 
@@ -96,7 +97,7 @@ class Watch:
             return
         plain = z.detach()
         size = torch.linalg.vector_norm(plain, math.inf).item()
-        training = z.requires_grad
+        training = z.requires_grad and not is_weighing()
         if not size < _reach(plain.dtype) and (training or (is_validation_enabled() and _lost(guide))):  # NaN is not
             self._judge(name, sites, q, plain, size)
         if training:

@@ -76,20 +76,27 @@ def look(
 
 
 def _rows_of_frame(plate: str, found: Found) -> Rows:
-    """The rows of a plate that is hidden, was made before, or has no size."""
+    """The rows of a plate that is hidden, was made before, or has no size, as latents in it tell."""
     frame = found.frames.get(plate)
     if frame is None or not frame.vectorized:
         has = ", ".join(sorted(found.frames)) or "none"
         raise ValueError(f"AutoPlateFlow: the model enters no plate {plate!r} of known size; it has {has}.")
     if frame.size > 0:
         return Rows(frame.full_size or frame.size, frame.size, None)
-    for name, site in found.latents.items():
-        if plate in [other.name for other in site["cond_indep_stack"]]:
-            raise ValueError(
-                f"AutoPlateFlow: plate {plate!r} must have a size where latents lie in it, such as {name!r}; got "
-                f"pyro.plate({plate!r}). Give the number of its rows: pyro.plate({plate!r}, len(x))."
-            )
-    return Rows(1, 1, None)  # which no latent lies in
+    inside = [s for s in found.latents.values() if plate in [other.name for other in s["cond_indep_stack"]]]
+    number = max((rows_in(site, frame.dim) for site in inside), default=1)
+    if not number:
+        raise ValueError(
+            f"AutoPlateFlow: latent site {inside[0]['name']!r} has no dimension for the rows of plate {plate!r}, which "
+            f"has no size. Give the number of its rows: pyro.plate({plate!r}, len(x))."
+        )
+    return Rows(number, number, None)
+
+
+def rows_in(site: dict[str, Any], dim: int) -> int:
+    """Return how many rows a site has in the dimension of a plate, a negative one; 0 if it has not that dimension."""
+    shape = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
+    return int(shape[dim]) if len(shape) >= -dim else 0
 
 
 @contextmanager

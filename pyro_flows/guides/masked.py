@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..programs.masks import is_masked, is_observation, mask_of
-from .look import Found
+from .look import Found, rows_in
 
 FLAT = "For a flat prior write dist.ImproperUniform."
 
@@ -131,10 +131,11 @@ def _way_out(plate: str) -> str:
 def _reduced(mask: Tensor | bool, site: dict[str, Any], plate: str, how: Any) -> Tensor:
     """A mask, reduced to the rows of a plate, ``(rows,)``."""
     frame = _frame(site, plate)
+    number = frame.size if frame.size > 0 else rows_in(site, frame.dim)
     whole = torch.as_tensor(mask, device=site["value"].device)
     if whole.dim() < -frame.dim:
-        return how(whole).expand(frame.size)
-    return how(whole.movedim(frame.dim, 0).reshape(whole.shape[frame.dim], -1), -1).expand(frame.size)
+        return how(whole).expand(number)
+    return how(whole.movedim(frame.dim, 0).reshape(whole.shape[frame.dim], -1), -1).expand(number)
 
 
 def _frame(site: dict[str, Any], plate: str | None) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
@@ -33,12 +34,13 @@ from .masked import mask_of_all
 from .names import claim_name
 from .nested import Nested
 from .packing import Packing
+from .plan import RowsPlan
 from .recipe import assemble, built, check_recipe, check_scale, default_flow
 from .rows import InTurn, Shuffled, check_tied, data_plates
 from .start import settle_start
 
 
-class AutoPlateFlow(FlowGuide):
+class AutoPlateFlow(RowsPlan, FlowGuide):
     """A guide for a model with a plate: a flow over the latents outside of it, and one conditional flow for its rows::
 
         q(g, l) = q(g) Π_i q(l_i | c_i, g)
@@ -170,16 +172,6 @@ class AutoPlateFlow(FlowGuide):
         outside = [site for site, found in zip(sites, frames, strict=True) if not found]
         return Packing(outside), Packing(inside, dim, rows.size)
 
-    @property
-    def is_fresh(self) -> bool:
-        """Whether the guide is still untrained."""
-        return self.posterior.is_fresh
-
-    @property
-    def has_globals(self) -> bool:
-        """Whether some latents lie outside of the plate."""
-        return self.posterior.shared.size > 0
-
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw the latents, those of the plate's present rows, as Pyro's guides do: site name -> value."""
         with self.setup(*args, **kwargs)._calls.watch.over(self, args, kwargs):
@@ -216,7 +208,9 @@ class AutoPlateFlow(FlowGuide):
             if rows is None:  # a guide that was saved looks at all rows that it is told of
                 number = len(self._all_rows(args, kwargs))
                 rows = Rows(number, number, None)
-            with InTurn(self.plate, self.minibatches):
+            # One without a size has no site in the model, so it shall have none here.
+            hidden = [f.name for f in frames if f.name == self.plate and f.size < 0]
+            with poutine.block(hide=hidden), InTurn(self.plate, self.minibatches):
                 made[self.plate] = pyro.plate(self.plate, *rows, dim=posterior.own.dim)
         return made
 

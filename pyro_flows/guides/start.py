@@ -2,7 +2,8 @@
 
 The centre is the better one where priors know something.  Where they are as wide as LogNormal(-20, 5) it may be absurd:
 a noise of e⁻²⁰ makes any data impossible, and steps of an optimiser do not lead out of there.  So the origin is taken
-where it is far likelier, data included.
+where it is far likelier, data included.  Where neither has a density, as in models whose draws must fit each other,
+the first of some places around the origin that has one is taken, as Pyro's NUTS does.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .discrete import summed
 from .look import same_draws
 
 ABSURD = 10.0  # nats per latent by which the origin must be likelier
+TRIES = 100  # places around the origin where neither has a density
 
 
 def settle_start(
@@ -84,10 +86,12 @@ def _choose(
     with torch.no_grad(), same_draws(latents.values()), validation_enabled(False):
         at_centre, at_origin = log_density(centre), log_density(origin)
         least = ABSURD * sum(value.numel() for value in origin.values())
-        if not (math.isfinite(at_origin) and at_centre < at_origin - least):
-            return
+        place = origin if math.isfinite(at_origin) and at_centre < at_origin - least else centre
+        if not (math.isfinite(at_centre) or math.isfinite(at_origin)):
+            around = ({n: 4 * torch.rand_like(value) - 2 for n, value in centre.items()} for _ in range(TRIES))
+            place = next((elsewhere for elsewhere in around if math.isfinite(log_density(elsewhere))), centre)
         # Densities that differ from run to run are given sites that are hidden from the guide, and drawn anew.
         stays = (log_density(centre), log_density(origin)) == (at_centre, at_origin)
-    if stays:
+    if stays and place is not centre:
         for name, site in latents.items():
-            site["value"] = transforms[name](origin[name])
+            site["value"] = transforms[name](place[name])

@@ -10,12 +10,15 @@ All three read the same things off the trace of a run, see :class:`View`, and re
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.runtime import _DIM_ALLOCATOR
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -25,6 +28,14 @@ ENGINES = "plate", "vmap", "loop"
 DRAWS = "_pyro_flows_draws"  # the plate of draws
 Site = dict[str, Any]
 Values = dict[str, Tensor]
+
+
+_weighs: ContextVar[bool] = ContextVar("weighs", default=False)
+
+
+def is_weighing() -> bool:
+    """True inside of :func:`run`, where programs run at draws that are weighed: some may be too far out to count."""
+    return _weighs.get()
 
 
 def value_of(site: Site) -> Tensor:
@@ -110,6 +121,14 @@ def run(engine: str, once: Once, read: Read, held: Values, size: int) -> Values:
         held: The values, ``(N, *site_shape)``.
         size: The number N of draws.
     """
+    token = _weighs.set(True)
+    try:
+        return _run(engine, once, read, held, size)
+    finally:
+        _weighs.reset(token)
+
+
+def _run(engine: str, once: Once, read: Read, held: Values, size: int) -> Values:
     if engine == "plate":
         return read(once(held, size))
     if engine == "loop":
@@ -143,6 +162,16 @@ class _UnderVmap(TorchFunctionMode):
 
 
 _EMPTY = torch.empty, torch.Tensor.new, torch.Tensor.new_empty
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Let a program enter its plates whatever plates its caller is in."""
+    entered, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
+    try:
+        yield
+    finally:
+        _DIM_ALLOCATOR._stack = entered
 
 
 def beside(program: Callable[..., Any], size: int, nesting: int) -> Callable[..., Any]:

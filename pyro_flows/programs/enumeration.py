@@ -19,11 +19,10 @@ from opt_einsum import shared_intermediates
 from pyro.distributions.util import scale_and_mask
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
-from pyro.ops.einsum.adjoint import require_backward
-from pyro.ops.rings import SampleRing
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from .draws_back import DrawingRing
 from .engines import Read, Site, Values, View
 
 REST = "the sum over all sites that depend on no discrete latent"
@@ -131,16 +130,17 @@ class Parallel:
         terms = run(self.read, enumerate=True)
         factors = self._factors(terms)
         sizes = {d: n for group in factors.values() for t in group for d, n in zip(t._pyro_dims, t.shape, strict=True)}
-        terms_of = {term._pyro_site: term for group in factors.values() for term in group}
-        own = {name: terms_of[name] for name in self._shapes if name in terms_of}
-        with shared_intermediates() as cache:
+        own = {term._pyro_site: term for group in factors.values() for term in group if term._pyro_site in self._shapes}
+        places: dict[str, Tensor] = {}
+        if own:
             for term in own.values():
-                require_backward(term)
-            ring = SampleRing(cache=cache, dim_to_size=sizes)
-            for group in contract_tensor_tree(factors, self._summed, ring=ring).values():
-                for term in group:
-                    term._pyro_backward()
-        places = {name: self._places(name, term._pyro_backward_result) for name, term in own.items()}
+                term.requires_grad_()
+            with torch.enable_grad():
+                tree = contract_tensor_tree(factors, self._summed, ring=DrawingRing(dim_to_size=sizes))
+                total = sum((term.sum() for group in tree.values() for term in group), torch.zeros(()))
+            marks = torch.autograd.grad(total, list(own.values()))
+            pairs = zip(own.items(), marks, strict=True)
+            places = {name: self._places(name, term._pyro_dims, mark) for (name, term), mark in pairs}
         return {name: self._values(name, places.get(name), len(terms[REST])) for name in self._shapes}
 
     def _factors(self, terms: Values) -> Factors:
@@ -158,16 +158,23 @@ class Parallel:
             found.setdefault(own | {self._draws}, []).append(term)
         return found
 
-    def _places(self, name: str, sample: Packed) -> Tensor:
-        """Return the places of a site's draws in its support, ``(N, *batch_shape)``."""
-        site = self._trace.nodes[name]
+    def _places(self, name: str, dims: str, marks: Tensor) -> Tensor:
+        """Return the places of a site's draws in its support, ``(N, *batch_shape)``.
+
+        Args:
+            name: The site.
+            dims: The names of the dimensions of its term.
+            marks: 1 where the term has the values of the draw, those of other sites included, and 0 elsewhere.
+        """
+        site, batch = self._trace.nodes[name], self._batch(name)
         to_symbol = site["infer"]["_dim_to_symbol"]
-        index = sample[sample._pyro_sample_dims.index(to_symbol[site["infer"]["_enumerate_dim"]])]
-        batch = self._batch(name)
-        dims, symbols = sample._pyro_dims[1:], [to_symbol.get(dim, " ") for dim in range(-len(batch), 0)]
-        order = [dims.index(symbol) for symbol in (self._draws, *symbols) if symbol in dims]
+        symbols = [to_symbol.get(dim, " ") for dim in range(-len(batch), 0)]
+        inner = to_symbol[site["infer"]["_enumerate_dim"]]
+        kept = [symbol for symbol in (self._draws, *symbols, inner) if symbol in dims]
+        marks = marks.permute([dims.index(s) for s in (*kept, *(s for s in dims if s not in kept))])
+        marks = marks.reshape(*marks.shape[: len(kept)], -1).sum(-1)
         shape = [size if symbol in dims else 1 for size, symbol in zip(batch, symbols, strict=True)]
-        return index.permute(order).reshape(-1, *shape)
+        return marks.argmax(-1).reshape(-1, *shape)
 
     def _values(self, name: str, places: Tensor | None, number: int) -> Tensor:
         """Return the values of a site, ``(number, *site_shape)``, at some places in its support."""

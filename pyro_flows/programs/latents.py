@@ -7,6 +7,7 @@ from typing import Any
 import pyro.distributions as dist
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
+from torch.distributions import constraints
 
 from .matching import check_drawn
 
@@ -28,11 +29,24 @@ def is_point(fn: Any) -> bool:
     return isinstance(fn, dist.Delta)
 
 
+def states_support(fn: Any) -> bool:
+    """True if a distribution says what its support is; the flows of other libraries do not."""
+    try:
+        return fn.support is not None
+    except NotImplementedError:
+        return False
+
+
+def support_of(fn: Any) -> Any:
+    """Return the support of a distribution: all real numbers where it states none."""
+    return fn.support if states_support(fn) else constraints.independent(constraints.real, len(fn.event_shape))
+
+
 def is_discrete(fn: Any) -> bool:
     """True if a distribution is one over integers; a point mass is not."""
     try:
-        return not is_point(fn) and bool(fn.support.is_discrete)
-    except (NotImplementedError, AttributeError):  # rows of a plate have no support, say
+        return not is_point(fn) and bool(support_of(fn).is_discrete)
+    except AttributeError:  # rows of a plate have no support, say
         return False
 
 

@@ -30,7 +30,9 @@ class Lifted:
     """
 
     def __init__(self, model: Program, latents: list[str]) -> None:
-        self._model = model.deeper()
+        self._model = model
+        if model.enumerated:
+            model.enumeration  # noqa: B018 - found once, for all copies that take other rows
         self._sites = {name: model.single.nodes[name] for name in latents}
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+from torch.overrides import TorchFunctionMode
 
 LogDensity = Callable[[Tensor], Tensor]  # (N, D) -> (N,), in nats
 
@@ -18,20 +21,42 @@ class NonFiniteDraw(FloatingPointError):
 
 
 def or_nan(density: LogDensity) -> LogDensity:
-    """A density that is NaN where the model breaks down; the draws at fault are found by halving."""
+    """A density that is NaN where the model breaks down; the draws at fault are found by halving, if it must be."""
 
     def guarded(z: Tensor) -> Tensor:
-        try:
-            with pyro.validation_enabled(False):
-                return density(z)
-        except (ValueError, LinAlgError, FloatingPointError) as error:
-            if not is_breakdown(error):
-                raise
+        for mode in (contextlib.nullcontext(), _Singular()):
+            try:
+                with pyro.validation_enabled(False), mode:
+                    return density(z)
+            except (ValueError, LinAlgError, FloatingPointError) as error:
+                if not is_breakdown(error):
+                    raise
+                if not isinstance(error, LinAlgError):
+                    break
         if len(z) == 1:
             return z.sum(-1) * math.nan
         return torch.cat([guarded(half) for half in z.chunk(2)])
 
     return guarded
+
+
+class _Singular(TorchFunctionMode):
+    """Lets matrices that have no factor or inverse have one of NaN, in place of an error for all of a batch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTORS:
+            factor, fault = torch.linalg.cholesky_ex(*args, **kwargs)
+            return factor.masked_fill((fault != 0)[..., None, None], math.nan)
+        if func in _INVERSES:
+            factor, *others = args
+            singular = (factor.diagonal(dim1=-2, dim2=-1) == 0).any(-1)
+            return func(factor.masked_fill(singular[..., None, None], math.nan), *others, **kwargs)
+        return func(*args, **kwargs)
+
+
+_FACTORS = torch.linalg.cholesky, torch.cholesky, torch.Tensor.cholesky
+_INVERSES = torch.cholesky_inverse, torch.Tensor.cholesky_inverse
 
 
 def is_breakdown(error: Exception) -> bool:

@@ -14,7 +14,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
-from .engines import ENGINES, Read, Site, Values, View, beside, is_deterministic, run, with_room
+from .engines import ENGINES, Read, Site, Values, View, apart, beside, is_deterministic, run, with_room
 from .enumeration import Parallel, Run, Sequential
 from .quoting import quoted
 from .whole import Part, parts_of
@@ -114,13 +114,6 @@ class Program:
         """The program with its discrete latents marked for Pyro's own enumeration."""
         return poutine.infer_config(self.call, self._mark) if self.enumerated else self.call
 
-    def deeper(self) -> Program:
-        """The program as it runs inside of a plate of draws already, which takes the place next to its own plates."""
-        other = self.with_(nesting=self.nesting + 1, _enumeration=None)
-        if other.enumerated:
-            other.enumeration  # noqa: B018 - found once, for all copies that take other rows
-        return other
-
     def whole(self) -> None:
         """Score all rows of the one plate that is subsampled, part by part, in place of a subsample."""
         ((plate, fn),) = self.subsamples.items()
@@ -201,7 +194,7 @@ class Program:
             values = {name: value for name, value in held.items() if name not in self.enumerated}
             sites = {name: nodes[name] for name in self.enumerated}
             try:
-                with pyro.validation_enabled(False):
+                with pyro.validation_enabled(False), torch.no_grad():
                     trace, plain = (
                         self._trace(poutine.condition(self.call, data=data), None, everything)
                         for data, everything in ((values, True), (held, False))
@@ -235,7 +228,7 @@ class Program:
         if enumerate:
             program = poutine.infer_config(program, self._mark)
             program = EnumMessenger(first_available_dim=-1 - self.nesting - (size is not None))(program)
-        with poutine.block(expose_types=["param"]):  # which are for those to see who train
+        with poutine.block(expose_types=["param"]), apart():  # parameters are for those to see who train
             trace = poutine.trace(program).get_trace(*self.args, **self.kwargs)
         return prune_subsample_sites(trace)
 

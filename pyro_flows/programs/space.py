@@ -17,7 +17,8 @@ from torch.distributions import Transform, biject_to
 from torch.distributions.utils import _sum_rightmost
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from .engines import Values, View
+from .engines import Read, Values, View
+from .latents import support_of
 from .log_density import is_breakdown
 from .quantities import Quantities, innermost
 from .task import Task, in_batches
@@ -86,7 +87,7 @@ class Space:
             if there[0].shape != value.shape or not torch.allclose(there[0], value, rtol=1e-4, atol=1e-6):
                 raise ValueError(f"the support of the guide's site {name!r} depends on its other draws.")
         sites = [self.task.model.single.nodes[name] for name in self.task.latents]
-        free = sum(biject_to(site["fn"].support).inv(site["value"]).numel() for site in sites)
+        free = sum(biject_to(support_of(site["fn"])).inv(site["value"]).numel() for site in sites)
         if free != self.dim:
             raise ValueError(
                 f"the guide draws {self.dim} numbers for latents of {free}; with auxiliary draws it has no density."
@@ -97,7 +98,7 @@ class Space:
         """Draws of the guide and what is known of them, ``batch_size`` at a time."""
 
         def step(_: Values, size: int) -> Values:
-            found = self.task.guide.sample(self._placing, {}, size)
+            found = self.task.guide.sample(self._scored, {}, size)
             free = {name: own.transform.inv(found[f"own {name}"]) for name, own in self._own.items()}
             change, latents = self._change(free, found), self._latents(found)
             log_p, derived = self.task.model.score(latents, size, self.read.derived)
@@ -114,7 +115,7 @@ class Space:
 
     def log_q(self, z: Tensor) -> Tensor:
         """The guide's log-density over z, ``(N, D) -> (N,)`` in nats."""
-        found, change = self._place(z)
+        found, change = self._place(z, self._scored)
         return found["log_q"] + change
 
     @torch.no_grad()
@@ -149,16 +150,19 @@ class Space:
         return self._locate(drawn)
 
     def _placing(self, view: View) -> Values:
-        """Read off a run of the guide: its own draws, the latents that they place, and its log-densities."""
+        """Read off a run of the guide: its own draws, the latents that they place, and all changes of variables."""
         own = {f"own {name}": view.read(name) for name in self._own}
         latents = {f"latent {name}": view.read(name) for name in self.task.latents}
-        log_q, rest = view.log_prob(self._own.__contains__), view.log_prob(lambda name: name not in self._own)
-        return {**own, **latents, "log_q": log_q, "rest": rest}  # the rest are changes of variables
+        return {**own, **latents, "rest": view.log_prob(lambda name: name not in self._own)}
+
+    def _scored(self, view: View) -> Values:
+        """Read off the log-density of the guide's own draws too."""
+        return {**self._placing(view), "log_q": view.log_prob(self._own.__contains__)}
 
     def _latents(self, found: Values) -> Values:
         return {name: found[f"latent {name}"] for name in self.task.latents}
 
-    def _place(self, z: Tensor) -> tuple[Values, Tensor]:
+    def _place(self, z: Tensor, read: Read | None = None) -> tuple[Values, Tensor]:
         """Run the guide with its draws held at z; also the log-determinant of constraining these."""
         size, start, free = len(z), 0, {}
         for name, own in self._own.items():
@@ -166,7 +170,7 @@ class Space:
             free[name] = z[:, start:stop].reshape(size, *own.shape)
             start = stop
         held = {name: own.transform(free[name]) for name, own in self._own.items()}
-        found = self.task.guide.run(self._placing, held, size)
+        found = self.task.guide.run(read or self._placing, held, size)
         return found, self._change(free, found)
 
     def _change(self, free: Values, found: Values) -> Tensor:
