@@ -34,7 +34,9 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        place = torch.distributions.Categorical(logits=x).sample()
+        # Where no value has a density, no other draw leads.
+        share = x.softmax(-1).nan_to_num(1.0)
+        place = torch.multinomial(share.reshape(-1, x.shape[-1]), 1).reshape(gradient.shape)
         return torch.nn.functional.one_hot(place, x.shape[-1]) * gradient.unsqueeze(-1)
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro.distributions.util import scale_and_mask
+from pyro.ops import special
 from pyro.poutine.runtime import _DIM_ALLOCATOR
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
@@ -149,8 +150,17 @@ class _UnderVmap(TorchFunctionMode):
     """Lets programs run under vmap that do what it forbids: read ``tensor.data``, or fill an empty tensor by chance.
 
     Pyro's enumeration does the former, torch's distributions the latter.  An empty tensor may hold anything, so it may
-    be one for each draw.
+    be one for each draw.  Pyro's ``safe_log``, of hidden Markov models, has no rule for vmap and gets one.
     """
+
+    def __enter__(self) -> _UnderVmap:
+        self._safe_log, special._SafeLog = special._SafeLog, _SafeLog
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        special._SafeLog = self._safe_log
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -159,6 +169,25 @@ class _UnderVmap(TorchFunctionMode):
         if func in _EMPTY and (found := func(*args, **kwargs)).is_floating_point():
             return torch.rand_like(found)
         return func(*args, **kwargs)
+
+
+class _SafeLog(torch.autograd.Function):
+    """The logarithm, with a finite gradient at 0: that of Pyro."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.log()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient / x.clamp(min=torch.finfo(x.dtype).eps)
 
 
 _EMPTY = torch.empty, torch.Tensor.new, torch.Tensor.new_empty

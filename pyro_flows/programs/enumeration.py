@@ -1,15 +1,13 @@
 """Discrete latents k, summed out exactly and drawn back: log p(z, x) = log Σ_k p(z, k, x), and k ~ p(k | z, x).
 
 :class:`Parallel` runs each discrete site at all values of its support at once, each site along a dimension of its own,
-and contracts the terms by variable elimination; :class:`Sequential` runs the model once for each joint value, for
-programs that branch on them.  Tensor Variable Elimination for Plated Factor Graphs (Obermeyer et al. 2019,
-arXiv:1902.03210), as Pyro's ``TraceEnum_ELBO`` and ``infer_discrete`` have it, here for each of N draws of z.
+and contracts the terms by variable elimination; ``one_by_one.py`` is for programs that do not run so.  Tensor Variable
+Elimination for Plated Factor Graphs (Obermeyer et al. 2019, arXiv:1902.03210), as Pyro's ``TraceEnum_ELBO`` and
+``infer_discrete`` have it, here for each of N draws of z.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections import OrderedDict
 from typing import Any, Protocol
 
@@ -23,10 +21,10 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from .draws_back import DrawingRing
-from .engines import Read, Site, Values, View
+from .engines import Read, Values, View
+from .masks import mask_of
 
 REST = "the sum over all sites that depend on no discrete latent"
-MOST = 1000  # joint values that are run one after the other
 Packed = Any  # a tensor with Pyro's names of its dimensions as an attribute
 Factors = OrderedDict[frozenset[str], list[Packed]]
 
@@ -189,40 +187,12 @@ class Parallel:
         return shape[: len(shape) - self._trace.nodes[name]["fn"].event_dim]
 
 
-class Sequential:
-    """The sum over discrete latents, one joint value after the other.
-
-    Args:
-        sites: The discrete latents in a run without enumeration, each of one element.
-
-    Raises:
-        ValueError: If a site has several elements, or there are more than ``MOST`` joint values.
-    """
-
-    def __init__(self, sites: dict[str, Site]) -> None:
-        supports = {name: site["fn"].enumerate_support(expand=False) for name, site in sites.items()}
-        number = math.prod(map(len, supports.values()))
-        several = [name for name, site in sites.items() if site["fn"].batch_shape.numel() > 1]
-        if several or number > MOST:
-            why = f"site {several[0]!r} has several elements" if several else f"there are {number} joint values"
-            raise ValueError(f"one value after the other there are too many: {why}")
-        shapes = {name: site["value"].shape for name, site in sites.items()}
-        joint = itertools.product(*supports.values())
-        self._values = [{n: v.reshape(shapes[n]) for n, v in zip(sites, row, strict=True)} for row in joint]
-
-    def log_prob(self, run: Run) -> Tensor:
-        """Return the log-density of N draws of the continuous latents, ``(N,)`` in nats."""
-        return self._joint(run).logsumexp(0)
-
-    @torch.no_grad()
-    def sample(self, run: Run) -> Values:
-        """Draw the discrete latents given N draws of the others: for each site ``(N, *site_shape)``."""
-        places = torch.distributions.Categorical(logits=self._joint(run).T).sample()
-        return {name: torch.stack([row[name] for row in self._values])[places] for name in self._values[0]}
-
-    def _joint(self, run: Run) -> Tensor:
-        def read(view: View) -> Values:
-            view.check_structure()  # a site that only some values lead to would be counted with all values
-            return {REST: view.log_prob()}
-
-        return torch.stack([run(read, discrete=row)[REST] for row in self._values])
+def check_masks(one: Trace, other: Trace, latents: list[str]) -> None:
+    """Refuse latents whose mask is another one at other discrete values: nothing bounds them where they are masked."""
+    for name in latents:
+        masks = [torch.as_tensor(mask_of(trace.nodes[name]).every) for trace in (one, other)]
+        if not all(torch.equal(*torch.broadcast_tensors(mask, masks[0])) for mask in masks):
+            raise ValueError(
+                f"latent site {name!r} is masked at some discrete values, where nothing bounds it: leave the mask out, "
+                "so that its prior stays in"
+            )

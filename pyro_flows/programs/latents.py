@@ -9,6 +9,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch.distributions import constraints
 
+from .events import with_values
 from .matching import check_drawn
 
 
@@ -52,7 +53,7 @@ def is_discrete(fn: Any) -> bool:
 
 def is_summable(fn: Any) -> bool:
     """True if a distribution is discrete and its support finite, so that its site can be summed out."""
-    return is_discrete(fn) and bool(fn.has_enumerate_support)
+    return is_discrete(fn) and bool(with_values(fn).has_enumerate_support)
 
 
 def _lacking(model: Trace, guide: Trace) -> dict[str, Any]:

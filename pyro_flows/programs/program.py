@@ -14,8 +14,10 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
-from .engines import ENGINES, Read, Site, Values, View, apart, beside, is_deterministic, run, with_room
-from .enumeration import Parallel, Run, Sequential
+from .engines import ENGINES, Read, Values, View, apart, beside, is_deterministic, run, with_room
+from .enumeration import Parallel, Run, check_masks
+from .events import WithValues
+from .one_by_one import Sequential
 from .quoting import quoted
 from .whole import Part, parts_of
 
@@ -112,7 +114,9 @@ class Program:
     @property
     def marked(self) -> Callable[..., Any]:
         """The program with its discrete latents marked for Pyro's own enumeration."""
-        return poutine.infer_config(self.call, self._mark) if self.enumerated else self.call
+        if not self.enumerated:
+            return self.call
+        return poutine.infer_config(WithValues(self.enumerated)(self.call), self._mark)
 
     def whole(self) -> None:
         """Score all rows of the one plate that is subsampled, part by part, in place of a subsample."""
@@ -189,34 +193,39 @@ class Program:
             ValueError: If the program runs at all values at once no more than at each.
         """
         if self._enumeration is None:
-            nodes = self.single.nodes
-            held = {name: site["value"] for name, site in nodes.items() if _is_latent(site)}
+            held = {name: site["value"] for name, site in self.single.nodes.items() if _is_latent(site)}
             values = {name: value for name, value in held.items() if name not in self.enumerated}
-            sites = {name: nodes[name] for name in self.enumerated}
-            try:
-                with pyro.validation_enabled(False), torch.no_grad():
-                    trace, plain = (
-                        self._trace(poutine.condition(self.call, data=data), None, everything)
-                        for data, everything in ((values, True), (held, False))
-                    )
-                    found = Parallel(trace, {name: site["value"].shape for name, site in sites.items()})
-                    terms = {n: v.unsqueeze(0) for n, v in found.read(View(trace, trace, None, self.nesting)).items()}
-                    found.check(terms, View(plain, plain, None, self.nesting))
-                self._enumeration = found
-            except Exception as error:  # a user's program may raise anything
-                self._enumeration = self._one_by_one(sites, error)
+            with pyro.validation_enabled(False), torch.no_grad():
+                plain = self._trace(poutine.condition(self.call, data=held), None, False)
+                try:
+                    self._enumeration = self._at_once(plain, values)
+                except Exception as error:  # a user's program may raise anything
+                    self._enumeration = self._one_by_one(plain, values, error)
         return self._enumeration
 
-    def _one_by_one(self, sites: dict[str, Site], error: Exception) -> Sequential:
+    def _at_once(self, plain: Trace, values: Values) -> Parallel:
+        trace = self._trace(poutine.condition(self.call, data=values), None, True)
+        found = Parallel(trace, {name: plain.nodes[name]["value"].shape for name in self.enumerated})
+        terms = {n: v.unsqueeze(0) for n, v in found.read(View(trace, trace, None, self.nesting)).items()}
+        found.check(terms, View(plain, plain, None, self.nesting))
+        check_masks(plain, trace, list(values))
+        return found
+
+    def _one_by_one(self, plain: Trace, values: Values, error: Exception) -> Sequential:
+        def trace(discrete: Values) -> Trace:
+            return self._trace(poutine.condition(self.call, data={**values, **discrete}), None, False)
+
         try:
-            return Sequential(sites)
+            found, alone = Sequential(plain, self.enumerated), self.with_(engine="loop")
+            found.check(alone._at({n: v.unsqueeze(0) for n, v in values.items()}, 1), trace, list(values))
         except ValueError as more:
-            names = ", ".join(map(repr, sites))
+            names = ", ".join(map(repr, self.enumerated))
             raise ValueError(
                 f"discrete latents {names} cannot be summed out: the model does not run at all of their values at once "
                 f"({quoted(error)}), and {more}. Let it broadcast over dimensions to the left of its plates, as for "
                 "Pyro's TraceEnum_ELBO: no .item() and no branches on discrete values."
             ) from error
+        return found
 
     def _trace(self, program: Callable[..., Any], size: int | None, enumerate: bool) -> Trace:
         if self.rows:
@@ -225,6 +234,8 @@ class Program:
             program = self._part(program)
         if size is not None:
             program = beside(program, size, self.nesting)
+        if self.enumerated:
+            program = WithValues(self.enumerated)(program)
         if enumerate:
             program = poutine.infer_config(program, self._mark)
             program = EnumMessenger(first_available_dim=-1 - self.nesting - (size is not None))(program)
