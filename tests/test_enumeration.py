@@ -331,3 +331,133 @@ def test_discrete_latents_that_cannot_be_summed_out_are_refused_with_the_line_an
         match=r"discrete latents 'k' cannot be summed out: .* another density .*, and rows of their plates",
     ):
         AutoFlow(crowded).setup(torch.tensor(1.0))
+
+
+# One value after the other, row by row; values that Pyro does not list; factorial chains.
+
+
+def stubborn(data):
+    """A mixture whose rows do not broadcast over discrete values, as Pyro's AIR and semi-supervised VAE have them."""
+    locs = pyro.sample("locs", dist.Normal(torch.tensor([0.0, 5.0, 10.0]), 1.0).to_event(1))
+    with pyro.plate("data", len(data), dim=-1):
+        kind = pyro.sample("kind", dist.OneHotCategorical(torch.tensor([0.5, 0.3, 0.2])))
+        wide = pyro.sample("wide", dist.Bernoulli(0.25))
+        scale = torch.cat((wide[:, None], kind), -1)[:, 0] + 0.5
+        pyro.sample("obs", dist.Normal(kind @ locs, scale), obs=data)
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_rows_that_do_not_run_at_all_values_at_once_have_a_sum_each(size):
+    def model(data):
+        return stubborn(data) if size is None else poutine.scale(stubborn, scale=2.0)(data)
+
+    guide = AutoFlow(model).setup(DATA)
+    task = Task(model, guide, (DATA,), {}).settle()
+    draws = task.draw(2000)
+    locs = draws.latents["locs"]  # (N, 3)
+    terms = torch.stack(
+        [
+            torch.tensor(weight * share).log() + dist.Normal(locs[:, None, kind], 0.5 + wide).log_prob(DATA)
+            for kind, weight in enumerate((0.5, 0.3, 0.2))
+            for wide, share in ((0, 0.75), (1, 0.25))
+        ]
+    )
+    prior = dist.Normal(torch.tensor([0.0, 5.0, 10.0]), 1.0).log_prob(locs).sum(-1)
+    scale = 1.0 if size is None else 2.0
+    torch.testing.assert_close(draws.log_p, scale * (prior + terms.logsumexp(0).sum(-1)), rtol=1e-4, atol=1e-3)
+    drawn = task.complete(draws.latents)
+    assert drawn["kind"].shape == (2000, 5, 3)
+    shares = terms.softmax(0).reshape(3, 2, 2000, 5).mean(2)
+    torch.testing.assert_close(drawn["kind"].mean(0).T, shares.sum(1), rtol=0, atol=4 * 0.5 / 2000**0.5)
+    torch.testing.assert_close(drawn["wide"].mean(0), shares.sum(0)[1], rtol=0, atol=4 * 0.5 / 2000**0.5)
+
+
+def test_latents_that_discrete_ones_mask_are_refused():
+    """Where the mask is on, nothing bounds the latent, and the sum is no density."""
+
+    def model(y):
+        seen = pyro.sample("seen", dist.Bernoulli(0.5))
+        with poutine.mask(mask=seen.bool()):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(seen * z, 1.0), obs=y)
+
+    def setup():
+        for seed in range(6):  # the first run draws either value
+            pyro.set_rng_seed(seed)
+            AutoFlow(model).setup(torch.tensor(1.0))
+
+    with pytest.raises(ValueError, match="latent site 'z' is masked"):
+        setup()
+
+
+def test_events_of_several_discrete_numbers_have_joint_values():
+    def model(y):
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))
+        on = pyro.sample("on", dist.Bernoulli(p).expand([3]).to_event(1))
+        pyro.sample("y", dist.Normal((on * torch.tensor([1.0, 2.0, 4.0])).sum(-1), 0.5), obs=y)
+
+    guide = AutoFlow(model).setup(torch.tensor(3.0))
+    task = Task(model, guide, (torch.tensor(3.0),), {}).settle()
+    draws = task.draw(500)
+    p = draws.latents["p"]
+    terms = []
+    for number in range(8):
+        on = torch.tensor([number & 1, number >> 1 & 1, number >> 2 & 1]).float()
+        here = dist.Normal(float(number), 0.5).log_prob(torch.tensor(3.0))
+        terms.append(dist.Bernoulli(p[:, None]).log_prob(on).sum(-1) + here)
+    wanted = dist.Beta(2.0, 2.0).log_prob(p) + torch.stack(terms).logsumexp(0)
+    torch.testing.assert_close(draws.log_p, wanted, rtol=1e-4, atol=1e-4)
+    assert task.complete(draws.latents)["on"].shape == (500, 3)
+
+
+def test_a_binomial_of_a_latent_number_of_trials_is_summed_out():
+    def model(y):
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))
+        number = pyro.sample("number", dist.Binomial(4, 0.5))
+        found = pyro.sample("found", dist.Binomial(number, p))
+        pyro.sample("y", dist.Normal(found, 0.5), obs=y)
+
+    guide = AutoFlow(model).setup(torch.tensor(2.0))
+    task = Task(model, guide, (torch.tensor(2.0),), {}).settle()
+    draws = task.draw(300)
+    p = draws.latents["p"]
+    terms = [
+        dist.Binomial(4, torch.tensor(0.5)).log_prob(torch.tensor(float(n)))
+        + dist.Binomial(n, p).log_prob(torch.tensor(float(k)))
+        + dist.Normal(float(k), 0.5).log_prob(torch.tensor(2.0))
+        for n in range(5)
+        for k in range(n + 1)
+    ]
+    wanted = dist.Beta(2.0, 2.0).log_prob(p) + torch.stack(terms).logsumexp(0)
+    torch.testing.assert_close(draws.log_p, wanted, rtol=1e-4, atol=1e-4)
+    drawn = task.complete(draws.latents)
+    assert (drawn["found"] <= drawn["number"]).all()
+
+
+def factorial(data):
+    """Two chains that are seen together, as Pyro's ``hmm.py`` has them in model 3."""
+    stay = pyro.sample("stay", dist.Beta(4.0, 2.0))
+    w = x = torch.tensor(0)
+    for t in pyro.markov(range(len(data))):
+        w = pyro.sample(f"w_{t}", dist.Bernoulli(torch.where(w == 1, stay, 1 - stay))).long()
+        x = pyro.sample(f"x_{t}", dist.Bernoulli(torch.where(x == 1, 0.7 * stay, 0.2 * stay))).long()
+        pyro.sample(f"y_{t}", dist.Normal((w + 2 * x).to(stay.dtype), 1.0), obs=data[t])
+
+
+def test_draws_of_factorial_chains_are_joint():
+    """Against all values by hand: the pair of chains at two times, which Pyro's own backward sampler cannot draw."""
+    data = torch.tensor([0.5, 2.5, 3.0])
+    guide = AutoFlow(factorial).setup(data)
+    task = Task(factorial, guide, (data,), {}).settle()
+    stay = torch.full((4000,), 0.8)
+    drawn = task.complete({"stay": stay})
+    names = [f"{chain}_{t}" for t in range(3) for chain in "wx"]
+    codes = sum(drawn[name].long() << place for place, name in enumerate(names))
+    terms = []
+    for code in range(64):
+        values = {name: torch.tensor(float(code >> place & 1)) for place, name in enumerate(names)}
+        held = poutine.condition(factorial, data={"stay": torch.tensor(0.8), **values})
+        terms.append(poutine.trace(held).get_trace(data).log_prob_sum())
+    shares = torch.stack(terms).softmax(0)
+    found = torch.bincount(codes, minlength=64) / len(stay)
+    assert ((found - shares).abs() < 4.5 * (shares * (1 - shares) / len(stay)).sqrt() + 1e-3).all()

@@ -7,11 +7,9 @@ model has one no more, or a mask removes it, the guide's entropy counts without 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -20,7 +18,7 @@ from .arguments import Arguments, are_used_up
 from .checks import check_no_more, check_shapes
 from .faults import Watch
 from .look import Found, Rows, look, same_draws
-from .masked import check_unmasked, hides_outside, mask_of_rows
+from .masked import RowMasks, check_absent, check_unmasked, hides_outside, masks_of_rows
 
 Model = Callable[..., Any]
 
@@ -37,6 +35,7 @@ class Calls:
         self.owner, self.plate = owner, plate
         self.observed: frozenset[str] = frozenset()
         self.masked = False
+        self._absent: frozenset[str] = frozenset()  # latents of which a part was found to be absent
         self._last: Arguments | None = None
         self.watch = Watch(owner, plate)
 
@@ -47,7 +46,7 @@ class Calls:
         self.observed = frozenset(found.observed)
         self._settle(model, prototype, found, args, kwargs)
         if self.plate is not None:
-            mask_of_rows(self.plate, found)
+            self._checked(masks_of_rows(self.plate, found), model, prototype, args, kwargs)
         return found
 
     def rows(
@@ -82,16 +81,25 @@ class Calls:
         check_unmasked(self.owner, self.plate, found)
         return found
 
-    def masking(
+    def masks(
         self, model: Model | None, prototype: Trace, indices: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Return a context in which the plate's rows at some indices count where they do in the model."""
+    ) -> RowMasks:
+        """Return what counts in the model of the plate's rows at some indices."""
         if not self.masked or model is None or self.plate is None:
-            return nullcontext()
+            return RowMasks()
         with self._aside(prototype):
             found = look(model, args, kwargs, plate=self.plate, indices=indices)
-        mask = mask_of_rows(self.plate, found)
-        return nullcontext() if mask is None else poutine.mask(mask=mask)
+        return self._checked(masks_of_rows(self.plate, found), model, prototype, args, kwargs)
+
+    def _checked(
+        self, masks: RowMasks, model: Model, prototype: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> RowMasks:
+        """Refuse masks that hide what the model depends on, where a latent has one for the first time."""
+        if not masks.parts.keys() <= self._absent:
+            with self._aside(prototype):
+                check_absent(model, prototype, masks, args, kwargs)
+            self._absent |= masks.parts.keys()
+        return masks
 
     def _settle(
         self, model: Model, prototype: Trace, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]

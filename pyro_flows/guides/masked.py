@@ -1,17 +1,25 @@
 """Masked latents: a mask takes rows out of the model's density, so it must take them out of the guide's.
 
-For rows of a plate that have a flow each this is the same mask.  One joint density cannot leave out a part of itself.
-A latent that is masked as a whole while no data are has a flat prior, and is drawn and scored as ever.
+For rows of a plate that have a flow each this is the same mask.  One joint density cannot leave out a part of itself,
+but a part that nothing else depends on, as the steps that pad a series, is *absent*: the guide gives it the law of a
+standard normal, unconstrained, and takes that off its density.  A latent that is masked as a whole while no data are
+has a flat prior, and is drawn and scored as ever.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
+from pyro import poutine, validation_enabled
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.distributions import biject_to
 
 from ..programs.masks import is_masked, is_observation, mask_of
+from .checks import trace_at
 from .look import Found, rows_in
 
 FLAT = "For a flat prior write dist.ImproperUniform."
@@ -42,27 +50,38 @@ def check_unmasked(owner: str, plate: str | None, found: Found) -> None:
             )
 
 
-def mask_of_rows(plate: str, found: Found) -> Tensor | None:
-    """The mask that all latents in a plate have in common, ``(rows, *1s)`` to the plate's dimension.
+class RowMasks(NamedTuple):
+    """What counts of the latents in a plate.
 
-    None where all rows count.
+    Attributes:
+        rows: The rows that count, ``(rows, *1s)`` to the plate's dimension; None where all do.
+        parts: For latents of which a part is absent, what counts, over the latent's batch shape.
+    """
+
+    rows: Tensor | None = None
+    parts: dict[str, Tensor] = {}
+
+    @property
+    def context(self) -> Any:
+        """A context in which the rows count that do."""
+        return nullcontext() if self.rows is None else poutine.mask(mask=self.rows)
+
+
+def masks_of_rows(plate: str, found: Found) -> RowMasks:
+    """Return what counts of the latents in a plate.
 
     Raises:
-        ValueError: Naming the sites, if masks divide a row, or leave in the data of a row that they take out.
+        ValueError: Naming the site, if a mask leaves in the data of a row that it takes out, or divides an event.
     """
     inside = {name: site for name, site in found.latents.items() if _frame(site, plate)}
     rows = {name: _rows_of(name, site, plate) for name, site in inside.items()}
-    if not rows or all(bool(mask.all()) for mask in rows.values()):
-        return None
-    (first, mask), *others = rows.items()
-    for name, other in others:
-        if not torch.equal(mask, other):
-            raise ValueError(
-                f"AutoPlateFlow: latent sites {first!r} and {name!r} in plate {plate!r} have different masks, so that "
-                f"rows are left out in part. {_way_out(plate)}"
-            )
-    if mask_of(inside[first]).is_scalar and not _hides_data(found):
-        return None  # a flat prior
+    parts = {name: torch.as_tensor(mask_of(site).every) for name, site in inside.items()}
+    hidden = [name for name, part in parts.items() if not part.all()]
+    if all(mask_of(inside[name]).is_scalar for name in hidden) and not _hides_data(found):
+        return RowMasks()  # nothing is hidden, or priors are flat
+    if not hidden:
+        return RowMasks()
+    first, mask = hidden[0], torch.stack([*rows.values()]).any(0)
     for name, site in found.observed.items():
         if not (_frame(site, plate) and is_observation(site)):
             continue
@@ -73,7 +92,34 @@ def mask_of_rows(plate: str, found: Found) -> Tensor | None:
             )
     _check_data_inside(plate, first, found)
     frame = _frame(inside[first], plate)
-    return mask.reshape(-1, *(1,) * (-1 - frame.dim))
+    shown = mask.reshape(-1, *(1,) * (-1 - frame.dim))
+    divided = {n: part for n, part in parts.items() if not torch.equal(*torch.broadcast_tensors(part, shown))}
+    return RowMasks(None if bool(mask.all()) else shown, divided)
+
+
+def check_absent(
+    model: Callable[..., Any], prototype: Trace, masks: RowMasks, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse masks that hide a part of a latent on which the rest of the model depends.
+
+    Raises:
+        ValueError: Naming the site.
+    """
+    values = {name: site["value"].detach() for name, site in prototype.iter_stochastic_nodes()}
+    for name, part in masks.parts.items():
+        fn, here = prototype.nodes[name]["fn"], values[name]
+        bijection = biject_to(fn.support)
+        there = bijection(bijection.inv(here) + 1.0)
+        moved = torch.where(part.reshape(part.shape + (1,) * fn.event_dim), here, there)
+        with validation_enabled(False):
+            traces = (trace_at(model, {**values, name: value}, args, kwargs) for value in (here, moved))
+            one, other = (torch.as_tensor(trace.log_prob_sum()) for trace in traces)
+        if not torch.allclose(one, other, rtol=1e-5, atol=1e-5, equal_nan=True):
+            raise ValueError(
+                f"AutoPlateFlow: the mask of latent site {name!r} hides a part of it that the rest of the model depends"
+                " on. Mask whole rows, with one mask around all of the plate, or the observed sites only, so that the "
+                "priors of the latents stay in, as for series that are padded to one length."
+            )
 
 
 def _check_data_inside(plate: str, latent: str, found: Found) -> None:
@@ -88,11 +134,11 @@ def _check_data_inside(plate: str, latent: str, found: Found) -> None:
                 )
 
 
-def mask_of_all(plate: str, found: Found) -> Tensor | None:
-    """The mask of all rows of a plate, ``(rows,)``; None where all of them count.
+def masks_of_all(plate: str, found: Found) -> RowMasks:
+    """Return what counts of the latents of all rows of a plate.
 
     Raises:
-        ValueError: As :func:`mask_of_rows`, or if the plate is subsampled, so that the others' masks are not known.
+        ValueError: As :func:`masks_of_rows`, or if the plate is subsampled, so that the others' masks are not known.
     """
     inside = [name for name, site in found.latents.items() if _frame(site, plate) and is_masked(site)]
     if inside and found.rows and found.rows.size < found.rows.full_size:
@@ -101,8 +147,7 @@ def mask_of_all(plate: str, found: Found) -> Tensor | None:
             f"({found.rows.size} of {found.rows.full_size} rows), so that the masks of the other rows are not known. "
             "Let the plate run over all rows."
         )
-    mask = mask_of_rows(plate, found)
-    return None if mask is None else mask.flatten()
+    return masks_of_rows(plate, found)
 
 
 def _hides_data(found: Found) -> bool:
@@ -110,22 +155,14 @@ def _hides_data(found: Found) -> bool:
 
 
 def _rows_of(name: str, site: dict[str, Any], plate: str) -> Tensor:
-    """The rows of a latent that count, ``(rows,)``."""
+    """The rows of a latent of which some part counts, ``(rows,)``."""
     mask = mask_of(site)
-    some, every = (_reduced(part, site, plate, how) for part, how in zip(mask, (torch.any, torch.all), strict=True))
-    if not torch.equal(some, every):
+    if not torch.equal(*(torch.as_tensor(part) for part in mask)):
         raise ValueError(
-            f"AutoPlateFlow: the mask of latent site {name!r} leaves out a part of a row of plate {plate!r}, whose "
-            f"flow is one joint density. {_way_out(plate)}"
+            f"AutoPlateFlow: the mask of latent site {name!r} divides an event. Mask whole events, or the observed "
+            "sites only, so that the priors of the latents stay in."
         )
-    return every
-
-
-def _way_out(plate: str) -> str:
-    return (
-        f"Mask whole rows, with one mask around all of plate {plate!r}, or the observed sites only, so that the priors "
-        "of the latents stay in, as for series that are padded to one length."
-    )
+    return _reduced(mask.every, site, plate, torch.any)
 
 
 def _reduced(mask: Tensor | bool, site: dict[str, Any], plate: str, how: Any) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..flows import Flow
 from ..flows.chunks import chunk_for
 from ..transforms.recompute import recomputed
+from .masked import RowMasks
 from .packing import Packing
 from .recipe import is_untrained, permutes
 
@@ -69,10 +70,10 @@ class Nested(nn.Module):
             found.update(self.own.values(self.local_flow(self.contexts(rows, g)).sample(more), size))
         return found
 
-    def log_prob(self, values: dict[str, Tensor], rows: Tensor, mask: Tensor | None = None) -> Tensor:
+    def log_prob(self, values: dict[str, Tensor], rows: Tensor, masks: RowMasks) -> Tensor:
         """The log-density of values ``(*batch, *site_shape)`` for rows with some contexts, ``batch``.
 
-        Rows that a mask ``(rows,)`` takes out do not count.  Many values are scored some at a time, those of the first
+        What is masked does not count.  Many values are scored some at a time, those of the first
         dimension of the batch, so that they fit into memory.
         """
         parts = {**self.shared.parts, **self.own.parts}
@@ -81,22 +82,22 @@ class Nested(nn.Module):
         batch = batches.pop() if len(given) == len(parts) and len(batches) == 1 else torch.Size()
         size = chunk_for((self.shared.size + len(rows) * self.own.size) * batch[1:].numel())
         if batch[:1].numel() <= size:
-            return self._log_prob(values, rows, mask)
+            return self._log_prob(values, rows, masks)
         chunks = zip(*(value.split(size) for value, _ in given), strict=True)
         return torch.cat(
-            [recomputed(self._log_prob, dict(zip(parts, chunk, strict=True)), rows, mask) for chunk in chunks]
+            [recomputed(self._log_prob, dict(zip(parts, chunk, strict=True)), rows, masks) for chunk in chunks]
         )
 
-    def _log_prob(self, values: dict[str, Tensor], rows: Tensor, mask: Tensor | None) -> Tensor:
+    def _log_prob(self, values: dict[str, Tensor], rows: Tensor, masks: RowMasks) -> Tensor:
         total, g = torch.zeros(()), None
         if self.flow:
             packed, log_det = self.shared.pack(values)
             total = total + self.flow().log_prob(packed) + log_det
             g = packed.reshape(*packed.shape[:-1], *(1,) * (self.own.trailing + 1), -1)
         if self.local_flow:
-            packed, log_det = self.own.pack(values)
+            packed, log_det = self.own.pack(values, masks.parts)
             own = packed.reshape(*packed.shape[:-1], *(1,) * self.own.trailing, -1)
             log_q = self.local_flow(self.contexts(rows, g)).log_prob(own)
             log_q = log_q.reshape(log_det.shape) + log_det
-            total = total + (log_q if mask is None else log_q.where(mask, 0.0)).sum(-1)
+            total = total + (log_q if masks.rows is None else log_q.where(masks.rows.flatten(), 0.0)).sum(-1)
         return total

@@ -7,8 +7,10 @@ belongs to the batch of vectors, and all other dimensions of a site to the vecto
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pyro
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.utils import _sum_rightmost
 
+from ..programs.matching import KEEPS_MASK
 from .faults import Sites
 
 
@@ -82,8 +85,12 @@ class Packing:
     def _sizes(self) -> list[int]:
         return [part.batch.numel() * part.event.numel() for part in self.parts.values()]
 
-    def unpack(self, latent: Tensor) -> Iterator[tuple[str, Part, Tensor, Tensor]]:
+    def unpack(
+        self, latent: Tensor, absent: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Iterator[tuple[str, Part, Tensor, Tensor]]:
         """Vectors ``(*batch, size)`` as sites: their names, parts, values and log|det| of the constraining map.
+
+        Where a part of a site is absent the last is the log-density of a standard normal: see ``masked.py``.
 
         The batch may have dimensions to the left of all plates; those of plates must be 1 but for the plate of rows.
         """
@@ -98,15 +105,27 @@ class Packing:
             free = free.reshape([a * b for a, b in zip(outer, inner, strict=True)] + list(part.event))
             value = part.transform(free)
             change = part.transform.log_abs_det_jacobian(free, value)
-            yield name, part, value, _sum_rightmost(change, change.dim() - depth)
+            change = _sum_rightmost(change, change.dim() - depth)
+            if name in absent:
+                change = change.where(absent[name], _normal(free, depth))
+            yield name, part, value, change
 
-    def place(self, latent: Tensor, plates: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        """Put packed latents at their sites, in their plates: each site's name and value."""
-        for name, part, value, log_det in self.unpack(latent):
+    def place(
+        self, latent: Tensor, plates: dict[str, Any], absent: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Put packed latents at their sites, in their plates: each site's name and value.
+
+        Args:
+            latent: The vectors.
+            plates: The plates, by name.
+            absent: For sites of which a part is absent, what counts.
+        """
+        for name, part, value, log_det in self.unpack(latent, absent):
             with ExitStack() as stack:
                 for frame in part.plates:
                     stack.enter_context(plates[frame.name])
-                yield name, pyro.sample(name, dist.Delta(value, log_density=-log_det, event_dim=part.event_dim))
+                fn = dist.Delta(value, log_density=-log_det, event_dim=part.event_dim)
+                yield name, pyro.sample(name, fn, infer={KEEPS_MASK: name in absent})
 
     def sites(self, rows: Tensor | None = None) -> Sites:
         """The sites of a packed draw, of some rows of the plate."""
@@ -120,7 +139,9 @@ class Packing:
         for name, part, value, _ in self.unpack(latent):
             yield name, value.reshape(size, *value.shape[value.dim() - len(part.batch) - part.event_dim :])
 
-    def pack(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def pack(
+        self, values: dict[str, Tensor], absent: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> tuple[Tensor, Tensor]:
         """The way back: ``(*sample, [rows,] size)``, and log|det| of it, for values ``(*sample, *site_shape)``.
 
         The log-determinant, in nats and of the shape of the batch, is -inf outside of the support.
@@ -138,6 +159,8 @@ class Packing:
             change = _sum_rightmost(change, change.dim() - sample - plates).where(
                 inside.reshape(*value.shape[: sample + plates], -1).all(-1), -torch.inf
             )
+            if name in absent:
+                change = change.where(absent[name], -_normal(free, sample + plates))
             if self.dim is not None:
                 axis = sample + plates + self.dim
                 free, change = free.movedim(axis, sample), change.movedim(axis, sample)
@@ -160,6 +183,12 @@ class Packing:
                     f"({'none' if there is None else there.support}) than with those that the guide was built for "
                     f"({part.support}). Draw it on a fixed scale and stretch it."
                 )
+
+
+def _normal(free: Tensor, batch_dim: int) -> Tensor:
+    """The log-density of a standard normal over the dimensions beyond those of a batch."""
+    log_prob = -0.5 * (free.square() + math.log(2 * math.pi))
+    return _sum_rightmost(log_prob, log_prob.dim() - batch_dim)
 
 
 def _anywhere(part: Part, at: float = 0.0) -> Tensor:

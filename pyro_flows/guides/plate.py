@@ -30,7 +30,7 @@ from .encoding import at_rest, check_encoder
 from .init import init_to_center
 from .local import assemble_local, default_local
 from .look import Found, Rows
-from .masked import mask_of_all
+from .masked import RowMasks, masks_of_all
 from .names import claim_name
 from .nested import Nested
 from .packing import Packing
@@ -183,17 +183,17 @@ class AutoPlateFlow(RowsPlan, FlowGuide):
         result, g = dict[str, Tensor](), None
         if posterior.flow:
             g = self._draw("latent", posterior.flow(), posterior.shared.sites())
-            result.update(posterior.shared.place(g, plates))
+            result.update(posterior.shared.place(g, plates, {}))
         if posterior.local_flow:
             plate = plates[self.plate]
             # The model enters the plate itself, so it is looked at before the guide is in there.
-            masking = self._calls.masking(self.model, self.prototype_trace, plate.indices, args, kwargs)
-            with plate as indices, masking:
+            masks = self._calls.masks(self.model, self.prototype_trace, plate.indices, args, kwargs)
+            with plate as indices, masks.context:
                 rows = self.contexts.of(self.model, plate, indices, args, kwargs)
                 q = posterior.local_flow(posterior.contexts(rows, g))
                 latent = self._draw(f"{self.plate}_latent", q, posterior.own.sites(indices))
-            with masking:
-                result.update(posterior.own.place(latent, plates))
+            with masks.context:
+                result.update(posterior.own.place(latent, plates, masks.parts))
         return result
 
     def _plates(self, posterior: Nested, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -237,8 +237,8 @@ class AutoPlateFlow(RowsPlan, FlowGuide):
         Rows that the model masks do not count.
         """
         found = self.setup(*args, **kwargs)._look(args, kwargs)
-        mask = mask_of_all(self.plate, found) if found else None
-        return self.posterior.log_prob(values, self._all_rows(args, kwargs), mask)
+        masks = masks_of_all(self.plate, found) if found else RowMasks()
+        return self.posterior.log_prob(values, self._all_rows(args, kwargs), masks)
 
     def _all_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The contexts of all rows, ``(rows, context_dim)``; of one without content where none is needed."""

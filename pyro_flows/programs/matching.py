@@ -11,6 +11,8 @@ from pyro.poutine.util import site_is_subsample
 
 from .masks import Mask, is_observation, mask_of
 
+KEEPS_MASK = "_keeps_mask"  # marks a guide's site whose density leaves out what the model masks
+
 
 def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
     """Refuse a guide that draws what is no latent of the model, or counts where the model's latent is masked.
@@ -35,7 +37,7 @@ def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
             )
     for name, site in drawn.items():
         mask = mask_of(nodes[name])
-        if mask.every is True or not mask.hides or _same(mask, mask_of(site)):
+        if mask.every is True or not mask.hides or site["infer"].get(KEEPS_MASK) or _same(mask, mask_of(site)):
             continue
         if _hides_data(model) and not _is_point(site, guide):
             raise ValueError(

@@ -52,7 +52,7 @@ class Sequential:
             name: support.reshape(len(support), *sites[name]["fn"].event_shape)[list(column)]
             for (name, support), column in zip(supports.items(), zip(*places, strict=True), strict=True)
         }
-        self._number, self._scale = number, 1.0
+        self._single, self._number, self._scale = trace, number, 1.0
         scales = [float(site["scale"]) for site in trace.nodes.values() if self._is_inside(site)]
         if len(set(scales)) == 1:
             self._scale = scales[0]
@@ -68,6 +68,8 @@ class Sequential:
             latents: The names of the other latents.
         """
         first, last = (trace(self._values(torch.full(self._rows, j))) for j in (0, self._number - 1))
+        for run_at in (first, last):
+            View(run_at, self._single, None, 0).check_structure()
         check_masks(first, last, latents)
         for name in self._tables:
             supports = [with_values(where.nodes[name]["fn"]).enumerate_support(expand=False) for where in (first, last)]
