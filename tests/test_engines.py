@@ -17,6 +17,7 @@ from torch import nn
 import pyro_flows as pf
 from pyro_flows import AutoFlow
 from pyro_flows.objectives import ImportanceWeightedELBO, PathELBO, TemperedELBO
+from pyro_flows.programs.log_density import or_nan, score_of
 from pyro_flows.programs.space import Space
 from pyro_flows.programs.task import Task
 
@@ -373,3 +374,122 @@ def test_random_structure_is_refused_by_the_site():
 
     with pytest.raises(ValueError, match=r"other sites from run to run: 'extra' is in some runs only\. Let it draw"):
         pf.psis(growing, guide, Y[0], num_samples=50)
+
+
+# Programs that would stop an engine, a search or a guide.
+
+
+def test_a_batch_with_matrices_that_have_no_factor_loses_those_draws_alone():
+    calls = []
+
+    def density(z):
+        calls.append(len(z))
+        matrix = torch.eye(2) * z[:, None, :1] + 0.1
+        return torch.cholesky_inverse(torch.linalg.cholesky(matrix)).sum((-1, -2))
+
+    z = torch.tensor([[1.0], [-1.0], [2.0], [-3.0], [0.5]])
+    found = or_nan(density)(z)
+    assert calls == [5, 5]
+    assert found.isnan().tolist() == [False, True, False, True, False]
+    torch.testing.assert_close(found[[0, 2, 4]], density(z[[0, 2, 4]]))
+    score = score_of(or_nan(density), z)
+    torch.testing.assert_close(score[[0, 2, 4]], score_of(density, z[[0, 2, 4]]))
+
+
+def test_a_draw_out_of_range_is_weighed_and_no_error():
+    """One draw of the latents overflows where it is constrained: its density is not finite, that of the others is."""
+
+    def model():
+        x = pyro.sample("x", dist.LogNormal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+
+    space = Space(Task(model, AutoFlow(model).setup(), (), {}))
+    z = torch.tensor([[0.5], [1000.0]], requires_grad=True)
+    found = space.log_p(z)
+    assert found.isfinite().tolist() == [True, False]
+
+
+def test_the_engine_of_hidden_markov_models_is_vmap():
+    """Their logarithm is safe at 0, which vmap knows nothing of, and has the same gradient."""
+
+    def model(data):
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))
+        stay = torch.stack((p, 1 - p))
+        rows = torch.stack((stay, stay.flip(0)))
+        pyro.sample("y", dist.DiscreteHMM(torch.zeros(2), rows.log(), dist.Normal(torch.arange(2.0), 1.0)), obs=data)
+
+    data = torch.tensor([0.1, 0.9, 1.2, -0.3])
+    guide = AutoFlow(model).setup(data)
+    found = {}
+    for engine in ("vmap", "loop"):
+        task = Task(model, guide, (data,), {}, engine).settle()
+        p = torch.tensor([0.2, 0.7, 0.9], requires_grad=True)
+        log_p = task.model.log_prob({"p": p}, 3)
+        found[engine] = log_p.detach(), torch.autograd.grad(log_p.sum(), p)[0]
+    torch.testing.assert_close(found["vmap"], found["loop"])
+
+
+def test_plates_that_hold_no_site_do_not_meet_the_plate_of_draws():
+    """Pyro's compartmental models compute within a plate of time, and add what they find outside of it."""
+
+    def model(data):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("time", len(data), dim=-1):
+            total = float(len(data)) * x
+        if total > 1e9:
+            raise AssertionError
+        pyro.sample("y", dist.Normal(total, 1.0), obs=data.sum())
+
+    data = torch.ones(3)
+    assert pf.fit_svi(model, AutoFlow(model), data, num_particles=4, **QUICK).losses.isfinite().all()
+
+
+def test_a_model_without_gradients_is_refused_before_training():
+    def model(y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(torch.as_tensor(x.numpy() ** 2), 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"(?s)fit_svi: the model has no gradients.*numpy\(\).*without .numpy"):
+        pf.fit_svi(model, AutoFlow(model), torch.tensor(1.0), **QUICK)
+
+
+def test_a_guide_starts_where_the_model_has_a_density():
+    """Neither the centre of the prior nor the origin has one here: one latent must be larger than the other."""
+
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        pyro.factor("order", torch.where(a > b + 0.5, 0.0, -torch.inf))
+
+    a, b = AutoFlow(model).setup().start[0]
+    assert a > b + 0.5
+
+
+def test_a_law_without_a_support_is_over_the_real_numbers():
+    """As zuko's flows are within ``ZukoToPyro``."""
+
+    class Nameless(dist.TorchDistribution):
+        arg_constraints = {}
+        has_rsample = True
+
+        def __init__(self, shape=()):
+            super().__init__(torch.Size(shape), torch.Size([2]))
+
+        def rsample(self, sample_shape=()):
+            return 3 + torch.randn(torch.Size(sample_shape) + self.batch_shape + self.event_shape)
+
+        def log_prob(self, value):
+            return -((value - 3) ** 2).sum(-1) / 2
+
+        def expand(self, batch_shape, _instance=None):
+            return Nameless(batch_shape)
+
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", Nameless())
+            pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
+
+    y = torch.zeros(3)
+    for guide in (AutoFlow(model), pf.AutoPlateFlow(model, "rows")):
+        pf.fit_svi(model, guide, y, **QUICK)
+        assert guide.sample(4, y)["z"].shape == (4, 3, 2)

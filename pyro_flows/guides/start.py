@@ -67,8 +67,6 @@ def _choose(
     centre = {name: transforms[name].inv(site["value"].detach()) for name, site in latents.items()}
     origin = {name: torch.zeros_like(value) for name, value in centre.items()}
     rows: dict[str, Tensor] = {}
-    if not any(value.any() for value in centre.values()):
-        return
 
     def log_density(free: dict[str, Tensor]) -> float:
         values = {name: transforms[name](value) for name, value in free.items()}
