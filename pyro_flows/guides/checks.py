@@ -8,13 +8,14 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
-from pyro import poutine, validation_enabled
+from pyro import validation_enabled
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from ..programs.latents import is_discrete, named
 from ..programs.program import Program
+from ..programs.traces import trace_at
 from .look import Found, look
 
 
@@ -138,14 +139,6 @@ def check_supports(owner: str, names: list[str], prototype: Trace) -> None:
             f"latent. Draw it on a fixed scale and stretch it: u ~ Uniform(0, 1), "
             f"{name} = pyro.deterministic({name!r}, low + (high - low) * u)."
         )
-
-
-def trace_at(
-    model: Callable[..., Any], values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Trace:
-    """Run the model with its latents held at values, unseen by the handlers outside."""
-    with poutine.block(), torch.no_grad():
-        return poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
 
 
 def check_same(

@@ -6,14 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from pyro import poutine
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.messenger import Messenger
 
 from ..programs.latents import is_point, is_summable
 from ..programs.nesting import nesting_of
 from ..programs.program import Program
+from ..programs.traces import trace_at
 
 
 class HideDiscrete(BlockMessenger):
@@ -45,8 +44,7 @@ def summed(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     while isinstance(program, functools.partial) and isinstance(next(iter(program.args), None), Messenger):
         messenger, inner = program.args[:2]  # one of Pyro's handlers, and what it is around
         if isinstance(messenger, HideDiscrete) and messenger.names:
-            with poutine.block(), torch.no_grad():
-                single = poutine.trace(inner).get_trace(*args, **kwargs)
+            single = trace_at(inner, {}, args, kwargs)
             return Program(inner, args, kwargs, single, nesting_of(single), tuple(messenger.names))
         program = inner
     return None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..flows.distribution import FlowDistribution
 from ..programs.engines import is_weighing
 from ..programs.log_density import NonFiniteDraw
+from ..programs.traces import trace_of
 from ..transforms.tracing import is_traced
 
 MOST = 100  # draws of one step at which the model is run again
@@ -158,7 +159,7 @@ class Watch:
             data.update(sites.unpack(leaf))
             if sites.rows is not None and self.plate is not None and self.plate not in guide._data_plates:
                 data[self.plate] = sites.rows
-        trace = poutine.trace(poutine.condition(guide.model, data=data)).get_trace(*args, **kwargs)
+        trace = trace_of(poutine.condition(guide.model, data=data), args, kwargs)
         trace.compute_log_prob()
         found = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
         for name, site in found.items():

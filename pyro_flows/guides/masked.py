@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..programs.masks import is_masked, is_observation, mask_of
-from .checks import trace_at
+from ..programs.traces import trace_at
 from .look import Found, rows_in
 
 FLAT = "For a flat prior write dist.ImproperUniform."

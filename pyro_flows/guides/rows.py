@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro import poutine, validation_enabled
+from pyro import validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ..programs.minibatches import Shuffled as Shuffled
+from ..programs.traces import trace_at
 from .look import Found, Rows
 
 
@@ -78,9 +79,8 @@ def check_tied(
     seen = []
     for _ in range(10):  # a few rows may be alike
         indices = torch.randperm(rows.full_size)[: rows.size]
-        with poutine.block(), torch.no_grad(), validation_enabled(False):
-            held = poutine.condition(model, data={**latents, name: indices})
-            trace = poutine.trace(held).get_trace(*args, **kwargs)
+        with validation_enabled(False):
+            trace = trace_at(model, {**latents, name: indices}, args, kwargs)
         inside = (s for s in trace.nodes.values() if any(f.name == name for f in s.get("cond_indep_stack", ())))
         seen.append([s["value"] for s in inside if s["is_observed"] and s["name"] not in latents])
     if seen[0] and all(torch.equal(a, b) for other in seen for a, b in zip(seen[0], other, strict=True)):

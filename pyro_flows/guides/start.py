@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..programs.program import Program
-from .checks import check_density, trace_at
+from ..programs.traces import trace_at
+from .checks import check_density
 from .discrete import summed
 from .look import same_draws
 

@@ -18,6 +18,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from ..checks import check_flags, check_integers
+from ..programs.traces import trace_of
 
 
 class ParticleObjective(Trace_ELBO):
@@ -105,7 +106,7 @@ class ParticleObjective(Trace_ELBO):
         held = poutine.condition(guide, data=draws)
         if self.vectorize_particles:
             held = self._vectorized_num_particles(held)
-        trace = prune_subsample_sites(poutine.trace(held).get_trace(*args, **kwargs))
+        trace = prune_subsample_sites(trace_of(held, args, kwargs))
         trace.compute_log_prob()
         return trace
 

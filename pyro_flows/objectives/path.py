@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..flows.distribution import FlowDistribution
 from ..programs.matching import check_drawn
+from ..programs.traces import trace_of
 
 
 class PathGradient:
@@ -47,7 +48,7 @@ class PathGradient:
         program = self._vectorized_num_particles(guide) if self.vectorize_particles else guide  # type: ignore[attr-defined]
         with frozen(_leaves(guide, seen)), poutine.block(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not registered in the param store")  # they are frozen
-            again = poutine.trace(poutine.replay(program, trace=seen)).get_trace(*args, **kwargs)
+            again = trace_of(poutine.replay(program, trace=seen), args, kwargs)
             for name in again.nodes.keys() - set(rest):
                 again.remove_node(name)  # scored already
             again.compute_score_parts()

@@ -19,6 +19,7 @@ from .enumeration import Parallel, Run, check_masks
 from .events import WithValues
 from .one_by_one import Sequential
 from .quoting import quoted
+from .traces import trace_of
 from .whole import Part, parts_of
 
 Place = Callable[..., Any]  # a handler that puts values into a program's sites: place(program, data=values)
@@ -240,7 +241,7 @@ class Program:
             program = poutine.infer_config(program, self._mark)
             program = EnumMessenger(first_available_dim=-1 - self.nesting - (size is not None))(program)
         with poutine.block(expose_types=["param"]), apart():  # parameters are for those to see who train
-            trace = poutine.trace(program).get_trace(*self.args, **self.kwargs)
+            trace = trace_of(program, self.args, self.kwargs)
         return prune_subsample_sites(trace)
 
     def _mark(self, site: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from .program import Program
 from .quantities import innermost
 from .simulations import Simulations
 from .task import check_vectorize, group_of, in_batches, subsampled_plate
+from .traces import trace_at
 
 
 @takes_nesting
@@ -104,8 +105,7 @@ class Simulator:
             ) from error
         self.args, self.kwargs = self.arguments({})
         try:
-            with poutine.block(), torch.no_grad():
-                single = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+            single = trace_at(model, {}, self.args, self.kwargs)
         except (TypeError, AttributeError, NotImplementedError) as error:
             raise ValueError(
                 f"{caller}: the model cannot be simulated: it fails without its data ({error}). It must draw what is "
@@ -146,8 +146,8 @@ class Simulator:
         """Whether a value given by an argument is observed at a site."""
         args, kwargs = self.arguments({name: value})
         try:
-            with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
-                node = poutine.trace(self.model.call).get_trace(*args, **kwargs).nodes.get(site)
+            with pyro.validation_enabled(False):
+                node = trace_at(self.model.call, {}, args, kwargs).nodes.get(site)
         except Exception:  # it is not the data of that site, and anything may happen
             return False
         return bool(node and node["is_observed"] and node["value"] is value)

@@ -21,6 +21,7 @@ from .lifted import Lifted
 from .nesting import has_bare_dimensions, nesting_of
 from .noise import warn_of_noise, warn_user
 from .program import Program
+from .traces import trace_of
 from .whole import parts_of
 
 
@@ -98,8 +99,8 @@ class Task:
         for messenger in watching:
             model = messenger(model)
         with poutine.block():
-            drawn = poutine.trace(guide).get_trace(*args, **kwargs)
-            return poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs), drawn
+            drawn = trace_of(guide, args, kwargs)
+            return trace_of(poutine.replay(model, trace=drawn), args, kwargs), drawn
 
     @functools.cached_property
     def broadcasting(self) -> Callable[..., Any]:
