@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.infer import Predictive, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
@@ -461,3 +461,29 @@ def test_draws_of_factorial_chains_are_joint():
     shares = torch.stack(terms).softmax(0)
     found = torch.bincount(codes, minlength=64) / len(stay)
     assert ((found - shares).abs() < 4.5 * (shares * (1 - shares) / len(stay)).sqrt() + 1e-3).all()
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("by_rows", [False, True], ids=["joint", "rows"])
+def test_predictions_have_the_discrete_latents_of_the_posterior(parallel, by_rows):
+    """Pyro's ``Predictive`` draws them given the data, and not from their prior."""
+
+    def model(data):
+        z = pyro.sample("z", dist.Normal(0.0, 0.1))
+        with pyro.plate("data", len(data)):
+            kind = pyro.sample("kind", dist.Bernoulli(0.5))
+            pyro.sample("obs", dist.Normal(10.0 * kind + z, 1.0), obs=data)
+
+    def model_of_rows(data):
+        with pyro.plate("data", len(data)):
+            z = pyro.sample("z", dist.Normal(0.0, 0.1))
+            kind = pyro.sample("kind", dist.Bernoulli(0.5))
+            pyro.sample("obs", dist.Normal(10.0 * kind + z, 1.0), obs=data)
+
+    program = model_of_rows if by_rows else model
+    guide = pf.AutoPlateFlow(program, "data") if by_rows else AutoFlow(program)
+    guide.setup(DATA)
+    draws = Predictive(program, guide=guide, num_samples=7, parallel=parallel)(DATA)
+    assert draws["kind"].shape == (7, 5)
+    assert (draws["kind"] == (DATA > 5)).all()
+    assert (draws["obs"] == DATA).all()

@@ -190,13 +190,11 @@ class AutoFlow(JointPlan, FlowGuide, AutoContinuous):
         new.encoder, new._context_dim, new.flow = None, 0, Flow(layers, new.flow.base)
         return new
 
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draw the latents, as Pyro's guides do: site name -> value."""
-        self.setup(*args, **kwargs)._calls.rows(self.model, self.prototype_trace, args, kwargs, needed=False)
-        with self._calls.watch.over(self, args, kwargs):
-            if moving := self._moving(args, kwargs):
-                return self._place(moving, self.sample_latent(*args, **kwargs), args, kwargs)
-            return super().forward(*args, **kwargs)
+    def _draws(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        self._calls.rows(self.model, self.prototype_trace, args, kwargs, needed=False)
+        if moving := self._moving(args, kwargs):
+            return self._place(moving, self.sample_latent(*args, **kwargs), args, kwargs)
+        return dict(AutoContinuous.forward(self, *args, **kwargs))
 
     def _moving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moving | None:
         """The map to the latents by a run of the model, where supports depend on other latents."""

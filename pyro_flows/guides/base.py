@@ -23,6 +23,7 @@ from ..programs.engines import plate_like
 from ..programs.quoting import quoted as in_words
 from .calls import Calls
 from .checks import missing_arguments
+from .discrete import draw_discrete
 from .faults import Sites
 from .names import adopt_stored_parameters, claim_name, is_free
 
@@ -81,6 +82,16 @@ class FlowGuide(AutoGuide):
                 f"{type(self).__name__}: this guide was saved before setup(), and saved guides leave their models "
                 "behind."
             )
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw the latents, as Pyro's guides do: site name -> value; in Pyro's ``Predictive`` discrete ones too."""
+        with self.setup(*args, **kwargs)._calls.watch.over(self, args, kwargs):
+            found = self._draws(args, kwargs)
+        return {**found, **draw_discrete(self.model, found, args, kwargs)}
+
+    @abstractmethod
+    def _draws(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Draw the guide's latents, each at its sample statement."""
 
     @abstractmethod
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

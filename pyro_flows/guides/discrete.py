@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
+from pyro import poutine
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import get_mask
 
+from ..programs.engines import Values, plate_like, with_room
 from ..programs.latents import is_point, is_summable
 from ..programs.nesting import nesting_of
 from ..programs.program import Program
@@ -48,3 +54,36 @@ def summed(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
             return Program(inner, args, kwargs, single, nesting_of(single), tuple(messenger.names))
         program = inner
     return None
+
+
+def draw_discrete(
+    model: Callable[..., Any] | None, latents: Values, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Values:
+    """Draw the discrete latents that are hidden from a guide, given its own, where predictions are made.
+
+    Pyro's ``Predictive`` masks all densities, so that sites more or less in a guide do not count.  Elsewhere, and where
+    a plate is subsampled, nothing is drawn.
+
+    Args:
+        model: The model, with the handlers of the guide; None for a guide that was saved.
+        latents: The guide's latents, under a plate of draws or not.
+        args: The model's arguments.
+        kwargs: Its keyword arguments.
+    """
+    program = summed(model, args, kwargs) if model and latents and get_mask() is False else None
+    if program is None or program.subsamples:
+        return {}
+    sites, found = program.single.nodes, {}
+    several = any(value.dim() > sites[name]["value"].dim() for name, value in latents.items())
+    rows = {name: value.reshape(-1, *sites[name]["value"].shape) for name, value in latents.items()}
+    size = max(map(len, rows.values()))
+    held = {name: value.expand(size, *value.shape[1:]) for name, value in rows.items()}
+    for name, value in program.discrete(held, size).items():
+        with ExitStack() as stack:
+            for frame in sites[name]["cond_indep_stack"]:
+                with poutine.block(hide=[frame.name]):
+                    plate = plate_like(frame)
+                stack.enter_context(plate)
+            value = with_room(sites[name], value, program.nesting) if several else value[0]
+            found[name] = pyro.sample(name, dist.Delta(value, event_dim=sites[name]["fn"].event_dim))
+    return found

@@ -172,11 +172,6 @@ class AutoPlateFlow(RowsPlan, FlowGuide):
         outside = [site for site, found in zip(sites, frames, strict=True) if not found]
         return Packing(outside), Packing(inside, dim, rows.size)
 
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draw the latents, those of the plate's present rows, as Pyro's guides do: site name -> value."""
-        with self.setup(*args, **kwargs)._calls.watch.over(self, args, kwargs):
-            return self._draws(args, kwargs)
-
     def _draws(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         posterior = self.posterior
         plates = self._plates(posterior, args, kwargs)
