@@ -197,7 +197,7 @@ class Program:
             held = {name: site["value"] for name, site in self.single.nodes.items() if _is_latent(site)}
             values = {name: value for name, value in held.items() if name not in self.enumerated}
             with pyro.validation_enabled(False), torch.no_grad():
-                plain = self._trace(poutine.condition(self.call, data=held), None, False)
+                plain = self._trace(poutine.condition(self.call, data=held), None, False) if self._part else self.single
                 try:
                     self._enumeration = self._at_once(plain, values)
                 except Exception as error:  # a user's program may raise anything
