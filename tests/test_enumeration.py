@@ -336,20 +336,22 @@ def test_discrete_latents_that_cannot_be_summed_out_are_refused_with_the_line_an
 # One value after the other, row by row; values that Pyro does not list; factorial chains.
 
 
-def stubborn(data):
+def stubborn(data, unsized=False):
     """A mixture whose rows do not broadcast over discrete values, as Pyro's AIR and semi-supervised VAE have them."""
     locs = pyro.sample("locs", dist.Normal(torch.tensor([0.0, 5.0, 10.0]), 1.0).to_event(1))
-    with pyro.plate("data", len(data), dim=-1):
-        kind = pyro.sample("kind", dist.OneHotCategorical(torch.tensor([0.5, 0.3, 0.2])))
-        wide = pyro.sample("wide", dist.Bernoulli(0.25))
+    share = torch.tensor([0.5, 0.3, 0.2])
+    with pyro.plate("data", None if unsized else len(data), dim=-1):
+        kind = pyro.sample("kind", dist.OneHotCategorical(share.expand(len(data), 3)))
+        wide = pyro.sample("wide", dist.Bernoulli(torch.full((len(data),), 0.25)))
         scale = torch.cat((wide[:, None], kind), -1)[:, 0] + 0.5
         pyro.sample("obs", dist.Normal(kind @ locs, scale), obs=data)
 
 
-@pytest.mark.parametrize("size", [None, 2])
-def test_rows_that_do_not_run_at_all_values_at_once_have_a_sum_each(size):
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("unsized", [False, True])
+def test_rows_that_do_not_run_at_all_values_at_once_have_a_sum_each(scale, unsized):
     def model(data):
-        return stubborn(data) if size is None else poutine.scale(stubborn, scale=2.0)(data)
+        return poutine.scale(stubborn, scale=scale)(data, unsized)
 
     guide = AutoFlow(model).setup(DATA)
     task = Task(model, guide, (DATA,), {}).settle()
@@ -363,7 +365,6 @@ def test_rows_that_do_not_run_at_all_values_at_once_have_a_sum_each(size):
         ]
     )
     prior = dist.Normal(torch.tensor([0.0, 5.0, 10.0]), 1.0).log_prob(locs).sum(-1)
-    scale = 1.0 if size is None else 2.0
     torch.testing.assert_close(draws.log_p, scale * (prior + terms.logsumexp(0).sum(-1)), rtol=1e-4, atol=1e-3)
     drawn = task.complete(draws.latents)
     assert drawn["kind"].shape == (2000, 5, 3)

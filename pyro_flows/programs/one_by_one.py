@@ -38,8 +38,9 @@ class Sequential:
         sites = {name: trace.nodes[name] for name in names}
         supports = {name: with_values(site["fn"]).enumerate_support(expand=False) for name, site in sites.items()}
         self._plates, *others = [_plates_of(site) for site in sites.values()]
-        self._rows = torch.Size(frame.size for frame in self._plates.values())
         self._dims = [frame.dim for frame in self._plates.values()]
+        batch = sites[names[0]]["fn"].batch_shape
+        self._rows = torch.Size(batch[dim] for dim in self._dims if len(batch) >= -dim)
         self._shapes = {name: site["value"].shape for name, site in sites.items()}
         bare = [name for name, site in sites.items() if site["fn"].batch_shape.numel() != self._rows.numel()]
         if (number := math.prod(map(len, supports.values()))) > MOST:
