@@ -488,3 +488,134 @@ def test_predictions_have_the_discrete_latents_of_the_posterior(parallel, by_row
     assert draws["kind"].shape == (7, 5)
     assert (draws["kind"] == (DATA > 5)).all()
     assert (draws["obs"] == DATA).all()
+
+
+def test_where_data_are_missing_predictions_draw_discrete_latents_as_the_model_does():
+    def model(y=None, number=4):
+        z = pyro.sample("z", dist.Normal(0.0, 0.1))
+        with pyro.plate("rows", number):
+            kind = pyro.sample("kind", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(z, 0.01 + 5 * kind), obs=y)
+
+    guide = AutoFlow(model).setup(torch.tensor([0.3, 2.1, -0.5, 8.0]))
+    for parallel in (False, True):
+        draws = Predictive(model, guide=guide, num_samples=400, parallel=parallel)(None, 4)
+        torch.testing.assert_close(draws["kind"].mean(0), torch.full((4,), 0.5), rtol=0, atol=4.5 * 0.5 / 20)
+
+
+def test_discrete_latents_are_those_of_the_arguments_at_hand():
+    """Labels that are data now stay as they are, and a shorter series has fewer states."""
+
+    def labelled(y, kind=None):
+        z = pyro.sample("z", dist.Normal(0.0, 0.1))
+        with pyro.plate("rows", len(y)):
+            kind = pyro.sample("kind", dist.Bernoulli(0.5), obs=kind)
+            pyro.sample("y", dist.Normal(z + 5 * kind, 1.0), obs=y)
+
+    y, ones = torch.tensor([5.0, 0.0, 5.0]), torch.ones(3)
+    guide = AutoFlow(labelled).setup(y)
+    assert (Predictive(labelled, guide=guide, num_samples=5)(y, ones)["kind"] == 1).all()
+    guide = AutoFlow(factorial).setup(torch.tensor([0.5, 2.5, 3.0]))
+    draws = Predictive(factorial, guide=guide, num_samples=5)(torch.tensor([0.5, 2.5]))
+    assert "w_1" in draws
+    assert "w_2" not in draws
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_predictions_draw_discrete_latents_in_sequential_plates(parallel):
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 0.1))
+        for i in pyro.plate("rows", 3):
+            kind = pyro.sample(f"kind_{i}", dist.Bernoulli(0.5))
+            pyro.sample(f"y_{i}", dist.Normal(z + 9 * kind, 1.0), obs=y[i])
+
+    y = torch.tensor([0.0, 9.0, 9.0])
+    draws = Predictive(model, guide=AutoFlow(model).setup(y), num_samples=6, parallel=parallel)(y)
+    assert [draws[f"kind_{i}"].flatten().tolist() for i in range(3)] == [[0] * 6, [1] * 6, [1] * 6]
+
+
+def test_rows_that_see_each_other_are_refused():
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 2):
+            kind = pyro.sample("kind", dist.Bernoulli(0.5))
+            a, b = (int(one.item()) for one in kind)
+            shift = torch.tensor([2.0 * a, 2.0 * b + 3.0 * (a and not b)])
+            pyro.sample("y", dist.Normal(z + shift, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match="depend on the values of other rows"):
+        AutoFlow(model).setup(torch.tensor([2.0, 3.0]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_branch_on_all_values_at_once_is_no_sum_at_once(seed):
+    """``k.any()`` is true where k has all of its values; the sum is then taken one value after the other."""
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        kind = pyro.sample("kind", dist.Bernoulli(0.5))
+        pyro.sample("y", dist.Normal(z + 3.0 if kind.any() else z, 1.0), obs=y)
+
+    y = torch.tensor(0.0)
+    pyro.set_rng_seed(seed)
+    draws = Task(model, AutoFlow(model).setup(y), (y,), {}).settle().draw(6)
+    z = draws.latents["z"]
+    terms = torch.stack([dist.Normal(z + shift, 1.0).log_prob(y) for shift in (0.0, 3.0)]).logsumexp(0)
+    wanted = dist.Normal(0.0, 1.0).log_prob(z) + terms + torch.tensor(0.5).log()
+    torch.testing.assert_close(draws.log_p, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("what", ["mask", "support"])
+def test_values_in_the_middle_are_looked_at_too(what):
+    def model(y):
+        kind = int(pyro.sample("kind", dist.Categorical(torch.tensor([0.3, 0.3, 0.4]))).item())
+        with poutine.mask(mask=torch.tensor(what != "mask" or kind != 1)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        trials = [1, 3, 1][kind] if what == "support" else 1
+        more = pyro.sample("more", dist.Binomial(trials, 0.4))
+        pyro.sample("y", dist.Normal(z + more, 1.0), obs=y)
+
+    words = {"mask": "latent site 'z' is masked", "support": "the values that site 'more' can take depend"}[what]
+    with pytest.raises(ValueError, match=words):
+        AutoFlow(model).setup(torch.tensor(1.0))
+
+
+def test_a_masked_discrete_latent_counts_nothing_however_it_is_summed():
+    mask = torch.tensor([True, False, True])
+    found = {}
+    for branches in (False, True):
+
+        def model(y, branches=branches):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("rows", 3), poutine.mask(mask=mask):
+                kind = pyro.sample("kind", dist.Bernoulli(0.3))
+                mean = torch.tensor([float(one) for one in kind]) if branches else kind
+                pyro.sample("y", dist.Normal(z + 4 * mean, 1.0), obs=y)
+
+        y = torch.tensor([0.0, 1.0, 4.0])
+        task = Task(model, AutoFlow(model).setup(y), (y,), {}).settle()
+        found[branches] = task.model.log_prob({"z": torch.tensor([0.0, 0.5])}, 2)
+    torch.testing.assert_close(found[True], found[False])
+
+
+def test_plates_that_cross_and_values_that_are_too_many_are_refused_by_name():
+    def crossed(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        rows, columns = pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 3, dim=-1)
+        with rows:
+            a = pyro.sample("a", dist.Bernoulli(0.5))
+        with columns:
+            b = pyro.sample("b", dist.Bernoulli(0.5))
+        with rows, columns:
+            pyro.sample("y", dist.Normal(z + a * b, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match="discrete latents 'a', 'b' cannot be summed out"):
+        AutoFlow(crossed).setup(torch.zeros(2, 3))
+
+    def crowd(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        on = pyro.sample("on", dist.Bernoulli(0.5).expand([12]).to_event(1))
+        pyro.sample("y", dist.Normal(z + on.sum(-1), 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"'on' is discrete, and cannot be enumerated: .*more than 1000 in one event"):
+        AutoFlow(crowd).setup(torch.tensor(3.0))

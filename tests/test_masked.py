@@ -286,6 +286,49 @@ def test_masked_steps_of_a_series_are_absent(by_encoder: bool, local_params: boo
     assert SVI(chain, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).step(X, LENGTHS) < 1 - chain_evidence() + 4
 
 
+def test_every_way_in_which_a_row_is_hidden_is_looked_at() -> None:
+    """A step is missing in the middle, which the next one depends on: at setup, later, and among many rows."""
+
+    def shown_chain(x: Tensor, shown: Tensor, size: int | None = None) -> None:
+        with pyro.plate("series", len(x), subsample_size=size) as rows:
+            z = torch.zeros(())
+            for t in range(x.shape[1]):
+                with poutine.mask(mask=shown[rows, t]):
+                    z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+                    pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[rows, t])
+
+    encoder = lambda x, shown, size=None: x  # noqa: E731
+    ends, gap = torch.arange(4) < torch.tensor([4, 3, 2])[:, None], torch.ones(3, 4, dtype=torch.bool)
+    gap[1, 1] = False
+    guide = plate_guide(shown_chain, "series").setup(X, ends)
+    with pytest.raises(ValueError, match=r"'z_1' hides a part of it .* depends on, as site 'z_2'"):
+        guide(X, gap)
+    many = torch.ones(3000, 4, dtype=torch.bool)
+    many[5, 1] = False
+    with pytest.raises(ValueError, match="'z_1' hides a part"):
+        plate_guide(shown_chain, "series", encoder=encoder).setup(X[:1].expand(3000, 4), many)
+    # Minibatches, and other numbers of rows, of series that are padded at their ends are fine.
+    for size in (None, 2):
+        guide = plate_guide(shown_chain, "series", encoder=encoder)
+        fit_svi(shown_chain, guide, X, ends, size, steps=5, progress=False)
+    guide = plate_guide(shown_chain, "series", encoder=encoder).setup(X, torch.ones(3, 4, dtype=torch.bool))
+    assert guide(X[:2], ends[1:])["z_3"].shape == (2,)
+
+
+def test_what_is_hidden_may_stand_beside_discrete_latents() -> None:
+    def model(x: Tensor, lengths: Tensor) -> None:
+        with pyro.plate("series", len(x)):
+            z = 3 * pyro.sample("kind", dist.Bernoulli(torch.full((len(x),), 0.3)))
+            for t in range(x.shape[1]):
+                with poutine.mask(mask=t < lengths):
+                    z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+                    pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+    for seed in range(3):
+        pyro.set_rng_seed(seed)
+        assert plate_guide(model, "series").setup(X, LENGTHS)(X, LENGTHS)["z_3"].shape == (3,)
+
+
 def test_series_padded_to_one_length_are_fitted() -> None:
     """The way out: the observed sites are masked, and the priors of the latents stay in."""
     model = lambda x, lengths: chain(x, lengths, latents_masked=False)  # noqa: E731

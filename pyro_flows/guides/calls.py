@@ -18,7 +18,7 @@ from .arguments import Arguments, are_used_up
 from .checks import check_no_more, check_shapes
 from .faults import Watch
 from .look import Found, Rows, look, same_draws
-from .masked import RowMasks, check_absent, check_unmasked, hides_outside, masks_of_rows
+from .masked import RowMasks, check_absent, check_unmasked, hides_outside, masks_of_rows, patterns_of
 
 Model = Callable[..., Any]
 
@@ -35,7 +35,7 @@ class Calls:
         self.owner, self.plate = owner, plate
         self.observed: frozenset[str] = frozenset()
         self.masked = False
-        self._absent: frozenset[str] = frozenset()  # latents of which a part was found to be absent
+        self._absent: set[bytes] = set()  # ways in which rows are hidden that were found to leave the rest alone
         self._last: Arguments | None = None
         self.watch = Watch(owner, plate)
 
@@ -45,8 +45,8 @@ class Calls:
             found = look(model, args, kwargs, plate=self.plate)
         self.observed = frozenset(found.observed)
         self._settle(model, prototype, found, args, kwargs)
-        if self.plate is not None:
-            self._checked(masks_of_rows(self.plate, found), model, prototype, args, kwargs)
+        if self.plate is not None and found.rows and found.rows.size == found.rows.full_size:
+            self._checked(model, prototype, found, {}, args, kwargs)
         return found
 
     def rows(
@@ -89,16 +89,27 @@ class Calls:
             return RowMasks()
         with self._aside(prototype):
             found = look(model, args, kwargs, plate=self.plate, indices=indices)
-        return self._checked(masks_of_rows(self.plate, found), model, prototype, args, kwargs)
+        return self._checked(model, prototype, found, {self.plate: indices}, args, kwargs)
 
     def _checked(
-        self, masks: RowMasks, model: Model, prototype: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        model: Model,
+        prototype: Trace,
+        found: Found,
+        rows: dict[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> RowMasks:
-        """Refuse masks that hide what the model depends on, where a latent has one for the first time."""
-        if not masks.parts.keys() <= self._absent:
+        """Return what counts, and refuse masks that hide what the model depends on, where a row is hidden in a new way.
+
+        The rows of a plate that is subsampled are given by its name.
+        """
+        assert self.plate is not None
+        masks = masks_of_rows(self.plate, found)
+        if new := patterns_of(self.plate, masks, found) - self._absent:
             with self._aside(prototype):
-                check_absent(model, prototype, masks, args, kwargs)
-            self._absent |= masks.parts.keys()
+                check_absent(model, masks, found, rows, args, kwargs)
+            self._absent |= new
         return masks
 
     def _settle(

@@ -59,7 +59,8 @@ def _check_continuous(owner: str, prototype: Trace) -> None:
         several = len(names) > 1
         raise ValueError(
             f"{owner}: latent site{'s' * several} {named(names)} {'are' if several else 'is'} discrete, and cannot "
-            f"be enumerated, as the support is infinite. Sum {'each' if several else 'it'} out by hand (a Poisson "
+            "be enumerated: values are infinitely many, more than 1000 in one event, or not listed by Pyro. "
+            f"Sum {'each' if several else 'it'} out by hand (a Poisson "
             "whose rate is Gamma is a GammaPoisson), cut it off at a Categorical, or condition on it."
         )
 

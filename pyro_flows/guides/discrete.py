@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import get_mask
+from pyro.poutine.util import prune_subsample_sites
 
 from ..programs.engines import Values, plate_like, with_room
 from ..programs.latents import is_point, is_summable
@@ -51,7 +52,9 @@ def summed(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         messenger, inner = program.args[:2]  # one of Pyro's handlers, and what it is around
         if isinstance(messenger, HideDiscrete) and messenger.names:
             single = trace_at(inner, {}, args, kwargs)
-            return Program(inner, args, kwargs, single, nesting_of(single), tuple(messenger.names))
+            sites = prune_subsample_sites(single).iter_stochastic_nodes()
+            names = tuple(name for name, site in sites if is_summable(site["fn"]))
+            return Program(inner, args, kwargs, single, nesting_of(single), names) if names else None
         program = inner
     return None
 
@@ -61,8 +64,9 @@ def draw_discrete(
 ) -> Values:
     """Draw the discrete latents that are hidden from a guide, given its own, where predictions are made.
 
-    Pyro's ``Predictive`` masks all densities, so that sites more or less in a guide do not count.  Elsewhere, and where
-    a plate is subsampled, nothing is drawn.
+    Pyro's ``Predictive`` masks all densities, so that sites more or less in a guide do not count.  Elsewhere nothing is
+    drawn, nor where a plate is subsampled, data are missing or latents are another guide's: what is not known would
+    have to be summed over too.
 
     Args:
         model: The model, with the handlers of the guide; None for a guide that was saved.
@@ -74,6 +78,9 @@ def draw_discrete(
     if program is None or program.subsamples:
         return {}
     sites, found = program.single.nodes, {}
+    latent = {name for name, site in program.single.iter_stochastic_nodes() if not is_point(site["fn"])}
+    if latent != {*latents, *program.enumerated}:
+        return {}
     several = any(value.dim() > sites[name]["value"].dim() for name, value in latents.items())
     rows = {name: value.reshape(-1, *sites[name]["value"].shape) for name, value in latents.items()}
     size = max(map(len, rows.values()))
@@ -81,9 +88,10 @@ def draw_discrete(
     for name, value in program.discrete(held, size).items():
         with ExitStack() as stack:
             for frame in sites[name]["cond_indep_stack"]:
-                with poutine.block(hide=[frame.name]):
-                    plate = plate_like(frame)
-                stack.enter_context(plate)
+                if frame.vectorized:
+                    with poutine.block(hide=[frame.name]):
+                        plate = plate_like(frame)
+                    stack.enter_context(plate)
             value = with_room(sites[name], value, program.nesting) if several else value[0]
             found[name] = pyro.sample(name, dist.Delta(value, event_dim=sites[name]["fn"].event_dim))
     return found

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine, validation_enabled
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -97,29 +96,66 @@ def masks_of_rows(plate: str, found: Found) -> RowMasks:
     return RowMasks(None if bool(mask.all()) else shown, divided)
 
 
+def patterns_of(plate: str, masks: RowMasks, found: Found) -> set[bytes]:
+    """Return what of a row is absent, for each row of a plate: which of its numbers count, in one word."""
+    if not masks.parts:
+        return set()
+    columns = []
+    for name in sorted(masks.parts):
+        site = found.latents[name]
+        dim, batch = _frame(site, plate).dim, site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
+        columns.append(masks.parts[name].bool().expand(batch).movedim(dim, 0).reshape(batch[dim], -1))
+    return {bytes(row) for row in torch.cat(columns, -1).tolist()}
+
+
 def check_absent(
-    model: Callable[..., Any], prototype: Trace, masks: RowMasks, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Callable[..., Any],
+    masks: RowMasks,
+    found: Found,
+    rows: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
     """Refuse masks that hide a part of a latent on which the rest of the model depends.
 
+    The part is moved, and no site's density may change; sites that are drawn are drawn alike each time.
+
+    Args:
+        model: The model.
+        masks: What counts of the latents.
+        found: The latents.
+        rows: The rows of the plate, by its name, where it is subsampled.
+        args: The model's arguments.
+        kwargs: Its keyword arguments.
+
     Raises:
-        ValueError: Naming the site.
+        ValueError: Naming the latent and the site that depends on it.
     """
-    values = {name: site["value"].detach() for name, site in prototype.iter_stochastic_nodes()}
-    for name, part in masks.parts.items():
-        fn, here = prototype.nodes[name]["fn"], values[name]
+    values = {name: site["value"].detach() for name, site in found.latents.items()}
+
+    def densities(name: str, shift: float) -> dict[str, Tensor]:
+        fn, here = found.latents[name]["fn"], values[name]
         bijection = biject_to(fn.support)
-        there = bijection(bijection.inv(here) + 1.0)
-        moved = torch.where(part.reshape(part.shape + (1,) * fn.event_dim), here, there)
-        with validation_enabled(False):
-            traces = (trace_at(model, {**values, name: value}, args, kwargs) for value in (here, moved))
-            one, other = (torch.as_tensor(trace.log_prob_sum()) for trace in traces)
-        if not torch.allclose(one, other, rtol=1e-5, atol=1e-5, equal_nan=True):
-            raise ValueError(
-                f"AutoPlateFlow: the mask of latent site {name!r} hides a part of it that the rest of the model depends"
-                " on. Mask whole rows, with one mask around all of the plate, or the observed sites only, so that the "
-                "priors of the latents stay in, as for series that are padded to one length."
-            )
+        counts = masks.parts[name].bool()
+        there = bijection(bijection.inv(here) + shift)
+        moved = torch.where(counts.reshape(counts.shape + (1,) * fn.event_dim), here, there)
+        with torch.random.fork_rng(), validation_enabled(False):
+            torch.manual_seed(0)
+            trace = trace_at(model, {**values, **rows, name: moved}, args, kwargs)
+            trace.compute_log_prob()
+        return {key: site["log_prob"] for key, site in trace.nodes.items() if site["type"] == "sample"}
+
+    for name in masks.parts:
+        known = densities(name, 0.0)
+        for shift in (-3.0, -1.0, 1.0, 3.0):
+            for site, log_prob in densities(name, shift).items():
+                if not torch.allclose(log_prob, known[site], rtol=1e-5, atol=1e-6, equal_nan=True):
+                    raise ValueError(
+                        f"AutoPlateFlow: the mask of latent site {name!r} hides a part of it that the rest of the "
+                        f"model depends on, as site {site!r}. Mask whole rows, with one mask around all of the plate, "
+                        "or the observed sites only, so that the priors of the latents stay in, as for series that "
+                        "are padded to one length."
+                    )
 
 
 def _check_data_inside(plate: str, latent: str, found: Found) -> None:

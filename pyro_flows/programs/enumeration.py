@@ -116,11 +116,19 @@ class Parallel:
 
     def log_prob(self, run: Run) -> Tensor:
         """Return the log-density of N draws of the continuous latents, ``(N,)`` in nats."""
-        terms = run(self.read, enumerate=True)
+        return self.total(run(self.read, enumerate=True))
+
+    def total(self, terms: Values) -> Tensor:
+        """Return the log-density of N draws from what :meth:`read` has read off, ``(N,)``."""
         with shared_intermediates() as cache:
             target = frozenset({self._draws})
             summed = contract_to_tensor(self._factors(terms), self._summed, target_ordinal=target, cache=cache)
         return terms[REST] + self._scale * summed
+
+    def ends(self, last: bool) -> Values:
+        """Return the first value of each discrete latent, or the last one, in all rows."""
+        places = {name: torch.tensor(len(self._support(name)) - 1 if last else 0) for name in self._shapes}
+        return {name: self._values(name, place, 1)[0] for name, place in places.items()}
 
     @torch.no_grad()
     def sample(self, run: Run) -> Values:
@@ -176,11 +184,14 @@ class Parallel:
 
     def _values(self, name: str, places: Tensor | None, number: int) -> Tensor:
         """Return the values of a site, ``(number, *site_shape)``, at some places in its support."""
-        site = self._trace.nodes[name]
-        support = site["value"].reshape(-1, *site["fn"].event_shape)
+        support = self._support(name)
         if places is None:  # there is but one value
-            places = torch.zeros((), dtype=torch.long, device=support.device)
-        return support[places.expand(number, *self._batch(name))]
+            places = torch.zeros((), dtype=torch.long)
+        return support[places.to(support.device).expand(number, *self._batch(name))]
+
+    def _support(self, name: str) -> Tensor:
+        site = self._trace.nodes[name]
+        return site["value"].reshape(-1, *site["fn"].event_shape)
 
     def _batch(self, name: str) -> torch.Size:
         shape = self._shapes[name]

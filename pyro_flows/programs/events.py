@@ -52,8 +52,8 @@ def with_values(fn: Any) -> Any:
         return AnyCount(fn)
     if not isinstance(fn, Independent) or not fn.reinterpreted_batch_ndims:
         return fn
-    base = fn.base_dist
-    if not base.has_enumerate_support or base.event_shape:
+    base = with_values(fn.base_dist)
+    if not base.has_enumerate_support or base.event_shape or not fn.event_shape.numel():
         return fn
     values = len(base.enumerate_support(expand=False)) ** fn.event_shape.numel()
     return JointEvent(base, fn.reinterpreted_batch_ndims) if values <= MOST else fn

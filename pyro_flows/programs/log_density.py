@@ -45,14 +45,18 @@ class _Singular(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func not in (*_FACTORS, *_INVERSES):
+            return func(*args, **kwargs)
+        matrix, upper = _bound(*args, **kwargs)
         if func in _FACTORS:
-            factor, fault = torch.linalg.cholesky_ex(*args, **kwargs)
+            factor, fault = torch.linalg.cholesky_ex(matrix, upper=upper)
             return factor.masked_fill((fault != 0)[..., None, None], math.nan)
-        if func in _INVERSES:
-            factor, *others = args
-            singular = (factor.diagonal(dim1=-2, dim2=-1) == 0).any(-1)
-            return func(factor.masked_fill(singular[..., None, None], math.nan), *others, **kwargs)
-        return func(*args, **kwargs)
+        singular = (matrix.diagonal(dim1=-2, dim2=-1) == 0).any(-1)
+        return torch.cholesky_inverse(matrix.masked_fill(singular[..., None, None], math.nan), upper=upper)
+
+
+def _bound(input: Tensor, upper: bool = False) -> tuple[Tensor, bool]:
+    return input, upper
 
 
 _FACTORS = torch.linalg.cholesky, torch.cholesky, torch.Tensor.cholesky

@@ -21,6 +21,7 @@ from .enumeration import REST, Run, check_masks
 from .events import MOST, with_values
 
 ROWS = "the sum over sites in the plates, by row"
+TRIES = 10  # mixed values of all rows, beside which sums by row are held
 
 
 class Sequential:
@@ -68,23 +69,25 @@ class Sequential:
             trace: Traces the model at that draw and at some discrete values.
             latents: The names of the other latents.
         """
-        first, last = (trace(self._values(torch.full(self._rows, j))) for j in (0, self._number - 1))
-        for run_at in (first, last):
-            View(run_at, self._single, None, 0).check_structure()
-        check_masks(first, last, latents)
-        for name in self._tables:
-            supports = [with_values(where.nodes[name]["fn"]).enumerate_support(expand=False) for where in (first, last)]
-            if not all(torch.equal(found.unique(dim=0), supports[0].unique(dim=0)) for found in supports):
-                raise ValueError(f"the values that site {name!r} can take depend on those of other sites")
+        for j in range(self._number):
+            there = trace(self._values(torch.full(self._rows, j)))
+            View(there, self._single, None, 0).check_structure()
+            check_masks(self._single, there, latents)
+            for name, table in self._tables.items():
+                support = with_values(there.nodes[name]["fn"]).enumerate_support(expand=False)
+                if not torch.equal(support.reshape(-1, *table.shape[1:]).unique(dim=0), table.unique(dim=0)):
+                    raise ValueError(f"the values that site {name!r} can take depend on those of other sites")
         if not self._plates:
             return
-        places = torch.arange(self._rows.numel()).reshape(self._rows) % self._number
         rest, rows = self._joint(run)
-        other = run(self._read, discrete=self._values(places))
-        wanted = rows[:, 0].gather(0, places.unsqueeze(0))[0]
-        for found, known in ((other[ROWS][0], wanted), (other[REST][0], rest[:, 0])):
-            if not torch.allclose(found, known, rtol=1e-4, atol=1e-4, equal_nan=True):
-                raise ValueError("rows of their plates, or sites outside, depend on the values of other rows")
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(TRIES):
+            places = torch.randint(self._number, self._rows, generator=generator).to(rows.device)
+            other = run(self._read, discrete=self._values(places))
+            wanted = rows[:, 0].gather(0, places.unsqueeze(0))[0]
+            for found, known in ((other[ROWS][0], wanted), (other[REST][0], rest[:, 0])):
+                if not torch.allclose(found, known, rtol=1e-5, atol=1e-4, equal_nan=True):
+                    raise ValueError("rows of their plates, or sites outside, depend on the values of other rows")
 
     def log_prob(self, run: Run) -> Tensor:
         """Return the log-density of N draws of the continuous latents, ``(N,)`` in nats."""
@@ -114,9 +117,12 @@ class Sequential:
         inside = [name for name, site in sites.items() if self._is_inside(site)]
         rest = view.log_prob(lambda name: name not in inside)
         view.trace.compute_log_prob(lambda name, _: name in inside)
-        found = ((sites[name]["unscaled_log_prob"], sites[name]) for name in inside)
-        terms = (scale_and_mask(term, site["scale"] / self._scale, site["mask"]) for term, site in found)
-        rows = sum((self._by_row(view.by_draw(term), view.size is not None) for term in terms), torch.zeros(()))
+        terms = {}
+        for name in inside:  # the mask of a latent that is summed out makes no difference to its sum
+            site, mask = sites[name], None if name in self._tables else sites[name]["mask"]
+            terms[name] = scale_and_mask(site["unscaled_log_prob"], site["scale"] / self._scale, mask)
+        found = (self._by_row(view.by_draw(term), view.size is not None) for term in terms.values())
+        rows = sum(found, torch.zeros(()))
         return {REST: rest, ROWS: rows}
 
     def _is_inside(self, site: Site) -> bool:

@@ -208,8 +208,11 @@ class Program:
         trace = self._trace(poutine.condition(self.call, data=values), None, True)
         found = Parallel(trace, {name: plain.nodes[name]["value"].shape for name in self.enumerated})
         terms = {n: v.unsqueeze(0) for n, v in found.read(View(trace, trace, None, self.nesting)).items()}
-        found.check(terms, View(plain, plain, None, self.nesting))
+        ends = ({**values, **found.ends(last)} for last in (False, True))  # where .any() and .max() show
+        for single in (plain, *(self._trace(poutine.condition(self.call, data=held), None, False) for held in ends)):
+            found.check(terms, View(single, single, None, self.nesting))
         check_masks(plain, trace, list(values))
+        found.total(terms)
         return found
 
     def _one_by_one(self, plain: Trace, values: Values, error: Exception) -> Sequential:
