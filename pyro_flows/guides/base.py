@@ -20,6 +20,7 @@ from ..checks import quoted
 from ..flows import Flow
 from ..flows.distribution import FlowDistribution
 from ..programs.engines import plate_like
+from ..programs.quoting import place_of
 from ..programs.quoting import quoted as in_words
 from .calls import Calls
 from .checks import missing_arguments
@@ -54,7 +55,9 @@ class FlowGuide(AutoGuide):
             with missing_arguments(type(self).__name__, args, kwargs):
                 try:
                     self._setup_prototype(*args, **kwargs)
-                except (AssertionError, IndexError, KeyError) as error:
+                except (AssertionError, IndexError, KeyError, RuntimeError) as error:
+                    if isinstance(error, RuntimeError) and not place_of(error):  # such as Pyro's, that latents lack
+                        raise
                     raise ValueError(
                         f"{type(self).__name__}: the model fails where it is run to find its latents: "
                         f"{in_words(error)}. Give it arguments with which it runs by itself."

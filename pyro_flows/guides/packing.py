@@ -106,8 +106,9 @@ class Packing:
             value = part.transform(free)
             change = part.transform.log_abs_det_jacobian(free, value)
             change = _sum_rightmost(change, change.dim() - depth)
-            if name in absent:
+            if name in absent:  # no gradient of the model's leads there: it is 0, or else not finite
                 change = change.where(absent[name], _normal(free, depth))
+                value = value.where(absent[name].reshape(absent[name].shape + (1,) * part.event_dim), value.detach())
             yield name, part, value, change
 
     def place(
