@@ -563,7 +563,7 @@ def test_arguments_must_be_those_of_the_model(model, given, words):
         ("models.py:by_position", "by position only"),
         ("models.py:clash", "the data lack 'steps', 'lr', 'escalate' and the model does not take 'y'"),
         ("models.py:faulty", "RuntimeError: inconsistent tensor size"),
-        ("models.py:faulty", "(models.py, line "),
+        ("models.py:faulty", "fails where it is run to find its latents: models.py:"),
         ("models.py:subsampled", "plate 'row', which is subsampled"),
     ],
 )

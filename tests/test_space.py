@@ -211,14 +211,18 @@ def test_few_draws_are_whitened_by_their_sds():
 
 
 def test_a_breakdown_of_one_draw_spares_the_others():
-    def fragile(z: Tensor) -> Tensor:
-        torch.linalg.cholesky(z.diag_embed())  # positive definite where all of a row is positive
+    def singular(z: Tensor) -> Tensor:
+        return torch.linalg.cholesky(z.diag_embed()).sum((-1, -2))  # there is one where all of a row is positive
+
+    def unsolved(z: Tensor) -> Tensor:
+        if (z < 0).any():
+            raise FloatingPointError("no solution")
         return z.sum(-1)
 
     z = torch.ones(9, 2)
     z[4] = -1
-    found = or_nan(fragile)(z)
-    assert found.isnan().tolist() == [i == 4 for i in range(9)]
+    for fragile in (singular, unsolved):
+        assert or_nan(fragile)(z).isnan().tolist() == [i == 4 for i in range(9)]
 
     def wrong(z: Tensor) -> Tensor:
         raise ValueError("a mistake of the model's")
