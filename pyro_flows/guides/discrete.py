@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
-from pyro import poutine
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import get_mask
 from pyro.poutine.util import prune_subsample_sites
 
-from ..programs.engines import Values, plate_like, with_room
+from ..programs.engines import Values
 from ..programs.latents import is_point, is_summable
 from ..programs.nesting import nesting_of
 from ..programs.program import Program
@@ -81,17 +79,17 @@ def draw_discrete(
     latent = {name for name, site in program.single.iter_stochastic_nodes() if not is_point(site["fn"])}
     if latent != {*latents, *program.enumerated}:
         return {}
+    # A plate of draws lies to the left of what the latents' plates take; a discrete latent may lie in more plates.
+    depths = {name: value.dim() - sites[name]["fn"].event_dim for name, value in latents.items()}
     several = any(value.dim() > sites[name]["value"].dim() for name, value in latents.items())
     rows = {name: value.reshape(-1, *sites[name]["value"].shape) for name, value in latents.items()}
     size = max(map(len, rows.values()))
     held = {name: value.expand(size, *value.shape[1:]) for name, value in rows.items()}
     for name, value in program.discrete(held, size).items():
-        with ExitStack() as stack:
-            for frame in sites[name]["cond_indep_stack"]:
-                if frame.vectorized:
-                    with poutine.block(hide=[frame.name]):
-                        plate = plate_like(frame)
-                    stack.enter_context(plate)
-            value = with_room(sites[name], value, program.nesting) if several else value[0]
-            found[name] = pyro.sample(name, dist.Delta(value, event_dim=sites[name]["fn"].event_dim))
+        event = sites[name]["fn"].event_dim
+        more = value.dim() - event - max(depths.values())
+        if several:
+            value = value.reshape(size, *(1,) * max(0, -more), *value.shape[1:])
+            event += max(0, more)
+        found[name] = pyro.sample(name, dist.Delta(value if several else value[0], event_dim=event))
     return found

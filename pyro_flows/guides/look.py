@@ -13,6 +13,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
+from ..programs.engines import apart
+
 
 class Rows(NamedTuple):
     """A plate's full size, how many of its rows are looked at, and which, where the model says that itself."""
@@ -64,7 +66,7 @@ def look(
         ValueError: If the model enters no plate of that name.
     """
     found = Found()
-    with poutine.block(), torch.no_grad(), validation_enabled(False):
+    with poutine.block(), torch.no_grad(), apart(), validation_enabled(False):
         try:
             with _Look(found, plate, until, indices):
                 model(*args, **kwargs)
