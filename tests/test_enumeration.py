@@ -619,3 +619,18 @@ def test_plates_that_cross_and_values_that_are_too_many_are_refused_by_name():
 
     with pytest.raises(ValueError, match=r"'on' is discrete, and cannot be enumerated: .*more than 1000 in one event"):
         AutoFlow(crowd).setup(torch.tensor(3.0))
+
+
+def test_a_discrete_latent_without_rows_in_a_plate_without_a_size_is_refused():
+    """Pyro draws one for all rows, and sums over one for each."""
+
+    def model(data):
+        locs = pyro.sample("locs", dist.Normal(torch.tensor([0.0, 10.0]), 1.0).to_event(1))
+        with pyro.plate("data"):
+            kind = pyro.sample("kind", dist.Bernoulli(0.5)).long()
+            pyro.sample("obs", dist.Normal(locs[..., kind], 1.0), obs=data)
+
+    with pytest.raises(
+        ValueError, match=r"'kind' has no dimension for the rows of plate 'data'.*pyro.plate\('data', len"
+    ):
+        AutoFlow(model).setup(DATA)

@@ -209,3 +209,13 @@ def check_masks(one: Trace, other: Trace, latents: list[str]) -> None:
                 f"latent site {name!r} is masked at some discrete values, where nothing bounds it: leave the mask out, "
                 "so that its prior stays in"
             )
+
+
+def check_rows(name: str, trace: Trace) -> None:
+    """Refuse a discrete latent that is one for all rows of a plate without a size: summed, it would be one for each."""
+    for frame in trace.nodes[name]["cond_indep_stack"]:
+        if frame.vectorized and frame.size < 0 and len(trace.nodes[name]["fn"].batch_shape) < -frame.dim:
+            raise ValueError(
+                f"discrete latent site {name!r} has no dimension for the rows of plate {frame.name!r}, which has no "
+                f"size. Give the number of its rows: pyro.plate({frame.name!r}, len(x))."
+            )

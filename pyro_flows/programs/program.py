@@ -15,7 +15,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from .engines import ENGINES, Read, Values, View, apart, beside, is_deterministic, run, with_room
-from .enumeration import Parallel, Run, check_masks
+from .enumeration import Parallel, Run, check_masks, check_rows
 from .events import WithValues
 from .one_by_one import Sequential
 from .quoting import quoted
@@ -194,6 +194,8 @@ class Program:
             ValueError: If the program runs at all values at once no more than at each.
         """
         if self._enumeration is None:
+            for name in self.enumerated:
+                check_rows(name, self.single)
             held = {name: site["value"] for name, site in self.single.nodes.items() if _is_latent(site)}
             values = {name: value for name, value in held.items() if name not in self.enumerated}
             with pyro.validation_enabled(False), torch.no_grad():
