@@ -66,7 +66,7 @@ class ELBOFit:
         return kind(-(-number // processors), max_plate_nesting=self.task.nesting, vectorize_particles=by_plate)
 
     def start(self, warm: bool | None) -> Gaussian | None:
-        """Let the guide start from where its data are, and from a Gaussian if that is asked for or suits.
+        """Let the guide start from a Gaussian, if that is asked for or suits, and return it.
 
         Raises:
             ValueError: If the posterior is improper.
@@ -133,7 +133,7 @@ class ELBOFit:
         return torch.tensor(sum(found) if isinstance(found, tuple) else found, requires_grad=True)
 
     def _named(self) -> dict[str, Any]:
-        """What tells the run from others in its checkpoint."""
+        """Return the settings by which a checkpoint knows the run."""
         own = {name: getattr(self.objective, name, None) for name in SETTINGS} | self.asked
         data = fingerprint((*self.task.model.args, *self.task.model.kwargs.values()))
         return {"objective": type(self.objective).__name__, **own, "data": data}

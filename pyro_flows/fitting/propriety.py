@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from ..guides import AutoFlow
-from ..programs.latents import support_of
 from ..programs.log_density import LogDensity, or_nan, score_of
 from ..programs.space import Space
 from ..programs.task import Task
@@ -50,7 +49,7 @@ def _flat_latents(guide: AutoFlow) -> tuple[list[str], list[int], list[int]]:
     on_lines: list[int] = []
     elsewhere: list[int] = []
     for name, site in guide.prototype_trace.iter_stochastic_nodes():
-        fn, support = site["fn"], support_of(site["fn"])
+        fn, support = site["fn"], site["fn"].support
         size = biject_to(support).inverse_shape(fn.shape()).numel()
         places = range(len(names), len(names) + size)
         names += [name] * size

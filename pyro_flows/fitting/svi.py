@@ -140,18 +140,16 @@ def fit_svi(
         "warm_start": warm_start,
         "on_nonfinite": on_nonfinite,
         "progress": progress,
-        "vectorize": vectorize,
     }
     check_integers("fit_svi", restarts=restarts)
     check_flags("fit_svi", escalate=escalate)
-    _check(**{name: value for name, value in settings.items() if name != "vectorize"})
+    _check(**settings)
     several = escalate or restarts > 1
     file = check_path("fit_svi", "checkpoint", checkpoint, LONGEST_END if several else "")
-    plan = plan_of(guide)
     if several:
         _check_several(guide, objective, escalate=escalate)
         guide.setup(*args, **kwargs)
-    elif warm_start and not plan.is_joint:
+    elif warm_start and not plan_of(guide).is_joint:
         raise ValueError(f"fit_svi: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
     else:
         settle(objective)
@@ -160,7 +158,9 @@ def fit_svi(
     if several:
         check_no_parameters(task)
         fit_once = functools.partial(_again, model, args, kwargs)
-        return climb(fit_once, guide, task, settings, checkpoint, escalate=escalate, restarts=restarts)
+        return climb(
+            fit_once, guide, task, settings | {"vectorize": vectorize}, checkpoint, escalate=escalate, restarts=restarts
+        )
     return ELBOFit(task, objective, num_particles).run(settings, file)
 
 

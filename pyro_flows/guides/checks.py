@@ -80,7 +80,7 @@ def check_density(
     kwargs: dict[str, Any],
     program: Program | None = None,
 ) -> None:
-    """Refuse a model without a finite density at the start, of which a program knows the sum over discrete latents."""
+    """Refuse a model without a finite density at the start; a program sums over its discrete latents, if it has any."""
     latents = dict(prototype.iter_stochastic_nodes())
     start = {name: site["value"].detach() for name, site in latents.items()}
     with validation_enabled(False):  # its errors would come first, with less to say

@@ -24,17 +24,16 @@ class HideDiscrete(BlockMessenger):
     """Hides the discrete latents of a model that can be summed out, and points, from the guide that looks at it.
 
     Attributes:
-        names: The names of the discrete ones that were met so far.
+        has_met: True once a discrete one was met.
     """
 
     def __init__(self) -> None:
         super().__init__(hide_fn=self._hides)
-        self.names: dict[str, None] = {}
+        self.has_met = False
 
     def _hides(self, msg: dict[str, Any]) -> bool:
         hidden = msg["type"] == "sample" and not msg["is_observed"] and (is_summable(msg["fn"]) or is_point(msg["fn"]))
-        if hidden and not is_point(msg["fn"]):
-            self.names[msg["name"]] = None
+        self.has_met |= hidden and not is_point(msg["fn"])
         return hidden
 
 
@@ -48,7 +47,7 @@ def summed(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     program: Any = model
     while isinstance(program, functools.partial) and isinstance(next(iter(program.args), None), Messenger):
         messenger, inner = program.args[:2]  # one of Pyro's handlers, and what it is around
-        if isinstance(messenger, HideDiscrete) and messenger.names:
+        if isinstance(messenger, HideDiscrete) and messenger.has_met:
             single = trace_at(inner, {}, args, kwargs)
             sites = prune_subsample_sites(single).iter_stochastic_nodes()
             names = tuple(name for name, site in sites if is_summable(site["fn"]))

@@ -50,11 +50,11 @@ def check_unmasked(owner: str, plate: str | None, found: Found) -> None:
 
 
 class RowMasks(NamedTuple):
-    """What counts of the latents in a plate.
+    """The parts of a plate's latents that count.
 
     Attributes:
         rows: The rows that count, ``(rows, *1s)`` to the plate's dimension; None where all do.
-        parts: For latents of which a part is absent, what counts, over the latent's batch shape.
+        parts: For each latent that is absent in part, a mask of what counts, over the latent's batch shape.
     """
 
     rows: Tensor | None = None
@@ -191,7 +191,7 @@ def _hides_data(found: Found) -> bool:
 
 
 def _rows_of(name: str, site: dict[str, Any], plate: str) -> Tensor:
-    """The rows of a latent of which some part counts, ``(rows,)``."""
+    """Return the rows in which some of a latent counts, ``(rows,)``."""
     mask = mask_of(site)
     if not torch.equal(*(torch.as_tensor(part) for part in mask)):
         raise ValueError(

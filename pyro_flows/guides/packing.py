@@ -119,7 +119,7 @@ class Packing:
         Args:
             latent: The vectors.
             plates: The plates, by name.
-            absent: For sites of which a part is absent, what counts.
+            absent: For each site that is absent in part, a mask of what counts.
         """
         for name, part, value, log_det in self.unpack(latent, absent):
             with ExitStack() as stack:

@@ -83,14 +83,17 @@ def _choose(
         return float(total)
 
     with torch.no_grad(), same_draws(latents.values()), validation_enabled(False):
-        at_centre, at_origin = log_density(centre), log_density(origin)
+        at_centre = log_density(centre)
+        at_origin = log_density(origin) if any(value.any() for value in centre.values()) else at_centre
         least = ABSURD * sum(value.numel() for value in origin.values())
         place = origin if math.isfinite(at_origin) and at_centre < at_origin - least else centre
         if not (math.isfinite(at_centre) or math.isfinite(at_origin)):
             around = ({n: 4 * torch.rand_like(value) - 2 for n, value in centre.items()} for _ in range(TRIES))
             place = next((elsewhere for elsewhere in around if math.isfinite(log_density(elsewhere))), centre)
+        if place is centre:
+            return
         # Densities that differ from run to run are given sites that are hidden from the guide, and drawn anew.
         stays = (log_density(centre), log_density(origin)) == (at_centre, at_origin)
-    if stays and place is not centre:
+    if stays:
         for name, site in latents.items():
             site["value"] = transforms[name](place[name])

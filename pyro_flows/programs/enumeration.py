@@ -102,12 +102,10 @@ class Parallel:
 
     def _place_of(self, name: str, value: Tensor) -> Packed | None:
         """Return the places of a discrete site's values in its support, packed; None where there is one value only."""
-        site = self._trace.nodes[name]
-        symbols, event = site["infer"]["_dim_to_symbol"], site["fn"].event_dim
-        support = site["value"].reshape(-1, *site["fn"].event_shape)
+        site, support, batch = self._trace.nodes[name], self._support(name), self._batch(name)
+        symbols = site["infer"]["_dim_to_symbol"]
         if len(support) < 2:
             return None
-        batch = value.shape[: value.dim() - event]
         same = value.unsqueeze(0) == support.reshape(-1, *(1,) * len(batch), *support.shape[1:])
         place: Packed = same.reshape(len(support), *batch, -1).all(-1).long().argmax(0)
         dims = [dim for dim in range(-len(batch), 0) if batch[dim] > 1]
