@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroSample
+from pyro.ops.indexing import Vindex
 from torch import nn
 
 import pyro_flows as pf
@@ -295,7 +296,7 @@ def summing(y):
 def test_a_density_that_mixes_draws_is_seen_at_its_site_whatever_the_size_of_others():
     guide = AutoFlow(summing).setup(Y[0])
     assert Task(summing, guide, (Y[0],), {}).settle().model.engine == "vmap"
-    with pytest.raises(ValueError, match=r"the model means something else .* as at site 'penalty'\. Let the"):
+    with pytest.raises(ValueError, match=r"the model's log-density at site 'penalty' is .* for one draw, but .*\. Let the"):
         Task(summing, guide, (Y[0],), {}, "plate").settle()
 
 
@@ -493,3 +494,60 @@ def test_a_law_without_a_support_is_over_the_real_numbers():
     for guide in (AutoFlow(model), pf.AutoPlateFlow(model, "rows")):
         pf.fit_svi(model, guide, y, **QUICK)
         assert guide.sample(4, y)["z"].shape == (4, 3, 2)
+
+
+# Densities that change from run to run.
+
+DROPOUT = nn.Dropout(0.5)
+
+
+def dropping(y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(30), 1.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(DROPOUT(w + 1).sum(-1, keepdim=True), 0.1), obs=y)
+
+
+def dropping_alone(y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(30), 1.0).to_event(1))
+    w[0].item()
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(DROPOUT(w + 1).sum(), 0.1), obs=y)
+
+
+@pytest.mark.parametrize("model", [dropping, dropping_alone])
+@pytest.mark.parametrize("verb", [pf.psis, pf.check, pf.resample, pf.refine])
+def test_a_density_that_changes_from_run_to_run_is_refused_at_its_site(verb, model):
+    guide = AutoFlow(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pf.fit_svi(model, guide, Y, warm_start=False, **QUICK)  # the noise of a loss does no harm
+        with pytest.raises(ValueError, match=r"log-density changes from run to run, .* most at site 'y': draws cannot"):
+            verb(model, guide, Y)
+
+
+def mixing(y):
+    with pyro.plate("component", 2):
+        loc = pyro.sample("loc", dist.Normal(0.0, 5.0))
+    with pyro.plate("data", len(y)):
+        k = pyro.sample("k", dist.Categorical(torch.ones(2)))
+        pyro.sample("y", dist.Normal(Vindex(loc)[..., k], 1.0), obs=y)
+
+
+@pytest.mark.parametrize("model", [matmul, dropping, branching, mixing])
+def test_the_choice_takes_at_most_five_runs(model):
+    runs, arguments = [], {matmul: (X, Y), branching: (Y[0],)}.get(model, (Y,))
+
+    def counted(*args):
+        runs.append(1)
+        return model(*args)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        DROPOUT.eval()
+        task = Task(counted, AutoFlow(model).setup(*arguments), arguments, {})
+        before = len(runs)
+        try:
+            task.settle()
+        finally:
+            DROPOUT.train()
+    assert len(runs) - before <= 5

@@ -319,7 +319,7 @@ def test_a_model_that_sums_over_all_it_sees_sees_one_draw():
         theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         pyro.sample("x", dist.Normal(theta.sum(), 1.0), obs=x)
 
-    refused_under_a_plate(model, "'s log-density of one draw is .* vectorised over draws")
+    refused_under_a_plate(model, "'s log-density at site .* for one draw, but .* vectorised over draws")
     found = many(model)
     is_standard_normal(found.data["x"] - found.latents["theta"].sum(1))
 

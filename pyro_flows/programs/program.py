@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import pyro
@@ -14,9 +14,10 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
-from .engines import ENGINES, Read, Values, View, apart, beside, is_deterministic, run, with_room
+from .engines import ENGINES, Read, Values, View, apart, beside, is_deterministic, run, value_of, with_room
 from .enumeration import Parallel, Run, check_masks, check_rows
 from .events import WithValues
+from .noise import Noise
 from .one_by_one import Sequential
 from .quoting import quoted
 from .traces import trace_of
@@ -32,10 +33,10 @@ REPEATS = 9  # runs more at one and the same draw, where a density is an estimat
 
 
 class Trial(NamedTuple):
-    """Outcome of an engine on two draws: its fault in words, or an empty string, and the density's noise in nats."""
+    """Outcome of an engine on two draws: its fault in words, or an empty string, and the density's noise."""
 
     fault: str
-    noise: float = 0.0
+    noise: Noise = Noise()
     cause: Exception | None = None
 
 
@@ -55,7 +56,7 @@ class Program:
         subsamples: The subsampled plates whose rows are drawn.
         rows: The rows of these, by their names: every run takes them.
         engine: The way to run many draws: one of ``ENGINES``.
-        noise: The standard deviation, in nats, of the log-density at one and the same draw: 0 unless it is an estimate.
+        noise: That of the log-density at one and the same draw.
         fault: Why no faster engine runs the program, in words.
     """
 
@@ -76,8 +77,9 @@ class Program:
         parts = {n: s for n, s in plates.items() if n not in given and len(s["value"]) < s["fn"].size}
         self.subsamples = {name: site["fn"] for name, site in parts.items()}
         self.rows = {name: site["value"] for name, site in parts.items()}
-        self.engine, self.noise, self.fault = "loop", 0.0, ""
+        self.engine, self.noise, self.fault = "loop", Noise(), ""
         self._enumeration: Parallel | Sequential | None = None
+        self._summed: Tensor | None = None  # the log-density of the single run, with discrete latents summed out
         self._draws_alone = False
         self._parts: list[Part] = []
         self._part: Part | None = None
@@ -214,7 +216,7 @@ class Program:
         for single in (plain, *(self._trace(poutine.condition(self.call, data=held), None, False) for held in ends)):
             found.check(terms, View(single, single, None, self.nesting))
         check_masks(plain, trace, list(values))
-        found.total(terms)
+        self._summed = found.total(terms)
         return found
 
     def _one_by_one(self, plain: Trace, values: Values, error: Exception) -> Sequential:
@@ -256,11 +258,13 @@ class Program:
     # The choice of an engine.
 
     @torch.no_grad()
-    def settle(self, held: Values, vectorize: str, role: str, also: Callable[[], str] = str) -> None:
-        """Choose the first engine that does to two draws what single runs do to each.
+    def settle(self, draw: Values, vectorize: str, role: str, also: Callable[[], str] = str) -> None:
+        """Choose the first engine that does to draws, to that of the trace and another, what single runs do to each.
+
+        Where discrete latents are summed out, and runs are dear, the one of the trace is compared, amid two others.
 
         Args:
-            held: Two draws, values ``(2, *site_shape)`` of all latents but those that are summed out.
+            draw: The other, values ``(1, *site_shape)`` of all latents but those that are summed out.
             vectorize: ``"auto"``, or the one engine that is asked for.
             role: What the program is, for errors: ``"model"`` or ``"guide"``.
             also: A further look at what an engine does, which returns what is wrong in words.
@@ -270,9 +274,13 @@ class Program:
         """
         self.engine = "loop"
         try:
-            alone = self._known(held)  # both draws, one by one
+            alone = self._traced(draw)
+            if not self.enumerated:
+                alone = _joined(alone, self._known(draw, 1))
         except (KeyError, NotImplementedError):  # some guides of Pyro cannot score a value that they did not draw
             alone = {}
+        traced = self._values_of_trace(draw)
+        held = _joined(draw, traced, draw) if self.enumerated else _joined(traced, draw)
         for engine in ENGINES if vectorize == "auto" else (vectorize,):
             self.engine = engine
             trial = self._try(alone, held, also)
@@ -283,43 +291,49 @@ class Program:
                 raise ValueError(f"the {role}{trial.fault}. {WAY_OUT}") from trial.cause
             self.fault = self.fault or trial.fault
 
-    def _known(self, held: Values) -> Values:
-        """Return what is compared: log-densities of two draws, by site if none is summed out, and derived values."""
-        if self.enumerated:
-            return {DENSITY: self.log_prob(held, 2)}
-        sites = {name: site for name, site in self.single.nodes.items() if site["type"] == "sample"}
+    def _values_of_trace(self, names: Iterable[str]) -> Values:
+        return {name: value_of(self.single.nodes[name]).unsqueeze(0) for name in names}
 
-        def read(view: View) -> Values:
-            view.check_structure()
-            found = {f"{DENSITY} of {name}": view.log_prob(name.__eq__) for name in sites}
-            rows = {name: view.trace.nodes[name]["log_prob"] for name in sites}
-            sizes = {f"{SIZE} {DENSITY} of {name}": view.total(value.abs()) for name, value in rows.items()}
-            derived = {name: view.read(name) for name, site in sites.items() if is_deterministic(site)}
-            total, size = (sum(parts.values(), torch.zeros(())) for parts in (found, sizes))
-            return {DENSITY: total, f"{SIZE} {DENSITY}": size, **found, **sizes, **derived}
+    def _traced(self, names: Iterable[str]) -> Values:
+        """Return what :meth:`_known` returns, for the values that the latents have in the trace."""
+        if not self.enumerated:
+            with pyro.validation_enabled(False):
+                found = _terms(View(self.single.copy(), self.single, None, self.nesting))
+            return {name: value.unsqueeze(0) for name, value in found.items()}
+        if not self._parts and self.enumeration and self._summed is not None:
+            return {DENSITY: self._summed}
+        return self._known(self._values_of_trace(names), 1)
 
-        return self.run(read, held, 2)
+    def _known(self, held: Values, size: int) -> Values:
+        """Return what is compared: the log-densities of draws, by site if none is summed out, and derived values."""
+        return {DENSITY: self.log_prob(held, size)} if self.enumerated else self.run(_terms, held, size)
 
     def _try(self, alone: Values, held: Values, also: Callable[[], str]) -> Trial:
         if self.engine == "loop":
-            return Trial("")
+            return Trial("", self._noise(held, alone) if alone else Noise())
         try:
-            found, fault = self._known(held) if alone else self._drawn(), also()
+            size = 3 if self.enumerated else 2
+            found, fault = self._known(held, size) if alone else self._drawn(), also()
+            if self.enumerated:
+                found = {name: value[1:2] for name, value in found.items()}
         except Exception as error:  # a user's program may raise anything
             return Trial(f" does not run vectorised over draws: {quoted(error)}", cause=error)
         values = {name: value for name, value in found.items() if name in alone and not name.startswith(SIZE)}
         differ = [n for n, value in values.items() if not _alike(value, alone[n], alone.get(f"{SIZE} {n}"))]
         if fault or not differ:
             return Trial(fault)
-        noise = self._noise({name: value[:1] for name, value in held.items()}, alone[DENSITY][0].double())
-        if DENSITY in differ and not noise:
-            one, many = alone[DENSITY], found[DENSITY]
-            row = int((one - many).abs().argmax())
+        noise = self._noise(held, alone)
+        scored = [name for name in differ if name.startswith(DENSITY)]
+        if scored and not noise.deviation:
+            one, many = alone[scored[-1]], found[scored[-1]]
+            row, where = int((one - many).abs().argmax()), scored[-1].removeprefix(f"{DENSITY} of ")
+            where = "" if where == DENSITY else f" at site {where!r}"
             return Trial(
-                f"'s log-density of one draw is {float(one[row]):.4g}, but {float(many[row]):.4g} vectorised over draws"
+                f"'s log-density{where} is {float(one[row]):.4g} for one draw, but {float(many[row]):.4g} vectorised "
+                "over draws"
             )
         # An estimate, as that of dequantised images, is another one each time.
-        if any(((found[name] - alone[name]).abs() > 10 * noise).any() for name in differ):
+        if any(((found[name] - alone[name]).abs() > 10 * noise.deviation).any() for name in differ):
             return Trial(f" means something else vectorised over draws, as at site {differ[-1].split()[-1]!r}")
         return Trial("", noise)
 
@@ -327,14 +341,34 @@ class Program:
         """New draws, whose densities cannot be compared."""
         return self.run(lambda view: {DENSITY: view.log_prob()}, {}, 2)
 
-    def _noise(self, draw: Values, first: Tensor) -> float:
-        """The standard deviation of the log-density at one draw, run several times unless the second is the same."""
-        found, alone = [first], self.with_(engine="loop")
+    def _noise(self, names: Iterable[str], known: Values) -> Noise:
+        """Return the noise of the log-density at the trace's draw, run several times unless the second is the same."""
+        draw = self._values_of_trace(names)
+        found, alone = [{name: value[:1] for name, value in known.items()}], self.with_(engine="loop")
         for _ in range(REPEATS):
-            found.append(alone.log_prob(draw, 1)[0].double())
-            if found[1] == found[0]:
-                return 0.0
-        return float(torch.stack(found).std())
+            found.append(alone._known(draw, 1))
+            if torch.equal(found[1][DENSITY], found[0][DENSITY]):
+                return Noise()
+        prefix = f"{DENSITY} of "
+        names = (DENSITY, *(name for name in found[0] if name.startswith(prefix)))
+        noise = {name: float(torch.cat([run[name].double() for run in found]).std()) for name in names}
+        site = max(names[1:], key=lambda name: noise[name], default="")
+        return Noise(noise[DENSITY], site.removeprefix(prefix))
+
+
+def _terms(view: View) -> Values:
+    """Read off the log-density of each site and the size of its terms, those of all of them, and derived values."""
+    view.check_structure()
+    sites = {name: site for name, site in view.trace.nodes.items() if name in view.single.nodes and _is_sample(site)}
+    found = {f"{DENSITY} of {name}": view.log_prob(name.__eq__) for name in sites}
+    sizes = {f"{SIZE} {DENSITY} of {name}": view.total(site["log_prob"].abs()) for name, site in sites.items()}
+    derived = {name: view.read(name) for name, site in sites.items() if is_deterministic(site)}
+    total, size = (sum(parts.values(), torch.zeros(())) for parts in (found, sizes))
+    return {DENSITY: total, f"{SIZE} {DENSITY}": size, **found, **sizes, **derived}
+
+
+def _joined(*draws: Values) -> Values:
+    return {name: torch.cat([values[name] for values in draws]) for name in draws[-1]}
 
 
 def _alike(value: Tensor, other: Tensor, size: Tensor | None) -> bool:
@@ -346,5 +380,9 @@ def _alike(value: Tensor, other: Tensor, size: Tensor | None) -> bool:
     return bool((gap | ~(value.isfinite() | other.isfinite())).all())
 
 
+def _is_sample(site: dict[str, Any]) -> bool:
+    return bool(site["type"] == "sample")
+
+
 def _is_latent(site: dict[str, Any]) -> bool:
-    return site["type"] == "sample" and not site["is_observed"]
+    return _is_sample(site) and not site["is_observed"]

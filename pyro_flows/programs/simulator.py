@@ -213,7 +213,7 @@ class Simulator:
         check_vectorize(vectorize)
         if self._settled == vectorize:
             return
-        drawn = self.model.alone(lambda view: {n: view.read(n) for n, _ in view.trace.iter_stochastic_nodes()}, 2)
+        drawn = self.model.alone(lambda view: {n: view.read(n) for n, _ in view.trace.iter_stochastic_nodes()}, 1)
         self.model.settle(drawn, vectorize, "model", self._fault)
         self._settled = vectorize
         if self.model.engine == "loop" and vectorize == "auto":

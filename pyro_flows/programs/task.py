@@ -19,7 +19,7 @@ from .engines import ENGINES, Site, Values, View, value_of
 from .latents import check_match, is_point, summable
 from .lifted import Lifted
 from .nesting import has_bare_dimensions, nesting_of
-from .noise import warn_of_noise, warn_user
+from .noise import check_noise, warn_user
 from .program import Program
 from .traces import trace_of
 from .whole import parts_of
@@ -80,7 +80,8 @@ class Task:
         single, drawn = self.once(marks)
         marks.keep(single)
         nesting = nesting_of(drawn, single)
-        self.traces, self._vectorize, self.is_settled = (single, drawn), vectorize, False
+        self.traces, self._vectorize = (single, drawn), vectorize
+        self.is_settled = self._weighs = False
         enumerated = tuple(summable(single, drawn))
         self.guide = Program(guide, args, kwargs, drawn, nesting)
         self.model = Program(model, args, kwargs, single, nesting, enumerated, tuple(marks.given))
@@ -138,6 +139,7 @@ class Task:
                 latents, or gets its rows from elsewhere.
         """
         check_match(*self.traces)
+        self._weighs = whole
         if whole and self._can_be_whole:
             self.model.whole()
         elif self.subsampled:
@@ -177,6 +179,9 @@ class Task:
     def settle(self) -> Task:
         """Choose how guide and model run many draws, by two draws of the guide, and return the task.
 
+        Raises:
+            ValueError: If draws are to be weighed, and the model's log-density is too noisy for that.
+
         Warns:
             UserWarning: If the model runs one draw at a time, or its log-density is an estimate whose noise shows.
         """
@@ -184,7 +189,7 @@ class Task:
             return self
         names = dict.fromkeys((*self.own, *self.latents))
         with torch.no_grad():
-            found = self.guide.alone(lambda view: {name: view.read(name) for name in names}, 2)
+            found = self.guide.alone(lambda view: {name: view.read(name) for name in names}, 1)
         own, latents = ({name: found[name] for name in part} for part in (self.own, self.latents))
         self.guide.settle(own, "auto", "guide")
         self.model.settle(latents, self._vectorize, "model")
@@ -193,7 +198,7 @@ class Task:
             for role, program in (("model", self.model), ("guide", self.guide)):
                 if program.engine == "loop":
                     warn_user(f"the {role} runs one draw at a time, as it{program.fault}.")
-        warn_of_noise(self.model.noise)
+        check_noise(self.model.noise, is_weighed=self._weighs)
         return self
 
     @torch.no_grad()
