@@ -296,7 +296,7 @@ def summing(y):
 def test_a_density_that_mixes_draws_is_seen_at_its_site_whatever_the_size_of_others():
     guide = AutoFlow(summing).setup(Y[0])
     assert Task(summing, guide, (Y[0],), {}).settle().model.engine == "vmap"
-    with pytest.raises(ValueError, match=r"the model's log-density at site 'penalty' is .* for one draw, but .*\. Let the"):
+    with pytest.raises(ValueError, match=r"the model's log-density at site 'penalty' is .* for one draw.*\. Let"):
         Task(summing, guide, (Y[0],), {}, "plate").settle()
 
 
