@@ -1,10 +1,10 @@
-"""A Pyro program with its arguments, run for many draws at once by an engine that was tried on two of them first."""
+"""A Pyro program with its arguments, run for many draws at once by an engine: see ``choice.py``."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import pyro
 import torch
@@ -14,7 +14,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
-from .engines import ENGINES, Read, Values, View, apart, beside, is_deterministic, run, value_of, with_room
+from .engines import Read, Values, View, apart, beside, run, with_room
 from .enumeration import Parallel, Run, check_masks, check_rows
 from .events import WithValues
 from .noise import Noise
@@ -23,21 +23,8 @@ from .quoting import quoted
 from .traces import trace_of
 from .whole import Part, parts_of
 
+TOTAL = "the log-density"  # read beside values of sites
 Place = Callable[..., Any]  # a handler that puts values into a program's sites: place(program, data=values)
-WAY_OUT = (
-    "Let the model broadcast to the left of its plates, with (x * w).sum(-1) in place of x @ w, say; give "
-    "max_plate_nesting where it has dimensions of its own to the left of its plates; or leave vectorize out."
-)
-DENSITY, SIZE = "log p", "size of"  # what is read beside values of sites
-REPEATS = 9  # runs more at one and the same draw, where a density is an estimate
-
-
-class Trial(NamedTuple):
-    """Outcome of an engine on two draws: its fault in words, or an empty string, and the density's noise."""
-
-    fault: str
-    noise: Noise = Noise()
-    cause: Exception | None = None
 
 
 class Program:
@@ -172,8 +159,14 @@ class Program:
             return torch.stack([log_prob for log_prob, _ in scores]).sum(0), scores[0][1]
         if self.enumerated:
             return self.enumeration.log_prob(self._at(held, size)), {}
-        found = self.run(lambda view: {DENSITY: view.log_prob(), **{n: view.read(n) for n in sites}}, held, size)
-        return found.pop(DENSITY), found
+        found = self.run(lambda view: {TOTAL: view.log_prob(), **{n: view.read(n) for n in sites}}, held, size)
+        return found.pop(TOTAL), found
+
+    def log_prob_of_trace(self, held: Values) -> Tensor:
+        """Return the log-density of the trace's latents ``held``, ``(1,)``, where a sum has shown it without a run."""
+        if not self._parts and self.enumeration and self._summed is not None:
+            return self._summed
+        return self.log_prob(held, 1)
 
     def discrete(self, held: Values, size: int) -> Values:
         """Draw the discrete latents that are summed out, given N draws of the others: each ``(N, *site_shape)``."""
@@ -255,134 +248,6 @@ class Program:
         marks = {"enumerate": "parallel", "expand": False, "num_samples": None}
         return marks if site["name"] in self.enumerated else {}
 
-    # The choice of an engine.
-
-    @torch.no_grad()
-    def settle(self, draw: Values, vectorize: str, role: str, also: Callable[[], str] = str) -> None:
-        """Choose the first engine that does to draws, to that of the trace and another, what single runs do to each.
-
-        Where discrete latents are summed out, and runs are dear, the one of the trace is compared, amid two others.
-
-        Args:
-            draw: The other, values ``(1, *site_shape)`` of all latents but those that are summed out.
-            vectorize: ``"auto"``, or the one engine that is asked for.
-            role: What the program is, for errors: ``"model"`` or ``"guide"``.
-            also: A further look at what an engine does, which returns what is wrong in words.
-
-        Raises:
-            ValueError: If the engine that is asked for does something else.
-        """
-        self.engine = "loop"
-        try:
-            alone = self._traced(draw)
-            if not self.enumerated:
-                alone = _joined(alone, self._known(draw, 1))
-        except (KeyError, NotImplementedError):  # some guides of Pyro cannot score a value that they did not draw
-            alone = {}
-        traced = self._values_of_trace(draw)
-        held = _joined(draw, traced, draw) if self.enumerated else _joined(traced, draw)
-        for engine in ENGINES if vectorize == "auto" else (vectorize,):
-            self.engine = engine
-            trial = self._try(alone, held, also)
-            if not trial.fault:
-                self.noise = trial.noise
-                return
-            if vectorize != "auto":
-                raise ValueError(f"the {role}{trial.fault}. {WAY_OUT}") from trial.cause
-            self.fault = self.fault or trial.fault
-
-    def _values_of_trace(self, names: Iterable[str]) -> Values:
-        return {name: value_of(self.single.nodes[name]).unsqueeze(0) for name in names}
-
-    def _traced(self, names: Iterable[str]) -> Values:
-        """Return what :meth:`_known` returns, for the values that the latents have in the trace."""
-        if not self.enumerated:
-            with pyro.validation_enabled(False):
-                found = _terms(View(self.single.copy(), self.single, None, self.nesting))
-            return {name: value.unsqueeze(0) for name, value in found.items()}
-        if not self._parts and self.enumeration and self._summed is not None:
-            return {DENSITY: self._summed}
-        return self._known(self._values_of_trace(names), 1)
-
-    def _known(self, held: Values, size: int) -> Values:
-        """Return what is compared: the log-densities of draws, by site if none is summed out, and derived values."""
-        return {DENSITY: self.log_prob(held, size)} if self.enumerated else self.run(_terms, held, size)
-
-    def _try(self, alone: Values, held: Values, also: Callable[[], str]) -> Trial:
-        if self.engine == "loop":
-            return Trial("", self._noise(held, alone) if alone else Noise())
-        try:
-            size = 3 if self.enumerated else 2
-            found, fault = self._known(held, size) if alone else self._drawn(), also()
-            if self.enumerated:
-                found = {name: value[1:2] for name, value in found.items()}
-        except Exception as error:  # a user's program may raise anything
-            return Trial(f" does not run vectorised over draws: {quoted(error)}", cause=error)
-        values = {name: value for name, value in found.items() if name in alone and not name.startswith(SIZE)}
-        differ = [n for n, value in values.items() if not _alike(value, alone[n], alone.get(f"{SIZE} {n}"))]
-        if fault or not differ:
-            return Trial(fault)
-        noise = self._noise(held, alone)
-        scored = [name for name in differ if name.startswith(DENSITY)]
-        if scored and not noise.deviation:
-            one, many = alone[scored[-1]], found[scored[-1]]
-            row, where = int((one - many).abs().argmax()), scored[-1].removeprefix(f"{DENSITY} of ")
-            where = "" if where == DENSITY else f" at site {where!r}"
-            return Trial(
-                f"'s log-density{where} is {float(one[row]):.4g} for one draw, but {float(many[row]):.4g} vectorised "
-                "over draws"
-            )
-        # An estimate, as that of dequantised images, is another one each time.
-        if any(((found[name] - alone[name]).abs() > 10 * noise.deviation).any() for name in differ):
-            return Trial(f" means something else vectorised over draws, as at site {differ[-1].split()[-1]!r}")
-        return Trial("", noise)
-
-    def _drawn(self) -> Values:
-        """New draws, whose densities cannot be compared."""
-        return self.run(lambda view: {DENSITY: view.log_prob()}, {}, 2)
-
-    def _noise(self, names: Iterable[str], known: Values) -> Noise:
-        """Return the noise of the log-density at the trace's draw, run several times unless the second is the same."""
-        draw = self._values_of_trace(names)
-        found, alone = [{name: value[:1] for name, value in known.items()}], self.with_(engine="loop")
-        for _ in range(REPEATS):
-            found.append(alone._known(draw, 1))
-            if torch.equal(found[1][DENSITY], found[0][DENSITY]):
-                return Noise()
-        prefix = f"{DENSITY} of "
-        names = (DENSITY, *(name for name in found[0] if name.startswith(prefix)))
-        noise = {name: float(torch.cat([run[name].double() for run in found]).std()) for name in names}
-        site = max(names[1:], key=lambda name: noise[name], default="")
-        return Noise(noise[DENSITY], site.removeprefix(prefix))
-
-
-def _terms(view: View) -> Values:
-    """Read off the log-density of each site and the size of its terms, those of all of them, and derived values."""
-    view.check_structure()
-    sites = {name: site for name, site in view.trace.nodes.items() if name in view.single.nodes and _is_sample(site)}
-    found = {f"{DENSITY} of {name}": view.log_prob(name.__eq__) for name in sites}
-    sizes = {f"{SIZE} {DENSITY} of {name}": view.total(site["log_prob"].abs()) for name, site in sites.items()}
-    derived = {name: view.read(name) for name, site in sites.items() if is_deterministic(site)}
-    total, size = (sum(parts.values(), torch.zeros(())) for parts in (found, sizes))
-    return {DENSITY: total, f"{SIZE} {DENSITY}": size, **found, **sizes, **derived}
-
-
-def _joined(*draws: Values) -> Values:
-    return {name: torch.cat([values[name] for values in draws]) for name in draws[-1]}
-
-
-def _alike(value: Tensor, other: Tensor, size: Tensor | None) -> bool:
-    """True if numbers differ by round-off at most, which grows with the sizes of the terms that they are sums of."""
-    if not value.is_floating_point():
-        return torch.equal(value, other)
-    rounding = 1e4 * torch.finfo(other.dtype).eps
-    gap = (value - other).abs() <= rounding * (other.abs() if size is None else size) + rounding
-    return bool((gap | ~(value.isfinite() | other.isfinite())).all())
-
-
-def _is_sample(site: dict[str, Any]) -> bool:
-    return bool(site["type"] == "sample")
-
 
 def _is_latent(site: dict[str, Any]) -> bool:
-    return _is_sample(site) and not site["is_observed"]
+    return site["type"] == "sample" and not site["is_observed"]

@@ -17,6 +17,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from ..checks import check_integers, check_program
+from .choice import settle
 from .engines import Values
 from .nesting import nesting_of, takes_nesting
 from .noise import warn_user
@@ -214,7 +215,7 @@ class Simulator:
         if self._settled == vectorize:
             return
         drawn = self.model.alone(lambda view: {n: view.read(n) for n, _ in view.trace.iter_stochastic_nodes()}, 1)
-        self.model.settle(drawn, vectorize, "model", self._fault)
+        settle(self.model, drawn, vectorize, "model", self._fault)
         self._settled = vectorize
         if self.model.engine == "loop" and vectorize == "auto":
             warn_user(f"{self.caller}: the model runs one draw at a time, as it{self.model.fault}.")

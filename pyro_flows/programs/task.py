@@ -15,6 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .. import checks
+from .choice import settle
 from .engines import ENGINES, Site, Values, View, value_of
 from .latents import check_match, is_point, summable
 from .lifted import Lifted
@@ -191,8 +192,8 @@ class Task:
         with torch.no_grad():
             found = self.guide.alone(lambda view: {name: view.read(name) for name in names}, 1)
         own, latents = ({name: found[name] for name in part} for part in (self.own, self.latents))
-        self.guide.settle(own, "auto", "guide")
-        self.model.settle(latents, self._vectorize, "model")
+        settle(self.guide, own, "auto", "guide")
+        settle(self.model, latents, self._vectorize, "model")
         self.is_settled = True
         if self._vectorize == "auto":
             for role, program in (("model", self.model), ("guide", self.guide)):
