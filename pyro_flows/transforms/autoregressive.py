@@ -16,7 +16,7 @@ from ..bijectors import Bijector
 from ..checks import BIJECTOR, check_flags, check_kind
 from ..conditioners import MADE, CausalTransformer
 from .base import FlowTransform
-from .elementwise import check_params
+from .conditional import check_params
 from .inversion import Inversion, invert_by_passes
 from .tokens import invert_tokens
 from .tracing import is_traced
@@ -78,7 +78,7 @@ class Autoregressive(FlowTransform):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, log_det = self.bijector.forward_and_log_det(x, self.conditioner(x, context))
-        return y, log_det.sum(tuple(range(-len(self.event_shape), 0)))
+        return y, self._sum_event(log_det)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if isinstance(self.conditioner, CausalTransformer):

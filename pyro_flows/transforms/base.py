@@ -18,6 +18,8 @@ from torch.distributions import Transform, constraints
 from ..checks import TRANSFORM, as_shape, check_integers, check_kind
 from .view import View
 
+Scored = tuple[Tensor, Tensor, Tensor]  # values, log-determinants, and the scores of the values
+
 
 class FlowTransform(TransformModule):
     """A learnable bijection of events, y = t(x | c), with or without a context c.
@@ -79,9 +81,7 @@ class FlowTransform(TransformModule):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map y back to ``(x, log|det dx/dy|)``; arguments, shapes, units and errors of :meth:`forward_and_log_det`."""
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         """Map ``x`` and carry the score of its law along, which path gradients need.
 
         With q(y) the law of y when x follows p, ``∇_y log q`` is the Jacobian's inverse transpose times
@@ -132,6 +132,10 @@ class FlowTransform(TransformModule):
         """Itself: modules remember nothing, and views always keep the one pair."""
         return self
 
+    def _sum_event(self, x: Tensor) -> Tensor:
+        """Sum over the dimensions of an event, ``(*batch, *event_shape) -> (*batch)``."""
+        return x.sum(tuple(range(-len(self.event_shape), 0)))
+
     def _call(self, x: Tensor) -> Tensor:
         return self.forward_and_log_det(x)[0]
 
@@ -153,6 +157,20 @@ class FlowTransform(TransformModule):
 
 
 ConditionalTransform.register(FlowTransform)
+
+
+class VectorTransform(FlowTransform):
+    """A transform of vectors ``(*batch, input_dim)``.
+
+    Args:
+        input_dim: The number D of features.
+        context_dim: The width of contexts; 0 if there are none.
+    """
+
+    def __init__(self, input_dim: int, context_dim: int = 0) -> None:
+        check_integers(type(self).__name__, input_dim=input_dim)
+        super().__init__((input_dim,), context_dim)
+        self.input_dim = input_dim
 
 
 class Inverse(FlowTransform):

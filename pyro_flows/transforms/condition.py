@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..checks import TRANSFORM, check_kind
-from .base import FlowTransform
+from .base import FlowTransform, Scored
 
 
 class Conditioned(FlowTransform):
@@ -47,7 +47,5 @@ class Conditioned(FlowTransform):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.transform.inverse_and_log_det(y, self.context)
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         return self.transform.forward_and_score(x, score, self.context)

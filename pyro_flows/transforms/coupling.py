@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..bijectors import Bijector
 from ..checks import BIJECTOR, CONDITIONER, as_flags, check_kind
 from ..conditioners import Conditioner
-from .base import FlowTransform
-from .elementwise import check_params
+from .base import FlowTransform, Scored
+from .conditional import check_params
 
 
 class Coupling(FlowTransform):
@@ -91,9 +91,7 @@ class Coupling(FlowTransform):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_verb(self.bijector.inverse_and_log_det, y, context)
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         # The Jacobian is triangular by blocks, so its transpose is solved in the pass at hand, without a way back.
         kept, mapped = self._part(x)
         y, log_det = self.bijector.forward_and_log_det(mapped, self.conditioner(kept, context))
@@ -102,7 +100,7 @@ class Coupling(FlowTransform):
         of_mapped = of_mapped - _gradient([(log_det, ones)], mapped)
         of_mapped = of_mapped * torch.exp(-log_det.detach())
         of_kept = of_kept - _gradient([(log_det, ones), (y, of_mapped)], kept)
-        return self._join(kept, y), self._total(log_det), self._join(of_kept, of_mapped)
+        return self._join(kept, y), self._sum_event(log_det), self._join(of_kept, of_mapped)
 
     def _part(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What conditions, and what is transformed."""
@@ -119,15 +117,12 @@ class Coupling(FlowTransform):
             return torch.cat((kept, mapped) if self._kept_first else (mapped, kept), dim)
         return torch.cat((kept, mapped), dim).index_select(dim, self.restore)
 
-    def _total(self, log_det: Tensor) -> Tensor:
-        return log_det.sum(tuple(range(-len(self.event_shape), 0)))
-
     def _apply_verb(
         self, verb: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         kept, mapped = self._part(x)
         mapped, log_det = verb(mapped, self.conditioner(kept, context))
-        return self._join(kept, mapped), self._total(log_det)
+        return self._join(kept, mapped), self._sum_event(log_det)
 
 
 def _gradient(weighted: list[tuple[Tensor, Tensor]], of: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..checks import TRANSFORM, as_image, as_shape, check_integers, check_kind
-from .base import FlowTransform
+from .base import FlowTransform, Scored
 
 
 class Rearranged(FlowTransform):
@@ -31,25 +31,32 @@ class Rearranged(FlowTransform):
         """Events ``(*batch, *event_shape)`` as the inner transform takes them."""
 
     @abstractmethod
-    def restore(self, x: Tensor) -> Tensor:
-        """The way back."""
+    def restore(self, inside: Tensor, whole: Tensor) -> Tensor:
+        """Put back what the inner transform made of :meth:`arrange` of whole events."""
+
+    def inner_context(self, context: Tensor | None) -> Tensor | None:
+        """Return the context as the inner transform takes it."""
+        return context
+
+    def total(self, log_det: Tensor) -> Tensor:
+        """Return the log-determinants ``(*batch)`` from those of the inner transform."""
+        return log_det
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, log_det = self.inner.forward_and_log_det(self.arrange(x), context)
-        return self.restore(y), log_det
+        y, log_det = self.inner.forward_and_log_det(self.arrange(x), self.inner_context(context))
+        return self.restore(y, x), self.total(log_det)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, log_det = self.inner.inverse_and_log_det(self.arrange(y), context)
-        return self.restore(x), log_det
+        x, log_det = self.inner.inverse_and_log_det(self.arrange(y), self.inner_context(context))
+        return self.restore(x, y), self.total(log_det)
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, log_det, score = self.inner.forward_and_score(self.arrange(x), self.arrange(score), context)
-        return self.restore(y), log_det, self.restore(score)
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+        context = self.inner_context(context)
+        y, log_det, inner_score = self.inner.forward_and_score(self.arrange(x), self.arrange(score), context)
+        return self.restore(y, x), self.total(log_det), self.restore(inner_score, score)
 
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
-        self.inner.initialize(self.arrange(y), context)
+        self.inner.initialize(self.arrange(y), self.inner_context(context))
 
 
 class Squeezed(Rearranged):
@@ -92,9 +99,9 @@ class Squeezed(Rearranged):
     def arrange(self, x: Tensor) -> Tensor:
         return to_blocks(x, self.factor).flatten(-3).movedim(-1, -3)
 
-    def restore(self, x: Tensor) -> Tensor:
+    def restore(self, inside: Tensor, whole: Tensor) -> Tensor:
         channels, f = self.event_shape[0], self.factor
-        return from_blocks(x.movedim(-3, -1).unflatten(-1, (channels, f, f)))
+        return from_blocks(inside.movedim(-3, -1).unflatten(-1, (channels, f, f)))
 
 
 class Patched(Rearranged):
@@ -138,9 +145,9 @@ class Patched(Rearranged):
     def arrange(self, x: Tensor) -> Tensor:
         return to_blocks(x, self.side).flatten(-3).flatten(-3, -2)
 
-    def restore(self, x: Tensor) -> Tensor:
+    def restore(self, inside: Tensor, whole: Tensor) -> Tensor:
         channels, height, width = self.image_shape
-        grid = x.unflatten(-2, (height // self.side, width // self.side))
+        grid = inside.unflatten(-2, (height // self.side, width // self.side))
         return from_blocks(grid.unflatten(-1, (channels, self.side, self.side)))
 
 
@@ -178,8 +185,8 @@ class Reshaped(Rearranged):
     def arrange(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[: x.dim() - len(self.shape)], *self.inner.event_shape)
 
-    def restore(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[: x.dim() - len(self.inner.event_shape)], *self.shape)
+    def restore(self, inside: Tensor, whole: Tensor) -> Tensor:
+        return inside.reshape(*inside.shape[: inside.dim() - len(self.inner.event_shape)], *self.shape)
 
 
 def to_blocks(x: Tensor, side: int) -> Tensor:

@@ -29,7 +29,7 @@ from ..checks import check_flags
 from ..conditioners import LipschitzMLP
 from ..conditioners.jacobian import Jacobian
 from ..conditioners.lipschitz import Layers
-from .base import FlowTransform
+from .base import FlowTransform, Scored
 
 # Exact log-determinants cost no more than estimates at a width of 16, six times as much at 64; but there the noise of
 # one estimate, 0.3 nats, would take dozens of them to remove.
@@ -107,9 +107,7 @@ class Residual(FlowTransform):
             x = x - _neumann(jacobian, x + change - y, steps)
         return x, -self._log_det(layers.linearise(x)[1])
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         if not self.is_exact:
             return super().forward_and_score(x, score, context)
         batch = x.shape[:-1] if context is None else torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
