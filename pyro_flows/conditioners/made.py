@@ -93,7 +93,7 @@ class MADE(Conditioner):
             self._check_graph(graph)
         self._set_masks()
         self.set_pace(pace)
-        self.register_load_state_dict_post_hook(_restore_masks)
+        self.register_load_state_dict_post_hook(MADE._restore_masks)
 
     def _check_graph(self, graph: Tensor) -> None:
         child, parent = graph.nonzero().T
@@ -137,6 +137,12 @@ class MADE(Conditioner):
             self.unlocked.append(torch.bincount(_degrees(units, self.order), minlength=self.input_dim).tolist())
             seen = units
         self.output.mask = _within(seen, self._parents()).repeat(self.num_params, 1).to(self.output.weight)
+
+    def _restore_masks(self, _keys: object) -> None:
+        """Find the masks from the order of a state that was loaded."""
+        if sorted(self.order.tolist()) != list(range(self.input_dim)):
+            raise ValueError(f"MADE: the state's order is no permutation of 0 … {self.input_dim - 1}.")
+        self._set_masks()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, *others = self.hidden
@@ -232,10 +238,3 @@ def _spread(width: int, count: int) -> list[int]:
     if width >= count:
         return [place * count // width for place in range(width)]
     return [round(place * (count - 1) / max(width - 1, 1)) for place in range(width)]
-
-
-def _restore_masks(module: nn.Module, _: object) -> None:
-    assert isinstance(module, MADE)
-    if sorted(module.order.tolist()) != list(range(module.input_dim)):
-        raise ValueError(f"MADE: the state's order is no permutation of 0 … {module.input_dim - 1}.")
-    module._set_masks()

@@ -105,9 +105,10 @@ class CausalTransformer(Conditioner):
         self.output = zero_(nn.Linear(hidden_dim, num_params * token_dim))
         self.register_buffer("order", torch.tensor(order))
         self._set_places()
-        self.register_load_state_dict_post_hook(_restore_places)
+        self.register_load_state_dict_post_hook(CausalTransformer._set_places)
 
-    def _set_places(self) -> None:
+    def _set_places(self, _keys: object = None) -> None:
+        """Find the places of tokens from their order, also when a state is loaded."""
         self.places: tuple[int, ...] = tuple(torch.argsort(self.order).tolist())  # of the token of each rank
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -203,11 +204,6 @@ class _Known:
             self.both = new.new_empty(*new.shape[:3], self.length, new.shape[4])
         self.both[..., self.number - 1, :] = new.squeeze(3)
         return self.both[..., : self.number, :]
-
-
-def _restore_places(module: nn.Module, _: object) -> None:
-    assert isinstance(module, CausalTransformer)
-    module._set_places()
 
 
 class _Layer(nn.Module):

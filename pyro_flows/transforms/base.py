@@ -132,6 +132,18 @@ class FlowTransform(TransformModule):
         """Itself: modules remember nothing, and views always keep the one pair."""
         return self
 
+    def _batch_of(self, x: Tensor, context: Tensor | None) -> torch.Size:
+        """Return the batch shape of events and contexts together."""
+        batch = x.shape[: x.dim() - len(self.event_shape)]
+        return batch if context is None else torch.broadcast_shapes(batch, context.shape[:-1])
+
+    def _rows_of(self, x: Tensor, context: Tensor | None) -> tuple[torch.Size, Tensor, Tensor | None]:
+        """Return the batch shape, and events and contexts as rows, ``(N, *event_shape), (N, context_dim)``."""
+        batch, event = self._batch_of(x, context), x.shape[x.dim() - len(self.event_shape) :]
+        if context is not None:
+            context = context.expand(*batch, context.shape[-1]).reshape(batch.numel(), context.shape[-1])
+        return batch, x.expand(batch + event).reshape(batch.numel(), *event), context
+
     def _sum_event(self, x: Tensor) -> Tensor:
         """Sum over the dimensions of an event, ``(*batch, *event_shape) -> (*batch)``."""
         return x.sum(tuple(range(-len(self.event_shape), 0)))

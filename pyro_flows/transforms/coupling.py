@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..bijectors import Bijector
 from ..checks import BIJECTOR, CONDITIONER, as_flags, check_kind
@@ -72,9 +72,10 @@ class Coupling(FlowTransform):
         self.conditioner = conditioner
         self.register_buffer("mask", mask)
         self._set_indices()
-        self.register_load_state_dict_post_hook(_restore_indices)
+        self.register_load_state_dict_post_hook(Coupling._set_indices)
 
-    def _set_indices(self) -> None:
+    def _set_indices(self, _keys: object = None) -> None:
+        """Find the places of features from the mask, also when a state is loaded."""
         kept, mapped = self.mask.nonzero().flatten(), (~self.mask).nonzero().flatten()
         self.register_buffer("kept", kept, persistent=False)
         self.register_buffer("mapped", mapped, persistent=False)
@@ -133,8 +134,3 @@ def _gradient(weighted: list[tuple[Tensor, Tensor]], of: Tensor) -> Tensor:
     outputs, weights = zip(*moving, strict=True)
     found = torch.autograd.grad(outputs, of, weights, retain_graph=True, materialize_grads=True)[0]
     return found.detach()  # on torch 2.4 zeros that are put for None require gradients
-
-
-def _restore_indices(module: nn.Module, _: object) -> None:
-    assert isinstance(module, Coupling)
-    module._set_indices()

@@ -110,8 +110,7 @@ class Residual(FlowTransform):
     def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         if not self.is_exact:
             return super().forward_and_score(x, score, context)
-        batch = x.shape[:-1] if context is None else torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
-        x = x.expand(*batch, -1)
+        x = x.expand(*self._batch_of(x, context), -1)
         with torch.enable_grad():
             change, jacobian = self.net.at(context).linearise(x)
             log_det = jacobian.log_det()
