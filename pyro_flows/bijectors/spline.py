@@ -35,8 +35,7 @@ class Spline(Bijector):
         check_numbers(name, above=0, bound=self.bound, min_bin=min_bin)
         if not min_bin * bins < 1:
             raise ValueError(
-                f"{name}: min_bin must lie between 0 and 1 / bins = {1 / bins:.3g}, got {min_bin}; "
-                "use fewer bins or a smaller min_bin."
+                f"{name}: min_bin must lie between 0 and 1 / bins = {1 / bins:.3g}, got {min_bin}. Lower it, or bins."
             )
         check_numbers(name, above=1, max_slope=self.max_slope)
 

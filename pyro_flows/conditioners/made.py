@@ -96,19 +96,15 @@ class MADE(Conditioner):
         self.register_load_state_dict_post_hook(MADE._restore_masks)
 
     def _check_graph(self, graph: Tensor) -> None:
-        child, parent = graph.nonzero().T
-        wrong = self.order[parent] > self.order[child]
-        if wrong.any():
-            first = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"MADE: order must put parents first, but feature {int(child[first])} comes before its parent "
-                f"{int(parent[first])}."
-            )
+        edges = graph.nonzero()
+        wrong = edges[self.order[edges[:, 1]] > self.order[edges[:, 0]]].tolist()
+        if wrong:
+            child, parent = wrong[0]
+            raise ValueError(f"MADE: order must put parents first; feature {child} comes before its parent {parent}.")
         sets = len(self._parent_sets())
         if min(self.hidden_dims) < sets:
             raise ValueError(
-                f"MADE: hidden_dims must be at least {sets}, one unit for each different set of parents in adjacency, "
-                f"got {self.hidden_dims}."
+                f"MADE: hidden_dims must be at least {sets}, a unit for each set of parents, got {self.hidden_dims}."
             )
 
     def _parent_sets(self) -> Tensor:
@@ -184,10 +180,7 @@ def checked_graph(adjacency: Sequence[Sequence[bool]] | Tensor, input_dim: int) 
             f"MADE: adjacency must be a matrix of bools such as [[0, 0], [1, 0]], got {quoted(adjacency)}."
         ) from error
     if graph.shape != (input_dim, input_dim):
-        raise ValueError(
-            f"MADE: adjacency must have shape ({input_dim}, {input_dim}), one row and one column for each feature, got "
-            f"{tuple(graph.shape)}."
-        )
+        raise ValueError(f"MADE: adjacency must have shape ({input_dim}, {input_dim}), got {tuple(graph.shape)}.")
     return (graph != 0) & ~torch.eye(input_dim, dtype=torch.bool, device=graph.device)
 
 

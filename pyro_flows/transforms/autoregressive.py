@@ -60,10 +60,8 @@ class Autoregressive(FlowTransform):
     """
 
     def __init__(self, bijector: Bijector, conditioner: MADE | CausalTransformer, *, fixed_point: bool = False) -> None:
-        if not isinstance(conditioner, MADE | CausalTransformer):
-            raise TypeError(
-                f"Autoregressive: conditioner must be a MADE or a CausalTransformer, got {type(conditioner).__name__}."
-            )
+        known = (MADE, CausalTransformer)
+        check_kind("Autoregressive", known, "a MADE or a CausalTransformer", conditioner=conditioner)
         check_kind("Autoregressive", Bijector, BIJECTOR, bijector=bijector)
         super().__init__((conditioner.input_dim, *conditioner.size), conditioner.context_dim)
         check_params("Autoregressive", bijector, conditioner, conditioner.input_dim)

@@ -154,15 +154,9 @@ class FlowTransform(TransformModule):
     def _inverse(self, y: Tensor) -> Tensor:
         return self.inverse_and_log_det(y)[0]
 
-    def _inv_call(self, y: Tensor) -> Tensor:
-        return self._inverse(y)
-
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:
         """log|det dy/dx| alone, ``(*batch)`` in nats, as torch asks for it; y, the image of x, is not looked at."""
         return self.forward_and_log_det(x, context)[1]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._call(x)
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)

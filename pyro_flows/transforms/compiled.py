@@ -161,22 +161,19 @@ class CompiledRuns:
         """The runs of some transforms, made anew where these have changed."""
         if list(map(id, self._known)) != list(map(id, transforms)):
             maps: dict[Bijector, CompiledMap] = {}
-            layers = [_compiled_steps(transform, maps, self.settings) for transform in transforms]
+            layers = [self._compiled_steps(transform, maps) for transform in transforms]
             runs = [list(run) for _, run in groupby(layers, lambda t: (t.compiles(False), t.compiles(True)))]
             self._known, self._runs = list(transforms), [Compiled(Compose(run), **self.settings) for run in runs]
         return self._runs
 
-
-def _compiled_steps(
-    transform: FlowTransform, maps: dict[Bijector, CompiledMap], settings: dict[str, Any]
-) -> FlowTransform:
-    """A twin of an autoregressive layer whose map of each feature is compiled; affine maps are faster as they are."""
-    if isinstance(transform, Inverse):
-        return _compiled_steps(transform.transform, maps, settings).inv
-    if isinstance(transform, Autoregressive) and (bijector := transform.bijector).num_params > 2:
-        map_of = maps.setdefault(bijector, CompiledMap(bijector, settings))
-        return Autoregressive(map_of, transform.conditioner, fixed_point=transform.fixed_point)
-    return transform
+    def _compiled_steps(self, transform: FlowTransform, maps: dict[Bijector, CompiledMap]) -> FlowTransform:
+        """Return a twin of an autoregressive layer whose map is compiled; affine maps are faster as they are."""
+        if isinstance(transform, Inverse):
+            return self._compiled_steps(transform.transform, maps).inv
+        if isinstance(transform, Autoregressive) and (bijector := transform.bijector).num_params > 2:
+            map_of = maps.setdefault(bijector, CompiledMap(bijector, self.settings))
+            return Autoregressive(map_of, transform.conditioner, fixed_point=transform.fixed_point)
+        return transform
 
 
 def _reason(error: Exception) -> str:

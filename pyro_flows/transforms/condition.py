@@ -33,10 +33,9 @@ class Conditioned(FlowTransform):
         check_kind("Conditioned", FlowTransform, TRANSFORM, transform=transform)
         check_kind("Conditioned", Tensor, "a tensor", context=context)
         super().__init__(transform.event_shape)
-        if context.shape != (transform.context_dim,):
-            raise ValueError(
-                f"Conditioned: context must have shape ({transform.context_dim},), got {tuple(context.shape)}."
-            )
+        wanted, got = (transform.context_dim,), tuple(context.shape)
+        if got != wanted:
+            raise ValueError(f"Conditioned: context must have shape {wanted}, got {got}.")
         self.transform = transform
         shared = isinstance(context, nn.Parameter)
         self.context = context if shared else nn.Parameter(context.detach().clone())

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_flags, check_integers
+from ..checks import check_choice, check_flags, check_integers, check_kind
 from ..conditioners import VectorField
 from .base import FlowTransform
 from .ode import ADAPTIVE, check_solver, solve
@@ -127,11 +127,7 @@ class Continuous(FlowTransform):
         adjoint: bool = False,
         max_num_steps: int = 1000,
     ) -> None:
-        if not isinstance(field, VectorField):
-            raise TypeError(
-                f"Continuous: field must be a VectorField such as conditioners.MLPField(input_dim), got "
-                f"{type(field).__name__}."
-            )
+        check_kind("Continuous", VectorField, "a VectorField such as conditioners.MLPField(input_dim)", field=field)
         super().__init__((field.input_dim,), field.context_dim)
         self.field = field
         self.exact = exact

@@ -63,11 +63,10 @@ class Coupling(FlowTransform):
         if mask.all() or not mask.any():
             raise ValueError(f"Coupling: mask must be a vector with both True and False, got {mask.tolist()}.")
         super().__init__((len(mask), *conditioner.size), conditioner.context_dim)
-        check_params("Coupling", bijector, conditioner, int((~mask).sum()))
-        if conditioner.input_dim != int(mask.sum()):
-            raise ValueError(
-                f"Coupling: {int(mask.sum())} features condition, but the conditioner takes {conditioner.input_dim}."
-            )
+        kept, taken = int(mask.sum()), conditioner.input_dim
+        check_params("Coupling", bijector, conditioner, len(mask) - kept)
+        if taken != kept:
+            raise ValueError(f"Coupling: {kept} features condition, but the conditioner takes {taken}.")
         self.bijector = bijector
         self.conditioner = conditioner
         self.register_buffer("mask", mask)
@@ -80,11 +79,10 @@ class Coupling(FlowTransform):
         self.register_buffer("kept", kept, persistent=False)
         self.register_buffer("mapped", mapped, persistent=False)
         self.register_buffer("restore", torch.argsort(torch.cat((kept, mapped))), persistent=False)
-        count, first = len(kept), bool(self.mask[0])
         # Two runs, as the halves of an image's channels, need no copy to be taken apart, and one to be joined.
         self._in_runs = bool((self.mask[1:] != self.mask[:-1]).sum() == 1)
-        self._runs = (count, len(mapped)) if first else (len(mapped), count)
-        self._kept_first = first
+        self._kept_first = bool(self.mask[0])
+        self._runs = (len(kept), len(mapped)) if self._kept_first else (len(mapped), len(kept))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_verb(self.bijector.forward_and_log_det, x, context)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..checks import check_integers, check_numbers
+from ..checks import check_choice, check_integers, check_numbers
 
 if TYPE_CHECKING:
     from .continuous import Continuous
@@ -34,11 +34,7 @@ REGULARISE = f"train with a penalty that keeps the field smooth, {PENALTY}"
 
 def check_solver(layer: Continuous) -> None:
     """Raise a ValueError unless a method is known and its settings are numbers in their ranges."""
-    if layer.solver not in ADAPTIVE + FIXED:
-        raise ValueError(
-            f"Continuous: solver must be one of {', '.join(ADAPTIVE)}, whose steps adapt, or of "
-            f"{', '.join(FIXED)}, whose steps are fixed, got {layer.solver!r}."
-        )
+    check_choice("Continuous", ADAPTIVE + FIXED, solver=layer.solver)
     check_numbers("Continuous", above=0, rtol=layer.rtol, atol=layer.atol)
     check_integers("Continuous", num_steps=layer.num_steps, max_num_steps=layer.max_num_steps)
 

@@ -54,10 +54,7 @@ class Householder(VectorTransform):
         super().__init__(input_dim)
         check_integers("Householder", reflections=reflections)
         if reflections % 2:
-            raise ValueError(
-                f"Householder: reflections must be positive and even, got {reflections}; "
-                "an odd number cannot start at the identity."
-            )
+            raise ValueError(f"Householder: reflections must be positive and even, got {reflections}.")
         self.reflections = reflections
         self.vectors = nn.Parameter(torch.randn(reflections // 2, input_dim).repeat_interleave(2, 0))
 

@@ -89,8 +89,8 @@ class Squeezed(Rearranged):
         check_integers("Squeezed", 2, factor=factor)
         if len(inner.event_shape) != 3 or inner.event_shape[0] % factor**2:
             raise ValueError(
-                f"Squeezed: inner must act on images with a multiple of factor² channels, got factor={factor} and "
-                f"events of shape {tuple(inner.event_shape)}."
+                f"Squeezed: inner must act on images with a multiple of factor² = {factor**2} channels, got events of "
+                f"shape {tuple(inner.event_shape)}."
             )
         channels, height, width = inner.event_shape
         super().__init__(inner, (channels // factor**2, height * factor, width * factor))
@@ -175,10 +175,8 @@ class Reshaped(Rearranged):
         check_kind("Reshaped", FlowTransform, TRANSFORM, inner=inner)
         shape = as_shape("Reshaped", "shape", shape)
         if math.prod(inner.event_shape) != math.prod(shape):
-            raise ValueError(
-                f"Reshaped: events of shape {tuple(shape)} hold {math.prod(shape)} numbers, but inner acts on events "
-                f"of shape {tuple(inner.event_shape)}."
-            )
+            inside = tuple(inner.event_shape)
+            raise ValueError(f"Reshaped: shape must hold as many numbers as inner's {inside}, got {tuple(shape)}.")
         super().__init__(inner, shape)
         self.shape = tuple(shape)
 

@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import check_flags
+from ..checks import check_flags, check_kind
 from ..conditioners import LipschitzMLP
 from ..conditioners.jacobian import Jacobian
 from ..conditioners.lipschitz import Layers
@@ -73,8 +73,7 @@ class Residual(FlowTransform):
     """
 
     def __init__(self, net: LipschitzMLP, exact: bool | None = None) -> None:
-        if not isinstance(net, LipschitzMLP):
-            raise TypeError(f"Residual: net must be a LipschitzMLP, got {type(net).__name__}.")
+        check_kind("Residual", LipschitzMLP, "a LipschitzMLP", net=net)
         super().__init__((net.input_dim,), net.context_dim)
         self.net = net
         self.exact = exact
