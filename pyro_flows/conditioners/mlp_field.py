@@ -97,6 +97,7 @@ class MLPField(Network, VectorField):
         check_sizes("MLPField", hidden_dims=hidden_dims)
         check_integers("MLPField", frequencies=frequencies)
         self.hidden_dims = tuple(hidden_dims)
+        self.cheap_trace = len(self.hidden_dims) <= 2  # then the divergence costs about as much as the field itself
         self.frequencies = frequencies
         self.activation = activation
         if not isinstance(activation, type) or activation not in SMOOTH:
@@ -112,11 +113,6 @@ class MLPField(Network, VectorField):
         self.from_time = Linear(2 * frequencies, self.hidden_dims[0], bias=False)
         self.from_context = Linear(context_dim, self.hidden_dims[0], bias=False) if context_dim else None
         self.set_pace(pace)
-
-    @property
-    def cheap_trace(self) -> bool:  # type: ignore[override]
-        """Whether the divergence costs about as much as the field itself, as it does with at most two hidden layers."""
-        return len(self.hidden_dims) <= 2
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, *others = self.hidden
