@@ -51,8 +51,8 @@ class PerPixel(Rearranged):
     def arrange(self, x: Tensor) -> Tensor:
         return x.movedim(-3, -1)
 
-    def restore(self, inside: Tensor, whole: Tensor) -> Tensor:
-        return inside.movedim(-1, -3)
+    def restore(self, x: Tensor) -> Tensor:
+        return x.movedim(-1, -3)
 
     def inner_context(self, context: Tensor | None) -> Tensor | None:
         return None if context is None else context.unsqueeze(-2).unsqueeze(-2)

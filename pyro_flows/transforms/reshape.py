@@ -19,7 +19,7 @@ from .base import FlowTransform, Scored
 class Rearranged(FlowTransform):
     """An inner transform that sees each event in another arrangement of its numbers.
 
-    Subclasses define :meth:`arrange` and :meth:`restore`.
+    Subclasses define :meth:`arrange`, and :meth:`restore` or :meth:`put_back`.
     """
 
     def __init__(self, inner: FlowTransform, event_shape: Sequence[int]) -> None:
@@ -30,9 +30,13 @@ class Rearranged(FlowTransform):
     def arrange(self, x: Tensor) -> Tensor:
         """Events ``(*batch, *event_shape)`` as the inner transform takes them."""
 
-    @abstractmethod
-    def restore(self, inside: Tensor, whole: Tensor) -> Tensor:
-        """Put back what the inner transform made of :meth:`arrange` of whole events."""
+    def restore(self, x: Tensor) -> Tensor:
+        """The way back."""
+        raise NotImplementedError
+
+    def put_back(self, inside: Tensor, whole: Tensor) -> Tensor:
+        """Return whole events in which the inner transform's part is replaced; by default it is all of them."""
+        return self.restore(inside)
 
     def inner_context(self, context: Tensor | None) -> Tensor | None:
         """Return the context as the inner transform takes it."""
@@ -44,16 +48,16 @@ class Rearranged(FlowTransform):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, log_det = self.inner.forward_and_log_det(self.arrange(x), self.inner_context(context))
-        return self.restore(y, x), self.total(log_det)
+        return self.put_back(y, x), self.total(log_det)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, log_det = self.inner.inverse_and_log_det(self.arrange(y), self.inner_context(context))
-        return self.restore(x, y), self.total(log_det)
+        return self.put_back(x, y), self.total(log_det)
 
     def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         context = self.inner_context(context)
         y, log_det, inner_score = self.inner.forward_and_score(self.arrange(x), self.arrange(score), context)
-        return self.restore(y, x), self.total(log_det), self.restore(inner_score, score)
+        return self.put_back(y, x), self.total(log_det), self.put_back(inner_score, score)
 
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
         self.inner.initialize(self.arrange(y), self.inner_context(context))
@@ -99,9 +103,9 @@ class Squeezed(Rearranged):
     def arrange(self, x: Tensor) -> Tensor:
         return to_blocks(x, self.factor).flatten(-3).movedim(-1, -3)
 
-    def restore(self, inside: Tensor, whole: Tensor) -> Tensor:
+    def restore(self, x: Tensor) -> Tensor:
         channels, f = self.event_shape[0], self.factor
-        return from_blocks(inside.movedim(-3, -1).unflatten(-1, (channels, f, f)))
+        return from_blocks(x.movedim(-3, -1).unflatten(-1, (channels, f, f)))
 
 
 class Patched(Rearranged):
@@ -145,9 +149,9 @@ class Patched(Rearranged):
     def arrange(self, x: Tensor) -> Tensor:
         return to_blocks(x, self.side).flatten(-3).flatten(-3, -2)
 
-    def restore(self, inside: Tensor, whole: Tensor) -> Tensor:
+    def restore(self, x: Tensor) -> Tensor:
         channels, height, width = self.image_shape
-        grid = inside.unflatten(-2, (height // self.side, width // self.side))
+        grid = x.unflatten(-2, (height // self.side, width // self.side))
         return from_blocks(grid.unflatten(-1, (channels, self.side, self.side)))
 
 
@@ -183,8 +187,8 @@ class Reshaped(Rearranged):
     def arrange(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[: x.dim() - len(self.shape)], *self.inner.event_shape)
 
-    def restore(self, inside: Tensor, whole: Tensor) -> Tensor:
-        return inside.reshape(*inside.shape[: inside.dim() - len(self.inner.event_shape)], *self.shape)
+    def restore(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[: x.dim() - len(self.inner.event_shape)], *self.shape)
 
 
 def to_blocks(x: Tensor, side: int) -> Tensor:

@@ -58,7 +58,7 @@ class Split(Rearranged):
     def arrange(self, x: Tensor) -> Tensor:
         return x.split(self.sizes, -len(self.event_shape))[0]
 
-    def restore(self, inside: Tensor, whole: Tensor) -> Tensor:
+    def put_back(self, inside: Tensor, whole: Tensor) -> Tensor:
         number = len(self.event_shape)
         rest = whole.split(self.sizes, -number)[1]
         rest = rest.expand(*inside.shape[:-number], *rest.shape[-number:])
