@@ -9,6 +9,7 @@ Masked Autoregressive Flow (Papamakarios, Pavlakou, Murray 2017, arXiv:1705.0705
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,30 @@ from ..checks import check_numbers
 from .base import Bijector, split_params
 
 
+class ScaleAndShift(Bijector):
+    """A scale and a shift, y = x exp(s) + t, with the parameters a of the log-scale s and t."""
+
+    num_params = 2
+
+    @abstractmethod
+    def _log_scale(self, a: Tensor, sign: int) -> Tensor:
+        """Return s, or -s where the sign is -1."""
+
+    def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        a, t = split_params(params)
+        s = self._log_scale(a, 1)
+        y = torch.addcmul(t, x, s.exp())
+        return y, s.expand_as(y)
+
+    def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        a, t = split_params(params)
+        s = self._log_scale(a, -1)
+        x = (y - t) * s.exp()
+        return x, s.expand_as(x)
+
+
 @dataclass(frozen=True)
-class Affine(Bijector):
+class Affine(ScaleAndShift):
     """The map of RealNVP, MAF and IAF, a scale and a shift::
 
         y = x exp(s) + t,    s = b tanh(c a / b)
@@ -53,23 +76,7 @@ class Affine(Bijector):
     def __post_init__(self) -> None:
         check_numbers("Affine", above=0, max_log_scale=self.max_log_scale, slope=self.slope)
 
-    @property
-    def num_params(self) -> int:
-        return 2
-
-    def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        a, t = split_params(params)
-        s = self._bounded(a, 1)
-        y = torch.addcmul(t, x, s.exp())
-        return y, s.expand_as(y)
-
-    def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        a, t = split_params(params)
-        s = self._bounded(a, -1)
-        x = (y - t) * s.exp()
-        return x, s.expand_as(x)
-
-    def _bounded(self, a: Tensor, sign: int) -> Tensor:
-        """±b tanh(c a / b) as ±(2 b sigmoid(a / (b / 2c)) - b): a sigmoid is faster than a tangent."""
+    def _log_scale(self, a: Tensor, sign: int) -> Tensor:
+        """Return ±b tanh(c a / b) as ±(2 b sigmoid(a / (b / 2c)) - b): a sigmoid is faster than a tangent."""
         b = self.max_log_scale
         return torch.rsub(torch.sigmoid(a / (b / (2 * self.slope))), -sign * b, alpha=-2 * sign * b)

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Bijector
-from .spline import bend, bounded_slopes, check_spline, knot_table, unbend
+from .spline import Spline, bend, bounded_slopes, knot_table, unbend
 
 
 @dataclass(frozen=True)
-class CircularSpline(Bijector):
+class CircularSpline(Spline):
     """A rational-quadratic spline of the circle of circumference 2 B, and a rotation, lifted to the real line::
 
         f(x) = g(x - 2 B k) + 2 B k + t,    k the number of turns that brings x into [-B, B]
@@ -54,13 +53,7 @@ class CircularSpline(Bijector):
         6.2832
     """
 
-    bins: int = 8
     bound: float = math.pi
-    min_bin: float = 0.01
-    max_slope: float = 100.0
-
-    def __post_init__(self) -> None:
-        check_spline("CircularSpline", self.bins, self.bound, self.min_bin, self.max_slope)
 
     @property
     def num_params(self) -> int:

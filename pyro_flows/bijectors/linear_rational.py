@@ -17,14 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Bijector
-from .spline import bin_of, bounded_slopes, check_spline, knot_table
+from .spline import Spline, bin_of, bounded_slopes, knot_table
 
 LEAST = 0.025  # of a bin's width for each of its pieces
 
 
 @dataclass(frozen=True)
-class LinearRationalSpline(Bijector):
+class LinearRationalSpline(Spline):
     """A linear-rational spline from [-B, B] onto itself, the identity outside.
 
     A bin is two pieces that meet, with equal slopes, at the share λ of its width.  Measured from its knot, of slope d,
@@ -60,13 +59,8 @@ class LinearRationalSpline(Bijector):
         True
     """
 
-    bins: int = 8
-    bound: float = 5.0
     min_bin: float = 0.03
     max_slope: float = 30.0
-
-    def __post_init__(self) -> None:
-        check_spline("LinearRationalSpline", self.bins, self.bound, self.min_bin, self.max_slope)
 
     @property
     def num_params(self) -> int:

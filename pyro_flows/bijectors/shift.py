@@ -27,9 +27,7 @@ class Shift(Bijector):
         (1.5, 0.0)
     """
 
-    @property
-    def num_params(self) -> int:
-        return 1
+    num_params = 1
 
     def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         y = x + params[..., 0]

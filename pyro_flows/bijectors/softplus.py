@@ -9,19 +9,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..checks import check_numbers
-from .base import Bijector, split_params
+from .affine import ScaleAndShift
 
 SHARPNESS = 1.25  # b: a scale grows from 0.1 to 1 in as many steps as an exponential
 OFFSET = math.log(math.expm1(SHARPNESS))  # c: the scale is 1 where a = 0
 
 
 @dataclass(frozen=True)
-class SoftplusAffine(Bijector):
+class SoftplusAffine(ScaleAndShift):
     """A scale and a shift, for places and scales that are learned over a long way::
 
         y = x s + t,    s = log(1 + exp(b a + c)) / b,    with b = 1.25, and s = 1 where a = 0
@@ -41,10 +40,6 @@ class SoftplusAffine(Bijector):
         tensor(True)
     """
 
-    @property
-    def num_params(self) -> int:
-        return 2
-
     @staticmethod
     def raw(scale: float) -> float:
         """Return the parameter a of a scale.
@@ -56,20 +51,8 @@ class SoftplusAffine(Bijector):
         size = SHARPNESS * scale
         return (size + math.log(-math.expm1(-size)) - OFFSET) / SHARPNESS
 
-    def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        a, t = split_params(params)
-        log_scale = _log_scale(a)
-        y = torch.addcmul(t, x, log_scale.exp())
-        return y, log_scale.expand_as(y)
-
-    def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        a, t = split_params(params)
-        log_scale = _log_scale(a)
-        x = (y - t) * torch.exp(-log_scale)
-        return x, -log_scale.expand_as(x)
-
-
-def _log_scale(a: Tensor) -> Tensor:
-    z = (SHARPNESS * a + OFFSET).clamp(min=-60)  # the inverse of exp(-60) leaves room for squares in single precision
-    bent = z.clamp(min=-20)  # below, log(1 + exp(z)) is exp(z) to nine digits, but quotients in gradients overflow
-    return (F.softplus(bent) / SHARPNESS).log() + (z - bent)
+    def _log_scale(self, a: Tensor, sign: int) -> Tensor:
+        z = (SHARPNESS * a + OFFSET).clamp(min=-60)  # exp(60) leaves room for squares in single precision
+        bent = z.clamp(min=-20)  # below, log(1 + exp(z)) is exp(z) to nine digits, but quotients in gradients overflow
+        s = (F.softplus(bent) / SHARPNESS).log() + (z - bent)
+        return s if sign == 1 else -s

@@ -21,7 +21,27 @@ from .base import Bijector
 
 
 @dataclass(frozen=True)
-class RationalQuadraticSpline(Bijector):
+class Spline(Bijector):
+    """A spline of K bins on [-B, B], whose knots and slopes are bounded."""
+
+    bins: int = 8
+    bound: float = 5.0
+    min_bin: float = 0.01
+    max_slope: float = 100.0
+
+    def __post_init__(self) -> None:
+        name, bins, min_bin = type(self).__name__, self.bins, self.min_bin
+        check_integers(name, 2, bins=bins)
+        check_numbers(name, above=0, bound=self.bound, min_bin=min_bin)
+        if not min_bin * bins < 1:
+            raise ValueError(
+                f"{name}: min_bin must lie between 0 and 1 / bins = {1 / bins:.3g}, got {min_bin}. Lower it, or bins."
+            )
+        check_numbers(name, above=1, max_slope=self.max_slope)
+
+
+@dataclass(frozen=True)
+class RationalQuadraticSpline(Spline):
     """A rational-quadratic spline from [-B, B] onto itself, the identity outside.
 
     In the bin [x0, x0 + w] -> [y0, y0 + h] with end slopes d0 and d1, s = h / w and u = (x - x0) / w it is ::
@@ -58,14 +78,6 @@ class RationalQuadraticSpline(Bijector):
         True
     """
 
-    bins: int = 8
-    bound: float = 5.0
-    min_bin: float = 0.01
-    max_slope: float = 100.0
-
-    def __post_init__(self) -> None:
-        check_spline("RationalQuadraticSpline", self.bins, self.bound, self.min_bin, self.max_slope)
-
     @property
     def num_params(self) -> int:
         return 3 * self.bins - 1
@@ -85,18 +97,6 @@ class RationalQuadraticSpline(Bijector):
         slopes = bounded_slopes(slopes, self.max_slope)
         one = torch.ones_like(slopes[:1])
         return knot_table(sizes, (one, slopes, one), self.bound, self.min_bin)
-
-
-def check_spline(name: str, bins: int, bound: float, min_bin: float, max_slope: float) -> None:
-    """Raise one clear error that names the spline, the argument and its value."""
-    check_integers(name, 2, bins=bins)
-    check_numbers(name, above=0, bound=bound, min_bin=min_bin)
-    if not min_bin * bins < 1:
-        raise ValueError(
-            f"{name}: min_bin must lie between 0 and 1 / bins = {1 / bins:.3g}, got {min_bin}; "
-            "use fewer bins or a smaller min_bin."
-        )
-    check_numbers(name, above=1, max_slope=max_slope)
 
 
 def bounded_slopes(raw: Tensor, max_slope: float) -> Tensor:

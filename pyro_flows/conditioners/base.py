@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -142,13 +143,8 @@ class Conditioner(Network, ABC):
         Raises:
             ValueError: If the network takes contexts and none is given.
         """
-        if self.from_context is None:
-            return h
-        if context is None:
-            raise ValueError(
-                f"{type(self).__name__}: context is missing; this network takes contexts of width {self.context_dim}."
-            )
-        return h + self.from_context(context)
+        share = share_of(self, context)
+        return h if share is None else h + share
 
     @abstractmethod
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -250,6 +246,20 @@ class Rectifier(nn.ReLU):
 def activation_of(caller: str, kind: type[nn.Module]) -> nn.Module:
     """Return an activation for the results of linear layers; errors as those of ``checks.activation_of``."""
     return Rectifier() if kind is nn.ReLU else checks.activation_of(caller, kind)
+
+
+def share_of(net: Any, context: Tensor | None) -> Tensor | None:
+    """Return what a context adds to the first hidden layer of a network, or None if the network takes no contexts.
+
+    Raises:
+        ValueError: If the network takes contexts and none is given.
+    """
+    if net.from_context is None:
+        return None
+    if context is None:
+        name, width = type(net).__name__, net.context_dim
+        raise ValueError(f"{name}: context is missing; this network takes contexts of width {width}.")
+    return net.from_context(context)
 
 
 def zero_(layer: nn.Module) -> nn.Module:

@@ -70,30 +70,26 @@ class ConvNet(Conditioner):
         height, width = as_shape("ConvNet", "size", size, length=2, words="height and width")
         check_integers("ConvNet", hidden_dim=hidden_dim)
         check_integers("ConvNet", 0, num_blocks=num_blocks)
-        if context_shape is not None:
-            context_shape = as_image("ConvNet", "context_shape", context_shape)
-        super().__init__(input_dim, output_dim, num_params, (hidden_dim,), 0 if context_shape else context_dim)
+        image = None if context_shape is None else as_image("ConvNet", "context_shape", context_shape)
+        super().__init__(input_dim, output_dim, num_params, (hidden_dim,), 0 if image else context_dim)
         self.size, self.hidden_dim, self.num_blocks = (height, width), hidden_dim, num_blocks
-        self.context_shape = None if context_shape is None else tuple(context_shape)
+        self.context_shape = image
         self.activation = activation
         self.first = nn.Conv2d(input_dim, hidden_dim, 3, padding=1)
         self.blocks = nn.ModuleList(_Gated(hidden_dim, activation) for _ in range(num_blocks))
         self.middle = None if num_blocks else nn.Conv2d(hidden_dim, hidden_dim, 1)
         self.output = zero_(nn.Conv2d(hidden_dim, num_params * output_dim, 3, padding=1))
         self.act = activation_of("ConvNet", activation)
-        if self.context_shape is not None:
-            self.context_dim = math.prod(self.context_shape)
-            self.factor = self.context_shape[1] // height
-            if self.context_shape[1:] != (height * self.factor, width * self.factor) or context_dim not in (
-                0,
-                self.context_dim,
-            ):
+        if image is not None:
+            self.context_dim = math.prod(image)
+            self.factor = image[1] // height
+            fits = image[1:] == (height * self.factor, width * self.factor)
+            if not fits or context_dim not in (0, self.context_dim):
                 raise ValueError(
-                    f"ConvNet: context_shape={self.context_shape} must be images whose height and width are multiples "
+                    f"ConvNet: context_shape={image} must be images whose height and width are multiples "
                     f"of size={self.size} by one factor, of {self.context_dim} numbers, got context_dim={context_dim}."
                 )
-            channels = self.context_shape[0] * self.factor**2
-            self.from_context = nn.Conv2d(channels, hidden_dim, 3, padding=1, bias=False)
+            self.from_context = nn.Conv2d(image[0] * self.factor**2, hidden_dim, 3, padding=1, bias=False)
 
     def add_context(self, h: Tensor, context: Tensor | None) -> Tensor:
         if self.context_shape is None or context is None:

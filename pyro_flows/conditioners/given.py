@@ -30,11 +30,9 @@ class Given(Conditioner):
 
     def __init__(self, input_dim: int, output_dim: int, num_params: int) -> None:
         super().__init__(input_dim, output_dim, num_params, (1,), 0)
-        if input_dim < num_params * output_dim:
-            raise ValueError(
-                f"Given: input_dim must be at least num_params * output_dim = {num_params * output_dim}, "
-                f"got {input_dim}."
-            )
+        least = num_params * output_dim
+        if input_dim < least:
+            raise ValueError(f"Given: input_dim must be at least num_params * output_dim = {least}, got {input_dim}.")
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return x[..., : self.num_params * self.output_dim].unflatten(-1, (self.num_params, self.output_dim)).mT

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import check_integers, check_numbers, check_sizes
-from .base import zero_
+from .base import share_of, zero_
 from .jacobian import Jacobian
 
 GRAMS = 6  # T: at rank 64 the bound exceeds the spectral norm by 3 per cent at most
@@ -117,12 +117,9 @@ class LipschitzMLP(nn.Module):
         share = self.lipschitz ** (1 / len(layers))
         weights = [w / (spectral_bound(w) / share).clamp_min(1) for w in (layer.weight for layer in layers)]
         biases = [layer.bias for layer in layers]
-        if self.from_context is not None:
-            if context is None:
-                raise ValueError(
-                    f"LipschitzMLP: context is missing; this network takes contexts of width {self.context_dim}."
-                )
-            biases[0] = biases[0] + self.from_context(context)
+        shift = share_of(self, context)
+        if shift is not None:
+            biases[0] = biases[0] + shift
         return Layers(weights, biases, F.softplus(self.steepness).unbind())
 
 

@@ -93,22 +93,18 @@ class MADE(Conditioner):
             self._check_graph(graph)
         self._set_masks()
         self.set_pace(pace)
-        self.register_load_state_dict_post_hook(_restore_masks)
+        self.register_load_state_dict_post_hook(MADE._restore_masks)
 
     def _check_graph(self, graph: Tensor) -> None:
-        child, parent = graph.nonzero().T
-        wrong = self.order[parent] > self.order[child]
-        if wrong.any():
-            first = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"MADE: order must put parents first, but feature {int(child[first])} comes before its parent "
-                f"{int(parent[first])}."
-            )
+        edges = graph.nonzero()
+        wrong = edges[self.order[edges[:, 1]] > self.order[edges[:, 0]]].tolist()
+        if wrong:
+            child, parent = wrong[0]
+            raise ValueError(f"MADE: order must put parents first; feature {child} comes before its parent {parent}.")
         sets = len(self._parent_sets())
         if min(self.hidden_dims) < sets:
             raise ValueError(
-                f"MADE: hidden_dims must be at least {sets}, one unit for each different set of parents in adjacency, "
-                f"got {self.hidden_dims}."
+                f"MADE: hidden_dims must be at least {sets}, a unit for each set of parents, got {self.hidden_dims}."
             )
 
     def _parent_sets(self) -> Tensor:
@@ -137,6 +133,12 @@ class MADE(Conditioner):
             self.unlocked.append(torch.bincount(_degrees(units, self.order), minlength=self.input_dim).tolist())
             seen = units
         self.output.mask = _within(seen, self._parents()).repeat(self.num_params, 1).to(self.output.weight)
+
+    def _restore_masks(self, _keys: object) -> None:
+        """Find the masks from the order of a state that was loaded."""
+        if sorted(self.order.tolist()) != list(range(self.input_dim)):
+            raise ValueError(f"MADE: the state's order is no permutation of 0 … {self.input_dim - 1}.")
+        self._set_masks()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, *others = self.hidden
@@ -178,10 +180,7 @@ def checked_graph(adjacency: Sequence[Sequence[bool]] | Tensor, input_dim: int) 
             f"MADE: adjacency must be a matrix of bools such as [[0, 0], [1, 0]], got {quoted(adjacency)}."
         ) from error
     if graph.shape != (input_dim, input_dim):
-        raise ValueError(
-            f"MADE: adjacency must have shape ({input_dim}, {input_dim}), one row and one column for each feature, got "
-            f"{tuple(graph.shape)}."
-        )
+        raise ValueError(f"MADE: adjacency must have shape ({input_dim}, {input_dim}), got {tuple(graph.shape)}.")
     return (graph != 0) & ~torch.eye(input_dim, dtype=torch.bool, device=graph.device)
 
 
@@ -232,10 +231,3 @@ def _spread(width: int, count: int) -> list[int]:
     if width >= count:
         return [place * count // width for place in range(width)]
     return [round(place * (count - 1) / max(width - 1, 1)) for place in range(width)]
-
-
-def _restore_masks(module: nn.Module, _: object) -> None:
-    assert isinstance(module, MADE)
-    if sorted(module.order.tolist()) != list(range(module.input_dim)):
-        raise ValueError(f"MADE: the state's order is no permutation of 0 … {module.input_dim - 1}.")
-    module._set_masks()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import check_integers, check_sizes
-from .base import Linear, Network
+from .base import Linear, Network, share_of
 from .field import Derivative, Rates, VectorField
 from .jacobian import Jacobian
 
@@ -97,6 +97,7 @@ class MLPField(Network, VectorField):
         check_sizes("MLPField", hidden_dims=hidden_dims)
         check_integers("MLPField", frequencies=frequencies)
         self.hidden_dims = tuple(hidden_dims)
+        self.cheap_trace = len(self.hidden_dims) <= 2  # then the divergence costs about as much as the field itself
         self.frequencies = frequencies
         self.activation = activation
         if not isinstance(activation, type) or activation not in SMOOTH:
@@ -113,21 +114,16 @@ class MLPField(Network, VectorField):
         self.from_context = Linear(context_dim, self.hidden_dims[0], bias=False) if context_dim else None
         self.set_pace(pace)
 
-    @property
-    def cheap_trace(self) -> bool:  # type: ignore[override]
-        """Whether the divergence costs about as much as the field itself, as it does with at most two hidden layers."""
-        return len(self.hidden_dims) <= 2
-
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, *others = self.hidden
-        h = self.act(first(x) + self._shift(t, self._share(context)))
+        h = self.act(first(x) + self._shift(t, share_of(self, context)))
         for layer in others:
             h = self.act(layer(h))
         return self.output(h)
 
     def at(self, context: Tensor | None = None) -> Rates:
         weights = [*(layer.matrix() for layer in self.hidden), self.output.matrix()]
-        share = self._share(context)
+        share = share_of(self, context)
         value_and_slope = SMOOTH[self.activation]
 
         def rates(t: Tensor, x: Tensor) -> tuple[Tensor, Derivative]:
@@ -141,16 +137,8 @@ class MLPField(Network, VectorField):
 
         return rates
 
-    def _share(self, context: Tensor | None) -> Tensor | None:
-        """What the context adds to the first hidden layer: found once for a solve."""
-        if self.from_context is None:
-            return None
-        if context is None:
-            raise ValueError(f"MLPField: context is missing; this field takes contexts of width {self.context_dim}.")
-        return self.from_context(context)
-
     def _shift(self, t: Tensor, share: Tensor | None) -> Tensor:
-        """What the time and the context add to it."""
+        """Return what the time and the context add to the first hidden layer."""
         modes = math.pi * torch.arange(1, self.frequencies + 1, dtype=t.dtype, device=t.device)
         phases = modes * t.unsqueeze(-1)
         of_time = self.from_time(torch.cat((phases.cos(), phases.sin()), -1))

@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .made import MADE
+
+Finish = Callable[[Tensor, int], object]  # (sums of a step, its number) -> units, in place
 
 
 class Chain:
@@ -42,7 +43,7 @@ class Chain:
         sizes: list[list[int]],
         weights: list[Tensor],
         biases: list[Tensor],
-        finish: list[Callable[[Tensor, int], object]],
+        finish: list[Finish],
         like: Tensor,
         *,
         backwards: bool = False,
@@ -55,7 +56,9 @@ class Chain:
         self._given = split_steps(self._known[0], sizes[0], backwards)
         self._step, self._steps = 0, len(sizes[0])
         self._length = 2 * math.isqrt(self._steps - 1) + 1
-        self._plan: list[list[_Task]] = []
+        # For each step of a block and each layer: sums over the rows from before the block, to which products of the
+        # weights and the rows within the block are added, and what makes units of the sums.
+        self._plan: list[list[tuple[Tensor, Tensor, Tensor, Finish | None]]] = []
 
     def step(self, rows: Tensor | None = None) -> Tensor | None:
         """Take the next rows of layer 0, ``(n, N)`` or ``(N,)``, None if there are none; return those of the last."""
@@ -76,18 +79,15 @@ class Chain:
         start, stop = self._step, min(self._step + self._length, self._steps)
         self._plan = [[] for _ in range(start, stop)]
         for layer, (weight, bias) in enumerate(zip(self._weights, self._biases, strict=True), 1):
-            rows, old, new = (
-                self._span(layer, start, stop),
-                self._span(layer - 1, 0, start),
-                self._span(layer - 1, start, stop),
-            )
+            rows = self._span(layer, start, stop)
+            old, new = self._span(layer - 1, 0, start), self._span(layer - 1, start, stop)
             known, weight, sizes = self._known[layer - 1], weight[rows], self._sizes[layer][start:stop]
             last = layer == len(self._weights)
             sums = torch.addmm(bias[rows], weight[:, old], known[old], out=None if last else self._known[layer][rows])
             of_steps = (split_steps(part, sizes, self._backwards) for part in (sums, weight[:, new]))
             for tasks, size, own, weights in zip(self._plan, sizes, *of_steps, strict=True):
                 if size:
-                    tasks.append(_Task(own, weights, known[new], None if last else self._finish[layer - 1]))
+                    tasks.append((own, weights, known[new], None if last else self._finish[layer - 1]))
 
     def _span(self, layer: int, start: int, stop: int) -> slice:
         """Where the rows lie that the steps from ``start`` until ``stop`` unlock."""
@@ -95,15 +95,6 @@ class Chain:
         if self._backwards:
             return slice(starts[-1] - starts[stop], starts[-1] - starts[start])
         return slice(starts[start], starts[stop])
-
-
-class _Task(NamedTuple):
-    """What a layer does in a step: it adds, to sums over the rows from before the block, products within the block."""
-
-    sums: Tensor
-    weights: Tensor
-    below: Tensor
-    finish: Callable[[Tensor, int], object] | None
 
 
 def split_steps(rows: Tensor, sizes: list[int], backwards: bool) -> Sequence[Tensor]:
@@ -184,7 +175,7 @@ def costream(net: MADE, slopes: list[Tensor]) -> Chain:
     sizes = [[net.num_params] * net.input_dim, *units, [1] * (net.input_dim - 1) + [0]]
     weights = [weight.T for weight in reversed(_weights(net))]
     biases = [weight.new_zeros(len(weight), 1) for weight in weights]
-    finish: list[Callable[[Tensor, int], object]] = []
+    finish: list[Finish] = []
     for slope, of_layer in zip(reversed(slopes), units, strict=True):
         rows = split_steps(slope, of_layer, True)
         finish.append(lambda summed, t, rows=rows: summed.mul_(rows[t]))  # type: ignore[misc]
@@ -193,8 +184,7 @@ def costream(net: MADE, slopes: list[Tensor]) -> Chain:
 
 def _weights(net: MADE) -> list[Tensor]:
     """The weights of all layers, with features by rank; the feature of the last rank feeds nothing."""
-    layers = [*net.hidden, net.output]
-    weights = [layer.paced(layer.weight * layer.mask) for layer in layers]
+    weights = [layer.matrix() for layer in (*net.hidden, net.output)]
     return [weights[0][:, list(net.features[:-1])], *weights[1:-1], _by_rank(weights[-1], net)]
 
 

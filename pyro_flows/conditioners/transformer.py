@@ -82,19 +82,18 @@ class CausalTransformer(Conditioner):
         if hidden_dim % num_heads:
             raise ValueError(f"CausalTransformer: hidden_dim={hidden_dim} must be a multiple of num_heads={num_heads}.")
         order = list(range(length)) if order is None else as_order(caller, "order", order, length)
-        if context_shape is not None:
-            context_shape = as_image(caller, "context_shape", context_shape)
-        super().__init__(length, length, num_params, (hidden_dim,) * num_layers, 0 if context_shape else context_dim)
+        image = None if context_shape is None else as_image(caller, "context_shape", context_shape)
+        super().__init__(length, length, num_params, (hidden_dim,) * num_layers, 0 if image else context_dim)
         self.length, self.token_dim, self.size = length, token_dim, (token_dim,)
         self.hidden_dim, self.num_layers, self.num_heads = hidden_dim, num_layers, num_heads
-        self.context_shape = None if context_shape is None else tuple(context_shape)
-        if self.context_shape is not None:
-            channels, height, width = self.context_shape
+        self.context_shape = image
+        if image is not None:
+            channels, height, width = image
             self.context_dim = channels * height * width
             self.side = math.isqrt(height * width // length)
             if self.side**2 * length != height * width or context_dim not in (0, self.context_dim):
                 raise ValueError(
-                    f"CausalTransformer: context_shape={self.context_shape} must be images of {length} square patches, "
+                    f"CausalTransformer: context_shape={image} must be images of {length} square patches, "
                     f"of {self.context_dim} numbers, got context_dim={context_dim}."
                 )
             self.from_context = nn.Linear(channels * self.side**2, hidden_dim, bias=False)
@@ -105,9 +104,10 @@ class CausalTransformer(Conditioner):
         self.output = zero_(nn.Linear(hidden_dim, num_params * token_dim))
         self.register_buffer("order", torch.tensor(order))
         self._set_places()
-        self.register_load_state_dict_post_hook(_restore_places)
+        self.register_load_state_dict_post_hook(CausalTransformer._set_places)
 
-    def _set_places(self) -> None:
+    def _set_places(self, _keys: object = None) -> None:
+        """Find the places of tokens from their order, also when a state is loaded."""
         self.places: tuple[int, ...] = tuple(torch.argsort(self.order).tolist())  # of the token of each rank
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -203,11 +203,6 @@ class _Known:
             self.both = new.new_empty(*new.shape[:3], self.length, new.shape[4])
         self.both[..., self.number - 1, :] = new.squeeze(3)
         return self.both[..., : self.number, :]
-
-
-def _restore_places(module: nn.Module, _: object) -> None:
-    assert isinstance(module, CausalTransformer)
-    module._set_places()
 
 
 class _Layer(nn.Module):

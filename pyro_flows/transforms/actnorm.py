@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..checks import as_flags, check_integers
-from .base import FlowTransform
+from ..checks import as_flags
+from .base import VectorTransform
 
 
-class ActNorm(FlowTransform):
+class ActNorm(VectorTransform):
     """An affine map of each feature of a vector ``(*batch, D)``, the identity at the start::
 
         y = loc + exp(log_scale) x,    log|det dy/dx| = Σ_i log_scale_i
@@ -43,9 +43,7 @@ class ActNorm(FlowTransform):
     free: Tensor | None
 
     def __init__(self, input_dim: int, *, fixed: Sequence[bool] | Tensor | None = None) -> None:
-        check_integers("ActNorm", input_dim=input_dim)
-        super().__init__((input_dim,))
-        self.input_dim = input_dim
+        super().__init__(input_dim)
         self.loc = nn.Parameter(torch.zeros(input_dim))
         self.log_scale = nn.Parameter(torch.zeros(input_dim))
         free = None if fixed is None else 1.0 - as_flags("ActNorm", "fixed", fixed, input_dim).float()

@@ -2,9 +2,8 @@
 
 Forward, one pass of the network.  Backward, the features become known one after the other, in about the work of one
 pass and not of D, or in a few passes over all (:mod:`~pyro_flows.transforms.inversion`).  Features are numbers, or the
-tokens of a sequence (:mod:`~pyro_flows.transforms.tokens`).  IAF (Kingma et al.
-2016, arXiv:1606.04934) uses the forward direction to sample; MAF (Papamakarios, Pavlakou, Murray 2017,
-arXiv:1705.07057) uses it to score.
+tokens of a sequence.  IAF (Kingma et al. 2016, arXiv:1606.04934) uses the forward direction to sample; MAF
+(Papamakarios, Pavlakou, Murray 2017, arXiv:1705.07057) uses it to score.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ from ..bijectors import Bijector
 from ..checks import BIJECTOR, check_flags, check_kind
 from ..conditioners import MADE, CausalTransformer
 from .base import FlowTransform
-from .elementwise import check_params
-from .inversion import Inversion, invert_by_passes
-from .tokens import invert_tokens
+from .conditional import check_params
+from .inversion import Inversion, invert_by_passes, invert_tokens
 from .tracing import is_traced
 
 
@@ -62,10 +60,8 @@ class Autoregressive(FlowTransform):
     """
 
     def __init__(self, bijector: Bijector, conditioner: MADE | CausalTransformer, *, fixed_point: bool = False) -> None:
-        if not isinstance(conditioner, MADE | CausalTransformer):
-            raise TypeError(
-                f"Autoregressive: conditioner must be a MADE or a CausalTransformer, got {type(conditioner).__name__}."
-            )
+        known = (MADE, CausalTransformer)
+        check_kind("Autoregressive", known, "a MADE or a CausalTransformer", conditioner=conditioner)
         check_kind("Autoregressive", Bijector, BIJECTOR, bijector=bijector)
         super().__init__((conditioner.input_dim, *conditioner.size), conditioner.context_dim)
         check_params("Autoregressive", bijector, conditioner, conditioner.input_dim)
@@ -78,16 +74,13 @@ class Autoregressive(FlowTransform):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, log_det = self.bijector.forward_and_log_det(x, self.conditioner(x, context))
-        return y, log_det.sum(tuple(range(-len(self.event_shape), 0)))
+        return y, self._sum_event(log_det)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        batch, y, context = self._rows_of(y, context)
         if isinstance(self.conditioner, CausalTransformer):
-            return invert_tokens(self.bijector, self.conditioner, y, context)
-        batch = y.shape[:-1] if context is None else torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
-        y = y.expand(*batch, y.shape[-1]).reshape(batch.numel(), y.shape[-1])  # (N, D)
-        if context is not None:
-            context = context.expand(*batch, context.shape[-1]).reshape(len(y), context.shape[-1])
-        if is_traced():
+            x, log_det = invert_tokens(self.bijector, self.conditioner, y, context)
+        elif is_traced():
             x, log_det = invert_by_passes(self.bijector, self.conditioner, y, context)
         else:
             names, weights = zip(*self.conditioner.named_parameters(), strict=True)
@@ -97,7 +90,7 @@ class Autoregressive(FlowTransform):
                 x, log_det = Inversion.apply(
                     self.bijector, self.conditioner, self.fixed_point, names, y, context, *weights
                 )
-        return x.reshape(*batch, x.shape[-1]), log_det.reshape(batch)
+        return x.reshape(batch + self.event_shape), log_det.reshape(batch)
 
     def compiles(self, inverse: bool) -> bool:
         return not inverse

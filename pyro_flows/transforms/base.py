@@ -18,6 +18,8 @@ from torch.distributions import Transform, constraints
 from ..checks import TRANSFORM, as_shape, check_integers, check_kind
 from .view import View
 
+Scored = tuple[Tensor, Tensor, Tensor]  # values, log-determinants, and the scores of the values
+
 
 class FlowTransform(TransformModule):
     """A learnable bijection of events, y = t(x | c), with or without a context c.
@@ -79,9 +81,7 @@ class FlowTransform(TransformModule):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map y back to ``(x, log|det dx/dy|)``; arguments, shapes, units and errors of :meth:`forward_and_log_det`."""
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         """Map ``x`` and carry the score of its law along, which path gradients need.
 
         With q(y) the law of y when x follows p, ``∇_y log q`` is the Jacobian's inverse transpose times
@@ -132,27 +132,51 @@ class FlowTransform(TransformModule):
         """Itself: modules remember nothing, and views always keep the one pair."""
         return self
 
+    def _batch_of(self, x: Tensor, context: Tensor | None) -> torch.Size:
+        """Return the batch shape of events and contexts together."""
+        batch = x.shape[: x.dim() - len(self.event_shape)]
+        return batch if context is None else torch.broadcast_shapes(batch, context.shape[:-1])
+
+    def _rows_of(self, x: Tensor, context: Tensor | None) -> tuple[torch.Size, Tensor, Tensor | None]:
+        """Return the batch shape, and events and contexts as rows, ``(N, *event_shape), (N, context_dim)``."""
+        batch, event = self._batch_of(x, context), x.shape[x.dim() - len(self.event_shape) :]
+        if context is not None:
+            context = context.expand(*batch, context.shape[-1]).reshape(batch.numel(), context.shape[-1])
+        return batch, x.expand(batch + event).reshape(batch.numel(), *event), context
+
+    def _sum_event(self, x: Tensor) -> Tensor:
+        """Sum over the dimensions of an event, ``(*batch, *event_shape) -> (*batch)``."""
+        return x.sum(tuple(range(-len(self.event_shape), 0)))
+
     def _call(self, x: Tensor) -> Tensor:
         return self.forward_and_log_det(x)[0]
 
     def _inverse(self, y: Tensor) -> Tensor:
         return self.inverse_and_log_det(y)[0]
 
-    def _inv_call(self, y: Tensor) -> Tensor:
-        return self._inverse(y)
-
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:
         """log|det dy/dx| alone, ``(*batch)`` in nats, as torch asks for it; y, the image of x, is not looked at."""
         return self.forward_and_log_det(x, context)[1]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._call(x)
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)
 
 
 ConditionalTransform.register(FlowTransform)
+
+
+class VectorTransform(FlowTransform):
+    """A transform of vectors ``(*batch, input_dim)``.
+
+    Args:
+        input_dim: The number D of features.
+        context_dim: The width of contexts; 0 if there are none.
+    """
+
+    def __init__(self, input_dim: int, context_dim: int = 0) -> None:
+        check_integers(type(self).__name__, input_dim=input_dim)
+        super().__init__((input_dim,), context_dim)
+        self.input_dim = input_dim
 
 
 class Inverse(FlowTransform):

@@ -29,15 +29,15 @@ from torch import Tensor, nn
 
 from ..bijectors.base import bounded
 from ..bijectors.continued import bracketed_root, implicit_root
-from ..checks import CONDITIONER, check_integers, check_kind, check_numbers, check_sizes
+from ..checks import check_numbers, check_sizes
 from ..conditioners import Conditioner
 from ..conditioners.base import MaskedLinear, Network
-from .base import FlowTransform
+from .conditional import Conditional, check_outputs
 
 STEPS = 11  # of the search, and one more for each nat of max_log_slope in each layer: what the last bits take
 
 
-class BlockAutoregressive(Network, FlowTransform):
+class BlockAutoregressive(Network, Conditional):
     """A block neural autoregressive transform of a vector ``(*batch, D)``, the identity at the start::
 
         h_iˡ = m_iˡ + γ_iˡ t_iˡ / a_iˡ,    t_iˡ = tanh(a_iˡ (m_iˡ + Σ_{j<i} W_ijˡ t_jˡ⁻¹ + b_iˡ)),    m_iˡ = P_iˡ h_iˡ⁻¹
@@ -85,21 +85,13 @@ class BlockAutoregressive(Network, FlowTransform):
         *,
         pace: float | None = None,
     ) -> None:
-        check_integers("BlockAutoregressive", input_dim=input_dim)
+        super().__init__(input_dim, conditioner)
         check_sizes("BlockAutoregressive", hidden_dims=hidden_dims)
         check_numbers("BlockAutoregressive", above=0, max_log_slope=max_log_slope)
         if conditioner is not None:
-            check_kind("BlockAutoregressive", Conditioner, CONDITIONER, conditioner=conditioner)
-            got, wanted = (conditioner.output_dim, conditioner.num_params), (input_dim, sum(hidden_dims) + 2)
-            if got != wanted:
-                raise ValueError(
-                    f"BlockAutoregressive: conditioner must have (output_dim, num_params) = {wanted} for "
-                    f"{input_dim} features with {tuple(hidden_dims)} units each, got {got}."
-                )
-        super().__init__((input_dim,), 0 if conditioner is None else conditioner.input_dim)
-        self.input_dim = input_dim
+            words = f"{input_dim} features with {tuple(hidden_dims)} units each"
+            check_outputs("BlockAutoregressive", conditioner, (input_dim, sum(hidden_dims) + 2), words)
         self.hidden_dims = tuple(hidden_dims)
-        self.conditioner = conditioner
         self.max_log_slope = max_log_slope
         widths = self.hidden_dims
         cross = [_cross(input_dim, *sizes) for sizes in pairwise((1, *widths))]
@@ -157,10 +149,8 @@ class BlockAutoregressive(Network, FlowTransform):
         """The batch of N events, the features as rows ``(D, N)``, and the weights of this call."""
         added: Sequence[Tensor | None] = [None] * len(self.cross)
         batch = value.shape[:-1]
-        if self.conditioner is not None:
-            if context is None:
-                raise ValueError(f"BlockAutoregressive: context is missing; its width is {self.context_dim}.")
-            params = self.conditioner(context)  # (*batch, D, P)
+        params = self._conditioned(context)  # (*batch, D, P)
+        if params is not None:
             batch = torch.broadcast_shapes(batch, params.shape[:-2])
             params = params.expand(*batch, *params.shape[-2:]).reshape(batch.numel(), *params.shape[-2:])
             added = params.permute(1, 2, 0).split((*self.hidden_dims, 2), 1)  # (D, K, N) for each layer

@@ -24,6 +24,7 @@ from .tracing import COMPILE_SETTINGS, is_traced
 # dynamic=True would make symbols of the numbers in bijectors, for which torch 2.13 compiles wrong code; so all is
 # static but what is marked.  There are graphs with and without gradients, of one event and of many, in training or not.
 DEFAULTS = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "recompile_limit": 32}
+DEFAULTS = {name: value for name, value in DEFAULTS.items() if name in COMPILE_SETTINGS}  # those that this torch knows
 FEW = 10_000  # numbers in a batch below which threads of the CPU wait for one another longer than they work
 Verb = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
@@ -50,7 +51,7 @@ class CompiledVerb:
         few = x.numel() < FEW and x.device.type == "cpu" and not self.settings
         if few not in self._compiled:
             settings: dict[str, Any] = {"options": {"cpp.threads": 1}} if few else self.settings
-            self._compiled[few] = torch.compile(self.plain, **{**_defaults(), **settings})
+            self._compiled[few] = torch.compile(self.plain, **{**DEFAULTS, **settings})
         try:
             return self._compiled[few](_any_size(x), None if theta is None else _any_size(theta))
         except Exception as error:
@@ -64,11 +65,6 @@ class CompiledVerb:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": {}}
-
-
-def _defaults() -> dict[str, Any]:
-    """Return those defaults that the torch at hand knows."""
-    return {name: value for name, value in DEFAULTS.items() if name in COMPILE_SETTINGS}
 
 
 def _any_size(batch: Tensor) -> Tensor:
@@ -113,14 +109,9 @@ class Compiled(FlowTransform):
         if not isinstance(verb, CompiledVerb) or is_traced():
             return verb(x, context)
         # Batches of any shape share one graph.
-        batch, event = x.shape[: x.dim() - len(self.event_shape)], self.event_shape
-        if context is not None:
-            batch = torch.broadcast_shapes(batch, context.shape[:-1])
-            context = context.expand(*batch, -1).reshape(batch.numel(), -1)
-        if batch.numel() == 0:
-            return verb.plain(x, context)
-        value, log_det = verb(x.expand(batch + event).reshape(batch.numel(), *event), context)
-        return value.reshape(batch + event), log_det.reshape(batch)
+        batch, x, context = self._rows_of(x, context)
+        value, log_det = (verb if batch.numel() else verb.plain)(x, context)
+        return value.reshape(batch + self.event_shape), log_det.reshape(batch)
 
 
 class CompiledMap(Bijector):
@@ -170,22 +161,19 @@ class CompiledRuns:
         """The runs of some transforms, made anew where these have changed."""
         if list(map(id, self._known)) != list(map(id, transforms)):
             maps: dict[Bijector, CompiledMap] = {}
-            layers = [_compiled_steps(transform, maps, self.settings) for transform in transforms]
+            layers = [self._compiled_steps(transform, maps) for transform in transforms]
             runs = [list(run) for _, run in groupby(layers, lambda t: (t.compiles(False), t.compiles(True)))]
             self._known, self._runs = list(transforms), [Compiled(Compose(run), **self.settings) for run in runs]
         return self._runs
 
-
-def _compiled_steps(
-    transform: FlowTransform, maps: dict[Bijector, CompiledMap], settings: dict[str, Any]
-) -> FlowTransform:
-    """A twin of an autoregressive layer whose map of each feature is compiled; affine maps are faster as they are."""
-    if isinstance(transform, Inverse):
-        return _compiled_steps(transform.transform, maps, settings).inv
-    if isinstance(transform, Autoregressive) and (bijector := transform.bijector).num_params > 2:
-        map_of = maps.setdefault(bijector, CompiledMap(bijector, settings))
-        return Autoregressive(map_of, transform.conditioner, fixed_point=transform.fixed_point)
-    return transform
+    def _compiled_steps(self, transform: FlowTransform, maps: dict[Bijector, CompiledMap]) -> FlowTransform:
+        """Return a twin of an autoregressive layer whose map is compiled; affine maps are faster as they are."""
+        if isinstance(transform, Inverse):
+            return self._compiled_steps(transform.transform, maps).inv
+        if isinstance(transform, Autoregressive) and (bijector := transform.bijector).num_params > 2:
+            map_of = maps.setdefault(bijector, CompiledMap(bijector, self.settings))
+            return Autoregressive(map_of, transform.conditioner, fixed_point=transform.fixed_point)
+        return transform
 
 
 def _reason(error: Exception) -> str:

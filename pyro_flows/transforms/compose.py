@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..checks import quoted
+from ..checks import check_kind
 from .base import FlowTransform
 
 
@@ -70,16 +70,12 @@ def chained(
 
 def checked_chain(owner: str, transforms: Iterable[FlowTransform]) -> tuple[list[FlowTransform], int]:
     """Return transforms that fit together, and the context size that they share, 0 if none takes a context."""
-    if not isinstance(transforms, Iterable) or isinstance(transforms, str | bytes):
-        raise TypeError(f"{owner}: transforms must be a list of transforms, got {quoted(transforms)}.")
+    check_kind(owner, Iterable, "a list of transforms", transforms=transforms)
     transforms = list(transforms)
     if not transforms:
         raise ValueError(f"{owner}: transforms must not be empty.")
     for number, transform in enumerate(transforms):
-        if not isinstance(transform, FlowTransform):
-            raise TypeError(
-                f"{owner}: transforms[{number}] must be a pyro_flows transform, got {type(transform).__name__}."
-            )
+        check_kind(owner, FlowTransform, "a pyro_flows transform", **{f"transforms[{number}]": transform})
         if transform.event_shape != transforms[0].event_shape:
             raise ValueError(
                 f"{owner}: transforms[{number}] acts on events of shape {tuple(transform.event_shape)}, "

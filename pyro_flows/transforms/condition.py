@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..checks import TRANSFORM, check_kind
-from .base import FlowTransform
+from .base import FlowTransform, Scored
 
 
 class Conditioned(FlowTransform):
@@ -33,10 +33,9 @@ class Conditioned(FlowTransform):
         check_kind("Conditioned", FlowTransform, TRANSFORM, transform=transform)
         check_kind("Conditioned", Tensor, "a tensor", context=context)
         super().__init__(transform.event_shape)
-        if context.shape != (transform.context_dim,):
-            raise ValueError(
-                f"Conditioned: context must have shape ({transform.context_dim},), got {tuple(context.shape)}."
-            )
+        wanted, got = (transform.context_dim,), tuple(context.shape)
+        if got != wanted:
+            raise ValueError(f"Conditioned: context must have shape {wanted}, got {got}.")
         self.transform = transform
         shared = isinstance(context, nn.Parameter)
         self.context = context if shared else nn.Parameter(context.detach().clone())
@@ -47,7 +46,5 @@ class Conditioned(FlowTransform):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.transform.inverse_and_log_det(y, self.context)
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         return self.transform.forward_and_score(x, score, self.context)

@@ -22,10 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_flags, check_integers
+from ..checks import check_choice, check_flags, check_integers, check_kind
 from ..conditioners import VectorField
 from .base import FlowTransform
-from .ode import ADAPTIVE, Solver
+from .ode import ADAPTIVE, check_solver, solve
 
 FEW = 16  # up to how many features a field that is differentiated by autograd has an exact divergence
 
@@ -127,11 +127,7 @@ class Continuous(FlowTransform):
         adjoint: bool = False,
         max_num_steps: int = 1000,
     ) -> None:
-        if not isinstance(field, VectorField):
-            raise TypeError(
-                f"Continuous: field must be a VectorField such as conditioners.MLPField(input_dim), got "
-                f"{type(field).__name__}."
-            )
+        check_kind("Continuous", VectorField, "a VectorField such as conditioners.MLPField(input_dim)", field=field)
         super().__init__((field.input_dim,), field.context_dim)
         self.field = field
         self.exact = exact
@@ -146,7 +142,7 @@ class Continuous(FlowTransform):
         check_flags("Continuous", optional=True, exact=exact)
         check_flags("Continuous", adjoint=adjoint)
         check_choice("Continuous", ("rademacher", "gaussian"), noise=noise)
-        self._solver()
+        check_solver(self)
 
     @property
     def is_exact(self) -> bool:
@@ -186,7 +182,7 @@ class Continuous(FlowTransform):
         Raises:
             FloatingPointError: If the field is not finite somewhere on the way, or too stiff.
         """
-        batch = value.shape[:-1] if context is None else torch.broadcast_shapes(value.shape[:-1], context.shape[:-1])
+        batch = self._batch_of(value, context)
         value = value.expand(*batch, -1)
         broken = ~value.isfinite().all(-1, keepdim=True)
         value = value.masked_fill(broken, 0.0)
@@ -211,7 +207,7 @@ class Continuous(FlowTransform):
 
         start = torch.cat((value, value.new_zeros(*batch, columns + 2 * costs)), -1)
         needs = [*self.field.parameters(), *([] if context is None else [context])]
-        end, evaluations = self._solver().solve(augmented, start, inverse, value.shape[-1] + columns, needs)
+        end, evaluations = solve(self, augmented, start, inverse, value.shape[-1] + columns, needs)
         end = end.masked_fill(broken, math.nan)
         x, log_dets, more = end.split((value.shape[-1], columns, 2 * costs), -1)
         kinetic, jacobian = more.abs().unbind(-1) if costs else (torch.zeros_like(x[..., 0]),) * 2
@@ -221,9 +217,6 @@ class Continuous(FlowTransform):
         steps = f"rtol={self.rtol:g}, atol={self.atol:g}" if self.solver in ADAPTIVE else f"num_steps={self.num_steps}"
         divergence = "exact" if self.is_exact else f"{self.num_probes} {self.noise} probes"
         return f"solver={self.solver!r}, {steps}, adjoint={self.adjoint}, divergence: {divergence}"
-
-    def _solver(self) -> Solver:
-        return Solver(self.solver, self.rtol, self.atol, self.num_steps, self.adjoint, self.max_num_steps)
 
     def _probes(self, like: Tensor, number: int) -> Tensor:
         """Vectors of mean zero and unit covariance, ``(number, *batch, D)``."""

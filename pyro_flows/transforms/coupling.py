@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..bijectors import Bijector
 from ..checks import BIJECTOR, CONDITIONER, as_flags, check_kind
 from ..conditioners import Conditioner
-from .base import FlowTransform
-from .elementwise import check_params
+from .base import FlowTransform, Scored
+from .conditional import check_params
 
 
 class Coupling(FlowTransform):
@@ -63,27 +63,26 @@ class Coupling(FlowTransform):
         if mask.all() or not mask.any():
             raise ValueError(f"Coupling: mask must be a vector with both True and False, got {mask.tolist()}.")
         super().__init__((len(mask), *conditioner.size), conditioner.context_dim)
-        check_params("Coupling", bijector, conditioner, int((~mask).sum()))
-        if conditioner.input_dim != int(mask.sum()):
-            raise ValueError(
-                f"Coupling: {int(mask.sum())} features condition, but the conditioner takes {conditioner.input_dim}."
-            )
+        kept, taken = int(mask.sum()), conditioner.input_dim
+        check_params("Coupling", bijector, conditioner, len(mask) - kept)
+        if taken != kept:
+            raise ValueError(f"Coupling: {kept} features condition, but the conditioner takes {taken}.")
         self.bijector = bijector
         self.conditioner = conditioner
         self.register_buffer("mask", mask)
         self._set_indices()
-        self.register_load_state_dict_post_hook(_restore_indices)
+        self.register_load_state_dict_post_hook(Coupling._set_indices)
 
-    def _set_indices(self) -> None:
+    def _set_indices(self, _keys: object = None) -> None:
+        """Find the places of features from the mask, also when a state is loaded."""
         kept, mapped = self.mask.nonzero().flatten(), (~self.mask).nonzero().flatten()
         self.register_buffer("kept", kept, persistent=False)
         self.register_buffer("mapped", mapped, persistent=False)
         self.register_buffer("restore", torch.argsort(torch.cat((kept, mapped))), persistent=False)
-        count, first = len(kept), bool(self.mask[0])
         # Two runs, as the halves of an image's channels, need no copy to be taken apart, and one to be joined.
         self._in_runs = bool((self.mask[1:] != self.mask[:-1]).sum() == 1)
-        self._runs = (count, len(mapped)) if first else (len(mapped), count)
-        self._kept_first = first
+        self._kept_first = bool(self.mask[0])
+        self._runs = (len(kept), len(mapped)) if self._kept_first else (len(mapped), len(kept))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_verb(self.bijector.forward_and_log_det, x, context)
@@ -91,9 +90,7 @@ class Coupling(FlowTransform):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_verb(self.bijector.inverse_and_log_det, y, context)
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         # The Jacobian is triangular by blocks, so its transpose is solved in the pass at hand, without a way back.
         kept, mapped = self._part(x)
         y, log_det = self.bijector.forward_and_log_det(mapped, self.conditioner(kept, context))
@@ -102,7 +99,7 @@ class Coupling(FlowTransform):
         of_mapped = of_mapped - _gradient([(log_det, ones)], mapped)
         of_mapped = of_mapped * torch.exp(-log_det.detach())
         of_kept = of_kept - _gradient([(log_det, ones), (y, of_mapped)], kept)
-        return self._join(kept, y), self._total(log_det), self._join(of_kept, of_mapped)
+        return self._join(kept, y), self._sum_event(log_det), self._join(of_kept, of_mapped)
 
     def _part(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What conditions, and what is transformed."""
@@ -119,15 +116,12 @@ class Coupling(FlowTransform):
             return torch.cat((kept, mapped) if self._kept_first else (mapped, kept), dim)
         return torch.cat((kept, mapped), dim).index_select(dim, self.restore)
 
-    def _total(self, log_det: Tensor) -> Tensor:
-        return log_det.sum(tuple(range(-len(self.event_shape), 0)))
-
     def _apply_verb(
         self, verb: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         kept, mapped = self._part(x)
         mapped, log_det = verb(mapped, self.conditioner(kept, context))
-        return self._join(kept, mapped), self._total(log_det)
+        return self._join(kept, mapped), self._sum_event(log_det)
 
 
 def _gradient(weighted: list[tuple[Tensor, Tensor]], of: Tensor) -> Tensor:
@@ -138,8 +132,3 @@ def _gradient(weighted: list[tuple[Tensor, Tensor]], of: Tensor) -> Tensor:
     outputs, weights = zip(*moving, strict=True)
     found = torch.autograd.grad(outputs, of, weights, retain_graph=True, materialize_grads=True)[0]
     return found.detach()  # on torch 2.4 zeros that are put for None require gradients
-
-
-def _restore_indices(module: nn.Module, _: object) -> None:
-    assert isinstance(module, Coupling)
-    module._set_indices()

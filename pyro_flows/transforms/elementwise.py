@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ..bijectors import Bijector
-from ..checks import BIJECTOR, CONDITIONER, check_integers, check_kind, check_numbers
+from ..checks import BIJECTOR, check_kind, check_numbers
 from ..conditioners import Conditioner
 from ..conditioners.paced import Paced, power_of_2
-from .base import FlowTransform
+from .conditional import Conditional, check_params
 
 
-class Elementwise(Paced, FlowTransform):
+class Elementwise(Paced, Conditional):
     """Independent maps of the features of a vector ``(*batch, D)``, with parameters that are learned, or computed::
 
         y_i = f(x_i; θ_i(c)),    log|det dy/dx| = Σ_i log f'(x_i; θ_i)
@@ -50,14 +50,9 @@ class Elementwise(Paced, FlowTransform):
         *,
         pace: float | None = None,
     ) -> None:
-        check_integers("Elementwise", input_dim=input_dim)
+        super().__init__(input_dim, conditioner)
         check_kind("Elementwise", Bijector, BIJECTOR, bijector=bijector)
-        if conditioner is not None:
-            check_kind("Elementwise", Conditioner, CONDITIONER, conditioner=conditioner)
-        super().__init__((input_dim,), 0 if conditioner is None else conditioner.input_dim)
         self.bijector = bijector
-        self.input_dim = input_dim
-        self.conditioner = conditioner
         if conditioner is None:
             self.params = nn.Parameter(torch.zeros(input_dim, bijector.num_params))
         else:
@@ -98,22 +93,7 @@ class Elementwise(Paced, FlowTransform):
         return x, log_det.sum(-1)
 
     def _params(self, context: Tensor | None) -> Tensor:
-        if self.conditioner is None:
+        params = self._conditioned(context)
+        if params is None:
             return self.params if self.unit == 1.0 else self.unit * self.params
-        if context is None:
-            raise ValueError(f"Elementwise: context is missing; its width is {self.context_dim}.")
-        return self.conditioner(context)
-
-
-def check_params(owner: str, bijector: Bijector, conditioner: Conditioner, output_dim: int) -> None:
-    """Check that a conditioner yields what a bijector asks for, for as many features as there are to map."""
-    if conditioner.num_params != bijector.num_params:
-        raise ValueError(
-            f"{owner}: {type(bijector).__name__} takes num_params={bijector.num_params} parameters for each feature, "
-            f"but the conditioner yields num_params={conditioner.num_params}."
-        )
-    if conditioner.output_dim != output_dim:
-        raise ValueError(
-            f"{owner}: {output_dim} features are to be transformed, but the conditioner yields parameters for "
-            f"{conditioner.output_dim}."
-        )
+        return params

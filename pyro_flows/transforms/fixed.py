@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_flags, check_integers
-from .base import FlowTransform
+from ..checks import check_flags
+from .base import VectorTransform
 
 
-class FixedAffine(FlowTransform):
+class FixedAffine(VectorTransform):
     """A shift and a matrix of vectors ``(*batch, D)``, y = t + L x, that are set and not trained.
 
     Until they are set it is the identity, afterwards log|det dy/dx| = Σ_i log L_ii.  Both are parameters, so that
@@ -39,10 +39,9 @@ class FixedAffine(FlowTransform):
     """
 
     def __init__(self, input_dim: int, *, dense: bool = True) -> None:
-        check_integers("FixedAffine", input_dim=input_dim)
+        super().__init__(input_dim)
         check_flags("FixedAffine", dense=dense)
-        super().__init__((input_dim,))
-        self.input_dim, self.dense = input_dim, dense
+        self.dense = dense
         self.loc = nn.Parameter(torch.zeros(input_dim))
         self.scale = nn.Parameter(torch.eye(input_dim) if dense else torch.ones(input_dim))
 

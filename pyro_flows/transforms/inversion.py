@@ -4,6 +4,9 @@
 put what is known of x into the network, and so on until nothing changes: k passes make k ranks right, often many more
 (Song, Meng, Liao, Ermon 2021, arXiv:2002.03629).  With either, the gradient is the solution of a triangular system,
 found in the same way with the transposed Jacobian of the network.
+
+Tokens become known one after the other as well.  The transformer keeps the keys and values of those that it knows, so
+all T steps cost about one pass, in plain differentiable operations.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..bijectors import Bijector
-from ..conditioners import MADE, costream, stream
+from ..conditioners import MADE, CausalTransformer, Tokens, costream, stream
 
 
 def invert_by_passes(bijector: Bijector, net: MADE, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -31,6 +34,19 @@ def invert_by_passes(bijector: Bijector, net: MADE, y: Tensor, context: Tensor |
         x = torch.where(places == feature, value.unsqueeze(-1), x)
     _, log_det = bijector.inverse_and_log_det(y, net(x, context))
     return x, log_det.sum(-1)
+
+
+def invert_tokens(
+    bijector: Bijector, net: CausalTransformer, y: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Invert token by token, ``(N, T, D), (N, C) -> (N, T, D), (N,)``."""
+    tokens, known = Tokens(net, context, len(y)), None
+    found: list[tuple[Tensor, Tensor]] = []
+    for place in net.places:
+        known, log_det = bijector.inverse_and_log_det(y[:, place], tokens.step(known))
+        found.append((known, log_det))
+    values, log_dets = zip(*found, strict=True)
+    return torch.stack(values, 1).index_select(1, net.order), torch.stack(log_dets, 1).sum((1, 2))
 
 
 def _sweep(bijector: Bijector, net: MADE, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -16,11 +16,47 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..bijectors.base import bounded
 from ..checks import check_integers, check_numbers
-from .base import FlowTransform
+from .base import VectorTransform
 
 
-class LULinear(FlowTransform):
+class Factored(VectorTransform):
+    """An invertible dense matrix in two triangular factors, and a shift; the identity at the start.
+
+    Args:
+        input_dim: The number D of features.
+        max_log_scale: The bound b on each log-scale b tanh(a / b), in nats.
+    """
+
+    def __init__(self, input_dim: int, max_log_scale: float) -> None:
+        super().__init__(input_dim)
+        check_numbers(type(self).__name__, above=0, max_log_scale=max_log_scale)
+        self.max_log_scale = max_log_scale
+        self.factors = nn.Parameter(torch.zeros(input_dim, input_dim))  # L below, U above, a on the diagonal
+        self.shift = nn.Parameter(torch.zeros(input_dim))
+
+    @torch.no_grad()
+    def set_scale(self, scale: float) -> None:
+        """Become a multiple of the identity, or of the rotation if there is one.
+
+        Args:
+            scale: The factor, whose logarithm lies within ``max_log_scale``.
+
+        Raises:
+            ValueError: If it does not, or the factor is not positive.
+        """
+        caller, most = f"{type(self).__name__}.set_scale", self.max_log_scale
+        check_numbers(caller, above=0, scale=scale)
+        if not abs(math.log(scale)) < most:
+            raise ValueError(f"{caller}: scale must have a logarithm within ±{most}, got {scale}. Raise max_log_scale.")
+        self.factors.copy_(torch.eye(self.input_dim) * (most * math.atanh(math.log(scale) / most)))
+
+    def _log_scale(self) -> Tensor:
+        return bounded(self.factors.diagonal(), self.max_log_scale)
+
+
+class LULinear(Factored):
     """An invertible dense matrix in factors, and a shift, of vectors ``(*batch, D)``::
 
         y = L U Q x + t,    log|det dy/dx| = Σ_i log U_ii,    U_ii = exp(b tanh(a_i / b))
@@ -52,31 +88,13 @@ class LULinear(FlowTransform):
     rotation: Tensor | None
 
     def __init__(self, input_dim: int, *, max_log_scale: float = 8.0, rotation_seed: int | None = None) -> None:
-        check_integers("LULinear", input_dim=input_dim)
-        super().__init__((input_dim,))
-        check_numbers("LULinear", above=0, max_log_scale=max_log_scale)
+        super().__init__(input_dim, max_log_scale)
         check_integers("LULinear", 0, optional=True, rotation_seed=rotation_seed)
-        self.input_dim = input_dim
-        self.max_log_scale, self.rotation_seed = max_log_scale, rotation_seed
+        self.rotation_seed = rotation_seed
         self.register_buffer("rotation", None if rotation_seed is None else _orthogonal(input_dim, rotation_seed))
-        self.factors = nn.Parameter(torch.zeros(input_dim, input_dim))  # L below, U above, log-pivots on the diagonal
-        self.shift = nn.Parameter(torch.zeros(input_dim))
-
-    @torch.no_grad()
-    def set_scale(self, scale: float) -> None:
-        """Become a number, times the rotation if there is one.
-
-        Args:
-            scale: The number, whose logarithm lies within ``max_log_scale``.
-
-        Raises:
-            ValueError: If it does not, or the number is not positive.
-        """
-        raw = raw_log_scale("LULinear.set_scale", scale, self.max_log_scale)
-        self.factors.copy_(torch.eye(self.input_dim) * raw)
 
     def _lower_upper_log_pivots(self) -> tuple[Tensor, Tensor, Tensor]:
-        log_pivots = self.max_log_scale * torch.tanh(self.factors.diagonal() / self.max_log_scale)
+        log_pivots = self._log_scale()
         lower = self.factors.tril(-1) + torch.eye(self.input_dim, dtype=log_pivots.dtype, device=log_pivots.device)
         return lower, self.factors.triu(1) + torch.diag(log_pivots.exp()), log_pivots
 
@@ -96,16 +114,6 @@ class LULinear(FlowTransform):
         if self.rotation is not None:
             columns = _polished(self.rotation).T @ columns
         return columns.T.reshape(y.shape), -log_pivots.sum().expand(y.shape[:-1])
-
-
-def raw_log_scale(caller: str, scale: float, max_log_scale: float) -> float:
-    """Return the a of a log-scale b tanh(a / b), or raise one clear error unless the log-scale lies within ±b."""
-    check_numbers(caller, above=0, scale=scale)
-    if not abs(math.log(scale)) < max_log_scale:
-        raise ValueError(
-            f"{caller}: scale must have a logarithm within ±{max_log_scale}, got {scale}. Raise max_log_scale."
-        )
-    return max_log_scale * math.atanh(math.log(scale) / max_log_scale)
 
 
 @contextlib.contextmanager

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_integers
-from .base import FlowTransform
+from .base import Scored, VectorTransform
 
 
-class Householder(FlowTransform):
+class Householder(VectorTransform):
     """A rotation of vectors ``(*batch, D)``, a product of an even number of reflections, the identity at the start::
 
         y = Q x,    Q = Π_k (1 - 2 v_k v_kᵀ / |v_k|²),    log|det dy/dx| = 0
@@ -51,14 +51,10 @@ class Householder(FlowTransform):
     """
 
     def __init__(self, input_dim: int, reflections: int = 8) -> None:
-        check_integers("Householder", input_dim=input_dim, reflections=reflections)
-        super().__init__((input_dim,))
+        super().__init__(input_dim)
+        check_integers("Householder", reflections=reflections)
         if reflections % 2:
-            raise ValueError(
-                f"Householder: reflections must be positive and even, got {reflections}; "
-                "an odd number cannot start at the identity."
-            )
-        self.input_dim = input_dim
+            raise ValueError(f"Householder: reflections must be positive and even, got {reflections}.")
         self.reflections = reflections
         self.vectors = nn.Parameter(torch.randn(reflections // 2, input_dim).repeat_interleave(2, 0))
 
@@ -70,9 +66,7 @@ class Householder(FlowTransform):
             y = _turn_plane(y, second, first)
         return y, y.new_zeros(y.shape[:-1])
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         return self._turn(x), x.new_zeros(x.shape[:-1]), self._turn(score).detach()
 
     def _turn(self, x: Tensor) -> Tensor:
@@ -81,7 +75,7 @@ class Householder(FlowTransform):
         return x
 
 
-class Orthogonal(FlowTransform):
+class Orthogonal(VectorTransform):
     """Any rotation of vectors ``(*batch, D)``, the identity at the start::
 
         y = Q x,    Q = exp(A - Aᵀ),    log|det dy/dx| = 0
@@ -108,9 +102,7 @@ class Orthogonal(FlowTransform):
     """
 
     def __init__(self, input_dim: int) -> None:
-        check_integers("Orthogonal", input_dim=input_dim)
-        super().__init__((input_dim,))
-        self.input_dim = input_dim
+        super().__init__(input_dim)
         self.params = nn.Parameter(torch.zeros(input_dim * (input_dim - 1) // 2))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -119,9 +111,7 @@ class Orthogonal(FlowTransform):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return y @ self._matrix(), y.new_zeros(y.shape[:-1])
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         matrix = self._matrix()
         return x @ matrix.T, x.new_zeros(x.shape[:-1]), (score @ matrix.T).detach()
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..checks import TRANSFORM, as_shape, check_kind
 from .base import FlowTransform
+from .reshape import Rearranged
 
 
-class PerPixel(FlowTransform):
+class PerPixel(Rearranged):
     """A transform t of vectors, applied to the channels of each pixel of an image ``(*batch, C, H, W)``::
 
         y[:, i, j] = t(x[:, i, j] | c)
@@ -44,27 +45,17 @@ class PerPixel(FlowTransform):
         if len(inner.event_shape) != 1:
             raise ValueError(f"PerPixel: inner must act on vectors, got events of shape {tuple(inner.event_shape)}.")
         size = as_shape("PerPixel", "size", size, length=2, words="height and width")
-        super().__init__((*inner.event_shape, *size), inner.context_dim)
-        self.inner, self.size = inner, tuple(size)
+        super().__init__(inner, (*inner.event_shape, *size))
+        self.size = tuple(size)
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, log_det = self.inner.forward_and_log_det(x.movedim(-3, -1), _of_pixels(context))
-        return y.movedim(-1, -3), log_det.sum((-2, -1))
+    def arrange(self, x: Tensor) -> Tensor:
+        return x.movedim(-3, -1)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, log_det = self.inner.inverse_and_log_det(y.movedim(-3, -1), _of_pixels(context))
-        return x.movedim(-1, -3), log_det.sum((-2, -1))
+    def restore(self, x: Tensor) -> Tensor:
+        return x.movedim(-1, -3)
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        found = self.inner.forward_and_score(x.movedim(-3, -1), score.movedim(-3, -1), _of_pixels(context))
-        y, log_det, score = found
-        return y.movedim(-1, -3), log_det.sum((-2, -1)), score.movedim(-1, -3)
+    def inner_context(self, context: Tensor | None) -> Tensor | None:
+        return None if context is None else context.unsqueeze(-2).unsqueeze(-2)
 
-    def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
-        self.inner.initialize(y.movedim(-3, -1), _of_pixels(context))
-
-
-def _of_pixels(context: Tensor | None) -> Tensor | None:
-    return None if context is None else context.unsqueeze(-2).unsqueeze(-2)
+    def total(self, log_det: Tensor) -> Tensor:
+        return log_det.sum((-2, -1))

@@ -15,16 +15,15 @@ Variational Inference with Normalizing Flows (Rezende, Mohamed 2015, arXiv:1505.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..checks import check_integers
 from ..conditioners import Conditioner
-from .base import FlowTransform
+from .base import Scored
+from .conditional import Tabled
 from .ridge import bounded_slope, root
-from .table import check_table, read_table
 
 
-class Planar(FlowTransform):
+class Planar(Tabled):
     """A planar transform of a vector ``(*batch, D)``, which bends space along one ridge, the identity at the start::
 
         y = x + û tanh(z),    z = w·x + b,    log|det dy/dx| = log(1 + w·û (1 - tanh² z))
@@ -59,12 +58,9 @@ class Planar(FlowTransform):
     """
 
     def __init__(self, input_dim: int, conditioner: Conditioner | None = None) -> None:
-        check_integers("Planar", input_dim=input_dim)
-        super().__init__((input_dim,), check_table("Planar", conditioner, input_dim, 2 * input_dim + 1))
-        self.input_dim = input_dim
-        self.conditioner = conditioner
+        super().__init__(input_dim, conditioner)
         w = torch.randn(input_dim) / input_dim**0.5  # w·x is of order one
-        self.params = nn.Parameter(torch.cat((torch.zeros(input_dim), w, torch.randn(1))))
+        self._set_table(torch.cat((torch.zeros(input_dim), w, torch.randn(1))))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         u, w, b, s = self._ridge(context)
@@ -76,9 +72,7 @@ class Planar(FlowTransform):
         t = torch.tanh(root(s, (y * w).sum(-1) + b))
         return y - u * t.unsqueeze(-1), -torch.log1p(s * (1 - t * t))
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         # The inverse of the identity plus a matrix of rank one (Sherman, Morrison 1950): no way back is needed.
         u, w, b, s = self._ridge(context)
         t = torch.tanh((x * w).sum(-1) + b)
@@ -90,7 +84,7 @@ class Planar(FlowTransform):
 
     def _ridge(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The vectors û and w, ``(*batch, D)``, and the numbers b and s = w·û, ``(*batch)``."""
-        params = read_table("Planar", self.params, self.conditioner, context)
+        params = self._params(context)
         u, w, b = params.split((self.input_dim, self.input_dim, 1), -1)
         dot = (w * u).sum(-1, keepdim=True)
         s = bounded_slope(dot)

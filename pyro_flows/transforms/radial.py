@@ -12,17 +12,16 @@ Variational Inference with Normalizing Flows (Rezende, Mohamed 2015, arXiv:1505.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..bijectors.base import bounded
-from ..checks import check_integers
 from ..conditioners import Conditioner
-from .base import FlowTransform
+from .base import Scored
+from .conditional import Tabled
 from .ridge import MAX_LOG_SLOPE, bounded_slope
-from .table import check_table, read_table
 
 
-class Radial(FlowTransform):
+class Radial(Tabled):
     """A radial transform of a vector ``(*batch, D)``, which stretches space around x₀, the identity at the start::
 
         y = x + β (x - x₀) / (α + r),    r = |x - x₀|
@@ -58,11 +57,8 @@ class Radial(FlowTransform):
     """
 
     def __init__(self, input_dim: int, conditioner: Conditioner | None = None) -> None:
-        check_integers("Radial", input_dim=input_dim)
-        super().__init__((input_dim,), check_table("Radial", conditioner, input_dim, input_dim + 2))
-        self.input_dim = input_dim
-        self.conditioner = conditioner
-        self.params = nn.Parameter(torch.cat((torch.randn(input_dim + 1), torch.zeros(1))))
+        super().__init__(input_dim, conditioner)
+        self._set_table(torch.cat((torch.randn(input_dim + 1), torch.zeros(1))))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         centre, alpha, s = self._ball(context)
@@ -80,9 +76,7 @@ class Radial(FlowTransform):
         h = 1 / (1 + torch.where(p < 0, half, radius / half))
         return y - s * h / (1 + s * h) * away, -self._log_det(s, h)
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         # The inverse of a multiple of the identity plus a matrix of rank one: no way back is needed.
         centre, alpha, s = self._ball(context)
         away = x - centre
@@ -98,7 +92,7 @@ class Radial(FlowTransform):
 
     def _ball(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The point x₀, ``(*batch, D)``, and the numbers α > 0 and s > -1, ``(*batch, 1)``."""
-        params = read_table("Radial", self.params, self.conditioner, context)
+        params = self._params(context)
         centre, size, raw = params.split((self.input_dim, 1, 1), -1)
         # Distances between draws of a standard normal grow like √D.
         return centre, self.input_dim**0.5 * bounded(size, MAX_LOG_SLOPE).exp(), bounded_slope(raw)

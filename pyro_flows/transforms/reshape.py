@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..checks import TRANSFORM, as_image, as_shape, check_integers, check_kind
-from .base import FlowTransform
+from .base import FlowTransform, Scored
 
 
 class Rearranged(FlowTransform):
     """An inner transform that sees each event in another arrangement of its numbers.
 
-    Subclasses define :meth:`arrange` and :meth:`restore`.
+    Subclasses define :meth:`arrange`, and :meth:`restore` or :meth:`put_back`.
     """
 
     def __init__(self, inner: FlowTransform, event_shape: Sequence[int]) -> None:
@@ -30,26 +30,37 @@ class Rearranged(FlowTransform):
     def arrange(self, x: Tensor) -> Tensor:
         """Events ``(*batch, *event_shape)`` as the inner transform takes them."""
 
-    @abstractmethod
     def restore(self, x: Tensor) -> Tensor:
         """The way back."""
+        raise NotImplementedError
+
+    def put_back(self, inside: Tensor, whole: Tensor) -> Tensor:
+        """Return whole events in which the inner transform's part is replaced; by default it is all of them."""
+        return self.restore(inside)
+
+    def inner_context(self, context: Tensor | None) -> Tensor | None:
+        """Return the context as the inner transform takes it."""
+        return context
+
+    def total(self, log_det: Tensor) -> Tensor:
+        """Return the log-determinants ``(*batch)`` from those of the inner transform."""
+        return log_det
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, log_det = self.inner.forward_and_log_det(self.arrange(x), context)
-        return self.restore(y), log_det
+        y, log_det = self.inner.forward_and_log_det(self.arrange(x), self.inner_context(context))
+        return self.put_back(y, x), self.total(log_det)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, log_det = self.inner.inverse_and_log_det(self.arrange(y), context)
-        return self.restore(x), log_det
+        x, log_det = self.inner.inverse_and_log_det(self.arrange(y), self.inner_context(context))
+        return self.put_back(x, y), self.total(log_det)
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, log_det, score = self.inner.forward_and_score(self.arrange(x), self.arrange(score), context)
-        return self.restore(y), log_det, self.restore(score)
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+        context = self.inner_context(context)
+        y, log_det, inner_score = self.inner.forward_and_score(self.arrange(x), self.arrange(score), context)
+        return self.put_back(y, x), self.total(log_det), self.put_back(inner_score, score)
 
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
-        self.inner.initialize(self.arrange(y), context)
+        self.inner.initialize(self.arrange(y), self.inner_context(context))
 
 
 class Squeezed(Rearranged):
@@ -82,8 +93,8 @@ class Squeezed(Rearranged):
         check_integers("Squeezed", 2, factor=factor)
         if len(inner.event_shape) != 3 or inner.event_shape[0] % factor**2:
             raise ValueError(
-                f"Squeezed: inner must act on images with a multiple of factor² channels, got factor={factor} and "
-                f"events of shape {tuple(inner.event_shape)}."
+                f"Squeezed: inner must act on images with a multiple of factor² = {factor**2} channels, got events of "
+                f"shape {tuple(inner.event_shape)}."
             )
         channels, height, width = inner.event_shape
         super().__init__(inner, (channels // factor**2, height * factor, width * factor))
@@ -168,10 +179,8 @@ class Reshaped(Rearranged):
         check_kind("Reshaped", FlowTransform, TRANSFORM, inner=inner)
         shape = as_shape("Reshaped", "shape", shape)
         if math.prod(inner.event_shape) != math.prod(shape):
-            raise ValueError(
-                f"Reshaped: events of shape {tuple(shape)} hold {math.prod(shape)} numbers, but inner acts on events "
-                f"of shape {tuple(inner.event_shape)}."
-            )
+            inside = tuple(inner.event_shape)
+            raise ValueError(f"Reshaped: shape must hold as many numbers as inner's {inside}, got {tuple(shape)}.")
         super().__init__(inner, shape)
         self.shape = tuple(shape)
 

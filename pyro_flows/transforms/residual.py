@@ -25,11 +25,11 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import check_flags
+from ..checks import check_flags, check_kind
 from ..conditioners import LipschitzMLP
 from ..conditioners.jacobian import Jacobian
 from ..conditioners.lipschitz import Layers
-from .base import FlowTransform
+from .base import FlowTransform, Scored
 
 # Exact log-determinants cost no more than estimates at a width of 16, six times as much at 64; but there the noise of
 # one estimate, 0.3 nats, would take dozens of them to remove.
@@ -73,8 +73,7 @@ class Residual(FlowTransform):
     """
 
     def __init__(self, net: LipschitzMLP, exact: bool | None = None) -> None:
-        if not isinstance(net, LipschitzMLP):
-            raise TypeError(f"Residual: net must be a LipschitzMLP, got {type(net).__name__}.")
+        check_kind("Residual", LipschitzMLP, "a LipschitzMLP", net=net)
         super().__init__((net.input_dim,), net.context_dim)
         self.net = net
         self.exact = exact
@@ -107,13 +106,10 @@ class Residual(FlowTransform):
             x = x - _neumann(jacobian, x + change - y, steps)
         return x, -self._log_det(layers.linearise(x)[1])
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         if not self.is_exact:
             return super().forward_and_score(x, score, context)
-        batch = x.shape[:-1] if context is None else torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
-        x = x.expand(*batch, -1)
+        x = x.expand(*self._batch_of(x, context), -1)
         with torch.enable_grad():
             change, jacobian = self.net.at(context).linearise(x)
             log_det = jacobian.log_det()

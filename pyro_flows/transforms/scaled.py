@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import check_integers, check_numbers
+from ..checks import check_numbers
 from ..conditioners.paced import Paced, power_of_2
-from .base import FlowTransform
-from .linear import raw_log_scale
+from .linear import Factored
 
 
-class ScaledLinear(Paced, FlowTransform):
+class ScaledLinear(Paced, Factored):
     """An invertible dense matrix and a shift, of vectors ``(*batch, D)``, the identity at the start::
 
         y = t + exp(s) ∘ (L U x),    log|det dy/dx| = Σ_i s_i,    s_i = b tanh(a_i / b)
@@ -48,12 +47,7 @@ class ScaledLinear(Paced, FlowTransform):
     pace: float | None = None
 
     def __init__(self, input_dim: int, *, max_log_scale: float = 8.0, pace: float | None = None) -> None:
-        check_integers("ScaledLinear", input_dim=input_dim)
-        super().__init__((input_dim,))
-        check_numbers("ScaledLinear", above=0, max_log_scale=max_log_scale)
-        self.input_dim, self.max_log_scale = input_dim, max_log_scale
-        self.factors = nn.Parameter(torch.zeros(input_dim, input_dim))  # L below, U above, a on the diagonal
-        self.shift = nn.Parameter(torch.zeros(input_dim))
+        super().__init__(input_dim, max_log_scale)
         self.set_pace(pace)
 
     @torch.no_grad()
@@ -67,19 +61,6 @@ class ScaledLinear(Paced, FlowTransform):
         check_numbers("ScaledLinear", above=0, optional=True, pace=pace)
         before, self.pace = self.unit, pace
         self.factors.copy_(self._rescaled(self.factors, before / self.unit))
-
-    @torch.no_grad()
-    def set_scale(self, scale: float) -> None:
-        """Become a multiple of the identity.
-
-        Args:
-            scale: The factor, whose logarithm lies within ``max_log_scale``.
-
-        Raises:
-            ValueError: If it does not, or the factor is not positive.
-        """
-        raw = raw_log_scale("ScaledLinear.set_scale", scale, self.max_log_scale)
-        self.factors.copy_(torch.eye(self.input_dim) * raw)
 
     @property
     def unit(self) -> float:
@@ -97,9 +78,6 @@ class ScaledLinear(Paced, FlowTransform):
         """L and U without their diagonals of ones."""
         factors = self.factors if self.unit == 1.0 else self.unit * self.factors
         return factors.tril(-1), factors.triu(1)
-
-    def _log_scale(self) -> Tensor:
-        return self.max_log_scale * torch.tanh(self.factors.diagonal() / self.max_log_scale)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_scale, (below, above) = self._log_scale(), self._below_and_above()

@@ -66,6 +66,4 @@ class Sigmoid(FlowTransform):
         return x, -self._log_det(x)
 
     def _log_det(self, x: Tensor) -> Tensor:
-        log_slope = F.logsigmoid(x) + F.logsigmoid(-x)
-        number = len(self.event_shape)
-        return (log_slope + math.log(self._stretch)).sum(tuple(range(-number, 0)))
+        return self._sum_event(F.logsigmoid(x) + F.logsigmoid(-x) + math.log(self._stretch))

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..checks import TRANSFORM, check_integers, check_kind
 from .base import FlowTransform
+from .reshape import Rearranged
 
 
-class Split(FlowTransform):
+class Split(Rearranged):
     """A transform t of the first channels of an image, or of the first features of a vector; the others stay::
 
         (y_A, y_B) = (t(x_A | c), x_B)
@@ -50,35 +51,15 @@ class Split(FlowTransform):
         total = 2 * first if input_dim is None else input_dim
         if total <= first:
             raise ValueError(f"Split: input_dim must exceed the {first} that inner acts on, got {total}.")
-        super().__init__((total, *size), inner.context_dim)
-        self.inner, self.input_dim = inner, total
+        super().__init__(inner, (total, *size))
+        self.input_dim = total
         self.sizes = [first, total - first]
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        first, rest = self._parts(x)
-        first, log_det = self.inner.forward_and_log_det(first, context)
-        return self._join(first, rest), log_det
+    def arrange(self, x: Tensor) -> Tensor:
+        return x.split(self.sizes, -len(self.event_shape))[0]
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        first, rest = self._parts(y)
-        first, log_det = self.inner.inverse_and_log_det(first, context)
-        return self._join(first, rest), log_det
-
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        (first, rest), (score, score_of_rest) = self._parts(x), self._parts(score)
-        first, log_det, score = self.inner.forward_and_score(first, score, context)
-        return self._join(first, rest), log_det, self._join(score, score_of_rest)
-
-    def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
-        self.inner.initialize(self._parts(y)[0], context)
-
-    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        first, rest = x.split(self.sizes, -len(self.event_shape))
-        return first, rest
-
-    def _join(self, first: Tensor, rest: Tensor) -> Tensor:
+    def put_back(self, inside: Tensor, whole: Tensor) -> Tensor:
         number = len(self.event_shape)
-        rest = rest.expand(*first.shape[:-number], *rest.shape[-number:])
-        return torch.cat((first, rest), -number)
+        rest = whole.split(self.sizes, -number)[1]
+        rest = rest.expand(*inside.shape[:-number], *rest.shape[-number:])
+        return torch.cat((inside, rest), -number)

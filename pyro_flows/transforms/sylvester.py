@@ -24,22 +24,22 @@ import warnings
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..bijectors.base import bounded
 from ..checks import check_integers, is_integer
 from ..conditioners import Conditioner
-from .base import FlowTransform
+from .base import Scored
+from .conditional import Tabled
 from .orthogonal import reflect, unit
 from .ridge import bounded_slope, root
-from .table import check_table, read_table
 from .tracing import NEW_COMPILER
 
 MAX_LOG_SCALE = 2.0  # bound on log R̃_ii: ridges are between 1/7 and 7 wide
 
 
-class Sylvester(FlowTransform):
+class Sylvester(Tabled):
     """A Sylvester transform of a vector ``(*batch, D)``, which bends space along M ridges, the identity at the start::
 
         y = x + Q R t,    t = tanh(R̃ Qᵀ x + b),    log|det dy/dx| = Σ_i log(1 + R_ii R̃_ii (1 - t_i²))
@@ -86,12 +86,10 @@ class Sylvester(FlowTransform):
         conditioner: Conditioner | None = None,
     ) -> None:
         rank, reflections = check_ridges("Sylvester", input_dim, rank, reflections)
-        sizes = _sizes(input_dim, rank, reflections)
-        super().__init__((input_dim,), check_table("Sylvester", conditioner, input_dim, sum(sizes)))
-        self.input_dim, self.rank, self.reflections = input_dim, rank, reflections
-        self.conditioner = conditioner
-        square, others = torch.randn(rank, rank).tril(-1), torch.randn(sum(sizes[1:]))
-        self.params = nn.Parameter(torch.cat((square.flatten(), others)))
+        super().__init__(input_dim, conditioner)
+        self.rank, self.reflections = rank, reflections
+        square, others = torch.randn(rank, rank).tril(-1), torch.randn(sum(_sizes(input_dim, rank, reflections)[1:]))
+        self._set_table(torch.cat((square.flatten(), others)))
 
     @staticmethod
     def count_params(input_dim: int, rank: int | None = None, reflections: int | None = None) -> int:
@@ -133,9 +131,7 @@ class Sylvester(FlowTransform):
             lost = ridges.back(z - ridges.coordinates(x))
         return x + lost, -ridges.log_det(t)
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         # The inverse of the identity plus a matrix of rank M (Woodbury 1950): one triangular system, no way back.
         ridges = self._ridges(context)
         t = ridges.tangents(x)
@@ -151,7 +147,7 @@ class Sylvester(FlowTransform):
             return y, log_det, score + ridges.back(_times(ridges.inner.mT, pull - bend * solved))
 
     def _ridges(self, context: Tensor | None) -> _Ridges:
-        params = read_table("Sylvester", self.params, self.conditioner, context)
+        params = self._params(context)
         rank = self.rank
         # One square holds R above its diagonal, R̃ transposed below it, and the free numbers of s on it.
         square, scales, shift, vectors = params.split(_sizes(self.input_dim, rank, self.reflections), -1)

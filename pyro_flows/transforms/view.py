@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ class View(Transform):
         self.domain, self.codomain = transform.domain, transform.codomain
         self.transform = transform
         self.context = context
-        self._pair: _Pair | None = None
+        # The last pair y = t(x), its log|det dy/dx|, the grad mode, and the tensors that it depends on.
+        self._pair: tuple[Tensor, Tensor, Tensor, bool, Snapshot] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         y, log_det = self.transform.forward_and_log_det(x, self.context)
@@ -56,8 +57,10 @@ class View(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         pair, self._pair = self._pair, None
-        if pair and pair.x is x and pair.y is y and pair.grad_mode == torch.is_grad_enabled() and pair.snapshot.holds():
-            return pair.log_det
+        if pair is not None:
+            of_x, of_y, log_det, grad_mode, snapshot = pair
+            if of_x is x and of_y is y and grad_mode == torch.is_grad_enabled() and snapshot.holds():
+                return log_det
         return self.transform.log_abs_det_jacobian(x, y, self.context)
 
     def with_cache(self, cache_size: int = 1) -> View:
@@ -67,17 +70,7 @@ class View(Transform):
     def _keep(self, x: Tensor, y: Tensor, log_det: Tensor) -> None:
         if can_be_kept():
             depends = [x, y] if self.context is None else [x, y, self.context]
-            self._pair = _Pair(x, y, log_det, torch.is_grad_enabled(), Snapshot([self.transform], depends))
+            self._pair = x, y, log_det, torch.is_grad_enabled(), Snapshot([self.transform], depends)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_pair": None}
-
-
-class _Pair(NamedTuple):
-    """A pair y = t(x), its log|det dy/dx|, and what they were made of."""
-
-    x: Tensor
-    y: Tensor
-    log_det: Tensor
-    grad_mode: bool
-    snapshot: Snapshot
