@@ -12,7 +12,7 @@ from ..conditioners import MLP, Periodic
 from ..distributions import CircularBase
 from ..transforms import Coupling, Elementwise, FlowTransform
 from .checks import check_sizes
-from .coupling import coupling_masks
+from .coupling import context_network, coupling_masks
 from .flow import Flow
 
 
@@ -71,26 +71,12 @@ def circular_coupling(
     for mask in coupling_masks(input_dim, num_transforms):
         for bijector, kind in kinds:
             mapped = kind & ~mask if input_dim > 1 else kind
-            if mapped.any():
-                layers.append(_layer(bijector, mapped, angles, context_dim, hidden_dims, activation))
+            count, seen = int(mapped.sum()), angles[~mapped]
+            if count and len(seen):
+                sizes = len(seen) + int(seen.sum()), count, bijector.num_params, hidden_dims, context_dim
+                net = Periodic(MLP(*sizes, activation=activation), seen)
+                layers.append(Coupling(bijector, net, ~mapped))
+            elif count:  # with nothing to be conditioned on
+                table = context_network(context_dim, count, bijector.num_params, hidden_dims, activation)
+                layers.append(Elementwise(bijector, count, table))
     return Flow(layers, CircularBase(angles))
-
-
-def _layer(
-    bijector: Bijector,
-    mapped: Tensor,
-    angles: Tensor,
-    context_dim: int,
-    hidden_dims: Sequence[int],
-    activation: type[nn.Module],
-) -> FlowTransform:
-    """A coupling conditioned on all that it does not map; what is alone is mapped on its own."""
-    count, seen = int(mapped.sum()), angles[~mapped]
-    if len(seen):
-        inputs = len(seen) + int(seen.sum())
-        net = MLP(inputs, count, bijector.num_params, hidden_dims, context_dim, activation=activation)
-        return Coupling(bijector, Periodic(net, seen), ~mapped)
-    if context_dim:
-        net = MLP(context_dim, count, bijector.num_params, hidden_dims, activation=activation)
-        return Elementwise(bijector, count, net)
-    return Elementwise(bijector, count)

@@ -169,6 +169,20 @@ def marginal(bijector: Bijector, input_dim: int) -> list[FlowTransform]:
     return [Elementwise(bijector, input_dim)] if input_dim > 1 else []
 
 
+def context_network(
+    context_dim: int,
+    output_dim: int,
+    num_params: int,
+    hidden_dims: Sequence[int],
+    activation: type[nn.Module],
+    residual: bool = False,
+) -> MLP | None:
+    """Build a network from contexts to parameters; None without a context, where parameters are a table."""
+    if not context_dim:
+        return None
+    return MLP(context_dim, output_dim, num_params, hidden_dims, activation=activation, residual=residual)
+
+
 def coupling_layers(
     name: str,
     bijector: Bijector,
@@ -184,24 +198,13 @@ def coupling_layers(
     check_sizes(name, input_dim, context_dim, num_transforms, hidden_dims)
     layers: list[FlowTransform] = []
     for mask in coupling_masks(input_dim, num_transforms):
-        kept = int(mask.sum())
         if input_dim > 1:
-            net = MLP(
-                kept,
-                input_dim - kept,
-                bijector.num_params,
-                hidden_dims,
-                context_dim,
-                activation=activation,
-                residual=residual,
-                centered=centered,
-            )
+            sizes = int(mask.sum()), int((~mask).sum()), bijector.num_params, hidden_dims, context_dim
+            net = MLP(*sizes, activation=activation, residual=residual, centered=centered)
             layers.append(Coupling(bijector, net, mask))
-        elif context_dim:
-            net = MLP(context_dim, 1, bijector.num_params, hidden_dims, activation=activation, residual=residual)
-            layers.append(Elementwise(bijector, 1, net))
         else:
-            layers.append(Elementwise(bijector, 1))
+            table = context_network(context_dim, 1, bijector.num_params, hidden_dims, activation, residual)
+            layers.append(Elementwise(bijector, 1, table))
     return layers
 
 
@@ -219,8 +222,5 @@ def coupling_masks(input_dim: int, count: int) -> list[Tensor]:
     """
     digits = max(int(input_dim - 1).bit_length(), 1)
     place = torch.arange(input_dim)
-    masks = []
-    for layer in range(count):
-        digit = (place << (layer // 2 % digits + 1)) // input_dim % 2
-        masks.append(digit == layer % 2)
-    return masks
+    shifts = [layer // 2 % digits + 1 for layer in range(count)]
+    return [(place << shift) // input_dim % 2 == layer % 2 for layer, shift in enumerate(shifts)]

@@ -178,20 +178,15 @@ def flowpp_image(
 def _glow(
     steering: Steering, couple: Build, num_scales: int, num_steps: int, recompute: bool, *, rotated: bool
 ) -> Flow:
-    def mixed(channels: int, number: int) -> FlowTransform:
-        return LULinear(channels, rotation_seed=number if rotated else None)
+    def step(half: Shape, number: int) -> list[FlowTransform]:
+        channels, *size = half
+        layer, seed = couple(half, halves(channels, number)), number if rotated else None
+        mixed = LULinear(channels, rotation_seed=seed).inv  # whose cheap direction is the density's
+        return [layer, PerPixel(mixed, size), PerPixel(ActNorm(channels), size)]
 
     def scale(shape: Shape, left: int) -> FlowTransform:
-        (channels, *size) = half = halved(shape)
-        layers = [
-            [
-                couple(half, halves(channels, number)),
-                PerPixel(mixed(channels, number).inv, size),  # its cheap direction is the density's
-                PerPixel(ActNorm(channels), size),
-            ]
-            for number in range(num_steps)
-        ]
-        steps = _flat(layers, recompute)
+        (channels, *_) = half = halved(shape)
+        steps = _flat([step(half, number) for number in range(num_steps)], recompute)
         if left > 1:
             inner = scale((channels // 2, *half[1:]), left - 1)
             steps = [Split(inner), couple(half, halves(channels, 0)), *steps]
@@ -209,17 +204,9 @@ def _coupling(
     bijector: Bijector, steering: Steering, hidden_dim: int, num_blocks: int, activation: type[nn.Module]
 ) -> Build:
     def couple(shape: Shape, mask: Sequence[bool]) -> FlowTransform:
-        net = ConvNet(
-            sum(mask),
-            shape[0] - sum(mask),
-            bijector.num_params,
-            shape[1:],
-            hidden_dim,
-            num_blocks,
-            steering.context_dim,
-            context_shape=steering.context_shape,
-            activation=activation,
-        )
+        kept, (channels, *size) = sum(mask), shape
+        sizes = kept, channels - kept, bijector.num_params, size, hidden_dim, num_blocks, steering.context_dim
+        net = ConvNet(*sizes, context_shape=steering.context_shape, activation=activation)
         return Coupling(bijector, net, mask)
 
     return couple

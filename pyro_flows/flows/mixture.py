@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..bijectors import LogisticMixture
-from ..conditioners import MLP
 from ..transforms import ActNorm, Elementwise, FlowTransform, Orthogonal
 from .checks import check_sizes
-from .coupling import coupling_layers
+from .coupling import context_network, coupling_layers
 from .flow import Flow
 
 
@@ -111,9 +110,7 @@ def gaussianization(
     bijector = LogisticMixture(components, bound=bound)
     layers: list[FlowTransform] = []
     for layer in range(num_transforms):
-        net = None
-        if context_dim:
-            net = MLP(context_dim, input_dim, bijector.num_params, hidden_dims, activation=activation)
+        net = context_network(context_dim, input_dim, bijector.num_params, hidden_dims, activation)
         layers += [Orthogonal(input_dim)] if layer and input_dim > 1 else []
         layers += [Elementwise(bijector, input_dim, net).inv]
     return Flow(layers)
