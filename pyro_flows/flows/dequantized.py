@@ -100,7 +100,8 @@ class Dequantized(nn.Module):
         density = FlowDistribution(density.base, *parts, batch_shape=density.batch_shape, validate_args=False)
         number = self.num_samples if num_samples is None else num_samples
         check_integers("Dequantized", num_samples=number)
-        return DequantizedDistribution(self, density, number)
+        # As Pyro has it: torch's own default goes off once anything was compiled.
+        return DequantizedDistribution(self, density, number, is_validation_enabled())
 
     def compile(self, **settings: Any) -> None:
         """Compile the flow, and that of the noise; see :meth:`Flow.compile`."""
@@ -170,21 +171,13 @@ class DequantizedDistribution(dist.TorchDistribution):
         model: The model.
         density: Its density p over real events, at the context.
         num_samples: The number K of draws of the noise.
-        validate_args: As for all of Pyro's distributions.
+        validate_args: Whether values are checked.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}
 
-    def __init__(
-        self,
-        model: Dequantized,
-        density: FlowDistribution,
-        num_samples: int,
-        validate_args: bool | None = None,
-    ) -> None:
+    def __init__(self, model: Dequantized, density: FlowDistribution, num_samples: int, validate_args: bool) -> None:
         self.model, self.density, self.num_samples = model, density, num_samples
-        if validate_args is None:  # as Pyro has it: torch's own default goes off once anything was compiled
-            validate_args = is_validation_enabled()
         super().__init__(density.batch_shape, density.event_shape, validate_args=validate_args)
 
     @property

@@ -33,7 +33,8 @@ class Quantities:
     def __init__(self, task: Task) -> None:
         nodes, latents = task.model.single.nodes, task.latents
         can_follow = not task.model.enumerated
-        self.derived = [name for name, site in nodes.items() if can_follow and _is_derived(site)]
+        small = [name for name, site in nodes.items() if is_deterministic(site) and site["value"].numel() <= MOST]
+        self.derived = small if can_follow else []
         read = [name for name in nodes if name in latents or name in self.derived]
         self._turns = {name: _turn_of(nodes[name]) for name in read}
         self._shapes = {name: nodes[name]["value"].shape for name in read}
@@ -66,11 +67,6 @@ def innermost(fn: Any) -> Any:
     while isinstance(fn, dist.Independent | dist.MaskedDistribution):
         fn = fn.base_dist
     return fn
-
-
-def _is_derived(site: dict[str, Any]) -> bool:
-    """True if a site is deterministic and of numbers that a person can read."""
-    return is_deterministic(site) and site["value"].numel() <= MOST
 
 
 def _turn_of(site: dict[str, Any]) -> Tensor | None:

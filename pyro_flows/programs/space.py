@@ -122,9 +122,8 @@ class Space:
     def values(self, z: Tensor) -> Values:
         """The model's latents and deterministic sites at z: for each ``(N, *shape)``."""
         latents = self._latents(self._place(z)[0])
-        if not self.read.derived:
-            return latents
-        return {**latents, **self.task.model.score(latents, len(z), self.read.derived)[1]}
+        derived = self.task.model.score(latents, len(z), self.read.derived)[1] if self.read.derived else {}
+        return {**latents, **derived}
 
     @torch.no_grad()
     def quantities(self, z: Tensor) -> Tensor:
@@ -151,9 +150,9 @@ class Space:
 
     def _placing(self, view: View) -> Values:
         """Read off a run of the guide: its own draws, the latents that they place, and all changes of variables."""
-        own = {f"own {name}": view.read(name) for name in self._own}
-        latents = {f"latent {name}": view.read(name) for name in self.task.latents}
-        return {**own, **latents, "rest": view.log_prob(lambda name: name not in self._own)}
+        drawn = {f"own {name}": view.read(name) for name in self._own}
+        placed = {f"latent {name}": view.read(name) for name in self.task.latents}
+        return {**drawn, **placed, "rest": view.log_prob(lambda name: name not in self._own)}
 
     def _scored(self, view: View) -> Values:
         """Read off the log-density of the guide's own draws too."""
@@ -164,13 +163,11 @@ class Space:
 
     def _place(self, z: Tensor, read: Read | None = None) -> tuple[Values, Tensor]:
         """Run the guide with its draws held at z; also the log-determinant of constraining these."""
-        size, start, free = len(z), 0, {}
-        for name, own in self._own.items():
-            stop = start + own.shape.numel()
-            free[name] = z[:, start:stop].reshape(size, *own.shape)
-            start = stop
+        parts = z.split([own.shape.numel() for own in self._own.values()], -1)
+        pairs = zip(self._own.items(), parts, strict=True)
+        free = {name: part.reshape(len(z), *own.shape) for (name, own), part in pairs}
         held = {name: own.transform(free[name]) for name, own in self._own.items()}
-        found = self.task.guide.run(read or self._placing, held, size)
+        found = self.task.guide.run(read or self._placing, held, len(z))
         return found, self._change(free, found)
 
     def _change(self, free: Values, found: Values) -> Tensor:
@@ -187,17 +184,15 @@ class Space:
         prototype = getattr(guide, "prototype_trace", None)
         for name, value in values.items():
             if name in groups:  # the guide draws the latent itself
-                groups[name].append(self._own[name].transform.inv(value))
+                own, transform = name, self._own[name].transform
             elif prototype is None or "fn" not in prototype.nodes.get(name, ()):
                 return None
-            else:
-                free = biject_to(prototype.nodes[name]["fn"].support).inv(value)
-                own = f"{name}_unconstrained"  # AutoNormal's
-                if isinstance(guide, AutoContinuous):
-                    (own,) = groups  # all are packed into one
-                if own not in groups:
-                    return None
-                groups[own].append(free)
+            else:  # AutoContinuous packs all latents into one site
+                own = next(iter(groups)) if isinstance(guide, AutoContinuous) else f"{name}_unconstrained"
+                transform = biject_to(prototype.nodes[name]["fn"].support)
+            if own not in groups:
+                return None
+            groups[own].append(transform.inv(value))
         z = torch.cat([part.reshape(len(part), -1) for group in groups.values() for part in group], -1)
         return z if z.shape[1] == self.dim else None
 
