@@ -37,10 +37,9 @@ class Quantities:
         self.derived = small if can_follow else []
         read = [name for name in nodes if name in latents or name in self.derived]
         self._turns = {name: _turn_of(nodes[name]) for name in read}
-        self._shapes = {name: nodes[name]["value"].shape for name in read}
-        labels = {name: self._labels(name) for name in read}
-        self.names = [label for name in read for label in labels[name]]
-        self.sites = [name for name in read for _ in labels[name]]
+        labels = [(name, label) for name in read for label in self._labels(name, nodes[name]["value"].shape)]
+        self.names = [label for _, label in labels]
+        self.sites = [name for name, _ in labels]
         self.has_angles = any(self._turns[name] is not None for name in latents)
 
     def numbers(self, values: Values) -> Tensor:
@@ -52,8 +51,8 @@ class Quantities:
             columns += [part.reshape(len(part), -1) for part in parts]
         return torch.cat(columns, -1)
 
-    def _labels(self, name: str) -> list[str]:
-        own = labels_of(name, self._shapes[name])
+    def _labels(self, name: str, shape: torch.Size) -> list[str]:
+        own = labels_of(name, shape)
         return own if self._turns[name] is None else [f"{part} {label}" for part in ("cos", "sin") for label in own]
 
 
