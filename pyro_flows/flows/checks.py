@@ -26,10 +26,8 @@ def check_tensor(caller: str, argument: str, value: object, *, floating: bool = 
     """Raise one clear error unless a value is a tensor, be it of floats or of integers."""
     if not isinstance(value, Tensor):
         way = "torch.as_tensor(array, dtype=torch.float32)" if floating else "torch.as_tensor(array), of integers"
-        raise TypeError(
-            f"{caller}: {argument} must be a tensor, got {type(value).__name__}; use {way}, and frame.to_numpy() for "
-            "the array of a data frame."
-        )
+        got = f"{type(value).__name__}; use {way}, and frame.to_numpy() for a data frame"
+        raise TypeError(f"{caller}: {argument} must be a tensor, got {got}.")
     check_dense(caller, argument, value)
 
 
@@ -56,9 +54,8 @@ def check_precision(caller: str, like: Tensor | None) -> None:
     """Raise a ValueError if a flow with the parameter ``like`` calculates in 16 bits."""
     if like is not None and like.dtype in HALF:
         raise ValueError(
-            f"{caller}: the flow must be float32 or float64, got {like.dtype}, in which log-determinants and densities "
-            "lose their digits. Use flow.float(); fit_density(..., mixed_precision=True) trains its networks in "
-            "bfloat16."
+            f"{caller}: the flow must be float32 or float64, got {like.dtype}, in which densities lose their digits. "
+            "Use flow.float(); fit_density(..., mixed_precision=True) trains its networks in bfloat16."
         )
 
 

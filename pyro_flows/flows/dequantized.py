@@ -79,10 +79,10 @@ class Dequantized(nn.Module):
         check_integers("Dequantized", num_samples=num_samples)
         check_numbers("Dequantized", least=1e-6, below=0.5, alpha=alpha)
         if noise is not None and not _takes_events(noise, flow.event_shape):
+            event, got = tuple(flow.event_shape), f"{tuple(noise.event_shape)} with context_dim={noise.context_dim}"
             raise ValueError(
-                f"Dequantized: noise must be a flow over events of shape {tuple(flow.event_shape)} whose contexts are "
-                f"such events, got one over {tuple(noise.event_shape)} with context_dim={noise.context_dim}; image "
-                f"recipes take context_dim={tuple(flow.event_shape)}."
+                f"Dequantized: noise must be a flow over events of shape {event} whose contexts are such events, "
+                f"got one over {got}; image recipes take context_dim={event}."
             )
         self.flow, self.levels, self.alpha, self.noise, self.num_samples = flow, levels, alpha, noise, num_samples
         self.event_shape, self.context_dim = flow.event_shape, flow.context_dim

@@ -133,7 +133,7 @@ def glow(
     """
     steering = check_image("glow", image_shape, context_dim, num_classes, num_steps, hidden_dim, num_blocks)
     couple = _coupling(Affine(max_log_scale, slope=1.0), steering, hidden_dim, num_blocks, activation)
-    return _glow(steering, couple, steering.scales(num_scales), num_steps, recompute, rotated=True)
+    return _glow(steering, couple, num_scales, num_steps, recompute, rotated=True)
 
 
 def flowpp_image(
@@ -170,13 +170,11 @@ def flowpp_image(
     """
     steering = check_image("flowpp_image", image_shape, context_dim, num_classes, num_steps, hidden_dim, num_blocks)
     couple = _coupling(LogisticMixture(components, bound=bound), steering, hidden_dim, num_blocks, activation)
-    return _glow(
-        steering, lambda *of: couple(*of).inv, steering.scales(num_scales), num_steps, recompute, rotated=False
-    )
+    return _glow(steering, lambda *of: couple(*of).inv, num_scales, num_steps, recompute, rotated=False)
 
 
 def _glow(
-    steering: Steering, couple: Build, num_scales: int, num_steps: int, recompute: bool, *, rotated: bool
+    steering: Steering, couple: Build, num_scales: int | None, num_steps: int, recompute: bool, *, rotated: bool
 ) -> Flow:
     def step(half: Shape, number: int) -> list[FlowTransform]:
         channels, *size = half
@@ -192,7 +190,7 @@ def _glow(
             steps = [Split(inner), couple(half, halves(channels, 0)), *steps]
         return Squeezed(Compose(steps))
 
-    return _made(scale(steering.image_shape, num_scales), steering)
+    return _made(scale(steering.image_shape, steering.scales(num_scales)), steering)
 
 
 def _made(transform: FlowTransform, steering: Steering) -> Flow:
