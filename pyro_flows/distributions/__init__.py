@@ -4,6 +4,6 @@ from .base import FixedBase as FixedBase
 from .base import NormalBase as NormalBase
 from .base import StandardNormal as StandardNormal
 from .circular import CircularBase as CircularBase
-from .contaminated import ContaminatedNormalBase as ContaminatedNormalBase
 from .mixture import MixtureBase as MixtureBase
-from .student import StudentTBase as StudentTBase
+from .tails import ContaminatedNormalBase as ContaminatedNormalBase
+from .tails import StudentTBase as StudentTBase

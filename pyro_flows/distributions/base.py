@@ -37,8 +37,7 @@ class StandardNormal(nn.Module):
 
     def forward(self) -> dist.TorchDistribution:
         """Build the distribution, of batch shape ``()`` and event shape ``event_shape``."""
-        ones = torch.ones_like(self.zeros)
-        return dist.Normal(self.zeros, ones, validate_args=False).to_event(self.zeros.dim())
+        return dist.Normal(self.zeros, torch.ones_like(self.zeros), validate_args=False).to_event(self.zeros.dim())
 
 
 class NormalBase(nn.Module):

@@ -73,11 +73,10 @@ def iaf(
     """
     bijector = Affine(max_log_scale, slope)
     graph = None if adjacency is None else ancestors(checked_graph(adjacency, input_dim))
-    return Flow(
-        autoregressive_layers(
-            "iaf", bijector, input_dim, context_dim, num_transforms, hidden_dims, graph, activation, fixed_point
-        )
+    layers = masked_layers(
+        "iaf", bijector, input_dim, context_dim, num_transforms, hidden_dims, graph, activation, fixed_point
     )
+    return Flow([layer.inv for layer in layers])
 
 
 def maf(
@@ -125,18 +124,11 @@ def maf(
         >>> flow.log_prob(torch.zeros(5, 3)).shape
         torch.Size([5])
     """
-    layers = autoregressive_layers(
-        "maf",
-        Affine(max_log_scale, slope),
-        input_dim,
-        context_dim,
-        num_transforms,
-        hidden_dims,
-        adjacency,
-        activation,
-        fixed_point,
+    bijector = Affine(max_log_scale, slope)
+    layers = masked_layers(
+        "maf", bijector, input_dim, context_dim, num_transforms, hidden_dims, adjacency, activation, fixed_point
     )
-    return Flow([layer.inv for layer in layers])
+    return Flow(layers)
 
 
 def nsf_ar(
@@ -186,13 +178,13 @@ def nsf_ar(
         (torch.Size([3]), torch.Size([3, 4]))
     """
     bijector = RationalQuadraticSpline(bins, bound)
-    layers = autoregressive_layers(
+    layers = masked_layers(
         "nsf_ar", bijector, input_dim, context_dim, num_transforms, hidden_dims, adjacency, activation, fixed_point
     )
-    return Flow([*(layer.inv for layer in layers), *(layer.inv for layer in marginal(bijector, input_dim))])
+    return Flow([*layers, *(layer.inv for layer in marginal(bijector, input_dim))])
 
 
-def autoregressive_layers(
+def masked_layers(
     name: str,
     bijector: Bijector,
     input_dim: int,
@@ -203,22 +195,13 @@ def autoregressive_layers(
     activation: type[nn.Module],
     fixed_point: bool = False,
 ) -> list[FlowTransform]:
-    """Autoregressive layers, which take the features in their order and in the opposite one by turns."""
+    """Build autoregressive layers of fast densities; those without a graph alternate between two orders of features."""
     check_sizes(name, input_dim, context_dim, num_transforms, hidden_dims)
+    sizes = input_dim, bijector.num_params, hidden_dims, context_dim
     orders = [range(input_dim), range(input_dim - 1, -1, -1)]
-    return [
-        Autoregressive(
-            bijector,
-            MADE(
-                input_dim,
-                bijector.num_params,
-                hidden_dims,
-                context_dim,
-                order=orders[layer % 2] if adjacency is None else None,
-                adjacency=adjacency,
-                activation=activation,
-            ),
-            fixed_point=fixed_point,
-        )
-        for layer in range(num_transforms)
-    ]
+    layers = []
+    for number in range(num_transforms):
+        order = orders[number % 2] if adjacency is None else None
+        net = MADE(*sizes, order=order, adjacency=adjacency, activation=activation)
+        layers.append(Autoregressive(bijector, net, fixed_point=fixed_point).inv)
+    return layers

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..checks import check_dense, check_integers
+from ..checks import check_dense, check_integers, is_integer, quoted
 from ..transforms.tracing import is_traced
 
 HALF = torch.float16, torch.bfloat16
@@ -26,10 +26,8 @@ def check_tensor(caller: str, argument: str, value: object, *, floating: bool = 
     """Raise one clear error unless a value is a tensor, be it of floats or of integers."""
     if not isinstance(value, Tensor):
         way = "torch.as_tensor(array, dtype=torch.float32)" if floating else "torch.as_tensor(array), of integers"
-        raise TypeError(
-            f"{caller}: {argument} must be a tensor, got {type(value).__name__}; use {way}, and frame.to_numpy() for "
-            "the array of a data frame."
-        )
+        got = f"{type(value).__name__}; use {way}, and frame.to_numpy() for a data frame"
+        raise TypeError(f"{caller}: {argument} must be a tensor, got {got}.")
     check_dense(caller, argument, value)
 
 
@@ -56,20 +54,21 @@ def check_precision(caller: str, like: Tensor | None) -> None:
     """Raise a ValueError if a flow with the parameter ``like`` calculates in 16 bits."""
     if like is not None and like.dtype in HALF:
         raise ValueError(
-            f"{caller}: the flow must be float32 or float64, got {like.dtype}, in which log-determinants and densities "
-            "lose their digits. Use flow.float(); fit_density(..., mixed_precision=True) trains its networks in "
-            "bfloat16."
+            f"{caller}: the flow must be float32 or float64, got {like.dtype}, in which densities lose their digits. "
+            "Use flow.float(); fit_density(..., mixed_precision=True) trains its networks in bfloat16."
         )
 
 
 def check_like(caller: str, argument: str, value: Tensor, like: Tensor | None) -> None:
-    """Raise a ValueError unless a floating tensor has the dtype and the device of a flow's parameter ``like``.
+    """Raise a ValueError unless a tensor is floating and has the dtype and the device of a flow's parameter ``like``.
 
     Under autocast dtypes may differ.
     """
+    if not value.is_floating_point():
+        raise ValueError(f"{caller}: {argument} must be of a floating dtype, got {value.dtype}; use .float().")
     if like is None or (value.dtype == like.dtype and value.device == like.device):
         return
-    if value.device != like.device and (value.dim() or "meta" in (value.device.type, like.device.type)):
+    if value.device != like.device and (value.dim() or value.is_meta or like.is_meta):
         way = f"use {argument}.to({str(like.device)!r}), or move the flow"
         if like.is_meta:
             way = 'the parameters of the flow hold no numbers: use flow.to_empty(device="cpu") and load their state'
@@ -94,14 +93,15 @@ def check_value(
 ) -> None:
     """Raise one clear error unless a value is a floating tensor with the event shape on the right, like a parameter."""
     check_tensor(caller, argument, value)
-    shape, event = tuple(value.shape), tuple(event_shape)
-    if shape[len(shape) - len(event) :] != event:
-        raise ValueError(f"{caller}: {argument} must have the event shape {event} on the right, got shape {shape}.")
-    if not value.is_floating_point():
-        raise ValueError(
-            f"{caller}: {argument} must be of a floating dtype, got {value.dtype}; use {argument}.float()."
-        )
+    check_event(caller, argument, value, event_shape)
     check_like(caller, argument, value, like)
+
+
+def check_event(caller: str, argument: str, value: Tensor, event_shape: torch.Size) -> None:
+    """Raise a ValueError unless a value has the event shape on the right."""
+    shape, event = tuple(value.shape), tuple(event_shape)
+    if shape[max(len(shape) - len(event), 0) :] != event:
+        raise ValueError(f"{caller}: {argument} must have the event shape {event} on the right, got shape {shape}.")
 
 
 def as_size(sample_shape: Sequence[int], argument: str = "sample_shape") -> torch.Size:
@@ -109,11 +109,9 @@ def as_size(sample_shape: Sequence[int], argument: str = "sample_shape") -> torc
     if is_traced():  # where sizes may be symbols or tensors
         return torch.Size(sample_shape)
     whole = isinstance(sample_shape, Sequence) and not isinstance(sample_shape, str | bytes)
-    if not whole or not all(checks.is_integer(size) and size >= 0 for size in sample_shape):
-        such = f"({sample_shape},)" if checks.is_integer(sample_shape) else "(5,)"
-        raise TypeError(
-            f"Flow: {argument} must be a tuple of sizes, such as {such}, got {checks.quoted(sample_shape)}."
-        )
+    if not whole or not all(is_integer(size) and size >= 0 for size in sample_shape):
+        such = f"({sample_shape},)" if is_integer(sample_shape) else "(5,)"
+        raise TypeError(f"Flow: {argument} must be a tuple of sizes, such as {such}, got {quoted(sample_shape)}.")
     return torch.Size(sample_shape)
 
 
@@ -124,21 +122,18 @@ def check_context(context: Tensor | None, width: int, like: Tensor | None = None
         if width:
             raise ValueError(f"Flow: context is missing; this flow takes contexts of width {width}.")
         return
+    shape = tuple(context.shape)
     if not width:
-        raise ValueError(
-            f"Flow: context of shape {tuple(context.shape)} is unexpected; build the flow with context_dim > 0."
-        )
-    if context.dim() == 0 or context.shape[-1] != width:
-        raise ValueError(f"Flow: {what} must have width {width} on the right, got shape {tuple(context.shape)}.")
-    if not context.is_floating_point():
-        raise ValueError(f"Flow: {what} must be of a floating dtype, got {context.dtype}.")
+        raise ValueError(f"Flow: context of shape {shape} is unexpected; build the flow with context_dim > 0.")
+    if shape[-1:] != (width,):
+        raise ValueError(f"Flow: {what} must have width {width} on the right, got shape {shape}.")
     check_like("Flow", what, context, like)
 
 
 def taken_by(encoder: nn.Module) -> str:
     """What a user gives for a context, in words."""
-    if (classes := getattr(encoder, "num_classes", None)) is not None:
-        return f"labels of {classes} classes, (*batch,) of integers"
+    if hasattr(encoder, "num_classes"):
+        return f"labels of {encoder.num_classes} classes, (*batch,) of integers"
     if shape := getattr(encoder, "data_shape", None):
         return f"contexts of shape (*batch, {', '.join('n' if size is None else str(size) for size in shape)})"
     return f"contexts that {type(encoder).__name__} encodes"

@@ -52,20 +52,17 @@ def in_chunks(
     pieces = math.ceil(number / chunk_size)
     edges = [number * piece // pieces for piece in range(pieces + 1)]
     chunks = [slice(*pair) for pair in pairwise(edges)]
-    answers = (recomputed(function, values(rows), contexts(rows)) for rows in chunks)
+    answers = (_parts(recomputed(function, values(rows), contexts(rows))) for rows in chunks)
     if torch.is_grad_enabled():
-        several = list(answers)
-        whole = [torch.cat(parts) for parts in zip(*map(_parts, several), strict=True)]
-        single = isinstance(several[0], Tensor)
-    else:
-        whole, single = [], False
+        whole = [torch.cat(parts) for parts in zip(*answers, strict=True)]
+    else:  # each answer is kept once
+        whole = []
         for rows, answer in zip(chunks, answers, strict=True):
-            whole = whole or [part.new_empty(number, *part.shape[1:]) for part in _parts(answer)]
-            single = isinstance(answer, Tensor)
-            for result, part in zip(whole, _parts(answer), strict=True):
+            whole = whole or [part.new_empty(number, *part.shape[1:]) for part in answer]
+            for result, part in zip(whole, answer, strict=True):
                 result[rows] = part
     results = tuple(result.reshape(batch + result.shape[1:]) for result in whole)
-    return results[0] if single else results  # type: ignore[return-value]
+    return results[0] if len(results) == 1 else results  # type: ignore[return-value]
 
 
 def chunk_for(numbers: int) -> int:

@@ -23,10 +23,8 @@ def continuous_of(flow: Flow, caller: str) -> list[Continuous]:
     if hidden or not found:
         names = ", ".join(dict.fromkeys(type(part).__name__ for part in flow.transforms))
         what = f"{hidden} of them inside of others" if hidden else "none"
-        raise ValueError(
-            f"{caller}: it needs continuous transforms in the list of the flow itself, as flows.cnf has them; among "
-            f"its {names} there are {what}."
-        )
+        needs = "it needs continuous transforms in the list of the flow itself, as flows.cnf has them"
+        raise ValueError(f"{caller}: {needs}; among its {names} there are {what}.")
     return found
 
 

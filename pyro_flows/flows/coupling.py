@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..bijectors import Affine, Bijector, RationalQuadraticSpline, Shift
-from ..checks import check_flags
-from ..conditioners import MLP
+from ..bijectors import Affine, Bijector, CircularSpline, LogisticMixture, RationalQuadraticSpline, Shift
+from ..checks import as_flags, check_flags
+from ..conditioners import MLP, Periodic
+from ..distributions import CircularBase
 from ..transforms import ActNorm, Coupling, Elementwise, FlowTransform, LULinear
 from .checks import check_sizes
 from .flow import Flow
@@ -164,9 +165,140 @@ def nsf(
     return Flow([*layers, *marginal(bijector, input_dim)])
 
 
+def flowpp(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    num_transforms: int = 6,
+    hidden_dims: Sequence[int] = (64, 64),
+    components: int = 8,
+    bound: float = 10.0,
+    activation: type[nn.Module] = nn.ReLU,
+    residual: bool = True,
+) -> Flow:
+    """Flow++ for vectors: couplings by distribution functions of logistic mixtures (Ho et al. 2019, arXiv:1902.00275).
+
+    Each coupling maps y, on the data's side, to x, on the base's side, for two parts A and B of the features::
+
+        x_A = y_A,    x_B = e^a logit Σ_k π_k σ((y_B - μ_k) e^{-s_k}) + b,    all parameters by net(y_A, context)
+
+    and after each stand a scale and a location of each feature.  Its maps are inverted numerically, in the direction
+    that samples; ``.inv`` turns it round.
+
+    Args:
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
+        num_transforms: The number of coupling layers.
+        hidden_dims: The widths of the hidden layers of each network.
+        components: The number of logistic components of each map, at least 2.
+        bound: The half-width of the interval that the maps bend; outside they are straight.
+        activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
+        residual: Whether hidden layers that keep the width add their input.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
+    Raises:
+        ValueError: If a size, ``components`` or ``bound`` is out of its range.
+
+    Example::
+
+        >>> import torch
+        >>> flow = flowpp(4, components=4)
+        >>> x = flow.sample((3,))
+        >>> x.shape, flow.log_prob(x).isfinite().all()
+        (torch.Size([3, 4]), tensor(True))
+    """
+    bijector = LogisticMixture(components, bound=bound)
+    layers = coupling_layers(
+        "flowpp", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, residual
+    )
+    return Flow(part for layer in layers for part in (layer.inv, ActNorm(input_dim)))
+
+
+def circular_coupling(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    circular: Sequence[bool],
+    num_transforms: int = 8,
+    hidden_dims: Sequence[int] = (64, 64),
+    bins: int = 8,
+    max_log_scale: float = 3.0,
+    activation: type[nn.Module] = nn.ReLU,
+) -> Flow:
+    """Couplings of circular splines for angles and affine maps for the others (Rezende et al. 2020, arXiv:2002.02428).
+
+    In each layer the features of one kind in a part B are mapped, given all others, A, of which angles are seen by
+    their cosines and sines::
+
+        y_A = x_A,    y_B = g(x_B) + t for angles,  x_B exp(s) + t for others,    (g, s, t) by net(x_A, context)
+
+    with g a spline of the circle.  The density has the period 2π in each angle and integrates to one over one period.
+    Angles may be scored by any representative, and samples are representatives:
+    ``torch.remainder(x + math.pi, 2 * math.pi) - math.pi`` lies in [-π, π).
+
+    Args:
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
+        circular: For each of the D features, whether it is an angle in radians.
+        num_transforms: The number of coupling masks; where angles and other features are both to be mapped, two
+            layers share one.
+        hidden_dims: The widths of the hidden layers of each network.
+        bins: The number of bins of each circular spline, from 2 to 99.
+        max_log_scale: The bound on the log-scale s of one affine layer, in nats.
+        activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``; at the start angles are uniform and others standard
+        normal.
+
+    Raises:
+        ValueError: If a size, ``bins`` or ``max_log_scale`` is out of its range, or ``circular`` does not hold one bool
+            for each feature.
+
+    Example::
+
+        >>> import math, torch
+        >>> flow = circular_coupling(2, circular=[True, False])
+        >>> round(flow().log_prob(torch.tensor([1.0, 0.0])).item(), 3)  # -log 2π - log(2π) / 2
+        -2.757
+    """
+    check_sizes("circular_coupling", input_dim, context_dim, num_transforms, hidden_dims)
+    angles = as_flags("circular_coupling", "circular", circular, input_dim)
+    kinds: list[tuple[Bijector, Tensor]] = [(Affine(max_log_scale), ~angles), (CircularSpline(bins), angles)]
+    layers: list[FlowTransform] = []
+    for mask in coupling_masks(input_dim, num_transforms):
+        for bijector, kind in kinds:
+            mapped = kind & ~mask if input_dim > 1 else kind
+            count, seen = int(mapped.sum()), angles[~mapped]
+            if count and len(seen):
+                sizes = len(seen) + int(seen.sum()), count, bijector.num_params, hidden_dims, context_dim
+                net = Periodic(MLP(*sizes, activation=activation), seen)
+                layers.append(Coupling(bijector, net, ~mapped))
+            elif count:  # with nothing to be conditioned on
+                table = context_network(context_dim, count, bijector.num_params, hidden_dims, activation)
+                layers.append(Elementwise(bijector, count, table))
+    return Flow(layers, CircularBase(angles))
+
+
 def marginal(bijector: Bijector, input_dim: int) -> list[FlowTransform]:
     """A map of each of several features on its own; of a single one, the layers before are such maps already."""
     return [Elementwise(bijector, input_dim)] if input_dim > 1 else []
+
+
+def context_network(
+    context_dim: int,
+    output_dim: int,
+    num_params: int,
+    hidden_dims: Sequence[int],
+    activation: type[nn.Module],
+    residual: bool = False,
+) -> MLP | None:
+    """Build a network from contexts to parameters; None without a context, where parameters are a table."""
+    if not context_dim:
+        return None
+    return MLP(context_dim, output_dim, num_params, hidden_dims, activation=activation, residual=residual)
 
 
 def coupling_layers(
@@ -184,24 +316,13 @@ def coupling_layers(
     check_sizes(name, input_dim, context_dim, num_transforms, hidden_dims)
     layers: list[FlowTransform] = []
     for mask in coupling_masks(input_dim, num_transforms):
-        kept = int(mask.sum())
         if input_dim > 1:
-            net = MLP(
-                kept,
-                input_dim - kept,
-                bijector.num_params,
-                hidden_dims,
-                context_dim,
-                activation=activation,
-                residual=residual,
-                centered=centered,
-            )
+            sizes = int(mask.sum()), int((~mask).sum()), bijector.num_params, hidden_dims, context_dim
+            net = MLP(*sizes, activation=activation, residual=residual, centered=centered)
             layers.append(Coupling(bijector, net, mask))
-        elif context_dim:
-            net = MLP(context_dim, 1, bijector.num_params, hidden_dims, activation=activation, residual=residual)
-            layers.append(Elementwise(bijector, 1, net))
         else:
-            layers.append(Elementwise(bijector, 1))
+            table = context_network(context_dim, 1, bijector.num_params, hidden_dims, activation, residual)
+            layers.append(Elementwise(bijector, 1, table))
     return layers
 
 
@@ -219,8 +340,5 @@ def coupling_masks(input_dim: int, count: int) -> list[Tensor]:
     """
     digits = max(int(input_dim - 1).bit_length(), 1)
     place = torch.arange(input_dim)
-    masks = []
-    for layer in range(count):
-        digit = (place << (layer // 2 % digits + 1)) // input_dim % 2
-        masks.append(digit == layer % 2)
-    return masks
+    shifts = [layer // 2 % digits + 1 for layer in range(count)]
+    return [(place << shift) // input_dim % 2 == layer % 2 for layer, shift in enumerate(shifts)]

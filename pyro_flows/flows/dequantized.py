@@ -9,20 +9,25 @@ importance-weighted bound (Burda, Grosse, Salakhutdinov 2015, arXiv:1509.00519),
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.conditional import ConditionalDistribution
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
+from torch.distributions import constraints
 
-from ..checks import check_integers, check_numbers
+from ..checks import check_integers, check_kind, check_numbers
 from ..transforms import Sigmoid, View
+from .checks import check_event, check_tensor
 from .chunks import in_chunks
-from .distribution import FlowDistribution
+from .distribution import FlowDistribution, log_prob_of
 from .flow import Flow
-from .integers import DequantizedDistribution, to_integers
+
+FLOW = "a Flow, such as flows.glow((1, 28, 28))"  # words for what is asked for
 
 
 class Dequantized(nn.Module):
@@ -68,19 +73,16 @@ class Dequantized(nn.Module):
         self, flow: Flow, *, levels: int = 256, alpha: float = 0.05, noise: Flow | None = None, num_samples: int = 1
     ) -> None:
         super().__init__()
-        for argument, part in (("flow", flow), ("noise", noise)):
-            if not isinstance(part, Flow) and (part is not None or argument == "flow"):
-                raise TypeError(
-                    f"Dequantized: {argument} must be a Flow, such as flows.glow((1, 28, 28)), got {part!r:.60}."
-                )
+        check_kind("Dequantized", Flow, FLOW, flow=flow)
+        check_kind("Dequantized", (Flow, type(None)), FLOW, noise=noise)
         check_integers("Dequantized", 2, levels=levels)
         check_integers("Dequantized", num_samples=num_samples)
         check_numbers("Dequantized", least=1e-6, below=0.5, alpha=alpha)
         if noise is not None and not _takes_events(noise, flow.event_shape):
+            event, got = tuple(flow.event_shape), f"{tuple(noise.event_shape)} with context_dim={noise.context_dim}"
             raise ValueError(
-                f"Dequantized: noise must be a flow over events of shape {tuple(flow.event_shape)} whose contexts are "
-                f"such events, got one over {tuple(noise.event_shape)} with context_dim={noise.context_dim}; image "
-                f"recipes take context_dim={tuple(flow.event_shape)}."
+                f"Dequantized: noise must be a flow over events of shape {event} whose contexts are such events, "
+                f"got one over {got}; image recipes take context_dim={event}."
             )
         self.flow, self.levels, self.alpha, self.noise, self.num_samples = flow, levels, alpha, noise, num_samples
         self.event_shape, self.context_dim = flow.event_shape, flow.context_dim
@@ -90,14 +92,16 @@ class Dequantized(nn.Module):
         """The distribution at a context, as for a :class:`Flow`; ``num_samples`` may differ from that of the model."""
         return self._of(self.flow(context), num_samples)
 
+    condition = forward  # Pyro's protocol of conditional distributions
+
     def _of(self, density: FlowDistribution, num_samples: int | None) -> DequantizedDistribution:
-        last = View(self.pixels)
-        parts = [*density.transforms, last], [*density.runs, last]
+        parts = [*density.transforms, View(self.pixels)], [*density.runs, self.pixels], density.context
         # Integers are what is checked, so the density of real numbers checks nothing.
         density = FlowDistribution(density.base, *parts, batch_shape=density.batch_shape, validate_args=False)
         number = self.num_samples if num_samples is None else num_samples
         check_integers("Dequantized", num_samples=number)
-        return DequantizedDistribution(density, self.levels, self.dtype, noise=self.noise, num_samples=number)
+        # As Pyro has it: torch's own default goes off once anything was compiled.
+        return DequantizedDistribution(self, density, number, is_validation_enabled())
 
     def compile(self, **settings: Any) -> None:
         """Compile the flow, and that of the noise; see :meth:`Flow.compile`."""
@@ -110,16 +114,12 @@ class Dequantized(nn.Module):
         found = (parameter.dtype for parameter in self.flow.parameters() if parameter.is_floating_point())
         return next(found, torch.get_default_dtype())
 
-    def condition(self, context: Tensor | None) -> DequantizedDistribution:
-        """The same as calling it: Pyro's protocol of conditional distributions."""
-        return self(context)
-
     def sample(
         self, sample_shape: Sequence[int] = (), context: Tensor | None = None, *, chunk_size: int | None = None
     ) -> Tensor:
         """Draw events ``(*sample_shape, *batch, *event_shape)``, as uint8 up to 256 levels; as :meth:`Flow.sample`."""
         value = self.flow.sample(sample_shape, context, chunk_size=chunk_size)
-        return to_integers(self.pixels(value), self.levels, checked=is_validation_enabled())
+        return _to_integers(self.pixels(value), self.levels, checked=is_validation_enabled())
 
     def log_prob(
         self,
@@ -162,6 +162,91 @@ class Dequantized(nn.Module):
 
 
 ConditionalDistribution.register(Dequantized)
+
+
+class DequantizedDistribution(dist.TorchDistribution):
+    """What ``model(context)`` returns: integers, whose log-mass is estimated by a lower bound, new at each call.
+
+    Args:
+        model: The model.
+        density: Its density p over real events, at the context.
+        num_samples: The number K of draws of the noise.
+        validate_args: Whether values are checked.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+
+    def __init__(self, model: Dequantized, density: FlowDistribution, num_samples: int, validate_args: bool) -> None:
+        self.model, self.density, self.num_samples = model, density, num_samples
+        super().__init__(density.batch_shape, density.event_shape, validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.independent(constraints.integer_interval(0, self.model.levels - 1), len(self.event_shape))
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> DequantizedDistribution:
+        density = self.density.expand(batch_shape)
+        return DequantizedDistribution(self.model, density, self.num_samples, self._validate_args)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw events ``(*sample_shape, *batch, *event_shape)`` of 0 … levels - 1, as uint8 if there are up to 256.
+
+        Raises:
+            ValueError: If the flow gives NaN, as of a context that holds NaN, unless validation is off.
+        """
+        value = self.density.sample(sample_shape)
+        return _to_integers(value, self.model.levels, checked=bool(self._validate_args))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """A lower bound of the log-mass of ``value``, ``(*batch, *event_shape)`` of integers, in nats.
+
+        Raises:
+            ValueError: If a value has another dtype or shape or is out of range, unless validation is off
+                (``pyro.enable_validation(False)``): the log-mass of what is no integer in range is then -inf.
+        """
+        if self._validate_args and not torch.compiler.is_compiling():
+            _check_levels(value, self.event_shape, self.model.levels)
+        number = len(self.event_shape)
+        batch = torch.broadcast_shapes(value.shape[:-number], self.batch_shape)
+        x = value.to(self.model.dtype).expand(*batch, *self.event_shape)
+        inside = (x >= 0) & (x < self.model.levels) & (x == x.floor())
+        x = torch.where(inside, x, 0.0)
+        u, log_q = self._draw(x)
+        bound = (self.density.log_prob(x + u) - log_q).logsumexp(0) - math.log(self.num_samples)
+        return torch.where(inside.flatten(-number).all(-1), bound, -math.inf)
+
+    def _draw(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
+        """K draws of the noise, ``(K, *x.shape)``, and their log-densities, ``(K, *batch)``."""
+        if self.model.noise is None:
+            return torch.rand((self.num_samples, *x.shape), dtype=x.dtype, device=x.device), 0.0
+        context = (x + 0.5) * (2 / self.model.levels) - 1
+        z, log_q = self.model.noise.rsample_and_log_prob((self.num_samples,), context)
+        normal = dist.Normal(torch.zeros_like(z), 1.0, validate_args=False).to_event(len(self.event_shape))
+        return torch.special.ndtr(z), log_q - log_prob_of(normal, z)
+
+
+def _to_integers(value: Tensor, levels: int, *, checked: bool) -> Tensor:
+    """The integers whose cells hold real numbers; where they are checked, NaN raises a ValueError."""
+    if checked and value.isnan().any():
+        raise ValueError("sample: the flow gives NaN, of which there are no integers; look at context and weights.")
+    return value.floor().clamp(0, levels - 1).to(torch.uint8 if levels <= 256 else torch.int64)
+
+
+def _check_levels(value: Tensor, event_shape: torch.Size, levels: int) -> None:
+    """Raise one clear error unless a value is a tensor of integers in range with the event shape on the right."""
+    check_tensor("log_prob", "value", value, floating=False)
+    if value.is_meta:
+        raise ValueError("log_prob: value must hold numbers, but lies on the meta device.")
+    check_event("log_prob", "value", value, event_shape)
+    if value.is_floating_point():
+        broken = "" if value.isfinite().all() else " with NaN or inf"
+        raise ValueError(
+            f"log_prob: value must hold integers, got {value.dtype}{broken}; use value.to(torch.uint8) where they are."
+        )
+    value = value if value.dtype in (torch.uint8, torch.int64) else value.to(torch.int64)
+    low, high = (int(value.min()), int(value.max())) if value.numel() else (0, 0)
+    if not 0 <= low <= high < levels:
+        raise ValueError(f"log_prob: value must lie between 0 and {levels - 1}, got some from {low} to {high}.")
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ..transforms import View
+from ..transforms import FlowTransform, View
+from ..transforms.compose import chained
 from ..transforms.snapshot import Counters, Snapshot, can_be_kept
 from .checks import as_size, check_value, parameter_of
 
@@ -32,7 +33,8 @@ class FlowDistribution(dist.TransformedDistribution):
     Args:
         base: A function, such as a module, that builds the base distribution.
         views: The transforms at the context, at least one.
-        runs: The same map in fewer and larger parts, which draws and densities take if there are some.
+        runs: The transforms of the same map as they are run, perhaps in fewer and larger parts.
+        context: What the transforms take of a context, or None.
         batch_shape: The batch shape, to which that of the base is expanded.
         path_gradient: Whether its own draws are scored with the path gradient.
         one_step: Whether its draws are scored in the step that drew them, as by :meth:`for_one_step`.
@@ -43,7 +45,8 @@ class FlowDistribution(dist.TransformedDistribution):
         self,
         base: Callable[[], Distribution],
         views: list[View],
-        runs: list[View] | None = None,
+        runs: Sequence[FlowTransform],
+        context: Tensor | None,
         *,
         batch_shape: torch.Size,
         path_gradient: bool = False,
@@ -52,7 +55,7 @@ class FlowDistribution(dist.TransformedDistribution):
     ) -> None:
         self.base = base
         self.transforms: list[View] = views
-        self.runs = views if runs is None else runs
+        self.runs, self.context = runs, context
         self.path_gradient, self.one_step = path_gradient, one_step
         self._last: _Draw | None = None
         # The views share one event shape, so none of the general class's inference of shapes is needed.
@@ -94,23 +97,22 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def _with(self, **changes: Any) -> FlowDistribution:
         own = {name: getattr(self, name) for name in ("batch_shape", "path_gradient", "one_step")}
-        kept = {**own, "validate_args": self._validate_args}
-        return FlowDistribution(self.base, self.transforms, self.runs, **{**kept, **changes})
+        kept = {**own, "validate_args": self._validate_args, **changes}
+        return FlowDistribution(self.base, self.transforms, self.runs, self.context, **kept)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw samples without a gradient, ``(*sample_shape, *batch, *event_shape)``."""
-        return self._pushed(self.base_dist.sample(as_size(sample_shape)))[0]
+        return chained(self.runs, self.base_dist.sample(as_size(sample_shape)), self.context)[0]
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw reparameterised samples, ``(*sample_shape, *batch, *event_shape)``."""
         value, score = self._drawn(sample_shape)
         if can_be_kept():
-            contexts = [view.context for view in self.transforms if view.context is not None]
-            modules: list[nn.Module] = [view.transform for view in self.transforms]
-            if isinstance(self.base, nn.Module):
-                modules.append(self.base)
-            snapshot = (Counters if self.one_step else Snapshot)(modules, [value, *contexts[:1]])
+            parts = (*(view.transform for view in self.transforms), self.base)
+            modules = [part for part in parts if isinstance(part, nn.Module)]
+            others = [value] if self.context is None else [value, self.context]
+            snapshot = (Counters if self.one_step else Snapshot)(modules, others)
             self._last = _Draw(value, score, torch.is_grad_enabled(), value.grad_fn, snapshot)
         return value
 
@@ -130,17 +132,8 @@ class FlowDistribution(dist.TransformedDistribution):
         if self.path_gradient and torch.is_grad_enabled():
             y, log_prob = self._carried(base, x)
             return y, lambda: log_prob
-        y, log_det = self._pushed(x)
+        y, log_det = chained(self.runs, x, self.context)
         return y, lambda: log_prob_of(base, x) - log_det
-
-    def _pushed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map draws of the base to draws of the flow, with log|det dy/dx|."""
-        first, *others = self.runs
-        y, total = first.transform.forward_and_log_det(x, first.context)
-        for view in others:
-            y, log_det = view.transform.forward_and_log_det(y, view.context)
-            total = total + log_det
-        return y, total
 
     def _carried(self, base: Distribution, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map draws of the base, carry the score along, and score the draws with the path gradient."""
@@ -164,12 +157,8 @@ class FlowDistribution(dist.TransformedDistribution):
             return own.score()
         if self._validate_args:
             self._validate_sample(value)
-        *others, last = self.runs
-        value, total = last.transform.inverse_and_log_det(value, last.context)
-        for view in reversed(others):
-            value, log_det = view.transform.inverse_and_log_det(value, view.context)
-            total = total + log_det
-        return log_prob_of(self.base_dist, value) + total
+        x, log_det = chained(self.runs, value, self.context, inverse=True)
+        return log_prob_of(self.base_dist, x) + log_det
 
     def _validate_sample(self, value: Tensor) -> None:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

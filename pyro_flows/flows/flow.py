@@ -14,7 +14,7 @@ from pyro.distributions.conditional import ConditionalDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ..checks import check_kind
+from ..checks import check_kind, quoted
 from ..distributions import FixedBase, StandardNormal
 from ..transforms import Compose, FlowTransform, View
 from ..transforms.compiled import CompiledRuns
@@ -83,10 +83,8 @@ class Flow(nn.Module):
                 "use base.to_event(n) to make batch dimensions part of the event."
             )
         if encoder is not None and not (isinstance(encoder, nn.Module) and self.context_dim):
-            no = (
-                "it is of no use, as no transform takes a context" if self.context_dim == 0 else f"got {encoder!r:.100}"
-            )
-            raise ValueError(f"Flow: encoder must be a network from contexts to vectors; {no}.")
+            why = f"got {quoted(encoder)}" if self.context_dim else "it is of no use, as no transform takes a context"
+            raise ValueError(f"Flow: encoder must be a network from contexts to vectors; {why}.")
         self.encoder = encoder
         self._compiled: CompiledRuns | None = None
 
@@ -138,13 +136,12 @@ class Flow(nn.Module):
         check_precision("Flow", like)
         if context is not None:
             check_tensor("Flow", "context", context, floating=not hasattr(self.encoder, "num_classes"))
-        elif self.encoder is not None:
-            raise ValueError(f"Flow: context is missing; this flow takes {taken_by(self.encoder)}.")
-        if self.encoder is None or context is None:
-            check_context(context, self.context_dim, like)
-            return context
-        context = self.encoder(context)
-        check_context(context, self.context_dim, like, "what the encoder makes of the context")
+        what = "context"
+        if self.encoder is not None:
+            if context is None:
+                raise ValueError(f"Flow: context is missing; this flow takes {taken_by(self.encoder)}.")
+            context, what = self.encoder(context), "what the encoder makes of the context"
+        check_context(context, self.context_dim, like, what)
         return context
 
     def _base(self, context: Tensor | None) -> Distribution:
@@ -171,13 +168,8 @@ class Flow(nn.Module):
 
     def at(self, context: Tensor | None) -> FlowDistribution:
         """The distribution at what the transforms take of a context, :meth:`encode`'s, or None."""
-
-        def views(transforms: Iterable[FlowTransform]) -> list[View]:
-            return [View(t, context if t.context_dim else None) for t in transforms]
-
-        runs = None if self._compiled is None else views(self.runs)
-        batch_shape = self._base(context).batch_shape
-        return FlowDistribution(self.base, views(self.transforms), runs, batch_shape=batch_shape)
+        views = [View(transform, context if transform.context_dim else None) for transform in self.transforms]
+        return FlowDistribution(self.base, views, self.runs, context, batch_shape=self._base(context).batch_shape)
 
     condition = forward  # Pyro's protocol of conditional distributions
 

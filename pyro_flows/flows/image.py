@@ -133,7 +133,7 @@ def glow(
     """
     steering = check_image("glow", image_shape, context_dim, num_classes, num_steps, hidden_dim, num_blocks)
     couple = _coupling(Affine(max_log_scale, slope=1.0), steering, hidden_dim, num_blocks, activation)
-    return _glow(steering, couple, steering.scales(num_scales), num_steps, recompute, rotated=True)
+    return _glow(steering, couple, num_scales, num_steps, recompute, rotated=True)
 
 
 def flowpp_image(
@@ -170,34 +170,27 @@ def flowpp_image(
     """
     steering = check_image("flowpp_image", image_shape, context_dim, num_classes, num_steps, hidden_dim, num_blocks)
     couple = _coupling(LogisticMixture(components, bound=bound), steering, hidden_dim, num_blocks, activation)
-    return _glow(
-        steering, lambda *of: couple(*of).inv, steering.scales(num_scales), num_steps, recompute, rotated=False
-    )
+    return _glow(steering, lambda *of: couple(*of).inv, num_scales, num_steps, recompute, rotated=False)
 
 
 def _glow(
-    steering: Steering, couple: Build, num_scales: int, num_steps: int, recompute: bool, *, rotated: bool
+    steering: Steering, couple: Build, num_scales: int | None, num_steps: int, recompute: bool, *, rotated: bool
 ) -> Flow:
-    def mixed(channels: int, number: int) -> FlowTransform:
-        return LULinear(channels, rotation_seed=number if rotated else None)
+    def step(half: Shape, number: int) -> list[FlowTransform]:
+        channels, *size = half
+        layer, seed = couple(half, halves(channels, number)), number if rotated else None
+        mixed = LULinear(channels, rotation_seed=seed).inv  # whose cheap direction is the density's
+        return [layer, PerPixel(mixed, size), PerPixel(ActNorm(channels), size)]
 
     def scale(shape: Shape, left: int) -> FlowTransform:
-        (channels, *size) = half = halved(shape)
-        layers = [
-            [
-                couple(half, halves(channels, number)),
-                PerPixel(mixed(channels, number).inv, size),  # its cheap direction is the density's
-                PerPixel(ActNorm(channels), size),
-            ]
-            for number in range(num_steps)
-        ]
-        steps = _flat(layers, recompute)
+        (channels, *_) = half = halved(shape)
+        steps = _flat([step(half, number) for number in range(num_steps)], recompute)
         if left > 1:
             inner = scale((channels // 2, *half[1:]), left - 1)
             steps = [Split(inner), couple(half, halves(channels, 0)), *steps]
         return Squeezed(Compose(steps))
 
-    return _made(scale(steering.image_shape, num_scales), steering)
+    return _made(scale(steering.image_shape, steering.scales(num_scales)), steering)
 
 
 def _made(transform: FlowTransform, steering: Steering) -> Flow:
@@ -209,17 +202,9 @@ def _coupling(
     bijector: Bijector, steering: Steering, hidden_dim: int, num_blocks: int, activation: type[nn.Module]
 ) -> Build:
     def couple(shape: Shape, mask: Sequence[bool]) -> FlowTransform:
-        net = ConvNet(
-            sum(mask),
-            shape[0] - sum(mask),
-            bijector.num_params,
-            shape[1:],
-            hidden_dim,
-            num_blocks,
-            steering.context_dim,
-            context_shape=steering.context_shape,
-            activation=activation,
-        )
+        kept, (channels, *size) = sum(mask), shape
+        sizes = kept, channels - kept, bijector.num_params, size, hidden_dim, num_blocks, steering.context_dim
+        net = ConvNet(*sizes, context_shape=steering.context_shape, activation=activation)
         return Coupling(bijector, net, mask)
 
     return couple

@@ -41,8 +41,8 @@ class Steering(NamedTuple):
             height, width = self.image_shape[1:]
             got = "" if asked is None else f", got num_scales={asked!r}"
             raise ValueError(
-                f"{self.name}: images (channels, height, width) of {height} × {width} pixels can be halved {most} times"
-                f"{got}; pad them to a height and width that a power of 2 divides."
+                f"{self.name}: images {IMAGE} of {height} × {width} pixels can be halved {most} times{got}; "
+                "pad them to a height and width that a power of 2 divides."
             )
         return number
 

@@ -83,18 +83,9 @@ def tarflow(
     length = height * width // side**2
     layers: list[FlowTransform] = []
     for number in range(num_transforms):
-        ranks = list(range(length))
-        net = CausalTransformer(
-            length,
-            channels * side**2,
-            bijector.num_params,
-            hidden_dim,
-            num_layers,
-            num_heads,
-            steering.context_dim,
-            context_shape=steering.context_shape,
-            order=ranks[::-1] if number % 2 else ranks,
-        )
+        ranks = range(length - 1, -1, -1) if number % 2 else range(length)
+        sizes = length, channels * side**2, bijector.num_params, hidden_dim, num_layers, num_heads, steering.context_dim
+        net = CausalTransformer(*sizes, context_shape=steering.context_shape, order=ranks)
         layer = Patched(Autoregressive(bijector, net).inv, steering.image_shape)
         layers.append(Recomputed(layer) if recompute else layer)
     return Flow(layers, encoder=steering.encoder)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.utils import _sum_rightmost
 
-from ..programs.matching import KEEPS_MASK
+from ..programs.latents import KEEPS_MASK
 from .faults import Sites
 
 

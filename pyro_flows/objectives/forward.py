@@ -20,7 +20,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ..checks import check_integers
-from ..programs.matching import check_drawn
+from ..programs.latents import check_drawn
 from .particles import ParticleObjective
 
 

@@ -23,7 +23,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from ..flows.distribution import FlowDistribution
-from ..programs.matching import check_drawn
+from ..programs.latents import check_drawn
 from ..programs.traces import trace_of
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from .draws_back import DrawingRing
 from .engines import Read, Values, View
 from .masks import mask_of
+from .nesting import plates_of
 
 REST = "the sum over all sites that depend on no discrete latent"
 Packed = Any  # a tensor with Pyro's names of its dimensions as an attribute
@@ -102,16 +103,13 @@ class Parallel:
 
     def _place_of(self, name: str, value: Tensor) -> Packed | None:
         """Return the places of a discrete site's values in its support, packed; None where there is one value only."""
-        site, support, batch = self._trace.nodes[name], self._support(name), self._batch(name)
-        symbols = site["infer"]["_dim_to_symbol"]
+        infer, support, batch = self._trace.nodes[name]["infer"], self._support(name), self._batch(name)
         if len(support) < 2:
             return None
         same = value.unsqueeze(0) == support.reshape(-1, *(1,) * len(batch), *support.shape[1:])
-        place: Packed = same.reshape(len(support), *batch, -1).all(-1).long().argmax(0)
-        dims = [dim for dim in range(-len(batch), 0) if batch[dim] > 1]
-        place = place.reshape([batch[dim] for dim in dims])
-        place._pyro_dims = "".join(symbols[dim] for dim in dims)
-        place._pyro_symbol = symbols[site["infer"]["_enumerate_dim"]]
+        place = same.reshape(len(support), *batch, -1).all(-1).long().argmax(0)
+        place = packed.pack(place, infer["_dim_to_symbol"])
+        place._pyro_symbol = infer["_dim_to_symbol"][infer["_enumerate_dim"]]
         return place
 
     def log_prob(self, run: Run) -> Tensor:
@@ -137,7 +135,7 @@ class Parallel:
         factors = self._factors(terms)
         sizes = {d: n for group in factors.values() for t in group for d, n in zip(t._pyro_dims, t.shape, strict=True)}
         own = {term._pyro_site: term for group in factors.values() for term in group if term._pyro_site in self._shapes}
-        places: dict[str, Tensor] = {}
+        places = {name: torch.zeros((), dtype=torch.long) for name in self._shapes}  # of those with one value only
         if own:
             for term in own.values():
                 term.requires_grad_()
@@ -145,9 +143,9 @@ class Parallel:
                 tree = contract_tensor_tree(factors, self._summed, ring=DrawingRing(dim_to_size=sizes))
                 total = sum((term.sum() for group in tree.values() for term in group), torch.zeros(()))
             marks = torch.autograd.grad(total, list(own.values()))
-            pairs = zip(own.items(), marks, strict=True)
-            places = {name: self._places(name, term._pyro_dims, mark) for (name, term), mark in pairs}
-        return {name: self._values(name, places.get(name), len(terms[REST])) for name in self._shapes}
+            for (name, term), mark in zip(own.items(), marks, strict=True):
+                places[name] = self._places(name, term._pyro_dims, mark)
+        return {name: self._values(name, place, len(terms[REST])) for name, place in places.items()}
 
     def _factors(self, terms: Values) -> Factors:
         """Return the terms in Pyro's packed form, by the plates that they lie in; the draws count as a plate."""
@@ -160,7 +158,7 @@ class Parallel:
             term: Packed = terms[name].reshape(len(terms[name]), *(shape[dim] for dim in dims))
             term._pyro_dims = self._draws + "".join(symbols[dim] for dim in dims)
             term._pyro_site = name
-            own = frozenset(plates[frame.name] for frame in site["cond_indep_stack"] if frame.vectorized)
+            own = frozenset(plates[frame.name] for frame in plates_of(site))
             found.setdefault(own | {self._draws}, []).append(term)
         return found
 
@@ -172,21 +170,18 @@ class Parallel:
             dims: The names of the dimensions of its term.
             marks: 1 where the term has the values of the draw, those of other sites included, and 0 elsewhere.
         """
-        site, batch = self._trace.nodes[name], self._batch(name)
-        to_symbol = site["infer"]["_dim_to_symbol"]
+        infer, batch = self._trace.nodes[name]["infer"], self._batch(name)
+        to_symbol = infer["_dim_to_symbol"]
         symbols = [to_symbol.get(dim, " ") for dim in range(-len(batch), 0)]
-        inner = to_symbol[site["infer"]["_enumerate_dim"]]
+        inner = to_symbol[infer["_enumerate_dim"]]
         kept = [symbol for symbol in (self._draws, *symbols, inner) if symbol in dims]
-        marks = marks.permute([dims.index(s) for s in (*kept, *(s for s in dims if s not in kept))])
-        marks = marks.reshape(*marks.shape[: len(kept)], -1).sum(-1)
+        marks = opt_einsum.contract(f"{dims}->{''.join(kept)}", marks)
         shape = [size if symbol in dims else 1 for size, symbol in zip(batch, symbols, strict=True)]
         return marks.argmax(-1).reshape(-1, *shape)
 
-    def _values(self, name: str, places: Tensor | None, number: int) -> Tensor:
+    def _values(self, name: str, places: Tensor, number: int) -> Tensor:
         """Return the values of a site, ``(number, *site_shape)``, at some places in its support."""
         support = self._support(name)
-        if places is None:  # there is but one value
-            places = torch.zeros((), dtype=torch.long)
         return support[places.to(support.device).expand(number, *self._batch(name))]
 
     def _support(self, name: str) -> Tensor:
@@ -201,8 +196,8 @@ class Parallel:
 def check_masks(one: Trace, other: Trace, latents: list[str]) -> None:
     """Refuse latents whose mask is another one at other discrete values: nothing bounds them where they are masked."""
     for name in latents:
-        masks = [torch.as_tensor(mask_of(trace.nodes[name]).every) for trace in (one, other)]
-        if not all(torch.equal(*torch.broadcast_tensors(mask, masks[0])) for mask in masks):
+        here, there = (torch.as_tensor(mask_of(trace.nodes[name]).every) for trace in (one, other))
+        if not torch.equal(*torch.broadcast_tensors(here, there)):
             raise ValueError(
                 f"latent site {name!r} is masked at some discrete values, where nothing bounds it: leave the mask out, "
                 "so that its prior stays in"
@@ -211,8 +206,8 @@ def check_masks(one: Trace, other: Trace, latents: list[str]) -> None:
 
 def check_rows(name: str, trace: Trace) -> None:
     """Refuse a discrete latent that is one for all rows of a plate without a size: summed, it would be one for each."""
-    for frame in trace.nodes[name]["cond_indep_stack"]:
-        if frame.vectorized and frame.size < 0 and len(trace.nodes[name]["fn"].batch_shape) < -frame.dim:
+    for frame in plates_of(trace.nodes[name]):
+        if frame.size < 0 and len(trace.nodes[name]["fn"].batch_shape) < -frame.dim:
             raise ValueError(
                 f"discrete latent site {name!r} has no dimension for the rows of plate {frame.name!r}, which has no "
                 f"size. Give the number of its rows: pyro.plate({frame.name!r}, len(x))."

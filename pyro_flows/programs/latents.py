@@ -1,16 +1,19 @@
-"""The latents of a model and of its guide: both must have the same, or nothing can be weighed, started or searched."""
+"""The latents of a model and of its guide: both must have the same, under the same masks, or no draw can be weighed."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch.distributions import constraints
 
 from .events import with_values
-from .matching import check_drawn
+from .masks import Mask, is_observation, mask_of
+
+KEEPS_MASK = "_keeps_mask"  # marks a guide's site whose density leaves out what the model masks
 
 
 def summable(model: Trace, guide: Trace) -> list[str]:
@@ -57,27 +60,30 @@ def is_summable(fn: Any) -> bool:
 
 
 def _lacking(model: Trace, guide: Trace) -> dict[str, Any]:
-    latents = prune_subsample_sites(model).iter_stochastic_nodes()
+    latents = _drawn(model).items()
     return {name: site for name, site in latents if name not in guide.nodes and not is_point(site["fn"])}
 
 
-def ways_out(sites: dict[str, Any]) -> str:
+def _drawn(trace: Trace) -> dict[str, Any]:
+    """Return the sites that a program draws, without the rows of its plates."""
+    return dict(prune_subsample_sites(trace).iter_stochastic_nodes())
+
+
+def _ways_out(sites: dict[str, Any]) -> str:
     """Say what to do about latents that a guide lacks."""
     infinite = [name for name, site in sites.items() if is_discrete(site["fn"])]
     continuous = [name for name in sites if name not in infinite]
-    ways = []
-    if infinite:
-        ways.append(
-            f"{named(infinite)} {_are(infinite)} discrete with infinite support: sum the site out by hand (a "
-            "GammaPoisson for a Poisson whose rate is Gamma), cut it off at a Categorical, or condition on it."
-        )
-    if continuous:
-        data = ", ".join(f"{name!r}: ..." for name in continuous)
-        ways.append(
-            f"{named(continuous)} {_are(continuous)} continuous: give the guide the whole model, or hold the site at a "
-            f"value by poutine.condition(model, data={{{data}}})."
-        )
-    return " ".join(ways)
+    data = ", ".join(f"{name!r}: ..." for name in continuous)
+    discrete_way = (
+        "discrete with infinite support: sum the site out by hand (a GammaPoisson for a Poisson whose rate is Gamma), "
+        "cut it off at a Categorical, or condition on it."
+    )
+    continuous_way = (
+        "continuous: give the guide the whole model, or hold the site at a value by "
+        f"poutine.condition(model, data={{{data}}})."
+    )
+    ways = (infinite, discrete_way), (continuous, continuous_way)
+    return " ".join(f"{named(names)} {_are(names)} {way}" for names, way in ways if names)
 
 
 def named(names: list[str]) -> str:
@@ -87,8 +93,8 @@ def named(names: list[str]) -> str:
 
 def check_match(model: Trace, guide: Trace) -> None:
     """Refuse a guide that is a point, latents of only one of the two, and other masks: their weights mean nothing."""
-    drawn = dict(prune_subsample_sites(guide).iter_stochastic_nodes())
-    if drawn and all(isinstance(site["fn"], dist.Delta) for site in drawn.values()):
+    drawn = _drawn(guide).values()
+    if drawn and all(isinstance(site["fn"], dist.Delta) for site in drawn):
         raise ValueError("the guide is a point (every site is a Delta) and not a distribution; it cannot be weighed.")
     check_guided("", model, guide)
     check_drawn("", model, guide)
@@ -97,13 +103,60 @@ def check_match(model: Trace, guide: Trace) -> None:
 def check_guided(owner: str, model: Trace, guide: Trace) -> None:
     """Refuse a guide that lacks latents of the model which cannot be summed out."""
     if missing := lacking(model, guide):
-        raise ValueError(
-            f"{owner}{_latent_sites(list(missing))} of the model {_are(missing)} not in the guide. {ways_out(missing)}"
-        )
+        sites = _sites("latent site", list(missing))
+        raise ValueError(f"{owner}{sites} of the model {_are(missing)} not in the guide. {_ways_out(missing)}")
 
 
-def _latent_sites(names: list[str]) -> str:
-    return f"latent site{'s' * (len(names) > 1)} {named(names)}"
+def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
+    """Refuse a guide that draws what is no latent of the model, or counts where the model's latent is masked.
+
+    Either adds an entropy to the objective that nothing in the model bounds.
+
+    Raises:
+        ValueError: If the guide draws a site that the model has not, or observes; if a mask takes rows of a latent and
+            of the data out of the model, and not out of the guide.
+    """
+    nodes = model.nodes
+    drawn = {name: site for name, site in _drawn(guide).items() if not site["infer"].get("is_auxiliary")}
+    unknown = [name for name in drawn if name not in nodes]
+    observed = [name for name in drawn if name in nodes and nodes[name]["is_observed"]]
+    for what, names in (("not in", unknown), ("observed in", observed)):
+        if names:
+            raise ValueError(
+                f"{owner}{_sites('site', names)} of the guide {_are(names)} {what} the model; is it the guide of "
+                "another model? Where sites come and go with the data, pad the data and mask the observed sites only."
+            )
+    for name, site in drawn.items():
+        mask = mask_of(nodes[name])
+        if not mask.hides or site["infer"].get(KEEPS_MASK) or _same(mask, mask_of(site)):
+            continue
+        if _hides_data(model) and not _is_bare_point(site, guide):
+            raise ValueError(
+                f"{owner}latent site {name!r} is masked in the model, and not in the guide, whose entropy would count "
+                "where the model has no density. Build the guide from the masked model, as in "
+                "AutoPlateFlow(poutine.mask(model, mask=...), plate), or mask the observed sites only. For a flat "
+                "prior write dist.ImproperUniform."
+            )
+
+
+def _is_bare_point(site: dict[str, Any], guide: Trace) -> bool:
+    """True if a site is a point without entropy, and no draw that another site has been scored for is placed there."""
+    samples = [node for node in guide.nodes.values() if node["type"] == "sample"]
+    return is_point(site["fn"]) and not any(node["infer"].get("is_auxiliary") for node in samples)
+
+
+def _same(one: Mask, other: Mask) -> bool:
+    pairs = [[torch.as_tensor(part) for part in pair] for pair in zip(one, other, strict=True)]
+    return all(bool((a.to(b.device) == b).all()) for a, b in pairs)
+
+
+def _hides_data(model: Trace) -> bool:
+    """True if data are masked too: a mask on latents alone is a flat prior, which is for the guide to count."""
+    return any(mask_of(site).hides for site in model.nodes.values() if is_observation(site))
+
+
+def _sites(kind: str, names: list[str]) -> str:
+    return f"{kind}{'s' * (len(names) > 1)} {named(names)}"
 
 
 def _are(names: Any) -> str:

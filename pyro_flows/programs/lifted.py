@@ -12,12 +12,11 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
-import torch
 from pyro import poutine
-from torch import Tensor
 from torch.distributions import constraints
 
-from .engines import Site, Values, plate_like
+from .engines import Values, plate_like
+from .nesting import plates_of
 from .program import Program
 
 
@@ -41,39 +40,30 @@ class Lifted:
         values: Values = {}
         for name, site in self._sites.items():
             with ExitStack() as stack:
-                for frame in site["cond_indep_stack"]:
-                    if frame.vectorized:
-                        stack.enter_context(plates[frame.name])
+                for frame in plates_of(site):
+                    stack.enter_context(plates[frame.name])
                 shape = site["value"].shape
                 batch = shape[: len(shape) - site["fn"].event_dim]
                 flat = dist.ImproperUniform(constraints.real, batch, shape[len(batch) :])
                 values[name] = pyro.sample(name, flat.mask(False))
-        extra = {name: value.dim() - self._sites[name]["value"].dim() for name, value in values.items()}
-        model = self._model.with_(rows=rows)
+        by_draw = [name for name, value in values.items() if value.dim() > self._sites[name]["value"].dim()]
+        size = len(values[by_draw[0]]) if by_draw else 1
+        held = {}
+        for name, value in values.items():
+            shape = self._sites[name]["value"].shape
+            rows_of = value.reshape(len(value), *shape) if name in by_draw else value
+            held[name] = rows_of.expand(size, *shape)  # some are the same for all draws
+        log_prob = self._model.with_(rows=rows).log_prob(held, size)
         dims = max(value.dim() - self._sites[name]["fn"].event_dim for name, value in values.items())
-        if not any(extra.values()):
-            log_prob = model.log_prob({name: value.unsqueeze(0) for name, value in values.items()}, 1)[0]
-        else:
-            size = next(values[name].shape[0] for name, more in extra.items() if more)
-            held = {name: _by_draw(self._sites[name], value, size) for name, value in values.items()}
-            log_prob = model.log_prob(held, size).reshape(size, *(1,) * (dims - 1))
-        pyro.factor("_pyro_flows_log_density", log_prob)
+        pyro.factor("_pyro_flows_log_density", log_prob.reshape(size, *(1,) * (dims - 1)) if by_draw else log_prob[0])
 
     def _plates(self) -> tuple[Values, dict[str, Any]]:
         """Return the rows of subsampled plates, and the plates that latents lie in."""
         plates, hidden = {}, self._model.given
-        for frame in {f for site in self._sites.values() for f in site["cond_indep_stack"] if f.vectorized}:
+        for frame in {frame for site in self._sites.values() for frame in plates_of(site)}:
             with poutine.block(hide=hidden):
                 plates[frame.name] = plate_like(frame)
         for name, fn in self._model.subsamples.items():
             if name not in plates:
                 plates[name] = pyro.plate(name, fn.size, fn.subsample_size)
         return {name: plates[name].indices for name in self._model.subsamples}, plates
-
-
-def _by_draw(site: Site, value: Tensor, size: int) -> Tensor:
-    """Return a latent's values as ``(size, *site_shape)``, expanded if they are the same for all draws."""
-    shape = site["value"].shape
-    if value.dim() > len(shape):
-        return value.reshape(size, *shape) if len(value) == size else value.reshape(1, *shape).expand(size, *shape)
-    return value.expand(size, *torch.Size(shape))

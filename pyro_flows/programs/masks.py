@@ -25,7 +25,7 @@ class Mask(NamedTuple):
     @property
     def hides(self) -> bool:
         """True if some of the site does not count."""
-        return not bool(torch.as_tensor(self.every).all())
+        return self.every is not True and not bool(torch.as_tensor(self.every).all())
 
     @property
     def is_scalar(self) -> bool:

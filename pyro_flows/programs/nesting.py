@@ -19,7 +19,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..checks import is_integer
+from ..checks import check_integers
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,9 +39,7 @@ def takes_nesting(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         given = _asked(function.__name__, kwargs.get("max_plate_nesting"), kwargs.get("objective"))
-        if given is None:  # what holds outside holds on
-            return function(*args, **kwargs)
-        token = _given.set(given)
+        token = _given.set(_given.get() if given is None else given)  # what holds outside holds on
         try:
             return function(*args, **kwargs)
         finally:
@@ -58,8 +56,7 @@ def nesting_of(*traces: Trace) -> int:
     """
     sites = [site for trace in traces for site in trace.nodes.values() if site["type"] == "sample"]
     widest = max((len(_rows(site)) for site in sites), default=0)
-    frames = [frame for site in sites for frame in site["cond_indep_stack"] if frame.vectorized]
-    leftmost = min(frames, key=lambda frame: frame.dim, default=None)
+    leftmost = min((plate for site in sites for plate in plates_of(site)), key=lambda plate: plate.dim, default=None)
     shown, given = -leftmost.dim if leftmost else 0, _given.get()
     if given is None:
         return max(shown, widest)  # rows of a site that lies in no plate take dimensions too
@@ -75,10 +72,15 @@ def has_bare_dimensions(trace: Trace) -> bool:
     """True if a site of a trace has rows that neither plates nor events declare, which Pyro's checks refuse."""
     for site in trace.nodes.values():
         if site["type"] == "sample":
-            plates, shape = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}, _rows(site)
-            if any(size > 1 and place - len(shape) not in plates for place, size in enumerate(shape)):
+            dims, shape = {plate.dim for plate in plates_of(site)}, _rows(site)
+            if any(size > 1 and place - len(shape) not in dims for place, size in enumerate(shape)):
                 return True
     return False
+
+
+def plates_of(site: dict[str, Any]) -> list[Any]:
+    """Return the frames of the plates whose rows are dimensions of a site."""
+    return [frame for frame in site.get("cond_indep_stack", ()) if frame.vectorized]
 
 
 def _rows(site: dict[str, Any]) -> torch.Size:
@@ -86,9 +88,8 @@ def _rows(site: dict[str, Any]) -> torch.Size:
     fn, value = site["fn"], site["value"]
     if not isinstance(value, Tensor) or site_is_subsample(site):
         return torch.Size()
-    return max(
-        getattr(fn, "batch_shape", torch.Size()), value.shape[: value.dim() - getattr(fn, "event_dim", 0)], key=len
-    )
+    of_value = value.shape[: value.dim() - getattr(fn, "event_dim", 0)]
+    return max(getattr(fn, "batch_shape", torch.Size()), of_value, key=len)
 
 
 def settle(objective: Any) -> None:
@@ -105,16 +106,10 @@ def _asked(caller: str, argument: Any, objective: Any) -> _Given | None:
         own = int(objective.max_plate_nesting) - _draws_dim(objective)
     if argument is None:
         return None if own is None else _Given(own, f"{caller}: the objective's max_plate_nesting")
-    if not is_integer(argument) or argument < 0:
-        raise ValueError(
-            f"{caller}: max_plate_nesting must be an integer of at least 0, got {argument!r}. Leave it out to have it "
-            "found by one run."
-        )
+    check_integers(caller, 0, max_plate_nesting=argument)
     if own is not None and own != argument:
-        raise ValueError(
-            f"{caller}: max_plate_nesting must be that of the objective, {own}, got {argument}. Leave one of the two "
-            "out."
-        )
+        words = f"{caller}: max_plate_nesting must be that of the objective, {own}, got {argument}."
+        raise ValueError(f"{words} Leave one of the two out.")
     return _Given(int(argument), f"{caller}: max_plate_nesting")
 
 

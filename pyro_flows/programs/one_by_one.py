@@ -6,10 +6,8 @@ independent given all that lies outside of the plates.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -19,6 +17,7 @@ from torch import Tensor
 from .engines import Site, Values, View
 from .enumeration import REST, Run, check_masks
 from .events import MOST, with_values
+from .nesting import plates_of
 
 ROWS = "the sum over sites in the plates, by row"
 TRIES = 10  # mixed values of all rows, beside which sums by row are held
@@ -39,7 +38,7 @@ class Sequential:
         sites = {name: trace.nodes[name] for name in names}
         supports = {name: with_values(site["fn"]).enumerate_support(expand=False) for name, site in sites.items()}
         self._plates, *others = [_plates_of(site) for site in sites.values()]
-        self._dims = [frame.dim for frame in self._plates.values()]
+        self._dims = list(self._plates.values())
         batch = sites[names[0]]["fn"].batch_shape
         self._rows = torch.Size(batch[dim] for dim in self._dims if len(batch) >= -dim)
         self._shapes = {name: site["value"].shape for name, site in sites.items()}
@@ -49,10 +48,10 @@ class Sequential:
         if bare or any(plates.keys() != self._plates.keys() for plates in others):
             why = f"site {bare[0]!r} has several elements" if bare else "they lie in different plates"
             raise ValueError(f"one value after the other there are too many: {why}")
-        places = itertools.product(*(range(len(support)) for support in supports.values()))
+        joint = torch.cartesian_prod(*(torch.arange(len(support)) for support in supports.values()))
         self._tables = {
-            name: support.reshape(len(support), *sites[name]["fn"].event_shape)[list(column)]
-            for (name, support), column in zip(supports.items(), zip(*places, strict=True), strict=True)
+            name: support.reshape(len(support), *sites[name]["fn"].event_shape)[places]
+            for (name, support), places in zip(supports.items(), joint.reshape(number, -1).T, strict=True)
         }
         self._single, self._number, self._scale = trace, number, 1.0
         scales = [float(site["scale"]) for site in trace.nodes.values() if self._is_inside(site)]
@@ -108,8 +107,7 @@ class Sequential:
     def _joint(self, run: Run) -> tuple[Tensor, Tensor]:
         """Return the log-density outside of the plates, ``(values, N)``, and by row, ``(values, N, *rows)``."""
         found = [run(self._read, discrete=self._values(torch.full(self._rows, j))) for j in range(self._number)]
-        rest, rows = (torch.stack([terms[what] for terms in found]) for what in (REST, ROWS))
-        return rest, rows
+        return torch.stack([terms[REST] for terms in found]), torch.stack([terms[ROWS] for terms in found])
 
     def _read(self, view: View) -> Values:
         view.check_structure()  # a site that only some values lead to would be counted with all values
@@ -117,12 +115,11 @@ class Sequential:
         inside = [name for name, site in sites.items() if self._is_inside(site)]
         rest = view.log_prob(lambda name: name not in inside)
         view.trace.compute_log_prob(lambda name, _: name in inside)
-        terms = {}
+        rows = torch.zeros(())
         for name in inside:  # the mask of a latent that is summed out makes no difference to its sum
             site, mask = sites[name], None if name in self._tables else sites[name]["mask"]
-            terms[name] = scale_and_mask(site["unscaled_log_prob"], site["scale"] / self._scale, mask)
-        found = (self._by_row(view.by_draw(term), view.size is not None) for term in terms.values())
-        rows = sum(found, torch.zeros(()))
+            term = scale_and_mask(site["unscaled_log_prob"], site["scale"] / self._scale, mask)
+            rows = rows + self._by_row(view.by_draw(term), view.size is not None)
         return {REST: rest, ROWS: rows}
 
     def _is_inside(self, site: Site) -> bool:
@@ -137,7 +134,6 @@ class Sequential:
         return (term.sum(others) if others else term).expand(lead + self._rows)
 
 
-def _plates_of(site: Site) -> dict[str, Any]:
-    """Return the plates of a site that have rows side by side, from left to right."""
-    frames = [frame for frame in site.get("cond_indep_stack", ()) if frame.vectorized]
-    return {frame.name: frame for frame in sorted(frames, key=lambda frame: frame.dim)}
+def _plates_of(site: Site) -> dict[str, int]:
+    """Return the dimensions of the plates of a site by their names, from left to right."""
+    return {frame.name: frame.dim for frame in sorted(plates_of(site), key=lambda frame: frame.dim)}

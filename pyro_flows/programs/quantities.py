@@ -33,13 +33,13 @@ class Quantities:
     def __init__(self, task: Task) -> None:
         nodes, latents = task.model.single.nodes, task.latents
         can_follow = not task.model.enumerated
-        self.derived = [name for name, site in nodes.items() if can_follow and _is_derived(site)]
+        small = [name for name, site in nodes.items() if is_deterministic(site) and site["value"].numel() <= MOST]
+        self.derived = small if can_follow else []
         read = [name for name in nodes if name in latents or name in self.derived]
         self._turns = {name: _turn_of(nodes[name]) for name in read}
-        self._shapes = {name: nodes[name]["value"].shape for name in read}
-        labels = {name: self._labels(name) for name in read}
-        self.names = [label for name in read for label in labels[name]]
-        self.sites = [name for name in read for _ in labels[name]]
+        labels = [(name, label) for name in read for label in self._labels(name, nodes[name]["value"].shape)]
+        self.names = [label for _, label in labels]
+        self.sites = [name for name, _ in labels]
         self.has_angles = any(self._turns[name] is not None for name in latents)
 
     def numbers(self, values: Values) -> Tensor:
@@ -51,8 +51,8 @@ class Quantities:
             columns += [part.reshape(len(part), -1) for part in parts]
         return torch.cat(columns, -1)
 
-    def _labels(self, name: str) -> list[str]:
-        own = labels_of(name, self._shapes[name])
+    def _labels(self, name: str, shape: torch.Size) -> list[str]:
+        own = labels_of(name, shape)
         return own if self._turns[name] is None else [f"{part} {label}" for part in ("cos", "sin") for label in own]
 
 
@@ -66,11 +66,6 @@ def innermost(fn: Any) -> Any:
     while isinstance(fn, dist.Independent | dist.MaskedDistribution):
         fn = fn.base_dist
     return fn
-
-
-def _is_derived(site: dict[str, Any]) -> bool:
-    """True if a site is deterministic and of numbers that a person can read."""
-    return is_deterministic(site) and site["value"].numel() <= MOST
 
 
 def _turn_of(site: dict[str, Any]) -> Tensor | None:

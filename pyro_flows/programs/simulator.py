@@ -104,6 +104,8 @@ class Simulator:
                 f"{caller}: the model cannot be simulated: {error}. Data arguments must be optional, "
                 "`def model(x=None)`; give the others here."
             ) from error
+        parameters = self._signature.parameters.items()
+        self._open = [name for name, p in parameters if self._given.get(name, p.default) is None]
         self.args, self.kwargs = self.arguments({})
         try:
             single = trace_at(model, {}, self.args, self.kwargs)
@@ -128,19 +130,16 @@ class Simulator:
     def _find_data(self) -> dict[str, str]:
         drawn = dict(self.model.single.iter_stochastic_nodes())
         found: dict[str, str] = {}
-        for name, parameter in self._signature.parameters.items():
-            if self._given.get(name, parameter.default) is not None:
-                continue
-            for site in sorted(drawn.keys() - found.values(), key=lambda site: (site != name, site)):
-                if self._holds(name, site, drawn[site]["value"]):
-                    found[name] = site
-                    break
-            else:
-                if name in drawn:
-                    raise ValueError(
-                        f"{self.caller}: argument {name!r} must be what site {name!r} observes as it is, obs={name}; "
-                        "change it in the site's distribution, as by a TransformedDistribution, and not before obs=."
-                    )
+        for name in self._open:
+            sites = sorted(drawn.keys() - found.values(), key=lambda site: (site != name, site))
+            site = next((site for site in sites if self._holds(name, site, drawn[site]["value"])), None)
+            if site is not None:
+                found[name] = site
+            elif name in drawn:
+                raise ValueError(
+                    f"{self.caller}: argument {name!r} must be what site {name!r} observes as it is, obs={name}; "
+                    "change it in the site's distribution, as by a TransformedDistribution, and not before obs=."
+                )
         return found
 
     def _holds(self, name: str, site: str, value: Tensor) -> bool:
@@ -164,16 +163,14 @@ class Simulator:
                 )
             raise ValueError(
                 f"{self.caller}: site {name!r} is observed though no argument was left open for it: take its data by "
-                f"an argument, `def model({name}=None)` with `pyro.sample({name!r}, ..., obs={name})`, and do not give "
-                "it."
+                f"`def model({name}=None)` with `pyro.sample({name!r}, ..., obs={name})`, and do not give it."
             )
         if not self.sites:
-            free = [n for n, p in self._signature.parameters.items() if self._given.get(n, p.default) is None]
             raise ValueError(
-                f"{self.caller}: the model takes no data: it needs an argument that is None by default and is "
-                'observed as it is, `def model(x=None)` with `pyro.sample("x", ..., obs=x)`; '
+                f"{self.caller}: the model takes no data: it needs an argument that is None by default and observed "
+                'as it is, `def model(x=None)` with `pyro.sample("x", ..., obs=x)`; '
                 f"its arguments are {', '.join(self._signature.parameters) or 'none'}"
-                f"{f', and {free} reach no observed site' if free else ''}."
+                f"{f', and {self._open} reach no observed site' if self._open else ''}."
             )
 
     @torch.no_grad()
@@ -223,12 +220,9 @@ class Simulator:
     def _fault(self) -> str:
         """Return what is wrong with data whose value says what no density can, in words, or an empty string."""
         latents = {name: value for name, value in self._run({}, 2).items() if name not in self.sites.values()}
-        for name in self.sites.values():
-            if isinstance(innermost(self.model.single.nodes[name]["fn"]), dist.Delta) and (
-                fault := self._fault_of(name, latents)
-            ):
-                return fault
-        return ""
+        nodes = self.model.single.nodes
+        points = [name for name in self.sites.values() if isinstance(innermost(nodes[name]["fn"]), dist.Delta)]
+        return next(filter(None, (self._fault_of(name, latents) for name in points)), "")
 
     def _fault_of(self, name: str, latents: Values) -> str:
         """Compare what follows from latents vectorised and one by one, or, where there is noise, its independence."""

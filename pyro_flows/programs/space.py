@@ -58,14 +58,15 @@ class Space:
         self.task = task.settle()
         if not task.latents:
             raise ValueError("the model has no latent sites; there is nothing to judge.")
-        self._own: dict[str, _Own] = {}
+        self._own: dict[str, Transform] = {}  # constrains what the guide draws at a site
+        self._free: Values = {}  # what it drew in its single run, unconstrained
         for name in task.own:
             site = task.guide.single.nodes[name]
             if site["fn"].support.is_discrete:
                 raise ValueError(f"site {name!r} of the guide is discrete; leave it out, and it is summed out.")
-            transform = biject_to(site["fn"].support)
-            self._own[name] = _Own(transform, transform.inv(site["value"]).shape)
-        self.dim = sum(own.shape.numel() for own in self._own.values())
+            self._own[name] = biject_to(site["fn"].support)
+            self._free[name] = self._own[name].inv(site["value"])
+        self.dim = sum(free.numel() for free in self._free.values())
         self.read = Quantities(task)
 
     @torch.no_grad()
@@ -78,9 +79,8 @@ class Space:
         guide, first = self.task.guide, self.task.guide.single.nodes
 
         def moved(view: View) -> Values:
-            supports = {name: view.trace.nodes[name]["fn"].support for name in self._own}
-            free = {name: own.transform.inv(first[name]["value"]) for name, own in self._own.items()}
-            return {name: biject_to(support)(free[name]) for name, support in supports.items()}
+            nodes = view.trace.nodes
+            return {name: biject_to(nodes[name]["fn"].support)(free) for name, free in self._free.items()}
 
         for name, there in guide.alone(moved, 1).items():
             value = first[name]["value"]
@@ -99,7 +99,7 @@ class Space:
 
         def step(_: Values, size: int) -> Values:
             found = self.task.guide.sample(self._scored, {}, size)
-            free = {name: own.transform.inv(found[f"own {name}"]) for name, own in self._own.items()}
+            free = {name: transform.inv(found[f"own {name}"]) for name, transform in self._own.items()}
             change, latents = self._change(free, found), self._latents(found)
             log_p, derived = self.task.model.score(latents, size, self.read.derived)
             z = torch.cat([part.reshape(size, -1) for part in free.values()], -1)
@@ -122,9 +122,8 @@ class Space:
     def values(self, z: Tensor) -> Values:
         """The model's latents and deterministic sites at z: for each ``(N, *shape)``."""
         latents = self._latents(self._place(z)[0])
-        if not self.read.derived:
-            return latents
-        return {**latents, **self.task.model.score(latents, len(z), self.read.derived)[1]}
+        derived = self.task.model.score(latents, len(z), self.read.derived)[1] if self.read.derived else {}
+        return {**latents, **derived}
 
     @torch.no_grad()
     def quantities(self, z: Tensor) -> Tensor:
@@ -151,9 +150,9 @@ class Space:
 
     def _placing(self, view: View) -> Values:
         """Read off a run of the guide: its own draws, the latents that they place, and all changes of variables."""
-        own = {f"own {name}": view.read(name) for name in self._own}
-        latents = {f"latent {name}": view.read(name) for name in self.task.latents}
-        return {**own, **latents, "rest": view.log_prob(lambda name: name not in self._own)}
+        drawn = {f"own {name}": view.read(name) for name in self._own}
+        placed = {f"latent {name}": view.read(name) for name in self.task.latents}
+        return {**drawn, **placed, "rest": view.log_prob(lambda name: name not in self._own)}
 
     def _scored(self, view: View) -> Values:
         """Read off the log-density of the guide's own draws too."""
@@ -164,19 +163,16 @@ class Space:
 
     def _place(self, z: Tensor, read: Read | None = None) -> tuple[Values, Tensor]:
         """Run the guide with its draws held at z; also the log-determinant of constraining these."""
-        size, start, free = len(z), 0, {}
-        for name, own in self._own.items():
-            stop = start + own.shape.numel()
-            free[name] = z[:, start:stop].reshape(size, *own.shape)
-            start = stop
-        held = {name: own.transform(free[name]) for name, own in self._own.items()}
-        found = self.task.guide.run(read or self._placing, held, size)
+        parts = zip(self._free.items(), z.split([free.numel() for free in self._free.values()], -1), strict=True)
+        free = {name: part.reshape(len(z), *one.shape) for (name, one), part in parts}
+        held = {name: transform(free[name]) for name, transform in self._own.items()}
+        found = self.task.guide.run(read or self._placing, held, len(z))
         return found, self._change(free, found)
 
     def _change(self, free: Values, found: Values) -> Tensor:
         total = torch.zeros(())
         for name, part in free.items():
-            log_det = self._own[name].transform.log_abs_det_jacobian(part, found[f"own {name}"])
+            log_det = self._own[name].log_abs_det_jacobian(part, found[f"own {name}"])
             total = total + _sum_rightmost(log_det, log_det.dim() - 1)
         return total
 
@@ -187,17 +183,15 @@ class Space:
         prototype = getattr(guide, "prototype_trace", None)
         for name, value in values.items():
             if name in groups:  # the guide draws the latent itself
-                groups[name].append(self._own[name].transform.inv(value))
+                own, transform = name, self._own[name]
             elif prototype is None or "fn" not in prototype.nodes.get(name, ()):
                 return None
-            else:
-                free = biject_to(prototype.nodes[name]["fn"].support).inv(value)
-                own = f"{name}_unconstrained"  # AutoNormal's
-                if isinstance(guide, AutoContinuous):
-                    (own,) = groups  # all are packed into one
-                if own not in groups:
-                    return None
-                groups[own].append(free)
+            else:  # AutoContinuous packs all latents into one site
+                own = next(iter(groups)) if isinstance(guide, AutoContinuous) else f"{name}_unconstrained"
+                transform = biject_to(prototype.nodes[name]["fn"].support)
+            if own not in groups:
+                return None
+            groups[own].append(transform.inv(value))
         z = torch.cat([part.reshape(len(part), -1) for group in groups.values() for part in group], -1)
         return z if z.shape[1] == self.dim else None
 
@@ -207,10 +201,3 @@ def sound_space(task: Task) -> Space:
     space = Space(task.check())
     space.verify()
     return space
-
-
-class _Own(NamedTuple):
-    """A site that a guide draws: how to constrain it, and its unconstrained shape."""
-
-    transform: Transform
-    shape: torch.Size
