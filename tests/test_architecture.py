@@ -93,7 +93,6 @@ LONG = {  # functions that are still longer, by their files; the list may only s
     "commands/density.py": {"run"},
     "commands/fit.py": {"run"},
     "diagnostics/arviz.py": {"to_arviz"},
-    "diagnostics/judgement.py": {"judge"},
     "fitting/amortized.py": {"fit_amortized"},
     "fitting/density.py": {"fit_density"},
     "fitting/simulated.py": {"train"},
