@@ -95,7 +95,6 @@ LONG = {  # functions that are still longer, by their files; the list may only s
     "diagnostics/arviz.py": {"to_arviz"},
     "fitting/amortized.py": {"fit_amortized"},
     "fitting/density.py": {"fit_density"},
-    "fitting/simulated.py": {"train"},
     "fitting/svi.py": {"fit_svi"},
     "flows/continuous.py": {"cnf", "ffjord"},
     "flows/image.py": {"flowpp_image"},
