@@ -162,8 +162,8 @@ def calibrate(
     amortised = getattr(guide, "encoder", None) is not None
     if not amortised and (isinstance(guide, torch.nn.Module) or not callable(guide)):
         raise ValueError(
-            "calibrate: guide must be an AutoFlow with an encoder, or a function that fits one to each dataset, got "
-            f"{type(guide).__name__}{' without an encoder' if hasattr(guide, 'encoder') else ''}."
+            "calibrate: the guide must be amortised, an AutoFlow with an encoder, or a function that fits one guide to "
+            f"each data set; got {type(guide).__name__}{' without an encoder' if hasattr(guide, 'encoder') else ''}."
         )
     if amortised and guide.prototype_trace is None:
         raise ValueError("calibrate: the guide was never trained; fit it first: fit_amortized(model, guide).")
