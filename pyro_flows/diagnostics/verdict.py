@@ -189,6 +189,7 @@ def check(
         ...     pyro.sample("x", dist.Normal(0.0, 1.0))
         >>> def narrow():
         ...     pyro.sample("x", dist.Normal(0.0, 0.7))
+        >>> pyro.set_rng_seed(0)
         >>> check(model, narrow).verdict
         'reweight'
     """
