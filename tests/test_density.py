@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from pyro_flows import Fit, Flow, dequantize, fit_density, flows, load, save
 from pyro_flows.distributions import NormalBase, StudentTBase
 from pyro_flows.encoders import MLPEncoder, SetEncoder, Standardize
-from pyro_flows.fitting import density
 from pyro_flows.training import loop
 from pyro_flows.transforms import ActNorm, FixedAffine, LULinear, Orthogonal
 
@@ -364,7 +363,7 @@ def test_only_what_has_a_gradient_is_handed_to_the_optimiser(monkeypatch: Any) -
         loss().backward()
         return loop.descend(loss, parameters, optimizers, **settings)
 
-    monkeypatch.setattr(density, "descend", watched)
+    monkeypatch.setattr("pyro_flows.fitting.rows.descend", watched)
     flow = Flow(small(2, 4).transforms, encoder=MLPEncoder(3, 4, (8,)))
     frozen = flow.transforms[0].conditioner.output.bias.requires_grad_(False)
     before = frozen.clone()

@@ -159,7 +159,7 @@ def test_leaves_no_trace_in_an_outer_handler():
 
 @pytest.mark.parametrize("function", [psis, to_arviz])
 def test_too_few_draws_are_refused(function):
-    with pytest.raises(ValueError, match=r"num_samples must be at least 25.*got 24"):
+    with pytest.raises(ValueError, match=r"num_samples must be an integer of at least 25.*got 24"):
         function(target, gaussian(1.0), num_samples=24)
 
 

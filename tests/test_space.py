@@ -14,7 +14,7 @@ from pyro.nn.module import PyroModule
 from torch import Tensor
 
 from pyro_flows import AutoFlow
-from pyro_flows.diagnostics.coordinates import Base, White
+from pyro_flows.diagnostics.chains import Base, White
 from pyro_flows.programs.log_density import or_nan, score_of
 from pyro_flows.programs.space import Space
 from pyro_flows.programs.task import Task

@@ -18,7 +18,7 @@ from torch.distributions import biject_to, constraints
 
 from pyro_flows import AutoFlow, fit_svi, flows
 from pyro_flows.diagnostics.gaussian import Gaussian, fit_gaussian
-from pyro_flows.fitting.warm import start_from_gaussian
+from pyro_flows.fitting.elbo import start_from_gaussian
 from pyro_flows.programs.space import Space
 from pyro_flows.programs.task import Task
 

@@ -6,13 +6,13 @@ from .calibration import calibrate as calibrate
 from .images import bits_per_dim as bits_per_dim
 from .images import save_images as save_images
 from .importance import Psis as Psis
+from .importance import importance_log_likelihood as importance_log_likelihood
 from .importance import psis as psis
-from .likelihood import importance_log_likelihood as importance_log_likelihood
+from .importance import resample as resample
 from .ode import OdeReport as OdeReport
 from .ode import ode_report as ode_report
 from .refinement import Refined as Refined
 from .refinement import refine as refine
-from .resampling import resample as resample
 from .rounding import round_off as round_off
 from .transport import Neutra as Neutra
 from .transport import neutra as neutra

@@ -10,13 +10,12 @@ import pyro
 import torch
 from torch import Tensor
 
-from ..checks import check_flags, is_integer, joined
+from ..checks import check_flags, check_integers, joined
 from ..compat import Groups, Variable, container
 from ..programs.engines import Site, Values, row_log_prob
 from ..programs.nesting import takes_nesting
 from ..programs.task import Task
-from .importance import weigh
-from .resampling import reweighted
+from .importance import LEAST, reweighted, weigh
 
 
 @takes_nesting
@@ -87,9 +86,7 @@ def to_arviz(
         >>> dict(data["posterior"].sizes)
         {'chain': 1, 'draw': 100}
     """
-    for name, value in (("num_samples", num_samples), ("num_weighed", num_weighed)):
-        if not is_integer(value) or value < 25:
-            raise ValueError(f"to_arviz: {name} must be at least 25 to fit a tail, got {value!r}.")
+    check_integers("to_arviz", LEAST, num_samples=num_samples, num_weighed=num_weighed)
     check_flags("to_arviz", importance=importance)
     kwargs = joined("to_arviz", kwargs, model_kwargs)
     total = max(num_samples, num_weighed) if importance else num_samples
@@ -101,19 +98,19 @@ def to_arviz(
     else:
         psis = weigh(draws.log_p - draws.log_q)
     nodes, latents = task.model.single.nodes, task.complete(draws.latents, batch_size)
-    stats = {"log_p": draws.log_p, "log_q": draws.log_q, "log_weight": draws.log_p - draws.log_q}
-    groups: Groups = {
-        "posterior": _by_draw(nodes, task.read(latents, list(task.sites("posterior")), batch_size=batch_size)),
-        "sample_stats": _by_draw(nodes, stats),
-    }
     observed = task.sites("observed")
+
+    def read(sites: Mapping[str, Site], *what: Any, event_dim: int | None = None, **how: Any) -> dict[str, Variable]:
+        return _by_draw(nodes, task.read(latents, list(sites), *what, batch_size=batch_size, **how), event_dim)
+
+    stats = {"log_p": draws.log_p, "log_q": draws.log_q, "log_weight": draws.log_p - draws.log_q}
+    groups: Groups = {"posterior": read(task.sites("posterior")), "sample_stats": _by_draw(nodes, stats)}
     if posterior_predictive:
-        drawn = task.read(latents, list(observed), batch_size=batch_size, forget=True)
-        groups["posterior_predictive"] = _by_draw(nodes, drawn)
+        groups["posterior_predictive"] = read(observed, forget=True)
     if log_likelihood:
-        densities = task.read(latents, list(observed), row_log_prob, batch_size=batch_size)
-        for name, variable in _by_draw(nodes, densities, event_dim=0).items():
-            groups.setdefault("log_likelihood", {}).update(_seen(name, *variable))
+        groups["log_likelihood"] = {}
+        for name, variable in read(observed, row_log_prob, event_dim=0).items():
+            groups["log_likelihood"].update(_seen(name, *variable))
     groups["observed_data"] = {
         name: (_dims(name, site, site["value"].shape), _array(site["value"])) for name, site in observed.items()
     }

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,59 +170,52 @@ def calibrate(
     simulator = Simulator("calibrate", model, args, kwargs)
     known = simulator.draw(num_simulations, vectorize=vectorize)
     size = max(1, 100_000 // num_samples) if amortised else 1
-    parts = [
-        _compare(*_posterior(guide, amortised, simulator, known.take(slice(start, start + size))), num_samples)
-        for start in range(0, num_simulations, size)
-    ]
-    ranks, coverage, truth, draws = (torch.cat(part) for part in list(zip(*parts, strict=True))[:4])
+    parts = []
+    for start in range(0, num_simulations, size):
+        rows = known.take(slice(start, start + size))
+        fitted, posterior = _posterior(guide, amortised, simulator, rows)
+        parts.append(_compare(fitted, posterior, rows.latents, num_samples))
+    ranks, coverage, truth, draws = map(torch.cat, zip(*parts, strict=True))
+    names = [label for name in _latents(fitted) for label in labels_of(name, known.latents[name].shape[1:])]
     tarp = _tarp(truth, draws)
     rank_p = torch.tensor([uniformity(column, num_samples) for column in ranks.T], dtype=torch.float64)
-    return Calibration(
-        parts[0].names,
-        ranks,
-        coverage,
-        tarp,
-        rank_p,
-        min(1.0, float(rank_p.min()) * len(rank_p)),
-        uniformity(coverage, num_samples),
-        uniformity(tarp, num_samples),
-    )
+    sbc_p = min(1.0, float(rank_p.min()) * len(rank_p))
+    coverage_p, tarp_p = uniformity(coverage, num_samples), uniformity(tarp, num_samples)
+    return Calibration(names, ranks, coverage, tarp, rank_p, sbc_p, coverage_p, tarp_p)
 
 
-class _Part(NamedTuple):
-    ranks: Tensor  # (M, K)
-    coverage: Tensor  # (M,)
-    truth: Tensor  # (M, D), unconstrained
-    draws: Tensor  # (M, S, D)
-    names: list[str]
-
-
-def _posterior(guide: Any, amortised: bool, simulator: Simulator, rows: Simulations) -> tuple[Any, Any, Simulations]:
-    """The guide of some data sets, or of one, and its distribution over unconstrained latents."""
+def _posterior(guide: Any, amortised: bool, simulator: Simulator, rows: Simulations) -> tuple[Any, Any]:
+    """Return the guide of some datasets, or of one, and its distribution over unconstrained latents."""
     if amortised:
         args, kwargs = simulator.arguments(rows.data)
         with at_rest(guide.encoder):
-            return guide, guide.flow(guide.context(*args, **kwargs)), rows
+            return guide, guide.flow(guide.context(*args, **kwargs))
     args, kwargs = simulator.arguments(rows.row(0))
     with torch.enable_grad():
         fitted = guide(*args, **kwargs)
     if not hasattr(fitted, "pack"):
         raise ValueError(f"calibrate: the function must return an AutoFlow, got {type(fitted).__name__}.")
-    return fitted, fitted.get_posterior(*args, **kwargs).expand((1,)), rows
+    return fitted, fitted.get_posterior(*args, **kwargs).expand((1,))
 
 
-def _compare(guide: Any, posterior: Any, rows: Simulations, num_samples: int) -> _Part:
-    """Where the truths of some data sets lie among draws."""
-    latents = [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
-    truths = {name: rows.latents[name] for name in latents}
+def _latents(guide: Any) -> list[str]:
+    return [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
+
+
+def _compare(guide: Any, posterior: Any, latents: dict[str, Tensor], num_samples: int) -> tuple[Tensor, ...]:
+    """Place the truths of M datasets among S draws.
+
+    Returns:
+        Ranks ``(M, K)``, coverage ``(M,)``, and the unconstrained truths ``(M, D)`` and draws ``(M, S, D)``.
+    """
+    truths = {name: latents[name] for name in _latents(guide)}
     truth, truth_det = guide.pack(truths)
     z = posterior.sample((num_samples,))
     values = guide.unpack(z)
     _, det = guide.pack(values)
-    ranks = torch.cat([(values[n] < truths[n]).double().mean(0).reshape(len(truth), -1) for n in latents], 1)
+    ranks = torch.cat([(values[n] < t).double().mean(0).reshape(len(truth), -1) for n, t in truths.items()], 1)
     higher = posterior.log_prob(z) + det > posterior.log_prob(truth) + truth_det
-    names = [label for name in latents for label in labels_of(name, truths[name].shape[1:])]
-    return _Part(ranks, higher.double().mean(0), truth, z.transpose(0, 1), names)
+    return ranks, higher.double().mean(0), truth, z.transpose(0, 1)
 
 
 def _tarp(truth: Tensor, draws: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Many short Markov chains side by side, which move in several coordinates in turn.
+"""Many short Markov chains at once, which move in several coordinates in turn.
 
-In each coordinates they make a step of Hamiltonian Monte Carlo, which leaves the density invariant whatever the
-coordinates are; those of a good guide's base turn its posterior into a normal, in which a step forgets where it
-started.  What it is slow in, where the guide is bad, is quick in others.
+In each set of coordinates they make a step of Hamiltonian Monte Carlo, which leaves the density invariant.  The base of
+a good guide turns the posterior into a normal, in which a step forgets where it started.  Directions that mix slowly
+there, where the guide is bad, mix fast in whitened coordinates.
 
 Hybrid Monte Carlo (Duane, Kennedy, Pendleton, Roweth 1987); MCMC using Hamiltonian dynamics (Neal 2011,
 arXiv:1206.1901); in the coordinates of a flow: NeuTra (Hoffman et al. 2019, arXiv:1903.03704).
@@ -14,14 +14,71 @@ import math
 from typing import NamedTuple
 
 import torch
+from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
+from torch.distributions import Transform
 
 from ..programs.log_density import LogDensity
-from .coordinates import Chart
+from ..programs.space import Space
 
 TARGET = 0.8  # the mean acceptance that step sizes are adapted to
 FROZEN = 0.2  # the mean acceptance below which chains hardly move
 MAX_STEPS = 8  # the most leapfrog steps in a transition
+
+
+class White:
+    """Coordinates in which draws ``(N, D)`` have mean 0 and, where they are enough, the identity as covariance."""
+
+    def __init__(self, z: Tensor) -> None:
+        self.loc = z.mean(0)
+        factor, failed = torch.linalg.cholesky_ex(torch.cov(z.T).reshape(z.shape[1], z.shape[1]))
+        self.scale_tril = z.std(0).diag() if failed or len(z) < 5 * z.shape[1] else factor
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.loc + x @ self.scale_tril.T, self.scale_tril.diagonal().log().sum().expand(len(x))
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self.scale_tril, (z - self.loc).T, upper=False).T
+
+
+class Base:
+    """The coordinates of an ``AutoContinuous`` guide's base distribution."""
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+
+    @classmethod
+    def of(cls, space: Space, z: Tensor) -> Base | None:
+        """Those of a guide, None where it has none or where its transform is not invertible at its draws z."""
+        if not isinstance(space.task.guide.call, AutoContinuous):
+            return None
+        found = cls(space)
+        try:
+            again, _ = found.forward(found.inverse(z))
+        except (NotImplementedError, KeyError):  # no transform, or one without a way back
+            return None
+        return found if bool(((again - z).abs() <= 1e-3 * z.std(0)).all()) else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        transform = self._transform()
+        z = transform(x)
+        return z, transform.log_abs_det_jacobian(x, z).reshape(len(x), -1).sum(-1)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return self._transform().inv(z)
+
+    def _transform(self) -> Transform:
+        guide = self._space.task.guide
+        return guide.call.get_transform(*guide.args, **guide.kwargs)  # type: ignore[attr-defined]
+
+
+Chart = Base | White  # coordinates x, (N, D), for vectors z
+
+
+def charts_of(space: Space, z: Tensor) -> tuple[list[Chart], White]:
+    """Return the coordinates that chains of a guide move in, given draws z, and the whitened ones among them."""
+    white, base = White(z), Base.of(space, z[:100])
+    return [base, white] if base else [white], white
 
 
 class Chains:

@@ -56,12 +56,9 @@ def fit_gaussian(density: LogDensity, loc: Tensor, scale: float, *, rounds: int 
         rounds: How many rounds to make from each place.
     """
     start = torch.eye(len(loc), dtype=loc.dtype, device=loc.device) * scale
-    best = _judged(density, loc, start)
-    for place in (loc, _climb(density, loc)):
-        found = match(density, place, start, rounds)
-        if found is not None and found.elbo > best.elbo:
-            best = found
-    return best
+    at_start = _judged(density, loc, start)
+    found = [match(density, place, start, rounds) for place in (loc, _climb(density, loc))]
+    return max((at_start, *(gaussian for gaussian in found if gaussian is not None)), key=lambda g: g.elbo)
 
 
 def match(density: LogDensity, loc: Tensor, scale_tril: Tensor, rounds: int = 100) -> Gaussian | None:

@@ -1,30 +1,43 @@
-"""How far to trust a guide: Pareto-smoothed importance sampling.
+"""Importance sampling: weigh a guide's draws, resample them by their weights, estimate the likelihood of each row.
 
 With draws z from the guide q and log-weights log p(z, x) - log q(z), the mean weight estimates the evidence p(x), and
 the shape k-hat of a generalised Pareto distribution fitted to the largest weights says whether that works: below 0.7
 (below 0.5: well), or below 1 - 1 / log10 S for few draws.  It looks only where the guide looks: a mode that the guide
 misses does not raise k-hat.
 
+Where k-hat is low, resampled draws are draws of the posterior.  Systematic resampling drops N points u, u + 1/N,
+u + 2/N, ..., for one u uniform on [0, 1/N), on the weights laid end to end.  A draw of weight w is kept N w times on
+average, rounded up or down, with less noise than N independent picks have.  Then the order is shuffled.
+
+Row by row, log p(x) ≈ log (1/K) Σ_k p(x, z_k) / q(z_k | x) is a lower bound on average, which rises with K.
+
 Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao, Gabry 2015, arXiv:1507.02646); Yes, but Did It Work?
-(Yao, Vehtari, Simpson, Gelman 2018, arXiv:1802.02538).
+(Yao, Vehtari, Simpson, Gelman 2018, arXiv:1802.02538); Comparison of Resampling Schemes for Particle Filtering (Douc,
+Cappé, Moulines 2005, arXiv:cs/0507025); Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov 2015,
+arXiv:1509.00519).
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from .. import plots
-from ..checks import is_integer, joined
+from ..checks import check_integers, joined
 from ..compat import psislw
+from ..programs.engines import Values, View, row_log_prob
 from ..programs.nesting import takes_nesting
-from ..programs.task import Task
+from ..programs.task import Draws, Task, in_batches
+
+LEAST = 25  # draws, to fit the tail of their weights
 
 
 @dataclass(frozen=True)
@@ -75,10 +88,9 @@ class Psis:
         return plots.weights(self)
 
     def __repr__(self) -> str:
-        evidence = f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}"
         return (
-            f"Psis(khat={self.khat:.2f}, threshold={self.threshold:.2f}, "
-            f"ess={self.ess:.0f} of {len(self.log_weights)}, log_evidence={evidence})"
+            f"Psis(khat={self.khat:.2f}, threshold={self.threshold:.2f}, ess={self.ess:.0f} of {len(self.log_weights)},"
+            f" log_evidence={self.log_evidence:.3f} ± {self.log_evidence_se:.3f})"
         )
 
 
@@ -136,8 +148,7 @@ def psis(
         >>> found.reliable, round(found.log_evidence, 1)  # log Normal(2; 0, 2**0.5)
         (True, -2.3)
     """
-    if not is_integer(num_samples) or num_samples < 25:
-        raise ValueError(f"psis: num_samples must be at least 25 to fit a tail, got {num_samples!r}.")
+    check_integers("psis", LEAST, num_samples=num_samples)
     kwargs = joined("psis", kwargs, model_kwargs)
     with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
         draws = Task(model, guide, args, kwargs, vectorize).check().draw(num_samples, batch_size)
@@ -146,11 +157,8 @@ def psis(
 
 def weigh(log_weights: Tensor) -> Psis:
     """Summarise raw log-weights, ``(S,)`` in nats."""
-    if log_weights.isnan().any() or (log_weights == math.inf).any():
-        bad = int((log_weights.isnan() | (log_weights == math.inf)).sum())
-        raise ValueError(
-            f"psis: {bad} of {len(log_weights)} log-weights are NaN or +inf; the model's density is not finite."
-        )
+    if bad := int((log_weights.isnan() | (log_weights == math.inf)).sum()):
+        raise ValueError(f"psis: {bad} of {len(log_weights)} log-weights are NaN or +inf, as is the model's density.")
     if (log_weights == -math.inf).all():
         raise ValueError("psis: all log-weights are -inf; the guide draws only where the model has no density.")
     raw, size = log_weights.double().cpu(), len(log_weights)
@@ -167,3 +175,203 @@ def weigh(log_weights: Tensor) -> Psis:
         log_weights=log_weights,
         smoothed=smoothed.to(log_weights),
     )
+
+
+@takes_nesting
+def resample(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    num_samples: int = 1000,
+    num_weighed: int = 10_000,
+    batch_size: int = 1000,
+    vectorize: str = "auto",
+    max_plate_nesting: int | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> dict[str, Tensor]:
+    """Draw from any Pyro guide, resampled by Pareto-smoothed weights: closer to the posterior than the guide is.
+
+    A draw of normalised weight w is kept N w times, rounded up or down at random (systematic resampling: Douc, Cappé,
+    Moulines 2005, arXiv:cs/0507025).  The same seed gives the same draws (``pyro.set_rng_seed``).  Draws of great
+    weight are there several times, so N of them tell less than N independent ones.
+
+    Args:
+        model: A Pyro model.
+        guide: A Pyro guide of the same latents.
+        *args: The model's arguments.
+        num_samples: The number N of draws that are kept.
+        num_weighed: How many draws of the guide they are chosen from, at least 25; at least N are.
+        batch_size: How many draws are run at once.
+        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
+            does to draws what single runs do (*Any Pyro program* in the docs).
+        max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
+        model_kwargs: Keyword arguments of the model whose names clash with those above.
+        **kwargs: The model's other keyword arguments.
+
+    Returns:
+        For each latent and deterministic site of the model, values of shape ``(num_samples, *site_shape)``.
+
+    Raises:
+        ValueError: If a number is out of its range, or :func:`~pyro_flows.psis` refuses the guide or its weights.
+
+    Warns:
+        UserWarning: If k-hat is above its threshold: the draws cannot be trusted.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> def guide():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.5))
+        >>> pyro.set_rng_seed(0)
+        >>> draws = resample(model, guide, num_samples=4000)
+        >>> draws["x"].shape, bool((draws["x"].std() - 1).abs() < 0.1)
+        (torch.Size([4000]), True)
+    """
+    check_integers("resample", num_samples=num_samples)
+    check_integers("resample", LEAST, num_weighed=num_weighed)
+    kwargs = joined("resample", kwargs, model_kwargs)
+    with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
+        task = Task(model, guide, args, kwargs, vectorize).check()
+    kept, _ = reweighted(task.draw(max(num_samples, num_weighed), batch_size), num_samples, "resample")
+    return task.values(kept.latents, batch_size)
+
+
+def reweighted(draws: Draws, number: int, caller: str) -> tuple[Draws, Psis]:
+    """A number of draws, chosen by their weights, and what the weights are worth."""
+    psis = weigh(draws.log_p - draws.log_q)
+    if not psis.reliable:
+        warnings.warn(
+            f"{caller}: k-hat is {psis.khat:.2f}, above {psis.threshold:.2f}: a few draws hold most of the weight, and "
+            "the resampled draws cannot be trusted. Fit the guide longer, or give it a flow of more layers.",
+            stacklevel=4,
+        )
+    return draws.take(systematic(psis.smoothed, number)), psis
+
+
+def systematic(log_weights: Tensor, number: int) -> Tensor:
+    """The numbers of the draws that are kept, ``(number,)``, shuffled.
+
+    Args:
+        log_weights: The logarithms of weights, ``(S,)``, not all of which are zero.
+        number: How many to keep.
+    """
+    edges = (log_weights.double() - log_weights.max().double()).exp().cumsum(0)
+    offset = torch.rand((), dtype=edges.dtype, device=edges.device)
+    places = (torch.arange(number, dtype=edges.dtype, device=edges.device) + offset) / number * edges[-1]
+    # Rounded up to the very end, a place would lie beyond the last draw.
+    places = places.minimum(edges[-1].nextafter(torch.zeros_like(offset)))
+    kept = torch.searchsorted(edges, places, right=True)
+    return kept[torch.randperm(number, device=edges.device)]
+
+
+@takes_nesting
+@torch.no_grad()
+def importance_log_likelihood(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    plate: str | None = None,
+    num_samples: int = 500,
+    batch_size: int = 50,
+    vectorize: str = "auto",
+    max_plate_nesting: int | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Estimate log p(x_i) of each row of a plate, such as each test image of a variational autoencoder.
+
+    Row by row, with K draws z_k of the row's latents from the guide q, it is::
+
+        log p(x_i) ≈ log 1/K Σ_k p(x_i, z_k) / q(z_k | x_i)
+
+    a lower bound on average, which rises with K (Burda, Grosse, Salakhutdinov 2015, arXiv:1509.00519).  Latents outside
+    of the plate have no place in it: fix them, with ``poutine.condition``.
+
+    Args:
+        model: A Pyro model whose latents all lie in the plate.
+        guide: A Pyro guide of the same latents.
+        *args: The model's arguments, with the rows to score.
+        plate: The plate's name; by default that of an ``AutoPlateFlow``.
+        num_samples: The number K of draws for each row.
+        batch_size: How many draws are run at once.
+        max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
+        model_kwargs: Keyword arguments of the model whose names clash with those above.
+        **kwargs: The model's other keyword arguments.
+
+    Returns:
+        The log-likelihood of each row, ``(rows,)`` in nats: mean and sum are those of the data set.
+
+    Raises:
+        ValueError: If a number is out of its range, the plate is missing or subsampled, a latent lies outside, the
+            guide is a point or of other latents.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("row", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("row", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> x = torch.tensor([0.0, 2.0])
+        >>> found = importance_log_likelihood(model, guide, x, plate="row", num_samples=10)
+        >>> torch.allclose(found, dist.Normal(0.0, 2**0.5).log_prob(x), atol=1e-4)  # exact, as the guide is
+        True
+    """
+    kwargs = joined("importance_log_likelihood", kwargs, model_kwargs)
+    check_integers("importance_log_likelihood", num_samples=num_samples, batch_size=batch_size)
+    name = plate if plate is not None else getattr(guide, "plate", None)
+    if name is None:
+        raise ValueError("importance_log_likelihood: give the name of the rows' plate, plate=...")
+    task = Task(model, guide, args, kwargs, vectorize).check(whole=False).settle()
+    dims = {program: _place(name, program.single) for program in (task.guide, task.model)}
+
+    def read(view: View) -> Values:
+        return {"log_q": _by_row(view, name, dims[task.guide]), **{n: view.read(n) for n in task.latents}}
+
+    def step(_: Values, size: int) -> Values:
+        latents = task.guide.run(read, {}, size)
+        log_q = latents.pop("log_q")
+        found = task.model.run(lambda view: {"log_p": _by_row(view, name, dims[task.model])}, latents, size)
+        return {"log_weights": (found["log_p"] - log_q).logsumexp(0, keepdim=True)}  # (1, rows)
+
+    return in_batches(step, {}, num_samples, batch_size)["log_weights"].logsumexp(0) - math.log(num_samples)
+
+
+def _place(plate: str, trace: Trace) -> int:
+    """The plate's dimension; every site with a density must lie in it."""
+    dim = None
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or (site["is_observed"] and not _in(plate, site)):
+            continue  # what is given, outside of the plate, is the same for all rows
+        frames = _in(plate, site)
+        if not frames:
+            raise ValueError(
+                f"importance_log_likelihood: site {name!r} lies outside of plate {plate!r}. Fix such latents with "
+                "poutine.condition(model, data={...}), and give a guide that draws in the plate, row by row."
+            )
+        dim = frames[0].dim
+    if dim is None:
+        raise ValueError(f"importance_log_likelihood: the model has no plate {plate!r}.")
+    return dim
+
+
+def _in(plate: str, site: dict[str, Any]) -> list[Any]:
+    return [frame for frame in site["cond_indep_stack"] if frame.name == plate and frame.vectorized]
+
+
+def _by_row(view: View, plate: str, dim: int) -> Tensor:
+    """The log-density of each draw and row, ``(N, rows)``, or of each row of one draw."""
+    total, lead = torch.zeros(()), int(view.size is not None)
+    for site in view.trace.nodes.values():
+        if site["type"] == "sample" and _in(plate, site):
+            rows = view.by_draw(row_log_prob(site)).movedim(dim, -1)
+            total = total + (rows.flatten(lead, -2).sum(lead) if rows.dim() > lead + 1 else rows)
+    return total

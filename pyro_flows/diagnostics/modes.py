@@ -18,7 +18,7 @@ from torch.distributions import MultivariateNormal
 
 from ..programs.log_density import LogDensity, or_nan, score_of
 from ..programs.space import Scored, Space
-from .coordinates import Chart, White
+from .chains import White
 from .gaussian import match
 
 STARTS = 64  # climbs, half of them from the prior
@@ -60,7 +60,8 @@ def search(space: Space, chart: White, draws: Scored) -> Missing:
     """
     density, z = or_nan(space.log_p), draws.z
     evidence = _log_mean(draws.log_p - draws.log_q)
-    starts = _spread(chart, z[:STARTS])
+    factor = 2 * 4 ** torch.rand(len(z[:STARTS]), 1, dtype=z.dtype, device=z.device)
+    starts, _ = chart.forward(factor * chart.inverse(z[:STARTS]))  # draws, moved outwards by factors from 2 to 8
     prior = space.prior(starts[: STARTS // 2])
     ends = _climb(density, chart, starts if prior is None else torch.cat((prior, starts[STARTS // 2 :])))
     with torch.no_grad():
@@ -77,13 +78,7 @@ def search(space: Space, chart: White, draws: Scored) -> Missing:
     return Missing(share, share_se, best[0].loc)
 
 
-def _spread(chart: Chart, z: Tensor) -> Tensor:
-    """Draws, moved outwards by factors from 2 to 8."""
-    factor = 2 * 4 ** torch.rand(len(z), 1, dtype=z.dtype, device=z.device)
-    return chart.forward(factor * chart.inverse(z))[0]
-
-
-def _climb(density: LogDensity, chart: Chart, z: Tensor) -> Tensor:
+def _climb(density: LogDensity, chart: White, z: Tensor) -> Tensor:
     """Steps uphill in a chart, each coordinate at its own pace: Adam, with a step size that falls."""
     x = chart.inverse(z)
     first, second = torch.zeros_like(x), torch.zeros_like(x)
@@ -95,7 +90,7 @@ def _climb(density: LogDensity, chart: Chart, z: Tensor) -> Tensor:
     return chart.forward(x)[0]
 
 
-def _apart(chart: Chart, ends: Tensor, heights: Tensor) -> list[Tensor]:
+def _apart(chart: White, ends: Tensor, heights: Tensor) -> list[Tensor]:
     """The highest of places, the highest of those that lie apart from it, and so on."""
     x = chart.inverse(ends)
     found: list[int] = []

@@ -52,17 +52,12 @@ class OdeReport:
     jacobian: Tensor
 
     def __repr__(self) -> str:
-        shown = {
-            "log_prob": f"{self.log_prob.mean():.4f}",
-            "log_prob_se": f"{self.log_prob_se.square().mean().sqrt():.2g}",
-            "evaluations": f"{self.evaluations}",
-            "evaluations_back": f"{self.evaluations_back}",
-            "round_trip": f"{self.round_trip.max():.1e}",
-            "kinetic": f"{self.kinetic.mean():.3g}",
-            "jacobian": f"{self.jacobian.mean():.3g}",
-        }
-        parts = ", ".join(f"{name}={value}" for name, value in shown.items())
-        return f"OdeReport({parts}) of {self.log_prob.numel()} rows"
+        return (
+            f"OdeReport(log_prob={self.log_prob.mean():.4f}, log_prob_se={self.log_prob_se.square().mean().sqrt():.2g},"
+            f" evaluations={self.evaluations}, evaluations_back={self.evaluations_back}, "
+            f"round_trip={self.round_trip.max():.1e}, kinetic={self.kinetic.mean():.3g}, "
+            f"jacobian={self.jacobian.mean():.3g}) of {self.log_prob.numel()} rows"
+        )
 
 
 @torch.no_grad()
@@ -101,29 +96,26 @@ def ode_report(flow: Flow, x: Tensor, context: Tensor | None = None, *, num_prob
         raise TypeError(f"ode_report: flow must be a Flow, got {type(flow).__name__}; that of a guide is guide.flow.")
     continuous_of(flow, "ode_report")
     check_value(x, flow.event_shape, parameter_of(flow.transforms), "ode_report", "x")
-    context = flow.encode(context)
+    views = flow(context).transforms
     log_prob, variance, kinetic, jacobian = torch.zeros(4, *x.shape[:-1], dtype=x.dtype, device=x.device)
     there = back = 0
     z = x
-    for transform in reversed(flow.transforms):
-        own = context if transform.context_dim else None
-        if isinstance(transform, Continuous):
-            found = transform.solve(z, own, inverse=True, costs=True, num_probes=num_probes)
+    for view in reversed(views):
+        if isinstance(view.transform, Continuous):
+            found = view.transform.solve(z, view.context, inverse=True, costs=True, num_probes=num_probes)
             z, log_det = found.value, found.log_det
             there += found.evaluations
             variance = variance + found.log_det_se.square()
             kinetic, jacobian = kinetic + found.kinetic, jacobian + found.jacobian
         else:
-            z, log_det = transform.inverse_and_log_det(z, own)
+            z, log_det = view.transform.inverse_and_log_det(z, view.context)
         log_prob = log_prob + log_det
     log_prob = log_prob + flow.base().log_prob(z)
-    for transform in flow.transforms:
-        own = context if transform.context_dim else None
-        if isinstance(transform, Continuous):
-            found = transform.solve(z, own)
+    for view in views:
+        if isinstance(view.transform, Continuous):
+            found = view.transform.solve(z, view.context)
             z, back = found.value, back + found.evaluations
         else:
-            z, _ = transform.forward_and_log_det(z, own)
-    return OdeReport(
-        log_prob, variance.sqrt(), there, back, ((z - x).abs() / (1 + x.abs())).amax(-1), kinetic, jacobian
-    )
+            z, _ = view.transform.forward_and_log_det(z, view.context)
+    round_trip = ((z - x).abs() / (1 + x.abs())).amax(-1)
+    return OdeReport(log_prob, variance.sqrt(), there, back, round_trip, kinetic, jacobian)

@@ -22,8 +22,7 @@ from ..programs.log_density import or_nan
 from ..programs.nesting import takes_nesting
 from ..programs.space import sound_space
 from ..programs.task import Task, check_trained
-from .chains import FROZEN, Chains
-from .coordinates import charts_of
+from .chains import FROZEN, Chains, charts_of
 from .drift import Drift, DriftMeter
 
 BATCH = 500  # chains that run at once

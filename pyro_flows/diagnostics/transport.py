@@ -28,6 +28,8 @@ from ..programs.nesting import takes_nesting
 from ..programs.task import check_trained
 from .verdict import check as judge
 
+_REFUSAL = "the guide must be an AutoContinuous with a base distribution, AutoFlow or AutoMultivariateNormal say"
+
 
 @dataclass(frozen=True)
 class Neutra:
@@ -79,8 +81,8 @@ class Neutra:
         if not isinstance(samples, Tensor):
             if self.site not in samples:
                 raise ValueError(f"Neutra.transform: samples lack the site {self.site!r}; got {sorted(samples)}.")
-            others = {name: value for name, value in samples.items() if name != self.site}
-            samples = samples[self.site]
+            others = dict(samples)
+            samples = others.pop(self.site)
         batch, nodes = samples.shape[:-1], self.guide.prototype_trace.nodes.values()
         frames = [frame for site in nodes for frame in site.get("cond_indep_stack", ()) if frame.vectorized]
         room = (1,) * max((-frame.dim for frame in frames), default=0)  # the draws lie left of all plates
@@ -88,11 +90,9 @@ class Neutra:
         if hasattr(self.guide, "constrain"):
             values = self.guide.constrain(latent.reshape(-1, latent.shape[-1]), *self.args, **self.kwargs)
             return {**others, **{name: value.reshape(batch + value.shape[1:]) for name, value in values.items()}}
-        found = {
-            site["name"]: biject_to(site["fn"].support)(value).reshape(batch + site["value"].shape)
-            for site, value in self.guide._unpack_latent(latent)
-        }
-        return {**others, **found}
+        for site, value in self.guide._unpack_latent(latent):
+            others[site["name"]] = biject_to(site["fn"].support)(value).reshape(batch + site["value"].shape)
+        return others
 
     @torch.no_grad()
     def initial(self, num_chains: int = 1) -> dict[str, Tensor]:
@@ -176,27 +176,16 @@ def neutra(
     except NotImplementedError as error:
         raise ValueError(f"neutra: {_REFUSAL}; {type(guide).__name__} has none.") from error
     if check:
-        _warn_if_collapsed(model, guide, args, kwargs)
+        try:
+            found = judge(model, guide, *args, model_kwargs=kwargs)
+        except ValueError as error:
+            raise ValueError(f"neutra: the guide cannot be checked (check=False leaves that out): {error}") from error
+        if found.verdict == "do not trust":
+            words = "the guide is not to be trusted, and chains may stay where it has collapsed"
+            warnings.warn(f"neutra: {words}. {found.reason}", stacklevel=3)
     first = next(name for name, _ in guide.prototype_trace.iter_stochastic_nodes())
     site = f"{first}_shared_latent"
     return Neutra(_over_base(model, guide, site), site, guide, args, kwargs)
-
-
-_REFUSAL = "the guide must be an AutoContinuous with a base distribution, AutoFlow or AutoMultivariateNormal say"
-
-
-def _warn_if_collapsed(
-    model: Callable[..., Any], guide: AutoContinuous, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    try:
-        found = judge(model, guide, *args, model_kwargs=kwargs)
-    except ValueError as error:
-        raise ValueError(f"neutra: the guide cannot be checked (check=False leaves that out): {error}") from error
-    if found.verdict == "do not trust":
-        warnings.warn(
-            f"neutra: the guide is not to be trusted, and chains may stay where it has collapsed. {found.reason}",
-            stacklevel=4,
-        )
 
 
 def _over_base(model: Callable[..., Any], guide: Any, site: str) -> Callable[..., Any]:

@@ -9,27 +9,34 @@ arXiv:1905.07488).
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_integers, check_numbers, joined
+from ..data.batches import Batch, Rows, suited_size, sum_of
 from ..guides import AutoFlow
+from ..guides.checks import check_same
+from ..guides.encoding import initialize
 from ..objectives import Likelihood
 from ..programs.nesting import takes_nesting
-from ..programs.simulations import Simulations, check_given
+from ..programs.simulations import Simulations, check_draws, check_given
 from ..programs.simulator import Simulator
 from ..training import checkpoint as checkpoints
 from ..training import processes
 from ..training.attempts import Attempts, check_path
 from ..training.loop import Fit
-from ..training.losses import checked
+from ..training.losses import checked, shown
 from .inspect import fingerprint
-from .simulated import train
+from .rows import train_on_rows
 from .truncated import Truncated
+
+CALLER = "fit_amortized"
 
 
 @processes.together
@@ -136,46 +143,35 @@ def fit_amortized(
         >>> guide.sample(5, torch.tensor([1.0, -1.0]))["theta"].shape
         torch.Size([5, 2])
     """
-    kwargs = joined("fit_amortized", kwargs, model_kwargs)
-    check_integers("fit_amortized", 20, num_simulations=num_simulations)
-    check_integers("fit_amortized", rounds=rounds, patience=patience, simulation_batch_size=simulation_batch_size)
-    check_integers("fit_amortized", optional=True, max_epochs=max_epochs, batch_size=batch_size)
-    _check(guide, held_out)
-    loss = checked("fit_amortized", objective, Likelihood)
-    check_numbers("fit_amortized", above=0, lr=lr, clip_norm=clip_norm)
-    check_choice("fit_amortized", ("skip", "raise"), on_nonfinite=on_nonfinite)
+    kwargs = joined(CALLER, kwargs, model_kwargs)
+    check_integers(CALLER, 20, num_simulations=num_simulations)
+    check_integers(CALLER, rounds=rounds, patience=patience, simulation_batch_size=simulation_batch_size)
+    check_integers(CALLER, optional=True, max_epochs=max_epochs, batch_size=batch_size)
+    if not isinstance(guide, AutoFlow) or guide.encoder is None:
+        raise ValueError(
+            f"{CALLER}: the guide must be an AutoFlow with an encoder, AutoFlow(model, encoder=...), got "
+            f"{type(guide).__name__}{' without one' if isinstance(guide, AutoFlow) else ', which fit_svi trains'}."
+        )
+    check_numbers(CALLER, above=0, below=1, held_out=held_out)
+    loss = checked(CALLER, objective, Likelihood)
+    check_numbers(CALLER, above=0, lr=lr, clip_norm=clip_norm)
+    check_choice(CALLER, ("skip", "raise"), on_nonfinite=on_nonfinite)
     ends = f".{rounds}.simulations" if rounds > 1 else ".simulations"
-    file = check_path("fit_amortized", "checkpoint", checkpoint, ends)
-    simulator = Simulator("fit_amortized", model, args, kwargs)
-    if (rounds > 1 or observed) and (observed is None or observed.keys() != simulator.sites.keys()):
-        raise ValueError(
-            f"fit_amortized: rounds={rounds} needs observed={{{', '.join(f'{n!r}: ...' for n in simulator.sites)}}}, "
-            f"the data to draw simulations for, got {observed!r:.100}."
-        )
-    if rounds > 1 and vectorize == "loop":
-        raise ValueError(
-            f"fit_amortized: rounds={rounds} draws many latents for each that it keeps, all at once; it needs "
-            "another vectorize."
-        )
-    for name, value in (observed or {}).items():
-        shape = simulator.model.single.nodes[simulator.sites[name]]["value"].shape
-        if value.shape != shape:
-            raise ValueError(
-                f"fit_amortized: observed[{name!r}] must be one data set of shape {tuple(shape)}, got "
-                f"{tuple(value.shape)}."
-            )
+    file = check_path(CALLER, "checkpoint", checkpoint, ends)
+    simulator = Simulator(CALLER, model, args, kwargs)
+    _check_rounds(simulator, rounds, observed, vectorize)
     if simulations is not None:
         given = simulations
         simulations = processes.first(lambda: given)  # each may have drawn its own
-        check_given("fit_amortized", simulations, simulator.sites, rounds)
+        check_given(CALLER, simulations, simulator.sites, rounds)
         num_simulations = len(simulations)
-    sizes = [num_simulations * (r + 1) // rounds - num_simulations * r // rounds for r in range(rounds)]
     known: Simulations | None = None
-    for number, size in enumerate(sizes, 1):
-        part = file.with_name(f"{file.name}.{number}") if file and rounds > 1 else file
+    for number in range(rounds):
+        size = num_simulations * (number + 1) // rounds - num_simulations * number // rounds
+        part = file.with_name(f"{file.name}.{number + 1}") if file and rounds > 1 else file
 
-        def draw(size: int = size, known: Simulations | None = known) -> Simulations:
-            truncated = Truncated(simulator, guide, observed) if known is not None and observed else None
+        def draw(size: int = size, first: bool = known is None) -> Simulations:
+            truncated = None if first or not observed else Truncated(simulator, guide, observed)
 
             def own() -> Simulations:
                 number = -(-size // processes.size())
@@ -185,48 +181,127 @@ def fit_amortized(
             processes.apart()
             parts = processes.each(own)
             processes.as_one()
-            return functools.reduce(Simulations.join, parts).take(slice(size)) if parts[1:] else parts[0]
+            return functools.reduce(Simulations.join, parts).take(slice(size))
 
         key = {"data": fingerprint((*args, *kwargs.values(), *(observed or {}).values())), "number": size}
-        new = simulations or (draw() if part is None else _kept(part, draw, key))
-        known = new if known is None else known.join(new)
-        fit = train(
-            simulator,
+        new = simulations or _kept(part, draw, {"steps": 0, **key})
+        known = known.join(new) if known else new
+        rows = _Rows(simulator, guide, known, loss, held_out, batch_size)
+        fit = train_on_rows(
             guide,
-            known,
-            loss,
-            max_epochs=max_epochs,
-            batch_size=batch_size,
+            [parameter for parameter in guide.parameters() if parameter.requires_grad],
+            rows.source,
+            rows.loss,
+            rows.loss_held_out,
+            max_epochs=max_epochs or max(10, round(200 * min(1.0, math.sqrt(10_000 / len(known))))),
+            patience=patience,
             lr=lr,
             clip_norm=clip_norm,
-            share=held_out,
-            patience=patience,
             on_nonfinite=on_nonfinite,
-            checkpoint=part,
             progress=progress,
+            diagnose=lambda: "the guide's density of simulated latents",
+            checkpoint=part,
+            settings={"data": rows.mark, "batch_size": rows.source.epochs.size, "objective": repr(loss)},
+            show=shown(loss),
+            caller=CALLER,
         )
         if fit.stopped == "interrupted":
             break
     return fit
 
 
-def _kept(file: Path, draw: Callable[[], Simulations], settings: dict[str, Any]) -> Simulations:
-    """The simulations beside a checkpoint, drawn and put there where there are none."""
+def _check_rounds(simulator: Simulator, rounds: int, observed: dict[str, Tensor] | None, vectorize: str) -> None:
+    """Refuse data to draw simulations for that are missing, or not those of one data set."""
+    if (rounds > 1 or observed) and (observed is None or observed.keys() != simulator.sites.keys()):
+        raise ValueError(
+            f"{CALLER}: rounds={rounds} needs observed={{{', '.join(f'{n!r}: ...' for n in simulator.sites)}}}, "
+            f"the data to draw simulations for, got {observed!r:.100}."
+        )
+    if rounds > 1 and vectorize == "loop":
+        raise ValueError(f"{CALLER}: rounds={rounds} draws many latents at once; use another vectorize than 'loop'.")
+    for name, value in (observed or {}).items():
+        shape = simulator.model.single.nodes[simulator.sites[name]]["value"].shape
+        if value.shape != shape:
+            raise ValueError(f"{CALLER}: observed[{name!r}] must have shape {tuple(shape)}, got {tuple(value.shape)}.")
+
+
+def _kept(file: Path | None, draw: Callable[[], Simulations], settings: dict[str, Any]) -> Simulations:
+    """Return the simulations beside a checkpoint, drawn and put there where there are none."""
+    if file is None:
+        return draw()
     beside = file.with_name(f"{file.name}.simulations")
-    kept = checkpoints.read(beside, {"steps": 0, **settings}, "fit_amortized")
+    kept = checkpoints.read(beside, settings, CALLER)
     if kept is not None:
         return Simulations(kept["latents"], kept["data"])
-    new, attempts = draw(), Attempts("fit_amortized", "checkpoint", beside)
-    state = {"settings": {"steps": 0, **settings}, "latents": new.latents, "data": new.data}
-    attempts.note(checkpoints.write(beside, state))
+    new = draw()
+    state = {"settings": settings, "latents": new.latents, "data": new.data}
+    Attempts(CALLER, "checkpoint", beside).note(checkpoints.write(beside, state))
     return new
 
 
-def _check(guide: Any, held_out: float) -> None:
-    """Raise one clear error that names the argument and its value."""
-    if not isinstance(guide, AutoFlow) or guide.encoder is None:
-        raise ValueError(
-            "fit_amortized: the guide must be an AutoFlow with an encoder, AutoFlow(model, encoder=...), got "
-            f"{type(guide).__name__}{' without one' if isinstance(guide, AutoFlow) else ', which fit_svi trains'}."
-        )
-    check_numbers("fit_amortized", above=0, below=1, held_out=held_out)
+class _Rows:
+    """Simulations in batches, with latents and data standardised, a share of which is held out; and their loss."""
+
+    def __init__(
+        self,
+        simulator: Simulator,
+        guide: AutoFlow,
+        simulations: Simulations,
+        objective: nn.Module,
+        share: float,
+        batch_size: int | None,
+    ) -> None:
+        self._simulator, self._guide, self._objective = simulator, guide, objective
+        # Those of others may come in an order; the same one each time, so that a run goes on with the same held out.
+        order = torch.randperm(len(simulations), generator=torch.Generator().manual_seed(0))
+        self._simulations = simulations.take(order)
+        self._z, self._log_det = _standardise(simulator, guide, self._simulations)
+        self.mark = fingerprint((self._z, *self._simulations.data.values()))
+        number = max(1, len(order) - math.ceil(share * len(order)))
+        train, judge = torch.arange(len(order)).unsqueeze(-1).tensor_split([number])
+        self.source, self._judge = Rows(train, None, suited_size(number, batch_size)), Rows(judge, None)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the mean loss of a batch: the numbers of some simulations, ``(N, 1)``."""
+        index = batch[0][:, 0]
+        args, kwargs = self._simulator.arguments(self._simulations.take(index).data)
+        context = self._guide.context(*args, **kwargs)
+        if context is None or context.shape[:-1] != index.shape:
+            shape = None if context is None else tuple(context.shape)
+            raise ValueError(f"{CALLER}: the encoder must return shape ({len(index)}, context_dim), got {shape}.")
+        loss = self._objective(self._guide.flow, self._z[index], context)
+        return loss - self._log_det[index].mean() if getattr(self._objective, "in_nats", False) else loss
+
+    def loss_held_out(self, _: int) -> float:
+        """Return the mean loss of the simulations held out."""
+        return sum_of(self.loss, self._judge) / len(self._judge.x)
+
+
+def _standardise(simulator: Simulator, guide: AutoFlow, simulations: Simulations) -> tuple[Tensor, Tensor]:
+    """Set the guide up and standardise; return the packed latents ``(N, latent_dim)`` and log|det| of the packing."""
+    for name, value in simulations.data.items():
+        check_draws(CALLER, "data argument", name, value)
+    args, kwargs = simulator.arguments(simulations.row(0))
+    guide.setup(*args, **kwargs)
+    for name, _ in guide.prototype_trace.iter_stochastic_nodes():
+        if name not in simulations.latents:
+            raise ValueError(f"{CALLER}: latent site {name!r} of the guide is not drawn by the model without data.")
+        check_draws(CALLER, "latent site", name, simulations.latents[name])
+    args, kwargs = simulator.arguments(simulations.row(1))
+    check_same(CALLER, simulator.model.call, guide.prototype_trace, args, kwargs)
+    with torch.no_grad():
+        z, log_det = guide.pack(simulations.latents)
+        for name, column in zip(guide.coordinates, z.T, strict=True):
+            check_draws(CALLER, "unconstrained latent site", name, column)
+        if guide.is_fresh:
+            if not guide.has_circles:
+                guide.start_at(z.median(0).values, torch.diag(_spread(z)))
+            initialize(CALLER, guide.encoder, simulator.model.call, *simulator.arguments(simulations.data))
+    return z, log_det
+
+
+def _spread(z: Tensor) -> Tensor:
+    """The standard deviation of each column, from its quartiles, which heavy tails leave alone, where they differ."""
+    quarter = max(1, len(z) // 4)
+    width = z.kthvalue(len(z) - quarter, 0).values - z.kthvalue(quarter, 0).values
+    return torch.where(width > 0, width / 1.349, z.std(0))

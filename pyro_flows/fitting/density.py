@@ -2,43 +2,44 @@
 
 Minimises -E log p(x | context) in nats of the data as they are given: the map that standardises them is part of the
 flow, its Jacobian part of the density.  Masked Autoregressive Flow for Density Estimation (Papamakarios, Pavlakou,
-Murray 2017, arXiv:1705.07057).
+Murray 2017, arXiv:1705.07057).  In mixed precision networks calculate in bfloat16, maps and log-determinants
+as they are: Mixed Precision Training (Micikevicius et al. 2017, arXiv:1710.03740).
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_flags, check_integers, check_numbers
+from ..checks import check_flags, check_integers, check_numbers
+from ..conditioners import Conditioner
 from ..data.batches import Batch, Rows, Source, sum_of
 from ..data.sources import Reader, sources
 from ..data.spread import Spread
 from ..data.survey import Survey, check_images, check_room, check_rows, warn
 from ..data.table import places_of
+from ..diagnostics import bits_per_dim, save_images
 from ..diagnostics.rounding import warn_of_round_off
-from ..encoders import Standardize
+from ..encoders import ClassEmbedding, Standardize
 from ..flows import Dequantized, Flow
 from ..objectives import Likelihood
 from ..training import processes
 from ..training.attempts import Attempts, check_path, why_not
-from ..training.loop import Fit, descend
+from ..training.loop import Fit, check_settings
 from ..training.losses import checked, shown
-from ..training.state import HeldOut
 from ..transforms import FixedAffine
 from .inspect import design, fingerprint
-from .pictures import draw, in_bits
-from .precision import networks_in_bfloat16
+from .rows import train_on_rows
 from .start import culprit, start
 
 CALLER = "fit_density"
+NUMBER = 64  # images in a picture
 
 
 @processes.together
@@ -147,11 +148,10 @@ def fit_density(
     check_flags(CALLER, standardize=standardize, mixed_precision=mixed_precision, progress=progress)
     check_flags(CALLER, optional=True, heavy_tails=heavy_tails)
     check_numbers(CALLER, above=0, lr=lr)
-    check_numbers(CALLER, above=0, optional=True, clip_norm=clip_norm)
     check_numbers(CALLER, least=0, below=1, ema_decay=ema_decay)
     check_numbers(CALLER, above=0, below=1, held_out=held_out)
-    check_choice(CALLER, ("skip", "raise"), on_nonfinite=on_nonfinite)
-    file, grid = (check_path(CALLER, *given) for given in (("checkpoint", checkpoint), ("samples", samples)))
+    check_settings(CALLER, on_nonfinite=on_nonfinite, clip_norm=clip_norm)
+    file, grid = check_path(CALLER, "checkpoint", checkpoint), check_path(CALLER, "samples", samples)
     if device is not None and isinstance(flow, nn.Module):
         try:
             flow.to(device)
@@ -165,42 +165,35 @@ def fit_density(
     if grid and (grid.suffix != ".png" or grid.is_dir()):
         raise ValueError(f"{CALLER}: samples must name a .png file, got {str(grid)!r}.")
     if grid and not (pictures and reader.width in (1, 3)):
-        raise ValueError(
-            f"{CALLER}: samples are drawn of images with 1 or 3 channels, not of {tuple(reader.event_shape)}."
-        )
+        raise ValueError(f"{CALLER}: samples are drawn of images of 1 or 3 channels, not {tuple(reader.event_shape)}.")
     if mixed_precision and reader.like.dtype != torch.float32:
         raise ValueError(f"{CALLER}: mixed_precision is for flows in float32, got one in {reader.like.dtype}.")
-    clip_norm = (50.0 if pictures else 5.0) if clip_norm is None else clip_norm
     train, judge = sources(reader, x, context, validation, batch_size, held_out)
     seen, judged = (Survey(source, reader.width) for source in (train, judge))
     if pictures or reader.levels:
         places: list[int] = []
         if discrete:
-            raise ValueError(
-                f"{CALLER}: discrete is for columns of a table, got {list(discrete)}; use flows.Dequantized(flow)."
-            )
+            raise ValueError(f"{CALLER}: discrete is for tables, got {list(discrete)}; use flows.Dequantized(flow).")
         check_images(CALLER, seen, judged, reader.levels)
     else:
         places = places_of(CALLER, "discrete", () if discrete is None else discrete, reader.names, reader.width)
         check_rows(CALLER, reader.names, seen, judged, places, apart=validation is not None, span=reader.span)
         check_room(CALLER, reader.names, seen, places, reader.like.dtype)
-        plain = [place for place in range(reader.width) if place not in places]
-        warn(CALLER, reader.names, seen, plain, reader.like.dtype, again=train.again)
+        real = [place for place in range(reader.width) if place not in places]
+        warn(CALLER, reader.names, seen, real, reader.like.dtype, again=train.again)
     spread, grids = Spread(places, reader.like.device), Attempts(CALLER, "samples", grid or Path())
 
     def loss_of(batch: Batch) -> Tensor:
         return loss(flow, *spread(batch))
 
-    @torch.no_grad()
     def loss_held_out(epoch: int) -> float:
-        flow.eval()
-        with torch.random.fork_rng():
-            torch.manual_seed(processes.rank())
-            total = sum_of(loss_of, judge)
-            if grid and processes.rank() == 0:
-                grids.note(why_not(lambda: draw(flow, judged.sample[1], grid, epoch)))
-        flow.train()
+        total = sum_of(loss_of, judge)
+        if grid and processes.rank() == 0:
+            grids.note(why_not(lambda: _draw(flow, judged.sample[1], grid, epoch)))
         return total / judged.rows
+
+    def in_bits(nats: float) -> str:
+        return f"{bits_per_dim(torch.tensor(-nats), flow.event_shape):.4f} bits/dim"
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -212,28 +205,28 @@ def fit_density(
             moments = loc, scale
     plain_rows = not (pictures or reader.levels) and getattr(loss, "trains_base", True)
     heavy = (seen.has_outliers and plain_rows) if heavy_tails is None else heavy_tails
-    start(reader.flow, *moments, rows, contexts, standardize=standardize, heavy_tails=heavy)
-    parameters: list[Tensor] = [parameter for parameter in flow.parameters() if parameter.requires_grad]
-    still = {id(p) for part in flow.modules() if isinstance(part, FixedAffine | Standardize) for p in part.parameters()}
-    moved = [parameter for parameter in parameters if id(parameter) not in still]
-    flow.train()
+    start(reader.flow, rows, contexts, moments if standardize else None, heavy_tails=heavy)
+    still = {p for part in flow.modules() if isinstance(part, FixedAffine | Standardize) for p in part.parameters()}
+    moved: list[Tensor] = [p for p in flow.parameters() if p.requires_grad and p not in still]
     try:
-        with networks_in_bfloat16(flow) if mixed_precision else contextlib.nullcontext():
-            fit = descend(
-                lambda: loss_of(train.next()),
-                parameters,
-                [torch.optim.Adam(moved, lr=lr, foreach=True)],
-                trained=flow,
-                steps=max_epochs * train.steps,
+        with _networks_in_bfloat16(flow) if mixed_precision else contextlib.nullcontext():
+            fit = train_on_rows(
+                flow,
+                moved,
+                train,
+                loss_of,
+                loss_held_out,
+                max_epochs=max_epochs,
+                patience=patience,
                 lr=lr,
-                clip_norm=clip_norm,
+                decay=ema_decay,
+                clip_norm=clip_norm or (50.0 if pictures else 5.0),
                 on_nonfinite=on_nonfinite,
                 progress=progress,
                 diagnose=lambda: culprit(flow, reader.flow, rows, contexts),
-                share=lambda: train.share,
                 checkpoint=file,
                 settings={
-                    "data": [mark for pair in ((train, seen), (judge, judged)) for mark in _marks(*pair)],
+                    "data": [*_marks(train, seen), *_marks(judge, judged)],
                     "batch_size": train.epochs.size if isinstance(train, Rows) else None,
                     "discrete": places,
                     "model": design(flow),
@@ -241,13 +234,10 @@ def fit_density(
                     "ema_decay": ema_decay,
                     "mixed_precision": mixed_precision,
                 },
-                companion=train,
-                held_out=HeldOut(loss_held_out, train.steps, patience, ema_decay),
-                show=functools.partial(in_bits, flow) if pictures else shown(loss),
+                show=in_bits if pictures else shown(loss),
                 caller=CALLER,
             )
     finally:
-        flow.eval()
         grids.conclude()
     warn_of_round_off(CALLER, reader.flow, rows, contexts)
     return fit
@@ -258,3 +248,48 @@ def _marks(source: Source, survey: Survey) -> list[str]:
     if isinstance(source, Rows):
         return fingerprint((source.x, source.context))
     return [f"{survey.rows} rows in {source.steps} batches"]
+
+
+@torch.no_grad()
+def _draw(model: Flow | Dequantized, contexts: Tensor | None, path: Path, epoch: int) -> None:
+    """Write a grid of samples: of each class a column, or of contexts as they come.
+
+    Args:
+        model: The flow.
+        contexts: Contexts ``(N, ...)`` of data, or None.
+        path: The file; ``{epoch}`` in its name is replaced.
+        epoch: The number of the epoch that ended.
+    """
+    flow, levels = (model.flow, model.levels) if isinstance(model, Dequantized) else (model, None)
+    columns = 8
+    if isinstance(flow.encoder, ClassEmbedding):
+        classes = columns = min(flow.encoder.num_classes, 16)
+        contexts = torch.arange(classes).repeat(NUMBER // classes)
+    if contexts is None:
+        images = model().sample((NUMBER,))
+    else:
+        images = model(contexts[:NUMBER].to(next(flow.parameters()).device)).sample()
+    name = path.name.replace("{epoch}", f"{epoch:04d}")
+    save_images(images, path.with_name(name), columns=columns, levels=levels)
+
+
+@contextlib.contextmanager
+def _networks_in_bfloat16(flow: nn.Module) -> Iterator[None]:
+    """Let the conditioners of a flow calculate in bfloat16; their weights, and what they return, keep their dtype."""
+    with contextlib.ExitStack() as stack:
+        for part in flow.modules():
+            if isinstance(part, Flow):
+                stack.enter_context(part.uncompiled())  # a graph would keep the precision that it was made in
+            elif isinstance(part, Conditioner):
+                part.forward = _in_bfloat16(part.forward)  # type: ignore[method-assign]
+                stack.callback(delattr, part, "forward")
+        yield
+
+
+def _in_bfloat16(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def cast(x: Tensor, *context: Any) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            params = forward(x, *context)
+        return params.to(x.dtype)
+
+    return cast

@@ -1,34 +1,52 @@
-"""One fit of a guide by an ELBO: the objective, where the guide starts, and the descent."""
+"""One fit of a guide by an ELBO: the objective, where the guide starts, the pace of its networks, and the descent.
+
+A flow guide starts from a Gaussian.  Adam moves each parameter at its own pace and so crawls on ill-conditioned
+posteriors; batch and match does not.  It starts at the guide's start and, for posteriors far away, from where some
+steps of L-BFGS uphill lead.  The better of the two in ELBO is kept, so that modes of negligible mass are discarded.
+
+The settings of ``fit_svi``, its warm-up, decay, clipping and Muon, were found for weights as torch has them.  Guides
+set paces of their own, slow for networks, so that the steps of any optimiser are safe; these are put aside in training.
+What a guide learns of each row moves farther in a step than what all rows share, since a row is seen once in many.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from pyro import validation_enabled
 from pyro.infer import ELBO, Trace_ELBO
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..diagnostics.gaussian import Gaussian
+from ..conditioners.base import Network
+from ..diagnostics.gaussian import Gaussian, fit_gaussian
+from ..guides import AutoFlow
+from ..guides.contexts import RowContexts
+from ..guides.names import holders
 from ..guides.plan import plan_of
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective
+from ..programs.log_density import or_nan
+from ..programs.space import Space
 from ..programs.task import Task
 from ..training import checkpoint as checkpoints
 from ..training import processes
 from ..training.loop import Fit, ask, descend
 from ..training.randomness import unchanged
-from .beforehand import program_of
-from .inspect import culprit, fingerprint, has_all, trained_by
+from ..transforms import Elementwise, ScaledLinear
+from .inspect import culprit, fingerprint, program_of, trained_by
 from .optimizers import optimizers
-from .pace import in_training
 from .propriety import check_proper
-from .warm import start_from_gaussian
 
 SETTINGS = "num_particles", "vectorize_particles", "num_steps", "start", "alpha", "buffer_size"  # of objectives
+OF_ROWS = 32.0
+PACED = Network, Elementwise, RowContexts, ScaledLinear
+# where Pyro's JIT objectives keep what they compiled
+RECORDED = "_loss_and_surrogate_loss", "_differentiable_loss", "_jit_loss_and_surrogate_loss"
 ONE_BY_ONE = 8  # draws in each step where the model runs one at a time
 
 
@@ -51,10 +69,8 @@ class ELBOFit:
     def _default(self, num_particles: int | None) -> ELBO:
         number, processors = num_particles or self.suited.num_particles, processes.size()
         if num_particles and num_particles % processors:
-            raise ValueError(
-                f"fit_svi: num_particles={num_particles} are those of all {processors} processes together, which "
-                "must be able to share them equally; give a multiple of the number of processes, or leave it out."
-            )
+            words = f"{num_particles} are those of all {processors} processes together"
+            raise ValueError(f"fit_svi: num_particles={words}; give a multiple of {processors}, or leave it out.")
         several, by_plate = number > 1, False
         if several:
             with unchanged():
@@ -80,9 +96,8 @@ class ELBOFit:
             check_proper(self.guide, self.task)
         if not (new if warm is None else warm):
             return None
-        return start_from_gaussian(
-            self.guide, self.task, objective.beta if isinstance(objective, TemperedELBO) else 1.0
-        )
+        power = objective.beta if isinstance(objective, TemperedELBO) else 1.0
+        return start_from_gaussian(self.guide, self.task, power)
 
     def run(self, settings: dict[str, Any], file: Path | None) -> Fit:
         """Train the guide.
@@ -99,10 +114,12 @@ class ELBOFit:
         self._program = program_of(task, objective)
         parameters, lr = trained_by(self._loss, task.model.call, guide), float(settings["lr"] or self.suited.lr)
         annealed = getattr(objective, "num_steps", None)
+        own = {name: getattr(objective, name, None) for name in SETTINGS} | self.asked
+        given = (*task.model.args, *task.model.kwargs.values())
         with in_training(guide, parameters, objective):
             fewer = self.plan.schedule(near=True).steps
             # A run that goes on has known since its start.
-            near = start.is_near and has_all(guide, parameters) if start else kept == fewer
+            near = start.is_near and {*parameters} <= {*guide.parameters()} if start else kept == fewer
             near = processes.first(lambda: near)
             fit = descend(
                 self._loss,
@@ -117,7 +134,7 @@ class ELBOFit:
                 diagnose=lambda: culprit(task),
                 settled=lambda: getattr(objective, "settled", True),
                 checkpoint=file,
-                settings=self._named(),
+                settings={"objective": type(objective).__name__, **own, "data": fingerprint(given)},
                 companion=objective,
             )
         self._warn(fit)
@@ -132,12 +149,6 @@ class ELBOFit:
         found = objective.loss_and_grads(self._program, guide, *model.args, **model.kwargs)
         return torch.tensor(sum(found) if isinstance(found, tuple) else found, requires_grad=True)
 
-    def _named(self) -> dict[str, Any]:
-        """Return the settings by which a checkpoint knows the run."""
-        own = {name: getattr(self.objective, name, None) for name in SETTINGS} | self.asked
-        data = fingerprint((*self.task.model.args, *self.task.model.kwargs.values()))
-        return {"objective": type(self.objective).__name__, **own, "data": data}
-
     def _warn(self, fit: Fit) -> None:
         if fit.skipped > fit.steps / 5:
             warnings.warn(
@@ -145,3 +156,49 @@ class ELBOFit:
                 f"was learned comes from the others. {ask(lambda: culprit(self.task))}",
                 stacklevel=6,
             )
+
+
+def start_from_gaussian(guide: AutoFlow, task: Task, power: float = 1.0) -> Gaussian | None:
+    """Let a guide start from the best Gaussian found, which is where it is already if none is better.
+
+    The Gaussian is one of the posterior, or of a power of it.  Latents on circles have none, and more than 512 latents
+    are too many for a dense one.
+    """
+    if not guide.starts_from_gaussian:
+        return None
+    with validation_enabled(False):  # a place without density is for the scores to show
+        density = or_nan(Space(task).log_p)
+        found = fit_gaussian(lambda latent: power * density(latent), *guide.start)
+    guide.start_at(found.loc, found.scale_tril.norm(dim=-1).diag() if found.is_poor else found.scale_tril)
+    return found
+
+
+@contextlib.contextmanager
+def in_training(guide: Any, parameters: list[Tensor], objective: Any) -> Iterator[None]:
+    """Put a guide into training mode, with paces that suit ``fit_svi``, and then into evaluation mode, with its own.
+
+    The guide computes the same, bit for bit.
+
+    Args:
+        guide: The guide; guides that a function calls are found by their parameters.
+        parameters: The tensors that are trained.
+        objective: The loss, which forgets what it compiled: paces are constants there.
+    """
+    guides = [guide] if isinstance(guide, nn.Module) else holders(parameters)
+    parts = [part for one in guides for part in one.modules() if isinstance(part, PACED) and part.pace is not None]
+    with contextlib.ExitStack() as stack:
+        for one in guides:
+            stack.callback(one.eval)
+            one.train()
+        stack.callback(_forget, objective)
+        for part in parts:
+            stack.callback(part.set_pace, part.pace)
+            part.set_pace(OF_ROWS if isinstance(part, RowContexts) else None)
+        _forget(objective)
+        yield
+
+
+def _forget(objective: Any) -> None:
+    for name in RECORDED:
+        if name in getattr(objective, "__dict__", ()):
+            setattr(objective, name, None)

@@ -1,4 +1,4 @@
-"""What a fit needs to know of model and guide: what they train, which data they see, and which site is at fault."""
+"""Programs before and during a fit: checks, what is trained, fingerprints of data and design, the site at fault."""
 
 from __future__ import annotations
 
@@ -11,12 +11,70 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..bijectors import Bijector
+from ..objectives import PathELBO, PathEnumELBO
+from ..objectives.particles import ParticleObjective
+from ..programs.latents import check_guided, lacking
 from ..programs.log_density import is_breakdown
+from ..programs.quoting import quoted
 from ..programs.task import Task
+from ..training.randomness import unchanged
+
+
+def check_task(task: Task, objective: ELBO | None, *, search: bool) -> None:
+    """Refuse a guide that lacks latents, and programs that do not run vectorised over draws, where a fit needs both.
+
+    Args:
+        task: The model and the guide.
+        objective: The user's objective; None for the default one.
+        search: True if a place to start from is searched for.
+    """
+    if search or objective is None or isinstance(objective, PathELBO | PathEnumELBO | ParticleObjective):
+        check_guided("fit_svi: ", *task.traces)
+    if search or objective is None:
+        with unchanged():
+            _check_gradients(task)
+    if search or (_is_vectorised(objective) and not lacking(*task.traces)):
+        with unchanged():
+            task.settle()
+    if _is_vectorised(objective) and task.is_settled and task.guide.engine != "plate":
+        raise ValueError(
+            f"fit_svi: the guide{task.guide.fault}. Let it broadcast to the left of its plates, or give the objective "
+            "vectorize_particles=False."
+        )
+
+
+def _check_gradients(task: Task) -> None:
+    """Refuse a model that runs at a draw, as it did when it was traced, but not where gradients are kept."""
+    latents = task.guide.alone(lambda view: {name: view.read(name) for name in task.latents}, 1)
+    held = {name: value.detach().requires_grad_(value.is_floating_point()) for name, value in latents.items()}
+    with torch.enable_grad():
+        try:
+            task.model.with_(engine="loop").log_prob(held, 1)
+        except RuntimeError as error:
+            raise ValueError(
+                f"fit_svi: the model has no gradients, by which guides are trained: {quoted(error)}. Keep latents in "
+                "torch, without .numpy(); or learn from simulations: give an AutoFlow an encoder, and fit_amortized."
+            ) from error
+
+
+def program_of(task: Task, objective: ELBO) -> Callable[..., Any]:
+    """Return the model as an objective runs it: as it is, or, where it would not work so, lifted."""
+    if isinstance(objective, TraceEnum_ELBO):
+        return task.model.marked
+    sums_itself = not isinstance(objective, Trace_ELBO) or isinstance(objective, TraceMeanField_ELBO)
+    if sums_itself or not (task.model.enumerated or _is_vectorised(objective)):
+        return task.model.call
+    with unchanged():
+        return task.broadcasting
+
+
+def _is_vectorised(objective: ELBO | None) -> bool:
+    return bool(getattr(objective, "vectorize_particles", False)) and getattr(objective, "num_particles", 1) > 1
 
 
 def trained_by(loss: Callable[[], Tensor], model: Any, guide: Any) -> list[Tensor]:
@@ -60,11 +118,6 @@ def culprit(task: Task) -> str:
                 if not log_prob.isfinite().all():
                     return f"the {program}'s site {name!r} has a log-density that is not finite"
     return "all sites are finite in 20 single draws, so the gradient is at fault"
-
-
-def has_all(guide: nn.Module, parameters: list[Tensor]) -> bool:
-    """Whether all that is trained is the guide's, and nothing the model's."""
-    return {id(parameter) for parameter in parameters} <= {id(parameter) for parameter in guide.parameters()}
 
 
 def fingerprint(data: tuple[Any, ...]) -> list[str]:

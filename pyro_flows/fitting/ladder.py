@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,33 +68,31 @@ class Rung:
         return f"{self.name} (loss {self.fit.best_loss:.3f}, {self.fit.steps} steps, {self.seconds:.0f} s): {said}"
 
 
+@dataclass
 class Ladder:
     """Makes fits of a model, judges them and remembers them.
 
-    Args:
+    Attributes:
         fit_once: Fits a guide: ``fit_once(guide, **settings)``.
         task: The model, and the guide to begin with.
         settings: Settings of each fit.
         checkpoint: The stem of the files for the states of fits.
+        rungs: The fits, from the first to the last.
+        stopped: Why no more are made, or an empty string.
     """
 
-    def __init__(
-        self,
-        fit_once: Callable[..., Fit],
-        task: Task,
-        settings: dict[str, Any],
-        checkpoint: str | os.PathLike[str] | None,
-    ) -> None:
-        self._fit_once, self._model = fit_once, task.model
-        self._settings, self._checkpoint = settings, checkpoint
-        self.rungs: list[Rung] = []
-        self.stopped = ""
+    fit_once: Callable[..., Fit]
+    task: Task
+    settings: dict[str, Any]
+    checkpoint: str | os.PathLike[str] | None
+    rungs: list[Rung] = field(default_factory=list)
+    stopped: str = ""
 
     def fit(self, name: str, guide: AutoFlow, **settings: Any) -> Fit | None:
         """Fit a guide; None where that breaks off and there is an earlier rung to keep."""
-        file = self._checkpoint and Path(f"{os.fspath(self._checkpoint)}.{name.replace(' ', '-')}")
+        file = self.checkpoint and Path(f"{os.fspath(self.checkpoint)}.{name.replace(' ', '-')}")
         try:
-            fit = self._fit_once(guide, **{**self._settings, **settings}, checkpoint=file)
+            fit = self.fit_once(guide, **{**self.settings, **settings}, checkpoint=file)
         except (KeyboardInterrupt, ValueError, FloatingPointError, processes.Parted) as error:
             self._break_off(name, error)
             return None
@@ -111,7 +109,7 @@ class Ladder:
         start, found = time.perf_counter(), None
         if not self.stopped:
             try:
-                model, vectorize = self._model, self._settings["vectorize"]
+                model, vectorize = self.task.model, self.settings["vectorize"]
                 checked = check(model.call, fit.guide, *model.args, vectorize=vectorize, model_kwargs=model.kwargs)
                 found = self._compared(checked)
             except KeyboardInterrupt:
@@ -131,7 +129,7 @@ class Ladder:
         """Remember a fit, of several processes as the first judges it, and say so."""
         found, self.stopped = processes.first(lambda: (rung.check, self.stopped))
         self.rungs.append(dataclasses.replace(rung, check=found))
-        if self._settings["progress"] and processes.rank() == 0:
+        if self.settings["progress"] and processes.rank() == 0:
             print(f"{len(self.rungs)}. {rung}", file=sys.stderr)
 
     @property
@@ -175,26 +173,16 @@ class Ladder:
         return found
 
 
-def climb(
-    fit_once: Callable[..., Fit],
-    guide: AutoFlow,
-    task: Task,
-    settings: dict[str, Any],
-    checkpoint: str | os.PathLike[str] | None,
-    *,
-    escalate: bool,
-    restarts: int,
-) -> Fit:
+def climb(ladder: Ladder, guide: AutoFlow, *, escalate: bool, restarts: int) -> Fit:
     """Fit a guide, from several places or with growing effort or both; return the best fit, with all rungs."""
-    ladder = Ladder(fit_once, task, settings, checkpoint)
-    fresh, space = guide.rebuilt(), Space(task)
+    fresh = guide.rebuilt()
     if not escalate:
-        _restarted(ladder, guide, space, restarts)
+        _restarted(ladder, guide, restarts)
         return ladder.result()
     if guide.is_fresh and not guide.has_circles:
         gaussian = guide.rebuilt(lambda dim: Flow([ActNorm(dim)]))
         ladder.climb("Gaussian", gaussian, steps=gaussian.schedule().steps // 2)
-    if not (ladder.ended or ladder.misses_a_mode) and (flow := _restarted(ladder, guide, space, restarts)):
+    if not (ladder.ended or ladder.misses_a_mode) and (flow := _restarted(ladder, guide, restarts)):
         ladder.judge("flow", flow, 0.0 if restarts > 1 else flow.seconds)
     if not (ladder.ended or ladder.misses_a_mode):
         deeper = (copy.deepcopy if guide.has_circles else _deepened)(ladder.rungs[-1].fit.guide)
@@ -207,24 +195,23 @@ def climb(
     return ladder.result()
 
 
-def _restarted(ladder: Ladder, guide: AutoFlow, space: Space, restarts: int) -> Fit | None:
+def _restarted(ladder: Ladder, guide: AutoFlow, restarts: int) -> Fit | None:
     """The best of several fits of one flow, the first from the guide's own start."""
     best = ladder.fit("flow", guide)
     if best is None or restarts == 1:
         return best
-    starts = [Rung("start 1", best, None, best.seconds)]
-    ladder.note(starts[0])
+    before = len(ladder.rungs)
+    ladder.note(Rung("start 1", best, None, best.seconds))
     for number in range(2, restarts + 1):
         if ladder.stopped:
             break
         again = guide.rebuilt()
         if not guide.has_circles:  # else it differs by its random weights alone
-            place = _elsewhere(space, guide.start[0])
+            place = _elsewhere(Space(ladder.task), guide.start[0])
             again.start_at(place, guide.start[1] * torch.eye(len(place)).to(place))
         if fit := ladder.fit(f"start {number}", again):
-            starts.append(Rung(f"start {number}", fit, None, fit.seconds))
-            ladder.note(starts[-1])
-    return max(starts, key=lambda rung: rung.elbo).fit
+            ladder.note(Rung(f"start {number}", fit, None, fit.seconds))
+    return max(ladder.rungs[before:], key=lambda rung: rung.elbo).fit
 
 
 @torch.no_grad()

@@ -58,12 +58,8 @@ def _orthonormal(matrices: Tensor, coefficients: tuple[float, float, float], ste
 
 def optimizers(parameters: list[Tensor], lr: float, matrices: list[Tensor]) -> list[torch.optim.Optimizer]:
     """Optimizers that together train all parameters."""
-    special = {id(matrix) for matrix in matrices}
-    by_muon = [parameter for parameter in parameters if id(parameter) in special]
-    by_adam = [parameter for parameter in parameters if id(parameter) not in special]
-    found: list[torch.optim.Optimizer] = []
-    if by_adam:
-        found.append(torch.optim.Adam(by_adam, lr=lr, foreach=True))
-    if by_muon:
-        found.append(Muon(by_muon, lr=lr))
-    return found
+    special = set(matrices)
+    by_muon = [parameter for parameter in parameters if parameter in special]
+    by_adam = [parameter for parameter in parameters if parameter not in special]
+    found: list[torch.optim.Optimizer] = [torch.optim.Adam(by_adam, lr=lr, foreach=True)] if by_adam else []
+    return [*found, Muon(by_muon, lr=lr)] if by_muon else found

@@ -10,7 +10,6 @@ component of a mixture does, is not found out.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -28,13 +27,13 @@ MANY = 200  # latents with flat priors, beyond which the search would take long
 
 def check_proper(guide: AutoFlow, task: Task) -> None:
     """Refuse a model whose posterior cannot be normalised, by the names of the sites at fault, where that shows."""
-    names, on_lines, elsewhere = _flat_latents(guide)
-    if not 0 < len(on_lines) + len(elsewhere) <= MANY:
+    names, flat = _flat_latents(guide)
+    if not 0 < sum(map(len, flat.values())) <= MANY:
         return
     with validation_enabled(False):
         density = or_nan(Space(task).log_p)
-        for places in (on_lines, elsewhere):
-            for direction in _straight_lines(density, guide.start[0], places, places is on_lines):
+        for on_lines, places in flat.items():
+            for direction in _straight_lines(density, guide.start[0], places, on_lines):
                 sites = sorted({names[place] for place in (direction.abs() > 0.1).nonzero().flatten().tolist()})
                 which = f"latent site{'s' * (len(sites) > 1)} {', '.join(map(repr, sites))}"
                 raise ValueError(
@@ -43,11 +42,10 @@ def check_proper(guide: AutoFlow, task: Task) -> None:
                 )
 
 
-def _flat_latents(guide: AutoFlow) -> tuple[list[str], list[int], list[int]]:
-    """The site of each packed latent, and which of these have flat priors: on the real line, and elsewhere."""
+def _flat_latents(guide: AutoFlow) -> tuple[list[str], dict[bool, list[int]]]:
+    """Return the site of each packed latent, and those with flat priors: on the real line (True), and elsewhere."""
     names: list[str] = []
-    on_lines: list[int] = []
-    elsewhere: list[int] = []
+    flat: dict[bool, list[int]] = {True: [], False: []}
     for name, site in guide.prototype_trace.iter_stochastic_nodes():
         fn, support = site["fn"], site["fn"].support
         size = biject_to(support).inverse_shape(fn.shape()).numel()
@@ -55,16 +53,12 @@ def _flat_latents(guide: AutoFlow) -> tuple[list[str], list[int], list[int]]:
         names += [name] * size
         while isinstance(support, constraints.independent):
             support = support.base_constraint
-        if not _is_flat(fn) or isinstance(support, constraints.interval):
-            continue
-        (on_lines if isinstance(support, type(constraints.real)) else elsewhere).extend(places)
-    return names, on_lines, elsewhere
-
-
-def _is_flat(fn: Any) -> bool:
-    while isinstance(fn, dist.Independent):
-        fn = fn.base_dist
-    return isinstance(fn, dist.ImproperUniform | dist.MaskedDistribution)
+        while isinstance(fn, dist.Independent):
+            fn = fn.base_dist
+        is_flat = isinstance(fn, dist.ImproperUniform | dist.MaskedDistribution)
+        if is_flat and not isinstance(support, constraints.interval):
+            flat[isinstance(support, type(constraints.real))] += places
+    return names, flat
 
 
 def _straight_lines(density: LogDensity, start: Tensor, places: list[int], on_lines: bool) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ says of places where it never was can be anything, and a normal density makes th
 from __future__ import annotations
 
 import contextlib
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,53 +19,44 @@ from ..encoders.base import at_rest
 from ..encoders.standardize import learning
 from ..flows import Flow
 from ..guides.recipe import permutes
-from ..transforms import FixedAffine, FlowTransform, PerPixel
+from ..transforms import FixedAffine, PerPixel
 
 INITIAL = 5000  # rows that layers such as ActNorm start from
 FEW = 512  # images, of which each is many rows
+Moments = tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def start(
-    flow: Flow,
-    loc: Tensor,
-    scale: Tensor,
-    x: Tensor,
-    context: Tensor | None,
-    *,
-    standardize: bool,
-    heavy_tails: bool,
-) -> None:
+def start(flow: Flow, x: Tensor, context: Tensor | None, moments: Moments | None, *, heavy_tails: bool) -> None:
     """Prepare a flow that does no more than permute, beyond rotations that it starts from; leave any other as it is.
 
-    A fixed affine map is put at its end, or set if it is there, and a ``Standardize`` before its transforms where they
-    take contexts as they are.
+    To standardise, a fixed affine map is put at its end, or set if it is there, and a ``Standardize`` before its
+    transforms where they take contexts as they are.  Layers that start from data, an encoder's too, see some.
 
     Args:
         flow: The flow.
-        loc: The mean of each column, ``(D,)``, or of each channel.
-        scale: The standard deviation of each.
         x: Some of the rows, on the flow's device, ``(N, *event_shape)``.
         context: Their contexts, ``(N, ...)``.
-        standardize: Whether to do more than to let layers that start from data, an encoder's too, see some.
+        moments: The mean and the standard deviation of each column, ``(D,)``, or of each channel; None to leave x and
+            contexts as they are.
         heavy_tails: Whether the base, where it is the standard normal, shall be a Student's t.
     """
     if not permutes(flow.transforms, x.new_zeros(flow.event_shape)):
         return
     if heavy_tails and type(flow.base) is StandardNormal:
         flow.base = StudentTBase(flow.event_shape).to(x)
-    if standardize:
+    if moments:
+        loc, scale = moments
         if isinstance(flow.base, CircularBase):  # angles have a scale of their own
             angles = flow.base.circular.to(loc.device)
             loc, scale = loc.masked_fill(angles, 0.0), scale.masked_fill(angles, 1.0)
-        if not isinstance(_of_columns(flow.transforms[-1]), FixedAffine):
-            assert isinstance(flow.transforms, nn.ModuleList)
+        last = flow.transforms[-1]
+        fixed = last.inner if isinstance(last, PerPixel) else last  # of columns, or of the channels of each pixel
+        if not isinstance(fixed, FixedAffine):
             columns, *size = flow.event_shape
             fixed = FixedAffine(columns, dense=False).to(x)
-            flow.transforms.append(PerPixel(fixed, size) if size else fixed)
-        last = _of_columns(flow.transforms[-1])
-        assert isinstance(last, FixedAffine)
-        last.set(loc, scale)
+            cast(nn.ModuleList, flow.transforms).append(PerPixel(fixed, size) if size else fixed)
+        fixed.set(loc, scale)
         if flow.context_dim and flow.encoder is None:
             flow.encoder = Standardize((flow.context_dim,)).to(x)
     with at_rest(flow):
@@ -74,11 +66,6 @@ def start(
         with contextlib.suppress(NotImplementedError):  # by an inverse of such a layer
             number = INITIAL if len(flow.event_shape) == 1 else FEW
             flow.initialize(x[:number], None if context is None else context[:number])
-
-
-def _of_columns(layer: FlowTransform) -> FlowTransform:
-    """What a layer does to the columns of a table, or to the channels of each pixel."""
-    return layer.inner if isinstance(layer, PerPixel) else layer
 
 
 def _fresh_parts(encoder: nn.Module) -> list[Standardize]:

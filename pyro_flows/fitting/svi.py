@@ -6,7 +6,6 @@ in Probabilistic Programming (Wingate, Weber 2013, arXiv:1301.1299).
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,11 +20,11 @@ from ..programs.task import Task
 from ..training import processes
 from ..training.attempts import check_path
 from ..training.loop import Fit, check_settings
-from .beforehand import check_task
 from .elbo import ELBOFit
-from .inspect import check_no_parameters
-from .ladder import climb
+from .inspect import check_no_parameters, check_task
+from .ladder import Ladder, climb
 
+CALLER = "fit_svi"
 LONGEST_END = ".deeper-and-longer"  # that a fit of several gives the name of a checkpoint
 
 
@@ -130,77 +129,58 @@ def fit_svi(
         >>> fit.losses.shape, bool((guide.median()["x"] - 1).abs() < 0.2)  # the posterior is Normal(1, 0.71)
         (torch.Size([20]), True)
     """
-    kwargs = joined("fit_svi", kwargs, model_kwargs)
+    kwargs = joined(CALLER, kwargs, model_kwargs)
+    check_integers(CALLER, restarts=restarts)
+    check_integers(CALLER, optional=True, steps=steps, num_particles=num_particles)
+    check_flags(CALLER, escalate=escalate, progress=progress)
+    check_flags(CALLER, optional=True, warm_start=warm_start)
+    check_settings(CALLER, on_nonfinite=on_nonfinite, lr=lr, clip_norm=clip_norm)
+    _check_objective(objective, steps)
+    several = escalate or restarts > 1
+    file = check_path(CALLER, "checkpoint", checkpoint, LONGEST_END if several else "")
+    if several:
+        _check_several(guide, objective, escalate=escalate)
+        guide.setup(*args, **kwargs)
+    elif warm_start and not plan_of(guide).is_joint:
+        raise ValueError(f"{CALLER}: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
+    else:
+        settle(objective)
+    task = Task(model, guide, args, kwargs, vectorize)
+    check_task(task, objective, search=several or bool(warm_start))
     settings: dict[str, Any] = {
         "steps": steps,
-        "objective": objective,
-        "num_particles": num_particles,
         "lr": lr,
         "clip_norm": clip_norm,
         "warm_start": warm_start,
         "on_nonfinite": on_nonfinite,
         "progress": progress,
     }
-    check_integers("fit_svi", restarts=restarts)
-    check_flags("fit_svi", escalate=escalate)
-    _check(**settings)
-    several = escalate or restarts > 1
-    file = check_path("fit_svi", "checkpoint", checkpoint, LONGEST_END if several else "")
-    if several:
-        _check_several(guide, objective, escalate=escalate)
-        guide.setup(*args, **kwargs)
-    elif warm_start and not plan_of(guide).is_joint:
-        raise ValueError(f"fit_svi: warm_start=True is for an AutoFlow, not for {type(guide).__name__}.")
-    else:
-        settle(objective)
-    task = Task(model, guide, args, kwargs, vectorize)
-    check_task(task, objective, search=several or bool(warm_start))
-    if several:
-        check_no_parameters(task)
-        fit_once = functools.partial(_again, model, args, kwargs)
-        return climb(
-            fit_once, guide, task, settings | {"vectorize": vectorize}, checkpoint, escalate=escalate, restarts=restarts
-        )
-    return ELBOFit(task, objective, num_particles).run(settings, file)
+    if not several:
+        return ELBOFit(task, objective, num_particles).run(settings, file)
+    check_no_parameters(task)
+    settings |= {"objective": objective, "num_particles": num_particles, "vectorize": vectorize}
+
+    def again(guide: AutoFlow, **settings: Any) -> Fit:
+        return fit_svi(model, guide, *args, model_kwargs=kwargs, **settings)
+
+    return climb(Ladder(again, task, settings, checkpoint), guide, escalate=escalate, restarts=restarts)
 
 
-def _again(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], guide: AutoFlow, **settings: Any
-) -> Fit:
-    return fit_svi(model, guide, *args, model_kwargs=kwargs, **settings)
-
-
-def _check(
-    *,
-    steps: int | None,
-    objective: ELBO | None,
-    num_particles: int | None,
-    progress: bool,
-    warm_start: bool | None,
-    **settings: Any,
-) -> None:
-    """Refuse settings that are out of their range."""
-    check_integers("fit_svi", optional=True, steps=steps, num_particles=num_particles)
-    if objective is not None and not any(
-        hasattr(objective, verb) for verb in ("differentiable_loss", "loss_and_grads")
-    ):
-        raise TypeError(f"fit_svi: objective must be a Pyro ELBO such as Trace_ELBO(), got {quoted(objective)}.")
-    check_flags("fit_svi", progress=progress)
-    check_flags("fit_svi", optional=True, warm_start=warm_start)
-    check_settings("fit_svi", **settings)
+def _check_objective(objective: ELBO | None, steps: int | None) -> None:
+    """Refuse what is no ELBO, and fewer steps than it anneals over."""
+    verbs = "differentiable_loss", "loss_and_grads"
+    if objective is not None and not any(hasattr(objective, verb) for verb in verbs):
+        raise TypeError(f"{CALLER}: objective must be a Pyro ELBO such as Trace_ELBO(), got {quoted(objective)}.")
     annealed = getattr(objective, "num_steps", None)
     if steps and annealed and steps < annealed:
-        raise ValueError(
-            f"fit_svi: steps={steps} end before the num_steps={annealed} in which the objective reaches the "
-            "posterior.  Leave steps out, or give the objective as many."
-        )
+        raise ValueError(f"{CALLER}: steps={steps} end before the num_steps={annealed} of objective; leave steps out.")
 
 
 def _check_several(guide: Any, objective: ELBO | None, *, escalate: bool) -> None:
     """Refuse guides and objectives that cannot be fitted several times."""
     if not plan_of(guide).is_joint:
-        raise ValueError(f"fit_svi: escalate and restarts are for an AutoFlow, not for {type(guide).__name__}.")
+        raise ValueError(f"{CALLER}: escalate and restarts are for an AutoFlow, not for {type(guide).__name__}.")
     if guide.encoder is not None:
-        raise ValueError("fit_svi: escalate and restarts fit one data set; give guide.bind(...), or no encoder.")
+        raise ValueError(f"{CALLER}: escalate and restarts fit one data set; give guide.bind(...), or no encoder.")
     if escalate and objective is not None:
-        raise ValueError("fit_svi: escalate=True chooses objectives itself; leave out objective, or escalate.")
+        raise ValueError(f"{CALLER}: escalate=True chooses objectives itself; leave out objective, or escalate.")

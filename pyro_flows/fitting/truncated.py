@@ -56,9 +56,8 @@ class Truncated:
             return {name: torch.cat([part[name] for part in kept])[:number] for name in kept[0]}
         if hidden := kept[0].keys() - set(self.names):
             raise ValueError(
-                "fit_amortized: less than one in a thousand of the prior's draws is near the posterior of observed, "
-                f"and latent site {min(hidden)!r}, which the guide does not show, comes before those that it does: "
-                "the prior within the region cannot be drawn. Use rounds=1, or a guide that shows it."
+                "fit_amortized: too few of the prior's draws are near the posterior of observed to draw anew the "
+                f"latent site {min(hidden)!r}, which the guide does not show. Use rounds=1, or a guide that shows it."
             )
         return self._resampled(number)
 
@@ -85,14 +84,12 @@ class Truncated:
 
         With them come the latents before them, from the same draws of the model.
         """
-        single, data = self.simulator.model.single, self.simulator.sites.values()
+        sites, data = self.simulator.model.single.iter_stochastic_nodes(), self.simulator.sites.values()
+        latents = [name for name, _ in sites if name not in data]
 
         def read(view: View) -> Values:
-            before = [name for name, _ in single.iter_stochastic_nodes() if name in view.trace.nodes]
-            return {
-                "log_p": view.log_prob(self.names.__contains__),
-                **{n: view.read(n) for n in before if n not in data},
-            }
+            drawn = {name: view.read(name) for name in latents if name in view.trace.nodes}
+            return {**drawn, "log_p": view.log_prob(self.names.__contains__)}
 
         found = self.simulator.model.sample(read, values or {}, size, place=self._before_data)
         return found, found.pop("log_p")
