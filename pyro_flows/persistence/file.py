@@ -19,9 +19,8 @@ from ..files import save_tensors, write_atomically
 from ..flows import Dequantized, Flow
 from ..guides import AutoFlow, AutoPlateFlow
 from .allowance import Allowance, check_numbers
-from .archive import Archive, Damaged
+from .archive import Archive, Damaged, Foreign
 from .classes import BY_TYPE, ROOTS
-from .pickles import Foreign
 from .spec import WAY_OUT, build, describe, named
 from .state import check_comes_back, marks_of, restore, state_of
 
