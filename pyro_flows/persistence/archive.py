@@ -82,9 +82,8 @@ class Archive:
         self._storages: dict[str, tuple[torch.dtype, Tensor]] = {}
         self.squares = 0
         self._seen: set[int] = set()
-        data = bytes(self._bytes(pickles[0]).numpy())
-        order = self._parts.get(f"{self._root}byteorder")
-        self._swapped = order is not None and bytes(self._bytes(order.filename).numpy()).decode() != sys.byteorder
+        data, order = self._bytes(pickles[0]), f"{self._root}byteorder"
+        self._swapped = order in self._parts and self._bytes(order).decode() != sys.byteorder
         self.content = _Unpickler(data, self).load()
         check_size(self.content, len(data))
         self.nbytes = sum(values.nbytes for _, values in self._storages.values())
@@ -99,15 +98,15 @@ class Archive:
         if sum(info.file_size for info in parts) > size:
             raise ValueError("its parts claim to be larger than it is")
 
-    def _bytes(self, name: str) -> Tensor:
-        """Return the bytes of a part, ``(size,)``, whose sum is right."""
+    def _bytes(self, name: str) -> bytearray:
+        """Return the bytes of a part, whose sum is right."""
         try:
             content = bytearray(self._zip.read(name))
         except (zipfile.BadZipFile, EOFError) as error:
             raise Damaged(name) from error
         if len(content) < self._parts[name].file_size:
             raise Damaged(name)
-        return torch.from_numpy(np.frombuffer(content, np.uint8))
+        return content
 
     def storage(self, dtype: object, key: object, numel: object) -> Tensor:
         """Return all numbers of a part, ``(numel,)``."""
@@ -118,9 +117,9 @@ class Archive:
             if name not in self._parts or self._parts[name].file_size != numel * dtype.itemsize:
                 raise ValueError(f"a tensor is to have {numel} numbers, which its part {key!r:.40} has not")
             own = self._bytes(name)
-            if self._swapped and dtype.itemsize > 1:
-                own.numpy().view(f"u{dtype.itemsize}").byteswap(inplace=True)
-            self._storages[key] = dtype, own.view(dtype) if numel else torch.empty(0, dtype=dtype)
+            if self._swapped:
+                np.frombuffer(own, f"u{dtype.itemsize}").byteswap(inplace=True)
+            self._storages[key] = dtype, torch.frombuffer(own, dtype=dtype) if numel else torch.empty(0, dtype=dtype)
         known, values = self._storages[key]
         if known != dtype or len(values) != numel:
             raise ValueError(f"its part {key!r:.40} is to be of {known} and of {dtype}")
@@ -155,7 +154,7 @@ class _Unpickler(pickle._Unpickler):  # the one in Python, since the one in C ha
 
     stack: list[Any]
 
-    def __init__(self, data: bytes, archive: Archive) -> None:
+    def __init__(self, data: bytearray, archive: Archive) -> None:
         super().__init__(io.BytesIO(data))
         self._archive = archive
         self._named = DTYPES | {
@@ -191,8 +190,7 @@ class _Unpickler(pickle._Unpickler):  # the one in Python, since the one in C ha
         raise Foreign("an opcode")
 
     def _set_item(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._update([key, value])
+        self._update([self.stack.pop(-2), self.stack.pop()])
 
     def _set_items(self) -> None:
         self._update(self.pop_mark())  # type: ignore[attr-defined]

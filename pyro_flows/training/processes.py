@@ -171,24 +171,21 @@ def meet(failure: Exception | None = None) -> None:
         Parted: If another process has failed, with what it says.
     """
     device = "cpu" if "cpu:" in dist.get_backend_config() else "cuda"
-    failed = torch.tensor(failure is not None, dtype=torch.long, device=device)
+    flag = torch.tensor(failure is not None, dtype=torch.long, device=device)
+    refused = getattr(failure, "refused", isinstance(failure, ValueError | FloatingPointError))
+    said: list[Any] = [None] * size()
     with reaching():
-        dist.all_reduce(failed, dist.ReduceOp.MAX)
-        if not failed:
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        if not flag:
             return
-        said: list[Any] = [None] * size()
-        dist.all_gather_object(said, failure and (f"{type(failure).__name__}: {failure}", _is_refusal(failure)))
+        dist.all_gather_object(said, (f"{type(failure).__name__}: {failure}", refused) if failure else None)
     _end_call()
     if failure:
         raise failure
-    number, (problem, _) = next((number, found) for number, found in enumerate(said) if found)
+    failed = {number: found for number, found in enumerate(said) if found}
+    number, (problem, _) = next(iter(failed.items()))
     message = f"process {number} of {size()} has failed: {problem}"
-    raise Parted(message, refused=all(refused for _, refused in filter(None, said)))
-
-
-def _is_refusal(error: Exception) -> bool:
-    """True if a fit was refused, or found to be none, in this process or in others."""
-    return error.refused if isinstance(error, Parted) else isinstance(error, ValueError | FloatingPointError)
+    raise Parted(message, refused=all(others for _, others in failed.values()))
 
 
 def _packed(make: Callable[[], T]) -> tuple[T, bytes]:
@@ -290,7 +287,10 @@ def agree(caller: str, settings: dict[str, Any], parameters: list[Tensor]) -> No
     """
     if alone():
         return
-    found = each(lambda: ({name: repr(value) for name, value in settings.items()}, _gpu(parameters)))
+    device, gpu = parameters[0].device, ""
+    if device.type == "cuda" and "nccl" in dist.get_backend_config():
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
+    found = each(lambda: ({name: repr(value) for name, value in settings.items()}, gpu))
     for number, (others, _) in enumerate(found):
         if differ := [name for name, value in found[0][0].items() if others.get(name) != value]:
             raise ValueError(
@@ -303,10 +303,3 @@ def agree(caller: str, settings: dict[str, Any], parameters: list[Tensor]) -> No
             f"{caller}: two processes train on one GPU. Give each its own: `torchrun --virtual-local-rank ...`, or "
             'torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) before the flow or guide is put on "cuda".'
         )
-
-
-def _gpu(parameters: list[Tensor]) -> str:
-    """Which GPU this process trains on, where nccl adds up."""
-    if not parameters[0].is_cuda or "nccl" not in dist.get_backend_config():
-        return ""
-    return str(torch.cuda.get_device_properties(parameters[0].device).uuid)
