@@ -22,6 +22,15 @@ def import_arviz() -> ModuleType:
     return arviz
 
 
+def _array_stats() -> Any:
+    """Return the functions of arrays of ArviZ 1.x, None for ArviZ 0.2x, which has them at its top."""
+    if hasattr(import_arviz(), "psislw"):
+        return None
+    from arviz_stats.base import array_stats
+
+    return array_stats
+
+
 def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     """Pareto-smoothed, normalised log-weights and k-hat of raw log-weights ``(S,)``.
 
@@ -32,25 +41,16 @@ def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     tail = np.sort(log_weights)[-math.ceil(min(size / 5, 3 * math.sqrt(size))) :]
     if tail[-1] - tail[0] < ROUND_OFF:
         return log_weights - np.logaddexp.reduce(log_weights), -math.inf
-    arviz = import_arviz()
-    if hasattr(arviz, "psislw"):
-        smoothed, khat = arviz.psislw(log_weights)
+    if (stats := _array_stats()) is not None:
+        smoothed, khat = stats.psislw(-log_weights)  # ArviZ 1.x takes the negative of the log-ratios
     else:
-        from arviz_stats.base import array_stats
-
-        smoothed, khat = array_stats.psislw(-log_weights)  # ArviZ 1.x takes the negative of the log-ratios
+        smoothed, khat = import_arviz().psislw(log_weights)
     return np.asarray(smoothed), math.inf if np.isnan(khat) else float(khat)
 
 
 def kde(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A grid over the range of values ``(N,)``, and an estimate of their density on it, right at hard ends too."""
-    arviz = import_arviz()
-    if hasattr(arviz, "psislw"):
-        grid, density = arviz.kde(values)
-    else:
-        from arviz_stats.base import array_stats
-
-        grid, density, _ = array_stats.kde(values)  # and the bandwidth
+    grid, density, *_ = (_array_stats() or import_arviz()).kde(values)  # and the bandwidth, of ArviZ 1.x
     return np.asarray(grid), np.asarray(density)
 
 

@@ -18,6 +18,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any, cast
 
 try:
@@ -71,30 +72,19 @@ def save_tensors(content: Any, file: str) -> None:
     """
     import torch  # here, as what merely writes files need not wait for it
 
+    errors: list[OSError] = []  # torch would hide the first behind one of its own
     with open(file, "wb") as stream:
-        listener = _Listener(stream.write)
-        torch.save(content, cast("IO[bytes]", listener))
-        if listener.error is not None:
-            raise listener.error
 
-
-class _Listener:
-    """A file that keeps the first error of its writes; torch would hide it behind one of its own."""
-
-    def __init__(self, write: Callable[[bytes], int]) -> None:
-        self._write = write
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        if self.error is None:
+        def write(data: bytes) -> int:
             try:
-                return self._write(data)
+                return len(data) if errors else stream.write(data)
             except OSError as error:
-                self.error = error
-        return len(data)
+                errors.append(error)
+                return len(data)
 
-    def flush(self) -> None:
-        """Leave it to the file itself."""
+        torch.save(content, cast("IO[bytes]", SimpleNamespace(write=write, flush=stream.flush)))
+        if errors:
+            raise errors[0]
 
 
 def _target_of(path: Path) -> Path:
@@ -144,11 +134,13 @@ def _locked_name(folder: Path) -> Iterator[str]:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             try:
-                held = _lock(handle) and _is_still(lock, handle)
+                held = _lock(handle) and os.path.samestat(os.stat(lock), os.fstat(handle))
+            except FileNotFoundError:  # another writer has taken it for abandoned before it was locked
+                held = False
             except OSError:  # no locks here, so nobody may take the draft for one whose writer is gone
                 lock.unlink(missing_ok=True)
                 held = True
-            if held:  # else another writer has taken it for abandoned before it was locked
+            if held:
                 yield name
                 return
         finally:
@@ -169,14 +161,6 @@ def _lock(handle: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _is_still(path: Path, handle: int) -> bool:
-    """True if an open file still has its name."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(handle))
-    except FileNotFoundError:
-        return False
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -124,18 +124,16 @@ def _parts(flow: Any) -> tuple[list[FlowTransform], Continuous, list[FlowTransfo
             "FlowMatching: it trains the field of a Flow with exactly one continuous transform, such as flows.cnf(2), "
             f"{has}."
         )
-    for part in transforms:
-        may_stay = isinstance(part, Continuous) or _is_affine(part)
-        if not may_stay and any(p.requires_grad for p in part.parameters()):
+    still = [part for part in transforms if not (isinstance(part, Continuous) or _is_affine(part))]
+    for part, name, more in (
+        *((part, type(part).__name__, "") for part in still),
+        (flow.base, f"the base {type(flow.base).__name__}", ", or keep the base by flow.base.requires_grad_(False)"),
+    ):
+        if any(p.requires_grad for p in part.parameters()):
             raise ValueError(
-                f"FlowMatching: it trains the continuous transform alone, but {type(part).__name__} needs training "
-                "too; train this flow by likelihood."
+                f"FlowMatching: it trains the continuous transform alone, but {name} needs training too; train this "
+                f"flow by likelihood{more}."
             )
-    if any(p.requires_grad for p in flow.base.parameters()):
-        raise ValueError(
-            f"FlowMatching: it trains the continuous transform alone, but the base {type(flow.base).__name__} needs "
-            "training too; train this flow by likelihood, or keep the base by flow.base.requires_grad_(False)."
-        )
     return transforms[: places[0]], transforms[places[0]], transforms[places[0] + 1 :]
 
 

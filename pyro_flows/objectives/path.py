@@ -26,6 +26,8 @@ from ..flows.distribution import FlowDistribution
 from ..programs.latents import check_drawn
 from ..programs.traces import trace_of
 
+DENSITY = "log_prob", "log_prob_sum", "unscaled_log_prob", "score_parts", "packed"  # what a trace keeps of a site's
+
 
 class PathGradient:
     """For a Pyro ELBO: score the guide's reparameterised draws with its parameters held fixed."""
@@ -56,7 +58,8 @@ class PathGradient:
             again.pack_tensors(model_trace.plate_to_symbol)
         for name in rest:
             _check_same(name, guide_trace.nodes[name]["fn"], again.nodes[name]["fn"])
-            guide_trace.nodes[name].update(_density(again.nodes[name]))
+            site = again.nodes[name]
+            guide_trace.nodes[name].update({key: site[key] for key in DENSITY if key in site})
 
 
 class PathELBO(PathGradient, Trace_ELBO):
@@ -207,9 +210,3 @@ def frozen(leaves: list[Tensor]) -> Iterator[None]:
     finally:
         for leaf in trained:
             leaf.requires_grad_(True)
-
-
-def _density(site: dict[str, Any]) -> dict[str, Any]:
-    """What a trace keeps of a site's density."""
-    names = "log_prob", "log_prob_sum", "unscaled_log_prob", "score_parts", "packed"
-    return {name: site[name] for name in names if name in site}

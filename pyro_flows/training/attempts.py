@@ -35,12 +35,10 @@ def check_path(caller: str, argument: str, value: Any, ends: str = "") -> Path |
             return "lies in a folder that does not exist."
         if os.path.isdir(path) and not ends:
             return ""
-        why = why_not(lambda: try_path(path.with_name(f"{path.name}{ends}")))
-        return (
-            f"cannot be written{f' with {ends!r} at its end' if ends else ''} ({why}). Name another file."
-            if why
-            else ""
-        )
+        if why := why_not(lambda: try_path(path.with_name(f"{path.name}{ends}"))):
+            longest = f" with {ends!r} at its end" if ends else ""
+            return f"cannot be written{longest} ({why}). Name another file."
+        return ""
 
     if words := processes.first(problem):
         raise ValueError(f"{caller}: {argument}={os.fspath(path)!r} {words}")

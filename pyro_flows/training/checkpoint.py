@@ -19,8 +19,8 @@ EVERY = 10.0  # seconds
 WAY_OUT = "Use the same settings, name another file, or remove this one."
 
 
-class Saver:
-    """Keeps the state of a run in a file, as often as is due; a disk that is full does not end the run.
+class Saver(Attempts):
+    """Keep the state of a run in a file, as often as is due; a disk that is full does not end the run.
 
     Args:
         caller: The public function that asks, for warnings.
@@ -29,8 +29,8 @@ class Saver:
     """
 
     def __init__(self, caller: str, path: Path | None, settings: dict[str, Any]) -> None:
+        super().__init__(caller, "checkpoint", path or Path())
         self._path, self._settings, self._last = path, settings, time.perf_counter()
-        self._attempts = Attempts(caller, "checkpoint", path or Path())
 
     @property
     def due(self) -> bool:
@@ -40,17 +40,13 @@ class Saver:
     @property
     def holds(self) -> bool:
         """True if the file holds the state that was saved last."""
-        return self._path is not None and not self._attempts.problem
+        return self._path is not None and not self.problem
 
     def save(self, run: Run) -> None:
         """Write the state of a run, or warn that it could not be written."""
         if self._path is not None:
-            self._attempts.note(write(self._path, {"settings": self._settings, **run.state_dict()}, run.own))
+            self.note(write(self._path, {"settings": self._settings, **run.state_dict()}, run.own))
             self._last = time.perf_counter()
-
-    def conclude(self) -> None:
-        """Warn where the last state could not be written."""
-        self._attempts.conclude()
 
 
 def write(path: Path, state: dict[str, Any], own: tuple[str, ...] = ()) -> str:
@@ -77,7 +73,7 @@ def read(path: Path, settings: dict[str, Any], caller: str = "fit_svi") -> dict[
     Raises:
         ValueError: If the file is no checkpoint, or one of a run with other settings.
     """
-    state = processes.first(lambda: _checked(path, settings, caller))
+    state = processes.first(lambda: _load(path, caller, settings) if path.exists() else None)
     if state is None:
         return None
     if processes.rank() == 0:
@@ -95,25 +91,20 @@ def steps_of(path: Path) -> int | None:
     return processes.first(lambda: int(_load(path, "fit_svi")["settings"]["steps"]) if path.exists() else None)
 
 
-def _checked(path: Path, settings: dict[str, Any], caller: str) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    state = _load(path, caller)
-    kept = state["settings"]
-    if kept != settings:
-        other = [f"{k}={kept.get(k)!r} and not {v!r}" for k, v in settings.items() if kept.get(k) != v]
-        raise ValueError(f"{caller}: checkpoint={str(path)!r} is of another run ({', '.join(other)}). {WAY_OUT}")
-    return state
+def _load(path: Path, caller: str, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the state in a file; refuse one of other settings, where some are given."""
 
+    def refused(words: str) -> ValueError:
+        return ValueError(f"{caller}: checkpoint={str(path)!r} is {words}. {WAY_OUT}")
 
-def _load(path: Path, caller: str) -> dict[str, Any]:
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
-        version, _ = state["format"], state["settings"]["steps"]
+        version, kept, _ = state["format"], state["settings"], state["settings"]["steps"]
     except Exception as error:
-        raise ValueError(
-            f"{caller}: checkpoint={str(path)!r} is not a checkpoint ({error!s:.100}). {WAY_OUT}"
-        ) from error
+        raise refused(f"not a checkpoint ({error!s:.100})") from error
     if version != FORMAT:
-        raise ValueError(f"{caller}: checkpoint={str(path)!r} is of another run (another format). {WAY_OUT}")
+        raise refused("of another run (another format)")
+    if settings is not None and kept != settings:
+        other = [f"{k}={kept.get(k)!r} and not {v!r}" for k, v in settings.items() if kept.get(k) != v]
+        raise refused(f"of another run ({', '.join(other)})")
     return state

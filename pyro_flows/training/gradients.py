@@ -65,18 +65,15 @@ def backward(
         error = raised
         if processes.alone() and not is_breakdown(error):
             raise
-    unsolved = isinstance(error, FloatingPointError)
+    unsolved, wished = isinstance(error, FloatingPointError), []
     if processes.alone():
-        if error:
-            return Backward(math.nan, error, unsolved, [])
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
-        return Backward(value.item() if norm.isfinite() else math.nan, None, unsolved, [])
-    processes.meet(None if error is None or is_breakdown(error) else error)
-    total, any_unsolved, *any_wishes = _add_up(parameters, value, share(), [unsolved, *wishes()])
+        total = value.item()
+    else:
+        processes.meet(None if error is None or is_breakdown(error) else error)
+        total, *flags = _add_up(parameters, value, share(), [unsolved, *wishes()])
+        unsolved, *wished = map(bool, flags)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
-    return Backward(
-        total if norm.isfinite() else math.nan, error, any_unsolved > 0, [number > 0 for number in any_wishes]
-    )
+    return Backward(total if norm.isfinite() else math.nan, error, unsolved, wished)
 
 
 @torch.no_grad()

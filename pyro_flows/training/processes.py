@@ -2,22 +2,28 @@
 
 What ``torchrun`` starts joins by itself, and so does what has a group of ``torch.distributed`` already.  Process 0 is
 what a single process would be: it reads, draws and writes what there is once only, and the others take that over.
-Decisions are taken in all processes from the same numbers, and what fails in one fails in all.
+
+Decisions are taken in all processes from the same numbers, and what fails in one fails in all.  Each exchange begins
+with an all-reduce of one flag, by which a process says that it has failed.  One that fails between two exchanges says
+so as it leaves the call: the others hear of it in their next exchange.  So none waits for another in vain, unless that
+is killed, interrupted before the first step, or goes on without the call.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
-import json
 import os
+import pickle
 import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import pyro
 import torch
@@ -25,20 +31,54 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..programs.minibatches import Shuffled
-from .exchange import Parted as Parted
-from .exchange import alone as alone
-from .exchange import each as each
-from .exchange import end
-from .exchange import first as first
-from .exchange import meet as meet
-from .exchange import rank as rank
-from .exchange import reaching as reaching
-from .exchange import size as size
 from .randomness import random_state, set_random_state
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_calls: list[str] = []  # the calls that are under way, from the outermost
+PATIENCE = 10.0  # seconds that a process waits for the launcher to end it, after another has failed
+
+
+class Parted(RuntimeError):
+    """Another process has failed or has gone, so that this one cannot go on.
+
+    Attributes:
+        refused: Whether all that has failed there was a ``ValueError`` or ``FloatingPointError``.
+    """
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
+@dataclass
+class _Call:
+    """A call of all processes.
+
+    Attributes:
+        name: The function.
+        over: True if it has failed, and all processes know, or one of them cannot be reached.
+    """
+
+    name: str
+    over: bool = False
+
+
+_calls: list[_Call] = []  # those under way, from the outermost
+
+
+def size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return dist.get_rank() if size() > 1 else 0
+
+
+def alone() -> bool:
+    """True if this is the only process."""
+    return size() == 1
 
 
 def together(fit: Callable[P, T]) -> Callable[P, T]:
@@ -50,7 +90,8 @@ def together(fit: Callable[P, T]) -> Callable[P, T]:
         _join()
         if alone():
             return fit(*args, **kwargs)
-        _calls.append(fit.__name__)
+        own = _Call(fit.__name__)
+        _calls.append(own)
         try:
             as_one()
             with warnings.catch_warnings():
@@ -62,7 +103,9 @@ def together(fit: Callable[P, T]) -> Callable[P, T]:
         except Exception as error:
             if len(_calls) == 1:
                 _tell(error)
-            end(error, len(_calls))
+            if not own.over:
+                with contextlib.suppress(Exception):
+                    meet(error)
             raise
         finally:
             _calls.pop()
@@ -85,16 +128,98 @@ def _join() -> None:
 def _tell(error: Exception) -> None:
     """Write which process an error is of, for people and for the launcher's summary."""
     atexit.unregister(dist.destroy_process_group)  # it would wait for the others
-    said = str(error).removeprefix(f"{_calls[0]}: ")
-    print(f"{_calls[0]}: process {rank()} of {size()}: {type(error).__name__}: {said}", file=sys.stderr, flush=True)
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file and isinstance(error, Parted):  # which is no cause, as the first error is, and may be of the same second
-        about = {"py_callstack": said, "timestamp": str(int(time.time()) + 1)}
-        Path(file).write_text(json.dumps({"message": {"message": f"Parted: {said}", "extraInfo": about}}))
-    elif file:
+    name = _calls[0].name
+    said = str(error).removeprefix(f"{name}: ")
+    print(f"{name}: process {rank()} of {size()}: {type(error).__name__}: {said}", file=sys.stderr, flush=True)
+    if isinstance(error, Parted):
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            Path(file).unlink(missing_ok=True)  # an earlier error, which the program has survived
+        atexit.register(_wait_for_the_launcher)
+    else:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
+
+
+def _wait_for_the_launcher() -> None:
+    """After an error that another process has caused, let the launcher find that process first, and end this one."""
+    if isinstance(getattr(sys, "last_value", None), Parted):
+        time.sleep(PATIENCE)
+
+
+@contextlib.contextmanager
+def reaching() -> Iterator[None]:
+    """Say plainly where other processes cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        _end_call()
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Parted(f"another process has ended, see what it says, or cannot be reached ({why:.200})") from error
+
+
+def _end_call() -> None:
+    if _calls:
+        _calls[-1].over = True
+
+
+def meet(failure: Exception | None = None) -> None:
+    """Wait for all processes, as each exchange begins; where one has failed, all do.
+
+    Raises:
+        Exception: That of this process.
+        Parted: If another process has failed, with what it says.
+    """
+    device = "cpu" if "cpu:" in dist.get_backend_config() else "cuda"
+    flag = torch.tensor(failure is not None, dtype=torch.long, device=device)
+    refused = getattr(failure, "refused", isinstance(failure, ValueError | FloatingPointError))
+    said: list[Any] = [None] * size()
+    with reaching():
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        if not flag:
+            return
+        dist.all_gather_object(said, (f"{type(failure).__name__}: {failure}", refused) if failure else None)
+    _end_call()
+    if failure:
+        raise failure
+    failed = {number: found for number, found in enumerate(said) if found}
+    number, (problem, _) = next(iter(failed.items()))
+    message = f"process {number} of {size()} has failed: {problem}"
+    raise Parted(message, refused=all(others for _, others in failed.values()))
+
+
+def _packed(make: Callable[[], T]) -> tuple[T, bytes]:
+    """Return what is made here, and as others are told of it; where either fails, all processes do."""
+    try:
+        made = make()
+        packed = pickle.dumps(made)
+    except Exception as error:
+        meet(error)
+        raise
+    meet()
+    return made, packed
+
+
+def each(make: Callable[[], T]) -> list[T]:
+    """Return what each process makes, in all of them; where one fails, all do."""
+    if alone():
+        return [make()]
+    _, packed = _packed(make)
+    found: list[Any] = [None] * size()
+    with reaching():
+        dist.all_gather_object(found, packed)
+    return [pickle.loads(made) for made in found]
+
+
+def first(make: Callable[[], T]) -> T:
+    """Return what process 0 makes, in all of them; the others make nothing; where it fails, all do."""
+    if alone():
+        return make()
+    made, packed = _packed(make if rank() == 0 else lambda: cast(T, None))
+    found: list[Any] = [packed]
+    with reaching():
+        dist.broadcast_object_list(found)
+    return made if rank() == 0 else cast(T, pickle.loads(found[0]))
 
 
 def share(number: int) -> tuple[slice, float]:
@@ -108,7 +233,9 @@ def share(number: int) -> tuple[slice, float]:
 def as_one() -> None:
     """Let all processes go on with the random numbers of process 0."""
     if not alone():
-        state, on_gpu = first(lambda: (random_state(), _gpu_state()))
+        state, on_gpu = first(
+            lambda: (random_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
+        )
         if rank():
             set_random_state(state)
             if on_gpu is not None and torch.cuda.is_available():
@@ -126,10 +253,6 @@ def apart(program: Any = None) -> None:
         for part in program.modules() if isinstance(program, nn.Module) else ():
             if isinstance(part, Shuffled):
                 part.order.resize_(0)
-
-
-def _gpu_state() -> Tensor | None:
-    return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
 
 @torch.no_grad()
@@ -164,7 +287,10 @@ def agree(caller: str, settings: dict[str, Any], parameters: list[Tensor]) -> No
     """
     if alone():
         return
-    found = each(lambda: ({name: repr(value) for name, value in settings.items()}, _gpu(parameters)))
+    device, gpu = parameters[0].device, ""
+    if device.type == "cuda" and "nccl" in dist.get_backend_config():
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
+    found = each(lambda: ({name: repr(value) for name, value in settings.items()}, gpu))
     for number, (others, _) in enumerate(found):
         if differ := [name for name, value in found[0][0].items() if others.get(name) != value]:
             raise ValueError(
@@ -177,10 +303,3 @@ def agree(caller: str, settings: dict[str, Any], parameters: list[Tensor]) -> No
             f"{caller}: two processes train on one GPU. Give each its own: `torchrun --virtual-local-rank ...`, or "
             'torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) before the flow or guide is put on "cuda".'
         )
-
-
-def _gpu(parameters: list[Tensor]) -> str:
-    """Which GPU this process trains on, where nccl adds up."""
-    if not parameters[0].is_cuda or "nccl" not in dist.get_backend_config():
-        return ""
-    return str(torch.cuda.get_device_properties(parameters[0].device).uuid)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HISTORY = "losses", "held_out", "seconds", "stopped"  # the plain attributes of a run that its state holds
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -71,11 +73,8 @@ class Run:
             "companion": self.companion.state_dict() if self.companion else None,
             "buffers": self.buffers,
             "average": self.average.values if self.average else [],
-            "losses": self.losses,
-            "held_out": self.held_out,
             "best": self.best.state_dict(),
-            "seconds": self.seconds,
-            "stopped": self.stopped,
+            **{name: getattr(self, name) for name in HISTORY},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -88,9 +87,9 @@ class Run:
             optimizer.load_state_dict(kept)
         if self.companion:
             self.companion.load_state_dict(state["companion"])
-        self.losses[:], self.held_out[:] = state["losses"], state["held_out"]
         self.best.load_state_dict(state["best"])
-        self.seconds, self.stopped = state["seconds"], state["stopped"]
+        for name in HISTORY:
+            setattr(self, name, state[name])
 
 
 class Average:
