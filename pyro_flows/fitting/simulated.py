@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..data.batches import Epochs, suited_size
 from ..guides import AutoFlow
-from ..guides.checks import check_same
+from ..guides.call import Call
 from ..guides.encoding import initialize
+from ..guides.packing import check_same
 from ..programs.simulations import Simulations, check_draws
 from ..programs.simulator import Simulator
 from ..training import processes
@@ -105,7 +106,7 @@ def _standardise(simulator: Simulator, guide: AutoFlow, simulations: Simulations
             raise ValueError(f"{caller}: latent site {name!r} of the guide is not drawn by the model without data.")
         check_draws(caller, "latent site", name, simulations.latents[name])
     args, kwargs = simulator.arguments(simulations.row(1))
-    check_same(caller, simulator.model.call, guide.prototype_trace, args, kwargs)
+    check_same(Call(caller, simulator.model.call, args, kwargs, guide.prototype_trace))
     with torch.no_grad():
         z, log_det = guide.pack(simulations.latents)
         for name, column in zip(guide.coordinates, z.T, strict=True):
@@ -118,7 +119,8 @@ def _standardise(simulator: Simulator, guide: AutoFlow, simulations: Simulations
         if guide.is_fresh:
             if not guide.has_circles:
                 guide.start_at(z.median(0).values, torch.diag(_spread(z)))
-            initialize(caller, guide.encoder, simulator.model.call, *simulator.arguments(simulations.data))
+            args, kwargs = simulator.arguments(simulations.data)
+            initialize(Call(caller, simulator.model.call, args, kwargs), guide.encoder)
     return z, log_det
 
 
