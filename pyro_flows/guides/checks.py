@@ -119,12 +119,13 @@ def check_shapes(call: Call, found: Found) -> None:
         shape = list(site["value"].shape)
         if (frame := frame_of(site, call.plate)) and found.rows:
             shape[frame.dim - site["fn"].event_dim] = found.rows.size
-        if name in found.latents:
-            there = f"has shape {tuple(found.latents[name]['value'].shape)}"
-        else:
+        now = found.latents.get(name)
+        if now is None or tuple(now["value"].shape) != tuple(shape):
             there = "is observed" if name in found.observed else "is not in the model"
-        if there != f"has shape {tuple(shape)}":
-            fault = f"latent site {name!r} {there}, but the guide was built for {tuple(shape)}"
+            if now:
+                there = f"has shape {tuple(now['value'].shape)}"
+            built = tuple(shape) if now else f"one of shape {tuple(shape)}"
+            fault = f"latent site {name!r} {there}, but the guide was built for {built}"
             way = "Build another, pad series to one length and mask the observed sites only, or use AutoPlateFlow"
             raise ValueError(f"{call.owner}: with these arguments {fault}. {way}.")
 
