@@ -155,7 +155,9 @@ class Packing:
             if self.dim is None and value.shape[max(sample, 0) :] != part.start.shape:
                 wanted = f"values[{name!r}] must have shape (*batch, *{tuple(part.start.shape)})"
                 raise ValueError(f"{self.owner}.log_prob: {wanted}, got {tuple(value.shape)}.")
-            inside = part.support.check(value) | is_circular(part.support)  # any representative of an angle
+            inside = part.support.check(value)
+            if is_circular(part.support):  # any representative of an angle
+                inside = torch.ones_like(inside)
             held = value.where(inside.reshape(inside.shape + (1,) * (value.dim() - inside.dim())), _anywhere(part))
             free = part.transform.inv(held)
             change = -part.transform.log_abs_det_jacobian(free, held)
