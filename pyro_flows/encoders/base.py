@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .standardize import Standardize, learning
+from .standardize import Standardize, ends_with, learning
 
 
 class Encoder(nn.Module, ABC):
@@ -102,9 +102,7 @@ class Encoder(nn.Module, ABC):
         Raises:
             ValueError: If they do not end with ``data_shape``; it says both shapes.
         """
-        got = x.shape[max(x.dim() - len(self.data_shape), 0) :]
-        fits = len(got) == len(self.data_shape)
-        if not fits or any(size not in (None, given) for size, given in zip(self.data_shape, got, strict=True)):
+        if not ends_with(x, self.data_shape, free=None):
             wanted = ", ".join("n" if size is None else str(size) for size in self.data_shape)
             raise ValueError(f"{type(self).__name__}: data must have shape (*batch, {wanted}), got {tuple(x.shape)}.")
 

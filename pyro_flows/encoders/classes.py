@@ -65,21 +65,16 @@ class ClassEmbedding(nn.Module):
         wide = bool(shape) and shape[-1] == number
         if labels.is_floating_point():
             if not wide:
-                raise ValueError(
-                    f"ClassEmbedding: floating labels are one-hot, of shape (*batch, {number}), got {shape}; use "
-                    "labels.long() where they are indices."
-                )
+                wanted = f"floating labels are one-hot, of shape (*batch, {number})"
+                raise ValueError(f"ClassEmbedding: {wanted}, got {shape}; use labels.long() where they are indices.")
             if not ((labels >= 0).all() and torch.allclose(labels.sum(-1), labels.new_ones(()), atol=1e-3)):
                 raise ValueError("ClassEmbedding: floating labels are probabilities, of at least 0 and with the sum 1.")
             return
         labels = labels.long()
         low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
         if not 0 <= low <= high < number:
-            raise ValueError(
-                f"ClassEmbedding: labels must lie between 0 and {number - 1}, got some from {low} to {high}."
-            )
+            got = f"got some from {low} to {high}"
+            raise ValueError(f"ClassEmbedding: labels must lie between 0 and {number - 1}, {got}.")
         if wide and labels.dim() > 1 and high == 1 and (labels.sum(-1) == 1).all():
-            raise ValueError(
-                f"ClassEmbedding: labels of integers, of shape {shape}, are indices, but these look one-hot; use "
-                "labels.float() where they are."
-            )
+            got = f"labels of integers, of shape {shape}, are indices, but these look one-hot"
+            raise ValueError(f"ClassEmbedding: {got}; use labels.float() where they are.")

@@ -12,8 +12,9 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from ..checks import activation_of, as_image, check_integers, check_sizes
+from ..checks import as_image, check_integers, check_sizes
 from .base import Encoder
+from .mlp import activated
 from .standardize import Standardize
 
 
@@ -65,20 +66,15 @@ class ConvEncoder(Encoder):
         counts = tuple(channels)
         step = 2 ** len(counts)
         if min(shape[1:]) < step:
-            raise ValueError(
-                f"{name}: image_shape {shape} is too small to be halved {len(counts)} times, by channels = {counts}: "
-                f"height and width must be at least {step}."
-            )
+            fault = f"image_shape {shape} is too small to be halved {len(counts)} times, by channels = {counts}"
+            raise ValueError(f"{name}: {fault}: height and width must be at least {step}.")
         super().__init__(shape, context_dim, Standardize((shape[0], 1, 1)))
-        self.image_shape = shape
-        self.channels = counts
-        self.hidden_dim = hidden_dim
-        self.activation = activation
+        self.image_shape, self.channels = shape, counts
+        self.hidden_dim, self.activation = hidden_dim, activation
         layers = (nn.Conv2d(n, m, kernel_size=3, stride=2, padding=1) for n, m in pairwise((shape[0], *counts)))
-        parts = ((layer, activation_of(name, activation)) for layer in layers)
-        self.convolutions = nn.Sequential(*(part for pair in parts for part in pair))
+        self.convolutions = activated(name, activation, layers)
         flat_dim = counts[-1] * math.prod(math.ceil(size / step) for size in shape[1:])
-        self.hidden = nn.Sequential(nn.Linear(flat_dim, hidden_dim), activation_of(name, activation))
+        self.hidden = activated(name, activation, [nn.Linear(flat_dim, hidden_dim)])
         self.output = nn.Linear(hidden_dim, context_dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ The recognition network of Auto-Encoding Variational Bayes (Kingma, Welling 2013
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -59,9 +59,7 @@ class MLPEncoder(Encoder):
         check_sizes(type(self).__name__, hidden_dims=hidden_dims)
         widths = tuple(hidden_dims)
         super().__init__((input_dim,), context_dim, Standardize((input_dim,)))
-        self.input_dim = input_dim
-        self.hidden_dims = widths
-        self.activation = activation
+        self.input_dim, self.hidden_dims, self.activation = input_dim, widths, activation
         self.hidden = hidden_layers(type(self).__name__, input_dim, *widths, activation=activation)
         self.output = nn.Linear(widths[-1], context_dim)
 
@@ -71,6 +69,10 @@ class MLPEncoder(Encoder):
 
 
 def hidden_layers(caller: str, *widths: int, activation: type[nn.Module]) -> nn.Sequential:
-    """Linear layers from the first width to the last, each followed by a nonlinearity."""
-    layers = ((nn.Linear(n, m), activation_of(caller, activation)) for n, m in pairwise(widths))
-    return nn.Sequential(*(part for layer in layers for part in layer))
+    """Return linear layers from the first width to the last, each followed by a nonlinearity."""
+    return activated(caller, activation, (nn.Linear(n, m) for n, m in pairwise(widths)))
+
+
+def activated(caller: str, activation: type[nn.Module], layers: Iterable[nn.Module]) -> nn.Sequential:
+    """Return layers, each followed by a nonlinearity."""
+    return nn.Sequential(*(part for layer in layers for part in (layer, activation_of(caller, activation))))

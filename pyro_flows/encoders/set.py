@@ -75,10 +75,8 @@ class SetEncoder(Encoder):
         check_sizes(name, hidden_dims=hidden_dims)
         widths = tuple(hidden_dims)
         super().__init__((None, element_dim), context_dim, Standardize((element_dim,)))
-        self.element_dim = element_dim
-        self.hidden_dims = widths
+        self.element_dim, self.hidden_dims, self.activation = element_dim, widths, activation
         self.num_queries, self.num_moments = num_queries, num_moments
-        self.activation = activation
         self.phi = hidden_layers(name, element_dim, *widths, activation=activation)
         self.queries = nn.Linear(widths[-1], num_queries, bias=False)  # a softmax would not feel a bias
         self.linear = nn.Linear(element_dim, num_moments, bias=False)
@@ -103,7 +101,10 @@ class SetEncoder(Encoder):
         self.check_data(x)
         if mask is None:
             mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-        self._check_mask(x, mask)
+        if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
+            wanted = f"torch.bool of shape {tuple(x.shape[:-1])}, for data of shape {tuple(x.shape)}"
+            got = f"{mask.dtype} of shape {tuple(mask.shape)}"
+            raise ValueError(f"{type(self).__name__}: mask must be {wanted}, got {got}.")
         there = mask[..., None]  # (*batch, n, 1)
         # Zeroed before any product: a weight of zero would not silence a NaN.
         x = self.standardize(x, mask).masked_fill(~there, 0.0)
@@ -120,10 +121,3 @@ class SetEncoder(Encoder):
         log_spread = 0.5 * (average.mT @ (a - mean).square() + 1e-6).log()
         moments = torch.cat((mean, log_spread), -1).squeeze(-2)
         return self.output(self.rho(torch.cat((pooled, moments, size.log1p()), -1)))
-
-    def _check_mask(self, x: Tensor, mask: Tensor) -> None:
-        if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
-            raise ValueError(
-                f"{type(self).__name__}: mask must be torch.bool of shape {tuple(x.shape[:-1])}, for data of shape "
-                f"{tuple(x.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}."
-            )

@@ -85,11 +85,9 @@ class Standardize(nn.Module):
         # In the network's own dtype first, since that is what it will see; then the sums in full precision, on the CPU,
         # as not every device has float64.
         x = x.to(self.loc.dtype).to("cpu", torch.float64)
-        bad = x.numel() - int(x.isfinite().sum())
-        if bad:
-            raise ValueError(
-                f"Standardize: data must be finite in {self.loc.dtype}, got {bad} NaN or infinite of {x.numel()}."
-            )
+        if bad := x.numel() - int(x.isfinite().sum()):
+            got = f"{bad} NaN or infinite of {x.numel()}"
+            raise ValueError(f"Standardize: data must be finite in {self.loc.dtype}, got {got}.")
         rows = x.reshape(-1, *trailing)
         shared = (0, *(place for place, size in enumerate(self.shape, start=1) if size == 1))
         low, high = rows.amin(shared).reshape(self.shape), rows.amax(shared).reshape(self.shape)
@@ -103,14 +101,18 @@ class Standardize(nn.Module):
 
     def _trailing(self, x: Tensor) -> torch.Size:
         """The sizes of the last dimensions of data, which must be those of ``shape``."""
-        trailing = x.shape[max(x.dim() - len(self.shape), 0) :]
-        fits = len(trailing) == len(self.shape)
-        if not fits or any(size not in (1, given) for size, given in zip(self.shape, trailing, strict=True)):
+        if not ends_with(x, self.shape, free=1):
             raise ValueError(f"Standardize: data must end with the shape {self.shape}, got {tuple(x.shape)}.")
-        return trailing
+        return x.shape[x.dim() - len(self.shape) :]
 
     def extra_repr(self) -> str:
         return f"{self.shape}, loc={_brief(self.loc)}, scale={_brief(self.scale)}"
+
+
+def ends_with(x: Tensor, shape: Sequence[int | None], *, free: int | None) -> bool:
+    """True if data end with a shape, in which ``free`` stands for any size."""
+    start = x.dim() - len(shape)
+    return start >= 0 and all(size in (free, given) for size, given in zip(shape, x.shape[start:], strict=True))
 
 
 @contextlib.contextmanager

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_integers, check_numbers, joined
 from ..data.batches import Batch, Rows, suited_size, sum_of
 from ..guides import AutoFlow
-from ..guides.checks import check_same
+from ..guides.call import Call
 from ..guides.encoding import initialize
+from ..guides.packing import check_same
 from ..objectives import Likelihood
 from ..programs.nesting import takes_nesting
 from ..programs.simulations import Simulations, check_draws, check_given
@@ -288,7 +289,7 @@ def _standardise(simulator: Simulator, guide: AutoFlow, simulations: Simulations
             raise ValueError(f"{CALLER}: latent site {name!r} of the guide is not drawn by the model without data.")
         check_draws(CALLER, "latent site", name, simulations.latents[name])
     args, kwargs = simulator.arguments(simulations.row(1))
-    check_same(CALLER, simulator.model.call, guide.prototype_trace, args, kwargs)
+    check_same(Call(CALLER, simulator.model.call, args, kwargs, guide.prototype_trace))
     with torch.no_grad():
         z, log_det = guide.pack(simulations.latents)
         for name, column in zip(guide.coordinates, z.T, strict=True):
@@ -296,7 +297,8 @@ def _standardise(simulator: Simulator, guide: AutoFlow, simulations: Simulations
         if guide.is_fresh:
             if not guide.has_circles:
                 guide.start_at(z.median(0).values, torch.diag(_spread(z)))
-            initialize(CALLER, guide.encoder, simulator.model.call, *simulator.arguments(simulations.data))
+            args, kwargs = simulator.arguments(simulations.data)
+            initialize(Call(CALLER, simulator.model.call, args, kwargs), guide.encoder)
     return z, log_det
 
 

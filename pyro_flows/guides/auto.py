@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import validation_enabled
@@ -19,29 +18,32 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor, nn
 from torch.distributions import Transform, biject_to
 
+from ..checks import check_numbers
+from ..encoders.base import at_rest
 from ..flows import Flow
 from ..flows.chunks import chunk_for, in_chunks
 from ..flows.distribution import FlowDistribution
 from ..programs.engines import with_room
 from ..transforms import Compose, Conditioned, View
 from .base import FlowGuide
+from .call import Call
 from .calls import Calls
-from .checks import check_latents, check_same, check_supports, moving_supports
+from .checks import check_latents, check_supports, moving_supports
 from .circles import is_circular, mark_circles
-from .discrete import hide_discrete
-from .encoding import at_rest, check_encoder, encode, finite, width_for_one
+from .discrete import HideDiscrete
+from .encoding import check_encoder, encode, finite, width_for_one
 from .faults import joint_sites
 from .init import init_to_center
 from .moving import Moving
 from .names import claim_name
-from .plan import JointPlan
-from .recipe import assemble, built, check_recipe, check_scale, default_for, start_at
+from .packing import Packing, check_same, put
+from .plan import Schedule
+from .recipe import DENSE, FEW, assemble, built, check_recipes, default_for, is_untrained, start_at
 from .rows import data_plates
 from .start import settle_start
-from .supports import unconstrain
 
 
-class AutoFlow(JointPlan, FlowGuide, AutoContinuous):
+class AutoFlow(FlowGuide, AutoContinuous):
     """A guide whose posterior over all continuous latents is one normalizing flow.
 
     With u drawn from the flow's base, T the flow, the identity at the start, A a learned and F a fixed affine map::
@@ -90,6 +92,7 @@ class AutoFlow(JointPlan, FlowGuide, AutoContinuous):
     """
 
     recipes = "_build_flow", "_build_base"
+    is_joint = True
 
     def __init__(
         self,
@@ -102,46 +105,85 @@ class AutoFlow(JointPlan, FlowGuide, AutoContinuous):
         init_scale: float = 0.1,
         name: str | None = None,
     ) -> None:
-        check_recipe("AutoFlow", "flow", flow, "flows.nsf")
-        check_recipe("AutoFlow", "base", base, "distributions.StudentTBase")
+        check_recipes("AutoFlow", flow=flow, base=base)
         check_encoder("AutoFlow", encoder)
-        check_scale("AutoFlow", init_scale)
-        super().__init__(hide_discrete(mark_circles(model)), init_loc_fn=init_loc_fn or init_to_center)
+        check_numbers("AutoFlow", above=0, init_scale=init_scale)
+        super().__init__(HideDiscrete()(mark_circles(model)), init_loc_fn=init_loc_fn or init_to_center)
         self._build_flow, self._build_base = flow, base
         self._init_scale, self._chooses_start = float(init_scale), init_loc_fn is None
-        self.encoder, self._calls = encoder, Calls("AutoFlow")
+        self.encoder, self._calls = encoder, Calls()
         self._engine: str | None = None  # that of the runs which constrain latents, where supports depend on others
         self._pyro_name = claim_name(self, name)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        self._check_model()
         # With an encoder it is trained on draws: the data may have no density, and the model may break at the centre.
         amortised = self.encoder is not None
-        try:
-            with validation_enabled(False) if amortised else nullcontext():
-                super(AutoContinuous, self)._setup_prototype(*args, **kwargs)
-                check_latents("AutoFlow", self.prototype_trace)  # before Pyro refuses a discrete site in fewer words
-                super()._setup_prototype(*args, **kwargs)
-                here = "AutoFlow", self.model, self.prototype_trace
-                if not amortised:
-                    settle_start(*here, args, kwargs, choose=self._chooses_start)
-                moving = moving_supports(*here[1:], self._init_scale, args, kwargs)
-                if amortised:
-                    check_supports("AutoFlow", moving, self.prototype_trace)
-                self._engine = Moving(*here[1:], args, kwargs).engine if moving else None
-                self._data_plates = data_plates(self._calls.begin(self.model, self.prototype_trace, args, kwargs))
-            self._context_dim = width_for_one("AutoFlow", self.encoder, self.model, args, kwargs)
-            self._build()
-        except Exception:
-            self.prototype_trace = None  # a failed setup can be tried again
-            raise
+        with validation_enabled(False) if amortised else nullcontext():
+            super(AutoContinuous, self)._setup_prototype(*args, **kwargs)
+            check_latents(self._call(args, kwargs))  # before Pyro refuses a discrete site in fewer words
+            super()._setup_prototype(*args, **kwargs)
+            call = self._call(args, kwargs)
+            if not amortised:
+                settle_start(call, choose=self._chooses_start)
+            moving = moving_supports(call, self._init_scale)
+            if amortised:
+                check_supports(call, moving)
+            self._engine = Moving(call).engine if moving else None
+            self._data_plates = data_plates(self._calls.begin(call))
+        self._context_dim = width_for_one(call, self.encoder)
+        self._build()
 
     def _build(self) -> None:
-        self._circular = [is_circular(self.prototype_trace.nodes[name]) for name in self.coordinates]
-        default, sizes = default_for(self._circular, self._context_dim), (self.latent_dim, self._context_dim)
-        flow = built("AutoFlow", "flow", self._build_flow, default, *sizes)
-        self.flow = assemble(flow, self._build_base, self._init_loc(), self._init_scale, self._circular)
+        circular, sizes = self._circular, (self.latent_dim, self._context_dim)
+        flow = built("AutoFlow", "flow", self._build_flow, default_for(circular, self._context_dim), *sizes)
+        self.flow = assemble(flow, self._build_base, self._init_loc(), self._init_scale, circular)
         self._adopt_stored()
+
+    def restore(self, flow: Flow, context_dim: int, engine: str | None) -> None:
+        """Take over the parts of a guide that was saved, and let go of the model."""
+        self.flow, self._context_dim, self._engine = flow, context_dim, engine
+        self._model = (None,)
+
+    # How it is trained where nothing else is asked for.
+
+    @property
+    def has_circles(self) -> bool:
+        """True if some latents are angles."""
+        return any(self._circular)
+
+    @property
+    def is_fresh(self) -> bool:
+        """True if the guide is still untrained."""
+        return is_untrained(self.flow, self._init_scale, self._circular)
+
+    @property
+    def starts_from_gaussian(self) -> bool:
+        return not self.has_circles and self.latent_dim <= DENSE
+
+    @property
+    def takes_paths(self) -> bool:
+        return not self.has_circles
+
+    def schedule(self, *, near: bool = False) -> Schedule:
+        """Many draws a step serve better than more steps with fewer.
+
+        Some forty latents take the most steps: there a step is still cheap, and funnels of many dimensions take long to
+        learn.  Where hardly anything is left to learn, half of the steps will do.
+        """
+        if self.has_circles:
+            return Schedule(steps=2000, num_particles=256, lr=0.003)
+        few = self.latent_dim <= FEW
+        steps = 1000 if few else 2100 if self.latent_dim <= 64 else 1000
+        return Schedule(steps // 2 if near else steps, num_particles=256, clip_norm=100.0 if few else 1.0)
+
+    def matrices(self) -> list[Tensor]:
+        if self.has_circles or self.latent_dim <= FEW:
+            return []
+        return [layer.weight for layer in self.flow.modules() if isinstance(layer, nn.Linear)]
+
+    @property
+    def _circular(self) -> list[bool]:
+        return [is_circular(self.prototype_trace.nodes[name]["fn"].support) for name in self.coordinates]
 
     @property
     def start(self) -> tuple[Tensor, float]:
@@ -173,7 +215,7 @@ class AutoFlow(JointPlan, FlowGuide, AutoContinuous):
         """What the encoder makes of data, ``(*batch, context_dim)``; None without an encoder."""
         if self.encoder is None:
             return None
-        context = encode("AutoFlow", self.encoder, self.model, args, kwargs, self._context_dim)
+        context = encode(self._call(args, kwargs), self.encoder, self._context_dim)
         return context.to(self.flow.transforms[-1].loc)
 
     @torch.no_grad()
@@ -190,37 +232,31 @@ class AutoFlow(JointPlan, FlowGuide, AutoContinuous):
         new.encoder, new._context_dim, new.flow = None, 0, Flow(layers, new.flow.base)
         return new
 
-    def _draws(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        self._calls.rows(self.model, self.prototype_trace, args, kwargs, needed=False)
-        if moving := self._moving(args, kwargs):
-            return self._place(moving, self.sample_latent(*args, **kwargs), args, kwargs)
-        return dict(AutoContinuous.forward(self, *args, **kwargs))
+    def _draws(self, call: Call) -> dict[str, Tensor]:
+        self._calls.rows(call, needed=False)
+        if moving := self._moving(call):
+            return self._place(moving, self.sample_latent(*call.args, **call.kwargs), call)
+        return dict(AutoContinuous.forward(self, *call.args, **call.kwargs))
 
-    def _moving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moving | None:
+    def _moving(self, call: Call) -> Moving | None:
         """The map to the latents by a run of the model, where supports depend on other latents."""
         if self._engine is None:
             return None
-        if self.model is None:
-            raise ValueError(
-                "AutoFlow: the supports of some latents depend on other latents and are found by running the model, "
-                "which saved guides leave behind. Build AutoFlow(model) again and load its state_dict."
-            )
-        return Moving(self.model, self.prototype_trace, args, kwargs, self._engine)
+        if call.model is None:
+            fault = "supports that depend on other latents are found by the model, which saved guides leave behind"
+            raise ValueError(f"AutoFlow: {fault}. Build AutoFlow(model) again and load its state_dict.")
+        return Moving(call, self._engine)
 
-    def _place(
-        self, moving: Moving, latent: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Tensor]:
+    def _place(self, moving: Moving, latent: Tensor, call: Call) -> dict[str, Tensor]:
         """Put the packed latents at their sites, in their plates."""
-        plates, lead = self._create_plates(*args, **kwargs), latent.shape[:-1]
+        plates, lead = self._create_plates(*call.args, **call.kwargs), latent.shape[:-1]
         values, log_dets = moving.unpack(self._split(latent.reshape(-1, self.latent_dim)), lead.numel())
         found = {}
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
+        for name, site in call.latents.items():
             both = values[name], log_dets[name]
             value, log_det = (with_room(site, part, len(lead) - 1) if lead else part[0] for part in both)
-            with ExitStack() as stack:
-                for frame in self._cond_indep_stacks[name]:
-                    stack.enter_context(plates[frame.name])
-                found[name] = pyro.sample(name, dist.Delta(value, -log_det, event_dim=site["fn"].event_dim))
+            frames = [plates[frame.name] for frame in self._cond_indep_stacks[name]]
+            found[name] = put(name, value, log_det, site["fn"].event_dim, frames)
         return found
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -248,7 +284,7 @@ class AutoFlow(JointPlan, FlowGuide, AutoContinuous):
 
     def constrain(self, latent: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Map packed latents ``(N, latent_dim)`` to values of the sites, ``(N, *site_shape)``, for some arguments."""
-        if moving := self._moving(args, kwargs):
+        if moving := self._moving(self._call(args, kwargs)):
             return moving.unpack(self._split(latent), len(latent))[0]
         return self.unpack(latent)
 
@@ -264,7 +300,7 @@ class AutoFlow(JointPlan, FlowGuide, AutoContinuous):
 
     def _context_at_rest(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         if self.encoder is not None:
-            check_same("AutoFlow", self.model, self.prototype_trace, args, kwargs)
+            check_same(self._call(args, kwargs))
         with at_rest(self.encoder):
             return finite("AutoFlow", self.context(*args, **kwargs))
 
@@ -280,16 +316,10 @@ class AutoFlow(JointPlan, FlowGuide, AutoContinuous):
 
     def pack(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The way back: ``(*batch, latent_dim)``, and log|det| of the change in nats, -inf outside of the support."""
-        if moving := self._moving(args, kwargs):
+        call = self._call(args, kwargs)
+        if moving := self._moving(call):
             return moving.packed(values)
-        packed, log_det = [], torch.zeros((), dtype=self.flow.transforms[-1].loc.dtype)
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
-            if name not in values:
-                raise ValueError(f"AutoFlow.log_prob: values lack the latent site {name!r}.")
-            free, change = unconstrain(name, site, values[name])
-            packed.append(free)
-            log_det = log_det.to(change.device) + change
-        return torch.cat(packed, -1), log_det
+        return Packing("AutoFlow", call.latents.values()).pack(values)
 
     @property
     def coordinates(self) -> list[str]:

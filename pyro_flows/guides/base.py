@@ -20,21 +20,22 @@ from ..checks import quoted
 from ..flows import Flow
 from ..flows.distribution import FlowDistribution
 from ..programs.engines import plate_like
-from ..programs.quoting import place_of
-from ..programs.quoting import quoted as in_words
+from .call import Call
 from .calls import Calls
-from .checks import missing_arguments
+from .checks import setup_error
 from .discrete import draw_discrete
 from .faults import Sites
 from .names import adopt_stored_parameters, claim_name, is_free
+from .plan import Plan
 
 
-class FlowGuide(AutoGuide):
+class FlowGuide(Plan, AutoGuide):
     """A guide whose networks are its own, under a name that no other guide bears."""
 
     num_summary_draws = 10_000
     recipes: tuple[str, ...] = ()  # attributes that hold functions, which copies share and pickles leave behind
     prototype_trace: Any
+    plate: str | None = None  # whose rows have a flow of their own
     _calls: Calls
     _data_plates: Sequence[str] = ()  # those that the model gives their rows' data
 
@@ -51,18 +52,23 @@ class FlowGuide(AutoGuide):
             NotImplementedError: If torch knows no bijection onto the support of a latent.
             ValueError: If the guide cannot answer for the model; the error names the site or plate, and the way out.
         """
-        if self.prototype_trace is None:
-            with missing_arguments(type(self).__name__, args, kwargs):
-                try:
-                    self._setup_prototype(*args, **kwargs)
-                except (AssertionError, IndexError, KeyError, RuntimeError) as error:
-                    if isinstance(error, RuntimeError) and not place_of(error):  # such as Pyro's, that latents lack
-                        raise
-                    raise ValueError(
-                        f"{type(self).__name__}: the model fails where it is run to find its latents: "
-                        f"{in_words(error)}. Give it arguments with which it runs by itself."
-                    ) from error
+        if self.prototype_trace is not None:
+            return self
+        owner = type(self).__name__
+        if self.model is None:
+            fault = "this guide was saved before setup(), and saved guides leave their models behind"
+            raise ValueError(f"{owner}: {fault}.")
+        try:
+            self._setup_prototype(*args, **kwargs)
+        except Exception as error:
+            self.prototype_trace = None  # a failed setup can be tried again
+            if told := setup_error(owner, error, bool(args or kwargs)):
+                raise told from error
+            raise
         return self
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        return Call(type(self).__name__, self.model, args, kwargs, self.prototype_trace, self.plate)
 
     def compile(self, **settings: Any) -> None:
         """Compile the guide's flows once it is set up; see :meth:`~pyro_flows.flows.Flow.compile`.
@@ -73,27 +79,20 @@ class FlowGuide(AutoGuide):
         Raises:
             ValueError: If the guide was not set up yet, and has no flow.
         """
-        found = [module for module in self.modules() if isinstance(module, Flow)]
-        if not found:
+        if not (found := [module for module in self.modules() if isinstance(module, Flow)]):
             raise ValueError(f"{type(self).__name__}.compile: the guide has no flow yet; call setup(...) first.")
         for flow in found:
             flow.compile(**settings)
 
-    def _check_model(self) -> None:
-        if self.model is None:
-            raise ValueError(
-                f"{type(self).__name__}: this guide was saved before setup(), and saved guides leave their models "
-                "behind."
-            )
-
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw the latents, as Pyro's guides do: site name -> value; in Pyro's ``Predictive`` discrete ones too."""
-        with self.setup(*args, **kwargs)._calls.watch.over(self, args, kwargs):
-            found = self._draws(args, kwargs)
-        return {**found, **draw_discrete(self.model, found, args, kwargs)}
+        call = self.setup(*args, **kwargs)._call(args, kwargs)
+        with self._calls.watch.over(self, call):
+            found = self._draws(call)
+        return {**found, **draw_discrete(call, found)}
 
     @abstractmethod
-    def _draws(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    def _draws(self, call: Call) -> dict[str, Tensor]:
         """Draw the guide's latents, each at its sample statement."""
 
     @abstractmethod
@@ -144,10 +143,8 @@ class FlowGuide(AutoGuide):
         """
         if self.master is not None:
             return dict(super()._create_plates(*args, **kwargs))
-        self.plates = {}
-        for name, frame in sorted(self._prototype_frames.items()):
-            with poutine.block(hide=self._data_plates):
-                self.plates[name] = plate_like(frame)
+        with poutine.block(hide=self._data_plates):
+            self.plates = {name: plate_like(frame) for name, frame in sorted(self._prototype_frames.items())}
         return self.plates
 
     # Parameters under a name of the guide's own.

@@ -2,195 +2,138 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from pyro import validation_enabled
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import biject_to
 
 from ..programs.latents import is_discrete, named
 from ..programs.program import Program
-from ..programs.traces import trace_at
-from .look import Found, look
+from ..programs.quoting import place_of, quoted
+from .call import Call
+from .circles import innermost
+from .faults import worst
+from .look import Found, frame_of
 
 
-@contextlib.contextmanager
-def missing_arguments(owner: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Say why the model is called at all, when it asks for arguments and none are given."""
-    try:
-        yield
-    except TypeError as error:
-        if args or kwargs or str(error).startswith(f"{owner}: "):  # such as that of a recipe, in words of its own
-            raise
-        raise TypeError(
-            f"{owner}: this guide is new, and to set it up the model is called with what is given here: {error}. Fit "
-            "the guide first, or give the model's arguments here too."
-        ) from error
+def setup_error(owner: str, error: Exception, has_arguments: bool) -> Exception | None:
+    """Return an error of a guide's setup that says why the model is run at all, None where its own words will do."""
+    if isinstance(error, TypeError) and not has_arguments and not str(error).startswith(f"{owner}: "):
+        fault = f"this guide is new, and to set it up the model is called with what is given here: {error}"
+        return TypeError(f"{owner}: {fault}. Fit the guide first, or give the model's arguments here too.")
+    breaks = isinstance(error, RuntimeError) and place_of(error)  # not such as Pyro's own, that latents lack
+    if breaks or isinstance(error, AssertionError | IndexError | KeyError):
+        fault = f"the model fails where it is run to find its latents: {quoted(error)}"
+        return ValueError(f"{owner}: {fault}. Give it arguments with which it runs by itself.")
+    return None
 
 
-def check_latents(owner: str, prototype: Trace, plate: str | None = None) -> None:
+def stretched(name: str) -> str:
+    """Say how to draw a latent whose support is not fixed."""
+    drawn = f"{name} = pyro.deterministic({name!r}, low + (high - low) * u)"
+    return f"Draw it on a fixed scale and stretch it: u ~ Uniform(0, 1), {drawn}."
+
+
+def check_latents(call: Call) -> None:
     """Refuse discrete latents, latents without room to move and latents of subsampled plates but for one plate."""
-    _check_continuous(owner, prototype)
-    for name, site in prototype.iter_stochastic_nodes():
+    if names := [name for name, site in call.latents.items() if is_discrete(site["fn"])]:
+        which = f"sites {named(names)} are" if len(names) > 1 else f"site {named(names)} is"
+        why = "values are infinitely many, more than 1000 in one event, or not listed by Pyro"
+        way = "Sum out by hand (a Poisson of Gamma rate is a GammaPoisson), cut off at a Categorical, or condition"
+        raise ValueError(f"{call.owner}: latent {which} discrete, and cannot be enumerated: {why}. {way}.")
+    for name, site in call.latents.items():
         if _is_empty(site["fn"].support):
-            raise ValueError(
-                f"{owner}: the support of latent site {name!r}, {site['fn'].support}, has no volume: low must be less "
-                f"than high. Where they are equal, write {name} = pyro.deterministic({name!r}, value)."
-            )
+            fault = f"the support of latent site {name!r}, {site['fn'].support}, has no volume: low must be below high"
+            raise ValueError(f"{call.owner}: {fault}. Where they are equal, write pyro.deterministic({name!r}, value).")
         for frame in site["cond_indep_stack"]:
-            if frame.name != plate and frame.full_size is not None and frame.size < frame.full_size:
-                raise ValueError(
-                    f"{owner}: latent site {name!r} lies in plate {frame.name!r}, which is subsampled ({frame.size} "
-                    f"of {frame.full_size} rows); one joint flow would tie its dimensions to whatever rows come first. "
-                    f"Let the plate run over all rows, or use AutoPlateFlow(model, {frame.name!r}), which gives each "
-                    "row a posterior of its own."
-                )
-
-
-def _check_continuous(owner: str, prototype: Trace) -> None:
-    """Refuse discrete latents, all at once: those that can be summed out are hidden from the guide."""
-    names = [name for name, site in prototype.iter_stochastic_nodes() if is_discrete(site["fn"])]
-    if names:
-        several = len(names) > 1
-        raise ValueError(
-            f"{owner}: latent site{'s' * several} {named(names)} {'are' if several else 'is'} discrete, and cannot "
-            "be enumerated: values are infinitely many, more than 1000 in one event, or not listed by Pyro. "
-            f"Sum {'each' if several else 'it'} out by hand (a Poisson "
-            "whose rate is Gamma is a GammaPoisson), cut it off at a Categorical, or condition on it."
-        )
+            if frame.name != call.plate and frame.full_size is not None and frame.size < frame.full_size:
+                rows = f"which is subsampled ({frame.size} of {frame.full_size} rows)"
+                way = f"Let it run over all rows, or use AutoPlateFlow(model, {frame.name!r})"
+                raise ValueError(f"{call.owner}: latent site {name!r} lies in plate {frame.name!r}, {rows}. {way}.")
 
 
 def _is_empty(support: Any) -> bool:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    low, high = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
+    low, high = (getattr(innermost(support), name, None) for name in ("lower_bound", "upper_bound"))
     return low is not None and high is not None and bool((torch.as_tensor(low) >= torch.as_tensor(high)).any())
 
 
-def check_density(
-    owner: str,
-    model: Callable[..., Any],
-    prototype: Trace,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    program: Program | None = None,
-) -> None:
+def check_density(call: Call, program: Program | None) -> None:
     """Refuse a model without a finite density at the start; a program sums over its discrete latents, if it has any."""
-    latents = dict(prototype.iter_stochastic_nodes())
-    start = {name: site["value"].detach() for name, site in latents.items()}
     with validation_enabled(False):  # its errors would come first, with less to say
         if program:
-            _check_sum(owner, float(program.log_prob({name: value.unsqueeze(0) for name, value in start.items()}, 1)))
+            values = {name: value.unsqueeze(0) for name, value in call.start.items()}
+            _check_finite(call.owner, "the model, discrete latents summed out,", program.log_prob(values, 1))
             return
-        trace = trace_at(model, start, args, kwargs)
+        trace = call.trace_at(call.start)
         trace.compute_log_prob()
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or site["log_prob"].isfinite().all():
             continue
         value: Any = site["value"]
-        if name not in latents and isinstance(value, Tensor) and not value.isfinite().all():
-            bad = int((~value.isfinite()).sum())
-            raise ValueError(f"{owner}: observed site {name!r} holds NaN or inf ({bad} of {value.numel()} numbers).")
-        raise ValueError(
-            f"{owner}: the log-density of site {name!r} is {_worst(site['log_prob'])} at the guide's start; give a "
-            "better one with init_loc_fn=init_to_value(values={...})."
-        )
+        if name not in call.latents and isinstance(value, Tensor) and not value.isfinite().all():
+            bad = f"{int((~value.isfinite()).sum())} of {value.numel()} numbers"
+            raise ValueError(f"{call.owner}: observed site {name!r} holds NaN or inf ({bad}).")
+        _check_finite(call.owner, f"site {name!r}", site["log_prob"])
 
 
-def _check_sum(owner: str, log_density: float) -> None:
-    if not math.isfinite(log_density):
-        raise ValueError(
-            f"{owner}: the model's log-density, with discrete latents summed out, is {log_density} at the guide's "
-            "start; give a better one with init_loc_fn=init_to_value(values={...})."
-        )
+def _check_finite(owner: str, what: str, log_prob: Tensor) -> None:
+    if not log_prob.isfinite().all():
+        fault = f"the log-density of {what} is {worst(log_prob)} at the guide's start"
+        raise ValueError(f"{owner}: {fault}; give a better one with init_loc_fn=init_to_value(values={{...}}).")
 
 
-def moving_supports(
-    model: Callable[..., Any],
-    prototype: Trace,
-    scale: float,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> list[str]:
+def moving_supports(call: Call, scale: float) -> list[str]:
     """Return the latents whose supports move with another latent."""
-    latents = dict(prototype.iter_stochastic_nodes())
-    start = {name: site["value"].detach() for name, site in latents.items()}
-    transforms = {name: biject_to(site["fn"].support) for name, site in latents.items()}
+    start, transforms = call.start, call.transforms
     places = {name: transform.inv(start[name]) for name, transform in transforms.items()}
     moved = {name: transforms[name](place + scale) for name, place in places.items()}
     found = []
-    for name, site in trace_at(model, moved, args, kwargs).nodes.items():
-        if name in latents:
+    for name, site in call.trace_at(moved).nodes.items():
+        if name in places:
             there = biject_to(site["fn"].support)(places[name])
             if there.shape != start[name].shape or not torch.allclose(there, transforms[name](places[name])):
                 found.append(name)
     return found
 
 
-def check_supports(owner: str, names: list[str], prototype: Trace) -> None:
+def check_supports(call: Call, moving: list[str]) -> None:
     """Refuse latents whose supports move with another latent."""
-    for name in names:
-        raise ValueError(
-            f"{owner}: the support of latent site {name!r}, {prototype.nodes[name]['fn'].support}, depends on another "
-            f"latent. Draw it on a fixed scale and stretch it: u ~ Uniform(0, 1), "
-            f"{name} = pyro.deterministic({name!r}, low + (high - low) * u)."
-        )
+    if moving:
+        name, support = moving[0], call.latents[moving[0]]["fn"].support
+        fault = f"the support of latent site {name!r}, {support}, depends on another latent"
+        raise ValueError(f"{call.owner}: {fault}. {stretched(name)}")
 
 
-def check_same(
-    owner: str, model: Callable[..., Any], prototype: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Refuse arguments with which the latents have other shapes or supports than those that a guide was built for."""
-    if model is None:
-        return  # a guide that was saved
-    found = look(model, args, kwargs)
-    check_shapes(owner, prototype, found)
-    for name, site in prototype.iter_stochastic_nodes():
-        support = found.latents[name]["fn"].support
-        place = biject_to(site["fn"].support).inv(site["value"].detach())
-        if not torch.allclose(biject_to(support)(place), site["value"].detach(), rtol=1e-4, atol=1e-6):
-            raise ValueError(
-                f"{owner}: with these arguments latent site {name!r} has the support {support}, and not that of the "
-                "arguments that the guide was built for. Draw it on a fixed scale and stretch it."
-            )
+def other_support(owner: str, name: str, there: Any, here: Any) -> ValueError:
+    """Return an error that says that with other arguments a latent has another support."""
+    fault = f"latent site {name!r} has another support ({there}) than the guide was built for ({here})"
+    return ValueError(f"{owner}: with these arguments {fault}. {stretched(name)}")
 
 
-def check_shapes(owner: str, prototype: Trace, found: Found, plate: str | None = None) -> None:
+def check_shapes(call: Call, found: Found) -> None:
     """Refuse a model without the latents of a guide, or with other shapes, but for the number of a plate's rows."""
-    for name, site in prototype.iter_stochastic_nodes():
+    for name, site in call.latents.items():
         shape = list(site["value"].shape)
-        for frame in site["cond_indep_stack"]:
-            if frame.name == plate and found.rows:
-                shape[frame.dim - site["fn"].event_dim] = found.rows.size
-        if name not in found.latents:
-            how = "observed" if name in found.observed else "not in the model"
-            raise ValueError(
-                f"{owner}: with these arguments latent site {name!r} is {how}, but the guide was built for one of "
-                f"shape {tuple(shape)}. Build another guide, or let the model draw the same sites for all data: pad "
-                "series to one length, and mask the observed sites only."
-            )
-        if (there := tuple(found.latents[name]["value"].shape)) != tuple(shape):
-            raise ValueError(
-                f"{owner}: with these arguments latent site {name!r} has shape {there}, but the guide was built for "
-                f"{tuple(shape)}. Build another, or give each row a posterior of its own: AutoPlateFlow."
-            )
+        if (frame := frame_of(site, call.plate)) and found.rows:
+            shape[frame.dim - site["fn"].event_dim] = found.rows.size
+        now = found.latents.get(name)
+        if now is None or tuple(now["value"].shape) != tuple(shape):
+            there = "is observed" if name in found.observed else "is not in the model"
+            if now:
+                there = f"has shape {tuple(now['value'].shape)}"
+            built = tuple(shape) if now else f"one of shape {tuple(shape)}"
+            fault = f"latent site {name!r} {there}, but the guide was built for {built}"
+            way = "Build another, pad series to one length and mask the observed sites only, or use AutoPlateFlow"
+            raise ValueError(f"{call.owner}: with these arguments {fault}. {way}.")
 
 
-def check_no_more(owner: str, prototype: Trace, found: Found, observed: Collection[str]) -> None:
+def check_no_more(call: Call, found: Found, observed: Collection[str]) -> None:
     """Refuse latents that a guide was not built for, but sites that were data then and are to be predicted now."""
     for name, site in found.latents.items():
-        if name not in prototype.nodes and name not in observed:
-            raise ValueError(
-                f"{owner}: with these arguments the model has the latent site {name!r} of shape "
-                f"{tuple(site['value'].shape)}, which it had not with those that the guide was built for. Build "
-                "another guide, or let the model draw the same sites for all data."
-            )
-
-
-def _worst(log_prob: Tensor) -> float:
-    return log_prob[~log_prob.isfinite()].flatten()[0].item()
+        if name not in call.prototype.nodes and name not in observed:
+            fault = f"the model has the latent site {name!r} of shape {tuple(site['value'].shape)}, which it had not"
+            way = "Build another guide, or let the model draw the same sites for all data"
+            raise ValueError(f"{call.owner}: {fault} when the guide was built. {way}.")

@@ -17,6 +17,7 @@ from torch.distributions import Transform, biject_to, constraints
 
 from ..checks import check_program
 from ..programs.latents import states_support, support_of
+from .init import bare
 
 
 class Circle(constraints.interval):
@@ -71,28 +72,25 @@ def mark_circles(model: Callable[..., Any]) -> Callable[..., Any]:
     return MarkCircles()(model)
 
 
-def is_circular(site: dict[str, Any]) -> bool:
-    """Whether a site of a marked model lies on a circle."""
-    return isinstance(_innermost(site["fn"].support), Circle)
+def is_circular(support: Any) -> bool:
+    """True if a support of a marked model is that of angles."""
+    return isinstance(innermost(support), Circle)
 
 
 def _circle_of(name: str, fn: Any, periodic: bool) -> Circle | None:
-    inner = fn
-    while isinstance(inner, dist.Independent | dist.MaskedDistribution):
-        inner = inner.base_dist
-    if isinstance(inner, dist.VonMises | torch.distributions.VonMises):
+    if isinstance(bare(fn), dist.VonMises | torch.distributions.VonMises):
         return Circle(-math.pi, math.pi)
     if not periodic:
         return None
-    support = _innermost(fn.support)
+    support = innermost(fn.support)
     if not isinstance(support, constraints.interval):
-        raise ValueError(
-            f"AutoFlow: latent site {name!r} is marked periodic, but its support is {fn.support} and no interval."
-        )
+        fault = f"latent site {name!r} is marked periodic, but its support is {fn.support} and no interval"
+        raise ValueError(f"AutoFlow: {fault}.")
     return Circle(support.lower_bound, support.upper_bound)
 
 
-def _innermost(support: Any) -> Any:
+def innermost(support: Any) -> Any:
+    """Return the support of the single numbers of an event."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_integers
 from ..conditioners.paced import Paced
+from .call import Call
 from .encoding import encode, finite, probe
 from .look import Rows, look
 from .rows import places_of, take_rows
@@ -30,32 +32,28 @@ class RowContexts(Paced):
 
     def __init__(self, plate: str, encoder: Callable[..., Tensor] | None, embedding_dim: int) -> None:
         super().__init__()
-        if isinstance(embedding_dim, bool) or not isinstance(embedding_dim, int) or embedding_dim < 1:
-            raise ValueError(f"AutoPlateFlow: embedding_dim must be an integer of at least 1, got {embedding_dim!r}.")
+        check_integers("AutoPlateFlow", embedding_dim=embedding_dim)
         self.embedding_dim = embedding_dim
         self.plate, self.encoder, self.width = plate, encoder, 0
         self.embedding: nn.Embedding | None = None
 
-    def setup(
-        self,
-        model: Callable[..., Any],
-        rows: Rows,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        like: Tensor,
-        num_zeros: int,
-    ) -> None:
+    def setup(self, call: Call, rows: Rows, like: Tensor, num_zeros: int) -> None:
         """Learn the width from the encoder, or make for each row a vector of zeros and then random numbers."""
         if self.encoder is None:
             self.width = num_zeros + self.embedding_dim
-            start = torch.cat(
-                (torch.zeros(rows.full_size, num_zeros), torch.randn(rows.full_size, self.embedding_dim)), 1
-            )
+            noise = torch.randn(rows.full_size, self.embedding_dim)
+            start = torch.cat((torch.zeros(rows.full_size, num_zeros), noise), 1)
             self.embedding = nn.Embedding.from_pretrained(start.to(like), freeze=False)
         else:
-            context = probe("AutoPlateFlow", self.encoder, model, args, kwargs)
+            context = probe(call, self.encoder)
             self._check(context, rows.size, rows.full_size)
             self.width = context.shape[-1]
+
+    def restore(self, width: int, embedding: Tensor | None) -> None:
+        """Take over the parts of contexts that were saved."""
+        self.width = width
+        if embedding is not None:
+            self.embedding = nn.Embedding.from_pretrained(embedding, freeze=False)
 
     @torch.no_grad()
     def set_pace(self, pace: float | None) -> None:
@@ -72,68 +70,54 @@ class RowContexts(Paced):
     def _paced_names(self) -> Iterable[str]:
         return ("embedding.weight",)
 
-    def of(
-        self, model: Callable[..., Any], plate: Any, indices: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
+    def of(self, call: Call, plate: Any, indices: Tensor) -> Tensor:
         """The contexts of the rows at ``indices`` of a plate."""
         places = places_of(indices, plate.size)
         is_data = places is not None and places is not indices
-        if is_data and not any(value is indices for value in (*args, *kwargs.values())):
-            raise ValueError(
-                f"AutoPlateFlow: the data that plate {self.plate!r} is given as subsample= must be an argument of the "
-                "model, as it is, or their order cannot be told. Write subsample=x, or leave it out."
-            )
+        if is_data and not any(value is indices for value in (*call.args, *call.kwargs.values())):
+            fault = f"the data that plate {self.plate!r} is given as subsample= must be an argument of the model"
+            raise ValueError(f"AutoPlateFlow: {fault}. Write subsample=x, or leave it out.")
         if self.embedding is not None:
             self._check_known(plate.size)
             if places is None:
-                raise ValueError(
-                    f"AutoPlateFlow: plate {self.plate!r} is given the data of {len(indices)} of {plate.size} rows as "
-                    "subsample=, and without an encoder the guide must know which rows they are. Give an encoder, or "
-                    "the rows' indices as subsample=."
-                )
+                got = f"plate {self.plate!r} is given the data of {len(indices)} of {plate.size} rows as subsample="
+                raise ValueError(f"AutoPlateFlow: {got}. Give an encoder, or the rows' indices as subsample=.")
             return self.pace * self.embedding(places.to(self.embedding.weight.device))
         if places is None:  # the arguments are of these rows alone
-            context = self._encode(model, args, kwargs)
-            self._check(context, len(indices), len(indices))
-            return context
+            return self._encode(call, len(indices))
         if len(places) < plate.size:
-            args, kwargs = take_rows(args, kwargs, places, plate.size)
+            call = take_rows(call, places, plate.size)
         elif places is indices and not torch.equal(indices, torch.arange(plate.size, device=indices.device)):
-            raise ValueError(
-                f"AutoPlateFlow: plate {self.plate!r} takes all of its rows in another order, by subsample=; whether "
-                "the arguments are in that order cannot be told. Leave subsample= out where all rows are taken."
-            )
-        context = self._encode(model, args, kwargs)
-        self._check(context, len(places), plate.size)
+            fault = f"plate {self.plate!r} takes all of its rows in another order, by subsample="
+            raise ValueError(f"AutoPlateFlow: {fault}. Leave subsample= out where all rows are taken.")
+        context = self._encode(call, len(places), plate.size)
         return context if len(context) == len(places) else context[places]
 
-    def of_all(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def of_all(self, call: Call) -> Tensor:
         """The contexts of all rows that the arguments tell of."""
         if self.embedding is not None:
-            if model is not None:  # which saved guides are without
-                rows = look(model, args, kwargs, plate=self.plate, until=()).rows
-                assert rows is not None
+            if call.model is not None and (rows := look(call, until=()).rows):  # saved guides are without a model
                 self._check_known(rows.full_size)
             return self.pace * self.embedding.weight
-        context = self._encode(model, args, kwargs)
-        self._check(context, len(context), len(context))
+        context = self._encode(call)
         finite("AutoPlateFlow", context)
         return context
 
     def _check_known(self, full_size: int) -> None:
         if self.embedding is not None and full_size != self.embedding.num_embeddings:
-            raise ValueError(
-                f"AutoPlateFlow: without an encoder the guide knows the {self.embedding.num_embeddings} rows of plate "
-                f"{self.plate!r} that it was built for, not {full_size}. Give it an encoder, or build another guide."
-            )
+            known = f"the {self.embedding.num_embeddings} rows of plate {self.plate!r} that it was built for"
+            way = "Give it an encoder, or build another guide"
+            raise ValueError(f"AutoPlateFlow: without an encoder the guide knows {known}, not {full_size}. {way}.")
 
-    def _encode(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _encode(self, call: Call, *numbers: int) -> Tensor:
         assert self.encoder is not None
-        return encode("AutoPlateFlow", self.encoder, model, args, kwargs, self.width)
+        context = encode(call, self.encoder, self.width)
+        self._check(context, *numbers)
+        return context
 
-    def _check(self, context: Tensor, present: int, all_rows: int) -> None:
-        if context.dim() != 2 or len(context) not in (present, all_rows):
-            raise ValueError(
-                f"AutoPlateFlow: the encoder must return one vector for each of the {all_rows} rows of plate "
-                f"{self.plate!r}, ({all_rows}, context_dim), got shape {tuple(context.shape)}."
-            )
+    def _check(self, context: Tensor, *numbers: int) -> None:
+        """Refuse contexts of another number of rows than those, if any; the last is that of all rows."""
+        all_rows = numbers[-1] if numbers else len(context)
+        if context.dim() != 2 or len(context) not in (*numbers, all_rows):
+            wanted = f"one vector for each of the {all_rows} rows of plate {self.plate!r}, ({all_rows}, context_dim)"
+            raise ValueError(f"AutoPlateFlow: the encoder must return {wanted}, got shape {tuple(context.shape)}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -18,6 +17,7 @@ from ..programs.latents import is_point, is_summable
 from ..programs.nesting import nesting_of
 from ..programs.program import Program
 from ..programs.traces import trace_at
+from .call import Call
 
 
 class HideDiscrete(BlockMessenger):
@@ -37,28 +37,21 @@ class HideDiscrete(BlockMessenger):
         return hidden
 
 
-def hide_discrete(model: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a model without its discrete latents of finite support, which are drawn unseen."""
-    return HideDiscrete()(model)
-
-
-def summed(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
+def summed(call: Call) -> Program | None:
     """Return a program with the density of a model whose discrete latents are hidden; None where it has none."""
-    program: Any = model
+    program = call.model
     while isinstance(program, functools.partial) and isinstance(next(iter(program.args), None), Messenger):
         messenger, inner = program.args[:2]  # one of Pyro's handlers, and what it is around
         if isinstance(messenger, HideDiscrete) and messenger.has_met:
-            single = trace_at(inner, {}, args, kwargs)
+            single = trace_at(inner, {}, call.args, call.kwargs)
             sites = prune_subsample_sites(single).iter_stochastic_nodes()
             names = tuple(name for name, site in sites if is_summable(site["fn"]))
-            return Program(inner, args, kwargs, single, nesting_of(single), names) if names else None
+            return Program(inner, call.args, call.kwargs, single, nesting_of(single), names) if names else None
         program = inner
     return None
 
 
-def draw_discrete(
-    model: Callable[..., Any] | None, latents: Values, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Values:
+def draw_discrete(call: Call, latents: Values) -> Values:
     """Draw the discrete latents that are hidden from a guide, given its own, where predictions are made.
 
     Pyro's ``Predictive`` masks all densities, so that sites more or less in a guide do not count.  Elsewhere nothing is
@@ -66,12 +59,10 @@ def draw_discrete(
     have to be summed over too.
 
     Args:
-        model: The model, with the handlers of the guide; None for a guide that was saved.
+        call: The call of the guide; its model has the guide's handlers.
         latents: The guide's latents, under a plate of draws or not.
-        args: The model's arguments.
-        kwargs: Its keyword arguments.
     """
-    program = summed(model, args, kwargs) if model and latents and get_mask() is False else None
+    program = summed(call) if call.model and latents and get_mask() is False else None
     if program is None or program.subsamples:
         return {}
     sites, found = program.single.nodes, {}

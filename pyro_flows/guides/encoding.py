@@ -14,33 +14,22 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from ..encoders import Standardize
-from ..encoders.base import at_rest as at_rest
+from ..encoders.base import at_rest
 from ..encoders.standardize import learning
+from .call import Call
 
 
-def signature_of(model: Callable[..., Any]) -> inspect.Signature | None:
-    """The parameters of a model, whatever handlers it is wrapped in; None where Python does not know them."""
-    program = poutine.unwrap(model)
-    try:
-        return inspect.signature(program.forward if isinstance(program, nn.Module) else program)
-    except (TypeError, ValueError):
-        return None
-
-
-def arranged(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments that are given, in the order of the model's signature and by place, so that encoders need no names.
+def arranged(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call in the order of the model's signature, so that encoders need no names.
 
     Only those that a model takes by name alone keep their names.
     """
-    signature = signature_of(model)
+    program = poutine.unwrap(call.model)
     try:
-        given = signature.bind(*args, **kwargs).arguments if signature else None
-    except TypeError:
-        given = None
-    if signature is None or given is None:
-        return args, kwargs
+        signature = inspect.signature(program.forward if isinstance(program, nn.Module) else program)
+        given = signature.bind(*call.args, **call.kwargs).arguments
+    except (TypeError, ValueError):  # Python does not know the signature, or the arguments do not fit it
+        return call.args, call.kwargs
     places: list[Any] = []
     names: dict[str, Any] = {}
     for name, value in given.items():
@@ -59,43 +48,31 @@ def arranged(
 def check_encoder(owner: str, encoder: object) -> None:
     """Refuse what cannot be called, and a class in place of an object."""
     if encoder is not None and (isinstance(encoder, type) or not callable(encoder)):
-        raise TypeError(
-            f"{owner}: encoder must be a network or function of the model's arguments, such as "
-            f"encoders.MLPEncoder(input_dim, context_dim), got {encoder!r:.100}."
-        )
+        words = "a network or function of the model's arguments, such as encoders.MLPEncoder(input_dim, context_dim)"
+        raise TypeError(f"{owner}: encoder must be {words}, got {encoder!r:.100}.")
 
 
-def encode(
-    owner: str,
-    encoder: Callable[..., Any],
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    width: int | None = None,
-) -> Tensor:
-    """What an encoder makes of arguments, ``(*batch, width)``.
+def encode(call: Call, encoder: Callable[..., Any], width: int | None = None) -> Tensor:
+    """Return the context that an encoder computes from the arguments of a call, ``(*batch, width)``.
 
     Raises:
         ValueError: If it fails, or returns no floating tensor of that width.
     """
-    places, names = arranged(model, args, kwargs)
+    places, names = arranged(call)
     try:
         context = encoder(*places, **names)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         seen = [str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in (*places, *names.values())]
         raise ValueError(
-            f"{owner}: the encoder fails on the arguments that the model is given, {', '.join(seen) or 'none at all'}: "
-            f"{error!s:.300}. It is called with all of them, in the model's order, as tensors where they are data; to "
-            "use some, wrap it in an nn.Module whose forward takes all."
+            f"{call.owner}: the encoder fails on the arguments that the model is given, {', '.join(seen) or 'none'}: "
+            f"{error!s:.300}. It must take all of them, in the model's order; wrap it in an nn.Module that does."
         ) from error
     if not isinstance(context, Tensor) or not context.dim() or not context.is_floating_point():
         what = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
-        raise ValueError(f"{owner}: the encoder must return a floating tensor (*batch, context_dim), got {what}.")
+        raise ValueError(f"{call.owner}: the encoder must return a floating tensor (*batch, context_dim), got {what}.")
     if width is not None and context.shape[-1] != width:
-        raise ValueError(
-            f"{owner}: the encoder returned a context of width {context.shape[-1]} (shape {tuple(context.shape)}), but "
-            f"the guide was built for width {width}."
-        )
+        got = f"width {context.shape[-1]} (shape {tuple(context.shape)})"
+        raise ValueError(f"{call.owner}: the encoder returned {got}, but the guide was built for width {width}.")
     return context
 
 
@@ -106,21 +83,13 @@ def finite(owner: str, context: Tensor | None) -> Tensor | None:
         ValueError: If it is not finite.
     """
     if context is not None and not context.isfinite().all():
-        raise ValueError(
-            f"{owner}: the encoder returned {int((~context.isfinite()).sum())} NaN or infinite numbers of "
-            f"{context.numel()}; are the data finite?"
-        )
+        bad = f"{int((~context.isfinite()).sum())} NaN or infinite numbers of {context.numel()}"
+        raise ValueError(f"{owner}: the encoder returned {bad}; are the data finite?")
     return context
 
 
-def initialize(
-    owner: str,
-    encoder: Callable[..., Any] | None,
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    """Let the data that an encoder will be trained on set each ``Standardize`` in it, before that.
+def initialize(call: Call, encoder: Callable[..., Any] | None) -> None:
+    """Initialise every ``Standardize`` layer in an encoder from the data that it will be trained on.
 
     One that was set before stays as it is, and so does an encoder that is not trained.
     """
@@ -128,25 +97,21 @@ def initialize(
         return
     if fresh := [part for part in encoder.modules() if isinstance(part, Standardize) and part.is_fresh]:
         with at_rest(encoder), learning(fresh):
-            encode(owner, encoder, model, args, kwargs)
+            encode(call, encoder)
 
 
-def probe(
-    owner: str, encoder: Callable[..., Any], model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
-    """A first context, from which a guide learns the width and the number of rows.
+def probe(call: Call, encoder: Callable[..., Any]) -> Tensor:
+    """Return a first context, from which a guide learns the width and the number of rows.
 
     Raises:
         ValueError: If the encoder is a function of networks that the guide would not train.
     """
     with at_rest(encoder), torch.enable_grad():
-        context = encode(owner, encoder, model, args, kwargs)
+        context = encode(call, encoder)
     own = {id(parameter) for parameter in encoder.parameters()} if isinstance(encoder, nn.Module) else set()
     if any(isinstance(leaf, nn.Parameter) and id(leaf) not in own for leaf in leaves_of(context)):
-        raise ValueError(
-            f"{owner}: the encoder is a function of parameters that the guide cannot see, and would never train. Give "
-            "the network itself, or an nn.Module that holds it and whose forward does what the function does."
-        )
+        fault = "the encoder is a function of parameters that the guide cannot see, and would never train"
+        raise ValueError(f"{call.owner}: {fault}. Give the network itself, or an nn.Module that holds it.")
     return context.detach()
 
 
@@ -164,20 +129,12 @@ def leaves_of(value: Tensor) -> list[Tensor]:
     return found
 
 
-def width_for_one(
-    owner: str,
-    encoder: Callable[..., Any] | None,
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> int:
-    """The width of the context of one data set, 0 without an encoder."""
+def width_for_one(call: Call, encoder: Callable[..., Any] | None) -> int:
+    """Return the width of the context of one data set, 0 without an encoder."""
     if encoder is None:
         return 0
-    context = probe(owner, encoder, model, args, kwargs)
+    context = probe(call, encoder)
     if context.dim() != 1:
-        raise ValueError(
-            f"{owner}: for one data set the encoder must return one vector (context_dim,), got shape "
-            f"{tuple(context.shape)}."
-        )
+        shape = tuple(context.shape)
+        raise ValueError(f"{call.owner}: for one data set the encoder must return one vector (n,), got shape {shape}.")
     return len(context)

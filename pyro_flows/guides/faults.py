@@ -10,7 +10,7 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from ..programs.engines import is_weighing
 from ..programs.log_density import NonFiniteDraw
 from ..programs.traces import trace_of
 from ..transforms.tracing import is_traced
+from .call import Call
 
 MOST = 100  # draws of one step at which the model is run again
 ANEW = (
@@ -60,33 +61,27 @@ class _Broken(NonFiniteDraw):
 
 
 class Watch:
-    """The last finite draws of one guide.
+    """The last finite draws of one guide."""
 
-    Args:
-        owner: The class of the guide, for errors.
-        plate: The plate whose rows have a flow of their own, if there is one.
-    """
-
-    def __init__(self, owner: str, plate: str | None) -> None:
-        self.owner, self.plate = owner, plate
+    def __init__(self) -> None:
         self._now: dict[str, tuple[Sites, Tensor]] = {}
         self._last: dict[str, tuple[Sites, Tensor]] = {}
         self._overflowing: dict[str, Tensor] = {}
 
     @contextmanager
-    def over(self, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    def over(self, guide: Any, call: Call) -> Iterator[None]:
         """Explain why a guide's call ends, where a draw is not finite."""
         self._now = {}
         try:
             yield
         except _Broken as broken:
-            raise self._explained(guide, broken, args, kwargs) from None
+            raise self._explained(guide, broken, call) from None
         except (ValueError, RuntimeError, FloatingPointError) as error:  # a distribution or an equation may be first
             if not _lost(guide):
                 raise
-            first, *others = (name for name, _ in guide.prototype_trace.iter_stochastic_nodes())
+            first, *others = call.latents
             failed = _Broken(first, math.nan, len(others), "")
-            raise self._explained(guide, failed, args, kwargs) from error
+            raise self._explained(guide, failed, call) from error
         self._last = self._now or self._last
 
     def see(self, guide: Any, name: str, sites: Sites, q: FlowDistribution, z: Tensor) -> None:
@@ -116,7 +111,7 @@ class Watch:
             for site, value in sites.unpack(z).items():
                 if not value.isfinite().all():
                     cause = f"an unconstrained draw of {reaching.max():.4g} overflows {dtype} where it is constrained"
-                    raise _Broken(site, _worst(value), 0, cause)
+                    raise _Broken(site, worst(value), 0, cause)
             return
         bad = (~z.isfinite()).reshape(-1, z.shape[-1]).any(0).tolist()
         first, *others = dict.fromkeys(site for site, is_bad in zip(sites.coordinates(), bad, strict=True) if is_bad)
@@ -124,47 +119,42 @@ class Watch:
         cause = f"the guide's parameters are finite, but so large that the draw overflows {dtype}"
         if contexts and not contexts[0].isfinite().all():
             cause = "the encoder returned NaN or infinite numbers, as of data that are not finite"
-        raise _Broken(first, _worst(z[..., bad.index(True)]), len(others), cause)
+        raise _Broken(first, worst(z[..., bad.index(True)]), len(others), cause)
 
-    def _explained(self, guide: Any, broken: _Broken, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NonFiniteDraw:
+    def _explained(self, guide: Any, broken: _Broken, call: Call) -> NonFiniteDraw:
         cause = broken.cause
         if lost := _lost(guide):
             when = "the last step" if self._last else "an earlier step"
-            cause = (
-                f"{lost} of the guide's {len(list(guide.parameters()))} parameters are lost, since the gradient "
-                f"of {when} was not{self._fault(guide, args, kwargs)}"
-            )
-        return NonFiniteDraw(f"{self.owner}: {broken}: {cause}. {ANEW}.")
+            parameters = f"{lost} of the guide's {len(list(guide.parameters()))} parameters"
+            cause = f"{parameters} are lost, since the gradient of {when} was not{self._fault(guide, call)}"
+        return NonFiniteDraw(f"{call.owner}: {broken}: {cause}. {ANEW}.")
 
-    def _fault(self, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def _fault(self, guide: Any, call: Call) -> str:
         """Name the model's first site that was not finite at the last draws, or whose gradient was not."""
-        if not self._last or guide.model is None:
+        if not self._last or call.model is None:
             return ""
         singles = {name: sites.single(z)[:MOST] for name, (sites, z) in self._last.items()}
-        devices = {z.device.index for z in singles.values() if z.device.type == "cuda"}
-        try:
-            with poutine.block(), torch.enable_grad(), validation_enabled(False), torch.random.fork_rng(devices):
-                for particle in range(max(map(len, singles.values()))):
-                    draw = {name: z[min(particle, len(z) - 1)] for name, z in singles.items()}
-                    if found := self._fault_at(draw, guide, args, kwargs):
-                        return found
-        except Exception:  # a user's program may raise anything, and the step has its error already
-            return ""
+        # A user's program may raise anything, and the step has its error already.
+        with suppress(Exception), call.same_draws(), poutine.block(), torch.enable_grad(), validation_enabled(False):
+            for particle in range(max(map(len, singles.values()))):
+                draw = {name: z[min(particle, len(z) - 1)] for name, z in singles.items()}
+                if found := self._fault_at(draw, guide, call):
+                    return found
         return ""
 
-    def _fault_at(self, draw: dict[str, Tensor], guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def _fault_at(self, draw: dict[str, Tensor], guide: Any, call: Call) -> str:
         leaves, data = [z.clone().requires_grad_() for z in draw.values()], dict[str, Tensor]()
         for name, leaf in zip(draw, leaves, strict=True):
             sites = self._last[name][0]
             data.update(sites.unpack(leaf))
-            if sites.rows is not None and self.plate is not None and self.plate not in guide._data_plates:
-                data[self.plate] = sites.rows
-        trace = trace_of(poutine.condition(guide.model, data=data), args, kwargs)
+            if sites.rows is not None and call.plate is not None and call.plate not in guide._data_plates:
+                data[call.plate] = sites.rows
+        trace = trace_of(poutine.condition(call.model, data=data), call.args, call.kwargs)
         trace.compute_log_prob()
         found = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
         for name, site in found.items():
             if not site["log_prob"].isfinite().all():
-                return f": there the log-density of the model's site {name!r} was {_worst(site['log_prob'])}"
+                return f": there the log-density of the model's site {name!r} was {worst(site['log_prob'])}"
         for name, site in found.items():
             if site["log_prob_sum"].requires_grad and not _is_smooth(site["log_prob_sum"], leaves):
                 return f": there the log-density of the model's site {name!r} had a gradient that is not finite"
@@ -182,7 +172,8 @@ def _is_smooth(log_prob: Tensor, leaves: list[Tensor]) -> bool:
     return all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients)
 
 
-def _worst(value: Tensor) -> float:
+def worst(value: Tensor) -> float:
+    """Return the first number that is not finite."""
     return value[~value.isfinite()].flatten()[0].item()
 
 

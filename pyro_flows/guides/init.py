@@ -43,23 +43,27 @@ def init_to_center(site: dict[str, Any] | None = None) -> Tensor | Callable[...,
     try:
         bijection = biject_to(fn.support)
     except NotImplementedError as error:
-        raise NotImplementedError(
-            f"init_to_center: torch knows no bijection from real vectors onto {fn.support}, the support of site "
-            f"{site.get('name')!r}; write the site another way, a covariance as scales and an LKJCholesky, say."
-        ) from error
+        fault = (
+            f"torch knows no bijection from real vectors onto {fn.support}, the support of site {site.get('name')!r}"
+        )
+        way = "write the site another way, a covariance as scales and an LKJCholesky, say"
+        raise NotImplementedError(f"init_to_center: {fault}; {way}.") from error
     for value in (_median(fn), _mean(fn)):
         if value is not None and value.shape == fn.shape() and bijection.inv(value).isfinite().all():
             return value
-    prior = _tensors(fn)
-    like = prior[0] if prior else torch.zeros(())
-    origin = torch.zeros(bijection.inverse_shape(fn.shape()), dtype=like.dtype, device=like.device)
-    return bijection(origin)
+    like = next(iter(_tensors(fn)), torch.zeros(()))
+    return bijection(like.new_zeros(bijection.inverse_shape(fn.shape())))
+
+
+def bare(fn: Any) -> Any:
+    """Return a distribution of single numbers, without a mask."""
+    while isinstance(fn, Independent | MaskedDistribution):
+        fn = fn.base_dist
+    return fn
 
 
 def _median(fn: Any) -> Tensor | None:
-    shape = fn.shape()
-    while isinstance(fn, Independent | MaskedDistribution):
-        fn = fn.base_dist
+    shape, fn = fn.shape(), bare(fn)
     tensors = _tensors(fn)
     if not tensors:
         return None

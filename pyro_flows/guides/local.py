@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -44,11 +42,6 @@ def autoencoder_flow(input_dim: int, context_dim: int) -> Flow:
     shift = direct.weight[input_dim : 2 * input_dim, :context_dim]
     nn.init.normal_(shift, std=context_dim**-0.5 / direct.unit)
     return flow
-
-
-def default_local(*, by_encoder: bool) -> Callable[[int, int], Flow]:
-    """The recipe of :class:`AutoPlateFlow` where none is named, for rows that depend on an encoder alone or on more."""
-    return autoencoder_flow if by_encoder else local_flow
 
 
 def assemble_local(flow: Flow, loc: Tensor, scale: float, *, by_row: bool) -> Flow:

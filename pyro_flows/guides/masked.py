@@ -8,7 +8,6 @@ has a flat prior, and is drawn and scored as ever.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -18,18 +17,18 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..programs.masks import is_masked, is_observation, mask_of
-from ..programs.traces import trace_at
-from .look import Found, rows_in
+from .call import Call
+from .look import Found, frame_of, rows_in
 
 FLAT = "For a flat prior write dist.ImproperUniform."
 
 
 def hides_outside(plate: str | None, found: Found) -> bool:
     """True if a mask hides some of a latent outside of a plate."""
-    return any(_frame(site, plate) is None and mask_of(site).hides for site in found.latents.values())
+    return any(frame_of(site, plate) is None and mask_of(site).hides for site in found.latents.values())
 
 
-def check_unmasked(owner: str, plate: str | None, found: Found) -> None:
+def check_unmasked(call: Call, found: Found) -> None:
     """Refuse masks on latents outside of a plate.
 
     Raises:
@@ -37,16 +36,13 @@ def check_unmasked(owner: str, plate: str | None, found: Found) -> None:
     """
     for name, site in found.latents.items():
         mask = mask_of(site)
-        if _frame(site, plate) is None and mask.hides and not (mask.is_scalar and not _hides_data(found)):
-            way = (
-                "where a mask takes out whole rows of a plate, use AutoPlateFlow(model, plate)"
-                if plate is None
-                else f"a mask may take out rows of plate {plate!r} only"
-            )
-            raise ValueError(
-                f"{owner}: latent site {name!r} is masked, and one joint density cannot leave out a part of itself. "
-                f"Mask the observed sites only, so that the prior of {name!r} stays in; {way}. {FLAT}"
-            )
+        is_flat = mask.is_scalar and not _hides_data(found)
+        if frame_of(site, call.plate) is None and mask.hides and not is_flat:
+            way = f"a mask may take out rows of plate {call.plate!r} only"
+            if call.plate is None:
+                way = "where a mask takes out whole rows of a plate, use AutoPlateFlow(model, plate)"
+            fault = f"latent site {name!r} is masked, and one joint density cannot leave out a part of itself"
+            raise ValueError(f"{call.owner}: {fault}. Mask the observed sites only; {way}. {FLAT}")
 
 
 class RowMasks(NamedTuple):
@@ -66,67 +62,54 @@ class RowMasks(NamedTuple):
         return nullcontext() if self.rows is None else poutine.mask(mask=self.rows)
 
 
-def masks_of_rows(plate: str, found: Found) -> RowMasks:
+def masks_of_rows(plate: str | None, found: Found) -> RowMasks:
     """Return what counts of the latents in a plate.
 
     Raises:
         ValueError: Naming the site, if a mask leaves in the data of a row that it takes out, or divides an event.
     """
-    inside = {name: site for name, site in found.latents.items() if _frame(site, plate)}
+    inside = {name: site for name, site in found.latents.items() if frame_of(site, plate)}
     rows = {name: _rows_of(name, site, plate) for name, site in inside.items()}
     parts = {name: torch.as_tensor(mask_of(site).every) for name, site in inside.items()}
     hidden = [name for name, part in parts.items() if not part.all()]
-    if all(mask_of(inside[name]).is_scalar for name in hidden) and not _hides_data(found):
-        return RowMasks()  # nothing is hidden, or priors are flat
-    if not hidden:
+    are_flat = all(mask_of(inside[name]).is_scalar for name in hidden) and not _hides_data(found)
+    if are_flat or not hidden:
         return RowMasks()
     first, mask = hidden[0], torch.stack([*rows.values()]).any(0)
     for name, site in found.observed.items():
-        if not (_frame(site, plate) and is_observation(site)):
-            continue
-        if bool((_reduced(mask_of(site).some, site, plate, torch.any) & ~mask).any()):
-            raise ValueError(
-                f"AutoPlateFlow: observed site {name!r} in plate {plate!r} counts where latent site {first!r} is "
-                f"masked. Mask both alike, or the observed sites only. {FLAT}"
-            )
+        counts = frame_of(site, plate) and is_observation(site)
+        if counts and bool((_reduced(mask_of(site).some, site, plate) & ~mask).any()):
+            fault = f"observed site {name!r} in plate {plate!r} counts where latent site {first!r} is masked"
+            raise ValueError(f"AutoPlateFlow: {fault}. Mask both alike, or the observed sites only. {FLAT}")
     _check_data_inside(plate, first, found)
-    frame = _frame(inside[first], plate)
+    frame = frame_of(inside[first], plate)
     shown = mask.reshape(-1, *(1,) * (-1 - frame.dim))
     divided = {n: part for n, part in parts.items() if not torch.equal(*torch.broadcast_tensors(part, shown))}
     return RowMasks(None if bool(mask.all()) else shown, divided)
 
 
-def patterns_of(plate: str, masks: RowMasks, found: Found) -> set[bytes]:
+def patterns_of(plate: str | None, masks: RowMasks, found: Found) -> set[bytes]:
     """Return what of a row is absent, for each row of a plate: which of its numbers count, in one word."""
     if not masks.parts:
         return set()
     columns = []
     for name in sorted(masks.parts):
         site = found.latents[name]
-        dim, batch = _frame(site, plate).dim, site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
+        dim, batch = frame_of(site, plate).dim, site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
         columns.append(masks.parts[name].bool().expand(batch).movedim(dim, 0).reshape(batch[dim], -1))
     return {bytes(row) for row in torch.cat(columns, -1).tolist()}
 
 
-def check_absent(
-    model: Callable[..., Any],
-    masks: RowMasks,
-    found: Found,
-    rows: dict[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
+def check_absent(call: Call, masks: RowMasks, found: Found, rows: dict[str, Tensor]) -> None:
     """Refuse masks that hide a part of a latent on which the rest of the model depends.
 
     The part is moved, and no site's density may change; sites that are drawn are drawn alike each time.
 
     Args:
-        model: The model.
+        call: The call of the guide.
         masks: What counts of the latents.
         found: The latents.
         rows: The rows of the plate, by its name, where it is subsampled.
-        args: The model's arguments.
-        kwargs: Its keyword arguments.
 
     Raises:
         ValueError: Naming the latent and the site that depends on it.
@@ -141,7 +124,7 @@ def check_absent(
         moved = torch.where(counts.reshape(counts.shape + (1,) * fn.event_dim), here, there)
         with torch.random.fork_rng(), validation_enabled(False):
             torch.manual_seed(0)
-            trace = trace_at(model, {**values, **rows, name: moved}, args, kwargs)
+            trace = call.trace_at({**values, **rows, name: moved})
             trace.compute_log_prob()
         return {key: site["log_prob"] for key, site in trace.nodes.items() if site["type"] == "sample"}
 
@@ -150,24 +133,21 @@ def check_absent(
         for shift in (-3.0, -1.0, 1.0, 3.0):
             for site, log_prob in densities(name, shift).items():
                 if not torch.allclose(log_prob, known[site], rtol=1e-5, atol=1e-6, equal_nan=True):
-                    raise ValueError(
-                        f"AutoPlateFlow: the mask of latent site {name!r} hides a part of it that the rest of the "
-                        f"model depends on, as site {site!r}. Mask whole rows, with one mask around all of the plate, "
-                        "or the observed sites only, so that the priors of the latents stay in, as for series that "
-                        "are padded to one length."
-                    )
+                    fault = f"hides a part of it that the rest of the model depends on, as site {site!r}"
+                    way = "Mask whole rows, with one mask around all of the plate, or the observed sites only"
+                    raise ValueError(f"AutoPlateFlow: the mask of latent site {name!r} {fault}. {way}.")
 
 
-def _check_data_inside(plate: str, latent: str, found: Found) -> None:
+def _check_data_inside(plate: str | None, latent: str, found: Found) -> None:
     """Refuse masked rows of a plate without data: what is observed outside may depend on them all the same."""
     data = {name: site for name, site in found.observed.items() if is_observation(site)}
-    if not any(_frame(site, plate) for site in data.values()):
+    if not any(frame_of(site, plate) for site in data.values()):
         for name, site in data.items():
             if bool(torch.as_tensor(mask_of(site).some).any()):
-                raise ValueError(
-                    f"AutoPlateFlow: latent site {latent!r} is masked, and the data, such as {name!r}, lie outside of "
-                    f"plate {plate!r}, where they may count for the rows that are left out. {FLAT}"
+                fault = (
+                    f"latent site {latent!r} is masked, and the data, such as {name!r}, lie outside of plate {plate!r}"
                 )
+                raise ValueError(f"AutoPlateFlow: {fault}, and may count for the rows that are left out. {FLAT}")
 
 
 def masks_of_all(plate: str, found: Found) -> RowMasks:
@@ -176,13 +156,11 @@ def masks_of_all(plate: str, found: Found) -> RowMasks:
     Raises:
         ValueError: As :func:`masks_of_rows`, or if the plate is subsampled, so that the others' masks are not known.
     """
-    inside = [name for name, site in found.latents.items() if _frame(site, plate) and is_masked(site)]
+    inside = [name for name, site in found.latents.items() if frame_of(site, plate) and is_masked(site)]
     if inside and found.rows and found.rows.size < found.rows.full_size:
-        raise ValueError(
-            f"AutoPlateFlow.log_prob: latent site {inside[0]!r} is masked, and plate {plate!r} is subsampled "
-            f"({found.rows.size} of {found.rows.full_size} rows), so that the masks of the other rows are not known. "
-            "Let the plate run over all rows."
-        )
+        subsampled = f"plate {plate!r} is subsampled ({found.rows.size} of {found.rows.full_size} rows)"
+        fault = f"latent site {inside[0]!r} is masked, and {subsampled}"
+        raise ValueError(f"AutoPlateFlow.log_prob: {fault}. Let the plate run over all rows.")
     return masks_of_rows(plate, found)
 
 
@@ -190,26 +168,20 @@ def _hides_data(found: Found) -> bool:
     return any(mask_of(site).hides for site in found.observed.values() if is_observation(site))
 
 
-def _rows_of(name: str, site: dict[str, Any], plate: str) -> Tensor:
+def _rows_of(name: str, site: dict[str, Any], plate: str | None) -> Tensor:
     """Return the rows in which some of a latent counts, ``(rows,)``."""
     mask = mask_of(site)
     if not torch.equal(*(torch.as_tensor(part) for part in mask)):
-        raise ValueError(
-            f"AutoPlateFlow: the mask of latent site {name!r} divides an event. Mask whole events, or the observed "
-            "sites only, so that the priors of the latents stay in."
-        )
-    return _reduced(mask.every, site, plate, torch.any)
+        fault = f"the mask of latent site {name!r} divides an event"
+        raise ValueError(f"AutoPlateFlow: {fault}. Mask whole events, or the observed sites only.")
+    return _reduced(mask.every, site, plate)
 
 
-def _reduced(mask: Tensor | bool, site: dict[str, Any], plate: str, how: Any) -> Tensor:
+def _reduced(mask: Tensor | bool, site: dict[str, Any], plate: str | None) -> Tensor:
     """A mask, reduced to the rows of a plate, ``(rows,)``."""
-    frame = _frame(site, plate)
+    frame = frame_of(site, plate)
     number = frame.size if frame.size > 0 else rows_in(site, frame.dim)
     whole = torch.as_tensor(mask, device=site["value"].device)
     if whole.dim() < -frame.dim:
-        return how(whole).expand(number)
-    return how(whole.movedim(frame.dim, 0).reshape(whole.shape[frame.dim], -1), -1).expand(number)
-
-
-def _frame(site: dict[str, Any], plate: str | None) -> Any:
-    return next((frame for frame in site["cond_indep_stack"] if frame.name == plate), None)
+        return whole.any().expand(number)
+    return whole.movedim(frame.dim, 0).reshape(whole.shape[frame.dim], -1).any(-1).expand(number)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.utils import _sum_rightmost
@@ -22,37 +21,25 @@ from torch.distributions.utils import _sum_rightmost
 from ..programs.engines import Site, Values, View, value_of
 from ..programs.nesting import nesting_of
 from ..programs.program import Program
+from .call import Call
 
 
 class Moving:
     """The map from unconstrained latents to a model's, for some arguments.
 
     Args:
-        model: The model.
-        prototype: A trace of it, with all of its latents.
-        args: The model's arguments.
-        kwargs: Its keyword arguments.
-        engine: The way to run many draws, by default ``"vmap"`` if it does to two draws what single runs do.
+        call: The call of a guide.
+        engine: The way to run many draws, ``"vmap"`` or ``"loop"``; by default the former if it does to two draws what
+            single runs do.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        prototype: Trace,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        engine: str | None = None,
-    ) -> None:
+    def __init__(self, call: Call, engine: str | None = None) -> None:
+        model = call.model
         while isinstance(model, functools.partial) and isinstance(model.args[0], InitMessenger):
             model = model.args[1]  # latents have values, so that none needs a start
-        self._program = Program(model, args, kwargs, prototype, nesting_of(prototype))
-        self._names = [name for name, _ in prototype.iter_stochastic_nodes()]
-        self._program.engine = engine or self._fastest()
-
-    @property
-    def engine(self) -> str:
-        """The way to run many draws: ``"vmap"`` or ``"loop"``."""
-        return self._program.engine
+        self._program = Program(model, call.args, call.kwargs, call.prototype, nesting_of(call.prototype))
+        self._names = [*call.latents]
+        self.engine = self._program.engine = engine or self._fastest(call)
 
     def unpack(self, free: Values, size: int) -> tuple[Values, Values]:
         """Constrain N draws: the sites' values, ``(N, *site_shape)``, and the log-determinants, ``(N, *batch_shape)``.
@@ -61,7 +48,7 @@ class Moving:
             free: The unconstrained values of all latents, ``(N, *shape)``.
             size: The number N of draws.
         """
-        found = self._program.run(self._read(value_of, _log_det), free, size, place=_constrained)
+        found = self._program.run(self._read(value_of), free, size, place=_constrained)
         return {n: found[n] for n in self._names}, {n: found[f"log det {n}"] for n in self._names}
 
     def packed(self, values: Values) -> tuple[Tensor, Tensor]:
@@ -76,30 +63,28 @@ class Moving:
         first = values[self._names[0]]
         batch = first.shape[: first.dim() - len(shapes[self._names[0]])]
         held = {name: values[name].reshape(-1, *shape) for name, shape in shapes.items()}
-        found = self._program.run(self._read(_free, _log_det), held, batch.numel())
+        found = self._program.run(self._read(_free), held, batch.numel())
         total = sum(found[f"log det {name}"].reshape(batch.numel(), -1).sum(-1) for name in self._names)
         log_det = torch.as_tensor(total).neg()
-        vectors = torch.cat([found[name].reshape(batch.numel(), -1) for name in self._names], -1).nan_to_num(
-            0.0, 0.0, 0.0
-        )
-        return vectors.reshape(*batch, -1), log_det.where(log_det.isfinite(), -torch.inf).reshape(batch)
+        vectors = torch.cat([found[name].reshape(*batch, -1) for name in self._names], -1)
+        return vectors.nan_to_num(0.0, 0.0, 0.0), log_det.where(log_det.isfinite(), -torch.inf).reshape(batch)
 
-    def _read(self, value: Callable[[Site], Tensor], log_det: Callable[[Site], Tensor]) -> Callable[[View], Values]:
+    def _read(self, value: Callable[[Site], Tensor]) -> Callable[[View], Values]:
         def read(view: View) -> Values:
             values = {name: view.read(name, value) for name in self._names}
-            return {**values, **{f"log det {name}": view.read(name, log_det) for name in self._names}}
+            return {**values, **{f"log det {name}": view.read(name, _log_det) for name in self._names}}
 
         return read
 
     @torch.no_grad()
-    def _fastest(self) -> str:
-        sites = {name: self._program.single.nodes[name] for name in self._names}
-        start = {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in sites.items()}
+    def _fastest(self, call: Call) -> str:
+        transforms = call.transforms
+        start = {name: transforms[name].inv(value) for name, value in call.start.items()}
         free = {name: torch.stack((value, value + 0.5)) for name, value in start.items()}
-        alone = self._program.run(self._read(value_of, _log_det), free, 2, place=_constrained)
+        alone = self._program.run(self._read(value_of), free, 2, place=_constrained)
         self._program.engine = "vmap"  # a guide may run in a plate of draws itself, and two of these would collide
         try:
-            found = self._program.run(self._read(value_of, _log_det), free, 2, place=_constrained)
+            found = self._program.run(self._read(value_of), free, 2, place=_constrained)
         except Exception:  # a user's program may raise anything
             return "loop"
         agree = all(torch.allclose(found[name], alone[name], rtol=1e-4, atol=1e-5) for name in alone)

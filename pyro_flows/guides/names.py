@@ -30,11 +30,8 @@ def claim_name(guide: Any, name: str | None) -> str:
         names = (kind if i == 1 else f"{kind}_{i}" for i in itertools.count(1))
         name = next(n for n in names if n not in _used)
     elif not is_free(name):
-        warnings.warn(
-            f"Another live {kind} is named {name!r}; the two would share parameters in Pyro's store. "
-            "Give each guide a name of its own.",
-            stacklevel=3,
-        )
+        fault = f"Another live {kind} is named {name!r}; the two would share parameters in Pyro's store"
+        warnings.warn(f"{fault}. Give each guide a name of its own.", stacklevel=3)
     _used.add(name)
     _live[name] = guide
     return name
@@ -63,10 +60,9 @@ def adopt_stored_parameters(name: str, module: nn.Module) -> None:
             continue
         if (stored := store[full].detach()).data_ptr() != parameter.data_ptr():
             if stored.shape != parameter.shape:
-                raise ValueError(
-                    f"The parameter store holds {full!r} of shape {tuple(stored.shape)}, but the guide needs "
-                    f"{tuple(parameter.shape)}; give the guide another name= or clear the store."
-                )
+                shapes = f"of shape {tuple(stored.shape)}, but the guide needs {tuple(parameter.shape)}"
+                way = "give the guide another name= or clear the store"
+                raise ValueError(f"The parameter store holds {full!r} {shapes}; {way}.")
             with torch.no_grad():
                 parameter.copy_(stored)
             del store[full]

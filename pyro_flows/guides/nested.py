@@ -83,10 +83,9 @@ class Nested(nn.Module):
         size = chunk_for((self.shared.size + len(rows) * self.own.size) * batch[1:].numel())
         if batch[:1].numel() <= size:
             return self._log_prob(values, rows, masks)
-        chunks = zip(*(value.split(size) for value, _ in given), strict=True)
-        return torch.cat(
-            [recomputed(self._log_prob, dict(zip(parts, chunk, strict=True)), rows, masks) for chunk in chunks]
-        )
+        columns = zip(*(value.split(size) for value, _ in given), strict=True)
+        chunks = [dict(zip(parts, chunk, strict=True)) for chunk in columns]
+        return torch.cat([recomputed(self._log_prob, chunk, rows, masks) for chunk in chunks])
 
     def _log_prob(self, values: dict[str, Tensor], rows: Tensor, masks: RowMasks) -> Tensor:
         total, g = torch.zeros(()), None

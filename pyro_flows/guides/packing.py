@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -21,7 +21,14 @@ from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.utils import _sum_rightmost
 
 from ..programs.latents import KEEPS_MASK
+from .call import Call
+from .checks import check_shapes, other_support, stretched
+from .circles import is_circular
 from .faults import Sites
+from .look import look
+
+Absent = Mapping[str, Tensor]  # for each site that is absent in part, a mask of what counts
+NONE: Absent = MappingProxyType({})
 
 
 class Part(NamedTuple):
@@ -40,6 +47,7 @@ class Packing:
     """How sites lie in a vector.
 
     Args:
+        owner: The class of the guide, for errors.
         sites: Latent sites of a prototype trace.
         dim: The dimension, negative, of the plate whose rows have a vector each; None where there is one vector.
         rows: How many of the plate's rows the prototype has.
@@ -51,9 +59,9 @@ class Packing:
         ValueError: If the support of a site differs from row to row.
     """
 
-    def __init__(self, sites: list[dict[str, Any]], dim: int | None = None, rows: int = 1) -> None:
+    def __init__(self, owner: str, sites: Iterable[dict[str, Any]], dim: int | None = None, rows: int = 1) -> None:
         self.parts: dict[str, Part] = {}
-        self.dim = dim
+        self.owner, self.dim = owner, dim
         for site in sites:
             name, fn, value = site["name"], site["fn"], site["value"]
             support = fn.support if dim is None else _of_one_row(name, fn.support, dim - fn.event_dim, rows)
@@ -85,9 +93,7 @@ class Packing:
     def _sizes(self) -> list[int]:
         return [part.batch.numel() * part.event.numel() for part in self.parts.values()]
 
-    def unpack(
-        self, latent: Tensor, absent: Mapping[str, Tensor] = MappingProxyType({})
-    ) -> Iterator[tuple[str, Part, Tensor, Tensor]]:
+    def unpack(self, latent: Tensor, absent: Absent = NONE) -> Iterator[tuple[str, Part, Tensor, Tensor]]:
         """Vectors ``(*batch, size)`` as sites: their names, parts, values and log|det| of the constraining map.
 
         Where a part of a site is absent the last is the log-density of a standard normal: see ``masked.py``.
@@ -111,22 +117,17 @@ class Packing:
                 value = value.where(absent[name].reshape(absent[name].shape + (1,) * part.event_dim), value.detach())
             yield name, part, value, change
 
-    def place(
-        self, latent: Tensor, plates: dict[str, Any], absent: Mapping[str, Tensor]
-    ) -> Iterator[tuple[str, Tensor]]:
+    def place(self, latent: Tensor, plates: dict[str, Any], absent: Absent) -> Iterator[tuple[str, Tensor]]:
         """Put packed latents at their sites, in their plates: each site's name and value.
 
         Args:
             latent: The vectors.
             plates: The plates, by name.
-            absent: For each site that is absent in part, a mask of what counts.
+            absent: What counts of sites that are absent in part.
         """
         for name, part, value, log_det in self.unpack(latent, absent):
-            with ExitStack() as stack:
-                for frame in part.plates:
-                    stack.enter_context(plates[frame.name])
-                fn = dist.Delta(value, log_density=-log_det, event_dim=part.event_dim)
-                yield name, pyro.sample(name, fn, infer={KEEPS_MASK: name in absent})
+            frames = [plates[frame.name] for frame in part.plates]
+            yield name, put(name, value, log_det, part.event_dim, frames, name in absent)
 
     def sites(self, rows: Tensor | None = None) -> Sites:
         """The sites of a packed draw, of some rows of the plate."""
@@ -140,9 +141,7 @@ class Packing:
         for name, part, value, _ in self.unpack(latent):
             yield name, value.reshape(size, *value.shape[value.dim() - len(part.batch) - part.event_dim :])
 
-    def pack(
-        self, values: dict[str, Tensor], absent: Mapping[str, Tensor] = MappingProxyType({})
-    ) -> tuple[Tensor, Tensor]:
+    def pack(self, values: dict[str, Tensor], absent: Absent = NONE) -> tuple[Tensor, Tensor]:
         """The way back: ``(*sample, [rows,] size)``, and log|det| of it, for values ``(*sample, *site_shape)``.
 
         The log-determinant, in nats and of the shape of the batch, is -inf outside of the support.
@@ -150,16 +149,20 @@ class Packing:
         packed, total = [], torch.zeros(())
         for name, part in self.parts.items():
             if name not in values:
-                raise ValueError(f"AutoPlateFlow.log_prob: values lack the latent site {name!r}.")
+                raise ValueError(f"{self.owner}.log_prob: values lack the latent site {name!r}.")
             value, plates = values[name], len(part.batch)
             sample = value.dim() - plates - part.event_dim
+            if self.dim is None and value.shape[max(sample, 0) :] != part.start.shape:
+                wanted = f"values[{name!r}] must have shape (*batch, *{tuple(part.start.shape)})"
+                raise ValueError(f"{self.owner}.log_prob: {wanted}, got {tuple(value.shape)}.")
             inside = part.support.check(value)
+            if is_circular(part.support):  # any representative of an angle
+                inside = torch.ones_like(inside)
             held = value.where(inside.reshape(inside.shape + (1,) * (value.dim() - inside.dim())), _anywhere(part))
             free = part.transform.inv(held)
             change = -part.transform.log_abs_det_jacobian(free, held)
-            change = _sum_rightmost(change, change.dim() - sample - plates).where(
-                inside.reshape(*value.shape[: sample + plates], -1).all(-1), -torch.inf
-            )
+            inside = inside.reshape(*value.shape[: sample + plates], -1).all(-1)
+            change = _sum_rightmost(change, change.dim() - sample - plates).where(inside, -torch.inf)
             if name in absent:
                 change = change.where(absent[name], -_normal(free, sample + plates))
             if self.dim is not None:
@@ -174,16 +177,26 @@ class Packing:
         """Refuse sites whose supports are other ones, as they may be with other arguments."""
         for name, part in self.parts.items():
             there = other.parts.get(name)
-            if there is None or not all(
-                _anywhere(part, at).shape == _anywhere(there, at).shape
-                and torch.allclose(_anywhere(part, at), _anywhere(there, at), rtol=1e-4, atol=1e-6)
-                for at in (0.0, 1.0)
-            ):
-                raise ValueError(
-                    f"AutoPlateFlow: with these arguments latent site {name!r} has another support "
-                    f"({'none' if there is None else there.support}) than with those that the guide was built for "
-                    f"({part.support}). Draw it on a fixed scale and stretch it."
-                )
+            if there is None or not all(_alike(part, there, at) for at in (0.0, 1.0)):
+                raise other_support(self.owner, name, None if there is None else there.support, part.support)
+
+
+def check_same(call: Call) -> None:
+    """Refuse arguments with which the latents have other shapes or supports than those that a guide was built for."""
+    if call.model is not None:  # which saved guides are without
+        found = look(call)
+        check_shapes(call, found)
+        there = Packing(call.owner, [found.latents[name] for name in call.latents])
+        Packing(call.owner, call.latents.values()).check_same(there)
+
+
+def put(name: str, value: Tensor, log_det: Tensor, event_dim: int, plates: list[Any], masked: bool = False) -> Tensor:
+    """Put a value that was drawn elsewhere at its site, in its plates; it was constrained with that log|det|."""
+    with ExitStack() as stack:
+        for plate in plates:
+            stack.enter_context(plate)
+        fn = dist.Delta(value, log_density=-log_det, event_dim=event_dim)
+        return pyro.sample(name, fn, infer={KEEPS_MASK: masked})
 
 
 def _normal(free: Tensor, batch_dim: int) -> Tensor:
@@ -197,6 +210,11 @@ def _anywhere(part: Part, at: float = 0.0) -> Tensor:
     return part.transform(torch.full(part.event, at, dtype=part.start.dtype, device=part.start.device))
 
 
+def _alike(one: Part, other: Part, at: float) -> bool:
+    here, there = _anywhere(one, at), _anywhere(other, at)
+    return here.shape == there.shape and torch.allclose(here, there, rtol=1e-4, atol=1e-6)
+
+
 def _of_one_row(name: str, support: Any, axis: int, rows: int) -> Any:
     """A support with one row in place of all: plates expand bounds to their rows, and other data have other rows."""
     one = copy.copy(support)
@@ -206,10 +224,7 @@ def _of_one_row(name: str, support: Any, axis: int, rows: int) -> Any:
         elif isinstance(bound, Tensor) and bound.dim() >= -axis and bound.shape[axis] == rows:
             first = bound.narrow(axis, 0, 1)
             if not (bound == first).all():
-                raise ValueError(
-                    f"AutoPlateFlow: the support of latent site {name!r}, {support}, differs from row to row. Draw it "
-                    f"on a fixed scale and stretch it: u ~ Uniform(0, 1), "
-                    f"{name} = pyro.deterministic({name!r}, low + (high - low) * u)."
-                )
+                what = f"the support of latent site {name!r}, {support}, differs from row to row"
+                raise ValueError(f"AutoPlateFlow: {what}. {stretched(name)}")
             setattr(one, key, first)
     return one

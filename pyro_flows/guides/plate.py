@@ -17,30 +17,33 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
 from ..bijectors import Affine
-from ..checks import check_integers
+from ..checks import check_integers, check_numbers
+from ..encoders.base import at_rest
 from ..flows import Flow
 from ..programs.engines import plate_like
+from ..programs.minibatches import Shuffled
 from .base import FlowGuide
+from .call import Call
 from .calls import Calls
-from .checks import check_latents, check_supports, moving_supports
+from .checks import check_latents, check_shapes, check_supports, moving_supports
 from .circles import is_circular, mark_circles
 from .contexts import RowContexts
-from .discrete import hide_discrete
-from .encoding import at_rest, check_encoder
+from .discrete import HideDiscrete
+from .encoding import check_encoder, initialize
 from .init import init_to_center
-from .local import assemble_local, default_local
-from .look import Found, Rows
-from .masked import RowMasks, masks_of_all
+from .local import assemble_local, autoencoder_flow, local_flow
+from .look import Found, Rows, frame_of, look
+from .masked import RowMasks, check_unmasked, masks_of_all
 from .names import claim_name
 from .nested import Nested
 from .packing import Packing
-from .plan import RowsPlan
-from .recipe import assemble, built, check_recipe, check_scale, default_flow
-from .rows import InTurn, Shuffled, check_tied, data_plates
+from .plan import Schedule
+from .recipe import assemble, built, check_recipes, default_flow
+from .rows import InTurn, check_tied, data_plates
 from .start import settle_start
 
 
-class AutoPlateFlow(RowsPlan, FlowGuide):
+class AutoPlateFlow(FlowGuide):
     """A guide for a model with a plate: a flow over the latents outside of it, and one conditional flow for its rows::
 
         q(g, l) = q(g) Π_i q(l_i | c_i, g)
@@ -92,6 +95,7 @@ class AutoPlateFlow(RowsPlan, FlowGuide):
     """
 
     recipes = "_build_local", "_build_global"
+    plate: str
 
     def __init__(
         self,
@@ -106,57 +110,71 @@ class AutoPlateFlow(RowsPlan, FlowGuide):
         init_scale: float | None = None,
         name: str | None = None,
     ) -> None:
-        check_recipe("AutoPlateFlow", "local_flow", local_flow, "flows.nsf")
-        check_recipe("AutoPlateFlow", "global_flow", global_flow, "flows.nsf")
+        check_recipes("AutoPlateFlow", local_flow=local_flow, global_flow=global_flow)
         check_encoder("AutoPlateFlow", encoder)
-        if init_scale is not None:
-            check_scale("AutoPlateFlow", init_scale)
-        super().__init__(InitMessenger(init_loc_fn or init_to_center)(hide_discrete(mark_circles(model))))
+        check_numbers("AutoPlateFlow", above=0, optional=True, init_scale=init_scale)
+        super().__init__(InitMessenger(init_loc_fn or init_to_center)(HideDiscrete()(mark_circles(model))))
         self.plate = plate
         self._build_local, self._build_global = local_flow, global_flow
         self._init_scale, self._chooses_start = init_scale, init_loc_fn is None
         self.contexts, self.minibatches = RowContexts(plate, encoder, embedding_dim), Shuffled()
-        self._calls = Calls("AutoPlateFlow", plate)
+        self._calls = Calls()
         self._pyro_name = claim_name(self, name)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        self._check_model()
-        try:
-            super()._setup_prototype(*args, **kwargs)
-            found = self._calls.begin(self.model, self.prototype_trace, args, kwargs)
-            self._data_plates, rows = data_plates(found), found.rows
-            assert rows is not None
-            check_latents("AutoPlateFlow", self.prototype_trace, self.plate)
-            here = "AutoPlateFlow", self.model, self.prototype_trace
-            settle_start(*here, args, kwargs, choose=self._chooses_start)
-            shared, own = self._sorted(rows)
-            scale = float(self._init_scale or (0.1 if shared.size else 1.0))
-            moving = moving_supports(self.model, self.prototype_trace, scale, args, kwargs)
-            check_supports("AutoPlateFlow", moving, self.prototype_trace)
-            self._build(rows, shared, own, scale, args, kwargs)
-        except Exception:
-            self.prototype_trace = None  # a failed setup can be tried again
-            raise
+        super()._setup_prototype(*args, **kwargs)
+        call = self._call(args, kwargs)
+        found = self._calls.begin(call)
+        self._data_plates, rows = data_plates(found), found.rows
+        assert rows is not None
+        check_latents(call)
+        settle_start(call, choose=self._chooses_start)
+        shared, own = self._sorted(rows)
+        scale = float(self._init_scale or (0.1 if shared.size else 1.0))
+        check_supports(call, moving_supports(call, scale))
+        self._build(call, rows, shared, own, scale)
 
-    def _build(
-        self, rows: Rows, shared: Packing, own: Packing, scale: float, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if own.size and self.contexts.encoder is None:
-            check_tied(self.model, self.prototype_trace, self.plate, rows, args, kwargs)
+    def _build(self, call: Call, rows: Rows, shared: Packing, own: Packing, scale: float) -> None:
+        by_row = self.contexts.encoder is None
+        if own.size and by_row:
+            check_tied(call, self.plate, rows)
         outer = inner = None
         if shared.size:
             outer = built("AutoPlateFlow", "global_flow", self._build_global, default_flow, shared.size)
             outer = assemble(outer, None, shared.start, scale)
         if own.size:
-            self.contexts.setup(self.model, rows, args, kwargs, own.start, num_zeros=Affine().num_params * own.size)
+            self.contexts.setup(call, rows, own.start, num_zeros=Affine().num_params * own.size)
             sizes = own.size, self.contexts.width + shared.size
-            by_row = self.contexts.encoder is None
-            default = default_local(by_encoder=not (shared.size or by_row))
+            default = local_flow if shared.size or by_row else autoencoder_flow
             inner = built("AutoPlateFlow", "local_flow", self._build_local, default, *sizes)
             inner = assemble_local(inner, own.start.mean(0), scale, by_row=by_row)
         self.posterior = Nested(shared, own, outer, inner, scale)
         self.full_size = rows.full_size
         self._adopt_stored()
+
+    # How it is trained where nothing else is asked for.
+
+    @property
+    def is_fresh(self) -> bool:
+        """True if the guide is still untrained."""
+        return self.posterior.is_fresh
+
+    def schedule(self, *, near: bool = False) -> Schedule:
+        """Few draws a step: the rows average themselves, and only the latents that they share need several.
+
+        Gradients grow with the plate, and clipping at any one norm would weigh minibatches by theirs.
+        """
+        num_particles = 8 if self.posterior.shared.size else 1
+        return Schedule(4000, num_particles, lr=0.005, clip_norm=1e3 * self.full_size)
+
+    def prepare(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.is_fresh:
+            initialize(Call("fit_svi", model, args, kwargs), self.contexts.encoder)
+
+    def restore(self, posterior: Nested, full_size: int) -> None:
+        """Take over the parts of a guide that was saved, and let go of the model."""
+        self.posterior, self.full_size = posterior, full_size
+        self._model = (None,)
 
     def _sorted(self, rows: Rows, found: Found | None = None) -> tuple[Packing, Packing]:
         """The latents outside of the plate, and those in it, as they were at setup or are found to be now."""
@@ -164,17 +182,16 @@ class AutoPlateFlow(RowsPlan, FlowGuide):
         sites = [found.latents[name] if found else site for name, site in at_setup.items()]
         if not sites:
             raise ValueError("AutoPlateFlow: the model has no latents.")
-        if angles := [site["name"] for site in sites if is_circular(site)]:
+        if angles := [site["name"] for site in sites if is_circular(site["fn"].support)]:
             raise ValueError(f"AutoPlateFlow: latent site {angles[0]!r} is an angle; only AutoFlow takes angles.")
-        frames = [[f for f in site["cond_indep_stack"] if f.name == self.plate] for site in sites]
-        dim = next((found[0].dim for found in frames if found), None)
-        inside = [site for site, found in zip(sites, frames, strict=True) if found]
-        outside = [site for site, found in zip(sites, frames, strict=True) if not found]
-        return Packing(outside), Packing(inside, dim, rows.size)
+        inside = [site for site in sites if frame_of(site, self.plate)]
+        outside = [site for site in sites if not frame_of(site, self.plate)]
+        dim = frame_of(inside[0], self.plate).dim if inside else None
+        return Packing("AutoPlateFlow", outside), Packing("AutoPlateFlow", inside, dim, rows.size)
 
-    def _draws(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    def _draws(self, call: Call) -> dict[str, Tensor]:
         posterior = self.posterior
-        plates = self._plates(posterior, args, kwargs)
+        plates = self._plates(posterior, call)
         result, g = dict[str, Tensor](), None
         if posterior.flow:
             g = self._draw("latent", posterior.flow(), posterior.shared.sites())
@@ -182,27 +199,27 @@ class AutoPlateFlow(RowsPlan, FlowGuide):
         if posterior.local_flow:
             plate = plates[self.plate]
             # The model enters the plate itself, so it is looked at before the guide is in there.
-            masks = self._calls.masks(self.model, self.prototype_trace, plate.indices, args, kwargs)
+            masks = self._calls.masks(call, plate.indices)
             with plate as indices, masks.context:
-                rows = self.contexts.of(self.model, plate, indices, args, kwargs)
+                rows = self.contexts.of(call, plate, indices)
                 q = posterior.local_flow(posterior.contexts(rows, g))
                 latent = self._draw(f"{self.plate}_latent", q, posterior.own.sites(indices))
             with masks.context:
                 result.update(posterior.own.place(latent, plates, masks.parts))
         return result
 
-    def _plates(self, posterior: Nested, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _plates(self, posterior: Nested, call: Call) -> dict[str, Any]:
         """The plates that latents lie in, of the sizes that they have with these arguments."""
         needed = self.master is None and posterior.own.size > 0
-        rows = self._calls.rows(self.model, self.prototype_trace, args, kwargs, needed=needed)
+        rows = self._calls.rows(call, needed=needed)
         if self.master is not None:
             return self._create_plates()
         frames = self._prototype_frames.values()
         made = {f.name: plate_like(f) for f in frames if f.name != self.plate}
         if needed:
             if rows is None:  # a guide that was saved looks at all rows that it is told of
-                number = len(self._all_rows(args, kwargs))
-                rows = Rows(number, number, None)
+                number = len(self._all_rows(call))
+                rows = Rows(number, number)
             # One without a size has no site in the model, so it shall have none here.
             hidden = [f.name for f in frames if f.name == self.plate and f.size < 0]
             with poutine.block(hide=hidden), InTurn(self.plate, self.minibatches):
@@ -218,9 +235,10 @@ class AutoPlateFlow(RowsPlan, FlowGuide):
         Returns:
             For each latent site values of shape ``(num_samples, *site_shape)``.
         """
-        self.setup(*args, **kwargs)._look(args, kwargs)
+        call = self.setup(*args, **kwargs)._call(args, kwargs)
+        self._look(call)
         check_integers("AutoPlateFlow.sample", num_samples=num_samples)
-        rows = self._all_rows(args, kwargs)
+        rows = self._all_rows(call)
         size = max(1, 100_000 // max(1, len(rows)))
         batches = [self.posterior.draw(min(size, num_samples - i), rows) for i in range(0, num_samples, size)]
         return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
@@ -231,22 +249,27 @@ class AutoPlateFlow(RowsPlan, FlowGuide):
         Values of all latent sites, ``(*batch, *site_shape)``, have one of shape ``batch``; -inf outside of the support.
         Rows that the model masks do not count.
         """
-        found = self.setup(*args, **kwargs)._look(args, kwargs)
+        call = self.setup(*args, **kwargs)._call(args, kwargs)
+        found = self._look(call)
         masks = masks_of_all(self.plate, found) if found else RowMasks()
-        return self.posterior.log_prob(values, self._all_rows(args, kwargs), masks)
+        return self.posterior.log_prob(values, self._all_rows(call), masks)
 
-    def _all_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _all_rows(self, call: Call) -> Tensor:
         """The contexts of all rows, ``(rows, context_dim)``; of one without content where none is needed."""
         if not self.posterior.local_flow:
             return torch.zeros(1, 0)
         with at_rest(self.contexts.encoder):
-            return self.contexts.of_all(self.model, args, kwargs)
+            return self.contexts.of_all(call)
 
-    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found | None:
+    def _look(self, call: Call) -> Found | None:
         """Refuse arguments that change the latents or their supports."""
-        found = self._calls.whole(self.model, self.prototype_trace, args, kwargs)
-        if found and found.rows:
-            ours = self.posterior.shared, self.posterior.own
-            for packing, there in zip(ours, self._sorted(found.rows, found), strict=True):
-                packing.check_same(there)
+        if call.model is None:  # which saved guides are without
+            return None
+        found = look(call)
+        check_shapes(call, found)
+        check_unmasked(call, found)
+        assert found.rows is not None
+        shared, own = self._sorted(found.rows, found)
+        self.posterior.shared.check_same(shared)
+        self.posterior.own.check_same(own)
         return found

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from .. import flows
 from ..bijectors import SoftplusAffine
-from ..checks import check_numbers
 from ..conditioners import Conditioner
 from ..conditioners.base import Network
 from ..distributions import CircularBase, ContaminatedNormalBase, StandardNormal
@@ -28,6 +27,8 @@ QUICK = 64  # up to how many latents, and beyond FEW, each coupling moves by a q
 LEARNED = 64  # up to how many latents the learned affine map has a full matrix
 DENSE = 512  # up to how many the one that the guide starts from has
 TAILED = 512  # up to how many the base has wide tails
+
+Recipe = Callable[..., Flow]
 
 
 def default_flow(input_dim: int) -> Flow:
@@ -71,73 +72,49 @@ def _default_base(input_dim: int) -> nn.Module:
     return ContaminatedNormalBase(input_dim, share=0.05, scale=1.3)
 
 
-def circular_flow(circular: Sequence[bool], input_dim: int, context_dim: int = 0) -> Flow:
-    """The flow that :class:`AutoFlow` builds when none is named and some latents are angles."""
-    return flows.circular_coupling(input_dim, context_dim, circular=circular, activation=nn.ELU)
+def check_recipes(owner: str, **recipes: object) -> None:
+    """Raise a TypeError unless each argument is None or a function of the number of latent dimensions."""
+    for argument, recipe in recipes.items():
+        if isinstance(recipe, nn.Module) or not (recipe is None or callable(recipe)):
+            example = "distributions.StudentTBase" if argument == "base" else "flows.nsf"
+            words = f"a recipe that is called with the number of latent dimensions, such as {example}"
+            raise TypeError(f"{owner}: {argument} must be {words}, got {type(recipe).__name__}.")
 
 
-def amortized_flow(input_dim: int, context_dim: int) -> Flow:
-    """The flow that :class:`AutoFlow` builds when none is named and there is an encoder: autoregressive splines, which
-    score simulations in one pass and overfit less than couplings do."""
-    return flows.nsf_ar(input_dim, context_dim, activation=nn.SiLU)
-
-
-def check_recipe(owner: str, argument: str, recipe: object, example: str) -> None:
-    """Refuse what is not a function of the number of latent dimensions."""
-    if isinstance(recipe, nn.Module) or not (recipe is None or callable(recipe)):
-        raise TypeError(
-            f"{owner}: {argument} must be a recipe that is called with the number of latent dimensions, such as "
-            f"{example}, got {type(recipe).__name__}."
-        )
-
-
-def check_scale(owner: str, scale: float) -> None:
-    """Refuse a scale to start from that is none."""
-    check_numbers(owner, above=0, init_scale=scale)
-
-
-def built(
-    owner: str,
-    argument: str,
-    build: Callable[..., Flow] | None,
-    default: Callable[..., Flow],
-    input_dim: int,
-    context_dim: int = 0,
-) -> Flow:
-    """What a recipe builds, or a default where there is none.
+def built(owner: str, name: str, build: Recipe | None, default: Recipe, input_dim: int, context_dim: int = 0) -> Flow:
+    """Build the flow from the recipe that a guide is given under a name, or from the default recipe.
 
     Raises:
         ValueError: If it is no flow over so many latents with such a context.
     """
     sizes = (input_dim, context_dim) if context_dim else (input_dim,)
-    call = f"{argument}({', '.join(map(str, sizes))})"
+    call = f"{name}({', '.join(map(str, sizes))})"
     try:
         flow = (build or default)(*sizes)
     except TypeError as error:
         raise TypeError(f"{owner}: {call} fails: {error}.") from error
     if not isinstance(flow, Flow) or flow.event_shape != (input_dim,) or flow.context_dim != context_dim:
         context = f"contexts of width {context_dim}" if context_dim else "no context"
-        raise ValueError(
-            f"{owner}: {call} must return a Flow over events of shape ({input_dim},) with {context}, got {flow!r:.200}."
-        )
+        wanted = f"a Flow over events of shape ({input_dim},) with {context}"
+        raise ValueError(f"{owner}: {call} must return {wanted}, got {flow!r:.200}.")
     if flow.encoder is not None:
         raise ValueError(f"{owner}: {call} must return a Flow without an encoder; give it to the guide, encoder=....")
     return flow
 
 
-def default_for(circular: Sequence[bool], context_dim: int) -> Callable[..., Flow]:
-    """The recipe of :class:`AutoFlow` where none is named."""
+def default_for(circular: Sequence[bool], context_dim: int) -> Recipe:
+    """Return the recipe of :class:`AutoFlow` where none is named.
+
+    With an encoder it is that of autoregressive splines, which score simulations in one pass and overfit less than
+    couplings do.
+    """
     if any(circular):
-        return partial(circular_flow, circular)
-    return amortized_flow if context_dim else default_flow
+        return partial(flows.circular_coupling, circular=circular, activation=nn.ELU)
+    return partial(flows.nsf_ar, activation=nn.SiLU) if context_dim else default_flow
 
 
 def assemble(
-    flow: Flow,
-    base: Callable[[int], nn.Module] | None,
-    loc: Tensor,
-    scale: float,
-    circular: Sequence[bool] = (),
+    flow: Flow, base: Callable[[int], nn.Module] | None, loc: Tensor, scale: float, circular: Sequence[bool] = ()
 ) -> Flow:
     """A recipe's flow over a base, then an affine map that is learned and starts at ``scale``, then one that is fixed
     and starts at ``loc``.
@@ -149,10 +126,9 @@ def assemble(
     circular = circular or [False] * dim
     held = flow.base.circular.tolist() if isinstance(flow.base, CircularBase) else [False] * dim
     if angles and (base or held != list(circular)):
-        raise ValueError(
-            "AutoFlow: some latents are angles, which a base or recipe for real numbers cannot hold; leave both out, "
-            f"or use flow=lambda dim: flows.circular_coupling(dim, circular={list(circular)}, ...)."
-        )
+        fault = "some latents are angles, which a base or recipe for real numbers cannot hold"
+        way = f"use flow=lambda dim: flows.circular_coupling(dim, circular={list(circular)}, ...)"
+        raise ValueError(f"AutoFlow: {fault}; leave both out, or {way}.")
     if not flow.context_dim:  # amortised guides are trained by other means, on simulations
         set_pace(flow)
     fixed = FixedAffine(dim, dense=dim <= DENSE)
@@ -201,9 +177,8 @@ def is_untrained(flow: Flow, scale: float, circular: Sequence[bool]) -> bool:
     starts = [_learned(circular, s) for s in (_reachable(scale), 1.0)]
     if type(learned) is not type(starts[0]):
         return False  # a file of another version
-    if not any(all(torch.equal(m, p.to(m)) for m, p in zip(mine, s.parameters(), strict=True)) for s in starts):
-        return False
-    return permutes(layers, mine[0].new_zeros(len(circular)))
+    rests = any(all(torch.equal(m, p.to(m)) for m, p in zip(mine, s.parameters(), strict=True)) for s in starts)
+    return rests and permutes(layers, mine[0].new_zeros(len(circular)))
 
 
 @torch.no_grad()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from pyro import validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ..programs.minibatches import Shuffled as Shuffled
-from ..programs.traces import trace_at
+from ..programs.minibatches import Shuffled
+from .call import Call
 from .look import Found, Rows
 
 
@@ -51,42 +49,30 @@ class InTurn(Messenger):
             fn.sample = lambda *_: self.rows.next(fn.size, fn.subsample_size)
 
 
-def take_rows(
-    args: tuple[Any, ...], kwargs: dict[str, Any], indices: Tensor, full_size: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with some rows only of tensors that have one row for each of the plate's."""
+def take_rows(call: Call, indices: Tensor, full_size: int) -> Call:
+    """Return a call with some rows only of the tensors that have one row for each of the plate's."""
 
     def take(value: Any) -> Any:
         if isinstance(value, Tensor) and value.dim() and len(value) == full_size:
             return value[indices.to(value.device)]
         return value
 
-    return tuple(map(take, args)), {name: take(value) for name, value in kwargs.items()}
+    kwargs = {name: take(value) for name, value in call.kwargs.items()}
+    return call._replace(args=tuple(map(take, call.args)), kwargs=kwargs)
 
 
-def check_tied(
-    model: Callable[..., Any],
-    prototype: Trace,
-    name: str,
-    rows: Rows,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
+def check_tied(call: Call, name: str, rows: Rows) -> None:
     """Refuse a subsampled plate whose rows are not those of its indices: nothing could be learned row by row."""
     if rows.chosen is not None or rows.size == rows.full_size:
         return
-    latents = {latent: site["value"].detach() for latent, site in prototype.iter_stochastic_nodes()}
-    seen = []
+    latents, seen = call.start, []
     for _ in range(10):  # a few rows may be alike
         indices = torch.randperm(rows.full_size)[: rows.size]
         with validation_enabled(False):
-            trace = trace_at(model, {**latents, name: indices}, args, kwargs)
+            trace = call.trace_at({**latents, name: indices})
         inside = (s for s in trace.nodes.values() if any(f.name == name for f in s.get("cond_indep_stack", ())))
         seen.append([s["value"] for s in inside if s["is_observed"] and s["name"] not in latents])
     if seen[0] and all(torch.equal(a, b) for other in seen for a, b in zip(seen[0], other, strict=True)):
-        raise ValueError(
-            f"AutoPlateFlow: plate {name!r} is subsampled ({rows.size} of {rows.full_size} rows), but the observed "
-            "sites in it are the same whatever its indices: rows cannot be told apart. Take the data's rows by the "
-            f"plate's indices, `with pyro.plate({name!r}, ...) as i: ... obs=y[i]`, give them as subsample=i, or use "
-            "an encoder."
-        )
+        fault = f"plate {name!r} is subsampled ({rows.size} of {rows.full_size} rows), but its data stay the same"
+        way = f"take rows by its indices, `with pyro.plate({name!r}, ...) as i: ... obs=y[i]`, or by subsample=i"
+        raise ValueError(f"AutoPlateFlow: {fault}. Use an encoder, or {way}.")

@@ -14,14 +14,13 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide import init_to_value
-from torch import Tensor, nn
+from pyro.infer.autoguide import AutoContinuous, AutoGuide, init_to_value
+from torch import Tensor
 from torch.distributions import constraints
 
 from ..flows import Flow
 from .auto import AutoFlow
 from .base import FlowGuide
-from .circles import is_circular
 from .look import Rows
 from .names import is_free
 from .nested import Nested
@@ -56,10 +55,8 @@ def sites_of(guide: FlowGuide) -> list[Site]:
         ValueError: If the guide was never set up.
     """
     if guide.prototype_trace is None:
-        raise ValueError(
-            f"save: this {type(guide).__name__} was never set up, so that it has no flow yet. Fit it first, or call "
-            "guide.setup(...) with the model's arguments."
-        )
+        fault = f"this {type(guide).__name__} was never set up, so that it has no flow yet"
+        raise ValueError(f"save: {fault}. Fit it first, or call guide.setup(...) with the model's arguments.")
     sites = []
     for name, node in guide.prototype_trace.iter_stochastic_nodes():
         fn, frames = node["fn"], sorted(node["cond_indep_stack"], key=lambda frame: frame.dim)
@@ -88,45 +85,27 @@ def program_of(sites: Sequence[Site]) -> Callable[[], None]:
 
 
 def parts_of_auto(guide: AutoFlow) -> dict[str, Any]:
-    """What :func:`auto_of` needs to build a guide again."""
+    """Return what :func:`auto_of` needs to build a guide again."""
     return {
-        "sites": sites_of(guide),
+        **_parts_of_both(guide, guide.encoder),
         "flow": guide.flow,
-        "encoder": guide.encoder,
         "context_dim": guide._context_dim,
-        "init_scale": guide._init_scale,
         "moves": guide._engine is not None,
-        "name": guide._pyro_name,
     }
 
 
 def auto_of(
-    sites: Sequence[Site],
-    flow: Flow,
-    encoder: nn.Module | None,
-    context_dim: int,
-    init_scale: float,
-    name: str,
-    moves: bool = False,
+    sites: Sequence[Site], flow: Flow, context_dim: int, name: str, moves: bool = False, **settings: Any
 ) -> AutoFlow:
-    """A guide without a model, from its parts.
+    """Build a guide without a model from its parts; ``settings`` are other arguments of its class.
 
     Raises:
         ValueError: If they do not fit together.
     """
-    guide = AutoFlow(
-        program_of(sites),
-        encoder=encoder,
-        init_loc_fn=_start_of(sites),
-        init_scale=init_scale,
-        name=_name_like(name),
-    )
-    super(AutoFlow, guide)._setup_prototype()  # Pyro's part: what is ours is built already
+    guide = AutoFlow(program_of(sites), **settings, **_start_of(sites, name))
+    AutoContinuous._setup_prototype(guide)  # Pyro's part: what is ours is built already
     _check_fits(flow, guide.latent_dim, context_dim)
-    guide._context_dim = context_dim
-    guide._circular = [is_circular(guide.prototype_trace.nodes[name]) for name in guide.coordinates]
-    guide.flow, guide._engine = flow, "vmap" if moves else None
-    guide._model = (None,)
+    guide.restore(flow, context_dim, "vmap" if moves else None)
     return guide
 
 
@@ -134,22 +113,18 @@ def auto_of(
 
 
 def parts_of_plate(guide: AutoPlateFlow) -> dict[str, Any]:
-    """What :func:`plate_of` needs to build a guide again."""
-    embedding = guide.contexts.embedding
-    sites = sites_of(guide)
+    """Return what :func:`plate_of` needs to build a guide again."""
+    posterior, contexts = guide.posterior, guide.contexts
     return {
+        **_parts_of_both(guide, contexts.encoder),
         "plate": guide.plate,
-        "sites": sites,
-        "flow": guide.posterior.flow,
-        "local_flow": guide.posterior.local_flow,
-        "encoder": guide.contexts.encoder,
-        "embedding": None if embedding is None else embedding.weight,
-        "embedding_dim": guide.contexts.embedding_dim,
-        "width": guide.contexts.width,
+        "flow": posterior.flow,
+        "local_flow": posterior.local_flow,
+        "embedding": None if contexts.embedding is None else contexts.embedding.weight,
+        "embedding_dim": contexts.embedding_dim,
+        "width": contexts.width,
         "full_size": guide.full_size,
-        "scale": float(guide.posterior.scale),
-        "init_scale": guide._init_scale,
-        "name": guide._pyro_name,
+        "scale": float(posterior.scale),
     }
 
 
@@ -158,60 +133,45 @@ def plate_of(
     sites: Sequence[Site],
     flow: Flow | None,
     local_flow: Flow | None,
-    encoder: nn.Module | None,
     embedding: Tensor | None,
-    embedding_dim: int,
     width: int,
     full_size: int,
     scale: float,
-    init_scale: float | None,
     name: str,
+    **settings: Any,
 ) -> AutoPlateFlow:
-    """A guide without a model, from its parts.
+    """Build a guide without a model from its parts; ``settings`` are other arguments of its class.
 
     Raises:
         ValueError: If they do not fit together.
     """
-    guide = AutoPlateFlow(
-        program_of(sites),
-        plate,
-        encoder=encoder,
-        embedding_dim=embedding_dim,
-        init_loc_fn=_start_of(sites),
-        init_scale=init_scale,
-        name=_name_like(name),
-    )
-    super(AutoPlateFlow, guide)._setup_prototype()
+    guide = AutoPlateFlow(program_of(sites), plate, **settings, **_start_of(sites, name))
+    AutoGuide._setup_prototype(guide)
     seen = [size for site in sites for frame, _, size, _ in site.plates if frame == plate]
-    shared, own = guide._sorted(Rows(full_size, seen[0] if seen else full_size, None))
+    shared, own = guide._sorted(Rows(full_size, seen[0] if seen else full_size))
     _check_fits(flow, shared.size, 0)
     _check_fits(local_flow, own.size, width + shared.size)
-    guide.contexts.width = width
-    if embedding is not None:
-        guide.contexts.embedding = nn.Embedding.from_pretrained(embedding, freeze=False)
-    guide.posterior = Nested(shared, own, flow, local_flow, scale)
-    guide.full_size = full_size
-    guide._model = (None,)
+    guide.contexts.restore(width, embedding)
+    guide.restore(Nested(shared, own, flow, local_flow, scale), full_size)
     return guide
 
 
 # ------------------------------------------------------------ both
 
 
-def _start_of(sites: Sequence[Site]) -> Callable[..., Any]:
-    return init_to_value(values={site.name: site.value for site in sites}, fallback=None)
+def _parts_of_both(guide: Any, encoder: Any) -> dict[str, Any]:
+    return {"sites": sites_of(guide), "encoder": encoder, "init_scale": guide._init_scale, "name": guide._pyro_name}
 
 
-def _name_like(name: str) -> str | None:
-    """A name for a guide that once had this one; none where tensors of another would be taken for its own."""
+def _start_of(sites: Sequence[Site], name: str) -> dict[str, Any]:
+    """Return the start of a guide and its name: none where tensors of another would be taken for its own."""
     stored = any(key.startswith(f"{name}.") for key in pyro.get_param_store())
-    return name if is_free(name) and not stored else None
+    start = init_to_value(values={site.name: site.value for site in sites}, fallback=None)
+    return {"init_loc_fn": start, "name": name if is_free(name) and not stored else None}
 
 
 def _check_fits(flow: Flow | None, size: int, context_dim: int) -> None:
     got = (0, 0) if flow is None else (flow.event_shape.numel(), flow.context_dim)
     if got[0] != size or (size and got[1] != context_dim):
-        raise ValueError(
-            f"the flow is over {got[0]} numbers with a context of width {got[1]}, but the sites have {size} and "
-            f"{context_dim}"
-        )
+        fault = f"the flow is over {got[0]} numbers with a context of width {got[1]}"
+        raise ValueError(f"{fault}, but the sites have {size} and {context_dim}")

@@ -9,63 +9,39 @@ the first of some places around the origin that has one is taken, as Pyro's NUTS
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from pyro import validation_enabled
 from pyro.poutine.subsample_messenger import _Subsample
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import biject_to
 
 from ..programs.program import Program
-from ..programs.traces import trace_at
+from .call import Call
 from .checks import check_density
 from .discrete import summed
-from .look import same_draws
 
 ABSURD = 10.0  # nats per latent by which the origin must be likelier
 TRIES = 100  # places around the origin where neither has a density
 
 
-def settle_start(
-    owner: str,
-    model: Callable[..., Any],
-    prototype: Trace,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    choose: bool,
-) -> None:
+def settle_start(call: Call, *, choose: bool) -> None:
     """Check that a model has a finite density where the latents of its prototype are.
 
     Args:
-        owner: The guide's class, for errors.
-        model: The model.
-        prototype: A trace of it.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
+        call: The call of a guide that is set up.
         choose: Whether to move the latents to the origin first, if the joint density is far higher there.
     """
-    with same_draws([site for _, site in prototype.iter_stochastic_nodes()]):
-        program = summed(model, args, kwargs)
+    with call.same_draws():
+        program = summed(call)
     if choose:
-        _choose(model, prototype, args, kwargs, program)
-    check_density(owner, model, prototype, args, kwargs, program)
+        _choose(call, program)
+    check_density(call, program)
 
 
-def _choose(
-    model: Callable[..., Any],
-    prototype: Trace,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    program: Program | None,
-) -> None:
+def _choose(call: Call, program: Program | None) -> None:
     """Compare densities of unconstrained latents, given the same subsample of data; no random numbers are used up."""
-    latents = dict(prototype.iter_stochastic_nodes())
-    transforms = {name: biject_to(site["fn"].support) for name, site in latents.items()}
-    centre = {name: transforms[name].inv(site["value"].detach()) for name, site in latents.items()}
+    transforms = call.transforms
+    centre = {name: transforms[name].inv(value) for name, value in call.start.items()}
     origin = {name: torch.zeros_like(value) for name, value in centre.items()}
     rows: dict[str, Tensor] = {}
 
@@ -74,7 +50,7 @@ def _choose(
         if program:
             total = program.log_prob({name: value.unsqueeze(0) for name, value in values.items()}, 1)[0]
         else:
-            trace = trace_at(model, {**values, **rows}, args, kwargs)
+            trace = call.trace_at({**values, **rows})
             sites = [(name, site) for name, site in trace.nodes.items() if site["type"] == "sample"]
             rows.update({name: site["value"] for name, site in sites if isinstance(site["fn"], _Subsample)})
             total = torch.as_tensor(trace.log_prob_sum())
@@ -82,7 +58,7 @@ def _choose(
             total = total + transforms[name].log_abs_det_jacobian(free[name], value).sum()
         return float(total)
 
-    with torch.no_grad(), same_draws(latents.values()), validation_enabled(False):
+    with torch.no_grad(), call.same_draws(), validation_enabled(False):
         at_centre = log_density(centre)
         at_origin = log_density(origin) if any(value.any() for value in centre.values()) else at_centre
         least = ABSURD * sum(value.numel() for value in origin.values())
@@ -95,5 +71,5 @@ def _choose(
         # Densities that differ from run to run are given sites that are hidden from the guide, and drawn anew.
         stays = (log_density(centre), log_density(origin)) == (at_centre, at_origin)
     if stays:
-        for name, site in latents.items():
+        for name, site in call.latents.items():
             site["value"] = transforms[name](place[name])
