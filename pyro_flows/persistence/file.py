@@ -19,19 +19,13 @@ from ..files import save_tensors, write_atomically
 from ..flows import Dequantized, Flow
 from ..guides import AutoFlow, AutoPlateFlow
 from .allowance import Allowance, check_numbers
-from .archive import Archive, Damaged, Foreign
+from .archive import Archive, Damaged
 from .classes import BY_TYPE, ROOTS
+from .pickles import Foreign
 from .spec import WAY_OUT, build, describe, named
 from .state import check_comes_back, marks_of, restore, state_of
 
 FORMAT = 1
-UNREADABLE: dict[type[Exception], str] = {  # words on a file by the error of reading it, of which {} is the text
-    zipfile.BadZipFile: "is not a file of pyro_flows.save, or was cut off ({}). Copy it again or save it anew.",
-    Damaged: "is damaged (in its part {!r}). Copy it again or save it anew.",
-    Foreign: "is not a file of pyro_flows.save: it holds more than plain data and tensors, of which nothing was run. "
-    "Read it with what wrote it.",
-    Exception: "is not a file of pyro_flows.save, nor any of torch.save ({}).",
-}
 _settings_of_torch = threading.Lock()  # they are those of all threads
 
 
@@ -164,12 +158,22 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Archive]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"load: there is no file {str(path)!r}.")
-    try:
-        with path.open("rb") as file:
+    with path.open("rb") as file:
+        try:
             archive = Archive(file)
-    except Exception as error:
-        words = next(words for kind, words in UNREADABLE.items() if isinstance(error, kind))
-        raise _refused(path, words.format(f"{error!s:.200}")) from error
+        except zipfile.BadZipFile as error:
+            words = f"is not a file of pyro_flows.save, or was cut off ({error!s:.100}). Copy it again or save it anew."
+            raise _refused(path, words) from error
+        except Damaged as error:
+            words = f"is damaged (in its part {str(error)!r:.100}). Copy it again or save it anew."
+            raise _refused(path, words) from error
+        except Foreign as error:
+            words = "it holds more than plain data and tensors, of which nothing was run. Read it with what wrote it."
+            raise _refused(path, f"is not a file of pyro_flows.save: {words}") from error
+        except Exception as error:
+            raise _refused(
+                path, f"is not a file of pyro_flows.save, nor any of torch.save ({error!s:.200})."
+            ) from error
     content = archive.content
     spec, state = (content.get(key) if isinstance(content, dict) else None for key in ("spec", "state"))
     if not isinstance(spec, dict) or not isinstance(state, dict) or type(content.get("format")) is not int:
