@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_flags, check_integers, check_numbers
 from ..data.batches import Batch, Rows, Source, sum_of
 from ..data.sources import Reader, sources
-from ..data.spread import Spread
-from ..data.survey import Survey, check_images, check_room, check_rows, warn
+from ..data.survey import Spread, Survey, check_images, check_rows, warn
 from ..data.table import places_of
 from ..diagnostics.rounding import warn_of_round_off
 from ..encoders import Standardize
@@ -183,7 +182,6 @@ def fit_density(
     else:
         places = places_of(CALLER, "discrete", () if discrete is None else discrete, reader.names, reader.width)
         check_rows(CALLER, reader.names, seen, judged, places, apart=validation is not None, span=reader.span)
-        check_room(CALLER, reader.names, seen, places, reader.like.dtype)
         plain = [place for place in range(reader.width) if place not in places]
         warn(CALLER, reader.names, seen, plain, reader.like.dtype, again=train.again)
     spread, grids = Spread(places, reader.like.device), Attempts(CALLER, "samples", grid or Path())
