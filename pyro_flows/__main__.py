@@ -56,9 +56,7 @@ def fit_parser() -> argparse.ArgumentParser:
         "must be",
     )
     _add_out(made, "posterior.nc", f"the file of {fit.DRAWS} draws")
-    made.add_argument(
-        "--escalate", action="store_true", help="go on to costlier fits until the check finds one that can be trusted"
-    )
+    made.add_argument("--escalate", action="store_true", help="go on to costlier fits until one can be trusted")
     _add_flow(made, RECIPES)
     made.add_argument("--steps", type=_positive, help="optimisation steps (default: what suits the model)")
     made.add_argument("--double", action="store_true", help="calculate in float64: slower, for delicate posteriors")
@@ -106,8 +104,7 @@ def _add_flow(made: argparse.ArgumentParser, recipes: Iterable[str], default: st
 
 def _add_out(made: argparse.ArgumentParser, default: str, words: str) -> None:
     words += " (default: %(default)s); the picture's name ends with .png instead"
-    metavar = f"FILE{Path(default).suffix}"
-    made.add_argument("--out", type=Path, default=Path(default), metavar=metavar, help=words)
+    made.add_argument("--out", type=Path, default=Path(default), metavar=f"FILE{Path(default).suffix}", help=words)
 
 
 def _add_seed_and_quiet(made: argparse.ArgumentParser, words: str = "") -> None:
@@ -154,10 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run() -> int:
     """Run the command line; of several processes that torchrun has started, the first alone speaks."""
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        if os.environ.get("RANK", "0") == "0":
-            return main()
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if first else nowhere):
             return main()
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the exit status is known by now

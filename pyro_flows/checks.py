@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -36,9 +36,8 @@ def is_integer(value: object) -> bool:
 
 def check_integers(caller: str, least: int = 1, /, *, optional: bool = False, **values: object) -> None:
     """Raise a ValueError unless each value is an integer of at least ``least``, or None where that is ``optional``."""
-    _check_each(
-        caller, values, f"be an integer of at least {least}", lambda x: is_integer(x) and x >= least, optional=optional
-    )
+    must = f"be an integer of at least {least}"
+    _check_each(caller, values, must, lambda x: is_integer(x) and x >= least, optional=optional)
 
 
 def check_numbers(
@@ -215,19 +214,19 @@ def activation_of(caller: str, kind: Any) -> nn.Module:
     return made
 
 
+def _is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
 def _is_sizes(value: object) -> bool:
-    return (
-        isinstance(value, Sequence)
-        and not isinstance(value, str | bytes)
-        and all(is_integer(size) and size > 0 for size in value)
-    )
+    return _is_sequence(value) and all(is_integer(size) and size > 0 for size in value)
 
 
 def _listed(value: Any) -> list[Any]:
     """Return what a vector or sequence of numbers holds, or nothing of anything else."""
     found = value.tolist() if hasattr(value, "tolist") else value
-    whole = isinstance(found, Sequence) and not isinstance(found, str | bytes)
-    return list(found) if whole and all(isinstance(part, int | float | np.number | np.bool_) for part in found) else []
+    numbers = _is_sequence(found) and all(isinstance(part, int | float | np.number | np.bool_) for part in found)
+    return list(found) if numbers else []
 
 
 def _range(above: float | None, least: float | None, below: float | None) -> str:

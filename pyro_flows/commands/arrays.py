@@ -89,9 +89,7 @@ def _arrays(archive: zipfile.ZipFile, size: int) -> dict[str, np.ndarray]:
     parts = archive.infolist()
     unpacked = sum(part.file_size for part in parts)
     if unpacked > max(ROOM, RATIO * size):
-        raise ValueError(
-            f"it would unpack from {size} to {unpacked} bytes. If that is right, write it by numpy.savez, uncompressed"
-        )
+        raise ValueError(f"it would unpack from {size} to {unpacked} bytes. If that is right, write it by numpy.savez")
     names = [part.filename.removesuffix(".npy") for part in parts]
     if len(set(names)) < len(names):
         raise ValueError("it holds several arrays of one name")

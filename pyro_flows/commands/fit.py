@@ -55,12 +55,12 @@ def run(wish: Namespace) -> bool:
         if not observed:
             print("Nothing is observed, so the posterior is the prior: is an obs= missing?", file=sys.stderr)
         check_writable(paths)
-        given: dict[str, Any] = {"model_kwargs": arguments}
         asked = stack.enter_context(hold_ctrl_c())
         try:
-            fit = fit_svi(model, guide, steps=wish.steps, escalate=wish.escalate, progress=not wish.quiet, **given)
+            settings = {"steps": wish.steps, "escalate": wish.escalate, "progress": not wish.quiet}
+            fit = fit_svi(model, guide, model_kwargs=arguments, **settings)
             kept = places_for(fit, paths)
-            checked = fit.check or check(model, fit.guide, **given)
+            checked = fit.check or check(model, fit.guide, model_kwargs=arguments)
         except (ValueError, TypeError, FloatingPointError) as error:
             raise Refused(in_one_line(error, file)) from error
         container = to_arviz(
@@ -69,7 +69,7 @@ def run(wish: Namespace) -> bool:
             num_samples=DRAWS,
             importance=checked.verdict == "reweight",
             log_likelihood=sum(value.numel() for value in observed) <= MOST_OBSERVED,
-            **given,
+            model_kwargs=arguments,
         )
         write_atomically(kept[0], container.to_netcdf)
     if not wish.quiet:

@@ -76,9 +76,8 @@ def check_arguments(model: Callable[..., Any], given: list[str]) -> None:
     if nameless:
         raise Refused(f"the model takes {_listed(nameless)} by position only; arguments are given by name")
     missing = [p.name for p in named if p.default is p.empty and p.name not in given]
-    unexpected = sorted(set(given) - {p.name for p in named})
-    if any(p.kind is p.VAR_KEYWORD for p in taken):
-        unexpected = []
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in taken)
+    unexpected = [] if takes_any else sorted(set(given) - {p.name for p in named})
     faults = [f"the data lack {_listed(missing)}"] if missing else []
     faults += [f"the model does not take {_listed(unexpected)}"] if unexpected else []
     if faults:

@@ -17,11 +17,8 @@ from .delimited import decimal_comma, number_of, read_delimited
 from .inputs import read_file
 
 READERS: dict[str, Callable[[Path], tuple[dict[str, Any], list[str]]]] = {
-    ".csv": read_delimited,
-    ".tsv": read_delimited,
-    ".txt": read_delimited,
-    ".npz": read_arrays,
-    ".npy": read_arrays,
+    **dict.fromkeys((".csv", ".tsv", ".txt"), read_delimited),
+    **dict.fromkeys((".npz", ".npy"), read_arrays),
 }
 FIRST = "column 1"  # where it has no name
 MANY = 50  # names in a line

@@ -104,10 +104,9 @@ def spikes_of(table: Tensor, names: Names, places: list[int], share: float = 0.0
     eps = _eps(table)
     values = table.to("cpu", torch.float64)
     least = max(LEAST, share * len(values))
-    found = []
-    for place in places:
-        if spike := _spike_of(names[place] if names else place, values[:, place].sort().values, eps, least):
-            found.append(spike)
+    columns: Sequence[int | str] = names or range(table.shape[1])
+    spikes = (_spike_of(columns[place], values[:, place].sort().values, eps, least) for place in places)
+    found = [spike for spike in spikes if spike]
     if len(found) < len(places) > 1:  # otherwise the columns' own spikes explain copies
         copies = len(values) - len(_hashes(values[:, places]).unique())
         if copies >= least:

@@ -64,9 +64,8 @@ class Reader:
         """
         found, names = read_table(self.caller, argument, x)
         if names and self.names and names != self.names:
-            raise ValueError(
-                f"{self.caller}: {argument} has the columns {names}, but x has {self.names}; give them in one order."
-            )
+            words = f"{argument} has the columns {names}, but x has {self.names}"
+            raise ValueError(f"{self.caller}: {words}; give them in one order.")
         self.names = self.names or names
         found = found.unsqueeze(-1) if found.dim() == 1 and self.event_shape == (1,) else found
         if found.shape[1:] != self.event_shape or not found.dim():
@@ -81,10 +80,9 @@ class Reader:
             with torch.no_grad(), at_rest(self.flow):
                 q = self.flow(None if encoded is None else encoded[:1].to(self.like.device))  # the flow's own errors
             if encoded is not None and q.batch_shape != (1,):
-                raise ValueError(
-                    f"{self.caller}: context must hold one context per row of x, but a row of shape "
-                    f"{tuple(encoded.shape[1:])} makes {tuple(q.batch_shape)}; labels of classes have the shape (N,)."
-                )
+                got = f"a row of shape {tuple(encoded.shape[1:])} makes a batch of {tuple(q.batch_shape)}"
+                must = f"context must hold one context per row of x, but {got}"
+                raise ValueError(f"{self.caller}: {must}; labels of classes have the shape (N,).")
             self._is_new = False
         return found if self.levels else self._rounded(found, argument), encoded
 
@@ -170,8 +168,7 @@ def _judge(reader: Reader, validation: Any) -> Source:
         return Stream(_again("validation", given), reader.batch)
     if len(given) != 2:
         raise ValueError(f"{reader.caller}: validation must be x, (x, context) or a loader, got {len(given)}.")
-    x, context = given
-    return Rows(*reader.rows(x, context, "validation"))
+    return Rows(*reader.rows(given[0], given[1], "validation"))
 
 
 def _again(argument: str, value: Any) -> Iterable[Any]:

@@ -126,9 +126,7 @@ def check_rows(
     """
     labels, dtype = [label(names, place) for place in range(len(seen.loc))], seen.sample[0].dtype
     parts = {"x": [seen], "validation": [judged]} if apart else {"x": [seen, judged]}
-    for argument, surveys in parts.items():
-        _check_finite(caller, argument, surveys, labels, "rows")
-    _check_enough(caller, seen, judged)
+    _check_usable(caller, parts, labels, "rows")
     if found := [labels[place] for place in discrete if not (seen.whole & judged.whole)[place]]:
         words = f"{caller}: discrete columns must hold integers only, unlike {listed(found)}"
         raise ValueError(f"{words}. For other steps use dequantize(x, columns, step=...).")
@@ -154,11 +152,9 @@ def check_images(caller: str, seen: Survey, judged: Survey, levels: int | None) 
         judged: Those that judge.
         levels: The number of integers that a model of such is over, else None.
     """
-    surveys = [seen, judged]
-    _check_finite(caller, "x", surveys, [f"channel {place}" for place in range(len(seen.loc))], "pixels")
-    _check_enough(caller, seen, judged)
-    low = min(survey.low.min().item() for survey in surveys)
-    high = max(survey.high.max().item() for survey in surveys)
+    _check_usable(caller, {"x": [seen, judged]}, [f"channel {place}" for place in range(len(seen.loc))], "pixels")
+    low = min(survey.low.min().item() for survey in (seen, judged))
+    high = max(survey.high.max().item() for survey in (seen, judged))
     if not levels and bool((seen.high == seen.low).any()):
         raise ValueError(f"{caller}: x is constant in a channel, which has no density. Leave it out.")
     if not levels and bool(seen.whole.all()):
@@ -175,23 +171,20 @@ def check_images(caller: str, seen: Survey, judged: Survey, levels: int | None) 
         )
 
 
-def _check_finite(caller: str, argument: str, surveys: list[Survey], labels: list[str], unit: str) -> None:
-    """Raise ValueError if rows hold NaN or inf, or their contexts do."""
-    broken = torch.stack([survey.broken for survey in surveys]).sum(0).tolist()
-    total = sum(survey.numbers for survey in surveys)
-    if found := [f"{name} ({count} of {total} {unit})" for name, count in zip(labels, broken, strict=True) if count]:
-        words = f"{caller}: {argument} holds NaN or inf in {listed(found)}"
-        raise ValueError(f"{words}. Leave those rows out, or fill the gaps.")
-    if count := sum(survey.broken_contexts for survey in surveys):
-        rows = sum(survey.rows for survey in surveys)
-        raise ValueError(f"{caller}: the contexts of {argument} hold NaN or inf in {count} of {rows} rows.")
-
-
-def _check_enough(caller: str, seen: Survey, judged: Survey) -> None:
-    """Raise ValueError unless there are rows to train on and rows that judge."""
-    if not judged.rows or seen.rows < 2:
-        words = f"{caller}: there must be some rows to train on and some to judge by"
-        raise ValueError(f"{words}, got {seen.rows} and {judged.rows}.")
+def _check_usable(caller: str, parts: dict[str, list[Survey]], labels: list[str], unit: str) -> None:
+    """Raise ValueError if rows or contexts hold NaN or inf, or if there are none to train on or to judge by."""
+    for argument, surveys in parts.items():
+        rows, numbers = sum(survey.rows for survey in surveys), sum(survey.numbers for survey in surveys)
+        broken = torch.stack([survey.broken for survey in surveys]).sum(0).tolist()
+        if found := [f"{name} ({n} of {numbers} {unit})" for name, n in zip(labels, broken, strict=True) if n]:
+            words = f"{caller}: {argument} holds NaN or inf in {listed(found)}"
+            raise ValueError(f"{words}. Leave those rows out, or fill the gaps.")
+        if number := sum(survey.broken_contexts for survey in surveys):
+            raise ValueError(f"{caller}: the contexts of {argument} hold NaN or inf in {number} of {rows} rows.")
+    seen, judged = (survey.rows for surveys in parts.values() for survey in surveys)
+    if not judged or seen < 2:
+        must = "there must be some rows to train on and some to judge by"
+        raise ValueError(f"{caller}: {must}, got {seen} and {judged}.")
 
 
 def _warn(words: str) -> None:
@@ -216,11 +209,8 @@ def warn(caller: str, names: Names, seen: Survey, places: Sequence[int], dtype: 
     x = seen.sample[0].unique(dim=0) if again else seen.sample[0]
     fine = [place for place in places if place not in coarse]
     if tied := tied_columns(x[:, fine]) if len(fine) > 1 else []:
-        found = [label(names, fine[place]) for place in tied]
-        _warn(
-            f"{caller}: {listed(found)} determine one another (by a linear relation), so that densities grow without "
-            "bound. Leave one of them out."
-        )
+        words = f"{listed([label(names, fine[place]) for place in tied])} determine one another"
+        _warn(f"{caller}: {words} (by a linear relation): densities grow without bound. Leave one of them out.")
     if spikes := spikes_of(x, names, fine):
         _warn(
             f"{caller}: {listed([str(spike) for spike in spikes])}. Densities grow without bound there, and nats say "

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_dense
+from ..checks import check_dense, is_integer
 
 Names = list[str] | None  # of the columns, where the table has some
 
@@ -55,9 +55,7 @@ def _as_tensor(caller: str, argument: str, array: np.ndarray, names: Names) -> T
     if array.dtype.kind not in "biufc":
         array = _numbers(caller, argument, array, names)
     # torch counts with few of the unsigned integers, has no longer floats, and wants the machine's order of bytes.
-    if array.dtype.kind == "u" and 1 < array.dtype.itemsize < 8:
-        array = array.astype(np.int64)
-    elif array.dtype == np.uint64 or (array.dtype.kind == "f" and array.dtype.itemsize > 8):
+    if array.dtype == np.uint64 or (array.dtype.kind == "f" and array.dtype.itemsize > 8):
         array = array.astype(np.float64)
     return torch.tensor(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False)))
 
@@ -75,7 +73,7 @@ def _numbers(caller: str, argument: str, array: np.ndarray, names: Names) -> np.
 
 
 def label(names: Names, place: int) -> str:
-    """What an error calls a column: its name, or its place."""
+    """Return the label of a column for error messages: its name, or its place."""
     return f"column {names[place]!r}" if names else f"column {place}"
 
 
@@ -99,7 +97,7 @@ def places_of(caller: str, argument: str, columns: Sequence[int | str], names: N
     for column in columns if isinstance(columns, Iterable) and not isinstance(columns, str) else [columns]:
         if isinstance(column, str) and names and column in names:
             found.append(names.index(column))
-        elif isinstance(column, int | np.integer) and not isinstance(column, bool) and 0 <= column < width:
+        elif is_integer(column) and 0 <= column < width:  # type: ignore[operator]
             found.append(int(column))
         else:
             known = f"the names {listed_names(names)} or " if names else ""

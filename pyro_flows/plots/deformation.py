@@ -46,7 +46,8 @@ def deformation(flow: Flow, context: Tensor | None = None, *, most: int = 8) -> 
         raise ValueError(f"deformation: the flow must be over two features, got {tuple(flow.event_shape)}.")
     check_integers("deformation", 2, most=most)
     encoded, base = flow.encode(context), flow.base()
-    for what, batch in {"context": () if encoded is None else encoded.shape[:-1], "base": base.batch_shape}.items():
+    batches = {"context": () if encoded is None else encoded.shape[:-1], "base": base.batch_shape}
+    for what, batch in batches.items():
         if batch:
             raise ValueError(f"deformation: one {what} is pictured, got a batch of {tuple(batch)}.")
     draws = base.sample((DOTS,))

@@ -90,10 +90,9 @@ def pairs(
             axis.scatter(dots[:, column], dots[:, row], color=f"C{int(above)}", **style)
             axis.set_ylim(*limits[row])
         axis.set_xlim(*limits[column])
-        first_row = row == 0 and column == width - 1 > 0  # whose own first panel has no ticks
-        axis.tick_params(
-            labelsize=8, labelbottom=row == width - 1, labelleft=column == 0, right=first_row, labelright=first_row
-        )
+        axis.tick_params(labelsize=8, labelbottom=row == width - 1, labelleft=column == 0)
+        if row == 0 and column == width - 1 > 0:  # as the first panel of its row has no ticks
+            axis.tick_params(right=True, labelright=True)
         if row == width - 1:
             axis.set_xlabel(shortened(shown[column]))
         if column == 0 and width > 1:
