@@ -35,7 +35,7 @@ def gaussian_of(x: Tensor, names: Sequence[str]) -> MultivariateNormal:
         raise Refused(f"the rows to train on are constant in {listed_names(same)}; choose other columns by --columns")
     if tied := tied_columns(x):
         words = f"the columns {listed_names(names[place] for place in tied)} determine one another"
-        raise Refused(f"{words} (by a linear relation), so have no joint density; leave one of them out by --columns")
+        raise Refused(f"{words} (by a linear relation), so they have no joint density; leave one out by --columns")
     z = (x - loc) / scale
     return MultivariateNormal(loc, scale_tril=scale[:, None] * torch.linalg.cholesky(z.T @ z / len(z)))
 

@@ -1,6 +1,6 @@
 """One look at all rows before training: where they lie, how far they spread, and what no density can be of.
 
-Integers in columns are spread over their cells by noise, of which the moments are known.
+Noise with known moments spreads the integers in discrete columns over their cells.
 """
 
 from __future__ import annotations
