@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from .commands import DENSITIES, RECIPES, Refused, density, eight_schools, fit
-from .commands.files import why_not_writable
 
 TRUSTED, NOT_TRUSTED, INTERRUPTED = 0, 3, 130  # argparse ends with 2
 STATUS = (
     "The exit status is 0 if the answer can be used, 2 if nothing was fitted, 3 if it cannot be trusted, and 130 after "
     "Ctrl-C, when what was fitted so far is written beside the files that a whole run writes."
 )
-Job = tuple[argparse.ArgumentParser, Callable[[], bool]]
 
 
 def main_parser() -> argparse.ArgumentParser:
-    """The command line of the main job."""
+    """Return the parser of the main job."""
     made = argparse.ArgumentParser(
         prog="python -m pyro_flows",
         description="Fit a flow guide to the eight-schools data (centred model), print the posterior and how far to "
@@ -31,16 +28,15 @@ def main_parser() -> argparse.ArgumentParser:
         epilog=f"{STATUS} `python -m pyro_flows fit --help` tells how to fit a model of your own, and `python -m "
         "pyro_flows density --help` how to fit the density of a table.",
     )
-    made.add_argument("--flow", choices=sorted(RECIPES), help="the recipe of the flow (default: AutoFlow's own)")
+    _add_flow(made, RECIPES)
     made.add_argument("--steps", type=_positive, default=2000, help="optimisation steps (default: 2000)")
-    made.add_argument("--seed", type=_seed, default=0, help="seed of the random numbers (default: %(default)s)")
     made.add_argument("--out", type=Path, default=Path(), help="folder of the two files (default: the current one)")
-    made.add_argument("--quiet", action="store_true", help="no progress bar and no table")
+    _add_seed_and_quiet(made)
     return made
 
 
 def fit_parser() -> argparse.ArgumentParser:
-    """The command line of ``fit``."""
+    """Return the parser of ``fit``."""
     made = argparse.ArgumentParser(
         prog="python -m pyro_flows fit",
         description="Fit a flow guide to your own Pyro model, print the posterior and how far to trust it, and write "
@@ -59,26 +55,17 @@ def fit_parser() -> argparse.ArgumentParser:
         "only so, a list of integers becomes integers, as an index must be, and a number a tensor, as an observation "
         "must be",
     )
-    made.add_argument(
-        "--out",
-        type=Path,
-        default=Path("posterior.nc"),
-        metavar="FILE.nc",
-        help=f"the file of {fit.DRAWS} draws (default: %(default)s); the picture's name ends with .png instead",
-    )
-    made.add_argument(
-        "--escalate", action="store_true", help="go on to costlier fits until the check finds one that can be trusted"
-    )
-    made.add_argument("--flow", choices=sorted(RECIPES), help="the recipe of the flow (default: AutoFlow's own)")
+    _add_out(made, "posterior.nc", f"the file of {fit.DRAWS} draws")
+    made.add_argument("--escalate", action="store_true", help="go on to costlier fits until one can be trusted")
+    _add_flow(made, RECIPES)
     made.add_argument("--steps", type=_positive, help="optimisation steps (default: what suits the model)")
-    made.add_argument("--seed", type=_seed, default=0, help="seed of the random numbers (default: %(default)s)")
     made.add_argument("--double", action="store_true", help="calculate in float64: slower, for delicate posteriors")
-    made.add_argument("--quiet", action="store_true", help="no progress bar and no table")
+    _add_seed_and_quiet(made)
     return made
 
 
 def density_parser() -> argparse.ArgumentParser:
-    """The command line of ``density``."""
+    """Return the parser of ``density``."""
     made = argparse.ArgumentParser(
         prog="python -m pyro_flows density",
         description="Train a flow as the density of the rows of a table, print its mean log-density of rows to train "
@@ -97,41 +84,33 @@ def density_parser() -> argparse.ArgumentParser:
         "Columns of text, empty and constant ones are left out, and so are rows with missing values; integers get "
         "uniform noise. What was done is reported by the columns' names",
     )
-    made.add_argument(
-        "--columns",
-        metavar="A,B,...",
-        help='the columns to use (default: all that can be); "A, B" in double quotes is one name',
-    )
-    made.add_argument(
-        "--out",
-        type=Path,
-        default=Path("model.pt"),
-        metavar="FILE.pt",
-        help="the file of the model, for pyro_flows.load (default: %(default)s); the picture's name ends with .png "
-        "instead",
-    )
-    made.add_argument(
-        "--flow",
-        choices=sorted(DENSITIES),
-        default="nsf",
-        metavar="FLOW",
-        help=f"the recipe of the flow (default: %(default)s): {', '.join(sorted(DENSITIES))}",
-    )
-    made.add_argument(
-        "--epochs",
-        type=_positive,
-        default=100,
-        help="how often to go through the rows, at most (default: %(default)s)",
-    )
-    made.add_argument(
-        "--seed",
-        type=_seed,
-        default=0,
-        help="seed of the random numbers, and of the division of the rows (default: %(default)s)",
-    )
+    names = 'the columns to use (default: all that can be); "A, B" in double quotes is one name'
+    made.add_argument("--columns", metavar="A,B,...", help=names)
+    _add_out(made, "model.pt", "the file of the model, for pyro_flows.load")
+    _add_flow(made, DENSITIES, default="nsf")
+    epochs = "how often to go through the rows, at most (default: %(default)s)"
+    made.add_argument("--epochs", type=_positive, default=100, help=epochs)
     made.add_argument("--double", action="store_true", help="calculate in float64: slower, for values far from zero")
-    made.add_argument("--quiet", action="store_true", help="no progress bar and no table")
+    _add_seed_and_quiet(made, ", and of the division of the rows")
     return made
+
+
+def _add_flow(made: argparse.ArgumentParser, recipes: Iterable[str], default: str | None = None) -> None:
+    names = sorted(recipes)
+    own = default or "AutoFlow's own"
+    words = f"the recipe of the flow (default: {own}): {', '.join(names)}"
+    made.add_argument("--flow", choices=names, default=default, metavar="FLOW", help=words)
+
+
+def _add_out(made: argparse.ArgumentParser, default: str, words: str) -> None:
+    words += " (default: %(default)s); the picture's name ends with .png instead"
+    made.add_argument("--out", type=Path, default=Path(default), metavar=f"FILE{Path(default).suffix}", help=words)
+
+
+def _add_seed_and_quiet(made: argparse.ArgumentParser, words: str = "") -> None:
+    words = f"seed of the random numbers{words} (default: %(default)s)"
+    made.add_argument("--seed", type=_seed, default=0, help=words)
+    made.add_argument("--quiet", action="store_true", help="no progress bar and no table")
 
 
 def _positive(text: str) -> int:
@@ -148,70 +127,33 @@ def _seed(text: str) -> int:
     return number
 
 
+COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[..., bool]]] = {
+    "fit": (fit_parser, fit.run),
+    "density": (density_parser, density.run),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status, or exit after one line that says what is wrong: with 2, or with 130
     after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
-    command, run = {"fit": _fit, "density": _density}.get(words[0] if words else "", _main_job)(words)
+    named = bool(words) and words[0] in COMMANDS
+    parser, run = COMMANDS[words.pop(0)] if named else (main_parser, eight_schools.run)
+    command = parser()
+    wish = command.parse_args(words)
     try:
-        return TRUSTED if run() else NOT_TRUSTED
+        return TRUSTED if run(wish) else NOT_TRUSTED
     except Refused as error:
         command.exit(2, f"{command.prog}: error: {error}\n")
     except KeyboardInterrupt as error:
         command.exit(INTERRUPTED, f"{command.prog}: {str(error) or 'interrupted'}\n")
 
 
-def _fit(words: list[str]) -> Job:
-    command = fit_parser()
-    wish = command.parse_args(words[1:])
-    return command, functools.partial(
-        fit.run,
-        wish.model,
-        wish.data,
-        wish.out,
-        recipe=RECIPES.get(wish.flow),
-        steps=wish.steps,
-        seed=wish.seed,
-        escalate=wish.escalate,
-        double=wish.double,
-        quiet=wish.quiet,
-    )
-
-
-def _density(words: list[str]) -> Job:
-    command = density_parser()
-    wish = command.parse_args(words[1:])
-    return command, functools.partial(
-        density.run,
-        wish.table,
-        wish.out,
-        recipe=DENSITIES[wish.flow],
-        columns=wish.columns,
-        epochs=wish.epochs,
-        seed=wish.seed,
-        double=wish.double,
-        quiet=wish.quiet,
-    )
-
-
-def _main_job(words: list[str]) -> Job:
-    command = main_parser()
-    wish = command.parse_args(words)
-    first, second = (wish.out / name for name in eight_schools.FILES)
-    if problem := why_not_writable((first, second)):
-        command.error(f"argument --out: {problem}")  # now, and not after the training
-    recipe = RECIPES.get(wish.flow)
-    return command, functools.partial(
-        eight_schools.run, wish.out, recipe=recipe, steps=wish.steps, seed=wish.seed, quiet=wish.quiet
-    )
-
-
 def _run() -> int:
     """Run the command line; of several processes that torchrun has started, the first alone speaks."""
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        if os.environ.get("RANK", "0") == "0":
-            return main()
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if first else nowhere):
             return main()
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the exit status is known by now

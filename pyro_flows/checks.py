@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -36,10 +36,8 @@ def is_integer(value: object) -> bool:
 
 def check_integers(caller: str, least: int = 1, /, *, optional: bool = False, **values: object) -> None:
     """Raise a ValueError unless each value is an integer of at least ``least``, or None where that is ``optional``."""
-    for argument, value in values.items():
-        if (optional and value is None) or (is_integer(value) and value >= least):  # type: ignore[operator]
-            continue
-        raise ValueError(f"{caller}: {argument} must be an integer of at least {least}, got {quoted(value)}.")
+    must = f"be an integer of at least {least}"
+    _check_each(caller, values, must, lambda x: is_integer(x) and x >= least, optional=optional)
 
 
 def check_numbers(
@@ -62,24 +60,40 @@ def check_numbers(
         optional: Whether None stands for a default.
         **values: The values by the names of their arguments.
     """
-    low = -math.inf if above is None else above
-    for argument, value in values.items():
-        if optional and value is None:
-            continue
-        fits = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-        if fits and low < value < (math.inf if below is None else below) and (least is None or value >= least):  # type: ignore[operator]
-            continue
-        raise ValueError(f"{caller}: {argument} must {_range(above, least, below)}, got {quoted(value)}.")
+    low, high = (-math.inf if above is None else above), (math.inf if below is None else below)
+
+    def fits(value: Any) -> bool:
+        number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+        return number and low < value < high and (least is None or value >= least)
+
+    _check_each(caller, values, _range(above, least, below), fits, optional=optional)
 
 
 def check_sizes(caller: str, /, **values: object) -> None:
     """Raise a ValueError unless each value is a sequence of at least one positive integer."""
+    must = "be a sequence of at least one integer, each at least 1, such as (64, 64)"
+    _check_each(caller, values, must, lambda x: _is_sizes(x) and len(x) > 0)
+
+
+def check_flags(caller: str, /, *, optional: bool = False, **values: object) -> None:
+    """Raise a ValueError unless each value is True or False, or None where that is ``optional``."""
+    must = "be None, True or False" if optional else "be True or False"
+    _check_each(caller, values, must, lambda x: isinstance(x, bool), optional=optional)
+
+
+def check_choice(caller: str, choices: tuple[str, ...], /, **values: object) -> None:
+    """Raise a ValueError unless each value is one of a few words."""
+    must = f"be {' or '.join(map(repr, choices))}"
+    _check_each(caller, values, must, lambda x: isinstance(x, str) and x in choices)
+
+
+def _check_each(
+    caller: str, values: dict[str, Any], must: str, fits: Callable[[Any], bool], *, optional: bool = False
+) -> None:
+    """Raise a ValueError that says what the first value that does not fit must be."""
     for argument, value in values.items():
-        if not (_is_sizes(value) and value):
-            raise ValueError(
-                f"{caller}: {argument} must be a sequence of at least one integer, each at least 1, such as (64, 64), "
-                f"got {quoted(value)}."
-            )
+        if not (fits(value) or (optional and value is None)):
+            raise ValueError(f"{caller}: {argument} must {must}, got {quoted(value)}.")
 
 
 def check_kind(caller: str, kind: type | tuple[type, ...], words: str, /, **values: object) -> None:
@@ -88,21 +102,6 @@ def check_kind(caller: str, kind: type | tuple[type, ...], words: str, /, **valu
         if not isinstance(value, kind):
             given = f"the class {value.__name__}, uncalled" if isinstance(value, type) else quoted(value)
             raise TypeError(f"{caller}: {argument} must be {words}, got {given}.")
-
-
-def check_flags(caller: str, /, *, optional: bool = False, **values: object) -> None:
-    """Raise a ValueError unless each value is True or False, or None where that is ``optional``."""
-    for argument, value in values.items():
-        if not (isinstance(value, bool) or (optional and value is None)):
-            words = "None, True or False" if optional else "True or False"
-            raise ValueError(f"{caller}: {argument} must be {words}, got {quoted(value)}.")
-
-
-def check_choice(caller: str, choices: tuple[str, ...], /, **values: object) -> None:
-    """Raise a ValueError unless each value is one of a few words."""
-    for argument, value in values.items():
-        if not (isinstance(value, str) and value in choices):
-            raise ValueError(f"{caller}: {argument} must be {' or '.join(map(repr, choices))}, got {quoted(value)}.")
 
 
 def check_program(**programs: object) -> None:
@@ -215,19 +214,19 @@ def activation_of(caller: str, kind: Any) -> nn.Module:
     return made
 
 
+def _is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
 def _is_sizes(value: object) -> bool:
-    return (
-        isinstance(value, Sequence)
-        and not isinstance(value, str | bytes)
-        and all(is_integer(size) and size > 0 for size in value)
-    )
+    return _is_sequence(value) and all(is_integer(size) and size > 0 for size in value)
 
 
 def _listed(value: Any) -> list[Any]:
     """Return what a vector or sequence of numbers holds, or nothing of anything else."""
     found = value.tolist() if hasattr(value, "tolist") else value
-    whole = isinstance(found, Sequence) and not isinstance(found, str | bytes)
-    return list(found) if whole and all(isinstance(part, int | float | np.number | np.bool_) for part in found) else []
+    numbers = _is_sequence(found) and all(isinstance(part, int | float | np.number | np.bool_) for part in found)
+    return list(found) if numbers else []
 
 
 def _range(above: float | None, least: float | None, below: float | None) -> str:

@@ -638,7 +638,7 @@ def test_columns_that_are_sums_of_others_are_refused(folder, capsys):
 @pytest.mark.usefixtures("no_training")
 def test_bad_files_are_refused(folder, capsys):
     assert "cannot read the table 'absent.csv': No such file" in refused(capsys, "absent.csv")
-    assert "must end with one of .csv, .tsv, .txt, .npz, .npy" in refused(capsys, "table.xlsx")
+    assert "must end with .csv or .tsv or .txt or .npz or .npy" in refused(capsys, "table.xlsx")
     (folder / "latin.csv").write_bytes("größe,b\n1,2\n".encode("latin-1"))
     assert "'latin.csv' is not UTF-8 text; save it as CSV in UTF-8" in refused(capsys, "latin.csv")
     (folder / "text.npz").write_text("a,b\n1,2\n")

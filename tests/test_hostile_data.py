@@ -141,7 +141,7 @@ JSON = {
     "deep objects": ('{"y":' * 100_000 + "1" + "}" * 100_000, "is nested too deeply"),
     "a name twice": ('{"y": [1.0], "z": 2, "y": [2.0]}', "gives 'y' more than once; keep one of each"),
     "a name twice within": ('{"y": {"a": 1, "a": 2}}', "gives 'a' more than once"),
-    "a number of 400 digits": ('{"y": 1' + "0" * 400 + "}", "'y' is an integer beyond 64 bits"),
+    "a number of 400 digits": ('{"y": 1' + "0" * 400 + "}", "'y' holds integers beyond 64 bits"),
     "a number of 5000 digits": ('{"y": 1' + "0" * 5000 + "}", "is not JSON"),
     "a list of such": ('{"y": [1.5, 1' + "0" * 400 + "]}", "'y' holds integers beyond 64 bits"),
 }

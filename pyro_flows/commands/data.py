@@ -11,10 +11,8 @@ may index, and a single number as a tensor, which it may observe.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, islice
@@ -25,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.table import listed
 from . import Refused
-from .numpy_files import Unreadable, read_numpy
+from .arrays import read_numpy
+from .inputs import read_file, repeated
 
 TRIALS = 128  # of ways to read the data
 DEEPEST = 64  # lists in lists; torch makes a dimension of each
@@ -55,64 +53,51 @@ def read_data(path: Path | None) -> Data:
     """
     if path is None:
         return Data({}, {})
-    readers = {".json": _read_json, ".npz": _read_npz}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise Refused(f"the data file {str(path)!r} must end with .json or .npz")
-    try:
-        data = reader(path)
-    except OSError as error:
-        raise Refused(f"cannot read the data file {str(path)!r}: {error.strerror or error}") from error
+    data = read_file("data file", path, {".json": _read_json, ".npz": _read_npz})
     for name, value in data.values.items():
-        _check_finite(name, value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise Refused(f"argument {name!r} is {value}; data must be finite")
+        if isinstance(value, Tensor) and (bad := int((~value.isfinite()).sum())):
+            raise Refused(f"argument {name!r} holds NaN or inf ({bad} of {value.numel()} numbers); data must be finite")
     return data
 
 
 def _read_json(path: Path) -> Data:
+    def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if twice := repeated(name for name, _ in pairs):
+            raise Refused(f"the data file {str(path)!r} gives {twice} more than once; keep one of each")
+        return dict(pairs)
+
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=functools.partial(_object, path))
+        found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once_each)
     except Refused:
         raise
     except ValueError as error:
         raise Refused(f"the data file {str(path)!r} is not JSON: {error}") from error
     except RecursionError as error:
-        raise Refused(
-            f"the data file {str(path)!r} is nested too deeply; arrays have at most {DEEPEST} levels"
-        ) from error
+        raise Refused(f"the data file {str(path)!r} is nested too deeply, beyond {DEEPEST} levels") from error
     if not isinstance(found, dict):
         raise Refused(f"the data file {str(path)!r} must hold an object, {{name: value, ...}}")
     values = {name: _from_json(name, value) for name, value in found.items()}
-    integers = {name: value for name, value in values.items() if _is_integral(value)}
+    integers = {name: x for name, x in values.items() if isinstance(x, Tensor) and x.dtype == torch.int64}
     reals = {name: value.to(torch.get_default_dtype()) for name, value in integers.items()}
     return Data({**values, **reals}, integers | _as_tensors(values))
-
-
-def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, whose names are there once each."""
-    if twice := [repr(name) for name, times in Counter(name for name, _ in pairs).items() if times > 1]:
-        raise Refused(f"the data file {str(path)!r} gives {listed(twice)} more than once; keep one of each")
-    return dict(pairs)
 
 
 def _from_json(name: str, value: Any) -> Any:
     if isinstance(value, dict):
         raise Refused(f"argument {name!r} is an object; give its parts as arguments of their own")
-    if not isinstance(value, list):
-        if type(value) is int and not -(2**63) <= value < 2**63:
-            raise Refused(f"argument {name!r} is an integer beyond 64 bits; write it as a real number")
-        return value
     leaves = list(_leaves(name, value))
     kinds = {type(leaf) for leaf in leaves}
-    if kinds == {str}:
+    if any(isinstance(leaf, int) and not -(2**63) <= leaf < 2**63 for leaf in leaves):
+        raise Refused(f"argument {name!r} holds integers beyond 64 bits; write them as real numbers")
+    if not isinstance(value, list) or kinds == {str}:
         return value
-    dtypes = {frozenset({bool}): torch.bool, frozenset({int}): torch.int64}
     if not (kinds <= {int, float} or kinds == {bool}):
         words = ", ".join(sorted({"NoneType": "null", "dict": "object"}.get(k.__name__, k.__name__) for k in kinds))
         raise Refused(f"argument {name!r} is a list of {words}; it must hold numbers, or booleans, or strings")
-    if any(isinstance(leaf, int) and not -(2**63) <= leaf < 2**63 for leaf in leaves):
-        raise Refused(f"argument {name!r} holds integers beyond 64 bits")
     try:
-        return torch.tensor(value, dtype=dtypes.get(frozenset(kinds), torch.get_default_dtype()))
+        return torch.tensor(value)
     except (TypeError, ValueError) as error:
         raise Refused(f"argument {name!r} is a list of lists of unequal lengths") from error
 
@@ -128,10 +113,7 @@ def _leaves(name: str, value: Any, level: int = 1) -> Iterator[Any]:
 
 
 def _read_npz(path: Path) -> Data:
-    try:
-        arrays = read_numpy(path)
-    except Unreadable as error:
-        raise Refused(f"the data file {str(path)!r} is not a NumPy file of plain arrays: {error}") from error
+    arrays = read_numpy("data file", path)
     if isinstance(arrays, np.ndarray):
         raise Refused(f"the data file {str(path)!r} holds one array without a name; write it with numpy.savez")
     values = {name: _from_numpy(name, array) for name, array in arrays.items()}
@@ -143,28 +125,14 @@ def _from_numpy(name: str, array: np.ndarray) -> Any:
         raise Refused(f"argument {name!r} is an array of {array.dtype}; it must hold numbers, or booleans, or strings")
     if array.ndim == 0 or array.dtype.kind == "U":
         return array.tolist()
-    if array.dtype.kind == "b":
-        return torch.from_numpy(array)
     if array.dtype.kind == "f":
         return torch.from_numpy(array.astype(np.float64)).to(torch.get_default_dtype())
     if array.size and int(array.max()) > torch.iinfo(torch.int64).max:
         raise Refused(f"argument {name!r} holds integers beyond 64 bits")
-    return torch.from_numpy(array.astype(np.int64))  # bytes would be masks, and not indices
+    return torch.from_numpy(array if array.dtype.kind == "b" else array.astype(np.int64))  # bytes would be masks
 
 
 def _as_tensors(values: dict[str, Any]) -> dict[str, Any]:
     """Tensors in place of the single numbers among values."""
     numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
     return {name: torch.tensor(float(value)) for name, value in numbers.items()}
-
-
-def _is_integral(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.int64
-
-
-def _check_finite(name: str, value: Any) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise Refused(f"argument {name!r} is {value}; data must be finite")
-    if isinstance(value, Tensor) and not value.isfinite().all():
-        bad = int((~value.isfinite()).sum())
-        raise Refused(f"argument {name!r} holds NaN or inf ({bad} of {value.numel()} numbers); data must be finite")

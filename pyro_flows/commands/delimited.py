@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..data.table import listed
 from . import Refused
+from .inputs import as_columns
 
 DELIMITERS = ",;\t "
 MISSING = {"", "?", "-", ".", "na", "n/a", "#n/a", "<na>", "nan", "-nan", "null", "none", "missing"}  # in lower case
@@ -58,18 +59,15 @@ def read_delimited(path: Path) -> tuple[dict[str, list[str]], list[str]]:
     if not rows:
         raise Refused(f"the table {str(path)!r} is empty")
     first = [number_of(cell) for cell in rows[0]]
-    named = None in first
-    cells = rows[1:] if named else rows
-    if not cells:
+    names, remarks = [f"column {place + 1}" for place in range(len(first))], []
+    if None in first:
+        header, *rows = rows
+        names = [cell.strip() or name for cell, name in zip(header, names, strict=True)]
+        if any(number is not None and not math.isnan(number) for number in first):
+            remarks.append(f"The first line ({listed(header, 4)}) was taken for names.")
+    if not rows:
         raise Refused(f"the table {str(path)!r} holds names and no rows")
-    remarks = []
-    if named and any(number is not None and not math.isnan(number) for number in first):
-        remarks.append(f"The first line ({listed(rows[0], 4)}) was taken for names.")
-    given = [cell.strip() for cell in rows[0]] if named else [""] * len(first)
-    names = [name or f"column {place}" for place, name in enumerate(given, 1)]
-    if twice := [name for name, times in Counter(names).items() if times > 1]:
-        raise Refused(f"the table {str(path)!r} has several columns named {listed([*map(repr, twice)])}; rename them")
-    return dict(zip(names, map(list, zip(*cells, strict=True)), strict=True)), remarks
+    return as_columns(path, names, map(list, zip(*rows, strict=True))), remarks
 
 
 def _rows(path: Path, text: str, delimiter: str) -> Iterator[list[str]]:
@@ -90,11 +88,9 @@ def _rows(path: Path, text: str, delimiter: str) -> Iterator[list[str]]:
 def _lines(text: str, delimiter: str, strict: bool = True) -> Iterator[tuple[int, list[str]]]:
     """The number of the line where each row ends, and the cells of the row."""
     if delimiter == " ":  # any number of them
-        yield from enumerate(map(str.split, text.splitlines()), 1)
-        return
+        return enumerate(map(str.split, text.splitlines()), 1)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=strict)
-    for row in reader:
-        yield reader.line_num, row
+    return ((reader.line_num, row) for row in reader)
 
 
 def _delimiter(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 import time
 import warnings
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,84 +19,75 @@ from torch.distributions import MultivariateNormal
 
 from .. import plots
 from ..data import Spike, dequantize, find_spikes
-from ..data.table import listed
+from ..data.table import listed, listed_names
 from ..distributions import StudentTBase
 from ..files import write_atomically
 from ..fitting import fit_density
 from ..flows import Flow
 from ..persistence import save
-from ..training import Fit
-from . import Refused
-from .files import why_not_writable
-from .interrupts import NOTHING, Interrupted, beside, hold_ctrl_c, what_was_kept
+from . import DENSITIES, Refused
 from .nats import gaussian_of, report, two_errors
+from .outputs import Interrupted, check_writable, hold_ctrl_c, places_for, what_was_kept, with_picture
 from .table import MANY, Table, read_table, split_names
 
 FEWEST = 50  # rows
 SAMPLES = 5000  # for the picture
 PART = 10_000  # rows that are scored together
 CALLER = "fit_density: "  # as its warnings and errors begin
+INTEGERS = "Integers: {}. Noise from [0, 1) is added to them; their mean log-density is a lower bound of the log-mass."
+REPEATED = (
+    "Warning: {}. Densities grow without bound there, and nats say how narrow the spikes are, not how good the density "
+    "is. Leave such columns out by --columns, or divide multiples of a step by it: they become integers and get noise."
+)
+COPIES = (
+    "Warning: {}. Densities grow without bound there, and copies among the test rows are known from training. If rows "
+    "were entered twice, keep one of each."
+)
+TOLD = {("integers",): INTEGERS, ("lattice", "value"): REPEATED, ("rows",): COPIES}  # by the kinds of spikes
 GROWS = ".*Densities grow without bound"  # what fit_density warns of, and the command tells in its own words
 
 
-def run(
-    file: Path,
-    out: Path,
-    *,
-    recipe: Callable[[int], Flow],
-    columns: str | None,
-    epochs: int,
-    seed: int,
-    double: bool,
-    quiet: bool,
-) -> bool:
-    """Fit, print and write ``out`` and the picture beside it; return whether the flow is no worse than a Gaussian.
+def run(wish: Namespace) -> bool:
+    """Fit, print and write the model and a picture beside it; return whether the flow is no worse than a Gaussian.
 
     Args:
-        file: The table.
-        out: The file of the model.
-        recipe: The flow.
-        columns: The names of the columns to use, parted by commas; by default all that can be used.
-        epochs: How often to go through the rows, at most.
-        seed: The seed of the random numbers, and of the division of the rows.
-        double: Whether to calculate in float64.
-        quiet: Whether to print nothing.
+        wish: What ``density_parser`` has read.
 
     Raises:
         Refused: Before any training, if what is asked for cannot be done; and where training fails.
-        Interrupted: After Ctrl-C, when what was trained is written beside ``out``.
+        Interrupted: After Ctrl-C, when what was trained is written beside these files.
     """
-    if out.suffix != ".pt":
-        raise Refused(f"argument --out: {str(out)!r} must end with .pt")
+    paths = with_picture(wish.out, ".pt")
     start = time.perf_counter()
-    paths = out, out.with_suffix(".png")
-    read = read_table(file, None if columns is None else split_names(columns))
-    if not double and (lost := _lost(read)):
+    table = read_table(wish.table, None if wish.columns is None else split_names(wish.columns))
+    if not wish.double and (lost := _lost(table)):
         raise Refused(f"single precision cannot tell apart the values of {lost}; use --double")
-    table = replace(read, values=read.values.astype(np.float64 if double else np.float32))
-    rows, width = table.values.shape
+    values = table.values.astype(np.float64 if wish.double else np.float32)
+    rows, width = values.shape
     if rows < max(FEWEST, 4 * width):
         raise Refused(f"the table has {rows} rows, too few for a density of {width} columns")
-    spikes = find_spikes(read)
+    spikes = find_spikes(table)
     integers = [table.columns.index(str(spike.column)) for spike in spikes if spike.kind == "integers"]
-    pyro.set_rng_seed(seed)
+    pyro.set_rng_seed(wish.seed)
     order = torch.randperm(rows).numpy()
-    parts = [table.rows(index) for index in np.split(order, [int(0.8 * rows), int(0.9 * rows)])]
+    parts = [replace(table, values=values[index]) for index in np.split(order, [int(0.8 * rows), int(0.9 * rows)])]
     scored = [dequantize(torch.from_numpy(part.values), integers) for part in parts]
     gaussian = gaussian_of(scored[0], table.columns)
-    problem = why_not_writable(paths)
-    if problem:
-        raise Refused(f"argument --out: {problem}")
-    if not quiet:
-        print(*_beginning(file, table, [len(part) for part in scored], spikes), sep="\n", flush=True)
-    flow = recipe(width).to(scored[0].dtype)
-    with warnings.catch_warnings():
+    check_writable(paths)
+    if not wish.quiet:
+        print(*_beginning(wish.table, table, [len(part) for part in scored], spikes), sep="\n", flush=True)
+    flow = DENSITIES[wish.flow](width).to(scored[0].dtype)
+    train, judge, _ = parts
+    with warnings.catch_warnings(), hold_ctrl_c() as asked:
         warnings.filterwarnings("ignore", message=GROWS)
-        warnings.showwarning = _told(warnings.showwarning, quiet=quiet)
-        with hold_ctrl_c() as asked:
-            fit = _fit(flow, parts, integers, epochs=epochs, progress=not quiet)
-            kept = beside(paths) if fit.stopped == "interrupted" else paths
-            save(flow, kept[0])  # before all else, as this is what was trained
+        warnings.showwarning = _told(warnings.showwarning, quiet=wish.quiet)
+        try:
+            settings = {"discrete": integers, "max_epochs": wish.epochs, "progress": not wish.quiet}
+            fit = fit_density(flow, train, validation=judge, **settings)
+        except (ValueError, FloatingPointError) as error:
+            raise Refused(" ".join(str(error).removeprefix(CALLER).split())) from error
+        kept = places_for(fit, paths)
+        save(flow, kept[0])  # before all else, as this is what was trained
     try:
         own, floor = ([_log_prob(density, x) for x in scored] for density in (flow, gaussian))
         gain = own[2] - floor[2]
@@ -106,26 +98,16 @@ def run(
         write_atomically(kept[1], lambda path: picture.savefig(path, dpi=150))
     except KeyboardInterrupt as error:
         raise Interrupted(what_was_kept(paths, kept[0])) from error
-    if not quiet:
+    if not wish.quiet:
         assert fit.held_out is not None  # there are rows to validate
         note = f", {len(fit.held_out)} epoch{'' if len(fit.held_out) == 1 else 's'}"
         note += f", {fit.skipped} steps skipped" if fit.skipped else ""
-        print(report(own, floor, recipe.__name__, seconds=time.perf_counter() - start, note=note))
-        print(*_ending(kept, table, integers, heavy=isinstance(flow.base, StudentTBase), usable=usable), sep="\n")
+        print(report(own, floor, wish.flow, seconds=time.perf_counter() - start, note=note))
+        heavy = isinstance(flow.base, StudentTBase)
+        print(*_ending(kept, values.dtype, integers, heavy=heavy, usable=usable), sep="\n")
     if asked() or fit.stopped == "interrupted":
         raise Interrupted(what_was_kept(paths, *kept))
     return usable
-
-
-def _fit(flow: Flow, parts: list[Table], integers: list[int], *, epochs: int, progress: bool) -> Fit:
-    """Train on the first part and judge by the second."""
-    try:
-        fit = fit_density(flow, parts[0], validation=parts[1], discrete=integers, max_epochs=epochs, progress=progress)
-    except (ValueError, FloatingPointError) as error:
-        raise Refused(" ".join(str(error).removeprefix(CALLER).split())) from error
-    if fit.stopped == "interrupted" and not fit.best_step:
-        raise Interrupted(NOTHING)
-    return fit
 
 
 def _told(show: Callable[..., None], *, quiet: bool) -> Callable[..., None]:
@@ -164,37 +146,23 @@ def _beginning(file: Path, table: Table, sizes: list[int], spikes: list[Spike]) 
     said = [
         f"Read {file}.",
         *table.remarks,
-        f"Columns: {_names(table.columns)}.",
+        f"Columns: {listed_names(table.columns, MANY)}.",
         f"Rows: {sum(sizes)}, of which {sizes[0]} to train on, {sizes[1]} to validate and {sizes[2]} to test.",
     ]
-    if integers := [str(spike.column) for spike in spikes if spike.kind == "integers"]:
-        said.append(
-            f"Integers: {_names(integers)}. Noise from [0, 1) is added to them; on average the log-density is then a "
-            "lower bound of the log-mass."
-        )
-    if others := [str(spike) for spike in spikes if spike.kind in ("lattice", "value")]:
-        said.append(
-            f"Warning: {listed(others)}. Densities grow without bound there, and nats say how narrow the spikes are, "
-            "not how good the density is. Leave such columns out by --columns, or divide multiples of a step by it: "
-            "they become integers, which get noise."
-        )
-    if copies := [str(spike) for spike in spikes if spike.kind == "rows"]:
-        said.append(
-            f"Warning: {copies[0]}. Densities grow without bound there, and copies among the test rows are known from "
-            "training. If rows were entered twice, keep one of each."
-        )
+    for kinds, words in TOLD.items():
+        if found := [repr(s.column) if s.kind == "integers" else str(s) for s in spikes if s.kind in kinds]:
+            said.append(words.format(listed(found, MANY)))
     return _wrapped(said)
 
 
-def _ending(paths: tuple[Path, Path], table: Table, integers: list[int], *, heavy: bool, usable: bool) -> list[str]:
+def _ending(paths: tuple[Path, Path], dtype: np.dtype, integers: list[int], *, heavy: bool, usable: bool) -> list[str]:
     """What the numbers are, and how to use what was written."""
     noise = f"x = pyro_flows.dequantize(x, {integers}); " if integers else ""
     said = [
         "Mean log-densities of the rows, in nats, of the data as given, ± 2 standard errors.",
         "Some values lie far out: the base has a Student's t's tails." if heavy else "",
         "" if usable else "The flow is worse than a Gaussian. Try more --epochs or another --flow.",
-        f"Wrote {paths[0]} and {paths[1]}. In Python, for rows x of {table.values.dtype} with the columns in the order "
-        "above:",
+        f"Wrote {paths[0]} and {paths[1]}. In Python, for rows x of {dtype} with the columns in the order above:",
     ]
     code = f"flow = pyro_flows.load({str(paths[0])!r}); {noise}flow.log_prob(x); flow().sample((1000,))"
     return ["", *_wrapped(said), f"    {code}"]
@@ -202,7 +170,3 @@ def _ending(paths: tuple[Path, Path], table: Table, integers: list[int], *, heav
 
 def _wrapped(said: list[str]) -> list[str]:
     return [line for words in said for line in textwrap.wrap(words, 110, break_on_hyphens=False)]
-
-
-def _names(names: list[str]) -> str:
-    return listed([repr(name) for name in names], MANY)

@@ -6,9 +6,10 @@ Data: Rubin (1981), "Estimation in parallel randomized experiments", Journal of 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from pathlib import Path
+from argparse import Namespace
+from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -17,10 +18,11 @@ from torch import Tensor
 from ..diagnostics import check, to_arviz
 from ..files import write_atomically
 from ..fitting import fit_svi
-from ..flows import Flow
 from ..guides import AutoFlow
-from .funnel import plot_funnel
-from .interrupts import NOTHING, Interrupted, beside, hold_ctrl_c, what_was_kept
+from ..plots.marginals import density_of
+from ..plots.panels import panels
+from . import RECIPES
+from .outputs import Interrupted, check_writable, hold_ctrl_c, places_for, what_was_kept
 from .report import draws_of, report
 
 SCHOOLS = "ABCDEFGH"
@@ -39,35 +41,36 @@ def eight_schools(effects: Tensor, standard_errors: Tensor) -> None:
         pyro.sample("effect", dist.Normal(theta, standard_errors), obs=effects)
 
 
-def run(out: Path, *, recipe: Callable[[int], Flow] | None, steps: int, seed: int, quiet: bool) -> bool:
-    """Fit, print and write the two files into the folder ``out``; return whether the answer can be used.
+def run(wish: Namespace) -> bool:
+    """Fit, print and write the two files; return whether the answer can be used.
+
+    Args:
+        wish: What ``main_parser`` has read.
 
     Raises:
+        Refused: Before any training, if the files cannot be written.
         Interrupted: After Ctrl-C, when what was fitted is written beside these files.
     """
+    paths = wish.out / FILES[0], wish.out / FILES[1]
+    check_writable(paths)
     start = time.perf_counter()
     torch.set_num_threads(1)  # ten latents: more threads would only wait for each other
-    pyro.set_rng_seed(seed)
+    pyro.set_rng_seed(wish.seed)
     pyro.clear_param_store()
     data = EFFECTS, STANDARD_ERRORS
-    guide = AutoFlow(eight_schools, recipe)
-    paths = out / FILES[0], out / FILES[1]
+    guide = AutoFlow(eight_schools, RECIPES.get(wish.flow))
     with hold_ctrl_c() as asked:
-        fit = fit_svi(eight_schools, guide, *data, steps=steps, progress=not quiet)
-        if fit.stopped == "interrupted" and not fit.best_step:
-            raise Interrupted(NOTHING)
+        fit = fit_svi(eight_schools, guide, *data, steps=wish.steps, progress=not wish.quiet)
+        kept = places_for(fit, paths)
         checked = check(eight_schools, guide, *data, num_samples=40_000)
         weighted = checked.verdict == "reweight"
         written = to_arviz(eight_schools, guide, *data, num_samples=WRITTEN, importance=weighted)
-        kept = beside(paths) if fit.stopped == "interrupted" else paths
         write_atomically(kept[0], written.to_netcdf)
     many = to_arviz(eight_schools, guide, *data, num_samples=SHOWN, importance=weighted, log_likelihood=False)
     draws, seconds = draws_of(many), time.perf_counter() - start
-    some = {name: torch.from_numpy(values[:WRITTEN]) for name, values in draws.items()}
-    effects = {f"theta {school}": column for school, column in zip(SCHOOLS, some["theta"].T, strict=True)}
-    figure = plot_funnel(some["mu"], some["tau"], effects)
+    figure = plot_funnel({name: values[:WRITTEN] for name, values in draws.items()})
     write_atomically(kept[1], lambda path: figure.savefig(path, dpi=150))
-    if not quiet:
+    if not wish.quiet:
         advice = "Try more steps or another flow."
         labels = {"theta": list(SCHOOLS)}
         print(report(draws, checked, seconds=seconds, skipped=fit.skipped, advice=advice, labels=labels))
@@ -75,3 +78,34 @@ def run(out: Path, *, recipe: Callable[[int], Flow] | None, steps: int, seed: in
     if asked() or fit.stopped == "interrupted":
         raise Interrupted(what_was_kept(paths, *kept))
     return checked.verdict != "do not trust"
+
+
+def plot_funnel(draws: dict[str, np.ndarray]) -> Any:
+    """Picture the posterior: its marginals, and the funnel of a school's deviation against the log scale.
+
+    Args:
+        draws: ``mu`` and ``tau``, ``(N,)``, and ``theta``, ``(N, 8)``.
+
+    Returns:
+        A matplotlib figure.
+    """
+    picture, (left, right) = panels(10.5, 4.8, 2, 2, width_ratios=(1.15, 1))
+    mean, scale, effects = draws["mu"], draws["tau"], draws["theta"].T
+    names = ["mu", "tau", *(f"theta {school}" for school in SCHOOLS)]
+    low, high = -15.0, 27.0
+    for row, values in enumerate((mean, scale, *effects)):
+        height, color = len(names) - 1 - row, ("C3", "C2", "C0")[min(row, 2)]
+        places, density = density_of(values, low, high)
+        left.fill_between(places, height, height + 0.85 * density / (density.max() or 1), color=color, alpha=0.45, lw=0)
+        left.plot(np.quantile(values, [0.05, 0.95]), [height, height], color=color, lw=2.2, solid_capstyle="butt")
+        left.plot(values.mean(), height, "o", color=color, ms=4.5)
+    left.set_yticks(range(len(names)), names[::-1])
+    left.set(xlim=(low, high), xlabel="value (points of the test)")
+    left.set_title("Marginals: density, mean and 90 % interval", fontsize=11)
+    left.grid(axis="x", alpha=0.3)
+    left.spines["left"].set_visible(False)
+    right.scatter(effects[0] - mean, np.log(scale), s=5, alpha=0.25, color="C0", lw=0, rasterized=True)
+    right.set(xlabel="theta A − mu", ylabel="log tau")
+    right.set_title("The funnel: the smaller tau, the less the schools differ", fontsize=11)
+    right.grid(alpha=0.3)
+    return picture

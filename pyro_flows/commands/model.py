@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,9 +36,8 @@ def load_model(spec: str) -> Callable[..., Any]:
     model = getattr(module, name, None)
     if model is None:
         functions = [n for n, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == module.__name__]
-        raise Refused(
-            f"{file!r} has no {name!r}" + (f"; its functions are {', '.join(functions)}" if functions else "")
-        )
+        known = f"; its functions are {', '.join(functions)}" if functions else ""
+        raise Refused(f"{file!r} has no {name!r}{known}")
     if inspect.isclass(model):
         raise Refused(f"{name!r} in {file!r} is a class and no model; name an instance of it, made in the file")
     if not callable(model):
@@ -55,24 +53,16 @@ def _import(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look there
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)  # a file that is run itself can import its neighbours, too
     try:
-        with _neighbours_of(path):
-            spec.loader.exec_module(module)
+        spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise Refused(f"{str(path)!r} cannot be imported: {in_one_line(error, path)}") from error
-    return module
-
-
-@contextlib.contextmanager
-def _neighbours_of(path: Path) -> Iterator[None]:
-    """Let a file import what lies in its folder, as it could if it were run itself."""
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)
-    try:
-        yield
     finally:
         sys.path.remove(folder)
+    return module
 
 
 def check_arguments(model: Callable[..., Any], given: list[str]) -> None:
@@ -86,9 +76,8 @@ def check_arguments(model: Callable[..., Any], given: list[str]) -> None:
     if nameless:
         raise Refused(f"the model takes {_listed(nameless)} by position only; arguments are given by name")
     missing = [p.name for p in named if p.default is p.empty and p.name not in given]
-    unexpected = sorted(set(given) - {p.name for p in named})
-    if any(p.kind is p.VAR_KEYWORD for p in taken):
-        unexpected = []
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in taken)
+    unexpected = [] if takes_any else sorted(set(given) - {p.name for p in named})
     faults = [f"the data lack {_listed(missing)}"] if missing else []
     faults += [f"the model does not take {_listed(unexpected)}"] if unexpected else []
     if faults:
@@ -103,11 +92,8 @@ def _listed(names: list[str]) -> str:
 def in_one_line(error: BaseException, file: Path) -> str:
     """An error in one line, with its kind and place if it came out of the user's file."""
     words = " ".join(str(error).partition("Trace Shapes:")[0].split()) or "no reason given"
-    places = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if _is(frame.filename, file)]
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [frame.lineno for frame in frames if Path(frame.filename) == file.resolve()]
     if places:
         return f"{type(error).__name__}: {words} ({file.name}, line {places[-1]})"
     return words if isinstance(error, ValueError) else f"{type(error).__name__}: {words}"
-
-
-def _is(name: str, file: Path) -> bool:
-    return Path(name) == file.resolve()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from ..data.columns import tied_columns
-from ..data.table import listed
+from ..data.table import listed_names
 from . import Refused
 
 PARTS = "train", "validation", "test"
@@ -31,13 +31,11 @@ def gaussian_of(x: Tensor, names: Sequence[str]) -> MultivariateNormal:
     """
     x = x.double()
     scale, loc = torch.std_mean(x, 0, correction=0)
-    if same := [repr(name) for name, sd in zip(names, scale, strict=True) if not sd > 0]:
-        raise Refused(f"the rows to train on are constant in {listed(same)}; choose other columns by --columns")
+    if same := [name for name, sd in zip(names, scale, strict=True) if not sd > 0]:
+        raise Refused(f"the rows to train on are constant in {listed_names(same)}; choose other columns by --columns")
     if tied := tied_columns(x):
-        raise Refused(
-            f"the columns {listed([repr(names[place]) for place in tied])} determine one another (by a linear "
-            "relation), so that they have no joint density; leave one of them out by --columns"
-        )
+        words = f"the columns {listed_names(names[place] for place in tied)} determine one another"
+        raise Refused(f"{words} (by a linear relation), so they have no joint density; leave one out by --columns")
     z = (x - loc) / scale
     return MultivariateNormal(loc, scale_tril=scale[:, None] * torch.linalg.cholesky(z.T @ z / len(z)))
 
@@ -59,16 +57,8 @@ def report(flow: Sequence[Tensor], gaussian: Sequence[Tensor], name: str, *, sec
     table = [("", *PARTS), *rows]
     first, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
     lines = [f"{row[0]:<{first + 2}}{'  '.join(map(str.rjust, row[1:], widths))}" for row in table]
-    gain = with_error(flow[2] - gaussian[2])
-    return "\n".join(
-        [
-            "",
-            *lines,
-            "",
-            f"gain  {gain} nats a row over the Gaussian, on the test rows one by one",
-            f"time  {seconds:.1f} s{note}",
-        ]
-    )
+    gain = f"gain  {with_error(flow[2] - gaussian[2])} nats a row over the Gaussian, on the test rows one by one"
+    return "\n".join(["", *lines, "", gain, f"time  {seconds:.1f} s{note}"])
 
 
 def with_error(x: Tensor) -> str:

@@ -68,14 +68,12 @@ def _table(draws: dict[str, np.ndarray], labels: dict[str, list[str]]) -> Iterat
     room = total if total <= MANY else max(5, MANY // len(columns))
     rows: list[tuple[str, ...]] = [("", *HEADINGS)]
     for name, values in columns.items():
-        size = values.shape[1]
-        shown = range(size) if size <= room else [*range(room - 2), size - 1]
-        numbers = _summary(values)
         own = labels.get(name) or [", ".join(map(str, place)) for place in np.ndindex(*draws[name].shape[1:])]
-        for i in shown:
-            if size > room and i == size - 1:
-                rows.append((f"({size - len(shown)} more of {name})",))
-            rows.append((f"{name}[{own[i]}]" if own[i] else name, *numbers[i]))
+        numbers = zip(own, _summary(values), strict=True)
+        lines: list[tuple[str, ...]] = [(f"{name}[{place}]" if place else name, *cells) for place, cells in numbers]
+        if len(lines) > room:
+            lines[room - 2 : -1] = [(f"({len(lines) - room + 1} more of {name})",)]
+        rows += lines
     first = max(8, *(len(row[0]) for row in rows)) + 2
     width = max(6, *(len(cell) for row in rows for cell in row[1:])) + 2
     for label, *cells in rows:

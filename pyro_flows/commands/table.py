@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..data.table import listed
+from ..data.table import listed, listed_names
 from . import Refused
 from .arrays import read_arrays
 from .delimited import decimal_comma, number_of, read_delimited
+from .inputs import read_file
 
 READERS: dict[str, Callable[[Path], tuple[dict[str, Any], list[str]]]] = {
-    ".csv": read_delimited,
-    ".tsv": read_delimited,
-    ".txt": read_delimited,
-    ".npz": read_arrays,
-    ".npy": read_arrays,
+    **dict.fromkeys((".csv", ".tsv", ".txt"), read_delimited),
+    **dict.fromkeys((".npz", ".npy"), read_arrays),
 }
 FIRST = "column 1"  # where it has no name
 MANY = 50  # names in a line
@@ -43,10 +41,6 @@ class Table:
     def to_numpy(self) -> np.ndarray:
         return self.values
 
-    def rows(self, index: np.ndarray) -> Table:
-        """Some of the rows."""
-        return replace(self, values=self.values[index])
-
 
 def read_table(path: Path, chosen: list[str] | None = None) -> Table:
     """Read a table, in float64.
@@ -61,15 +55,12 @@ def read_table(path: Path, chosen: list[str] | None = None) -> Table:
     Raises:
         Refused: If the file cannot be read, a chosen column cannot be used, or nothing is left.
     """
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise Refused(f"the table {str(path)!r} must end with one of {', '.join(READERS)}")
-    try:
-        cells, remarks = reader(path)
-    except OSError as error:
-        raise Refused(f"cannot read the table {str(path)!r}: {error.strerror or error}") from error
+    cells, remarks = read_file("table", path, READERS)
     if chosen is not None:
-        cells = {name: cells[name] for name in _known(chosen, list(cells))}
+        if unknown := [name for name in chosen if name not in cells]:
+            has = listed_names(cells, MANY)
+            raise Refused(f"argument --columns: there is no {listed_names(unknown)}; the table has {has}")
+        cells = {name: cells[name] for name in chosen}
     picked = _Picked(cells, strict=chosen is not None)
     values = picked.matrix()  # which may leave out more
     return Table(list(picked.columns), values, [*remarks, *picked.remarks])
@@ -87,13 +78,6 @@ def split_names(text: str) -> list[str]:
     return names
 
 
-def _known(chosen: list[str], names: list[str]) -> list[str]:
-    if unknown := [repr(name) for name in chosen if name not in names]:
-        has = listed([*map(repr, names)], MANY)
-        raise Refused(f"argument --columns: there is no {listed(unknown)}; the table has {has}")
-    return chosen
-
-
 class _Picked:
     """The columns that can be used, and why others cannot.
 
@@ -109,18 +93,16 @@ class _Picked:
         for name, column in cells.items():
             self.columns[name], wrong = _numbers(column)
             if wrong and all(map(decimal_comma, wrong)):
-                raise Refused(
-                    f"column {name!r} holds numbers with commas, such as {wrong[0]!r}; write them with a decimal point "
-                    "and without separators of thousands"
-                )
+                words = f"column {name!r} holds numbers with commas, such as {wrong[0]!r}"
+                raise Refused(f"{words}; write them with a decimal point and without separators of thousands")
             if wrong:
                 faults[name] = f"{wrong[0]!r:.40}" + ("" if len(wrong) == len(column) else f" in {_rows(len(wrong))}")
         self._leave_out("columns that are not numbers", faults)
         self._leave_out("row numbers", {n: "" for n, x in list(self.columns.items())[:1] if n == FIRST and _counts(x)})
         self._leave_out("empty columns", {n: "" for n, x in self.columns.items() if np.isnan(x).all()})
         self._leave_out_constant()
-        if infinite := {n: int(np.isinf(x).sum()) for n, x in self.columns.items() if np.isinf(x).any()}:
-            raise Refused(f"the table holds inf in {_counted(infinite)}; leave these rows out")
+        if infinite := _counted(self.columns, np.isinf):
+            raise Refused(f"the table holds inf in {infinite}; leave these rows out")
 
     def _leave_out(self, kind: str, faults: dict[str, str]) -> None:
         """Go on without some columns, for which there may be more words each."""
@@ -139,14 +121,12 @@ class _Picked:
 
     def matrix(self) -> np.ndarray:
         """The rows in which nothing is missing, ``(N, D)``."""
-        gaps = {name: int(np.isnan(x).sum()) for name, x in self.columns.items()}
-        counted = _counted({name: number for name, number in gaps.items() if number})
+        counted = _counted(self.columns, np.isnan)
         whole = ~np.isnan(np.stack(list(self.columns.values()), 1)).any(1)
         missing, number = int((~whole).sum()), len(whole)
         if missing > number / 2:
-            raise Refused(
-                f"values are missing in {missing} of {number} rows: in {counted}; choose other columns by --columns"
-            )
+            words = f"values are missing in {missing} of {number} rows: in {counted}"
+            raise Refused(f"{words}; choose other columns by --columns")
         if missing:
             self.remarks.append(f"Left out {missing} of {number} rows, where values are missing: in {counted}.")
             self.columns = {name: x[whole] for name, x in self.columns.items()}
@@ -173,7 +153,8 @@ def _rows(number: int) -> str:
     return f"{number} row{'' if number == 1 else 's'}"
 
 
-def _counted(numbers: dict[str, int]) -> str:
-    """Columns and how many of their rows, most first."""
+def _counted(columns: dict[str, np.ndarray], fault: Callable[[np.ndarray], np.ndarray]) -> str:
+    """Return the columns with a fault, and in how many of their rows, most first."""
+    numbers = {name: int(fault(column).sum()) for name, column in columns.items()}
     ordered = sorted(numbers.items(), key=lambda item: -item[1])
-    return listed([f"{name!r} ({_rows(number)})" for name, number in ordered], MANY)
+    return listed([f"{name!r} ({_rows(number)})" for name, number in ordered if number], MANY)

@@ -74,10 +74,7 @@ class Rows:
     def __init__(self, x: Tensor, context: Tensor | None, size: int = PART) -> None:
         self.x, self.context = x, context
         self.epochs = Epochs(len(x), size)
-
-    @property
-    def steps(self) -> int:
-        return self.epochs.steps
+        self.steps = self.epochs.steps
 
     @property
     def share(self) -> float:
@@ -213,12 +210,9 @@ def split(caller: str, loader: Any, share: float) -> tuple[DataLoader, DataLoade
     Raises:
         ValueError: If the loader draws its rows in a way of its own, which cannot be divided.
     """
-    reason = _indivisible(loader)
-    if reason:
-        raise ValueError(
-            f"{caller}: x is {reason}, of which no rows can be held out; give others to judge by: validation=x, "
-            "(x, context) or a loader."
-        )
+    if reason := _indivisible(loader):
+        words = f"{caller}: x is {reason}, of which no rows can be held out"
+        raise ValueError(f"{words}; give others to judge by: validation=x, (x, context) or a loader.")
     number = len(loader.dataset)
     held = min(math.ceil(share * number), number - 1)
     kept, out = random_split(loader.dataset, [number - held, held], generator=torch.Generator().manual_seed(0))
@@ -238,8 +232,9 @@ def _indivisible(loader: Any) -> str:
     if isinstance(loader.dataset, IterableDataset):
         return "a loader of a data set without places"
     sampler, number = loader.sampler, len(loader.dataset)  # type: ignore[arg-type]
-    whole = isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == number
-    plain = type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and whole)
-    if number < 2 or not plain or type(loader.batch_sampler) is not BatchSampler:
-        return "a loader of one row" if number < 2 else "a loader with a sampler of its own"
-    return ""
+    plain = type(sampler) is SequentialSampler
+    if type(sampler) is RandomSampler:
+        plain = not sampler.replacement and sampler.num_samples == number
+    if number < 2:
+        return "a loader of one row"
+    return "" if plain and type(loader.batch_sampler) is BatchSampler else "a loader with a sampler of its own"

@@ -104,13 +104,13 @@ def spikes_of(table: Tensor, names: Names, places: list[int], share: float = 0.0
     eps = _eps(table)
     values = table.to("cpu", torch.float64)
     least = max(LEAST, share * len(values))
-    found = []
-    for place in places:
-        spike = _spike_of(names[place] if names else place, values[:, place].sort().values, eps, least)
-        found += [spike] if spike else []
+    columns: Sequence[int | str] = names or range(table.shape[1])
+    spikes = (_spike_of(columns[place], values[:, place].sort().values, eps, least) for place in places)
+    found = [spike for spike in spikes if spike]
     if len(found) < len(places) > 1:  # otherwise the columns' own spikes explain copies
         copies = len(values) - len(_hashes(values[:, places]).unique())
-        found += [Spike(None, "rows", copies / len(values))] if copies >= least else []
+        if copies >= least:
+            found.append(Spike(None, "rows", copies / len(values)))
     return found
 
 
@@ -215,10 +215,9 @@ def dequantize(
     table = table if table.is_floating_point() else table.to(torch.get_default_dtype())
     for place in places:
         if len(table) and (largest := float(table[:, place].abs().max())) * _eps(table) > 0.01 * step:
-            raise ValueError(
-                f"dequantize: {table.dtype} leaves no room for noise between the values of {label(names, place)} "
-                f"(up to {largest:.6g}); subtract a constant, or use x.double()."
-            )
+            values = f"the values of {label(names, place)} (up to {largest:.6g})"
+            words = f"dequantize: {table.dtype} leaves no room for noise between {values}"
+            raise ValueError(f"{words}; subtract a constant, or use x.double().")
     device = generator.device if generator else table.device
     noise = torch.rand(len(table), len(places), generator=generator, dtype=table.dtype, device=device)
     noisy = table.clone()

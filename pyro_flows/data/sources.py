@@ -14,7 +14,7 @@ from ..encoders import Standardize
 from ..encoders.base import at_rest
 from ..flows import Dequantized, Flow
 from ..flows.checks import check_precision
-from .batches import Batch, Rows, Source, Stream, split, suited_size
+from .batches import Batch, Rows, Source, Stream, part_of, split, suited_size
 from .table import Names, is_table, read_table
 
 FEWEST = 20
@@ -42,19 +42,14 @@ class Reader:
             raise TypeError(f"{caller}: flow must be a Flow, such as flows.nsf(x.shape[1]), got {got}.")
         shape = model.event_shape
         if len(shape) not in (1, 3):
-            raise ValueError(
-                f"{caller}: flow must be one over vectors or over images (C, H, W), got one over events of shape "
-                f"{tuple(shape)}."
-            )
+            raise ValueError(f"{caller}: flow must be over vectors or images (C, H, W), got events of {tuple(shape)}.")
         likes = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
         if not any(parameter.requires_grad for parameter in likes):
             raise ValueError(f"{caller}: the flow has no parameters to train.")
         self.caller, self.event_shape, self.width, self.like = caller, shape, shape[0], likes[0]
         check_precision(caller, self.like)
         if self.like.is_meta:
-            raise ValueError(
-                f"{caller}: the flow must hold numbers, but lies on the meta device; build it elsewhere, as on 'cpu'."
-            )
+            raise ValueError(f"{caller}: the flow must hold numbers, but lies on the meta device; build it on 'cpu'.")
         self.flow: Flow = model.flow if isinstance(model, Dequantized) else model
         self.levels: int | None = model.levels if isinstance(model, Dequantized) else None
         self.names: Names = None
@@ -69,30 +64,25 @@ class Reader:
         """
         found, names = read_table(self.caller, argument, x)
         if names and self.names and names != self.names:
-            raise ValueError(
-                f"{self.caller}: {argument} has the columns {names}, but x has {self.names}; give them in one order."
-            )
+            words = f"{argument} has the columns {names}, but x has {self.names}"
+            raise ValueError(f"{self.caller}: {words}; give them in one order.")
         self.names = self.names or names
         found = found.unsqueeze(-1) if found.dim() == 1 and self.event_shape == (1,) else found
         if found.shape[1:] != self.event_shape or not found.dim():
             sizes = ", ".join(map(str, self.event_shape))
-            what = "a column for each of the flow's features"
-            if len(self.event_shape) == 3:
-                what = "images with their channels first, as of x.permute(0, 3, 1, 2), or one, as of x[:, None]"
-            raise ValueError(
-                f"{self.caller}: {argument} must have shape (N, {sizes}), {what}, got {tuple(found.shape)}."
-            )
+            images = len(self.event_shape) == 3
+            way = " Use x.permute(0, 3, 1, 2), or x[:, None], where channels are last or none." if images else ""
+            must = f"{argument} must have shape (N, {sizes}), as the flow's events have"
+            raise ValueError(f"{self.caller}: {must}, got {tuple(found.shape)}.{way}")
         self._check_dtype(found, argument)
         encoded = None if context is None else self._context(context, len(found))
         if self._is_new and len(found):
             with torch.no_grad(), at_rest(self.flow):
                 q = self.flow(None if encoded is None else encoded[:1].to(self.like.device))  # the flow's own errors
             if encoded is not None and q.batch_shape != (1,):
-                raise ValueError(
-                    f"{self.caller}: context must hold one context for each row of x, but one row of those of shape "
-                    f"{tuple(encoded.shape)} makes a batch of {tuple(q.batch_shape)}; labels of classes have the shape "
-                    "(N,), images (N, K, H, W)."
-                )
+                got = f"a row of shape {tuple(encoded.shape[1:])} makes a batch of {tuple(q.batch_shape)}"
+                must = f"context must hold one context per row of x, but {got}"
+                raise ValueError(f"{self.caller}: {must}; labels of classes have the shape (N,).")
             self._is_new = False
         return found if self.levels else self._rounded(found, argument), encoded
 
@@ -103,43 +93,31 @@ class Reader:
             return rounded
         if found.is_floating_point() and bool((rounded.isinf() & ~found.isinf()).any()):
             most = found[found.isfinite()].abs().max().item()
-            raise ValueError(
-                f"{self.caller}: {argument} holds numbers of up to {most:.3g}, which overflow in the flow's dtype, "
-                f"{self.like.dtype}; divide the columns by their scale, or use flow.double()."
-            )
+            words = f"numbers of up to {most:.3g}, which overflow in the flow's dtype, {self.like.dtype}"
+            raise ValueError(f"{self.caller}: {argument} holds {words}; divide by their scale, or use flow.double().")
         if rounded.dim() == 2 and argument in ("x", "a batch"):
-            low, high = found.amin(0), found.amax(0)
-            old = self.span or (low, high)
-            self.span = torch.minimum(old[0], low), torch.maximum(old[1], high)
+            low, high = self.span or (found[0], found[0])
+            self.span = torch.minimum(low, found.amin(0)), torch.maximum(high, found.amax(0))
         return rounded
 
     def _check_dtype(self, found: Tensor, argument: str) -> None:
         if self.levels and found.is_floating_point():
-            raise ValueError(
-                f"{self.caller}: {argument} must hold integers from 0 to {self.levels - 1}, as this flow does, got "
-                f"{found.dtype}; convert it, x.to(torch.uint8) or x.astype('uint8'), after x * {self.levels - 1} where "
-                "it holds numbers from 0 to 1."
-            )
+            must = f"{argument} must hold integers from 0 to {self.levels - 1}, got {found.dtype}"
+            raise ValueError(f"{self.caller}: {must}; use x.to(torch.uint8), after x * {self.levels - 1} if x <= 1.")
         if len(self.event_shape) == 3 and not self.levels and not found.is_floating_point():
-            raise ValueError(
-                f"{self.caller}: {argument} holds integers, {found.dtype}, of which a flow over real images has "
-                "densities without bound; use flows.Dequantized(flow), or x.float() where they are real numbers."
-            )
+            words = f"{argument} holds integers, {found.dtype}, whose densities grow without bound"
+            raise ValueError(f"{self.caller}: {words}; use flows.Dequantized(flow), or x.float() for real numbers.")
 
     def _context(self, context: Any, number: int) -> Tensor:
         found, _ = read_table(self.caller, "context", context)
         if not self.flow.context_dim:
-            raise ValueError(
-                f"{self.caller}: context of shape {tuple(found.shape)} is unexpected: this flow takes none. Build it "
-                "with context_dim > 0, or with num_classes where contexts are labels of images."
-            )
+            words = f"context of shape {tuple(found.shape)} is unexpected: this flow takes none"
+            raise ValueError(f"{self.caller}: {words}. Build it with context_dim > 0, or num_classes for labels.")
         plain = self.flow.encoder is None or isinstance(self.flow.encoder, Standardize)
-        if plain and found.dim() == 1:
-            found = found.unsqueeze(-1)
+        found = found.unsqueeze(-1) if plain and found.dim() == 1 else found
         if not found.dim() or len(found) != number:
-            raise ValueError(
-                f"{self.caller}: context must have as many rows as x, {number}, got shape {tuple(found.shape)}."
-            )
+            got = tuple(found.shape)
+            raise ValueError(f"{self.caller}: context must have as many rows as x, {number}, got shape {got}.")
         return self._rounded(found, "context") if plain or found.is_floating_point() else found
 
     def batch(self, item: Any) -> Batch:
@@ -170,8 +148,8 @@ def sources(
             # Rows may come in an order; the same one each time, so that a run goes on with the same held out.
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
             kept, out = order.tensor_split([max(1, len(rows) - math.ceil(share * len(rows)))])
-            judge = Rows(rows[out], None if contexts is None else contexts[out])
-            rows, contexts = rows[kept], None if contexts is None else contexts[kept]
+            judge = Rows(*part_of((rows, contexts), out))
+            rows, contexts = part_of((rows, contexts), kept)
         return Rows(rows, contexts, suited_size(len(rows), batch_size, 256 if rows.dim() == 2 else 64)), judge
     if context is not None or batch_size is not None:
         what = "context" if context is not None else "batch_size"
@@ -185,13 +163,12 @@ def sources(
 
 def _judge(reader: Reader, validation: Any) -> Source:
     """What judges, as it was given."""
-    if is_table(validation):
-        return Rows(*reader.rows(validation, None, "validation"))
-    if isinstance(validation, tuple):
-        if len(validation) != 2:
-            raise ValueError(f"{reader.caller}: validation must be x, (x, context) or a loader, got {len(validation)}.")
-        return Rows(*reader.rows(validation[0], validation[1], "validation"))
-    return Stream(_again("validation", validation), reader.batch)
+    given = (validation, None) if is_table(validation) else validation
+    if not isinstance(given, tuple):
+        return Stream(_again("validation", given), reader.batch)
+    if len(given) != 2:
+        raise ValueError(f"{reader.caller}: validation must be x, (x, context) or a loader, got {len(given)}.")
+    return Rows(*reader.rows(given[0], given[1], "validation"))
 
 
 def _again(argument: str, value: Any) -> Iterable[Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_dense
+from ..checks import check_dense, is_integer
 
 Names = list[str] | None  # of the columns, where the table has some
 
@@ -41,10 +41,8 @@ def read_table(caller: str, argument: str, value: Any) -> tuple[Tensor, Names]:
         found = _as_tensor(caller, argument, array, names)
     if found.dtype in (torch.float16, torch.bfloat16) or found.is_complex():
         way = "" if found.is_complex() else f" Use {argument}.float(), or {argument}.astype('float32')."
-        raise ValueError(
-            f"{caller}: {argument} must hold real numbers of float32, float64 or an integer dtype, got {found.dtype}."
-            f"{way}"
-        )
+        must = f"{argument} must hold real numbers of float32, float64 or an integer dtype"
+        raise ValueError(f"{caller}: {must}, got {found.dtype}.{way}")
     if found.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch counts with few of these
         found = found.to(torch.int64)
     return found.to(torch.uint8) if found.dtype == torch.bool else found, names
@@ -52,16 +50,12 @@ def read_table(caller: str, argument: str, value: Any) -> tuple[Tensor, Names]:
 
 def _as_tensor(caller: str, argument: str, array: np.ndarray, names: Names) -> Tensor:
     if array.dtype.names:
-        raise ValueError(
-            f"{caller}: {argument} must be a matrix of numbers, got a structured array with the fields "
-            f"{array.dtype.names}; use numpy.lib.recfunctions.structured_to_unstructured(x)."
-        )
+        must = f"{argument} must be a matrix of numbers, got a structured array with the fields {array.dtype.names}"
+        raise ValueError(f"{caller}: {must}; use numpy.lib.recfunctions.structured_to_unstructured(x).")
     if array.dtype.kind not in "biufc":
         array = _numbers(caller, argument, array, names)
     # torch counts with few of the unsigned integers, has no longer floats, and wants the machine's order of bytes.
-    if array.dtype.kind == "u" and 1 < array.dtype.itemsize < 8:
-        array = array.astype(np.int64)
-    elif array.dtype == np.uint64 or (array.dtype.kind == "f" and array.dtype.itemsize > 8):
+    if array.dtype == np.uint64 or (array.dtype.kind == "f" and array.dtype.itemsize > 8):
         array = array.astype(np.float64)
     return torch.tensor(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False)))
 
@@ -72,21 +66,25 @@ def _numbers(caller: str, argument: str, array: np.ndarray, names: Names) -> np.
     for place, column in enumerate(columns):
         for cell in column:
             if not isinstance(cell, bool | int | float | np.number | np.bool_):
-                raise ValueError(
-                    f"{caller}: {argument} must hold real numbers, but {label(names, place)} holds {cell!r:.50} "
-                    f"({type(cell).__name__}). Leave it out, or encode it as numbers."
-                )
+                holds = f"{label(names, place)} holds {cell!r:.50} ({type(cell).__name__})"
+                must = f"{argument} must hold real numbers, but {holds}"
+                raise ValueError(f"{caller}: {must}. Leave it out, or encode it as numbers.")
     return array.astype(np.float64)
 
 
 def label(names: Names, place: int) -> str:
-    """What an error calls a column: its name, or its place."""
+    """Return the label of a column for error messages: its name, or its place."""
     return f"column {names[place]!r}" if names else f"column {place}"
 
 
 def listed(words: Sequence[str], most: int = 5) -> str:
-    """The first few of many words."""
+    """Return the first few of many words."""
     return ", ".join([*words[:most], *([f"and {len(words) - most} more"] if len(words) > most else [])])
+
+
+def listed_names(names: Iterable[str], most: int = 5) -> str:
+    """Return the first few of many names, each in quotation marks."""
+    return listed([repr(name) for name in names], most)
 
 
 def places_of(caller: str, argument: str, columns: Sequence[int | str], names: Names, width: int) -> list[int]:
@@ -99,9 +97,9 @@ def places_of(caller: str, argument: str, columns: Sequence[int | str], names: N
     for column in columns if isinstance(columns, Iterable) and not isinstance(columns, str) else [columns]:
         if isinstance(column, str) and names and column in names:
             found.append(names.index(column))
-        elif isinstance(column, int | np.integer) and not isinstance(column, bool) and 0 <= column < width:
+        elif is_integer(column) and 0 <= column < width:  # type: ignore[operator]
             found.append(int(column))
         else:
-            known = f"the names {listed([repr(name) for name in names])} or " if names else ""
+            known = f"the names {listed_names(names)} or " if names else ""
             raise ValueError(f"{caller}: {argument} must hold {known}places from 0 to {width - 1}, got {column!r}.")
     return found

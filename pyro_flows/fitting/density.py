@@ -21,8 +21,7 @@ from ..checks import check_flags, check_integers, check_numbers
 from ..conditioners import Conditioner
 from ..data.batches import Batch, Rows, Source, sum_of
 from ..data.sources import Reader, sources
-from ..data.spread import Spread
-from ..data.survey import Survey, check_images, check_room, check_rows, warn
+from ..data.survey import Spread, Survey, check_images, check_rows, warn
 from ..data.table import places_of
 from ..diagnostics import bits_per_dim, save_images
 from ..diagnostics.rounding import warn_of_round_off
@@ -178,7 +177,6 @@ def fit_density(
     else:
         places = places_of(CALLER, "discrete", () if discrete is None else discrete, reader.names, reader.width)
         check_rows(CALLER, reader.names, seen, judged, places, apart=validation is not None, span=reader.span)
-        check_room(CALLER, reader.names, seen, places, reader.like.dtype)
         real = [place for place in range(reader.width) if place not in places]
         warn(CALLER, reader.names, seen, real, reader.like.dtype, again=train.again)
     spread, grids = Spread(places, reader.like.device), Attempts(CALLER, "samples", grid or Path())

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .columns import plain, shortened
-
-if TYPE_CHECKING:
-    from .picture import Picture
+from .panels import Picture, panels
 
 
 def calibration(found: Any) -> Picture:
@@ -31,10 +29,7 @@ def calibration(found: Any) -> Picture:
         >>> picture.axes[0].get_title()
         'Ranks: p = 0.5'
     """
-    from .picture import Picture
-
-    picture = Picture(11, 3.9)
-    left, middle, right = picture.grid(3, 3)
+    picture, (left, middle, right) = panels(11, 3.9, 3, 3)
     number = len(found.ranks)
     level = np.linspace(0, 1, 201)
     band = 1.358 / np.sqrt(number)  # Kolmogorov's law at 5 %
@@ -45,8 +40,7 @@ def calibration(found: Any) -> Picture:
         label = f"{shortened(found.names[column], 40)} (worst)" if chosen else None
         style = {"color": "C3", "lw": 1.6, "zorder": 3} if chosen else {"color": "C0", "lw": 0.8, "alpha": 0.6}
         left.plot(level, (ranks[:, None] <= level).mean(0) - level, label=label, **style)
-    left.set_xlabel("rank of the truth, as a share of the draws")
-    left.set_ylabel("share of data sets below, less expected")
+    left.set(xlabel="rank of the truth, as a share of the draws", ylabel="share of data sets below, less expected")
     left.set_title(f"Ranks: p = {found.sbc_p:.2g}", fontsize=10)
     left.legend(frameon=False, fontsize=8)
     tests = (
@@ -57,10 +51,7 @@ def calibration(found: Any) -> Picture:
         axis.fill_between(level, level - band, level + band, color="C2", alpha=0.15, lw=0)
         axis.plot(level, level, color="0.4", lw=0.8)
         axis.plot(level, (levels.cpu().numpy()[:, None] <= level).mean(0), color="C0", lw=1.6)
-        axis.set_xlim(0, 1)
-        axis.set_ylim(0, 1)
-        axis.set_xlabel("nominal level")
-        axis.set_ylabel("share of data sets whose truth it holds")
+        axis.set(xlim=(0, 1), xlabel="nominal level", ylim=(0, 1), ylabel="share of data sets whose truth it holds")
         axis.set_title(f"{title}: p = {p:.2g}", fontsize=10)
     picture.suptitle(textwrap.fill(plain(found.reason), 130), fontsize=10)
     return picture

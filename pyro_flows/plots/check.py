@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..checks import check_integers
 from .columns import plain, shortened
+from .panels import Picture, panels
 from .weights import histogram
-
-if TYPE_CHECKING:
-    from .picture import Picture
 
 
 def check(found: Any, *, most: int = 30) -> Picture:
@@ -42,31 +40,27 @@ def check(found: Any, *, most: int = 30) -> Picture:
         >>> [label.get_text() for label in picture.axes[0].get_yticklabels()]
         ['x']
     """
-    from .picture import Picture
-
     check_integers("check", most=most)
     chains, weighted = found.chains, found.weighted
     size = torch.maximum(chains.error.abs(), (chains.ratio - 1).abs())
     shown = size.argsort(descending=True)[:most].sort().values
     rows, names = np.arange(len(shown)), [shortened(found.names[i], 40) for i in shown.tolist()]
-    picture = Picture(11, 2.6 + 0.2 * len(shown))
-    left, middle, right = picture.grid(3, 3)
-    panels = {
+    picture, (left, middle, right) = panels(11, 2.6 + 0.2 * len(shown), 3, 3)
+    errors = {
         "error of the mean (posterior sd)": (left, 0.0, -3.0, "error", "error_se"),
         "sd, guide / posterior": (middle, 1.0, 0.0, "ratio", "ratio_se"),
     }
-    for label, (axis, truth, least, value, noise) in panels.items():
+    for label, (axis, truth, least, value, noise) in errors.items():
         reach = 0.4
         axis.axvspan(truth - 0.1, truth + 0.1, color="C2", alpha=0.15, lw=0)
         for drift, name, color, shift in ((chains, "chains", "C0", -0.15), (weighted, "weights", "C1", 0.15)):
             places = getattr(drift, value)[shown].cpu().numpy().clip(least, truth + 3)
-            errors = 2 * getattr(drift, noise)[shown].cpu().numpy()
+            bars = 2 * getattr(drift, noise)[shown].cpu().numpy()
             reach = max(reach, float(abs(places - truth).max()) + 0.15)
-            axis.errorbar(places, rows + shift, xerr=errors, fmt="o", ms=3.5, lw=1.2, color=color, label=name)
+            axis.errorbar(places, rows + shift, xerr=bars, fmt="o", ms=3.5, lw=1.2, color=color, label=name)
         axis.axvline(truth, color="0.4", lw=0.8)
-        axis.set_xlim(max(truth - reach, least - 0.15), truth + reach)  # where errors end at times far away
-        axis.set_xlabel(label)
-        axis.set_ylim(len(rows) - 0.5, -0.5)
+        ends = max(truth - reach, least - 0.15), truth + reach  # errors may end far away
+        axis.set(xlim=ends, xlabel=label, ylim=(len(rows) - 0.5, -0.5))
         axis.set_yticks(rows, names if axis is left else [""] * len(rows), fontsize=8)
     left.legend(frameon=False, fontsize=8)
     histogram(right, found.psis)

@@ -26,7 +26,11 @@ def columns_of(caller: str, argument: str, draws: Draws, names: Sequence[str] | 
         table = as_array(draws)
         if table.ndim != 2:
             raise ValueError(f"{caller}: {argument} must be a dict of sites or of shape (N, D), got {table.shape}.")
-        sites = dict(zip(_names(caller, names, table.shape[1]), table.T, strict=True))
+        width = table.shape[1]
+        labels = [f"x[{i}]" for i in range(width)] if names is None else [str(name) for name in names]
+        if len(labels) != width or len(set(labels)) != width:
+            raise ValueError(f"{caller}: names must be {width} different ones, got {labels}.")
+        sites = dict(zip(labels, table.T, strict=True))
     sites = {name: values for name, values in sites.items() if 0 not in values.shape[1:]}
     lengths = {name: len(values) if values.ndim else 0 for name, values in sites.items()}
     if len(set(lengths.values())) != 1 or min(lengths.values()) < 2:
@@ -73,10 +77,3 @@ def shortened(name: str, most: int = 20) -> str:
     """A name that fits beside an axis."""
     short = name if len(name) <= most else f"{name[: most // 2]}…{name[most // 2 + 1 - most :]}"
     return plain(short)
-
-
-def _names(caller: str, names: Sequence[str] | None, number: int) -> list[str]:
-    found = [f"x[{i}]" for i in range(number)] if names is None else [str(name) for name in names]
-    if len(found) != number or len(set(found)) != number:
-        raise ValueError(f"{caller}: names must be {number} different ones, got {found}.")
-    return found

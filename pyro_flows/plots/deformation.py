@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +11,7 @@ from torch import Tensor
 from ..checks import check_integers
 from ..flows import Flow
 from ..transforms import FlowTransform, Inverse
-
-if TYPE_CHECKING:
-    from .picture import Picture
+from .panels import Picture, panels
 
 REACH = 2.5  # of the grid, in standard deviations of a normal base
 LINES, POINTS = 21, 201  # in each direction, and along each
@@ -44,17 +42,14 @@ def deformation(flow: Flow, context: Tensor | None = None, *, most: int = 8) -> 
         >>> [axis.get_title() for axis in picture.axes][:2]
         ['base', '1 Coupling']
     """
-    from .picture import Picture
-
     if tuple(flow.event_shape) != (2,):
         raise ValueError(f"deformation: the flow must be over two features, got {tuple(flow.event_shape)}.")
     check_integers("deformation", 2, most=most)
-    encoded = flow.encode(context)
-    if encoded is not None and encoded.dim() > 1:
-        raise ValueError(f"deformation: one context is pictured, got a batch of {tuple(encoded.shape[:-1])}.")
-    base = flow.base()
-    if base.batch_shape:
-        raise ValueError(f"deformation: one base is pictured, got a batch of {tuple(base.batch_shape)}.")
+    encoded, base = flow.encode(context), flow.base()
+    batches = {"context": () if encoded is None else encoded.shape[:-1], "base": base.batch_shape}
+    for what, batch in batches.items():
+        if batch:
+            raise ValueError(f"deformation: one {what} is pictured, got a batch of {tuple(batch)}.")
     draws = base.sample((DOTS,))
     ticks, along = torch.linspace(-REACH, REACH, LINES), torch.linspace(-REACH, REACH, POINTS)
     upright = torch.stack(torch.meshgrid(ticks, along, indexing="ij"), -1)  # (LINES, POINTS, 2)
@@ -72,8 +67,8 @@ def deformation(flow: Flow, context: Tensor | None = None, *, most: int = 8) -> 
     chosen = np.unique(np.linspace(0, len(stages) - 1, min(most, len(stages))).round().astype(int))
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
-    picture = Picture(2.4 * columns, 2.55 * rows)
-    for axis, place in zip(picture.grid(len(chosen), columns), chosen, strict=True):
+    picture, axes = panels(2.4 * columns, 2.55 * rows, len(chosen), columns)
+    for axis, place in zip(axes, chosen, strict=True):
         title, carried = stages[place]
         _draw(axis, carried.cpu().double())
         axis.set_title(title, fontsize=9)
@@ -91,8 +86,7 @@ def _draw(axis: Any, carried: Tensor) -> None:
     axis.scatter(*draws.T, s=2, color="0.25", alpha=0.35, lw=0, zorder=3, rasterized=True)
     low, high = np.quantile(draws, [0.005, 0.995], axis=0)
     margin = 0.12 * (high - low) + 1e-6
-    axis.set_xlim(low[0] - margin[0], high[0] + margin[0])
-    axis.set_ylim(low[1] - margin[1], high[1] + margin[1])
+    axis.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
     axis.tick_params(labelsize=7)
 
 

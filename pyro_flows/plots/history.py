@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .picture import Picture
+from .panels import Picture, panels
 
 WINDOW = 50  # steps, of the running mean
 
@@ -35,15 +34,12 @@ def history(fit: Any) -> Picture:
         >>> picture.axes[0].get_xlabel()
         'step'
     """
-    from .picture import Picture
-
     losses = fit.losses.cpu().double().numpy()
     steps = np.arange(1, len(losses) + 1)
     sound = np.isfinite(losses)
     if not sound.any():
         raise ValueError("history: no step of this fit has a finite loss.")
-    picture = Picture(7.5, 3.6)
-    (axis,) = picture.grid(1, 1)
+    picture, (axis,) = panels(7.5, 3.6, 1, 1)
     axis.plot(steps, np.where(sound, losses, np.nan), color="C0", lw=0.7, alpha=0.35, label="each step")
     width = min(WINDOW, max(1, sound.sum() // 5))
     smooth = np.convolve(losses[sound], np.full(width, 1 / width), mode="valid")
@@ -60,10 +56,7 @@ def history(fit: Any) -> Picture:
     together = np.concatenate(shown)
     low, high = together.min(), max([np.quantile(together, 0.97), *best])
     margin = 0.06 * (high - low) or 0.5
-    axis.set_ylim(low - margin, high + margin)
-    axis.set_xlim(0, len(losses) + 1)
-    axis.set_xlabel("step")
-    axis.set_ylabel("loss")
+    axis.set(xlim=(0, len(losses) + 1), xlabel="step", ylim=(low - margin, high + margin), ylabel="loss")
     skipped = f", {fit.skipped} skipped" if fit.skipped else ""
     axis.set_title(f"{fit.steps} steps in {fit.seconds:.1f} s{skipped}", fontsize=11)
     axis.legend(frameon=False, fontsize=9, loc="upper right")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .picture import Picture
 from ..checks import check_integers
+from .panels import Picture, panels
 
 
 def images(images: Tensor, *, columns: int = 8, levels: int | None = None) -> Picture:
@@ -36,13 +34,10 @@ def images(images: Tensor, *, columns: int = 8, levels: int | None = None) -> Pi
         >>> picture.axes[0].images[0].get_array().shape  # two rows of ten, with lines between
         (18, 90, 3)
     """
-    from .picture import Picture
-
     pixels = tiled("images", images, columns, levels)
     height, width = pixels.shape[:2]
     inches = min(8.0, max(3.0, 0.62 * min(columns, len(images))))
-    picture = Picture(inches, max(0.8, inches * height / width))
-    (axis,) = picture.grid(1, 1)
+    picture, (axis,) = panels(inches, max(0.8, inches * height / width), 1, 1)
     axis.imshow(pixels, interpolation="nearest")
     axis.set_axis_off()
     return picture

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..checks import check_integers
 from ..compat import kde
 from .columns import Draws, as_array, beside, columns_of, shortened
-
-if TYPE_CHECKING:
-    from .picture import Picture
+from .panels import Picture, panels
 
 COLUMNS = 4  # panels in a row
 REACH = 0.003  # of the draws lie beyond either end of an axis
@@ -54,18 +52,17 @@ def marginals(
         >>> [axis.get_title() for axis in picture.axes]
         ['mu', 'theta[0]', 'theta[1]']
     """
-    from .picture import Picture
-
     check_integers("marginals", most=most)
     columns, others = beside("marginals", draws, reference)
-    lines = columns_of("marginals", "truth", _twice(truth)) if truth else {}
+    twice = {name: np.stack([as_array(value)] * 2) for name, value in (truth or {}).items()}  # as if drawn
+    lines = columns_of("marginals", "truth", twice) if truth else {}
     if strange := [name for name in lines if name not in columns]:
         raise ValueError(f"marginals: the truth holds {strange}, and the draws {list(columns)}.")
     shown = dict(list(columns.items())[:most])
     width = min(COLUMNS, len(shown))
     rows = math.ceil(len(shown) / width)
-    picture = Picture(max(4.5, 2.3 * width), 1.1 + 1.7 * rows)
-    for axis, (name, own) in zip(picture.grid(len(shown), width), shown.items(), strict=True):
+    picture, axes = panels(max(4.5, 2.3 * width), 1.1 + 1.7 * rows, len(shown), width)
+    for axis, (name, own) in zip(axes, shown.items(), strict=True):
         other = others.get(name)
         known = [x[np.isfinite(x)] for x in ([own] if other is None else [own, other])]
         ends = [np.quantile(x, [REACH, 1 - REACH]) for x in known if len(x)]
@@ -79,8 +76,7 @@ def marginals(
                 axis.axvline(np.median(values), color=color, lw=1.6)
         if name in lines:
             axis.axvline(lines[name][0], color="0.2", lw=1.2, ls="--", label="truth")
-        axis.set_ylim(bottom=0)
-        axis.set_yticks([])
+        axis.set(ylim=(0, None), yticks=[])
         axis.spines["left"].set_visible(False)
         axis.set_title(shortened(name), fontsize=10)
         axis.tick_params(labelsize=8)
@@ -90,11 +86,6 @@ def marginals(
     if len(columns) > most:
         picture.supxlabel(f"the first {most} of {len(columns)} quantities", fontsize=9)
     return picture
-
-
-def _twice(truth: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """One value of each site, as if it had been drawn twice."""
-    return {name: np.stack([as_array(value)] * 2) for name, value in truth.items()}
 
 
 def density_of(values: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..checks import check_integers
 from .columns import Draws, beside, shortened
-
-if TYPE_CHECKING:
-    from .picture import Picture
+from .panels import Picture, blank
 
 POINTS = 3000  # of each table, in each panel, at most
 BINS = 50  # at most
@@ -56,8 +53,6 @@ def pairs(
     """
     from matplotlib.ticker import MaxNLocator
 
-    from .picture import Picture
-
     check_integers("pairs", most=most)
     columns, others = beside("pairs", draws, reference, names)
     common = [name for name in columns if name in others or not others]
@@ -69,15 +64,19 @@ def pairs(
         raise ValueError(f"pairs: draws must be finite, and in none are all of {shown}.")
     limits = [_limits(column) for column in tables[0].T]
     points = min(POINTS, *map(len, tables))
+    style = {"s": 3, "alpha": min(1.0, 0.25 * (POINTS / max(1, points)) ** 0.5), "lw": 0, "rasterized": True}
     bins = round(min(BINS, max(10, 2 * len(tables[0]) ** (1 / 3))))
-    side = max(4.2, 1.9 * width)
-    picture = Picture(side, side)
+    inches = max(4.2, 1.9 * width)
+    picture = blank(inches, inches)
     axes = picture.subplots(width, width, squeeze=False)
     for row, column in np.ndindex(width, width):
-        axis = axes[row, column]
-        if row < column and len(tables) == 1:
+        axis, above = axes[row, column], row < column
+        if above and len(tables) == 1:
             axis.set_axis_off()
             continue
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(MaxNLocator(3))
+            side.set_major_formatter(_tick)
         if row == column:
             low, high = limits[row]
             edges = np.linspace(low, high, bins + 1)
@@ -85,40 +84,27 @@ def pairs(
             axis.stairs(counts[0], edges, fill=True, color="C0", alpha=0.35)
             for count in counts[1:]:
                 axis.stairs(count, edges, color="C1", lw=1.4)
-            axis.set_ylim(0, 1.1 * max(float(count.max()) for count in counts))
-            axis.set_yticks([])
+            axis.set(ylim=(0, 1.1 * max(float(count.max()) for count in counts)), yticks=[])
         else:
-            above = row < column
             dots = tables[above][:points]
-            style = {"s": 3, "alpha": min(1.0, 0.25 * (POINTS / max(1, points)) ** 0.5), "lw": 0, "rasterized": True}
             axis.scatter(dots[:, column], dots[:, row], color=f"C{int(above)}", **style)
             axis.set_ylim(*limits[row])
-            axis.yaxis.set_major_locator(MaxNLocator(3))
-            axis.yaxis.set_major_formatter(_tick)
         axis.set_xlim(*limits[column])
-        axis.xaxis.set_major_locator(MaxNLocator(3))
-        axis.xaxis.set_major_formatter(_tick)
-        first_row = row == 0 and column == width - 1 > 0  # whose own first panel has no ticks
-        axis.tick_params(
-            labelsize=8, labelbottom=row == width - 1, labelleft=column == 0, right=first_row, labelright=first_row
-        )
+        axis.tick_params(labelsize=8, labelbottom=row == width - 1, labelleft=column == 0)
+        if row == 0 and column == width - 1 > 0:  # as the first panel of its row has no ticks
+            axis.tick_params(right=True, labelright=True)
         if row == width - 1:
             axis.set_xlabel(shortened(shown[column]))
         if column == 0 and width > 1:
             axis.set_ylabel(shortened(shown[row]))
     picture.align_labels()
-    title = _title(labels, alone=len(tables) == 1, single=width == 1)
+    title, other = labels
+    if len(tables) == 2:
+        words = f"; in pairs, {title} below the diagonal and {other} above it" if width > 1 else ""
+        title = f"{title} (filled) and {other} (line){words}"
     title += f" (the first {width} of {len(common)} columns)" if width < len(common) else ""
-    picture.suptitle(textwrap.fill(title, round(11 * side)), fontsize=11)
+    picture.suptitle(textwrap.fill(title, round(11 * inches)), fontsize=11)
     return picture
-
-
-def _title(labels: tuple[str, str], *, alone: bool, single: bool) -> str:
-    first, second = labels
-    if alone:
-        return first
-    title = f"{first} (filled) and {second} (line)"
-    return title if single else f"{title}; in pairs, {first} below the diagonal and {second} above it"
 
 
 def _limits(x: np.ndarray) -> tuple[float, float]:

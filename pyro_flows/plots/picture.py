@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from io import BytesIO
-from typing import Any
 
 import matplotlib.figure
-import numpy as np
 
 
 class Picture(matplotlib.figure.Figure):
@@ -21,17 +19,7 @@ class Picture(matplotlib.figure.Figure):
         super().__init__(figsize=(width, height), dpi=100, layout="constrained")
 
     def _repr_png_(self) -> bytes:
-        """What notebooks show."""
+        """Return what notebooks show."""
         file = BytesIO()
         self.savefig(file, format="png", dpi=self.dpi)
         return file.getvalue()
-
-    def grid(self, number: int, columns: int, **settings: Any) -> list[Any]:
-        """Axes for a number of panels, row by row, with no lines above and to the right of them."""
-        rows = -(-number // columns)
-        axes = list(np.ravel(self.subplots(rows, columns, squeeze=False, **settings)))
-        for axis in axes[number:]:
-            axis.remove()
-        for axis in axes[:number]:
-            axis.spines[["top", "right"]].set_visible(False)
-        return axes[:number]

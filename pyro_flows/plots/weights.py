@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from .picture import Picture
+from .panels import Picture, panels
 
 FAR = 8.0  # nats, beyond which log-weights are shown at the edge
 
@@ -32,26 +32,15 @@ def weights(found: Any) -> Picture:
         >>> picture.axes[1].get_xlabel()
         'share of the draws, the heaviest first'
     """
-    from .picture import Picture
-
     psis = getattr(found, "psis", found)
-    picture = Picture(9, 3.6)
-    left, right = picture.grid(2, 2)
+    picture, (left, right) = panels(9, 3.6, 2, 2)
     histogram(left, psis)
     even = np.arange(1, len(psis.log_weights) + 1) / len(psis.log_weights)
-    for values, style, label in (
-        (psis.log_weights, {"color": "C1", "lw": 1.2, "ls": "--"}, "raw"),
-        (psis.smoothed, {"color": "C0", "lw": 1.8}, "smoothed"),
-    ):
-        share = (values - values.max()).exp().cpu().double().nan_to_num(0.0).sort(descending=True).values
-        held = (share.cumsum(0) / share.sum()).numpy()
-        right.plot(even, held, label=label, **style)
+    right.plot(even, _held(psis.log_weights), color="C1", lw=1.2, ls="--", label="raw")
+    right.plot(even, _held(psis.smoothed), color="C0", lw=1.8, label="smoothed")
     right.plot(even, even, color="0.6", lw=0.8, ls=":", label="all weights equal")
-    right.set_xscale("log")
-    right.set_xlim(1 / len(psis.log_weights), 1)
-    right.set_ylim(0, 1)
-    right.set_xlabel("share of the draws, the heaviest first")
-    right.set_ylabel("share of the weight that they hold")
+    right.set(xscale="log", xlim=(even[0], 1), xlabel="share of the draws, the heaviest first")
+    right.set(ylim=(0, 1), ylabel="share of the weight that they hold")
     right.set_title(f"ESS {psis.ess:.0f}", fontsize=10)
     right.legend(frameon=False, fontsize=9)
     word = "reliable" if psis.reliable else "not reliable"
@@ -63,14 +52,18 @@ def weights(found: Any) -> Picture:
     return picture
 
 
+def _held(log_weights: Tensor) -> np.ndarray:
+    """Return the share of all weight that the heaviest draws hold, ``(N,)``."""
+    share = (log_weights - log_weights.max()).exp().cpu().double().nan_to_num(0.0).sort(descending=True).values
+    return (share.cumsum(0) / share.sum()).numpy()
+
+
 def histogram(axis: Any, psis: Any) -> None:
     """Draw log-weights less the log evidence, those far away at the edges, and say how many these are."""
     raw = (psis.log_weights - psis.log_evidence).cpu().double().numpy()
     axis.hist(raw.clip(-FAR, FAR), bins=80, color="0.6")
-    axis.set_yscale("log")
     axis.axvline(0, color="0.3", lw=0.8)
-    axis.set_xlabel("log-weight − log evidence (nats)")
-    axis.set_ylabel("draws")
+    axis.set(xlabel="log-weight − log evidence (nats)", yscale="log", ylabel="draws")
     beyond = int((abs(raw) > FAR).sum() + np.isnan(raw).sum())
     told = f"; {beyond} beyond ±{FAR:.0f}" if beyond else ""
     axis.set_title(f"Log-weights of {len(raw)} draws{told}", fontsize=10)
