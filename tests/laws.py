@@ -541,8 +541,8 @@ def carries_the_score(f: FlowTransform, x: Tensor, context: Tensor | None, toler
     (wanted,) = torch.autograd.grad(log_density.sum(), leaf)
     assert not score.requires_grad
     matrix = jacobian(lambda value: f.forward_and_log_det(value, context)[0], x)
-    # Going back by way of y is only as exact as the map is well conditioned.
-    assert (gap(score, wanted, 1) <= tolerance + 1e-15 * torch.linalg.cond(matrix)).all()
+    # Going back by way of y is only as exact as the map is well conditioned: round-off grows by some 50 operations.
+    assert (gap(score, wanted, 1) <= tolerance + 1e-14 * torch.linalg.cond(matrix)).all()
 
 
 def order_of(f: FlowTransform) -> Tensor | None:
