@@ -51,7 +51,7 @@ def report(
             "",
             *_table(draws, labels or {}),
             "",
-            f"k-hat         {psis.khat:.2f}  (reliable below {psis.threshold:.2f})",
+            f"k-hat         {psis.khat:.2f}  (weights are reliable below {psis.threshold:.2f})",
             f"ESS           {psis.ess:.0f} of {len(psis.log_weights)} draws",
             f"log evidence  {psis.log_evidence:.3f} ± {psis.log_evidence_se:.3f} nats",
             f"time          {seconds:.1f} s" + (f", {skipped} steps skipped" if skipped else ""),
