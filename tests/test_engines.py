@@ -11,7 +11,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
-from pyro.nn import PyroModule, PyroSample
+from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.ops.indexing import Vindex
 from torch import nn
 
@@ -523,6 +523,29 @@ def test_a_density_that_changes_from_run_to_run_is_refused_at_its_site(verb, mod
         pf.fit_svi(model, guide, Y, warm_start=False, **QUICK)  # the noise of a loss does no harm
         with pytest.raises(ValueError, match=r"log-density changes from run to run, .* most at site 'y': draws cannot"):
             verb(model, guide, Y)
+
+
+class Remembering(PyroModule):
+    """A model that makes a parameter in its first run only, and whose density changes from run to run."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.kept = PyroParam(torch.ones(())), None
+
+    def forward(self, y):
+        if self.kept is None:
+            self.kept = self.weight.detach()
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(self.kept * w + 5 * torch.randn(()), 1.0), obs=y)
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap", "loop"])
+def test_a_parameter_of_the_first_run_alone_hides_no_noise(engine):
+    model = Remembering()
+    guide = AutoFlow(Remembering()).setup(Y)
+    with pytest.raises(ValueError, match=r"log-density changes from run to run, .* most at site 'y'"):
+        pf.psis(model, guide, Y, vectorize=engine)
 
 
 def mixing(y):

@@ -17,6 +17,7 @@ import torch
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 from torch.distributions import Transform
+from torch.distributions.utils import _sum_rightmost
 
 from ..programs.log_density import LogDensity
 from ..programs.space import Space
@@ -62,7 +63,8 @@ class Base:
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         transform = self._transform()
         z = transform(x)
-        return z, transform.log_abs_det_jacobian(x, z).reshape(len(x), -1).sum(-1)
+        log_det = transform.log_abs_det_jacobian(x, z)
+        return z, _sum_rightmost(log_det, log_det.dim() - 1).expand(len(x))
 
     def inverse(self, z: Tensor) -> Tensor:
         return self._transform().inv(z)

@@ -293,7 +293,11 @@ def _standardise(simulator: Simulator, guide: AutoFlow, simulations: Simulations
     with torch.no_grad():
         z, log_det = guide.pack(simulations.latents)
         for name, column in zip(guide.coordinates, z.T, strict=True):
-            check_draws(CALLER, "unconstrained latent site", name, column)
+            if bad := int((~column.isfinite()).sum()):
+                raise ValueError(
+                    f"{CALLER}: latent site {name!r} has {bad} of {len(z)} draws at an end of its support."
+                )
+            check_draws(CALLER, "latent site", name, column)
         if guide.is_fresh:
             if not guide.has_circles:
                 guide.start_at(z.median(0).values, torch.diag(_spread(z)))

@@ -2,15 +2,14 @@
 
 Minimises -E log p(x | context) in nats of the data as they are given: the map that standardises them is part of the
 flow, its Jacobian part of the density.  Masked Autoregressive Flow for Density Estimation (Papamakarios, Pavlakou,
-Murray 2017, arXiv:1705.07057).  In mixed precision networks calculate in bfloat16, maps and log-determinants
-as they are: Mixed Precision Training (Micikevicius et al. 2017, arXiv:1710.03740).
+Murray 2017, arXiv:1705.07057).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_flags, check_integers, check_numbers
-from ..conditioners import Conditioner
 from ..data.batches import Batch, Rows, Source, sum_of
 from ..data.sources import Reader, sources
 from ..data.survey import Spread, Survey, check_images, check_rows, warn
@@ -34,6 +32,7 @@ from ..training.loop import Fit, check_settings
 from ..training.losses import checked, shown
 from ..transforms import FixedAffine
 from .inspect import design, fingerprint
+from .precision import networks_in_bfloat16
 from .rows import train_on_rows
 from .start import culprit, start
 
@@ -207,7 +206,7 @@ def fit_density(
     still = {p for part in flow.modules() if isinstance(part, FixedAffine | Standardize) for p in part.parameters()}
     moved: list[Tensor] = [p for p in flow.parameters() if p.requires_grad and p not in still]
     try:
-        with _networks_in_bfloat16(flow) if mixed_precision else contextlib.nullcontext():
+        with networks_in_bfloat16(flow) if mixed_precision else contextlib.nullcontext():
             fit = train_on_rows(
                 flow,
                 moved,
@@ -269,25 +268,3 @@ def _draw(model: Flow | Dequantized, contexts: Tensor | None, path: Path, epoch:
         images = model(contexts[:NUMBER].to(next(flow.parameters()).device)).sample()
     name = path.name.replace("{epoch}", f"{epoch:04d}")
     save_images(images, path.with_name(name), columns=columns, levels=levels)
-
-
-@contextlib.contextmanager
-def _networks_in_bfloat16(flow: nn.Module) -> Iterator[None]:
-    """Let the conditioners of a flow calculate in bfloat16; their weights, and what they return, keep their dtype."""
-    with contextlib.ExitStack() as stack:
-        for part in flow.modules():
-            if isinstance(part, Flow):
-                stack.enter_context(part.uncompiled())  # a graph would keep the precision that it was made in
-            elif isinstance(part, Conditioner):
-                part.forward = _in_bfloat16(part.forward)  # type: ignore[method-assign]
-                stack.callback(delattr, part, "forward")
-        yield
-
-
-def _in_bfloat16(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def cast(x: Tensor, *context: Any) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16):
-            params = forward(x, *context)
-        return params.to(x.dtype)
-
-    return cast

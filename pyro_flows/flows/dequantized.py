@@ -92,7 +92,9 @@ class Dequantized(nn.Module):
         """The distribution at a context, as for a :class:`Flow`; ``num_samples`` may differ from that of the model."""
         return self._of(self.flow(context), num_samples)
 
-    condition = forward  # Pyro's protocol of conditional distributions
+    def condition(self, context: Tensor | None) -> DequantizedDistribution:
+        """The distribution at a context, as Pyro's conditional distributions have it."""
+        return self(context)
 
     def _of(self, density: FlowDistribution, num_samples: int | None) -> DequantizedDistribution:
         parts = [*density.transforms, View(self.pixels)], [*density.runs, self.pixels], density.context

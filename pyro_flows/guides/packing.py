@@ -146,7 +146,7 @@ class Packing:
 
         The log-determinant, in nats and of the shape of the batch, is -inf outside of the support.
         """
-        packed, total = [], torch.zeros(())
+        packed, changes = [], []
         for name, part in self.parts.items():
             if name not in values:
                 raise ValueError(f"{self.owner}.log_prob: values lack the latent site {name!r}.")
@@ -170,8 +170,8 @@ class Packing:
                 free, change = free.movedim(axis, sample), change.movedim(axis, sample)
             batch = sample + (self.dim is not None)
             packed.append(free.reshape(*free.shape[:batch], -1))
-            total = total + _sum_rightmost(change, change.dim() - batch)
-        return torch.cat(packed, -1), total
+            changes.append(_sum_rightmost(change, change.dim() - batch))
+        return torch.cat(packed, -1), sum(changes[1:], changes[0])
 
     def check_same(self, other: Packing) -> None:
         """Refuse sites whose supports are other ones, as they may be with other arguments."""

@@ -138,7 +138,7 @@ def _terms(view: View) -> Values:
     """Read off the log-density of each site and the size of its terms, those of all of them, and derived values."""
     view.check_structure()
     nodes = view.trace.nodes
-    sites = {name: nodes[name] for name in view.single.nodes if nodes[name]["type"] == "sample"}
+    sites = {name: nodes[name] for name, site in view.single.nodes.items() if site["type"] == "sample"}
     found = {f"{DENSITY} of {name}": view.log_prob(name.__eq__) for name in sites}
     sizes = {f"{SIZE} {DENSITY} of {name}": view.total(site["log_prob"].abs()) for name, site in sites.items()}
     derived = {name: view.read(name) for name, site in sites.items() if is_deterministic(site)}

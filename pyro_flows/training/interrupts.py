@@ -12,15 +12,17 @@ from typing import Any
 
 
 class _Hold:
-    """A handler of Ctrl-C that holds the first one back; inside of another, it knows of what that one holds.
-
-    Attributes:
-        first: When the first one came, if it did.
-    """
+    """A handler of Ctrl-C that holds the first one back; inside of another, it knows of what that one holds."""
 
     def __init__(self, outer: Any, grace: float, notice: str) -> None:
-        self.first: float | None = outer.first if isinstance(outer, _Hold) else None
+        self._outer = outer if isinstance(outer, _Hold) else None
         self._grace, self._notice = grace, notice.encode()
+        self._first: float | None = None
+
+    @property
+    def first(self) -> float | None:
+        """When the first one came, if it did."""
+        return self._outer.first if self._first is None and self._outer else self._first
 
     def held(self) -> bool:
         """True if there was one."""
@@ -28,7 +30,7 @@ class _Hold:
 
     def __call__(self, *_: Any) -> None:
         if self.first is None:
-            self.first = time.monotonic()
+            self._first = time.monotonic()
             if self._notice:
                 os.write(2, self._notice)  # print may be at work already
         elif time.monotonic() - self.first >= self._grace:

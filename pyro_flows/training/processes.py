@@ -56,11 +56,11 @@ class _Call:
 
     Attributes:
         name: The function.
-        over: True if it has failed, and all processes know, or one of them cannot be reached.
+        told: The error that all processes know of, or that says that one of them cannot be reached.
     """
 
     name: str
-    over: bool = False
+    told: Exception | None = None
 
 
 _calls: list[_Call] = []  # those under way, from the outermost
@@ -103,7 +103,7 @@ def together(fit: Callable[P, T]) -> Callable[P, T]:
         except Exception as error:
             if len(_calls) == 1:
                 _tell(error)
-            if not own.over:
+            if error is not own.told:
                 with contextlib.suppress(Exception):
                     meet(error)
             raise
@@ -153,14 +153,16 @@ def reaching() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        _end_call()
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Parted(f"another process has ended, see what it says, or cannot be reached ({why:.200})") from error
+        parted = Parted(f"another process has ended, see what it says, or cannot be reached ({why:.200})")
+        raise _told(parted) from error
 
 
-def _end_call() -> None:
+def _told(error: Exception) -> Exception:
+    """Mark an error as one that the other processes need not be told of."""
     if _calls:
-        _calls[-1].over = True
+        _calls[-1].told = error
+    return error
 
 
 def meet(failure: Exception | None = None) -> None:
@@ -179,13 +181,12 @@ def meet(failure: Exception | None = None) -> None:
         if not flag:
             return
         dist.all_gather_object(said, (f"{type(failure).__name__}: {failure}", refused) if failure else None)
-    _end_call()
     if failure:
-        raise failure
+        raise _told(failure)
     failed = {number: found for number, found in enumerate(said) if found}
     number, (problem, _) = next(iter(failed.items()))
     message = f"process {number} of {size()} has failed: {problem}"
-    raise Parted(message, refused=all(others for _, others in failed.values()))
+    raise _told(Parted(message, refused=all(others for _, others in failed.values())))
 
 
 def _packed(make: Callable[[], T]) -> tuple[T, bytes]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..checks import check_choice, check_flags, check_integers, check_kind
 from ..conditioners import VectorField
 from .base import FlowTransform
-from .ode import ADAPTIVE, check_solver, solve
+from .ode import ADAPTIVE, Solver
 
 FEW = 16  # up to how many features a field that is differentiated by autograd has an exact divergence
 
@@ -142,7 +142,7 @@ class Continuous(FlowTransform):
         check_flags("Continuous", optional=True, exact=exact)
         check_flags("Continuous", adjoint=adjoint)
         check_choice("Continuous", ("rademacher", "gaussian"), noise=noise)
-        check_solver(self)
+        self._solver()
 
     @property
     def is_exact(self) -> bool:
@@ -207,7 +207,7 @@ class Continuous(FlowTransform):
 
         start = torch.cat((value, value.new_zeros(*batch, columns + 2 * costs)), -1)
         needs = [*self.field.parameters(), *([] if context is None else [context])]
-        end, evaluations = solve(self, augmented, start, inverse, value.shape[-1] + columns, needs)
+        end, evaluations = self._solver().solve(augmented, start, inverse, value.shape[-1] + columns, needs)
         end = end.masked_fill(broken, math.nan)
         x, log_dets, more = end.split((value.shape[-1], columns, 2 * costs), -1)
         kinetic, jacobian = more.abs().unbind(-1) if costs else (torch.zeros_like(x[..., 0]),) * 2
@@ -217,6 +217,9 @@ class Continuous(FlowTransform):
         steps = f"rtol={self.rtol:g}, atol={self.atol:g}" if self.solver in ADAPTIVE else f"num_steps={self.num_steps}"
         divergence = "exact" if self.is_exact else f"{self.num_probes} {self.noise} probes"
         return f"solver={self.solver!r}, {steps}, adjoint={self.adjoint}, divergence: {divergence}"
+
+    def _solver(self) -> Solver:
+        return Solver(self.solver, self.rtol, self.atol, self.num_steps, self.adjoint, self.max_num_steps)
 
     def _probes(self, like: Tensor, number: int) -> Tensor:
         """Vectors of mean zero and unit covariance, ``(number, *batch, D)``."""

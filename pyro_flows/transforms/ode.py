@@ -11,15 +11,13 @@ arXiv:2009.09457).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_integers, check_numbers
-
-if TYPE_CHECKING:
-    from .continuous import Continuous
+from ..checks import check_integers, check_numbers
 
 ADAPTIVE = "dopri5", "dopri8", "bosh3", "adaptive_heun"
 FIXED = "rk4", "heun3", "midpoint", "euler"
@@ -28,65 +26,78 @@ LEAST_STEP = 1e-7  # about what float32 can tell from none
 ENDS = "(the data are at 1, the base at 0)"
 Rates = Callable[[Tensor, Tensor], Tensor]  # (t, state) -> what the state changes by
 PENALTY = "objectives.Likelihood(kinetic=0.01, jacobian=0.01)"
-TAME = f"Train with a smaller lr, or with a penalty, {PENALTY}."
 REGULARISE = f"train with a penalty that keeps the field smooth, {PENALTY}"
 
 
-def check_solver(layer: Continuous) -> None:
-    """Raise a ValueError unless a method is known and its settings are numbers in their ranges."""
-    check_choice("Continuous", ADAPTIVE + FIXED, solver=layer.solver)
-    check_numbers("Continuous", above=0, rtol=layer.rtol, atol=layer.atol)
-    check_integers("Continuous", num_steps=layer.num_steps, max_num_steps=layer.max_num_steps)
+@dataclass(frozen=True)
+class Solver:
+    """A Runge-Kutta method and its settings; see :class:`~pyro_flows.transforms.Continuous`."""
 
+    method: str
+    rtol: float
+    atol: float
+    num_steps: int
+    adjoint: bool
+    max_num_steps: int
 
-def solve(
-    layer: Continuous, rates: Rates, start: Tensor, inverse: bool, judged: int, needs: Sequence[Tensor]
-) -> tuple[Tensor, int]:
-    """Solve dy/dt = rates(t, y) from time 0 to 1, or back.
+    def __post_init__(self) -> None:
+        if self.method not in ADAPTIVE + FIXED:
+            raise ValueError(
+                f"Continuous: solver must be one of {', '.join(ADAPTIVE)}, whose steps adapt, or of "
+                f"{', '.join(FIXED)}, whose steps are fixed, got {self.method!r}."
+            )
+        check_numbers("Continuous", above=0, rtol=self.rtol, atol=self.atol)
+        check_integers("Continuous", num_steps=self.num_steps, max_num_steps=self.max_num_steps)
 
-    Args:
-        layer: The layer, whose settings hold.
-        rates: The right-hand side; of the state, ``(*batch, n)``.
-        start: The initial state.
-        inverse: Whether to go back.
-        judged: How many numbers of each row, the first ones, are held to the tolerances.
-        needs: The tensors other than the state that the rates depend on, for the adjoint method.
+    def solve(
+        self,
+        rates: Rates,
+        start: Tensor,
+        inverse: bool,
+        judged: int,
+        needs: Sequence[Tensor],
+    ) -> tuple[Tensor, int]:
+        """Solve dy/dt = rates(t, y) from time 0 to 1, or back.
 
-    Returns:
-        The state at the end, and the number of evaluations.
-    """
-    from torchdiffeq import odeint, odeint_adjoint  # here, since it takes all of SciPy's integrators along
+        Args:
+            rates: The right-hand side; of the state, ``(*batch, n)``.
+            start: The initial state.
+            inverse: Whether to go back.
+            judged: How many numbers of each row, the first ones, are held to the tolerances.
+            needs: The tensors other than the state that the rates depend on, for the adjoint method.
 
-    check_solver(layer)
-    begin, goal = (1.0, 0.0) if inverse else (0.0, 1.0)
-    watched = Watched(layer, rates, start.dtype, goal)
-    times = torch.tensor([begin, goal], dtype=start.dtype, device=start.device)
-    least = 10 * torch.finfo(start.dtype).eps
-    settings: dict[str, Any] = {"method": layer.solver, "rtol": max(layer.rtol, least), "atol": max(layer.atol, least)}
-    options = _options(layer, goal, judged)
-    if layer.adjoint:
-        # torchdiffeq goes back through negative times where it has gone forth through falling ones.
-        back = _options(layer, -begin if inverse else begin, judged)
-        settings["adjoint_options"] = {**back, "norm": _norm_of_gradients} if "norm" in back else back
-        settings["adjoint_params"] = [tensor for tensor in needs if tensor.requires_grad]
-    end = (odeint_adjoint if layer.adjoint else odeint)(watched, start, times, options=options, **settings)[1]
-    watched.check_state(goal, end)
-    if layer.adjoint and end.requires_grad:
-        end.register_hook(_check_gradient)
-    return end, watched.evaluations
+        Returns:
+            The state at the end, and the number of evaluations.
+        """
+        from torchdiffeq import odeint, odeint_adjoint  # here, since it takes all of SciPy's integrators along
 
+        begin, goal = (1.0, 0.0) if inverse else (0.0, 1.0)
+        watched = Watched(self, rates, start.dtype, goal)
+        times = torch.tensor([begin, goal], dtype=start.dtype, device=start.device)
+        least = 10 * torch.finfo(start.dtype).eps
+        settings: dict[str, Any] = {"method": self.method, "rtol": max(self.rtol, least), "atol": max(self.atol, least)}
+        options = self._options(goal, judged)
+        if self.adjoint:
+            # torchdiffeq goes back through negative times where it has gone forth through falling ones.
+            back = self._options(-begin if inverse else begin, judged)
+            settings["adjoint_options"] = {**back, "norm": _norm_of_gradients} if "norm" in back else back
+            settings["adjoint_params"] = [tensor for tensor in needs if tensor.requires_grad]
+        end = (odeint_adjoint if self.adjoint else odeint)(watched, start, times, options=options, **settings)[1]
+        watched.check_state(goal, end)
+        if self.adjoint and end.requires_grad:
+            end.register_hook(_check_gradient)
+        return end, watched.evaluations
 
-def _options(layer: Continuous, goal: float, judged: int) -> dict[str, Any]:
-    """Return what torchdiffeq asks for besides the tolerances."""
-    if layer.solver in FIXED:
-        return {"grid_constructor": lambda _, state, t: torch.linspace(t[0], t[-1], layer.num_steps + 1).to(t)}
+    def _options(self, goal: float, judged: int) -> dict[str, Any]:
+        if self.method in FIXED:
+            return {"grid_constructor": lambda _, state, t: torch.linspace(t[0], t[-1], self.num_steps + 1).to(t)}
 
-    def norm(errors: Tensor) -> Tensor:
-        rows = errors[..., :judged].square().mean(-1)
-        return rows.amax().sqrt() if rows.numel() else rows.new_zeros(())
+        def norm(errors: Tensor) -> Tensor:
+            rows = errors[..., :judged].square().mean(-1)
+            return rows.amax().sqrt() if rows.numel() else rows.new_zeros(())
 
-    # Without the goal, the last step would lead beyond it.
-    return {"norm": norm, "first_step": FIRST_STEP, "step_t": torch.tensor([goal], dtype=torch.float64)}
+        # Without the goal, the last step would lead beyond it.
+        return {"norm": norm, "first_step": FIRST_STEP, "step_t": torch.tensor([goal], dtype=torch.float64)}
 
 
 def _norm_of_gradients(errors: tuple[Tensor, ...]) -> Tensor:
@@ -109,14 +120,14 @@ class Watched:
     """The rates of a state; they count how often they are asked for, and an error ends what leads nowhere.
 
     Args:
-        layer: The layer, whose settings hold.
+        solver: The method.
         rates: The right-hand side.
         dtype: That of the state.
         begin_back: The time at which torchdiffeq begins the adjoint equation.
     """
 
-    def __init__(self, layer: Continuous, rates: Rates, dtype: torch.dtype, begin_back: float) -> None:
-        self.layer, self.rates, self.dtype, self.begin_back = layer, rates, dtype, begin_back
+    def __init__(self, solver: Solver, rates: Rates, dtype: torch.dtype, begin_back: float) -> None:
+        self.solver, self.rates, self.dtype, self.begin_back = solver, rates, dtype, begin_back
         self.evaluations = self.steps = self.steps_back = 0
 
     def __call__(self, t: Tensor, state: Tensor) -> Tensor:
@@ -127,7 +138,8 @@ class Watched:
         """What torchdiffeq calls before each step, at the time, the state, and the length of the step."""
         self.steps += 1
         self.check_state(float(t), state)
-        self._check_step(self.steps, t, state, float(dt))
+        if self.solver.method in ADAPTIVE:
+            self._check_step(self.steps, t, state, float(dt))
 
     def callback_step_adjoint(self, t: Tensor, state: tuple[Tensor, ...], dt: Tensor) -> None:
         """The same of the adjoint equation, which may be solved more than once."""
@@ -138,33 +150,34 @@ class Watched:
                 f"Continuous: gradients of the adjoint equation are not finite near time {abs(float(t)):.6g} {ENDS}: "
                 "the field has no finite derivative there."
             )
-        self._check_step(self.steps_back, t, state[1], float(dt))
+        if self.solver.method in ADAPTIVE:
+            self._check_step(self.steps_back, t, state[1], float(dt))
 
     def check_state(self, t: float, state: Tensor) -> None:
         if not state.isfinite().all():
             raise FloatingPointError(
-                f"Continuous: the field is not finite near time {t:.6g} {ENDS}: its parameters are too large. {TAME}"
+                f"Continuous: the field is not finite near time {t:.6g} {ENDS}: its parameters have grown too large. "
+                f"Train with a smaller lr, or with a penalty, {PENALTY}."
             )
 
     def _check_step(self, number: int, t: Tensor, state: Tensor, dt: float) -> None:
-        method, most = self.layer.solver, self.layer.max_num_steps
-        if method in FIXED:
-            return
-        at, tolerances = f"time {abs(float(t)):.6g} {ENDS}", f"rtol={self.layer.rtol:g} and atol={self.layer.atol:g}"
+        at = f"at time {abs(float(t)):.6g} {ENDS}"
+        tolerances = f"rtol={self.solver.rtol:g} and atol={self.solver.atol:g}"
         if dt == 0:  # what torchdiffeq makes of an error that is NaN
             self.check_state(abs(float(t)), self.rates(t.to(state).abs(), state))
             raise FloatingPointError(
-                f"Continuous: from {at}, a step of {method} reached points where the field is not finite: it is too "
-                f"steep, or undefined there. {TAME}"
+                f"Continuous: from {at.removeprefix('at ')}, a step of {self.solver.method} reached points where the "
+                "field is not finite: it is too steep, or undefined there. Train with a smaller lr, or with a "
+                f"penalty, {PENALTY}."
             )
         if dt < LEAST_STEP:
             finer = "" if self.dtype == torch.float64 else "go to float64, "
             raise FloatingPointError(
-                f"Continuous: the step of {method} fell to {dt:.1e} at {at}: {tolerances} ask for more than "
+                f"Continuous: the step of {self.solver.method} fell to {dt:.1e} {at}: {tolerances} ask for more than "
                 f"{self.dtype} resolves there, or the field jumps. Loosen them, {finer}or {REGULARISE}."
             )
-        if number > most:
+        if number > self.solver.max_num_steps:
             raise FloatingPointError(
-                f"Continuous: {method} has taken max_num_steps={most} steps and is at {at}: the field is stiff. "
-                f"Loosen {tolerances}, raise max_num_steps, or {REGULARISE}."
+                f"Continuous: {self.solver.method} has taken max_num_steps={self.solver.max_num_steps} steps and is "
+                f"{at}: the field is stiff. Loosen {tolerances}, raise max_num_steps, or {REGULARISE}."
             )
