@@ -64,7 +64,7 @@ def ugly(folder: Path) -> Fit:
 
     images = torch.randint(0, 256, (40, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     flow = flows.Dequantized(flows.glow((1, 4, 4), num_scales=1, num_steps=1, hidden_dim=4))
-    with mock.patch("pyro_flows.fitting.density.draw", refuse):
+    with mock.patch("pyro_flows.fitting.density._draw", refuse):
         return fit_density(flow, images, max_epochs=1, progress=False, samples=folder / "samples.png")
 
 

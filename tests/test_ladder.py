@@ -256,7 +256,7 @@ class _Broken:
 def _fit_or_break(fit):
     def fitted(self, name, guide, **settings):
         if isinstance(guide, _Broken):
-            self._fit_once = functools.partial(_raise, guide.error)
+            self.fit_once = functools.partial(_raise, guide.error)
         return fit(self, name, guide, **settings)
 
     return fitted

@@ -219,7 +219,7 @@ def _check_rounds(simulator: Simulator, rounds: int, observed: dict[str, Tensor]
             f"the data to draw simulations for, got {observed!r:.100}."
         )
     if rounds > 1 and vectorize == "loop":
-        raise ValueError(f"{CALLER}: rounds={rounds} draws many latents at once; use another vectorize than 'loop'.")
+        raise ValueError(f"{CALLER}: rounds={rounds} draws many latents at once; it needs another vectorize.")
     for name, value in (observed or {}).items():
         shape = simulator.model.single.nodes[simulator.sites[name]]["value"].shape
         if value.shape != shape:

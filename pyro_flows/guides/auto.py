@@ -243,7 +243,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         if self._engine is None:
             return None
         if call.model is None:
-            fault = "supports that depend on other latents are found by the model, which saved guides leave behind"
+            fault = "the supports of some latents depend on other latents and need the model, which saved guides lack"
             raise ValueError(f"AutoFlow: {fault}. Build AutoFlow(model) again and load its state_dict.")
         return Moving(call, self._engine)
 

@@ -75,7 +75,9 @@ class RowContexts(Paced):
         places = places_of(indices, plate.size)
         is_data = places is not None and places is not indices
         if is_data and not any(value is indices for value in (*call.args, *call.kwargs.values())):
-            fault = f"the data that plate {self.plate!r} is given as subsample= must be an argument of the model"
+            fault = (
+                f"the data that plate {self.plate!r} is given as subsample= must be an argument of the model, as it is"
+            )
             raise ValueError(f"AutoPlateFlow: {fault}. Write subsample=x, or leave it out.")
         if self.embedding is not None:
             self._check_known(plate.size)

@@ -73,6 +73,7 @@ def check_tied(call: Call, name: str, rows: Rows) -> None:
         inside = (s for s in trace.nodes.values() if any(f.name == name for f in s.get("cond_indep_stack", ())))
         seen.append([s["value"] for s in inside if s["is_observed"] and s["name"] not in latents])
     if seen[0] and all(torch.equal(a, b) for other in seen for a, b in zip(seen[0], other, strict=True)):
-        fault = f"plate {name!r} is subsampled ({rows.size} of {rows.full_size} rows), but its data stay the same"
+        part = f"plate {name!r} is subsampled ({rows.size} of {rows.full_size} rows)"
+        fault = f"{part}, but its data are the same whatever its indices"
         way = f"take rows by its indices, `with pyro.plate({name!r}, ...) as i: ... obs=y[i]`, or by subsample=i"
         raise ValueError(f"AutoPlateFlow: {fault}. Use an encoder, or {way}.")

@@ -87,7 +87,7 @@ def program_of(sites: Sequence[Site]) -> Callable[[], None]:
 def parts_of_auto(guide: AutoFlow) -> dict[str, Any]:
     """Return what :func:`auto_of` needs to build a guide again."""
     return {
-        **_parts_of_both(guide, guide.encoder),
+        **_parts_of_both(guide, sites_of(guide), guide.encoder),
         "flow": guide.flow,
         "context_dim": guide._context_dim,
         "moves": guide._engine is not None,
@@ -114,9 +114,10 @@ def auto_of(
 
 def parts_of_plate(guide: AutoPlateFlow) -> dict[str, Any]:
     """Return what :func:`plate_of` needs to build a guide again."""
+    sites = sites_of(guide)
     posterior, contexts = guide.posterior, guide.contexts
     return {
-        **_parts_of_both(guide, contexts.encoder),
+        **_parts_of_both(guide, sites, contexts.encoder),
         "plate": guide.plate,
         "flow": posterior.flow,
         "local_flow": posterior.local_flow,
@@ -159,8 +160,8 @@ def plate_of(
 # ------------------------------------------------------------ both
 
 
-def _parts_of_both(guide: Any, encoder: Any) -> dict[str, Any]:
-    return {"sites": sites_of(guide), "encoder": encoder, "init_scale": guide._init_scale, "name": guide._pyro_name}
+def _parts_of_both(guide: Any, sites: list[Site], encoder: Any) -> dict[str, Any]:
+    return {"sites": sites, "encoder": encoder, "init_scale": guide._init_scale, "name": guide._pyro_name}
 
 
 def _start_of(sites: Sequence[Site], name: str) -> dict[str, Any]:

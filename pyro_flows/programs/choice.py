@@ -67,10 +67,10 @@ class _SingleRuns:
         self.traced = {name: value_of(program.single.nodes[name]).unsqueeze(0) for name in draw}
         program.engine = "loop"
         if program.enumerated:
-            self.held, self.size, self.rows = _joined(draw, self.traced, draw), 3, slice(1, 2)
+            self.held, self.size = _joined(draw, self.traced, draw), 3
             self.known = {DENSITY: program.log_prob_of_trace(self.traced)}
         else:
-            self.held, self.size, self.rows = _joined(self.traced, draw), 2, slice(2)
+            self.held, self.size = _joined(self.traced, draw), 2
             self.known = _both(program, draw)
         self.program = program.with_()
 
@@ -81,11 +81,13 @@ class _SingleRuns:
         try:
             # New draws have other densities, which cannot be compared.
             found = _read(program, self.held, self.size) if self.known else program.run(_terms, {}, 2)
+            if program.enumerated:
+                found = {name: value[1:2] for name, value in found.items()}
             fault = also()
         except Exception as error:  # a user's program may raise anything
             return _Trial(f" does not run vectorised over draws: {quoted(error)}", cause=error)
-        found = {name: found[name][self.rows] for name in self.known if not name.startswith(SIZE)}
-        differ = [n for n, value in found.items() if not _alike(value, self.known[n], self.known.get(f"{SIZE} {n}"))]
+        compared = [name for name in self.known if not name.startswith(SIZE)]
+        differ = [n for n in compared if not _alike(found[n], self.known[n], self.known.get(f"{SIZE} {n}"))]
         if fault or not differ:
             return _Trial(fault)
         noise = self._noise()

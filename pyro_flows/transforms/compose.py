@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_kind
+from ..checks import check_kind, quoted
 from .base import FlowTransform
 
 
@@ -70,7 +70,8 @@ def chained(
 
 def checked_chain(owner: str, transforms: Iterable[FlowTransform]) -> tuple[list[FlowTransform], int]:
     """Return transforms that fit together, and the context size that they share, 0 if none takes a context."""
-    check_kind(owner, Iterable, "a list of transforms", transforms=transforms)
+    if not isinstance(transforms, Iterable) or isinstance(transforms, str | bytes):
+        raise TypeError(f"{owner}: transforms must be a list of transforms, got {quoted(transforms)}.")
     transforms = list(transforms)
     if not transforms:
         raise ValueError(f"{owner}: transforms must not be empty.")
