@@ -65,7 +65,8 @@ def encode(call: Call, encoder: Callable[..., Any], width: int | None = None) ->
         seen = [str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in (*places, *names.values())]
         raise ValueError(
             f"{call.owner}: the encoder fails on the arguments that the model is given, "
-            f"{', '.join(seen) or 'none at all'}: {error!s:.300}. It must take all of them, in the model's order; wrap it in an nn.Module that does."
+            f"{', '.join(seen) or 'none at all'}: {error!s:.300}. "
+            "It must take all of them, in the model's order; wrap it in an nn.Module that does."
         ) from error
     if not isinstance(context, Tensor) or not context.dim() or not context.is_floating_point():
         what = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
