@@ -275,7 +275,7 @@ def test_batches_may_come_from_anywhere_if_others_judge() -> None:
             fit = quick(small(2, 1), source, validation=judge)
         assert fit.steps == 6
     for source in sources:
-        with pytest.raises(ValueError, match=r"x is a .*of which no rows can be held out; give others .*validation="):
+        with pytest.raises(ValueError, match=r"x is a .*no rows of it can be held out; give others .*validation="):
             quick(small(2, 1), source)
     judged = quick(small(2), x, validation=x[:20])
     assert judged.steps == 2 * (90 // 32)  # all rows are trained on

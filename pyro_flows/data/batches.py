@@ -211,7 +211,7 @@ def split(caller: str, loader: Any, share: float) -> tuple[DataLoader, DataLoade
         ValueError: If the loader draws its rows in a way of its own, which cannot be divided.
     """
     if reason := _indivisible(loader):
-        words = f"{caller}: x is {reason}, of which no rows can be held out"
+        words = f"{caller}: x is {reason}, and no rows of it can be held out"
         raise ValueError(f"{words}; give others to judge by: validation=x, (x, context) or a loader.")
     number = len(loader.dataset)
     held = min(math.ceil(share * number), number - 1)

@@ -166,7 +166,7 @@ def check_images(caller: str, seen: Survey, judged: Survey, levels: int | None) 
         raise ValueError(f"{caller}: x must hold integers from 0 to {levels - 1}, got some from {low:g} to {high:g}.")
     if levels and 2 * (high + 1) <= levels:
         _warn(
-            f"{caller}: the greatest integer in x is {high:g}, but the flow has levels={levels}, most of which would "
+            f"{caller}: the greatest integer in x is {high:g}, but the flow has levels={levels}: most would "
             f"stay empty. Use Dequantized(flow, levels={high + 1:g}) where there are no others."
         )
 

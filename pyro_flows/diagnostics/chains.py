@@ -50,7 +50,7 @@ class Base:
 
     @classmethod
     def of(cls, space: Space, z: Tensor) -> Base | None:
-        """Those of a guide, None where it has none or where its transform is not invertible at its draws z."""
+        """Return a guide's base coordinates, or None unless it has some that are invertible at its draws z."""
         if not isinstance(space.task.guide.call, AutoContinuous):
             return None
         found = cls(space)

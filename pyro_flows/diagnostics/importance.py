@@ -256,7 +256,7 @@ def systematic(log_weights: Tensor, number: int) -> Tensor:
     """The numbers of the draws that are kept, ``(number,)``, shuffled.
 
     Args:
-        log_weights: The logarithms of weights, ``(S,)``, not all of which are zero.
+        log_weights: The logarithms of weights, ``(S,)``, at least one of them finite.
         number: How many to keep.
     """
     edges = (log_weights.double() - log_weights.max().double()).exp().cumsum(0)

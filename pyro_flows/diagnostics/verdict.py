@@ -267,7 +267,7 @@ def _flagged(drift: Drift) -> Tensor:
 
 
 def is_off(drift: Drift) -> bool:
-    """Whether any error is there for sure."""
+    """True if some error is certain."""
     return bool(_flagged(drift).any())
 
 
