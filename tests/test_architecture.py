@@ -19,7 +19,7 @@ LAYERS = [
     {"flows"},
     {"programs"},
     {"plots"},
-    {"objectives", "guides", "training"},
+    {"objectives", "guides", "training", "sampling"},
     {"data", "diagnostics"},
     {"fitting", "persistence"},
     {"__init__"},

@@ -22,10 +22,11 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow, check, fit_svi, flows, refine
-from pyro_flows.diagnostics.chains import Chains, White
 from pyro_flows.diagnostics.drift import Drift, DriftMeter, weighted_drift
 from pyro_flows.diagnostics.modes import Missing
 from pyro_flows.diagnostics.verdict import judge
+from pyro_flows.sampling.chains import Chains
+from pyro_flows.sampling.charts import White
 
 DIM = 5
 FACTOR = torch.linalg.cholesky(0.6 * torch.ones(DIM, DIM) + 0.4 * torch.eye(DIM))

@@ -14,10 +14,10 @@ from pyro.nn.module import PyroModule
 from torch import Tensor
 
 from pyro_flows import AutoFlow
-from pyro_flows.diagnostics.chains import Base, White
 from pyro_flows.programs.log_density import or_nan, score_of
 from pyro_flows.programs.space import Space
 from pyro_flows.programs.task import Task
+from pyro_flows.sampling.charts import Base, White
 
 Y = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_flows import AutoFlow, fit_svi, flows
-from pyro_flows.diagnostics.gaussian import Gaussian, fit_gaussian
 from pyro_flows.fitting.elbo import start_from_gaussian
 from pyro_flows.programs.space import Space
 from pyro_flows.programs.task import Task
+from pyro_flows.sampling.gaussian import Gaussian, fit_gaussian
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
 

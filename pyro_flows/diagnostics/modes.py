@@ -18,8 +18,8 @@ from torch.distributions import MultivariateNormal
 
 from ..programs.log_density import LogDensity, or_nan, score_of
 from ..programs.space import Scored, Space
-from .chains import White
-from .gaussian import match
+from ..sampling.charts import White
+from ..sampling.gaussian import match
 
 STARTS = 64  # climbs, half of them from the prior
 CLIMB = 60  # steps of a climb

@@ -22,7 +22,8 @@ from ..programs.log_density import or_nan
 from ..programs.nesting import takes_nesting
 from ..programs.space import sound_space
 from ..programs.task import Task, check_trained
-from .chains import FROZEN, Chains, charts_of
+from ..sampling.chains import FROZEN, Chains
+from ..sampling.charts import charts_of
 from .drift import Drift, DriftMeter
 
 BATCH = 500  # chains that run at once

@@ -25,7 +25,8 @@ from ..programs.log_density import or_nan
 from ..programs.nesting import takes_nesting
 from ..programs.space import Scored, Space, sound_space
 from ..programs.task import Task, check_trained
-from .chains import FROZEN, Chains, Chart, White, charts_of
+from ..sampling.chains import FROZEN, Chains
+from ..sampling.charts import Chart, White, charts_of
 from .drift import Drift, DriftMeter, weighted_drift
 from .importance import Psis, weigh
 from .modes import Missing, search

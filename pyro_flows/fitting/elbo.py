@@ -23,7 +23,6 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
 
 from ..conditioners.base import Network
-from ..diagnostics.gaussian import Gaussian, fit_gaussian
 from ..guides import AutoFlow
 from ..guides.contexts import RowContexts
 from ..guides.names import holders
@@ -33,6 +32,7 @@ from ..objectives.particles import ParticleObjective
 from ..programs.log_density import or_nan
 from ..programs.space import Space
 from ..programs.task import Task
+from ..sampling.gaussian import Gaussian, fit_gaussian
 from ..training import checkpoint as checkpoints
 from ..training import processes
 from ..training.loop import Fit, ask, descend
