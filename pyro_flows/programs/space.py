@@ -7,6 +7,7 @@ are a vector z, over which both guide and model have a density: what samplers an
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -17,9 +18,11 @@ from torch.distributions import Transform, biject_to
 from torch.distributions.utils import _sum_rightmost
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from .engines import Read, Values, View
+from .engines import Read, Site, Values, View
 from .latents import support_of
 from .log_density import is_breakdown
+from .masks import mask_of
+from .program import Program
 from .quantities import Quantities, innermost
 from .task import Task, in_batches
 
@@ -113,6 +116,31 @@ class Space:
         found, change = self._place(z)
         return self.task.model.log_prob(self._latents(found), len(z)) - found["rest"] + change
 
+    def log_prior_and_p(self, z: Tensor, prior: Program | None = None) -> tuple[Tensor, Tensor]:
+        """The log-densities over z, each ``(N,)`` in nats, of the prior without latents whose priors are flat, and of
+        the model.
+
+        Args:
+            z: The vectors.
+            prior: The model without its data, where discrete latents are summed out; None to read both off one run.
+        """
+        flat, latents = self.flat, self.task.latents
+
+        def placed(view: View) -> Values:
+            return {**self._placing(view), "flat": view.log_prob(flat.__contains__)}
+
+        def scored(view: View) -> Values:
+            return {"p": view.log_prob(), "prior": view.log_prob(lambda n: n in latents and n not in flat)}
+
+        found, change = self._place(z, placed)
+        values, model = self._latents(found), self.task.model
+        if prior is None:
+            both = model.run(scored, values, len(z))
+            log_p, log_prior = both["p"], both["prior"]
+        else:
+            log_p, log_prior = (program.log_prob(values, len(z)) for program in (model, prior))
+        return log_prior - (found["rest"] - found["flat"]) + change, log_p - found["rest"] + change
+
     def log_q(self, z: Tensor) -> Tensor:
         """The guide's log-density over z, ``(N, D) -> (N,)`` in nats."""
         found, change = self._place(z, self._scored)
@@ -130,17 +158,29 @@ class Space:
         """All numbers that :meth:`values` holds, ``(N, K)``."""
         return self.read.numbers(self.values(z))
 
+    @functools.cached_property
+    def coordinates(self) -> list[str]:
+        """The guide's own site that each of the coordinates belongs to; latents where they are packed into one."""
+        return getattr(self.task.guide.call, "coordinates", None) or [
+            name for name, free in self._free.items() for _ in range(free.numel())
+        ]
+
+    @functools.cached_property
+    def flat(self) -> list[str]:
+        """The latents with priors that cannot be drawn, or that count otherwise than they are drawn."""
+        sites = {name: self.task.model.single.nodes[name] for name in self.task.latents}
+        return [name for name, site in sites.items() if _is_flat(site)]
+
     @torch.no_grad()
     def prior(self, z: Tensor) -> Tensor | None:
-        """Draws of the prior, as many as there are vectors z; latents with flat priors, which cannot be drawn, stay.
+        """Draws of the prior, as many as there are vectors z; latents with flat priors stay.
 
         None for guides that place their draws in ways unknown, and where the model breaks down at one.
         """
         model = self.task.model
         try:
             latents = self._latents(self._place(z)[0])
-            sites = model.single.nodes
-            held = {n: v for n, v in latents.items() if isinstance(innermost(sites[n]["fn"]), dist.ImproperUniform)}
+            held = {name: latents[name] for name in self.flat}
             drawn = model.sample(lambda view: {name: view.read(name) for name in self.task.latents}, held, len(z))
         except (ValueError, LinAlgError) as error:
             if not is_breakdown(error):
@@ -180,6 +220,9 @@ class Space:
         """The vectors at which the latents take values ``(N, *shape)``: the way back of :meth:`values`."""
         groups: dict[str, list[Tensor]] = {name: [] for name in self._own}
         guide: Any = self.task.guide.call
+        if hasattr(guide, "pack"):
+            z, _ = guide.pack(values, *self.task.guide.args, **self.task.guide.kwargs)
+            return z if z.shape[1:] == (self.dim,) else None
         prototype = getattr(guide, "prototype_trace", None)
         for name, value in values.items():
             if name in groups:  # the guide draws the latent itself
@@ -194,6 +237,12 @@ class Space:
             groups[own].append(transform.inv(value))
         z = torch.cat([part.reshape(len(part), -1) for group in groups.values() for part in group], -1)
         return z if z.shape[1] == self.dim else None
+
+
+def _is_flat(site: Site) -> bool:
+    """Whether a latent has a prior that cannot be drawn, or that counts otherwise than it is drawn."""
+    scaled = site["scale"] is not None and bool((torch.as_tensor(site["scale"]) != 1).any())
+    return scaled or isinstance(innermost(site["fn"]), dist.ImproperUniform) or mask_of(site).hides
 
 
 def sound_space(task: Task) -> Space:

@@ -40,13 +40,14 @@ class HMC:
         step: The step size ε.
         time: The time of travel T.
         acceptance: The mean acceptance of the latest move.
+        gradients: How many gradients of all chains were taken.
         divergences: In how many trajectories, of all chains, the energy went astray.
     """
 
     def __init__(self, density: LogDensity, chart: Chart, dim: int, max_steps: int = 8) -> None:
         self.density, self.chart, self.max_steps = density, chart, max_steps
         self.step, self.time = 1.2 * dim**-0.25, QUARTER
-        self.acceptance, self.divergences = math.nan, 0
+        self.acceptance, self.divergences, self.gradients = math.nan, 0, 0
         self._count, self._first, self._second = 0, 0.0, 0.0
 
     @torch.no_grad()
@@ -56,6 +57,7 @@ class HMC:
         own = LEAST + (MOST - LEAST) * torch.rand(len(z), 1, dtype=z.dtype, device=z.device)
         count = min(self.max_steps, max(1, math.ceil(self.time / self.step)))
         size = min(self.step, self.time / count) * own  # (N, 1)
+        self.gradients += 1 + count
         momentum = torch.randn_like(start.x)
         energy = start.log_p - momentum.square().sum(-1) / 2
         state = start

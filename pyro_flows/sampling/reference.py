@@ -1,0 +1,101 @@
+"""Where a population starts: a normalised law r over vectors z that is drawn and scored, the prior where there is one.
+
+Flat priors cannot be drawn, masked ones are not what they draw: such latents get a wide Gaussian in the unconstrained
+space.  So does all of it where hardly a draw of the prior has a density, as with priors that span the range of floats.
+From r the way to the posterior p goes through the laws that are proportional to r¹⁻ᵝ pᵝ.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+
+from ..programs.log_density import LogDensity, or_nan
+from ..programs.space import Space
+from ..programs.task import Task, group_of
+from .gaussian import fit_gaussian
+
+WIDE = 10.0  # the standard deviation of a wide Gaussian, in units and in those of the Gaussian nearest to the posterior
+ALIVE = 0.1  # the share of the prior's draws that must have a density
+TRIED = 500  # draws that tell
+
+
+class Reference:
+    """The law r of a model's latents, and the posterior p.
+
+    Args:
+        space: The space of a guide that draws packed, unconstrained latents.
+        start: A vector from which the Gaussian nearest to the posterior is looked for, ``(D,)``.
+    """
+
+    def __init__(self, space: Space, start: Tensor) -> None:
+        self._space, model = space, space.task.model
+        places = space.coordinates
+        self._flat = torch.tensor([name in space.flat for name in places], device=start.device)
+        self._prior = None
+        if model.enumerated:
+            data = [name for name, site in model.single.nodes.items() if group_of(site) == "observed"]
+            hidden = poutine.block(model.call, hide=data)
+            self._prior = Task(hidden, space.task.guide.call, model.args, model.kwargs).settle().model
+        self._wide = self._wide_law(start) if bool(self._flat.any()) else None
+        self._start = start
+        if not bool(self._flat.all()) and not self._is_alive():
+            self._flat = torch.ones_like(self._flat)
+            self._wide = self._wide_law(start)
+
+    @property
+    def is_prior(self) -> bool:
+        """Whether all of r is the prior."""
+        return self._wide is None
+
+    def draw(self, number: int) -> Tensor:
+        """Draws of r, ``(number, D)``; vectors that are not finite are draws whose size no float holds."""
+        z = self._start.expand(number, -1).clone()
+        if self._wide is not None:
+            z[:, self._flat] = self._wide.sample(torch.Size((number,)))
+        if bool(self._flat.all()):
+            return z
+        drawn = self._space.prior(z)
+        return z * math.nan if drawn is None else drawn.to(z)
+
+    def log_r_and_p(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-densities of r and p over z, each ``(N,)`` in nats; NaN where the model breaks down."""
+        both = or_nan(self._both)(z)
+        return both[..., 0], both[..., 1]
+
+    def bridge(self, beta: float) -> LogDensity:
+        """The log-density of r¹⁻ᵝ pᵝ, up to a constant."""
+        if beta == 1:
+            return or_nan(self._space.log_p)
+
+        def density(z: Tensor) -> Tensor:
+            log_r, log_p = self.log_r_and_p(z)
+            return (1 - beta) * log_r + beta * log_p
+
+        return density
+
+    def _both(self, z: Tensor) -> Tensor:
+        if bool(self._flat.all()):
+            log_r, log_p = torch.zeros(len(z)).to(z), self._space.log_p(z)
+        else:
+            log_r, log_p = self._space.log_prior_and_p(z, self._prior)
+        if self._wide is not None:
+            log_r = log_r + self._wide.log_prob(z[:, self._flat])
+        return torch.stack((log_r, log_p), -1)
+
+    def _wide_law(self, start: Tensor) -> MultivariateNormal:
+        """A wide Gaussian of the flat latents, around the one that comes closest to the posterior."""
+        near = fit_gaussian(or_nan(self._space.log_p), start, 1.0, rounds=50)
+        covariance = near.scale_tril @ near.scale_tril.T + torch.eye(len(start)).to(start)
+        part = covariance[self._flat][:, self._flat]
+        return MultivariateNormal(near.loc[self._flat], WIDE**2 * part)
+
+    def _is_alive(self) -> bool:
+        z = self.draw(TRIED)
+        with torch.no_grad():
+            log_r, log_p = self.log_r_and_p(z)
+        return float((log_r + log_p).isfinite().double().mean()) >= ALIVE
