@@ -23,8 +23,10 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows import AutoFlow, check, fit_svi, flows, refine
 from pyro_flows.diagnostics.drift import Drift, DriftMeter, weighted_drift
-from pyro_flows.diagnostics.modes import Missing
-from pyro_flows.diagnostics.verdict import judge
+from pyro_flows.diagnostics.findings import worst
+from pyro_flows.diagnostics.search import Missing
+from pyro_flows.diagnostics.shape import Shape
+from pyro_flows.diagnostics.verdict import Seen, judge
 from pyro_flows.sampling.chains import Chains
 from pyro_flows.sampling.charts import White
 
@@ -317,7 +319,9 @@ def test_what_is_no_number_is_not_trusted():
     right = Drift(*(torch.zeros(1), torch.full((1,), 0.01), torch.ones(1), torch.full((1,), 0.01)))
     lost = Drift(*(torch.full((1,), math.nan) for _ in range(4)))
     psis = check(banana, banana).psis
-    verdicts = [judge(psis, seen, right, right, ["x"], Missing(0.0, 0.0, None), [0.8])[0] for seen in (right, lost)]
+    shapes = (Shape(torch.zeros(2), torch.full((2,), 0.01)),) * 2
+    seen = [Seen(psis, chains, right, right, shapes, ["x"], Missing(0.0, 0.0), [0.8]) for chains in (right, lost)]
+    verdicts = [worst(judge(one)) for one in seen]
     assert verdicts == ["trust", "do not trust"]
 
 

@@ -3,6 +3,7 @@
 from .arviz import to_arviz as to_arviz
 from .calibration import Calibration as Calibration
 from .calibration import calibrate as calibrate
+from .findings import Finding as Finding
 from .images import bits_per_dim as bits_per_dim
 from .images import save_images as save_images
 from .importance import Psis as Psis

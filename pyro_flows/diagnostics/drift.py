@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .findings import Finding
+
 SLOWEST = 0.95  # beyond this slope nothing can be said of where a chain would go
 
 
@@ -59,13 +61,13 @@ class Drift(NamedTuple):
         noise = ((1 - share) * self.noise).hypot(share * other.noise)
         return Drift(values[0], noise[0], values[1], 2 * noise[1])
 
-    def worst(self, names: list[str], among: Tensor | None = None) -> str:
-        """The largest error in words, or the clearest of some errors, ``(2, K)``."""
+    def worst(self, names: list[str], among: Tensor | None = None, kind: str = "") -> Finding:
+        """The largest error, or the clearest of some errors, ``(2, K)``, as a finding of its own kind or of another."""
         clear = self.errors if among is None else (self.errors / self.noise.clamp_min(1e-12)).where(among, -1)
-        kind, i = divmod(int(clear.argmax()), len(names))
-        if not kind:
-            return f"mean of {names[i]} off by {self.error[i]:+.2f} ± {self.error_se[i]:.2f} sd"
-        return f"sd of {names[i]} {self.ratio[i]:.2f} ± {self.ratio_se[i]:.2f} times the posterior's"
+        is_sd, i = divmod(int(clear.argmax()), len(names))
+        size, noise = (self.ratio, self.ratio_se) if is_sd else (self.error, self.error_se)
+        of = "sd" if is_sd else "mean"
+        return Finding(kind or of, names[i], float(size[i]), float(noise[i]), of=of)
 
 
 class DriftMeter:
@@ -93,8 +95,8 @@ class DriftMeter:
     def drift(self) -> Drift:
         """What the chains say by now."""
         first, second, third, fourth = self._powers[1:] / self._count  # (N, K) each
-        m, mean_se = _arrival(self._reference, self._start, first, second)
-        variance, variance_se = _arrival(  # of squares about the mean, whose decay does not depend on it
+        m, mean_se = arrival(self._reference, self._start, first, second)
+        variance, variance_se = arrival(  # of squares about the mean, whose decay does not depend on it
             (self._reference - m).square(),
             (self._start - m).square(),
             second - 2 * m * first + m**2,
@@ -108,7 +110,7 @@ class DriftMeter:
         return (quantities.double() - self._loc) / self._scale
 
 
-def _arrival(reference: Tensor, start: Tensor, now: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+def arrival(reference: Tensor, start: Tensor, now: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of a function at which chains would arrive, ``(K,)``, and its standard error.
 
     Args:

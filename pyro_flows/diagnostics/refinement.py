@@ -60,7 +60,7 @@ class Refined:
     def __repr__(self) -> str:
         accepted = ", ".join(f"{value:.2f}" for value in self.acceptance)
         size = len(next(iter(self.draws.values())))
-        return f"Refined({size} draws, acceptance={accepted}; the guide's own: {self.drift.worst(self.names)})"
+        return f"Refined({size} draws, acceptance={accepted}; the guide's own: {self.drift.worst(self.names).moment})"
 
 
 @takes_nesting

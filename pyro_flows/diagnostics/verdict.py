@@ -1,19 +1,21 @@
 """A verdict on a guide: whether its draws can be believed, and why.
 
 Weights say how far the guide is from the posterior where it draws, and k-hat whether they can be believed themselves.
-Short chains from its draws say what lies next to them: they drift if the guide is wrong (:mod:`.drift`).  A search says
-what lies far away (:mod:`.modes`).  None of the three needs to know the answer, and together they leave little room.
+Short chains from its draws say what lies next to them: they drift if the guide is wrong (:mod:`.drift`, :mod:`.shape`).
+A population that is annealed from the prior says what lies far away (:mod:`.search`).  None of the three needs to know
+the answer, and together they leave little room.
 
 A guide's draws are to be trusted if each mean is right to a tenth of a standard deviation, each standard deviation to a
-tenth of itself, and hardly any mass is missing.
+tenth of itself, each distribution function to a twentieth or so, and hardly any mass is missing.  What is not right is
+a finding (:mod:`.findings`), and the verdict is the worst that follows from any.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -28,14 +30,18 @@ from ..programs.task import Task, check_trained
 from ..sampling.chains import FROZEN, Chains
 from ..sampling.charts import Chart, White, charts_of
 from .drift import Drift, DriftMeter, weighted_drift
+from .findings import Finding, worst
 from .importance import Psis, weigh
-from .modes import Missing, search
+from .search import Missing, search
+from .shape import Shape, ShapeMeter, weighted_shape
 
 LIMIT = 0.1  # errors beyond this, in standard deviations, are not to be trusted
 BENT = 0.3  # the same along whitened directions, for which correlations and far tails count
 FLAG, SURE = 0.08, 0.05  # what an error must exceed, and what it must exceed by three standard errors, to be a drift
 DOUBT = 2.5  # how many standard errors an error beyond the limit must have that chains alone see
 CALM = 0.5  # k-hat below which weights that see no error are believed more
+UNEQUAL = 0.2  # the effective share of draws below which reliable weights are to be heard
+LOST = 0.05  # the share of the posterior's mass that must not be missed
 WORST_KHAT = 1.0  # beyond this the weights have no mean
 ADAPT, BLOCK, BLOCKS = 4, 10, 5  # sweeps of the chains: to adapt their steps, between judgements, and at most
 
@@ -49,17 +55,20 @@ class Check:
     the standard errors ``error_se`` and ``variance_se``, each ``(K,)``; there are D + 2 directions.
 
     Attributes:
-        verdict: ``"trust"`` the guide's draws as they are; ``"reweight"`` them first; or ``"do not trust"`` them.
-        reason: Why, in words.
+        findings: What is wrong with the draws, or cannot be told of them: each a
+            :class:`~pyro_flows.diagnostics.Finding`.  None if they are to be trusted.
         psis: k-hat, the effective sample size, the log evidence, its standard error, and the weights: a
             :class:`~pyro_flows.Psis`.
         chains: The guide's errors as short chains from its draws see them.
         directions: The same along directions of the unconstrained space in which the guide's draws are white: the D
             coordinates, and those two in which the chains have spread most and least while their steps were adapted.
         weighted: The same as the weights see them.
+        shapes: The errors of the guide's distribution functions, of the K quantities and of the distance from the
+            middle, as chains see them and as weights do: each ``error`` and ``error_se``, ``(K + 1,)``.
         names: The names of the K quantities that the errors are of: latent and deterministic sites, number by number.
         missing: The mass found where the guide draws nothing: its ``share`` of the posterior's, between 0 and 1, with
-            the standard error ``share_se``, and its ``place``, a vector ``(D,)`` or None.
+            the standard error ``share_se``, its ``place``, a vector ``(D,)`` or None, and the ``error`` of the guide's
+            moments that it makes.
         acceptance: The chains' mean acceptance, between 0 and 1, in each of the coordinates that they moved in.
         seconds: The wall time.
 
@@ -74,16 +83,37 @@ class Check:
         (True, ['x[0]', 'x[1]'], torch.Size([2]), 0.0)
     """
 
-    verdict: str
-    reason: str
+    findings: tuple[Finding, ...]
     psis: Psis
     chains: Drift
     directions: Drift
     weighted: Drift
+    shapes: tuple[Shape, Shape]
     names: list[str]
     missing: Missing
     acceptance: list[float]
     seconds: float
+
+    @property
+    def verdict(self) -> str:
+        """``"trust"`` the guide's draws as they are; ``"reweight"`` them first; or ``"do not trust"`` them."""
+        return worst(self.findings)
+
+    @property
+    def reason(self) -> str:
+        """Why, in words."""
+        for finding in self.findings:
+            if finding.verdict == self.verdict:
+                if self.verdict == "do not trust":
+                    return str(finding)
+                mend = f"but their weights are reliable (k-hat {self.khat:.2f}): resample the draws by their weights."
+                return f"{str(finding)[:-1]}, {mend}"
+        seen = self.chains.pooled_with(self.weighted) if self.psis.reliable else self.chains
+        largest = max(0.01, float(seen.errors.max()))
+        found = f"Weights, chains and search find no error of a mean or sd beyond {largest:.2f} sd."
+        if not self.psis.reliable:
+            found += f" Use the draws as they are: their weights are not reliable (k-hat {self.khat:.2f})."
+        return found
 
     @property
     def trusted(self) -> bool:
@@ -93,7 +123,7 @@ class Check:
     @property
     def misses_a_mode(self) -> bool:
         """Whether mass was found far away from a guide that is right where it draws."""
-        return self.missing.is_grave and not is_off(self.chains)
+        return any(finding.kind in ("mode", "far") for finding in self.findings)
 
     @property
     def khat(self) -> float:
@@ -154,9 +184,9 @@ def check(
 
     The guide is the posterior if weights, chains and search find nothing: its weights hardly vary, short Markov chains
     from its draws (Hamiltonian Monte Carlo in the coordinates of its base, and in whitened ones) stay where they are,
-    and climbs from far away find no mass that it misses.  Each error is seen with its standard error; the chains go on
-    until they tell.  Draws are trusted if each mean is right to a tenth of a standard deviation and each standard
-    deviation to a tenth of itself.  Costs a tenth of a fit or so.
+    and a population that is annealed from the prior finds no mass that it misses.  Each error is seen with its standard
+    error; the chains go on until they tell.  Draws are trusted if each mean is right to a tenth of a standard deviation
+    and each standard deviation to a tenth of itself, and no marginal has another shape.  Costs a part of a fit.
 
     Args:
         model: A Pyro model; discrete latents that the guide lacks are summed out.
@@ -205,17 +235,37 @@ def check(
         psis = weigh(draws.log_p - draws.log_q)
         judged = _judged(space, draws.quantities)
         names = [name for name, used in zip(space.read.names, judged.tolist(), strict=True) if used]
-        weighted = weighted_drift(draws.quantities[:, judged], psis.smoothed)
         charts, white = charts_of(space, draws.z)
+        looked_at = _Looked(space, white, judged)
+        weighted = weighted_drift(draws.quantities[:, judged], psis.smoothed)
+        of_weights = weighted_shape(looked_at.features(draws.quantities, draws.z), psis.smoothed.to(draws.z.device))
         calm = psis.khat < CALM and bool((weighted.errors + 2 * weighted.noise < SURE).all())
-        chains, directions, acceptance = _run(
-            space, charts, white, draws, judged, num_chains or (16 if alone else 256), calm
-        )
-        # Along an angle the density is periodic: its copies a turn away are no modes.
-        missing = Missing(0.0, 0.0, None) if space.read.has_angles else search(space, white, draws)
-    verdict, reason = judge(psis, chains, directions, weighted, names, missing, acceptance)
-    seconds = time.perf_counter() - start
-    return Check(verdict, reason, psis, chains, directions, weighted, names, missing, acceptance, seconds)
+        count = num_chains or (16 if alone else 256)
+        chains, directions, of_chains, acceptance = _run(looked_at, charts, draws, count, calm)
+        missing = search(space, white, draws, judged)
+    seen = Seen(psis, chains, directions, weighted, (of_chains, of_weights), names, missing, acceptance)
+    return Check(tuple(judge(seen)), *seen, time.perf_counter() - start)
+
+
+class _Looked(NamedTuple):
+    """What a check looks at.
+
+    Attributes:
+        space: The guide's space.
+        white: Coordinates in which the guide's draws have mean 0 and the identity as covariance.
+        judged: The quantities that are judged, ``(K,)`` of bool.
+    """
+
+    space: Space
+    white: White
+    judged: Tensor
+
+    def features(self, quantities: Tensor, z: Tensor) -> Tensor:
+        """The quantities whose distributions are judged, and the distance from the middle, ``(N, K + 1)``."""
+        distance = self.white.inverse(z).square().sum(-1, keepdim=True)
+        if self.space.read.has_angles:  # which have no middle
+            distance = torch.zeros_like(distance)
+        return torch.cat((quantities[:, self.judged], distance), -1)
 
 
 def _judged(space: Space, quantities: Tensor) -> Tensor:
@@ -229,17 +279,22 @@ def _judged(space: Space, quantities: Tensor) -> Tensor:
 
 
 def _run(
-    space: Space, charts: list[Chart], white: White, draws: Scored, judged: Tensor, num_chains: int, calm: bool
-) -> tuple[Drift, Drift, list[float]]:
+    looked_at: _Looked, charts: list[Chart], draws: Scored, num_chains: int, calm: bool
+) -> tuple[Drift, Drift, Shape, list[float]]:
     """Run chains from new draws of the guide until they tell whether they drift, and how much.
 
     Args:
-        judged: The quantities that are looked at, ``(K,)``.
+        looked_at: What is looked at.
+        charts: The coordinates that the chains move in.
+        draws: Draws of the guide.
+        num_chains: The number of chains.
         calm: Whether the weights see no error at all, so that chains need only not see one either.
     """
+    space, white, judged = looked_at
     began = space.draw(num_chains)
     chains = Chains(or_nan(space.log_p), charts, began.z)
     meter = DriftMeter(draws.quantities[:, judged], began.quantities[:, judged])
+    shape = ShapeMeter(looked_at.features(draws.quantities, draws.z), looked_at.features(began.quantities, began.z))
     places = []
     for _ in range(ADAPT):
         chains.sweep(adapt=True)
@@ -250,7 +305,9 @@ def _run(
     for block in range(BLOCKS):
         for _ in range(BLOCK):
             chains.sweep(adapt=False)
-            meter.record(space.quantities(chains.z)[:, judged])
+            quantities = space.quantities(chains.z)
+            meter.record(quantities[:, judged])
+            shape.record(looked_at.features(quantities, chains.z))
             compass.record(white.inverse(chains.z) @ axes)
         drift = meter.drift()
         right = drift.errors + (0.0 if calm else 1.5) * drift.noise < LIMIT
@@ -259,7 +316,27 @@ def _run(
     directions = compass.drift()
     if space.read.has_angles:  # a density that is periodic has neither mean nor variance along it
         directions = Drift(*(part[:0] for part in directions))
-    return drift, directions, chains.acceptance
+    return drift, directions, shape.shape(), chains.acceptance
+
+
+class Seen(NamedTuple):
+    """What a check has looked at; the attributes are those of :class:`Check`."""
+
+    psis: Psis
+    chains: Drift
+    directions: Drift
+    weighted: Drift
+    shapes: tuple[Shape, Shape]
+    names: list[str]
+    missing: Missing
+    acceptance: list[float]
+
+
+def judge(seen: Seen) -> list[Finding]:
+    """Return all that is wrong with a guide's draws, or cannot be told of them."""
+    off = is_off(seen.chains) or (seen.psis.reliable and is_off(seen.weighted))
+    findings = [*_elsewhere(seen), *_off(seen), *_misshapen(seen)]
+    return findings if off or findings else _doubts(seen)
 
 
 def _flagged(drift: Drift) -> Tensor:
@@ -272,66 +349,63 @@ def is_off(drift: Drift) -> bool:
     return bool(_flagged(drift).any())
 
 
-def judge(
-    psis: Psis,
-    chains: Drift,
-    directions: Drift,
-    weighted: Drift,
-    names: list[str],
-    missing: Missing,
-    acceptance: list[float],
-) -> tuple[str, str]:
-    """Return the verdict, and the reason for it in words."""
+def _elsewhere(seen: Seen) -> Iterator[Finding]:
+    """The posterior's mass that cannot be seen from the guide's draws."""
+    share, noise, _, error = seen.missing
+    if share > max(LOST, 3 * noise):
+        if is_off(seen.chains):
+            drift = seen.chains.worst(seen.names, _flagged(seen.chains))
+            yield Finding("collapsed", drift.moment, share, noise)
+        else:
+            yield Finding("mode", "", share, noise)
+    elif error is not None and share > 3 * noise:
+        far = (error.errors > LIMIT) & (error.errors - 3 * error.noise > SURE)
+        if bool(far.any()):
+            yield error.worst(seen.names, far, "far")
+    if max(seen.acceptance) < FROZEN:
+        yield Finding("frozen", "", max(seen.acceptance))
+
+
+def _off(seen: Seen) -> Iterator[Finding]:
+    """The moment that is off for sure."""
+    psis, chains, weighted = seen.psis, seen.chains, seen.weighted
     off = next((drift for drift in (chains, weighted)[: 1 + psis.reliable] if is_off(drift)), None)
-    words = off.worst(names, _flagged(off)) if off else ""
-    if fault := _elsewhere(missing, acceptance, words if off is chains else ""):
-        return "do not trust", fault
-    if off and psis.reliable and _agree(chains, weighted):
-        return "reweight", (
-            f"The guide's draws are off ({words}), but their weights are reliable (k-hat {psis.khat:.2f}) and agree "
-            "with the chains: resample the draws by their weights."
-        )
     if off:
-        return "do not trust", f"The guide's draws are off ({words})."
-    seen = chains.pooled_with(weighted) if psis.reliable else chains
-    if fault := _doubt(psis, chains, directions, seen, names):
-        return "do not trust", fault
-    largest = max(0.01, float(seen.errors.max()))
-    found = f"Weights, chains and search find no error of a mean or sd beyond {largest:.2f} sd."
-    if not psis.reliable:
-        found += f" Use the draws as they are: their weights are not reliable (k-hat {psis.khat:.2f})."
-    return "trust", found
+        mended = psis.reliable and _agree(chains, weighted)
+        yield replace(off.worst(seen.names, _flagged(off)), verdict="reweight" if mended else "do not trust")
 
 
-def _elsewhere(missing: Missing, acceptance: list[float], drifting: str) -> str:
-    """Return why the posterior cannot be seen from the guide's draws, or an empty string."""
-    lost = f"{missing.share:.0%} of the posterior's mass, as far as it was found, lies where the guide draws nothing"
-    if missing.is_grave and drifting:
-        return f"The guide has collapsed or lies elsewhere: {lost}, and chains drift ({drifting})."
-    if missing.is_grave:
-        return f"A mode may be missing: {lost}."
-    if max(acceptance) < FROZEN:
-        frozen = f"The chains hardly move (acceptance {max(acceptance):.2f})"
-        return f"{frozen}: is the gradient of the model's density finite?"
-    return ""
+def _misshapen(seen: Seen) -> Iterator[Finding]:
+    """The distribution that is off for sure, and weights that say that the draws count unequally."""
+    of_chains, of_weights = seen.shapes
+    reliable, told = seen.psis.reliable, bool(of_weights.flagged.any())
+    if bool(of_chains.flagged.any()) or (reliable and told):
+        shape = of_weights if reliable and told else of_chains
+        verdict = "reweight" if reliable and told else "do not trust"
+        names = [*seen.names, "the distance from the middle"]
+        i = shape.worst
+        yield Finding("shape", names[i], float(shape.error[i]), float(shape.error_se[i]), verdict)
+    share = seen.psis.ess / len(seen.psis.log_weights)
+    if reliable and share < UNEQUAL:
+        yield Finding("weights", "", share, verdict="reweight")
 
 
-def _doubt(psis: Psis, chains: Drift, directions: Drift, seen: Drift, names: list[str]) -> str:
-    """Return why draws without a certain error are not to be trusted, or an empty string."""
+def _doubts(seen: Seen) -> list[Finding]:
+    """What there is to be said against draws without a certain error: the gravest of it."""
+    psis, chains, directions, names = seen.psis, seen.chains, seen.directions, seen.names
     bent = directions.errors - 3 * directions.noise > BENT
     if bool(bent.any()):
-        words = directions.worst([f"whitened direction {i}" for i in range(len(directions.error))], bent)
-        return f"The guide's correlations or tails are off ({words}), though its means and sds are right."
+        labels = [f"whitened direction {i}" for i in range(len(directions.error))]
+        return [directions.worst(labels, bent, "whitened")]
     if psis.khat >= WORST_KHAT:
-        return f"The weights have no mean (k-hat {psis.khat:.2f}): the guide's tails are too short."
-    told = torch.maximum(seen.errors, seen.noise) <= LIMIT  # False also where chains have overflown to no number
+        return [Finding("tails", "", psis.khat)]
+    pooled = chains.pooled_with(seen.weighted) if psis.reliable else chains
+    told = torch.maximum(pooled.errors, pooled.noise) <= LIMIT  # False also where chains have overflown to no number
     if not bool(told.all()):
-        return f"It cannot be told whether the draws are right ({seen.worst(names)})."
+        return [pooled.worst(names, kind="unclear")]
     doubtful = (chains.errors > LIMIT) & (chains.errors > DOUBT * chains.noise)
     doubtful[1] &= chains.variance > 1  # too narrow: what weights cannot see
-    if bool(doubtful.any()):
-        return f"The chains doubt that the draws are right ({chains.worst(names, doubtful)})."
-    return ""
+    return [chains.worst(names, doubtful, "doubt")] if bool(doubtful.any()) else []
 
 
 def _agree(chains: Drift, weighted: Drift) -> bool:

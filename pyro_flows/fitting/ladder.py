@@ -22,7 +22,7 @@ import torch
 from pyro import validation_enabled
 from torch import Tensor
 
-from ..diagnostics import Check, check
+from ..diagnostics import Check, Finding, check
 from ..flows import Flow
 from ..guides import AutoFlow
 from ..guides.couplings import affine_couplings
@@ -168,8 +168,7 @@ class Ladder:
             if rung.check and rung.check.psis.reliable:
                 lost = rung.check.log_evidence - found.log_evidence
                 if lost - 3 * math.hypot(rung.check.log_evidence_se, found.log_evidence_se) > LESS:
-                    reason = f"Mass is missing: the rung {rung.name!r} has found {lost:.2f} nats more evidence."
-                    return dataclasses.replace(found, verdict="do not trust", reason=reason)
+                    return dataclasses.replace(found, findings=(Finding("evidence", rung.name, lost), *found.findings))
         return found
 
 

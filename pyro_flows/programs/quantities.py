@@ -27,7 +27,8 @@ class Quantities:
         sites: The site of each.
         derived: The deterministic sites among these, but where discrete latents are summed out: they may follow from
             such.
-        has_angles: True if some latents are angles, along which densities are periodic.
+        angles: The latents that are angles, along which densities are periodic.
+        plain_angles: Those of them whose values are in radians.
     """
 
     def __init__(self, task: Task) -> None:
@@ -40,7 +41,15 @@ class Quantities:
         labels = [(name, label) for name in read for label in self._labels(name, nodes[name]["value"].shape)]
         self.names = [label for _, label in labels]
         self.sites = [name for name, _ in labels]
-        self.has_angles = any(self._turns[name] is not None for name in latents)
+        self.angles = {name for name in latents if self._turns[name] is not None}
+        self.plain_angles = {
+            n for n in self.angles if isinstance(innermost(nodes[n]["fn"]), torch.distributions.VonMises)
+        }
+
+    @property
+    def has_angles(self) -> bool:
+        """Whether some latents are angles."""
+        return bool(self.angles)
 
     def numbers(self, values: Values) -> Tensor:
         """All of them as columns, ``(N, K)``, given the values of their sites, ``(N, *shape)``."""

@@ -8,6 +8,7 @@ are a vector z, over which both guide and model have a density: what samplers an
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -139,7 +140,8 @@ class Space:
             log_p, log_prior = both["p"], both["prior"]
         else:
             log_p, log_prior = (program.log_prob(values, len(z)) for program in (model, prior))
-        return log_prior - (found["rest"] - found["flat"]) + change, log_p - found["rest"] + change
+        of_flat = found["flat change"] - found["flat"]
+        return log_prior - found["rest"] + change - of_flat, log_p - found["rest"] + change
 
     def log_q(self, z: Tensor) -> Tensor:
         """The guide's log-density over z, ``(N, D) -> (N,)`` in nats."""
@@ -160,10 +162,24 @@ class Space:
 
     @functools.cached_property
     def coordinates(self) -> list[str]:
-        """The guide's own site that each of the coordinates belongs to; latents where they are packed into one."""
-        return getattr(self.task.guide.call, "coordinates", None) or [
-            name for name, free in self._free.items() for _ in range(free.numel())
-        ]
+        """The latent that each of the coordinates belongs to; where that is not known, the guide's own site."""
+        guide: Any = self.task.guide.call
+        if isinstance(guide, AutoContinuous):
+            return [name for name, shape in guide._unconstrained_shapes.items() for _ in range(shape.numel())]
+        sites = {f"{name}_unconstrained": name for name in self.task.latents}
+        return [sites.get(name, name) for name, free in self._free.items() for _ in range(free.numel())]
+
+    @functools.cached_property
+    def _angles(self) -> Tensor:
+        """Which of the coordinates are angles in radians, ``(D,)``."""
+        known = getattr(self.task.guide.call, "has_circles", False)
+        turning = self.read.angles if known else self.read.plain_angles
+        return torch.tensor([name in turning for name in self.coordinates])
+
+    def wrapped(self, z: Tensor, loc: Tensor) -> Tensor:
+        """Vectors z with angles within half a turn of ``loc``: copies a turn away are the same place."""
+        turned = (z - loc + math.pi).remainder(2 * math.pi) - math.pi + loc
+        return z.where(~self._angles.to(z.device), turned)
 
     @functools.cached_property
     def flat(self) -> list[str]:
@@ -207,9 +223,11 @@ class Space:
         free = {name: part.reshape(len(z), *one.shape) for (name, one), part in parts}
         held = {name: transform(free[name]) for name, transform in self._own.items()}
         found = self.task.guide.run(read or self._placing, held, len(z))
-        return found, self._change(free, found)
+        flat = {name: part for name, part in free.items() if name in self.flat}
+        return {**found, "flat change": self._change(flat, found)}, self._change(free, found)
 
     def _change(self, free: Values, found: Values) -> Tensor:
+        """The log-determinant of constraining what the guide draws at some sites."""
         total = torch.zeros(())
         for name, part in free.items():
             log_det = self._own[name].log_abs_det_jacobian(part, found[f"own {name}"])

@@ -29,23 +29,25 @@ class Reference:
 
     Args:
         space: The space of a guide that draws packed, unconstrained latents.
-        start: A vector from which the Gaussian nearest to the posterior is looked for, ``(D,)``.
+        loc: The middle of what is known of the posterior, ``(D,)``.
+        scale_tril: How far that reaches, a Cholesky factor ``(D, D)``; None to look for the nearest Gaussian from
+            ``loc``, where it is needed.
     """
 
-    def __init__(self, space: Space, start: Tensor) -> None:
+    def __init__(self, space: Space, loc: Tensor, scale_tril: Tensor | None = None) -> None:
         self._space, model = space, space.task.model
         places = space.coordinates
-        self._flat = torch.tensor([name in space.flat for name in places], device=start.device)
+        self._flat = torch.tensor([name in space.flat for name in places], device=loc.device)
         self._prior = None
         if model.enumerated:
             data = [name for name, site in model.single.nodes.items() if group_of(site) == "observed"]
             hidden = poutine.block(model.call, hide=data)
             self._prior = Task(hidden, space.task.guide.call, model.args, model.kwargs).settle().model
-        self._wide = self._wide_law(start) if bool(self._flat.any()) else None
-        self._start = start
+        self._loc, self._scale_tril = loc, scale_tril
+        self._wide = self._wide_law() if bool(self._flat.any()) else None
         if not bool(self._flat.all()) and not self._is_alive():
             self._flat = torch.ones_like(self._flat)
-            self._wide = self._wide_law(start)
+            self._wide = self._wide_law()
 
     @property
     def is_prior(self) -> bool:
@@ -54,7 +56,7 @@ class Reference:
 
     def draw(self, number: int) -> Tensor:
         """Draws of r, ``(number, D)``; vectors that are not finite are draws whose size no float holds."""
-        z = self._start.expand(number, -1).clone()
+        z = self._loc.expand(number, -1).clone()
         if self._wide is not None:
             z[:, self._flat] = self._wide.sample(torch.Size((number,)))
         if bool(self._flat.all()):
@@ -87,12 +89,14 @@ class Reference:
             log_r = log_r + self._wide.log_prob(z[:, self._flat])
         return torch.stack((log_r, log_p), -1)
 
-    def _wide_law(self, start: Tensor) -> MultivariateNormal:
-        """A wide Gaussian of the flat latents, around the one that comes closest to the posterior."""
-        near = fit_gaussian(or_nan(self._space.log_p), start, 1.0, rounds=50)
-        covariance = near.scale_tril @ near.scale_tril.T + torch.eye(len(start)).to(start)
+    def _wide_law(self) -> MultivariateNormal:
+        """A wide Gaussian of the flat latents."""
+        loc, scale_tril = self._loc, self._scale_tril
+        if scale_tril is None:
+            loc, scale_tril, *_ = fit_gaussian(or_nan(self._space.log_p), loc, 1.0, rounds=50)
+        covariance = scale_tril @ scale_tril.T + torch.eye(len(loc)).to(loc)
         part = covariance[self._flat][:, self._flat]
-        return MultivariateNormal(near.loc[self._flat], WIDE**2 * part)
+        return MultivariateNormal(loc[self._flat], WIDE**2 * part)
 
     def _is_alive(self) -> bool:
         z = self.draw(TRIED)

@@ -1,0 +1,173 @@
+"""The search for posterior mass where a guide has none.
+
+Weights and chains see only what lies where the guide draws, or next to it.  So a population is annealed from the prior
+to the posterior, and climbs start from far around the guide.  Where they end at places of more density than the guide
+allows for, a law is fitted around each mode.  Guide and laws together then estimate the posterior, each draw weighed
+against the mixture of all (Veach, Guibas 1995, Optimally combining sampling techniques for Monte Carlo rendering): what
+it has where the guide has less than a twentieth of that is mass that the guide misses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from ..programs.log_density import LogDensity, or_nan
+from ..programs.space import Scored, Space
+from ..sampling.charts import White
+from ..sampling.gaussian import match
+from ..sampling.modes import climb, components
+from ..sampling.population import Effort, anneal
+from ..sampling.reference import Reference
+from .drift import Drift
+
+PARTICLES, FEW = 256, 64  # of a population, and where the model runs one draw at a time
+STARTS = 64  # climbs
+EFFORT = Effort(kept=0.3, forgotten=0.5, moves=(1, 4), max_steps=6, gradients=200)
+SURPRISE = 3.0  # by how many nats the posterior must exceed the guide at a place where the guide has too little
+LEAST = 4.0  # how many nats of evidence below the guide's a Gaussian that was matched may have to count
+MOST, MATCHED = 12, 3  # how many modes are looked at, and how many of those that few particles have found
+ENOUGH = 4  # particles a dimension, to fit a law to them
+PROBES = 4000  # draws of all laws
+DF = 5.0  # degrees of freedom of the laws
+
+
+class Missing(NamedTuple):
+    """What a search has found.
+
+    Attributes:
+        share: The share of the posterior's mass, as far as it was found, where the guide has too little.
+        share_se: Its standard error.
+        place: Where it is densest, a vector ``(D,)``; None where nothing was found.
+        error: What the mass that was found does to the guide's moments: an error of each of K quantities, or None.
+    """
+
+    share: float
+    share_se: float
+    place: Tensor | None = None
+    error: Drift | None = None
+
+
+def search(space: Space, white: White, draws: Scored, judged: Tensor) -> Missing:
+    """Look for mass that a guide misses.
+
+    Args:
+        space: The guide's space.
+        white: Coordinates in which the guide's draws have mean 0 and the identity as covariance.
+        draws: Draws of the guide.
+        judged: The quantities that are looked at, ``(K,)``.
+    """
+    density = or_nan(space.log_p)
+    evidence = log_mean(draws.log_p - draws.log_q)
+    lacking = _lacking(space, white, density, draws, evidence)
+    if not len(lacking):
+        return Missing(0.0, 0.0)
+    laws = _laws(density, lacking, white, evidence)
+    return _missed(space, density, draws, laws, judged) if laws else Missing(0.0, 0.0)
+
+
+def _lacking(space: Space, white: White, density: LogDensity, draws: Scored, evidence: float) -> Tensor:
+    """Places where the guide has too little, ``(n, D)``: those of a population and of climbs."""
+    alone = space.task.runs_one_by_one
+    population = anneal(Reference(space, white.loc, white.scale_tril), FEW if alone else PARTICLES, EFFORT)
+    starts, _ = white.forward(_far(white.inverse(draws.z[: STARTS // (4 if alone else 1)])))
+    found = [] if population is None else [population.z]
+    if population is not None and not population.has_arrived:
+        starts = torch.cat((starts, population.z))
+    places = space.wrapped(torch.cat([*found, climb(density, white, starts)]), white.loc)
+    with torch.no_grad():
+        heights = density(places)
+    surprise = (heights - log_q(space, places) - evidence).nan_to_num(-math.inf, math.inf, -math.inf)
+    return places[(surprise > SURPRISE) & heights.isfinite()]
+
+
+def _far(x: Tensor) -> Tensor:
+    """Vectors that are moved outwards by factors from 2 to 8."""
+    return 2 * 4 ** torch.rand(len(x), 1, dtype=x.dtype, device=x.device) * x
+
+
+def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) -> list[dist.TorchDistribution]:
+    """A law around each of the modes that places belong to."""
+    around = White(places) if len(places) > places.shape[1] else white
+    ends = climb(density, around, places)
+    labels, laws, matched = components(density, around, ends), [], 0
+    for label in range(min(int(labels.max()) + 1, MOST)):
+        mine = labels == label
+        if mine.sum() >= ENOUGH * places.shape[1] + 2:
+            fit = White(places[mine])
+            laws.append(dist.MultivariateStudentT(DF, fit.loc, fit.scale_tril))
+        elif matched < MATCHED:
+            matched += 1
+            highest = ends[mine][density(ends[mine]).nan_to_num(-math.inf).argmax()]
+            found = match(density, highest, white.scale_tril / 3, rounds=60)
+            if found is not None and found.elbo > evidence - LEAST:
+                laws.append(dist.MultivariateStudentT(DF, found.loc, found.scale_tril))
+    return laws
+
+
+@torch.no_grad()
+def _missed(
+    space: Space, density: LogDensity, draws: Scored, laws: Sequence[dist.TorchDistribution], judged: Tensor
+) -> Missing:
+    """The share of the posterior's mass where the guide has too little, and what it does to the guide's moments."""
+    probes = [law.sample(torch.Size((PROBES // len(laws),))) for law in laws]
+    places = torch.cat((draws.z, *probes))
+    log_p = torch.cat((draws.log_p, *map(density, probes)))
+    own = torch.cat((draws.log_q, *(log_q(space, probe) for probe in probes)))
+    sizes = torch.tensor([len(draws.z), *map(len, probes)]) / len(places)
+    log_laws = torch.stack([own, *(law.log_prob(places) for law in laws)])
+    log_weights = log_p - torch.logsumexp(log_laws + sizes.log().to(log_laws).unsqueeze(-1), 0)
+    evidence = log_mean(log_weights)
+    lacking = (log_p - own - evidence).nan_to_num(-math.inf, math.inf, -math.inf) > SURPRISE
+    weights = (log_weights - evidence).nan_to_num(-math.inf, -math.inf, -math.inf).exp() / len(places)
+    share = float(weights[lacking].sum())
+    noise = float((weights * (lacking.to(weights) - share)).norm())
+    if not share:
+        return Missing(0.0, 0.0)
+    quantities = torch.cat((draws.quantities, *map(space.quantities, probes)))[lacking][:, judged].double()
+    inside = weights[lacking].double().unsqueeze(-1) / share
+    place = places[lacking][log_p[lacking].argmax()]
+    return Missing(share, noise, place, _moved(draws.quantities[:, judged].double(), quantities, inside, share, noise))
+
+
+def _moved(own: Tensor, found: Tensor, weights: Tensor, share: float, noise: float) -> Drift:
+    """The errors of a guide whose mass is the posterior's but for a share, which lies elsewhere.
+
+    Args:
+        own: The quantities at draws of the guide, ``(M, K)``.
+        found: Those at places where the guide lacks mass, ``(n, K)``.
+        weights: The share of that mass at each, ``(n, 1)``.
+        share: The share of all mass.
+        noise: Its standard error.
+    """
+    usable = found.isfinite()
+    found = found.where(usable, own.mean(0))
+    mean, variance = own.mean(0), own.var(0)
+    there = (weights * found).sum(0)
+    apart = there - mean
+    spread = (weights * (found - there).square()).sum(0)
+    total = (1 - share) * variance + share * spread + share * (1 - share) * apart.square()
+    of_share = spread - variance + (1 - 2 * share) * apart.square()
+    total = total.clamp_min(1e-12)
+    return Drift(
+        -share * apart / total.sqrt(),
+        noise * apart.abs() / total.sqrt(),
+        total / variance,
+        noise * of_share.abs() / variance,
+    )
+
+
+@torch.no_grad()
+def log_q(space: Space, z: Tensor) -> Tensor:
+    """The guide's log-density; where it breaks down, far out, the guide has none."""
+    return space.log_q(z).nan_to_num(-math.inf, math.inf, -math.inf)
+
+
+def log_mean(log_weights: Tensor) -> float:
+    """The logarithm of the mean of weights; what is no number weighs nothing."""
+    return float(log_weights.nan_to_num(-math.inf, -math.inf, -math.inf).logsumexp(0)) - math.log(len(log_weights))

@@ -1,0 +1,97 @@
+"""Whether a guide's draws have the right shape: its distribution functions beside those of chains and of weights.
+
+At some quantiles of the guide's draws, what share of the posterior lies below?  Indicators of that are quantities like
+any other, so chains that drift tell of them as of means (:mod:`.drift`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .drift import arrival
+
+LEVELS = 0.025, 0.1, 0.25, 0.5, 0.75, 0.9, 0.975
+SHAPE, SURE, TIMES = 0.06, 0.03, 4.0  # an error of shape, and what it must exceed by how many standard errors
+FEW = 2000  # draws of the guide that its noise is told from
+
+
+class Shape(NamedTuple):
+    """The errors of a guide's distribution functions, for each of K quantities where they are clearest.
+
+    Attributes:
+        error: The posterior's less the guide's, ``(K,)``.
+        error_se: Its standard error.
+    """
+
+    error: Tensor
+    error_se: Tensor
+
+    @property
+    def flagged(self) -> Tensor:
+        """Which are off for sure, ``(K,)``."""
+        return (self.error.abs() > SHAPE) & (self.error.abs() - TIMES * self.error_se > SURE)
+
+    @property
+    def worst(self) -> int:
+        """The number of the clearest."""
+        return int((self.error.abs() - TIMES * self.error_se).argmax())
+
+
+class ShapeMeter:
+    """Compares N chains with the guide.
+
+    Args:
+        reference: The quantities at many draws of the guide, ``(M, K)``.
+        start: The quantities where the chains start, ``(N, K)``.
+    """
+
+    def __init__(self, reference: Tensor, start: Tensor) -> None:
+        self._levels = _quantiles(reference)
+        self._reference, self._start = self._below(reference[:FEW]), self._below(start)
+        self._total, self._count = torch.zeros_like(self._start), 0
+
+    def record(self, quantities: Tensor) -> None:
+        """Take note of where the chains are, ``(N, K)``."""
+        self._total += self._below(quantities)
+        self._count += 1
+
+    def shape(self) -> Shape:
+        """What the chains say by now."""
+        mean = self._total / self._count
+        found, noise = (part.reshape(len(LEVELS), -1) for part in arrival(self._reference, self._start, mean, mean))
+        return _clearest(found - self._reference.mean(0).reshape(len(LEVELS), -1), noise)
+
+    def _below(self, quantities: Tensor) -> Tensor:
+        """Indicators, ``(N, L K)``."""
+        return (quantities.unsqueeze(1) <= self._levels).flatten(1).double()
+
+
+def weighted_shape(quantities: Tensor, log_weights: Tensor) -> Shape:
+    """A guide's errors as seen by the weights of its draws.
+
+    Args:
+        quantities: The quantities at M draws of the guide, ``(M, K)``.
+        log_weights: The draws' log-weights, normalised, ``(M,)``.
+    """
+    excess = (log_weights.double().exp() - 1 / len(quantities)).unsqueeze(-1)
+    errors, noise = [], []
+    for level in _quantiles(quantities):
+        below = (quantities <= level).double()
+        errors.append((excess * below).sum(0))
+        noise.append((excess * (below - below.mean(0))).norm(dim=0))
+    return _clearest(torch.stack(errors), torch.stack(noise))
+
+
+def _quantiles(quantities: Tensor) -> Tensor:
+    """Those of each quantity, ``(L, K)``: draws, so that they hold where values repeat."""
+    places = [min(int(level * len(quantities)), len(quantities) - 1) for level in LEVELS]
+    return quantities.sort(0).values[places]
+
+
+def _clearest(errors: Tensor, noise: Tensor) -> Shape:
+    """Of errors at all levels, ``(L, K)``, those that are clearest."""
+    clearest = (errors.abs() - TIMES * noise).argmax(0, keepdim=True)
+    return Shape(errors.gather(0, clearest)[0], noise.gather(0, clearest)[0])
