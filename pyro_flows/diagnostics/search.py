@@ -30,8 +30,8 @@ PARTICLES, FEW = 256, 64  # of a population, and where the model runs one draw a
 STARTS = 64  # climbs
 EFFORT = Effort(kept=0.3, forgotten=0.5, moves=(1, 4), max_steps=6, gradients=200)
 SURPRISE = 3.0  # by how many nats the posterior must exceed the guide at a place where the guide has too little
-LEAST = 4.0  # how many nats of evidence below the guide's a Gaussian that was matched may have to count
-MOST, MATCHED = 12, 3  # how many modes are looked at, and how many of those that few particles have found
+LEAST = 8.0  # how many nats of evidence below the guide's a Gaussian that was matched may have to count
+MOST, MATCHED = 32, 3  # how many modes are looked at, and how many of those that few particles have found
 ENOUGH = 4  # particles a dimension, to fit a law to them
 PROBES = 4000  # draws of all laws
 DF = 5.0  # degrees of freedom of the laws
@@ -95,12 +95,16 @@ def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) ->
     """A law around each of the modes that places belong to."""
     around = White(places) if len(places) > places.shape[1] else white
     ends = climb(density, around, places)
-    labels, laws, matched = components(density, around, ends), [], 0
-    for label in range(min(int(labels.max()) + 1, MOST)):
+    labels, dim = components(density, around, ends), places.shape[1]
+    modes = [places[labels == label] for label in range(int(labels.max()) + 1)]
+    within = torch.cat([mode - mode.mean(0) for mode in modes if len(mode) > 1] or [places[:0]])
+    pooled = White(within) if len(within) > ENOUGH * dim else None  # where single modes have too few particles
+    laws, matched = [], 0
+    for label, mode in enumerate(modes[:MOST]):
         mine = labels == label
-        if mine.sum() >= ENOUGH * places.shape[1] + 2:
-            fit = White(places[mine])
-            laws.append(dist.MultivariateStudentT(DF, fit.loc, fit.scale_tril))
+        fit = White(mode) if len(mode) > ENOUGH * dim else pooled
+        if fit is not None:
+            laws.append(dist.MultivariateStudentT(DF, mode.mean(0), fit.scale_tril))
         elif matched < MATCHED:
             matched += 1
             highest = ends[mine][density(ends[mine]).nan_to_num(-math.inf).argmax()]

@@ -43,6 +43,7 @@ CALM = 0.5  # k-hat below which weights that see no error are believed more
 UNEQUAL = 0.2  # the effective share of draws below which reliable weights are to be heard
 LOST = 0.05  # the share of the posterior's mass that must not be missed
 WORST_KHAT = 1.0  # beyond this the weights have no mean
+EVEN = 1.0  # nats by which the largest weight exceeds their mean where they are too even for k-hat to mean anything
 ADAPT, BLOCK, BLOCKS = 4, 10, 5  # sweeps of the chains: to adapt their steps, between judgements, and at most
 
 
@@ -397,7 +398,7 @@ def _doubts(seen: Seen) -> list[Finding]:
     if bool(bent.any()):
         labels = [f"whitened direction {i}" for i in range(len(directions.error))]
         return [directions.worst(labels, bent, "whitened")]
-    if psis.khat >= WORST_KHAT:
+    if psis.khat >= WORST_KHAT and float(psis.log_weights.max()) - psis.log_evidence > EVEN:
         return [Finding("tails", "", psis.khat)]
     pooled = chains.pooled_with(seen.weighted) if psis.reliable else chains
     told = torch.maximum(pooled.errors, pooled.noise) <= LIMIT  # False also where chains have overflown to no number
