@@ -200,7 +200,7 @@ def _brownian_unknown_scales(data: Data) -> Model:
         innovation = numpyro.sample("innovation_noise_scale", dist.LogNormal(0.0, 2.0))
         noise = numpyro.sample("observation_noise_scale", dist.LogNormal(0.0, 2.0))
         x = numpyro.sample("locs", dist.MultivariateNormal(jnp.zeros(len(y)), scale_tril=innovation * walk))
-        _observe("y", dist.Normal(x[seen], noise), y[seen])
+        _observe("y", dist.Normal(x[seen], noise), jnp.asarray(y[seen]))
 
     return model
 

@@ -5,14 +5,17 @@
     python benchmarks/sample.py --samplers NUTS                    # one of the two samplers
     python benchmarks/sample.py --quick --out DIR                  # two targets, few draws: a smoke run
 
-NUTS is NumPyro's with its defaults: four chains of 1,000 warm-up draws and 1,000 draws, in double precision, run
-{METHOD}.  ``pf.sample`` fits an ``AutoFlow`` with its defaults and runs chains of 4,000 draws in total, and
-of ``--draws``.  The targets are those of ``targets.py`` and Neal's funnel: v ~ N(0, 3) and nine x ~ N(0, exp(v / 2)).
+NUTS is NumPyro's with its defaults: four chains of 1,000 warm-up draws and 1,000 draws, in double precision.
+``pf.sample`` fits an ``AutoFlow`` with its defaults and returns 4,000 draws in one run and ``--draws`` in another.  A
+long run shares the cost of the fit among more draws.  So does a long run of NUTS with the cost of warm-up and
+compilation: ``--long-nuts`` adds one with ``--draws``.  The targets are those of ``targets.py`` and Neal's funnel:
+v ~ N(0, 3) and nine x ~ N(0, exp(v / 2)).
 
 The seconds are those of the whole call, on one core.  They include the fit, the warm-up, the compilation by JAX and the
 diagnostics of ``pf.sample``.  They exclude imports and the reading of data.  ESS and R-hat are ArviZ's for both
 samplers, the worst over all latents and deterministic sites.  ESS per second is the smaller one of bulk and tail ESS,
 divided by the seconds.  Each run has a process of its own, and the runs on one target follow each other on one core.
+On a busy machine ``--clock cpu`` divides by the CPU seconds of the process, which other processes hardly change.
 An interrupted benchmark continues where it stopped.  Writes ``sample.csv`` (a row per run) and ``sample.md`` into
 ``docs/benchmarks``.
 """
@@ -46,7 +49,7 @@ import pyro_flows as pf
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 SEEDS, CHAINS, WARMUP, DRAWS, MANY = (0, 1, 2), 4, 1000, 1000, 100_000
-METHOD = "sequential"  # NumPyro's chain_method: on one core a vectorised chain waits for the longest trajectory
+CLOCKS = {"wall": "seconds", "cpu": "cpu_seconds"}
 TARGETS = *targets.NAMES, "funnel"
 SAMPLERS = "NUTS", "pf.sample"
 QUICK = "wells", "funnel"
@@ -67,6 +70,7 @@ MEASURES = (
     "converged",
     "fit_seconds",
     "seconds",
+    "cpu_seconds",
     "ess_per_second",
 )
 
@@ -74,14 +78,25 @@ Row = dict[str, str]
 Samples = dict[str, np.ndarray]  # a site's draws, (chains, draws, *shape)
 
 
-def nuts(name: str, seed: int, warmup: int, draws: int, method: str = METHOD) -> tuple[Samples, dict[str, Any]]:
+def one_program(chain: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Compile one program that runs NumPyro's chains one after another.
+
+    NumPyro's "sequential" compiles the program again for every chain.  Its "vectorized" lets every chain wait for the
+    longest trajectory.  On one core both have fewer effective draws per second.
+    """
+    import jax
+
+    return jax.jit(lambda chains: jax.lax.map(chain, chains))
+
+
+def nuts(name: str, seed: int, warmup: int, draws: int, method: Any = one_program) -> tuple[Samples, dict[str, Any]]:
     """Run NumPyro's NUTS on a target.  Return its draws, and what is known of the run."""
     import jax
     import numpyro_models
     from numpyro.infer import MCMC, NUTS
 
     model = numpyro_models.load(name)
-    start = time.perf_counter()
+    start = clocks()
     mcmc = MCMC(
         NUTS(model),
         num_warmup=warmup,
@@ -92,9 +107,9 @@ def nuts(name: str, seed: int, warmup: int, draws: int, method: str = METHOD) ->
     )
     mcmc.run(jax.random.PRNGKey(seed))
     samples = {key: np.asarray(value) for key, value in mcmc.get_samples(group_by_chain=True).items()}
-    seconds = time.perf_counter() - start
+    known = elapsed(start)
     divergences = int(mcmc.get_extra_fields()["diverging"].sum())
-    return samples, {"divergences": divergences, "fit_seconds": 0.0, "seconds": seconds}
+    return samples, known | {"divergences": divergences, "fit_seconds": 0.0}
 
 
 def ours(name: str, seed: int, steps: int | None, draws: int) -> tuple[Samples, dict[str, Any]]:
@@ -103,15 +118,25 @@ def ours(name: str, seed: int, steps: int | None, draws: int) -> tuple[Samples, 
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     model = load(name)[0]
-    start, guide = time.perf_counter(), None
+    start, guide = clocks(), None
     if steps is not None:
         guide = pf.AutoFlow(model)
         pf.fit_svi(model, guide, steps=steps, progress=False)
     found = pf.sample(model, guide, num_draws=draws)
-    seconds = time.perf_counter() - start
+    known: dict[str, Any] = elapsed(start)
     samples = {key: value.detach().cpu().numpy() for key, value in found.draws.items()}
-    known = {"divergences": int(found.divergences), "converged": str(bool(found.converged))}
-    return samples, known | {"fit_seconds": seconds - float(found.seconds), "seconds": seconds}
+    known |= {"divergences": int(found.divergences), "converged": str(bool(found.converged))}
+    return samples, known | {"fit_seconds": known["seconds"] - float(found.seconds)}
+
+
+def clocks() -> tuple[float, float]:
+    """Return the time of the clock and the CPU time of this process."""
+    return time.perf_counter(), time.process_time()
+
+
+def elapsed(start: tuple[float, float]) -> dict[str, float]:
+    """Return the seconds since a start, by both clocks."""
+    return dict(zip(CLOCKS.values(), (now - then for now, then in zip(clocks(), start, strict=True)), strict=True))
 
 
 def load(name: str) -> tuple[Callable[[], None], Callable[[targets.Draws], targets.Draws]]:
@@ -132,13 +157,12 @@ def measure(name: str, sampler: str, draws: int, seed: int, warmup: int, steps: 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", UserWarning)
     row: dict[str, Any] = dict(zip(KEYS, (name, sampler, str(draws), str(seed)), strict=True))
-    start = time.perf_counter()
+    start = clocks()
     try:
         found = nuts(name, seed, warmup, draws) if sampler == "NUTS" else ours(name, seed, steps, draws)
         row |= found[1] | judge(name, found[0])
-        row["ess_per_second"] = min(row["ess_bulk"], row["ess_tail"]) / row["seconds"]
     except Exception as error:
-        row["seconds"] = time.perf_counter() - start
+        row |= elapsed(start)
         row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return {key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in row.items()}
 
@@ -221,6 +245,14 @@ def key(row: Row) -> tuple[Any, ...]:
     return TARGETS.index(row["target"]), SAMPLERS.index(row["sampler"]), int(row["draws"]), int(row["seed"])
 
 
+def rated(row: Row, clock: str) -> Row:
+    """Return a row with the number of effective draws per second by one of the clocks."""
+    if row.get("failed"):
+        return row
+    rate = min(float(row["ess_bulk"]), float(row["ess_tail"])) / float(row[CLOCKS[clock]])
+    return {**row, "ess_per_second": f"{rate:.6g}"}
+
+
 def medians(rows: list[Row]) -> dict[tuple[int, int, int], dict[str, float]]:
     """Return the median over the seeds of each measure, for each target, sampler and number of draws."""
     groups: dict[tuple[int, int, int], list[Row]] = {}
@@ -231,13 +263,13 @@ def medians(rows: list[Row]) -> dict[tuple[int, int, int], dict[str, float]]:
         place: {
             measure: statistics.median(float(r[measure]) for r in mine)
             for measure in MEASURES
-            if measure != "converged" and mine[0].get(measure)
+            if measure != "converged" and all(r.get(measure) for r in mine)
         }
         for place, mine in groups.items()
     }
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Row], clock: str) -> str:
     """Return the results as Markdown."""
     seeds = " ".join(sorted({r["seed"] for r in rows}, key=int))
     found = medians(rows)
@@ -249,8 +281,9 @@ def table(rows: list[Row]) -> str:
         f"{version('numpyro')}, JAX {version('jax')}, Python {platform.python_version()}.",
         "The seconds are those of one core. They include the fit of the flow, the warm-up and the compilation. ESS and "
         "R-hat are ArviZ's, the worst over all latents and deterministic sites. ESS/s is the smaller one of bulk and "
-        "tail ESS, divided by the seconds. The last column is the ratio of ESS/s to that of NUTS. It means little "
-        "where R-hat of either sampler is above 1.01.",
+        f"tail ESS, divided by the seconds (clock: {clock}).",
+        "The last column is the ratio of ESS/s to that of NUTS with as many draws, or else with its fewest. It means "
+        "little where R-hat of either sampler is above 1.01.",
         "The errors of the means and the ratios of standard deviations are against the reference draws, in standard "
         "deviations, the worst over the quantities. A dash: there is no reference.",
         f"Reproduce with `python benchmarks/sample.py --seeds {seeds}`.",
@@ -258,7 +291,7 @@ def table(rows: list[Row]) -> str:
         "| target | D | sampler | draws | ESS bulk | ESS tail | R-hat | worst error | sd | divergences | fit s | s | "
         "ESS/s | ratio |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-        *speed_lines(rows, found),
+        *speed_lines(rows, found, clock),
         "",
         "## Necks of funnels",
         "",
@@ -272,7 +305,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def speed_lines(rows: list[Row], found: dict[tuple[int, int, int], dict[str, float]]) -> list[str]:
+def speed_lines(rows: list[Row], found: dict[tuple[int, int, int], dict[str, float]], clock: str) -> list[str]:
     """Return the lines of the main table: one per target, sampler and number of draws."""
     lines, dims = [], {**targets.DIMS, "funnel": 10}
     for place in sorted({key(r)[:3] for r in rows}):
@@ -280,14 +313,15 @@ def speed_lines(rows: list[Row], found: dict[tuple[int, int, int], dict[str, flo
         cells = [name, str(dims[name]), sampler, f"{draws:,}"]
         failures = [r["failed"] for r in rows if key(r)[:3] == place and r.get("failed")]
         if m := found.get(place):
-            rival = [m["ess_per_second"] for other, m in found.items() if other[:2] == (place[0], 0)]
+            rivals = {n: other["ess_per_second"] for (i, kind, n), other in found.items() if (i, kind) == (place[0], 0)}
             cells += [f"{m['ess_bulk']:,.0f}", f"{m['ess_tail']:,.0f}", f"{m['r_hat']:.3f}"]
             cells += (
                 [f"{m['worst_error']:.3f}", f"{m['low_sd']:.2f}–{m['high_sd']:.2f}"] if "low_sd" in m else ["–"] * 2
             )
-            cells += [f"{m['divergences']:.0f}", f"{m['fit_seconds']:.0f}", f"{m['seconds']:.1f}"]
+            cells += [f"{m['divergences']:.0f}", f"{m['fit_seconds']:.0f}", f"{m[CLOCKS[clock]]:.1f}"]
             cells += [f"{m['ess_per_second']:.3g}" + (f" ({len(failures)} failed)" if failures else "")]
-            cells += [f"**{m['ess_per_second'] / rival[0]:.2g}**" if place[1] and rival else ""]
+            rival = rivals.get(draws, rivals[min(rivals)]) if rivals else None
+            cells += [f"**{m['ess_per_second'] / rival:.2g}**" if sampler != "NUTS" and rival else ""]
         else:
             cells += [f"failed: {failures[0][:60]}".replace("|", "/"), *[""] * 9]
         lines.append("| " + " | ".join(cells) + " |")
@@ -306,25 +340,26 @@ def neck_lines(found: dict[tuple[int, int, int], dict[str, float]]) -> list[str]
     return lines
 
 
-def save(rows: list[Row], out: Path) -> None:
+def save(rows: list[Row], out: Path, clock: str) -> None:
     """Write the rows as CSV and as Markdown."""
-    rows.sort(key=key)
+    rows = [rated(row, clock) for row in sorted(rows, key=key)]
     text = io.StringIO()
     writer = csv.DictWriter(text, [*KEYS, *MEASURES, "failed"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write(text.getvalue(), out / "sample.csv")
-    write(table(rows), out / "sample.md")
+    write(table(rows, clock), out / "sample.md")
 
 
 def parsed() -> argparse.Namespace:
     """Return the options of the command line."""
-    text = (__doc__ or "").replace("{METHOD}", f"one after another ({METHOD!r})")
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=SAMPLERS)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--draws", type=int, default=MANY, help="draws of the long run of pf.sample")
+    parser.add_argument("--draws", type=int, default=MANY, help="draws of the long runs")
+    parser.add_argument("--long-nuts", action="store_true", help="run NUTS with --draws too")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="what ESS is divided by")
     parser.add_argument("--jobs", type=int, default=1, help="targets at a time, one core each")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the two files")
     parser.add_argument("--quick", action="store_true", help="two targets, 100 steps, few draws: needs --out")
@@ -344,7 +379,8 @@ def main() -> None:
     targets.folder()
     rows = read(options.out / "sample.csv")
     done = {tuple(r[k] for k in KEYS) for r in rows}
-    lengths = {"NUTS": [options.short], "pf.sample": [options.short, options.draws]}
+    both = [options.short, options.draws]
+    lengths = {"NUTS": both if options.long_nuts else both[:1], "pf.sample": both}
     groups = [
         [
             (name, sampler, draws, seed, options.warmup, options.steps)
@@ -358,7 +394,7 @@ def main() -> None:
     for row in runs(groups, options.jobs):
         print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
         rows.append(row)
-        save(rows, options.out)
+        save(rows, options.out, options.clock)
 
 
 if __name__ == "__main__":
