@@ -2,14 +2,15 @@
 
     python benchmarks/sample.py                                    # the full table, several hours on one core
     python benchmarks/sample.py --targets wells funnel --seeds 0
-    python benchmarks/sample.py --samplers NUTS                    # one of the two samplers
+    python benchmarks/sample.py --samplers NUTS                    # one of the samplers
     python benchmarks/sample.py --quick --out DIR                  # two targets, few draws: a smoke run
 
 NUTS is NumPyro's with its defaults: four chains of 1,000 warm-up draws and 1,000 draws, in double precision.
 ``pf.sample`` fits an ``AutoFlow`` with its defaults and returns 4,000 draws in one run and ``--draws`` in another.  A
 long run shares the cost of the fit among more draws.  So does a long run of NUTS with the cost of warm-up and
-compilation: ``--long-nuts`` adds one with ``--draws``.  The targets are those of ``targets.py`` and Neal's funnel:
-v ~ N(0, 3) and nine x ~ N(0, exp(v / 2)).
+compilation: ``--long-nuts`` adds one with ``--draws``.  "NUTS, dense" is NUTS with a dense metric
+(``dense_mass=True``), which suits correlated posteriors.  It runs if ``--samplers`` names it.  The targets are those of
+``targets.py`` and Neal's funnel: v ~ N(0, 3) and nine x ~ N(0, exp(v / 2)).
 
 The seconds are those of the whole call, on one core.  They include the fit, the warm-up, the compilation by JAX and the
 diagnostics of ``pf.sample``.  They exclude imports and the reading of data.  ESS and R-hat are ArviZ's for both
@@ -52,7 +53,8 @@ OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 SEEDS, CHAINS, WARMUP, DRAWS, MANY = (0, 1, 2), 4, 1000, 1000, 100_000
 CLOCKS = {"wall": "seconds", "cpu": "cpu_seconds"}
 TARGETS = *targets.NAMES, "funnel"
-SAMPLERS = "NUTS", "pf.sample"
+SAMPLERS = "NUTS", "NUTS, dense", "pf.sample"
+DEFAULT = "NUTS", "pf.sample"
 QUICK = "wells", "funnel"
 # The site and the threshold of each funnel's neck.  P(v < -6) = Phi(-2).
 NECKS = {"funnel": ("v", -6.0), "eight_schools": ("tau", 1.0), "eight_schools_centered": ("tau", 1.0)}
@@ -90,7 +92,9 @@ def one_program(chain: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return jax.jit(lambda chains: jax.lax.map(chain, chains))
 
 
-def nuts(name: str, seed: int, warmup: int, draws: int, method: Any = one_program) -> tuple[Samples, dict[str, Any]]:
+def nuts(
+    name: str, seed: int, warmup: int, draws: int, dense: bool, method: Any = one_program
+) -> tuple[Samples, dict[str, Any]]:
     """Run NumPyro's NUTS on a target.  Return its draws, and what is known of the run."""
     import jax
     import numpyro_models
@@ -99,7 +103,7 @@ def nuts(name: str, seed: int, warmup: int, draws: int, method: Any = one_progra
     model = numpyro_models.load(name)
     start = clocks()
     mcmc = MCMC(
-        NUTS(model),
+        NUTS(model, dense_mass=dense),
         num_warmup=warmup,
         num_samples=draws // CHAINS,
         num_chains=CHAINS,
@@ -160,7 +164,10 @@ def measure(name: str, sampler: str, draws: int, seed: int, warmup: int, steps: 
     row: dict[str, Any] = dict(zip(KEYS, (name, sampler, str(draws), str(seed)), strict=True))
     start = clocks()
     try:
-        found = nuts(name, seed, warmup, draws) if sampler == "NUTS" else ours(name, seed, steps, draws)
+        if sampler == "pf.sample":
+            found = ours(name, seed, steps, draws)
+        else:
+            found = nuts(name, seed, warmup, draws, sampler == "NUTS, dense")
         row |= found[1] | judge(name, found[0])
     except Exception as error:
         row |= elapsed(start)
@@ -374,7 +381,7 @@ def parsed() -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
-    parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=SAMPLERS)
+    parser.add_argument("--samplers", nargs="+", default=list(DEFAULT), choices=SAMPLERS)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--draws", type=int, default=MANY, help="draws of the long runs")
     parser.add_argument("--long-nuts", action="store_true", help="run NUTS with --draws too")
@@ -399,7 +406,8 @@ def main() -> None:
     rows = read(options.out / "sample.csv")
     done = {tuple(r[k] for k in KEYS) for r in rows}
     both = [options.short, options.draws]
-    lengths = {"NUTS": both if options.long_nuts else both[:1], "pf.sample": both}
+    both_or_short = both if options.long_nuts else both[:1]
+    lengths = {"NUTS": both_or_short, "NUTS, dense": both_or_short, "pf.sample": both}
     groups = [
         [
             (name, sampler, draws, seed, options.warmup, options.steps)
