@@ -9,7 +9,6 @@ that Z is that of the model.  Angles are periodic parameters of pocoMC.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -37,7 +36,6 @@ class Run(NamedTuple):
     log_weights: Tensor
     log_evidence: float
     error: float
-    seconds: float
 
 
 @contextmanager
@@ -159,7 +157,6 @@ def pocomc(model: Callable[[], None], seed: int, quick: bool) -> Run:
     with double():
         latents = Latents(model)
     torch.set_default_dtype(torch.float32)
-    start = time.perf_counter()
     sampler = Sampler(
         prior=latents,
         likelihood=latents.log_likelihood,
@@ -171,8 +168,7 @@ def pocomc(model: Callable[[], None], seed: int, quick: bool) -> Run:
     sampler.run(n_total=size, n_evidence=size, progress=False)
     x, log_weights, *_ = sampler.posterior(return_logw=True)
     log_z, error = sampler.evidence()
-    seconds = time.perf_counter() - start
     torch.set_default_dtype(torch.float64)
     _, draws = latents.unpack(torch.as_tensor(x, dtype=torch.float64))
     weights = torch.as_tensor(log_weights, dtype=torch.float64)
-    return Run(draws, weights - weights.logsumexp(0), float(log_z), float(error), seconds)
+    return Run(draws, weights - weights.logsumexp(0), float(log_z), float(error))

@@ -37,11 +37,11 @@ LABELS = {  # log Z and its standard error, by importance sampling from ``propos
     "labels-3": (-121.101, 0.001),
 }
 CENTRES = {"labels-2": (-3.0, 3.0), "labels-3": (-3.0, 0.0, 3.0)}
-POINTS, NOISE = 60, 0.5  # of the data of the mixtures
+POINTS, NOISE = 60, 0.5  # number and standard deviation of the mixtures' data
 RADIUS, WIDTH, APART = 2.0, 0.1, 3.5  # of a shell, and half the distance between the centres of two
 SEPARATION = 4.0  # half the distance between the two modes, in standard deviations
 ANGLES = 3.0, 3.0 - math.pi  # centres of the modes of the first angle
-GRID = 2000  # points of a line through a grid
+GRID = 2000  # points of a grid per dimension
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _known(name: str) -> ModeTarget:
 
 
 def _constructed(dim: int, target: Density, scale: float) -> Callable[[], None]:
-    """A model with prior N(0, scale^2 I) whose joint density is the target's."""
+    """Return a model with prior N(0, scale^2 I) whose joint density is the target's."""
     prior = dist.Normal(torch.zeros(dim), scale).to_event(1)
 
     def model() -> None:
@@ -99,7 +99,7 @@ def _constructed(dim: int, target: Density, scale: float) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Gaussians of independent coordinates: weights (K,), which need not sum to 1, means (K, D) and scales (K, D)."""
+    """Mixture of Gaussians with weights (K,), means (K, D) and scales (K, D); the weights need not sum to 1."""
 
     weights: Tensor
     means: Tensor
@@ -153,7 +153,7 @@ def _forty() -> ModeTarget:
 
 @lru_cache
 def _shares_of_forty() -> Tensor:
-    """The shares by a grid: some of the components overlap, so the shares of the regions are not the weights."""
+    """Return the shares by a grid.  Some components overlap, so the shares of their regions differ from the weights."""
     parts, line = mixture("forty"), torch.linspace(-50.0, 50.0, 1001)
     log_density = [parts.parts(torch.cartesian_prod(row, line)) for row in line.split(10)]
     region = torch.cat([part.argmax(-1) for part in log_density])
@@ -215,7 +215,7 @@ def _angle_regions(draws: Draws) -> Tensor:
     """Return the nearest of two values of ``a``, and given ``a`` the nearest of two values of ``b``."""
     a, b = draws["a"], draws["b"]
     first = torch.cos(a - ANGLES[0]) > 0
-    # The half of an angle has a jump, so that it is taken of the distance from the mode.
+    # a / 2 jumps where a wraps around, so the regions of b follow the distance of a from its mode.
     near = torch.where(first, ANGLES[0], ANGLES[1])
     away = torch.remainder(a - near + math.pi, 2 * math.pi) - math.pi
     second = torch.cos(b - (near + away) / 2) > 0
@@ -238,7 +238,7 @@ def _log_shell(distance: Tensor) -> Tensor:
 
 
 def _of_shells(name: str, centres: Tensor) -> ModeTarget:
-    """One or two shells in a box from -6 to 6."""
+    """Return one or two shells in a box from -6 to 6."""
     number, dim = centres.shape
     prior = dist.Uniform(torch.full((dim,), -6.0), torch.tensor(6.0)).to_event(1)
 
@@ -247,7 +247,7 @@ def _of_shells(name: str, centres: Tensor) -> ModeTarget:
         pyro.factor("shell", _log_shell((x.unsqueeze(-2) - centres).norm(dim=-1)).logsumexp(-1))
 
     def regions(draws: Draws) -> Tensor:
-        """The quarters of a shell, or the nearer of two shells."""
+        """Return the quarter of a shell, or the nearer of two shells."""
         x = draws["x"]
         return 2 * (x[:, 0] > 0).long() + (x[:, 1] > 0).long() if number == 1 else (x[:, 0] > 0).long()
 
@@ -278,7 +278,7 @@ def log_density(model: Callable[[], None], draws: Draws) -> Tensor:
 
 
 def proposal(name: str, number: int) -> tuple[Draws, Tensor]:
-    """Draw from a distribution that covers the posterior; of mixtures it covers one labelling."""
+    """Draw from a distribution that covers the posterior.  For labelled mixtures it covers one labelling."""
     if name.startswith("labels"):
         return _labels_proposal(name, number)
     if name == "angles":
@@ -351,7 +351,7 @@ def by_grid(target: ModeTarget, reach: float) -> tuple[float, Tensor]:
 
 
 def report(name: str, draws: int) -> list[str]:
-    """Return lines that compare what is assumed of a target with what is computed in other ways."""
+    """Return lines that compare the assumed log Z and shares of a target with other computations."""
     target = load(name)
 
     def line(method: str, log_z: float, error: float, shares: Tensor | None) -> str:

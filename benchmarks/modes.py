@@ -1,6 +1,7 @@
 """Compare ``pf.anneal`` with pocoMC: modes found, their weights, and the evidence.
 
     python benchmarks/modes.py                              # every target, both samplers, three seeds
+    python benchmarks/modes.py --samplers anneal            # without the peer
     python benchmarks/modes.py --targets forty two-50 --seeds 0
     python benchmarks/modes.py --quick --out DIR            # one target, few particles: a smoke run
     python benchmarks/modes.py --truth                      # check the known answers, a minute of one core
@@ -72,6 +73,7 @@ MEASURES = (
     "guide_worst",
     "temperatures",
     "evaluations",
+    "cpu_seconds",
     "seconds",
     "failed",
 )
@@ -143,13 +145,19 @@ def of_draws(log_weights: Tensor) -> dict[str, float]:
     return {"draws": len(log_weights), "ess": float(1 / log_weights.exp().square().sum())}
 
 
+def timed(call: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+    """Return what a call returns, and its seconds: of the clock, and of the processor."""
+    clock, processor = time.perf_counter(), time.process_time()
+    found = call()
+    return found, {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - processor}
+
+
 def anneal(target: ModeTarget, seed: int, quick: bool) -> dict[str, Any]:
     """Run ``pf.anneal`` on a target and measure what it returns."""
     model, counter = counted(target.model)
     settings = {"num_particles": QUICK_PARTICLES} if quick else {}
-    start = time.perf_counter()
-    found = pf.anneal(model, **settings)
-    row: dict[str, Any] = {"seconds": time.perf_counter() - start, "evaluations": counter.count}
+    found, row = timed(lambda: pf.anneal(model, **settings))
+    row["evaluations"] = counter.count
     draws, log_weights = found.draws, found.log_weights.double()
     row |= of_regions(target, draws, log_weights) | of_draws(log_weights)
     row |= of_evidence(target, float(found.log_evidence), float(found.log_evidence_se))
@@ -164,8 +172,8 @@ def anneal(target: ModeTarget, seed: int, quick: bool) -> dict[str, Any]:
 def pocomc(target: ModeTarget, seed: int, quick: bool) -> dict[str, Any]:
     """Run pocoMC on a target and measure what it returns."""
     model, counter = counted(target.model)
-    found = mode_peers.pocomc(model, seed, quick)
-    row: dict[str, Any] = {"seconds": found.seconds, "evaluations": counter.count}
+    found, row = timed(lambda: mode_peers.pocomc(model, seed, quick))
+    row["evaluations"] = counter.count
     row |= of_regions(target, found.draws, found.log_weights) | of_draws(found.log_weights)
     return row | of_evidence(target, found.log_evidence, found.error)
 
@@ -223,12 +231,12 @@ torch {torch}, Pyro {pyro}, Python {python}.
 variation between the shares of the modes and the known shares. *guide*: the same two measures for unweighted draws of
 the guide that `anneal` returns. *log Z error*: the largest of all seeds, in nats, and in standard errors (the sampler's
 own and that of the known value). *s.e.*: the standard error that the sampler states. *evaluations*: points at which the
-model is evaluated, the fit of the guide included. Other columns are medians of the seeds. Seconds are those of one
-thread. Reproduce with `python benchmarks/modes.py`.
+model is evaluated, the fit of the guide included. Other columns are medians of the seeds. *CPU s*: seconds of
+processor time in one thread. Reproduce with `python benchmarks/modes.py`.
 
 """
 TITLES = "target", "D", "sampler", "seeds", "found", "TV", "guide found", "guide TV", "log Z", "log Z error", "s.e."
-TITLES_AFTER = "error / s.e.", "evaluations", "s"
+TITLES_AFTER = "error / s.e.", "evaluations", "CPU s"
 
 
 def table(rows: list[Row]) -> str:
@@ -263,7 +271,7 @@ def cells(name: str, sampler: str, rows: list[Row]) -> list[str]:
 
     modes = [share("found"), cell("variation", ".3f"), share("guide_found"), cell("guide_variation", ".3f")]
     log_z = [f"{target.log_evidence:.3f}", cell("error", "+.3f"), cell("log_evidence_se", ".3f"), cell("z", "+.1f")]
-    return [*head, *modes, *log_z, cell("evaluations", ",.0f"), cell("seconds", ".0f")]
+    return [*head, *modes, *log_z, cell("evaluations", ",.0f"), cell("cpu_seconds", ".0f")]
 
 
 def save(rows: list[Row], out: Path) -> None:
@@ -310,6 +318,8 @@ def main() -> None:
             print("\n".join(mode_targets.report(name, 400_000)), flush=True)
         return
     options.out.mkdir(parents=True, exist_ok=True)
+    if set(options.targets) & set(targets.NAMES):
+        targets.folder()  # fail before the first run, not after hours
     rows = [row for row in read(options.out / "modes.csv") if not row.get("failed")]
     done = {(r["target"], r["sampler"], int(r["seed"])) for r in rows}
     wanted = [(name, kind, seed) for seed in options.seeds for name in options.targets for kind in options.samplers]
