@@ -22,6 +22,9 @@ from .diagnostics import resample as resample
 from .diagnostics import round_off as round_off
 from .diagnostics import save_images as save_images
 from .diagnostics import to_arviz as to_arviz
+from .fitting import Annealed as Annealed
+from .fitting import Mode as Mode
+from .fitting import anneal as anneal
 from .fitting import fit_amortized as fit_amortized
 from .fitting import fit_density as fit_density
 from .fitting import fit_svi as fit_svi

@@ -74,8 +74,10 @@ def search(space: Space, white: White, draws: Scored, judged: Tensor) -> Missing
 def _lacking(space: Space, white: White, density: LogDensity, draws: Scored, evidence: float) -> Tensor:
     """Places where the guide has too little, ``(n, D)``: those of a population and of climbs."""
     alone = space.task.runs_one_by_one
-    population = anneal(Reference(space, white.loc, white.scale_tril), FEW if alone else PARTICLES, EFFORT)
-    starts, _ = white.forward(_far(white.inverse(draws.z[: STARTS // (4 if alone else 1)])))
+    reference = Reference(space, white.loc, white.scale_tril)
+    population = anneal(reference, FEW if alone else PARTICLES, EFFORT)
+    number = STARTS // (8 if alone else 2)
+    starts = torch.cat((white.forward(_far(white.inverse(draws.z[:number])))[0], _near(reference.draw(number))))
     found = [] if population is None else [population.z]
     if population is not None and not population.has_arrived:
         starts = torch.cat((starts, population.z))
@@ -89,6 +91,15 @@ def _lacking(space: Space, white: White, density: LogDensity, draws: Scored, evi
 def _far(x: Tensor) -> Tensor:
     """Vectors that are moved outwards by factors from 2 to 8."""
     return 2 * 4 ** torch.rand(len(x), 1, dtype=x.dtype, device=x.device) * x
+
+
+def _near(z: Tensor) -> Tensor:
+    """Vectors that are moved to their middle, the first all of the way, the others by shares; finite ones only."""
+    z = z[z.isfinite().all(-1)]
+    middle = z.median(0).values if len(z) else z
+    return torch.cat(
+        (z[:0] if not len(z) else middle.unsqueeze(0), middle + torch.rand(len(z), 1).to(z) * (z - middle))
+    )
 
 
 def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) -> list[dist.TorchDistribution]:

@@ -45,6 +45,7 @@ LOST = 0.05  # the share of the posterior's mass that must not be missed
 WORST_KHAT = 1.0  # beyond this the weights have no mean
 EVEN = 1.0  # nats by which the largest weight exceeds their mean where they are too even for k-hat to mean anything
 ADAPT, BLOCK, BLOCKS = 4, 10, 5  # sweeps of the chains: to adapt their steps, between judgements, and at most
+TRIES = 4  # times as many sweeps to adapt steps that are far too long
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,9 @@ def _run(
     meter = DriftMeter(draws.quantities[:, judged], began.quantities[:, judged])
     shape = ShapeMeter(looked_at.features(draws.quantities, draws.z), looked_at.features(began.quantities, began.z))
     places = []
-    for _ in range(ADAPT):
+    for number in range(TRIES * ADAPT):
+        if number >= ADAPT and max(chains.acceptance) > FROZEN:
+            break
         chains.sweep(adapt=True)
         places.append(white.inverse(chains.z))
     extremes = torch.linalg.eigh(torch.cov(torch.cat(places).T).reshape(space.dim, space.dim)).eigenvectors[:, [0, -1]]

@@ -1,5 +1,8 @@
 """Fit guides and flows: to models, to data, to simulations."""
 
 from .amortized import fit_amortized as fit_amortized
+from .annealing import Annealed as Annealed
+from .annealing import Mode as Mode
+from .annealing import anneal as anneal
 from .density import fit_density as fit_density
 from .svi import fit_svi as fit_svi
