@@ -23,6 +23,7 @@ from torch.distributions import Distribution
 
 Draws = dict[str, Tensor]
 Program = Callable[[], Any]
+Factor = Callable[[Tensor], Tensor]  # the log-likelihood of latents, broadcast over leading dimensions
 DRAWS = 100_000  # draws around a mode
 
 
@@ -54,7 +55,7 @@ def sampling(law: Distribution) -> Program:
     return guide
 
 
-def factored(prior: Distribution, log_factor: Callable[[Tensor], Tensor]) -> Program:
+def factored(prior: Distribution, log_factor: Factor) -> Program:
     """Return a model of one latent: its prior times a factor."""
 
     def model() -> None:
@@ -103,9 +104,7 @@ def one(dim: int) -> Tensor:
     return torch.eye(dim).unsqueeze(0)
 
 
-def symmetric(
-    prior: Distribution, log_factor: Callable[[Tensor], Tensor], start: Tensor, group: Tensor | None = None
-) -> Target:
+def symmetric(prior: Distribution, log_factor: Factor, start: Tensor, group: Tensor | None = None) -> Target:
     """Return the target of a likelihood that a group of orthogonal matrices leaves as it is.
 
     Args:
@@ -135,7 +134,7 @@ def symmetric(
     return Target(factored(prior, log_factor), truth, sampling(law), law)
 
 
-def resampled(log_density: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+def resampled(log_density: Factor, start: Tensor) -> Tensor:
     """Return draws from a density of one mode: importance sampling from a Student t that adapts to it."""
     place = start.clone()
     for _ in range(30):
@@ -188,11 +187,12 @@ def loadings(dim: int, rows: int) -> Target:
     """Return the loadings of one factor, whose sign is not identified."""
     weights = torch.linspace(0.6, 1.4, dim)
     y = noise(rows, 1) * weights + 0.7 * noise(rows, dim, seed=1)
+    scatter = y.T @ y
 
     def log_factor(x: Tensor) -> Tensor:  # of Normal(0, x x' + .49), by the matrix determinant lemma
         total = 0.49 + x.square().sum(-1)
-        explained = (x @ y.T).square().sum(-1) / total
-        return -(rows * total.log() + (y.square().sum() - explained) / 0.49) / 2
+        explained = (x @ scatter * x).sum(-1) / total
+        return -(rows * total.log() + (scatter.trace() - explained) / 0.49) / 2
 
     return symmetric(normal(0.0, 1.0, dim), log_factor, weights, torch.stack((torch.eye(dim), -torch.eye(dim))))
 
@@ -239,10 +239,10 @@ def logistic(dim: int, rows: int) -> Target:
     return symmetric(normal(0.0, 2.0, dim), log_factor, weights)
 
 
-# Posteriors of one number, tabulated, and of what they make.
+# Posteriors of one number, tabulated, and of two.
 
 
-def tabulated(log_factor: Callable[[Tensor], Tensor], scale: float, reach: float, dim: int = 1) -> Target:
+def tabulated(log_factor: Factor, scale: float, reach: float, dim: int = 1) -> Target:
     """Return independent numbers of one likelihood each; the prior is normal, and what is beyond reach is left out."""
     prior = dist.Normal(0.0, scale)
     law = repeated(Tabulated(lambda x: prior.log_prob(x) + log_factor(x), -reach, reach), dim)
@@ -250,26 +250,26 @@ def tabulated(log_factor: Callable[[Tensor], Tensor], scale: float, reach: float
     return Target(model, lambda n: {"x": law.sample(torch.Size((n,)))}, sampling(law), law)
 
 
-def magnitude(y: float, scale: float) -> Callable[[Tensor], Tensor]:
+def magnitude(y: float, scale: float) -> Factor:
     """Return the likelihood of y ~ Normal(|x|, scale)."""
     return lambda x: dist.Normal(x.abs(), scale).log_prob(torch.tensor(y))
 
 
-def wave(rows: int, spread: float) -> Callable[[Tensor], Tensor]:
+def wave(rows: int, spread: float) -> Factor:
     """Return the likelihood of the phase of a sine, which is known up to turns."""
     times = torch.linspace(0, 6, rows)
     y = (times + 0.8).sin() + spread * noise(rows)
     return lambda x: dist.Normal((x.unsqueeze(-1) + times).sin(), spread).log_prob(y).sum(-1)
 
 
-def alias(rows: int, spread: float) -> Callable[[Tensor], Tensor]:
+def alias(rows: int, spread: float) -> Factor:
     """Return the likelihood of the frequency of a cosine seen at whole times: aliases and signs fit equally."""
     times = torch.arange(1.0, rows + 1)
     y = (times * 1.1).cos() + spread * noise(rows)
     return lambda x: dist.Normal((x.unsqueeze(-1) * times).cos(), spread).log_prob(y).sum(-1)
 
 
-def outliers(y: Sequence[float]) -> Callable[[Tensor], Tensor]:
+def outliers(y: Sequence[float]) -> Factor:
     """Return the likelihood of a place under Cauchy noise, for data that disagree."""
     return lambda x: dist.Cauchy(x.unsqueeze(-1), 0.5).log_prob(torch.tensor(y)).sum(-1)
 
