@@ -1,6 +1,6 @@
 """Can ``check`` be fooled?  Wrong and right guides on posteriors of known truth, chosen by a hostile statistician.
 
-    python benchmarks/attacks.py                          # all of them, about half an hour on one core
+    python benchmarks/attacks.py                          # all of them, some 15 minutes on one core
     python benchmarks/attacks.py --only "spike" "a ring"  # those whose names contain one of these
     python benchmarks/attacks.py --truth                  # compare each guide's draws with exact ones
 

@@ -199,7 +199,7 @@ class Checkerboard(Law):
 class Correlations(Law):
     """LKJ law of the Cholesky factor of a 3 × 3 correlation matrix, drawn by partial correlations.
 
-    The draws of ``LKJCholesky`` itself do not follow its density in torch 2.4 to 2.9: their correlations are too wide.
+    The draws of ``LKJCholesky`` itself do not follow its density in torch 2.13: their correlations are too wide.
     """
 
     def __init__(self, concentration: float) -> None:
