@@ -159,7 +159,7 @@ def moved(shift: float, factor: float, latents: int | None = None) -> Callable[[
     return guide
 
 
-def fitted(kind: str, steps: int = 500) -> Callable[[Target], Any]:
+def fitted(kind: str, steps: int = 500, particles: int = 16) -> Callable[[Target], Any]:
     """Return the guide that a user would fit."""
 
     def guide(target: Target) -> Any:
@@ -169,7 +169,7 @@ def fitted(kind: str, steps: int = 500) -> Callable[[Target], Any]:
             return found
         found = {"AutoNormal": AutoNormal, "AutoMultivariateNormal": AutoMultivariateNormal}[kind](target.model)
         found()
-        objective = Trace_ELBO(16, vectorize_particles=True)
+        objective = Trace_ELBO(particles, vectorize_particles=True)
         pf.fit_svi(target.model, found, steps=steps, lr=0.05, objective=objective, progress=False)
         return found
 
@@ -638,7 +638,7 @@ def plain() -> Iterator[Attack]:
     yield Attack("logistic regression, AutoFlow", "plain", logistic, fitted("AutoFlow"), False, "well fitted")
     linear = partial(targets.regression, 5, 50)
     yield Attack("regression, 5-D, AutoFlow", "plain", linear, fitted("AutoFlow"), False, "well fitted")
-    full = fitted("AutoMultivariateNormal", 2000)
+    full = fitted("AutoMultivariateNormal", 2000, 256)
     yield Attack("regression, 5-D, AutoMultivariateNormal", "plain", linear, full, False, "well fitted")
 
 
