@@ -1,0 +1,367 @@
+"""Posteriors of known truth: the targets of ``attacks.py``.
+
+Most have a law that is written down: the model is a prior times a factor, so that the posterior is exactly this law.
+Posteriors of data with symmetries are sampled around one mode, by importance sampling from a Student t, and the draws
+are then spread over all modes by the group of the symmetries.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from attacks_laws import Chain, Mixture, Tabulated, normal
+from torch import Tensor
+from torch.distributions import Distribution
+
+Draws = dict[str, Tensor]
+Program = Callable[[], Any]
+Factor = Callable[[Tensor], Tensor]  # the log-likelihood of latents, broadcast over leading dimensions
+DRAWS = 100_000  # draws around a mode
+
+
+@dataclass(frozen=True)
+class Target:
+    """Posterior of known truth.
+
+    Attributes:
+        model: The Pyro model.
+        truth: Return exact draws, ``(n, *shape)`` for each latent, given n.
+        exact: A guide that is the posterior, or very nearly.
+        law: The distribution of ``x``, for models of a single latent.
+        log_evidence: The logarithm of the model's evidence, if it is known.
+    """
+
+    model: Program
+    truth: Callable[[int], Draws]
+    exact: Program
+    law: Any = None
+    log_evidence: float | None = None
+
+
+def sampling(law: Distribution) -> Program:
+    """Return a guide that draws ``x`` from a law."""
+
+    def guide() -> None:
+        pyro.sample("x", law)
+
+    return guide
+
+
+def factored(prior: Distribution, log_factor: Factor) -> Program:
+    """Return a model of one latent: its prior times a factor."""
+
+    def model() -> None:
+        x = pyro.sample("x", prior)
+        pyro.factor("data", log_factor(x))
+
+    return model
+
+
+def posterior(law: Distribution, prior: Distribution) -> Target:
+    """Return the target whose posterior is a given law."""
+    model = factored(prior, lambda x: law.log_prob(x) - prior.log_prob(x))
+    return Target(model, lambda n: {"x": law.sample(torch.Size((n,)))}, sampling(law), law, 0.0)
+
+
+def free(law: Distribution, scale: float) -> Target:
+    """Return the target of a law over vectors without bounds; the prior is normal with the given scale."""
+    return posterior(law, normal(0.0, scale, law.event_shape[0]))
+
+
+def repeated(law: Distribution, dim: int) -> Distribution:
+    """Return the law of independent copies of a number."""
+    return law.expand((dim,)).to_event(1)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Return standard normal numbers for data, the same in each run."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Posteriors of data with symmetries.
+
+
+def signs(dim: int) -> Tensor:
+    """Return all changes of signs, as matrices."""
+    return torch.stack([torch.tensor(row).diag() for row in itertools.product((1.0, -1.0), repeat=dim)])
+
+
+def permutations(dim: int) -> Tensor:
+    """Return all permutations, as matrices; the identity is first."""
+    return torch.stack([torch.eye(dim)[list(order)] for order in itertools.permutations(range(dim))])
+
+
+def one(dim: int) -> Tensor:
+    """Return the group of the identity alone."""
+    return torch.eye(dim).unsqueeze(0)
+
+
+def symmetric(prior: Distribution, log_factor: Factor, start: Tensor, group: Tensor | None = None) -> Target:
+    """Return the target of a likelihood that a group of orthogonal matrices leaves as it is.
+
+    Args:
+        prior: The prior of the latent vector, invariant too.
+        log_factor: The log-likelihood.
+        start: A place close to a mode, away from its copies.
+        group: The matrices ``(G, D, D)``, the identity first; by default only the identity.
+    """
+    group = one(len(start)) if group is None else group
+    copies = group @ start
+
+    def log_density(x: Tensor) -> Tensor:
+        apart = torch.stack([(x - copy).square().sum(-1) for copy in copies])
+        return torch.where(apart.argmin(0) == 0, prior.log_prob(x) + log_factor(x), -torch.inf)
+
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        core = resampled(log_density, start)
+    mean, covariance = core.mean(0), torch.cov(core.T)
+
+    def truth(n: int) -> Draws:
+        chosen = group[torch.randint(len(group), (n,))]
+        return {"x": (chosen @ core[torch.randint(len(core), (n,))].unsqueeze(-1)).squeeze(-1)}
+
+    laws = [dist.MultivariateNormal(g @ mean, g @ covariance @ g.T) for g in group]
+    law = Mixture(torch.ones(len(group)) / len(group), laws)
+    return Target(factored(prior, log_factor), truth, sampling(law), law)
+
+
+def resampled(log_density: Factor, start: Tensor) -> Tensor:
+    """Return draws from a density of one mode: importance sampling from a Student t that adapts to it."""
+    place = start.clone()
+    for _ in range(30):
+        score = torch.func.grad(log_density)(place)
+        curvature = -torch.func.hessian(log_density)(place)
+        values, vectors = torch.linalg.eigh(curvature)
+        step = vectors @ ((vectors.T @ score) / values.abs().clamp_min(1e-3))
+        while log_density(place + step) < log_density(place) and step.norm() > 1e-9:
+            step = step / 2
+        place = place + step
+    loc, covariance = place, vectors @ (1 / values.abs().clamp_min(1e-3)).diag() @ vectors.T
+    for number in (10_000, 10_000, 20_000, 3 * DRAWS):
+        law = dist.MultivariateStudentT(torch.tensor(5.0), loc, torch.linalg.cholesky(covariance))
+        x = law.sample(torch.Size((number,)))
+        log_weights = torch.cat([log_density(part) - law.log_prob(part) for part in x.split(1000)])
+        weights = log_weights.softmax(0)
+        loc = weights @ x
+        covariance = (weights.unsqueeze(-1) * (x - loc)).T @ (x - loc)
+    if 1 / weights.square().sum() < DRAWS / 2:
+        raise RuntimeError("resampled: the weights of the exact draws are uneven; choose another start.")
+    return x[torch.multinomial(weights, DRAWS, replacement=True)]
+
+
+@functools.cache
+def clusters(truth: Sequence[float], rows: int) -> Target:
+    """Return the means of the equal components of a mixture of unit normals: any labels fit the data equally."""
+    dim = len(truth)
+    y = torch.tensor(truth).repeat(rows) + noise(rows * dim)
+
+    def log_factor(x: Tensor) -> Tensor:
+        return (dist.Normal(x.unsqueeze(-2), 1.0).log_prob(y.unsqueeze(-1)).logsumexp(-1) - math.log(dim)).sum(-1)
+
+    return symmetric(normal(0.0, 10.0, dim), log_factor, torch.tensor(truth), permutations(dim))
+
+
+@functools.cache
+def squares(dim: int, rows: int, power: float = 2.0) -> Target:
+    """Return the weights of a regression on |w|^power: their signs are not identified."""
+    weights, design = torch.linspace(0.8, 1.3, dim), noise(rows, dim)
+    y = design @ weights**power + 0.5 * noise(rows, seed=1)
+
+    def log_factor(x: Tensor) -> Tensor:
+        return dist.Normal(x.abs() ** power @ design.T, 0.5).log_prob(y).sum(-1)
+
+    return symmetric(normal(0.0, 1.0, dim), log_factor, weights, signs(dim))
+
+
+@functools.cache
+def loadings(dim: int, rows: int) -> Target:
+    """Return the loadings of one factor, whose sign is not identified."""
+    weights = torch.linspace(0.6, 1.4, dim)
+    y = noise(rows, 1) * weights + 0.7 * noise(rows, dim, seed=1)
+    scatter = y.T @ y
+
+    def log_factor(x: Tensor) -> Tensor:  # of Normal(0, x x' + .49), by the matrix determinant lemma
+        total = 0.49 + x.square().sum(-1)
+        explained = (x @ scatter * x).sum(-1) / total
+        return -(rows * total.log() + (scatter.trace() - explained) / 0.49) / 2
+
+    return symmetric(normal(0.0, 1.0, dim), log_factor, weights, torch.stack((torch.eye(dim), -torch.eye(dim))))
+
+
+@functools.cache
+def ranges(rows: int, at: float) -> Target:
+    """Return a place in the plane seen by its distances to two anchors on a line: it may be mirrored in the line."""
+    anchors, place = torch.tensor([[-2.0, 0.0], [3.0, 0.0]]), torch.tensor([0.5, at])
+    y = (place - anchors).norm(dim=-1) + 0.3 * noise(rows, 2)
+
+    def log_factor(x: Tensor) -> Tensor:
+        far = (x.unsqueeze(-2) - anchors).norm(dim=-1)
+        return dist.Normal(far.unsqueeze(-2), 0.3).log_prob(y).sum((-1, -2))
+
+    return symmetric(normal(0.0, 5.0, 2), log_factor, place, torch.tensor([[1.0, 1.0], [1.0, -1.0]]).diag_embed())
+
+
+@functools.cache
+def network(rows: int) -> Target:
+    """Return a network of two hidden units: their order and signs are not identified, so that there are 8 modes."""
+    inputs = torch.linspace(-3, 3, rows)
+
+    def outputs(x: Tensor) -> Tensor:
+        slopes, sizes = x[..., :2], x[..., 2:]
+        return (sizes.unsqueeze(-2) * (slopes.unsqueeze(-2) * inputs.unsqueeze(-1)).tanh()).sum(-1)
+
+    weights = torch.tensor([0.7, 3.0, 2.0, -1.5])
+    y = outputs(weights) + 0.1 * noise(rows)
+    flips = [torch.cat((s.diagonal(), s.diagonal())).diag() for s in signs(2)]
+    swaps = [torch.block_diag(p, p) for p in permutations(2)]
+    group = torch.stack([flip @ swap for flip in flips for swap in swaps])
+    return symmetric(normal(0.0, 2.0, 4), lambda x: dist.Normal(outputs(x), 0.1).log_prob(y).sum(-1), weights, group)
+
+
+@functools.cache
+def logistic(dim: int, rows: int) -> Target:
+    """Return the coefficients of a logistic regression."""
+    weights, design = torch.linspace(-1.0, 1.0, dim), noise(rows, dim)
+    y = (noise(rows, seed=1) * 1.6 < design @ weights).double()
+
+    def log_factor(x: Tensor) -> Tensor:
+        return dist.Bernoulli(logits=x @ design.T).log_prob(y).sum(-1)
+
+    return symmetric(normal(0.0, 2.0, dim), log_factor, weights)
+
+
+# Posteriors of one number, tabulated, and of two.
+
+
+def tabulated(log_factor: Factor, scale: float, reach: float, dim: int = 1) -> Target:
+    """Return independent numbers of one likelihood each; the prior is normal, and what is beyond reach is left out."""
+    prior = dist.Normal(0.0, scale)
+    law = repeated(Tabulated(lambda x: prior.log_prob(x) + log_factor(x), -reach, reach), dim)
+    model = factored(normal(0.0, scale, dim), lambda x: log_factor(x).sum(-1))
+    return Target(model, lambda n: {"x": law.sample(torch.Size((n,)))}, sampling(law), law)
+
+
+def magnitude(y: float, scale: float) -> Factor:
+    """Return the likelihood of y ~ Normal(|x|, scale)."""
+    return lambda x: dist.Normal(x.abs(), scale).log_prob(torch.tensor(y))
+
+
+def wave(rows: int, spread: float) -> Factor:
+    """Return the likelihood of the phase of a sine, which is known up to turns."""
+    times = torch.linspace(0, 6, rows)
+    y = (times + 0.8).sin() + spread * noise(rows)
+    return lambda x: dist.Normal((x.unsqueeze(-1) + times).sin(), spread).log_prob(y).sum(-1)
+
+
+def alias(rows: int, spread: float) -> Factor:
+    """Return the likelihood of the frequency of a cosine seen at whole times: aliases and signs fit equally."""
+    times = torch.arange(1.0, rows + 1)
+    y = (times * 1.1).cos() + spread * noise(rows)
+    return lambda x: dist.Normal((x.unsqueeze(-1) * times).cos(), spread).log_prob(y).sum(-1)
+
+
+def outliers(y: Sequence[float]) -> Factor:
+    """Return the likelihood of a place under Cauchy noise, for data that disagree."""
+    return lambda x: dist.Cauchy(x.unsqueeze(-1), 0.5).log_prob(torch.tensor(y)).sum(-1)
+
+
+def product(y: float, scale: float, low: float = -8.0) -> Chain:
+    """Return the posterior of (a, b), both standard normal, given y ~ Normal(a b, scale), where a is above ``low``."""
+
+    def given(a: Tensor) -> Distribution:
+        precision = 1 + (a / scale).square()
+        return dist.Normal((a * y / scale**2 / precision).unsqueeze(-1), precision.rsqrt().unsqueeze(-1)).to_event(1)
+
+    def marginal(a: Tensor) -> Tensor:
+        return dist.Normal(0.0, 1.0).log_prob(a) + dist.Normal(0.0, (scale**2 + a.square()).sqrt()).log_prob(
+            torch.tensor(y)
+        )
+
+    return Chain(Tabulated(marginal, low, 8.0), given, 2)
+
+
+def products(y: float, scale: float) -> Target:
+    """Return the target of :func:`product`."""
+    law = product(y, scale)
+    model = factored(normal(0.0, 1.0, 2), lambda x: dist.Normal(x[..., 0] * x[..., 1], scale).log_prob(torch.tensor(y)))
+    return Target(model, lambda n: {"x": law.sample(torch.Size((n,)))}, sampling(law), law)
+
+
+# Conjugate posteriors.
+
+
+def regression(dim: int, rows: int, shared: float = 0.0) -> Target:
+    """Return the coefficients of a linear regression, whose columns share a part."""
+    design = noise(rows, dim) + shared * noise(rows, 1, seed=2)
+    y = design @ torch.linspace(-1, 1, dim) + noise(rows, seed=1)
+    precision = design.T @ design + torch.eye(dim) / 4
+    loc = torch.linalg.solve(precision, design.T @ y)
+    law = dist.MultivariateNormal(loc, precision_matrix=precision)
+
+    def model() -> None:
+        x = pyro.sample("x", normal(0.0, 2.0, dim))
+        pyro.sample("y", dist.Normal(x @ design.T, 1.0).to_event(1), obs=y)
+
+    return Target(model, lambda n: {"x": law.sample(torch.Size((n,)))}, sampling(law), law)
+
+
+def normal_gamma(rows: int) -> tuple[Program, Callable[[float, float], Program]]:
+    """Return the model of a mean and a precision, and its guides, given factors of the precision's and mean's sd.
+
+    Both factors are 1 for the posterior.
+    """
+    y = 1.5 + 2 * noise(rows)
+    shape = torch.tensor(2 + rows / 2)
+    loc = y.sum() / (rows + 0.1)
+    rate = 2 + (y.square().sum() - (rows + 0.1) * loc.square()) / 2
+
+    def model() -> None:
+        tau = pyro.sample("tau", dist.Gamma(torch.tensor(2.0), torch.tensor(2.0)))
+        mu = pyro.sample("mu", dist.Normal(0.0, (0.1 * tau).rsqrt()))
+        law = dist.Normal(mu.unsqueeze(-1), tau.rsqrt().unsqueeze(-1)).expand((*mu.shape, rows))
+        pyro.sample("y", law.to_event(1), obs=y)
+
+    def guided(narrow: float, short: float) -> Program:
+        def guide() -> None:
+            tau = pyro.sample("tau", dist.Gamma(shape / narrow**2, rate / narrow**2))
+            pyro.sample("mu", dist.Normal(loc, short * ((rows + 0.1) * tau).rsqrt()))
+
+        return guide
+
+    return model, guided
+
+
+def precisions(rows: int) -> Target:
+    """Return the target of :func:`normal_gamma`."""
+    model, guided = normal_gamma(rows)
+    exact = guided(1.0, 1.0)
+
+    def truth(n: int) -> Draws:
+        with pyro.plate("draws", n):
+            nodes = pyro.poutine.trace(exact).get_trace().nodes
+        return {name: nodes[name]["value"] for name in ("tau", "mu")}
+
+    return Target(model, truth, exact, guided)
+
+
+def enumerated(means: Sequence[float], rows: int) -> Target:
+    """Return the means of two components as in :func:`clusters`, with the labels of the rows as discrete latents."""
+    same = clusters(means, rows)
+    y = torch.tensor(means).repeat(rows) + noise(rows * len(means))
+
+    def model() -> None:
+        x = pyro.sample("x", normal(0.0, 10.0, len(means)))
+        with pyro.plate("row", len(y)):
+            label = pyro.sample("label", dist.Categorical(torch.ones(len(means))), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(x[label], 1.0), obs=y)
+
+    return Target(model, same.truth, same.exact, same.law)
