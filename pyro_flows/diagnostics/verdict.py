@@ -356,14 +356,14 @@ def is_off(drift: Drift) -> bool:
 def _elsewhere(seen: Seen) -> Iterator[Finding]:
     """The posterior's mass that cannot be seen from the guide's draws."""
     share, noise, _, error = seen.missing
-    if share > max(LOST, 3 * noise):
+    if share > max(LOST, noise):  # what may be there is not to be passed over
         if is_off(seen.chains):
             drift = seen.chains.worst(seen.names, _flagged(seen.chains))
             yield Finding("collapsed", drift.moment, share, noise)
         else:
             yield Finding("mode", "", share, noise)
-    elif error is not None and share > 3 * noise:
-        far = (error.errors > LIMIT) & (error.errors - 3 * error.noise > SURE)
+    elif error is not None and share > noise:
+        far = (error.errors > LIMIT) & (error.errors > 2 * error.noise)
         if bool(far.any()):
             yield error.worst(seen.names, far, "far")
     if max(seen.acceptance) < FROZEN:

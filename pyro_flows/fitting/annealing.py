@@ -11,12 +11,13 @@ Doucet 2021, arXiv:2102.07501).
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -46,6 +47,8 @@ CALLER = "anneal"
 ENOUGH = 5  # particles a dimension that a mode's own covariance takes
 DRAWS = 20_000  # draws of the guide that are weighed
 WIDER = 2.0, 0.1  # each Gaussian has one beside it that is as much wider, with a share
+ENOUGH_ESS = 0.9  # the effective share of draws at which nothing is left to train
+EPOCHS, GENTLE = 50, 0.003  # of training on the particles; the step size of the ELBO over a base with modes
 LESS = 0.1  # nats of evidence by which the guide may fall short of the population
 
 
@@ -77,7 +80,7 @@ class Annealed:
         log_evidence_se: Its standard error, in nats.
         modes: The modes, the heaviest first.
         guide: An ``AutoFlow`` that covers them, or None if none was asked for.
-        fit: The record of its fit.
+        fit: The record of its fit; None if there was nothing to train.
         psis: How the guide's draws weigh.
         is_weighed: Whether draws, evidence and weights of modes come from the guide; else they are the population's.
         population: The population itself.
@@ -191,12 +194,20 @@ def anneal(
         if population is None:
             raise ValueError(f"{CALLER}: hardly a draw of the prior has a density; is the model's density finite?")
         tops = Tops(space, population)
-    guide, record, weighed = None, None, None
+    weighed, record = None, None
     if fit:
-        guide, record = _fitted(model, tops, args, kwargs, {"progress": progress, "vectorize": vectorize})
-        with pyro.validation_enabled(False):
-            weighed = _weighed(Task(model, guide, args, kwargs, vectorize))
-    return _summed_up(space, tops, weighed, guide, record, start)
+        weighed, record = _fitted(task, model, tops, {"progress": progress, "vectorize": vectorize})
+    with pyro.validation_enabled(False):
+        return _summed_up(space, tops, weighed, record, start)
+
+
+class _Weighed(NamedTuple):
+    """Draws of a guide, weighed."""
+
+    guide: AutoFlow
+    z: Tensor
+    log_weights: Tensor
+    psis: Psis
 
 
 class Tops:
@@ -248,26 +259,43 @@ class Tops:
         )
 
 
-def _fitted(
-    model: Callable[..., Any], tops: Tops, args: tuple[Any, ...], kwargs: dict[str, Any], settings: dict[str, Any]
-) -> tuple[AutoFlow, Fit]:
-    """A guide over a base with the modes, trained on the particles and then by the ELBO."""
-    population, number = tops.population, len(tops.places)
-    picked = population.log_weights.double().exp().multinomial(len(population.z), replacement=True)
-    z = population.z[picked]
-    guide = AutoFlow(model).setup(*args, **kwargs)
-    if not guide.has_circles:
-        chart = White(population.z, population.log_weights.exp())
-        if number > 1:
-            base = partial(ModesBase, num_components=2 * number)
-            guide = AutoFlow(model, default_flow, base=base).setup(*args, **kwargs)
-        guide.start_at(chart.loc, chart.scale_tril)
-        if number > 1:
-            _set_modes(guide, tops, chart)
-    if number > 1 or guide.has_circles:
-        fit_density(guide.flow, z, standardize=False, max_epochs=50, patience=5, lr=3e-3, progress=False)
-    fit = fit_svi(model, guide, *args, warm_start=False, model_kwargs=kwargs, **settings)
-    return guide, fit
+def _fitted(task: Task, model: Callable[..., Any], tops: Tops, settings: dict[str, Any]) -> tuple[_Weighed, Fit | None]:
+    """A guide that covers the modes, weighed, and the record of its fit.
+
+    Where the Gaussians at the modes are as good as the posterior already, there is nothing to train.  Where training
+    makes weights worse, as it may over a base of many modes, the start is kept.
+    """
+    args, kwargs = task.model.args, task.model.kwargs
+    guide = _started(model, tops, args, kwargs)
+    has_modes = isinstance(guide.flow.base, ModesBase)
+    start = _weighed(model, guide, task) if has_modes else None
+    if start and start.psis.reliable and start.psis.ess > ENOUGH_ESS * DRAWS:
+        return start, None
+    guide = copy.deepcopy(guide)
+    if has_modes or guide.has_circles:
+        picked = tops.population.log_weights.double().exp().multinomial(len(tops.labels), replacement=True)
+        rows = tops.population.z[picked]
+        fit_density(guide.flow, rows, standardize=False, max_epochs=EPOCHS, patience=5, lr=1e-3, progress=False)
+    fit = fit_svi(
+        model, guide, *args, warm_start=False, lr=GENTLE if has_modes else None, model_kwargs=kwargs, **settings
+    )
+    trained = _weighed(model, guide, task)
+    if start and (start.psis.log_evidence_se, start.psis.khat) < (trained.psis.log_evidence_se, trained.psis.khat):
+        return start, None
+    return trained, fit
+
+
+def _started(model: Callable[..., Any], tops: Tops, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AutoFlow:
+    """A guide whose base has the modes, if there are several, in coordinates in which the population is white."""
+    guide, number = AutoFlow(model).setup(*args, **kwargs), len(tops.places)
+    if guide.has_circles:
+        return guide
+    chart = White(tops.population.z, tops.population.log_weights.exp())
+    if number > 1:
+        guide = AutoFlow(model, default_flow, base=partial(ModesBase, num_components=2 * number)).setup(*args, **kwargs)
+        _set_modes(guide, tops, chart)
+    guide.start_at(chart.loc, chart.scale_tril)
+    return guide
 
 
 @torch.no_grad()
@@ -284,43 +312,48 @@ def _set_modes(guide: AutoFlow, tops: Tops, chart: White) -> None:
     )
 
 
-@dataclass(frozen=True)
-class _Weighed:
-    """Draws of the guide, weighed."""
-
-    z: Tensor
-    log_weights: Tensor
-    psis: Psis
-
-
-def _weighed(task: Task) -> _Weighed:
-    draws = sound_space(task).draw(DRAWS)
+def _weighed(model: Callable[..., Any], guide: AutoFlow, task: Task) -> _Weighed:
+    """Weigh a guide's draws."""
+    args, kwargs = task.model.args, task.model.kwargs
+    with pyro.validation_enabled(False):
+        draws = sound_space(Task(model, guide, args, kwargs, task.model.engine)).draw(DRAWS)
     psis = weigh(draws.log_p - draws.log_q)
-    return _Weighed(draws.z, psis.log_weights.log_softmax(0), psis)
+    return _Weighed(guide, draws.z, psis.smoothed.to(draws.z), psis)
 
 
-def _summed_up(
-    space: Space, tops: Tops, weighed: _Weighed | None, guide: AutoFlow | None, fit: Fit | None, start: float
-) -> Annealed:
+def _summed_up(space: Space, tops: Tops, weighed: _Weighed | None, fit: Fit | None, start: float) -> Annealed:
     """The better of the guide's weighed draws and the population."""
-    population, psis = tops.population, weighed.psis if weighed else None
+    population, number = tops.population, len(tops.places)
+    z, log_weights = population.z, population.log_weights
     log_evidence, noise = population.log_evidence, population.log_evidence_se
-    z, log_weights, is_weighed = population.z, population.log_weights, False
-    shares = [population.share(tops.labels == k) for k in range(len(tops.places))]
-    if weighed and psis and psis.reliable:
-        short = log_evidence - psis.log_evidence
-        if short - 3 * math.hypot(noise, psis.log_evidence_se) < LESS:
-            log_evidence, noise, is_weighed = psis.log_evidence, psis.log_evidence_se, True
-            z, log_weights = weighed.z, weighed.log_weights
-            labels, weights = tops.label(z), log_weights.exp()
-            inside = [weights * (labels == k) for k in range(len(tops.places))]
-            shares = [(float(w.sum()), float((w - w.sum() * weights).norm())) for w in inside]
+    shares = [population.share(tops.labels == k) for k in range(number)]
+    is_weighed = weighed is not None and _covers(weighed.psis, population)
+    if weighed and is_weighed:
+        z, log_weights = weighed.z, weighed.log_weights
+        log_evidence, noise = weighed.psis.log_evidence, weighed.psis.log_evidence_se
+        labels, weights = tops.label(z), log_weights.exp()
+        inside = [weights * (labels == k) for k in range(number)]
+        shares = [(float(w.sum()), float((w - w.sum() * weights).norm())) for w in inside]
     place = space.values(torch.stack(tops.places))
-    latents = space.task.latents
-    modes = [
-        Mode(*shares[k], {name: place[name][k] for name in latents}, tops.heights[k]) for k in range(len(tops.places))
-    ]
-    modes.sort(key=lambda mode: -mode.weight)
-    values = space.values(z)
-    seconds = time.perf_counter() - start
-    return Annealed(values, log_weights, log_evidence, noise, modes, guide, fit, psis, is_weighed, population, seconds)
+    places = [{name: place[name][k] for name in space.task.latents} for k in range(number)]
+    modes = [Mode(*share, at, height) for share, at, height in zip(shares, places, tops.heights, strict=True)]
+    return Annealed(
+        draws=space.values(z),
+        log_weights=log_weights,
+        log_evidence=log_evidence,
+        log_evidence_se=noise,
+        modes=sorted(modes, key=lambda mode: -mode.weight),
+        guide=weighed.guide if weighed else None,
+        fit=fit,
+        psis=weighed.psis if weighed else None,
+        is_weighed=is_weighed,
+        population=population,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _covers(psis: Psis, population: Population) -> bool:
+    """Whether a guide's weights are reliable, better than the population, and see no less evidence."""
+    short = population.log_evidence - psis.log_evidence
+    noise = math.hypot(population.log_evidence_se, psis.log_evidence_se)
+    return psis.reliable and psis.log_evidence_se < population.log_evidence_se and short - 3 * noise < LESS

@@ -16,7 +16,7 @@ from .. import flows
 from ..bijectors import SoftplusAffine
 from ..conditioners import Conditioner
 from ..conditioners.base import Network
-from ..distributions import CircularBase, ContaminatedNormalBase, StandardNormal
+from ..distributions import CircularBase, ContaminatedNormalBase, ModesBase, StandardNormal
 from ..flows import Flow
 from ..transforms import ActNorm, Elementwise, FixedAffine, FlowTransform, ScaledLinear
 from ..transforms.linear import unrotated
@@ -172,6 +172,8 @@ def start_at(flow: Flow, loc: Tensor, scale_tril: Tensor) -> None:
 @torch.no_grad()
 def is_untrained(flow: Flow, scale: float, circular: Sequence[bool]) -> bool:
     """Whether an assembled flow is where it started: the learned affine map there or at rest, the rest permutes."""
+    if isinstance(flow.base, ModesBase) and flow.base.loc.any():
+        return False  # its modes are what was learned
     *layers, learned, _ = flow.transforms
     mine = list(learned.parameters())
     starts = [_learned(circular, s) for s in (_reachable(scale), 1.0)]

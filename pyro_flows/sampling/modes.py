@@ -1,7 +1,8 @@
 """Modes of a density: where climbs lead, and which places belong together.
 
 Two places are of one mode if the density does not fall between them.  It is looked at between each place and its
-nearest neighbours only: so a ring is one mode, and so is anything else that is connected.
+nearest neighbours only: so a ring is one mode, and so is anything else that is connected.  A place in a valley leads up
+to several tops, and belongs to the one next to it.
 """
 
 from __future__ import annotations
@@ -60,6 +61,13 @@ def components(density: LogDensity, chart: White, z: Tensor) -> Tensor:
     joined = torch.ones_like(least, dtype=torch.bool)
     for share in BETWEEN:
         joined &= density(z[one].lerp(z[other], share)) > least - DIP
+    rises = (heights[other] - heights[one]).reshape(near.shape)
+    joined = joined.reshape(near.shape)
+    is_top = ~(joined & (rises > DIP)).any(-1)
+    level = joined & is_top[one].reshape(near.shape) & is_top[near]
+    up = joined & (rises > 0)
+    nearest = up & (up.cumsum(-1) == 1)  # of the higher neighbours; they are sorted by distance
+    joined = (level | nearest).flatten()
     edges = coo_array((joined.cpu().numpy(), (one.cpu().numpy(), other.cpu().numpy())), shape=(number, number))
     _, labels = connected_components(edges, directed=False)
     found = torch.as_tensor(labels, dtype=torch.long)
