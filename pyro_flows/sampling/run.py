@@ -196,7 +196,7 @@ class Record:
     """
 
     def __init__(self, space: Space, most: int) -> None:
-        self._space, self._most, self._every, self._seen = space, most, 1, 0
+        self._space, self._most, self._every, self._since = space, most, 1, 0
         self._z: list[Tensor] = []  # (C, D) each
         self._numbers: list[Tensor] = []  # (C, K) each, of the first ones
         self._worst = torch.arange(0)
@@ -206,9 +206,11 @@ class Record:
 
     def keep(self, z: Tensor) -> bool:
         """Record where the chains are; True if every second one was dropped."""
-        self._seen += 1
-        if self._seen % self._every == 0:
-            self._z.append(z)
+        self._since += 1
+        if self._since < self._every:
+            return False
+        self._z.append(z)
+        self._since = 0
         if len(self._z) <= self._most:
             return False
         self._thin(2)
