@@ -26,8 +26,8 @@ from .convergence import FEWEST, Convergence, convergence
 
 RHAT = 1.01  # where chains have converged
 SHORT, LONG = 10, 60  # sweeps of a warm-up: for a guide whose draws are mostly accepted, and for any other
-GOOD, FAIR = 0.5, 0.02  # mean chances of a draw of the guide to be accepted
-OFTEN, SOMETIMES = 8, 2  # how often draws of such guides are proposed in a cycle
+GOOD, FAIR = 0.5, 0.01  # mean chances of a draw of the guide to be accepted
+FEW, MANY = 8, 32  # draws of such guides that are proposed to each chain in a cycle
 AGAIN = 10  # sweeps that adapt once more, where chains have moved on
 ATYPICAL = 0.15  # how far from its target the acceptance may be
 KEPT = 400  # draws of each chain that are kept at most, unless more are asked for
@@ -98,13 +98,14 @@ class Run:
         self.chains = Chains(or_nan(space.log_p), charts, z[torch.arange(num_chains) % len(z)], max_steps=16)
         self.record = Record(space, max(KEPT, math.ceil(2 * goal.num_draws / num_chains)))
         self.sweeps, self.chance, self.times, self._words = 0, math.nan, 0, "warm-up"
+        self._records_all = False
         self._accepted: list[list[float]] = []
 
     def run(self) -> Outcome:
         """Warm up, and run until the chains have converged, or as long as they may."""
         self._warm_up()
         before = self.chains.divergences
-        wanted = max(2 * FEWEST, math.ceil(1.2 * self.goal.num_draws / len(self.chains.z)))
+        wanted = self._least
         while True:
             self._extend(wanted)
             found, is_enough, growth = self.record.judge(self.goal)
@@ -124,6 +125,11 @@ class Run:
             self.chains.divergences - before,
             self.sweeps,
         )
+
+    @property
+    def _least(self) -> int:
+        """The number of draws of each chain that may do."""
+        return max(2 * FEWEST, math.ceil(1.2 * self.goal.num_draws / len(self.chains.z)))
 
     def _is_over(self) -> bool:
         return self.sweeps >= self.goal.max_sweeps or self._stopped()
@@ -161,7 +167,10 @@ class Run:
                 break
             if sweep in (LONG // 6, LONG // 3, LONG // 2):
                 self._whiten(torch.cat(visited[sweep // 2 :]))
-        self.times = OFTEN if self.chance > GOOD else SOMETIMES if self.chance > FAIR else 0
+        # Good draws are recorded one by one: where many are asked for, large batches of them are fastest.
+        self._records_all = self.chance > GOOD
+        many = min(MANY, max(FEW, self._least // FEW)) if self._records_all else FEW
+        self.times = many if self.chance > FAIR else 0
 
     def _whiten(self, z: Tensor) -> None:
         white = White(z)
@@ -182,7 +191,7 @@ class Run:
             self._sweep(adapt=False)
             self._accepted.append(self.chains.acceptance)
             places = self._propose(self.times) if self.times else [self.chains.z]
-            for z in places if self.times == OFTEN else places[-1:]:
+            for z in places if self._records_all else places[-1:]:
                 if self.record.keep(z):
                     wanted = math.ceil(wanted / 2)
 
