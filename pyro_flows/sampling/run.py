@@ -25,11 +25,13 @@ from .charts import White, charts_of
 from .convergence import FEWEST, Convergence, convergence
 
 RHAT = 1.01  # where chains have converged
-SHORT, LONG = 10, 60  # sweeps of a warm-up: for a guide whose draws are mostly accepted, and for any other
+SHORT, LONG = 16, 60  # sweeps of a warm-up: for a guide whose draws are mostly accepted, and for any other
 GOOD, FAIR = 0.5, 0.01  # mean chances of a draw of the guide to be accepted
 FEW, MANY = 8, 32  # draws of such guides that are proposed to each chain in a cycle
+LEAST = (
+    64  # draws of each chain to which a good guide's are proposed: fewer seldom meet what the guide draws too rarely
+)
 AGAIN = 10  # sweeps that adapt once more, where chains have moved on
-ATYPICAL = 0.15  # how far from its target the acceptance may be
 KEPT = 400  # draws of each chain that are kept at most, unless more are asked for
 WORST = 16  # quantities that are looked at first, those that were furthest from convergence before
 BATCH = 4096  # draws of the guide, or values of draws, that are computed at once
@@ -129,7 +131,9 @@ class Run:
     @property
     def _least(self) -> int:
         """The number of draws of each chain that may do."""
-        return max(2 * FEWEST, math.ceil(1.2 * self.goal.num_draws / len(self.chains.z)))
+        return max(
+            LEAST if self._records_all else 2 * FEWEST, math.ceil(1.2 * self.goal.num_draws / len(self.chains.z))
+        )
 
     def _is_over(self) -> bool:
         return self.sweeps >= self.goal.max_sweeps or self._stopped()
@@ -159,7 +163,7 @@ class Run:
         visited: list[Tensor] = []
         for sweep in range(1, LONG + 1):
             self._sweep(adapt=True)
-            self._propose(1)
+            self._propose(FEW if self.chance > FAIR else 1)  # what the guide draws too rarely takes many
             chances.append(self.chance)
             visited.append(self.chains.z)
             self.chance = sum(chances[-5:]) / len(chances[-5:])
@@ -179,7 +183,7 @@ class Run:
                 kernel.chart = white
 
     def _adapt_again(self) -> None:
-        """Adapt once more to where the chains are now, if their acceptance asks for it."""
+        """Adapt once more, to where the chains are now."""
         self._whiten(self.record.z().flatten(0, 1))
         for _ in range(AGAIN):
             if not self._is_over():
