@@ -28,9 +28,7 @@ RHAT = 1.01  # where chains have converged
 SHORT, LONG = 16, 60  # sweeps of a warm-up: for a guide whose draws are mostly accepted, and for any other
 GOOD, FAIR = 0.5, 0.01  # mean chances of a draw of the guide to be accepted
 FEW, MANY = 8, 32  # draws of such guides that are proposed to each chain in a cycle
-LEAST = (
-    64  # draws of each chain to which a good guide's are proposed: fewer seldom meet what the guide draws too rarely
-)
+LEAST = 320  # draws of each chain of a good guide: fewer seldom meet what the guide draws too rarely
 AGAIN = 10  # sweeps that adapt once more, where chains have moved on
 KEPT = 400  # draws of each chain that are kept at most, unless more are asked for
 WORST = 16  # quantities that are looked at first, those that were furthest from convergence before
@@ -131,9 +129,8 @@ class Run:
     @property
     def _least(self) -> int:
         """The number of draws of each chain that may do."""
-        return max(
-            LEAST if self._records_all else 2 * FEWEST, math.ceil(1.2 * self.goal.num_draws / len(self.chains.z))
-        )
+        least = LEAST if self._records_all else 2 * FEWEST
+        return max(least, math.ceil(1.2 * self.goal.num_draws / len(self.chains.z)))
 
     def _is_over(self) -> bool:
         return self.sweeps >= self.goal.max_sweeps or self._stopped()
