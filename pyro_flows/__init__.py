@@ -28,6 +28,7 @@ from .fitting import anneal as anneal
 from .fitting import fit_amortized as fit_amortized
 from .fitting import fit_density as fit_density
 from .fitting import fit_svi as fit_svi
+from .fitting import sample as sample
 from .flows import Flow as Flow
 from .guides import AutoFlow as AutoFlow
 from .guides import AutoPlateFlow as AutoPlateFlow
@@ -36,6 +37,7 @@ from .persistence import load as load
 from .persistence import save as save
 from .programs import Simulations as Simulations
 from .programs import simulate as simulate
+from .sampling import Samples as Samples
 from .training import Fit as Fit
 
 __version__ = "0.1.0"

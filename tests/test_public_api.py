@@ -20,15 +20,16 @@ from pyro_flows import (
     persistence,
     plots,
     programs,
+    sampling,
     training,
     transforms,
 )
 
 NAMES = {
-    pyro_flows: "AutoFlow AutoPlateFlow Calibration Check Fit Flow OdeReport Psis Simulations Spike bits_per_dim "
-    "calibrate check dequantize encoders find_spikes fit_amortized fit_density fit_svi flows importance_log_likelihood "
-    "load neutra ode_report plots posterior_graph psis refine resample round_off save save_images simulate "
-    "to_arviz",
+    pyro_flows: "AutoFlow AutoPlateFlow Calibration Check Fit Flow OdeReport Psis Samples Simulations Spike "
+    "bits_per_dim calibrate check dequantize encoders find_spikes fit_amortized fit_density fit_svi flows "
+    "importance_log_likelihood load neutra ode_report plots posterior_graph psis refine resample "
+    "round_off sample save save_images simulate to_arviz",
     bijectors: "Affine Bernstein Bijector CircularSpline Continued Integral LinearRationalSpline LogisticMixture "
     "RationalQuadraticSpline Shift Sigmoidal SoftplusAffine SumOfSquares",
     conditioners: "CausalTransformer Conditioner ConvNet Given LipschitzMLP MADE MLP MLPField Periodic Tokens "
@@ -47,7 +48,8 @@ NAMES = {
     "importance_log_likelihood neutra ode_report psis refine resample round_off save_images to_arviz",
     plots: "calibration check deformation history images marginals pairs weights",
     training: "Fit",
-    fitting: "fit_amortized fit_density fit_svi",
+    fitting: "fit_amortized fit_density fit_svi sample",
+    sampling: "Samples",
     persistence: "load save",
     programs: "Simulations simulate",
 }

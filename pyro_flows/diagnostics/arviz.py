@@ -1,9 +1,9 @@
-"""Guide draws as ArviZ data: one chain of N draws, with both log-densities."""
+"""Draws as ArviZ data: those of a guide as one chain, with both log-densities, those of chains as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -14,14 +14,15 @@ from ..checks import check_flags, check_integers, joined
 from ..compat import Groups, Variable, container
 from ..programs.engines import Site, Values, row_log_prob
 from ..programs.nesting import takes_nesting
-from ..programs.task import Task
+from ..programs.task import Task, in_batches
+from ..sampling.samples import Samples
 from .importance import LEAST, reweighted, weigh
 
 
 @takes_nesting
 def to_arviz(
     model: Callable[..., Any],
-    guide: Callable[..., Any],
+    guide: Callable[..., Any] | Samples,
     *args: Any,
     num_samples: int = 1000,
     importance: bool = False,
@@ -34,7 +35,7 @@ def to_arviz(
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Draw from a guide into ArviZ's container: ``InferenceData`` for ArviZ 0.2x, ``DataTree`` for 1.x.
+    """Put draws into ArviZ's container: ``InferenceData`` for ArviZ 0.2x, ``DataTree`` for 1.x.
 
     The groups are ``posterior`` (latent and deterministic sites), ``sample_stats`` (``log_p``, ``log_q`` and their
     difference ``log_weight``, in nats), ``posterior_predictive``, ``log_likelihood`` and ``observed_data``.  Dimensions
@@ -45,15 +46,18 @@ def to_arviz(
     so have no likelihood in any draw, are left out of ``log_likelihood``: the others of such a site lie along a
     dimension ``{site}_seen``, whose coordinates count the site's rows.
 
-    The draws are a guide's, so ``r_hat`` and ``ess`` of ``arviz.summary`` say nothing about its quality: see
-    :func:`~pyro_flows.check`.  They are unweighted, or with ``importance`` resampled as by
-    :func:`~pyro_flows.resample`.
+    Of a guide's draws ``r_hat`` and ``ess`` of ``arviz.summary`` say nothing: see :func:`~pyro_flows.check`.  They are
+    unweighted, or with ``importance`` resampled as by :func:`~pyro_flows.resample`.
+
+    Draws of :func:`~pyro_flows.sample` keep their chains, and ``r_hat`` and ``ess`` count.  Their dimensions are
+    ``(chain, draw)``, ``sample_stats`` holds ``log_p``, and the attributes are ``converged`` (1 or 0), ``divergences``
+    and ``sampling_time`` in seconds.
 
     Args:
         model: A Pyro model.
-        guide: A Pyro guide of the same latents.
+        guide: A Pyro guide of the same latents, or the :class:`~pyro_flows.Samples` of :func:`~pyro_flows.sample`.
         *args: The model's arguments.
-        num_samples: The number N of draws, at least 25.
+        num_samples: The number N of draws of a guide, at least 25.
         importance: Whether to resample the draws by their Pareto-smoothed weights; ``sample_stats`` are then those of
             the draws that are kept, some several times.
         num_weighed: How many draws they are then chosen from, at least 25; at least N are.
@@ -89,22 +93,25 @@ def to_arviz(
     check_integers("to_arviz", LEAST, num_samples=num_samples, num_weighed=num_weighed)
     check_flags("to_arviz", importance=importance)
     kwargs = joined("to_arviz", kwargs, model_kwargs)
-    total = max(num_samples, num_weighed) if importance else num_samples
+    chains, guide = (guide, guide.guide) if isinstance(guide, Samples) else (None, guide)
+    if chains and importance:
+        raise ValueError("to_arviz: importance=True is for a guide; draws of pf.sample need no weights. Leave it out.")
     with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
         task = Task(model, guide, args, kwargs, vectorize).check(whole=False)
-    draws = task.draw(total, batch_size)
-    if importance:
-        draws, psis = reweighted(draws, num_samples, "to_arviz")
+    if chains:
+        drawn = _from_chains(task, chains, batch_size)
     else:
-        psis = weigh(draws.log_p - draws.log_q)
-    nodes, latents = task.model.single.nodes, task.complete(draws.latents, batch_size)
-    observed = task.sites("observed")
+        drawn = _from_guide(task, num_samples, num_weighed if importance else 0, batch_size)
+    nodes, observed = task.model.single.nodes, task.sites("observed")
 
     def read(sites: Mapping[str, Site], *what: Any, event_dim: int | None = None, **how: Any) -> dict[str, Variable]:
-        return _by_draw(nodes, task.read(latents, list(sites), *what, batch_size=batch_size, **how), event_dim)
+        values = task.read(drawn.latents, list(sites), *what, batch_size=batch_size, **how)
+        return _by_draw(nodes, values, drawn.chains, event_dim)
 
-    stats = {"log_p": draws.log_p, "log_q": draws.log_q, "log_weight": draws.log_p - draws.log_q}
-    groups: Groups = {"posterior": read(task.sites("posterior")), "sample_stats": _by_draw(nodes, stats)}
+    groups: Groups = {
+        "posterior": read(task.sites("posterior")),
+        "sample_stats": _by_draw(nodes, drawn.stats, drawn.chains),
+    }
     if posterior_predictive:
         groups["posterior_predictive"] = read(observed, forget=True)
     if log_likelihood:
@@ -114,20 +121,71 @@ def to_arviz(
     groups["observed_data"] = {
         name: (_dims(name, site, site["value"].shape), _array(site["value"])) for name, site in observed.items()
     }
-    attrs = {
-        "inference_library": "pyro_flows",
-        "inference_method": "variational",
-        "khat": psis.khat,
-        "importance_resampled": int(importance),
-        "importance_ess": psis.ess,
-    }
+    attrs = {"inference_library": "pyro_flows", **drawn.attrs}
     return container({group: variables for group, variables in groups.items() if variables}, attrs)
 
 
-def _by_draw(nodes: Mapping[str, Site], values: Values, event_dim: int | None = None) -> dict[str, Variable]:
-    """Values ``(N, *shape)`` of the model's sites, or of the draws, as variables of one chain."""
+class _Drawn(NamedTuple):
+    """Draws of all latents, discrete ones included, and what is known of them.
+
+    Attributes:
+        latents: The draws, chain after chain: name -> ``(N, *site_shape)``.
+        stats: The draws' statistics, each ``(N,)``.
+        chains: The number of chains.
+        attrs: What is known of all draws together.
+    """
+
+    latents: Values
+    stats: Values
+    chains: int
+    attrs: dict[str, Any]
+
+
+def _from_guide(task: Task, number: int, num_weighed: int, batch_size: int) -> _Drawn:
+    """Draw from a guide, and resample if draws are to be weighed."""
+    draws = task.draw(max(number, num_weighed), batch_size)
+    if num_weighed:
+        draws, psis = reweighted(draws, number, "to_arviz")
+    else:
+        psis = weigh(draws.log_p - draws.log_q)
+    stats = {"log_p": draws.log_p, "log_q": draws.log_q, "log_weight": draws.log_p - draws.log_q}
+    attrs = {
+        "inference_method": "variational",
+        "khat": psis.khat,
+        "importance_resampled": int(bool(num_weighed)),
+        "importance_ess": psis.ess,
+    }
+    return _Drawn(task.complete(draws.latents, batch_size), stats, 1, attrs)
+
+
+@torch.no_grad()
+def _from_chains(task: Task, samples: Samples, batch_size: int) -> _Drawn:
+    """The draws of chains, as they are."""
+    flat = samples.flat
+    if missing := [name for name in (*task.latents, *task.model.enumerated) if name not in flat]:
+        raise ValueError(f"to_arviz: the Samples are of another model; they lack the latent {missing[0]!r}.")
+    latents = {name: flat[name] for name in (*task.latents, *task.model.enumerated)}
+    held = {name: flat[name] for name in task.latents}
+    number = len(next(iter(flat.values())))
+    stats = in_batches(lambda part, size: {"log_p": task.model.log_prob(part, size)}, held, number, batch_size)
+    attrs = {
+        "inference_method": "mcmc",
+        "sampling_time": samples.seconds,
+        "converged": int(samples.converged),
+        "divergences": samples.divergences,
+    }
+    return _Drawn(latents, stats, len(next(iter(samples.draws.values()))), attrs)
+
+
+def _by_draw(
+    nodes: Mapping[str, Site], values: Values, chains: int, event_dim: int | None = None
+) -> dict[str, Variable]:
+    """Values ``(N, *shape)`` of the model's sites, or of the draws, as variables of some chains."""
     return {
-        name: (("chain", "draw", *_dims(name, nodes.get(name), value.shape[1:], event_dim)), _array(value)[None])
+        name: (
+            ("chain", "draw", *_dims(name, nodes.get(name), value.shape[1:], event_dim)),
+            _array(value.unflatten(0, (chains, -1))),
+        )
         for name, value in values.items()
     }
 

@@ -79,7 +79,8 @@ def refine(
 
     Short Markov chains (Hamiltonian Monte Carlo) start from them, many at once, and move in the coordinates of the
     guide's base and in whitened ones (Hoffman et al. 2019, arXiv:1903.03704; Ruiz, Titsias 2019, arXiv:1905.04062).
-    What few transitions do not reach, a mode that the guide misses above all, they do not mend.
+    What few transitions do not reach, a mode that the guide misses above all, they do not mend.  This is the short form
+    of :func:`~pyro_flows.sample`, whose chains run until they have converged.
 
     Args:
         model: A Pyro model; discrete latents that the guide lacks are summed out.

@@ -49,11 +49,13 @@ class HMC:
         self.step, self.time = 1.2 * dim**-0.25, QUARTER
         self.acceptance, self.divergences, self.gradients = math.nan, 0, 0
         self._count, self._first, self._second = 0, 0.0, 0.0
+        self._latest: _State | None = None  # where the chains were left
 
     @torch.no_grad()
     def move(self, z: Tensor, *, adapt: bool) -> tuple[Tensor, Tensor]:
         """Make a transition from z, ``(N, D)``; return where the chains are, and the log-density there, ``(N,)``."""
-        start = self._state(self.chart.inverse(z))
+        is_left = self._latest is not None and self._latest.z is z and self._latest.chart is self.chart
+        start = self._latest if self._latest and is_left else self._state(self.chart.inverse(z))
         own = LEAST + (MOST - LEAST) * torch.rand(len(z), 1, dtype=z.dtype, device=z.device)
         count = min(self.max_steps, max(1, math.ceil(self.time / self.step)))
         size = min(self.step, self.time / count) * own  # (N, 1)
@@ -72,8 +74,8 @@ class HMC:
         self.acceptance = float(chance.mean())
         if adapt:
             self._adapt(start.x, state.x, momentum, chance, count * size.squeeze(-1))
-        moved = torch.where(taken.unsqueeze(-1), state.z, start.z)
-        return moved, torch.where(taken, state.log_p - state.log_det, start.log_p - start.log_det)
+        self._latest = start.moved(taken, state)
+        return self._latest.z, self._latest.log_p - self._latest.log_det
 
     def _adapt(self, x: Tensor, end: Tensor, momentum: Tensor, chance: Tensor, times: Tensor) -> None:
         """Learn from a move of all chains: the size of steps by its acceptance, the time by ascent with Adam."""
@@ -102,7 +104,7 @@ class HMC:
             (score,) = torch.autograd.grad(log_p.where(log_p.isfinite(), 0).sum(), leaf)
         finite = log_p.isfinite() & score.isfinite().all(-1)
         log_p = log_p.detach().where(finite, -math.inf)
-        return _State(x, z.detach(), log_p, log_det.detach(), score.where(finite[:, None], 0))
+        return _State(x, z.detach(), log_p, log_det.detach(), score.where(finite[:, None], 0), self.chart)
 
 
 class _State(NamedTuple):
@@ -111,3 +113,16 @@ class _State(NamedTuple):
     log_p: Tensor  # (N,), over x
     log_det: Tensor  # (N,)
     score: Tensor  # (N, D)
+    chart: Chart
+
+    def moved(self, taken: Tensor, other: _State) -> _State:
+        """The other state where it is taken, ``(N,)``, and this one elsewhere."""
+        rows = taken.unsqueeze(-1)
+        return _State(
+            torch.where(rows, other.x, self.x),
+            torch.where(rows, other.z, self.z),
+            torch.where(taken, other.log_p, self.log_p),
+            torch.where(taken, other.log_det, self.log_det),
+            torch.where(rows, other.score, self.score),
+            self.chart,
+        )

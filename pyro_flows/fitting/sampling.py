@@ -1,0 +1,159 @@
+"""Exact draws of a posterior: chains that start from a guide's draws and run until they have converged."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..checks import check_flags, check_integers, joined
+from ..guides import AutoFlow
+from ..programs.nesting import takes_nesting
+from ..programs.space import Space, sound_space
+from ..programs.task import Task, check_trained
+from ..sampling.chains import FROZEN
+from ..sampling.run import BATCH, Goal, Outcome, Run
+from ..sampling.samples import Samples
+from ..training.interrupts import hold_interrupts
+from .svi import fit_svi
+
+CALLER = "sample"
+CHAINS, ONE_BY_ONE = 256, 16  # chains by default, also where the model runs one draw at a time
+
+
+@takes_nesting
+def sample(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None = None,
+    *args: Any,
+    num_draws: int = 4000,
+    num_chains: int | None = None,
+    max_sweeps: int = 2000,
+    progress: bool = True,
+    vectorize: str = "auto",
+    max_plate_nesting: int | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Samples:
+    """Draw from a posterior, exactly, by Markov chains that a guide makes fast.
+
+    Many chains start from the guide's draws.  They move by Hamiltonian Monte Carlo in the coordinates of the guide's
+    base and in whitened ones (Hoffman et al. 2019, arXiv:1903.03704), and take draws of the guide, each accepted with
+    the chance min(1, w' / w), where w = p / q (Gabrié, Rotskoff, Vanden-Eijnden 2021, arXiv:2105.12603).  All of these
+    leave the posterior as it is.  So the guide's errors cost time and do not spoil the draws, once the chains have
+    converged: they run until R-hat is at most 1.01 and the effective sample sizes of bulk and tails are at least
+    ``num_draws``, for every latent and deterministic site (Vehtari et al. 2021, arXiv:1903.08008).  A mode that no
+    chain has met is not there for R-hat either: see :func:`~pyro_flows.check`, which searches for such.
+
+    Args:
+        model: A Pyro model; discrete latents that the guide lacks are summed out, and drawn back in the end.
+        guide: A trained guide of the same latents; by default an :class:`~pyro_flows.AutoFlow`, which is fitted first.
+            Give None if arguments of the model follow.
+        *args: The model's arguments.
+        num_draws: The effective sample size that each quantity must have; the chains return at least as many draws.
+        num_chains: The number of chains, at least 4; by default 256, or 16 where the model runs one draw at a time.
+        max_sweeps: How often all chains are moved at most, those of the warm-up included.
+        progress: Whether to show a progress bar.
+        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
+            does to draws what single runs do (*Any Pyro program* in the docs).
+        max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
+        model_kwargs: Keyword arguments of the model whose names clash with those above.
+        **kwargs: The model's other keyword arguments.
+
+    Returns:
+        The :class:`~pyro_flows.Samples`.  Ctrl-C ends sampling early, and returns what there is.
+
+    Raises:
+        ValueError: If a number is out of its range; if the guide was never trained, is a point, of another model, or
+            has no density over its draws; or if a discrete latent of infinite support is left to the model, or a plate
+            is subsampled.
+
+    Warns:
+        UserWarning: If the chains have not converged, the model runs one draw at a time, or its log-density is an
+            estimate whose noise shows.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> def narrow():
+        ...     pyro.sample("x", dist.Normal(0.5, 0.5))
+        >>> found = sample(model, narrow, progress=False)
+        >>> draws = found.flat["x"]
+        >>> found.converged, bool(draws.mean().abs() < 0.1), bool((draws.std() - 1).abs() < 0.1)
+        (True, True, True)
+    """
+    kwargs = joined(CALLER, kwargs, model_kwargs)
+    check_integers(CALLER, num_draws=num_draws, max_sweeps=max_sweeps)
+    check_integers(CALLER, 4, optional=True, num_chains=num_chains)
+    check_flags(CALLER, progress=progress)
+    fit = None
+    if guide is None:
+        guide = AutoFlow(model)
+        fit = fit_svi(model, guide, *args, progress=progress, vectorize=vectorize, model_kwargs=kwargs)
+    check_trained(CALLER, guide)
+    start = time.perf_counter()
+    with pyro.validation_enabled(False):  # a draw of no density is for the chains to shun
+        space = sound_space(Task(model, guide, args, kwargs, vectorize))
+        chains = num_chains or (ONE_BY_ONE if space.task.runs_one_by_one else CHAINS)
+        found = _run(space, chains, Goal(num_draws, max_sweeps), progress=progress)
+        draws = _draws(space, found.z)
+    names, (rhat, ess_bulk, ess_tail, _) = space.read.names, found.convergence
+    if not found.converged:
+        warnings.warn(_warning(found, names, max_sweeps), stacklevel=3)
+    return Samples(
+        draws=draws,
+        names=names,
+        rhat=rhat,
+        ess_bulk=ess_bulk,
+        ess_tail=ess_tail,
+        converged=found.converged,
+        divergences=found.divergences,
+        acceptance=found.acceptance,
+        chance=found.chance,
+        sweeps=found.sweeps,
+        seconds=time.perf_counter() - start,
+        guide=guide,
+        fit=fit,
+    )
+
+
+def _run(space: Space, chains: int, goal: Goal, *, progress: bool) -> Outcome:
+    """Run chains under a progress bar; Ctrl-C ends them early."""
+    with hold_interrupts() as asked, tqdm(disable=not progress, unit="sweep", dynamic_ncols=True) as bar:
+
+        def tell(words: str) -> None:
+            bar.update()
+            bar.set_postfix_str(words, refresh=False)
+
+        return Run(space, chains, goal, tell, asked).run()
+
+
+def _draws(space: Space, z: Tensor) -> dict[str, Tensor]:
+    """The model's latents and deterministic sites at draws, ``(C, n, D)``: each ``(C, n, *site_shape)``."""
+    parts = [space.values(part) for part in z.flatten(0, 1).split(BATCH)]
+    latents = {name: torch.cat([part[name] for part in parts]) for name in space.task.latents}
+    return {name: value.unflatten(0, z.shape[:2]) for name, value in space.task.values(latents, BATCH).items()}
+
+
+def _warning(found: Outcome, names: list[str], max_sweeps: int) -> str:
+    """Say how far the chains are from convergence, why, and what to do."""
+    rhat, ess = found.convergence.rhat, found.convergence.ess
+    highest, lowest = int(rhat.argmax()), int(ess.argmin())
+    words = (
+        f"sample: the chains have not converged after {found.sweeps} sweeps. R-hat is {float(rhat[highest]):.3f} for "
+        f"{names[highest]}, and the effective sample size {float(ess[lowest]):.0f} for {names[lowest]}. "
+    )
+    if max(found.acceptance, default=1.0) < FROZEN:
+        return words + "They hardly move. Is the gradient of the model's density finite?"
+    if found.sweeps < max_sweeps:
+        return words + "They were interrupted."
+    return words + f"Train the guide longer, reparametrise the model, or give more than max_sweeps={max_sweeps}."

@@ -1,0 +1,385 @@
+"""Exact draws: the numbers of convergence, a kernel that leaves the posterior as it is, posteriors that are known."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoDelta, AutoNormal
+
+import pyro_flows as pf
+from pyro_flows import AutoFlow
+from pyro_flows.programs.space import Scored, sound_space
+from pyro_flows.programs.task import Task
+from pyro_flows.sampling.chains import Chains
+from pyro_flows.sampling.charts import Base, White
+from pyro_flows.sampling.convergence import convergence
+from pyro_flows.sampling.run import Goal, Record
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)
+    import arviz as az
+
+
+# Convergence.
+
+
+def autoregressive(slope: float, chains: int, length: int) -> torch.Tensor:
+    """Chains of three quantities, (chains, length, 3): normal, log-normal, and rounded, with many equal values."""
+    x, found = torch.randn(chains, 3), []
+    for _ in range(length):
+        x = slope * x + math.sqrt(1 - slope**2) * torch.randn(chains, 3)
+        found.append(x)
+    draws = torch.stack(found, 1).double()
+    return torch.stack((draws[..., 0], draws[..., 1].exp(), draws[..., 2].round()), -1)
+
+
+@pytest.mark.parametrize(
+    ("slope", "chains", "length"),
+    [(0.0, 4, 1000), (0.5, 4, 1000), (0.95, 4, 1000), (-0.4, 4, 999), (0.9, 8, 301), (0.3, 256, 16), (0.99, 64, 400)],
+)
+def test_convergence_is_that_of_arviz(slope, chains, length):
+    draws = autoregressive(slope, chains, length)
+    draws[0] += 0.3  # one chain lies elsewhere
+    found = convergence(draws)
+    data = {f"x{k}": draws[..., k].numpy() for k in range(3)}
+    data = az.from_dict(data) if hasattr(az, "psislw") else az.from_dict({"posterior": data})
+    for name, ours, tolerance in (
+        ("rhat", found.rhat, 1e-3),
+        ("bulk", found.ess_bulk, 0.02),
+        ("tail", found.ess_tail, 0.02),
+    ):
+        theirs = az.rhat(data) if name == "rhat" else az.ess(data, method=name)
+        theirs = torch.tensor([float(theirs[f"x{k}"]) for k in range(3)])
+        torch.testing.assert_close(ours.float(), theirs, rtol=tolerance, atol=0)
+
+
+def test_convergence_of_many_quantities_is_that_of_each():
+    draws = torch.cat([autoregressive(0.5, 64, 200) for _ in range(30)], -1)
+    together, alone = convergence(draws), [convergence(draws[..., k : k + 1]) for k in range(draws.shape[-1])]
+    for field, values in zip(together._fields, together, strict=True):
+        torch.testing.assert_close(values, torch.cat([getattr(one, field) for one in alone]), rtol=1e-4, atol=1e-4)
+
+
+def test_constants_have_converged_and_nan_has_not():
+    draws = torch.randn(4, 100, 4)
+    draws[..., 1], draws[0, 0, 2], draws[0, 0, 3] = 5.0, math.nan, math.inf
+    found = convergence(draws)
+    assert found.rhat[1] == 1
+    assert found.ess[1] == 400
+    assert found.drift[1] == 0
+    assert found.rhat[2] == math.inf
+    assert found.ess[2] == 0
+    assert found.rhat[3] < 1.1
+
+
+def test_chains_that_move_on_drift():
+    draws = torch.randn(64, 40, 3)
+    draws[:, :20, 1] += 0.2
+    draws[:, :20, 2] *= 0.7
+    drift = convergence(draws).drift
+    assert drift[0] < 4
+    assert drift[1] > 4
+    assert drift[2] > 4
+
+
+# The kernel: Getting It Right (Geweke 2004).  With values of the prior, and data given these, a kernel that leaves the
+# posterior given these data as it is leaves values of the prior.
+
+
+def funnel(y=None):
+    v = pyro.sample("v", dist.Normal(0.0, 1.0))
+    x = pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
+    return pyro.sample("y", dist.Normal(x, 0.5), obs=y)
+
+
+def bent(model, *args) -> AutoFlow:
+    """A guide with a flow far from the identity, and far from the posterior."""
+    guide = AutoFlow(model, init_scale=1.0)
+    guide.setup(*args)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return guide.eval()
+
+
+@pytest.mark.parametrize("kind", ["white", "base", "proposals", "all"])
+def test_kernel_leaves_the_joint_distribution_as_it_is(kind):
+    number = 20_000
+    guide = bent(funnel, torch.tensor(0.7))
+    space = sound_space(Task(funnel, guide, (torch.tensor(0.7),), {}))
+    v = torch.randn(number)
+    x = (v / 2).exp() * torch.randn(number)
+    y = x + 0.5 * torch.randn(number)  # each chain has data of its own
+
+    def density(z):
+        prior = dist.Normal(0.0, 1.0).log_prob(z[:, 0]) + dist.Normal(0.0, (z[:, 0] / 2).exp()).log_prob(z[:, 1])
+        return prior + dist.Normal(z[:, 1], 0.5).log_prob(y.repeat(len(z) // number))
+
+    def draw(size: int) -> Scored:
+        found = space.draw(size, 10_000)
+        return Scored(found.z, density(found.z), found.log_q, found.quantities)
+
+    z = torch.stack((v, x), -1)
+    charts = {"white": [White(z)], "base": [Base(space)]}.get(kind, [Base(space), White(z)])
+    chains = Chains(density, charts, z)
+    for _ in range(2):
+        if kind == "proposals":
+            chains.log_p = density(chains.z)
+        else:
+            chains.sweep(adapt=False)
+        if kind in ("proposals", "all"):
+            _, chance = chains.propose(draw, space.log_q, 2)
+            assert 0.1 < chance < 0.98
+    moved = (chains.z - z).abs().gt(1e-6).any(-1).double().mean()
+    assert moved > 0.3
+    v, x = chains.z.double().unbind(-1)
+    scaled = x * (-v / 2).exp()  # standard normal, as v is
+    for value, mean in (
+        (v, 0),
+        (scaled, 0),
+        (v.square(), 1),
+        (scaled.square(), 1),
+        (v * scaled.square(), 0),
+        (v**3, 0),
+        ((y - x).square() / 0.25, 1),
+        ((y - x) * scaled, 0),
+        ((y - x) * v, 0),
+    ):
+        assert abs(float(value.mean()) - mean) < 4.5 * float(value.std()) / math.sqrt(number)
+
+
+# Posteriors that are known.
+
+
+def agree(found, name: str, mean, sd, ess: int = 4000) -> None:
+    """Assert that draws have a mean and a standard deviation, to within five standard errors."""
+    values, error = found.flat[name].double(), 5 / math.sqrt(ess)
+    assert found.converged
+    assert (found.rhat <= 1.01).all()
+    assert (found.ess_bulk >= ess).all()
+    assert ((values.mean(0) - mean).abs() < error * torch.as_tensor(sd)).all()
+    assert ((values.std(0) / sd - 1).abs() < error).all()
+
+
+def conjugate(y=None):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(2.0) if y is None else y)
+
+
+def wrong(y=None):
+    """Two standard deviations off, and half as wide."""
+    pyro.sample("x", dist.Normal(1.0 + 2 * 0.5**0.5, 0.5 * 0.5**0.5))
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_guide_that_is_off_does_no_harm(local):
+    with pyro.settings.context(module_local_params=local):
+        found = pf.sample(conjugate, wrong, progress=False)
+    agree(found, "x", 1.0, 0.5**0.5)
+    assert found.draws["x"].shape[0] == 256
+    assert found.flat["x"].numel() == found.draws["x"].numel() >= 4000
+    assert found.names == ["x"]
+    assert found.guide is wrong
+    assert found.fit is None
+    assert found.divergences == 0
+    assert all(word in repr(found) for word in ("converged", "R-hat", "ESS", "divergences", " s"))
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_without_a_guide_one_is_fitted(local):
+    with pyro.settings.context(module_local_params=local):
+        found = pf.sample(conjugate, None, torch.tensor(2.0), progress=False, num_chains=64)
+    agree(found, "x", 1.0, 0.5**0.5)
+    assert isinstance(found.guide, AutoFlow)
+    assert found.fit.guide is found.guide
+    assert found.chance > 0.5
+    assert found.draws["x"].shape[0] == 64
+    assert "for the fit" in repr(found)
+
+
+def test_a_guide_without_correlations_does_no_harm():
+    def narrow():
+        v = pyro.sample("v", dist.Normal(0.0, 1.0))
+        with pyro.plate("two", 2):
+            pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
+
+    guide = AutoNormal(narrow)
+    pf.fit_svi(narrow, guide, steps=200, num_particles=16, progress=False)
+    found = pf.sample(narrow, guide, progress=False, num_draws=1000, num_chains=64)
+    agree(found, "v", 0.0, 1.0, 1000)
+    assert abs(float((found.flat["v"] < -2).double().mean()) - 0.02275) < 5 * math.sqrt(0.0228 / 1000)
+
+
+def test_discrete_latents_are_drawn_back():
+    def mixture():
+        kind = pyro.sample("kind", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        mean = pyro.deterministic("mean", x + 2 * kind)
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.tensor(1.5))
+
+    def guide():
+        pyro.sample("x", dist.Normal(0.5, 0.8))
+
+    found = pf.sample(mixture, guide, progress=False)
+    odds = [0.3 * math.exp(-(0.5**2) / 4), 0.7 * math.exp(-(1.5**2) / 4)]
+    share = odds[0] / sum(odds)
+    means = torch.tensor([-0.25, 0.75])
+    mean = share * means[0] + (1 - share) * means[1]
+    sd = (0.5 + share * means[0] ** 2 + (1 - share) * means[1] ** 2 - mean**2).sqrt()
+    agree(found, "x", mean, sd)
+    flat = found.flat
+    assert abs(float(flat["kind"].mean()) - share) < 5 * 0.5 / math.sqrt(4000)
+    torch.testing.assert_close(flat["mean"], flat["x"] + 2 * flat["kind"])
+
+
+def test_angles():
+    def circle():
+        angle = pyro.sample("angle", dist.VonMises(0.5, 2.0))
+        pyro.sample("y", dist.Normal(angle.cos(), 0.5), obs=torch.tensor(0.2))
+
+    grid = torch.linspace(-math.pi, math.pi, 4001, dtype=torch.float64)
+    weight = (2 * (grid - 0.5).cos() - (0.2 - grid.cos()).square() / 0.5).exp()
+    weight = weight / weight.sum()
+
+    def guide():
+        pyro.sample("angle", dist.VonMises(1.0, 1.5))
+
+    found = pf.sample(circle, guide, progress=False)
+    assert found.converged
+    assert found.names == ["cos angle", "sin angle"]
+    for function in (torch.cos, torch.sin):
+        values, mean = function(found.flat["angle"]).double(), float((weight * function(grid)).sum())
+        assert abs(float(values.mean()) - mean) < 5 * float(values.std()) / math.sqrt(4000)
+
+
+def test_deterministic_sites_must_converge_too():
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.deterministic("square", x.square().sum())
+
+    def guide():
+        pyro.sample("x", dist.Normal(torch.ones(2), 1.0).to_event(1))
+
+    found = pf.sample(model, guide, progress=False, num_draws=2000)
+    assert found.names == ["x[0]", "x[1]", "square"]
+    assert found.draws["x"].shape[2:] == (2,)
+    torch.testing.assert_close(found.draws["square"], found.draws["x"].square().sum(-1))
+    assert abs(float(found.flat["square"].mean()) - 2) < 5 * 2 / math.sqrt(2000)
+
+
+def test_models_that_run_one_draw_at_a_time():
+    found = pf.sample(conjugate, wrong, progress=False, vectorize="loop", num_draws=200)
+    assert found.draws["x"].shape[0] == 16
+    assert found.converged
+    assert abs(float(found.flat["x"].mean()) - 1) < 5 * 0.71 / math.sqrt(200)
+
+
+def test_more_draws_come_from_the_guide():
+    def guide():
+        pyro.sample("x", dist.Normal(1.0, 0.75))
+
+    found = pf.sample(conjugate, guide, progress=False, num_draws=40_000)
+    assert found.converged
+    assert found.ess_tail.min() >= 40_000
+    assert found.chance > 0.5
+    assert found.sweeps < 200
+    assert abs(float(found.flat["x"].mean()) - 1) < 5 * 0.71 / math.sqrt(40_000)
+
+
+# What is kept, what is refused, and what is said.
+
+
+def test_the_record_is_bounded():
+    space = sound_space(Task(conjugate, wrong, (), {}))
+    record, times = Record(space, 20), 0
+    for number in range(1, 101):
+        times += record.keep(torch.full((4, 1), float(number)))
+        assert len(record) <= 20
+    assert times == 3
+    assert (record.z()[0, 1:, 0] - record.z()[0, :-1, 0] == 8).all()
+    record.judge(Goal(10, 10))
+
+
+def test_chains_that_have_not_converged_say_so():
+    def apart():
+        with pyro.poutine.mask(mask=False):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        halves = torch.stack([dist.Normal(place, 1.0).log_prob(x) for place in (-5.0, 5.0)])
+        pyro.factor("halves", halves.logsumexp(0))
+
+    def guide():
+        pyro.sample("x", dist.Normal(0.0, 5.0))
+
+    def two():
+        pyro.sample(
+            "x",
+            dist.MixtureSameFamily(
+                dist.Categorical(torch.tensor([0.2, 0.8])), dist.Normal(torch.tensor([-5.0, 5.0]), 0.5)
+            ),
+        )
+
+    with pytest.warns(UserWarning, match=r"not converged after 70 sweeps\. R-hat is \d\.\d+ for x"):
+        found = pf.sample(apart, two, progress=False, max_sweeps=70)
+    assert not found.converged
+    assert "NOT converged" in repr(found)
+    assert found.rhat > 1.01
+    assert pf.sample(apart, guide, progress=False, num_draws=400).converged  # whose draws lead from one to the other
+
+
+def test_ctrl_c_returns_what_there_is(ctrl_c):
+    calls = 0
+
+    def slow():
+        nonlocal calls
+        calls += 1
+        if calls == 300:
+            os.kill(os.getpid(), signal.SIGINT)
+        return conjugate()
+
+    with pytest.warns(UserWarning, match="interrupted"):
+        found = pf.sample(slow, wrong, progress=False, num_draws=1_000_000)
+    assert not found.converged
+    assert found.sweeps < 500
+    assert found.draws["x"].shape[1] >= 8
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_draws", 0), ("num_chains", 2), ("max_sweeps", 1.5), ("progress", 1)])
+def test_bad_arguments_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"sample: {name}.*{value}"):
+        pf.sample(conjugate, wrong, **{name: value})
+
+
+def test_guides_that_cannot_be_sampled_are_refused():
+    with pytest.raises(ValueError, match="never trained"):
+        pf.sample(conjugate, AutoFlow(conjugate))
+    point = AutoDelta(conjugate)
+    point()
+    with pytest.raises(ValueError):
+        pf.sample(conjugate, point)
+
+
+def test_arviz_keeps_the_chains():
+    found = pf.sample(conjugate, wrong, progress=False, num_chains=16, num_draws=400)
+    data = pf.to_arviz(conjugate, found, posterior_predictive=True)
+    posterior = data["posterior"]
+    assert dict(posterior.sizes) == {"chain": 16, "draw": found.draws["x"].shape[1]}
+    torch.testing.assert_close(torch.as_tensor(posterior["x"].values), found.draws["x"])
+    log_p = dist.Normal(0.0, 1.0).log_prob(found.draws["x"]) + dist.Normal(found.draws["x"], 1.0).log_prob(
+        torch.tensor(2.0)
+    )
+    torch.testing.assert_close(torch.as_tensor(data["sample_stats"]["log_p"].values), log_p)
+    likelihood = dist.Normal(found.draws["x"], 1.0).log_prob(torch.tensor(2.0))
+    torch.testing.assert_close(torch.as_tensor(data["log_likelihood"]["y"].values), likelihood)
+    assert data["posterior_predictive"]["y"].shape == found.draws["x"].shape
+    assert posterior.attrs["converged"] == 1
+    assert posterior.attrs["inference_method"] == "mcmc"
+    assert abs(float(az.rhat(data)["x"]) - float(found.rhat[0])) < 1e-3
+    with pytest.raises(ValueError, match="importance"):
+        pf.to_arviz(conjugate, found, importance=True)
