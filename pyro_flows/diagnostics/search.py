@@ -31,7 +31,7 @@ STARTS = 64  # climbs
 EFFORT = Effort(kept=0.3, forgotten=0.5, moves=(1, 4), max_steps=6, gradients=200)
 SURPRISE = 3.0  # by how many nats the posterior must exceed the guide at a place where the guide has too little
 LEAST = 8.0  # how many nats of evidence below the guide's a Gaussian that was matched may have to count
-MOST, MATCHED = 32, 3  # how many modes are looked at, and how many of those that few particles have found
+MOST, MATCHED = 32, 4  # to how many modes laws are fitted, and to how many of these Gaussians are matched
 ENOUGH = 4  # particles a dimension, to fit a law to them
 PROBES = 4000  # draws of all laws
 DF = 5.0  # degrees of freedom of the laws
@@ -110,15 +110,14 @@ def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) ->
     modes = [places[labels == label] for label in range(int(labels.max()) + 1)]
     within = torch.cat([mode - mode.mean(0) for mode in modes if len(mode) > 1] or [places[:0]])
     pooled = White(within) if len(within) > ENOUGH * dim else None  # where single modes have too few particles
-    laws, matched = [], 0
+    laws = []
     for label, mode in enumerate(modes[:MOST]):
-        mine = labels == label
         fit = White(mode) if len(mode) > ENOUGH * dim else pooled
         if fit is not None:
             laws.append(dist.MultivariateStudentT(DF, mode.mean(0), fit.scale_tril))
-        elif matched < MATCHED:
-            matched += 1
-            highest = ends[mine][density(ends[mine]).nan_to_num(-math.inf).argmax()]
+        if label < MATCHED:  # what the particles of a population that was annealed in haste say is too wide
+            mine = ends[labels == label]
+            highest = mine[density(mine).nan_to_num(-math.inf, math.inf, -math.inf).argmax()]
             found = match(density, highest, white.scale_tril / 3, rounds=60)
             if found is not None and found.elbo > evidence - LEAST:
                 laws.append(dist.MultivariateStudentT(DF, found.loc, found.scale_tril))
