@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pyro
 import pyro.distributions as dist
 import torch
+
+from pyro_flows import Check
+from pyro_flows.diagnostics import Finding
 
 
 def nested(y=None, *, noise=1.0):
@@ -22,3 +27,9 @@ def nested(y=None, *, noise=1.0):
 
 
 Y = torch.tensor([[0.5, 1.0, 2.0], [3.0, 0.1, 1.5]])
+
+
+def with_verdict(found: Check, verdict: str) -> Check:
+    """A check that has found what leads to a verdict."""
+    findings = () if verdict == "trust" else (Finding("mean", "x", 1.0, 0.1, verdict),)
+    return dataclasses.replace(found, findings=findings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
@@ -18,6 +17,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import with_verdict
 
 import pyro_flows
 from pyro_flows.__main__ import main
@@ -172,7 +172,7 @@ def a_check() -> Check:
     def guide():
         pyro.sample("x", dist.Normal(0.0, 1.01))
 
-    return dataclasses.replace(check(model, guide, num_samples=1000, num_chains=16), verdict="trust")
+    return with_verdict(check(model, guide, num_samples=1000, num_chains=16), "trust")
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ def test_double_calculates_in_float64_and_leaves_no_trace(folder):
 def test_the_verdict_is_the_exit_status(verdict, status, folder, capsys, monkeypatch, a_check):
     """Draws are resampled where they must be, and only there."""
     asked, to_arviz = [], fit.to_arviz
-    monkeypatch.setattr(fit, "check", lambda *_, **__: dataclasses.replace(a_check, verdict=verdict))
+    monkeypatch.setattr(fit, "check", lambda *_, **__: with_verdict(a_check, verdict))
     monkeypatch.setattr(fit, "to_arviz", lambda *a, **k: asked.append(k["importance"]) or to_arviz(*a, **k))
     assert run("models.py:normal", "--data", "data.json") == status
     out = " ".join(capsys.readouterr().out.split())

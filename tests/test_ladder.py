@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import with_verdict
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from pyro_flows import AutoFlow, Fit, check, fit_svi, flows
 from pyro_flows.fitting import ladder
 from pyro_flows.guides.plan import Schedule
 from pyro_flows.programs.task import Task
+from pyro_flows.sampling.run import Goal
 
 small = functools.partial(flows.realnvp, num_transforms=4, hidden_dims=(16,))
 
@@ -39,6 +41,13 @@ def two_modes() -> None:
 
 
 Y = torch.tensor([1.0, 0.0, -2.0])
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch) -> None:
+    """Small populations, and few sweeps for exact draws."""
+    monkeypatch.setattr(ladder, "PARTICLES", 512)
+    monkeypatch.setattr(ladder, "EXACT", Goal(200, 40))
 
 
 def names(fit: Fit) -> list[str]:
@@ -67,26 +76,23 @@ def test_a_bent_posterior_takes_a_flow():
         assert rung.check.reason in repr(fit)
 
 
-def test_a_missing_mode_is_looked_for(monkeypatch):
+def test_a_missing_mode_is_found():
     """Neither more couplings nor more steps can find it, so they are passed over."""
-    monkeypatch.setattr(ladder, "ANNEAL", 20)
+    pyro.set_rng_seed(0)
     fit = fit_svi(two_modes, AutoFlow(two_modes, small), num_particles=64, escalate=True, progress=False)
-    assert names(fit)[:2] == ["Gaussian", "tempered"]
-    assert "A mode may be missing" in fit.rungs[0].check.reason
-    assert fit.rungs[1].fit.steps == 20
+    assert names(fit) == ["Gaussian", "annealed"]
+    assert [finding.kind for finding in fit.rungs[0].check.findings] == ["mode"]
+    assert fit.check.trusted
+    assert (fit.guide.sample(4000)["z"][:, 0] > 0).float().mean() == pytest.approx(0.5, abs=0.1)
 
 
 def never(*_, **__):
     raise AssertionError("it was fitted")
 
 
-def distrust(found, reason: str):
-    return dataclasses.replace(found, verdict="do not trust", reason=reason)
-
-
 def test_every_rung_is_tried_before_it_gives_up(monkeypatch):
     """Each starts from the last: the deeper flow draws at first as the one before it."""
-    monkeypatch.setattr(ladder, "check", lambda *a, **k: distrust(check(*a, **k), "no"))
+    monkeypatch.setattr(ladder, "check", lambda *a, **k: with_verdict(check(*a, **k), "do not trust"))
     deepened = []
     original = ladder._deepened
 
@@ -101,9 +107,11 @@ def test_every_rung_is_tried_before_it_gives_up(monkeypatch):
     settings = {"num_particles": 16, "progress": False}
     monkeypatch.setattr(AutoFlow, "schedule", lambda self, near=False: Schedule(20))
     fit = fit_svi(banana, AutoFlow(banana, small), steps=40, escalate=True, **settings)
-    assert names(fit) == ["Gaussian", "flow", "deeper and longer", "forward KL"]
+    assert names(fit) == ["Gaussian", "flow", "deeper and longer", "annealed", "exact draws"]
     assert len(deepened[0].flow.transforms) == 4 + 8 + 2
     assert fit.check.verdict == "do not trust"
+    assert fit.samples is fit.rungs[-1].samples
+    assert "exact draws" in repr(fit)
     elbos = [float(rung.check.psis.log_weights.mean()) for rung in fit.rungs]
     assert fit.guide is fit.rungs[elbos.index(max(elbos))].fit.guide  # losses of other objectives do not compare
 
@@ -133,7 +141,7 @@ def test_the_best_rung_is_kept():
     for name, verdict, elbo in (("a", "do not trust", -1.0), ("b", "reweight", -3.0), ("c", "reweight", -2.0)):
         fit = Fit(name, torch.zeros(1), 0.0, 1, 1, 0, 1.0, "steps")
         weights = dataclasses.replace(right.psis, log_weights=torch.full((10,), elbo))
-        climber.note(ladder.Rung(name, fit, dataclasses.replace(right, verdict=verdict, psis=weights), 1.0))
+        climber.note(ladder.Rung(name, fit, with_verdict(dataclasses.replace(right, psis=weights), verdict), 1.0))
     assert climber.result().guide == "c"
 
 
@@ -192,7 +200,7 @@ def test_longer_training_leaves_the_rung_before_it_alone(monkeypatch):
     def turning() -> None:
         pyro.sample("angle", dist.VonMises(1.0, 4.0))
 
-    monkeypatch.setattr(ladder, "check", lambda *a, **k: distrust(check(*a, **k), "no"))
+    monkeypatch.setattr(ladder, "check", lambda *a, **k: with_verdict(check(*a, **k), "do not trust"))
     monkeypatch.setattr(AutoFlow, "schedule", lambda self, near=False: Schedule(20))
     fit = fit_svi(turning, AutoFlow(turning), steps=20, escalate=True, progress=False)
     assert names(fit) == ["flow", "deeper and longer", "forward KL"]
@@ -209,7 +217,7 @@ def test_an_interrupted_ladder_keeps_the_best_rung(monkeypatch):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return distrust(check(*args, **kwargs), "no")
+        return with_verdict(check(*args, **kwargs), "do not trust")
 
     monkeypatch.setattr(ladder, "check", interrupted)
     fit = fit_svi(normal, AutoFlow(normal, small), Y, steps=30, escalate=True, progress=False)
@@ -221,7 +229,7 @@ def test_an_interrupted_ladder_keeps_the_best_rung(monkeypatch):
 
 
 def test_a_ladder_goes_on_from_its_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(ladder, "check", lambda *a, **k: distrust(check(*a, **k), "no"))
+    monkeypatch.setattr(ladder, "check", lambda *a, **k: with_verdict(check(*a, **k), "do not trust"))
     monkeypatch.setattr(AutoFlow, "schedule", lambda self, near=False: Schedule(20))
     settings = {"steps": 30, "num_particles": 16, "escalate": True, "progress": False}
     settings["checkpoint"] = tmp_path / "run.pt"
@@ -239,7 +247,7 @@ def test_a_ladder_goes_on_from_its_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), FloatingPointError("not finite"), ValueError("bad")])
 def test_a_rung_that_breaks_off_costs_no_other(monkeypatch, error):
     """In its warm start, say, outside of any loop that would hold a Ctrl-C."""
-    monkeypatch.setattr(ladder, "check", lambda *a, **k: distrust(check(*a, **k), "no"))
+    monkeypatch.setattr(ladder, "check", lambda *a, **k: with_verdict(check(*a, **k), "do not trust"))
     monkeypatch.setattr(ladder, "_restarted", lambda climber, guide, *_: climber.fit("flow", _Broken(error)))
     monkeypatch.setattr(ladder.Ladder, "fit", _fit_or_break(ladder.Ladder.fit))
     fit = fit_svi(normal, AutoFlow(normal, small), Y, escalate=True, progress=False)

@@ -3,7 +3,6 @@ before it trains."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import with_verdict
 
 import pyro_flows
 from pyro_flows import AutoFlow, fit_svi, flows
@@ -42,7 +42,7 @@ def quick(monkeypatch):
     """A coarse check, whose verdict on few steps is known beforehand, and no more draws than are written."""
 
     def coarse(*args, **_):
-        return dataclasses.replace(check(*args, num_samples=1000, num_chains=16), verdict="do not trust")
+        return with_verdict(check(*args, num_samples=1000, num_chains=16), "do not trust")
 
     monkeypatch.setattr(job, "check", coarse)
     monkeypatch.setattr(job, "SHOWN", 4000)
@@ -135,7 +135,7 @@ def test_realnvp_survives_its_first_steps():
 @pytest.mark.filterwarnings("ignore:to_arviz")  # the fit is bad, whatever the verdict
 def test_the_verdict_is_the_exit_status(verdict, status, tmp_path, capsys, monkeypatch):
     quick = job.check
-    monkeypatch.setattr(job, "check", lambda *a, **k: dataclasses.replace(quick(*a, **k), verdict=verdict))
+    monkeypatch.setattr(job, "check", lambda *a, **k: with_verdict(quick(*a, **k), verdict))
     assert main(["--steps", "3", "--out", str(tmp_path)]) == status
     out = capsys.readouterr().out
     assert ("Try more steps" in " ".join(out.split())) == (status == 3)  # lines are wrapped

@@ -42,9 +42,11 @@ from .density import fit_density
 
 ENOUGH = 5  # particles a dimension that a mode's own covariance takes
 DRAWS = 20_000  # draws of the guide that are weighed
-WIDER = 2.0, 0.1  # each Gaussian has one beside it that is as much wider, with a share
+WIDER = 1.5, 0.05  # each Gaussian has one beside it that is as much wider, with a share
 ENOUGH_ESS = 0.9  # the effective share of draws at which nothing is left to train
 EPOCHS, GENTLE = 50, 0.003  # of training on the particles; the step size of the ELBO over a base with modes
+CONVERGES = 0.5  # k-hat below which the weights have a variance, and their mean an error that can be known
+FEW = 0.002  # the share of the particles that a mode must have, to be more than a place where climbs got stuck
 LESS = 0.1  # nats of evidence by which the guide may fall short of the population
 
 
@@ -122,6 +124,16 @@ class Annealed:
         )
 
 
+def _merged(labels: Tensor, x: Tensor) -> Tensor:
+    """Modes of next to no places are given to those next to them; labels are sorted by the number of their places."""
+    count = int((labels.bincount() >= max(2.0, FEW * len(labels))).sum()) or 1
+    kept, lost = labels < count, labels >= count
+    if bool(lost.any()):
+        labels = labels.clone()
+        labels[lost] = labels[kept][torch.cdist(x[lost], x[kept]).argmin(-1)]
+    return labels
+
+
 FitOnce = Callable[..., Fit | None]
 
 
@@ -177,7 +189,7 @@ class Tops:
         density, z = or_nan(space.log_p), population.z
         chart = White(z, population.log_weights.exp())
         ends = torch.cat([climb(density, chart, part) for part in z.split(1024)])
-        self.labels = components(density, chart, ends)
+        self.labels = _merged(components(density, chart, ends), chart.inverse(ends))
         with torch.no_grad():
             heights = density(ends).nan_to_num(-math.inf, math.inf, -math.inf)
         self.places, self.heights = [], []
@@ -216,7 +228,7 @@ def _fitted(task: Task, tops: Tops, fit_once: FitOnce) -> tuple[_Weighed, Fit | 
     """
     guide = _started(task, tops)
     has_modes = isinstance(guide.flow.base, ModesBase)
-    start = _weighed(guide, task) if has_modes else None
+    start = _balanced(_weighed(guide, task), task) if has_modes else None
     if start and start.psis.reliable and start.psis.ess > ENOUGH_ESS * DRAWS:
         return start, None
     guide = copy.deepcopy(guide)
@@ -226,6 +238,7 @@ def _fitted(task: Task, tops: Tops, fit_once: FitOnce) -> tuple[_Weighed, Fit | 
         fit_density(guide.flow, rows, standardize=False, max_epochs=EPOCHS, patience=5, lr=1e-3, progress=False)
     fit = fit_once(guide, warm_start=False, **({"lr": GENTLE} if has_modes else {}))
     trained = _weighed(guide, task)
+    trained = _balanced(trained, task) if has_modes else trained
     if start and (start.psis.log_evidence_se, start.psis.khat) < (trained.psis.log_evidence_se, trained.psis.khat):
         return start, None
     return trained, fit
@@ -272,6 +285,20 @@ def _weighed(guide: AutoFlow, task: Task) -> _Weighed:
     return _Weighed(guide, z, psis.smoothed.to(z), psis)
 
 
+@torch.no_grad()
+def _balanced(weighed: _Weighed, task: Task) -> _Weighed:
+    """Give each mode of the base what reliable weights say it weighs: the population knows that to a few hundredths."""
+    if not weighed.psis.reliable:
+        return weighed
+    guide, base = weighed.guide, weighed.guide.flow.base
+    assert isinstance(base, ModesBase)
+    law, u = base(), guide.get_transform(*task.model.args, **task.model.kwargs).inv(weighed.z)
+    chances = [law.component_distribution.log_prob(part.unsqueeze(1)) + base.logits for part in u.split(1000)]
+    shares = weighed.log_weights.exp() @ torch.cat(chances).softmax(-1)
+    base.set(base.loc, base.scale_tril, shares.clamp_min(1e-6))
+    return _weighed(guide, task)
+
+
 def _summed_up(space: Space, tops: Tops, weighed: _Weighed | None, fit: Fit | None, start: float) -> Annealed:
     """The better of the guide's weighed draws and the population."""
     population, number = tops.population, len(tops.places)
@@ -307,4 +334,5 @@ def _covers(psis: Psis, population: Population) -> bool:
     """Whether a guide's weights are reliable, better than the population, and see no less evidence."""
     short = population.log_evidence - psis.log_evidence
     noise = math.hypot(population.log_evidence_se, psis.log_evidence_se)
-    return psis.reliable and psis.log_evidence_se < population.log_evidence_se and short - 3 * noise < LESS
+    is_better = psis.khat < CONVERGES and psis.log_evidence_se < population.log_evidence_se
+    return is_better and short - 3 * noise < LESS
