@@ -19,12 +19,13 @@ class Finding:
     ``"mean"``      a mean                               its error, in sds of the posterior
     ``"sd"``        a standard deviation                 the guide's over the posterior's
     ``"shape"``     a distribution                       the error of its distribution function
-    ``"weights"``   the draws count unequally            their effective share, by their weights
+    ``"weights"``   the draws count unequally            the total variation, by their weights
     ``"mode"``      mass lies where the guide has none   its share of all
     ``"collapsed"`` so does it, and chains leave         its share of all
     ``"far"``       little mass, far away                as of a mean or sd
     ``"whitened"``  correlations or tails                as of a mean or sd, along a whitened direction
     ``"tails"``     the guide's tails are too short      k-hat
+    ``"blind"``     modes could not be looked for        none
     ``"frozen"``    the chains hardly move               their acceptance
     ``"unclear"``   it cannot be told                    the noise or error of a mean or sd
     ``"doubt"``     the chains doubt a mean or sd        as of a mean or sd
@@ -69,7 +70,7 @@ WORDS = {
     "mean": lambda f: f"The guide's draws are off ({f.moment}).",
     "sd": lambda f: f"The guide's draws are off ({f.moment}).",
     "shape": lambda f: f"The shape of the guide's draws is off ({f.moment}), whatever their means and sds are.",
-    "weights": lambda f: f"The guide's draws count unequally: they are worth {f.size:.0%} of as many.",
+    "weights": lambda f: f"The guide's draws count unequally: by their weights {f.size:.0%} of the mass is misplaced.",
     "mode": lambda f: (
         f"A mode may be missing: {f.size:.0%} of the posterior's mass, as far as it was found, lies where the guide "
         "draws nothing."
@@ -83,6 +84,7 @@ WORDS = {
         f"The guide's correlations or tails are off ({f.moment}), though its means and sds are right."
     ),
     "tails": lambda f: f"The weights have no mean (k-hat {f.size:.2f}): the guide's tails are too short.",
+    "blind": lambda f: "Hardly a draw of the prior has a density, so modes elsewhere could not be looked for.",
     "frozen": lambda f: (
         f"The chains hardly move (acceptance {f.size:.2f}): is the gradient of the model's density finite?"
     ),

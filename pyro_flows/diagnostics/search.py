@@ -17,8 +17,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from ..guides import AutoFlow
 from ..programs.log_density import LogDensity, or_nan
 from ..programs.space import Scored, Space
+from ..programs.task import Task
 from ..sampling.charts import White
 from ..sampling.gaussian import match
 from ..sampling.modes import climb, components
@@ -28,11 +30,12 @@ from .drift import Drift
 
 PARTICLES, FEW = 256, 64  # of a population, and where the model runs one draw at a time
 STARTS = 64  # climbs
-EFFORT = Effort(kept=0.3, forgotten=0.5, moves=(1, 4), max_steps=6, gradients=200)
+EFFORT = Effort(kept=0.3, forgotten=0.5, moves=(1, 4), max_steps=6, gradients=150)
 SURPRISE = 3.0  # by how many nats the posterior must exceed the guide at a place where the guide has too little
 LEAST = 8.0  # how many nats of evidence below the guide's a Gaussian that was matched may have to count
-MOST, MATCHED = 32, 3  # how many modes are looked at, and how many of those that few particles have found
+MOST, MATCHED = 32, 4  # to how many modes laws are fitted, and to how many of these Gaussians are matched
 ENOUGH = 4  # particles a dimension, to fit a law to them
+TRIED = 200  # draws of the prior that tell whether a guide's support is smaller
 PROBES = 4000  # draws of all laws
 DF = 5.0  # degrees of freedom of the laws
 
@@ -45,12 +48,14 @@ class Missing(NamedTuple):
         share_se: Its standard error.
         place: Where it is densest, a vector ``(D,)``; None where nothing was found.
         error: What the mass that was found does to the guide's moments: an error of each of K quantities, or None.
+        is_blind: Whether hardly a draw of the prior has a density, so that modes elsewhere could not be looked for.
     """
 
     share: float
     share_se: float
     place: Tensor | None = None
     error: Drift | None = None
+    is_blind: bool = False
 
 
 def search(space: Space, white: White, draws: Scored, judged: Tensor) -> Missing:
@@ -62,22 +67,48 @@ def search(space: Space, white: White, draws: Scored, judged: Tensor) -> Missing
         draws: Draws of the guide.
         judged: The quantities that are looked at, ``(K,)``.
     """
+    if (outside := _outside(space)) is not None:
+        return outside
     density = or_nan(space.log_p)
     evidence = log_mean(draws.log_p - draws.log_q)
-    lacking = _lacking(space, white, density, draws, evidence)
-    if not len(lacking):
-        return Missing(0.0, 0.0)
-    laws = _laws(density, lacking, white, evidence)
-    return _missed(space, density, draws, laws, judged) if laws else Missing(0.0, 0.0)
+    lacking, is_blind = _lacking(space, white, density, draws, evidence)
+    laws = _laws(density, lacking, white, evidence) if len(lacking) else []
+    found = _missed(space, density, draws, laws, judged) if laws else Missing(0.0, 0.0)
+    return found._replace(is_blind=is_blind)
 
 
-def _lacking(space: Space, white: White, density: LogDensity, draws: Scored, evidence: float) -> Tensor:
-    """Places where the guide has too little, ``(n, D)``: those of a population and of climbs."""
+def _outside(space: Space) -> Missing | None:
+    """The mass where a guide cannot draw that has a support of its own, smaller than the model's; None if it has not.
+
+    In its own coordinates nothing outside is seen, so the population is annealed in those of an ``AutoFlow``.
+    """
+    model = space.task.model
+    own = [name for name in space.task.latents if name in space.task.own]
+    if all(len({repr(p.single.nodes[n]["fn"].support) for p in (model, space.task.guide)}) == 1 for n in own):
+        return None
+    try:
+        guide = AutoFlow(model.call).setup(*model.args, **model.kwargs)
+    except ValueError:  # models that it refuses, for want of a density at the start above all
+        return None
+    other = Space(Task(model.call, guide, model.args, model.kwargs, model.engine))
+    drawn = other.prior(guide.start[0].expand(TRIED, -1))
+    if drawn is None or not bool(space.outside(other.values(drawn)).any()):
+        return None
+    population = anneal(Reference(other, guide.start[0]), FEW if space.task.runs_one_by_one else PARTICLES, EFFORT)
+    if population is None:
+        return None
+    outside = space.outside(other.values(population.z))
+    return Missing(*population.share(outside)) if bool(outside.any()) else None
+
+
+def _lacking(space: Space, white: White, density: LogDensity, draws: Scored, evidence: float) -> tuple[Tensor, bool]:
+    """Places where the guide has too little, ``(n, D)``, of a population and of climbs; also whether that was blind."""
     alone = space.task.runs_one_by_one
     reference = Reference(space, white.loc, white.scale_tril)
     population = anneal(reference, FEW if alone else PARTICLES, EFFORT)
     number = STARTS // (8 if alone else 2)
-    starts = torch.cat((white.forward(_far(white.inverse(draws.z[:number])))[0], _near(reference.draw(number))))
+    drawn = reference.draw(FEW if alone else PARTICLES)
+    starts = torch.cat((white.forward(_far(white.inverse(draws.z[:number])))[0], _near(density, drawn)))
     found = [] if population is None else [population.z]
     if population is not None and not population.has_arrived:
         starts = torch.cat((starts, population.z))
@@ -85,7 +116,7 @@ def _lacking(space: Space, white: White, density: LogDensity, draws: Scored, evi
     with torch.no_grad():
         heights = density(places)
     surprise = (heights - log_q(space, places) - evidence).nan_to_num(-math.inf, math.inf, -math.inf)
-    return places[(surprise > SURPRISE) & heights.isfinite()]
+    return places[(surprise > SURPRISE) & heights.isfinite()], population is None
 
 
 def _far(x: Tensor) -> Tensor:
@@ -93,13 +124,14 @@ def _far(x: Tensor) -> Tensor:
     return 2 * 4 ** torch.rand(len(x), 1, dtype=x.dtype, device=x.device) * x
 
 
-def _near(z: Tensor) -> Tensor:
-    """Vectors that are moved to their middle, the first all of the way, the others by shares; finite ones only."""
+def _near(density: LogDensity, z: Tensor) -> Tensor:
+    """The middle of draws from the prior, places between it and some of them, and those to which all of them climb."""
     z = z[z.isfinite().all(-1)]
-    middle = z.median(0).values if len(z) else z
-    return torch.cat(
-        (z[:0] if not len(z) else middle.unsqueeze(0), middle + torch.rand(len(z), 1).to(z) * (z - middle))
-    )
+    if len(z) < 3:
+        return z
+    middle, some = z.median(0).values, z[: STARTS // 2]
+    between = middle + torch.rand(len(some), 1).to(z) * (some - middle)
+    return torch.cat((middle.unsqueeze(0), between, climb(density, White(z), z)))
 
 
 def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) -> list[dist.TorchDistribution]:
@@ -110,15 +142,14 @@ def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) ->
     modes = [places[labels == label] for label in range(int(labels.max()) + 1)]
     within = torch.cat([mode - mode.mean(0) for mode in modes if len(mode) > 1] or [places[:0]])
     pooled = White(within) if len(within) > ENOUGH * dim else None  # where single modes have too few particles
-    laws, matched = [], 0
+    laws = []
     for label, mode in enumerate(modes[:MOST]):
-        mine = labels == label
         fit = White(mode) if len(mode) > ENOUGH * dim else pooled
         if fit is not None:
             laws.append(dist.MultivariateStudentT(DF, mode.mean(0), fit.scale_tril))
-        elif matched < MATCHED:
-            matched += 1
-            highest = ends[mine][density(ends[mine]).nan_to_num(-math.inf).argmax()]
+        if label < MATCHED:  # what the particles of a population that was annealed in haste say is too wide
+            mine = ends[labels == label]
+            highest = mine[density(mine).nan_to_num(-math.inf, math.inf, -math.inf).argmax()]
             found = match(density, highest, white.scale_tril / 3, rounds=60)
             if found is not None and found.elbo > evidence - LEAST:
                 laws.append(dist.MultivariateStudentT(DF, found.loc, found.scale_tril))

@@ -38,9 +38,11 @@ from .shape import Shape, ShapeMeter, weighted_shape
 LIMIT = 0.1  # errors beyond this, in standard deviations, are not to be trusted
 BENT = 0.3  # the same along whitened directions, for which correlations and far tails count
 FLAG, SURE = 0.08, 0.05  # what an error must exceed, and what it must exceed by three standard errors, to be a drift
+CERTAIN = 3.0  # how many standard errors lie between an error that is certain and SURE
 DOUBT = 2.5  # how many standard errors an error beyond the limit must have that chains alone see
 CALM = 0.5  # k-hat below which weights that see no error are believed more
-UNEQUAL = 0.2  # the effective share of draws below which reliable weights are to be heard
+CONTRARY = 2.0  # by how many standard errors more chains must then be certain, or doubt
+UNEQUAL = 0.4  # the total variation from the posterior beyond which reliable weights are to be heard
 LOST = 0.05  # the share of the posterior's mass that must not be missed
 WORST_KHAT = 1.0  # beyond this the weights have no mean
 EVEN = 1.0  # nats by which the largest weight exceeds their mean where they are too even for k-hat to mean anything
@@ -241,7 +243,7 @@ def check(
         looked_at = _Looked(space, white, judged)
         weighted = weighted_drift(draws.quantities[:, judged], psis.smoothed)
         of_weights = weighted_shape(looked_at.features(draws.quantities, draws.z), psis.smoothed.to(draws.z.device))
-        calm = psis.khat < CALM and bool((weighted.errors + 2 * weighted.noise < SURE).all())
+        calm = _is_calm(psis, weighted)
         count = num_chains or (16 if alone else 256)
         chains, directions, of_chains, acceptance = _run(looked_at, charts, draws, count, calm)
         missing = search(space, white, draws, judged)
@@ -315,7 +317,7 @@ def _run(
             compass.record(white.inverse(chains.z) @ axes)
         drift = meter.drift()
         right = drift.errors + (0.0 if calm else 1.5) * drift.noise < LIMIT
-        if bool(right.all()) or (block > 0 and is_off(drift)):
+        if bool(right.all()) or (block > 0 and is_off(drift, CERTAIN + CONTRARY * calm)):
             break
     directions = compass.drift()
     if space.read.has_angles:  # a density that is periodic has neither mean nor variance along it
@@ -335,30 +337,43 @@ class Seen(NamedTuple):
     missing: Missing
     acceptance: list[float]
 
+    @property
+    def more(self) -> float:
+        """How many standard errors more are asked of chains, whose many quantities weights that see no error deny."""
+        return CONTRARY * _is_calm(self.psis, self.weighted)
+
+    @property
+    def flags(self) -> tuple[Tensor, Tensor]:
+        """Which errors are certain, ``(2, K)``, of those that chains see and of those that weights do."""
+        return _flagged(self.chains, CERTAIN + self.more), _flagged(self.weighted) & self.psis.reliable
+
+
+def _is_calm(psis: Psis, weighted: Drift) -> bool:
+    """Whether weights that can be believed see no error at all."""
+    return psis.khat < CALM and bool((weighted.errors + 2 * weighted.noise < SURE).all())
+
 
 def judge(seen: Seen) -> list[Finding]:
     """Return all that is wrong with a guide's draws, or cannot be told of them."""
-    off = is_off(seen.chains) or (seen.psis.reliable and is_off(seen.weighted))
-    findings = [*_elsewhere(seen), *_off(seen), *_misshapen(seen)]
-    return findings if off or findings else _doubts(seen)
+    return [*_elsewhere(seen), *_off(seen), *_misshapen(seen)] or _doubts(seen)
 
 
-def _flagged(drift: Drift) -> Tensor:
+def _flagged(drift: Drift, times: float = CERTAIN) -> Tensor:
     """Which errors are there for sure, ``(2, K)``."""
-    return (drift.errors > FLAG) & (drift.errors - 3 * drift.noise > SURE)
+    return (drift.errors > FLAG) & (drift.errors - times * drift.noise > SURE)
 
 
-def is_off(drift: Drift) -> bool:
+def is_off(drift: Drift, times: float = CERTAIN) -> bool:
     """True if some error is certain."""
-    return bool(_flagged(drift).any())
+    return bool(_flagged(drift, times).any())
 
 
 def _elsewhere(seen: Seen) -> Iterator[Finding]:
     """The posterior's mass that cannot be seen from the guide's draws."""
-    share, noise, _, error = seen.missing
+    share, noise, _, error, is_blind = seen.missing
     if share > max(LOST, noise):  # what may be there is not to be passed over
-        if is_off(seen.chains):
-            drift = seen.chains.worst(seen.names, _flagged(seen.chains))
+        if bool(seen.flags[0].any()):
+            drift = seen.chains.worst(seen.names, seen.flags[0])
             yield Finding("collapsed", drift.moment, share, noise)
         else:
             yield Finding("mode", "", share, noise)
@@ -366,17 +381,19 @@ def _elsewhere(seen: Seen) -> Iterator[Finding]:
         far = (error.errors > LIMIT) & (error.errors > 2 * error.noise)
         if bool(far.any()):
             yield error.worst(seen.names, far, "far")
+    if is_blind:
+        yield Finding("blind")
     if max(seen.acceptance) < FROZEN:
         yield Finding("frozen", "", max(seen.acceptance))
 
 
 def _off(seen: Seen) -> Iterator[Finding]:
     """The moment that is off for sure."""
-    psis, chains, weighted = seen.psis, seen.chains, seen.weighted
-    off = next((drift for drift in (chains, weighted)[: 1 + psis.reliable] if is_off(drift)), None)
-    if off:
-        mended = psis.reliable and _agree(chains, weighted)
-        yield replace(off.worst(seen.names, _flagged(off)), verdict="reweight" if mended else "do not trust")
+    for drift, flags in zip((seen.chains, seen.weighted), seen.flags, strict=True):
+        if bool(flags.any()):
+            mended = seen.psis.reliable and _agree(seen.chains, seen.weighted)
+            yield replace(drift.worst(seen.names, flags), verdict="reweight" if mended else "do not trust")
+            return
 
 
 def _misshapen(seen: Seen) -> Iterator[Finding]:
@@ -389,9 +406,10 @@ def _misshapen(seen: Seen) -> Iterator[Finding]:
         names = [*seen.names, "the distance from the middle"]
         i = shape.worst
         yield Finding("shape", names[i], float(shape.error[i]), float(shape.error_se[i]), verdict)
-    share = seen.psis.ess / len(seen.psis.log_weights)
-    if reliable and share < UNEQUAL:
-        yield Finding("weights", "", share, verdict="reweight")
+    weights = seen.psis.smoothed.exp() * len(seen.psis.smoothed)
+    apart = float((weights - 1).abs().mean()) / 2  # the total variation between guide and posterior
+    if reliable and apart > UNEQUAL:
+        yield Finding("weights", "", apart, verdict="reweight")
 
 
 def _doubts(seen: Seen) -> list[Finding]:
@@ -407,7 +425,7 @@ def _doubts(seen: Seen) -> list[Finding]:
     told = torch.maximum(pooled.errors, pooled.noise) <= LIMIT  # False also where chains have overflown to no number
     if not bool(told.all()):
         return [pooled.worst(names, kind="unclear")]
-    doubtful = (chains.errors > LIMIT) & (chains.errors > DOUBT * chains.noise)
+    doubtful = (chains.errors > LIMIT) & (chains.errors > (DOUBT + seen.more) * chains.noise)
     doubtful[1] &= chains.variance > 1  # too narrow: what weights cannot see
     return [chains.worst(names, doubtful, "doubt")] if bool(doubtful.any()) else []
 

@@ -1,9 +1,9 @@
 """Fit guides and flows: to models, to data, to simulations; and sample what was fitted."""
 
 from .amortized import fit_amortized as fit_amortized
-from .annealing import Annealed as Annealed
-from .annealing import Mode as Mode
 from .annealing import anneal as anneal
+from .covering import Annealed as Annealed
+from .covering import Mode as Mode
 from .density import fit_density as fit_density
 from .sampling import sample as sample
 from .svi import fit_svi as fit_svi

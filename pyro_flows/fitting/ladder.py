@@ -1,8 +1,9 @@
 """The ladder: fits of growing effort, each judged, until one can be trusted.
 
-A Gaussian; the guide's flow; more couplings before it, trained for longer; and objectives that cover mass.  What comes
-next depends on what the check has found: longer training finds no mode that is missing.  Restarts, from draws of the
-prior or from far around the start, guard against spurious modes.
+A Gaussian; the guide's flow; more couplings before it, trained for longer; a guide that covers the modes which a
+population has found; and exact draws by chains.  What comes next depends on what the check has found: longer training
+finds no mode that is missing.  Restarts, from draws of the prior or from far around the start, guard against spurious
+modes.
 """
 
 from __future__ import annotations
@@ -26,16 +27,20 @@ from ..diagnostics import Check, Finding, check
 from ..flows import Flow
 from ..guides import AutoFlow
 from ..guides.couplings import affine_couplings
-from ..objectives import ForwardKL, TemperedELBO
 from ..programs.log_density import or_nan
-from ..programs.space import Space
+from ..programs.space import Space, sound_space
 from ..programs.task import Task
+from ..sampling.run import Goal
+from ..sampling.samples import Samples
 from ..training import processes
 from ..training.loop import Fit
 from ..transforms import ActNorm
+from .covering import cover
+from .exact import exact
 
 ORDER = "do not trust", "reweight", "trust"
-ANNEAL = 3000  # steps over which a mode that is missing is looked for
+PARTICLES = 2048  # of a population that looks for modes
+EXACT = Goal(4000, 1000)  # what is asked of exact draws
 LESS = 0.1  # nats of evidence that a rung must not lack against an earlier one
 TRIES = 8  # places of which a restart takes the best
 
@@ -49,12 +54,14 @@ class Rung:
         fit: The record of the fit, with its guide.
         check: What the check said of the guide; None for a fit that was not checked.
         seconds: The wall time of both.
+        samples: Exact draws from the guide, where these are the rung.
     """
 
     name: str
     fit: Fit
     check: Check | None
     seconds: float
+    samples: Samples | None = None
 
     @property
     def elbo(self) -> float:
@@ -65,6 +72,7 @@ class Rung:
 
     def __repr__(self) -> str:
         said = f"{self.check.verdict}. {self.check.reason}" if self.check else "not checked"
+        said = repr(self.samples) if self.samples else said
         return f"{self.name} (loss {self.fit.best_loss:.3f}, {self.fit.steps} steps, {self.seconds:.0f} s): {said}"
 
 
@@ -103,6 +111,28 @@ class Ladder:
         """Fit a guide and judge it."""
         if fit := self.fit(name, guide, **settings):
             self.judge(name, fit, fit.seconds)
+
+    def cover(self, name: str) -> None:
+        """Fit a guide to the modes that a population finds, and judge it."""
+        start = time.perf_counter()
+        try:
+            found = cover(self.task, PARTICLES, lambda guide, **settings: self.fit(name, guide, **settings))
+        except (KeyboardInterrupt, ValueError, FloatingPointError) as error:
+            self._break_off(name, error)
+            return
+        if found.guide is not None:
+            self.judge(name, found.fit or untrained(found.guide, found.log_evidence), time.perf_counter() - start)
+
+    def sample(self, name: str) -> None:
+        """Draw exactly, from the best guide, unless it misses a mode, which chains would miss as well."""
+        start, best = time.perf_counter(), self.best
+        if best.check is None or best.check.misses_a_mode or processes.size() > 1:
+            return
+        model = self.task.model
+        task = Task(model.call, best.fit.guide, model.args, model.kwargs, self.settings["vectorize"])
+        with validation_enabled(False):
+            samples = exact(sound_space(task), EXACT, None, progress=self.settings["progress"])
+        self.note(Rung(name, best.fit, best.check, time.perf_counter() - start, samples))
 
     def judge(self, name: str, fit: Fit, seconds: float) -> None:
         """Judge a fit, unless the run was interrupted, also in view of the evidence of earlier ones."""
@@ -154,6 +184,7 @@ class Ladder:
         return dataclasses.replace(
             best.fit,
             check=best.check,
+            samples=self.rungs[-1].samples,
             rungs=tuple(self.rungs),
             seconds=sum(rung.seconds for rung in self.rungs),
             stopped=self.stopped or best.fit.stopped,
@@ -174,7 +205,6 @@ class Ladder:
 
 def climb(ladder: Ladder, guide: AutoFlow, *, escalate: bool, restarts: int) -> Fit:
     """Fit a guide, from several places or with growing effort or both; return the best fit, with all rungs."""
-    fresh = guide.rebuilt()
     if not escalate:
         _restarted(ladder, guide, restarts)
         return ladder.result()
@@ -186,12 +216,16 @@ def climb(ladder: Ladder, guide: AutoFlow, *, escalate: bool, restarts: int) -> 
     if not (ladder.ended or ladder.misses_a_mode):
         deeper = (copy.deepcopy if guide.has_circles else _deepened)(ladder.rungs[-1].fit.guide)
         ladder.climb("deeper and longer", deeper, steps=2 * guide.schedule().steps, lr=0.005)
-    if not ladder.ended and ladder.misses_a_mode:
-        ladder.climb("tempered", fresh, objective=TemperedELBO(ANNEAL), steps=None)
     if not ladder.ended:
-        covering = copy.deepcopy(ladder.best.fit.guide)
-        ladder.climb("forward KL", covering, objective=ForwardKL(256), steps=guide.schedule().steps, lr=0.003)
+        ladder.cover("annealed")
+    if not ladder.ended:
+        ladder.sample("exact draws")
     return ladder.result()
+
+
+def untrained(guide: AutoFlow, log_evidence: float) -> Fit:
+    """The record of a guide that a population has placed, and that there was nothing to train in."""
+    return Fit(guide, torch.zeros(0), -log_evidence, 0, 0, 0, 0.0, "steps")
 
 
 def _restarted(ladder: Ladder, guide: AutoFlow, restarts: int) -> Fit | None:

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pyro
-import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from ..checks import check_flags, check_integers, joined
 from ..guides import AutoFlow
 from ..programs.nesting import takes_nesting
-from ..programs.space import Space, sound_space
+from ..programs.space import sound_space
 from ..programs.task import Task, check_trained
-from ..sampling.chains import FROZEN
-from ..sampling.run import BATCH, Goal, Outcome, Run
+from ..sampling.run import Goal
 from ..sampling.samples import Samples
-from ..training.interrupts import hold_interrupts
+from .exact import exact, warning
 from .svi import fit_svi
 
 CALLER = "sample"
-CHAINS, ONE_BY_ONE = 256, 16  # chains by default, also where the model runs one draw at a time
 
 
 @takes_nesting
@@ -100,60 +95,9 @@ def sample(
         guide = AutoFlow(model)
         fit = fit_svi(model, guide, *args, progress=progress, vectorize=vectorize, model_kwargs=kwargs)
     check_trained(CALLER, guide)
-    start = time.perf_counter()
     with pyro.validation_enabled(False):  # a draw of no density is for the chains to shun
         space = sound_space(Task(model, guide, args, kwargs, vectorize))
-        chains = num_chains or (ONE_BY_ONE if space.task.runs_one_by_one else CHAINS)
-        found = _run(space, chains, Goal(num_draws, max_sweeps), progress=progress)
-        draws = _draws(space, found.z)
-    names, (rhat, ess_bulk, ess_tail, _) = space.read.names, found.convergence
+        found = exact(space, Goal(num_draws, max_sweeps), num_chains, progress=progress)
     if not found.converged:
-        warnings.warn(_warning(found, names, max_sweeps), stacklevel=3)
-    return Samples(
-        draws=draws,
-        names=names,
-        rhat=rhat,
-        ess_bulk=ess_bulk,
-        ess_tail=ess_tail,
-        converged=found.converged,
-        divergences=found.divergences,
-        acceptance=found.acceptance,
-        chance=found.chance,
-        sweeps=found.sweeps,
-        seconds=time.perf_counter() - start,
-        guide=guide,
-        fit=fit,
-    )
-
-
-def _run(space: Space, chains: int, goal: Goal, *, progress: bool) -> Outcome:
-    """Run chains under a progress bar; Ctrl-C ends them early."""
-    with hold_interrupts() as asked, tqdm(disable=not progress, unit="sweep", dynamic_ncols=True) as bar:
-
-        def tell(words: str) -> None:
-            bar.update()
-            bar.set_postfix_str(words, refresh=False)
-
-        return Run(space, chains, goal, tell, asked).run()
-
-
-def _draws(space: Space, z: Tensor) -> dict[str, Tensor]:
-    """The model's latents and deterministic sites at draws, ``(C, n, D)``: each ``(C, n, *site_shape)``."""
-    parts = [space.values(part) for part in z.flatten(0, 1).split(BATCH)]
-    latents = {name: torch.cat([part[name] for part in parts]) for name in space.task.latents}
-    return {name: value.unflatten(0, z.shape[:2]) for name, value in space.task.values(latents, BATCH).items()}
-
-
-def _warning(found: Outcome, names: list[str], max_sweeps: int) -> str:
-    """Say how far the chains are from convergence, why, and what to do."""
-    rhat, ess = found.convergence.rhat, found.convergence.ess
-    highest, lowest = int(rhat.argmax()), int(ess.argmin())
-    words = (
-        f"sample: the chains have not converged after {found.sweeps} sweeps. R-hat is {float(rhat[highest]):.3f} for "
-        f"{names[highest]}, and the effective sample size {float(ess[lowest]):.0f} for {names[lowest]}. "
-    )
-    if max(found.acceptance, default=1.0) < FROZEN:
-        return words + "They hardly move. Is the gradient of the model's density finite?"
-    if found.sweeps < max_sweeps:
-        return words + "They were interrupted."
-    return words + f"Train the guide longer, reparametrise the model, or give more than max_sweeps={max_sweeps}."
+        warnings.warn(warning(found, max_sweeps), stacklevel=3)
+    return replace(found, fit=fit)

@@ -188,6 +188,16 @@ class Space:
         return [name for name, site in sites.items() if _is_flat(site)]
 
     @torch.no_grad()
+    def outside(self, latents: Values) -> Tensor:
+        """Which of N draws of the model's latents a guide that draws these itself cannot draw, ``(N,)``."""
+        number = len(next(iter(latents.values())))
+        found = torch.zeros(number, dtype=torch.bool)
+        for name in self._own.keys() & latents.keys():
+            fn = self.task.guide.single.nodes[name]["fn"]
+            found |= ~fn.support.check(latents[name]).reshape(number, -1).all(-1).cpu()
+        return found
+
+    @torch.no_grad()
     def prior(self, z: Tensor) -> Tensor | None:
         """Draws of the prior, as many as there are vectors z; latents with flat priors stay.
 

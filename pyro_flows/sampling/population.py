@@ -27,6 +27,7 @@ from .reference import Reference
 
 ISLANDS = 16
 BATCH = 2048  # particles that are run at once
+TRIES, LEAST = 64, 32  # times as many draws of r to begin with, where few have a density, and how many must
 
 
 class Effort(NamedTuple):
@@ -102,14 +103,14 @@ def anneal(reference: Reference, number: int, effort: Effort) -> Population | No
     Returns:
         The :class:`Population`; None where no particle has a density to begin with.
     """
-    z = reference.draw(number)
-    log_r, log_p = _scored(reference, z)
-    usable = (log_r + log_p).isfinite()
-    if usable.sum() < ISLANDS:
+    found = _begun(reference, number)
+    if found is None:
         return None
+    z, share = found
+    log_r, log_p = _scored(reference, z)
     kernels: list[HMC] = []
-    log_weights = torch.zeros(number).to(z).where(usable, -math.inf)
-    log_evidences, betas = torch.zeros(ISLANDS, dtype=torch.float64, device=z.device), [0.0]
+    log_weights = torch.zeros(number).to(z)
+    log_evidences, betas = torch.full((ISLANDS,), math.log(share), dtype=torch.float64, device=z.device), [0.0]
     while betas[-1] < 1 and sum(kernel.gradients for kernel in kernels) < 2 * effort.gradients:
         log_ratio = (log_p - log_r).nan_to_num(-math.inf, -math.inf, -math.inf)
         step = _step(log_weights, log_ratio, 1 - betas[-1], effort.kept)
@@ -129,18 +130,33 @@ def anneal(reference: Reference, number: int, effort: Effort) -> Population | No
     return Population(z, log_weights, log_p, log_evidences, betas)
 
 
+def _begun(reference: Reference, number: int) -> tuple[Tensor, float] | None:
+    """Draws of r at which p has a density, ``(number, D)``, and the share of all that have; None if too few have."""
+    alive: list[Tensor] = []
+    count = 0
+    while sum(len(part) for part in alive) < number and count < TRIES * number:
+        z = reference.draw(number)
+        log_r, log_p = _scored(reference, z)
+        alive.append(z[(log_r + log_p).isfinite()])
+        count += number
+    z = torch.cat(alive)
+    if len(z) < LEAST:
+        return None
+    share = len(z) / count
+    return (z[:number] if len(z) >= number else z[torch.randint(len(z), (number,))]), share
+
+
 def _scored(reference: Reference, z: Tensor) -> tuple[Tensor, Tensor]:
     parts = [reference.log_r_and_p(part) for part in z.split(BATCH)]
     return torch.cat([log_r for log_r, _ in parts]), torch.cat([log_p for _, log_p in parts])
 
 
 def _step(log_weights: Tensor, log_ratio: Tensor, most: float, least: float) -> float:
-    """How far β may rise: as far as the weights keep an effective share of those particles that have one."""
-    alive = int(log_weights.isfinite().sum())
+    """How far β may rise: as far as the weights keep an effective share of the particles."""
 
     def kept(step: float) -> float:
         found = log_weights + step * log_ratio
-        return float((2 * found.logsumexp(0) - (2 * found).logsumexp(0)).exp()) / alive
+        return float((2 * found.logsumexp(0) - (2 * found).logsumexp(0)).exp()) / len(found)
 
     low, high = 0.0, most
     if kept(most) >= least:

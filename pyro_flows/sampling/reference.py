@@ -20,7 +20,7 @@ from ..programs.task import Task, group_of
 from .gaussian import fit_gaussian
 
 WIDE = 10.0  # the standard deviation of a wide Gaussian, in units and in those of the Gaussian nearest to the posterior
-ALIVE = 0.1  # the share of the prior's draws that must have a density
+ALIVE = 0.01  # the share of the prior's draws that must have a density
 TRIED = 500  # draws that tell
 
 

@@ -47,6 +47,7 @@ class Fit:
             that of finding a start.
         stopped: Why the run ended: ``"steps"``, ``"interrupted"``, or ``"held-out"`` where held-out data stopped it.
         check: What a check said of the guide, a :class:`~pyro_flows.Check`, where ``escalate`` asked for one.
+        samples: Exact draws, a :class:`~pyro_flows.Samples`, where ``escalate`` had to go as far as that.
         rungs: All fits that were made with ``escalate`` or ``restarts``, from the first to the last.
         held_out: The loss on held-out data after each epoch, ``(epochs,)``, where there were some.
 
@@ -69,6 +70,7 @@ class Fit:
     seconds: float
     stopped: str
     check: Any = None
+    samples: Any = None
     rungs: tuple[Any, ...] = ()
     held_out: Tensor | None = None
 
