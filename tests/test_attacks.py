@@ -21,6 +21,7 @@ from pyro_flows.diagnostics import Finding
 
 Program = Callable[[], None]
 Law = dist.TorchDistribution
+NO_BATCH = torch.Size()
 
 
 def normal(loc: float, scale: float, dim: int) -> Law:
@@ -55,7 +56,7 @@ class Edged(dist.TorchDistribution):
     arg_constraints: dict[str, Any] = {}
     support = dist.constraints.real_vector
 
-    def __init__(self, low: float, high: float, dim: int, batch_shape: torch.Size = torch.Size()) -> None:
+    def __init__(self, low: float, high: float, dim: int, batch_shape: torch.Size = NO_BATCH) -> None:
         super().__init__(batch_shape, torch.Size((dim,)), validate_args=False)
         self.low, self.high = low, high
 
@@ -77,7 +78,7 @@ class Ring(dist.TorchDistribution):
     arg_constraints: dict[str, Any] = {}
     support = dist.constraints.real_vector
 
-    def __init__(self, batch_shape: torch.Size = torch.Size()) -> None:
+    def __init__(self, batch_shape: torch.Size = NO_BATCH) -> None:
         super().__init__(batch_shape, torch.Size((2,)), validate_args=False)
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> Ring:
@@ -119,11 +120,8 @@ LABELS = Mixture(
     dist.Normal(torch.tensor([-4.0, 4.0]), 0.3).to_event(1),
     dist.Normal(torch.tensor([4.0, -4.0]), 0.3).to_event(1),
 )
-CROSS = Mixture(
-    0.5,
-    dist.MultivariateNormal(torch.zeros(2), torch.tensor([[1.0, 0.95], [0.95, 1.0]])),
-    dist.MultivariateNormal(torch.zeros(2), torch.tensor([[1.0, -0.95], [-0.95, 1.0]])),
-)
+ARMS = [dist.MultivariateNormal(torch.zeros(2), torch.tensor([[1.0, r], [r, 1.0]])) for r in (0.99, -0.99)]
+CROSS = Mixture(0.5, *ARMS)
 LAWS = {
     "labels": (LABELS, 10.0),
     "spike": (SPIKE, 3.0),

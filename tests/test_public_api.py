@@ -26,8 +26,8 @@ from pyro_flows import (
 )
 
 NAMES = {
-    pyro_flows: "Annealed AutoFlow AutoPlateFlow Calibration Check Fit Flow Mode OdeReport Psis Samples Simulations Spike anneal "
-    "bits_per_dim calibrate check dequantize encoders find_spikes fit_amortized fit_density fit_svi flows "
+    pyro_flows: "Annealed AutoFlow AutoPlateFlow Calibration Check Fit Flow Mode OdeReport Psis Samples Simulations "
+    "Spike anneal bits_per_dim calibrate check dequantize encoders find_spikes fit_amortized fit_density fit_svi flows "
     "importance_log_likelihood load neutra ode_report plots posterior_graph psis refine resample "
     "round_off sample save save_images simulate to_arviz",
     bijectors: "Affine Bernstein Bijector CircularSpline Continued Integral LinearRationalSpline LogisticMixture "
