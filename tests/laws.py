@@ -43,6 +43,7 @@ from pyro_flows.distributions import (
     CircularBase,
     ContaminatedNormalBase,
     MixtureBase,
+    ModesBase,
     NormalBase,
     StandardNormal,
     StudentTBase,
@@ -369,12 +370,23 @@ RECIPES: dict[str, Callable[..., Flow]] = {
 
 # ------------------------------------------------------------ bases
 
+
+def with_modes(base: ModesBase) -> ModesBase:
+    """Put the components in places of their own."""
+    number, dim = base.num_components, base.input_dim
+    places = torch.arange(1.0, number * dim + 1).reshape(number, dim).sin()
+    factors = (0.7 + 0.2 * places.abs()).diag_embed() + 0.3 * torch.ones(dim, dim).tril(-1)
+    base.set(places, factors, torch.arange(1.0, number + 1))
+    return base
+
+
 BASES: dict[str, Callable[[int], nn.Module]] = {
     "standard_normal": lambda dim: StandardNormal((dim,)),
     "normal": lambda dim: NormalBase((dim,)),
     "contaminated_normal": lambda dim: ContaminatedNormalBase(dim, share=0.2, scale=2.0),
     "student_t": lambda dim: StudentTBase((dim,), df=3.0),
     "mixture": lambda dim: MixtureBase(dim, 4),
+    "modes": lambda dim: with_modes(ModesBase(dim, 3)),
     "circular": lambda dim: CircularBase([place % 2 == 0 for place in range(dim)], bound=2.0),
 }
 

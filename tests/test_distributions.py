@@ -17,7 +17,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_flows import flows
-from pyro_flows.distributions import CircularBase, ContaminatedNormalBase, MixtureBase, StudentTBase
+from pyro_flows.distributions import CircularBase, ContaminatedNormalBase, MixtureBase, ModesBase, StudentTBase
 from pyro_flows.flows import Flow
 from pyro_flows.transforms import ActNorm
 
@@ -345,3 +345,17 @@ def test_angles_are_uniform_and_scored_by_any_representative() -> None:
 def test_errors_name_argument_and_value(build: Callable, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_modes_are_the_mixture_that_they_are_set_to() -> None:
+    base = ModesBase(2, 3).double()
+    loc, factor = laws.normal(3, 2).double(), torch.eye(2).double() + 0.4 * laws.normal(3, 2, 2).double().tril(-1)
+    base.set(loc, factor, torch.tensor([1.0, 2.0, 5.0]).double())
+    x = laws.normal(50, 2, seed=1).double()
+    parts = torch.distributions.MultivariateNormal(loc, factor @ factor.mT).log_prob(x.unsqueeze(1))
+    exact = (parts + torch.tensor([1.0, 2.0, 5.0]).double().div(8).log()).logsumexp(-1)
+    torch.testing.assert_close(base().log_prob(x), exact)
+    assert list(base.parameters()) == []
+    for arguments in ((0, 1), (2, 0), (2.5, 1)):
+        with pytest.raises(ValueError, match="ModesBase"):
+            ModesBase(*arguments)

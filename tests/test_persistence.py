@@ -35,7 +35,7 @@ import pyro_flows as pf
 from pyro_flows import AutoFlow, AutoPlateFlow, Flow, flows
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import MADE, MLP
-from pyro_flows.distributions import FixedBase, StandardNormal
+from pyro_flows.distributions import FixedBase, ModesBase, StandardNormal
 from pyro_flows.encoders import ConvEncoder, MLPEncoder, SetEncoder
 from pyro_flows.guides.couplings import affine_couplings
 from pyro_flows.persistence.classes import BASES, BY_NAME
@@ -780,6 +780,20 @@ def test_a_guide_in_float64_comes_back(tmp_path: Path) -> None:
     again = there_and_back(guide, tmp_path)
     same_guide(guide, again, (), ())
     assert again.sample(1)["x"].dtype == torch.float64
+
+
+def test_a_guide_over_modes_comes_back(tmp_path: Path) -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+        pyro.factor("data", -(x.square() - 4).square().sum(-1))
+
+    guide = AutoFlow(model, small, base=functools.partial(ModesBase, num_components=4)).setup()
+    places = 2 * torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    guide.flow.base.set(places, 0.3 * torch.eye(2).expand(4, 2, 2), torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    again = there_and_back(stirred(guide), tmp_path)
+    same_guide(guide, again, (), ())
+    torch.testing.assert_close(again.flow.base.loc, places)
+    same_as_a_guide(model, guide, again)
 
 
 def test_all_supports_come_back(tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from pyro_flows import (
 )
 
 NAMES = {
-    pyro_flows: "AutoFlow AutoPlateFlow Calibration Check Fit Flow OdeReport Psis Samples Simulations Spike "
-    "bits_per_dim calibrate check dequantize encoders find_spikes fit_amortized fit_density fit_svi flows "
+    pyro_flows: "Annealed AutoFlow AutoPlateFlow Calibration Check Fit Flow Mode OdeReport Psis Samples Simulations "
+    "Spike anneal bits_per_dim calibrate check dequantize encoders find_spikes fit_amortized fit_density fit_svi flows "
     "importance_log_likelihood load neutra ode_report plots posterior_graph psis refine resample "
     "round_off sample save save_images simulate to_arviz",
     bijectors: "Affine Bernstein Bijector CircularSpline Continued Integral LinearRationalSpline LogisticMixture "
@@ -38,17 +38,18 @@ NAMES = {
     transforms: "ActNorm Autoregressive BlockAutoregressive Compose Conditioned Continuous Coupling Elementwise "
     "FixedAffine FlowTransform Householder Inverse LULinear Orthogonal Patched PerPixel Permute Planar Radial "
     "Recomputed Reshaped Residual ScaledLinear Sigmoid Solution Split Squeezed Sylvester View",
-    distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase NormalBase StandardNormal StudentTBase",
+    distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase ModesBase NormalBase StandardNormal "
+    "StudentTBase",
     flows: "Dequantized Flow bnaf bpf circular_coupling cnf ffjord flowpp flowpp_image gaussianization glow iaf maf "
     "naf nice nsf nsf_ar planar_flow radial_flow realnvp realnvp_image residual_flow sospf sylvester_flow tarflow umnn",
     objectives: "FlowMatching ForwardKL ImportanceWeightedELBO Likelihood PathELBO PathEnumELBO RenyiELBO TemperedELBO",
     guides: "AutoFlow AutoPlateFlow default_flow init_to_center posterior_graph",
     data: "Spike dequantize find_spikes",
-    diagnostics: "Calibration Check Neutra OdeReport Psis Refined bits_per_dim calibrate check "
+    diagnostics: "Calibration Check Finding Neutra OdeReport Psis Refined bits_per_dim calibrate check "
     "importance_log_likelihood neutra ode_report psis refine resample round_off save_images to_arviz",
     plots: "calibration check deformation history images marginals pairs weights",
     training: "Fit",
-    fitting: "fit_amortized fit_density fit_svi sample",
+    fitting: "Annealed Mode anneal fit_amortized fit_density fit_svi sample",
     sampling: "Samples",
     persistence: "load save",
     programs: "Simulations simulate",

@@ -39,6 +39,11 @@ class Finding:
         noise: The standard error of that, or NaN where it has none.
         verdict: What follows: ``"reweight"`` or ``"do not trust"``.
         of: For ``"whitened"``, ``"unclear"``, ``"doubt"`` and ``"far"``: ``"mean"`` or ``"sd"``, whichever is off.
+
+    Example::
+
+        >>> print(Finding("sd", "x", size=0.5, noise=0.02))
+        The guide's draws are off (sd of x 0.50 ± 0.02 times the posterior's).
     """
 
     kind: str

@@ -1,0 +1,394 @@
+"""Annealed populations: modes with their weights, the evidence with its error, and a guide that covers the modes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+import pyro_flows as pf
+from pyro_flows import AutoFlow, anneal, check
+from pyro_flows.programs.space import Space, sound_space
+from pyro_flows.programs.task import Task
+from pyro_flows.sampling.charts import White
+from pyro_flows.sampling.modes import climb, components
+from pyro_flows.sampling.population import ISLANDS, Effort, Population
+from pyro_flows.sampling.population import anneal as anneal_population
+from pyro_flows.sampling.reference import Reference
+
+Y = torch.tensor([1.0, -0.5, 2.0, 1.5])
+COUNTS = torch.tensor([2.0, 0.0, 3.0, 1.0, 1.0])
+
+
+def found_in(model: Callable[..., Any], *args: Any, number: int = 512, **kwargs: Any) -> pf.Annealed:
+    return anneal(model, *args, num_particles=number, fit=False, **kwargs)
+
+
+# Models of known evidence.
+
+
+def proper() -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 3.0))
+    with pyro.plate("row", len(Y)):
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y)
+
+
+def flat() -> None:
+    x = pyro.sample("x", dist.ImproperUniform(constraints.real, (), ()))
+    with pyro.plate("row", len(Y)):
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y)
+
+
+def enumerated() -> None:
+    """The prior of the continuous latent depends on the discrete one."""
+    k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])), infer={"enumerate": "parallel"})
+    x = pyro.sample("x", dist.Normal(torch.tensor([-3.0, 2.0])[k], 1.0))
+    pyro.sample("y", dist.Normal(x, 2.0), obs=torch.tensor(0.5))
+
+
+def hierarchical() -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    with pyro.plate("row", len(Y)):
+        x = pyro.sample("x", dist.Normal(mean, 1.0))
+        pyro.sample("y", dist.Normal(x, 0.5), obs=Y)
+
+
+def positive() -> None:
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    with pyro.plate("row", len(COUNTS)):
+        pyro.sample("y", dist.Poisson(rate), obs=COUNTS)
+
+
+def of_shared_mean(sd: float, noise: float) -> float:
+    """The log evidence of rows that share a mean of this standard deviation around zero."""
+    covariance = sd**2 * torch.ones(len(Y), len(Y)) + noise**2 * torch.eye(len(Y))
+    return float(dist.MultivariateNormal(torch.zeros(len(Y)), covariance).log_prob(Y))
+
+
+def of_flat() -> float:
+    number, squares = len(Y), float((Y - Y.mean()).square().sum())
+    return -(number - 1) / 2 * math.log(2 * math.pi) - math.log(number) / 2 - squares / 2
+
+
+def of_enumerated() -> float:
+    parts = dist.Normal(torch.tensor([-3.0, 2.0]), math.sqrt(5)).log_prob(torch.tensor(0.5))
+    return float((parts + torch.tensor([0.3, 0.7]).log()).logsumexp(0))
+
+
+def of_counts() -> float:
+    shape, rate = 2 + float(COUNTS.sum()), 1 + len(COUNTS)
+    return math.lgamma(shape) - shape * math.log(rate) - float((COUNTS + 1).lgamma().sum()) - math.lgamma(2.0)
+
+
+EVIDENCES: dict[str, tuple[Callable[[], None], float]] = {
+    "proper": (proper, of_shared_mean(3.0, 1.0)),
+    "flat": (flat, of_flat()),
+    "enumerated": (enumerated, of_enumerated()),
+    "hierarchical": (hierarchical, of_shared_mean(2.0, math.sqrt(1.25))),
+    "positive": (positive, of_counts()),
+}
+SEEDS = 4
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", EVIDENCES)
+def test_the_evidence_is_right_to_its_standard_error(name: str, double: None) -> None:
+    """The error over the standard error is a Student t of 15 degrees of freedom: there are 16 islands.
+
+    It exceeds 5 once in 6,000 runs.  Its square has mean 1.15 and variance 3.4, so that the mean of 4 squares stays
+    below 5.
+    """
+    model, exact = EVIDENCES[name]
+    scores = []
+    for seed in range(SEEDS):
+        pyro.set_rng_seed(seed)
+        found = found_in(model, number=256)
+        assert found.log_evidence == found.population.log_evidence
+        assert 0 < found.log_evidence_se < 0.3
+        scores.append((found.log_evidence - exact) / found.log_evidence_se)
+    squares = torch.tensor(scores).square()
+    assert squares.max() < 25, scores
+    assert squares.mean() < 5, scores
+
+
+# Modes.
+
+
+def squared() -> None:
+    x = pyro.sample("x", dist.Normal(1.0, 5.0))
+    pyro.sample("y", dist.Normal(x.square(), 1.0), obs=torch.tensor(16.0))
+
+
+def test_both_roots_of_a_square_with_their_weights() -> None:
+    x = torch.linspace(-8, 8, 40_001, dtype=torch.float64)
+    density = dist.Normal(1.0, 5.0).log_prob(x) + dist.Normal(x.square(), 1.0).log_prob(torch.tensor(16.0))
+    exact = float(density.softmax(0)[x > 0].sum())
+    found = found_in(squared, number=1024)
+    share, error = found.population.share(found.draws["x"] > 0)
+    assert abs(share - exact) < 4 * error
+    assert error < 0.06
+    assert sum(mode.weight for mode in found.modes) == pytest.approx(1, abs=1e-4)
+    assert found.modes == sorted(found.modes, key=lambda mode: -mode.weight)
+    for mode in found.modes:
+        assert abs(mode.place["x"]) == pytest.approx(4, abs=0.02)
+        assert mode.log_density == pytest.approx(float(density[x.sign() == mode.place["x"].sign()].max()), abs=0.01)
+    assert found.guide is found.fit is found.psis is None
+    assert not found.is_weighed
+    assert 0 < found.ess <= len(found.log_weights)
+
+
+def test_labellings_of_a_mixture_weigh_the_same() -> None:
+    y = torch.cat((torch.randn(10) - 4, torch.randn(10) + 4))
+
+    def model(y: Tensor) -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 6.0).to_event(1))
+        log_likelihood = dist.Normal(x.unsqueeze(-2), 1.0).log_prob(y.unsqueeze(-1)).logsumexp(-1) - math.log(2)
+        pyro.factor("y", log_likelihood.sum(-1))
+
+    found = anneal(model, y, num_particles=512, progress=False)
+    assert [mode.weight for mode in found.modes] == pytest.approx([0.5, 0.5], abs=0.05)
+    places = sorted(mode.place["x"].tolist() for mode in found.modes)
+    assert places[0] == pytest.approx([-4, 4], abs=1)
+    assert places[1] == pytest.approx([4, -4], abs=1)
+
+
+def test_both_modes_of_an_angle_have_their_weights() -> None:
+    """Half a turn apart, they weigh the same."""
+
+    def model() -> None:
+        angle = pyro.sample("angle", dist.VonMises(0.0, 1e-3))
+        pyro.factor("data", 8 * (2 * (angle - math.pi / 2)).cos())
+
+    found = found_in(model, number=1024)
+    share, error = found.population.share(found.draws["angle"] > 0)
+    assert abs(share - 0.5) < 4 * error
+    assert error < 0.06
+    assert (found.draws["angle"].abs() - math.pi / 2).abs().max() < 0.8
+
+
+def test_a_shell_is_one_mode() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(3), 3.0).to_event(1))
+        pyro.sample("y", dist.Normal(x.norm(dim=-1), 0.3), obs=torch.tensor(3.0))
+
+    assert len(found_in(model).modes) == 1
+
+
+def test_two_boxes_are_two_components() -> None:
+    """The density is minus infinity between them."""
+    z = 2 * torch.rand(200, 2) + 1
+    z[:100] *= -1
+
+    def density(z: Tensor) -> Tensor:
+        return torch.zeros(len(z)).where(((z.abs() - 2).abs() < 1).all(-1) & (z.prod(-1) > 0), -math.inf)
+
+    labels = components(density, White(z), z)
+    assert labels.bincount().tolist() == [100, 100]
+    assert labels[0] != labels[-1]
+
+
+def test_a_single_place_is_one_mode() -> None:
+    assert components(lambda z: -z.square().sum(-1), White(torch.randn(10, 2)), torch.zeros(1, 2)).tolist() == [0]
+
+
+def test_climbs_end_at_the_tops() -> None:
+    z = torch.cat([at + torch.randn(50, 3) for at in (-4.0, 4.0)])
+
+    def density(z: Tensor) -> Tensor:
+        return torch.stack([dist.Normal(at, 1.0).log_prob(z).sum(-1) for at in (-4.0, 4.0)]).logsumexp(0)
+
+    ends = climb(density, White(z), z)
+    torch.testing.assert_close(ends, 4 * z.mean(-1, keepdim=True).sign().expand_as(z), atol=0.05, rtol=0)
+
+
+# The guide.
+
+
+def test_the_guide_covers_the_modes() -> None:
+    def model() -> None:
+        loc, scale = torch.tensor([[-4.0, 0.0], [4.0, 1.0]]), torch.tensor([[1.0, 0.5], [0.7, 1.0]])
+        parts = dist.Independent(dist.Normal(loc, scale), 1)
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 6.0).to_event(1))
+        log_factor = (parts.log_prob(x.unsqueeze(-2)) + torch.tensor([0.3, 0.7]).log()).logsumexp(-1)
+        pyro.factor("data", log_factor - dist.Normal(0.0, 6.0).log_prob(x).sum(-1))
+
+    found = anneal(model, num_particles=512, progress=False)
+    assert check(model, found.guide).verdict in ("trust", "reweight")
+    assert found.is_weighed
+    assert found.psis.reliable
+    assert [mode.weight for mode in found.modes] == pytest.approx([0.7, 0.3], abs=0.05)
+    assert abs(found.log_evidence) < 4 * found.log_evidence_se + 0.005
+    assert found.log_evidence_se < found.population.log_evidence_se
+    assert found.draws["x"].shape == (len(found.log_weights), 2)
+    assert float(found.log_weights.double().logsumexp(0)) == pytest.approx(0, abs=1e-3)
+    draws = found.guide.sample(4000)["x"]
+    assert float((draws[:, 0] > 0).double().mean()) == pytest.approx(0.7, abs=0.1)
+    for part in ("log_evidence=", "modes=[", "ess="):
+        assert part in repr(found)
+
+
+def test_arguments_that_clash() -> None:
+    def model(y: Tensor, num_particles: Tensor, noise: float = 1.0) -> None:
+        x = pyro.sample("x", dist.Normal(num_particles, 1.0))
+        pyro.sample("y", dist.Normal(x, noise), obs=y)
+
+    found = found_in(model, torch.tensor(2.0), model_kwargs={"num_particles": torch.tensor(1.0)}, noise=2.0)
+    exact = float(dist.Normal(1.0, math.sqrt(5)).log_prob(torch.tensor(2.0)))
+    assert abs(found.log_evidence - exact) < 5 * found.log_evidence_se
+
+
+@pytest.mark.parametrize("validated", [False, True])
+@pytest.mark.parametrize("local", [False, True])
+def test_in_both_modes_of_parameters_and_of_validation(local: bool, validated: bool) -> None:
+    """A guide that is fitted does not disturb the parameters of others."""
+    with pyro.settings.context(module_local_params=local), pyro.validation_enabled(validated):
+        pyro.clear_param_store()
+        found = found_in(positive, number=128)
+        assert dist.Normal._validate_args == validated
+    assert len(found.modes) == 1
+    assert (found.draws["rate"] > 0).all()
+
+
+def test_float32_and_float64() -> None:
+    found = found_in(hierarchical, number=128)
+    assert found.draws["x"].dtype == torch.float32
+    assert found.draws["x"].shape == (128, 4)
+
+    def double() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0, dtype=torch.float64))
+
+    assert found_in(double, number=128).draws["x"].dtype == torch.float64
+
+
+def test_particles_fill_the_islands() -> None:
+    assert len(found_in(proper, number=100).log_weights) == 112
+
+
+def test_bad_input_is_refused_in_words() -> None:
+    for number in (10, 63, 64.5):
+        with pytest.raises(ValueError, match=f"num_particles.*{number}"):
+            anneal(proper, num_particles=number)
+    with pytest.raises((ValueError, TypeError), match="fit"):
+        anneal(proper, fit="yes")
+
+    def never() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("never", torch.full_like(x, -math.inf))
+
+    with pytest.raises(ValueError, match=r"density|-inf"):
+        anneal(never, num_particles=64)
+
+
+# What it stands on.
+
+
+def space_of(model: Callable[[], None]) -> tuple[Space, Tensor]:
+    guide = AutoFlow(model).setup()
+    return sound_space(Task(model, guide, (), {})), guide.start[0]
+
+
+def bounded() -> None:
+    share = pyro.sample("share", dist.Beta(2.0, 3.0))
+    pyro.sample("y", dist.Bernoulli(share), obs=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("model", [proper, flat, enumerated, positive, bounded], ids=lambda model: model.__name__)
+def test_the_start_is_normalised_and_drawn_as_it_is_scored(model: Callable[[], None]) -> None:
+    space, loc = space_of(model)
+    with pyro.validation_enabled(False), torch.no_grad():
+        reference = Reference(space, loc)
+        z = torch.linspace(-60, 60, 60_001).unsqueeze(-1)
+        log_r, log_p = reference.log_r_and_p(z)
+        draws = reference.draw(4000)
+    density, step = log_r.double().exp(), float(z[1, 0] - z[0, 0])
+    assert float(density.nansum()) * step == pytest.approx(1, abs=2e-3)
+    total = density.nan_to_num(0).cumsum(0) * step
+    for level in (0.1, 0.5, 0.9):
+        middle = z[torch.searchsorted(total, level), 0]
+        assert float((draws[:, 0] < middle).double().mean()) == pytest.approx(level, abs=4 * 0.5 / math.sqrt(4000))
+    assert reference.is_prior == (model is not flat)
+    exact = {"proper": of_shared_mean(3.0, 1.0), "positive": of_counts(), "flat": of_flat()}
+    if model.__name__ in exact:
+        evidence = math.log(float(log_p.double().exp().nansum()) * step)
+        assert evidence == pytest.approx(exact[model.__name__], abs=2e-3)
+
+
+def test_bridges_lead_from_the_start_to_the_posterior() -> None:
+    space, loc = space_of(proper)
+    z = torch.randn(5, 1)
+    with pyro.validation_enabled(False), torch.no_grad():
+        reference = Reference(space, loc)
+        log_r, log_p = reference.log_r_and_p(z)
+        torch.testing.assert_close(reference.bridge(0.3)(z), 0.7 * log_r + 0.3 * log_p)
+        torch.testing.assert_close(reference.bridge(1)(z), space.log_p(z))
+
+
+def test_an_effort_that_is_spent_ends_the_annealing() -> None:
+    space, loc = space_of(hierarchical)
+    with pyro.validation_enabled(False):
+        reference = Reference(space, loc)
+        early = anneal_population(reference, 64, Effort(gradients=10))
+        whole = anneal_population(reference, 64, Effort())
+    assert not early.has_arrived
+    assert early.temperatures[-1] < 1
+    assert whole.has_arrived
+    assert len(early.temperatures) < len(whole.temperatures)
+    for population in (early, whole):
+        assert population.temperatures == sorted(population.temperatures)
+        assert population.z.shape == (64, 5)
+        assert float(population.log_weights.double().logsumexp(0)) == pytest.approx(0, abs=1e-5)
+
+
+def population_of(log_weights: Tensor) -> Population:
+    """Islands of equal evidence."""
+    number = len(log_weights)
+    return Population(torch.zeros(number, 1), log_weights, torch.zeros(number), torch.zeros(ISLANDS), [0.0, 1.0])
+
+
+def test_shares_of_a_population_have_standard_errors() -> None:
+    """Of islands that differ by chance alone, as of as many independent draws: within 5 of 200 such populations."""
+    number = 64 * ISLANDS
+    population = population_of(torch.full((number,), -math.log(number)))
+    assert population.share(torch.ones(number, dtype=torch.bool)) == pytest.approx((1, 0), abs=1e-5)
+    found = torch.tensor([population.share(torch.rand(number) < 0.3) for _ in range(200)])
+    scores = (found[:, 0] - 0.3) / found[:, 1]
+    assert found[:, 1].mean() == pytest.approx(math.sqrt(0.21 / number), rel=0.1)
+    assert scores.abs().max() < 5
+    assert scores.square().mean() == pytest.approx(15 / 13, abs=0.6)
+
+
+def test_islands_that_differ_widen_the_standard_error() -> None:
+    number = 64 * ISLANDS
+    population = population_of(torch.full((number,), -math.log(number)))
+    half = torch.arange(ISLANDS).repeat_interleave(64) % 2 == 0  # half of the islands are all inside
+    share, error = population.share(half)
+    assert share == pytest.approx(0.5, abs=1e-5)
+    assert error == pytest.approx(0.5 / math.sqrt(ISLANDS - 1), rel=1e-3)
+
+
+def test_weighted_draws_are_whitened() -> None:
+    law = dist.MultivariateNormal(torch.tensor([1.0, -2.0]), torch.tensor([[2.0, 0.8], [0.8, 1.0]]))
+    wide = dist.MultivariateNormal(torch.zeros(2), 9 * torch.eye(2))
+    z = wide.sample((40_000,))
+    white = White(z, (law.log_prob(z) - wide.log_prob(z)).softmax(0))
+    torch.testing.assert_close(white.loc, law.loc, atol=0.1, rtol=0)
+    torch.testing.assert_close(white.scale_tril @ white.scale_tril.T, law.covariance_matrix, atol=0.15, rtol=0)
+    torch.testing.assert_close(white.forward(white.inverse(z))[0], z, atol=1e-4, rtol=1e-4)
+    log_det = law.scale_tril.diagonal().log().sum()
+    torch.testing.assert_close(white.forward(z[:3])[1], log_det.expand(3), atol=0.1, rtol=0)
+    few = White(z, torch.ones(len(z)).where(torch.arange(len(z)) < 4, 1e-8))  # too few for correlations
+    assert few.scale_tril[1, 0] == 0

@@ -1,0 +1,237 @@
+"""Attacks on ``check``: one wrong guide of each class, and a right one of each geometry.  benchmarks/attacks.py has more.
+
+Posteriors are laws that are written down: the model is a normal prior times the law over the prior.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+import pyro_flows as pf
+from pyro_flows import check
+from pyro_flows.diagnostics import Finding
+
+Program = Callable[[], None]
+Law = dist.TorchDistribution
+NO_BATCH = torch.Size()
+
+
+def normal(loc: float, scale: float, dim: int) -> Law:
+    return dist.Normal(loc * torch.ones(dim), scale).to_event(1)
+
+
+class Mixture(dist.TorchDistribution):
+    """Two laws of vectors; the first has the given share of the mass."""
+
+    arg_constraints: dict[str, Any] = {}
+    support = dist.constraints.real_vector
+
+    def __init__(self, share: float, first: Law, second: Law) -> None:
+        super().__init__(first.batch_shape, first.event_shape, validate_args=False)
+        self.share, self.first, self.second = share, first, second
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> Mixture:
+        return Mixture(self.share, self.first.expand(batch_shape), self.second.expand(batch_shape))
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        first, second = (law.sample(torch.Size(sample_shape)) for law in (self.first, self.second))
+        return torch.where(torch.rand(first.shape[:-1]).unsqueeze(-1) < self.share, first, second)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        first, second = self.first.log_prob(value), self.second.log_prob(value)
+        return torch.logaddexp(first + math.log(self.share), second + math.log(1 - self.share))
+
+
+class Edged(dist.TorchDistribution):
+    """Uniform on a cube, as a law over all vectors."""
+
+    arg_constraints: dict[str, Any] = {}
+    support = dist.constraints.real_vector
+
+    def __init__(self, low: float, high: float, dim: int, batch_shape: torch.Size = NO_BATCH) -> None:
+        super().__init__(batch_shape, torch.Size((dim,)), validate_args=False)
+        self.low, self.high = low, high
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> Edged:
+        return Edged(self.low, self.high, self.event_shape[0], torch.Size(batch_shape))
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return self.low + (self.high - self.low) * torch.rand(self.shape(torch.Size(sample_shape)))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        inside = ((value > self.low) & (value < self.high)).all(-1)
+        height = -self.event_shape[0] * math.log(self.high - self.low)
+        return torch.full(inside.shape, height).where(inside, -math.inf)
+
+
+class Ring(dist.TorchDistribution):
+    """The radius normal, 3 ± .3, the direction uniform."""
+
+    arg_constraints: dict[str, Any] = {}
+    support = dist.constraints.real_vector
+
+    def __init__(self, batch_shape: torch.Size = NO_BATCH) -> None:
+        super().__init__(batch_shape, torch.Size((2,)), validate_args=False)
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> Ring:
+        return Ring(torch.Size(batch_shape))
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        way = torch.randn(self.shape(torch.Size(sample_shape)))
+        radius = 3 + 0.3 * torch.randn(way.shape[:-1])
+        return radius.unsqueeze(-1) * way / way.norm(dim=-1, keepdim=True)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        radius = value.norm(dim=-1)
+        return dist.Normal(3.0, 0.3).log_prob(radius) - (2 * math.pi * radius).log()
+
+
+def posterior(law: Law, scale: float) -> Program:
+    """Return a model whose posterior is a law, under a normal prior of this standard deviation."""
+    prior = normal(0.0, scale, law.event_shape[0])
+
+    def model() -> None:
+        x = pyro.sample("x", prior)
+        pyro.factor("data", law.log_prob(x) - prior.log_prob(x))
+
+    return model
+
+
+def sampling(law: Law) -> Program:
+    def guide() -> None:
+        pyro.sample("x", law)
+
+    return guide
+
+
+FAR = Mixture(0.96, normal(0.0, 1.0, 2), normal(20.0, 1.0, 2))
+SPIKE = Mixture(0.3, normal(0.0, 0.2, 5), normal(3.0, 1.0, 5))
+BOXES = Mixture(0.5, Edged(-2.0, 0.0, 2), Edged(3.0, 6.0, 2))
+LABELS = Mixture(
+    0.5,
+    dist.Normal(torch.tensor([-4.0, 4.0]), 0.3).to_event(1),
+    dist.Normal(torch.tensor([4.0, -4.0]), 0.3).to_event(1),
+)
+ARMS = [dist.MultivariateNormal(torch.zeros(2), torch.tensor([[1.0, r], [r, 1.0]])) for r in (0.99, -0.99)]
+CROSS = Mixture(0.5, *ARMS)
+LAWS = {
+    "labels": (LABELS, 10.0),
+    "spike": (SPIKE, 3.0),
+    "far": (FAR, 20.0),
+    "boxes": (BOXES, 5.0),
+    "ring": (Ring(), 4.0),
+    "cross": (CROSS, 4.0),
+}
+RADIUS = math.sqrt((9 + 0.09) / 2)  # the standard deviation of the ring's coordinates
+WRONG: dict[str, tuple[str, Law, set[str]]] = {
+    "one labelling of two": ("labels", LABELS.first, {"mode", "collapsed"}),
+    "a spike without its slab": ("spike", SPIKE.first, {"mode", "collapsed"}),
+    "a slab without its spike": ("spike", SPIKE.second, {"mode", "collapsed"}),
+    "a little mass far away": ("far", FAR.first, {"far", "mode", "collapsed"}),
+    "one box of two": ("boxes", BOXES.first, {"mode", "collapsed"}),
+    "a disc for a ring": ("ring", normal(0.0, RADIUS, 2), {"shape"}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_attacks_are_found_out(name: str) -> None:
+    target, law, kinds = WRONG[name]
+    found = check(posterior(*LAWS[target]), sampling(law))
+    assert kinds & {finding.kind for finding in found.findings}, found.findings
+    if kinds != {"shape"}:
+        assert found.verdict == "do not trust"
+        assert found.missing.place is not None
+    assert found.verdict == ("do not trust" if "do not trust" in [f.verdict for f in found.findings] else "reweight")
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_right_guides_of_each_geometry_are_believed(name: str) -> None:
+    law, scale = LAWS[name]
+    found = check(posterior(law, scale), sampling(law))
+    assert found.verdict == "trust"
+    assert found.findings == ()
+
+
+def test_missing_mass_is_measured() -> None:
+    found = check(posterior(LABELS, 10.0), sampling(LABELS.first))
+    assert found.missing.share == pytest.approx(0.5, abs=4 * found.missing.share_se + 0.02)
+    assert found.missing.place.tolist() == pytest.approx([4, -4], abs=1.5)
+    assert found.misses_a_mode
+
+
+def test_weights_that_count_unequally_ask_for_resampling() -> None:
+    """Its marginals are the posterior's; the joint distribution has a second arm where the posterior has none."""
+    law = CROSS.first
+    found = check(posterior(law, 3.0), sampling(CROSS))
+    assert found.verdict == "reweight", found.findings
+    kinds = {finding.kind: finding for finding in found.findings}
+    assert kinds["weights"].verdict == "reweight"
+    assert 0.4 < kinds["weights"].size < 0.5  # half of the draws lie on the other arm
+    assert "resample" in found.reason
+    draws = pf.resample(posterior(law, 3.0), sampling(CROSS), num_samples=10_000)["x"]
+    torch.testing.assert_close(torch.cov(draws.T), law.covariance_matrix, atol=0.08, rtol=0)
+
+
+def test_weights_that_hardly_vary_are_believed_whatever_their_tail() -> None:
+    """k-hat of weights that are equal but for rounding is a number without meaning."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.StudentT(2.5, torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("hardly", 1e-3 * (1 + x.square().sum(-1)).log())
+
+    def guide() -> None:
+        pyro.sample("x", dist.StudentT(2.5, torch.zeros(2), 1.0).to_event(1))
+
+    found = check(model, guide)
+    assert found.verdict == "trust"
+    assert not any(finding.kind == "tails" for finding in found.findings)
+
+
+def angles() -> None:
+    """Two modes at ±1, each half of the mass."""
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+    angle = pyro.sample("angle", dist.VonMises(0.0, 1e-3))
+    parts = dist.VonMises(torch.tensor([-1.0, 1.0]), 32.0)
+    pyro.factor("data", parts.log_prob(angle.unsqueeze(-1)).logsumexp(-1))
+
+
+def test_a_lost_mode_of_an_angle_is_found() -> None:
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("angle", dist.VonMises(1.0, 32.0))
+
+    found = check(angles, guide)
+    assert found.verdict == "do not trust"
+    assert {"mode", "collapsed"} & {finding.kind for finding in found.findings}
+    assert found.missing.share == pytest.approx(0.5, abs=0.05)
+
+
+def test_both_modes_of_an_angle_are_believed() -> None:
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        parts = dist.VonMises(torch.tensor([-1.0, 1.0]), 32.0)
+        pyro.sample("angle", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts))
+
+    assert check(angles, guide).trusted
+
+
+def test_findings_are_data() -> None:
+    finding = Finding("mean", "x", 0.5, 0.02, of="mean")
+    assert finding.verdict == "do not trust"
+    assert "mean of x off by +0.50 ± 0.02 sd" in str(finding)
+    assert "missing" in str(Finding("mode", "", 0.4, 0.01))
+    found = check(posterior(normal(0.0, 1.0, 2), 3.0), sampling(normal(0.5, 1.0, 2)))
+    assert [(f.kind, f.quantity, f.verdict) for f in found.findings][:1] in (
+        [("mean", "x[0]", "reweight")],
+        [("mean", "x[1]", "reweight")],
+    )
+    assert found.findings[0].size == pytest.approx(0.5, abs=0.08)
+    assert found.findings[0].size - 0.5 == pytest.approx(0, abs=4 * found.findings[0].noise + 0.02)
