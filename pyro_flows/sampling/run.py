@@ -136,7 +136,8 @@ class Run:
         while True:
             self._extend(wanted)
             found, is_enough, growth = self.record.judge(self.goal)
-            is_enough = is_enough and not self._is_short()
+            if is_enough and self._is_short():
+                is_enough, growth = False, 2.0
             if is_enough or self._is_over():
                 break
             self._words = f"R-hat {float(found.rhat.max()):.3f}, ESS {float(found.ess.min()):.0f}"
@@ -203,11 +204,8 @@ class Run:
             self.chance = sum(chances[-5:]) / len(chances[-5:])
             if self.chance > GOOD and sweep >= FEW:  # the base's steps go further
                 self._leave_white()
-            if (
-                self.sweeps >= self.goal.max_sweeps - FEWEST
-                or self._stopped()
-                or (sweep >= SHORT and self.chance > GOOD)
-            ):
+            is_last = self.sweeps >= self.goal.max_sweeps - FEWEST  # the draws that are recorded take sweeps too
+            if is_last or self._stopped() or (sweep >= SHORT and self.chance > GOOD):
                 break
             if sweep in (LONG // 6, LONG // 3, LONG // 2):
                 self._whiten(torch.cat(visited[sweep // 2 :]))
