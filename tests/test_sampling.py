@@ -17,7 +17,7 @@ import pyro_flows as pf
 from pyro_flows import AutoFlow
 from pyro_flows.programs.space import Scored, sound_space
 from pyro_flows.programs.task import Task
-from pyro_flows.sampling.chains import Chains
+from pyro_flows.sampling.chains import Chains, NonCentred
 from pyro_flows.sampling.charts import Base, White
 from pyro_flows.sampling.convergence import convergence
 from pyro_flows.sampling.run import Goal, Record
@@ -109,7 +109,7 @@ def bent(model, *args) -> AutoFlow:
     return guide.eval()
 
 
-@pytest.mark.parametrize("kind", ["white", "base", "proposals", "all"])
+@pytest.mark.parametrize("kind", ["white", "base", "units", "proposals", "all"])
 def test_kernel_leaves_the_joint_distribution_as_it_is(kind):
     number = 20_000
     guide = bent(funnel, torch.tensor(0.7))
@@ -118,6 +118,7 @@ def test_kernel_leaves_the_joint_distribution_as_it_is(kind):
     x = (v / 2).exp() * torch.randn(number)
     y = x + 0.5 * torch.randn(number)  # each chain has data of its own
 
+    @pyro.validation_enabled(False)
     def density(z):
         prior = dist.Normal(0.0, 1.0).log_prob(z[:, 0]) + dist.Normal(0.0, (z[:, 0] / 2).exp()).log_prob(z[:, 1])
         return prior + dist.Normal(z[:, 1], 0.5).log_prob(y.repeat(len(z) // number))
@@ -127,7 +128,8 @@ def test_kernel_leaves_the_joint_distribution_as_it_is(kind):
         return Scored(found.z, density(found.z), found.log_q, found.quantities)
 
     z = torch.stack((v, x), -1)
-    charts = {"white": [White(z)], "base": [Base(space)]}.get(kind, [Base(space), White(z)])
+    units = NonCentred.of(space, z[:1000])
+    charts = {"white": [White(z)], "base": [Base(space)], "units": [units]}.get(kind, [Base(space), units, White(z)])
     chains = Chains(density, charts, z)
     for _ in range(2):
         if kind == "proposals":
@@ -215,6 +217,39 @@ def test_a_guide_without_correlations_does_no_harm():
     found = pf.sample(narrow, guide, progress=False, num_draws=1000, num_chains=64)
     agree(found, "v", 0.0, 1.0, 1000)
     assert abs(float((found.flat["v"] < -2).double().mean()) - 0.02275) < 5 * math.sqrt(0.0228 / 1000)
+
+
+def neck():
+    v = pyro.sample("v", dist.Normal(0.0, 3.0))
+    with pyro.plate("nine", 9):
+        pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
+
+
+def flat():
+    """A guide that never draws the neck: no chain starts there."""
+    pyro.sample("v", dist.Normal(2.0, 1.0))
+    with pyro.plate("nine", 9):
+        pyro.sample("x", dist.Normal(0.0, 2.0))
+
+
+def test_chains_enter_the_neck_of_a_hierarchy():
+    space = sound_space(Task(neck, flat, (), {}))
+    z = space.draw(500).z
+    chains, places = Chains(space.log_p, [NonCentred.of(space, z)], z), []
+    for sweep in range(30):
+        chains.sweep(adapt=sweep < 10)
+        places.append(chains.z[:, 0])
+    v = torch.cat(places[10:])
+    assert abs(float(v.mean())) < 0.5
+    assert abs(float(v.std()) / 3 - 1) < 0.1
+    assert abs(float((v < -6).double().mean()) - 0.02275) < 0.01
+
+
+def test_a_bad_guide_ends_within_max_sweeps():
+    with pytest.warns(UserWarning, match="not converged after 20 sweeps"):
+        found = pf.sample(neck, flat, progress=False, num_chains=64, max_sweeps=20)
+    assert found.sweeps == 20
+    assert found.draws["v"].shape[:2] == (64, 8)
 
 
 def test_discrete_latents_are_drawn_back():

@@ -38,10 +38,12 @@ def sample(
 ) -> Samples:
     """Draw from a posterior, exactly, by Markov chains that a guide makes fast.
 
-    Many chains start from the guide's draws.  They move by Hamiltonian Monte Carlo in the coordinates of the guide's
-    base and in whitened ones (Hoffman et al. 2019, arXiv:1903.03704), and take draws of the guide, each accepted with
-    the chance min(1, w' / w), where w = p / q (Gabrié, Rotskoff, Vanden-Eijnden 2021, arXiv:2105.12603).  All of these
-    leave the posterior as it is.  So the guide's errors cost time and do not spoil the draws, once the chains have
+    Many chains start from the guide's draws, resampled by their weights w = p / q where these are even enough.  They
+    move by Hamiltonian Monte Carlo in the coordinates of the guide's base and in whitened ones (Hoffman et al. 2019,
+    arXiv:1903.03704); in hierarchies, also with effects in units of their priors' scales (Yu, Meng 2011).  They take
+    draws of the guide, each accepted with the chance min(1, w' / w) (Gabrié, Rotskoff, Vanden-Eijnden 2021,
+    arXiv:2105.12603).  All of these leave the posterior as it is.  So the guide's errors cost time and do not spoil the
+    draws, once the chains have
     converged: they run until R-hat is at most 1.01 and the effective sample sizes of bulk and tails are at least
     ``num_draws``, for every latent and deterministic site (Vehtari et al. 2021, arXiv:1903.08008).  A mode that no
     chain has met is not there for R-hat either: see :func:`~pyro_flows.check`, which searches for such.

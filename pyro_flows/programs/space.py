@@ -148,6 +148,10 @@ class Space:
         found, change = self._place(z, self._scored)
         return found["log_q"] + change
 
+    def latents(self, z: Tensor) -> Values:
+        """The model's latents at z: for each ``(N, *shape)``."""
+        return self._latents(self._place(z)[0])
+
     @torch.no_grad()
     def values(self, z: Tensor) -> Values:
         """The model's latents and deterministic sites at z: for each ``(N, *shape)``."""

@@ -16,11 +16,13 @@ import functools
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 DIRECT = 10  # pairs of lags that are summed directly; where correlations last longer, Fourier transforms are faster
 BLOCK = 400_000  # numbers that are looked at together, few enough for the cache
+LINE = 64  # quantities that are transposed together, for whole lines of the cache
 FEWEST = 8  # draws in a chain: each half needs four
 
 
@@ -48,23 +50,26 @@ class Convergence(NamedTuple):
 
 def convergence(draws: Tensor) -> Convergence:
     """Summarise draws of K quantities by C chains of n draws, ``(C, n, K)``, at least 8 in each."""
-    half = draws.shape[1] // 2
-    step = max(1, BLOCK // (len(draws) * draws.shape[1]))
-    halves = torch.cat((draws[:, :half], draws[:, -half:]), 1)  # without the one in the middle
-    parts = [_converged(part, half) for part in halves.detach().cpu().split(step, -1)]
+    half, step = draws.shape[1] // 2, max(1, BLOCK // (len(draws) * draws.shape[1]))
+    parts = []
+    for some in draws.detach().split(LINE, -1):
+        centre = some[:, 0].nan_to_num(0.0, 0.0, 0.0).median(0).values  # so that float32 does
+        some = (some - centre).float().cpu()
+        halves = torch.cat((some[:, :half], some[:, -half:]), 1)  # without the one in the middle
+        columns = halves.permute(2, 1, 0).contiguous().flatten(1)  # (K, S), with S = 2 n C
+        parts += [_converged(part, (-1, 2, half, len(draws))) for part in columns.split(step)]
     return Convergence(*(torch.cat(found) for found in zip(*parts, strict=True)))
 
 
-def _converged(draws: Tensor, half: int) -> Convergence:
-    shape = -1, 2, half, len(draws)  # (K, 2, n, C): slices along time are contiguous
-    columns = draws.permute(2, 1, 0).reshape(draws.shape[-1], -1)  # (K, S), with S = 2 n C
+def _converged(columns: Tensor, shape: tuple[int, int, int, int]) -> Convergence:
+    """Summarise K quantities, ``(K, S)``, of the shape ``(K, 2, n, C)``: slices along time are contiguous."""
     unknown = columns.isnan().any(-1)
     columns = columns.nan_to_num(0.0, math.inf, -math.inf)
-    columns = (columns - columns.median(-1, keepdim=True).values).float()
     ordered, order = _sort(columns)
     constant = ordered[:, 0] == ordered[:, -1]
     scores = _normal_scores(ordered, order).view(shape)
-    folded = _normal_scores(*_sort(columns.abs())).view(shape)
+    median = ordered[:, (columns.shape[1] - 1) // 2, None]
+    folded = _normal_scores(*_sort((columns - median).abs().nan_to_num(math.inf))).view(shape)
     rhat = torch.maximum(_rhat(scores), _rhat(folded))
     size = columns.shape[1]
     tails = []
@@ -97,12 +102,12 @@ def _sort(x: Tensor) -> tuple[Tensor, Tensor]:
 def _normal_scores(ordered: Tensor, order: Tensor) -> Tensor:
     """The normal scores of ranks, where equal values share their mean rank."""
     size = ordered.shape[-1]
-    place = torch.arange(size)
-    edge = ordered[:, 1:] != ordered[:, :-1]
-    first = torch.nn.functional.pad(edge * place[1:], (1, 0)).cummax(-1).values
-    last = torch.nn.functional.pad((edge * (size - 1 - place[:-1])).flip(-1), (1, 0)).cummax(-1).values.flip(-1)
-    last = size - 1 - last
-    return torch.empty_like(ordered).scatter_(-1, order, _scores_of_ranks(size)[first + last])
+    is_first = torch.ones_like(ordered, dtype=torch.bool)
+    torch.ne(ordered[:, 1:], ordered[:, :-1], out=is_first[:, 1:])
+    first = np.flatnonzero(is_first.numpy())  # numpy finds and repeats several times faster than torch
+    counts = np.diff(first, append=ordered.numel())
+    scores = torch.from_numpy(np.repeat(_scores_of_ranks(size).numpy()[2 * (first % size) + counts - 1], counts))
+    return torch.empty_like(ordered).scatter_(-1, order, scores.view_as(ordered))
 
 
 @functools.lru_cache(maxsize=4)
@@ -140,10 +145,16 @@ def _ess(x: Tensor) -> Tensor:
         return 1 - (variance[rows, None] - covariance) / total[rows, None]
 
     pairs = min(DIRECT, (length - 1) // 2)
-    lags = [_product(x[:, :, : length - lag], x[:, :, lag:]) / (chains * length) for lag in range(1, 2 * pairs)]
-    found = correlations(torch.stack([variance, *lags], -1), slice(None))
+    covariances, lasts = [variance], torch.ones_like(variance, dtype=torch.bool)
+    for lag in range(1, 2 * pairs):
+        covariances.append(_product(x[:, :, : length - lag], x[:, :, lag:]) / (chains * length))
+        if lag % 2:
+            found = correlations(torch.stack(covariances, -1), slice(None))
+            lasts &= found[:, -2:].sum(-1) > 0
+            if not lasts.any():
+                break
     times = _time(found)
-    if pairs == DIRECT and len(longer := ((found[:, ::2] + found[:, 1::2]) > 0).all(-1).nonzero().squeeze(-1)):
+    if pairs == DIRECT and len(longer := lasts.nonzero().squeeze(-1)):
         spectrum = torch.fft.rfft(x[longer].transpose(2, 3), n=2 * length)
         power = (spectrum.real.square() + spectrum.imag.square()).mean((1, 2))
         covariance = torch.fft.irfft(power, n=2 * length)[:, : length - length % 2] / length

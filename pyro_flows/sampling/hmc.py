@@ -13,18 +13,25 @@ Sountsov 2021).
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..programs.log_density import LogDensity
-from .charts import Chart
 
 TARGET = 0.8  # the mean acceptance that step sizes are adapted to
 LEAST, MOST = 0.4, 1.2  # of a chain's own step size, in units of the common one
 QUARTER = math.pi / 2 / 0.8  # the time of travel to begin with: a quarter of a turn of a normal, on average
 DIVERGED = 1000.0  # nats by which the energy of a trajectory is wrong that has left the level of its start
+
+
+class Coordinates(Protocol):
+    """Coordinates x, ``(N, D)``, of vectors z; ``forward`` returns z and the log-determinant of dz/dx, ``(N,)``."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def inverse(self, z: Tensor) -> Tensor: ...
 
 
 class HMC:
@@ -44,7 +51,7 @@ class HMC:
         divergences: In how many trajectories, of all chains, the energy went astray.
     """
 
-    def __init__(self, density: LogDensity, chart: Chart, dim: int, max_steps: int = 8) -> None:
+    def __init__(self, density: LogDensity, chart: Coordinates, dim: int, max_steps: int = 8) -> None:
         self.density, self.chart, self.max_steps = density, chart, max_steps
         self.step, self.time = 1.2 * dim**-0.25, QUARTER
         self.acceptance, self.divergences, self.gradients = math.nan, 0, 0
@@ -113,7 +120,7 @@ class _State(NamedTuple):
     log_p: Tensor  # (N,), over x
     log_det: Tensor  # (N,)
     score: Tensor  # (N, D)
-    chart: Chart
+    chart: Coordinates
 
     def moved(self, taken: Tensor, other: _State) -> _State:
         """The other state where it is taken, ``(N,)``, and this one elsewhere."""

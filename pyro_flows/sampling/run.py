@@ -20,15 +20,20 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..programs.log_density import is_breakdown, or_nan
 from ..programs.space import Scored, Space
-from .chains import Chains
+from .chains import Chains, NonCentred
 from .charts import White, charts_of
 from .convergence import FEWEST, Convergence, convergence
+from .hmc import Coordinates
 
 RHAT = 1.01  # where chains have converged
 SHORT, LONG = 16, 60  # sweeps of a warm-up: for a guide whose draws are mostly accepted, and for any other
 GOOD, FAIR = 0.5, 0.01  # mean chances of a draw of the guide to be accepted
 FEW, MANY = 8, 32  # draws of such guides that are proposed to each chain in a cycle
-LEAST = 320  # draws of each chain of a good guide: fewer seldom meet what the guide draws too rarely
+LEAST = 160  # draws of each chain of a good guide
+SWEEPS = 20  # between which the draws of such a guide are proposed, at least
+STARTS = 20  # draws of the guide for each chain's start
+SPREAD = 0.1  # the effective share of these by which they are resampled
+HEAVY = 0.01  # the share of the posterior that draws of the guide may need longer to reach or to leave than chains run
 AGAIN = 10  # sweeps that adapt once more, where chains have moved on
 KEPT = 400  # draws of each chain that are kept at most, unless more are asked for
 WORST = 16  # quantities that are looked at first, those that were furthest from convergence before
@@ -90,16 +95,38 @@ class Run:
         stopped: Callable[[], bool],
     ) -> None:
         self.space, self.goal, self._tell, self._stopped = space, goal, tell, stopped
-        guide = self._draw(num_chains * 4 if space.task.runs_one_by_one else max(num_chains * 4, 10 * space.dim))
-        z = guide.z[guide.log_p.isfinite() & guide.z.isfinite().all(-1)]
-        if not len(z):
-            raise ValueError("the model has no finite density at any draw of the guide; train the guide first.")
-        charts, self._white = charts_of(space, z)
-        self.chains = Chains(or_nan(space.log_p), charts, z[torch.arange(num_chains) % len(z)], max_steps=16)
+        z, start = self._starts(num_chains)
+        self.chains = Chains(or_nan(space.log_p), self._coordinates(z), start, max_steps=16)
         self.record = Record(space, max(KEPT, math.ceil(2 * goal.num_draws / num_chains)))
         self.sweeps, self.chance, self.times, self._words = 0, math.nan, 0, "warm-up"
-        self._records_all = False
+        self._records_all, self._proposed = False, 0
         self._accepted: list[list[float]] = []
+        self._heavy: list[float] = []
+
+    def _starts(self, num_chains: int) -> tuple[Tensor, Tensor]:
+        """Draws of the guide, and where the chains start: at draws resampled by their weights, if the guide is good.
+
+        Weights are truncated (Ionides 2008), so that no draw starts many chains.
+        """
+        most = 4 if self.space.task.runs_one_by_one else STARTS
+        guide = self._draw(max(num_chains * most, 10 * self.space.dim))
+        sound = guide.log_p.isfinite() & guide.log_q.isfinite() & guide.z.isfinite().all(-1)
+        if not sound.any():
+            raise ValueError("the model has no finite density at any draw of the guide; train the guide first.")
+        z, log_weights = guide.z[sound], (guide.log_p - guide.log_q)[sound].double()
+        weights = (log_weights - log_weights.max()).exp()
+        weights = weights.clamp_max(float(weights.mean()) * math.sqrt(len(z)))
+        if float(weights.sum().square() / weights.square().sum()) < SPREAD * len(z):
+            return z, z[torch.arange(num_chains) % len(z)]
+        points = (torch.arange(num_chains, device=z.device) + torch.rand((), device=z.device)) / num_chains
+        places = torch.searchsorted(weights.cumsum(0) / weights.sum(), points.double()).clamp_max(len(z) - 1)
+        return z, z[places[torch.randperm(num_chains, device=z.device)]]
+
+    def _coordinates(self, z: Tensor) -> list[Coordinates]:
+        """The coordinates to move in, given draws z of the guide: those of the model's hierarchy first, if any."""
+        charts, _ = charts_of(self.space, z)
+        found = NonCentred.of(self.space, z[:BATCH])
+        return [found, charts[0]] if found else list(charts)
 
     def run(self) -> Outcome:
         """Warm up, and run until the chains have converged, or as long as they may."""
@@ -109,6 +136,8 @@ class Run:
         while True:
             self._extend(wanted)
             found, is_enough, growth = self.record.judge(self.goal)
+            if is_enough and self._is_short():
+                is_enough, growth = False, 2.0
             if is_enough or self._is_over():
                 break
             self._words = f"R-hat {float(found.rhat.max()):.3f}, ESS {float(found.ess.min()):.0f}"
@@ -132,6 +161,13 @@ class Run:
         least = LEAST if self._records_all else 2 * FEWEST
         return max(least, math.ceil(1.2 * self.goal.num_draws / len(self.chains.z)))
 
+    def _is_short(self) -> bool:
+        """True if much of the posterior has weights w = p / q above the number of draws proposed to each chain.
+
+        A chain stays at a place of weight w for about w proposals, and takes as long to find it.
+        """
+        return self._records_all and sum(self._heavy) > HEAVY * len(self._heavy)
+
     def _is_over(self) -> bool:
         return self.sweeps >= self.goal.max_sweeps or self._stopped()
 
@@ -142,6 +178,8 @@ class Run:
 
     def _propose(self, times: int) -> list[Tensor]:
         places, self.chance = self.chains.propose(self._draw, or_nan(self.space.log_q), times)
+        self._proposed += times
+        self._heavy.append(float((self.chains.excess > math.log(self._proposed)).double().mean()))
         return places
 
     def _draw(self, number: int) -> Scored:
@@ -164,20 +202,31 @@ class Run:
             chances.append(self.chance)
             visited.append(self.chains.z)
             self.chance = sum(chances[-5:]) / len(chances[-5:])
-            if self._is_over() or (sweep >= SHORT and self.chance > GOOD):
+            if self.chance > GOOD and sweep >= FEW:  # the base's steps go further
+                self._leave_white()
+            is_last = self.sweeps >= self.goal.max_sweeps - FEWEST  # the draws that are recorded take sweeps too
+            if is_last or self._stopped() or (sweep >= SHORT and self.chance > GOOD):
                 break
             if sweep in (LONG // 6, LONG // 3, LONG // 2):
                 self._whiten(torch.cat(visited[sweep // 2 :]))
         # Good draws are recorded one by one: where many are asked for, large batches of them are fastest.
         self._records_all = self.chance > GOOD
-        many = min(MANY, max(FEW, self._least // FEW)) if self._records_all else FEW
+        self._heavy = []
+        many = min(MANY, max(FEW, self._least // SWEEPS)) if self._records_all else FEW
         self.times = many if self.chance > FAIR else 0
+
+    def _leave_white(self) -> None:
+        """Move no more in whitened coordinates, where there are others."""
+        others = [kernel for kernel in self.chains.kernels if not isinstance(kernel.chart, White)]
+        self.chains.kernels = others or self.chains.kernels
 
     def _whiten(self, z: Tensor) -> None:
         white = White(z)
         for kernel in self.chains.kernels:
             if isinstance(kernel.chart, White):
                 kernel.chart = white
+            elif isinstance(kernel.chart, NonCentred):
+                kernel.chart = kernel.chart.whitened(z)
 
     def _adapt_again(self) -> None:
         """Adapt once more, to where the chains are now."""
