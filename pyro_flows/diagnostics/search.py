@@ -31,6 +31,7 @@ from .drift import Drift
 PARTICLES, FEW = 256, 64  # of a population, and where the model runs one draw at a time
 STARTS = 64  # climbs
 EFFORT = Effort(kept=0.3, forgotten=0.5, moves=(1, 4), max_steps=6, gradients=150)
+NARROW = 0.1  # the size of steps of climbs from the prior, in its sds: longer ones would leap out of narrow modes
 SURPRISE = 3.0  # by how many nats the posterior must exceed the guide at a place where the guide has too little
 LEAST = 8.0  # how many nats of evidence below the guide's a Gaussian that was matched may have to count
 MOST, MATCHED = 32, 4  # to how many modes laws are fitted, and to how many of these Gaussians are matched
@@ -131,7 +132,7 @@ def _near(density: LogDensity, z: Tensor) -> Tensor:
         return z
     middle, some = z.median(0).values, z[: STARTS // 2]
     between = middle + torch.rand(len(some), 1).to(z) * (some - middle)
-    return torch.cat((middle.unsqueeze(0), between, climb(density, White(z), z)))
+    return torch.cat((middle.unsqueeze(0), between, climb(density, White(z), z, NARROW)))
 
 
 def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) -> list[dist.TorchDistribution]:

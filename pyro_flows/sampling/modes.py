@@ -23,13 +23,14 @@ DIP = 1.0  # nats by which the density must fall between two places that are of 
 BETWEEN = 0.25, 0.5, 0.75  # where it is looked at
 
 
-def climb(density: LogDensity, chart: White, z: Tensor) -> Tensor:
+def climb(density: LogDensity, chart: White, z: Tensor, size: float = 0.5) -> Tensor:
     """Steps uphill in a chart, each coordinate at its own pace: Adam, with a step size that falls.
 
     Args:
         density: The log-density.
         chart: The coordinates.
         z: The places to start from, ``(N, D)``.
+        size: How far each coordinate moves in the first step; a climb ends within 30 times that.
     """
     x = chart.inverse(z)
     first, second = torch.zeros_like(x), torch.zeros_like(x)
@@ -37,7 +38,7 @@ def climb(density: LogDensity, chart: White, z: Tensor) -> Tensor:
         score = score_of(lambda x: density(chart.forward(x)[0]), x).nan_to_num(0, 0, 0)
         first, second = 0.8 * first + 0.2 * score, 0.9 * second + 0.1 * score.square()
         ahead = first / (1 - 0.8**step) / ((second / (1 - 0.9**step)).sqrt() + 1e-8)
-        x = x + 0.5 * (1 - step / (CLIMB + 1)) * ahead
+        x = x + size * (1 - step / (CLIMB + 1)) * ahead
     return chart.forward(x)[0]
 
 
