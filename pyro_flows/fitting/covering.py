@@ -59,6 +59,17 @@ class Mode:
         weight_se: The standard error of that.
         place: Where it is highest, in the unconstrained space: name of a latent -> its value, ``site_shape``.
         log_density: The posterior's log-density there, over the unconstrained space and not normalised, in nats.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro_flows import anneal
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(3.0, 1.0))
+        >>> (mode,) = anneal(model, num_particles=256, fit=False).modes
+        >>> round(mode.weight, 6), round(mode.place["x"].item(), 1)
+        (1.0, 3.0)
     """
 
     weight: float
