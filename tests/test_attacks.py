@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Attacks on ``check``: a wrong guide of each class, and a right one of each geometry.  benchmarks/attacks.py has more.
-=======
-"""Attacks on ``check``: one wrong guide of each class, a right one of each geometry.  See benchmarks/attacks.py too.
->>>>>>> words
 
 Posteriors are laws that are written down: the model is a normal prior times the law over the prior.
 """

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from ..programs.log_density import LogDensity, score_of
+from ..programs.log_density import LogDensity
 from .charts import White
 
 CLIMB = 60  # steps of a climb
@@ -24,7 +25,7 @@ BETWEEN = 0.25, 0.5, 0.75  # where it is looked at
 
 
 def climb(density: LogDensity, chart: White, z: Tensor, size: float = 0.5) -> Tensor:
-    """Steps uphill in a chart, each coordinate at its own pace: Adam, with a step size that falls.
+    """The highest places on ways uphill in a chart, each coordinate at its own pace: Adam, with steps that shrink.
 
     Args:
         density: The log-density.
@@ -34,12 +35,24 @@ def climb(density: LogDensity, chart: White, z: Tensor, size: float = 0.5) -> Te
     """
     x = chart.inverse(z)
     first, second = torch.zeros_like(x), torch.zeros_like(x)
+    best, highest = x, torch.full_like(x[:, 0], -math.inf)
     for step in range(1, CLIMB + 1):
-        score = score_of(lambda x: density(chart.forward(x)[0]), x).nan_to_num(0, 0, 0)
+        height, score = _height_and_score(density, chart, x)
+        is_higher = height > highest
+        best, highest = best.where(~is_higher.unsqueeze(-1), x), highest.maximum(height)
         first, second = 0.8 * first + 0.2 * score, 0.9 * second + 0.1 * score.square()
         ahead = first / (1 - 0.8**step) / ((second / (1 - 0.9**step)).sqrt() + 1e-8)
         x = x + size * (1 - step / (CLIMB + 1)) * ahead
-    return chart.forward(x)[0]
+    return chart.forward(best)[0]
+
+
+def _height_and_score(density: LogDensity, chart: White, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-density, ``(N,)``, -inf where it is no number, and its gradient, ``(N, D)``, 0 where it is none."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        height = density(chart.forward(leaf)[0])
+        score = torch.autograd.grad(height.sum(), leaf)[0] if height.requires_grad else torch.zeros_like(leaf)
+    return height.detach().nan_to_num(-math.inf, -math.inf, -math.inf), score.nan_to_num(0, 0, 0)
 
 
 @torch.no_grad()
@@ -56,21 +69,40 @@ def components(density: LogDensity, chart: White, z: Tensor) -> Tensor:
     if number == 1:
         return torch.zeros(1, dtype=torch.long)
     near = torch.cdist(x, x).fill_diagonal_(math.inf).topk(min(NEIGHBOURS, number - 1), largest=False).indices
-    one = torch.arange(number, device=z.device).repeat_interleave(near.shape[1])
-    other, heights = near.flatten(), density(z)
+    one = torch.arange(number, device=z.device).unsqueeze(-1).expand_as(near)
+    heights = density(z)
+    joined = _joined(density, z, heights, one, near)
+    rises = heights[near] - heights[one]
+    is_top = ~(joined & (rises > DIP)).any(-1)
+    level = joined & is_top[one] & is_top[near]
+    up = joined & (rises > 0)
+    nearest = up & (up.cumsum(-1) == 1)  # of the higher neighbours; they are sorted by distance
+    kept = level | nearest
+    labels = _connected(one[kept], near[kept], number)
+    # Places that have climbed to one point may still fall into groups of nearest neighbours: their tops tell.
+    tops = torch.stack([heights.where(labels == k, -math.inf).argmax() for k in range(int(labels.max()) + 1)])
+    pairs = torch.combinations(torch.arange(len(tops)))
+    first, second = tops[pairs[:, 0]], tops[pairs[:, 1]]
+    same = _joined(density, z, heights, first, second)
+    found = _connected(pairs[same, 0], pairs[same, 1], len(tops))[labels]
+    order = found.bincount().argsort(descending=True)
+    return order.argsort()[found]
+
+
+def _joined(density: LogDensity, z: Tensor, heights: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Whether the density does not fall between places of some numbers and places of others, of the numbers' shape."""
+    if not one.numel():
+        return torch.zeros(one.shape, dtype=torch.bool)
     least = torch.minimum(heights[one], heights[other])
     joined = torch.ones_like(least, dtype=torch.bool)
     for share in BETWEEN:
-        joined &= density(z[one].lerp(z[other], share)) > least - DIP
-    rises = (heights[other] - heights[one]).reshape(near.shape)
-    joined = joined.reshape(near.shape)
-    is_top = ~(joined & (rises > DIP)).any(-1)
-    level = joined & is_top[one].reshape(near.shape) & is_top[near]
-    up = joined & (rises > 0)
-    nearest = up & (up.cumsum(-1) == 1)  # of the higher neighbours; they are sorted by distance
-    joined = (level | nearest).flatten()
-    edges = coo_array((joined.cpu().numpy(), (one.cpu().numpy(), other.cpu().numpy())), shape=(number, number))
-    _, labels = connected_components(edges, directed=False)
-    found = torch.as_tensor(labels, dtype=torch.long)
-    order = found.bincount().argsort(descending=True)
-    return order.argsort()[found]
+        between = z[one.flatten()].lerp(z[other.flatten()], share)
+        joined &= density(between).reshape(one.shape) > least - DIP
+    return joined
+
+
+def _connected(one: Tensor, other: Tensor, number: int) -> Tensor:
+    """The connected component of each of some places, ``(number,)``, where pairs of them are joined."""
+    ends = one.cpu().numpy(), other.cpu().numpy()
+    edges = coo_array((np.ones(len(ends[0]), dtype=bool), ends), shape=(number, number))
+    return torch.as_tensor(connected_components(edges, directed=False)[1], dtype=torch.long)

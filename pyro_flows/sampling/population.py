@@ -57,6 +57,7 @@ class Population(NamedTuple):
         log_p: The posterior's log-density, not normalised, ``(N,)`` in nats.
         log_evidences: The log evidence as each of the islands sees it, ``(G,)`` in nats.
         temperatures: The inverse temperatures β, from 0 to 1, or as far as it came.
+        start_se: The standard error, in nats, of the share of r where p has a density, which all islands share.
     """
 
     z: Tensor
@@ -64,6 +65,7 @@ class Population(NamedTuple):
     log_p: Tensor
     log_evidences: Tensor
     temperatures: list[float]
+    start_se: float = 0.0
 
     @property
     def has_arrived(self) -> bool:
@@ -79,7 +81,7 @@ class Population(NamedTuple):
     def log_evidence_se(self) -> float:
         """Its standard error, in nats."""
         relative = self.log_evidences.softmax(0) * len(self.log_evidences)
-        return float(relative.std()) / math.sqrt(len(relative))
+        return math.hypot(float(relative.std()) / math.sqrt(len(relative)), self.start_se)
 
     def share(self, among: Tensor) -> tuple[float, float]:
         """The weight of some of the particles, ``(N,)`` of bool or of shares, and its standard error."""
@@ -106,7 +108,7 @@ def anneal(reference: Reference, number: int, effort: Effort) -> Population | No
     found = _begun(reference, number)
     if found is None:
         return None
-    z, share = found
+    z, share, start_se = found
     log_r, log_p = _scored(reference, z)
     kernels: list[HMC] = []
     log_weights = torch.zeros(number).to(z)
@@ -127,11 +129,12 @@ def anneal(reference: Reference, number: int, effort: Effort) -> Population | No
         z = torch.cat([_moved(kernel, half, effort) for kernel, half in zip(kernels, z.chunk(2), strict=True)])
         log_r, log_p = _scored(reference, z)
     log_weights = log_evidences.log_softmax(0).repeat_interleave(number // ISLANDS) - math.log(number // ISLANDS)
-    return Population(z, log_weights, log_p, log_evidences, betas)
+    return Population(z, log_weights.to(z), log_p, log_evidences, betas, start_se)
 
 
-def _begun(reference: Reference, number: int) -> tuple[Tensor, float] | None:
-    """Draws of r at which p has a density, ``(number, D)``, and the share of all that have; None if too few have."""
+def _begun(reference: Reference, number: int) -> tuple[Tensor, float, float] | None:
+    """Draws of r at which p has a density, ``(number, D)``, the share of all that have, and the noise of its logarithm;
+    None if too few have."""
     alive: list[Tensor] = []
     count = 0
     while sum(len(part) for part in alive) < number and count < TRIES * number:
@@ -143,7 +146,11 @@ def _begun(reference: Reference, number: int) -> tuple[Tensor, float] | None:
     if len(z) < LEAST:
         return None
     share = len(z) / count
-    return (z[:number] if len(z) >= number else z[torch.randint(len(z), (number,))]), share
+    return (
+        z[:number] if len(z) >= number else z[torch.randint(len(z), (number,))],
+        share,
+        math.sqrt((1 - share) / (share * count)),
+    )
 
 
 def _scored(reference: Reference, z: Tensor) -> tuple[Tensor, Tensor]:
