@@ -20,10 +20,11 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..programs.log_density import is_breakdown, or_nan
 from ..programs.space import Scored, Space
-from .chains import Chains, NonCentred
+from .chains import Chains
 from .charts import White, charts_of
 from .convergence import FEWEST, Convergence, convergence
 from .hmc import Coordinates
+from .non_centred import NonCentred
 
 RHAT = 1.01  # where chains have converged
 SHORT, LONG = 16, 60  # sweeps of a warm-up: for a guide whose draws are mostly accepted, and for any other
