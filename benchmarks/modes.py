@@ -156,7 +156,7 @@ def anneal(target: ModeTarget, seed: int, quick: bool) -> dict[str, Any]:
     """Run ``pf.anneal`` on a target and measure what it returns."""
     model, counter = counted(target.model)
     settings = {"num_particles": QUICK_PARTICLES} if quick else {}
-    found, row = timed(lambda: pf.anneal(model, **settings))
+    found, row = timed(lambda: pf.anneal(model, progress=False, **settings))
     row["evaluations"] = counter.count
     draws, log_weights = found.draws, found.log_weights.double()
     row |= of_regions(target, draws, log_weights) | of_draws(log_weights)

@@ -122,6 +122,11 @@ class Annealed:
     seconds: float
 
     @property
+    def temperatures(self) -> list[float]:
+        """The inverse temperatures that the population went through, from 0 to 1."""
+        return self.population.temperatures
+
+    @property
     def ess(self) -> float:
         """The effective sample size of the draws."""
         return float(1 / self.log_weights.double().exp().square().sum())
