@@ -81,9 +81,9 @@ def sample(
         >>> import pyro.distributions as dist
         >>> def model():
         ...     pyro.sample("x", dist.Normal(0.0, 1.0))
-        >>> def narrow():
-        ...     pyro.sample("x", dist.Normal(0.5, 0.5))
-        >>> found = sample(model, narrow, progress=False)
+        >>> def wide():
+        ...     pyro.sample("x", dist.Normal(0.5, 1.5))
+        >>> found = sample(model, wide, progress=False)
         >>> draws = found.flat["x"]
         >>> found.converged, bool(draws.mean().abs() < 0.1), bool((draws.std() - 1).abs() < 0.1)
         (True, True, True)
