@@ -26,7 +26,7 @@ from pyro_flows.diagnostics.drift import Drift, DriftMeter, weighted_drift
 from pyro_flows.diagnostics.findings import worst
 from pyro_flows.diagnostics.search import Missing
 from pyro_flows.diagnostics.shape import Shape
-from pyro_flows.diagnostics.verdict import Seen, judge
+from pyro_flows.diagnostics.verdict import Check, judge
 from pyro_flows.sampling.chains import Chains
 from pyro_flows.sampling.charts import White
 
@@ -320,7 +320,9 @@ def test_what_is_no_number_is_not_trusted():
     lost = Drift(*(torch.full((1,), math.nan) for _ in range(4)))
     psis = check(banana, banana).psis
     shapes = (Shape(torch.zeros(2), torch.full((2,), 0.01)),) * 2
-    seen = [Seen(psis, chains, right, right, shapes, ["x"], Missing(0.0, 0.0), [0.8]) for chains in (right, lost)]
+    seen = [
+        Check((), psis, chains, right, right, shapes, ["x"], Missing(0.0, 0.0), [0.8], 0.0) for chains in (right, lost)
+    ]
     verdicts = [worst(judge(one)) for one in seen]
     assert verdicts == ["trust", "do not trust"]
 

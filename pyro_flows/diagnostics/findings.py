@@ -1,4 +1,4 @@
-"""What a check has found, as data, and the words for it."""
+"""Findings: the faults that a check sees in a guide's draws, as data, and the sentences that tell of them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Finding:
 
     @property
     def moment(self) -> str:
-        """What is off, and by how much, in words."""
+        """The quantity that is off, and by how much, in words."""
         if (self.of or self.kind) == "mean":
             return f"mean of {self.quantity} off by {self.size:+.2f} ± {self.noise:.2f} sd"
         if (self.of or self.kind) == "sd":

@@ -42,7 +42,7 @@ DF = 5.0  # degrees of freedom of the laws
 
 
 class Missing(NamedTuple):
-    """What a search has found.
+    """The mass that a search has found where a guide has too little.
 
     Attributes:
         share: The share of the posterior's mass, as far as it was found, where the guide has too little.
@@ -176,7 +176,7 @@ def _missed(
     noise = float((weights * (lacking.to(weights) - share)).norm())
     if not share:
         return Missing(0.0, 0.0)
-    quantities = torch.cat((draws.quantities, *map(space.quantities, probes)))[lacking][:, judged].double()
+    quantities = space.quantities(places[lacking])[:, judged].double()
     inside = weights[lacking].double().unsqueeze(-1) / share
     place = places[lacking][log_p[lacking].argmax()]
     return Missing(share, noise, place, _moved(draws.quantities[:, judged].double(), quantities, inside, share, noise))

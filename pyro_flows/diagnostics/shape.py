@@ -1,4 +1,4 @@
-"""Whether a guide's draws have the right shape: its distribution functions beside those of chains and of weights.
+"""The shape of a guide's draws: its distribution functions beside those of chains and of weights.
 
 At some quantiles of the guide's draws, what share of the posterior lies below?  Indicators of that are quantities like
 any other, so chains that drift tell of them as of means (:mod:`.drift`).
@@ -59,7 +59,7 @@ class ShapeMeter:
         self._count += 1
 
     def shape(self) -> Shape:
-        """What the chains say by now."""
+        """Return the errors that the chains see by now."""
         mean = self._total / self._count
         found, noise = (part.reshape(len(LEVELS), -1) for part in arrival(self._reference, self._start, mean, mean))
         return _clearest(found - self._reference.mean(0).reshape(len(LEVELS), -1), noise)
@@ -86,7 +86,7 @@ def weighted_shape(quantities: Tensor, log_weights: Tensor) -> Shape:
 
 
 def _quantiles(quantities: Tensor) -> Tensor:
-    """Those of each quantity, ``(L, K)``: draws, so that they hold where values repeat."""
+    """Return the quantiles of each quantity, ``(L, K)``: draws themselves, so that they hold where values repeat."""
     places = [min(int(level * len(quantities)), len(quantities) - 1) for level in LEVELS]
     return quantities.sort(0).values[places]
 

@@ -247,8 +247,9 @@ def check(
         count = num_chains or (16 if alone else 256)
         chains, directions, of_chains, acceptance = _run(looked_at, charts, draws, count, calm)
         missing = search(space, white, draws, judged)
-    seen = Seen(psis, chains, directions, weighted, (of_chains, of_weights), names, missing, acceptance)
-    return Check(tuple(judge(seen)), *seen, time.perf_counter() - start)
+    shapes, seconds = (of_chains, of_weights), time.perf_counter() - start
+    seen = Check((), psis, chains, directions, weighted, shapes, names, missing, acceptance, seconds)
+    return replace(seen, findings=tuple(judge(seen)))
 
 
 class _Looked(NamedTuple):
@@ -325,37 +326,24 @@ def _run(
     return drift, directions, shape.shape(), chains.acceptance
 
 
-class Seen(NamedTuple):
-    """What a check has looked at; the attributes are those of :class:`Check`."""
-
-    psis: Psis
-    chains: Drift
-    directions: Drift
-    weighted: Drift
-    shapes: tuple[Shape, Shape]
-    names: list[str]
-    missing: Missing
-    acceptance: list[float]
-
-    @property
-    def more(self) -> float:
-        """How many standard errors more are asked of chains, whose many quantities weights that see no error deny."""
-        return CONTRARY * _is_calm(self.psis, self.weighted)
-
-    @property
-    def flags(self) -> tuple[Tensor, Tensor]:
-        """Which errors are certain, ``(2, K)``, of those that chains see and of those that weights do."""
-        return _flagged(self.chains, CERTAIN + self.more), _flagged(self.weighted) & self.psis.reliable
-
-
 def _is_calm(psis: Psis, weighted: Drift) -> bool:
     """Whether weights that can be believed see no error at all."""
     return psis.khat < CALM and bool((weighted.errors + 2 * weighted.noise < SURE).all())
 
 
-def judge(seen: Seen) -> list[Finding]:
-    """Return all that is wrong with a guide's draws, or cannot be told of them."""
+def judge(seen: Check) -> list[Finding]:
+    """Return the findings that follow from what a check has seen, whatever findings it holds already."""
     return [*_elsewhere(seen), *_off(seen), *_misshapen(seen)] or _doubts(seen)
+
+
+def _more(seen: Check) -> float:
+    """Return by how many standard errors more chains must be certain, where weights see no error at all."""
+    return CONTRARY * _is_calm(seen.psis, seen.weighted)
+
+
+def _flags(seen: Check) -> tuple[Tensor, Tensor]:
+    """Return which errors are certain, ``(2, K)``, of those that chains see and of those that weights see."""
+    return _flagged(seen.chains, CERTAIN + _more(seen)), _flagged(seen.weighted) & seen.psis.reliable
 
 
 def _flagged(drift: Drift, times: float = CERTAIN) -> Tensor:
@@ -368,12 +356,13 @@ def is_off(drift: Drift, times: float = CERTAIN) -> bool:
     return bool(_flagged(drift, times).any())
 
 
-def _elsewhere(seen: Seen) -> Iterator[Finding]:
+def _elsewhere(seen: Check) -> Iterator[Finding]:
     """The posterior's mass that cannot be seen from the guide's draws."""
     share, noise, _, error, is_blind = seen.missing
     if share > max(LOST, noise):  # what may be there is not to be passed over
-        if bool(seen.flags[0].any()):
-            drift = seen.chains.worst(seen.names, seen.flags[0])
+        flags, _ = _flags(seen)
+        if bool(flags.any()):
+            drift = seen.chains.worst(seen.names, flags)
             yield Finding("collapsed", drift.moment, share, noise)
         else:
             yield Finding("mode", "", share, noise)
@@ -387,16 +376,16 @@ def _elsewhere(seen: Seen) -> Iterator[Finding]:
         yield Finding("frozen", "", max(seen.acceptance))
 
 
-def _off(seen: Seen) -> Iterator[Finding]:
+def _off(seen: Check) -> Iterator[Finding]:
     """The moment that is off for sure."""
-    for drift, flags in zip((seen.chains, seen.weighted), seen.flags, strict=True):
+    for drift, flags in zip((seen.chains, seen.weighted), _flags(seen), strict=True):
         if bool(flags.any()):
             mended = seen.psis.reliable and _agree(seen.chains, seen.weighted)
             yield replace(drift.worst(seen.names, flags), verdict="reweight" if mended else "do not trust")
             return
 
 
-def _misshapen(seen: Seen) -> Iterator[Finding]:
+def _misshapen(seen: Check) -> Iterator[Finding]:
     """The distribution that is off for sure, and weights that say that the draws count unequally."""
     of_chains, of_weights = seen.shapes
     reliable, told = seen.psis.reliable, bool(of_weights.flagged.any())
@@ -412,7 +401,7 @@ def _misshapen(seen: Seen) -> Iterator[Finding]:
         yield Finding("weights", "", apart, verdict="reweight")
 
 
-def _doubts(seen: Seen) -> list[Finding]:
+def _doubts(seen: Check) -> list[Finding]:
     """What there is to be said against draws without a certain error: the gravest of it."""
     psis, chains, directions, names = seen.psis, seen.chains, seen.directions, seen.names
     bent = directions.errors - 3 * directions.noise > BENT
@@ -425,7 +414,7 @@ def _doubts(seen: Seen) -> list[Finding]:
     told = torch.maximum(pooled.errors, pooled.noise) <= LIMIT  # False also where chains have overflown to no number
     if not bool(told.all()):
         return [pooled.worst(names, kind="unclear")]
-    doubtful = (chains.errors > LIMIT) & (chains.errors > (DOUBT + seen.more) * chains.noise)
+    doubtful = (chains.errors > LIMIT) & (chains.errors > (DOUBT + _more(seen)) * chains.noise)
     doubtful[1] &= chains.variance > 1  # too narrow: what weights cannot see
     return [chains.worst(names, doubtful, "doubt")] if bool(doubtful.any()) else []
 

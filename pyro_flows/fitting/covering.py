@@ -47,6 +47,8 @@ ENOUGH_ESS = 0.9  # the effective share of draws at which nothing is left to tra
 EPOCHS, GENTLE = 50, 0.003  # of training on the particles; the step size of the ELBO over a base with modes
 CONVERGES = 0.5  # k-hat below which the weights have a variance, and their mean an error that can be known
 FEW = 0.002  # the share of the particles that a mode must have, to be more than a place where climbs got stuck
+SURPRISE = 3.0  # nats by which the posterior exceeds a guide that has too little at a particle
+LACKS = 0.02  # the share of the population at which a guide may have too little
 LESS = 0.1  # nats of evidence by which the guide may fall short of the population
 
 
@@ -255,7 +257,7 @@ def _fitted(task: Task, tops: Tops, fit_once: FitOnce) -> tuple[_Weighed, Fit | 
     fit = fit_once(guide, warm_start=False, **({"lr": GENTLE} if has_modes else {}))
     trained = _weighed(guide, task)
     trained = _balanced(trained, task) if has_modes else trained
-    if start and (start.psis.log_evidence_se, start.psis.khat) < (trained.psis.log_evidence_se, trained.psis.khat):
+    if start and _quality(start, tops.population) < _quality(trained, tops.population):
         return start, None
     return trained, fit
 
@@ -321,7 +323,7 @@ def _summed_up(space: Space, tops: Tops, weighed: _Weighed | None, fit: Fit | No
     z, log_weights = population.z, population.log_weights
     log_evidence, noise = population.log_evidence, population.log_evidence_se
     shares = [population.share(tops.labels == k) for k in range(number)]
-    is_weighed = weighed is not None and _covers(weighed.psis, population)
+    is_weighed = weighed is not None and _covers(weighed, population)
     if weighed and is_weighed:
         z, log_weights = weighed.z, weighed.log_weights
         log_evidence, noise = weighed.psis.log_evidence, weighed.psis.log_evidence_se
@@ -346,9 +348,20 @@ def _summed_up(space: Space, tops: Tops, weighed: _Weighed | None, fit: Fit | No
     )
 
 
-def _covers(psis: Psis, population: Population) -> bool:
-    """Whether a guide's weights are reliable, better than the population, and see no less evidence."""
+def _quality(weighed: _Weighed, population: Population) -> tuple[bool, float]:
+    """Return what is small for a good guide: one that lacks a mode may have the least noise of all."""
+    return not _covers(weighed, population), weighed.psis.log_evidence_se
+
+
+@torch.no_grad()
+def _covers(weighed: _Weighed, population: Population) -> bool:
+    """True if a guide's weights converge, have less noise than the population, and lack none of what it has found."""
+    psis = weighed.psis
+    if psis.khat >= CONVERGES or psis.log_evidence_se >= population.log_evidence_se:
+        return False
     short = population.log_evidence - psis.log_evidence
-    noise = math.hypot(population.log_evidence_se, psis.log_evidence_se)
-    is_better = psis.khat < CONVERGES and psis.log_evidence_se < population.log_evidence_se
-    return is_better and short - 3 * noise < LESS
+    if short - 3 * math.hypot(population.log_evidence_se, psis.log_evidence_se) >= LESS:
+        return False
+    surprise = population.log_p - weighed.guide.flow().log_prob(population.z) - psis.log_evidence
+    share, noise = population.share(surprise.nan_to_num(math.inf, math.inf, -math.inf) > SURPRISE)
+    return share - 2 * noise < LACKS

@@ -155,7 +155,7 @@ class Space:
     @torch.no_grad()
     def values(self, z: Tensor) -> Values:
         """The model's latents and deterministic sites at z: for each ``(N, *shape)``."""
-        latents = self._latents(self._place(z)[0])
+        latents = self.latents(z)
         derived = self.task.model.score(latents, len(z), self.read.derived)[1] if self.read.derived else {}
         return {**latents, **derived}
 

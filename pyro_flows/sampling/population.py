@@ -3,9 +3,9 @@
 N particles start as draws of r.  At each of some inverse temperatures β they are weighed against the law before, which
 is proportional to r¹⁻ᵝ pᵝ, resampled by their weights, and moved by Hamiltonian Monte Carlo until they have forgotten
 where they were.  The next β is as far away as the effective sample size of the weights allows.  The product of the mean
-weights estimates p's evidence without bias.  Particles live on islands, each resampled by itself: how much the islands'
-estimates differ tells the error of all, lost modes included that some islands have found.  Each half of the islands
-moves in coordinates that are white for the other half: in their own, particles would be whiter than new draws are.
+weights estimates p's evidence, with hardly a bias.  Particles live on islands, each resampled by itself: how much the
+islands' estimates differ tells the error of all, lost modes included that some islands have found.  Each half of the
+islands moves in coordinates that are white for the other half: in their own, particles would be whiter than new draws.
 
 Sequential Monte Carlo Samplers (Del Moral, Doucet, Jasra 2006); An Adaptive Sequential Monte Carlo Method for
 Approximate Bayesian Computation (Del Moral, Doucet, Jasra 2012); Adaptive Tuning of Hamiltonian Monte Carlo Within

@@ -49,11 +49,6 @@ class Reference:
             self._flat = torch.ones_like(self._flat)
             self._wide = self._wide_law()
 
-    @property
-    def is_prior(self) -> bool:
-        """Whether all of r is the prior."""
-        return self._wide is None
-
     def draw(self, number: int) -> Tensor:
         """Draws of r, ``(number, D)``; vectors that are not finite are draws whose size no float holds."""
         z = self._loc.expand(number, -1).clone()
