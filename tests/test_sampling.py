@@ -419,3 +419,19 @@ def test_arviz_keeps_the_chains():
     assert abs(float(az.rhat(data)["x"]) - float(found.rhat[0])) < 1e-3
     with pytest.raises(ValueError, match="importance"):
         pf.to_arviz(conjugate, found, importance=True)
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.7])
+def test_a_narrow_guide_does_where_chains_come_and_go(scale):
+    """Its weights grow without bound, and Hamiltonian moves lead out there all the same."""
+
+    def model() -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    def narrow() -> None:
+        pyro.sample("x", dist.Normal(0.3, scale))
+
+    pyro.set_rng_seed(0)
+    found = pf.sample(model, narrow, num_draws=1000, progress=False)
+    assert found.converged
+    assert found.flat["x"].std() == pytest.approx(1, abs=5 / math.sqrt(1000))

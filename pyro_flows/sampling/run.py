@@ -35,6 +35,7 @@ SWEEPS = 20  # between which the draws of such a guide are proposed, at least
 STARTS = 20  # draws of the guide for each chain's start
 SPREAD = 0.1  # the effective share of these by which they are resampled
 HEAVY = 0.01  # the share of the posterior that draws of the guide may need longer to reach or to leave than chains run
+VISITS = 20.0  # how often a chain must have left such places, had it been there all the time, to know what they hold
 AGAIN = 10  # sweeps that adapt once more, where chains have moved on
 KEPT = 400  # draws of each chain that are kept at most, unless more are asked for
 WORST = 16  # quantities that are looked at first, those that were furthest from convergence before
@@ -103,6 +104,7 @@ class Run:
         self._records_all, self._proposed = False, 0
         self._accepted: list[list[float]] = []
         self._heavy: list[float] = []
+        self._was_heavy, self._visits = torch.zeros(num_chains, dtype=torch.bool, device=z.device), (0, 0)
 
     def _starts(self, num_chains: int) -> tuple[Tensor, Tensor]:
         """Draws of the guide, and where the chains start: at draws resampled by their weights, if the guide is good.
@@ -163,11 +165,15 @@ class Run:
         return max(least, math.ceil(1.2 * self.goal.num_draws / len(self.chains.z)))
 
     def _is_short(self) -> bool:
-        """True if much of the posterior has weights w = p / q above the number of draws proposed to each chain.
+        """True if much of the posterior has weights w = p / q above the number of draws proposed to each chain, and
+        chains come and go there seldom.
 
-        A chain stays at a place of weight w for about w proposals, and takes as long to find it.
+        By proposals alone a chain stays at a place of weight w for about w of them, and takes as long to find it.
         """
-        return self._records_all and sum(self._heavy) > HEAVY * len(self._heavy)
+        if not self._records_all or sum(self._heavy) <= HEAVY * len(self._heavy):
+            return False
+        there, stayed = self._visits
+        return (there - stayed) * len(self._heavy) < VISITS * there
 
     def _is_over(self) -> bool:
         return self.sweeps >= self.goal.max_sweeps or self._stopped()
@@ -180,7 +186,12 @@ class Run:
     def _propose(self, times: int) -> list[Tensor]:
         places, self.chance = self.chains.propose(self._draw, or_nan(self.space.log_q), times)
         self._proposed += times
-        self._heavy.append(float((self.chains.excess > math.log(self._proposed)).double().mean()))
+        heavy = self.chains.excess > math.log(self._proposed)
+        if self._heavy:  # else there was no cycle before
+            there, stayed = self._visits
+            self._visits = there + int(self._was_heavy.sum()), stayed + int((self._was_heavy & heavy).sum())
+        self._heavy.append(float(heavy.double().mean()))
+        self._was_heavy = heavy
         return places
 
     def _draw(self, number: int) -> Scored:
@@ -212,7 +223,7 @@ class Run:
                 self._whiten(torch.cat(visited[sweep // 2 :]))
         # Good draws are recorded one by one: where many are asked for, large batches of them are fastest.
         self._records_all = self.chance > GOOD
-        self._heavy = []
+        self._heavy, self._visits = [], (0, 0)
         many = min(MANY, max(FEW, self._least // SWEEPS)) if self._records_all else FEW
         self.times = many if self.chance > FAIR else 0
 
