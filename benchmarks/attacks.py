@@ -17,8 +17,6 @@ Writes ``attacks.csv`` and ``attacks.md`` into ``docs/benchmarks``.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import math
 import multiprocessing
 import sys
@@ -858,11 +856,7 @@ def table(rows: list[Row]) -> str:
 def save(rows: dict[str, Row], out: Path) -> None:
     """Write both files, each whole or not at all."""
     ordered = [rows[name] for name in ATTACKS if name in rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(ordered)
-    posteriors.write(text.getvalue(), out / "attacks.csv")
+    posteriors.write_csv(ordered, COLUMNS, out / "attacks.csv")
     posteriors.write(table(ordered), out / "attacks.md")
 
 

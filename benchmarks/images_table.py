@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import platform
 from pathlib import Path
 
 import torch
-from posteriors import write
+from posteriors import write, write_csv
 
 FIELDS = (
     *("part", "model", "dequantisation", "score", "error", "tight", "parameters", "steps", "seconds", "sampling"),
@@ -44,11 +42,7 @@ def file_name(part: str, model: str, dequantisation: str) -> str:
 
 def save(rows: list[Row], minutes: dict[str, float], out: Path) -> None:
     """Write the rows as CSV and as Markdown."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(text.getvalue(), out / "images.csv")
+    write_csv(rows, FIELDS, out / "images.csv")
     write(table(rows, minutes), out / "images.md")
 
 

@@ -23,8 +23,6 @@ be installed in another environment with Pyro: pass its Python as ``--peer-pytho
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import math
 import platform
@@ -43,7 +41,7 @@ import pyro
 import targets
 import torch
 from mode_targets import ModeTarget
-from posteriors import read, side_by_side, write
+from posteriors import read, side_by_side, write, write_csv
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from targets import Draws
@@ -277,11 +275,7 @@ def cells(name: str, sampler: str, rows: list[Row]) -> list[str]:
 def save(rows: list[Row], out: Path) -> None:
     """The rows as CSV and as Markdown, in the order of targets, samplers and seeds."""
     rows.sort(key=lambda r: (NAMES.index(r["target"]), SAMPLERS.index(r["sampler"]), int(r["seed"])))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["target", "sampler", "seed", *MEASURES], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(text.getvalue(), out / "modes.csv")
+    write_csv(rows, ["target", "sampler", "seed", *MEASURES], out / "modes.csv")
     write(table(rows), out / "modes.md")
 
 

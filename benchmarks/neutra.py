@@ -18,8 +18,6 @@ the worst over all latents.  Writes ``neutra.csv`` (a row for each run) and ``ne
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import platform
 import time
 import warnings
@@ -33,7 +31,7 @@ import pyro
 import pyro.distributions as dist
 import targets
 import torch
-from posteriors import read, side_by_side, write
+from posteriors import read, side_by_side, write, write_csv
 from pyro.infer import MCMC, NUTS, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.poutine.messenger import Messenger
@@ -201,11 +199,7 @@ def table(rows: list[Row]) -> str:
 def save(rows: list[Row], out: Path) -> None:
     """The rows as CSV and as Markdown, in the order of targets, samplers and seeds."""
     rows.sort(key=lambda r: (TARGETS.index(r["target"]), SAMPLERS.index(r["sampler"]), int(r["seed"])))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["target", "sampler", "seed", *MEASURES], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(text.getvalue(), out / "neutra.csv")
+    write_csv(rows, ["target", "sampler", "seed", *MEASURES], out / "neutra.csv")
     write(table(rows), out / "neutra.md")
 
 

@@ -21,8 +21,6 @@ Writes ``plain_density.md`` and ``plain_density.csv`` into ``docs/benchmarks``.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import math
 import tempfile
 import time
@@ -35,7 +33,7 @@ import nflows.flows
 import nflows.transforms as nt
 import torch
 import zuko
-from posteriors import read, write
+from posteriors import read, write, write_csv
 from tables import (
     BATCH,
     BINS,
@@ -257,11 +255,7 @@ def place_of(row: dict) -> tuple[int, int, int, float]:
 
 
 def save(rows: list[dict], file: Path) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(text.getvalue(), file)
+    write_csv(rows, COLUMNS, file)
     write(page(rows), file.with_suffix(".md"))
 
 

@@ -27,7 +27,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -283,16 +283,21 @@ def write(text: str, path: Path) -> None:
     os.replace(part, path)
 
 
+def write_csv(rows: list[Row], columns: Sequence[str], path: Path) -> None:
+    """Write rows as CSV, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(text.getvalue(), path)
+
+
 def save(rows: list[Row], path: Path) -> None:
     """The rows as CSV, in the order of targets, guides or variants, and seeds."""
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in (*MEASURES, "failed")))
     order = {name: i for i, name in enumerate((*targets.NAMES, *GUIDES))}
     rows.sort(key=lambda r: [order.get(r[c], 0) for c in columns] + [int(r["seed"])])
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*columns, *MEASURES, "failed"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(text.getvalue(), path)
+    write_csv(rows, [*columns, *MEASURES, "failed"], path)
 
 
 def side_by_side(measure: Callable[..., Row], tasks: list[tuple[Any, ...]], jobs: int) -> Iterator[Row]:

@@ -24,8 +24,6 @@ An interrupted benchmark continues where it stopped.  Writes ``sample.csv`` (a r
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import multiprocessing
 import os
@@ -45,7 +43,7 @@ import pyro
 import targets
 import torch
 from neutra import neal
-from posteriors import UNRELATED, read, write
+from posteriors import UNRELATED, read, write, write_csv
 
 import pyro_flows as pf
 
@@ -369,11 +367,7 @@ def neck_lines(found: dict[tuple[int, int, int], dict[str, float]]) -> list[str]
 def save(rows: list[Row], out: Path, clock: str) -> None:
     """Write the rows as CSV and as Markdown."""
     rows = [rated(row, clock) for row in sorted(rows, key=key)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*KEYS, *MEASURES, "failed"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(text.getvalue(), out / "sample.csv")
+    write_csv(rows, [*KEYS, *MEASURES, "failed"], out / "sample.csv")
     write(table(rows, clock), out / "sample.md")
 
 

@@ -18,9 +18,7 @@ in the folder given by ``--fits``, so that they are not made again.  Writes ``tr
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
-import io
 import multiprocessing
 import tempfile
 import time
@@ -394,11 +392,7 @@ def save(rows: list[Row], out: Path) -> None:
             *(guides_first.get(r["guide"], 0) if r["part"] != "ladder" else 0, int(r["seed"])),
         )
     )
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    posteriors.write(text.getvalue(), out / "trust.csv")
+    posteriors.write_csv(rows, COLUMNS, out / "trust.csv")
     posteriors.write(table(rows), out / "trust.md")
 
 
