@@ -11,8 +11,6 @@ import math
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from ..programs.log_density import LogDensity
@@ -103,6 +101,9 @@ def _joined(density: LogDensity, z: Tensor, heights: Tensor, one: Tensor, other:
 
 def _connected(one: Tensor, other: Tensor, number: int) -> Tensor:
     """The connected component of each of some places, ``(number,)``, where pairs of them are joined."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     ends = one.cpu().numpy(), other.cpu().numpy()
     edges = coo_array((np.ones(len(ends[0]), dtype=bool), ends), shape=(number, number))
     return torch.as_tensor(connected_components(edges, directed=False)[1], dtype=torch.long)
