@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -20,6 +21,7 @@ import torch
 from models import with_verdict
 
 import pyro_flows
+from pyro_flows import sample
 from pyro_flows.__main__ import main
 from pyro_flows.commands import Refused, fit
 from pyro_flows.commands.data import read_data
@@ -296,6 +298,23 @@ def test_escalate_keeps_the_guide_and_the_check_of_the_best_rung(folder, capsys,
     monkeypatch.setattr(fit, "check", None)
     assert run("models.py:normal", "--data", "data.json", "--escalate") == 0
     assert "Trust these draws. " in capsys.readouterr().out
+
+
+def test_exact_draws_are_shown_and_written_whatever_the_guide(folder, capsys, monkeypatch, a_check):
+    fit_svi, guides = fit.fit_svi, []
+
+    def sampled(model, guide, **settings):
+        guides.append(fit_svi(model, guide, **{**settings, "steps": 20, "escalate": False}))
+        found = sample(model, guide, model_kwargs=settings["model_kwargs"], progress=False)
+        return dataclasses.replace(guides[0], check=with_verdict(a_check, "do not trust"), samples=found)
+
+    monkeypatch.setattr(fit, "fit_svi", sampled)
+    assert run("models.py:normal", "--data", "data.json", "--escalate") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Trust these draws. They are exact" in out
+    assert "R-hat <= 1.0" in out
+    assert "Try" not in out
+    assert az.from_netcdf("posterior.nc").posterior.sizes["chain"] > 1
 
 
 @pytest.fixture

@@ -63,11 +63,12 @@ def run(wish: Namespace) -> bool:
             checked = fit.check or check(model, fit.guide, model_kwargs=arguments)
         except (ValueError, TypeError, FloatingPointError) as error:
             raise Refused(in_one_line(error, file)) from error
+        exact = fit.samples if fit.samples is not None and fit.samples.converged else None
         container = to_arviz(
             model,
-            fit.guide,
+            exact or fit.guide,
             num_samples=DRAWS,
-            importance=checked.verdict == "reweight",
+            importance=not exact and checked.verdict == "reweight",
             log_likelihood=sum(value.numel() for value in observed) <= MOST_OBSERVED,
             model_kwargs=arguments,
         )
@@ -75,14 +76,15 @@ def run(wish: Namespace) -> bool:
     if not wish.quiet:
         advice = f"Try {'' if wish.escalate else '--escalate, '}more --steps or another --flow."
         seconds = time.perf_counter() - start
-        print(report(draws_of(container), checked, seconds=seconds, skipped=fit.skipped, advice=advice))
+        draws, skipped = draws_of(container), fit.skipped
+        print(report(draws, checked, seconds=seconds, skipped=skipped, advice=advice, exact=exact))
     figure = checked.plot()
     write_atomically(kept[1], lambda path: figure.savefig(path, dpi=150))
     if not wish.quiet:
         print(f"Wrote {kept[0]} and {kept[1]}.")
     if asked() or fit.stopped == "interrupted":
         raise Interrupted(what_was_kept(paths, *kept))
-    return checked.verdict != "do not trust"
+    return bool(exact) or checked.verdict != "do not trust"
 
 
 def _set_up(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..diagnostics import Check
+from ..sampling.samples import Samples
 
 MANY = 40  # rows, beyond which long sites are cut short
 HEADINGS = "mean", "sd", "5 %", "95 %"
@@ -21,8 +22,9 @@ VERDICTS = {
 
 
 def draws_of(data: Any) -> dict[str, np.ndarray]:
-    """The draws in ArviZ's container, whose chain is one: site name -> ``(N, *site_shape)``."""
-    return {str(name): variable.values[0] for name, variable in data["posterior"].data_vars.items()}
+    """The draws in ArviZ's container, those of all chains together: site name -> ``(N, *site_shape)``."""
+    variables = data["posterior"].data_vars.items()
+    return {str(name): variable.values.reshape(-1, *variable.shape[2:]) for name, variable in variables}
 
 
 def report(
@@ -32,6 +34,7 @@ def report(
     seconds: float,
     skipped: int,
     advice: str,
+    exact: Samples | None = None,
     labels: dict[str, list[str]] | None = None,
 ) -> str:
     """The table, the diagnostics and the verdict, as a person reads them.
@@ -42,15 +45,19 @@ def report(
         seconds: The time that the run took.
         skipped: The number of steps that were skipped.
         advice: What to try if the answer cannot be trusted.
+        exact: What is known of the draws' chains, if they are exact.
         labels: Names for the numbers of a site, in place of their indices.
     """
     psis = check.psis
     verdict = f"{VERDICTS[check.verdict]} {check.reason}" + (f" {advice}" if check.verdict == "do not trust" else "")
+    if exact:
+        verdict = f"{VERDICTS['trust']} They are exact: their chains have converged. Of the guide: {check.reason}"
     return "\n".join(
         [
             "",
             *_table(draws, labels or {}),
             "",
+            *([f"chains        {exact.worst}"] if exact else []),
             f"k-hat         {psis.khat:.2f}  (weights are reliable below {psis.threshold:.2f})",
             f"ESS           {psis.ess:.0f} of {len(psis.log_weights)} draws",
             f"log evidence  {psis.log_evidence:.3f} ± {psis.log_evidence_se:.3f} nats",

@@ -1,0 +1,301 @@
+"""Does ``fit_svi(escalate=True)`` end in the truth, or say that it does not?
+
+    python benchmarks/ladder.py                                  # everything, some three hours on one core
+    python benchmarks/ladder.py --kinds curved modes --seeds 0   # some classes of posteriors
+    python benchmarks/ladder.py --only kidiq funnel --out DIR    # those whose names contain one of these
+    python benchmarks/ladder.py --quick --out DIR                # one target, few steps: a smoke run
+
+*posteriors* are those of ``targets.py``, *modes* two Gaussians 8 sd apart, with the weight of the first.  *curved* are
+bananas, a Student t and funnels.  *attacks* are posteriors of ``attacks.py`` of every class, whose wrong guides fool
+simpler checks.  The user passes the model and nothing else.
+
+The answer is what the ladder recommends: exact draws if they have converged, else the guide's draws if the check
+trusts them, reweighted if it asks for that.  It is *right* if no mean is off by more than .1 sd, no sd by more than
+10 %, and no marginal by a total variation of more than .1.  Posteriors with published moments have no marginals to
+compare.  An answer that is wrong and not refused is the only failure.
+An interrupted benchmark continues where it stopped.  Writes ``ladder.csv`` and ``ladder.md`` into ``docs/benchmarks``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import posteriors
+import pyro
+import targets
+import torch
+from attacks import ATTACKS, banana, free_of, student, variation
+from neutra import neal
+from objectives import two_modes
+
+import pyro_flows as pf
+from pyro_flows.programs.space import Space
+from pyro_flows.programs.task import Task
+
+KINDS = {
+    "posteriors": "posteriors of data",
+    "modes": "two Gaussians, 8 sd apart",
+    "curved": "curved and heavy-tailed posteriors",
+    "attacks": "posteriors that fool simpler checks",
+}
+ATTACKED = (
+    *("two clusters", "three clusters", "three squared weights", "a frequency", "product 1 ± 0.1", "a magnitude"),
+    *("spike of 0.01 and slab, 10-D", "spike of 0.05 and slab, 3-D", "spike within a slab, 2-D"),
+    *("4% of sd 1 at 20, 1-D", "4% of sd 1 at 20, 10-D", "1% of sd 1 at 100, 2-D"),
+    *("two boxes, 2-D", "two boxes, 10-D", "normal and truncated mode", "half-space, 3-D"),
+    *("a ring", "a thin ring", "two narrow modes, 1-D", "two narrow modes, 3-D", "exponential", "Student t of 2.5 df"),
+    *("one bimodal of 10", "two angles", "scales of 1e-3 and 10", "two corners of a simplex", "enumerated labels"),
+)
+KEYS = "kind", "target", "seed"
+MEASURES = (
+    *("rungs", "verdict", "answer", "right", "khat", "worst_error", "low_sd", "high_sd", "variation", "seconds"),
+    *("reason", "failed"),
+)
+ERROR, RATIO, VARIATION = 0.1, 0.1, 0.1
+DRAWS, FLAT = 100_000, 1e-9
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A posterior, and how to judge draws of it.
+
+    Attributes:
+        model: The Pyro model, without arguments.
+        judge: From draws of the latents to the errors, keys of ``MEASURES``.
+    """
+
+    model: Callable[[], None]
+    judge: Callable[[targets.Draws], dict[str, float]]
+
+
+def summed_up(errors: list[float], ratios: list[float]) -> dict[str, float]:
+    """Return the worst of each kind of error."""
+    return {"worst_error": float(max(errors)), "low_sd": float(min(ratios)), "high_sd": float(max(ratios))}
+
+
+def of_data(name: str) -> Case:
+    """Return a posterior of ``targets.py``, which is judged by the moments of its reference."""
+    target = targets.load(name)
+    moments = {} if name in posteriors.UNRELATED else targets.reference_moments(name)
+
+    def judge(draws: targets.Draws) -> dict[str, float]:
+        ours = target.quantities(draws)
+        errors = [abs(float(ours[key].mean()) - mean) / sd for key, (mean, sd) in moments.items()]
+        return summed_up(errors, [float(ours[key].std()) / sd for key, (_, sd) in moments.items()]) if moments else {}
+
+    return Case(target.model, judge)
+
+
+def of_truth(model: Callable[[], None], truth: Callable[[int], targets.Draws]) -> Case:
+    """Return a posterior that is judged by exact draws."""
+
+    def judge(draws: targets.Draws) -> dict[str, float]:
+        exact = truth(DRAWS)
+        read = Space(Task(model, pf.AutoFlow(model).setup(), (), {})).read  # angles count as cosine and sine
+        ours, theirs = read.numbers(draws), read.numbers(exact)
+        varies = theirs.std(0) > FLAT
+        ours, theirs = ours[:, varies], theirs[:, varies]
+        errors, ratios = (ours.mean(0) - theirs.mean(0)).abs() / theirs.std(0), ours.std(0) / theirs.std(0)
+        worst = max(variation(a, b) for a, b in zip(ours.T, theirs.T, strict=True))
+        return summed_up(errors.tolist(), ratios.tolist()) | {"variation": worst}
+
+    return Case(model, judge)
+
+
+def of_modes(weight: float) -> Case:
+    """Return the two Gaussians of ``objectives.py``, given the weight of the first."""
+
+    def truth(number: int) -> targets.Draws:
+        z = torch.randn(number, 2)
+        z[:, 0] += torch.where(torch.rand(number) < weight, -4.0, 4.0)
+        return {"z": z}
+
+    return of_truth(two_modes(weight), truth)
+
+
+def of_attack(name: str) -> Case:
+    """Return a posterior of ``attacks.py``."""
+    target = ATTACKS[name].model()
+    return of_truth(target.model, target.truth)
+
+
+def of_funnel() -> Case:
+    """Return Neal's funnel in ten dimensions."""
+
+    def truth(number: int) -> targets.Draws:
+        v = 3 * torch.randn(number)
+        return {"v": v, "x": (v / 2).exp().unsqueeze(-1) * torch.randn(number, 9)}
+
+    return of_truth(neal, truth)
+
+
+def of_law(law: Callable[[], Any]) -> Case:
+    """Return the posterior that is a given law."""
+    target = free_of(law)
+    return of_truth(target.model, target.truth)
+
+
+def cases() -> dict[tuple[str, str], Callable[[], Case]]:
+    """Return all posteriors, by class and name."""
+    found: dict[tuple[str, str], Callable[[], Case]] = {
+        **{("posteriors", name): partial(of_data, name) for name in targets.NAMES},
+        **{("modes", f"{weight:g}"): partial(of_modes, weight) for weight in (0.5, 0.2)},
+        ("curved", "banana of 0.5"): partial(of_law, partial(banana, 0.5)),
+        ("curved", "banana of 3"): partial(of_law, partial(banana, 3.0)),
+        ("curved", "Student t of 5 df, 5-D"): partial(of_law, partial(student, 5.0, 5)),
+        ("curved", "funnel, 10-D"): of_funnel,
+    }
+    return found | {("attacks", name): partial(of_attack, name) for name in ATTACKED}
+
+
+def answer(fit: pf.Fit, model: Callable[[], None]) -> tuple[str, targets.Draws]:
+    """Return which draws the ladder recommends, and these."""
+    assert fit.check is not None
+    if fit.samples is not None and fit.samples.converged:
+        return "exact draws", fit.samples.flat
+    verdict = fit.check.verdict
+    space = Space(Task(model, fit.guide, (), {}).check())
+    found = space.draw(DRAWS)
+    rows = torch.arange(DRAWS)
+    if verdict == "reweight":
+        rows = torch.multinomial((found.log_p - found.log_q).softmax(0), DRAWS, replacement=True)
+    return {"trust": "guide", "reweight": "reweighted"}.get(verdict, "refused"), space.values(found.z[rows])
+
+
+def is_right(row: dict[str, Any]) -> bool:
+    """True if draws are right as far as is known."""
+    return (
+        row.get("worst_error", 0.0) <= ERROR
+        and row.get("low_sd", 1.0) >= 1 - RATIO
+        and row.get("high_sd", 1.0) <= 1 + RATIO
+        and row.get("variation", 0.0) <= VARIATION
+    )
+
+
+def measure(kind: str, name: str, seed: int, steps: int | None) -> Row:
+    """Return a row of results: one run of the ladder."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", UserWarning)
+    pyro.enable_validation(False)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    row: dict[str, Any] = dict(zip(KEYS, (kind, name, seed), strict=True))
+    case, start = cases()[kind, name](), time.perf_counter()
+    try:
+        fit = pf.fit_svi(case.model, pf.AutoFlow(case.model), steps=steps, escalate=True, progress=False)
+        row["seconds"] = time.perf_counter() - start
+        assert fit.check is not None
+        row |= {"rungs": " → ".join(rung.name for rung in fit.rungs), "verdict": fit.check.verdict}
+        row["answer"], draws = answer(fit, case.model)
+        row |= {"khat": fit.check.khat, "reason": fit.check.reason} | case.judge(draws)
+        row["right"] = is_right(row)
+    except Exception as error:
+        row["seconds"] = time.perf_counter() - start
+        row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return {key: f"{value:.5g}" if isinstance(value, float) else str(value) for key, value in row.items()}
+
+
+def outcome(row: Row) -> str:
+    """Return what became of a run, in a word."""
+    if row.get("failed"):
+        return "failed"
+    return "refused" if row["answer"] == "refused" else "right" if row["right"] == "True" else "wrong"
+
+
+def table(rows: list[Row]) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        "# Does the ladder end in the truth?",
+        "",
+        "`fit_svi(escalate=True)` with its defaults, given the model alone. The answer is exact draws, the guide's "
+        "draws, its reweighted draws, or none: *refused*. Errors of means are in sd of the posterior, sds are ratios "
+        "to the posterior's; the variation is the largest total variation of a marginal. Right: errors of at most "
+        f"{ERROR:g}, ratios of {1 - RATIO:g} to {1 + RATIO:g}, variations of at most {VARIATION:g}. "
+        "A dash: there is no reference. Reproduce with `python benchmarks/ladder.py`.",
+        "",
+        "| posteriors | runs | right | refused | wrong | failed | median s |",
+        "|---|" + "---:|" * 6,
+    ]
+    for kind, words in KINDS.items():
+        mine = [row for row in rows if row["kind"] == kind]
+        if mine:
+            counts = [sum(outcome(row) == word for row in mine) for word in ("right", "refused", "wrong", "failed")]
+            seconds = statistics.median(float(row["seconds"]) for row in mine)
+            lines.append(f"| {words} | {len(mine)} | {' | '.join(map(str, counts))} | {seconds:.0f} |")
+    for kind, words in KINDS.items():
+        mine = [row for row in rows if row["kind"] == kind]
+        if mine:
+            head = "| posterior | seed | rungs | answer | | k-hat | error | sds | variation | s |"
+            title = words[0].upper() + words[1:]
+            lines += ["", f"## {title}", "", head, "|---|---:|---|---|---|" + "---:|" * 5]
+            lines += [line(row) for row in mine]
+    return "\n".join(lines) + "\n"
+
+
+def line(row: Row) -> str:
+    """Return a line of the table."""
+
+    def text(key: str, form: str) -> str:
+        return f"{float(row[key]):{form}}" if row.get(key) else "–"
+
+    sds = f"{text('low_sd', '.3f')}–{text('high_sd', '.3f')}" if row.get("low_sd") else "–"
+    word = f"**{outcome(row)}**" if outcome(row) in ("wrong", "failed") else outcome(row)
+    cells = [row["target"], row["seed"], row.get("rungs", row.get("failed", "")), row.get("answer", "–"), word]
+    cells += [text("khat", ".2f"), text("worst_error", ".3f"), sds, text("variation", ".3f"), text("seconds", ".0f")]
+    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+
+
+def save(rows: list[Row], out: Path) -> None:
+    """Write both files, each whole or not at all."""
+    order = {place: i for i, place in enumerate(cases())}
+    rows.sort(key=lambda row: (order[row["kind"], row["target"]], int(row["seed"])))
+    posteriors.write_csv(rows, [*KEYS, *MEASURES], out / "ladder.csv")
+    posteriors.write(table(rows), out / "ladder.md")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of names")
+    parser.add_argument("--seeds", nargs="+", type=int, help="by default three for two modes, and one for the others")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
+    parser.add_argument("--out", type=Path, default=posteriors.OUT, help="folder of the two files")
+    parser.add_argument("--quick", action="store_true", help="one target, 100 steps: needs --out")
+    options = parser.parse_args()
+    steps = None
+    if options.quick:
+        if options.out == posteriors.OUT:
+            parser.error("--quick needs --out: its figures are no results")
+        options.kinds, options.only, options.seeds, steps = ["modes"], ["0.5"], [0], 100
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = posteriors.read(options.out / "ladder.csv")
+    done = {tuple(row[key] for key in KEYS) for row in rows}
+    todo = [
+        (kind, name, seed)
+        for kind, name in cases()
+        if kind in options.kinds and any(part in name for part in options.only)
+        for seed in options.seeds or (posteriors.SEEDS if kind == "modes" else (0,))
+        if (kind, name, str(seed)) not in done
+    ]
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        for future in as_completed([pool.submit(measure, *task, steps) for task in todo]):
+            row = future.result()
+            print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+            rows.append(row)
+            save(rows, options.out)
+
+
+if __name__ == "__main__":
+    main()
