@@ -116,6 +116,18 @@ def test_every_rung_is_tried_before_it_gives_up(monkeypatch):
     assert fit.guide is fit.rungs[elbos.index(max(elbos))].fit.guide  # losses of other objectives do not compare
 
 
+def test_draws_are_exact_where_weights_are_not_reliable(monkeypatch):
+    def uncertain(*args, **kwargs):
+        found = check(*args, **kwargs)
+        return dataclasses.replace(found, psis=dataclasses.replace(found.psis, khat=1.1))
+
+    monkeypatch.setattr(ladder, "check", uncertain)
+    fit = fit_svi(normal, AutoFlow(normal, small), Y, escalate=True, progress=False)
+    assert names(fit) == ["Gaussian", "exact draws"]
+    assert fit.check.trusted
+    assert fit.samples.converged
+
+
 def test_less_evidence_than_before_is_not_trusted():
     """A second fit has found one mode, exactly; the first one had found two."""
 

@@ -1,8 +1,8 @@
 """The ladder: fits of growing effort, each judged, until one can be trusted.
 
 A Gaussian; the guide's flow; more couplings before it, trained for longer; a guide that covers the modes which a
-population has found; and exact draws by chains.  What comes next depends on what the check has found: longer training
-finds no mode that is missing.  Restarts, from draws of the prior or from far around the start, guard against spurious
+population has found; and exact draws by chains, also where a guide can be trusted and its weights cannot.  What comes
+next depends on what the check has found: longer training finds no mode that is missing.  Restarts, from draws of the prior or from far around the start, guard against spurious
 modes.
 """
 
@@ -168,6 +168,12 @@ class Ladder:
         return bool(self.stopped) or (bool(self.rungs) and self._rank(self.rungs[-1]) == len(ORDER) - 1)
 
     @property
+    def is_sure(self) -> bool:
+        """Whether there is nothing to do any more, and the weights of what can be trusted are reliable too."""
+        last = self.rungs[-1].check if self.rungs else None
+        return bool(self.stopped) or (self.ended and last is not None and last.psis.reliable)
+
+    @property
     def misses_a_mode(self) -> bool:
         """Whether the last check has found a mode that the guide misses."""
         last = self.rungs[-1].check if self.rungs else None
@@ -218,7 +224,7 @@ def climb(ladder: Ladder, guide: AutoFlow, *, escalate: bool, restarts: int) -> 
         ladder.climb("deeper and longer", deeper, steps=2 * guide.schedule().steps, lr=0.005)
     if not ladder.ended:
         ladder.cover("annealed")
-    if not ladder.ended:
+    if not ladder.is_sure:
         ladder.sample("exact draws")
     return ladder.result()
 
