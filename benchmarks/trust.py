@@ -1,12 +1,12 @@
 """Does the verdict hold?  Fits, good and bad, judged by ``check`` and by answers that it does not know.
 
-    python benchmarks/trust.py                        # all of it, some three hours on 2 cores
+    python benchmarks/trust.py                        # all of it, some two hours on 2 cores
     python benchmarks/trust.py --parts broken modes   # some of it
     python benchmarks/trust.py --quick --out DIR      # one target, few steps: a smoke run
 
 *guides*: ``AutoFlow`` (three seeds) and Pyro's guides (one) on the posteriors of ``posteriors.py``, fitted as there.
 *broken*: guides that are wrong on purpose, and spline couplings that have collapsed into a funnel's neck.  *modes*: two
-Gaussians 8 sd apart, fitted by the plain ELBO, which keeps one.  *ladder*: ``fit_svi(escalate=True)``.
+Gaussians 8 sd apart, fitted by the plain ELBO, which keeps one.
 
 The truth is that of 100,000 draws against the reference: the worst error of a mean in sd, and the ratios of sds; where
 there is no reference, against draws of the default ``AutoFlow``, weighed.  *Well fitted* are means within .05 sd,
@@ -257,25 +257,10 @@ def modes(name: str, guide_name: str, seed: int, steps: int | None, folder: Path
     return [{**judged(model, guide), "fit_seconds": seconds, "worst_error": abs(kept - float(name))}]
 
 
-def ladder(name: str, guide_name: str, seed: int, steps: int | None, folder: Path, draws: int) -> list[Row]:
-    """Each rung of the ladder; the truth is that of the one that is kept."""
-    prepare(seed)
-    target = targets.load(name)
-    fit = pf.fit_svi(target.model, pf.AutoFlow(target.model), steps=steps, escalate=True, progress=False)
-    rows = []
-    for rung in fit.rungs:
-        times = {"fit_seconds": rung.fit.seconds, "check_seconds": rung.check.seconds}
-        kept = truth(target, fit.guide, None, folder, draws) if rung.fit.guide is fit.guide else {}
-        rows.append({"guide": rung.name, **seen(rung.check), **times, **kept})
-    return rows
-
-
 def measure(part: str, name: str, guide_name: str, seed: int, steps: int | None, folder: Path, draws: int) -> list[Row]:
     key = {"part": part, "target": name, "guide": guide_name, "seed": seed}
     try:
-        found = {"guides": guides, "broken": broken, "modes": modes, "ladder": ladder}[part](
-            name, guide_name, seed, steps, folder, draws
-        )
+        found = {"guides": guides, "broken": broken, "modes": modes}[part](name, guide_name, seed, steps, folder, draws)
     except Exception as error:
         found = [{"verdict": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0][:300]}]
     rows = [{**key, **row} for row in found]
@@ -297,9 +282,7 @@ def tasks(part: str, names: list[str]) -> list[tuple[str, str, str, int]]:
         plans += [(part, REGRESSION, "tails cut", 0), (part, FUNNEL, "funnel neck", 0)]
         plans += [(part, name, "stopped early", 0) for name in (FUNNEL, REGRESSION)]
         return plans + [(part, FUNNEL, "collapsed splines", seed) for seed in posteriors.SEEDS]
-    if part == "modes":
-        return [(part, weight, "AutoFlow", seed) for weight in ("0.5", "0.2") for seed in posteriors.SEEDS]
-    return [(part, name, "AutoFlow", 0) for name in names]
+    return [(part, weight, "AutoFlow", seed) for weight in ("0.5", "0.2") for seed in posteriors.SEEDS]
 
 
 # What was found.
@@ -354,19 +337,18 @@ def table(rows: list[Row]) -> str:
         "guides": "Guides of the benchmark",
         "broken": "Broken guides",
         "modes": "Two modes, 8 sd apart, fitted by the plain ELBO (the target is the weight of the first mode)",
-        "ladder": "The ladder, `fit_svi(escalate=True)`",
     }
     for part, title in titles.items():
         mine = [row for row in rows if row["part"] == part]
         if not mine:
             continue
-        lines += ["", f"## {title}", "", *header(part)]
+        lines += ["", f"## {title}", "", *header()]
         lines += [line(row) for row in mine]
     return "\n".join(lines) + "\n"
 
 
-def header(part: str) -> list[str]:
-    columns = "target", "rung" if part == "ladder" else "guide", "seed", "verdict", "k-hat", "error seen", "sds seen"
+def header() -> list[str]:
+    columns = "target", "guide", "seed", "verdict", "k-hat", "error seen", "sds seen"
     columns += "missing", "error", "sds", "fit s", "check s"
     return ["| " + " | ".join(columns) + " |", "|---|---|---:|---|" + "---:|" * 8]
 
@@ -384,12 +366,12 @@ def line(row: Row) -> str:
 
 def save(rows: list[Row], out: Path) -> None:
     """Both files, each whole or not at all."""
-    order = {name: i for i, name in enumerate(("guides", "broken", "modes", "ladder", *targets.NAMES))}
+    order = {name: i for i, name in enumerate(("guides", "broken", "modes", *targets.NAMES))}
     guides_first = {name: i for i, name in enumerate((*posteriors.GUIDES, *BROKEN))}
     rows.sort(
         key=lambda r: (
             *(order[r["part"]], order.get(r["target"], 0)),
-            *(guides_first.get(r["guide"], 0) if r["part"] != "ladder" else 0, int(r["seed"])),
+            *(guides_first.get(r["guide"], 0), int(r["seed"])),
         )
     )
     posteriors.write_csv(rows, COLUMNS, out / "trust.csv")
@@ -397,7 +379,7 @@ def save(rows: list[Row], out: Path) -> None:
 
 
 def main() -> None:
-    parts = ("guides", "broken", "modes", "ladder")
+    parts = ("guides", "broken", "modes")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=list(parts), choices=parts)
     parser.add_argument("--targets", nargs="+", default=list(targets.NAMES), choices=targets.NAMES)
@@ -416,7 +398,7 @@ def main() -> None:
     for path in (options.out, folder):
         path.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = posteriors.read(options.out / "trust.csv")
-    done = {(r["part"], r["target"], "AutoFlow" if r["part"] == "ladder" else r["guide"], int(r["seed"])) for r in rows}
+    done = {(r["part"], r["target"], r["guide"], int(r["seed"])) for r in rows}
     todo = [task for part in options.parts for task in tasks(part, options.targets) if task not in done]
     if options.quick:
         todo = [task for task in todo if task[1] in (FUNNEL, "0.5") and task[3] == 0]

@@ -2,8 +2,8 @@
 
 A Gaussian; the guide's flow; more couplings before it, trained for longer; a guide that covers the modes which a
 population has found; and exact draws by chains, also where a guide can be trusted and its weights cannot.  What comes
-next depends on what the check has found: longer training finds no mode that is missing.  Restarts, from draws of the prior or from far around the start, guard against spurious
-modes.
+next depends on what the check has found: longer training finds no mode that is missing.  Restarts, from draws of the
+prior or from far around the start, guard against spurious modes.
 """
 
 from __future__ import annotations
