@@ -563,7 +563,9 @@ def test_truncated_draws_follow_the_prior_within_the_region(noise, monkeypatch):
         truncated.Truncated, "_resampled", lambda self, *args: resampled.append(0) or inner(self, *args)
     )
     x = 0.6
-    law = truncated.Truncated(Simulator("test", model, (), {}), guide, {"x": torch.tensor([x])})
+    simulator = Simulator("test", model, (), {})
+    simulator.settle("auto")
+    law = truncated.Truncated(simulator, guide, {"x": torch.tensor([x])})
     draws = law.draw(1000)["theta"].double()
     assert draws.shape == (1000,)
     assert bool(resampled) == (noise < 1e-3)

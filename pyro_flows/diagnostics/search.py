@@ -22,8 +22,8 @@ from ..programs.log_density import LogDensity, or_nan
 from ..programs.space import Scored, Space
 from ..programs.task import Task
 from ..sampling.charts import White
-from ..sampling.gaussian import match
-from ..sampling.modes import climb, components
+from ..sampling.gaussian import match_top
+from ..sampling.modes import ascend, climb, components, ways_up
 from ..sampling.population import Effort, anneal
 from ..sampling.reference import Reference
 from .drift import Drift
@@ -31,10 +31,10 @@ from .drift import Drift
 PARTICLES, FEW = 256, 64  # of a population, and where the model runs one draw at a time
 STARTS = 64  # climbs
 EFFORT = Effort(kept=0.3, forgotten=0.5, moves=(1, 4), max_steps=6, gradients=150)
-NARROW = 0.1  # the size of steps of climbs from the prior, in its sds: longer ones would leap out of narrow modes
 SURPRISE = 3.0  # by how many nats the posterior must exceed the guide at a place where the guide has too little
 LEAST = 8.0  # how many nats of evidence below the guide's a Gaussian that was matched may have to count
-MOST, MATCHED = 32, 4  # to how many modes laws are fitted, and to how many of these Gaussians are matched
+MOST = 32  # modes that laws are fitted to
+MATCHED = 3  # of these, how many that most places belong to Gaussians are matched to, and how many of the highest
 ENOUGH = 4  # particles a dimension, to fit a law to them
 TRIED = 200  # draws of the prior that tell whether a guide's support is smaller
 PROBES = 4000  # draws of all laws
@@ -109,7 +109,7 @@ def _lacking(space: Space, white: White, density: LogDensity, draws: Scored, evi
     population = anneal(reference, FEW if alone else PARTICLES, EFFORT)
     number = STARTS // (8 if alone else 2)
     drawn = reference.draw(FEW if alone else PARTICLES)
-    starts = torch.cat((white.forward(_far(white.inverse(draws.z[:number])))[0], _near(density, drawn)))
+    starts = torch.cat((white.forward(_far(white.inverse(draws.z[:number])))[0], ways_up(density, drawn)))
     found = [] if population is None else [population.z]
     if population is not None and not population.has_arrived:
         starts = torch.cat((starts, population.z))
@@ -125,33 +125,25 @@ def _far(x: Tensor) -> Tensor:
     return 2 * 4 ** torch.rand(len(x), 1, dtype=x.dtype, device=x.device) * x
 
 
-def _near(density: LogDensity, z: Tensor) -> Tensor:
-    """The middle of draws from the prior, places between it and some of them, and those to which all of them climb."""
-    z = z[z.isfinite().all(-1)]
-    if len(z) < 3:
-        return z
-    middle, some = z.median(0).values, z[: STARTS // 2]
-    between = middle + torch.rand(len(some), 1).to(z) * (some - middle)
-    return torch.cat((middle.unsqueeze(0), between, climb(density, White(z), z, NARROW)))
-
-
 def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) -> list[dist.TorchDistribution]:
     """A law around each of the modes that places belong to."""
     around = White(places) if len(places) > places.shape[1] else white
-    ends = climb(density, around, places)
+    ends = ascend(density, around, places)
+    with torch.no_grad():
+        heights = density(ends).nan_to_num(-math.inf, -math.inf, -math.inf)
     labels, dim = components(density, around, ends), places.shape[1]
     modes = [places[labels == label] for label in range(int(labels.max()) + 1)]
     within = torch.cat([mode - mode.mean(0) for mode in modes if len(mode) > 1] or [places[:0]])
     pooled = White(within) if len(within) > ENOUGH * dim else None  # where single modes have too few particles
+    tops = [int(heights.where(labels == label, -math.inf).argmax()) for label in range(len(modes[:MOST]))]
+    highest = sorted(range(len(tops)), key=lambda label: -float(heights[tops[label]]))[:MATCHED]
     laws = []
     for label, mode in enumerate(modes[:MOST]):
         fit = White(mode) if len(mode) > ENOUGH * dim else pooled
         if fit is not None:
             laws.append(dist.MultivariateStudentT(DF, mode.mean(0), fit.scale_tril))
-        if label < MATCHED:  # what the particles of a population that was annealed in haste say is too wide
-            mine = ends[labels == label]
-            highest = mine[density(mine).nan_to_num(-math.inf, math.inf, -math.inf).argmax()]
-            found = match(density, highest, white.scale_tril / 3, rounds=60)
+        if label < MATCHED or label in highest:  # particles that were annealed in haste say what is too wide
+            found = match_top(density, ends[tops[label]], white.scale_tril)
             if found is not None and found.elbo > evidence - LEAST:
                 laws.append(dist.MultivariateStudentT(DF, found.loc, found.scale_tril))
     return laws

@@ -29,11 +29,13 @@ from ..diagnostics.importance import weigh
 from ..distributions import ModesBase
 from ..guides import AutoFlow
 from ..guides.recipe import default_flow
-from ..programs.log_density import or_nan
+from ..programs.log_density import LogDensity, or_nan
 from ..programs.space import Space, sound_space
 from ..programs.task import Task
 from ..sampling.charts import White
-from ..sampling.modes import climb, components
+from ..sampling.gaussian import match_top
+from ..sampling.mixture import Mixture
+from ..sampling.modes import NARROW, SOME, ascend, climb, components, ways_up
 from ..sampling.population import ISLANDS, Effort, Population, anneal
 from ..sampling.reference import Reference
 from ..training import processes
@@ -42,10 +44,12 @@ from .density import fit_density
 
 ENOUGH = 5  # particles a dimension that a mode's own covariance takes
 DRAWS = 20_000  # draws of the guide that are weighed
-WIDER = 1.5, 0.05  # each Gaussian has one beside it that is as much wider, with a share
+WIDER = 1.5, 0.05  # each mode has a Gaussian that is as much wider, with a share
 ENOUGH_ESS = 0.9  # the effective share of draws at which nothing is left to train
 EPOCHS, GENTLE = 50, 0.003  # of training on the particles; the step size of the ELBO over a base with modes
 CONVERGES = 0.5  # k-hat below which the weights have a variance, and their mean an error that can be known
+SIZES = 0.5, 1.2  # of the two Gaussians in each mode to begin with, in units of the mode's own
+OTHERS, LITTLE = 8, 6.0  # modes without particles that are looked at; nats by which they may lie below the evidence
 FEW = 0.002  # the share of the particles that a mode must have, to be more than a place where climbs got stuck
 SURPRISE = 3.0  # nats by which the posterior exceeds a guide that has too little at a particle
 LACKS = 0.02  # the share of the population at which a guide may have too little
@@ -143,25 +147,26 @@ class Annealed:
 
 
 def _merged(labels: Tensor, x: Tensor) -> Tensor:
-    """Modes of next to no places are given to those next to them; labels are sorted by the number of their places."""
-    count = int((labels.bincount() >= max(2.0, FEW * len(labels))).sum()) or 1
-    kept, lost = labels < count, labels >= count
-    if bool(lost.any()):
+    """Give places of modes with next to no places to those next to them; return labels ``(N,)`` without gaps."""
+    counts = labels.bincount()
+    kept = (counts >= min(float(counts.max()), max(2.0, FEW * len(labels))))[labels]
+    if not bool(kept.all()):
         labels = labels.clone()
-        labels[lost] = labels[kept][torch.cdist(x[lost], x[kept]).argmin(-1)]
-    return labels
+        labels[~kept] = labels[kept][torch.cdist(x[~kept], x[kept]).argmin(-1)]
+    return labels.unique(return_inverse=True)[1]
 
 
 FitOnce = Callable[..., Fit | None]
 
 
-def cover(task: Task, number: int, fit_once: FitOnce | None) -> Annealed:
+def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | None = None) -> Annealed:
     """Anneal a population to a posterior, and cover what it has found by a guide.
 
     Args:
         task: The model, and an ``AutoFlow`` of it, which need not be trained.
         number: The number of particles, rounded up to a multiple of 16.
         fit_once: Fits a guide, ``fit_once(guide, **settings)``; None to have none.
+        starts: Places to look for modes from that particles may miss, ``(n, D)``.
 
     Raises:
         ValueError: If hardly a draw of the prior has a density.
@@ -174,7 +179,8 @@ def cover(task: Task, number: int, fit_once: FitOnce | None) -> Annealed:
         population = processes.first(lambda: anneal(reference, -(-number // ISLANDS) * ISLANDS, Effort()))
         if population is None:
             raise ValueError("anneal: hardly a draw of the prior has a density; is the model's density finite?")
-        tops = Tops(space, population)
+        others = ways_up(or_nan(space.log_p), reference.draw(SOME))
+        tops = Tops(space, population, others if starts is None else torch.cat((others, starts)))
     weighed, fit = _fitted(task, tops, fit_once) if fit_once else (None, None)
     with pyro.validation_enabled(False):
         return _summed_up(space, tops, weighed, fit, start)
@@ -190,44 +196,66 @@ class _Weighed(NamedTuple):
 
 
 class Tops:
-    """The modes that a population has found.
+    """The modes that a population has found, and others, in which it has no particles.
 
     Args:
         space: The space of a guide that draws packed, unconstrained latents.
         population: The population.
+        starts: Places from which climbs look for other modes, ``(n, D)``.
 
     Attributes:
         labels: The mode of each particle, ``(N,)``.
         places: Where each mode is highest, ``(K, D)``.
+        heights: The log-density there, ``(K,)`` in nats.
         laws: A Gaussian around each.
+        weights: About what each weighs, ``(K,)``, relative to the population.
     """
 
-    def __init__(self, space: Space, population: Population) -> None:
-        self.space, self.population = space, population
-        density, z = or_nan(space.log_p), population.z
+    def __init__(self, space: Space, population: Population, starts: Tensor) -> None:
+        self.population, density, z = population, or_nan(space.log_p), population.z
         chart = White(z, population.log_weights.exp())
-        ends = torch.cat([climb(density, chart, part) for part in z.split(1024)])
+        ends = torch.cat([ascend(density, chart, part) for part in z.split(1024)])
         self.labels = _merged(components(density, chart, ends), chart.inverse(ends))
         with torch.no_grad():
             heights = density(ends).nan_to_num(-math.inf, math.inf, -math.inf)
-        self.places, self.heights = [], []
-        for label in range(int(self.labels.max()) + 1):
-            mine = heights.where(self.labels == label, -math.inf)
-            self.places.append(ends[int(mine.argmax())])
-            self.heights.append(float(mine.max()))
-        self.weights = torch.tensor([population.share(self.labels == k)[0] for k in range(len(self.places))]).to(z)
-        self.laws = self._gaussians(z)
+        tops = [int(heights.where(self.labels == k, -math.inf).argmax()) for k in range(int(self.labels.max()) + 1)]
+        places, laws, self._own = list(ends[tops]), self._gaussians(), len(tops)
+        weights = [population.share(self.labels == k)[0] for k in range(len(tops))]
+        for top in _others(density, chart, ends[tops], climb(density, chart, starts, NARROW)):
+            found = match_top(density, top, chart.scale_tril)
+            if found is not None and found.elbo > population.log_evidence - LITTLE:
+                places.append(top)
+                laws.append((found.loc, found.scale_tril))
+                weights.append(math.exp(found.elbo - population.log_evidence))
+        self.places, self.weights = torch.stack(places), torch.tensor(weights).to(z)
+        with torch.no_grad():
+            self.heights = density(self.places)
+        loc, scale_tril = (torch.stack(list(part)) for part in zip(*laws, strict=True))
+        self.laws = MultivariateNormal(loc, scale_tril=scale_tril)
 
-    def _gaussians(self, z: Tensor) -> MultivariateNormal:
-        """A Gaussian around each mode; modes of few particles share what is known of all."""
-        weights, dim = self.population.log_weights.exp(), z.shape[1]
-        loc = torch.stack([White(z[self.labels == k]).loc for k in range(len(self.places))])
+    def _gaussians(self) -> list[tuple[Tensor, Tensor]]:
+        """A Gaussian around the particles of each mode; modes of few of them share what is known of all."""
+        z, weights = self.population.z, self.population.log_weights.exp()
+        parts = [self.labels == k for k in range(int(self.labels.max()) + 1)]
+        loc = torch.stack([White(z[mine]).loc for mine in parts])
         pooled = White(z - loc[self.labels], weights).scale_tril
-        factors = []
-        for k in range(len(loc)):
-            mine = self.labels == k
-            factors.append(White(z[mine], weights[mine]).scale_tril if mine.sum() > ENOUGH * dim else pooled)
-        return MultivariateNormal(loc, scale_tril=torch.stack(factors))
+        enough = ENOUGH * z.shape[1]
+        factors = [White(z[mine], weights[mine]).scale_tril if mine.sum() > enough else pooled for mine in parts]
+        return list(zip(loc, factors, strict=True))
+
+    def mixture(self) -> Mixture:
+        """Gaussians for the base of a guide: two for each mode, fitted to the particles, and a wider one."""
+        own = self._own
+        loc, factor, weights = self.laws.loc, self.laws.scale_tril, self.weights.clamp_min(1e-4)
+        split = [Mixture(loc[:own], size * factor[:own], weights[:own] / len(SIZES)) for size in SIZES]
+        seen = Mixture(*(torch.cat(parts) for parts in zip(*split, strict=True)))
+        seen = seen.fitted(self.population.z, self.population.log_weights.exp())
+        wider, share = WIDER
+        return Mixture(
+            torch.cat((seen.loc, loc[own:], loc)),
+            torch.cat((seen.scale_tril, factor[own:], wider * factor)),
+            torch.cat((seen.weights, weights[own:], share * weights)),
+        )
 
     def label(self, z: Tensor) -> Tensor:
         """The mode that each of other vectors most likely belongs to, ``(N,)``."""
@@ -238,56 +266,72 @@ class Tops:
         )
 
 
+@torch.no_grad()
+def _others(density: LogDensity, chart: White, tops: Tensor, ends: Tensor) -> list[Tensor]:
+    """The highest of some places, each ``(D,)``, that belong to none of the modes with the given tops."""
+    heights = density(ends).nan_to_num(-math.inf, -math.inf, -math.inf)
+    ends, heights = ends[heights.isfinite()], heights[heights.isfinite()]
+    labels = components(density, chart, torch.cat((tops, ends)))
+    known, labels = labels[: len(tops)], labels[len(tops) :]
+    others = [label for label in labels.unique() if not bool((known == label).any())]
+    found = [int(heights.where(labels == label, -math.inf).argmax()) for label in others]
+    return [ends[top] for top in sorted(found, key=lambda top: -float(heights[top]))[:OTHERS]]
+
+
 def _fitted(task: Task, tops: Tops, fit_once: FitOnce) -> tuple[_Weighed, Fit | None]:
     """A guide that covers the modes, weighed, and the record of its fit.
 
-    Where the Gaussians at the modes are as good as the posterior already, there is nothing to train.  Where training
-    makes weights worse, as it may over a base of many modes, the start is kept.
+    Where Gaussians at the modes are as good as the posterior already, there is nothing to train.  Where training makes
+    weights worse, as it may over a base of many modes, the start is kept.
     """
-    guide = _started(task, tops)
-    has_modes = isinstance(guide.flow.base, ModesBase)
-    start = _balanced(_weighed(guide, task), task) if has_modes else None
-    if start and start.psis.reliable and start.psis.ess > ENOUGH_ESS * DRAWS:
-        return start, None
-    guide = copy.deepcopy(guide)
+    guide, has_modes, start = _started(task, tops), len(tops.places) > 1, None
+    if not guide.has_circles:
+        start = _balanced(_weighed(guide, task), task)
+        if start.psis.reliable and start.psis.ess > ENOUGH_ESS * DRAWS:
+            return start, None
+        guide = copy.deepcopy(start.guide) if has_modes else _plain(task, tops)
     if has_modes or guide.has_circles:
         chances = tops.population.log_weights.double().exp()
         rows = tops.population.z[processes.first(lambda: chances.multinomial(len(chances), replacement=True))]
         fit_density(guide.flow, rows, standardize=False, max_epochs=EPOCHS, patience=5, lr=1e-3, progress=False)
     fit = fit_once(guide, warm_start=False, **({"lr": GENTLE} if has_modes else {}))
     trained = _weighed(guide, task)
-    trained = _balanced(trained, task) if has_modes else trained
+    if has_modes and start:
+        trained = _balanced(trained, task)
     if start and _quality(start, tops.population) < _quality(trained, tops.population):
         return start, None
     return trained, fit
 
 
+def _plain(task: Task, tops: Tops) -> AutoFlow:
+    """A guide of one mode, in coordinates in which the population is white."""
+    guide = AutoFlow(task.model.call).setup(*task.model.args, **task.model.kwargs)
+    if not guide.has_circles:
+        chart = White(tops.population.z, tops.population.log_weights.exp())
+        guide.start_at(chart.loc, chart.scale_tril)
+    return guide
+
+
 def _started(task: Task, tops: Tops) -> AutoFlow:
-    """A guide whose base has the modes, if there are several, in coordinates in which the population is white."""
-    model, args, kwargs = task.model.call, task.model.args, task.model.kwargs
-    guide, number = AutoFlow(model).setup(*args, **kwargs), len(tops.places)
-    if guide.has_circles:
-        return guide
-    chart = White(tops.population.z, tops.population.log_weights.exp())
-    if number > 1:
-        guide = AutoFlow(model, default_flow, base=partial(ModesBase, num_components=2 * number)).setup(*args, **kwargs)
-        _set_modes(guide, tops, chart)
+    """A guide whose base has the modes, unless there are angles, in coordinates in which the population is white."""
+    plain = _plain(task, tops)
+    if plain.has_circles:
+        return plain
+    mixture, chart = tops.mixture(), White(tops.population.z, tops.population.log_weights.exp())
+    base = partial(ModesBase, num_components=len(mixture.weights))
+    guide = AutoFlow(task.model.call, default_flow, base=base).setup(*task.model.args, **task.model.kwargs)
+    _set_modes(guide, mixture, chart)
     guide.start_at(chart.loc, chart.scale_tril)
     return guide
 
 
 @torch.no_grad()
-def _set_modes(guide: AutoFlow, tops: Tops, chart: White) -> None:
+def _set_modes(guide: AutoFlow, mixture: Mixture, chart: White) -> None:
     """Put the base's components at the modes, in coordinates in which the population is white."""
-    wider, share = WIDER
-    loc = chart.inverse(tops.laws.loc)
-    factor = torch.linalg.solve_triangular(chart.scale_tril, tops.laws.scale_tril, upper=False)
     base = guide.flow.base
     assert isinstance(base, ModesBase)
-    weights = tops.weights.clamp_min(1e-4)
-    base.set(
-        torch.cat((loc, loc)), torch.cat((factor, wider * factor)), torch.cat(((1 - share) * weights, share * weights))
-    )
+    factor = torch.linalg.solve_triangular(chart.scale_tril, mixture.scale_tril, upper=False)
+    base.set(chart.inverse(mixture.loc), factor, mixture.weights)
 
 
 def _weighed(guide: AutoFlow, task: Task) -> _Weighed:
@@ -330,9 +374,9 @@ def _summed_up(space: Space, tops: Tops, weighed: _Weighed | None, fit: Fit | No
         labels, weights = tops.label(z), log_weights.exp()
         inside = [weights * (labels == k) for k in range(number)]
         shares = [(float(w.sum()), float((w - w.sum() * weights).norm())) for w in inside]
-    place = space.values(torch.stack(tops.places))
+    place = space.values(tops.places)
     places = [{name: place[name][k] for name in space.task.latents} for k in range(number)]
-    modes = [Mode(*share, at, height) for share, at, height in zip(shares, places, tops.heights, strict=True)]
+    modes = [Mode(*share, at, height) for share, at, height in zip(shares, places, tops.heights.tolist(), strict=True)]
     return Annealed(
         draws=space.values(z),
         log_weights=log_weights,

@@ -41,6 +41,7 @@ from .exact import exact
 ORDER = "do not trust", "reweight", "trust"
 PARTICLES = 2048  # of a population that looks for modes
 EXACT = Goal(4000, 1000)  # what is asked of exact draws
+DRAWS = 8  # of each earlier guide, from which modes are looked for
 LESS = 0.1  # nats of evidence that a rung must not lack against an earlier one
 TRIES = 8  # places of which a restart takes the best
 
@@ -113,15 +114,27 @@ class Ladder:
             self.judge(name, fit, fit.seconds)
 
     def cover(self, name: str) -> None:
-        """Fit a guide to the modes that a population finds, and judge it."""
+        """Fit a guide to the modes that a population finds, and those that earlier rungs tell of, and judge it."""
         start = time.perf_counter()
+
+        def fit_once(guide: AutoFlow, **settings: Any) -> Fit | None:
+            return self.fit(name, guide, **settings)
+
         try:
-            found = cover(self.task, PARTICLES, lambda guide, **settings: self.fit(name, guide, **settings))
+            found = cover(self.task, PARTICLES, fit_once, self._places())
         except (KeyboardInterrupt, ValueError, FloatingPointError) as error:
             self._break_off(name, error)
             return
         if found.guide is not None:
             self.judge(name, found.fit or untrained(found.guide, found.log_evidence), time.perf_counter() - start)
+
+    @torch.no_grad()
+    def _places(self) -> Tensor | None:
+        """Where earlier rungs have found mass, ``(n, D)``: their guides, and their checks where these lack it."""
+        places = [rung.fit.guide.flow().sample((DRAWS,)) for rung in self.rungs]
+        found = [rung.check.missing.place for rung in self.rungs if rung.check]
+        places += [place.unsqueeze(0) for place in found if place is not None]
+        return torch.cat(places) if places else None
 
     def sample(self, name: str) -> None:
         """Draw exactly, from the best guide, unless it misses a mode, which chains would miss as well."""
@@ -224,6 +237,8 @@ def climb(ladder: Ladder, guide: AutoFlow, *, escalate: bool, restarts: int) -> 
         ladder.climb("deeper and longer", deeper, steps=2 * guide.schedule().steps, lr=0.005)
     if not ladder.ended:
         ladder.cover("annealed")
+    if not ladder.ended and ladder.misses_a_mode:
+        ladder.cover("annealed again")
     if not ladder.is_sure:
         ladder.sample("exact draws")
     return ladder.result()

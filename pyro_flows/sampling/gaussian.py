@@ -17,6 +17,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from ..programs.log_density import LogDensity, score_of
 
 NEAR = 0.25  # how little, in nats, the log-weights of a Gaussian vary that hardly differs from the posterior
+TRIED = 32  # draws at which each size is tried
 POOR = 5.0  # how much, in nats, the log-weights of a Gaussian may vary before its correlations mislead
 
 
@@ -59,6 +60,26 @@ def fit_gaussian(density: LogDensity, loc: Tensor, scale: float, *, rounds: int 
     at_start = _judged(density, loc, start)
     found = [match(density, place, start, rounds) for place in (loc, _climb(density, loc))]
     return max((at_start, *(gaussian for gaussian in found if gaussian is not None)), key=lambda g: g.elbo)
+
+
+def match_top(density: LogDensity, top: Tensor, scale_tril: Tensor) -> Gaussian | None:
+    """Match a Gaussian to the mode around a top, which may be far narrower than the scale that is given.
+
+    It starts at the largest of some sizes at which the density falls by no more than a nat per dimension.  None where
+    it breaks down or leads away.
+    """
+    sizes = 3.0 ** -torch.arange(1.0, 7.0).to(top)
+    noise = torch.randn(len(sizes), TRIED, len(top), dtype=top.dtype, device=top.device) @ scale_tril.T
+    with torch.no_grad():
+        heights = density((top + sizes.view(-1, 1, 1) * noise).flatten(0, 1)).view(len(sizes), -1)
+        fall = density(top.unsqueeze(0)) - heights.nan_to_num(-math.inf, math.inf, -math.inf).median(-1).values
+    fits = (fall <= len(top)).nonzero()
+    size = sizes[int(fits[0]) if len(fits) else -1]
+    found = match(density, top, size * scale_tril, rounds=60)
+    if found is None:
+        return None
+    apart = torch.linalg.solve_triangular(found.scale_tril, (top - found.loc).unsqueeze(-1), upper=False)
+    return found if float(apart.norm()) < math.sqrt(len(top)) + 3 else None
 
 
 def match(density: LogDensity, loc: Tensor, scale_tril: Tensor, rounds: int = 100) -> Gaussian | None:

@@ -18,8 +18,10 @@ from .charts import White
 
 CLIMB = 60  # steps of a climb
 NEIGHBOURS = 6
+SOME, NARROW = 256, 0.1  # draws of the prior that climbs start from; the size of their steps, in its sds
 DIP = 1.0  # nats by which the density must fall between two places that are of two modes
 BETWEEN = 0.25, 0.5, 0.75  # where it is looked at
+WAYPOINTS, STEPS = 12, (0.5, 0.1, 0.02)  # on the way of a climb; the sizes of its steps, each for what leapt before
 
 
 def climb(density: LogDensity, chart: White, z: Tensor, size: float = 0.5) -> Tensor:
@@ -51,6 +53,40 @@ def _height_and_score(density: LogDensity, chart: White, x: Tensor) -> tuple[Ten
         height = density(chart.forward(leaf)[0])
         score = torch.autograd.grad(height.sum(), leaf)[0] if height.requires_grad else torch.zeros_like(leaf)
     return height.detach().nan_to_num(-math.inf, -math.inf, -math.inf), score.nan_to_num(0, 0, 0)
+
+
+def ascend(density: LogDensity, chart: White, z: Tensor) -> Tensor:
+    """Climb within modes: where a climb has leapt over a valley it is made again in shorter steps, or not at all."""
+    ends = z.clone()
+    left = torch.arange(len(z), device=z.device)
+    for size in STEPS:
+        found = climb(density, chart, z[left], size)
+        ends[left] = found
+        left = left[_leaps(density, z[left], found)]
+        if not len(left):
+            return ends
+    ends[left] = z[left]
+    return ends
+
+
+@torch.no_grad()
+def _leaps(density: LogDensity, z: Tensor, ends: Tensor) -> Tensor:
+    """Whether the density falls on the way from places to others, ``(N,)`` of bool."""
+    shares = torch.arange(1, WAYPOINTS).to(z) / WAYPOINTS
+    ways = z + shares.view(-1, 1, 1) * (ends - z)
+    heights = density(ways.flatten(0, 1)).view(len(shares), -1).nan_to_num(-math.inf, math.inf, -math.inf)
+    return (heights < density(z).nan_to_num(-math.inf, math.inf, -math.inf) - DIP).any(0)
+
+
+def ways_up(density: LogDensity, z: Tensor) -> Tensor:
+    """Places to look for narrow modes from: the origin and the middle of draws from the prior, places between that and
+    some of them, and those to which all of them climb."""
+    z = z[z.isfinite().all(-1)]
+    if len(z) < 3:
+        return z
+    middle, some = z.median(0).values, z[: len(z) // 8]
+    between = middle + torch.rand(len(some), 1).to(z) * (some - middle)
+    return torch.cat((torch.stack((torch.zeros_like(middle), middle)), between, climb(density, White(z), z, NARROW)))
 
 
 @torch.no_grad()
