@@ -18,7 +18,9 @@ from pyro_flows import AutoFlow, anneal, check
 from pyro_flows.programs.space import Space, sound_space
 from pyro_flows.programs.task import Task
 from pyro_flows.sampling.charts import White
-from pyro_flows.sampling.modes import climb, components
+from pyro_flows.sampling.gaussian import match_top
+from pyro_flows.sampling.mixture import Mixture
+from pyro_flows.sampling.modes import ascend, climb, components
 from pyro_flows.sampling.population import ISLANDS, Effort, Population
 from pyro_flows.sampling.population import anneal as anneal_population
 from pyro_flows.sampling.reference import Reference
@@ -212,6 +214,65 @@ def test_climbs_end_at_the_tops() -> None:
 
     ends = climb(density, White(z), z)
     torch.testing.assert_close(ends, 4 * z.mean(-1, keepdim=True).sign().expand_as(z), atol=0.05, rtol=0)
+
+
+def test_climbs_that_leap_over_a_valley_are_made_again_in_shorter_steps() -> None:
+    """Narrow modes, fifty of their sds apart: steps of half of all draws' sd lead from one to any other."""
+    tops = torch.tensor([-5.0, 0.0, 5.0])
+    z = tops.repeat_interleave(100).unsqueeze(-1) + 0.1 * torch.randn(300, 1)
+
+    def density(z: Tensor) -> Tensor:
+        return dist.Normal(tops, 0.1).log_prob(z).logsumexp(-1)
+
+    ends = ascend(density, White(z), z)
+    torch.testing.assert_close(ends[:, 0], tops.repeat_interleave(100), atol=0.05, rtol=0)
+    assert components(density, White(z), ends).bincount().tolist() == [100, 100, 100]
+
+
+def test_a_gaussian_is_matched_to_a_mode_that_is_far_narrower_than_said() -> None:
+    covariance = 1e-4 * torch.tensor([[1.0, 0.5], [0.5, 1.0]])
+    narrow, wide = dist.MultivariateNormal(torch.ones(2), covariance), dist.Normal(3.0, 1.0).expand((2,)).to_event(1)
+
+    def density(z: Tensor) -> Tensor:
+        return torch.logaddexp(narrow.log_prob(z) + math.log(0.3), wide.log_prob(z) + math.log(0.7))
+
+    found = match_top(density, torch.ones(2), torch.eye(2))
+    assert found is not None
+    torch.testing.assert_close(found.scale_tril @ found.scale_tril.T, covariance, rtol=0.05, atol=0)
+    assert found.elbo == pytest.approx(math.log(0.3), abs=0.02)
+    assert match_top(density, torch.tensor([40.0, 40.0]), torch.eye(2)) is None  # it leads away
+
+
+def test_a_mixture_is_fitted_to_weighted_draws() -> None:
+    """Draws of equal numbers from a spike and a slab around it, of which those of the slab weigh more."""
+    spike, slab = torch.randn(2000, 2, dtype=torch.float64) * 0.05, torch.randn(2000, 2, dtype=torch.float64)
+    weights = torch.cat((torch.full((2000,), 0.2), torch.full((2000,), 0.8))).double() / 2000
+    sizes = torch.tensor([0.5, 1.2], dtype=torch.float64).view(2, 1, 1)
+    eye, halves = torch.eye(2, dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64)
+    start = Mixture(torch.zeros(2, 2, dtype=torch.float64), sizes * eye, halves)
+    found = start.fitted(torch.cat((spike, slab)), weights)
+    assert found.weights.tolist() == pytest.approx([0.2, 0.8], abs=4 * 0.02)
+    for factor, sd in zip(found.scale_tril, (0.05, 1.0), strict=True):
+        torch.testing.assert_close(factor @ factor.T / sd**2, eye, atol=0.1, rtol=0)
+    few = start.fitted(slab[:30], torch.full((30,), 1 / 30, dtype=torch.float64))
+    assert torch.equal(few.loc, start.loc)  # too few for covariances
+    assert float(few.weights.sum()) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("weight", [0.3, 0.7])
+def test_a_narrow_mode_that_particles_miss_is_found_where_a_prior_has_its_middle(weight: float) -> None:
+    """A needle whose width is a thousandth of the prior's, in five dimensions."""
+
+    def model() -> None:
+        prior = dist.Normal(torch.zeros(5), 3.0).to_event(1)
+        x = pyro.sample("x", prior)
+        parts = [dist.Normal(loc, sd).log_prob(x).sum(-1) for loc, sd in ((0.0, 0.003), (3.0, 1.0))]
+        logits = torch.tensor([weight, 1 - weight]).log()
+        pyro.factor("data", torch.stack(parts, -1).add(logits).logsumexp(-1) - prior.log_prob(x))
+
+    found = anneal(model, num_particles=512, progress=False)
+    assert abs(found.log_evidence) < 4 * found.log_evidence_se + 0.01
+    assert [mode.weight for mode in found.modes] == pytest.approx(sorted([weight, 1 - weight])[::-1], abs=0.03)
 
 
 # The guide.

@@ -19,7 +19,8 @@ from pyro_flows import AutoFlow, fit_svi, flows
 from pyro_flows.__main__ import main
 from pyro_flows.commands import RECIPES
 from pyro_flows.commands import eight_schools as job
-from pyro_flows.diagnostics import check
+from pyro_flows.diagnostics import check, verdict
+from pyro_flows.diagnostics.search import Missing
 from pyro_flows.training import loop
 
 with warnings.catch_warnings():
@@ -39,11 +40,12 @@ def _threads():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A coarse check, whose verdict on few steps is known beforehand, and no more draws than are written."""
+    """A coarse check, which searches nowhere and whose verdict is known, and no more draws than are written."""
 
     def coarse(*args, **_):
         return with_verdict(check(*args, num_samples=1000, num_chains=16), "do not trust")
 
+    monkeypatch.setattr(verdict, "search", lambda *_: Missing(0.0, 0.0))
     monkeypatch.setattr(job, "check", coarse)
     monkeypatch.setattr(job, "SHOWN", 4000)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +45,7 @@ from .density import fit_density
 
 ENOUGH = 5  # particles a dimension that a mode's own covariance takes
 DRAWS = 20_000  # draws of the guide that are weighed
-WIDER = 1.5, 0.05  # each mode has a Gaussian that is as much wider, with a share
+WIDER = 1.5, 0.02  # each mode has a Gaussian that is as much wider, with a share
 ENOUGH_ESS = 0.9  # the effective share of draws at which nothing is left to train
 EPOCHS, GENTLE = 50, 0.003  # of training on the particles; the step size of the ELBO over a base with modes
 CONVERGES = 0.5  # k-hat below which the weights have a variance, and their mean an error that can be known
@@ -293,7 +294,9 @@ def _fitted(task: Task, tops: Tops, fit_once: FitOnce) -> tuple[_Weighed, Fit | 
     if has_modes or guide.has_circles:
         chances = tops.population.log_weights.double().exp()
         rows = tops.population.z[processes.first(lambda: chances.multinomial(len(chances), replacement=True))]
-        fit_density(guide.flow, rows, standardize=False, max_epochs=EPOCHS, patience=5, lr=1e-3, progress=False)
+        with warnings.catch_warnings():  # of values that repeat, as those of resampled particles do
+            warnings.simplefilter("ignore", UserWarning)
+            fit_density(guide.flow, rows, standardize=False, max_epochs=EPOCHS, patience=5, lr=1e-3, progress=False)
     fit = fit_once(guide, warm_start=False, **({"lr": GENTLE} if has_modes else {}))
     trained = _weighed(guide, task)
     if has_modes and start:
