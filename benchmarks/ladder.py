@@ -62,7 +62,7 @@ MEASURES = (
     *("rungs", "verdict", "answer", "right", "khat", "worst_error", "low_sd", "high_sd", "variation", "seconds"),
     *("reason", "failed"),
 )
-ERROR, RATIO, VARIATION = 0.1, 0.1, 0.1
+ERROR, RATIO, VARIATION = 0.1, 0.1, 0.2
 DRAWS, FLAT = 100_000, 1e-9
 REFUSALS = "ValueError: ", "FloatingPointError: "
 Row = dict[str, str]

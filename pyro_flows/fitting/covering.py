@@ -35,6 +35,7 @@ from ..programs.space import Space, sound_space
 from ..programs.task import Task
 from ..sampling.charts import White
 from ..sampling.gaussian import match_top
+from ..sampling.mixture import ENOUGH as FITTED
 from ..sampling.mixture import Mixture
 from ..sampling.modes import NARROW, SOME, ascend, climb, components, ways_up
 from ..sampling.population import ISLANDS, Effort, Population, anneal
@@ -49,7 +50,7 @@ WIDER = 1.5, 0.02  # each mode has a Gaussian that is as much wider, with a shar
 ENOUGH_ESS = 0.9  # the effective share of draws at which nothing is left to train
 EPOCHS, GENTLE = 50, 0.003  # of training on the particles; the step size of the ELBO over a base with modes
 CONVERGES = 0.5  # k-hat below which the weights have a variance, and their mean an error that can be known
-SIZES = 0.5, 1.2  # of the two Gaussians in each mode to begin with, in units of the mode's own
+PARTS = 8  # Gaussians in each mode at most, and half of those in all modes but for one each
 OTHERS, LITTLE = 8, 6.0  # modes without particles that are looked at; nats by which they may lie below the evidence
 FEW = 0.002  # the share of the particles that a mode must have, to be more than a place where climbs got stuck
 SURPRISE = 3.0  # nats by which the posterior exceeds a guide that has too little at a particle
@@ -245,13 +246,18 @@ class Tops:
         return list(zip(loc, factors, strict=True))
 
     def mixture(self) -> Mixture:
-        """Gaussians for the base of a guide: two for each mode, fitted to the particles, and a wider one."""
-        own = self._own
+        """Gaussians for the base of a guide: some for each mode, fitted to its particles, and a wider one."""
+        own, population, (wider, share) = self._own, self.population, WIDER
         loc, factor, weights = self.laws.loc, self.laws.scale_tril, self.weights.clamp_min(1e-4)
-        split = [Mixture(loc[:own], size * factor[:own], weights[:own] / len(SIZES)) for size in SIZES]
-        seen = Mixture(*(torch.cat(parts) for parts in zip(*split, strict=True)))
-        seen = seen.fitted(self.population.z, self.population.log_weights.exp())
-        wider, share = WIDER
+        most = len(population.z) // (own * FITTED * loc.shape[1])
+        number = max(1, min(PARTS, 2 * PARTS // own, most))
+        parts = [(loc[:own], factor[:own])]  # at the mode's mean, others at particles of the mode
+        for _ in range(number - 1):
+            chances = torch.stack([self.labels == k for k in range(own)]).double()
+            parts.append((population.z[chances.multinomial(1).squeeze(-1)], factor[:own] / 2))
+        locs, factors = (torch.cat(list(part)) for part in zip(*parts, strict=True))
+        seen = Mixture(locs, factors, weights[:own].repeat(number) / number)
+        seen = seen.fitted(population.z, population.log_weights.exp()) if number > 1 else seen
         return Mixture(
             torch.cat((seen.loc, loc[own:], loc)),
             torch.cat((seen.scale_tril, factor[own:], wider * factor)),
@@ -330,11 +336,14 @@ def _started(task: Task, tops: Tops) -> AutoFlow:
 
 @torch.no_grad()
 def _set_modes(guide: AutoFlow, mixture: Mixture, chart: White) -> None:
-    """Put the base's components at the modes, in coordinates in which the population is white."""
+    """Put the base's components at the modes, in coordinates in which the population is white.
+
+    Small ones get more than they weigh, so that weighed draws tell what that is.
+    """
     base = guide.flow.base
     assert isinstance(base, ModesBase)
     factor = torch.linalg.solve_triangular(chart.scale_tril, mixture.scale_tril, upper=False)
-    base.set(chart.inverse(mixture.loc), factor, mixture.weights)
+    base.set(chart.inverse(mixture.loc), factor, mixture.weights.sqrt())
 
 
 def _weighed(guide: AutoFlow, task: Task) -> _Weighed:
