@@ -95,8 +95,9 @@ def _outside(space: Space) -> Missing | None:
     drawn = other.prior(guide.start[0].expand(TRIED, -1))
     if drawn is None or not bool(space.outside(other.values(drawn)).any()):
         return None
-    population = anneal(Reference(other, guide.start[0]), FEW if space.task.runs_one_by_one else PARTICLES, EFFORT)
-    if population is None:
+    number, effort = FEW if space.task.runs_one_by_one else PARTICLES, EFFORT._replace(gradients=10 * EFFORT.gradients)
+    population = anneal(Reference(other, guide.start[0]), number, effort)
+    if population is None or not population.has_arrived:
         return None
     outside = space.outside(other.values(population.z))
     return Missing(*population.share(outside)) if bool(outside.any()) else None

@@ -45,7 +45,8 @@ from ..training.loop import Fit
 from .density import fit_density
 
 ENOUGH = 5  # particles a dimension that a mode's own covariance takes
-DRAWS = 20_000  # draws of the guide that are weighed
+DRAWS, PROBES = 20_000, 1000  # draws of the guide that are weighed, and of each mode without particles
+BATCH = 4096  # draws whose values are computed at once
 WIDER = 1.5, 0.02  # each mode has a Gaussian that is as much wider, with a share
 ENOUGH_ESS = 0.9  # the effective share of draws at which nothing is left to train
 EPOCHS, GENTLE = 50, 0.003  # of training on the particles; the step size of the ELBO over a base with modes
@@ -179,6 +180,7 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
         space = sound_space(task)
         reference = Reference(space, guide.start[0])
         population = processes.first(lambda: anneal(reference, -(-number // ISLANDS) * ISLANDS, Effort()))
+        processes.as_one()
         if population is None:
             raise ValueError("anneal: hardly a draw of the prior has a density; is the model's density finite?")
         others = ways_up(or_nan(space.log_p), reference.draw(SOME))
@@ -214,16 +216,19 @@ class Tops:
     """
 
     def __init__(self, space: Space, population: Population, starts: Tensor) -> None:
-        self.population, density, z = population, or_nan(space.log_p), population.z
+        centre, density = _opposite_the_gap(space, population.z), or_nan(space.log_p)
+        z = space.wrapped(population.z, centre)
+        self.population = population = population._replace(z=z)
         chart = White(z, population.log_weights.exp())
-        ends = torch.cat([ascend(density, chart, part) for part in z.split(1024)])
+        ends = space.wrapped(torch.cat([ascend(density, chart, part) for part in z.split(1024)]), centre)
         self.labels = _merged(components(density, chart, ends), chart.inverse(ends))
         with torch.no_grad():
             heights = density(ends).nan_to_num(-math.inf, math.inf, -math.inf)
         tops = [int(heights.where(self.labels == k, -math.inf).argmax()) for k in range(int(self.labels.max()) + 1)]
         places, laws, self._own = list(ends[tops]), self._gaussians(), len(tops)
         weights = [population.share(self.labels == k)[0] for k in range(len(tops))]
-        for top in _others(density, chart, ends[tops], climb(density, chart, starts, NARROW)):
+        more = space.wrapped(climb(density, chart, starts, NARROW), centre)
+        for top in _others(density, chart, ends[tops], more):
             found = match_top(density, top, chart.scale_tril)
             if found is not None and found.elbo > population.log_evidence - LITTLE:
                 places.append(top)
@@ -237,12 +242,13 @@ class Tops:
 
     def _gaussians(self) -> list[tuple[Tensor, Tensor]]:
         """A Gaussian around the particles of each mode; modes of few of them share what is known of all."""
-        z, weights = self.population.z, self.population.log_weights.exp()
+        z, log_weights = self.population.z, self.population.log_weights
         parts = [self.labels == k for k in range(int(self.labels.max()) + 1)]
-        loc = torch.stack([White(z[mine]).loc for mine in parts])
-        pooled = White(z - loc[self.labels], weights).scale_tril
-        enough = ENOUGH * z.shape[1]
-        factors = [White(z[mine], weights[mine]).scale_tril if mine.sum() > enough else pooled for mine in parts]
+        within = [White(z[mine], (log_weights[mine] - log_weights[mine].max()).exp()) for mine in parts]
+        loc = torch.stack([white.loc for white in within])
+        pooled = White(z - loc[self.labels], log_weights.exp()).scale_tril
+        enough = [int(mine.sum()) > ENOUGH * z.shape[1] for mine in parts]
+        factors = [white.scale_tril if known else pooled for white, known in zip(within, enough, strict=True)]
         return list(zip(loc, factors, strict=True))
 
     def mixture(self) -> Mixture:
@@ -264,18 +270,50 @@ class Tops:
             torch.cat((seen.weights, weights[own:], share * weights)),
         )
 
+    @torch.no_grad()
+    def together(self, density: LogDensity) -> tuple[Tensor, Tensor, float, float, list[tuple[float, float]]]:
+        """The particles and weighed draws of the modes that have none: places and log-weights, normalised, the log
+        evidence and its standard error, and what each mode weighs, with its standard error."""
+        population, own = self.population, self._own
+        shares = [population.share(self.labels == k) for k in range(own)]
+        z, log_weights, noises = [population.z], [population.log_weights.double() + population.log_evidence], []
+        for k in range(own, len(self.places)):
+            law = MultivariateNormal(self.laws.loc[k], scale_tril=self.laws.scale_tril[k])
+            x = law.sample(torch.Size((PROBES,)))
+            found = (density(x) - law.log_prob(x)).where(self.label(x) == k, -math.inf).double()
+            weights = found.nan_to_num(-math.inf, -math.inf, -math.inf).softmax(0)
+            noises.append(float((weights - 1 / PROBES).norm()))
+            z.append(x)
+            log_weights.append(found.nan_to_num(-math.inf, -math.inf, -math.inf) - math.log(PROBES))
+        log_evidence = float(torch.cat(log_weights).logsumexp(0))
+        masses = [math.exp(float(part.logsumexp(0)) - log_evidence) for part in log_weights]
+        shares = [(masses[0] * share, masses[0] * noise) for share, noise in shares]
+        shares += [(mass, mass * noise) for mass, noise in zip(masses[1:], noises, strict=True)]
+        noise = math.hypot(masses[0] * population.log_evidence_se, *(noise for _, noise in shares[own:]))
+        return torch.cat(z), (torch.cat(log_weights) - log_evidence).to(z[0]), log_evidence, noise, shares
+
     def label(self, z: Tensor) -> Tensor:
         """The mode that each of other vectors most likely belongs to, ``(N,)``."""
         if len(self.places) == 1:
-            return torch.zeros(len(z), dtype=torch.long)
+            return torch.zeros(len(z), dtype=torch.long, device=z.device)
         return torch.cat(
             [(self.laws.log_prob(part.unsqueeze(1)) + self.weights.log()).argmax(-1) for part in z.split(1000)]
         )
 
 
+def _opposite_the_gap(space: Space, z: Tensor) -> Tensor:
+    """The angle, in each coordinate, that lies opposite to the largest gap between those of places, ``(D,)``."""
+    ordered = space.wrapped(z, torch.zeros_like(z[0])).sort(0).values
+    gaps = torch.cat((ordered[1:], ordered[:1] + 2 * math.pi)) - ordered
+    largest = gaps.argmax(0, keepdim=True)
+    return (ordered.gather(0, largest) + gaps.gather(0, largest) / 2).squeeze(0) + math.pi
+
+
 @torch.no_grad()
 def _others(density: LogDensity, chart: White, tops: Tensor, ends: Tensor) -> list[Tensor]:
     """The highest of some places, each ``(D,)``, that belong to none of the modes with the given tops."""
+    if not len(ends):
+        return []
     heights = density(ends).nan_to_num(-math.inf, -math.inf, -math.inf)
     ends, heights = ends[heights.isfinite()], heights[heights.isfinite()]
     labels = components(density, chart, torch.cat((tops, ends)))
@@ -352,10 +390,11 @@ def _weighed(guide: AutoFlow, task: Task) -> _Weighed:
 
     def drawn() -> tuple[Tensor, Psis]:
         draws = sound_space(Task(model.call, guide, model.args, model.kwargs, model.engine)).draw(DRAWS)
-        return draws.z, weigh(draws.log_p - draws.log_q)
+        return draws.z, weigh((draws.log_p - draws.log_q).nan_to_num(-math.inf, -math.inf, -math.inf))
 
     with pyro.validation_enabled(False):
         z, psis = processes.first(drawn)
+        processes.as_one()
     return _Weighed(guide, z, psis.smoothed.to(z), psis)
 
 
@@ -376,9 +415,7 @@ def _balanced(weighed: _Weighed, task: Task) -> _Weighed:
 def _summed_up(space: Space, tops: Tops, weighed: _Weighed | None, fit: Fit | None, start: float) -> Annealed:
     """The better of the guide's weighed draws and the population."""
     population, number = tops.population, len(tops.places)
-    z, log_weights = population.z, population.log_weights
-    log_evidence, noise = population.log_evidence, population.log_evidence_se
-    shares = [population.share(tops.labels == k) for k in range(number)]
+    z, log_weights, log_evidence, noise, shares = tops.together(or_nan(space.log_p))
     is_weighed = weighed is not None and _covers(weighed, population)
     if weighed and is_weighed:
         z, log_weights = weighed.z, weighed.log_weights
@@ -390,7 +427,7 @@ def _summed_up(space: Space, tops: Tops, weighed: _Weighed | None, fit: Fit | No
     places = [{name: place[name][k] for name in space.task.latents} for k in range(number)]
     modes = [Mode(*share, at, height) for share, at, height in zip(shares, places, tops.heights.tolist(), strict=True)]
     return Annealed(
-        draws=space.values(z),
+        draws=space.drawn_back(z, BATCH),
         log_weights=log_weights,
         log_evidence=log_evidence,
         log_evidence_se=noise,

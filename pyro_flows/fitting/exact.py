@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,7 +16,7 @@ from ..training.interrupts import hold_interrupts
 CHAINS, ONE_BY_ONE = 256, 16  # chains by default, also where the model runs one draw at a time
 
 
-def exact(space: Space, goal: Goal, num_chains: int | None, *, progress: bool) -> Samples:
+def exact(space: Space, goal: Goal, num_chains: int | None, *, progress: bool, others: Tensor | None = None) -> Samples:
     """Draw from the posterior by chains that start from a guide's draws.
 
     Args:
@@ -25,13 +24,14 @@ def exact(space: Space, goal: Goal, num_chains: int | None, *, progress: bool) -
         goal: What is asked for.
         num_chains: The number of chains, or None.
         progress: Whether to show a progress bar.
+        others: Other places that some chains start from, ``(n, D)``.
     """
     start = time.perf_counter()
     chains = num_chains or (ONE_BY_ONE if space.task.runs_one_by_one else CHAINS)
-    found = _run(space, chains, goal, progress=progress)
+    found = _run(space, chains, goal, others, progress=progress)
     rhat, ess_bulk, ess_tail, _ = found.convergence
     return Samples(
-        draws=_draws(space, found.z),
+        draws={k: v.unflatten(0, found.z.shape[:2]) for k, v in space.drawn_back(found.z.flatten(0, 1), BATCH).items()},
         names=space.read.names,
         rhat=rhat,
         ess_bulk=ess_bulk,
@@ -46,7 +46,7 @@ def exact(space: Space, goal: Goal, num_chains: int | None, *, progress: bool) -
     )
 
 
-def _run(space: Space, chains: int, goal: Goal, *, progress: bool) -> Outcome:
+def _run(space: Space, chains: int, goal: Goal, others: Tensor | None, *, progress: bool) -> Outcome:
     """Run chains under a progress bar; Ctrl-C ends them early."""
     with hold_interrupts() as asked, tqdm(disable=not progress, unit="sweep", dynamic_ncols=True) as bar:
 
@@ -54,14 +54,7 @@ def _run(space: Space, chains: int, goal: Goal, *, progress: bool) -> Outcome:
             bar.update()
             bar.set_postfix_str(words, refresh=False)
 
-        return Run(space, chains, goal, tell, asked).run()
-
-
-def _draws(space: Space, z: Tensor) -> dict[str, Tensor]:
-    """The model's latents and deterministic sites at draws, ``(C, n, D)``: each ``(C, n, *site_shape)``."""
-    parts = [space.values(part) for part in z.flatten(0, 1).split(BATCH)]
-    latents = {name: torch.cat([part[name] for part in parts]) for name in space.task.latents}
-    return {name: value.unflatten(0, z.shape[:2]) for name, value in space.task.values(latents, BATCH).items()}
+        return Run(space, chains, goal, tell, asked, others).run()
 
 
 def warning(found: Samples, max_sweeps: int) -> str:

@@ -38,6 +38,7 @@ from ..transforms import ActNorm
 from .covering import cover
 from .exact import exact
 
+LOST = "mode", "far", "evidence", "blind"  # findings of mass that chains may not come to
 ORDER = "do not trust", "reweight", "trust"
 PARTICLES = 2048  # of a population that looks for modes
 EXACT = Goal(4000, 1000)  # what is asked of exact draws
@@ -137,14 +138,22 @@ class Ladder:
         return torch.cat(places) if places else None
 
     def sample(self, name: str) -> None:
-        """Draw exactly, from the best guide, unless it misses a mode, which chains would miss as well."""
+        """Draw exactly, from the best guide, unless it misses a mode, which chains would miss as well.
+
+        Some chains start where checks have found mass that guides lack: that they do not mix with the others shows.
+        """
         start, best = time.perf_counter(), self.best
-        if best.check is None or best.check.misses_a_mode or processes.size() > 1:
+        if best.check is None or processes.size() > 1:
             return
+        if any(finding.kind in LOST for finding in best.check.findings):
+            return
+        places = [rung.check.missing.place for rung in self.rungs if rung.check]
+        known = [place for place in places if place is not None]
         model = self.task.model
         task = Task(model.call, best.fit.guide, model.args, model.kwargs, self.settings["vectorize"])
         with validation_enabled(False):
-            samples = exact(sound_space(task), EXACT, None, progress=self.settings["progress"])
+            others = torch.stack(known) if known else None
+            samples = exact(sound_space(task), EXACT, None, progress=self.settings["progress"], others=others)
         self.note(Rung(name, best.fit, best.check, time.perf_counter() - start, samples))
 
     def judge(self, name: str, fit: Fit, seconds: float) -> None:

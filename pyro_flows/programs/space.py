@@ -105,12 +105,30 @@ class Space:
             found = self.task.guide.sample(self._scored, {}, size)
             free = {name: transform.inv(found[f"own {name}"]) for name, transform in self._own.items()}
             change, latents = self._change(free, found), self._latents(found)
-            log_p, derived = self.task.model.score(latents, size, self.read.derived)
+            log_p, derived = self._score(latents, size)
             z = torch.cat([part.reshape(size, -1) for part in free.values()], -1)
             scores = {"log_p": log_p - found["rest"] + change, "log_q": found["log_q"] + change}
             return {"z": z, **scores, "quantities": self.read.numbers({**latents, **derived})}
 
         return Scored(**in_batches(step, {}, number, batch_size))
+
+    def _score(self, latents: Values, size: int) -> tuple[Tensor, Values]:
+        """The model's log-density of N draws, ``(N,)``, and its deterministic sites; -inf where it breaks down."""
+        try:
+            return self.task.model.score(latents, size, self.read.derived)
+        except (ValueError, LinAlgError, FloatingPointError) as error:
+            if not is_breakdown(error):
+                raise
+        if size == 1:
+            known = self.task.model.single.nodes
+            derived = {name: known[name]["value"].unsqueeze(0) for name in self.read.derived}
+            return torch.full((1,), -math.inf).to(next(iter(latents.values()))), derived
+        parts = [
+            self._score({name: value[rows] for name, value in latents.items()}, len(range(size)[rows]))
+            for rows in (slice(size // 2), slice(size // 2, None))
+        ]
+        derived = {name: torch.cat([part[1][name] for part in parts]) for name in self.read.derived}
+        return torch.cat([part[0] for part in parts]), derived
 
     def log_p(self, z: Tensor) -> Tensor:
         """The model's log-density over z, ``(N, D) -> (N,)`` in nats."""
@@ -158,6 +176,13 @@ class Space:
         latents = self.latents(z)
         derived = self.task.model.score(latents, len(z), self.read.derived)[1] if self.read.derived else {}
         return {**latents, **derived}
+
+    @torch.no_grad()
+    def drawn_back(self, z: Tensor, batch_size: int) -> Values:
+        """The model's latents and all its deterministic sites at z, discrete latents that are summed out drawn back."""
+        parts = [self.latents(part) for part in z.split(batch_size)]
+        latents = {name: torch.cat([part[name] for part in parts]) for name in self.task.latents}
+        return self.task.values(latents, batch_size)
 
     @torch.no_grad()
     def quantities(self, z: Tensor) -> Tensor:

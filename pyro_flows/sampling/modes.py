@@ -20,7 +20,8 @@ CLIMB = 60  # steps of a climb
 NEIGHBOURS = 6
 SOME, NARROW = 256, 0.1  # draws of the prior that climbs start from; the size of their steps, in its sds
 DIP = 1.0  # nats by which the density must fall between two places that are of two modes
-BETWEEN = 0.25, 0.5, 0.75  # where it is looked at
+BETWEEN = 6  # places where it is looked at, none at a fixed share of the way, where a lattice has further modes
+BATCH = 4096  # places that are looked at together
 WAYPOINTS, STEPS = 12, (0.5, 0.1, 0.02)  # on the way of a climb; the sizes of its steps, each for what leapt before
 
 
@@ -101,8 +102,8 @@ def components(density: LogDensity, chart: White, z: Tensor) -> Tensor:
     """
     number, x = len(z), chart.inverse(z)
     if number == 1:
-        return torch.zeros(1, dtype=torch.long)
-    near = torch.cdist(x, x).fill_diagonal_(math.inf).topk(min(NEIGHBOURS, number - 1), largest=False).indices
+        return torch.zeros(1, dtype=torch.long, device=z.device)
+    near = _nearest(x)
     one = torch.arange(number, device=z.device).unsqueeze(-1).expand_as(near)
     heights = density(z)
     joined = _joined(density, z, heights, one, near)
@@ -115,24 +116,43 @@ def components(density: LogDensity, chart: White, z: Tensor) -> Tensor:
     labels = _connected(one[kept], near[kept], number)
     # Places that have climbed to one point may still fall into groups of nearest neighbours: their tops tell.
     tops = torch.stack([heights.where(labels == k, -math.inf).argmax() for k in range(int(labels.max()) + 1)])
-    pairs = torch.combinations(torch.arange(len(tops)))
-    first, second = tops[pairs[:, 0]], tops[pairs[:, 1]]
-    same = _joined(density, z, heights, first, second)
-    found = _connected(pairs[same, 0], pairs[same, 1], len(tops))[labels]
+    near = _nearest(x[tops])
+    one = torch.arange(len(tops), device=z.device).unsqueeze(-1).expand_as(near)
+    same = _joined(density, z, heights, tops[one], tops[near])
+    found = _connected(one[same], near[same], len(tops))[labels]
     order = found.bincount().argsort(descending=True)
     return order.argsort()[found]
+
+
+def _nearest(x: Tensor) -> Tensor:
+    """The nearest neighbours of each of some places, ``(N, k)``."""
+    count = min(NEIGHBOURS, len(x) - 1)
+    rows = torch.arange(len(x), device=x.device)
+    found = []
+    for part in rows.split(BATCH):
+        apart = torch.cdist(x[part], x)
+        apart[torch.arange(len(part), device=x.device), part] = math.inf
+        found.append(apart.topk(count, largest=False).indices)
+    return torch.cat(found)
 
 
 def _joined(density: LogDensity, z: Tensor, heights: Tensor, one: Tensor, other: Tensor) -> Tensor:
     """Whether the density does not fall between places of some numbers and places of others, of the numbers' shape."""
     if not one.numel():
         return torch.zeros(one.shape, dtype=torch.bool)
-    least = torch.minimum(heights[one], heights[other])
-    joined = torch.ones_like(least, dtype=torch.bool)
-    for share in BETWEEN:
-        between = z[one.flatten()].lerp(z[other.flatten()], share)
-        joined &= density(between).reshape(one.shape) > least - DIP
-    return joined
+    first, second = one.flatten(), other.flatten()
+    least = torch.minimum(heights[first], heights[second]) - DIP
+    joined = torch.arange(len(first), device=z.device)
+    for place in range(BETWEEN):
+        kept = [joined[:0]]
+        for part in joined.split(BATCH) if len(joined) else ():
+            share = (place + torch.rand(len(part), 1).to(z)) / BETWEEN
+            between = z[first[part]] + share * (z[second[part]] - z[first[part]])
+            kept.append(part[density(between) > least[part]])
+        joined = torch.cat(kept)
+    found = torch.zeros(len(first), dtype=torch.bool, device=z.device)
+    found[joined] = True
+    return found.view(one.shape)
 
 
 def _connected(one: Tensor, other: Tensor, number: int) -> Tensor:
@@ -142,4 +162,4 @@ def _connected(one: Tensor, other: Tensor, number: int) -> Tensor:
 
     ends = one.cpu().numpy(), other.cpu().numpy()
     edges = coo_array((np.ones(len(ends[0]), dtype=bool), ends), shape=(number, number))
-    return torch.as_tensor(connected_components(edges, directed=False)[1], dtype=torch.long)
+    return torch.as_tensor(connected_components(edges, directed=False)[1], dtype=torch.long, device=one.device)

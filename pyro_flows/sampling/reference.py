@@ -8,20 +8,39 @@ From r the way to the posterior p goes through the laws that are proportional to
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from ..programs.log_density import LogDensity, or_nan
 from ..programs.space import Space
-from ..programs.task import Task, group_of
+from ..programs.task import Task
 from .gaussian import fit_gaussian
 
 WIDE = 10.0  # the standard deviation of a wide Gaussian, in units and in those of the Gaussian nearest to the posterior
 ALIVE = 0.01  # the share of the prior's draws that must have a density
 TRIED = 500  # draws that tell
+
+
+class _Muted(Messenger):
+    """Lets a model run as it does, with sites of some names that have no density."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__()
+        self._names = names
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self._names:
+            msg["mask"] = False
+
+
+def _is_data(site: dict[str, Any]) -> bool:
+    """Whether a site holds data, or a factor."""
+    observed = site["type"] == "sample" and site["is_observed"]
+    return observed and not site["infer"].get("_deterministic", False)
 
 
 class Reference:
@@ -40,9 +59,8 @@ class Reference:
         self._flat = torch.tensor([name in space.flat for name in places], device=loc.device)
         self._prior = None
         if model.enumerated:
-            data = [name for name, site in model.single.nodes.items() if group_of(site) == "observed"]
-            hidden = poutine.block(model.call, hide=data)
-            self._prior = Task(hidden, space.task.guide.call, model.args, model.kwargs).settle().model
+            muted = _Muted({name for name, site in model.single.nodes.items() if _is_data(site)}.union(space.flat))
+            self._prior = Task(muted(model.call), space.task.guide.call, model.args, model.kwargs).settle().model
         self._loc, self._scale_tril = loc, scale_tril
         self._wide = self._wide_law() if bool(self._flat.any()) else None
         if not bool(self._flat.all()) and not self._is_alive():
@@ -57,7 +75,11 @@ class Reference:
         if bool(self._flat.all()):
             return z
         drawn = self._space.prior(z)
-        return z * math.nan if drawn is None else drawn.to(z)
+        if drawn is not None:
+            return drawn.to(z)
+        if number == 1:
+            return z * math.nan
+        return torch.cat([self.draw(number // 2), self.draw(number - number // 2)])
 
     def log_r_and_p(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The log-densities of r and p over z, each ``(N,)`` in nats; NaN where the model breaks down."""

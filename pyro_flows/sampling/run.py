@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from ..programs.log_density import is_breakdown, or_nan
+from ..programs.log_density import or_nan
 from ..programs.space import Scored, Space
 from .chains import Chains
 from .charts import White, charts_of
@@ -86,6 +85,8 @@ class Run:
         goal: What is asked of them.
         tell: Is told after each sweep, in words, how far the chains are.
         stopped: Asked after each sweep; True to end early.
+        others: Places where a quarter of the chains start, ``(n, D)``, to tell whether all come from there to where the
+            guide is; None to start all of them from the guide's draws.
     """
 
     def __init__(
@@ -95,9 +96,13 @@ class Run:
         goal: Goal,
         tell: Callable[[str], None],
         stopped: Callable[[], bool],
+        others: Tensor | None = None,
     ) -> None:
         self.space, self.goal, self._tell, self._stopped = space, goal, tell, stopped
         z, start = self._starts(num_chains)
+        if others is not None:
+            quarter = start[: num_chains // 4]
+            quarter.copy_(others[torch.arange(len(quarter)) % len(others)])
         self.chains = Chains(or_nan(space.log_p), self._coordinates(z), start, max_steps=16)
         self.record = Record(space, max(KEPT, math.ceil(2 * goal.num_draws / num_chains)))
         self.sweeps, self.chance, self.times, self._words = 0, math.nan, 0, "warm-up"
@@ -195,14 +200,7 @@ class Run:
         return places
 
     def _draw(self, number: int) -> Scored:
-        """Draws of the guide at which the model does not break down."""
-        try:
-            return self.space.draw(number, BATCH)
-        except (ValueError, LinAlgError, FloatingPointError) as error:
-            if not is_breakdown(error) or number == 1:
-                raise
-        halves = [self._draw(number // 2), self._draw(number - number // 2)]
-        return Scored(*(torch.cat(parts) for parts in zip(*halves, strict=True)))
+        return self.space.draw(number, BATCH)
 
     def _warm_up(self) -> None:
         """Adapt steps and coordinates, and decide how often draws of the guide are proposed."""
