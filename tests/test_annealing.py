@@ -275,6 +275,91 @@ def test_a_narrow_mode_that_particles_miss_is_found_where_a_prior_has_its_middle
     assert [mode.weight for mode in found.modes] == pytest.approx(sorted([weight, 1 - weight])[::-1], abs=0.03)
 
 
+def test_modes_on_a_lattice_are_told_apart() -> None:
+    """Halves and quarters of the way between two of them lie on others."""
+    z = torch.arange(8.0).unsqueeze(-1)
+    assert len(components(lambda z: 10 * (2 * math.pi * z[:, 0]).cos(), White(z), z).unique()) == 8
+
+
+def test_a_mode_at_the_cut_of_an_angle_is_one() -> None:
+    def turning() -> None:
+        angle = pyro.sample("angle", dist.VonMises(torch.tensor(0.0), torch.tensor(0.1)))
+        pyro.sample("y", dist.VonMises(angle, torch.tensor(20.0)), obs=torch.tensor(3.1))
+
+    (mode,) = found_in(turning).modes
+    assert abs(math.remainder(float(mode.place["angle"]) - 3.1, 2 * math.pi)) < 0.05
+
+
+def test_factors_are_no_part_of_a_prior_with_discrete_latents_that_are_summed_out() -> None:
+    def heavier(factor: float) -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 5.0))
+        coin = pyro.sample("coin", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(coin, 1.0), obs=torch.tensor(0.5))
+        near = torch.stack((-((x - 4).square()) / 0.02 + factor, -((x + 4).square()) / 0.02), -1)
+        pyro.factor("places", near.logsumexp(-1))
+
+    found = found_in(heavier, 3.0, number=1024)
+    assert len(found.temperatures) > 2
+    share = 1 / (1 + math.exp(-3))
+    assert abs(found.modes[0].weight - share) < 5 * found.modes[0].weight_se + 0.01
+
+
+def test_draws_at_which_a_model_breaks_down_weigh_nothing() -> None:
+    """One in a thousand of the prior's: batches with and without some of them."""
+
+    def fragile() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        one = torch.ones_like(x)
+        covariance = torch.stack((torch.stack((one, x / 3.25), -1), torch.stack((x / 3.25, one), -1)), -2)
+        pyro.factor("broken", 0 * torch.linalg.cholesky(covariance).sum((-1, -2)))
+
+    for _ in range(3):
+        found = found_in(fragile, number=1024)
+        assert abs(found.log_evidence) < 5 * found.log_evidence_se + 0.005
+
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    assert check(fragile, guide).verdict in ("trust", "reweight")
+
+
+def test_particles_of_islands_far_below_the_others_do_no_harm() -> None:
+    """Most islands miss a needle that has nearly all of the mass."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        needle = dist.Normal(torch.tensor([1.5, 0.0]), 0.01).log_prob(x).sum(-1) + 200
+        pyro.factor("needle", torch.logaddexp(needle, torch.zeros(())))
+
+    found = found_in(model, number=1024)
+    assert found.modes[0].weight == pytest.approx(1, abs=1e-3)
+
+
+def test_modes_without_particles_count_in_the_evidence() -> None:
+    def model() -> None:
+        prior = dist.Normal(torch.zeros(3), 3.0).to_event(1)
+        x = pyro.sample("x", prior)
+        needle = dist.Normal(torch.zeros(3), 0.002).log_prob(x).sum(-1)
+        pyro.factor("needle", torch.logaddexp(needle - prior.log_prob(x), torch.zeros(())))
+
+    found = found_in(model)
+    assert found.log_evidence == pytest.approx(math.log(2), abs=0.02)
+    assert [mode.weight for mode in found.modes] == pytest.approx([0.5, 0.5], abs=0.02)
+    assert float(found.log_weights.double().logsumexp(0)) == pytest.approx(0, abs=1e-3)
+
+
+def test_draws_hold_all_sites() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        k = pyro.sample("k", dist.Categorical(torch.ones(3)), infer={"enumerate": "parallel"})
+        pyro.deterministic("sum", x + k)
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+
+    draws = found_in(model).draws
+    assert draws.keys() == {"x", "k", "sum"}
+    torch.testing.assert_close(draws["sum"], draws["x"] + draws["k"])
+
+
 # The guide.
 
 

@@ -137,6 +137,25 @@ def test_draws_are_exact_where_weights_are_not_reliable(monkeypatch):
     assert fit.samples.converged
 
 
+def test_chains_that_leave_out_what_a_check_has_found_do_not_converge():
+    """The guide is too wide for one of two modes, so that its chains drift: it counts as collapsed."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 5.0))
+        pyro.sample("y", dist.Normal((x - 1) ** 2, 2.0), obs=torch.tensor(25.0))  # 6 or -4
+
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(6.0, 0.35))
+
+    found = check(model, guide)
+    assert next(finding.kind for finding in found.findings) in ("collapsed", "mode")
+    climber = ladder.Ladder(never, Task(model, guide, (), {}), {"progress": False, "vectorize": "auto"}, None)
+    climber.note(ladder.Rung("wide", Fit(guide, torch.zeros(1), 0.0, 1, 1, 0, 1.0, "steps"), found, 1.0))
+    climber.sample("exact draws")
+    samples = climber.result().samples
+    assert samples is None or not samples.converged
+
+
 def test_less_evidence_than_before_is_not_trusted():
     """A second fit has found one mode, exactly; the first one had found two."""
 

@@ -34,7 +34,7 @@ from ..programs.log_density import LogDensity, or_nan
 from ..programs.space import Space, sound_space
 from ..programs.task import Task
 from ..sampling.charts import White
-from ..sampling.gaussian import match_top
+from ..sampling.gaussian import Gaussian, match_top
 from ..sampling.mixture import ENOUGH as FITTED
 from ..sampling.mixture import Mixture
 from ..sampling.modes import NARROW, SOME, ascend, climb, components, ways_up
@@ -228,9 +228,9 @@ class Tops:
         places, laws, self._own = list(ends[tops]), self._gaussians(), len(tops)
         weights = [population.share(self.labels == k)[0] for k in range(len(tops))]
         more = space.wrapped(climb(density, chart, starts, NARROW), centre)
-        for top in _others(density, chart, ends[tops], more):
+        for top in _others(density, chart, ends[tops], torch.cat((more, ends[tops]))):
             found = match_top(density, top, chart.scale_tril)
-            if found is not None and found.elbo > population.log_evidence - LITTLE:
+            if found is not None and self._lacks(found):
                 places.append(top)
                 laws.append((found.loc, found.scale_tril))
                 weights.append(math.exp(found.elbo - population.log_evidence))
@@ -239,6 +239,14 @@ class Tops:
             self.heights = density(self.places)
         loc, scale_tril = (torch.stack(list(part)) for part in zip(*laws, strict=True))
         self.laws = MultivariateNormal(loc, scale_tril=scale_tril)
+
+    def _lacks(self, found: Gaussian) -> bool:
+        """Whether a mode has mass that counts and next to no particles."""
+        apart = self.population.z - found.loc
+        distance = torch.linalg.solve_triangular(found.scale_tril, apart.T, upper=False).norm(dim=0)
+        share, _ = self.population.share(distance < math.sqrt(len(found.loc)) + 3)
+        mass = found.elbo - self.population.log_evidence
+        return mass > -LITTLE and share < math.exp(min(mass, 0.0)) / 4
 
     def _gaussians(self) -> list[tuple[Tensor, Tensor]]:
         """A Gaussian around the particles of each mode; modes of few of them share what is known of all."""
@@ -276,6 +284,9 @@ class Tops:
         evidence and its standard error, and what each mode weighs, with its standard error."""
         population, own = self.population, self._own
         shares = [population.share(self.labels == k) for k in range(own)]
+        if own == len(self.places):
+            summary = population.log_evidence, population.log_evidence_se
+            return population.z, population.log_weights, *summary, shares
         z, log_weights, noises = [population.z], [population.log_weights.double() + population.log_evidence], []
         for k in range(own, len(self.places)):
             law = MultivariateNormal(self.laws.loc[k], scale_tril=self.laws.scale_tril[k])
@@ -311,16 +322,16 @@ def _opposite_the_gap(space: Space, z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _others(density: LogDensity, chart: White, tops: Tensor, ends: Tensor) -> list[Tensor]:
-    """The highest of some places, each ``(D,)``, that belong to none of the modes with the given tops."""
-    if not len(ends):
-        return []
+    """The highest of some places, each ``(D,)``, of the modes without and with one of the given tops."""
     heights = density(ends).nan_to_num(-math.inf, -math.inf, -math.inf)
     ends, heights = ends[heights.isfinite()], heights[heights.isfinite()]
     labels = components(density, chart, torch.cat((tops, ends)))
     known, labels = labels[: len(tops)], labels[len(tops) :]
-    others = [label for label in labels.unique() if not bool((known == label).any())]
-    found = [int(heights.where(labels == label, -math.inf).argmax()) for label in others]
-    return [ends[top] for top in sorted(found, key=lambda top: -float(heights[top]))[:OTHERS]]
+    found = [int(heights.where(labels == label, -math.inf).argmax()) for label in labels.unique()]
+    found.sort(key=lambda top: -float(heights[top]))
+    is_known = [bool((known == labels[top]).any()) for top in found]
+    kinds = ([top for top, old in zip(found, is_known, strict=True) if old == kind] for kind in (False, True))
+    return [ends[top] for tops in kinds for top in tops[:OTHERS]]
 
 
 def _fitted(task: Task, tops: Tops, fit_once: FitOnce) -> tuple[_Weighed, Fit | None]:
