@@ -1,9 +1,9 @@
 """The ladder: fits of growing effort, each judged, until one can be trusted.
 
 A Gaussian; the guide's flow; more couplings before it, trained for longer; a guide that covers the modes which a
-population has found; and exact draws by chains, also where a guide can be trusted and its weights cannot.  What comes
-next depends on what the check has found: longer training finds no mode that is missing.  Restarts, from draws of the
-prior or from far around the start, guard against spurious modes.
+population has found; and exact draws by chains, also where a guide can be trusted but its weights see errors that are
+small, or cannot be relied on.  What comes next depends on what the check has found: longer training finds no mode that
+is missing.  Restarts, from draws of the prior or from far around the start, guard against spurious modes.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ PARTICLES = 2048  # of a population that looks for modes
 EXACT = Goal(4000, 1000)  # what is asked of exact draws
 DRAWS = 8  # of each earlier guide, from which modes are looked for
 LESS = 0.1  # nats of evidence that a rung must not lack against an earlier one
+SMALL = 0.05  # the error of a variance that a trusted guide may have for sure
 TRIES = 8  # places of which a restart takes the best
 
 
@@ -191,9 +192,12 @@ class Ladder:
 
     @property
     def is_sure(self) -> bool:
-        """Whether there is nothing to do any more, and the weights of what can be trusted are reliable too."""
+        """Whether there is nothing to do any more: the weights of what can be trusted are reliable, and see no error."""
         last = self.rungs[-1].check if self.rungs else None
-        return bool(self.stopped) or (self.ended and last is not None and last.psis.reliable)
+        if self.stopped or last is None or not self.ended:
+            return bool(self.stopped)
+        error = (last.weighted.variance - 1).abs() - 2 * last.weighted.variance_se
+        return last.psis.reliable and not bool((error > SMALL).any())
 
     @property
     def misses_a_mode(self) -> bool:
