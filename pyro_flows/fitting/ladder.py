@@ -192,7 +192,7 @@ class Ladder:
 
     @property
     def is_sure(self) -> bool:
-        """Whether there is nothing to do any more: the weights of what can be trusted are reliable, and see no error."""
+        """Whether there is nothing to do: what can be trusted has weights that are reliable and see no error."""
         last = self.rungs[-1].check if self.rungs else None
         if self.stopped or last is None or not self.ended:
             return bool(self.stopped)
