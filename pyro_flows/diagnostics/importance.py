@@ -38,6 +38,7 @@ from ..programs.nesting import takes_nesting
 from ..programs.task import Draws, Task, in_batches
 
 LEAST = 25  # draws, to fit the tail of their weights
+EVEN = 1.0  # nats by which the largest weight may exceed their mean where they are even
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,13 @@ class Psis:
 
     @property
     def reliable(self) -> bool:
-        """Whether k-hat is below its threshold."""
-        return self.khat < self.threshold
+        """Whether k-hat is below its threshold, or the weights too even for it to mean anything."""
+        return self.khat < self.threshold or self.even
+
+    @property
+    def even(self) -> bool:
+        """Whether no weight is above e times their mean, so that the tail that k-hat is the shape of has no size."""
+        return float(self.log_weights.max()) - self.log_evidence < EVEN
 
     def plot(self) -> Any:
         """Picture the weights: :func:`pyro_flows.plots.weights`."""

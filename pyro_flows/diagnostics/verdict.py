@@ -45,7 +45,6 @@ CONTRARY = 2.0  # by how many standard errors more chains must then be certain, 
 UNEQUAL = 0.4  # the total variation from the posterior beyond which reliable weights are to be heard
 LOST = 0.05  # the share of the posterior's mass that must not be missed
 WORST_KHAT = 1.0  # beyond this the weights have no mean
-EVEN = 1.0  # nats by which the largest weight exceeds their mean where they are too even for k-hat to mean anything
 ADAPT, BLOCK, BLOCKS = 4, 10, 5  # sweeps of the chains: to adapt their steps, between judgements, and at most
 TRIES = 4  # times as many sweeps to adapt steps that are far too long
 
@@ -328,7 +327,7 @@ def _run(
 
 def _is_calm(psis: Psis, weighted: Drift) -> bool:
     """Whether weights that can be believed see no error at all."""
-    return psis.khat < CALM and bool((weighted.errors + 2 * weighted.noise < SURE).all())
+    return (psis.khat < CALM or psis.even) and bool((weighted.errors + 2 * weighted.noise < SURE).all())
 
 
 def judge(seen: Check) -> list[Finding]:
@@ -408,7 +407,7 @@ def _doubts(seen: Check) -> list[Finding]:
     if bool(bent.any()):
         labels = [f"whitened direction {i}" for i in range(len(directions.error))]
         return [directions.worst(labels, bent, "whitened")]
-    if psis.khat >= WORST_KHAT and float(psis.log_weights.max()) - psis.log_evidence > EVEN:
+    if psis.khat >= WORST_KHAT and not psis.even:
         return [Finding("tails", "", psis.khat)]
     pooled = chains.pooled_with(seen.weighted) if psis.reliable else chains
     told = torch.maximum(pooled.errors, pooled.noise) <= LIMIT  # False also where chains have overflown to no number
