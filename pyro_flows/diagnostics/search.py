@@ -23,7 +23,7 @@ from ..programs.space import Scored, Space
 from ..programs.task import Task
 from ..sampling.charts import White
 from ..sampling.gaussian import match_top
-from ..sampling.modes import ascend, climb, components, ways_up
+from ..sampling.modes import ascend, climb, components, far, ways_up
 from ..sampling.population import Effort, anneal
 from ..sampling.reference import Reference
 from .drift import Drift
@@ -110,7 +110,7 @@ def _lacking(space: Space, white: White, density: LogDensity, draws: Scored, evi
     population = anneal(reference, FEW if alone else PARTICLES, EFFORT)
     number = STARTS // (8 if alone else 2)
     drawn = reference.draw(FEW if alone else PARTICLES)
-    starts = torch.cat((white.forward(_far(white.inverse(draws.z[:number])))[0], ways_up(density, drawn)))
+    starts = torch.cat((white.forward(far(white.inverse(draws.z[:number])))[0], ways_up(density, drawn)))
     found = [] if population is None else [population.z]
     if population is not None and not population.has_arrived:
         starts = torch.cat((starts, population.z))
@@ -119,11 +119,6 @@ def _lacking(space: Space, white: White, density: LogDensity, draws: Scored, evi
         heights = density(places)
     surprise = (heights - log_q(space, places) - evidence).nan_to_num(-math.inf, math.inf, -math.inf)
     return places[(surprise > SURPRISE) & heights.isfinite()], population is None
-
-
-def _far(x: Tensor) -> Tensor:
-    """Vectors that are moved outwards by factors from 2 to 8."""
-    return 2 * 4 ** torch.rand(len(x), 1, dtype=x.dtype, device=x.device) * x
 
 
 def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) -> list[dist.TorchDistribution]:

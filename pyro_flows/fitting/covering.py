@@ -169,6 +169,8 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
         others = ways_up(or_nan(space.log_p), reference.draw(SOME))
         tops = Tops(space, population, others if starts is None else torch.cat((others, starts)))
     weighed, fit = _fitted(task, tops, fit_once) if fit_once else (None, None)
+    if weighed:  # anew, as the best of some guides owes that to its draws in part
+        weighed = _weighed(weighed.guide, task)
     with pyro.validation_enabled(False):
         return _summed_up(space, tops, weighed, fit, start)
 

@@ -37,17 +37,20 @@ class Mixture(NamedTuple):
     def fitted(self, x: Tensor, weights: Tensor) -> Mixture:
         """The mixture that draws, ``(N, D)``, of some weights, ``(N,)``, lead to from this one.
 
-        Components of too few draws stay as they are, but for what they weigh.
+        Components of too few draws stay as they are, but for what they weigh; copies of a draw count as one.
         """
-        found, enough = self, ENOUGH * x.shape[1] / len(x)
+        found = self
+        x, place = x.unique(dim=0, return_inverse=True)
+        weights = weights.new_zeros(len(x)).index_add(0, place, weights)
         for _ in range(ROUNDS):
             chances = weights.unsqueeze(-1) * found.chances(x)
             total = chances.sum(0)
+            effective = total.square() / chances.square().sum(0).clamp_min(1e-30)
             shares = (chances / total.clamp_min(1e-12)).T  # (K, N)
             loc = shares @ x
             apart = shares.sqrt().unsqueeze(-1) * (x - loc.unsqueeze(1))  # (K, N, D)
             scale_tril, failed = torch.linalg.cholesky_ex(apart.mT @ apart)
-            usable = (total > enough) & (failed == 0) & scale_tril.isfinite().all((-1, -2))
+            usable = (effective > ENOUGH * x.shape[1]) & (failed == 0) & scale_tril.isfinite().all((-1, -2))
             found = Mixture(
                 torch.where(usable[:, None], loc, found.loc),
                 torch.where(usable[:, None, None], scale_tril, found.scale_tril),

@@ -18,7 +18,7 @@ from .charts import White
 
 CLIMB = 60  # steps of a climb
 NEIGHBOURS = 6
-SOME, NARROW = 256, 0.1  # draws of the prior that climbs start from; the size of their steps, in its sds
+SOME, NARROW, FAR = 256, 0.1, 0.2  # draws of the prior that climbs start from; their steps, in its sds, also far out
 DIP = 1.0  # nats by which the density must fall between two places that are of two modes
 BETWEEN = 6  # places where it is looked at, none at a fixed share of the way, where a lattice has further modes
 BATCH = 4096  # places that are looked at together
@@ -80,14 +80,21 @@ def _leaps(density: LogDensity, z: Tensor, ends: Tensor) -> Tensor:
 
 
 def ways_up(density: LogDensity, z: Tensor) -> Tensor:
-    """Places to look for narrow modes from: the origin and the middle of draws from the prior, places between that and
-    some of them, and those to which all of them climb."""
+    """Places to look for modes from that a population misses, given draws of the prior: the origin, the middle of the
+    draws and places between that and some of them, where they climb to, and where places far around them climb to."""
     z = z[z.isfinite().all(-1)]
     if len(z) < 3:
         return z
     middle, some = z.median(0).values, z[: len(z) // 8]
     between = middle + torch.rand(len(some), 1).to(z) * (some - middle)
-    return torch.cat((torch.stack((torch.zeros_like(middle), middle)), between, climb(density, White(z), z, NARROW)))
+    chart, few = White(z), torch.stack((torch.zeros_like(middle), middle))
+    beyond = climb(density, chart, chart.forward(far(chart.inverse(some)))[0], FAR)
+    return torch.cat((few, between, climb(density, chart, z, NARROW), beyond))
+
+
+def far(x: Tensor) -> Tensor:
+    """Vectors that are moved outwards by factors from 2 to 8."""
+    return 2 * 4 ** torch.rand(len(x), 1, dtype=x.dtype, device=x.device) * x
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from .population import Population
 
 ENOUGH = 5  # particles a dimension that a mode's own covariance takes
 PROBES = 1000  # draws that tell what a mode without particles weighs
-WIDER = 1.5, 0.02  # each mode has a Gaussian that is as much wider, with a share
+WIDER = 1.5, 0.02  # each Gaussian has one beside it that is as much wider, with a share
 PARTS = 8  # Gaussians in each mode at most, and half of those in all modes but for one each
 OTHERS, LITTLE = 8, 6.0  # modes without particles that are looked at; nats by which they may lie below the evidence
 LARGEST = 500.0  # nats by which they may lie above it, for numbers to hold them
@@ -72,12 +72,16 @@ class Tops:
         self.laws = MultivariateNormal(loc, scale_tril=scale_tril)
 
     def _lacks(self, found: Gaussian) -> bool:
-        """Whether a mode has mass that counts and next to no particles."""
+        """Whether a mode has mass that counts and next to no particles, or copies of some few."""
         apart = self.population.z - found.loc
         distance = torch.linalg.solve_triangular(found.scale_tril, apart.T, upper=False).norm(dim=0)
-        share, _ = self.population.share(distance < math.sqrt(len(found.loc)) + 3)
+        inside = distance < math.sqrt(len(found.loc)) + 3
+        copies, place = self.population.z[inside].unique(dim=0, return_inverse=True)
+        weights = torch.zeros(len(copies)).to(copies).index_add(0, place, self.population.log_weights[inside].exp())
+        is_rare = float(weights.sum()) ** 2 < ENOUGH * len(found.loc) * float(weights.square().sum())
         mass = found.elbo - self.population.log_evidence
-        return mass > -LITTLE and share < math.exp(min(mass, 0.0)) / 4
+        lacks = self.population.share(inside)[0] < math.exp(min(mass, 0.0)) / 4
+        return mass > -LITTLE and (lacks or is_rare)
 
     def _gaussians(self) -> list[tuple[Tensor, Tensor]]:
         """A Gaussian around the particles of each mode; modes of few of them share what is known of all."""
@@ -91,7 +95,7 @@ class Tops:
         return list(zip(loc, factors, strict=True))
 
     def mixture(self) -> Mixture:
-        """Gaussians for the base of a guide: some for each mode, fitted to its particles, and a wider one."""
+        """Gaussians for the base of a guide: some for each mode, fitted to its particles, and wider ones too."""
         own, population, (wider, share) = self._own, self.population, WIDER
         loc, factor, weights = self.laws.loc, self.laws.scale_tril, self.weights.clamp_min(1e-4)
         most = len(population.z) // (own * FITTED * loc.shape[1])
@@ -103,10 +107,10 @@ class Tops:
         locs, factors = (torch.cat(list(part)) for part in zip(*parts, strict=True))
         seen = Mixture(locs, factors, weights[:own].repeat(number) / number)
         seen = seen.fitted(population.z, population.log_weights.exp()) if number > 1 else seen
+        loc, factor = torch.cat((seen.loc, loc[own:])), torch.cat((seen.scale_tril, factor[own:]))
+        weights = torch.cat((seen.weights, weights[own:]))
         return Mixture(
-            torch.cat((seen.loc, loc[own:], loc)),
-            torch.cat((seen.scale_tril, factor[own:], wider * factor)),
-            torch.cat((seen.weights, weights[own:], share * weights)),
+            torch.cat((loc, loc)), torch.cat((factor, wider * factor)), torch.cat((weights, share * weights))
         )
 
     @torch.no_grad()
@@ -114,11 +118,16 @@ class Tops:
         """The particles and weighed draws of the modes that have none: places and log-weights, normalised, the log
         evidence and its standard error, and what each mode weighs, with its standard error."""
         population, own = self.population, self._own
-        shares = [population.share(self.labels == k) for k in range(own)]
         if own == len(self.places):
+            shares = [population.share(self.labels == k) for k in range(own)]
             summary = population.log_evidence, population.log_evidence_se
             return population.z, population.log_weights, *summary, shares
-        z, log_weights, noises = [population.z], [population.log_weights.double() + population.log_evidence], []
+        kept = self.label(population.z) < own
+        rest, _ = population.share(kept)
+        shares = [population.share(kept & (self.labels == k)) for k in range(own)]
+        shares = [(share / rest, noise / rest) for share, noise in shares]
+        scores = population.log_weights.double() + population.log_evidence
+        z, log_weights, noises = [population.z], [scores.where(kept, -math.inf)], []
         for k in range(own, len(self.places)):
             law = MultivariateNormal(self.laws.loc[k], scale_tril=self.laws.scale_tril[k])
             x = law.sample(torch.Size((PROBES,)))
