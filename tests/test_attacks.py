@@ -214,6 +214,40 @@ def test_a_lost_mode_of_an_angle_is_found() -> None:
     assert found.missing.share == pytest.approx(0.5, abs=0.05)
 
 
+def test_a_mode_that_is_orders_of_magnitude_smaller_is_found() -> None:
+    """Hardly a draw of the prior is as small as that."""
+    parts = dist.Gamma(torch.tensor([9.0, 9.0]), torch.tensor([9e3, 0.9]))  # near .001 and 10
+
+    def model() -> None:
+        prior = dist.Gamma(1.0, 0.1)
+        x = pyro.sample("x", prior)
+        log_factor = parts.log_prob(x.unsqueeze(-1)).logsumexp(-1) - math.log(2)
+        pyro.factor("data", log_factor - prior.log_prob(x))
+
+    def larger() -> None:
+        pyro.sample("x", dist.Gamma(9.0, 0.9))
+
+    for _ in range(3):
+        found = check(model, larger)
+        assert found.misses_a_mode
+        assert found.missing.share == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_needle_in_the_middle_of_the_prior_is_found() -> None:
+    """The guide draws the broad mode beside it."""
+
+    def model() -> None:
+        prior = dist.Normal(torch.zeros(5), 3.0).to_event(1)
+        x = pyro.sample("x", prior)
+        parts = [dist.Normal(loc, sd).log_prob(x).sum(-1) for loc, sd in ((0.0, 0.01), (3.0, 1.0))]
+        log_factor = torch.stack(parts, -1).add(torch.tensor([0.3, 0.7]).log()).logsumexp(-1)
+        pyro.factor("data", log_factor - prior.log_prob(x))
+
+    found = check(model, lambda: pyro.sample("x", normal(3.0, 1.0, 5)))
+    assert found.misses_a_mode
+    assert found.missing.share == pytest.approx(0.3, abs=0.05)
+
+
 def test_both_modes_of_an_angle_are_believed() -> None:
     def guide() -> None:
         pyro.sample("x", dist.Normal(0.0, 1.0))

@@ -70,6 +70,17 @@ def test_equal_densities():
     assert checked.reliable
 
 
+def test_even_weights_are_reliable_whatever_the_shape_of_their_tail():
+    """A tail that is heavy, and whose size is a thousandth."""
+    log_weights = 1e-3 * dist.Pareto(1.0, 1.0).sample((10_000,)).clamp_max(500)
+    found = weigh(log_weights)
+    assert found.khat > found.threshold
+    assert found.even
+    assert found.reliable
+    uneven = weigh(log_weights + 2 * (torch.arange(10_000) == 0))
+    assert not uneven.even
+
+
 def test_few_draws_lower_the_threshold():
     assert psis(target, gaussian(0.9), num_samples=100).threshold == pytest.approx(0.5)
 
