@@ -33,7 +33,7 @@ from ..programs.log_density import or_nan
 from ..programs.space import Space, sound_space
 from ..programs.task import Task
 from ..sampling.charts import White
-from ..sampling.mixture import Mixture
+from ..sampling.mixture import ROUNDS, Mixture
 from ..sampling.modes import SOME, ways_up
 from ..sampling.population import ISLANDS, Effort, Population, anneal
 from ..sampling.reference import Reference
@@ -261,15 +261,18 @@ def _weighed(guide: AutoFlow, task: Task) -> _Weighed:
 
 @torch.no_grad()
 def _balanced(weighed: _Weighed, task: Task) -> _Weighed:
-    """Give each mode of the base what reliable weights say it weighs: the population knows that to a few hundredths."""
+    """Give the base's components the shares that reliable weights say: those of a population have more noise."""
     if not weighed.psis.reliable:
         return weighed
     guide, base = weighed.guide, weighed.guide.flow.base
     assert isinstance(base, ModesBase)
     law, u = base(), guide.get_transform(*task.model.args, **task.model.kwargs).inv(weighed.z)
-    chances = [law.component_distribution.log_prob(part.unsqueeze(1)) + base.logits for part in u.split(1000)]
-    shares = weighed.log_weights.exp() @ torch.cat(chances).softmax(-1)
-    base.set(base.loc, base.scale_tril, shares.clamp_min(1e-6))
+    heights = torch.cat([law.component_distribution.log_prob(part.unsqueeze(1)) for part in u.split(1000)])
+    shares = base.logits.softmax(-1)
+    for _ in range(ROUNDS):
+        chances = (heights + shares.log()).softmax(-1)
+        shares = (weighed.log_weights.exp() @ chances).clamp_min(1e-6)
+    base.set(base.loc, base.scale_tril, shares)
     return _weighed(guide, task)
 
 
