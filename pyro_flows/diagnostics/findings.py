@@ -13,24 +13,24 @@ VERDICTS = "trust", "reweight", "do not trust"  # from the best to the worst
 class Finding:
     """One thing that is wrong with a guide's draws, or that cannot be told of them.
 
-    ==============  ===================================  ==============================================
-    kind            what is wrong                        size
-    ==============  ===================================  ==============================================
-    ``"mean"``      a mean                               its error, in sds of the posterior
-    ``"sd"``        a standard deviation                 the guide's over the posterior's
-    ``"shape"``     a distribution                       the error of its distribution function
-    ``"weights"``   the draws count unequally            the total variation, by their weights
-    ``"mode"``      mass lies where the guide has none   its share of all
-    ``"collapsed"`` so does it, and chains leave         its share of all
-    ``"far"``       little mass, far away                as of a mean or sd
-    ``"whitened"``  correlations or tails                as of a mean or sd, along a whitened direction
-    ``"tails"``     the guide's tails are too short      k-hat
-    ``"blind"``     modes could not be looked for        none
-    ``"frozen"``    the chains hardly move               their acceptance
-    ``"unclear"``   it cannot be told                    the noise or error of a mean or sd
-    ``"doubt"``     the chains doubt a mean or sd        as of a mean or sd
-    ``"evidence"``  another fit has found more           how much more, in nats
-    ==============  ===================================  ==============================================
+    ===============  ===================================  ==============================================
+    kind             what is wrong                        size
+    ===============  ===================================  ==============================================
+    ``"mean"``       a mean                               its error, in sds of the posterior
+    ``"sd"``         a standard deviation                 the guide's over the posterior's
+    ``"shape"``      a distribution                       the error of its distribution function
+    ``"weights"``    the draws count unequally            the total variation, by their weights
+    ``"mode"``       mass lies where the guide has none   its share of all
+    ``"collapsed"``  so does it, and chains leave         its share of all
+    ``"far"``        little mass, far away                as of a mean or sd
+    ``"whitened"``   correlations or tails                as of a mean or sd, along a whitened direction
+    ``"tails"``      the guide's tails are too short      k-hat
+    ``"blind"``      modes could not be looked for        none
+    ``"frozen"``     the chains hardly move               their acceptance
+    ``"unclear"``    it cannot be told                    the noise or error of a mean or sd
+    ``"doubt"``      the chains doubt a mean or sd        as of a mean or sd
+    ``"evidence"``   another fit has found more           how much more, in nats
+    ===============  ===================================  ==============================================
 
     Attributes:
         kind: What kind of thing it is.

@@ -54,7 +54,7 @@ class Samples:
 
     @property
     def flat(self) -> dict[str, Tensor]:
-        """The draws of all chains together: name -> ``(chains * draws, *site_shape)``."""
+        """The draws of all chains together, by site, each ``(chains * draws, *site_shape)``."""
         return {name: value.flatten(0, 1) for name, value in self.draws.items()}
 
     @property
