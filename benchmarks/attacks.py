@@ -30,7 +30,6 @@ from typing import Any
 
 import attacks_targets as targets
 import posteriors
-import pyro
 import pyro.distributions as dist
 import torch
 from attacks_laws import (
@@ -96,11 +95,7 @@ class Attack:
 
     def build(self, seed: int = 0) -> tuple[Target, Any]:
         """Return the target and the guide, fitted if need be; the seed is set first."""
-        torch.set_default_dtype(torch.float64)
-        torch.set_num_threads(1)
-        pyro.enable_validation(False)
-        pyro.clear_param_store()
-        pyro.set_rng_seed(seed)
+        posteriors.prepare(seed)
         target = self.model()
         return target, self.guide(target)
 

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import posteriors
-import pyro
 import targets
 import torch
 from attacks import ATTACKS, banana, free_of, student, variation
@@ -193,12 +192,8 @@ def is_right(row: dict[str, Any]) -> bool:
 
 def measure(kind: str, name: str, seed: int, steps: int | None) -> Row:
     """Return a row of results: one run of the ladder."""
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
+    posteriors.prepare(seed)
     warnings.simplefilter("ignore", UserWarning)
-    pyro.enable_validation(False)
-    pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
     row: dict[str, Any] = dict(zip(KEYS, (kind, name, seed), strict=True))
     case, start = cases()[kind, name](), time.perf_counter()
     try:

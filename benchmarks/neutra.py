@@ -31,7 +31,7 @@ import pyro
 import pyro.distributions as dist
 import targets
 import torch
-from posteriors import read, side_by_side, write, write_csv
+from posteriors import prepare, read, side_by_side, write, write_csv
 from pyro.infer import MCMC, NUTS, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.poutine.messenger import Messenger
@@ -112,12 +112,8 @@ def fit(model: Callable[[], None], sampler: str, steps: int | None) -> Any:
 
 def measure(name: str, sampler: str, seed: int, steps: int | None, chains: int, warmup: int, draws: int) -> Row:
     """Run the chains of one sampler on one target, and judge them."""
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
+    prepare(seed)
     warnings.simplefilter("ignore", UserWarning)
-    pyro.enable_validation(False)
-    pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
     target = load(name)
     counter = Counter(target.site)
 

@@ -91,6 +91,15 @@ def fit(target: targets.Target, guide_name: str, steps: int | None) -> Any:
     return guide
 
 
+def prepare(seed: int) -> None:
+    """Let a run in double precision depend on nothing but its seed, and use one thread."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    pyro.enable_validation(False)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+
+
 def measure(name: str, guide_name: str, seed: int, steps: int | None, draws: int) -> Row:
     """Fit one guide to one target and judge it."""
     return run(name, {"guide": guide_name}, seed, lambda target: fit(target, guide_name, steps), draws)
@@ -98,11 +107,7 @@ def measure(name: str, guide_name: str, seed: int, steps: int | None, draws: int
 
 def run(name: str, key: Row, seed: int, fit: Callable[[targets.Target], Any], draws: int) -> Row:
     """A row of results: a fit to a target, from a seed, and what its draws are worth."""
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    pyro.enable_validation(False)
-    pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
+    prepare(seed)
     target = targets.load(name)
     row: dict[str, Any] = {"target": name, **key, "seed": str(seed)}
     start = time.perf_counter()

@@ -54,14 +54,6 @@ Row = dict[str, Any]
 # Fits, kept.
 
 
-def prepare(seed: int) -> None:
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    pyro.enable_validation(False)
-    pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
-
-
 def build(model: Callable[[], None], guide_name: str) -> Any:
     """An untrained guide."""
     if guide_name == "AutoFlow":
@@ -75,7 +67,7 @@ def build(model: Callable[[], None], guide_name: str) -> Any:
 
 def fitted(name: str, guide_name: str, seed: int, steps: int | None, folder: Path) -> tuple[Any, Any, float]:
     """A target, a guide of it, trained or found in the folder, and how long that took."""
-    prepare(seed)
+    posteriors.prepare(seed)
     target, path = targets.load(name), folder / f"{name}.{guide_name}.{seed}.pt"
     if path.exists():
         kept = torch.load(path, weights_only=True)
@@ -210,13 +202,13 @@ def broken(name: str, kind: str, seed: int, steps: int | None, folder: Path, dra
     if kind == "collapsed splines":
         target, guide, seconds = fitted(name, "splines", seed, steps, folder)
     elif kind == "funnel neck":  # fitted to a prior that wants tau fifty times smaller
-        prepare(seed)
+        posteriors.prepare(seed)
         target = targets.load(name)
         guide = pf.AutoFlow(narrow_prior(target.model))
         pf.fit_svi(guide.model, guide, steps=steps, progress=False)
         seconds = time.perf_counter() - start
     elif kind in ("stopped early", "tails cut"):
-        prepare(seed)
+        posteriors.prepare(seed)
         target = targets.load(name)
         guide = pf.AutoFlow(target.model)
         if kind == "stopped early":
@@ -248,7 +240,7 @@ BROKEN = (*breaks(2), "tails cut", "funnel neck", "stopped early", "collapsed sp
 
 def modes(name: str, guide_name: str, seed: int, steps: int | None, folder: Path, draws: int) -> list[Row]:
     """Two modes, of which the plain ELBO keeps one; the weight of the first is the target's name."""
-    prepare(seed)
+    posteriors.prepare(seed)
     model, start = two_modes(float(name)), time.perf_counter()
     guide = pf.AutoFlow(model)
     pf.fit_svi(model, guide, steps=steps, progress=False)

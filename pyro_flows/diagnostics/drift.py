@@ -93,7 +93,7 @@ class DriftMeter:
         self._count += 1
 
     def drift(self) -> Drift:
-        """What the chains say by now."""
+        """Return the errors that the chains see by now."""
         first, second, third, fourth = self._powers[1:] / self._count  # (N, K) each
         m, mean_se = arrival(self._reference, self._start, first, second)
         variance, variance_se = arrival(  # of squares about the mean, whose decay does not depend on it

@@ -81,12 +81,12 @@ class Psis:
 
     @property
     def reliable(self) -> bool:
-        """Whether k-hat is below its threshold, or the weights too even for it to mean anything."""
+        """True if k-hat is below its threshold, or the weights are even."""
         return self.khat < self.threshold or self.even
 
     @property
     def even(self) -> bool:
-        """Whether no weight is above e times their mean, so that the tail that k-hat is the shape of has no size."""
+        """True if no weight exceeds e times the mean.  The tail is then too short for k-hat to matter."""
         return float(self.log_weights.max()) - self.log_evidence < EVEN
 
     def plot(self) -> Any:

@@ -120,12 +120,12 @@ class Check:
 
     @property
     def trusted(self) -> bool:
-        """Whether the verdict is ``"trust"``."""
+        """True if the verdict is ``"trust"``."""
         return self.verdict == "trust"
 
     @property
     def misses_a_mode(self) -> bool:
-        """Whether mass was found far away from a guide that is right where it draws."""
+        """True if mass was found far away from a guide that is right where it draws."""
         return any(finding.kind in ("mode", "far") for finding in self.findings)
 
     @property
@@ -252,7 +252,7 @@ def check(
 
 
 class _Looked(NamedTuple):
-    """What a check looks at.
+    """The space, coordinates and quantities of a check.
 
     Attributes:
         space: The guide's space.
@@ -326,7 +326,7 @@ def _run(
 
 
 def _is_calm(psis: Psis, weighted: Drift) -> bool:
-    """Whether weights that can be believed see no error at all."""
+    """Return True if the weights converge and see no error."""
     return (psis.khat < CALM or psis.even) and bool((weighted.errors + 2 * weighted.noise < SURE).all())
 
 
@@ -401,7 +401,7 @@ def _misshapen(seen: Check) -> Iterator[Finding]:
 
 
 def _doubts(seen: Check) -> list[Finding]:
-    """What there is to be said against draws without a certain error: the gravest of it."""
+    """Return the gravest doubt about draws that have no certain error, if there is one."""
     psis, chains, directions, names = seen.psis, seen.chains, seen.directions, seen.names
     bent = directions.errors - 3 * directions.noise > BENT
     if bool(bent.any()):
@@ -419,7 +419,7 @@ def _doubts(seen: Check) -> list[Finding]:
 
 
 def _agree(chains: Drift, weighted: Drift) -> bool:
-    """Whether chains and weights see the same errors."""
+    """Return True if chains and weights see the same errors."""
     signed = [torch.stack((drift.error, (drift.variance - 1) / 2)) for drift in (chains, weighted)]
     apart, noise = (signed[0] - signed[1]).abs(), chains.noise.hypot(weighted.noise)
     size = 1 + weighted.errors  # large errors need only be seen alike in proportion

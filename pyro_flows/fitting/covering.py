@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -32,8 +32,7 @@ from ..guides.recipe import default_flow
 from ..programs.log_density import or_nan
 from ..programs.space import Space, sound_space
 from ..programs.task import Task
-from ..sampling.charts import White
-from ..sampling.mixture import ROUNDS, Mixture
+from ..sampling.mixture import ROUNDS
 from ..sampling.modes import SOME, ways_up
 from ..sampling.population import ISLANDS, Effort, Population, anneal
 from ..sampling.reference import Reference
@@ -162,11 +161,15 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
     with pyro.validation_enabled(False):
         space = sound_space(task)
         reference = Reference(space, guide.start[0])
-        population = processes.first(lambda: anneal(reference, -(-number // ISLANDS) * ISLANDS, Effort()))
+
+        def found() -> tuple[Population | None, Tensor]:
+            population = anneal(reference, -(-number // ISLANDS) * ISLANDS, Effort())
+            return population, ways_up(or_nan(space.log_p), reference.draw(SOME))
+
+        population, others = processes.first(found)
         processes.as_one()
         if population is None:
             raise ValueError("anneal: hardly a draw of the prior has a density; is the model's density finite?")
-        others = ways_up(or_nan(space.log_p), reference.draw(SOME))
         tops = Tops(space, population, others if starts is None else torch.cat((others, starts)))
     weighed, fit = _fitted(task, tops, fit_once) if fit_once else (None, None)
     if weighed:  # anew, as the best of some guides owes that to its draws in part
@@ -190,12 +193,12 @@ def _fitted(task: Task, tops: Tops, fit_once: FitOnce) -> tuple[_Weighed, Fit | 
     Where Gaussians at the modes are as good as the posterior already, there is nothing to train.  Where training makes
     weights worse, as it may over a base of many modes, the start is kept.
     """
-    guide, has_modes, start = _started(task, tops), len(tops.places) > 1, None
+    guide, has_modes, start = _placed(task, tops), len(tops.places) > 1, None
     if not guide.has_circles:
-        start = _balanced(_weighed(guide, task), task)
+        start = _balanced(_weighed(_with_modes(task, tops), task), task)
         if start.psis.reliable and start.psis.ess > ENOUGH_ESS * DRAWS:
             return start, None
-        guide = copy.deepcopy(start.guide) if has_modes else _plain(task, tops)
+        guide = copy.deepcopy(start.guide) if has_modes else guide
     if has_modes or guide.has_circles:
         chances = tops.population.log_weights.double().exp()
         rows = tops.population.z[processes.first(lambda: chances.multinomial(len(chances), replacement=True))]
@@ -211,38 +214,27 @@ def _fitted(task: Task, tops: Tops, fit_once: FitOnce) -> tuple[_Weighed, Fit | 
     return trained, fit
 
 
-def _plain(task: Task, tops: Tops) -> AutoFlow:
-    """A guide of one mode, in coordinates in which the population is white."""
-    guide = AutoFlow(task.model.call).setup(*task.model.args, **task.model.kwargs)
+def _placed(task: Task, tops: Tops, *recipe: Any, **settings: Any) -> AutoFlow:
+    """Build a guide in coordinates in which the population is white, unless there are angles."""
+    guide = AutoFlow(task.model.call, *recipe, **settings).setup(*task.model.args, **task.model.kwargs)
     if not guide.has_circles:
-        chart = White(tops.population.z, tops.population.log_weights.exp())
-        guide.start_at(chart.loc, chart.scale_tril)
-    return guide
-
-
-def _started(task: Task, tops: Tops) -> AutoFlow:
-    """A guide whose base has the modes, unless there are angles, in coordinates in which the population is white."""
-    plain = _plain(task, tops)
-    if plain.has_circles:
-        return plain
-    mixture, chart = tops.mixture(), White(tops.population.z, tops.population.log_weights.exp())
-    base = partial(ModesBase, num_components=len(mixture.weights))
-    guide = AutoFlow(task.model.call, default_flow, base=base).setup(*task.model.args, **task.model.kwargs)
-    _set_modes(guide, mixture, chart)
-    guide.start_at(chart.loc, chart.scale_tril)
+        guide.start_at(tops.chart.loc, tops.chart.scale_tril)
     return guide
 
 
 @torch.no_grad()
-def _set_modes(guide: AutoFlow, mixture: Mixture, chart: White) -> None:
-    """Put the base's components at the modes, in coordinates in which the population is white.
+def _with_modes(task: Task, tops: Tops) -> AutoFlow:
+    """Build a guide whose base has the modes.
 
-    Small ones get more than they weigh, so that weighed draws tell what that is.
+    Small components get more than they weigh, so that weighed draws can tell their weights.
     """
+    mixture, chart = tops.mixture(), tops.chart
+    guide = _placed(task, tops, default_flow, base=partial(ModesBase, num_components=len(mixture.weights)))
+    factor = torch.linalg.solve_triangular(chart.scale_tril, mixture.scale_tril, upper=False)
     base = guide.flow.base
     assert isinstance(base, ModesBase)
-    factor = torch.linalg.solve_triangular(chart.scale_tril, mixture.scale_tril, upper=False)
     base.set(chart.inverse(mixture.loc), factor, mixture.weights.sqrt())
+    return guide
 
 
 def _weighed(guide: AutoFlow, task: Task) -> _Weighed:

@@ -123,7 +123,7 @@ class Ladder:
             return self.fit(name, guide, **settings)
 
         try:
-            found = cover(self.task, PARTICLES, fit_once, self._places())
+            found = cover(self.task, PARTICLES, fit_once, processes.first(self._places))
         except (KeyboardInterrupt, ValueError, FloatingPointError) as error:
             self._break_off(name, error)
             return
@@ -132,28 +132,32 @@ class Ladder:
 
     @torch.no_grad()
     def _places(self) -> Tensor | None:
-        """Where earlier rungs have found mass, ``(n, D)``: their guides, and their checks where these lack it."""
+        """Return places where earlier rungs have found mass, ``(n, D)``: draws of their guides, and lost places."""
         places = [rung.fit.guide.flow().sample((DRAWS,)) for rung in self.rungs]
-        found = [rung.check.missing.place for rung in self.rungs if rung.check]
-        places += [place.unsqueeze(0) for place in found if place is not None]
+        places += [place.unsqueeze(0) for place in self._lost()]
         return torch.cat(places) if places else None
+
+    def _lost(self) -> list[Tensor]:
+        """Return the places, each ``(D,)``, where checks have found mass that a guide lacks."""
+        found = [rung.check.missing.place for rung in self.rungs if rung.check]
+        return [place for place in found if place is not None]
 
     def sample(self, name: str) -> None:
         """Draw exactly, from the best guide, unless it misses a mode, which chains would miss as well.
 
-        Some chains start where checks have found mass that guides lack: that they do not mix with the others shows.
+        Some chains start where checks have found mass that guides lack.  If they do not mix with the others, R-hat is
+        large.
         """
         start, best = time.perf_counter(), self.best
         if best.check is None or processes.size() > 1:
             return
         if any(finding.kind in LOST for finding in best.check.findings):
             return
-        places = [rung.check.missing.place for rung in self.rungs if rung.check]
-        known = [place for place in places if place is not None]
         model = self.task.model
         task = Task(model.call, best.fit.guide, model.args, model.kwargs, self.settings["vectorize"])
         with validation_enabled(False):
-            others = torch.stack(known) if known else None
+            lost = self._lost()
+            others = torch.stack(lost) if lost else None
             samples = exact(sound_space(task), EXACT, None, progress=self.settings["progress"], others=others)
         self.note(Rung(name, best.fit, best.check, time.perf_counter() - start, samples))
 
@@ -187,12 +191,12 @@ class Ladder:
 
     @property
     def ended(self) -> bool:
-        """Whether there is nothing to do any more."""
+        """True if no further guide is needed."""
         return bool(self.stopped) or (bool(self.rungs) and self._rank(self.rungs[-1]) == len(ORDER) - 1)
 
     @property
     def is_sure(self) -> bool:
-        """Whether there is nothing to do: what can be trusted has weights that are reliable and see no error."""
+        """True if the ladder has ended, and the weights of the trusted guide are reliable and see no error."""
         last = self.rungs[-1].check if self.rungs else None
         if self.stopped or last is None or not self.ended:
             return bool(self.stopped)
@@ -201,7 +205,7 @@ class Ladder:
 
     @property
     def misses_a_mode(self) -> bool:
-        """Whether the last check has found a mode that the guide misses."""
+        """True if the last check has found a mode that the guide misses."""
         last = self.rungs[-1].check if self.rungs else None
         return last is not None and last.misses_a_mode
 

@@ -123,12 +123,11 @@ class Space:
             known = self.task.model.single.nodes
             derived = {name: known[name]["value"].unsqueeze(0) for name in self.read.derived}
             return torch.full((1,), -math.inf).to(next(iter(latents.values()))), derived
-        parts = [
-            self._score({name: value[rows] for name, value in latents.items()}, len(range(size)[rows]))
-            for rows in (slice(size // 2), slice(size // 2, None))
-        ]
-        derived = {name: torch.cat([part[1][name] for part in parts]) for name in self.read.derived}
-        return torch.cat([part[0] for part in parts]), derived
+        half = size // 2
+        first, first_derived = self._score({name: value[:half] for name, value in latents.items()}, half)
+        second, second_derived = self._score({name: value[half:] for name, value in latents.items()}, size - half)
+        derived = {name: torch.cat((first_derived[name], second_derived[name])) for name in self.read.derived}
+        return torch.cat((first, second)), derived
 
     def log_p(self, z: Tensor) -> Tensor:
         """The model's log-density over z, ``(N, D) -> (N,)`` in nats."""

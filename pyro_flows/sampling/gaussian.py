@@ -38,12 +38,12 @@ class Gaussian(NamedTuple):
 
     @property
     def is_near(self) -> bool:
-        """Whether it hardly differs from the posterior."""
+        """True if it hardly differs from the posterior."""
         return self.spread < NEAR
 
     @property
     def is_poor(self) -> bool:
-        """Whether it fits so badly that its correlations mislead."""
+        """True if it fits so badly that its correlations mislead."""
         return self.spread > POOR
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-ENOUGH = 20  # effective draws per dimension from which a component's mean and covariance are estimated
+FITTED = 20  # effective draws per dimension from which a component's mean and covariance are estimated
 ROUNDS = 50
 
 
@@ -50,7 +50,7 @@ class Mixture(NamedTuple):
             loc = shares @ x
             apart = shares.sqrt().unsqueeze(-1) * (x - loc.unsqueeze(1))  # (K, N, D)
             scale_tril, failed = torch.linalg.cholesky_ex(apart.mT @ apart)
-            usable = (effective > ENOUGH * x.shape[1]) & (failed == 0) & scale_tril.isfinite().all((-1, -2))
+            usable = (effective > FITTED * x.shape[1]) & (failed == 0) & scale_tril.isfinite().all((-1, -2))
             found = Mixture(
                 torch.where(usable[:, None], loc, found.loc),
                 torch.where(usable[:, None, None], scale_tril, found.scale_tril),

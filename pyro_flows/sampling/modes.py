@@ -72,7 +72,7 @@ def ascend(density: LogDensity, chart: White, z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _leaps(density: LogDensity, z: Tensor, ends: Tensor) -> Tensor:
-    """Whether the density falls on the way from places to others, ``(N,)`` of bool."""
+    """Return True, for each of N pairs of places, if the density falls on the way from the first to the second."""
     shares = torch.arange(1, WAYPOINTS).to(z) / WAYPOINTS
     ways = z + shares.view(-1, 1, 1) * (ends - z)
     heights = density(ways.flatten(0, 1)).view(len(shares), -1).nan_to_num(-math.inf, math.inf, -math.inf)
@@ -144,7 +144,7 @@ def _nearest(x: Tensor) -> Tensor:
 
 
 def _joined(density: LogDensity, z: Tensor, heights: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Whether the density does not fall between places of some numbers and places of others, of the numbers' shape."""
+    """Return True, for each pair of indices of places, if the density does not fall between the two."""
     if not one.numel():
         return torch.zeros(one.shape, dtype=torch.bool)
     first, second = one.flatten(), other.flatten()

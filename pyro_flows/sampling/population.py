@@ -69,7 +69,7 @@ class Population(NamedTuple):
 
     @property
     def has_arrived(self) -> bool:
-        """Whether it has come to the posterior."""
+        """True if it has come to the posterior."""
         return self.temperatures[-1] == 1
 
     @property

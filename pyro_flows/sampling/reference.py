@@ -26,7 +26,7 @@ TRIED = 500  # draws that tell
 
 
 class _Muted(Messenger):
-    """Lets a model run as it does, with sites of some names that have no density."""
+    """Gives the sites of some names no log-density, and leaves a model as it is otherwise."""
 
     def __init__(self, names: set[str]) -> None:
         super().__init__()
@@ -35,12 +35,6 @@ class _Muted(Messenger):
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] in self._names:
             msg["mask"] = False
-
-
-def _is_data(site: dict[str, Any]) -> bool:
-    """Whether a site holds data, or a factor."""
-    observed = site["type"] == "sample" and site["is_observed"]
-    return observed and not site["infer"].get("_deterministic", False)
 
 
 class Reference:
@@ -59,7 +53,7 @@ class Reference:
         self._flat = torch.tensor([name in space.flat for name in places], device=loc.device)
         self._prior = None
         if model.enumerated:
-            muted = _Muted({name for name, site in model.single.nodes.items() if _is_data(site)}.union(space.flat))
+            muted = _Muted({*model.single.observation_nodes, *space.flat})  # factors are observed sites
             self._prior = Task(muted(model.call), space.task.guide.call, model.args, model.kwargs).settle().model
         self._loc, self._scale_tril = loc, scale_tril
         self._wide = self._wide_law() if bool(self._flat.any()) else None

@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..programs.log_density import or_nan
-from ..programs.space import Scored, Space
+from ..programs.space import Space
 from .chains import Chains
 from .charts import White, charts_of
 from .convergence import FEWEST, Convergence, convergence
@@ -42,7 +43,7 @@ BATCH = 4096  # draws of the guide, or values of draws, that are computed at onc
 
 
 class Goal(NamedTuple):
-    """What is asked of chains.
+    """The goal of a run of chains.
 
     Attributes:
         num_draws: The least effective sample size of each quantity, of its bulk and of its tails.
@@ -55,7 +56,7 @@ class Goal(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What chains have found.
+    """The result of a run of chains.
 
     Attributes:
         z: Draws, ``(C, n, D)``.
@@ -99,6 +100,7 @@ class Run:
         others: Tensor | None = None,
     ) -> None:
         self.space, self.goal, self._tell, self._stopped = space, goal, tell, stopped
+        self._draw = partial(space.draw, batch_size=BATCH)
         z, start = self._starts(num_chains)
         if others is not None:
             quarter = start[: num_chains // 4]
@@ -198,9 +200,6 @@ class Run:
         self._heavy.append(float(heavy.double().mean()))
         self._was_heavy = heavy
         return places
-
-    def _draw(self, number: int) -> Scored:
-        return self.space.draw(number, BATCH)
 
     def _warm_up(self) -> None:
         """Adapt steps and coordinates, and decide how often draws of the guide are proposed."""

@@ -16,8 +16,7 @@ from ..programs.log_density import LogDensity, or_nan
 from ..programs.space import Space
 from .charts import White
 from .gaussian import Gaussian, match_top
-from .mixture import ENOUGH as FITTED
-from .mixture import Mixture
+from .mixture import FITTED, Mixture
 from .modes import NARROW, ascend, climb, components
 from .population import Population
 
@@ -39,6 +38,7 @@ class Tops:
         starts: Places from which climbs look for other modes, ``(n, D)``.
 
     Attributes:
+        chart: Coordinates in which the population is white.
         labels: The mode of each particle, ``(N,)``.
         places: Where each mode is highest, ``(K, D)``.
         heights: The log-density there, ``(K,)`` in nats.
@@ -50,7 +50,7 @@ class Tops:
         centre, density = _opposite_the_gap(space, population.z), or_nan(space.log_p)
         z = space.wrapped(population.z, centre)
         self.population = population = population._replace(z=z)
-        chart = White(z, population.log_weights.exp())
+        self.chart = chart = White(z, population.log_weights.exp())
         ends = space.wrapped(torch.cat([ascend(density, chart, part) for part in z.split(1024)]), centre)
         self.labels = _merged(components(density, chart, ends), chart.inverse(ends))
         with torch.no_grad():
@@ -72,7 +72,7 @@ class Tops:
         self.laws = MultivariateNormal(loc, scale_tril=scale_tril)
 
     def _lacks(self, found: Gaussian) -> bool:
-        """Whether a mode has mass that counts and next to no particles, or copies of some few."""
+        """Return True if a mode has mass that counts, but next to no particles or only copies of a few."""
         apart = self.population.z - found.loc
         distance = torch.linalg.solve_triangular(found.scale_tril, apart.T, upper=False).norm(dim=0)
         inside = distance < math.sqrt(len(found.loc)) + 3
