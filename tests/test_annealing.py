@@ -181,6 +181,24 @@ def test_both_modes_of_an_angle_have_their_weights() -> None:
     assert (found.draws["angle"].abs() - math.pi / 2).abs().max() < 0.8
 
 
+def test_a_guide_covers_the_modes_of_angles() -> None:
+    """One of them lies at the seam; the second angle leans on the first."""
+
+    def model() -> None:
+        a = pyro.sample("a", dist.VonMises(0.0, 1e-3))
+        b = pyro.sample("b", dist.VonMises(0.0, 1e-3))
+        x = pyro.sample("x", dist.Normal(torch.cos(a - b), 0.1))
+        pyro.factor("data", 20 * (2 * (a - math.pi / 2)).cos() + 20 * (b - a - math.pi / 2).cos() - x)
+
+    found = anneal(model, num_particles=1024, progress=False)
+    assert found.is_weighed
+    assert found.guide is not None
+    assert [mode.weight for mode in found.modes] == pytest.approx([0.5, 0.5], abs=0.03)
+    drawn = found.guide.sample(4000)
+    assert (drawn["a"] > 0).double().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert (drawn["b"] - drawn["a"] - math.pi / 2).cos().mean() > 0.9
+
+
 def test_a_shell_is_one_mode() -> None:
     def model() -> None:
         x = pyro.sample("x", dist.Normal(torch.zeros(3), 3.0).to_event(1))
@@ -346,6 +364,21 @@ def test_modes_without_particles_count_in_the_evidence() -> None:
     assert found.log_evidence == pytest.approx(math.log(2), abs=0.02)
     assert [mode.weight for mode in found.modes] == pytest.approx([0.5, 0.5], abs=0.02)
     assert float(found.log_weights.double().logsumexp(0)) == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("prior", [2.0, 5.0])
+def test_modes_with_hard_edges_are_covered(prior: float) -> None:
+    """Under the wider prior next to no draw has a density."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(3), prior).to_event(1))
+        low, high = (x > -1).all(-1) & (x < 0).all(-1), (x > 1).all(-1) & (x < 2).all(-1)
+        pyro.factor("boxes", torch.where(low | high, 0.0, -math.inf) - dist.Normal(0.0, prior).log_prob(x).sum(-1))
+
+    found = anneal(model, num_particles=1024, progress=False)
+    assert [mode.weight for mode in found.modes] == pytest.approx([0.5, 0.5], abs=0.1)
+    assert abs(found.log_evidence - math.log(2)) < 4 * found.log_evidence_se
+    assert found.draws["x"][found.log_weights > -math.inf].abs().max() < 2
 
 
 def test_draws_hold_all_sites() -> None:

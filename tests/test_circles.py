@@ -17,7 +17,7 @@ from torch.distributions import biject_to, constraints
 
 from pyro_flows import AutoFlow, fit_svi, flows, psis
 from pyro_flows.bijectors import CircularSpline
-from pyro_flows.distributions import StudentTBase
+from pyro_flows.distributions import ModesBase, StudentTBase
 from pyro_flows.guides.circles import Circle, Wrap
 
 PERIODIC = {"periodic": True}
@@ -193,10 +193,22 @@ def test_a_recipe_for_other_angles_is_refused():
     assert AutoFlow(angle_and_line, small(True, False)).setup().has_circles  # what the error recommends
 
 
-def test_angles_have_no_gaussian_to_start_from():
+def test_a_start_is_one_of_the_latents_that_are_no_angles():
     guide = AutoFlow(angle_and_line).setup()
-    with pytest.raises(ValueError, match="some latents are angles, which have no Gaussian"):
-        guide.start_at(torch.zeros(2), torch.eye(2))
+    guide.start_at(torch.tensor([1.0, 5.0]), torch.tensor([[0.5, 0.0], [0.3, 0.4]]))
+    angle, place = torch.linspace(-3, 3, 7), torch.linspace(4, 6, 7)
+    expected = dist.Normal(5.0, 0.5).log_prob(place) - math.log(2 * math.pi)
+    torch.testing.assert_close(guide.log_prob({"angle": angle, "line": place}), expected)
+
+
+def test_a_base_with_modes_has_a_place_for_angles():
+    base = functools.partial(ModesBase, num_components=2, circular=[True, False])
+    guide = AutoFlow(angle_and_line, base=base).setup()
+    guide.flow.base.set(torch.tensor([[1.0, 0.0], [-3.0, 1.0]]), 0.1 * torch.eye(2).expand(2, 2, 2), torch.ones(2))
+    angle = guide.sample(1000)["angle"]
+    assert ((angle - 1).abs() < 0.5).float().mean() == pytest.approx(0.5, abs=0.1)
+    turned = {"angle": torch.tensor([1.0, 1 + 2 * math.pi]), "line": torch.zeros(2)}
+    assert guide.log_prob(turned).diff().abs() < 1e-3
 
 
 # Densities.

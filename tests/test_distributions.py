@@ -359,3 +359,38 @@ def test_modes_are_the_mixture_that_they_are_set_to() -> None:
     for arguments in ((0, 1), (2, 0), (2.5, 1)):
         with pytest.raises(ValueError, match="ModesBase"):
             ModesBase(*arguments)
+    with pytest.raises(ValueError, match=r"ModesBase: circular must hold one bool .*got \[True\]"):
+        ModesBase(2, 3, circular=[True])
+
+
+def modes_of_angles(sd: float) -> ModesBase:
+    """Two modes of an angle, a number and another angle, all correlated."""
+    base = ModesBase(3, 2, circular=[True, False, True]).double()
+    factor = sd * torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.3, 0.0], [-0.6, 0.2, 0.5]]).double()
+    base.set(torch.tensor([[3.0, 1.0, 0.0], [0.5, -1.0, -3.0]]).double(), factor.expand(2, 3, 3), torch.ones(2))
+    return base
+
+
+@pytest.mark.parametrize("sd", [0.5, 2.0, 30.0])
+def test_modes_of_angles_are_normalised_and_drawn_as_they_are_scored(sd: float) -> None:
+    law = modes_of_angles(sd)()
+    angle = (torch.arange(60).double() + 0.5) / 60 * 2 * math.pi - math.pi
+    line = torch.linspace(-3 - 5 * sd, 3 + 5 * sd, 300).double()
+    grid = torch.cartesian_prod(angle, line, angle)
+    log_prob = law.log_prob(grid)
+    cell = (2 * math.pi / 60) ** 2 * (line[1] - line[0])
+    assert float(log_prob.exp().sum() * cell) == pytest.approx(1, abs=1e-3)
+    draws = law.sample((40_000,))
+    assert (draws[:, [0, 2]].abs() <= math.pi).all()
+    turned = draws + 2 * math.pi * torch.tensor([1.0, 0.0, -2.0]).double()
+    torch.testing.assert_close(law.log_prob(turned), law.log_prob(draws))
+    for score in (lambda x: law.log_prob(x), lambda x: (x[:, 0] - x[:, 2]).cos(), lambda x: x[:, 1] * x[:, 0].sin()):
+        found, exact = score(draws), (log_prob.exp() * cell) @ score(grid)
+        assert abs(found.mean() - exact) < 4 * found.std() / 200
+
+
+def test_narrow_modes_of_angles_are_gaussians() -> None:
+    base = modes_of_angles(0.01)
+    x = base.loc[0] + 0.01 * laws.normal(50, 3)
+    exact = torch.distributions.MultivariateNormal(base.loc[0], scale_tril=base.scale_tril[0]).log_prob(x)
+    torch.testing.assert_close(base().log_prob(x), exact - math.log(2))

@@ -605,6 +605,36 @@ def test_deepcopy_after_training():
     assert guide.model is twin.model
 
 
+def test_a_guide_starts_elsewhere_where_the_model_breaks_down_at_the_centre():
+    def ring():
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+        radius = x.norm(dim=-1)
+        pyro.factor("ring", radius / radius - 1)  # NaN at the centre
+        pyro.sample("y", dist.Normal(radius, 0.3), obs=torch.tensor(3.0))
+
+    def seen_outside():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("nan", x / x - 1)
+        pyro.sample("y", dist.Poisson(1.0), obs=torch.tensor(-1.0))
+
+    with pyro.validation_enabled(True):
+        assert AutoFlow(ring).setup().start[0].norm() > 0
+        with pytest.raises(ValueError, match="found invalid values"):
+            AutoFlow(ring, init_loc_fn=init_to_center).setup()  # as it was told
+        with pytest.raises(ValueError):
+            AutoFlow(seen_outside).setup()
+
+
+def test_a_guide_starts_from_the_prior_where_nothing_is_near_the_origin():
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 5.0).to_event(1))
+        pyro.factor("edge", torch.where((x > 3).all(-1), 0.0, -math.inf))
+
+    assert (AutoFlow(model).setup().start[0] > 3).all()
+    with pytest.raises(ValueError, match="'edge' is -inf at the guide's start"):
+        AutoFlow(model, init_loc_fn=init_to_center).setup()
+
+
 def test_float64_model_gives_float64_draws():
     def model():
         x = pyro.sample("x", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))

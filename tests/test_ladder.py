@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import with_verdict
 from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
 from pyro_flows import AutoFlow, Fit, check, fit_svi, flows
@@ -281,7 +282,25 @@ def test_a_ladder_goes_on_from_its_files(tmp_path, monkeypatch):
     assert [rung.fit.best_loss for rung in again.rungs] == [rung.fit.best_loss for rung in first.rungs]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), FloatingPointError("not finite"), ValueError("bad")])
+def positive() -> None:
+    """The half-normal in the first of two latents, whose density ends at 0."""
+    x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.factor("edge", torch.where(x[..., 0] > 0, 0.0, -math.inf))
+
+
+def test_a_hard_edge_is_met_by_a_population():
+    """There KL(q || p) is infinite, and no fit by the ELBO goes on."""
+    guide = AutoFlow(positive, small, init_loc_fn=init_to_value(values={"x": torch.tensor([0.05, 0.0])}))
+    with pytest.raises(FloatingPointError, match=r"'edge' has a log-density of -inf.*hard edge"):
+        fit_svi(positive, guide, progress=False)
+    fit = fit_svi(positive, guide, escalate=True, progress=False)
+    assert names(fit)[0] == "annealed"
+    draws = fit.samples.flat["x"] if fit.samples else fit.guide.sample(4000)["x"]
+    assert draws[:, 0].mean().item() == pytest.approx((2 / math.pi) ** 0.5, abs=0.06)
+    assert draws[:, 1].std().item() == pytest.approx(1, abs=0.06)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("bad")])
 def test_a_rung_that_breaks_off_costs_no_other(monkeypatch, error):
     """In its warm start, say, outside of any loop that would hold a Ctrl-C."""
     monkeypatch.setattr(ladder, "check", distrust)

@@ -800,8 +800,8 @@ def test_all_supports_come_back(tmp_path: Path) -> None:
     guide = stirred(AutoFlow(zoo).setup())
     again = there_and_back(guide, tmp_path)
     same_guide(guide, again, (), ())
-    assert again._circular == guide._circular
-    assert any(again._circular)
+    assert again.circular == guide.circular
+    assert any(again.circular)
     assert (again.sample(50)["pareto"] > 2).all()
 
 

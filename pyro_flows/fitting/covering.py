@@ -28,7 +28,6 @@ from ..diagnostics import Psis
 from ..diagnostics.importance import weigh
 from ..distributions import ModesBase
 from ..guides import AutoFlow
-from ..guides.recipe import default_flow
 from ..programs.log_density import or_nan
 from ..programs.space import Space, sound_space
 from ..programs.task import Task
@@ -39,6 +38,7 @@ from ..sampling.reference import Reference
 from ..sampling.tops import Tops
 from ..training import processes
 from ..training.loop import Fit
+from ..transforms import FixedAffine
 from .density import fit_density
 
 DRAWS = 20_000  # draws of the guide that are weighed
@@ -193,32 +193,38 @@ def _fitted(task: Task, tops: Tops, fit_once: FitOnce) -> tuple[_Weighed, Fit | 
     Where Gaussians at the modes are as good as the posterior already, there is nothing to train.  Where training makes
     weights worse, as it may over a base of many modes, the start is kept.
     """
-    guide, has_modes, start = _placed(task, tops), len(tops.places) > 1, None
-    if not guide.has_circles:
-        start = _balanced(_weighed(_with_modes(task, tops), task), task)
-        if start.psis.reliable and start.psis.ess > ENOUGH_ESS * DRAWS:
-            return start, None
-        guide = copy.deepcopy(start.guide) if has_modes else guide
-    if has_modes or guide.has_circles:
+    start = _balanced(_weighed(_with_modes(task, tops), task), task)
+    if start.psis.reliable and start.psis.ess > ENOUGH_ESS * DRAWS:
+        return start, None
+    has_modes = len(tops.places) > 1 or start.guide.has_circles  # a flow is uniform over angles at its start
+    guide = copy.deepcopy(start.guide) if has_modes else _placed(task, tops)
+    if has_modes:
         chances = tops.population.log_weights.double().exp()
         rows = tops.population.z[processes.first(lambda: chances.multinomial(len(chances), replacement=True))]
         with warnings.catch_warnings():  # of values that repeat, as those of resampled particles do
             warnings.simplefilter("ignore", UserWarning)
             fit_density(guide.flow, rows, standardize=False, max_epochs=EPOCHS, patience=5, lr=1e-3, progress=False)
-    fit = fit_once(guide, warm_start=False, **({"lr": GENTLE} if has_modes else {}))
+    fit = _trained(fit_once, guide, **({"lr": GENTLE} if has_modes else {}))
     trained = _weighed(guide, task)
-    if has_modes and start:
+    if has_modes:
         trained = _balanced(trained, task)
-    if start and _quality(start, tops.population) < _quality(trained, tops.population):
+    if _quality(start, tops.population) < _quality(trained, tops.population):
         return start, None
     return trained, fit
 
 
-def _placed(task: Task, tops: Tops, *recipe: Any, **settings: Any) -> AutoFlow:
-    """Build a guide in coordinates in which the population is white, unless there are angles."""
-    guide = AutoFlow(task.model.call, *recipe, **settings).setup(*task.model.args, **task.model.kwargs)
-    if not guide.has_circles:
-        guide.start_at(tops.chart.loc, tops.chart.scale_tril)
+def _trained(fit_once: FitOnce, guide: AutoFlow, **settings: Any) -> Fit | None:
+    """Fit a guide by the ELBO; None for a posterior with hard edges, where KL(q || p) is infinite."""
+    try:
+        return fit_once(guide, warm_start=False, **settings)
+    except FloatingPointError:
+        return None
+
+
+def _placed(task: Task, tops: Tops, **settings: Any) -> AutoFlow:
+    """Build a guide in coordinates in which the population is white, but for angles."""
+    guide = AutoFlow(task.model.call, **settings).setup(*task.model.args, **task.model.kwargs)
+    guide.start_at(tops.chart.loc, tops.chart.scale_tril)
     return guide
 
 
@@ -228,12 +234,16 @@ def _with_modes(task: Task, tops: Tops) -> AutoFlow:
 
     Small components get more than they weigh, so that weighed draws can tell their weights.
     """
-    mixture, chart = tops.mixture(), tops.chart
-    guide = _placed(task, tops, default_flow, base=partial(ModesBase, num_components=len(mixture.weights)))
-    factor = torch.linalg.solve_triangular(chart.scale_tril, mixture.scale_tril, upper=False)
-    base = guide.flow.base
+    mixture, known = tops.mixture(), task.guide.call
+    assert isinstance(known, AutoFlow)
+    build = partial(ModesBase, num_components=len(mixture.weights), circular=known.circular)
+    guide = _placed(task, tops, base=build)
+    base, fixed = guide.flow.base, guide.flow.transforms[-1]
     assert isinstance(base, ModesBase)
-    base.set(chart.inverse(mixture.loc), factor, mixture.weights.sqrt())
+    assert isinstance(fixed, FixedAffine)
+    scale = fixed.scale if fixed.dense else fixed.scale.diag()
+    factor = torch.linalg.solve_triangular(scale, mixture.scale_tril, upper=False)
+    base.set(fixed.inverse_and_log_det(mixture.loc)[0], factor, mixture.weights.sqrt())
     return guide
 
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,20 @@ class Ladder:
     stopped: str = ""
 
     def fit(self, name: str, guide: AutoFlow, **settings: Any) -> Fit | None:
-        """Fit a guide; None where that breaks off and there is an earlier rung to keep."""
-        file = self.checkpoint and Path(f"{os.fspath(self.checkpoint)}.{name.replace(' ', '-')}")
+        """Fit a guide; None where that breaks off and there is an earlier rung to keep.
+
+        Raises:
+            FloatingPointError: If the loss or its gradient stays non-finite.
+        """
         try:
-            fit = self.fit_once(guide, **{**self.settings, **settings}, checkpoint=file)
-        except (KeyboardInterrupt, ValueError, FloatingPointError, processes.Parted) as error:
+            return self._fit(name, guide, **settings)
+        except (KeyboardInterrupt, ValueError, processes.Parted) as error:
             self._break_off(name, error)
             return None
+
+    def _fit(self, name: str, guide: AutoFlow, **settings: Any) -> Fit:
+        file = self.checkpoint and Path(f"{os.fspath(self.checkpoint)}.{name.replace(' ', '-')}")
+        fit = self.fit_once(guide, **{**self.settings, **settings}, checkpoint=file)
         self.stopped = "interrupted" if fit.stopped == "interrupted" else self.stopped
         return fit
 
@@ -118,13 +126,9 @@ class Ladder:
     def cover(self, name: str) -> None:
         """Fit a guide to the modes that a population finds, and those that earlier rungs tell of, and judge it."""
         start = time.perf_counter()
-
-        def fit_once(guide: AutoFlow, **settings: Any) -> Fit | None:
-            return self.fit(name, guide, **settings)
-
         try:
-            found = cover(self.task, PARTICLES, fit_once, processes.first(self._places))
-        except (KeyboardInterrupt, ValueError, FloatingPointError) as error:
+            found = cover(self.task, PARTICLES, partial(self._fit, name), processes.first(self._places))
+        except (KeyboardInterrupt, ValueError, FloatingPointError, processes.Parted) as error:
             self._break_off(name, error)
             return
         if found.guide is not None:
@@ -244,6 +248,22 @@ def climb(ladder: Ladder, guide: AutoFlow, *, escalate: bool, restarts: int) -> 
     if not escalate:
         _restarted(ladder, guide, restarts)
         return ladder.result()
+    try:
+        _train(ladder, guide, restarts)
+    except FloatingPointError:  # as where the posterior has a hard edge, which a population can bear
+        ladder.cover("annealed")
+    else:
+        if not ladder.ended:
+            ladder.cover("annealed")
+    if not ladder.ended and ladder.misses_a_mode:
+        ladder.cover("annealed again")
+    if not ladder.is_sure:
+        ladder.sample("exact draws")
+    return ladder.result()
+
+
+def _train(ladder: Ladder, guide: AutoFlow, restarts: int) -> None:
+    """Climb by the ELBO, until a mode is missing, which longer training does not find."""
     if guide.is_fresh and not guide.has_circles:
         gaussian = guide.rebuilt(lambda dim: Flow([ActNorm(dim)]))
         ladder.climb("Gaussian", gaussian, steps=gaussian.schedule().steps // 2)
@@ -252,13 +272,6 @@ def climb(ladder: Ladder, guide: AutoFlow, *, escalate: bool, restarts: int) -> 
     if not (ladder.ended or ladder.misses_a_mode):
         deeper = (copy.deepcopy if guide.has_circles else _deepened)(ladder.rungs[-1].fit.guide)
         ladder.climb("deeper and longer", deeper, steps=2 * guide.schedule().steps, lr=0.005)
-    if not ladder.ended:
-        ladder.cover("annealed")
-    if not ladder.ended and ladder.misses_a_mode:
-        ladder.cover("annealed again")
-    if not ladder.is_sure:
-        ladder.sample("exact draws")
-    return ladder.result()
 
 
 def untrained(guide: AutoFlow, log_evidence: float) -> Fit:
@@ -277,9 +290,8 @@ def _restarted(ladder: Ladder, guide: AutoFlow, restarts: int) -> Fit | None:
         if ladder.stopped:
             break
         again = guide.rebuilt()
-        if not guide.has_circles:  # else it differs by its random weights alone
-            place = _elsewhere(Space(ladder.task), guide.start[0])
-            again.start_at(place, guide.start[1] * torch.eye(len(place)).to(place))
+        place = _elsewhere(Space(ladder.task), guide.start[0])
+        again.start_at(place, guide.start[1] * torch.eye(len(place)).to(place))
         if fit := ladder.fit(f"start {number}", again):
             ladder.note(Rung(f"start {number}", fit, None, fit.seconds))
     return max(ladder.rungs[before:], key=lambda rung: rung.elbo).fit

@@ -93,7 +93,8 @@ def fit_svi(
             Gaussian to the guide's flow, to more couplings trained for longer, to a guide that covers all modes which a
             population finds (:func:`~pyro_flows.anneal`), and to exact draws (:func:`~pyro_flows.sample`), the fit's
             ``samples``, also where a guide can be trusted but its weights are not reliable, or see a variance that is
-            off by more than 5 %.  Its ``rungs`` tell of each; use its ``guide``, which need not be the one given.
+            off by more than 5 %.  Where training breaks down, as at hard edges, it goes on to the population.  Its
+            ``rungs`` tell of each; use its ``guide``, which need not be the one given.
             ``steps`` and ``lr`` are those of the guide's own flow.
         restarts: How often to fit an ``AutoFlow``, each time from elsewhere: the prior, or far around the start.  The
             best is kept.

@@ -134,7 +134,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         self._build()
 
     def _build(self) -> None:
-        circular, sizes = self._circular, (self.latent_dim, self._context_dim)
+        circular, sizes = self.circular, (self.latent_dim, self._context_dim)
         flow = built("AutoFlow", "flow", self._build_flow, default_for(circular, self._context_dim), *sizes)
         self.flow = assemble(flow, self._build_base, self._init_loc(), self._init_scale, circular)
         self._adopt_stored()
@@ -149,12 +149,12 @@ class AutoFlow(FlowGuide, AutoContinuous):
     @property
     def has_circles(self) -> bool:
         """True if some latents are angles."""
-        return any(self._circular)
+        return any(self.circular)
 
     @property
     def is_fresh(self) -> bool:
         """True if the guide is still untrained."""
-        return is_untrained(self.flow, self._init_scale, self._circular)
+        return is_untrained(self.flow, self._init_scale, self.circular)
 
     @property
     def starts_from_gaussian(self) -> bool:
@@ -182,7 +182,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         return [layer.weight for layer in self.flow.modules() if isinstance(layer, nn.Linear)]
 
     @property
-    def _circular(self) -> list[bool]:
+    def circular(self) -> list[bool]:
+        """For each of the packed latents, whether it is an angle."""
         return [is_circular(self.prototype_trace.nodes[name]["fn"].support) for name in self.coordinates]
 
     @property
@@ -200,16 +201,13 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def start_at(self, loc: Tensor, scale_tril: Tensor) -> None:
         """Let the guide's affine maps, which are reset, take N(0, I) to N(loc, L Lᵀ).
 
+        Angles stay as they are.
+
         Args:
             loc: The mean of the packed, unconstrained latents, ``(latent_dim,)``.
             scale_tril: Their Cholesky factor L, ``(latent_dim, latent_dim)``; beyond 512 only the marginals count.
-
-        Raises:
-            ValueError: If some latents are angles.
         """
-        if self.has_circles:
-            raise ValueError("AutoFlow.start_at: some latents are angles, which have no Gaussian.")
-        start_at(self.flow, loc, scale_tril)
+        start_at(self.flow, loc, scale_tril, self.circular)
 
     def context(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """What the encoder makes of data, ``(*batch, context_dim)``; None without an encoder."""

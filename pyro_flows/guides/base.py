@@ -10,7 +10,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
+from pyro import poutine, validation_enabled
 from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
 from pyro.nn.module import _is_module_local_param_enabled
@@ -20,6 +20,7 @@ from ..checks import quoted
 from ..flows import Flow
 from ..flows.distribution import FlowDistribution
 from ..programs.engines import plate_like
+from ..programs.log_density import is_breakdown
 from .call import Call
 from .calls import Calls
 from .checks import setup_error
@@ -37,6 +38,7 @@ class FlowGuide(Plan, AutoGuide):
     prototype_trace: Any
     plate: str | None = None  # whose rows have a flow of their own
     _calls: Calls
+    _chooses_start: bool  # as no init_loc_fn was given
     _data_plates: Sequence[str] = ()  # those that the model gives their rows' data
 
     def setup(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,13 +61,28 @@ class FlowGuide(Plan, AutoGuide):
             fault = "this guide was saved before setup(), and saved guides leave their models behind"
             raise ValueError(f"{owner}: {fault}.")
         try:
-            self._setup_prototype(*args, **kwargs)
+            self._set_up(*args, **kwargs)
         except Exception as error:
             self.prototype_trace = None  # a failed setup can be tried again
             if told := setup_error(owner, error, bool(args or kwargs)):
                 raise told from error
             raise
         return self
+
+    def _set_up(self, *args: Any, **kwargs: Any) -> None:
+        """Build the guide; where the model breaks down at the start, find another if none was asked for."""
+        try:
+            self._setup_prototype(*args, **kwargs)
+        except ValueError as error:
+            if not (self._chooses_start and is_breakdown(error)):
+                raise
+            try:
+                with validation_enabled(False):
+                    self._setup_prototype(*args, **kwargs)
+                call = self._call(args, kwargs)
+                call.trace_at(call.start)
+            except ValueError:
+                raise error from None
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         return Call(type(self).__name__, self.model, args, kwargs, self.prototype_trace, self.plate)

@@ -16,7 +16,7 @@ from .. import flows
 from ..bijectors import SoftplusAffine
 from ..conditioners import Conditioner
 from ..conditioners.base import Network
-from ..distributions import CircularBase, ContaminatedNormalBase, ModesBase, StandardNormal
+from ..distributions import ContaminatedNormalBase, ModesBase, StandardNormal
 from ..flows import Flow
 from ..transforms import ActNorm, Elementwise, FixedAffine, FlowTransform, ScaledLinear
 from ..transforms.linear import unrotated
@@ -124,8 +124,9 @@ def assemble(
     """
     dim, angles = len(loc), any(circular)
     circular = circular or [False] * dim
-    held = flow.base.circular.tolist() if isinstance(flow.base, CircularBase) else [False] * dim
-    if angles and (base or held != list(circular)):
+    made_base = base(dim) if base else flow.base
+    held = [getattr(b, "circular", torch.zeros(dim, dtype=torch.bool)).tolist() for b in (flow.base, made_base)]
+    if angles and any(found != list(circular) for found in held):
         fault = "some latents are angles, which a base or recipe for real numbers cannot hold"
         way = f"use flow=lambda dim: flows.circular_coupling(dim, circular={list(circular)}, ...)"
         raise ValueError(f"AutoFlow: {fault}; leave both out, or {way}.")
@@ -133,7 +134,7 @@ def assemble(
         set_pace(flow)
     fixed = FixedAffine(dim, dense=dim <= DENSE)
     layers: list[FlowTransform] = [*flow.transforms, _learned(circular, _reachable(scale)), fixed]
-    made = Flow(layers, base(dim) if base else flow.base).to(device=loc.device, dtype=loc.dtype)
+    made = Flow(layers, made_base).to(device=loc.device, dtype=loc.dtype)
     rest = torch.as_tensor(circular, device=loc.device)
     fixed.set(loc.masked_fill(rest, 0), torch.full_like(loc, scale / _reachable(scale)).masked_fill(rest, 1))
     return made
@@ -161,11 +162,18 @@ def _networks(module: nn.Module) -> Iterator[Network]:
             yield from _networks(part)
 
 
-def start_at(flow: Flow, loc: Tensor, scale_tril: Tensor) -> None:
-    """Let the affine maps of an assembled flow take N(0, I) to N(loc, L Lᵀ): the fixed one does, the other rests."""
+def start_at(flow: Flow, loc: Tensor, scale_tril: Tensor, circular: Sequence[bool]) -> None:
+    """Let the affine maps of an assembled flow take N(0, I) to N(loc, L Lᵀ): the fixed one does, the other rests.
+
+    Angles stay as they are.
+    """
     learned, fixed = flow.transforms[-2:]
     assert isinstance(fixed, FixedAffine)
-    learned.load_state_dict(_learned([False] * len(loc), 1.0).state_dict())
+    learned.load_state_dict(_learned(circular, 1.0).state_dict())
+    if any(circular):
+        angles = torch.as_tensor(circular, device=loc.device)
+        rows = scale_tril.masked_fill(angles.unsqueeze(-1), 0.0)
+        loc, scale_tril = loc.masked_fill(angles, 0.0), torch.linalg.cholesky(rows @ rows.T + angles.to(rows).diag())
     fixed.set(loc, scale_tril)
 
 

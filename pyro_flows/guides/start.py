@@ -3,12 +3,14 @@
 The centre is the better one where priors know something.  Where they are as wide as LogNormal(-20, 5) it may be absurd:
 a noise of e⁻²⁰ makes any data impossible, and steps of an optimiser do not lead out of there.  So the origin is taken
 where it is far likelier, data included.  Where neither has a density, as in models whose draws must fit each other,
-the first of some places around the origin that has one is taken, as Pyro's NUTS does.
+the first of some places around the origin that has one is taken, as Pyro's NUTS does, or the first such draw of the
+latents' own distributions.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from pyro import validation_enabled
@@ -21,7 +23,7 @@ from .checks import check_density
 from .discrete import summed
 
 ABSURD = 10.0  # nats per latent by which the origin must be likelier
-TRIES = 100  # places around the origin where neither has a density
+TRIES = 100  # places around the origin, and draws, where neither has a density
 
 
 def settle_start(call: Call, *, choose: bool) -> None:
@@ -56,7 +58,7 @@ def _choose(call: Call, program: Program | None) -> None:
             total = torch.as_tensor(trace.log_prob_sum())
         for name, value in values.items():
             total = total + transforms[name].log_abs_det_jacobian(free[name], value).sum()
-        return float(total)
+        return -math.inf if total.isnan() else float(total)
 
     with torch.no_grad(), call.same_draws(), validation_enabled(False):
         at_centre = log_density(centre)
@@ -64,8 +66,8 @@ def _choose(call: Call, program: Program | None) -> None:
         least = ABSURD * sum(value.numel() for value in origin.values())
         place = origin if math.isfinite(at_origin) and at_centre < at_origin - least else centre
         if not (math.isfinite(at_centre) or math.isfinite(at_origin)):
-            around = ({n: 4 * torch.rand_like(value) - 2 for n, value in centre.items()} for _ in range(TRIES))
-            place = next((elsewhere for elsewhere in around if math.isfinite(log_density(elsewhere))), centre)
+            places = _elsewhere(call, centre)
+            place = next((elsewhere for elsewhere in places if math.isfinite(log_density(elsewhere))), centre)
         if place is centre:
             return
         # Densities that differ from run to run are given sites that are hidden from the guide, and drawn anew.
@@ -73,3 +75,16 @@ def _choose(call: Call, program: Program | None) -> None:
     if stays:
         for name, site in call.latents.items():
             site["value"] = transforms[name](place[name])
+
+
+def _elsewhere(call: Call, centre: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Yield unconstrained latents within 2 of the origin, then draws of each latent as it is distributed where others
+    are at the centre, unless that cannot be drawn from."""
+    for _ in range(TRIES):
+        yield {name: 4 * torch.rand_like(value) - 2 for name, value in centre.items()}
+    for _ in range(TRIES):
+        try:
+            drawn = {name: site["fn"].sample() for name, site in call.latents.items()}
+        except NotImplementedError:  # by an ImproperUniform
+            return
+        yield {name: transform.inv(drawn[name]) for name, transform in call.transforms.items()}

@@ -57,9 +57,12 @@ class Reference:
             self._prior = Task(muted(model.call), space.task.guide.call, model.args, model.kwargs).settle().model
         self._loc, self._scale_tril = loc, scale_tril
         self._wide = self._wide_law() if bool(self._flat.any()) else None
-        if not bool(self._flat.all()) and not self._is_alive():
+        if not bool(self._flat.all()) and (alive := self._alive()) < ALIVE:
+            of_prior = self._flat, self._wide
             self._flat = torch.ones_like(self._flat)
             self._wide = self._wide_law()
+            if self._alive() <= alive:
+                self._flat, self._wide = of_prior
 
     def draw(self, number: int) -> Tensor:
         """Draws of r, ``(number, D)``; vectors that are not finite are draws whose size no float holds."""
@@ -109,8 +112,8 @@ class Reference:
         part = covariance[self._flat][:, self._flat]
         return MultivariateNormal(loc[self._flat], WIDE**2 * part)
 
-    def _is_alive(self) -> bool:
-        z = self.draw(TRIED)
-        with torch.no_grad():
-            log_r, log_p = self.log_r_and_p(z)
-        return float((log_r + log_p).isfinite().double().mean()) >= ALIVE
+    @torch.no_grad()
+    def _alive(self) -> float:
+        """The share of some draws of r at which p has a density."""
+        log_r, log_p = self.log_r_and_p(self.draw(TRIED))
+        return float((log_r + log_p).isfinite().double().mean())

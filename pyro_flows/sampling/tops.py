@@ -48,6 +48,7 @@ class Tops:
 
     def __init__(self, space: Space, population: Population, starts: Tensor) -> None:
         centre, density = _opposite_the_gap(space, population.z), or_nan(space.log_p)
+        self._space, self._centre = space, centre
         z = space.wrapped(population.z, centre)
         self.population = population = population._replace(z=z)
         self.chart = chart = White(z, population.log_weights.exp())
@@ -147,6 +148,7 @@ class Tops:
         """The mode that each of other vectors most likely belongs to, ``(N,)``."""
         if len(self.places) == 1:
             return torch.zeros(len(z), dtype=torch.long, device=z.device)
+        z = self._space.wrapped(z, self._centre)
         return torch.cat(
             [(self.laws.log_prob(part.unsqueeze(1)) + self.weights.log()).argmax(-1) for part in z.split(1000)]
         )
