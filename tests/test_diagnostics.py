@@ -218,6 +218,17 @@ def test_batch_size_must_be_positive():
         psis(model, model, num_samples=100, batch_size=0)
 
 
+def test_the_error_of_the_evidence_has_room_for_what_was_not_drawn():
+    """Pareto weights of shape .6 have no variance; the deviation of those that are drawn says too little."""
+    within = 0
+    for _ in range(200):
+        found = weigh(-0.6 * torch.rand(1000, dtype=torch.float64).log())
+        within += abs(found.log_evidence - math.log(2.5)) < 2 * found.log_evidence_se
+    assert within > 200 * 0.93 - 3 * (200 * 0.93 * 0.07) ** 0.5
+    assert weigh(torch.zeros(100)).log_evidence_se == 0
+    assert weigh(-2 * torch.rand(1000).log()).log_evidence_se == math.inf  # they have no mean
+
+
 def test_a_model_that_sums_over_all_it_sees_sees_one_draw():
     """Under a plate of draws it runs without an error, and is wrong: its factor would count once for every draw."""
 

@@ -41,6 +41,18 @@ def autoregressive(slope: float, chains: int, length: int) -> torch.Tensor:
     return torch.stack((draws[..., 0], draws[..., 1].exp(), draws[..., 2].round()), -1)
 
 
+@pytest.mark.parametrize(("df", "share"), [(math.inf, 1.0), (9.0, 0.625)])
+def test_the_sd_has_an_effective_sample_size_of_its_own(df, share):
+    """Of independent draws of kurtosis κ it is a share of 2 / (κ - 1): 1 for normals, for Student's t of 9 df 5 / 8."""
+    law = dist.Normal(0.0, 1.0) if df == math.inf else dist.StudentT(df)
+    found = convergence(law.sample((256, 400, 8)))
+    assert found.ess_sd.mean() / (256 * 400) == pytest.approx(share, rel=0.15)
+    halves = found._replace(ess_bulk=torch.full((8,), 300.0), ess_tail=torch.full((8,), 200.0))
+    torch.testing.assert_close(halves.lack(100), torch.full((8,), 0.5))
+    torch.testing.assert_close(halves._replace(ess_sd=torch.full((8,), 80.0)).lack(100), torch.full((8,), 1.25))
+    torch.testing.assert_close(halves._replace(ess_sd=torch.zeros(8)).lack(20), torch.full((8,), 1.0))  # ten times
+
+
 @pytest.mark.parametrize(
     ("slope", "chains", "length"),
     [(0.0, 4, 1000), (0.5, 4, 1000), (0.95, 4, 1000), (-0.4, 4, 999), (0.9, 8, 301), (0.3, 256, 16), (0.99, 64, 400)],

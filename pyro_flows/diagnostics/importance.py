@@ -54,7 +54,8 @@ class Psis:
         threshold: ``min(1 - 1 / log10 S, 0.7)``: below it, reweighted estimates can be trusted where the guide looks.
         ess: The effective sample size of the smoothed weights, between 1 and S.
         log_evidence: The logarithm of the mean weight, in nats: log p(x) where the guide covers the posterior.
-        log_evidence_se: Its standard error, in nats.
+        log_evidence_se: Its standard error, in nats, with room for one weight beyond the largest, as large as k-hat
+            lets expect: infinite from 1 on.  It knows nothing of what the guide never draws.
         log_weights: The raw log-weights log p - log q, ``(S,)``, in nats.
         smoothed: The smoothed log-weights, normalised: their exponentials sum to one, ``(S,)``.
 
@@ -169,7 +170,7 @@ def weigh(log_weights: Tensor) -> Psis:
         raise ValueError("psis: all log-weights are -inf; the guide draws only where the model has no density.")
     raw, size = log_weights.double().cpu(), len(log_weights)
     relative = (raw - raw.max()).exp()
-    mean = relative.mean()
+    mean, noise = relative.mean(), relative.std() / math.sqrt(size)
     log_smoothed, khat = psislw(raw.numpy())
     smoothed = torch.as_tensor(log_smoothed).log_softmax(0)
     return Psis(
@@ -177,10 +178,16 @@ def weigh(log_weights: Tensor) -> Psis:
         threshold=min(1 - 1 / math.log10(size), 0.7),
         ess=float(1 / smoothed.exp().square().sum()),
         log_evidence=float(raw.max() + mean.log()),
-        log_evidence_se=float(relative.std() / mean / math.sqrt(size)),
+        log_evidence_se=math.hypot(float(noise / mean), _unseen(float(1 / mean), khat) / size),
         log_weights=log_weights,
         smoothed=smoothed.to(log_weights),
     )
+
+
+def _unseen(largest: float, khat: float) -> float:
+    """The mean of a weight beyond the largest, which is given in units of the mean weight, less that mean."""
+    shape = khat if largest > math.exp(EVEN) else min(khat, 0.0)
+    return (largest - 1) / (1 - shape) if shape < 1 else math.inf
 
 
 @takes_nesting

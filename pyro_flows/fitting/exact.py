@@ -29,7 +29,7 @@ def exact(space: Space, goal: Goal, num_chains: int | None, *, progress: bool, o
     start = time.perf_counter()
     chains = num_chains or (ONE_BY_ONE if space.task.runs_one_by_one else CHAINS)
     found = _run(space, chains, goal, others, progress=progress)
-    rhat, ess_bulk, ess_tail, _ = found.convergence
+    rhat, ess_bulk, ess_tail, *_ = found.convergence
     return Samples(
         draws={k: v.unflatten(0, found.z.shape[:2]) for k, v in space.drawn_back(found.z.flatten(0, 1), BATCH).items()},
         names=space.read.names,

@@ -45,7 +45,8 @@ def sample(
     arXiv:2105.12603).  All of these leave the posterior as it is.  So the guide's errors cost time and do not spoil the
     draws, once the chains have
     converged: they run until R-hat is at most 1.01 and the effective sample sizes of bulk and tails are at least
-    ``num_draws``, for every latent and deterministic site (Vehtari et al. 2021, arXiv:1903.08008).  A mode that no
+    ``num_draws``, for every latent and deterministic site (Vehtari et al. 2021, arXiv:1903.08008); and on, to at most
+    ten times these, until each standard deviation is known as well as from ``num_draws`` normal draws.  A mode that no
     chain has met is not there for R-hat either: see :func:`~pyro_flows.check`, which searches for such.
 
     Args:

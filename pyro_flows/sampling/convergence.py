@@ -4,7 +4,8 @@ Each chain is split into halves, and values are replaced by normal scores of the
 Φ⁻¹((r - 3/8) / (S + 1/4)).  With n draws in each half, W the mean variance within halves and B/n the variance of their
 means, R-hat² = (n - 1)/n + B/(n W).  The larger of two counts, that of the values and that of their distances from the
 median.  The effective sample size is S over the autocorrelation time, of the scores (bulk) and of the indicators of the
-5 % and 95 % quantiles (tail).
+5 % and 95 % quantiles (tail).  That of the standard deviation is the number of normal draws that would tell it as well
+as the half chains do.
 
 Rank-Normalization, Folding, and Localization: An Improved R-hat for Assessing Convergence of MCMC (Vehtari, Gelman,
 Simpson, Carpenter, Bürkner 2021, arXiv:1903.08008).
@@ -24,6 +25,7 @@ DIRECT = 10  # pairs of lags that are summed directly; where correlations last l
 BLOCK = 400_000  # numbers that are looked at together, few enough for the cache
 LINE = 64  # quantities that are transposed together, for whole lines of the cache
 FEWEST = 8  # draws in a chain: each half needs four
+HEAVY_TAILED = 10.0  # times as many draws as are asked for, which will do where a standard deviation is still unknown
 
 
 class Convergence(NamedTuple):
@@ -33,6 +35,7 @@ class Convergence(NamedTuple):
         rhat: Rank-normalised split R-hat, ``(K,)``; 1 for constants, infinite where draws are NaN.
         ess_bulk: The effective sample size of the bulk.
         ess_tail: The smaller of those of the 5 % and the 95 % quantile.
+        ess_sd: That of the standard deviation.
         drift: The mean change from the first half of the chains to the second, in standard errors: the larger of the
             values' and of their distances from the median.
     """
@@ -40,12 +43,21 @@ class Convergence(NamedTuple):
     rhat: Tensor
     ess_bulk: Tensor
     ess_tail: Tensor
+    ess_sd: Tensor
     drift: Tensor
 
     @property
     def ess(self) -> Tensor:
         """The smaller effective sample size, ``(K,)``."""
         return torch.minimum(self.ess_bulk, self.ess_tail)
+
+    def lack(self, number: int) -> Tensor:
+        """By what factor the draws are too few for effective sample sizes of ``number``, ``(K,)``.
+
+        That of a standard deviation is asked for up to a number of draws: it may not exist.
+        """
+        short = number / self.ess.clamp_min(1)
+        return torch.maximum(short, torch.minimum(number / self.ess_sd.clamp_min(1), HEAVY_TAILED * short))
 
 
 def convergence(draws: Tensor) -> Convergence:
@@ -79,10 +91,10 @@ def _converged(columns: Tensor, shape: tuple[int, int, int, int]) -> Convergence
         below = columns <= low.lerp(high, place % 1).unsqueeze(-1)
         tails.append(_ess(below.to(scores).view(shape)))
     ess_bulk, ess_tail = _ess(scores), torch.minimum(*tails)
-    drift = torch.maximum(_drift(scores), _drift(folded))
+    ess_sd, drift = _ess_of_sd(columns.view(shape)), torch.maximum(_drift(scores), _drift(folded))
     rhat, drift = (x.masked_fill(constant, y).masked_fill(unknown, math.inf) for x, y in ((rhat, 1), (drift, 0)))
-    ess_bulk, ess_tail = (x.masked_fill(constant, size).masked_fill(unknown, 0) for x in (ess_bulk, ess_tail))
-    return Convergence(rhat, ess_bulk, ess_tail, drift)
+    sizes = [x.masked_fill(constant, size).masked_fill(unknown, 0) for x in (ess_bulk, ess_tail, ess_sd)]
+    return Convergence(rhat, sizes[0], sizes[1], sizes[2], drift)
 
 
 def _sort(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,6 +134,12 @@ def _rhat(x: Tensor) -> Tensor:
     means, length = x.mean(2), x.shape[2]
     within = (x - means.unsqueeze(2)).square().mean((1, 2, 3)) * length / (length - 1)
     return ((length - 1) / length + means.flatten(1).var(-1) / within).sqrt().nan_to_num(1.0, math.inf)
+
+
+def _ess_of_sd(x: Tensor) -> Tensor:
+    """The number of normal draws that would tell the standard deviation as well as half chains do, ``(K, 2, n, C)``."""
+    squares = (x - x.mean((1, 2, 3), keepdim=True)).square().mean(2).flatten(1)
+    return 2 * squares.shape[-1] * (squares.mean(-1) / squares.std(-1)).square().nan_to_num(0.0)
 
 
 def _drift(x: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ class Goal(NamedTuple):
     """The goal of a run of chains.
 
     Attributes:
-        num_draws: The least effective sample size of each quantity, of its bulk and of its tails.
+        num_draws: The least effective sample size of each quantity, of its bulk, of its tails and, where that takes no
+            more than ten times as many draws, of its standard deviation.
         max_sweeps: How often chains are moved at most.
     """
 
@@ -313,7 +314,7 @@ class Record:
                 self._thin(step)
                 return found, True, 1.0
             excess = (float(found.rhat.max()) ** 2 - 1) / (RHAT**2 - 1)
-            growth = min(growth, 1.1 * max(excess, goal.num_draws / max(1.0, float(found.ess.min()))))
+            growth = min(growth, 1.1 * max(excess, float(found.lack(goal.num_draws).max())))
             step *= 2
         assert first is not None
         return first, False, max(1.25, growth)
@@ -328,7 +329,8 @@ class Record:
         return bool((found.drift > torch.special.ndtri(torch.tensor(1 - 0.0005 / tests, dtype=torch.float64))).any())
 
     def _is_enough(self, found: Convergence, goal: Goal) -> bool:
-        return bool((found.rhat <= RHAT).all() and (found.ess >= goal.num_draws).all()) and not self.drifts(found)
+        known = (found.rhat <= RHAT) & (found.lack(goal.num_draws) <= 1)
+        return bool(known.all()) and not self.drifts(found)
 
     def _look(self, numbers: Tensor, goal: Goal) -> tuple[Convergence, bool]:
         """Look at the worst quantities first, and at the others where these have converged; True where at all."""
@@ -337,7 +339,7 @@ class Record:
             if not self._is_enough(found, goal):
                 return found, False
         found = convergence(numbers)
-        lacks = torch.maximum((found.rhat - 1) / (RHAT - 1), goal.num_draws / found.ess.clamp_min(1))
+        lacks = torch.maximum((found.rhat - 1) / (RHAT - 1), found.lack(goal.num_draws))
         self._worst = lacks.topk(WORST).indices if len(lacks) > WORST else torch.arange(0)
         return found, True
 
