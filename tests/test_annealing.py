@@ -17,6 +17,7 @@ import pyro_flows as pf
 from pyro_flows import AutoFlow, anneal, check
 from pyro_flows.programs.space import Space, sound_space
 from pyro_flows.programs.task import Task
+from pyro_flows.sampling.bridge import bridge, moved_on
 from pyro_flows.sampling.charts import White
 from pyro_flows.sampling.gaussian import match_top
 from pyro_flows.sampling.mixture import Mixture
@@ -27,6 +28,10 @@ from pyro_flows.sampling.reference import Reference
 
 Y = torch.tensor([1.0, -0.5, 2.0, 1.5])
 COUNTS = torch.tensor([2.0, 0.0, 3.0, 1.0, 1.0])
+
+
+def normal(loc: Tensor, scale: float) -> dist.TorchDistribution:
+    return dist.Normal(loc, scale).to_event(1)
 
 
 def found_in(model: Callable[..., Any], *args: Any, number: int = 512, **kwargs: Any) -> pf.Annealed:
@@ -391,6 +396,61 @@ def test_draws_hold_all_sites() -> None:
     draws = found_in(model).draws
     assert draws.keys() == {"x", "k", "sum"}
     torch.testing.assert_close(draws["sum"], draws["x"] + draws["k"])
+
+
+# The evidence from both.
+
+
+def drawn_from(law: torch.distributions.Distribution, number: int) -> Population:
+    """Independent draws as particles."""
+    z = law.sample((number,))
+    weights = torch.full((number,), -math.log(number))
+    return Population(z, weights, law.log_prob(z) + 7.0, torch.zeros(16), [0.0, 1.0])
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+def test_bridge_sampling_bears_a_guide_that_is_too_narrow(scale: float) -> None:
+    """Weights of the narrow guide's draws have no variance.  Z is e⁷."""
+    law, guide = normal(torch.zeros(3), 1.0), normal(torch.zeros(3), scale)
+    errors, noises = [], []
+    for _ in range(40):
+        population, z = drawn_from(law, 1600), guide.sample((4000,))
+        of_p = population.log_p - guide.log_prob(population.z)
+        found, noise = bridge(population, of_p, law.log_prob(z) + 7.0 - guide.log_prob(z))
+        errors.append(found - 7)
+        noises.append(noise)
+    mean, sd = torch.tensor(errors).mean(), torch.tensor(errors).std()
+    assert abs(mean) < 4 * sd / 40**0.5 + 1e-6
+    assert sd <= 1.5 * torch.tensor(noises).mean() + 1e-6
+    assert sd >= 0.6 * torch.tensor(noises).mean() - 1e-6
+
+
+def test_particles_move_on_to_where_the_guide_hardly_draws() -> None:
+    def model() -> None:
+        pyro.sample("x", normal(torch.zeros(2), 1.0))
+
+    guide = AutoFlow(model).setup()
+    guide.start_at(torch.zeros(2), 0.5 * torch.eye(2))
+    population = drawn_from(normal(torch.zeros(2), 0.5), 1024)
+    moved = moved_on(sound_space(Task(model, guide, (), {})), population)
+    assert moved.z.std().item() == pytest.approx(1, abs=0.08)
+    torch.testing.assert_close(moved.log_p, normal(torch.zeros(2), 1.0).log_prob(moved.z))
+
+
+def test_the_evidence_of_a_funnel_has_an_error_that_covers_it() -> None:
+    """The guide's weights are not reliable there; its draws and the particles together know more."""
+
+    def model() -> None:
+        v = pyro.sample("v", dist.Normal(0.0, 2.0))
+        x = pyro.sample("x", dist.Normal(torch.zeros(3), (v / 2).exp().unsqueeze(-1)).to_event(1))
+        pyro.sample("y", normal(x, 1.0), obs=torch.zeros(3))
+
+    found = anneal(model, num_particles=1024, progress=False)
+    v = torch.linspace(-20, 20, 4001).double()
+    given_v = 3 * dist.Normal(0.0, (1 + v.exp()).sqrt()).log_prob(torch.zeros(()))
+    exact = float((dist.Normal(0.0, 2.0).log_prob(v) + given_v).logsumexp(0)) + math.log(0.01)
+    assert abs(found.log_evidence - exact) < 3 * found.log_evidence_se
+    assert found.log_evidence_se < found.population.log_evidence_se
 
 
 # The guide.

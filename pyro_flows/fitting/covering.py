@@ -3,7 +3,8 @@
 The population finds modes and what each weighs (:mod:`pyro_flows.sampling.population`).  A mixture of Gaussians at the
 modes becomes the base of a flow, which is trained on the particles, then by the ELBO.  Draws of that guide, weighed,
 are better than the particles where the weights are reliable: their evidence has less noise, and so have the modes'
-weights.  Where they are not, or see less evidence than the population, the particles stand.
+weights.  Where they are not, or see less evidence than the population, the particles stand.  Unless weights are beyond
+doubt the particles move on as chains, in the guide's coordinates, and both kinds of draws together tell the evidence.
 
 Sequential Monte Carlo Samplers (Del Moral, Doucet, Jasra 2006); Annealed Flow Transport Monte Carlo (Arbel, Matthews,
 Doucet 2021, arXiv:2102.07501).
@@ -31,6 +32,7 @@ from ..guides import AutoFlow
 from ..programs.log_density import or_nan
 from ..programs.space import Space, sound_space
 from ..programs.task import Task
+from ..sampling.bridge import bridge, moved_on
 from ..sampling.mixture import ROUNDS
 from ..sampling.modes import SOME, ways_up
 from ..sampling.population import ISLANDS, Effort, Population, anneal
@@ -46,6 +48,7 @@ BATCH = 4096  # draws whose values are computed at once
 ENOUGH_ESS = 0.9  # the effective share of draws at which nothing is left to train
 EPOCHS, GENTLE = 50, 0.003  # of training on the particles; the step size of the ELBO over a base with modes
 CONVERGES = 0.5  # k-hat below which the weights have a variance, and their mean an error that can be known
+BEYOND_DOUBT = 0.3  # k-hat below which draws of the guide alone tell the evidence
 SURPRISE = 3.0  # nats by which the posterior exceeds a guide that has too little at a particle
 LACKS = 0.02  # the share of the population at which a guide may have too little
 LESS = 0.1  # nats of evidence by which the guide may fall short of the population
@@ -92,7 +95,7 @@ class Annealed:
         guide: An ``AutoFlow`` that covers them, or None if none was asked for.
         fit: The record of its fit; None if there was nothing to train.
         psis: How the guide's draws weigh.
-        is_weighed: Whether draws, evidence and weights of modes come from the guide; else they are the population's.
+        is_weighed: Whether draws and weights of modes come from the guide; else they are the population's.
         population: The population itself.
         seconds: The wall time.
 
@@ -175,7 +178,7 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
     if weighed:  # anew, as the best of some guides owes that to its draws in part
         weighed = _weighed(weighed.guide, task)
     with pyro.validation_enabled(False):
-        return _summed_up(space, tops, weighed, fit, start)
+        return _summed_up(task, space, tops, weighed, fit, start)
 
 
 class _Weighed(NamedTuple):
@@ -247,12 +250,16 @@ def _with_modes(task: Task, tops: Tops) -> AutoFlow:
     return guide
 
 
+def _space_of(guide: AutoFlow, task: Task) -> Space:
+    model = task.model
+    return sound_space(Task(model.call, guide, model.args, model.kwargs, model.engine))
+
+
 def _weighed(guide: AutoFlow, task: Task) -> _Weighed:
     """Weigh a guide's draws; of several processes all go by what the first has drawn."""
-    model = task.model
 
     def drawn() -> tuple[Tensor, Psis]:
-        draws = sound_space(Task(model.call, guide, model.args, model.kwargs, model.engine)).draw(DRAWS)
+        draws = _space_of(guide, task).draw(DRAWS)
         return draws.z, weigh((draws.log_p - draws.log_q).nan_to_num(-math.inf, -math.inf, -math.inf))
 
     with pyro.validation_enabled(False):
@@ -278,10 +285,16 @@ def _balanced(weighed: _Weighed, task: Task) -> _Weighed:
     return _weighed(guide, task)
 
 
-def _summed_up(space: Space, tops: Tops, weighed: _Weighed | None, fit: Fit | None, start: float) -> Annealed:
+def _summed_up(
+    task: Task, space: Space, tops: Tops, weighed: _Weighed | None, fit: Fit | None, start: float
+) -> Annealed:
     """The better of the guide's weighed draws and the population."""
-    population, number = tops.population, len(tops.places)
+    population, number, bridged = tops.population, len(tops.places), None
     z, log_weights, log_evidence, noise, shares = tops.together(or_nan(space.log_p))
+    if weighed and tops.have_particles and not (weighed.psis.even or weighed.psis.khat < BEYOND_DOUBT):
+        population, bridged = _bridged(task, weighed, population)
+        z, labels = population.z, tops.label(population.z)
+        shares = [population.share(labels == k) for k in range(number)]
     is_weighed = weighed is not None and _covers(weighed, population)
     if weighed and is_weighed:
         z, log_weights = weighed.z, weighed.log_weights
@@ -289,6 +302,8 @@ def _summed_up(space: Space, tops: Tops, weighed: _Weighed | None, fit: Fit | No
         labels, weights = tops.label(z), log_weights.exp()
         inside = [weights * (labels == k) for k in range(number)]
         shares = [(float(w.sum()), float((w - w.sum() * weights).norm())) for w in inside]
+    if bridged and bridged[1] < population.log_evidence_se:
+        log_evidence, noise = bridged
     place = space.values(tops.places)
     places = [{name: place[name][k] for name in space.task.latents} for k in range(number)]
     modes = [Mode(*share, at, height) for share, at, height in zip(shares, places, tops.heights.tolist(), strict=True)]
@@ -305,6 +320,21 @@ def _summed_up(space: Space, tops: Tops, weighed: _Weighed | None, fit: Fit | No
         population=population,
         seconds=time.perf_counter() - start,
     )
+
+
+@torch.no_grad()
+def _bridged(task: Task, weighed: _Weighed, population: Population) -> tuple[Population, tuple[float, float]]:
+    """Move the particles on, and have the log evidence from them and the guide's draws, with its standard error.
+
+    What lies where the guide hardly draws is known by particles alone, which may come there slowly: the error has room
+    for as much again.
+    """
+    population = processes.first(lambda: moved_on(_space_of(weighed.guide, task), population))
+    processes.as_one()
+    of_p = population.log_p - weighed.guide.flow().log_prob(population.z)
+    log_evidence, noise = bridge(population, of_p, weighed.psis.log_weights)
+    rare, _ = population.share((of_p - log_evidence).nan_to_num(math.inf) > SURPRISE)
+    return population, (log_evidence, math.hypot(noise, rare))
 
 
 def _quality(weighed: _Weighed, population: Population) -> tuple[bool, float]:

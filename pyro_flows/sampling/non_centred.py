@@ -21,7 +21,8 @@ from ..programs.engines import Site, Values, View
 from ..programs.log_density import is_breakdown
 from ..programs.quantities import innermost
 from ..programs.space import Space
-from .charts import White
+from .charts import White, charts_of
+from .hmc import Coordinates
 
 LEVELS = 3  # the most levels of a hierarchy: each takes a run of the model
 ROUND_OFF = 1e-4  # the largest relative error of a way back
@@ -110,3 +111,10 @@ def _has_loc_and_scale(site: Site) -> bool:
     """True if values of a site are loc + scale times numbers whose distribution has no parameters that vary."""
     fn = innermost(site["fn"])
     return isinstance(fn, Normal | Laplace | Cauchy) and fn.loc.shape == site["value"].shape == fn.scale.shape
+
+
+def coordinates_of(space: Space, z: Tensor) -> list[Coordinates]:
+    """The coordinates in which chains move, given draws z, ``(N, D)``: those of the model's hierarchy first, if any."""
+    charts, _ = charts_of(space, z)
+    found = NonCentred.of(space, z)
+    return [found, charts[0]] if found else list(charts)

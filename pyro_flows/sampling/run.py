@@ -21,10 +21,9 @@ from torch import Tensor
 from ..programs.log_density import or_nan
 from ..programs.space import Space
 from .chains import Chains
-from .charts import White, charts_of
+from .charts import White
 from .convergence import FEWEST, Convergence, convergence
-from .hmc import Coordinates
-from .non_centred import NonCentred
+from .non_centred import NonCentred, coordinates_of
 
 RHAT = 1.01  # where chains have converged
 SHORT, LONG = 16, 60  # sweeps of a warm-up: for a guide whose draws are mostly accepted, and for any other
@@ -106,7 +105,7 @@ class Run:
         if others is not None:
             quarter = start[: num_chains // 4]
             quarter.copy_(others[torch.arange(len(quarter)) % len(others)])
-        self.chains = Chains(or_nan(space.log_p), self._coordinates(z), start, max_steps=16)
+        self.chains = Chains(or_nan(space.log_p), coordinates_of(space, z[:BATCH]), start, max_steps=16)
         self.record = Record(space, max(KEPT, math.ceil(2 * goal.num_draws / num_chains)))
         self.sweeps, self.chance, self.times, self._words = 0, math.nan, 0, "warm-up"
         self._records_all, self._proposed = False, 0
@@ -132,12 +131,6 @@ class Run:
         points = (torch.arange(num_chains, device=z.device) + torch.rand((), device=z.device)) / num_chains
         places = torch.searchsorted(weights.cumsum(0) / weights.sum(), points.double()).clamp_max(len(z) - 1)
         return z, z[places[torch.randperm(num_chains, device=z.device)]]
-
-    def _coordinates(self, z: Tensor) -> list[Coordinates]:
-        """The coordinates to move in, given draws z of the guide: those of the model's hierarchy first, if any."""
-        charts, _ = charts_of(self.space, z)
-        found = NonCentred.of(self.space, z[:BATCH])
-        return [found, charts[0]] if found else list(charts)
 
     def run(self) -> Outcome:
         """Warm up, and run until the chains have converged, or as long as they may."""

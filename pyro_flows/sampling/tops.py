@@ -95,6 +95,11 @@ class Tops:
         factors = [white.scale_tril if known else pooled for white, known in zip(within, enough, strict=True)]
         return list(zip(loc, factors, strict=True))
 
+    @property
+    def have_particles(self) -> bool:
+        """True if the population has met all modes."""
+        return self._own == len(self.places)
+
     def mixture(self) -> Mixture:
         """Gaussians for the base of a guide: some for each mode, fitted to its particles, and wider ones too."""
         own, population, (wider, share) = self._own, self.population, WIDER
@@ -119,7 +124,7 @@ class Tops:
         """The particles and weighed draws of the modes that have none: places and log-weights, normalised, the log
         evidence and its standard error, and what each mode weighs, with its standard error."""
         population, own = self.population, self._own
-        if own == len(self.places):
+        if self.have_particles:
             shares = [population.share(self.labels == k) for k in range(own)]
             summary = population.log_evidence, population.log_evidence_se
             return population.z, population.log_weights, *summary, shares
