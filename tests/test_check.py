@@ -202,6 +202,38 @@ def test_pyros_guides_are_judged(kind):
     assert not check(model, guide, y + 1).trusted  # the posterior of other data
 
 
+def standard_normal() -> None:
+    pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+
+def with_outliers() -> None:
+    """One draw in 20,000 comes from a normal that is 1,000 times as wide: the sd is 7 times too large."""
+    shares = dist.Categorical(torch.tensor([1 - 5e-5, 5e-5]))
+    parts = dist.Normal(torch.zeros(2, 2), torch.tensor([[1.0, 1.0], [1.0, 1000.0]])).to_event(1)
+    pyro.sample("x", dist.MixtureSameFamily(shares, parts))
+
+
+def test_rare_draws_far_out_are_found():
+    pyro.set_rng_seed(0)  # none of them is among the draws that are weighed
+    found = check(standard_normal, with_outliers, num_samples=2000)
+    assert found.weighted.errors.max() < 0.05
+    assert found.outliers[0] < 0.05
+    assert found.outliers[1] > 1
+    (finding,) = (finding for finding in found.findings if finding.kind == "outliers")
+    assert (finding.quantity, finding.verdict) == ("x[1]", "reweight")
+    assert finding.size > 1.4
+    assert "A few of 100,000 draws lie where the posterior has next to nothing" in found.reason
+
+
+def test_heavy_tails_of_the_posterior_are_no_outliers():
+    def heavy():
+        pyro.sample("x", dist.StudentT(2.5).expand((2,)).to_event(1))
+
+    found = check(heavy, heavy)
+    assert found.outliers.max() < 0.01
+    assert found.trusted
+
+
 @pytest.mark.parametrize("local", [False, True])
 def test_in_both_modes_of_parameters(local):
     with pyro.settings.context(module_local_params=local), pyro.validation_enabled(True):
@@ -321,7 +353,7 @@ def test_what_is_no_number_is_not_trusted():
     psis = check(banana, banana).psis
     shapes = (Shape(torch.zeros(2), torch.full((2,), 0.01)),) * 2
     seen = [
-        Check((), psis, chains, right, right, shapes, ["x"], Missing(0.0, 0.0), [0.8], 0.0) for chains in (right, lost)
+        Check((), psis, chains, right, right, shapes, ["x"], Missing(0.0, 0.0), torch.zeros(1), [0.8], 0.0) for chains in (right, lost)
     ]
     verdicts = [worst(judge(one)) for one in seen]
     assert verdicts == ["trust", "do not trust"]

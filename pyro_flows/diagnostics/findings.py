@@ -20,6 +20,7 @@ class Finding:
     ``"sd"``         a standard deviation                 the guide's over the posterior's
     ``"shape"``      a distribution                       the error of its distribution function
     ``"weights"``    the draws count unequally            the total variation, by their weights
+    ``"outliers"``   a few draws lie far outside          the sd with them over that without
     ``"mode"``       mass lies where the guide has none   its share of all
     ``"collapsed"``  so does it, and chains leave         its share of all
     ``"far"``        little mass, far away                as of a mean or sd
@@ -75,6 +76,10 @@ WORDS = {
     "mean": lambda f: f"The guide's draws are off ({f.moment}).",
     "sd": lambda f: f"The guide's draws are off ({f.moment}).",
     "shape": lambda f: f"The shape of the guide's draws is off ({f.moment}), whatever their means and sds are.",
+    "outliers": lambda f: (
+        f"A few of 100,000 draws lie where the posterior has next to nothing (with them the sd of {f.quantity} is "
+        f"{f.size:.2f} times as large)."
+    ),
     "weights": lambda f: f"The guide's draws count unequally: by their weights {f.size:.0%} of the mass is misplaced.",
     "mode": lambda f: (
         f"A mode may be missing: {f.size:.0%} of the posterior's mass, as far as it was found, lies where the guide "

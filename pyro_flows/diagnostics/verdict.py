@@ -2,8 +2,9 @@
 
 Weights say how far the guide is from the posterior where it draws, and k-hat whether they can be believed themselves.
 Short chains from its draws say what lies next to them: they drift if the guide is wrong (:mod:`.drift`, :mod:`.shape`).
-A population that is annealed from the prior says what lies far away (:mod:`.search`).  None of the three needs to know
-the answer, and together they leave little room.
+A population that is annealed from the prior says what lies far away (:mod:`.search`), and many more draws of the guide
+whether a few of them lie where the posterior has nothing (:mod:`.outliers`).  None of these needs to know the answer,
+and together they leave little room.
 
 A guide's draws are to be trusted if each mean is right to a tenth of a standard deviation, each standard deviation to a
 tenth of itself, each distribution function to a twentieth or so, and hardly any mass is missing.  What is not right is
@@ -32,6 +33,7 @@ from ..sampling.charts import Chart, White, charts_of
 from .drift import Drift, DriftMeter, weighted_drift
 from .findings import Finding, worst
 from .importance import Psis, weigh
+from .outliers import outliers
 from .search import Missing, search
 from .shape import Shape, ShapeMeter, weighted_shape
 
@@ -72,6 +74,8 @@ class Check:
         missing: The mass found where the guide draws nothing: its ``share`` of the posterior's, between 0 and 1, with
             the standard error ``share_se``, its ``place``, a vector ``(D,)`` or None, and the ``error`` of the guide's
             moments that it makes.
+        outliers: By how much rare draws of the guide, where the posterior has next to nothing, enlarge the variance of
+            each quantity, relative to it, ``(K,)``.
         acceptance: The chains' mean acceptance, between 0 and 1, in each of the coordinates that they moved in.
         seconds: The wall time.
 
@@ -94,6 +98,7 @@ class Check:
     shapes: tuple[Shape, Shape]
     names: list[str]
     missing: Missing
+    outliers: Tensor
     acceptance: list[float]
     seconds: float
 
@@ -246,8 +251,9 @@ def check(
         count = num_chains or (16 if alone else 256)
         chains, directions, of_chains, acceptance = _run(looked_at, charts, draws, count, calm)
         missing = search(space, white, draws, judged)
+        rare = torch.zeros_like(weighted.error) if alone else outliers(space, draws, psis)[judged]
     shapes, seconds = (of_chains, of_weights), time.perf_counter() - start
-    seen = Check((), psis, chains, directions, weighted, shapes, names, missing, acceptance, seconds)
+    seen = Check((), psis, chains, directions, weighted, shapes, names, missing, rare, acceptance, seconds)
     return replace(seen, findings=tuple(judge(seen)))
 
 
@@ -332,7 +338,7 @@ def _is_calm(psis: Psis, weighted: Drift) -> bool:
 
 def judge(seen: Check) -> list[Finding]:
     """Return the findings that follow from what a check has seen, whatever findings it holds already."""
-    return [*_elsewhere(seen), *_off(seen), *_misshapen(seen)] or _doubts(seen)
+    return [*_elsewhere(seen), *_off(seen), *_rare(seen), *_misshapen(seen)] or _doubts(seen)
 
 
 def _more(seen: Check) -> float:
@@ -382,6 +388,15 @@ def _off(seen: Check) -> Iterator[Finding]:
             mended = seen.psis.reliable and _agree(seen.chains, seen.weighted)
             yield replace(drift.worst(seen.names, flags), verdict="reweight" if mended else "do not trust")
             return
+
+
+def _rare(seen: Check) -> Iterator[Finding]:
+    """The rare draws that enlarge a standard deviation by more than it may be off."""
+    ratios = (1 + seen.outliers).sqrt()
+    if bool((ratios > 1 + LIMIT).any()):
+        i = int(ratios.argmax())
+        verdict = "reweight" if seen.psis.reliable else "do not trust"
+        yield Finding("outliers", seen.names[i], float(ratios[i]), verdict=verdict)
 
 
 def _misshapen(seen: Check) -> Iterator[Finding]:

@@ -112,6 +112,17 @@ class Space:
 
         return Scored(**in_batches(step, {}, number, batch_size))
 
+    @torch.no_grad()
+    def draw_alone(self, number: int, batch_size: int) -> Tensor:
+        """Draws of the guide without a run of the model, ``(number, D)``."""
+
+        def step(_: Values, size: int) -> Values:
+            found = self.task.guide.sample(lambda view: {name: view.read(name) for name in self._own}, {}, size)
+            free = [transform.inv(found[name]).reshape(size, -1) for name, transform in self._own.items()]
+            return {"z": torch.cat(free, -1)}
+
+        return in_batches(step, {}, number, batch_size)["z"]
+
     def _score(self, latents: Values, size: int) -> tuple[Tensor, Values]:
         """The model's log-density of N draws, ``(N,)``, and its deterministic sites; -inf where it breaks down."""
         try:

@@ -1,0 +1,42 @@
+"""Rare draws of a guide, far out, where the posterior has next to nothing.
+
+A flow may send one draw in 100,000 so far away that a mean or a standard deviation is that draw's.  Weights of 10,000
+draws have seldom met one.  So many more are drawn, without the model; it is run at the outermost alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..programs.log_density import or_nan
+from ..programs.space import Scored, Space
+from .importance import Psis
+
+DRAWS, NUMBERS = 100_000, 20_000_000  # draws of the guide, and numbers that these hold at most
+OUTERMOST = 5  # draws at either end of each coordinate that are looked at
+BATCH = 10_000
+
+
+@torch.no_grad()
+def outliers(space: Space, draws: Scored, psis: Psis) -> Tensor:
+    """By how much rare draws that the posterior lacks enlarge the variance of each quantity, ``(K,)``, relative to it.
+
+    Args:
+        space: The guide's space.
+        draws: Draws of the guide.
+        psis: How these weigh.
+    """
+    more = min(DRAWS, NUMBERS // space.dim) - len(draws.z)
+    z = torch.cat([draws.z, space.draw_alone(more, BATCH)]) if more > 0 else draws.z
+    ends = [z.topk(OUTERMOST, 0, largest=largest).indices.flatten() for largest in (True, False)]
+    outer = z[torch.cat(ends).unique()]
+    log_weights = or_nan(space.log_p)(outer) - space.log_q(outer) - psis.log_evidence
+    lacks = (1 - log_weights.nan_to_num(0.0).exp()).clamp_min(0).double().unsqueeze(-1)
+    quantities = draws.quantities.double()
+    chances = psis.smoothed.to(quantities).exp() if psis.reliable else torch.full_like(psis.smoothed, 1 / len(draws.z))
+    chances = chances.to(quantities).unsqueeze(-1)
+    mean = (chances * quantities).sum(0)
+    variance = (chances * (quantities - mean).square()).sum(0)
+    excess = (lacks * (space.quantities(outer).double() - mean).square()).sum(0) / len(z)
+    return (excess / variance).nan_to_num(0.0)
