@@ -353,7 +353,8 @@ def test_what_is_no_number_is_not_trusted():
     psis = check(banana, banana).psis
     shapes = (Shape(torch.zeros(2), torch.full((2,), 0.01)),) * 2
     seen = [
-        Check((), psis, chains, right, right, shapes, ["x"], Missing(0.0, 0.0), torch.zeros(1), [0.8], 0.0) for chains in (right, lost)
+        Check((), psis, chains, right, right, shapes, ["x"], Missing(0.0, 0.0), torch.zeros(1), [0.8], 0.0)
+        for chains in (right, lost)
     ]
     verdicts = [worst(judge(one)) for one in seen]
     assert verdicts == ["trust", "do not trust"]
