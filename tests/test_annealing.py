@@ -425,6 +425,26 @@ def test_bridge_sampling_bears_a_guide_that_is_too_narrow(scale: float) -> None:
     assert sd >= 0.6 * torch.tensor(noises).mean() - 1e-6
 
 
+def test_bridge_sampling_says_where_there_is_no_bridge() -> None:
+    law, guide = normal(torch.zeros(200), 1.0), normal(torch.zeros(200), 0.5)
+    population, z = drawn_from(law, 320), guide.sample((1000,))
+    of_p = population.log_p - guide.log_prob(population.z)
+    assert bridge(population, of_p, law.log_prob(z) + 7.0 - guide.log_prob(z))[1] > 1
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_guide_of_one_mode_with_an_edge_is_a_trained_one(seed: int) -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("edge", torch.where(x < 0, -math.inf, 0.0))
+
+    pyro.set_rng_seed(seed)
+    found = anneal(model, progress=False)
+    assert found.guide is not None
+    assert (found.guide.sample(4000)["x"] < 0).double().mean() < 0.05
+    assert check(model, found.guide).psis.ess > 1000
+
+
 def test_particles_move_on_to_where_the_guide_hardly_draws() -> None:
     def model() -> None:
         pyro.sample("x", normal(torch.zeros(2), 1.0))

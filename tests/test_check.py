@@ -225,6 +225,20 @@ def test_rare_draws_far_out_are_found():
     assert "A few of 100,000 draws lie where the posterior has next to nothing" in found.reason
 
 
+def test_draws_beyond_an_edge_are_told():
+    """2 % of the guide's draws have no density; its moments are right."""
+
+    def positive():
+        x = pyro.sample("x", dist.Normal(2.0, 1.0))
+        pyro.factor("edge", torch.where(x < 0, -math.inf, 0.0))
+
+    found = check(positive, lambda: pyro.sample("x", dist.Normal(2.03, 0.97)))
+    (finding,) = (finding for finding in found.findings if finding.kind == "outside")
+    assert finding.size == pytest.approx(0.018, abs=0.005)
+    assert found.verdict == "reweight"
+    assert "The model has no density at" in found.reason
+
+
 def test_heavy_tails_of_the_posterior_are_no_outliers():
     def heavy():
         pyro.sample("x", dist.StudentT(2.5).expand((2,)).to_event(1))

@@ -201,6 +201,17 @@ def test_a_start_is_one_of_the_latents_that_are_no_angles():
     torch.testing.assert_close(guide.log_prob({"angle": angle, "line": place}), expected)
 
 
+def test_a_start_may_be_as_correlated_as_float32_holds():
+    def model():
+        pyro.sample("angle", dist.VonMises(3.0, 2.0))
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    factor = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 1e-4]])
+    guide = AutoFlow(model).setup()
+    guide.start_at(torch.zeros(3), factor)
+    torch.testing.assert_close(guide.flow.transforms[-1].scale, factor, rtol=0, atol=1e-6)
+
+
 def test_a_base_with_modes_has_a_place_for_angles():
     base = functools.partial(ModesBase, num_components=2, circular=[True, False])
     guide = AutoFlow(angle_and_line, base=base).setup()

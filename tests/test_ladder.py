@@ -293,7 +293,10 @@ def test_a_hard_edge_is_met_by_a_population():
     guide = AutoFlow(positive, small, init_loc_fn=init_to_value(values={"x": torch.tensor([0.05, 0.0])}))
     with pytest.raises(FloatingPointError, match=r"'edge' has a log-density of -inf.*hard edge"):
         fit_svi(positive, guide, progress=False)
-    fit = fit_svi(positive, guide, escalate=True, progress=False)
+    with pytest.raises(FloatingPointError, match="'edge'"):
+        fit_svi(positive, guide, escalate=True, on_nonfinite="raise", progress=False)
+    with pytest.warns(UserWarning, match="training broke down; a population takes over.*'edge'"):
+        fit = fit_svi(positive, guide, escalate=True, progress=False)
     assert names(fit)[0] == "annealed"
     draws = fit.samples.flat["x"] if fit.samples else fit.guide.sample(4000)["x"]
     assert draws[:, 0].mean().item() == pytest.approx((2 / math.pi) ** 0.5, abs=0.06)
@@ -328,6 +331,22 @@ def _fit_or_break(fit):
 
 def _raise(error, *_, **__):
     raise error
+
+
+def test_a_start_that_breaks_down_costs_no_other(monkeypatch):
+    fit_once, calls = ladder.Ladder._fit, []
+
+    def broken(self, name, guide, **settings):
+        calls.append(name)
+        if name == "start 2":
+            raise FloatingPointError("not finite")
+        return fit_once(self, name, guide, **settings)
+
+    monkeypatch.setattr(ladder.Ladder, "_fit", broken)
+    fit = fit_svi(normal, AutoFlow(normal, small), Y, steps=20, restarts=3, progress=False)
+    assert names(fit) == ["start 1"]
+    assert calls == ["flow", "start 2"]
+    assert fit.stopped == "start 2: not finite"
 
 
 def test_a_model_with_parameters_is_refused():

@@ -20,6 +20,7 @@ class Finding:
     ``"sd"``         a standard deviation                 the guide's over the posterior's
     ``"shape"``      a distribution                       the error of its distribution function
     ``"weights"``    the draws count unequally            the total variation, by their weights
+    ``"outside"``    draws have no density                their share of all draws
     ``"outliers"``   a few draws lie far outside          the sd with them over that without
     ``"mode"``       mass lies where the guide has none   its share of all
     ``"collapsed"``  so does it, and chains leave         its share of all
@@ -76,6 +77,7 @@ WORDS = {
     "mean": lambda f: f"The guide's draws are off ({f.moment}).",
     "sd": lambda f: f"The guide's draws are off ({f.moment}).",
     "shape": lambda f: f"The shape of the guide's draws is off ({f.moment}), whatever their means and sds are.",
+    "outside": lambda f: f"The model has no density at {f.size:.1%} of the draws.",
     "outliers": lambda f: (
         f"A few of 100,000 draws lie where the posterior has next to nothing (with them the sd of {f.quantity} is "
         f"{f.size:.2f} times as large)."

@@ -44,6 +44,7 @@ CERTAIN = 3.0  # how many standard errors lie between an error that is certain a
 DOUBT = 2.5  # how many standard errors an error beyond the limit must have that chains alone see
 CALM = 0.5  # k-hat below which weights that see no error are believed more
 CONTRARY = 2.0  # by how many standard errors more chains must then be certain, or doubt
+OUTSIDE = 0.002  # the share of draws that may have no density: more are no matter of a number that overflows
 UNEQUAL = 0.4  # the total variation from the posterior beyond which reliable weights are to be heard
 LOST = 0.05  # the share of the posterior's mass that must not be missed
 WORST_KHAT = 1.0  # beyond this the weights have no mean
@@ -338,7 +339,7 @@ def _is_calm(psis: Psis, weighted: Drift) -> bool:
 
 def judge(seen: Check) -> list[Finding]:
     """Return the findings that follow from what a check has seen, whatever findings it holds already."""
-    return [*_elsewhere(seen), *_off(seen), *_rare(seen), *_misshapen(seen)] or _doubts(seen)
+    return [*_elsewhere(seen), *_off(seen), *_outside(seen), *_misshapen(seen)] or _doubts(seen)
 
 
 def _more(seen: Check) -> float:
@@ -390,12 +391,15 @@ def _off(seen: Check) -> Iterator[Finding]:
             return
 
 
-def _rare(seen: Check) -> Iterator[Finding]:
-    """The rare draws that enlarge a standard deviation by more than it may be off."""
+def _outside(seen: Check) -> Iterator[Finding]:
+    """Draws where the posterior has next to nothing: some without a density, or a few that spoil a moment."""
+    verdict = "reweight" if seen.psis.reliable else "do not trust"
+    outside = float((seen.psis.log_weights == -torch.inf).double().mean())
+    if outside > OUTSIDE:
+        yield Finding("outside", "", outside, verdict=verdict)
     ratios = (1 + seen.outliers).sqrt()
     if bool((ratios > 1 + LIMIT).any()):
         i = int(ratios.argmax())
-        verdict = "reweight" if seen.psis.reliable else "do not trust"
         yield Finding("outliers", seen.names[i], float(ratios[i]), verdict=verdict)
 
 

@@ -59,8 +59,8 @@ class ModesBase(nn.Module):
         super().__init__()
         check_integers("ModesBase", input_dim=input_dim, num_components=num_components)
         circular = as_flags("ModesBase", "circular", [False] * input_dim if circular is None else circular, input_dim)
-        self.input_dim, self.num_components, self.has_circles = input_dim, num_components, bool(circular.any())
-        self.register_buffer("circular", circular)
+        self.input_dim, self.num_components, self._has_circles = input_dim, num_components, bool(circular.any())
+        self.register_buffer("circular", circular, persistent=False)
         self.register_buffer("loc", torch.zeros(num_components, input_dim))
         self.register_buffer("scale_tril", torch.eye(input_dim).repeat(num_components, 1, 1))
         self.register_buffer("logits", torch.zeros(num_components))
@@ -80,7 +80,7 @@ class ModesBase(nn.Module):
     def forward(self) -> dist.TorchDistribution:
         """Build the distribution, of batch shape ``()`` and event shape ``(D,)``."""
         weights = dist.Categorical(logits=self.logits, validate_args=False)
-        if self.has_circles:
+        if self._has_circles:
             components: dist.TorchDistribution = _Wrapped(self.loc, self.scale_tril, self.circular)
         else:
             components = dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril, validate_args=False)

@@ -48,7 +48,7 @@ BATCH = 4096  # draws whose values are computed at once
 ENOUGH_ESS = 0.9  # the effective share of draws at which nothing is left to train
 EPOCHS, GENTLE = 50, 0.003  # of training on the particles; the step size of the ELBO over a base with modes
 CONVERGES = 0.5  # k-hat below which the weights have a variance, and their mean an error that can be known
-BEYOND_DOUBT = 0.3  # k-hat below which draws of the guide alone tell the evidence
+CLEAR = 0.3  # k-hat below which draws of the guide alone tell the evidence
 SURPRISE = 3.0  # nats by which the posterior exceeds a guide that has too little at a particle
 LACKS = 0.02  # the share of the population at which a guide may have too little
 LESS = 0.1  # nats of evidence by which the guide may fall short of the population
@@ -93,7 +93,7 @@ class Annealed:
         log_evidence_se: Its standard error, in nats.
         modes: The modes, the heaviest first.
         guide: An ``AutoFlow`` that covers them, or None if none was asked for.
-        fit: The record of its fit; None if there was nothing to train.
+        fit: The record of its fit; None if there was nothing to train, or training broke down, as at hard edges.
         psis: How the guide's draws weigh.
         is_weighed: Whether draws and weights of modes come from the guide; else they are the population's.
         population: The population itself.
@@ -208,6 +208,8 @@ def _fitted(task: Task, tops: Tops, fit_once: FitOnce) -> tuple[_Weighed, Fit | 
             warnings.simplefilter("ignore", UserWarning)
             fit_density(guide.flow, rows, standardize=False, max_epochs=EPOCHS, patience=5, lr=1e-3, progress=False)
     fit = _trained(fit_once, guide, **({"lr": GENTLE} if has_modes else {}))
+    if fit is None and not has_modes:
+        return start, None
     trained = _weighed(guide, task)
     if has_modes:
         trained = _balanced(trained, task)
@@ -291,7 +293,8 @@ def _summed_up(
     """The better of the guide's weighed draws and the population."""
     population, number, bridged = tops.population, len(tops.places), None
     z, log_weights, log_evidence, noise, shares = tops.together(or_nan(space.log_p))
-    if weighed and tops.have_particles and not (weighed.psis.even or weighed.psis.khat < BEYOND_DOUBT):
+    is_clear = weighed is None or weighed.psis.even or weighed.psis.khat < CLEAR
+    if weighed and tops.have_particles and not (is_clear or task.runs_one_by_one):
         population, bridged = _bridged(task, weighed, population)
         z, labels = population.z, tops.label(population.z)
         shares = [population.share(labels == k) for k in range(number)]
@@ -337,9 +340,9 @@ def _bridged(task: Task, weighed: _Weighed, population: Population) -> tuple[Pop
     return population, (log_evidence, math.hypot(noise, rare))
 
 
-def _quality(weighed: _Weighed, population: Population) -> tuple[bool, float]:
+def _quality(weighed: _Weighed, population: Population) -> tuple[bool, float, float]:
     """Return what is small for a good guide: one that lacks a mode may have the least noise of all."""
-    return not _covers(weighed, population), weighed.psis.log_evidence_se
+    return not _covers(weighed, population), weighed.psis.log_evidence_se, -weighed.psis.ess
 
 
 @torch.no_grad()

@@ -113,7 +113,7 @@ def culprit(task: Task) -> str:
                 if program == "model" and (log_prob == -torch.inf).any():
                     return (
                         f"the model's site {name!r} has a log-density of -inf where the guide draws: an overflow, or a "
-                        "hard edge, where KL(q || p) is infinite, and draws can only be weighed (resample)"
+                        "hard edge, where KL(q || p) is infinite: use fit_svi(..., escalate=True) or anneal"
                     )
                 if not log_prob.isfinite().all():
                     return f"the {program}'s site {name!r} has a log-density that is not finite"

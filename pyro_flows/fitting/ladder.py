@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -109,7 +110,7 @@ class Ladder:
         try:
             return self._fit(name, guide, **settings)
         except (KeyboardInterrupt, ValueError, processes.Parted) as error:
-            self._break_off(name, error)
+            self.break_off(name, error)
             return None
 
     def _fit(self, name: str, guide: AutoFlow, **settings: Any) -> Fit:
@@ -129,7 +130,7 @@ class Ladder:
         try:
             found = cover(self.task, PARTICLES, partial(self._fit, name), processes.first(self._places))
         except (KeyboardInterrupt, ValueError, FloatingPointError, processes.Parted) as error:
-            self._break_off(name, error)
+            self.break_off(name, error)
             return
         if found.guide is not None:
             self.judge(name, found.fit or untrained(found.guide, found.log_evidence), time.perf_counter() - start)
@@ -177,10 +178,10 @@ class Ladder:
                 self.stopped = "interrupted"
             except ValueError as error:
                 if not processes.rank():  # which judges for all
-                    self._break_off(name, error)
+                    self.break_off(name, error)
         self.note(Rung(name, fit, found, seconds + time.perf_counter() - start))
 
-    def _break_off(self, name: str, error: BaseException) -> None:
+    def break_off(self, name: str, error: BaseException) -> None:
         """End the ladder where it is; with nothing to keep, or where another process is at a loss, with the error."""
         if not self.rungs or (isinstance(error, processes.Parted) and not error.refused):
             raise error
@@ -250,7 +251,10 @@ def climb(ladder: Ladder, guide: AutoFlow, *, escalate: bool, restarts: int) -> 
         return ladder.result()
     try:
         _train(ladder, guide, restarts)
-    except FloatingPointError:  # as where the posterior has a hard edge, which a population can bear
+    except FloatingPointError as error:  # as where the posterior has a hard edge, which a population can bear
+        if ladder.settings["on_nonfinite"] == "raise":
+            raise
+        warnings.warn(f"fit_svi: training broke down; a population takes over. {error}", stacklevel=4)
         ladder.cover("annealed")
     else:
         if not ladder.ended:
@@ -292,7 +296,12 @@ def _restarted(ladder: Ladder, guide: AutoFlow, restarts: int) -> Fit | None:
         again = guide.rebuilt()
         place = _elsewhere(Space(ladder.task), guide.start[0])
         again.start_at(place, guide.start[1] * torch.eye(len(place)).to(place))
-        if fit := ladder.fit(f"start {number}", again):
+        try:
+            fit = ladder.fit(f"start {number}", again)
+        except FloatingPointError as error:
+            ladder.break_off(f"start {number}", error)
+            break
+        if fit:
             ladder.note(Rung(f"start {number}", fit, None, fit.seconds))
     return max(ladder.rungs[before:], key=lambda rung: rung.elbo).fit
 

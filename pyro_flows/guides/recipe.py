@@ -16,7 +16,7 @@ from .. import flows
 from ..bijectors import SoftplusAffine
 from ..conditioners import Conditioner
 from ..conditioners.base import Network
-from ..distributions import ContaminatedNormalBase, ModesBase, StandardNormal
+from ..distributions import CircularBase, ContaminatedNormalBase, ModesBase, StandardNormal
 from ..flows import Flow
 from ..transforms import ActNorm, Elementwise, FixedAffine, FlowTransform, ScaledLinear
 from ..transforms.linear import unrotated
@@ -125,7 +125,7 @@ def assemble(
     dim, angles = len(loc), any(circular)
     circular = circular or [False] * dim
     made_base = base(dim) if base else flow.base
-    held = [getattr(b, "circular", torch.zeros(dim, dtype=torch.bool)).tolist() for b in (flow.base, made_base)]
+    held = [b.circular.tolist() if isinstance(b, CircularBase | ModesBase) else [] for b in (flow.base, made_base)]
     if angles and any(found != list(circular) for found in held):
         fault = "some latents are angles, which a base or recipe for real numbers cannot hold"
         way = f"use flow=lambda dim: flows.circular_coupling(dim, circular={list(circular)}, ...)"
@@ -173,7 +173,8 @@ def start_at(flow: Flow, loc: Tensor, scale_tril: Tensor, circular: Sequence[boo
     if any(circular):
         angles = torch.as_tensor(circular, device=loc.device)
         rows = scale_tril.masked_fill(angles.unsqueeze(-1), 0.0)
-        loc, scale_tril = loc.masked_fill(angles, 0.0), torch.linalg.cholesky(rows @ rows.T + angles.to(rows).diag())
+        factor = torch.linalg.qr(torch.cat((rows, angles.to(rows).diag()), -1).T).R.T
+        loc, scale_tril = loc.masked_fill(angles, 0.0), factor * factor.diagonal().sign()
     fixed.set(loc, scale_tril)
 
 

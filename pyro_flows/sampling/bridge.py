@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ..programs.log_density import or_nan
 from ..programs.space import Space
@@ -25,7 +25,7 @@ from .non_centred import coordinates_of
 from .population import Population
 
 SWEEPS, PROPOSED = 20, 8  # by which particles forget what the population lacked, and draws of the guide at each
-ROUNDS = 100  # of the fixed-point iteration
+ROUNDS, CLOSE = 200, 1e-4  # of the fixed-point iteration; the step, in nats, at which it ends
 BATCH = 4096  # draws of the guide that are computed at once
 
 
@@ -40,7 +40,7 @@ def moved_on(space: Space, population: Population) -> Population:
 
 
 def bridge(population: Population, of_p: Tensor, of_q: Tensor) -> tuple[float, float]:
-    """The log evidence and its standard error, in nats.
+    """The log evidence and its standard error, in nats, which is infinite where the two have hardly a place in common.
 
     Args:
         population: Weighted draws of the posterior; its islands tell their noise.
@@ -48,14 +48,20 @@ def bridge(population: Population, of_p: Tensor, of_q: Tensor) -> tuple[float, f
         of_q: Those of draws of the guide, ``(M,)``.
     """
     of_p, of_q = (x.double().nan_to_num(-math.inf, math.inf, -math.inf) for x in (of_p, of_q))
-    number = 1 / float(population.log_weights.double().exp().square().sum())
-    share = number / (number + len(of_q))
-    odds, log_r = math.log(share / (1 - share)), float(of_q.logsumexp(0)) - math.log(len(of_q))
+    log_weights = population.log_weights.double()
+    number = 1 / float(log_weights.exp().square().sum())
+    odds, log_r = math.log(number / len(of_q)), float(of_q.logsumexp(0)) - math.log(len(of_q))
     for _ in range(ROUNDS):
-        above = torch.sigmoid(of_q + odds - log_r)  # of draws of q, p's share of the two densities
-        below, noise = population.share(torch.sigmoid(log_r - of_p - odds))
-        change = math.log(float(above.mean()) / share) - math.log(below / (1 - share))
-        log_r += change
-        if abs(change) < 1e-6:
+        above = logsigmoid(of_q + odds - log_r)  # of draws of q, the logarithm of p's share of the two densities
+        below = logsigmoid(log_r - of_p - odds)  # of draws of p, that of q's share
+        mean_above = float(above.logsumexp(0)) - math.log(len(of_q))
+        mean_below = float((log_weights + below).logsumexp(0))
+        change = mean_above - mean_below - odds
+        log_r += change / 2  # a whole step may lead back and forth
+        if abs(change) < CLOSE:
             break
-    return log_r, math.hypot(float(above.std() / above.mean()) / math.sqrt(len(of_q)), noise / below)
+    else:
+        return log_r, math.inf
+    relative = (above - mean_above).exp()
+    _, noise = population.share((below - mean_below).exp())
+    return log_r, math.hypot(float(relative.std()) / math.sqrt(len(of_q)), noise)

@@ -25,7 +25,6 @@ DIRECT = 10  # pairs of lags that are summed directly; where correlations last l
 BLOCK = 400_000  # numbers that are looked at together, few enough for the cache
 LINE = 64  # quantities that are transposed together, for whole lines of the cache
 FEWEST = 8  # draws in a chain: each half needs four
-HEAVY_TAILED = 10.0  # times as many draws as are asked for, which will do where a standard deviation is still unknown
 
 
 class Convergence(NamedTuple):
@@ -35,7 +34,7 @@ class Convergence(NamedTuple):
         rhat: Rank-normalised split R-hat, ``(K,)``; 1 for constants, infinite where draws are NaN.
         ess_bulk: The effective sample size of the bulk.
         ess_tail: The smaller of those of the 5 % and the 95 % quantile.
-        ess_sd: That of the standard deviation.
+        ess_sd: The number of normal draws that would tell the standard deviation as well; infinite where it overflows.
         drift: The mean change from the first half of the chains to the second, in standard errors: the larger of the
             values' and of their distances from the median.
     """
@@ -50,14 +49,6 @@ class Convergence(NamedTuple):
     def ess(self) -> Tensor:
         """The smaller effective sample size, ``(K,)``."""
         return torch.minimum(self.ess_bulk, self.ess_tail)
-
-    def lack(self, number: int) -> Tensor:
-        """By what factor the draws are too few for effective sample sizes of ``number``, ``(K,)``.
-
-        That of a standard deviation is asked for up to a number of draws: it may not exist.
-        """
-        short = number / self.ess.clamp_min(1)
-        return torch.maximum(short, torch.minimum(number / self.ess_sd.clamp_min(1), HEAVY_TAILED * short))
 
 
 def convergence(draws: Tensor) -> Convergence:
@@ -137,9 +128,10 @@ def _rhat(x: Tensor) -> Tensor:
 
 
 def _ess_of_sd(x: Tensor) -> Tensor:
-    """The number of normal draws that would tell the standard deviation as well as half chains do, ``(K, 2, n, C)``."""
-    squares = (x - x.mean((1, 2, 3), keepdim=True)).square().mean(2).flatten(1)
-    return 2 * squares.shape[-1] * (squares.mean(-1) / squares.std(-1)).square().nan_to_num(0.0)
+    """Return how many normal draws would tell each standard deviation as well as half chains do, ``(K, 2, n, C)``."""
+    apart = x - x.mean((1, 2, 3), keepdim=True)
+    squares = (apart / apart.abs().amax((1, 2, 3), keepdim=True)).square().mean(2).flatten(1)
+    return (2 * squares.shape[-1] * (squares.mean(-1) / squares.std(-1)).square()).nan_to_num(math.inf)
 
 
 def _drift(x: Tensor) -> Tensor:

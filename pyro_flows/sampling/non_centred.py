@@ -25,6 +25,7 @@ from .charts import White, charts_of
 from .hmc import Coordinates
 
 LEVELS = 3  # the most levels of a hierarchy: each takes a run of the model
+FIRST = 4096  # draws that tell whether there are such
 ROUND_OFF = 1e-4  # the largest relative error of a way back
 
 
@@ -116,5 +117,5 @@ def _has_loc_and_scale(site: Site) -> bool:
 def coordinates_of(space: Space, z: Tensor) -> list[Coordinates]:
     """The coordinates in which chains move, given draws z, ``(N, D)``: those of the model's hierarchy first, if any."""
     charts, _ = charts_of(space, z)
-    found = NonCentred.of(space, z)
+    found = NonCentred.of(space, z[:FIRST])
     return [found, charts[0]] if found else list(charts)

@@ -163,6 +163,7 @@ def _step(log_weights: Tensor, log_ratio: Tensor, most: float, least: float) -> 
 
     def kept(step: float) -> float:
         found = log_weights + step * log_ratio
+        found = found - found.max()
         return float((2 * found.logsumexp(0) - (2 * found).logsumexp(0)).exp()) / len(found)
 
     low, high = 0.0, most

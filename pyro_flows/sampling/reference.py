@@ -21,8 +21,9 @@ from ..programs.task import Task
 from .gaussian import fit_gaussian
 
 WIDE = 10.0  # the standard deviation of a wide Gaussian, in units and in those of the Gaussian nearest to the posterior
-ALIVE = 0.01  # the share of the prior's draws that must have a density
+ALIVE = 0.1  # the share of the prior's draws that must have a density
 TRIED = 500  # draws that tell
+ROUND_OFF = 0.1  # the most that the ratio p / r may owe to the size of r, in nats: priors such as 1 / v reach e^±200
 
 
 class _Muted(Messenger):
@@ -101,7 +102,8 @@ class Reference:
             log_r, log_p = self._space.log_prior_and_p(z, self._prior)
         if self._wide is not None:
             log_r = log_r + self._wide.log_prob(z[:, self._flat])
-        return torch.stack((log_r, log_p), -1)
+        lost = log_r.detach().abs() * torch.finfo(log_r.dtype).eps > ROUND_OFF
+        return torch.stack((log_r.masked_fill(lost, math.nan), log_p), -1)
 
     def _wide_law(self) -> MultivariateNormal:
         """A wide Gaussian of the flat latents."""

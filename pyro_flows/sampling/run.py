@@ -37,6 +37,8 @@ HEAVY = 0.01  # the share of the posterior that draws of the guide may need long
 VISITS = 20.0  # how often a chain must have left such places, had it been there all the time, to know what they hold
 AGAIN = 10  # sweeps that adapt once more, where chains have moved on
 KEPT = 400  # draws of each chain that are kept at most, unless more are asked for
+HEAVY_TAILED = 10  # times as many sweeps, at most, as convergence takes, where a standard deviation is still unknown
+MANY_CHAINS = 64  # from which on their scatter tells how well a standard deviation is known
 WORST = 16  # quantities that are looked at first, those that were furthest from convergence before
 BATCH = 4096  # draws of the guide, or values of draws, that are computed at once
 
@@ -45,8 +47,8 @@ class Goal(NamedTuple):
     """The goal of a run of chains.
 
     Attributes:
-        num_draws: The least effective sample size of each quantity, of its bulk, of its tails and, where that takes no
-            more than ten times as many draws, of its standard deviation.
+        num_draws: The least effective sample size of each quantity, of its bulk and of its tails.  Chains run on, up to
+            ten times as long, until each standard deviation is known as well as from so many normal draws.
         max_sweeps: How often chains are moved at most.
     """
 
@@ -105,7 +107,7 @@ class Run:
         if others is not None:
             quarter = start[: num_chains // 4]
             quarter.copy_(others[torch.arange(len(quarter)) % len(others)])
-        self.chains = Chains(or_nan(space.log_p), coordinates_of(space, z[:BATCH]), start, max_steps=16)
+        self.chains = Chains(or_nan(space.log_p), coordinates_of(space, z), start, max_steps=16)
         self.record = Record(space, max(KEPT, math.ceil(2 * goal.num_draws / num_chains)))
         self.sweeps, self.chance, self.times, self._words = 0, math.nan, 0, "warm-up"
         self._records_all, self._proposed = False, 0
@@ -135,14 +137,19 @@ class Run:
     def run(self) -> Outcome:
         """Warm up, and run until the chains have converged, or as long as they may."""
         self._warm_up()
-        before = self.chains.divergences
+        before, reached = self.chains.divergences, 0
         wanted = self._least
         while True:
             self._extend(wanted)
             found, is_enough, growth = self.record.judge(self.goal)
             if is_enough and self._is_short():
                 is_enough, growth = False, 2.0
-            if is_enough or self._is_over():
+            if is_enough:
+                reached = reached or self.sweeps  # when the chains had converged
+                if self._knows_sds(found) or self.sweeps >= HEAVY_TAILED * reached:
+                    break
+                growth = 1.5
+            if self._is_over():
                 break
             self._words = f"R-hat {float(found.rhat.max()):.3f}, ESS {float(found.ess.min()):.0f}"
             if self.record.drifts(found):
@@ -164,6 +171,10 @@ class Run:
         """The number of draws of each chain that may do."""
         least = LEAST if self._records_all else 2 * FEWEST
         return max(least, math.ceil(1.2 * self.goal.num_draws / len(self.chains.z)))
+
+    def _knows_sds(self, found: Convergence) -> bool:
+        """True if each standard deviation is known as well as is asked for, or chains are too few to tell."""
+        return len(self.chains.z) < MANY_CHAINS or bool((found.ess_sd >= self.goal.num_draws).all())
 
     def _is_short(self) -> bool:
         """True if much of the posterior has weights w = p / q above the number of draws proposed to each chain, and
@@ -307,7 +318,7 @@ class Record:
                 self._thin(step)
                 return found, True, 1.0
             excess = (float(found.rhat.max()) ** 2 - 1) / (RHAT**2 - 1)
-            growth = min(growth, 1.1 * max(excess, float(found.lack(goal.num_draws).max())))
+            growth = min(growth, 1.1 * max(excess, goal.num_draws / max(1.0, float(found.ess.min()))))
             step *= 2
         assert first is not None
         return first, False, max(1.25, growth)
@@ -322,8 +333,7 @@ class Record:
         return bool((found.drift > torch.special.ndtri(torch.tensor(1 - 0.0005 / tests, dtype=torch.float64))).any())
 
     def _is_enough(self, found: Convergence, goal: Goal) -> bool:
-        known = (found.rhat <= RHAT) & (found.lack(goal.num_draws) <= 1)
-        return bool(known.all()) and not self.drifts(found)
+        return bool((found.rhat <= RHAT).all() and (found.ess >= goal.num_draws).all()) and not self.drifts(found)
 
     def _look(self, numbers: Tensor, goal: Goal) -> tuple[Convergence, bool]:
         """Look at the worst quantities first, and at the others where these have converged; True where at all."""
@@ -332,7 +342,7 @@ class Record:
             if not self._is_enough(found, goal):
                 return found, False
         found = convergence(numbers)
-        lacks = torch.maximum((found.rhat - 1) / (RHAT - 1), found.lack(goal.num_draws))
+        lacks = torch.maximum((found.rhat - 1) / (RHAT - 1), goal.num_draws / found.ess.clamp_min(1))
         self._worst = lacks.topk(WORST).indices if len(lacks) > WORST else torch.arange(0)
         return found, True
 
