@@ -54,8 +54,8 @@ class Psis:
         threshold: ``min(1 - 1 / log10 S, 0.7)``: below it, reweighted estimates can be trusted where the guide looks.
         ess: The effective sample size of the smoothed weights, between 1 and S.
         log_evidence: The logarithm of the mean weight, in nats: log p(x) where the guide covers the posterior.
-        log_evidence_se: Its standard error, in nats, with room for one weight beyond the largest, as large as k-hat
-            lets expect: infinite from 1 on.  It knows nothing of what the guide never draws.
+        log_evidence_se: Its standard error, in nats.  It includes one weight beyond the largest, as large as k-hat lets
+            expect, and is infinite where k-hat is 1 or more.  Places where the guide never draws do not count.
         log_weights: The raw log-weights log p - log q, ``(S,)``, in nats.
         smoothed: The smoothed log-weights, normalised: their exponentials sum to one, ``(S,)``.
 
@@ -185,7 +185,7 @@ def weigh(log_weights: Tensor) -> Psis:
 
 
 def _unseen(largest: float, khat: float) -> float:
-    """The mean of a weight beyond the largest, which is given in units of the mean weight, less that mean."""
+    """Return the mean of a weight beyond the largest, less the mean weight; the largest is given in units of that."""
     shape = khat if largest > math.exp(EVEN) else min(khat, 0.0)
     return (largest - 1) / (1 - shape) if shape < 1 else math.inf
 

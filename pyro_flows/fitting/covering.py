@@ -3,8 +3,8 @@
 The population finds modes and what each weighs (:mod:`pyro_flows.sampling.population`).  A mixture of Gaussians at the
 modes becomes the base of a flow, which is trained on the particles, then by the ELBO.  Draws of that guide, weighed,
 are better than the particles where the weights are reliable: their evidence has less noise, and so have the modes'
-weights.  Where they are not, or see less evidence than the population, the particles stand.  Unless weights are beyond
-doubt the particles move on as chains, in the guide's coordinates, and both kinds of draws together tell the evidence.
+weights.  Where they are not, or see less evidence than the population, the particles stand.  Where weights may mislead,
+the particles move on as chains in the guide's coordinates, and both kinds of draws together give the evidence.
 
 Sequential Monte Carlo Samplers (Del Moral, Doucet, Jasra 2006); Annealed Flow Transport Monte Carlo (Arbel, Matthews,
 Doucet 2021, arXiv:2102.07501).
@@ -327,10 +327,10 @@ def _summed_up(
 
 @torch.no_grad()
 def _bridged(task: Task, weighed: _Weighed, population: Population) -> tuple[Population, tuple[float, float]]:
-    """Move the particles on, and have the log evidence from them and the guide's draws, with its standard error.
+    """Move the particles on; return them, and the log evidence with its standard error.
 
-    What lies where the guide hardly draws is known by particles alone, which may come there slowly: the error has room
-    for as much again.
+    Only particles know the mass in places where the guide hardly draws, and they may be slow to reach it.  So the error
+    includes that mass.
     """
     population = processes.first(lambda: moved_on(_space_of(weighed.guide, task), population))
     processes.as_one()

@@ -80,7 +80,7 @@ class FlowGuide(Plan, AutoGuide):
                 with validation_enabled(False):
                     self._setup_prototype(*args, **kwargs)
                 call = self._call(args, kwargs)
-                call.trace_at(call.start)
+                call.trace_at(call.start).compute_log_prob()
             except ValueError:
                 raise error from None
 

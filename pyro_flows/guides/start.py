@@ -78,8 +78,10 @@ def _choose(call: Call, program: Program | None) -> None:
 
 
 def _elsewhere(call: Call, centre: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Yield unconstrained latents within 2 of the origin, then draws of each latent as it is distributed where others
-    are at the centre, unless that cannot be drawn from."""
+    """Yield unconstrained latents within 2 of the origin, then draws of their distributions.
+
+    Those are as the prototype has them, with other latents at the centre.
+    """
     for _ in range(TRIES):
         yield {name: 4 * torch.rand_like(value) - 2 for name, value in centre.items()}
     for _ in range(TRIES):

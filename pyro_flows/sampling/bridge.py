@@ -40,7 +40,7 @@ def moved_on(space: Space, population: Population) -> Population:
 
 
 def bridge(population: Population, of_p: Tensor, of_q: Tensor) -> tuple[float, float]:
-    """The log evidence and its standard error, in nats, which is infinite where the two have hardly a place in common.
+    """Return the log evidence and its standard error, in nats; the error is infinite without an overlap.
 
     Args:
         population: Weighted draws of the posterior; its islands tell their noise.
