@@ -340,12 +340,12 @@ def test_many_skipped_steps_are_told():
         fit_svi(model, AutoNormal(model, init_scale=1.0), torch.tensor(0.0), steps=60, lr=1e-4, progress=False)
 
 
-def test_a_hard_edge_in_the_likelihood_points_to_resample():
+def test_a_hard_edge_in_the_likelihood_points_to_escalate():
     def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         pyro.sample("wall", dist.Delta(y, log_density=torch.where(mu > y, -math.inf, 0.0)), obs=y)
 
-    with pytest.raises(FloatingPointError, match=r"'wall' has a log-density of -inf .*hard edge.*resample"):
+    with pytest.raises(FloatingPointError, match=r"'wall' has a log-density of -inf .*hard edge.*escalate=True"):
         quick(model, AutoFlow(model, flow=small), torch.tensor(0.05), steps=150, num_particles=32)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -57,7 +59,9 @@ def test_verdicts_and_evidence_are_those_of_all_rows():
     assert abs(whole.log_evidence - part.log_evidence) < 4 * (whole.log_evidence_se + part.log_evidence_se)
     checks = [pf.check(regression, guide, Y, size, num_samples=2000) for size in (None, 4)]
     assert checks[0].verdict == checks[1].verdict
-    assert abs(checks[0].drift - checks[1].drift) < 0.1
+    noise = math.hypot(*(float(found.chains.error_se.max()) for found in checks))
+    assert abs(checks[0].drift - checks[1].drift) < 4 * noise
+    assert noise < 0.1
     assert pf.refine(regression, guide, Y, 4, num_samples=10, transitions=4).draws["mean"].shape == (10,)
     assert pf.resample(regression, guide, Y, 4, num_samples=10)["mean"].shape == (10,)
 
