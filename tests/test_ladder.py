@@ -333,6 +333,21 @@ def _raise(error, *_, **__):
     raise error
 
 
+def test_where_the_flow_breaks_down_a_population_takes_over(monkeypatch):
+    fit_once = ladder.Ladder._fit
+
+    def broken(self, name, guide, **settings):
+        if name == "flow":
+            raise FloatingPointError("not finite")
+        return fit_once(self, name, guide, **settings)
+
+    monkeypatch.setattr(ladder, "check", distrust)
+    monkeypatch.setattr(ladder.Ladder, "_fit", broken)
+    with pytest.warns(UserWarning, match=r"a population takes over\. not finite"):
+        fit = fit_svi(normal, AutoFlow(normal, small), Y, escalate=True, progress=False)
+    assert names(fit) == ["Gaussian", "annealed", "exact draws"]
+
+
 def test_a_start_that_breaks_down_costs_no_other(monkeypatch):
     fit_once, calls = ladder.Ladder._fit, []
 

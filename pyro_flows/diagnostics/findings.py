@@ -79,7 +79,7 @@ WORDS = {
     "shape": lambda f: f"The shape of the guide's draws is off ({f.moment}), whatever their means and sds are.",
     "outside": lambda f: f"The model has no density at {f.size:.1%} of the draws.",
     "outliers": lambda f: (
-        f"A few of 100,000 draws lie where the posterior has next to nothing (with them the sd of {f.quantity} is "
+        f"A few rare draws lie where the posterior has next to nothing (with them the sd of {f.quantity} is "
         f"{f.size:.2f} times as large)."
     ),
     "weights": lambda f: f"The guide's draws count unequally: by their weights {f.size:.0%} of the mass is misplaced.",

@@ -20,7 +20,7 @@ BATCH = 10_000
 
 @torch.no_grad()
 def outliers(space: Space, draws: Scored, psis: Psis) -> Tensor:
-    """By how much rare draws that the posterior lacks enlarge the variance of each quantity, ``(K,)``, relative to it.
+    """Return by how much rare draws that the posterior lacks enlarge each variance, relative to it, ``(K,)``.
 
     Args:
         space: The guide's space.
@@ -34,7 +34,7 @@ def outliers(space: Space, draws: Scored, psis: Psis) -> Tensor:
     log_weights = or_nan(space.log_p)(outer) - space.log_q(outer) - psis.log_evidence
     lacks = (1 - log_weights.nan_to_num(0.0).exp()).clamp_min(0).double().unsqueeze(-1)
     quantities = draws.quantities.double()
-    chances = psis.smoothed.to(quantities).exp() if psis.reliable else torch.full_like(psis.smoothed, 1 / len(draws.z))
+    chances = psis.smoothed.exp() if psis.reliable else torch.full_like(psis.smoothed, 1 / len(draws.z))
     chances = chances.to(quantities).unsqueeze(-1)
     mean = (chances * quantities).sum(0)
     variance = (chances * (quantities - mean).square()).sum(0)

@@ -4,7 +4,7 @@ With n draws of p and m of q, both normalised, the ratio r of p's unnormalised d
 
     r = Σ_q[l / (n l + m r)] / m  ·  n / Σ_p[1 / (n l + m r)],    l = p / q with p not normalised
 
-No weight is larger than 1 / n or 1 / m.  So what a guide draws too rarely does not spoil the evidence, as it does the
+No term is larger than 1 / n or 1 / (m r).  So what a guide draws too rarely does not spoil the evidence, as it does the
 mean of l over draws of q, so long as draws of p are there.
 
 Simulating Ratios of Normalizing Constants via a Simple Identity (Meng, Wong 1996); A Tutorial on Bridge Sampling
