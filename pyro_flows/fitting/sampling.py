@@ -42,12 +42,13 @@ def sample(
     move by Hamiltonian Monte Carlo in the coordinates of the guide's base and in whitened ones (Hoffman et al. 2019,
     arXiv:1903.03704); in hierarchies, also with effects in units of their priors' scales (Yu, Meng 2011).  They take
     draws of the guide, each accepted with the chance min(1, w' / w) (Gabrié, Rotskoff, Vanden-Eijnden 2021,
-    arXiv:2105.12603).  All of these leave the posterior as it is.  So the guide's errors cost time and do not spoil the
-    draws, once the chains have
-    converged: they run until R-hat is at most 1.01 and the effective sample sizes of bulk and tails are at least
-    ``num_draws``, for every latent and deterministic site (Vehtari et al. 2021, arXiv:1903.08008); and on, to at most
-    ten times these, until each standard deviation is known as well as from ``num_draws`` normal draws.  A mode that no
-    chain has met is not there for R-hat either: see :func:`~pyro_flows.check`, which searches for such.
+    arXiv:2105.12603).  All of these leave the posterior invariant.  So an error of the guide costs time, and does not
+    spoil the draws of chains that have converged.
+
+    The chains run until R-hat is at most 1.01 and the effective sample sizes of bulk and tails are at least
+    ``num_draws``, for every latent and deterministic site (Vehtari et al. 2021, arXiv:1903.08008).  Then they run on,
+    at most ten times as long, until each standard deviation is known to 1 %, or as well as from ``num_draws`` normal
+    draws if these are fewer.  R-hat cannot see a mode that no chain has met: :func:`~pyro_flows.check` searches for it.
 
     Args:
         model: A Pyro model; discrete latents that the guide lacks are summed out, and drawn back in the end.

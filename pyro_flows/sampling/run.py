@@ -37,6 +37,7 @@ HEAVY = 0.01  # the share of the posterior that draws of the guide may need long
 VISITS = 20.0  # how often a chain must have left such places, had it been there all the time, to know what they hold
 AGAIN = 10  # sweeps that adapt once more, where chains have moved on
 KEPT = 400  # draws of each chain that are kept at most, unless more are asked for
+KNOWN = 5000  # normal draws that tell a standard deviation to 1 %
 HEAVY_TAILED = 10  # times as many sweeps, at most, as convergence takes, where a standard deviation is still unknown
 MANY_CHAINS = 64  # from which on their scatter tells how well a standard deviation is known
 WORST = 16  # quantities that are looked at first, those that were furthest from convergence before
@@ -48,7 +49,7 @@ class Goal(NamedTuple):
 
     Attributes:
         num_draws: The least effective sample size of each quantity, of its bulk and of its tails.  Chains run on, up to
-            ten times as long, until each standard deviation is known as well as from so many normal draws.
+            ten times as long, until each standard deviation is known as well as from so many normal draws, or to 1 %.
         max_sweeps: How often chains are moved at most.
     """
 
@@ -174,7 +175,7 @@ class Run:
 
     def _knows_sds(self, found: Convergence) -> bool:
         """True if each standard deviation is known as well as is asked for, or chains are too few to tell."""
-        return len(self.chains.z) < MANY_CHAINS or bool((found.ess_sd >= self.goal.num_draws).all())
+        return len(self.chains.z) < MANY_CHAINS or bool((found.ess_sd >= min(self.goal.num_draws, KNOWN)).all())
 
     def _is_short(self) -> bool:
         """True if much of the posterior has weights w = p / q above the number of draws proposed to each chain, and
