@@ -117,8 +117,7 @@ class Check:
                     return str(finding)
                 mend = f"but their weights are reliable (k-hat {self.khat:.2f}): resample the draws by their weights."
                 return f"{str(finding)[:-1]}, {mend}"
-        seen = self.chains.pooled_with(self.weighted) if self.psis.reliable else self.chains
-        largest = max(0.01, float(seen.errors.max()))
+        largest = max(0.01, float(self._moments.errors.max()))
         found = f"Weights, chains and search find no error of a mean or sd beyond {largest:.2f} sd."
         if not self.psis.reliable:
             found += f" Use the draws as they are: their weights are not reliable (k-hat {self.khat:.2f})."
@@ -156,13 +155,18 @@ class Check:
 
     @property
     def drift(self) -> float:
-        """The largest error of a mean, in standard deviations, as the chains see it."""
-        return float(self.chains.error.abs().max())
+        """The largest error of a mean, in standard deviations."""
+        return float(self._moments.error.abs().max())
 
     @property
     def sd_ratios(self) -> tuple[float, float]:
         """The smallest and the largest ratio of the guide's standard deviations to the posterior's."""
-        return float(self.chains.ratio.min()), float(self.chains.ratio.max())
+        return float(self._moments.ratio.min()), float(self._moments.ratio.max())
+
+    @property
+    def _moments(self) -> Drift:
+        """The errors that chains see, pooled with those that reliable weights see if the draws are trusted."""
+        return self.chains.pooled_with(self.weighted) if self.trusted and self.psis.reliable else self.chains
 
     def __repr__(self) -> str:
         low, high = self.sd_ratios
