@@ -55,7 +55,7 @@ def fit_parser() -> argparse.ArgumentParser:
         "only so, a list of integers becomes integers, as an index must be, and a number a tensor, as an observation "
         "must be",
     )
-    _add_out(made, "posterior.nc", f"the file of {fit.DRAWS} draws")
+    _add_out(made, "posterior.nc", f"the file of {fit.DRAWS} draws, or of all draws of Markov chains")
     made.add_argument("--escalate", action="store_true", help="go on to costlier fits until one can be trusted")
     _add_flow(made, RECIPES)
     made.add_argument("--steps", type=_positive, help="optimisation steps (default: what suits the model)")
