@@ -96,7 +96,7 @@ class Annealed:
         fit: The record of its fit; None if there was nothing to train, or training broke down, as at hard edges.
         psis: How the guide's draws weigh.
         is_weighed: Whether draws and weights of modes come from the guide; else they are the population's.
-        population: The population itself.
+        population: The population itself, with draws of modes that it had missed.
         seconds: The wall time.
 
     Example::
@@ -193,29 +193,33 @@ class _Weighed(NamedTuple):
 def _fitted(task: Task, tops: Tops, fit_once: FitOnce) -> tuple[_Weighed, Fit | None]:
     """A guide that covers the modes, weighed, and the record of its fit.
 
-    Where Gaussians at the modes are as good as the posterior already, there is nothing to train.  Where training makes
-    weights worse, as it may over a base of many modes, the start is kept.
+    There is nothing to train where Gaussians at the modes are the posterior already.  Else a flow is trained over these
+    modes, and one over a single Gaussian where that may be better: the neck of a funnel looks like a mode.  The best of
+    all is kept, since training over a base of many modes may make weights worse.
     """
     start = _balanced(_weighed(_with_modes(task, tops), task), task)
     if start.psis.reliable and start.psis.ess > ENOUGH_ESS * DRAWS:
         return start, None
-    has_modes = len(tops.places) > 1 or start.guide.has_circles  # a flow is uniform over angles at its start
-    guide = copy.deepcopy(start.guide) if has_modes else _placed(task, tops)
-    if has_modes:
-        chances = tops.population.log_weights.double().exp()
-        rows = tops.population.z[processes.first(lambda: chances.multinomial(len(chances), replacement=True))]
-        with warnings.catch_warnings():  # of values that repeat, as those of resampled particles do
-            warnings.simplefilter("ignore", UserWarning)
-            fit_density(guide.flow, rows, standardize=False, max_epochs=EPOCHS, patience=5, lr=1e-3, progress=False)
-    fit = _trained(fit_once, guide, **({"lr": GENTLE} if has_modes else {}))
-    if fit is None and not has_modes:
-        return start, None
-    trained = _weighed(guide, task)
-    if has_modes:
-        trained = _balanced(trained, task)
-    if _quality(start, tops.population) < _quality(trained, tops.population):
-        return start, None
-    return trained, fit
+    found: list[tuple[_Weighed, Fit | None]] = [(start, None)]
+    if len(tops.places) > 1 or start.guide.has_circles:  # a flow is uniform over angles at its start
+        guide = copy.deepcopy(start.guide)
+        _teach(guide, tops.population)
+        fit = _trained(fit_once, guide, lr=GENTLE)
+        found.append((_balanced(_weighed(guide, task), task), fit))
+    if not found[-1][0].psis.reliable or len(found) == 1:
+        guide = _placed(task, tops)
+        if (fit := _trained(fit_once, guide)) is not None:
+            found.append((_weighed(guide, task), fit))
+    return min(found, key=lambda one: _quality(one[0], tops.population))
+
+
+def _teach(guide: AutoFlow, population: Population) -> None:
+    """Train a guide's flow on particles."""
+    chances = population.log_weights.double().exp()
+    rows = population.z[processes.first(lambda: chances.multinomial(len(chances), replacement=True))]
+    with warnings.catch_warnings():  # of values that repeat, as those of resampled particles do
+        warnings.simplefilter("ignore", UserWarning)
+        fit_density(guide.flow, rows, standardize=False, max_epochs=EPOCHS, patience=5, lr=1e-3, progress=False)
 
 
 def _trained(fit_once: FitOnce, guide: AutoFlow, **settings: Any) -> Fit | None:
@@ -292,12 +296,9 @@ def _summed_up(
 ) -> Annealed:
     """The better of the guide's weighed draws and the population."""
     population, number, bridged = tops.population, len(tops.places), None
-    z, log_weights, log_evidence, noise, shares = tops.together(or_nan(space.log_p))
     is_clear = weighed is None or weighed.psis.even or weighed.psis.khat < CLEAR
-    if weighed and tops.have_particles and not (is_clear or task.runs_one_by_one):
+    if weighed and not (is_clear or task.runs_one_by_one):
         population, bridged = _bridged(task, weighed, population)
-        z, labels = population.z, tops.label(population.z)
-        shares = [population.share(labels == k) for k in range(number)]
     is_weighed = weighed is not None and _covers(weighed, population)
     if weighed and is_weighed:
         z, log_weights = weighed.z, weighed.log_weights
@@ -305,6 +306,11 @@ def _summed_up(
         labels, weights = tops.label(z), log_weights.exp()
         inside = [weights * (labels == k) for k in range(number)]
         shares = [(float(w.sum()), float((w - w.sum() * weights).norm())) for w in inside]
+    else:
+        z, log_weights = population.z, population.log_weights
+        log_evidence, noise = population.log_evidence, population.log_evidence_se
+        labels = tops.label(z) if bridged else tops.labels
+        shares = [population.share(labels == k) for k in range(number)]
     if bridged and bridged[1] < population.log_evidence_se:
         log_evidence, noise = bridged
     place = space.values(tops.places)
@@ -340,20 +346,27 @@ def _bridged(task: Task, weighed: _Weighed, population: Population) -> tuple[Pop
     return population, (log_evidence, math.hypot(noise, rare))
 
 
-def _quality(weighed: _Weighed, population: Population) -> tuple[bool, float, float]:
+def _quality(weighed: _Weighed, population: Population) -> tuple[bool, bool, float, float]:
     """Return what is small for a good guide: one that lacks a mode may have the least noise of all."""
-    return not _covers(weighed, population), weighed.psis.log_evidence_se, -weighed.psis.ess
+    lacks, psis = _lacks(weighed, population), weighed.psis
+    return not _covers(weighed, population), lacks, psis.log_evidence_se, -psis.ess
 
 
-@torch.no_grad()
 def _covers(weighed: _Weighed, population: Population) -> bool:
     """True if a guide's weights converge, have less noise than the population, and lack none of what it has found."""
     psis = weighed.psis
     if (psis.khat >= CONVERGES and not psis.even) or psis.log_evidence_se >= population.log_evidence_se:
         return False
+    return not _lacks(weighed, population)
+
+
+@torch.no_grad()
+def _lacks(weighed: _Weighed, population: Population) -> bool:
+    """True if a guide falls short of what the population has found."""
+    psis = weighed.psis
     short = population.log_evidence - psis.log_evidence
     if short - 3 * math.hypot(population.log_evidence_se, psis.log_evidence_se) >= LESS:
-        return False
+        return True
     surprise = population.log_p - weighed.guide.flow().log_prob(population.z) - psis.log_evidence
     share, noise = population.share(surprise.nan_to_num(math.inf, math.inf, -math.inf) > SURPRISE)
-    return share - 2 * noise < LACKS
+    return share - 2 * noise >= LACKS

@@ -21,7 +21,7 @@ from .modes import NARROW, ascend, climb, components
 from .population import Population
 
 ENOUGH = 5  # particles a dimension that a mode's own covariance takes
-PROBES = 1000  # draws that tell what a mode without particles weighs
+PROBES = 1024  # draws that tell what a mode without particles weighs, a multiple of the islands
 WIDER = 1.5, 0.02  # each Gaussian has one beside it that is as much wider, with a share
 PARTS = 8  # Gaussians in each mode at most, and half of those in all modes but for one each
 OTHERS, LITTLE = 8, 6.0  # modes without particles that are looked at; nats by which they may lie below the evidence
@@ -38,8 +38,9 @@ class Tops:
         starts: Places from which climbs look for other modes, ``(n, D)``.
 
     Attributes:
-        chart: Coordinates in which the population is white.
+        population: The population, with weighed draws of the modes in which it had no particles.
         labels: The mode of each particle, ``(N,)``.
+        chart: Coordinates in which the population is white.
         places: Where each mode is highest, ``(K, D)``.
         heights: The log-density there, ``(K,)`` in nats.
         laws: A Gaussian around each.
@@ -50,15 +51,15 @@ class Tops:
         centre, density = _opposite_the_gap(space, population.z), or_nan(space.log_p)
         self._space, self._centre = space, centre
         z = space.wrapped(population.z, centre)
-        self.population = population = population._replace(z=z)
+        self._met = population = population._replace(z=z)
         self.chart = chart = White(z, population.log_weights.exp())
         ends = space.wrapped(torch.cat([ascend(density, chart, part) for part in z.split(1024)]), centre)
-        self.labels = _merged(components(density, chart, ends), chart.inverse(ends))
+        self._labels = _merged(components(density, chart, ends), chart.inverse(ends))
         with torch.no_grad():
             heights = density(ends).nan_to_num(-math.inf, math.inf, -math.inf)
-        tops = [int(heights.where(self.labels == k, -math.inf).argmax()) for k in range(int(self.labels.max()) + 1)]
+        tops = [int(heights.where(self._labels == k, -math.inf).argmax()) for k in range(int(self._labels.max()) + 1)]
         places, laws, self._own = list(ends[tops]), self._gaussians(), len(tops)
-        weights = [population.share(self.labels == k)[0] for k in range(len(tops))]
+        weights = [population.share(self._labels == k)[0] for k in range(len(tops))]
         more = space.wrapped(climb(density, chart, starts, NARROW), centre)
         for top in _others(density, chart, ends[tops], torch.cat((more, ends[tops]))):
             found = match_top(density, top, chart.scale_tril)
@@ -71,44 +72,40 @@ class Tops:
             self.heights = density(self.places)
         loc, scale_tril = (torch.stack(list(part)) for part in zip(*laws, strict=True))
         self.laws = MultivariateNormal(loc, scale_tril=scale_tril)
+        self.population, self.labels = self._complemented(density)
 
     def _lacks(self, found: Gaussian) -> bool:
         """Return True if a mode has mass that counts, but next to no particles or only copies of a few."""
-        apart = self.population.z - found.loc
+        apart = self._met.z - found.loc
         distance = torch.linalg.solve_triangular(found.scale_tril, apart.T, upper=False).norm(dim=0)
         inside = distance < math.sqrt(len(found.loc)) + 3
-        copies, place = self.population.z[inside].unique(dim=0, return_inverse=True)
-        weights = torch.zeros(len(copies)).to(copies).index_add(0, place, self.population.log_weights[inside].exp())
+        copies, place = self._met.z[inside].unique(dim=0, return_inverse=True)
+        weights = torch.zeros(len(copies)).to(copies).index_add(0, place, self._met.log_weights[inside].exp())
         is_rare = float(weights.sum()) ** 2 < ENOUGH * len(found.loc) * float(weights.square().sum())
-        mass = found.elbo - self.population.log_evidence
-        lacks = self.population.share(inside)[0] < math.exp(min(mass, 0.0)) / 4
+        mass = found.elbo - self._met.log_evidence
+        lacks = self._met.share(inside)[0] < math.exp(min(mass, 0.0)) / 4
         return mass > -LITTLE and (lacks or is_rare)
 
     def _gaussians(self) -> list[tuple[Tensor, Tensor]]:
         """A Gaussian around the particles of each mode; modes of few of them share what is known of all."""
-        z, log_weights = self.population.z, self.population.log_weights
-        parts = [self.labels == k for k in range(int(self.labels.max()) + 1)]
+        z, log_weights = self._met.z, self._met.log_weights
+        parts = [self._labels == k for k in range(int(self._labels.max()) + 1)]
         within = [White(z[mine], (log_weights[mine] - log_weights[mine].max()).exp()) for mine in parts]
         loc = torch.stack([white.loc for white in within])
-        pooled = White(z - loc[self.labels], log_weights.exp()).scale_tril
+        pooled = White(z - loc[self._labels], log_weights.exp()).scale_tril
         enough = [int(mine.sum()) > ENOUGH * z.shape[1] for mine in parts]
         factors = [white.scale_tril if known else pooled for white, known in zip(within, enough, strict=True)]
         return list(zip(loc, factors, strict=True))
 
-    @property
-    def have_particles(self) -> bool:
-        """True if the population has met all modes."""
-        return self._own == len(self.places)
-
     def mixture(self) -> Mixture:
         """Gaussians for the base of a guide: some for each mode, fitted to its particles, and wider ones too."""
-        own, population, (wider, share) = self._own, self.population, WIDER
+        own, population, (wider, share) = self._own, self._met, WIDER
         loc, factor, weights = self.laws.loc, self.laws.scale_tril, self.weights.clamp_min(1e-4)
         most = len(population.z) // (own * FITTED * loc.shape[1])
         number = max(1, min(PARTS, 2 * PARTS // own, most))
         parts = [(loc[:own], factor[:own])]  # at the mode's mean, others at particles of the mode
         for _ in range(number - 1):
-            chances = torch.stack([self.labels == k for k in range(own)]).double()
+            chances = torch.stack([self._labels == k for k in range(own)]).double()
             parts.append((population.z[chances.multinomial(1).squeeze(-1)], factor[:own] / 2))
         locs, factors = (torch.cat(list(part)) for part in zip(*parts, strict=True))
         seen = Mixture(locs, factors, weights[:own].repeat(number) / number)
@@ -120,34 +117,31 @@ class Tops:
         )
 
     @torch.no_grad()
-    def together(self, density: LogDensity) -> tuple[Tensor, Tensor, float, float, list[tuple[float, float]]]:
-        """The particles and weighed draws of the modes that have none: places and log-weights, normalised, the log
-        evidence and its standard error, and what each mode weighs, with its standard error."""
-        population, own = self.population, self._own
-        if self.have_particles:
-            shares = [population.share(self.labels == k) for k in range(own)]
-            summary = population.log_evidence, population.log_evidence_se
-            return population.z, population.log_weights, *summary, shares
-        kept = self.label(population.z) < own
-        rest, _ = population.share(kept)
-        shares = [population.share(kept & (self.labels == k)) for k in range(own)]
-        shares = [(share / rest, noise / rest) for share, noise in shares]
-        scores = population.log_weights.double() + population.log_evidence
-        z, log_weights, noises = [population.z], [scores.where(kept, -math.inf)], []
+    def _complemented(self, density: LogDensity) -> tuple[Population, Tensor]:
+        """The population and its labels, with weighed draws of the modes without particles: some on each island."""
+        found, own, islands = self._met, self._own, len(self._met.log_evidences)
+        if own == len(self.places):
+            return found, self._labels
+        scores = found.log_weights.double() + found.log_evidence
+        scores = scores.where(self.label(found.z) < own, -math.inf)
+        z, log_p, masses, labels = [found.z], [found.log_p], [scores], [self._labels]
         for k in range(own, len(self.places)):
             law = MultivariateNormal(self.laws.loc[k], scale_tril=self.laws.scale_tril[k])
             x = law.sample(torch.Size((PROBES,)))
-            found = (density(x) - law.log_prob(x)).where(self.label(x) == k, -math.inf).double()
-            weights = found.nan_to_num(-math.inf, -math.inf, -math.inf).softmax(0)
-            noises.append(float((weights - 1 / PROBES).norm()))
+            heights = density(x)
+            weights = (heights - law.log_prob(x)).double().nan_to_num(-math.inf, -math.inf, -math.inf)
             z.append(x)
-            log_weights.append(found.nan_to_num(-math.inf, -math.inf, -math.inf) - math.log(PROBES))
-        log_evidence = float(torch.cat(log_weights).logsumexp(0))
-        masses = [math.exp(float(part.logsumexp(0)) - log_evidence) for part in log_weights]
-        shares = [(masses[0] * share, masses[0] * noise) for share, noise in shares]
-        shares += [(mass, mass * noise) for mass, noise in zip(masses[1:], noises, strict=True)]
-        noise = math.hypot(masses[0] * population.log_evidence_se, *(noise for _, noise in shares[own:]))
-        return torch.cat(z), (torch.cat(log_weights) - log_evidence).to(z[0]), log_evidence, noise, shares
+            log_p.append(heights)
+            labels.append(torch.full((PROBES,), k).to(self._labels))
+            masses.append(weights.where(self.label(x) == k, -math.inf) - math.log(PROBES))
+        by_island = torch.cat([part.reshape(islands, -1) for part in masses], 1)
+        population = found._replace(
+            z=torch.cat([part.reshape(islands, -1, part.shape[-1]) for part in z], 1).flatten(0, 1),
+            log_p=torch.cat([part.reshape(islands, -1) for part in log_p], 1).flatten(),
+            log_weights=by_island.flatten().log_softmax(0).to(found.log_weights),
+            log_evidences=by_island.logsumexp(-1) + math.log(islands),
+        )
+        return population, torch.cat([part.reshape(islands, -1) for part in labels], 1).flatten()
 
     def label(self, z: Tensor) -> Tensor:
         """The mode that each of other vectors most likely belongs to, ``(N,)``."""
