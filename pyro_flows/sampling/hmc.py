@@ -58,6 +58,11 @@ class HMC:
         self._count, self._first, self._second = 0, 0.0, 0.0
         self._latest: _State | None = None  # where the chains were left
 
+    def turn_to(self, density: LogDensity, chart: Coordinates) -> None:
+        """Move chains of another density in other coordinates, and adapt anew from the steps of before."""
+        self.density, self.chart, self.time = density, chart, max(self.time, QUARTER)
+        self._count, self._first, self._second = 0, 0.0, 0.0
+
     @torch.no_grad()
     def move(self, z: Tensor, *, adapt: bool) -> tuple[Tensor, Tensor]:
         """Make a transition from z, ``(N, D)``; return where the chains are, and the log-density there, ``(N,)``."""

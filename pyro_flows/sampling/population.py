@@ -27,6 +27,7 @@ from .reference import Reference
 
 ISLANDS = 16
 BATCH = 2048  # particles that are run at once
+HOT, STUCK = 1e-12, 8  # an inverse temperature, and how many below it show that particles are stuck
 TRIES, LEAST = 64, 32  # times as many draws of r to begin with, where few have a density, and how many must
 
 
@@ -93,9 +94,10 @@ class Population(NamedTuple):
         return total, float(residual.norm()) * math.sqrt(islands / (islands - 1))
 
 
-@torch.no_grad()
 def anneal(reference: Reference, number: int, effort: Effort) -> Population | None:
     """Anneal a population.
+
+    Particles from a prior of many magnitudes may be stuck.  They start anew from a wide Gaussian.
 
     Args:
         reference: The law that it starts from, and the posterior.
@@ -105,6 +107,15 @@ def anneal(reference: Reference, number: int, effort: Effort) -> Population | No
     Returns:
         The :class:`Population`; None where no particle has a density to begin with.
     """
+    found = _annealed(reference, number, effort, HOT)
+    if found is not None and found.temperatures[-1] < HOT and reference.widen():
+        return _annealed(reference, number, effort)
+    return found
+
+
+@torch.no_grad()
+def _annealed(reference: Reference, number: int, effort: Effort, hot: float = 0.0) -> Population | None:
+    """Anneal a population as far as the effort goes, or some steps in temperature if it is then still too hot."""
     found = _begun(reference, number)
     if found is None:
         return None
@@ -114,6 +125,8 @@ def anneal(reference: Reference, number: int, effort: Effort) -> Population | No
     log_weights = torch.zeros(number).to(z)
     log_evidences, betas = torch.full((ISLANDS,), math.log(share), dtype=torch.float64, device=z.device), [0.0]
     while betas[-1] < 1 and sum(kernel.gradients for kernel in kernels) < 2 * effort.gradients:
+        if len(betas) > STUCK and betas[-1] < hot:
+            break
         log_ratio = (log_p - log_r).nan_to_num(-math.inf, -math.inf, -math.inf)
         step = _step(log_weights, log_ratio, 1 - betas[-1], effort.kept)
         betas.append(1.0 if step >= 1 - betas[-1] else betas[-1] + step)
@@ -125,7 +138,7 @@ def anneal(reference: Reference, number: int, effort: Effort) -> Population | No
         density, charts = reference.bridge(betas[-1]), [White(half) for half in reversed(z.chunk(2))]
         kernels = kernels or [HMC(density, chart, z.shape[1], effort.max_steps) for chart in charts]
         for kernel, chart in zip(kernels, charts, strict=True):
-            kernel.density, kernel.chart = density, chart
+            kernel.turn_to(density, chart)
         z = torch.cat([_moved(kernel, half, effort) for kernel, half in zip(kernels, z.chunk(2), strict=True)])
         log_r, log_p = _scored(reference, z)
     log_weights = log_evidences.log_softmax(0).repeat_interleave(number // ISLANDS) - math.log(number // ISLANDS)

@@ -1,8 +1,9 @@
 """Where a population starts: a normalised law r over vectors z that is drawn and scored, the prior where there is one.
 
 Flat priors cannot be drawn, masked ones are not what they draw: such latents get a wide Gaussian in the unconstrained
-space.  So does all of it where hardly a draw of the prior has a density, as with priors that span the range of floats.
-From r the way to the posterior p goes through the laws that are proportional to r¹⁻ᵝ pᵝ.
+space.  So do all latents where hardly a draw of the prior has a density, or where particles from the prior are stuck.
+Priors that span the range of floats are such.  From r the way to the posterior p goes through the laws that are
+proportional to r¹⁻ᵝ pᵝ.
 """
 
 from __future__ import annotations
@@ -58,12 +59,17 @@ class Reference:
             self._prior = Task(muted(model.call), space.task.guide.call, model.args, model.kwargs).settle().model
         self._loc, self._scale_tril = loc, scale_tril
         self._wide = self._wide_law() if bool(self._flat.any()) else None
-        if not bool(self._flat.all()) and (alive := self._alive()) < ALIVE:
-            of_prior = self._flat, self._wide
-            self._flat = torch.ones_like(self._flat)
-            self._wide = self._wide_law()
-            if self._alive() <= alive:
-                self._flat, self._wide = of_prior
+        of_prior = self._flat, self._wide
+        if (alive := self._alive()) < ALIVE and self.widen() and self._alive() <= alive:
+            self._flat, self._wide = of_prior
+
+    def widen(self) -> bool:
+        """Replace the prior by a wide Gaussian; False if r is one already."""
+        if bool(self._flat.all()):
+            return False
+        self._flat = torch.ones_like(self._flat)
+        self._wide = self._wide_law()
+        return True
 
     def draw(self, number: int) -> Tensor:
         """Draws of r, ``(number, D)``; vectors that are not finite are draws whose size no float holds."""
