@@ -473,6 +473,23 @@ def test_the_evidence_of_a_funnel_has_an_error_that_covers_it() -> None:
     assert found.log_evidence_se < found.population.log_evidence_se
 
 
+def test_a_prior_of_many_magnitudes_is_left_for_a_wide_gaussian() -> None:
+    """Half of the draws of such a variance are above e⁶⁹³; from there particles would never come back."""
+    y = torch.tensor([-0.6, 0.2, 0.5, 1.1])
+
+    def model() -> None:
+        v = pyro.sample("v", dist.InverseGamma(0.001, 0.001))
+        x = pyro.sample("x", dist.Normal(torch.zeros(4), v.sqrt().unsqueeze(-1)).to_event(1))
+        pyro.sample("y", normal(x, 0.5), obs=y)
+
+    found = anneal(model, num_particles=512, fit=False)
+    log_v = torch.linspace(-10, 30, 4001).double()
+    of_v = dist.InverseGamma(0.001, 0.001).log_prob(log_v.exp()) + log_v
+    given_v = dist.Normal(0.0, (0.25 + log_v.exp()).sqrt()).log_prob(y.double().unsqueeze(-1)).sum(0)
+    assert found.temperatures[1] > 1e-12
+    assert found.log_evidence == pytest.approx(float((of_v + given_v).logsumexp(0)) + math.log(0.01), abs=1)
+
+
 # The guide.
 
 
