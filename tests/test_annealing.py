@@ -20,11 +20,13 @@ from pyro_flows.programs.task import Task
 from pyro_flows.sampling.bridge import bridge, moved_on
 from pyro_flows.sampling.charts import White
 from pyro_flows.sampling.gaussian import match_top
+from pyro_flows.sampling.hmc import HMC
 from pyro_flows.sampling.mixture import Mixture
 from pyro_flows.sampling.modes import ascend, climb, components
 from pyro_flows.sampling.population import ISLANDS, Effort, Population
 from pyro_flows.sampling.population import anneal as anneal_population
 from pyro_flows.sampling.reference import Reference
+from pyro_flows.sampling.tops import Tops
 
 Y = torch.tensor([1.0, -0.5, 2.0, 1.5])
 COUNTS = torch.tensor([2.0, 0.0, 3.0, 1.0, 1.0])
@@ -406,6 +408,40 @@ def drawn_from(law: torch.distributions.Distribution, number: int) -> Population
     z = law.sample((number,))
     weights = torch.full((number,), -math.log(number))
     return Population(z, weights, law.log_prob(z) + 7.0, torch.zeros(16), [0.0, 1.0])
+
+
+def test_a_mode_without_particles_joins_each_island() -> None:
+    """Particles know .6 of the posterior; Z is 1."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 50.0))
+        parts = torch.stack([dist.Normal(place, 1.0).log_prob(x) for place in (0.0, 30.0)], -1)
+        log_z = (parts + torch.tensor([0.6, 0.4]).log()).logsumexp(-1)
+        pyro.factor("y", log_z - dist.Normal(0.0, 50.0).log_prob(x))
+
+    space = sound_space(Task(model, AutoFlow(model).setup(), (), {}))
+    z = torch.randn(1600, 1)
+    weights = torch.full((1600,), -math.log(1600))
+    population = Population(z, weights, space.log_p(z), torch.full((16,), math.log(0.6)).double(), [0.0, 1.0])
+    tops = Tops(space, population, torch.tensor([[28.0], [31.0]]))
+    found = tops.population
+    assert tops.places.squeeze(-1).tolist() == pytest.approx([0, 30], abs=0.1)
+    assert found.log_evidence == pytest.approx(0, abs=0.03)
+    assert found.share(tops.labels == 1)[0] == pytest.approx(0.4, abs=0.02)
+    assert found.log_weights.exp().sum() == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(found.log_p, space.log_p(found.z))
+    torch.testing.assert_close(tops.labels, (found.z.squeeze(-1) > 15).long())
+
+
+def test_steps_that_shrank_grow_again_for_another_density() -> None:
+    density, z = normal(torch.zeros(3), 1.0).log_prob, torch.randn(500, 3)
+    kernel = HMC(density, White(z), 3)
+    kernel.step = kernel.time = 1e-5
+    for _ in range(10):
+        kernel.turn_to(density, White(z))
+        for _ in range(12):
+            z, _ = kernel.move(z, adapt=True)
+    assert 0.3 < kernel.step < 3
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])

@@ -349,15 +349,17 @@ def _bridged(task: Task, weighed: _Weighed, population: Population) -> tuple[Pop
 def _quality(weighed: _Weighed, population: Population) -> tuple[bool, bool, float, float]:
     """Return what is small for a good guide: one that lacks a mode may have the least noise of all."""
     lacks, psis = _lacks(weighed, population), weighed.psis
-    return not _covers(weighed, population), lacks, psis.log_evidence_se, -psis.ess
+    return lacks or not _converges(psis, population), lacks, psis.log_evidence_se, -psis.ess
 
 
 def _covers(weighed: _Weighed, population: Population) -> bool:
-    """True if a guide's weights converge, have less noise than the population, and lack none of what it has found."""
-    psis = weighed.psis
-    if (psis.khat >= CONVERGES and not psis.even) or psis.log_evidence_se >= population.log_evidence_se:
-        return False
-    return not _lacks(weighed, population)
+    """True if a guide's weights converge, and lack none of what the population has found."""
+    return _converges(weighed.psis, population) and not _lacks(weighed, population)
+
+
+def _converges(psis: Psis, population: Population) -> bool:
+    """True if weights converge and have less noise than the population."""
+    return (psis.even or psis.khat < CONVERGES) and psis.log_evidence_se < population.log_evidence_se
 
 
 @torch.no_grad()

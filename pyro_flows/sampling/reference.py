@@ -60,7 +60,7 @@ class Reference:
         self._loc, self._scale_tril = loc, scale_tril
         self._wide = self._wide_law() if bool(self._flat.any()) else None
         of_prior = self._flat, self._wide
-        if (alive := self._alive()) < ALIVE and self.widen() and self._alive() <= alive:
+        if not bool(self._flat.all()) and (alive := self._alive()) < ALIVE and self.widen() and self._alive() <= alive:
             self._flat, self._wide = of_prior
 
     def widen(self) -> bool:
