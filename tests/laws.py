@@ -557,6 +557,26 @@ def carries_the_score(f: FlowTransform, x: Tensor, context: Tensor | None, toler
     assert (gap(score, wanted, 1) <= tolerance + 1e-14 * torch.linalg.cond(matrix)).all()
 
 
+def carries_the_gradient(f: FlowTransform, x: Tensor, tolerance: float) -> None:
+    """Outside of autograd a transform carries the same score, and pulls gradients back as autograd does."""
+    leaf, g = x.detach().requires_grad_(), torch.linspace(-1, 2, x.numel()).to(x).reshape(x.shape)
+    y, log_det, score = f.forward_and_score(leaf, -x)
+    trained = [parameter for parameter in f.parameters() if parameter.requires_grad]
+    of_x, *of_parameters = torch.autograd.grad(y, (leaf, *trained), g, materialize_grads=True)
+    with torch.no_grad():
+        carried = f.carry(x, -x)
+        through, gradients = carried.pull(g)
+        again, _ = carried.pull(g)
+    for found, wanted in ((carried.y, y), (carried.log_det, log_det), (carried.score, score), (through, of_x)):
+        assert gap(found, wanted, found.dim() - 1).max() <= tolerance
+    assert torch.equal(through, again)
+    added = {id(parameter): torch.zeros_like(parameter) for parameter in trained}
+    for parameter, gradient in gradients:
+        added[id(parameter)] += gradient
+    for parameter, wanted in zip(trained, of_parameters, strict=True):
+        assert (added[id(parameter)] - wanted).norm() <= tolerance * (1 + wanted.norm())
+
+
 def order_of(f: FlowTransform) -> Tensor | None:
     """The ranks of the features of an autoregressive layer, forward or inverted; None for other transforms."""
     f = f.transform if isinstance(f, Inverse) else f

@@ -281,6 +281,26 @@ def test_a_periodic_network_names_what_does_not_fit(build: object, message: str)
         build()
 
 
+@pytest.mark.parametrize("activation", [nn.ELU, nn.ReLU, nn.Tanh, nn.SiLU, nn.Softplus, nn.GELU])
+@pytest.mark.parametrize(
+    "options", [{}, {"centered": True}, {"residual": True}, {"skip": True}, {"pace": 0.25}], ids=str
+)
+def test_the_gradient_of_a_network_is_autograds(activation: type[nn.Module], options: dict[str, object]) -> None:
+    net = laws.randomise(MLP(3, 2, 4, (8, 8), activation=activation, **options)).double()
+    x, g = laws.normal(5, 6, 3).requires_grad_(), laws.normal(5, 6, 2, 4, seed=1)
+    params = net(x)
+    of_x, *wanted = torch.autograd.grad(params, (x, *net.parameters()), g)
+    with torch.no_grad():
+        found, pull = net.forward_and_pull(x)
+        through, gradients = pull(g, True)
+        alone, none = pull(g, False)
+    torch.testing.assert_close((found, through, alone), (params.detach(), of_x, of_x), atol=1e-9, rtol=1e-9)
+    assert not none
+    known = {id(parameter): gradient for parameter, gradient in gradients}
+    for parameter, gradient in zip(net.parameters(), wanted, strict=True):
+        torch.testing.assert_close(known[id(parameter)], gradient, atol=1e-9, rtol=1e-9)
+
+
 def test_every_network_starts_at_zero() -> None:
     x, context = torch.randn(6, 4), torch.randn(6, 3)
     assert (MADE(4, 2, context_dim=3)(x, context) == 0).all()

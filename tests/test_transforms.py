@@ -173,6 +173,11 @@ def test_scores_are_carried_along(case: Case) -> None:
     laws.carries_the_score(case.random(scale=1.0), laws.normal(ROWS, case.dim, seed=1), case.context(), 1e-8)
 
 
+@pytest.mark.parametrize("case", cases([2, 5], ["no_context"]), ids=repr)
+def test_gradients_are_carried_back(case: Case) -> None:
+    laws.carries_the_gradient(case.random(scale=1.0), laws.normal(ROWS, case.dim, seed=1), 1e-7)
+
+
 @pytest.mark.parametrize("dim", [1, 5])
 def test_a_composition_is_its_parts_one_after_the_other(dim: int) -> None:
     chain = laws.randomise(laws.TRANSFORMS["compose"].build(dim, 0)).double()

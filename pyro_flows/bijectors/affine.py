@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_numbers
-from .base import Bijector, split_params
+from .base import Bijector, Pulled, split_params
 
 
 class ScaleAndShift(Bijector):
@@ -80,3 +80,16 @@ class Affine(ScaleAndShift):
         """Return ±b tanh(c a / b) as ±(2 b sigmoid(a / (b / 2c)) - b): a sigmoid is faster than a tangent."""
         b = self.max_log_scale
         return torch.rsub(torch.sigmoid(a / (b / (2 * self.slope))), -sign * b, alpha=-2 * sign * b)
+
+    def forward_and_pull(self, x: Tensor, params: Tensor) -> Pulled:
+        a, t = split_params(params)
+        s = self._log_scale(a, 1)
+        scale = s.exp()
+        stretched = x * scale
+        slope = self.slope - (self.slope / self.max_log_scale**2) * s * s  # of s in a
+
+        def pull(of_y: Tensor, of_log_det: Tensor | None) -> tuple[Tensor, Tensor]:
+            of_s = of_y * stretched if of_log_det is None else torch.addcmul(of_log_det, of_y, stretched)
+            return of_y * scale, torch.stack((of_s * slope, of_y), -2).mT
+
+        return Pulled(stretched + t, s, None, pull)

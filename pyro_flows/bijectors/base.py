@@ -8,9 +8,30 @@ table of its own (elementwise).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..vjp import vjp
+
+
+class Pulled(NamedTuple):
+    """What :meth:`Bijector.forward_and_pull` returns, without gradients.
+
+    Attributes:
+        y: The values.
+        log_det: The log-determinants.
+        bend: The derivative of the log-determinant in x, ``(*s)``; None if it is zero.
+        pull: The vector–Jacobian product: the gradients of y and of the log-determinant, None for zero -> those of x
+            and of the parameters.
+    """
+
+    y: Tensor
+    log_det: Tensor
+    bend: Tensor | None
+    pull: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 class Bijector(ABC):
@@ -85,6 +106,29 @@ class Bijector(ABC):
             ``(x, log|dx/dy|)``, of the shapes of :meth:`forward_and_log_det`; the log-determinant is in nats, and minus
             that of the way forward.
         """
+
+    def forward_and_pull(self, x: Tensor, params: Tensor) -> Pulled:
+        """Map x to y as :meth:`forward_and_log_det` does, with the derivatives that path gradients take.
+
+        By default autograd finds them.
+
+        Args:
+            x: Values of shape ``(*s)``.
+            params: Parameters of shape ``(*s, P)``.
+        """
+        with torch.enable_grad():
+            x, params = x.detach().requires_grad_(), params.detach().requires_grad_()
+            y, log_det = self.forward_and_log_det(x, params)
+
+        def pull(of_y: Tensor, of_log_det: Tensor | None) -> tuple[Tensor, Tensor]:
+            if of_log_det is None:
+                of_x, of_params = vjp((y,), (x, params), (of_y,))
+            else:
+                of_x, of_params = vjp((y, log_det), (x, params), (of_y, of_log_det))
+            return of_x, of_params
+
+        (bend,) = vjp((log_det,), (x,), (torch.ones_like(log_det),))
+        return Pulled(y.detach(), log_det.detach(), bend, pull)
 
 
 def split_params(params: Tensor) -> tuple[Tensor, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .. import checks
 from ..checks import check_integers, check_numbers, check_sizes
+from ..vjp import vjp
 from .paced import Paced, power_of_2
 
 # Steps that suit the place and scale of a guide are large for its networks: at 1 the regression of tests/test_pace.py
@@ -53,6 +54,10 @@ class Network(nn.Module):
     def own_parts(self) -> Iterable[nn.Module]:
         """Return the modules that share the pace, this one among them."""
         return self.modules()
+
+
+Gradients = list[tuple[Tensor, Tensor]]  # of some parameters: each with its gradient
+Pull = Callable[[Tensor, bool], tuple[Tensor, Gradients]]
 
 
 class Conditioner(Network, ABC):
@@ -161,6 +166,30 @@ class Conditioner(Network, ABC):
             ValueError: If the network takes contexts and none is given.
         """
 
+    def forward_and_pull(self, x: Tensor) -> tuple[Tensor, Pull]:
+        """Compute parameters without a context, and return the vector–Jacobian product of the network.
+
+        By default autograd finds it; a network that knows its slopes overrides this method.
+
+        Args:
+            x: Inputs of shape ``(*batch, input_dim, *size)``.
+
+        Returns:
+            The parameters, without a gradient, and a function ``(g, own) -> (of x, of parameters)``.  Given the
+            gradient g of the results, it returns that of x and, if ``own``, that of each parameter of the network.
+        """
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            params = self(x)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+        def pull(g: Tensor, own: bool) -> tuple[Tensor, Gradients]:
+            sources = [x, *trained] if own else [x]
+            of_x, *rest = vjp((params,), sources, (g,))
+            return of_x, list(zip(trained, rest, strict=True)) if own else []
+
+        return params.detach(), pull
+
 
 class Linear(Paced, nn.Linear):
     """y = p (W x + b), where p is the layer's pace: how far y moves when an optimiser moves W and b.
@@ -217,6 +246,21 @@ class Linear(Paced, nn.Linear):
     def paced(self, y: Tensor) -> Tensor:
         """Return p y."""
         return y if self.pace == 1.0 else self.pace * y
+
+    def pull(self, g: Tensor, x: Tensor, gradients: Gradients | None) -> Tensor:
+        """Return the gradient of the inputs.
+
+        Args:
+            g: The gradient of the results, ``(N, out_features)``.
+            x: The inputs, ``(N, in_features)``.
+            gradients: Takes those of the layer's own parameters, unless it is None.
+        """
+        g = self.paced(g)
+        if gradients is not None:
+            gradients.append((self.weight, g.mT @ x))
+            if self.bias is not None:
+                gradients.append((self.bias, g.sum(0)))
+        return g @ self.weight
 
 
 class MaskedLinear(Linear):

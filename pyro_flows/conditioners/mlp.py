@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_flags
-from .base import Conditioner, Linear, activation_of
+from .base import Conditioner, Gradients, Linear, Pull, activation_of
+from .slopes import KNOWN
 
 POINTS = 16  # an even number: each point comes with its mirror image
 
@@ -98,6 +99,33 @@ class MLP(Conditioner):
             a, b = self.factors(x).chunk(2, -1)
             params = params + self.direct(torch.cat((x, a * b), -1))
         return params.unflatten(-1, (self.num_params, self.output_dim)).mT
+
+    def forward_and_pull(self, x: Tensor) -> tuple[Tensor, Pull]:
+        if self.skip or self.residual or self.activation not in KNOWN:
+            return super().forward_and_pull(x)
+        rows = x.detach().reshape(-1, self.input_dim)
+        size, layers, activation = len(rows), [*self.hidden, self.output], KNOWN[self.activation]
+        # The points that the units are centred by go through the layers in the same products as the inputs.
+        inputs, slopes = [torch.cat((rows, self.points)) if self.centered else rows], []
+        for layer in self.hidden:
+            h, slope = activation(layer(inputs[-1]))
+            inputs.append(h)
+            slopes.append(slope)
+        if self.centered:
+            inputs[-1] = h[:size] - h[size:].mean(0)
+        params = self.output(inputs[-1]).reshape(*x.shape[:-1], self.num_params, self.output_dim).mT
+
+        def pull(g: Tensor, own: bool) -> tuple[Tensor, Gradients]:
+            gradients: Gradients = []
+            kept = gradients if own else None
+            g = layers[-1].pull(g.mT.reshape(size, -1), inputs[-1], kept)
+            if own and self.centered:
+                g = torch.cat((g, (g.sum(0) / -POINTS).expand(POINTS, -1)))
+            for layer, slope, own_inputs in zip(layers[-2::-1], slopes[::-1], inputs[-2::-1], strict=True):
+                g = layer.pull(g * slope[: len(g)], own_inputs, kept)
+            return g[:size].reshape(x.shape), gradients
+
+        return params, pull
 
     def _units(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Return the last hidden layer."""

@@ -9,41 +9,17 @@ Sutskever, Duvenaud 2018, arXiv:1810.01367).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..checks import check_integers, check_sizes
 from .base import Linear, Network, share_of
 from .field import Derivative, Rates, VectorField
 from .jacobian import Jacobian
-
-
-def _tanh(a: Tensor) -> tuple[Tensor, Tensor]:
-    h = torch.tanh(a)
-    return h, 1 - h * h
-
-
-def _silu(a: Tensor) -> tuple[Tensor, Tensor]:
-    gate = torch.sigmoid(a)
-    h = a * gate
-    return h, gate + h * (1 - gate)
-
-
-def _elu(a: Tensor) -> tuple[Tensor, Tensor]:
-    h = F.elu(a)
-    return h, h.clamp_max(0) + 1
-
-
-SMOOTH: dict[type[nn.Module], Callable[[Tensor], tuple[Tensor, Tensor]]] = {  # a -> its value and its slope
-    nn.ELU: _elu,
-    nn.SiLU: _silu,
-    nn.Softplus: lambda a: (F.softplus(a), torch.sigmoid(a)),
-    nn.Tanh: _tanh,
-}
+from .slopes import SMOOTH
 
 
 class MLPField(Network, VectorField):

@@ -18,6 +18,7 @@ from ..transforms import FlowTransform, View
 from ..transforms.compose import chained
 from ..transforms.snapshot import Counters, Snapshot, can_be_kept
 from .checks import as_size, check_value, parameter_of
+from .path import can_be_carried, carried
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -137,11 +138,14 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def _carried(self, base: Distribution, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map draws of the base, carry the score along, and score the draws with the path gradient."""
-        y = x if x.requires_grad else x.requires_grad_()
         leaf = x.detach().requires_grad_()
         log_prob = log_prob_of(base, leaf)
         (score,) = torch.autograd.grad(log_prob.sum(), leaf)
         log_prob = log_prob.detach()
+        if can_be_carried() and all(view.context is None for view in self.transforms):
+            y, total = carried([view.transform for view in self.transforms], x, score)
+            return y, log_prob - total
+        y = x if x.requires_grad else x.requires_grad_()
         for view in self.transforms:
             y, log_det, score = view.transform.forward_and_score(y, score, view.context)
             log_prob = log_prob - log_det.detach()

@@ -7,7 +7,8 @@ questions, value and log-determinant, is answered from one evaluation by an ephe
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from pyro.distributions import TransformModule
@@ -16,9 +17,27 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from ..checks import TRANSFORM, as_shape, check_integers, check_kind
+from ..conditioners.base import Gradients as Gradients
+from ..vjp import vjp
 from .view import View
 
 Scored = tuple[Tensor, Tensor, Tensor]  # values, log-determinants, and the scores of the values
+
+
+class Carried(NamedTuple):
+    """What :meth:`FlowTransform.carry` returns, without gradients.
+
+    Attributes:
+        y: The values.
+        log_det: The log-determinants.
+        score: The scores of the values.
+        pull: The vector–Jacobian product: the gradient of y -> that of x, and those of the transform's parameters.
+    """
+
+    y: Tensor
+    log_det: Tensor
+    score: Tensor
+    pull: Callable[[Tensor], tuple[Tensor, Gradients]]
 
 
 class FlowTransform(TransformModule):
@@ -28,7 +47,7 @@ class FlowTransform(TransformModule):
     ``ConditionalTransform`` in one.  ``t(x)``, ``t.inv``, ``t.condition(context)`` and all else follow from two verbs.
 
     A subclass calls ``super().__init__``, defines the verbs, may override :meth:`forward_and_score`,
-    :meth:`initialize` and :meth:`compiles` or set ``codomain``, and keeps these laws at any parameters:
+    :meth:`carry`, :meth:`initialize` and :meth:`compiles` or set ``codomain``, and keeps these laws at any parameters:
 
     - the verbs undo each other, and log-determinants are those of autograd's Jacobian, in nats;
     - batches have any shape, also none, and broadcast with those of contexts; events do not touch one another;
@@ -101,6 +120,22 @@ class FlowTransform(TransformModule):
             back, back_log_det = self.inverse_and_log_det(leaf, context)
             log_density = (score * back).sum() + back_log_det.sum()
             return y, log_det, torch.autograd.grad(log_density, leaf)[0]
+
+    def carry(self, x: Tensor, score: Tensor) -> Carried:
+        """Map ``x`` and carry the score along as :meth:`forward_and_score` does, outside of autograd.
+
+        There is no context.  By default autograd does it for this transform alone.
+        """
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y, log_det, score = self.forward_and_score(x, score)
+
+        def pull(g: Tensor) -> tuple[Tensor, Gradients]:
+            of_x, *rest = vjp((y,), (x, *trained), (g,))
+            return of_x, list(zip(trained, rest, strict=True))
+
+        return Carried(y.detach(), log_det.detach(), score, pull)
 
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
         """Let data that this transform shall produce, ``(*batch, *event_shape)``, set its parameters.

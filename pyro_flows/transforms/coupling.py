@@ -14,7 +14,7 @@ from torch import Tensor
 from ..bijectors import Bijector
 from ..checks import BIJECTOR, CONDITIONER, as_flags, check_kind
 from ..conditioners import Conditioner
-from .base import FlowTransform, Scored
+from .base import Carried, FlowTransform, Gradients, Scored
 from .conditional import check_params
 
 
@@ -89,6 +89,24 @@ class Coupling(FlowTransform):
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_verb(self.bijector.inverse_and_log_det, y, context)
+
+    def carry(self, x: Tensor, score: Tensor) -> Carried:
+        # The Jacobian is triangular by blocks, so its transpose is solved in the pass at hand, without a way back.
+        kept, mapped = self._part(x)
+        params, pull_network = self.conditioner.forward_and_pull(kept)
+        y, log_det, bend, pull_map = self.bijector.forward_and_pull(mapped, params)
+        ones = torch.ones_like(log_det)
+        of_kept, of_mapped = self._part(score)
+        of_mapped = (of_mapped if bend is None else of_mapped - bend) * torch.exp(-log_det)
+        of_kept = of_kept - pull_network(pull_map(of_mapped, ones)[1], False)[0]
+
+        def pull(g: Tensor) -> tuple[Tensor, Gradients]:
+            g_kept, g_mapped = self._part(g)
+            g_mapped, g_params = pull_map(g_mapped, None)
+            through, gradients = pull_network(g_params, True)
+            return self._join(g_kept + through, g_mapped), gradients
+
+        return Carried(self._join(kept, y), self._sum_event(log_det), self._join(of_kept, of_mapped), pull)
 
     def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         # The Jacobian is triangular by blocks, so its transpose is solved in the pass at hand, without a way back.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_flags
-from .base import VectorTransform
+from .base import Scored, VectorTransform
 
 
 class FixedAffine(VectorTransform):
@@ -73,6 +73,14 @@ class FixedAffine(VectorTransform):
         else:
             x = x / scale
         return x, -log_det.expand(y.shape[:-1])
+
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+        y, log_det = self.forward_and_log_det(x)
+        scale, _ = self._scale_and_log_det()
+        if not self.dense:
+            return y, log_det, score / scale
+        rows = torch.linalg.solve_triangular(scale, score.reshape(-1, self.input_dim), upper=False, left=False)
+        return y, log_det, rows.reshape(score.shape)
 
     def _scale_and_log_det(self) -> tuple[Tensor, Tensor]:
         scale = self.scale.detach().tril() if self.dense else self.scale.detach()

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..checks import check_numbers
 from ..conditioners.paced import Paced, power_of_2
+from .base import Scored
 from .linear import Factored
 
 
@@ -84,6 +85,15 @@ class ScaledLinear(Paced, Factored):
         x = x + F.linear(x, above)
         y = torch.addcmul(self.shift, x + F.linear(x, below), log_scale.exp())
         return y, log_scale.sum().expand(x.shape[:-1])
+
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+        with torch.no_grad():  # log|det dy/dx| is the same for all x, so a score is multiplied by the inverse transpose
+            below, above = self._below_and_above()
+            rows = score.reshape(-1, self.input_dim)
+            for factor, upper in ((above, True), (below, False)):
+                rows = torch.linalg.solve_triangular(factor, rows, upper=upper, left=False, unitriangular=True)
+            score = (rows * torch.exp(-self._log_scale())).reshape(score.shape)
+        return *self.forward_and_log_det(x), score
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_scale, (below, above) = self._log_scale(), self._below_and_above()
