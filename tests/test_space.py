@@ -243,3 +243,41 @@ def test_in_both_modes_of_parameters(local):
         assert isinstance(space := Space(Task(model, trained("AutoFlow"), (Y,), {})), Space)
         assert space.draw(3).log_p.isfinite().all()
     assert issubclass(AutoFlow, PyroModule)
+
+
+@pytest.mark.parametrize("kind", ["AutoFlow", "AutoMultivariateNormal"])
+def test_latents_of_a_packed_vector_are_placed_as_by_a_run_of_the_guide(kind):
+    space = Space(Task(model, trained(kind), (Y,), {}))
+    assert [*space._packed] == ["mean", "scale", "share", "effect"]
+    z = torch.randn(7, space.dim, generator=torch.Generator().manual_seed(0))
+    quick, _ = space._place(z)
+    run, _ = space._place(z, space._placing)
+    for name, value in run.items():
+        torch.testing.assert_close(quick[name].expand_as(value), value)
+
+
+def test_supports_that_depend_on_other_latents_take_a_run():
+    def moving() -> None:
+        a = pyro.sample("a", dist.LogNormal(0.0, 0.5))
+        pyro.sample("b", dist.Uniform(0.0, a))
+
+    assert not Space(Task(moving, AutoFlow(moving).setup(), (), {}))._packed
+
+
+def test_large_models_are_scored_in_parts_with_the_same_gradients():
+    rows = torch.linspace(-1, 1, 100_000)
+
+    def large() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        mean = x[..., :1] + x[..., 1:] * rows
+        pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=rows)
+
+    space = Space(Task(large, AutoFlow(large).setup(), (), {}))
+    assert space.task.model.chunk == 2
+    z = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    whole, parts = z.clone().requires_grad_(), z.clone().requires_grad_()
+    weights = torch.arange(1.0, 6.0)
+    (space._log_p(whole) * weights).sum().backward()
+    (space.log_p(parts) * weights).sum().backward()
+    torch.testing.assert_close(space.log_p(z), space._log_p(z))
+    torch.testing.assert_close(parts.grad, whole.grad)

@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.overrides import TorchFunctionMode
 
@@ -70,8 +71,48 @@ def is_breakdown(error: Exception) -> bool:
     return broken or isinstance(error, LinAlgError | FloatingPointError)
 
 
+def value_and_score(density: LogDensity, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a log-density, ``(N,)``, and its gradient, ``(N, D)``."""
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        value = density(leaf)
+        total = value.sum()
+        score = torch.autograd.grad(total, leaf)[0] if total.requires_grad else torch.zeros_like(leaf)
+    return value.detach(), score
+
+
 def score_of(density: LogDensity, z: Tensor) -> Tensor:
-    """The gradient of a log-density, ``(N, D)``."""
-    z = z.detach().requires_grad_()
-    total = density(z).sum()
-    return torch.autograd.grad(total, z)[0] if total.requires_grad else torch.zeros_like(z)
+    """Return the gradient of a log-density, ``(N, D)``."""
+    return value_and_score(density, z)[1]
+
+
+def in_parts(density: LogDensity, size: int) -> LogDensity:
+    """Return a log-density that finds its gradient part by part, so that the graph of one part alone is in memory.
+
+    The gradient has none of its own.
+
+    Args:
+        density: The log-density.
+        size: The largest number of vectors in a part.
+    """
+
+    def parted(z: Tensor) -> Tensor:
+        if len(z) > size and torch.is_grad_enabled() and z.requires_grad:
+            return _InParts.apply(density, size, z)
+        return density(z)
+
+    return parted
+
+
+class _InParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, density: LogDensity, size: int, z: Tensor) -> Tensor:
+        values, scores = zip(*(value_and_score(density, part) for part in z.split(size)), strict=True)
+        ctx.save_for_backward(torch.cat(scores))
+        return torch.cat(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_log_p: Tensor) -> tuple[None, None, Tensor]:
+        (score,) = ctx.saved_tensors
+        return None, None, of_log_p.unsqueeze(-1) * score

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
@@ -14,15 +16,17 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
-from .engines import Read, Values, View, apart, beside, run, with_room
+from .engines import Read, Values, View, apart, beside, run, value_of, with_room
 from .enumeration import Parallel, Run, check_masks, check_rows
 from .events import WithValues
+from .largest import Largest
 from .noise import Noise
 from .one_by_one import Sequential
 from .quoting import quoted
 from .traces import trace_of
 from .whole import Part, parts_of
 
+LARGEST = 2**18  # numbers in a tensor of many draws, 2 MB of them in double precision
 TOTAL = "the log-density"  # read beside values of sites
 Place = Callable[..., Any]  # a handler that puts values into a program's sites: place(program, data=values)
 
@@ -149,6 +153,18 @@ class Program:
         """
         return self.score(held, size, [])[0]
 
+    @functools.cached_property
+    def chunk(self) -> int:
+        """The number of draws at which the largest tensor that depends on them fits into the cache."""
+        if self.engine == "loop":
+            return LARGEST
+        latents = {name: value_of(site) for name, site in self.single.nodes.items() if _is_latent(site)}
+        held = {name: value.detach().requires_grad_(value.is_floating_point()) for name, value in latents.items()}
+        largest, quiet = Largest(), contextlib.suppress(Exception)  # it may not run where gradients are kept
+        with torch.random.fork_rng([]), pyro.validation_enabled(False), torch.enable_grad(), quiet, largest:
+            self._trace(poutine.condition(self.call, data=held), None, False).compute_log_prob()
+        return max(1, LARGEST // largest.size)
+
     def score(self, held: Values, size: int, sites: list[str]) -> tuple[Tensor, Values]:
         """Return the log-density of N draws, as :meth:`log_prob` does, and the values of some sites at them.
 
@@ -159,6 +175,10 @@ class Program:
             return torch.stack([log_prob for log_prob, _ in scores]).sum(0), scores[0][1]
         if self.enumerated:
             return self.enumeration.log_prob(self._at(held, size)), {}
+        if size > self.chunk and not torch.is_grad_enabled():
+            parts = [self.score(part, len(next(iter(part.values()))), sites) for part in _split(held, self.chunk)]
+            values = {name: torch.cat([part[name] for _, part in parts]) for name in sites}
+            return torch.cat([log_prob for log_prob, _ in parts]), values
         found = self.run(lambda view: {TOTAL: view.log_prob(), **{n: view.read(n) for n in sites}}, held, size)
         return found.pop(TOTAL), found
 
@@ -247,6 +267,13 @@ class Program:
     def _mark(self, site: dict[str, Any]) -> dict[str, Any]:
         marks = {"enumerate": "parallel", "expand": False, "num_samples": None}
         return marks if site["name"] in self.enumerated else {}
+
+
+def _split(held: Values, size: int) -> Iterator[Values]:
+    """Yield values of some draws at a time."""
+    yield from (
+        dict(zip(held, part, strict=True)) for part in zip(*(v.split(size) for v in held.values()), strict=True)
+    )
 
 
 def _is_latent(site: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from .engines import Read, Site, Values, View
 from .latents import support_of
-from .log_density import is_breakdown
+from .log_density import in_parts, is_breakdown
 from .masks import mask_of
 from .program import Program
 from .quantities import Quantities, innermost
@@ -141,7 +141,13 @@ class Space:
         return torch.cat((first, second)), derived
 
     def log_p(self, z: Tensor) -> Tensor:
-        """The model's log-density over z, ``(N, D) -> (N,)`` in nats."""
+        """The model's log-density over z, ``(N, D) -> (N,)`` in nats.
+
+        Many draws of a model of much data are scored in parts, whose gradient has none of its own.
+        """
+        return in_parts(self._log_p, self.task.model.chunk)(z)
+
+    def _log_p(self, z: Tensor) -> Tensor:
         found, change = self._place(z)
         return self.task.model.log_prob(self._latents(found), len(z)) - found["rest"] + change
 
@@ -155,13 +161,10 @@ class Space:
         """
         flat, latents = self.flat, self.task.latents
 
-        def placed(view: View) -> Values:
-            return {**self._placing(view), "flat": view.log_prob(flat.__contains__)}
-
         def scored(view: View) -> Values:
             return {"p": view.log_prob(), "prior": view.log_prob(lambda n: n in latents and n not in flat)}
 
-        found, change = self._place(z, placed)
+        found, change = self._place(z)
         values, model = self._latents(found), self.task.model
         if prior is None:
             both = model.run(scored, values, len(z))
@@ -257,7 +260,11 @@ class Space:
         """Read off a run of the guide: its own draws, the latents that they place, and all changes of variables."""
         drawn = {f"own {name}": view.read(name) for name in self._own}
         placed = {f"latent {name}": view.read(name) for name in self.task.latents}
-        return {**drawn, **placed, "rest": view.log_prob(lambda name: name not in self._own)}
+        rest = {
+            "rest": view.log_prob(lambda name: name not in self._own),
+            "flat": view.log_prob(self.flat.__contains__),
+        }
+        return {**drawn, **placed, **rest}
 
     def _scored(self, view: View) -> Values:
         """Read off the log-density of the guide's own draws too."""
@@ -268,12 +275,54 @@ class Space:
 
     def _place(self, z: Tensor, read: Read | None = None) -> tuple[Values, Tensor]:
         """Run the guide with its draws held at z; also the log-determinant of constraining these."""
+        if read is None and self._packed:
+            return self._unpacked(z), torch.zeros(())
         parts = zip(self._free.items(), z.split([free.numel() for free in self._free.values()], -1), strict=True)
         free = {name: part.reshape(len(z), *one.shape) for (name, one), part in parts}
         held = {name: transform(free[name]) for name, transform in self._own.items()}
         found = self.task.guide.run(read or self._placing, held, len(z))
         flat = {name: part for name, part in free.items() if name in self.flat}
         return {**found, "flat change": self._change(flat, found)}, self._change(free, found)
+
+    @functools.cached_property
+    def _packed(self) -> dict[str, tuple[torch.Size, Transform]]:
+        """The shape and the constraint of each latent in the vector of an ``AutoContinuous``; empty for other guides.
+
+        It takes no run of the guide to place latents by them, where that gives what a run does.
+        """
+        guide: Any = self.task.guide.call
+        if not isinstance(guide, AutoContinuous) or {*guide._unconstrained_shapes} != {*self.task.latents}:
+            return {}
+        ((_, latent),) = self._free.items()
+        nodes, z = guide.prototype_trace.nodes, latent.reshape(1, -1)
+        known = {n: (shape, biject_to(nodes[n]["fn"].support)) for n, shape in guide._unconstrained_shapes.items()}
+        z = torch.cat((z, z + torch.arange(1.0, 1 + self.dim).to(z).cos() / 10))  # without a draw: seeds go on
+        with torch.no_grad():
+            run, _ = self._place(z, self._placing)
+            try:
+                found = self._unpacked(z, known)
+            except RuntimeError:
+                return {}
+        same = all(
+            value.shape == run[name].shape and torch.allclose(value, run[name].to(value), 1e-4, 1e-6, equal_nan=True)
+            for name, value in found.items()
+            if name != "flat change"
+        )
+        return known if same else {}
+
+    def _unpacked(self, z: Tensor, known: dict[str, tuple[torch.Size, Transform]] | None = None) -> Values:
+        """Place the latents of an ``AutoContinuous`` at packed vectors, as :meth:`_place` does."""
+        found, rest, flat = {}, z.new_zeros(len(z)), z.new_zeros(len(z))
+        known = known or self._packed
+        for (name, (shape, transform)), part in zip(
+            known.items(), z.split([shape.numel() for shape, _ in known.values()], -1), strict=True
+        ):
+            free = part.reshape(len(z), *shape)
+            value = transform(free)
+            log_det = transform.log_abs_det_jacobian(free, value).reshape(len(z), -1).sum(-1)
+            found[f"latent {name}"], rest = value, rest - log_det
+            flat = flat - log_det if name in self.flat else flat
+        return {**found, f"own {next(iter(self._own))}": z, "rest": rest, "flat": flat, "flat change": torch.zeros(())}
 
     def _change(self, free: Values, found: Values) -> Tensor:
         """The log-determinant of constraining what the guide draws at some sites."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -15,6 +16,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .. import checks
+from ..memory import keep_memory
+from ..threads import at_most
 from .choice import settle
 from .engines import ENGINES, Site, Values, View, value_of
 from .latents import check_match, is_point, summable
@@ -75,6 +78,7 @@ class Task:
         kwargs: dict[str, Any],
         vectorize: str = "auto",
     ) -> None:
+        keep_memory()
         check_vectorize(vectorize)
         checks.check_program(model=model, guide=guide)
         self._programs, self._arguments, marks = (model, guide), (args, kwargs), _Marks()
@@ -92,6 +96,10 @@ class Task:
         self.has_bare_dimensions = has_bare_dimensions(single)
         own = self.guide.single.iter_stochastic_nodes()
         self.own = [name for name, site in own if not isinstance(site["fn"], dist.Delta)]
+
+    def threads(self) -> AbstractContextManager[None]:
+        """Let torch use one thread, unless a single draw is work enough for several."""
+        return at_most(1 if self.settle().model.chunk > 1 else torch.get_num_threads())
 
     @torch.no_grad()
     def once(self, *watching: Messenger) -> tuple[Trace, Trace]:
@@ -215,7 +223,8 @@ class Task:
             return {**found, "log_p": log_p}
 
         self.settle()
-        found = in_batches(step, {}, number, batch_size)
+        with self.threads():
+            found = in_batches(step, {}, number, batch_size)
         return Draws({name: found[f"latent {name}"] for name in self.latents}, found["log_p"], found["log_q"])
 
     @torch.no_grad()
