@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from types import ModuleType
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 
 Variable = tuple[tuple[str, ...], np.ndarray]  # the names of an array's dimensions, and the array
 Groups = dict[str, dict[str, Variable]]
-ROUND_OFF = 1e-4  # nats
 
 
 def import_arviz() -> ModuleType:
@@ -29,23 +27,6 @@ def _array_stats() -> Any:
     from arviz_stats.base import array_stats
 
     return array_stats
-
-
-def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
-    """Pareto-smoothed, normalised log-weights and k-hat of raw log-weights ``(S,)``.
-
-    Where the largest weights are equal, up to what float32 makes of log-densities, there is no tail to smooth, and
-    k-hat is ``-inf``: ArviZ 1.x fails there.
-    """
-    size = len(log_weights)
-    tail = np.sort(log_weights)[-math.ceil(min(size / 5, 3 * math.sqrt(size))) :]
-    if tail[-1] - tail[0] < ROUND_OFF:
-        return log_weights - np.logaddexp.reduce(log_weights), -math.inf
-    if (stats := _array_stats()) is not None:
-        smoothed, khat = stats.psislw(-log_weights)  # ArviZ 1.x takes the negative of the log-ratios
-    else:
-        smoothed, khat = import_arviz().psislw(log_weights)
-    return np.asarray(smoothed), math.inf if np.isnan(khat) else float(khat)
 
 
 def kde(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -32,10 +32,10 @@ from torch import Tensor
 
 from .. import plots
 from ..checks import check_integers, joined
-from ..compat import psislw
 from ..programs.engines import Values, View, row_log_prob
 from ..programs.nesting import takes_nesting
 from ..programs.task import Draws, Task, in_batches
+from .pareto import smooth
 
 LEAST = 25  # draws, to fit the tail of their weights
 EVEN = 1.0  # nats by which the largest weight may exceed their mean where they are even
@@ -171,8 +171,7 @@ def weigh(log_weights: Tensor) -> Psis:
     raw, size = log_weights.double().cpu(), len(log_weights)
     relative = (raw - raw.max()).exp()
     mean, noise = relative.mean(), relative.std() / math.sqrt(size)
-    log_smoothed, khat = psislw(raw.numpy())
-    smoothed = torch.as_tensor(log_smoothed).log_softmax(0)
+    smoothed, khat = smooth(raw)
     return Psis(
         khat=khat,
         threshold=min(1 - 1 / math.log10(size), 0.7),
