@@ -32,6 +32,7 @@ PARTICLES, FEW = 256, 64  # of a population, and where the model runs one draw a
 STARTS = 64  # climbs
 EFFORT = Effort(kept=0.3, forgotten=0.5, moves=(1, 4), max_steps=6, gradients=150)
 SURPRISE = 3.0  # by how many nats the posterior must exceed the guide at a place where the guide has too little
+FAINT = 20.0  # by how many nats per coordinate a mode may be lower, and be the wider by that
 LEAST = 8.0  # how many nats of evidence below the guide's a Gaussian that was matched may have to count
 MOST = 32  # modes that laws are fitted to
 MATCHED = 3  # of these, how many that most places belong to Gaussians are matched to, and how many of the highest
@@ -111,14 +112,18 @@ def _lacking(space: Space, white: White, density: LogDensity, draws: Scored, evi
     number = STARTS // (8 if alone else 2)
     drawn = reference.draw(FEW if alone else PARTICLES)
     starts = torch.cat((white.forward(far(white.inverse(draws.z[:number])))[0], ways_up(density, drawn)))
-    found = [] if population is None else [population.z]
-    if population is not None and not population.has_arrived:
+    found = []
+    if population is not None and population.has_arrived:
+        found = [population.z]
+    elif population is not None:  # its particles are where the posterior is none yet
         starts = torch.cat((starts, population.z))
     places = space.wrapped(torch.cat([*found, climb(density, white, starts)]), white.loc)
     with torch.no_grad():
         heights = density(places)
     surprise = (heights - log_q(space, places) - evidence).nan_to_num(-math.inf, math.inf, -math.inf)
-    return places[(surprise > SURPRISE) & heights.isfinite()], population is None
+    # Climbs that end on their way lie where the density, next to none, still exceeds that of the guide.
+    least = draws.log_p.max() - FAINT * (1 + space.dim)
+    return places[(surprise > SURPRISE) & (heights > least)], population is None
 
 
 def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) -> list[dist.TorchDistribution]:

@@ -8,16 +8,22 @@ in closed form and alike under every linear change of variables.
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from ..programs.log_density import LogDensity, score_of
+from ..programs.log_density import LogDensity, score_of, value_and_score
 
 NEAR = 0.25  # how little, in nats, the log-weights of a Gaussian vary that hardly differs from the posterior
 TRIED = 32  # draws at which each size is tried
+FEWEST = 10  # rounds
+LAST = 20  # rounds in which the learning rate falls
+CLOSE = 0.5  # the mean square of a difference between scores, relative to that of a score
 POOR = 5.0  # how much, in nats, the log-weights of a Gaussian may vary before its correlations mislead
 
 
@@ -47,19 +53,35 @@ class Gaussian(NamedTuple):
         return self.spread > POOR
 
 
-def fit_gaussian(density: LogDensity, loc: Tensor, scale: float, *, rounds: int = 100) -> Gaussian:
-    """The best Gaussian that a few rounds of batch and match find, or the start where they find none better.
+def fit_gaussian(
+    density: LogDensity,
+    loc: Tensor,
+    scale: float,
+    *,
+    rounds: int = 100,
+    budget: float = math.inf,
+    watch: Callable[[], bool] = lambda: False,
+) -> Gaussian:
+    """Find the best Gaussian by some rounds of batch and match, or the start where they find none better.
 
     Args:
         density: The log-density.
         loc: The start's mean, ``(D,)``.
         scale: The start's standard deviation.
-        rounds: How many rounds to make from each place.
+        rounds: The largest number of rounds from each place.
+        budget: The largest number of gradients.
+        watch: Called after each round; True ends the search.
     """
     start = torch.eye(len(loc), dtype=loc.dtype, device=loc.device) * scale
-    at_start = _judged(density, loc, start)
-    found = [match(density, place, start, rounds) for place in (loc, _climb(density, loc))]
-    return max((at_start, *(gaussian for gaussian in found if gaussian is not None)), key=lambda g: g.elbo)
+    found = [_judged(density, loc, start)]
+    rounds = int(min(rounds, max(FEWEST, budget / 2 / _draws(len(loc)))))
+    for place in (_climb(density, loc), loc):
+        gaussian = match(density, place, start, rounds, watch)
+        if gaussian is not None:
+            found.append(gaussian)
+            if gaussian.is_near or watch():
+                break
+    return max(found, key=lambda gaussian: gaussian.elbo)
 
 
 def match_top(density: LogDensity, top: Tensor, scale_tril: Tensor) -> Gaussian | None:
@@ -82,9 +104,16 @@ def match_top(density: LogDensity, top: Tensor, scale_tril: Tensor) -> Gaussian 
     return found if float(apart.norm()) < math.sqrt(len(top)) + 3 else None
 
 
-def match(density: LogDensity, loc: Tensor, scale_tril: Tensor, rounds: int = 100) -> Gaussian | None:
-    """Batch and match, with a learning rate that is constant at first and then falls; None where it breaks down."""
-    eye, draws = torch.eye(len(loc), dtype=loc.dtype, device=loc.device), max(64, 2 * len(loc))
+def match(
+    density: LogDensity, loc: Tensor, scale_tril: Tensor, rounds: int = 100, watch: Callable[[], bool] = lambda: False
+) -> Gaussian | None:
+    """Batch and match, with a learning rate that is constant until the scores agree no better, and then falls.
+
+    None where it breaks down.
+    """
+    eye, draws = torch.eye(len(loc), dtype=loc.dtype, device=loc.device), _draws(len(loc))
+    apart: list[float] = []  # the mean square of the difference between the scores, in coordinates where Σ = I
+    rests = rounds / 2
     try:
         for number in range(1, rounds + 1):
             z = loc + torch.randn(draws, len(loc), dtype=loc.dtype, device=loc.device) @ scale_tril.T
@@ -94,7 +123,13 @@ def match(density: LogDensity, loc: Tensor, scale_tril: Tensor, rounds: int = 10
                 scale_tril = scale_tril / 2
                 continue
             z, score = z[usable], score[usable]
-            rate = draws / max(1.0, number - rounds / 2)
+            own = torch.linalg.solve_triangular(scale_tril, (z - loc).T, upper=False).T
+            apart.append(float((score @ scale_tril + own).square().mean()))
+            if number < rests and _is_at_rest(apart):
+                rests = number
+            if number > rests + LAST or watch():
+                break
+            rate = draws / max(1.0, number - rests)
             weight = rate / (1 + rate)
             mean, mean_score = z.mean(0), score.mean(0)
             moved = loc - mean
@@ -113,6 +148,18 @@ def match(density: LogDensity, loc: Tensor, scale_tril: Tensor, rounds: int = 10
     return _judged(density, loc, scale_tril)
 
 
+def _draws(dim: int) -> int:
+    return max(64, 2 * dim)
+
+
+def _is_at_rest(apart: list[float]) -> bool:
+    """True if the latest values are small, and no smaller than those before."""
+    if len(apart) < 6:
+        return False
+    latest, before = statistics.median(apart[-3:]), statistics.median(apart[-6:-3])
+    return latest < CLOSE and latest > 0.7 * before
+
+
 def _whitened(v: Tensor, scale_tril: Tensor) -> Tensor:
     half = torch.linalg.solve_triangular(scale_tril, v, upper=False)
     return torch.linalg.solve_triangular(scale_tril, half.T, upper=False)
@@ -120,17 +167,15 @@ def _whitened(v: Tensor, scale_tril: Tensor) -> Tensor:
 
 def _climb(density: LogDensity, loc: Tensor, steps: int = 20) -> Tensor:
     """Some steps of L-BFGS uphill."""
-    place = loc.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([place], max_iter=steps, history_size=steps, line_search_fn="strong_wolfe")
+    from scipy.optimize import minimize  # torch's imports the compiler, in most of a second
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = -density(place.unsqueeze(0)).sum()
-        loss.backward()
-        return loss.nan_to_num(math.inf)
+    def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
+        height, score = value_and_score(density, torch.as_tensor(x).to(loc).unsqueeze(0))
+        return -float(height.nan_to_num(-math.inf)), -score[0].nan_to_num(0, 0, 0).double().cpu().numpy()
 
-    optimizer.step(closure)
-    return place.detach() if place.isfinite().all() else loc
+    found = minimize(loss, loc.double().cpu().numpy(), jac=True, method="L-BFGS-B", options={"maxiter": steps})
+    place = torch.as_tensor(found.x).to(loc)
+    return place if place.isfinite().all() else loc
 
 
 @torch.no_grad()

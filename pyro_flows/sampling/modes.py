@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..programs.log_density import LogDensity
+from ..programs.log_density import LogDensity, value_and_score
 from .charts import White
 
 CLIMB = 60  # steps of a climb
+PATIENCE = 5  # steps after which a climb looks whether it is at a top
+TOP = 0.002  # the square of the slope where a top is no more than .001 nats away
 NEIGHBOURS = 6
 SOME, NARROW, FAR = 256, 0.1, 0.2  # draws of the prior that climbs start from; their steps, in its sds, also far out
 DIP = 1.0  # nats by which the density must fall between two places that are of two modes
@@ -36,24 +38,42 @@ def climb(density: LogDensity, chart: White, z: Tensor, size: float = 0.5) -> Te
     """
     x = chart.inverse(z)
     first, second = torch.zeros_like(x), torch.zeros_like(x)
-    best, highest = x, torch.full_like(x[:, 0], -math.inf)
+    best, highest, uphill = x.clone(), torch.full_like(x[:, 0], -math.inf), torch.zeros_like(x)
+    left = torch.arange(len(x), device=x.device)  # who still climbs
     for step in range(1, CLIMB + 1):
         height, score = _height_and_score(density, chart, x)
-        is_higher = height > highest
-        best, highest = best.where(~is_higher.unsqueeze(-1), x), highest.maximum(height)
+        is_higher = height > highest[left]
+        higher = left[is_higher]
+        best[higher], highest[higher], uphill[higher] = x[is_higher], height[is_higher], score[is_higher]
         first, second = 0.8 * first + 0.2 * score, 0.9 * second + 0.1 * score.square()
         ahead = first / (1 - 0.8**step) / ((second / (1 - 0.9**step)).sqrt() + 1e-8)
         x = x + size * (1 - step / (CLIMB + 1)) * ahead
+        if step % PATIENCE == 1:
+            goes_on = ~_ends(density, chart, left, best, highest, uphill)
+            left, x, first, second = left[goes_on], x[goes_on], first[goes_on], second[goes_on]
+            if not len(left):
+                break
     return chart.forward(best)[0]
+
+
+def _ends(density: LogDensity, chart: White, left: Tensor, best: Tensor, highest: Tensor, uphill: Tensor) -> Tensor:
+    """Try a step of Newton's from the best places of some climbs, ``left``, and return True where it ends a climb.
+
+    Where the chart whitens the mode, the step leads to its top, and the slope vanishes.  In flat tails it does not.
+    """
+    x, before = best[left] + uphill[left], uphill[left].square().sum(-1)
+    height, score = _height_and_score(density, chart, x)
+    is_higher = height > highest[left]
+    higher = left[is_higher]
+    best[higher], highest[higher], uphill[higher] = x[is_higher], height[is_higher], score[is_higher]
+    after = score.square().sum(-1)
+    return is_higher & (after < before / 4) & (after < TOP)
 
 
 def _height_and_score(density: LogDensity, chart: White, x: Tensor) -> tuple[Tensor, Tensor]:
     """The log-density, ``(N,)``, -inf where it is no number, and its gradient, ``(N, D)``, 0 where it is none."""
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        height = density(chart.forward(leaf)[0])
-        score = torch.autograd.grad(height.sum(), leaf)[0] if height.requires_grad else torch.zeros_like(leaf)
-    return height.detach().nan_to_num(-math.inf, -math.inf, -math.inf), score.nan_to_num(0, 0, 0)
+    height, score = value_and_score(lambda x: density(chart.forward(x)[0]), x)
+    return height.nan_to_num(-math.inf, -math.inf, -math.inf), score.nan_to_num(0, 0, 0)
 
 
 def ascend(density: LogDensity, chart: White, z: Tensor) -> Tensor:
