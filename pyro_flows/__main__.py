@@ -29,7 +29,7 @@ def main_parser() -> argparse.ArgumentParser:
         "pyro_flows density --help` how to fit the density of a table.",
     )
     _add_flow(made, RECIPES)
-    made.add_argument("--steps", type=_positive, default=2000, help="optimisation steps (default: 2000)")
+    made.add_argument("--steps", type=_positive, default=400, help="optimisation steps (default: 400)")
     made.add_argument("--out", type=Path, default=Path(), help="folder of the two files (default: the current one)")
     _add_seed_and_quiet(made)
     return made

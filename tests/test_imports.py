@@ -35,3 +35,19 @@ def test_the_command_line_starts_without_anything_large(words):
 def test_the_reader_of_modules_sees_them():
     """Were the reader blind, the laws above would hold of anything."""
     assert "scipy" in loaded_by("import scipy.stats")
+
+
+FIT = """
+import pyro.distributions as dist, pyro_flows as pf
+def model():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x, 1.0))
+guide = pf.AutoFlow(model)
+pf.fit_svi(model, guide, steps=5, progress=False)
+pf.check(model, guide)
+"""
+
+
+def test_a_first_fit_and_check_load_nothing_that_takes_long():
+    """ArviZ takes 1.7 s, torch's compiler .8 s and sympy .4 s."""
+    assert loaded_by(FIT) <= {"scipy"}

@@ -11,7 +11,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 from models import with_verdict
 
 import pyro_flows
@@ -28,14 +27,6 @@ with warnings.catch_warnings():
     import arviz as az
 
 ROWS = ["mu", "tau", *(f"theta[{school}]" for school in "ABCDEFGH")]
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    """The job uses one thread; the tests after it shall not."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import functools
 import math
+import signal
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -397,3 +399,60 @@ def test_the_same_seed_finds_the_same_start():
         found.append(fit_gaussian(funnel, torch.zeros(4), 0.1))
     assert torch.equal(found[0].loc, found[1].loc)
     assert torch.equal(found[0].scale_tril, found[1].scale_tril)
+
+
+def test_the_search_keeps_to_its_budget():
+    seen = []
+
+    def density(z: torch.Tensor) -> torch.Tensor:
+        seen.append(len(z))
+        return -(z**4).sum(-1)
+
+    fit_gaussian(density, torch.zeros(50), 0.1, budget=3000)
+    assert sum(size for size in seen if size == 100) <= 3000  # the draws of the rounds
+    few = sum(seen)
+    seen.clear()
+    fit_gaussian(density, torch.zeros(50), 0.1)
+    assert sum(seen) > few
+
+
+def test_a_search_that_is_told_to_end_returns_the_best_so_far():
+    rounds = []
+
+    def watch() -> bool:
+        rounds.append(0)
+        return len(rounds) == 3
+
+    law = dist.Normal(torch.zeros(3), 2.0).to_event(1)
+    found = fit_gaussian(law.log_prob, torch.zeros(3), 0.1, watch=watch)
+    assert len(rounds) <= 4
+    torch.testing.assert_close(found.scale_tril, 2 * torch.eye(3), rtol=0, atol=0.1)
+
+
+def test_ctrl_c_skips_the_search_and_the_fit_goes_on():
+    calls = []
+
+    def model() -> None:
+        calls.append(0)
+        if len(calls) == 30:
+            signal.raise_signal(signal.SIGINT)
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("z", dist.Normal(x**2, 0.3))
+
+    fit = fit_svi(model, AutoFlow(model), steps=20, progress=False)
+    assert (fit.steps, fit.stopped) == (20, "steps")
+
+
+def test_a_posterior_that_is_gaussian_takes_few_steps_and_draws(monkeypatch):
+    asked = []
+
+    def model() -> None:
+        pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    def stop(loss, *args, steps, **kwargs):
+        asked.append(steps)
+        return SimpleNamespace(steps=steps, skipped=0)
+
+    monkeypatch.setattr("pyro_flows.fitting.elbo.descend", stop)
+    fit_svi(model, AutoFlow(model), progress=False)
+    assert asked == [100]

@@ -54,7 +54,6 @@ def run(wish: Namespace) -> bool:
     paths = wish.out / FILES[0], wish.out / FILES[1]
     check_writable(paths)
     start = time.perf_counter()
-    torch.set_num_threads(1)  # ten latents: more threads would only wait for each other
     pyro.set_rng_seed(wish.seed)
     pyro.clear_param_store()
     data = EFFECTS, STANDARD_ERRORS

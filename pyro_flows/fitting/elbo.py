@@ -4,7 +4,7 @@ A flow guide starts from a Gaussian.  Adam moves each parameter at its own pace 
 posteriors; batch and match does not.  It starts at the guide's start and, for posteriors far away, from where some
 steps of L-BFGS uphill lead.  The better of the two in ELBO is kept, so that modes of negligible mass are discarded.
 
-The settings of ``fit_svi``, its warm-up, decay, clipping and Muon, were found for weights as torch has them.  Guides
+The settings of ``fit_svi``, its warm-up, decay and clipping, were found for weights as torch has them.  Guides
 set paces of their own, slow for networks, so that the steps of any optimiser are safe; these are put aside in training.
 What a guide learns of each row moves farther in a step than what all rows share, since a row is seen once in many.
 """
@@ -12,6 +12,8 @@ What a guide learns of each row moves farther in a step than what all rows share
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +23,10 @@ import torch
 from pyro import validation_enabled
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..conditioners.base import Network
+from ..flows import Flow
 from ..guides import AutoFlow
 from ..guides.contexts import RowContexts
 from ..guides.names import holders
@@ -33,8 +37,10 @@ from ..programs.log_density import or_nan
 from ..programs.space import Space
 from ..programs.task import Task
 from ..sampling.gaussian import Gaussian, fit_gaussian
+from ..threads import OPERATIONS
 from ..training import checkpoint as checkpoints
 from ..training import processes
+from ..training.interrupts import hold_interrupts
 from ..training.loop import Fit, ask, descend
 from ..training.randomness import unchanged
 from ..transforms import Elementwise, ScaledLinear
@@ -47,6 +53,8 @@ OF_ROWS = 32.0
 PACED = Network, Elementwise, RowContexts, ScaledLinear
 # where Pyro's JIT objectives keep what they compiled
 RECORDED = "_loss_and_surrogate_loss", "_differentiable_loss", "_jit_loss_and_surrogate_loss"
+MANY = 64  # draws in each step, from which on SOAP does better than Adam
+SHARE = 0.25  # of the gradients of a fit, for its start
 ONE_BY_ONE = 8  # draws in each step where the model runs one at a time
 
 
@@ -62,12 +70,12 @@ class ELBOFit:
     def __init__(self, task: Task, objective: ELBO | None, num_particles: int | None) -> None:
         self.task, self.plan = task, plan_of(task.guide.call)
         self.guide: Any = task.guide.call
-        self.suited = self.plan.schedule()
         self.asked: dict[str, Any] = {}  # what the user knows of, whatever the number of processes
+        self.is_default, self._chooses = objective is None, objective is None and num_particles is None
         self.objective = objective or self._default(num_particles)
 
     def _default(self, num_particles: int | None) -> ELBO:
-        number, processors = num_particles or self.suited.num_particles, processes.size()
+        number, processors = num_particles or self.plan.schedule().num_particles, processes.size()
         if num_particles and num_particles % processors:
             words = f"{num_particles} are those of all {processors} processes together"
             raise ValueError(f"fit_svi: num_particles={words}; give a multiple of {processors}, or leave it out.")
@@ -81,8 +89,12 @@ class ELBOFit:
         kind = PathELBO if self.plan.takes_paths else Trace_ELBO
         return kind(-(-number // processors), max_plate_nesting=self.task.nesting, vectorize_particles=by_plate)
 
-    def start(self, warm: bool | None) -> Gaussian | None:
+    def start(self, warm: bool | None, progress: bool = False) -> Gaussian | None:
         """Let the guide start from a Gaussian, if that is asked for or suits, and return it.
+
+        Args:
+            warm: Whether that is asked for; None for what suits.
+            progress: True to show a progress bar where the search takes more than a second.
 
         Raises:
             ValueError: If the posterior is improper.
@@ -97,7 +109,9 @@ class ELBOFit:
         if not (new if warm is None else warm):
             return None
         power = objective.beta if isinstance(objective, TemperedELBO) else 1.0
-        return start_from_gaussian(self.guide, self.task, power)
+        suited = self.plan.schedule()
+        budget = SHARE * suited.steps * suited.num_particles
+        return start_from_gaussian(self.guide, self.task, power, budget, progress)
 
     def run(self, settings: dict[str, Any], file: Path | None) -> Fit:
         """Train the guide.
@@ -110,25 +124,30 @@ class ELBOFit:
         task, guide, objective = self.task, self.guide, self.objective
         kept = checkpoints.steps_of(file) if file else None
         self.plan.prepare(task.model.call, task.model.args, task.model.kwargs)
-        start = None if kept else self.start(settings["warm_start"])
+        start = None if kept else self.start(settings["warm_start"], settings["progress"])
         self._program = program_of(task, objective)
-        parameters, lr = trained_by(self._loss, task.model.call, guide), float(settings["lr"] or self.suited.lr)
+        parameters = trained_by(self._loss, task.model.call, guide)
+        alone = self._is_alone(parameters)
+        suited, fewer = (self.plan.schedule(near=near, alone=alone) for near in (False, True))
+        lr = float(settings["lr"] or suited.lr)
         annealed = getattr(objective, "num_steps", None)
         own = {name: getattr(objective, name, None) for name in SETTINGS} | self.asked
         given = (*task.model.args, *task.model.kwargs.values())
         with in_training(guide, parameters, objective):
-            fewer = self.plan.schedule(near=True).steps
             # A run that goes on has known since its start.
-            near = start.is_near and {*parameters} <= {*guide.parameters()} if start else kept == fewer
+            near = start.is_near and {*parameters} <= {*guide.parameters()} if start else kept == fewer.steps
             near = processes.first(lambda: near)
+            plan = fewer if near else suited
+            if alone and near and self._chooses:
+                objective.num_particles = -(-plan.num_particles // processes.size())
             fit = descend(
-                self._loss,
+                self.joint_loss if alone else self._loss,
                 parameters,
-                optimizers(parameters, lr, self.plan.matrices()),
+                optimizers(parameters, lr, set(self.plan.preconditioned() if alone else ())),
                 trained=guide,
-                steps=settings["steps"] or annealed or (fewer if near else self.suited.steps),
+                steps=settings["steps"] or annealed or plan.steps,
                 lr=lr,
-                clip_norm=float(settings["clip_norm"] or self.suited.clip_norm),
+                clip_norm=float(settings["clip_norm"] or suited.clip_norm),
                 on_nonfinite=settings["on_nonfinite"],
                 progress=settings["progress"],
                 diagnose=lambda: culprit(task),
@@ -136,9 +155,17 @@ class ELBOFit:
                 checkpoint=file,
                 settings={"objective": type(objective).__name__, **own, "data": fingerprint(given)},
                 companion=objective,
+                work=self._work(parameters),
             )
         self._warn(fit)
         return fit
+
+    def _work(self, parameters: list[Tensor]) -> float:
+        """Return about how many operations a step takes: those of the networks, unless a single draw is large."""
+        if self.task.is_settled and self.task.model.chunk == 1:
+            return math.inf
+        draws = getattr(self.objective, "num_particles", 1)
+        return OPERATIONS * draws * sum(parameter.numel() for parameter in parameters)
 
     def _loss(self) -> Tensor:
         model, guide, objective = self.task.model, self.guide, self.objective
@@ -149,6 +176,25 @@ class ELBOFit:
         found = objective.loss_and_grads(self._program, guide, *model.args, **model.kwargs)
         return torch.tensor(sum(found) if isinstance(found, tuple) else found, requires_grad=True)
 
+    def _is_alone(self, parameters: list[Tensor]) -> bool:
+        """True if one flow is trained by many draws a step, and nothing else."""
+        plain = self.is_default and self.plan.is_joint and self.plan.takes_paths and self.guide.encoder is None
+        many = plain and self.objective.vectorize_particles and self.asked["num_particles"] >= MANY
+        return many and not self.task.subsampled and {*parameters} <= {*self.guide.parameters()}
+
+    @functools.cached_property
+    def _space(self) -> Space:
+        return Space(self.task)
+
+    @functools.cached_property
+    def _flow(self) -> Flow:
+        return self.guide.flow
+
+    def joint_loss(self) -> Tensor:
+        """The loss of the default objective, without the handlers that an ELBO runs a guide under."""
+        z, log_q = self._flow().with_path_gradient().rsample_and_log_prob((self.objective.num_particles,))
+        return (log_q - self._space.log_p(z)).mean()
+
     def _warn(self, fit: Fit) -> None:
         if fit.skipped > fit.steps / 5:
             warnings.warn(
@@ -158,17 +204,35 @@ class ELBOFit:
             )
 
 
-def start_from_gaussian(guide: AutoFlow, task: Task, power: float = 1.0) -> Gaussian | None:
+def start_from_gaussian(
+    guide: AutoFlow, task: Task, power: float = 1.0, budget: float = math.inf, progress: bool = False
+) -> Gaussian | None:
     """Let a guide start from the best Gaussian found, which is where it is already if none is better.
 
-    The Gaussian is one of the posterior, or of a power of it.  Latents on circles have none, and more than 512 latents
-    are too many for a dense one.
+    Latents on circles have none, and more than 512 latents are too many for a dense one.  Ctrl-C ends the search, and
+    the guide starts from what was found.
+
+    Args:
+        guide: The guide.
+        task: The model and the guide.
+        power: The Gaussian is one of the posterior to this power.
+        budget: The largest number of gradients to spend.
+        progress: True to show a progress bar where the search takes more than a second.
     """
     if not guide.starts_from_gaussian:
         return None
-    with validation_enabled(False):  # a place without density is for the scores to show
-        density = or_nan(Space(task).log_p)
-        found = fit_gaussian(lambda latent: power * density(latent), *guide.start)
+    shown = progress and processes.rank() == 0
+    words = "looking for a Gaussian to start from"
+    with tqdm(desc=words, unit="round", disable=not shown, delay=1, leave=False) as bar, hold_interrupts() as asked:
+
+        def watch() -> bool:
+            bar.update()
+            return asked()
+
+        with validation_enabled(False), task.threads():  # a place without density is for the scores to show
+            density = or_nan(Space(task).log_p)
+            settings: dict[str, Any] = {"budget": budget, "watch": watch}
+            found = fit_gaussian(lambda latent: power * density(latent), *guide.start, **settings)
     guide.start_at(found.loc, found.scale_tril.norm(dim=-1).diag() if found.is_poor else found.scale_tril)
     return found
 

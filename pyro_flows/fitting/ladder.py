@@ -275,7 +275,7 @@ def _train(ladder: Ladder, guide: AutoFlow, restarts: int) -> None:
         ladder.judge("flow", flow, 0.0 if restarts > 1 else flow.seconds)
     if not (ladder.ended or ladder.misses_a_mode):
         deeper = (copy.deepcopy if guide.has_circles else _deepened)(ladder.rungs[-1].fit.guide)
-        ladder.climb("deeper and longer", deeper, steps=2 * guide.schedule().steps, lr=0.005)
+        ladder.climb("deeper and longer", deeper, steps=2 * guide.schedule().steps, lr=guide.schedule().lr / 2)
 
 
 def untrained(guide: AutoFlow, log_evidence: float) -> Fit:

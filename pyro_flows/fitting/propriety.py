@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import torch
 from pyro import validation_enabled
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
 
 from ..guides import AutoFlow
 from ..programs.log_density import LogDensity, or_nan, score_of
@@ -48,7 +48,7 @@ def _flat_latents(guide: AutoFlow) -> tuple[list[str], dict[bool, list[int]]]:
     flat: dict[bool, list[int]] = {True: [], False: []}
     for name, site in guide.prototype_trace.iter_stochastic_nodes():
         fn, support = site["fn"], site["fn"].support
-        size = biject_to(support).inverse_shape(fn.shape()).numel()
+        size = guide._unconstrained_shapes[name].numel()
         places = range(len(names), len(names) + size)
         names += [name] * size
         while isinstance(support, constraints.independent):

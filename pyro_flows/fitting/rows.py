@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batch, Source
+from ..data.batches import Batch, Rows, Source
+from ..threads import OPERATIONS
 from ..training import processes
 from ..training.loop import Fit, descend
 from ..training.state import HeldOut
@@ -63,7 +65,15 @@ def train_on_rows(
             share=lambda: source.share,
             companion=source,
             held_out=HeldOut(judged, source.steps, patience, decay),
+            work=_work(trained, moved, source),
             **settings,
         )
     finally:
         trained.eval()
+
+
+def _work(trained: nn.Module, moved: list[Tensor], source: Source) -> float:
+    """Return about how many operations a step takes, infinity where the size of batches is not known."""
+    size = source.epochs.size if isinstance(source, Rows) else math.inf
+    pixels = math.prod(getattr(trained, "event_shape", ())[1:])  # which share the weights of a convolution
+    return OPERATIONS * size * pixels * sum(parameter.numel() for parameter in moved)

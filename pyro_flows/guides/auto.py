@@ -7,13 +7,14 @@ Automatic Differentiation Variational Inference (Kucukelbir et al. 2017, arXiv:1
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro import validation_enabled
+from pyro.distributions.util import broadcast_shape
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor, nn
 from torch.distributions import Transform, biject_to
@@ -164,22 +165,27 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def takes_paths(self) -> bool:
         return not self.has_circles
 
-    def schedule(self, *, near: bool = False) -> Schedule:
+    def schedule(self, *, near: bool = False, alone: bool = True) -> Schedule:
         """Many draws a step serve better than more steps with fewer.
 
         Some forty latents take the most steps: there a step is still cheap, and funnels of many dimensions take long to
-        learn.  Where hardly anything is left to learn, half of the steps will do.
+        learn.  Where hardly anything is left to learn, a part of the steps will do.
         """
         if self.has_circles:
             return Schedule(steps=2000, num_particles=256, lr=0.003)
-        few = self.latent_dim <= FEW
-        steps = 1000 if few else 2100 if self.latent_dim <= 64 else 1000
-        return Schedule(steps // 2 if near else steps, num_particles=256, clip_norm=100.0 if few else 1.0)
+        few, some = self.latent_dim <= FEW, self.latent_dim <= 64
+        clip_norm = 100.0 if few else 1.0
+        if not alone:
+            steps = 1000 if few or not some else 2100
+            return Schedule(steps // 2 if near else steps, 256, 0.01, clip_norm)
+        if near:
+            return Schedule(100 if few else 500 if some else 200, 128, 0.01 if some and not few else 0.02, clip_norm)
+        if few:
+            return Schedule(300 if self.latent_dim <= 16 else 600, 256, 0.02, clip_norm)
+        return Schedule(1500, 256, 0.01, clip_norm) if some else Schedule(800, 256, 0.02, clip_norm)
 
-    def matrices(self) -> list[Tensor]:
-        if self.has_circles or self.latent_dim <= FEW:
-            return []
-        return [layer.weight for layer in self.flow.modules() if isinstance(layer, nn.Linear)]
+    def preconditioned(self) -> list[Tensor]:
+        return [] if self.has_circles else list(self.flow.parameters())
 
     @property
     def circular(self) -> list[bool]:
@@ -235,6 +241,16 @@ class AutoFlow(FlowGuide, AutoContinuous):
         if moving := self._moving(call):
             return self._place(moving, self.sample_latent(*call.args, **call.kwargs), call)
         return dict(AutoContinuous.forward(self, *call.args, **call.kwargs))
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        """Yield each site with its unconstrained value, as Pyro does, but without ``torch.broadcast_shapes``: the first
+        call of that imports sympy, in half a second."""
+        shapes = self._unconstrained_shapes
+        parts = latent.split([shape.numel() for shape in shapes.values()], -1)
+        for (name, shape), part in zip(shapes.items(), parts, strict=True):
+            site = self.prototype_trace.nodes[name]
+            event_dim = site["fn"].event_dim + len(shape) - site["value"].dim()
+            yield site, part.reshape(broadcast_shape(shape, latent.shape[:-1] + (1,) * event_dim))
 
     def _moving(self, call: Call) -> Moving | None:
         """The map to the latents by a run of the model, where supports depend on other latents."""

@@ -44,12 +44,17 @@ class Plan:
         """Whether path gradients suit it."""
         return True
 
-    def schedule(self, *, near: bool = False) -> Schedule:
-        """Return the schedule that suits the guide, which may start near the posterior already."""
+    def schedule(self, *, near: bool = False, alone: bool = True) -> Schedule:
+        """Return the schedule that suits the guide.
+
+        Args:
+            near: True if the guide starts near the posterior already.
+            alone: True if nothing but the guide is trained, by many draws a step: then SOAP takes the steps.
+        """
         return Schedule()
 
-    def matrices(self) -> list[Tensor]:
-        """Return the weight matrices that Muon trains."""
+    def preconditioned(self) -> list[Tensor]:
+        """Return the parameters that SOAP trains where each step has many draws; Adam trains all others."""
         return []
 
     def prepare(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -159,7 +159,7 @@ class AutoPlateFlow(FlowGuide):
         """True if the guide is still untrained."""
         return self.posterior.is_fresh
 
-    def schedule(self, *, near: bool = False) -> Schedule:
+    def schedule(self, *, near: bool = False, alone: bool = True) -> Schedule:
         """Few draws a step: the rows average themselves, and only the latents that they share need several.
 
         Gradients grow with the plate, and clipping at any one norm would weigh minibatches by theirs.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from tqdm import tqdm
 
 from .. import plots
 from ..checks import check_choice, check_numbers
+from ..memory import keep_memory
+from ..threads import Threads, at_most
 from . import checkpoint as checkpoints
 from . import processes
 from .gradients import backward
 from .interrupts import hold_interrupts
-from .state import HeldOut, Run
+from .state import HeldOut, Optimizer, Run
 
 AGAIN = 5.0  # seconds within which a launcher passes Ctrl-C on to processes that had it already
 UNSOLVED = 10  # steps in a row that are skipped where an equation cannot be solved, which takes time to find out
@@ -95,7 +97,7 @@ def check_settings(caller: str, *, on_nonfinite: str, **numbers: float | None) -
 def descend(
     loss: Callable[[], Tensor],
     parameters: list[Tensor],
-    optimizers: list[torch.optim.Optimizer],
+    optimizers: Sequence[Optimizer],
     *,
     trained: Any,
     steps: int,
@@ -112,6 +114,7 @@ def descend(
     held_out: HeldOut | None = None,
     show: Callable[[float], str] = "{:.3f} nats".format,
     caller: str = "fit_svi",
+    work: float = math.inf,
     window: int = 50,
     patience: int = 100,
 ) -> Fit:
@@ -137,9 +140,11 @@ def descend(
         held_out: What judges states on data that are not trained on, in place of the running loss.
         show: Writes a loss on held-out data for the progress bar.
         caller: The public function that asks, for errors.
+        work: About how many operations of floating point a step takes.
         window: The number of steps over which the loss is averaged to judge a state.
         patience: How many steps in a row may be skipped.
     """
+    keep_memory()
     module = trained if isinstance(trained, torch.nn.Module) else torch.nn.Module()
     buffers, everything = list(module.buffers()), [*parameters, *module.parameters(), *module.buffers()]
     settings = {"steps": steps, "lr": lr, "clip_norm": clip_norm, **(settings or {})}
@@ -152,7 +157,7 @@ def descend(
     else:
         processes.apart(trained)
     losses, best, saver = run.losses, run.best, checkpoints.Saver(caller, checkpoint, settings)
-    in_a_row, stopped, start = 0, "", time.perf_counter() - run.seconds
+    in_a_row, stopped, start, threads = 0, "", time.perf_counter() - run.seconds, Threads(work)
     bar = tqdm(
         total=steps, initial=len(losses), disable=not progress or processes.rank() > 0, unit="step", dynamic_ncols=True
     )
@@ -165,8 +170,9 @@ def descend(
         return [bool(asked()), saver.due]
 
     try:
-        with hold_interrupts(0.0 if processes.alone() else AGAIN) as asked:
+        with hold_interrupts(0.0 if processes.alone() else AGAIN) as asked, at_most(1):
             for step in range(len(losses) + 1, steps + 1 if not run.stopped else 0):
+                began = time.perf_counter()
                 for optimizer in optimizers:
                     optimizer.param_groups[0]["lr"] = lr * _schedule(step, steps)
                     optimizer.zero_grad()
@@ -190,6 +196,7 @@ def descend(
                             f"{f' and at the {in_a_row - 1} before' if in_a_row > 1 else ''}: {'; '.join(fullest)}. "
                             f"Try a smaller lr (now {lr:g}) or init_scale, or a float64 model."
                         )
+                threads.saw(time.perf_counter() - began)
                 bar.update()
                 if step % (held_out.every if held_out else window) == 0 or step == steps:
                     if held_out and run.average:

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Optimizer(Protocol):
+    """What a run asks of an optimiser: torch's, or one of ours."""
+
+    param_groups: list[dict[str, Any]]
+
+    def zero_grad(self) -> None: ...
+    def step(self) -> Any: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
 
 HISTORY = "losses", "held_out", "seconds", "stopped"  # the plain attributes of a run that its state holds
 
@@ -45,7 +57,7 @@ class Run:
     def __init__(
         self,
         parameters: list[Tensor],
-        optimizers: list[torch.optim.Optimizer],
+        optimizers: Sequence[Optimizer],
         companion: Any,
         buffers: list[Tensor],
         decay: float | None,

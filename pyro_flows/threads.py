@@ -1,0 +1,63 @@
+"""How many of torch's threads a job uses: as many as make it faster, and no more than the user allows.
+
+Threads wait for each other after each operation.  Small operations take longer with two of them than with one, and
+three times as long where another process keeps a core busy.  Small jobs have one thread whatever the times are, so
+that they end with the same numbers each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+OPERATIONS = 6  # per draw and weight of a network: a product and a sum, forwards and twice backwards
+LARGE = 3e8  # operations of a step, some 10 ms, from which on threads may help
+TRIED = 5  # steps, the first two of which only warm up
+FASTER = 0.8  # the ratio of times below which several threads are kept
+
+
+@contextlib.contextmanager
+def at_most(number: int) -> Iterator[None]:
+    """Let torch use no more threads than a number, and then as many as before."""
+    before = torch.get_num_threads()
+    if before > number:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        if before > number:
+            torch.set_num_threads(before)
+
+
+class Threads:
+    """The number of threads of a loop: one for small steps, and for others as many as the times of steps say.
+
+    A loop begins with one.  If its steps are large, it tries as many as the user allows, keeps them if they are faster,
+    and returns to one when they no longer are, as when another process begins to work.
+
+    Args:
+        work: About how many operations of floating point a step takes.
+    """
+
+    def __init__(self, work: float) -> None:
+        self._most = torch.get_num_threads()
+        self._times: list[float] = []
+        self._alone = 0.0  # seconds of a step with one thread; 0 until they are known
+        self._settled = self._most == 1 or work < LARGE
+
+    def saw(self, seconds: float) -> None:
+        """Take note of the time of a step, and choose the number for the next ones."""
+        if self._settled:
+            return
+        self._times.append(seconds)
+        if len(self._times) < TRIED:
+            return
+        quickest, self._times = min(self._times[2:]), []
+        if not self._alone:
+            self._alone = quickest
+            torch.set_num_threads(self._most)
+        elif quickest > FASTER * self._alone:
+            torch.set_num_threads(1)
+            self._settled = True

@@ -1,0 +1,88 @@
+"""Small jobs use one thread and slow ones as many as help; afterwards there are as many as before."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_flows import AutoFlow, check, fit_density, fit_svi, flows
+from pyro_flows.programs.task import Task
+from pyro_flows.threads import TRIED, Threads, at_most
+
+
+@pytest.fixture(autouse=True)
+def two():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def small(seen: list[int]):
+    def model():
+        seen.append(torch.get_num_threads())
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    return model
+
+
+def test_fits_and_checks_of_small_models_use_one_thread_and_restore_it():
+    seen: list[int] = []
+    model = small(seen)
+    guide = AutoFlow(model).setup()
+    seen.clear()
+    fit_svi(model, guide, steps=30, progress=False)
+    assert torch.get_num_threads() == 2
+    check(model, guide)
+    assert torch.get_num_threads() == 2
+    assert seen.count(1) > 50
+    assert seen.count(2) < 12  # of the single runs that show how the model is built
+
+
+def test_densities_too():
+    fit_density(flows.nice(2, num_transforms=1, hidden_dims=(8,)), torch.randn(100, 2), max_epochs=1, progress=False)
+    assert torch.get_num_threads() == 2
+
+
+def test_a_model_of_one_large_tensor_keeps_all_threads():
+    def large():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample(
+            "y", dist.Normal(x.unsqueeze(-1), 1.0).expand([*x.shape, 300_000]).to_event(1), obs=torch.zeros(300_000)
+        )
+
+    guide = AutoFlow(large).setup()
+    with Task(large, guide, (), {}).threads():
+        assert torch.get_num_threads() == 2
+    with Task(small([]), AutoFlow(small([])).setup(), (), {}).threads():
+        assert torch.get_num_threads() == 1
+
+
+def test_the_number_that_a_user_allows_is_the_most():
+    torch.set_num_threads(1)
+    with at_most(2):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("work", "alone", "together", "later", "wanted"),
+    [
+        (1e6, 0.2, None, None, [1, 1, 1]),
+        (1e9, 0.2, 0.1, 0.1, [2, 2, 2]),
+        (1e9, 0.2, 0.19, None, [2, 1, 1]),
+        (1e9, 0.2, 0.1, 0.3, [2, 2, 1]),
+    ],
+    ids=["small", "faster", "no faster", "busy later"],
+)
+def test_large_steps_try_more_and_keep_them_while_they_are_faster(work, alone, together, later, wanted):
+    threads, found = Threads(work), []
+    with at_most(1):
+        for seconds in (alone, together, later):
+            for _ in range(TRIED):
+                threads.saw(seconds or alone)
+            found.append(torch.get_num_threads())
+    assert found == wanted
+    assert torch.get_num_threads() == 2
