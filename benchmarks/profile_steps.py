@@ -3,9 +3,10 @@
     python benchmarks/profile_steps.py            # under a minute
     python benchmarks/profile_steps.py --quick    # one step each, into a temporary folder: a smoke run
 
-A step scores a batch and back-propagates to the parameters, or is one step of SVI with ``AutoFlow``: guide, model,
-gradients, and an update by Adam.  One thread, float32, nothing compiled.  Kernels' times are their own, without what
-they call, by ``torch.profiler``; *Python and dispatch* is what is left of the wall time of a step that is not profiled.
+A step scores a batch and back-propagates to the parameters, or is one step with ``AutoFlow``: guide, model, gradients,
+and an update by Adam in Pyro's ``SVI``, or by SOAP, with path gradients, in ``fit_svi``.  One thread, float32, nothing
+compiled.  Kernels' times are their own, without what they call, by ``torch.profiler``; *Python and dispatch* is what is
+left of the wall time of a step that is not profiled.
 Writes ``docs/benchmarks/profile.md`` and ``profile.csv``.
 """
 
@@ -27,6 +28,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import pyro_flows as pf
 from pyro_flows import flows
+from pyro_flows.fitting.elbo import ELBOFit
+from pyro_flows.fitting.optimizers import optimizers
+from pyro_flows.programs.task import Task
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 DIM, BATCH, LATENTS, IMAGES = 32, 512, 20, 32
@@ -68,15 +72,29 @@ def scoring(flow: torch.nn.Module, x: torch.Tensor) -> Step:
     return step
 
 
-def svi() -> Step:
+def model() -> None:
     scale = torch.linspace(0.5, 2.0, LATENTS)
+    pyro.sample("z", dist.Normal(torch.ones(LATENTS), scale).to_event(1))
 
-    def model() -> None:
-        pyro.sample("z", dist.Normal(torch.ones(LATENTS), scale).to_event(1))
 
+def svi() -> Step:
     guide = pf.AutoFlow(model)
     guide.setup()
     return SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO(64, vectorize_particles=True)).step
+
+
+def fit() -> Step:
+    guide = pf.AutoFlow(model).setup()
+    elbo, parameters = ELBOFit(Task(model, guide, (), {}), None, 64), list(guide.parameters())
+    (optimizer,) = optimizers(parameters, 1e-6, set(guide.preconditioned()))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        elbo.joint_loss().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 100.0)
+        optimizer.step()
+
+    return step
 
 
 def steps() -> dict[str, Step]:
@@ -87,6 +105,7 @@ def steps() -> dict[str, Step]:
     glow.initialize(images)
     made[f"glow, 1 × 28 × 28, batch {IMAGES}"] = scoring(glow, images)
     made[f"AutoFlow, {LATENTS} latents, 64 particles"] = svi()
+    made["the same by fit_svi"] = fit()
     return made
 
 
@@ -119,7 +138,8 @@ def page(results: dict[str, tuple[float, int, dict[str, float]]]) -> str:
         "",
         f"One thread, float32, nothing compiled; torch {torch.__version__.split('+')[0]}. Flows of vectors have 5 "
         "layers, hidden 128 × 128; `glow` has 4 steps a scale, 32 channels wide. A step scores a batch and "
-        "back-propagates; that of `AutoFlow` is one of Pyro's `SVI`, with Adam's update.",
+        "back-propagates; those of `AutoFlow` are one of Pyro's `SVI` with Adam, and one of `fit_svi` with path "
+        "gradients and SOAP.",
         "",
         "Shares of the wall time. *Python and dispatch* is what the kernels' own times, by torch.profiler, leave: "
         "a lower bound, as each kernel's time has the call into it. *Kernels*: how many a step runs. "
