@@ -52,24 +52,19 @@ def garch(y):
         variance = base + shock * (y[t] - mean) ** 2 + decay * variance
 
 
-@pytest.fixture
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.usefixtures("double")
 def test_a_guide_is_what_it_is_for_the_stretched_twin():
-    """The unconstrained spaces are the same, and so are the fits, draw by draw, but for round-off."""
+    """The unconstrained spaces are the same, and so are the fits, draw by draw.
+
+    They are fits by Adam: SOAP turns round-off into other bases where gradients have less than full rank.
+    """
     losses, draws = [], []
     for model in (nested, stretched):
         pyro.clear_param_store()
         pyro.set_rng_seed(1)
         guide = AutoFlow(model)
-        losses.append(pf.fit_svi(model, guide, Y.double(), steps=20, progress=False).losses)
+        losses.append(pf.fit_svi(model, guide, Y, steps=20, num_particles=32, progress=False).losses)
         pyro.set_rng_seed(2)
-        draws.append(pf.psis(model, guide, Y.double(), num_samples=100).log_weights)
+        draws.append(pf.psis(model, guide, Y, num_samples=100).log_weights)
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(*draws, rtol=1e-3, atol=1e-3)
 
