@@ -86,7 +86,7 @@ def svi() -> Step:
 def fit() -> Step:
     guide = pf.AutoFlow(model).setup()
     elbo, parameters = ELBOFit(Task(model, guide, (), {}), None, 64), list(guide.parameters())
-    (optimizer,) = optimizers(parameters, 1e-6, set(guide.preconditioned()))
+    (optimizer,) = optimizers(parameters, 1e-6, by_soap=guide.by_soap(), by_muon=[])
 
     def step() -> None:
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""SOAP for the flows of joint guides, Adam for all else: every parameter has one of them, and their state is kept."""
+"""SOAP for small flows, Muon for the networks of large ones, Adam for all else; their state is kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal
 
 from pyro_flows import AutoFlow, fit_svi, flows
-from pyro_flows.fitting.optimizers import SOAP, WIDEST, optimizers
+from pyro_flows.fitting.muon import Muon
+from pyro_flows.fitting.optimizers import optimizers
+from pyro_flows.fitting.soap import SOAP, WIDEST
 from pyro_flows.guides.plan import plan_of
 from pyro_flows.guides.recipe import FEW
 from pyro_flows.training import loop
@@ -32,11 +34,48 @@ def guide_over(dim: int, recipe=small) -> AutoFlow:
     return AutoFlow(functools.partial(chain, dim), recipe).setup()
 
 
+@pytest.mark.parametrize("recipe", [small, functools.partial(flows.iaf, num_transforms=2)], ids=["coupling", "iaf"])
+def test_muon_has_the_matrices_of_networks_and_adam_all_else(recipe):
+    guide = guide_over(FEW + 1, recipe)
+    parameters = list(guide.parameters())
+    adam, muon = optimizers(parameters, 0.01, by_soap=guide.by_soap(), by_muon=guide.by_muon())
+    assert (type(adam), type(muon)) == (torch.optim.Adam, Muon)
+    names = {id(parameter): name for name, parameter in guide.named_parameters()}
+    by_muon, by_adam = ({names[id(p)] for g in o.param_groups for p in g["params"]} for o in (muon, adam))
+    assert by_muon == {name for name in names.values() if ".conditioner." in name and name.endswith("weight")}
+    assert len(by_muon) == (4 if recipe is small else 6)
+    assert by_adam == set(names.values()) - by_muon
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon, to compare with: torch 2.9")
+def test_muon_side_by_side_does_what_torch_does_one_by_one():
+    """Wide, square and tall matrices, several of a shape, and one without a gradient; torch computes in bfloat16."""
+    torch.manual_seed(0)
+    shapes = [(3, 20), (20, 20), (3, 20), (30, 4), (30, 4), (5, 5)]
+    mine, theirs = ([torch.ones(shape, dtype=torch.float64).requires_grad_() for shape in shapes] for _ in range(2))
+    both = Muon(mine, lr=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0)
+    for _ in range(3):
+        for left, right in zip(mine[:-1], theirs[:-1], strict=True):
+            left.grad = torch.randn_like(left)
+            right.grad = left.grad.clone()
+        before = [parameter.detach().clone() for parameter in mine]
+        for optimizer in both:
+            optimizer.step()
+        for place, parameter in zip(before[:-1], mine[:-1], strict=True):
+            rows, columns = place.shape
+            sizes = torch.linalg.svdvals(parameter.detach() - place) / (0.1 * max(1, rows / columns) ** 0.5)
+            assert sizes.min() > 0.6
+            assert sizes.max() < 1.3
+    assert torch.equal(mine[-1], torch.ones(5, 5, dtype=torch.float64))
+    for left, right in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=0.02)
+
+
 def test_soap_has_all_of_a_joint_guide_and_adam_all_else():
     guide = guide_over(5)
     other = torch.nn.Parameter(torch.ones(3))
     parameters = [*guide.parameters(), other]
-    soap, adam = optimizers(parameters, 0.01, set(guide.preconditioned()))
+    adam, soap = optimizers(parameters, 0.01, by_soap=guide.by_soap(), by_muon=guide.by_muon())
     assert (type(soap), type(adam)) == (SOAP, torch.optim.Adam)
     assert [id(p) for g in soap.param_groups for p in g["params"]] == [id(p) for p in guide.parameters()]
     assert [id(p) for g in adam.param_groups for p in g["params"]] == [id(other)]
@@ -70,7 +109,7 @@ def test_soap_turns_with_its_gradients():
 
 
 def test_soap_is_adam_where_the_eigenbases_are_the_units(monkeypatch):
-    monkeypatch.setattr("pyro_flows.fitting.optimizers.DAMPING", 0.0)
+    monkeypatch.setattr("pyro_flows.fitting.soap.DAMPING", 0.0)
     diagonal = [gradient.diag() for gradient in normals(25, 4)]
     adam = functools.partial(torch.optim.Adam, betas=(0.9, 0.95))
     torch.testing.assert_close(moved(diagonal), moved(diagonal, adam), rtol=0, atol=1e-6)
@@ -115,7 +154,7 @@ def test_many_latents_have_a_deeper_flow_and_smaller_gradients(dim, couplings, c
 
 
 def test_adam_has_all_of_other_guides():
-    assert plan_of(AutoMultivariateNormal(functools.partial(chain, 40))).preconditioned() == []
+    assert plan_of(AutoMultivariateNormal(functools.partial(chain, 40))).by_muon() == []
 
 
 def test_a_large_flow_reaches_the_evidence_without_a_warm_start():

@@ -143,7 +143,7 @@ class ELBOFit:
             fit = descend(
                 self.joint_loss if alone else self._loss,
                 parameters,
-                optimizers(parameters, lr, set(self.plan.preconditioned() if alone else ())),
+                optimizers(parameters, lr, by_soap=self.plan.by_soap() if alone else [], by_muon=self.plan.by_muon()),
                 trained=guide,
                 steps=settings["steps"] or annealed or plan.steps,
                 lr=lr,

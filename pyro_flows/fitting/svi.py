@@ -74,9 +74,9 @@ def fit_svi(
         num_particles: The number of draws in each step, where no objective is given; by default what suits the guide,
             or 8 where the model runs one draw at a time.  Several processes share them (*Several processes and GPUs* in
             the docs).
-        lr: The largest step size, which is reached within 100 steps and falls to zero along a cosine; by default 0.02
-            for an ``AutoFlow`` alone, or 0.01 from 33 to 64 latents, and 0.003 where latents are angles.  SOAP trains
-            it where nothing else is trained and no objective is given, and Adam all else.
+        lr: The largest step size, which is reached within 100 steps and falls to zero along a cosine; by default 0.01,
+            0.02 for an ``AutoFlow`` over up to 32 latents alone, or 0.003 where latents are angles.  SOAP trains that
+            where no objective is given, Muon the networks of larger ones, and Adam all else.
         clip_norm: The largest norm of a gradient; by default 100, or 1 for an ``AutoFlow`` over more than 32 latents.
         warm_start: Whether to look for a Gaussian to start from, one of the flattened posterior for a ``TemperedELBO``.
             By default a new ``AutoFlow`` does, with objectives of ``pyro_flows`` that are vectorised over draws and no

@@ -173,19 +173,22 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """
         if self.has_circles:
             return Schedule(steps=2000, num_particles=256, lr=0.003)
-        few, some = self.latent_dim <= FEW, self.latent_dim <= 64
-        clip_norm = 100.0 if few else 1.0
+        if self.latent_dim > FEW:
+            steps = 2100 if self.latent_dim <= 64 else 1000
+            return Schedule(steps // 2 if near else steps, num_particles=256, clip_norm=1.0)
         if not alone:
-            steps = 1000 if few or not some else 2100
-            return Schedule(steps // 2 if near else steps, 256, 0.01, clip_norm)
+            return Schedule(500 if near else 1000, num_particles=256)
         if near:
-            return Schedule(100 if few else 500 if some else 200, 128, 0.01 if some and not few else 0.02, clip_norm)
-        if few:
-            return Schedule(300 if self.latent_dim <= 16 else 600, 256, 0.02, clip_norm)
-        return Schedule(1500, 256, 0.01, clip_norm) if some else Schedule(800, 256, 0.02, clip_norm)
+            return Schedule(100, num_particles=128, lr=0.02)
+        return Schedule(300 if self.latent_dim <= 16 else 600, num_particles=256, lr=0.02)
 
-    def preconditioned(self) -> list[Tensor]:
-        return [] if self.has_circles else list(self.flow.parameters())
+    def by_soap(self) -> list[Tensor]:
+        return [] if self.has_circles or self.latent_dim > FEW else list(self.flow.parameters())
+
+    def by_muon(self) -> list[Tensor]:
+        if self.has_circles or self.latent_dim <= FEW:
+            return []
+        return [layer.weight for layer in self.flow.modules() if isinstance(layer, nn.Linear)]
 
     @property
     def circular(self) -> list[bool]:

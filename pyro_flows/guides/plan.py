@@ -53,8 +53,12 @@ class Plan:
         """
         return Schedule()
 
-    def preconditioned(self) -> list[Tensor]:
-        """Return the parameters that SOAP trains where each step has many draws; Adam trains all others."""
+    def by_soap(self) -> list[Tensor]:
+        """Return the parameters that SOAP trains where nothing else is trained, by many draws a step."""
+        return []
+
+    def by_muon(self) -> list[Tensor]:
+        """Return the weight matrices that Muon trains."""
         return []
 
     def prepare(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
