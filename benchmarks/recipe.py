@@ -29,12 +29,13 @@ import targets
 import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoLaplaceApproximation
-from torch import nn
+from torch import Tensor, nn
 
 import pyro_flows as pf
 from pyro_flows import flows, objectives
 from pyro_flows.bijectors import RationalQuadraticSpline
 from pyro_flows.distributions import ContaminatedNormalBase, StandardNormal, StudentTBase
+from pyro_flows.fitting.optimizers import optimizers
 from pyro_flows.guides import init_to_center
 from pyro_flows.guides.couplings import affine_couplings as default
 from pyro_flows.guides.plan import plan_of
@@ -112,6 +113,18 @@ def late(step: int, steps: int) -> float:
     return min(1.0, step / 100, 2 * (1 - (step - 1) / steps))
 
 
+def adam_alone(parameters: list[Tensor], lr: float, **_: Any) -> list[Any]:
+    return optimizers(parameters, lr, by_soap=[], by_muon=[])
+
+
+def muon_for_matrices(parameters: list[Tensor], lr: float, **_: Any) -> list[Any]:
+    return optimizers(parameters, lr, by_soap=[], by_muon=[p for p in parameters if p.dim() == 2])
+
+
+def soap_alone(parameters: list[Tensor], lr: float, **_: Any) -> list[Any]:
+    return optimizers(parameters, lr, by_soap=parameters, by_muon=[])
+
+
 def with_splines(input_dim: int) -> flows.Flow:
     """The default couplings, and then a spline for each latent."""
     splines = Elementwise(RationalQuadraticSpline(bound=6.0), input_dim)
@@ -129,8 +142,9 @@ VARIANTS = {
     "start with scales alone": Variant(other={"sampling.gaussian.POOR": 0}),
     "start with all correlations": Variant(other={"sampling.gaussian.POOR": math.inf}),
     "plain gradient": Variant(fit={"objective": Trace_ELBO}),
-    "Adam alone": Variant(other={"fitting.optimizers.FEW": math.inf}),
-    "Muon for all networks": Variant(other={"fitting.optimizers.FEW": 0}),
+    "Adam alone": Variant(other={"fitting.elbo.optimizers": adam_alone}),
+    "Muon for all networks": Variant(other={"fitting.elbo.optimizers": muon_for_matrices}),
+    "SOAP for all": Variant(other={"fitting.elbo.optimizers": soap_alone}),
     "draws / 4": Variant(draws=1 / 4),
     "draws / 4, steps x 4": Variant(draws=1 / 4, steps=4),
     "draws x 2, steps / 2": Variant(draws=2, steps=1 / 2),
