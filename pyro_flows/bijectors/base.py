@@ -18,7 +18,7 @@ from ..vjp import vjp
 
 
 class Pulled(NamedTuple):
-    """What :meth:`Bijector.forward_and_pull` returns, without gradients.
+    """What ``forward_and_pull`` of a bijector returns, without gradients.
 
     Attributes:
         y: The values.
@@ -108,7 +108,7 @@ class Bijector(ABC):
         """
 
     def forward_and_pull(self, x: Tensor, params: Tensor) -> Pulled:
-        """Map x to y as :meth:`forward_and_log_det` does, with the derivatives that path gradients take.
+        """Map x to y, with the derivatives that path gradients take.
 
         By default autograd finds them.
 

@@ -25,7 +25,7 @@ Scored = tuple[Tensor, Tensor, Tensor]  # values, log-determinants, and the scor
 
 
 class Carried(NamedTuple):
-    """What :meth:`FlowTransform.carry` returns, without gradients.
+    """What ``carry`` of a transform returns, without gradients.
 
     Attributes:
         y: The values.
@@ -122,7 +122,7 @@ class FlowTransform(TransformModule):
             return y, log_det, torch.autograd.grad(log_density, leaf)[0]
 
     def carry(self, x: Tensor, score: Tensor) -> Carried:
-        """Map ``x`` and carry the score along as :meth:`forward_and_score` does, outside of autograd.
+        """Map ``x`` and carry the score along as ``forward_and_score`` does, outside of autograd.
 
         There is no context.  By default autograd does it for this transform alone.
         """
