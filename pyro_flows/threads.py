@@ -1,4 +1,4 @@
-"""How many of torch's threads a job uses: as many as make it faster, and no more than the user allows.
+"""The number of torch's threads that a job uses: as many as make it faster, and at most as many as the user allows.
 
 Threads wait for each other after each operation.  Small operations take longer with two of them than with one, and
 three times as long where another process keeps a core busy.  Small jobs have one thread whatever the times are, so
@@ -14,7 +14,7 @@ import torch
 
 OPERATIONS = 6  # per draw and weight of a network: a product and a sum, forwards and twice backwards
 LARGE = 3e8  # operations of a step, some 10 ms, from which on threads may help
-TRIED = 5  # steps, the first two of which only warm up
+TRIED = 5  # steps of a trial; the first two warm up
 FASTER = 0.8  # the ratio of times below which several threads are kept
 
 

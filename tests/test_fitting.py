@@ -705,6 +705,21 @@ def test_few_steps_where_the_gaussian_is_near_also_when_resumed(model, steps, tm
     assert asked == [steps, steps]
 
 
+def test_steps_that_are_asked_for_take_as_many_draws_when_resumed(tmp_path, monkeypatch):
+    """As many steps as a near posterior takes are no sign of one."""
+    asked = []
+
+    def stop(*args, steps, checkpoint, companion, **kwargs):
+        asked.append(companion.num_particles)
+        checkpoints.write(checkpoint, {"settings": {"steps": steps}})
+        return SimpleNamespace(steps=steps, skipped=0)
+
+    monkeypatch.setattr("pyro_flows.fitting.elbo.descend", stop)
+    for _ in range(2):
+        fit_svi(curved, AutoFlow(curved, small), Y, steps=100, progress=False, checkpoint=tmp_path / "run")
+    assert asked == [256, 256]
+
+
 def test_a_checkpoint_in_no_folder_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint='.*/missing/run' lies in a folder that does not exist"):
         quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=tmp_path / "missing" / "run")

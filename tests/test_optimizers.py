@@ -166,16 +166,17 @@ def test_a_large_flow_reaches_the_evidence_without_a_warm_start():
     assert -fit.best_loss == pytest.approx(evidence, abs=0.1)
 
 
-def test_a_killed_run_of_both_optimizers_goes_on_to_the_same_end(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("dim", "num_particles"), [(FEW + 1, 4), (5, 64)], ids=["Muon and Adam", "SOAP"])
+def test_a_killed_run_goes_on_to_the_same_end(dim, num_particles, tmp_path, monkeypatch):
     clock = itertools.count(step=60)  # each look at the clock takes a minute: a checkpoint every 50 steps
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
 
     def run(file, model):
         pyro.clear_param_store()
         pyro.set_rng_seed(1)
-        guide = guide_over(FEW + 1)
+        guide = guide_over(dim)
         losses = fit_svi(
-            model, guide, steps=150, num_particles=4, warm_start=False, progress=False, checkpoint=file
+            model, guide, steps=150, num_particles=num_particles, warm_start=False, progress=False, checkpoint=file
         ).losses
         return [losses, *(parameter.detach().clone() for parameter in guide.parameters())]
 
@@ -185,11 +186,11 @@ def test_a_killed_run_of_both_optimizers_goes_on_to_the_same_end(tmp_path, monke
         calls.append(0)
         if len(calls) > 120:
             sys.exit()
-        chain(FEW + 1)
+        chain(dim)
 
-    whole = run(tmp_path / "whole", functools.partial(chain, FEW + 1))
+    whole = run(tmp_path / "whole", functools.partial(chain, dim))
     with pytest.raises(SystemExit):
         run(tmp_path / "run", mortal)
     assert 0 < len(torch.load(tmp_path / "run", weights_only=True)["losses"]) < 150
-    resumed = run(tmp_path / "run", functools.partial(chain, FEW + 1))
+    resumed = run(tmp_path / "run", functools.partial(chain, dim))
     assert all(torch.equal(*pair) for pair in zip(whole, resumed, strict=True))

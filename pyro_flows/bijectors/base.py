@@ -18,7 +18,7 @@ from ..vjp import vjp
 
 
 class Pulled(NamedTuple):
-    """What ``forward_and_pull`` of a bijector returns, without gradients.
+    """Values of a bijector with their derivatives, outside of autograd.
 
     Attributes:
         y: The values.

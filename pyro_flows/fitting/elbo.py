@@ -138,7 +138,7 @@ class ELBOFit:
             near = start.is_near and {*parameters} <= {*guide.parameters()} if start else kept == fewer.steps
             near = processes.first(lambda: near)
             plan = fewer if near else suited
-            if alone and near and self._chooses:
+            if alone and near and self._chooses and not settings["steps"]:
                 objective.num_particles = -(-plan.num_particles // processes.size())
             fit = descend(
                 self.joint_loss if alone else self._loss,

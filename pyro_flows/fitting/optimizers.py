@@ -1,4 +1,4 @@
-"""What takes the steps: SOAP for a flow over few latents, Muon for the networks of one over many, Adam for all else.
+"""Choice of the optimiser: SOAP for a flow over few latents, Muon for the networks of one over many, else Adam.
 
 On 218 latents 1,000 steps of Muon for the matrices, and of Adam for the rest, end .07 nats below log Z, and 1,200 of
 SOAP .11.  Up to 32 latents 300 steps of SOAP end where 1,000 of Adam do.  Adam: A Method for Stochastic Optimization

@@ -96,9 +96,9 @@ class SOAP:
         stack = _turned(stack, *bases)
         mean = state["mean"].lerp_(stack, 1 - first)
         square = state["square"].mul_(second).addcmul_(stack, stack, value=1 - second)
-        size = (square / (1 - second**count)).sqrt_()
-        least = DAMPING * size.square().mean((-1, -2) if is_matrix else -1, keepdim=True).sqrt()
-        move = (mean / (1 - first**count)).div_(size.add_(least).add_(EPS))
+        square = square / (1 - second**count)
+        least = DAMPING * square.mean((-1, -2) if is_matrix else -1, keepdim=True).sqrt()
+        move = (mean / (1 - first**count)).div_(square.sqrt_().add_(least).add_(EPS))
         move = _turned(move, *(None if basis is None else basis.mT for basis in bases))
         parts = move.unbind() if is_matrix else move.split([parameter.numel() for parameter in members])
         moves = [part.reshape(parameter.shape) for part, parameter in zip(parts, members, strict=True)]

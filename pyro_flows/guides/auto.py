@@ -248,10 +248,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """Yield each site with its unconstrained value, as Pyro does, but without ``torch.broadcast_shapes``: the first
         call of that imports sympy, in half a second."""
-        shapes = self._unconstrained_shapes
-        parts = latent.split([shape.numel() for shape in shapes.values()], -1)
-        for (name, shape), part in zip(shapes.items(), parts, strict=True):
-            site = self.prototype_trace.nodes[name]
+        for name, part in self._split(latent).items():
+            site, shape = self.prototype_trace.nodes[name], self._unconstrained_shapes[name]
             event_dim = site["fn"].event_dim + len(shape) - site["value"].dim()
             yield site, part.reshape(broadcast_shape(shape, latent.shape[:-1] + (1,) * event_dim))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Optimizer(Protocol):
-    """What a run asks of an optimiser: torch's, or one of ours."""
+    """The methods of an optimiser that a run calls: those of torch, or of this package."""
 
     param_groups: list[dict[str, Any]]
 

@@ -25,7 +25,7 @@ Scored = tuple[Tensor, Tensor, Tensor]  # values, log-determinants, and the scor
 
 
 class Carried(NamedTuple):
-    """What ``carry`` of a transform returns, without gradients.
+    """Values of a transform with their scores and derivatives, outside of autograd.
 
     Attributes:
         y: The values.

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..bijectors import Bijector
 from ..checks import BIJECTOR, CONDITIONER, as_flags, check_kind
 from ..conditioners import Conditioner
+from ..vjp import vjp
 from .base import Carried, FlowTransform, Gradients, Scored
 from .conditional import check_params
 
@@ -114,9 +115,9 @@ class Coupling(FlowTransform):
         y, log_det = self.bijector.forward_and_log_det(mapped, self.conditioner(kept, context))
         ones = torch.ones_like(log_det)
         of_kept, of_mapped = self._part(score)
-        of_mapped = of_mapped - _gradient([(log_det, ones)], mapped)
+        of_mapped = of_mapped - vjp((log_det,), (mapped,), (ones,))[0]
         of_mapped = of_mapped * torch.exp(-log_det.detach())
-        of_kept = of_kept - _gradient([(log_det, ones), (y, of_mapped)], kept)
+        of_kept = of_kept - vjp((log_det, y), (kept,), (ones, of_mapped))[0]
         return self._join(kept, y), self._sum_event(log_det), self._join(of_kept, of_mapped)
 
     def _part(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,13 +141,3 @@ class Coupling(FlowTransform):
         kept, mapped = self._part(x)
         mapped, log_det = verb(mapped, self.conditioner(kept, context))
         return self._join(kept, mapped), self._sum_event(log_det)
-
-
-def _gradient(weighted: list[tuple[Tensor, Tensor]], of: Tensor) -> Tensor:
-    """The gradient of a weighted sum; the log-determinant of a shift, for one, is constant and adds nothing."""
-    moving = [(output, weight) for output, weight in weighted if output.requires_grad]
-    if not moving:
-        return torch.zeros_like(of)
-    outputs, weights = zip(*moving, strict=True)
-    found = torch.autograd.grad(outputs, of, weights, retain_graph=True, materialize_grads=True)[0]
-    return found.detach()  # on torch 2.4 zeros that are put for None require gradients
