@@ -101,7 +101,7 @@ def test_soap_turns_with_its_gradients():
     gradients = normals(25, 4, 4)
     left, right = (torch.linalg.qr(matrix).Q for matrix in normals(2, 4, 4))
     wanted = left @ moved(gradients) @ right
-    torch.testing.assert_close(moved([left @ g @ right for g in gradients]), wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(moved([left @ g @ right for g in gradients]), wanted, rtol=0, atol=1e-4)
     adam = functools.partial(torch.optim.Adam, betas=(0.9, 0.95))
     assert (
         moved([left @ g @ right for g in gradients], adam) - left @ moved(gradients, adam) @ right

@@ -455,4 +455,4 @@ def test_a_posterior_that_is_gaussian_takes_few_steps_and_draws(monkeypatch):
 
     monkeypatch.setattr("pyro_flows.fitting.elbo.descend", stop)
     fit_svi(model, AutoFlow(model), progress=False)
-    assert asked == [100]
+    assert asked == [80]

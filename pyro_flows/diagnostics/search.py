@@ -31,6 +31,7 @@ from .drift import Drift
 PARTICLES, FEW = 256, 64  # of a population, and where the model runs one draw at a time
 STARTS = 64  # climbs
 EFFORT = Effort(kept=0.3, forgotten=0.5, moves=(1, 4), max_steps=6, gradients=150)
+COVERED = 1.0, 0.1  # by how many nats it may where climbs end; what share of its draws have less density there
 SURPRISE = 3.0  # by how many nats the posterior must exceed the guide at a place where the guide has too little
 FAINT = 20.0  # by how many nats per coordinate a mode may be lower, and be the wider by that
 LEAST = 8.0  # how many nats of evidence below the guide's a Gaussian that was matched may have to count
@@ -111,19 +112,27 @@ def _lacking(space: Space, white: White, density: LogDensity, draws: Scored, evi
     population = anneal(reference, FEW if alone else PARTICLES, EFFORT)
     number = STARTS // (8 if alone else 2)
     drawn = reference.draw(FEW if alone else PARTICLES)
-    starts = torch.cat((white.forward(far(white.inverse(draws.z[:number])))[0], ways_up(density, drawn)))
+    # Climbs that end on their way lie where the density, next to none, still exceeds that of the guide.
+    faint = float(draws.log_p.max()) - FAINT * (1 + space.dim)
+    most, least = evidence + COVERED[0], draws.log_q.quantile(COVERED[1])
+
+    def covered(z: Tensor, height: Tensor) -> Tensor:  # where the guide draws, and often enough
+        own = log_q(space, space.wrapped(z, white.loc))
+        return (own > least) & (height - own < most)
+
+    beyond = white.forward(far(white.inverse(draws.z[:number])))[0]
+    starts = torch.cat((beyond, ways_up(density, drawn, faint)))
     found = []
     if population is not None and population.has_arrived:
         found = [population.z]
     elif population is not None:  # its particles are where the posterior is none yet
         starts = torch.cat((starts, population.z))
-    places = space.wrapped(torch.cat([*found, climb(density, white, starts)]), white.loc)
+    ends = climb(density, white, starts, known=covered, least=faint)
+    places = space.wrapped(torch.cat([*found, ends]), white.loc)
     with torch.no_grad():
         heights = density(places)
     surprise = (heights - log_q(space, places) - evidence).nan_to_num(-math.inf, math.inf, -math.inf)
-    # Climbs that end on their way lie where the density, next to none, still exceeds that of the guide.
-    least = draws.log_p.max() - FAINT * (1 + space.dim)
-    return places[(surprise > SURPRISE) & (heights > least)], population is None
+    return places[(surprise > SURPRISE) & (heights > faint)], population is None
 
 
 def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) -> list[dist.TorchDistribution]:

@@ -257,7 +257,8 @@ def check(
             count = num_chains or (16 if alone else 256)
             chains, directions, of_chains, acceptance = _run(looked_at, charts, draws, count, calm)
             missing = search(space, white, draws, judged)
-            rare = torch.zeros_like(weighted.error) if alone else outliers(space, draws, psis)[judged]
+        # Many draws of the guide at once are work for several threads.
+        rare = torch.zeros_like(weighted.error) if alone else outliers(space, draws, psis)[judged]
     shapes, seconds = (of_chains, of_weights), time.perf_counter() - start
     seen = Check((), psis, chains, directions, weighted, shapes, names, missing, rare, acceptance, seconds)
     return replace(seen, findings=tuple(judge(seen)))

@@ -40,6 +40,7 @@ from ..sampling.gaussian import Gaussian, fit_gaussian
 from ..threads import OPERATIONS
 from ..training import checkpoint as checkpoints
 from ..training import processes
+from ..training.horizon import noise_at
 from ..training.interrupts import hold_interrupts
 from ..training.loop import Fit, ask, descend
 from ..training.randomness import unchanged
@@ -53,6 +54,7 @@ OF_ROWS = 32.0
 PACED = Network, Elementwise, RowContexts, ScaledLinear
 # where Pyro's JIT objectives keep what they compiled
 RECORDED = "_loss_and_surrogate_loss", "_differentiable_loss", "_jit_loss_and_surrogate_loss"
+CONVERGED = 0.01  # nats of gap to the evidence, below which a fit ends soon
 MANY = 64  # draws in each step, from which on SOAP does better than Adam
 SHARE = 0.25  # of the gradients of a fit, for its start
 ONE_BY_ONE = 8  # draws in each step where the model runs one at a time
@@ -140,6 +142,7 @@ class ELBOFit:
             plan = fewer if near else suited
             if alone and near and self._chooses and not settings["steps"]:
                 objective.num_particles = -(-plan.num_particles // processes.size())
+            draws = processes.size() * getattr(objective, "num_particles", 1)
             fit = descend(
                 self.joint_loss if alone else self._loss,
                 parameters,
@@ -156,6 +159,7 @@ class ELBOFit:
                 settings={"objective": type(objective).__name__, **own, "data": fingerprint(given)},
                 companion=objective,
                 work=self._work(parameters),
+                rest=noise_at(CONVERGED, draws) if alone and not settings["steps"] else 0.0,
             )
         self._warn(fit)
         return fit
@@ -164,7 +168,7 @@ class ELBOFit:
         """Return about how many operations a step takes: those of the networks, unless a single draw is large."""
         if self.task.is_settled and self.task.model.chunk == 1:
             return math.inf
-        draws = getattr(self.objective, "num_particles", 1)
+        draws = getattr(self.objective, "num_particles", 1)  # of this process
         return OPERATIONS * draws * sum(parameter.numel() for parameter in parameters)
 
     def _loss(self) -> Tensor:

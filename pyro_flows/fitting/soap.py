@@ -3,7 +3,7 @@
 For a weight matrix with gradients G, running means of G Gᵀ and Gᵀ G have eigenvectors Q_L and Q_R; Adam takes its steps
 on Q_Lᵀ G Q_R, and these are turned back.  Directions that a network shares between its units then learn at one pace.  A
 fit of an ``AutoFlow`` ends after a third of Adam's steps where Adam ends.  The eigenvectors are followed by one step of
-power iteration and a QR decomposition now and then.
+power iteration and a QR decomposition now and then.  All this is in single precision: it chooses a direction.
 
 The size of gradients that Adam divides by is damped here by 3 % of its root mean square.  Directions whose
 gradients are next to nothing, such as those that only draws far out tell of, would else move at random: the tails of
@@ -86,6 +86,7 @@ class SOAP:
     def _move(self, group: dict[str, Any], members: list[Tensor], shape: str) -> None:
         is_matrix, gradients = shape != OTHERS, [parameter.grad for parameter in members if parameter.grad is not None]
         stack = torch.stack(gradients) if is_matrix else torch.cat([gradient.reshape(-1) for gradient in gradients])
+        stack = stack.float()
         state = self.state.setdefault(shape, {})
         if not state or state["mean"].shape != stack.shape:  # new, or other parameters have gradients now
             state.clear()

@@ -66,7 +66,8 @@ def fit_svi(
         guide: Any Pyro guide.
         *args: The model's arguments.
         steps: The number of steps; by default as many as a ``TemperedELBO`` anneals over, or as suit the guide and the
-            Gaussian that it starts from (see *Choosing a flow* in the docs).
+            Gaussian that it starts from, fewer where an ``AutoFlow`` has converged before (see *Choosing a flow* in the
+            docs).
         objective: A Pyro ELBO, such as those of ``pyro_flows.objectives``; by default a ``PathELBO`` with
             ``num_particles`` draws at once, or, where latents are angles, a ``Trace_ELBO``: the scores of steep splines
             make path gradients too noisy.  Of several processes each takes all that it asks for, draws and minibatches,

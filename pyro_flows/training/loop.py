@@ -1,6 +1,6 @@
 """One training loop for everything that has a loss.
 
-Any optimisers, with a cosine decay (Loshchilov, Hutter 2016, arXiv:1608.03983) and gradients clipped by norm.  The
+Any optimisers, with step sizes that rise and fall (:mod:`.horizon`) and gradients clipped by norm.  The
 state with the best running loss is kept, or the average of states with the best loss on held-out data; whatever ends
 the run, an error and Ctrl-C included, leaves the parameters in it.  With a checkpoint a run that was killed goes on
 where it was, to the same end.  Several processes take each step together.
@@ -27,6 +27,7 @@ from ..threads import Threads, at_most
 from . import checkpoint as checkpoints
 from . import processes
 from .gradients import backward
+from .horizon import Horizon
 from .interrupts import hold_interrupts
 from .state import HeldOut, Optimizer, Run
 
@@ -47,7 +48,8 @@ class Fit:
         skipped: How many of them were skipped because the loss or a gradient was not finite, or could not be found.
         seconds: The wall time of the steps, those before a resumption included, and of the checks of ``escalate``; not
             that of finding a start.
-        stopped: Why the run ended: ``"steps"``, ``"interrupted"``, or ``"held-out"`` where held-out data stopped it.
+        stopped: Why the run ended: ``"steps"``, ``"converged"`` where the losses of an ``AutoFlow`` came to rest,
+            ``"interrupted"``, or ``"held-out"`` where held-out data stopped it.
         check: What a check said of the guide, a :class:`~pyro_flows.Check`, where ``escalate`` asked for one.
         samples: Exact draws, a :class:`~pyro_flows.Samples`, where ``escalate`` had to go as far as that.
         rungs: All fits that were made with ``escalate`` or ``restarts``, from the first to the last.
@@ -115,6 +117,7 @@ def descend(
     show: Callable[[float], str] = "{:.3f} nats".format,
     caller: str = "fit_svi",
     work: float = math.inf,
+    rest: float = 0.0,
     window: int = 50,
     patience: int = 100,
 ) -> Fit:
@@ -125,7 +128,7 @@ def descend(
         parameters: The tensors to train.
         optimizers: What trains them, each some of them.
         trained: What the record shall name as trained.
-        steps: The number of steps.
+        steps: The number of steps, at most.
         lr: The largest step size; it is reached within 100 steps and falls to zero along a cosine.
         clip_norm: The largest norm of a gradient.
         on_nonfinite: ``"skip"`` passes over steps whose loss or gradient is not finite and gives up after ``patience``
@@ -141,6 +144,7 @@ def descend(
         show: Writes a loss on held-out data for the progress bar.
         caller: The public function that asks, for errors.
         work: About how many operations of floating point a step takes.
+        rest: The standard deviation of losses, in nats, at which the run ends soon; 0 to take all steps.
         window: The number of steps over which the loss is averaged to judge a state.
         patience: How many steps in a row may be skipped.
     """
@@ -158,6 +162,8 @@ def descend(
         processes.apart(trained)
     losses, best, saver = run.losses, run.best, checkpoints.Saver(caller, checkpoint, settings)
     in_a_row, stopped, start, threads = 0, "", time.perf_counter() - run.seconds, Threads(work)
+    horizon = Horizon(steps, rest)
+    horizon.saw(losses)
     bar = tqdm(
         total=steps, initial=len(losses), disable=not progress or processes.rank() > 0, unit="step", dynamic_ncols=True
     )
@@ -171,10 +177,10 @@ def descend(
 
     try:
         with hold_interrupts(0.0 if processes.alone() else AGAIN) as asked, at_most(1):
-            for step in range(len(losses) + 1, steps + 1 if not run.stopped else 0):
+            for step in range(len(losses) + 1, horizon.last + 1 if not run.stopped else 0):
                 began = time.perf_counter()
                 for optimizer in optimizers:
-                    optimizer.param_groups[0]["lr"] = lr * _schedule(step, steps)
+                    optimizer.param_groups[0]["lr"] = lr * horizon.share(step)
                     optimizer.zero_grad()
                 number, error, unsolved, wished = backward(loss, share, parameters, clip_norm, wishes)
                 losses.append(number)
@@ -197,8 +203,10 @@ def descend(
                             f"Try a smaller lr (now {lr:g}) or init_scale, or a float64 model."
                         )
                 threads.saw(time.perf_counter() - began)
+                horizon.saw(losses)
+                bar.total = horizon.last
                 bar.update()
-                if step % (held_out.every if held_out else window) == 0 or step == steps:
+                if step % (held_out.every if held_out else window) == 0 or step == horizon.last:
                     if held_out and run.average:
                         with run.average.in_place():
                             run.held_out.append(held_out.loss(len(run.held_out) + 1))
@@ -211,12 +219,12 @@ def descend(
                     if held_out and step - best.step >= held_out.patience * held_out.every:
                         run.stopped = "held-out"
                 stop, due = wishes() if processes.alone() else wished
-                if step == steps or run.stopped or due:
+                if step == horizon.last or run.stopped or due:
                     save()
-                if stop and (held_out or step < steps):
+                if stop and (held_out or step < horizon.last):
                     stopped = "interrupted"
                     raise KeyboardInterrupt
-                if run.stopped:
+                if run.stopped or step == horizon.last:
                     break
     except KeyboardInterrupt:
         if not (stopped or processes.alone()):  # the others do not know of it
@@ -247,16 +255,9 @@ def descend(
         len(losses),
         sum(not math.isfinite(value) for value in losses),
         time.perf_counter() - start,
-        run.stopped or stopped or "steps",
+        run.stopped or stopped or ("converged" if horizon.turned else "steps"),
         held_out=torch.tensor(run.held_out, dtype=torch.float64) if held_out else None,
     )
-
-
-def _schedule(step: int, steps: int) -> float:
-    """The step size, as a share of the largest: up along a line, since Adam's first steps are all of full size and
-    deep flows compound them, then down along a cosine."""
-    warm_up = min(100, max(20, steps / 4))
-    return min(1.0, step / warm_up) * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
 
 
 def ask(diagnose: Callable[[], str]) -> str:

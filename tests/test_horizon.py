@@ -1,0 +1,96 @@
+"""Runs whose losses come to rest end soon, on the same steps when resumed; others take all steps."""
+
+import math
+import statistics
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_flows import AutoFlow, fit_svi
+from pyro_flows.training.horizon import END, LOOK, Horizon, noise_at
+
+STEPS, REST = 200, 0.1
+LOUD, QUIET = [1.0, 2.0] * 50, [1.0, 1.1] * 50  # of sds .5 and .05
+
+
+def shares(horizon: Horizon, losses: list[float]) -> list[float]:
+    """The sizes of all steps of a run with such losses."""
+    taken: list[float] = []
+    while len(taken) < horizon.last:
+        taken.append(horizon.share(len(taken) + 1))
+        horizon.saw(losses[: len(taken)])
+    return taken
+
+
+def test_all_steps_are_taken_while_losses_are_loud():
+    for rest, losses in ((REST, 2 * LOUD), (0.0, 2 * QUIET)):
+        taken = shares(Horizon(STEPS, rest), losses)
+        assert len(taken) == STEPS
+        peak = taken.index(max(taken))
+        assert taken[:peak] == sorted(taken[:peak])
+        assert taken[peak:] == sorted(taken[peak:], reverse=True)
+        assert taken[-1] < 1e-3
+
+
+@pytest.mark.parametrize("loud", [0, 1, 3])
+def test_a_run_that_has_come_to_rest_ends_soon(loud):
+    horizon = Horizon(STEPS, REST)
+    taken = shares(horizon, LOUD[: loud * LOOK] + 2 * QUIET)
+    turned = (loud + 1) * LOOK
+    assert (horizon.turned, len(taken)) == (turned, turned + END)
+    assert taken[turned] == pytest.approx(Horizon(STEPS, 0.0).share(turned))  # no leap
+    assert taken[turned:] == sorted(taken[turned:], reverse=True)
+    assert taken[-1] < 0.002
+
+
+def test_no_run_takes_more_steps_than_are_asked_for():
+    assert len(shares(Horizon(60, REST), 2 * QUIET)) == 60
+
+
+def test_neither_drift_nor_steps_that_were_skipped_are_rest():
+    drifting = [-0.02 * step for step in range(STEPS)]  # each quiet, all together not
+    assert len(shares(Horizon(STEPS, REST), drifting)) == STEPS
+    skipped = [math.nan if step % LOOK == 3 else 1.0 for step in range(STEPS)]
+    assert len(shares(Horizon(STEPS, REST), skipped)) == STEPS
+
+
+def test_a_run_that_is_resumed_turns_where_it_did():
+    losses = LOUD[:50] + QUIET
+    whole, resumed = Horizon(STEPS, REST), Horizon(STEPS, REST)
+    shares(whole, losses)
+    resumed.saw(losses[:130])
+    assert (resumed.turned, resumed.last) == (whole.turned, whole.last) == (75, 125)
+
+
+def test_the_noise_of_the_loss_tells_the_gap():
+    """Of N(mean, 1) for N(0, 1) log-weights have the variance mean², and the gap is mean² / 2."""
+    draws, gap = 64, 0.02
+    source = torch.Generator().manual_seed(0)
+    log_weights = math.sqrt(2 * gap) * torch.randn(4000, draws, generator=source)
+    losses = log_weights.mean(-1).tolist()
+    assert statistics.stdev(losses) == pytest.approx(noise_at(gap, draws), rel=4 / math.sqrt(2 * 4000))
+
+
+def nearly_gaussian():
+    x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.sample("y", dist.StudentT(30.0, x[0], 1.0), obs=torch.tensor(0.5))
+
+
+def curved():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("z", dist.Normal(x**2, 0.1))
+
+
+def test_a_fit_ends_when_it_has_converged_and_no_sooner(tmp_path):
+    pyro.set_rng_seed(0)
+    guide = AutoFlow(nearly_gaussian)
+    fit = fit_svi(nearly_gaussian, guide, progress=False, checkpoint=tmp_path / "run")
+    assert (fit.stopped, fit.steps) == ("converged", LOOK + END)
+    again = fit_svi(nearly_gaussian, AutoFlow(nearly_gaussian), progress=False, checkpoint=tmp_path / "run")
+    assert (again.stopped, again.steps) == ("converged", LOOK + END)  # it has nothing left to do
+    asked = fit_svi(nearly_gaussian, AutoFlow(nearly_gaussian), steps=90, progress=False)
+    assert (asked.stopped, asked.steps) == ("steps", 90)
+    bent = fit_svi(curved, AutoFlow(curved), progress=False)
+    assert bent.steps > 100
