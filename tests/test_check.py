@@ -24,7 +24,7 @@ import pyro_flows as pf
 from pyro_flows import AutoFlow, check, fit_svi, flows, refine
 from pyro_flows.diagnostics.drift import Drift, DriftMeter, weighted_drift
 from pyro_flows.diagnostics.findings import worst
-from pyro_flows.diagnostics.search import Missing
+from pyro_flows.diagnostics.search import DF, Law, Missing
 from pyro_flows.diagnostics.shape import Shape
 from pyro_flows.diagnostics.verdict import Check, judge
 from pyro_flows.sampling.chains import Chains
@@ -596,3 +596,30 @@ def test_refined_draws_hold_deterministic_sites():
 def test_bad_numbers_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}.*{value}"):
         refine(banana, banana, **{name: value})
+
+
+def test_the_law_around_a_mode_is_pyros_student_t():
+    scale_tril = torch.linalg.cholesky(torch.tensor([[2.0, 0.9], [0.9, 1.0]], dtype=torch.float64))
+    loc = torch.tensor([1.0, -3.0], dtype=torch.float64)
+    law, known = Law(loc, scale_tril), dist.MultivariateStudentT(DF, loc, scale_tril)
+    z = loc + 10 * torch.randn(50, 2, dtype=torch.float64)
+    torch.testing.assert_close(law.log_prob(z), known.log_prob(z), rtol=1e-12, atol=1e-12)
+    number = 40_000
+    size = (torch.linalg.solve_triangular(scale_tril, (law.sample(number) - loc).T, upper=False) ** 2).sum(0)
+    share = float((size < 2 * 0.7988).double().mean())  # half of an F of 2 and 5 degrees of freedom lies below .7988
+    assert abs(share - 0.5) < 4 * 0.5 / number**0.5
+
+
+def test_rough_draws_are_those_of_the_guide():
+    """Far from zero too, where single precision does not hold a latent's own units."""
+
+    def far():
+        pyro.sample("x", dist.Normal(torch.tensor(1e6, dtype=torch.float64), 1e-2))
+        pyro.sample("y", dist.LogNormal(torch.tensor(0.0, dtype=torch.float64), 0.5))
+
+    guide = AutoFlow(far)
+    fit_svi(far, guide, steps=20, progress=False)
+    number = 20_000
+    for one, other in zip(guide.sample_roughly(number).T, guide.flow.sample((number,)).T, strict=True):
+        assert abs(one.mean() - other.mean()) < 4 * other.std() * (2 / number) ** 0.5
+        assert abs(one.std() / other.std() - 1) < 4 / number**0.5

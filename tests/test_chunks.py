@@ -248,7 +248,7 @@ def test_a_guide_of_rows_scores_many_in_chunks(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_chunks_of_wide_events_are_shorter() -> None:
-    assert [chunk_for(numbers) for numbers in (0, 1, 10, 1000, 10**7)] == [100_000, 100_000, 100_000, 1000, 1]
+    assert [chunk_for(numbers) for numbers in (0, 1, 10, 1000, 10**7)] == [5000, 5000, 5000, 1000, 1]
 
 
 def test_results_may_be_several_or_one() -> None:

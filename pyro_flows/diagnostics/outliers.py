@@ -1,7 +1,7 @@
 """Rare draws of a guide, far out, where the posterior has next to nothing.
 
 A flow may send one draw in 100,000 so far away that a mean or a standard deviation is that draw's.  Weights of 10,000
-draws have seldom met one.  So many more are drawn, without the model; it is run at the outermost alone.
+draws have seldom met one.  So many more are drawn, without the model, and roughly; it is run at the outermost alone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..guides import AutoFlow
 from ..programs.log_density import or_nan
 from ..programs.space import Scored, Space
 from .importance import Psis
@@ -28,7 +29,7 @@ def outliers(space: Space, draws: Scored, psis: Psis) -> Tensor:
         psis: How these weigh.
     """
     more = min(DRAWS, NUMBERS // space.dim) - len(draws.z)
-    z = torch.cat([draws.z, space.draw_alone(more, BATCH)]) if more > 0 else draws.z
+    z = torch.cat([draws.z, _drawn(space, more)]) if more > 0 else draws.z
     ends = [z.topk(OUTERMOST, 0, largest=largest).indices.flatten() for largest in (True, False)]
     outer = z[torch.cat(ends).unique()]
     log_weights = or_nan(space.log_p)(outer) - space.log_q(outer) - psis.log_evidence
@@ -40,3 +41,10 @@ def outliers(space: Space, draws: Scored, psis: Psis) -> Tensor:
     variance = (chances * (quantities - mean).square()).sum(0)
     excess = (lacks * (space.quantities(outer).double() - mean).square()).sum(0) / len(z)
     return (excess / variance).nan_to_num(0.0)
+
+
+def _drawn(space: Space, number: int) -> Tensor:
+    guide = space.task.guide.call
+    if isinstance(guide, AutoFlow) and guide.encoder is None:
+        return guide.sample_roughly(number)
+    return space.draw_alone(number, BATCH)

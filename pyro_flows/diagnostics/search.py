@@ -13,9 +13,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import Chi2
 
 from ..guides import AutoFlow
 from ..programs.log_density import LogDensity, or_nan
@@ -31,7 +31,6 @@ from .drift import Drift
 PARTICLES, FEW = 256, 64  # of a population, and where the model runs one draw at a time
 STARTS = 64  # climbs
 EFFORT = Effort(kept=0.3, forgotten=0.5, moves=(1, 4), max_steps=6, gradients=150)
-COVERED = 1.0, 0.1  # by how many nats it may where climbs end; what share of its draws have less density there
 SURPRISE = 3.0  # by how many nats the posterior must exceed the guide at a place where the guide has too little
 FAINT = 20.0  # by how many nats per coordinate a mode may be lower, and be the wider by that
 LEAST = 8.0  # how many nats of evidence below the guide's a Gaussian that was matched may have to count
@@ -114,12 +113,6 @@ def _lacking(space: Space, white: White, density: LogDensity, draws: Scored, evi
     drawn = reference.draw(FEW if alone else PARTICLES)
     # Climbs that end on their way lie where the density, next to none, still exceeds that of the guide.
     faint = float(draws.log_p.max()) - FAINT * (1 + space.dim)
-    most, least = evidence + COVERED[0], draws.log_q.quantile(COVERED[1])
-
-    def covered(z: Tensor, height: Tensor) -> Tensor:  # where the guide draws, and often enough
-        own = log_q(space, space.wrapped(z, white.loc))
-        return (own > least) & (height - own < most)
-
     beyond = white.forward(far(white.inverse(draws.z[:number])))[0]
     starts = torch.cat((beyond, ways_up(density, drawn, faint)))
     found = []
@@ -127,7 +120,7 @@ def _lacking(space: Space, white: White, density: LogDensity, draws: Scored, evi
         found = [population.z]
     elif population is not None:  # its particles are where the posterior is none yet
         starts = torch.cat((starts, population.z))
-    ends = climb(density, white, starts, known=covered, least=faint)
+    ends = climb(density, white, starts, least=faint)
     places = space.wrapped(torch.cat([*found, ends]), white.loc)
     with torch.no_grad():
         heights = density(places)
@@ -135,7 +128,29 @@ def _lacking(space: Space, white: White, density: LogDensity, draws: Scored, evi
     return places[(surprise > SURPRISE) & (heights > faint)], population is None
 
 
-def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) -> list[dist.TorchDistribution]:
+class Law(NamedTuple):
+    """A Student's t of ``DF`` degrees of freedom over vectors ``(D,)``.
+
+    That of Pyro solves an equation for each vector, and imports sympy.
+    """
+
+    loc: Tensor
+    scale_tril: Tensor
+
+    def sample(self, number: int) -> Tensor:
+        """Draw vectors, ``(number, D)``."""
+        normal = torch.randn(number, len(self.loc)).to(self.loc) @ self.scale_tril.T
+        return self.loc + normal / (Chi2(DF).sample((number, 1)).to(self.loc) / DF).sqrt()
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Return the log-density over vectors, ``(N, D) -> (N,)``."""
+        dim, log_det = len(self.loc), self.scale_tril.diagonal().log().sum()
+        size = torch.linalg.solve_triangular(self.scale_tril, (z - self.loc).T, upper=False).square().sum(0)
+        scale = math.lgamma((DF + dim) / 2) - math.lgamma(DF / 2) - dim / 2 * math.log(DF * math.pi)
+        return scale - log_det - (DF + dim) / 2 * (size / DF).log1p()
+
+
+def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) -> list[Law]:
     """A law around each of the modes that places belong to."""
     around = White(places) if len(places) > places.shape[1] else white
     ends = ascend(density, around, places)
@@ -151,20 +166,18 @@ def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) ->
     for label, mode in enumerate(modes[:MOST]):
         fit = White(mode) if len(mode) > ENOUGH * dim else pooled
         if fit is not None:
-            laws.append(dist.MultivariateStudentT(DF, mode.mean(0), fit.scale_tril))
+            laws.append(Law(mode.mean(0), fit.scale_tril))
         if label < MATCHED or label in highest:  # particles that were annealed in haste say what is too wide
             found = match_top(density, ends[tops[label]], white.scale_tril)
             if found is not None and found.elbo > evidence - LEAST:
-                laws.append(dist.MultivariateStudentT(DF, found.loc, found.scale_tril))
+                laws.append(Law(found.loc, found.scale_tril))
     return laws
 
 
 @torch.no_grad()
-def _missed(
-    space: Space, density: LogDensity, draws: Scored, laws: Sequence[dist.TorchDistribution], judged: Tensor
-) -> Missing:
+def _missed(space: Space, density: LogDensity, draws: Scored, laws: Sequence[Law], judged: Tensor) -> Missing:
     """The share of the posterior's mass where the guide has too little, and what it does to the guide's moments."""
-    probes = [law.sample(torch.Size((PROBES // len(laws),))) for law in laws]
+    probes = [law.sample(PROBES // len(laws)) for law in laws]
     places = torch.cat((draws.z, *probes))
     log_p = torch.cat((draws.log_p, *map(density, probes)))
     own = torch.cat((draws.log_q, *(log_q(space, probe) for probe in probes)))

@@ -66,8 +66,8 @@ def in_chunks(
 
 
 def chunk_for(numbers: int) -> int:
-    """A size of chunks that small machines have the memory for, of events of so many numbers each."""
-    return max(1, min(100_000, 1_000_000 // max(1, numbers)))
+    """A size of chunks of events of so many numbers each: networks of usual widths then work within the cache."""
+    return max(1, min(5000, 1_000_000 // max(1, numbers)))
 
 
 def _rows(tensor: Tensor, trailing: int, batch: Size) -> Callable[[slice], Tensor]:

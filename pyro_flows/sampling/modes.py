@@ -8,7 +8,6 @@ to several tops, and belongs to the one next to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -24,20 +23,11 @@ NEIGHBOURS = 6
 SOME, NARROW, FAR = 256, 0.1, 0.2  # draws of the prior that climbs start from; their steps, in its sds, also far out
 DIP = 1.0  # nats by which the density must fall between two places that are of two modes
 BETWEEN = 6  # places where it is looked at, none at a fixed share of the way, where a lattice has further modes
-Known = Callable[[Tensor, Tensor], Tensor]  # places (N, D) and log-densities there -> (N,) of bool
 BATCH = 4096  # places that are looked at together
 WAYPOINTS, STEPS = 12, (0.5, 0.1, 0.02)  # on the way of a climb; the sizes of its steps, each for what leapt before
 
 
-def climb(
-    density: LogDensity,
-    chart: White,
-    z: Tensor,
-    size: float = 0.5,
-    *,
-    known: Known | None = None,
-    least: float = -math.inf,
-) -> Tensor:
+def climb(density: LogDensity, chart: White, z: Tensor, size: float = 0.5, least: float = -math.inf) -> Tensor:
     """The highest places on ways uphill in a chart, each coordinate at its own pace: Adam, with steps that shrink.
 
     Args:
@@ -45,7 +35,6 @@ def climb(
         chart: The coordinates.
         z: The places to start from, ``(N, D)``.
         size: How far each coordinate moves in the first step; a climb ends within 30 times that.
-        known: Says of places whether they are known, where a climb need not go on.
         least: The log-density that a climb is to come to; it ends where it would not even along a straight line.
     """
     x = chart.inverse(z)
@@ -64,8 +53,6 @@ def climb(
             goes_on = ~_ends(density, chart, left, best, highest, uphill)
             way = size * (CLIMB - step) ** 2 / (2 * CLIMB)  # that is left to each coordinate
             goes_on &= highest[left] + way * uphill[left].abs().sum(-1) >= least
-            if known:
-                goes_on &= ~known(chart.forward(best[left])[0], highest[left])
             left, x, first, second = left[goes_on], x[goes_on], first[goes_on], second[goes_on]
             if not len(left):
                 break
@@ -127,8 +114,8 @@ def ways_up(density: LogDensity, z: Tensor, least: float = -math.inf) -> Tensor:
     middle, some = z.median(0).values, z[: len(z) // 8]
     between = middle + torch.rand(len(some), 1).to(z) * (some - middle)
     chart, few = White(z), torch.stack((torch.zeros_like(middle), middle))
-    beyond = climb(density, chart, chart.forward(far(chart.inverse(some)))[0], FAR, least=least)
-    return torch.cat((few, between, climb(density, chart, z, NARROW, least=least), beyond))
+    beyond = climb(density, chart, chart.forward(far(chart.inverse(some)))[0], FAR, least)
+    return torch.cat((few, between, climb(density, chart, z, NARROW, least), beyond))
 
 
 def far(x: Tensor) -> Tensor:
