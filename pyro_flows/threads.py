@@ -1,14 +1,15 @@
 """The number of torch's threads that a job uses: as many as make it faster, and at most as many as the user allows.
 
-Threads wait for each other after each operation.  Small operations take longer with two of them than with one, and
-three times as long where another process keeps a core busy.  Small jobs have one thread whatever the times are, so
-that they end with the same numbers each time.
+Threads wait for each other after each operation.  Small operations take longer with two of them than with one, and ten
+times as long where another process keeps a core busy.  Small jobs have one thread whatever the times are, so that they
+end with the same numbers each time.  A public function begins with one; the parts of it that are large take more.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 
@@ -18,17 +19,24 @@ TRIED = 5  # steps of a trial; the first two warm up
 FASTER = 0.8  # the ratio of times below which several threads are kept
 
 
+_allowed: ContextVar[int | None] = ContextVar("threads", default=None)  # None outside of all jobs
+
+
+def allowed() -> int:
+    """Return how many threads the user allows, also within a job that has fewer."""
+    return _allowed.get() or torch.get_num_threads()
+
+
 @contextlib.contextmanager
-def at_most(number: int) -> Iterator[None]:
-    """Let torch use no more threads than a number, and then as many as before."""
-    before = torch.get_num_threads()
-    if before > number:
-        torch.set_num_threads(number)
+def using(number: int) -> Iterator[None]:
+    """Let torch use a number of threads, or as many as the user allows if those are fewer, and then those of before."""
+    before, token = torch.get_num_threads(), _allowed.set(allowed())
+    torch.set_num_threads(min(number, allowed()))
     try:
         yield
     finally:
-        if before > number:
-            torch.set_num_threads(before)
+        _allowed.reset(token)
+        torch.set_num_threads(before)
 
 
 class Threads:
@@ -42,7 +50,7 @@ class Threads:
     """
 
     def __init__(self, work: float) -> None:
-        self._most = torch.get_num_threads()
+        self._most = allowed()
         self._times: list[float] = []
         self._alone = 0.0  # seconds of a step with one thread; 0 until they are known
         self._settled = self._most == 1 or work < LARGE

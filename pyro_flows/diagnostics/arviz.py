@@ -13,13 +13,13 @@ from torch import Tensor
 from ..checks import check_flags, check_integers, joined
 from ..compat import Groups, Variable, container
 from ..programs.engines import Site, Values, row_log_prob
-from ..programs.nesting import takes_nesting
+from ..programs.nesting import runs_programs
 from ..programs.task import Task, in_batches
 from ..sampling.samples import Samples
 from .importance import LEAST, reweighted, weigh
 
 
-@takes_nesting
+@runs_programs
 def to_arviz(
     model: Callable[..., Any],
     guide: Callable[..., Any] | Samples,

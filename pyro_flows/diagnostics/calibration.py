@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import plots
 from ..checks import check_integers, joined
 from ..encoders.base import at_rest
-from ..programs.nesting import takes_nesting
+from ..programs.nesting import runs_programs
 from ..programs.quantities import labels_of
 from ..programs.simulations import Simulations
 from ..programs.simulator import Simulator
@@ -100,7 +100,7 @@ class Calibration:
         )
 
 
-@takes_nesting
+@runs_programs
 @torch.no_grad()
 def calibrate(
     model: Callable[..., Any],

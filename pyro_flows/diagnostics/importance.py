@@ -33,7 +33,7 @@ from torch import Tensor
 from .. import plots
 from ..checks import check_integers, joined
 from ..programs.engines import Values, View, row_log_prob
-from ..programs.nesting import takes_nesting
+from ..programs.nesting import runs_programs
 from ..programs.task import Draws, Task, in_batches
 from .pareto import smooth
 
@@ -101,7 +101,7 @@ class Psis:
         )
 
 
-@takes_nesting
+@runs_programs
 def psis(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -189,7 +189,7 @@ def _unseen(largest: float, khat: float) -> float:
     return (largest - 1) / (1 - shape) if shape < 1 else math.inf
 
 
-@takes_nesting
+@runs_programs
 def resample(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -280,7 +280,7 @@ def systematic(log_weights: Tensor, number: int) -> Tensor:
     return kept[torch.randperm(number, device=edges.device)]
 
 
-@takes_nesting
+@runs_programs
 @torch.no_grad()
 def importance_log_likelihood(
     model: Callable[..., Any],

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checks import check_integers, joined
 from ..programs.log_density import or_nan
-from ..programs.nesting import takes_nesting
+from ..programs.nesting import runs_programs
 from ..programs.space import sound_space
 from ..programs.task import Task, check_trained
 from ..sampling.chains import FROZEN, Chains
@@ -63,7 +63,7 @@ class Refined:
         return f"Refined({size} draws, acceptance={accepted}; the guide's own: {self.drift.worst(self.names).moment})"
 
 
-@takes_nesting
+@runs_programs
 def refine(
     model: Callable[..., Any],
     guide: Callable[..., Any],

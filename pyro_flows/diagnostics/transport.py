@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..checks import check_integers, joined
-from ..programs.nesting import takes_nesting
+from ..programs.nesting import runs_programs
 from ..programs.task import check_trained
 from .verdict import check as judge
 
@@ -109,7 +109,7 @@ class Neutra:
         return {self.site: draws if num_chains > 1 else draws[0]}
 
 
-@takes_nesting
+@runs_programs
 def neutra(
     model: Callable[..., Any],
     guide: Any,

@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import plots
 from ..checks import check_integers, joined
 from ..programs.log_density import or_nan
-from ..programs.nesting import takes_nesting
+from ..programs.nesting import runs_programs
 from ..programs.space import Scored, Space, sound_space
 from ..programs.task import Task, check_trained
 from ..sampling.chains import FROZEN, Chains
@@ -181,7 +181,7 @@ class Check:
         return plots.check(self)
 
 
-@takes_nesting
+@runs_programs
 def check(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -257,8 +257,7 @@ def check(
             count = num_chains or (16 if alone else 256)
             chains, directions, of_chains, acceptance = _run(looked_at, charts, draws, count, calm)
             missing = search(space, white, draws, judged)
-        # Many draws of the guide at once are work for several threads.
-        rare = torch.zeros_like(weighted.error) if alone else outliers(space, draws, psis)[judged]
+            rare = torch.zeros_like(weighted.error) if alone else outliers(space, draws, psis)[judged]
     shapes, seconds = (of_chains, of_weights), time.perf_counter() - start
     seen = Check((), psis, chains, directions, weighted, shapes, names, missing, rare, acceptance, seconds)
     return replace(seen, findings=tuple(judge(seen)))

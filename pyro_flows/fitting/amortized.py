@@ -25,7 +25,7 @@ from ..guides.call import Call
 from ..guides.encoding import initialize
 from ..guides.packing import check_same
 from ..objectives import Likelihood
-from ..programs.nesting import takes_nesting
+from ..programs.nesting import runs_programs
 from ..programs.simulations import Simulations, check_draws, check_given
 from ..programs.simulator import Simulator
 from ..training import checkpoint as checkpoints
@@ -41,7 +41,7 @@ CALLER = "fit_amortized"
 
 
 @processes.together
-@takes_nesting
+@runs_programs
 def fit_amortized(
     model: Callable[..., Any],
     guide: AutoFlow,

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..checks import check_flags, check_integers, joined
 from ..guides import AutoFlow
-from ..programs.nesting import takes_nesting
+from ..programs.nesting import runs_programs
 from ..programs.task import Task
 from ..sampling.population import ISLANDS
 from ..training.loop import Fit
@@ -17,7 +17,7 @@ from .svi import fit_svi
 CALLER = "anneal"
 
 
-@takes_nesting
+@runs_programs
 def anneal(
     model: Callable[..., Any],
     *args: Any,

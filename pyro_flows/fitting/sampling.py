@@ -11,7 +11,7 @@ import pyro
 
 from ..checks import check_flags, check_integers, joined
 from ..guides import AutoFlow
-from ..programs.nesting import takes_nesting
+from ..programs.nesting import runs_programs
 from ..programs.space import sound_space
 from ..programs.task import Task, check_trained
 from ..sampling.run import Goal
@@ -22,7 +22,7 @@ from .svi import fit_svi
 CALLER = "sample"
 
 
-@takes_nesting
+@runs_programs
 def sample(
     model: Callable[..., Any],
     guide: Callable[..., Any] | None = None,

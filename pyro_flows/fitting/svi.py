@@ -15,7 +15,7 @@ from pyro.infer import ELBO
 from ..checks import check_flags, check_integers, joined, quoted
 from ..guides import AutoFlow
 from ..guides.plan import plan_of
-from ..programs.nesting import settle, takes_nesting
+from ..programs.nesting import runs_programs, settle
 from ..programs.task import Task
 from ..training import processes
 from ..training.attempts import check_path
@@ -29,7 +29,7 @@ LONGEST_END = ".deeper-and-longer"  # that a fit of several gives the name of a 
 
 
 @processes.together
-@takes_nesting
+@runs_programs
 def fit_svi(
     model: Callable[..., Any],
     guide: Any,

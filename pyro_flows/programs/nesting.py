@@ -20,6 +20,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..checks import is_integer
+from ..threads import using
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,15 +34,19 @@ class _Given(NamedTuple):
 _given: ContextVar[_Given | None] = ContextVar("max_plate_nesting", default=None)
 
 
-def takes_nesting(function: Callable[P, T]) -> Callable[P, T]:
-    """Let a function's ``max_plate_nesting``, or that of its objective, hold for all programs that it runs."""
+def runs_programs(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function's ``max_plate_nesting``, or that of its objective, hold for all programs that it runs.
+
+    They run with one thread, but those that are large.
+    """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         given = _asked(function.__name__, kwargs.get("max_plate_nesting"), kwargs.get("objective"))
         token = _given.set(_given.get() if given is None else given)  # what holds outside holds on
         try:
-            return function(*args, **kwargs)
+            with using(1):
+                return function(*args, **kwargs)
         finally:
             _given.reset(token)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..checks import check_integers, check_program
 from .choice import settle
 from .engines import Values
-from .nesting import nesting_of, takes_nesting
+from .nesting import nesting_of, runs_programs
 from .noise import warn_user
 from .program import Program
 from .quantities import innermost
@@ -28,7 +28,7 @@ from .task import check_vectorize, group_of, in_batches, subsampled_plate
 from .traces import trace_at
 
 
-@takes_nesting
+@runs_programs
 def simulate(
     model: Callable[..., Any],
     *args: Any,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import checks
 from ..memory import keep_memory
-from ..threads import at_most
+from ..threads import allowed, using
 from .choice import settle
 from .engines import ENGINES, Site, Values, View, value_of
 from .latents import check_match, is_point, summable
@@ -99,7 +99,7 @@ class Task:
 
     def threads(self) -> AbstractContextManager[None]:
         """Let torch use one thread, unless a single draw is work enough for several."""
-        return at_most(1 if self.settle().model.chunk > 1 else torch.get_num_threads())
+        return using(1 if self.settle().model.chunk > 1 else allowed())
 
     @torch.no_grad()
     def once(self, *watching: Messenger) -> tuple[Trace, Trace]:

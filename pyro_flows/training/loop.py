@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .. import plots
 from ..checks import check_choice, check_numbers
 from ..memory import keep_memory
-from ..threads import Threads, at_most
+from ..threads import Threads, using
 from . import checkpoint as checkpoints
 from . import processes
 from .gradients import backward
@@ -176,7 +176,7 @@ def descend(
         return [bool(asked()), saver.due]
 
     try:
-        with hold_interrupts(0.0 if processes.alone() else AGAIN) as asked, at_most(1):
+        with hold_interrupts(0.0 if processes.alone() else AGAIN) as asked, using(1):
             for step in range(len(losses) + 1, horizon.last + 1 if not run.stopped else 0):
                 began = time.perf_counter()
                 for optimizer in optimizers:
