@@ -45,6 +45,7 @@ OUT = sample.OUT
 OURS, NUMPYRO, PARALLEL, NUTPIE, PYRO = "pyro_flows", "NumPyro", "NumPyro, parallel", "nutpie", "Pyro"
 METHODS = OURS, NUMPYRO, PARALLEL, NUTPIE, PYRO
 CHAINS, WARMUP, DRAWS, JUDGED = 4, 1000, 1000, 10_000
+CONVERGED = 1.01  # the R-hat that chains must come to
 LIMIT = 300  # seconds that a NUTS may take
 QUICK = "wells", "eight_schools_centered"
 KEYS = "target", "method", "seed"
@@ -245,8 +246,11 @@ def cells(method: str, m: dict[str, Any]) -> list[str]:
 
 
 def summary(found: dict[tuple[str, str], dict[str, Any]], rivals: list[str]) -> list[str]:
-    """Return a line for each NUTS: on how many targets ours is ahead, and the median ratio of the times."""
-    lines = ["| ratio of times to | ahead on | median ratio | behind on |", "|---|---:|---:|---|"]
+    """Return a line for each NUTS: on how many targets ours is ahead, the median ratios, and where NUTS fails."""
+    lines = [
+        "| beside | ahead in time on | median ratio of times | of ESS/s | behind on | R-hat above 1.01 |",
+        "|---|---:|---:|---:|---|---|",
+    ]
     for rival in rivals:
         ratios = {
             name: found[name, OURS]["seconds"] / found[name, rival]["seconds"]
@@ -257,7 +261,11 @@ def summary(found: dict[tuple[str, str], dict[str, Any]], rivals: list[str]) -> 
             behind = ", ".join(f"{name} ({ratio:.1f})" for name, ratio in ratios.items() if ratio >= 1)
             ahead = sum(ratio < 1 for ratio in ratios.values())
             middle = statistics.median(ratios.values())
-            lines.append(f"| {rival} | {ahead} of {len(ratios)} | {middle:.2f} | {behind or 'none'} |")
+            draws = {name: [found[name, method]["ess"] for method in (OURS, rival)] for name in ratios}
+            rates = statistics.median(ours / theirs / ratios[name] for name, (ours, theirs) in draws.items())
+            lost = ", ".join(name for name in ratios if found[name, rival]["r_hat"] > CONVERGED)
+            shown = f"{ahead} of {len(ratios)} | {middle:.2f} | {rates:.1f}"
+            lines.append(f"| {rival} | {shown} | {behind or 'none'} | {lost or 'none'} |")
     return lines
 
 

@@ -1,11 +1,11 @@
-"""Vector–Jacobian products by autograd."""
+"""Vector–Jacobian products by autograd, and whether others hold."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def vjp(outputs: Sequence[Tensor], sources: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -20,3 +20,17 @@ def vjp(outputs: Sequence[Tensor], sources: Sequence[Tensor], gradients: Sequenc
             return tuple(torch.zeros_like(source) for source in sources)
         found = torch.autograd.grad(sum(parts[1:], parts[0]), sources, retain_graph=True, materialize_grads=True)
     return tuple(part.detach() for part in found)  # on torch 2.4 zeros that are put for None require gradients
+
+
+def keeps(thing: object, kind: type, *methods: str) -> bool:
+    """Return True unless the class of a thing overrides methods of a class that knows their derivatives."""
+    return all(getattr(type(thing), method) is getattr(kind, method) for method in methods)
+
+
+def is_plain(modules: Iterable[nn.Module]) -> bool:
+    """Return True if modules compute what their classes say: without hooks, and with parameters of their own."""
+    return not any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or "parametrizations" in part._modules
+        for module in modules
+        for part in module.modules()
+    )

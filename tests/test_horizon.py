@@ -56,6 +56,13 @@ def test_neither_drift_nor_steps_that_were_skipped_are_rest():
     assert len(shares(Horizon(STEPS, REST), skipped)) == STEPS
 
 
+def test_losses_whose_noise_is_rounded_away_tell_nothing():
+    """Of 1e7 nats single precision holds whole ones: the losses of a guide that is far off are all equal."""
+    large = [1e7] * STEPS
+    assert len(shares(Horizon(STEPS, REST, torch.finfo(torch.float32).eps), large)) == STEPS
+    assert len(shares(Horizon(STEPS, REST, torch.finfo(torch.float64).eps), large)) == LOOK + END
+
+
 def test_a_run_that_is_resumed_turns_where_it_did():
     losses = LOUD[:50] + QUIET
     whole, resumed = Horizon(STEPS, REST), Horizon(STEPS, REST)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_numbers
+from ..vjp import keeps
 from .base import Bijector, Pulled, split_params
 
 
@@ -82,6 +83,8 @@ class Affine(ScaleAndShift):
         return torch.rsub(torch.sigmoid(a / (b / (2 * self.slope))), -sign * b, alpha=-2 * sign * b)
 
     def forward_and_pull(self, x: Tensor, params: Tensor) -> Pulled:
+        if not keeps(self, Affine, "forward_and_log_det", "_log_scale"):
+            return super().forward_and_pull(x, params)
         a, t = split_params(params)
         s = self._log_scale(a, 1)
         scale = s.exp()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_flags
+from ..vjp import keeps
 from .base import Conditioner, Gradients, Linear, Pull, activation_of
 from .slopes import KNOWN
 
@@ -101,10 +102,12 @@ class MLP(Conditioner):
         return params.unflatten(-1, (self.num_params, self.output_dim)).mT
 
     def forward_and_pull(self, x: Tensor) -> tuple[Tensor, Pull]:
-        if self.skip or self.residual or self.activation not in KNOWN:
+        layers = [*self.hidden, self.output]
+        known = keeps(self, MLP, "forward", "_units") and all(type(layer) is Linear for layer in layers)
+        if self.skip or self.residual or not known or self.activation not in KNOWN:
             return super().forward_and_pull(x)
         rows = x.detach().reshape(-1, self.input_dim)
-        size, layers, activation = len(rows), [*self.hidden, self.output], KNOWN[self.activation]
+        size, activation = len(rows), KNOWN[self.activation]
         # The points that the units are centred by go through the layers in the same products as the inputs.
         inputs, slopes = [torch.cat((rows, self.points)) if self.centered else rows], []
         for layer in self.hidden:

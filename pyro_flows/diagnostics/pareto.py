@@ -1,7 +1,7 @@
 """Pareto-smoothed weights: the largest become the quantiles of a generalised Pareto distribution fitted to them.
 
 Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao, Gabry 2015, arXiv:1507.02646).  Pyro fits the
-distribution.  The functions of ArviZ do the same, but ArviZ takes seconds to import.
+distribution.  The functions of ArviZ do the same, but for weights that are equal, and take seconds to import.
 """
 
 from __future__ import annotations

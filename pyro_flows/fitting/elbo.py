@@ -2,7 +2,8 @@
 
 A flow guide starts from a Gaussian.  Adam moves each parameter at its own pace and so crawls on ill-conditioned
 posteriors; batch and match does not.  It starts at the guide's start and, for posteriors far away, from where some
-steps of L-BFGS uphill lead.  The better of the two in ELBO is kept, so that modes of negligible mass are discarded.
+steps of L-BFGS uphill lead.  A Gaussian that is near the posterior is kept at once, else the better of the two in ELBO,
+so that modes of negligible mass are discarded.
 
 The settings of ``fit_svi``, its warm-up, decay and clipping, were found for weights as torch has them.  Guides
 set paces of their own, slow for networks, so that the steps of any optimiser are safe; these are put aside in training.
@@ -45,6 +46,7 @@ from ..training.interrupts import hold_interrupts
 from ..training.loop import Fit, ask, descend
 from ..training.randomness import unchanged
 from ..transforms import Elementwise, ScaledLinear
+from ..vjp import keeps
 from .inspect import culprit, fingerprint, program_of, trained_by
 from .optimizers import optimizers
 from .propriety import check_proper
@@ -184,7 +186,8 @@ class ELBOFit:
         """True if one flow is trained by many draws a step, and nothing else."""
         plain = self.is_default and self.plan.is_joint and self.plan.takes_paths and self.guide.encoder is None
         many = plain and self.objective.vectorize_particles and self.asked["num_particles"] >= MANY
-        return many and not self.task.subsampled and {*parameters} <= {*self.guide.parameters()}
+        plain = many and keeps(self.guide, AutoFlow, "forward", "_draws", "sample_latent", "get_posterior")
+        return plain and not self.task.subsampled and {*parameters} <= {*self.guide.parameters()}
 
     @functools.cached_property
     def _space(self) -> Space:

@@ -84,8 +84,8 @@ class FlowDistribution(dist.TransformedDistribution):
 
         So the gradient of an ELBO vanishes draw by draw where the guide equals the posterior (Roeder, Wu, Duvenaud
         2017, arXiv:1703.09194); for flows the score is carried along with the draw (Vaitl, Nicoli, Nakajima, Kessel
-        2022, arXiv:2207.08219; Vaitl, Winkler, Richter, Kessel 2024, arXiv:2403.15881).  Any other value is scored with
-        all gradients.
+        2022, arXiv:2207.08219; Vaitl, Winkler, Richter, Kessel 2024, arXiv:2403.15881).  It has no second derivatives.
+        Any other value is scored with all gradients.
         """
         return self._with(path_gradient=True)
 
@@ -142,13 +142,15 @@ class FlowDistribution(dist.TransformedDistribution):
         log_prob = log_prob_of(base, leaf)
         (score,) = torch.autograd.grad(log_prob.sum(), leaf)
         log_prob = log_prob.detach()
-        if can_be_carried() and all(view.context is None for view in self.transforms):
-            y, total = carried([view.transform for view in self.transforms], x, score)
-            return y, log_prob - total
-        y = x if x.requires_grad else x.requires_grad_()
-        for view in self.transforms:
-            y, log_det, score = view.transform.forward_and_score(y, score, view.context)
-            log_prob = log_prob - log_det.detach()
+        layers = [view.transform for view in self.transforms]
+        if all(view.context is None for view in self.transforms) and can_be_carried(layers):
+            y, total, score = carried(layers, x, score)
+            log_prob = log_prob - total
+        else:
+            y = x if x.requires_grad else x.requires_grad_()
+            for view in self.transforms:
+                y, log_det, score = view.transform.forward_and_score(y, score, view.context)
+                log_prob = log_prob - log_det.detach()
         path = (score * (y - y.detach())).flatten(-len(self.event_shape)).sum(-1)
         return y, log_prob + path
 

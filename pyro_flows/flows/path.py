@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..transforms import FlowTransform
+from ..vjp import is_plain
 
 
-def carried(transforms: Sequence[FlowTransform], x: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+def carried(transforms: Sequence[FlowTransform], x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Map draws of a base by transforms without contexts.
 
     Args:
@@ -26,42 +27,43 @@ def carried(transforms: Sequence[FlowTransform], x: Tensor, score: Tensor) -> tu
         score: The gradient of the base's log-density at each.
 
     Returns:
-        The draws y, ``(*batch, *event_shape)``, and the sum of the log-determinants, ``(*batch)``.  The gradient of
-        minus the latter is the score of y times dy: the way through the draw alone.
+        The draws y, ``(*batch, *event_shape)``, and without a gradient the sum of the log-determinants, ``(*batch)``,
+        and the score of each draw.
     """
     trained = {p: None for transform in transforms for p in transform.parameters() if p.requires_grad}
-    y, log_det = _Carried.apply(transforms, x, score, *trained)
-    return y, log_det
+    if not (trained or x.requires_grad):
+        x = x.requires_grad_()  # what is made of the draws has a gradient at them all the same
+    y, log_det, score = _Carried.apply(transforms, x, score, *trained)
+    return y, log_det, score
 
 
-def can_be_carried() -> bool:
-    """Return True unless something looks into each operation: a trace, ``torch.func`` or autocast."""
+def can_be_carried(transforms: Sequence[FlowTransform]) -> bool:
+    """Return True unless something looks into each operation: a trace, ``torch.func``, autocast, or hooks of a part."""
     watched = torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active()
-    return not (watched or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
+    cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return not (watched or cast) and is_plain(transforms)
 
 
 class _Carried(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, transforms: Sequence[FlowTransform], x: Tensor, score: Tensor, *trained: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         pulls, total = [], torch.zeros(())
         y = x
         for transform in transforms:
             y, log_det, score, pull = transform.carry(y, score)
             pulls.append(pull)
             total = total + log_det
-        ctx.pulls, ctx.score, ctx.places = pulls, score, {parameter: place for place, parameter in enumerate(trained)}
-        ctx.set_materialize_grads(False)
-        return y, total
+        ctx.pulls, ctx.places = pulls, {parameter: place for place, parameter in enumerate(trained)}
+        ctx.save_for_backward(*trained)
+        ctx.mark_non_differentiable(total, score)
+        return y, total, score
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_y: Tensor | None, of_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
-        g = torch.zeros_like(ctx.score) if of_y is None else of_y
-        if of_log_det is not None:
-            g = g - of_log_det.reshape(*of_log_det.shape, *(1,) * (g.dim() - of_log_det.dim())) * ctx.score
-        found: list[Tensor | None] = [None] * len(ctx.places)
+    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = [None] * len(ctx.saved_tensors)  # which are as they were in the forward pass
         for pull in reversed(ctx.pulls):
             g, gradients = pull(g)
             for parameter, gradient in gradients:

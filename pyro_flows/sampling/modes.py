@@ -35,7 +35,7 @@ def climb(density: LogDensity, chart: White, z: Tensor, size: float = 0.5, least
         chart: The coordinates.
         z: The places to start from, ``(N, D)``.
         size: How far each coordinate moves in the first step; a climb ends within 30 times that.
-        least: The log-density that a climb is to come to; it ends where it would not even along a straight line.
+        least: The log-density that a climb is to come to; it ends where it would not if slopes stayed as they are.
     """
     x = chart.inverse(z)
     first, second = torch.zeros_like(x), torch.zeros_like(x)

@@ -4,7 +4,8 @@ They rise along a line, since Adam's first steps are all of full size and deep f
 cosine (Loshchilov, Hutter 2016, arXiv:1608.03983).  Where losses have come to rest the cosine ends early.  Of a guide q
 near the posterior p the log-weights log p - log q of draws have about twice the gap to the evidence as their variance,
 and a loss of K draws has that over K: so the losses themselves tell, with nothing else to compute, what is left to
-learn.  What drifts still has not come to rest.
+learn.  What drifts by more than their noise has not come to rest.  Where a loss is so large that rounding hides the
+noise, nothing is concluded.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 LOOK = 25  # steps, after which losses are looked at
 END = 50  # steps that are taken once they have come to rest
+ROUNDED = 4  # how many roundings of a loss its noise at rest must exceed
 
 
 def noise_at(gap: float, draws: int) -> float:
@@ -28,13 +30,14 @@ class Horizon:
     Args:
         steps: The most that are taken.
         rest: The standard deviation of losses, in nats, at which they have come to rest; 0 to take all steps.
+        eps: The relative error of a loss by rounding.
 
     Attributes:
         turned: The step after which they had, or 0.
     """
 
-    def __init__(self, steps: int, rest: float) -> None:
-        self.steps, self.rest, self.turned = steps, rest, 0
+    def __init__(self, steps: int, rest: float, eps: float = 0.0) -> None:
+        self.steps, self.rest, self.eps, self.turned = steps, rest, eps, 0
         self._seen = 0
 
     @property
@@ -47,7 +50,8 @@ class Horizon:
         while self.rest and not self.turned and self._seen + LOOK <= len(losses):
             self._seen += LOOK
             latest = torch.tensor(losses[self._seen - LOOK : self._seen], dtype=torch.float64)
-            if float(latest.std()) < self.rest:  # not where a step was skipped, whose loss is no number
+            rounding = ROUNDED * self.eps * float(latest.abs().max())
+            if max(float(latest.std()), rounding) < self.rest:  # False where a step was skipped, whose loss is NaN
                 self.turned = self._seen
 
     def share(self, step: int) -> float:

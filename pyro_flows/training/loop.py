@@ -162,7 +162,7 @@ def descend(
         processes.apart(trained)
     losses, best, saver = run.losses, run.best, checkpoints.Saver(caller, checkpoint, settings)
     in_a_row, stopped, start, threads = 0, "", time.perf_counter() - run.seconds, Threads(work)
-    horizon = Horizon(steps, rest)
+    horizon = Horizon(steps, rest, torch.finfo(parameters[0].dtype).eps)
     horizon.saw(losses)
     bar = tqdm(
         total=steps, initial=len(losses), disable=not progress or processes.rank() > 0, unit="step", dynamic_ncols=True
@@ -255,7 +255,7 @@ def descend(
         len(losses),
         sum(not math.isfinite(value) for value in losses),
         time.perf_counter() - start,
-        run.stopped or stopped or ("converged" if horizon.turned else "steps"),
+        run.stopped or stopped or ("steps" if len(losses) == steps else "converged"),
         held_out=torch.tensor(run.held_out, dtype=torch.float64) if held_out else None,
     )
 

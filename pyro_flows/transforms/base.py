@@ -124,7 +124,8 @@ class FlowTransform(TransformModule):
     def carry(self, x: Tensor, score: Tensor) -> Carried:
         """Map ``x`` and carry the score along as ``forward_and_score`` does, outside of autograd.
 
-        There is no context.  By default autograd does it for this transform alone.
+        There is no context.  By default autograd does it for this transform alone.  A class that overrides this method
+        is to look whether classes below it have changed what it knows the derivatives of (``vjp.keeps``).
         """
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         with torch.enable_grad():

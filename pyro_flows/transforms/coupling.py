@@ -14,7 +14,7 @@ from torch import Tensor
 from ..bijectors import Bijector
 from ..checks import BIJECTOR, CONDITIONER, as_flags, check_kind
 from ..conditioners import Conditioner
-from ..vjp import vjp
+from ..vjp import keeps, vjp
 from .base import Carried, FlowTransform, Gradients, Scored
 from .conditional import check_params
 
@@ -92,6 +92,8 @@ class Coupling(FlowTransform):
         return self._apply_verb(self.bijector.inverse_and_log_det, y, context)
 
     def carry(self, x: Tensor, score: Tensor) -> Carried:
+        if not keeps(self, Coupling, "forward_and_log_det", "forward_and_score"):
+            return super().carry(x, score)
         # The Jacobian is triangular by blocks, so its transpose is solved in the pass at hand, without a way back.
         kept, mapped = self._part(x)
         params, pull_network = self.conditioner.forward_and_pull(kept)
@@ -110,6 +112,8 @@ class Coupling(FlowTransform):
         return Carried(self._join(kept, y), self._sum_event(log_det), self._join(of_kept, of_mapped), pull)
 
     def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+        if not keeps(self, Coupling, "forward_and_log_det"):
+            return super().forward_and_score(x, score, context)
         # The Jacobian is triangular by blocks, so its transpose is solved in the pass at hand, without a way back.
         kept, mapped = self._part(x)
         y, log_det = self.bijector.forward_and_log_det(mapped, self.conditioner(kept, context))

@@ -1,0 +1,101 @@
+"""How much longer do a fit and a check take on a machine that is at work already?
+
+    python benchmarks/busy.py    # three minutes
+
+Quiet and busy runs by turns, each in a fresh process with the threads that torch chooses; in busy ones another process
+keeps each core at work.  Seconds of the wall, medians.  Writes ``docs/benchmarks/busy.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import platform
+import statistics
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import nuts
+import pyro
+import torch
+from posteriors import write
+
+TARGETS = "eight_schools", "wells", "german_credit_sparse"
+STEPS = {"german_credit_sparse": 100}  # in place of all
+MOST = 2.2  # times as long as quiet, which is fair: a fit then has half of a core
+CALLS = "fit_svi", "check"
+
+
+def burn() -> None:
+    """Keep a core at work."""
+    while True:
+        sum(range(100_000))
+
+
+@contextlib.contextmanager
+def others(number: int) -> Iterator[None]:
+    """Let other processes work meanwhile."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=burn, daemon=True) for _ in range(number)]
+    for process in processes:
+        process.start()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def seconds(name: str) -> tuple[float, float]:
+    """The seconds of a fit and of a check.  It needs a fresh process."""
+    torch.set_default_dtype(torch.float64)
+    pyro.enable_validation(False)
+    _, known = nuts.flows(name, 0, STEPS.get(name))
+    return known["fit_seconds"], known["seconds"] - known["fit_seconds"]
+
+
+def measure(name: str) -> tuple[float, float]:
+    """Run :func:`seconds` in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(seconds, name).result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=nuts.OUT, help="folder of the file")
+    options = parser.parse_args()
+    cores = os.cpu_count() or 1
+    versions = f"torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
+    lines = [
+        "# A busy machine",
+        "",
+        f"`fit_svi` and `check` alone, and while {cores} other processes keep the {cores} cores at work; seconds of "
+        f"the wall, medians of {options.rounds} rounds by turns; {versions}. At most {MOST} times as long is asked for.",
+        "Reproduce with `python benchmarks/busy.py`.",
+        "",
+        "| target | call | quiet, s | busy, s | ratio |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for name in TARGETS:
+        quiet, busy = [], []
+        for _ in range(options.rounds):
+            quiet.append(measure(name))
+            with others(cores):
+                busy.append(measure(name))
+        steps = f", {STEPS[name]} steps" if name in STEPS else ""
+        for call, alone, beside in zip(CALLS, zip(*quiet, strict=True), zip(*busy, strict=True), strict=True):
+            first, second = statistics.median(alone), statistics.median(beside)
+            shown = call + (steps if call == CALLS[0] else "")
+            lines.append(f"| {name} | {shown} | {first:.1f} | {second:.1f} | {second / first:.1f} |")
+            print(lines[-1], flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write("\n".join(lines) + "\n", options.out / "busy.md")
+
+
+if __name__ == "__main__":
+    main()

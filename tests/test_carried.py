@@ -1,0 +1,177 @@
+"""The one pass outside of autograd is taken where derivatives are known, and never where a part was changed."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from pyro_flows import AutoFlow, fit_svi
+from pyro_flows.bijectors import Affine
+from pyro_flows.conditioners import MLP
+from pyro_flows.flows import path
+from pyro_flows.guides.couplings import affine_couplings
+from pyro_flows.transforms import Coupling
+
+DIM, DRAWS = 3, 5
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Halved(MLP):
+    def forward(self, x, context=None):
+        return 0.5 * super().forward(x, context)
+
+
+class Stretched(Affine):
+    def forward_and_log_det(self, x, params):
+        y, log_det = super().forward_and_log_det(x, params)
+        return 2 * y, log_det + torch.tensor(2.0).log()
+
+    def inverse_and_log_det(self, y, params):
+        x, log_det = super().inverse_and_log_det(y / 2, params)
+        return x, log_det - torch.tensor(2.0).log()
+
+
+class Shifted(Coupling):
+    def forward_and_log_det(self, x, context=None):
+        y, log_det = super().forward_and_log_det(x, context)
+        return y.sinh(), log_det + y.cosh().log().sum(-1)
+
+    def inverse_and_log_det(self, y, context=None):
+        x, log_det = super().inverse_and_log_det(y.asinh(), context)
+        return x, log_det - (1 + y * y).log().sum(-1) / 2
+
+
+def networks(flow):
+    return [part for part in flow.modules() if isinstance(part, MLP)]
+
+
+def linears(flow):
+    return [part for part in flow.modules() if isinstance(part, nn.Linear)]
+
+
+def replace(flow):
+    for net in networks(flow):
+        other = nn.Linear(net.hidden[0].in_features, net.hidden[0].out_features)
+        net.hidden[0] = other
+
+
+CHANGES = {
+    "none": lambda flow: None,
+    "a network of one's own": lambda flow: [setattr(net, "__class__", Halved) for net in networks(flow)],
+    "a bijector of one's own": lambda flow: [setattr(t, "bijector", Stretched()) for t in flow.transforms],
+    "a coupling of one's own": lambda flow: [setattr(t, "__class__", Shifted) for t in flow.transforms],
+    "hooks": lambda flow: [p.register_forward_hook(lambda m, i, o: 0.5 * o) for p in linears(flow)],
+    "hooks before": lambda flow: [p.register_forward_pre_hook(lambda m, i: (2 * i[0],)) for p in linears(flow)],
+    "weights that are normed": lambda flow: [parametrizations.weight_norm(part) for part in linears(flow)],
+    "weights that are pruned": lambda flow: [prune.random_unstructured(p, "weight", 0.3) for p in linears(flow)],
+    "layers that are replaced": replace,
+}
+
+
+@pytest.fixture(params=CHANGES.values(), ids=CHANGES)
+def flow(request):
+    torch.manual_seed(0)
+    made = affine_couplings(DIM, num_transforms=3, hidden_dims=(4, 4))
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    request.param(made)
+    return made
+
+
+def gradients(flow):
+    """Draws, their log-densities, and the gradients of an ELBO along the path."""
+    torch.manual_seed(1)
+    z, log_q = flow().with_path_gradient().rsample_and_log_prob((DRAWS,))
+    flow.zero_grad()
+    (log_q + (z - 1).square().sum(-1)).mean().backward()
+    found = {name: parameter.grad for name, parameter in flow.named_parameters()}
+    return z.detach(), log_q.detach(), found
+
+
+def test_draws_densities_and_gradients_are_those_of_autograd(flow, monkeypatch):
+    z, log_q, found = gradients(flow)
+    torch.testing.assert_close(flow().log_prob(z), log_q)
+    monkeypatch.setattr("pyro_flows.flows.distribution.can_be_carried", lambda layers: False)
+    monkeypatch.setattr(Coupling, "forward_and_score", Coupling.__mro__[1].forward_and_score)
+    again, log_q_again, wanted = gradients(flow)
+    torch.testing.assert_close((z, log_q), (again, log_q_again))
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        assert gradient is not None, name
+        torch.testing.assert_close(gradient, wanted[name], msg=name)
+    assert any(bool(gradient.any()) for gradient in found.values())
+
+
+def test_the_log_density_is_one_of_the_draw(flow):
+    """Its gradient at the draw is the score, for what a user builds of both."""
+    torch.manual_seed(1)
+    z, log_q = flow().with_path_gradient().rsample_and_log_prob((DRAWS,))
+    (score,) = torch.autograd.grad(log_q.sum(), z, retain_graph=True)
+    leaf = z.detach().requires_grad_()
+    (wanted,) = torch.autograd.grad(flow().log_prob(leaf).sum(), leaf)
+    torch.testing.assert_close(score, wanted)
+    z.retain_grad()
+    (log_q + z.square().sum(-1) / 2).sum().backward()
+    torch.testing.assert_close(z.grad, wanted + z)
+
+
+def test_a_frozen_flow_has_that_gradient_too(flow):
+    z, log_q = flow.requires_grad_(False)().with_path_gradient().rsample_and_log_prob((DRAWS,))
+    assert torch.autograd.grad(log_q.sum(), z)[0].any()
+
+
+def test_only_plain_flows_are_carried():
+    taken = []
+    for change in CHANGES.values():
+        made = affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4))
+        change(made)
+        taken.append(path.can_be_carried(made.transforms))
+    assert taken == [True, True, True, True, False, False, False, False, True]
+
+
+def test_parameters_that_change_before_the_way_back_are_refused():
+    made = affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4))
+    _, log_q = made().with_path_gradient().rsample_and_log_prob((DRAWS,))
+    with torch.no_grad():
+        made.transforms[0].conditioner.output.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        log_q.sum().backward()
+
+
+def curved():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x**2, 0.3))
+
+
+def test_a_fit_trains_all_of_a_flow_whose_weights_are_normed():
+    guide = AutoFlow(curved).setup()
+    for part in linears(guide.flow):
+        if part.weight.any():  # zero has no direction
+            parametrizations.weight_norm(part)
+    before = {name: parameter.detach().clone() for name, parameter in guide.named_parameters()}
+    fit_svi(curved, guide, steps=20, progress=False)
+    still = [name for name, parameter in guide.named_parameters() if torch.equal(parameter, before[name])]
+    assert not still
+
+
+def test_a_fit_trains_the_posterior_that_a_guide_says_it_has():
+    class Moved(AutoFlow):
+        def get_posterior(self, *args, **kwargs):
+            calls.append(1)
+            return super().get_posterior(*args, **kwargs)
+
+    calls: list[int] = []
+    guide = Moved(curved).setup()
+    calls.clear()
+    fit_svi(curved, guide, steps=20, progress=False)
+    assert len(calls) >= 20
