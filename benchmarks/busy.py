@@ -75,7 +75,8 @@ def main() -> None:
         "# A busy machine",
         "",
         f"`fit_svi` and `check` alone, and while {cores} other processes keep the {cores} cores at work; seconds of "
-        f"the wall, medians of {options.rounds} rounds by turns; {versions}. At most {MOST} times as long is asked for.",
+        f"the wall, medians of {options.rounds} rounds by turns; {versions}.",
+        f"At most {MOST} times as long is asked for.",
         "Reproduce with `python benchmarks/busy.py`.",
         "",
         "| target | call | quiet, s | busy, s | ratio |",

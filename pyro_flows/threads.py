@@ -1,8 +1,8 @@
 """The number of torch's threads that a job uses: as many as make it faster, and at most as many as the user allows.
 
 Threads wait for each other after each operation.  Small operations take longer with two of them than with one, and ten
-times as long where another process keeps a core busy.  Small jobs have one thread whatever the times are, so that they
-end with the same numbers each time.  A public function begins with one; the parts of it that are large take more.
+times as long while another process keeps a core busy.  Small jobs always use one thread, so that their results can be
+reproduced.  Public functions begin with one thread; their large parts use more.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _allowed: ContextVar[int | None] = ContextVar("threads", default=None)  # None o
 
 
 def allowed() -> int:
-    """Return how many threads the user allows, also within a job that has fewer."""
+    """Return the number of threads that the user allows, also inside a job that uses fewer."""
     return _allowed.get() or torch.get_num_threads()
 
 
 @contextlib.contextmanager
 def using(number: int) -> Iterator[None]:
-    """Let torch use a number of threads, or as many as the user allows if those are fewer, and then those of before."""
+    """Let torch use some threads, at most as many as the user allows, and restore the number afterwards."""
     before, token = torch.get_num_threads(), _allowed.set(allowed())
     torch.set_num_threads(min(number, allowed()))
     try:

@@ -1,4 +1,4 @@
-"""Vector–Jacobian products by autograd, and whether others hold."""
+"""Vector–Jacobian products by autograd, and checks that hand-written ones may replace them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ def vjp(outputs: Sequence[Tensor], sources: Sequence[Tensor], gradients: Sequenc
 
 
 def keeps(thing: object, kind: type, *methods: str) -> bool:
-    """Return True unless the class of a thing overrides methods of a class that knows their derivatives."""
+    """Return True if the class of an object has these methods of ``kind`` itself, and not others in their place.
+
+    ``kind`` knows the derivatives of its own methods alone.
+    """
     return all(getattr(type(thing), method) is getattr(kind, method) for method in methods)
 
 
 def is_plain(modules: Iterable[nn.Module]) -> bool:
-    """Return True if modules compute what their classes say: without hooks, and with parameters of their own."""
+    """Return True if modules have no hooks and no parametrisations, so that their classes say what they compute."""
     return not any(
         part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or "parametrizations" in part._modules
         for module in modules

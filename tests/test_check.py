@@ -24,7 +24,7 @@ import pyro_flows as pf
 from pyro_flows import AutoFlow, check, fit_svi, flows, refine
 from pyro_flows.diagnostics.drift import Drift, DriftMeter, weighted_drift
 from pyro_flows.diagnostics.findings import worst
-from pyro_flows.diagnostics.search import DF, Law, Missing
+from pyro_flows.diagnostics.search import DF, Missing, MultivariateT
 from pyro_flows.diagnostics.shape import Shape
 from pyro_flows.diagnostics.verdict import Check, judge
 from pyro_flows.sampling.chains import Chains
@@ -299,8 +299,8 @@ def test_a_sampler_that_belies_its_density_is_found_out():
     transform = torch.distributions.biject_to(law.support)
     factor = transform(z)
     log_q = dist.Normal(0.0, 2.0).log_prob(z).sum(-1)
-    share = (law.log_prob(factor) + transform.log_abs_det_jacobian(z, factor) - log_q).softmax(0)
-    scored, drawn = (share * factor[:, 2, 2]).sum(), law.sample((20_000,))[:, 2, 2].mean()
+    share = (own.log_prob(factor) + transform.log_abs_det_jacobian(z, factor) - log_q).softmax(0)
+    scored, drawn = (share * factor[:, 2, 2]).sum(), own.sample((20_000,))[:, 2, 2].mean()
     assert check(model, model).trusted == bool((scored - drawn).abs() < 0.01)
 
 
@@ -598,14 +598,14 @@ def test_bad_numbers_are_refused(name, value):
         refine(banana, banana, **{name: value})
 
 
-def test_the_law_around_a_mode_is_pyros_student_t():
+def test_the_distribution_around_a_mode_is_pyros_student_t():
     scale_tril = torch.linalg.cholesky(torch.tensor([[2.0, 0.9], [0.9, 1.0]], dtype=torch.float64))
     loc = torch.tensor([1.0, -3.0], dtype=torch.float64)
-    law, known = Law(loc, scale_tril), dist.MultivariateStudentT(DF, loc, scale_tril)
+    own, known = MultivariateT(loc, scale_tril), dist.MultivariateStudentT(DF, loc, scale_tril)
     z = loc + 10 * torch.randn(50, 2, dtype=torch.float64)
-    torch.testing.assert_close(law.log_prob(z), known.log_prob(z), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(own.log_prob(z), known.log_prob(z), rtol=1e-12, atol=1e-12)
     number = 40_000
-    size = (torch.linalg.solve_triangular(scale_tril, (law.sample(number) - loc).T, upper=False) ** 2).sum(0)
+    size = (torch.linalg.solve_triangular(scale_tril, (own.sample(number) - loc).T, upper=False) ** 2).sum(0)
     share = float((size < 2 * 0.7988).double().mean())  # half of an F of 2 and 5 degrees of freedom lies below .7988
     assert abs(share - 0.5) < 4 * 0.5 / number**0.5
 

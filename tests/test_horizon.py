@@ -1,4 +1,4 @@
-"""Runs whose losses come to rest end soon, on the same steps when resumed; others take all steps."""
+"""Runs whose losses have converged end soon, at the same step when resumed; others take all steps."""
 
 import math
 import statistics
@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pyro_flows import AutoFlow, fit_svi
-from pyro_flows.training.horizon import END, LOOK, Horizon, noise_at
+from pyro_flows.training.horizon import FINISH, LOOK, Horizon, noise_at
 
-STEPS, REST = 200, 0.1
+STEPS, NOISE = 200, 0.1
 LOUD, QUIET = [1.0, 2.0] * 50, [1.0, 1.1] * 50  # of sds .5 and .05
 
 
@@ -20,13 +20,13 @@ def shares(horizon: Horizon, losses: list[float]) -> list[float]:
     taken: list[float] = []
     while len(taken) < horizon.last:
         taken.append(horizon.share(len(taken) + 1))
-        horizon.saw(losses[: len(taken)])
+        horizon.observe(losses[: len(taken)])
     return taken
 
 
 def test_all_steps_are_taken_while_losses_are_loud():
-    for rest, losses in ((REST, 2 * LOUD), (0.0, 2 * QUIET)):
-        taken = shares(Horizon(STEPS, rest), losses)
+    for noise, losses in ((NOISE, 2 * LOUD), (0.0, 2 * QUIET)):
+        taken = shares(Horizon(STEPS, noise), losses)
         assert len(taken) == STEPS
         peak = taken.index(max(taken))
         assert taken[:peak] == sorted(taken[:peak])
@@ -35,40 +35,40 @@ def test_all_steps_are_taken_while_losses_are_loud():
 
 
 @pytest.mark.parametrize("loud", [0, 1, 3])
-def test_a_run_that_has_come_to_rest_ends_soon(loud):
-    horizon = Horizon(STEPS, REST)
+def test_a_run_that_has_converged_ends_soon(loud):
+    horizon = Horizon(STEPS, NOISE)
     taken = shares(horizon, LOUD[: loud * LOOK] + 2 * QUIET)
-    turned = (loud + 1) * LOOK
-    assert (horizon.turned, len(taken)) == (turned, turned + END)
-    assert taken[turned] == pytest.approx(Horizon(STEPS, 0.0).share(turned))  # no leap
-    assert taken[turned:] == sorted(taken[turned:], reverse=True)
+    converged = (loud + 1) * LOOK
+    assert (horizon.converged_at, len(taken)) == (converged, converged + FINISH)
+    assert taken[converged] == pytest.approx(Horizon(STEPS, 0.0).share(converged))  # no leap
+    assert taken[converged:] == sorted(taken[converged:], reverse=True)
     assert taken[-1] < 0.002
 
 
 def test_no_run_takes_more_steps_than_are_asked_for():
-    assert len(shares(Horizon(60, REST), 2 * QUIET)) == 60
+    assert len(shares(Horizon(60, NOISE), 2 * QUIET)) == 60
 
 
-def test_neither_drift_nor_steps_that_were_skipped_are_rest():
+def test_neither_a_trend_nor_skipped_steps_are_convergence():
     drifting = [-0.02 * step for step in range(STEPS)]  # each quiet, all together not
-    assert len(shares(Horizon(STEPS, REST), drifting)) == STEPS
+    assert len(shares(Horizon(STEPS, NOISE), drifting)) == STEPS
     skipped = [math.nan if step % LOOK == 3 else 1.0 for step in range(STEPS)]
-    assert len(shares(Horizon(STEPS, REST), skipped)) == STEPS
+    assert len(shares(Horizon(STEPS, NOISE), skipped)) == STEPS
 
 
 def test_losses_whose_noise_is_rounded_away_tell_nothing():
     """Of 1e7 nats single precision holds whole ones: the losses of a guide that is far off are all equal."""
     large = [1e7] * STEPS
-    assert len(shares(Horizon(STEPS, REST, torch.finfo(torch.float32).eps), large)) == STEPS
-    assert len(shares(Horizon(STEPS, REST, torch.finfo(torch.float64).eps), large)) == LOOK + END
+    assert len(shares(Horizon(STEPS, NOISE, torch.finfo(torch.float32).eps), large)) == STEPS
+    assert len(shares(Horizon(STEPS, NOISE, torch.finfo(torch.float64).eps), large)) == LOOK + FINISH
 
 
 def test_a_run_that_is_resumed_turns_where_it_did():
     losses = LOUD[:50] + QUIET
-    whole, resumed = Horizon(STEPS, REST), Horizon(STEPS, REST)
+    whole, resumed = Horizon(STEPS, NOISE), Horizon(STEPS, NOISE)
     shares(whole, losses)
-    resumed.saw(losses[:130])
-    assert (resumed.turned, resumed.last) == (whole.turned, whole.last) == (75, 125)
+    resumed.observe(losses[:130])
+    assert (resumed.converged_at, resumed.last) == (whole.converged_at, whole.last) == (75, 125)
 
 
 def test_the_noise_of_the_loss_tells_the_gap():
@@ -94,9 +94,9 @@ def test_a_fit_ends_when_it_has_converged_and_no_sooner(tmp_path):
     pyro.set_rng_seed(0)
     guide = AutoFlow(nearly_gaussian)
     fit = fit_svi(nearly_gaussian, guide, progress=False, checkpoint=tmp_path / "run")
-    assert (fit.stopped, fit.steps) == ("converged", LOOK + END)
+    assert (fit.stopped, fit.steps) == ("converged", LOOK + FINISH)
     again = fit_svi(nearly_gaussian, AutoFlow(nearly_gaussian), progress=False, checkpoint=tmp_path / "run")
-    assert (again.stopped, again.steps) == ("converged", LOOK + END)  # it has nothing left to do
+    assert (again.stopped, again.steps) == ("converged", LOOK + FINISH)  # it has nothing left to do
     asked = fit_svi(nearly_gaussian, AutoFlow(nearly_gaussian), steps=90, progress=False)
     assert (asked.stopped, asked.steps) == ("steps", 90)
     bent = fit_svi(curved, AutoFlow(curved), progress=False)

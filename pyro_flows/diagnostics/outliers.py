@@ -1,7 +1,7 @@
 """Rare draws of a guide, far out, where the posterior has next to nothing.
 
 A flow may send one draw in 100,000 so far away that a mean or a standard deviation is that draw's.  Weights of 10,000
-draws have seldom met one.  So many more are drawn, without the model, and roughly; it is run at the outermost alone.
+draws have seldom met one.  So many more are drawn in single precision, and the model is run at the outermost alone.
 """
 
 from __future__ import annotations

@@ -128,17 +128,17 @@ def _lacking(space: Space, white: White, density: LogDensity, draws: Scored, evi
     return places[(surprise > SURPRISE) & (heights > faint)], population is None
 
 
-class Law(NamedTuple):
-    """A Student's t of ``DF`` degrees of freedom over vectors ``(D,)``.
+class MultivariateT(NamedTuple):
+    """Multivariate Student's t distribution of ``DF`` degrees of freedom over vectors ``(D,)``.
 
-    That of Pyro solves an equation for each vector, and imports sympy.
+    ``MultivariateStudentT`` of Pyro solves one linear system per vector, and imports sympy.
     """
 
     loc: Tensor
     scale_tril: Tensor
 
     def sample(self, number: int) -> Tensor:
-        """Draw vectors, ``(number, D)``."""
+        """Sample vectors, ``(number, D)``."""
         normal = torch.randn(number, len(self.loc)).to(self.loc) @ self.scale_tril.T
         return self.loc + normal / (Chi2(DF).sample((number, 1)).to(self.loc) / DF).sqrt()
 
@@ -150,7 +150,7 @@ class Law(NamedTuple):
         return scale - log_det - (DF + dim) / 2 * (size / DF).log1p()
 
 
-def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) -> list[Law]:
+def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) -> list[MultivariateT]:
     """A law around each of the modes that places belong to."""
     around = White(places) if len(places) > places.shape[1] else white
     ends = ascend(density, around, places)
@@ -166,16 +166,16 @@ def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) ->
     for label, mode in enumerate(modes[:MOST]):
         fit = White(mode) if len(mode) > ENOUGH * dim else pooled
         if fit is not None:
-            laws.append(Law(mode.mean(0), fit.scale_tril))
+            laws.append(MultivariateT(mode.mean(0), fit.scale_tril))
         if label < MATCHED or label in highest:  # particles that were annealed in haste say what is too wide
             found = match_top(density, ends[tops[label]], white.scale_tril)
             if found is not None and found.elbo > evidence - LEAST:
-                laws.append(Law(found.loc, found.scale_tril))
+                laws.append(MultivariateT(found.loc, found.scale_tril))
     return laws
 
 
 @torch.no_grad()
-def _missed(space: Space, density: LogDensity, draws: Scored, laws: Sequence[Law], judged: Tensor) -> Missing:
+def _missed(space: Space, density: LogDensity, draws: Scored, laws: Sequence[MultivariateT], judged: Tensor) -> Missing:
     """The share of the posterior's mass where the guide has too little, and what it does to the guide's moments."""
     probes = [law.sample(PROBES // len(laws)) for law in laws]
     places = torch.cat((draws.z, *probes))

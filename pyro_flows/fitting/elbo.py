@@ -56,7 +56,7 @@ OF_ROWS = 32.0
 PACED = Network, Elementwise, RowContexts, ScaledLinear
 # where Pyro's JIT objectives keep what they compiled
 RECORDED = "_loss_and_surrogate_loss", "_differentiable_loss", "_jit_loss_and_surrogate_loss"
-CONVERGED = 0.01  # nats of gap to the evidence, below which a fit ends soon
+CONVERGED = 0.01  # the gap to the log evidence, in nats, below which a fit ends soon
 MANY = 64  # draws in each step, from which on SOAP does better than Adam
 SHARE = 0.25  # of the gradients of a fit, for its start
 ONE_BY_ONE = 8  # draws in each step where the model runs one at a time
@@ -161,7 +161,7 @@ class ELBOFit:
                 settings={"objective": type(objective).__name__, **own, "data": fingerprint(given)},
                 companion=objective,
                 work=self._work(parameters),
-                rest=noise_at(CONVERGED, draws) if alone and not settings["steps"] else 0.0,
+                noise=noise_at(CONVERGED, draws) if alone and not settings["steps"] else 0.0,
             )
         self._warn(fit)
         return fit

@@ -66,7 +66,7 @@ def in_chunks(
 
 
 def chunk_for(numbers: int) -> int:
-    """A size of chunks of events of so many numbers each: networks of usual widths then work within the cache."""
+    """Return a chunk size for events of so many numbers: what networks of usual widths compute fits into the cache."""
     return max(1, min(5000, 1_000_000 // max(1, numbers)))
 
 

@@ -27,12 +27,12 @@ def carried(transforms: Sequence[FlowTransform], x: Tensor, score: Tensor) -> tu
         score: The gradient of the base's log-density at each.
 
     Returns:
-        The draws y, ``(*batch, *event_shape)``, and without a gradient the sum of the log-determinants, ``(*batch)``,
-        and the score of each draw.
+        The draws y, ``(*batch, *event_shape)``; and, without gradients, the sum of the log-determinants, ``(*batch)``,
+        and the scores of the draws.
     """
     trained = {p: None for transform in transforms for p in transform.parameters() if p.requires_grad}
     if not (trained or x.requires_grad):
-        x = x.requires_grad_()  # what is made of the draws has a gradient at them all the same
+        x = x.requires_grad_()  # so that the log-density has a gradient at the draws of a frozen flow too
     y, log_det, score = _Carried.apply(transforms, x, score, *trained)
     return y, log_det, score
 

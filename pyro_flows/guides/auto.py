@@ -299,9 +299,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     @torch.no_grad()
     def sample_roughly(self, number: int) -> Tensor:
-        """Draw packed, unconstrained latents, ``(number, latent_dim)``, with networks in single precision.
+        """Sample packed, unconstrained latents, ``(number, latent_dim)``, with networks in single precision.
 
-        Only the map into the latents' own units is exact.  Many draws then take half the time.
+        This takes half the time.  The last, fixed affine map is exact, so that latents may be far from zero.
         """
         *layers, fixed = self.flow.transforms
         rough = copy.deepcopy(Flow(layers, self.flow.base)).float()

@@ -37,7 +37,7 @@ _given: ContextVar[_Given | None] = ContextVar("max_plate_nesting", default=None
 def runs_programs(function: Callable[P, T]) -> Callable[P, T]:
     """Let a function's ``max_plate_nesting``, or that of its objective, hold for all programs that it runs.
 
-    They run with one thread, but those that are large.
+    Programs run with one thread, unless they are large.
     """
 
     @functools.wraps(function)

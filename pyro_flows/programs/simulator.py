@@ -17,6 +17,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from ..checks import check_integers, check_program
+from ..threads import allowed, using
 from .choice import settle
 from .engines import Values
 from .nesting import nesting_of, runs_programs
@@ -72,7 +73,8 @@ def simulate(
     """
     check_integers("simulate", num_simulations=num_simulations, batch_size=batch_size)
     simulator = Simulator("simulate", model, args, {**kwargs, **(model_kwargs or {})})
-    return simulator.draw(num_simulations, batch_size=batch_size, vectorize=vectorize)
+    with using(allowed()):  # thousands of simulations at once are work for several threads
+        return simulator.draw(num_simulations, batch_size=batch_size, vectorize=vectorize)
 
 
 class Simulator:

@@ -35,7 +35,7 @@ def climb(density: LogDensity, chart: White, z: Tensor, size: float = 0.5, least
         chart: The coordinates.
         z: The places to start from, ``(N, D)``.
         size: How far each coordinate moves in the first step; a climb ends within 30 times that.
-        least: The log-density that a climb is to come to; it ends where it would not if slopes stayed as they are.
+        least: The log-density to reach.  A climb ends if its way is too short for that at the slope of its best place.
     """
     x = chart.inverse(z)
     first, second = torch.zeros_like(x), torch.zeros_like(x)
@@ -106,7 +106,7 @@ def ways_up(density: LogDensity, z: Tensor, least: float = -math.inf) -> Tensor:
     """Places to look for modes from that a population misses, given draws of the prior: the origin, the middle of the
     draws and places between that and some of them, where they climb to, and where places far around them climb to.
 
-    Climbs end where they would not come to a log-density that is asked for.
+    Climbs end early if they cannot reach the log-density ``least``: see :func:`climb`.
     """
     z = z[z.isfinite().all(-1)]
     if len(z) < 3:

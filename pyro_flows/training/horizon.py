@@ -1,11 +1,12 @@
-"""How large the steps of a run are, and which is the last.
+"""Step sizes of a run and its last step.
 
-They rise along a line, since Adam's first steps are all of full size and deep flows compound them, and fall along a
-cosine (Loshchilov, Hutter 2016, arXiv:1608.03983).  Where losses have come to rest the cosine ends early.  Of a guide q
-near the posterior p the log-weights log p - log q of draws have about twice the gap to the evidence as their variance,
-and a loss of K draws has that over K: so the losses themselves tell, with nothing else to compute, what is left to
-learn.  What drifts by more than their noise has not come to rest.  Where a loss is so large that rounding hides the
-noise, nothing is concluded.
+The step size rises linearly, since the first steps of Adam are all of full size and deep flows compound them, and falls
+along a cosine (Loshchilov, Hutter 2016, arXiv:1608.03983).
+
+A run ends early once it has converged.  Near the posterior the log-weights of draws have a variance v of about twice
+the gap between the ELBO and the log evidence, and a mean over K draws has the variance v / K.  So the standard
+deviation of the latest losses estimates the gap at no extra cost.  A trend adds to it: a loss that still falls by more
+than its noise has not converged.  Nothing is concluded where rounding hides the noise.
 """
 
 from __future__ import annotations
@@ -14,51 +15,52 @@ import math
 
 import torch
 
-LOOK = 25  # steps, after which losses are looked at
-END = 50  # steps that are taken once they have come to rest
-ROUNDED = 4  # how many roundings of a loss its noise at rest must exceed
+LOOK = 25  # steps between two looks at the losses
+FINISH = 50  # steps after convergence, while the step size falls to zero
+ROUNDED = 4  # how many rounding errors of a loss the noise at convergence must exceed
 
 
 def noise_at(gap: float, draws: int) -> float:
-    """Return the standard deviation of losses of some draws, in nats, where the gap to the evidence is as given."""
+    """Return the standard deviation of losses, in nats, each a mean over some draws, at a gap to the log evidence."""
     return math.sqrt(2 * gap / draws)
 
 
 class Horizon:
-    """The steps of one run.
+    """Step sizes and the last step of one run.
 
     Args:
-        steps: The most that are taken.
-        rest: The standard deviation of losses, in nats, at which they have come to rest; 0 to take all steps.
-        eps: The relative error of a loss by rounding.
+        steps: The largest number of steps.
+        noise: The standard deviation of the losses, in nats, below which the run has converged; 0 to take all steps.
+        eps: The relative rounding error of a loss.
 
     Attributes:
-        turned: The step after which they had, or 0.
+        converged_at: The step after which the run had converged, or 0.
     """
 
-    def __init__(self, steps: int, rest: float, eps: float = 0.0) -> None:
-        self.steps, self.rest, self.eps, self.turned = steps, rest, eps, 0
+    def __init__(self, steps: int, noise: float, eps: float = 0.0) -> None:
+        self.steps, self.noise, self.eps, self.converged_at = steps, noise, eps, 0
         self._seen = 0
 
     @property
     def last(self) -> int:
-        """The step that ends the run."""
-        return min(self.steps, self.turned + END) if self.turned else self.steps
+        """The last step of the run."""
+        return min(self.steps, self.converged_at + FINISH) if self.converged_at else self.steps
 
-    def saw(self, losses: list[float]) -> None:
-        """Look at the losses of all steps so far."""
-        while self.rest and not self.turned and self._seen + LOOK <= len(losses):
+    def observe(self, losses: list[float]) -> None:
+        """Look for convergence in the losses of all steps so far."""
+        while self.noise and not self.converged_at and self._seen + LOOK <= len(losses):
             self._seen += LOOK
             latest = torch.tensor(losses[self._seen - LOOK : self._seen], dtype=torch.float64)
             rounding = ROUNDED * self.eps * float(latest.abs().max())
-            if max(float(latest.std()), rounding) < self.rest:  # False where a step was skipped, whose loss is NaN
-                self.turned = self._seen
+            if max(float(latest.std()), rounding) < self.noise:  # False if a step was skipped: its loss is NaN
+                self.converged_at = self._seen
 
     def share(self, step: int) -> float:
-        """The size of a step, as a share of the largest."""
-        if not self.turned:
+        """Return the step size of a step, as a share of the largest."""
+        if not self.converged_at:
             return self._share(step)
-        return self._share(self.turned) * _cosine((step - self.turned - 1) / (self.last - self.turned))
+        part = (step - self.converged_at - 1) / (self.last - self.converged_at)
+        return self._share(self.converged_at) * _cosine(part)
 
     def _share(self, step: int) -> float:
         warm_up = min(100, max(20, self.steps / 4))

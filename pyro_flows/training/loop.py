@@ -48,7 +48,7 @@ class Fit:
         skipped: How many of them were skipped because the loss or a gradient was not finite, or could not be found.
         seconds: The wall time of the steps, those before a resumption included, and of the checks of ``escalate``; not
             that of finding a start.
-        stopped: Why the run ended: ``"steps"``, ``"converged"`` where the losses of an ``AutoFlow`` came to rest,
+        stopped: Why the run ended: ``"steps"``, ``"converged"`` if an ``AutoFlow`` needed no more of them,
             ``"interrupted"``, or ``"held-out"`` where held-out data stopped it.
         check: What a check said of the guide, a :class:`~pyro_flows.Check`, where ``escalate`` asked for one.
         samples: Exact draws, a :class:`~pyro_flows.Samples`, where ``escalate`` had to go as far as that.
@@ -117,7 +117,7 @@ def descend(
     show: Callable[[float], str] = "{:.3f} nats".format,
     caller: str = "fit_svi",
     work: float = math.inf,
-    rest: float = 0.0,
+    noise: float = 0.0,
     window: int = 50,
     patience: int = 100,
 ) -> Fit:
@@ -144,7 +144,7 @@ def descend(
         show: Writes a loss on held-out data for the progress bar.
         caller: The public function that asks, for errors.
         work: About how many operations of floating point a step takes.
-        rest: The standard deviation of losses, in nats, at which the run ends soon; 0 to take all steps.
+        noise: The standard deviation of the losses, in nats, below which the run ends soon; 0 to take all steps.
         window: The number of steps over which the loss is averaged to judge a state.
         patience: How many steps in a row may be skipped.
     """
@@ -162,8 +162,8 @@ def descend(
         processes.apart(trained)
     losses, best, saver = run.losses, run.best, checkpoints.Saver(caller, checkpoint, settings)
     in_a_row, stopped, start, threads = 0, "", time.perf_counter() - run.seconds, Threads(work)
-    horizon = Horizon(steps, rest, torch.finfo(parameters[0].dtype).eps)
-    horizon.saw(losses)
+    horizon = Horizon(steps, noise, torch.finfo(parameters[0].dtype).eps)
+    horizon.observe(losses)
     bar = tqdm(
         total=steps, initial=len(losses), disable=not progress or processes.rank() > 0, unit="step", dynamic_ncols=True
     )
@@ -203,7 +203,7 @@ def descend(
                             f"Try a smaller lr (now {lr:g}) or init_scale, or a float64 model."
                         )
                 threads.saw(time.perf_counter() - began)
-                horizon.saw(losses)
+                horizon.observe(losses)
                 bar.total = horizon.last
                 bar.update()
                 if step % (held_out.every if held_out else window) == 0 or step == horizon.last:

@@ -148,7 +148,8 @@ class Coupling(FlowTransform):
 
 
 def _taken(x: Tensor, dim: int, places: Tensor) -> Tensor:
-    """Some features of x: ``index_select``, in a fifth of its time for single numbers in double precision."""
+    """Return some features of x."""
+    # ``index_select`` along the last dimension takes five times as long as ``gather`` in double precision.
     if dim == -1 and x.dtype == torch.float64:
         return x.gather(-1, places.expand(*x.shape[:-1], -1))
     return x.index_select(dim, places)
