@@ -459,6 +459,14 @@ def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.stack(rows, 1)
 
 
+def square_jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The same in one pass over D copies of the batch, for a map of any batch whose results are as wide as its rows."""
+    copies = x.detach().expand(x.shape[-1], *x.shape).clone().requires_grad_()
+    y = function(copies)
+    wanted = torch.eye(x.shape[-1]).to(y).unsqueeze(1).expand_as(y)
+    return torch.autograd.grad(y, copies, wanted)[0].movedim(0, 1)
+
+
 def bits_equal(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -529,7 +537,7 @@ def log_det_is_slope(f: Bijector, x: Tensor, theta: Tensor, tolerance: float) ->
 def log_det_is_slogdet(f: FlowTransform, x: Tensor, context: Tensor | None) -> None:
     """The log-determinant is that of autograd's Jacobian."""
     y, log_det = f.forward_and_log_det(x, context)
-    matrix = jacobian(lambda value: f.forward_and_log_det(value, context)[0], x)
+    matrix = square_jacobian(lambda value: f.forward_and_log_det(value, context)[0], x)
     order = order_of(f)
     if order is None:
         # The elimination inside slogdet is itself only as exact as the matrix is well conditioned.
@@ -552,7 +560,7 @@ def carries_the_score(f: FlowTransform, x: Tensor, context: Tensor | None, toler
     log_density = -0.5 * back.square().sum(-1) + back_log_det
     (wanted,) = torch.autograd.grad(log_density.sum(), leaf)
     assert not score.requires_grad
-    matrix = jacobian(lambda value: f.forward_and_log_det(value, context)[0], x)
+    matrix = square_jacobian(lambda value: f.forward_and_log_det(value, context)[0], x)
     # Going back by way of y is only as exact as the map is well conditioned: round-off grows by some 50 operations.
     assert (gap(score, wanted, 1) <= tolerance + 1e-14 * torch.linalg.cond(matrix)).all()
 
@@ -590,17 +598,17 @@ def is_triangular(f: FlowTransform, x: Tensor, context: Tensor | None) -> None:
     order = order_of(f)
     assert order is not None
     for verb in (f.forward_and_log_det, f.inverse_and_log_det):
-        matrix = jacobian(lambda value, verb=verb: verb(value, context)[0], x)
+        matrix = square_jacobian(lambda value, verb=verb: verb(value, context)[0], x)
         assert (matrix[:, order[:, None] < order] == 0).all()
         assert (matrix.diagonal(dim1=-2, dim2=-1) > 0).all()
 
 
-def compiles(f: Map, x: Tensor, theta: Tensor | None) -> None:
+def compiles(f: Map, x: Tensor, theta: Tensor | None, inverse: str = "aot_eager") -> None:
     """Both verbs compile to one graph, forward and backward.  Not every machine has a compiler, hence ``aot_eager``."""
-    for verb in (f.forward_and_log_det, f.inverse_and_log_det):
+    for verb, backend in ((f.forward_and_log_det, "aot_eager"), (f.inverse_and_log_det, inverse)):
         torch._dynamo.reset()
         plain = _value_and_grad(verb, x, theta)
-        compiled = _value_and_grad(torch.compile(verb, fullgraph=True, backend="aot_eager"), x, theta)
+        compiled = _value_and_grad(torch.compile(verb, fullgraph=True, backend=backend), x, theta)
         for ours, theirs in zip(compiled, plain, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
 

@@ -254,9 +254,9 @@ def test_integer_data():
             return super().forward(k.float().mean(-1, keepdim=True))
 
     guide = AutoFlow(model, small, encoder=Total(1, 2, (8,)))
-    quick(model, guide, num_simulations=2000, max_epochs=15, lr=0.01)
+    quick(model, guide, num_simulations=1000, max_epochs=15, lr=0.01)
     k = torch.tensor([1, 1, 0, 1, 1, 1])
-    mean = guide.sample(2000, k)["p"].mean()
+    mean = guide.sample(1000, k)["p"].mean()
     exact = dist.Beta(6.0, 2.0)
     assert abs(mean - exact.mean) < 0.5 * exact.variance.sqrt()
 
@@ -346,10 +346,10 @@ def test_a_bound_guide_trains_on(local):
     pyro.set_rng_seed(0)
     with pyro.settings.context(module_local_params=local):
         guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (8,)))
-        quick(linear, guide, num_simulations=500, max_epochs=5)
+        quick(linear, guide, num_simulations=300, max_epochs=5)
         bound = guide.bind(X)
         rough = psis(linear, bound, X, num_samples=500).log_weights.mean()
-        fit = fit_svi(linear, bound, X, steps=120, num_particles=32, progress=False)
+        fit = fit_svi(linear, bound, X, steps=80, num_particles=32, progress=False)
         assert fit.guide is bound
         context = next(parameter for name, parameter in bound.named_parameters() if name.endswith("context"))
         wanted = guide.context(X)
@@ -624,14 +624,15 @@ def test_later_rounds_keep_the_latents_that_the_guide_does_not_show():
 
     guide = AutoFlow(poutine.block(model, hide=["mu"]), small, encoder=Wide(1, 4, (8,)))
     observed = {"x": torch.tensor(0.5)}
-    quick(model, guide, num_simulations=2000, max_epochs=10, lr=0.01)
+    quick(model, guide, num_simulations=1000, max_epochs=10, lr=0.01)
     law = truncated.Truncated(Simulator("test", model, (), {}), guide, observed)
-    values = law.draw(1000)
+    values = law.draw(500, batch_size=1000)
     assert values.keys() == {"mu", "theta"}
     assert (values["theta"] - values["mu"]).std().item() == pytest.approx(0.2, rel=0.2)
     _, guide, _ = narrow(2e-4)
+    law = truncated.Truncated(Simulator("test", before_narrow(2e-4), (), {}), guide, {"x": torch.tensor([0.6])})
     with pytest.raises(ValueError, match=r"latent site 'mu', which the guide does not show"):
-        truncated.Truncated(Simulator("test", before_narrow(2e-4), (), {}), guide, {"x": torch.tensor([0.6])}).draw(100)
+        law.draw(100, batch_size=500)
 
 
 def before_narrow(noise: float):

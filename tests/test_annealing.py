@@ -15,6 +15,8 @@ from torch.distributions import constraints
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow, anneal, check
+from pyro_flows.fitting import covering
+from pyro_flows.guides.plan import Schedule
 from pyro_flows.programs.space import Space, sound_space
 from pyro_flows.programs.task import Task
 from pyro_flows.sampling.bridge import bridge, moved_on
@@ -107,6 +109,13 @@ SEEDS = 4
 
 
 @pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short training, and few draws of guides that are weighed."""
+    monkeypatch.setattr(AutoFlow, "schedule", lambda self, near=False, alone=True: Schedule(100, lr=0.01))
+    monkeypatch.setattr(covering, "DRAWS", 5000)
+
+
+@pytest.fixture
 def double() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
@@ -159,7 +168,7 @@ def test_both_roots_of_a_square_with_their_weights() -> None:
     assert 0 < found.ess <= len(found.log_weights)
 
 
-def test_labellings_of_a_mixture_weigh_the_same() -> None:
+def test_labellings_of_a_mixture_weigh_the_same(short: None) -> None:
     y = torch.cat((torch.randn(10) - 4, torch.randn(10) + 4))
 
     def model(y: Tensor) -> None:
@@ -167,7 +176,7 @@ def test_labellings_of_a_mixture_weigh_the_same() -> None:
         log_likelihood = dist.Normal(x.unsqueeze(-2), 1.0).log_prob(y.unsqueeze(-1)).logsumexp(-1) - math.log(2)
         pyro.factor("y", log_likelihood.sum(-1))
 
-    found = anneal(model, y, num_particles=512, progress=False)
+    found = anneal(model, y, num_particles=256, progress=False)
     assert [mode.weight for mode in found.modes] == pytest.approx([0.5, 0.5], abs=0.05)
     places = sorted(mode.place["x"].tolist() for mode in found.modes)
     assert places[0] == pytest.approx([-4, 4], abs=1)
@@ -188,7 +197,7 @@ def test_both_modes_of_an_angle_have_their_weights() -> None:
     assert (found.draws["angle"].abs() - math.pi / 2).abs().max() < 0.8
 
 
-def test_a_guide_covers_the_modes_of_angles() -> None:
+def test_a_guide_covers_the_modes_of_angles(short: None) -> None:
     """One of them lies at the seam; the second angle leans on the first."""
 
     def model() -> None:
@@ -197,7 +206,7 @@ def test_a_guide_covers_the_modes_of_angles() -> None:
         x = pyro.sample("x", dist.Normal(torch.cos(a - b), 0.1))
         pyro.factor("data", 20 * (2 * (a - math.pi / 2)).cos() + 20 * (b - a - math.pi / 2).cos() - x)
 
-    found = anneal(model, num_particles=1024, progress=False)
+    found = anneal(model, num_particles=512, progress=False)
     assert found.is_weighed
     assert found.guide is not None
     assert [mode.weight for mode in found.modes] == pytest.approx([0.5, 0.5], abs=0.03)
@@ -373,8 +382,8 @@ def test_modes_without_particles_count_in_the_evidence() -> None:
     assert float(found.log_weights.double().logsumexp(0)) == pytest.approx(0, abs=1e-3)
 
 
-@pytest.mark.parametrize("prior", [2.0, 5.0])
-def test_modes_with_hard_edges_are_covered(prior: float) -> None:
+@pytest.mark.parametrize(("prior", "number"), [(2.0, 1024), (3.5, 512)])
+def test_modes_with_hard_edges_are_covered(prior: float, number: int, short: None) -> None:
     """Under the wider prior next to no draw has a density."""
 
     def model() -> None:
@@ -382,7 +391,7 @@ def test_modes_with_hard_edges_are_covered(prior: float) -> None:
         low, high = (x > -1).all(-1) & (x < 0).all(-1), (x > 1).all(-1) & (x < 2).all(-1)
         pyro.factor("boxes", torch.where(low | high, 0.0, -math.inf) - dist.Normal(0.0, prior).log_prob(x).sum(-1))
 
-    found = anneal(model, num_particles=1024, progress=False)
+    found = anneal(model, num_particles=number, progress=False)
     assert [mode.weight for mode in found.modes] == pytest.approx([0.5, 0.5], abs=0.1)
     assert abs(found.log_evidence - math.log(2)) < 4 * found.log_evidence_se
     assert found.draws["x"][found.log_weights > -math.inf].abs().max() < 2

@@ -92,7 +92,7 @@ def test_as_a_command(folder):
     """As a user runs it, in a process of its own."""
     root = Path(pyro_flows.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    words = ["table.csv", "--flow", "nsf", "--out", "model.pt", "--epochs", "20", "--quiet"]
+    words = ["table.csv", "--flow", "nsf", "--out", "model.pt", "--epochs", "3", "--quiet"]
     command = [sys.executable, "-m", "pyro_flows", "density", *words]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -305,7 +305,9 @@ def test_exact_draws_are_shown_and_written_whatever_the_guide(folder, capsys, mo
 
     def sampled(model, guide, **settings):
         guides.append(fit_svi(model, guide, **{**settings, "steps": 20, "escalate": False}))
-        found = sample(model, guide, model_kwargs=settings["model_kwargs"], progress=False)
+        found = sample(
+            model, guide, num_draws=400, num_chains=64, model_kwargs=settings["model_kwargs"], progress=False
+        )
         return dataclasses.replace(guides[0], check=with_verdict(a_check, "do not trust"), samples=found)
 
     monkeypatch.setattr(fit, "fit_svi", sampled)

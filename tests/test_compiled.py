@@ -65,8 +65,9 @@ def value_and_grad(flow: Flow, function: Callable[[], Any]) -> list[Tensor]:
     return [*found, *torch.autograd.grad(sum(part.sum() for part in found), list(flow.parameters()))]
 
 
-@pytest.mark.parametrize("recipe", [flows.nsf, flows.realnvp, flows.maf, flows.iaf, flows.nsf_ar])
-@pytest.mark.parametrize("context_dim", [0, 2])
+@pytest.mark.parametrize(
+    ("recipe", "context_dim"), [(flows.nsf, 2), (flows.realnvp, 0), (flows.maf, 0), (flows.iaf, 2), (flows.nsf_ar, 0)]
+)
 def test_it_answers_as_before_in_both_directions(recipe: Callable[..., Flow], context_dim: int) -> None:
     flow, x = random(recipe, 3, context_dim), laws.normal(5, 3)
     context = laws.normal(5, 2) if context_dim else None
@@ -127,13 +128,13 @@ def test_sample_statements_are_scored_without_a_second_pass() -> None:
 def test_batches_of_any_size_share_their_graphs() -> None:
     flow = random(flows.nsf, 3)
     graphs = counted(flow)
-    for number in range(2, 20):
+    for number in range(2, 8):
         flow.log_prob(laws.normal(number, 3)).sum().backward()
         flow.log_prob(laws.normal(3, number, 3)).sum().backward()
         flow.rsample_and_log_prob((number,))
     assert graphs.number == 2  # one for each direction
     with torch.no_grad():
-        for number in range(1, 20):
+        for number in range(1, 8):
             flow.log_prob(laws.normal(number, 3))
     assert graphs.number <= 4  # without gradients, and of a single row
     optimiser = torch.optim.Adam(flow.parameters(), lr=1e-2)

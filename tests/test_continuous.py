@@ -211,9 +211,15 @@ def test_batches_may_be_empty_or_have_many_dimensions(exact: bool) -> None:
 # ------------------------------------------------------------ estimates
 
 
-@pytest.mark.parametrize("opaque", [False, True], ids=["network", "opaque"])
-@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
-@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize(
+    ("noise", "inverse", "opaque"),
+    [
+        ("rademacher", False, False),
+        ("rademacher", True, True),
+        ("gaussian", True, False),
+        ("gaussian", False, True),
+    ],
+)
 def test_estimates_are_unbiased(noise: str, inverse: bool, opaque: bool) -> None:
     """Within 3 standard errors, which probes tell, of what is exact; so is the mean of the errors themselves."""
     field = field_of(3, 2)
@@ -300,9 +306,13 @@ def checked_gradients(layer: Continuous, inverse: bool, **options: Any) -> bool:
     return torch.autograd.gradcheck(call, [value.detach().requires_grad_() for value in inputs], **options)
 
 
-@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
-@pytest.mark.parametrize("solver", ["dopri5", "rk4"])
-@pytest.mark.parametrize("opaque", [False, True], ids=["network", "opaque"])
+in_both_ways = pytest.mark.parametrize(
+    ("solver", "inverse", "opaque"),
+    [("dopri5", False, False), ("dopri5", True, True), ("rk4", True, False), ("rk4", False, True)],
+)
+
+
+@in_both_ways
 def test_gradients_are_those_of_the_solution(solver: str, inverse: bool, opaque: bool) -> None:
     """In the value, the context and all parameters."""
     field = field_of(2, 2, (4, 3))
@@ -310,9 +320,7 @@ def test_gradients_are_those_of_the_solution(solver: str, inverse: bool, opaque:
     assert checked_gradients(layer, inverse, fast_mode=True, atol=1e-6)
 
 
-@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
-@pytest.mark.parametrize("solver", ["dopri5", "rk4"])
-@pytest.mark.parametrize("opaque", [False, True], ids=["network", "opaque"])
+@in_both_ways
 def test_the_adjoint_method_finds_the_same_gradients(solver: str, inverse: bool, opaque: bool) -> None:
     field, found = field_of(2, 2, (4, 3)), []
     for layer in (
@@ -462,7 +470,7 @@ def test_the_adjoint_gradient_of_a_row_is_right_in_quiet_company(inverse: bool) 
         return torch.where(x[..., :1] > 5, 3 * torch.sin(40 * t) * torch.cos(10 * x), 0.1 + 0 * x)
 
     x, found = torch.cat((torch.zeros(1000, 2), torch.full((1, 2), 20.0))).double().requires_grad_(), []
-    for layer in (tight(Given(moves)), Continuous(Given(moves), adjoint=True)):
+    for layer in (tight(Given(moves), rtol=1e-8, atol=1e-8), Continuous(Given(moves), adjoint=True)):
         y, log_det, *_ = layer.solve(x, inverse=inverse)
         found.append(torch.autograd.grad(y[-1].sum() + log_det[-1], x)[0][-1])
     torch.testing.assert_close(found[1], found[0], rtol=2e-3, atol=0)

@@ -17,6 +17,7 @@ from torch import nn
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow
+from pyro_flows.diagnostics import search, verdict
 from pyro_flows.objectives import ImportanceWeightedELBO, PathELBO, TemperedELBO
 from pyro_flows.programs.log_density import or_nan, score_of
 from pyro_flows.programs.space import Space
@@ -160,6 +161,15 @@ TWINS = {
 every_twin = pytest.mark.parametrize("name", TWINS)
 
 
+@pytest.fixture
+def brief(monkeypatch):
+    """Searches of few climbs and particles, and chains that are soon judged."""
+    for name, number in {"STARTS": 16, "FEW": 16, "PARTICLES": 64, "PROBES": 500}.items():
+        monkeypatch.setattr(search, name, number)
+    monkeypatch.setattr(search, "EFFORT", search.EFFORT._replace(gradients=40))
+    monkeypatch.setattr(verdict, "BLOCKS", 1)
+
+
 def pair(name):
     build, twin = TWINS[name]
     model = build()
@@ -219,6 +229,7 @@ def test_scores_are_those_of_the_twins(name):
     torch.testing.assert_close(*scores, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("name", ["regression", "gp"])
 def test_verbs_take_models_that_do_not_broadcast(name):
     model, _, guide = pair(name)
@@ -238,7 +249,7 @@ def test_evidence_of_twins_agrees():
     exact = dist.MultivariateNormal(torch.zeros(4), x @ x.T + 0.25 * torch.eye(4)).log_prob(y)
     for model in (matmul, matmul_twin):
         guide = AutoFlow(model)
-        pf.fit_svi(model, guide, x, y, steps=100, progress=False)
+        pf.fit_svi(model, guide, x, y, steps=60, progress=False)
         assert abs(pf.psis(model, guide, x, y).log_evidence - exact) < 0.01
 
 
@@ -329,6 +340,7 @@ def test_a_guide_that_does_not_broadcast_is_run_by_vmap():
     torch.testing.assert_close(draws.log_q, exact)
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("vectorize", ["vmap", "loop", "plate"])
 def test_an_engine_can_be_insisted_on(vectorize):
     guide = AutoNormal(matmul_twin)

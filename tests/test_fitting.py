@@ -77,7 +77,7 @@ def test_record():
 def test_conjugate_model_reaches_its_evidence(build):
     """The posterior is a Gaussian, which each of these guides holds exactly: the ELBO is then the evidence."""
     guide = build(conjugate)
-    fit = quick(conjugate, guide, Y, steps=600, lr=0.03, num_particles=16)
+    fit = quick(conjugate, guide, Y, steps=450, lr=0.03, num_particles=16)
     weights = psis(conjugate, guide, Y, num_samples=2000).log_weights.double()
     gap = log_evidence(Y) - weights.mean().item()
     # The gap is the divergence of the guide from the posterior: never negative but for the mean's standard error.
@@ -466,7 +466,7 @@ def hasty(monkeypatch):
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
 
 
-def checkpointed(model, file, steps=200, **settings) -> tuple[Tensor, list[Tensor], Fit]:
+def checkpointed(model, file, steps=100, **settings) -> tuple[Tensor, list[Tensor], Fit]:
     """A fit of a new guide from one seed: the losses, and the parameters in the end."""
     pyro.set_rng_seed(1)
     guide = AutoFlow(conjugate, small)
@@ -497,7 +497,7 @@ def test_a_killed_run_goes_on_to_the_same_end(objective, tmp_path):
     assert len(torch.load(file, weights_only=True)["losses"]) % 50 != 0  # in the middle of a window
     pyro.clear_param_store()
     resumed = checkpointed(conjugate, file, objective=objective())
-    assert resumed[2].steps == 200
+    assert resumed[2].steps == 100
     assert_same_run(resumed, whole)
     again = checkpointed(conjugate, file, objective=objective())  # what is done is not done again
     assert_same_run(again, whole)
@@ -540,7 +540,7 @@ def test_an_interrupted_run_goes_on(tmp_path, capsys):
     assert fit.stopped == "interrupted"
     assert 50 < fit.steps < 90
     resumed, _, fit = checkpointed(conjugate, file, warm_start=False)
-    assert (fit.stopped, fit.steps) == ("steps", 200)
+    assert (fit.stopped, fit.steps) == ("steps", 100)
     assert torch.equal(resumed[: len(losses)], losses)
     assert resumed[-50:].mean() < losses[:20].mean()
 

@@ -68,8 +68,7 @@ def test_it_starts_at_its_base(name: str, dim: int, context_dim: int) -> None:
 
 
 @every_recipe
-@every_size
-@every_context
+@pytest.mark.parametrize(("dim", "context_dim"), [(1, 0), (1, CONTEXT_DIM), (2, 0), (5, CONTEXT_DIM)])
 def test_shapes_are_those_of_the_context(name: str, dim: int, context_dim: int) -> None:
     flow = random(name, dim, context_dim)
     batch = (5,) if context_dim else ()
@@ -139,7 +138,7 @@ def test_the_density_integrates_to_one(name: str, dim: int, context_dim: int) ->
     """The mean of f(x) under the density agrees with that of the samples too: they are the same law."""
     flow = random(name, dim, context_dim, scale=0.2)
     q, circular = flow(context_of(flow)), circular_of(flow)
-    count = 2800 if dim == 1 else 280
+    count = 2800 if dim == 1 else 140 if name == "cnf" else 280  # a solver's density has no kinks
     unit = (torch.arange(count, dtype=torch.float64) + 0.5) / count * 2 - 1
     bounds = torch.where(circular, math.pi, 14.0).double()
     grid = torch.cartesian_prod(*(bound * unit for bound in bounds)).reshape(-1, dim)
@@ -435,8 +434,11 @@ def test_one_angle_fits_a_mixture_of_von_mises() -> None:
 
 
 @every_recipe
-@every_context
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda flow: pickle.loads(pickle.dumps(flow))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    ("context_dim", "how"),
+    [(0, copy.deepcopy), (CONTEXT_DIM, lambda flow: pickle.loads(pickle.dumps(flow)))],
+    ids=["plain-copy", "context-pickle"],
+)
 def test_copies_agree_and_are_independent(name: str, context_dim: int, how: Any) -> None:
     flow = random(name, 3, context_dim)
     context, x = context_of(flow, 6), laws.normal(6, 3)

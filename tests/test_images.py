@@ -431,7 +431,8 @@ def test_masses_are_bounded_from_below_and_the_bound_tightens(noise: bool) -> No
     torch.manual_seed(0)
     gaps = []
     for number in (1, 8, 64):
-        draws = torch.stack([model.log_prob(images, num_samples=number) for _ in range(400)]).detach()
+        with torch.no_grad():
+            draws = model.log_prob(images.expand(400, *images.shape), num_samples=number)
         mean, error = draws.mean(0), draws.std(0) / 20
         assert (mean - 4 * error <= true.log() + 2e-3).all()
         gaps.append((true.log() - mean).mean().item())
@@ -610,16 +611,14 @@ quick = functools.partial(fit_density, max_epochs=2, progress=False)
 def test_classes_are_learned_and_drawn(tmp_path: Path) -> None:
     x, labels = stripes(600)
     model = small(num_classes=2)
-    fit = fit_density(
-        model, x, labels, max_epochs=12, lr=5e-3, progress=False, samples=tmp_path / "samples-{epoch}.png"
-    )
+    fit = fit_density(model, x, labels, max_epochs=8, lr=1e-2, progress=False, samples=tmp_path / "samples-{epoch}.png")
     bits = pf.bits_per_dim(-fit.held_out[-1], (1, 8, 8))
     assert bits < 3.2  # 4 where nothing is learned, log2 3 = 1.585 at best
     draws = model(torch.tensor([0, 1])).sample((50,)).double()
     down, across = draws.diff(dim=-2).abs().mean((0, 2, 3, 4)), draws.diff(dim=-1).abs().mean((0, 2, 3, 4))
     assert down[0] < across[0]
     assert down[1] > across[1]
-    assert len(list(tmp_path.glob("samples-*.png"))) == 12
+    assert len(list(tmp_path.glob("samples-*.png"))) == 8
     right = model.log_prob(x, labels, num_samples=4) - model.log_prob(x, 1 - labels, num_samples=4)
     assert (right > 0).float().mean() > 0.9
 
@@ -872,7 +871,7 @@ def test_an_autoencoder_with_a_flow_for_a_decoder_learns() -> None:
             pyro.sample("x", decoder(z), obs=x)
 
     guide = pf.AutoPlateFlow(model, "image", encoder=ConvEncoder((1, 8, 8), 16, (8,), 16))
-    fit = pf.fit_svi(model, guide, x, steps=200, lr=5e-3, progress=False, num_particles=1)
+    fit = pf.fit_svi(model, guide, x, steps=100, lr=1e-2, progress=False, num_particles=1)
     assert fit.losses[-20:].mean() < fit.losses[:20].mean()
     bound = pf.importance_log_likelihood(model, guide, x[:20], num_samples=8)
     assert bound.shape == (20,)

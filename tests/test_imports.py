@@ -1,5 +1,6 @@
 """Importing the package is cheap: what is large and not always needed is imported where it is used."""
 
+import functools
 import subprocess
 import sys
 
@@ -14,29 +15,6 @@ with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
 """
 
 
-def loaded_by(code: str) -> set[str]:
-    """Which large modules some code loads in a fresh interpreter, beyond those that Pyro loads."""
-    before = f"import contextlib, io, sys, pyro; known = set(sys.modules); large = {LARGE.split()}"
-    after = "print(*(name for name in large if name in sys.modules and name not in known))"
-    run = subprocess.run([sys.executable, "-c", f"{before}\n{code}\n{after}"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return set(run.stdout.split())
-
-
-def test_importing_the_package_loads_nothing_large():
-    assert loaded_by("import pyro_flows") == set()
-
-
-@pytest.mark.parametrize("words", [[], ["fit"], ["density"]])
-def test_the_command_line_starts_without_anything_large(words):
-    assert loaded_by(HELP.format(words=words)) == set()
-
-
-def test_the_reader_of_modules_sees_them():
-    """Were the reader blind, the laws above would hold of anything."""
-    assert "scipy" in loaded_by("import scipy.stats")
-
-
 FIT = """
 import pyro.distributions as dist, pyro_flows as pf
 def model():
@@ -46,8 +24,41 @@ guide = pf.AutoFlow(model)
 pf.fit_svi(model, guide, steps=5, progress=False)
 pf.check(model, guide)
 """
+CODE = {  # one after the other: what is loaded stays
+    "package": "import pyro_flows",
+    "main": HELP.format(words=[]),
+    "fit": HELP.format(words=["fit"]),
+    "density": HELP.format(words=["density"]),
+    "a_first_fit": FIT,
+    "plots": "import matplotlib",
+}
+
+
+@functools.cache
+def loaded() -> dict[str, set[str]]:
+    """Which large modules a fresh interpreter has loaded, beyond those that Pyro loads, after each piece of code."""
+    lines = [f"import contextlib, io, sys, pyro; known = set(sys.modules); large = {LARGE.split()}"]
+    for name, code in CODE.items():
+        lines += [code, f"print({name!r}, *(name for name in large if name in sys.modules and name not in known))"]
+    run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return {name: set(found) for name, *found in map(str.split, run.stdout.splitlines())}
+
+
+def test_importing_the_package_loads_nothing_large():
+    assert loaded()["package"] == set()
+
+
+@pytest.mark.parametrize("command", ["main", "fit", "density"])
+def test_the_command_line_starts_without_anything_large(command):
+    assert loaded()[command] == set()
+
+
+def test_the_reader_of_modules_sees_them():
+    """Were the reader blind, the laws above would hold of anything."""
+    assert "matplotlib" in loaded()["plots"]
 
 
 def test_a_first_fit_and_check_load_nothing_that_takes_long():
     """ArviZ takes 1.7 s, torch's compiler .8 s and sympy .4 s."""
-    assert loaded_by(FIT) <= {"scipy"}
+    assert loaded()["a_first_fit"] <= {"scipy"}

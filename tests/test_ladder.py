@@ -50,7 +50,7 @@ Y = torch.tensor([1.0, 0.0, -2.0])
 def short(monkeypatch) -> None:
     """Small populations, and few sweeps for exact draws."""
     monkeypatch.setattr(ladder, "PARTICLES", 512)
-    monkeypatch.setattr(ladder, "EXACT", Goal(200, 40))
+    monkeypatch.setattr(ladder, "EXACT", Goal(200, 20))
 
 
 def distrust(*args, **kwargs):

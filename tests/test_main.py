@@ -31,12 +31,14 @@ ROWS = ["mu", "tau", *(f"theta[{school}]" for school in "ABCDEFGH")]
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A coarse check, which searches nowhere and whose verdict is known, and no more draws than are written."""
+    """A check of short chains that searches nowhere and whose verdict is known, and no more draws than are written."""
 
     def coarse(*args, **_):
-        return with_verdict(check(*args, num_samples=1000, num_chains=16), "do not trust")
+        return with_verdict(check(*args, num_samples=200, num_chains=16), "do not trust")
 
     monkeypatch.setattr(verdict, "search", lambda *_: Missing(0.0, 0.0))
+    for name, number in {"ADAPT": 2, "TRIES": 1, "BLOCK": 2, "BLOCKS": 1}.items():
+        monkeypatch.setattr(verdict, name, number)
     monkeypatch.setattr(job, "check", coarse)
     monkeypatch.setattr(job, "SHOWN", 4000)
 
@@ -100,7 +102,7 @@ def test_quiet_prints_nothing(tmp_path, capsys):
 def test_the_same_seed_gives_the_same_table(tmp_path, capsys):
     tables = []
     for seed in ("7", "7", "8"):
-        assert main(["--steps", "10", "--seed", seed, "--out", str(tmp_path)]) == 3
+        assert main(["--steps", "3", "--seed", seed, "--out", str(tmp_path)]) == 3
         tables.append(table_of(capsys.readouterr().out))
     assert tables[0] == tables[1]
     assert tables[0] != tables[2]
@@ -118,7 +120,7 @@ def test_realnvp_survives_its_first_steps():
     """Eight layers of scales compound: full-sized first steps of Adam throw the funnel's draws out of float32."""
     guide = AutoFlow(job.eight_schools, flows.realnvp)
     data = job.EFFECTS, job.STANDARD_ERRORS
-    fit = fit_svi(job.eight_schools, guide, *data, steps=300, num_particles=64, warm_start=False, progress=False)
+    fit = fit_svi(job.eight_schools, guide, *data, steps=150, num_particles=64, warm_start=False, progress=False)
     assert fit.skipped < 30
     assert fit.losses[-50:].nanmean() < 33  # the log evidence is -31.3
 

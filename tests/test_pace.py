@@ -74,7 +74,7 @@ def rows(y):
         )
 
 
-def train(model, guide, *args, lr=0.03, steps=100, seed=0, elbo=None):
+def train(model, guide, *args, lr=0.03, steps=60, seed=0, elbo=None):
     """The losses of plain SVI; a step that fails ends them with a NaN."""
     pyro.clear_param_store()
     torch.manual_seed(seed)
@@ -327,11 +327,11 @@ def test_amortised_guides_and_recipes_keep_torchs_weights():
 RECIPES = "iaf", "maf", "nsf", "nsf_ar", "nice", "realnvp", "planar_flow", "radial_flow", "sylvester_flow", "flowpp"
 
 
-@pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("lr", [0.01, 0.03, 0.05])
 @pytest.mark.parametrize(("model", "start"), [(gaussian, 200), (centred, 400), (wide, 1500)])
-def test_plain_svi_does_not_explode(model, start, lr, local):
-    """These losses start below ``start``; before paces they rose to 1e9 and more, or ended in NaN."""
+def test_plain_svi_does_not_explode(model, start, lr):
+    """These losses start below ``start``; before paces they rose to 4e3 at least, or ended in NaN."""
+    local = (lr == 0.03) == (model is centred)  # each model and each size of steps in both modes
     with pyro.settings.context(module_local_params=local):
         losses = train(model, pf.AutoFlow(model), lr=lr)
     assert max(losses[20:]) < start
@@ -340,13 +340,16 @@ def test_plain_svi_does_not_explode(model, start, lr, local):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_plain_svi_does_not_explode_with_any_recipe(recipe):
-    assert max(train(gaussian, pf.AutoFlow(gaussian, getattr(flows, recipe)))[20:]) < 200
+    """They start at 12 to 18.  Without paces flowpp rises to 1e19, realnvp to 1e4, maf and iaf to 100 and more."""
+    assert max(train(gaussian, pf.AutoFlow(gaussian, getattr(flows, recipe)))[20:]) < 50
 
 
-@pytest.mark.parametrize("recipe", ["bnaf", "cnf", "ffjord", "gaussianization", "residual_flow"])
-def test_plain_svi_does_not_explode_with_layers_of_other_kinds(recipe):
+@pytest.mark.parametrize(
+    ("recipe", "steps"), [("bnaf", 15), ("cnf", 20), ("ffjord", 40), ("gaussianization", 40), ("residual_flow", 40)]
+)
+def test_plain_svi_does_not_explode_with_layers_of_other_kinds(recipe, steps):
     """Losses start at 60 to 70.  Before their layers had a pace, the first three rose to 1e3 and more."""
-    assert max(train(centred, pf.AutoFlow(centred, getattr(flows, recipe)), steps=40)[5:]) < 100
+    assert max(train(centred, pf.AutoFlow(centred, getattr(flows, recipe)), steps=steps)[5:]) < 100
 
 
 @pytest.mark.parametrize("elbo", [TraceMeanField_ELBO(), Trace_ELBO(16, vectorize_particles=True)])
@@ -354,8 +357,7 @@ def test_plain_svi_does_not_explode_with_other_elbos(elbo):
     assert max(train(centred, pf.AutoFlow(centred), elbo=elbo)[20:]) < 400
 
 
-@pytest.mark.parametrize("encoder", [None, lambda: MLPEncoder(4, 8)])
-@pytest.mark.parametrize("lr", [0.01, 0.03])
+@pytest.mark.parametrize(("lr", "encoder"), [(0.01, None), (0.03, None), (0.03, lambda: MLPEncoder(4, 8))])
 def test_plain_svi_does_not_explode_with_plates(lr, encoder):
     torch.manual_seed(0)
     y = 2 * torch.randn(100, 1) + torch.randn(100, 4)
@@ -377,7 +379,9 @@ def test_an_autoencoder_holds_in_plain_svi():
             z = pyro.sample("z", dist.Normal(torch.zeros(20), 1.0).to_event(1))
             pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
 
-    losses = train(autoencoder, pf.AutoPlateFlow(autoencoder, "data", encoder=MLPEncoder(100, 50, (200,))), x, seed=1)
+    losses = train(
+        autoencoder, pf.AutoPlateFlow(autoencoder, "data", encoder=MLPEncoder(100, 50, (200,))), x, steps=100, seed=1
+    )
     assert max(losses[5:]) < 3 * losses[0]
     assert losses[-1] < 0.8 * losses[0]
 
@@ -395,7 +399,7 @@ def test_rows_of_one_latent_hold_in_plain_svi():
 
     for seed in range(3):
         guide = pf.AutoPlateFlow(factor, "data", encoder=MLPEncoder(8, 4))
-        losses = train(factor, guide, x, seed=seed)
+        losses = train(factor, guide, x, steps=100, seed=seed)
         assert max(losses[5:]) < 1.2 * losses[0]
 
 
@@ -404,14 +408,14 @@ def test_scales_of_many_latents_grow_by_a_summand_where_all_is_flat():
         pyro.sample("z", dist.Normal(torch.zeros(100), 1e6).to_event(1))
 
     guide = pf.AutoFlow(flat)
-    train(flat, guide, lr=0.05, steps=300)
-    assert 5 < guide.flow().sample(torch.Size([100])).std() < 20  # by a factor each it would be some 1e5
+    train(flat, guide, lr=0.05, steps=150)
+    assert 2.5 < guide.flow().sample(torch.Size([100])).std() < 10  # by a factor each it would be some 1e3
 
 
 def test_plain_svi_reaches_the_evidence():
     """log Z of the conjugate model is that of N(0, 2 I) at the data; a Gaussian posterior is the flow's start."""
     guide = pf.AutoFlow(gaussian)
-    train(gaussian, guide, lr=0.01, steps=1000, elbo=Trace_ELBO(16, vectorize_particles=True))
+    train(gaussian, guide, lr=0.02, steps=300, elbo=Trace_ELBO(32, vectorize_particles=True))
     with torch.no_grad():
         loss = Trace_ELBO(2000, vectorize_particles=True, max_plate_nesting=0).loss(gaussian, guide)
     log_z = dist.Normal(torch.zeros(4), math.sqrt(2)).log_prob(torch.tensor([1.0, -1.0, 2.0, -2.0])).sum().item()

@@ -94,8 +94,7 @@ def same_flow(ours: Flow, theirs: Flow, context: Tensor | None = None) -> None:
 # ------------------------------------------------------------ all that there is
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("context_dim", [0, laws.CONTEXT_DIM])
+@pytest.mark.parametrize(("context_dim", "dtype"), [(0, torch.float32), (laws.CONTEXT_DIM, torch.float64)], ids=str)
 @pytest.mark.parametrize("name", laws.RECIPES)
 def test_every_recipe_comes_back(name: str, context_dim: int, dtype: torch.dtype, tmp_path: Path) -> None:
     flow = laws.RECIPES[name](DIM, context_dim, num_transforms=2, hidden_dims=(8, 8)).to(dtype)

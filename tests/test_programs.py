@@ -46,9 +46,9 @@ def evidence(model, *args, low=-4.0, high=4.0):
     """The log evidence of a model with one real latent, by a sum over a grid."""
     trace = prune_subsample_sites(poutine.trace(model).get_trace(*args))
     (name,) = [name for name, _ in trace.iter_stochastic_nodes()]
-    grid = torch.linspace(low, high, 401)
+    grid = torch.linspace(low, high, 81)
     heights = [poutine.trace(poutine.condition(model, {name: z})).get_trace(*args).log_prob_sum() for z in grid]
-    return float(torch.stack(heights).double().logsumexp(0)) + math.log((high - low) / 400)
+    return float(torch.stack(heights).double().logsumexp(0)) + math.log((high - low) / 80)
 
 
 # A model that does not run under a plate of draws.
@@ -290,19 +290,19 @@ def mixture(y):
         pyro.sample("y", dist.Normal(loc + 3 * k, 1.0), obs=y)
 
 
-@in_both_stores
 @pytest.mark.parametrize(
-    "objective",
+    ("stores", "objective"),
     [
-        lambda: PathEnumELBO(max_plate_nesting=1),
-        lambda: PathEnumELBO(),
-        lambda: PathEnumELBO(32, max_plate_nesting=1, vectorize_particles=True),
-        lambda: TraceEnum_ELBO(32, max_plate_nesting=1, vectorize_particles=True),
+        (False, lambda: PathEnumELBO(max_plate_nesting=1)),
+        (True, lambda: PathEnumELBO()),
+        (True, lambda: PathEnumELBO(32, max_plate_nesting=1, vectorize_particles=True)),
+        (False, lambda: TraceEnum_ELBO(32, max_plate_nesting=1, vectorize_particles=True)),
     ],
+    indirect=["stores"],
 )
-def test_enumeration_goes_on_with_the_whole_model(objective):
+def test_enumeration_goes_on_with_the_whole_model(stores, objective):
     guide = AutoFlow(poutine.block(mixture, hide=["k"]))
-    fit = pf.fit_svi(mixture, guide, X, objective=objective(), steps=300, lr=0.05, progress=False)
+    fit = pf.fit_svi(mixture, guide, X, objective=objective(), steps=150, lr=0.05, progress=False)
 
     def summed(y):
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
@@ -310,7 +310,7 @@ def test_enumeration_goes_on_with_the_whole_model(objective):
         pyro.factor("y", torch.logaddexp(first, second).sum())
 
     exact = evidence(summed, X)
-    assert abs(float(fit.losses[-100:].mean()) + exact) < 0.1
+    assert abs(float(fit.losses[-50:].mean()) + exact) < 0.1
 
 
 def test_latents_that_are_not_enumerated_are_named_with_an_enumerating_objective():
@@ -353,7 +353,7 @@ def test_to_arviz_takes_the_shape_of_a_log_likelihood_from_itself(model, setting
     y = torch.tensor([1.0] * 6 + [0.0] * 4)
     with pyro.validation_enabled(validate):
         guide = AutoFlow(model)
-        pf.fit_svi(model, guide, y, steps=30, progress=False, max_plate_nesting=1)
+        pf.fit_svi(model, guide, y, steps=3, progress=False, max_plate_nesting=1)
         found = pf.to_arviz(model, guide, y, num_samples=100, posterior_predictive=True, **settings)
     heads = torch.tensor(found["posterior"]["heads"].values[0])
     rows = torch.tensor(found["log_likelihood"]["obs"].values[0])
@@ -558,14 +558,14 @@ every_hidden = pytest.mark.parametrize("model", HIDDEN, ids=lambda model: model.
 
 
 @every_hidden
-@pytest.mark.parametrize("validate", [False, True])
-def test_a_number_of_plates_that_is_given_holds_for_fits_and_verdicts(model, validate):
-    with pyro.validation_enabled(validate):
-        guide = AutoFlow(model)
-        assert Task(model, guide, (X,), {}, "plate").settle().nesting == HIDDEN[model]  # one run shows them
-        pyro.enable_validation(validate and model is not free)  # Pyro itself wants a plate around rows
+def test_a_number_of_plates_that_is_given_holds_for_fits_and_verdicts(model):
+    guide = AutoFlow(model)
+    for validate in (True, False):
+        with pyro.validation_enabled(validate):
+            assert Task(model, guide, (X,), {}, "plate").settle().nesting == HIDDEN[model]  # one run shows them
+    with pyro.validation_enabled(model is not free):  # Pyro itself wants a plate around rows
         given = {"max_plate_nesting": HIDDEN[model]}
-        pf.fit_svi(model, guide, X, steps=300, progress=False, **given)
+        pf.fit_svi(model, guide, X, steps=100, progress=False, **given)
         exact = evidence(model, X)
         assert abs(pf.psis(model, guide, X, **given).log_evidence - exact) < 0.02
         assert abs(pf.check(model, guide, X, **given).log_evidence - exact) < 0.02

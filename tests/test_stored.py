@@ -52,7 +52,9 @@ def joint(guide: Any) -> dict[str, Tensor]:
 
 
 def checked(guide: Any) -> dict[str, Tensor]:
-    return seeded(lambda: {"log_evidence": torch.tensor(pf.check(model, guide, Y).log_evidence)})
+    return seeded(
+        lambda: {"log_evidence": torch.tensor(pf.check(model, guide, Y, num_samples=200, num_chains=16).log_evidence)}
+    )
 
 
 def through_file(guide: Any, folder: Any) -> dict[str, Tensor]:
