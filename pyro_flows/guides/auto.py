@@ -306,7 +306,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         *layers, fixed = self.flow.transforms
         rough = copy.deepcopy(Flow(layers, self.flow.base)).float()
         x = rough.sample((number,), chunk_size=chunk_for(self.latent_dim))
-        return fixed.forward_and_log_det(x.to(self._init_loc()))[0]
+        return fixed.forward_and_log_det(x.to(fixed.loc))[0]
 
     def constrain(self, latent: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Map packed latents ``(N, latent_dim)`` to values of the sites, ``(N, *site_shape)``, for some arguments."""
