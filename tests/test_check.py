@@ -623,3 +623,17 @@ def test_rough_draws_are_those_of_the_guide():
     for one, other in zip(guide.sample_roughly(number).T, guide.flow.sample((number,)).T, strict=True):
         assert abs(one.mean() - other.mean()) < 4 * other.std() * (2 / number) ** 0.5
         assert abs(one.std() / other.std() - 1) < 4 / number**0.5
+
+
+@pytest.mark.parametrize("verb", [check, pf.sample, pf.anneal])
+def test_data_in_double_precision_for_latents_in_single(verb):
+    """As ``torch.from_numpy`` gives them."""
+    x = torch.linspace(-1, 1, 20, dtype=torch.float64)
+
+    def line(x):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(slope.unsqueeze(-1) * x, 0.5).to_event(1), obs=2 * x)
+
+    guide = AutoFlow(line)
+    fit_svi(line, guide, x, steps=30, progress=False)
+    verb(line, *([] if verb is pf.anneal else [guide]), x)

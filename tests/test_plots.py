@@ -38,7 +38,7 @@ def read_by_a_person(picture) -> None:
 
 def fit_of(losses, held_out=None, **own):
     own = {"best_step": 5, "best_loss": 1.0, "steps": len(losses), "skipped": 0, "seconds": 1.0, **own}
-    return SimpleNamespace(losses=torch.tensor(losses), held_out=held_out, **own)
+    return SimpleNamespace(losses=torch.tensor(losses), held_out=held_out, stopped="steps", **own)
 
 
 def checked(names, error=0.0, reason="No error."):

@@ -58,6 +58,7 @@ PACED = Network, Elementwise, RowContexts, ScaledLinear
 RECORDED = "_loss_and_surrogate_loss", "_differentiable_loss", "_jit_loss_and_surrogate_loss"
 CONVERGED = 0.01  # the gap to the log evidence, in nats, below which a fit ends soon
 MANY = 64  # draws in each step, from which on SOAP does better than Adam
+SKIPPED = "Ctrl-C: no further search for a start.  Training goes on; Ctrl-C again ends it.\n"
 SHARE = 0.25  # of the gradients of a fit, for its start
 ONE_BY_ONE = 8  # draws in each step where the model runs one at a time
 
@@ -230,7 +231,10 @@ def start_from_gaussian(
         return None
     shown = progress and processes.rank() == 0
     words = "looking for a Gaussian to start from"
-    with tqdm(desc=words, unit="round", disable=not shown, delay=1, leave=False) as bar, hold_interrupts() as asked:
+    with (
+        tqdm(desc=words, unit="round", disable=not shown, delay=1, leave=False) as bar,
+        hold_interrupts(notice=SKIPPED) as asked,
+    ):
 
         def watch() -> bool:
             bar.update()

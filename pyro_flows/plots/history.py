@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from .panels import Picture, panels
 
@@ -57,8 +58,11 @@ def history(fit: Any) -> Picture:
     low, high = together.min(), max([np.quantile(together, 0.97), *best])
     margin = 0.06 * (high - low) or 0.5
     axis.set(xlim=(0, len(losses) + 1), xlabel="step", ylim=(low - margin, high + margin), ylabel="loss")
+    axis.ticklabel_format(axis="y", useOffset=False)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     skipped = f", {fit.skipped} skipped" if fit.skipped else ""
-    axis.set_title(f"{fit.steps} steps in {fit.seconds:.1f} s{skipped}", fontsize=11)
+    ended = "" if fit.stopped == "steps" else f", {fit.stopped}"
+    axis.set_title(f"{fit.steps} steps in {fit.seconds:.1f} s{skipped}{ended}", fontsize=11)
     axis.legend(frameon=False, fontsize=9, loc="upper right")
     axis.grid(axis="y", alpha=0.3)
     return picture

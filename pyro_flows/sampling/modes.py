@@ -76,7 +76,8 @@ def _ends(density: LogDensity, chart: White, left: Tensor, best: Tensor, highest
 def _height_and_score(density: LogDensity, chart: White, x: Tensor) -> tuple[Tensor, Tensor]:
     """The log-density, ``(N,)``, -inf where it is no number, and its gradient, ``(N, D)``, 0 where it is none."""
     height, score = value_and_score(lambda x: density(chart.forward(x)[0]), x)
-    return height.nan_to_num(-math.inf, -math.inf, -math.inf), score.nan_to_num(0, 0, 0)
+    # Data in double precision give the log-density their dtype, whatever that of the latents.
+    return height.to(x).nan_to_num(-math.inf, -math.inf, -math.inf), score.nan_to_num(0, 0, 0)
 
 
 def ascend(density: LogDensity, chart: White, z: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Fit:
         skipped: How many of them were skipped because the loss or a gradient was not finite, or could not be found.
         seconds: The wall time of the steps, those before a resumption included, and of the checks of ``escalate``; not
             that of finding a start.
-        stopped: Why the run ended: ``"steps"``, ``"converged"`` if an ``AutoFlow`` needed no more of them,
+        stopped: Why the run ended: ``"steps"``, ``"converged"`` if its losses show that an ``AutoFlow`` has,
             ``"interrupted"``, or ``"held-out"`` where held-out data stopped it.
         check: What a check said of the guide, a :class:`~pyro_flows.Check`, where ``escalate`` asked for one.
         samples: Exact draws, a :class:`~pyro_flows.Samples`, where ``escalate`` had to go as far as that.
@@ -215,6 +215,7 @@ def descend(
                         best.offer(losses[-window:], step, comparable=settled())
                     skipped = sum(not math.isfinite(value) for value in losses)
                     shown = f"held-out loss {show(best.latest)}" if held_out else f"loss {best.latest:.3f}"
+                    shown += ", converged" if horizon.converged_at else ""
                     bar.set_postfix_str(shown + (f", {skipped} skipped" if skipped else ""))
                     if held_out and step - best.step >= held_out.patience * held_out.every:
                         run.stopped = "held-out"
@@ -245,8 +246,9 @@ def descend(
         raise FloatingPointError(f"The loss or its gradient was not finite in any step: {ask(diagnose)}.")
     if stopped and processes.rank() == 0:
         where = f"the best state, of step {best.step}" if best.step else "the state at the start"
+        lost = f" (loss {best.mean:.3f})" if math.isfinite(best.mean) else ""
         onward = "  The same call goes on from the checkpoint." if saver.holds else ""
-        print(f"Interrupted after {len(losses)} steps; kept {where} (loss {best.mean:.3f}).{onward}", file=sys.stderr)
+        print(f"Interrupted after {len(losses)} steps; kept {where}{lost}.{onward}", file=sys.stderr)
     return Fit(
         trained,
         torch.tensor(losses, dtype=torch.float64),
@@ -255,7 +257,7 @@ def descend(
         len(losses),
         sum(not math.isfinite(value) for value in losses),
         time.perf_counter() - start,
-        run.stopped or stopped or ("steps" if len(losses) == steps else "converged"),
+        run.stopped or stopped or ("converged" if horizon.converged_at else "steps"),
         held_out=torch.tensor(run.held_out, dtype=torch.float64) if held_out else None,
     )
 
