@@ -690,7 +690,7 @@ def tuned(y):
     pyro.sample("y", dist.Normal(theta + z, 1.0), obs=y[0])
 
 
-@pytest.mark.parametrize(("model", "steps"), [(near, 80), (curved, 300), (tuned, 1000)])
+@pytest.mark.parametrize(("model", "steps"), [(near, 80), (curved, 400), (tuned, 1000)])
 def test_few_steps_where_the_gaussian_is_near_also_when_resumed(model, steps, tmp_path, monkeypatch):
     asked = []
 

@@ -180,7 +180,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             return Schedule(500 if near else 1000, num_particles=256)
         if near:
             return Schedule(80, num_particles=128, lr=0.02)
-        return Schedule(300 if self.latent_dim <= 16 else 600, num_particles=256, lr=0.02)
+        return Schedule(400 if self.latent_dim <= 16 else 600, num_particles=256, lr=0.02)
 
     def by_soap(self) -> list[Tensor]:
         return [] if self.has_circles or self.latent_dim > FEW else list(self.flow.parameters())
