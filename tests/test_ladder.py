@@ -88,7 +88,7 @@ def test_a_bent_posterior_takes_a_flow():
 
 def test_a_missing_mode_is_found():
     """Neither more couplings nor more steps can find it, so they are passed over."""
-    pyro.set_rng_seed(0)
+    pyro.set_rng_seed(1)
     fit = fit_svi(two_modes, AutoFlow(two_modes, small), num_particles=64, escalate=True, progress=False)
     assert names(fit)[:2] == ["Gaussian", "annealed"]
     assert [finding.kind for finding in fit.rungs[0].check.findings] == ["mode"]

@@ -56,7 +56,7 @@ OF_ROWS = 32.0
 PACED = Network, Elementwise, RowContexts, ScaledLinear
 # where Pyro's JIT objectives keep what they compiled
 RECORDED = "_loss_and_surrogate_loss", "_differentiable_loss", "_jit_loss_and_surrogate_loss"
-CONVERGED = 0.01  # the gap to the log evidence, in nats, below which a fit ends soon
+CONVERGED = 0.003  # the gap to the log evidence, in nats, below which a fit ends soon
 MANY = 64  # draws in each step, from which on SOAP does better than Adam
 SKIPPED = "Ctrl-C: no further search for a start.  Training goes on; Ctrl-C again ends it.\n"
 SHARE = 0.25  # of the gradients of a fit, for its start

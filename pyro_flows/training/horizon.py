@@ -16,7 +16,8 @@ import math
 import torch
 
 LOOK = 25  # steps between two looks at the losses
-FINISH = 50  # steps after convergence, while the step size falls to zero
+FINISH = 50  # the fewest steps after convergence, while the step size falls to zero
+SHARE = 0.5  # of the steps before it; the tails of log-weights are learned last, by small steps
 ROUNDED = 4  # how many rounding errors of a loss the noise at convergence must exceed
 
 
@@ -44,7 +45,9 @@ class Horizon:
     @property
     def last(self) -> int:
         """The last step of the run."""
-        return min(self.steps, self.converged_at + FINISH) if self.converged_at else self.steps
+        if not self.converged_at:
+            return self.steps
+        return min(self.steps, self.converged_at + max(FINISH, int(SHARE * self.converged_at)))
 
     def observe(self, losses: list[float]) -> None:
         """Look for convergence in the losses of all steps so far."""
