@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from .panels import Picture, panels
 
@@ -59,7 +58,7 @@ def history(fit: Any) -> Picture:
     margin = 0.06 * (high - low) or 0.5
     axis.set(xlim=(0, len(losses) + 1), xlabel="step", ylim=(low - margin, high + margin), ylabel="loss")
     axis.ticklabel_format(axis="y", useOffset=False)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.locator_params(axis="x", integer=True)
     skipped = f", {fit.skipped} skipped" if fit.skipped else ""
     ended = "" if fit.stopped == "steps" else f", {fit.stopped}"
     axis.set_title(f"{fit.steps} steps in {fit.seconds:.1f} s{skipped}{ended}", fontsize=11)
