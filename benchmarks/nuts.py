@@ -282,6 +282,8 @@ def picture(rows: list[Row], path: Path) -> None:
     for method, colour, mark in zip(METHODS, ("C3", "C0", "C9", "C2", "C1"), "osD^v", strict=True):
         places = [i for i, name in enumerate(names) if "seconds" in found.get((name, method), {})]
         seconds = [found[names[i], method]["seconds"] for i in places]
+        if not places:
+            continue
         axes.scatter(seconds, places, color=colour, marker=mark, label=method, zorder=3 if method == OURS else 2)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
