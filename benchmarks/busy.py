@@ -2,8 +2,8 @@
 
     python benchmarks/busy.py    # three minutes
 
-Quiet and busy runs by turns, each in a fresh process with the threads that torch chooses; in busy ones another process
-keeps each core at work.  Seconds of the wall, medians.  Writes ``docs/benchmarks/busy.md``.
+Quiet and busy runs alternate, each in a fresh process with the number of threads that torch chooses.  During a busy run
+one other process per core is at work.  Reports medians of wall times.  Writes ``docs/benchmarks/busy.md``.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def main() -> None:
     lines = [
         "# A busy machine",
         "",
-        f"`fit_svi` and `check` alone, and while {cores} other processes keep the {cores} cores at work; seconds of "
-        f"the wall, medians of {options.rounds} rounds by turns; {versions}.",
-        f"At most {MOST} times as long is asked for.",
+        f"Wall times of `fit_svi` and `check` on a quiet machine, and while {cores} other processes keep its {cores} "
+        f"cores busy. Each is the median of {options.rounds} alternating rounds; {versions}.",
+        f"A busy run may take at most {MOST} times as long.",
         "Reproduce with `python benchmarks/busy.py`.",
         "",
         "| target | call | quiet, s | busy, s | ratio |",

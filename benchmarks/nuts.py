@@ -217,7 +217,7 @@ def table(rows: list[Row]) -> str:
         "",
         "![Seconds of each method on each posterior](nuts.png)",
         "",
-        "| target | D | method | s | of which fit | ESS | ESS/s | worst error | sd | k-hat or R-hat | verdict |",
+        "| target | D | method | s | fit, s | ESS | ESS/s | worst error | sd | k-hat or R-hat | verdict |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for name in targets.NAMES:

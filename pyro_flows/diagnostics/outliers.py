@@ -45,6 +45,6 @@ def outliers(space: Space, draws: Scored, psis: Psis) -> Tensor:
 
 def _drawn(space: Space, number: int) -> Tensor:
     guide = space.task.guide.call
-    if isinstance(guide, AutoFlow) and guide.encoder is None:
+    if isinstance(guide, AutoFlow) and guide.draws_from_flow:
         return guide.sample_roughly(number)
     return space.draw_alone(number, BATCH)

@@ -46,7 +46,6 @@ from ..training.interrupts import hold_interrupts
 from ..training.loop import Fit, ask, descend
 from ..training.randomness import unchanged
 from ..transforms import Elementwise, ScaledLinear
-from ..vjp import keeps
 from .inspect import culprit, fingerprint, program_of, trained_by
 from .optimizers import optimizers
 from .propriety import check_proper
@@ -185,10 +184,9 @@ class ELBOFit:
 
     def _is_alone(self, parameters: list[Tensor]) -> bool:
         """True if one flow is trained by many draws a step, and nothing else."""
-        plain = self.is_default and self.plan.is_joint and self.plan.takes_paths and self.guide.encoder is None
+        plain = self.is_default and self.plan.is_joint and self.plan.takes_paths and self.guide.draws_from_flow
         many = plain and self.objective.vectorize_particles and self.asked["num_particles"] >= MANY
-        plain = many and keeps(self.guide, AutoFlow, "forward", "_draws", "sample_latent", "get_posterior")
-        return plain and not self.task.subsampled and {*parameters} <= {*self.guide.parameters()}
+        return many and not self.task.subsampled and {*parameters} <= {*self.guide.parameters()}
 
     @functools.cached_property
     def _space(self) -> Space:

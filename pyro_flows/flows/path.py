@@ -33,8 +33,7 @@ def carried(transforms: Sequence[FlowTransform], x: Tensor, score: Tensor) -> tu
     trained = {p: None for transform in transforms for p in transform.parameters() if p.requires_grad}
     if not (trained or x.requires_grad):
         x = x.requires_grad_()  # so that the log-density has a gradient at the draws of a frozen flow too
-    y, log_det, score = _Carried.apply(transforms, x, score, *trained)
-    return y, log_det, score
+    return _Carried.apply(transforms, x, score, *trained)
 
 
 def can_be_carried(transforms: Sequence[FlowTransform]) -> bool:

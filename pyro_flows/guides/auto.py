@@ -26,6 +26,7 @@ from ..flows.chunks import chunk_for, in_chunks
 from ..flows.distribution import FlowDistribution
 from ..programs.engines import with_room
 from ..transforms import Compose, Conditioned, View
+from ..vjp import keeps
 from .base import FlowGuide
 from .call import Call
 from .calls import Calls
@@ -151,6 +152,11 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def has_circles(self) -> bool:
         """True if some latents are angles."""
         return any(self.circular)
+
+    @property
+    def draws_from_flow(self) -> bool:
+        """True if the guide's draws are those of its flow: it has no encoder, and no subclass changes how it draws."""
+        return self.encoder is None and keeps(self, AutoFlow, "forward", "_draws", "sample_latent", "get_posterior")
 
     @property
     def is_fresh(self) -> bool:
