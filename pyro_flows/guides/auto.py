@@ -155,7 +155,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     @property
     def draws_from_flow(self) -> bool:
-        """True if the guide's draws are those of its flow: it has no encoder, and no subclass changes how it draws."""
+        """True if the guide has no encoder, and no subclass changes how it draws from its flow."""
         return self.encoder is None and keeps(self, AutoFlow, "forward", "_draws", "sample_latent", "get_posterior")
 
     @property
