@@ -8,7 +8,9 @@ Each run has a fresh process and both cores to itself, with the threads that eac
 the wall, from the model at hand to the answer, with compilation and all that is imported on the way, without the
 imports at the top of a program.  NUTS has its defaults and four chains of 1,000 warm-up draws and 1,000 draws:
 
-* *NumPyro*: chains in one compiled program, one after another, and *NumPyro, parallel*: each on a device of its own;
+* *NumPyro*: as a user writes it, ``MCMC(NUTS(model), ...).run(key)``, which runs the chains one after another;
+* *NumPyro, parallel*: each chain on a device of its own, after ``numpyro.set_host_device_count(4)``;
+* *NumPyro, one program*: all chains in one compiled loop, a chain method of ours and NumPyro's fastest here;
 * *nutpie*: its chains in parallel, on the compiled log-density of the NumPyro model;
 * *Pyro*: one chain, compiled.
 
@@ -42,8 +44,13 @@ from posteriors import read, write, write_csv
 import pyro_flows as pf
 
 OUT = sample.OUT
-OURS, NUMPYRO, PARALLEL, NUTPIE, PYRO = "pyro_flows", "NumPyro", "NumPyro, parallel", "nutpie", "Pyro"
-METHODS = OURS, NUMPYRO, PARALLEL, NUTPIE, PYRO
+OURS, NUTPIE, PYRO = "pyro_flows", "nutpie", "Pyro"
+NUMPYRO = {  # by the chain method
+    "NumPyro": None,
+    "NumPyro, parallel": "parallel",
+    "NumPyro, one program": sample.one_program,
+}
+METHODS = OURS, *NUMPYRO, NUTPIE, PYRO
 CHAINS, WARMUP, DRAWS, JUDGED = 4, 1000, 1000, 10_000
 CONVERGED = 1.01  # the R-hat that chains must come to
 LIMIT = 300  # seconds that a NUTS may take
@@ -71,7 +78,7 @@ def flows(name: str, seed: int, steps: int | None) -> Found:
 
 
 def numpyro(name: str, seed: int, warmup: int, draws: int, method: Any) -> Found:
-    """Run NumPyro's NUTS."""
+    """Run NumPyro's NUTS by a chain method, or by its defaults."""
     samples, known = sample.nuts(name, seed, warmup, CHAINS * draws, False, method)
     return samples, {"seconds": known["seconds"]}
 
@@ -136,7 +143,7 @@ def plain_pyro(name: str, seed: int, warmup: int, draws: int) -> Found:
 def measure(name: str, method: str, seed: int, quick: bool, pipe: Connection) -> None:
     """Send a row of results: one run of one method on one target.  It needs a fresh process."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    if method == PARALLEL:
+    if NUMPYRO.get(method) == "parallel":
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={CHAINS}"
     torch.set_default_dtype(torch.float64)
     pyro.enable_validation(False)
@@ -146,10 +153,8 @@ def measure(name: str, method: str, seed: int, quick: bool, pipe: Connection) ->
     try:
         if method == OURS:
             samples, known = flows(name, seed, 100 if quick else None)
-        elif method in (NUMPYRO, PARALLEL):
-            samples, known = numpyro(
-                name, seed, warmup, draws, "parallel" if method == PARALLEL else sample.one_program
-            )
+        elif method in NUMPYRO:
+            samples, known = numpyro(name, seed, warmup, draws, NUMPYRO[method])
         else:
             samples, known = (nutpie if method == NUTPIE else plain_pyro)(name, seed, warmup, draws)
         row |= known
@@ -201,7 +206,7 @@ def table(rows: list[Row]) -> str:
     """Return the results as Markdown."""
     found, seeds = medians(rows), " ".join(sorted({row["seed"] for row in rows}, key=int))
     versions = ", ".join(f"{name} {version(name)}" for name in ("numpyro", "jax", "nutpie", "pyro-ppl"))
-    rivals = [m for m in (NUMPYRO, PARALLEL, NUTPIE) if any(place[1] == m for place in found)]
+    rivals = [m for m in (*NUMPYRO, NUTPIE) if any(place[1] == m for place in found)]
     lines = [
         "# Time to a posterior",
         "",
@@ -279,7 +284,7 @@ def picture(rows: list[Row], path: Path) -> None:
     found = medians(rows)
     names = [name for name in targets.NAMES if (name, OURS) in found]
     figure, axes = plt.subplots(figsize=(7, 0.32 * len(names) + 1.2), layout="constrained")
-    for method, colour, mark in zip(METHODS, ("C3", "C0", "C9", "C2", "C1"), "osD^v", strict=True):
+    for method, colour, mark in zip(METHODS, ("C3", "C0", "C9", "C4", "C2", "C1"), "osDP^v", strict=True):
         places = [i for i, name in enumerate(names) if "seconds" in found.get((name, method), {})]
         seconds = [found[names[i], method]["seconds"] for i in places]
         if not places:

@@ -93,7 +93,10 @@ def one_program(chain: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def nuts(
     name: str, seed: int, warmup: int, draws: int, dense: bool, method: Any = one_program
 ) -> tuple[Samples, dict[str, Any]]:
-    """Run NumPyro's NUTS on a target.  Return its draws, and what is known of the run."""
+    """Run NumPyro's NUTS on a target.  Return its draws, and what is known of the run.
+
+    ``method`` is the way to run chains; None leaves it, and the progress bar, at NumPyro's defaults.
+    """
     import jax
     import numpyro_models
     from numpyro.infer import MCMC, NUTS
@@ -105,8 +108,7 @@ def nuts(
         num_warmup=warmup,
         num_samples=draws // CHAINS,
         num_chains=CHAINS,
-        chain_method=method,
-        progress_bar=False,
+        **({} if method is None else {"chain_method": method, "progress_bar": False}),
     )
     mcmc.run(jax.random.PRNGKey(seed))
     samples = {key: np.asarray(value) for key, value in mcmc.get_samples(group_by_chain=True).items()}

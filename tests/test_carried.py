@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from pyro_flows import AutoFlow, fit_svi
+from pyro_flows import AutoFlow, Flow, fit_svi
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import MLP
 from pyro_flows.flows import path
 from pyro_flows.guides.couplings import affine_couplings
-from pyro_flows.transforms import Coupling
+from pyro_flows.transforms import Coupling, ScaledLinear
+from pyro_flows.transforms.single import InSingle
 
 DIM, DRAWS = 3, 5
 
@@ -110,6 +111,57 @@ def test_draws_densities_and_gradients_are_those_of_autograd(flow, monkeypatch):
         assert gradient is not None, name
         torch.testing.assert_close(gradient, wanted[name], msg=name)
     assert any(bool(gradient.any()) for gradient in found.values())
+
+
+def in_single(flow):
+    layers = [*flow.transforms, ScaledLinear(DIM)]
+    nn.init.normal_(layers[-1].factors, std=0.3)
+    return layers, Flow([InSingle(layers)])
+
+
+@pytest.mark.parametrize("change", ["none", "layers that are replaced"])
+def test_single_precision_carries_the_same_up_to_its_rounding(change):
+    made = affine_couplings(DIM, num_transforms=3, hidden_dims=(4, 4))
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    CHANGES[change](made)
+    layers, single = in_single(made)
+    double, rounded = gradients(Flow(layers)), gradients(single)
+    for one, other in zip(double[:2], rounded[:2], strict=True):
+        assert other.dtype == torch.float64
+        assert not torch.equal(one, other)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    wanted, found = (list(part[2].values()) for part in (double, rounded))
+    torch.testing.assert_close(wanted, found, rtol=1e-4, atol=1e-5)
+
+
+def test_single_precision_follows_numbers_that_change():
+    layers, single = in_single(affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4)))
+    for _ in range(2):
+        for parameter in single.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        torch.testing.assert_close(gradients(single)[0], gradients(Flow(layers))[0], rtol=1e-5, atol=1e-5)
+
+
+def test_single_precision_leaves_the_verbs_exact():
+    layers, single = in_single(affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4)))
+    assert [*single.parameters()] == [p for layer in layers for p in layer.parameters()]
+    x = torch.randn(DRAWS, DIM)
+    assert torch.equal(single.log_prob(x), Flow(layers).log_prob(x))
+    hook = single.transforms[0].transforms[0].conditioner.output.register_forward_hook(lambda m, i, o: 0.5 * o)
+    torch.testing.assert_close(gradients(single)[:2], gradients(Flow(layers))[:2])
+    hook.remove()
+
+
+def test_single_precision_is_for_plain_affine_couplings_in_double():
+    taken = []
+    for change in CHANGES.values():
+        made = affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4))
+        change(made)
+        taken.append(InSingle.suits(made.transforms))
+    assert taken == [True, False, False, False, True, True, True, True, True]  # hooks are looked for when it carries
+    assert not InSingle.suits(affine_couplings(DIM, num_transforms=2).float().transforms)
+    assert not InSingle.suits([])
 
 
 def test_the_log_density_is_one_of_the_draw(flow):

@@ -46,6 +46,7 @@ from ..training.interrupts import hold_interrupts
 from ..training.loop import Fit, ask, descend
 from ..training.randomness import unchanged
 from ..transforms import Elementwise, ScaledLinear
+from ..transforms.single import InSingle
 from .inspect import culprit, fingerprint, program_of, trained_by
 from .optimizers import optimizers
 from .propriety import check_proper
@@ -194,7 +195,9 @@ class ELBOFit:
 
     @functools.cached_property
     def _flow(self) -> Flow:
-        return self.guide.flow
+        flow = self.guide.flow
+        *layers, fixed = flow.transforms  # the last one brings draws into units of their own, and so is exact
+        return Flow([InSingle(layers), fixed], flow.base) if InSingle.suits(layers) else flow
 
     def joint_loss(self) -> Tensor:
         """The loss of the default objective, without the handlers that an ELBO runs a guide under."""

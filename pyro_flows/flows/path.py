@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..transforms import FlowTransform
+from ..transforms.compose import carried_along
 from ..vjp import is_plain
 
 
@@ -48,13 +49,8 @@ class _Carried(torch.autograd.Function):
     def forward(
         ctx: Any, transforms: Sequence[FlowTransform], x: Tensor, score: Tensor, *trained: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        pulls, total = [], torch.zeros(())
-        y = x
-        for transform in transforms:
-            y, log_det, score, pull = transform.carry(y, score)
-            pulls.append(pull)
-            total = total + log_det
-        ctx.pulls, ctx.places = pulls, {parameter: place for place, parameter in enumerate(trained)}
+        y, total, score, ctx.pull = carried_along(transforms, x, score)
+        ctx.places = {parameter: place for place, parameter in enumerate(trained)}
         ctx.save_for_backward(*trained)
         ctx.mark_non_differentiable(total, score)
         return y, total, score
@@ -63,10 +59,9 @@ class _Carried(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         found: list[Tensor | None] = [None] * len(ctx.saved_tensors)  # which are as they were in the forward pass
-        for pull in reversed(ctx.pulls):
-            g, gradients = pull(g)
-            for parameter, gradient in gradients:
-                if (place := ctx.places.get(parameter)) is not None:
-                    known = found[place]
-                    found[place] = gradient if known is None else known + gradient
+        g, gradients = ctx.pull(g)
+        for parameter, gradient in gradients:
+            if (place := ctx.places.get(parameter)) is not None:
+                known = found[place]
+                found[place] = gradient if known is None else known + gradient
         return None, g if ctx.needs_input_grad[1] else None, None, *found

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_kind, quoted
-from .base import FlowTransform
+from ..vjp import keeps
+from .base import Carried, FlowTransform, Gradients, Scored
 
 
 class Compose(FlowTransform):
@@ -46,6 +47,21 @@ class Compose(FlowTransform):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return chained(self.transforms, y, context, inverse=True)
 
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+        if not keeps(self, Compose, "forward_and_log_det"):
+            return super().forward_and_score(x, score, context)
+        total = torch.zeros(())
+        for transform in self.transforms:
+            own = context if transform.context_dim else None
+            x, log_det, score = transform.forward_and_score(x, score, own)
+            total = total + log_det
+        return x, total, score
+
+    def carry(self, x: Tensor, score: Tensor) -> Carried:
+        if not keeps(self, Compose, "forward_and_log_det", "forward_and_score"):
+            return super().carry(x, score)
+        return carried_along(self.transforms, x, score)
+
     @torch.no_grad()
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
         """Initialise each transform from what reaches it when the data ``y`` go back to the base."""
@@ -66,6 +82,24 @@ def chained(
         total = log_det if total is None else total + log_det
     assert total is not None
     return value, total
+
+
+def carried_along(transforms: Iterable[FlowTransform], x: Tensor, score: Tensor) -> Carried:
+    """What transforms without contexts make of a value and of its score, as :meth:`FlowTransform.carry` of each."""
+    pulls, total = [], torch.zeros(())
+    for transform in transforms:
+        x, log_det, score, pull = transform.carry(x, score)
+        pulls.append(pull)
+        total = total + log_det
+
+    def pull_all(g: Tensor) -> tuple[Tensor, Gradients]:
+        found: Gradients = []
+        for pull in reversed(pulls):
+            g, gradients = pull(g)
+            found += gradients
+        return g, found
+
+    return Carried(x, total, score, pull_all)
 
 
 def checked_chain(owner: str, transforms: Iterable[FlowTransform]) -> tuple[list[FlowTransform], int]:

@@ -1,0 +1,66 @@
+"""The layers of a flow in single precision, for quicker steps of training.
+
+Products of matrices take half the time in single precision.  As long as the layers act on numbers of order one, the
+rounding of a gradient is far below the noise of its draws.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..bijectors import Affine
+from ..conditioners import MLP
+from .base import Carried, FlowTransform, Gradients
+from .compose import Compose, carried_along
+from .coupling import Coupling
+from .scaled import ScaledLinear
+
+
+class InSingle(Compose):
+    """A chain of transforms in double precision that carries draws, scores and gradients along in single precision.
+
+    It holds copies of the transforms, which take over all numbers at each call of :meth:`carry`; all else is done by
+    the transforms themselves.
+
+    Args:
+        transforms: The transforms.
+    """
+
+    def __init__(self, transforms: Sequence[FlowTransform]) -> None:
+        super().__init__(transforms)
+        self._copies = [copy.deepcopy(transform).float() for transform in transforms]  # no modules of its own
+        self._own = dict(zip(_numbers(self._copies), _numbers(transforms), strict=True))
+
+    @staticmethod
+    def suits(transforms: Sequence[FlowTransform]) -> bool:
+        """Return True for affine couplings and linear maps in double precision, which keep numbers of order one so."""
+        known = all(type(t) is ScaledLinear or (type(t) is Coupling and _is_affine(t)) for t in transforms)
+        double = all(p.dtype == torch.float64 for transform in transforms for p in transform.parameters())
+        return bool(transforms) and known and double
+
+    def carry(self, x: Tensor, score: Tensor) -> Carried:
+        with torch.no_grad():
+            torch._foreach_copy_([*self._own], [*self._own.values()])
+        y, log_det, score, pull = carried_along(self._copies, x.float(), score.float())
+
+        def pulled(g: Tensor) -> tuple[Tensor, Gradients]:
+            g, gradients = pull(g.float())
+            return g.double(), [(self._own[copied], gradient.double()) for copied, gradient in gradients]
+
+        return Carried(y.double(), log_det.double(), score.double(), pulled)
+
+
+def _numbers(transforms: Sequence[FlowTransform]) -> Iterator[Tensor]:
+    """Yield all parameters and buffers that are of floating point."""
+    for transform in transforms:
+        for tensor in (*transform.parameters(), *transform.buffers()):
+            if tensor.is_floating_point():
+                yield tensor
+
+
+def _is_affine(coupling: Coupling) -> bool:
+    return type(coupling.bijector) is Affine and type(coupling.conditioner) is MLP
