@@ -143,6 +143,18 @@ def test_single_precision_follows_numbers_that_change():
         torch.testing.assert_close(gradients(single)[0], gradients(Flow(layers))[0], rtol=1e-5, atol=1e-5)
 
 
+def test_single_precision_takes_gradients_beyond_its_range():
+    layers, single = in_single(affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4)))
+    for parameter in single.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    found = []
+    for flow in (single, Flow(layers)):
+        torch.manual_seed(1)
+        z, _ = flow().with_path_gradient().rsample_and_log_prob((DRAWS,))
+        found.append(torch.autograd.grad(1e100 * z.square().sum(), [*single.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e94)
+
+
 def test_single_precision_leaves_the_verbs_exact():
     layers, single = in_single(affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4)))
     assert [*single.parameters()] == [p for layer in layers for p in layer.parameters()]

@@ -405,8 +405,8 @@ def test_a_prior_that_breaks_down_does_no_harm():
     assert check(model, guide).verdict in ("trust", "reweight", "do not trust")
 
 
-@pytest.mark.parametrize(("law", "allowed"), [("t", 1), ("funnel", 6)])
-def test_heavy_tails_raise_few_false_alarms(law, allowed):
+@pytest.mark.parametrize(("law", "seeds", "allowed"), [("t", 12, 1), ("funnel", 6, 3)])
+def test_heavy_tails_raise_few_false_alarms(law, seeds, allowed):
     """Variances that few chains can know.  With the alarm's rate at most 1 in 30 for the t, two alarms of 12 come about
     once in 17 runs of other seeds; the funnel's squares have a kurtosis of thousands."""
 
@@ -418,7 +418,7 @@ def test_heavy_tails_raise_few_false_alarms(law, allowed):
         pyro.sample("x", dist.Normal(torch.zeros(4), scale.exp().unsqueeze(-1)).to_event(1))
 
     model, alarms = {"t": t, "funnel": funnel}[law], 0
-    for seed in range(12):
+    for seed in range(seeds):
         pyro.set_rng_seed(seed)
         alarms += not check(model, model).trusted
     assert alarms <= allowed

@@ -277,7 +277,7 @@ def test_masked_steps_of_a_series_are_absent(by_encoder: bool, local_params: boo
     pyro.set_rng_seed(0)
     encoder = (lambda x, lengths: x) if by_encoder else None
     guide = plate_guide(chain, "series", encoder=encoder)
-    fit_svi(chain, guide, X, LENGTHS, steps=300, lr=0.02, progress=False)
+    fit_svi(chain, guide, X, LENGTHS, steps=150, lr=0.03, progress=False)
     found = psis(chain, guide, X, LENGTHS, num_samples=2000)
     assert abs(found.log_evidence - chain_evidence()) < 4 * found.log_evidence_se + 0.01
     trace = poutine.trace(guide).get_trace(X, LENGTHS)

@@ -333,10 +333,10 @@ def test_deterministic_sites_must_converge_too():
 
 
 def test_models_that_run_one_draw_at_a_time():
-    found = pf.sample(conjugate, wrong, progress=False, vectorize="loop", num_draws=200)
+    found = pf.sample(conjugate, wrong, progress=False, vectorize="loop", num_draws=100)
     assert found.draws["x"].shape[0] == 16
     assert found.converged
-    assert abs(float(found.flat["x"].mean()) - 1) < 5 * 0.71 / math.sqrt(200)
+    assert abs(float(found.flat["x"].mean()) - 1) < 5 * 0.71 / math.sqrt(100)
 
 
 def test_more_draws_come_from_the_guide():

@@ -48,8 +48,9 @@ class InSingle(Compose):
         y, log_det, score, pull = carried_along(self._copies, x.float(), score.float())
 
         def pulled(g: Tensor) -> tuple[Tensor, Gradients]:
-            g, gradients = pull(g.float())
-            return g.double(), [(self._own[copied], gradient.double()) for copied, gradient in gradients]
+            size = g.abs().max().clamp_min(1.0)  # those of models far from the posterior are beyond single precision
+            g, gradients = pull((g / size).float())
+            return g.double() * size, [(self._own[copied], gradient.double() * size) for copied, gradient in gradients]
 
         return Carried(y.double(), log_det.double(), score.double(), pulled)
 
