@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from pyro_flows import AutoFlow, Flow, fit_svi
-from pyro_flows.bijectors import Affine
+from pyro_flows.bijectors import Affine, SoftplusAffine
 from pyro_flows.conditioners import MLP
 from pyro_flows.flows import path
 from pyro_flows.guides.couplings import affine_couplings
-from pyro_flows.transforms import Coupling, ScaledLinear
+from pyro_flows.transforms import Coupling, Elementwise, ScaledLinear
 from pyro_flows.transforms.single import InSingle
 
 DIM, DRAWS = 3, 5
@@ -114,8 +114,9 @@ def test_draws_densities_and_gradients_are_those_of_autograd(flow, monkeypatch):
 
 
 def in_single(flow):
-    layers = [*flow.transforms, ScaledLinear(DIM)]
-    nn.init.normal_(layers[-1].factors, std=0.3)
+    layers = [*flow.transforms, Elementwise(SoftplusAffine(), DIM), ScaledLinear(DIM)]
+    for parameter in (layers[-2].params, layers[-1].factors):
+        nn.init.normal_(parameter, std=0.3)
     return layers, Flow([InSingle(layers)])
 
 
@@ -174,6 +175,16 @@ def test_single_precision_is_for_plain_affine_couplings_in_double():
     assert taken == [True, False, False, False, True, True, True, True, True]  # hooks are looked for when it carries
     assert not InSingle.suits(affine_couplings(DIM, num_transforms=2).float().transforms)
     assert not InSingle.suits([])
+
+
+@pytest.mark.parametrize("dim", [2, 20, 40, 70])
+def test_the_default_guide_is_trained_in_single_precision(dim):
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
+
+    *layers, fixed = AutoFlow(model).setup().flow.transforms
+    assert InSingle.suits(layers)
+    assert not InSingle.suits([fixed])
 
 
 def test_the_log_density_is_one_of_the_draw(flow):

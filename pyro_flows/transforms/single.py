@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..bijectors import Affine
+from ..bijectors import Affine, SoftplusAffine
 from ..conditioners import MLP
 from .base import Carried, FlowTransform, Gradients
 from .compose import Compose, carried_along
 from .coupling import Coupling
+from .elementwise import Elementwise
 from .scaled import ScaledLinear
 
 
@@ -37,8 +38,8 @@ class InSingle(Compose):
 
     @staticmethod
     def suits(transforms: Sequence[FlowTransform]) -> bool:
-        """Return True for affine couplings and linear maps in double precision, which keep numbers of order one so."""
-        known = all(type(t) is ScaledLinear or (type(t) is Coupling and _is_affine(t)) for t in transforms)
+        """Return True for affine maps and couplings in double precision, which keep numbers of order one as such."""
+        known = all(type(transform) is ScaledLinear or _is_affine(transform) for transform in transforms)
         double = all(p.dtype == torch.float64 for transform in transforms for p in transform.parameters())
         return bool(transforms) and known and double
 
@@ -63,5 +64,8 @@ def _numbers(transforms: Sequence[FlowTransform]) -> Iterator[Tensor]:
                 yield tensor
 
 
-def _is_affine(coupling: Coupling) -> bool:
-    return type(coupling.bijector) is Affine and type(coupling.conditioner) is MLP
+def _is_affine(transform: FlowTransform) -> bool:
+    if type(transform) is Elementwise:
+        return type(transform.bijector) in (Affine, SoftplusAffine) and transform.conditioner is None
+    coupled = type(transform) is Coupling and type(transform.bijector) is Affine
+    return coupled and type(transform.conditioner) is MLP
