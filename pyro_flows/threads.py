@@ -2,12 +2,15 @@
 
 Threads wait for each other after each operation.  Small operations take longer with two of them than with one, and ten
 times as long while another process keeps a core busy.  Small jobs always use one thread, so that their results can be
-reproduced.  Public functions begin with one thread; their large parts use more.
+reproduced.  Public functions begin with one thread; their large parts use more: steps of large networks, and
+log-densities of many draws of a model of many rows.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -16,7 +19,7 @@ import torch
 OPERATIONS = 6  # per draw and weight of a network: a product and a sum, forwards and twice backwards
 LARGE = 3e8  # operations of a step, some 10 ms, from which on threads may help
 TRIED = 5  # steps of a trial; the first two warm up
-FASTER = 0.8  # the ratio of times below which several threads are kept
+FASTER = 0.8  # the ratio of times below which several threads are kept, until they are slower than one
 
 
 _allowed: ContextVar[int | None] = ContextVar("threads", default=None)  # None outside of all jobs
@@ -47,25 +50,46 @@ class Threads:
 
     Args:
         work: About how many operations of floating point a step takes.
+
+    Attributes:
+        number: The number for the next step.
     """
 
-    def __init__(self, work: float) -> None:
-        self._most = allowed()
+    def __init__(self, work: float = math.inf) -> None:
+        self.number = 1
         self._times: list[float] = []
         self._alone = 0.0  # seconds of a step with one thread; 0 until they are known
-        self._settled = self._most == 1 or work < LARGE
+        self._settled, self._kept, self._is_busy = work < LARGE, False, False
 
     def saw(self, seconds: float) -> None:
         """Take note of the time of a step, and choose the number for the next ones."""
-        if self._settled:
+        if self._settled or allowed() == 1:
             return
         self._times.append(seconds)
         if len(self._times) < TRIED:
             return
         quickest, self._times = min(self._times[2:]), []
         if not self._alone:
-            self._alone = quickest
-            torch.set_num_threads(self._most)
-        elif quickest > FASTER * self._alone:
-            torch.set_num_threads(1)
-            self._settled = True
+            self._alone, self.number = quickest, allowed()
+        elif quickest > (1.0 if self._kept else FASTER) * self._alone:
+            self.number, self._settled = 1, True
+        else:
+            self._kept = True
+
+    @contextlib.contextmanager
+    def turn(self, size: int) -> Iterator[None]:
+        """Let torch use the number for one step, whose time is taken note of; a step within a step changes nothing.
+
+        Args:
+            size: How much there is to do; only its ratio to that of other steps counts.
+        """
+        if self._is_busy:
+            yield
+            return
+        self._is_busy, start = True, time.perf_counter()
+        try:
+            with using(self.number):
+                yield
+            self.saw((time.perf_counter() - start) / size)
+        finally:
+            self._is_busy = False

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pyro_flows import AutoFlow, check, fit_density, fit_svi, flows
+from pyro_flows.programs.space import Space
 from pyro_flows.programs.task import Task
 from pyro_flows.threads import TRIED, Threads, allowed, using
 
@@ -46,17 +47,40 @@ def test_densities_too():
     assert torch.get_num_threads() == 2
 
 
-def test_a_model_of_one_large_tensor_keeps_all_threads():
-    def large():
-        x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.sample(
-            "y", dist.Normal(x.unsqueeze(-1), 1.0).expand([*x.shape, 300_000]).to_event(1), obs=torch.zeros(300_000)
-        )
+@pytest.mark.parametrize("draws", [1, 4])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_model_of_many_rows_tries_all_threads(draws, gradient):
+    seen = []
 
-    guide = AutoFlow(large).setup()
-    with Task(large, guide, (), {}).threads():
-        assert torch.get_num_threads() == 2
-    with Task(small([]), AutoFlow(small([])).setup(), (), {}).threads():
+    def large():
+        seen.append(torch.get_num_threads())
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        mean = x.unsqueeze(-1).expand([*x.shape, 300_000])
+        pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=torch.zeros(300_000))
+
+    space = Space(Task(large, AutoFlow(large).setup(), (), {}))
+    assert space.task.model.chunk == 1
+    z, seen[:] = torch.zeros(draws, 1, requires_grad=gradient), []
+    with using(1), torch.set_grad_enabled(gradient):
+        for _ in range(TRIED + 1):
+            space.log_p(z)
+            assert torch.get_num_threads() == 1
+    assert seen[:TRIED] == [1] * TRIED
+    assert seen[TRIED] == 2
+
+
+def test_a_step_within_a_step_leaves_the_number_alone():
+    threads = Threads()
+    with using(1):
+        for _ in range(TRIED):
+            with threads.turn(1):
+                assert torch.get_num_threads() == 1
+        with threads.turn(1):
+            assert torch.get_num_threads() == 2
+            with threads.turn(1):
+                assert torch.get_num_threads() == 2
+        with pytest.raises(ZeroDivisionError), threads.turn(1):
+            raise ZeroDivisionError
         assert torch.get_num_threads() == 1
 
 
@@ -92,6 +116,6 @@ def test_large_steps_try_more_and_keep_them_while_they_are_faster(work, alone, t
         for seconds in (alone, together, later):
             for _ in range(TRIED):
                 threads.saw(seconds or alone)
-            found.append(torch.get_num_threads())
+            found.append(threads.number)
     assert found == wanted
     assert torch.get_num_threads() == 2

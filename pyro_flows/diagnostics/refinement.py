@@ -125,18 +125,17 @@ def refine(
     check_trained("refine", guide)
     with pyro.validation_enabled(False):  # a draw of no density is for the chains to shun
         space = sound_space(Task(model, guide, args, kwargs, vectorize))
-        with space.task.threads():
-            reference = space.draw(max(4 * BATCH, 10 * space.dim))
-            charts, _ = charts_of(space, reference.z)
-            began = space.draw(num_samples)
-            meter = DriftMeter(reference.quantities, began.quantities)
-            batches = [Chains(or_nan(space.log_p), charts, z) for z in began.z.split(BATCH)]
-            for transition in range(transitions):
-                for chains in batches:
-                    chains.sweep(adapt=transition < transitions // 4)
-                if transition >= transitions // 2:
-                    meter.record(torch.cat([space.quantities(chains.z) for chains in batches]))
-            ends = [space.values(chains.z) for chains in batches]
+        reference = space.draw(max(4 * BATCH, 10 * space.dim))
+        charts, _ = charts_of(space, reference.z)
+        began = space.draw(num_samples)
+        meter = DriftMeter(reference.quantities, began.quantities)
+        batches = [Chains(or_nan(space.log_p), charts, z) for z in began.z.split(BATCH)]
+        for transition in range(transitions):
+            for chains in batches:
+                chains.sweep(adapt=transition < transitions // 4)
+            if transition >= transitions // 2:
+                meter.record(torch.cat([space.quantities(chains.z) for chains in batches]))
+        ends = [space.values(chains.z) for chains in batches]
     draws = {name: torch.cat([values[name] for values in ends]) for name in ends[0]}
     acceptance = batches[-1].acceptance
     if max(acceptance) < FROZEN:

@@ -243,21 +243,20 @@ def check(
     check_trained("check", guide)
     with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
         space = sound_space(Task(model, guide, args, kwargs, vectorize))
-        with space.task.threads():
-            alone = space.task.runs_one_by_one
-            draws = space.draw(num_samples or (1000 if alone else 10_000))
-            psis = weigh(draws.log_p - draws.log_q)
-            judged = _judged(space, draws.quantities)
-            names = [name for name, used in zip(space.read.names, judged.tolist(), strict=True) if used]
-            charts, white = charts_of(space, draws.z)
-            looked_at = _Looked(space, white, judged)
-            weighted = weighted_drift(draws.quantities[:, judged], psis.smoothed)
-            of_weights = weighted_shape(looked_at.features(draws.quantities, draws.z), psis.smoothed.to(draws.z.device))
-            calm = _is_calm(psis, weighted)
-            count = num_chains or (16 if alone else 256)
-            chains, directions, of_chains, acceptance = _run(looked_at, charts, draws, count, calm)
-            missing = search(space, white, draws, judged)
-            rare = torch.zeros_like(weighted.error) if alone else outliers(space, draws, psis)[judged]
+        alone = space.task.runs_one_by_one
+        draws = space.draw(num_samples or (1000 if alone else 10_000))
+        psis = weigh(draws.log_p - draws.log_q)
+        judged = _judged(space, draws.quantities)
+        names = [name for name, used in zip(space.read.names, judged.tolist(), strict=True) if used]
+        charts, white = charts_of(space, draws.z)
+        looked_at = _Looked(space, white, judged)
+        weighted = weighted_drift(draws.quantities[:, judged], psis.smoothed)
+        of_weights = weighted_shape(looked_at.features(draws.quantities, draws.z), psis.smoothed.to(draws.z.device))
+        calm = _is_calm(psis, weighted)
+        count = num_chains or (16 if alone else 256)
+        chains, directions, of_chains, acceptance = _run(looked_at, charts, draws, count, calm)
+        missing = search(space, white, draws, judged)
+        rare = torch.zeros_like(weighted.error) if alone else outliers(space, draws, psis)[judged]
     shapes, seconds = (of_chains, of_weights), time.perf_counter() - start
     seen = Check((), psis, chains, directions, weighted, shapes, names, missing, rare, acceptance, seconds)
     return replace(seen, findings=tuple(judge(seen)))

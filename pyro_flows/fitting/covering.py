@@ -163,18 +163,17 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
     assert isinstance(guide, AutoFlow)
     with pyro.validation_enabled(False):
         space = sound_space(task)
-        with space.task.threads():
-            reference = Reference(space, guide.start[0])
+        reference = Reference(space, guide.start[0])
 
-            def found() -> tuple[Population | None, Tensor]:
-                population = anneal(reference, -(-number // ISLANDS) * ISLANDS, Effort())
-                return population, ways_up(or_nan(space.log_p), reference.draw(SOME))
+        def found() -> tuple[Population | None, Tensor]:
+            population = anneal(reference, -(-number // ISLANDS) * ISLANDS, Effort())
+            return population, ways_up(or_nan(space.log_p), reference.draw(SOME))
 
-            population, others = processes.first(found)
-            processes.as_one()
-            if population is None:
-                raise ValueError("anneal: hardly a draw of the prior has a density; is the model's density finite?")
-            tops = Tops(space, population, others if starts is None else torch.cat((others, starts)))
+        population, others = processes.first(found)
+        processes.as_one()
+        if population is None:
+            raise ValueError("anneal: hardly a draw of the prior has a density; is the model's density finite?")
+        tops = Tops(space, population, others if starts is None else torch.cat((others, starts)))
     weighed, fit = _fitted(task, tops, fit_once) if fit_once else (None, None)
     if weighed:  # anew, as the best of some guides owes that to its draws in part
         weighed = _weighed(weighed.guide, task)

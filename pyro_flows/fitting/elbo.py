@@ -241,7 +241,7 @@ def start_from_gaussian(
             bar.update()
             return asked()
 
-        with validation_enabled(False), task.threads():  # a place without density is for the scores to show
+        with validation_enabled(False):  # a place without density is for the scores to show
             density = or_nan(Space(task).log_p)
             settings: dict[str, Any] = {"budget": budget, "watch": watch}
             found = fit_gaussian(lambda latent: power * density(latent), *guide.start, **settings)

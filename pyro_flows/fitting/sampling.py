@@ -101,8 +101,7 @@ def sample(
     check_trained(CALLER, guide)
     with pyro.validation_enabled(False):  # a draw of no density is for the chains to shun
         space = sound_space(Task(model, guide, args, kwargs, vectorize))
-        with space.task.threads():
-            found = exact(space, Goal(num_draws, max_sweeps), num_chains, progress=progress)
+        found = exact(space, Goal(num_draws, max_sweeps), num_chains, progress=progress)
     if not found.converged:
         warnings.warn(warning(found, max_sweeps), stacklevel=3)
     return replace(found, fit=fit)

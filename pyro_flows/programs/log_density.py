@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.overrides import TorchFunctionMode
 
+from ..threads import Threads
+
 LogDensity = Callable[[Tensor], Tensor]  # (N, D) -> (N,), in nats
 
 
@@ -86,19 +88,25 @@ def score_of(density: LogDensity, z: Tensor) -> Tensor:
     return value_and_score(density, z)[1]
 
 
-def in_parts(density: LogDensity, size: int) -> LogDensity:
+def number_of_parts(number: int, size: int) -> int:
+    """Return into how many parts of about a size some vectors are divided."""
+    return max(1, round(number / size))
+
+
+def in_parts(density: LogDensity, size: int, threads: Threads) -> LogDensity:
     """Return a log-density that finds its gradient part by part, so that the graph of one part alone is in memory.
 
     The gradient has none of its own.
 
     Args:
         density: The log-density.
-        size: The largest number of vectors in a part.
+        size: About how many vectors make a part, which is work for several threads.
+        threads: The number of these.
     """
 
     def parted(z: Tensor) -> Tensor:
-        if len(z) > size and torch.is_grad_enabled() and z.requires_grad:
-            return _InParts.apply(density, size, z)
+        if 2 * len(z) > size and torch.is_grad_enabled() and z.requires_grad:
+            return _InParts.apply(density, size, threads, z)
         return density(z)
 
     return parted
@@ -106,13 +114,17 @@ def in_parts(density: LogDensity, size: int) -> LogDensity:
 
 class _InParts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, density: LogDensity, size: int, z: Tensor) -> Tensor:
-        values, scores = zip(*(value_and_score(density, part) for part in z.split(size)), strict=True)
+    def forward(ctx: Any, density: LogDensity, size: int, threads: Threads, z: Tensor) -> Tensor:
+        found = []
+        for part in z.tensor_split(number_of_parts(len(z), size)):
+            with threads.turn(len(part)):
+                found.append(value_and_score(density, part))
+        values, scores = zip(*found, strict=True)
         ctx.save_for_backward(torch.cat(scores))
         return torch.cat(values)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_log_p: Tensor) -> tuple[None, None, Tensor]:
+    def backward(ctx: Any, of_log_p: Tensor) -> tuple[None, None, None, Tensor]:
         (score,) = ctx.saved_tensors
-        return None, None, of_log_p.unsqueeze(-1) * score
+        return None, None, None, of_log_p.unsqueeze(-1) * score

@@ -16,10 +16,12 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
+from ..threads import Threads
 from .engines import Read, Values, View, apart, beside, run, value_of, with_room
 from .enumeration import Parallel, Run, check_masks, check_rows
 from .events import WithValues
 from .largest import Largest
+from .log_density import number_of_parts
 from .noise import Noise
 from .one_by_one import Sequential
 from .quoting import quoted
@@ -75,6 +77,7 @@ class Program:
         self._parts: list[Part] = []
         self._part: Part | None = None
         self._sum_of_parts: Parallel | Sequential | None = None
+        self.threads, self._threads = Threads(), Threads()  # for a part of many draws, with its gradient and without
 
     def run(
         self, read: Read, held: Values, size: int, *, place: Place = poutine.condition, enumerate: bool = False
@@ -175,10 +178,16 @@ class Program:
             return torch.stack([log_prob for log_prob, _ in scores]).sum(0), scores[0][1]
         if self.enumerated:
             return self.enumeration.log_prob(self._at(held, size)), {}
-        if size > self.chunk and not torch.is_grad_enabled():
-            parts = [self.score(part, len(next(iter(part.values()))), sites) for part in _split(held, self.chunk)]
-            values = {name: torch.cat([part[name] for _, part in parts]) for name in sites}
-            return torch.cat([log_prob for log_prob, _ in parts]), values
+        if 2 * size <= self.chunk or torch.is_grad_enabled():
+            return self._score(held, size, sites)
+        parts = []
+        for part, number in _split(held, number_of_parts(size, self.chunk)):
+            with self._threads.turn(number):
+                parts.append(self._score(part, number, sites))
+        values = {name: torch.cat([part[name] for _, part in parts]) for name in sites}
+        return torch.cat([log_prob for log_prob, _ in parts]), values
+
+    def _score(self, held: Values, size: int, sites: list[str]) -> tuple[Tensor, Values]:
         found = self.run(lambda view: {TOTAL: view.log_prob(), **{n: view.read(n) for n in sites}}, held, size)
         return found.pop(TOTAL), found
 
@@ -269,11 +278,10 @@ class Program:
         return marks if site["name"] in self.enumerated else {}
 
 
-def _split(held: Values, size: int) -> Iterator[Values]:
-    """Yield values of some draws at a time."""
-    yield from (
-        dict(zip(held, part, strict=True)) for part in zip(*(v.split(size) for v in held.values()), strict=True)
-    )
+def _split(held: Values, number: int) -> Iterator[tuple[Values, int]]:
+    """Yield values of some draws at a time, in a number of parts, and how many they are."""
+    for part in zip(*(value.tensor_split(number) for value in held.values()), strict=True):
+        yield dict(zip(held, part, strict=True)), len(part[0])
 
 
 def _is_latent(site: dict[str, Any]) -> bool:

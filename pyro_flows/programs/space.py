@@ -21,7 +21,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from .engines import Read, Site, Values, View
 from .latents import support_of
-from .log_density import in_parts, is_breakdown
+from .log_density import LogDensity, in_parts, is_breakdown
 from .masks import mask_of
 from .program import Program
 from .quantities import Quantities, innermost
@@ -145,7 +145,11 @@ class Space:
 
         Many draws of a model of much data are scored in parts, whose gradient has none of its own.
         """
-        return in_parts(self._log_p, self.task.model.chunk)(z)
+        return self.in_parts(self._log_p)(z)
+
+    def in_parts(self, density: LogDensity) -> LogDensity:
+        """Return a log-density that runs the model, and finds its gradient part by part."""
+        return in_parts(density, self.task.model.chunk, self.task.model.threads)
 
     def _log_p(self, z: Tensor) -> Tensor:
         found, change = self._place(z)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from .. import checks
 from ..memory import keep_memory
-from ..threads import allowed, using
 from .choice import settle
 from .engines import ENGINES, Site, Values, View, value_of
 from .latents import check_match, is_point, summable
@@ -96,10 +94,6 @@ class Task:
         self.has_bare_dimensions = has_bare_dimensions(single)
         own = self.guide.single.iter_stochastic_nodes()
         self.own = [name for name, site in own if not isinstance(site["fn"], dist.Delta)]
-
-    def threads(self) -> AbstractContextManager[None]:
-        """Let torch use one thread, unless a single draw is work enough for several."""
-        return using(1 if self.settle().model.chunk > 1 else allowed())
 
     @torch.no_grad()
     def once(self, *watching: Messenger) -> tuple[Trace, Trace]:
@@ -223,8 +217,7 @@ class Task:
             return {**found, "log_p": log_p}
 
         self.settle()
-        with self.threads():
-            found = in_batches(step, {}, number, batch_size)
+        found = in_batches(step, {}, number, batch_size)
         return Draws({name: found[f"latent {name}"] for name in self.latents}, found["log_p"], found["log_q"])
 
     @torch.no_grad()

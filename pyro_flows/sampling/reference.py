@@ -16,7 +16,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from ..programs.log_density import LogDensity, in_parts, or_nan
+from ..programs.log_density import LogDensity, or_nan
 from ..programs.space import Space
 from ..programs.task import Task
 from .gaussian import fit_gaussian
@@ -99,7 +99,7 @@ class Reference:
             log_r, log_p = self.log_r_and_p(z)
             return (1 - beta) * log_r + beta * log_p
 
-        return in_parts(density, self._space.task.model.chunk)
+        return self._space.in_parts(density)
 
     def _both(self, z: Tensor) -> Tensor:
         if bool(self._flat.all()):

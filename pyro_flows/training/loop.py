@@ -203,6 +203,7 @@ def descend(
                             f"Try a smaller lr (now {lr:g}) or init_scale, or a float64 model."
                         )
                 threads.saw(time.perf_counter() - began)
+                torch.set_num_threads(threads.number)
                 horizon.observe(losses)
                 bar.total = horizon.last
                 bar.update()
