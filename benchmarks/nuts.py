@@ -8,7 +8,8 @@ Each run has a fresh process and both cores to itself, with the threads that eac
 the wall, from the model at hand to the answer, with compilation and all that is imported on the way, without the
 imports at the top of a program.  NUTS has its defaults and four chains of 1,000 warm-up draws and 1,000 draws:
 
-* *NumPyro*: as a user writes it, ``MCMC(NUTS(model), ...).run(key)``, which runs the chains one after another;
+* *NumPyro*: as a user writes it, ``MCMC(NUTS(model), ...).run(key)``, which runs the chains one after another and
+  shows its progress (without that it takes longer here);
 * *NumPyro, parallel*: each chain on a device of its own, after ``numpyro.set_host_device_count(4)``;
 * *NumPyro, one program*: all chains in one compiled loop, a chain method of ours and NumPyro's fastest here;
 * *nutpie*: its chains in parallel, on the compiled log-density of the NumPyro model;
@@ -213,9 +214,10 @@ def table(rows: list[Row]) -> str:
         f"`fit_svi` with its defaults and `check`, beside NUTS ({CHAINS} chains of {WARMUP:,} + {DRAWS:,} draws), "
         f"medians of the seeds {seeds}, in double precision on {os.cpu_count()} cores; torch {torch.__version__}, "
         f"{versions}, Python {platform.python_version()}.",
-        "Seconds are those of the wall, from the model to the answer, with compilation. Pyro runs one chain. A NUTS "
-        f"is stopped after {LIMIT} s. Errors of means and ratios of sds are against reference draws, the worst over "
-        "the quantities; a dash: there is no reference, or no run.",
+        "Seconds are those of the wall, from the model to the answer, with compilation. NumPyro's chains run one after "
+        "another, as `MCMC(NUTS(model), ...)` does; in parallel, after `numpyro.set_host_device_count(4)`; or in one "
+        "compiled loop, by a chain method of our own. Pyro runs one chain. Errors of means and ratios of sds are "
+        "against reference draws, the worst over the quantities; a dash: there is no reference, or no run.",
         "Reproduce with `python benchmarks/nuts.py`.",
         "",
         *summary(found, rivals),

@@ -156,6 +156,13 @@ def test_single_precision_takes_gradients_beyond_its_range():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e94)
 
 
+def test_what_passes_beyond_single_precision_is_carried_in_double():
+    layers, single = in_single(affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4)))
+    layers[-1].shift.data.fill_(1e60)
+    for one, other in zip(gradients(single)[:2], gradients(Flow(layers))[:2], strict=True):
+        assert torch.equal(one, other)
+
+
 def test_single_precision_leaves_the_verbs_exact():
     layers, single = in_single(affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4)))
     assert [*single.parameters()] == [p for layer in layers for p in layer.parameters()]
@@ -172,7 +179,7 @@ def test_single_precision_is_for_plain_affine_couplings_in_double():
         made = affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4))
         change(made)
         taken.append(InSingle.suits(made.transforms))
-    assert taken == [True, False, False, False, True, True, True, True, True]  # hooks are looked for when it carries
+    assert taken == [True, False, False, False, False, False, False, False, True]
     assert not InSingle.suits(affine_couplings(DIM, num_transforms=2).float().transforms)
     assert not InSingle.suits([])
 
@@ -237,6 +244,25 @@ def test_a_fit_trains_all_of_a_flow_whose_weights_are_normed():
     fit_svi(curved, guide, steps=20, progress=False)
     still = [name for name, parameter in guide.named_parameters() if torch.equal(parameter, before[name])]
     assert not still
+
+
+CHANGED = {
+    "pruned": lambda flow: [prune.random_unstructured(part, "weight", 0.3) for part in linears(flow)],
+    "normed": lambda flow: [nn.utils.spectral_norm(part) for part in linears(flow) if part.weight.any()],
+    "a hook": lambda flow: flow.register_forward_hook(lambda module, inputs, output: None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
+def test_flows_that_were_changed_are_trained_in_double(change, monkeypatch):
+    taken = []
+    monkeypatch.setattr(InSingle, "carry", lambda self, x, score: taken.append(x))
+    guide = AutoFlow(curved).setup()
+    change(guide.flow)
+    fit_svi(curved, guide, steps=3, progress=False)
+    recipe = AutoFlow(curved, affine_couplings)
+    fit_svi(curved, recipe, steps=3, progress=False)
+    assert not taken
 
 
 class Counted(AutoFlow):

@@ -47,6 +47,7 @@ from ..training.loop import Fit, ask, descend
 from ..training.randomness import unchanged
 from ..transforms import Elementwise, ScaledLinear
 from ..transforms.single import InSingle
+from ..vjp import is_plain
 from .inspect import culprit, fingerprint, program_of, trained_by
 from .optimizers import optimizers
 from .propriety import check_proper
@@ -196,8 +197,9 @@ class ELBOFit:
     @functools.cached_property
     def _flow(self) -> Flow:
         flow = self.guide.flow
-        *layers, fixed = flow.transforms  # the last one brings draws into units of their own, and so is exact
-        return Flow([InSingle(layers), fixed], flow.base) if InSingle.suits(layers) else flow
+        *layers, fixed = flow.transforms  # before the last one all draws are in units of their own
+        single = self.guide.has_default_flow and is_plain([flow]) and InSingle.suits(layers)
+        return Flow([InSingle(layers), fixed], flow.base) if single else flow
 
     def joint_loss(self) -> Tensor:
         """The loss of the default objective, without the handlers that an ELBO runs a guide under."""

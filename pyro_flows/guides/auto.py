@@ -159,6 +159,11 @@ class AutoFlow(FlowGuide, AutoContinuous):
         return self.encoder is None and keeps(self, AutoFlow, "forward", "_draws", "sample_latent", "get_posterior")
 
     @property
+    def has_default_flow(self) -> bool:
+        """True if the flow is the default one, and not of a recipe of the user's."""
+        return self._build_flow is None and type(self.flow) is Flow
+
+    @property
     def is_fresh(self) -> bool:
         """True if the guide is still untrained."""
         return is_untrained(self.flow, self._init_scale, self.circular)

@@ -100,7 +100,7 @@ def in_parts(density: LogDensity, size: int, threads: Threads) -> LogDensity:
 
     Args:
         density: The log-density.
-        size: About how many vectors make a part, which is work for several threads.
+        size: About how many vectors make a part, at most half as many again; parts are work for several threads.
         threads: The number of these.
     """
 

@@ -143,7 +143,7 @@ class Space:
     def log_p(self, z: Tensor) -> Tensor:
         """The model's log-density over z, ``(N, D) -> (N,)`` in nats.
 
-        Many draws of a model of much data are scored in parts, whose gradient has none of its own.
+        Draws of a model of much data are scored in parts, whose gradient has none of its own.
         """
         return self.in_parts(self._log_p)(z)
 

@@ -7,6 +7,7 @@ rounding of a gradient is far below the noise of its draws.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..bijectors import Affine, SoftplusAffine
 from ..conditioners import MLP
+from ..vjp import is_plain
 from .base import Carried, FlowTransform, Gradients
 from .compose import Compose, carried_along
 from .coupling import Coupling
@@ -25,7 +27,7 @@ class InSingle(Compose):
     """A chain of transforms in double precision that carries draws, scores and gradients along in single precision.
 
     It holds copies of the transforms, which take over all numbers at each call of :meth:`carry`; all else is done by
-    the transforms themselves.
+    the transforms themselves, and so is what passes beyond the range of single precision.
 
     Args:
         transforms: The transforms.
@@ -38,22 +40,26 @@ class InSingle(Compose):
 
     @staticmethod
     def suits(transforms: Sequence[FlowTransform]) -> bool:
-        """Return True for affine maps and couplings in double precision, which keep numbers of order one as such."""
-        known = all(type(transform) is ScaledLinear or _is_affine(transform) for transform in transforms)
+        """Return True for plain affine maps and couplings in double precision."""
+        known = is_plain(transforms) and all(
+            type(transform) is ScaledLinear or _is_affine(transform) for transform in transforms
+        )
         double = all(p.dtype == torch.float64 for transform in transforms for p in transform.parameters())
         return bool(transforms) and known and double
 
     def carry(self, x: Tensor, score: Tensor) -> Carried:
         with torch.no_grad():
             torch._foreach_copy_([*self._own], [*self._own.values()])
-        y, log_det, score, pull = carried_along(self._copies, x.float(), score.float())
+        y, log_det, of_y, pull = carried_along(self._copies, x.float(), score.float())
+        if not math.isfinite(float(y.sum() + of_y.sum())):
+            return carried_along(self.transforms, x, score)
 
         def pulled(g: Tensor) -> tuple[Tensor, Gradients]:
             size = g.abs().max().clamp_min(1.0)  # those of models far from the posterior are beyond single precision
             g, gradients = pull((g / size).float())
             return g.double() * size, [(self._own[copied], gradient.double() * size) for copied, gradient in gradients]
 
-        return Carried(y.double(), log_det.double(), score.double(), pulled)
+        return Carried(y.double(), log_det.double(), of_y.double(), pulled)
 
 
 def _numbers(transforms: Sequence[FlowTransform]) -> Iterator[Tensor]:
