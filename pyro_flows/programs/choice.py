@@ -133,7 +133,9 @@ def _both(program: Program, draw: Values) -> Values:
 
 def _read(program: Program, held: Values, size: int) -> Values:
     """Return what is compared: log-densities of draws, by site if none is summed out, and derived values."""
-    return {DENSITY: program.log_prob(held, size)} if program.enumerated else program.run(_terms, held, size)
+    if program.enumerated:
+        return {DENSITY: program.score_at_once(held, size, [])[0]}
+    return program.run(_terms, held, size)
 
 
 def _terms(view: View) -> Values:

@@ -176,17 +176,17 @@ class Program:
         if self._parts:
             scores = [self._take(part).score(held, size, sites) for part in self._parts]
             return torch.stack([log_prob for log_prob, _ in scores]).sum(0), scores[0][1]
-        few = bool(self.enumerated) and size <= 2  # by which an engine is chosen, before the chunk is known
-        if few or torch.is_grad_enabled() or 2 * size <= self.chunk:
-            return self._score(held, size, sites)
+        if torch.is_grad_enabled() or 2 * size <= self.chunk:
+            return self.score_at_once(held, size, sites)
         parts = []
         for part, number in _split(held, number_of_parts(size, self.chunk)):
             with self._threads.turn(number):
-                parts.append(self._score(part, number, sites))
+                parts.append(self.score_at_once(part, number, sites))
         values = {name: torch.cat([part[name] for _, part in parts]) for name in parts[0][1]}
         return torch.cat([log_prob for log_prob, _ in parts]), values
 
-    def _score(self, held: Values, size: int, sites: list[str]) -> tuple[Tensor, Values]:
+    def score_at_once(self, held: Values, size: int, sites: list[str]) -> tuple[Tensor, Values]:
+        """Return what :meth:`score` does, of all draws in one run."""
         if self.enumerated:
             return self.enumeration.log_prob(self._at(held, size)), {}
         found = self.run(lambda view: {TOTAL: view.log_prob(), **{n: view.read(n) for n in sites}}, held, size)
