@@ -25,6 +25,7 @@ interrupted benchmark continues where it stopped.  Writes ``nuts.csv``, ``nuts.m
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import platform
@@ -247,7 +248,7 @@ def cells(method: str, m: dict[str, Any]) -> list[str]:
         f"{m['ess']:,.0f}",
         f"{m['ess'] / m['seconds']:,.0f}",
         *errors,
-        f"{m['khat']:.2f}" if ours else f"{m['r_hat']:.3f}",
+        f"{m['khat']:.2f}" if ours else "–" if math.isnan(m["r_hat"]) else f"{m['r_hat']:.3f}",
         m["verdict"],
     ]
 
