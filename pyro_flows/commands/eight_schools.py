@@ -28,7 +28,7 @@ from .report import draws_of, report
 SCHOOLS = "ABCDEFGH"
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 STANDARD_ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-WRITTEN, SHOWN = 4000, 100_000  # draws
+WRITTEN, SHOWN, BATCH = 4000, 100_000, 10_000  # draws, and how many are run at once
 FILES = "eight_schools.nc", "eight_schools.png"
 
 
@@ -65,7 +65,8 @@ def run(wish: Namespace) -> bool:
         weighted = checked.verdict == "reweight"
         written = to_arviz(eight_schools, guide, *data, num_samples=WRITTEN, importance=weighted)
         write_atomically(kept[0], written.to_netcdf)
-    many = to_arviz(eight_schools, guide, *data, num_samples=SHOWN, importance=weighted, log_likelihood=False)
+    settings: dict[str, Any] = {"importance": weighted, "log_likelihood": False, "batch_size": BATCH}
+    many = to_arviz(eight_schools, guide, *data, num_samples=SHOWN, **settings)
     draws, seconds = draws_of(many), time.perf_counter() - start
     figure = plot_funnel({name: values[:WRITTEN] for name, values in draws.items()})
     write_atomically(kept[1], lambda path: figure.savefig(path, dpi=150))
