@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -19,7 +20,8 @@ import torch
 OPERATIONS = 6  # per draw and weight of a network: a product and a sum, forwards and twice backwards
 LARGE = 3e8  # operations of a step, some 10 ms, from which on threads may help
 TRIED = 5  # steps of a trial; the first two warm up
-FASTER = 0.8  # the ratio of times below which several threads are kept, until they are slower than one
+FASTER = 0.8  # the ratio of times below which several threads are kept
+RECENT = 0.1  # of the running mean: threads that wait for a core do so in few steps, and then long
 
 
 _allowed: ContextVar[int | None] = ContextVar("threads", default=None)  # None outside of all jobs
@@ -59,22 +61,28 @@ class Threads:
         self.number = 1
         self._times: list[float] = []
         self._alone = 0.0  # seconds of a step with one thread; 0 until they are known
-        self._settled, self._kept, self._is_busy = work < LARGE, False, False
+        self._together = 0.0  # a running mean of those with several; 0 until these are kept
+        self._settled, self._is_busy = work < LARGE, False
 
     def saw(self, seconds: float) -> None:
         """Take note of the time of a step, and choose the number for the next ones."""
         if self._settled or allowed() == 1:
             return
+        if self._together:
+            self._together += RECENT * (seconds - self._together)
+            if self._together > self._alone:
+                self.number, self._settled = 1, True
+            return
         self._times.append(seconds)
         if len(self._times) < TRIED:
             return
-        quickest, self._times = min(self._times[2:]), []
+        usual, self._times = statistics.median(self._times[2:]), []
         if not self._alone:
-            self._alone, self.number = quickest, allowed()
-        elif quickest > (1.0 if self._kept else FASTER) * self._alone:
-            self.number, self._settled = 1, True
+            self._alone, self.number = usual, allowed()
+        elif usual <= FASTER * self._alone:
+            self._together = usual
         else:
-            self._kept = True
+            self.number, self._settled = 1, True
 
     @contextlib.contextmanager
     def turn(self, size: int) -> Iterator[None]:

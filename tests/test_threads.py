@@ -106,7 +106,7 @@ def test_the_number_that_a_user_allows_is_the_most():
         (1e6, 0.2, None, None, [1, 1, 1]),
         (1e9, 0.2, 0.1, 0.1, [2, 2, 2]),
         (1e9, 0.2, 0.19, None, [2, 1, 1]),
-        (1e9, 0.2, 0.1, 0.3, [2, 2, 1]),
+        (1e9, 0.2, 0.1, 0.4, [2, 2, 1]),
     ],
     ids=["small", "faster", "no faster", "busy later"],
 )
