@@ -261,6 +261,7 @@ def test_median_and_quantiles():
     z = normal.icdf(levels)
     error = 4 * 0.5 * (levels * (1 - levels) / guide.num_summary_draws).sqrt() / normal.log_prob(z).exp()
     quantiles = guide.quantiles(levels.tolist())
+    assert guide.quantiles(0.5)["x"].shape == quantiles["x"].shape[1:]
     assert quantiles["x"].shape == (3,)
     assert quantiles["y"].shape == (3, 2)
     assert ((quantiles["x"].log() - (1 + 0.5 * z)).abs() < error).all()

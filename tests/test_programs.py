@@ -1,6 +1,7 @@
 """Pyro programs as people write them: each runs, or is refused before any training, in one line that names what is at
 fault and the way out; under a plate of draws if that is asked for, and else by whatever engine runs them."""
 
+import contextlib
 import inspect
 import math
 import warnings
@@ -11,6 +12,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoNormal
 from pyro.poutine.util import prune_subsample_sites
 from torch import nn
 
@@ -701,3 +703,31 @@ def test_plates_that_one_run_shows_need_no_number():
         guide = AutoFlow(some)
         pf.fit_svi(some, guide, y, steps=200, progress=False)
         assert pf.check(some, guide, y).trusted
+
+
+def slope(x, y, batch=None):
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", len(x)) if batch is None else contextlib.nullcontext():
+        pyro.sample("y", dist.Normal(a * x if batch is None else torch.zeros(batch), 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch"), [((5, 1), None), ((5, 1), (3,)), ((5,), (3, 1))], ids=["in a plate", "column", "row"]
+)
+def test_data_that_cross_their_distribution_are_refused(rows, batch):
+    """Each row would be compared with all others, in silence; Pyro's ELBO refuses it too."""
+    arguments = (torch.ones(5), torch.ones(rows), batch)
+    guide = AutoNormal(slope)
+    with pytest.raises(ValueError, match=r"observed site 'y' has data of shape .* each row would meet every other"):
+        pf.fit_svi(slope, guide, *arguments, progress=False)
+    guide(torch.ones(5), torch.ones(5))
+    with pytest.raises(ValueError, match="each row would meet every other"):
+        pf.psis(slope, guide, *arguments)
+
+
+@pytest.mark.parametrize(("rows", "batch"), [((), None), ((5,), (1, 1)), ((1, 5), (5,)), ((5, 3), (3,)), ((), (4, 2))])
+def test_data_that_are_repeated_or_have_more_rows_are_not(rows, batch):
+    arguments = (torch.ones(5), torch.ones(rows), batch)
+    guide = AutoNormal(slope)
+    guide(*arguments)
+    assert pf.psis(slope, guide, *arguments, num_samples=100).log_weights.isfinite().all()

@@ -125,16 +125,16 @@ class FlowGuide(Plan, AutoGuide):
         return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
 
     @torch.no_grad()
-    def quantiles(self, quantiles: list[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def quantiles(self, quantiles: float | list[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Quantiles of each latent, from ``num_summary_draws`` draws, or fewer where there are more than 2,000 numbers.
 
         Args:
-            quantiles: Levels between 0 and 1.
+            quantiles: Levels between 0 and 1, or a single one.
             *args: The model's arguments, where the guide is new or depends on data.
             **kwargs: Its keyword arguments.
 
         Returns:
-            For each latent site values of shape ``(len(quantiles), *site_shape)``.
+            For each latent site values of shape ``(len(quantiles), *site_shape)``; of a single level ``site_shape``.
         """
         one = sum(value.numel() for value in self.sample(1, *args, **kwargs).values())
         number = min(self.num_summary_draws, max(1000, 20_000_000 // one))  # so that they fit into memory
@@ -214,7 +214,7 @@ class FlowGuide(Plan, AutoGuide):
         self.__dict__["_pyro_name"] = claim_name(self, self._pyro_name if is_free(self._pyro_name) else None)
 
 
-def _quantiles(value: Tensor, quantiles: list[float] | Tensor) -> Tensor:
+def _quantiles(value: Tensor, quantiles: float | list[float] | Tensor) -> Tensor:
     """Quantiles over the first dimension, some columns at a time: torch takes no more than 2²⁴ numbers."""
     try:
         levels = torch.as_tensor(quantiles, dtype=value.dtype, device=value.device)
@@ -224,4 +224,5 @@ def _quantiles(value: Tensor, quantiles: list[float] | Tensor) -> Tensor:
     if not fits:
         raise ValueError(f"quantiles must be numbers from 0 to 1, such as [0.05, 0.95], got {quoted(quantiles)}.")
     columns = value.reshape(len(value), -1).split(1000, 1)
-    return torch.cat([torch.quantile(part, levels, dim=0) for part in columns], 1).reshape(-1, *value.shape[1:])
+    found = torch.cat([torch.quantile(part, levels.reshape(-1), dim=0) for part in columns], 1)
+    return found.reshape(*levels.shape, *value.shape[1:])

@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
+from itertools import zip_longest
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -81,6 +82,22 @@ def has_bare_dimensions(trace: Trace) -> bool:
             if any(size > 1 and place - len(shape) not in dims for place, size in enumerate(shape)):
                 return True
     return False
+
+
+def check_crossed(trace: Trace) -> None:
+    """Raise ValueError if data and their distribution have different rows, each of which would meet all others."""
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or not site["is_observed"] or site_is_subsample(site):
+            continue
+        fn, value = site["fn"], site["value"]
+        rows = [fn.batch_shape, value.shape[: value.dim() - fn.event_dim]]
+        together = math.prod(map(max, zip_longest(*map(reversed, rows), fillvalue=1)))
+        if together > max(map(math.prod, rows)):
+            raise ValueError(
+                f"observed site {name!r} has data of shape {tuple(value.shape)}, but a distribution of batch shape "
+                f"{tuple(fn.batch_shape)}: each row would meet every other. Give both one shape, as by y[:, 0] or "
+                "y[:, None], or declare the dimensions of both by plates."
+            )
 
 
 def plates_of(site: dict[str, Any]) -> list[Any]:

@@ -20,7 +20,7 @@ from .choice import settle
 from .engines import ENGINES, Site, Values, View, value_of
 from .latents import check_match, is_point, summable
 from .lifted import Lifted
-from .nesting import has_bare_dimensions, nesting_of
+from .nesting import check_crossed, has_bare_dimensions, nesting_of
 from .noise import check_noise, warn_user
 from .program import Program
 from .traces import trace_of
@@ -82,6 +82,7 @@ class Task:
         self._programs, self._arguments, marks = (model, guide), (args, kwargs), _Marks()
         single, drawn = self.once(marks)
         marks.keep(single)
+        check_crossed(single)
         nesting = nesting_of(drawn, single)
         self.traces, self._vectorize = (single, drawn), vectorize
         self.is_settled = self._weighs = False
