@@ -225,4 +225,4 @@ def _quantiles(value: Tensor, quantiles: float | list[float] | Tensor) -> Tensor
         raise ValueError(f"quantiles must be numbers from 0 to 1, such as [0.05, 0.95], got {quoted(quantiles)}.")
     columns = value.reshape(len(value), -1).split(1000, 1)
     found = torch.cat([torch.quantile(part, levels.reshape(-1), dim=0) for part in columns], 1)
-    return found.reshape(*levels.shape, *value.shape[1:])
+    return found.reshape(levels.shape + value.shape[1:])
