@@ -76,11 +76,11 @@ class Threads:
         self._times.append(seconds)
         if len(self._times) < TRIED:
             return
-        usual, self._times = statistics.median(self._times[2:]), []
+        seen, self._times = self._times[2:], []
         if not self._alone:
-            self._alone, self.number = usual, allowed()
-        elif usual <= FASTER * self._alone:
-            self._together = usual
+            self._alone, self.number = statistics.median(seen), allowed()
+        elif max(seen) <= FASTER * self._alone:  # all of them: see RECENT
+            self._together = statistics.median(seen)
         else:
             self.number, self._settled = 1, True
 
