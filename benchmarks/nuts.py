@@ -206,14 +206,15 @@ def medians(rows: list[Row]) -> dict[tuple[str, str], dict[str, Any]]:
 
 def table(rows: list[Row]) -> str:
     """Return the results as Markdown."""
-    found, seeds = medians(rows), " ".join(sorted({row["seed"] for row in rows}, key=int))
+    found, seeds = medians(rows), sorted({row["seed"] for row in rows}, key=int)
+    words = f"medians of the seeds {' '.join(seeds)}" if len(seeds) > 1 else f"one seed, {seeds[0]}"
     versions = ", ".join(f"{name} {version(name)}" for name in ("numpyro", "jax", "nutpie", "pyro-ppl"))
     rivals = [m for m in (*NUMPYRO, NUTPIE) if any(place[1] == m for place in found)]
     lines = [
         "# Time to a posterior",
         "",
         f"`fit_svi` with its defaults and `check`, beside NUTS ({CHAINS} chains of {WARMUP:,} + {DRAWS:,} draws), "
-        f"medians of the seeds {seeds}, in double precision on {os.cpu_count()} cores; torch {torch.__version__}, "
+        f"{words}, in double precision on {os.cpu_count()} cores; torch {torch.__version__}, "
         f"{versions}, Python {platform.python_version()}.",
         "Seconds are those of the wall, from the model to the answer, with compilation, without the imports at the top "
         "of a program. NumPyro's chains run one after another, as `MCMC(NUTS(model), ...)` does, its progress bar on; "

@@ -89,6 +89,16 @@ def flow(request):
     return made
 
 
+def after_changes(ask):
+    """What is said of the layers of a flow after each of the changes."""
+    answers = []
+    for change in CHANGES.values():
+        made = affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4))
+        change(made)
+        answers.append(ask(made.transforms))
+    return answers
+
+
 def gradients(flow):
     """Draws, their log-densities, and the gradients of an ELBO along the path."""
     torch.manual_seed(1)
@@ -174,12 +184,7 @@ def test_single_precision_leaves_the_verbs_exact():
 
 
 def test_single_precision_is_for_plain_affine_couplings_in_double():
-    taken = []
-    for change in CHANGES.values():
-        made = affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4))
-        change(made)
-        taken.append(InSingle.suits(made.transforms))
-    assert taken == [True, False, False, False, False, False, False, False, True]
+    assert after_changes(InSingle.suits) == [True, False, False, False, False, False, False, False, True]
     assert not InSingle.suits(affine_couplings(DIM, num_transforms=2).float().transforms)
     assert not InSingle.suits([])
 
@@ -213,12 +218,7 @@ def test_a_frozen_flow_has_that_gradient_too(flow):
 
 
 def test_only_plain_flows_are_carried():
-    taken = []
-    for change in CHANGES.values():
-        made = affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4))
-        change(made)
-        taken.append(path.can_be_carried(made.transforms))
-    assert taken == [True, True, True, True, False, False, False, False, True]
+    assert after_changes(path.can_be_carried) == [True, True, True, True, False, False, False, False, True]
 
 
 def test_parameters_that_change_before_the_way_back_are_refused():

@@ -85,7 +85,7 @@ def has_bare_dimensions(trace: Trace) -> bool:
 
 
 def check_crossed(trace: Trace) -> None:
-    """Raise ValueError if data and their distribution have different rows, each of which would meet all others."""
+    """Raise ValueError if data and their distribution broadcast to more rows than either of them has."""
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or not site["is_observed"] or site_is_subsample(site):
             continue

@@ -77,7 +77,7 @@ class Program:
         self._parts: list[Part] = []
         self._part: Part | None = None
         self._sum_of_parts: Parallel | Sequential | None = None
-        self.threads, self._threads = Threads(), Threads()  # for a part of many draws, with its gradient and without
+        self.threads, self._threads_without_gradient = Threads(), Threads()  # for a part of many draws
 
     def run(
         self, read: Read, held: Values, size: int, *, place: Place = poutine.condition, enumerate: bool = False
@@ -180,7 +180,7 @@ class Program:
             return self.score_at_once(held, size, sites)
         parts = []
         for part, number in _split(held, number_of_parts(size, self.chunk)):
-            with self._threads.turn(number):
+            with self._threads_without_gradient.turn(number):
                 parts.append(self.score_at_once(part, number, sites))
         values = {name: torch.cat([part[name] for _, part in parts]) for name in parts[0][1]}
         return torch.cat([log_prob for log_prob, _ in parts]), values

@@ -85,7 +85,7 @@ def chained(
 
 
 def carried_along(transforms: Iterable[FlowTransform], x: Tensor, score: Tensor) -> Carried:
-    """What transforms without contexts make of a value and of its score, as :meth:`FlowTransform.carry` of each."""
+    """Map a value by transforms without contexts and carry its score along, outside of autograd."""
     pulls, total = [], torch.zeros(())
     for transform in transforms:
         x, log_det, score, pull = transform.carry(x, score)

@@ -41,11 +41,8 @@ class InSingle(Compose):
     @staticmethod
     def suits(transforms: Sequence[FlowTransform]) -> bool:
         """Return True for plain affine maps and couplings in double precision."""
-        known = is_plain(transforms) and all(
-            type(transform) is ScaledLinear or _is_affine(transform) for transform in transforms
-        )
         double = all(p.dtype == torch.float64 for transform in transforms for p in transform.parameters())
-        return bool(transforms) and known and double
+        return bool(transforms) and double and is_plain(transforms) and all(map(_is_affine, transforms))
 
     def carry(self, x: Tensor, score: Tensor) -> Carried:
         with torch.no_grad():
@@ -73,5 +70,6 @@ def _numbers(transforms: Sequence[FlowTransform]) -> Iterator[Tensor]:
 def _is_affine(transform: FlowTransform) -> bool:
     if type(transform) is Elementwise:
         return type(transform.bijector) in (Affine, SoftplusAffine) and transform.conditioner is None
-    coupled = type(transform) is Coupling and type(transform.bijector) is Affine
-    return coupled and type(transform.conditioner) is MLP
+    if type(transform) is Coupling:
+        return type(transform.bijector) is Affine and type(transform.conditioner) is MLP
+    return type(transform) is ScaledLinear
