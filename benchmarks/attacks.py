@@ -53,7 +53,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 import pyro_flows as pf
-from pyro_flows.programs.space import Space
+from pyro_flows.programs.latent_space import LatentSpace
 from pyro_flows.programs.task import Task
 
 KINDS = {
@@ -697,7 +697,7 @@ class Errors:
 @torch.no_grad()
 def measure(target: Target, guide: Any, reweighted: bool = False, draws: int = DRAWS) -> Errors:
     """Compare a guide's draws, or its reweighted draws, with exact ones."""
-    space = Space(Task(target.model, guide, (), {}).check())
+    space = LatentSpace(Task(target.model, guide, (), {}).check())
     exact_draws = target.truth(draws)
     scored, truth = space.draw(draws), space.read.numbers(exact_draws)
     ours = scored.quantities
@@ -735,7 +735,7 @@ def variation(a: Tensor, b: Tensor) -> float:
     return float((shares[0] - shares[1]).abs().sum() / 2)
 
 
-def densities(target: Target, space: Space, exact_draws: dict[str, Tensor]) -> tuple[float, float]:
+def densities(target: Target, space: LatentSpace, exact_draws: dict[str, Tensor]) -> tuple[float, float]:
     """Return the missing share and the joint total variation; NaN where the guide's coordinates are unknown."""
     z = space._locate({name: exact_draws[name] for name in space.task.latents})
     if z is None:

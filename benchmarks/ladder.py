@@ -39,7 +39,7 @@ from objectives import two_modes
 from torch import Tensor
 
 import pyro_flows as pf
-from pyro_flows.programs.space import Space
+from pyro_flows.programs.latent_space import LatentSpace
 from pyro_flows.programs.task import Task
 
 KINDS = {
@@ -136,7 +136,7 @@ def of_modes(weight: float) -> Case:
 def of_attack(name: str) -> Case:
     """Return a posterior of ``attacks.py``."""
     target = ATTACKS[name].model()
-    exact = Space(Task(target.model, target.exact, (), {}).check())
+    exact = LatentSpace(Task(target.model, target.exact, (), {}).check())
     return of_truth(target.model, target.truth, exact.read.numbers)  # angles count as cosine and sine
 
 
@@ -172,7 +172,7 @@ def answer(fit: pf.Fit, model: Callable[[], None]) -> tuple[str, targets.Draws]:
     if fit.samples is not None and fit.samples.converged:
         return "exact draws", fit.samples.flat
     verdict = fit.check.verdict
-    space = Space(Task(model, fit.guide, (), {}).check())
+    space = LatentSpace(Task(model, fit.guide, (), {}).check())
     found = space.draw(DRAWS)
     rows = torch.arange(DRAWS)
     if verdict == "reweight":

@@ -9,7 +9,7 @@ import pyro
 import pytest
 import torch
 
-from pyro_flows import files
+from pyro_flows import atomic_files
 
 
 def pytest_sessionstart() -> None:
@@ -47,5 +47,5 @@ def small_disk(monkeypatch):
         nonlocal room
         room = 10**9
 
-    monkeypatch.setattr(files, "open", lambda file, _: io.BufferedWriter(Small(file, "w")), raising=False)
+    monkeypatch.setattr(atomic_files, "open", lambda file, _: io.BufferedWriter(Small(file, "w")), raising=False)
     return make_room

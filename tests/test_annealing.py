@@ -15,20 +15,20 @@ from torch.distributions import constraints
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow, anneal, check
-from pyro_flows.fitting import covering
-from pyro_flows.guides.plan import Schedule
-from pyro_flows.programs.space import Space, sound_space
+from pyro_flows.fitting import mode_covering
+from pyro_flows.guides.schedule import Schedule
+from pyro_flows.programs.latent_space import LatentSpace, sound_space
 from pyro_flows.programs.task import Task
 from pyro_flows.sampling.bridge import bridge, moved_on
-from pyro_flows.sampling.charts import White
+from pyro_flows.sampling.coordinates import White
 from pyro_flows.sampling.gaussian import match_top
 from pyro_flows.sampling.hmc import HMC
 from pyro_flows.sampling.mixture import Mixture
+from pyro_flows.sampling.mode_mixture import Tops
 from pyro_flows.sampling.modes import ascend, climb, components
 from pyro_flows.sampling.population import ISLANDS, Effort, Population
 from pyro_flows.sampling.population import anneal as anneal_population
-from pyro_flows.sampling.reference import Reference
-from pyro_flows.sampling.tops import Tops
+from pyro_flows.sampling.start_distribution import Reference
 
 Y = torch.tensor([1.0, -0.5, 2.0, 1.5])
 COUNTS = torch.tensor([2.0, 0.0, 3.0, 1.0, 1.0])
@@ -112,7 +112,7 @@ SEEDS = 4
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short training, and few draws of guides that are weighed."""
     monkeypatch.setattr(AutoFlow, "schedule", lambda self, near=False, alone=True: Schedule(100, lr=0.01))
-    monkeypatch.setattr(covering, "DRAWS", 5000)
+    monkeypatch.setattr(mode_covering, "DRAWS", 5000)
 
 
 @pytest.fixture
@@ -617,7 +617,7 @@ def test_bad_input_is_refused_in_words() -> None:
 # What it stands on.
 
 
-def space_of(model: Callable[[], None]) -> tuple[Space, Tensor]:
+def space_of(model: Callable[[], None]) -> tuple[LatentSpace, Tensor]:
     guide = AutoFlow(model).setup()
     return sound_space(Task(model, guide, (), {})), guide.start[0]
 

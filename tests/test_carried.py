@@ -15,7 +15,7 @@ from pyro_flows.conditioners import MLP
 from pyro_flows.flows import path
 from pyro_flows.guides.couplings import affine_couplings
 from pyro_flows.transforms import Coupling, Elementwise, ScaledLinear
-from pyro_flows.transforms.single import InSingle
+from pyro_flows.transforms.single_precision import InSingle
 
 DIM, DRAWS = 3, 5
 

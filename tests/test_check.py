@@ -24,11 +24,11 @@ import pyro_flows as pf
 from pyro_flows import AutoFlow, check, fit_svi, flows, refine
 from pyro_flows.diagnostics.drift import Drift, DriftMeter, weighted_drift
 from pyro_flows.diagnostics.findings import worst
-from pyro_flows.diagnostics.search import DF, Missing, MultivariateT
-from pyro_flows.diagnostics.shape import Shape
+from pyro_flows.diagnostics.marginal_errors import Shape
+from pyro_flows.diagnostics.missing_mass import DF, Missing, MultivariateT
 from pyro_flows.diagnostics.verdict import Check, judge
 from pyro_flows.sampling.chains import Chains
-from pyro_flows.sampling.charts import White
+from pyro_flows.sampling.coordinates import White
 
 DIM = 5
 FACTOR = torch.linalg.cholesky(0.6 * torch.ones(DIM, DIM) + 0.4 * torch.eye(DIM))

@@ -363,7 +363,7 @@ def test_only_what_has_a_gradient_is_handed_to_the_optimiser(monkeypatch: Any) -
         loss().backward()
         return loop.descend(loss, parameters, optimizers, **settings)
 
-    monkeypatch.setattr("pyro_flows.fitting.rows.descend", watched)
+    monkeypatch.setattr("pyro_flows.fitting.row_training.descend", watched)
     flow = Flow(small(2, 4).transforms, encoder=MLPEncoder(3, 4, (8,)))
     frozen = flow.transforms[0].conditioner.output.bias.requires_grad_(False)
     before = frozen.clone()

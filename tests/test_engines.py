@@ -17,10 +17,10 @@ from torch import nn
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow
-from pyro_flows.diagnostics import search, verdict
+from pyro_flows.diagnostics import missing_mass, verdict
 from pyro_flows.objectives import ImportanceWeightedELBO, PathELBO, TemperedELBO
+from pyro_flows.programs.latent_space import LatentSpace
 from pyro_flows.programs.log_density import or_nan, score_of
-from pyro_flows.programs.space import Space
 from pyro_flows.programs.task import Task
 
 X = torch.linspace(-2.0, 2.0, 12, dtype=torch.float64).reshape(4, 3)
@@ -165,8 +165,8 @@ every_twin = pytest.mark.parametrize("name", TWINS)
 def brief(monkeypatch):
     """Searches of few climbs and particles, and chains that are soon judged."""
     for name, number in {"STARTS": 16, "FEW": 16, "PARTICLES": 64, "PROBES": 500}.items():
-        monkeypatch.setattr(search, name, number)
-    monkeypatch.setattr(search, "EFFORT", search.EFFORT._replace(gradients=40))
+        monkeypatch.setattr(missing_mass, name, number)
+    monkeypatch.setattr(missing_mass, "EFFORT", missing_mass.EFFORT._replace(gradients=40))
     monkeypatch.setattr(verdict, "BLOCKS", 1)
 
 
@@ -223,7 +223,7 @@ def test_elbo_gradients_are_those_of_the_twins(name, objective):
 @every_twin
 def test_scores_are_those_of_the_twins(name):
     model, twin, guide = pair(name)
-    spaces = [Space(Task(program, guide, (X, Y), {})) for program in (model, twin)]
+    spaces = [LatentSpace(Task(program, guide, (X, Y), {})) for program in (model, twin)]
     z = torch.randn(5, spaces[0].dim, requires_grad=True)
     scores = [torch.autograd.grad(space.log_p(z).sum(), z)[0] for space in spaces]
     torch.testing.assert_close(*scores, rtol=1e-8, atol=1e-8)
@@ -416,7 +416,7 @@ def test_a_draw_out_of_range_is_weighed_and_no_error():
         x = pyro.sample("x", dist.LogNormal(0.0, 1.0))
         pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
 
-    space = Space(Task(model, AutoFlow(model).setup(), (), {}))
+    space = LatentSpace(Task(model, AutoFlow(model).setup(), (), {}))
     z = torch.tensor([[0.5], [1000.0]], requires_grad=True)
     found = space.log_p(z)
     assert found.isfinite().tolist() == [True, False]

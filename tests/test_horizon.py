@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyro_flows import AutoFlow, fit_svi
-from pyro_flows.training.horizon import FINISH, LOOK, Horizon, noise_at
+from pyro_flows.training.stopping import FINISH, LOOK, Horizon, noise_at
 
 STEPS, NOISE = 200, 0.1
 LOUD, QUIET = [1.0, 2.0] * 50, [1.0, 1.1] * 50  # of sds .5 and .05

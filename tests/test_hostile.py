@@ -24,7 +24,7 @@ import torch
 import pyro_flows as pf
 from pyro_flows import flows
 from pyro_flows.guides.couplings import affine_couplings
-from pyro_flows.persistence import allowance, archive
+from pyro_flows.persistence import archive, size_limit
 from pyro_flows.persistence.archive import Archive
 
 ROOT = Path(pf.__file__).parents[1]
@@ -329,9 +329,9 @@ def test_guides_of_many_sites_stay_far_within_their_allowance(tmp_path: Path, mo
 def halve(monkeypatch: pytest.MonkeyPatch) -> None:
     """Allow half as much."""
     for name in ("FREE_BYTES", "TIMES_BYTES", "TIMES_SQUARES", "FREE_TENSORS", "TIMES_TENSORS"):
-        monkeypatch.setattr(allowance, name, getattr(allowance, name) // 2)
+        monkeypatch.setattr(size_limit, name, getattr(size_limit, name) // 2)
 
 
 def test_a_long_row_in_the_file_allows_no_large_matrix() -> None:
     """60 kB, whose longer side squared would stand for gigabytes."""
-    assert allowance.Allowance(60_000, 1, 60_000**2).bytes_left < 60e6
+    assert size_limit.Allowance(60_000, 1, 60_000**2).bytes_left < 60e6

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from pyro_flows import AutoFlow, Fit, check, fit_svi, flows
 from pyro_flows.diagnostics import verdict
-from pyro_flows.diagnostics.search import Missing
+from pyro_flows.diagnostics.missing_mass import Missing
 from pyro_flows.fitting import ladder
-from pyro_flows.guides.plan import Schedule
+from pyro_flows.guides.schedule import Schedule
 from pyro_flows.programs.task import Task
 from pyro_flows.sampling.run import Goal
 

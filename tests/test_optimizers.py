@@ -16,8 +16,8 @@ from pyro_flows import AutoFlow, fit_svi, flows
 from pyro_flows.fitting.muon import Muon
 from pyro_flows.fitting.optimizers import optimizers
 from pyro_flows.fitting.soap import SOAP, WIDEST
-from pyro_flows.guides.plan import plan_of
 from pyro_flows.guides.recipe import FEW
+from pyro_flows.guides.schedule import plan_of
 from pyro_flows.training import loop
 from pyro_flows.transforms import Coupling
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from filelock import FileLock  # a dependency of torch
 
-from pyro_flows.training import processes
+from pyro_flows.training import distributed
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 CLOSE = {"rtol": 1e-8, "atol": 1e-10}
@@ -219,12 +219,12 @@ def test_a_process_that_ends_ends_the_job_and_is_named(pair):
 
 
 def test_a_process_alone_makes_no_group():
-    assert (processes.size(), processes.rank(), processes.alone()) == (1, 0, True)
-    assert processes.share(7) == (slice(0, 7), 1.0)
+    assert (distributed.size(), distributed.rank(), distributed.alone()) == (1, 0, True)
+    assert distributed.share(7) == (slice(0, 7), 1.0)
     state = torch.get_rng_state()
-    processes.as_one()
-    processes.apart()
-    assert processes.each(lambda: 1) == [1]
-    assert processes.first(lambda: 2) == 2
+    distributed.sync()
+    distributed.seed()
+    assert distributed.all_gather(lambda: 1) == [1]
+    assert distributed.broadcast(lambda: 2) == 2
     assert torch.equal(state, torch.get_rng_state())
     assert not torch.distributed.is_initialized()

@@ -15,11 +15,11 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow
-from pyro_flows.programs.space import Scored, sound_space
+from pyro_flows.programs.latent_space import Scored, sound_space
 from pyro_flows.programs.task import Task
 from pyro_flows.sampling.chains import Chains
-from pyro_flows.sampling.charts import Base, White
 from pyro_flows.sampling.convergence import convergence
+from pyro_flows.sampling.coordinates import Base, White
 from pyro_flows.sampling.non_centred import NonCentred
 from pyro_flows.sampling.run import Goal, Record
 

@@ -14,10 +14,10 @@ from pyro.nn.module import PyroModule
 from torch import Tensor
 
 from pyro_flows import AutoFlow
+from pyro_flows.programs.latent_space import LatentSpace
 from pyro_flows.programs.log_density import or_nan, score_of
-from pyro_flows.programs.space import Space
 from pyro_flows.programs.task import Task
-from pyro_flows.sampling.charts import Base, White
+from pyro_flows.sampling.coordinates import Base, White
 
 Y = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
 
@@ -74,8 +74,8 @@ FLAT = "AutoFlow", "AutoNormal", "AutoMultivariateNormal", "by hand"
 
 
 @pytest.fixture(params=KINDS)
-def space(request) -> Space:
-    return Space(Task(model, trained(request.param), (Y,), {}))
+def space(request) -> LatentSpace:
+    return LatentSpace(Task(model, trained(request.param), (Y,), {}))
 
 
 def test_weights_are_those_of_traces(space):
@@ -111,7 +111,7 @@ def test_draws_come_in_batches(space):
 @pytest.mark.parametrize("kind", FLAT)
 def test_the_guides_density_integrates_to_one(kind):
     """By importance sampling from a wide Student's t around the guide."""
-    space = Space(Task(model, trained(kind), (Y,), {}))
+    space = LatentSpace(Task(model, trained(kind), (Y,), {}))
     z = space.draw(2000).z
     wide = dist.StudentT(5.0, z.mean(0), 1.5 * z.std(0)).to_event(1)
     places = wide.sample((10_000,))
@@ -141,7 +141,7 @@ def test_flat_priors_stay():
         slope = pyro.sample("slope", dist.ImproperUniform(dist.constraints.real, (), ()))
         pyro.sample("y", dist.Normal(slope, 1.0), obs=torch.tensor(0.0))
 
-    space = Space(Task(flat, AutoFlow(flat).setup(), (), {}))
+    space = LatentSpace(Task(flat, AutoFlow(flat).setup(), (), {}))
     z = space.draw(6).z
     torch.testing.assert_close(space.prior(z), z)
 
@@ -151,7 +151,7 @@ def test_angles_are_points_of_the_circle():
         pyro.sample("angle", dist.VonMises(3.0, 4.0))
         pyro.sample("phase", dist.Uniform(0.0, 24.0), infer={"periodic": True})
 
-    space = Space(Task(turning, AutoFlow(turning).setup(), (), {}))
+    space = LatentSpace(Task(turning, AutoFlow(turning).setup(), (), {}))
     assert space.read.names == ["cos angle", "sin angle", "cos phase", "sin phase"]
     draws = space.draw(100)
     torch.testing.assert_close(draws.quantities[:, :2].square().sum(1), torch.ones(100))
@@ -163,13 +163,13 @@ def test_discrete_sites_are_refused():
         pyro.sample("side", dist.Bernoulli(0.5))
 
     with pytest.raises(ValueError, match=r"'side'.*discrete"):
-        Space(Task(coin, coin, (), {}))
+        LatentSpace(Task(coin, coin, (), {}))
 
 
 @pytest.mark.parametrize("kind", ["AutoFlow", "AutoMultivariateNormal", "AutoIAFNormal"])
 def test_the_base_leads_to_the_guide(kind):
     """The guide's density is the base's, moved."""
-    space = Space(Task(model, trained(kind), (Y,), {}))
+    space = LatentSpace(Task(model, trained(kind), (Y,), {}))
     z = space.draw(6).z
     base = Base.of(space, z)
     x = base.inverse(z)
@@ -180,7 +180,7 @@ def test_the_base_leads_to_the_guide(kind):
 
 
 def test_guides_without_a_way_back_have_no_base():
-    assert Base.of(Space(Task(model, by_hand, (Y,), {})), torch.zeros(2, 7)) is None
+    assert Base.of(LatentSpace(Task(model, by_hand, (Y,), {})), torch.zeros(2, 7)) is None
 
     def two() -> None:
         pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -188,7 +188,7 @@ def test_guides_without_a_way_back_have_no_base():
     pyro.clear_param_store()
     guide = AutoNormalizingFlow(two, lambda dim: dist.transforms.planar(dim))
     guide()
-    space = Space(Task(two, guide, (), {}))
+    space = LatentSpace(Task(two, guide, (), {}))
     assert Base.of(space, space.draw(3).z) is None
 
 
@@ -240,14 +240,14 @@ def test_scores_are_gradients():
 @pytest.mark.parametrize("local", [False, True])
 def test_in_both_modes_of_parameters(local):
     with pyro.settings.context(module_local_params=local), pyro.validation_enabled(True):
-        assert isinstance(space := Space(Task(model, trained("AutoFlow"), (Y,), {})), Space)
+        assert isinstance(space := LatentSpace(Task(model, trained("AutoFlow"), (Y,), {})), LatentSpace)
         assert space.draw(3).log_p.isfinite().all()
     assert issubclass(AutoFlow, PyroModule)
 
 
 @pytest.mark.parametrize("kind", ["AutoFlow", "AutoMultivariateNormal"])
 def test_latents_of_a_packed_vector_are_placed_as_by_a_run_of_the_guide(kind):
-    space = Space(Task(model, trained(kind), (Y,), {}))
+    space = LatentSpace(Task(model, trained(kind), (Y,), {}))
     assert [*space._packed] == ["mean", "scale", "share", "effect"]
     z = torch.randn(7, space.dim, generator=torch.Generator().manual_seed(0))
     quick, _ = space._place(z)
@@ -261,7 +261,7 @@ def test_supports_that_depend_on_other_latents_take_a_run():
         a = pyro.sample("a", dist.LogNormal(0.0, 0.5))
         pyro.sample("b", dist.Uniform(0.0, a))
 
-    assert not Space(Task(moving, AutoFlow(moving).setup(), (), {}))._packed
+    assert not LatentSpace(Task(moving, AutoFlow(moving).setup(), (), {}))._packed
 
 
 def test_large_models_are_scored_in_parts_with_the_same_gradients():
@@ -272,7 +272,7 @@ def test_large_models_are_scored_in_parts_with_the_same_gradients():
         mean = x[..., :1] + x[..., 1:] * rows
         pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=rows)
 
-    space = Space(Task(large, AutoFlow(large).setup(), (), {}))
+    space = LatentSpace(Task(large, AutoFlow(large).setup(), (), {}))
     assert space.task.model.chunk == 2
     z = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
     whole, parts = z.clone().requires_grad_(), z.clone().requires_grad_()

@@ -20,7 +20,7 @@ from torch.distributions import biject_to, constraints
 
 from pyro_flows import AutoFlow, fit_svi, flows
 from pyro_flows.fitting.elbo import start_from_gaussian
-from pyro_flows.programs.space import Space
+from pyro_flows.programs.latent_space import LatentSpace
 from pyro_flows.programs.task import Task
 from pyro_flows.sampling.gaussian import Gaussian, fit_gaussian
 
@@ -151,7 +151,7 @@ def test_log_p_counts_every_change_of_variables():
     wanted += (dist.Normal(torch.arange(3.0), 1.0).log_prob(c) + d - d.exp()).sum(-1)
     wanted += (dist.Normal(c, 0.5).log_prob(torch.zeros(3)) + 2.5 * dist.Normal(c, 0.5).log_prob(torch.ones(3))).sum(-1)
     guide = AutoFlow(model, small).setup()
-    torch.testing.assert_close(Space(Task(model, guide, (), {})).log_p(z), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(LatentSpace(Task(model, guide, (), {})).log_p(z), wanted, rtol=1e-4, atol=1e-4)
 
 
 def nested(y):
@@ -171,7 +171,7 @@ NESTED_Y = torch.tensor([[0.5, 1.0, 2.0], [3.0, 0.1, 1.5]])
 def test_log_p_is_the_models_density_of_one_draw_at_a_time():
     guide = AutoFlow(nested, small).setup(NESTED_Y)
     z = torch.randn(5, guide.latent_dim)
-    together = Space(Task(nested, guide, (NESTED_Y,), {})).log_p(z)
+    together = LatentSpace(Task(nested, guide, (NESTED_Y,), {})).log_p(z)
     for row in range(5):
         values, change = guide.unpack(z[row]), torch.zeros(())
         for name, site in guide.prototype_trace.iter_stochastic_nodes():

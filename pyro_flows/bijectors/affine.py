@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers
+from ..arguments import check_numbers
 from ..vjp import keeps
 from .base import Bijector, Pulled, split_params
 

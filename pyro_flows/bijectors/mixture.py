@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_integers, check_numbers
+from ..arguments import check_integers, check_numbers
 from .base import bounded
 from .continued import Continued
 from .sigmoidal import completed, mixture_logit, places

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_integers, check_numbers
+from ..arguments import check_integers, check_numbers
 from .continued import Continued
 
 FLOOR = 0.01  # ε

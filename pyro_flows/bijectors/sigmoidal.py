@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..checks import check_integers, check_numbers
+from ..arguments import check_integers, check_numbers
 from .base import bounded
 from .continued import Continued
 

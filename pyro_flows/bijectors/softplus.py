@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import check_numbers
+from ..arguments import check_numbers
 from .affine import ScaleAndShift
 
 SHARPNESS = 1.25  # b: a scale grows from 0.1 to 1 in as many steps as an exponential

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from .. import plots
+from ..atomic_files import write_atomically
 from ..data import Spike, dequantize, find_spikes
 from ..data.table import listed, listed_names
 from ..distributions import StudentTBase
-from ..files import write_atomically
 from ..fitting import fit_density
 from ..flows import Flow
 from ..persistence import save

@@ -15,8 +15,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from ..atomic_files import write_atomically
 from ..diagnostics import check, to_arviz
-from ..files import write_atomically
 from ..fitting import fit_svi
 from ..guides import AutoFlow
 from ..plots.marginals import density_of

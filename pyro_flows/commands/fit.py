@@ -15,8 +15,8 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from ..atomic_files import write_atomically
 from ..diagnostics import check, to_arviz
-from ..files import write_atomically
 from ..fitting import fit_svi
 from ..flows import Flow
 from ..guides import AutoFlow

@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ..files import try_path
-from ..training import Fit, processes
+from ..atomic_files import try_path
+from ..training import Fit, distributed
 from ..training.interrupts import hold_interrupts
 from ..training.loop import AGAIN
 from . import Refused
@@ -78,7 +78,7 @@ def _beside(paths: tuple[Path, Path]) -> tuple[Path, Path]:
         first, second = (path.with_name(f"{path.stem}.interrupted{mark}{path.suffix}") for path in paths)
         return first, second
 
-    return processes.first(free)
+    return distributed.broadcast(free)
 
 
 def what_was_kept(paths: tuple[Path, Path], *wrote: Path) -> str:

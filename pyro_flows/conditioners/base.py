@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import checks
-from ..checks import check_integers, check_numbers, check_sizes
+from .. import arguments
+from ..arguments import check_integers, check_numbers, check_sizes
 from ..vjp import vjp
-from .paced import Paced, power_of_2
+from .stored_scale import Paced, power_of_2
 
 # Steps that suit the place and scale of a guide are large for its networks: at 1 the regression of tests/test_pace.py
 # ends 2 to 16 nats lower.
@@ -288,8 +288,8 @@ class Rectifier(nn.ReLU):
 
 
 def activation_of(caller: str, kind: type[nn.Module]) -> nn.Module:
-    """Return an activation for the results of linear layers; errors as those of ``checks.activation_of``."""
-    return Rectifier() if kind is nn.ReLU else checks.activation_of(caller, kind)
+    """Return an activation for the results of linear layers; errors as those of ``arguments.activation_of``."""
+    return Rectifier() if kind is nn.ReLU else arguments.activation_of(caller, kind)
 
 
 def share_of(net: Any, context: Tensor | None) -> Tensor | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import activation_of, as_image, as_shape, check_integers
+from ..arguments import activation_of, as_image, as_shape, check_integers
 from .base import Conditioner, zero_
 
 

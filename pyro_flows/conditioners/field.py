@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_integers
+from ..arguments import check_integers
 
 
 class Derivative(Protocol):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import check_integers, check_numbers, check_sizes
+from ..arguments import check_integers, check_numbers, check_sizes
 from .base import share_of, zero_
 from .jacobian import Jacobian
 

@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..checks import as_order, check_integers, quoted
+from ..arguments import as_order, check_integers, quoted
 from .base import Conditioner, MaskedLinear, activation_of
 
 

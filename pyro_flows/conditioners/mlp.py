@@ -8,10 +8,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_flags
+from ..arguments import check_flags
 from ..vjp import keeps
+from .activations import KNOWN
 from .base import Conditioner, Gradients, Linear, Pull, activation_of
-from .slopes import KNOWN
 
 POINTS = 16  # an even number: each point comes with its mirror image
 

@@ -15,11 +15,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_integers, check_sizes
+from ..arguments import check_integers, check_sizes
+from .activations import SMOOTH
 from .base import Linear, Network, share_of
 from .field import Derivative, Rates, VectorField
 from .jacobian import Jacobian
-from .slopes import SMOOTH
 
 
 class MLPField(Network, VectorField):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import CONDITIONER, as_flags, check_kind, check_numbers
+from ..arguments import CONDITIONER, as_flags, check_kind, check_numbers
 from .base import Conditioner
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import as_image, as_order, check_integers
+from ..arguments import as_image, as_order, check_integers
 from .base import Conditioner, zero_
 
 

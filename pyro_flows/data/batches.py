@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, random_split
 
-from ..training import processes
+from ..training import distributed
 from ..training.randomness import random_state, set_random_state
 
 Batch = tuple[Tensor, Tensor | None]  # rows (N, *event_shape), and contexts (N, ...) where there are some
@@ -42,9 +42,9 @@ class Epochs:
     def next(self) -> Tensor:
         """This process's rows of the next batch."""
         if self.place + self.size > len(self.order):
-            self.order, self.place = processes.first(lambda: torch.randperm(self.number)), 0
+            self.order, self.place = distributed.broadcast(lambda: torch.randperm(self.number)), 0
         self.place += self.size
-        own, self.share = processes.share(self.size)
+        own, self.share = distributed.share(self.size)
         return self.order[self.place - self.size : self.place][own]
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,14 +124,14 @@ class Stream:
     def __iter__(self) -> Iterator[Batch]:
         self.steps = 0
         items = ((item,) for item in self.loader)  # process 0 alone goes through the loader
-        while (item := processes.first(lambda: next(items, None))) is not None:
+        while (item := distributed.broadcast(lambda: next(items, None))) is not None:
             self.steps += 1
             yield self.read(*item)
 
     def next(self) -> Batch:
         """This process's rows of the next batch."""
-        batch = self.read(processes.first(self._next_item))
-        own, self.share = processes.share(len(batch[0]))
+        batch = self.read(distributed.broadcast(self._next_item))
+        own, self.share = distributed.share(len(batch[0]))
         return part_of(batch, own)
 
     def _next_item(self) -> Any:
@@ -170,7 +170,7 @@ class Stream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._items = None
-        if state["start"] and processes.rank() == 0:
+        if state["start"] and distributed.rank() == 0:
             now = random_state()
             set_random_state(state["start"]["random"])
             self._set_own_state(state["start"]["own"])
@@ -189,11 +189,11 @@ def sum_of(loss: Callable[[Batch], Tensor], source: Source) -> float:
     """A loss of rows summed over all batches of a source, of which each process sees its share."""
     total = 0.0
     for batch in source:
-        own, share = processes.share(len(batch[0]))
+        own, share = distributed.share(len(batch[0]))
         if share:
             mine = part_of(batch, own)
             total += float(loss(mine)) * len(mine[0])
-    return sum(processes.each(lambda: total))
+    return sum(distributed.all_gather(lambda: total))
 
 
 def part_of(batch: Batch, own: Tensor | slice) -> Batch:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_kind, check_numbers
+from ..arguments import check_kind, check_numbers
 from .table import Names, is_table, label, places_of, read_table
 
 FINE = {"integers": 1e-4, "lattice": 1e-3}  # steps, in standard deviations, that flows hardly resolve

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from ..encoders import Standardize
 from ..encoders.base import at_rest
 from ..flows import Dequantized, Flow
-from ..flows.checks import check_precision
+from ..flows.arguments import check_precision
 from .batches import Batch, Rows, Source, Stream, part_of, split, suited_size
 from .table import Names, is_table, read_table
 

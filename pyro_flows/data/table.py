@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_dense, is_integer
+from ..arguments import check_dense, is_integer
 
 Names = list[str] | None  # of the columns, where the table has some
 

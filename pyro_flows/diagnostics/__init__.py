@@ -10,12 +10,12 @@ from .importance import Psis as Psis
 from .importance import importance_log_likelihood as importance_log_likelihood
 from .importance import psis as psis
 from .importance import resample as resample
+from .neutra import Neutra as Neutra
+from .neutra import neutra as neutra
 from .ode import OdeReport as OdeReport
 from .ode import ode_report as ode_report
 from .refinement import Refined as Refined
 from .refinement import refine as refine
 from .rounding import round_off as round_off
-from .transport import Neutra as Neutra
-from .transport import neutra as neutra
 from .verdict import Check as Check
 from .verdict import check as check

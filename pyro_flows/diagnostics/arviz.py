@@ -10,8 +10,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from ..checks import check_flags, check_integers, joined
-from ..compat import Groups, Variable, container
+from ..arguments import check_flags, check_integers, joined
+from ..arviz_versions import Groups, Variable, container
 from ..programs.engines import Site, Values, row_log_prob
 from ..programs.nesting import runs_programs
 from ..programs.task import Task, in_batches

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import plots
-from ..checks import check_integers, joined
+from ..arguments import check_integers, joined
 from ..encoders.base import at_rest
 from ..programs.nesting import runs_programs
 from ..programs.quantities import labels_of

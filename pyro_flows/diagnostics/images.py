@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..files import write_atomically
+from ..atomic_files import write_atomically
 from ..plots.images import tiled
 
 

@@ -31,7 +31,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from .. import plots
-from ..checks import check_integers, joined
+from ..arguments import check_integers, joined
 from ..programs.engines import Values, View, row_log_prob
 from ..programs.nesting import runs_programs
 from ..programs.task import Draws, Task, in_batches

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_integers
+from ..arguments import check_integers
 from ..flows import Flow
-from ..flows.checks import check_value, parameter_of
+from ..flows.arguments import check_value, parameter_of
 from ..flows.continuous import continuous_of
 from ..transforms import Continuous
 

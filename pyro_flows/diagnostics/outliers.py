@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..guides import AutoFlow
+from ..programs.latent_space import LatentSpace, Scored
 from ..programs.log_density import or_nan
-from ..programs.space import Scored, Space
 from .importance import Psis
 
 DRAWS, NUMBERS = 100_000, 20_000_000  # draws of the guide, and numbers that these hold at most
@@ -20,7 +20,7 @@ BATCH = 10_000
 
 
 @torch.no_grad()
-def outliers(space: Space, draws: Scored, psis: Psis) -> Tensor:
+def outliers(space: LatentSpace, draws: Scored, psis: Psis) -> Tensor:
     """Return by how much rare draws that the posterior lacks enlarge each variance, relative to it, ``(K,)``.
 
     Args:
@@ -43,7 +43,7 @@ def outliers(space: Space, draws: Scored, psis: Psis) -> Tensor:
     return (excess / variance).nan_to_num(0.0)
 
 
-def _drawn(space: Space, number: int) -> Tensor:
+def _drawn(space: LatentSpace, number: int) -> Tensor:
     guide = space.task.guide.call
     if isinstance(guide, AutoFlow) and guide.draws_from_flow:
         return guide.sample_roughly(number)

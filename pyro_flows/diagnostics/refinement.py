@@ -17,13 +17,13 @@ import pyro
 import torch
 from torch import Tensor
 
-from ..checks import check_integers, joined
+from ..arguments import check_integers, joined
+from ..programs.latent_space import sound_space
 from ..programs.log_density import or_nan
 from ..programs.nesting import runs_programs
-from ..programs.space import sound_space
 from ..programs.task import Task, check_trained
 from ..sampling.chains import FROZEN, Chains
-from ..sampling.charts import charts_of
+from ..sampling.coordinates import charts_of
 from .drift import Drift, DriftMeter
 
 BATCH = 500  # chains that run at once

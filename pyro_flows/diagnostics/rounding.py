@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..flows import Flow
-from ..flows.checks import check_value, parameter_of
+from ..flows.arguments import check_value, parameter_of
 
 TOLERANCE = 0.1  # nats, beyond which a log-density is called wrong
 SHARE = 0.01  # of the rows, beyond which their round-off is told

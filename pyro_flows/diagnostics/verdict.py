@@ -1,10 +1,10 @@
 """A verdict on a guide: whether its draws can be believed, and why.
 
 Weights say how far the guide is from the posterior where it draws, and k-hat whether they can be believed themselves.
-Short chains from its draws say what lies next to them: they drift if the guide is wrong (:mod:`.drift`, :mod:`.shape`).
-A population that is annealed from the prior says what lies far away (:mod:`.search`), and many more draws of the guide
-whether a few of them lie where the posterior has nothing (:mod:`.outliers`).  None of these needs to know the answer,
-and together they leave little room.
+Short chains from its draws say what lies next to them: they drift if the guide is wrong (:mod:`.drift`,
+:mod:`.marginal_errors`).  A population that is annealed from the prior says what lies far away
+(:mod:`.missing_mass`), and many more draws of the guide whether a few of them lie where the posterior has nothing
+(:mod:`.outliers`).  None of these needs to know the answer, and together they leave little room.
 
 A guide's draws are to be trusted if each mean is right to a tenth of a standard deviation, each standard deviation to a
 tenth of itself, each distribution function to a twentieth or so, and hardly any mass is missing.  What is not right is
@@ -23,19 +23,19 @@ import torch
 from torch import Tensor
 
 from .. import plots
-from ..checks import check_integers, joined
+from ..arguments import check_integers, joined
+from ..programs.latent_space import LatentSpace, Scored, sound_space
 from ..programs.log_density import or_nan
 from ..programs.nesting import runs_programs
-from ..programs.space import Scored, Space, sound_space
 from ..programs.task import Task, check_trained
 from ..sampling.chains import FROZEN, Chains
-from ..sampling.charts import Chart, White, charts_of
+from ..sampling.coordinates import Chart, White, charts_of
 from .drift import Drift, DriftMeter, weighted_drift
 from .findings import Finding, worst
 from .importance import Psis, weigh
+from .marginal_errors import Shape, ShapeMeter, weighted_shape
+from .missing_mass import Missing, search
 from .outliers import outliers
-from .search import Missing, search
-from .shape import Shape, ShapeMeter, weighted_shape
 
 LIMIT = 0.1  # errors beyond this, in standard deviations, are not to be trusted
 BENT = 0.3  # the same along whitened directions, for which correlations and far tails count
@@ -271,7 +271,7 @@ class _Looked(NamedTuple):
         judged: The quantities that are judged, ``(K,)`` of bool.
     """
 
-    space: Space
+    space: LatentSpace
     white: White
     judged: Tensor
 
@@ -283,7 +283,7 @@ class _Looked(NamedTuple):
         return torch.cat((quantities[:, self.judged], distance), -1)
 
 
-def _judged(space: Space, quantities: Tensor) -> Tensor:
+def _judged(space: LatentSpace, quantities: Tensor) -> Tensor:
     """Which quantities are judged, ``(K,)``: those that vary, and are finite."""
     spread = quantities.double().std(0)
     varies = spread > 1e-6 * quantities.double().mean(0).abs().clamp_min(1e-12)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ..checks import as_shape, check_kind
+from ..arguments import as_shape, check_kind
 
 
 class StandardNormal(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ..checks import as_flags, check_numbers
+from ..arguments import as_flags, check_numbers
 
 
 class CircularBase(nn.Module):

@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_integers, check_numbers, is_integer
+from ..arguments import check_integers, check_numbers, is_integer
 
 
 class MixtureBase(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ..checks import as_flags, check_integers
+from ..arguments import as_flags, check_integers
 
 WIDEST = 2.0  # the sd of an angle, given those before it, beyond which a normal on the circle is all but uniform
 TURNS = 2  # each way that its density sums over; what is left out is below 1e-12

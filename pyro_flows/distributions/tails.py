@@ -19,7 +19,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ..checks import as_shape, check_numbers
+from ..arguments import as_shape, check_numbers
 
 
 class StudentTBase(nn.Module):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..checks import as_image
+from ..arguments import as_image
 from .base import Encoder
 from .standardize import Standardize
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from ..checks import as_image, check_integers, check_sizes
+from ..arguments import as_image, check_integers, check_sizes
 from .base import Encoder
 from .mlp import activated
 from .standardize import Standardize

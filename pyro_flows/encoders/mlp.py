@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from ..checks import activation_of, check_integers, check_sizes
+from ..arguments import activation_of, check_integers, check_sizes
 from .base import Encoder
 from .standardize import Standardize
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_integers, check_sizes
+from ..arguments import check_integers, check_sizes
 from .base import Encoder
 from .mlp import hidden_layers
 from .standardize import Standardize

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..checks import as_shape
+from ..arguments import as_shape
 
 
 class Standardize(nn.Module):

@@ -18,29 +18,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_integers, check_numbers, joined
+from ..arguments import check_choice, check_integers, check_numbers, joined
 from ..data.batches import Batch, Rows, suited_size, sum_of
 from ..guides import AutoFlow
-from ..guides.call import Call
 from ..guides.encoding import initialize
+from ..guides.guide_call import Call
 from ..guides.packing import check_same
 from ..objectives import Likelihood
 from ..programs.nesting import runs_programs
 from ..programs.simulations import Simulations, check_draws, check_given
 from ..programs.simulator import Simulator
 from ..training import checkpoint as checkpoints
-from ..training import processes
-from ..training.attempts import Attempts, check_path
+from ..training import distributed
 from ..training.loop import Fit
 from ..training.losses import checked, shown
-from .inspect import fingerprint
-from .rows import train_on_rows
+from ..training.output_files import Attempts, check_path
+from .program_checks import fingerprint
+from .row_training import train_on_rows
 from .truncated import Truncated
 
 CALLER = "fit_amortized"
 
 
-@processes.together
+@distributed.collective
 @runs_programs
 def fit_amortized(
     model: Callable[..., Any],
@@ -163,7 +163,7 @@ def fit_amortized(
     _check_rounds(simulator, rounds, observed, vectorize)
     if simulations is not None:
         given = simulations
-        simulations = processes.first(lambda: given)  # each may have drawn its own
+        simulations = distributed.broadcast(lambda: given)  # each may have drawn its own
         check_given(CALLER, simulations, simulator.sites, rounds)
         num_simulations = len(simulations)
     known: Simulations | None = None
@@ -175,13 +175,13 @@ def fit_amortized(
             truncated = None if first or not observed else Truncated(simulator, guide, observed)
 
             def own() -> Simulations:
-                number = -(-size // processes.size())
+                number = -(-size // distributed.size())
                 latents = truncated.draw(number) if truncated else None
                 return simulator.draw(number, latents, batch_size=simulation_batch_size, vectorize=vectorize)
 
-            processes.apart()
-            parts = processes.each(own)
-            processes.as_one()
+            distributed.seed()
+            parts = distributed.all_gather(own)
+            distributed.sync()
             return functools.reduce(Simulations.join, parts).take(slice(size))
 
         key = {"data": fingerprint((*args, *kwargs.values(), *(observed or {}).values())), "number": size}

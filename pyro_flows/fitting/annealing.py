@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..checks import check_flags, check_integers, joined
+from ..arguments import check_flags, check_integers, joined
 from ..guides import AutoFlow
 from ..programs.nesting import runs_programs
 from ..programs.task import Task
 from ..sampling.population import ISLANDS
 from ..training.loop import Fit
-from .covering import Annealed, cover
+from .mode_covering import Annealed, cover
 from .svi import fit_svi
 
 CALLER = "anneal"

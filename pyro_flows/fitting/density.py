@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_flags, check_integers, check_numbers
+from ..arguments import check_flags, check_integers, check_numbers
 from ..data.batches import Batch, Rows, Source, sum_of
 from ..data.sources import Reader, sources
 from ..data.survey import Spread, Survey, check_images, check_rows, warn
@@ -26,21 +26,21 @@ from ..diagnostics.rounding import warn_of_round_off
 from ..encoders import ClassEmbedding, Standardize
 from ..flows import Dequantized, Flow
 from ..objectives import Likelihood
-from ..training import processes
-from ..training.attempts import Attempts, check_path, why_not
+from ..training import distributed
 from ..training.loop import Fit, check_settings
 from ..training.losses import checked, shown
+from ..training.output_files import Attempts, check_path, why_not
 from ..transforms import FixedAffine
-from .inspect import design, fingerprint
+from .initialization import culprit, start
 from .precision import networks_in_bfloat16
-from .rows import train_on_rows
-from .start import culprit, start
+from .program_checks import design, fingerprint
+from .row_training import train_on_rows
 
 CALLER = "fit_density"
 NUMBER = 64  # images in a picture
 
 
-@processes.together
+@distributed.collective
 def fit_density(
     flow: Flow | Dequantized,
     x: Any,
@@ -185,7 +185,7 @@ def fit_density(
 
     def loss_held_out(epoch: int) -> float:
         total = sum_of(loss_of, judge)
-        if grid and processes.rank() == 0:
+        if grid and distributed.rank() == 0:
             grids.note(why_not(lambda: _draw(flow, judged.sample[1], grid, epoch)))
         return total / judged.rows
 

@@ -30,26 +30,26 @@ from ..conditioners.base import Network
 from ..flows import Flow
 from ..guides import AutoFlow
 from ..guides.contexts import RowContexts
-from ..guides.names import holders
-from ..guides.plan import plan_of
+from ..guides.parameter_names import holders
+from ..guides.schedule import plan_of
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective
+from ..programs.latent_space import LatentSpace
 from ..programs.log_density import or_nan
-from ..programs.space import Space
 from ..programs.task import Task
 from ..sampling.gaussian import Gaussian, fit_gaussian
 from ..threads import OPERATIONS
 from ..training import checkpoint as checkpoints
-from ..training import processes
-from ..training.horizon import noise_at
+from ..training import distributed
 from ..training.interrupts import hold_interrupts
 from ..training.loop import Fit, ask, descend
 from ..training.randomness import unchanged
+from ..training.stopping import noise_at
 from ..transforms import Elementwise, ScaledLinear
-from ..transforms.single import InSingle
+from ..transforms.single_precision import InSingle
 from ..vjp import is_plain
-from .inspect import culprit, fingerprint, program_of, trained_by
 from .optimizers import optimizers
+from .program_checks import culprit, fingerprint, program_of, trained_by
 from .propriety import check_proper
 
 SETTINGS = "num_particles", "vectorize_particles", "num_steps", "start", "alpha", "buffer_size"  # of objectives
@@ -81,7 +81,7 @@ class ELBOFit:
         self.objective = objective or self._default(num_particles)
 
     def _default(self, num_particles: int | None) -> ELBO:
-        number, processors = num_particles or self.plan.schedule().num_particles, processes.size()
+        number, processors = num_particles or self.plan.schedule().num_particles, distributed.size()
         if num_particles and num_particles % processors:
             words = f"{num_particles} are those of all {processors} processes together"
             raise ValueError(f"fit_svi: num_particles={words}; give a multiple of {processors}, or leave it out.")
@@ -142,11 +142,11 @@ class ELBOFit:
         with in_training(guide, parameters, objective):
             # A run that goes on has known since its start.
             near = start.is_near and {*parameters} <= {*guide.parameters()} if start else kept == fewer.steps
-            near = processes.first(lambda: near)
+            near = distributed.broadcast(lambda: near)
             plan = fewer if near else suited
             if alone and near and self._chooses and not settings["steps"]:
-                objective.num_particles = -(-plan.num_particles // processes.size())
-            draws = processes.size() * getattr(objective, "num_particles", 1)
+                objective.num_particles = -(-plan.num_particles // distributed.size())
+            draws = distributed.size() * getattr(objective, "num_particles", 1)
             fit = descend(
                 self.joint_loss if alone else self._loss,
                 parameters,
@@ -191,8 +191,8 @@ class ELBOFit:
         return many and not self.task.subsampled and {*parameters} <= {*self.guide.parameters()}
 
     @functools.cached_property
-    def _space(self) -> Space:
-        return Space(self.task)
+    def _space(self) -> LatentSpace:
+        return LatentSpace(self.task)
 
     @functools.cached_property
     def _flow(self) -> Flow:
@@ -232,7 +232,7 @@ def start_from_gaussian(
     """
     if not guide.starts_from_gaussian:
         return None
-    shown = progress and processes.rank() == 0
+    shown = progress and distributed.rank() == 0
     words = "looking for a Gaussian to start from"
     with (
         tqdm(desc=words, unit="round", disable=not shown, delay=1, leave=False) as bar,
@@ -244,7 +244,7 @@ def start_from_gaussian(
             return asked()
 
         with validation_enabled(False):  # a place without density is for the scores to show
-            density = or_nan(Space(task).log_p)
+            density = or_nan(LatentSpace(task).log_p)
             settings: dict[str, Any] = {"budget": budget, "watch": watch}
             found = fit_gaussian(lambda latent: power * density(latent), *guide.start, **settings)
     guide.start_at(found.loc, found.scale_tril.norm(dim=-1).diag() if found.is_poor else found.scale_tril)

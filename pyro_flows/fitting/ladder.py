@@ -29,16 +29,16 @@ from ..diagnostics import Check, Finding, check
 from ..flows import Flow
 from ..guides import AutoFlow
 from ..guides.couplings import affine_couplings
+from ..programs.latent_space import LatentSpace, sound_space
 from ..programs.log_density import or_nan
-from ..programs.space import Space, sound_space
 from ..programs.task import Task
 from ..sampling.run import Goal
 from ..sampling.samples import Samples
-from ..training import processes
+from ..training import distributed
 from ..training.loop import Fit
 from ..transforms import ActNorm
-from .covering import cover
-from .exact import exact
+from .chain_run import exact
+from .mode_covering import cover
 
 LOST = "mode", "far", "evidence", "blind"  # findings of mass that chains may not come to
 ORDER = "do not trust", "reweight", "trust"
@@ -109,7 +109,7 @@ class Ladder:
         """
         try:
             return self._fit(name, guide, **settings)
-        except (KeyboardInterrupt, ValueError, processes.Parted) as error:
+        except (KeyboardInterrupt, ValueError, distributed.Parted) as error:
             self.break_off(name, error)
             return None
 
@@ -128,8 +128,8 @@ class Ladder:
         """Fit a guide to the modes that a population finds, and those that earlier rungs tell of, and judge it."""
         start = time.perf_counter()
         try:
-            found = cover(self.task, PARTICLES, partial(self._fit, name), processes.first(self._places))
-        except (KeyboardInterrupt, ValueError, FloatingPointError, processes.Parted) as error:
+            found = cover(self.task, PARTICLES, partial(self._fit, name), distributed.broadcast(self._places))
+        except (KeyboardInterrupt, ValueError, FloatingPointError, distributed.Parted) as error:
             self.break_off(name, error)
             return
         if found.guide is not None:
@@ -154,7 +154,7 @@ class Ladder:
         large.
         """
         start, best = time.perf_counter(), self.best
-        if best.check is None or processes.size() > 1:
+        if best.check is None or distributed.size() > 1:
             return
         if any(finding.kind in LOST for finding in best.check.findings):
             return
@@ -177,21 +177,21 @@ class Ladder:
             except KeyboardInterrupt:
                 self.stopped = "interrupted"
             except ValueError as error:
-                if not processes.rank():  # which judges for all
+                if not distributed.rank():  # which judges for all
                     self.break_off(name, error)
         self.note(Rung(name, fit, found, seconds + time.perf_counter() - start))
 
     def break_off(self, name: str, error: BaseException) -> None:
         """End the ladder where it is; with nothing to keep, or where another process is at a loss, with the error."""
-        if not self.rungs or (isinstance(error, processes.Parted) and not error.refused):
+        if not self.rungs or (isinstance(error, distributed.Parted) and not error.refused):
             raise error
         self.stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{name}: {error}"
 
     def note(self, rung: Rung) -> None:
         """Remember a fit, of several processes as the first judges it, and say so."""
-        found, self.stopped = processes.first(lambda: (rung.check, self.stopped))
+        found, self.stopped = distributed.broadcast(lambda: (rung.check, self.stopped))
         self.rungs.append(dataclasses.replace(rung, check=found))
-        if self.settings["progress"] and processes.rank() == 0:
+        if self.settings["progress"] and distributed.rank() == 0:
             print(f"{len(self.rungs)}. {rung}", file=sys.stderr)
 
     @property
@@ -221,7 +221,7 @@ class Ladder:
 
     def result(self) -> Fit:
         """The best fit, with all rungs."""
-        best, self.stopped = self.best, processes.first(lambda: self.stopped)
+        best, self.stopped = self.best, distributed.broadcast(lambda: self.stopped)
         return dataclasses.replace(
             best.fit,
             check=best.check,
@@ -294,7 +294,7 @@ def _restarted(ladder: Ladder, guide: AutoFlow, restarts: int) -> Fit | None:
         if ladder.stopped:
             break
         again = guide.rebuilt()
-        place = _elsewhere(Space(ladder.task), guide.start[0])
+        place = _elsewhere(LatentSpace(ladder.task), guide.start[0])
         again.start_at(place, guide.start[1] * torch.eye(len(place)).to(place))
         try:
             fit = ladder.fit(f"start {number}", again)
@@ -307,7 +307,7 @@ def _restarted(ladder: Ladder, guide: AutoFlow, restarts: int) -> Fit | None:
 
 
 @torch.no_grad()
-def _elsewhere(space: Space, start: Tensor) -> Tensor:
+def _elsewhere(space: LatentSpace, start: Tensor) -> Tensor:
     """The most likely of some draws from the prior, or of some within 2 of the origin, in the dtype of the start."""
     wide = (4 * torch.rand(TRIES, space.dim) - 2).to(start)
     with validation_enabled(False):

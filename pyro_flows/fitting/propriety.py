@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ..guides import AutoFlow
+from ..programs.latent_space import LatentSpace
 from ..programs.log_density import LogDensity, or_nan, score_of
-from ..programs.space import Space
 from ..programs.task import Task
 
 MANY = 200  # latents with flat priors, beyond which the search would take long
@@ -31,7 +31,7 @@ def check_proper(guide: AutoFlow, task: Task) -> None:
     if not 0 < sum(map(len, flat.values())) <= MANY:
         return
     with validation_enabled(False):
-        density = or_nan(Space(task).log_p)
+        density = or_nan(LatentSpace(task).log_p)
         for on_lines, places in flat.items():
             for direction in _straight_lines(density, guide.start[0], places, on_lines):
                 sites = sorted({names[place] for place in (direction.abs() > 0.1).nonzero().flatten().tolist()})

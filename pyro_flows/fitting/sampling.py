@@ -9,14 +9,14 @@ from typing import Any
 
 import pyro
 
-from ..checks import check_flags, check_integers, joined
+from ..arguments import check_flags, check_integers, joined
 from ..guides import AutoFlow
+from ..programs.latent_space import sound_space
 from ..programs.nesting import runs_programs
-from ..programs.space import sound_space
 from ..programs.task import Task, check_trained
 from ..sampling.run import Goal
 from ..sampling.samples import Samples
-from .exact import exact, warning
+from .chain_run import exact, warning
 from .svi import fit_svi
 
 CALLER = "sample"

@@ -12,23 +12,23 @@ from typing import Any
 
 from pyro.infer import ELBO
 
-from ..checks import check_flags, check_integers, joined, quoted
+from ..arguments import check_flags, check_integers, joined, quoted
 from ..guides import AutoFlow
-from ..guides.plan import plan_of
+from ..guides.schedule import plan_of
 from ..programs.nesting import runs_programs, settle
 from ..programs.task import Task
-from ..training import processes
-from ..training.attempts import check_path
+from ..training import distributed
 from ..training.loop import Fit, check_settings
+from ..training.output_files import check_path
 from .elbo import ELBOFit
-from .inspect import check_no_parameters, check_task
 from .ladder import Ladder, climb
+from .program_checks import check_no_parameters, check_task
 
 CALLER = "fit_svi"
 LONGEST_END = ".deeper-and-longer"  # that a fit of several gives the name of a checkpoint
 
 
-@processes.together
+@distributed.collective
 @runs_programs
 def fit_svi(
     model: Callable[..., Any],

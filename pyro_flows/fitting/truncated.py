@@ -19,7 +19,7 @@ from torch import Tensor
 from ..guides import AutoFlow
 from ..programs.engines import Values, View
 from ..programs.simulator import Simulator
-from ..training import processes
+from ..training import distributed
 
 EPSILON = 1e-4
 
@@ -39,7 +39,7 @@ class Truncated:
         self.names = [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
         self.given = simulator.arguments(observed)
         own = self._log_q(guide.sample(10_000, *self.given[0], **self.given[1]))
-        self.threshold = processes.first(lambda: torch.quantile(own, EPSILON).cpu()).to(own.device)
+        self.threshold = distributed.broadcast(lambda: torch.quantile(own, EPSILON).cpu()).to(own.device)
 
     @torch.no_grad()
     def draw(self, number: int, batch_size: int = 10_000) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from ..bijectors import Affine, Bijector, RationalQuadraticSpline
 from ..conditioners import MADE
 from ..conditioners.made import ancestors, checked_graph
 from ..transforms import Autoregressive, FlowTransform
-from .checks import check_sizes
+from .arguments import check_sizes
 from .coupling import marginal
 from .flow import Flow
 

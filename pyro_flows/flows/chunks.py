@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Size, Tensor
 
-from ..checks import check_integers
+from ..arguments import check_integers
 from ..transforms.recompute import recomputed
 
 T = TypeVar("T", Tensor, tuple[Tensor, Tensor])

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..conditioners import MLPField
 from ..transforms import Continuous
-from .checks import check_sizes
+from .arguments import check_sizes
 from .flow import Flow
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..arguments import as_flags, check_flags
 from ..bijectors import Affine, Bijector, CircularSpline, LogisticMixture, RationalQuadraticSpline, Shift
-from ..checks import as_flags, check_flags
 from ..conditioners import MLP, Periodic
 from ..distributions import CircularBase
 from ..transforms import ActNorm, Coupling, Elementwise, FlowTransform, LULinear
-from .checks import check_sizes
+from .arguments import check_sizes
 from .flow import Flow
 
 

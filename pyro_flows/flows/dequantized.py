@@ -20,9 +20,9 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ..checks import check_integers, check_kind, check_numbers
+from ..arguments import check_integers, check_kind, check_numbers
 from ..transforms import Sigmoid, View
-from .checks import check_event, check_tensor
+from .arguments import check_event, check_tensor
 from .chunks import in_chunks
 from .distribution import FlowDistribution, log_prob_of
 from .flow import Flow

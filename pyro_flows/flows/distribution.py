@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 from ..transforms import FlowTransform, View
 from ..transforms.compose import chained
 from ..transforms.snapshot import Counters, Snapshot, can_be_kept
-from .checks import as_size, check_value, parameter_of
+from .arguments import as_size, check_value, parameter_of
 from .path import can_be_carried, carried
 
 

@@ -14,12 +14,12 @@ from pyro.distributions.conditional import ConditionalDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ..checks import check_kind, quoted
+from ..arguments import check_kind, quoted
 from ..distributions import FixedBase, StandardNormal
 from ..transforms import Compose, FlowTransform, View
 from ..transforms.compiled import CompiledRuns
 from ..transforms.compose import chained, checked_chain
-from .checks import as_size, check_context, check_precision, check_tensor, check_value, parameter_of, taken_by
+from .arguments import as_size, check_context, check_precision, check_tensor, check_value, parameter_of, taken_by
 from .chunks import T, in_chunks
 from .distribution import FlowDistribution, log_prob_of
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..bijectors import LogisticMixture
 from ..transforms import Elementwise, FlowTransform, Orthogonal
-from .checks import check_sizes
+from .arguments import check_sizes
 from .coupling import context_network
 from .flow import Flow
 

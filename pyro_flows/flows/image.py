@@ -16,7 +16,7 @@ from ..conditioners import ConvNet
 from ..distributions import NormalBase
 from ..transforms import ActNorm, Compose, Coupling, FlowTransform, LULinear, PerPixel, Recomputed, Split, Squeezed
 from .flow import Flow
-from .steering import Steering, check_image
+from .image_context import Steering, check_image
 
 Shape = tuple[int, int, int]
 Build = Callable[[Shape, Sequence[bool]], FlowTransform]  # a coupling of images of a shape, by a mask of channels

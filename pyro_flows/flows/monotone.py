@@ -11,8 +11,8 @@ from torch import nn
 
 from ..bijectors import Bernstein, Integral, Sigmoidal, SumOfSquares
 from ..transforms import BlockAutoregressive, FlowTransform, Permute
+from .arguments import check_sizes
 from .autoregressive import Graph, masked_layers
-from .checks import check_sizes
 from .coupling import context_network
 from .flow import Flow
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..arguments import check_flags, check_integers, is_integer
 from ..bijectors import Affine
-from ..checks import check_flags, check_integers, is_integer
 from ..conditioners import CausalTransformer
 from ..transforms import Autoregressive, FlowTransform, Patched, Recomputed
 from .flow import Flow
-from .steering import check_image
+from .image_context import check_image
 
 FEWEST = 4  # patches: of a single one a layer would be an affine map of each number alone
 

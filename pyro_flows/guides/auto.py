@@ -19,7 +19,7 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor, nn
 from torch.distributions import Transform, biject_to
 
-from ..checks import check_numbers
+from ..arguments import check_numbers
 from ..encoders.base import at_rest
 from ..flows import Flow
 from ..flows.chunks import chunk_for, in_chunks
@@ -28,20 +28,20 @@ from ..programs.engines import with_room
 from ..transforms import Compose, Conditioned, View
 from ..vjp import keeps
 from .base import FlowGuide
-from .call import Call
-from .calls import Calls
-from .checks import check_latents, check_supports, moving_supports
+from .call_checks import Calls
 from .circles import is_circular, mark_circles
+from .dependent_supports import Moving
 from .discrete import HideDiscrete
 from .encoding import check_encoder, encode, finite, width_for_one
-from .faults import joint_sites
+from .guide_call import Call
 from .init import init_to_center
-from .moving import Moving
-from .names import claim_name
+from .nonfinite import joint_sites
 from .packing import Packing, check_same, put
-from .plan import Schedule
+from .parameter_names import claim_name
 from .recipe import DENSE, FEW, assemble, built, check_recipes, default_for, is_untrained, start_at
+from .refusals import check_latents, check_supports, moving_supports
 from .rows import data_plates
+from .schedule import Schedule
 from .start import settle_start
 
 

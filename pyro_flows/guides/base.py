@@ -16,18 +16,18 @@ from pyro.nn import PyroModule
 from pyro.nn.module import _is_module_local_param_enabled
 from torch import Tensor, nn
 
-from ..checks import quoted
+from ..arguments import quoted
 from ..flows import Flow
 from ..flows.distribution import FlowDistribution
 from ..programs.engines import plate_like
 from ..programs.log_density import is_breakdown
-from .call import Call
-from .calls import Calls
-from .checks import setup_error
+from .call_checks import Calls
 from .discrete import draw_discrete
-from .faults import Sites
-from .names import adopt_stored_parameters, claim_name, is_free
-from .plan import Plan
+from .guide_call import Call
+from .nonfinite import Sites
+from .parameter_names import adopt_stored_parameters, claim_name, is_free
+from .refusals import setup_error
+from .schedule import Plan
 
 
 class FlowGuide(Plan, AutoGuide):

@@ -15,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
-from ..checks import check_program
+from ..arguments import check_program
 from ..programs.latents import states_support, support_of
 from .init import bare
 

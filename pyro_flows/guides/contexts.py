@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_integers
-from ..conditioners.paced import Paced
-from .call import Call
+from ..arguments import check_integers
+from ..conditioners.stored_scale import Paced
 from .encoding import encode, finite, probe
-from .look import Rows, look
+from .guide_call import Call
+from .prototype import Rows, look
 from .rows import places_of, take_rows
 
 

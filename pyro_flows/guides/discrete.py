@@ -17,7 +17,7 @@ from ..programs.latents import is_point, is_summable
 from ..programs.nesting import nesting_of
 from ..programs.program import Program
 from ..programs.traces import trace_at
-from .call import Call
+from .guide_call import Call
 
 
 class HideDiscrete(BlockMessenger):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..encoders import Standardize
 from ..encoders.base import at_rest
 from ..encoders.standardize import learning
-from .call import Call
+from .guide_call import Call
 
 
 def arranged(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..programs.masks import is_masked, is_observation, mask_of
-from .call import Call
-from .look import Found, frame_of, rows_in
+from .guide_call import Call
+from .prototype import Found, frame_of, rows_in
 
 FLAT = "For a flat prior write dist.ImproperUniform."
 

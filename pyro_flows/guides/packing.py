@@ -21,11 +21,11 @@ from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.utils import _sum_rightmost
 
 from ..programs.latents import KEEPS_MASK
-from .call import Call
-from .checks import check_shapes, other_support, stretched
 from .circles import is_circular
-from .faults import Sites
-from .look import look
+from .guide_call import Call
+from .nonfinite import Sites
+from .prototype import look
+from .refusals import check_shapes, other_support, stretched
 
 Absent = Mapping[str, Tensor]  # for each site that is absent in part, a mask of what counts
 NONE: Absent = MappingProxyType({})

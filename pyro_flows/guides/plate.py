@@ -16,30 +16,30 @@ from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
+from ..arguments import check_integers, check_numbers
 from ..bijectors import Affine
-from ..checks import check_integers, check_numbers
 from ..encoders.base import at_rest
 from ..flows import Flow
 from ..programs.engines import plate_like
 from ..programs.minibatches import Shuffled
 from .base import FlowGuide
-from .call import Call
-from .calls import Calls
-from .checks import check_latents, check_shapes, check_supports, moving_supports
+from .call_checks import Calls
 from .circles import is_circular, mark_circles
 from .contexts import RowContexts
 from .discrete import HideDiscrete
 from .encoding import check_encoder, initialize
+from .guide_call import Call
 from .init import init_to_center
-from .local import assemble_local, autoencoder_flow, local_flow
-from .look import Found, Rows, frame_of, look
 from .masked import RowMasks, check_unmasked, masks_of_all
-from .names import claim_name
-from .nested import Nested
 from .packing import Packing
-from .plan import Schedule
+from .parameter_names import claim_name
+from .plate_distribution import Nested
+from .prototype import Found, Rows, frame_of, look
 from .recipe import assemble, built, check_recipes, default_flow
+from .refusals import check_latents, check_shapes, check_supports, moving_supports
+from .row_flows import assemble_local, autoencoder_flow, local_flow
 from .rows import InTurn, check_tied, data_plates
+from .schedule import Schedule
 from .start import settle_start
 
 

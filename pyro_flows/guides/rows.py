@@ -11,8 +11,8 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from ..programs.minibatches import Shuffled
-from .call import Call
-from .look import Found, Rows
+from .guide_call import Call
+from .prototype import Found, Rows
 
 
 def places_of(given: Tensor, full_size: int) -> Tensor | None:

@@ -18,9 +18,9 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from ..programs.program import Program
-from .call import Call
-from .checks import check_density
 from .discrete import summed
+from .guide_call import Call
+from .refusals import check_density
 
 ABSURD = 10.0  # nats per latent by which the origin must be likelier
 TRIES = 100  # places around the origin, and draws, where neither has a density

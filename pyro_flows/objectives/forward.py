@@ -19,7 +19,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ..checks import check_integers
+from ..arguments import check_integers
 from ..programs.latents import check_drawn
 from .particles import ParticleObjective
 

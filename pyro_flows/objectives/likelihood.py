@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checks import check_numbers
+from ..arguments import check_numbers
 from ..flows import Flow
 from ..flows.continuous import continuous_of
 from ..transforms import Continuous

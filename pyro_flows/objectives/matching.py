@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_choice, check_numbers
 from ..bijectors import Affine, SoftplusAffine
-from ..checks import check_choice, check_numbers
 from ..flows import Flow
 from ..transforms import ActNorm, Continuous, Elementwise, FixedAffine, FlowTransform, LULinear, ScaledLinear
 

@@ -17,7 +17,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from ..checks import check_flags, check_integers
+from ..arguments import check_flags, check_integers
 from ..programs.traces import trace_of
 
 

@@ -19,7 +19,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ..checks import check_numbers
+from ..arguments import check_numbers
 from .particles import ParticleObjective
 from .path import PathGradient
 

@@ -19,7 +19,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ..checks import check_integers, check_numbers
+from ..arguments import check_integers, check_numbers
 from .particles import ParticleObjective
 from .path import PathGradient
 

@@ -19,7 +19,7 @@ from ..bijectors import Bijector
 from ..flows import Dequantized, Flow
 from ..guides import AutoFlow, AutoPlateFlow
 from ..guides.circles import Circle
-from ..guides.saved import Site, auto_of, parts_of_auto, parts_of_plate, plate_of
+from ..guides.stored import Site, auto_of, parts_of_auto, parts_of_plate, plate_of
 
 
 class Kind(NamedTuple):

@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import Tensor, nn, serialization
 
-from ..checks import as_file
-from ..files import save_tensors, write_atomically
+from ..arguments import as_file
+from ..atomic_files import save_tensors, write_atomically
 from ..flows import Dequantized, Flow
 from ..guides import AutoFlow, AutoPlateFlow
-from .allowance import Allowance, check_numbers
 from .archive import Archive, Damaged
 from .classes import BY_TYPE, ROOTS
 from .pickles import Foreign
+from .size_limit import Allowance, check_numbers
 from .spec import WAY_OUT, build, describe, named
 from .state import check_comes_back, marks_of, restore, state_of
 

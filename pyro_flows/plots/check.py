@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import check_integers
+from ..arguments import check_integers
 from .columns import plain, shortened
 from .panels import Picture, panels
 from .weights import histogram

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_integers
+from ..arguments import check_integers
 from ..flows import Flow
 from ..transforms import FlowTransform, Inverse
 from .panels import Picture, panels

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import check_integers
-from ..compat import kde
+from ..arguments import check_integers
+from ..arviz_versions import kde
 from .columns import Draws, as_array, beside, columns_of, shortened
 from .panels import Picture, panels
 

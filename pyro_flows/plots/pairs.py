@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..checks import check_integers
+from ..arguments import check_integers
 from .columns import Draws, beside, shortened
 from .panels import Picture, blank
 

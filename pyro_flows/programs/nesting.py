@@ -20,7 +20,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..checks import is_integer
+from ..arguments import is_integer
 from ..threads import using
 
 P = ParamSpec("P")

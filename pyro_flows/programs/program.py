@@ -1,4 +1,4 @@
-"""A Pyro program with its arguments, run for many draws at once by an engine: see ``choice.py``."""
+"""A Pyro program with its arguments, run for many draws at once by an engine: see ``engine_choice.py``."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from torch import Tensor
 from ..threads import Threads
 from .engines import Read, Values, View, apart, beside, run, value_of, with_room
 from .enumeration import Parallel, Run, check_masks, check_rows
+from .error_text import quoted
 from .events import WithValues
 from .largest import Largest
 from .log_density import number_of_parts
-from .noise import Noise
+from .noisy_density import Noise
 from .one_by_one import Sequential
-from .quoting import quoted
+from .row_parts import Part, parts_of
 from .traces import trace_of
-from .whole import Part, parts_of
 
 LARGEST = 2**18  # numbers in a tensor of many draws, 2 MB of them in double precision
 TOTAL = "the log-density"  # read beside values of sites

@@ -16,12 +16,12 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ..checks import check_integers, check_program
+from ..arguments import check_integers, check_program
 from ..threads import allowed, using
-from .choice import settle
+from .engine_choice import settle
 from .engines import Values
 from .nesting import nesting_of, runs_programs
-from .noise import warn_user
+from .noisy_density import warn_user
 from .program import Program
 from .quantities import innermost
 from .simulations import Simulations

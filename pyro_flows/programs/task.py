@@ -14,17 +14,17 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .. import checks
+from .. import arguments
 from ..memory import keep_memory
-from .choice import settle
+from .broadcasting import Lifted
+from .engine_choice import settle
 from .engines import ENGINES, Site, Values, View, value_of
 from .latents import check_match, is_point, summable
-from .lifted import Lifted
 from .nesting import check_crossed, has_bare_dimensions, nesting_of
-from .noise import check_noise, warn_user
+from .noisy_density import check_noise, warn_user
 from .program import Program
+from .row_parts import parts_of
 from .traces import trace_of
-from .whole import parts_of
 
 
 class Draws(NamedTuple):
@@ -78,7 +78,7 @@ class Task:
     ) -> None:
         keep_memory()
         check_vectorize(vectorize)
-        checks.check_program(model=model, guide=guide)
+        arguments.check_program(model=model, guide=guide)
         self._programs, self._arguments, marks = (model, guide), (args, kwargs), _Marks()
         single, drawn = self.once(marks)
         marks.keep(single)
@@ -267,8 +267,8 @@ def check_vectorize(vectorize: Any) -> None:
     """Raise ValueError unless a way to vectorise exists."""
     if vectorize not in ("auto", *ENGINES):
         raise ValueError(
-            f'vectorize must be "auto", {", ".join(map(repr, ENGINES))}, got {checks.quoted(vectorize)}. Leave it out '
-            "to use the fastest that works."
+            f'vectorize must be "auto", {", ".join(map(repr, ENGINES))}, got {arguments.quoted(vectorize)}. '
+            "Leave it out to use the fastest that works."
         )
 
 
@@ -281,7 +281,7 @@ def in_batches(step: Callable[[Values, int], Values], held: Values, number: int,
         number: The number of draws.
         batch_size: The largest number in a batch.
     """
-    if not checks.is_integer(batch_size) or batch_size < 1:
+    if not arguments.is_integer(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
     parts = []
     for start in range(0, number, batch_size):

@@ -18,8 +18,8 @@ import math
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ..programs.latent_space import LatentSpace
 from ..programs.log_density import or_nan
-from ..programs.space import Space
 from .chains import Chains
 from .non_centred import coordinates_of
 from .population import Population
@@ -29,7 +29,7 @@ ROUNDS, CLOSE = 200, 1e-4  # of the fixed-point iteration; the step, in nats, at
 BATCH = 4096  # draws of the guide that are computed at once
 
 
-def moved_on(space: Space, population: Population) -> Population:
+def moved_on(space: LatentSpace, population: Population) -> Population:
     """Move the particles of a population as chains of a guide's space: in its coordinates, and by its draws."""
     density, log_q = or_nan(space.log_p), or_nan(space.log_q)
     chains = Chains(density, coordinates_of(space, population.z), population.z, max_steps=16)

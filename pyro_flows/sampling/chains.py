@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..programs.latent_space import Scored
 from ..programs.log_density import LogDensity
-from ..programs.space import Scored
 from .hmc import HMC, Coordinates
 
 FROZEN = 0.2  # the mean acceptance below which chains hardly move

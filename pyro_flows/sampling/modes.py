@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..programs.log_density import LogDensity, value_and_score
-from .charts import White
+from .coordinates import White
 
 CLIMB = 60  # steps of a climb
 PATIENCE = 5  # steps after which a climb looks whether it is at a top

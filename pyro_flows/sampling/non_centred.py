@@ -18,10 +18,10 @@ from torch.distributions import Cauchy, Laplace, Normal
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..programs.engines import Site, Values, View
+from ..programs.latent_space import LatentSpace
 from ..programs.log_density import is_breakdown
 from ..programs.quantities import innermost
-from ..programs.space import Space
-from .charts import White, charts_of
+from .coordinates import White, charts_of
 from .hmc import Coordinates
 
 LEVELS = 3  # the most levels of a hierarchy: each takes a run of the model
@@ -41,7 +41,7 @@ class NonCentred:
         z: Draws, ``(N, D)``, by which x is whitened.
     """
 
-    def __init__(self, space: Space, names: list[str], levels: int, z: Tensor) -> None:
+    def __init__(self, space: LatentSpace, names: list[str], levels: int, z: Tensor) -> None:
         self._space, self._names, self._levels = space, names, levels
         columns = [torch.tensor([own == name for own in space.coordinates]).nonzero().squeeze(-1) for name in names]
         self._columns = torch.cat(columns).to(z.device)
@@ -49,7 +49,7 @@ class NonCentred:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, space: Space, z: Tensor) -> NonCentred | None:
+    def of(cls, space: LatentSpace, z: Tensor) -> NonCentred | None:
         """Return the coordinates of a model, or None if no prior's scale depends on latents, given draws z."""
         model, latents = space.task.model, space.task.latents
         names = [name for name in latents if _has_loc_and_scale(model.single.nodes[name])]
@@ -114,7 +114,7 @@ def _has_loc_and_scale(site: Site) -> bool:
     return isinstance(fn, Normal | Laplace | Cauchy) and fn.loc.shape == site["value"].shape == fn.scale.shape
 
 
-def coordinates_of(space: Space, z: Tensor) -> list[Coordinates]:
+def coordinates_of(space: LatentSpace, z: Tensor) -> list[Coordinates]:
     """The coordinates in which chains move, given draws z, ``(N, D)``: those of the model's hierarchy first, if any."""
     charts, _ = charts_of(space, z)
     found = NonCentred.of(space, z[:FIRST])

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .charts import White
+from .coordinates import White
 from .hmc import HMC
-from .reference import Reference
+from .start_distribution import Reference
 
 ISLANDS = 16
 BATCH = 2048  # particles that are run at once

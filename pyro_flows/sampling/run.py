@@ -18,11 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..programs.latent_space import LatentSpace
 from ..programs.log_density import or_nan
-from ..programs.space import Space
 from .chains import Chains
-from .charts import White
 from .convergence import FEWEST, Convergence, convergence
+from .coordinates import White
 from .non_centred import NonCentred, coordinates_of
 
 RHAT = 1.01  # where chains have converged
@@ -95,7 +95,7 @@ class Run:
 
     def __init__(
         self,
-        space: Space,
+        space: LatentSpace,
         num_chains: int,
         goal: Goal,
         tell: Callable[[str], None],
@@ -269,7 +269,7 @@ class Record:
         most: How many are kept of each chain; where there are more, every second one is dropped.
     """
 
-    def __init__(self, space: Space, most: int) -> None:
+    def __init__(self, space: LatentSpace, most: int) -> None:
         self._space, self._most, self._every, self._since = space, most, 1, 0
         self._z: list[Tensor] = []  # (C, D) each
         self._numbers: list[Tensor] = []  # (C, K) each, of the first ones

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..files import save_tensors, write_atomically
-from . import processes
-from .attempts import Attempts, why_not
+from ..atomic_files import save_tensors, write_atomically
+from . import distributed
+from .output_files import Attempts, why_not
 from .randomness import random_state, set_random_state
 from .state import Run
 
@@ -59,9 +59,11 @@ def write(path: Path, state: dict[str, Any], own: tuple[str, ...] = ()) -> str:
         Why the file could not be written, in all processes; nothing where it was.
     """
     mine = {name: state[name] for name in own} | {"random": random_state()}
-    _, *others = processes.each(lambda: mine)
+    _, *others = distributed.all_gather(lambda: mine)
     content = {"format": FORMAT, **state, **mine, **({"others": others} if others else {})}
-    return processes.first(lambda: why_not(lambda: write_atomically(path, lambda draft: save_tensors(content, draft))))
+    return distributed.broadcast(
+        lambda: why_not(lambda: write_atomically(path, lambda draft: save_tensors(content, draft)))
+    )
 
 
 def read(path: Path, settings: dict[str, Any], caller: str = "fit_svi") -> dict[str, Any] | None:
@@ -73,22 +75,22 @@ def read(path: Path, settings: dict[str, Any], caller: str = "fit_svi") -> dict[
     Raises:
         ValueError: If the file is no checkpoint, or one of a run with other settings.
     """
-    state = processes.first(lambda: _load(path, caller, settings) if path.exists() else None)
+    state = distributed.broadcast(lambda: _load(path, caller, settings) if path.exists() else None)
     if state is None:
         return None
-    if processes.rank() == 0:
+    if distributed.rank() == 0:
         set_random_state(state["random"])
-    processes.apart()
+    distributed.seed()
     others = state.pop("others", [])
-    if 0 < processes.rank() <= len(others):
-        state |= others[processes.rank() - 1]
+    if 0 < distributed.rank() <= len(others):
+        state |= others[distributed.rank() - 1]
         set_random_state(state["random"])
     return state
 
 
 def steps_of(path: Path) -> int | None:
     """How many steps the run in a file was to take, None where there is no file; errors as in :func:`read`."""
-    return processes.first(lambda: int(_load(path, "fit_svi")["settings"]["steps"]) if path.exists() else None)
+    return distributed.broadcast(lambda: int(_load(path, "fit_svi")["settings"]["steps"]) if path.exists() else None)
 
 
 def _load(path: Path, caller: str, settings: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..programs.log_density import NonFiniteDraw, is_breakdown
-from . import processes
+from . import distributed
 
 
 class Backward(NamedTuple):
@@ -63,13 +63,13 @@ def backward(
         pass  # the loss would not be finite: it counts as NaN
     except Exception as raised:
         error = raised
-        if processes.alone() and not is_breakdown(error):
+        if distributed.alone() and not is_breakdown(error):
             raise
     unsolved, wished = isinstance(error, FloatingPointError), []
-    if processes.alone():
+    if distributed.alone():
         total = value.item()
     else:
-        processes.meet(None if error is None or is_breakdown(error) else error)
+        distributed.barrier(None if error is None or is_breakdown(error) else error)
         total, *flags = _add_up(parameters, value, share(), [unsolved, *wishes()])
         unsolved, *wished = map(bool, flags)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
@@ -90,7 +90,7 @@ def _add_up(parameters: list[Tensor], value: Tensor, share: float, flags: list[b
     told = [float(gradient is not None) for gradient in gradients] + [float(flag) for flag in flags]
     own = torch.cat([*parts, value.reshape(1).to(device, dtype)]).mul_(share)
     flat = torch.cat((own, torch.tensor(told, dtype=dtype, device=device)))
-    with processes.reaching():
+    with distributed.reaching():
         dist.all_reduce(flat)
     *sums, rest = flat.split([*(len(part) for part in parts), 1 + len(told)])
     total, *counts = rest.tolist()

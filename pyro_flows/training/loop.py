@@ -1,6 +1,6 @@
 """One training loop for everything that has a loss.
 
-Any optimisers, with step sizes that rise and fall (:mod:`.horizon`) and gradients clipped by norm.  The
+Any optimisers, with step sizes that rise and fall (:mod:`.stopping`) and gradients clipped by norm.  The
 state with the best running loss is kept, or the average of states with the best loss on held-out data; whatever ends
 the run, an error and Ctrl-C included, leaves the parameters in it.  With a checkpoint a run that was killed goes on
 where it was, to the same end.  Several processes take each step together.
@@ -21,15 +21,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import plots
-from ..checks import check_choice, check_numbers
+from ..arguments import check_choice, check_numbers
 from ..memory import keep_memory
 from ..threads import Threads, using
 from . import checkpoint as checkpoints
-from . import processes
+from . import distributed
 from .gradients import backward
-from .horizon import Horizon
 from .interrupts import hold_interrupts
 from .state import HeldOut, Optimizer, Run
+from .stopping import Horizon
 
 AGAIN = 5.0  # seconds within which a launcher passes Ctrl-C on to processes that had it already
 UNSOLVED = 10  # steps in a row that are skipped where an equation cannot be solved, which takes time to find out
@@ -108,7 +108,7 @@ def descend(
     on_nonfinite: str,
     progress: bool,
     diagnose: Callable[[], str],
-    share: Callable[[], float] = lambda: 1 / processes.size(),
+    share: Callable[[], float] = lambda: 1 / distributed.size(),
     settled: Callable[[], bool] = lambda: True,
     checkpoint: Path | None = None,
     settings: dict[str, Any] | None = None,
@@ -153,19 +153,23 @@ def descend(
     buffers, everything = list(module.buffers()), [*parameters, *module.parameters(), *module.buffers()]
     settings = {"steps": steps, "lr": lr, "clip_norm": clip_norm, **(settings or {})}
     settings["shapes"] = [list(parameter.shape) for parameter in parameters]
-    processes.agree(caller, settings, parameters)
-    processes.spread(everything)
+    distributed.agree(caller, settings, parameters)
+    distributed.broadcast_tensors(everything)
     run = Run(parameters, optimizers, companion, buffers, held_out.decay if held_out else None)
     if checkpoint is not None and (state := checkpoints.read(checkpoint, settings, caller)) is not None:
         run.load_state_dict(state)
     else:
-        processes.apart(trained)
+        distributed.seed(trained)
     losses, best, saver = run.losses, run.best, checkpoints.Saver(caller, checkpoint, settings)
     in_a_row, stopped, start, threads = 0, "", time.perf_counter() - run.seconds, Threads(work)
     horizon = Horizon(steps, noise, torch.finfo(parameters[0].dtype).eps)
     horizon.observe(losses)
     bar = tqdm(
-        total=steps, initial=len(losses), disable=not progress or processes.rank() > 0, unit="step", dynamic_ncols=True
+        total=steps,
+        initial=len(losses),
+        disable=not progress or distributed.rank() > 0,
+        unit="step",
+        dynamic_ncols=True,
     )
 
     def save() -> None:
@@ -176,7 +180,7 @@ def descend(
         return [bool(asked()), saver.due]
 
     try:
-        with hold_interrupts(0.0 if processes.alone() else AGAIN) as asked, using(1):
+        with hold_interrupts(0.0 if distributed.alone() else AGAIN) as asked, using(1):
             for step in range(len(losses) + 1, horizon.last + 1 if not run.stopped else 0):
                 began = time.perf_counter()
                 for optimizer in optimizers:
@@ -196,7 +200,7 @@ def descend(
                     if on_nonfinite == "raise" or in_a_row >= limit:
                         known = str(error).splitlines()[0].rstrip(".") if error else ""
                         words = [word for word in (ask(diagnose), known) if word]
-                        fullest = max(processes.each(lambda: words), key=len)  # noqa: B023
+                        fullest = max(distributed.all_gather(lambda: words), key=len)  # noqa: B023
                         raise FloatingPointError(
                             f"The loss or its gradient was not finite at step {step}"
                             f"{f' and at the {in_a_row - 1} before' if in_a_row > 1 else ''}: {'; '.join(fullest)}. "
@@ -220,7 +224,7 @@ def descend(
                     bar.set_postfix_str(shown + (f", {skipped} skipped" if skipped else ""))
                     if held_out and step - best.step >= held_out.patience * held_out.every:
                         run.stopped = "held-out"
-                stop, due = wishes() if processes.alone() else wished
+                stop, due = wishes() if distributed.alone() else wished
                 if step == horizon.last or run.stopped or due:
                     save()
                 if stop and (held_out or step < horizon.last):
@@ -229,7 +233,7 @@ def descend(
                 if run.stopped or step == horizon.last:
                     break
     except KeyboardInterrupt:
-        if not (stopped or processes.alone()):  # the others do not know of it
+        if not (stopped or distributed.alone()):  # the others do not know of it
             raise
         stopped = "interrupted"
         save()
@@ -242,10 +246,10 @@ def descend(
         bar.close()
         best.restore()
     saver.conclude()
-    processes.spread(everything)
+    distributed.broadcast_tensors(everything)
     if held_out and losses and not any(map(math.isfinite, losses)):
         raise FloatingPointError(f"The loss or its gradient was not finite in any step: {ask(diagnose)}.")
-    if stopped and processes.rank() == 0:
+    if stopped and distributed.rank() == 0:
         where = f"the best state, of step {best.step}" if best.step else "the state at the start"
         lost = f" (loss {best.mean:.3f})" if math.isfinite(best.mean) else ""
         onward = "  The same call goes on from the checkpoint." if saver.holds else ""

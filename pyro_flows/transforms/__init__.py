@@ -11,7 +11,7 @@ from .continuous import Continuous as Continuous
 from .continuous import Solution as Solution
 from .coupling import Coupling as Coupling
 from .elementwise import Elementwise as Elementwise
-from .fixed import FixedAffine as FixedAffine
+from .fixed_affine import FixedAffine as FixedAffine
 from .linear import LULinear as LULinear
 from .orthogonal import Householder as Householder
 from .orthogonal import Orthogonal as Orthogonal
@@ -24,7 +24,7 @@ from .reshape import Patched as Patched
 from .reshape import Reshaped as Reshaped
 from .reshape import Squeezed as Squeezed
 from .residual import Residual as Residual
-from .scaled import ScaledLinear as ScaledLinear
+from .scaled_linear import ScaledLinear as ScaledLinear
 from .sigmoid import Sigmoid as Sigmoid
 from .split import Split as Split
 from .sylvester import Sylvester as Sylvester

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..checks import as_flags
+from ..arguments import as_flags
 from .base import VectorTransform
 
 

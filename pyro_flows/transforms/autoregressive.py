@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import BIJECTOR, check_flags, check_kind
 from ..bijectors import Bijector
-from ..checks import BIJECTOR, check_flags, check_kind
 from ..conditioners import MADE, CausalTransformer
 from .base import FlowTransform
 from .conditional import check_params

@@ -16,7 +16,7 @@ from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-from ..checks import TRANSFORM, as_shape, check_integers, check_kind
+from ..arguments import TRANSFORM, as_shape, check_integers, check_kind
 from ..conditioners.base import Gradients as Gradients
 from ..vjp import vjp
 from .view import View

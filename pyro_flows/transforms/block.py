@@ -27,9 +27,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_numbers, check_sizes
 from ..bijectors.base import bounded
 from ..bijectors.continued import bracketed_root, implicit_root
-from ..checks import check_numbers, check_sizes
 from ..conditioners import Conditioner
 from ..conditioners.base import MaskedLinear, Network
 from .conditional import Conditional, check_outputs

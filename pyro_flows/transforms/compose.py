@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_kind, quoted
+from ..arguments import check_kind, quoted
 from ..vjp import keeps
 from .base import Carried, FlowTransform, Gradients, Scored
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..checks import TRANSFORM, check_kind
+from ..arguments import TRANSFORM, check_kind
 from .base import FlowTransform, Scored
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..arguments import CONDITIONER, check_kind
 from ..bijectors import Bijector
-from ..checks import CONDITIONER, check_kind
 from ..conditioners import Conditioner
 from .base import VectorTransform
 

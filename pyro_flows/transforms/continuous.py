@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_flags, check_integers, check_kind
+from ..arguments import check_choice, check_flags, check_integers, check_kind
 from ..conditioners import VectorField
 from .base import FlowTransform
 from .ode import ADAPTIVE, Solver

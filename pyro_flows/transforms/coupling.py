@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..arguments import BIJECTOR, CONDITIONER, as_flags, check_kind
 from ..bijectors import Bijector
-from ..checks import BIJECTOR, CONDITIONER, as_flags, check_kind
 from ..conditioners import Conditioner
 from ..vjp import keeps, vjp
 from .base import Carried, FlowTransform, Gradients, Scored

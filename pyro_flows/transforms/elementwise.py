@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ..arguments import BIJECTOR, check_kind, check_numbers
 from ..bijectors import Bijector
-from ..checks import BIJECTOR, check_kind, check_numbers
 from ..conditioners import Conditioner
-from ..conditioners.paced import Paced, power_of_2
+from ..conditioners.stored_scale import Paced, power_of_2
 from .conditional import Conditional, check_params
 
 

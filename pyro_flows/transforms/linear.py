@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..arguments import check_integers, check_numbers
 from ..bijectors.base import bounded
-from ..checks import check_integers, check_numbers
 from .base import VectorTransform
 
 

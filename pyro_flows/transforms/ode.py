@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_integers, check_numbers
+from ..arguments import check_integers, check_numbers
 
 ADAPTIVE = "dopri5", "dopri8", "bosh3", "adaptive_heun"
 FIXED = "rk4", "heun3", "midpoint", "euler"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_integers
+from ..arguments import check_integers
 from .base import Scored, VectorTransform
 
 

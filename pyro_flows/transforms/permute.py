@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import as_order
+from ..arguments import as_order
 from .base import FlowTransform
 
 

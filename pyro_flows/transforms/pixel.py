@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..checks import TRANSFORM, as_shape, check_kind
+from ..arguments import TRANSFORM, as_shape, check_kind
 from .base import FlowTransform
 from .reshape import Rearranged
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..checks import TRANSFORM, check_kind
+from ..arguments import TRANSFORM, check_kind
 from .base import FlowTransform
 
 T = TypeVar("T")

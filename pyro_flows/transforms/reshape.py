@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..checks import TRANSFORM, as_image, as_shape, check_integers, check_kind
+from ..arguments import TRANSFORM, as_image, as_shape, check_integers, check_kind
 from .base import FlowTransform, Scored
 
 

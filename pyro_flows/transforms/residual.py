@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import check_flags, check_kind
+from ..arguments import check_flags, check_kind
 from ..conditioners import LipschitzMLP
 from ..conditioners.jacobian import Jacobian
 from ..conditioners.lipschitz import Layers

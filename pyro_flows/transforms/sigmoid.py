@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from ..checks import as_shape, check_numbers
+from ..arguments import as_shape, check_numbers
 from .base import FlowTransform
 
 

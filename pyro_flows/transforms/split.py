@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import TRANSFORM, check_integers, check_kind
+from ..arguments import TRANSFORM, check_integers, check_kind
 from .base import FlowTransform
 from .reshape import Rearranged
 

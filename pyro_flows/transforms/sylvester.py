@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..arguments import check_integers, is_integer
 from ..bijectors.base import bounded
-from ..checks import check_integers, is_integer
 from ..conditioners import Conditioner
 from .base import Scored
 from .conditional import Tabled

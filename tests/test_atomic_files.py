@@ -16,14 +16,14 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows import files, flows
-from pyro_flows.files import save_tensors, try_path, write_atomically
+from pyro_flows import atomic_files, flows
+from pyro_flows.atomic_files import save_tensors, try_path, write_atomically
 
 WRITERS = f"""
 import importlib.util, sys, time
 from pathlib import Path
 
-spec = importlib.util.spec_from_file_location("files", {files.__file__!r})  # alone, without torch
+spec = importlib.util.spec_from_file_location("files", {atomic_files.__file__!r})  # alone, without torch
 files = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(files)
 """
@@ -152,7 +152,7 @@ def test_drafts_from_other_machines_are_removed_a_day_later(
     tmp_path: Path, killed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shared folder need not show their locks here."""
-    monkeypatch.setattr(files, "_machine", lambda: "0" * 8)
+    monkeypatch.setattr(atomic_files, "_machine", lambda: "0" * 8)
     try_path(tmp_path / "mine")
     assert names(tmp_path) == [*killed, "mine"]
     for name in killed:
@@ -163,7 +163,7 @@ def test_drafts_from_other_machines_are_removed_a_day_later(
 
 def test_a_lock_that_was_taken_for_abandoned_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another writer may find a lock in the moment between its creation and its locking."""
-    lock, stolen = files._lock, []
+    lock, stolen = atomic_files._lock, []
 
     def late(handle: int) -> bool:
         if not stolen:
@@ -171,7 +171,7 @@ def test_a_lock_that_was_taken_for_abandoned_is_made_anew(tmp_path: Path, monkey
             stolen[0].unlink()
         return lock(handle)
 
-    monkeypatch.setattr(files, "_lock", late)
+    monkeypatch.setattr(atomic_files, "_lock", late)
     write_atomically(tmp_path / "a", words("whole"))
     assert stolen
     assert (tmp_path / "a").read_text() == "whole"
@@ -179,7 +179,7 @@ def test_a_lock_that_was_taken_for_abandoned_is_made_anew(tmp_path: Path, monkey
 
 
 def test_file_systems_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(atomic_files, "fcntl", None)
     write_atomically(tmp_path / "a", lambda draft: Path(draft).write_text(" ".join(names(tmp_path))))
     assert ".lock" not in (tmp_path / "a").read_text()
     assert names(tmp_path) == ["a"]

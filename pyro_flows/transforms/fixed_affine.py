@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_flags
+from ..arguments import check_flags
 from .base import Scored, VectorTransform
 
 

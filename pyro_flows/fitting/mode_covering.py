@@ -29,16 +29,16 @@ from ..diagnostics import Psis
 from ..diagnostics.importance import weigh
 from ..distributions import ModesBase
 from ..guides import AutoFlow
+from ..programs.latent_space import LatentSpace, sound_space
 from ..programs.log_density import or_nan
-from ..programs.space import Space, sound_space
 from ..programs.task import Task
 from ..sampling.bridge import bridge, moved_on
 from ..sampling.mixture import ROUNDS
+from ..sampling.mode_mixture import Tops
 from ..sampling.modes import SOME, ways_up
 from ..sampling.population import ISLANDS, Effort, Population, anneal
-from ..sampling.reference import Reference
-from ..sampling.tops import Tops
-from ..training import processes
+from ..sampling.start_distribution import Reference
+from ..training import distributed
 from ..training.loop import Fit
 from ..transforms import FixedAffine
 from .density import fit_density
@@ -169,8 +169,8 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
             population = anneal(reference, -(-number // ISLANDS) * ISLANDS, Effort())
             return population, ways_up(or_nan(space.log_p), reference.draw(SOME))
 
-        population, others = processes.first(found)
-        processes.as_one()
+        population, others = distributed.broadcast(found)
+        distributed.sync()
         if population is None:
             raise ValueError("anneal: hardly a draw of the prior has a density; is the model's density finite?")
         tops = Tops(space, population, others if starts is None else torch.cat((others, starts)))
@@ -216,7 +216,7 @@ def _fitted(task: Task, tops: Tops, fit_once: FitOnce) -> tuple[_Weighed, Fit | 
 def _teach(guide: AutoFlow, population: Population) -> None:
     """Train a guide's flow on particles."""
     chances = population.log_weights.double().exp()
-    rows = population.z[processes.first(lambda: chances.multinomial(len(chances), replacement=True))]
+    rows = population.z[distributed.broadcast(lambda: chances.multinomial(len(chances), replacement=True))]
     with warnings.catch_warnings():  # of values that repeat, as those of resampled particles do
         warnings.simplefilter("ignore", UserWarning)
         fit_density(guide.flow, rows, standardize=False, max_epochs=EPOCHS, patience=5, lr=1e-3, progress=False)
@@ -256,7 +256,7 @@ def _with_modes(task: Task, tops: Tops) -> AutoFlow:
     return guide
 
 
-def _space_of(guide: AutoFlow, task: Task) -> Space:
+def _space_of(guide: AutoFlow, task: Task) -> LatentSpace:
     model = task.model
     return sound_space(Task(model.call, guide, model.args, model.kwargs, model.engine))
 
@@ -269,8 +269,8 @@ def _weighed(guide: AutoFlow, task: Task) -> _Weighed:
         return draws.z, weigh((draws.log_p - draws.log_q).nan_to_num(-math.inf, -math.inf, -math.inf))
 
     with pyro.validation_enabled(False):
-        z, psis = processes.first(drawn)
-        processes.as_one()
+        z, psis = distributed.broadcast(drawn)
+        distributed.sync()
     return _Weighed(guide, z, psis.smoothed.to(z), psis)
 
 
@@ -292,7 +292,7 @@ def _balanced(weighed: _Weighed, task: Task) -> _Weighed:
 
 
 def _summed_up(
-    task: Task, space: Space, tops: Tops, weighed: _Weighed | None, fit: Fit | None, start: float
+    task: Task, space: LatentSpace, tops: Tops, weighed: _Weighed | None, fit: Fit | None, start: float
 ) -> Annealed:
     """The better of the guide's weighed draws and the population."""
     population, number, bridged = tops.population, len(tops.places), None
@@ -338,8 +338,8 @@ def _bridged(task: Task, weighed: _Weighed, population: Population) -> tuple[Pop
     Only particles know the mass in places where the guide hardly draws, and they may be slow to reach it.  So the error
     includes that mass.
     """
-    population = processes.first(lambda: moved_on(_space_of(weighed.guide, task), population))
-    processes.as_one()
+    population = distributed.broadcast(lambda: moved_on(_space_of(weighed.guide, task), population))
+    distributed.sync()
     of_p = population.log_p - weighed.guide.flow().log_prob(population.z)
     log_evidence, noise = bridge(population, of_p, weighed.psis.log_weights)
     rare, _ = population.share((of_p - log_evidence).nan_to_num(math.inf) > SURPRISE)

@@ -7,7 +7,7 @@ import time
 from torch import Tensor
 from tqdm import tqdm
 
-from ..programs.space import Space
+from ..programs.latent_space import LatentSpace
 from ..sampling.chains import FROZEN
 from ..sampling.run import BATCH, Goal, Outcome, Run
 from ..sampling.samples import Samples
@@ -16,7 +16,9 @@ from ..training.interrupts import hold_interrupts
 CHAINS, ONE_BY_ONE = 256, 16  # chains by default, also where the model runs one draw at a time
 
 
-def exact(space: Space, goal: Goal, num_chains: int | None, *, progress: bool, others: Tensor | None = None) -> Samples:
+def exact(
+    space: LatentSpace, goal: Goal, num_chains: int | None, *, progress: bool, others: Tensor | None = None
+) -> Samples:
     """Draw from the posterior by chains that start from a guide's draws.
 
     Args:
@@ -46,7 +48,7 @@ def exact(space: Space, goal: Goal, num_chains: int | None, *, progress: bool, o
     )
 
 
-def _run(space: Space, chains: int, goal: Goal, others: Tensor | None, *, progress: bool) -> Outcome:
+def _run(space: LatentSpace, chains: int, goal: Goal, others: Tensor | None, *, progress: bool) -> Outcome:
     """Run chains under a progress bar; Ctrl-C ends them early."""
     with hold_interrupts() as asked, tqdm(disable=not progress, unit="sweep", dynamic_ncols=True) as bar:
 

@@ -10,13 +10,13 @@ from pyro import validation_enabled
 from torch import Tensor
 from torch.distributions import biject_to
 
+from ..programs.error_text import place_of, quoted
 from ..programs.latents import is_discrete, named
 from ..programs.program import Program
-from ..programs.quoting import place_of, quoted
-from .call import Call
 from .circles import innermost
-from .faults import worst
-from .look import Found, frame_of
+from .guide_call import Call
+from .nonfinite import worst
+from .prototype import Found, frame_of
 
 
 def setup_error(owner: str, error: Exception, has_arguments: bool) -> Exception | None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..checks import IMAGE, as_image, check_integers, is_integer
+from ..arguments import IMAGE, as_image, check_integers, is_integer
 from ..encoders import ClassEmbedding, Flatten
 
 MOST_SCALES = 3

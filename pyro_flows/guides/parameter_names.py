@@ -16,7 +16,7 @@ import torch
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
-from ..checks import check_kind
+from ..arguments import check_kind
 
 _used: set[str] = set()
 _live: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()

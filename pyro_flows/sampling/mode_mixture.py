@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
+from ..programs.latent_space import LatentSpace
 from ..programs.log_density import LogDensity, or_nan
-from ..programs.space import Space
-from .charts import White
+from .coordinates import White
 from .gaussian import Gaussian, match_top
 from .mixture import FITTED, Mixture
 from .modes import NARROW, ascend, climb, components
@@ -47,7 +47,7 @@ class Tops:
         weights: About what each weighs, ``(K,)``, relative to the population.
     """
 
-    def __init__(self, space: Space, population: Population, starts: Tensor) -> None:
+    def __init__(self, space: LatentSpace, population: Population, starts: Tensor) -> None:
         centre, density = _opposite_the_gap(space, population.z), or_nan(space.log_p)
         self._space, self._centre = space, centre
         z = space.wrapped(population.z, centre)
@@ -163,7 +163,7 @@ def _merged(labels: Tensor, x: Tensor) -> Tensor:
     return labels.unique(return_inverse=True)[1]
 
 
-def _opposite_the_gap(space: Space, z: Tensor) -> Tensor:
+def _opposite_the_gap(space: LatentSpace, z: Tensor) -> Tensor:
     """The angle, in each coordinate, that lies opposite to the largest gap between those of places, ``(D,)``."""
     ordered = space.wrapped(z, torch.zeros_like(z[0])).sort(0).values
     gaps = torch.cat((ordered[1:], ordered[:1] + 2 * math.pi)) - ordered

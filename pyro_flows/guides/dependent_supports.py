@@ -21,7 +21,7 @@ from torch.distributions.utils import _sum_rightmost
 from ..programs.engines import Site, Values, View, value_of
 from ..programs.nesting import nesting_of
 from ..programs.program import Program
-from .call import Call
+from .guide_call import Call
 
 
 class Moving:

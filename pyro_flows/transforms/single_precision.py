@@ -20,7 +20,7 @@ from .base import Carried, FlowTransform, Gradients
 from .compose import Compose, carried_along
 from .coupling import Coupling
 from .elementwise import Elementwise
-from .scaled import ScaledLinear
+from .scaled_linear import ScaledLinear
 
 
 class InSingle(Compose):

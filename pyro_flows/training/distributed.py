@@ -81,7 +81,7 @@ def alone() -> bool:
     return size() == 1
 
 
-def together(fit: Callable[P, T]) -> Callable[P, T]:
+def collective(fit: Callable[P, T]) -> Callable[P, T]:
     """Let a function that fits be one call of all processes, which begins and ends with the same random numbers in
     all; process 0 alone warns, and an error, which names the process that it is of, ends it in all."""
 
@@ -93,19 +93,19 @@ def together(fit: Callable[P, T]) -> Callable[P, T]:
         own = _Call(fit.__name__)
         _calls.append(own)
         try:
-            as_one()
+            sync()
             with warnings.catch_warnings():
                 if rank():
                     warnings.simplefilter("ignore")
                 found = fit(*args, **kwargs)
-            as_one()
+            sync()
             return found
         except Exception as error:
             if len(_calls) == 1:
                 _tell(error)
             if error is not own.told:
                 with contextlib.suppress(Exception):
-                    meet(error)
+                    barrier(error)
             raise
         finally:
             _calls.pop()
@@ -165,7 +165,7 @@ def _told(error: Exception) -> Exception:
     return error
 
 
-def meet(failure: Exception | None = None) -> None:
+def barrier(failure: Exception | None = None) -> None:
     """Wait for all processes, as each exchange begins; where one has failed, all do.
 
     Raises:
@@ -195,13 +195,13 @@ def _packed(make: Callable[[], T]) -> tuple[T, bytes]:
         made = make()
         packed = pickle.dumps(made)
     except Exception as error:
-        meet(error)
+        barrier(error)
         raise
-    meet()
+    barrier()
     return made, packed
 
 
-def each(make: Callable[[], T]) -> list[T]:
+def all_gather(make: Callable[[], T]) -> list[T]:
     """Return what each process makes, in all of them; where one fails, all do."""
     if alone():
         return [make()]
@@ -212,7 +212,7 @@ def each(make: Callable[[], T]) -> list[T]:
     return [pickle.loads(made) for made in found]
 
 
-def first(make: Callable[[], T]) -> T:
+def broadcast(make: Callable[[], T]) -> T:
     """Return what process 0 makes, in all of them; the others make nothing; where it fails, all do."""
     if alone():
         return make()
@@ -231,10 +231,10 @@ def share(number: int) -> tuple[slice, float]:
     return slice(start, stop), (stop - start) / number if number else 1.0
 
 
-def as_one() -> None:
+def sync() -> None:
     """Let all processes go on with the random numbers of process 0."""
     if not alone():
-        state, on_gpu = first(
+        state, on_gpu = broadcast(
             lambda: (random_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
         )
         if rank():
@@ -243,12 +243,12 @@ def as_one() -> None:
                 torch.cuda.set_rng_state(on_gpu)  # that of the own device, whichever it is
 
 
-def apart(program: Any = None) -> None:
+def seed(program: Any = None) -> None:
     """Let all processes but the first go on with random numbers of their own, and with minibatches of their own of the
     rows of a guide's plates."""
     if alone():
         return
-    seed = first(lambda: zlib.crc32(torch.get_rng_state().numpy().tobytes()))
+    seed = broadcast(lambda: zlib.crc32(torch.get_rng_state().numpy().tobytes()))
     if rank():
         pyro.set_rng_seed((seed + rank()) % 2**32)
         for part in program.modules() if isinstance(program, nn.Module) else ():
@@ -257,7 +257,7 @@ def apart(program: Any = None) -> None:
 
 
 @torch.no_grad()
-def spread(tensors: Iterable[Tensor]) -> None:
+def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
     """Give all processes the tensors of process 0.
 
     Raises:
@@ -266,7 +266,7 @@ def spread(tensors: Iterable[Tensor]) -> None:
     own = list({id(tensor): tensor for tensor in tensors}.values())
     if alone():
         return
-    new = first(lambda: [tensor.detach().cpu() for tensor in own])
+    new = broadcast(lambda: [tensor.detach().cpu() for tensor in own])
     mine, given = ([tuple(tensor.shape) for tensor in group] for group in (own, new))
 
     def put() -> None:
@@ -277,7 +277,7 @@ def spread(tensors: Iterable[Tensor]) -> None:
             for tensor, value in zip(own, new, strict=True):
                 (tensor if tensor.shape == value.shape else tensor.resize_(value.shape)).copy_(value)
 
-    each(put)
+    all_gather(put)
 
 
 def agree(caller: str, settings: dict[str, Any], parameters: list[Tensor]) -> None:
@@ -291,7 +291,7 @@ def agree(caller: str, settings: dict[str, Any], parameters: list[Tensor]) -> No
     device, gpu = parameters[0].device, ""
     if device.type == "cuda" and "nccl" in dist.get_backend_config():
         gpu = str(torch.cuda.get_device_properties(device).uuid)
-    found = each(lambda: ({name: repr(value) for name, value in settings.items()}, gpu))
+    found = all_gather(lambda: ({name: repr(value) for name, value in settings.items()}, gpu))
     for number, (others, _) in enumerate(found):
         if differ := [name for name, value in found[0][0].items() if others.get(name) != value]:
             raise ValueError(

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import checks
-from ..checks import check_dense, check_integers, is_integer, quoted
+from .. import arguments
+from ..arguments import check_dense, check_integers, is_integer, quoted
 from ..transforms.tracing import is_traced
 
 HALF = torch.float16, torch.bfloat16
@@ -19,7 +19,7 @@ def check_sizes(name: str, input_dim: int, context_dim: int, num_transforms: int
     check_integers(name, input_dim=input_dim)
     check_integers(name, 0, context_dim=context_dim)
     check_integers(name, num_transforms=num_transforms)
-    checks.check_sizes(name, hidden_dims=hidden_dims)
+    arguments.check_sizes(name, hidden_dims=hidden_dims)
 
 
 def check_tensor(caller: str, argument: str, value: object, *, floating: bool = True) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..checks import as_path
-from ..files import try_path
-from . import processes
+from ..arguments import as_path
+from ..atomic_files import try_path
+from . import distributed
 
 
 def check_path(caller: str, argument: str, value: Any, ends: str = "") -> Path | None:
@@ -40,7 +40,7 @@ def check_path(caller: str, argument: str, value: Any, ends: str = "") -> Path |
             return f"cannot be written{longest} ({why}). Name another file."
         return ""
 
-    if words := processes.first(problem):
+    if words := distributed.broadcast(problem):
         raise ValueError(f"{caller}: {argument}={os.fspath(path)!r} {words}")
     return path
 

@@ -16,8 +16,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
+from ..programs.latent_space import LatentSpace
 from ..programs.log_density import LogDensity, or_nan
-from ..programs.space import Space
 from ..programs.task import Task
 from .gaussian import fit_gaussian
 
@@ -49,7 +49,7 @@ class Reference:
             ``loc``, where it is needed.
     """
 
-    def __init__(self, space: Space, loc: Tensor, scale_tril: Tensor | None = None) -> None:
+    def __init__(self, space: LatentSpace, loc: Tensor, scale_tril: Tensor | None = None) -> None:
         self._space, model = space, space.task.model
         places = space.coordinates
         self._flat = torch.tensor([name in space.flat for name in places], device=loc.device)

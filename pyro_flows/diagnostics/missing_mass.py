@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.distributions import Chi2
 
 from ..guides import AutoFlow
+from ..programs.latent_space import LatentSpace, Scored
 from ..programs.log_density import LogDensity, or_nan
-from ..programs.space import Scored, Space
 from ..programs.task import Task
-from ..sampling.charts import White
+from ..sampling.coordinates import White
 from ..sampling.gaussian import match_top
 from ..sampling.modes import ascend, climb, components, far, ways_up
 from ..sampling.population import Effort, anneal
-from ..sampling.reference import Reference
+from ..sampling.start_distribution import Reference
 from .drift import Drift
 
 PARTICLES, FEW = 256, 64  # of a population, and where the model runs one draw at a time
@@ -60,7 +60,7 @@ class Missing(NamedTuple):
     is_blind: bool = False
 
 
-def search(space: Space, white: White, draws: Scored, judged: Tensor) -> Missing:
+def search(space: LatentSpace, white: White, draws: Scored, judged: Tensor) -> Missing:
     """Look for mass that a guide misses.
 
     Args:
@@ -79,7 +79,7 @@ def search(space: Space, white: White, draws: Scored, judged: Tensor) -> Missing
     return found._replace(is_blind=is_blind)
 
 
-def _outside(space: Space) -> Missing | None:
+def _outside(space: LatentSpace) -> Missing | None:
     """The mass where a guide cannot draw that has a support of its own, smaller than the model's; None if it has not.
 
     In its own coordinates nothing outside is seen, so the population is annealed in those of an ``AutoFlow``.
@@ -92,7 +92,7 @@ def _outside(space: Space) -> Missing | None:
         guide = AutoFlow(model.call).setup(*model.args, **model.kwargs)
     except ValueError:  # models that it refuses, for want of a density at the start above all
         return None
-    other = Space(Task(model.call, guide, model.args, model.kwargs, model.engine))
+    other = LatentSpace(Task(model.call, guide, model.args, model.kwargs, model.engine))
     drawn = other.prior(guide.start[0].expand(TRIED, -1))
     if drawn is None or not bool(space.outside(other.values(drawn)).any()):
         return None
@@ -104,7 +104,9 @@ def _outside(space: Space) -> Missing | None:
     return Missing(*population.share(outside)) if bool(outside.any()) else None
 
 
-def _lacking(space: Space, white: White, density: LogDensity, draws: Scored, evidence: float) -> tuple[Tensor, bool]:
+def _lacking(
+    space: LatentSpace, white: White, density: LogDensity, draws: Scored, evidence: float
+) -> tuple[Tensor, bool]:
     """Places where the guide has too little, ``(n, D)``, of a population and of climbs; also whether that was blind."""
     alone = space.task.runs_one_by_one
     reference = Reference(space, white.loc, white.scale_tril)
@@ -175,7 +177,9 @@ def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) ->
 
 
 @torch.no_grad()
-def _missed(space: Space, density: LogDensity, draws: Scored, laws: Sequence[MultivariateT], judged: Tensor) -> Missing:
+def _missed(
+    space: LatentSpace, density: LogDensity, draws: Scored, laws: Sequence[MultivariateT], judged: Tensor
+) -> Missing:
     """The share of the posterior's mass where the guide has too little, and what it does to the guide's moments."""
     probes = [law.sample(PROBES // len(laws)) for law in laws]
     places = torch.cat((draws.z, *probes))
@@ -225,7 +229,7 @@ def _moved(own: Tensor, found: Tensor, weights: Tensor, share: float, noise: flo
 
 
 @torch.no_grad()
-def log_q(space: Space, z: Tensor) -> Tensor:
+def log_q(space: LatentSpace, z: Tensor) -> Tensor:
     """The guide's log-density; where it breaks down, far out, the guide has none."""
     return space.log_q(z).nan_to_num(-math.inf, math.inf, -math.inf)
 

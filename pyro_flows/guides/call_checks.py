@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from ..programs.masks import is_masked
-from .call import Call
-from .checks import check_no_more, check_shapes
-from .faults import Watch
-from .look import Found, Rows, look
+from .guide_call import Call
 from .masked import RowMasks, check_absent, check_unmasked, hides_outside, masks_of_rows, patterns_of
+from .nonfinite import Watch
+from .prototype import Found, Rows, look
+from .refusals import check_no_more, check_shapes
 
 PLAIN = bool | int | float | complex | str | bytes | None | torch.Size | torch.dtype | torch.device
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import check_numbers
-from ..conditioners.paced import Paced, power_of_2
+from ..arguments import check_numbers
+from ..conditioners.stored_scale import Paced, power_of_2
 from .base import Scored
 from .linear import Factored
 

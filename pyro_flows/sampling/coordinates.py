@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Transform
 from torch.distributions.utils import _sum_rightmost
 
-from ..programs.space import Space
+from ..programs.latent_space import LatentSpace
 
 
 class White:
@@ -42,11 +42,11 @@ class White:
 class Base:
     """The coordinates of an ``AutoContinuous`` guide's base distribution."""
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: LatentSpace) -> None:
         self._space = space
 
     @classmethod
-    def of(cls, space: Space, z: Tensor) -> Base | None:
+    def of(cls, space: LatentSpace, z: Tensor) -> Base | None:
         """Return a guide's base coordinates, or None unless it has some that are invertible at its draws z."""
         if not isinstance(space.task.guide.call, AutoContinuous):
             return None
@@ -74,7 +74,7 @@ class Base:
 Chart = Base | White  # coordinates x, (N, D), for vectors z
 
 
-def charts_of(space: Space, z: Tensor) -> tuple[list[Chart], White]:
+def charts_of(space: LatentSpace, z: Tensor) -> tuple[list[Chart], White]:
     """Return the coordinates that chains of a guide move in, given draws z, and the whitened ones among them."""
     white, base = White(z), Base.of(space, z[:100])
     return [base, white] if base else [white], white

@@ -12,7 +12,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from ..programs.engines import apart
-from .call import Call
+from .guide_call import Call
 
 
 class Rows(NamedTuple):

@@ -21,10 +21,10 @@ from torch.distributions import constraints
 from ..flows import Flow
 from .auto import AutoFlow
 from .base import FlowGuide
-from .look import Rows
-from .names import is_free
-from .nested import Nested
+from .parameter_names import is_free
 from .plate import AutoPlateFlow
+from .plate_distribution import Nested
+from .prototype import Rows
 
 
 @dataclass(frozen=True)

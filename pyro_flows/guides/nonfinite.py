@@ -23,7 +23,7 @@ from ..programs.engines import is_weighing
 from ..programs.log_density import NonFiniteDraw
 from ..programs.traces import trace_of
 from ..transforms.tracing import is_traced
-from .call import Call
+from .guide_call import Call
 
 MOST = 100  # draws of one step at which the model is run again
 ANEW = (

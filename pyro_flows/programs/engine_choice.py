@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .engines import ENGINES, Values, View, is_deterministic, value_of
-from .noise import Noise
+from .error_text import quoted
+from .noisy_density import Noise
 from .program import Program
-from .quoting import quoted
 
 WAY_OUT = (
     "Let the model broadcast to the left of its plates, with (x * w).sum(-1) in place of x @ w, say; give "

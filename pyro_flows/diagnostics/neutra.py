@@ -23,7 +23,7 @@ from pyro.infer.reparam import NeuTraReparam
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ..checks import check_integers, joined
+from ..arguments import check_integers, joined
 from ..programs.nesting import runs_programs
 from ..programs.task import check_trained
 from .verdict import check as judge

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch, Rows, Source
 from ..threads import OPERATIONS
-from ..training import processes
+from ..training import distributed
 from ..training.loop import Fit, descend
 from ..training.state import HeldOut
 
@@ -48,7 +48,7 @@ def train_on_rows(
     def judged(epoch: int) -> float:
         trained.eval()
         with torch.random.fork_rng():
-            torch.manual_seed(processes.rank())
+            torch.manual_seed(distributed.rank())
             found = held_out(epoch)
         trained.train()
         return found

@@ -44,7 +44,7 @@ class Scored(NamedTuple):
     quantities: Tensor
 
 
-class Space:
+class LatentSpace:
     """The unconstrained space of a guide's own draws.
 
     Args:
@@ -365,8 +365,8 @@ def _is_flat(site: Site) -> bool:
     return scaled or isinstance(innermost(site["fn"]), dist.ImproperUniform) or mask_of(site).hides
 
 
-def sound_space(task: Task) -> Space:
+def sound_space(task: Task) -> LatentSpace:
     """The space of a guide that is one of the model and has a density; others are refused."""
-    space = Space(task.check())
+    space = LatentSpace(task.check())
     space.verify()
     return space

@@ -18,9 +18,9 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from ..bijectors import Bijector
 from ..objectives import PathELBO, PathEnumELBO
 from ..objectives.particles import ParticleObjective
+from ..programs.error_text import quoted
 from ..programs.latents import check_guided, lacking
 from ..programs.log_density import is_breakdown
-from ..programs.quoting import quoted
 from ..programs.task import Task
 from ..training.randomness import unchanged
 
