@@ -422,7 +422,7 @@ def test_the_bound_of_a_gaussian_is_known(alpha):
 
 
 def test_order_one_is_refused():
-    with pytest.raises(ValueError, match="alpha must not be 1, got 1: that bound is the ELBO. Use PathELBO"):
+    with pytest.raises(ValueError, match="alpha must not be 1, got 1: that bound is the ELBO"):
         RenyiELBO(1.0)
 
 
