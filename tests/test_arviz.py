@@ -21,7 +21,7 @@ import torch
 import xarray
 from models import Y, nested
 
-from pyro_flows import AutoFlow, compat, flows, psis, resample, to_arviz
+from pyro_flows import AutoFlow, arviz_versions, flows, psis, resample, to_arviz
 from pyro_flows.diagnostics.importance import systematic, weigh
 from pyro_flows.diagnostics.pareto import smooth
 
@@ -193,7 +193,7 @@ def test_arviz_1_gets_a_tree(monkeypatch):
     """ArviZ 1.x has no container of its own: it takes xarray's."""
     monkeypatch.setitem(sys.modules, "arviz", types.ModuleType("arviz"))
     variables = {"x": (("chain", "draw", "row"), np.zeros((1, 30, 2))), "row": (("row",), np.array([3, 7]))}
-    tree = compat.container({"posterior": variables}, {"khat": 0.1})
+    tree = arviz_versions.container({"posterior": variables}, {"khat": 0.1})
     assert isinstance(tree, xarray.DataTree)
     assert tree["posterior"].attrs == {"khat": 0.1}
     assert dict(tree["posterior"].sizes) == {"chain": 1, "draw": 30, "row": 2}

@@ -178,7 +178,7 @@ def test_names_that_are_too_long_are_refused_before_training(
     def trains(*_: Any, **__: Any) -> None:
         raise AssertionError("it trained")
 
-    for module in ("elbo", "rows"):
+    for module in ("elbo", "row_training"):
         monkeypatch.setattr(f"pyro_flows.fitting.{module}.descend", trains)
     caller = {svi: "fit_svi", amortized: "fit_amortized", table: "fit_density"}[fit]
     with pytest.raises(ValueError, match=rf"^{caller}: checkpoint='.*n' cannot be written.*\(File name too long\)"):
