@@ -120,7 +120,7 @@ def test_transform_keeps_the_shape_of_its_samples():
     for name in ("x", "scale", "shares"):
         torch.testing.assert_close(by_chain[name].reshape(flat[name].shape), flat[name])
         torch.testing.assert_close(found.transform(u[2, 3])[name], by_chain[name][2, 3])
-    with pytest.raises(ValueError, match=r"samples must have a site 'x_shared_latent', got \['other'\]"):
+    with pytest.raises(ValueError, match=r"samples must contain the site 'x_shared_latent', got \['other'\]"):
         found.transform({"other": torch.ones(4)})
 
 
