@@ -233,7 +233,7 @@ def test_a_fitted_flow_passes():
 
 
 def test_guides_without_a_base_are_refused():
-    words = "the guide must be an AutoContinuous with a base distribution, AutoFlow or AutoMultivariateNormal say"
+    words = "guide must be an AutoContinuous with a base distribution, such as AutoFlow or AutoMultivariateNormal"
     normal, laplace = AutoNormal(correlated), AutoLaplaceApproximation(correlated)
     for guide in (normal, laplace):
         guide()
