@@ -239,7 +239,7 @@ def test_guides_without_a_base_are_refused():
         guide()
     with pytest.raises(ValueError, match=f"neutra: {words}, got AutoNormal"):
         neutra(correlated, normal)
-    with pytest.raises(ValueError, match=f"neutra: {words}; AutoLaplaceApproximation has none"):
+    with pytest.raises(ValueError, match=f"neutra: {words}, got AutoLaplaceApproximation, which has no"):
         neutra(correlated, laplace)
 
 
