@@ -65,7 +65,7 @@ def test_the_guide_by_hand_is_the_posterior():
 def test_an_exact_guide_passes():
     found = run(model, by_hand())
     assert found.calibrated is True  # no number of numpy's
-    assert found.reason.startswith("No test finds an error over 1000 data sets; ")
+    assert found.reason.startswith("No test finds an error over 1000 datasets; ")
     assert repr(found).startswith("Calibration(calibrated=True, sbc_p=")
     assert found.names == ["theta[0]", "theta[1]"]
     assert found.ranks.shape == (1000, 2)
@@ -221,7 +221,7 @@ def test_numbers_out_of_range_are_refused(name, value):
 
 
 def test_guides_that_are_not_amortised_are_refused():
-    words = "calibrate: the guide must be amortised"
+    words = "calibrate: guide must be an AutoFlow with an encoder"
     with pytest.raises(ValueError, match=words + ".*got AutoFlow without an encoder"):
         calibrate(model, AutoFlow(model).setup(torch.zeros(2)))
     with pytest.raises(ValueError, match=words + ".*got int"):

@@ -179,7 +179,7 @@ def test_deterministic_sites_and_model_kwargs():
 
 
 def test_a_plate_is_asked_for():
-    with pytest.raises(ValueError, match="give the name of the rows' plate"):
+    with pytest.raises(ValueError, match="plate must be the name of the rows' plate, got None"):
         importance_log_likelihood(model, guide_of(), X)
     with pytest.raises(ValueError, match=r"plate 'rows'"):
         score(model, guide_of(), X, plate="rows")

@@ -1,4 +1,4 @@
-"""How far to trust a guide, and its draws as ArviZ data."""
+"""Diagnostics: verdicts, importance weights, calibration, and draws as ArviZ data."""
 
 from .arviz import to_arviz as to_arviz
 from .calibration import Calibration as Calibration

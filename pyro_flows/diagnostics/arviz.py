@@ -1,4 +1,4 @@
-"""Draws as ArviZ data: those of a guide as one chain, with both log-densities, those of chains as they are."""
+"""Draws as ArviZ data, from a guide (one chain, with both log-densities) or from Markov chains."""
 
 from __future__ import annotations
 
@@ -35,50 +35,50 @@ def to_arviz(
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Put draws into ArviZ's container: ``InferenceData`` for ArviZ 0.2x, ``DataTree`` for 1.x.
+    """Return draws in ArviZ's container: ``InferenceData`` for ArviZ 0.2x, ``DataTree`` for 1.x.
 
     The groups are ``posterior`` (latent and deterministic sites), ``sample_stats`` (``log_p``, ``log_q`` and their
-    difference ``log_weight``, in nats), ``posterior_predictive``, ``log_likelihood`` and ``observed_data``.  Dimensions
-    are ``(chain=1, draw=N)`` and the names of the model's plates.  Attributes of each group are ``khat``,
-    ``importance_resampled`` (1 or 0) and ``importance_ess``, the effective sample size of the weights.
+    difference ``log_weight``, in nats), ``posterior_predictive``, ``log_likelihood`` and ``observed_data``.
 
-    ``arviz.loo`` takes the result, with ``var_name`` if several sites are observed.  Observations that are masked, and
-    so have no likelihood in any draw, are left out of ``log_likelihood``: the others of such a site lie along a
-    dimension ``{site}_seen``, whose coordinates count the site's rows.
+    Draws of a guide have the dimensions ``(chain=1, draw=N)`` and those of the model's plates.  Each group has the
+    attributes ``khat``, ``importance_resampled`` (1 or 0) and ``importance_ess``, the effective sample size of the
+    weights.  The draws are unweighted, or with ``importance`` resampled as by :func:`~pyro_flows.resample`.  For them
+    ``r_hat`` and ``ess`` of ``arviz.summary`` have no meaning: see :func:`~pyro_flows.check`.
 
-    Of a guide's draws ``r_hat`` and ``ess`` of ``arviz.summary`` say nothing: see :func:`~pyro_flows.check`.  They are
-    unweighted, or with ``importance`` resampled as by :func:`~pyro_flows.resample`.
-
-    Draws of :func:`~pyro_flows.sample` keep their chains, and ``r_hat`` and ``ess`` count.  Their dimensions are
+    Draws of :func:`~pyro_flows.sample` keep their chains, so ``r_hat`` and ``ess`` apply.  The dimensions are
     ``(chain, draw)``, ``sample_stats`` holds ``log_p``, and the attributes are ``converged`` (1 or 0), ``divergences``
     and ``sampling_time`` in seconds.
+
+    ``arviz.loo`` accepts the result, with ``var_name`` if several sites are observed.  Masked observations have no
+    likelihood and are left out of ``log_likelihood``.  The others of such a site have the dimension ``{site}_seen``,
+    whose coordinates are their row numbers.
 
     Args:
         model: A Pyro model.
         guide: A Pyro guide of the same latents, or the :class:`~pyro_flows.Samples` of :func:`~pyro_flows.sample`.
         *args: The model's arguments.
         num_samples: The number N of draws of a guide, at least 25.
-        importance: Whether to resample the draws by their Pareto-smoothed weights; ``sample_stats`` are then those of
-            the draws that are kept, some several times.
-        num_weighed: How many draws they are then chosen from, at least 25; at least N are.
-        posterior_predictive: Whether to draw the observed sites anew, given the latents.  What the model gets from an
-            observed site is then the new value, so one that depends on another follows it.
-        log_likelihood: Whether to keep each observation's log-likelihood, in nats.
-        batch_size: How many draws are run at once.
-        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
-            does to draws what single runs do (*Any Pyro program* in the docs).
-        max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
-        model_kwargs: Keyword arguments of the model whose names clash with those above.
+        importance: Whether to resample the draws by their Pareto-smoothed weights.  ``sample_stats`` then describes the
+            kept draws, some of them repeated.
+        num_weighed: The number of weighted draws to choose from, at least 25; N if N is larger.
+        posterior_predictive: Whether to sample the observed sites given the latents.  Sites that depend on an observed
+            site then use its new value.
+        log_likelihood: Whether to include the log-likelihood of each observation, in nats.
+        batch_size: The number of draws that run at once.
+        vectorize: The engine that runs many draws: ``"plate"``, ``"vmap"`` or ``"loop"``.  By default the first whose
+            results agree with single runs (*Any Pyro program* in the docs).
+        max_plate_nesting: The number of dimensions that the plates of model and guide take; found by a run by default.
+        model_kwargs: Keyword arguments of the model whose names clash with arguments above.
         **kwargs: The model's other keyword arguments.
 
     Returns:
-        ArviZ's container; ``.to_netcdf(path)`` keeps it in a file.
+        ArviZ's container; ``.to_netcdf(path)`` writes it to a file.
 
     Raises:
         ValueError: If a number is out of its range, or :func:`~pyro_flows.psis` refuses the guide or its weights.
 
     Warns:
-        UserWarning: With ``importance``, if k-hat is above its threshold: the draws cannot be trusted.
+        UserWarning: With ``importance``, if k-hat is above its threshold, so that the draws cannot be trusted.
 
     Example::
 
@@ -95,8 +95,8 @@ def to_arviz(
     kwargs = joined("to_arviz", kwargs, model_kwargs)
     chains, guide = (guide, guide.guide) if isinstance(guide, Samples) else (None, guide)
     if chains and importance:
-        raise ValueError("to_arviz: importance=True is for a guide; draws of pf.sample need no weights. Leave it out.")
-    with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
+        raise ValueError("to_arviz: importance must be False for draws of pf.sample, got True. They need no weights.")
+    with pyro.validation_enabled(False):  # because the weights show draws without a density
         task = Task(model, guide, args, kwargs, vectorize).check(whole=False)
     if chains:
         drawn = _from_chains(task, chains, batch_size)
@@ -126,13 +126,13 @@ def to_arviz(
 
 
 class _Drawn(NamedTuple):
-    """Draws of all latents, discrete ones included, and what is known of them.
+    """Draws of all latents, including discrete ones, with their statistics.
 
     Attributes:
         latents: The draws, chain after chain: name -> ``(N, *site_shape)``.
-        stats: The draws' statistics, each ``(N,)``.
+        stats: Statistics of each draw: name -> ``(N,)``.
         chains: The number of chains.
-        attrs: What is known of all draws together.
+        attrs: Statistics of all draws.
     """
 
     latents: Values
@@ -142,7 +142,7 @@ class _Drawn(NamedTuple):
 
 
 def _from_guide(task: Task, number: int, num_weighed: int, batch_size: int) -> _Drawn:
-    """Draw from a guide, and resample if draws are to be weighed."""
+    """Draw from a guide, and resample the draws if ``num_weighed`` is positive."""
     draws = task.draw(max(number, num_weighed), batch_size)
     if num_weighed:
         draws, psis = reweighted(draws, number, "to_arviz")
@@ -160,7 +160,7 @@ def _from_guide(task: Task, number: int, num_weighed: int, batch_size: int) -> _
 
 @torch.no_grad()
 def _from_chains(task: Task, samples: Samples, batch_size: int) -> _Drawn:
-    """The draws of chains, as they are."""
+    """Return the draws of Markov chains."""
     flat = samples.flat
     if missing := [name for name in (*task.latents, *task.model.enumerated) if name not in flat]:
         raise ValueError(f"to_arviz: the Samples are of another model; they lack the latent {missing[0]!r}.")
@@ -180,7 +180,7 @@ def _from_chains(task: Task, samples: Samples, batch_size: int) -> _Drawn:
 def _by_draw(
     nodes: Mapping[str, Site], values: Values, chains: int, event_dim: int | None = None
 ) -> dict[str, Variable]:
-    """Values ``(N, *shape)`` of the model's sites, or of the draws, as variables of some chains."""
+    """Return values ``(N, *shape)`` of sites, or statistics of draws, as ArviZ variables of some chains."""
     return {
         name: (
             ("chain", "draw", *_dims(name, nodes.get(name), value.shape[1:], event_dim)),
@@ -191,20 +191,20 @@ def _by_draw(
 
 
 def _dims(name: str, site: dict[str, Any] | None, shape: torch.Size, event_dim: int | None = None) -> tuple[str, ...]:
-    """Names for a shape's dimensions: those of the plates that the site lies in, and generic ones for the rest.
+    """Return names for the dimensions of a shape: the names of the site's plates, and generic ones for the rest.
 
-    The last ``event_dim`` dimensions lie in no plate; by default they are those of the site's events.
+    The last ``event_dim`` dimensions lie in no plate; by default they are the dimensions of the site's events.
     """
     frames = {frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized} if site else {}
     depth = max((-dim for dim in frames), default=0)
-    if site and not site["infer"].get("_deterministic"):  # whose events may hold plates
+    if site and not site["infer"].get("_deterministic"):  # because events of deterministic sites may contain plates
         depth = len(shape) - (site["fn"].event_dim if event_dim is None else event_dim)
     found = [(i, size, frames.get(i - depth)) for i, size in enumerate(shape)]
     return tuple(frame.name if frame and frame.size == size else f"{name}_dim_{i}" for i, size, frame in found)
 
 
 def _seen(name: str, dims: tuple[str, ...], array: np.ndarray) -> dict[str, Variable]:
-    """A log-likelihood without the rows that have none in any draw: ArviZ 1.x fails on them, 0.2x takes fright."""
+    """Return a log-likelihood without masked rows, on which ArviZ 1.x fails and 0.2x warns."""
     rows = (array != 0).any((0, 1))
     if rows.all():
         return {name: (dims, array)}

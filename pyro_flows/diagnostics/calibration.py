@@ -1,12 +1,4 @@
-"""Whether an amortised posterior is calibrated: over data sets that the model simulates, truth and draws are alike.
-
-* *Ranks*: the rank of the truth among draws is uniform.  Validating Bayesian Inference Algorithms with Simulation-Based
-  Calibration (Talts, Betancourt, Simpson, Vehtari, Gelman 2018, arXiv:1804.06788).
-* *Coverage*: the regions of highest density of level γ hold the truth in a share γ of the data sets.  A Trust Crisis in
-  Simulation-Based Inference (Hermans et al. 2021, arXiv:2110.06581).
-* *TARP*: so do balls around points that know nothing of the truth.  Sampling-Based Accuracy Testing of Posterior
-  Estimators (Lemos, Coogan, Hezaveh, Perreault-Levasseur 2023, arXiv:2302.03026).
-"""
+"""Calibration of amortised posteriors: tests over datasets that the model simulates, whose true latents are known."""
 
 from __future__ import annotations
 
@@ -28,21 +20,20 @@ from ..programs.simulator import Simulator
 
 @dataclass(frozen=True)
 class Calibration:
-    """How often an amortised posterior is right: the result of :func:`calibrate`, over M data sets.
+    """Tests of an amortised posterior over M simulated datasets: the result of :func:`calibrate`.
 
-    Each of the three tests compares numbers that should be uniform on (0, 1) with that law, in place and in spread
-    (Kolmogorov and Smirnov's test of u and of ``|2 u - 1|``), and has a p-value: small ones speak against the
-    guide.
+    Each of the three tests has values u that are uniform on (0, 1) if the posterior is right.  Its p-value is that of
+    the Kolmogorov-Smirnov test of u (location) and of ``|2 u - 1|`` (spread).  Small p-values indicate a wrong guide.
 
     Attributes:
-        names: The numbers that the latents hold, K of them.
-        ranks: The rank of the truth of each among draws, as a share, ``(M, K)``.
-        coverage: The level of the region of highest density that just holds the truth, ``(M,)``.
-        tarp: The level of the ball around a random point that just holds the truth, ``(M,)``.
-        rank_p: The p-value of each number's ranks, ``(K,)``.
-        sbc_p: That of all ranks together, corrected for their number (Bonferroni).
-        coverage_p: That of the coverage.
-        tarp_p: That of TARP.
+        names: The names of the K elements of the latents.
+        ranks: The rank of each true element among draws, as a fraction, ``(M, K)``.
+        coverage: The level of the smallest highest-density region that contains the truth, ``(M,)``.
+        tarp: The level of the smallest ball around a random point that contains the truth, ``(M,)``.
+        rank_p: The p-value of the ranks of each element, ``(K,)``.
+        sbc_p: The p-value of all ranks, with Bonferroni's correction.
+        coverage_p: The p-value of the coverage.
+        tarp_p: The p-value of TARP.
 
     Example::
 
@@ -70,15 +61,15 @@ class Calibration:
 
     @property
     def calibrated(self) -> bool:
-        """Whether none of the three p-values is below .01 / 3, as for exact guides in 99 cases of a hundred."""
+        """True if no p-value is below 0.01 / 3, which holds for exact guides in 99 % of all cases."""
         return min(self.sbc_p, self.coverage_p, self.tarp_p) > 0.01 / 3
 
     @property
     def reason(self) -> str:
-        """What was found, in a sentence."""
+        """The result in a sentence."""
         found = f"{100 * float((self.coverage <= 0.9).double().mean()):.1f} % of the truths lie in regions of 90 %"
         if self.calibrated:
-            return f"No test finds an error over {len(self.ranks)} data sets; {found}."
+            return f"No test finds an error over {len(self.ranks)} datasets; {found}."
         if self.sbc_p > 0.01 / 3:
             wide = bool(self.coverage.mean() < 0.5)
             return f"The draws are not calibrated: {found}; they lie {'too wide' if wide else 'too narrow'} as a whole."
@@ -90,7 +81,7 @@ class Calibration:
         return f"The draws are not calibrated: {found}; worst is {self.names[worst]}, whose draws lie {how}."
 
     def plot(self) -> Any:
-        """Picture the three tests: :func:`pyro_flows.plots.calibration`."""
+        """Plot the three tests with :func:`pyro_flows.plots.calibration`."""
         return plots.calibration(self)
 
     def __repr__(self) -> str:
@@ -113,35 +104,39 @@ def calibrate(
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Calibration:
-    """Test an amortised guide on new simulations from the same model.
+    """Test the calibration of an amortised guide on new simulations of the model.
 
-    Over data sets that the model simulates, truth and draws should be alike: the *rank* of the truth among draws is
-    uniform (Talts et al. 2018, arXiv:1804.06788); regions of highest density of level γ hold the truth in a share γ of
-    the data sets, which is *coverage* (Hermans et al. 2021, arXiv:2110.06581); so do balls around points that know
-    nothing of the truth, which is *TARP* (Lemos et al. 2023, arXiv:2302.03026).
+    Over simulated datasets, the true latents and the guide's draws must have the same distribution:
 
-    It is a test on average over the data that the prior foresees: a guide that learned nothing, and answers with the
-    prior whatever the data, passes it too.
+    * *Ranks*: the rank of the truth among draws is uniform (Talts, Betancourt, Simpson, Vehtari, Gelman 2018,
+      arXiv:1804.06788).
+    * *Coverage*: highest-density regions of level γ contain the truth for a fraction γ of the datasets (Hermans et al.
+      2021, arXiv:2110.06581).
+    * *TARP*: so do balls of level γ around points that do not depend on the truth (Lemos, Coogan, Hezaveh,
+      Perreault-Levasseur 2023, arXiv:2302.03026).
+
+    The tests average over data from the prior predictive distribution.  A guide that ignores the data and returns the
+    prior passes them too.
 
     Args:
         model: A Pyro model that takes its data by arguments, as for :func:`~pyro_flows.fit_amortized`.
-        guide: An ``AutoFlow`` with an encoder; or a function from the model's arguments with data to an ``AutoFlow``
-            fitted to them, which is called for each data set.
+        guide: An ``AutoFlow`` with an encoder.  Or a function that takes the model's arguments with data, and returns
+            an ``AutoFlow`` fitted to them; it is called for each dataset.
         *args: The model's arguments without the data.
-        num_simulations: The number M of data sets, at least 20.
-        num_samples: The number of draws for each, at least 20.
-        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
-            does to draws what single runs do (*Any Pyro program* in the docs).
-        max_plate_nesting: How many dimensions the model's plates take; by default what one run shows.
-        model_kwargs: Keyword arguments of the model whose names clash with those above.
+        num_simulations: The number M of datasets, at least 20.
+        num_samples: The number of draws per dataset, at least 20.
+        vectorize: The engine that runs many draws: ``"plate"``, ``"vmap"`` or ``"loop"``.  By default the first whose
+            results agree with single runs (*Any Pyro program* in the docs).
+        max_plate_nesting: The number of dimensions that the model's plates take; found by a run by default.
+        model_kwargs: Keyword arguments of the model whose names clash with arguments above.
         **kwargs: The model's other keyword arguments.
 
     Returns:
         The :class:`~pyro_flows.Calibration`.
 
     Raises:
-        ValueError: If a number is out of its range, the guide is not amortised or was never trained, the function
-            returns no ``AutoFlow``, or the model cannot be simulated, as for :func:`~pyro_flows.simulate`.
+        ValueError: If a number is out of its range.  If the guide is not amortised or is untrained, or the function
+            returns no ``AutoFlow``.  If the model cannot be simulated, as for :func:`~pyro_flows.simulate`.
 
     Example::
 
@@ -162,11 +157,11 @@ def calibrate(
     amortised = getattr(guide, "encoder", None) is not None
     if not amortised and (isinstance(guide, torch.nn.Module) or not callable(guide)):
         raise ValueError(
-            "calibrate: the guide must be amortised, an AutoFlow with an encoder, or a function that fits one guide to "
-            f"each data set; got {type(guide).__name__}{' without an encoder' if hasattr(guide, 'encoder') else ''}."
+            "calibrate: guide must be an AutoFlow with an encoder, or a function that fits a guide to a dataset, "
+            f"got {type(guide).__name__}{' without an encoder' if hasattr(guide, 'encoder') else ''}."
         )
     if amortised and guide.prototype_trace is None:
-        raise ValueError("calibrate: the guide was never trained; fit it first: fit_amortized(model, guide).")
+        raise ValueError("calibrate: the guide was never trained. Fit it first: fit_amortized(model, guide).")
     simulator = Simulator("calibrate", model, args, kwargs)
     known = simulator.draw(num_simulations, vectorize=vectorize)
     size = max(1, 100_000 // num_samples) if amortised else 1
@@ -185,7 +180,7 @@ def calibrate(
 
 
 def _posterior(guide: Any, amortised: bool, simulator: Simulator, rows: Simulations) -> tuple[Any, Any]:
-    """Return the guide of some datasets, or of one, and its distribution over unconstrained latents."""
+    """Return the guide of some datasets and its distribution over unconstrained latents."""
     if amortised:
         args, kwargs = simulator.arguments(rows.data)
         with at_rest(guide.encoder):
@@ -219,7 +214,10 @@ def _compare(guide: Any, posterior: Any, latents: dict[str, Tensor], num_samples
 
 
 def _tarp(truth: Tensor, draws: Tensor) -> Tensor:
-    """The share of draws closer than the truth to the truth of another data set, in standard deviations."""
+    """Return the fraction of draws that are closer than the truth to the truth of another dataset, ``(M,)``.
+
+    Distances are in standard deviations of the truth.
+    """
     scale = truth.std(0)
     other = truth.roll(int(torch.randint(1, len(truth), ())), 0)
     nearer = ((draws - other[:, None]) / scale).norm(dim=-1) < ((truth - other) / scale).norm(dim=-1)[:, None]
@@ -227,9 +225,9 @@ def _tarp(truth: Tensor, draws: Tensor) -> Tensor:
 
 
 def uniformity(shares: Tensor, num_samples: int) -> float:
-    """The p-value of shares of ``num_samples`` draws, ``(M,)``, that should be uniform in place and in spread.
+    """Return the p-value of the hypothesis that fractions of ``num_samples`` draws, ``(M,)``, are uniform.
 
-    A share is one of S + 1 numbers that are equally likely; spread evenly over the steps between, they are uniform.
+    A fraction has S + 1 equally likely values; noise within these steps makes it continuous.
     """
     from scipy import stats
 

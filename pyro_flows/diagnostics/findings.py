@@ -1,4 +1,4 @@
-"""Findings: the faults that a check sees in a guide's draws, as data, and the sentences that tell of them."""
+"""Findings: the faults that a check finds in a guide's draws, as data, and a sentence for each."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ VERDICTS = "trust", "reweight", "do not trust"  # from the best to the worst
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with a guide's draws, or that cannot be told of them.
+    """One fault of a guide's draws, or one question that a check could not answer.
 
     ===============  ===================================  ==============================================
-    kind             what is wrong                        size
+    kind             fault                                size
     ===============  ===================================  ==============================================
-    ``"mean"``       a mean                               its error, in sds of the posterior
-    ``"sd"``         a standard deviation                 the guide's over the posterior's
-    ``"shape"``      a distribution                       the error of its distribution function
-    ``"weights"``    the draws count unequally            the total variation, by their weights
-    ``"outside"``    draws have no density                their share of all draws
-    ``"outliers"``   a few draws lie far outside          the sd with them over that without
-    ``"mode"``       mass lies where the guide has none   its share of all
-    ``"collapsed"``  so does it, and chains leave         its share of all
-    ``"far"``        little mass, far away                as of a mean or sd
-    ``"whitened"``   correlations or tails                as of a mean or sd, along a whitened direction
-    ``"tails"``      the guide's tails are too short      k-hat
-    ``"blind"``      modes could not be looked for        none
-    ``"frozen"``     the chains hardly move               their acceptance
-    ``"unclear"``    it cannot be told                    the noise or error of a mean or sd
-    ``"doubt"``      the chains doubt a mean or sd        as of a mean or sd
-    ``"evidence"``   another fit has found more           how much more, in nats
+    ``"mean"``       a wrong mean                         its error, in sds of the posterior
+    ``"sd"``         a wrong standard deviation           the guide's over the posterior's
+    ``"shape"``      a wrong distribution function        its error
+    ``"weights"``    very unequal weights                 the total variation distance
+    ``"outside"``    draws without a density              their share of all draws
+    ``"outliers"``   a few draws far outside              the sd with them over the sd without them
+    ``"mode"``       a missing mode                       its share of the posterior's mass
+    ``"collapsed"``  a missing mode, and drifting chains  its share of the posterior's mass
+    ``"far"``        little mass missing, far away        as for ``"mean"`` or ``"sd"``
+    ``"whitened"``   wrong correlations or tails          as for ``"mean"`` or ``"sd"``, along a direction
+    ``"tails"``      tails that are too short             k-hat
+    ``"blind"``      no search for modes was possible     NaN
+    ``"frozen"``     chains that hardly move              their acceptance
+    ``"unclear"``    an undecided mean or sd              its error or noise
+    ``"doubt"``      a mean or sd that chains doubt       as for ``"mean"`` or ``"sd"``
+    ``"evidence"``   more evidence by another fit         the difference, in nats
     ===============  ===================================  ==============================================
 
     Attributes:
-        kind: What kind of thing it is.
-        quantity: The quantity that it is about, or what else tells of it; else an empty string.
-        size: How large it is.
-        noise: The standard error of that, or NaN where it has none.
-        verdict: What follows: ``"reweight"`` or ``"do not trust"``.
-        of: For ``"whitened"``, ``"unclear"``, ``"doubt"`` and ``"far"``: ``"mean"`` or ``"sd"``, whichever is off.
+        kind: The kind of fault, from the table.
+        quantity: The quantity concerned, or a further detail; may be empty.
+        size: The size of the fault.
+        noise: The standard error of the size, or NaN.
+        verdict: The verdict that follows: ``"reweight"`` or ``"do not trust"``.
+        of: For ``"whitened"``, ``"unclear"``, ``"doubt"`` and ``"far"``: whether it is a ``"mean"`` or an ``"sd"``.
 
     Example::
 
@@ -57,7 +57,7 @@ class Finding:
 
     @property
     def moment(self) -> str:
-        """The quantity that is off, and by how much, in words."""
+        """The quantity and its error, in words."""
         if (self.of or self.kind) == "mean":
             return f"mean of {self.quantity} off by {self.size:+.2f} ± {self.noise:.2f} sd"
         if (self.of or self.kind) == "sd":

@@ -1,4 +1,4 @@
-"""How good a density of images is, in the field's unit, and what its samples look like."""
+"""Evaluation of image densities: bits per dimension, and grids of samples."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..plots.images import tiled
 
 
 def bits_per_dim(log_prob: Tensor, event_shape: Sequence[int]) -> Tensor:
-    """Log-masses of images as bits for each of their numbers: ``-log_prob / (D log 2)``; smaller is better.
+    """Return the bits per dimension of images, ``-log_prob / (D log 2)``; smaller is better.
 
-    Of a lower bound, as that of :class:`~pyro_flows.flows.Dequantized`, it is an upper bound.
+    For a lower bound of the log-mass, such as that of :class:`~pyro_flows.flows.Dequantized`, it is an upper bound.
 
     Args:
         log_prob: Log-masses in nats, of any shape.
@@ -29,21 +29,21 @@ def bits_per_dim(log_prob: Tensor, event_shape: Sequence[int]) -> Tensor:
 
         >>> import math
         >>> import torch
-        >>> bits_per_dim(torch.tensor(-784 * math.log(256)), (1, 28, 28)).item()  # nothing learned of 256 levels
+        >>> bits_per_dim(torch.tensor(-784 * math.log(256)), (1, 28, 28)).item()  # a uniform model of 256 levels
         8.0
     """
     return -log_prob / (math.prod(event_shape) * math.log(2))
 
 
 def save_images(images: Tensor, path: str | os.PathLike[str], *, columns: int = 8, levels: int | None = None) -> None:
-    """Write images side by side into a PNG file, which takes its place at once.
+    """Write a grid of images to a PNG file, atomically.
 
     Args:
         images: ``(N, C, H, W)``, with one channel (grey) or three (red, green, blue).
         path: The file.
-        columns: How many stand in a row.
-        levels: The number of integers that a model is over; without it black and white are the least number and the
-            greatest, but for one in a hundred at each end.
+        columns: The number of images in a row.
+        levels: The number of integer levels of the model.  Without it, the range from black to white holds all values
+            but the 1 % at each end.
 
     Raises:
         ValueError: If the images have another shape, or another number of channels, or ``columns`` is below 1.

@@ -1,20 +1,13 @@
-"""Importance sampling: weigh a guide's draws, resample them by their weights, estimate the likelihood of each row.
+"""Importance sampling: weigh a guide's draws, resample them, and estimate the likelihood of each row.
 
-With draws z from the guide q and log-weights log p(z, x) - log q(z), the mean weight estimates the evidence p(x), and
-the shape k-hat of a generalised Pareto distribution fitted to the largest weights says whether that works: below 0.7
-(below 0.5: well), or below 1 - 1 / log10 S for few draws.  It looks only where the guide looks: a mode that the guide
-misses does not raise k-hat.
+For draws z of the guide q the log-weights are log p(z, x) - log q(z).  The mean weight estimates the evidence p(x).
+k-hat is the shape of a generalised Pareto distribution fitted to the largest weights.  Estimates are reliable if it is
+below 0.7, or below 1 - 1 / log10 S for few draws, and good below 0.5.  A mode that the guide misses does not raise
+k-hat, because no draw shows it.
 
-Where k-hat is low, resampled draws are draws of the posterior.  Systematic resampling drops N points u, u + 1/N,
-u + 2/N, ..., for one u uniform on [0, 1/N), on the weights laid end to end.  A draw of weight w is kept N w times on
-average, rounded up or down, with less noise than N independent picks have.  Then the order is shuffled.
-
-Row by row, log p(x) ≈ log (1/K) Σ_k p(x, z_k) / q(z_k | x) is a lower bound on average, which rises with K.
-
-Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao, Gabry 2015, arXiv:1507.02646); Yes, but Did It Work?
-(Yao, Vehtari, Simpson, Gelman 2018, arXiv:1802.02538); Comparison of Resampling Schemes for Particle Filtering (Douc,
-Cappé, Moulines 2005, arXiv:cs/0507025); Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov 2015,
-arXiv:1509.00519).
+If k-hat is low, resampled draws are draws of the posterior.  Systematic resampling puts N points u, u + 1/N, u + 2/N,
+..., with u uniform on [0, 1/N), on the weights laid end to end.  It keeps a draw of weight w N w times on average,
+rounded up or down, with less noise than independent picks.
 """
 
 from __future__ import annotations
@@ -37,25 +30,26 @@ from ..programs.nesting import runs_programs
 from ..programs.task import Draws, Task, in_batches
 from .pareto import smooth
 
-LEAST = 25  # draws, to fit the tail of their weights
-EVEN = 1.0  # nats by which the largest weight may exceed their mean where they are even
+LEAST = 25  # the fewest draws that have a tail to fit
+EVEN = 1.0  # nats by which the largest of even weights may exceed their mean
 
 
 @dataclass(frozen=True)
 class Psis:
-    """How a guide's draws weigh against the model: the result of :func:`psis`.
+    """Importance weights of a guide's draws: the result of :func:`psis`.
 
-    With draws z_s of the guide q, weights w_s, and v_s the smoothed ones, normalised::
+    For draws z_s of the guide q, with weights w_s and normalised smoothed weights v_s::
 
         w_s = p(z_s, x) / q(z_s),    log evidence ≈ log 1/S Σ_s w_s,    ESS = 1 / Σ_s v_s²
 
     Attributes:
-        khat: The shape of the tail of the weights; ``-inf`` where all weights are equal.
-        threshold: ``min(1 - 1 / log10 S, 0.7)``: below it, reweighted estimates can be trusted where the guide looks.
+        khat: The shape of the tail of the weights; ``-inf`` if all weights are equal.
+        threshold: ``min(1 - 1 / log10 S, 0.7)``.  Below it, reweighted estimates are reliable where the guide draws.
         ess: The effective sample size of the smoothed weights, between 1 and S.
-        log_evidence: The logarithm of the mean weight, in nats: log p(x) where the guide covers the posterior.
-        log_evidence_se: Its standard error, in nats.  It includes one weight beyond the largest, as large as k-hat lets
-            expect, and is infinite where k-hat is 1 or more.  Places where the guide never draws do not count.
+        log_evidence: The logarithm of the mean weight, in nats: log p(x) if the guide covers the posterior.
+        log_evidence_se: The standard error of ``log_evidence``, in nats.  It includes one weight beyond the largest, of
+            the size that k-hat predicts, and is infinite if k-hat is 1 or more.  Mass that the guide misses is not
+            included.
         log_weights: The raw log-weights log p - log q, ``(S,)``, in nats.
         smoothed: The smoothed log-weights, normalised: their exponentials sum to one, ``(S,)``.
 
@@ -87,11 +81,11 @@ class Psis:
 
     @property
     def even(self) -> bool:
-        """True if no weight exceeds e times the mean.  The tail is then too short for k-hat to matter."""
+        """True if no weight exceeds e times the mean, so that the tail is too short for k-hat to matter."""
         return float(self.log_weights.max()) - self.log_evidence < EVEN
 
     def plot(self) -> Any:
-        """Picture the weights: :func:`pyro_flows.plots.weights`."""
+        """Plot the weights with :func:`pyro_flows.plots.weights`."""
         return plots.weights(self)
 
     def __repr__(self) -> str:
@@ -113,34 +107,33 @@ def psis(
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Psis:
-    """Weigh draws of any Pyro guide against the model: k-hat, the effective sample size and the log evidence.
+    """Return k-hat, effective sample size and log evidence of any Pyro guide, by importance sampling.
 
-    The weights are p(z, x) / q(z), smoothed by a generalised Pareto distribution that is fitted to the largest; k-hat
-    is its shape (Vehtari, Simpson, Gelman, Yao, Gabry 2015, arXiv:1507.02646; Yao et al. 2018, arXiv:1802.02538).  It
-    looks only where the guide looks: a mode that the guide misses does not raise it, so see :func:`~pyro_flows.check`
-    too.
+    The weights are p(z, x) / q(z).  The largest are smoothed by a generalised Pareto distribution, and k-hat is its
+    shape (Vehtari, Simpson, Gelman, Yao, Gabry 2015, arXiv:1507.02646; Yao, Vehtari, Simpson, Gelman 2018,
+    arXiv:1802.02538).  A mode that the guide misses does not raise k-hat, so see :func:`~pyro_flows.check` too.
 
     Args:
         model: A Pyro model.
         guide: A Pyro guide of the same latents.
         *args: The model's arguments.
         num_samples: The number S of draws, at least 25.
-        batch_size: How many draws are run at once.
-        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
-            does to draws what single runs do (*Any Pyro program* in the docs).
-        max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
-        model_kwargs: Keyword arguments of the model whose names clash with those above.
+        batch_size: The number of draws that run at once.
+        vectorize: The engine that runs many draws: ``"plate"``, ``"vmap"`` or ``"loop"``.  By default the first whose
+            results agree with single runs (*Any Pyro program* in the docs).
+        max_plate_nesting: The number of dimensions that the plates of model and guide take; found by a run by default.
+        model_kwargs: Keyword arguments of the model whose names clash with arguments above.
         **kwargs: The model's other keyword arguments.
 
     Returns:
         The :class:`~pyro_flows.Psis`.
 
     Raises:
-        ValueError: If a number is out of its range; if the guide is a point, lacks a latent of the model or has one of
-            another model; if a plate is subsampled; or if a weight is not finite, or all are zero.
+        ValueError: If a number is out of its range, the guide is a point, the latents of model and guide differ, a
+            plate is subsampled, a weight is not finite, or all weights are zero.
 
     Warns:
-        UserWarning: If the model runs one draw at a time, or its log-density is an estimate whose noise shows.
+        UserWarning: If the model runs one draw at a time, or its log-density is an estimate with visible noise.
 
     Example::
 
@@ -157,15 +150,15 @@ def psis(
     """
     check_integers("psis", LEAST, num_samples=num_samples)
     kwargs = joined("psis", kwargs, model_kwargs)
-    with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
+    with pyro.validation_enabled(False):  # because the weights show draws without a density
         draws = Task(model, guide, args, kwargs, vectorize).check().draw(num_samples, batch_size)
     return weigh(draws.log_p - draws.log_q)
 
 
 def weigh(log_weights: Tensor) -> Psis:
-    """Summarise raw log-weights, ``(S,)`` in nats."""
+    """Return the summary of raw log-weights, ``(S,)`` in nats."""
     if bad := int((log_weights.isnan() | (log_weights == math.inf)).sum()):
-        raise ValueError(f"psis: {bad} of {len(log_weights)} log-weights are NaN or +inf, as is the model's density.")
+        raise ValueError(f"psis: {bad} of {len(log_weights)} log-weights are NaN or +inf, from the model's density.")
     if (log_weights == -math.inf).all():
         raise ValueError("psis: all log-weights are -inf; the guide draws only where the model has no density.")
     raw, size = log_weights.double().cpu(), len(log_weights)
@@ -184,7 +177,7 @@ def weigh(log_weights: Tensor) -> Psis:
 
 
 def _unseen(largest: float, khat: float) -> float:
-    """Return the mean of a weight beyond the largest, less the mean weight; the largest is given in units of that."""
+    """Return the expected excess over the mean of a weight beyond the largest, in units of the mean."""
     shape = khat if largest > math.exp(EVEN) else min(khat, 0.0)
     return (largest - 1) / (1 - shape) if shape < 1 else math.inf
 
@@ -202,23 +195,23 @@ def resample(
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, Tensor]:
-    """Draw from any Pyro guide, resampled by Pareto-smoothed weights: closer to the posterior than the guide is.
+    """Return draws of any Pyro guide, resampled by Pareto-smoothed weights to be closer to the posterior.
 
     A draw of normalised weight w is kept N w times, rounded up or down at random (systematic resampling: Douc, Cappé,
-    Moulines 2005, arXiv:cs/0507025).  The same seed gives the same draws (``pyro.set_rng_seed``).  Draws of great
-    weight are there several times, so N of them tell less than N independent ones.
+    Moulines 2005, arXiv:cs/0507025).  The same seed gives the same draws (``pyro.set_rng_seed``).  Draws of large
+    weight are repeated, so N draws have less information than N independent ones.
 
     Args:
         model: A Pyro model.
         guide: A Pyro guide of the same latents.
         *args: The model's arguments.
-        num_samples: The number N of draws that are kept.
-        num_weighed: How many draws of the guide they are chosen from, at least 25; at least N are.
-        batch_size: How many draws are run at once.
-        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
-            does to draws what single runs do (*Any Pyro program* in the docs).
-        max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
-        model_kwargs: Keyword arguments of the model whose names clash with those above.
+        num_samples: The number N of draws to keep.
+        num_weighed: The number of weighted draws of the guide to choose from, at least 25; N if N is larger.
+        batch_size: The number of draws that run at once.
+        vectorize: The engine that runs many draws: ``"plate"``, ``"vmap"`` or ``"loop"``.  By default the first whose
+            results agree with single runs (*Any Pyro program* in the docs).
+        max_plate_nesting: The number of dimensions that the plates of model and guide take; found by a run by default.
+        model_kwargs: Keyword arguments of the model whose names clash with arguments above.
         **kwargs: The model's other keyword arguments.
 
     Returns:
@@ -228,7 +221,7 @@ def resample(
         ValueError: If a number is out of its range, or :func:`~pyro_flows.psis` refuses the guide or its weights.
 
     Warns:
-        UserWarning: If k-hat is above its threshold: the draws cannot be trusted.
+        UserWarning: If k-hat is above its threshold, so that the draws cannot be trusted.
 
     Example::
 
@@ -246,35 +239,35 @@ def resample(
     check_integers("resample", num_samples=num_samples)
     check_integers("resample", LEAST, num_weighed=num_weighed)
     kwargs = joined("resample", kwargs, model_kwargs)
-    with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
+    with pyro.validation_enabled(False):  # because the weights show draws without a density
         task = Task(model, guide, args, kwargs, vectorize).check()
     kept, _ = reweighted(task.draw(max(num_samples, num_weighed), batch_size), num_samples, "resample")
     return task.values(kept.latents, batch_size)
 
 
 def reweighted(draws: Draws, number: int, caller: str) -> tuple[Draws, Psis]:
-    """A number of draws, chosen by their weights, and what the weights are worth."""
+    """Return draws resampled by their weights, and the summary of the weights."""
     psis = weigh(draws.log_p - draws.log_q)
     if not psis.reliable:
         warnings.warn(
             f"{caller}: k-hat is {psis.khat:.2f}, above {psis.threshold:.2f}: a few draws hold most of the weight, and "
-            "the resampled draws cannot be trusted. Fit the guide longer, or give it a flow of more layers.",
+            "the resampled draws cannot be trusted. Fit the guide longer, or use a flow with more layers.",
             stacklevel=4,
         )
     return draws.take(systematic(psis.smoothed, number)), psis
 
 
 def systematic(log_weights: Tensor, number: int) -> Tensor:
-    """The numbers of the draws that are kept, ``(number,)``, shuffled.
+    """Return the indices of resampled draws, ``(number,)``, shuffled.
 
     Args:
         log_weights: The logarithms of weights, ``(S,)``, at least one of them finite.
-        number: How many to keep.
+        number: The number of draws to keep.
     """
     edges = (log_weights.double() - log_weights.max().double()).exp().cumsum(0)
     offset = torch.rand((), dtype=edges.dtype, device=edges.device)
     places = (torch.arange(number, dtype=edges.dtype, device=edges.device) + offset) / number * edges[-1]
-    # Rounded up to the very end, a place would lie beyond the last draw.
+    # A point that is rounded up to the very end would lie beyond the last draw.
     places = places.minimum(edges[-1].nextafter(torch.zeros_like(offset)))
     kept = torch.searchsorted(edges, places, right=True)
     return kept[torch.randperm(number, device=edges.device)]
@@ -294,32 +287,32 @@ def importance_log_likelihood(
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Estimate log p(x_i) of each row of a plate, such as each test image of a variational autoencoder.
+    """Estimate log p(x_i) of each row of a plate, for example of each test image of a variational autoencoder.
 
-    Row by row, with K draws z_k of the row's latents from the guide q, it is::
+    For K draws z_k of a row's latents from the guide q the estimate is::
 
         log p(x_i) ≈ log 1/K Σ_k p(x_i, z_k) / q(z_k | x_i)
 
-    a lower bound on average, which rises with K (Burda, Grosse, Salakhutdinov 2015, arXiv:1509.00519).  Latents outside
-    of the plate have no place in it: fix them, with ``poutine.condition``.
+    Its mean is a lower bound that rises with K (Burda, Grosse, Salakhutdinov 2015, arXiv:1509.00519).  Latents outside
+    the plate must be fixed with ``poutine.condition``.
 
     Args:
         model: A Pyro model whose latents all lie in the plate.
         guide: A Pyro guide of the same latents.
         *args: The model's arguments, with the rows to score.
-        plate: The plate's name; by default that of an ``AutoPlateFlow``.
-        num_samples: The number K of draws for each row.
-        batch_size: How many draws are run at once.
-        max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
-        model_kwargs: Keyword arguments of the model whose names clash with those above.
+        plate: The name of the plate; by default the plate of an ``AutoPlateFlow``.
+        num_samples: The number K of draws per row.
+        batch_size: The number of draws that run at once.
+        max_plate_nesting: The number of dimensions that the plates of model and guide take; found by a run by default.
+        model_kwargs: Keyword arguments of the model whose names clash with arguments above.
         **kwargs: The model's other keyword arguments.
 
     Returns:
-        The log-likelihood of each row, ``(rows,)`` in nats: mean and sum are those of the data set.
+        The log-likelihood of each row, ``(rows,)`` in nats.
 
     Raises:
-        ValueError: If a number is out of its range, the plate is missing or subsampled, a latent lies outside, the
-            guide is a point or of other latents.
+        ValueError: If a number is out of its range, the plate is missing or subsampled, a latent lies outside it, the
+            guide is a point, or the latents of model and guide differ.
 
     Example::
 
@@ -341,7 +334,9 @@ def importance_log_likelihood(
     check_integers("importance_log_likelihood", num_samples=num_samples, batch_size=batch_size)
     name = plate if plate is not None else getattr(guide, "plate", None)
     if name is None:
-        raise ValueError("importance_log_likelihood: give the name of the rows' plate, plate=...")
+        raise ValueError(
+            'importance_log_likelihood: plate must be the name of the rows\' plate, got None. Pass plate="name".'
+        )
     task = Task(model, guide, args, kwargs, vectorize).check(whole=False).settle()
     dims = {program: _place(name, program.single) for program in (task.guide, task.model)}
 
@@ -358,16 +353,16 @@ def importance_log_likelihood(
 
 
 def _place(plate: str, trace: Trace) -> int:
-    """The plate's dimension; every site with a density must lie in it."""
+    """Return the plate's dimension; raise ValueError for a latent outside it."""
     dim = None
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or (site["is_observed"] and not _in(plate, site)):
-            continue  # what is given, outside of the plate, is the same for all rows
+            continue  # observed values outside the plate are the same for all rows
         frames = _in(plate, site)
         if not frames:
             raise ValueError(
                 f"importance_log_likelihood: site {name!r} lies outside of plate {plate!r}. Fix such latents with "
-                "poutine.condition(model, data={...}), and give a guide that draws in the plate, row by row."
+                "poutine.condition(model, data={...}), and use a guide whose latents all lie in the plate."
             )
         dim = frames[0].dim
     if dim is None:
@@ -380,7 +375,7 @@ def _in(plate: str, site: dict[str, Any]) -> list[Any]:
 
 
 def _by_row(view: View, plate: str, dim: int) -> Tensor:
-    """The log-density of each draw and row, ``(N, rows)``, or of each row of one draw."""
+    """Return the log-density of each draw and row, ``(N, rows)``, or of each row of one draw."""
     total, lead = torch.zeros(()), int(view.size is not None)
     for site in view.trace.nodes.values():
         if site["type"] == "sample" and _in(plate, site):

@@ -1,7 +1,7 @@
-"""The shape of a guide's draws: its distribution functions beside those of chains and of weights.
+"""Errors of a guide's marginal distribution functions, as estimated by chains and by weights.
 
-At some quantiles of the guide's draws, what share of the posterior lies below?  Indicators of that are quantities like
-any other, so chains that drift tell of them as of means (:mod:`.drift`).
+At some quantiles of the guide's draws, the posterior's probability below the quantile is the mean of an indicator.
+Chains estimate this mean as they do any other (:mod:`.drift`).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor
 from .drift import arrival
 
 LEVELS = 0.025, 0.1, 0.25, 0.5, 0.75, 0.9, 0.975
-SHAPE, SURE, TIMES = 0.06, 0.03, 4.0  # an error of shape, and what it must exceed by how many standard errors
-FEW = 2000  # draws of the guide that its noise is told from
+SHAPE, SURE, TIMES = 0.06, 0.03, 4.0  # a certain error exceeds SHAPE, and exceeds SURE by TIMES standard errors
+FEW = 2000  # draws of the guide, to estimate its noise
 
 
 class Shape(NamedTuple):
-    """The errors of a guide's distribution functions, for each of K quantities where they are clearest.
+    """The errors of a guide's distribution functions, for each of K quantities at its most significant quantile.
 
     Attributes:
-        error: The posterior's less the guide's, ``(K,)``.
-        error_se: Its standard error.
+        error: The posterior's distribution function minus the guide's, ``(K,)``.
+        error_se: The standard error, ``(K,)``.
     """
 
     error: Tensor
@@ -31,21 +31,21 @@ class Shape(NamedTuple):
 
     @property
     def flagged(self) -> Tensor:
-        """Which are off for sure, ``(K,)``."""
+        """True for each error that is certain, ``(K,)``."""
         return (self.error.abs() > SHAPE) & (self.error.abs() - TIMES * self.error_se > SURE)
 
     @property
     def worst(self) -> int:
-        """The number of the clearest."""
+        """The index of the most significant error."""
         return int((self.error.abs() - TIMES * self.error_se).argmax())
 
 
 class ShapeMeter:
-    """Compares N chains with the guide.
+    """Accumulator that compares N chains with the guide.
 
     Args:
         reference: The quantities at many draws of the guide, ``(M, K)``.
-        start: The quantities where the chains start, ``(N, K)``.
+        start: The quantities at the starts of the chains, ``(N, K)``.
     """
 
     def __init__(self, reference: Tensor, start: Tensor) -> None:
@@ -54,27 +54,27 @@ class ShapeMeter:
         self._total, self._count = torch.zeros_like(self._start), 0
 
     def record(self, quantities: Tensor) -> None:
-        """Take note of where the chains are, ``(N, K)``."""
+        """Add the current quantities of the chains, ``(N, K)``."""
         self._total += self._below(quantities)
         self._count += 1
 
     def shape(self) -> Shape:
-        """Return the errors that the chains see by now."""
+        """Return the errors that the chains show so far."""
         mean = self._total / self._count
         found, noise = (part.reshape(len(LEVELS), -1) for part in arrival(self._reference, self._start, mean, mean))
         return _clearest(found - self._reference.mean(0).reshape(len(LEVELS), -1), noise)
 
     def _below(self, quantities: Tensor) -> Tensor:
-        """Indicators, ``(N, L K)``."""
+        """Return the indicators, ``(N, L K)``."""
         return (quantities.unsqueeze(1) <= self._levels).flatten(1).double()
 
 
 def weighted_shape(quantities: Tensor, log_weights: Tensor) -> Shape:
-    """A guide's errors as seen by the weights of its draws.
+    """Return a guide's errors as estimated by the weights of its draws.
 
     Args:
         quantities: The quantities at M draws of the guide, ``(M, K)``.
-        log_weights: The draws' log-weights, normalised, ``(M,)``.
+        log_weights: The normalised log-weights of the draws, ``(M,)``.
     """
     excess = (log_weights.double().exp() - 1 / len(quantities)).unsqueeze(-1)
     errors, noise = [], []
@@ -86,12 +86,12 @@ def weighted_shape(quantities: Tensor, log_weights: Tensor) -> Shape:
 
 
 def _quantiles(quantities: Tensor) -> Tensor:
-    """Return the quantiles of each quantity, ``(L, K)``: draws themselves, so that they hold where values repeat."""
+    """Return the quantiles of each quantity, ``(L, K)``, as values of draws, which is right for repeated values too."""
     places = [min(int(level * len(quantities)), len(quantities) - 1) for level in LEVELS]
     return quantities.sort(0).values[places]
 
 
 def _clearest(errors: Tensor, noise: Tensor) -> Shape:
-    """Of errors at all levels, ``(L, K)``, those that are clearest."""
+    """Return the most significant error of each quantity, from the errors at all levels ``(L, K)``."""
     clearest = (errors.abs() - TIMES * noise).argmax(0, keepdim=True)
     return Shape(errors.gather(0, clearest)[0], noise.gather(0, clearest)[0])

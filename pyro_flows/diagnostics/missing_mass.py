@@ -1,10 +1,12 @@
-"""The search for posterior mass where a guide has none.
+"""The search for posterior mass that a guide misses.
 
-Weights and chains see only what lies where the guide draws, or next to it.  So a population is annealed from the prior
-to the posterior, and climbs start from far around the guide.  Where they end at places of more density than the guide
-allows for, a law is fitted around each mode.  Guide and laws together then estimate the posterior, each draw weighed
-against the mixture of all (Veach, Guibas 1995, Optimally combining sampling techniques for Monte Carlo rendering): what
-it has where the guide has less than a twentieth of that is mass that the guide misses.
+Weights and chains test only the neighbourhood of the guide's draws.  Here a population is annealed from the prior to
+the posterior, and gradient ascents start far around the guide.  If they find density that the guide lacks, a Student t
+distribution is fitted around each mode.
+
+Guide and fitted distributions are then proposals of multiple importance sampling, where each draw is weighted against
+the mixture of all (Veach, Guibas 1995, Optimally combining sampling techniques for Monte Carlo rendering).  The
+posterior's mass where the guide has less than a twentieth of it is the mass that the guide misses.
 """
 
 from __future__ import annotations
@@ -28,29 +30,29 @@ from ..sampling.population import Effort, anneal
 from ..sampling.start_distribution import Reference
 from .drift import Drift
 
-PARTICLES, FEW = 256, 64  # of a population, and where the model runs one draw at a time
-STARTS = 64  # climbs
+PARTICLES, FEW = 256, 64  # of a population, and of one whose model runs one draw at a time
+STARTS = 64  # gradient ascents
 EFFORT = Effort(kept=0.3, forgotten=0.5, moves=(1, 4), max_steps=6, gradients=150)
-SURPRISE = 3.0  # by how many nats the posterior must exceed the guide at a place where the guide has too little
-FAINT = 20.0  # by how many nats per coordinate a mode may be lower, and be the wider by that
-LEAST = 8.0  # how many nats of evidence below the guide's a Gaussian that was matched may have to count
-MOST = 32  # modes that laws are fitted to
-MATCHED = 3  # of these, how many that most places belong to Gaussians are matched to, and how many of the highest
-ENOUGH = 4  # particles a dimension, to fit a law to them
-TRIED = 200  # draws of the prior that tell whether a guide's support is smaller
-PROBES = 4000  # draws of all laws
-DF = 5.0  # degrees of freedom of the laws
+SURPRISE = 3.0  # nats by which the posterior exceeds the guide where the guide lacks mass: a factor of 20
+FAINT = 20.0  # nats per coordinate by which a wide mode may be lower than the guide's
+LEAST = 8.0  # nats of evidence by which a matched Gaussian may be below the guide
+MOST = 32  # modes with a fitted distribution
+MATCHED = 3  # of these, the largest modes, and the highest modes, that get a matched Gaussian too
+ENOUGH = 4  # particles per dimension that suffice for a fit
+TRIED = 200  # draws of the prior that test whether a guide's support is smaller
+PROBES = 4000  # draws of all fitted distributions
+DF = 5.0  # degrees of freedom of the fitted distributions
 
 
 class Missing(NamedTuple):
-    """The mass that a search has found where a guide has too little.
+    """Posterior mass that a guide misses.
 
     Attributes:
-        share: The share of the posterior's mass, as far as it was found, where the guide has too little.
-        share_se: Its standard error.
-        place: Where it is densest, a vector ``(D,)``; None where nothing was found.
-        error: What the mass that was found does to the guide's moments: an error of each of K quantities, or None.
-        is_blind: Whether hardly a draw of the prior has a density, so that modes elsewhere could not be looked for.
+        share: The missed share of the posterior's mass, as far as it was found.
+        share_se: The standard error of ``share``.
+        place: The point of highest density in it, ``(D,)``; None if nothing was found.
+        error: The resulting errors of the guide's moments for each of K quantities, or None.
+        is_blind: Whether the search for modes failed because too few draws of the prior have a density.
     """
 
     share: float
@@ -61,28 +63,28 @@ class Missing(NamedTuple):
 
 
 def search(space: LatentSpace, white: White, draws: Scored, judged: Tensor) -> Missing:
-    """Look for mass that a guide misses.
+    """Search for mass that a guide misses.
 
     Args:
         space: The guide's space.
         white: Coordinates in which the guide's draws have mean 0 and the identity as covariance.
         draws: Draws of the guide.
-        judged: The quantities that are looked at, ``(K,)``.
+        judged: True for the quantities that are judged.
     """
     if (outside := _outside(space)) is not None:
         return outside
     density = or_nan(space.log_p)
     evidence = log_mean(draws.log_p - draws.log_q)
     lacking, is_blind = _lacking(space, white, density, draws, evidence)
-    laws = _laws(density, lacking, white, evidence) if len(lacking) else []
-    found = _missed(space, density, draws, laws, judged) if laws else Missing(0.0, 0.0)
+    fitted = _fitted(density, lacking, white, evidence) if len(lacking) else []
+    found = _missed(space, density, draws, fitted, judged) if fitted else Missing(0.0, 0.0)
     return found._replace(is_blind=is_blind)
 
 
 def _outside(space: LatentSpace) -> Missing | None:
-    """The mass where a guide cannot draw that has a support of its own, smaller than the model's; None if it has not.
+    """Return the mass outside a guide's support, or None if the support is the model's.
 
-    In its own coordinates nothing outside is seen, so the population is annealed in those of an ``AutoFlow``.
+    The guide's coordinates do not reach it, so the population is annealed in those of an ``AutoFlow``.
     """
     model = space.task.model
     own = [name for name in space.task.latents if name in space.task.own]
@@ -90,7 +92,7 @@ def _outside(space: LatentSpace) -> Missing | None:
         return None
     try:
         guide = AutoFlow(model.call).setup(*model.args, **model.kwargs)
-    except ValueError:  # models that it refuses, for want of a density at the start above all
+    except ValueError:  # models that AutoFlow refuses, mostly because they have no density at the start
         return None
     other = LatentSpace(Task(model.call, guide, model.args, model.kwargs, model.engine))
     drawn = other.prior(guide.start[0].expand(TRIED, -1))
@@ -107,20 +109,20 @@ def _outside(space: LatentSpace) -> Missing | None:
 def _lacking(
     space: LatentSpace, white: White, density: LogDensity, draws: Scored, evidence: float
 ) -> tuple[Tensor, bool]:
-    """Places where the guide has too little, ``(n, D)``, of a population and of climbs; also whether that was blind."""
+    """Return points where the guide lacks density, ``(n, D)``, and True if no population could be annealed."""
     alone = space.task.runs_one_by_one
     reference = Reference(space, white.loc, white.scale_tril)
     population = anneal(reference, FEW if alone else PARTICLES, EFFORT)
     number = STARTS // (8 if alone else 2)
     drawn = reference.draw(FEW if alone else PARTICLES)
-    # Climbs that end on their way lie where the density, next to none, still exceeds that of the guide.
+    # Points of an unfinished ascent have almost no density, but may still exceed the guide's: leave them out.
     faint = float(draws.log_p.max()) - FAINT * (1 + space.dim)
     beyond = white.forward(far(white.inverse(draws.z[:number])))[0]
     starts = torch.cat((beyond, ways_up(density, drawn, faint)))
     found = []
     if population is not None and population.has_arrived:
         found = [population.z]
-    elif population is not None:  # its particles are where the posterior is none yet
+    elif population is not None:  # particles that have not reached the posterior
         starts = torch.cat((starts, population.z))
     ends = climb(density, white, starts, least=faint)
     places = space.wrapped(torch.cat([*found, ends]), white.loc)
@@ -131,9 +133,9 @@ def _lacking(
 
 
 class MultivariateT(NamedTuple):
-    """Multivariate Student's t distribution of ``DF`` degrees of freedom over vectors ``(D,)``.
+    """Multivariate Student's t distribution with ``DF`` degrees of freedom over vectors ``(D,)``.
 
-    ``MultivariateStudentT`` of Pyro solves one linear system per vector, and imports sympy.
+    Pyro's ``MultivariateStudentT`` is not used because it solves one linear system per vector and imports sympy.
     """
 
     loc: Tensor
@@ -152,8 +154,8 @@ class MultivariateT(NamedTuple):
         return scale - log_det - (DF + dim) / 2 * (size / DF).log1p()
 
 
-def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) -> list[MultivariateT]:
-    """A law around each of the modes that places belong to."""
+def _fitted(density: LogDensity, places: Tensor, white: White, evidence: float) -> list[MultivariateT]:
+    """Return a distribution around each of the modes of some points."""
     around = White(places) if len(places) > places.shape[1] else white
     ends = ascend(density, around, places)
     with torch.no_grad():
@@ -161,33 +163,33 @@ def _laws(density: LogDensity, places: Tensor, white: White, evidence: float) ->
     labels, dim = components(density, around, ends), places.shape[1]
     modes = [places[labels == label] for label in range(int(labels.max()) + 1)]
     within = torch.cat([mode - mode.mean(0) for mode in modes if len(mode) > 1] or [places[:0]])
-    pooled = White(within) if len(within) > ENOUGH * dim else None  # where single modes have too few particles
+    pooled = White(within) if len(within) > ENOUGH * dim else None  # for modes with too few particles
     tops = [int(heights.where(labels == label, -math.inf).argmax()) for label in range(len(modes[:MOST]))]
     highest = sorted(range(len(tops)), key=lambda label: -float(heights[tops[label]]))[:MATCHED]
-    laws = []
+    fitted = []
     for label, mode in enumerate(modes[:MOST]):
         fit = White(mode) if len(mode) > ENOUGH * dim else pooled
         if fit is not None:
-            laws.append(MultivariateT(mode.mean(0), fit.scale_tril))
-        if label < MATCHED or label in highest:  # particles that were annealed in haste say what is too wide
+            fitted.append(MultivariateT(mode.mean(0), fit.scale_tril))
+        if label < MATCHED or label in highest:  # because quickly annealed particles spread too widely
             found = match_top(density, ends[tops[label]], white.scale_tril)
             if found is not None and found.elbo > evidence - LEAST:
-                laws.append(MultivariateT(found.loc, found.scale_tril))
-    return laws
+                fitted.append(MultivariateT(found.loc, found.scale_tril))
+    return fitted
 
 
 @torch.no_grad()
 def _missed(
-    space: LatentSpace, density: LogDensity, draws: Scored, laws: Sequence[MultivariateT], judged: Tensor
+    space: LatentSpace, density: LogDensity, draws: Scored, fitted: Sequence[MultivariateT], judged: Tensor
 ) -> Missing:
-    """The share of the posterior's mass where the guide has too little, and what it does to the guide's moments."""
-    probes = [law.sample(PROBES // len(laws)) for law in laws]
+    """Return the posterior's mass that the guide misses, and the resulting errors of the guide's moments."""
+    probes = [proposal.sample(PROBES // len(fitted)) for proposal in fitted]
     places = torch.cat((draws.z, *probes))
     log_p = torch.cat((draws.log_p, *map(density, probes)))
     own = torch.cat((draws.log_q, *(log_q(space, probe) for probe in probes)))
     sizes = torch.tensor([len(draws.z), *map(len, probes)]) / len(places)
-    log_laws = torch.stack([own, *(law.log_prob(places) for law in laws)])
-    log_weights = log_p - torch.logsumexp(log_laws + sizes.log().to(log_laws).unsqueeze(-1), 0)
+    log_proposals = torch.stack([own, *(proposal.log_prob(places) for proposal in fitted)])
+    log_weights = log_p - torch.logsumexp(log_proposals + sizes.log().to(log_proposals).unsqueeze(-1), 0)
     evidence = log_mean(log_weights)
     lacking = (log_p - own - evidence).nan_to_num(-math.inf, math.inf, -math.inf) > SURPRISE
     weights = (log_weights - evidence).nan_to_num(-math.inf, -math.inf, -math.inf).exp() / len(places)
@@ -202,14 +204,14 @@ def _missed(
 
 
 def _moved(own: Tensor, found: Tensor, weights: Tensor, share: float, noise: float) -> Drift:
-    """The errors of a guide whose mass is the posterior's but for a share, which lies elsewhere.
+    """Return the errors of a guide that is the posterior except for a missing share of the mass.
 
     Args:
         own: The quantities at draws of the guide, ``(M, K)``.
-        found: Those at places where the guide lacks mass, ``(n, K)``.
-        weights: The share of that mass at each, ``(n, 1)``.
-        share: The share of all mass.
-        noise: Its standard error.
+        found: The quantities at points of the missing mass, ``(n, K)``.
+        weights: The weight of each of these points, ``(n, 1)``.
+        share: The missing share.
+        noise: The standard error of the share.
     """
     usable = found.isfinite()
     found = found.where(usable, own.mean(0))
@@ -230,10 +232,10 @@ def _moved(own: Tensor, found: Tensor, weights: Tensor, share: float, noise: flo
 
 @torch.no_grad()
 def log_q(space: LatentSpace, z: Tensor) -> Tensor:
-    """The guide's log-density; where it breaks down, far out, the guide has none."""
+    """Return the guide's log-density, -inf where it is not finite."""
     return space.log_q(z).nan_to_num(-math.inf, math.inf, -math.inf)
 
 
 def log_mean(log_weights: Tensor) -> float:
-    """The logarithm of the mean of weights; what is no number weighs nothing."""
+    """Return the logarithm of the mean of weights, counting NaN as zero weight."""
     return float(log_weights.nan_to_num(-math.inf, -math.inf, -math.inf).logsumexp(0)) - math.log(len(log_weights))

@@ -1,11 +1,7 @@
-"""Exact draws by way of a guide: Markov chains in the space of the guide's base distribution.
+"""Neural transport: Markov chains in the space of a guide's base distribution.
 
-Where the guide has turned the posterior into something near its base, a standard normal say, Hamiltonian Monte Carlo
-takes long steps whatever the posterior's shape.  With u the base's coordinates and T the guide's transform the chains'
-target is p(T(u), x) |det dT/du|.
-
-NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport (Hoffman, Sountsov, Dillon, Langmore, Tran,
-Vasudevan 2019, arXiv:1903.03704).
+In the base coordinates of a good guide the posterior is close to the base, for example a standard normal, so that
+Hamiltonian Monte Carlo mixes fast for any shape of the posterior.
 """
 
 from __future__ import annotations
@@ -28,19 +24,19 @@ from ..programs.nesting import runs_programs
 from ..programs.task import check_trained
 from .verdict import check as judge
 
-_REFUSAL = "the guide must be an AutoContinuous with a base distribution, AutoFlow or AutoMultivariateNormal say"
+_NEEDED = "guide must be an AutoContinuous with a base distribution, such as AutoFlow or AutoMultivariateNormal"
 
 
 @dataclass(frozen=True)
 class Neutra:
-    """A model over a guide's base, and the way back: the result of :func:`~pyro_flows.neutra`.
+    """A model over a guide's base, and the transform to its latents: the result of :func:`~pyro_flows.neutra`.
 
     Attributes:
-        model: The model to give to ``NUTS``, called with the model's own arguments.
-        site: The name of its one latent site, which holds the base's vectors ``(D,)``.
+        model: The model for ``NUTS``, called with the arguments of the original model.
+        site: The name of its single latent site, a vector ``(D,)`` of the base.
         guide: The guide.
-        args: The arguments that the guide's transform depends on.
-        kwargs: Its keyword arguments.
+        args: The arguments of the guide's transform.
+        kwargs: The keyword arguments of the guide's transform.
 
     Example::
 
@@ -51,7 +47,7 @@ class Neutra:
         >>> def model():
         ...     pyro.sample("x", dist.LogNormal(0.0, 1.0))
         >>> guide = AutoDiagonalNormal(model, init_scale=1.0)
-        >>> _ = guide()  # in earnest: fit it
+        >>> _ = guide()  # in practice: fit it
         >>> found = neutra(model, guide, check=False)
         >>> start = found.initial(num_chains=4)
         >>> start[found.site].shape, found.transform(start)["x"].shape
@@ -69,10 +65,10 @@ class Neutra:
         """Map draws in the base's space to the model's latents.
 
         Args:
-            samples: What ``MCMC.get_samples`` returns, by chain or not, or vectors of the base, ``(*batch, D)``.
+            samples: The result of ``MCMC.get_samples``, by chain or not, or vectors of the base, ``(*batch, D)``.
 
         Returns:
-            For each latent site of the guide, values of shape ``(*batch, *site_shape)``; other sites stay as they are.
+            For each latent site of the guide, values of shape ``(*batch, *site_shape)``; other sites are unchanged.
 
         Raises:
             ValueError: If the samples lack the base's site.
@@ -80,12 +76,14 @@ class Neutra:
         others: dict[str, Tensor] = {}
         if not isinstance(samples, Tensor):
             if self.site not in samples:
-                raise ValueError(f"Neutra.transform: samples lack the site {self.site!r}; got {sorted(samples)}.")
+                raise ValueError(
+                    f"Neutra.transform: samples must contain the site {self.site!r}, got {sorted(samples)}."
+                )
             others = dict(samples)
             samples = others.pop(self.site)
         batch, nodes = samples.shape[:-1], self.guide.prototype_trace.nodes.values()
         frames = [frame for site in nodes for frame in site.get("cond_indep_stack", ()) if frame.vectorized]
-        room = (1,) * max((-frame.dim for frame in frames), default=0)  # the draws lie left of all plates
+        room = (1,) * max((-frame.dim for frame in frames), default=0)  # because draws lie left of all plates
         latent = self.guide.get_transform(*self.args, **self.kwargs)(samples.reshape(-1, *room, samples.shape[-1]))
         if hasattr(self.guide, "constrain"):
             values = self.guide.constrain(latent.reshape(-1, latent.shape[-1]), *self.args, **self.kwargs)
@@ -96,9 +94,9 @@ class Neutra:
 
     @torch.no_grad()
     def initial(self, num_chains: int = 1) -> dict[str, Tensor]:
-        """Draws of the guide to start the chains from: the ``initial_params`` of ``MCMC``.
+        """Return draws of the guide as the starts of chains, for the argument ``initial_params`` of ``MCMC``.
 
-        For several chains the draw's dimension comes first, ``(num_chains, D)``; for one there is none, as Pyro has it.
+        Several chains have the shape ``(num_chains, D)``, a single chain ``(D,)``, as Pyro requires.
 
         Raises:
             ValueError: If ``num_chains`` is below 1.
@@ -119,36 +117,35 @@ def neutra(
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Neutra:
-    """Turn a model into one over the base of a trained guide, where Markov chains mix faster.
+    """Return a model over the base of a trained guide, where Markov chains mix faster.
 
-    With u the base's coordinates and T the guide's transform the chains' target is (Hoffman, Sountsov, Dillon,
+    For base coordinates u and the guide's transform T, the log-density of the new model is (Hoffman, Sountsov, Dillon,
     Langmore, Tran, Vasudevan 2019, arXiv:1903.03704)::
 
         log p(T(u), x) + log|det dT/du|
 
-    However inexact the guide, what the chains converge to is the posterior, so a guide that is merely inexact does no
-    harm but to speed.  One that has collapsed does: where it draws next to nothing, at a mode it misses or in tails far
-    beyond its own, its base is stretched or squeezed so much that finite chains seldom get there, and agree with each
-    other nonetheless.  So the guide is judged first, and its faults are a warning and no error.
+    The chains converge to the posterior for any guide, and an inexact guide only makes them slower.  A collapsed guide
+    is different: at a mode that it misses, or far in the tails, T is so steep that finite chains rarely reach the
+    place, yet they agree with each other.  Therefore the guide is checked first, and faults lead to a warning.
 
     Args:
         model: A Pyro model with continuous latents.
         guide: A trained ``AutoContinuous`` guide with a base distribution: ``AutoFlow``, ``AutoMultivariateNormal``,
             ``AutoDiagonalNormal``, ``AutoNormalizingFlow``, ``AutoIAFNormal``.
         *args: The model's arguments.
-        check: Whether to judge the guide by :func:`~pyro_flows.check` and to warn if its verdict is ``"do not trust"``.
-        max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
-        model_kwargs: Keyword arguments of the model whose names clash with those above.
+        check: Whether to check the guide with :func:`~pyro_flows.check` and warn if the verdict is ``"do not trust"``.
+        max_plate_nesting: The number of dimensions that the plates of model and guide take; found by a run by default.
+        model_kwargs: Keyword arguments of the model whose names clash with arguments above.
         **kwargs: The model's other keyword arguments.
 
     Returns:
         The :class:`~pyro_flows.diagnostics.Neutra`: its ``model`` is for ``NUTS``, its ``transform`` for the samples.
 
     Raises:
-        ValueError: If the guide has no base or was never trained, or cannot be checked.
+        ValueError: If the guide has no base, is untrained, or cannot be checked.
 
     Warns:
-        UserWarning: If the guide is not to be trusted.
+        UserWarning: If the verdict on the guide is ``"do not trust"``.
 
     Example::
 
@@ -160,7 +157,7 @@ def neutra(
         >>> def model():
         ...     pyro.sample("x", dist.LogNormal(0.0, 1.0))
         >>> guide = AutoDiagonalNormal(model, init_scale=1.0)
-        >>> _ = guide()  # in earnest: fit it
+        >>> _ = guide()  # in practice: fit it
         >>> found = neutra(model, guide, check=False)
         >>> mcmc = MCMC(NUTS(found.model), 20, 20, initial_params=found.initial(), disable_progbar=True)
         >>> mcmc.run()
@@ -169,19 +166,19 @@ def neutra(
     """
     kwargs = joined("neutra", kwargs, model_kwargs)
     if not isinstance(guide, AutoContinuous):
-        raise ValueError(f"neutra: {_REFUSAL}, got {type(guide).__name__}.")
+        raise ValueError(f"neutra: {_NEEDED}, got {type(guide).__name__}.")
     check_trained("neutra", guide)
     try:
         guide.get_base_dist()
     except NotImplementedError as error:
-        raise ValueError(f"neutra: {_REFUSAL}; {type(guide).__name__} has none.") from error
+        raise ValueError(f"neutra: {_NEEDED}, got {type(guide).__name__}, which has no base.") from error
     if check:
         try:
             found = judge(model, guide, *args, model_kwargs=kwargs)
         except ValueError as error:
-            raise ValueError(f"neutra: the guide cannot be checked (check=False leaves that out): {error}") from error
+            raise ValueError(f"neutra: check failed: {error} Pass check=False to skip the check.") from error
         if found.verdict == "do not trust":
-            words = "the guide is not to be trusted, and chains may stay where it has collapsed"
+            words = "the guide cannot be trusted, so chains may miss a part of the posterior"
             warnings.warn(f"neutra: {words}. {found.reason}", stacklevel=3)
     first = next(name for name, _ in guide.prototype_trace.iter_stochastic_nodes())
     site = f"{first}_shared_latent"
@@ -189,11 +186,11 @@ def neutra(
 
 
 def _over_base(model: Callable[..., Any], guide: Any, site: str) -> Callable[..., Any]:
-    """The model over the guide's base.
+    """Return the model over the guide's base.
 
-    Pyro's reparameteriser draws the base's vector at the first latent that it meets: if that lies in a plate of K rows,
-    it counts the transform's log-determinant K times over, and a model that breaks down half-way leaves it in disorder.
-    So the vector and the log-determinant have their place before the model, and each run has a new reparameteriser.
+    Pyro's reparameteriser draws the base's vector at the first latent.  If that latent lies in a plate of K rows, the
+    log-determinant counts K times; and an error in the model leaves the reparameteriser in an invalid state.  So the
+    vector and the log-determinant come before the model, and each run has a new reparameteriser.
     """
 
     def over_base(*args: Any, **kwargs: Any) -> Any:

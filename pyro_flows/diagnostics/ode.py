@@ -1,8 +1,4 @@
-"""What a continuous flow's solver does on given rows: the cost of a density, its error, and the way there and back.
-
-The standard error is that of the estimated divergence (Hutchinson 1990); the error of the solver itself shows in the
-round trip, from data to base and back.
-"""
+"""Report of a continuous flow's ODE solver on given rows: its cost, its errors, and the regularity of the paths."""
 
 from __future__ import annotations
 
@@ -20,17 +16,17 @@ from ..transforms import Continuous
 
 @dataclass(frozen=True)
 class OdeReport:
-    """What a continuous flow's solver did on N rows: the result of :func:`ode_report`.
+    """Report of a continuous flow's solver on N rows: the result of :func:`ode_report`.
 
     Attributes:
         log_prob: The log-density of each row, ``(N,)``, in nats.
-        log_prob_se: Its standard error by the probes, ``(N,)``, in nats: 0 where divergences are exact.
-        evaluations: How often fields were evaluated for the densities, from data to base, for all rows at once.
-        evaluations_back: How often from base to data.
-        round_trip: How far each row is from where it was after both ways, ``(N,)``: the largest of
-            ``|x' - x| / (1 + |x|)`` over its features.
-        kinetic: The kinetic energy ``∫ |v|² dt`` of each row's path, ``(N,)``, with v the field along it.
-        jacobian: The squared norm ``∫ |J|² dt`` along it, ``(N,)``, J the field's Jacobian, estimated without bias.
+        log_prob_se: The standard error of ``log_prob`` from the probes, ``(N,)``, in nats; 0 for exact divergences.
+        evaluations: The number of evaluations of the fields from data to base, for all rows together.
+        evaluations_back: The number of evaluations from base to data.
+        round_trip: The error of each row after both directions, ``(N,)``: the largest ``|x' - x| / (1 + |x|)`` over its
+            features.
+        kinetic: The kinetic energy ``∫ |v|² dt`` of each row's path, ``(N,)``, with v the field along the path.
+        jacobian: The squared norm ``∫ |J|² dt`` of the field's Jacobian J along the path, ``(N,)``, without bias.
 
     For rows ``(*batch, D)`` the tensors have the shape ``batch``.
 
@@ -62,26 +58,26 @@ class OdeReport:
 
 @torch.no_grad()
 def ode_report(flow: Flow, x: Tensor, context: Tensor | None = None, *, num_probes: int = 16) -> OdeReport:
-    """Score rows under a flow with continuous transforms, and tell what its solver did.
+    """Return the log-densities of rows under a flow with continuous transforms, with a report of its solver.
 
-    The error of an estimated divergence shows in ``log_prob_se`` (Hutchinson 1990), that of the solver in
-    ``round_trip``, from data to base and back.
+    ``log_prob_se`` is the error of an estimated divergence (Hutchinson 1990).  ``round_trip`` shows the error of the
+    solver, from data to base and back.
 
     Args:
         flow: A flow with continuous transforms, such as ``flows.cnf``.
         x: Rows, ``(*batch, D)``; N of them.
-        context: Their contexts, ``(*batch, context_dim)`` or what the flow's encoder takes, where the flow takes some.
-        num_probes: How many random vectors estimate a divergence that is not exact, at least 2, and ``jacobian``.
+        context: Their contexts, ``(*batch, context_dim)`` or the inputs of the flow's encoder; None for a flow without.
+        num_probes: The number of random vectors that estimate a divergence and ``jacobian``, at least 2.
 
     Returns:
-        The :class:`~pyro_flows.OdeReport`; printed, it shows means over the rows, and of errors the root mean square or
-        the largest.
+        The :class:`~pyro_flows.OdeReport`.  Printed, it shows means over the rows, the root mean square of
+        ``log_prob_se`` and the largest ``round_trip``.
 
     Raises:
-        TypeError: If ``flow`` is no flow, or ``x`` or ``context`` no tensor.
-        ValueError: If it has no continuous transform or some inside of others, rows or contexts do not fit it, or a
-            number is out of its range.
-        FloatingPointError: If a field is too stiff for its solver, or not finite on the way.
+        TypeError: If ``flow`` is not a flow, or ``x`` or ``context`` is not a tensor.
+        ValueError: If the flow has no continuous transform or has one inside another transform, if rows or contexts do
+            not fit it, or if a number is out of its range.
+        FloatingPointError: If a field is too stiff for its solver, or not finite along the path.
 
     Example::
 
@@ -93,7 +89,7 @@ def ode_report(flow: Flow, x: Tensor, context: Tensor | None = None, *, num_prob
     """
     check_integers("ode_report", 2, num_probes=num_probes)
     if not isinstance(flow, Flow):
-        raise TypeError(f"ode_report: flow must be a Flow, got {type(flow).__name__}; that of a guide is guide.flow.")
+        raise TypeError(f"ode_report: flow must be a Flow, got {type(flow).__name__}. Pass guide.flow for a guide.")
     continuous_of(flow, "ode_report")
     check_value(x, flow.event_shape, parameter_of(flow.transforms), "ode_report", "x")
     views = flow(context).transforms

@@ -1,7 +1,7 @@
-"""Rare draws of a guide, far out, where the posterior has next to nothing.
+"""Rare draws of a guide, far out, where the posterior has almost no density.
 
-A flow may send one draw in 100,000 so far away that a mean or a standard deviation is that draw's.  Weights of 10,000
-draws have seldom met one.  So many more are drawn in single precision, and the model is run at the outermost alone.
+A flow may move one draw in 100,000 so far that this draw dominates a mean or a standard deviation.  10,000 weighted
+draws rarely contain one.  So many more draws are taken, in single precision, and the model runs at the outermost only.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from ..programs.latent_space import LatentSpace, Scored
 from ..programs.log_density import or_nan
 from .importance import Psis
 
-DRAWS, NUMBERS = 100_000, 20_000_000  # draws of the guide, and numbers that these hold at most
-OUTERMOST = 5  # draws at either end of each coordinate that are looked at
+DRAWS, NUMBERS = 100_000, 20_000_000  # draws of the guide, limited by the count of their numbers
+OUTERMOST = 5  # draws at each end of each coordinate
 BATCH = 10_000
 
 
 @torch.no_grad()
 def outliers(space: LatentSpace, draws: Scored, psis: Psis) -> Tensor:
-    """Return by how much rare draws that the posterior lacks enlarge each variance, relative to it, ``(K,)``.
+    """Return the relative increase of each variance by rare draws that the posterior lacks, ``(K,)``.
 
     Args:
         space: The guide's space.
         draws: Draws of the guide.
-        psis: How these weigh.
+        psis: Their weights.
     """
     more = min(DRAWS, NUMBERS // space.dim) - len(draws.z)
     z = torch.cat([draws.z, _drawn(space, more)]) if more > 0 else draws.z

@@ -1,7 +1,7 @@
-"""Pareto-smoothed weights: the largest become the quantiles of a generalised Pareto distribution fitted to them.
+"""Pareto-smoothed weights: the largest are replaced by quantiles of a generalised Pareto distribution fitted to them.
 
 Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao, Gabry 2015, arXiv:1507.02646).  Pyro fits the
-distribution.  The functions of ArviZ do the same, but for weights that are equal, and take seconds to import.
+distribution.  ArviZ has the same function, but it fails for equal weights and takes seconds to import.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ FEWEST = 5  # weights in the tail
 def smooth(log_weights: Tensor) -> tuple[Tensor, float]:
     """Smooth raw log-weights.
 
-    Where the largest weights are equal, up to what float32 makes of log-densities, there is no tail to smooth, and
-    k-hat is -inf.
+    If the largest weights are equal, up to the round-off of float32 log-densities, there is no tail to smooth and k-hat
+    is -inf.
 
     Args:
         log_weights: ``(S,)``, in double precision; not all are -inf.
 
     Returns:
-        The normalised log-weights, ``(S,)``, and k-hat; inf where the tail has too few weights above the smallest
-        number.
+        The normalised log-weights, ``(S,)``, and k-hat, which is inf if too few weights of the tail are positive.
     """
     size = len(log_weights)
     relative, order = (log_weights - log_weights.max()).sort()

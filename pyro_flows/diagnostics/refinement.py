@@ -1,10 +1,4 @@
-"""Draws that are better than the guide's own: moved towards the posterior by short Markov chains, many at once.
-
-The chains start from the guide's draws and move in the coordinates of its base, in which a good guide's posterior is
-nearly a normal, and in whitened ones.  What few transitions do not reach, a mode that the guide misses above all, they
-do not mend.  NeuTra (Hoffman et al. 2019, arXiv:1903.03704); A Contrastive Divergence for Combining Variational
-Inference and MCMC (Ruiz, Titsias 2019, arXiv:1905.04062).
-"""
+"""Refinement: short Markov chains that move a guide's draws towards the posterior, many chains at once."""
 
 from __future__ import annotations
 
@@ -31,15 +25,15 @@ BATCH = 500  # chains that run at once
 
 @dataclass(frozen=True)
 class Refined:
-    """Draws that short chains have moved: the result of :func:`~pyro_flows.refine`.
+    """Draws moved by short chains: the result of :func:`~pyro_flows.refine`.
 
     Attributes:
         draws: Refined draws of latents and deterministic sites: name -> ``(num_samples, *site_shape)``.
-        acceptance: The mean acceptance of the last transition, between 0 and 1, in each of the coordinates.
-        drift: The guide's errors, for each of K quantities, as the chains see them: ``error``, that of the mean in
-            standard deviations of the posterior, and ``ratio``, the guide's standard deviation over the posterior's,
-            with the standard errors ``error_se`` and ``ratio_se``, each ``(K,)``.
-        names: The names of the K quantities, number by number.
+        acceptance: The mean acceptance of the last transition, between 0 and 1, in each set of coordinates.
+        drift: The guide's errors for each of K quantities, estimated by the chains.  ``error`` is the error of the mean
+            in standard deviations of the posterior, ``ratio`` the guide's standard deviation over the posterior's;
+            ``error_se`` and ``ratio_se`` are their standard errors, each ``(K,)``.
+        names: The names of the K quantities, element by element.
 
     Example::
 
@@ -75,37 +69,37 @@ def refine(
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Refined:
-    """Move draws of any Pyro guide towards the posterior, for a fraction of the cost of training.
+    """Move draws of any Pyro guide towards the posterior, at a fraction of the cost of training.
 
-    Short Markov chains (Hamiltonian Monte Carlo) start from them, many at once, and move in the coordinates of the
-    guide's base and in whitened ones (Hoffman et al. 2019, arXiv:1903.03704; Ruiz, Titsias 2019, arXiv:1905.04062).
-    What few transitions do not reach, a mode that the guide misses above all, they do not mend.  This is the short form
-    of :func:`~pyro_flows.sample`, whose chains run until they have converged.
+    Many short Hamiltonian Monte Carlo chains start from the draws.  They move in the guide's base coordinates, where
+    the posterior of a good guide is nearly normal, and in whitened coordinates (Hoffman et al. 2019, arXiv:1903.03704;
+    Ruiz, Titsias 2019, arXiv:1905.04062).  Errors that need long chains remain, above all missing modes.
+    :func:`~pyro_flows.sample` runs chains until they have converged.
 
     Args:
         model: A Pyro model; discrete latents that the guide lacks are summed out.
-        guide: A trained guide of the same latents: best an ``AutoContinuous``, whose base makes chains move fast.
+        guide: A trained guide of the same latents.  Chains mix fastest for an ``AutoContinuous``, which has a base.
         *args: The model's arguments.
-        num_samples: The number of draws, each the end of a chain of its own, so that they are independent.
-        transitions: How often each chain moves, in all coordinates, at least 4.  Step sizes are adapted in the first
-            quarter.
-        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
-            does to draws what single runs do (*Any Pyro program* in the docs).
-        max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
-        model_kwargs: Keyword arguments of the model whose names clash with those above.
+        num_samples: The number of draws.  Each is the end of a separate chain, so they are independent.
+        transitions: The number of moves of each chain in all coordinates, at least 4.  Step sizes are adapted in the
+            first quarter.
+        vectorize: The engine that runs many draws: ``"plate"``, ``"vmap"`` or ``"loop"``.  By default the first whose
+            results agree with single runs (*Any Pyro program* in the docs).
+        max_plate_nesting: The number of dimensions that the plates of model and guide take; found by a run by default.
+        model_kwargs: Keyword arguments of the model whose names clash with arguments above.
         **kwargs: The model's other keyword arguments.
 
     Returns:
         The :class:`~pyro_flows.diagnostics.Refined`.
 
     Raises:
-        ValueError: If a number is out of its range; if the guide was never trained, is a point, of another model, or
-            has no density over its draws; or if a discrete latent of infinite support is left to the model, or a plate
-            is subsampled.
+        ValueError: If a number is out of its range.  If the guide is untrained, is a point, belongs to another model or
+            has no density at its draws.  If the model has a subsampled plate, or a discrete latent of infinite support
+            that the guide lacks.
 
     Warns:
         UserWarning: If the chains hardly move, the model runs one draw at a time, or its log-density is an estimate
-            whose noise shows.
+            with visible noise.
 
     Example::
 
@@ -123,7 +117,7 @@ def refine(
     check_integers("refine", num_samples=num_samples)
     check_integers("refine", 4, transitions=transitions)
     check_trained("refine", guide)
-    with pyro.validation_enabled(False):  # a draw of no density is for the chains to shun
+    with pyro.validation_enabled(False):  # because chains reject points without a density
         space = sound_space(Task(model, guide, args, kwargs, vectorize))
         reference = space.draw(max(4 * BATCH, 10 * space.dim))
         charts, _ = charts_of(space, reference.z)
@@ -140,8 +134,8 @@ def refine(
     acceptance = batches[-1].acceptance
     if max(acceptance) < FROZEN:
         warnings.warn(
-            f"refine: the chains hardly move (acceptance {max(acceptance):.2f}), and the draws are the guide's own. "
-            "Is the gradient of the model's density finite?",
+            f"refine: the chains hardly move (acceptance {max(acceptance):.2f}), so the draws are still the guide's. "
+            "Check that the gradient of the model's density is finite.",
             stacklevel=3,
         )
     return Refined(draws, acceptance, meter.drift(), space.read.names)

@@ -1,9 +1,9 @@
-"""The round-off of log-densities: how far those of a flow are from the same flow's in float64.
+"""Round-off of a flow's log-densities, measured against a copy of the flow in float64.
 
-A value of float32 is known to one part in 2²⁴, and a map with a large condition number moves it by more: the error of
-a log-density is about 1e-7 times the condition number of dy/dx, which no algorithm in float32 can avoid.  Stability of
-invertible networks: Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol,
-Wang, Grosse, Jacobsen 2020, arXiv:2006.09347).
+A float32 value is known to one part in 2²⁴, and a map with a large condition number amplifies this error.  The error of
+a log-density is about 1e-7 times the condition number of dy/dx, for any algorithm in float32.  Understanding and
+Mitigating Exploding Inverses in Invertible Neural Networks (Behrmann, Vicol, Wang, Grosse, Jacobsen 2020,
+arXiv:2006.09347).
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor
 from ..flows import Flow
 from ..flows.arguments import check_value, parameter_of
 
-TOLERANCE = 0.1  # nats, beyond which a log-density is called wrong
-SHARE = 0.01  # of the rows, beyond which their round-off is told
-ROWS = 256  # how many rows a fit looks at
+TOLERANCE = 0.1  # nats, the largest error of a log-density without a warning
+SHARE = 0.01  # of the rows, the largest fraction beyond TOLERANCE without a warning
+ROWS = 256  # rows to test after a fit
 
 
 @torch.no_grad()
 def round_off(flow: Flow, value: Tensor, context: Tensor | None = None) -> Tensor:
-    """Return the round-off of a flow's log-densities: how far they are from those that a copy in float64 computes.
+    """Return the differences between a flow's log-densities and those of a copy in float64.
 
-    The log-density of a value y in the precision ε of the flow's dtype (6e-8 in float32) is that of a point within
+    With precision ε of the flow's dtype (6e-8 in float32), the computed log-density at y is that of a point within
     round-off of y.  With κ(y) the condition number of dy/dx, the ratio of its extreme singular values, the error is
     about::
 
         |log p̂(y) - log p(y)| ≈ ε κ(y)  nats
 
-    So float32 is exact to 0.01 nats as long as κ stays below some 1e5.  Beyond, use ``flow.double()``.  Draws that are
+    So float32 is exact to 0.01 nats if κ is below about 1e5.  For larger κ, use ``flow.double()``.  Draws that are
     scored in the same pass, by ``rsample_and_log_prob`` or in a guide, are not affected.
 
     Args:
@@ -41,12 +41,12 @@ def round_off(flow: Flow, value: Tensor, context: Tensor | None = None) -> Tenso
         context: Their contexts, or None.
 
     Returns:
-        The absolute differences, ``(*batch)`` in nats and float64.  A flow whose log-densities are estimates, such as
-        a residual one in training mode, has their noise in them.
+        The absolute differences, ``(*batch)`` in nats and float64.  They include the noise of estimated log-densities,
+        for example of a residual flow in training mode.
 
     Raises:
-        TypeError: If the value is no tensor.
-        ValueError: If value or context do not fit.
+        TypeError: If the value is not a tensor.
+        ValueError: If value or context do not fit the flow.
 
     Example::
 
@@ -57,7 +57,7 @@ def round_off(flow: Flow, value: Tensor, context: Tensor | None = None) -> Tenso
         True
     """
     check_value(value, flow.event_shape, parameter_of(flow.transforms), "round_off")
-    place = "cpu" if value.device.type == "mps" else value.device  # which has no float64
+    place = "cpu" if value.device.type == "mps" else value.device  # because MPS has no float64
     exact = copy.deepcopy(flow).to(place).double()
 
     def widened(given: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def round_off(flow: Flow, value: Tensor, context: Tensor | None = None) -> Tenso
 
 @torch.no_grad()
 def warn_of_round_off(caller: str, flow: Flow, value: Tensor, context: Tensor | None) -> None:
-    """Warn where the round-off of some log-densities is far above the noise that they have in any precision."""
+    """Warn if the round-off of some log-densities is far above their noise in any precision."""
     if value.dtype == torch.float64:
         return
     value, context = value[:ROWS], None if context is None else context[:ROWS]

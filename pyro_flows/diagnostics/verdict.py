@@ -1,14 +1,15 @@
-"""A verdict on a guide: whether its draws can be believed, and why.
+"""The verdict on a guide: whether its draws can be trusted, and why.
 
-Weights say how far the guide is from the posterior where it draws, and k-hat whether they can be believed themselves.
-Short chains from its draws say what lies next to them: they drift if the guide is wrong (:mod:`.drift`,
-:mod:`.marginal_errors`).  A population that is annealed from the prior says what lies far away
-(:mod:`.missing_mass`), and many more draws of the guide whether a few of them lie where the posterior has nothing
-(:mod:`.outliers`).  None of these needs to know the answer, and together they leave little room.
+Four tests look at the draws, and none needs the true posterior:
 
-A guide's draws are to be trusted if each mean is right to a tenth of a standard deviation, each standard deviation to a
-tenth of itself, each distribution function to a twentieth or so, and hardly any mass is missing.  What is not right is
-a finding (:mod:`.findings`), and the verdict is the worst that follows from any.
+* importance weights compare guide and posterior at the draws, and k-hat tells whether the weights are reliable;
+* short Markov chains from the draws drift if the guide is wrong nearby (:mod:`.drift`, :mod:`.marginal_errors`);
+* a population annealed from the prior finds mass that lies far away (:mod:`.missing_mass`);
+* many more draws of the guide show whether a few lie where the posterior has no density (:mod:`.outliers`).
+
+Draws are trusted if each mean is right to 0.1 standard deviations, each standard deviation to 10 %, each distribution
+function to about 0.05, and hardly any mass is missing.  Each error is a finding (:mod:`.findings`), and the verdict is
+the worst that follows from any finding.
 """
 
 from __future__ import annotations
@@ -37,47 +38,44 @@ from .marginal_errors import Shape, ShapeMeter, weighted_shape
 from .missing_mass import Missing, search
 from .outliers import outliers
 
-LIMIT = 0.1  # errors beyond this, in standard deviations, are not to be trusted
-BENT = 0.3  # the same along whitened directions, for which correlations and far tails count
-FLAG, SURE = 0.08, 0.05  # what an error must exceed, and what it must exceed by three standard errors, to be a drift
-CERTAIN = 3.0  # how many standard errors lie between an error that is certain and SURE
-DOUBT = 2.5  # how many standard errors an error beyond the limit must have that chains alone see
-CALM = 0.5  # k-hat below which weights that see no error are believed more
-CONTRARY = 2.0  # by how many standard errors more chains must then be certain, or doubt
-OUTSIDE = 0.002  # the share of draws that may have no density: more are no matter of a number that overflows
-UNEQUAL = 0.4  # the total variation from the posterior beyond which reliable weights are to be heard
-LOST = 0.05  # the share of the posterior's mass that must not be missed
-WORST_KHAT = 1.0  # beyond this the weights have no mean
-ADAPT, BLOCK, BLOCKS = 4, 10, 5  # sweeps of the chains: to adapt their steps, between judgements, and at most
-TRIES = 4  # times as many sweeps to adapt steps that are far too long
+LIMIT = 0.1  # the largest error of trusted draws, in standard deviations
+BENT = 0.3  # the same along whitened directions, which show correlations and far tails
+FLAG, SURE = 0.08, 0.05  # a certain error exceeds FLAG, and exceeds SURE by three standard errors
+CERTAIN = 3.0  # standard errors between SURE and a certain error
+DOUBT = 2.5  # standard errors of an error beyond LIMIT that chains alone must show
+CALM = 0.5  # k-hat below which weights that show no error count for more
+CONTRARY = 2.0  # additional standard errors that chains must then show
+OUTSIDE = 0.002  # the share of draws without a density that numerical overflow may explain
+UNEQUAL = 0.4  # the total variation distance beyond which reliable weights must be used
+LOST = 0.05  # the largest share of the posterior's mass that a trusted guide may miss
+WORST_KHAT = 1.0  # beyond it the weights have no mean
+ADAPT, BLOCK, BLOCKS = 4, 10, 5  # sweeps to adapt steps, sweeps per block, and the most blocks
+TRIES = 4  # times ADAPT, the most sweeps to adapt steps that are far too long
 
 
 @dataclass(frozen=True)
 class Check:
-    """The verdict on a guide and what it rests on: the result of :func:`check`.
+    """The verdict on a guide and its evidence: the result of :func:`check`.
 
-    The errors that ``chains``, ``directions`` and ``weighted`` hold are, for each of K quantities, ``error``, that of
-    the guide's mean in standard deviations of the posterior, and ``variance``, the posterior's over the guide's, with
-    the standard errors ``error_se`` and ``variance_se``, each ``(K,)``; there are D + 2 directions.
+    ``chains``, ``directions`` and ``weighted`` hold errors of the guide, each a tensor ``(K,)`` over K quantities.
+    ``error`` is the error of the mean in standard deviations of the posterior, ``variance`` the posterior's variance
+    over the guide's; ``error_se`` and ``variance_se`` are their standard errors.
 
     Attributes:
-        findings: What is wrong with the draws, or cannot be told of them: each a
-            :class:`~pyro_flows.diagnostics.Finding`.  None if they are to be trusted.
-        psis: k-hat, the effective sample size, the log evidence, its standard error, and the weights: a
-            :class:`~pyro_flows.Psis`.
-        chains: The guide's errors as short chains from its draws see them.
-        directions: The same along directions of the unconstrained space in which the guide's draws are white: the D
-            coordinates, and those two in which the chains have spread most and least while their steps were adapted.
-        weighted: The same as the weights see them.
-        shapes: The errors of the guide's distribution functions, of the K quantities and of the distance from the
-            middle, as chains see them and as weights do: each ``error`` and ``error_se``, ``(K + 1,)``.
-        names: The names of the K quantities that the errors are of: latent and deterministic sites, number by number.
-        missing: The mass found where the guide draws nothing: its ``share`` of the posterior's, between 0 and 1, with
-            the standard error ``share_se``, its ``place``, a vector ``(D,)`` or None, and the ``error`` of the guide's
-            moments that it makes.
-        outliers: By how much rare draws of the guide, where the posterior has next to nothing, enlarge the variance of
-            each quantity, relative to it, ``(K,)``.
-        acceptance: The chains' mean acceptance, between 0 and 1, in each of the coordinates that they moved in.
+        findings: The faults found, each a :class:`~pyro_flows.diagnostics.Finding`; empty if the draws can be trusted.
+        psis: k-hat, effective sample size, log evidence and weights, as a :class:`~pyro_flows.Psis`.
+        chains: The guide's errors, estimated by short chains from its draws.
+        directions: The same along D + 2 directions of the unconstrained space, whitened by the guide's draws: the D
+            coordinates, and the two in which the chains spread most and least while their steps were adapted.
+        weighted: The guide's errors, estimated by the weights.
+        shapes: The errors of the guide's distribution functions, estimated by chains and by weights.  Each has
+            ``error`` and ``error_se``, ``(K + 1,)``, for the K quantities and for the distance from the centre.
+        names: The names of the K quantities: latent and deterministic sites, element by element.
+        missing: The mass found outside the guide: ``share`` of the posterior's mass, between 0 and 1, its standard
+            error ``share_se``, a ``place`` ``(D,)`` or None, and the resulting ``error`` of the guide's moments.
+        outliers: The relative increase of each variance by rare draws where the posterior has almost no density,
+            ``(K,)``.
+        acceptance: The mean acceptance of the chains, between 0 and 1, in each set of coordinates.
         seconds: The wall time.
 
     Example::
@@ -105,12 +103,12 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """``"trust"`` the guide's draws as they are; ``"reweight"`` them first; or ``"do not trust"`` them."""
+        """``"trust"``, ``"reweight"`` (usable after reweighting) or ``"do not trust"``."""
         return worst(self.findings)
 
     @property
     def reason(self) -> str:
-        """Why, in words."""
+        """The reason for the verdict, in words."""
         for finding in self.findings:
             if finding.verdict == self.verdict:
                 if self.verdict == "do not trust":
@@ -145,12 +143,12 @@ class Check:
 
     @property
     def log_evidence(self) -> float:
-        """The log evidence, in nats, as far as the guide reaches."""
+        """The log evidence in nats, of the region that the guide covers."""
         return self.psis.log_evidence
 
     @property
     def log_evidence_se(self) -> float:
-        """Its standard error, in nats."""
+        """The standard error of the log evidence, in nats."""
         return self.psis.log_evidence_se
 
     @property
@@ -165,7 +163,7 @@ class Check:
 
     @property
     def _moments(self) -> Drift:
-        """The errors that chains see, pooled with those that reliable weights see if the draws are trusted."""
+        """The errors shown by chains, pooled with those of reliable weights if the draws are trusted."""
         return self.chains.pooled_with(self.weighted) if self.trusted and self.psis.reliable else self.chains
 
     def __repr__(self) -> str:
@@ -177,7 +175,7 @@ class Check:
         )
 
     def plot(self) -> Any:
-        """Picture the errors of each quantity and the weights: :func:`pyro_flows.plots.check`."""
+        """Plot the errors of each quantity and the weights with :func:`pyro_flows.plots.check`."""
         return plots.check(self)
 
 
@@ -193,37 +191,39 @@ def check(
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Check:
-    """Judge whether any Pyro guide's draws can be trusted.
+    """Judge whether the draws of any Pyro guide can be trusted.
 
-    The guide is the posterior if weights, chains and search find nothing: its weights hardly vary, short Markov chains
-    from its draws (Hamiltonian Monte Carlo in the coordinates of its base, and in whitened ones) stay where they are,
-    and a population that is annealed from the prior finds no mass that it misses.  Each error is seen with its standard
-    error; the chains go on until they tell.  Draws are trusted if each mean is right to a tenth of a standard deviation
-    and each standard deviation to a tenth of itself, and no marginal has another shape.  Costs a part of a fit.
+    Three tests look for errors: importance weights, short Markov chains from the guide's draws, and a search for mass
+    that the guide misses.  The chains are Hamiltonian Monte Carlo in the guide's base coordinates and in whitened
+    coordinates; they drift if the guide is wrong.  The search anneals a population from the prior.  Each error has a
+    standard error, and the chains run until it is small enough.
+
+    Draws are trusted if each mean is right to 0.1 standard deviations, each standard deviation to 10 %, and no marginal
+    distribution has a wrong shape.  A check costs less than a fit.
 
     Args:
         model: A Pyro model; discrete latents that the guide lacks are summed out.
         guide: A trained guide of the same latents.
         *args: The model's arguments.
-        num_samples: The number of draws that are weighed, at least 100; by default 10,000, or 1,000 where the model
-            runs one draw at a time.
-        num_chains: The number of chains, at least 16; by default 256, or 16 where the model runs one draw at a time.
-        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
-            does to draws what single runs do (*Any Pyro program* in the docs).
-        max_plate_nesting: How many dimensions the plates of model and guide take; by default what one run shows.
-        model_kwargs: Keyword arguments of the model whose names clash with those above.
+        num_samples: The number of weighted draws, at least 100; by default 10,000, or 1,000 if the model runs one draw
+            at a time.
+        num_chains: The number of chains, at least 16; by default 256, or 16 if the model runs one draw at a time.
+        vectorize: The engine that runs many draws: ``"plate"``, ``"vmap"`` or ``"loop"``.  By default the first whose
+            results agree with single runs (*Any Pyro program* in the docs).
+        max_plate_nesting: The number of dimensions that the plates of model and guide take; found by a run by default.
+        model_kwargs: Keyword arguments of the model whose names clash with arguments above.
         **kwargs: The model's other keyword arguments.
 
     Returns:
         The :class:`~pyro_flows.Check`.
 
     Raises:
-        ValueError: If a number is out of its range; if the guide was never trained, is a point, of another model, or
-            has no density over its draws; if a discrete latent of infinite support is left to the model, or a plate is
-            subsampled; if the model has no latents; or if a weight is not finite, or all are zero.
+        ValueError: If a number is out of its range.  If the guide is untrained, is a point, belongs to another model or
+            has no density at its draws.  If the model has no latents, a subsampled plate, or a discrete latent of
+            infinite support that the guide lacks.  If a weight is not finite, or all weights are zero.
 
     Warns:
-        UserWarning: If the model runs one draw at a time, or its log-density is an estimate whose noise shows.
+        UserWarning: If the model runs one draw at a time, or its log-density is an estimate with visible noise.
 
     Example::
 
@@ -241,7 +241,7 @@ def check(
     check_integers("check", 100, optional=True, num_samples=num_samples)
     check_integers("check", 16, optional=True, num_chains=num_chains)
     check_trained("check", guide)
-    with pyro.validation_enabled(False):  # a draw of no density is for the weights to show
+    with pyro.validation_enabled(False):  # because the weights show draws without a density
         space = sound_space(Task(model, guide, args, kwargs, vectorize))
         alone = space.task.runs_one_by_one
         draws = space.draw(num_samples or (1000 if alone else 10_000))
@@ -268,7 +268,7 @@ class _Looked(NamedTuple):
     Attributes:
         space: The guide's space.
         white: Coordinates in which the guide's draws have mean 0 and the identity as covariance.
-        judged: The quantities that are judged, ``(K,)`` of bool.
+        judged: True for the quantities that are judged, a bool tensor over all quantities.
     """
 
     space: LatentSpace
@@ -276,15 +276,15 @@ class _Looked(NamedTuple):
     judged: Tensor
 
     def features(self, quantities: Tensor, z: Tensor) -> Tensor:
-        """The quantities whose distributions are judged, and the distance from the middle, ``(N, K + 1)``."""
+        """Return the judged quantities and the squared distance from the centre, ``(N, K + 1)``."""
         distance = self.white.inverse(z).square().sum(-1, keepdim=True)
-        if self.space.read.has_angles:  # which have no middle
+        if self.space.read.has_angles:  # which have no centre
             distance = torch.zeros_like(distance)
         return torch.cat((quantities[:, self.judged], distance), -1)
 
 
 def _judged(space: LatentSpace, quantities: Tensor) -> Tensor:
-    """Which quantities are judged, ``(K,)``: those that vary, and are finite."""
+    """Return True for each quantity that varies and is finite; raise ValueError for a guide that is a point."""
     spread = quantities.double().std(0)
     varies = spread > 1e-6 * quantities.double().mean(0).abs().clamp_min(1e-12)
     for name in space.task.latents:
@@ -296,14 +296,14 @@ def _judged(space: LatentSpace, quantities: Tensor) -> Tensor:
 def _run(
     looked_at: _Looked, charts: list[Chart], draws: Scored, num_chains: int, calm: bool
 ) -> tuple[Drift, Drift, Shape, list[float]]:
-    """Run chains from new draws of the guide until they tell whether they drift, and how much.
+    """Run chains from new draws of the guide until their drift is decided.
 
     Args:
-        looked_at: What is looked at.
-        charts: The coordinates that the chains move in.
+        looked_at: The space and quantities.
+        charts: The coordinates of the chains.
         draws: Draws of the guide.
         num_chains: The number of chains.
-        calm: Whether the weights see no error at all, so that chains need only not see one either.
+        calm: Whether the weights show no error, so that weaker evidence of the chains suffices.
     """
     space, white, judged = looked_at
     began = space.draw(num_chains)
@@ -331,33 +331,33 @@ def _run(
         if bool(right.all()) or (block > 0 and is_off(drift, CERTAIN + CONTRARY * calm)):
             break
     directions = compass.drift()
-    if space.read.has_angles:  # a density that is periodic has neither mean nor variance along it
+    if space.read.has_angles:  # because periodic coordinates have neither mean nor variance
         directions = Drift(*(part[:0] for part in directions))
     return drift, directions, shape.shape(), chains.acceptance
 
 
 def _is_calm(psis: Psis, weighted: Drift) -> bool:
-    """Return True if the weights converge and see no error."""
+    """Return True if the weights are reliable and show no error."""
     return (psis.khat < CALM or psis.even) and bool((weighted.errors + 2 * weighted.noise < SURE).all())
 
 
 def judge(seen: Check) -> list[Finding]:
-    """Return the findings that follow from what a check has seen, whatever findings it holds already."""
+    """Return the findings of a check from its measurements, whatever findings it already has."""
     return [*_elsewhere(seen), *_off(seen), *_outside(seen), *_misshapen(seen)] or _doubts(seen)
 
 
 def _more(seen: Check) -> float:
-    """Return by how many standard errors more chains must be certain, where weights see no error at all."""
+    """Return the additional standard errors that chains must show, which is positive if weights show no error."""
     return CONTRARY * _is_calm(seen.psis, seen.weighted)
 
 
 def _flags(seen: Check) -> tuple[Tensor, Tensor]:
-    """Return which errors are certain, ``(2, K)``, of those that chains see and of those that weights see."""
+    """Return True for each certain error, ``(2, K)``: of chains, and of weights."""
     return _flagged(seen.chains, CERTAIN + _more(seen)), _flagged(seen.weighted) & seen.psis.reliable
 
 
 def _flagged(drift: Drift, times: float = CERTAIN) -> Tensor:
-    """Which errors are there for sure, ``(2, K)``."""
+    """Return True for each certain error, ``(2, K)``."""
     return (drift.errors > FLAG) & (drift.errors - times * drift.noise > SURE)
 
 
@@ -367,9 +367,9 @@ def is_off(drift: Drift, times: float = CERTAIN) -> bool:
 
 
 def _elsewhere(seen: Check) -> Iterator[Finding]:
-    """The posterior's mass that cannot be seen from the guide's draws."""
+    """Yield findings of mass that the guide misses, and of searches and chains that failed."""
     share, noise, _, error, is_blind = seen.missing
-    if share > max(LOST, noise):  # what may be there is not to be passed over
+    if share > max(LOST, noise):  # mass within its noise still counts
         flags, _ = _flags(seen)
         if bool(flags.any()):
             drift = seen.chains.worst(seen.names, flags)
@@ -387,7 +387,7 @@ def _elsewhere(seen: Check) -> Iterator[Finding]:
 
 
 def _off(seen: Check) -> Iterator[Finding]:
-    """The moment that is off for sure."""
+    """Yield the most significant certain error of a moment."""
     for drift, flags in zip((seen.chains, seen.weighted), _flags(seen), strict=True):
         if bool(flags.any()):
             mended = seen.psis.reliable and _agree(seen.chains, seen.weighted)
@@ -396,7 +396,7 @@ def _off(seen: Check) -> Iterator[Finding]:
 
 
 def _outside(seen: Check) -> Iterator[Finding]:
-    """Draws where the posterior has next to nothing: some without a density, or a few that spoil a moment."""
+    """Yield findings of draws without a density, and of rare draws that spoil a moment."""
     verdict = "reweight" if seen.psis.reliable else "do not trust"
     outside = float((seen.psis.log_weights == -torch.inf).double().mean())
     if outside > OUTSIDE:
@@ -408,7 +408,7 @@ def _outside(seen: Check) -> Iterator[Finding]:
 
 
 def _misshapen(seen: Check) -> Iterator[Finding]:
-    """The distribution that is off for sure, and weights that say that the draws count unequally."""
+    """Yield the certain error of a distribution function, and reliable weights that are very unequal."""
     of_chains, of_weights = seen.shapes
     reliable, told = seen.psis.reliable, bool(of_weights.flagged.any())
     if bool(of_chains.flagged.any()) or (reliable and told):
@@ -418,13 +418,13 @@ def _misshapen(seen: Check) -> Iterator[Finding]:
         i = shape.worst
         yield Finding("shape", names[i], float(shape.error[i]), float(shape.error_se[i]), verdict)
     weights = seen.psis.smoothed.exp() * len(seen.psis.smoothed)
-    apart = float((weights - 1).abs().mean()) / 2  # the total variation between guide and posterior
+    apart = float((weights - 1).abs().mean()) / 2  # the total variation distance between guide and posterior
     if reliable and apart > UNEQUAL:
         yield Finding("weights", "", apart, verdict="reweight")
 
 
 def _doubts(seen: Check) -> list[Finding]:
-    """Return the gravest doubt about draws that have no certain error, if there is one."""
+    """Return the gravest doubt about draws without a certain error, or nothing."""
     psis, chains, directions, names = seen.psis, seen.chains, seen.directions, seen.names
     bent = directions.errors - 3 * directions.noise > BENT
     if bool(bent.any()):
@@ -433,17 +433,17 @@ def _doubts(seen: Check) -> list[Finding]:
     if psis.khat >= WORST_KHAT and not psis.even:
         return [Finding("tails", "", psis.khat)]
     pooled = chains.pooled_with(seen.weighted) if psis.reliable else chains
-    told = torch.maximum(pooled.errors, pooled.noise) <= LIMIT  # False also where chains have overflown to no number
+    told = torch.maximum(pooled.errors, pooled.noise) <= LIMIT  # False for NaN too, from chains that overflowed
     if not bool(told.all()):
         return [pooled.worst(names, kind="unclear")]
     doubtful = (chains.errors > LIMIT) & (chains.errors > (DOUBT + _more(seen)) * chains.noise)
-    doubtful[1] &= chains.variance > 1  # too narrow: what weights cannot see
+    doubtful[1] &= chains.variance > 1  # guides that are too narrow, which weights cannot show
     return [chains.worst(names, doubtful, "doubt")] if bool(doubtful.any()) else []
 
 
 def _agree(chains: Drift, weighted: Drift) -> bool:
-    """Return True if chains and weights see the same errors."""
+    """Return True if chains and weights show the same errors."""
     signed = [torch.stack((drift.error, (drift.variance - 1) / 2)) for drift in (chains, weighted)]
     apart, noise = (signed[0] - signed[1]).abs(), chains.noise.hypot(weighted.noise)
-    size = 1 + weighted.errors  # large errors need only be seen alike in proportion
+    size = 1 + weighted.errors  # large errors need only agree in proportion
     return not bool(((apart > FLAG * size) & (apart > 3 * noise)).any()) and bool((weighted.noise < LIMIT * size).all())

@@ -1,9 +1,9 @@
 """Losses, each a module.
 
-Those of variational inference are Pyro ELBOs, which serve ``fit_svi`` and ``SVI`` alike; ``Likelihood`` and
-``FlowMatching`` train flows on rows, in ``fit_density`` and ``fit_amortized``.  Any module will do there that makes a
-scalar of ``(flow, x, context)``; ``in_nats = True`` says that it is a mean of -log p, and ``trains_base = False`` that
-it leaves the base as it is.
+The losses of variational inference are Pyro ELBOs: ``fit_svi`` and Pyro's ``SVI`` accept them.  ``Likelihood`` and
+``FlowMatching`` train flows on rows, in ``fit_density`` and ``fit_amortized``.  Any other module that maps
+``(flow, x, context)`` to a scalar serves there too.  Its attribute ``in_nats = True`` declares a mean of -log p, and
+``trains_base = False`` a loss that does not train the base.
 """
 
 from .forward import ForwardKL as ForwardKL

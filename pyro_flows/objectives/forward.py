@@ -1,12 +1,9 @@
-"""The inclusive divergence KL(p ‖ q) = -E_p [log q(z)] + const, which covers all of the posterior p that is found.
+"""The inclusive divergence KL(p ‖ q) = -E_p [log q(z)] + const.
 
-Expectations under p are those of the guide's own past draws, weighed by w = p(z, x) / q_old(z).  Old draws cost
-nothing, so they are kept for replay: a step trains on draws that are picked from the buffer in proportion to their
-weights, which stay right whatever the guide becomes.  Cut off at √n times their mean, their noise is bounded.
-
-Flow Annealed Importance Sampling Bootstrap (Midgley, Stimper, Simm, Schölkopf, Hernández-Lobato 2022,
-arXiv:2208.01893), without the annealing and, since it is p and not p²/q that weights aim at, without a correction for
-the guide's age; Truncated Importance Sampling (Ionides 2008).
+Its minimum covers all of the posterior p that the draws reach.  Expectations under p are means over the guide's past
+draws, weighted by w = p(z, x) / q_old(z).  The draws are kept in a buffer and replayed in proportion to their weights,
+which remain valid when the guide changes.  Weights are truncated at √n times their mean, so that their noise is bounded
+(Ionides 2008, Truncated Importance Sampling).
 """
 
 from __future__ import annotations
@@ -25,28 +22,31 @@ from .particles import ParticleObjective
 
 
 class ForwardKL(ParticleObjective):
-    """The inclusive divergence KL(p ‖ q), which covers all of the posterior that is found, by weighed, replayed draws.
+    """The inclusive divergence KL(p ‖ q), estimated by weighted, replayed draws.
 
-    The loss, in nats, is a mean over draws z of the guide, past and present, by their weights::
+    The loss, in nats, is a weighted mean over past and present draws z of the guide::
 
         loss ≈ E_p [log p(z, x) - log q(z)],    w = p(z, x) / q_old(z), at most √n times their mean
 
-    It is never below the log-evidence, and equal to it where the guide is the posterior.  As long as draws do not reach
-    all of the posterior it comes out too low, so losses of different steps are not comparable.  After Midgley, Stimper,
-    Simm, Schölkopf, Hernández-Lobato 2022, arXiv:2208.01893.
+    The loss is at least the log-evidence, and equals it if the guide is the posterior.  While the draws do not reach
+    all of the posterior the estimate is too low, so losses of different steps are not comparable.
+
+    The method is Flow Annealed Importance Sampling Bootstrap (Midgley, Stimper, Simm, Schölkopf, Hernández-Lobato 2022,
+    arXiv:2208.01893) without annealing.  Weights aim at p, not at p²/q, so they need no correction for the guide's age.
 
     Draws are kept as long as model, guide and data are the same objects.  Only the guide is trained, not the model's
-    parameters.  The guide need not be reparameterised, but what it draws must be scored by densities alone: a
-    ``Delta`` whose place depends on parameters is refused.
+    parameters.  The guide need not be reparameterised.  A ``Delta`` whose value depends on parameters is refused,
+    because the guide then has no density at a given draw.
 
     Args:
-        num_particles: How many draws are taken and how many are replayed in each step, at least 2.
-        buffer_size: How many draws are kept, at least ``num_particles``.
-        max_plate_nesting: How many dimensions the plates of the model take; by default that is found out.
+        num_particles: The number of new draws, and of replayed draws, in each step; at least 2.
+        buffer_size: The number of draws to keep, at least ``num_particles``.
+        max_plate_nesting: The number of dimensions that the model's plates take; found by a run by default.
 
     Raises:
-        ValueError: If a number is out of its range; and in use, naming the plate or site, if the model subsamples, a
-            latent is not in the guide or moves with its parameters, or the model's density is finite at no draw.
+        ValueError: If a number is out of its range.  In use, naming the plate or site: if a plate is subsampled, if a
+            latent is missing from the guide or depends on its parameters for a given draw, or if the model's density is
+            finite at no draw.
 
     Example::
 
@@ -55,8 +55,8 @@ class ForwardKL(ParticleObjective):
         >>> from pyro_flows import AutoFlow
         >>> def model():
         ...     pyro.sample("x", dist.Normal(2.0, 1.0))
-        >>> guide = AutoFlow(model, init_scale=1.0).setup()  # it starts at the posterior, about
-        >>> abs(ForwardKL().loss(model, guide)) < 0.1  # from the log-evidence, which is 0 without data
+        >>> guide = AutoFlow(model, init_scale=1.0).setup()  # starts close to the posterior
+        >>> abs(ForwardKL().loss(model, guide)) < 0.1  # the log-evidence is 0 without data
         True
     """
 
@@ -86,7 +86,7 @@ class ForwardKL(ParticleObjective):
         return (scores["log_p"][picked] - self._log_density(trace)).mean()
 
     def _forget_others(self, posterior: tuple[Any, ...]) -> None:
-        """Keep no draws of another guide, or that were weighed for another model or other data."""
+        """Empty the buffer if model, guide or data have changed."""
         same = len(posterior) == len(self._posterior) and all(map(_is_same, posterior, self._posterior))
         if self._posterior and not same:
             self._kept = {}
@@ -94,7 +94,7 @@ class ForwardKL(ParticleObjective):
 
     @torch.no_grad()
     def _draw(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
-        """Put new draws of the guide, with the log-densities of model and guide, in front of those kept."""
+        """Put new draws of the guide, and the log-densities of model and guide there, first in the buffer."""
         ((model_trace, guide_trace),) = self._traces(model, guide, args, kwargs)
         check_drawn("ForwardKL: ", model_trace, guide_trace)
         _check_whole(model_trace)
@@ -109,17 +109,17 @@ class ForwardKL(ParticleObjective):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The draws that are kept."""
+        """Return the draws in the buffer."""
         return {kind: dict(tensors) for kind, tensors in self._kept.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep the draws of a :meth:`state_dict`, whatever they were weighed for."""
+        """Restore the buffer of a ``state_dict``, for whichever model and data come next."""
         self._kept = {kind: dict(tensors) for kind, tensors in state.items()}
         self._posterior = ()
 
 
 def _is_same(left: Any, right: Any) -> bool:
-    """Whether two arguments are one: tensors by the memory that they show, methods and plain values by equality."""
+    """Return True if two arguments are the same: tensors share memory, methods and plain values are equal."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         views = [(x.data_ptr(), x.dtype, x.shape, x.stride(), x._version) for x in (left, right)]
         return left is right or views[0] == views[1]
@@ -127,31 +127,33 @@ def _is_same(left: Any, right: Any) -> bool:
 
 
 def _truncated(log_weights: Tensor) -> Tensor:
-    """Weights up to a factor, ``(n,)``, none above √n times their mean; draws whose density is not finite have none."""
+    """Return weights up to a factor, ``(n,)``, truncated at √n times their mean; 0 where a density is not finite."""
     usable = log_weights.isfinite()
     if not usable.any():
-        raise ValueError("ForwardKL: the model's log-density is finite at no draw of the guide; start it elsewhere.")
+        raise ValueError(
+            "ForwardKL: the model's log-density is finite at no draw of the guide. Start the guide elsewhere."
+        )
     log_weights = log_weights.where(usable, -math.inf)
     log_mean = torch.logsumexp(log_weights, 0) - math.log(len(log_weights))
     return (log_weights - log_mean).clamp_max(math.log(len(log_weights)) / 2).exp()
 
 
 def _check_whole(trace: Trace) -> None:
-    """Refuse subsamples, against which draws would be weighed anew each time."""
+    """Raise ValueError for a subsampled plate, whose draws would need new weights at each step."""
     for name, site in trace.nodes.items():
         for frame in site.get("cond_indep_stack", ()):
             if frame.full_size is not None and frame.size < frame.full_size:
                 raise ValueError(
                     f"ForwardKL: site {name!r} lies in plate {frame.name!r}, which is subsampled ({frame.size} of "
-                    f"{frame.full_size} rows); draws are weighed once and for all.  Let the plate run over all rows."
+                    f"{frame.full_size} rows), but each draw is weighed only once. Let the plate run over all rows."
                 )
 
 
 def _check_held(trace: Trace) -> None:
-    """Refuse sites that still move with the parameters when all draws are held."""
+    """Raise ValueError for a site that depends on the guide's parameters when all draws are held fixed."""
     for name, site in trace.iter_stochastic_nodes():
         if isinstance(site["value"], Tensor) and site["value"].requires_grad:
             raise ValueError(
-                f"ForwardKL: site {name!r} of the guide moves with its parameters for given draws, so its density is "
-                "not known there; use a guide that draws from densities, such as AutoFlow."
+                f"ForwardKL: site {name!r} of the guide depends on its parameters for given draws, so its density is "
+                "not known there. Use a guide that samples from densities, such as AutoFlow."
             )

@@ -1,14 +1,4 @@
-"""Maximum likelihood of a flow, -E log p(x | context), and penalties that keep continuous flows easy to solve.
-
-Among the fields that lead from base to data these prefer one whose paths are straight and even,
-
-    loss = -E log p(x) + λ_K E ∫|v|² dt + λ_J E ∫|J|² dt,
-
-with the field v along each path, and its Jacobian J in the Frobenius norm, estimated by the probes of the divergence.
-
-How to Train Your Neural ODE: the World of Jacobian and Kinetic Regularization (Finlay, Jacobsen, Nurbekyan, Oberman
-2020, arXiv:2002.02798).
-"""
+"""Maximum likelihood of a flow, -E log p(x | context), with penalties that keep continuous flows easy to solve."""
 
 from __future__ import annotations
 
@@ -23,21 +13,23 @@ from ..transforms import Continuous
 
 
 class Likelihood(nn.Module):
-    """Maximum likelihood of rows, with penalties on the fields of continuous transforms.
+    """Maximum likelihood of rows, with optional penalties on the fields of continuous transforms.
 
-    The loss, in nats, is a mean over the rows of a batch, with the field v along each row's path and its Jacobian J::
+    The loss, in nats, is a mean over the rows of a batch.  v is the field along each row's path and J its Jacobian::
 
         loss = -E log p(x | context) + λ_K E ∫ |v|² dt + λ_J E ∫ |J|² dt
 
-    The penalties prefer fields that are easy to solve (Finlay, Jacobsen, Nurbekyan, Oberman 2020, arXiv:2002.02798).
+    The penalties prefer fields with straight paths of even speed, which a solver follows in few evaluations (Finlay,
+    Jacobsen, Nurbekyan, Oberman 2020, arXiv:2002.02798).  The probes of the divergence also estimate the Frobenius norm
+    of J.
 
     Args:
         kinetic: The weight λ_K of the kinetic energy.
         jacobian: The weight λ_J of the squared Frobenius norm of the Jacobian.
 
     Raises:
-        ValueError: If a weight is negative or not finite; in use, if there are penalties and no continuous transform,
-            or some of them inside of other transforms.
+        ValueError: If a weight is negative or not finite.  In use, if there is a penalty but no continuous transform,
+            or if one lies inside another transform.
 
     Example::
 
@@ -59,11 +51,13 @@ class Likelihood(nn.Module):
         self.kinetic, self.jacobian = kinetic, jacobian
 
     def forward(self, flow: Any, x: Tensor, context: Any = None) -> Tensor:
-        """The loss of a flow at rows ``(N, *event_shape)`` and their contexts, a scalar."""
+        """Return the loss, a scalar, for rows ``(N, *event_shape)`` and their contexts."""
         if not (self.kinetic or self.jacobian):
             return -flow.log_prob(x, context).mean()
         if not isinstance(flow, Flow):
-            raise ValueError(f"Likelihood: penalties are for a Flow such as flows.cnf(2), got {type(flow).__name__}.")
+            raise ValueError(
+                f"Likelihood: flow must be a Flow if there are penalties, got {type(flow).__name__}. Use flows.cnf(2)."
+            )
         continuous_of(flow, f"Likelihood(kinetic={self.kinetic}, jacobian={self.jacobian})")
         context = flow.encode(context)
         loss = x.new_zeros(len(x))

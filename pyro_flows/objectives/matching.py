@@ -1,16 +1,8 @@
 """Flow matching: train the field of a continuous flow by regression, without solving it.
 
-With a draw x₀ of the base and a row x₁ of the data, the point x_t = (1 - (1 - σ) t) x₀ + t x₁ moves along a line.  The
-field that minimises
-
-    E |v(t, x_t, context) - (x₁ - (1 - σ) x₀)|²,    t in [0, 1],
-
-is the mean velocity of all lines through a point, and leads the base to the data, blurred by σ.  Rows and draws that
-are paired by optimal transport within each batch cross less, so the field is simpler.
-
-Flow Matching for Generative Modeling (Lipman, Chen, Ben-Hamu, Nickel, Le 2022, arXiv:2210.02747); Improving and
-Generalizing Flow-Based Generative Models with Minibatch Optimal Transport (Tong et al. 2023, arXiv:2302.00482); Flow
-Matching for Scalable Simulation-Based Inference (Dax et al. 2023, arXiv:2305.17161).
+For a draw x₀ of the base and a row x₁ of the data, the point x_t = (1 - (1 - σ) t) x₀ + t x₁ moves along a line.  The
+field with the least mean squared error is the mean velocity of all lines through a point.  It transports the base to
+the data, blurred by σ.
 """
 
 from __future__ import annotations
@@ -29,28 +21,31 @@ MOST_PAIRED = 128  # rows; the time of the search grows with the cube of their n
 
 
 class FlowMatching(nn.Module):
-    """The mean squared error of a continuous flow's field, against the velocities of lines from base to data.
+    """Mean squared error of a continuous flow's field against the velocities of lines from base to data.
 
-    With a draw x₀ of the base, a row x₁ of the data and a time t in [0, 1]::
+    For a draw x₀ of the base, a row x₁ of the data and a time t in [0, 1]::
 
         loss = E |v(t, x_t, context) - (x₁ - (1 - σ) x₀)|²,    x_t = (1 - (1 - σ) t) x₀ + t x₁
 
-    No equation is solved.  The loss is in squares of standardised units, not in nats, and not zero at the best field:
-    it compares states of one flow on the same data.  Afterwards the flow is like any other: ``flow.log_prob`` solves
-    for exact densities.  After Lipman, Chen, Ben-Hamu, Nickel, Le 2022, arXiv:2210.02747; pairing: Tong et al. 2023,
-    arXiv:2302.00482; times: Dax et al. 2023, arXiv:2305.17161.
+    No differential equation is solved.  The loss is in squared standardised units, not in nats, and is not zero at the
+    best field.  It compares states of one flow on the same data.  After training, ``flow.log_prob`` solves for exact
+    densities as for any continuous flow.
+
+    Flow matching: Lipman, Chen, Ben-Hamu, Nickel, Le 2022, arXiv:2210.02747.  Optimal pairing, whose lines cross less
+    often: Tong et al. 2023, arXiv:2302.00482.  The distribution of times: Dax et al. 2023, arXiv:2305.17161.
 
     Args:
-        pairing: ``"independent"``, or ``"optimal"``: the pairs of a batch, or of each 128 of its rows, have the least
-            total squared distance.  For flows without a context only: paired among rows of different contexts, the
-            draws that go to one context are no longer those of the base.
-        sigma_min: The width σ of what stands for a row, in the field's units, at least 0 and below 1.
-        time_power: The times have the density (1 + a) t^a for a power a above -1; more than 0 puts them near the data.
+        pairing: ``"independent"`` or ``"optimal"``.  Optimal pairs have the least total squared distance within each
+            128 rows of a batch.  They are for flows without a context: pairs across contexts would change the
+            distribution of the draws that belong to one context.
+        sigma_min: The standard deviation σ around each row, in the field's units, at least 0 and below 1.
+        time_power: The power a, above -1, of the density (1 + a) t^a of times.  Positive powers favour times near the
+            data.
 
     Raises:
-        ValueError: If an argument is out of its range; in use, if the flow has not exactly one continuous transform, or
-            a base or other transforms that need training, if rows do not fit the flow, or ``pairing="optimal"`` meets
-            contexts.
+        ValueError: If an argument is out of its range.  In use: if the flow does not have exactly one continuous
+            transform, if its base or other transforms need training, if the rows do not fit the flow, or if
+            ``pairing="optimal"`` is used with contexts.
 
     Example::
 
@@ -73,14 +68,14 @@ class FlowMatching(nn.Module):
         self.pairing, self.sigma_min, self.time_power = pairing, sigma_min, time_power
 
     def forward(self, flow: Any, x: Tensor, context: Any = None) -> Tensor:
-        """The loss of a flow at rows ``(N, D)`` and their contexts, a scalar."""
+        """Return the loss, a scalar, for rows ``(N, D)`` and their contexts."""
         before, layer, after = _parts(flow)
         if x.dim() != 2 or x.shape[1:] != flow.event_shape:
             raise ValueError(f"FlowMatching: x must be rows (N, {flow.event_shape[0]}), got shape {tuple(x.shape)}.")
         if context is not None and self.pairing == "optimal":
             raise ValueError(
-                "FlowMatching: pairing='optimal' is for flows without a context: it would pair rows of one context "
-                "with some draws of the base rather than others.  Use pairing='independent'."
+                "FlowMatching: pairing='optimal' is for flows without a context; with one it would change the "
+                "distribution of the draws that belong to a context. Use pairing='independent'."
             )
         context = flow.encode(context)
         with torch.no_grad():
@@ -98,7 +93,7 @@ class FlowMatching(nn.Module):
         return error.square().sum(-1).mean()
 
     def _times(self, x: Tensor) -> Tensor:
-        """A time for each row, one in each of as many equal parts of the law: so the batch covers it evenly."""
+        """Return a time for each row, stratified: one in each of N parts of equal probability."""
         number = len(x)
         places = torch.randperm(number, device=x.device) + torch.rand(number, dtype=x.dtype, device=x.device)
         return (places / number) ** (1 / (1 + self.time_power))
@@ -108,21 +103,20 @@ class FlowMatching(nn.Module):
 
 
 def _is_affine(part: FlowTransform) -> bool:
-    """Return True for an affine map, which may stand beside the field and is not trained."""
+    """Return True for an affine map, which a flow may have before or after the field; it is not trained."""
     if isinstance(part, Elementwise):
         return part.conditioner is None and isinstance(part.bijector, Affine | SoftplusAffine)
     return isinstance(part, ActNorm | FixedAffine | LULinear | ScaledLinear)
 
 
 def _parts(flow: Any) -> tuple[list[FlowTransform], Continuous, list[FlowTransform]]:
-    """The transforms before the continuous one, that one, and those after it."""
+    """Return the transforms before the continuous one, the continuous one, and the transforms after it."""
     transforms = list(flow.transforms) if isinstance(flow, Flow) else []
     places = [place for place, part in enumerate(transforms) if isinstance(part, Continuous)]
     if len(places) != 1:
         has = f"{len(places)} in this {type(flow).__name__}" if transforms else f"got {type(flow).__name__}"
         raise ValueError(
-            "FlowMatching: it trains the field of a Flow with exactly one continuous transform, such as flows.cnf(2), "
-            f"{has}."
+            f"FlowMatching: flow must be a Flow with exactly one continuous transform, {has}. Use flows.cnf(2)."
         )
     still = [part for part in transforms if not (isinstance(part, Continuous) or _is_affine(part))]
     for part, name, more in (
@@ -131,14 +125,14 @@ def _parts(flow: Any) -> tuple[list[FlowTransform], Continuous, list[FlowTransfo
     ):
         if any(p.requires_grad for p in part.parameters()):
             raise ValueError(
-                f"FlowMatching: it trains the continuous transform alone, but {name} needs training too; train this "
+                f"FlowMatching: only the continuous transform is trained, but {name} needs training too. Train this "
                 f"flow by likelihood{more}."
             )
     return transforms[: places[0]], transforms[places[0]], transforms[places[0] + 1 :]
 
 
 def _pairs(start: Tensor, x: Tensor) -> Tensor:
-    """Which draw goes to which row, of least total squared distance."""
+    """Return the draw for each row that minimises the total squared distance, ``(N,)``."""
     from scipy.optimize import linear_sum_assignment
 
     found = []

@@ -1,7 +1,4 @@
-"""What objectives of many draws share: they need the log-densities of model and guide draw by draw.
-
-Pyro's ELBOs run guide and model once per particle, or once for all of them under an outer plate.
-"""
+"""The base of objectives over many draws, which need the log-densities of model and guide for each draw."""
 
 from __future__ import annotations
 
@@ -22,13 +19,13 @@ from ..programs.traces import trace_of
 
 
 class ParticleObjective(Trace_ELBO):
-    """A loss of K draws, of which subclasses define ``differentiable_loss``.  It is a Pyro ELBO, to be used as such.
+    """A loss over K draws, as a Pyro ELBO; subclasses define ``differentiable_loss``.
 
     Args:
         num_particles: The number K of draws.
-        max_plate_nesting: How many dimensions the plates of the model take; by default that is found out.
-        vectorize_particles: Whether draws run side by side under an outer plate, for which the model must broadcast to
-            the left of its plates, or one after the other.
+        max_plate_nesting: The number of dimensions that the model's plates take; found by a run by default.
+        vectorize_particles: Whether all draws run at once under an outer plate, or one after the other.  The model must
+            then broadcast to the left of its plates.
     """
 
     least_particles = 1
@@ -48,15 +45,15 @@ class ParticleObjective(Trace_ELBO):
 
     @abstractmethod
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss in nats, with the gradient to descend along."""
+        """Return the loss in nats, with its gradient."""
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss in nats, without a gradient."""
+        """Return the loss in nats, without a gradient."""
         with torch.no_grad():
             return self.differentiable_loss(model, guide, *args, **kwargs).item()
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss in nats, whose gradient is added to that of the parameters."""
+        """Return the loss in nats, and add its gradient to that of the parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
@@ -64,20 +61,20 @@ class ParticleObjective(Trace_ELBO):
 
     @property
     def _rows(self) -> int:
-        """How many draws one trace holds."""
+        """The number of draws in one trace."""
         return self.num_particles if self.vectorize_particles else 1
 
     def _traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> list[tuple[Trace, Trace]]:
-        """Traces of model and guide that hold all K draws.
+        """Return pairs of traces of model and guide that hold all K draws.
 
-        The values of latents in the model's trace are the model's own: hooks on them see no gradient but the model's.
+        The model's trace has its own copies of the latents, so that hooks on them see the model's gradient alone.
         """
         pairs = []
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             for name, _ in model_trace.iter_stochastic_nodes():
                 if name not in guide_trace.nodes:
                     raise ValueError(
-                        f"{type(self).__name__}: latent site {name!r} of the model is not in the guide.  If it is "
+                        f"{type(self).__name__}: latent site {name!r} of the model is not in the guide. If it is "
                         "discrete, sum it out with PathEnumELBO or in the model itself."
                     )
             pairs.append((model_trace, guide_trace))
@@ -91,18 +88,18 @@ class ParticleObjective(Trace_ELBO):
         for name, site in guide_trace.iter_stochastic_nodes():
             if not site["fn"].has_rsample:
                 raise ValueError(
-                    f"{type(self).__name__}: site {name!r} of the guide has no reparameterised draws.  If it is "
+                    f"{type(self).__name__}: site {name!r} of the guide has no reparameterised draws. If it is "
                     "discrete, sum it out with PathEnumELBO; else use Pyro's Trace_ELBO or RenyiELBO."
                 )
 
     @staticmethod
     def _draws_of(guide_trace: Trace) -> dict[str, Tensor]:
-        """What a guide has drawn: the values of all sites but those that only place others' draws, ``Delta``."""
+        """Return the values of a guide's sites, except ``Delta`` sites, which only transform other draws."""
         sites = guide_trace.iter_stochastic_nodes()
         return {name: site["value"].detach() for name, site in sites if not isinstance(site["fn"], dist.Delta)}
 
     def _score(self, guide: Any, draws: dict[str, Tensor], args: Any, kwargs: Any) -> Trace:
-        """The guide's trace with its draws held, so that its densities have all of their parameters' gradient."""
+        """Return the guide's trace at fixed draws, where its densities have the full gradient of its parameters."""
         held = poutine.condition(guide, data=draws)
         if self.vectorize_particles:
             held = self._vectorized_num_particles(held)
@@ -111,7 +108,7 @@ class ParticleObjective(Trace_ELBO):
         return trace
 
     def _log_density(self, trace: Trace, sites: type | tuple[type, ...] = object) -> Tensor:
-        """The log-density of each draw in a trace, over all sites whose distribution is of a class: ``(rows,)``."""
+        """Return the log-density of each draw over the sites with a distribution of some classes, ``(rows,)``."""
         parts = [
             site["log_prob"].reshape(self._rows, -1).sum(-1)
             for site in trace.nodes.values()
@@ -121,7 +118,7 @@ class ParticleObjective(Trace_ELBO):
 
 
 class _Apart(Messenger):
-    """Gives the model copies of the guide's draws, each being sampled first in the guide and then in the model."""
+    """Handler that gives the model copies of the guide's draws."""
 
     def __enter__(self) -> _Apart:
         self._drawn: set[str] = set()

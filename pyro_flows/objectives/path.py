@@ -1,10 +1,8 @@
-"""The ELBO with path gradients: only the way through the draws counts.
+"""The ELBO with path gradients: gradients through the draws alone.
 
-The gradient of E_q [log q(z) - log p(z, x)] by way of q's own parameters has mean zero but not variance zero.  Left
-out, what remains vanishes draw by draw where q is the posterior, so that a fit settles instead of jittering.
-
-Sticking the Landing (Roeder, Wu, Duvenaud 2017, arXiv:1703.09194); for flows Vaitl, Nicoli, Nakajima, Kessel 2022,
-arXiv:2207.08219.
+The gradient of E_q [log q(z) - log p(z, x)] through the parameters of log q has mean zero but not variance zero.
+Without that part, the gradient vanishes for each single draw if q is the posterior, so that a fit converges without
+noise.
 """
 
 from __future__ import annotations
@@ -26,14 +24,14 @@ from ..flows.distribution import FlowDistribution
 from ..programs.latents import check_drawn
 from ..programs.traces import trace_of
 
-DENSITY = "log_prob", "log_prob_sum", "unscaled_log_prob", "score_parts", "packed"  # what a trace keeps of a site's
+DENSITY = "log_prob", "log_prob_sum", "unscaled_log_prob", "score_parts", "packed"  # entries of a scored site
 
 
 class PathGradient:
-    """For a Pyro ELBO: score the guide's reparameterised draws with its parameters held fixed."""
+    """Mixin for a Pyro ELBO that scores the guide's reparameterised draws with its parameters held fixed."""
 
     def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[tuple[Trace, Trace]]:
-        # Inside of the ELBO's own handlers: a second run must not take a branch from its queue of discrete choices.
+        # Inside the ELBO's handlers, because a second run must not take a branch from its queue of discrete choices.
         seen = poutine.trace(_CarryScores()(guide))
         for model_trace, guide_trace in super()._get_traces(model, seen, args, kwargs):  # type: ignore[misc]
             check_drawn(f"{type(self).__name__}: ", model_trace, guide_trace)
@@ -43,16 +41,16 @@ class PathGradient:
     def _hold_parameters(
         self, guide: Any, seen: Trace, model_trace: Trace, guide_trace: Trace, args: Any, kwargs: Any
     ) -> None:
-        """Replace the densities of a guide's trace, but those that flows carry, by ones with its parameters held."""
+        """Score a guide's trace again with its parameters held fixed, except at flows that carried their scores."""
         rest = [name for name, site in guide_trace.iter_stochastic_nodes() if _has_parameters(site["fn"])]
         if not rest:
             return
         program = self._vectorized_num_particles(guide) if self.vectorize_particles else guide  # type: ignore[attr-defined]
         with frozen(_leaves(guide, seen)), poutine.block(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*not registered in the param store")  # they are frozen
+            warnings.filterwarnings("ignore", message=".*not registered in the param store")  # because they are frozen
             again = trace_of(poutine.replay(program, trace=seen), args, kwargs)
             for name in again.nodes.keys() - set(rest):
-                again.remove_node(name)  # scored already
+                again.remove_node(name)  # flows have scored these
             again.compute_score_parts()
         if hasattr(model_trace, "plate_to_symbol"):
             again.pack_tensors(model_trace.plate_to_symbol)
@@ -63,29 +61,28 @@ class PathGradient:
 
 
 class PathELBO(PathGradient, Trace_ELBO):
-    """The ELBO with path gradients: Pyro's ``Trace_ELBO``, in which the guide learns by way of its draws alone.
+    """The ELBO with path gradients: Pyro's ``Trace_ELBO``, whose gradient passes through the draws alone.
 
-    The loss is that of the ELBO, in nats::
+    The loss, in nats, is the negative ELBO::
 
         loss = E_q [log q(z) - log p(z, x)],    z = z(ε; φ) drawn from the guide with parameters φ
 
-    and φ in log q is held fixed for the gradient, which has the same mean wherever draws are reparameterised, and no
-    variance where the guide is the posterior (Roeder, Wu, Duvenaud 2017, arXiv:1703.09194).  Flows carry the score
-    along with their draws, at about 1.4 times the cost of a plain step (Vaitl, Nicoli, Nakajima, Kessel 2022,
-    arXiv:2207.08219); other guides run a second time.  Plates, ``scale``, masks and subsampling work as they do in
-    Pyro.
+    For the gradient, φ in log q is held fixed.  The gradient keeps its mean if all draws are reparameterised, and has
+    no variance if the guide is the posterior (Roeder, Wu, Duvenaud 2017, arXiv:1703.09194).  Flows compute the score in
+    the same pass as the draws, at about 1.4 times the cost of a plain step (Vaitl, Nicoli, Nakajima, Kessel 2022,
+    arXiv:2207.08219).  Other guides run a second time.  Plates, ``scale``, masks and subsampling work as in Pyro.
 
     Args:
         num_particles: The number of draws that the loss is a mean over.
-        max_plate_nesting: How many dimensions the plates of the model take; by default that is found out.
-        vectorize_particles: Whether draws run side by side under an outer plate, for which the model must broadcast to
-            the left of its plates, or one after the other.
+        max_plate_nesting: The number of dimensions that the model's plates take; found by a run by default.
+        vectorize_particles: Whether all draws run at once under an outer plate, or one after the other.  The model must
+            then broadcast to the left of its plates.
 
     The other arguments are those of Pyro's ``ELBO``.
 
     Raises:
-        ValueError: In use, naming the site, if the guide draws what is no latent of the model, or counts where the
-            model is masked; or if the context of a flow in the guide is another each time, as with dropout.
+        ValueError: In use, naming the site: if the guide has a latent that the model lacks, if it scores elements that
+            the model masks, or if the context of a flow in the guide changes between calls, for example with dropout.
 
     Example::
 
@@ -94,32 +91,32 @@ class PathELBO(PathGradient, Trace_ELBO):
         >>> from pyro_flows import AutoFlow, flows
         >>> def model():
         ...     pyro.sample("x", dist.Normal(2.0, 1.0))
-        >>> guide = AutoFlow(model, flows.iaf, init_scale=1.0).setup()  # it starts at the posterior
+        >>> guide = AutoFlow(model, flows.iaf, init_scale=1.0).setup()  # starts at the posterior
         >>> loss = PathELBO(num_particles=8, vectorize_particles=True)(model, guide)()
         >>> loss.backward()
-        >>> all(p.grad.abs().max() < 1e-4 for p in guide.parameters() if p.grad is not None)  # draw by draw
+        >>> all(p.grad.abs().max() < 1e-4 for p in guide.parameters() if p.grad is not None)  # for each single draw
         True
     """
 
 
 class PathEnumELBO(PathGradient, TraceEnum_ELBO):
-    """Pyro's ``TraceEnum_ELBO``, which sums discrete latents out of the model, with path gradients for the guide.
+    """Pyro's ``TraceEnum_ELBO``, which sums out the model's discrete latents, with path gradients for the guide.
 
-    The loss, in nats, is that of :class:`PathELBO` for the continuous latents z, with k the discrete ones::
+    The loss, in nats, for continuous latents z and discrete latents k::
 
         loss = E_q [log q(z) - log Σ_k p(z, k, x)]
 
     Args:
         num_particles: The number of draws that the loss is a mean over.
-        max_plate_nesting: How many dimensions the plates of the model take; by default that is found out.
-        vectorize_particles: Whether draws run side by side under an outer plate, for which the model must broadcast to
-            the left of its plates, or one after the other.
+        max_plate_nesting: The number of dimensions that the model's plates take; found by a run by default.
+        vectorize_particles: Whether all draws run at once under an outer plate, or one after the other.  The model must
+            then broadcast to the left of its plates.
 
     The other arguments are those of Pyro's ``ELBO``.
 
     Raises:
-        ValueError: In use, naming the site, if the guide draws what is no latent of the model, or counts where the
-            model is masked; or if the context of a flow in the guide is another each time, as with dropout.
+        ValueError: In use, naming the site: if the guide has a latent that the model lacks, if it scores elements that
+            the model masks, or if the context of a flow in the guide changes between calls, for example with dropout.
 
     Example::
 
@@ -140,9 +137,9 @@ class PathEnumELBO(PathGradient, TraceEnum_ELBO):
 
 
 class _CarryScores(Messenger):
-    """Lets flows in a guide carry the score along with their draws.
+    """Handler that lets flows in a guide compute the score in the same pass as their draws.
 
-    A flow at a context that is drawn itself does not: its density depends on that draw in two ways.
+    A flow whose context depends on an earlier draw is left out: its density depends on that draw in two ways.
     """
 
     def __enter__(self) -> _CarryScores:
@@ -162,7 +159,7 @@ class _CarryScores(Messenger):
 
 
 def _reaches(value: Tensor, nodes: set[Any]) -> bool:
-    """Whether a tensor was computed from what some nodes of the graph of gradients made."""
+    """Return True if a tensor was computed from the results of some nodes of the autograd graph."""
     seen, front = set(), [value.grad_fn] if nodes else []
     while front:
         node = front.pop()
@@ -175,24 +172,24 @@ def _reaches(value: Tensor, nodes: set[Any]) -> bool:
 
 
 def _has_parameters(fn: Any) -> bool:
-    """Whether a site's density is still to be freed of its parameters."""
+    """Return True if a site's density still has a gradient through the guide's parameters."""
     carried = isinstance(fn, FlowDistribution) and fn.path_gradient
     return fn.has_rsample and not carried and not isinstance(fn, dist.Delta)
 
 
 def _check_same(name: str, first: Any, second: Any) -> None:
-    """Refuse a flow whose context is another when the guide runs again with the same draws."""
+    """Raise ValueError if a flow's context has changed between two runs of the guide with the same draws."""
     if isinstance(first, FlowDistribution):
         for a, b in zip(first.transforms, second.transforms, strict=True):
             if a.context is not None and not torch.equal(a.context, b.context):
                 raise ValueError(
-                    f"PathELBO: the context of the guide's site {name!r} is another each time, as with dropout. Put "
-                    "its encoder into evaluation mode, or use Pyro's Trace_ELBO."
+                    f"PathELBO: the context of the guide's site {name!r} changes between calls, for example because of "
+                    "dropout. Put its encoder into evaluation mode, or use Pyro's Trace_ELBO."
                 )
 
 
 def _leaves(guide: Any, trace: Trace) -> list[Tensor]:
-    """The tensors that a guide may train: those of its param statements and of the modules in it."""
+    """Return the trainable tensors of a guide: its param statements and the parameters of its modules."""
     values = [site["value"] for site in trace.nodes.values() if site["type"] == "param"]
     found = [value.unconstrained() if hasattr(value, "unconstrained") else value for value in values]
     program = poutine.unwrap(guide)
@@ -201,7 +198,7 @@ def _leaves(guide: Any, trace: Trace) -> list[Tensor]:
 
 @contextlib.contextmanager
 def frozen(leaves: list[Tensor]) -> Iterator[None]:
-    """Let tensors require no gradient for a while."""
+    """Context manager in which tensors require no gradient."""
     trained = [leaf for leaf in leaves if leaf.requires_grad]
     for leaf in trained:
         leaf.requires_grad_(False)

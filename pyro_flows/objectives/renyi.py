@@ -1,13 +1,10 @@
-"""Rényi's bound and the importance weighted one: log p(x) ≈ 1/(1-α) log mean_k w_k^(1-α), with w = p(z, x) / q(z).
+"""Rényi's bound log p(x) ≈ 1/(1-α) log mean_k w_k^(1-α), with w = p(z, x) / q(z).
 
-The bound of K draws tightens with K; α = 0 is the importance weighted bound, α → 1 the ELBO.  The plain gradient of the
-guide drowns in noise as K grows.  Reparameterised a second time it keeps only the way through the draws, where draw k
-counts α v_k + (1-α) v_k² instead of v_k, the normalised w_k^(1-α): noise falls with K, and none is left at the
-posterior.  The model's parameters take v_k.
+The bound tightens with the number K of draws.  α = 0 gives the importance weighted bound, α → 1 the ELBO.
 
-Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov 2015, arXiv:1509.00519); Rényi Divergence Variational
-Inference (Li, Turner 2016, arXiv:1602.02311); Doubly Reparameterized Gradient Estimators (Tucker, Lawson, Gu, Maddison
-2018, arXiv:1810.04152).
+The plain gradient of the guide becomes pure noise as K grows.  The doubly reparameterised gradient passes through the
+draws alone.  With v_k the normalised w_k^(1-α), draw k has the weight α v_k + (1-α) v_k² for the guide and v_k for the
+model's parameters.  The noise then falls with K, and vanishes at the posterior.
 """
 
 from __future__ import annotations
@@ -25,27 +22,27 @@ from .path import PathGradient
 
 
 class RenyiELBO(PathGradient, ParticleObjective):
-    """Rényi's bound of order α, over all of the model at once, with doubly reparameterised gradients.
+    """Rényi's bound of order α, with doubly reparameterised gradients.
 
-    The loss, in nats, is minus the bound of K draws z_k of the guide q (Li, Turner 2016, arXiv:1602.02311)::
+    The loss, in nats, is the negative bound of K draws z_k of the guide q (Li, Turner 2016, arXiv:1602.02311)::
 
         bound = 1/(1 - α) log 1/K Σ_k w_k^(1 - α),    w_k = p(z_k, x) / q(z_k)
 
-    α below 1 covers the posterior more than the ELBO does, α above 1 keeps to its modes.  Gradients are those of
-    Tucker, Lawson, Gu, Maddison 2018, arXiv:1810.04152.  Plates, ``scale``, masks and subsampling work as they do in
-    Pyro.  Latents must be continuous and reparameterised in the guide, whose parameters must be Pyro's or those of
-    modules.  Far from the posterior one draw has all the weight, so let a guide start near: ``fit_svi(...,
-    warm_start=True)``, or go on from one that was fitted.
+    With α below 1 the guide covers more of the posterior than with the ELBO; with α above 1 it concentrates on modes.
+    The gradients are those of Tucker, Lawson, Gu, Maddison 2018, arXiv:1810.04152.  Plates, ``scale``, masks and
+    subsampling work as in Pyro.  Latents must be continuous and reparameterised in the guide, and its parameters must
+    be Pyro's or those of modules.  Far from the posterior one draw has all the weight, so start near it: pass
+    ``warm_start=True`` to ``fit_svi``, or continue from a fitted guide.
 
     Args:
         alpha: The order α, any number but 1.
         num_particles: The number K of draws under the logarithm.
-        max_plate_nesting: How many dimensions the plates of the model take; by default that is found out.
-        vectorize_particles: Whether draws run side by side, for which the model must broadcast to the left of its
-            plates; a subsample is then the same for all.
+        max_plate_nesting: The number of dimensions that the model's plates take; found by a run by default.
+        vectorize_particles: Whether all draws run at once, with the same subsample.  The model must then broadcast
+            to the left of its plates.
 
     Raises:
-        ValueError: If α is 1, or ``num_particles`` below 1; and in use, naming the site, if a latent is not in the
+        ValueError: If α is 1 or ``num_particles`` is below 1.  In use, naming the site: if a latent is missing from the
             guide or not reparameterised.
 
     Example::
@@ -71,7 +68,7 @@ class RenyiELBO(PathGradient, ParticleObjective):
     ) -> None:
         check_numbers("RenyiELBO", alpha=alpha)
         if alpha == 1:
-            raise ValueError("RenyiELBO: alpha must not be 1, where the bound is the ELBO; use PathELBO.")
+            raise ValueError("RenyiELBO: alpha must not be 1, got 1: that bound is the ELBO. Use PathELBO.")
         super().__init__(num_particles, max_plate_nesting, vectorize_particles)
         self.alpha = alpha
 
@@ -85,15 +82,15 @@ class RenyiELBO(PathGradient, ParticleObjective):
         powers = order * (log_p - log_q).detach()
         bound = (torch.logsumexp(powers, 0) - math.log(self.num_particles)) / order
         weight = torch.softmax(powers, 0)
-        share = self.alpha + order * weight  # what the guide takes of a draw's weight
+        share = self.alpha + order * weight  # the guide's weight of a draw over the model's
         self._scale_draws([model_trace for model_trace, _ in traces], share)
         surrogate = (weight * (log_p - share * log_q)).where(weight > 0, 0).sum()  # no density, no gradient
         return surrogate.detach() - bound - surrogate
 
     def _scale_draws(self, model_traces: list[Trace], share: Tensor) -> None:
-        """Let the model's gradient reach each of K draws of the guide times its share, ``(K,)``.
+        """Multiply the model's gradient at each of K draws by its share, ``(K,)``.
 
-        A value that all draws have in common is a parameter, such as a ``Delta``'s, and takes all.
+        A value that all draws have in common is a parameter, for example of a ``Delta``, and keeps its gradient.
         """
         for name, _ in model_traces[0].iter_stochastic_nodes():
             values = [trace.nodes[name]["value"] for trace in model_traces]
@@ -107,23 +104,24 @@ class RenyiELBO(PathGradient, ParticleObjective):
 class ImportanceWeightedELBO(RenyiELBO):
     """The importance weighted bound of K draws (Burda, Grosse, Salakhutdinov 2015, arXiv:1509.00519).
 
-    The loss, in nats, is minus the bound, which is :class:`RenyiELBO`'s of order 0, with its gradients::
+    The loss, in nats, is the negative bound: :class:`RenyiELBO` of order 0, with the same gradients::
 
         bound = log 1/K Σ_k w_k,    w_k = p(z_k, x) / q(z_k)
 
-    With one draw it is the ELBO; with more it is closer to the evidence.  Draws far out have no weight and so cost
-    little: a flow that it trains alone can grow wide until draws overflow.  Let it finish what another objective has
-    fitted, in small steps: ``fit_svi(model, fit.guide, objective=ImportanceWeightedELBO(8), lr=3e-4, steps=1000)``.
+    With one draw it is the ELBO; with more it is closer to the evidence.  Draws far out have little weight and cost
+    little, so a flow that is trained by this bound alone may widen until draws overflow.  Fit with another objective
+    first, then finish in small steps:
+    ``fit_svi(model, fit.guide, objective=ImportanceWeightedELBO(8), lr=3e-4, steps=1000)``.
 
     Args:
         num_particles: The number K of draws under the logarithm.
-        max_plate_nesting: How many dimensions the plates of the model take; by default that is found out.
-        vectorize_particles: Whether draws run side by side, for which the model must broadcast to the left of its
-            plates; a subsample is then the same for all.
+        max_plate_nesting: The number of dimensions that the model's plates take; found by a run by default.
+        vectorize_particles: Whether all draws run at once, with the same subsample.  The model must then broadcast
+            to the left of its plates.
 
     Raises:
-        ValueError: If ``num_particles`` is below 1; and in use, naming the site, if a latent is not in the guide or not
-            reparameterised.
+        ValueError: If ``num_particles`` is below 1.  In use, naming the site: if a latent is missing from the guide or
+            not reparameterised.
 
     Example::
 

@@ -1,14 +1,13 @@
-"""The annealed ELBO, for posteriors with modes far apart: E_q [β log p(z, x) - log q(z)] while β rises to 1.
+"""The annealed ELBO, for posteriors with separated modes: E_q [β log p(z, x) - log q(z)] while β rises to 1.
 
-The ELBO forgives a guide that covers one mode and misses the others, and its gradient at one mode knows nothing of the
-rest.  A tempered posterior p^β is wide enough for its modes to touch: the guide covers all of it, and keeps what it
-covers as β rises.  The modes' shares change with β, though, and once they lie apart no draw moves from one to another.
-So, until well after β = 1, half of the loss is the standard deviation of log q - β log p over the draws: it compares
-modes directly, however far apart, and vanishes with its noise where the guide is right.
+The ELBO hardly penalises a guide that covers one mode and misses the others, and its gradient at one mode has no
+information about the rest.  The modes of a tempered posterior p^β overlap if β is small.  The guide first covers all of
+it, and keeps its modes as β rises.
 
-Annealing: Variational Inference with Normalizing Flows (Rezende, Mohamed 2015, arXiv:1505.05770).  The variance of the
-log-ratio: VarGrad (Richter, Boustati, Nüsken, Ruiz, Akyildiz 2020, arXiv:2010.10436); its root makes the size of the
-gradient independent of how far off the guide is.
+The weights of the modes change with β, but once the modes are separated no draw moves from one to another.  Therefore,
+until well after β = 1, half of the loss is the standard deviation of log q - β log p over the draws.  It compares modes
+at any distance, and vanishes, with its noise, if the guide is right.  The standard deviation, unlike the variance, has
+a gradient whose size does not depend on the guide's error.
 """
 
 from __future__ import annotations
@@ -23,38 +22,37 @@ from ..arguments import check_integers, check_numbers
 from .particles import ParticleObjective
 from .path import PathGradient
 
-# The shares of the steps after which β begins to rise, is 1, and modes are compared no more.
+# Shares of all steps: β begins to rise after the first, is 1 after the second; modes are compared until the third.
 HOLD, RISEN, COMPARED = 0.05, 0.55, 0.9
 
 
 class TemperedELBO(PathGradient, ParticleObjective):
-    """An ELBO whose target is flattened at first, so that a flow finds modes that lie apart, and their shares.
+    """The ELBO of a tempered posterior, so that a flow finds separated modes and their weights.
 
-    The loss, in nats, is that of a posterior to the power of β, which rises to 1::
+    The loss, in nats, for a power β that rises to 1::
 
         loss = E_q [log q(z) - β log p(z, x)]
 
-    For a twentieth of the steps β stays at ``start``, then rises to 1, geometrically, in half of them (annealing:
-    Rezende, Mohamed 2015, arXiv:1505.05770).  Until nine tenths, half of what is minimised is the standard deviation of
-    log q - β log p over the draws, which compares modes however far apart (after Richter et al. 2020,
-    arXiv:2010.10436); the last tenth are steps of a plain :class:`PathELBO`.  The density is flattened in the space in
-    which the guide draws, for an ``AutoFlow`` the unconstrained one.  ``fit_svi`` lets an ``AutoFlow`` start from a
-    Gaussian of the flattened posterior.
+    β stays at ``start`` for 5 % of the steps, then rises geometrically to 1 within the next half of them (Rezende,
+    Mohamed 2015, arXiv:1505.05770).  During the first 90 % of the steps, half of the loss is the standard deviation of
+    log q - β log p over the draws (Richter, Boustati, Nüsken, Ruiz, Akyildiz 2020, arXiv:2010.10436).  The last 10 %
+    are steps of a plain :class:`PathELBO`.  The density is tempered in the space of the guide's draws, for an
+    ``AutoFlow`` the unconstrained space.  ``fit_svi`` starts an ``AutoFlow`` from a Gaussian approximation of the
+    tempered posterior.
 
-    Each call with gradients enabled counts as a step, so an object serves one fit.  A step costs about 1.6 times one of
-    a ``PathELBO``.  Latents must be reparameterised in the guide.
+    Each call with gradients enabled counts as a step, so use an object for one fit.  A step costs about 1.6 steps of a
+    ``PathELBO``.  Latents must be reparameterised in the guide.
 
     Args:
-        num_steps: How many steps the fit takes.
-        start: β at the start, above 0; the further the modes lie apart, the smaller.
+        num_steps: The number of steps of the fit.
+        start: β at the start, above 0 and at most 1.  Modes that are further apart need a smaller value.
         num_particles: The number of draws in each step, at least 2.
-        max_plate_nesting: How many dimensions the plates of the model take; by default that is found out.
-        vectorize_particles: Whether draws run side by side, for which the model must broadcast to the left of its
-            plates.
+        max_plate_nesting: The number of dimensions that the model's plates take; found by a run by default.
+        vectorize_particles: Whether all draws run at once.  The model must then broadcast to the left of its plates.
 
     Raises:
-        ValueError: If a number is out of its range; and in use, naming the site, if a latent is not in the guide or not
-            reparameterised.
+        ValueError: If a number is out of its range.  In use, naming the site: if a latent is missing from the guide or
+            not reparameterised.
 
     Example::
 
@@ -84,18 +82,18 @@ class TemperedELBO(PathGradient, ParticleObjective):
         check_integers("TemperedELBO", num_steps=num_steps)
         check_numbers("TemperedELBO", start=start)
         if not 0 < start <= 1:
-            raise ValueError(f"TemperedELBO: start must lie above 0 and not above 1, got {start}.")
+            raise ValueError(f"TemperedELBO: start must be above 0 and at most 1, got {start}.")
         self.num_steps, self.start, self.step = num_steps, start, 0
 
     @property
     def beta(self) -> float:
-        """The power of the posterior at the present step."""
+        """The power of the posterior at the current step."""
         risen = (self.step / self.num_steps - HOLD) / (RISEN - HOLD)
         return self.start ** (1 - min(max(risen, 0.0), 1.0))
 
     @property
     def settled(self) -> bool:
-        """Whether β has been 1 for a while, so that losses can be compared."""
+        """True in the last steps, whose losses can be compared because they are plain ELBOs."""
         return self.step >= COMPARED * self.num_steps
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -104,7 +102,7 @@ class TemperedELBO(PathGradient, ParticleObjective):
         elbos, ratios = [], []
         for model_trace, guide_trace in self._traces(model, guide, args, kwargs):
             self._check_reparameterised(guide_trace)
-            # What a guide's Delta adds is the change of variables from the space in which it draws.
+            # The density of a guide's Delta is the change of variables from the space of its draws.
             change = self._log_density(guide_trace, dist.Delta)
             log_q = self._log_density(guide_trace) - change
             log_p = beta * (self._log_density(model_trace) - change)
@@ -115,13 +113,13 @@ class TemperedELBO(PathGradient, ParticleObjective):
         loss = -torch.cat(elbos).mean()
         if not compares:
             return loss
-        mixed = (loss + (torch.cat(ratios).var() + 1e-12).sqrt()) / 2  # a root has no slope at 0
+        mixed = (loss + (torch.cat(ratios).var() + 1e-12).sqrt()) / 2  # because a root has no slope at 0
         return loss.detach() + mixed - mixed.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps were taken."""
+        """Return the number of steps taken."""
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after as many steps as a :meth:`state_dict` tells of."""
+        """Continue after the steps of a ``state_dict``."""
         self.step = state["step"]
