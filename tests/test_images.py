@@ -44,14 +44,14 @@ from pyro_flows.transforms import (
     Squeezed,
 )
 
-RECIPES: dict[str, functools.partial[Flow]] = {
+IMAGES: dict[str, functools.partial[Flow]] = {
     "realnvp_image": functools.partial(flows.realnvp_image, num_steps=2, hidden_dim=8, num_blocks=1),
     "glow": functools.partial(flows.glow, num_steps=2, hidden_dim=8),
     "flowpp_image": functools.partial(flows.flowpp_image, num_steps=2, hidden_dim=8, num_blocks=1, components=4),
     "tarflow": functools.partial(flows.tarflow, num_transforms=2, num_layers=1, hidden_dim=16),
 }
 SHAPE = (2, 4, 4)
-every_recipe = pytest.mark.parametrize("name", RECIPES)
+every_recipe = pytest.mark.parametrize("name", IMAGES)
 CONTEXTS: dict[str, tuple[dict[str, Any], Tensor | None]] = {
     "plain": ({}, None),
     "vector": ({"context_dim": 3}, laws.normal(5, 3, seed=2)),
@@ -63,7 +63,7 @@ every_context = pytest.mark.parametrize("kind", CONTEXTS)
 
 
 def random(name: str, shape: tuple[int, int, int] = SHAPE, scale: float = 0.5, **options: Any) -> Flow:
-    flow = RECIPES[name](shape, **options)
+    flow = IMAGES[name](shape, **options)
     return laws.randomise(flow, scale=scale).double()
 
 
@@ -110,7 +110,7 @@ def test_samples_are_scored_and_found_again(name: str, kind: str) -> None:
 
 @every_recipe
 def test_each_starts_at_its_base(name: str) -> None:
-    flow, x = RECIPES[name](SHAPE).double(), laws.normal(5, *SHAPE)
+    flow, x = IMAGES[name](SHAPE).double(), laws.normal(5, *SHAPE)
     torch.testing.assert_close(flow.log_prob(x), flow.base().log_prob(x), atol=1e-9, rtol=1e-9)
 
 
@@ -118,7 +118,7 @@ def test_a_rotation_follows_from_the_recipe_alone() -> None:
     """So what holds parameters and no buffers, such as Pyro's parameter store, holds all of a Glow."""
     flow, x = random("glow"), laws.normal(5, *SHAPE)
     torch.manual_seed(7)
-    other = RECIPES["glow"](SHAPE).double()
+    other = IMAGES["glow"](SHAPE).double()
     with torch.no_grad():
         for mine, theirs in zip(other.parameters(), flow.parameters(), strict=True):
             mine.copy_(theirs)
@@ -187,7 +187,7 @@ def test_activations_that_are_computed_again_change_nothing(name: str) -> None:
 def test_activations_are_computed_again() -> None:
     calls = []
     for recompute in (False, True):
-        flow = RECIPES["glow"](SHAPE, recompute=recompute)
+        flow = IMAGES["glow"](SHAPE, recompute=recompute)
         seen: list[int] = []
         net = next(part for part in flow.modules() if isinstance(part, ConvNet))
         net.register_forward_hook(lambda *_, seen=seen: seen.append(0))
@@ -239,7 +239,7 @@ def test_memory_grows_less_than_half_as_fast_where_activations_are_computed_agai
     x = torch.randn(64, *SHAPE)
     growth = []
     for recompute in (False, True):
-        few, many = (RECIPES[name](SHAPE, **{depth: number, "recompute": recompute}) for number in (2, 6))
+        few, many = (IMAGES[name](SHAPE, **{depth: number, "recompute": recompute}) for number in (2, 6))
         growth.append(kept_for_the_gradient(many, x) - kept_for_the_gradient(few, x))
     assert 0 < growth[1] < growth[0] / 2
 

@@ -1,0 +1,62 @@
+"""Docstrings begin with the thing or the act, and sentences of the docs are short."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "pyro_flows").rglob("*.py"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
+FIRST = re.compile(r"(What|Those|How|Whether)\b")  # words that no docstring begins with
+LONGEST = 30  # words of a sentence
+MARKS = re.compile(r"```.*?```|<!--.*?-->|\$\$.*?\$\$", flags=re.DOTALL)
+ITEM = re.compile(r"\n\s*\n|\n\s*(?:[-*]|\d+\.) |\|")  # what parts paragraphs, items of lists and cells of tables
+QUOTED = re.compile(r"`[^`]*`|\$[^$]*\$|\([^()]*(?:arXiv|\.md|\.py)[^()]*\)")
+
+
+def docstrings(path: Path) -> Iterator[tuple[str, str]]:
+    """All docstrings of a file, by the names of what they document."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+            yield getattr(node, "name", path.name), text
+
+
+def sentences(text: str) -> Iterator[str]:
+    """The sentences of a page, without code, formulas and links."""
+    for part in ITEM.split(MARKS.sub("", text)):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", QUOTED.sub("X", " ".join(part.split())))
+        yield from re.split(r"(?<=[.:;?!])[*)\"]* ", plain)
+
+
+def too_long(text: str) -> list[str]:
+    """The sentences of a page that have too many words."""
+    return [found for found in sentences(text) if len(re.findall(r"[^\W\d_][\w'’-]*", found)) > LONGEST]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / "pyro_flows")))
+def test_docstrings_begin_with_the_thing_or_the_act(path: Path) -> None:
+    assert not [(name, text.splitlines()[0]) for name, text in docstrings(path) if FIRST.match(text)]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_sentences_of_pages_are_short(path: Path) -> None:
+    assert not too_long(path.read_text())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_sentences_of_notebooks_are_short(path: Path) -> None:
+    cells = json.loads(path.read_text())["cells"]
+    assert not [
+        found for cell in cells if cell["cell_type"] == "markdown" for found in too_long("".join(cell["source"]))
+    ]
+
+
+def test_the_reader_of_sentences_counts_their_words() -> None:
+    assert too_long("A " + "word " * 30 + "ends.") and not too_long("A word.\n" * 40)
