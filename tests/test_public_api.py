@@ -33,7 +33,7 @@ NAMES = {
     bijectors: "Affine Bernstein Bijector CircularSpline Continued Integral LinearRationalSpline LogisticMixture "
     "RationalQuadraticSpline Shift Sigmoidal SoftplusAffine SumOfSquares",
     conditioners: "CausalTransformer Conditioner ConvNet Given LipschitzMLP MADE MLP MLPField Periodic Tokens "
-    "VectorField costream stream",
+    "VectorField stream stream_vjp",
     encoders: "ClassEmbedding ConvEncoder Encoder Flatten MLPEncoder SetEncoder Standardize",
     transforms: "ActNorm Autoregressive BlockAutoregressive Compose Conditioned Continuous Coupling Elementwise "
     "FixedAffine FlowTransform Householder Inverse LULinear Orthogonal Patched PerPixel Permute Planar Radial "

@@ -1,10 +1,4 @@
-"""Bernstein polynomial on [-B, B] with increasing coefficients, continued by its tangents.
-
-    y = Σ_j β_j B_{j,n}(u),    u = (x + B) / 2B,    B_{j,n}(u) = C(n, j) u^j (1 - u)^{n-j}
-
-Its slope is Σ_j s_j B_{j,n-1}(u) with s_j = n (β_{j+1} - β_j) / 2B: a mean of n numbers, within their bounds.
-Deep Transformation Models (Sick, Hothorn, Dürr 2020, arXiv:2004.00464).
-"""
+"""Bernstein polynomials with increasing coefficients."""
 
 from __future__ import annotations
 
@@ -15,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_integers, check_numbers
-from .base import bounded
+from .base import as_column, bounded
 from .continued import Continued
 
 
@@ -24,10 +18,11 @@ class Bernstein(Continued):
     """An increasing Bernstein polynomial of degree n on [-B, B] with linear tails, inverted numerically::
 
         y = Σ_j β_j B_{j,n}(u),    u = (x + B) / 2B,    B_{j,n}(u) = C(n, j) u^j (1 - u)^{n-j}
+
         dy/dx = Σ_j s_j B_{j,n-1}(u),    s_j = n (β_{j+1} - β_j) / 2B
 
-    The n + 1 parameters are the logarithms of the n slopes s and the shift of y.  Since the slope of y is a mean of
-    the s_j, it stays within their bounds.
+    The n + 1 parameters are the logarithms of the n slopes s and the shift of y.  The slope of y is a weighted mean of
+    the s_j, so it stays within their bounds.
 
     Deep Transformation Models (Sick, Hothorn, Dürr 2020, arXiv:2004.00464).
 
@@ -65,23 +60,22 @@ class Bernstein(Continued):
         raw, shift = params.movedim(-1, 0).split((self.degree, 1))
         slopes = bounded(raw, self.max_log_slope).exp()
         steps = slopes * (2 * self.bound / self.degree)
-        ends = steps.cumsum(0)  # β without the first, seen from there
-        first = shift - ends[-1:] / 2  # what rises on the right sinks as much on the left
-        binomials = [float(math.comb(self.degree - 1, j)) for j in range(self.degree)]
-        counts = torch.tensor(binomials, dtype=params.dtype, device=params.device).view(-1, *(1,) * (params.dim() - 1))
-        return counts, slopes, steps, first + ends - steps
+        ends = steps.cumsum(0)  # β_1 … β_n, relative to β_0
+        first = shift - ends[-1:] / 2  # so that steeper slopes raise the right end as much as they lower the left one
+        binomials = as_column([float(math.comb(self.degree - 1, j)) for j in range(self.degree)], params)
+        return binomials, slopes, steps, first + ends - steps
 
     def bend(self, x: Tensor, table: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        counts, slopes, steps, starts = table
+        binomials, slopes, steps, starts = table
         u, v = (self.bound + x) / (2 * self.bound), (self.bound - x) / (2 * self.bound)
-        basis = counts * powers(u, self.degree) * powers(v, self.degree).flip(0)
-        basis = basis / basis.sum(0).detach()  # which is one but for the round-off of u + v to the n-th power
-        # B_{j,n} = u B_{j-1,n-1} + (1 - u) B_{j,n-1}, so degree n - 1 does for both.
+        basis = binomials * powers(u, self.degree) * powers(v, self.degree).flip(0)
+        basis = basis / basis.sum(0).detach()  # removes the round-off of u + v to the power n - 1
+        # B_{j,n} = u B_{j-1,n-1} + (1 - u) B_{j,n-1}, so the basis of degree n - 1 gives both results.
         return (basis * torch.addcmul(starts, steps, u)).sum(0), torch.log((basis * slopes).sum(0))
 
 
 def powers(x: Tensor, number: int) -> Tensor:
-    """1, x, x² … as products, whose derivatives are right at zero too, ``(*s) -> (number, *s)``."""
+    """Return 1, x, x², … as products, whose derivatives are right at zero too, ``(*s) -> (number, *s)``."""
     found = torch.ones_like(x).unsqueeze(0)
     while len(found) < number:
         found = torch.cat((found, found * (found[-1] * x)))

@@ -1,4 +1,4 @@
-"""Tensors that are stored in a unit: how a module has a pace, and what its states say of it."""
+"""Modules that store tensors in a unit, which sets how far a step of an optimiser moves them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor, nn
 
 
 class Paced(nn.Module):
-    """A module that stores some tensors divided by a unit, so that a step of an optimiser moves what they stand for by
-    that unit times as much.
+    """A module that stores some of its tensors divided by a unit.
 
-    States hold the unit, and mean the same to a module of another pace.
+    A step of an optimiser moves the stored tensor, and so moves the tensor in use by the unit times as much.  A state
+    contains the unit, so that it can be loaded into a module of another pace.
     """
 
     @property
     def unit(self) -> float:
-        """The factor of the stored tensors in use."""
+        """The factor between the stored tensors and those in use."""
         raise NotImplementedError
 
     def _paced_names(self) -> Iterable[str]:
-        """Return the names of the tensors in a state."""
+        """Return the names, in a state, of the tensors that are stored in the unit."""
         raise NotImplementedError
 
     def _rescaled(self, stored: Tensor, ratio: float) -> Tensor:
-        """Return a tensor as it is stored once the unit is divided by a ratio."""
+        """Return a stored tensor for a unit that is divided by a ratio."""
         return ratio * stored
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -44,5 +44,5 @@ class Paced(nn.Module):
 
 
 def power_of_2(number: float) -> float:
-    """Return the power of 2 that is closest to a positive number: products with it are exact."""
+    """Return the power of 2 closest to a positive number.  Products with it are exact."""
     return 2.0 ** round(math.log2(number))

@@ -5,6 +5,6 @@ from .base import NormalBase as NormalBase
 from .base import StandardNormal as StandardNormal
 from .circular import CircularBase as CircularBase
 from .mixture import MixtureBase as MixtureBase
-from .modes import ModesBase as ModesBase
+from .mixture import ModesBase as ModesBase
 from .tails import ContaminatedNormalBase as ContaminatedNormalBase
 from .tails import StudentTBase as StudentTBase

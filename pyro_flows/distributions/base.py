@@ -1,4 +1,4 @@
-"""Bases of flows: modules that build a distribution when they are called."""
+"""Bases of flows: modules that build a distribution at each call."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..arguments import as_shape, check_kind
 
 
 class StandardNormal(nn.Module):
-    """Builds N(0, I) over events of a given shape, in the dtype and on the device of the flow that holds it.
+    """The standard normal N(0, I) over events of a given shape, in the dtype and on the device of its flow.
 
-    It is the base of every flow that is not given another.
+    It is the default base of a flow.
 
     Args:
         event_shape: The shape of an event; a number D stands for ``(D,)``.
@@ -41,7 +41,7 @@ class StandardNormal(nn.Module):
 
 
 class NormalBase(nn.Module):
-    """Builds independent normals N(loc, exp(log_scale)²) whose means and scales are learned; they start as standard.
+    """Independent normals N(loc, exp(log_scale)²) with trainable means and scales, standard at the start.
 
     Args:
         event_shape: The shape of an event; a number D stands for ``(D,)``.
@@ -63,18 +63,18 @@ class NormalBase(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
 
     def forward(self) -> dist.TorchDistribution:
-        """Build the distribution as its parameters are now, of batch shape ``()`` and event shape ``event_shape``."""
+        """Build the distribution at the current parameters, of batch shape ``()`` and event shape ``event_shape``."""
         return dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(self.loc.dim())
 
 
 class FixedBase(nn.Module):
-    """Hands out a distribution as it is.  It keeps its dtype and device when the flow moves.
+    """A given distribution, which keeps its dtype and device when the flow moves.
 
-    A :class:`~pyro_flows.flows.Flow` makes one of a distribution that is given as its base.
+    A :class:`~pyro_flows.flows.Flow` wraps a distribution that is passed as its base in this class.
 
     Args:
-        distribution: Any torch or Pyro distribution; its event shape has to be that of the flow, so
-            ``distribution.to_event(n)`` where dimensions are independent.
+        distribution: Any torch or Pyro distribution with the event shape of the flow.  Write
+            ``distribution.to_event(n)`` if dimensions are independent.
 
     Example::
 
@@ -91,5 +91,5 @@ class FixedBase(nn.Module):
         self.distribution = distribution
 
     def forward(self) -> Distribution:
-        """Hand out the distribution."""
+        """Return the distribution."""
         return self.distribution

@@ -1,7 +1,4 @@
-"""The base of flows on tori and cylinders: uniform on the circle for each angle, standard normal for each real number.
-
-Normalizing Flows on Tori and Spheres (Rezende et al. 2020, arXiv:2002.02428).
-"""
+"""The base of flows on tori and cylinders."""
 
 from __future__ import annotations
 
@@ -17,19 +14,19 @@ from ..arguments import as_flags, check_numbers
 
 
 class CircularBase(nn.Module):
-    """Builds the base of flows on tori and cylinders: uniform on [-B, B) for each angle, N(0, 1) for each real number.
+    """The base of flows on tori and cylinders: uniform on [-B, B) for each angle, N(0, 1) for each real number.
 
-    Events have the shape ``(D,)``, in the dtype and on the device of the flow that holds it.  Angles may be scored by
-    any representative: x and x + 2 B have the same density, which integrates to one over any stretch of length 2 B.
+    Events have the shape ``(D,)``, in the dtype and on the device of the flow.  Any representative of an angle has the
+    same density, so x and x + 2 B do.  The density integrates to one over any interval of length 2 B.
 
     Normalizing Flows on Tori and Spheres (Rezende et al. 2020, arXiv:2002.02428).
 
     Args:
-        circular: For each of the D features, whether it is circular.
+        circular: For each of the D features, True if it is circular.
         bound: Half the circumference B; by default circular features are angles in radians.
 
     Raises:
-        ValueError: If ``circular`` is empty or no vector, or ``bound`` is not positive and finite.
+        ValueError: If ``circular`` is empty or not a vector, or ``bound`` is not positive and finite.
 
     Example::
 
@@ -57,7 +54,7 @@ class CircularBase(nn.Module):
 
 
 class NormalOrUniform(dist.TorchDistribution):
-    """Feature by feature what a distribution of real numbers says, or uniform on [-B, B) where ``circular`` is true."""
+    """Independent features: uniform on [-B, B) where ``circular`` is True, and normal elsewhere."""
 
     arg_constraints: dict[str, constraints.Constraint] = {}
     support = constraints.real_vector
