@@ -4,12 +4,12 @@ from .affine import Affine as Affine
 from .affine import Shift as Shift
 from .affine import SoftplusAffine as SoftplusAffine
 from .base import Bijector as Bijector
-from .bernstein import Bernstein as Bernstein
 from .continued import Continued as Continued
 from .integral import Integral as Integral
-from .linear_rational import LinearRationalSpline as LinearRationalSpline
+from .polynomial import Bernstein as Bernstein
 from .polynomial import SumOfSquares as SumOfSquares
 from .sigmoidal import LogisticMixture as LogisticMixture
 from .sigmoidal import Sigmoidal as Sigmoidal
 from .spline import CircularSpline as CircularSpline
+from .spline import LinearRationalSpline as LinearRationalSpline
 from .spline import RationalQuadraticSpline as RationalQuadraticSpline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,7 +14,6 @@ from torch.nn import functional as F
 from .. import arguments
 from ..arguments import check_integers, check_numbers, check_sizes
 from ..vjp import vjp
-from .stored_scale import Paced, power_of_2
 
 # Step sizes that suit the location and scale of a guide are large for its networks: at 1 the regression of
 # tests/test_pace.py ends 2 to 16 nats lower.
@@ -189,6 +189,41 @@ class Conditioner(Network, ABC):
         return params.detach(), pull
 
 
+class Paced(nn.Module):
+    """A module that stores some of its tensors divided by a unit.
+
+    A step of an optimiser moves the stored tensor, and so moves the tensor in use by the unit times as much.  A state
+    contains the unit, so that it can be loaded into a module of another pace.
+    """
+
+    pace: float | None
+
+    @property
+    def unit(self) -> float:
+        """The factor between the stored tensors and those in use, by default the pace."""
+        return 1.0 if self.pace is None else self.pace
+
+    def _paced_names(self) -> Iterable[str]:
+        """Return the names, in a state, of the tensors that are stored in the unit."""
+        raise NotImplementedError
+
+    def _rescaled(self, stored: Tensor, ratio: float) -> Tensor:
+        """Return a stored tensor for a unit that is divided by a ratio."""
+        return ratio * stored
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.unit != 1.0:
+            destination[f"{prefix}pace"] = torch.tensor(self.unit)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        ratio = float(state_dict.pop(f"{prefix}pace", 1.0)) / self.unit
+        for name in self._paced_names():
+            if ratio != 1.0 and (key := prefix + name) in state_dict:
+                state_dict[key] = self._rescaled(state_dict[key], ratio)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 class Linear(Paced, nn.Linear):
     """y = p (W x + b), where the pace p sets how far y moves when an optimiser moves W and b.
 
@@ -226,10 +261,6 @@ class Linear(Paced, nn.Linear):
         for parameter in self.parameters():
             parameter.mul_(self.pace / pace)
         self.pace = pace
-
-    @property
-    def unit(self) -> float:
-        return self.pace
 
     def _paced_names(self) -> Iterable[str]:
         return self._parameters
@@ -284,6 +315,11 @@ class Rectifier(nn.ReLU):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x, inplace=torch._C._get_tracing_state() is None)  # torch.jit must record a copy
+
+
+def power_of_2(number: float) -> float:
+    """Return the power of 2 closest to a positive number.  Products with it are exact."""
+    return 2.0 ** round(math.log2(number))
 
 
 def activation_of(caller: str, kind: type[nn.Module]) -> nn.Module:

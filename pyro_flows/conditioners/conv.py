@@ -89,8 +89,8 @@ class ConvNet(Conditioner):
             context = None if context is None else context[..., None, None, :]  # the same at each pixel
             return super().add_context(h.movedim(-3, -1), context).movedim(-1, -3)
         assert self.from_context is not None
-        images = context.reshape(math.prod(context.shape[:-1]), *self.context_shape)
-        share = self.from_context(F.pixel_unshuffle(images, self.factor))
+        images = F.pixel_unshuffle(context.unflatten(-1, self.context_shape), self.factor)
+        share = self.from_context(images.reshape(math.prod(images.shape[:-3]), *images.shape[-3:]))
         return h + share.reshape(*context.shape[:-1], *share.shape[1:])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

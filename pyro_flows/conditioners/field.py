@@ -232,13 +232,14 @@ class MLPField(Network, VectorField):
     def at(self, context: Tensor | None = None) -> Rates:
         weights = [layer.matrix() for layer in (*self.hidden, self.output)]
         share = share_of(self, context)
-        value_and_slope = SMOOTH[self.activation]
+        slope_of = SMOOTH[self.activation]
 
         def rates(t: Tensor, x: Tensor) -> tuple[Tensor, Derivative]:
             h, shift, slopes = x, self._shift(t, share), []
             for number, layer in enumerate(self.hidden):
-                h, slope = value_and_slope(layer(h) if number else layer(h) + shift)
-                slopes.append(slope)
+                a = layer(h) if number else layer(h) + shift
+                h = self.act(a)
+                slopes.append(slope_of(a, h))
             return self.output(h), Jacobian(weights, slopes)
 
         return rates

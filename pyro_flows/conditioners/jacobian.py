@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class Jacobian(NamedTuple):
@@ -97,32 +96,16 @@ def _transposed_product(layers: Sequence[tuple[Tensor, Tensor | None]]) -> Tenso
     return rows
 
 
-def _tanh(a: Tensor) -> tuple[Tensor, Tensor]:
-    h = torch.tanh(a)
-    return h, 1 - h * h
-
-
-def _silu(a: Tensor) -> tuple[Tensor, Tensor]:
+def _silu_slope(a: Tensor, h: Tensor) -> Tensor:
     gate = torch.sigmoid(a)
-    h = a * gate
-    return h, gate + h * (1 - gate)
+    return gate + h * (1 - gate)
 
 
-def _elu(a: Tensor) -> tuple[Tensor, Tensor]:
-    h = F.elu(a)
-    return h, h.clamp_max(0) + 1
-
-
-def _relu(a: Tensor) -> tuple[Tensor, Tensor]:
-    h = F.relu(a)
-    return h, h.sign()
-
-
-# Activations with their slopes, a -> (a(x), a'(x)): those with continuous slopes, and all.
-SMOOTH: dict[type[nn.Module], Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-    nn.ELU: _elu,
-    nn.SiLU: _silu,
-    nn.Softplus: lambda a: (F.softplus(a), torch.sigmoid(a)),
-    nn.Tanh: _tanh,
+# The slopes of activations h(a), as functions of a and h.
+SMOOTH: dict[type[nn.Module], Callable[[Tensor, Tensor], Tensor]] = {
+    nn.ELU: lambda a, h: h.clamp_max(0) + 1,
+    nn.SiLU: _silu_slope,
+    nn.Softplus: lambda a, h: torch.sigmoid(a),
+    nn.Tanh: lambda a, h: 1 - h * h,
 }
-KNOWN = {**SMOOTH, nn.ReLU: _relu}
+SLOPES = {**SMOOTH, nn.ReLU: lambda a, h: h.sign()}

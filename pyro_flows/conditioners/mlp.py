@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..arguments import check_flags
 from ..vjp import keeps
 from .base import Conditioner, Gradients, Linear, Pull, activation_of
-from .jacobian import KNOWN
+from .jacobian import SLOPES
 
 POINTS = 16  # an even number: the mirror image of each point is a point
 
@@ -103,16 +103,17 @@ class MLP(Conditioner):
     def forward_and_pull(self, x: Tensor) -> tuple[Tensor, Pull]:
         layers = [*self.hidden, self.output]
         known = keeps(self, MLP, "forward", "_units") and all(type(layer) is Linear for layer in layers)
-        if self.skip or self.residual or not known or self.activation not in KNOWN:
+        if self.skip or self.residual or not known or self.activation not in SLOPES:
             return super().forward_and_pull(x)
         rows = x.detach().reshape(-1, self.input_dim)
-        size, activation = len(rows), KNOWN[self.activation]
+        size, slope_of = len(rows), SLOPES[self.activation]
         # The points that centre the units go through the layers in the same products as the inputs.
         inputs, slopes = [torch.cat((rows, self.points)) if self.centered else rows], []
         for layer in self.hidden:
-            h, slope = activation(layer(inputs[-1]))
+            a = layer(inputs[-1])
+            h = self.act(a)
             inputs.append(h)
-            slopes.append(slope)
+            slopes.append(slope_of(a, h))
         if self.centered:
             inputs[-1] = h[:size] - h[size:].mean(0)
         params = self.arranged(self.output(inputs[-1]).reshape(*x.shape[:-1], -1))

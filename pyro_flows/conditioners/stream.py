@@ -11,7 +11,7 @@ run chains without autograd: inside an autograd function, or under ``torch.no_gr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -38,12 +38,7 @@ class Chain:
     """
 
     def __init__(
-        self,
-        sizes: list[list[int]],
-        weights: list[Tensor],
-        biases: list[Tensor],
-        finish: Sequence[Finish],
-        like: Tensor,
+        self, sizes: list[list[int]], weights: list[Tensor], biases: list[Tensor], finish: list[Finish], like: Tensor
     ) -> None:
         self._sizes, self._weights, self._biases, self._finish = sizes, weights, biases, [*finish, None]
         self._starts = [[0, *accumulate(of_layer)] for of_layer in sizes]

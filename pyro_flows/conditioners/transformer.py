@@ -127,9 +127,8 @@ class CausalTransformer(Conditioner):
             ValueError: If the network takes contexts and none is given.
         """
         if self.context_shape is not None and context is not None:
-            images = context.reshape(math.prod(context.shape[:-1]), *self.context_shape)
-            patches = F.pixel_unshuffle(images, self.side).flatten(2).mT[:, list(self.places)]
-            context = patches.reshape(*context.shape[:-1], *patches.shape[1:])
+            patches = F.pixel_unshuffle(context.unflatten(-1, self.context_shape), self.side).flatten(-2).mT
+            context = patches[..., list(self.places), :]
         elif context is not None:
             context = context.unsqueeze(-2)
         return self.add_context(self.position, context)

@@ -46,11 +46,7 @@ class StudentTBase(nn.Module):
     """
 
     def __init__(
-        self,
-        event_shape: int | tuple[int, ...] | torch.Size,
-        df: float = 10.0,
-        min_df: float = 1.0,
-        max_df: float = 200.0,
+        self, event_shape: int | tuple[int, ...], df: float = 10.0, min_df: float = 1.0, max_df: float = 200.0
     ) -> None:
         super().__init__()
         check_numbers("StudentTBase", above=0, df=df, min_df=min_df, max_df=max_df)
@@ -144,9 +140,7 @@ class ContaminatedNormalBase(nn.Module):
 
     zeros: Tensor
 
-    def __init__(
-        self, event_shape: int | tuple[int, ...] | torch.Size, share: float = 0.02, scale: float = 1.6
-    ) -> None:
+    def __init__(self, event_shape: int | tuple[int, ...], share: float = 0.02, scale: float = 1.6) -> None:
         super().__init__()
         check_numbers("ContaminatedNormalBase", above=0, below=1, share=share)
         check_numbers("ContaminatedNormalBase", above=1, scale=scale)
