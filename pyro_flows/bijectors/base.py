@@ -95,10 +95,10 @@ class Bijector(ABC):
 
         Args:
             y: Values of shape ``(*s)``.
-            params: As in :meth:`forward_and_log_det`.
+            params: As for ``forward_and_log_det``.
 
         Returns:
-            ``(x, log|dx/dy|)``, of the shapes of :meth:`forward_and_log_det`.  The log-determinant is in nats, with the
+            ``(x, log|dx/dy|)``, of the shapes of ``forward_and_log_det``.  The log-determinant is in nats, with the
             opposite sign of the forward direction.
         """
 

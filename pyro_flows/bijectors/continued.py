@@ -55,7 +55,7 @@ class Continued(Bijector):
 
     @abstractmethod
     def table(self, params: Tensor) -> tuple[Tensor, ...]:
-        """Return the constrained parameters, computed once for all evaluations of :meth:`bend`.
+        """Return the constrained parameters, computed once for all evaluations of ``bend``.
 
         Args:
             params: Parameters of shape ``(*s, P)``.
@@ -70,7 +70,7 @@ class Continued(Bijector):
 
         Args:
             x: Values in [-B, B], ``(*s)``.
-            table: The result of :meth:`table`.
+            table: The result of ``table``.
 
         Returns:
             ``(g(x), log g'(x))``, each of shape ``(*s)``, the log-slope in nats.

@@ -14,7 +14,7 @@ from .base import as_column, bounded, evenly_spaced
 from .continued import Continued
 
 FLOOR = 0.01  # ε of SumOfSquares
-UNIT = 1 / 2  # steps of .003 in coefficients, whose squares are slopes, compound over layers until rows overflow
+UNIT = 1 / 2  # with 1, steps of .003 in coefficients compound over layers until rows overflow: slopes are squares
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ class SumOfSquares(Continued):
         constants = evenly_spaced(1, 2, self.polynomials, params)
         raw = torch.cat((raw[:1] + constants / torch.linalg.vector_norm(constants), raw[1:]))
         norms = as_column(torch.arange(1, 2 * self.degree + 2, 2, device=params.device), raw)
-        size, most = (raw.square() / norms).sum((0, 1)), self.max_mean_slope  # one stays one, and most is the limit
-        coefficients = (raw * torch.sqrt(most / (size + (most - 1)))).unsqueeze(2)
+        mean, limit = (raw.square() / norms).sum((0, 1)), self.max_mean_slope
+        coefficients = (raw * torch.sqrt(limit / (mean + (limit - 1)))).unsqueeze(2)  # a mean of one stays one
         nodes, weights = self._rule
         return shift[0], coefficients, as_column([*nodes, 1.0], params) / self.bound, as_column(weights, params)
 

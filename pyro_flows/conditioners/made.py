@@ -209,7 +209,7 @@ def topological_order(graph: Tensor) -> list[int]:
 
 
 def _degrees(sets: Tensor, order: Tensor) -> Tensor:
-    """Return the number of features, by rank, that contain all features of each set, ``(T, D) -> (T)``."""
+    """Return one plus the highest rank in each set, 0 for the empty set, ``(T, D) -> (T)``."""
     return torch.where(sets, order + 1, 0).amax(-1)
 
 

@@ -56,7 +56,7 @@ class MixtureBase(nn.Module):
         super().__init__()
         check_integers("MixtureBase", input_dim=input_dim)
         if is_integer(num_components) and num_components == 1:
-            raise ValueError("MixtureBase: num_components must be at least 2, got 1; use StandardNormal for one.")
+            raise ValueError("MixtureBase: num_components must be at least 2, got 1. Use StandardNormal for one.")
         check_integers("MixtureBase", 2, num_components=num_components)
         check_numbers("MixtureBase", above=0, below=1, spread=spread)
         self.input_dim, self.num_components, self.spread = input_dim, num_components, spread
@@ -211,7 +211,7 @@ class WrappedNormal(dist.TorchDistribution):
         offset = torch.zeros_like(noise)  # x - μ
         for j in range(noise.shape[-1]):
             mean = -(self._coefficients[..., j, :j] * offset[..., :j]).sum(-1)
-            offset[..., j] = self._wrap(mean.unsqueeze(-1) + noise[..., j : j + 1], slice(j, j + 1)).squeeze(-1)
+            offset[..., j] = self._wrap(mean + noise[..., j], j)
         return self._wrap(self._loc + offset)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -221,6 +221,6 @@ class WrappedNormal(dist.TorchDistribution):
         wrapped = self._normal.log_prob(rest + turns).logsumexp(0)
         return torch.where(self._circular, wrapped, self._normal.log_prob(rest)).sum(-1)
 
-    def _wrap(self, x: Tensor, features: slice = slice(None)) -> Tensor:
-        """Return vectors, or some features of them, with angles in [-π, π)."""
+    def _wrap(self, x: Tensor, features: int | slice = slice(None)) -> Tensor:
+        """Return vectors, or one feature of them, with angles in [-π, π)."""
         return torch.where(self._circular[features], (x + math.pi).remainder(2 * math.pi) - math.pi, x)

@@ -74,11 +74,11 @@ class Encoder(nn.Module, ABC):
     def initialize(self, *data: Any, **named: Any) -> None:
         """Set the standardisation from data, once, before training.
 
-        It is set from the data as :meth:`forward` transforms them before the layer ``standardize``.
+        It is set from the data that ``forward`` passes to the layer ``standardize``.
 
         Args:
-            *data: The arguments of :meth:`forward`, such as a batch of data ``(*batch, *data_shape)``.
-            **named: Keyword arguments of :meth:`forward`.
+            *data: The arguments of ``forward``, such as a batch of data ``(*batch, *data_shape)``.
+            **named: Keyword arguments of ``forward``.
 
         Raises:
             ValueError: If the data do not end with ``data_shape``, are empty, or hold NaN or infinite values.

@@ -68,8 +68,7 @@ class ClassEmbedding(nn.Module):
         number, shape = self.num_classes, tuple(labels.shape)
         if labels.is_floating_point():
             if shape[-1:] != (number,):
-                wanted = f"floating labels must be one-hot, of shape (*batch, {number})"
-                return f"{wanted}, got {shape}. Use labels.long() for indices"
+                return f"floating labels must have shape (*batch, {number}), got {shape}. Use labels.long() for indices"
             if not ((labels >= 0).all() and torch.allclose(labels.sum(-1), labels.new_ones(()), atol=1e-3)):
                 return "floating labels must be probabilities, at least 0 and with the sum 1"
         elif labels.numel():

@@ -93,8 +93,8 @@ class ConvEncoder(Encoder):
         counts = tuple(channels)
         step = 2 ** len(counts)
         if min(shape[1:]) < step:
-            fault = f"image_shape {shape} is too small to be halved {len(counts)} times, by channels = {counts}"
-            raise ValueError(f"{name}: {fault}: height and width must be at least {step}.")
+            must = f"have a height and width of at least {step}, halved for each of channels = {counts}"
+            raise ValueError(f"{name}: image_shape must {must}, got {shape}. Give fewer channels.")
         super().__init__(shape, context_dim, Standardize((shape[0], 1, 1)))
         self.image_shape, self.channels = shape, counts
         self.hidden_dim, self.activation = hidden_dim, activation

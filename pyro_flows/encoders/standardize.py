@@ -114,7 +114,7 @@ def ends_with(x: Tensor, shape: Sequence[int | None]) -> bool:
 def learning(parts: Sequence[Standardize]) -> Iterator[None]:
     """Set each part from the data that reach it in a block, and leave the block once all of them are set.
 
-    The block runs a network on all data, which may not fit into the memory that the rest of the network needs.
+    The block runs a network on all of the data at once, and later layers could need more memory than there is.
     """
     waiting = set(parts)
 
