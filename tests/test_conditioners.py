@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pyro_flows.bijectors import Affine, Bijector, RationalQuadraticSpline
-from pyro_flows.conditioners import MADE, MLP, CausalTransformer, ConvNet, LipschitzMLP, Periodic, costream, stream
+from pyro_flows.conditioners import MADE, MLP, CausalTransformer, ConvNet, LipschitzMLP, Periodic, stream, stream_vjp
 from pyro_flows.transforms import Autoregressive
 from pyro_flows.transforms.inversion import invert_by_passes
 
@@ -81,7 +81,7 @@ def test_a_stream_fed_rank_by_rank_gives_the_parameters(
 @every_context
 @every_size
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU], ids=["relu", "silu"])
-def test_a_costream_gives_the_gradient_rank_by_rank(
+def test_a_streamed_vector_jacobian_product_gives_the_gradient_rank_by_rank(
     dim: int, context_dim: int, hidden_dims: tuple[int, ...], activation: type[nn.Module]
 ) -> None:
     net = made(dim, 3, hidden_dims, context_dim, activation=activation)
@@ -91,8 +91,8 @@ def test_a_costream_gives_the_gradient_rank_by_rank(
     (wanted,) = torch.autograd.grad(net(x, context), x, cotangents, materialize_grads=True)
     params, slopes = net.params_and_slopes(x, context)
     torch.testing.assert_close(params, net(x, context))
-    with torch.no_grad():  # as inside a backward pass, which is where a costream runs
-        chain = costream(net, slopes)
+    with torch.no_grad():  # as inside a backward pass, where it runs
+        chain = stream_vjp(net, slopes)
         for rank in reversed(range(dim)):
             passed = chain.step(cotangents[:, net.features[rank]].T)
             if rank:

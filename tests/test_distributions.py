@@ -327,7 +327,7 @@ def test_angles_are_uniform_and_scored_by_any_representative() -> None:
         (lambda: StudentTBase((2,), min_df=0.0), "StudentTBase: min_df must be positive and finite, got 0.0"),
         (lambda: StudentTBase((2,), max_df=math.inf), "StudentTBase: max_df must be positive and finite, got inf"),
         (lambda: MixtureBase(0, 2), "MixtureBase: input_dim must be an integer of at least 1, got 0"),
-        (lambda: MixtureBase(2, 1), "MixtureBase: num_components must be at least 2, got 1; use StandardNormal"),
+        (lambda: MixtureBase(2, 1), "MixtureBase: num_components must be at least 2, got 1. Use StandardNormal"),
         (lambda: MixtureBase(2, 2, spread=1.0), "MixtureBase: spread must lie between 0 and 1, got 1.0"),
         (
             lambda: ContaminatedNormalBase(2, share=1.0),

@@ -398,8 +398,8 @@ def test_a_set_encoder_learns_what_a_set_says() -> None:
         (lambda: ConvEncoder((1, 8, 8), 2, hidden_dim=0), ".*: hidden_dim must be an integer of at least 1, got 0"),
         (
             lambda: ConvEncoder((1, 9, 3), 2),
-            r"ConvEncoder: image_shape \(1, 9, 3\) is too small to be halved 2 times, by channels = \(32, 64\): "
-            "height and width must be at least 4",
+            r"ConvEncoder: image_shape must have a height and width of at least 4, halved for each of channels = "
+            r"\(32, 64\), got \(1, 9, 3\)\. Give fewer channels",
         ),
     ],
 )

@@ -576,7 +576,7 @@ def test_an_order_that_is_no_permutation_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "flow.pt"
     pf.save(flows.maf(3, num_transforms=1, hidden_dims=(8,)), file)
     edited(file, lambda content: content["state"].update({ORDER: torch.ones(3, dtype=torch.long)}))
-    with pytest.raises(ValueError, match=rf"^load: '{file}' .*order is no permutation of 0 … 2"):
+    with pytest.raises(ValueError, match=rf"^load: '{file}' .*order must be a permutation of 0 … 2"):
         pf.load(file)
 
 

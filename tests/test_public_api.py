@@ -35,7 +35,7 @@ NAMES = {
     "round_off sample save save_images simulate to_arviz",
     bijectors: " ".join({"Bijector", "Continued", *(type(bijector).__name__ for bijector in BIJECTORS.values())}),
     conditioners: "CausalTransformer Conditioner ConvNet Given LipschitzMLP MADE MLP MLPField Periodic Tokens "
-    "VectorField costream stream",
+    "VectorField stream stream_vjp",
     encoders: "ClassEmbedding ConvEncoder Encoder Flatten MLPEncoder SetEncoder Standardize",
     transforms: "ActNorm Autoregressive BlockAutoregressive Compose Conditioned Continuous Coupling Elementwise "
     "FixedAffine FlowTransform Householder Inverse LULinear Orthogonal Patched PerPixel Permute Planar Radial "

@@ -1,15 +1,15 @@
-"""Elementwise maps of the real line, pure torch."""
+"""Increasing maps of the real line, applied to one number at a time, in pure torch."""
 
 from .affine import Affine as Affine
+from .affine import Shift as Shift
+from .affine import SoftplusAffine as SoftplusAffine
 from .base import Bijector as Bijector
-from .bernstein import Bernstein as Bernstein
-from .circular import CircularSpline as CircularSpline
 from .continued import Continued as Continued
 from .integral import Integral as Integral
-from .linear_rational import LinearRationalSpline as LinearRationalSpline
-from .mixture import LogisticMixture as LogisticMixture
+from .polynomial import Bernstein as Bernstein
 from .polynomial import SumOfSquares as SumOfSquares
-from .shift import Shift as Shift
+from .sigmoidal import LogisticMixture as LogisticMixture
 from .sigmoidal import Sigmoidal as Sigmoidal
-from .softplus import SoftplusAffine as SoftplusAffine
+from .spline import CircularSpline as CircularSpline
+from .spline import LinearRationalSpline as LinearRationalSpline
 from .spline import RationalQuadraticSpline as RationalQuadraticSpline

@@ -1,14 +1,9 @@
-"""The contract of an elementwise map: one verb pair, no tensors of its own.
-
-A bijector is a strictly increasing map of the real line onto itself whose shape is set by ``num_params`` real
-numbers for each scalar.  A transform supplies these numbers: from a network (coupling, autoregressive) or from a
-table of its own (elementwise).
-"""
+"""The base class of bijectors: increasing maps y = f(x; θ) of one number, whose parameters θ come from a transform."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,8 +19,8 @@ class Pulled(NamedTuple):
         y: The values.
         log_det: The log-determinants.
         bend: The derivative of the log-determinant in x, ``(*s)``; None if it is zero.
-        pull: The vector–Jacobian product: the gradients of y and of the log-determinant, None for zero -> those of x
-            and of the parameters.
+        pull: The vector–Jacobian product.  It takes the gradients of y and of the log-determinant, None for zero, and
+            returns the gradients of x and of the parameters.
     """
 
     y: Tensor
@@ -37,23 +32,23 @@ class Pulled(NamedTuple):
 class Bijector(ABC):
     """An increasing map of the real line onto itself, y = f(x; θ), with P real parameters θ for each scalar.
 
-    It is the abstract base class of all elementwise maps.  A bijector holds numbers and no tensors: the parameters come
-    from outside, such as from the table of an :class:`~pyro_flows.transforms.Elementwise` or the network of a
-    :class:`~pyro_flows.transforms.Coupling`.
+    It is the abstract base class of all elementwise maps.  A bijector holds hyper-parameters and no tensors.  Its
+    parameters θ come from a transform: from the table of an :class:`~pyro_flows.transforms.Elementwise`, or from the
+    network of a :class:`~pyro_flows.transforms.Coupling`.
 
-    A subclass is a frozen dataclass of hyper-parameters, which makes it hashable, and defines :attr:`num_params` and
-    the two verbs.  It keeps these laws, at any parameters, in float32 and in float64:
+    A subclass is a frozen dataclass of hyper-parameters, which makes it hashable.  It defines :attr:`num_params` and
+    the two directions.  It satisfies these conditions at any parameters, in float32 and in float64:
 
     - zero parameters are the identity;
-    - the two verbs undo each other, and the log-determinant is the logarithm of autograd's derivative;
-    - the map is defined, finite and strictly increasing on all of R, as by straight tails: mass that leaves a box
-      would be lost;
-    - values, log-determinants and their gradients are finite, so inputs are clamped *before* a formula that holds in a
-      part of R only: the branch that ``torch.where`` leaves out would make a gradient NaN;
-    - nothing is written in place, and no branch depends on data, so that ``torch.compile`` and ``torch.func.vmap`` see
-      through it.
+    - the two directions are inverse to each other, and the log-determinant is the logarithm of autograd's derivative;
+    - the map is defined, finite and strictly increasing on all of R, for example by linear tails: a map of a box alone
+      would lose the mass outside;
+    - values, log-determinants and their gradients are finite.  Clamp inputs *before* a formula that holds in a part of
+      R only: a gradient through the branch that ``torch.where`` discards could be NaN;
+    - nothing is written in place, and no branch depends on data, so that ``torch.compile`` and ``torch.func.vmap``
+      work.
 
-    Maps without an inverse in closed form need not find one: see :class:`Continued`.
+    Maps without an inverse in closed form derive from :class:`Continued`.
 
     Example::
 
@@ -87,11 +82,11 @@ class Bijector(ABC):
 
         Args:
             x: Values of shape ``(*s)``.
-            params: Parameters of shape ``(*s, P)``, or any shape whose leading part broadcasts with ``x``.
+            params: Parameters of shape ``(*s, P)``, or of any shape whose leading dimensions broadcast with ``x``.
 
         Returns:
-            ``(y, log|dy/dx|)``, each of shape ``(*s)``, or what ``x`` and the leading part of ``params`` broadcast to;
-            the log-determinant is in nats.
+            ``(y, log|dy/dx|)``, each of the shape to which ``x`` and the leading dimensions of ``params`` broadcast.
+            The log-determinant is in nats.
         """
 
     @abstractmethod
@@ -100,17 +95,15 @@ class Bijector(ABC):
 
         Args:
             y: Values of shape ``(*s)``.
-            params: As in :meth:`forward_and_log_det`.
+            params: As for ``forward_and_log_det``.
 
         Returns:
-            ``(x, log|dx/dy|)``, of the shapes of :meth:`forward_and_log_det`; the log-determinant is in nats, and minus
-            that of the way forward.
+            ``(x, log|dx/dy|)``, of the shapes of ``forward_and_log_det``.  The log-determinant is in nats, with the
+            opposite sign of the forward direction.
         """
 
     def forward_and_pull(self, x: Tensor, params: Tensor) -> Pulled:
-        """Map x to y, with the derivatives that path gradients take.
-
-        By default autograd finds them.
+        """Map x to y, with the derivatives that path gradients need, by default from autograd.
 
         Args:
             x: Values of shape ``(*s)``.
@@ -121,10 +114,7 @@ class Bijector(ABC):
             y, log_det = self.forward_and_log_det(x, params)
 
         def pull(of_y: Tensor, of_log_det: Tensor | None) -> tuple[Tensor, Tensor]:
-            if of_log_det is None:
-                of_x, of_params = vjp((y,), (x, params), (of_y,))
-            else:
-                of_x, of_params = vjp((y, log_det), (x, params), (of_y, of_log_det))
+            of_x, of_params = vjp((y, log_det), (x, params), (of_y, of_log_det))
             return of_x, of_params
 
         (bend,) = vjp((log_det,), (x,), (torch.ones_like(log_det),))
@@ -132,10 +122,20 @@ class Bijector(ABC):
 
 
 def split_params(params: Tensor) -> tuple[Tensor, ...]:
-    """The P parameters of shape ``(*s)`` each, so that their gradients are put together in the conditioners' order."""
+    """Return the P parameters, ``(*s)`` each.  Their gradients are then assembled in the order of conditioners."""
     return params.mT.unbind(-2) if params.dim() > 1 else params.unbind(-1)
 
 
 def bounded(raw: Tensor, limit: float) -> Tensor:
-    """A real number as one between -limit and limit, smoothly; near zero it stays what it is."""
+    """Return real numbers bounded smoothly to (-limit, limit), with slope 1 at zero."""
     return limit * torch.tanh(raw / limit)
+
+
+def as_column(values: Sequence[float] | Tensor, like: Tensor) -> Tensor:
+    """Return n values as ``(n, 1, …, 1)``, with as many dimensions as ``like``, whose first are parameters."""
+    return torch.as_tensor(values, dtype=like.dtype, device=like.device).view(-1, *(1,) * (like.dim() - 1))
+
+
+def evenly_spaced(low: float, high: float, count: int, like: Tensor) -> Tensor:
+    """Return evenly spaced numbers, both ends included, in the shape of :func:`as_column`."""
+    return as_column(torch.linspace(low, high, count, dtype=like.dtype, device=like.device), like)

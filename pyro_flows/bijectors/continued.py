@@ -1,10 +1,8 @@
-"""Maps without a closed inverse: increasing on [-B, B], continued by their tangents, and inverted by Newton's method.
+"""Bijectors without an inverse in closed form: bent on [-B, B], linear outside, and inverted by Newton's method.
 
-    f(x) = g(c) + g'(c) (x - c),   c = x clamped to [-B, B]
-
-So f and its derivative are continuous and unbounded on R whatever g is, values far out cannot overflow it, and the root
-of f(x) = y is bracketed in closed form: outside of [g(-B), g(B)] it lies on a tangent, inside between -B and B.
-The derivatives of the inverse are those of the implicit function.
+The linear continuation makes f and its derivative continuous on R, and f unbounded.  Values far out cannot overflow
+the bent part.  The root of f(x) = y has a bracket in closed form: between -B and B if y lies in [g(-B), g(B)], and on a
+tangent otherwise.
 """
 
 from __future__ import annotations
@@ -17,18 +15,19 @@ from torch import Tensor
 
 from .base import Bijector
 
-Slope = Callable[[Tensor], tuple[Tensor, Tensor]]  # x -> (f(x), log f'(x))
+Curve = Callable[[Tensor], tuple[Tensor, Tensor]]  # x -> (f(x), log f'(x))
 STEPS = 16  # With the two ends, two differentiable steps and the log-determinant, an inverse costs 21 evaluations.
 
 
 class Continued(Bijector):
-    """A bijector that is bent inside [-B, B], goes on along its tangents outside, and is inverted numerically::
+    """A bijector that is bent inside [-B, B], continued by its tangents outside, and inverted numerically::
 
         f(x) = g(c) + g'(c) (x - c),    c = x clamped to [-B, B]
 
     It is the abstract base class of maps g without an inverse in closed form.  Subclasses are frozen dataclasses that
-    define ``bound``, which is B, ``num_params``, :meth:`table` and :meth:`bend`; both verbs follow.  The inverse
-    costs 21 evaluations of :meth:`bend`, whatever the data, and has first and second derivatives.
+    define ``bound``, which is B, ``num_params``, :meth:`table` and :meth:`bend`.  Both directions follow.  The inverse
+    costs 21 evaluations of :meth:`bend`, whatever the data.  It has first and second derivatives, those of the implicit
+    function.
 
     Attributes:
         bound: The half-width B of the interval that is bent, positive and finite.
@@ -56,7 +55,7 @@ class Continued(Bijector):
 
     @abstractmethod
     def table(self, params: Tensor) -> tuple[Tensor, ...]:
-        """What :meth:`bend` needs of the parameters, computed once for all of its evaluations.
+        """Return the constrained parameters, computed once for all evaluations of ``bend``.
 
         Args:
             params: Parameters of shape ``(*s, P)``.
@@ -67,31 +66,30 @@ class Continued(Bijector):
 
     @abstractmethod
     def bend(self, x: Tensor, table: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Map x in [-B, B] by g, with slopes that are bounded from below, above zero, and from above.
+        """Map x in [-B, B] by g, whose slopes lie between two positive bounds.
 
         Args:
             x: Values in [-B, B], ``(*s)``.
-            table: What :meth:`table` has made of the parameters.
+            table: The result of ``table``.
 
         Returns:
             ``(g(x), log g'(x))``, each of shape ``(*s)``, the log-slope in nats.
         """
 
     def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.expand(torch.broadcast_shapes(x.shape, params.shape[:-1]))
-        return self._continue(x, self._aligned(params, x.dim()))
+        return self._continue(*self._aligned(x, params))
 
     def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        y = y.expand(torch.broadcast_shapes(y.shape, params.shape[:-1]))
-        table = self._aligned(params, y.dim())
+        y, table = self._aligned(y, params)
         with torch.no_grad():
             x = self._root(y.detach(), tuple(part.detach() for part in table))
         x = implicit_root(lambda value: self._continue(value, table), x, y)
         return x, -self._continue(x, table)[1]
 
-    def _aligned(self, params: Tensor, dim: int) -> tuple[Tensor, ...]:
-        """The table of parameters that broadcast with values of so many dimensions though parameters stand first."""
-        return self.table(params.reshape((1,) * (dim + 1 - params.dim()) + params.shape))
+    def _aligned(self, value: Tensor, params: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return values of the batch shape of both arguments, and the table, which broadcasts with them."""
+        value = value.expand(torch.broadcast_shapes(value.shape, params.shape[:-1]))
+        return value, self.table(params.reshape((1,) * (value.dim() + 1 - params.dim()) + params.shape))
 
     def _continue(self, x: Tensor, table: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         inside = x.clamp(-self.bound, self.bound)
@@ -107,19 +105,19 @@ class Continued(Bijector):
 
 
 def bracketed_root(
-    f: Slope, y: Tensor, low: tuple[Tensor, Tensor, Tensor], high: tuple[Tensor, Tensor, Tensor], steps: int = STEPS
+    f: Curve, y: Tensor, low: tuple[Tensor, Tensor, Tensor], high: tuple[Tensor, Tensor, Tensor], steps: int = STEPS
 ) -> Tensor:
-    """The root of f(x) = y for an increasing f, by Newton's method inside a bracket that shrinks.
+    """Return the root of f(x) = y for an increasing f, by Newton's method inside a bracket that shrinks.
 
-    A step goes along the tangent at the better end of the bracket.  Where that leaves the bracket, or where the step
-    before has not halved the residual, it goes instead to where the linear-rational curve through both ends, with their
-    slopes, has the value y, drawn into the middle half of the bracket, so that this shrinks.  The number of steps is
-    fixed: nothing depends on the data.  (After Press et al. 2007, Numerical Recipes, section 9.4.)
+    A step follows the tangent at the better end of the bracket.  It is rejected if it leaves the bracket, or if the
+    step before has not halved the residual.  Then the linear-rational curve through both ends, with their slopes, is
+    solved instead, and its root is moved into the middle half of the bracket.  The number of steps is fixed, so that
+    no branch depends on data.  (After Press et al. 2007, Numerical Recipes, section 9.4.)
 
     Args:
         f: The map, elementwise.
         y: The values, ``(*s)``.
-        low: Places where f is at most y, with the values and log-slopes of f there, each ``(*s)``.
+        low: Points where f is at most y, with the values and log-slopes of f there, each ``(*s)``.
         high: The same where f is at least y.
         steps: The number of evaluations of f.
     """
@@ -140,9 +138,11 @@ def bracketed_root(
     return torch.where(y - of_a < of_b - y, a, b)
 
 
-def implicit_root(f: Slope, x: Tensor, y: Tensor) -> Tensor:
-    """A root x of f(x) = y that was found without gradients, with the first and second derivatives of the implicit
-    function: each Newton step at a root doubles the order of those that are right."""
+def implicit_root(f: Curve, x: Tensor, y: Tensor) -> Tensor:
+    """Return a root x of f(x) = y, found without gradients, with its first and second derivatives.
+
+    Each Newton step at a root doubles the order of the derivatives that are right.
+    """
     for _ in range(2):
         value, log_slope = f(x)
         x = x - (value - y) * torch.exp(-log_slope)

@@ -1,13 +1,9 @@
-"""Integral of a positive network: the exponential of one hidden layer, whose weights are the parameters.
+"""The integral of a positive network, by the trapezoid rule.
 
-    y = b + ∫₀ˣ g(t) dt,    log g(t) = M tanh(n(t) / M),    n(t) = c + Σ_k v_k tanh(3 e^{w_k} (t - t_k - u_k))
-
-with t in units of the distance between the places t_k = 0 … H - 1, which are spread over [-B, B].  The network is asked
-at fixed nodes and g is straight between them, so that the trapezoid rule is exact: whatever the weights, the map
-increases, its log-determinant is that of the map itself, and its inverse is the root of a quadratic.  (Gauss's rule on
-[0, x] would take more nodes before every such network gave an increasing map, and a search for its inverse besides.)
-Outside of [-B, B] the map goes on straight.
-Unconstrained Monotonic Neural Networks (Wehenkel, Louppe 2019, arXiv:1908.05164).
+The network is evaluated at fixed nodes, and its output is interpolated linearly between them.  So the rule is exact:
+whatever the weights, the map increases, its log-determinant is exact, and its inverse is the root of a quadratic.
+Gauss's rule on [0, x] would need more nodes before every such network gave an increasing map, and a search for the
+inverse.
 """
 
 from __future__ import annotations
@@ -18,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_integers, check_numbers
-from .base import Bijector, bounded
+from .base import Bijector, bounded, evenly_spaced
 from .spline import bin_of
 
 MAX_LOG_RATE = 1.5  # the bound on w
@@ -30,11 +26,12 @@ class Integral(Bijector):
 
         y = b + ∫₀ˣ g(t) dt,    log g(t) = M tanh(n(t) / M),    n(t) = c + Σ_k v_k tanh(3 e^{w_k} (t - t_k - u_k))
 
-    with t in units of the distance between the places t_k = 0 … H - 1, which are spread over [-B, B].  The network is
-    asked at fixed nodes and g is straight between them: so the rule is exact, and the inverse the root of a quadratic.
+    The units start at t_k = 0 … H - 1, spread over [-B, B], and t is in units of their distance.  The network is
+    evaluated at fixed nodes, and g is linear between them.  So the rule is exact, and the inverse is the root of a
+    quadratic.
 
-    The 3 H + 2 parameters are H weights v of the units, H log-rates w and H shifts u inside of them, the bias c and the
-    shift b.  At zero the units have no weight.
+    The 3 H + 2 parameters are H weights v of the units, their H log-rates w and H shifts u, the bias c and the shift b.
+    At zero the units have no weight.
 
     Unconstrained Monotonic Neural Networks (Wehenkel, Louppe 2019, arXiv:1908.05164).
 
@@ -83,30 +80,27 @@ class Integral(Bijector):
 
     def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         table = self._table(params)
-        low, high = table[1, 0], table[1, -1]
-        within = torch.maximum(torch.minimum(y, high), low)
+        within = torch.maximum(torch.minimum(y, table[1, -1]), table[1, 0])
         x0, x1, y0, y1, g0, g1 = bin_of(within, table, axis=1)
         share = (within - y0) / (y1 - y0)
-        slope = torch.sqrt(torch.lerp(g0 * g0, g1 * g1, share))  # the square of a straight slope is linear in the area
+        slope = torch.sqrt(torch.lerp(g0 * g0, g1 * g1, share))  # the square of a linear slope is linear in the area
         u = share * (g0 + g1) / (g0 + slope)
         x = torch.addcmul(x0, x1 - x0, u)
         return x + (y - within) / slope, -torch.log(slope)
 
     def _table(self, params: Tensor) -> Tensor:
-        """Nodes along x, their places along y and the slopes there, ``(3, N, *s)``."""
+        """Return the nodes along x, their images along y and the slopes there, ``(3, N, *s)``."""
         v, w, u, (c, b) = params.movedim(-1, 0).split((*(self.hidden,) * 3, 2))
-        count = 2 * self.panels + 1
-        nodes = torch.linspace(-self.bound, self.bound, count, dtype=params.dtype, device=params.device)
-        nodes = nodes.view(-1, *(1,) * (params.dim() - 1))
+        nodes = evenly_spaced(-self.bound, self.bound, 2 * self.panels + 1, params)
         t = (nodes + self.bound) * ((self.hidden - 1) / (2 * self.bound))
         rates = 6 * bounded(w, MAX_LOG_RATE).exp()  # tanh(z) = 2 σ(2 z) - 1, and a sigmoid is faster
         net = c - v.sum(0)
-        for k in range(self.hidden):
+        for k in range(self.hidden):  # one unit at a time saves memory
             bend = torch.sigmoid(torch.addcmul(-rates[k] * (u[k] + k), rates[k], t))
             net = torch.addcmul(net, v[k], bend, value=2)
         slopes = bounded(net, self.max_log_slope).exp()
         extra = (slopes[1:] + slopes[:-1] - 2) * (self.bound / (2 * self.panels))  # areas beyond the identity's
         left, right = extra.split(self.panels)
         left = -left.flip(0).cumsum(0).flip(0)
-        places = nodes + torch.cat((left, torch.zeros_like(slopes[:1]), right.cumsum(0)))
-        return torch.stack((nodes.expand_as(slopes), places + b, slopes))
+        images = nodes + torch.cat((left, torch.zeros_like(slopes[:1]), right.cumsum(0)))
+        return torch.stack((nodes.expand_as(slopes), images + b, slopes))

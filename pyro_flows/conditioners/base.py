@@ -1,7 +1,8 @@
-"""The contract of a conditioner: a network (x, context) -> the parameters of a bijector."""
+"""The base class of conditioners, networks (x, context) -> the parameters of a bijector, and their linear layers."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,15 +14,14 @@ from torch.nn import functional as F
 from .. import arguments
 from ..arguments import check_integers, check_numbers, check_sizes
 from ..vjp import vjp
-from .stored_scale import Paced, power_of_2
 
-# Steps that suit the place and scale of a guide are large for its networks: at 1 the regression of tests/test_pace.py
-# ends 2 to 16 nats lower.
+# Step sizes that suit the location and scale of a guide are large for its networks: at 1 the regression of
+# tests/test_pace.py ends 2 to 16 nats lower.
 HIDDEN_PACE = 1 / 4
 
 
 class Network(nn.Module):
-    """A module with ``Linear`` layers.  A guide can choose their pace.
+    """A module with ``Linear`` layers, whose pace a guide can choose.
 
     Attributes:
         pace: How far these layers move in a step of an optimiser: see ``set_pace``.
@@ -30,12 +30,12 @@ class Network(nn.Module):
     pace: float | None = None
 
     def set_pace(self, pace: float | None) -> None:
-        """Choose how far the layers move in a step of an optimiser; what the network computes stays as it is.
+        """Choose how far the layers move in a step of an optimiser, without changing the function of the network.
 
         Args:
             pace: For steps of Adam of size lr, the results of the last layer move by about ``pace * lr``, and hidden
-                units by a quarter of lr, whatever the widths.  None leaves the weights as torch has them: results and
-                hidden units then move by the more, the wider the layers are.
+                units by a quarter of lr, whatever the widths.  None keeps the weights of torch: results and hidden
+                units then move in proportion to the widths of the layers.
 
         Raises:
             ValueError: If the pace is not positive and finite.
@@ -43,7 +43,7 @@ class Network(nn.Module):
         check_numbers(type(self).__name__, above=0, optional=True, pace=pace)
         parts = list(self.own_parts())
         if not any(isinstance(part, Linear) for part in parts):
-            return  # a network of other layers, whose weights stay as they are
+            return  # convolutions and transformers have no pace
         for part in parts:
             if isinstance(part, Network):
                 part.pace = pace
@@ -52,7 +52,7 @@ class Network(nn.Module):
                 part.set_pace(power_of_2(wished))
 
     def own_parts(self) -> Iterable[nn.Module]:
-        """Return the modules that share the pace, this one among them."""
+        """Return the modules that share the pace, this one included."""
         return self.modules()
 
 
@@ -61,28 +61,28 @@ Pull = Callable[[Tensor, bool], tuple[Tensor, Gradients]]
 
 
 class Conditioner(Network, ABC):
-    """A network θ(x, c) that gives ``num_params`` parameters to each of ``output_dim`` features, or to their numbers.
+    """A network θ(x, c) that computes ``num_params`` parameters for each of ``output_dim`` features.
 
     It is the abstract base class of the networks behind couplings, autoregressive layers and conditional maps.
-    Features are numbers, and ``size`` is ``()``, or they are the channels of an image, of size ``(H, W)``, or the
-    tokens of a sequence, of size ``(token_dim,)``.
+    A feature is a number and ``size`` is ``()``, or it is a channel of an image, of size ``(H, W)``, or a token of a
+    sequence, of size ``(token_dim,)``.  Each number of a feature receives its own parameters.
 
     A subclass calls ``super().__init__`` and defines :meth:`forward`.  It keeps these rules:
 
     - its last layer starts at zero, and the others at random: then every bijector starts at the identity, and after
       three steps of an optimiser every parameter has moved;
     - its layers are ``Linear`` of ``conditioners.base``, whose pace a guide can choose (``set_pace``);
-    - the context, where there is one, reaches the first hidden layer by :meth:`add_context`, so that it is worked
-      through once and broadcast over samples;
-    - events do not touch one another, as batch norm would make them, and calls do not depend on chance.
+    - the context enters the first hidden layer by :meth:`add_context`, so that it is processed once and broadcast over
+      samples;
+    - rows are independent of one another, unlike with batch norm, and calls are deterministic.
 
-    Parameter p of feature i had best be output ``p * output_dim + i`` of the last layer, as below: each parameter of
-    all features then lies side by side, as the elementwise maps read them.
+    Output ``p * output_dim + i`` of the last layer should be parameter p of feature i, as :meth:`arranged` assumes.
+    Each parameter of all features is then contiguous in memory, as the elementwise maps read them.
 
     Args:
-        input_dim: The number of features that go in; 0 where the context alone does.
+        input_dim: The number of features that go in; 0 if the parameters depend on the context only.
         output_dim: The number of features that receive parameters.
-        num_params: The number of parameters of each of their numbers (``bijector.num_params``).
+        num_params: The number of parameters of each number of a feature (``bijector.num_params``).
         hidden_dims: The widths of the hidden layers, at least one.
         context_dim: The number of context features, 0 without.
 
@@ -105,18 +105,13 @@ class Conditioner(Network, ABC):
         ...         self.last = Linear(width, num_params * output_dim, zero=True)
         ...     def forward(self, x, context=None):
         ...         h = torch.tanh(self.add_context(self.first(x), context))
-        ...         return self.last(h).unflatten(-1, (self.num_params, self.output_dim)).mT
+        ...         return self.arranged(self.last(h))
         >>> layer = Coupling(Affine(), OneLayer(2, 1, num_params=2), mask=[True, True, False])
         >>> y, log_det = layer.forward_and_log_det(torch.ones(3))
         >>> y.tolist(), log_det.item()  # the identity at the start
         ([1.0, 1.0, 1.0], 0.0)
     """
 
-    input_dim: int
-    output_dim: int
-    num_params: int
-    context_dim: int
-    hidden_dims: tuple[int, ...]
     size: tuple[int, ...] = ()
     from_context: nn.Module | None
 
@@ -131,16 +126,14 @@ class Conditioner(Network, ABC):
         self.input_dim, self.output_dim = input_dim, output_dim
         self.num_params, self.context_dim = num_params, context_dim
         self.hidden_dims = tuple(hidden_dims)
-        # A context is added to the first hidden layer: computed once per context, broadcast over samples.
         self.from_context = Linear(context_dim, self.hidden_dims[0], bias=False) if context_dim else None
 
     def add_context(self, h: Tensor, context: Tensor | None) -> Tensor:
-        """What enters the first hidden layer's activation: ``h`` and the share of the context.
+        """Add the term of the context to the first hidden layer.
 
         Args:
-            h: What the inputs make of the first hidden layer, ``(*batch, hidden_dims[0])``.
-            context: Contexts of shape ``(*batch, context_dim)``, broadcast with ``h``; without use if ``context_dim``
-                is 0.
+            h: The term of the inputs, ``(*batch, hidden_dims[0])``.
+            context: Contexts of shape ``(*batch, context_dim)``, broadcast with ``h``; ignored if ``context_dim`` is 0.
 
         Returns:
             Of shape ``(*batch, hidden_dims[0])``.
@@ -166,17 +159,22 @@ class Conditioner(Network, ABC):
             ValueError: If the network takes contexts and none is given.
         """
 
+    def arranged(self, outputs: Tensor) -> Tensor:
+        """Return ``(*batch, num_params * output_dim)`` outputs of a layer as ``(*batch, output_dim, num_params)``."""
+        return outputs.unflatten(-1, (self.num_params, self.output_dim)).mT
+
     def forward_and_pull(self, x: Tensor) -> tuple[Tensor, Pull]:
         """Compute parameters without a context, and return the vector–Jacobian product of the network.
 
-        By default autograd finds it; a network that knows its slopes overrides this method.
+        By default autograd finds it.  A network with known slopes overrides this method.
 
         Args:
             x: Inputs of shape ``(*batch, input_dim, *size)``.
 
         Returns:
             The parameters, without a gradient, and a function ``(g, own) -> (of x, of parameters)``.  Given the
-            gradient g of the results, it returns that of x and, if ``own``, that of each parameter of the network.
+            gradient g of the parameters of the bijector, it returns the gradient of x.  If ``own``, it also returns the
+            gradient of each parameter of the network.
         """
         with torch.enable_grad():
             x = x.detach().requires_grad_()
@@ -191,18 +189,53 @@ class Conditioner(Network, ABC):
         return params.detach(), pull
 
 
-class Linear(Paced, nn.Linear):
-    """y = p (W x + b), where p is the layer's pace: how far y moves when an optimiser moves W and b.
+class Paced(nn.Module):
+    """A module that stores some of its tensors divided by a unit.
 
-    Adam moves each weight by about its step size, whatever the size of the gradient, and y by as many of them as there
-    are inputs.  A pace of 1 over their number makes that one step size: the maximal update parametrisation (Yang, Hu
+    A step of an optimiser moves the stored tensor, and so moves the tensor in use by the unit times as much.  A state
+    contains the unit, so that it can be loaded into a module of another pace.
+    """
+
+    pace: float | None
+
+    @property
+    def unit(self) -> float:
+        """The factor between the stored tensors and those in use, by default the pace."""
+        return 1.0 if self.pace is None else self.pace
+
+    def _paced_names(self) -> Iterable[str]:
+        """Return the names, in a state, of the tensors that are stored in the unit."""
+        raise NotImplementedError
+
+    def _rescaled(self, stored: Tensor, ratio: float) -> Tensor:
+        """Return a stored tensor for a unit that is divided by a ratio."""
+        return ratio * stored
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.unit != 1.0:
+            destination[f"{prefix}pace"] = torch.tensor(self.unit)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        ratio = float(state_dict.pop(f"{prefix}pace", 1.0)) / self.unit
+        for name in self._paced_names():
+            if ratio != 1.0 and (key := prefix + name) in state_dict:
+                state_dict[key] = self._rescaled(state_dict[key], ratio)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Linear(Paced, nn.Linear):
+    """y = p (W x + b), where the pace p sets how far y moves when an optimiser moves W and b.
+
+    Adam moves each weight by about its step size, whatever the size of the gradient.  So y moves by about the step size
+    times the number of inputs.  A pace of 1 over this number cancels it: the maximal update parametrisation (Yang, Hu
     2020, arXiv:2011.14522; Yang et al. 2022, arXiv:2203.03466).
 
     Args:
         in_features: The number of inputs.
         out_features: The number of outputs.
-        bias: Whether there is b.
-        zero: Whether W and b start at zero, as in a last layer; else as in ``torch.nn.Linear``.
+        bias: True for a bias b.
+        zero: True if W and b start at zero, as in a last layer; otherwise they start as in ``torch.nn.Linear``.
 
     Example::
 
@@ -224,24 +257,24 @@ class Linear(Paced, nn.Linear):
 
     @torch.no_grad()
     def set_pace(self, pace: float) -> None:
-        """Change the pace and keep the function: exact in floating point, since paces are powers of 2."""
+        """Change the pace and keep the function, exactly in floating point, since paces are powers of 2."""
         for parameter in self.parameters():
             parameter.mul_(self.pace / pace)
         self.pace = pace
 
-    @property
-    def unit(self) -> float:
-        return self.pace
-
     def _paced_names(self) -> Iterable[str]:
         return self._parameters
 
+    def connections(self) -> Tensor:
+        """Return W."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.paced(F.linear(x, self.weight, self.bias))
+        return self.paced(F.linear(x, self.connections(), self.bias))
 
     def matrix(self) -> Tensor:
         """Return the matrix of the map, p W."""
-        return self.paced(self.weight)
+        return self.paced(self.connections())
 
     def paced(self, y: Tensor) -> Tensor:
         """Return p y."""
@@ -253,7 +286,7 @@ class Linear(Paced, nn.Linear):
         Args:
             g: The gradient of the results, ``(N, out_features)``.
             x: The inputs, ``(N, in_features)``.
-            gradients: Takes those of the layer's own parameters, unless it is None.
+            gradients: A list to which the gradients of W and b are appended, or None.
         """
         g = self.paced(g)
         if gradients is not None:
@@ -264,7 +297,7 @@ class Linear(Paced, nn.Linear):
 
 
 class MaskedLinear(Linear):
-    """y = p ((W ∘ M) x + b), where the 0/1 matrix M cuts connections."""
+    """y = p ((W ∘ M) x + b), where the 0/1 matrix M removes connections."""
 
     mask: Tensor
 
@@ -272,28 +305,30 @@ class MaskedLinear(Linear):
         super().__init__(in_features, out_features, zero=zero)
         self.register_buffer("mask", torch.ones(out_features, in_features), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.paced(F.linear(x, self.weight * self.mask, self.bias))
-
-    def matrix(self) -> Tensor:
-        """Return the matrix of the map, p (W ∘ M)."""
-        return self.paced(self.weight * self.mask)
+    def connections(self) -> Tensor:
+        """Return W ∘ M."""
+        return self.weight * self.mask
 
 
 class Rectifier(nn.ReLU):
-    """max(0, x) in place, for what nothing else reads, as the result of a linear layer; torch.jit records a copy."""
+    """max(0, x) in place, for inputs that nothing else reads, such as the results of linear layers."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x, inplace=torch._C._get_tracing_state() is None)
+        return F.relu(x, inplace=torch._C._get_tracing_state() is None)  # torch.jit must record a copy
+
+
+def power_of_2(number: float) -> float:
+    """Return the power of 2 closest to a positive number.  Products with it are exact."""
+    return 2.0 ** round(math.log2(number))
 
 
 def activation_of(caller: str, kind: type[nn.Module]) -> nn.Module:
-    """Return an activation for the results of linear layers; errors as those of ``arguments.activation_of``."""
+    """Return an activation for the results of linear layers; errors as in ``arguments.activation_of``."""
     return Rectifier() if kind is nn.ReLU else arguments.activation_of(caller, kind)
 
 
 def share_of(net: Any, context: Tensor | None) -> Tensor | None:
-    """Return what a context adds to the first hidden layer of a network, or None if the network takes no contexts.
+    """Return the term of a context in the first hidden layer of a network, or None if the network takes no contexts.
 
     Raises:
         ValueError: If the network takes contexts and none is given.
@@ -307,7 +342,7 @@ def share_of(net: Any, context: Tensor | None) -> Tensor | None:
 
 
 def zero_(layer: nn.Module) -> nn.Module:
-    """Set all parameters of a layer to zero."""
+    """Set all parameters of a layer to zero, and return it."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

@@ -1,10 +1,4 @@
-"""A convolutional network, the conditioner of couplings of images.
-
-    h = a(W_0 * x + U c),   h ← h + u σ(g) with (u, g) = V a(W a(h)) block by block,   parameters = W_L * a(h)
-
-Gated residual blocks as in Flow++ (Ho, Chen, Srinivas, Duan, Abbeel 2019, arXiv:1902.00275); without them one 1 × 1
-convolution stands in the middle, as in Glow (Kingma, Dhariwal 2018, arXiv:1807.03039).
-"""
+"""Convolutional networks, the conditioners of couplings of images."""
 
 from __future__ import annotations
 
@@ -27,8 +21,8 @@ class ConvNet(Conditioner):
     It takes ``(*batch, input_dim, H, W)`` to ``(*batch, output_dim, H, W, num_params)`` and conditions couplings of
     channels.
 
-    The gated blocks are those of Flow++ (Ho, Chen, Srinivas, Duan, Abbeel 2019, arXiv:1902.00275); without them the
-    network is that of Glow (Kingma, Dhariwal 2018, arXiv:1807.03039).
+    The gated blocks are those of Flow++ (Ho, Chen, Srinivas, Duan, Abbeel 2019, arXiv:1902.00275).  Without blocks, one
+    1 × 1 convolution replaces them, as in Glow (Kingma, Dhariwal 2018, arXiv:1807.03039).
 
     Args:
         input_dim: The number of channels that go in.
@@ -36,10 +30,10 @@ class ConvNet(Conditioner):
         num_params: The number of parameters of each of their numbers (``bijector.num_params``).
         size: Height and width.
         hidden_dim: The number of channels between the convolutions.
-        num_blocks: The number of gated residual blocks; with 0 a 1 × 1 convolution stands in their place.
-        context_dim: The number of context features, which every pixel sees; with ``context_shape`` it may be left out.
-        context_shape: The shape ``(K, H, W)`` of contexts that are images themselves, flattened: each pixel sees what
-            lies there.  Height and width are those of ``size`` or multiples of them.
+        num_blocks: The number of gated residual blocks; with 0 a 1 × 1 convolution replaces them.
+        context_dim: The number of context features, which condition every pixel; optional with ``context_shape``.
+        context_shape: The shape ``(K, H, W)`` of contexts that are flattened images.  Each pixel depends on the context
+            at the same place.  Height and width are those of ``size`` or multiples of them.
         activation: The class of the elementwise nonlinearity.
 
     Raises:
@@ -73,8 +67,7 @@ class ConvNet(Conditioner):
         image = None if context_shape is None else as_image("ConvNet", "context_shape", context_shape)
         super().__init__(input_dim, output_dim, num_params, (hidden_dim,), 0 if image else context_dim)
         self.size, self.hidden_dim, self.num_blocks = (height, width), hidden_dim, num_blocks
-        self.context_shape = image
-        self.activation = activation
+        self.context_shape, self.activation = image, activation
         self.first = nn.Conv2d(input_dim, hidden_dim, 3, padding=1)
         self.blocks = nn.ModuleList(_Gated(hidden_dim, activation) for _ in range(num_blocks))
         self.middle = None if num_blocks else nn.Conv2d(hidden_dim, hidden_dim, 1)
@@ -93,11 +86,11 @@ class ConvNet(Conditioner):
 
     def add_context(self, h: Tensor, context: Tensor | None) -> Tensor:
         if self.context_shape is None or context is None:
-            context = None if context is None else context.unsqueeze(-2).unsqueeze(-2)  # of each pixel
+            context = None if context is None else context[..., None, None, :]  # the same at each pixel
             return super().add_context(h.movedim(-3, -1), context).movedim(-1, -3)
         assert self.from_context is not None
-        images = context.reshape(math.prod(context.shape[:-1]), *self.context_shape)
-        share = self.from_context(F.pixel_unshuffle(images, self.factor))
+        images = F.pixel_unshuffle(context.unflatten(-1, self.context_shape), self.factor)
+        share = self.from_context(images.reshape(math.prod(images.shape[:-3]), *images.shape[-3:]))
         return h + share.reshape(*context.shape[:-1], *share.shape[1:])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -114,7 +107,7 @@ class ConvNet(Conditioner):
 
 
 class _Gated(nn.Module):
-    """h + u σ(g); it starts as a small change of h."""
+    """A gated residual block, h + u σ(g), which starts as a small change of h."""
 
     def __init__(self, hidden_dim: int, activation: type[nn.Module]) -> None:
         super().__init__()
@@ -127,8 +120,8 @@ class _Gated(nn.Module):
 
 
 def _images(x: Tensor) -> Tensor:
-    """One batch dimension, and channels side by side in memory, where convolutions are fastest."""
+    """Return images with one batch dimension, and with channels last in memory, where convolutions are fastest."""
     images = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return images  # they see to the order themselves
+        return images  # these choose the memory order themselves
     return images.contiguous(memory_format=torch.channels_last)

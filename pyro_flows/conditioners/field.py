@@ -1,44 +1,47 @@
 """Vector fields v(t, x, context): networks whose flow along time is a continuous transform.
 
-A field says at once where a point moves and how the Jacobian J = ∂v/∂x acts there, as the divergence tr J and products
-Jᵀ v need.  Where a network does not know its Jacobian, autograd finds it.
-
-Neural Ordinary Differential Equations (Chen, Rubanova, Bettencourt, Duvenaud 2018, arXiv:1806.07366).
+A field returns its velocity at a point together with its Jacobian J = ∂v/∂x there.  The Jacobian gives the divergence
+tr J and the products Jᵀ v.  If a network does not know its Jacobian, autograd finds it.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_integers
+from ..arguments import check_integers, check_sizes
+from .base import Linear, Network, share_of
+from .jacobian import SMOOTH, Jacobian
 
 
 class Derivative(Protocol):
-    """What is asked of the Jacobian J of a field at each of a batch of points."""
+    """The Jacobian J of a field at each of a batch of points."""
 
     def trace(self) -> Tensor:
-        """tr J, ``(*batch)``."""
+        """Return tr J, ``(*batch)``."""
 
     def pull(self, v: Tensor) -> Tensor:
-        """Jᵀ v for covectors, ``(K, *batch, D)``."""
+        """Return Jᵀ v for covectors v, ``(K, *batch, D)``."""
 
 
 Rates = Callable[[Tensor, Tensor], tuple[Tensor, Derivative]]  # (t, x) -> v, J
 
 
 class VectorField(nn.Module, ABC):
-    """A field v(t, x, c) of D numbers that depends on time, on the point, and on a context where there is one.
+    """A field v(t, x, c) of D numbers that depends on time, on the point, and optionally on a context.
 
-    It is the abstract base class of what :class:`~pyro_flows.transforms.Continuous` follows, dx/dt = v(t, x, c).
-    Any network may be one: define ``forward`` and call ``super().__init__(input_dim, context_dim)``.  Rows must not
-    depend on one another, nor calls on chance, as batch norm and dropout make them.  Slopes should be continuous, or
-    adaptive solvers stumble at each kink.  Its last layer had best start at zero, so that the transform starts at the
-    identity.  By default autograd finds the Jacobian; a field that knows its own overrides :meth:`at`.
+    It is the abstract base class of the fields that :class:`~pyro_flows.transforms.Continuous` integrates, dx/dt =
+    v(t, x, c).  To make a field of any network, define ``forward`` and call ``super().__init__(input_dim,
+    context_dim)``.  Rows must be independent of one another and calls deterministic, unlike with batch norm and
+    dropout.  Slopes should be continuous, since adaptive solvers take small steps at each kink.  The last layer should
+    start at zero, so that the transform starts at the identity.  By default autograd finds the Jacobian.  A field that
+    knows its own overrides :meth:`at`.
 
     Neural Ordinary Differential Equations (Chen, Rubanova, Bettencourt, Duvenaud 2018, arXiv:1806.07366).
 
@@ -47,7 +50,7 @@ class VectorField(nn.Module, ABC):
         context_dim: The number of context features, at least 0.
 
     Attributes:
-        cheap_trace: Whether the divergence costs about as much as the field itself, whatever D is; by default False.
+        cheap_trace: True if the divergence costs about as much as the field itself, whatever D is; by default False.
 
     Raises:
         ValueError: If a size is out of its range.  In use, if the velocities that ``forward`` returns do not have the
@@ -74,7 +77,7 @@ class VectorField(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The velocity of each point, ``(*batch, D)``.
+        """Return the velocity of each point, ``(*batch, D)``.
 
         Args:
             t: The time, ``()``, or one for each point, ``(*batch)``; between 0 and 1.
@@ -82,26 +85,26 @@ class VectorField(nn.Module, ABC):
             context: Contexts, ``(*batch, context_dim)``, that broadcast with x, or None if ``context_dim`` is 0.
 
         Returns:
-            Of the shape and the dtype of x, which has the batch shape of all three when a solver asks.
+            Of the shape and the dtype of x.  Solvers pass points x of the batch shape of all three arguments.
 
         Raises:
             ValueError: If the field takes contexts and none is given.
         """
 
     def at(self, context: Tensor | None = None) -> Rates:
-        """The field at a context, with its Jacobian J = ∂v/∂x.
+        """Return the field at a context, with its Jacobian J = ∂v/∂x.
 
         Args:
             context: Contexts, ``(*batch, context_dim)``, that broadcast with the points, or None.
 
         Returns:
-            A function ``(t, x) -> (v, J)`` of time and points, to velocities ``(*batch, D)`` and what has the methods
-            ``J.trace()``, which gives the divergence ``(*batch)``, and ``J.pull(w)``, which takes covectors
-            ``(K, *batch, D)`` to Jᵀ w of the same shape.
+            A function ``(t, x) -> (v, J)`` of time and points, with velocities v, ``(*batch, D)``.  J has two methods.
+            ``J.trace()`` returns the divergence ``(*batch)``.  ``J.pull(w)`` returns Jᵀ w for covectors w,
+            ``(K, *batch, D)``.
 
         Raises:
-            ValueError: If the field takes contexts and none is given; and, from the function that is returned, if
-                velocities do not have the shape and the dtype of the points.
+            ValueError: If the field takes contexts and none is given.  The returned function raises it if velocities do
+                not have the shape and the dtype of the points.
         """
 
         def rates(t: Tensor, x: Tensor) -> tuple[Tensor, Derivative]:
@@ -120,7 +123,7 @@ class VectorField(nn.Module, ABC):
 
 
 def _recordable(value: Tensor) -> Tensor:
-    """A tensor that autograd takes, also where it was made in inference mode."""
+    """Return a tensor that autograd can record, also if it was made in inference mode."""
     return value.clone() if value.is_inference() else value
 
 
@@ -129,7 +132,7 @@ class Differentiated(NamedTuple):
 
     x: Tensor
     v: Tensor
-    lasting: bool  # whether what is returned can be differentiated in its turn
+    lasting: bool  # True if the results can be differentiated again
 
     def trace(self) -> Tensor:
         size = self.x.shape[-1]
@@ -151,3 +154,99 @@ class Differentiated(NamedTuple):
                 is_grads_batched=True,
             )
         return torch.zeros_like(v) if found is None else found
+
+
+class MLPField(Network, VectorField):
+    """A multilayer perceptron as a vector field, zero at the start::
+
+        v(t, x, c) = W_L h_{L-1} + b_L,    h_l = a(W_l h_{l-1} + b_l),    h_1 = a(W_1 x + b_1 + U τ(t) + V c)
+
+    Time enters by its first Fourier modes τ, cos kπt and sin kπt.  Time and context are added to the first hidden
+    layer.  The field knows its Jacobian: with one or two hidden layers the exact divergence costs at most as much as
+    the field.
+
+    FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models (Grathwohl, Chen, Bettencourt,
+    Sutskever, Duvenaud 2018, arXiv:1810.01367).
+
+    Args:
+        input_dim: The number D of features, at least 1.
+        context_dim: The number of context features.
+        hidden_dims: The widths of the hidden layers, at least one.
+        frequencies: The number of Fourier modes of time, at least 1.
+        activation: The class of the nonlinearity, with continuous slopes: ``torch.nn``'s ``ELU``, ``SiLU``,
+            ``Softplus`` or ``Tanh``.
+        pace: How far the parameters move in a step of an optimiser: see ``set_pace``.
+
+    Raises:
+        ValueError: If a size or ``pace`` is out of its range, or ``activation`` is not one of the four.  In use, if the
+            field takes contexts and none is given.
+
+    Example::
+
+        >>> import torch
+        >>> field = MLPField(2, context_dim=4)
+        >>> t, x = torch.rand(7), torch.randn(7, 2)
+        >>> v, jacobian = field.at(torch.randn(4))(t, x)
+        >>> v.shape, jacobian.trace().shape
+        (torch.Size([7, 2]), torch.Size([7]))
+    """
+
+    hidden: Sequence[Linear]
+
+    def __init__(
+        self,
+        input_dim: int,
+        context_dim: int = 0,
+        hidden_dims: Sequence[int] = (64, 64),
+        *,
+        frequencies: int = 3,
+        activation: type[nn.Module] = nn.SiLU,
+        pace: float | None = None,
+    ) -> None:
+        super().__init__(input_dim, context_dim)
+        check_sizes("MLPField", hidden_dims=hidden_dims)
+        check_integers("MLPField", frequencies=frequencies)
+        if not isinstance(activation, type) or activation not in SMOOTH:
+            names = ", ".join(known.__name__ for known in SMOOTH)
+            raise ValueError(
+                f"MLPField: activation must be a class of torch.nn with continuous slopes, one of {names}, "
+                f"got {activation!r}. For others, write a subclass of VectorField."
+            )
+        self.hidden_dims, self.frequencies, self.activation = tuple(hidden_dims), frequencies, activation
+        self.cheap_trace = len(self.hidden_dims) <= 2
+        layers = nn.ModuleList(Linear(n, m) for n, m in pairwise((input_dim, *self.hidden_dims)))
+        self.hidden = layers  # type: ignore[assignment]
+        self.output = Linear(self.hidden_dims[-1], input_dim, zero=True)
+        self.act = activation()
+        self.from_time = Linear(2 * frequencies, self.hidden_dims[0], bias=False)
+        self.from_context = Linear(context_dim, self.hidden_dims[0], bias=False) if context_dim else None
+        self.set_pace(pace)
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        first, *others = self.hidden
+        h = self.act(first(x) + self._shift(t, share_of(self, context)))
+        for layer in others:
+            h = self.act(layer(h))
+        return self.output(h)
+
+    def at(self, context: Tensor | None = None) -> Rates:
+        weights = [layer.matrix() for layer in (*self.hidden, self.output)]
+        share = share_of(self, context)
+        slope_of = SMOOTH[self.activation]
+
+        def rates(t: Tensor, x: Tensor) -> tuple[Tensor, Derivative]:
+            h, shift, slopes = x, self._shift(t, share), []
+            for number, layer in enumerate(self.hidden):
+                a = layer(h) if number else layer(h) + shift
+                h = self.act(a)
+                slopes.append(slope_of(a, h))
+            return self.output(h), Jacobian(weights, slopes)
+
+        return rates
+
+    def _shift(self, t: Tensor, share: Tensor | None) -> Tensor:
+        """Return the terms of the time and of the context in the first hidden layer."""
+        modes = math.pi * torch.arange(1, self.frequencies + 1, dtype=t.dtype, device=t.device)
+        phases = modes * t.unsqueeze(-1)
+        of_time = self.from_time(torch.cat((phases.cos(), phases.sin()), -1))
+        return of_time if share is None else of_time + share

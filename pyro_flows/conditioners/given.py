@@ -1,4 +1,4 @@
-"""Parameters that are computed elsewhere: θ is what the input holds."""
+"""A conditioner without parameters, which returns its input."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from .base import Conditioner
 
 
 class Given(Conditioner):
-    """Reads the parameters off the first ``num_params * output_dim`` numbers of its input; it has none of its own.
+    """A conditioner that returns the first ``num_params * output_dim`` numbers of its input as the parameters.
 
-    It takes ``(*batch, input_dim)`` to ``(*batch, output_dim, num_params)``, and no context.  Where what it reads is
-    zero at the start, as a conditioner's parameters should be, all of its maps are the identity.
+    It takes ``(*batch, input_dim)`` to ``(*batch, output_dim, num_params)``, and no context.  Its maps are the identity
+    where these inputs are zero.  As for other conditioners, they should be zero at the start.
 
     Args:
-        input_dim: The number of inputs; those beyond the parameters are left alone.
+        input_dim: The number of inputs; those beyond the parameters are ignored.
         output_dim: The number of features that receive parameters.
         num_params: The number of parameters of each feature (``bijector.num_params``).
 
@@ -35,4 +35,4 @@ class Given(Conditioner):
             raise ValueError(f"Given: input_dim must be at least num_params * output_dim = {least}, got {input_dim}.")
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return x[..., : self.num_params * self.output_dim].unflatten(-1, (self.num_params, self.output_dim)).mT
+        return self.arranged(x[..., : self.num_params * self.output_dim])

@@ -1,12 +1,9 @@
-"""Masked autoencoder: the parameters of a feature depend on the features of lower rank alone, or on its parents.
+"""Masked autoencoders: the parameters of a feature depend only on the features of lower rank, or on its parents.
 
-Each hidden unit sees a set of features, and feeds those units and outputs that may see all of it.  Without a graph the
-sets are {rank < m}, and m is the unit's degree.  Units are sorted by degree, so the units that one more feature unlocks
-lie side by side: the network can be run *incrementally*, one feature at a time, in about the work of one pass
-(:func:`stream`), and so can its transposed Jacobian (:func:`costream`).
-
-MADE: Masked Autoencoder for Distribution Estimation (Germain, Gregor, Murray, Larochelle 2015, arXiv:1502.03509).
-Graphical Normalizing Flows (Wehenkel, Louppe 2021, arXiv:2006.02548).
+Each hidden unit depends on a set of features, and feeds those units and outputs that may depend on all of them.
+Without a graph the sets are {rank < m}, and m is the unit's degree.  Units are sorted by degree, so the units that one
+more feature unlocks are contiguous.  Hence the network can run *incrementally*, one feature at a time, in about the
+work of one pass (:func:`stream`), and so can its vector–Jacobian product (:func:`stream_vjp`).
 """
 
 from __future__ import annotations
@@ -22,11 +19,11 @@ from .base import Conditioner, MaskedLinear, activation_of
 
 
 class MADE(Conditioner):
-    """A masked network: θ_i, the parameters of feature i, depends on the features of lower rank, or on its parents.
+    """A masked network: the parameters θ_i of feature i depend only on the features of lower rank, or on its parents.
 
     It takes ``(*batch, D)`` to ``(*batch, D, num_params)``, and conditions
-    :class:`~pyro_flows.transforms.Autoregressive` layers, whose inverse it serves feature by feature in about the work
-    of one pass.
+    :class:`~pyro_flows.transforms.Autoregressive` layers.  Their inverse evaluates it feature by feature, in about the
+    work of one pass.
 
     MADE: Masked Autoencoder for Distribution Estimation (Germain, Gregor, Murray, Larochelle 2015, arXiv:1502.03509);
     with a graph, Graphical Normalizing Flows (Wehenkel, Louppe 2021, arXiv:2006.02548).
@@ -35,18 +32,19 @@ class MADE(Conditioner):
         input_dim: The number D of features, at least 1.
         num_params: The number of parameters of each feature (``bijector.num_params``).
         hidden_dims: The widths of the hidden layers, at least one; they may be narrower than the input.
-        context_dim: The number of context features; every unit may see them.
+        context_dim: The number of context features; every unit may depend on them.
         order: ``order[i]`` is the rank of feature i, a permutation of 0 … D - 1; by default the features' own order, or
             one in which parents come first.
-        adjacency: ``adjacency[i, j]`` says whether the parameters of feature i may depend on feature j, ``(D, D)``: a
-            directed graph without cycles, whose diagonal does not count; by default all of lower rank may be seen.
+        adjacency: ``adjacency[i, j]`` is True if the parameters of feature i may depend on feature j, ``(D, D)``.  The
+            directed graph has no cycles, and its diagonal is ignored.  By default all features of lower rank are
+            parents.
         activation: The class of the elementwise nonlinearity.
         pace: How far the parameters move in a step of an optimiser: see ``set_pace``.
 
     Raises:
-        ValueError: If a size is out of its range, the order is no permutation or puts a child before a parent,
-            ``adjacency`` has another shape or a cycle, or a hidden layer has fewer units than there are different sets
-            of parents.  In use, if the network takes contexts and none is given.
+        ValueError: If a size is out of its range, or the order is not a permutation or puts a child before a parent.
+            If ``adjacency`` has another shape or a cycle, or a hidden layer has fewer units than there are different
+            sets of parents.  In use, if the network takes contexts and none is given.
 
     Example::
 
@@ -54,9 +52,9 @@ class MADE(Conditioner):
         >>> net = MADE(3, num_params=2, hidden_dims=(16,), order=(2, 1, 0))
         >>> net(torch.randn(7, 3)).shape
         torch.Size([7, 3, 2])
-        >>> _ = torch.nn.init.normal_(net.output.weight)  # for the slopes at parameters that are trained
+        >>> _ = torch.nn.init.normal_(net.output.weight)  # as if trained
         >>> slopes = torch.autograd.functional.jacobian(lambda x: net(x).sum(-1), torch.randn(3))
-        >>> (slopes != 0).int().tolist()  # row i: which features steer feature i
+        >>> (slopes != 0).int().tolist()  # row i: the features that the parameters of feature i depend on
         [[0, 1, 1], [0, 0, 1], [0, 0, 0]]
     """
 
@@ -81,14 +79,13 @@ class MADE(Conditioner):
         graph = None if adjacency is None else checked_graph(adjacency, input_dim)
         if order is None:
             order = range(input_dim) if graph is None else topological_order(graph)
-        order = as_order("MADE", "order", order, input_dim)
+        self.register_buffer("order", torch.tensor(as_order("MADE", "order", order, input_dim)))
+        self.register_buffer("adjacency", graph)
         self.activation = activation
         self.act = activation_of("MADE", activation)
         widths = (input_dim, *self.hidden_dims)
         self.hidden = nn.ModuleList(MaskedLinear(n, m) for n, m in pairwise(widths))  # type: ignore[assignment]
         self.output = MaskedLinear(widths[-1], num_params * input_dim, zero=True)
-        self.register_buffer("order", torch.tensor(order))
-        self.register_buffer("adjacency", graph)
         if graph is not None:
             self._check_graph(graph)
         self._set_masks()
@@ -108,23 +105,21 @@ class MADE(Conditioner):
             )
 
     def _parent_sets(self) -> Tensor:
-        """The sets of features that hidden units may see, each once, by their degrees, ``(T, D)``."""
+        """Return the sets of features that hidden units may depend on, without repetition, by degree, ``(T, D)``."""
         sets = self._parents().unique(dim=0)
-        degrees = _degrees(sets, self.order)
-        sets = sets[torch.argsort(degrees, stable=True)]
-        # A unit that sees nothing is of use only where a context reaches it, or where there is nothing to see.
+        sets = sets[torch.argsort(_degrees(sets, self.order), stable=True)]
+        # A unit of the empty set is useful only if it has a context, or if no unit depends on any feature.
         return sets if self.context_dim or len(sets) == 1 else sets[sets.any(-1)]
 
     def _parents(self) -> Tensor:
-        """The features that each feature's parameters may depend on, ``(D, D)``."""
+        """Return the features that the parameters of each feature may depend on, ``(D, D)``."""
         return self.order[:, None] > self.order if self.adjacency is None else self.adjacency
 
     def _set_masks(self) -> None:
-        """Derive masks, units and the sequence of features from ``order`` and ``adjacency``, the only ones in the
-        state."""
+        """Derive masks, units and the sequence of features from the state: ``order`` and ``adjacency``."""
         self.features: tuple[int, ...] = tuple(torch.argsort(self.order).tolist())  # the feature of each rank
         sets = self._parent_sets()
-        # unlocked[l][r]: how many units of hidden layer l have degree r, and so wait for r features
+        # unlocked[l][r]: the number of units of hidden layer l that have degree r, and so wait for r features
         self.unlocked: list[list[int]] = []
         seen = torch.eye(self.input_dim, dtype=torch.bool, device=sets.device)
         for layer in self.hidden:
@@ -135,9 +130,9 @@ class MADE(Conditioner):
         self.output.mask = _within(seen, self._parents()).repeat(self.num_params, 1).to(self.output.weight)
 
     def _restore_masks(self, _keys: object) -> None:
-        """Find the masks from the order of a state that was loaded."""
+        """Derive the masks from the order of a state that was loaded."""
         if sorted(self.order.tolist()) != list(range(self.input_dim)):
-            raise ValueError(f"MADE: the state's order is no permutation of 0 … {self.input_dim - 1}.")
+            raise ValueError(f"MADE: the state's order must be a permutation of 0 … {self.input_dim - 1}.")
         self._set_masks()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -145,13 +140,10 @@ class MADE(Conditioner):
         h = self.act(self.add_context(first(x), context))
         for layer in others:
             h = self.act(layer(h))
-        return self._output(h)
-
-    def _output(self, h: Tensor) -> Tensor:
-        return self.output(h).unflatten(-1, (self.num_params, self.output_dim)).mT
+        return self.arranged(self.output(h))
 
     def params_and_slopes(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """What a gradient by :func:`costream` needs, from one pass.
+        """Return the parameters, and the slopes that :func:`stream_vjp` needs, from one pass.
 
         Args:
             x: Inputs of shape ``(N, D)``.
@@ -168,11 +160,11 @@ class MADE(Conditioner):
                 a = layer(h) if number else self.add_context(layer(h), context)
                 h = self.act(a.clone())
                 slopes.append(torch.autograd.grad(h, a, torch.ones_like(h), retain_graph=True)[0].T.contiguous())
-            return self._output(h), slopes
+            return self.arranged(self.output(h)), slopes
 
 
 def checked_graph(adjacency: Sequence[Sequence[bool]] | Tensor, input_dim: int) -> Tensor:
-    """A graph over features as a boolean matrix without its diagonal, ``(D, D)``."""
+    """Return a graph over features as a boolean matrix with an empty diagonal, ``(D, D)``."""
     try:
         graph = torch.as_tensor(adjacency)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -185,20 +177,20 @@ def checked_graph(adjacency: Sequence[Sequence[bool]] | Tensor, input_dim: int) 
 
 
 def ancestors(graph: Tensor) -> Tensor:
-    """The graph in which each feature sees its parents, their parents, and so on, ``(D, D)``.
+    """Return the transitive closure of a graph, in which each feature has its ancestors as parents, ``(D, D)``.
 
     Example::
 
         >>> ancestors(torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0]]) > 0).int().tolist()
         [[0, 0, 0], [1, 0, 0], [1, 1, 0]]
     """
-    for _ in range(len(graph).bit_length()):  # each time twice as many generations
+    for _ in range(len(graph).bit_length()):  # each round doubles the number of generations
         graph = graph | ((graph.float() @ graph.float()) > 0)
     return graph
 
 
 def topological_order(graph: Tensor) -> list[int]:
-    """The rank of each feature in the first order in which parents come before their children.
+    """Return the rank of each feature in the first order in which parents come before their children.
 
     Example::
 
@@ -208,26 +200,26 @@ def topological_order(graph: Tensor) -> list[int]:
     left, order = set(range(len(graph))), [0] * len(graph)
     parents = [set(row.nonzero().flatten().tolist()) for row in graph]
     for rank in range(len(graph)):
-        free = [feature for feature in sorted(left) if not parents[feature] & left]
-        if not free:
+        feature = next((feature for feature in sorted(left) if not parents[feature] & left), None)
+        if feature is None:
             raise ValueError(f"MADE: adjacency must have no cycle, got one among the features {sorted(left)}.")
-        order[free[0]] = rank
-        left.remove(free[0])
+        order[feature] = rank
+        left.remove(feature)
     return order
 
 
 def _degrees(sets: Tensor, order: Tensor) -> Tensor:
-    """How many features must be known for all of a set to be, ``(T, D) -> (T)``."""
+    """Return one plus the highest rank in each set, 0 for the empty set, ``(T, D) -> (T)``."""
     return torch.where(sets, order + 1, 0).amax(-1)
 
 
 def _within(inner: Tensor, outer: Tensor) -> Tensor:
-    """Whether each of the inner sets ``(I, D)`` is a part of each of the outer ones ``(O, D)``: ``(O, I)``."""
-    return (~outer).float() @ inner.float().T == 0  # none of its features is missing
+    """Return True where an inner set, of ``(I, D)``, is a subset of an outer set, of ``(O, D)``: ``(O, I)``."""
+    return (~outer).float() @ inner.float().T == 0  # no element of the inner set is missing
 
 
 def _spread(width: int, count: int) -> list[int]:
-    """So many of the numbers 0 … count - 1, ascending and even, both ends included wherever there is room for two."""
+    """Return ``width`` of the numbers 0 … count - 1, ascending and evenly spread, both ends included if width > 1."""
     if width >= count:
         return [place * count // width for place in range(width)]
     return [round(place * (count - 1) / max(width - 1, 1)) for place in range(width)]

@@ -1,4 +1,4 @@
-"""A multilayer perceptron, the conditioner of coupling layers: h_{l+1} = a(W_l h_l + b_l)."""
+"""Multilayer perceptrons, the conditioners of coupling layers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..arguments import check_flags
 from ..vjp import keeps
-from .activations import KNOWN
 from .base import Conditioner, Gradients, Linear, Pull, activation_of
+from .jacobian import SLOPES
 
-POINTS = 16  # an even number: each point comes with its mirror image
+POINTS = 16  # an even number: the mirror image of each point is a point
 
 
 class MLP(Conditioner):
@@ -30,16 +30,17 @@ class MLP(Conditioner):
         hidden_dims: The widths of the hidden layers, at least one.
         context_dim: The number of context features.
         activation: The class of the elementwise nonlinearity.
-        residual: Let each hidden layer that keeps the width add its input (He et al. 2015, arXiv:1512.03385).
+        residual: Add its input to each hidden layer that keeps the width (He et al. 2015, arXiv:1512.03385).
         skip: Add a linear map of the inputs, and of as many products of two as the first layer is wide; it starts at
-            zero too.  What is nearly linear, or bilinear, is then learned to a precision that few units reach.
-        centered: Subtract from h_L its mean over 16 normal points.  Then b sets the mean of the parameters, and W how
-            they vary with x; a gradient that is the same for all x mostly changes b.  Not with a context or ``skip``.
+            zero too.  Functions that are nearly linear, or bilinear, are then learned to a precision that few units
+            reach.
+        centered: Subtract from h_L its mean over 16 normal points.  Then b sets the mean of the parameters, and W their
+            dependence on x.  A gradient that is the same for all x mostly changes b.  Not with a context or ``skip``.
         pace: How far the parameters move in a step of an optimiser: see ``set_pace``.
 
     Raises:
-        ValueError: If a size is out of its range, or ``centered`` stands with what it excludes.  In use, if the network
-            takes contexts and none is given.
+        ValueError: If a size is out of its range, or ``centered`` is combined with a context or ``skip``.  In use, if
+            the network takes contexts and none is given.
 
     Example::
 
@@ -70,22 +71,20 @@ class MLP(Conditioner):
     ) -> None:
         super().__init__(input_dim, output_dim, num_params, hidden_dims, context_dim)
         check_flags("MLP", residual=residual, skip=skip, centered=centered)
-        self.activation = activation
-        self.residual, self.centered = residual, centered
         if centered and (skip or context_dim or not input_dim):
             raise ValueError(
                 "MLP: centered=True takes inputs alone, without skip, "
                 f"got input_dim={input_dim}, context_dim={context_dim}, skip={skip}. Leave centered out."
             )
+        self.activation, self.residual, self.skip, self.centered = activation, residual, skip, centered
         widths = (input_dim, *self.hidden_dims)
         self.hidden = nn.ModuleList(Linear(n, m) for n, m in pairwise(widths))
         self.output = Linear(widths[-1], num_params * output_dim, zero=True)
         self.act = activation_of("MLP", activation)
-        if centered:  # in any default dtype and on any device the same, and part of the state
-            chance = torch.Generator().manual_seed(0)
-            half = torch.randn(POINTS // 2, input_dim, generator=chance, dtype=torch.float32, device="cpu")
+        if centered:  # the same in any default dtype and on any device, and part of the state
+            generator = torch.Generator().manual_seed(0)
+            half = torch.randn(POINTS // 2, input_dim, generator=generator, dtype=torch.float32, device="cpu")
             self.register_buffer("points", torch.cat((half, -half)).to(self.output.weight))
-        self.skip = skip
         if skip:
             self.factors = Linear(input_dim, 2 * widths[1])
             self.direct = Linear(input_dim + widths[1], num_params * output_dim, bias=False, zero=True)
@@ -99,24 +98,25 @@ class MLP(Conditioner):
         if self.skip:
             a, b = self.factors(x).chunk(2, -1)
             params = params + self.direct(torch.cat((x, a * b), -1))
-        return params.unflatten(-1, (self.num_params, self.output_dim)).mT
+        return self.arranged(params)
 
     def forward_and_pull(self, x: Tensor) -> tuple[Tensor, Pull]:
         layers = [*self.hidden, self.output]
         known = keeps(self, MLP, "forward", "_units") and all(type(layer) is Linear for layer in layers)
-        if self.skip or self.residual or not known or self.activation not in KNOWN:
+        if self.skip or self.residual or not known or self.activation not in SLOPES:
             return super().forward_and_pull(x)
         rows = x.detach().reshape(-1, self.input_dim)
-        size, activation = len(rows), KNOWN[self.activation]
-        # The points that the units are centred by go through the layers in the same products as the inputs.
+        size, slope_of = len(rows), SLOPES[self.activation]
+        # The points that centre the units go through the layers in the same products as the inputs.
         inputs, slopes = [torch.cat((rows, self.points)) if self.centered else rows], []
         for layer in self.hidden:
-            h, slope = activation(layer(inputs[-1]))
+            a = layer(inputs[-1])
+            h = self.act(a)
             inputs.append(h)
-            slopes.append(slope)
+            slopes.append(slope_of(a, h))
         if self.centered:
             inputs[-1] = h[:size] - h[size:].mean(0)
-        params = self.output(inputs[-1]).reshape(*x.shape[:-1], self.num_params, self.output_dim).mT
+        params = self.arranged(self.output(inputs[-1]).reshape(*x.shape[:-1], -1))
 
         def pull(g: Tensor, own: bool) -> tuple[Tensor, Gradients]:
             gradients: Gradients = []

@@ -1,7 +1,4 @@
-"""A network on angles: it sees cos(π x / B) and sin(π x / B) in place of x, so its parameters have the period 2 B in x.
-
-Normalizing Flows on Tori and Spheres (Rezende et al. 2020, arXiv:2002.02428).
-"""
+"""Conditioners that are periodic in some of their inputs, such as angles."""
 
 from __future__ import annotations
 
@@ -16,17 +13,17 @@ from .base import Conditioner
 
 
 class Periodic(Conditioner):
-    """Another conditioner, periodic in some of its inputs: it sees cos(π x / B) and sin(π x / B) in place of x.
+    """Another conditioner, made periodic in some of its inputs: it takes cos(π x / B) and sin(π x / B) in place of x.
 
-    It takes ``(*batch, D)`` to ``(*batch, output_dim, num_params)`` and serves coupling layers of angles.  Features
-    that follow an order, as those of a :class:`MADE` do, lose it here.
+    It takes ``(*batch, D)`` to ``(*batch, output_dim, num_params)`` and serves coupling layers of angles.  It reorders
+    the features, so do not wrap a network whose features are ordered, such as a :class:`MADE`.
 
     Normalizing Flows on Tori and Spheres (Rezende et al. 2020, arXiv:2002.02428).
 
     Args:
-        net: The network; of its inputs, first come the cosines, then the sines of the P periodic features, then the
-            D - P other features, so that ``net.input_dim`` is D + P.
-        periodic: For each of the D features, whether it is periodic.
+        net: The network.  Its inputs are the cosines of the P periodic features, then their sines, then the D - P other
+            features.  So ``net.input_dim`` is D + P.
+        periodic: For each of the D features, True if it is periodic.
         bound: Half the period, B; by default the periodic features are angles in radians.
 
     Raises:
@@ -52,11 +49,11 @@ class Periodic(Conditioner):
         check_kind("Periodic", Conditioner, CONDITIONER, net=net)
         periodic = as_flags("Periodic", "periodic", periodic)
         check_numbers("Periodic", above=0, bound=bound)
-        wanted = periodic.numel() + int(periodic.sum())
+        wanted = len(periodic) + int(periodic.sum())
         if net.input_dim != wanted:
             raise ValueError(
-                f"Periodic: the network sees two numbers of each periodic feature and one of each other, "
-                f"{wanted} for periodic = {periodic.tolist()}, but it takes net.input_dim = {net.input_dim}."
+                f"Periodic: net must take two inputs for each periodic feature and one for each other, "
+                f"{wanted} for periodic = {periodic.tolist()}, got net.input_dim = {net.input_dim}."
             )
         super().__init__(len(periodic), net.output_dim, net.num_params, net.hidden_dims, context_dim=0)
         self.context_dim = net.context_dim  # the context enters inside the network

@@ -1,10 +1,7 @@
-"""A causal transformer, the conditioner of autoregressive flows over tokens: θ_t depends on x_<t alone.
+"""Causal transformers, the conditioners of autoregressive flows over tokens.
 
-    h_t = E x_{t-1} + p_t + U c,   h ← h + attention(norm(h)),  h ← h + V a(W norm(h)),   θ_t = O norm(h_t)
-
-Where tokens become known one after the other, the keys and values of those before are kept, so that all of them
-together cost about one pass.  Attention Is All You Need (Vaswani et al. 2017, arXiv:1706.03762); Normalizing Flows are
-Capable Generative Models (Zhai et al. 2024, arXiv:2412.06329).
+While tokens become known one after the other, the keys and values of the earlier ones are kept, so that all of them
+together cost about one pass.
 """
 
 from __future__ import annotations
@@ -21,12 +18,13 @@ from .base import Conditioner, zero_
 
 
 class CausalTransformer(Conditioner):
-    """A causal transformer from sequences of tokens to the parameters of their numbers: θ_t depends on x_<t alone::
+    """A causal transformer from sequences of tokens to the parameters of their numbers: θ_t depends only on x_<t::
 
         h_t = E x_{t-1} + p_t + U c,    h ← h + attention(norm(h)),    h ← h + V a(W norm(h)),    θ_t = O norm(h_t)
 
     It takes ``(*batch, T, D)`` to ``(*batch, T, D, num_params)`` and conditions
-    :class:`~pyro_flows.transforms.Autoregressive` layers, whose inverse it serves by :class:`Tokens`.
+    :class:`~pyro_flows.transforms.Autoregressive` layers.  Their inverse evaluates it token by token, by
+    :class:`Tokens`.
 
     Attention Is All You Need (Vaswani et al. 2017, arXiv:1706.03762); Normalizing Flows are Capable Generative Models
     (Zhai et al. 2024, arXiv:2412.06329).
@@ -37,14 +35,14 @@ class CausalTransformer(Conditioner):
         num_params: The number of parameters of each of these (``bijector.num_params``).
         hidden_dim: The width, a multiple of ``num_heads``.
         num_layers: The number of layers, at least 1.
-        num_heads: The number of heads of attention in each, at least 1.
-        context_dim: The number of context features, which every token sees; with ``context_shape`` it may be left out.
-        context_shape: The shape ``(K, H, W)`` of contexts that are images, flattened, where tokens are T square patches
-            of an image: a token and those behind it see what lies in its patch.
-        order: The rank of each token, ``order[t]``; by default they come in their own order.
+        num_heads: The number of attention heads in each layer, at least 1.
+        context_dim: The number of context features, which condition every token; optional with ``context_shape``.
+        context_shape: The shape ``(K, H, W)`` of contexts that are flattened images.  Tokens are then T square patches
+            of an image.  The part of the context in a token's patch conditions this token and all later ones.
+        order: The rank of each token, ``order[t]``; by default their own order.
 
     Raises:
-        ValueError: If a size is out of its range, ``hidden_dim`` is no multiple of ``num_heads``, ``order`` no
+        ValueError: If a size is out of its range, ``hidden_dim`` is not a multiple of ``num_heads``, ``order`` is not a
             permutation, or ``context_shape`` does not fit ``length`` or ``context_dim``.  In use, if the network takes
             contexts and none is given.
 
@@ -107,11 +105,11 @@ class CausalTransformer(Conditioner):
         self.register_load_state_dict_post_hook(CausalTransformer._set_places)
 
     def _set_places(self, _keys: object = None) -> None:
-        """Find the places of tokens from their order, also when a state is loaded."""
+        """Derive the places of tokens from their order, also after a state is loaded."""
         self.places: tuple[int, ...] = tuple(torch.argsort(self.order).tolist())  # of the token of each rank
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        before = self.embed(x[..., list(self.places[:-1]), :])  # by rank; the last is seen by none
+        before = self.embed(x[..., list(self.places[:-1]), :])  # by rank, without the last
         h = self.starts(context) + F.pad(before, (0, 0, 1, 0))
         batch, h = h.shape[:-2], h.reshape(math.prod(h.shape[:-2]), *h.shape[-2:])
         for layer in self.layers:
@@ -120,7 +118,7 @@ class CausalTransformer(Conditioner):
         return params.reshape(*batch, *params.shape[1:])
 
     def starts(self, context: Tensor | None) -> Tensor:
-        """What each token's place and its context, ``(*batch, context_dim)``, say of it, by rank.
+        """Return the terms of a token's position and of its context, ``(*batch, context_dim)``, in h, by rank.
 
         Returns:
             Of shape ``(*batch, T, hidden_dim)``, or ``(T, hidden_dim)`` without a context.
@@ -129,23 +127,22 @@ class CausalTransformer(Conditioner):
             ValueError: If the network takes contexts and none is given.
         """
         if self.context_shape is not None and context is not None:
-            images = context.reshape(math.prod(context.shape[:-1]), *self.context_shape)
-            patches = F.pixel_unshuffle(images, self.side).flatten(2).mT[:, list(self.places)]
-            context = patches.reshape(*context.shape[:-1], *patches.shape[1:])
+            patches = F.pixel_unshuffle(context.unflatten(-1, self.context_shape), self.side).flatten(-2).mT
+            context = patches[..., list(self.places), :]
         elif context is not None:
             context = context.unsqueeze(-2)
         return self.add_context(self.position, context)
 
     def read(self, h: Tensor) -> Tensor:
-        """Parameters ``(N, T, D, P)`` of what the last layer says, ``(N, T, hidden_dim)``."""
+        """Return the parameters ``(N, T, D, P)`` of the results of the last layer, ``(N, T, hidden_dim)``."""
         return self.output(self.norm(h)).unflatten(-1, (self.num_params, self.token_dim)).mT
 
 
 class Tokens:
-    """A causal transformer that is given one token at a time, from the first rank to the last, and knows those before.
+    """The evaluation of a causal transformer token by token, from the first rank to the last.
 
-    It keeps their keys and values, so that all steps together cost about one pass.  It lives for one sequence, or N
-    side by side; nothing is kept on the network.
+    It keeps the keys and values of the tokens so far, so that all steps together cost about one pass.  It serves one
+    batch of N sequences and stores nothing on the network.
 
     Args:
         net: The network.
@@ -170,31 +167,30 @@ class Tokens:
     def __init__(self, net: CausalTransformer, context: Tensor | None, number: int) -> None:
         self.net = net
         self.starts = net.starts(context)  # (T, hidden_dim), or (N, T, hidden_dim)
-        self.known = [_Known(net.length) for _ in net.layers]
+        self.caches = [_Cache(net.length) for _ in net.layers]
         self.number, self.rank = number, 0
 
     def step(self, token: Tensor | None) -> Tensor:
-        """Take the token ``(N, D)`` of the last rank, None at first; give the parameters ``(N, D, P)`` of the next."""
+        """Take the last token, ``(N, D)``, None at first, and return the parameters of the next, ``(N, D, P)``."""
         h = self.starts[..., self.rank, :].expand(self.number, -1)
         if token is not None:
             h = h + self.net.embed(token)
         h = h.unsqueeze(1)  # (N, 1, hidden_dim)
-        for layer, known in zip(self.net.layers, self.known, strict=True):
-            assert isinstance(layer, _Layer)
-            h = layer.extend(h, known)
+        for layer, cache in zip(self.net.layers, self.caches, strict=True):
+            h = layer(h, cache)
         self.rank += 1
         return self.net.read(h).squeeze(1)
 
 
-class _Known:
-    """The keys and values of up to ``length`` tokens; where no gradient is asked for, in room that is made once."""
+class _Cache:
+    """The keys and values of up to ``length`` tokens; without gradients, in memory that is allocated once."""
 
     def __init__(self, length: int) -> None:
         self.length, self.number = length, 0
         self.both: Tensor | None = None
 
-    def joined_by(self, new: Tensor) -> Tensor:
-        """Key and value ``(2, N, heads, 1, d)`` of one more token join; those of all, ``(2, N, heads, t, d)``."""
+    def append(self, new: Tensor) -> Tensor:
+        """Add the key and value ``(2, N, heads, 1, d)`` of a token; return all of them, ``(2, N, heads, t, d)``."""
         self.number += 1
         if torch.is_grad_enabled():
             self.both = new if self.both is None else torch.cat((self.both, new), 3)
@@ -206,7 +202,7 @@ class _Known:
 
 
 class _Layer(nn.Module):
-    """Attention to what came before, then a map of each token; each is added to its input."""
+    """Causal attention, then a map of each token; each is added to its input."""
 
     def __init__(self, hidden_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -219,20 +215,10 @@ class _Layer(nn.Module):
             nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, wide), nn.GELU(), nn.Linear(wide, hidden_dim)
         )
 
-    def forward(self, h: Tensor) -> Tensor:
-        q, k, v = self._heads(h).unbind(0)
-        return self._finish(h, F.scaled_dot_product_attention(q, k, v, is_causal=True))
-
-    def extend(self, h: Tensor, known: _Known) -> Tensor:
-        """The same for one more token ``(N, 1, hidden_dim)``, whose key and value join those that are known."""
-        heads = self._heads(h)
-        k, v = known.joined_by(heads[1:]).unbind(0)
-        return self._finish(h, F.scaled_dot_product_attention(heads[0], k, v))
-
-    def _heads(self, h: Tensor) -> Tensor:
-        """Queries, keys and values, ``(3, N, heads, T, hidden_dim / heads)``."""
-        return self.projections(self.norm(h)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-
-    def _finish(self, h: Tensor, attended: Tensor) -> Tensor:
+    def forward(self, h: Tensor, cache: _Cache | None = None) -> Tensor:
+        """Map all tokens, ``(N, T, hidden_dim)``, or one more token, ``(N, 1, hidden_dim)``, after those in a cache."""
+        heads = self.projections(self.norm(h)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, (key, value) = heads[0], heads[1:] if cache is None else cache.append(heads[1:])  # (N, heads, T, d)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=cache is None)
         h = h + self.mixed(attended.transpose(1, 2).flatten(2))
         return h + self.feed(h)

@@ -1,19 +1,22 @@
-"""Bases of flows: modules that build a distribution when they are called."""
+"""Bases of flows: modules that build a distribution at each call."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 
-from ..arguments import as_shape, check_kind
+from ..arguments import as_flags, as_shape, check_kind, check_numbers
 
 
 class StandardNormal(nn.Module):
-    """Builds N(0, I) over events of a given shape, in the dtype and on the device of the flow that holds it.
+    """The standard normal N(0, I) over events of a given shape, in the dtype and on the device of its flow.
 
-    It is the base of every flow that is not given another.
+    It is the default base of a flow.
 
     Args:
         event_shape: The shape of an event; a number D stands for ``(D,)``.
@@ -30,7 +33,7 @@ class StandardNormal(nn.Module):
 
     zeros: Tensor
 
-    def __init__(self, event_shape: int | tuple[int, ...] | torch.Size) -> None:
+    def __init__(self, event_shape: int | tuple[int, ...]) -> None:
         super().__init__()
         self.event_shape = as_shape("StandardNormal", "event_shape", event_shape)
         self.register_buffer("zeros", torch.zeros(self.event_shape), persistent=False)
@@ -41,7 +44,7 @@ class StandardNormal(nn.Module):
 
 
 class NormalBase(nn.Module):
-    """Builds independent normals N(loc, exp(log_scale)²) whose means and scales are learned; they start as standard.
+    """Independent normals N(loc, exp(log_scale)²) with trainable means and scales, standard at the start.
 
     Args:
         event_shape: The shape of an event; a number D stands for ``(D,)``.
@@ -56,25 +59,25 @@ class NormalBase(nn.Module):
         [0.0, 0.0, 0.0]
     """
 
-    def __init__(self, event_shape: int | tuple[int, ...] | torch.Size) -> None:
+    def __init__(self, event_shape: int | tuple[int, ...]) -> None:
         super().__init__()
         self.event_shape = as_shape("NormalBase", "event_shape", event_shape)
         self.loc = nn.Parameter(torch.zeros(self.event_shape))
         self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
 
     def forward(self) -> dist.TorchDistribution:
-        """Build the distribution as its parameters are now, of batch shape ``()`` and event shape ``event_shape``."""
+        """Build the distribution at the current parameters, of batch shape ``()`` and event shape ``event_shape``."""
         return dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(self.loc.dim())
 
 
 class FixedBase(nn.Module):
-    """Hands out a distribution as it is.  It keeps its dtype and device when the flow moves.
+    """A given distribution, which keeps its dtype and device when the flow moves.
 
-    A :class:`~pyro_flows.flows.Flow` makes one of a distribution that is given as its base.
+    A :class:`~pyro_flows.flows.Flow` wraps a distribution that is passed as its base in this class.
 
     Args:
-        distribution: Any torch or Pyro distribution; its event shape has to be that of the flow, so
-            ``distribution.to_event(n)`` where dimensions are independent.
+        distribution: Any torch or Pyro distribution with the event shape of the flow.  Write
+            ``distribution.to_event(n)`` if dimensions are independent.
 
     Example::
 
@@ -91,5 +94,67 @@ class FixedBase(nn.Module):
         self.distribution = distribution
 
     def forward(self) -> Distribution:
-        """Hand out the distribution."""
+        """Return the distribution."""
         return self.distribution
+
+
+class CircularBase(nn.Module):
+    """The base of flows on tori and cylinders: uniform on [-B, B) for each angle, N(0, 1) for each real number.
+
+    Events have the shape ``(D,)``, in the dtype and on the device of the flow.  Any representative of an angle has the
+    same density, so x and x + 2 B do.  The density integrates to one over any interval of length 2 B.
+
+    Normalizing Flows on Tori and Spheres (Rezende et al. 2020, arXiv:2002.02428).
+
+    Args:
+        circular: For each of the D features, True if it is circular.
+        bound: Half the circumference B; by default circular features are angles in radians.
+
+    Raises:
+        ValueError: If ``circular`` is empty or not a vector, or ``bound`` is not positive and finite.
+
+    Example::
+
+        >>> import torch
+        >>> base = CircularBase([True])
+        >>> round(base().log_prob(torch.tensor([100.0])).item(), 4)  # -log 2π
+        -1.8379
+    """
+
+    circular: Tensor
+    zeros: Tensor
+
+    def __init__(self, circular: Sequence[bool] | Tensor, bound: float = math.pi) -> None:
+        super().__init__()
+        circular = as_flags("CircularBase", "circular", circular)
+        check_numbers("CircularBase", above=0, bound=bound)
+        self.bound = bound
+        self.register_buffer("circular", circular)
+        self.register_buffer("zeros", torch.zeros(len(circular)), persistent=False)
+
+    def forward(self) -> dist.TorchDistribution:
+        """Build the distribution, of batch shape ``()`` and event shape ``(D,)``."""
+        normal = dist.Normal(self.zeros, torch.ones_like(self.zeros), validate_args=False)
+        return NormalOrUniform(self.circular, self.bound, normal)
+
+
+class NormalOrUniform(dist.TorchDistribution):
+    """Independent features: uniform on [-B, B) where ``circular`` is True, and normal elsewhere."""
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, circular: Tensor, bound: float, normal: dist.Normal) -> None:
+        self.circular, self.bound, self.normal = circular, bound, normal
+        super().__init__(normal.batch_shape[:-1], normal.batch_shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> NormalOrUniform:
+        return NormalOrUniform(self.circular, self.bound, self.normal.expand((*batch_shape, *self.event_shape)))
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        normal = self.normal.rsample(torch.Size(sample_shape))
+        return torch.where(self.circular, (2 * torch.rand_like(normal) - 1) * self.bound, normal)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return torch.where(self.circular, -math.log(2 * self.bound), self.normal.log_prob(value)).sum(-1)

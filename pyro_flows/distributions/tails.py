@@ -1,12 +1,7 @@
 """Bases with tails heavier than a normal's: Student's t with trainable tails, and the contaminated normal.
 
-A flow of Lipschitz maps, such as couplings and splines with linear tails, cannot make the tails of its base heavier, so
-the base must bring them (Jaini, Kobyzev, Yu, Brubaker 2020, Tails of Lipschitz Triangular Flows, arXiv:1907.04481), one
-index for each feature (Laszkiewicz, Lederer, Fischer 2022, Marginal Tail-Adaptive Normalizing Flows, arXiv:2206.10311).
-
-The contaminated normal has slightly heavier tails, and yet all of a normal's moments: weights p / q of a normal
-posterior stay bounded under it.  Tails of Student's t would do that too, but a latent that is the exponential of one
-has no mean at all (Tukey 1960, A survey of sampling from contaminated distributions).
+Under both, the weights p / q of a normal posterior stay bounded.  The contaminated normal has all moments of a normal.
+The exponential of Student's t has no mean.
 """
 
 from __future__ import annotations
@@ -23,13 +18,13 @@ from ..arguments import as_shape, check_numbers
 
 
 class StudentTBase(nn.Module):
-    """Builds independent standard Student's t, each feature with trainable degrees of freedom::
+    """Independent standard Student's t, each feature with trainable degrees of freedom::
 
         df = l (u / l)^σ(a)
 
-    with a real parameter a, between the bounds l and u: geometric steps, which an optimiser can take at one pace all
-    the way from Cauchy to normal.  It is the base for targets with heavy tails: no flow of Lipschitz maps, such as
-    couplings and splines with linear tails, can make those of its base heavier.  Draws have first derivatives only.
+    with a real parameter a and the bounds l and u.  Steps in a are geometric in df, so an optimiser moves at one pace
+    all the way from Cauchy to normal.  It is the base for targets with heavy tails: no flow of Lipschitz maps, such as
+    couplings and splines with linear tails, can make the tails of its base heavier.  Draws have first derivatives only.
 
     Tails of Lipschitz Triangular Flows (Jaini, Kobyzev, Yu, Brubaker 2020, arXiv:1907.04481); Marginal Tail-Adaptive
     Normalizing Flows (Laszkiewicz, Lederer, Fischer 2022, arXiv:2206.10311).
@@ -51,11 +46,7 @@ class StudentTBase(nn.Module):
     """
 
     def __init__(
-        self,
-        event_shape: int | tuple[int, ...] | torch.Size,
-        df: float = 10.0,
-        min_df: float = 1.0,
-        max_df: float = 200.0,
+        self, event_shape: int | tuple[int, ...], df: float = 10.0, min_df: float = 1.0, max_df: float = 200.0
     ) -> None:
         super().__init__()
         check_numbers("StudentTBase", above=0, df=df, min_df=min_df, max_df=max_df)
@@ -68,20 +59,20 @@ class StudentTBase(nn.Module):
 
     @property
     def degrees_of_freedom(self) -> Tensor:
-        """The degrees of freedom of each feature as they are now, ``event_shape``."""
+        """The current degrees of freedom of each feature, ``event_shape``."""
         return self.min_df * torch.exp(math.log(self.max_df / self.min_df) * torch.sigmoid(self.free_df))
 
     def forward(self) -> dist.TorchDistribution:
-        """Build the distribution as its parameters are now, of batch shape ``()`` and event shape ``event_shape``."""
+        """Build the distribution at the current parameters, of batch shape ``()`` and event shape ``event_shape``."""
         df = self.degrees_of_freedom
         return dist.StudentT(df, torch.zeros_like(df), torch.ones_like(df), validate_args=False).to_event(df.dim())
 
 
 class ContaminatedNormal(dist.TorchDistribution):
-    """The mixture (1 - share) N(0, 1) + share N(0, scale²), as many times as ``like`` has numbers.
+    """Independent mixtures (1 - share) N(0, 1) + share N(0, scale²), one for each number of ``like``.
 
     Args:
-        like: A tensor that says the batch shape, the dtype and the device.
+        like: A tensor of the batch shape, the dtype and the device.
         share: The share of the wide component.
         scale: Its standard deviation.
 
@@ -117,17 +108,17 @@ class ContaminatedNormal(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         half_square = value.square() / 2
         wide = half_square * (1 - self.scale**-2) + math.log(self.share / self.scale)
-        narrow = wide.new_full((), math.log1p(-self.share))  # each relative to N(0, 1), but for its normaliser
+        narrow = wide.new_full((), math.log1p(-self.share))  # both relative to N(0, 1) without its normaliser
         return torch.logaddexp(wide, narrow) - half_square - math.log(2 * math.pi) / 2
 
 
 class ContaminatedNormalBase(nn.Module):
-    """Builds independent contaminated normals, in the dtype and on the device of the flow that holds it::
+    """Independent contaminated normals, in the dtype and on the device of the flow::
 
         p(x) = Π_i (1 - share) N(x_i; 0, 1) + share N(x_i; 0, scale²)
 
-    Tails are slightly heavier than a normal's, so that the weights p / q of a normal posterior stay bounded, and yet
-    all of a normal's moments exist.  Nothing is trained.
+    Tails are slightly heavier than a normal's, so that the weights p / q of a normal posterior stay bounded.  All
+    moments of a normal exist.  Nothing is trained.
 
     A survey of sampling from contaminated distributions (Tukey 1960).
 
@@ -149,9 +140,7 @@ class ContaminatedNormalBase(nn.Module):
 
     zeros: Tensor
 
-    def __init__(
-        self, event_shape: int | tuple[int, ...] | torch.Size, share: float = 0.02, scale: float = 1.6
-    ) -> None:
+    def __init__(self, event_shape: int | tuple[int, ...], share: float = 0.02, scale: float = 1.6) -> None:
         super().__init__()
         check_numbers("ContaminatedNormalBase", above=0, below=1, share=share)
         check_numbers("ContaminatedNormalBase", above=1, scale=scale)

@@ -1,8 +1,4 @@
-"""The contract of an encoder: a network from data to a context vector, c = f(x).
-
-Amortised inference conditions one flow on c, so c is to say about x what matters for the latents: a learned summary.
-BayesFlow: Learning Complex Stochastic Models with Invertible Neural Networks (Radev et al. 2020, arXiv:2003.06281).
-"""
+"""The base class of encoders: networks c = f(x) from data to a context vector."""
 
 from __future__ import annotations
 
@@ -17,22 +13,21 @@ from .standardize import Standardize, ends_with, learning
 
 
 class Encoder(nn.Module, ABC):
-    """A network c = f(x) that turns each row of the data into ``context_dim`` numbers, a learned summary.
+    """A network c = f(x) that maps each row of the data to ``context_dim`` numbers, a learned summary.
 
-    It is the abstract base class of our encoders; flows and guides take any ``torch.nn.Module`` that does as much.
-    Rows do not touch each other: a row's context is the same in any batch.  Data of any real dtype, integers and bools
-    too, are converted to the network's own.
+    Amortised inference conditions one flow on the summary.  This class is the abstract base of our encoders.  Flows and
+    guides take any ``torch.nn.Module`` from data to contexts.  Rows are independent: a row's context is the same in any
+    batch.  Data of any real dtype, integers and bools included, are converted to the network's own.
 
-    A subclass calls ``super().__init__`` and defines :meth:`forward`, which first calls :meth:`check_data`, then sends
-    the data through ``self.standardize``, with a mask, if there is one, as its second argument.  From what arrives
-    there :meth:`initialize` learns.
+    A subclass calls ``super().__init__`` and defines :meth:`forward`.  This first calls :meth:`check_data`.  Then it
+    passes the data, and optionally a mask, to ``self.standardize``, which :meth:`initialize` sets from these arguments.
 
     BayesFlow: Learning Complex Stochastic Models with Invertible Neural Networks (Radev et al. 2020, arXiv:2003.06281).
 
     Args:
-        data_shape: The shape of one row; None stands for any size, as that of a set.
+        data_shape: The shape of one row; None is any size, such as the size of a set.
         context_dim: The width of the context.
-        standardize: What brings the data to a mean of 0 and a standard deviation of 1; ``initialize`` sets it.
+        standardize: The layer that gives data mean 0 and standard deviation 1; ``initialize`` sets it.
 
     Example::
 
@@ -56,13 +51,9 @@ class Encoder(nn.Module, ABC):
         ValueError: MeanAndSpread: data must have shape (*batch, n), got ().
     """
 
-    data_shape: tuple[int | None, ...]
-    context_dim: int
-
     def __init__(self, data_shape: Sequence[int | None], context_dim: int, standardize: Standardize) -> None:
         super().__init__()
-        self.data_shape = tuple(data_shape)
-        self.context_dim = context_dim
+        self.data_shape, self.context_dim = tuple(data_shape), context_dim
         self.standardize = standardize
 
     @abstractmethod
@@ -70,8 +61,8 @@ class Encoder(nn.Module, ABC):
         """Encode data.
 
         Args:
-            x: Data of shape ``(*batch, *data_shape)``, of any real dtype, with any number of batch dimensions, also
-                none.
+            x: Data of shape ``(*batch, *data_shape)``, of any real dtype, with any number of batch dimensions, zero
+                included.
 
         Returns:
             Contexts of shape ``(*batch, context_dim)``.
@@ -81,14 +72,16 @@ class Encoder(nn.Module, ABC):
         """
 
     def initialize(self, *data: Any, **named: Any) -> None:
-        """Let data set the standardisation, once, before training: what :meth:`forward` makes of them first counts.
+        """Set the standardisation from data, once, before training.
+
+        It is set from the data that ``forward`` passes to the layer ``standardize``.
 
         Args:
-            *data: The arguments of :meth:`forward`, such as a batch of data ``(*batch, *data_shape)``.
-            **named: Those by name.
+            *data: The arguments of ``forward``, such as a batch of data ``(*batch, *data_shape)``.
+            **named: Keyword arguments of ``forward``.
 
         Raises:
-            ValueError: If the data do not end with ``data_shape``, hold nothing, or hold NaN or infinite values.
+            ValueError: If the data do not end with ``data_shape``, are empty, or hold NaN or infinite values.
         """
         with learning([self.standardize]):
             self(*data, **named)
@@ -100,16 +93,16 @@ class Encoder(nn.Module, ABC):
             x: Data of shape ``(*batch, *data_shape)``.
 
         Raises:
-            ValueError: If they do not end with ``data_shape``; it says both shapes.
+            ValueError: If they do not end with ``data_shape``.  The message states both shapes.
         """
-        if not ends_with(x, self.data_shape, free=None):
+        if not ends_with(x, self.data_shape):
             wanted = ", ".join("n" if size is None else str(size) for size in self.data_shape)
             raise ValueError(f"{type(self).__name__}: data must have shape (*batch, {wanted}), got {tuple(x.shape)}.")
 
 
 @contextlib.contextmanager
 def at_rest(encoder: Any) -> Iterator[None]:
-    """Let a network answer as it does after training: without dropout, and alike for one row and for many."""
+    """Put a network into evaluation mode for a block, without dropout or batch statistics; then restore its modes."""
     modules = list(encoder.modules()) if isinstance(encoder, nn.Module) else []
     flags = [module.training for module in modules]
     if any(flags):

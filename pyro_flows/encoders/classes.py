@@ -1,4 +1,4 @@
-"""An encoder of classes: c = E[k], a learned vector for each class, or c = p E for their probabilities."""
+"""Encoders of class labels."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ class ClassEmbedding(nn.Module):
 
         c = E[k] for the index k of a class,    c = p E for one-hot vectors or probabilities p
 
-    Labels are an index tensor ``(*batch,)`` of integers from 0 to ``num_classes - 1``, or one-hot, or probabilities:
-    floating, ``(*batch, num_classes)``.  Floating and not, since integers of that shape may be a batch of indices.
+    Labels are an index tensor ``(*batch,)`` of integers from 0 to ``num_classes - 1``.  Or they are floating one-hot
+    vectors or probabilities, ``(*batch, num_classes)``.  The dtype decides, since integers of this shape could also be
+    a batch of indices.
 
     Args:
         num_classes: The number of classes.
@@ -32,7 +33,7 @@ class ClassEmbedding(nn.Module):
         True
         >>> embedding(torch.tensor([10]))
         Traceback (most recent call last):
-        ValueError: ClassEmbedding: labels must lie between 0 and 9, got some from 10 to 10.
+        ValueError: ClassEmbedding: labels must lie between 0 and 9, got labels from 10 to 10.
     """
 
     def __init__(self, num_classes: int, context_dim: int) -> None:
@@ -53,28 +54,27 @@ class ClassEmbedding(nn.Module):
 
         Raises:
             ValueError: If indices lie outside of 0 … ``num_classes - 1`` or look one-hot, or floating labels have
-                another width, are negative, or do not sum to 1.  Under ``torch.compile`` and ``torch.func`` nothing is
-                checked.
+                another width, are negative, or do not sum to 1.  ``torch.compile`` and ``torch.func`` skip these
+                checks.
         """
         if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
-            self._check(labels)
+            fault = self._fault(labels)
+            if fault:
+                raise ValueError(f"ClassEmbedding: {fault}.")
         return labels.to(self.weight.dtype) @ self.weight if labels.is_floating_point() else self.weight[labels.long()]
 
-    def _check(self, labels: Tensor) -> None:
+    def _fault(self, labels: Tensor) -> str:
+        """Return what is wrong with labels, or an empty string."""
         number, shape = self.num_classes, tuple(labels.shape)
-        wide = bool(shape) and shape[-1] == number
         if labels.is_floating_point():
-            if not wide:
-                wanted = f"floating labels are one-hot, of shape (*batch, {number})"
-                raise ValueError(f"ClassEmbedding: {wanted}, got {shape}; use labels.long() where they are indices.")
+            if shape[-1:] != (number,):
+                return f"floating labels must have shape (*batch, {number}), got {shape}. Use labels.long() for indices"
             if not ((labels >= 0).all() and torch.allclose(labels.sum(-1), labels.new_ones(()), atol=1e-3)):
-                raise ValueError("ClassEmbedding: floating labels are probabilities, of at least 0 and with the sum 1.")
-            return
-        labels = labels.long()
-        low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
-        if not 0 <= low <= high < number:
-            got = f"got some from {low} to {high}"
-            raise ValueError(f"ClassEmbedding: labels must lie between 0 and {number - 1}, {got}.")
-        if wide and labels.dim() > 1 and high == 1 and (labels.sum(-1) == 1).all():
-            got = f"labels of integers, of shape {shape}, are indices, but these look one-hot"
-            raise ValueError(f"ClassEmbedding: {got}; use labels.float() where they are.")
+                return "floating labels must be probabilities, at least 0 and with the sum 1"
+        elif labels.numel():
+            low, high = int(labels.min()), int(labels.max())
+            if not 0 <= low <= high < number:
+                return f"labels must lie between 0 and {number - 1}, got labels from {low} to {high}"
+            if shape[1:] and shape[-1] == number and high == 1 and (labels.sum(-1) == 1).all():
+                return f"integer labels must be indices, got one-hot vectors of shape {shape}. Use labels.float()"
+        return ""

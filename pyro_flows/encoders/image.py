@@ -1,8 +1,4 @@
-"""A convolutional encoder of images: h_{l+1} = a(W_l * h_l + b_l) at every second place, c = V a(U vec(h_L) + b) + d.
-
-Strided convolutions in place of pooling: Striving for Simplicity: The All Convolutional Net (Springenberg, Dosovitskiy,
-Brox, Riedmiller 2014, arXiv:1412.6806).
-"""
+"""Encoders of images."""
 
 from __future__ import annotations
 
@@ -18,13 +14,44 @@ from .mlp import activated
 from .standardize import Standardize
 
 
+class Flatten(Encoder):
+    """Images ``(*batch, C, H, W)`` as contexts ``(*batch, C * H * W)``, each channel standardised.
+
+    It serves networks with a ``context_shape``, which use the image at each place.
+
+    Args:
+        image_shape: Channels, height and width of an image.
+
+    Raises:
+        ValueError: If a size is below 1, or there are not three.  In use, if the data do not end with ``image_shape``.
+
+    Example::
+
+        >>> import torch
+        >>> flatten = Flatten((1, 2, 2))
+        >>> images = torch.tensor([[[[0, 0], [10, 10]]]])
+        >>> flatten.initialize(images)
+        >>> flatten(images).tolist()
+        [[-1.0, -1.0, 1.0, 1.0]]
+    """
+
+    def __init__(self, image_shape: Sequence[int]) -> None:
+        shape = as_image("Flatten", "image_shape", image_shape)
+        super().__init__(shape, math.prod(shape), Standardize((shape[0], 1, 1)))
+        self.image_shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_data(x)
+        return self.standardize(x).flatten(-3)
+
+
 class ConvEncoder(Encoder):
     """A convolutional network from images ``(*batch, C, H, W)`` to contexts ``(*batch, context_dim)``::
 
-        h_{l+1} = a(W_l * h_l + b_l) at every second place,    c = V a(U vec(h_L) + b) + d
+        h_{l+1} = a(W_l * h_l + b_l) with stride 2,    c = V a(U vec(h_L) + b) + d
 
     Each convolution halves height and width, rounding up; give large images more of them.  Images are standardised
-    first, each channel by what ``initialize`` has seen.
+    first, each channel by its mean and standard deviation in the data of ``initialize``.
 
     Striving for Simplicity: The All Convolutional Net (Springenberg, Dosovitskiy, Brox, Riedmiller 2014,
     arXiv:1412.6806).
@@ -33,7 +60,7 @@ class ConvEncoder(Encoder):
         image_shape: Channels, height and width of an image.
         context_dim: The width of the context.
         channels: The number of channels after each convolution, at least one.
-        hidden_dim: The width of the fully connected layer behind them.
+        hidden_dim: The width of the fully connected layer after the convolutions.
         activation: The class of the elementwise nonlinearity.
 
     Raises:
@@ -66,8 +93,8 @@ class ConvEncoder(Encoder):
         counts = tuple(channels)
         step = 2 ** len(counts)
         if min(shape[1:]) < step:
-            fault = f"image_shape {shape} is too small to be halved {len(counts)} times, by channels = {counts}"
-            raise ValueError(f"{name}: {fault}: height and width must be at least {step}.")
+            must = f"have a height and width of at least {step}, halved for each of channels = {counts}"
+            raise ValueError(f"{name}: image_shape must {must}, got {shape}. Give fewer channels.")
         super().__init__(shape, context_dim, Standardize((shape[0], 1, 1)))
         self.image_shape, self.channels = shape, counts
         self.hidden_dim, self.activation = hidden_dim, activation

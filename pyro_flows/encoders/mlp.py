@@ -1,7 +1,4 @@
-"""A multilayer perceptron, the encoder of vectors: h_{l+1} = a(W_l h_l + b_l), c = W h_L + b.
-
-The recognition network of Auto-Encoding Variational Bayes (Kingma, Welling 2013, arXiv:1312.6114, appendix C).
-"""
+"""Encoders of vectors, and the hidden layers that other encoders share."""
 
 from __future__ import annotations
 
@@ -20,8 +17,8 @@ class MLPEncoder(Encoder):
 
         h_{l+1} = a(W_l h_l + b_l),    c = W h_L + b
 
-    Vectors are standardised first, each feature by what ``initialize`` has seen.  Where a row is one number, give it a
-    dimension of its own: ``x[..., None]`` with ``input_dim=1``.
+    Vectors are standardised first, each feature by its mean and standard deviation in the data of ``initialize``.  If a
+    row is one number, add a dimension: ``x[..., None]`` with ``input_dim=1``.
 
     Auto-Encoding Variational Bayes (Kingma, Welling 2013, arXiv:1312.6114, appendix C).
 
@@ -55,13 +52,13 @@ class MLPEncoder(Encoder):
         *,
         activation: type[nn.Module] = nn.SiLU,
     ) -> None:
-        check_integers(type(self).__name__, input_dim=input_dim, context_dim=context_dim)
-        check_sizes(type(self).__name__, hidden_dims=hidden_dims)
-        widths = tuple(hidden_dims)
+        name = type(self).__name__
+        check_integers(name, input_dim=input_dim, context_dim=context_dim)
+        check_sizes(name, hidden_dims=hidden_dims)
         super().__init__((input_dim,), context_dim, Standardize((input_dim,)))
-        self.input_dim, self.hidden_dims, self.activation = input_dim, widths, activation
-        self.hidden = hidden_layers(type(self).__name__, input_dim, *widths, activation=activation)
-        self.output = nn.Linear(widths[-1], context_dim)
+        self.input_dim, self.hidden_dims, self.activation = input_dim, tuple(hidden_dims), activation
+        self.hidden = hidden_layers(name, input_dim, *hidden_dims, activation=activation)
+        self.output = nn.Linear(hidden_dims[-1], context_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_data(x)

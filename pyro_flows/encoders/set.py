@@ -1,11 +1,4 @@
-"""A permutation-invariant encoder of sets: c = ρ(pooled φ(x_i), mean and log-spread of A x_i, log(1 + n)).
-
-φ is pooled by its mean and by weighted means, with weights w_qi ∝ exp(u_q · φ(x_i)) for each of Q learned queries.
-Deep Sets (Zaheer et al. 2017, arXiv:1703.06114), with the attention pooling of Attention-based Deep Multiple Instance
-Learning (Ilse, Tomczak, Welling 2018, arXiv:1802.04712) and by learned queries as in Set Transformer (Lee et al. 2019,
-arXiv:1810.00825).  Moments of linear features, after Principal Neighbourhood Aggregation (Corso et al. 2020,
-arXiv:2004.05718), are nearly sufficient for many models, and means alone tell of a spread only slowly.
-"""
+"""Encoders of sets, which do not depend on the order of the elements."""
 
 from __future__ import annotations
 
@@ -21,17 +14,18 @@ from .standardize import Standardize
 
 
 class SetEncoder(Encoder):
-    """A network from sets ``(*batch, n, element_dim)`` to contexts ``(*batch, context_dim)``, in whatever order::
+    """A permutation-invariant network from sets ``(*batch, n, element_dim)`` to contexts ``(*batch, context_dim)``::
 
         c = ρ(mean of φ(x_i), Σ_i w_qi φ(x_i), mean and log standard deviation of A x_i, log(1 + n))
         w_qi ∝ exp(u_q · φ(x_i)) for each of Q learned queries u_q
 
-    The size n may differ from call to call.  Means do not know it, yet a posterior narrows with it: so log(1 + n) is
-    one more feature.  Sets of different sizes go into one batch with a ``mask``.
+    Moments of linear features are nearly sufficient for many models, and from means alone a network learns a spread
+    slowly.  The size n may differ from call to call.  Means do not depend on it, but a posterior narrows with it, so
+    log(1 + n) is one more feature.  Sets of different sizes share a batch by a ``mask``.
 
-    Deep Sets (Zaheer et al. 2017, arXiv:1703.06114); Attention-based Deep Multiple Instance Learning (Ilse, Tomczak,
-    Welling 2018, arXiv:1802.04712); Set Transformer (Lee et al. 2019, arXiv:1810.00825); Principal Neighbourhood
-    Aggregation (Corso et al. 2020, arXiv:2004.05718).
+    Deep Sets (Zaheer et al. 2017, arXiv:1703.06114).  Attention pooling: Attention-based Deep Multiple Instance
+    Learning (Ilse, Tomczak, Welling 2018, arXiv:1802.04712).  Learned queries: Set Transformer (Lee et al. 2019,
+    arXiv:1810.00825).  Moments: Principal Neighbourhood Aggregation (Corso et al. 2020, arXiv:2004.05718).
 
     Args:
         element_dim: The number of features of an element.
@@ -78,7 +72,7 @@ class SetEncoder(Encoder):
         self.element_dim, self.hidden_dims, self.activation = element_dim, widths, activation
         self.num_queries, self.num_moments = num_queries, num_moments
         self.phi = hidden_layers(name, element_dim, *widths, activation=activation)
-        self.queries = nn.Linear(widths[-1], num_queries, bias=False)  # a softmax would not feel a bias
+        self.queries = nn.Linear(widths[-1], num_queries, bias=False)  # a softmax does not depend on a bias
         self.linear = nn.Linear(element_dim, num_moments, bias=False)
         pooled_dim = (num_queries + 1) * widths[-1] + 2 * num_moments + 1
         self.rho = hidden_layers(name, pooled_dim, *widths, activation=activation)
@@ -89,8 +83,8 @@ class SetEncoder(Encoder):
 
         Args:
             x: Sets of shape ``(*batch, n, element_dim)``.
-            mask: Of shape ``(*batch, n)``, True where there is an element; what stands elsewhere does not matter, NaN
-                included.  A set may be empty.
+            mask: Of shape ``(*batch, n)``, True for elements of the set; other values are ignored, NaN included.  A set
+                may be empty.
 
         Returns:
             Contexts of shape ``(*batch, context_dim)``.

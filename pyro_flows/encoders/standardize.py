@@ -1,7 +1,4 @@
-"""Bring data to a mean of 0 and a standard deviation of 1, where networks learn fast: z = (x - loc) / scale.
-
-Efficient BackProp (LeCun, Bottou, Orr, Müller 1998, section 4.3).
-"""
+"""Standardisation of data to mean 0 and standard deviation 1, where networks learn fast."""
 
 from __future__ import annotations
 
@@ -17,13 +14,13 @@ from ..arguments import as_shape
 class Standardize(nn.Module):
     """A fixed affine map of each feature, z = (x - loc) / scale, the identity until ``initialize`` has seen data.
 
-    Location and scale are parameters, so that parameter stores and checkpoints hold them, but no gradient reaches them.
+    Location and scale are parameters, so that parameter stores and checkpoints contain them.  They have no gradient.
 
     Efficient BackProp (LeCun, Bottou, Orr, Müller 1998, section 4.3).
 
     Args:
-        shape: The shape of location and scale, that of the last dimensions of the data; a size of 1 is shared by all
-            that lies along its dimension, so that ``(channels, 1, 1)`` gives an image one pair for each channel.
+        shape: The shape of location and scale, which are the last dimensions of the data.  A size of 1 is shared along
+            its dimension, so that ``(channels, 1, 1)`` gives an image one pair for each channel.
 
     Example::
 
@@ -44,16 +41,16 @@ class Standardize(nn.Module):
 
     @property
     def is_fresh(self) -> bool:
-        """Whether it is still the identity."""
+        """True if it is still the identity."""
         return bool((self.loc == 0).all() and (self.scale == 1).all())
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Standardise data.
 
         Args:
-            x: Data of shape ``(*batch, *shape)``, where a size of 1 in ``shape`` stands for any; of any real dtype.
-            mask: Of shape ``batch``; it changes nothing here, but what it leaves out does not count for
-                :meth:`initialize`.
+            x: Data of shape ``(*batch, *shape)``, with any size in place of a size of 1 in ``shape``; of any real
+                dtype.
+            mask: Of shape ``batch``; only :meth:`initialize` uses it.
 
         Returns:
             Of the shape of x and the dtype of this module.
@@ -61,7 +58,7 @@ class Standardize(nn.Module):
         Raises:
             ValueError: If the data do not end with ``shape``.
         """
-        self._trailing(x)
+        self._check(x)
         return (x.to(self.loc.dtype) - self.loc.detach()) / self.scale.detach()
 
     @torch.no_grad()
@@ -75,49 +72,50 @@ class Standardize(nn.Module):
             mask: Of shape ``batch`` and boolean; only the rows where it is True count.
 
         Raises:
-            ValueError: If the data do not fit ``shape``, hold nothing, or hold values that are NaN or infinite in the
+            ValueError: If the data do not fit ``shape``, are empty, or hold values that are NaN or infinite in the
                 dtype of this module.
         """
         x = x if mask is None else x[mask]
-        trailing = self._trailing(x)
+        self._check(x)
         if x.numel() == 0:
             raise ValueError(f"Standardize: data must hold at least one row, got the shape {tuple(x.shape)}.")
-        # In the network's own dtype first, since that is what it will see; then the sums in full precision, on the CPU,
-        # as not every device has float64.
+        # First in the network's own dtype, which is what it will use; then the sums in full precision, on the CPU,
+        # since not every device has float64.
         x = x.to(self.loc.dtype).to("cpu", torch.float64)
         if bad := x.numel() - int(x.isfinite().sum()):
             got = f"{bad} NaN or infinite of {x.numel()}"
             raise ValueError(f"Standardize: data must be finite in {self.loc.dtype}, got {got}.")
-        rows = x.reshape(-1, *trailing)
+        rows = x.reshape(-1, *x.shape[x.dim() - len(self.shape) :])
         shared = (0, *(place for place, size in enumerate(self.shape, start=1) if size == 1))
-        low, high = rows.amin(shared).reshape(self.shape), rows.amax(shared).reshape(self.shape)
+        low, high = rows.amin(shared, keepdim=True)[0], rows.amax(shared, keepdim=True)[0]
         # Round-off must not push the mean out of the data: a constant feature would seem to vary.
-        loc = rows.mean(shared).reshape(self.shape).clamp(low, high)
+        loc = rows.mean(shared, keepdim=True)[0].clamp(low, high)
         spread = torch.where(high > low, high - low, 1.0)  # divided out, lest the squares of huge values overflow
-        relative = ((rows - loc) / spread).square().mean(shared).reshape(self.shape).sqrt()
+        relative = ((rows - loc) / spread).square().mean(shared, keepdim=True)[0].sqrt()
         scale = (relative * spread).to(self.scale.dtype)
         self.loc.copy_(loc)
         self.scale.copy_(torch.where(scale > 0, scale, 1.0))
 
-    def _trailing(self, x: Tensor) -> torch.Size:
-        """The sizes of the last dimensions of data, which must be those of ``shape``."""
-        if not ends_with(x, self.shape, free=1):
+    def _check(self, x: Tensor) -> None:
+        if not ends_with(x, [None if size == 1 else size for size in self.shape]):
             raise ValueError(f"Standardize: data must end with the shape {self.shape}, got {tuple(x.shape)}.")
-        return x.shape[x.dim() - len(self.shape) :]
 
     def extra_repr(self) -> str:
         return f"{self.shape}, loc={_brief(self.loc)}, scale={_brief(self.scale)}"
 
 
-def ends_with(x: Tensor, shape: Sequence[int | None], *, free: int | None) -> bool:
-    """True if data end with a shape, in which ``free`` stands for any size."""
+def ends_with(x: Tensor, shape: Sequence[int | None]) -> bool:
+    """True if the last dimensions of data have a shape, in which None is any size."""
     start = x.dim() - len(shape)
-    return start >= 0 and all(size in (free, given) for size, given in zip(shape, x.shape[start:], strict=True))
+    return start >= 0 and all(size in (None, given) for size, given in zip(shape, x.shape[start:], strict=True))
 
 
 @contextlib.contextmanager
 def learning(parts: Sequence[Standardize]) -> Iterator[None]:
-    """Let what reaches some parts of a network set them; the rest of it does not run once all of them are."""
+    """Set each part from the data that reach it in a block, and leave the block once all of them are set.
+
+    The block runs a network on all of the data at once, and later layers could need more memory than there is.
+    """
     waiting = set(parts)
 
     def learn(part: Standardize, inputs: tuple[Tensor, ...]) -> None:
@@ -125,24 +123,19 @@ def learning(parts: Sequence[Standardize]) -> Iterator[None]:
             part.initialize(*inputs)
             waiting.remove(part)
         if not waiting:
-            raise _Enough
+            raise _AllSet
 
-    hooks = [part.register_forward_pre_hook(learn) for part in parts]
-    try:
-        with torch.no_grad():
-            yield
-    except _Enough:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks, contextlib.suppress(_AllSet), torch.no_grad():
+        for part in parts:
+            hooks.enter_context(part.register_forward_pre_hook(learn))
+        yield
 
 
-class _Enough(BaseException):
-    """All have seen their data."""
+class _AllSet(Exception):
+    """Ends the block of :func:`learning`."""
 
 
 def _brief(values: Tensor) -> str:
-    """The first few of many numbers."""
+    """Return the first few of many numbers."""
     shown = [f"{value:.4g}" for value in values.flatten()[:4].tolist()]
     return f"[{', '.join(shown + ['…'] * (values.numel() > 4))}]"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_integers
-from ..conditioners.stored_scale import Paced
+from ..conditioners.base import Paced
 from .encoding import encode, finite, probe
 from .guide_call import Call
 from .prototype import Rows, look

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..arguments import BIJECTOR, check_kind, check_numbers
 from ..bijectors import Bijector
 from ..conditioners import Conditioner
-from ..conditioners.stored_scale import Paced, power_of_2
+from ..conditioners.base import Paced, power_of_2
 from .conditional import Conditional, check_params
 
 

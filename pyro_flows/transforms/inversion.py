@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..bijectors import Bijector
-from ..conditioners import MADE, CausalTransformer, Tokens, costream, stream
+from ..conditioners import MADE, CausalTransformer, Tokens, stream, stream_vjp
 
 
 def invert_by_passes(bijector: Bijector, net: MADE, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -190,7 +190,7 @@ class _Pullback(nn.Module):
     def _swept(self, slopes: list[Tensor], own: Tensor, gain: Tensor, fixed: Tensor) -> Tensor:
         """The total cotangent of x, ``(N, D)``, from its own, ``(N, D)``, and that of the parameters, which is
         ``gain * total + fixed``, ``(N, D, P)``."""
-        chain, passed = costream(self.net, slopes), None
+        chain, passed = stream_vjp(self.net, slopes), None
         own, gain, fixed = own.T, *(part.permute(1, 2, 0).contiguous() for part in (gain, fixed))
         total: dict[int, Tensor] = {}
         for feature in reversed(self.net.features):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..arguments import check_numbers
-from ..conditioners.stored_scale import Paced, power_of_2
+from ..conditioners.base import Paced, power_of_2
 from .base import Scored
 from .linear import Factored
 
