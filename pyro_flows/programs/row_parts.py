@@ -1,7 +1,7 @@
-"""The density of a model on all rows of a subsampled plate, part by part, where it has a plate of data alone.
+"""The density of a model on all rows of a subsampled plate that holds data alone, part by part.
 
 A subsample stands for all rows by its scale, which is an estimate.  Parts that together hold each row once, at scale
-one, give the density itself.
+one, give the exact density.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 
 class Part(Messenger):
-    """Lets the rows of one part count once, and all that lies outside of the plate in the first part only.
+    """Counts the rows of one part once, and the sites outside the plate in the first part only.
 
     Args:
         plate: The name of the plate.
         rows: The rows that the plate takes.
-        keep: Which of these count, ``(rows,)``: others belong to another part.
-        share: The number of rows over that of all.
+        keep: True for the rows that count, ``(rows,)``: the others belong to another part.
+        share: The number of rows divided by the number of all rows.
         is_first: True for the first part.
     """
 
@@ -43,7 +43,7 @@ class Part(Messenger):
 
 
 def parts_of(plate: str, rows: Tensor, full_size: int) -> Iterator[Part]:
-    """Yield parts of a plate, of as many rows as it takes at a time; the last one goes back for rows where it must."""
+    """Yield parts of a plate, each as large as its subsample; the last one overlaps with the one before if needed."""
     size = len(rows)
     for start in range(0, full_size, size):
         first = min(start, full_size - size)
