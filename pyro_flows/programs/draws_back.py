@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pyro.ops.einsum.torch_log import transpose as transpose
 from pyro.ops.einsum.util import Tensordot
 from pyro.ops.rings import LogRing
 from torch import Tensor
@@ -50,11 +51,6 @@ def einsum(equation: str, *operands: Tensor) -> Tensor:
         ordered = operand.permute([names.index(dim) for dim in dims if dim in names])
         total = total + ordered.reshape([operand.shape[names.index(dim)] if dim in names else 1 for dim in dims])
     return _LogSumExp.apply(total.flatten(len(output))) if summed else total
-
-
-def transpose(operand: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Permute the dimensions of an operand."""
-    return operand.permute(axes)
 
 
 tensordot = Tensordot(einsum)

@@ -16,7 +16,7 @@ WAY_OUT = (
     "Let the model broadcast to the left of its plates, with (x * w).sum(-1) in place of x @ w, say; give "
     "max_plate_nesting where it has dimensions of its own to the left of its plates; or leave vectorize out."
 )
-DENSITY, SIZE = "log p", "size of"  # keys of results, next to the names of sites
+DENSITY, SIZE = "log p of ", "size of "  # prefixes of a site's name; without a name, for all sites together
 REPEATS = 9  # further runs at the same draw, where a density is an estimate
 NOISY, USELESS = 0.1, 3.0  # nats: where weights show noise, and where they show little else
 
@@ -89,39 +89,37 @@ class _SingleRuns:
             raise _Fault(fault)
         if program.enumerated:
             found = {name: value[1:2] for name, value in found.items()}
-        compared = [name for name in self.known if not name.startswith(SIZE)]
-        differ = [n for n in compared if not _alike(found[n], self.known[n], self.known.get(f"{SIZE} {n}"))]
+        compared = [key for key in self.known if not key.startswith(SIZE)]
+        differ = [k for k in compared if not _alike(found[k], self.known[k], self.known.get(k.replace(DENSITY, SIZE)))]
         if not differ:
             return Noise()
         noise = self._noise()
-        scored = [name for name in differ if name.startswith(DENSITY)]
+        scored = [key for key in differ if key.startswith(DENSITY)]
         if scored and not noise.deviation:
-            one, many = self.known[scored[-1]], found[scored[-1]]
-            row, site = int((one - many).abs().argmax()), scored[-1].removeprefix(f"{DENSITY} of ")
-            where = "" if site == DENSITY else f" at site {site!r}"
+            one, many, site = self.known[scored[-1]], found[scored[-1]], scored[-1].removeprefix(DENSITY)
+            row, where = int((one - many).abs().argmax()), f" at site {site!r}" if site else ""
             raise _Fault(
                 f"'s log-density{where} is {float(one[row]):.4g} for one draw, but {float(many[row]):.4g} vectorised "
                 "over draws"
             )
         # An estimate, for example of dequantised images, differs from run to run.
-        if any(((found[name] - self.known[name]).abs() > 10 * noise.deviation).any() for name in differ):
-            raise _Fault(f" means something else vectorised over draws, as at site {differ[-1].split()[-1]!r}")
+        if any(((found[key] - self.known[key]).abs() > 10 * noise.deviation).any() for key in differ):
+            site = differ[-1].removeprefix(DENSITY)
+            raise _Fault(f" means something else vectorised over draws, as at site {site!r}")
         return noise
 
     def _noise(self) -> Noise:
         """Return the noise of the log-density at the draw of the trace: one run shows a density without noise."""
-        if not self.known:
+        keys, runs = [key for key in self.known if key.startswith(DENSITY)], [self.known]
+        if not keys:
             return Noise()
-        found = [{name: value[:1] for name, value in self.known.items()}]
         for _ in range(REPEATS):
-            found.append(_read(self.program, self.traced, 1))
-            if torch.equal(found[1][DENSITY], found[0][DENSITY]):
+            runs.append(_read(self.program, self.traced, 1))
+            if all(torch.equal(runs[1][key], runs[0][key][:1]) for key in keys):
                 return Noise()
-        prefix = f"{DENSITY} of "
-        names = [DENSITY, *(name for name in found[0] if name.startswith(prefix))]
-        noise = {name: float(torch.cat([run[name].double() for run in found]).std()) for name in names}
-        site = max(names[1:], key=noise.__getitem__, default="")
-        return Noise(noise[DENSITY], site.removeprefix(prefix))
+        found = {key: torch.cat([run[key][:1].double() for run in runs]) for key in keys}
+        site = max(keys, key=lambda key: float(found[key].std()))
+        return Noise(float(sum(found.values(), torch.zeros(())).std()), site.removeprefix(DENSITY))
 
 
 def _read(program: Program, held: Values, size: int) -> Values:
@@ -132,15 +130,13 @@ def _read(program: Program, held: Values, size: int) -> Values:
 
 
 def _terms(view: View) -> Values:
-    """Read the log-density of each site and the size of its terms, their totals, and derived values."""
+    """Read the log-density of each site, the size of its terms, and the derived values."""
     view.check_structure()
     nodes = view.trace.nodes
     sites = {name: nodes[name] for name, site in view.single.nodes.items() if site["type"] == "sample"}
-    found = {f"{DENSITY} of {name}": view.log_prob(name.__eq__) for name in sites}
-    sizes = {f"{SIZE} {DENSITY} of {name}": view.total(site["log_prob"].abs()) for name, site in sites.items()}
-    derived = {name: view.read(name) for name, site in sites.items() if is_deterministic(site)}
-    total, size = (sum(parts.values(), torch.zeros(())) for parts in (found, sizes))
-    return {DENSITY: total, f"{SIZE} {DENSITY}": size, **found, **sizes, **derived}
+    densities = {DENSITY + name: view.log_prob(name.__eq__) for name in sites}
+    sizes = {SIZE + name: view.total(site["log_prob"].abs()) for name, site in sites.items()}
+    return {**densities, **sizes, **{name: view.read(name) for name, site in sites.items() if is_deterministic(site)}}
 
 
 def _joined(*draws: Values) -> Values:
@@ -163,17 +159,17 @@ def check_noise(noise: Noise, *, is_weighed: bool) -> None:
         ValueError: If draws are weighed, and the noise is above ``USELESS`` nats.
     """
     deviation, site = noise
-    where = f", most at site {site!r}" if site else ""
+    seen = f"with a standard deviation of {deviation:.2g} nats at one and the same draw"
+    seen += f", most at site {site!r}" if site else ""
+    more = "more draws to the estimate, as Dequantized(flow, num_samples=...) does"
     if is_weighed and not deviation <= USELESS:
         raise ValueError(
-            f"the model's log-density changes from run to run, with a standard deviation of {deviation:.2g} nats at "
-            f"one and the same draw{where}: draws cannot be weighed by it. Put networks with dropout into eval mode; "
-            "draw noise once, outside of the model, or at a pyro.sample site; give more draws to an estimate, as "
-            "Dequantized(flow, num_samples=...) does."
+            f"the model's log-density changes from run to run, {seen}: draws cannot be weighed by it. Put networks "
+            "with dropout into eval mode; draw noise once, outside of the model, or at a pyro.sample site; give "
+            f"{more}."
         )
     if deviation > NOISY:
         warn_user(
-            f"the model's log-density is an estimate, with a standard deviation of {deviation:.2g} nats at one and the "
-            f"same draw{where}: weights, k-hat and verdicts see that noise too. Give more draws to the estimate, as "
-            "Dequantized(flow, num_samples=...) does, or fit flow, not Dequantized(flow), to x + noise drawn once.",
+            f"the model's log-density is an estimate, {seen}: weights, k-hat and verdicts see that noise too. Give "
+            f"{more}, or fit flow, not Dequantized(flow), to x + noise drawn once."
         )

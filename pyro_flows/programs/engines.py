@@ -19,7 +19,6 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.ops import special
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -57,7 +56,7 @@ class View(NamedTuple):
     """A trace of N draws under the plate of draws, or of one draw.
 
     Attributes:
-        trace: The trace.
+        trace: The trace, without the rows of subsampled plates.
         single: A trace of one draw, which shows the shape of each site.
         size: The number N of draws, or None for one draw without the plate.
         nesting: The number of dimensions that the plates of the program take.
@@ -71,8 +70,8 @@ class View(NamedTuple):
     def check_structure(self) -> None:
         """Raise ValueError unless the trace has the sites of the single one."""
         met, known = (
-            {name for name, site in trace.nodes.items() if site["type"] == "sample" and not site_is_subsample(site)}
-            for trace in (self.trace, self.single)
+            {name for name, site in nodes.items() if site["type"] == "sample"}
+            for nodes in (self.trace.nodes, self.single.nodes)
         )
         if other := sorted(met ^ known):
             raise ValueError(

@@ -86,15 +86,7 @@ class Parallel:
         return scales[first]
 
     def _read(self, view: View) -> Values:
-        """Read the terms of the sum off a run: the log-densities of the sites that depend on discrete latents."""
-        found = {REST: view.log_prob(lambda name: name not in self._sites)}
-        view.trace.compute_log_prob(lambda name, _: name in self._sites)
-        for name in self._sites:
-            site = view.trace.nodes[name]
-            is_summed = name in self._shapes  # the sum over its values is 1 with or without its own mask
-            log_prob = site["unscaled_log_prob"]
-            found[name] = view.by_draw(log_prob if is_summed else scale_and_mask(log_prob, mask=site["mask"]))
-        return found
+        return terms_of(view, [*self._sites], [*self._shapes])
 
     def _check(self, terms: Values, plain: View) -> None:
         """Raise ValueError unless the terms of one draw, at given discrete values, are those of a run with these alone.
@@ -198,6 +190,17 @@ class Parallel:
     def _batch(self, name: str) -> torch.Size:
         shape = self._shapes[name]
         return shape[: len(shape) - self._trace.nodes[name]["fn"].event_dim]
+
+
+def terms_of(view: View, sites: list[str], discrete: list[str]) -> Values:
+    """Return the unscaled log-density of each of some sites, and the log-density of all others as ``REST``."""
+    found = {REST: view.log_prob(lambda name: name not in sites)}
+    view.trace.compute_log_prob(lambda name, _: name in sites)
+    for name in sites:
+        site = view.trace.nodes[name]
+        mask = None if name in discrete else site["mask"]  # a sum over all values is 1 with or without a mask
+        found[name] = view.by_draw(scale_and_mask(site["unscaled_log_prob"], mask=mask))
+    return found
 
 
 def check_masks(one: Trace, other: Trace, discrete: tuple[str, ...]) -> None:

@@ -97,14 +97,14 @@ class LatentSpace:
         Raises:
             ValueError: If a support of the guide depends on its other draws, or the guide has auxiliary draws.
         """
-        guide, first = self.task.guide, self.task.guide.single.nodes
+        guide = self.task.guide
 
         def moved(view: View) -> Values:
             nodes = view.trace.nodes
             return {name: biject_to(nodes[name]["fn"].support)(free) for name, free in self._free.items()}
 
         for name, (there,) in guide.alone(moved, 1).items():
-            value = first[name]["value"]
+            value = guide.single.nodes[name]["value"]
             if there.shape != value.shape or not torch.allclose(there, value, rtol=1e-4, atol=1e-6):
                 raise ValueError(f"the support of the guide's site {name!r} depends on its other draws.")
         sites = [self.task.model.single.nodes[name] for name in self.task.latents]
@@ -319,8 +319,7 @@ class LatentSpace:
                 found = self._unpack(z, known)
             except RuntimeError:
                 return {}
-        pairs = [(value, run.latents[name]) for name, value in found.latents.items()]
-        pairs += [(found.change, run.change), (found.flat, run.flat.expand_as(found.flat))]
+        pairs = [(found.change, run.change), *((value, run.latents[name]) for name, value in found.latents.items())]
         same = all(a.shape == b.shape and torch.allclose(a, b.to(a), 1e-4, 1e-6, equal_nan=True) for a, b in pairs)
         return known if same else {}
 
@@ -345,24 +344,16 @@ class LatentSpace:
 
     def _locate(self, values: Values) -> Tensor | None:
         """Return the vectors at which the latents take values ``(N, *shape)``, or None if the guide has no such way."""
-        groups: dict[str, list[Tensor]] = {name: [] for name in self._own}
         guide: Any = self.task.guide.call
         if hasattr(guide, "pack"):
             z, _ = guide.pack(values, *self.task.guide.args, **self.task.guide.kwargs)
             return z if z.shape[1:] == (self.dim,) else None
+        if {*self.coordinates} != values.keys():
+            return None
         prototype = getattr(guide, "prototype_trace", None)
-        for name, value in values.items():
-            if name in groups:  # the guide draws the latent itself
-                own, transform = name, self._own[name]
-            elif prototype is None or "fn" not in prototype.nodes.get(name, ()):
-                return None
-            else:  # AutoContinuous packs all latents into one site
-                own = next(iter(groups)) if isinstance(guide, AutoContinuous) else f"{name}_unconstrained"
-                transform = biject_to(prototype.nodes[name]["fn"].support)
-            if own not in groups:
-                return None
-            groups[own].append(transform.inv(value))
-        z = _packed(part for group in groups.values() for part in group)
+        placed = {name: biject_to(prototype.nodes[name]["fn"].support) for name in values if prototype}
+        transforms = {**placed, **self._own}
+        z = _packed(transforms[name].inv(values[name]) for name in dict.fromkeys(self.coordinates))
         return z if z.shape[1] == self.dim else None
 
 

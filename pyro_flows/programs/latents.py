@@ -110,7 +110,7 @@ def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
     Either adds an entropy to the objective that nothing in the model bounds.
 
     Raises:
-        ValueError: If the guide draws a site that the model lacks or observes; if a mask leaves out rows of a latent
+        ValueError: If the guide draws a site that the model lacks or observes.  If a mask leaves out rows of a latent
             and of the data in the model, but not in the guide.
     """
     nodes = model.nodes

@@ -71,7 +71,7 @@ def is_breakdown(error: Exception) -> bool:
 
     A distribution refused its parameters, a matrix was not positive definite, or an equation could not be solved.
     """
-    # torch has no exception of its own for refused parameters; only the message differs from other ValueErrors.
+    # torch raises ValueError for refused parameters, and only the message differs from other errors.
     refused = isinstance(error, ValueError) and "invalid values" in str(error)
     return refused or isinstance(error, LinAlgError | FloatingPointError)
 
@@ -91,9 +91,9 @@ def score_of(density: LogDensity, z: Tensor) -> Tensor:
     return value_and_score(density, z)[1]
 
 
-def number_of_parts(number: int, size: int) -> int:
-    """Return the number of parts of about a given size."""
-    return max(1, round(number / size))
+def part_size(number: int, size: int) -> int:
+    """Return the size of equal parts of N vectors that is nearest to a given size."""
+    return math.ceil(number / max(1, round(number / size)))
 
 
 def in_parts(density: LogDensity, size: int, threads: Threads) -> LogDensity:
@@ -104,7 +104,7 @@ def in_parts(density: LogDensity, size: int, threads: Threads) -> LogDensity:
     Args:
         density: The log-density.
         size: The approximate number of vectors in a part, at most half as many again.
-        threads: The number of threads, of which several may work on a part.
+        threads: The number of threads to work on a part.
     """
 
     def parted(z: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class _InParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, density: LogDensity, size: int, threads: Threads, z: Tensor) -> Tensor:
         found = []
-        for part in z.tensor_split(number_of_parts(len(z), size)):
+        for part in z.split(part_size(len(z), size)):
             with threads.turn(len(part)):
                 found.append(value_and_score(density, part))
         values, scores = zip(*found, strict=True)

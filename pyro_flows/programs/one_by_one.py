@@ -1,21 +1,21 @@
 """Discrete latents summed out one joint value after the other, for programs that do not run at all values at once.
 
-If the latents lie in plates, all rows take the same value in a run, and the sum is taken row by row: rows are
+If the latents lie in plates, all rows take the same value in a run.  The sum is taken row by row, as rows are
 independent given the sites outside the plates.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from .engines import Site, Values, View
-from .enumeration import REST, Parallel, TraceAt, check_masks, check_rows
+from .enumeration import REST, Parallel, TraceAt, check_masks, check_rows, terms_of
 from .error_text import quoted
 from .events import MOST, with_values
 from .nesting import plates_of
@@ -72,7 +72,7 @@ class Sequential:
 
     def __init__(self, trace_at: TraceAt, single: Trace, names: tuple[str, ...]) -> None:
         sites = {name: single.nodes[name] for name in names}
-        supports = {name: with_values(site["fn"]).enumerate_support(expand=False) for name, site in sites.items()}
+        supports = {name: _support_of(site["fn"]) for name, site in sites.items()}
         self._plates, *others = [_plates_of(site) for site in sites.values()]
         self._dims = list(self._plates.values())
         batch = sites[names[0]]["fn"].batch_shape
@@ -84,11 +84,8 @@ class Sequential:
         if bare or any(plates.keys() != self._plates.keys() for plates in others):
             why = f"site {bare[0]!r} has several elements" if bare else "they lie in different plates"
             raise ValueError(f"one value after the other there are too many: {why}")
-        joint = torch.cartesian_prod(*(torch.arange(len(support)) for support in supports.values()))
-        self._tables = {
-            name: support.reshape(len(support), *sites[name]["fn"].event_shape)[places]
-            for (name, support), places in zip(supports.items(), joint.reshape(number, -1).T, strict=True)
-        }
+        joint = zip(*itertools.product(*supports.values()), strict=True)
+        self._tables = {name: torch.stack(column) for name, column in zip(supports, joint, strict=True)}
         self._single, self._number, self._scale = single, number, 1.0
         scales = {float(site["scale"]) for site in single.nodes.values() if self._is_inside(site)}
         if len(scales) == 1:
@@ -111,8 +108,7 @@ class Sequential:
             rows.append(terms[ROWS])
             check_masks(self._single, trace, (*self._tables,))
             for name, table in self._tables.items():
-                support = with_values(trace.nodes[name]["fn"]).enumerate_support(expand=False)
-                if not torch.equal(support.reshape(-1, *table.shape[1:]).unique(dim=0), table.unique(dim=0)):
+                if not torch.equal(_support_of(trace.nodes[name]["fn"]).unique(dim=0), table.unique(dim=0)):
                     raise ValueError(f"the values that site {name!r} can take depend on those of other sites")
         generator, rest, by_value = torch.Generator().manual_seed(0), torch.stack(rests), torch.stack(rows)
         for _ in range(TRIES if self._plates else 0):
@@ -153,14 +149,9 @@ class Sequential:
         view.check_structure()  # a site that only some values lead to would be counted with all values
         sites = view.trace.nodes
         inside = [name for name, site in sites.items() if self._is_inside(site)]
-        rest = view.log_prob(lambda name: name not in inside)
-        view.trace.compute_log_prob(lambda name, _: name in inside)
-        rows = torch.zeros(())
-        for name in inside:  # the sum over a latent's values is 1 with or without its own mask
-            site, mask = sites[name], None if name in self._tables else sites[name]["mask"]
-            term = scale_and_mask(site["unscaled_log_prob"], site["scale"] / self._scale, mask)
-            rows = rows + self._by_row(view.by_draw(term), view.size is not None)
-        return {REST: rest, ROWS: rows}
+        terms, has_draws = terms_of(view, inside, [*self._tables]), view.size is not None
+        rows = (sites[name]["scale"] / self._scale * self._by_row(terms[name], has_draws) for name in inside)
+        return {REST: terms[REST], ROWS: sum(rows, torch.zeros(()))}
 
     def _is_inside(self, site: Site) -> bool:
         return site["type"] == "sample" and self._plates.keys() <= _plates_of(site).keys()
@@ -172,6 +163,11 @@ class Sequential:
         term = term.reshape(lead + torch.Size((1,) * (depth - len(shape))) + shape)
         others = [dim for dim in range(has_draws - term.dim(), 0) if dim not in self._dims]
         return (term.sum(others) if others else term).expand(lead + self._rows)
+
+
+def _support_of(fn: Any) -> Tensor:
+    """Return all values of a discrete distribution, ``(number, *event_shape)``."""
+    return with_values(fn).enumerate_support(expand=False).reshape(-1, *fn.event_shape)
 
 
 def _plates_of(site: Site) -> dict[str, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyro
@@ -21,14 +20,15 @@ from ..threads import Threads
 from .engines import DRAWS, Read, Values, View, in_batches, run, with_room
 from .enumeration import Parallel
 from .events import WithValues
-from .log_density import number_of_parts
+from .log_density import part_size
 from .one_by_one import Sequential, sum_over
 from .row_parts import Part, parts_of
-from .traces import outside_plates, trace_of
+from .traces import Args, Function, Kwargs, outside_plates, trace_of
 
 LARGEST = 2**18  # numbers in a tensor of many draws, 2 MB of them in double precision
 TOTAL = "the log-density"  # the key of a program's log-density, next to the names of sites
-Place = Callable[..., Any]  # a handler that puts values into a program's sites: place(program, data=values)
+Names = tuple[str, ...]
+Place = Function  # a handler that puts values into a program's sites: place(program, data=values)
 
 
 class Noise(NamedTuple):
@@ -65,13 +65,13 @@ class Program:
 
     def __init__(
         self,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        call: Function,
+        args: Args,
+        kwargs: Kwargs,
         single: Trace,
         nesting: int,
-        enumerated: tuple[str, ...] = (),
-        given: tuple[str, ...] = (),
+        enumerated: Names = (),
+        given: Names = (),
     ) -> None:
         self.call, self.args, self.kwargs, self.given = call, args, kwargs, given
         self.single, self.nesting, self.enumerated = prune_subsample_sites(single), nesting, enumerated
@@ -121,7 +121,7 @@ class Program:
         return self.with_(rows={**self.rows, **rows})
 
     @property
-    def marked(self) -> Callable[..., Any]:
+    def marked(self) -> Function:
         """The program with its discrete latents marked for Pyro's own enumeration."""
         if not self.enumerated:
             return self.call
@@ -194,7 +194,7 @@ class Program:
             with self._threads_without_gradient.turn(number):
                 return self.score_at_once(part, number, sites)
 
-        return in_batches(step, held, size, -(-size // number_of_parts(size, self.chunk)))
+        return in_batches(step, held, size, part_size(size, self.chunk))
 
     def score_at_once(self, held: Values, size: int, sites: list[str] | None = None) -> Values:
         """Return the same as :meth:`score`, from one run for all draws."""
@@ -225,7 +225,7 @@ class Program:
         held = {name: self.single.nodes[name]["value"] for name in names}
         return self._trace(poutine.condition(self.call, data={**held, **values}), None, enumerate)
 
-    def _trace(self, program: Callable[..., Any], size: int | None, enumerate: bool) -> Trace:
+    def _trace(self, program: Function, size: int | None, enumerate: bool) -> Trace:
         if self.rows:
             program = poutine.condition(program, data=self.rows)
         if self._part is not None:

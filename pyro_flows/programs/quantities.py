@@ -26,9 +26,10 @@ class Quantities:
     Attributes:
         names: The names of the K quantities; angles count as their cosine and sine.
         sites: The site of each.
-        derived: The deterministic sites among them.  If discrete latents are summed out there are none, since they may
-            depend on these latents.
+        derived: The deterministic sites among them.  They are left out if discrete latents are summed out, since they
+            may depend on these latents.
         angles: The latents that are angles, along which densities are periodic.
+        has_angles: True if some latents are angles.
         plain_angles: The angles whose values are in radians.
     """
 
@@ -45,12 +46,8 @@ class Quantities:
             self.names += labels
             self.sites += [name] * len(labels)
         self.angles = {name for name in latents if self._turns[name] is not None}
+        self.has_angles = bool(self.angles)
         self.plain_angles = {name for name in self.angles if isinstance(innermost(nodes[name]["fn"]), VonMises)}
-
-    @property
-    def has_angles(self) -> bool:
-        """True if some latents are angles."""
-        return bool(self.angles)
 
     def numbers(self, values: Values) -> Tensor:
         """Return all quantities as columns, ``(N, K)``, given the values of their sites, ``(N, *shape)``."""

@@ -7,12 +7,15 @@ one, give the exact density.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .program import Program
 
 
 class Part(Messenger):
@@ -49,3 +52,25 @@ def parts_of(plate: str, rows: Tensor, full_size: int) -> Iterator[Part]:
         first = min(start, full_size - size)
         taken = torch.arange(first, first + size, device=rows.device)
         yield Part(plate, taken, taken >= start, size / full_size, start == 0)
+
+
+def can_be_whole(model: Program, latents: list[str], observed: list[str]) -> bool:
+    """True if the only subsampled plate of a model draws its rows, holds none of the latents, and takes data by row."""
+    if len(model.subsamples) != 1:
+        return False
+    ((plate, fn),) = model.subsamples.items()
+    stacks = {name: site.get("cond_indep_stack", ()) for name, site in model.single.nodes.items()}
+    inside = {name for name, stack in stacks.items() if plate in [frame.name for frame in stack]}
+    others = [frame for stack in stacks.values() for frame in stack if frame.name != plate]
+    if inside & {*latents} or any(f.full_size is not None and f.size < f.full_size for f in others):
+        return False
+    if {*model.enumerated} - inside:
+        return False  # a sum over a latent outside the plate does not fall into parts
+    # A minibatch that the user gives has the same data at all indices.
+    data = [name for name in observed if name in inside]
+    first, *_, last = parts_of(plate, model.rows[plate], fn.size)
+    one, other = (
+        model.with_rows({plate: part.rows}).alone(lambda view: {name: view.read(name) for name in data}, 1)
+        for part in (first, last)
+    )
+    return any(not torch.equal(one[name], other[name]) for name in data)

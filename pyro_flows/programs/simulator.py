@@ -1,14 +1,14 @@
 """Simulations: a model run forward, its latents and data drawn together, many at once.
 
-The model takes its data by arguments that are None if they are to be drawn: ``def model(x=None)`` with
-``pyro.sample("x", ..., obs=x)``.  Runs of the model show which argument holds the data of which site.
+The model takes its data by arguments, and draws the data whose argument is None: ``def model(x=None)`` with
+``pyro.sample("x", ..., obs=x)``.  Runs of the model show which site observes an argument.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import pyro
 import pyro.distributions as dist
@@ -27,7 +27,7 @@ from .nesting import nesting_of, runs_programs
 from .program import Program
 from .simulations import Simulations
 from .task import check_vectorize, subsampled_plate
-from .traces import trace_at
+from .traces import Args, Function, Kwargs, trace_at
 
 
 @runs_programs
@@ -96,7 +96,7 @@ class Simulator:
             subsampled plate, or takes no data.
     """
 
-    def __init__(self, caller: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, caller: str, model: Function, args: Args, kwargs: Kwargs) -> None:
         self.caller = caller
         check_program(model=model)
         program = poutine.unwrap(model)
@@ -104,64 +104,70 @@ class Simulator:
         try:
             self._given = self._signature.bind(*args, **kwargs).arguments
         except TypeError as error:
-            raise ValueError(
-                f"{caller}: the model cannot be simulated: {error}. Data arguments must be optional, "
-                "`def model(x=None)`; give the others here."
-            ) from error
+            self._refuse(f"{error}. Data arguments must be optional, `def model(x=None)`; give the others here", error)
         args, kwargs = self.arguments({})
         try:
             single = trace_at(model, {}, args, kwargs)
         except (TypeError, AttributeError, NotImplementedError) as error:
-            raise ValueError(
-                f"{caller}: the model cannot be simulated: it fails without its data ({error}). It must draw what is "
-                "None from proper distributions, and take sizes from other arguments, which are given here."
-            ) from error
+            self._refuse(
+                f"it fails without its data ({error}). It must draw what is None from proper distributions, and take "
+                "sizes from other arguments, which are given here",
+                error,
+            )
         self.model = Program(model, args, kwargs, single, nesting_of(single))
         self._settled = ""
         if plate := subsampled_plate(single):
-            raise ValueError(f"{caller}: {plate}. Let it run over all rows of a simulated dataset.")
-        self.sites: dict[str, str] = {}
-        self._find_data()
+            self._refuse(f"{plate}. Let it run over all rows of a simulated dataset")
+        self.sites = self._find_data()
+        self._check_sites()
 
-    def arguments(self, data: dict[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _refuse(self, fault: str, cause: Exception | None = None) -> NoReturn:
+        raise ValueError(f"{self.caller}: the model cannot be simulated: {fault}.") from cause
+
+    @property
+    def _open(self) -> list[str]:
+        """The arguments that are None unless data are given."""
+        parameters = self._signature.parameters.items()
+        return [name for name, p in parameters if self._given.get(name, p.default) is None]
+
+    def arguments(self, data: dict[str, Tensor]) -> tuple[Args, Kwargs]:
         """Return the model's arguments, with data."""
         bound = self._signature.bind_partial()
         bound.arguments.update({**self._given, **data})
         return bound.args, bound.kwargs
 
-    def _find_data(self) -> None:
-        """Find the site of each argument, and raise ValueError unless all observed sites have one."""
-        parameters = self._signature.parameters
-        open_names = [name for name, p in parameters.items() if self._given.get(name, p.default) is None]
+    def _find_data(self) -> dict[str, str]:
+        """Return the site that observes each argument that was left open."""
         drawn = dict(self.model.single.iter_stochastic_nodes())
-        for name in open_names:
-            sites = sorted(drawn.keys() - self.sites.values(), key=lambda site: (site != name, site))
+        found: dict[str, str] = {}
+        for name in self._open:
+            sites = sorted(drawn.keys() - found.values(), key=lambda site: (site != name, site))
             site = next((site for site in sites if self._holds(name, site, drawn[site]["value"])), None)
             if site is not None:
-                self.sites[name] = site
+                found[name] = site
             elif name in drawn:
-                raise ValueError(
-                    f"{self.caller}: argument {name!r} must be what site {name!r} observes as it is, obs={name}; "
-                    "change it in the site's distribution, as by a TransformedDistribution, and not before obs=."
+                self._refuse(
+                    f"argument {name!r} must be what site {name!r} observes as it is, obs={name}; change it in the "
+                    "site's distribution, as by a TransformedDistribution, and not before obs="
                 )
-        for name, node in self.model.single.nodes.items():
-            if not is_observation(node):
-                continue
-            if type(node["fn"]).__name__ == "Unit":
-                raise ValueError(
-                    f"{self.caller}: the model cannot be simulated: {name!r} is a factor statement, which has no "
-                    "draws. Write it as a pyro.sample statement."
+        return found
+
+    def _check_sites(self) -> None:
+        """Raise ValueError unless the model takes data, and all its observed sites take them by arguments."""
+        for name, site in self.model.single.nodes.items():
+            if is_observation(site) and type(site["fn"]).__name__ == "Unit":
+                self._refuse(f"{name!r} is a factor statement, which has no draws. Write it as a pyro.sample statement")
+            if is_observation(site):
+                self._refuse(
+                    f"site {name!r} is observed though no argument was left open for it: take its data by `def "
+                    f"model({name}=None)` with `pyro.sample({name!r}, ..., obs={name})`, and do not give it"
                 )
-            raise ValueError(
-                f"{self.caller}: site {name!r} is observed though no argument was left open for it: take its data by "
-                f"`def model({name}=None)` with `pyro.sample({name!r}, ..., obs={name})`, and do not give it."
-            )
         if not self.sites:
-            raise ValueError(
-                f"{self.caller}: the model takes no data: it needs an argument that is None by default and observed "
-                'as it is, `def model(x=None)` with `pyro.sample("x", ..., obs=x)`; '
-                f"its arguments are {', '.join(parameters) or 'none'}"
-                f"{f', and {open_names} reach no observed site' if open_names else ''}."
+            unused = f", and {self._open} reach no observed site" if self._open else ""
+            self._refuse(
+                "it takes no data: it needs an argument that is None by default and observed as it is, `def "
+                'model(x=None)` with `pyro.sample("x", ..., obs=x)`; its arguments are '
+                f"{', '.join(self._signature.parameters) or 'none'}{unused}"
             )
 
     def _holds(self, name: str, site: str, value: Tensor) -> bool:
@@ -176,12 +182,7 @@ class Simulator:
 
     @torch.no_grad()
     def draw(
-        self,
-        number: int,
-        latents: Values | None = None,
-        *,
-        batch_size: int = 10_000,
-        vectorize: str = "auto",
+        self, number: int, latents: Values | None = None, *, batch_size: int = 10_000, vectorize: str = "auto"
     ) -> Simulations:
         """Draw latents and data.
 

@@ -23,8 +23,10 @@ from .error_text import warn_user
 from .latents import check_match, is_point, summable
 from .nesting import check_crossed, has_bare_dimensions, nesting_of
 from .program import TOTAL, Program
-from .row_parts import parts_of
-from .traces import trace_of
+from .row_parts import can_be_whole
+from .traces import Args, Function, Kwargs, trace_of
+
+Of = Callable[[Site], Tensor]  # a tensor of a site, such as its value
 
 
 class Draws(NamedTuple):
@@ -68,14 +70,7 @@ class Task:
         ValueError: If model or guide do not run vectorised over draws as ``vectorize`` asks.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        vectorize: str = "auto",
-    ) -> None:
+    def __init__(self, model: Function, guide: Function, args: Args, kwargs: Kwargs, vectorize: str = "auto") -> None:
         keep_memory()
         check_vectorize(vectorize)
         arguments.check_program(model=model, guide=guide)
@@ -97,18 +92,15 @@ class Task:
         self.own = [name for name, site in own if not isinstance(site["fn"], dist.Delta)]
 
     @torch.no_grad()
-    def once(self, *watching: Messenger) -> tuple[Trace, Trace]:
-        """Run guide and model once, and return the traces of the model and of the guide."""
+    def once(self, handler: Callable[[Function], Function] = lambda model: model) -> tuple[Trace, Trace]:
+        """Run guide and model once, the model with a handler; return the traces of the model and of the guide."""
         model, guide = self._programs
-        args, kwargs = self._arguments
-        for messenger in watching:
-            model = messenger(model)
         with poutine.block():
-            drawn = trace_of(guide, args, kwargs)
-            return trace_of(poutine.replay(model, trace=drawn), args, kwargs), drawn
+            drawn = trace_of(guide, *self._arguments)
+            return trace_of(poutine.replay(handler(model), trace=drawn), *self._arguments), drawn
 
     @functools.cached_property
-    def broadcasting(self) -> Callable[..., Any]:
+    def broadcasting(self) -> Function:
         """The model as a program that runs under an outer plate of draws: itself, or lifted by its engine."""
         model = self.settle().model
         return model.call if model.engine == "plate" and not model.enumerated else Lifted(model, self.latents)
@@ -140,36 +132,13 @@ class Task:
         """
         check_match(*self.traces)
         self._weighs = whole
-        if whole and self._can_be_whole:
+        if whole and can_be_whole(self.model, self.latents, list(self.sites("observed"))):
             self.model.whole()
         elif self.subsampled:
             raise ValueError(
                 f"{self.subsampled}: draws would be weighed against different data. Let the plate run over all rows."
             )
         return self
-
-    @property
-    def _can_be_whole(self) -> bool:
-        """True if the only subsampled plate draws its rows, holds no latents of the guide, and takes data by row."""
-        if len(self.model.subsamples) != 1:
-            return False
-        (plate,) = self.model.subsamples
-        nodes = self.model.single.nodes
-        stacks = {name: site.get("cond_indep_stack", ()) for name, site in nodes.items()}
-        inside = {name for name, stack in stacks.items() if plate in [frame.name for frame in stack]}
-        others = [frame for stack in stacks.values() for frame in stack if frame.name != plate]
-        if inside & {*self.latents} or any(f.full_size is not None and f.size < f.full_size for f in others):
-            return False
-        if {*self.model.enumerated} - inside:
-            return False  # a sum over a latent outside of the plate does not fall into parts
-        # A minibatch that the user gives has the same data at all indices.
-        names = [name for name in self.sites("observed") if name in inside]
-        first, *_, last = parts_of(plate, self.model.rows[plate], self.model.subsamples[plate].size)
-        one, other = (
-            self.model.with_rows({plate: part.rows}).alone(lambda view: {n: view.read(n) for n in names}, 1)
-            for part in (first, last)
-        )
-        return any(not torch.equal(one[name], other[name]) for name in names)
 
     def settle(self) -> Task:
         """Choose engines for guide and model by two draws of the guide, and return the task.
@@ -214,13 +183,7 @@ class Task:
 
     @torch.no_grad()
     def read(
-        self,
-        latents: Values,
-        sites: list[str],
-        what: Callable[[Site], Tensor] = value_of,
-        *,
-        batch_size: int = 1000,
-        forget: bool = False,
+        self, latents: Values, sites: list[str], what: Of = value_of, *, batch_size: int = 1000, forget: bool = False
     ) -> Values:
         """Run the model at N draws of all latents, discrete ones included, and read sites: each ``(N, *shape)``.
 
@@ -308,7 +271,7 @@ class _Marks(Messenger):
             trace.nodes[name]["infer"] = {**trace.nodes[name]["infer"], **self.found[name]}
 
 
-def _forgetful(model: Callable[..., Any], data: Values) -> Callable[..., Any]:
+def _forgetful(model: Function, data: Values) -> Function:
     """Hold latents, and let the observed sites be drawn anew."""
 
     def is_derived(msg: Site) -> bool:

@@ -12,6 +12,10 @@ from pyro.poutine.runtime import _DIM_ALLOCATOR
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+Function = Callable[..., Any]  # a Pyro program
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
 
 @contextmanager
 def outside_plates() -> Iterator[None]:
@@ -23,14 +27,12 @@ def outside_plates() -> Iterator[None]:
         _DIM_ALLOCATOR._stack = entered
 
 
-def trace_of(program: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+def trace_of(program: Function, args: Args, kwargs: Kwargs) -> Trace:
     """Return the trace of a run."""
     return poutine.trace(program).get_trace(*args, **kwargs)
 
 
-def trace_at(
-    program: Callable[..., Any], values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Trace:
+def trace_at(program: Function, values: dict[str, Tensor], args: Args, kwargs: Kwargs) -> Trace:
     """Return the trace of a run at some values, without gradients and hidden from the handlers outside."""
     with poutine.block(), torch.no_grad(), outside_plates():
         return trace_of(poutine.condition(program, data=values), args, kwargs)
