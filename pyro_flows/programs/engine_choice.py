@@ -13,12 +13,12 @@ from .error_text import quoted, warn_user
 from .program import TOTAL, Noise, Program
 
 WAY_OUT = (
-    "Let the model broadcast to the left of its plates, with (x * w).sum(-1) in place of x @ w, say; give "
-    "max_plate_nesting where it has dimensions of its own to the left of its plates; or leave vectorize out."
+    "Let the model broadcast to the left of its plates, for example with (x * w).sum(-1) in place of x @ w; give "
+    "max_plate_nesting if it has other dimensions to the left of its plates; or leave vectorize out."
 )
 DENSITY, SIZE = "log p of ", "size of "  # prefixes of a site's name; without a name, for all sites together
-REPEATS = 9  # further runs at the same draw, where a density is an estimate
-NOISY, USELESS = 0.1, 3.0  # nats: where weights show noise, and where they show little else
+REPEATS = 9  # further runs at the same draw, if a density is an estimate
+NOISY, USELESS = 0.1, 3.0  # nats above which weights show noise, and above which they show little else
 
 
 class _Fault(Exception):
@@ -70,8 +70,8 @@ class _SingleRuns:
         self.held, self.size = _joined(self.traced, draw), 2
         try:
             with pyro.validation_enabled(False):
-                first = _terms(View(program.single.copy(), program.single, None, program.nesting))
-            self.known = _joined({name: value.unsqueeze(0) for name, value in first.items()}, _read(program, draw, 1))
+                traced = _terms(View(program.single.copy(), program.single, None, program.nesting))
+            self.known = _joined({name: value.unsqueeze(0) for name, value in traced.items()}, _read(program, draw, 1))
         except (KeyError, NotImplementedError):  # some guides of Pyro cannot score a value that they did not draw
             self.known = {}
 

@@ -9,7 +9,7 @@ Elimination for Plated Factor Graphs (Obermeyer et al. 2019, arXiv:1902.03210). 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import opt_einsum
@@ -22,7 +22,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from .draws_back import DrawingRing
-from .engines import Values, View
+from .engines import Site, Values, View
 from .masks import mask_of
 from .nesting import plates_of
 
@@ -86,7 +86,7 @@ class Parallel:
         return scales[first]
 
     def _read(self, view: View) -> Values:
-        return terms_of(view, [*self._sites], [*self._shapes])
+        return terms_of(view, self._sites, self._shapes)
 
     def _check(self, terms: Values, plain: View) -> None:
         """Raise ValueError unless the terms of one draw, at given discrete values, are those of a run with these alone.
@@ -192,8 +192,8 @@ class Parallel:
         return shape[: len(shape) - self._trace.nodes[name]["fn"].event_dim]
 
 
-def terms_of(view: View, sites: list[str], discrete: list[str]) -> Values:
-    """Return the unscaled log-density of each of some sites, and the log-density of all others as ``REST``."""
+def terms_of(view: View, sites: Mapping[str, Site], discrete: Mapping[str, Any]) -> Values:
+    """Return the unscaled log-density of some sites by name, and the log-density of all others as ``REST``."""
     found = {REST: view.log_prob(lambda name: name not in sites)}
     view.trace.compute_log_prob(lambda name, _: name in sites)
     for name in sites:
@@ -205,7 +205,7 @@ def terms_of(view: View, sites: list[str], discrete: list[str]) -> Values:
 
 def check_masks(one: Trace, other: Trace, discrete: tuple[str, ...]) -> None:
     """Raise ValueError if the mask of a latent depends on discrete values: a masked latent has no density there."""
-    for name in {name for name, _ in one.iter_stochastic_nodes()} - {*discrete}:
+    for name in [name for name, _ in one.iter_stochastic_nodes() if name not in discrete]:
         here, there = (torch.as_tensor(mask_of(trace.nodes[name]).every) for trace in (one, other))
         if not torch.equal(*torch.broadcast_tensors(here, there)):
             raise ValueError(

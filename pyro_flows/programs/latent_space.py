@@ -262,7 +262,7 @@ class LatentSpace:
     def prior(self, z: Tensor) -> Tensor | None:
         """Return draws of the prior, as many as there are vectors z; latents with flat priors stay.
 
-        None if the guide has no known way from latents to z, or the model breaks down at a draw.
+        None if the vectors of latents are unknown for this guide, or if the model breaks down at a draw.
         """
         try:
             latents = self.latents(z)
@@ -343,7 +343,7 @@ class LatentSpace:
         return total
 
     def _locate(self, values: Values) -> Tensor | None:
-        """Return the vectors at which the latents take values ``(N, *shape)``, or None if the guide has no such way."""
+        """Return the vectors at which the latents take values ``(N, *shape)``, or None if they are unknown."""
         guide: Any = self.task.guide.call
         if hasattr(guide, "pack"):
             z, _ = guide.pack(values, *self.task.guide.args, **self.task.guide.kwargs)

@@ -66,8 +66,8 @@ class Sequential:
         single_log_prob: The log-density of the latents in ``single``, ``(1,)`` in nats.
 
     Raises:
-        ValueError: If the latents lie in different plates or have more than ``MOST`` joint values, or if rows or masks
-            depend on the values of other rows.
+        ValueError: If the latents lie in different plates or have more than ``MOST`` joint values.  If rows, outer
+            sites or masks depend on the values of other rows.
     """
 
     def __init__(self, trace_at: TraceAt, single: Trace, names: tuple[str, ...]) -> None:
@@ -95,10 +95,10 @@ class Sequential:
         self.single_log_prob = self._checked(trace_at)
 
     def _checked(self, trace_at: TraceAt) -> Tensor:
-        """Return the log-density of single latents, ``(1,)``.
+        """Return the log-density of the latents in the first trace, ``(1,)``.
 
         Raises:
-            ValueError: If a row depends on values of other rows, or another site or a mask on any.
+            ValueError: If a row depends on the values of other rows, or if a mask or an outer site depends on any row.
         """
         rests, rows = [], []
         for values in self._joint_values():
@@ -123,8 +123,7 @@ class Sequential:
     def log_prob(self, program: Program, held: Values, size: int) -> Tensor:
         """Return the log-density of N draws of the continuous latents, ``(N,)`` in nats."""
         rest, rows = self._joint(program, held, size)
-        summed = rows.logsumexp(0)
-        return rest + self._scale * summed.reshape(size, -1).sum(-1)
+        return rest + self._scale * rows.logsumexp(0).reshape(size, -1).sum(-1)
 
     @torch.no_grad()
     def sample(self, program: Program, held: Values, size: int) -> Values:
@@ -147,10 +146,9 @@ class Sequential:
 
     def _read(self, view: View) -> Values:
         view.check_structure()  # a site that only some values lead to would be counted with all values
-        sites = view.trace.nodes
-        inside = [name for name, site in sites.items() if self._is_inside(site)]
-        terms, has_draws = terms_of(view, inside, [*self._tables]), view.size is not None
-        rows = (sites[name]["scale"] / self._scale * self._by_row(terms[name], has_draws) for name in inside)
+        inside = {name: site for name, site in view.trace.nodes.items() if self._is_inside(site)}
+        terms, has_draws = terms_of(view, inside, self._tables), view.size is not None
+        rows = (site["scale"] / self._scale * self._by_row(terms[name], has_draws) for name, site in inside.items())
         return {REST: terms[REST], ROWS: sum(rows, torch.zeros(()))}
 
     def _is_inside(self, site: Site) -> bool:

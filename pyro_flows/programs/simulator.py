@@ -147,8 +147,8 @@ class Simulator:
                 found[name] = site
             elif name in drawn:
                 self._refuse(
-                    f"argument {name!r} must be what site {name!r} observes as it is, obs={name}; change it in the "
-                    "site's distribution, as by a TransformedDistribution, and not before obs="
+                    f"site {name!r} must observe argument {name!r} unchanged, obs={name}. Transform it in the site's "
+                    "distribution, for example by a TransformedDistribution, not before obs="
                 )
         return found
 
@@ -159,13 +159,13 @@ class Simulator:
                 self._refuse(f"{name!r} is a factor statement, which has no draws. Write it as a pyro.sample statement")
             if is_observation(site):
                 self._refuse(
-                    f"site {name!r} is observed though no argument was left open for it: take its data by `def "
+                    f"site {name!r} is observed though no argument was left open for it. Take its data by `def "
                     f"model({name}=None)` with `pyro.sample({name!r}, ..., obs={name})`, and do not give it"
                 )
         if not self.sites:
             unused = f", and {self._open} reach no observed site" if self._open else ""
             self._refuse(
-                "it takes no data: it needs an argument that is None by default and observed as it is, `def "
+                "it takes no data. Give it an argument that is None by default and observed unchanged, `def "
                 'model(x=None)` with `pyro.sample("x", ..., obs=x)`; its arguments are '
                 f"{', '.join(self._signature.parameters) or 'none'}{unused}"
             )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -13,19 +15,20 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import constraints
 
 from .. import arguments
 from ..memory import keep_memory
-from .broadcasting import Lifted
 from .engine_choice import check_noise, settle
-from .engines import ENGINES, Site, Values, View, in_batches, value_of
+from .engines import ENGINES, Site, Values, View, in_batches, plate_like, value_of
 from .error_text import warn_user
 from .latents import check_match, is_point, summable
-from .nesting import check_crossed, has_bare_dimensions, nesting_of
+from .nesting import check_crossed, has_bare_dimensions, nesting_of, plates_of
 from .program import TOTAL, Program
 from .row_parts import can_be_whole
 from .traces import Args, Function, Kwargs, trace_of
 
+LOG_Q = "the guide's log-density"  # a key next to the names of sites
 Of = Callable[[Site], Tensor]  # a tensor of a site, such as its value
 
 
@@ -127,7 +130,7 @@ class Task:
             whole: True to weigh draws against all rows of a subsampled plate that holds data alone.
 
         Raises:
-            ValueError: If the guide is a point, or has other latents than the model; if a subsampled plate holds
+            ValueError: If the guide is a point, or has other latents than the model.  If a subsampled plate holds
                 latents, or does not draw its rows.
         """
         check_match(*self.traces)
@@ -175,11 +178,11 @@ class Task:
         def step(_: Values, size: int) -> Values:
             found = self.guide.sample(read, {}, size)
             log_q = found.pop(TOTAL)
-            return {"log p": self.model.log_prob(found, size), "log q": log_q, **found}
+            return {**found, TOTAL: self.model.log_prob(found, size), LOG_Q: log_q}
 
         self.settle()
         found = in_batches(step, {}, number, batch_size)
-        return Draws(log_p=found.pop("log p"), log_q=found.pop("log q"), latents=found)
+        return Draws(log_p=found.pop(TOTAL), log_q=found.pop(LOG_Q), latents=found)
 
     @torch.no_grad()
     def read(
@@ -213,12 +216,62 @@ class Task:
         return self.read(self.complete(latents, batch_size), list(self.sites("posterior")), batch_size=batch_size)
 
     def sites(self, group: str) -> dict[str, Site]:
-        """Return the model's sites that belong to a group, by name: see :func:`group_of`."""
+        """Return the model's sites of a group by name: see :func:`group_of`."""
         return {name: site for name, site in self.model.single.nodes.items() if group_of(site) == group}
 
 
+class Lifted:
+    """A model as a program that broadcasts, for objectives to run if the model itself does not broadcast.
+
+    Its latents are the model's latents except those that are summed out, in the model's plates, so that any guide's
+    trace can be replayed.  All of its density is one factor, which an engine computes.  So Pyro's ELBOs, which do not
+    know engines, train a guide under an outer plate of particles, whatever shapes the model uses.
+
+    Args:
+        model: The model.
+        latents: The names of its latents except those that are summed out.
+    """
+
+    def __init__(self, model: Program, latents: list[str]) -> None:
+        self._model = model
+        if model.enumerated:
+            model.enumeration  # noqa: B018 - found once, for all copies that take other rows
+        self._sites = {name: model.single.nodes[name] for name in latents}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Take the latents from a guide's trace, and add the model's log-density of each draw."""
+        rows, plates = self._plates()
+        values = {name: self._sample(name, site, plates) for name, site in self._sites.items()}
+        shapes = {name: site["value"].shape for name, site in self._sites.items()}
+        by_draw = [len(value) for name, value in values.items() if value.dim() > len(shapes[name])]
+        size = by_draw[0] if by_draw else 1
+        held = {name: value.reshape(-1, *shapes[name]).expand(size, *shapes[name]) for name, value in values.items()}
+        log_prob = self._model.with_rows(rows).log_prob(held, size)
+        dims = max(value.dim() - self._sites[name]["fn"].event_dim for name, value in values.items())
+        pyro.factor("_pyro_flows_log_density", log_prob.reshape(size, *(1,) * (dims - 1)) if by_draw else log_prob[0])
+
+    def _sample(self, name: str, site: Site, plates: dict[str, Any]) -> Any:
+        with ExitStack() as stack:
+            for frame in plates_of(site):
+                stack.enter_context(plates[frame.name])
+            shape = site["value"].shape
+            depth = len(shape) - site["fn"].event_dim
+            return pyro.sample(name, dist.ImproperUniform(constraints.real, shape[:depth], shape[depth:]).mask(False))
+
+    def _plates(self) -> tuple[Values, dict[str, Any]]:
+        """Return the rows of subsampled plates, and the plates that latents lie in."""
+        plates: dict[str, Any] = {}
+        for frame in {frame for site in self._sites.values() for frame in plates_of(site)}:
+            with poutine.block(hide=self._model.given):
+                plates[frame.name] = plate_like(frame)
+        for name, fn in self._model.subsamples.items():
+            if name not in plates:
+                plates[name] = pyro.plate(name, fn.size, fn.subsample_size)
+        return {name: plates[name].indices for name in self._model.subsamples}, plates
+
+
 def check_vectorize(vectorize: Any) -> None:
-    """Raise ValueError unless a way to vectorise exists."""
+    """Raise ValueError unless a value is ``"auto"`` or the name of an engine."""
     if vectorize not in ("auto", *ENGINES):
         raise ValueError(
             f'vectorize must be "auto", {", ".join(map(repr, ENGINES))}, got {arguments.quoted(vectorize)}. '
@@ -227,7 +280,7 @@ def check_vectorize(vectorize: Any) -> None:
 
 
 def check_trained(caller: str, guide: Any) -> None:
-    """Raise ValueError for a guide that shows that it was never trained."""
+    """Raise ValueError for a guide that is known to be untrained."""
     if getattr(guide, "is_fresh", False) or getattr(guide, "prototype_trace", guide) is None:
         kind = type(guide).__name__
         raise ValueError(f"{caller}: the {kind} was never trained; fit it first: fit_svi(model, guide, ...).")
