@@ -1,8 +1,8 @@
 """The number of torch's threads that a job uses: as many as make it faster, and at most as many as the user allows.
 
-Threads wait for each other after each operation.  Small operations take longer with two of them than with one, and ten
+Threads wait for each other after each operation.  Small operations take longer with two threads than with one, and ten
 times as long while another process keeps a core busy.  Small jobs always use one thread, so that their results can be
-reproduced.  Public functions begin with one thread; their large parts use more: steps of large networks, and
+reproduced.  Public functions begin with one thread.  Their large parts use more: steps of large networks, and
 log-densities of many draws of a model of many rows.
 """
 
@@ -18,13 +18,13 @@ from contextvars import ContextVar
 import torch
 
 OPERATIONS = 6  # per draw and weight of a network: a product and a sum, forwards and twice backwards
-LARGE = 3e8  # operations of a step, some 10 ms, from which on threads may help
+LARGE = 3e8  # operations of a step, about 10 ms, above which threads may help
 TRIED = 5  # steps of a trial; the first two warm up
 FASTER = 0.8  # the ratio of times below which several threads are kept
-RECENT = 0.1  # of the running mean: threads that wait for a core do so in few steps, and then long
+RECENT = 0.1  # weight of a step in the running mean: threads rarely wait for a core, but then for long
 
 
-_allowed: ContextVar[int | None] = ContextVar("threads", default=None)  # None outside of all jobs
+_allowed: ContextVar[int | None] = ContextVar("threads", default=None)  # None outside all jobs
 
 
 def allowed() -> int:
@@ -34,7 +34,7 @@ def allowed() -> int:
 
 @contextlib.contextmanager
 def using(number: int) -> Iterator[None]:
-    """Let torch use some threads, at most as many as the user allows, and restore the number afterwards."""
+    """Let torch use a number of threads, at most as many as the user allows, and restore the old one afterwards."""
     before, token = torch.get_num_threads(), _allowed.set(allowed())
     torch.set_num_threads(min(number, allowed()))
     try:
@@ -45,13 +45,13 @@ def using(number: int) -> Iterator[None]:
 
 
 class Threads:
-    """The number of threads of a loop: one for small steps, and for others as many as the times of steps say.
+    """The number of threads of a loop: one for small steps, and for large steps the faster number.
 
-    A loop begins with one.  If its steps are large, it tries as many as the user allows, keeps them if they are faster,
-    and returns to one when they no longer are, as when another process begins to work.
+    A loop begins with one thread.  If its steps are large, it tries as many as the user allows, and keeps them if they
+    are faster.  It returns to one when they no longer are, for example because another process begins to work.
 
     Args:
-        work: About how many operations of floating point a step takes.
+        work: The approximate number of floating-point operations in a step.
 
     Attributes:
         number: The number for the next step.
@@ -60,12 +60,12 @@ class Threads:
     def __init__(self, work: float = math.inf) -> None:
         self.number = 1
         self._times: list[float] = []
-        self._alone = 0.0  # seconds of a step with one thread; 0 until they are known
-        self._together = 0.0  # a running mean of those with several; 0 until these are kept
+        self._alone = 0.0  # seconds of a step with one thread, 0 until they are known
+        self._together = 0.0  # running mean of the seconds with several threads, 0 until they are kept
         self._settled, self._is_busy = work < LARGE, False
 
     def saw(self, seconds: float) -> None:
-        """Take note of the time of a step, and choose the number for the next ones."""
+        """Record the time of a step, and choose the number for the next steps."""
         if self._settled or allowed() == 1:
             return
         if self._together:
@@ -79,17 +79,17 @@ class Threads:
         seen, self._times = self._times[2:], []
         if not self._alone:
             self._alone, self.number = statistics.median(seen), allowed()
-        elif max(seen) <= FASTER * self._alone:  # all of them: see RECENT
+        elif max(seen) <= FASTER * self._alone:  # the maximum, since waits are rare: see RECENT
             self._together = statistics.median(seen)
         else:
             self.number, self._settled = 1, True
 
     @contextlib.contextmanager
     def turn(self, size: int) -> Iterator[None]:
-        """Let torch use the number for one step, whose time is taken note of; a step within a step changes nothing.
+        """Let torch use the number for one step, and record its time; a step within a step changes nothing.
 
         Args:
-            size: How much there is to do; only its ratio to that of other steps counts.
+            size: The amount of work, in any unit that all steps share.
         """
         if self._is_busy:
             yield

@@ -248,7 +248,7 @@ def test_what_cannot_be_simulated_is_refused():
     refused(factor, "'penalty' is a factor statement")
     refused(coded, "site 'z' is observed though no argument was left open for it")
     refused(nothing, r"takes no data.*its arguments are x, and \['x'\] reach no observed site")
-    refused(changed, "must be what site .x. observes as it is")
+    refused(changed, "site .x. must observe argument .x. unchanged")
     refused(lambda: linear(), "its arguments are none")
     refused(subsampled, r"plate 'rows', which is subsampled \(2 of 6 rows\)")
 

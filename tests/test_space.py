@@ -248,12 +248,12 @@ def test_in_both_modes_of_parameters(local):
 @pytest.mark.parametrize("kind", ["AutoFlow", "AutoMultivariateNormal"])
 def test_latents_of_a_packed_vector_are_placed_as_by_a_run_of_the_guide(kind):
     space = LatentSpace(Task(model, trained(kind), (Y,), {}))
-    assert [*space._packed] == ["mean", "scale", "share", "effect"]
+    assert [*space._packing] == ["mean", "scale", "share", "effect"]
     z = torch.randn(7, space.dim, generator=torch.Generator().manual_seed(0))
-    quick, _ = space._place(z)
-    run, _ = space._place(z, space._placing)
-    for name, value in run.items():
-        torch.testing.assert_close(quick[name].expand_as(value), value)
+    quick, run = space._place(z), space._place_by_run(z)
+    for name, value in run.latents.items():
+        torch.testing.assert_close(quick.latents[name], value)
+    torch.testing.assert_close(quick.change, run.change)
 
 
 def test_supports_that_depend_on_other_latents_take_a_run():
@@ -261,7 +261,7 @@ def test_supports_that_depend_on_other_latents_take_a_run():
         a = pyro.sample("a", dist.LogNormal(0.0, 0.5))
         pyro.sample("b", dist.Uniform(0.0, a))
 
-    assert not LatentSpace(Task(moving, AutoFlow(moving).setup(), (), {}))._packed
+    assert not LatentSpace(Task(moving, AutoFlow(moving).setup(), (), {}))._packing
 
 
 def test_large_models_are_scored_in_parts_with_the_same_gradients():

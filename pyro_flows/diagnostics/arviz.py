@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..arguments import check_flags, check_integers, joined
 from ..arviz_versions import Groups, Variable, container
-from ..programs.engines import Site, Values, row_log_prob
+from ..programs.engines import Site, Values, in_batches, row_log_prob
 from ..programs.nesting import runs_programs
-from ..programs.task import Task, in_batches
+from ..programs.task import Task
 from ..sampling.samples import Samples
 from .importance import LEAST, reweighted, weigh
 

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from .. import plots
 from ..arguments import check_integers, joined
-from ..programs.engines import Values, View, row_log_prob
+from ..programs.engines import Values, View, in_batches, row_log_prob
 from ..programs.nesting import runs_programs
-from ..programs.task import Draws, Task, in_batches
+from ..programs.task import Draws, Task
 from .pareto import smooth
 
 LEAST = 25  # the fewest draws that have a tail to fit

@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from ..programs.engines import apart
+from ..programs.traces import outside_plates
 from .guide_call import Call
 
 
@@ -110,7 +110,7 @@ def look(call: Call, *, until: Collection[str] | None = None, indices: Tensor | 
         ValueError: If the model does not enter the plate.
     """
     found = Found(call.plate, until, indices)
-    with poutine.block(), torch.no_grad(), apart(), validation_enabled(False):
+    with poutine.block(), torch.no_grad(), outside_plates(), validation_enabled(False):
         try:
             with found:
                 call.model(*call.args, **call.kwargs)

@@ -1,10 +1,11 @@
 """Sums over discrete values in log space, whose gradient is a draw of these values.
 
 The gradient of log Σ exp is the softmax, which holds marginals.  With one draw of the softmax in its place, the
-gradients with respect to the terms of a whole sum mark the values of one joint draw: forward filtering, backward
-sampling by automatic differentiation.  Torch-Struct: Deep Structured Prediction Library (Rush 2020, arXiv:2002.00876).
+gradients with respect to the terms of a whole sum mark the values of one joint draw.  This is forward filtering,
+backward sampling by automatic differentiation.  Torch-Struct: Deep Structured Prediction Library (Rush 2020,
+arXiv:2002.00876).
 
-A backend for ``opt_einsum``, which finds ``einsum``, ``tensordot`` and ``transpose`` here by their names.
+The module is a backend for ``opt_einsum``, which looks up ``einsum``, ``tensordot`` and ``transpose`` by name.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pyro.ops.einsum.torch_log import transpose as transpose
 from pyro.ops.einsum.util import Tensordot
 from pyro.ops.rings import LogRing
 from torch import Tensor
@@ -34,33 +36,21 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        # Where no value has a density, no other draw leads.
-        share = x.softmax(-1).nan_to_num(1.0)
+        share = x.softmax(-1).nan_to_num(1.0)  # if all values are impossible, the draw is uniform
         place = torch.multinomial(share.reshape(-1, x.shape[-1]), 1).reshape(gradient.shape)
         return torch.nn.functional.one_hot(place, x.shape[-1]) * gradient.unsqueeze(-1)
 
 
 def einsum(equation: str, *operands: Tensor) -> Tensor:
-    """Sum operands of the dimensions that an equation names, and log-sum-exp over those that its output lacks."""
+    """Add operands with named dimensions, and take log Σ exp over the dimensions that the output lacks."""
     inputs, output = equation.split("->")
-    named = inputs.split(",")
     summed = sorted(set(inputs) - set(output) - {","})
     dims = [*output, *summed]
-    total = sum(
-        (_arranged(operand, names, dims) for operand, names in zip(operands, named, strict=True)), torch.zeros(())
-    )
+    total = torch.zeros(())
+    for operand, names in zip(operands, inputs.split(","), strict=True):
+        ordered = operand.permute([names.index(dim) for dim in dims if dim in names])
+        total = total + ordered.reshape([operand.shape[names.index(dim)] if dim in names else 1 for dim in dims])
     return _LogSumExp.apply(total.flatten(len(output))) if summed else total
-
-
-def _arranged(operand: Tensor, names: str, dims: list[str]) -> Tensor:
-    """An operand with its dimensions in an order, and 1 for those that it lacks."""
-    ordered = operand.permute([names.index(dim) for dim in dims if dim in names])
-    return ordered.reshape([operand.shape[names.index(dim)] if dim in names else 1 for dim in dims])
-
-
-def transpose(operand: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Permute the dimensions of an operand."""
-    return operand.permute(axes)
 
 
 tensordot = Tensordot(einsum)

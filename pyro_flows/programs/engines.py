@@ -1,17 +1,16 @@
 """Many draws in one run of a program: under an outer plate, by vmap over a single run, or in a loop.
 
-* ``"plate"``: the program runs once, inside of one more plate to the left of its own; it must broadcast to the left.
+* ``"plate"``: the program runs once inside a plate of draws, to the left of its other plates.  It must broadcast.
 * ``"vmap"``: ``torch.func.vmap`` maps a single run over draws, whatever shapes the program uses.
-* ``"loop"``: one run for each draw, for programs that write in place, call ``.item()`` or branch on values.
+* ``"loop"``: one run per draw, for programs that write in place, call ``.item()`` or branch on values.
 
-All three read the same things off the trace of a run, see :class:`View`, and return them with the draws in front.
+All three read the same tensors off the trace of a run, see :class:`View`, and return them with the draws in front.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -19,23 +18,22 @@ import pyro
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.ops import special
-from pyro.poutine.runtime import _DIM_ALLOCATOR
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from ..arguments import is_integer
 
 ENGINES = "plate", "vmap", "loop"
 DRAWS = "_pyro_flows_draws"  # the plate of draws
 Site = dict[str, Any]
 Values = dict[str, Tensor]
 
-
 _weighs: ContextVar[bool] = ContextVar("weighs", default=False)
 
 
 def is_weighing() -> bool:
-    """True inside of :func:`run`, where programs run at draws that are weighed: some may be too far out to count."""
+    """True inside :func:`run`, where draws are weighed: a draw without a density has weight 0 and is no error."""
     return _weighs.get()
 
 
@@ -50,15 +48,15 @@ def is_deterministic(site: Site) -> bool:
 
 
 def row_log_prob(site: Site) -> Tensor:
-    """Return the log-density of each row of a site without the scale of its plates; a masked row counts nothing."""
+    """Return the log-density of each row of a site without the scale of its plates, 0 for masked rows."""
     return scale_and_mask(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), mask=site["mask"])
 
 
 class View(NamedTuple):
-    """A trace of N draws under the plate of draws, or of one.
+    """A trace of N draws under the plate of draws, or of one draw.
 
     Attributes:
-        trace: The trace.
+        trace: The trace, without the rows of subsampled plates.
         single: A trace of one draw, which shows the shape of each site.
         size: The number N of draws, or None for one draw without the plate.
         nesting: The number of dimensions that the plates of the program take.
@@ -70,21 +68,31 @@ class View(NamedTuple):
     nesting: int
 
     def check_structure(self) -> None:
-        """Raise ValueError unless the run has met the sites of the single one."""
+        """Raise ValueError unless the trace has the sites of the single one."""
         met, known = (
-            {name for name, site in trace.nodes.items() if site["type"] == "sample" and not site_is_subsample(site)}
-            for trace in (self.trace, self.single)
+            {name for name, site in nodes.items() if site["type"] == "sample"}
+            for nodes in (self.trace.nodes, self.single.nodes)
         )
-        if other := sorted((met ^ known) - {DRAWS}):
+        if other := sorted(met ^ known):
             raise ValueError(
                 f"the program has other sites from run to run: {other[0]!r} is in some runs only. Let it draw the same "
                 "sites each time, and mask those that do not count: with poutine.mask(mask=...)."
             )
 
     def read(self, name: str, what: Callable[[Site], Tensor] = value_of) -> Tensor:
-        """Return what is read off a site, by default its value: ``(N, *shape)``, or ``shape`` for one draw."""
+        """Return a tensor of a site, by default its value: ``(N, *shape)``, or ``shape`` for one draw."""
         found = what(self.trace.nodes[name])
-        return found if self.size is None else _rows_of(name, found, what(self.single.nodes[name]).shape, self.size)
+        if self.size is None:
+            return found
+        shape = what(self.single.nodes[name]).shape
+        if found.numel() == self.size * shape.numel():
+            return found.reshape(self.size, *shape)
+        if found.numel() == shape.numel():  # it is the same for all draws
+            return found.reshape(shape).expand(self.size, *shape)
+        raise ValueError(
+            f"site {name!r} has shape {tuple(shape)} for one draw but {tuple(found.shape)} for {self.size} draws at "
+            'once; let the model broadcast to the left of its plates, or use vectorize="vmap".'
+        )
 
     def log_prob(self, among: Callable[[str], bool] = lambda name: True) -> Tensor:
         """Return the log-density of each draw, ``(N,)``, or of the one, ``()``: the sum over some sites, in nats."""
@@ -94,7 +102,7 @@ class View(NamedTuple):
         return total if self.size is None else total.expand(self.size)
 
     def total(self, log_prob: Tensor) -> Tensor:
-        """Return the sum of a log-density over all dimensions but the draws', ``(N,)`` or ``()``."""
+        """Return the sum of a log-density over all dimensions except the draws, ``(N,)`` or ``()``."""
         return log_prob.sum() if self.size is None else self.by_draw(log_prob).reshape(self.size, -1).sum(-1)
 
     def by_draw(self, log_prob: Tensor) -> Tensor:
@@ -108,49 +116,40 @@ class View(NamedTuple):
 
 
 Read = Callable[[View], Values]
-Once = Callable[[Values, int | None], View]
 
 
-def run(engine: str, once: Once, read: Read, held: Values, size: int) -> Values:
+def run(engine: str, once: Callable[[Values, int | None], View], read: Read, held: Values, size: int) -> Values:
     """Run a program for N draws and read some tensors, each ``(N, *shape)``.
 
     Args:
         engine: One of ``ENGINES``.
-        once: Runs the program with values held, ``(N, 1s for absent plates, *site_shape)`` and N; or those of one draw,
-            and None.
-        read: What to read off the run.
+        once: Function that runs the program, either with the values of N draws and N, or with those of one draw and
+            None.
+        read: The function that reads tensors off the run.
         held: The values, ``(N, *site_shape)``.
         size: The number N of draws.
     """
     token = _weighs.set(True)
     try:
-        return _run(engine, once, read, held, size)
+        if engine == "plate":
+            return read(once(held, size))
+        if engine == "loop":
+            rows = [read(once({name: value[row] for name, value in held.items()}, None)) for row in range(size)]
+            return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        with warnings.catch_warnings(), _UnderVmap():
+            warnings.filterwarnings("ignore", message=".*performance drop because we have not yet implemented")
+            mapped = torch.func.vmap(lambda _, values: read(once(values, None)), randomness="different")
+            found: Values = mapped(torch.arange(size), held)  # vmap needs one argument of N rows: nothing may be held
+            return found
     finally:
         _weighs.reset(token)
 
 
-def _run(engine: str, once: Once, read: Read, held: Values, size: int) -> Values:
-    if engine == "plate":
-        return read(once(held, size))
-    if engine == "loop":
-        rows = [read(once({name: value[row] for name, value in held.items()}, None)) for row in range(size)]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-    def one(_: Tensor, values: Values) -> Values:
-        with _UnderVmap():
-            return read(once(values, None))
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*performance drop because we have not yet implemented")
-        found: Values = torch.func.vmap(one, randomness="different")(torch.arange(size), held)
-    return found
-
-
 class _UnderVmap(TorchFunctionMode):
-    """Lets programs run under vmap that do what it forbids: read ``tensor.data``, or fill an empty tensor by chance.
+    """Lets programs run under vmap that do what it forbids: read ``tensor.data``, or fill an empty tensor at random.
 
     Pyro's enumeration does the former, torch's distributions the latter.  An empty tensor may hold anything, so it may
-    be one for each draw.  Pyro's ``safe_log``, of hidden Markov models, has no rule for vmap and gets one.
+    differ between draws.  Pyro's ``safe_log``, for hidden Markov models, has no rule for vmap and gets one.
     """
 
     def __enter__(self) -> _UnderVmap:
@@ -163,16 +162,14 @@ class _UnderVmap(TorchFunctionMode):
         special._SafeLog = self._safe_log
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
-        if func in _EMPTY and (found := func(*args, **kwargs)).is_floating_point():
-            return torch.rand_like(found)
-        return func(*args, **kwargs)
+        found = func(*args, **(kwargs or {}))
+        return torch.rand_like(found) if func in _EMPTY and found.is_floating_point() else found
 
 
 class _SafeLog(torch.autograd.Function):
-    """The logarithm, with a finite gradient at 0: that of Pyro."""
+    """The logarithm with Pyro's finite gradient at 0."""
 
     generate_vmap_rule = True
 
@@ -193,28 +190,26 @@ class _SafeLog(torch.autograd.Function):
 _EMPTY = torch.empty, torch.Tensor.new, torch.Tensor.new_empty
 
 
-@contextmanager
-def apart() -> Iterator[None]:
-    """Let a program enter its plates whatever plates its caller is in."""
-    entered, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
-    try:
-        yield
-    finally:
-        _DIM_ALLOCATOR._stack = entered
+def in_batches(step: Callable[[Values, int], Values], held: Values, number: int, batch_size: int) -> Values:
+    """Call a function on batches of draws, and return its results for all draws.
 
-
-def beside(program: Callable[..., Any], size: int, nesting: int) -> Callable[..., Any]:
-    """Return a program that runs inside of a plate of draws, to the left of ``nesting`` dimensions of its own."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with pyro.plate(DRAWS, size, dim=-1 - nesting):
-            return program(*args, **kwargs)
-
-    return run
+    Args:
+        step: Function of the values held in a batch and its size N; returns tensors ``(N, *shape)``.
+        held: The values of all draws, ``(number, *shape)``.
+        number: The number of draws.
+        batch_size: The largest number in a batch.
+    """
+    if not is_integer(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+    parts = []
+    for start in range(0, number, batch_size):
+        size = min(batch_size, number - start)
+        parts.append(step({name: value[start : start + size] for name, value in held.items()}, size))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def plate_like(frame: Any) -> Any:
-    """Make the plate that a frame is of; one without a size, which Pyro's frames tell as -1, stays without."""
+    """Return a new plate with a frame's name, sizes and dimension; a size of -1 in the frame means no size."""
     if frame.size < 0:
         return pyro.plate(frame.name, dim=frame.dim)
     return pyro.plate(frame.name, frame.full_size or frame.size, frame.size, dim=frame.dim)
@@ -230,15 +225,3 @@ def with_room(site: Site, value: Tensor, nesting: int) -> Tensor:
     """
     plates = site["value"].dim() - site["fn"].event_dim
     return value.reshape(len(value), *(1,) * (nesting - plates), *value.shape[1:])
-
-
-def _rows_of(name: str, value: Tensor, shape: torch.Size, size: int) -> Tensor:
-    """Return a tensor from the trace of N draws with the draws in front, ``(N, *shape)``, whatever the plates."""
-    if value.numel() == size * shape.numel():
-        return value.reshape(size, *shape)
-    if value.numel() == shape.numel():  # it does not vary from draw to draw
-        return value.reshape(shape).expand(size, *shape)
-    raise ValueError(
-        f"site {name!r} has shape {tuple(shape)} for one draw but {tuple(value.shape)} for {size} draws at once; let "
-        'the model broadcast to the left of its plates, or use vectorize="vmap".'
-    )

@@ -1,15 +1,16 @@
 """Discrete latents k, summed out exactly and drawn back: log p(z, x) = log Σ_k p(z, k, x), and k ~ p(k | z, x).
 
-:class:`Parallel` runs each discrete site at all values of its support at once, each site along a dimension of its own,
-and contracts the terms by variable elimination; ``one_by_one.py`` is for programs that do not run so.  Tensor Variable
-Elimination for Plated Factor Graphs (Obermeyer et al. 2019, arXiv:1902.03210), as Pyro's ``TraceEnum_ELBO`` and
-``infer_discrete`` have it, here for each of N draws of z.
+:class:`Parallel` runs each discrete site at all values of its support at once, along a separate dimension, and
+contracts the terms by variable elimination.  ``one_by_one.py`` is for programs that do not run so.  Tensor Variable
+Elimination for Plated Factor Graphs (Obermeyer et al. 2019, arXiv:1902.03210).  Pyro's ``TraceEnum_ELBO`` and
+``infer_discrete`` do the same for one draw of z; here it is done for each of N draws.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import opt_einsum
 import torch
@@ -21,40 +22,56 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from .draws_back import DrawingRing
-from .engines import Read, Values, View
+from .engines import Site, Values, View
 from .masks import mask_of
 from .nesting import plates_of
+
+if TYPE_CHECKING:
+    from .program import Program
 
 REST = "the sum over all sites that depend on no discrete latent"
 Packed = Any  # a tensor with Pyro's names of its dimensions as an attribute
 Factors = OrderedDict[frozenset[str], list[Packed]]
-
-
-class Run(Protocol):
-    """Runs a model for N draws of its other latents, and reads tensors off."""
-
-    def __call__(self, read: Read, *, enumerate: bool = False, discrete: Values | None = None) -> Values:
-        """Run at all values of discrete latents, or at some given ones, which are the same for all draws."""
+TraceAt = Callable[..., Trace]  # the trace of a model at values: trace_at(values, enumerate=False)
 
 
 class Parallel:
     """The sum over discrete latents at all of their values at once.
 
     Args:
-        trace: The trace of one run under Pyro's ``EnumMessenger``.
-        shapes: The discrete latents that are summed out, and the shape of each in a run without enumeration.
+        trace_at: Function that traces the model at given values of some latents, the others as in ``single``; with
+            ``enumerate=True`` at all values of the discrete latents.
+        single: A trace without enumeration.
+        names: The discrete latents that are summed out.
+        nesting: The number of dimensions that the plates take.
+
+    Attributes:
+        single_log_prob: The log-density of the latents in ``single``, ``(1,)`` in nats.
+
+    Raises:
+        ValueError: If the model has another density at all discrete values at once than at one.
     """
 
-    def __init__(self, trace: Trace, shapes: dict[str, torch.Size]) -> None:
+    def __init__(self, trace_at: TraceAt, single: Trace, names: tuple[str, ...], nesting: int) -> None:
+        self._shapes = {name: single.nodes[name]["value"].shape for name in names}
+        self._trace = trace = trace_at({}, enumerate=True)
         trace.compute_log_prob()
         trace.pack_tensors()
-        self._trace, self._shapes = trace, shapes
         plates = trace.plate_to_symbol
         self._draws = opt_einsum.get_symbol(2 * len(plates))  # Pyro takes the even symbols for plates
         self._summed = set(trace.symbol_to_dim) - set(plates.values())
         sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
         self._sites = {n: s for n, s in sites.items() if self._summed & set(s["packed"]["log_prob"]._pyro_dims)}
         self._scale = self._common_scale()
+        terms = {n: v.unsqueeze(0) for n, v in self._read(View(trace, trace, None, nesting)).items()}
+        # A model that uses .any() or .max() of discrete values differs from its enumeration at the ends of supports.
+        ends = (
+            {name: self._support(name)[end].expand(shape) for name, shape in self._shapes.items()} for end in (0, -1)
+        )
+        for plain in (single, *map(trace_at, ends)):
+            self._check(terms, View(plain, plain, None, nesting))
+        check_masks(single, trace, names)
+        self.single_log_prob = self._total(terms)  # raises NotImplementedError for plates that cross
 
     def _common_scale(self) -> Any:
         scales = {name: site["scale"] for name, site in self._sites.items()}
@@ -68,41 +85,34 @@ class Parallel:
                 )
         return scales[first]
 
-    def read(self, view: View) -> Values:
-        """Read the terms of the sum off a run: the log-densities of the sites that depend on discrete latents."""
-        found = {REST: view.log_prob(lambda name: name not in self._sites)}
-        view.trace.compute_log_prob(lambda name, _: name in self._sites)
-        for name in self._sites:
-            site = view.trace.nodes[name]
-            is_summed = name in self._shapes  # its own mask makes no difference to a sum
-            log_prob = site["unscaled_log_prob"]
-            found[name] = view.by_draw(log_prob if is_summed else scale_and_mask(log_prob, mask=site["mask"]))
-        return found
+    def _read(self, view: View) -> Values:
+        return terms_of(view, self._sites, self._shapes)
 
-    def check(self, terms: Values, plain: View) -> None:
+    def _check(self, terms: Values, plain: View) -> None:
         """Raise ValueError unless the terms of one draw, at given discrete values, are those of a run with these alone.
 
         Args:
-            terms: What :meth:`read` has read off a run at all discrete values.
+            terms: The terms of a run at all discrete values.
             plain: A run at the same other latents, and at one value of each discrete one.
         """
-        places = {name: self._place_of(name, plain.trace.nodes[name]["value"]) for name in self._shapes}
-        wanted, found = self.read(plain), {REST: terms[REST]}
-        for name, term in ((term._pyro_site, term) for group in self._factors(terms).values() for term in group):
-            for place in places.values():
+        places = [self._place_of(name, plain.trace.nodes[name]["value"]) for name in self._shapes]
+        wanted, found = self._read(plain), {REST: terms[REST]}
+        for term in (term for group in self._factors(terms).values() for term in group):
+            name = term._pyro_site
+            for place in places:
                 if place is not None and place._pyro_symbol in term._pyro_dims:
                     term = packed.gather(term, place, place._pyro_symbol)
             found[name] = term
         for name, value in found.items():
             here, there = value.sum(), wanted[name].sum()
             if not (here.isfinite() or there.isfinite()):
-                continue  # these values are impossible, in either way
+                continue  # both runs find these values impossible
             if not (here - there).abs() <= 1e-3 * (1 + wanted[name].abs().sum()):
                 what = name if name == REST else f"site {name!r}"
                 raise ValueError(f"{what} has another density at all discrete values at once than at one")
 
     def _place_of(self, name: str, value: Tensor) -> Packed | None:
-        """Return the places of a discrete site's values in its support, packed; None where there is one value only."""
+        """Return the indices of a discrete site's values in its support, packed; None for a support of one value."""
         infer, support, batch = self._trace.nodes[name]["infer"], self._support(name), self._batch(name)
         if len(support) < 2:
             return None
@@ -112,30 +122,23 @@ class Parallel:
         place._pyro_symbol = infer["_dim_to_symbol"][infer["_enumerate_dim"]]
         return place
 
-    def log_prob(self, run: Run) -> Tensor:
+    def log_prob(self, program: Program, held: Values, size: int) -> Tensor:
         """Return the log-density of N draws of the continuous latents, ``(N,)`` in nats."""
-        return self.total(run(self.read, enumerate=True))
+        return self._total(program.run(self._read, held, size, enumerate=True))
 
-    def total(self, terms: Values) -> Tensor:
-        """Return the log-density of N draws from what :meth:`read` has read off, ``(N,)``."""
+    def _total(self, terms: Values) -> Tensor:
         with shared_intermediates() as cache:
             target = frozenset({self._draws})
             summed = contract_to_tensor(self._factors(terms), self._summed, target_ordinal=target, cache=cache)
         return terms[REST] + self._scale * summed
 
-    def ends(self, last: bool) -> Values:
-        """Return the first value of each discrete latent, or the last one, in all rows."""
-        places = {name: torch.tensor(len(self._support(name)) - 1 if last else 0) for name in self._shapes}
-        return {name: self._values(name, place, 1)[0] for name, place in places.items()}
-
     @torch.no_grad()
-    def sample(self, run: Run) -> Values:
+    def sample(self, program: Program, held: Values, size: int) -> Values:
         """Draw the discrete latents given N draws of the others: for each site ``(N, *site_shape)``."""
-        terms = run(self.read, enumerate=True)
-        factors = self._factors(terms)
+        factors = self._factors(program.run(self._read, held, size, enumerate=True))
         sizes = {d: n for group in factors.values() for t in group for d, n in zip(t._pyro_dims, t.shape, strict=True)}
         own = {term._pyro_site: term for group in factors.values() for term in group if term._pyro_site in self._shapes}
-        places = {name: torch.zeros((), dtype=torch.long) for name in self._shapes}  # of those with one value only
+        places = {name: torch.zeros((), dtype=torch.long) for name in self._shapes}  # for supports of one value
         if own:
             for term in own.values():
                 term.requires_grad_()
@@ -145,7 +148,8 @@ class Parallel:
             marks = torch.autograd.grad(total, list(own.values()))
             for (name, term), mark in zip(own.items(), marks, strict=True):
                 places[name] = self._places(name, term._pyro_dims, mark)
-        return {name: self._values(name, place, len(terms[REST])) for name, place in places.items()}
+        supports = {name: self._support(name) for name in places}
+        return {n: supports[n][p.to(supports[n].device).expand(size, *self._batch(n))] for n, p in places.items()}
 
     def _factors(self, terms: Values) -> Factors:
         """Return the terms in Pyro's packed form, by the plates that they lie in; the draws count as a plate."""
@@ -163,7 +167,7 @@ class Parallel:
         return found
 
     def _places(self, name: str, dims: str, marks: Tensor) -> Tensor:
-        """Return the places of a site's draws in its support, ``(N, *batch_shape)``.
+        """Return the indices of a site's draws in its support, ``(N, *batch_shape)``.
 
         Args:
             name: The site.
@@ -179,11 +183,6 @@ class Parallel:
         shape = [size if symbol in dims else 1 for size, symbol in zip(batch, symbols, strict=True)]
         return marks.argmax(-1).reshape(-1, *shape)
 
-    def _values(self, name: str, places: Tensor, number: int) -> Tensor:
-        """Return the values of a site, ``(number, *site_shape)``, at some places in its support."""
-        support = self._support(name)
-        return support[places.to(support.device).expand(number, *self._batch(name))]
-
     def _support(self, name: str) -> Tensor:
         site = self._trace.nodes[name]
         return site["value"].reshape(-1, *site["fn"].event_shape)
@@ -193,9 +192,20 @@ class Parallel:
         return shape[: len(shape) - self._trace.nodes[name]["fn"].event_dim]
 
 
-def check_masks(one: Trace, other: Trace, latents: list[str]) -> None:
-    """Refuse latents whose mask is another one at other discrete values: nothing bounds them where they are masked."""
-    for name in latents:
+def terms_of(view: View, sites: Mapping[str, Site], discrete: Mapping[str, Any]) -> Values:
+    """Return the unscaled log-density of some sites by name, and the log-density of all others as ``REST``."""
+    found = {REST: view.log_prob(lambda name: name not in sites)}
+    view.trace.compute_log_prob(lambda name, _: name in sites)
+    for name in sites:
+        site = view.trace.nodes[name]
+        mask = None if name in discrete else site["mask"]  # a sum over all values is 1 with or without a mask
+        found[name] = view.by_draw(scale_and_mask(site["unscaled_log_prob"], mask=mask))
+    return found
+
+
+def check_masks(one: Trace, other: Trace, discrete: tuple[str, ...]) -> None:
+    """Raise ValueError if the mask of a latent depends on discrete values: a masked latent has no density there."""
+    for name in [name for name, _ in one.iter_stochastic_nodes() if name not in discrete]:
         here, there = (torch.as_tensor(mask_of(trace.nodes[name]).every) for trace in (one, other))
         if not torch.equal(*torch.broadcast_tensors(here, there)):
             raise ValueError(
@@ -205,7 +215,7 @@ def check_masks(one: Trace, other: Trace, latents: list[str]) -> None:
 
 
 def check_rows(name: str, trace: Trace) -> None:
-    """Refuse a discrete latent that is one for all rows of a plate without a size: summed, it would be one for each."""
+    """Raise ValueError if rows of a plate without a size share a discrete value, which a sum would take row by row."""
     for frame in plates_of(trace.nodes[name]):
         if frame.size < 0 and len(trace.nodes[name]["fn"].batch_shape) < -frame.dim:
             raise ValueError(

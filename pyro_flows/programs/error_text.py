@@ -1,11 +1,13 @@
-"""An error of a user's program in words: its kind and message, and the line of the program that it came from."""
+"""Errors of a user's program in words, and warnings at the user's line."""
 
 from __future__ import annotations
 
 import linecache
 import sys
 import traceback
+import warnings
 from pathlib import Path
+from types import FrameType
 
 INNER = {"pyro", "torch", __name__.partition(".")[0], *sys.stdlib_module_names} - {"__main__"}
 
@@ -13,7 +15,7 @@ INNER = {"pyro", "torch", __name__.partition(".")[0], *sys.stdlib_module_names} 
 def quoted(error: BaseException) -> str:
     """Return an error's place, kind and message: ``models.py:7, `assert x.dim() == 1`: AssertionError``.
 
-    An error without a place, as that of a log-density, has only kind and message.
+    An error without a line of the user's, for example from a log-density, has only kind and message.
     """
     words = " ".join(str(error).partition("Trace Shapes:")[0].split())
     place = place_of(error)
@@ -21,10 +23,20 @@ def quoted(error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> str:
-    """Return the innermost line of an error that is neither of Python itself nor of torch, Pyro or this package."""
+    """Return an error's innermost line outside Python's library, torch, Pyro and this package, or an empty string."""
     for frame, number in reversed(list(traceback.walk_tb(error.__traceback__))):
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in INNER:
+        if not _is_inner(frame):
             file = frame.f_code.co_filename
             line = linecache.getline(file, number, frame.f_globals).strip()
             return f"{Path(file).name}:{number}{f', `{line}`' if line else ''}"
     return ""
+
+
+def warn_user(message: str) -> None:
+    """Warn at the user's line that called this package."""
+    frames = enumerate(traceback.walk_stack(sys._getframe()), 1)
+    warnings.warn(message, stacklevel=next((level for level, (frame, _) in frames if not _is_inner(frame)), 1))
+
+
+def _is_inner(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] in INNER

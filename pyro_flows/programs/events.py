@@ -1,7 +1,7 @@
-"""Discrete distributions whose values Pyro does not list, but which are finitely many.
+"""Discrete distributions with finitely many values that Pyro does not list.
 
-Events of several numbers, ``Bernoulli(p).to_event(1)``, have all joint values; a binomial whose number of trials
-differs from row to row, as where it is a latent that is summed out too, has those up to the largest number.
+Events of several numbers, ``Bernoulli(p).to_event(1)``, have all joint values.  A binomial whose number of trials
+differs between rows, for example because it is a latent, has the counts up to the largest number of trials.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class JointEvent(Independent):
 
 
 class AnyCount(ExtendedBinomial):
-    """A binomial whose support reaches up to the largest number of trials; more successes than trials have no density.
+    """Binomial whose support reaches up to the largest number of trials; counts above a row's own are impossible.
 
     Args:
         fn: The binomial.
@@ -47,7 +47,7 @@ class AnyCount(ExtendedBinomial):
 
 
 def with_values(fn: Any) -> Any:
-    """Return a distribution that lists its values, if they are finitely many; any other as it is."""
+    """Return a distribution that lists its values if they are finitely many, or else the distribution unchanged."""
     if isinstance(fn, Binomial) and bool((fn.total_count != fn.total_count.flatten()[0]).any()):
         return AnyCount(fn)
     if not isinstance(fn, Independent) or not fn.reinterpreted_batch_ndims:

@@ -1,4 +1,4 @@
-"""The latents of a model and of its guide: both must have the same, under the same masks, or no draw can be weighed."""
+"""Latents of a model and of its guide: draws can be weighed only if both have the same, under the same masks."""
 
 from __future__ import annotations
 
@@ -26,39 +26,6 @@ def lacking(model: Trace, guide: Trace) -> dict[str, Any]:
     return {name: site for name, site in _lacking(model, guide).items() if not is_summable(site["fn"])}
 
 
-def is_point(fn: Any) -> bool:
-    """True if a distribution is a point mass, whose site has a value that follows from the others."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, dist.Delta)
-
-
-def states_support(fn: Any) -> bool:
-    """True if a distribution says what its support is; the flows of other libraries do not."""
-    try:
-        return fn.support is not None
-    except NotImplementedError:
-        return False
-
-
-def support_of(fn: Any) -> Any:
-    """Return the support of a distribution: all real numbers where it states none."""
-    return fn.support if states_support(fn) else constraints.independent(constraints.real, len(fn.event_shape))
-
-
-def is_discrete(fn: Any) -> bool:
-    """True if a distribution is one over integers; a point mass is not."""
-    try:
-        return not is_point(fn) and bool(support_of(fn).is_discrete)
-    except AttributeError:  # rows of a plate have no support, say
-        return False
-
-
-def is_summable(fn: Any) -> bool:
-    """True if a distribution is discrete and its support finite, so that its site can be summed out."""
-    return is_discrete(fn) and bool(with_values(fn).has_enumerate_support)
-
-
 def _lacking(model: Trace, guide: Trace) -> dict[str, Any]:
     latents = _drawn(model).items()
     return {name: site for name, site in latents if name not in guide.nodes and not is_point(site["fn"])}
@@ -69,30 +36,48 @@ def _drawn(trace: Trace) -> dict[str, Any]:
     return dict(prune_subsample_sites(trace).iter_stochastic_nodes())
 
 
-def _ways_out(sites: dict[str, Any]) -> str:
-    """Say what to do about latents that a guide lacks."""
-    infinite = [name for name, site in sites.items() if is_discrete(site["fn"])]
-    continuous = [name for name in sites if name not in infinite]
-    data = ", ".join(f"{name!r}: ..." for name in continuous)
-    discrete_way = (
-        "discrete with infinite support: sum the site out by hand (a GammaPoisson for a Poisson whose rate is Gamma), "
-        "cut it off at a Categorical, or condition on it."
-    )
-    continuous_way = (
-        "continuous: give the guide the whole model, or hold the site at a value by "
-        f"poutine.condition(model, data={{{data}}})."
-    )
-    ways = (infinite, discrete_way), (continuous, continuous_way)
-    return " ".join(f"{named(names)} {_are(names)} {way}" for names, way in ways if names)
+def innermost(fn: Any) -> Any:
+    """Return a distribution without its masks and without declarations of events."""
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution):
+        fn = fn.base_dist
+    return fn
 
 
-def named(names: list[str]) -> str:
-    """Return names as a list in words: ``'a', 'b'``."""
-    return ", ".join(map(repr, names))
+def is_point(fn: Any) -> bool:
+    """True if a distribution is a point mass, whose site has a value that follows from the others."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)
+
+
+def states_support(fn: Any) -> bool:
+    """True if a distribution states its support; the flows of other libraries do not."""
+    try:
+        return fn.support is not None
+    except NotImplementedError:
+        return False
+
+
+def support_of(fn: Any) -> Any:
+    """Return the support of a distribution, or all real numbers if it states none."""
+    return fn.support if states_support(fn) else constraints.independent(constraints.real, len(fn.event_shape))
+
+
+def is_discrete(fn: Any) -> bool:
+    """True if a distribution is over integers; a point mass is not."""
+    try:
+        return not is_point(fn) and bool(support_of(fn).is_discrete)
+    except AttributeError:  # for example, the rows of a plate have no support
+        return False
+
+
+def is_summable(fn: Any) -> bool:
+    """True if a distribution is discrete and its support finite, so that its site can be summed out."""
+    return is_discrete(fn) and bool(with_values(fn).has_enumerate_support)
 
 
 def check_match(model: Trace, guide: Trace) -> None:
-    """Refuse a guide that is a point, latents of only one of the two, and other masks: their weights mean nothing."""
+    """Raise ValueError for a guide that is a point, lacks latents, or has other latents or masks than the model."""
     drawn = _drawn(guide).values()
     if drawn and all(isinstance(site["fn"], dist.Delta) for site in drawn):
         raise ValueError("the guide is a point (every site is a Delta) and not a distribution; it cannot be weighed.")
@@ -101,20 +86,32 @@ def check_match(model: Trace, guide: Trace) -> None:
 
 
 def check_guided(owner: str, model: Trace, guide: Trace) -> None:
-    """Refuse a guide that lacks latents of the model which cannot be summed out."""
-    if missing := lacking(model, guide):
-        sites = _sites("latent site", list(missing))
-        raise ValueError(f"{owner}{sites} of the model {_are(missing)} not in the guide. {_ways_out(missing)}")
+    """Raise ValueError for a guide that lacks latents of the model which cannot be summed out."""
+    missing = lacking(model, guide)
+    if not missing:
+        return
+    infinite = [name for name, site in missing.items() if is_discrete(site["fn"])]
+    continuous = [name for name in missing if name not in infinite]
+    data = ", ".join(f"{name!r}: ..." for name in continuous)
+    ways = {
+        "discrete with infinite support: sum the site out by hand (a GammaPoisson for a Poisson whose rate is Gamma), "
+        "cut it off at a Categorical, or condition on it.": infinite,
+        "continuous: give the guide the whole model, or hold the site at a value by "
+        f"poutine.condition(model, data={{{data}}}).": continuous,
+    }
+    way_out = " ".join(f"{named(names)} {_are(names)} {way}" for way, names in ways.items() if names)
+    sites = _sites("latent site", list(missing))
+    raise ValueError(f"{owner}{sites} of the model {_are(missing)} not in the guide. {way_out}")
 
 
 def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
-    """Refuse a guide that draws what is no latent of the model, or counts where the model's latent is masked.
+    """Raise ValueError for a guide that draws other sites than the model, or counts rows that the model masks.
 
     Either adds an entropy to the objective that nothing in the model bounds.
 
     Raises:
-        ValueError: If the guide draws a site that the model has not, or observes; if a mask takes rows of a latent and
-            of the data out of the model, and not out of the guide.
+        ValueError: If the guide draws a site that the model lacks or observes.  If a mask leaves out rows of a latent
+            and of the data in the model, but not in the guide.
     """
     nodes = model.nodes
     drawn = {name: site for name, site in _drawn(guide).items() if not site["infer"].get("is_auxiliary")}
@@ -128,9 +125,11 @@ def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
             )
     for name, site in drawn.items():
         mask = mask_of(nodes[name])
-        if not mask.hides or site["infer"].get(KEEPS_MASK) or _same(mask, mask_of(site)):
+        if not mask.hides or site["infer"].get(KEEPS_MASK) or _are_equal(mask, mask_of(site)):
             continue
-        if _hides_data(model) and not _is_bare_point(site, guide):
+        # A mask on latents alone is a flat prior, whose rows the guide counts.
+        hides_data = any(mask_of(node).hides for node in nodes.values() if is_observation(node))
+        if hides_data and not _is_bare_point(site, guide):
             raise ValueError(
                 f"{owner}latent site {name!r} is masked in the model, and not in the guide, whose entropy would count "
                 "where the model has no density. Build the guide from the masked model, as in "
@@ -140,19 +139,19 @@ def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
 
 
 def _is_bare_point(site: dict[str, Any], guide: Trace) -> bool:
-    """True if a site is a point without entropy, and no draw that another site has been scored for is placed there."""
+    """True if a site is a point without entropy, in a guide without auxiliary draws whose entropy it might carry."""
     samples = [node for node in guide.nodes.values() if node["type"] == "sample"]
     return is_point(site["fn"]) and not any(node["infer"].get("is_auxiliary") for node in samples)
 
 
-def _same(one: Mask, other: Mask) -> bool:
+def _are_equal(one: Mask, other: Mask) -> bool:
     pairs = [[torch.as_tensor(part) for part in pair] for pair in zip(one, other, strict=True)]
     return all(bool((a.to(b.device) == b).all()) for a, b in pairs)
 
 
-def _hides_data(model: Trace) -> bool:
-    """True if data are masked too: a mask on latents alone is a flat prior, which is for the guide to count."""
-    return any(mask_of(site).hides for site in model.nodes.values() if is_observation(site))
+def named(names: list[str]) -> str:
+    """Return names as a list in words: ``'a', 'b'``."""
+    return ", ".join(map(repr, names))
 
 
 def _sites(kind: str, names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Log-densities over vectors, and what to do where one breaks down."""
+"""Log-densities over vectors: gradients, draws at which a model breaks down, and many draws part by part."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ LogDensity = Callable[[Tensor], Tensor]  # (N, D) -> (N,), in nats
 
 
 class NonFiniteDraw(FloatingPointError):
-    """A guide's draw is not finite, and so would be the loss of the step: ``fit_svi`` skips it as such a step."""
+    """Draw of a guide that is not finite: ``fit_svi`` skips the step, as it does if a loss is not finite."""
 
 
 def or_nan(density: LogDensity) -> LogDensity:
-    """A density that is NaN where the model breaks down; the draws at fault are found by halving, if it must be."""
+    """Return a log-density that is NaN where the model breaks down; if need be, halving finds the draws at fault."""
 
     def guarded(z: Tensor) -> Tensor:
         for mode in (contextlib.nullcontext(), _Singular()):
             try:
                 with pyro.validation_enabled(False), mode:
                     return density(z)
-            except (ValueError, LinAlgError, FloatingPointError) as error:
+            except Exception as error:
                 if not is_breakdown(error):
                     raise
                 if not isinstance(error, LinAlgError):
@@ -43,34 +43,37 @@ def or_nan(density: LogDensity) -> LogDensity:
     return guarded
 
 
+def _factor(input: Tensor, upper: bool = False) -> Tensor:
+    factor, fault = torch.linalg.cholesky_ex(input, upper=upper)
+    return factor.masked_fill((fault != 0)[..., None, None], math.nan)
+
+
+def _inverse(input: Tensor, upper: bool = False) -> Tensor:
+    singular = (input.diagonal(dim1=-2, dim2=-1) == 0).any(-1)
+    return torch.cholesky_inverse(input.masked_fill(singular[..., None, None], math.nan), upper=upper)
+
+
+_SAFE = {
+    **dict.fromkeys((torch.linalg.cholesky, torch.cholesky, torch.Tensor.cholesky), _factor),
+    **dict.fromkeys((torch.cholesky_inverse, torch.Tensor.cholesky_inverse), _inverse),
+}
+
+
 class _Singular(TorchFunctionMode):
-    """Lets matrices that have no factor or inverse have one of NaN, in place of an error for all of a batch."""
+    """Gives matrices without a factor or inverse one of NaN, instead of an error for the whole batch."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in (*_FACTORS, *_INVERSES):
-            return func(*args, **kwargs)
-        matrix, upper = _bound(*args, **kwargs)
-        if func in _FACTORS:
-            factor, fault = torch.linalg.cholesky_ex(matrix, upper=upper)
-            return factor.masked_fill((fault != 0)[..., None, None], math.nan)
-        singular = (matrix.diagonal(dim1=-2, dim2=-1) == 0).any(-1)
-        return torch.cholesky_inverse(matrix.masked_fill(singular[..., None, None], math.nan), upper=upper)
-
-
-def _bound(input: Tensor, upper: bool = False) -> tuple[Tensor, bool]:
-    return input, upper
-
-
-_FACTORS = torch.linalg.cholesky, torch.cholesky, torch.Tensor.cholesky
-_INVERSES = torch.cholesky_inverse, torch.Tensor.cholesky_inverse
+        return _SAFE.get(func, func)(*args, **(kwargs or {}))
 
 
 def is_breakdown(error: Exception) -> bool:
-    """Whether a draw was so far out that a distribution refused its parameters, a matrix was not positive definite, or
-    an equation could not be solved: it counts as one whose density is not finite."""
-    broken = isinstance(error, ValueError) and "invalid values" in str(error)
-    return broken or isinstance(error, LinAlgError | FloatingPointError)
+    """True if a model broke down at a draw too far out, whose density then counts as not finite.
+
+    A distribution refused its parameters, a matrix was not positive definite, or an equation could not be solved.
+    """
+    # torch raises ValueError for refused parameters, and only the message differs from other errors.
+    refused = isinstance(error, ValueError) and "invalid values" in str(error)
+    return refused or isinstance(error, LinAlgError | FloatingPointError)
 
 
 def value_and_score(density: LogDensity, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,20 +91,20 @@ def score_of(density: LogDensity, z: Tensor) -> Tensor:
     return value_and_score(density, z)[1]
 
 
-def number_of_parts(number: int, size: int) -> int:
-    """Return into how many parts of about a size some vectors are divided."""
-    return max(1, round(number / size))
+def part_size(number: int, size: int) -> int:
+    """Return the size of equal parts of N vectors that is nearest to a given size."""
+    return math.ceil(number / max(1, round(number / size)))
 
 
 def in_parts(density: LogDensity, size: int, threads: Threads) -> LogDensity:
-    """Return a log-density that finds its gradient part by part, so that the graph of one part alone is in memory.
+    """Return a log-density that finds its gradient part by part, so that memory holds the graph of one part only.
 
-    The gradient has none of its own.
+    It has no second derivatives.
 
     Args:
         density: The log-density.
-        size: About how many vectors make a part, at most half as many again; parts are work for several threads.
-        threads: The number of these.
+        size: The approximate number of vectors in a part, at most half as many again.
+        threads: The number of threads to work on a part.
     """
 
     def parted(z: Tensor) -> Tensor:
@@ -116,7 +119,7 @@ class _InParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, density: LogDensity, size: int, threads: Threads, z: Tensor) -> Tensor:
         found = []
-        for part in z.tensor_split(number_of_parts(len(z), size)):
+        for part in z.split(part_size(len(z), size)):
             with threads.turn(len(part)):
                 found.append(value_and_score(density, part))
         values, scores = zip(*found, strict=True)

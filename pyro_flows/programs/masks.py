@@ -1,4 +1,4 @@
-"""Masks of sites: which elements of a site count in its log-density."""
+"""Masks of sites: the elements of a site that count in its log-density."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Mask(NamedTuple):
 
     Attributes:
         some: True where some part of an element counts.
-        every: True where all of it counts; it differs from ``some`` where a mask divides an event.
+        every: True where all of it counts; it differs from ``some`` if a mask divides an event.
     """
 
     some: Bools
@@ -36,38 +36,36 @@ class Mask(NamedTuple):
 def mask_of(site: dict[str, Any]) -> Mask:
     """Return the mask of a site in a trace, from its handlers and from its distribution."""
     own = True if site["mask"] is None else site["mask"]
-    inner = _of_distribution(site["fn"])
-    return Mask(_both(inner.some, own), _both(inner.every, own))
+    return Mask(*(_both(part, own) for part in _of_distribution(site["fn"])))
 
 
 def is_masked(site: dict[str, Any]) -> bool:
-    """True if a site has a mask, even one that hides nothing today."""
+    """True if a site has a mask, even one that hides nothing."""
     return any(part is not True for part in mask_of(site))
 
 
 def is_observation(site: dict[str, Any]) -> bool:
-    """True if a site is observed data, or a factor, and no deterministic value."""
+    """True if a site is observed data or a factor, but no deterministic value."""
     return site["type"] == "sample" and site["is_observed"] and not site["infer"].get("_deterministic", False)
 
 
 def _of_distribution(fn: Any) -> Mask:
+    if not isinstance(fn, MaskedDistribution | Independent):
+        return Mask(True, True)
+    some, every = _of_distribution(fn.base_dist)
     if isinstance(fn, MaskedDistribution):
-        some, every = _of_distribution(fn.base_dist)
         return Mask(_both(some, fn._mask), _both(every, fn._mask))
-    if isinstance(fn, Independent):
-        some, every = _of_distribution(fn.base_dist)
-        number = fn.reinterpreted_batch_ndims
-        return Mask(_last(some, number, torch.any), _last(every, number, torch.all))
-    return Mask(True, True)
+    number = fn.reinterpreted_batch_ndims
+    return Mask(_last(some, number, torch.any), _last(every, number, torch.all))
 
 
 def _both(one: Bools, other: Bools) -> Bools:
-    """Return what two masks leave; a traced tensor takes no Python bool."""
+    """Return the elements that both masks keep; a tensor that the JIT traces takes no Python bool."""
     return other if one is True else one if other is True else one & other
 
 
 def _last(mask: Bools, number: int, reduce: Any) -> Bools:
-    """Reduce a mask over the last dimensions, or over all that it has."""
-    if not isinstance(mask, Tensor) or not number:
+    """Reduce a mask over its last dimensions."""
+    if not isinstance(mask, Tensor) or not number or not mask.dim():
         return mask
-    return reduce(mask.flatten(max(mask.dim() - number, 0)), -1) if mask.dim() else mask
+    return reduce(mask.flatten(max(mask.dim() - number, 0)), -1)

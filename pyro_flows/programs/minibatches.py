@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class Shuffled(nn.Module):
-    """Which rows come next: minibatches without replacement until all rows were seen, so that their noise cancels.
+    """Minibatches without replacement until all rows were seen, so that their noise cancels.
 
-    Every row is as likely as any other, as in Pyro's own minibatches, which are drawn independently of each other.
+    All rows are equally likely, as in Pyro's own minibatches, which are drawn independently of each other.
     """
 
     order: Tensor
@@ -21,8 +21,8 @@ class Shuffled(nn.Module):
         self.register_buffer("place", torch.zeros((), dtype=torch.long), persistent=False)
 
     def next(self, full_size: int, size: int) -> Tensor:
-        """The next ``size`` rows of ``full_size``."""
-        if torch._C._get_tracing_state():  # what is traced would be the same rows for ever
+        """Return the next ``size`` rows out of ``full_size``."""
+        if torch._C._get_tracing_state():  # a traced program would repeat the same rows for ever
             return torch.randperm(full_size, device=self.order.device)[:size]
         start = int(self.place)
         if len(self.order) != full_size or start + size > full_size:

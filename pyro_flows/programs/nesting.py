@@ -1,8 +1,8 @@
 """The number of dimensions that the plates of a model and its guide take: found by one run, unless it is given.
 
-Many draws run at once under one more plate, to the left of those dimensions.  One run shows the plates; it does not
-show dimensions that a model makes by hand, as where it sums over components to the left of its plates, nor plates that
-other runs enter.  There the user's ``max_plate_nesting`` counts, or that of the objective.
+Many draws run at once under one more plate, to the left of those dimensions.  One run shows the plates.  It does not
+show dimensions that a model makes by hand, for example to sum over components, nor plates that other runs enter.  For
+such models the user gives ``max_plate_nesting``, or the objective has it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _given: ContextVar[_Given | None] = ContextVar("max_plate_nesting", default=None
 
 
 def runs_programs(function: Callable[P, T]) -> Callable[P, T]:
-    """Let a function's ``max_plate_nesting``, or that of its objective, hold for all programs that it runs.
+    """Apply a function's ``max_plate_nesting``, or that of its objective, to all programs that it runs.
 
     Programs run with one thread, unless they are large.
     """
@@ -44,7 +44,7 @@ def runs_programs(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         given = _asked(function.__name__, kwargs.get("max_plate_nesting"), kwargs.get("objective"))
-        token = _given.set(_given.get() if given is None else given)  # what holds outside holds on
+        token = _given.set(given or _given.get())
         try:
             with using(1):
                 return function(*args, **kwargs)
@@ -61,11 +61,10 @@ def nesting_of(*traces: Trace) -> int:
         ValueError: If fewer are given than the traces show.
     """
     sites = [site for trace in traces for site in trace.nodes.values() if site["type"] == "sample"]
-    widest = max((len(_rows(site)) for site in sites), default=0)
     leftmost = min((plate for site in sites for plate in plates_of(site)), key=lambda plate: plate.dim, default=None)
     shown, given = -leftmost.dim if leftmost else 0, _given.get()
     if given is None:
-        return max(shown, widest)  # rows of a site that lies in no plate take dimensions too
+        return max([shown, *(len(_rows(site)) for site in sites)])  # rows outside all plates take dimensions too
     if leftmost and given.nesting < shown:
         raise ValueError(
             f"{given.words} must be at least {shown}, got {given.nesting}: plate {leftmost.name!r} lies at "
@@ -106,7 +105,7 @@ def plates_of(site: dict[str, Any]) -> list[Any]:
 
 
 def _rows(site: dict[str, Any]) -> torch.Size:
-    """The shape of a site's rows, or of its data's where these have more dimensions."""
+    """Return the shape of a site's rows, or that of its data's rows if it has more dimensions."""
     fn, value = site["fn"], site["value"]
     if not isinstance(value, Tensor) or site_is_subsample(site):
         return torch.Size()
@@ -115,14 +114,14 @@ def _rows(site: dict[str, Any]) -> torch.Size:
 
 
 def settle(objective: Any) -> None:
-    """Give an objective that would guess the number of dimensions the one that is given."""
+    """Set the number of dimensions of an objective that would guess it to the one that is given, if any."""
     given = _given.get()
     if given is not None and isinstance(objective, ELBO) and math.isinf(objective.max_plate_nesting):
         objective.max_plate_nesting = given.nesting + _draws_dim(objective)
 
 
 def _asked(caller: str, argument: Any, objective: Any) -> _Given | None:
-    """The number of dimensions that a call asks for, None where it asks for none."""
+    """Return the number of dimensions that a call asks for, or None."""
     own: int | None = None
     if isinstance(objective, ELBO) and not math.isinf(objective.max_plate_nesting):
         own = int(objective.max_plate_nesting) - _draws_dim(objective)
@@ -134,11 +133,13 @@ def _asked(caller: str, argument: Any, objective: Any) -> _Given | None:
             "found by one run."
         )
     if own is not None and own != argument:
-        words = f"{caller}: max_plate_nesting must be that of the objective, {own}, got {argument}."
-        raise ValueError(f"{words} Leave one of the two out.")
+        raise ValueError(
+            f"{caller}: max_plate_nesting must be that of the objective, {own}, got {argument}. Leave one of the two "
+            "out."
+        )
     return _Given(int(argument), f"{caller}: max_plate_nesting")
 
 
 def _draws_dim(objective: ELBO) -> int:
-    """The dimension that Pyro adds to an objective's ``max_plate_nesting`` for its draws."""
+    """Return the number of dimensions, 0 or 1, that an objective's ``max_plate_nesting`` counts for its draws."""
     return int(objective.vectorize_particles and objective.num_particles > 1)

@@ -1,42 +1,78 @@
 """Discrete latents summed out one joint value after the other, for programs that do not run at all values at once.
 
-Where the latents lie in plates, all rows take the same value in a run, and each row has a sum of its own: rows are
-independent given all that lies outside of the plates.
+If the latents lie in plates, all rows take the same value in a run.  The sum is taken row by row, as rows are
+independent given the sites outside the plates.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from .engines import Site, Values, View
-from .enumeration import REST, Run, check_masks
+from .enumeration import REST, Parallel, TraceAt, check_masks, check_rows, terms_of
+from .error_text import quoted
 from .events import MOST, with_values
 from .nesting import plates_of
 
+if TYPE_CHECKING:
+    from .program import Program
+
 ROWS = "the sum over sites in the plates, by row"
-TRIES = 10  # mixed values of all rows, beside which sums by row are held
+TRIES = 10  # runs whose rows take different values, against which sums by row are checked
+
+
+def sum_over(trace_at: TraceAt, single: Trace, names: tuple[str, ...], nesting: int) -> Parallel | Sequential:
+    """Return the sum over discrete latents: at all values at once if the model runs so, or else one after the other.
+
+    Args:
+        trace_at: As for :class:`~.enumeration.Parallel`.
+        single: A trace without enumeration.
+        names: The discrete latents that are summed out.
+        nesting: The number of dimensions that the plates take.
+
+    Raises:
+        ValueError: If the model runs in neither way.
+    """
+    for name in names:
+        check_rows(name, single)
+    try:
+        return Parallel(trace_at, single, names, nesting)
+    except Exception as error:  # a user's program may raise anything
+        try:
+            return Sequential(trace_at, single, names)
+        except ValueError as more:
+            raise ValueError(
+                f"discrete latents {', '.join(map(repr, names))} cannot be summed out: the model does not run at all "
+                f"of their values at once ({quoted(error)}), and {more}. Let it broadcast over dimensions to the left "
+                "of its plates, as for Pyro's TraceEnum_ELBO: no .item() and no branches on discrete values."
+            ) from error
 
 
 class Sequential:
     """The sum over discrete latents, one joint value after the other.
 
     Args:
-        trace: The trace of a run without enumeration.
+        trace_at: Function that traces the model at given values of some latents, the others as in ``single``.
+        single: A trace without enumeration.
         names: The discrete latents.
 
+    Attributes:
+        single_log_prob: The log-density of the latents in ``single``, ``(1,)`` in nats.
+
     Raises:
-        ValueError: If the latents lie in different plates, or have more than ``MOST`` joint values.
+        ValueError: If the latents lie in different plates or have more than ``MOST`` joint values.  If rows, outer
+            sites or masks depend on the values of other rows.
     """
 
-    def __init__(self, trace: Trace, names: tuple[str, ...]) -> None:
-        sites = {name: trace.nodes[name] for name in names}
-        supports = {name: with_values(site["fn"]).enumerate_support(expand=False) for name, site in sites.items()}
+    def __init__(self, trace_at: TraceAt, single: Trace, names: tuple[str, ...]) -> None:
+        sites = {name: single.nodes[name] for name in names}
+        supports = {name: _support_of(site["fn"]) for name, site in sites.items()}
         self._plates, *others = [_plates_of(site) for site in sites.values()]
         self._dims = list(self._plates.values())
         batch = sites[names[0]]["fn"].batch_shape
@@ -48,90 +84,88 @@ class Sequential:
         if bare or any(plates.keys() != self._plates.keys() for plates in others):
             why = f"site {bare[0]!r} has several elements" if bare else "they lie in different plates"
             raise ValueError(f"one value after the other there are too many: {why}")
-        joint = torch.cartesian_prod(*(torch.arange(len(support)) for support in supports.values()))
-        self._tables = {
-            name: support.reshape(len(support), *sites[name]["fn"].event_shape)[places]
-            for (name, support), places in zip(supports.items(), joint.reshape(number, -1).T, strict=True)
-        }
-        self._single, self._number, self._scale = trace, number, 1.0
-        scales = [float(site["scale"]) for site in trace.nodes.values() if self._is_inside(site)]
-        if len(set(scales)) == 1:
-            self._scale = scales[0]
+        joint = zip(*itertools.product(*supports.values()), strict=True)
+        self._tables = {name: torch.stack(column) for name, column in zip(supports, joint, strict=True)}
+        self._single, self._number, self._scale = single, number, 1.0
+        scales = {float(site["scale"]) for site in single.nodes.values() if self._is_inside(site)}
+        if len(scales) == 1:
+            (self._scale,) = scales
         elif self._plates:
             raise ValueError("the sites in their plates are scaled by different numbers")
+        self.single_log_prob = self._checked(trace_at)
 
-    def check(self, run: Run, trace: Callable[[Values], Trace], latents: list[str]) -> None:
-        """Raise ValueError unless each row follows from its own values, nothing else from any, and no mask does.
+    def _checked(self, trace_at: TraceAt) -> Tensor:
+        """Return the log-density of the latents in the first trace, ``(1,)``.
 
-        Args:
-            run: Runs the model for one draw of the other latents.
-            trace: Traces the model at that draw and at some discrete values.
-            latents: The names of the other latents.
+        Raises:
+            ValueError: If a row depends on the values of other rows, or if a mask or an outer site depends on any row.
         """
-        for j in range(self._number):
-            there = trace(self._values(torch.full(self._rows, j)))
-            View(there, self._single, None, 0).check_structure()
-            check_masks(self._single, there, latents)
+        rests, rows = [], []
+        for values in self._joint_values():
+            trace = trace_at(values)
+            terms = self._read(View(trace, self._single, None, 0))
+            rests.append(terms[REST])
+            rows.append(terms[ROWS])
+            check_masks(self._single, trace, (*self._tables,))
             for name, table in self._tables.items():
-                support = with_values(there.nodes[name]["fn"]).enumerate_support(expand=False)
-                if not torch.equal(support.reshape(-1, *table.shape[1:]).unique(dim=0), table.unique(dim=0)):
+                if not torch.equal(_support_of(trace.nodes[name]["fn"]).unique(dim=0), table.unique(dim=0)):
                     raise ValueError(f"the values that site {name!r} can take depend on those of other sites")
-        if not self._plates:
-            return
-        rest, rows = self._joint(run)
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(TRIES):
-            places = torch.randint(self._number, self._rows, generator=generator).to(rows.device)
-            other = run(self._read, discrete=self._values(places))
-            wanted = rows[:, 0].gather(0, places.unsqueeze(0))[0]
-            for found, known in ((other[ROWS][0], wanted), (other[REST][0], rest[:, 0])):
+        generator, rest, by_value = torch.Generator().manual_seed(0), torch.stack(rests), torch.stack(rows)
+        for _ in range(TRIES if self._plates else 0):
+            places = torch.randint(self._number, self._rows, generator=generator).to(by_value.device)
+            mixed = self._read(View(trace_at(self._values(places)), self._single, None, 0))
+            wanted = by_value.gather(0, places.unsqueeze(0))[0]
+            for found, known in ((mixed[ROWS], wanted), (mixed[REST], rest)):
                 if not torch.allclose(found, known, rtol=1e-5, atol=1e-4, equal_nan=True):
                     raise ValueError("rows of their plates, or sites outside, depend on the values of other rows")
+        return rest[:1] + self._scale * by_value.logsumexp(0).sum()
 
-    def log_prob(self, run: Run) -> Tensor:
+    def log_prob(self, program: Program, held: Values, size: int) -> Tensor:
         """Return the log-density of N draws of the continuous latents, ``(N,)`` in nats."""
-        rest, rows = self._joint(run)
-        summed = rows.logsumexp(0)
-        return rest[0] + self._scale * summed.reshape(len(summed), -1).sum(-1)
+        rest, rows = self._joint(program, held, size)
+        return rest + self._scale * rows.logsumexp(0).reshape(size, -1).sum(-1)
 
     @torch.no_grad()
-    def sample(self, run: Run) -> Values:
+    def sample(self, program: Program, held: Values, size: int) -> Values:
         """Draw the discrete latents given N draws of the others: for each site ``(N, *site_shape)``."""
-        return self._values(torch.distributions.Categorical(logits=self._joint(run)[1].movedim(0, -1)).sample())
+        _, rows = self._joint(program, held, size)
+        return self._values(torch.distributions.Categorical(logits=rows.movedim(0, -1)).sample())
+
+    def _joint_values(self) -> list[Values]:
+        return [self._values(torch.full(self._rows, j)) for j in range(self._number)]
 
     def _values(self, places: Tensor) -> Values:
         """Return the discrete latents where each row has one of the joint values, ``(*batch, *rows)``."""
         batch = places.shape[: places.dim() - len(self._rows)]
         return {name: table[places].reshape(batch + self._shapes[name]) for name, table in self._tables.items()}
 
-    def _joint(self, run: Run) -> tuple[Tensor, Tensor]:
-        """Return the log-density outside of the plates, ``(values, N)``, and by row, ``(values, N, *rows)``."""
-        found = [run(self._read, discrete=self._values(torch.full(self._rows, j))) for j in range(self._number)]
-        return torch.stack([terms[REST] for terms in found]), torch.stack([terms[ROWS] for terms in found])
+    def _joint(self, program: Program, held: Values, size: int) -> tuple[Tensor, Tensor]:
+        """Return the log-density outside the plates, ``(N,)``, and by value and row, ``(values, N, *rows)``."""
+        found = [program.with_rows(values).run(self._read, held, size) for values in self._joint_values()]
+        return found[0][REST], torch.stack([terms[ROWS] for terms in found])
 
     def _read(self, view: View) -> Values:
         view.check_structure()  # a site that only some values lead to would be counted with all values
-        sites = view.trace.nodes
-        inside = [name for name, site in sites.items() if self._is_inside(site)]
-        rest = view.log_prob(lambda name: name not in inside)
-        view.trace.compute_log_prob(lambda name, _: name in inside)
-        rows = torch.zeros(())
-        for name in inside:  # the mask of a latent that is summed out makes no difference to its sum
-            site, mask = sites[name], None if name in self._tables else sites[name]["mask"]
-            term = scale_and_mask(site["unscaled_log_prob"], site["scale"] / self._scale, mask)
-            rows = rows + self._by_row(view.by_draw(term), view.size is not None)
-        return {REST: rest, ROWS: rows}
+        inside = {name: site for name, site in view.trace.nodes.items() if self._is_inside(site)}
+        terms, has_draws = terms_of(view, inside, self._tables), view.size is not None
+        rows = (site["scale"] / self._scale * self._by_row(terms[name], has_draws) for name, site in inside.items())
+        return {REST: terms[REST], ROWS: sum(rows, torch.zeros(()))}
 
     def _is_inside(self, site: Site) -> bool:
         return site["type"] == "sample" and self._plates.keys() <= _plates_of(site).keys()
 
     def _by_row(self, term: Tensor, has_draws: bool) -> Tensor:
-        """Sum a log-density over all dimensions but those of the plates, and of the draws in front."""
+        """Sum a log-density over all dimensions except the draws in front and the plates."""
         lead, shape = term.shape[:has_draws], term.shape[has_draws:]
         depth = max((-dim for dim in self._dims), default=0)
         term = term.reshape(lead + torch.Size((1,) * (depth - len(shape))) + shape)
         others = [dim for dim in range(has_draws - term.dim(), 0) if dim not in self._dims]
         return (term.sum(others) if others else term).expand(lead + self._rows)
+
+
+def _support_of(fn: Any) -> Tensor:
+    """Return all values of a discrete distribution, ``(number, *event_shape)``."""
+    return with_values(fn).enumerate_support(expand=False).reshape(-1, *fn.event_shape)
 
 
 def _plates_of(site: Site) -> dict[str, int]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -15,22 +14,33 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..threads import Threads
-from .engines import Read, Values, View, apart, beside, run, value_of, with_room
-from .enumeration import Parallel, Run, check_masks, check_rows
-from .error_text import quoted
+from .engines import DRAWS, Read, Values, View, in_batches, run, with_room
+from .enumeration import Parallel
 from .events import WithValues
-from .largest import Largest
-from .log_density import number_of_parts
-from .noisy_density import Noise
-from .one_by_one import Sequential
+from .log_density import part_size
+from .one_by_one import Sequential, sum_over
 from .row_parts import Part, parts_of
-from .traces import trace_of
+from .traces import Args, Function, Kwargs, outside_plates, trace_of
 
 LARGEST = 2**18  # numbers in a tensor of many draws, 2 MB of them in double precision
-TOTAL = "the log-density"  # read beside values of sites
-Place = Callable[..., Any]  # a handler that puts values into a program's sites: place(program, data=values)
+TOTAL = "the log-density"  # the key of a program's log-density, next to the names of sites
+Names = tuple[str, ...]
+Place = Function  # a handler that puts values into a program's sites: place(program, data=values)
+
+
+class Noise(NamedTuple):
+    """The noise of a log-density at one and the same draw.
+
+    Attributes:
+        deviation: Its standard deviation in nats: 0 unless the density is an estimate.
+        site: The site where it is largest, or an empty string.
+    """
+
+    deviation: float = 0.0
+    site: str = ""
 
 
 class Program:
@@ -47,32 +57,30 @@ class Program:
 
     Attributes:
         subsamples: The subsampled plates whose rows are drawn.
-        rows: The rows of these, by their names: every run takes them.
+        rows: The rows of these plates by their names, the same in every run.
         engine: The way to run many draws: one of ``ENGINES``.
-        noise: That of the log-density at one and the same draw.
-        fault: Why no faster engine runs the program, in words.
+        noise: The noise of the log-density.
+        fault: The reason why no faster engine runs the program, in words.
     """
 
     def __init__(
         self,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        call: Function,
+        args: Args,
+        kwargs: Kwargs,
         single: Trace,
         nesting: int,
-        enumerated: tuple[str, ...] = (),
-        given: tuple[str, ...] = (),
+        enumerated: Names = (),
+        given: Names = (),
     ) -> None:
-        self.call, self.args, self.kwargs = call, args, kwargs
+        self.call, self.args, self.kwargs, self.given = call, args, kwargs, given
         self.single, self.nesting, self.enumerated = prune_subsample_sites(single), nesting, enumerated
-        self.given = given
         plates = {name: site for name, site in single.nodes.items() if site_is_subsample(site)}
-        parts = {n: s for n, s in plates.items() if n not in given and len(s["value"]) < s["fn"].size}
-        self.subsamples = {name: site["fn"] for name, site in parts.items()}
-        self.rows = {name: site["value"] for name, site in parts.items()}
+        drawn = {n: s for n, s in plates.items() if n not in given and len(s["value"]) < s["fn"].size}
+        self.subsamples = {name: site["fn"] for name, site in drawn.items()}
+        self.rows = {name: site["value"] for name, site in drawn.items()}
         self.engine, self.noise, self.fault = "loop", Noise(), ""
-        self._enumeration: Parallel | Sequential | None = None
-        self._summed: Tensor | None = None  # the log-density of the single run, with discrete latents summed out
+        self._sum: Parallel | Sequential | None = None
         self._draws_alone = False
         self._parts: list[Part] = []
         self._part: Part | None = None
@@ -82,10 +90,10 @@ class Program:
     def run(
         self, read: Read, held: Values, size: int, *, place: Place = poutine.condition, enumerate: bool = False
     ) -> Values:
-        """Run the program for N draws and read some tensors off, each ``(N, *shape)``.
+        """Run the program for N draws and read some tensors, each ``(N, *shape)``.
 
         Args:
-            read: What to read.
+            read: The function that reads tensors off a run.
             held: Values of some sites, ``(N, *site_shape)``.
             size: The number N of draws.
             place: The handler that puts the values into the sites; by default they are conditioned on.
@@ -98,47 +106,50 @@ class Program:
             trace = self._trace(place(self.call, data=values), number, enumerate)
             return View(trace, self.single, number, self.nesting)
 
-        with pyro.validation_enabled(False):  # a draw of no density is for the caller to see
+        with pyro.validation_enabled(False):  # a draw without a density has log-density -inf or NaN, and is no error
             return run(self.engine, once, read, held, size)
 
     def with_(self, **changes: Any) -> Program:
-        """Return the program with other attributes: another ``engine``, or other ``rows`` of its subsampled plates."""
+        """Return a copy of the program with other attributes, for example another ``engine``."""
         other = copy.copy(self)
         for name, value in changes.items():
             setattr(other, name, value)
         return other
 
+    def with_rows(self, rows: Values) -> Program:
+        """Return a copy of the program whose runs hold some subsampled plates at given rows, or sites at values."""
+        return self.with_(rows={**self.rows, **rows})
+
     @property
-    def marked(self) -> Callable[..., Any]:
+    def marked(self) -> Function:
         """The program with its discrete latents marked for Pyro's own enumeration."""
         if not self.enumerated:
             return self.call
         return poutine.infer_config(WithValues(self.enumerated)(self.call), self._mark)
 
     def whole(self) -> None:
-        """Score all rows of the one plate that is subsampled, part by part, in place of a subsample."""
+        """Score all rows of the only subsampled plate, part by part, instead of a subsample."""
         ((plate, fn),) = self.subsamples.items()
         self._parts = list(parts_of(plate, self.rows[plate], fn.size))
 
     def _take(self, part: Part) -> Program:
-        """The program on one part of the rows; its sum over discrete latents has the parts' scale."""
-        rows = {**self.rows, part.plate: part.rows}
-        other = self.with_(rows=rows, _parts=[], _part=part, _enumeration=self._sum_of_parts)
-        if self.enumerated and self._sum_of_parts is None:
+        """Return the program on one part of the rows; all parts share one sum over discrete latents."""
+        other = self.with_rows({part.plate: part.rows}).with_(_parts=[], _part=part, _sum=self._sum_of_parts)
+        if self.enumerated:
             self._sum_of_parts = other.enumeration
         return other
 
     @property
     def at_values(self) -> Program:
-        """The program where discrete latents have values: by vmap, as a plate that fits sums need not fit values."""
+        """The program to run at values of its discrete latents: by vmap, as an enumerated program may not broadcast."""
         return self.with_(engine="vmap") if self.enumerated and self.engine != "loop" else self
 
     def alone(self, read: Read, size: int) -> Values:
-        """Run the program one draw at a time, with nothing held, and read some tensors off: each ``(size, *shape)``."""
+        """Run the program one draw at a time, with nothing held, and read some tensors: each ``(size, *shape)``."""
         return self.with_(engine="loop").run(read, {}, size)
 
     def sample(self, read: Read, held: Values, size: int, *, place: Place = poutine.condition) -> Values:
-        """Run the program as :meth:`run` does, with sites that are drawn: one by one where vmap cannot draw."""
+        """Run the program as :meth:`run` does, and draw the other sites: one by one if vmap cannot draw."""
         if self.engine == "vmap" and not self._draws_alone:
             try:
                 return self.run(read, held, size, place=place)
@@ -151,139 +162,103 @@ class Program:
         """Return the log-density of N draws, ``(N,)`` in nats, with discrete latents summed out.
 
         Args:
-            held: Values of all latents, but those that are summed out, ``(N, *site_shape)``.
+            held: Values of all latents except those that are summed out, ``(N, *site_shape)``.
             size: The number N of draws.
         """
-        return self.score(held, size, [])[0]
+        return self.score(held, size)[TOTAL]
 
     @functools.cached_property
     def chunk(self) -> int:
         """The number of draws at which the largest tensor that depends on them fits into the cache."""
         if self.engine == "loop":
             return LARGEST
-        latents = {name: value_of(site) for name, site in self.single.nodes.items() if _is_latent(site)}
+        latents = {name: torch.as_tensor(site["value"]) for name, site in self.single.iter_stochastic_nodes()}
         held = {name: value.detach().requires_grad_(value.is_floating_point()) for name, value in latents.items()}
-        largest, quiet = Largest(), contextlib.suppress(Exception)  # it may not run where gradients are kept
+        largest, quiet = _Largest(), contextlib.suppress(Exception)  # it may not run where gradients are kept
         with torch.random.fork_rng([]), pyro.validation_enabled(False), torch.enable_grad(), quiet, largest:
-            self._trace(poutine.condition(self.call, data=held), None, False).compute_log_prob()
+            self._trace_at(held).compute_log_prob()
         return max(1, LARGEST // largest.size)
 
-    def score(self, held: Values, size: int, sites: list[str]) -> tuple[Tensor, Values]:
-        """Return the log-density of N draws, as :meth:`log_prob` does, and the values of some sites at them.
+    def score(self, held: Values, size: int, sites: list[str] | None = None) -> Values:
+        """Return the log-density of N draws under the key ``TOTAL``, and the values of some sites at the draws.
 
-        Where discrete latents are summed out no site can be read that follows from them.
+        If discrete latents are summed out, no sites can be read, as they may depend on these latents.
         """
         if self._parts:
             scores = [self._take(part).score(held, size, sites) for part in self._parts]
-            return torch.stack([log_prob for log_prob, _ in scores]).sum(0), scores[0][1]
+            return {**scores[0], TOTAL: torch.stack([found[TOTAL] for found in scores]).sum(0)}
         if torch.is_grad_enabled() or 2 * size <= self.chunk:
             return self.score_at_once(held, size, sites)
-        parts = []
-        for part, number in _split(held, number_of_parts(size, self.chunk)):
+
+        def step(part: Values, number: int) -> Values:
             with self._threads_without_gradient.turn(number):
-                parts.append(self.score_at_once(part, number, sites))
-        values = {name: torch.cat([part[name] for _, part in parts]) for name in parts[0][1]}
-        return torch.cat([log_prob for log_prob, _ in parts]), values
+                return self.score_at_once(part, number, sites)
 
-    def score_at_once(self, held: Values, size: int, sites: list[str]) -> tuple[Tensor, Values]:
-        """Return what :meth:`score` does, of all draws in one run."""
+        return in_batches(step, held, size, part_size(size, self.chunk))
+
+    def score_at_once(self, held: Values, size: int, sites: list[str] | None = None) -> Values:
+        """Return the same as :meth:`score`, from one run for all draws."""
         if self.enumerated:
-            return self.enumeration.log_prob(self._at(held, size)), {}
-        found = self.run(lambda view: {TOTAL: view.log_prob(), **{n: view.read(n) for n in sites}}, held, size)
-        return found.pop(TOTAL), found
-
-    def log_prob_of_trace(self, held: Values) -> Tensor:
-        """Return the log-density of the trace's latents ``held``, ``(1,)``, where a sum has shown it without a run."""
-        if not self._parts and self.enumeration and self._summed is not None:
-            return self._summed
-        return self.log_prob(held, 1)
+            return {TOTAL: self.enumeration.log_prob(self, held, size)}
+        return self.run(lambda view: {TOTAL: view.log_prob(), **{n: view.read(n) for n in sites or ()}}, held, size)
 
     def discrete(self, held: Values, size: int) -> Values:
         """Draw the discrete latents that are summed out, given N draws of the others: each ``(N, *site_shape)``."""
-        if not self.enumerated:
-            return {}
-        return self.enumeration.sample(self._at(held, size))
-
-    def _at(self, held: Values, size: int) -> Run:
-        def run(read: Read, *, enumerate: bool = False, discrete: Values | None = None) -> Values:
-            program = self.with_(rows={**self.rows, **discrete}) if discrete else self
-            return program.run(read, held, size, enumerate=enumerate)
-
-        return run
+        return self.enumeration.sample(self, held, size) if self.enumerated else {}
 
     @property
     def enumeration(self) -> Parallel | Sequential:
-        """The sum over discrete latents, which one run shows: of all values at once, or of one after the other.
+        """The sum over discrete latents, found by a few runs.
 
         Raises:
-            ValueError: If the program runs at all values at once no more than at each.
+            ValueError: If the program can be summed neither at all values at once nor one after the other.
         """
-        if self._enumeration is None:
-            for name in self.enumerated:
-                check_rows(name, self.single)
-            held = {name: site["value"] for name, site in self.single.nodes.items() if _is_latent(site)}
-            values = {name: value for name, value in held.items() if name not in self.enumerated}
+        if self._sum is None:
             with pyro.validation_enabled(False), torch.no_grad():
-                plain = self._trace(poutine.condition(self.call, data=held), None, False) if self._part else self.single
-                try:
-                    self._enumeration = self._at_once(plain, values)
-                except Exception as error:  # a user's program may raise anything
-                    self._enumeration = self._one_by_one(plain, values, error)
-        return self._enumeration
+                single = self._trace_at({}) if self._part else self.single  # a part has other scales
+                self._sum = sum_over(self._trace_at, single, self.enumerated, self.nesting)
+        return self._sum
 
-    def _at_once(self, plain: Trace, values: Values) -> Parallel:
-        trace = self._trace(poutine.condition(self.call, data=values), None, True)
-        found = Parallel(trace, {name: plain.nodes[name]["value"].shape for name in self.enumerated})
-        terms = {n: v.unsqueeze(0) for n, v in found.read(View(trace, trace, None, self.nesting)).items()}
-        ends = ({**values, **found.ends(last)} for last in (False, True))  # where .any() and .max() show
-        for single in (plain, *(self._trace(poutine.condition(self.call, data=held), None, False) for held in ends)):
-            found.check(terms, View(single, single, None, self.nesting))
-        check_masks(plain, trace, list(values))
-        self._summed = found.total(terms)
-        return found
+    def _trace_at(self, values: Values, *, enumerate: bool = False) -> Trace:
+        """Return a trace at the latents of the first run, but with other values for some of them."""
+        names = [name for name, _ in self.single.iter_stochastic_nodes() if not (enumerate and name in self.enumerated)]
+        held = {name: self.single.nodes[name]["value"] for name in names}
+        return self._trace(poutine.condition(self.call, data={**held, **values}), None, enumerate)
 
-    def _one_by_one(self, plain: Trace, values: Values, error: Exception) -> Sequential:
-        def trace(discrete: Values) -> Trace:
-            return self._trace(poutine.condition(self.call, data={**values, **discrete}), None, False)
-
-        try:
-            found, alone = Sequential(plain, self.enumerated), self.with_(engine="loop")
-            found.check(alone._at({n: v.unsqueeze(0) for n, v in values.items()}, 1), trace, list(values))
-        except ValueError as more:
-            names = ", ".join(map(repr, self.enumerated))
-            raise ValueError(
-                f"discrete latents {names} cannot be summed out: the model does not run at all of their values at once "
-                f"({quoted(error)}), and {more}. Let it broadcast over dimensions to the left of its plates, as for "
-                "Pyro's TraceEnum_ELBO: no .item() and no branches on discrete values."
-            ) from error
-        return found
-
-    def _trace(self, program: Callable[..., Any], size: int | None, enumerate: bool) -> Trace:
+    def _trace(self, program: Function, size: int | None, enumerate: bool) -> Trace:
         if self.rows:
             program = poutine.condition(program, data=self.rows)
         if self._part is not None:
             program = self._part(program)
-        if size is not None:
-            program = beside(program, size, self.nesting)
-        if self.enumerated:
-            program = WithValues(self.enumerated)(program)
-        if enumerate:
-            program = poutine.infer_config(program, self._mark)
-            program = EnumMessenger(first_available_dim=-1 - self.nesting - (size is not None))(program)
-        with poutine.block(expose_types=["param"]), apart():  # parameters are for those to see who train
-            trace = trace_of(program, self.args, self.kwargs)
-        return prune_subsample_sites(trace)
+        with poutine.block(expose_types=["param"]), outside_plates():  # those who train see parameters
+            if size is not None:
+                program = pyro.plate(DRAWS, size, dim=-1 - self.nesting)(program)
+            if self.enumerated:
+                program = WithValues(self.enumerated)(program)
+            if enumerate:
+                program = poutine.infer_config(program, self._mark)
+                program = EnumMessenger(first_available_dim=-1 - self.nesting - (size is not None))(program)
+            return prune_subsample_sites(trace_of(program, self.args, self.kwargs))
 
     def _mark(self, site: dict[str, Any]) -> dict[str, Any]:
         marks = {"enumerate": "parallel", "expand": False, "num_samples": None}
         return marks if site["name"] in self.enumerated else {}
 
 
-def _split(held: Values, number: int) -> Iterator[tuple[Values, int]]:
-    """Yield values of some draws at a time, in a number of parts, and how many they are."""
-    for part in zip(*(value.tensor_split(number) for value in held.values()), strict=True):
-        yield dict(zip(held, part, strict=True)), len(part[0])
+class _Largest(TorchFunctionMode):
+    """Observes the sizes of tensors in a run whose latents require gradients.
 
+    Attributes:
+        size: The number of elements of the largest tensor that depends on a latent; at least 1.
+    """
 
-def _is_latent(site: dict[str, Any]) -> bool:
-    return site["type"] == "sample" and not site["is_observed"]
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for part in found if isinstance(found, tuple) else (found,):
+            if isinstance(part, Tensor) and part.requires_grad:
+                self.size = max(self.size, part.numel())
+        return found

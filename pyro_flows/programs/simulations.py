@@ -1,4 +1,4 @@
-"""What simulations are: draws of latents and data, row by row."""
+"""Draws of latents and data, row by row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Simulations:
-    """N draws of the joint law of latents and data: by :func:`~pyro_flows.simulate`, or by a simulator of your own.
+    """N joint draws of latents and data, from :func:`~pyro_flows.simulate` or from any other simulator.
 
     Attributes:
         latents: For each latent site the values, ``(N, *site_shape)``.
@@ -38,15 +38,15 @@ class Simulations:
             raise ValueError(f"Simulations: latents and data must have as many rows, and some data, got {sizes}.")
 
     def row(self, number: int) -> dict[str, Tensor]:
-        """One data set: for each argument that holds data its value, ``site_shape``."""
+        """Return one dataset: for each argument that holds data its value, ``site_shape``."""
         return {name: value[number] for name, value in self.data.items()}
 
     def take(self, index: Tensor | slice) -> Simulations:
-        """Some of the draws: those at an index ``(n,)`` or a slice."""
+        """Return the draws at an index ``(n,)`` or in a slice."""
         return Simulations(*({name: value[index] for name, value in g.items()} for g in (self.latents, self.data)))
 
     def join(self, other: Simulations) -> Simulations:
-        """These draws, and then those of another."""
+        """Return these draws followed by those of another object."""
         groups = (self.latents, other.latents), (self.data, other.data)
         return Simulations(*({name: torch.cat((a[name], b[name])) for name in a} for a, b in groups))
 
@@ -55,7 +55,7 @@ class Simulations:
 
 
 def check_draws(caller: str, what: str, name: str, value: Tensor) -> None:
-    """Refuse draws ``(N, *shape)`` that are not finite, or all the same."""
+    """Raise ValueError for draws ``(N, *shape)`` that are not finite, or all the same."""
     if not value.isfinite().all():
         rows = value.reshape(len(value), -1).isfinite().all(1)
         raise ValueError(f"{caller}: {what} {name!r} holds NaN or inf in {int((~rows).sum())} of {len(value)} draws.")
@@ -64,7 +64,7 @@ def check_draws(caller: str, what: str, name: str, value: Tensor) -> None:
 
 
 def check_given(caller: str, simulations: Simulations, data: Iterable[str], rounds: int) -> None:
-    """Refuse simulations of other data arguments than a model's, or with more than one round, which draws its own."""
+    """Raise ValueError for simulations with other data arguments than a model's, or with more than one round."""
     if rounds > 1:
         raise ValueError(f"{caller}: give either simulations or rounds={rounds}, which draw their own.")
     if simulations.data.keys() != set(data) or len(simulations) < 20:

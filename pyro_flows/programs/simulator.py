@@ -1,14 +1,14 @@
 """Simulations: a model run forward, its latents and data drawn together, many at once.
 
-The model takes its data by arguments that are None where they are to be drawn: ``def model(x=None)`` with
-``pyro.sample("x", ..., obs=x)``.  Which site an argument holds the data of is found out by running the model.
+The model takes its data by arguments, and draws the data whose argument is None: ``def model(x=None)`` with
+``pyro.sample("x", ..., obs=x)``.  Runs of the model show which site observes an argument.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import pyro
 import pyro.distributions as dist
@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from ..arguments import check_integers, check_program
 from ..threads import allowed, using
 from .engine_choice import settle
-from .engines import Values
+from .engines import Values, in_batches
+from .error_text import warn_user
+from .latents import innermost
+from .masks import is_observation
 from .nesting import nesting_of, runs_programs
-from .noisy_density import warn_user
 from .program import Program
-from .quantities import innermost
 from .simulations import Simulations
-from .task import check_vectorize, group_of, in_batches, subsampled_plate
-from .traces import trace_at
+from .task import check_vectorize, subsampled_plate
+from .traces import Args, Function, Kwargs, trace_at
 
 
 @runs_programs
@@ -40,16 +41,16 @@ def simulate(
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Simulations:
-    """Run a model forward: draws of its latents, and of its data by the arguments that take them.
+    """Run a model forward: draw its latents, and its data by the arguments that take them.
 
     Args:
         model: A Pyro model that takes its data by arguments, as for :func:`~pyro_flows.fit_amortized`.
         *args: The model's arguments without the data.
         num_simulations: The number N of draws.
-        batch_size: How many run at once.
-        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
-            does to draws what single runs do (*Any Pyro program* in the docs).
-        max_plate_nesting: How many dimensions the model's plates take; by default what one run shows.
+        batch_size: The number of draws to run at once.
+        vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these
+            whose results are those of single runs (*Any Pyro program* in the docs).
+        max_plate_nesting: The number of dimensions that the model's plates take; by default one run shows it.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 
@@ -57,9 +58,9 @@ def simulate(
         The :class:`~pyro_flows.Simulations`.
 
     Raises:
-        ValueError: If a number is out of its range; if the model cannot be simulated, since it takes no data, needs an
-            argument, observes what no argument holds, has a factor statement or a subsampled plate; or if it fails or
-            means something else vectorised over simulations.
+        ValueError: If a number is out of its range.  If the model takes no data, needs an argument, observes what no
+            argument holds, or has a factor statement or a subsampled plate.  If it fails or means something else
+            vectorised over simulations.
 
     Example::
 
@@ -81,20 +82,21 @@ class Simulator:
     """A model that can be run forward.
 
     Args:
-        caller: The public function that asks, for errors.
+        caller: The name of the public function, for errors.
         model: A Pyro model.
         args: Its arguments without the data.
         kwargs: Its keyword arguments.
 
     Attributes:
-        sites: For each argument that holds data, the site that it is observed at.
+        model: The model as a :class:`~.program.Program`.
+        sites: For each argument that holds data, the site that observes it.
 
     Raises:
         ValueError: If the model needs an argument, observes what no argument holds, has a factor statement or a
             subsampled plate, or takes no data.
     """
 
-    def __init__(self, caller: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, caller: str, model: Function, args: Args, kwargs: Kwargs) -> None:
         self.caller = caller
         check_program(model=model)
         program = poutine.unwrap(model)
@@ -102,34 +104,40 @@ class Simulator:
         try:
             self._given = self._signature.bind(*args, **kwargs).arguments
         except TypeError as error:
-            raise ValueError(
-                f"{caller}: the model cannot be simulated: {error}. Data arguments must be optional, "
-                "`def model(x=None)`; give the others here."
-            ) from error
-        parameters = self._signature.parameters.items()
-        self._open = [name for name, p in parameters if self._given.get(name, p.default) is None]
-        self.args, self.kwargs = self.arguments({})
+            self._refuse(f"{error}. Data arguments must be optional, `def model(x=None)`; give the others here", error)
+        args, kwargs = self.arguments({})
         try:
-            single = trace_at(model, {}, self.args, self.kwargs)
+            single = trace_at(model, {}, args, kwargs)
         except (TypeError, AttributeError, NotImplementedError) as error:
-            raise ValueError(
-                f"{caller}: the model cannot be simulated: it fails without its data ({error}). It must draw what is "
-                "None from proper laws, and take sizes from other arguments, which are given here."
-            ) from error
-        self.model = Program(model, self.args, self.kwargs, single, nesting_of(single))
+            self._refuse(
+                f"it fails without its data ({error}). It must draw what is None from proper distributions, and take "
+                "sizes from other arguments, which are given here",
+                error,
+            )
+        self.model = Program(model, args, kwargs, single, nesting_of(single))
         self._settled = ""
         if plate := subsampled_plate(single):
-            raise ValueError(f"{caller}: {plate}. Let it run over all rows of a simulated data set.")
+            self._refuse(f"{plate}. Let it run over all rows of a simulated dataset")
         self.sites = self._find_data()
         self._check_sites()
 
-    def arguments(self, data: dict[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The model's arguments, with data."""
+    def _refuse(self, fault: str, cause: Exception | None = None) -> NoReturn:
+        raise ValueError(f"{self.caller}: the model cannot be simulated: {fault}.") from cause
+
+    @property
+    def _open(self) -> list[str]:
+        """The arguments that are None unless data are given."""
+        parameters = self._signature.parameters.items()
+        return [name for name, p in parameters if self._given.get(name, p.default) is None]
+
+    def arguments(self, data: dict[str, Tensor]) -> tuple[Args, Kwargs]:
+        """Return the model's arguments, with data."""
         bound = self._signature.bind_partial()
         bound.arguments.update({**self._given, **data})
         return bound.args, bound.kwargs
 
     def _find_data(self) -> dict[str, str]:
+        """Return the site that observes each argument that was left open."""
         drawn = dict(self.model.single.iter_stochastic_nodes())
         found: dict[str, str] = {}
         for name in self._open:
@@ -138,59 +146,51 @@ class Simulator:
             if site is not None:
                 found[name] = site
             elif name in drawn:
-                raise ValueError(
-                    f"{self.caller}: argument {name!r} must be what site {name!r} observes as it is, obs={name}; "
-                    "change it in the site's distribution, as by a TransformedDistribution, and not before obs=."
+                self._refuse(
+                    f"site {name!r} must observe argument {name!r} unchanged, obs={name}. Transform it in the site's "
+                    "distribution, for example by a TransformedDistribution, not before obs="
                 )
         return found
 
+    def _check_sites(self) -> None:
+        """Raise ValueError unless the model takes data, and all its observed sites take them by arguments."""
+        for name, site in self.model.single.nodes.items():
+            if is_observation(site) and type(site["fn"]).__name__ == "Unit":
+                self._refuse(f"{name!r} is a factor statement, which has no draws. Write it as a pyro.sample statement")
+            if is_observation(site):
+                self._refuse(
+                    f"site {name!r} is observed though no argument was left open for it. Take its data by `def "
+                    f"model({name}=None)` with `pyro.sample({name!r}, ..., obs={name})`, and do not give it"
+                )
+        if not self.sites:
+            unused = f", and {self._open} reach no observed site" if self._open else ""
+            self._refuse(
+                "it takes no data. Give it an argument that is None by default and observed unchanged, `def "
+                'model(x=None)` with `pyro.sample("x", ..., obs=x)`; its arguments are '
+                f"{', '.join(self._signature.parameters) or 'none'}{unused}"
+            )
+
     def _holds(self, name: str, site: str, value: Tensor) -> bool:
-        """Whether a value given by an argument is observed at a site."""
+        """True if a site observes a value given by an argument."""
         args, kwargs = self.arguments({name: value})
         try:
             with pyro.validation_enabled(False):
                 node = trace_at(self.model.call, {}, args, kwargs).nodes.get(site)
-        except Exception:  # it is not the data of that site, and anything may happen
+        except Exception:  # if it is not the data of that site, anything may happen
             return False
         return bool(node and node["is_observed"] and node["value"] is value)
 
-    def _check_sites(self) -> None:
-        for name, site in self.model.single.nodes.items():
-            if site["type"] != "sample" or not site["is_observed"] or group_of(site) == "posterior":
-                continue
-            if type(site["fn"]).__name__ == "Unit":
-                raise ValueError(
-                    f"{self.caller}: the model cannot be simulated: {name!r} is a factor statement, which has no "
-                    "draws. Write it as a pyro.sample statement."
-                )
-            raise ValueError(
-                f"{self.caller}: site {name!r} is observed though no argument was left open for it: take its data by "
-                f"`def model({name}=None)` with `pyro.sample({name!r}, ..., obs={name})`, and do not give it."
-            )
-        if not self.sites:
-            raise ValueError(
-                f"{self.caller}: the model takes no data: it needs an argument that is None by default and observed "
-                'as it is, `def model(x=None)` with `pyro.sample("x", ..., obs=x)`; '
-                f"its arguments are {', '.join(self._signature.parameters) or 'none'}"
-                f"{f', and {self._open} reach no observed site' if self._open else ''}."
-            )
-
     @torch.no_grad()
     def draw(
-        self,
-        number: int,
-        latents: Values | None = None,
-        *,
-        batch_size: int = 10_000,
-        vectorize: str = "auto",
+        self, number: int, latents: Values | None = None, *, batch_size: int = 10_000, vectorize: str = "auto"
     ) -> Simulations:
         """Draw latents and data.
 
         Args:
-            number: How many.
+            number: The number of draws.
             latents: Values of some latents, ``(number, *site_shape)``, in place of the prior's draws.
-            batch_size: How many run at once.
-            vectorize: The way to run many: see :func:`simulate`.
+            batch_size: The number of draws to run at once.
+            vectorize: The way to run many draws: see :func:`simulate`.
 
         Raises:
             ValueError: If the model means something else vectorised as ``vectorize`` asks.
@@ -205,29 +205,29 @@ class Simulator:
         return (model or self.model).sample(lambda view: {name: view.read(name) for name in names}, latents, size)
 
     def settle(self, vectorize: str) -> None:
-        """Choose how the model runs many simulations, once.
+        """Choose the engine for many simulations, once.
 
         Raises:
-            ValueError: If it means something else as ``vectorize`` asks.
+            ValueError: If the model means something else vectorised as ``vectorize`` asks.
         """
         check_vectorize(vectorize)
         if self._settled == vectorize:
             return
-        drawn = self.model.alone(lambda view: {n: view.read(n) for n, _ in view.trace.iter_stochastic_nodes()}, 1)
+        drawn = self._run({}, 1, self.model.with_(engine="loop"))
         settle(self.model, drawn, vectorize, "model", self._fault)
         self._settled = vectorize
         if self.model.engine == "loop" and vectorize == "auto":
             warn_user(f"{self.caller}: the model runs one draw at a time, as it{self.model.fault}.")
 
     def _fault(self) -> str:
-        """Return what is wrong with data whose value says what no density can, in words, or an empty string."""
+        """Return a fault of data without a density that could show it, in words, or an empty string."""
         latents = {name: value for name, value in self._run({}, 2).items() if name not in self.sites.values()}
         nodes = self.model.single.nodes
         points = [name for name in self.sites.values() if isinstance(innermost(nodes[name]["fn"]), dist.Delta)]
         return next(filter(None, (self._fault_of(name, latents) for name in points)), "")
 
     def _fault_of(self, name: str, latents: Values) -> str:
-        """Compare what follows from latents vectorised and one by one, or, where there is noise, its independence."""
+        """Compare data given latents with single runs, or, if the data are noisy, check that the noise differs."""
         many = self._run(latents, 2)[name]
         alone = [self._run(latents, 2, self.model.with_(engine="loop"))[name] for _ in range(2)]
         if torch.equal(alone[0], alone[1]):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -13,18 +15,21 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import constraints
 
 from .. import arguments
 from ..memory import keep_memory
-from .broadcasting import Lifted
-from .engine_choice import settle
-from .engines import ENGINES, Site, Values, View, value_of
+from .engine_choice import check_noise, settle
+from .engines import ENGINES, Site, Values, View, in_batches, plate_like, value_of
+from .error_text import warn_user
 from .latents import check_match, is_point, summable
-from .nesting import check_crossed, has_bare_dimensions, nesting_of
-from .noisy_density import check_noise, warn_user
-from .program import Program
-from .row_parts import parts_of
-from .traces import trace_of
+from .nesting import check_crossed, has_bare_dimensions, nesting_of, plates_of
+from .program import TOTAL, Program
+from .row_parts import can_be_whole
+from .traces import Args, Function, Kwargs, trace_of
+
+LOG_Q = "the guide's log-density"  # a key next to the names of sites
+Of = Callable[[Site], Tensor]  # a tensor of a site, such as its value
 
 
 class Draws(NamedTuple):
@@ -33,7 +38,7 @@ class Draws(NamedTuple):
     Attributes:
         latents: The values of each latent that the guide draws, ``(N, *site_shape)``.
         log_p: The model's log-density at them, ``(N,)`` in nats, with discrete latents summed out.
-        log_q: The guide's.
+        log_q: The guide's log-density.
     """
 
     latents: Values
@@ -41,7 +46,7 @@ class Draws(NamedTuple):
     log_q: Tensor
 
     def take(self, index: Tensor) -> Draws:
-        """The draws of some numbers, ``(K,)``."""
+        """Return the draws at some indices, ``(K,)``."""
         return Draws({name: value[index] for name, value in self.latents.items()}, self.log_p[index], self.log_q[index])
 
 
@@ -57,10 +62,10 @@ class Task:
 
     Attributes:
         model: The model as a :class:`Program`.
-        guide: The guide as one.
-        traces: Those of one run of model and guide, in this order.
-        latents: The names of the model's latents, but those that are summed out.
-        own: The names of the sites that the guide draws, but those that only place others' draws.
+        guide: The guide as a :class:`Program`.
+        traces: The traces of one run of model and guide, in this order.
+        latents: The names of the model's latents except those that are summed out.
+        own: The names of the sites that the guide draws, without sites of type ``Delta``.
         is_settled: True once the engines are chosen.
         has_bare_dimensions: True if a site of the model has dimensions that neither plates nor events declare.
 
@@ -68,20 +73,13 @@ class Task:
         ValueError: If model or guide do not run vectorised over draws as ``vectorize`` asks.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        vectorize: str = "auto",
-    ) -> None:
+    def __init__(self, model: Function, guide: Function, args: Args, kwargs: Kwargs, vectorize: str = "auto") -> None:
         keep_memory()
         check_vectorize(vectorize)
         arguments.check_program(model=model, guide=guide)
         self._programs, self._arguments, marks = (model, guide), (args, kwargs), _Marks()
         single, drawn = self.once(marks)
-        marks.keep(single)
+        marks.restore(single)
         check_crossed(single)
         nesting = nesting_of(drawn, single)
         self.traces, self._vectorize = (single, drawn), vectorize
@@ -97,25 +95,18 @@ class Task:
         self.own = [name for name, site in own if not isinstance(site["fn"], dist.Delta)]
 
     @torch.no_grad()
-    def once(self, *watching: Messenger) -> tuple[Trace, Trace]:
-        """Run guide and model once; return the traces of the model and of the guide."""
+    def once(self, handler: Callable[[Function], Function] = lambda model: model) -> tuple[Trace, Trace]:
+        """Run guide and model once, the model with a handler; return the traces of the model and of the guide."""
         model, guide = self._programs
-        args, kwargs = self._arguments
-        for messenger in watching:
-            model = messenger(model)
         with poutine.block():
-            drawn = trace_of(guide, args, kwargs)
-            return trace_of(poutine.replay(model, trace=drawn), args, kwargs), drawn
+            drawn = trace_of(guide, *self._arguments)
+            return trace_of(poutine.replay(handler(model), trace=drawn), *self._arguments), drawn
 
     @functools.cached_property
-    def broadcasting(self) -> Callable[..., Any]:
-        """The model as a program that runs under an outer plate of draws: as it is, or lifted by its engine."""
-        self.settle()
-        return (
-            self.model.call
-            if self.model.engine == "plate" and not self.model.enumerated
-            else Lifted(self.model, self.latents)
-        )
+    def broadcasting(self) -> Function:
+        """The model as a program that runs under an outer plate of draws: itself, or lifted by its engine."""
+        model = self.settle().model
+        return model.call if model.engine == "plate" and not model.enumerated else Lifted(model, self.latents)
 
     @property
     def runs_one_by_one(self) -> bool:
@@ -129,22 +120,22 @@ class Task:
 
     @property
     def subsampled(self) -> str:
-        """Words for the first plate that runs over a part of its rows, or an empty string."""
+        """The first plate that runs over a part of its rows, in words, or an empty string."""
         return subsampled_plate(self.traces[0])
 
     def check(self, *, whole: bool = True) -> Task:
-        """Refuse a guide whose draws cannot be weighed, and return the task.
+        """Raise ValueError if the guide's draws cannot be weighed, and return the task.
 
         Args:
             whole: True to weigh draws against all rows of a subsampled plate that holds data alone.
 
         Raises:
-            ValueError: If the guide is a point, lacks a latent or has another, or a plate is subsampled and holds
-                latents, or gets its rows from elsewhere.
+            ValueError: If the guide is a point, or has other latents than the model.  If a subsampled plate holds
+                latents, or does not draw its rows.
         """
         check_match(*self.traces)
         self._weighs = whole
-        if whole and self._can_be_whole:
+        if whole and can_be_whole(self.model, self.latents, list(self.sites("observed"))):
             self.model.whole()
         elif self.subsampled:
             raise ValueError(
@@ -152,36 +143,8 @@ class Task:
             )
         return self
 
-    @property
-    def _can_be_whole(self) -> bool:
-        """True if one plate is subsampled, by indices that are drawn, and holds none of the guide's latents."""
-        if len(self.model.subsamples) != 1:
-            return False
-        (plate,) = self.model.subsamples
-        nodes = self.model.single.nodes
-        inside = [name for name in self.latents if plate in [frame.name for frame in nodes[name]["cond_indep_stack"]]]
-        others = [f for site in nodes.values() for f in site.get("cond_indep_stack", ()) if f.name != plate]
-        if inside or any(f.full_size is not None and f.size < f.full_size for f in others):
-            return False
-        summed = [nodes[name]["cond_indep_stack"] for name in self.model.enumerated]
-        if not all(plate in [frame.name for frame in stack] for stack in summed):
-            return False  # a sum over a latent outside of the plate does not fall into parts
-        return self._follows_rows(plate)
-
-    def _follows_rows(self, plate: str) -> bool:
-        """True if the data in a plate are other ones at other indices: a minibatch that is given has no other rows."""
-        sites = self.sites("observed").items()
-        names = [n for n, site in sites if plate in [frame.name for frame in site["cond_indep_stack"]]]
-        rows = self.model.rows
-        first, *_, last = parts_of(plate, rows[plate], self.model.subsamples[plate].size)
-        one, other = (
-            self.model.with_(rows={**rows, plate: part.rows}).alone(lambda view: {n: view.read(n) for n in names}, 1)
-            for part in (first, last)
-        )
-        return any(not torch.equal(one[name], other[name]) for name in names)
-
     def settle(self) -> Task:
-        """Choose how guide and model run many draws, by two draws of the guide, and return the task.
+        """Choose engines for guide and model by two draws of the guide, and return the task.
 
         Raises:
             ValueError: If draws are to be weighed, and the model's log-density is too noisy for that.
@@ -210,35 +173,29 @@ class Task:
         """Draw from the guide and score the draws by both, ``batch_size`` at a time."""
 
         def read(view: View) -> Values:
-            return {**{f"latent {name}": view.read(name) for name in self.latents}, "log_q": view.log_prob()}
+            return {TOTAL: view.log_prob(), **{name: view.read(name) for name in self.latents}}
 
         def step(_: Values, size: int) -> Values:
             found = self.guide.sample(read, {}, size)
-            log_p = self.model.log_prob({name: found[f"latent {name}"] for name in self.latents}, size)
-            return {**found, "log_p": log_p}
+            log_q = found.pop(TOTAL)
+            return {**found, TOTAL: self.model.log_prob(found, size), LOG_Q: log_q}
 
         self.settle()
         found = in_batches(step, {}, number, batch_size)
-        return Draws({name: found[f"latent {name}"] for name in self.latents}, found["log_p"], found["log_q"])
+        return Draws(log_p=found.pop(TOTAL), log_q=found.pop(LOG_Q), latents=found)
 
     @torch.no_grad()
     def read(
-        self,
-        latents: Values,
-        sites: list[str],
-        what: Callable[[Site], Tensor] = value_of,
-        *,
-        batch_size: int = 1000,
-        forget: bool = False,
+        self, latents: Values, sites: list[str], what: Of = value_of, *, batch_size: int = 1000, forget: bool = False
     ) -> Values:
         """Run the model at N draws of all latents, discrete ones included, and read sites: each ``(N, *shape)``.
 
         Args:
             latents: The draws.
             sites: The sites.
-            what: What to read off a site; by default its value.
-            batch_size: How many draws are run at once.
-            forget: True to draw the observed sites anew, in place of the data; deterministic sites cannot be read then.
+            what: The tensor to read off a site; by default its value.
+            batch_size: The number of draws to run at once.
+            forget: True to draw the observed sites anew instead of the data; deterministic sites cannot be read then.
         """
         place, model = _forgetful if forget else poutine.condition, self.model.at_values
 
@@ -259,12 +216,62 @@ class Task:
         return self.read(self.complete(latents, batch_size), list(self.sites("posterior")), batch_size=batch_size)
 
     def sites(self, group: str) -> dict[str, Site]:
-        """Return the model's sites that belong to a group, by name: see :func:`group_of`."""
+        """Return the model's sites of a group by name: see :func:`group_of`."""
         return {name: site for name, site in self.model.single.nodes.items() if group_of(site) == group}
 
 
+class Lifted:
+    """A model as a program that broadcasts, for objectives to run if the model itself does not broadcast.
+
+    Its latents are the model's latents except those that are summed out, in the model's plates, so that any guide's
+    trace can be replayed.  All of its density is one factor, which an engine computes.  So Pyro's ELBOs, which do not
+    know engines, train a guide under an outer plate of particles, whatever shapes the model uses.
+
+    Args:
+        model: The model.
+        latents: The names of its latents except those that are summed out.
+    """
+
+    def __init__(self, model: Program, latents: list[str]) -> None:
+        self._model = model
+        if model.enumerated:
+            model.enumeration  # noqa: B018 - found once, for all copies that take other rows
+        self._sites = {name: model.single.nodes[name] for name in latents}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Take the latents from a guide's trace, and add the model's log-density of each draw."""
+        rows, plates = self._plates()
+        values = {name: self._sample(name, site, plates) for name, site in self._sites.items()}
+        shapes = {name: site["value"].shape for name, site in self._sites.items()}
+        by_draw = [len(value) for name, value in values.items() if value.dim() > len(shapes[name])]
+        size = by_draw[0] if by_draw else 1
+        held = {name: value.reshape(-1, *shapes[name]).expand(size, *shapes[name]) for name, value in values.items()}
+        log_prob = self._model.with_rows(rows).log_prob(held, size)
+        dims = max(value.dim() - self._sites[name]["fn"].event_dim for name, value in values.items())
+        pyro.factor("_pyro_flows_log_density", log_prob.reshape(size, *(1,) * (dims - 1)) if by_draw else log_prob[0])
+
+    def _sample(self, name: str, site: Site, plates: dict[str, Any]) -> Any:
+        with ExitStack() as stack:
+            for frame in plates_of(site):
+                stack.enter_context(plates[frame.name])
+            shape = site["value"].shape
+            depth = len(shape) - site["fn"].event_dim
+            return pyro.sample(name, dist.ImproperUniform(constraints.real, shape[:depth], shape[depth:]).mask(False))
+
+    def _plates(self) -> tuple[Values, dict[str, Any]]:
+        """Return the rows of subsampled plates, and the plates that latents lie in."""
+        plates: dict[str, Any] = {}
+        for frame in {frame for site in self._sites.values() for frame in plates_of(site)}:
+            with poutine.block(hide=self._model.given):
+                plates[frame.name] = plate_like(frame)
+        for name, fn in self._model.subsamples.items():
+            if name not in plates:
+                plates[name] = pyro.plate(name, fn.size, fn.subsample_size)
+        return {name: plates[name].indices for name in self._model.subsamples}, plates
+
+
 def check_vectorize(vectorize: Any) -> None:
-    """Raise ValueError unless a way to vectorise exists."""
+    """Raise ValueError unless a value is ``"auto"`` or the name of an engine."""
     if vectorize not in ("auto", *ENGINES):
         raise ValueError(
             f'vectorize must be "auto", {", ".join(map(repr, ENGINES))}, got {arguments.quoted(vectorize)}. '
@@ -272,22 +279,11 @@ def check_vectorize(vectorize: Any) -> None:
         )
 
 
-def in_batches(step: Callable[[Values, int], Values], held: Values, number: int, batch_size: int) -> Values:
-    """Call a function for batches of draws, and return what it makes of all of them.
-
-    Args:
-        step: Takes the values that are held in a batch and its size N; returns tensors ``(N, *shape)``.
-        held: The values of all draws, ``(number, *shape)``.
-        number: The number of draws.
-        batch_size: The largest number in a batch.
-    """
-    if not arguments.is_integer(batch_size) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
-    parts = []
-    for start in range(0, number, batch_size):
-        size = min(batch_size, number - start)
-        parts.append(step({name: value[start : start + size] for name, value in held.items()}, size))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def check_trained(caller: str, guide: Any) -> None:
+    """Raise ValueError for a guide that is known to be untrained."""
+    if getattr(guide, "is_fresh", False) or getattr(guide, "prototype_trace", guide) is None:
+        kind = type(guide).__name__
+        raise ValueError(f"{caller}: the {kind} was never trained; fit it first: fit_svi(model, guide, ...).")
 
 
 def group_of(site: Site) -> str | None:
@@ -300,7 +296,7 @@ def group_of(site: Site) -> str | None:
 
 
 def subsampled_plate(trace: Trace) -> str:
-    """Words for the first plate of a trace that runs over a part of its rows, or an empty string."""
+    """Return words for the first plate of a trace that runs over a part of its rows, or an empty string."""
     for name, site in trace.nodes.items():
         for frame in site.get("cond_indep_stack", ()):
             if frame.full_size is not None and frame.size < frame.full_size:
@@ -309,25 +305,8 @@ def subsampled_plate(trace: Trace) -> str:
     return ""
 
 
-def check_trained(caller: str, guide: Any) -> None:
-    """Refuse a guide that was never trained, where that shows."""
-    if getattr(guide, "is_fresh", False) or getattr(guide, "prototype_trace", guide) is None:
-        kind = type(guide).__name__
-        raise ValueError(f"{caller}: the {kind} was never trained; fit it first: fit_svi(model, guide, ...).")
-
-
-def _forgetful(model: Callable[..., Any], data: Values) -> Callable[..., Any]:
-    """Hold latents, and let the observed sites be drawn anew."""
-    # To Pyro what is deterministic is observed too: drawn anew in a plate, it would grow by the plate's size.
-    return poutine.condition(poutine.uncondition(_AllRows()(poutine.block(model, hide_fn=_is_derived))), data=data)
-
-
-def _is_derived(message: Site) -> bool:
-    return message["type"] == "sample" and message["is_observed"] and group_of(message) != "observed"
-
-
 class _Marks(Messenger):
-    """Keeps the marks of a model's sites, ``infer={...}``: where a guide is replayed, its marks take their place."""
+    """Keeps the marks of a model's sites, ``infer={...}``, since replaying a guide replaces them by the guide's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -339,15 +318,24 @@ class _Marks(Messenger):
         if site_is_subsample(msg) and msg["value"] is not None:
             self.given.append(msg["name"])
 
-    def keep(self, trace: Trace) -> None:
-        """Give the sites of a trace their marks back."""
-        for name, mark in self.found.items():
-            if name in trace.nodes:
-                trace.nodes[name]["infer"] = {**trace.nodes[name]["infer"], **mark}
+    def restore(self, trace: Trace) -> None:
+        """Add the model's marks to the sites of a trace."""
+        for name in self.found.keys() & trace.nodes.keys():
+            trace.nodes[name]["infer"] = {**trace.nodes[name]["infer"], **self.found[name]}
+
+
+def _forgetful(model: Function, data: Values) -> Function:
+    """Hold latents, and let the observed sites be drawn anew."""
+
+    def is_derived(msg: Site) -> bool:
+        return msg["type"] == "sample" and msg["is_observed"] and group_of(msg) != "observed"
+
+    # Pyro counts deterministic sites as observed: drawn anew in a plate, they would grow by the plate's size.
+    return poutine.condition(poutine.uncondition(_AllRows()(poutine.block(model, hide_fn=is_derived))), data=data)
 
 
 class _AllRows(Messenger):
-    """Draws as many rows anew as a site observes, also where its distribution is one for all of them."""
+    """Expands distributions to as many rows as their sites observe, so that all of them are drawn anew."""
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if group_of(msg) == "observed":

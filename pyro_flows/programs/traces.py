@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine.runtime import _DIM_ALLOCATOR
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from .engines import apart
+Function = Callable[..., Any]  # a Pyro program
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
-def trace_of(program: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+@contextmanager
+def outside_plates() -> Iterator[None]:
+    """Let a program enter plates as if its caller were in none."""
+    entered, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
+    try:
+        yield
+    finally:
+        _DIM_ALLOCATOR._stack = entered
+
+
+def trace_of(program: Function, args: Args, kwargs: Kwargs) -> Trace:
     """Return the trace of a run."""
     return poutine.trace(program).get_trace(*args, **kwargs)
 
 
-def trace_at(
-    program: Callable[..., Any], values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Trace:
-    """Return the trace of a run with some sites held at values, without gradients, unseen by the handlers outside."""
-    with poutine.block(), torch.no_grad(), apart():
+def trace_at(program: Function, values: dict[str, Tensor], args: Args, kwargs: Kwargs) -> Trace:
+    """Return the trace of a run at some values, without gradients and hidden from the handlers outside."""
+    with poutine.block(), torch.no_grad(), outside_plates():
         return trace_of(poutine.condition(program, data=values), args, kwargs)

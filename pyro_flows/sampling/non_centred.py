@@ -19,8 +19,8 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..programs.engines import Site, Values, View
 from ..programs.latent_space import LatentSpace
+from ..programs.latents import innermost
 from ..programs.log_density import is_breakdown
-from ..programs.quantities import innermost
 from .coordinates import White, charts_of
 from .hmc import Coordinates
 
