@@ -509,7 +509,7 @@ def first(content: dict[str, Any]) -> dict[str, Any]:
 WEIGHT = "transforms.0.conditioner.output.weight"
 ORDER = "transforms.0.transform.conditioner.order"
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "state_dict": (lambda c: c["state"], r"not a file of pyro_flows\.save: it holds tensors alone.*load_state_dict"),
+    "state_dict": (lambda c: c["state"], r"not a file of pyro_flows\.save: it holds only tensors.*load_state_dict"),
     "list": (lambda c: [1, 2], "it holds a list without format, spec and state"),
     "other dict": (lambda c: {"a": 1}, "it holds a dict without format, spec and state"),
     "no number": (lambda c: c.update(format=True), "it holds a dict without format, spec and state"),
