@@ -107,7 +107,7 @@ SPECS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a layer of 4 GB": (lambda c: mlp(c).update(hidden_dims=(32_768, 32_768)), "asks for larger tensors than a file"),
     "a number beyond all": (
         lambda c: mlp(c).update(hidden_dims=WIDE),
-        "hidden_dims holds 1000000000, far beyond the 580 bytes",
+        r"hidden_dims\[0\] holds 1000000000, far beyond the bytes",
     ),
     "a loop": (lambda c: mlp(c).update(input_dim=10**12), "input_dim holds 1000000000000, far"),
     "layers without end": (lambda c: mlp(c).update(hidden_dims=LONG), "asks for more tensors than a file"),
@@ -121,7 +121,7 @@ SPECS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "a name of 500 kB": (lambda c: c["spec"]["arguments"].update({"n" * 500_000: [0] * 1000}), "names of more than"),
     "a large activation": (lambda c: mlp(c).update(activation={"torch.nn": "Transformer"}), "larger tensors|refuses"),
-    "a plate far to the left": (with_site(("p", -(10**9), 1, 1)), "plates holds -1000000000, far"),
+    "a plate far to the left": (with_site(("p", -(10**9), 1, 1)), r"plates\[0\]\[1\] holds -1000000000, far"),
     "a plate of many rows": (with_site(("p", -1, 10**10, 10**10)), "asks for larger tensors"),
 }
 LIMITED = """

@@ -18,10 +18,9 @@ from ..arguments import as_file
 from ..atomic_files import save_tensors, write_atomically
 from ..flows import Dequantized, Flow
 from ..guides import AutoFlow, AutoPlateFlow
-from .archive import Archive, Damaged
+from .archive import Archive, Damaged, Foreign
 from .classes import BY_TYPE, ROOTS
-from .pickles import Foreign
-from .size_limit import Allowance, check_numbers
+from .size_limit import FREE_NUMBER, Allowance
 from .spec import WAY_OUT, build, describe, named
 from .state import check_comes_back, marks_of, restore, state_of
 
@@ -120,9 +119,8 @@ def load(path: str | os.PathLike[str]) -> Any:
         if spec["class"] not in ROOTS:
             raise ValueError(f"it is of a class {spec['class']!r:.60}, which is neither a flow nor a guide")
         whole = {name: spec[name] for name in ("class", "arguments")}
-        check_numbers(whole, archive.nbytes)
         with Allowance(archive.nbytes, archive.tensors, archive.squares):
-            made = build(whole)
+            made = build(whole, limit=max(FREE_NUMBER, archive.nbytes))
         restore(made, state, frozen=spec["frozen"], dtypes=spec["dtypes"])
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -13,8 +13,7 @@ FREE_BYTES, TIMES_BYTES = 2**25, 32  # in all, and per byte of tensors in the fi
 TIMES_SQUARES = 16  # bytes per square of a matrix's longer side: the masks of autoregressive networks
 MOST_SQUARES = 256  # bytes per byte in the file, at most, for these
 FREE_TENSORS, TIMES_TENSORS = 500, 100
-FREE_NUMBER = 2**20  # largest size, whatever the file holds
-UNSIZED = "flows.Dequantized", "guides.AutoPlateFlow", "guides.Site"  # their numbers may count levels, or rows
+FREE_NUMBER = 2**20  # a size that any file may ask for
 SMALL = {  # functions that return properties, views or summaries of tensors
     *("__get__", "__set__", "__len__", "__bool__", "__int__", "size", "dim", "numel", "stride", "data_ptr", "tolist"),
     *("is_floating_point", "is_complex", "is_contiguous", "is_shared", "has_names", "item", "all", "any", "detach"),
@@ -94,22 +93,3 @@ def _without_memory(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().to("meta")
     return type(value)(map(_without_memory, value)) if type(value) in (list, tuple) else value
-
-
-def check_numbers(spec: Any, nbytes: int) -> None:
-    """Raise ValueError if a size in a spec is far beyond what its file holds: loops would count to it.
-
-    The rows of a plate and the levels of integers are not sizes.
-    """
-    limit, waiting = max(FREE_NUMBER, nbytes), [("", "the spec", spec)]
-    while waiting:
-        owner, place, value = waiting.pop()
-        if isinstance(value, dict) and list(value) == ["class", "arguments"] and isinstance(value["arguments"], dict):
-            waiting.extend((str(value["class"]), name, part) for name, part in value["arguments"].items())
-        elif isinstance(value, list | tuple):
-            waiting.extend((owner, place, part) for part in value)
-        elif isinstance(value, int) and (value < -FREE_NUMBER or value > (math.inf if owner in UNSIZED else limit)):
-            shown = value if abs(value) < 2**63 else f"a number of {value.bit_length()} bits"
-            raise ValueError(
-                f"{owner:.60}: {place} holds {shown}, far beyond the {nbytes} bytes of tensors in the file"
-            )

@@ -10,6 +10,7 @@ and the other refers to that by ``{"same": "transforms[0]"}``, so that it is sha
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .classes import BY_NAME, BY_TYPE
 
+UNSIZED = "flows.Dequantized", "guides.AutoPlateFlow", "guides.Site"  # their numbers may count levels, or rows
 WAY_OUT = (
     "Keep its tensors instead, torch.save(x.state_dict(), path), and load them into what your own code builds, "
     "x.load_state_dict(torch.load(path)); a fitted flow ends with the FixedAffine that fit_density has put there."
@@ -76,48 +78,61 @@ def named(value: object) -> str:
     return f"of the class {type(value).__module__}.{type(value).__qualname__}"
 
 
-def build(spec: Any) -> Any:
+def build(spec: Any, limit: float = math.inf) -> Any:
     """Build the object that a spec describes, with newly initialised tensors; your random numbers stay the same.
 
+    Args:
+        spec: The spec.
+        limit: The largest size in it.  The rows of a plate and the levels of integers are not sizes.
+
     Raises:
-        ValueError: If it is no spec, or names an unknown class.
+        ValueError: If it is no spec, names an unknown class, or holds a larger size: loops would count to it.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        return _build(spec, "", {})
+        return _Builder(limit).build(spec, "", "")
 
 
-def _build(spec: Any, place: str, made: dict[str, Any]) -> Any:
-    if spec is None or isinstance(spec, bool | int | float | str):
-        return spec
-    if isinstance(spec, list | tuple):
-        return type(spec)(_build(part, f"{place}[{i}]", made) for i, part in enumerate(spec))
-    keys = list(spec) if isinstance(spec, dict) else []
-    if keys == ["same"]:
-        if spec["same"] not in made:
-            raise ValueError(f"{place} is to be the same as {spec['same']!r:.60}, which is not there")
-        return made[spec["same"]]
-    if keys == ["torch.nn"]:
-        if (found := _of_torch(spec["torch.nn"])) is None:
-            raise ValueError(f"{place} names torch.nn.{spec['torch.nn']}, which is no network of this torch")
-        return found
-    if isinstance(spec, Tensor):
-        made[place] = spec
-    elif keys == ["parameter"]:
-        made[place] = nn.Parameter(spec["parameter"])
-    elif keys == ["class", "arguments"]:
-        made[place] = _object(spec["class"], spec["arguments"], place, made)
-    else:
-        raise ValueError(f"{place or 'the spec'} holds {spec!r:.60}, which describes nothing")
-    return made[place]
+class _Builder:
+    """Builder of objects that remembers the modules and tensors of each place."""
 
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._made: dict[str, Any] = {}
 
-def _object(name: str, arguments: dict[str, Any], place: str, made: dict[str, Any]) -> Any:
-    if name not in BY_NAME:
-        raise ValueError(
-            f"{place or 'it'} is of a class {name!r:.60}, which this pyro_flows does not have; perhaps a newer one does"
-        )
-    parts = {key: _build(part, f"{place}.{key}".lstrip("."), made) for key, part in arguments.items()}
-    try:
-        return BY_NAME[name].build(**parts)
-    except Exception as error:
-        raise ValueError(f"{name} refuses its arguments: {error!s:.300}") from error
+    def build(self, spec: Any, place: str, owner: str) -> Any:
+        """Build an object for a place among the arguments of a class."""
+        keys = list(spec) if isinstance(spec, dict) else []
+        if isinstance(spec, int) and (spec < -self._limit or (spec > self._limit and owner not in UNSIZED)):
+            shown = spec if abs(spec) < 2**63 else f"a number of {spec.bit_length()} bits"
+            raise ValueError(f"{place} holds {shown}, far beyond the bytes of tensors in the file")
+        if spec is None or isinstance(spec, bool | int | float | str):
+            return spec
+        if isinstance(spec, list | tuple):
+            return type(spec)(self.build(part, f"{place}[{i}]", owner) for i, part in enumerate(spec))
+        if keys == ["same"]:
+            if spec["same"] not in self._made:
+                raise ValueError(f"{place} is to be the same as {spec['same']!r:.60}, which is not there")
+            return self._made[spec["same"]]
+        if keys == ["torch.nn"]:
+            if (found := _of_torch(spec["torch.nn"])) is None:
+                raise ValueError(f"{place} names torch.nn.{spec['torch.nn']}, which is no network of this torch")
+            return found
+        if isinstance(spec, Tensor):
+            self._made[place] = spec
+        elif keys == ["parameter"]:
+            self._made[place] = nn.Parameter(spec["parameter"])
+        elif keys == ["class", "arguments"]:
+            self._made[place] = self._object(spec["class"], spec["arguments"], place)
+        else:
+            raise ValueError(f"{place or 'the spec'} holds {spec!r:.60}, which describes nothing")
+        return self._made[place]
+
+    def _object(self, name: str, arguments: dict[str, Any], place: str) -> Any:
+        if name not in BY_NAME:
+            of = f"{place or 'it'} is of a class {name!r:.60}"
+            raise ValueError(f"{of}, which this pyro_flows does not have; perhaps a newer one does")
+        parts = {key: self.build(part, f"{place}.{key}".lstrip("."), name) for key, part in arguments.items()}
+        try:
+            return BY_NAME[name].build(**parts)
+        except Exception as error:
+            raise ValueError(f"{name} refuses its arguments: {error!s:.300}") from error

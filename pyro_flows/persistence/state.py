@@ -13,10 +13,9 @@ from .spec import WAY_OUT, build, describe
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
     """Return the ``state_dict`` on the CPU; tensors that the module shares are shared here."""
-    kept: dict[int, Tensor] = {}
-    for value in (own := module.state_dict(keep_vars=True)).values():
-        if id(value) not in kept:
-            kept[id(value)] = value.detach().cpu().clone()  # a view would be saved with all the memory that it views
+    own = module.state_dict(keep_vars=True)
+    # Clones, since a view would be saved with all the memory that it views.
+    kept = {id(value): value.detach().cpu().clone() for value in own.values()}
     return {name: kept[id(value)] for name, value in own.items()}
 
 
