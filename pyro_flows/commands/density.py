@@ -37,16 +37,15 @@ FEWEST = 50  # rows
 SAMPLES = 5000  # for the picture
 PART = 10_000  # rows that are scored together
 CALLER = "fit_density: "  # the beginning of its warnings and errors
-INTEGERS = "Integers: {}. Noise from [0, 1) is added to them; their mean log-density is a lower bound of the log-mass."
-REPEATED = (
-    "Warning: {}. Densities grow without bound there, and nats say how narrow the spikes are, not how good the density "
-    "is. Leave such columns out by --columns, or divide multiples of a step by it: they become integers and get noise."
-)
-COPIES = (
-    "Warning: {}. Densities grow without bound there, and copies among the test rows are known from training. If rows "
-    "were entered twice, keep one of each."
-)
-NOTES = {("integers",): INTEGERS, ("lattice", "value"): REPEATED, ("rows",): COPIES}  # by the kinds of spikes
+NOTES = {  # by the kinds of spikes
+    ("integers",): "Integers: {}. Noise from [0, 1) is added to them; their mean log-density is a lower bound of the "
+    "log-mass.",
+    ("lattice", "value"): "Warning: {}. Densities grow without bound there, and nats say how narrow the spikes are, "
+    "not how good the density is. Leave such columns out by --columns, or divide multiples of a step by it: they "
+    "become integers and get noise.",
+    ("rows",): "Warning: {}. Densities grow without bound there, and copies among the test rows are known from "
+    "training. If rows were entered twice, keep one of each.",
+}
 GROWS = ".*Densities grow without bound"  # a warning of fit_density, which the notes replace
 
 
@@ -63,7 +62,7 @@ def run(wish: Namespace) -> bool:
         Refused: Before any training, if the wish cannot be granted; and if training fails.
         Interrupted: After Ctrl-C; what was trained is written.
     """
-    outputs = Outputs.of(wish.out, ".pt")
+    outputs = Outputs(wish.out, ".pt")
     start = time.perf_counter()
     table, remarks = read_table(wish.table, None if wish.columns is None else split_names(wish.columns))
     spikes = find_spikes(table)

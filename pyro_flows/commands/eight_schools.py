@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,6 @@ SCHOOLS = "ABCDEFGH"
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 STANDARD_ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 WRITTEN, SHOWN, BATCH = 4000, 100_000, 10_000  # draws, and the size of a batch
-FILES = "eight_schools.nc", "eight_schools.png"
 
 
 def eight_schools(effects: Tensor, standard_errors: Tensor) -> None:
@@ -54,7 +54,7 @@ def run(wish: Namespace) -> bool:
         Refused: Before any training, if the files cannot be written.
         Interrupted: After Ctrl-C; what was fitted is written.
     """
-    outputs = Outputs(wish.out / FILES[0], wish.out / FILES[1])
+    outputs = Outputs(wish.out / "eight_schools.nc", ".nc")
     outputs.check_writable()
     start = time.perf_counter()
     pyro.set_rng_seed(wish.seed)
@@ -65,19 +65,14 @@ def run(wish: Namespace) -> bool:
         fit = fit_svi(eight_schools, guide, *data, steps=wish.steps, progress=not wish.quiet)
         outputs.settle(fit)
         checked = check(eight_schools, guide, *data, num_samples=40_000)
-        weighted = checked.verdict == "reweight"
-        written = to_arviz(eight_schools, guide, *data, num_samples=WRITTEN, importance=weighted)
-        write_atomically(outputs.paths[0], written.to_netcdf)
-    settings: dict[str, Any] = {"importance": weighted, "log_likelihood": False, "batch_size": BATCH}
-    many = to_arviz(eight_schools, guide, *data, num_samples=SHOWN, **settings)
-    draws, seconds = draws_of(many), time.perf_counter() - start
-    outputs.write_picture(plot_funnel({name: values[:WRITTEN] for name, values in draws.items()}))
-    if not wish.quiet:
-        advice = "Try more steps or another flow."
-        labels = {"theta": list(SCHOOLS)}
-        print(report(draws, checked, seconds=seconds, skipped=fit.skipped, advice=advice, labels=labels))
-        print(f"Wrote {outputs}.")
-    outputs.end(asked())
+        drawn = partial(to_arviz, eight_schools, guide, *data, importance=checked.verdict == "reweight")
+        write_atomically(outputs.paths[0], drawn(num_samples=WRITTEN).to_netcdf)
+    draws = draws_of(drawn(num_samples=SHOWN, log_likelihood=False, batch_size=BATCH))
+    seconds = time.perf_counter() - start
+    settings: dict[str, Any] = {"seconds": seconds, "skipped": fit.skipped, "advice": "Try more steps or another flow."}
+    said = "" if wish.quiet else report(draws, checked, labels={"theta": list(SCHOOLS)}, **settings)
+    figure = plot_funnel({name: values[:WRITTEN] for name, values in draws.items()})
+    outputs.finish(figure, said, interrupted=asked())
     return checked.verdict != "do not trust"
 
 

@@ -44,7 +44,7 @@ def run(wish: Namespace) -> bool:
         Refused: Before any training, if the wish cannot be granted; and if training fails.
         Interrupted: After Ctrl-C; what was fitted is written.
     """
-    outputs = Outputs.of(wish.out, ".nc")
+    outputs = Outputs(wish.out, ".nc")
     start = time.perf_counter()
     file = Path(wish.model.rpartition(":")[0])
     with contextlib.ExitStack() as stack:
@@ -76,14 +76,10 @@ def run(wish: Namespace) -> bool:
             model_kwargs=arguments,
         )
         write_atomically(outputs.paths[0], container.to_netcdf)
-    if not wish.quiet:
-        advice = f"Try {'' if wish.escalate else '--escalate, '}more --steps or another --flow."
-        settings = {"seconds": time.perf_counter() - start, "skipped": fit.skipped, "advice": advice}
-        print(report(draws_of(container), checked, exact=exact, **settings))
-    outputs.write_picture(checked.plot())
-    if not wish.quiet:
-        print(f"Wrote {outputs}.")
-    outputs.end(asked())
+    advice = f"Try {'' if wish.escalate else '--escalate, '}more --steps or another --flow."
+    settings = {"seconds": time.perf_counter() - start, "skipped": fit.skipped, "advice": advice}
+    said = "" if wish.quiet else report(draws_of(container), checked, exact=exact, **settings)
+    outputs.finish(checked.plot(), said, interrupted=asked())
     return bool(exact) or checked.verdict != "do not trust"
 
 

@@ -28,27 +28,25 @@ def hold_ctrl_c() -> contextlib.AbstractContextManager[Callable[[], bool]]:
 
 
 class Outputs:
-    """A file and a picture in one folder.
+    """A file and a picture of the same name.
 
     An interrupted run gets names that are free, so that the files of earlier runs stay.
 
+    Args:
+        file: The file.
+        suffix: The suffix that it must have.
+
     Attributes:
         paths: The two files that this run writes.
+
+    Raises:
+        Refused: If the file has another suffix.
     """
 
-    def __init__(self, file: Path, picture: Path) -> None:
-        self._whole = self.paths = file, picture
-
-    @classmethod
-    def of(cls, file: Path, suffix: str) -> Outputs:
-        """Return a file with its picture, of the same name, after a check of its suffix.
-
-        Raises:
-            Refused: If the file has another suffix.
-        """
+    def __init__(self, file: Path, suffix: str) -> None:
         if file.suffix != suffix:
             raise Refused(f"argument --out: {str(file)!r} must end with {suffix}")
-        return cls(file, file.with_suffix(".png"))
+        self._whole = self.paths = file, file.with_suffix(".png")
 
     def check_writable(self) -> None:
         """Make the folder, and raise Refused unless all files can be written, those of an interrupted run included."""
@@ -89,6 +87,19 @@ class Outputs:
 
     def __str__(self) -> str:
         return f"{self.paths[0]} and {self.paths[1]}"
+
+    def finish(self, figure: Any, report: str, *, interrupted: bool) -> None:
+        """Print a report, unless it is empty, and write the picture.
+
+        Raises:
+            Interrupted: After Ctrl-C.
+        """
+        if report:
+            print(report)
+        self.write_picture(figure)
+        if report:
+            print(f"Wrote {self}.")
+        self.end(interrupted)
 
     def end(self, interrupted: bool) -> None:
         """Raise Interrupted if Ctrl-C came during the training or after it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from .inputs import read_file, read_numpy, repeated
 if TYPE_CHECKING:
     import pandas as pd
 
+Columns = tuple[list[str], list[np.ndarray], list[str]]  # names, cells, and remarks on the file
 DELIMITERS = ",", ";", "\t", r"\s+"
 MISSING = {"", "?", "-", ".", "na", "n/a", "#n/a", "<na>", "nan", "-nan", "null", "none", "missing"}  # in lower case
 DECIMAL_COMMA = re.compile(r"[+-]?[\d.]*,\d+(e[+-]?\d+)?", re.IGNORECASE)
@@ -43,14 +44,17 @@ def read_table(path: Path, chosen: list[str] | None = None) -> tuple[pd.DataFram
     """
     import pandas as pd  # here, since it is slow to import
 
-    cells, remarks = read_file("table", path, READERS)
+    names, columns, remarks = read_file("table", path, READERS)
+    if twice := repeated(names):
+        raise Refused(f"the table {str(path)!r} has several columns named {twice}; rename them")
+    cells = dict(zip(names, columns, strict=True))
     if chosen is not None:
         if unknown := [name for name in chosen if name not in cells]:
             has = listed_names(cells, MANY)
             raise Refused(f"argument --columns: there is no {listed_names(unknown)}; the table has {has}")
         cells = {name: cells[name] for name in chosen}
-    columns, words = _columns(cells)
-    selection = _Selection(pd.DataFrame(columns), remarks, strict=chosen is not None)
+    numbers, words = _columns(cells)
+    selection = _Selection(pd.DataFrame(numbers), remarks, strict=chosen is not None)
     selection.leave_out("columns that are not numbers", words)
     first = selection.table.iloc[:, 0]
     if first.name == FIRST and len(first) > 1 and (np.diff(first) == 1).all():
@@ -154,15 +158,15 @@ def _counted(faults: pd.DataFrame) -> str:
     return listed([f"{name!r} ({_rows(number)})" for name, number in numbers.items() if number], MANY)
 
 
-def read_delimited(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Return the cells of each column of a text file, by name, and remarks on how the file was read.
+def read_delimited(path: Path) -> Columns:
+    """Return the names and the cells of the columns of a text file, and remarks on how the file was read.
 
     A first line without words is data, and then the columns are numbered, as are columns without a name.  Blank lines
     are skipped.
 
     Raises:
         OSError: If there is no such file.
-        Refused: If it is not text in UTF-8, is empty, has lines that are too long, or columns of the same name.
+        Refused: If it is not text in UTF-8, is empty, or has lines that are too long.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -185,7 +189,7 @@ def read_delimited(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
             remarks.append(f"The first line ({listed(list(header), 4)}) was taken for names.")
     if cells.empty:
         raise Refused(f"the table {str(path)!r} holds names and no rows")
-    return _named(path, names, cells.to_numpy().T), remarks
+    return names, list(cells.to_numpy().T), remarks
 
 
 def _cells(file: io.StringIO, delimiter: str, **options: Any) -> pd.DataFrame:
@@ -210,8 +214,8 @@ def _score(file: io.StringIO, delimiter: str) -> float:
     return 1.1 - len(wrong) / len(texts)
 
 
-def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Return the columns of a ``.npz`` or ``.npy`` file, by name, and remarks on its other content.
+def read_arrays(path: Path) -> Columns:
+    """Return the names and the columns of a ``.npz`` or ``.npy`` file, and remarks on its other content.
 
     A matrix ``x``, or the only matrix, is the table, with the names in ``columns``; without a matrix each vector is a
     column.
@@ -230,7 +234,7 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     if chosen is None:
         shapes = {array.shape for array in arrays.values()}
         if len(shapes) == 1 and len(min(shapes)) == 1:
-            return arrays, []
+            return list(arrays), list(arrays.values()), []
         held = listed([f"{name!r} of shape {array.shape}" for name, array in arrays.items()]) or "nothing"
         raise Refused(f"{str(path)!r} must hold a matrix 'x', or vectors of one length, a column each; it holds {held}")
     x = arrays.pop(chosen)
@@ -240,21 +244,10 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     if len(names) != x.shape[1]:
         raise Refused(f"{str(path)!r} holds {len(names)} names in 'columns', and its table has {x.shape[1]} columns")
     remarks = [f"Used the array {chosen!r} alone, without {listed_names(arrays)}."] if arrays else []
-    return _named(path, names, x.T), remarks
+    return names, list(x.T), remarks
 
 
-def _named(path: Path, names: list[str], columns: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the columns of a table by name.
-
-    Raises:
-        Refused: If several have the same name.
-    """
-    if twice := repeated(names):
-        raise Refused(f"the table {str(path)!r} has several columns named {twice}; rename them")
-    return dict(zip(names, columns, strict=True))
-
-
-READERS: dict[str, Callable[[Path], tuple[dict[str, np.ndarray], list[str]]]] = {
+READERS: dict[str, Callable[[Path], Columns]] = {
     **dict.fromkeys((".csv", ".tsv", ".txt"), read_delimited),
     **dict.fromkeys((".npz", ".npy"), read_arrays),
 }

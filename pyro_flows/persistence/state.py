@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ def check_comes_back(name: str, module: nn.Module) -> None:
     again = build(describe(module))
     try:
         restore(again, state_of(module), **marks_of(module))
-        difference = next(_differences(module, again), "")
+        difference = _difference(module, again)
     except ValueError as error:
         difference = str(error)
     if difference:
@@ -71,39 +70,30 @@ def check_comes_back(name: str, module: nn.Module) -> None:
         )
 
 
-def _differences(module: nn.Module, again: nn.Module) -> Iterator[str]:
-    """Yield the differences between two modules in their parts, in shared parameters, and in buffers."""
-    parts, others = (dict(m.named_modules(remove_duplicate=False)) for m in (module, again))
-    for name, part in parts.items():
-        # By name, since torch makes a new class for each module that it parametrises.
-        got, wanted = (f"{type(m).__module__}.{type(m).__qualname__}" for m in (part, others.get(name)))
-        if got != wanted:
-            yield f"{name} is a {got} and not a {wanted}"
-        if part._forward_hooks or part._forward_pre_hooks:
-            yield f"{name or 'it'} has forward hooks"
-        settings = _settings(others[name])
-        for key, value in _settings(part).items():
-            if value != settings.get(key):
-                yield f"{name}.{key} is {value!r:.50} and not {settings.get(key)!r:.50}"
-    wanted_ties = _ties(again)
-    for name, first in _ties(module).items():
-        if wanted_ties.get(name) != first:
-            yield f"{name} is {'tied to ' + first if first != name else 'a parameter of its own'}"
-    buffers = dict(again.named_buffers())
+def _difference(module: nn.Module, again: nn.Module) -> str:
+    """Return the first difference between two modules in their facts and their buffers, in words."""
+    facts, buffers = _facts(again), dict(again.named_buffers())
+    for name, fact in _facts(module).items():
+        if fact != facts.get(name):
+            return f"{name or 'it'} is {fact!s:.100} and not {facts.get(name)!s:.100}"
     for name, buffer in module.named_buffers():
         there = buffers.get(name)
         if there is None or there.dtype != buffer.dtype or not torch.equal(there, buffer.cpu()):
-            yield f"the buffer {name} differs"
+            return f"the buffer {name} differs"
+    return ""
 
 
-def _settings(module: nn.Module) -> dict[str, object]:
-    """Return the numbers and strings that a module holds."""
-    kinds = int, float, str, bool, type(None)
-    return {name: value for name, value in vars(module).items() if name != "training" and isinstance(value, kinds)}
-
-
-def _ties(module: nn.Module) -> dict[str, str]:
-    """Return, for each name of a parameter, the first of its names."""
+def _facts(module: nn.Module) -> dict[str, object]:
+    """Return the classes, numbers and strings in a module, its hooks, and the first name of each parameter."""
+    facts: dict[str, object] = {}
+    for name, part in module.named_modules(remove_duplicate=False):
+        # By name, since torch makes a new class for each module that it parametrises.
+        facts[name] = f"a {type(part).__module__}.{type(part).__qualname__}"
+        facts[f"{name}.forward"] = "with hooks" if part._forward_hooks or part._forward_pre_hooks else "without hooks"
+        for key, value in vars(part).items():
+            if isinstance(value, int | float | str | bool | None) and key != "training":
+                facts[f"{name}.{key}"] = value
     first: dict[int, str] = {}
-    named = module.named_parameters(remove_duplicate=False)
-    return {name: first.setdefault(id(parameter), name) for name, parameter in named}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        facts[name] = f"tied to {first.setdefault(id(parameter), name)}"
+    return facts
