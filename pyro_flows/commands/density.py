@@ -6,7 +6,8 @@ import textwrap
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,28 +76,22 @@ def run(wish: Namespace) -> bool:
     if not wish.quiet:
         print(*_beginning(wish.table, table, remarks, [len(part) for part in parts], spikes), sep="\n", flush=True)
     flow = DENSITIES[wish.flow](table.shape[1]).to(scored[0].dtype)
-    with warnings.catch_warnings(), hold_ctrl_c() as asked:
-        warnings.filterwarnings("ignore", message=GROWS)
-        warnings.showwarning = _told(warnings.showwarning, quiet=wish.quiet)
+    with hold_ctrl_c() as asked:
         fit = _trained(flow, parts, integers, wish)
         outputs.settle(fit)
-        save(flow, outputs.paths[0])  # first of all, so that Ctrl-C can only cost the picture
-    try:
+        save(flow, outputs.paths[0])
         nats, floor = ([_log_prob(density, x) for x in scored] for density in (flow, gaussian))
-        titles = [f"{name} + noise" if place in integers else name for place, name in enumerate(table.columns)]
         samples = flow().sample((SAMPLES,))
-        outputs.write_picture(plots.pairs(torch.cat(scored), samples, names=titles, labels=("data", "samples")))
-    except KeyboardInterrupt as error:
-        raise outputs.interruption(str(outputs.paths[0])) from error
     gain = nats[2] - floor[2]
     usable = bool(gain.mean() >= -two_errors(gain))
-    if not wish.quiet:
-        assert fit.held_out is not None  # there are rows for validation
-        note = f", {len(fit.held_out)} epoch{'' if len(fit.held_out) == 1 else 's'}"
-        note += f", {fit.skipped} steps skipped" if fit.skipped else ""
-        print(report_density(nats, floor, wish.flow, seconds=time.perf_counter() - start, note=note))
-        print(*_ending(outputs, flow, scored[0].dtype, integers, usable=usable), sep="\n")
-    outputs.end(asked())
+    assert fit.held_out is not None  # there are rows for validation
+    note = f", {len(fit.held_out)} epoch{'' if len(fit.held_out) == 1 else 's'}"
+    note += f", {fit.skipped} steps skipped" if fit.skipped else ""
+    said = report_density(nats, floor, wish.flow, seconds=time.perf_counter() - start, note=note)
+    ending = _ending(outputs, flow, scored[0].dtype, integers, usable=usable)
+    titles = [f"{name} + noise" if place in integers else name for place, name in enumerate(table.columns)]
+    draw = partial(plots.pairs, torch.cat(scored), samples, names=titles, labels=("data", "samples"))
+    outputs.finish(draw, "\n".join([said, *ending]), quiet=wish.quiet, interrupted=asked())
     return usable
 
 
@@ -146,11 +141,25 @@ def gaussian_of(x: Tensor, names: Sequence[str]) -> MultivariateNormal:
 
 
 def _trained(flow: Flow, parts: list[pd.DataFrame], integers: list[int], wish: Namespace) -> Fit:
-    try:
-        settings = {"discrete": integers, "max_epochs": wish.epochs, "progress": not wish.quiet}
-        return fit_density(flow, parts[0], validation=parts[1], **settings)
-    except (ValueError, FloatingPointError) as error:
-        raise Refused(" ".join(str(error).removeprefix(CALLER).split())) from error
+    """Train a flow, and print the warnings of fit_density as plain lines."""
+    show = warnings.showwarning
+
+    def tell(message: Warning | str, *place: Any, **more: Any) -> None:
+        words = str(message)
+        if not words.startswith(CALLER):
+            show(message, *place, **more)
+        elif not wish.quiet:
+            words = words.removeprefix(CALLER).replace("flow.double()", "--double")
+            print(*_wrapped(f"Warning: {words}"), sep="\n")
+
+    settings = {"discrete": integers, "max_epochs": wish.epochs, "progress": not wish.quiet}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=GROWS)
+        warnings.showwarning = tell
+        try:
+            return fit_density(flow, parts[0], validation=parts[1], **settings)
+        except (ValueError, FloatingPointError) as error:
+            raise Refused(" ".join(str(error).removeprefix(CALLER).split())) from error
 
 
 @torch.no_grad()
@@ -158,20 +167,6 @@ def _log_prob(density: Flow | MultivariateNormal, x: Tensor) -> Tensor:
     """Return log-densities of rows, ``(N,)``, in float64."""
     x = x if isinstance(density, Flow) else x.double()
     return torch.cat([density.log_prob(part).double() for part in x.split(PART)])
-
-
-def _told(show: Callable[..., None], *, quiet: bool) -> Callable[..., None]:
-    """Return a function that shows warnings, and prints those of fit_density as plain lines."""
-
-    def tell(message: Warning | str, *place: Any, **more: Any) -> None:
-        words = str(message)
-        if not words.startswith(CALLER):
-            show(message, *place, **more)
-        elif not quiet:
-            words = words.removeprefix(CALLER).replace("flow.double()", "--double")
-            print(*_wrapped(f"Warning: {words}"), sep="\n")
-
-    return tell
 
 
 def _beginning(

@@ -29,6 +29,7 @@ from .report import draws_of, report
 SCHOOLS = "ABCDEFGH"
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 STANDARD_ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+ADVICE = "Try more steps or another flow."
 WRITTEN, SHOWN, BATCH = 4000, 100_000, 10_000  # draws, and the size of a batch
 
 
@@ -68,11 +69,10 @@ def run(wish: Namespace) -> bool:
         drawn = partial(to_arviz, eight_schools, guide, *data, importance=checked.verdict == "reweight")
         write_atomically(outputs.paths[0], drawn(num_samples=WRITTEN).to_netcdf)
     draws = draws_of(drawn(num_samples=SHOWN, log_likelihood=False, batch_size=BATCH))
-    seconds = time.perf_counter() - start
-    settings: dict[str, Any] = {"seconds": seconds, "skipped": fit.skipped, "advice": "Try more steps or another flow."}
-    said = "" if wish.quiet else report(draws, checked, labels={"theta": list(SCHOOLS)}, **settings)
-    figure = plot_funnel({name: values[:WRITTEN] for name, values in draws.items()})
-    outputs.finish(figure, said, interrupted=asked())
+    settings: dict[str, Any] = {"seconds": time.perf_counter() - start, "skipped": fit.skipped, "advice": ADVICE}
+    said = report(draws, checked, labels={"theta": list(SCHOOLS)}, **settings)
+    draw = partial(plot_funnel, {name: values[:WRITTEN] for name, values in draws.items()})
+    outputs.finish(draw, f"{said}\nWrote {outputs}.", quiet=wish.quiet, interrupted=asked())
     return checked.verdict != "do not trust"
 
 

@@ -78,8 +78,8 @@ def run(wish: Namespace) -> bool:
         write_atomically(outputs.paths[0], container.to_netcdf)
     advice = f"Try {'' if wish.escalate else '--escalate, '}more --steps or another --flow."
     settings = {"seconds": time.perf_counter() - start, "skipped": fit.skipped, "advice": advice}
-    said = "" if wish.quiet else report(draws_of(container), checked, exact=exact, **settings)
-    outputs.finish(checked.plot(), said, interrupted=asked())
+    said = report(draws_of(container), checked, exact=exact, **settings)
+    outputs.finish(checked.plot, f"{said}\nWrote {outputs}.", quiet=wish.quiet, interrupted=asked())
     return bool(exact) or checked.verdict != "do not trust"
 
 

@@ -81,33 +81,31 @@ class Outputs:
         pairs = map(numbered, itertools.count(1))
         return distributed.broadcast(lambda: next(pair for pair in pairs if not any(map(os.path.lexists, pair))))
 
-    def write_picture(self, figure: Any) -> None:
-        """Write a figure of matplotlib."""
-        write_atomically(self.paths[1], lambda path: figure.savefig(path, dpi=150))
-
     def __str__(self) -> str:
         return f"{self.paths[0]} and {self.paths[1]}"
 
-    def finish(self, figure: Any, report: str, *, interrupted: bool) -> None:
-        """Print a report, unless it is empty, and write the picture.
+    def finish(self, draw: Callable[[], Any], said: str, *, quiet: bool, interrupted: bool) -> None:
+        """Write the picture, and print a report.
+
+        Args:
+            draw: Returns a figure of matplotlib.
+            said: The report.
+            quiet: True if nothing is printed.
+            interrupted: True if Ctrl-C came after the training.
 
         Raises:
             Interrupted: After Ctrl-C.
         """
-        if report:
-            print(report)
-        self.write_picture(figure)
-        if report:
-            print(f"Wrote {self}.")
-        self.end(interrupted)
-
-    def end(self, interrupted: bool) -> None:
-        """Raise Interrupted if Ctrl-C came during the training or after it."""
+        try:
+            write_atomically(self.paths[1], lambda path: draw().savefig(path, dpi=150))
+        except KeyboardInterrupt as error:
+            raise self._interruption(str(self.paths[0])) from error
+        if not quiet:
+            print(said)
         if interrupted or self.paths != self._whole:
-            raise self.interruption(str(self))
+            raise self._interruption(str(self))
 
-    def interruption(self, written: str) -> Interrupted:
-        """Return the error that says which files an interrupted run has written, and which it has left."""
+    def _interruption(self, written: str) -> Interrupted:
         if self.paths == self._whole:
             return Interrupted(f"interrupted after the training; wrote {written}")
         old = [str(path) for path in self._whole if path.exists()]
