@@ -47,7 +47,7 @@ class Data:
 
 
 def read_data(path: Path | None) -> Data:
-    """Read arguments, in torch's default dtype; without a file there are none.
+    """Read arguments, in torch's default dtype; without a file, return no arguments.
 
     Raises:
         Refused: If the file is missing or of another kind, or an argument is of no use or not finite.

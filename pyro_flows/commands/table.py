@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Columns = tuple[list[str], list[np.ndarray], list[str]]  # names, cells, and remarks on the file
 DELIMITERS = ",", ";", "\t", r"\s+"
-MISSING = {"", "?", "-", ".", "na", "n/a", "#n/a", "<na>", "nan", "-nan", "null", "none", "missing"}  # in lower case
+MISSING = {"", "?", "-", ".", "na", "n/a", "#n/a", "<na>", "null", "none", "missing"}  # in lower case
 DECIMAL_COMMA = re.compile(r"[+-]?[\d.]*,\d+(e[+-]?\d+)?", re.IGNORECASE)
 LOOKED_AT = 100  # rows that decide on the delimiter
 TOKENIZER = "Error tokenizing data. C error: "  # the beginning of pandas' errors
@@ -94,7 +94,7 @@ class _Selection:
     strict: bool
 
     def leave_out(self, kind: str, faults: Mapping[str, str]) -> None:
-        """Drop the columns with a fault, each of which may have a detail."""
+        """Drop the columns with a fault; ``faults`` holds a detail for each, which may be empty."""
         if not faults:
             return
         found = listed([f"{name!r} ({detail})" if detail else repr(name) for name, detail in faults.items()], MANY)
@@ -138,14 +138,17 @@ def _columns(cells: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], di
 
 def _numbers(cells: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Return the numbers in cells, NaN for missing values, and the cells that hold something else."""
-    import pandas as pd
-
     if cells.dtype.kind in "biuf":
         return cells.astype(np.float64), []
-    texts = pd.Series([str(cell) for cell in cells]).str.strip()
-    present = ~texts.str.lower().isin(MISSING)
-    numbers = pd.to_numeric(texts.where(present), errors="coerce").astype(np.float64)
-    return numbers.to_numpy(), texts[present & numbers.isna()].tolist()
+    numbers, wrong = np.full(len(cells), np.nan), []
+    for place, cell in enumerate(cells):
+        text = str(cell).strip()
+        try:
+            numbers[place] = float(text.replace("_", "?"))  # only Python reads 1_000 as a number
+        except ValueError:
+            if text.lower() not in MISSING:
+                wrong.append(text)
+    return numbers, wrong
 
 
 def _rows(number: int) -> str:
