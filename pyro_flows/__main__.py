@@ -17,100 +17,85 @@ STATUS = (
     "The exit status is 0 if the answer can be used, 2 if nothing was fitted, 3 if it cannot be trusted, and 130 after "
     "Ctrl-C, when what was fitted so far is written beside the files that a whole run writes."
 )
+FIT = (
+    "Fit a flow guide to your own Pyro model, print the posterior and how far to trust it, and write draws for ArviZ "
+    "and a picture of the check. If the guide's draws must be reweighted, the draws that are shown and written are "
+    "resampled by their weights."
+)
+DATA = (
+    "the model's arguments by name, as a JSON object or a NumPy .npz file. Numbers, booleans and strings keep their "
+    "type; lists and arrays of numbers become tensors of torch's default dtype, of booleans boolean ones. A JSON list "
+    "of integers becomes real numbers too; an .npz array of integers keeps its type. If the model does not run so, a "
+    "list of integers becomes integers, as an index must be, and a number a tensor, as an observation must be"
+)
+DENSITY = (
+    "Train a flow as the density of the rows of a table, print its mean log-density of rows to train on, to validate "
+    "and to test (80, 10 and 10 of 100) beside that of a Gaussian with full covariance, and write the model and a "
+    "picture of the data and its samples."
+)
+DENSITY_STATUS = (
+    "The exit status is 3 if the flow's log-density of the test rows is below the Gaussian's by more than two standard "
+    "errors, 2 if nothing was fitted, 130 after Ctrl-C, and 0 otherwise. Interrupted, it writes what was trained so "
+    "far to other names, such as model.interrupted.pt."
+)
+TABLE = (
+    "numbers as text (separated by commas, semicolons, tabs or spaces, with names in the first line or without) or as "
+    "a NumPy file: .npz with a matrix x (and the names in an array columns) or with vectors, or .npy. Columns of text, "
+    "empty and constant ones are left out, and so are rows with missing values; integers get uniform noise. A report "
+    "names the columns concerned"
+)
 
 
-def main_parser() -> argparse.ArgumentParser:
-    """Return the parser of the main job."""
-    made = argparse.ArgumentParser(
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of the main job, with ``fit`` and ``density`` as commands."""
+    main_job = argparse.ArgumentParser(
         prog="python -m pyro_flows",
         description="Fit a flow guide to the eight-schools data (centred model), print the posterior and how far to "
         "trust it, and write eight_schools.nc (ArviZ) and eight_schools.png.",
-        epilog=f"{STATUS} `python -m pyro_flows fit --help` tells how to fit a model of your own, and `python -m "
-        "pyro_flows density --help` how to fit the density of a table.",
+        epilog=f"{STATUS} See `python -m pyro_flows fit --help` for a model of your own, and `python -m pyro_flows "
+        "density --help` for the density of a table.",
     )
-    _add_flow(made, RECIPES)
-    made.add_argument("--steps", type=_positive, default=400, help="optimisation steps (default: 400)")
-    made.add_argument("--out", type=Path, default=Path(), help="folder of the two files (default: the current one)")
-    _add_seed_and_quiet(made)
-    return made
+    main_job.add_argument("--steps", type=_positive, default=400, help="optimisation steps (default: 400)")
+    main_job.add_argument("--out", type=Path, default=Path(), help="folder of the two files (default: the current one)")
+    _add_common(main_job, eight_schools.run, RECIPES)
+    commands = main_job.add_subparsers(title="commands", metavar="COMMAND", dest="command")
 
+    model = commands.add_parser("fit", description=FIT, epilog=STATUS, help="fit a model of your own")
+    model.add_argument(
+        "model", metavar="FILE.py:NAME", help="a model (a function or another callable) in a Python file"
+    )
+    model.add_argument("--data", type=Path, metavar="FILE", help=DATA)
+    _add_out(model, "posterior.nc", f"the file of {fit.DRAWS} draws, or of all draws of Markov chains")
+    model.add_argument("--escalate", action="store_true", help="go on to costlier fits until one can be trusted")
+    model.add_argument("--steps", type=_positive, help="optimisation steps (default: depends on the model)")
+    model.add_argument("--double", action="store_true", help="calculate in float64: slower, for delicate posteriors")
+    _add_common(model, fit.run, RECIPES)
 
-def fit_parser() -> argparse.ArgumentParser:
-    """Return the parser of ``fit``."""
-    made = argparse.ArgumentParser(
-        prog="python -m pyro_flows fit",
-        description="Fit a flow guide to your own Pyro model, print the posterior and how far to trust it, and write "
-        "draws for ArviZ and a picture of the check beside them. Where the guide's draws must be reweighted, those "
-        "that are shown and written are resampled by their weights.",
-        epilog=STATUS,
-    )
-    made.add_argument("model", metavar="FILE.py:NAME", help="a model (a function or another callable) in a Python file")
-    made.add_argument(
-        "--data",
-        type=Path,
-        metavar="FILE",
-        help="the model's arguments by name, as a JSON object or a NumPy .npz file. Numbers, booleans and strings stay "
-        "what they are; lists and arrays of numbers become tensors of torch's default dtype, of booleans boolean ones. "
-        "A JSON list of integers becomes real numbers too; an .npz array of integers stays one. Where the model runs "
-        "only so, a list of integers becomes integers, as an index must be, and a number a tensor, as an observation "
-        "must be",
-    )
-    _add_out(made, "posterior.nc", f"the file of {fit.DRAWS} draws, or of all draws of Markov chains")
-    made.add_argument("--escalate", action="store_true", help="go on to costlier fits until one can be trusted")
-    _add_flow(made, RECIPES)
-    made.add_argument("--steps", type=_positive, help="optimisation steps (default: what suits the model)")
-    made.add_argument("--double", action="store_true", help="calculate in float64: slower, for delicate posteriors")
-    _add_seed_and_quiet(made)
-    return made
-
-
-def density_parser() -> argparse.ArgumentParser:
-    """Return the parser of ``density``."""
-    made = argparse.ArgumentParser(
-        prog="python -m pyro_flows density",
-        description="Train a flow as the density of the rows of a table, print its mean log-density of rows to train "
-        "on, to validate and to test (80, 10 and 10 of 100) beside that of a Gaussian with full covariance, and write "
-        "the model and a picture of the data beside its samples.",
-        epilog="The exit status is 3 if the flow's log-density of the test rows is below the Gaussian's by more than "
-        "two standard errors, 2 if nothing was fitted, 130 after Ctrl-C, and 0 otherwise. Interrupted, it writes what "
-        "was trained so far to names of their own, such as model.interrupted.pt.",
-    )
-    made.add_argument(
-        "table",
-        type=Path,
-        metavar="TABLE",
-        help="numbers as text (parted by commas, semicolons, tabs or spaces, with names in the first line or without) "
-        "or as a NumPy file: .npz with a matrix x (and the names in an array columns) or with vectors, or .npy. "
-        "Columns of text, empty and constant ones are left out, and so are rows with missing values; integers get "
-        "uniform noise. What was done is reported by the columns' names",
-    )
+    table = commands.add_parser("density", description=DENSITY, epilog=DENSITY_STATUS, help="fit a table's density")
+    table.add_argument("table", type=Path, metavar="TABLE", help=TABLE)
     names = 'the columns to use (default: all that can be); "A, B" in double quotes is one name'
-    made.add_argument("--columns", metavar="A,B,...", help=names)
-    _add_out(made, "model.pt", "the file of the model, for pyro_flows.load")
-    _add_flow(made, DENSITIES, default="nsf")
-    epochs = "how often to go through the rows, at most (default: %(default)s)"
-    made.add_argument("--epochs", type=_positive, default=100, help=epochs)
-    made.add_argument("--double", action="store_true", help="calculate in float64: slower, for values far from zero")
-    _add_seed_and_quiet(made, ", and of the division of the rows")
-    return made
+    table.add_argument("--columns", metavar="A,B,...", help=names)
+    _add_out(table, "model.pt", "the file of the model, for pyro_flows.load")
+    epochs = "the largest number of passes through the rows (default: %(default)s)"
+    table.add_argument("--epochs", type=_positive, default=100, help=epochs)
+    table.add_argument("--double", action="store_true", help="calculate in float64: slower, for values far from zero")
+    _add_common(table, density.run, DENSITIES, default="nsf")
+    return main_job
 
 
-def _add_flow(made: argparse.ArgumentParser, recipes: Iterable[str], default: str | None = None) -> None:
-    names = sorted(recipes)
-    own = default or "AutoFlow's own"
-    words = f"the recipe of the flow (default: {own}): {', '.join(names)}"
-    made.add_argument("--flow", choices=names, default=default, metavar="FLOW", help=words)
-
-
-def _add_out(made: argparse.ArgumentParser, default: str, words: str) -> None:
+def _add_out(parser: argparse.ArgumentParser, default: str, words: str) -> None:
     words += " (default: %(default)s); the picture's name ends with .png instead"
-    made.add_argument("--out", type=Path, default=Path(default), metavar=f"FILE{Path(default).suffix}", help=words)
+    parser.add_argument("--out", type=Path, default=Path(default), metavar=f"FILE{Path(default).suffix}", help=words)
 
 
-def _add_seed_and_quiet(made: argparse.ArgumentParser, words: str = "") -> None:
-    words = f"seed of the random numbers{words} (default: %(default)s)"
-    made.add_argument("--seed", type=_seed, default=0, help=words)
-    made.add_argument("--quiet", action="store_true", help="no progress bar and no table")
+def _add_common(
+    parser: argparse.ArgumentParser, run: Callable[..., bool], recipes: Iterable[str], default: str | None = None
+) -> None:
+    flow = f"the recipe of the flow (default: {default or 'chosen by AutoFlow'}): {', '.join(sorted(recipes))}"
+    parser.add_argument("--flow", choices=sorted(recipes), default=default, metavar="FLOW", help=flow)
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of all random numbers (default: %(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
+    parser.set_defaults(run=run, parser=parser)
 
 
 def _positive(text: str) -> int:
@@ -127,22 +112,21 @@ def _seed(text: str) -> int:
     return number
 
 
-COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[..., bool]]] = {
-    "fit": (fit_parser, fit.run),
-    "density": (density_parser, density.run),
-}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status, or exit after one line that says what is wrong: with 2, or with 130
-    after Ctrl-C."""
+    """Run the command line, and return the exit status.
+
+    Raises:
+        SystemExit: After one line about what is wrong: with status 2, or with 130 after Ctrl-C.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
-    named = bool(words) and words[0] in COMMANDS
-    parser, run = COMMANDS[words.pop(0)] if named else (main_parser, eight_schools.run)
-    command = parser()
-    wish = command.parse_args(words)
+    wish, unknown = command_line().parse_known_args(words)
+    if wish.command and words[0] != wish.command:
+        unknown = words[: words.index(wish.command)]
+    command: argparse.ArgumentParser = wish.parser
+    if unknown:
+        command.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        return TRUSTED if run(wish) else NOT_TRUSTED
+        return TRUSTED if wish.run(wish) else NOT_TRUSTED
     except Refused as error:
         command.exit(2, f"{command.prog}: error: {error}\n")
     except KeyboardInterrupt as error:
@@ -150,13 +134,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run() -> int:
-    """Run the command line; of several processes that torchrun has started, the first alone speaks."""
+    """Run the command line; of several processes that torchrun has started, only the first prints."""
     first = os.environ.get("RANK", "0") == "0"
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if first else nowhere):
             return main()
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the exit status is known by now
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the exit status is already known
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Checks of arguments: each raises one clear error that names the caller, the argument, its requirement and its value.
+"""Checks of arguments: each raises one error that names the caller, the argument, its requirement and its value.
 
-They are for whatever a user hands over: numbers, sizes, shapes, classes.  Every part of the library may use them, and
-they know nothing of any part.
+They cover numbers, sizes, shapes and classes from users.  Every part of the library may use them, and they depend on
+no part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-IMAGE = "(channels, height, width)"  # words for what is asked for
+IMAGE = "(channels, height, width)"  # words for error messages
 BIJECTOR = "a bijector such as bijectors.Affine()"
 CONDITIONER = "a conditioner such as conditioners.MLP(...)"
 TRANSFORM = "a transform such as transforms.LULinear(3)"
@@ -24,20 +24,19 @@ MOST = 80  # characters of a value that an error quotes
 
 
 def quoted(value: object) -> str:
-    """Return a value as errors show it: on one line, and not at length."""
+    """Return a value for error messages: on one line, and cut off if it is long."""
     words = " ".join(repr(value).split())
     return words if len(words) <= MOST else f"{words[:MOST]}…"
 
 
-def is_integer(value: object) -> bool:
-    """True if a value is an integer, also one of numpy; a bool is none."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+def is_integer(value: object, least: float = -math.inf) -> bool:
+    """True if a value is an integer of at least ``least``, of Python or numpy, but not a bool."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= least)
 
 
 def check_integers(caller: str, least: int = 1, /, *, optional: bool = False, **values: object) -> None:
-    """Raise a ValueError unless each value is an integer of at least ``least``, or None where that is ``optional``."""
-    must = f"be an integer of at least {least}"
-    _check_each(caller, values, must, lambda x: is_integer(x) and x >= least, optional=optional)
+    """Raise ValueError unless each value is an integer of at least ``least``, or None if that is ``optional``."""
+    _check_each(caller, values, f"be an integer of at least {least}", lambda x: is_integer(x, least), optional=optional)
 
 
 def check_numbers(
@@ -50,14 +49,14 @@ def check_numbers(
     optional: bool = False,
     **values: object,
 ) -> None:
-    """Raise a ValueError unless each value is a finite number in a range, or None where that is ``optional``.
+    """Raise ValueError unless each value is a finite number in a range, or None if that is ``optional``.
 
     Args:
-        caller: What the user called.
-        above: What each value must exceed.
-        least: What each value must reach.
-        below: What no value may reach.
-        optional: Whether None stands for a default.
+        caller: The public name that the user called.
+        above: A lower bound, excluded.
+        least: A lower bound, included.
+        below: An upper bound, excluded.
+        optional: True if None stands for a default.
         **values: The values by the names of their arguments.
     """
     low, high = (-math.inf if above is None else above), (math.inf if below is None else below)
@@ -66,23 +65,30 @@ def check_numbers(
         number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
         return number and low < value < high and (least is None or value >= least)
 
-    _check_each(caller, values, _range(above, least, below), fits, optional=optional)
+    if above == 0 and below is None:
+        must = "be positive and finite"
+    elif above is not None and below is not None:
+        must = f"lie between {above:g} and {below:g}"
+    else:
+        ends = [f"{words} {bound:g}" for words, bound in (("above", above), ("at least", least)) if bound is not None]
+        must = f"be {' and '.join([*ends, 'finite' if below is None else f'below {below:g}'])}"
+    _check_each(caller, values, must, fits, optional=optional)
 
 
 def check_sizes(caller: str, /, **values: object) -> None:
-    """Raise a ValueError unless each value is a sequence of at least one positive integer."""
+    """Raise ValueError unless each value is a sequence of at least one positive integer."""
     must = "be a sequence of at least one integer, each at least 1, such as (64, 64)"
-    _check_each(caller, values, must, lambda x: _is_sizes(x) and len(x) > 0)
+    _check_each(caller, values, must, lambda x: _are_sizes(x) and len(x) > 0)
 
 
 def check_flags(caller: str, /, *, optional: bool = False, **values: object) -> None:
-    """Raise a ValueError unless each value is True or False, or None where that is ``optional``."""
+    """Raise ValueError unless each value is True or False, or None if that is ``optional``."""
     must = "be None, True or False" if optional else "be True or False"
     _check_each(caller, values, must, lambda x: isinstance(x, bool), optional=optional)
 
 
 def check_choice(caller: str, choices: tuple[str, ...], /, **values: object) -> None:
-    """Raise a ValueError unless each value is one of a few words."""
+    """Raise ValueError unless each value is one of a few strings."""
     must = f"be {' or '.join(map(repr, choices))}"
     _check_each(caller, values, must, lambda x: isinstance(x, str) and x in choices)
 
@@ -90,14 +96,18 @@ def check_choice(caller: str, choices: tuple[str, ...], /, **values: object) -> 
 def _check_each(
     caller: str, values: dict[str, Any], must: str, fits: Callable[[Any], bool], *, optional: bool = False
 ) -> None:
-    """Raise a ValueError that says what the first value that does not fit must be."""
+    """Raise ValueError for the first value that does not fit."""
     for argument, value in values.items():
-        if not (fits(value) or (optional and value is None)):
-            raise ValueError(f"{caller}: {argument} must {must}, got {quoted(value)}.")
+        _require(fits(value) or (optional and value is None), caller, argument, must, value)
+
+
+def _require(fits: bool, caller: str, argument: str, must: str, value: object) -> None:
+    if not fits:
+        raise ValueError(f"{caller}: {argument} must {must}, got {quoted(value)}.")
 
 
 def check_kind(caller: str, kind: type | tuple[type, ...], words: str, /, **values: object) -> None:
-    """Raise a TypeError that says ``words`` unless each value is an instance of ``kind``."""
+    """Raise TypeError with ``words`` unless each value is an instance of ``kind``."""
     for argument, value in values.items():
         if not isinstance(value, kind):
             given = f"the class {value.__name__}, uncalled" if isinstance(value, type) else quoted(value)
@@ -105,14 +115,14 @@ def check_kind(caller: str, kind: type | tuple[type, ...], words: str, /, **valu
 
 
 def check_program(**programs: object) -> None:
-    """Raise a TypeError unless each argument can be called, as a Pyro model or guide is."""
+    """Raise TypeError unless each argument is callable, as a Pyro model or guide is."""
     for argument, program in programs.items():
         if not callable(program):
             raise TypeError(f"{argument} must be a Pyro program, which can be called, got {quoted(program)}.")
 
 
 def check_dense(caller: str, argument: str, value: Tensor) -> None:
-    """Raise a ValueError that says the way out unless a tensor is dense and holds real numbers as they are."""
+    """Raise ValueError with a way out unless a tensor is dense, real and not quantised."""
     must = "be a dense tensor"
     if value.is_nested:
         got, way = "a nested one", f"give its parts one by one, {argument}.unbind()"
@@ -131,7 +141,7 @@ def as_file(caller: str, argument: str, value: Any) -> Path:
     """Return the path of a file.
 
     Raises:
-        TypeError: If a value is none.
+        TypeError: If a value is not a path.
     """
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise TypeError(f"{caller}: {argument} must be the path of a file, got {quoted(value)}.")
@@ -144,10 +154,10 @@ def as_path(caller: str, argument: str, value: Any) -> Path | None:
 
 
 def joined(caller: str, kwargs: dict[str, Any], model_kwargs: Any) -> dict[str, Any]:
-    """Return a model's keyword arguments, together with those whose names clash with those of the caller.
+    """Return a model's keyword arguments, with those of ``model_kwargs``, whose names may clash with the caller's.
 
     Raises:
-        TypeError: If the latter are no dict.
+        TypeError: If ``model_kwargs`` is not a mapping.
     """
     if model_kwargs is not None:
         check_kind(caller, Mapping, "a dict of the model's keyword arguments", model_kwargs=model_kwargs)
@@ -155,15 +165,14 @@ def joined(caller: str, kwargs: dict[str, Any], model_kwargs: Any) -> dict[str, 
 
 
 def as_shape(caller: str, argument: str, value: object, *, length: int | None = None, words: str = "") -> torch.Size:
-    """Return a shape: a sequence of positive integers, or one of them where any length will do.
+    """Return a shape: a sequence of positive integers, or a single one if no ``length`` is given.
 
     Raises:
-        ValueError: If it is no such thing, or has another ``length``; ``words`` say what is asked for instead.
+        ValueError: If it is not a shape, or has another length; ``words`` replace the requirement in the message.
     """
     found = (value,) if length is None and is_integer(value) else value
-    if not _is_sizes(found) or (length is not None and len(found) != length):  # type: ignore[arg-type]
-        words = words or "a tuple of positive integers such as (3,)"
-        raise ValueError(f"{caller}: {argument} must be {words}, got {quoted(value)}.")
+    must = f"be {words or 'a tuple of positive integers such as (3,)'}"
+    _require(_are_sizes(found) and length in (None, len(found)), caller, argument, must, value)
     return torch.Size(found)  # type: ignore[arg-type]
 
 
@@ -177,25 +186,24 @@ def as_flags(caller: str, argument: str, value: Any, length: int | None = None) 
     """Return one bool for each feature, ``(D,)``.
 
     Raises:
-        ValueError: If a value holds anything else, or not as many.
+        ValueError: If a value holds anything else, or another number of bools.
     """
     found = _listed(value)
-    if not found or any(flag not in (0, 1) for flag in found) or (length is not None and len(found) != length):
-        features = "each feature" if length is None else f"each of {length} features"
-        raise ValueError(f"{caller}: {argument} must hold one bool for {features}, got {quoted(value)}.")
+    fits = found and all(flag in (0, 1) for flag in found) and length in (None, len(found))
+    must = f"hold one bool for {'each feature' if length is None else f'each of {length} features'}"
+    _require(bool(fits), caller, argument, must, value)
     return torch.tensor([bool(flag) for flag in found], device=getattr(value, "device", None))
 
 
 def as_order(caller: str, argument: str, value: Any, length: int | None = None) -> list[int]:
-    """Return the integers from 0 to D - 1 in some order.
+    """Return the integers from 0 to D - 1 in the order of a value.
 
     Raises:
-        ValueError: If a value holds anything else.
+        ValueError: If the value holds anything else.
     """
     found = _listed(value)
-    if not found or sorted(found) != list(range(len(found) if length is None else length)):
-        last = "D - 1" if length is None else length - 1
-        raise ValueError(f"{caller}: {argument} must hold each of 0 … {last} once, got {quoted(value)}.")
+    fits = found and sorted(found) == list(range(len(found) if length is None else length))
+    _require(bool(fits), caller, argument, f"hold each of 0 … {'D - 1' if length is None else length - 1} once", value)
     return [int(place) for place in found]
 
 
@@ -203,7 +211,7 @@ def activation_of(caller: str, kind: Any) -> nn.Module:
     """Return a new activation of a class.
 
     Raises:
-        TypeError: If ``kind`` makes no module when it is called, or is a module already.
+        TypeError: If calling ``kind`` does not return a module, or it is a module already.
     """
     try:
         made = None if isinstance(kind, nn.Module) else kind()
@@ -218,22 +226,12 @@ def _is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def _is_sizes(value: object) -> bool:
-    return _is_sequence(value) and all(is_integer(size) and size > 0 for size in value)
+def _are_sizes(value: object) -> TypeGuard[Sequence[int]]:
+    return _is_sequence(value) and all(is_integer(size, 1) for size in value)
 
 
 def _listed(value: Any) -> list[Any]:
-    """Return what a vector or sequence of numbers holds, or nothing of anything else."""
+    """Return the numbers in a vector or sequence, or an empty list for other values."""
     found = value.tolist() if hasattr(value, "tolist") else value
     numbers = _is_sequence(found) and all(isinstance(part, int | float | np.number | np.bool_) for part in found)
     return list(found) if numbers else []
-
-
-def _range(above: float | None, least: float | None, below: float | None) -> str:
-    if above == 0 and below is None:
-        return "be positive and finite"
-    if above is not None and below is not None:
-        return f"lie between {above:g} and {below:g}"
-    ends = [f"above {above:g}"] if above is not None else []
-    ends += [f"at least {least:g}"] if least is not None else []
-    return f"be {' and '.join([*ends, 'finite' if below is None else f'below {below:g}'])}"

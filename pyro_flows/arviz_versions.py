@@ -1,7 +1,8 @@
-"""The one place that knows ArviZ 0.2x from ArviZ 1.x, by their features."""
+"""The only module that depends on the version of ArviZ, 0.2x or 1.x; it recognises them by their features."""
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from types import ModuleType
 from typing import Any
@@ -13,34 +14,28 @@ Groups = dict[str, dict[str, Variable]]
 
 
 def import_arviz() -> ModuleType:
-    """ArviZ, imported when it is first needed: it is slow to import, and 0.2x announces 1.x each time."""
+    """Return ArviZ, imported when it is first needed: the import is slow, and 0.2x announces 1.x each time."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         import arviz
     return arviz
 
 
-def _array_stats() -> Any:
-    """Return the functions of arrays of ArviZ 1.x, None for ArviZ 0.2x, which has them at its top."""
-    if hasattr(import_arviz(), "psislw"):
-        return None
-    from arviz_stats.base import array_stats
-
-    return array_stats
-
-
 def kde(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A grid over the range of values ``(N,)``, and an estimate of their density on it, right at hard ends too."""
-    grid, density, *_ = (_array_stats() or import_arviz()).kde(values)  # and the bandwidth, of ArviZ 1.x
+    """Return a grid over the range of values ``(N,)``, and a density estimate on it that is also right at hard ends."""
+    functions: Any = import_arviz()
+    if not hasattr(functions, "psislw"):
+        functions = importlib.import_module("arviz_stats.base").array_stats
+    grid, density, *_ = functions.kde(values)  # ArviZ 1.x returns the bandwidth, too
     return np.asarray(grid), np.asarray(density)
 
 
 def container(groups: Groups, attrs: dict[str, Any]) -> Any:
-    """An ``InferenceData`` (0.2x) or ``DataTree`` (1.x) of groups of variables.
+    """Return an ``InferenceData`` (0.2x) or ``DataTree`` (1.x) of groups of variables.
 
     Args:
-        groups: For each group its variables, each by the names of its dimensions and an array.  One named like its only
-            dimension holds that dimension's coordinates; other dimensions are numbered from 0.
+        groups: For each group its variables, each by the names of its dimensions and an array.  A variable with the
+            name of its only dimension holds the coordinates of that dimension; other dimensions are numbered from 0.
         attrs: The attributes of each group.
     """
     import xarray

@@ -1,7 +1,7 @@
 """Files that are written whole or not at all.
 
-A file is written as a draft in the folder of its target, forced to the disk, and renamed.  Beside each draft lies a
-lock that its writer holds, so that the drafts of killed writers can be told from those of live ones, and removed.
+A file is written as a draft in the folder of its target, forced to the disk, and renamed.  The name of a draft holds
+its machine and process, so that drafts of killed writers are recognised and removed.
 """
 
 from __future__ import annotations
@@ -21,24 +21,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, cast
 
-try:
-    import fcntl
-except ImportError:  # as on Windows, where drafts of killed writers stay
-    fcntl = None  # type: ignore[assignment]
-
-LOCK = re.compile(r"draft-([0-9a-f]{8})-[0-9a-f]{16}\.lock")
-LONGEST_SUFFIX = 16  # bytes of a name's end that a draft keeps, by which writers know the format
-ABANDONED = 86_400.0  # seconds after which an unlocked draft of another machine has no writer
+DRAFT = re.compile(r"draft-([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{16}\.part")
+LONGEST_SUFFIX = 16  # bytes; drafts keep a suffix, by which writers know the format
+ABANDONED = 86_400.0  # seconds, after which a draft of another machine has no writer
 
 
 def write_atomically(path: Path, write: Callable[[str], object]) -> None:
-    """Write a draft beside ``path`` and let it take the place of ``path``; readers see the old file or the new one.
+    """Write a draft and rename it to ``path``, so that readers see the old file or the new one.
 
     A symbolic link stays, and the file that it points to is replaced.  A file that exists keeps its mode.
 
     Args:
         path: The file.
-        write: Writes a file, given its name, which ends as the name of ``path`` does.
+        write: Writes a file, given its name, which has the suffix of ``path``.
 
     Raises:
         OSError: If the file cannot be written; then nothing has changed.
@@ -52,12 +47,12 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
             _liken(draft, before)
         _to_disk(draft)
         os.replace(draft, target)
-        with contextlib.suppress(OSError):  # some file systems cannot
+        with contextlib.suppress(OSError):  # not every file system can sync a folder
             _to_disk(target.parent)
 
 
 def try_path(path: Path) -> None:
-    """Raise the OSError that would keep a file from being written, without touching it."""
+    """Raise the OSError that prevents a file from being written; the file itself stays as before."""
     target = _target_of(path)
     _remove_abandoned(target.parent)
     with _draft_for(target, 0o600):
@@ -65,14 +60,14 @@ def try_path(path: Path) -> None:
 
 
 def save_tensors(content: Any, file: str) -> None:
-    """Call ``torch.save``, where a full disk is an OSError and no error of torch's own.
+    """Call ``torch.save``, so that a full disk raises an OSError in place of an error of torch.
 
     Raises:
         OSError: If the file cannot be written.
     """
-    import torch  # here, as what merely writes files need not wait for it
+    import torch  # here, since it is slow to import
 
-    errors: list[OSError] = []  # torch would hide the first behind one of its own
+    errors: list[OSError] = []  # torch would replace the first by another error
     with open(file, "wb") as stream:
 
         def write(data: bytes) -> int:
@@ -88,7 +83,7 @@ def save_tensors(content: Any, file: str) -> None:
 
 
 def _target_of(path: Path) -> Path:
-    """Return the file that a path stands for, its symbolic links followed.
+    """Return the file of a path, after following its symbolic links.
 
     Raises:
         OSError: If no file can be written there.
@@ -97,7 +92,7 @@ def _target_of(path: Path) -> Path:
     try:
         mode = os.stat(target).st_mode
     except FileNotFoundError:
-        if os.path.islink(target):  # realpath leaves a circle of links as it is
+        if os.path.islink(target):  # realpath does not resolve a circle of links
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
         if not target.parent.is_dir():
             words = f"there is no folder {str(target.parent)!r} to write {target.name!r} into"
@@ -114,94 +109,49 @@ def _target_of(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _draft_for(target: Path, mode: int) -> Iterator[Path]:
-    """Make an empty file beside a target, of a name that no other writer has; remove what is left of it afterwards."""
+    """Make an empty file in the folder of a target, under a unique name, and remove it afterwards if it is left."""
     suffix = target.suffix if len(os.fsencode(target.suffix)) <= LONGEST_SUFFIX else ""
-    with _locked_name(target.parent) as name:
-        draft = target.with_name(f"{name}.part{suffix}")
-        try:
-            os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
-            yield draft
-        finally:
-            draft.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _locked_name(folder: Path) -> Iterator[str]:
-    """Reserve a name in a folder by a lock, which is let go when this process ends, however it ends."""
-    while True:
-        name = f"draft-{_machine()}-{secrets.token_hex(8)}"
-        lock = folder / f"{name}.lock"
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            try:
-                held = _lock(handle) and os.path.samestat(os.stat(lock), os.fstat(handle))
-            except FileNotFoundError:  # another writer has taken it for abandoned before it was locked
-                held = False
-            except OSError:  # no locks here, so nobody may take the draft for one whose writer is gone
-                lock.unlink(missing_ok=True)
-                held = True
-            if held:
-                yield name
-                return
-        finally:
-            lock.unlink(missing_ok=True)
-            os.close(handle)
-
-
-def _lock(handle: int) -> bool:
-    """Lock an open file; False where somebody else has.
-
-    Raises:
-        OSError: If the file system has no locks.
-    """
-    if fcntl is None:
-        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    draft = target.with_name(f"draft-{_machine()}-{os.getpid()}-{secrets.token_hex(8)}.part{suffix}")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+        yield draft
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the drafts of writers that were killed.
-
-    A lock that can be had has no writer on this machine.  Some shared folders keep locks from other machines, so that
-    their drafts must be a day old as well.
-    """
+    """Remove the drafts of dead processes of this machine, and those of other machines after a day."""
     with contextlib.suppress(OSError):
-        names = os.listdir(folder)
-        for name in names:
-            if found := LOCK.fullmatch(name):
-                own = found[1] == _machine()
-                _remove_if_abandoned(folder / name, [n for n in names if n.startswith(f"{name[:-5]}.part")], own=own)
+        for draft in folder.iterdir():
+            if found := DRAFT.match(draft.name):
+                own, age = found[1] == _machine(), time.time() - draft.stat().st_mtime
+                if not _is_alive(int(found[2])) if own else age > ABANDONED:
+                    draft.unlink(missing_ok=True)
 
 
-def _remove_if_abandoned(lock: Path, drafts: list[str], *, own: bool) -> None:
-    with contextlib.suppress(OSError):
-        handle = os.open(lock, os.O_RDWR)
-        try:
-            files = [*(lock.with_name(draft) for draft in drafts), lock]
-            latest = max(file.stat().st_mtime for file in files)
-            if _lock(handle) and (own or time.time() - latest > ABANDONED):
-                for file in files:
-                    file.unlink(missing_ok=True)
-        finally:
-            os.close(handle)
+def _is_alive(process: int) -> bool:
+    """True if a process exists, or its existence cannot be tested."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)  # a test: no signal is sent
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
 
 
 @functools.cache
 def _machine() -> str:
-    """Name this machine, since it was started, in eight letters."""
+    """Return eight letters for this machine since its start, and for the container whose processes are numbered."""
     try:
-        name = Path("/proc/sys/kernel/random/boot_id").read_text()
+        name = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
     except OSError:
         name = socket.gethostname()
     return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def _liken(file: Path, other: os.stat_result) -> None:
-    """Give a file the mode of another and, where that is allowed, its owner."""
+    """Give a file the mode of another and, if the system allows it, the owner."""
     if hasattr(os, "chown"):
         with contextlib.suppress(OSError):
             os.chown(file, other.st_uid, other.st_gid)
@@ -209,7 +159,7 @@ def _liken(file: Path, other: os.stat_result) -> None:
 
 
 def _to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would outlast a loss of power."""
+    """Wait until a file, or the list of names in a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)

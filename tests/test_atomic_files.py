@@ -95,7 +95,7 @@ def test_threads_that_save_to_one_path_never_mix_flows(tmp_path: Path) -> None:
     assert names(tmp_path) == ["flow.pt"]
 
 
-def test_writers_that_look_for_abandoned_drafts_never_take_those_that_are_about_to_be_locked(tmp_path: Path) -> None:
+def test_writers_that_look_for_abandoned_drafts_never_take_those_of_live_writers(tmp_path: Path) -> None:
     file, errors = tmp_path / "numbers", []
 
     def keep(letter: str) -> None:
@@ -135,14 +135,14 @@ def killed(tmp_path: Path) -> list[str]:
         assert writer.stdout.readline() == "begun\n"
         write_atomically(tmp_path / "mine", words("mine"))
         left = [name for name in names(tmp_path) if name != "mine"]
-        assert len(left) == 2  # the draft of a live writer and its lock stay
+        assert len(left) == 1  # the draft of a live writer stays
         writer.kill()
     assert names(tmp_path) == [*left, "mine"]
     return left
 
 
 def test_drafts_of_killed_writers_are_removed_and_those_of_live_ones_stay(tmp_path: Path, killed: list[str]) -> None:
-    assert [name.rpartition(".")[2] for name in killed] == ["lock", "nc"]
+    assert [name.rpartition(".")[2] for name in killed] == ["nc"]
     (tmp_path / "draft-horse.txt").write_text("a file of the user's")
     write_atomically(tmp_path / "mine", words("mine"))
     assert names(tmp_path) == ["draft-horse.txt", "mine"]
@@ -151,7 +151,7 @@ def test_drafts_of_killed_writers_are_removed_and_those_of_live_ones_stay(tmp_pa
 def test_drafts_from_other_machines_are_removed_a_day_later(
     tmp_path: Path, killed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shared folder need not show their locks here."""
+    """Their processes cannot be seen from here."""
     monkeypatch.setattr(atomic_files, "_machine", lambda: "0" * 8)
     try_path(tmp_path / "mine")
     assert names(tmp_path) == [*killed, "mine"]
@@ -161,28 +161,19 @@ def test_drafts_from_other_machines_are_removed_a_day_later(
     assert names(tmp_path) == ["mine"]
 
 
-def test_a_lock_that_was_taken_for_abandoned_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another writer may find a lock in the moment between its creation and its locking."""
-    lock, stolen = atomic_files._lock, []
+def test_drafts_of_processes_of_others_stay(tmp_path: Path, killed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system refuses to signal them; where it cannot be asked, all stay."""
 
-    def late(handle: int) -> bool:
-        if not stolen:
-            stolen.extend(tmp_path.glob("draft-*.lock"))
-            stolen[0].unlink()
-        return lock(handle)
+    def refuse(process: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(atomic_files, "_lock", late)
-    write_atomically(tmp_path / "a", words("whole"))
-    assert stolen
-    assert (tmp_path / "a").read_text() == "whole"
-    assert names(tmp_path) == ["a"]
-
-
-def test_file_systems_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic_files, "fcntl", None)
-    write_atomically(tmp_path / "a", lambda draft: Path(draft).write_text(" ".join(names(tmp_path))))
-    assert ".lock" not in (tmp_path / "a").read_text()
-    assert names(tmp_path) == ["a"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", refuse)
+        try_path(tmp_path / "mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic_files, "_is_alive", lambda process: True)
+        try_path(tmp_path / "mine")
+    assert names(tmp_path) == [*killed, "mine"]
 
 
 @pytest.mark.parametrize("length", [249, 255])

@@ -13,8 +13,8 @@ from numpy.lib import format as npy
 
 from pyro_flows.__main__ import main
 from pyro_flows.commands import Refused
-from pyro_flows.commands.arrays import read_arrays
 from pyro_flows.commands.data import read_data
+from pyro_flows.commands.table import read_arrays
 
 MODEL = """
 import pyro, pyro.distributions as dist
@@ -104,11 +104,15 @@ def test_compressed_tables_of_much_the_same_numbers_are_read(tmp_path: Path) -> 
     np.savez_compressed(tmp_path / "x.npz", x=np.zeros((10_000, 300)))
     assert len(read_arrays(tmp_path / "x.npz")[0]) == 300
     np.savez(tmp_path / "y.npz", x=np.asfortranarray(np.arange(6.0).reshape(2, 3)), columns=["α", "b", "c"])
-    columns, _ = read_arrays(tmp_path / "y.npz")
-    assert {name: column.tolist() for name, column in columns.items()} == {"α": [0, 3], "b": [1, 4], "c": [2, 5]}
+    names, columns, _ = read_arrays(tmp_path / "y.npz")
+    assert {name: column.tolist() for name, column in zip(names, columns, strict=True)} == {
+        "α": [0, 3],
+        "b": [1, 4],
+        "c": [2, 5],
+    }
     with pytest.warns(UserWarning, match="format 3.0"):
         np.save(tmp_path / "named.npy", np.array([(1.0, 2)], dtype=[("φ", "f8"), ("n", "i4")]))
-    assert list(read_arrays(tmp_path / "named.npy")[0]) == ["φ", "n"]
+    assert read_arrays(tmp_path / "named.npy")[0] == ["φ", "n"]
 
 
 def test_damaged_npz_files_are_refused(tmp_path: Path) -> None:

@@ -197,7 +197,13 @@ def test_a_bad_seed_is_refused(capsys):
 
 @pytest.mark.usefixtures("no_training")
 def test_a_word_that_is_no_command_is_refused(capsys):
-    assert "unrecognized arguments: fitt" in refused(["fitt"], capsys)
+    assert "invalid choice: 'fitt' (choose from" in refused(["fitt"], capsys)
+
+
+@pytest.mark.usefixtures("no_training")
+def test_options_before_a_command_are_refused(capsys):
+    """They would be forgotten."""
+    assert "unrecognized arguments: --steps 3" in refused(["--steps", "3", "density", "table.csv"], capsys)
 
 
 @pytest.mark.usefixtures("no_training")

@@ -1,4 +1,4 @@
-"""What ``python -m pyro_flows`` can do, a file for each command, and what the commands share."""
+"""The commands of ``python -m pyro_flows``, one module each, and the modules that they share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 from .. import flows
 
 RECIPES = {name: getattr(flows, name) for name in ("iaf", "maf", "nice", "nsf", "nsf_ar", "realnvp")}
-# A density may be slower to draw from than a guide: every recipe that needs the number of features alone.
+# Densities may be slow to sample from, so that every recipe is here that requires only the number of features.
 DENSITIES = {
     name: recipe
     for name, recipe in inspect.getmembers(flows, inspect.isfunction)
@@ -16,4 +16,4 @@ DENSITIES = {
 
 
 class Refused(ValueError):
-    """A wish that cannot be granted; its text is one line for the person who typed the command."""
+    """Error for a wish that cannot be granted; its text is one line for the user of the command."""

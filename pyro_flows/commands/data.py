@@ -1,12 +1,11 @@
-"""The arguments of the user's model: by name, from a JSON or NumPy file.
+"""Arguments of the user's model, by name, from a JSON or NumPy file.
 
-Numbers, booleans and strings stay what they are.  Lists and arrays of numbers become tensors of torch's default dtype,
-those of booleans boolean tensors.  JSON seldom tells integers from real numbers that happen to be whole (R writes
-c(1, 2) as [1, 2]), so a list of integers becomes real numbers as well.  NumPy files do tell: an array of integers stays
-one.
+Numbers, booleans and strings keep their type.  Lists and arrays of numbers become tensors of torch's default dtype, and
+those of booleans boolean tensors.  JSON often writes whole real numbers as integers (R writes c(1, 2) as [1, 2]), so a
+list of integers becomes real numbers as well.  In NumPy files an array of integers keeps its type.
 
-Two kinds of values are read in another way where the model runs only so: a list of integers as integers, with which it
-may index, and a single number as a tensor, which it may observe.
+Two kinds of values have a second reading, for models that do not run with the first.  A list of integers may be an
+index, and becomes integers.  A single number may be an observation, and becomes a tensor.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
@@ -24,35 +23,37 @@ import torch
 from torch import Tensor
 
 from . import Refused
-from .arrays import read_numpy
-from .inputs import read_file, repeated
+from .inputs import read_file, read_numpy, repeated
 
-TRIALS = 128  # of ways to read the data
+TRIALS = 128  # readings of the data
 DEEPEST = 64  # lists in lists; torch makes a dimension of each
+INTEGERS = torch.iinfo(torch.int64)
 
 
 @dataclass(frozen=True)
 class Data:
-    """Arguments by name, and for some of them another value that may be meant."""
+    """Arguments by name, and the integers that some lists of real numbers may stand for."""
 
-    values: dict[str, Any]
-    others: dict[str, Any]
+    values: dict[str, Any] = field(default_factory=dict)
+    integers: dict[str, Tensor] = field(default_factory=dict)
 
     def readings(self) -> Iterator[dict[str, Any]]:
-        """The arguments, then with ever more of the other values in their places."""
-        choices = (chosen for size in range(len(self.others) + 1) for chosen in combinations(self.others, size))
+        """Yield the arguments, then with more and more second readings in their places."""
+        numbers = {name: value for name, value in self.values.items() if type(value) in (int, float)}
+        others = {**self.integers, **{name: torch.tensor(float(value)) for name, value in numbers.items()}}
+        choices = (chosen for size in range(len(others) + 1) for chosen in combinations(others, size))
         for chosen in islice(choices, TRIALS):
-            yield {**self.values, **{name: self.others[name] for name in chosen}}
+            yield {**self.values, **{name: others[name] for name in chosen}}
 
 
 def read_data(path: Path | None) -> Data:
-    """Read arguments, in torch's default dtype; none where there is no file.
+    """Read arguments, in torch's default dtype; without a file, return no arguments.
 
     Raises:
-        Refused: If the file is missing or is none of the two kinds, or an argument is of no use or not finite.
+        Refused: If the file is missing or of another kind, or an argument is of no use or not finite.
     """
     if path is None:
-        return Data({}, {})
+        return Data()
     data = read_file("data file", path, {".json": _read_json, ".npz": _read_npz})
     for name, value in data.values.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -80,8 +81,7 @@ def _read_json(path: Path) -> Data:
         raise Refused(f"the data file {str(path)!r} must hold an object, {{name: value, ...}}")
     values = {name: _from_json(name, value) for name, value in found.items()}
     integers = {name: x for name, x in values.items() if isinstance(x, Tensor) and x.dtype == torch.int64}
-    reals = {name: value.to(torch.get_default_dtype()) for name, value in integers.items()}
-    return Data({**values, **reals}, integers | _as_tensors(values))
+    return Data({**values, **{name: x.to(torch.get_default_dtype()) for name, x in integers.items()}}, integers)
 
 
 def _from_json(name: str, value: Any) -> Any:
@@ -89,7 +89,7 @@ def _from_json(name: str, value: Any) -> Any:
         raise Refused(f"argument {name!r} is an object; give its parts as arguments of their own")
     leaves = list(_leaves(name, value))
     kinds = {type(leaf) for leaf in leaves}
-    if any(isinstance(leaf, int) and not -(2**63) <= leaf < 2**63 for leaf in leaves):
+    if any(isinstance(leaf, int) and not INTEGERS.min <= leaf <= INTEGERS.max for leaf in leaves):
         raise Refused(f"argument {name!r} holds integers beyond 64 bits; write them as real numbers")
     if not isinstance(value, list) or kinds == {str}:
         return value
@@ -116,8 +116,7 @@ def _read_npz(path: Path) -> Data:
     arrays = read_numpy("data file", path)
     if isinstance(arrays, np.ndarray):
         raise Refused(f"the data file {str(path)!r} holds one array without a name; write it with numpy.savez")
-    values = {name: _from_numpy(name, array) for name, array in arrays.items()}
-    return Data(values, _as_tensors(values))
+    return Data({name: _from_numpy(name, array) for name, array in arrays.items()})
 
 
 def _from_numpy(name: str, array: np.ndarray) -> Any:
@@ -127,12 +126,7 @@ def _from_numpy(name: str, array: np.ndarray) -> Any:
         return array.tolist()
     if array.dtype.kind == "f":
         return torch.from_numpy(array.astype(np.float64)).to(torch.get_default_dtype())
-    if array.size and int(array.max()) > torch.iinfo(torch.int64).max:
+    if array.size and int(array.max()) > INTEGERS.max:
         raise Refused(f"argument {name!r} holds integers beyond 64 bits")
-    return torch.from_numpy(array if array.dtype.kind == "b" else array.astype(np.int64))  # bytes would be masks
-
-
-def _as_tensors(values: dict[str, Any]) -> dict[str, Any]:
-    """Tensors in place of the single numbers among values."""
-    numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
-    return {name: torch.tensor(float(value)) for name, value in numbers.items()}
+    # Indexing takes tensors of bytes for masks.
+    return torch.from_numpy(array if array.dtype.kind == "b" else array.astype(np.int64))

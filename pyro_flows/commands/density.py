@@ -1,4 +1,4 @@
-"""The command ``density``: a flow as the density of the user's own table, beside a Gaussian."""
+"""The command ``density``: a flow as the density of the user's table, in comparison with a Gaussian."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import textwrap
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyro
@@ -18,155 +18,182 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from .. import plots
-from ..atomic_files import write_atomically
 from ..data import Spike, dequantize, find_spikes
+from ..data.columns import tied_columns
 from ..data.table import listed, listed_names
 from ..distributions import StudentTBase
 from ..fitting import fit_density
 from ..flows import Flow
 from ..persistence import save
+from ..training import Fit
 from . import DENSITIES, Refused
-from .nats import gaussian_of, report, two_errors
-from .outputs import Interrupted, check_writable, hold_ctrl_c, places_for, what_was_kept, with_picture
-from .table import MANY, Table, read_table, split_names
+from .outputs import Outputs, hold_ctrl_c
+from .report import report_density, two_errors
+from .table import MANY, read_table, split_names
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FEWEST = 50  # rows
 SAMPLES = 5000  # for the picture
 PART = 10_000  # rows that are scored together
-CALLER = "fit_density: "  # as its warnings and errors begin
-INTEGERS = "Integers: {}. Noise from [0, 1) is added to them; their mean log-density is a lower bound of the log-mass."
-REPEATED = (
-    "Warning: {}. Densities grow without bound there, and nats say how narrow the spikes are, not how good the density "
-    "is. Leave such columns out by --columns, or divide multiples of a step by it: they become integers and get noise."
-)
-COPIES = (
-    "Warning: {}. Densities grow without bound there, and copies among the test rows are known from training. If rows "
-    "were entered twice, keep one of each."
-)
-TOLD = {("integers",): INTEGERS, ("lattice", "value"): REPEATED, ("rows",): COPIES}  # by the kinds of spikes
-GROWS = ".*Densities grow without bound"  # what fit_density warns of, and the command tells in its own words
+CALLER = "fit_density: "  # the beginning of its warnings and errors
+NOTES = {  # by the kinds of spikes
+    ("integers",): "Integers: {}. Noise from [0, 1) is added to them; their mean log-density is a lower bound of the "
+    "log-mass.",
+    ("lattice", "value"): "Warning: {}. Densities grow without bound there, and nats say how narrow the spikes are, "
+    "not how good the density is. Leave such columns out by --columns, or divide multiples of a step by it: they "
+    "become integers and get noise.",
+    ("rows",): "Warning: {}. Densities grow without bound there, and copies among the test rows are known from "
+    "training. If rows were entered twice, keep one of each.",
+}
+GROWS = ".*Densities grow without bound"  # a warning of fit_density, which the notes replace
 
 
 def run(wish: Namespace) -> bool:
-    """Fit, print and write the model and a picture beside it; return whether the flow is no worse than a Gaussian.
+    """Fit the density, print its nats, and write the model and a picture.
 
     Args:
-        wish: What ``density_parser`` has read.
+        wish: The options of the command line.
+
+    Returns:
+        True unless the flow is worse than a Gaussian.
 
     Raises:
-        Refused: Before any training, if what is asked for cannot be done; and where training fails.
-        Interrupted: After Ctrl-C, when what was trained is written beside these files.
+        Refused: Before any training, if the wish cannot be granted; and if training fails.
+        Interrupted: After Ctrl-C; what was trained is written.
     """
-    paths = with_picture(wish.out, ".pt")
+    outputs = Outputs(wish.out, ".pt")
     start = time.perf_counter()
-    table = read_table(wish.table, None if wish.columns is None else split_names(wish.columns))
-    if not wish.double and (lost := _lost(table)):
-        raise Refused(f"single precision cannot tell apart the values of {lost}; use --double")
-    values = table.values.astype(np.float64 if wish.double else np.float32)
-    rows, width = values.shape
-    if rows < max(FEWEST, 4 * width):
-        raise Refused(f"the table has {rows} rows, too few for a density of {width} columns")
+    table, remarks = read_table(wish.table, None if wish.columns is None else split_names(wish.columns))
     spikes = find_spikes(table)
-    integers = [table.columns.index(str(spike.column)) for spike in spikes if spike.kind == "integers"]
+    integers = [table.columns.get_loc(str(spike.column)) for spike in spikes if spike.kind == "integers"]
     pyro.set_rng_seed(wish.seed)
-    order = torch.randperm(rows).numpy()
-    parts = [replace(table, values=values[index]) for index in np.split(order, [int(0.8 * rows), int(0.9 * rows)])]
-    scored = [dequantize(torch.from_numpy(part.values), integers) for part in parts]
-    gaussian = gaussian_of(scored[0], table.columns)
-    check_writable(paths)
+    parts = _divided(table, double=wish.double)
+    scored = [dequantize(torch.tensor(part.to_numpy()), integers) for part in parts]
+    gaussian = gaussian_of(scored[0], list(table.columns))
+    outputs.check_writable()
     if not wish.quiet:
-        print(*_beginning(wish.table, table, [len(part) for part in scored], spikes), sep="\n", flush=True)
-    flow = DENSITIES[wish.flow](width).to(scored[0].dtype)
-    train, judge, _ = parts
-    with warnings.catch_warnings(), hold_ctrl_c() as asked:
-        warnings.filterwarnings("ignore", message=GROWS)
-        warnings.showwarning = _told(warnings.showwarning, quiet=wish.quiet)
-        try:
-            settings = {"discrete": integers, "max_epochs": wish.epochs, "progress": not wish.quiet}
-            fit = fit_density(flow, train, validation=judge, **settings)
-        except (ValueError, FloatingPointError) as error:
-            raise Refused(" ".join(str(error).removeprefix(CALLER).split())) from error
-        kept = places_for(fit, paths)
-        save(flow, kept[0])  # before all else, as this is what was trained
-    try:
-        own, floor = ([_log_prob(density, x) for x in scored] for density in (flow, gaussian))
-        gain = own[2] - floor[2]
-        usable = bool(gain.mean() >= -two_errors(gain))
+        print(*_beginning(wish.table, table, remarks, [len(part) for part in parts], spikes), sep="\n", flush=True)
+    flow = DENSITIES[wish.flow](table.shape[1]).to(scored[0].dtype)
+    with hold_ctrl_c() as asked:
+        fit = _trained(flow, parts, integers, wish)
+        outputs.settle(fit)
+        save(flow, outputs.paths[0])
+        nats, floor = ([_log_prob(density, x) for x in scored] for density in (flow, gaussian))
         samples = flow().sample((SAMPLES,))
-        titles = [f"{name} + noise" if place in integers else name for place, name in enumerate(table.columns)]
-        picture = plots.pairs(torch.cat(scored), samples, names=titles, labels=("data", "samples"))
-        write_atomically(kept[1], lambda path: picture.savefig(path, dpi=150))
-    except KeyboardInterrupt as error:
-        raise Interrupted(what_was_kept(paths, kept[0])) from error
-    if not wish.quiet:
-        assert fit.held_out is not None  # there are rows to validate
-        note = f", {len(fit.held_out)} epoch{'' if len(fit.held_out) == 1 else 's'}"
-        note += f", {fit.skipped} steps skipped" if fit.skipped else ""
-        print(report(own, floor, wish.flow, seconds=time.perf_counter() - start, note=note))
-        heavy = isinstance(flow.base, StudentTBase)
-        print(*_ending(kept, values.dtype, integers, heavy=heavy, usable=usable), sep="\n")
-    if asked() or fit.stopped == "interrupted":
-        raise Interrupted(what_was_kept(paths, *kept))
+    gain = nats[2] - floor[2]
+    usable = bool(gain.mean() >= -two_errors(gain))
+    assert fit.held_out is not None  # there are rows for validation
+    note = f", {len(fit.held_out)} epoch{'' if len(fit.held_out) == 1 else 's'}"
+    note += f", {fit.skipped} steps skipped" if fit.skipped else ""
+    said = report_density(nats, floor, wish.flow, seconds=time.perf_counter() - start, note=note)
+    ending = _ending(outputs, flow, scored[0].dtype, integers, usable=usable)
+    titles = [f"{name} + noise" if place in integers else name for place, name in enumerate(table.columns)]
+    draw = partial(plots.pairs, torch.cat(scored), samples, names=titles, labels=("data", "samples"))
+    outputs.finish(draw, "\n".join([said, *ending]), quiet=wish.quiet, interrupted=asked())
     return usable
 
 
-def _told(show: Callable[..., None], *, quiet: bool) -> Callable[..., None]:
-    """A way to show warnings that prints those of fit_density as plain lines."""
+def _divided(table: pd.DataFrame, *, double: bool) -> list[pd.DataFrame]:
+    """Return the rows to train on, to validate and to test, in random order, in float32 or float64.
+
+    Raises:
+        Refused: If float32 would lose a column's values, or there are too few rows.
+    """
+    if not double and (lost := [name for name, column in table.items() if _loses(column.to_numpy())]):
+        raise Refused(f"single precision cannot tell apart the values of {lost[0]!r}; use --double")
+    rows, width = table.shape
+    if rows < max(FEWEST, 4 * width):
+        raise Refused(f"the table has {rows} rows, too few for a density of {width} columns")
+    order, cuts = torch.randperm(rows).numpy(), [int(0.8 * rows), int(0.9 * rows)]
+    table = table.astype(np.float64 if double else np.float32)
+    return [table.iloc[index] for index in np.split(order, cuts)]
+
+
+def _loses(column: np.ndarray) -> bool:
+    """True if float32 cannot hold the numbers of a column, or rounds different ones to the same."""
+    info = np.finfo(np.float32)
+    largest, spread = np.abs(column).max(), column.std()
+    step = 0.01 if spread < 1e4 and (column == column.round()).all() else spread  # integers get noise between them
+    return bool(largest > info.max / 1e6 or largest < info.tiny * 1e6 or largest * info.eps > step)
+
+
+def gaussian_of(x: Tensor, names: Sequence[str]) -> MultivariateNormal:
+    """Return the Gaussian of maximum likelihood, in float64.
+
+    Args:
+        x: Rows, ``(N, D)``.
+        names: The names of the columns.
+
+    Raises:
+        Refused: If a column is constant, or determined by others: then there is no density.
+    """
+    x = x.double()
+    scale, loc = torch.std_mean(x, 0, correction=0)
+    if same := [name for name, sd in zip(names, scale, strict=True) if not sd > 0]:
+        raise Refused(f"the rows to train on are constant in {listed_names(same)}; choose other columns by --columns")
+    if collinear := tied_columns(x):
+        words = f"the columns {listed_names(names[place] for place in collinear)} determine one another"
+        raise Refused(f"{words} (by a linear relation), so they have no joint density; leave one out by --columns")
+    z = (x - loc) / scale
+    return MultivariateNormal(loc, scale_tril=scale[:, None] * torch.linalg.cholesky(z.T @ z / len(z)))
+
+
+def _trained(flow: Flow, parts: list[pd.DataFrame], integers: list[int], wish: Namespace) -> Fit:
+    """Train a flow, and print the warnings of fit_density as plain lines."""
+    show = warnings.showwarning
 
     def tell(message: Warning | str, *place: Any, **more: Any) -> None:
         words = str(message)
         if not words.startswith(CALLER):
             show(message, *place, **more)
-        elif not quiet:
-            print(*_wrapped([f"Warning: {words.removeprefix(CALLER).replace('flow.double()', '--double')}"]), sep="\n")
+        elif not wish.quiet:
+            words = words.removeprefix(CALLER).replace("flow.double()", "--double")
+            print(*_wrapped(f"Warning: {words}"), sep="\n")
 
-    return tell
+    settings = {"discrete": integers, "max_epochs": wish.epochs, "progress": not wish.quiet}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=GROWS)
+        warnings.showwarning = tell
+        try:
+            return fit_density(flow, parts[0], validation=parts[1], **settings)
+        except (ValueError, FloatingPointError) as error:
+            raise Refused(" ".join(str(error).removeprefix(CALLER).split())) from error
 
 
 @torch.no_grad()
 def _log_prob(density: Flow | MultivariateNormal, x: Tensor) -> Tensor:
-    """Log-densities of rows, ``(N,)``, in float64."""
+    """Return log-densities of rows, ``(N,)``, in float64."""
     x = x if isinstance(density, Flow) else x.double()
     return torch.cat([density.log_prob(part).double() for part in x.split(PART)])
 
 
-def _lost(table: Table) -> str:
-    """The first column whose numbers float32 cannot hold, or not apart, by name; empty where there is none."""
-    info = np.finfo(np.float32)
-    for name, column in zip(table.columns, table.values.T, strict=True):
-        largest, spread = np.abs(column).max(), column.std()
-        step = 0.01 if spread < 1e4 and (column == column.round()).all() else spread  # integers get noise between them
-        if largest > info.max / 1e6 or largest < info.tiny * 1e6 or largest * info.eps > step:
-            return repr(name)
-    return ""
-
-
-def _beginning(file: Path, table: Table, sizes: list[int], spikes: list[Spike]) -> list[str]:
-    """What was read, and what is to be known of it."""
-    said = [
-        f"Read {file}.",
-        *table.remarks,
-        f"Columns: {listed_names(table.columns, MANY)}.",
-        f"Rows: {sum(sizes)}, of which {sizes[0]} to train on, {sizes[1]} to validate and {sizes[2]} to test.",
-    ]
-    for kinds, words in TOLD.items():
+def _beginning(
+    file: Path, table: pd.DataFrame, remarks: list[str], sizes: list[int], spikes: list[Spike]
+) -> Iterator[str]:
+    """Yield lines about the table, before the training."""
+    columns = f"Columns: {listed_names(table.columns, MANY)}."
+    rows = f"Rows: {sum(sizes)}, of which {sizes[0]} to train on, {sizes[1]} to validate and {sizes[2]} to test."
+    yield from _wrapped(f"Read {file}.", *remarks, columns, rows)
+    for kinds, words in NOTES.items():
         if found := [repr(s.column) if s.kind == "integers" else str(s) for s in spikes if s.kind in kinds]:
-            said.append(words.format(listed(found, MANY)))
-    return _wrapped(said)
+            yield from _wrapped(words.format(listed(found, MANY)))
 
 
-def _ending(paths: tuple[Path, Path], dtype: np.dtype, integers: list[int], *, heavy: bool, usable: bool) -> list[str]:
-    """What the numbers are, and how to use what was written."""
+def _ending(outputs: Outputs, flow: Flow, dtype: torch.dtype, integers: list[int], *, usable: bool) -> list[str]:
+    """Return lines about the nats, and about the use of the files."""
+    said = ["Mean log-densities of the rows, in nats, of the data as given, ± 2 standard errors."]
+    if isinstance(flow.base, StudentTBase):
+        said.append("Some values lie far out: the base has a Student's t's tails.")
+    if not usable:
+        said.append("The flow is worse than a Gaussian. Try more --epochs or another --flow.")
+    number = str(dtype).removeprefix("torch.")
+    said.append(f"Wrote {outputs}. In Python, for rows x of {number} with the columns in the order above:")
     noise = f"x = pyro_flows.dequantize(x, {integers}); " if integers else ""
-    said = [
-        "Mean log-densities of the rows, in nats, of the data as given, ± 2 standard errors.",
-        "Some values lie far out: the base has a Student's t's tails." if heavy else "",
-        "" if usable else "The flow is worse than a Gaussian. Try more --epochs or another --flow.",
-        f"Wrote {paths[0]} and {paths[1]}. In Python, for rows x of {dtype} with the columns in the order above:",
-    ]
-    code = f"flow = pyro_flows.load({str(paths[0])!r}); {noise}flow.log_prob(x); flow().sample((1000,))"
-    return ["", *_wrapped(said), f"    {code}"]
+    code = f"flow = pyro_flows.load({str(outputs.paths[0])!r}); {noise}flow.log_prob(x); flow().sample((1000,))"
+    return ["", *_wrapped(*said), f"    {code}"]
 
 
-def _wrapped(said: list[str]) -> list[str]:
+def _wrapped(*said: str) -> list[str]:
     return [line for words in said for line in textwrap.wrap(words, 110, break_on_hyphens=False)]

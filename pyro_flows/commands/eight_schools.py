@@ -1,4 +1,4 @@
-"""The main job: a flow guide for the eight schools, whose centred posterior is a funnel that no Gaussian can follow.
+"""The main job: a flow guide for the eight schools; no Gaussian can follow the funnel of their centred posterior.
 
 Data: Rubin (1981), "Estimation in parallel randomized experiments", Journal of Educational Statistics 6(4).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,18 +23,18 @@ from ..guides import AutoFlow
 from ..plots.marginals import density_of
 from ..plots.panels import panels
 from . import RECIPES
-from .outputs import Interrupted, check_writable, hold_ctrl_c, places_for, what_was_kept
+from .outputs import Outputs, hold_ctrl_c
 from .report import draws_of, report
 
 SCHOOLS = "ABCDEFGH"
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 STANDARD_ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-WRITTEN, SHOWN, BATCH = 4000, 100_000, 10_000  # draws, and how many are run at once
-FILES = "eight_schools.nc", "eight_schools.png"
+ADVICE = "Try more steps or another flow."
+WRITTEN, SHOWN, BATCH = 4000, 100_000, 10_000  # draws, and the size of a batch
 
 
 def eight_schools(effects: Tensor, standard_errors: Tensor) -> None:
-    """The effect of coaching in each of eight schools, partially pooled."""
+    """Model the effect of coaching in each of eight schools, with partial pooling."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("school", len(effects)):
@@ -42,17 +43,20 @@ def eight_schools(effects: Tensor, standard_errors: Tensor) -> None:
 
 
 def run(wish: Namespace) -> bool:
-    """Fit, print and write the two files; return whether the answer can be used.
+    """Fit the eight schools, print the posterior, and write the draws and a picture.
 
     Args:
-        wish: What ``main_parser`` has read.
+        wish: The options of the command line.
+
+    Returns:
+        True if the answer can be used.
 
     Raises:
         Refused: Before any training, if the files cannot be written.
-        Interrupted: After Ctrl-C, when what was fitted is written beside these files.
+        Interrupted: After Ctrl-C; what was fitted is written.
     """
-    paths = wish.out / FILES[0], wish.out / FILES[1]
-    check_writable(paths)
+    outputs = Outputs(wish.out / "eight_schools.nc", ".nc")
+    outputs.check_writable()
     start = time.perf_counter()
     pyro.set_rng_seed(wish.seed)
     pyro.clear_param_store()
@@ -60,28 +64,20 @@ def run(wish: Namespace) -> bool:
     guide = AutoFlow(eight_schools, RECIPES.get(wish.flow))
     with hold_ctrl_c() as asked:
         fit = fit_svi(eight_schools, guide, *data, steps=wish.steps, progress=not wish.quiet)
-        kept = places_for(fit, paths)
+        outputs.settle(fit)
         checked = check(eight_schools, guide, *data, num_samples=40_000)
-        weighted = checked.verdict == "reweight"
-        written = to_arviz(eight_schools, guide, *data, num_samples=WRITTEN, importance=weighted)
-        write_atomically(kept[0], written.to_netcdf)
-    settings: dict[str, Any] = {"importance": weighted, "log_likelihood": False, "batch_size": BATCH}
-    many = to_arviz(eight_schools, guide, *data, num_samples=SHOWN, **settings)
-    draws, seconds = draws_of(many), time.perf_counter() - start
-    figure = plot_funnel({name: values[:WRITTEN] for name, values in draws.items()})
-    write_atomically(kept[1], lambda path: figure.savefig(path, dpi=150))
-    if not wish.quiet:
-        advice = "Try more steps or another flow."
-        labels = {"theta": list(SCHOOLS)}
-        print(report(draws, checked, seconds=seconds, skipped=fit.skipped, advice=advice, labels=labels))
-        print(f"Wrote {kept[0]} and {kept[1]}.")
-    if asked() or fit.stopped == "interrupted":
-        raise Interrupted(what_was_kept(paths, *kept))
+        drawn = partial(to_arviz, eight_schools, guide, *data, importance=checked.verdict == "reweight")
+        write_atomically(outputs.paths[0], drawn(num_samples=WRITTEN).to_netcdf)
+    draws = draws_of(drawn(num_samples=SHOWN, log_likelihood=False, batch_size=BATCH))
+    settings: dict[str, Any] = {"seconds": time.perf_counter() - start, "skipped": fit.skipped, "advice": ADVICE}
+    said = report(draws, checked, labels={"theta": list(SCHOOLS)}, **settings)
+    draw = partial(plot_funnel, {name: values[:WRITTEN] for name, values in draws.items()})
+    outputs.finish(draw, f"{said}\nWrote {outputs}.", quiet=wish.quiet, interrupted=asked())
     return checked.verdict != "do not trust"
 
 
 def plot_funnel(draws: dict[str, np.ndarray]) -> Any:
-    """Picture the posterior: its marginals, and the funnel of a school's deviation against the log scale.
+    """Plot the marginals of the posterior, and the funnel of a school's deviation against the log scale.
 
     Args:
         draws: ``mu`` and ``tau``, ``(N,)``, and ``theta``, ``(N, 8)``.

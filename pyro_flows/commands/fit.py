@@ -1,4 +1,4 @@
-"""The command ``fit``: a posterior of the user's own model, and how far to trust it."""
+"""The command ``fit``: a posterior of the user's own model, with a verdict on its draws."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..programs.task import Task
 from . import RECIPES, Refused
 from .data import Data, read_data
 from .model import check_arguments, in_one_line, load_model
-from .outputs import Interrupted, check_writable, hold_ctrl_c, places_for, what_was_kept, with_picture
+from .outputs import Outputs, hold_ctrl_c
 from .report import draws_of, report
 
 DRAWS = 4000
@@ -32,16 +32,19 @@ MOST_OBSERVED = 5000  # numbers, whose log-likelihoods are kept draw by draw
 
 
 def run(wish: Namespace) -> bool:
-    """Fit, print and write the draws and a picture beside them; return whether the answer can be used.
+    """Fit the model, print its posterior, and write the draws and a picture.
 
     Args:
-        wish: What ``fit_parser`` has read.
+        wish: The options of the command line.
+
+    Returns:
+        True if the answer can be used.
 
     Raises:
-        Refused: Before any training, if what is asked for cannot be done; and where training fails.
-        Interrupted: After Ctrl-C, when what was fitted is written beside these files.
+        Refused: Before any training, if the wish cannot be granted; and if training fails.
+        Interrupted: After Ctrl-C; what was fitted is written.
     """
-    paths = with_picture(wish.out, ".nc")
+    outputs = Outputs(wish.out, ".nc")
     start = time.perf_counter()
     file = Path(wish.model.rpartition(":")[0])
     with contextlib.ExitStack() as stack:
@@ -54,12 +57,12 @@ def run(wish: Namespace) -> bool:
         guide, observed, arguments = _set_up(model, RECIPES.get(wish.flow), data, file)
         if not observed:
             print("Nothing is observed, so the posterior is the prior: is an obs= missing?", file=sys.stderr)
-        check_writable(paths)
+        outputs.check_writable()
         asked = stack.enter_context(hold_ctrl_c())
         try:
             settings = {"steps": wish.steps, "escalate": wish.escalate, "progress": not wish.quiet}
             fit = fit_svi(model, guide, model_kwargs=arguments, **settings)
-            kept = places_for(fit, paths)
+            outputs.settle(fit)
             checked = fit.check or check(model, fit.guide, model_kwargs=arguments)
         except (ValueError, TypeError, FloatingPointError) as error:
             raise Refused(in_one_line(error, file)) from error
@@ -72,25 +75,18 @@ def run(wish: Namespace) -> bool:
             log_likelihood=sum(value.numel() for value in observed) <= MOST_OBSERVED,
             model_kwargs=arguments,
         )
-        write_atomically(kept[0], container.to_netcdf)
-    if not wish.quiet:
-        advice = f"Try {'' if wish.escalate else '--escalate, '}more --steps or another --flow."
-        seconds = time.perf_counter() - start
-        draws, skipped = draws_of(container), fit.skipped
-        print(report(draws, checked, seconds=seconds, skipped=skipped, advice=advice, exact=exact))
-    figure = checked.plot()
-    write_atomically(kept[1], lambda path: figure.savefig(path, dpi=150))
-    if not wish.quiet:
-        print(f"Wrote {kept[0]} and {kept[1]}.")
-    if asked() or fit.stopped == "interrupted":
-        raise Interrupted(what_was_kept(paths, *kept))
+        write_atomically(outputs.paths[0], container.to_netcdf)
+    advice = f"Try {'' if wish.escalate else '--escalate, '}more --steps or another --flow."
+    settings = {"seconds": time.perf_counter() - start, "skipped": fit.skipped, "advice": advice}
+    said = report(draws_of(container), checked, exact=exact, **settings)
+    outputs.finish(checked.plot, f"{said}\nWrote {outputs}.", quiet=wish.quiet, interrupted=asked())
     return bool(exact) or checked.verdict != "do not trust"
 
 
 def _set_up(
     model: Callable[..., Any], recipe: Callable[[int], Flow] | None, data: Data, file: Path
 ) -> tuple[AutoFlow, list[Tensor], dict[str, Any]]:
-    """Return a guide for the model, what the model observes, and the first reading of the data with which it runs."""
+    """Return a guide for the model, the observations, and the first reading of the data with which the model runs."""
     first: Exception | None = None
     for arguments in data.readings():
         pyro.clear_param_store()
@@ -99,8 +95,9 @@ def _set_up(
             guide.setup(**arguments)
             return guide, _observed(Task(model, guide, (), arguments).check(whole=False).traces[0]), arguments
         except Exception as error:
+            # AutoFlow's words on missing arguments are for its callers.
             bare = error.__cause__ if isinstance(error, TypeError) and not arguments else None
-            first = first or (bare if isinstance(bare, TypeError) else error)  # AutoFlow's words are for its callers
+            first = first or (bare if isinstance(bare, TypeError) else error)
     assert first is not None  # there is at least one reading
     if "no latent variables" in str(first):
         raise Refused("the model has no continuous latent sites; there is no posterior to fit") from first

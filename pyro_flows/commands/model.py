@@ -17,15 +17,13 @@ from . import Refused
 
 
 def load_model(spec: str) -> Callable[..., Any]:
-    """The model that ``FILE.py:NAME`` stands for.
-
-    The file may import its neighbours.
+    """Return the model of ``FILE.py:NAME``; the file may import its neighbours.
 
     Raises:
-        Refused: If the file or the name is missing, the file fails to import, or what it holds cannot be called.
+        Refused: If the file or the name is missing, the file fails to import, or the name is not callable.
     """
-    file, colon, name = spec.rpartition(":")
-    if not (colon and file and name):
+    file, _, name = spec.rpartition(":")
+    if not (file and name):
         raise Refused(f"the model must be given as FILE.py:NAME, got {spec!r}")
     path = Path(file)
     if not path.is_file():
@@ -49,12 +47,11 @@ def _import(path: Path) -> ModuleType:
     """Run a file as a module, under a name that shadows no other."""
     name = f"_pyro_flows_model_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path.resolve())
-    assert spec is not None  # a name that ends with .py has a loader
-    assert spec.loader is not None
+    assert spec is not None and spec.loader is not None  # noqa: PT018  (a name that ends with .py has a loader)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look there
     folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)  # a file that is run itself can import its neighbours, too
+    sys.path.insert(0, folder)  # scripts can import their neighbours, too
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -66,22 +63,22 @@ def _import(path: Path) -> ModuleType:
 
 
 def check_arguments(model: Callable[..., Any], given: list[str]) -> None:
-    """Refuse arguments that a model does not take, and the lack of those that it needs."""
+    """Raise Refused if a model does not take an argument, or lacks one that it needs."""
     try:
         taken = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters.values()
     except (TypeError, ValueError):
-        return  # a callable that cannot be looked into says itself what it lacks
-    named = [p for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    nameless = [p.name for p in taken if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
-    if nameless:
+        return  # callables without a signature raise their own errors
+    required = [p for p in taken if p.default is p.empty]
+    if nameless := [p.name for p in required if p.kind is p.POSITIONAL_ONLY]:
         raise Refused(f"the model takes {_listed(nameless)} by position only; arguments are given by name")
-    missing = [p.name for p in named if p.default is p.empty and p.name not in given]
+    named = [p for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    missing = [p.name for p in named if p in required and p.name not in given]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in taken)
     unexpected = [] if takes_any else sorted(set(given) - {p.name for p in named})
     faults = [f"the data lack {_listed(missing)}"] if missing else []
     faults += [f"the model does not take {_listed(unexpected)}"] if unexpected else []
     if faults:
-        takes = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r:.30}" for p in named)
+        takes = ", ".join(p.name if p in required else f"{p.name}={p.default!r:.30}" for p in named)
         raise Refused(f"{' and '.join(faults)}; the model's arguments: {takes or 'none'}")
 
 
@@ -90,7 +87,7 @@ def _listed(names: list[str]) -> str:
 
 
 def in_one_line(error: BaseException, file: Path) -> str:
-    """An error in one line, with its kind and place if it came out of the user's file."""
+    """Return an error in one line, with its kind and line number if the user's file raised it."""
     words = " ".join(str(error).partition("Trace Shapes:")[0].split()) or "no reason given"
     frames = traceback.extract_tb(error.__traceback__)
     places = [frame.lineno for frame in frames if Path(frame.filename) == file.resolve()]

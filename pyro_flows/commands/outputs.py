@@ -1,4 +1,4 @@
-"""The two files of a run: what a run that Ctrl-C ended has trained goes beside those of whole runs, which stay."""
+"""The two files of a run, and their names after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from ..atomic_files import try_path
+from ..atomic_files import try_path, write_atomically
 from ..training import Fit, distributed
 from ..training.interrupts import hold_interrupts
 from ..training.loop import AGAIN
@@ -18,74 +19,95 @@ NOTICE = "\nInterrupted: finishing what is at hand, to keep what was trained; Ct
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that Ctrl-C has ended; its text is a line that says what was kept."""
+    """Error for a run that Ctrl-C has ended; its text is a line about the files that were kept."""
 
 
 def hold_ctrl_c() -> contextlib.AbstractContextManager[Callable[[], bool]]:
-    """Let a first Ctrl-C wait from the start of training until all is written."""
+    """Delay the first Ctrl-C from the start of training until all is written."""
     return hold_interrupts(AGAIN if "RANK" in os.environ else 0.0, NOTICE)
 
 
-def with_picture(out: Path, suffix: str) -> tuple[Path, Path]:
-    """Return a file and that of the picture beside it.
+class Outputs:
+    """A file and a picture of the same name.
+
+    An interrupted run gets names that are free, so that the files of earlier runs stay.
+
+    Args:
+        file: The file.
+        suffix: The suffix that it must have.
+
+    Attributes:
+        paths: The two files that this run writes.
 
     Raises:
-        Refused: If its name does not end with its format.
+        Refused: If the file has another suffix.
     """
-    if out.suffix != suffix:
-        raise Refused(f"argument --out: {str(out)!r} must end with {suffix}")
-    return out, out.with_suffix(".png")
 
+    def __init__(self, file: Path, suffix: str) -> None:
+        if file.suffix != suffix:
+            raise Refused(f"argument --out: {str(file)!r} must end with {suffix}")
+        self._whole = self.paths = file, file.with_suffix(".png")
 
-def check_writable(paths: tuple[Path, Path]) -> None:
-    """Raise Refused unless two files of one folder can be written, and those that an interrupted run leaves.
+    def check_writable(self) -> None:
+        """Make the folder, and raise Refused unless all files can be written, those of an interrupted run included."""
+        folder = self._whole[0].parent
+        task = f"write into {str(folder)!r}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for paths, words in ((self._whole, ""), (self._free(), ", as an interrupted run does")):
+                for path in paths:
+                    task = f"write {str(path)!r}{words}"
+                    try_path(path)
+        except OSError as error:
+            raise Refused(f"argument --out: cannot {task}: {error.strerror or error}") from error
 
-    The folder is made where it is missing.
-    """
-    folder = paths[0].parent
-    task = f"write into {str(folder)!r}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for files, words in ((paths, ""), (_beside(paths), ", as an interrupted run does")):
-            for path in files:
-                task = f"write {str(path)!r}{words}"
-                try_path(path)
-    except OSError as error:
-        raise Refused(f"argument --out: cannot {task}: {error.strerror or error}") from error
+    def settle(self, fit: Fit) -> None:
+        """Choose free names if the fit was interrupted.
 
+        Raises:
+            Interrupted: If Ctrl-C came before there was anything to write.
+        """
+        if fit.stopped == "interrupted":
+            if not fit.best_step:
+                raise Interrupted("interrupted before there was anything to keep; nothing was written")
+            self.paths = self._free()
 
-def places_for(fit: Fit, paths: tuple[Path, Path]) -> tuple[Path, Path]:
-    """Return where to write what was fitted: free names beside the files of whole runs if the fit was interrupted.
+    def _free(self) -> tuple[Path, Path]:
+        def numbered(number: int) -> tuple[Path, Path]:
+            mark = f".interrupted-{number}" if number > 1 else ".interrupted"
+            file, picture = (path.with_name(f"{path.stem}{mark}{path.suffix}") for path in self._whole)
+            return file, picture
 
-    Raises:
-        Interrupted: If Ctrl-C came before there was anything to write.
-    """
-    if fit.stopped != "interrupted":
-        return paths
-    if not fit.best_step:
-        raise Interrupted("interrupted before there was anything to keep; nothing was written")
-    return _beside(paths)
+        pairs = map(numbered, itertools.count(1))
+        return distributed.broadcast(lambda: next(pair for pair in pairs if not any(map(os.path.lexists, pair))))
 
+    def __str__(self) -> str:
+        return f"{self.paths[0]} and {self.paths[1]}"
 
-def _beside(paths: tuple[Path, Path]) -> tuple[Path, Path]:
-    """Return free names for the files of an interrupted run: no earlier run loses its files to it."""
+    def finish(self, draw: Callable[[], Any], said: str, *, quiet: bool, interrupted: bool) -> None:
+        """Write the picture, and print a report.
 
-    def free() -> tuple[Path, Path]:
-        marks = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-        return next(pair for pair in map(marked, marks) if not any(map(os.path.lexists, pair)))
+        Args:
+            draw: Returns a figure of matplotlib.
+            said: The report.
+            quiet: True if nothing is printed.
+            interrupted: True if Ctrl-C came after the training.
 
-    def marked(mark: str) -> tuple[Path, Path]:
-        first, second = (path.with_name(f"{path.stem}.interrupted{mark}{path.suffix}") for path in paths)
-        return first, second
+        Raises:
+            Interrupted: After Ctrl-C.
+        """
+        try:
+            write_atomically(self.paths[1], lambda path: draw().savefig(path, dpi=150))
+        except KeyboardInterrupt as error:
+            raise self._interruption(str(self.paths[0])) from error
+        if not quiet:
+            print(said)
+        if interrupted or self.paths != self._whole:
+            raise self._interruption(str(self))
 
-    return distributed.broadcast(free)
-
-
-def what_was_kept(paths: tuple[Path, Path], *wrote: Path) -> str:
-    """Say which files an interrupted run has written, and that those of whole runs are untouched."""
-    said = f"wrote {' and '.join(map(str, wrote))}"
-    if wrote[0] == paths[0]:
-        return f"interrupted after the training; {said}"
-    old = [str(path) for path in paths if path.exists()]
-    left = f", and left {' and '.join(old)} as {'they were' if old[1:] else 'it was'}" if old else ""
-    return f"interrupted; {said}{left}"
+    def _interruption(self, written: str) -> Interrupted:
+        if self.paths == self._whole:
+            return Interrupted(f"interrupted after the training; wrote {written}")
+        old = [str(path) for path in self._whole if path.exists()]
+        left = f", and left {' and '.join(old)} as {'they were' if old[1:] else 'it was'}" if old else ""
+        return Interrupted(f"interrupted; wrote {written}{left}")

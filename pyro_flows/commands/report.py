@@ -1,19 +1,21 @@
-"""What a run says: a table of the posterior, the diagnostics, and a verdict on both."""
+"""Printed reports: the table of a posterior with its diagnostics and verdict, and the table of a density's nats."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import floor, log10
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..diagnostics import Check
 from ..sampling.samples import Samples
 
 MANY = 40  # rows, beyond which long sites are cut short
 HEADINGS = "mean", "sd", "5 %", "95 %"
+PARTS = "train", "validation", "test"
 VERDICTS = {
     "trust": "Trust these draws.",
     "reweight": "Use these draws as they are here: resampled by their weights.",
@@ -22,7 +24,7 @@ VERDICTS = {
 
 
 def draws_of(data: Any) -> dict[str, np.ndarray]:
-    """The draws in ArviZ's container, those of all chains together: site name -> ``(N, *site_shape)``."""
+    """Return the draws in ArviZ's container, all chains joined: site name -> ``(N, *site_shape)``."""
     variables = data["posterior"].data_vars.items()
     return {str(name): variable.values.reshape(-1, *variable.shape[2:]) for name, variable in variables}
 
@@ -37,15 +39,15 @@ def report(
     exact: Samples | None = None,
     labels: dict[str, list[str]] | None = None,
 ) -> str:
-    """The table, the diagnostics and the verdict, as a person reads them.
+    """Return the table, the diagnostics and the verdict as text.
 
     Args:
         draws: For each site, values of shape ``(N, *site_shape)``.
         check: The check of the guide.
-        seconds: The time that the run took.
-        skipped: The number of steps that were skipped.
+        seconds: The time of the run.
+        skipped: The number of skipped steps.
         advice: What to try if the answer cannot be trusted.
-        exact: What is known of the draws' chains, if they are exact.
+        exact: The chains of the draws, if these are exact.
         labels: Names for the numbers of a site, in place of their indices.
     """
     psis = check.psis
@@ -69,7 +71,7 @@ def report(
 
 
 def _table(draws: dict[str, np.ndarray], labels: dict[str, list[str]]) -> Iterator[str]:
-    """A line for each number of each site; of long sites, where there are many, only the first and the last."""
+    """Yield a line for each number of each site; long sites among many rows show only their first and last numbers."""
     columns = {name: values.reshape(len(values), -1).astype(float) for name, values in draws.items()}
     total = sum(values.shape[1] for values in columns.values())
     room = total if total <= MANY else max(5, MANY // len(columns))
@@ -88,9 +90,39 @@ def _table(draws: dict[str, np.ndarray], labels: dict[str, list[str]]) -> Iterat
 
 
 def _summary(values: np.ndarray) -> list[list[str]]:
-    """Mean, sd and two quantiles of each column, ``(N, K)``, with three digits of the smallest sd."""
+    """Return mean, sd and two quantiles of each column, ``(N, K)``, with three digits of the smallest sd."""
     sds = values.std(0, ddof=1)
     numbers = np.stack((values.mean(0), sds, *np.quantile(values, [0.05, 0.95], axis=0)), -1)  # (K, 4)
     least = sds.min(initial=np.inf)
     style = f".{max(0, 2 - floor(log10(least)))}f" if 1e-4 < least < 1e7 else ".4g"
     return [[f"{number:{style}}" for number in row] for row in numbers]
+
+
+def report_density(flow: Sequence[Tensor], gaussian: Sequence[Tensor], name: str, *, seconds: float, note: str) -> str:
+    """Return a table of mean log-densities, and the gain over the Gaussian, as text.
+
+    The standard error of the gain is that of the differences by row, which vary far less than the log-densities.
+
+    Args:
+        flow: The flow's log-densities of the rows for training, for validation and for the test, ``(N_i,)`` each.
+        gaussian: The Gaussian's log-densities of the same rows.
+        name: The name of the flow.
+        seconds: The time of the run.
+        note: Further words on the run.
+    """
+    table = [("", *PARTS)]
+    for label, (train, validation, test) in (("Gaussian", gaussian), (name, flow)):
+        table.append((label, f"{train.mean():.3f}", f"{validation.mean():.3f}", _with_error(test)))
+    first, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
+    lines = [f"{row[0]:<{first + 2}}{'  '.join(map(str.rjust, row[1:], widths))}" for row in table]
+    gain = f"gain  {_with_error(flow[2] - gaussian[2])} nats per row over the Gaussian, on the test rows one by one"
+    return "\n".join(["", *lines, "", gain, f"time  {seconds:.1f} s{note}"])
+
+
+def _with_error(x: Tensor) -> str:
+    return f"{x.mean():.3f} ± {two_errors(x):.3f}"
+
+
+def two_errors(x: Tensor) -> float:
+    """Return two standard errors of a mean, 2 sd / √N."""
+    return 2 * float(x.std()) / len(x) ** 0.5

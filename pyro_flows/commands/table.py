@@ -1,52 +1,39 @@
-"""The user's table: columns of real numbers without gaps, and remarks on what was left out on the way to them."""
+"""The user's table: complete columns of real numbers from delimited text or NumPy files, and remarks on omissions."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+import io
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..data.table import listed, listed_names
 from . import Refused
-from .arrays import read_arrays
-from .delimited import decimal_comma, number_of, read_delimited
-from .inputs import read_file
+from .inputs import read_file, read_numpy, repeated
 
-READERS: dict[str, Callable[[Path], tuple[dict[str, Any], list[str]]]] = {
-    **dict.fromkeys((".csv", ".tsv", ".txt"), read_delimited),
-    **dict.fromkeys((".npz", ".npy"), read_arrays),
-}
-FIRST = "column 1"  # where it has no name
+if TYPE_CHECKING:
+    import pandas as pd
+
+Columns = tuple[list[str], list[np.ndarray], list[str]]  # names, cells, and remarks on the file
+DELIMITERS = ",", ";", "\t", r"\s+"
+MISSING = {"", "?", "-", ".", "na", "n/a", "#n/a", "<na>", "null", "none", "missing"}  # in lower case
+DECIMAL_COMMA = re.compile(r"[+-]?[\d.]*,\d+(e[+-]?\d+)?", re.IGNORECASE)
+LOOKED_AT = 100  # rows that decide on the delimiter
+TOKENIZER = "Error tokenizing data. C error: "  # the beginning of pandas' errors
+FIRST = "column 1"  # the name of a first column without a name
 MANY = 50  # names in a line
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of numbers and the names of their columns, as functions for data frames take them.
+def read_table(path: Path, chosen: list[str] | None = None) -> tuple[pd.DataFrame, list[str]]:
+    """Return a table in float64, and a remark on each kind of omission.
 
-    Attributes:
-        columns: The names, D of them.
-        values: The numbers, ``(N, D)``.
-        remarks: What was left out, a line each.
-    """
-
-    columns: list[str]
-    values: np.ndarray
-    remarks: list[str]
-
-    def to_numpy(self) -> np.ndarray:
-        return self.values
-
-
-def read_table(path: Path, chosen: list[str] | None = None) -> Table:
-    """Read a table, in float64.
-
-    Columns of text, empty ones and constant ones are left out, and so are the rows in which a value of the others is
-    missing, unless the columns are chosen.
+    Columns of text, empty ones and constant ones are left out, unless they are chosen: then they are an error.  Rows
+    with missing values in the other columns are left out.
 
     Args:
         path: A file of delimited values or of NumPy.
@@ -55,106 +42,215 @@ def read_table(path: Path, chosen: list[str] | None = None) -> Table:
     Raises:
         Refused: If the file cannot be read, a chosen column cannot be used, or nothing is left.
     """
-    cells, remarks = read_file("table", path, READERS)
+    import pandas as pd  # here, since it is slow to import
+
+    names, columns, remarks = read_file("table", path, READERS)
+    if twice := repeated(names):
+        raise Refused(f"the table {str(path)!r} has several columns named {twice}; rename them")
+    cells = dict(zip(names, columns, strict=True))
     if chosen is not None:
         if unknown := [name for name in chosen if name not in cells]:
             has = listed_names(cells, MANY)
             raise Refused(f"argument --columns: there is no {listed_names(unknown)}; the table has {has}")
         cells = {name: cells[name] for name in chosen}
-    picked = _Picked(cells, strict=chosen is not None)
-    values = picked.matrix()  # which may leave out more
-    return Table(list(picked.columns), values, [*remarks, *picked.remarks])
+    numbers, words = _columns(cells)
+    selection = _Selection(pd.DataFrame(numbers), remarks, strict=chosen is not None)
+    selection.leave_out("columns that are not numbers", words)
+    first = selection.table.iloc[:, 0]
+    if first.name == FIRST and len(first) > 1 and (np.diff(first) == 1).all():
+        selection.leave_out("row numbers", {FIRST: ""})
+    selection.leave_out("empty columns", dict.fromkeys(selection.table.columns[selection.table.isna().all()], ""))
+    selection.leave_out_constants()
+    if infinite := _counted(np.isinf(selection.table)):
+        raise Refused(f"the table holds inf in {infinite}; leave these rows out")
+    selection.leave_out_gaps()
+    return selection.table, remarks
 
 
 def split_names(text: str) -> list[str]:
-    """Names that are parted by commas; those with commas of their own stand in quotes.
+    """Return names that are separated by commas; names that contain commas stand in quotes.
 
     Raises:
-        Refused: If there is none, or one is there twice.
+        Refused: If there is no name, or one is repeated.
     """
     names = [name.strip() for name in next(csv.reader([text], skipinitialspace=True), [])]
-    if not all(names) or not names or len(set(names)) < len(names):
+    if not all(names) or not names or repeated(names):
         raise Refused(f"argument --columns: names must be parted by commas, each there once, got {text!r}")
     return names
 
 
-class _Picked:
-    """The columns that can be used, and why others cannot.
+@dataclass
+class _Selection:
+    """Columns that remain.
 
-    Args:
-        cells: For each column its cells, ``(N,)``, numbers or text.
-        strict: Whether to refuse columns that cannot be used.
+    Attributes:
+        table: The columns.
+        remarks: A line for each omission.
+        strict: True if an omission of columns is an error.
     """
 
-    def __init__(self, cells: dict[str, Sequence[str] | np.ndarray], *, strict: bool) -> None:
-        self.strict, self.remarks = strict, list[str]()
-        self.columns: dict[str, np.ndarray] = {}
-        faults: dict[str, str] = {}
-        for name, column in cells.items():
-            self.columns[name], wrong = _numbers(column)
-            if wrong and all(map(decimal_comma, wrong)):
-                words = f"column {name!r} holds numbers with commas, such as {wrong[0]!r}"
-                raise Refused(f"{words}; write them with a decimal point and without separators of thousands")
-            if wrong:
-                faults[name] = f"{wrong[0]!r:.40}" + ("" if len(wrong) == len(column) else f" in {_rows(len(wrong))}")
-        self._leave_out("columns that are not numbers", faults)
-        self._leave_out("row numbers", {n: "" for n, x in list(self.columns.items())[:1] if n == FIRST and _counts(x)})
-        self._leave_out("empty columns", {n: "" for n, x in self.columns.items() if np.isnan(x).all()})
-        self._leave_out_constant()
-        if infinite := _counted(self.columns, np.isinf):
-            raise Refused(f"the table holds inf in {infinite}; leave these rows out")
+    table: pd.DataFrame
+    remarks: list[str]
+    strict: bool
 
-    def _leave_out(self, kind: str, faults: dict[str, str]) -> None:
-        """Go on without some columns, for which there may be more words each."""
-        found = listed([f"{name!r} ({words})" if words else repr(name) for name, words in faults.items()], MANY)
-        if faults and self.strict:
+    def leave_out(self, kind: str, faults: Mapping[str, str]) -> None:
+        """Drop the columns with a fault; ``faults`` holds a detail for each, which may be empty."""
+        if not faults:
+            return
+        found = listed([f"{name!r} ({detail})" if detail else repr(name) for name, detail in faults.items()], MANY)
+        if self.strict:
             raise Refused(f"argument --columns: {kind} have no density: {found}")
-        if faults:
-            self.remarks.append(f"Left out {kind}: {found}.")
-        self.columns = {name: column for name, column in self.columns.items() if name not in faults}
-        if not self.columns:
+        self.remarks.append(f"Left out {kind}: {found}.")
+        self.table = self.table.drop(columns=list(faults))
+        if self.table.columns.empty:
             raise Refused(" ".join(["the table has no column that has a density.", *self.remarks]))
 
-    def _leave_out_constant(self) -> None:
-        same = {n: x for n, x in self.columns.items() if np.nanmin(x) == np.nanmax(x)}
-        self._leave_out("constant columns", {name: f"{np.nanmin(x):.6g}" for name, x in same.items()})
+    def leave_out_constants(self) -> None:
+        lowest = self.table.min()
+        same = lowest[lowest == self.table.max()]
+        self.leave_out("constant columns", {name: f"{value:.6g}" for name, value in same.items()})
 
-    def matrix(self) -> np.ndarray:
-        """The rows in which nothing is missing, ``(N, D)``."""
-        counted = _counted(self.columns, np.isnan)
-        whole = ~np.isnan(np.stack(list(self.columns.values()), 1)).any(1)
-        missing, number = int((~whole).sum()), len(whole)
-        if missing > number / 2:
-            words = f"values are missing in {missing} of {number} rows: in {counted}"
+    def leave_out_gaps(self) -> None:
+        """Drop the rows with missing values."""
+        gaps = self.table.isna()
+        missing, rows = int(gaps.any(axis=1).sum()), len(gaps)
+        if missing > rows / 2:
+            words = f"values are missing in {missing} of {rows} rows: in {_counted(gaps)}"
             raise Refused(f"{words}; choose other columns by --columns")
         if missing:
-            self.remarks.append(f"Left out {missing} of {number} rows, where values are missing: in {counted}.")
-            self.columns = {name: x[whole] for name, x in self.columns.items()}
-            self._leave_out_constant()
-        return np.stack(list(self.columns.values()), 1)
+            self.remarks.append(f"Left out {missing} of {rows} rows, where values are missing: in {_counted(gaps)}.")
+            self.table = self.table.dropna()
+            self.leave_out_constants()
 
 
-def _numbers(cells: Sequence[str] | np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """The numbers in cells, NaN where there is none, and what else was there."""
-    if isinstance(cells, np.ndarray) and cells.dtype.kind in "biuf":
+def _columns(cells: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the numbers of each column, and for columns with other cells an example."""
+    columns, words = {}, {}
+    for name, column in cells.items():
+        columns[name], wrong = _numbers(column)
+        if wrong and all(map(DECIMAL_COMMA.fullmatch, wrong)):
+            holds = f"column {name!r} holds numbers with commas, such as {wrong[0]!r}"
+            raise Refused(f"{holds}; write them with a decimal point and without separators of thousands")
+        if wrong:
+            words[name] = f"{wrong[0]!r:.40}" + ("" if len(wrong) == len(column) else f" in {_rows(len(wrong))}")
+    return columns, words
+
+
+def _numbers(cells: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Return the numbers in cells, NaN for missing values, and the cells that hold something else."""
+    if cells.dtype.kind in "biuf":
         return cells.astype(np.float64), []
-    texts = [str(cell) for cell in cells]
-    found = [number_of(text) for text in texts]
-    wrong = [text for text, number in zip(texts, found, strict=True) if number is None]
-    return np.array([np.nan if number is None else number for number in found]), wrong
-
-
-def _counts(x: np.ndarray) -> bool:
-    """Whether each number is the one after that before."""
-    return len(x) > 1 and bool((np.diff(x) == 1).all())
+    numbers, wrong = np.full(len(cells), np.nan), []
+    for place, cell in enumerate(cells):
+        text = str(cell).strip()
+        try:
+            numbers[place] = float(text.replace("_", "?"))  # only Python reads 1_000 as a number
+        except ValueError:
+            if text.lower() not in MISSING:
+                wrong.append(text)
+    return numbers, wrong
 
 
 def _rows(number: int) -> str:
     return f"{number} row{'' if number == 1 else 's'}"
 
 
-def _counted(columns: dict[str, np.ndarray], fault: Callable[[np.ndarray], np.ndarray]) -> str:
-    """Return the columns with a fault, and in how many of their rows, most first."""
-    numbers = {name: int(fault(column).sum()) for name, column in columns.items()}
-    ordered = sorted(numbers.items(), key=lambda item: -item[1])
-    return listed([f"{name!r} ({_rows(number)})" for name, number in ordered if number], MANY)
+def _counted(faults: pd.DataFrame) -> str:
+    """Return the columns with faults, and the number of their rows, in decreasing order."""
+    numbers = faults.sum().sort_values(ascending=False, kind="stable")
+    return listed([f"{name!r} ({_rows(number)})" for name, number in numbers.items() if number], MANY)
+
+
+def read_delimited(path: Path) -> Columns:
+    """Return the names and the cells of the columns of a text file, and remarks on how the file was read.
+
+    A first line without words is data, and then the columns are numbered, as are columns without a name.  Blank lines
+    are skipped.
+
+    Raises:
+        OSError: If there is no such file.
+        Refused: If it is not text in UTF-8, is empty, or has lines that are too long.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refused(f"the table {str(path)!r} is not UTF-8 text; save it as CSV in UTF-8") from error
+    file = io.StringIO(text.removeprefix("#"))  # NumPy's savetxt begins its header with "#"
+    delimiter = max(DELIMITERS, key=lambda delimiter: _score(file, delimiter))
+    try:
+        cells = _cells(file, delimiter)
+    except ValueError as error:
+        words = "is empty" if not text.strip() else f"cannot be read: {str(error).removeprefix(TOKENIZER).strip()}"
+        raise Refused(f"the table {str(path)!r} {words}") from error
+    header = cells.iloc[0]
+    numbers, titles = _numbers(header.to_numpy())
+    names, remarks = [f"column {place + 1}" for place in range(len(header))], []
+    if titles:
+        cells = cells[1:]
+        names = [cell.strip() or name for cell, name in zip(header, names, strict=True)]
+        if not np.isnan(numbers).all():
+            remarks.append(f"The first line ({listed(list(header), 4)}) was taken for names.")
+    if cells.empty:
+        raise Refused(f"the table {str(path)!r} holds names and no rows")
+    return names, list(cells.to_numpy().T), remarks
+
+
+def _cells(file: io.StringIO, delimiter: str, **options: Any) -> pd.DataFrame:
+    """Return the cells of a file as text."""
+    import pandas as pd
+
+    file.seek(0)
+    settings = {"header": None, "dtype": str, "keep_default_na": False, "skipinitialspace": True}
+    return pd.read_csv(file, sep=delimiter, **settings, **options)
+
+
+def _score(file: io.StringIO, delimiter: str) -> float:
+    """Return how well a delimiter separates the first lines into numbers."""
+    try:
+        cells = _cells(file, delimiter, nrows=LOOKED_AT, on_bad_lines="skip")
+    except ValueError:
+        return 0.0
+    if cells.shape[1] < 2:
+        return 0.0
+    texts = (cells[1:] if len(cells) > 1 else cells).to_numpy().ravel()
+    wrong = [text for text in _numbers(texts)[1] if not DECIMAL_COMMA.fullmatch(text)]
+    return 1.1 - len(wrong) / len(texts)
+
+
+def read_arrays(path: Path) -> Columns:
+    """Return the names and the columns of a ``.npz`` or ``.npy`` file, and remarks on its other content.
+
+    A matrix ``x``, or the only matrix, is the table, with the names in ``columns``; without a matrix each vector is a
+    column.
+
+    Raises:
+        OSError: If there is no such file.
+        Refused: If it is not a file of plain arrays, or its arrays are no table.
+    """
+    arrays = read_numpy("table", path)
+    if isinstance(arrays, np.ndarray):
+        arrays = {name: arrays[name] for name in arrays.dtype.names} if arrays.dtype.names else {"x": arrays}
+    if empty := [name for name, array in arrays.items() if not array.size]:
+        raise Refused(f"the table {str(path)!r} holds no values in {listed_names(empty)}")
+    matrices = [name for name, array in arrays.items() if array.ndim == 2]
+    chosen = "x" if "x" in matrices else matrices[0] if len(matrices) == 1 else None
+    if chosen is None:
+        shapes = {array.shape for array in arrays.values()}
+        if len(shapes) == 1 and len(min(shapes)) == 1:
+            return list(arrays), list(arrays.values()), []
+        held = listed([f"{name!r} of shape {array.shape}" for name, array in arrays.items()]) or "nothing"
+        raise Refused(f"{str(path)!r} must hold a matrix 'x', or vectors of one length, a column each; it holds {held}")
+    x = arrays.pop(chosen)
+    names = [f"column {place + 1}" for place in range(x.shape[1])]
+    if "columns" in arrays:
+        names = [str(name) for name in arrays.pop("columns").ravel()]
+    if len(names) != x.shape[1]:
+        raise Refused(f"{str(path)!r} holds {len(names)} names in 'columns', and its table has {x.shape[1]} columns")
+    remarks = [f"Used the array {chosen!r} alone, without {listed_names(arrays)}."] if arrays else []
+    return names, list(x.T), remarks
+
+
+READERS: dict[str, Callable[[Path], Columns]] = {
+    **dict.fromkeys((".csv", ".tsv", ".txt"), read_delimited),
+    **dict.fromkeys((".npz", ".npy"), read_arrays),
+}

@@ -1,12 +1,13 @@
-"""The classes that a file may name: those of pyro_flows, and a few values of torch and Pyro.  There are no others.
+"""Classes that a file may name: those of pyro_flows, and a few of torch and Pyro.
 
-A class is found in this table or not at all; nothing is ever imported by a name that was read.
+A class is found in this table or not at all; a name that was read is never imported.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -23,7 +24,7 @@ from ..guides.stored import Site, auto_of, parts_of_auto, parts_of_plate, plate_
 
 
 class Kind(NamedTuple):
-    """How objects of a class are taken apart and put together."""
+    """Class of objects, with functions that take an object apart and build it again."""
 
     type: type
     name: str
@@ -32,7 +33,7 @@ class Kind(NamedTuple):
 
 
 ROOTS = "flows.Flow", "flows.Dequantized", "guides.AutoFlow", "guides.AutoPlateFlow"
-BASES = {  # distributions that ``FixedBase`` may hold, and which of their attributes tell all about them
+BASES = {  # distributions that ``FixedBase`` may hold, with the attributes that define them
     "Cauchy": ("loc", "scale"),
     "Gumbel": ("loc", "scale"),
     "Laplace": ("loc", "scale"),
@@ -44,23 +45,21 @@ BASES = {  # distributions that ``FixedBase`` may hold, and which of their attri
 
 
 def arguments_of(value: Any) -> dict[str, Any]:
-    """The arguments that an object was built from, which our classes keep as attributes of the same names."""
+    """Return the arguments that an object was built from; our classes keep them as attributes of the same names."""
     return {name: getattr(value, name) for name in inspect.signature(type(value)).parameters}
 
 
 def _own() -> Iterator[Kind]:
-    """The public classes of pyro_flows; one that is added to a package is among them."""
+    """Yield the public classes of pyro_flows, also those that are added later."""
     for package in (bijectors, conditioners, encoders, transforms, distributions):
         part = package.__name__.rpartition(".")[2]
         for name, found in vars(package).items():
             if isinstance(found, type) and issubclass(found, nn.Module | Bijector) and not _is_abstract(found):
                 yield Kind(found, f"{part}.{name}", arguments_of, found)
-    yield Kind(Flow, "flows.Flow", arguments_of, Flow)
-    yield Kind(Dequantized, "flows.Dequantized", arguments_of, Dequantized)
+    for part, found in (("flows", Flow), ("flows", Dequantized), ("guides", Site), ("guides", Circle)):
+        yield Kind(found, f"{part}.{found.__name__}", arguments_of, found)
     yield Kind(AutoFlow, "guides.AutoFlow", parts_of_auto, auto_of)
     yield Kind(AutoPlateFlow, "guides.AutoPlateFlow", parts_of_plate, plate_of)
-    yield Kind(Site, "guides.Site", arguments_of, Site)
-    yield Kind(Circle, "guides.Circle", arguments_of, Circle)
 
 
 def _is_abstract(found: type) -> bool:
@@ -68,7 +67,7 @@ def _is_abstract(found: type) -> bool:
 
 
 def _constraints() -> Iterator[Kind]:
-    """The supports of torch and Pyro, under their public names."""
+    """Yield the supports of torch and Pyro, under their public names."""
     for name in constraints.__all__:
         found = getattr(constraints, name)
         kind = found if isinstance(found, type) else type(found)
@@ -78,20 +77,21 @@ def _constraints() -> Iterator[Kind]:
 
 
 def _bases() -> Iterator[Kind]:
-    """A few distributions, Pyro's and torch's alike; they come back as Pyro's."""
+    """Yield a few distributions of Pyro and of torch; all come back as Pyro's."""
     for name, attributes in {**BASES, "Independent": ("base_dist", "reinterpreted_batch_ndims")}.items():
-
-        def arguments(value: Any, attributes: tuple[str, ...] = attributes) -> dict[str, Any]:
-            found = {attribute: getattr(value, attribute) for attribute in attributes}
-            return {**found, "validate_args": vars(value).get("_validate_args")}
-
         build = _independent if name == "Independent" else getattr(dist, name)
         for library in (dist, torch.distributions):
+            arguments = partial(_parts_of_base, attributes)
             yield Kind(getattr(library, name), f"pyro.distributions.{name}", arguments, build)
 
 
-def _independent(base_dist: Any, reinterpreted_batch_ndims: int, validate_args: bool | None) -> dist.Independent:
-    return dist.Independent(base_dist, reinterpreted_batch_ndims, validate_args=validate_args)
+def _independent(base_dist: Any, **settings: Any) -> dist.Independent:
+    return dist.Independent(base_dist, **settings)
+
+
+def _parts_of_base(attributes: tuple[str, ...], value: Any) -> dict[str, Any]:
+    parts = {attribute: getattr(value, attribute) for attribute in attributes}
+    return {**parts, "validate_args": vars(value).get("_validate_args")}
 
 
 _ALL = [*_own(), *_constraints(), *_bases()]

@@ -1,7 +1,7 @@
-"""Save a flow or a guide, and load it where the code that built it is not.
+"""Save a flow or a guide, and load it without the code that built it.
 
-The file is torch's, with {format, spec, state}: the number of the format, what the object is built of, as plain data,
-and its tensors.  Reading it runs no code but that of pyro_flows, and costs what it holds, not what it asks for.
+The file is torch's, with {format, spec, state}: the number of the format, the description of the object as plain data,
+and its tensors.  Reading it runs only code of pyro_flows, and its cost depends on the file's size alone.
 """
 
 from __future__ import annotations
@@ -18,38 +18,37 @@ from ..arguments import as_file
 from ..atomic_files import save_tensors, write_atomically
 from ..flows import Dequantized, Flow
 from ..guides import AutoFlow, AutoPlateFlow
-from .archive import Archive, Damaged
+from .archive import Archive, Damaged, Foreign
 from .classes import BY_TYPE, ROOTS
-from .pickles import Foreign
-from .size_limit import Allowance, check_numbers
+from .size_limit import FREE_NUMBER, Allowance
 from .spec import WAY_OUT, build, describe, named
 from .state import check_comes_back, marks_of, restore, state_of
 
 FORMAT = 1
-_settings_of_torch = threading.Lock()  # they are those of all threads
+_settings_of_torch = threading.Lock()  # torch has one setting for all threads
 
 
 def save(flow_or_guide: Flow | Dequantized | AutoFlow | AutoPlateFlow, path: str | os.PathLike[str]) -> None:
     """Write a flow or a guide to a file, from which :func:`load` restores it without the code that built it.
 
-    A guide is saved without its model: what comes back draws and scores latents.  A flow comes back in its dtypes, on
-    the CPU, with frozen parameters frozen and shared layers shared.
+    A guide is saved without its model; after loading it draws and scores latents.  A flow keeps its dtypes, its frozen
+    parameters and its shared layers, and comes back on the CPU.
 
-    The file is complete or not there.  It holds classes of pyro_flows by name, so that a network, transform or bijector
-    of your own, also one that inherits from ours, is refused; so is a function as encoder.  Activations must be classes
+    The file is complete or absent.  It holds classes of pyro_flows by name.  Your own networks, transforms and
+    bijectors are refused, also if they inherit from ours, and so is a function as encoder.  Activations must be classes
     of ``torch.nn``.  The distribution of a ``FixedBase`` may be ``Normal``, ``Laplace``, ``StudentT``, ``Cauchy``,
     ``Gumbel``, ``Uniform`` or ``MultivariateNormal``, with ``to_event``.
 
     Args:
-        flow_or_guide: A ``Flow`` or ``Dequantized`` one, or an ``AutoFlow`` or ``AutoPlateFlow`` that was set up.
+        flow_or_guide: A ``Flow`` or ``Dequantized`` flow, or an ``AutoFlow`` or ``AutoPlateFlow`` that was set up.
         path: The file, which is replaced if it exists: readers and other writers see the old file or the new one.
             A symbolic link stays, and the file that it points to is replaced; its mode is kept.
 
     Raises:
         FileNotFoundError: If the folder of ``path`` does not exist.
-        OSError: If the file cannot be written, as where the disk is full; then nothing has changed.
-        ValueError: If something in it is of a class that files do not hold, which is named, if it was changed since it
-            was built, or is a guide that was never set up.
+        OSError: If the file cannot be written, for example because the disk is full; then nothing has changed.
+        ValueError: If a part is of a class that files do not hold, if the flow was changed after its construction, or
+            if the guide was never set up.
 
     Example::
 
@@ -67,7 +66,7 @@ def save(flow_or_guide: Flow | Dequantized | AutoFlow | AutoPlateFlow, path: str
     kind = BY_TYPE.get(type(flow_or_guide))
     if kind is None or kind.name not in ROOTS:
         raise ValueError(
-            f"save: flow_or_guide is {named(flow_or_guide)}, but must be a Flow, a Dequantized one, an AutoFlow or "
+            f"save: flow_or_guide is {named(flow_or_guide)}, but must be a Flow, a Dequantized flow, an AutoFlow or "
             f"an AutoPlateFlow, exactly. {WAY_OUT}"
         )
     spec = describe(flow_or_guide)
@@ -80,20 +79,20 @@ def save(flow_or_guide: Flow | Dequantized | AutoFlow | AutoPlateFlow, path: str
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """The flow or the guide in a file of :func:`save`, on the CPU; move it by ``.to(device)``.
+    """Load the flow or the guide in a file of :func:`save`, on the CPU; move it by ``.to(device)``.
 
     A guide comes back without its model.  ``guide.sample(n)``, ``log_prob(values)``, ``median()`` and ``quantiles(q)``
-    need neither model nor data, except with an encoder: then they take the data, by place, as the encoder does.  With a
-    model it can be checked and trained further: ``pf.psis(model, guide, *args)``.
+    need neither model nor data.  With an encoder they take the encoder's data as positional arguments.  With a model
+    the guide can be checked and trained further: ``pf.psis(model, guide, *args)``.
 
-    The file need not be trusted.  Nothing in it is run, and it takes time and memory in proportion to what it holds: a
-    small file that asks for large tensors is refused.
+    The file may come from an untrusted source.  Nothing in it is run, and it takes time and memory in proportion to its
+    size: a small file that asks for large tensors is refused.
 
     Args:
         path: The file.
 
     Returns:
-        A ``Flow``, a ``Dequantized`` one, an ``AutoFlow`` or an ``AutoPlateFlow``.
+        A ``Flow``, a ``Dequantized`` flow, an ``AutoFlow`` or an ``AutoPlateFlow``.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -120,9 +119,8 @@ def load(path: str | os.PathLike[str]) -> Any:
         if spec["class"] not in ROOTS:
             raise ValueError(f"it is of a class {spec['class']!r:.60}, which is neither a flow nor a guide")
         whole = {name: spec[name] for name in ("class", "arguments")}
-        check_numbers(whole, archive.nbytes)
         with Allowance(archive.nbytes, archive.tensors, archive.squares):
-            made = build(whole)
+            made = build(whole, limit=max(FREE_NUMBER, archive.nbytes))
         restore(made, state, frozen=spec["frozen"], dtypes=spec["dtypes"])
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
@@ -133,15 +131,15 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 
 def _write(content: dict[str, Any], draft: str) -> None:
-    # By its sums damage is found; where there is no option (before torch 2.6), they are always written.
+    # Checksums show damage.  torch before 2.6 always writes them, and has no option.
     with _settings_of_torch:
-        checked = serialization.get_crc32_options() if hasattr(serialization, "get_crc32_options") else True
+        omits = hasattr(serialization, "get_crc32_options") and not serialization.get_crc32_options()
         try:
-            if not checked:
+            if omits:
                 serialization.set_crc32_options(True)
             save_tensors(content, draft)
         finally:
-            if not checked:
+            if omits:
                 serialization.set_crc32_options(False)
 
 
@@ -150,7 +148,7 @@ def _refused(path: Path, words: str) -> ValueError:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Archive]:
-    """The spec and the state in a file, and what it holds in all.
+    """Return the spec and the state in a file, and all its content.
 
     Raises:
         FileNotFoundError: If there is no file.
@@ -161,23 +159,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Archive]:
     with path.open("rb") as file:
         try:
             archive = Archive(file)
-        except zipfile.BadZipFile as error:
-            words = f"is not a file of pyro_flows.save, or was cut off ({error!s:.100}). Copy it again or save it anew."
-            raise _refused(path, words) from error
-        except Damaged as error:
-            words = f"is damaged (in its part {str(error)!r:.100}). Copy it again or save it anew."
-            raise _refused(path, words) from error
-        except Foreign as error:
-            words = "it holds more than plain data and tensors, of which nothing was run. Read it with what wrote it."
-            raise _refused(path, f"is not a file of pyro_flows.save: {words}") from error
         except Exception as error:
-            raise _refused(
-                path, f"is not a file of pyro_flows.save, nor any of torch.save ({error!s:.200})."
-            ) from error
+            raise _refused(path, _fault(error)) from error
     content = archive.content
     spec, state = (content.get(key) if isinstance(content, dict) else None for key in ("spec", "state"))
     if not isinstance(spec, dict) or not isinstance(state, dict) or type(content.get("format")) is not int:
-        raise _refused(path, f"is not a file of pyro_flows.save: {_what_else(content)}.")
+        raise _refused(path, f"is not a file of pyro_flows.save: {_kind_of(content)}.")
     if (number := content["format"]) != FORMAT:
         words = f"has the format {number}, and this pyro_flows reads format {FORMAT}. If a newer one wrote it, update."
         raise _refused(path, words)
@@ -186,10 +173,22 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Archive]:
     return spec, state, archive
 
 
-def _what_else(content: Any) -> str:
-    """What a file of torch is instead, and what to do with it."""
+def _fault(error: Exception) -> str:
+    """Return what is wrong with a file that cannot be read, and what to do about it."""
+    if isinstance(error, Damaged):
+        return f"is damaged (in its part {str(error)!r:.100}). Copy it again or save it anew."
+    if isinstance(error, zipfile.BadZipFile):
+        return f"is not a file of pyro_flows.save, or was cut off ({error!s:.100}). Copy it again or save it anew."
+    if isinstance(error, Foreign):
+        words = "it holds more than plain data and tensors, and nothing of it was run. Read it with what wrote it."
+        return f"is not a file of pyro_flows.save: {words}"
+    return f"is not a file of pyro_flows.save, nor any of torch.save ({error!s:.200})."
+
+
+def _kind_of(content: Any) -> str:
+    """Return what a file of torch holds instead of a flow, and what to do with it."""
     if isinstance(content, dict) and "settings" in content:
         return "it is a checkpoint of an unfinished fit; give it to the fit as checkpoint="
     if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
-        return "it holds tensors alone, as a state_dict does; load them into a flow that you build, by load_state_dict"
+        return "it holds only tensors, as a state_dict does; load them into a flow that you build, by load_state_dict"
     return f"it holds a {type(content).__name__} without format, spec and state"
