@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from torch import nn
 
 from ..conditioners import MLPField
 from ..transforms import Continuous
-from .arguments import check_sizes
+from .arguments import checked_sizes
 from .flow import Flow
 
 
@@ -82,22 +84,11 @@ def cnf(
         >>> round(flow().log_prob(torch.zeros(4)).item(), 3)  # at the start it is the standard normal
         -3.676
     """
-    check_sizes("cnf", input_dim, context_dim, num_transforms, hidden_dims)
-    return ffjord(
-        input_dim,
-        context_dim,
-        num_transforms=num_transforms,
-        hidden_dims=hidden_dims,
-        frequencies=frequencies,
-        activation=activation,
-        exact=True,
-        solver=solver,
-        rtol=rtol,
-        atol=atol,
-        num_steps=num_steps,
-        adjoint=adjoint,
-        max_num_steps=max_num_steps,
-    )
+    checked_sizes("cnf", input_dim, context_dim, num_transforms, hidden_dims)
+    field = partial(MLPField, input_dim, context_dim, hidden_dims, frequencies=frequencies, activation=activation)
+    steps: dict[str, Any] = {"rtol": rtol, "atol": atol, "num_steps": num_steps, "max_num_steps": max_num_steps}
+    layers = (Continuous(field(), exact=True, solver=solver, adjoint=adjoint, **steps) for _ in range(num_transforms))
+    return Flow(layers)
 
 
 def ffjord(
@@ -158,19 +149,9 @@ def ffjord(
         >>> flow().log_prob(torch.zeros(3, 40)).shape
         torch.Size([3])
     """
-    check_sizes("ffjord", input_dim, context_dim, num_transforms, hidden_dims)
-    return Flow(
-        Continuous(
-            MLPField(input_dim, context_dim, hidden_dims, frequencies=frequencies, activation=activation),
-            exact=exact,
-            num_probes=num_probes,
-            noise=noise,
-            solver=solver,
-            rtol=rtol,
-            atol=atol,
-            num_steps=num_steps,
-            adjoint=adjoint,
-            max_num_steps=max_num_steps,
-        )
-        for _ in range(num_transforms)
-    )
+    checked_sizes("ffjord", input_dim, context_dim, num_transforms, hidden_dims)
+    field = partial(MLPField, input_dim, context_dim, hidden_dims, frequencies=frequencies, activation=activation)
+    trace: dict[str, Any] = {"exact": exact, "num_probes": num_probes, "noise": noise}
+    steps: dict[str, Any] = {"rtol": rtol, "atol": atol, "num_steps": num_steps, "max_num_steps": max_num_steps}
+    layers = (Continuous(field(), **trace, solver=solver, adjoint=adjoint, **steps) for _ in range(num_transforms))
+    return Flow(layers)

@@ -11,8 +11,8 @@ from ..arguments import as_flags, check_flags
 from ..bijectors import Affine, Bijector, CircularSpline, LogisticMixture, RationalQuadraticSpline, Shift
 from ..conditioners import MLP, Periodic
 from ..distributions import CircularBase
-from ..transforms import ActNorm, Coupling, Elementwise, FlowTransform, LULinear
-from .arguments import check_sizes
+from ..transforms import ActNorm, Coupling, Elementwise, FlowTransform, LULinear, Orthogonal
+from .arguments import Sizes, checked_sizes
 from .flow import Flow
 
 
@@ -55,8 +55,8 @@ def nice(
         >>> x.shape, torch.allclose(flow.log_prob(x), flow.base().log_prob(x), atol=1e-5)  # before training
         (torch.Size([3, 4]), True)
     """
-    layers = coupling_layers("nice", Shift(), input_dim, context_dim, num_transforms, hidden_dims, activation, residual)
-    return Flow([*layers, ActNorm(input_dim)])
+    sizes = checked_sizes("nice", input_dim, context_dim, num_transforms, hidden_dims)
+    return Flow([*coupling_layers(Shift(), sizes, activation, residual), ActNorm(input_dim)])
 
 
 def realnvp(
@@ -104,10 +104,8 @@ def realnvp(
     """
     # Errors of a shift count in units of the base: with y_B = x_B exp(s) + t they would grow by exp(-s) where data are
     # confined, and at a constant step size the log-density would never settle.
-    bijector = Affine(max_log_scale, slope)
-    layers = coupling_layers(
-        "realnvp", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, residual
-    )
+    sizes = checked_sizes("realnvp", input_dim, context_dim, num_transforms, hidden_dims)
+    layers = coupling_layers(Affine(max_log_scale, slope), sizes, activation, residual)
     return Flow([layer.inv for layer in layers])
 
 
@@ -157,8 +155,9 @@ def nsf(
         >>> round(nsf(4)().log_prob(torch.zeros(4)).item(), 3)  # at the start it is the standard normal
         -3.676
     """
+    sizes = checked_sizes("nsf", input_dim, context_dim, num_transforms, hidden_dims)
     bijector = RationalQuadraticSpline(bins, bound)
-    layers = coupling_layers("nsf", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, residual)
+    layers = coupling_layers(bijector, sizes, activation, residual)
     check_flags("nsf", linear=linear)
     if linear:
         layers = [part for layer in layers for part in (layer, LULinear(input_dim))]
@@ -209,10 +208,8 @@ def flowpp(
         >>> x.shape, flow.log_prob(x).isfinite().all()
         (torch.Size([3, 4]), tensor(True))
     """
-    bijector = LogisticMixture(components, bound=bound)
-    layers = coupling_layers(
-        "flowpp", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, residual
-    )
+    sizes = checked_sizes("flowpp", input_dim, context_dim, num_transforms, hidden_dims)
+    layers = coupling_layers(LogisticMixture(components, bound=bound), sizes, activation, residual)
     return Flow(part for layer in layers for part in (layer.inv, ActNorm(input_dim)))
 
 
@@ -264,7 +261,7 @@ def circular_coupling(
         >>> round(flow().log_prob(torch.tensor([1.0, 0.0])).item(), 3)  # -log 2π - log(2π) / 2
         -2.757
     """
-    check_sizes("circular_coupling", input_dim, context_dim, num_transforms, hidden_dims)
+    sizes = checked_sizes("circular_coupling", input_dim, context_dim, num_transforms, hidden_dims)
     angles = as_flags("circular_coupling", "circular", circular, input_dim)
     kinds: list[tuple[Bijector, Tensor]] = [(Affine(max_log_scale), ~angles), (CircularSpline(bins), angles)]
     layers: list[FlowTransform] = []
@@ -273,56 +270,98 @@ def circular_coupling(
             mapped = kind & ~mask if input_dim > 1 else kind
             count, seen = int(mapped.sum()), angles[~mapped]
             if count and len(seen):
-                sizes = len(seen) + int(seen.sum()), count, bijector.num_params, hidden_dims, context_dim
-                net = Periodic(MLP(*sizes, activation=activation), seen)
+                shape = len(seen) + int(seen.sum()), count, bijector.num_params, hidden_dims, context_dim
+                net = Periodic(MLP(*shape, activation=activation), seen)
                 layers.append(Coupling(bijector, net, ~mapped))
-            elif count:  # with nothing to be conditioned on
-                table = context_network(context_dim, count, bijector.num_params, hidden_dims, activation)
-                layers.append(Elementwise(bijector, count, table))
+            elif count:  # there is no other feature to depend on
+                layers.append(elementwise(bijector, count, sizes, activation))
     return Flow(layers, CircularBase(angles))
 
 
+def gaussianization(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    num_transforms: int = 6,
+    hidden_dims: Sequence[int] = (64, 64),
+    components: int = 8,
+    bound: float = 10.0,
+    activation: type[nn.Module] = nn.ReLU,
+) -> Flow:
+    """Gaussianization flow: each feature by a mixture's distribution function, then a rotation, over and over (Meng,
+    Song, Song, Ermon 2020, arXiv:2003.01941).
+
+    From data y to base x, with f a logistic mixture's map for each feature on its own and Q rotations, all learned::
+
+        x = f_1(Q_1 … f_{n-1}(Q_{n-1} f_n(y)))
+
+    No network steers one feature by another; only rotations mix them.  The maps are inverted numerically, in the
+    direction that samples.
+
+    Args:
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for none; with a context each layer has a network, without it a
+            table.
+        num_transforms: The number n of layers.
+        hidden_dims: The widths of the hidden layers of each network.
+        components: The number of logistic components of each map, at least 2.
+        bound: The half-width of the interval that the maps bend; outside they are straight.
+        activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
+    Raises:
+        ValueError: If a size, ``components`` or ``bound`` is out of its range.
+
+    Example::
+
+        >>> import torch
+        >>> gaussianization(4, components=4)().log_prob(torch.zeros(3, 4)).shape
+        torch.Size([3])
+    """
+    sizes = checked_sizes("gaussianization", input_dim, context_dim, num_transforms, hidden_dims)
+    bijector = LogisticMixture(components, bound=bound)
+    layers: list[FlowTransform] = []
+    for layer in range(num_transforms):
+        mixture = elementwise(bijector, input_dim, sizes, activation).inv
+        layers += [Orthogonal(input_dim), mixture] if layer and input_dim > 1 else [mixture]
+    return Flow(layers)
+
+
 def marginal(bijector: Bijector, input_dim: int) -> list[FlowTransform]:
-    """A map of each of several features on its own; of a single one, the layers before are such maps already."""
+    """Return a map of each feature alone, or nothing for a single feature, which other layers map alone already."""
     return [Elementwise(bijector, input_dim)] if input_dim > 1 else []
 
 
+def elementwise(
+    bijector: Bijector, count: int, sizes: Sizes, activation: type[nn.Module], residual: bool = False
+) -> Elementwise:
+    """Build a map of each of ``count`` features alone; its parameters depend on the context, if there is one."""
+    return Elementwise(bijector, count, context_network(sizes, count, bijector.num_params, activation, residual))
+
+
 def context_network(
-    context_dim: int,
-    output_dim: int,
-    num_params: int,
-    hidden_dims: Sequence[int],
-    activation: type[nn.Module],
-    residual: bool = False,
+    sizes: Sizes, output_dim: int, num_params: int, activation: type[nn.Module], residual: bool = False
 ) -> MLP | None:
-    """Build a network from contexts to parameters; None without a context, where parameters are a table."""
-    if not context_dim:
-        return None
-    return MLP(context_dim, output_dim, num_params, hidden_dims, activation=activation, residual=residual)
+    """Build a network from contexts to parameters; None without a context, where the parameters are trained directly."""
+    shape = sizes.context_dim, output_dim, num_params, sizes.hidden_dims
+    return MLP(*shape, activation=activation, residual=residual) if sizes.context_dim else None
 
 
 def coupling_layers(
-    name: str,
-    bijector: Bijector,
-    input_dim: int,
-    context_dim: int,
-    num_transforms: int,
-    hidden_dims: Sequence[int],
-    activation: type[nn.Module],
-    residual: bool,
-    centered: bool = False,
+    bijector: Bijector, sizes: Sizes, activation: type[nn.Module], residual: bool, centered: bool = False
 ) -> list[FlowTransform]:
-    """Coupling layers; a single feature has nothing to be coupled with and is mapped on its own."""
-    check_sizes(name, input_dim, context_dim, num_transforms, hidden_dims)
+    """Build coupling layers; a single feature has no other to depend on, and is mapped alone."""
     layers: list[FlowTransform] = []
-    for mask in coupling_masks(input_dim, num_transforms):
-        if input_dim > 1:
-            sizes = int(mask.sum()), int((~mask).sum()), bijector.num_params, hidden_dims, context_dim
-            net = MLP(*sizes, activation=activation, residual=residual, centered=centered)
+    for mask in coupling_masks(sizes.input_dim, sizes.num_transforms):
+        if sizes.input_dim > 1:
+            kept, mapped = int(mask.sum()), int((~mask).sum())
+            shape = kept, mapped, bijector.num_params, sizes.hidden_dims, sizes.context_dim
+            net = MLP(*shape, activation=activation, residual=residual, centered=centered)
             layers.append(Coupling(bijector, net, mask))
         else:
-            table = context_network(context_dim, 1, bijector.num_params, hidden_dims, activation, residual)
-            layers.append(Elementwise(bijector, 1, table))
+            layers.append(elementwise(bijector, 1, sizes, activation, residual))
     return layers
 
 

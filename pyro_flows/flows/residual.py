@@ -14,7 +14,7 @@ from torch import nn
 from ..conditioners import LipschitzMLP
 from ..transforms import ActNorm, FlowTransform, Permute, Planar, Radial, Residual, Sylvester
 from ..transforms.sylvester import check_ridges
-from .arguments import check_sizes
+from .arguments import checked_sizes
 from .coupling import context_network
 from .flow import Flow
 
@@ -56,9 +56,9 @@ def planar_flow(
         >>> flow().log_prob(flow().sample((3,))).shape  # of values that are not its own draws, too
         torch.Size([3])
     """
-    check_sizes("planar_flow", input_dim, context_dim, num_transforms, hidden_dims)
-    sizes = context_dim, 1, 2 * input_dim + 1, hidden_dims, activation
-    return Flow(Planar(input_dim, context_network(*sizes)) for _ in range(num_transforms))
+    sizes = checked_sizes("planar_flow", input_dim, context_dim, num_transforms, hidden_dims)
+    num_params = 2 * input_dim + 1
+    return Flow(Planar(input_dim, context_network(sizes, 1, num_params, activation)) for _ in range(num_transforms))
 
 
 def radial_flow(
@@ -98,9 +98,9 @@ def radial_flow(
         >>> flow(torch.zeros(5, 2)).log_prob(torch.zeros(4)).shape  # one value, five contexts
         torch.Size([5])
     """
-    check_sizes("radial_flow", input_dim, context_dim, num_transforms, hidden_dims)
-    sizes = context_dim, 1, input_dim + 2, hidden_dims, activation
-    return Flow(Radial(input_dim, context_network(*sizes)) for _ in range(num_transforms))
+    sizes = checked_sizes("radial_flow", input_dim, context_dim, num_transforms, hidden_dims)
+    num_params = input_dim + 2
+    return Flow(Radial(input_dim, context_network(sizes, 1, num_params, activation)) for _ in range(num_transforms))
 
 
 def sylvester_flow(
@@ -146,14 +146,14 @@ def sylvester_flow(
         >>> sum(parameter.numel() for parameter in flow.parameters())  # M² + 2 M + H D
         16
     """
-    check_sizes("sylvester_flow", input_dim, context_dim, num_transforms, hidden_dims)
+    sizes = checked_sizes("sylvester_flow", input_dim, context_dim, num_transforms, hidden_dims)
     rank, reflections = check_ridges("sylvester_flow", input_dim, rank, reflections)
     num_params = Sylvester.count_params(input_dim, rank, reflections)
     layers: list[FlowTransform] = []
     for layer in range(num_transforms):
         if layer > 0 and reflections == 0:
             layers.append(Permute(range(input_dim - 1, -1, -1)))
-        net = context_network(context_dim, 1, num_params, hidden_dims, activation)
+        net = context_network(sizes, 1, num_params, activation)
         layers.append(Sylvester(input_dim, rank, reflections, net))
     return Flow(layers)
 
@@ -198,7 +198,7 @@ def residual_flow(
         >>> round(residual_flow(4)().log_prob(torch.zeros(4)).item(), 3)  # at the start it is the standard normal
         -3.676
     """
-    check_sizes("residual_flow", input_dim, context_dim, num_transforms, hidden_dims)
+    checked_sizes("residual_flow", input_dim, context_dim, num_transforms, hidden_dims)
     layers: list[FlowTransform] = []
     for _ in range(num_transforms):
         net = LipschitzMLP(input_dim, hidden_dims, context_dim, lipschitz=lipschitz)
