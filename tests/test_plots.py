@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
 import pyro_flows as pf
-from pyro_flows import Flow, compat, flows, plots
+from pyro_flows import Flow, arviz_versions, flows, plots
 from pyro_flows.bijectors import Affine
 from pyro_flows.diagnostics.drift import Drift
 from pyro_flows.diagnostics.importance import weigh
@@ -335,5 +335,5 @@ def test_deformation_of_a_deep_flow_shows_some_layers_and_the_last():
 
 
 def test_the_density_estimate_is_right_at_a_hard_end():
-    grid, density = compat.kde(RANDOM.exponential(size=20_000))
+    grid, density = arviz_versions.kde(RANDOM.exponential(size=20_000))
     assert density[np.searchsorted(grid, 0.02)] == pytest.approx(1, abs=0.15)

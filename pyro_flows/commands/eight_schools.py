@@ -19,7 +19,7 @@ from ..atomic_files import write_atomically
 from ..diagnostics import check, to_arviz
 from ..fitting import fit_svi
 from ..guides import AutoFlow
-from ..plots.marginals import density_of
+from ..plots.draws import density_of
 from ..plots.panels import panels
 from . import RECIPES
 from .outputs import Interrupted, check_writable, hold_ctrl_c, places_for, what_was_kept

@@ -153,11 +153,7 @@ def tied_columns(x: Tensor) -> list[int]:
 
 
 def dequantize(
-    x: Any,
-    columns: Sequence[int | str] | None = None,
-    *,
-    step: float = 1.0,
-    generator: torch.Generator | None = None,
+    x: Any, columns: Sequence[int | str] | None = None, *, step: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
     """Add uniform noise to discrete values: x + step · u, u ~ U[0, 1).
 

@@ -344,7 +344,7 @@ def elementwise(
 def context_network(
     sizes: Sizes, output_dim: int, num_params: int, activation: type[nn.Module], residual: bool = False
 ) -> MLP | None:
-    """Build a network from contexts to parameters; None without a context, where the parameters are trained directly."""
+    """Build a network from contexts to parameters, or None without a context: parameters are trained directly."""
     shape = sizes.context_dim, output_dim, num_params, sizes.hidden_dims
     return MLP(*shape, activation=activation, residual=residual) if sizes.context_dim else None
 

@@ -33,7 +33,7 @@ class FlowDistribution(dist.TransformedDistribution):
     (:mod:`~pyro_flows.transforms.snapshot`).  If nothing has changed, ``log_prob`` of this very tensor runs no network.
 
     Args:
-        base: A callable, such as a module, that builds the base distribution.
+        base: A module that builds the base distribution.
         views: The transforms at the context, at least one.
         runs: The transforms as they are computed, perhaps in fewer and larger compiled parts.
         context: The encoded context, or None.
@@ -46,7 +46,7 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def __init__(
         self,
-        base: Callable[[], Distribution],
+        base: nn.Module,
         views: list[View],
         runs: Sequence[FlowTransform],
         context: Tensor | None,
@@ -54,15 +54,10 @@ class FlowDistribution(dist.TransformedDistribution):
         batch_shape: torch.Size,
         validate_args: bool | None = None,
     ) -> None:
-        self.base = base
-        self.transforms: list[View] = views
-        self.runs, self.context = runs, context
+        self.base, self.transforms, self.runs, self.context = base, views, runs, context
         self._last: _Draw | None = None
         # The views share one event shape, so the general class need not infer shapes.
-        event_shape = views[0].transform.event_shape
-        super(torch.distributions.TransformedDistribution, self).__init__(  # type: ignore[misc]
-            batch_shape, event_shape, validate_args=validate_args
-        )
+        Distribution.__init__(self, batch_shape, views[0].transform.event_shape, validate_args=validate_args)
 
     @property
     def base_dist(self) -> Distribution:
@@ -109,8 +104,7 @@ class FlowDistribution(dist.TransformedDistribution):
         """Draw reparameterised samples, ``(*sample_shape, *batch, *event_shape)``."""
         value, score = self._drawn(sample_shape)
         if can_be_kept():
-            parts = (*(view.transform for view in self.transforms), self.base)
-            modules = [part for part in parts if isinstance(part, nn.Module)]
+            modules: list[nn.Module] = [*(view.transform for view in self.transforms), self.base]
             others = [value] if self.context is None else [value, self.context]
             snapshot = (Counters if self.one_step else Snapshot)(modules, others)
             self._last = _Draw(value, score, torch.is_grad_enabled(), value.grad_fn, snapshot)
@@ -141,12 +135,13 @@ class FlowDistribution(dist.TransformedDistribution):
         log_prob = log_prob_of(base, leaf)
         (score,) = torch.autograd.grad(log_prob.sum(), leaf)
         log_prob = log_prob.detach()
+        y = x if x.requires_grad else x.requires_grad_()  # a frozen flow too has a gradient at the draws
         layers = [view.transform for view in self.transforms]
         if all(view.context is None for view in self.transforms) and can_be_carried(layers):
-            y, total, score = carried(layers, x, score)
+            trained = {p: None for layer in layers for p in layer.parameters() if p.requires_grad}
+            y, total, score = _Carried.apply(layers, y, score, *trained)
             log_prob = log_prob - total
         else:
-            y = x if x.requires_grad else x.requires_grad_()
             for view in self.transforms:
                 y, log_det, score = view.transform.forward_and_score(y, score, view.context)
                 log_prob = log_prob - log_det.detach()
@@ -200,24 +195,6 @@ def log_prob_of(base: Distribution, value: Tensor) -> Tensor:
     return value.reshape(*value.shape[: value.dim() - len(base.event_shape)], base.event_shape.numel()).sum(-1)
 
 
-def carried(transforms: Sequence[FlowTransform], x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Map draws of a base by transforms without contexts.
-
-    Args:
-        transforms: The transforms, at least one.
-        x: The draws, ``(*batch, *event_shape)``.
-        score: The gradient of the base's log-density at each draw.
-
-    Returns:
-        The draws y, ``(*batch, *event_shape)``; and, without gradients, the sum of the log-determinants, ``(*batch)``,
-        and the scores of the draws.
-    """
-    trained = {p: None for transform in transforms for p in transform.parameters() if p.requires_grad}
-    if not (trained or x.requires_grad):
-        x = x.requires_grad_()  # a frozen flow too has a log-density with a gradient at the draws
-    return _Carried.apply(transforms, x, score, *trained)
-
-
 def can_be_carried(transforms: Sequence[FlowTransform]) -> bool:
     """True unless a trace, ``torch.func``, autocast or a hook has to see each operation."""
     watched = torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active()
@@ -226,6 +203,14 @@ def can_be_carried(transforms: Sequence[FlowTransform]) -> bool:
 
 
 class _Carried(torch.autograd.Function):
+    """Draws of a base mapped by transforms without contexts, with no autograd graph across the transforms.
+
+    In the forward pass each transform maps the draws and their score.  In the backward pass each maps the gradient at
+    its results to the gradients at its inputs and parameters.  It takes the transforms, at least one, the draws, their
+    score and the trained parameters.  It returns the mapped draws and, without gradients, the sum of the
+    log-determinants and the scores of the mapped draws.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, transforms: Sequence[FlowTransform], x: Tensor, score: Tensor, *trained: Tensor

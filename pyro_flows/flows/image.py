@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import nn
 
@@ -38,7 +39,7 @@ CLASS_DIM = 32  # the width of the embedding of a class
 FEWEST = 4  # patches: with a single one a layer would be an affine map of each number alone
 Shape = tuple[int, int, int]
 Layers = list[FlowTransform]
-Couple = Callable[[Shape, Sequence[bool]], FlowTransform]  # from the shape of images and a mask of their channels
+Couple = Callable[[Shape, Sequence[bool]], FlowTransform]  # from a shape of images and a mask of their channels
 
 
 def realnvp_image(
@@ -88,7 +89,7 @@ def realnvp_image(
         torch.Size([5, 1, 8, 8])
     """
     images = _Images("realnvp_image", image_shape, context_dim, num_classes, num_steps, hidden_dim, num_blocks)
-    couple = images.coupling(Affine(max_log_scale, slope=1.0), activation)
+    couple = partial(images.couple, Affine(max_log_scale, slope=1.0), activation)
 
     def steps(shape: Shape, masks: Sequence[Sequence[bool]]) -> Layers:
         return _joined([[couple(shape, m), PerPixel(ActNorm(shape[0]), shape[1:])] for m in masks], recompute)
@@ -147,7 +148,7 @@ def glow(
         torch.Size([2])
     """
     images = _Images("glow", image_shape, context_dim, num_classes, num_steps, hidden_dim, num_blocks)
-    couple = images.coupling(Affine(max_log_scale, slope=1.0), activation)
+    couple = partial(images.couple, Affine(max_log_scale, slope=1.0), activation)
     return _glow(images, couple, num_scales, num_steps, recompute, rotated=True)
 
 
@@ -184,7 +185,7 @@ def flowpp_image(
         torch.Size([5, 1, 4, 4])
     """
     images = _Images("flowpp_image", image_shape, context_dim, num_classes, num_steps, hidden_dim, num_blocks)
-    couple = images.coupling(LogisticMixture(components, bound=bound), activation)
+    couple = partial(images.couple, LogisticMixture(components, bound=bound), activation)
     return _glow(images, lambda *of: couple(*of).inv, num_scales, num_steps, recompute, rotated=False)
 
 
@@ -293,7 +294,8 @@ class _Images:
     def scales(self, asked: int | None) -> int:
         """Return the number of times that height and width are halved: the number asked for, or the default."""
         height, width = self.shape[1:]
-        most = next(n for n in range(height) if height % 2 ** (n + 1) or width % 2 ** (n + 1))
+        size = math.gcd(height, width)
+        most = (size & -size).bit_length() - 1  # how often 2 divides both
         number = min(most, MOST_SCALES) if asked is None else asked
         if not is_integer(number) or not 1 <= number <= most:
             got = "" if asked is None else f", got num_scales={asked!r}"
@@ -313,16 +315,14 @@ class _Images:
             raise ValueError(f"{self.name}: {must}, got {asked!r}; it may be one of {list(counts)}.")
         return side
 
-    def coupling(self, bijector: Bijector, activation: type[nn.Module]) -> Couple:
-        """Return a function that builds couplings."""
-
-        def couple(shape: Shape, mask: Sequence[bool]) -> FlowTransform:
-            kept, (channels, *size) = sum(mask), shape
-            sizes = kept, channels - kept, bijector.num_params, size, self.hidden_dim, self.num_blocks, self.context_dim
-            net = ConvNet(*sizes, context_shape=self.context_shape, activation=activation)
-            return Coupling(bijector, net, mask)
-
-        return couple
+    def couple(
+        self, bijector: Bijector, activation: type[nn.Module], shape: Shape, mask: Sequence[bool]
+    ) -> FlowTransform:
+        """Build a coupling of images of a shape, by a mask of their channels."""
+        kept, (channels, *size) = sum(mask), shape
+        sizes = kept, channels - kept, bijector.num_params, size, self.hidden_dim, self.num_blocks, self.context_dim
+        net = ConvNet(*sizes, context_shape=self.context_shape, activation=activation)
+        return Coupling(bijector, net, mask)
 
     def flow(
         self, num_scales: int | None, layers: Callable[[Shape, bool], Layers], split: Callable[[Shape], Layers]
