@@ -39,22 +39,23 @@ def iaf(
 
         y_i = x_i exp(s_i) + t_i,    (s_i, t_i) = net_i(x_1 … x_{i-1}, context)
 
-    Samples take one pass of each network; values that it did not draw are scored incrementally, in about one pass too.
+    Samples take one pass of each network.  Other values than its own draws are scored incrementally, in about one pass
+    too.
 
     Args:
         input_dim: The number D of features.
         context_dim: The number of context features, 0 for a flow without a context.
-        num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
+        num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
         hidden_dims: The widths of the hidden layers of each network.
         max_log_scale: The bound on the log-scale s of one layer, in nats.
-        slope: The slope of s where it is zero; in loops of your own on given data 1 learns faster.
-        adjacency: ``adjacency[i, j]`` says whether feature i may depend on feature j, ``(D, D)``, a directed graph
-            without cycles, such as :func:`~pyro_flows.posterior_graph` of a Pyro model.  All layers then have one
-            order, parents first.  In flows of fast densities one layer has exactly this graph, and each layer more
-            lets a feature see one generation of ancestors more.  ``iaf`` masks the base, whose features reach all of
-            their descendants: it sees all ancestors at once.
+        slope: The slope of s where it is zero; in custom training loops on given data 1 trains faster.
+        adjacency: A directed graph without cycles, ``(D, D)``: ``adjacency[i, j]`` is True if feature i may depend on
+            feature j.  An example is :func:`~pyro_flows.posterior_graph` of a Pyro model.  All layers then have one
+            order, parents first.  In flows with fast densities one layer has exactly this graph, and each further
+            layer adds one generation of ancestors.  In ``iaf`` each feature depends on all of its ancestors at once,
+            since the masks act on the base.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
-        fixed_point: Whether the slow direction is found by passes over all features at once, which may be faster on
+        fixed_point: True to compute the slow direction by passes over all features at once, which may be faster on
             GPUs: see :class:`~pyro_flows.transforms.Autoregressive`.
 
     Returns:
@@ -95,18 +96,18 @@ def maf(
 
         x_i = y_i exp(s_i) + t_i,    (s_i, t_i) = net_i(y_1 … y_{i-1}, context)
 
-    Densities take one pass of each network; samples are drawn incrementally, in about one pass too.
+    Densities take one pass of each network.  Samples are drawn incrementally, in about one pass too.
 
     Args:
         input_dim: The number D of features.
         context_dim: The number of context features, 0 for a flow without a context.
-        num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
+        num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
         hidden_dims: The widths of the hidden layers of each network.
         max_log_scale: The bound on the log-scale s of one layer, in nats.
         slope: The slope of s where it is zero.
-        adjacency: Which feature may depend on which, ``(D, D)``, as for :func:`iaf`.
+        adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
-        fixed_point: Whether samples are found by passes over all features at once, as for :func:`iaf`.
+        fixed_point: True to find samples by passes over all features at once, as for :func:`iaf`.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -144,20 +145,20 @@ def nsf_ar(
 
         x_i = spline(y_i; θ_i),    θ_i = net_i(y_1 … y_{i-1}, context)
 
-    At the end of the data each of several features passes a spline of its own, which no other feature steers.
-    Densities take one pass of each network; samples are drawn incrementally, in about one pass too.
+    The last map before the data is one spline per feature, which depends on no other feature.  A flow of one feature
+    lacks this map.  Densities take one pass of each network.  Samples are drawn incrementally, in about one pass too.
 
     Args:
         input_dim: The number D of features.
         context_dim: The number of context features, 0 for a flow without a context.
-        num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
+        num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
         hidden_dims: The widths of the hidden layers of each network.
         bins: The number of bins of each spline, from 2 to 99.
         bound: The half-width of the interval that the splines bend, in the base's standard deviations; outside they are
             the identity.
-        adjacency: Which feature may depend on which, ``(D, D)``, as for :func:`iaf`.
+        adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
-        fixed_point: Whether samples are found by passes over all features at once, as for :func:`iaf`.
+        fixed_point: True to find samples by passes over all features at once, as for :func:`iaf`.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -196,17 +197,17 @@ def naf(
 
         x_i = f(y_i; θ_i),    f(y) = logit Σ_k w_k σ(a_k y + b_k),    θ_i = net_i(y_1 … y_{i-1}, context)
 
-    Densities take one pass of each network; samples are drawn feature by feature, by a search for each.
+    Densities take one pass of each network.  Samples are drawn feature by feature, by a search for each.
 
     Args:
         input_dim: The number D of features.
         context_dim: The number of context features, 0 for a flow without a context.
-        num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
+        num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
         hidden_dims: The widths of the hidden layers of each network.
         components: The number of sigmoids of each layer of a map, at least 2.
-        layers: The number of layers of a map: f after f.
+        layers: The number of layers of a map, each an f.
         bound: The half-width of the interval that the maps bend; outside they are straight.
-        adjacency: Which feature may depend on which, ``(D, D)``, as for :func:`~pyro_flows.flows.iaf`.
+        adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
         activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
     Returns:
@@ -243,17 +244,17 @@ def umnn(
 
         x_i = b_i + ∫₀^{y_i} g(t; θ_i) dt,    g > 0,    (b_i, θ_i) = net_i(y_1 … y_{i-1}, context)
 
-    log g is a network of one hidden layer, bounded; its integral is one that can be taken, and undone, exactly.
-    Densities take one pass of each network; samples are drawn incrementally, in about one pass too.
+    log g is a bounded network of one hidden layer, chosen so that the integral and its inverse are exact.  Densities
+    take one pass of each network.  Samples are drawn incrementally, in about one pass too.
 
     Args:
         input_dim: The number D of features.
         context_dim: The number of context features, 0 for a flow without a context.
-        num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
+        num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
         hidden_dims: The widths of the hidden layers of each masked network.
-        hidden: The number of hidden units of the network whose integral a map is, at least 2.
+        hidden: The number of hidden units of g, at least 2.
         bound: The half-width of the interval that the maps bend; outside they are straight.
-        adjacency: Which feature may depend on which, ``(D, D)``, as for :func:`~pyro_flows.flows.iaf`.
+        adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
         activation: The class of the nonlinearity of the masked networks, such as ``torch.nn.ELU``.
 
     Returns:
@@ -291,17 +292,17 @@ def sospf(
 
         x_i = b_i + ∫₀^{y_i} Σ_k p_k(t; θ_i)² dt,    (b_i, θ_i) = net_i(y_1 … y_{i-1}, context)
 
-    Densities take one pass of each network; samples are drawn feature by feature, by a search for each.
+    Densities take one pass of each network.  Samples are drawn feature by feature, by a search for each.
 
     Args:
         input_dim: The number D of features.
         context_dim: The number of context features, 0 for a flow without a context.
-        num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
+        num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
         hidden_dims: The widths of the hidden layers of each network.
         degree: The degree of the polynomials whose squares are integrated, at least 1.
-        polynomials: Their number; two can be any positive polynomial.
+        polynomials: The number of squares; two can represent any positive polynomial.
         bound: The half-width of the interval that the maps bend; outside they are straight.
-        adjacency: Which feature may depend on which, ``(D, D)``, as for :func:`~pyro_flows.flows.iaf`.
+        adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
         activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
     Returns:
@@ -338,17 +339,17 @@ def bpf(
 
         x_i = Σ_j β_ij C(n, j) uʲ (1 - u)ⁿ⁻ʲ,    u = (y_i + B) / 2B,    β_i = net_i(y_1 … y_{i-1}, context)
 
-    whose coefficients β_ij increase in j; net is a masked network.  Densities take one pass of each network; samples
+    The coefficients β_ij increase in j, and net is a masked network.  Densities take one pass of each network.  Samples
     are drawn feature by feature, by a search for each.
 
     Args:
         input_dim: The number D of features.
         context_dim: The number of context features, 0 for a flow without a context.
-        num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
+        num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
         hidden_dims: The widths of the hidden layers of each network.
         degree: The degree n of the polynomials, at least 2.
         bound: The half-width B of the interval that the maps bend; outside they are straight.
-        adjacency: Which feature may depend on which, ``(D, D)``, as for :func:`~pyro_flows.flows.iaf`.
+        adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
         activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
     Returns:
@@ -383,16 +384,16 @@ def bnaf(
 
         x_i = f_i(y_1 … y_i, context),    increasing in y_i
 
-    It learns better with the larger steps of Adam, 0.01 to 0.02.  Densities take one pass; samples are searched for
-    feature by feature, to the last bits.
+    It trains better with larger steps of Adam, 0.01 to 0.02.  Densities take one pass.  Samples are found feature by
+    feature, by a search to the last bits.
 
     Args:
         input_dim: The number D of features.
         context_dim: The number of context features, 0 for none; with a context each layer has a second network.
-        num_transforms: The number of layers; the order of the features is reversed from one to the next.
-        hidden_dims: The numbers of units *of each feature*: the hidden layers are D times as wide, as are those of the
+        num_transforms: The number of layers; each reverses the order of the features of the one before.
+        hidden_dims: The numbers of units *per feature*: the hidden layers are D times as wide, and so are those of the
             networks of the context.
-        max_log_slope: The bound on what bends and what scales a feature in one layer, in nats each.
+        max_log_slope: The bound on each of two log-factors of one layer, which bend and scale a feature, in nats.
         activation: The class of the nonlinearity of the networks of the context.
 
     Returns:

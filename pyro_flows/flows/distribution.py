@@ -35,7 +35,7 @@ class FlowDistribution(dist.TransformedDistribution):
     Args:
         base: A module that builds the base distribution.
         views: The transforms at the context, at least one.
-        runs: The transforms as they are computed, perhaps in fewer and larger compiled parts.
+        runs: The same transforms as they run, perhaps compiled into fewer and larger parts.
         context: The encoded context, or None.
         batch_shape: The batch shape, to which the base is expanded.
         validate_args: As for all of Pyro's distributions.
