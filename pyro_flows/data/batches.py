@@ -114,7 +114,7 @@ class Stream:
     def _epochs(self) -> Iterator[Any]:
         """Yield the items of one epoch after the other, each of at most ``steps`` items."""
         while True:
-            self._start, self._taken = {"random": random_state(), "own": self._own_state()}, 0
+            self._start, self._taken = self._random(), 0
             for item in islice(self.loader, self.steps):
                 self._taken += 1
                 yield item
@@ -122,28 +122,27 @@ class Stream:
                 words = "the loader, which had batches before, yields no more; it must start anew"
                 raise ValueError(f"fit_density: {words}.")
 
-    def _own_state(self) -> list[Tensor]:
-        """Return the states of the loader's own random generators."""
-        return [generator.get_state() for generator in self._generators]
+    def _random(self) -> dict[str, Any]:
+        """Return the random state of this process and of the loader's own generators."""
+        return {"random": random_state(), "own": [generator.get_state() for generator in self._generators]}
 
-    def _set_own_state(self, states: list[Tensor]) -> None:
-        for generator, state in zip(self._generators, states, strict=True):
-            generator.set_state(state)
+    def _set_random(self, state: dict[str, Any]) -> None:
+        set_random_state(state["random"])
+        for generator, own in zip(self._generators, state["own"], strict=True):
+            generator.set_state(own)
 
     def state_dict(self) -> dict[str, Any]:
         start = self._start if self._taken < self.steps else {}  # the next epoch starts with new random numbers
-        return {"start": start, "taken": self._taken, "own": self._own_state()}
+        return {"start": start, "taken": self._taken, "own": self._random()["own"]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._start, self._taken, self._items = {}, 0, self._epochs()
+        now = {"random": random_state(), "own": state["own"]}
         if state["start"] and distributed.rank() == 0:
-            now = random_state()
-            set_random_state(state["start"]["random"])
-            self._set_own_state(state["start"]["own"])
+            self._set_random(state["start"])
             for _ in range(state["taken"]):
                 next(self._items)
-            set_random_state(now)
-        self._set_own_state(state["own"])
+        self._set_random(now)
 
 
 Source = Rows | Stream
@@ -194,9 +193,7 @@ def _indivisible(loader: Any) -> str:
     if isinstance(loader.dataset, IterableDataset):
         return "a loader of an iterable dataset"
     sampler, number = loader.sampler, len(loader.dataset)  # type: ignore[arg-type]
-    if number < 2:
-        return "a loader of one row"
     in_order = type(sampler) is SequentialSampler
     shuffled = type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == number
-    plain = (in_order or shuffled) and type(loader.batch_sampler) is BatchSampler
-    return "" if plain else "a loader with a custom sampler"
+    divisible = (in_order or shuffled) and type(loader.batch_sampler) is BatchSampler
+    return "" if divisible else "a loader with a custom sampler"

@@ -103,9 +103,8 @@ class Reader:
             return rounded
         if found.is_floating_point() and bool((rounded.isinf() & ~found.isinf()).any()):
             most = found[found.isfinite()].abs().max().item()
-            words = f"numbers of up to {most:.3g}, which overflow in the flow's dtype, {self.like.dtype}"
-            way = "divide them by their scale, or use flow.double()"
-            raise ValueError(f"{self.caller}: {argument} holds {words}; {way}.")
+            words = f"{argument} holds numbers of up to {most:.3g}, which overflow in the flow's dtype, {rounded.dtype}"
+            raise ValueError(f"{self.caller}: {words}; divide them by their scale, or use flow.double().")
         if rounded.dim() == 2 and argument in ("x", "a batch"):
             low, high = self.span or (found[0], found[0])
             self.span = torch.minimum(low, found.amin(0)), torch.maximum(high, found.amax(0))
