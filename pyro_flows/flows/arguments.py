@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from ..arguments import check_dense, check_integers, check_sizes, is_integer, quoted
 from ..transforms.tracing import is_traced
@@ -60,10 +60,9 @@ def parameter_of(modules: Iterable[nn.Module | None]) -> Tensor | None:
 def check_precision(caller: str, like: Tensor | None) -> None:
     """Raise ValueError if a flow with the parameter ``like`` calculates in 16 bits."""
     if like is not None and like.dtype in HALF:
-        raise ValueError(
-            f"{caller}: the flow must be float32 or float64, got {like.dtype}, in which densities lose their digits. "
-            "Use flow.float(); fit_density(..., mixed_precision=True) trains its networks in bfloat16."
-        )
+        must = f"the flow must be float32 or float64, got {like.dtype}, in which densities lose their digits"
+        way = "Use flow.float(); fit_density(..., mixed_precision=True) trains its networks in bfloat16."
+        raise ValueError(f"{caller}: {must}. {way}")
 
 
 def check_like(caller: str, argument: str, value: Tensor, like: Tensor | None) -> None:
@@ -89,11 +88,7 @@ def check_like(caller: str, argument: str, value: Tensor, like: Tensor | None) -
 
 
 def check_value(
-    value: Tensor,
-    event_shape: torch.Size,
-    like: Tensor | None = None,
-    caller: str = "log_prob",
-    argument: str = "value",
+    value: Tensor, event_shape: Size, like: Tensor | None = None, caller: str = "log_prob", argument: str = "value"
 ) -> None:
     """Raise an error unless a value is a floating-point tensor ``(*batch, *event_shape)`` like a flow's parameter."""
     check_tensor(caller, argument, value)
@@ -101,19 +96,19 @@ def check_value(
     check_like(caller, argument, value, like)
 
 
-def check_event(caller: str, argument: str, value: Tensor, event_shape: torch.Size) -> None:
+def check_event(caller: str, argument: str, value: Tensor, event_shape: Size) -> None:
     """Raise ValueError unless a value has the event shape on the right."""
     shape, event = tuple(value.shape), tuple(event_shape)
     if shape[max(len(shape) - len(event), 0) :] != event:
         raise ValueError(f"{caller}: {argument} must have the event shape {event} on the right, got shape {shape}.")
 
 
-def as_size(sample_shape: Sequence[int]) -> torch.Size:
+def as_size(sample_shape: Sequence[int]) -> Size:
     """Return a shape of draws, or raise TypeError unless it holds integers of at least 0."""
     if is_traced():  # sizes may be symbols or tensors
-        return torch.Size(sample_shape)
+        return Size(sample_shape)
     whole = isinstance(sample_shape, Sequence) and not isinstance(sample_shape, str | bytes)
     if not whole or not all(is_integer(size) and size >= 0 for size in sample_shape):
         such = f"({sample_shape},)" if is_integer(sample_shape) else "(5,)"
         raise TypeError(f"Flow: sample_shape must be a tuple of sizes, such as {such}, got {quoted(sample_shape)}.")
-    return torch.Size(sample_shape)
+    return Size(sample_shape)

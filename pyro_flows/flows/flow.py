@@ -78,10 +78,8 @@ class Flow(nn.Module):
         self.base = FixedBase(base) if isinstance(base, Distribution) else base
         shape = self.base().event_shape
         if shape != self.event_shape:
-            raise ValueError(
-                f"Flow: base has event shape {tuple(shape)}, but the transforms act on {tuple(self.event_shape)}; "
-                "use base.to_event(n) to make batch dimensions part of the event."
-            )
+            got = f"base has event shape {tuple(shape)}, but the transforms act on {tuple(self.event_shape)}"
+            raise ValueError(f"Flow: {got}; use base.to_event(n) to make batch dimensions part of the event.")
         if encoder is not None and not (isinstance(encoder, nn.Module) and self.context_dim):
             why = f"got {quoted(encoder)}" if self.context_dim else "it is of no use, as no transform takes a context"
             raise ValueError(f"Flow: encoder must be a network from contexts to vectors; {why}.")
