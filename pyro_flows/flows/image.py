@@ -31,7 +31,7 @@ from ..transforms import (
     Recomputed,
     Split,
     Squeezed,
-)  # fmt: skip
+)
 from .flow import Flow
 
 MOST_SCALES = 3
