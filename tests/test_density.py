@@ -647,7 +647,7 @@ def test_contexts_that_do_not_fit_are_refused_in_the_words_of_the_flow() -> None
 def test_what_is_neither_a_table_nor_batches_is_refused() -> None:
     x = normal(50, 2)
     must = "x must be a tensor, an array, a data frame or a DataLoader, "
-    refused(must + r"got a data set; give DataLoader\(", small(2), TensorDataset(x), error=TypeError)
+    refused(must + r"got a dataset; give DataLoader\(", small(2), TensorDataset(x), error=TypeError)
     refused(must + "got NoneType", small(2), None, error=TypeError)
     refused(must + "got str", small(2), "x.csv", error=TypeError)
     refused(must + "or batches .* again, got a generator", small(2), (b for b in [x]), validation=x, error=TypeError)

@@ -20,7 +20,7 @@ from ..atomic_files import write_atomically
 from ..diagnostics import check, to_arviz
 from ..fitting import fit_svi
 from ..guides import AutoFlow
-from ..plots.marginals import density_of
+from ..plots.draws import density_of
 from ..plots.panels import panels
 from . import RECIPES
 from .outputs import Outputs, hold_ctrl_c

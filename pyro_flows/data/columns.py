@@ -1,7 +1,7 @@
-"""Columns that have no density as they are: discrete values, and values that many rows share.
+"""Columns without a density: discrete values, and values that many rows share.
 
-A density can grow without bound where it meets one value again and again, and the likelihood with it: what is learned
-then is how narrow a spike may be.  Uniform noise makes integers a density's affair,
+A density can grow without bound at a value that many rows share, and the likelihood grows with it.  Training then only
+makes a spike narrower.  Uniform noise turns integers into real numbers with a density,
 
     log P(k) = log ∫ p(k + u) du ≥ E log p(k + u),   u ~ U[0, 1).
 
@@ -14,31 +14,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..arguments import check_kind, check_numbers
 from .table import Names, is_table, label, places_of, read_table
 
-FINE = {"integers": 1e-4, "lattice": 1e-3}  # steps, in standard deviations, that flows hardly resolve
-TIED = 0.1  # of the rows that share their value with others, from which a lattice matters
-LEAST = 5  # times that a value must occur; continuous values occur once
-SINGULAR = 1e-10  # the least variance of standardised columns' combinations, below which they determine one another
+FINE = {"integers": 1e-4, "lattice": 1e-3}  # steps in standard deviations below which flows hardly see a step
+SHARED = 0.1  # the share of rows with a repeated value from which a lattice matters
+LEAST = 5  # occurrences of a value that count as repeated; continuous values occur once
+SINGULAR = 1e-10  # the variance of a combination of standardised columns below which they are collinear
 
 
 @dataclass(frozen=True)
 class Spike:
     """Values that repeat so often that a density diverges there, as :func:`find_spikes` finds them.
 
-    As a string it says so in words.
+    ``str(spike)`` is a sentence for people.
 
     Attributes:
-        column: The place of the column, or its name where the table has names; None for whole rows.
-        kind: ``"integers"``, ``"lattice"`` (multiples of one step, apart from an offset), ``"value"`` (a single one
-            among others that differ) or ``"rows"`` (copies of whole rows).
+        column: The index of the column, or its name if the table has names; None for whole rows.
+        kind: ``"integers"``, ``"lattice"`` (multiples of one step, plus an offset), ``"value"`` (a single value among
+            others that differ) or ``"rows"`` (copies of whole rows).
         share: The share of the rows, between 0 and 1, that hold the commonest value, or are copies of a row before.
         value: The commonest value, in the column's unit; None for whole rows.
-        step: What the values are multiples of, in the column's unit; None for single values and rows.
+        step: The step of the lattice, in the column's unit; None for single values and rows.
 
     Example::
 
@@ -60,30 +61,27 @@ class Spike:
         share = f"{100 * self.share:.2g} % of the rows"
         if self.kind == "rows":
             return f"{share} are copies of others"
-        holds = {
-            "integers": "holds integers",
-            "lattice": f"holds multiples of {self.step or 1.0:.4g}",
-            "value": "repeats a value",
-        }
-        return f"column {self.column!r} {holds[self.kind]} ({self.value:.6g} in {share})"
+        multiples = f"holds multiples of {self.step or 1.0:.4g}"
+        holds = {"integers": "holds integers", "lattice": multiples, "value": "repeats a value"}[self.kind]
+        return f"column {self.column!r} {holds} ({self.value:.6g} in {share})"
 
 
 def find_spikes(x: Any, *, share: float = 0.01) -> list[Spike]:
-    """Find what makes a density of a table diverge: integers, rounded values, values and rows that repeat.
+    """Find where a density of a table diverges: integers, rounded values, and values and rows that repeat.
 
-    Integers count where the standard deviation is below 1e4, and multiples of another step where it is below a
-    thousand steps and a tenth of the rows share their values with others.
+    Integers count if the standard deviation is below 1e4.  Multiples of another step count if the standard deviation is
+    below a thousand steps and a tenth of the rows share their values with others.
 
     Args:
         x: A table of shape ``(N, D)`` or ``(N,)``: a tensor, an array or a data frame.
-        share: From which share of the rows on, between 0 and 1, a single value, or copies of rows, are a spike.
+        share: The share of the rows, between 0 and 1, from which a single value or copies of rows are a spike.
 
     Returns:
-        One :class:`~pyro_flows.Spike` for each column at fault, and one for whole rows that repeat though some column
-        has no spike of its own; empty where there are none.
+        At most one :class:`~pyro_flows.Spike` per column, and one for whole rows if rows repeat although some column
+        has no spike; an empty list if there are no spikes.
 
     Raises:
-        ValueError: If ``x`` is no table of finite real numbers, or ``share`` not between 0 and 1.
+        ValueError: If ``x`` is not a table of finite real numbers, or ``share`` is not between 0 and 1.
 
     Example::
 
@@ -100,7 +98,7 @@ def find_spikes(x: Any, *, share: float = 0.01) -> list[Spike]:
 
 
 def spikes_of(table: Tensor, names: Names, places: list[int], share: float = 0.01) -> list[Spike]:
-    """The spikes of some columns of a table ``(N, D)``."""
+    """Return the spikes of some columns of a table ``(N, D)``."""
     eps = _eps(table)
     values = table.to("cpu", torch.float64)
     least = max(LEAST, share * len(values))
@@ -108,51 +106,42 @@ def spikes_of(table: Tensor, names: Names, places: list[int], share: float = 0.0
     spikes = (_spike_of(columns[place], values[:, place].sort().values, eps, least) for place in places)
     found = [spike for spike in spikes if spike]
     if len(found) < len(places) > 1:  # otherwise the columns' own spikes explain copies
-        copies = len(values) - len(_hashes(values[:, places]).unique())
+        rows = (values[:, places] + 0.0).contiguous().numpy()  # the sum turns -0 into 0
+        whole = rows.view(np.dtype((np.void, rows.itemsize * len(places))))  # faster than torch.unique(dim=0)
+        copies = len(values) - len(np.unique(whole))
         if copies >= least:
             found.append(Spike(None, "rows", copies / len(values)))
     return found
 
 
 def _spike_of(column: int | str, x: Tensor, eps: float, least: float) -> Spike | None:
-    """The spike of one column, sorted, ``(N,)``; values of rounding errors' distance are one."""
+    """Return the spike of one sorted column ``(N,)``; values that differ by rounding errors count as equal."""
     first = torch.cat((torch.ones(1, dtype=torch.bool), x.diff() > 2 * eps * x[1:].abs()))
     distinct, counts = x[first], torch.bincount(first.cumsum(0) - 1)
-    commonest = int(counts.argmax())
-    top, value = int(counts[commonest]), float(distinct[commonest])
-    tied = int(counts[counts > 1].sum()) / len(x)
-    resolved = 16 * eps * float(x.abs().max())  # what is finer is the grid of the floats themselves
+    top, value = int(counts.max()), float(distinct[counts.argmax()])
+    shared = int(counts[counts > 1].sum()) / len(x)
+    resolved = 16 * eps * float(x.abs().max())  # finer steps may be the grid of the floats themselves
     finest = {kind: max(resolved, fine * float(x.std())) for kind, fine in FINE.items()}
     if len(distinct) > 1 and finest["integers"] < 1 and (x == x.round()).all():
         return Spike(column, "integers", top / len(x), value, 1.0)
-    if tied >= TIED and (step := _step(distinct, eps)) and step > finest["lattice"]:
+    if shared >= SHARED and (step := _step(distinct, eps)) and step > finest["lattice"]:
         return Spike(column, "lattice", top / len(x), value, step)
     return Spike(column, "value", top / len(x), value) if top >= least else None
 
 
 def _step(distinct: Tensor, eps: float) -> float | None:
-    """The step of a lattice that sorted, distinct values lie on; None if they lie on none."""
+    """Return the step of the lattice of sorted, distinct values, or None if they form no lattice."""
     gaps = distinct.diff()
     if not len(gaps):
         return None
     step = gaps[gaps < 1.5 * gaps.min()].mean()
-    step = gaps.sum() / (gaps / step).round().sum()  # over all gaps errors of rounding average out
+    step = gaps.sum() / (gaps / step).round().sum()  # rounding errors average out over all gaps
     off = (gaps / step - (gaps / step).round()).abs()
     return float(step) if (off < 0.05 + 4 * eps * distinct[1:].abs() / step).all() else None
 
 
-def _hashes(rows: Tensor) -> Tensor:
-    """A number for each row of float64, the same for equal rows and hardly ever for others."""
-    bits = (rows + 0.0).contiguous().view(torch.int64)  # which makes one of the two zeros
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator) * 2 + 1
-    mixed = bits ^ (bits >> 29)
-    return ((mixed * factors) ^ (mixed >> 17)).sum(1)
-
-
 def tied_columns(x: Tensor) -> list[int]:
-    """The places of columns of ``(N, D)`` that determine one another by a linear relation, so that they have no joint
-    density; empty where there are none."""
+    """Return the indices of the collinear columns of ``(N, D)``, which have no joint density."""
     x = x.double()
     scale, loc = torch.std_mean(x, 0, correction=0)
     z = (x - loc) / torch.where(scale > 0, scale, 1.0)
@@ -164,34 +153,30 @@ def tied_columns(x: Tensor) -> list[int]:
 
 
 def dequantize(
-    x: Any,
-    columns: Sequence[int | str] | None = None,
-    *,
-    step: float = 1.0,
-    generator: torch.Generator | None = None,
+    x: Any, columns: Sequence[int | str] | None = None, *, step: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Spread discrete values evenly over their cells: x + step · u, u ~ U[0, 1).
+    """Add uniform noise to discrete values: x + step · u, u ~ U[0, 1).
 
-    With a step of 1 the mean log-density of the result is a lower bound on the log-mass of the integers, in nats
-    (Theis, van den Oord, Bethge 2015, arXiv:1511.01844); with another, add log(step) for each column::
+    With a step of 1 the mean log-density of the result is a lower bound on the log-mass of the integers, in nats.
+    With another step, add log(step) for each column::
 
         log P(k) ≥ E log p(k + u)
 
-    Fresh noise each time, as ``fit_density(..., discrete=columns)`` draws it, cannot be learned by heart.
+    ``fit_density(..., discrete=columns)`` draws fresh noise in each step, so that a flow cannot memorise the noise.
 
     Args:
         x: A table of shape ``(N, D)`` or ``(N,)``: a tensor, an array or a data frame.
-        columns: The columns, by place or name; by default those that hold nothing but multiples of ``step``.
-        step: The distance of neighbouring values, in the unit of the columns.
-        generator: Where the noise comes from; by default torch's own.
+        columns: The columns, by index or name; by default those that hold only multiples of ``step``.
+        step: The distance between neighbouring values, in the unit of the columns.
+        generator: The random generator of the noise; by default torch's own.
 
     Returns:
         A new tensor of the shape of ``x``; integers become floats of torch's default dtype.
 
     Raises:
-        ValueError: If ``x`` is no table of finite real numbers, ``step`` not positive, there is no column of that name
-            or place, or one that is asked for holds values that are no multiples of ``step`` apart, or so large that
-            its dtype has no room for noise.
+        ValueError: If ``x`` is not a table of finite real numbers, ``step`` is not positive, or a column does not
+            exist.  Also if a chosen column holds values that are not multiples of ``step`` apart, or values too large
+            for noise in its dtype.
 
     Example::
 
@@ -206,15 +191,16 @@ def dequantize(
         check_kind("dequantize", torch.Generator, "a torch.Generator", generator=generator)
     table, names = _read("dequantize", x)
     if columns is None:
-        places = [place for place in range(table.shape[1]) if on_grid(table[:, place], step)]
+        places = [place for place in range(table.shape[1]) if _on_grid(table[:, place], step)]
     else:
         places = places_of("dequantize", "columns", columns, names, table.shape[1])
         for place in places:
-            if not on_grid(table[:, place] - table[:1, place], step):
+            if not _on_grid(table[:, place] - table[:1, place], step):
                 raise ValueError(f"dequantize: {label(names, place)} holds values that are no multiples of {step:g}.")
     table = table if table.is_floating_point() else table.to(torch.get_default_dtype())
     for place in places:
-        if len(table) and (largest := float(table[:, place].abs().max())) * _eps(table) > 0.01 * step:
+        largest = float(table[:, place].abs().max())
+        if largest * _eps(table) > 0.01 * step:
             values = f"the values of {label(names, place)} (up to {largest:.6g})"
             words = f"dequantize: {table.dtype} leaves no room for noise between {values}"
             raise ValueError(f"{words}; subtract a constant, or use x.double().")
@@ -225,20 +211,20 @@ def dequantize(
     return noisy.reshape(x.shape)
 
 
-def on_grid(x: Tensor, step: float = 1.0) -> bool:
-    """Whether a column holds nothing but multiples of a step."""
+def _on_grid(x: Tensor, step: float) -> bool:
+    """True if a column holds only multiples of a step."""
     multiples = x.double() / step
     slack = 1e-6 + 4 * _eps(x) * multiples.abs()
     return bool(((multiples - multiples.round()).abs() <= slack.clamp_max(0.25)).all())
 
 
 def _eps(x: Tensor) -> float:
-    """The relative error of the numbers in a tensor, which integers do not have."""
+    """Return the relative rounding error of the numbers in a tensor; integers count as float64."""
     return torch.finfo(x.dtype if x.is_floating_point() else torch.float64).eps
 
 
 def _read(caller: str, x: Any) -> tuple[Tensor, Names]:
-    """A table of at least one row, as a matrix."""
+    """Return a table of at least one row as a matrix ``(N, D)``, and the names of its columns."""
     if not is_table(x):
         raise TypeError(f"{caller}: x must be a tensor, an array or a data frame, got {type(x).__name__}.")
     table, names = read_table(caller, "x", x)

@@ -1,4 +1,4 @@
-"""What a flow is trained on and judged by: rows of a table, images, or batches of a loader, read for this flow."""
+"""Sources of rows to train on and of rows held out: tables, images or batches of a loader, read for one flow."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from ..flows.arguments import check_precision
 from .batches import Batch, Rows, Source, Stream, part_of, split, suited_size
 from .table import Names, is_table, read_table
 
-FEWEST = 20
+FEWEST = 20  # rows that can be split
 
 
 class Reader:
-    """Turns what users have into rows ``(N, *event_shape)`` and contexts that a flow can take.
+    """Converter of users' data to rows ``(N, *event_shape)`` and contexts for a flow.
 
     Args:
-        caller: The public function that asks, for errors.
-        model: The flow, or the dequantised one.
+        caller: The public function named in errors.
+        model: The flow, or the dequantised flow.
 
     Attributes:
         flow: The flow over real numbers.
-        levels: How many integers a row may hold, of a model over integers; else None.
+        levels: The number of integers that a row may hold, for a dequantised flow; else None.
         width: The number of columns of a table, or of channels of an image.
-        like: A parameter that has the flow's dtype and device.
-        names: Those of the columns, once a table with names was read.
-        span: The least and the greatest number of each column of a table as it was given, if its dtype is another.
+        like: A parameter with the flow's dtype and device.
+        names: The names of the columns, once a table with names was read.
+        span: The minimum and maximum of each column of a table before it was rounded to the flow's dtype; None if
+            nothing was rounded.
     """
 
     def __init__(self, caller: str, model: Any) -> None:
@@ -57,7 +58,7 @@ class Reader:
         self._is_new = True
 
     def rows(self, x: Any, context: Any = None, argument: str = "x") -> Batch:
-        """Rows and contexts as tensors in the flow's dtype, where they are; integers of a model of such stay integers.
+        """Return rows and contexts as tensors in the flow's dtype; a dequantised flow takes integers unchanged.
 
         Raises:
             ValueError: If they do not fit the flow or each other.
@@ -68,17 +69,11 @@ class Reader:
             raise ValueError(f"{self.caller}: {words}; give them in one order.")
         self.names = self.names or names
         found = found.unsqueeze(-1) if found.dim() == 1 and self.event_shape == (1,) else found
-        if found.shape[1:] != self.event_shape or not found.dim():
-            sizes = ", ".join(map(str, self.event_shape))
-            images = len(self.event_shape) == 3
-            way = " Use x.permute(0, 3, 1, 2), or x[:, None], where channels are last or none." if images else ""
-            must = f"{argument} must have shape (N, {sizes}), as the flow's events have"
-            raise ValueError(f"{self.caller}: {must}, got {tuple(found.shape)}.{way}")
-        self._check_dtype(found, argument)
+        self._check(found, argument)
         encoded = None if context is None else self._context(context, len(found))
         if self._is_new and len(found):
             with torch.no_grad(), at_rest(self.flow):
-                q = self.flow(None if encoded is None else encoded[:1].to(self.like.device))  # the flow's own errors
+                q = self.flow(None if encoded is None else encoded[:1].to(self.like.device))  # raises the flow's errors
             if encoded is not None and q.batch_shape != (1,):
                 got = f"a row of shape {tuple(encoded.shape[1:])} makes a batch of {tuple(q.batch_shape)}"
                 must = f"context must hold one context per row of x, but {got}"
@@ -86,31 +81,37 @@ class Reader:
             self._is_new = False
         return found if self.levels else self._rounded(found, argument), encoded
 
+    def _check(self, found: Tensor, argument: str) -> None:
+        """Raise ValueError unless a table has the flow's event shape and a dtype that the flow can model."""
+        images = len(self.event_shape) == 3
+        if found.shape[1:] != self.event_shape or not found.dim():
+            sizes = ", ".join(map(str, self.event_shape))
+            way = " Use x.permute(0, 3, 1, 2), or x[:, None], where channels are last or none." if images else ""
+            must = f"{argument} must have shape (N, {sizes}), as the flow's events have"
+            raise ValueError(f"{self.caller}: {must}, got {tuple(found.shape)}.{way}")
+        if self.levels and found.is_floating_point():
+            must = f"{argument} must hold integers from 0 to {self.levels - 1}, got {found.dtype}"
+            raise ValueError(f"{self.caller}: {must}; use x.to(torch.uint8), after x * {self.levels - 1} if x <= 1.")
+        if images and not self.levels and not found.is_floating_point():
+            words = f"{argument} holds integers, {found.dtype}, whose densities grow without bound"
+            raise ValueError(f"{self.caller}: {words}; use flows.Dequantized(flow), or x.float() for real numbers.")
+
     def _rounded(self, found: Tensor, argument: str) -> Tensor:
-        """Numbers in the flow's dtype; those beyond its range are refused, and what columns held before is noted."""
+        """Return numbers in the flow's dtype and record the span of columns; overflow raises ValueError."""
         rounded = found.to(self.like.dtype)
         if rounded.dtype == found.dtype or not found.numel():
             return rounded
         if found.is_floating_point() and bool((rounded.isinf() & ~found.isinf()).any()):
             most = found[found.isfinite()].abs().max().item()
-            words = f"numbers of up to {most:.3g}, which overflow in the flow's dtype, {self.like.dtype}"
-            raise ValueError(
-                f"{self.caller}: {argument} holds {words}; divide them by their scale, or use flow.double()."
-            )
+            words = f"{argument} holds numbers of up to {most:.3g}, which overflow in the flow's dtype, {rounded.dtype}"
+            raise ValueError(f"{self.caller}: {words}; divide them by their scale, or use flow.double().")
         if rounded.dim() == 2 and argument in ("x", "a batch"):
             low, high = self.span or (found[0], found[0])
             self.span = torch.minimum(low, found.amin(0)), torch.maximum(high, found.amax(0))
         return rounded
 
-    def _check_dtype(self, found: Tensor, argument: str) -> None:
-        if self.levels and found.is_floating_point():
-            must = f"{argument} must hold integers from 0 to {self.levels - 1}, got {found.dtype}"
-            raise ValueError(f"{self.caller}: {must}; use x.to(torch.uint8), after x * {self.levels - 1} if x <= 1.")
-        if len(self.event_shape) == 3 and not self.levels and not found.is_floating_point():
-            words = f"{argument} holds integers, {found.dtype}, whose densities grow without bound"
-            raise ValueError(f"{self.caller}: {words}; use flows.Dequantized(flow), or x.float() for real numbers.")
-
     def _context(self, context: Any, number: int) -> Tensor:
+        """Return the contexts of ``number`` rows as a tensor."""
         found, _ = read_table(self.caller, "context", context)
         if not self.flow.context_dim:
             words = f"context of shape {tuple(found.shape)} is unexpected: this flow takes none"
@@ -123,7 +124,7 @@ class Reader:
         return self._rounded(found, "context") if plain or found.is_floating_point() else found
 
     def batch(self, item: Any) -> Batch:
-        """What a loader yields."""
+        """Return an item of a loader as rows and contexts."""
         parts = tuple(item) if isinstance(item, list | tuple) else (item,)
         if len(parts) not in (1, 2) or not all(map(is_table, parts)):
             got = f"({', '.join(type(part).__name__ for part in parts)})" if len(parts) != 1 else type(item).__name__
@@ -134,20 +135,20 @@ class Reader:
 def sources(
     reader: Reader, x: Any, context: Any, validation: Any, batch_size: int | None, share: float
 ) -> tuple[Source, Source]:
-    """Where rows to train on come from, and those that judge.
+    """Return the source of rows to train on, and the source of rows that validate.
 
     Raises:
         TypeError: If x or validation is neither a table nor batches.
-        ValueError: If they do not fit the flow, or nothing can be held out.
+        ValueError: If they do not fit the flow, or no rows can be held out.
     """
     caller = reader.caller
-    judge = None if validation is None else _judge(reader, validation)
+    judge = None if validation is None else _validation(reader, validation)
     if is_table(x):
         rows, contexts = reader.rows(x, context)
         if len(rows) < FEWEST:
             raise ValueError(f"{caller}: x must hold at least {FEWEST} rows, got {len(rows)}.")
         if judge is None:
-            # Rows may come in an order; the same one each time, so that a run goes on with the same held out.
+            # Rows may be sorted, so they are shuffled; a fixed seed lets a resumed run hold out the same rows.
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
             kept, out = order.tensor_split([max(1, len(rows) - math.ceil(share * len(rows)))])
             judge = Rows(*part_of((rows, contexts), out))
@@ -155,33 +156,29 @@ def sources(
         return Rows(rows, contexts, suited_size(len(rows), batch_size, 256 if rows.dim() == 2 else 64)), judge
     if context is not None or batch_size is not None:
         what = "context" if context is not None else "batch_size"
-        raise ValueError(f"{caller}: {what} is for a table x; of a loader it is a matter of the batches.")
-    loader = _again("x", x)
+        raise ValueError(f"{caller}: {what} is for a table x; a loader sets it in its batches.")
+    loader = _repeatable("x", x)
     if judge is None:
         loader, held = split(caller, loader, share)
         judge = Stream(held, reader.batch)
     return Stream(loader, reader.batch), judge
 
 
-def _judge(reader: Reader, validation: Any) -> Source:
-    """What judges, as it was given."""
+def _validation(reader: Reader, validation: Any) -> Source:
+    """Return the source of the rows that the user gave for validation."""
     given = (validation, None) if is_table(validation) else validation
     if not isinstance(given, tuple):
-        return Stream(_again("validation", given), reader.batch)
+        return Stream(_repeatable("validation", given), reader.batch)
     if len(given) != 2:
         raise ValueError(f"{reader.caller}: validation must be x, (x, context) or a loader, got {len(given)}.")
     return Rows(*reader.rows(given[0], given[1], "validation"))
 
 
-def _again(argument: str, value: Any) -> Iterable[Any]:
-    """Batches that can be gone through again and again.
-
-    Raises:
-        TypeError: If they cannot.
-    """
+def _repeatable(argument: str, value: Any) -> Iterable[Any]:
+    """Return batches, or raise TypeError unless they can be iterated again and again."""
     must = f"fit_density: {argument} must be a tensor, an array, a data frame or a DataLoader"
     if isinstance(value, Dataset):
-        raise TypeError(f"{must}, got a data set; give DataLoader(data, batch_size=256, shuffle=True).")
+        raise TypeError(f"{must}, got a dataset; give DataLoader(data, batch_size=256, shuffle=True).")
     if isinstance(value, str | dict) or not hasattr(value, "__iter__"):
         raise TypeError(f"{must}, got {type(value).__name__}.")
     if iter(value) is value:

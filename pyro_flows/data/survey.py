@@ -1,6 +1,6 @@
-"""One look at all rows before training: where they lie, how far they spread, and what no density can be of.
+"""Statistics of all rows before training: moments, ranges, and faults that leave rows without a density.
 
-Noise with known moments spreads the integers in discrete columns over their cells.
+Uniform noise on discrete columns has known moments.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from .batches import Batch, part_of
 from .columns import spikes_of, tied_columns
 from .table import Names, label, listed
 
-SAMPLE = 25_000  # rows to look at more closely, at least, where there are as many
-IMAGES = 4_000_000  # numbers in the images to look at more closely
-COARSE = 1e-3  # standard deviations that a number may be rounded by
-ROOM = 0.01  # that noise from [0, 1) may be rounded by
-Span = tuple[Tensor, Tensor]  # the least and the greatest number in each column
-FAR = 8  # standard deviations from the mean where normals never are
+SAMPLE = 25_000  # the least number of rows in the sample, if there are as many
+IMAGES = 4_000_000  # numbers in a sample of images
+COARSE = 1e-3  # the largest rounding error of a number, in standard deviations
+ROOM = 0.01  # the largest rounding error of noise from [0, 1)
+FAR = 8  # standard deviations from the mean that no normal draw exceeds
+Span = tuple[Tensor, Tensor]  # the minimum and maximum of each column
 
 
 class Survey:
-    """What was seen of rows ``(N, D)`` and their contexts, or of images ``(N, C, H, W)``, whose columns are channels.
+    """Statistics of rows ``(N, D)`` and their contexts, or of images ``(N, C, H, W)``, whose columns are channels.
 
     Attributes:
-        rows: Their number.
-        numbers: How many numbers a column has: one for each row, or pixel.
+        rows: The number N of rows.
+        numbers: The number of values per column: one per row, or per pixel.
         loc: The mean of each column, ``(D,)``, in float64.
-        low: The least number in each column.
-        high: The greatest.
-        whole: Whether a column holds integers only.
-        broken: How many rows hold NaN or inf, for each column.
-        broken_contexts: How many contexts do.
-        sample: Rows from all over, in their order, and their contexts.
+        low: The minimum of each column.
+        high: The maximum of each column.
+        whole: True for a column that holds integers only.
+        broken: The number of NaN or inf in each column.
+        broken_contexts: The number of contexts that hold NaN or inf.
+        sample: Rows at regular distances, in their order, and their contexts.
     """
 
     def __init__(self, batches: Iterable[Batch], width: int) -> None:
         self.rows, self.numbers, self.broken_contexts = 0, 0, 0
-        self.loc, self._squares = torch.zeros(2, width, dtype=torch.float64)
-        self.low, self.high = torch.full((width,), torch.inf).double(), torch.full((width,), -torch.inf).double()
-        self.whole, self.broken = torch.ones(width, dtype=torch.bool), torch.zeros(width, dtype=torch.long)
+        self.loc, self._squares, zero = torch.zeros(3, width, dtype=torch.float64)
+        self.low, self.high = zero + torch.inf, zero - torch.inf
+        self.whole, self.broken = zero == 0, zero.long()
         kept: list[Batch] = []
         stride = 1
         for x, context in batches:
@@ -51,7 +51,7 @@ class Survey:
             columns = x if x.dim() == 2 else x.movedim(1, -1).flatten(0, -2)
             self._add(columns.to("cpu", torch.float64), context)
             self.rows += len(x)
-            # Copies, since a view would keep all of a batch.
+            # Copies, since a view would keep all of a batch in memory.
             kept.append((x[::stride].clone(), None if context is None else context[::stride].clone()))
             most = SAMPLE if x.dim() == 2 else max(64, min(1000, IMAGES // x[0].numel()))
             if sum(len(x) for x, _ in kept) > 2 * most:
@@ -59,7 +59,7 @@ class Survey:
         self.sample: Batch = _joined(kept) if kept else (torch.zeros(0, width), None)
 
     def _add(self, x: Tensor, context: Tensor | None) -> None:
-        """Take rows in; moments after Chan, Golub, LeVeque 1979, which loses no digits to a mean far from zero."""
+        """Add rows; the moments after Chan, Golub, LeVeque 1979 lose no digits to a mean far from zero."""
         number, mean = len(x), x.mean(0)
         total, gap = self.numbers + number, mean - self.loc
         self.loc = self.loc + gap * (number / total)
@@ -78,12 +78,12 @@ class Survey:
 
     @property
     def has_outliers(self) -> bool:
-        """Whether some number lies far from the others of its column."""
+        """True if a number lies more than 8 standard deviations from the mean of its column."""
         return bool((torch.maximum(self.high - self.loc, self.loc - self.low) > FAR * self.scale).any())
 
 
-class Spread:
-    """Puts batches on a flow's device and spreads the integers in discrete columns over their cells by noise.
+class CellNoise:
+    """Uniform noise from [0, 1) on the discrete columns of batches, which it moves to a flow's device.
 
     A Note on the Evaluation of Generative Models (Theis, van den Oord, Bethge 2015, arXiv:1511.01844).
     """
@@ -100,7 +100,7 @@ class Spread:
         return x, context
 
     def moments(self, survey: Survey) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each column with its noise, ``(D,)``."""
+        """Return the mean and standard deviation of each column with its noise, ``(D,)``."""
         discrete = torch.zeros_like(survey.loc).index_fill(0, self.places, 1.0)
         return survey.loc + discrete / 2, (survey.scale.square() + discrete / 12).sqrt()
 
@@ -113,16 +113,16 @@ def _joined(batches: list[Batch]) -> Batch:
 def check_rows(
     caller: str, names: Names, seen: Survey, judged: Survey, discrete: Sequence[int], *, apart: bool, span: Span | None
 ) -> None:
-    """Refuse rows that no density can be learned from, by column and number.
+    """Raise ValueError, by column and number, if rows cannot have a density.
 
     Args:
-        caller: The public function that asks.
-        names: Those of the columns.
+        caller: The public function named in errors.
+        names: The names of the columns.
         seen: The rows to train on.
-        judged: Those that judge.
-        discrete: The places of columns that are said to hold integers.
-        apart: Whether the latter were given apart from the others.
-        span: That of the numbers before they were rounded to the flow's dtype, where they were.
+        judged: The rows that validate.
+        discrete: The indices of the columns that the user declared as integers.
+        apart: True if the user gave the rows that validate.
+        span: The range of the numbers before they were rounded to the flow's dtype, or None.
     """
     labels, dtype = [label(names, place) for place in range(len(seen.loc))], seen.sample[0].dtype
     parts = {"x": [seen], "validation": [judged]} if apart else {"x": [seen, judged]}
@@ -144,35 +144,33 @@ def check_rows(
 
 
 def check_images(caller: str, seen: Survey, judged: Survey, levels: int | None) -> None:
-    """Refuse images, or rows of integers, that no density can be learned from.
+    """Raise ValueError if images, or rows of integers, cannot have a density, and warn of integers and unused levels.
 
     Args:
-        caller: The public function that asks.
-        seen: Those to train on.
-        judged: Those that judge.
-        levels: The number of integers that a model of such is over, else None.
+        caller: The public function named in errors.
+        seen: The images to train on.
+        judged: The images that validate.
+        levels: The number of integers of a dequantised flow, else None.
     """
     _check_usable(caller, {"x": [seen, judged]}, [f"channel {place}" for place in range(len(seen.loc))], "pixels")
+    if not levels:
+        if bool((seen.high == seen.low).any()):
+            raise ValueError(f"{caller}: x is constant in a channel, which has no density. Leave it out.")
+        if bool(seen.whole.all()):
+            words = f"{caller}: the images hold integers only, where densities grow without bound"
+            _warn(f"{words}. Use flows.Dequantized(flow) and x.to(torch.uint8).")
+        return
     low = min(survey.low.min().item() for survey in (seen, judged))
     high = max(survey.high.max().item() for survey in (seen, judged))
-    if not levels and bool((seen.high == seen.low).any()):
-        raise ValueError(f"{caller}: x is constant in a channel, which has no density. Leave it out.")
-    if not levels and bool(seen.whole.all()):
-        _warn(
-            f"{caller}: the images hold integers only, where densities grow without bound. Use flows.Dequantized(flow) "
-            "and x.to(torch.uint8)."
-        )
-    if levels and not 0 <= low <= high < levels:
+    if not 0 <= low <= high < levels:
         raise ValueError(f"{caller}: x must hold integers from 0 to {levels - 1}, got some from {low:g} to {high:g}.")
-    if levels and 2 * (high + 1) <= levels:
-        _warn(
-            f"{caller}: the greatest integer in x is {high:g}, but the flow has levels={levels}: most would "
-            f"stay empty. Use Dequantized(flow, levels={high + 1:g}) where there are no others."
-        )
+    if 2 * (high + 1) <= levels:
+        words = f"the greatest integer in x is {high:g}, but the flow has levels={levels}: most would stay empty"
+        _warn(f"{caller}: {words}. Use Dequantized(flow, levels={high + 1:g}) if there are no others.")
 
 
 def _check_usable(caller: str, parts: dict[str, list[Survey]], labels: list[str], unit: str) -> None:
-    """Raise ValueError if rows or contexts hold NaN or inf, or if there are none to train on or to judge by."""
+    """Raise ValueError if rows or contexts hold NaN or inf, or if no rows are left to train on or to validate."""
     for argument, surveys in parts.items():
         rows, numbers = sum(survey.rows for survey in surveys), sum(survey.numbers for survey in surveys)
         broken = torch.stack([survey.broken for survey in surveys]).sum(0).tolist()
@@ -188,19 +186,19 @@ def _check_usable(caller: str, parts: dict[str, list[Survey]], labels: list[str]
 
 
 def _warn(words: str) -> None:
-    warnings.warn(words, stacklevel=5)  # where the user called what trains
+    warnings.warn(words, stacklevel=5)  # at the user's call of fit_density
 
 
 def warn(caller: str, names: Names, seen: Survey, places: Sequence[int], dtype: torch.dtype, *, again: bool) -> None:
-    """Tell of columns that densities grow without bound in, alone or together, and of those whose digits are lost.
+    """Warn of columns in which densities grow without bound, alone or together, and of columns that lose digits.
 
     Args:
-        caller: The public function that asks.
-        names: Those of the columns.
+        caller: The public function named in warnings.
+        names: The names of the columns.
         seen: The rows to train on.
-        places: The columns that are taken as they are.
-        dtype: That of the flow.
-        again: Whether rows are drawn again and again on purpose.
+        places: The indices of the columns that get no noise.
+        dtype: The dtype of the flow.
+        again: True if the user samples rows with replacement.
     """
     step = torch.finfo(dtype).eps * seen.loc.abs() / seen.scale
     coarse = [place for place in places if step[place] > COARSE]

@@ -202,7 +202,7 @@ def fit_amortized(
             progress=progress,
             diagnose=lambda: "the guide's density of simulated latents",
             checkpoint=part,
-            settings={"data": rows.mark, "batch_size": rows.source.epochs.size, "objective": repr(loss)},
+            settings={"data": rows.mark, "batch_size": rows.source.size, "objective": repr(loss)},
             show=shown(loss),
             caller=CALLER,
         )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..arguments import check_flags, check_integers, check_numbers
 from ..data.batches import Batch, Rows, Source, sum_of
 from ..data.sources import Reader, sources
-from ..data.survey import Spread, Survey, check_images, check_rows, warn
+from ..data.survey import CellNoise, Survey, check_images, check_rows, warn
 from ..data.table import places_of
 from ..diagnostics import bits_per_dim, save_images
 from ..diagnostics.rounding import warn_of_round_off
@@ -178,7 +178,7 @@ def fit_density(
         check_rows(CALLER, reader.names, seen, judged, places, apart=validation is not None, span=reader.span)
         real = [place for place in range(reader.width) if place not in places]
         warn(CALLER, reader.names, seen, real, reader.like.dtype, again=train.again)
-    spread, grids = Spread(places, reader.like.device), Attempts(CALLER, "samples", grid or Path())
+    spread, grids = CellNoise(places, reader.like.device), Attempts(CALLER, "samples", grid or Path())
 
     def loss_of(batch: Batch) -> Tensor:
         return loss(flow, *spread(batch))
@@ -224,7 +224,7 @@ def fit_density(
                 checkpoint=file,
                 settings={
                     "data": [*_marks(train, seen), *_marks(judge, judged)],
-                    "batch_size": train.epochs.size if isinstance(train, Rows) else None,
+                    "batch_size": train.size if isinstance(train, Rows) else None,
                     "discrete": places,
                     "model": design(flow),
                     "objective": repr(loss),

@@ -74,6 +74,6 @@ def train_on_rows(
 
 def _work(trained: nn.Module, moved: list[Tensor], source: Source) -> float:
     """Return about how many operations a step takes, infinity where the size of batches is not known."""
-    size = source.epochs.size if isinstance(source, Rows) else math.inf
+    size = source.size if isinstance(source, Rows) else math.inf
     pixels = math.prod(getattr(trained, "event_shape", ())[1:])  # which share the weights of a convolution
     return OPERATIONS * size * pixels * sum(parameter.numel() for parameter in moved)

@@ -1,7 +1,7 @@
-"""Recipes of autoregressive flows: one direction costs one pass, the other about one pass, run incrementally.
+"""Recipes of autoregressive flows: one direction costs one pass, the other about one incremental pass.
 
-``iaf`` samples fast and scores incrementally; all others score fast and sample incrementally.  ``.inv`` turns each into
-the other kind.
+``iaf`` samples fast and scores incrementally; all others score fast and sample incrementally.  ``.inv`` swaps the two.
+The maps of ``naf``, ``sospf``, ``bpf`` and ``bnaf`` have no closed inverse: a search finds it, feature by feature.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..bijectors import Affine, Bijector, RationalQuadraticSpline
+from ..bijectors import Affine, Bernstein, Bijector, Integral, RationalQuadraticSpline, Sigmoidal, SumOfSquares
 from ..conditioners import MADE
 from ..conditioners.made import ancestors, checked_graph
-from ..transforms import Autoregressive, FlowTransform
-from .arguments import check_sizes
-from .coupling import marginal
+from ..transforms import Autoregressive, BlockAutoregressive, FlowTransform, Permute
+from .arguments import Sizes, checked_sizes
+from .coupling import context_network, marginal
 from .flow import Flow
 
 Graph = Sequence[Sequence[bool]] | Tensor
@@ -39,22 +39,23 @@ def iaf(
 
         y_i = x_i exp(s_i) + t_i,    (s_i, t_i) = net_i(x_1 … x_{i-1}, context)
 
-    Samples take one pass of each network; values that it did not draw are scored incrementally, in about one pass too.
+    Samples take one pass of each network.  Other values than its own draws are scored incrementally, in about one pass
+    too.
 
     Args:
         input_dim: The number D of features.
         context_dim: The number of context features, 0 for a flow without a context.
-        num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
+        num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
         hidden_dims: The widths of the hidden layers of each network.
         max_log_scale: The bound on the log-scale s of one layer, in nats.
-        slope: The slope of s where it is zero; in loops of your own on given data 1 learns faster.
-        adjacency: ``adjacency[i, j]`` says whether feature i may depend on feature j, ``(D, D)``, a directed graph
-            without cycles, such as :func:`~pyro_flows.posterior_graph` of a Pyro model.  All layers then have one
-            order, parents first.  In flows of fast densities one layer has exactly this graph, and each layer more
-            lets a feature see one generation of ancestors more.  ``iaf`` masks the base, whose features reach all of
-            their descendants: it sees all ancestors at once.
+        slope: The slope of s where it is zero; in custom training loops on given data 1 trains faster.
+        adjacency: A directed graph without cycles, ``(D, D)``: ``adjacency[i, j]`` is True if feature i may depend on
+            feature j.  An example is :func:`~pyro_flows.posterior_graph` of a Pyro model.  All layers then have one
+            order, parents first.  In flows with fast densities one layer has exactly this graph, and each further
+            layer adds one generation of ancestors.  In ``iaf`` each feature depends on all of its ancestors at once,
+            since the masks act on the base.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
-        fixed_point: Whether the slow direction is found by passes over all features at once, which may be faster on
+        fixed_point: True to compute the slow direction by passes over all features at once, which may be faster on
             GPUs: see :class:`~pyro_flows.transforms.Autoregressive`.
 
     Returns:
@@ -71,11 +72,9 @@ def iaf(
         >>> x.shape, torch.allclose(flow.log_prob(x.detach()), log_q, atol=1e-4)
         (torch.Size([3, 4]), True)
     """
-    bijector = Affine(max_log_scale, slope)
+    sizes = checked_sizes("iaf", input_dim, context_dim, num_transforms, hidden_dims)
     graph = None if adjacency is None else ancestors(checked_graph(adjacency, input_dim))
-    layers = masked_layers(
-        "iaf", bijector, input_dim, context_dim, num_transforms, hidden_dims, graph, activation, fixed_point
-    )
+    layers = masked_layers(Affine(max_log_scale, slope), sizes, graph, activation, fixed_point)
     return Flow([layer.inv for layer in layers])
 
 
@@ -97,18 +96,18 @@ def maf(
 
         x_i = y_i exp(s_i) + t_i,    (s_i, t_i) = net_i(y_1 … y_{i-1}, context)
 
-    Densities take one pass of each network; samples are drawn incrementally, in about one pass too.
+    Densities take one pass of each network.  Samples are drawn incrementally, in about one pass too.
 
     Args:
         input_dim: The number D of features.
         context_dim: The number of context features, 0 for a flow without a context.
-        num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
+        num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
         hidden_dims: The widths of the hidden layers of each network.
         max_log_scale: The bound on the log-scale s of one layer, in nats.
         slope: The slope of s where it is zero.
-        adjacency: Which feature may depend on which, ``(D, D)``, as for :func:`iaf`.
+        adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
-        fixed_point: Whether samples are found by passes over all features at once, as for :func:`iaf`.
+        fixed_point: True to find samples by passes over all features at once, as for :func:`iaf`.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -124,11 +123,8 @@ def maf(
         >>> flow.log_prob(torch.zeros(5, 3)).shape
         torch.Size([5])
     """
-    bijector = Affine(max_log_scale, slope)
-    layers = masked_layers(
-        "maf", bijector, input_dim, context_dim, num_transforms, hidden_dims, adjacency, activation, fixed_point
-    )
-    return Flow(layers)
+    sizes = checked_sizes("maf", input_dim, context_dim, num_transforms, hidden_dims)
+    return Flow(masked_layers(Affine(max_log_scale, slope), sizes, adjacency, activation, fixed_point))
 
 
 def nsf_ar(
@@ -149,20 +145,20 @@ def nsf_ar(
 
         x_i = spline(y_i; θ_i),    θ_i = net_i(y_1 … y_{i-1}, context)
 
-    At the end of the data each of several features passes a spline of its own, which no other feature steers.
-    Densities take one pass of each network; samples are drawn incrementally, in about one pass too.
+    The last map before the data is one spline per feature, which depends on no other feature.  A flow of one feature
+    lacks this map.  Densities take one pass of each network.  Samples are drawn incrementally, in about one pass too.
 
     Args:
         input_dim: The number D of features.
         context_dim: The number of context features, 0 for a flow without a context.
-        num_transforms: The number of autoregressive layers; the order of the features is reversed from one to the next.
+        num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
         hidden_dims: The widths of the hidden layers of each network.
         bins: The number of bins of each spline, from 2 to 99.
         bound: The half-width of the interval that the splines bend, in the base's standard deviations; outside they are
             the identity.
-        adjacency: Which feature may depend on which, ``(D, D)``, as for :func:`iaf`.
+        adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
-        fixed_point: Whether samples are found by passes over all features at once, as for :func:`iaf`.
+        fixed_point: True to find samples by passes over all features at once, as for :func:`iaf`.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -177,31 +173,261 @@ def nsf_ar(
         >>> flow.log_prob(torch.zeros(3, 4)).shape, flow.inv.sample((3,)).shape  # .inv is the flow that samples fast
         (torch.Size([3]), torch.Size([3, 4]))
     """
+    sizes = checked_sizes("nsf_ar", input_dim, context_dim, num_transforms, hidden_dims)
     bijector = RationalQuadraticSpline(bins, bound)
-    layers = masked_layers(
-        "nsf_ar", bijector, input_dim, context_dim, num_transforms, hidden_dims, adjacency, activation, fixed_point
-    )
+    layers = masked_layers(bijector, sizes, adjacency, activation, fixed_point)
     return Flow([*layers, *(layer.inv for layer in marginal(bijector, input_dim))])
 
 
-def masked_layers(
-    name: str,
-    bijector: Bijector,
+def naf(
     input_dim: int,
-    context_dim: int,
-    num_transforms: int,
-    hidden_dims: Sequence[int],
-    adjacency: Graph | None,
-    activation: type[nn.Module],
-    fixed_point: bool = False,
-) -> list[FlowTransform]:
-    """Build autoregressive layers of fast densities; those without a graph alternate between two orders of features."""
-    check_sizes(name, input_dim, context_dim, num_transforms, hidden_dims)
-    sizes = input_dim, bijector.num_params, hidden_dims, context_dim
-    orders = [range(input_dim), range(input_dim - 1, -1, -1)]
-    layers = []
+    context_dim: int = 0,
+    *,
+    num_transforms: int = 3,
+    hidden_dims: Sequence[int] = (64, 64),
+    components: int = 8,
+    layers: int = 1,
+    bound: float = 10.0,
+    adjacency: Graph | None = None,
+    activation: type[nn.Module] = nn.ReLU,
+) -> Flow:
+    """Neural autoregressive flow with deep sigmoidal maps (Huang et al. 2018, arXiv:1804.00779): fast densities.
+
+    Each layer maps y, on the data's side, to x, on the base's side, with all parameters by one masked network::
+
+        x_i = f(y_i; θ_i),    f(y) = logit Σ_k w_k σ(a_k y + b_k),    θ_i = net_i(y_1 … y_{i-1}, context)
+
+    Densities take one pass of each network.  Samples are drawn feature by feature, by a search for each.
+
+    Args:
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
+        num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
+        hidden_dims: The widths of the hidden layers of each network.
+        components: The number of sigmoids of each layer of a map, at least 2.
+        layers: The number of layers of a map, each an f.
+        bound: The half-width of the interval that the maps bend; outside they are straight.
+        adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
+        activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
+
+    Example::
+
+        >>> flow = naf(4, components=4)
+        >>> x = flow.sample((3,))
+        >>> x.shape, flow.log_prob(x).shape
+        (torch.Size([3, 4]), torch.Size([3]))
+    """
+    sizes = checked_sizes("naf", input_dim, context_dim, num_transforms, hidden_dims)
+    return Flow(masked_layers(Sigmoidal(components, layers, bound), sizes, adjacency, activation))
+
+
+def umnn(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    num_transforms: int = 3,
+    hidden_dims: Sequence[int] = (64, 64),
+    hidden: int = 8,
+    bound: float = 5.0,
+    adjacency: Graph | None = None,
+    activation: type[nn.Module] = nn.ReLU,
+) -> Flow:
+    """Unconstrained monotonic neural networks (Wehenkel, Louppe 2019, arXiv:1908.05164): fast densities.
+
+    Each layer maps y, on the data's side, to x, on the base's side, with all parameters by one masked network::
+
+        x_i = b_i + ∫₀^{y_i} g(t; θ_i) dt,    g > 0,    (b_i, θ_i) = net_i(y_1 … y_{i-1}, context)
+
+    log g is a bounded network of one hidden layer, chosen so that the integral and its inverse are exact.  Densities
+    take one pass of each network.  Samples are drawn incrementally, in about one pass too.
+
+    Args:
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
+        num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
+        hidden_dims: The widths of the hidden layers of each masked network.
+        hidden: The number of hidden units of g, at least 2.
+        bound: The half-width of the interval that the maps bend; outside they are straight.
+        adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
+        activation: The class of the nonlinearity of the masked networks, such as ``torch.nn.ELU``.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
+
+    Example::
+
+        >>> flow = umnn(4, hidden=4)
+        >>> x = flow.sample((3,))
+        >>> x.shape, flow.log_prob(x).shape
+        (torch.Size([3, 4]), torch.Size([3]))
+    """
+    sizes = checked_sizes("umnn", input_dim, context_dim, num_transforms, hidden_dims)
+    return Flow(masked_layers(Integral(hidden, bound=bound), sizes, adjacency, activation))
+
+
+def sospf(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    num_transforms: int = 3,
+    hidden_dims: Sequence[int] = (64, 64),
+    degree: int = 6,
+    polynomials: int = 2,
+    bound: float = 5.0,
+    adjacency: Graph | None = None,
+    activation: type[nn.Module] = nn.ReLU,
+) -> Flow:
+    """Sum-of-squares polynomial flow (Jaini, Selby, Yu 2019, arXiv:1905.02325): fast densities.
+
+    Each layer maps y, on the data's side, to x, on the base's side, with p_k polynomials and net a masked network::
+
+        x_i = b_i + ∫₀^{y_i} Σ_k p_k(t; θ_i)² dt,    (b_i, θ_i) = net_i(y_1 … y_{i-1}, context)
+
+    Densities take one pass of each network.  Samples are drawn feature by feature, by a search for each.
+
+    Args:
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
+        num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
+        hidden_dims: The widths of the hidden layers of each network.
+        degree: The degree of the polynomials whose squares are integrated, at least 1.
+        polynomials: The number of squares; two can represent any positive polynomial.
+        bound: The half-width of the interval that the maps bend; outside they are straight.
+        adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
+        activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
+
+    Example::
+
+        >>> flow = sospf(4, degree=2)
+        >>> x = flow.sample((3,))
+        >>> x.shape, flow.log_prob(x).shape
+        (torch.Size([3, 4]), torch.Size([3]))
+    """
+    sizes = checked_sizes("sospf", input_dim, context_dim, num_transforms, hidden_dims)
+    return Flow(masked_layers(SumOfSquares(degree, polynomials, bound=bound), sizes, adjacency, activation))
+
+
+def bpf(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    num_transforms: int = 3,
+    hidden_dims: Sequence[int] = (64, 64),
+    degree: int = 32,
+    bound: float = 5.0,
+    adjacency: Graph | None = None,
+    activation: type[nn.Module] = nn.ReLU,
+) -> Flow:
+    """Bernstein polynomial flow (Sick, Hothorn, Dürr 2020, arXiv:2004.00464): fast densities.
+
+    Each layer maps y, on the data's side, to x, on the base's side, by polynomials of degree n on [-B, B]::
+
+        x_i = Σ_j β_ij C(n, j) uʲ (1 - u)ⁿ⁻ʲ,    u = (y_i + B) / 2B,    β_i = net_i(y_1 … y_{i-1}, context)
+
+    The coefficients β_ij increase in j, and net is a masked network.  Densities take one pass of each network.  Samples
+    are drawn feature by feature, by a search for each.
+
+    Args:
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for a flow without a context.
+        num_transforms: The number of autoregressive layers; each reverses the order of the features of the one before.
+        hidden_dims: The widths of the hidden layers of each network.
+        degree: The degree n of the polynomials, at least 2.
+        bound: The half-width B of the interval that the maps bend; outside they are straight.
+        adjacency: The graph of features, ``(D, D)``, as for :func:`iaf`.
+        activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the graph has a cycle or needs wider hidden layers.
+
+    Example::
+
+        >>> flow = bpf(4, degree=8)
+        >>> x = flow.sample((3,))
+        >>> x.shape, flow.log_prob(x).shape
+        (torch.Size([3, 4]), torch.Size([3]))
+    """
+    sizes = checked_sizes("bpf", input_dim, context_dim, num_transforms, hidden_dims)
+    return Flow(masked_layers(Bernstein(degree, bound=bound), sizes, adjacency, activation))
+
+
+def bnaf(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    num_transforms: int = 5,
+    hidden_dims: Sequence[int] = (8, 8),
+    max_log_slope: float = 3.0,
+    activation: type[nn.Module] = nn.ReLU,
+) -> Flow:
+    """Block neural autoregressive flow (De Cao, Titov, Aziz 2019, arXiv:1904.04676): fast densities.
+
+    Each layer maps y, on the data's side, to x, on the base's side, by a single masked network of few parameters::
+
+        x_i = f_i(y_1 … y_i, context),    increasing in y_i
+
+    It trains better with larger steps of Adam, 0.01 to 0.02.  Densities take one pass.  Samples are found feature by
+    feature, by a search to the last bits.
+
+    Args:
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for none; with a context each layer has a second network.
+        num_transforms: The number of layers; each reverses the order of the features of the one before.
+        hidden_dims: The numbers of units *per feature*: the hidden layers are D times as wide, and so are those of the
+            networks of the context.
+        max_log_slope: The bound on each of two log-factors of one layer, which bend and scale a feature, in nats.
+        activation: The class of the nonlinearity of the networks of the context.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
+    Raises:
+        ValueError: If a size or ``max_log_slope`` is out of its range.
+
+    Example::
+
+        >>> import torch
+        >>> flow = bnaf(4)
+        >>> flow().log_prob(torch.zeros(3, 4)).shape, flow().sample((3,)).shape
+        (torch.Size([3]), torch.Size([3, 4]))
+    """
+    sizes = checked_sizes("bnaf", input_dim, context_dim, num_transforms, hidden_dims)
+    sizes_of_net = sizes._replace(hidden_dims=[input_dim * width for width in hidden_dims])
+    layers: list[FlowTransform] = []
     for number in range(num_transforms):
-        order = orders[number % 2] if adjacency is None else None
-        net = MADE(*sizes, order=order, adjacency=adjacency, activation=activation)
+        net = context_network(sizes_of_net, input_dim, sum(hidden_dims) + 2, activation)
+        layers.append(BlockAutoregressive(input_dim, hidden_dims, net, max_log_slope).inv)
+        if number + 1 < num_transforms and input_dim > 1:
+            layers.append(Permute(range(input_dim - 1, -1, -1)))
+    return Flow(layers)
+
+
+def masked_layers(
+    bijector: Bijector, sizes: Sizes, adjacency: Graph | None, activation: type[nn.Module], fixed_point: bool = False
+) -> list[FlowTransform]:
+    """Build autoregressive layers with fast densities; without a graph the order of features alternates."""
+    layers = []
+    for number in range(sizes.num_transforms):
+        order = None if adjacency is not None else range(sizes.input_dim)[:: -1 if number % 2 else 1]
+        shared = sizes.input_dim, bijector.num_params, sizes.hidden_dims, sizes.context_dim
+        net = MADE(*shared, order=order, adjacency=adjacency, activation=activation)
         layers.append(Autoregressive(bijector, net, fixed_point=fixed_point).inv)
     return layers

@@ -1,22 +1,24 @@
-"""The recipes of continuous flows: one vector field followed from the base to the data."""
+"""Recipes of continuous flows: points follow a vector field from the base to the data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from torch import nn
 
 from ..conditioners import MLPField
 from ..transforms import Continuous
-from .arguments import check_sizes
+from .arguments import checked_sizes
 from .flow import Flow
 
 
 def continuous_of(flow: Flow, caller: str) -> list[Continuous]:
-    """The continuous transforms of a flow.
+    """Return the continuous transforms of a flow.
 
     Raises:
-        ValueError: If there are none, or some stand inside of other transforms.
+        ValueError: If the flow has no continuous transform, or has one inside of another transform.
     """
     found = [part for part in flow.transforms if isinstance(part, Continuous)]
     hidden = sum(isinstance(part, Continuous) for part in flow.modules()) - len(found)
@@ -49,31 +51,31 @@ def cnf(
 
         dx/dt = v(t, x, context),    log p(x(1)) = log p_base(x(0)) - ∫₀¹ tr ∂v/∂x dt
 
-    Densities and samples cost the same, one solve, with as many evaluations of the field as the tolerances ask for.
-    With one or two hidden layers the exact divergence costs no more than the field, in any dimension.  A flow of one
-    transform can also be trained without a solve, by :class:`~pyro_flows.objectives.FlowMatching`.
+    Densities and samples cost the same, one solve, whose number of evaluations of the field depends on the tolerances.
+    With one or two hidden layers the exact divergence costs at most as much as the field, in any dimension.  A flow of
+    one transform can also be trained without a solve, by :class:`~pyro_flows.objectives.FlowMatching`.
 
     Args:
         input_dim: The number D of features.
         context_dim: The number of context features, 0 for a flow without a context.
-        num_transforms: The number of fields, one followed after the other.
+        num_transforms: The number of fields, one after the other.
         hidden_dims: The widths of the hidden layers of each field.
-        frequencies: How many Fourier modes of time a field sees.
+        frequencies: The number of Fourier modes of time that enter a field.
         activation: The class of the nonlinearity: ``torch.nn``'s ``ELU``, ``SiLU``, ``Softplus`` or ``Tanh``.
         solver: ``"dopri5"``, ``"dopri8"``, ``"bosh3"`` or ``"adaptive_heun"``; or with fixed steps ``"rk4"``,
             ``"heun3"``, ``"midpoint"`` or ``"euler"``.
         rtol: The relative tolerance of a step of an adaptive solver.
         atol: The absolute tolerance of such a step.
         num_steps: The number of steps of a solver of fixed steps.
-        adjoint: Whether gradients come from the adjoint equation, in memory that does not depend on the steps.
-        max_num_steps: How many steps an adaptive solver may take.
+        adjoint: True to compute gradients by the adjoint equation, in memory that does not depend on the steps.
+        max_num_steps: The largest number of steps of an adaptive solver.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
 
     Raises:
         ValueError: If an argument is out of its range.
-        FloatingPointError: In use, if the field is too stiff for ``max_num_steps``, or not finite on the way.
+        FloatingPointError: In use, if the field is too stiff for ``max_num_steps``, or not finite on the path.
 
     Example::
 
@@ -82,22 +84,11 @@ def cnf(
         >>> round(flow().log_prob(torch.zeros(4)).item(), 3)  # at the start it is the standard normal
         -3.676
     """
-    check_sizes("cnf", input_dim, context_dim, num_transforms, hidden_dims)
-    return ffjord(
-        input_dim,
-        context_dim,
-        num_transforms=num_transforms,
-        hidden_dims=hidden_dims,
-        frequencies=frequencies,
-        activation=activation,
-        exact=True,
-        solver=solver,
-        rtol=rtol,
-        atol=atol,
-        num_steps=num_steps,
-        adjoint=adjoint,
-        max_num_steps=max_num_steps,
-    )
+    checked_sizes("cnf", input_dim, context_dim, num_transforms, hidden_dims)
+    field = partial(MLPField, input_dim, context_dim, hidden_dims, frequencies=frequencies, activation=activation)
+    steps: dict[str, Any] = {"rtol": rtol, "atol": atol, "num_steps": num_steps, "max_num_steps": max_num_steps}
+    layers = (Continuous(field(), exact=True, solver=solver, adjoint=adjoint, **steps) for _ in range(num_transforms))
+    return Flow(layers)
 
 
 def ffjord(
@@ -120,29 +111,29 @@ def ffjord(
 ) -> Flow:
     """Free-form continuous flow (Grathwohl et al. 2018, arXiv:1810.01367): divergences estimated without bias.
 
-    It is :func:`cnf` with tr ∂v/∂x = E εᵀ (∂v/∂x) ε estimated by a few random vectors ε, the same all along a path.
-    Log-densities differ from call to call, by torch's generators; several probes tell by how much, in
-    :func:`~pyro_flows.ode_report`.  They are unbiased, but what weighs draws by their exponential is not, such as
-    :func:`~pyro_flows.psis`: set ``exact`` before.  With at most two hidden layers :func:`cnf` is as fast, and exact.
+    It is :func:`cnf` with tr ∂v/∂x = E εᵀ (∂v/∂x) ε estimated by a few random vectors ε, fixed along a path.
+    Log-densities differ from call to call, by torch's generators.  With several probes
+    :func:`~pyro_flows.ode_report` reports their standard error.  They are unbiased, but importance weights, as in
+    :func:`~pyro_flows.psis`, are not: set ``exact`` before.  With at most two hidden layers :func:`cnf` is as fast, and
+    exact.
 
     Args:
         input_dim: The number D of features.
         context_dim: The number of context features, 0 for a flow without a context.
-        num_transforms: The number of fields, one followed after the other.
+        num_transforms: The number of fields, one after the other.
         hidden_dims: The widths of the hidden layers of each field.
-        frequencies: How many Fourier modes of time a field sees.
+        frequencies: The number of Fourier modes of time that enter a field.
         activation: The class of the nonlinearity: ``torch.nn``'s ``ELU``, ``SiLU``, ``Softplus`` or ``Tanh``.
-        exact: Whether divergences are exact all the same: in the flow that was trained, set ``exact`` of its
-            transforms.
-        num_probes: How many random vectors ε an estimate takes.
-        noise: Their law, ``"rademacher"`` or ``"gaussian"``.
+        exact: True for exact divergences; in a trained flow, set ``exact`` of its transforms.
+        num_probes: The number of random vectors ε of an estimate.
+        noise: The distribution of ε, ``"rademacher"`` or ``"gaussian"``.
         solver: ``"dopri5"``, ``"dopri8"``, ``"bosh3"`` or ``"adaptive_heun"``; or with fixed steps ``"rk4"``,
             ``"heun3"``, ``"midpoint"`` or ``"euler"``.
         rtol: The relative tolerance of a step of an adaptive solver.
         atol: The absolute tolerance of such a step.
         num_steps: The number of steps of a solver of fixed steps.
-        adjoint: Whether gradients come from the adjoint equation, in memory that does not depend on the steps.
-        max_num_steps: How many steps an adaptive solver may take.
+        adjoint: True to compute gradients by the adjoint equation, in memory that does not depend on the steps.
+        max_num_steps: The largest number of steps of an adaptive solver.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -158,19 +149,9 @@ def ffjord(
         >>> flow().log_prob(torch.zeros(3, 40)).shape
         torch.Size([3])
     """
-    check_sizes("ffjord", input_dim, context_dim, num_transforms, hidden_dims)
-    return Flow(
-        Continuous(
-            MLPField(input_dim, context_dim, hidden_dims, frequencies=frequencies, activation=activation),
-            exact=exact,
-            num_probes=num_probes,
-            noise=noise,
-            solver=solver,
-            rtol=rtol,
-            atol=atol,
-            num_steps=num_steps,
-            adjoint=adjoint,
-            max_num_steps=max_num_steps,
-        )
-        for _ in range(num_transforms)
-    )
+    checked_sizes("ffjord", input_dim, context_dim, num_transforms, hidden_dims)
+    field = partial(MLPField, input_dim, context_dim, hidden_dims, frequencies=frequencies, activation=activation)
+    trace: dict[str, Any] = {"exact": exact, "num_probes": num_probes, "noise": noise}
+    steps: dict[str, Any] = {"rtol": rtol, "atol": atol, "num_steps": num_steps, "max_num_steps": max_num_steps}
+    layers = (Continuous(field(), **trace, solver=solver, adjoint=adjoint, **steps) for _ in range(num_transforms))
+    return Flow(layers)

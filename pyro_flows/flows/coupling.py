@@ -1,4 +1,4 @@
-"""Recipes of coupling flows: density and samples at the same price, one pass."""
+"""Recipes of coupling flows, whose densities and samples cost the same, and of Gaussianization."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..arguments import as_flags, check_flags
 from ..bijectors import Affine, Bijector, CircularSpline, LogisticMixture, RationalQuadraticSpline, Shift
 from ..conditioners import MLP, Periodic
 from ..distributions import CircularBase
-from ..transforms import ActNorm, Coupling, Elementwise, FlowTransform, LULinear
-from .arguments import check_sizes
+from ..transforms import ActNorm, Coupling, Elementwise, FlowTransform, LULinear, Orthogonal
+from .arguments import Sizes, checked_sizes
 from .flow import Flow
 
 
@@ -27,11 +27,12 @@ def nice(
 ) -> Flow:
     """NICE: additive couplings and one scale per feature (Dinh, Krueger, Bengio 2014, arXiv:1410.8516).
 
-    Each coupling splits the features into two parts A and B, others from layer to layer, and with net a network::
+    Each coupling splits the features into two parts A and B, which differ from layer to layer, and has a network::
 
         y_A = x_A,    y_B = x_B + t,    t = net(x_A, context)
 
-    At the end of the data stands y = loc + exp(s) x, feature by feature.  Density and samples cost the same, one pass.
+    The last map before the data is y = loc + exp(s) x, per feature.  Density and samples cost the same, one pass of
+    each network.
 
     Args:
         input_dim: The number D of features.
@@ -39,7 +40,7 @@ def nice(
         num_transforms: The number of coupling layers.
         hidden_dims: The widths of the hidden layers of each network.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
-        residual: Whether hidden layers that keep the width add their input.
+        residual: True to add its input to each hidden layer that keeps the width.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -55,8 +56,8 @@ def nice(
         >>> x.shape, torch.allclose(flow.log_prob(x), flow.base().log_prob(x), atol=1e-5)  # before training
         (torch.Size([3, 4]), True)
     """
-    layers = coupling_layers("nice", Shift(), input_dim, context_dim, num_transforms, hidden_dims, activation, residual)
-    return Flow([*layers, ActNorm(input_dim)])
+    sizes = checked_sizes("nice", input_dim, context_dim, num_transforms, hidden_dims)
+    return Flow([*coupling_layers(Shift(), sizes, activation, residual), ActNorm(input_dim)])
 
 
 def realnvp(
@@ -72,8 +73,8 @@ def realnvp(
 ) -> Flow:
     """Real NVP: affine couplings (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803).
 
-    Each coupling splits the features into two parts A and B, others from layer to layer.  It maps y, on the data's
-    side, to x, on the base's side, as in the paper, with net a network::
+    Each coupling splits the features into two parts A and B, which differ from layer to layer.  As in the paper it maps
+    y, on the data's side, to x, on the base's side, with a network net::
 
         x_A = y_A,    x_B = y_B exp(s) + t,    (s, t) = net(y_A, context)
 
@@ -87,7 +88,7 @@ def realnvp(
         max_log_scale: The bound on the log-scale s of one layer, in nats.
         slope: The slope of s where it is zero.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
-        residual: Whether hidden layers that keep the width add their input.
+        residual: True to add its input to each hidden layer that keeps the width.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -102,12 +103,10 @@ def realnvp(
         >>> flow(torch.zeros(5, 2)).sample((7,)).shape
         torch.Size([7, 5, 4])
     """
-    # Errors of a shift count in units of the base: with y_B = x_B exp(s) + t they would grow by exp(-s) where data are
-    # confined, and at a constant step size the log-density would never settle.
-    bijector = Affine(max_log_scale, slope)
-    layers = coupling_layers(
-        "realnvp", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, residual
-    )
+    # With y_B = x_B exp(s) + t errors of the shift t, in units of the base, would grow by exp(-s) where data are
+    # narrow, and the log-density would not converge at a constant step size.
+    sizes = checked_sizes("realnvp", input_dim, context_dim, num_transforms, hidden_dims)
+    layers = coupling_layers(Affine(max_log_scale, slope), sizes, activation, residual)
     return Flow([layer.inv for layer in layers])
 
 
@@ -125,13 +124,13 @@ def nsf(
 ) -> Flow:
     """Neural spline flow, coupling form (Durkan, Bekasov, Murray, Papamakarios 2019, arXiv:1906.04032).
 
-    Each coupling splits the features into two parts A and B, others from layer to layer, and with net a network::
+    Each coupling splits the features into two parts A and B, which differ from layer to layer, and has a network::
 
         y_A = x_A,    y_B = spline(x_B; θ),    θ = net(x_A, context)
 
-    A spline is a quotient of two quadratics in each bin of [-bound, bound], and the identity outside.  At the end of
-    the data each of several features passes a spline of its own, which no other feature steers.  Density and samples
-    cost the same, one pass of each network.
+    A spline is a quotient of two quadratics in each bin of [-bound, bound], and the identity outside.  The last map
+    before the data is one spline per feature, which depends on no other feature.  A flow of one feature lacks
+    this map.  Density and samples cost the same, one pass of each network.
 
     Args:
         input_dim: The number D of features.
@@ -141,9 +140,9 @@ def nsf(
         bins: The number of bins of each spline, from 2 to 99.
         bound: The half-width of the interval that the splines bend, in the base's standard deviations.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
-        residual: Whether hidden layers that keep the width add their input.
-        linear: Whether a learned dense linear map follows each coupling, as in the paper's fits of tables: worth a
-            tenth of a nat on some, for D² parameters each.
+        residual: True to add its input to each hidden layer that keeps the width.
+        linear: True to put a trainable dense linear map after each coupling, as in the paper's fits of tables.  It
+            gains a tenth of a nat on some tables, for D² parameters each.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -157,8 +156,9 @@ def nsf(
         >>> round(nsf(4)().log_prob(torch.zeros(4)).item(), 3)  # at the start it is the standard normal
         -3.676
     """
+    sizes = checked_sizes("nsf", input_dim, context_dim, num_transforms, hidden_dims)
     bijector = RationalQuadraticSpline(bins, bound)
-    layers = coupling_layers("nsf", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, residual)
+    layers = coupling_layers(bijector, sizes, activation, residual)
     check_flags("nsf", linear=linear)
     if linear:
         layers = [part for layer in layers for part in (layer, LULinear(input_dim))]
@@ -182,8 +182,8 @@ def flowpp(
 
         x_A = y_A,    x_B = e^a logit Σ_k π_k σ((y_B - μ_k) e^{-s_k}) + b,    all parameters by net(y_A, context)
 
-    and after each stand a scale and a location of each feature.  Its maps are inverted numerically, in the direction
-    that samples; ``.inv`` turns it round.
+    A scale and a location of each feature follow each coupling.  The maps have no closed inverse: samples are found
+    numerically, or densities in the flow ``.inv``.
 
     Args:
         input_dim: The number D of features.
@@ -193,7 +193,7 @@ def flowpp(
         components: The number of logistic components of each map, at least 2.
         bound: The half-width of the interval that the maps bend; outside they are straight.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
-        residual: Whether hidden layers that keep the width add their input.
+        residual: True to add its input to each hidden layer that keeps the width.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -209,10 +209,8 @@ def flowpp(
         >>> x.shape, flow.log_prob(x).isfinite().all()
         (torch.Size([3, 4]), tensor(True))
     """
-    bijector = LogisticMixture(components, bound=bound)
-    layers = coupling_layers(
-        "flowpp", bijector, input_dim, context_dim, num_transforms, hidden_dims, activation, residual
-    )
+    sizes = checked_sizes("flowpp", input_dim, context_dim, num_transforms, hidden_dims)
+    layers = coupling_layers(LogisticMixture(components, bound=bound), sizes, activation, residual)
     return Flow(part for layer in layers for part in (layer.inv, ActNorm(input_dim)))
 
 
@@ -227,31 +225,31 @@ def circular_coupling(
     max_log_scale: float = 3.0,
     activation: type[nn.Module] = nn.ReLU,
 ) -> Flow:
-    """Couplings of circular splines for angles and affine maps for the others (Rezende et al. 2020, arXiv:2002.02428).
+    """Couplings by circular splines for angles and affine maps for others (Rezende et al. 2020, arXiv:2002.02428).
 
-    In each layer the features of one kind in a part B are mapped, given all others, A, of which angles are seen by
+    Each layer maps the features of one kind in a part B, given all other features, A.  The network sees angles by
     their cosines and sines::
 
         y_A = x_A,    y_B = g(x_B) + t for angles,  x_B exp(s) + t for others,    (g, s, t) by net(x_A, context)
 
-    with g a spline of the circle.  The density has the period 2π in each angle and integrates to one over one period.
-    Angles may be scored by any representative, and samples are representatives:
+    Here g is a spline of the circle.  The density has the period 2π in each angle, and integrates to one over one
+    period.  Angles, of samples too, may lie in any period:
     ``torch.remainder(x + math.pi, 2 * math.pi) - math.pi`` lies in [-π, π).
 
     Args:
         input_dim: The number D of features.
         context_dim: The number of context features, 0 for a flow without a context.
-        circular: For each of the D features, whether it is an angle in radians.
-        num_transforms: The number of coupling masks; where angles and other features are both to be mapped, two
-            layers share one.
+        circular: One bool for each of the D features, True for an angle in radians.
+        num_transforms: The number of coupling masks; two layers share a mask if both angles and other features are to
+            be mapped.
         hidden_dims: The widths of the hidden layers of each network.
         bins: The number of bins of each circular spline, from 2 to 99.
         max_log_scale: The bound on the log-scale s of one affine layer, in nats.
         activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
 
     Returns:
-        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``; at the start angles are uniform and others standard
-        normal.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``; at the start angles are uniform, and other features
+        standard normal.
 
     Raises:
         ValueError: If a size, ``bins`` or ``max_log_scale`` is out of its range, or ``circular`` does not hold one bool
@@ -264,7 +262,7 @@ def circular_coupling(
         >>> round(flow().log_prob(torch.tensor([1.0, 0.0])).item(), 3)  # -log 2π - log(2π) / 2
         -2.757
     """
-    check_sizes("circular_coupling", input_dim, context_dim, num_transforms, hidden_dims)
+    sizes = checked_sizes("circular_coupling", input_dim, context_dim, num_transforms, hidden_dims)
     angles = as_flags("circular_coupling", "circular", circular, input_dim)
     kinds: list[tuple[Bijector, Tensor]] = [(Affine(max_log_scale), ~angles), (CircularSpline(bins), angles)]
     layers: list[FlowTransform] = []
@@ -273,65 +271,107 @@ def circular_coupling(
             mapped = kind & ~mask if input_dim > 1 else kind
             count, seen = int(mapped.sum()), angles[~mapped]
             if count and len(seen):
-                sizes = len(seen) + int(seen.sum()), count, bijector.num_params, hidden_dims, context_dim
-                net = Periodic(MLP(*sizes, activation=activation), seen)
+                shape = len(seen) + int(seen.sum()), count, bijector.num_params, hidden_dims, context_dim
+                net = Periodic(MLP(*shape, activation=activation), seen)
                 layers.append(Coupling(bijector, net, ~mapped))
-            elif count:  # with nothing to be conditioned on
-                table = context_network(context_dim, count, bijector.num_params, hidden_dims, activation)
-                layers.append(Elementwise(bijector, count, table))
+            elif count:  # there is no other feature to depend on
+                layers.append(elementwise(bijector, count, sizes, activation))
     return Flow(layers, CircularBase(angles))
 
 
+def gaussianization(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    num_transforms: int = 6,
+    hidden_dims: Sequence[int] = (64, 64),
+    components: int = 8,
+    bound: float = 10.0,
+    activation: type[nn.Module] = nn.ReLU,
+) -> Flow:
+    """Gaussianization flow: maps of single features by mixtures, alternating with rotations (Meng, Song, Song, Ermon
+    2020, arXiv:2003.01941).
+
+    From data y to base x, with trainable rotations Q and maps f of each feature alone, by logistic mixtures::
+
+        x = f_1(Q_1 … f_{n-1}(Q_{n-1} f_n(y)))
+
+    The map of a feature depends on no other feature; only rotations mix them.  The maps have no closed inverse: samples
+    are found numerically.
+
+    Args:
+        input_dim: The number D of features.
+        context_dim: The number of context features, 0 for none; with a context each layer has a network, and without it
+            its parameters are trained directly.
+        num_transforms: The number n of layers.
+        hidden_dims: The widths of the hidden layers of each network.
+        components: The number of logistic components of each map, at least 2.
+        bound: The half-width of the interval that the maps bend; outside they are straight.
+        activation: The class of the nonlinearity, such as ``torch.nn.ELU``.
+
+    Returns:
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
+
+    Raises:
+        ValueError: If a size, ``components`` or ``bound`` is out of its range.
+
+    Example::
+
+        >>> import torch
+        >>> gaussianization(4, components=4)().log_prob(torch.zeros(3, 4)).shape
+        torch.Size([3])
+    """
+    sizes = checked_sizes("gaussianization", input_dim, context_dim, num_transforms, hidden_dims)
+    bijector = LogisticMixture(components, bound=bound)
+    layers: list[FlowTransform] = []
+    for layer in range(num_transforms):
+        mixture = elementwise(bijector, input_dim, sizes, activation).inv
+        layers += [Orthogonal(input_dim), mixture] if layer and input_dim > 1 else [mixture]
+    return Flow(layers)
+
+
 def marginal(bijector: Bijector, input_dim: int) -> list[FlowTransform]:
-    """A map of each of several features on its own; of a single one, the layers before are such maps already."""
+    """Return a map of each feature alone, or nothing for a single feature, which other layers map alone already."""
     return [Elementwise(bijector, input_dim)] if input_dim > 1 else []
 
 
+def elementwise(
+    bijector: Bijector, count: int, sizes: Sizes, activation: type[nn.Module], residual: bool = False
+) -> Elementwise:
+    """Build a map of each of ``count`` features alone; its parameters depend on the context, if there is one."""
+    return Elementwise(bijector, count, context_network(sizes, count, bijector.num_params, activation, residual))
+
+
 def context_network(
-    context_dim: int,
-    output_dim: int,
-    num_params: int,
-    hidden_dims: Sequence[int],
-    activation: type[nn.Module],
-    residual: bool = False,
+    sizes: Sizes, output_dim: int, num_params: int, activation: type[nn.Module], residual: bool = False
 ) -> MLP | None:
-    """Build a network from contexts to parameters; None without a context, where parameters are a table."""
-    if not context_dim:
-        return None
-    return MLP(context_dim, output_dim, num_params, hidden_dims, activation=activation, residual=residual)
+    """Build a network from contexts to parameters, or None without a context: parameters are trained directly."""
+    shape = sizes.context_dim, output_dim, num_params, sizes.hidden_dims
+    return MLP(*shape, activation=activation, residual=residual) if sizes.context_dim else None
 
 
 def coupling_layers(
-    name: str,
-    bijector: Bijector,
-    input_dim: int,
-    context_dim: int,
-    num_transforms: int,
-    hidden_dims: Sequence[int],
-    activation: type[nn.Module],
-    residual: bool,
-    centered: bool = False,
+    bijector: Bijector, sizes: Sizes, activation: type[nn.Module], residual: bool, centered: bool = False
 ) -> list[FlowTransform]:
-    """Coupling layers; a single feature has nothing to be coupled with and is mapped on its own."""
-    check_sizes(name, input_dim, context_dim, num_transforms, hidden_dims)
+    """Build coupling layers; a single feature has no other to depend on, and is mapped alone."""
     layers: list[FlowTransform] = []
-    for mask in coupling_masks(input_dim, num_transforms):
-        if input_dim > 1:
-            sizes = int(mask.sum()), int((~mask).sum()), bijector.num_params, hidden_dims, context_dim
-            net = MLP(*sizes, activation=activation, residual=residual, centered=centered)
+    for mask in coupling_masks(sizes.input_dim, sizes.num_transforms):
+        if sizes.input_dim > 1:
+            kept, mapped = int(mask.sum()), int((~mask).sum())
+            shape = kept, mapped, bijector.num_params, sizes.hidden_dims, sizes.context_dim
+            net = MLP(*shape, activation=activation, residual=residual, centered=centered)
             layers.append(Coupling(bijector, net, mask))
         else:
-            table = context_network(context_dim, 1, bijector.num_params, hidden_dims, activation, residual)
-            layers.append(Elementwise(bijector, 1, table))
+            layers.append(elementwise(bijector, 1, sizes, activation, residual))
     return layers
 
 
 def coupling_masks(input_dim: int, count: int) -> list[Tensor]:
-    """Masks for consecutive couplings, in complementary pairs.
+    """Return masks for consecutive couplings, in complementary pairs.
 
-    Pair j splits the features by the j-th binary digit of their place: first into halves, then into alternating
-    quarters, eighths … and again from the halves.  So each feature is transformed in each pair, and any two features
-    are separated by one of the first ⌈log2 D⌉ pairs.
+    Pair j splits the features by the j-th binary digit of their index: into halves, into alternating quarters, eighths
+    … and again from the halves.  So each pair transforms each feature, and one of the first ⌈log2 D⌉ pairs separates
+    any two features.
 
     Example::
 

@@ -1,10 +1,10 @@
-"""Images of integers from a flow over real numbers: P(n) is the mass of the cell [n, n + 1), and bounded from below by
+"""Distributions over integers from flows over real numbers: P(n) is the mass of the cell [n, n + 1), bounded by
 
     log P(n) ≥ E log 1/K Σ_k p(n + u_k) / q(u_k | n),   u_k ~ q(· | n) on [0, 1)
 
-With q uniform this is uniform dequantisation (Theis, van den Oord, Bethge 2015, arXiv:1511.01844); with a conditional
-flow, variational dequantisation (Ho, Chen, Srinivas, Duan, Abbeel 2019, Flow++, arXiv:1902.00275); K > 1 draws make the
-importance-weighted bound (Burda, Grosse, Salakhutdinov 2015, arXiv:1509.00519), which is tighter.
+With q uniform this is uniform dequantisation (Theis, van den Oord, Bethge 2015, arXiv:1511.01844).  With q a
+conditional flow it is variational dequantisation (Ho, Chen, Srinivas, Duan, Abbeel 2019, Flow++, arXiv:1902.00275).
+K > 1 draws give the importance-weighted bound (Burda, Grosse, Salakhutdinov 2015, arXiv:1509.00519), which is tighter.
 """
 
 from __future__ import annotations
@@ -27,36 +27,35 @@ from .chunks import in_chunks
 from .distribution import FlowDistribution, log_prob_of
 from .flow import Flow
 
-FLOW = "a Flow, such as flows.glow((1, 28, 28))"  # words for what is asked for
+FLOW = "a Flow, such as flows.glow((1, 28, 28))"
 
 
 class Dequantized(nn.Module):
-    """A distribution over images of integers, or over other events of them, made of a flow over real numbers.
+    """A distribution over images, or other events, of integers, made of a flow over real numbers.
 
-    P(n) is the mass of the cell [n, n + 1), and bounded from below (dequantisation: Theis, van den Oord, Bethge 2015,
-    arXiv:1511.01844; Ho et al. 2019, arXiv:1902.00275; Burda, Grosse, Salakhutdinov 2015, arXiv:1509.00519)::
+    P(n) is the mass of the cell [n, n + 1), and bounded from below (dequantisation)::
 
         log P(n) ≥ E log 1/K Σ_k p(n + u_k) / q(u_k),    u_k ~ q on [0, 1)
 
     The flow ends with a sigmoid onto the range of the integers, whose inverse is the logit preprocessing of Real NVP.
-    The cells at both ends own what lies beyond, so that all masses add up to one, and samples are drawn exactly.
+    The cells at both ends include all numbers beyond them, so that the masses add up to one.  Samples are exact.
 
     Args:
         flow: A flow over real events, such as ``flows.glow((1, 28, 28))``.
         levels: The number of integers: events hold 0 … levels - 1.
-        alpha: By what share the interval of the sigmoid is wider than that of the integers, at least 1e-6: see
+        alpha: The share, at least 1e-6, by which the interval of the sigmoid is wider than that of the integers: see
             :class:`~pyro_flows.transforms.Sigmoid`.
         noise: A flow over the same events whose contexts are such events, such as
-            ``flows.realnvp_image((1, 28, 28), context_dim=(1, 28, 28))``: through the normal distribution function it
-            gives the noise u in a cell, uniform at the start.  By default the noise is uniform.
-        num_samples: The number K of draws that the bound of a log-mass takes.
+            ``flows.realnvp_image((1, 28, 28), context_dim=(1, 28, 28))``.  The normal distribution function maps its
+            draws to the noise u in a cell, which is uniform before training.  By default the noise is uniform.
+        num_samples: The number K of draws in the bound of a log-mass.
 
     Attributes:
         event_shape: The shape of an event.
         context_dim: The number of context features that the flow's transforms take, 0 without a context.
 
     Raises:
-        TypeError: If ``flow`` or ``noise`` is no :class:`~pyro_flows.flows.Flow`.
+        TypeError: If ``flow`` or ``noise`` is not a :class:`~pyro_flows.flows.Flow`.
         ValueError: If an argument is out of its range, or the noise does not fit the flow.
 
     Example::
@@ -80,46 +79,42 @@ class Dequantized(nn.Module):
         check_numbers("Dequantized", least=1e-6, below=0.5, alpha=alpha)
         if noise is not None and not _takes_events(noise, flow.event_shape):
             event, got = tuple(flow.event_shape), f"{tuple(noise.event_shape)} with context_dim={noise.context_dim}"
-            raise ValueError(
-                f"Dequantized: noise must be a flow over events of shape {event} whose contexts are such events, "
-                f"got one over {got}; image recipes take context_dim={event}."
-            )
+            must = f"noise must be a flow over events of shape {event} whose contexts are such events"
+            raise ValueError(f"Dequantized: {must}, got one over {got}; image recipes take context_dim={event}.")
         self.flow, self.levels, self.alpha, self.noise, self.num_samples = flow, levels, alpha, noise, num_samples
         self.event_shape, self.context_dim = flow.event_shape, flow.context_dim
         self.pixels = Sigmoid(flow.event_shape, high=float(levels), alpha=alpha)
 
     def forward(self, context: Tensor | None = None, *, num_samples: int | None = None) -> DequantizedDistribution:
-        """The distribution at a context, as for a :class:`Flow`; ``num_samples`` may differ from that of the model."""
+        """Return the distribution at a context, as a :class:`Flow` does; ``num_samples`` replaces that of the model."""
         return self._of(self.flow(context), num_samples)
 
-    def condition(self, context: Tensor | None) -> DequantizedDistribution:
-        """The distribution at a context, as Pyro's conditional distributions have it."""
-        return self(context)
+    condition = forward  # Pyro's protocol of conditional distributions
 
     def _of(self, density: FlowDistribution, num_samples: int | None) -> DequantizedDistribution:
         parts = [*density.transforms, View(self.pixels)], [*density.runs, self.pixels], density.context
-        # Integers are what is checked, so the density of real numbers checks nothing.
+        # The integers are checked, so the density of real numbers need not be.
         density = FlowDistribution(density.base, *parts, batch_shape=density.batch_shape, validate_args=False)
         number = self.num_samples if num_samples is None else num_samples
         check_integers("Dequantized", num_samples=number)
-        # As Pyro has it: torch's own default goes off once anything was compiled.
+        # Pyro's setting, since torch's own default turns off once anything was compiled.
         return DequantizedDistribution(self, density, number, is_validation_enabled())
 
     def compile(self, **settings: Any) -> None:
-        """Compile the flow, and that of the noise; see :meth:`Flow.compile`."""
+        """Compile the flow and the flow of the noise; see :meth:`Flow.compile`."""
         for flow in filter(None, (self.flow, self.noise)):
             flow.compile(**settings)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating dtype that the flow calculates in."""
+        """The floating-point dtype in which the flow calculates."""
         found = (parameter.dtype for parameter in self.flow.parameters() if parameter.is_floating_point())
         return next(found, torch.get_default_dtype())
 
     def sample(
         self, sample_shape: Sequence[int] = (), context: Tensor | None = None, *, chunk_size: int | None = None
     ) -> Tensor:
-        """Draw events ``(*sample_shape, *batch, *event_shape)``, as uint8 up to 256 levels; as :meth:`Flow.sample`."""
+        """Draw events ``(*sample_shape, *batch, *event_shape)``, as uint8 up to 256 levels; see :meth:`Flow.sample`."""
         value = self.flow.sample(sample_shape, context, chunk_size=chunk_size)
         return _to_integers(self.pixels(value), self.levels, checked=is_validation_enabled())
 
@@ -131,19 +126,19 @@ class Dequantized(nn.Module):
         num_samples: int | None = None,
         chunk_size: int | None = None,
     ) -> Tensor:
-        """The lower bound of the log-mass of events: ``model(context).log_prob(value)``.
+        """Return the lower bound of the log-mass of events: ``model(context).log_prob(value)``.
 
         Args:
             value: Integers ``(*batch, *event_shape)``.
-            context: As for the call, or None.
-            num_samples: The number of draws of the noise, K; by default the model's own.
-            chunk_size: How many events are scored at a time, as for :meth:`Flow.log_prob`.
+            context: A context as for the call, or None.
+            num_samples: The number K of draws of the noise; by default that of the model.
+            chunk_size: The number of events that are scored at a time, as for :meth:`Flow.log_prob`.
 
         Returns:
             The bound, ``(*batch)`` in nats.
 
         Raises:
-            TypeError: If ``value`` or ``context`` is no tensor.
+            TypeError: If ``value`` or ``context`` is not a tensor.
             ValueError: If ``value`` does not hold integers in range, the context does not fit, or a number is below 1.
         """
 
@@ -154,11 +149,11 @@ class Dequantized(nn.Module):
 
     @torch.no_grad()
     def initialize(self, value: Tensor, context: Tensor | None = None) -> None:
-        """Let data ``(*batch, *event_shape)`` set the layers of the flow that start from data, such as ``ActNorm``."""
+        """Initialise the flow's layers such as ``ActNorm`` from data ``(*batch, *event_shape)``."""
         self.flow.initialize(self.unbounded(value), context)
 
     def unbounded(self, value: Tensor) -> Tensor:
-        """Events ``(*batch, *event_shape)``, with uniform noise, where the flow sees them: their logits."""
+        """Return the logits, on which the flow acts, of events ``(*batch, *event_shape)`` with uniform noise."""
         value = value.to(self.dtype)
         return self.pixels.inverse_and_log_det(value + torch.rand_like(value))[0]
 
@@ -167,13 +162,13 @@ ConditionalDistribution.register(Dequantized)
 
 
 class DequantizedDistribution(dist.TorchDistribution):
-    """What ``model(context)`` returns: integers, whose log-mass is estimated by a lower bound, new at each call.
+    """A distribution over integers, the result of ``model(context)``; its log-mass is a new random bound at each call.
 
     Args:
         model: The model.
         density: Its density p over real events, at the context.
         num_samples: The number K of draws of the noise.
-        validate_args: Whether values are checked.
+        validate_args: True to check values.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}
@@ -194,17 +189,17 @@ class DequantizedDistribution(dist.TorchDistribution):
         """Draw events ``(*sample_shape, *batch, *event_shape)`` of 0 … levels - 1, as uint8 if there are up to 256.
 
         Raises:
-            ValueError: If the flow gives NaN, as of a context that holds NaN, unless validation is off.
+            ValueError: If the flow returns NaN, for example at a context with NaN, unless validation is off.
         """
         value = self.density.sample(sample_shape)
         return _to_integers(value, self.model.levels, checked=bool(self._validate_args))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """A lower bound of the log-mass of ``value``, ``(*batch, *event_shape)`` of integers, in nats.
+        """Return a lower bound of the log-mass of ``value``, ``(*batch, *event_shape)`` of integers, in nats.
 
         Raises:
             ValueError: If a value has another dtype or shape or is out of range, unless validation is off
-                (``pyro.enable_validation(False)``): the log-mass of what is no integer in range is then -inf.
+                (``pyro.enable_validation(False)``).  Values that are no integers in range then have a log-mass of -inf.
         """
         if self._validate_args and not torch.compiler.is_compiling():
             _check_levels(value, self.event_shape, self.model.levels)
@@ -218,7 +213,7 @@ class DequantizedDistribution(dist.TorchDistribution):
         return torch.where(inside.flatten(-number).all(-1), bound, -math.inf)
 
     def _draw(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
-        """K draws of the noise, ``(K, *x.shape)``, and their log-densities, ``(K, *batch)``."""
+        """Draw the noise K times, ``(K, *x.shape)``, and return it with its log-densities, ``(K, *batch)``."""
         if self.model.noise is None:
             return torch.rand((self.num_samples, *x.shape), dtype=x.dtype, device=x.device), 0.0
         context = (x + 0.5) * (2 / self.model.levels) - 1
@@ -228,32 +223,30 @@ class DequantizedDistribution(dist.TorchDistribution):
 
 
 def _to_integers(value: Tensor, levels: int, *, checked: bool) -> Tensor:
-    """The integers whose cells hold real numbers; where they are checked, NaN raises a ValueError."""
+    """Return the integers whose cells hold real numbers; NaN raises ValueError if ``checked``."""
     if checked and value.isnan().any():
         raise ValueError("sample: the flow gives NaN, of which there are no integers; look at context and weights.")
     return value.floor().clamp(0, levels - 1).to(torch.uint8 if levels <= 256 else torch.int64)
 
 
 def _check_levels(value: Tensor, event_shape: torch.Size, levels: int) -> None:
-    """Raise one clear error unless a value is a tensor of integers in range with the event shape on the right."""
+    """Raise an error unless a value is a tensor ``(*batch, *event_shape)`` of integers in range."""
     check_tensor("log_prob", "value", value, floating=False)
     if value.is_meta:
         raise ValueError("log_prob: value must hold numbers, but lies on the meta device.")
     check_event("log_prob", "value", value, event_shape)
     if value.is_floating_point():
-        broken = "" if value.isfinite().all() else " with NaN or inf"
-        raise ValueError(
-            f"log_prob: value must hold integers, got {value.dtype}{broken}; use value.to(torch.uint8) where they are."
-        )
+        got = f"{value.dtype}{'' if value.isfinite().all() else ' with NaN or inf'}"
+        raise ValueError(f"log_prob: value must hold integers, got {got}; use value.to(torch.uint8) for whole numbers.")
     value = value if value.dtype in (torch.uint8, torch.int64) else value.to(torch.int64)
-    low, high = (int(value.min()), int(value.max())) if value.numel() else (0, 0)
+    low, high = map(int, value.aminmax()) if value.numel() else (0, 0)
     if not 0 <= low <= high < levels:
         raise ValueError(f"log_prob: value must lie between 0 and {levels - 1}, got some from {low} to {high}.")
 
 
 @torch.no_grad()
 def _takes_events(noise: Flow, event_shape: torch.Size) -> bool:
-    """Whether a flow is over events of a shape, given one such event."""
+    """True if a flow is over events of a shape and takes such an event as its context."""
     if noise.event_shape != event_shape or not noise.context_dim:
         return False
     like = next(noise.parameters())

@@ -1,10 +1,11 @@
-"""A flow at a context: a distribution that lives for one use.
+"""A flow at a context: a distribution for one use.
 
-Its own last draw is scored without a second pass of the networks, unless any number has changed since it was drawn.
+It scores its own last draw without a second pass of the networks, unless a number has changed since the draw.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,62 +13,55 @@ from typing import Any, NamedTuple
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution
 
 from ..transforms import FlowTransform, View
-from ..transforms.compose import chained
+from ..transforms.compose import carried_along, chained
 from ..transforms.snapshot import Counters, Snapshot, can_be_kept
+from ..vjp import is_plain
 from .arguments import as_size, check_value, parameter_of
-from .path import can_be_carried, carried
 
 
 class FlowDistribution(dist.TransformedDistribution):
-    """A transformed distribution over a flat list of views, as ``flow(context)`` returns it.
+    """A transformed distribution over a flat list of views, the result of ``flow(context)``.
 
-    Base and transforms are those of the flow at each call, with the parameters that they then have; the context is
-    fixed, and so is the output of the flow's encoder.  Values are checked before they are scored, unless validation is
-    off (``pyro.enable_validation(False)``).
+    Base and transforms are those of the flow and keep its parameters; the context and its encoding are fixed.  Values
+    are checked before they are scored, unless validation is off (``pyro.enable_validation(False)``).
 
-    The pair of the last draw is kept until it is scored, together with a copy of all numbers that it depends on
+    The last draw is kept until it is scored, together with a copy of all numbers that it depends on
     (:mod:`~pyro_flows.transforms.snapshot`).  If nothing has changed, ``log_prob`` of this very tensor runs no network.
 
     Args:
-        base: A function, such as a module, that builds the base distribution.
+        base: A module that builds the base distribution.
         views: The transforms at the context, at least one.
-        runs: The transforms of the same map as they are run, perhaps in fewer and larger parts.
-        context: What the transforms take of a context, or None.
-        batch_shape: The batch shape, to which that of the base is expanded.
-        path_gradient: Whether its own draws are scored with the path gradient.
-        one_step: Whether its draws are scored in the step that drew them, as by :meth:`for_one_step`.
+        runs: The same transforms as they run, perhaps compiled into fewer and larger parts.
+        context: The encoded context, or None.
+        batch_shape: The batch shape, to which the base is expanded.
         validate_args: As for all of Pyro's distributions.
     """
 
+    path_gradient = False  # True: its own draws are scored with the path gradient
+    one_step = False  # True: its draws are scored in the step that drew them
+
     def __init__(
         self,
-        base: Callable[[], Distribution],
+        base: nn.Module,
         views: list[View],
         runs: Sequence[FlowTransform],
         context: Tensor | None,
         *,
         batch_shape: torch.Size,
-        path_gradient: bool = False,
-        one_step: bool = False,
         validate_args: bool | None = None,
     ) -> None:
-        self.base = base
-        self.transforms: list[View] = views
-        self.runs, self.context = runs, context
-        self.path_gradient, self.one_step = path_gradient, one_step
+        self.base, self.transforms, self.runs, self.context = base, views, runs, context
         self._last: _Draw | None = None
-        # The views share one event shape, so none of the general class's inference of shapes is needed.
-        event_shape = views[0].transform.event_shape
-        super(torch.distributions.TransformedDistribution, self).__init__(  # type: ignore[misc]
-            batch_shape, event_shape, validate_args=validate_args
-        )
+        # The views share one event shape, so the general class need not infer shapes.
+        Distribution.__init__(self, batch_shape, views[0].transform.event_shape, validate_args=validate_args)
 
     @property
     def base_dist(self) -> Distribution:
-        """The base distribution as its parameters are now, of the batch shape of the flow."""
+        """The base distribution at its present parameters, of the batch shape of the flow."""
         base = self.base()
         return base if base.batch_shape == self.batch_shape else base.expand(self.batch_shape)
 
@@ -77,29 +71,29 @@ class FlowDistribution(dist.TransformedDistribution):
         return self.base_dist.has_rsample
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> FlowDistribution:
-        return self._with(batch_shape=torch.Size(batch_shape))
+        return self._with(_batch_shape=torch.Size(batch_shape))
 
     def with_path_gradient(self) -> FlowDistribution:
         """Return the same distribution, which scores its own draws without a gradient to the density's parameters.
 
-        So the gradient of an ELBO vanishes draw by draw where the guide equals the posterior (Roeder, Wu, Duvenaud
-        2017, arXiv:1703.09194); for flows the score is carried along with the draw (Vaitl, Nicoli, Nakajima, Kessel
-        2022, arXiv:2207.08219; Vaitl, Winkler, Richter, Kessel 2024, arXiv:2403.15881).  It has no second derivatives.
-        Any other value is scored with all gradients.
+        The gradient of an ELBO then vanishes draw by draw if the guide equals the posterior (Roeder, Wu, Duvenaud 2017,
+        arXiv:1703.09194).  A flow carries the score along with the draw (Vaitl, Nicoli, Nakajima, Kessel 2022,
+        arXiv:2207.08219; Vaitl, Winkler, Richter, Kessel 2024, arXiv:2403.15881).  The gradient has no second
+        derivatives.  Other values are scored with all gradients.
         """
         return self._with(path_gradient=True)
 
     def for_one_step(self) -> FlowDistribution:
         """Return the same distribution for a guide's own sample statement, which an ELBO scores in the same step.
 
-        That its numbers are unchanged is read off torch's counts of changes, in place of their contents.
+        It compares torch's version counters, not copies of the numbers, to see that nothing has changed.
         """
         return self._with(one_step=True)
 
     def _with(self, **changes: Any) -> FlowDistribution:
-        own = {name: getattr(self, name) for name in ("batch_shape", "path_gradient", "one_step")}
-        kept = {**own, "validate_args": self._validate_args, **changes}
-        return FlowDistribution(self.base, self.transforms, self.runs, self.context, **kept)
+        changed = copy.copy(self)  # without the last draw, see __getstate__
+        changed.__dict__.update(changes)
+        return changed
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -110,8 +104,7 @@ class FlowDistribution(dist.TransformedDistribution):
         """Draw reparameterised samples, ``(*sample_shape, *batch, *event_shape)``."""
         value, score = self._drawn(sample_shape)
         if can_be_kept():
-            parts = (*(view.transform for view in self.transforms), self.base)
-            modules = [part for part in parts if isinstance(part, nn.Module)]
+            modules: list[nn.Module] = [*(view.transform for view in self.transforms), self.base]
             others = [value] if self.context is None else [value, self.context]
             snapshot = (Counters if self.one_step else Snapshot)(modules, others)
             self._last = _Draw(value, score, torch.is_grad_enabled(), value.grad_fn, snapshot)
@@ -142,12 +135,13 @@ class FlowDistribution(dist.TransformedDistribution):
         log_prob = log_prob_of(base, leaf)
         (score,) = torch.autograd.grad(log_prob.sum(), leaf)
         log_prob = log_prob.detach()
+        y = x if x.requires_grad else x.requires_grad_()  # a frozen flow too has a gradient at the draws
         layers = [view.transform for view in self.transforms]
         if all(view.context is None for view in self.transforms) and can_be_carried(layers):
-            y, total, score = carried(layers, x, score)
+            trained = {p: None for layer in layers for p in layer.parameters() if p.requires_grad}
+            y, total, score = _Carried.apply(layers, y, score, *trained)
             log_prob = log_prob - total
         else:
-            y = x if x.requires_grad else x.requires_grad_()
             for view in self.transforms:
                 y, log_det, score = view.transform.forward_and_score(y, score, view.context)
                 log_prob = log_prob - log_det.detach()
@@ -155,7 +149,7 @@ class FlowDistribution(dist.TransformedDistribution):
         return y, log_prob + path
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-density of ``value``, ``(*batch, *event_shape)``, in nats, at the parameters as they are."""
+        """Return the log-density of ``value``, ``(*batch, *event_shape)``, in nats, at the present parameters."""
         own = self._last
         if not self.path_gradient:
             self._last = None
@@ -179,7 +173,7 @@ class FlowDistribution(dist.TransformedDistribution):
 
 
 class _Draw(NamedTuple):
-    """A draw, the function that scores it, and all that both depend on."""
+    """A draw, the function that scores it, and the state that both depend on."""
 
     value: Tensor
     score: Callable[[], Tensor]
@@ -188,14 +182,53 @@ class _Draw(NamedTuple):
     snapshot: Snapshot | Counters
 
     def answers(self, value: Tensor) -> bool:
-        """Return True for the very draw, if nothing has changed since, and it became no leaf that requires grad."""
+        """True for the same tensor, if nothing has changed since the draw and it is no leaf that requires grad."""
         leaf = value.is_leaf and value.requires_grad
         same = self.value is value and self.grad_fn is value.grad_fn and self.grad_mode == torch.is_grad_enabled()
         return same and not leaf and self.snapshot.holds()
 
 
 def log_prob_of(base: Distribution, value: Tensor) -> Tensor:
-    """Return the log-density of values under a base, of no values too, which torch cannot sum up."""
+    """Return the log-density of values under a base; torch's distributions fail for an empty batch."""
     if value.numel():
         return base.log_prob(value)
     return value.reshape(*value.shape[: value.dim() - len(base.event_shape)], base.event_shape.numel()).sum(-1)
+
+
+def can_be_carried(transforms: Sequence[FlowTransform]) -> bool:
+    """True unless a trace, ``torch.func``, autocast or a hook has to see each operation."""
+    watched = torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active()
+    cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return not (watched or cast) and is_plain(transforms)
+
+
+class _Carried(torch.autograd.Function):
+    """Draws of a base mapped by transforms without contexts, with no autograd graph across the transforms.
+
+    In the forward pass each transform maps the draws and their score.  In the backward pass each maps the gradient at
+    its results to the gradients at its inputs and parameters.  It takes the transforms, at least one, the draws, their
+    score and the trained parameters.  It returns the mapped draws and, without gradients, the sum of the
+    log-determinants and the scores of the mapped draws.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, transforms: Sequence[FlowTransform], x: Tensor, score: Tensor, *trained: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, total, score, ctx.pull = carried_along(transforms, x, score)
+        ctx.trained = trained
+        ctx.save_for_backward(*trained)
+        ctx.mark_non_differentiable(total, score)
+        return y, total, score
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors  # autograd raises an error here if a parameter was changed in place
+        found: dict[Tensor, Tensor | None] = dict.fromkeys(ctx.trained)
+        g, gradients = ctx.pull(g)
+        for parameter, gradient in gradients:
+            if parameter in found:
+                known = found[parameter]
+                found[parameter] = gradient if known is None else known + gradient
+        return None, g if ctx.needs_input_grad[1] else None, None, *found.values()

@@ -1,6 +1,6 @@
 """A flow: transforms over a base, p(y) = p_base(x) |det dx/dy| with x = t_1⁻¹(… t_n⁻¹(y)).
 
-The flow is a module that lasts; ``flow(context)`` is a Pyro distribution that lives for one use.
+A flow is a module with parameters; ``flow(context)`` is a Pyro distribution for one use.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..distributions import FixedBase, StandardNormal
 from ..transforms import Compose, FlowTransform, View
 from ..transforms.compiled import CompiledRuns
 from ..transforms.compose import chained, checked_chain
-from .arguments import as_size, check_context, check_precision, check_tensor, check_value, parameter_of, taken_by
+from .arguments import as_size, check_like, check_precision, check_tensor, check_value, parameter_of
 from .chunks import T, in_chunks
 from .distribution import FlowDistribution, log_prob_of
 
@@ -30,12 +30,12 @@ class Flow(nn.Module):
         log p(y) = log p_base(x) + log|det dx/dy|,    x = t₁⁻¹(… tₙ⁻¹(y))
 
     Args:
-        transforms: From base to data, at least one; all share one event shape, and one context size where they have
-            a context.
-        base: The base distribution: a module that builds it when called without arguments, or a distribution (which
-            then stays in its dtype and on its device); by default the standard normal.
-        encoder: A network that contexts pass through first, such as those of ``pyro_flows.encoders``; by default
-            contexts are vectors that the transforms take as they are.
+        transforms: From base to data, at least one; all share one event shape, and those that take a context share one
+            context size.
+        base: The base distribution, by default the standard normal: a module that builds it when called without
+            arguments, or a distribution.  A distribution stays in its dtype and on its device.
+        encoder: A network through which contexts pass first, such as those of ``pyro_flows.encoders``; by default the
+            transforms take the vectors themselves.
 
     Attributes:
         event_shape: The shape of an event.
@@ -45,7 +45,7 @@ class Flow(nn.Module):
         encoder: The network before them, or None.
 
     Raises:
-        TypeError: If one of ``transforms`` is none.
+        TypeError: If one of ``transforms`` is not a transform.
         ValueError: If transforms, base and encoder do not fit together.
 
     Example::
@@ -78,10 +78,8 @@ class Flow(nn.Module):
         self.base = FixedBase(base) if isinstance(base, Distribution) else base
         shape = self.base().event_shape
         if shape != self.event_shape:
-            raise ValueError(
-                f"Flow: base has event shape {tuple(shape)}, but the transforms act on {tuple(self.event_shape)}; "
-                "use base.to_event(n) to make batch dimensions part of the event."
-            )
+            got = f"base has event shape {tuple(shape)}, but the transforms act on {tuple(self.event_shape)}"
+            raise ValueError(f"Flow: {got}; use base.to_event(n) to make batch dimensions part of the event.")
         if encoder is not None and not (isinstance(encoder, nn.Module) and self.context_dim):
             why = f"got {quoted(encoder)}" if self.context_dim else "it is of no use, as no transform takes a context"
             raise ValueError(f"Flow: encoder must be a network from contexts to vectors; {why}.")
@@ -89,21 +87,21 @@ class Flow(nn.Module):
         self._compiled: CompiledRuns | None = None
 
     def compile(self, **settings: Any) -> None:
-        """Let ``torch.compile`` make fewer and larger steps of the transforms, wherever the flow is used from now on.
+        """Compile the transforms by ``torch.compile`` into fewer and larger steps, in all later uses of the flow.
 
-        Values, densities, gradients and random numbers stay what they are, up to round-off.  The first calls take
-        seconds to minutes, one for each direction, with and without gradients, whatever the size of the batch.  Left as
-        they are: encoders, bases, the direction of autoregressive flows that goes feature by feature, but for its
-        splines, and what asks a solver.  Copies and pickles compile anew; what ``pyro_flows.load`` builds does not.
+        Values, densities, gradients and random numbers stay the same, up to round-off.  The first calls take seconds to
+        minutes: one for each direction, with and without gradients, for all batch sizes.  Encoders, bases and ODE
+        solvers are not compiled.  In the direction of autoregressive flows that goes feature by feature, only splines
+        are.  Copies and pickles compile again; flows built by ``pyro_flows.load`` do not.
 
         Args:
-            **settings: What ``torch.compile`` takes, such as ``backend``; ``dynamic`` is set, and refused.
+            **settings: Arguments of ``torch.compile``, such as ``backend``; ``dynamic`` is set, and refused.
 
         Raises:
-            ValueError: If a setting is ``dynamic``, or none of ``torch.compile``'s.
+            ValueError: If a setting is ``dynamic``, or not an argument of ``torch.compile``.
 
         Warns:
-            UserWarning: Once, at the first call, where the machine has no compiler: the flow then runs as before.
+            UserWarning: Once, at the first call, if the machine has no compiler: the flow then runs uncompiled.
 
         Example::
 
@@ -118,7 +116,7 @@ class Flow(nn.Module):
 
     @contextlib.contextmanager
     def uncompiled(self) -> Iterator[None]:
-        """Run the transforms as they are within this context."""
+        """Run the transforms uncompiled within this context."""
         self._compiled, compiled = None, self._compiled
         try:
             yield
@@ -127,22 +125,39 @@ class Flow(nn.Module):
 
     @property
     def runs(self) -> list[FlowTransform]:
-        """The transforms as they are run, one by one or in compiled runs."""
+        """The transforms, one by one or in compiled runs."""
         return list(self.transforms) if self._compiled is None else self._compiled.of(self.transforms)
 
     def encode(self, context: Tensor | None, like: Tensor | None = None) -> Tensor | None:
-        """What the transforms take of a context, ``(*batch, context_dim)``; raises as calling the flow does."""
+        """Return the context that the transforms take, ``(*batch, context_dim)``, or None; errors as for the call."""
         like = parameter_of(self.transforms) if like is None else like
         check_precision("Flow", like)
-        if context is not None:
-            check_tensor("Flow", "context", context, floating=not hasattr(self.encoder, "num_classes"))
-        what = "context"
+        if context is None:
+            if self.context_dim:
+                raise ValueError(f"Flow: context is missing; this flow takes {self._contexts()}.")
+            return None
+        check_tensor("Flow", "context", context, floating=not hasattr(self.encoder, "num_classes"))
+        if not self.context_dim:
+            shape = tuple(context.shape)
+            raise ValueError(f"Flow: context of shape {shape} is unexpected; build the flow with context_dim > 0.")
+        argument = "context"
         if self.encoder is not None:
-            if context is None:
-                raise ValueError(f"Flow: context is missing; this flow takes {taken_by(self.encoder)}.")
-            context, what = self.encoder(context), "what the encoder makes of the context"
-        check_context(context, self.context_dim, like, what)
+            context, argument = self.encoder(context), "what the encoder makes of the context"
+        if context.shape[-1:] != (self.context_dim,):
+            got = f"got shape {tuple(context.shape)}"
+            raise ValueError(f"Flow: {argument} must have width {self.context_dim} on the right, {got}.")
+        check_like("Flow", argument, context, like)
         return context
+
+    def _contexts(self) -> str:
+        """Return a description of the contexts that this flow takes."""
+        if classes := getattr(self.encoder, "num_classes", None):
+            return f"labels of {classes} classes, (*batch,) of integers"
+        if shape := getattr(self.encoder, "data_shape", None):
+            return f"contexts of shape (*batch, {', '.join('n' if size is None else str(size) for size in shape)})"
+        if self.encoder is not None:
+            return f"contexts that {type(self.encoder).__name__} encodes"
+        return f"contexts of width {self.context_dim}"
 
     def _base(self, context: Tensor | None) -> Distribution:
         base = self.base()
@@ -151,23 +166,23 @@ class Flow(nn.Module):
         return base
 
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
-        """The distribution at a context.
+        """Return the distribution at a context.
 
         Args:
-            context: ``(*batch, context_dim)``, or what the encoder takes, or None where the flow takes none.
+            context: ``(*batch, context_dim)``, or an input of the encoder; None if the flow takes no context.
 
         Returns:
-            A Pyro distribution with ``batch_shape == context.shape[:-1]``, of the encoded one where there is an
-            encoder, and densities in nats.
+            A Pyro distribution with ``batch_shape == context.shape[:-1]`` (after the encoder, if there is one) and
+            densities in nats.
 
         Raises:
-            TypeError: If a context is no tensor.
+            TypeError: If a context is not a tensor.
             ValueError: If it is missing, unexpected, of the wrong width or not floating.
         """
         return self.at(self.encode(context))
 
     def at(self, context: Tensor | None) -> FlowDistribution:
-        """The distribution at what the transforms take of a context, :meth:`encode`'s, or None."""
+        """Return the distribution at an encoded context, the result of ``encode``, or None."""
         views = [View(transform, context if transform.context_dim else None) for transform in self.transforms]
         return FlowDistribution(self.base, views, self.runs, context, batch_shape=self._base(context).batch_shape)
 
@@ -183,14 +198,14 @@ class Flow(nn.Module):
         """
         context = self.encode(context)
         value = self._base(context).sample(as_size(sample_shape))
-        return self._in_chunks(lambda v, c, _: chained(self.runs, v, c)[0], chunk_size, value, context)
+        return self._in_chunks(lambda v, c: chained(self.runs, v, c)[0], chunk_size, value, context)
 
     def rsample_and_log_prob(
         self, sample_shape: Sequence[int] = (), context: Tensor | None = None, *, chunk_size: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Draw reparameterised samples and score them, with each network run once.
 
-        With ``chunk_size`` it goes as in :meth:`log_prob`; the draws are the same.
+        ``chunk_size`` bounds the memory as for ``log_prob``; the draws are the same.
 
         Returns:
             Samples ``(*sample_shape, *batch, *event_shape)`` and log-densities ``(*sample_shape, *batch)`` in nats.
@@ -198,9 +213,9 @@ class Flow(nn.Module):
         context = self.encode(context)
         value = self._base(context).rsample(as_size(sample_shape))
 
-        def run(value: Tensor, context: Tensor | None, base: Distribution) -> tuple[Tensor, Tensor]:
-            result, log_det = chained(self.runs, value, context)
-            return result, log_prob_of(base, value) - log_det
+        def run(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+            y, log_det = chained(self.runs, x, context)
+            return y, log_prob_of(self.base(), x) - log_det
 
         return self._in_chunks(run, chunk_size, value, context)
 
@@ -209,38 +224,37 @@ class Flow(nn.Module):
 
         Args:
             value: ``(*batch, *event_shape)``.
-            context: As for the call, or None; it broadcasts with the values.
-            chunk_size: How many events pass through the transforms at a time, which bounds the memory that these take;
-                by default all.  With gradients a chunk is computed again in the backward pass, which bounds its memory
-                too, for a third more time.  An encoder sees all contexts at once.
+            context: A context as for the call, or None; it broadcasts with the values.
+            chunk_size: The number of events that pass through the transforms at a time, by default all.  It bounds the
+                memory of the activations.  With gradients a chunk is computed again in the backward pass, which takes a
+                third more time.  An encoder sees all contexts at once.
 
         Raises:
-            TypeError: If one of them is no tensor.
-            ValueError: If value or context do not fit, or ``chunk_size`` is no positive integer.
+            TypeError: If one of them is not a tensor.
+            ValueError: If value or context do not fit, or ``chunk_size`` is not a positive integer.
         """
         check_value(value, self.event_shape, like := parameter_of(self.transforms))
 
-        def run(value: Tensor, context: Tensor | None, base: Distribution) -> Tensor:
-            value, log_det = chained(self.runs, value, context, inverse=True)
-            return log_prob_of(base, value) + log_det
+        def run(y: Tensor, context: Tensor | None) -> Tensor:
+            x, log_det = chained(self.runs, y, context, inverse=True)
+            return log_prob_of(self.base(), x) + log_det
 
         return self._in_chunks(run, chunk_size, value, self.encode(context, like))
 
     def _in_chunks(self, run: Callable[..., T], chunk_size: int | None, value: Tensor, context: Tensor | None) -> T:
-        base = self.base()
-        if chunk_size is not None and base.batch_shape:
-            raise ValueError(f"Flow: chunk_size needs a base without a batch, got one of {tuple(base.batch_shape)}.")
-        return in_chunks(lambda v, c: run(v, c, base), chunk_size, value, context, len(self.event_shape))
+        if chunk_size is not None and (batch := self.base().batch_shape):
+            raise ValueError(f"Flow: chunk_size needs a base without a batch, got one of {tuple(batch)}.")
+        return in_chunks(run, chunk_size, value, context, len(self.event_shape))
 
     def initialize(self, value: Tensor, context: Tensor | None = None) -> None:
-        """Let data ``(*batch, *event_shape)`` set the layers that start from data, such as ``ActNorm``."""
+        """Initialise layers such as ``ActNorm`` from data ``(*batch, *event_shape)``."""
         check_value(value, self.event_shape, parameter_of(self.transforms), "Flow.initialize")
         with torch.no_grad():
             Compose(self.transforms).initialize(value, self.encode(context))
 
     @property
     def inv(self) -> Flow:
-        """The flow whose transforms run the opposite way, fast where this one is slow.  It shares the parameters."""
+        """The flow with all transforms inverted, fast where this one is slow; it shares the parameters."""
         layers = [transform.inv for transform in reversed(self.transforms)]
         inverse = Flow(layers, self.base, encoder=self.encoder)
         if self._compiled is not None:

@@ -1,8 +1,8 @@
-"""Recipes whose layers add to x a function of x, by whose form they stay invertible.
+"""Recipes of residual flows: each layer adds to x a function of x, and stays invertible.
 
-``planar_flow``, ``radial_flow`` and ``sylvester_flow`` stack many cheap layers: the Jacobian is the identity, or a
-multiple of it, plus a matrix of low rank, one for the first two and a few for the third.  ``residual_flow`` has
-free-form networks, kept invertible by a bound on their slopes.  All of them also score values that they did not draw.
+``planar_flow``, ``radial_flow`` and ``sylvester_flow`` stack many cheap layers.  Their Jacobian is the identity, or a
+multiple of it, plus a matrix of low rank: one for the first two, a few for the third.  ``residual_flow`` has free-form
+networks, whose bounded slopes keep it invertible.  All of them score any value, not only their own draws.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 from ..conditioners import LipschitzMLP
 from ..transforms import ActNorm, FlowTransform, Permute, Planar, Radial, Residual, Sylvester
 from ..transforms.sylvester import check_ridges
-from .arguments import check_sizes
+from .arguments import checked_sizes
 from .coupling import context_network
 from .flow import Flow
 
@@ -33,13 +33,13 @@ def planar_flow(
 
         y = x + u tanh(w·x + b)
 
-    with u such that it is a bijection.  It costs O(D): many are needed for what one coupling does.  Samples and
-    densities cost the same, but for the root of one scalar equation a layer.
+    with u such that it is a bijection.  It costs O(D), but one coupling does as much as many such layers.  Samples and
+    densities cost the same, except for the root of one scalar equation per layer.
 
     Args:
         input_dim: The number D of features.
-        context_dim: The number of context features, 0 for none; with a context each layer has a network, without it a
-            table.
+        context_dim: The number of context features, 0 for none; with a context each layer has a network, and without it
+            its parameters are trained directly.
         num_transforms: The number of layers.
         hidden_dims: The widths of the hidden layers of each network.
         activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
@@ -53,12 +53,12 @@ def planar_flow(
     Example::
 
         >>> flow = planar_flow(4)
-        >>> flow().log_prob(flow().sample((3,))).shape  # of values that are not its own draws, too
+        >>> flow().log_prob(flow().sample((3,))).shape  # draws of another distribution object count as any value
         torch.Size([3])
     """
-    check_sizes("planar_flow", input_dim, context_dim, num_transforms, hidden_dims)
-    sizes = context_dim, 1, 2 * input_dim + 1, hidden_dims, activation
-    return Flow(Planar(input_dim, context_network(*sizes)) for _ in range(num_transforms))
+    sizes = checked_sizes("planar_flow", input_dim, context_dim, num_transforms, hidden_dims)
+    num_params = 2 * input_dim + 1
+    return Flow(Planar(input_dim, context_network(sizes, 1, num_params, activation)) for _ in range(num_transforms))
 
 
 def radial_flow(
@@ -69,7 +69,7 @@ def radial_flow(
     hidden_dims: Sequence[int] = (64, 64),
     activation: type[nn.Module] = nn.ReLU,
 ) -> Flow:
-    """Radial flow: each layer stretches space around one point (Rezende, Mohamed 2015, arXiv:1505.05770).
+    """Radial flow: each layer stretches space around one point (Rezende, Mohamed 2015, as for :func:`planar_flow`).
 
     From base to data a layer is::
 
@@ -79,8 +79,8 @@ def radial_flow(
 
     Args:
         input_dim: The number D of features.
-        context_dim: The number of context features, 0 for none; with a context each layer has a network, without it a
-            table.
+        context_dim: The number of context features, 0 for none; with a context each layer has a network, and without it
+            its parameters are trained directly.
         num_transforms: The number of layers.
         hidden_dims: The widths of the hidden layers of each network.
         activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
@@ -98,9 +98,9 @@ def radial_flow(
         >>> flow(torch.zeros(5, 2)).log_prob(torch.zeros(4)).shape  # one value, five contexts
         torch.Size([5])
     """
-    check_sizes("radial_flow", input_dim, context_dim, num_transforms, hidden_dims)
-    sizes = context_dim, 1, input_dim + 2, hidden_dims, activation
-    return Flow(Radial(input_dim, context_network(*sizes)) for _ in range(num_transforms))
+    sizes = checked_sizes("radial_flow", input_dim, context_dim, num_transforms, hidden_dims)
+    num_params = input_dim + 2
+    return Flow(Radial(input_dim, context_network(sizes, 1, num_params, activation)) for _ in range(num_transforms))
 
 
 def sylvester_flow(
@@ -119,18 +119,18 @@ def sylvester_flow(
 
         y = x + Q R tanh(R̃ Qᵀ x + b)
 
-    The paper's kinds are choices of two numbers: *orthogonal* is ``rank = reflections``, as by default; *Householder*
-    is ``rank = input_dim`` with any number of reflections; and *triangular* is ``rank = input_dim, reflections = 0``,
-    between whose layers the order of the features is reversed.
+    The paper's kinds are choices of two numbers.  *Orthogonal* is ``rank = reflections``, the default.  *Householder*
+    is ``rank = input_dim`` with any number of reflections.  *Triangular* is ``rank = input_dim, reflections = 0``; each
+    layer then reverses the order of the features.
 
     Args:
         input_dim: The number D of features.
-        context_dim: The number of context features, 0 for none; with a context each layer has a network, without it a
-            table.
+        context_dim: The number of context features, 0 for none; with a context each layer has a network, and without it
+            its parameters are trained directly.
         num_transforms: The number of layers.
-        rank: The number M of directions that a layer bends, at most D; by default as many, up to 8.
-        reflections: The number H of Householder reflections that make the directions; by default M, but less than D.
-            A layer has M² + 2 M + H D parameters, and with a context as many outputs of its network.
+        rank: The number M of directions that a layer bends, at most D; by default the smaller of D and 8.
+        reflections: The number H of Householder reflections that build the directions; by default M, but less than D.
+            A layer has M² + 2 M + H D parameters; with a context they are the outputs of its network.
         hidden_dims: The widths of the hidden layers of each network.
         activation: The class of the nonlinearity of the networks, such as ``torch.nn.ELU``.
 
@@ -146,14 +146,14 @@ def sylvester_flow(
         >>> sum(parameter.numel() for parameter in flow.parameters())  # M² + 2 M + H D
         16
     """
-    check_sizes("sylvester_flow", input_dim, context_dim, num_transforms, hidden_dims)
+    sizes = checked_sizes("sylvester_flow", input_dim, context_dim, num_transforms, hidden_dims)
     rank, reflections = check_ridges("sylvester_flow", input_dim, rank, reflections)
     num_params = Sylvester.count_params(input_dim, rank, reflections)
     layers: list[FlowTransform] = []
     for layer in range(num_transforms):
         if layer > 0 and reflections == 0:
             layers.append(Permute(range(input_dim - 1, -1, -1)))
-        net = context_network(context_dim, 1, num_params, hidden_dims, activation)
+        net = context_network(sizes, 1, num_params, activation)
         layers.append(Sylvester(input_dim, rank, reflections, net))
     return Flow(layers)
 
@@ -169,13 +169,13 @@ def residual_flow(
 ) -> Flow:
     """Residual flow: from data to base x + g(x), then back by a search (Chen et al. 2019, arXiv:1906.02735).
 
-    Each layer maps y, on the data's side, to x, on the base's side, by a network that no mask constrains::
+    Each layer maps y, on the data's side, to x, on the base's side, by a network without masks::
 
         x = y + g(y, context),    log det(I + J_g) = Σ_{k≥1} (-1)ᵏ⁺¹ tr(J_gᵏ) / k,    Lip(g) ≤ lipschitz < 1
 
-    The log-determinant is exact, or this sum estimated without bias.  Densities take one pass of each network; samples
-    about a dozen.  Between the layers stand scales and locations of each feature, since one layer stretches by at most
-    1 + ``lipschitz`` and squeezes by at most 1 - ``lipschitz``.
+    The log-determinant is exact, or an unbiased estimate of this sum.  Densities take one pass of each network, and
+    samples about a dozen.  A scale and a location of each feature follow each layer, since one layer stretches by at
+    most 1 + ``lipschitz`` and squeezes by at most 1 - ``lipschitz``.
 
     Args:
         input_dim: The number D of features.
@@ -183,8 +183,8 @@ def residual_flow(
         num_transforms: The number of residual layers.
         hidden_dims: The widths of the hidden layers of each network.
         lipschitz: The bound on the Lipschitz constant of each network, between 0 and 1.
-        exact: Whether densities are exact, or unbiased estimates that differ from call to call; by default they are
-            exact where features or a hidden layer are at most 64 wide.
+        exact: True for exact densities, False for unbiased estimates that differ from call to call.  By default they
+            are exact if there are at most 64 features or a hidden layer is at most 64 wide.
 
     Returns:
         A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, the standard normal at the start.
@@ -198,7 +198,7 @@ def residual_flow(
         >>> round(residual_flow(4)().log_prob(torch.zeros(4)).item(), 3)  # at the start it is the standard normal
         -3.676
     """
-    check_sizes("residual_flow", input_dim, context_dim, num_transforms, hidden_dims)
+    checked_sizes("residual_flow", input_dim, context_dim, num_transforms, hidden_dims)
     layers: list[FlowTransform] = []
     for _ in range(num_transforms):
         net = LipschitzMLP(input_dim, hidden_dims, context_dim, lipschitz=lipschitz)

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..bijectors import Affine
 from ..flows import Flow
+from ..flows.arguments import checked_sizes
 from ..flows.coupling import coupling_layers
 
 
@@ -39,6 +40,6 @@ def affine_couplings(
         2
     """
     bijector = Affine(max_log_scale)
-    sizes = input_dim, context_dim, num_transforms, hidden_dims
+    sizes = checked_sizes("affine_couplings", input_dim, context_dim, num_transforms, hidden_dims)
     centered = context_dim == 0  # with a context the location is a function of it
-    return Flow(coupling_layers("affine_couplings", bijector, *sizes, activation, False, centered))
+    return Flow(coupling_layers(bijector, sizes, activation, False, centered))

@@ -1,10 +1,10 @@
-"""Pictures of fits, draws, weights, calibrations, images and flows, as matplotlib figures that notebooks show."""
+"""Figures of fits, draws, weights, calibrations, images and flows, by matplotlib, which notebooks show."""
 
-from .calibration import calibration as calibration
-from .check import check as check
 from .deformation import deformation as deformation
+from .draws import marginals as marginals
+from .draws import pairs as pairs
 from .history import history as history
 from .images import images as images
-from .marginals import marginals as marginals
-from .pairs import pairs as pairs
-from .weights import weights as weights
+from .trust import calibration as calibration
+from .trust import check as check
+from .trust import weights as weights

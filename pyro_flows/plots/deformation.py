@@ -1,4 +1,4 @@
-"""What a flow of two features does to the plane, layer by layer."""
+"""The deformation of the plane by a flow of two features, layer by layer."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from ..transforms import FlowTransform, Inverse
 from .panels import Picture, panels
 
 REACH = 2.5  # of the grid, in standard deviations of a normal base
-LINES, POINTS = 21, 201  # in each direction, and along each
+LINES, POINTS = 21, 201  # lines of the grid in each direction, and points of a line
 DOTS = 1000  # draws
 
 
 @torch.no_grad()
 def deformation(flow: Flow, context: Tensor | None = None, *, most: int = 8) -> Picture:
-    """Picture a square grid of the base, and draws from it, as the transforms of a flow carry them to the data.
+    """Plot a square grid of the base, and draws from it, as the transforms of a flow map them to the data.
 
     Args:
         flow: A flow over vectors of two features.
-        context: One context, ``(context_dim,)`` or what the flow's encoder takes for one event; None where the flow
-            takes none.
-        most: How many pictures are shown: the base, and what some transforms, evenly chosen, and the last have made.
+        context: One context, ``(context_dim,)`` or an input of the flow's encoder for one event; None if the flow takes
+            no context.
+        most: The largest number of panels: the base, evenly chosen transforms, and the last one.
 
     Returns:
         A matplotlib figure.
 
     Raises:
-        ValueError: If the flow's events are not two numbers, there are fewer than two pictures, the context does not
-            fit, the context or the base is a batch, or draws are not finite.
+        ValueError: If the flow's events are not two numbers, ``most`` is below 2, or draws are not finite.  Also if the
+            context does not fit, or the context or the base is a batch.
 
     Example::
 
@@ -51,13 +51,7 @@ def deformation(flow: Flow, context: Tensor | None = None, *, most: int = 8) -> 
         if batch:
             raise ValueError(f"deformation: one {what} is pictured, got a batch of {tuple(batch)}.")
     draws = base.sample((DOTS,))
-    ticks, along = torch.linspace(-REACH, REACH, LINES), torch.linspace(-REACH, REACH, POINTS)
-    upright = torch.stack(torch.meshgrid(ticks, along, indexing="ij"), -1)  # (LINES, POINTS, 2)
-    unit = torch.cat((upright, upright.flip(-1))).to(draws)
-    low, middle, high = draws.float().quantile(torch.tensor([0.16, 0.5, 0.84], device=draws.device), 0).to(draws)
-    grid = unit.reshape(-1, 2) * (high - low) / 2 + middle  # as wide as the bulk, whatever the tails
-    grid = grid.clamp(draws.min(0).values, draws.max(0).values)  # a bounded base has nothing beyond
-    value = torch.cat((grid, draws))
+    value = torch.cat((_grid(draws), draws))
     stages = [("base", value)]
     for number, transform in enumerate(flow.transforms, 1):
         value, _ = transform.forward_and_log_det(value, encoded if transform.context_dim else None)
@@ -66,27 +60,36 @@ def deformation(flow: Flow, context: Tensor | None = None, *, most: int = 8) -> 
             raise ValueError(f"deformation: transform {number}, {_title(transform)}, makes draws that are not finite.")
     chosen = np.unique(np.linspace(0, len(stages) - 1, min(most, len(stages))).round().astype(int))
     columns = min(4, len(chosen))
-    rows = -(-len(chosen) // columns)
-    picture, axes = panels(2.4 * columns, 2.55 * rows, len(chosen), columns)
+    picture, axes = panels(2.4 * columns, 2.55 * -(-len(chosen) // columns), len(chosen), columns)
     for axis, place in zip(axes, chosen, strict=True):
-        title, carried = stages[place]
-        _draw(axis, carried.cpu().double())
+        title, mapped = stages[place]
+        _draw(axis, mapped.cpu().double())
         axis.set_title(title, fontsize=9)
     return picture
 
 
-def _draw(axis: Any, carried: Tensor) -> None:
-    """Lines in two colours over the draws, in a frame that holds nearly all of these."""
+def _grid(draws: Tensor) -> Tensor:
+    """Return the points of a square grid over the bulk of draws, all lines in one direction before the others."""
+    ticks, along = torch.linspace(-REACH, REACH, LINES), torch.linspace(-REACH, REACH, POINTS)
+    upright = torch.stack(torch.meshgrid(ticks, along, indexing="ij"), -1)  # (LINES, POINTS, 2)
+    unit = torch.cat((upright, upright.flip(-1))).to(draws).reshape(-1, 2)
+    low, middle, high = draws.float().quantile(torch.tensor([0.16, 0.5, 0.84], device=draws.device), 0).to(draws)
+    grid = unit * (high - low) / 2 + middle  # quantiles do not depend on heavy tails
+    return grid.clamp(draws.min(0).values, draws.max(0).values)  # a bounded base has nothing beyond
+
+
+def _draw(axis: Any, mapped: Tensor) -> None:
+    """Draw lines in two colours and the draws, in a frame that contains nearly all draws."""
     from matplotlib.collections import LineCollection
 
-    size = LINES * POINTS
-    for part, color in ((carried[:size], "C0"), (carried[size : 2 * size], "C1")):
-        axis.add_collection(LineCollection(list(part.reshape(LINES, POINTS, 2).numpy()), colors=color, lw=0.7))
-    draws = carried[2 * size :].numpy()
+    lines, draws = mapped[:-DOTS].reshape(2, LINES, POINTS, 2).numpy(), mapped[-DOTS:].numpy()
+    for part, color in zip(lines, ("C0", "C1"), strict=True):
+        axis.add_collection(LineCollection(list(part), colors=color, lw=0.7))
     axis.scatter(*draws.T, s=2, color="0.25", alpha=0.35, lw=0, zorder=3, rasterized=True)
     low, high = np.quantile(draws, [0.005, 0.995], axis=0)
     margin = 0.12 * (high - low) + 1e-6
-    axis.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+    (left, bottom), (right, top) = low - margin, high + margin
+    axis.set(xlim=(left, right), ylim=(bottom, top))
     axis.tick_params(labelsize=7)
 
 

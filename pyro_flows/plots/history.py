@@ -8,22 +8,22 @@ import numpy as np
 
 from .panels import Picture, panels
 
-WINDOW = 50  # steps, of the running mean
+WINDOW = 50  # steps of the running mean
 
 
 def history(fit: Any) -> Picture:
-    """Picture the loss of each step of a fit, its running mean, held-out losses, and the state that was kept.
+    """Plot the loss of each step of a fit, its running mean, held-out losses, and the state that was kept.
 
-    The highest losses, those of the first steps above all, are cut off: the axis ends where 97 of 100 lie.
+    The axis ends at the 97 % quantile of the losses, so that the high losses of the first steps are cut off.
 
     Args:
-        fit: A :class:`~pyro_flows.Fit`, what ``fit_svi``, ``fit_density`` and ``fit_amortized`` return.
+        fit: A :class:`~pyro_flows.Fit`, the result of ``fit_svi``, ``fit_density`` or ``fit_amortized``.
 
     Returns:
-        A matplotlib figure; the loss is in nats, or in what the objective measures.
+        A matplotlib figure; the loss is in nats, or in the unit of the objective.
 
     Raises:
-        ValueError: If no step was finite.
+        ValueError: If no loss is finite.
 
     Example::
 
@@ -50,11 +50,11 @@ def history(fit: Any) -> Picture:
         places = np.linspace(0, len(losses), len(held_out) + 1)[1:]
         axis.plot(places, held_out, color="C1", lw=1.6, label="held out, after each epoch")
         shown.append(held_out[np.isfinite(held_out)])
-    best = [fit.best_loss] if np.isfinite(fit.best_loss) else []  # NaN where it was interrupted before any judgement
-    if best:
-        axis.plot(fit.best_step, fit.best_loss, "o", color="C3", ms=6, zorder=3, label=f"kept: {fit.best_loss:.3f}")
     together = np.concatenate(shown)
-    low, high = together.min(), max([np.quantile(together, 0.97), *best])
+    low, high = together.min(), np.quantile(together, 0.97)
+    if np.isfinite(fit.best_loss):  # NaN if the fit was interrupted before the first validation
+        axis.plot(fit.best_step, fit.best_loss, "o", color="C3", ms=6, zorder=3, label=f"kept: {fit.best_loss:.3f}")
+        high = max(high, fit.best_loss)
     margin = 0.06 * (high - low) or 0.5
     axis.set(xlim=(0, len(losses) + 1), xlabel="step", ylim=(low - margin, high + margin), ylabel="loss")
     axis.ticklabel_format(axis="y", useOffset=False)

@@ -1,4 +1,4 @@
-"""Images side by side."""
+"""Grids of images."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .panels import Picture, panels
 
 
 def images(images: Tensor, *, columns: int = 8, levels: int | None = None) -> Picture:
-    """Picture images side by side, row by row; :func:`~pyro_flows.save_images` writes them to a file, pixel by pixel.
+    """Plot a grid of images, row by row; :func:`~pyro_flows.save_images` writes the grid to a file, pixel by pixel.
 
     Args:
         images: ``(N, C, H, W)``, with one channel (grey) or three (red, green, blue).
-        columns: How many stand in a row.
-        levels: The number of integers that a model is over; without it black and white are the least number and the
-            greatest, but for one in a hundred at each end.
+        columns: The number of images in a row.
+        levels: The number of integers that a model is over; without it black and white are the 1 % and 99 % quantiles
+            of the numbers.
 
     Returns:
         A matplotlib figure.
 
     Raises:
-        ValueError: If the images have another shape, or another number of channels, or ``columns`` is below 1.
+        ValueError: If the images have another shape or number of channels, or ``columns`` is below 1.
 
     Example::
 
@@ -44,7 +44,7 @@ def images(images: Tensor, *, columns: int = 8, levels: int | None = None) -> Pi
 
 
 def tiled(caller: str, images: Tensor, columns: int, levels: int | None) -> np.ndarray:
-    """Images side by side as one, a pixel of white between them: ``(height, width, 3)``, from 0 to 1; NaN is white."""
+    """Return a grid of images with white lines between them, ``(height, width, 3)``, from 0 to 1; NaN becomes white."""
     if images.dim() != 4 or images.shape[1] not in (1, 3) or not images.numel():
         raise ValueError(f"{caller}: images must have shape (N, 1 or 3, H, W), got {tuple(images.shape)}.")
     check_integers(caller, columns=columns)
@@ -52,10 +52,10 @@ def tiled(caller: str, images: Tensor, columns: int, levels: int | None) -> np.n
     finite = pixels[np.isfinite(pixels)] if np.isfinite(pixels).any() else np.zeros(1)
     low, high = (0.0, levels - 1.0) if levels else np.quantile(finite, [0.01, 0.99])
     pixels = np.nan_to_num((pixels.clip(low, high) - low) / max(high - low, 1e-12), nan=1.0)
-    number, channels, height, width = pixels.shape
-    columns = min(columns, number)
-    rows = math.ceil(number / columns)
-    grid = np.ones((rows * columns, channels, height + 1, width + 1))
-    grid[:number, :, :height, :width] = pixels
-    grid = grid.reshape(rows, columns, channels, height + 1, width + 1).transpose(0, 3, 1, 4, 2)
-    return np.repeat(grid.reshape(rows * (height + 1), columns * (width + 1), channels), 3 // channels, 2)
+    columns = min(columns, len(pixels))
+    rows = math.ceil(len(pixels) / columns)
+    margins = (0, rows * columns - len(pixels)), (0, 0), (0, 1), (0, 1)
+    grid = np.pad(pixels, margins, constant_values=1.0)  # (rows · columns, C, H + 1, W + 1)
+    _, channels, height, width = grid.shape
+    grid = grid.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
+    return np.repeat(grid.reshape(rows * height, columns * width, channels), 3 // channels, 2)

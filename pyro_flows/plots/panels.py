@@ -1,10 +1,8 @@
-"""Pictures of several panels; matplotlib is imported when the first one is made."""
+"""Figures of several panels; matplotlib is imported when the first figure is made."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeAlias
-
-import numpy as np
 
 if TYPE_CHECKING:
     from .picture import Picture as Picture
@@ -12,20 +10,24 @@ else:
     Picture: TypeAlias = Any
 
 
-def blank(width: float, height: float) -> Picture:
-    """Return a picture without panels, its size in inches."""
+def panels(width: float, height: float, number: int, columns: int, **settings: Any) -> tuple[Picture, list[Any]]:
+    """Return a figure, its size in inches, and the axes of its panels, row by row."""
     from . import picture
 
-    return picture.Picture(width, height)
-
-
-def panels(width: float, height: float, number: int, columns: int, **settings: Any) -> tuple[Picture, list[Any]]:
-    """Return a picture and the axes of its panels, row by row, with no lines above and to the right of them."""
-    made = blank(width, height)
-    rows = -(-number // columns)
-    axes = list(np.ravel(made.subplots(rows, columns, squeeze=False, **settings)))
+    made = picture.Picture(width, height)
+    axes = list(made.subplots(-(-number // columns), columns, squeeze=False, **settings).flat)
     for axis in axes[number:]:
         axis.remove()
     for axis in axes[:number]:
         axis.spines[["top", "right"]].set_visible(False)
     return made, axes[:number]
+
+
+def plain(text: str) -> str:
+    """Return a text with escaped dollars, since matplotlib would parse what they enclose as a formula."""
+    return text.replace("$", r"\$")
+
+
+def shortened(name: str, most: int = 20) -> str:
+    """Return a name of at most ``most`` characters, plain."""
+    return plain(name if len(name) <= most else f"{name[: most // 2]}…{name[most // 2 + 1 - most :]}")

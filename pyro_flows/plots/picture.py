@@ -1,4 +1,4 @@
-"""A matplotlib figure that a notebook shows by itself, and that no global state knows of."""
+"""A matplotlib figure that notebooks display, outside of pyplot's global state."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import matplotlib.figure
 
 
 class Picture(matplotlib.figure.Figure):
-    """A figure laid out so that no label is cut off; ``savefig`` writes it to a file.
+    """A figure with a layout that cuts off no label; ``savefig`` writes it to a file.
 
     Args:
-        width: In inches.
-        height: In inches.
+        width: The width in inches.
+        height: The height in inches.
     """
 
     def __init__(self, width: float, height: float) -> None:
         super().__init__(figsize=(width, height), dpi=100, layout="constrained")
 
     def _repr_png_(self) -> bytes:
-        """Return what notebooks show."""
+        """Return the PNG that notebooks display."""
         file = BytesIO()
         self.savefig(file, format="png", dpi=self.dpi)
         return file.getvalue()
