@@ -98,7 +98,6 @@ LONG = {  # functions that are still longer, by their files; the list may only s
     "flows/continuous.py": {"cnf", "ffjord"},
     "flows/image.py": {"flowpp_image"},
     "plots/pairs.py": {"pairs"},
-    "training/loop.py": {"descend"},
 }
 
 

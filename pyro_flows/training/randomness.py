@@ -1,4 +1,4 @@
-"""The random numbers of a process: where they stand, and how to set them there."""
+"""The state of all random numbers of a process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """The state of all random numbers of this process."""
+    """Return the state of all random numbers of this process."""
     kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002  (the generator that Pyro seeds)
     return {
         "torch": torch.get_rng_state(),
@@ -23,7 +23,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Set them to a state."""
+    """Set all random numbers of this process to a state."""
     torch.set_rng_state(state["torch"])
     for device, own in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
         torch.cuda.set_rng_state(own, device)
@@ -35,7 +35,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def unchanged() -> Iterator[None]:
-    """Leave all random numbers as they are, whatever is drawn inside."""
+    """Restore all random numbers afterwards."""
     state = random_state()
     try:
         yield
