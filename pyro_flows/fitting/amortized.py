@@ -210,7 +210,7 @@ def _check_rounds(simulator: Simulator, rounds: int, observed: dict[str, Tensor]
 def _draw(
     simulator: Simulator, guide: AutoFlow, observed: dict[str, Tensor] | None, size: int, run: dict[str, Any]
 ) -> Simulations:
-    """Return simulations, of which each process draws a part; with observed data, from the truncated prior."""
+    """Draw simulations, a part in each process; if data are observed, with latents from the truncated prior."""
     truncated = Truncated(simulator, guide, observed) if observed else None
     number = -(-size // distributed.size())
 
@@ -224,7 +224,7 @@ def _draw(
 
 
 def _kept(file: Path | None, draw: Callable[[], Simulations], settings: dict[str, Any]) -> Simulations:
-    """Return the simulations that are kept with a checkpoint; draw and keep them if there are none."""
+    """Return the simulations that are kept with a checkpoint, or draw and keep them."""
     beside = Checkpoint(CALLER, file and file.with_name(f"{file.name}.simulations"), settings)
     kept = beside.read()
     if kept is not None:

@@ -67,9 +67,9 @@ def fit_density(
 
     The loss is a mean over rows, ``-E log p(x | context)``, in nats of x as given, standardised or not.
 
-    A new flow, with untrained layers, is standardised first.  A fixed affine map is appended, with the mean and
-    standard deviation of the training rows (of each channel, for images), so that ``flow.log_prob(x)`` is the density
-    of x as given.  Contexts pass through ``flow.encoder``; a flow without one gets a ``Standardize``.  Layers such as
+    A new flow, with untrained layers, is standardised first.  A fixed affine map with the mean and standard
+    deviation of the training rows (of each channel, for images) is appended.  So ``flow.log_prob(x)`` is the density of
+    x as given.  Contexts pass through ``flow.encoder``; a flow without one gets a ``Standardize``.  Layers such as
     ``ActNorm`` start from the data.  If a table has outliers, a ``StudentTBase`` replaces a standard normal base.  A
     flow that was trained before resumes from its present state.
 
@@ -80,7 +80,7 @@ def fit_density(
             ``x`` or ``(x, context)``.  A dequantised flow takes integers.
         context: For a conditional flow and x in memory, ``(N, context_dim)``, or the data of the flow's encoder.
         validation: Rows that judge the states: ``x``, a tuple ``(x, context)``, or a loader.  The default is a share of
-            the rows of x, the same each time; then x must be in memory, or a ``DataLoader`` of an indexable dataset
+            the rows of x, the same each time.  Then x must be in memory, or a ``DataLoader`` of an indexable dataset
             without a custom sampler.
         objective: The loss of a batch, ``objective(flow, x, context)``; the default is ``objectives.Likelihood()``.
             Continuous flows also take its penalties, or ``objectives.FlowMatching()``.
@@ -156,11 +156,12 @@ def fit_density(
     seen, judged = (Survey(source, reader.width) for source in (train, judge))
     places = _survey(reader, seen, judged, discrete, apart=validation is not None, again=train.again)
     spread, pictures = Spread(places, reader.like.device), Attempts(CALLER, "samples", grid)
-    if heavy_tails is None:
-        heavy_tails = seen.has_outliers and getattr(loss, "trains_base", True) and _is_table(reader)
-    some = _start(flow, reader.flow, seen, spread, standardize=standardize, heavy_tails=heavy_tails)
+    outliers = seen.has_outliers and getattr(loss, "trains_base", True) and _is_table(reader)
+    heavy = outliers if heavy_tails is None else heavy_tails
+    some = _start(flow, reader.flow, seen, spread, standardize=standardize, heavy_tails=heavy)
     data = [*_marks(train, seen), *_marks(judge, judged), f"discrete {places}"]
     marks = {"model": design(flow), "objective": repr(loss), "ema_decay": ema_decay, "mixed_precision": mixed_precision}
+    settings: dict[str, Any] = {"lr": lr, "on_nonfinite": on_nonfinite, "progress": progress, "checkpoint": file}
     images = len(reader.event_shape) == 3
     try:
         with networks_in_bfloat16(flow) if mixed_precision else contextlib.nullcontext():
@@ -174,12 +175,9 @@ def fit_density(
                 show=functools.partial(_in_bits, flow) if images else format_of(loss),
                 end_epoch=lambda epoch: pictures.attempt(lambda path: _draw(flow, judged.sample[1], path, epoch)),
                 caller=CALLER,
-                lr=lr,
                 clip_norm=clip_norm or (50.0 if images else 5.0),
-                on_nonfinite=on_nonfinite,
-                progress=progress,
-                checkpoint=file,
                 marks=marks,
+                **settings,
             )
     finally:
         pictures.conclude()

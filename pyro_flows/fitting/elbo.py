@@ -227,7 +227,7 @@ def _program_of(task: Task, objective: ELBO) -> Callable[..., Any]:
 
 
 def _trained_by(loss: Callable[[], Tensor], model: Any, guide: Any) -> list[Tensor]:
-    """Return the tensors that the loss depends on: those of modules, and those of Pyro's param statements."""
+    """Return the tensors that the loss depends on, in modules and in Pyro's param statements."""
     with poutine.trace(param_only=True) as capture:
         try:
             loss()

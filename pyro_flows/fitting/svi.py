@@ -65,9 +65,9 @@ def fit_svi(
         model: A Pyro model.
         guide: Any Pyro guide.
         *args: The model's arguments.
-        steps: The number of steps.  The default is the number over which a ``TemperedELBO`` anneals, or else one that
-            suits the guide and the Gaussian from which it starts; an ``AutoFlow`` that has converged takes fewer (see
-            *Choosing a flow* in the docs).
+        steps: The number of steps.  The default is the number over which a ``TemperedELBO`` anneals.  Otherwise it
+            suits the guide and the Gaussian from which it starts, and an ``AutoFlow`` that has converged takes fewer
+            (see *Choosing a flow* in the docs).
         objective: A Pyro ELBO, such as those of ``pyro_flows.objectives``.  The default is a ``PathELBO`` with
             ``num_particles`` vectorised draws.  If latents are angles, it is a ``Trace_ELBO``, since the scores of
             steep splines make path gradients too noisy.  Each of several processes takes all its draws and minibatches,
@@ -84,25 +84,25 @@ def fit_svi(
         on_nonfinite: ``"skip"`` skips steps whose loss or gradient is not finite, counts them, and raises an error
             after 100 consecutive ones; ``"raise"`` raises it at the first.
         checkpoint: A file for the state of the run, written every 50 steps but at most every ten seconds, and at the
-            end.  A run that was killed resumes if it is called again with the same file, to the same result as without
-            the break; with another number of processes, up to their noise.  Runs are identified by their settings and
+            end.  The same call with the same file resumes a run that was killed, to the same result as without the
+            break.  With another number of processes the noise differs.  Runs are identified by their settings and
             by tensors, numbers and strings among the arguments, not by attributes of the model.  With ``escalate`` or
             ``restarts`` each fit has a separate file, with the fit's name added.  If the disk is full, training goes on
             and tries again.
         progress: Whether to show a progress bar.
         escalate: Whether to judge the fit by :func:`~pyro_flows.check` and to continue until a fit can be trusted.  The
-            rungs are a Gaussian, the guide's flow, more couplings trained for longer, a guide that covers all modes
-            found by a population (:func:`~pyro_flows.anneal`), and exact draws (:func:`~pyro_flows.sample`), the fit's
-            ``samples``.  Exact draws are also taken if a guide can be trusted but its weights are not reliable, or show
-            a variance that is off by more than 5 %.  If training breaks down, as at hard edges, the population takes
-            over.  The fit's ``rungs`` describe each; use its ``guide``, which can be another one than the one given.
-            ``steps`` and ``lr`` are those of the guide's own flow.
+            first rungs are a Gaussian, the guide's flow, and more couplings trained for longer.  Then follow a guide
+            that covers all modes found by a population (:func:`~pyro_flows.anneal`), and exact draws
+            (:func:`~pyro_flows.sample`), the fit's ``samples``.  Exact draws are also taken if a guide can be trusted
+            but its weights are not reliable, or show a variance that is off by more than 5 %.  If training breaks down,
+            as at hard edges, the population takes over.  The fit's ``rungs`` describe each; use its ``guide``, which
+            can be another one than the one given.  ``steps`` and ``lr`` are those of the guide's own flow.
         restarts: The number of fits of an ``AutoFlow``, each from another start: the prior, or far around the first
             start.  The best is kept.
         vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
             agrees with single runs (*Any Pyro program* in the docs).
         max_plate_nesting: The number of dimensions that the plates of model and guide take.  The default is that of the
-            objective, or the one that a single run shows; that is too few if a model has undeclared dimensions to the
+            objective, or the one that a single run shows.  That is too few if a model has undeclared dimensions to the
             left of its plates.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.

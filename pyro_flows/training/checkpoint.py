@@ -61,8 +61,7 @@ class Checkpoint(Attempts):
     def read(self) -> dict[str, Any] | None:
         """Return the state in the file, or None if there is no file, and set the random numbers to it.
 
-        Process 0 reads for all.  Processes that are not in the file take the state of process 0, and random numbers of
-        their own.
+        Process 0 reads for all.  Processes that are not in the file take the state of process 0 and a new seed.
 
         Raises:
             ValueError: If the file is not a checkpoint, or is one of a run with other settings.

@@ -34,8 +34,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 PATIENCE = 10.0  # seconds that a process waits for torchrun to end it, after another one has failed
 
-_calls: list[str] = []  # the names of the calls in progress, the outermost first
-
 
 class Parted(RuntimeError):
     """Another process has failed or ended, so this process cannot continue.
@@ -76,7 +74,6 @@ def collective(fit: Callable[P, T]) -> Callable[P, T]:
         _join()
         if alone():
             return fit(*args, **kwargs)
-        _calls.append(fit.__name__)
         try:
             sync()
             with warnings.catch_warnings():
@@ -86,10 +83,8 @@ def collective(fit: Callable[P, T]) -> Callable[P, T]:
             sync()
             return found
         except Exception as error:
-            _announce(error)
+            _announce(error, fit.__name__)
             raise
-        finally:
-            _calls.pop()
 
     return call
 
@@ -115,20 +110,21 @@ def _leave() -> None:
     elif isinstance(error, Exception):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        get_error_handler().record_exception(error)
+        try:
+            raise error
+        except Exception:  # the handler records the traceback of the exception that is being handled
+            get_error_handler().record_exception(error)
     elif dist.is_initialized():  # after an error it would wait for the others
         dist.destroy_process_group()
 
 
-def _announce(error: Exception) -> None:
-    """Print an error that ends the outermost call, and tell the other processes of it unless they know of it."""
-    if len(_calls) == 1:
-        said = str(error).removeprefix(f"{_calls[0]}: ")
-        words = f"{_calls[0]}: process {rank()} of {size()}: {type(error).__name__}: {said}"
-        print(words, file=sys.stderr, flush=True)
+def _announce(error: Exception, caller: str) -> None:
+    """Print an error of this process and tell the other processes of it, once."""
     if not (isinstance(error, Parted) or getattr(error, "is_announced", False)):
         error.is_announced = True  # type: ignore[attr-defined]
-        with contextlib.suppress(Parted):  # the other process has failed too
+        said = f"{type(error).__name__}: {str(error).removeprefix(f'{caller}: ')}"
+        print(f"{caller}: process {rank()} of {size()}: {said}", file=sys.stderr, flush=True)
+        with contextlib.suppress(Parted):  # no other process can be reached
             barrier(error)
 
 
@@ -216,7 +212,7 @@ def sync() -> None:
 
 
 def seed(program: Any = None) -> None:
-    """Give all processes but the first random numbers of their own, and minibatches of the rows of a guide's plates."""
+    """Seed each process but the first differently, and let it shuffle the rows of a guide's plates anew."""
     if alone():
         return
     seed = broadcast(lambda: zlib.crc32(torch.get_rng_state().numpy().tobytes()))
@@ -229,45 +225,34 @@ def seed(program: Any = None) -> None:
 
 @torch.no_grad()
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
-    """Set the tensors of all processes to those of process 0.
-
-    Raises:
-        ValueError: If the trained tensors of two processes have different shapes.
-    """
-    own = list({id(tensor): tensor for tensor in tensors}.values())
+    """Set the tensors of all processes to those of process 0; tensors without gradients may change their shapes."""
     if alone():
         return
+    own = list({id(tensor): tensor for tensor in tensors}.values())
     new = broadcast(lambda: [tensor.detach().cpu() for tensor in own])
-    mine, given = ([tuple(tensor.shape) for tensor in group] for group in (own, new))
-    trained = [tensor.requires_grad for tensor in own]
-    if len(mine) != len(given) or any(a != b for a, b, t in zip(mine, given, trained, strict=True) if t):
-        raise ValueError(f"process 0 trains tensors of the shapes {given[:8]}, process {rank()} {mine[:8]}.")
     if rank():
         for tensor, value in zip(own, new, strict=True):
             (tensor if tensor.shape == value.shape else tensor.resize_(value.shape)).copy_(value)
-    barrier()
 
 
-def agree(caller: str, settings: dict[str, Any], parameters: list[Tensor]) -> None:
-    """Check that all processes fit the same, each on a GPU of its own, since nccl cannot share one.
+def agree(caller: str, settings: dict[str, Any], device: torch.device) -> None:
+    """Check that all processes fit the same, each on a separate GPU, since nccl cannot share one.
 
     Raises:
         ValueError: If they do not; the error names what differs, or the way out.
     """
     if alone():
         return
-    device, gpu = parameters[0].device, ""
-    if device.type == "cuda" and "nccl" in dist.get_backend_config():
-        gpu = str(torch.cuda.get_device_properties(device).uuid)
-    found = all_gather(lambda: ({name: repr(value) for name, value in settings.items()}, gpu))
-    for number, (others, _) in enumerate(found):
-        if differ := [name for name, value in found[0][0].items() if others.get(name) != value]:
-            raise ValueError(
-                f"{caller}: processes 0 and {number} are to fit different things (their {', '.join(differ)}). Run the "
-                "same script on the same data in all. If it generates data, set a seed first."
-            )
-    gpus = [gpu for _, gpu in found if gpu]
-    if len(set(gpus)) < len(gpus):
+    mine = {name: repr(value) for name, value in settings.items()}
+    first = broadcast(lambda: mine)
+    if differ := [name for name, value in first.items() if mine.get(name) != value]:
+        raise ValueError(
+            f"{caller}: processes 0 and {rank()} are to fit different things (their {', '.join(differ)}). Run the same "
+            "script on the same data in all. If it generates data, set a seed first."
+        )
+    on_gpu = device.type == "cuda" and "nccl" in dist.get_backend_config()
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if on_gpu else ""
+    if all_gather(lambda: gpu).count(gpu) > 1 and on_gpu:
         raise ValueError(
             f"{caller}: two processes train on one GPU. Give each its own: `torchrun --virtual-local-rank ...`, or "
             'torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) before the flow or guide is put on "cuda".'

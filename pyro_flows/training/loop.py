@@ -9,7 +9,6 @@ to the same end.  Several processes take each step together.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import sys
 import time
@@ -178,12 +177,13 @@ class Descent:
 
     def __post_init__(self) -> None:
         keep_memory()
-        settings, parameters, module = self.settings, self.parameters, self.trained
-        self.buffers = list(module.buffers()) if isinstance(module, torch.nn.Module) else []
+        settings, parameters = self.settings, self.parameters
+        module = self.trained if isinstance(self.trained, torch.nn.Module) else torch.nn.Module()
+        self.buffers, self.tensors = list(module.buffers()), [*parameters, *module.parameters(), *module.buffers()]
         marks = {"steps": settings.steps, "lr": settings.lr, "clip_norm": settings.clip_norm, **settings.marks}
         marks["shapes"] = [list(parameter.shape) for parameter in parameters]
-        distributed.agree(settings.caller, marks, parameters)
-        self._broadcast()
+        distributed.agree(settings.caller, marks, parameters[0].device)
+        distributed.broadcast_tensors(self.tensors)
         self.average = Average(parameters, self.judge.decay) if self.judge else None
         self.best = Best([*parameters, *(buffer for buffer in self.buffers if buffer.is_floating_point())])
         self.losses: list[float] = []
@@ -210,7 +210,7 @@ class Descent:
             self.best.restore()
         seconds = time.perf_counter() - self.start
         self.checkpoint.conclude()
-        self._broadcast()
+        distributed.broadcast_tensors(self.tensors)
         if self.judge and self.step and self.skipped == self.step:
             raise FloatingPointError(f"The loss or its gradient was not finite in any step: {ask(self.diagnose)}.")
         if stopped == "interrupted" and distributed.rank() == 0:
@@ -218,17 +218,9 @@ class Descent:
             lost = f" (loss {self.best.mean:.3f})" if math.isfinite(self.best.mean) else ""
             onward = "  The same call resumes from the checkpoint." if self.checkpoint.holds else ""
             print(f"Interrupted after {self.step} steps; kept {where}{lost}.{onward}", file=sys.stderr)
-        return Fit(
-            self.trained,
-            torch.tensor(self.losses, dtype=torch.float64),
-            self.best.mean,
-            self.best.step,
-            self.step,
-            self.skipped,
-            seconds,
-            stopped,
-            held_out=torch.tensor(self.held_out, dtype=torch.float64) if self.judge else None,
-        )
+        losses, held_out = (torch.tensor(values, dtype=torch.float64) for values in (self.losses, self.held_out))
+        record = self.trained, losses, self.best.mean, self.best.step, self.step, self.skipped, seconds, stopped
+        return Fit(*record, held_out=held_out if self.judge else None)
 
     @property
     def step(self) -> int:
@@ -239,11 +231,6 @@ class Descent:
     def skipped(self) -> int:
         """The number of steps whose loss or gradient was not finite."""
         return sum(not math.isfinite(value) for value in self.losses)
-
-    def _broadcast(self) -> None:
-        """Set the trained tensors of all processes to those of process 0."""
-        own = self.trained.parameters() if isinstance(self.trained, torch.nn.Module) else ()
-        distributed.broadcast_tensors([*self.parameters, *own, *self.buffers])
 
     def _take_steps(self) -> str:
         """Take steps until there is a reason to stop, and return the reason."""
@@ -311,7 +298,7 @@ class Descent:
 
     def _check_skipped(self, error: Exception | None, limit: int) -> None:
         """Raise FloatingPointError if as many consecutive steps were skipped as are allowed."""
-        number = sum(1 for _ in itertools.takewhile(math.isnan, reversed(self.losses)))
+        number = next((n for n, value in enumerate(reversed(self.losses)) if math.isfinite(value)), self.step)
         if self.settings.on_nonfinite == "skip" and number < limit:
             return
         known = str(error).splitlines()[0].rstrip(".") if error else ""
