@@ -1,4 +1,4 @@
-"""Checkpoints: the state of a run in one file, from which it resumes to the end that it would have reached anyway."""
+"""Checkpoints: the state of a run in one file, from which it resumes to the same end as without the break."""
 
 from __future__ import annotations
 
@@ -38,17 +38,12 @@ class Checkpoint(Attempts):
     @property
     def due(self) -> bool:
         """True if it is time to save."""
-        return time.perf_counter() - self._last > EVERY
-
-    @property
-    def holds(self) -> bool:
-        """True if the file holds the state that was saved last."""
-        return self.path is not None and not self.problem
+        return self.path is not None and time.perf_counter() - self._last > EVERY
 
     def save(self, state: dict[str, Any], own: tuple[str, ...] = ()) -> None:
         """Replace the file by a state and the state of the random numbers, or warn and leave it unchanged.
 
-        Of the processes that do not write, it keeps the random numbers and the entries of the state named in ``own``.
+        The file keeps the random numbers of all processes, and from each the entries of the state named in ``own``.
         """
         if self.path is None:
             return

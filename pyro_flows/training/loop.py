@@ -154,7 +154,7 @@ class Descent:
         parameters: The tensors to train.
         optimizers: Their optimisers; each trains some of them.
         settings: The settings of the run.
-        trained: The guide or flow that the record names.
+        trained: The guide or flow; its buffers belong to the state of the run.
         diagnose: Returns what is not finite, for the error.
         companion: The objective or the source of rows.  Its state belongs to the run if it has ``load_state_dict``, and
             is the same in all processes if it has ``in_common``.  Its ``share`` is the share of this process in the
@@ -216,7 +216,8 @@ class Descent:
         if stopped == "interrupted" and distributed.rank() == 0:
             where = f"the best state, of step {self.best.step}" if self.best.step else "the state at the start"
             lost = f" (loss {self.best.mean:.3f})" if math.isfinite(self.best.mean) else ""
-            onward = "  The same call resumes from the checkpoint." if self.checkpoint.holds else ""
+            saved = self.checkpoint.path is not None and not self.checkpoint.problem
+            onward = "  The same call resumes from the checkpoint." if saved else ""
             print(f"Interrupted after {self.step} steps; kept {where}{lost}.{onward}", file=sys.stderr)
         losses, held_out = (torch.tensor(values, dtype=torch.float64) for values in (self.losses, self.held_out))
         record = self.trained, losses, self.best.mean, self.best.step, self.step, self.skipped, seconds, stopped
