@@ -46,7 +46,7 @@ def optimizers(parameters: list[Tensor], lr: float, *, by_soap: list[Tensor], by
 class Stacked:
     """Optimiser that moves all matrices of one shape together, as one stack, since flows have many small ones.
 
-    It is not a ``torch.optim.Optimizer``: making the first of these imports the compiler, which takes about a second.
+    It is not a ``torch.optim.Optimizer``: making the first of these imports the compiler, in almost a second.
 
     Args:
         parameters: The tensors to train.
