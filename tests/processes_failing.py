@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_flows import AutoFlow, Fit, fit_density, fit_svi, flows
 from pyro_flows.fitting.elbo import start_from_gaussian
-from pyro_flows.training.loop import descend
+from pyro_flows.training.loop import Descent
 
 BRIEF: Any = {"validation": torch.zeros(9, 2).double() + 5, "max_epochs": 2, "progress": False}
 
@@ -91,9 +91,9 @@ def broken_off(inside: bool) -> tuple[str, int]:
 
     def counted(*args: Any, **settings: Any) -> Any:
         starts[0] += 1
-        return (descend if inside else start_from_gaussian)(*args, **settings)
+        return (Descent if inside else start_from_gaussian)(*args, **settings)
 
-    name = "descend" if inside else "start_from_gaussian"
+    name = "Descent" if inside else "start_from_gaussian"
     guide = AutoFlow(model, lambda dim: flows.realnvp(dim, num_transforms=1).double(), name=f"b_{time.monotonic_ns()}")
     with mock.patch(f"pyro_flows.fitting.elbo.{name}", counted):
         fit = fit_svi(model, guide, Y, steps=4, num_particles=4, restarts=2, warm_start=True, progress=False)

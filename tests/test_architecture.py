@@ -95,7 +95,6 @@ LONG = {  # functions that are still longer, by their files; the list may only s
     "fitting/svi.py": {"fit_svi"},
     "flows/continuous.py": {"cnf", "ffjord"},
     "flows/image.py": {"flowpp_image"},
-    "training/loop.py": {"descend"},
 }
 
 

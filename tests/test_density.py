@@ -358,12 +358,14 @@ def test_a_second_fit_goes_on() -> None:
 def test_only_what_has_a_gradient_is_handed_to_the_optimiser(monkeypatch: Any) -> None:
     seen = []
 
-    def watched(loss: Any, parameters: Any, optimizers: Any, **settings: Any) -> Any:
-        seen.extend(p for o in optimizers for group in o.param_groups for p in group["params"])
-        loss().backward()
-        return loop.descend(loss, parameters, optimizers, **settings)
+    fit = loop.Descent.fit
 
-    monkeypatch.setattr("pyro_flows.fitting.row_training.descend", watched)
+    def watched(descent: loop.Descent) -> Any:
+        seen.extend(p for o in descent.optimizers for group in o.param_groups for p in group["params"])
+        descent.loss().backward()
+        return fit(descent)
+
+    monkeypatch.setattr(loop.Descent, "fit", watched)
     flow = Flow(small(2, 4).transforms, encoder=MLPEncoder(3, 4, (8,)))
     frozen = flow.transforms[0].conditioner.output.bias.requires_grad_(False)
     before = frozen.clone()
@@ -534,7 +536,7 @@ def test_steps_that_are_not_finite_are_skipped_or_end_the_run() -> None:
         def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
             return super().inverse_and_log_det(y, context)[0] / 0, torch.zeros(len(y))
 
-    with pytest.raises(FloatingPointError, match=r"transforms\[\d\] of the flow, Worse, takes data to what is n"):
+    with pytest.raises(FloatingPointError, match=r"transforms\[\d\] of the flow, Worse, maps data to NaN or inf"):
         quick(Flow([*small(2).transforms, Worse(2)]), normal(200, 2), batch_size=30, on_nonfinite="raise")
 
 

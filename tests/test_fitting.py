@@ -28,9 +28,9 @@ from torch import Tensor
 
 from pyro_flows import AutoFlow, Fit, fit_svi, flows, psis
 from pyro_flows.objectives import TemperedELBO
-from pyro_flows.training import checkpoint as checkpoints
 from pyro_flows.training import loop
-from pyro_flows.training.loop import descend
+from pyro_flows.training.checkpoint import Checkpoint
+from pyro_flows.training.loop import Descent, Settings
 from pyro_flows.training.state import Best
 from pyro_flows.transforms import Elementwise
 
@@ -203,18 +203,10 @@ def test_same_seed_gives_the_same_fit():
 # The best state.
 
 
-def run(loss, parameters, **settings) -> Fit:
-    defaults = {
-        "trained": None,
-        "steps": 100,
-        "lr": 0.1,
-        "clip_norm": 10.0,
-        "on_nonfinite": "skip",
-        "progress": False,
-        "diagnose": lambda: "the diagnosis",
-        "window": 10,
-    }
-    return descend(loss, parameters, [torch.optim.Adam(parameters)], **{**defaults, **settings})
+def run(loss, parameters, *, steps=100, clip_norm=10.0) -> Fit:
+    optimizers = [torch.optim.Adam(parameters)]
+    settings = Settings("fit_svi", steps, 0.1, clip_norm, "skip", progress=False, window=10)
+    return Descent(loss, parameters, optimizers, settings, None, lambda: "the diagnosis").fit()
 
 
 class Bowl:
@@ -255,7 +247,7 @@ def test_step_size_falls_to_zero_along_a_cosine():
         seen.append(x.item())
         return -x
 
-    run(slope, [x], lr=0.1)
+    run(slope, [x])
     moves = torch.tensor([*seen, x.item()]).diff()
     expected = 0.05 * (1 + torch.cos(math.pi * torch.arange(100) / 100))
     torch.testing.assert_close(moves[50:], expected[50:], rtol=1e-3, atol=1e-5)
@@ -603,7 +595,8 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    assert checkpoints.write(file, {"settings": {}}) == "No space left on device"
+    with pytest.warns(UserWarning, match="No space left on device"):
+        Checkpoint("fit_svi", file, {}).save({})
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
 
@@ -694,12 +687,12 @@ def tuned(y):
 def test_few_steps_where_the_gaussian_is_near_also_when_resumed(model, steps, tmp_path, monkeypatch):
     asked = []
 
-    def stop(*args, steps, checkpoint, settings, **kwargs):
-        asked.append(steps)
-        checkpoints.write(checkpoint, {"settings": {"steps": steps}})
-        return SimpleNamespace(steps=steps, skipped=0)
+    def stop(descent):
+        asked.append(descent.settings.steps)
+        descent.checkpoint.save(descent.state_dict())
+        return SimpleNamespace(steps=descent.settings.steps, skipped=0)
 
-    monkeypatch.setattr("pyro_flows.fitting.elbo.descend", stop)
+    monkeypatch.setattr(loop.Descent, "fit", stop)
     for _ in range(2):
         fit_svi(model, AutoFlow(model, small), Y, progress=False, checkpoint=tmp_path / "run")
     assert asked == [steps, steps]
@@ -709,12 +702,12 @@ def test_steps_that_are_asked_for_take_as_many_draws_when_resumed(tmp_path, monk
     """As many steps as a near posterior takes are no sign of one."""
     asked = []
 
-    def stop(*args, steps, checkpoint, companion, **kwargs):
-        asked.append(companion.num_particles)
-        checkpoints.write(checkpoint, {"settings": {"steps": steps}})
-        return SimpleNamespace(steps=steps, skipped=0)
+    def stop(descent):
+        asked.append(descent.companion.num_particles)
+        descent.checkpoint.save(descent.state_dict())
+        return SimpleNamespace(steps=descent.settings.steps, skipped=0)
 
-    monkeypatch.setattr("pyro_flows.fitting.elbo.descend", stop)
+    monkeypatch.setattr(loop.Descent, "fit", stop)
     for _ in range(2):
         fit_svi(curved, AutoFlow(curved, small), Y, steps=100, progress=False, checkpoint=tmp_path / "run")
     assert asked == [256, 256]

@@ -13,9 +13,7 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal
 
 from pyro_flows import AutoFlow, fit_svi, flows
-from pyro_flows.fitting.muon import Muon
-from pyro_flows.fitting.optimizers import optimizers
-from pyro_flows.fitting.soap import SOAP, WIDEST
+from pyro_flows.fitting.optimizers import SOAP, WIDEST, Muon, optimizers
 from pyro_flows.guides.recipe import FEW
 from pyro_flows.guides.schedule import plan_of
 from pyro_flows.training import loop
@@ -109,7 +107,7 @@ def test_soap_turns_with_its_gradients():
 
 
 def test_soap_is_adam_where_the_eigenbases_are_the_units(monkeypatch):
-    monkeypatch.setattr("pyro_flows.fitting.soap.DAMPING", 0.0)
+    monkeypatch.setattr("pyro_flows.fitting.optimizers.DAMPING", 0.0)
     diagonal = [gradient.diag() for gradient in normals(25, 4)]
     adam = functools.partial(torch.optim.Adam, betas=(0.9, 0.95))
     torch.testing.assert_close(moved(diagonal), moved(diagonal, adam), rtol=0, atol=1e-6)

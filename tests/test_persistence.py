@@ -40,7 +40,7 @@ from pyro_flows.encoders import ConvEncoder, MLPEncoder, SetEncoder
 from pyro_flows.guides.couplings import affine_couplings
 from pyro_flows.persistence.classes import BASES, BY_NAME
 from pyro_flows.persistence.spec import build, describe
-from pyro_flows.training import checkpoint
+from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.transforms import ActNorm, Autoregressive, Compose, Conditioned, Elementwise, FixedAffine, Permute
 
 DIM = 4
@@ -587,7 +587,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_a_fit_is_told_apart(tmp_path: Path) -> None:
-    checkpoint.write(tmp_path / "run", {"settings": {"steps": 3}})
+    Checkpoint("fit_svi", tmp_path / "run", {"steps": 3}).save({})
     with pytest.raises(ValueError, match="it is a checkpoint of an unfinished fit"):
         pf.load(tmp_path / "run")
 

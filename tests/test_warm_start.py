@@ -449,10 +449,10 @@ def test_a_posterior_that_is_gaussian_takes_few_steps_and_draws(monkeypatch):
     def model() -> None:
         pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
 
-    def stop(loss, *args, steps, **kwargs):
-        asked.append(steps)
-        return SimpleNamespace(steps=steps, skipped=0)
+    def stop(descent):
+        asked.append(descent.settings.steps)
+        return SimpleNamespace(steps=descent.settings.steps, skipped=0)
 
-    monkeypatch.setattr("pyro_flows.fitting.elbo.descend", stop)
+    monkeypatch.setattr("pyro_flows.training.loop.Descent.fit", stop)
     fit_svi(model, AutoFlow(model), progress=False)
     assert asked == [80]

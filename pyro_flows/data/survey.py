@@ -186,7 +186,7 @@ def _check_usable(caller: str, parts: dict[str, list[Survey]], labels: list[str]
 
 
 def _warn(words: str) -> None:
-    warnings.warn(words, stacklevel=5)  # at the user's call of fit_density
+    warnings.warn(words, stacklevel=6)  # the user's call of fit_density
 
 
 def warn(caller: str, names: Names, seen: Survey, places: Sequence[int], dtype: torch.dtype, *, again: bool) -> None:

@@ -1,4 +1,4 @@
-"""Fit guides and flows: to models, to data, to simulations; and sample what was fitted."""
+"""Fits of guides and flows to models, data and simulations, and samples from them."""
 
 from .amortized import fit_amortized as fit_amortized
 from .annealing import anneal as anneal

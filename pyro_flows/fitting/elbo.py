@@ -1,13 +1,13 @@
-"""One fit of a guide by an ELBO: the objective, where the guide starts, the pace of its networks, and the descent.
+"""One fit of a guide by an ELBO: the objective, the start of the guide, the pace of its networks, and the descent.
 
-A flow guide starts from a Gaussian.  Adam moves each parameter at its own pace and so crawls on ill-conditioned
-posteriors; batch and match does not.  It starts at the guide's start and, for posteriors far away, from where some
-steps of L-BFGS uphill lead.  A Gaussian that is near the posterior is kept at once, else the better of the two in ELBO,
-so that modes of negligible mass are discarded.
+A flow guide starts from a Gaussian.  Adam scales each parameter separately and is slow on ill-conditioned posteriors;
+batch and match is not.  It starts at the guide's own start and, for posteriors far away, also at the end of some steps
+of L-BFGS uphill.  A Gaussian that is near the posterior is kept immediately, else the one with the better ELBO, so that
+modes of negligible mass are discarded.
 
-The settings of ``fit_svi``, its warm-up, decay and clipping, were found for weights as torch has them.  Guides
-set paces of their own, slow for networks, so that the steps of any optimiser are safe; these are put aside in training.
-What a guide learns of each row moves farther in a step than what all rows share, since a row is seen once in many.
+The settings of ``fit_svi``, its warm-up, decay and clipping, were tuned for weights as torch initialises and scales
+them.  Guides set slower paces for their networks, which are safe with any optimiser; training puts them aside.  The
+parameters of each row take larger steps than shared ones, since each row is seen once in many steps.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from pyro import validation_enabled
-from pyro.infer import ELBO, Trace_ELBO
+from pyro import poutine, validation_enabled
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from tqdm import tqdm
 
 from ..conditioners.base import Network
@@ -31,54 +32,55 @@ from ..flows import Flow
 from ..guides import AutoFlow
 from ..guides.contexts import RowContexts
 from ..guides.parameter_names import holders
-from ..guides.schedule import plan_of
+from ..guides.schedule import Schedule, plan_of
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective
 from ..programs.latent_space import LatentSpace
-from ..programs.log_density import or_nan
+from ..programs.log_density import is_breakdown, or_nan
 from ..programs.task import Task
 from ..sampling.gaussian import Gaussian, fit_gaussian
 from ..threads import OPERATIONS
-from ..training import checkpoint as checkpoints
 from ..training import distributed
+from ..training.checkpoint import fingerprint, steps_of
 from ..training.interrupts import hold_interrupts
-from ..training.loop import Fit, ask, descend
+from ..training.loop import Descent, Fit, Settings, ask
 from ..training.randomness import unchanged
 from ..training.stopping import noise_at
 from ..transforms import Elementwise, ScaledLinear
 from ..transforms.single_precision import InSingle
 from ..vjp import is_plain
 from .optimizers import optimizers
-from .program_checks import culprit, fingerprint, program_of, trained_by
+from .program_checks import culprit, is_vectorised
 from .propriety import check_proper
 
-SETTINGS = "num_particles", "vectorize_particles", "num_steps", "start", "alpha", "buffer_size"  # of objectives
-OF_ROWS = 32.0
+# The attributes of objectives that identify a run.
+SETTINGS = "num_particles", "vectorize_particles", "num_steps", "start", "alpha", "buffer_size"
+OF_ROWS = 32.0  # the pace of the parameters of rows
 PACED = Network, Elementwise, RowContexts, ScaledLinear
-# where Pyro's JIT objectives keep what they compiled
+# The attributes in which Pyro's JIT objectives keep compiled functions.
 RECORDED = "_loss_and_surrogate_loss", "_differentiable_loss", "_jit_loss_and_surrogate_loss"
-CONVERGED = 0.003  # the gap to the log evidence, in nats, below which a fit ends soon
-MANY = 64  # draws in each step, from which on SOAP does better than Adam
+CONVERGED = 0.003  # the gap to the log evidence, in nats, below which a fit has converged
+MANY = 64  # draws per step, from which on SOAP does better than Adam
 SKIPPED = "Ctrl-C: no further search for a start.  Training goes on; Ctrl-C again ends it.\n"
-SHARE = 0.25  # of the gradients of a fit, for its start
-ONE_BY_ONE = 8  # draws in each step where the model runs one at a time
+SHARE = 0.25  # the budget of the start, as a share of the gradients of a fit
+ONE_BY_ONE = 8  # draws per step if the model runs one at a time
 
 
 class ELBOFit:
-    """A fit of one guide from one start.
+    """One fit of one guide.
 
     Args:
         task: The model and the guide.
-        objective: The objective that is asked for; None for the one that suits the guide.
-        num_particles: The number of draws in each step that is asked for; None for what suits the guide.
+        objective: The user's objective; None for the one that suits the guide.
+        num_particles: The user's number of draws per step; None for the one that suits the guide.
     """
 
     def __init__(self, task: Task, objective: ELBO | None, num_particles: int | None) -> None:
         self.task, self.plan = task, plan_of(task.guide.call)
         self.guide: Any = task.guide.call
-        self.asked: dict[str, Any] = {}  # what the user knows of, whatever the number of processes
+        self.marks: dict[str, Any] = {}  # the default objective's settings, which do not depend on the processes
         self.is_default, self._chooses = objective is None, objective is None and num_particles is None
-        self.objective = objective or self._default(num_particles)
+        self.objective: Any = objective or self._default(num_particles)
 
     def _default(self, num_particles: int | None) -> ELBO:
         number, processors = num_particles or self.plan.schedule().num_particles, distributed.size()
@@ -91,16 +93,16 @@ class ELBOFit:
                 by_plate = self.task.settle().guide.engine == "plate"
             if not num_particles and self.task.runs_one_by_one:
                 number = min(ONE_BY_ONE, number)
-        self.asked = {"num_particles": number, "vectorize_particles": several}
+        self.marks = {"num_particles": number, "vectorize_particles": several}
         kind = PathELBO if self.plan.takes_paths else Trace_ELBO
         return kind(-(-number // processors), max_plate_nesting=self.task.nesting, vectorize_particles=by_plate)
 
     def start(self, warm: bool | None, progress: bool = False) -> Gaussian | None:
-        """Let the guide start from a Gaussian, if that is asked for or suits, and return it.
+        """Start the guide from a Gaussian and return it, or None if the guide keeps its start.
 
         Args:
-            warm: Whether that is asked for; None for what suits.
-            progress: True to show a progress bar where the search takes more than a second.
+            warm: The user's choice; None for what suits the guide.
+            progress: True to show a progress bar if the search takes more than a second.
 
         Raises:
             ValueError: If the posterior is improper.
@@ -116,64 +118,70 @@ class ELBOFit:
             return None
         power = objective.beta if isinstance(objective, TemperedELBO) else 1.0
         suited = self.plan.schedule()
-        budget = SHARE * suited.steps * suited.num_particles
-        return start_from_gaussian(self.guide, self.task, power, budget, progress)
+        return start_from_gaussian(self.guide, self.task, power, SHARE * suited.steps * suited.num_particles, progress)
 
-    def run(self, settings: dict[str, Any], file: Path | None) -> Fit:
+    def run(self, asked: dict[str, Any], file: Path | None) -> Fit:
         """Train the guide.
 
         Args:
-            settings: ``steps``, ``lr``, ``clip_norm`` and ``warm_start``, None where nothing is asked for;
-                ``on_nonfinite`` and ``progress``.
-            file: The checkpoint.
+            asked: ``steps``, ``lr``, ``clip_norm`` and ``warm_start``, None for defaults; ``on_nonfinite`` and
+                ``progress``.
+            file: The checkpoint, or None.
         """
-        task, guide, objective = self.task, self.guide, self.objective
-        kept = checkpoints.steps_of(file) if file else None
-        self.plan.prepare(task.model.call, task.model.args, task.model.kwargs)
-        start = None if kept else self.start(settings["warm_start"], settings["progress"])
-        self._program = program_of(task, objective)
-        parameters = trained_by(self._loss, task.model.call, guide)
+        task, guide, objective, plan = self.task, self.guide, self.objective, self.plan
+        kept = steps_of(file) if file else None
+        plan.prepare(task.model.call, task.model.args, task.model.kwargs)
+        start = None if kept else self.start(asked["warm_start"], asked["progress"])
+        self._program = _program_of(task, objective)
+        parameters = _trained_by(self._loss, task.model.call, guide)
         alone = self._is_alone(parameters)
-        suited, fewer = (self.plan.schedule(near=near, alone=alone) for near in (False, True))
-        lr = float(settings["lr"] or suited.lr)
-        annealed = getattr(objective, "num_steps", None)
-        own = {name: getattr(objective, name, None) for name in SETTINGS} | self.asked
-        given = (*task.model.args, *task.model.kwargs.values())
         with in_training(guide, parameters, objective):
-            # A run that goes on has known since its start.
+            schedule, fewer = (plan.schedule(near=near, alone=alone) for near in (False, True))
+            # The checkpoint of a run keeps its number of steps, and so whether it started near the posterior.
             near = start.is_near and {*parameters} <= {*guide.parameters()} if start else kept == fewer.steps
-            near = distributed.broadcast(lambda: near)
-            plan = fewer if near else suited
-            if alone and near and self._chooses and not settings["steps"]:
-                objective.num_particles = -(-plan.num_particles // distributed.size())
-            draws = distributed.size() * getattr(objective, "num_particles", 1)
-            fit = descend(
+            if distributed.broadcast(lambda: near):
+                schedule = fewer
+                if alone and self._chooses and not asked["steps"]:
+                    objective.num_particles = -(-fewer.num_particles // distributed.size())
+            settings = self._settings(asked, schedule, parameters, alone=alone, file=file)
+            by_soap, by_muon = plan.by_soap() if alone else [], plan.by_muon()
+            fit = Descent(
                 self.joint_loss if alone else self._loss,
                 parameters,
-                optimizers(parameters, lr, by_soap=self.plan.by_soap() if alone else [], by_muon=self.plan.by_muon()),
-                trained=guide,
-                steps=settings["steps"] or annealed or plan.steps,
-                lr=lr,
-                clip_norm=float(settings["clip_norm"] or suited.clip_norm),
-                on_nonfinite=settings["on_nonfinite"],
-                progress=settings["progress"],
-                diagnose=lambda: culprit(task),
-                settled=lambda: getattr(objective, "settled", True),
-                checkpoint=file,
-                settings={"objective": type(objective).__name__, **own, "data": fingerprint(given)},
+                optimizers(parameters, settings.lr, by_soap=by_soap, by_muon=by_muon),
+                settings,
+                guide,
+                lambda: culprit(task),
                 companion=objective,
-                work=self._work(parameters),
-                noise=noise_at(CONVERGED, draws) if alone and not settings["steps"] else 0.0,
+            ).fit()
+        if fit.skipped > fit.steps / 5:
+            warnings.warn(
+                f"fit_svi: {fit.skipped} of {fit.steps} steps were skipped, as loss or gradient were not finite; the "
+                f"guide was trained by the others. {ask(lambda: culprit(task))}",
+                stacklevel=5,
             )
-        self._warn(fit)
         return fit
 
-    def _work(self, parameters: list[Tensor]) -> float:
-        """Return about how many operations a step takes: those of the networks, unless a single draw is large."""
-        if self.task.is_settled and self.task.model.chunk == 1:
-            return math.inf
-        draws = getattr(self.objective, "num_particles", 1)  # of this process
-        return OPERATIONS * draws * sum(parameter.numel() for parameter in parameters)
+    def _settings(
+        self, asked: dict[str, Any], schedule: Schedule, parameters: list[Tensor], *, alone: bool, file: Path | None
+    ) -> Settings:
+        model, objective = self.task.model, self.objective
+        draws = getattr(objective, "num_particles", 1)  # of this process
+        is_large = self.task.is_settled and model.chunk == 1  # a single draw is work for several threads
+        own = {name: getattr(objective, name, None) for name in SETTINGS} | self.marks
+        data = fingerprint((*model.args, *model.kwargs.values()))
+        return Settings(
+            caller="fit_svi",
+            steps=asked["steps"] or getattr(objective, "num_steps", None) or schedule.steps,
+            lr=float(asked["lr"] or schedule.lr),
+            clip_norm=float(asked["clip_norm"] or schedule.clip_norm),
+            on_nonfinite=asked["on_nonfinite"],
+            progress=asked["progress"],
+            checkpoint=file,
+            marks={"objective": type(objective).__name__, **own, "data": data},
+            work=math.inf if is_large else OPERATIONS * draws * sum(part.numel() for part in parameters),
+            noise=noise_at(CONVERGED, draws * distributed.size()) if alone and not asked["steps"] else 0.0,
+        )
 
     def _loss(self) -> Tensor:
         model, guide, objective = self.task.model, self.guide, self.objective
@@ -185,9 +193,9 @@ class ELBOFit:
         return torch.tensor(sum(found) if isinstance(found, tuple) else found, requires_grad=True)
 
     def _is_alone(self, parameters: list[Tensor]) -> bool:
-        """True if one flow is trained by many draws a step, and nothing else."""
+        """True if one flow is trained by many draws per step, and nothing else."""
         plain = self.is_default and self.plan.is_joint and self.plan.takes_paths and self.guide.draws_from_flow
-        many = plain and self.objective.vectorize_particles and self.asked["num_particles"] >= MANY
+        many = plain and self.objective.vectorize_particles and self.marks["num_particles"] >= MANY
         return many and not self.task.subsampled and {*parameters} <= {*self.guide.parameters()}
 
     @functools.cached_property
@@ -197,38 +205,60 @@ class ELBOFit:
     @functools.cached_property
     def _flow(self) -> Flow:
         flow = self.guide.flow
-        *layers, fixed = flow.transforms  # before the last one all draws are in units of their own
+        *layers, fixed = flow.transforms  # the last layer standardises, so the others can run in single precision
         single = self.guide.has_default_flow and is_plain([flow]) and InSingle.suits(layers)
         return Flow([InSingle(layers), fixed], flow.base) if single else flow
 
     def joint_loss(self) -> Tensor:
-        """The loss of the default objective, without the handlers that an ELBO runs a guide under."""
+        """Return the loss of the default objective, without the handlers that an ELBO runs a guide under."""
         z, log_q = self._flow().with_path_gradient().rsample_and_log_prob((self.objective.num_particles,))
         return (log_q - self._space.log_p(z)).mean()
 
-    def _warn(self, fit: Fit) -> None:
-        if fit.skipped > fit.steps / 5:
-            warnings.warn(
-                f"fit_svi: {fit.skipped} of {fit.steps} steps were skipped, as loss or gradient were not finite; what "
-                f"was learned comes from the others. {ask(lambda: culprit(self.task))}",
-                stacklevel=6,
-            )
+
+def _program_of(task: Task, objective: ELBO) -> Callable[..., Any]:
+    """Return the model as an objective runs it: unchanged, or lifted if the objective needs that."""
+    if isinstance(objective, TraceEnum_ELBO):
+        return task.model.marked
+    sums_itself = not isinstance(objective, Trace_ELBO) or isinstance(objective, TraceMeanField_ELBO)
+    if sums_itself or not (task.model.enumerated or is_vectorised(objective)):
+        return task.model.call
+    with unchanged():
+        return task.broadcasting
+
+
+def _trained_by(loss: Callable[[], Tensor], model: Any, guide: Any) -> list[Tensor]:
+    """Return the tensors that the loss depends on, in modules and in Pyro's param statements."""
+    with poutine.trace(param_only=True) as capture:
+        try:
+            loss()
+        except (ValueError, LinAlgError, FloatingPointError) as error:
+            if not is_breakdown(error):
+                raise
+    touched = [site["value"] for site in capture.trace.nodes.values()]
+    found = [value.unconstrained() if hasattr(value, "unconstrained") else value for value in touched]
+    for program in (model, guide):
+        if isinstance(program, nn.Module):
+            found += program.parameters()
+    unique = {id(parameter): parameter for parameter in found if parameter is not None and parameter.requires_grad}
+    if not unique:
+        raise ValueError("fit_svi: neither the guide nor the model has parameters to train.")
+    return list(unique.values())
 
 
 def start_from_gaussian(
     guide: AutoFlow, task: Task, power: float = 1.0, budget: float = math.inf, progress: bool = False
 ) -> Gaussian | None:
-    """Let a guide start from the best Gaussian found, which is where it is already if none is better.
+    """Start a guide from the best Gaussian found, or leave it at its start if no other Gaussian is better.
 
-    Latents on circles have none, and more than 512 latents are too many for a dense one.  Ctrl-C ends the search, and
-    the guide starts from what was found.
+    Latents on circles have no Gaussian, and more than 512 latents are too many for a dense one.  Ctrl-C ends the
+    search; the guide starts from the best Gaussian so far.
 
     Args:
         guide: The guide.
         task: The model and the guide.
-        power: The Gaussian is one of the posterior to this power.
+        power: The exponent of the posterior that the Gaussian approximates.
         budget: The largest number of gradients to spend.
-        progress: True to show a progress bar where the search takes more than a second.
+        progress: True to show a progress bar if the search takes more than a second.
     """
     if not guide.starts_from_gaussian:
         return None
@@ -237,30 +267,29 @@ def start_from_gaussian(
     with (
         tqdm(desc=words, unit="round", disable=not shown, delay=1, leave=False) as bar,
         hold_interrupts(notice=SKIPPED) as asked,
+        validation_enabled(False),  # a draw without density must reach the scores
     ):
 
         def watch() -> bool:
             bar.update()
             return asked()
 
-        with validation_enabled(False):  # a place without density is for the scores to show
-            density = or_nan(LatentSpace(task).log_p)
-            settings: dict[str, Any] = {"budget": budget, "watch": watch}
-            found = fit_gaussian(lambda latent: power * density(latent), *guide.start, **settings)
+        density = or_nan(LatentSpace(task).log_p)
+        found = fit_gaussian(lambda latent: power * density(latent), *guide.start, budget=budget, watch=watch)
     guide.start_at(found.loc, found.scale_tril.norm(dim=-1).diag() if found.is_poor else found.scale_tril)
     return found
 
 
 @contextlib.contextmanager
 def in_training(guide: Any, parameters: list[Tensor], objective: Any) -> Iterator[None]:
-    """Put a guide into training mode, with paces that suit ``fit_svi``, and then into evaluation mode, with its own.
+    """Put a guide into training mode, with paces that suit ``fit_svi``; afterwards into evaluation mode, with its own.
 
-    The guide computes the same, bit for bit.
+    The outputs of the guide stay the same, bit for bit.
 
     Args:
         guide: The guide; guides that a function calls are found by their parameters.
         parameters: The tensors that are trained.
-        objective: The loss, which forgets what it compiled: paces are constants there.
+        objective: The loss, whose compiled functions are dropped, since paces are constants in them.
     """
     guides = [guide] if isinstance(guide, nn.Module) else holders(parameters)
     parts = [part for one in guides for part in one.modules() if isinstance(part, PACED) and part.pace is not None]
@@ -277,6 +306,7 @@ def in_training(guide: Any, parameters: list[Tensor], objective: Any) -> Iterato
 
 
 def _forget(objective: Any) -> None:
+    """Drop the compiled functions of an objective."""
     for name in RECORDED:
         if name in getattr(objective, "__dict__", ()):
             setattr(objective, name, None)

@@ -1,55 +1,51 @@
-"""Programs before and during a fit: checks, what is trained, fingerprints of data and design, the site at fault."""
+"""Checks of programs: before a fit, and after a loss that is not finite."""
 
 from __future__ import annotations
 
-import inspect
-import zlib
-from collections.abc import Callable
-from typing import Any
-
 import pyro
 import torch
-from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO
 from torch import Tensor, nn
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from ..bijectors import Bijector
 from ..objectives import PathELBO, PathEnumELBO
 from ..objectives.particles import ParticleObjective
 from ..programs.error_text import quoted
 from ..programs.latents import check_guided, lacking
-from ..programs.log_density import is_breakdown
 from ..programs.task import Task
 from ..training.randomness import unchanged
 
 
 def check_task(task: Task, objective: ELBO | None, *, search: bool) -> None:
-    """Refuse a guide that lacks latents, and programs that do not run vectorised over draws, where a fit needs both.
+    """Raise ValueError unless the guide has all latents and programs run vectorised over draws, if a fit needs both.
 
     Args:
         task: The model and the guide.
         objective: The user's objective; None for the default one.
-        search: True if a place to start from is searched for.
+        search: True if the fit searches for a start.
     """
     if search or objective is None or isinstance(objective, PathELBO | PathEnumELBO | ParticleObjective):
         check_guided("fit_svi: ", *task.traces)
     if search or objective is None:
         with unchanged():
             _check_gradients(task)
-    if search or (_is_vectorised(objective) and not lacking(*task.traces)):
+    if search or (is_vectorised(objective) and not lacking(*task.traces)):
         with unchanged():
             task.settle()
-    if _is_vectorised(objective) and task.is_settled and task.guide.engine != "plate":
+    if is_vectorised(objective) and task.is_settled and task.guide.engine != "plate":
         raise ValueError(
             f"fit_svi: the guide{task.guide.fault}. Let it broadcast to the left of its plates, or give the objective "
             "vectorize_particles=False."
         )
 
 
+def is_vectorised(objective: ELBO | None) -> bool:
+    """True if an objective runs programs for many draws at once."""
+    return bool(getattr(objective, "vectorize_particles", False)) and getattr(objective, "num_particles", 1) > 1
+
+
 def _check_gradients(task: Task) -> None:
-    """Refuse a model that runs at a draw, as it did when it was traced, but not where gradients are kept."""
+    """Raise ValueError if a model that runs at a draw fails if the draw requires gradients."""
     latents = task.guide.alone(lambda view: {name: view.read(name) for name in task.latents}, 1)
     held = {name: value.detach().requires_grad_(value.is_floating_point()) for name, value in latents.items()}
     with torch.enable_grad():
@@ -62,45 +58,24 @@ def _check_gradients(task: Task) -> None:
             ) from error
 
 
-def program_of(task: Task, objective: ELBO) -> Callable[..., Any]:
-    """Return the model as an objective runs it: as it is, or, where it would not work so, lifted."""
-    if isinstance(objective, TraceEnum_ELBO):
-        return task.model.marked
-    sums_itself = not isinstance(objective, Trace_ELBO) or isinstance(objective, TraceMeanField_ELBO)
-    if sums_itself or not (task.model.enumerated or _is_vectorised(objective)):
-        return task.model.call
-    with unchanged():
-        return task.broadcasting
-
-
-def _is_vectorised(objective: ELBO | None) -> bool:
-    return bool(getattr(objective, "vectorize_particles", False)) and getattr(objective, "num_particles", 1) > 1
-
-
-def trained_by(loss: Callable[[], Tensor], model: Any, guide: Any) -> list[Tensor]:
-    """The tensors that the loss depends on: those of modules, and those that Pyro's param statements touch."""
-    with poutine.trace(param_only=True) as capture:
-        try:
-            loss()
-        except (ValueError, LinAlgError, FloatingPointError) as error:
-            if not is_breakdown(error):
-                raise
-    touched = [site["value"] for site in capture.trace.nodes.values()]
-    found = [value.unconstrained() if hasattr(value, "unconstrained") else value for value in touched]
-    for program in (model, guide):
-        if isinstance(program, nn.Module):
-            found += program.parameters()
-    unique = {id(parameter): parameter for parameter in found if parameter is not None and parameter.requires_grad}
-    if not unique:
-        raise ValueError("fit_svi: neither the guide nor the model has parameters to train.")
-    return list(unique.values())
+def check_no_parameters(task: Task) -> None:
+    """Raise ValueError if a model has parameters, since each fit would start from those of the last one."""
+    model = task.model.call
+    names = [name for name, site in task.traces[0].nodes.items() if site["type"] == "param"]
+    if isinstance(model, nn.Module):
+        names += [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if names:
+        raise ValueError(
+            f"fit_svi: escalate and restarts fit more than once, but the model has parameters ({', '.join(names[:3])}) "
+            "that each fit would take over from the last. Fit once, or give them priors."
+        )
 
 
 @torch.no_grad()
 def culprit(task: Task) -> str:
-    """Name the first site, in the guide and then in the model, whose value or density is not finite."""
+    """Return words for the first site, of the guide and then of the model, whose value or density is not finite."""
     for _ in range(20):
-        with pyro.validation_enabled(False):  # which would raise, and name no site
+        with pyro.validation_enabled(False):  # validation would raise, and name no site
             model_trace, guide_trace = task.once()
         for program, trace in (("guide", guide_trace), ("model", model_trace)):
             for name, site in trace.nodes.items():
@@ -118,38 +93,3 @@ def culprit(task: Task) -> str:
                 if not log_prob.isfinite().all():
                     return f"the {program}'s site {name!r} has a log-density that is not finite"
     return "all sites are finite in 20 single draws, so the gradient is at fault"
-
-
-def fingerprint(data: tuple[Any, ...]) -> list[str]:
-    """What tells one data set from another: tensors by their contents, numbers and words as they are."""
-    found = []
-    for value in data:
-        if isinstance(value, Tensor):
-            found.append(f"{zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes()):08x}")
-        elif isinstance(value, int | float | str):
-            found.append(repr(value))
-    return found
-
-
-def design(model: nn.Module) -> str:
-    """What tells a module from others whose parameters have the same shapes: its classes and their settings, which
-    are those arguments of their constructors that they keep as attributes."""
-    found = []
-    for name, part in model.named_modules():
-        kept = {key: getattr(part, key, None) for key in inspect.signature(type(part)).parameters}
-        plain = {k: v for k, v in kept.items() if isinstance(v, bool | int | float | str | tuple | type | Bijector)}
-        found.append((name, type(part).__qualname__, plain))
-    return f"{zlib.crc32(repr(found).encode()):08x}"
-
-
-def check_no_parameters(task: Task) -> None:
-    """Refuse a model that is trained itself: each fit would go on from where the last has left it."""
-    model = task.model.call
-    names = [name for name, site in task.traces[0].nodes.items() if site["type"] == "param"]
-    if isinstance(model, nn.Module):
-        names += [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if names:
-        raise ValueError(
-            f"fit_svi: escalate and restarts fit more than once, but the model has parameters ({', '.join(names[:3])}) "
-            "that each fit would take over from the last. Fit once, or give them priors."
-        )

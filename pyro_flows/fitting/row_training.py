@@ -1,47 +1,70 @@
-"""Train on rows: batches of a source, an average of states that held-out rows judge, evaluation mode at the end."""
+"""Training on rows: batches of a source, and an average of states that is judged by held-out rows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from ..data.batches import Batch, Rows, Source
+from ..data.batches import Batch, Rows, Source, sum_of
+from ..encoders import Standardize
+from ..objectives import Likelihood
 from ..threads import OPERATIONS
 from ..training import distributed
-from ..training.loop import Fit, descend
-from ..training.state import HeldOut
+from ..training.loop import Descent, Fit, HeldOut, Settings
+from ..transforms import FixedAffine
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """A loss of rows, rows to train on, and rows held out.
+
+    Attributes:
+        source: The rows to train on.
+        judge: The rows held out.
+        number: The number of rows held out.
+        loss: Returns the mean loss of a batch.
+        marks: Words that identify the rows, for checkpoints.
+    """
+
+    source: Source
+    judge: Source
+    number: int
+    loss: Callable[[Batch], Tensor]
+    marks: list[str]
 
 
 def train_on_rows(
     trained: nn.Module,
-    moved: list[Tensor],
-    source: Source,
-    loss: Callable[[Batch], Tensor],
-    held_out: Callable[[int], float],
+    rows: RowLoss,
     *,
     max_epochs: int,
     patience: int,
-    lr: float,
+    diagnose: Callable[[], str],
     decay: float = 0.99,
+    show: Callable[[float], str],
+    marks: dict[str, Any],
+    end_epoch: Callable[[int], None] = lambda _: None,
     **settings: Any,
 ) -> Fit:
-    """Minimise a loss of rows by Adam.
+    """Minimise a loss of rows by Adam, and leave the trained module in evaluation mode.
 
     Args:
         trained: The flow or guide.
-        moved: Those of its parameters that have a gradient.
-        source: The rows to train on.
-        loss: The mean loss of a batch.
-        held_out: The loss of the rows held out, given the number of the epoch.
-        max_epochs: How often to go through the rows.
-        patience: After how many epochs without an improvement to stop.
-        lr: The largest step size.
-        decay: Of the average of states.
-        **settings: Other settings of :func:`~pyro_flows.training.loop.descend`.
+        rows: The rows and their loss.
+        max_epochs: The largest number of passes through the rows.
+        patience: The number of epochs without an improvement after which to stop.
+        diagnose: Returns what is not finite, for errors.
+        decay: The decay of the average of states per step.
+        show: Formats a loss for the progress bar.
+        marks: Further settings that identify the run.
+        end_epoch: Called after each epoch with its number.
+        **settings: Further :class:`~pyro_flows.training.loop.Settings`.
     """
 
     @torch.no_grad()
@@ -49,31 +72,49 @@ def train_on_rows(
         trained.eval()
         with torch.random.fork_rng():
             torch.manual_seed(distributed.rank())
-            found = held_out(epoch)
+            found = sum_of(rows.loss, rows.judge) / rows.number
+            end_epoch(epoch)
         trained.train()
         return found
 
+    source = rows.source
+    fixed = {p for part in trained.modules() if isinstance(part, FixedAffine | Standardize) for p in part.parameters()}
+    parameters: list[Tensor] = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    moved = [parameter for parameter in parameters if parameter not in fixed]
+    size = source.size if isinstance(source, Rows) else None  # a loader may have batches of any size
+    marks = {"data": rows.marks, "batch_size": size, **marks}
+    pixels = math.prod(getattr(trained, "event_shape", ())[1:])  # which share the weights of a convolution
+    work = OPERATIONS * (size or math.inf) * pixels * sum(parameter.numel() for parameter in moved)
     trained.train()
     try:
-        return descend(
-            lambda: loss(source.next()),
-            [parameter for parameter in trained.parameters() if parameter.requires_grad],
-            [torch.optim.Adam(moved, lr=lr, foreach=True)],
-            trained=trained,
-            steps=max_epochs * source.steps,
-            lr=lr,
-            share=lambda: source.share,
+        return Descent(
+            lambda: rows.loss(source.next()),
+            parameters,
+            [torch.optim.Adam(moved, lr=settings["lr"], foreach=True)],
+            Settings(steps=max_epochs * source.steps, work=work, marks=marks, **settings),
+            trained,
+            diagnose,
             companion=source,
-            held_out=HeldOut(judged, source.steps, patience, decay),
-            work=_work(trained, moved, source),
-            **settings,
-        )
+            judge=HeldOut(judged, source.steps, patience, decay, show),
+        ).fit()
     finally:
         trained.eval()
 
 
-def _work(trained: nn.Module, moved: list[Tensor], source: Source) -> float:
-    """Return about how many operations a step takes, infinity where the size of batches is not known."""
-    size = source.size if isinstance(source, Rows) else math.inf
-    pixels = math.prod(getattr(trained, "event_shape", ())[1:])  # which share the weights of a convolution
-    return OPERATIONS * size * pixels * sum(parameter.numel() for parameter in moved)
+def checked(caller: str, objective: nn.Module | None) -> nn.Module:
+    """Return the objective, or ``Likelihood()`` for None; raise TypeError unless it is an objective of rows."""
+    if objective is None:
+        return Likelihood()
+    if isinstance(objective, ELBO) or not isinstance(objective, nn.Module):
+        got = objective.__name__ if isinstance(objective, type) else type(objective).__name__
+        raise TypeError(
+            f"{caller}: objective must be a module objective(flow, x, context) -> loss, such as "
+            f"objectives.Likelihood() or objectives.FlowMatching(), got {got}"
+            + (", which is for fit_svi." if isinstance(objective, ELBO) else ".")
+        )
+    return objective
+
+
+def format_of(objective: nn.Module) -> Callable[[float], str]:
+    """Return the function that formats a loss for the progress bar."""
+    return ("{:.3f} nats" if getattr(objective, "in_nats", False) else "{:.4f}").format

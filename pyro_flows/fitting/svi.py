@@ -12,20 +12,20 @@ from typing import Any
 
 from pyro.infer import ELBO
 
-from ..arguments import check_flags, check_integers, joined, quoted
+from ..arguments import check_choice, check_flags, check_integers, check_numbers, joined, quoted
 from ..guides import AutoFlow
 from ..guides.schedule import plan_of
 from ..programs.nesting import runs_programs, settle
 from ..programs.task import Task
 from ..training import distributed
-from ..training.loop import Fit, check_settings
+from ..training.loop import Fit
 from ..training.output_files import check_path
 from .elbo import ELBOFit
 from .ladder import Ladder, climb
 from .program_checks import check_no_parameters, check_task
 
 CALLER = "fit_svi"
-LONGEST_END = ".deeper-and-longer"  # that a fit of several gives the name of a checkpoint
+LONGEST_END = ".deeper-and-longer"  # the longest suffix that a fit of several adds to the name of a checkpoint
 
 
 @distributed.collective
@@ -50,72 +50,72 @@ def fit_svi(
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Fit:
-    """Fit a guide, and whatever parameters the model has, by maximising the evidence lower bound.
+    """Fit a guide, and any parameters of the model, by maximising the evidence lower bound.
 
-    With the default objective the loss of a step, in nats, is a mean over draws z of the guide q, which estimates what
-    is never below minus the log evidence (Hoffman et al. 2013, arXiv:1206.7051; Wingate, Weber 2013, arXiv:1301.1299)::
+    With the default objective the loss of a step, in nats, is a mean over draws z of the guide q.  It estimates an
+    upper bound of minus the log evidence (Hoffman et al. 2013; Wingate, Weber 2013)::
 
         loss = -ELBO = E_q [log q(z) - log p(z, x)]
 
-    An ``AutoFlow`` starts from a Gaussian that is found first, within a second or so, and suits ill-conditioned and
-    far-off posteriors; then it is trained with path gradients.  The data set each ``Standardize``
-    in the encoder of a new ``AutoPlateFlow``, which those of ``pyro_flows.encoders`` begin with.
+    An ``AutoFlow`` starts from a Gaussian, which is found within about a second and suits ill-conditioned and far-off
+    posteriors.  Then it is trained with path gradients.  Every ``Standardize`` layer in the encoder of a new
+    ``AutoPlateFlow`` is initialised from the data; the encoders of ``pyro_flows.encoders`` begin with one.
 
     Args:
         model: A Pyro model.
         guide: Any Pyro guide.
         *args: The model's arguments.
-        steps: The number of steps; by default as many as a ``TemperedELBO`` anneals over, or as suit the guide and the
-            Gaussian that it starts from, fewer where an ``AutoFlow`` has converged before (see *Choosing a flow* in the
-            docs).
-        objective: A Pyro ELBO, such as those of ``pyro_flows.objectives``; by default a ``PathELBO`` with
-            ``num_particles`` draws at once, or, where latents are angles, a ``Trace_ELBO``: the scores of steep splines
-            make path gradients too noisy.  Of several processes each takes all that it asks for, draws and minibatches,
-            and their mean counts.
-        num_particles: The number of draws in each step, where no objective is given; by default what suits the guide,
-            or 8 where the model runs one draw at a time.  Several processes share them (*Several processes and GPUs* in
-            the docs).
-        lr: The largest step size, which is reached within 100 steps and falls to zero along a cosine; by default 0.01,
-            0.02 for an ``AutoFlow`` over up to 32 latents alone, or 0.003 where latents are angles.  SOAP trains that
-            where no objective is given, Muon the networks of larger ones, and Adam all else.
+        steps: The number of steps.  The default is the number over which a ``TemperedELBO`` anneals.  Otherwise it
+            suits the guide and the Gaussian from which it starts, and an ``AutoFlow`` that has converged takes fewer
+            (see *Choosing a flow* in the docs).
+        objective: A Pyro ELBO, such as those of ``pyro_flows.objectives``.  The default is a ``PathELBO`` with
+            ``num_particles`` vectorised draws.  If latents are angles, it is a ``Trace_ELBO``, since the scores of
+            steep splines make path gradients too noisy.  Each of several processes takes all its draws and minibatches,
+            and the loss is their mean.
+        num_particles: The number of draws per step, without ``objective``; by default as suits the guide, or 8 if the
+            model runs one draw at a time.  Several processes share them (*Several processes and GPUs* in the docs).
+        lr: The largest step size, which is reached within 100 steps and falls to zero along a cosine.  The default is
+            0.01, 0.02 for an ``AutoFlow`` over up to 32 latents alone, or 0.003 if latents are angles.  Without
+            ``objective`` SOAP trains that guide, Muon the networks of larger ones, and Adam all else.
         clip_norm: The largest norm of a gradient; by default 100, or 1 for an ``AutoFlow`` over more than 32 latents.
-        warm_start: Whether to look for a Gaussian to start from, one of the flattened posterior for a ``TemperedELBO``.
-            By default a new ``AutoFlow`` does, with objectives of ``pyro_flows`` that are vectorised over draws and no
-            subsampled plates; one that was trained before goes on from where it is.
-        on_nonfinite: ``"skip"`` passes over steps whose loss or gradient is not finite, counts them, and ends with an
-            error when there are 100 in a row; ``"raise"`` ends at the first.
-        checkpoint: A file that the state of the run is kept in, after each 50 steps but at most every ten seconds,
-            and at the end.  A run that was killed and is called again with the same file goes on from there, to the
-            same result as without the break, with another number of processes too, but for their noise.  Runs are told
-            apart by their settings and by tensors, numbers and strings among the arguments, not by what the model holds
-            itself.  With ``escalate`` or ``restarts`` each fit has a file of its own, with the fit's name added.  Where
-            the disk is full, training goes on and tries again.
+        warm_start: Whether to search for a Gaussian to start from; for a ``TemperedELBO``, one of the flattened
+            posterior.  By default a new ``AutoFlow`` does so with objectives of ``pyro_flows`` that are vectorised over
+            draws, without subsampled plates.  A guide that was trained before resumes from its present state.
+        on_nonfinite: ``"skip"`` skips steps whose loss or gradient is not finite, counts them, and raises an error
+            after 100 consecutive ones; ``"raise"`` raises it at the first.
+        checkpoint: A file for the state of the run, written every 50 steps but at most every ten seconds, and at the
+            end.  The same call with the same file resumes a run that was killed, to the same result as without the
+            break.  With another number of processes the noise differs.  Runs are identified by their settings and
+            by tensors, numbers and strings among the arguments, not by attributes of the model.  With ``escalate`` or
+            ``restarts`` each fit has a separate file, with the fit's name added.  If the disk is full, training goes on
+            and tries again.
         progress: Whether to show a progress bar.
-        escalate: Whether to judge the fit by :func:`~pyro_flows.check` and, until one can be trusted, to go on: from a
-            Gaussian to the guide's flow, to more couplings trained for longer, to a guide that covers all modes which a
-            population finds (:func:`~pyro_flows.anneal`), and to exact draws (:func:`~pyro_flows.sample`), the fit's
-            ``samples``, also where a guide can be trusted but its weights are not reliable, or see a variance that is
-            off by more than 5 %.  Where training breaks down, as at hard edges, it goes on to the population.  Its
-            ``rungs`` tell of each; use its ``guide``, which need not be the one given.
-            ``steps`` and ``lr`` are those of the guide's own flow.
-        restarts: How often to fit an ``AutoFlow``, each time from elsewhere: the prior, or far around the start.  The
-            best is kept.
+        escalate: Whether to judge the fit by :func:`~pyro_flows.check` and to continue until a fit can be trusted.  The
+            first rungs are a Gaussian, the guide's flow, and more couplings trained for longer.  Then follow a guide
+            that covers all modes found by a population (:func:`~pyro_flows.anneal`), and exact draws
+            (:func:`~pyro_flows.sample`), the fit's ``samples``.  Exact draws are also taken if a guide can be trusted
+            but its weights are not reliable, or show a variance that is off by more than 5 %.  If training breaks down,
+            as at hard edges, the population takes over.  The fit's ``rungs`` describe each; use its ``guide``, which
+            can be another one than the one given.  ``steps`` and ``lr`` are those of the guide's own flow.
+        restarts: The number of fits of an ``AutoFlow``, each from another start: the prior, or far around the first
+            start.  The best is kept.
         vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
-            does to draws what single runs do (*Any Pyro program* in the docs).
-        max_plate_nesting: How many dimensions the plates of model and guide take; by default that of the objective, or
-            what one run shows, which is too few where a model has dimensions of its own to the left of its plates.
+            agrees with single runs (*Any Pyro program* in the docs).
+        max_plate_nesting: The number of dimensions that the plates of model and guide take.  The default is that of the
+            objective, or the one that a single run shows.  That is too few if a model has undeclared dimensions to the
+            left of its plates.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 
     Returns:
         The :class:`~pyro_flows.Fit`.  The guide is left at its best state, in evaluation mode, also after Ctrl-C, which
-        ends the fit early and returns.
+        ends the fit early.
 
     Raises:
-        TypeError: If the model asks for arguments that are not given.
-        ValueError: If an argument is out of its range, the guide refuses the model or lacks a latent of it that
-            cannot be summed out, there is nothing to train, the posterior is improper, the checkpoint is
-            of another run, or several processes do not fit the same.
+        TypeError: If the model needs arguments that are not given.
+        ValueError: If an argument is out of its range, the guide does not suit the model or lacks a latent that cannot
+            be summed out, there is nothing to train, the posterior is improper, the checkpoint is of another run, or
+            several processes do not fit the same.
         FloatingPointError: If the loss or gradients stay non-finite; the error names the site at fault.
 
     Warns:
@@ -139,7 +139,8 @@ def fit_svi(
     check_integers(CALLER, optional=True, steps=steps, num_particles=num_particles)
     check_flags(CALLER, escalate=escalate, progress=progress)
     check_flags(CALLER, optional=True, warm_start=warm_start)
-    check_settings(CALLER, on_nonfinite=on_nonfinite, lr=lr, clip_norm=clip_norm)
+    check_numbers(CALLER, above=0, optional=True, lr=lr, clip_norm=clip_norm)
+    check_choice(CALLER, ("skip", "raise"), on_nonfinite=on_nonfinite)
     _check_objective(objective, steps)
     several = escalate or restarts > 1
     file = check_path(CALLER, "checkpoint", checkpoint, LONGEST_END if several else "")
@@ -152,14 +153,8 @@ def fit_svi(
         settle(objective)
     task = Task(model, guide, args, kwargs, vectorize)
     check_task(task, objective, search=several or bool(warm_start))
-    settings: dict[str, Any] = {
-        "steps": steps,
-        "lr": lr,
-        "clip_norm": clip_norm,
-        "warm_start": warm_start,
-        "on_nonfinite": on_nonfinite,
-        "progress": progress,
-    }
+    settings: dict[str, Any] = {"steps": steps, "lr": lr, "clip_norm": clip_norm, "warm_start": warm_start}
+    settings |= {"on_nonfinite": on_nonfinite, "progress": progress}
     if not several:
         return ELBOFit(task, objective, num_particles).run(settings, file)
     check_no_parameters(task)
@@ -172,7 +167,7 @@ def fit_svi(
 
 
 def _check_objective(objective: ELBO | None, steps: int | None) -> None:
-    """Refuse what is no ELBO, and fewer steps than it anneals over."""
+    """Raise an error unless the objective is an ELBO, and the steps suffice for it to anneal."""
     verbs = "differentiable_loss", "loss_and_grads"
     if objective is not None and not any(hasattr(objective, verb) for verb in verbs):
         raise TypeError(f"{CALLER}: objective must be a Pyro ELBO such as Trace_ELBO(), got {quoted(objective)}.")
@@ -182,10 +177,10 @@ def _check_objective(objective: ELBO | None, steps: int | None) -> None:
 
 
 def _check_several(guide: Any, objective: ELBO | None, *, escalate: bool) -> None:
-    """Refuse guides and objectives that cannot be fitted several times."""
+    """Raise ValueError if the guide cannot be fitted several times, or the objective does not suit ``escalate``."""
     if not plan_of(guide).is_joint:
         raise ValueError(f"{CALLER}: escalate and restarts are for an AutoFlow, not for {type(guide).__name__}.")
     if guide.encoder is not None:
-        raise ValueError(f"{CALLER}: escalate and restarts fit one data set; give guide.bind(...), or no encoder.")
+        raise ValueError(f"{CALLER}: escalate and restarts fit one dataset; give guide.bind(...), or no encoder.")
     if escalate and objective is not None:
         raise ValueError(f"{CALLER}: escalate=True chooses objectives itself; leave out objective, or escalate.")

@@ -1,7 +1,7 @@
-"""The prior cut off to where a guide's posterior of some data has its mass: θ ~ p(θ), log q(θ | x) > τ.
+"""The prior truncated to the region of a guide's posterior of some data: θ ~ p(θ) given log q(θ | x) > τ.
 
-The threshold τ is exceeded by all but a share ε of the guide's own draws.  Within it the draws follow the prior, so
-they are trained on like all others.  Truncated proposals for scalable and hassle-free simulation-based inference
+All but a share ε of the guide's own draws exceed the threshold τ.  Within the region the draws follow the prior, so
+they are training data like all others.  Truncated proposals for scalable and hassle-free simulation-based inference
 (Deistler, Goncalves, Macke 2022, arXiv:2210.04815).
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import NonlocalExit
 from torch import Tensor
 
 from ..guides import AutoFlow
@@ -25,12 +26,12 @@ EPSILON = 1e-4
 
 
 class Truncated:
-    """Draws latents from the truncated prior.
+    """Truncated prior of the latents.
 
     Args:
         simulator: The model.
         guide: A guide trained on it.
-        observed: The data by the model's arguments.
+        observed: The data, by the model's arguments.
     """
 
     @torch.no_grad()
@@ -43,8 +44,11 @@ class Truncated:
 
     @torch.no_grad()
     def draw(self, number: int, batch_size: int = 10_000) -> dict[str, Tensor]:
-        """Draw ``number`` values of each latent of the guide, and of those before it that the guide does not show: from
-        the prior by rejection, or, where less than one in a thousand is kept, from the guide by resampling."""
+        """Draw ``number`` values of each latent of the guide, and of each latent before it that the guide hides.
+
+        They are drawn from the prior by rejection.  If less than one in a thousand is kept, they are resampled from
+        draws of the guide.
+        """
         kept: list[dict[str, Tensor]] = []
         tried = found = 0
         while found < number and (tried < 10 * batch_size or found > tried / 1000):
@@ -53,7 +57,7 @@ class Truncated:
             kept.append({name: value[inside] for name, value in values.items()})
             tried, found = tried + batch_size, found + int(inside.sum())
         if found >= number:
-            return {name: torch.cat([part[name] for part in kept])[:number] for name in kept[0]}
+            return {name: value[:number] for name, value in _joined(kept).items()}
         if hidden := kept[0].keys() - set(self.names):
             raise ValueError(
                 "fit_amortized: too few of the prior's draws are near the posterior of observed to draw anew the "
@@ -62,7 +66,7 @@ class Truncated:
         return self._resampled(number)
 
     def _resampled(self, number: int, each: int = 1024) -> dict[str, Tensor]:
-        """One of many draws of the guide, in proportion to prior / guide within the threshold, and again."""
+        """Draw from many draws of the guide in the region, with probabilities in proportion to prior / guide."""
         parts = []
         for start in range(0, number, 100):
             rows = min(100, number - start)
@@ -73,19 +77,19 @@ class Truncated:
             weights = weights.where(weights.isfinite().any(1, keepdim=True), 0.0)
             first = each * torch.arange(rows, device=weights.device)
             picked = torch.distributions.Categorical(logits=weights).sample() + first
-            parts.append({name: value[picked] for name, value in values.items()})
-        return {name: torch.cat([part[name] for part in parts]) for name in self.names}
+            parts.append({name: values[name][picked] for name in self.names})
+        return _joined(parts)
 
     def _log_q(self, values: dict[str, Tensor]) -> Tensor:
         return self.guide.log_prob(values, *self.given[0], **self.given[1])
 
     def _prior(self, size: int, values: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], Tensor]:
-        """Draws of the guide's latents from the prior, or given ones, and their log-density, without the simulator.
+        """Return draws of the guide's latents from the prior, or given ones, and their log-density.
 
-        With them come the latents before them, from the same draws of the model.
+        The latents before them are included.  The model ends there, so the simulator does not run.
         """
-        sites, data = self.simulator.model.single.iter_stochastic_nodes(), self.simulator.sites.values()
-        latents = [name for name, _ in sites if name not in data]
+        data = self.simulator.sites.values()
+        latents = [name for name, _ in self.simulator.model.single.iter_stochastic_nodes() if name not in data]
 
         def read(view: View) -> Values:
             drawn = {name: view.read(name) for name in latents if name in view.trace.nodes}
@@ -95,21 +99,19 @@ class Truncated:
         return found, found.pop("log_p")
 
     def _before_data(self, model: Callable[..., Any], data: Values) -> Callable[..., Any]:
-        """The model, which ends when all latents of the guide are drawn or held."""
+        """Return a program that ends when all latents of the guide are drawn or held."""
         held = poutine.condition(model, data=data)
 
         def run(*args: Any, **kwargs: Any) -> None:
-            with contextlib.suppress(_Enough), _StopAfter(self.names):
+            with contextlib.suppress(NonlocalExit), _StopAfter(self.names):
                 held(*args, **kwargs)
 
         return run
 
 
-class _Enough(BaseException):
-    """All latents are there; no handler of the model's own for errors shall catch it."""
-
-
 class _StopAfter(Messenger):
+    """Handler that ends a program after some sites; a program that catches the exception merely runs on."""
+
     def __init__(self, names: list[str]) -> None:
         super().__init__()
         self.missing = set(names)
@@ -117,4 +119,8 @@ class _StopAfter(Messenger):
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         self.missing.discard(msg["name"])
         if not self.missing:
-            raise _Enough
+            raise NonlocalExit(msg)
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

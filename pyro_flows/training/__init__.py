@@ -1,3 +1,3 @@
-"""The training loop: steps, state, checkpoints, and several processes that train as one."""
+"""The training loop: steps, state, checkpoints, and several processes that train together."""
 
 from .loop import Fit as Fit

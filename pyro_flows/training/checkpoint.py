@@ -1,100 +1,89 @@
-"""Checkpoints: what a run needs to go on as if it had never stopped, in one file that is never half written."""
+"""Checkpoints: the state of a run in one file, from which it resumes to the same end as without the break."""
 
 from __future__ import annotations
 
+import inspect
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..atomic_files import save_tensors, write_atomically
+from ..bijectors import Bijector
 from . import distributed
-from .output_files import Attempts, why_not
+from .output_files import Attempts
 from .randomness import random_state, set_random_state
-from .state import Run
 
-FORMAT = 4
+FORMAT = 5
 EVERY = 10.0  # seconds
 WAY_OUT = "Use the same settings, name another file, or remove this one."
 
 
-class Saver(Attempts):
-    """Keep the state of a run in a file, as often as is due; a disk that is full does not end the run.
+class Checkpoint(Attempts):
+    """A file for the state of a run, written at regular times; a full disk does not end the run.
 
     Args:
-        caller: The public function that asks, for warnings.
-        path: The file; without one nothing is kept.
-        settings: What tells this run from another.
+        caller: The public function, for errors and warnings.
+        path: The file; None to keep nothing.
+        settings: The settings that identify the run.
     """
 
     def __init__(self, caller: str, path: Path | None, settings: dict[str, Any]) -> None:
-        super().__init__(caller, "checkpoint", path or Path())
-        self._path, self._settings, self._last = path, settings, time.perf_counter()
+        super().__init__(caller, "checkpoint", path)
+        self._caller, self._settings, self._last = caller, settings, time.perf_counter()
 
     @property
     def due(self) -> bool:
         """True if it is time to save."""
-        return time.perf_counter() - self._last > EVERY
+        return self.path is not None and time.perf_counter() - self._last > EVERY
 
-    @property
-    def holds(self) -> bool:
-        """True if the file holds the state that was saved last."""
-        return self._path is not None and not self.problem
+    def save(self, state: dict[str, Any], own: tuple[str, ...] = ()) -> None:
+        """Replace the file by a state and the state of the random numbers, or warn and leave it unchanged.
 
-    def save(self, run: Run) -> None:
-        """Write the state of a run, or warn that it could not be written."""
-        if self._path is not None:
-            self.note(write(self._path, {"settings": self._settings, **run.state_dict()}, run.own))
-            self._last = time.perf_counter()
+        The file keeps the random numbers of all processes, and from each the entries of the state named in ``own``.
+        """
+        if self.path is None:
+            return
+        mine = {name: state[name] for name in own} | {"random": random_state()}
+        _, *others = distributed.all_gather(lambda: mine)
+        content = {"format": FORMAT, "settings": self._settings, **state, **mine, "others": others}
+        self.attempt(lambda path: write_atomically(path, lambda draft: save_tensors(content, draft)))
+        self._last = time.perf_counter()
 
+    def read(self) -> dict[str, Any] | None:
+        """Return the state in the file, or None if there is no file, and set the random numbers to it.
 
-def write(path: Path, state: dict[str, Any], own: tuple[str, ...] = ()) -> str:
-    """Put a state, and that of the random numbers, in a file, which takes its place at once or not at all.
+        Process 0 reads for all.  Processes that are not in the file take the state of process 0 and a new seed.
 
-    Process 0 does so; beside its state it keeps the random numbers of the others, and those entries that are each
-    process's ``own``.
-
-    Returns:
-        Why the file could not be written, in all processes; nothing where it was.
-    """
-    mine = {name: state[name] for name in own} | {"random": random_state()}
-    _, *others = distributed.all_gather(lambda: mine)
-    content = {"format": FORMAT, **state, **mine, **({"others": others} if others else {})}
-    return distributed.broadcast(
-        lambda: why_not(lambda: write_atomically(path, lambda draft: save_tensors(content, draft)))
-    )
-
-
-def read(path: Path, settings: dict[str, Any], caller: str = "fit_svi") -> dict[str, Any] | None:
-    """The state in a file, with the random numbers set as they were; None where there is no file.
-
-    Process 0 reads for all.  Processes that the file knows nothing of go on from the state of process 0 with random
-    numbers of their own.
-
-    Raises:
-        ValueError: If the file is no checkpoint, or one of a run with other settings.
-    """
-    state = distributed.broadcast(lambda: _load(path, caller, settings) if path.exists() else None)
-    if state is None:
-        return None
-    if distributed.rank() == 0:
-        set_random_state(state["random"])
-    distributed.seed()
-    others = state.pop("others", [])
-    if 0 < distributed.rank() <= len(others):
-        state |= others[distributed.rank() - 1]
-        set_random_state(state["random"])
-    return state
+        Raises:
+            ValueError: If the file is not a checkpoint, or is one of a run with other settings.
+        """
+        state = distributed.broadcast(lambda: _load(self.path, self._caller, self._settings))
+        if state is None:
+            return None
+        if distributed.rank() == 0:
+            set_random_state(state["random"])
+        distributed.seed()
+        others = state["others"]
+        if 0 < distributed.rank() <= len(others):
+            state |= others[distributed.rank() - 1]
+            set_random_state(state["random"])
+        return state
 
 
 def steps_of(path: Path) -> int | None:
-    """How many steps the run in a file was to take, None where there is no file; errors as in :func:`read`."""
-    return distributed.broadcast(lambda: int(_load(path, "fit_svi")["settings"]["steps"]) if path.exists() else None)
+    """Return the number of steps of the run in a file, None if there is no file; errors as in :class:`Checkpoint`."""
+    state = distributed.broadcast(lambda: _load(path, "fit_svi"))
+    return int(state["settings"]["steps"]) if state else None
 
 
-def _load(path: Path, caller: str, settings: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the state in a file; refuse one of other settings, where some are given."""
+def _load(path: Path | None, caller: str, settings: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """Return the state in a file, None if there is no file; raise ValueError if it has other settings."""
+    if path is None or not path.exists():
+        return None
 
     def refused(words: str) -> ValueError:
         return ValueError(f"{caller}: checkpoint={str(path)!r} is {words}. {WAY_OUT}")
@@ -110,3 +99,28 @@ def _load(path: Path, caller: str, settings: dict[str, Any] | None = None) -> di
         other = [f"{k}={kept.get(k)!r} and not {v!r}" for k, v in settings.items() if kept.get(k) != v]
         raise refused(f"of another run ({', '.join(other)})")
     return state
+
+
+def fingerprint(data: tuple[Any, ...]) -> list[str]:
+    """Return words that identify a dataset: checksums of tensors, and numbers and strings unchanged."""
+    found = []
+    for value in data:
+        if isinstance(value, Tensor):
+            found.append(f"{zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes()):08x}")
+        elif isinstance(value, int | float | str):
+            found.append(repr(value))
+    return found
+
+
+def design(model: nn.Module) -> str:
+    """Return a checksum of the classes in a module and of their settings.
+
+    It tells modules apart whose parameters have the same shapes.  The settings are the arguments of a constructor that
+    the object keeps as attributes.
+    """
+    found = []
+    for name, part in model.named_modules():
+        kept = {key: getattr(part, key, None) for key in inspect.signature(type(part)).parameters}
+        plain = {k: v for k, v in kept.items() if isinstance(v, bool | int | float | str | tuple | type | Bijector)}
+        found.append((name, type(part).__qualname__, plain))
+    return f"{zlib.crc32(repr(found).encode()):08x}"

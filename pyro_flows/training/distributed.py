@@ -1,12 +1,11 @@
-"""Several processes that fit as one, each on its share of the rows or draws of every step.
+"""Several processes that fit together, each on its share of the rows or draws of every step.
 
-What ``torchrun`` starts joins by itself, and so does what has a group of ``torch.distributed`` already.  Process 0 is
-what a single process would be: it reads, draws and writes what there is once only, and the others take that over.
+Processes that ``torchrun`` starts join a group by themselves; an existing group of ``torch.distributed`` is used.
+Process 0 reads, draws and writes whatever exists only once, and sends it to the others.
 
-Decisions are taken in all processes from the same numbers, and what fails in one fails in all.  Each exchange begins
-with an all-reduce of one flag, by which a process says that it has failed.  One that fails between two exchanges says
-so as it leaves the call: the others hear of it in their next exchange.  So none waits for another in vain, unless that
-is killed, interrupted before the first step, or goes on without the call.
+All processes decide from the same numbers.  Each exchange begins with an all-reduce of one flag.  A process that fails
+raises the flag when it leaves the call, so the others fail in their next exchange and none waits forever.  A process
+that is killed, or that leaves the call without an error, is for ``torchrun`` to notice.
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import pyro
@@ -35,35 +32,19 @@ from .randomness import random_state, set_random_state
 
 P = ParamSpec("P")
 T = TypeVar("T")
-PATIENCE = 10.0  # seconds that a process waits for the launcher to end it, after another has failed
+PATIENCE = 10.0  # seconds that a process waits for torchrun to end it, after another one has failed
 
 
 class Parted(RuntimeError):
-    """Another process has failed or has gone, so that this one cannot go on.
+    """Another process has failed or ended, so this process cannot continue.
 
     Attributes:
-        refused: Whether all that has failed there was a ``ValueError`` or ``FloatingPointError``.
+        refused: True if all failures there were a ``ValueError`` or a ``FloatingPointError``.
     """
 
     def __init__(self, message: str, *, refused: bool = False) -> None:
         super().__init__(message)
         self.refused = refused
-
-
-@dataclass
-class _Call:
-    """A call of all processes.
-
-    Attributes:
-        name: The function.
-        told: The error that all processes know of, or that says that one of them cannot be reached.
-    """
-
-    name: str
-    told: Exception | None = None
-
-
-_calls: list[_Call] = []  # those under way, from the outermost
 
 
 def size() -> int:
@@ -82,16 +63,17 @@ def alone() -> bool:
 
 
 def collective(fit: Callable[P, T]) -> Callable[P, T]:
-    """Let a function that fits be one call of all processes, which begins and ends with the same random numbers in
-    all; process 0 alone warns, and an error, which names the process that it is of, ends it in all."""
+    """Make a function one call of all processes.
+
+    Random numbers are synchronised before and after the call.  Process 0 alone warns.  An error in one process ends
+    the call in all.
+    """
 
     @functools.wraps(fit)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         _join()
         if alone():
             return fit(*args, **kwargs)
-        own = _Call(fit.__name__)
-        _calls.append(own)
         try:
             sync()
             with warnings.catch_warnings():
@@ -101,111 +83,93 @@ def collective(fit: Callable[P, T]) -> Callable[P, T]:
             sync()
             return found
         except Exception as error:
-            if len(_calls) == 1:
-                _tell(error)
-            if error is not own.told:
-                with contextlib.suppress(Exception):
-                    barrier(error)
+            _announce(error, fit.__name__)
             raise
-        finally:
-            _calls.pop()
 
     return call
 
 
 def _join() -> None:
-    """Make the group that a launcher has started processes for, unless there is one."""
+    """Make the group of the processes that a launcher has started, unless it exists."""
     launched = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
-    if not launched or not dist.is_available() or dist.is_initialized():
-        return
-    on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
-    if on_gpus:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
-    atexit.register(dist.destroy_process_group)
+    if launched and dist.is_available() and not dist.is_initialized():
+        on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
+        if on_gpus:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+    if not alone():
+        atexit.unregister(_leave)  # registered once, whoever made the group
+        atexit.register(_leave)
 
 
-def _tell(error: Exception) -> None:
-    """Write which process an error is of, for people and for the launcher's summary."""
-    atexit.unregister(dist.destroy_process_group)  # it would wait for the others
-    name = _calls[0].name
-    said = str(error).removeprefix(f"{name}: ")
-    print(f"{name}: process {rank()} of {size()}: {type(error).__name__}: {said}", file=sys.stderr, flush=True)
+def _leave() -> None:
+    """Leave the group as the program ends, in such a way that torchrun names the process that failed first."""
+    error = getattr(sys, "last_value", None)
     if isinstance(error, Parted):
-        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            Path(file).unlink(missing_ok=True)  # an earlier error, which the program has survived
-        atexit.register(_wait_for_the_launcher)
-    else:
+        time.sleep(PATIENCE)  # torchrun blames the process that ends first
+    elif isinstance(error, Exception):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        get_error_handler().record_exception(error)
+        try:
+            raise error
+        except Exception:  # the handler records the traceback of the exception that is being handled
+            get_error_handler().record_exception(error)
+    elif dist.is_initialized():  # after an error it would wait for the others
+        dist.destroy_process_group()
 
 
-def _wait_for_the_launcher() -> None:
-    """After an error that another process has caused, let the launcher find that process first, and end this one."""
-    if isinstance(getattr(sys, "last_value", None), Parted):
-        time.sleep(PATIENCE)
+def _announce(error: Exception, caller: str) -> None:
+    """Print an error of this process and tell the other processes of it, once."""
+    if not (isinstance(error, Parted) or getattr(error, "is_announced", False)):
+        error.is_announced = True  # type: ignore[attr-defined]
+        said = f"{type(error).__name__}: {str(error).removeprefix(f'{caller}: ')}"
+        print(f"{caller}: process {rank()} of {size()}: {said}", file=sys.stderr, flush=True)
+        with contextlib.suppress(Parted):  # no other process can be reached
+            barrier(error)
 
 
 @contextlib.contextmanager
 def reaching() -> Iterator[None]:
-    """Say plainly where other processes cannot be reached."""
+    """Raise ``Parted`` if other processes cannot be reached."""
     try:
         yield
     except RuntimeError as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        parted = Parted(f"another process has ended, see what it says, or cannot be reached ({why:.200})")
-        raise _told(parted) from error
-
-
-def _told(error: Exception) -> Exception:
-    """Mark an error as one that the other processes need not be told of."""
-    if _calls:
-        _calls[-1].told = error
-    return error
+        words = f"another process has ended, see its own message, or cannot be reached ({why:.200})"
+        raise Parted(words) from error
 
 
 def barrier(failure: Exception | None = None) -> None:
-    """Wait for all processes, as each exchange begins; where one has failed, all do.
+    """Wait for all processes, and fail if one of them has failed; each exchange begins with it.
+
+    Args:
+        failure: The error of this process.
 
     Raises:
-        Exception: That of this process.
-        Parted: If another process has failed, with what it says.
+        Parted: If another process has failed; the message quotes its error.
     """
     device = "cpu" if "cpu:" in dist.get_backend_config() else "cuda"
     flag = torch.tensor(failure is not None, dtype=torch.long, device=device)
-    refused = getattr(failure, "refused", isinstance(failure, ValueError | FloatingPointError))
     said: list[Any] = [None] * size()
     with reaching():
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         if not flag:
             return
+        refused = isinstance(failure, ValueError | FloatingPointError)
         dist.all_gather_object(said, (f"{type(failure).__name__}: {failure}", refused) if failure else None)
-    if failure:
-        raise _told(failure)
-    failed = {number: found for number, found in enumerate(said) if found}
-    number, (problem, _) = next(iter(failed.items()))
-    message = f"process {number} of {size()} has failed: {problem}"
-    raise _told(Parted(message, refused=all(others for _, others in failed.values())))
-
-
-def _packed(make: Callable[[], T]) -> tuple[T, bytes]:
-    """Return what is made here, and as others are told of it; where either fails, all processes do."""
-    try:
-        made = make()
-        packed = pickle.dumps(made)
-    except Exception as error:
-        barrier(error)
-        raise
-    barrier()
-    return made, packed
+    if failure is None:
+        failed = {number: found for number, found in enumerate(said) if found}
+        number, (problem, _) = next(iter(failed.items()))
+        refused = all(others for _, others in failed.values())
+        raise Parted(f"process {number} of {size()} has failed: {problem}", refused=refused)
 
 
 def all_gather(make: Callable[[], T]) -> list[T]:
-    """Return what each process makes, in all of them; where one fails, all do."""
+    """Return the values that all processes make, in all of them."""
     if alone():
         return [make()]
-    _, packed = _packed(make)
+    packed = pickle.dumps(make())  # before the barrier, so that a failure here is announced there
+    barrier()
     found: list[Any] = [None] * size()
     with reaching():
         dist.all_gather_object(found, packed)
@@ -213,18 +177,22 @@ def all_gather(make: Callable[[], T]) -> list[T]:
 
 
 def broadcast(make: Callable[[], T]) -> T:
-    """Return what process 0 makes, in all of them; the others make nothing; where it fails, all do."""
+    """Return the value that process 0 makes, in all processes; the others do not call ``make``."""
     if alone():
         return make()
-    made, packed = _packed(make if rank() == 0 else lambda: cast(T, None))
-    found: list[Any] = [packed]
+    made = make() if rank() == 0 else None
+    packed = [pickle.dumps(made)]
+    barrier()
     with reaching():
-        dist.broadcast_object_list(found)
-    return made if rank() == 0 else cast(T, pickle.loads(found[0]))
+        dist.broadcast_object_list(packed)
+    return cast(T, made if rank() == 0 else pickle.loads(packed[0]))
 
 
 def share(number: int) -> tuple[slice, float]:
-    """Which of a number of rows are this process's, and what share of them: one for nothing where it has none."""
+    """Return which of a number of rows belong to this process, and their share of all.
+
+    A process without rows gets one row, with the share 0.
+    """
     start, stop = number * rank() // size(), number * (rank() + 1) // size()
     if start == stop and size() > 1:
         return slice(0, 1), 0.0
@@ -232,20 +200,19 @@ def share(number: int) -> tuple[slice, float]:
 
 
 def sync() -> None:
-    """Let all processes go on with the random numbers of process 0."""
-    if not alone():
-        state, on_gpu = broadcast(
-            lambda: (random_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
-        )
-        if rank():
-            set_random_state(state)
-            if on_gpu is not None and torch.cuda.is_available():
-                torch.cuda.set_rng_state(on_gpu)  # that of the own device, whichever it is
+    """Set the random numbers of all processes to those of process 0."""
+    if alone():
+        return
+    on_gpu = torch.cuda.is_available()
+    state, current = broadcast(lambda: (random_state(), torch.cuda.get_rng_state() if on_gpu else None))
+    if rank():
+        set_random_state(state)
+        if current is not None and on_gpu:
+            torch.cuda.set_rng_state(current)  # of this process's own device, which has another number
 
 
 def seed(program: Any = None) -> None:
-    """Let all processes but the first go on with random numbers of their own, and with minibatches of their own of the
-    rows of a guide's plates."""
+    """Seed each process but the first differently, and let it shuffle the rows of a guide's plates anew."""
     if alone():
         return
     seed = broadcast(lambda: zlib.crc32(torch.get_rng_state().numpy().tobytes()))
@@ -258,48 +225,34 @@ def seed(program: Any = None) -> None:
 
 @torch.no_grad()
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
-    """Give all processes the tensors of process 0.
-
-    Raises:
-        ValueError: If they have others to put them in.
-    """
+    """Set the tensors of all processes to those of process 0; tensors without gradients may change their shapes."""
+    if alone():
+        return
     own = list({id(tensor): tensor for tensor in tensors}.values())
-    if alone():
-        return
     new = broadcast(lambda: [tensor.detach().cpu() for tensor in own])
-    mine, given = ([tuple(tensor.shape) for tensor in group] for group in (own, new))
-
-    def put() -> None:
-        trained = [tensor.requires_grad for tensor in own]
-        if len(mine) != len(given) or any(a != b for a, b, t in zip(mine, given, trained, strict=True) if t):
-            raise ValueError(f"process 0 trains tensors of the shapes {given[:8]}, process {rank()} {mine[:8]}.")
-        if rank():
-            for tensor, value in zip(own, new, strict=True):
-                (tensor if tensor.shape == value.shape else tensor.resize_(value.shape)).copy_(value)
-
-    all_gather(put)
+    if rank():
+        for tensor, value in zip(own, new, strict=True):
+            (tensor if tensor.shape == value.shape else tensor.resize_(value.shape)).copy_(value)
 
 
-def agree(caller: str, settings: dict[str, Any], parameters: list[Tensor]) -> None:
-    """Refuse processes that do not fit the same, or of which two share a GPU, which nccl cannot serve.
+def agree(caller: str, settings: dict[str, Any], device: torch.device) -> None:
+    """Check that all processes fit the same, each on a separate GPU, since nccl cannot share one.
 
     Raises:
-        ValueError: Naming what differs, or the device.
+        ValueError: If they do not; the error names what differs, or the way out.
     """
     if alone():
         return
-    device, gpu = parameters[0].device, ""
-    if device.type == "cuda" and "nccl" in dist.get_backend_config():
-        gpu = str(torch.cuda.get_device_properties(device).uuid)
-    found = all_gather(lambda: ({name: repr(value) for name, value in settings.items()}, gpu))
-    for number, (others, _) in enumerate(found):
-        if differ := [name for name, value in found[0][0].items() if others.get(name) != value]:
-            raise ValueError(
-                f"{caller}: processes 0 and {number} are to fit different things (their {', '.join(differ)}). All must "
-                "run the same script on the same data; where it makes data up, let it set a seed first."
-            )
-    gpus = [gpu for _, gpu in found if gpu]
-    if len(set(gpus)) < len(gpus):
+    mine = {name: repr(value) for name, value in settings.items()}
+    first = broadcast(lambda: mine)
+    if differ := [name for name, value in first.items() if mine.get(name) != value]:
+        raise ValueError(
+            f"{caller}: processes 0 and {rank()} are to fit different things (their {', '.join(differ)}). Run the same "
+            "script on the same data in all. If it generates data, set a seed first."
+        )
+    on_gpu = device.type == "cuda" and "nccl" in dist.get_backend_config()
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if on_gpu else ""
+    if all_gather(lambda: gpu).count(gpu) > 1 and on_gpu:
         raise ValueError(
             f"{caller}: two processes train on one GPU. Give each its own: `torchrun --virtual-local-rank ...`, or "
             'torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) before the flow or guide is put on "cuda".'

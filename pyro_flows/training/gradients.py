@@ -1,12 +1,12 @@
-"""The gradient of one step, added up over all processes and clipped.
+"""The gradient of one step, summed over all processes and clipped.
 
-One sum of one flat vector does for parameters of modules and of Pyro's store and for objectives that fill in gradients
-themselves.  It also holds the loss and what each process has to say, so that all skip, save and stop at the same steps.
+One all-reduce of one flat vector serves parameters of modules and of Pyro's store, and objectives that fill in
+gradients themselves.  The vector also holds the loss and the wishes of each process, so that all processes skip, save
+and stop at the same steps.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,13 +20,13 @@ from . import distributed
 
 
 class Backward(NamedTuple):
-    """What came of a step's loss.
+    """The outcome of one evaluation of the loss.
 
     Attributes:
         loss: Its value, NaN if it or any gradient is not finite.
-        error: Why, if that is known in this process.
-        unsolved: Whether an equation could not be solved.
-        wishes: Of each wish, whether a process has it; none are asked for where there is but one.
+        error: The reason, if this process knows it.
+        unsolved: True if an equation could not be solved.
+        wishes: For each wish, True if a process has it; empty if there is one process only.
     """
 
     loss: float
@@ -42,17 +42,17 @@ def backward(
     clip_norm: float,
     wishes: Callable[[], list[bool]],
 ) -> Backward:
-    """Compute loss and clipped gradients.
+    """Compute the loss and its clipped gradients.
 
     Args:
-        loss: Computes the loss of this process's rows or draws.
-        share: What share of all they are, asked for afterwards.
-        parameters: What needs gradients.
+        loss: Computes the loss on this process's rows or draws.
+        share: Returns their share of all rows or draws; called after the loss.
+        parameters: The tensors that need gradients.
         clip_norm: The largest norm of all gradients together.
-        wishes: What this process wishes, asked for afterwards.
+        wishes: Returns the wishes of this process; called after the loss.
 
     Raises:
-        Exception: What the loss raises, unless a draw was too far out; ``Parted`` in the other processes.
+        Exception: Any error of the loss, unless it says that a draw was too far out.
     """
     value, error = torch.tensor(math.nan), None
     try:
@@ -62,14 +62,14 @@ def backward(
     except NonFiniteDraw:
         pass  # the loss would not be finite: it counts as NaN
     except Exception as raised:
-        error = raised
-        if distributed.alone() and not is_breakdown(error):
+        if not is_breakdown(raised):
             raise
+        error = raised
     unsolved, wished = isinstance(error, FloatingPointError), []
     if distributed.alone():
         total = value.item()
     else:
-        distributed.barrier(None if error is None or is_breakdown(error) else error)
+        distributed.barrier()
         total, *flags = _add_up(parameters, value, share(), [unsolved, *wishes()])
         unsolved, *wished = map(bool, flags)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
@@ -78,21 +78,22 @@ def backward(
 
 @torch.no_grad()
 def _add_up(parameters: list[Tensor], value: Tensor, share: float, flags: list[bool]) -> list[float]:
-    """Let gradients be their weighted sum over all processes, none where none has one; that of losses, and how many
-    processes have raised each flag."""
+    """Replace gradients by their weighted sum over all processes, or None if no process has one.
+
+    Returns:
+        The weighted sum of the losses, and for each flag the number of processes that raised it.
+    """
     gradients = [parameter.grad for parameter in parameters]
-    dtype = functools.reduce(torch.promote_types, {parameter.dtype for parameter in parameters})
-    device = parameters[0].device
     parts = [
-        (torch.zeros_like(parameter) if gradient is None else gradient).reshape(-1).to(dtype)
+        (torch.zeros_like(parameter) if gradient is None else gradient).reshape(-1)
         for parameter, gradient in zip(parameters, gradients, strict=True)
     ]
-    told = [float(gradient is not None) for gradient in gradients] + [float(flag) for flag in flags]
-    own = torch.cat([*parts, value.reshape(1).to(device, dtype)]).mul_(share)
-    flat = torch.cat((own, torch.tensor(told, dtype=dtype, device=device)))
+    own = torch.cat([*parts, value.reshape(1).to(parts[0].device)]).mul_(share)
+    raised = torch.tensor([*(gradient is not None for gradient in gradients), *flags])
+    flat = torch.cat((own, raised.to(own)))
     with distributed.reaching():
         dist.all_reduce(flat)
-    *sums, rest = flat.split([*(len(part) for part in parts), 1 + len(told)])
+    *sums, rest = flat.split([*(len(part) for part in parts), 1 + len(raised)])
     total, *counts = rest.tolist()
     for parameter, part, count in zip(parameters, sums, counts, strict=False):
         parameter.grad = part.reshape(parameter.shape).to(parameter.dtype) if count else None

@@ -1,4 +1,4 @@
-"""Ctrl-C in a loop: the step at hand is finished first, so that what was trained can be kept."""
+"""Ctrl-C in a loop: the current step is completed first, so that the trained state can be kept."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 
+@dataclass
 class _Hold:
-    """A handler of Ctrl-C that holds the first one back; inside of another, it knows of what that one holds."""
+    """A handler of Ctrl-C that holds the first one back.
 
-    def __init__(self, outer: Any, grace: float, notice: str) -> None:
-        self._outer = outer if isinstance(outer, _Hold) else None
-        self._grace, self._notice = grace, notice.encode()
-        self._first: float | None = None
+    Attributes:
+        grace: As for :func:`hold_interrupts`.
+        notice: As for :func:`hold_interrupts`.
+        first: The time of the first Ctrl-C, or None.
+    """
 
-    @property
-    def first(self) -> float | None:
-        """When the first one came, if it did."""
-        return self._outer.first if self._first is None and self._outer else self._first
+    grace: float
+    notice: bytes
+    first: float | None = None
 
     def held(self) -> bool:
         """True if there was one."""
@@ -30,27 +32,28 @@ class _Hold:
 
     def __call__(self, *_: Any) -> None:
         if self.first is None:
-            self._first = time.monotonic()
-            if self._notice:
-                os.write(2, self._notice)  # print may be at work already
-        elif time.monotonic() - self.first >= self._grace:
+            self.first = time.monotonic()
+            if self.notice:
+                os.write(2, self.notice)  # print may be running already
+        elif time.monotonic() - self.first >= self.grace:
             raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def hold_interrupts(grace: float = 0.0, notice: str = "") -> Iterator[Callable[[], bool]]:
-    """Let a first Ctrl-C wait until somebody asks whether there was one; a second one does not wait.
+    """Hold a first Ctrl-C back; the function that is yielded returns True if there was one.  A second one is raised.
 
     Args:
-        grace: Seconds within which a second one is taken for the first: a launcher tells its processes once more.
-        notice: What to say when the first one comes.
+        grace: Seconds within which a second Ctrl-C counts as the first: a launcher passes it on to its processes.
+        notice: The words to print at the first one.
     """
     before = signal.getsignal(signal.SIGINT)
-    hold = _Hold(before, grace, notice)
-    ours = before is signal.default_int_handler or isinstance(before, _Hold)
+    outer = before if isinstance(before, _Hold) else None
+    ours = before is signal.default_int_handler or outer is not None
     if threading.current_thread() is not threading.main_thread() or not ours:
-        yield hold.held  # somebody else listens
+        yield outer.held if outer else lambda: False  # another handler is in charge
         return
+    hold = _Hold(grace, notice.encode(), outer.first if outer else None)
     signal.signal(signal.SIGINT, hold)
     try:
         yield hold.held

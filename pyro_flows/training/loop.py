@@ -1,18 +1,19 @@
 """One training loop for everything that has a loss.
 
-Any optimisers, with step sizes that rise and fall (:mod:`.stopping`) and gradients clipped by norm.  The
-state with the best running loss is kept, or the average of states with the best loss on held-out data; whatever ends
-the run, an error and Ctrl-C included, leaves the parameters in it.  With a checkpoint a run that was killed goes on
-where it was, to the same end.  Several processes take each step together.
+It takes any optimisers, with step sizes that rise and fall (:mod:`.stopping`) and gradients clipped by norm.  It keeps
+the state with the best running loss, or the average of states with the best loss on held-out data.  The parameters are
+left in that state however the run ends, also after an error or Ctrl-C.  A run with a checkpoint that was killed resumes
+to the same end.  Several processes take each step together.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import plots
-from ..arguments import check_choice, check_numbers
 from ..memory import keep_memory
 from ..threads import Threads, using
-from . import checkpoint as checkpoints
 from . import distributed
+from .checkpoint import Checkpoint
 from .gradients import backward
 from .interrupts import hold_interrupts
-from .state import HeldOut, Optimizer, Run
+from .state import Average, Best, Optimizer
 from .stopping import Horizon
 
-AGAIN = 5.0  # seconds within which a launcher passes Ctrl-C on to processes that had it already
-UNSOLVED = 10  # steps in a row that are skipped where an equation cannot be solved, which takes time to find out
+AGAIN = 5.0  # seconds within which a launcher passes Ctrl-C on to processes that have received it already
+UNSOLVED = 10  # consecutive steps that are skipped if an equation cannot be solved, since each failure takes long
+FEW = 10  # steps, below which an interrupted window is not judged
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,21 @@ class Fit:
     """The record of a fit.
 
     Attributes:
-        guide: What was trained: the guide, or the flow; of several rungs the one that was kept.
-        losses: The loss of each step, ``(steps,)``, in nats or what the objective measures; NaN where it was skipped.
+        guide: The trained guide or flow; with several rungs, that of the rung that was kept.
+        losses: The loss of each step, ``(steps,)``, in nats or the unit of the objective; NaN if the step was skipped.
         best_loss: The running mean of the loss, or the loss on held-out data, at the state that was kept.
         best_step: The step after which that state was kept.
         steps: The number of steps taken.
-        skipped: How many of them were skipped because the loss or a gradient was not finite, or could not be found.
-        seconds: The wall time of the steps, those before a resumption included, and of the checks of ``escalate``; not
-            that of finding a start.
+        skipped: The number of steps that were skipped, because the loss or a gradient was not finite or could not be
+            computed.
+        seconds: The wall time of the steps, including those before a resumption, and of the checks of ``escalate``.
+            The search for a start is not included.
         stopped: Why the run ended: ``"steps"``, ``"converged"`` if its losses show that an ``AutoFlow`` has,
-            ``"interrupted"``, or ``"held-out"`` where held-out data stopped it.
-        check: What a check said of the guide, a :class:`~pyro_flows.Check`, where ``escalate`` asked for one.
-        samples: Exact draws, a :class:`~pyro_flows.Samples`, where ``escalate`` had to go as far as that.
-        rungs: All fits that were made with ``escalate`` or ``restarts``, from the first to the last.
-        held_out: The loss on held-out data after each epoch, ``(epochs,)``, where there were some.
+            ``"interrupted"``, or ``"held-out"`` if held-out data stopped it.
+        check: The :class:`~pyro_flows.Check` of the guide, with ``escalate``.
+        samples: Exact draws, a :class:`~pyro_flows.Samples`, if ``escalate`` had to go as far as that.
+        rungs: All fits of ``escalate`` or ``restarts``, from the first to the last.
+        held_out: The loss on held-out data after each epoch, ``(epochs,)``, if there were held-out data.
 
     Example::
 
@@ -79,7 +81,7 @@ class Fit:
     held_out: Tensor | None = None
 
     def plot(self) -> Any:
-        """Picture the losses: :func:`pyro_flows.plots.history`."""
+        """Plot the losses: :func:`pyro_flows.plots.history`."""
         return plots.history(self)
 
     def __repr__(self) -> str:
@@ -90,185 +92,291 @@ class Fit:
         )
 
 
-def check_settings(caller: str, *, on_nonfinite: str, **numbers: float | None) -> None:
-    """Refuse settings that are out of their range, by name and value; None stands for a default."""
-    check_numbers(caller, above=0, optional=True, **numbers)
-    check_choice(caller, ("skip", "raise"), on_nonfinite=on_nonfinite)
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one run.
 
-
-def descend(
-    loss: Callable[[], Tensor],
-    parameters: list[Tensor],
-    optimizers: Sequence[Optimizer],
-    *,
-    trained: Any,
-    steps: int,
-    lr: float,
-    clip_norm: float,
-    on_nonfinite: str,
-    progress: bool,
-    diagnose: Callable[[], str],
-    share: Callable[[], float] = lambda: 1 / distributed.size(),
-    settled: Callable[[], bool] = lambda: True,
-    checkpoint: Path | None = None,
-    settings: dict[str, Any] | None = None,
-    companion: Any = None,
-    held_out: HeldOut | None = None,
-    show: Callable[[float], str] = "{:.3f} nats".format,
-    caller: str = "fit_svi",
-    work: float = math.inf,
-    noise: float = 0.0,
-    window: int = 50,
-    patience: int = 100,
-) -> Fit:
-    """Minimise a loss.
-
-    Args:
-        loss: Computes the loss, anew each time; of several processes, that of this one's rows or draws.
-        parameters: The tensors to train.
-        optimizers: What trains them, each some of them.
-        trained: What the record shall name as trained.
-        steps: The number of steps, at most.
+    Attributes:
+        caller: The public function, for errors.
+        steps: The largest number of steps.
         lr: The largest step size; it is reached within 100 steps and falls to zero along a cosine.
         clip_norm: The largest norm of a gradient.
-        on_nonfinite: ``"skip"`` passes over steps whose loss or gradient is not finite and gives up after ``patience``
-            in a row; ``"raise"`` gives up at the first.
-        progress: Whether to show a progress bar.
-        diagnose: Says what is not finite, for the error.
-        share: What share of the rows or draws of all processes those of the last loss were; by default equal shares.
-        settled: Whether losses can be compared by now; as long as they cannot, the latest state counts as the best.
-        checkpoint: A file for the state of the run, from which it goes on if it is there.
-        settings: What else tells this run from another, of which a checkpoint is refused.
-        companion: What has a state beside the parameters, with ``state_dict`` and ``load_state_dict``.
-        held_out: What judges states on data that are not trained on, in place of the running loss.
-        show: Writes a loss on held-out data for the progress bar.
-        caller: The public function that asks, for errors.
-        work: About how many operations of floating point a step takes.
-        noise: The standard deviation of the losses, in nats, below which the run ends soon; 0 to take all steps.
+        on_nonfinite: ``"skip"`` skips steps whose loss or gradient is not finite, and raises an error after
+            ``patience`` consecutive ones; ``"raise"`` raises it at the first.
+        progress: True to show a progress bar.
+        checkpoint: A file for the state of the run, which resumes from it if it exists.
+        marks: Further settings that identify the run; a checkpoint with other settings is refused.
+        work: The approximate number of floating-point operations per step.
+        noise: The standard deviation of the losses, in nats, below which the run has converged; 0 to take all steps.
         window: The number of steps over which the loss is averaged to judge a state.
-        patience: How many steps in a row may be skipped.
+        patience: The number of consecutive steps that may be skipped.
     """
-    keep_memory()
-    module = trained if isinstance(trained, torch.nn.Module) else torch.nn.Module()
-    buffers, everything = list(module.buffers()), [*parameters, *module.parameters(), *module.buffers()]
-    settings = {"steps": steps, "lr": lr, "clip_norm": clip_norm, **(settings or {})}
-    settings["shapes"] = [list(parameter.shape) for parameter in parameters]
-    distributed.agree(caller, settings, parameters)
-    distributed.broadcast_tensors(everything)
-    run = Run(parameters, optimizers, companion, buffers, held_out.decay if held_out else None)
-    if checkpoint is not None and (state := checkpoints.read(checkpoint, settings, caller)) is not None:
-        run.load_state_dict(state)
-    else:
-        distributed.seed(trained)
-    losses, best, saver = run.losses, run.best, checkpoints.Saver(caller, checkpoint, settings)
-    in_a_row, stopped, start, threads = 0, "", time.perf_counter() - run.seconds, Threads(work)
-    horizon = Horizon(steps, noise, torch.finfo(parameters[0].dtype).eps)
-    horizon.observe(losses)
-    bar = tqdm(
-        total=steps,
-        initial=len(losses),
-        disable=not progress or distributed.rank() > 0,
-        unit="step",
-        dynamic_ncols=True,
-    )
 
-    def save() -> None:
-        run.seconds = time.perf_counter() - start
-        saver.save(run)
+    caller: str
+    steps: int
+    lr: float
+    clip_norm: float
+    on_nonfinite: str
+    progress: bool
+    checkpoint: Path | None = None
+    marks: dict[str, Any] = field(default_factory=dict)
+    work: float = math.inf
+    noise: float = 0.0
+    window: int = 50
+    patience: int = 100
 
-    def wishes() -> list[bool]:
-        return [bool(asked()), saver.due]
 
-    try:
-        with hold_interrupts(0.0 if distributed.alone() else AGAIN) as asked, using(1):
-            for step in range(len(losses) + 1, horizon.last + 1 if not run.stopped else 0):
-                began = time.perf_counter()
-                for optimizer in optimizers:
-                    optimizer.param_groups[0]["lr"] = lr * horizon.share(step)
-                    optimizer.zero_grad()
-                number, error, unsolved, wished = backward(loss, share, parameters, clip_norm, wishes)
-                losses.append(number)
-                if math.isfinite(number):
-                    for optimizer in optimizers:
-                        optimizer.step()
-                    if run.average:
-                        run.average.update(step)
-                    in_a_row = 0
-                else:
-                    in_a_row += 1
-                    limit = UNSOLVED if unsolved else patience
-                    if on_nonfinite == "raise" or in_a_row >= limit:
-                        known = str(error).splitlines()[0].rstrip(".") if error else ""
-                        words = [word for word in (ask(diagnose), known) if word]
-                        fullest = max(distributed.all_gather(lambda: words), key=len)  # noqa: B023
-                        raise FloatingPointError(
-                            f"The loss or its gradient was not finite at step {step}"
-                            f"{f' and at the {in_a_row - 1} before' if in_a_row > 1 else ''}: {'; '.join(fullest)}. "
-                            f"Try a smaller lr (now {lr:g}) or init_scale, or a float64 model."
-                        )
-                threads.saw(time.perf_counter() - began)
-                torch.set_num_threads(threads.number)
-                horizon.observe(losses)
-                bar.total = horizon.last
-                bar.update()
-                if step % (held_out.every if held_out else window) == 0 or step == horizon.last:
-                    if held_out and run.average:
-                        with run.average.in_place():
-                            run.held_out.append(held_out.loss(len(run.held_out) + 1))
-                            best.improve(run.held_out[-1], step)
-                    else:
-                        best.offer(losses[-window:], step, comparable=settled())
-                    skipped = sum(not math.isfinite(value) for value in losses)
-                    shown = f"held-out loss {show(best.latest)}" if held_out else f"loss {best.latest:.3f}"
-                    shown += ", converged" if horizon.converged_at else ""
-                    bar.set_postfix_str(shown + (f", {skipped} skipped" if skipped else ""))
-                    if held_out and step - best.step >= held_out.patience * held_out.every:
-                        run.stopped = "held-out"
-                stop, due = wishes() if distributed.alone() else wished
-                if step == horizon.last or run.stopped or due:
-                    save()
-                if stop and (held_out or step < horizon.last):
-                    stopped = "interrupted"
-                    raise KeyboardInterrupt
-                if run.stopped or step == horizon.last:
-                    break
-    except KeyboardInterrupt:
-        if not (stopped or distributed.alone()):  # the others do not know of it
-            raise
-        stopped = "interrupted"
-        save()
-        if not held_out and len(losses) % window >= 10:
-            best.offer(losses[-(len(losses) % window) :], len(losses), comparable=settled())
-        elif run.average and not best.step and len(losses) >= 10:  # the first epoch may be long
-            with run.average.in_place():
-                best.offer(losses[-window:], len(losses), comparable=False)
-    finally:
-        bar.close()
-        best.restore()
-    saver.conclude()
-    distributed.broadcast_tensors(everything)
-    if held_out and losses and not any(map(math.isfinite, losses)):
-        raise FloatingPointError(f"The loss or its gradient was not finite in any step: {ask(diagnose)}.")
-    if stopped and distributed.rank() == 0:
-        where = f"the best state, of step {best.step}" if best.step else "the state at the start"
-        lost = f" (loss {best.mean:.3f})" if math.isfinite(best.mean) else ""
-        onward = "  The same call goes on from the checkpoint." if saver.holds else ""
-        print(f"Interrupted after {len(losses)} steps; kept {where}{lost}.{onward}", file=sys.stderr)
-    return Fit(
-        trained,
-        torch.tensor(losses, dtype=torch.float64),
-        best.mean,
-        best.step,
-        len(losses),
-        sum(not math.isfinite(value) for value in losses),
-        time.perf_counter() - start,
-        run.stopped or stopped or ("converged" if horizon.converged_at else "steps"),
-        held_out=torch.tensor(run.held_out, dtype=torch.float64) if held_out else None,
-    )
+@dataclass(frozen=True)
+class HeldOut:
+    """Settings by which held-out data judge a run.
+
+    Attributes:
+        loss: Returns the loss on them, in nats, given the number of calls so far, including this one.
+        every: The number of steps between two calls.
+        patience: The number of calls without an improvement after which the run ends.
+        decay: The decay of the average of the parameters; the average is judged and kept.
+        show: Formats the loss for the progress bar.
+    """
+
+    loss: Callable[[int], float]
+    every: int
+    patience: int
+    decay: float
+    show: Callable[[float], str]
+
+
+@dataclass(eq=False)
+class Descent:
+    """One run that minimises a loss.
+
+    Attributes:
+        loss: Computes the loss, anew at each call.  Each of several processes computes it on its own rows or draws.
+        parameters: The tensors to train.
+        optimizers: Their optimisers; each trains some of them.
+        settings: The settings of the run.
+        trained: The guide or flow; its buffers belong to the state of the run.
+        diagnose: Returns what is not finite, for the error.
+        companion: The objective or the source of rows.  Its state belongs to the run if it has ``load_state_dict``, and
+            is the same in all processes if it has ``in_common``.  Its ``share`` is the share of this process in the
+            rows of the last loss; by default all have equal shares.  While its ``settled`` is False, losses are not
+            comparable, and the latest state counts as the best.
+        judge: Judges states by held-out data; None to judge them by the running loss.
+
+    Raises:
+        ValueError: If the checkpoint is one of another run, or several processes do not fit the same.
+    """
+
+    loss: Callable[[], Tensor]
+    parameters: list[Tensor]
+    optimizers: Sequence[Optimizer]
+    settings: Settings
+    trained: Any
+    diagnose: Callable[[], str]
+    companion: Any = None
+    judge: HeldOut | None = None
+
+    def __post_init__(self) -> None:
+        keep_memory()
+        settings, parameters = self.settings, self.parameters
+        module = self.trained if isinstance(self.trained, torch.nn.Module) else torch.nn.Module()
+        self.buffers, self.tensors = list(module.buffers()), [*parameters, *module.parameters(), *module.buffers()]
+        marks = {"steps": settings.steps, "lr": settings.lr, "clip_norm": settings.clip_norm, **settings.marks}
+        marks["shapes"] = [list(parameter.shape) for parameter in parameters]
+        distributed.agree(settings.caller, marks, parameters[0].device)
+        distributed.broadcast_tensors(self.tensors)
+        self.average = Average(parameters, self.judge.decay) if self.judge else None
+        self.best = Best([*parameters, *(buffer for buffer in self.buffers if buffer.is_floating_point())])
+        self.losses: list[float] = []
+        self.held_out: list[float] = []
+        self.start, self.threads = time.perf_counter(), Threads(settings.work)
+        self.checkpoint = Checkpoint(settings.caller, settings.checkpoint, marks)
+        state = self.checkpoint.read()
+        if state is None:
+            distributed.seed(module)
+        else:
+            self.load_state_dict(state)
+        self.horizon = Horizon(settings.steps, settings.noise, torch.finfo(parameters[0].dtype).eps)
+        self.horizon.observe(self.losses)
+
+    def fit(self) -> Fit:
+        """Take steps, and leave the parameters at their best state.
+
+        Raises:
+            FloatingPointError: If the loss or its gradient stays non-finite.
+        """
+        try:
+            stopped = self._take_steps()
+        finally:
+            self.best.restore()
+        seconds = time.perf_counter() - self.start
+        self.checkpoint.conclude()
+        distributed.broadcast_tensors(self.tensors)
+        if self.judge and self.step and self.skipped == self.step:
+            raise FloatingPointError(f"The loss or its gradient was not finite in any step: {ask(self.diagnose)}.")
+        if stopped == "interrupted" and distributed.rank() == 0:
+            where = f"the best state, of step {self.best.step}" if self.best.step else "the state at the start"
+            lost = f" (loss {self.best.mean:.3f})" if math.isfinite(self.best.mean) else ""
+            saved = self.checkpoint.path is not None and not self.checkpoint.problem
+            onward = "  The same call resumes from the checkpoint." if saved else ""
+            print(f"Interrupted after {self.step} steps; kept {where}{lost}.{onward}", file=sys.stderr)
+        losses, held_out = (torch.tensor(values, dtype=torch.float64) for values in (self.losses, self.held_out))
+        record = self.trained, losses, self.best.mean, self.best.step, self.step, self.skipped, seconds, stopped
+        return Fit(*record, held_out=held_out if self.judge else None)
+
+    @property
+    def step(self) -> int:
+        """The number of steps taken."""
+        return len(self.losses)
+
+    @property
+    def skipped(self) -> int:
+        """The number of steps whose loss or gradient was not finite."""
+        return sum(not math.isfinite(value) for value in self.losses)
+
+    def _take_steps(self) -> str:
+        """Take steps until there is a reason to stop, and return the reason."""
+        alone, stopped = distributed.alone(), self._reason_to_stop()
+        every = self.judge.every if self.judge else self.settings.window
+        shown = self.settings.progress and distributed.rank() == 0
+        bar = tqdm(total=self.settings.steps, initial=self.step, disable=not shown, unit="step", dynamic_ncols=True)
+        try:
+            with bar, hold_interrupts(0.0 if alone else AGAIN) as asked, using(1):
+
+                def wishes() -> list[bool]:
+                    return [asked(), self.checkpoint.due]
+
+                while not stopped:
+                    wished = self._take_step(wishes)
+                    self.horizon.observe(self.losses)
+                    bar.total = self.horizon.last
+                    bar.update()
+                    if self.step % every == 0 or self.step == self.horizon.last:
+                        bar.set_postfix_str(self._judge())
+                    interrupted, due = wishes() if alone else wished
+                    stopped = self._reason_to_stop(interrupted=interrupted)
+                    if stopped or due:
+                        self._save()
+        except KeyboardInterrupt:  # within a step
+            if not alone:  # the others do not know of it
+                raise
+            stopped = "interrupted"
+            self._save()
+        if stopped == "interrupted":
+            self._judge_rest()
+        return stopped
+
+    def _reason_to_stop(self, *, interrupted: bool = False) -> str:
+        """Return why the run ends after the steps so far, or an empty string if it goes on."""
+        if self.judge and self.step - self.best.step >= self.judge.patience * self.judge.every:
+            return "held-out"
+        if interrupted:
+            return "interrupted"
+        if self.step >= self.horizon.last:
+            return "converged" if self.horizon.converged_at else "steps"
+        return ""
+
+    def _take_step(self, wishes: Callable[[], list[bool]]) -> list[bool]:
+        """Take a step, or skip it if its loss or gradient is not finite; return what any process wishes."""
+        began, step = time.perf_counter(), self.step + 1
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = self.settings.lr * self.horizon.share(step)
+            optimizer.zero_grad()
+        found = backward(self.loss, self._share, self.parameters, self.settings.clip_norm, wishes)
+        self.losses.append(found.loss)
+        if math.isfinite(found.loss):
+            for optimizer in self.optimizers:
+                optimizer.step()
+            if self.average:
+                self.average.update(step)
+        else:
+            self._check_skipped(found.error, UNSOLVED if found.unsolved else self.settings.patience)
+        self.threads.saw(time.perf_counter() - began)
+        torch.set_num_threads(self.threads.number)
+        return found.wishes
+
+    def _share(self) -> float:
+        return float(getattr(self.companion, "share", 1 / distributed.size()))
+
+    def _check_skipped(self, error: Exception | None, limit: int) -> None:
+        """Raise FloatingPointError if as many consecutive steps were skipped as are allowed."""
+        number = next((n for n, value in enumerate(reversed(self.losses)) if math.isfinite(value)), self.step)
+        if self.settings.on_nonfinite == "skip" and number < limit:
+            return
+        known = str(error).splitlines()[0].rstrip(".") if error else ""
+        words = [word for word in (ask(self.diagnose), known) if word]
+        fullest = max(distributed.all_gather(lambda: words), key=len)
+        before = f" and at the {number - 1} before" if number > 1 else ""
+        raise FloatingPointError(
+            f"The loss or its gradient was not finite at step {self.step}{before}: {'; '.join(fullest)}. "
+            f"Try a smaller lr (now {self.settings.lr:g}) or init_scale, or a float64 model."
+        )
+
+    def _judge(self) -> str:
+        """Judge the present state, keep it if it is the best, and return words for the progress bar."""
+        if self.judge:
+            with self._averaged():
+                self.held_out.append(self.judge.loss(len(self.held_out) + 1))
+                self.best.improve(self.held_out[-1], self.step)
+            shown = f"held-out loss {self.judge.show(self.best.latest)}"
+        else:
+            self.best.offer(self.losses[-self.settings.window :], self.step, comparable=self._comparable)
+            shown = f"loss {self.best.latest:.3f}"
+        shown += ", converged" if self.horizon.converged_at else ""
+        return shown + (f", {self.skipped} skipped" if self.skipped else "")
+
+    def _judge_rest(self) -> None:
+        """Judge the state after an interruption by the steps since the last judgement, if they are not few."""
+        window = self.settings.window
+        rest = self.step % window
+        if self.judge:  # a first epoch may be long
+            rest = 0 if self.best.step else min(self.step, window)
+        if rest >= FEW:
+            with self._averaged():
+                self.best.offer(self.losses[-rest:], self.step, comparable=self._comparable)
+
+    @property
+    def _comparable(self) -> bool:
+        """True if losses are comparable with later ones."""
+        return not self.judge and bool(getattr(self.companion, "settled", True))
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Set the parameters to their average for a while, if there is one."""
+        return self.average.in_place() if self.average else contextlib.nullcontext()
+
+    def _save(self) -> None:
+        own = () if getattr(self.companion, "in_common", False) else ("companion", "buffers")
+        self.checkpoint.save(self.state_dict(), own)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "parameters": [parameter.detach() for parameter in self.parameters],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "companion": self.companion.state_dict() if hasattr(self.companion, "load_state_dict") else None,
+            "buffers": self.buffers,
+            "average": self.average.values if self.average else [],
+            "best": self.best.state_dict(),
+            "losses": self.losses,
+            "held_out": self.held_out,
+            "seconds": time.perf_counter() - self.start,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        own = self.parameters, self.buffers, self.average.values if self.average else []
+        with torch.no_grad():
+            for name, tensors in zip(("parameters", "buffers", "average"), own, strict=True):
+                for tensor, kept in zip(tensors, state[name], strict=True):
+                    (tensor if tensor.shape == kept.shape else tensor.resize_(kept.shape)).copy_(kept)
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        if hasattr(self.companion, "load_state_dict"):
+            self.companion.load_state_dict(state["companion"])
+        self.best.load_state_dict(state["best"])
+        self.losses, self.held_out = state["losses"], state["held_out"]
+        self.start = time.perf_counter() - state["seconds"]
 
 
 def ask(diagnose: Callable[[], str]) -> str:
-    """A diagnosis, or nothing where what it runs fails."""
+    """Return a diagnosis, or an empty string if it fails."""
     try:
         return diagnose()
     except (ValueError, RuntimeError, FloatingPointError):

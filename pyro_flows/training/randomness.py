@@ -1,41 +1,33 @@
-"""The random numbers of a process: where they stand, and how to set them there."""
+"""The state of all random numbers of a process."""
 
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
+from pyro.util import get_rng_state, set_rng_state
 
 
 def random_state() -> dict[str, Any]:
-    """The state of all random numbers of this process."""
-    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002  (the generator that Pyro seeds)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "random": random.getstate(),
-        "numpy": (kind, np.asarray(keys).tolist(), *rest),
-    }
+    """Return the state of all random numbers of this process, in types that ``torch.load`` accepts as safe."""
+    state = get_rng_state()
+    kind, keys, *rest = state["numpy"]
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {**state, "numpy": (kind, keys.tolist(), *rest), "cuda": cuda}
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Set them to a state."""
-    torch.set_rng_state(state["torch"])
+    """Set all random numbers of this process to a state."""
+    set_rng_state(state)
     for device, own in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
         torch.cuda.set_rng_state(own, device)
-    version, keys, gauss = state["random"]
-    random.setstate((version, tuple(keys), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
 
 
 @contextlib.contextmanager
 def unchanged() -> Iterator[None]:
-    """Leave all random numbers as they are, whatever is drawn inside."""
+    """Restore all random numbers afterwards."""
     state = random_state()
     try:
         yield

@@ -1,12 +1,12 @@
 """Step sizes of a run and its last step.
 
-The step size rises linearly, since the first steps of Adam are all of full size and deep flows compound them, and falls
+The step size rises linearly, since the first steps of Adam have full size and deep flows compound them.  Then it falls
 along a cosine (Loshchilov, Hutter 2016, arXiv:1608.03983).
 
 A run ends early once it has converged.  Near the posterior the log-weights of draws have a variance v of about twice
-the gap between the ELBO and the log evidence, and a mean over K draws has the variance v / K.  So the standard
-deviation of the latest losses estimates the gap at no extra cost.  A trend adds to it: a loss that still falls by more
-than its noise has not converged.  Nothing is concluded where rounding hides the noise.
+the gap between the ELBO and the log evidence.  A mean over K draws has the variance v / K.  So the standard deviation
+of the latest losses estimates the gap at no extra cost.  A trend adds to it: a loss that still falls by more than its
+noise has not converged.  If rounding hides the noise, the run takes all steps.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import math
 
 import torch
 
-LOOK = 25  # steps between two looks at the losses
+LOOK = 25  # steps between two tests of convergence
 FINISH = 50  # the fewest steps after convergence, while the step size falls to zero
-SHARE = 0.5  # of the steps before it; the tails of log-weights are learned last, by small steps
-ROUNDED = 4  # how many rounding errors of a loss the noise at convergence must exceed
+SHARE = 0.5  # of the steps before convergence; the tails of log-weights are learned last, by small steps
+ROUNDED = 4  # the noise at convergence must exceed as many rounding errors of a loss
 
 
 def noise_at(gap: float, draws: int) -> float:
-    """Return the standard deviation of losses, in nats, each a mean over some draws, at a gap to the log evidence."""
+    """Return the standard deviation of losses, in nats, at a gap to the log evidence; each is a mean over draws."""
     return math.sqrt(2 * gap / draws)
 
 
@@ -50,7 +50,7 @@ class Horizon:
         return min(self.steps, self.converged_at + max(FINISH, int(SHARE * self.converged_at)))
 
     def observe(self, losses: list[float]) -> None:
-        """Look for convergence in the losses of all steps so far."""
+        """Test for convergence, given the losses of all steps so far."""
         while self.noise and not self.converged_at and self._seen + LOOK <= len(losses):
             self._seen += LOOK
             latest = torch.tensor(losses[self._seen - LOOK : self._seen], dtype=torch.float64)
