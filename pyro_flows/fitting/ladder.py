@@ -1,8 +1,8 @@
 """The ladder: fits of growing effort, each checked, until one is trusted.
 
-The rungs are a Gaussian, the guide's flow, a flow with more couplings that trains longer, a guide that covers the modes
-of an annealed population, and exact draws by chains.  Exact draws follow too if a trusted guide's weights show small
-errors or are unreliable.  The findings of the check decide what comes next: longer training does not find a missing
+Its rungs are a Gaussian; the guide's flow; a flow with more couplings that trains longer; a guide that covers the modes
+of an annealed population; and exact draws by chains.  Exact draws follow too if a trusted guide's weights show small
+errors or are unreliable.  The findings of the check decide what comes next, since longer training finds no missing
 mode.  Restarts, from draws of the prior or from far around the start, guard against spurious modes.
 """
 

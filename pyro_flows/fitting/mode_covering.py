@@ -161,13 +161,10 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
     assert isinstance(guide, AutoFlow)
     with pyro.validation_enabled(False):
         space = sound_space(task)
-        reference = Reference(space, guide.start[0])
-
-        def found() -> tuple[Population | None, Tensor]:
-            population = anneal(reference, -(-number // ISLANDS) * ISLANDS, Effort())
-            return population, ways_up(or_nan(space.log_p), reference.draw(SOME))
-
-        population, others = distributed.broadcast(found)
+        reference, number = Reference(space, guide.start[0]), -(-number // ISLANDS) * ISLANDS
+        population, others = distributed.broadcast(
+            lambda: (anneal(reference, number, Effort()), ways_up(or_nan(space.log_p), reference.draw(SOME)))
+        )
         distributed.sync()
         if population is None:
             raise ValueError("anneal: hardly a draw of the prior has a density; is the model's density finite?")
@@ -176,7 +173,7 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
     if weighted:  # the best of several guides is best for its draws in part, so these are replaced
         weighted = _weighted(weighted.guide, task)
     with pyro.validation_enabled(False):
-        return _summary(task, space, modes, weighted, fit, began)
+        return _summary(space, modes, weighted, fit, began)
 
 
 class _Weighted(NamedTuple):
@@ -266,15 +263,11 @@ def _space_of(guide: AutoFlow, task: Task) -> LatentSpace:
 
 def _weighted(guide: AutoFlow, task: Task) -> _Weighted:
     """Draw from a guide and weight the draws; all processes use the draws of the first."""
-
-    def drawn() -> tuple[Tensor, Psis]:
-        draws = _space_of(guide, task).draw(DRAWS)
-        return draws.z, weigh((draws.log_p - draws.log_q).nan_to_num(-math.inf, -math.inf, -math.inf))
-
     with pyro.validation_enabled(False):
-        z, psis = distributed.broadcast(drawn)
+        draws = distributed.broadcast(lambda: _space_of(guide, task).draw(DRAWS))
         distributed.sync()
-    return _Weighted(guide, z, psis)
+    log_weights = (draws.log_p - draws.log_q).nan_to_num(-math.inf, -math.inf, -math.inf)
+    return _Weighted(guide, draws.z, weigh(log_weights))
 
 
 @torch.no_grad()
@@ -295,13 +288,13 @@ def _balanced(weighted: _Weighted, task: Task) -> _Weighted:
 
 
 def _summary(
-    task: Task, space: LatentSpace, modes: ModeMixture, weighted: _Weighted | None, fit: Fit | None, began: float
+    space: LatentSpace, modes: ModeMixture, weighted: _Weighted | None, fit: Fit | None, began: float
 ) -> Annealed:
     """Summarise the guide's weighted draws or the population, whichever is better."""
     population, number, bridged = modes.population, len(modes.places), None
     psis = weighted.psis if weighted else None
-    if weighted and psis and not (psis.even or psis.khat < CLEAR or task.runs_one_by_one):
-        population, bridged = _bridged(task, weighted, population)
+    if weighted and psis and not (psis.even or psis.khat < CLEAR or space.task.runs_one_by_one):
+        population, bridged = _bridged(space.task, weighted, population)
     is_weighed = weighted is not None and not any(_faults(weighted, population))
     if weighted and psis and is_weighed:
         z, log_weights = weighted.z, psis.smoothed.to(weighted.z)

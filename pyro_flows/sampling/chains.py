@@ -151,13 +151,14 @@ class Chains:
         log_p: The log-density there, ``(N,)``.
         excess: The log-weights log p - log q there after the latest proposals, minus the log mean weight of these.
         kernels: The transition kernels, one per set of coordinates.
+        count: The number of sweeps so far.
     """
 
     def __init__(self, density: LogDensity, coordinates: Sequence[Coordinates], z: Tensor, max_steps: int = 8) -> None:
         self.z, self.log_p = z, torch.full(z.shape[:1], math.nan).to(z)
         self.kernels = [HMC(density, one, z.shape[1], max_steps) for one in coordinates]
         self.excess = torch.zeros_like(self.log_p)
-        self._sweeps = 0
+        self.count = 0
 
     @property
     def acceptance(self) -> list[float]:
@@ -171,8 +172,8 @@ class Chains:
 
     def sweep(self, *, adapt: bool) -> None:
         """Make a transition in each set of coordinates; step sizes adapt in all of them if asked for."""
-        self._sweeps += 1
-        for kernel in self.kernels if adapt or self._sweeps % 2 else self.kernels[:1]:
+        self.count += 1
+        for kernel in self.kernels if adapt or self.count % 2 else self.kernels[:1]:
             self.z, self.log_p = kernel.move(self.z, adapt=adapt)
 
     def sweeps(self, number: int, *, adapt: bool) -> Iterator[Tensor]:

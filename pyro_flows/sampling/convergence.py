@@ -64,9 +64,9 @@ def convergence(draws: Tensor) -> Convergence:
         centre = some[:, 0].nan_to_num(0.0, 0.0, 0.0).median(0).values  # for precision in float32
         some = (some - centre).float().cpu()
         halves = torch.cat((some[:, :half], some[:, -half:]), 1)  # without the middle draw of an odd number
-        columns = halves.permute(2, 0, 1).contiguous().flatten(1)  # (K, S), with S = 2 n C
+        columns = halves.permute(2, 0, 1).flatten(1)  # (K, S), with S = 2 n C
         parts += [_summary(part, half) for part in columns.split(step)]
-    return Convergence(*(torch.cat(found) for found in zip(*parts, strict=True)))
+    return Convergence(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _summary(columns: Tensor, length: int) -> Convergence:
@@ -123,9 +123,9 @@ def _scores_of_ranks(size: int) -> Tensor:
 
 def _rhat(x: Tensor) -> Tensor:
     """Return R-hat of K quantities in half chains, ``(K, 2 C, n)``."""
-    length = x.shape[-1]
-    within, between = x.var(-1).mean(-1), x.mean(-1).var(-1)
-    return ((length - 1) / length + between / within).sqrt().nan_to_num(1.0, math.inf)
+    length, means = x.shape[-1], x.mean(-1, keepdim=True)
+    within = (x - means).square().mean((1, 2)) * length / (length - 1)
+    return ((length - 1) / length + means.flatten(1).var(-1) / within).sqrt().nan_to_num(1.0, math.inf)
 
 
 def _ess_of_sd(x: Tensor) -> Tensor:
@@ -152,8 +152,8 @@ def _ess(x: Tensor) -> Tensor:
     """
     length, size = x.shape[-1], x.shape[1] * x.shape[2]
     means = x.mean(-1, keepdim=True)
-    spectrum = torch.fft.rfft(x - means, n=2 * length)
-    power = (spectrum.real.square() + spectrum.imag.square()).mean(1)
+    spectrum = torch.view_as_real(torch.fft.rfft(x - means, n=2 * length))
+    power = spectrum.square().mean(1).sum(-1)
     covariance = torch.fft.irfft(power, n=2 * length)[:, : length - length % 2] / length
     covariance[:, 0] *= length / (length - 1)
     within = covariance[:, :1]

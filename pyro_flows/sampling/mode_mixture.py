@@ -56,9 +56,7 @@ class Mixture(NamedTuple):
 
         Components with too few draws keep their means and covariances.  Copies of a draw count as one.
         """
-        found = self
-        x, place = x.unique(dim=0, return_inverse=True)
-        weights = weights.new_zeros(len(x)).index_add(0, place, weights)
+        found, (x, weights) = self, _distinct(x, weights)
         for _ in range(ROUNDS):
             chances = weights.unsqueeze(-1) * found.log_joint(x).softmax(-1)
             total = chances.sum(0)
@@ -74,6 +72,12 @@ class Mixture(NamedTuple):
                 total.clamp_min(1e-6),
             )
         return found
+
+
+def _distinct(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge copies of draws, ``(N, D)``, and add their weights, ``(N,)``."""
+    x, place = x.unique(dim=0, return_inverse=True)
+    return x, weights.new_zeros(len(x)).index_add(0, place, weights)
 
 
 class ModeMixture:
@@ -97,17 +101,16 @@ class ModeMixture:
         centre, density = _opposite_the_gap(space, population.z), or_nan(space.log_p)
         self._space, self._centre = space, centre
         z = space.wrapped(population.z, centre)
-        self._met = population = population._replace(z=z)
+        self.population = population._replace(z=z)
         self.white = white = White(z, population.log_weights.exp())
         ends = space.wrapped(torch.cat([ascend(density, white, part) for part in z.split(1024)]), centre)
-        self._labels = _merged(components(density, white, ends), white.inverse(ends))
+        self.labels = _merged(components(density, white, ends), white.inverse(ends))
         with torch.no_grad():
-            tops = highest_of_each(self._labels, density(ends).nan_to_num(-math.inf, math.inf, -math.inf))
-        self._own = len(tops)
-        weights = [population.share(self._labels == k)[0] for k in range(self._own)]
-        modes = [(ends[top], *gaussian, w) for top, gaussian, w in zip(tops, self._gaussians(), weights, strict=True)]
+            tops = ends[highest_of_each(self.labels, density(ends).nan_to_num(-math.inf, math.inf, -math.inf))]
+        weights = [population.share(self.labels == k)[0] for k in range(len(tops))]
+        modes = list(zip(tops, *self._gaussians(len(tops)), weights, strict=True))
         more = space.wrapped(climb(density, white, starts, NARROW), centre)
-        for top in _others(density, white, ends[tops], torch.cat((more, ends[tops]))):
+        for top in _others(density, white, tops, torch.cat((more, tops))):
             found = match_top(density, top, white.scale_tril)
             if found is not None and self._lacks(found):
                 weight = math.exp(min(found.elbo - population.log_evidence, LARGEST))
@@ -117,77 +120,69 @@ class ModeMixture:
         self.gaussians = Mixture(torch.stack(loc), torch.stack(scale_tril), torch.tensor(weights).to(z))
         with torch.no_grad():
             self.heights = density(self.places)
-        self.population, self.labels = self._complemented(density)
+        self._complement(density, len(tops))
 
     def _lacks(self, found: Gaussian) -> bool:
         """True if a mode has relevant mass, but too few particles, or only copies of a few."""
-        centred = (self._met.z - found.loc).T
-        distance = torch.linalg.solve_triangular(found.scale_tril, centred, upper=False).norm(dim=0)
+        z, log_weights, *_ = self.population
+        distance = torch.linalg.solve_triangular(found.scale_tril, (z - found.loc).T, upper=False).norm(dim=0)
         inside = distance < math.sqrt(len(found.loc)) + 3
-        copies, place = self._met.z[inside].unique(dim=0, return_inverse=True)
-        weights = torch.zeros(len(copies)).to(copies).index_add(0, place, self._met.log_weights[inside].exp())
+        _, weights = _distinct(z[inside], log_weights[inside].exp())
         is_rare = float(weights.sum()) ** 2 < ENOUGH * len(found.loc) * float(weights.square().sum())
-        mass = found.elbo - self._met.log_evidence
-        lacks = self._met.share(inside)[0] < math.exp(min(mass, 0.0)) / 4
+        mass = found.elbo - self.population.log_evidence
+        lacks = self.population.share(inside)[0] < math.exp(min(mass, 0.0)) / 4
         return mass > -LITTLE and (lacks or is_rare)
 
-    def _gaussians(self) -> list[tuple[Tensor, Tensor]]:
+    def _gaussians(self, modes: int) -> tuple[Tensor, list[Tensor]]:
         """Fit a Gaussian to the particles of each mode; modes with few particles share a pooled covariance."""
-        z, log_weights = self._met.z, self._met.log_weights
-        parts = [self._labels == k for k in range(self._own)]
+        z, log_weights, *_ = self.population
+        parts = [self.labels == k for k in range(modes)]
         within = [White(z[own], (log_weights[own] - log_weights[own].max()).exp()) for own in parts]
         loc = torch.stack([white.loc for white in within])
-        pooled = White(z - loc[self._labels], log_weights.exp()).scale_tril
+        pooled = White(z - loc[self.labels], log_weights.exp())
         enough = [int(own.sum()) > ENOUGH * z.shape[1] for own in parts]
-        factors = [white.scale_tril if known else pooled for white, known in zip(within, enough, strict=True)]
-        return list(zip(loc, factors, strict=True))
+        return loc, [(own if known else pooled).scale_tril for own, known in zip(within, enough, strict=True)]
 
     def mixture(self) -> Mixture:
-        """Return Gaussians for the base of a guide: some per mode, fitted to its particles, each with a wider one."""
-        own, population, (wider, share) = self._own, self._met, WIDER
-        loc, factor, weights = self.gaussians
-        weights = weights.clamp_min(1e-4)
-        most = len(population.z) // (own * FITTED * loc.shape[1])
-        number = max(1, min(PARTS, 2 * PARTS // own, most))
-        locs, factors = [loc[:own]], [factor[:own]]  # one at the mode's mean, the others at particles of the mode
+        """Return Gaussians for the base of a guide: some per mode, fitted to its draws, each with a wider one."""
+        (z, log_weights, *_), (loc, factor, weights), (wider, share) = self.population, self.gaussians, WIDER
+        modes, dim = loc.shape
+        number = max(1, min(PARTS, 2 * PARTS // modes, len(z) // (modes * FITTED * dim)))
+        locs, factors = [loc], [factor]  # one at the mode's mean, the others at draws of the mode
         for _ in range(number - 1):
-            chances = torch.stack([self._labels == k for k in range(own)]).double()
-            locs.append(population.z[chances.multinomial(1).squeeze(-1)])
-            factors.append(factor[:own] / 2)
-        met = Mixture(torch.cat(locs), torch.cat(factors), weights[:own].repeat(number) / number)
-        met = met.fitted(population.z, population.log_weights.exp()) if number > 1 else met
-        parts = zip(met, (loc, factor, weights), strict=True)
-        loc, factor, weights = (torch.cat((part, rest[own:])) for part, rest in parts)
-        outer = loc, wider * factor, share * weights
-        return Mixture(*map(torch.cat, zip((loc, factor, weights), outer, strict=True)))
+            chances = torch.stack([self.labels == k for k in range(modes)]).double()
+            locs.append(z[chances.multinomial(1).squeeze(-1)])
+            factors.append(factor / 2)
+        found = Mixture(torch.cat(locs), torch.cat(factors), weights.clamp_min(1e-4).repeat(number) / number)
+        found = found.fitted(z, log_weights.exp()) if number > 1 else found
+        outer = found.loc, wider * found.scale_tril, share * found.weights
+        return Mixture(*map(torch.cat, zip(found, outer, strict=True)))
 
     @torch.no_grad()
-    def _complemented(self, density: LogDensity) -> tuple[Population, Tensor]:
-        """Return the population and its labels, with weighted draws of the other modes, some on each island."""
-        found, own, islands = self._met, self._own, len(self._met.log_evidences)
+    def _complement(self, density: LogDensity, own: int) -> None:
+        """Add weighted draws of the modes without particles, from mode ``own`` on, to the population's islands."""
         if own == len(self.places):
-            return found, self._labels
+            return
+        found, islands = self.population, len(self.population.log_evidences)
         scores = found.log_weights.double() + found.log_evidence
-        parts = [(found.z, found.log_p, scores.where(self.label(found.z) < own, -math.inf), self._labels)]
+        parts = [(found.z, found.log_p, scores.where(self.label(found.z) < own, -math.inf), self.labels)]
         for k in range(own, len(self.places)):
             gaussian = MultivariateNormal(self.gaussians.loc[k], scale_tril=self.gaussians.scale_tril[k])
             x = gaussian.sample(torch.Size((PROBES,)))
-            heights = density(x)
+            heights, labels = density(x), self.label(x)
             scores = (heights - gaussian.log_prob(x)).double().nan_to_num(-math.inf, -math.inf, -math.inf)
-            labels = self.label(x)
             scores = scores.where(labels == k, -math.inf) - math.log(PROBES)
             parts.append((x, heights, scores, torch.full_like(labels, k)))
         z, log_p, scores, labels = (
             torch.cat([part.reshape(islands, -1, *part.shape[1:]) for part in column], 1)
             for column in zip(*parts, strict=True)
         )
-        population = found._replace(
-            z=z.flatten(0, 1),
-            log_p=log_p.flatten(),
-            log_weights=scores.flatten().log_softmax(0).to(found.log_weights),
-            log_evidences=scores.logsumexp(-1) + math.log(islands),
+        log_weights = scores.flatten().log_softmax(0).to(found.log_weights)
+        log_evidences = scores.logsumexp(-1) + math.log(islands)
+        self.population = found._replace(
+            z=z.flatten(0, 1), log_p=log_p.flatten(), log_weights=log_weights, log_evidences=log_evidences
         )
-        return population, labels.flatten()
+        self.labels = labels.flatten()
 
     def label(self, z: Tensor) -> Tensor:
         """Return the most likely mode of each vector, ``(N,)``."""

@@ -82,7 +82,7 @@ class Run:
             quarter.copy_(others[torch.arange(len(quarter)) % len(others)])
         self.chains = Chains(or_nan(space.log_p), chain_coordinates(space, z), start, max_steps=16)
         self.record = Record(space, max(KEPT, math.ceil(2 * goal.num_draws / num_chains)))
-        self.sweeps, self.chance, self._times, self._words = 0, math.nan, 0, "warm-up"
+        self.chance, self._times, self._words = math.nan, 0, "warm-up"
         self._records_all, self._proposed = False, 0
         self._accepted: list[list[float]] = []
         self._heavy: list[Tensor] = []  # per cycle, True for chains at places of large weight, (C,)
@@ -116,8 +116,8 @@ class Run:
             if converged and self._is_short():
                 converged, growth = False, 2.0
             if converged:
-                converged_at, growth = converged_at or self.sweeps, 1.5
-                if self._knows_sds(found) or self.sweeps >= HEAVY_TAILED * converged_at:
+                converged_at, growth = converged_at or self.chains.count, 1.5
+                if self._knows_sds(found) or self.chains.count >= HEAVY_TAILED * converged_at:
                     break
             if self._is_over():
                 break
@@ -141,7 +141,7 @@ class Run:
             divergences=self.chains.divergences - before,
             acceptance=[statistics.fmean(values) for values in zip(*self._accepted, strict=True)],
             chance=self.chance,
-            sweeps=self.sweeps,
+            sweeps=self.chains.count,
             seconds=time.perf_counter() - self._began,
             guide=self.space.task.guide.call,
         )
@@ -168,11 +168,10 @@ class Run:
         return bool(heavy.double().mean() > HEAVY) and departures * len(heavy) < VISITS * visits
 
     def _is_over(self) -> bool:
-        return self.sweeps >= self.goal.max_sweeps or self._is_stopped
+        return self.chains.count >= self.goal.max_sweeps or self._is_stopped
 
     def _sweep(self, *, adapt: bool) -> None:
         self.chains.sweep(adapt=adapt)
-        self.sweeps += 1
         self._is_stopped = self._watch(self._words)
 
     def _propose(self, times: int) -> list[Tensor]:
@@ -195,7 +194,7 @@ class Run:
             if self.chance > GOOD and sweep >= FEW:  # steps in the base are longer than in whitened coordinates
                 others = [kernel for kernel in kernels if not isinstance(kernel.coordinates, White)]
                 self.chains.kernels = others or kernels
-            is_last = self.sweeps >= self.goal.max_sweeps - FEWEST  # the recorded draws take sweeps too
+            is_last = self.chains.count >= self.goal.max_sweeps - FEWEST  # the recorded draws take sweeps too
             if is_last or self._is_stopped or (sweep >= SHORT and self.chance > GOOD):
                 break
             if sweep in (LONG // 6, LONG // 3, LONG // 2):

@@ -2,8 +2,8 @@
 
 Flat priors cannot be sampled, and masked priors are not sampled from their densities.  Such latents get a wide Gaussian
 in the unconstrained space.  All latents get one if hardly a draw of the prior has a density, or if particles from the
-prior are stuck, for example because the prior spans the range of floats.  Distributions proportional to r¹⁻ᵝ pᵝ lead
-from r to the posterior p.
+prior are stuck.  A prior that spans the range of floats is an example.  Distributions proportional to r¹⁻ᵝ pᵝ lead from
+r to the posterior p.
 """
 
 from __future__ import annotations
