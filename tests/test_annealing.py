@@ -19,14 +19,12 @@ from pyro_flows.fitting import mode_covering
 from pyro_flows.guides.schedule import Schedule
 from pyro_flows.programs.latent_space import LatentSpace, sound_space
 from pyro_flows.programs.task import Task
-from pyro_flows.sampling.bridge import bridge, moved_on
+from pyro_flows.sampling.chains import HMC
 from pyro_flows.sampling.coordinates import White
 from pyro_flows.sampling.gaussian import match_top
-from pyro_flows.sampling.hmc import HMC
-from pyro_flows.sampling.mixture import Mixture
-from pyro_flows.sampling.mode_mixture import Tops
+from pyro_flows.sampling.mode_mixture import Mixture, ModeMixture
 from pyro_flows.sampling.modes import ascend, climb, components
-from pyro_flows.sampling.population import ISLANDS, Effort, Population
+from pyro_flows.sampling.population import ISLANDS, Effort, Population, bridge, moved_on
 from pyro_flows.sampling.population import anneal as anneal_population
 from pyro_flows.sampling.start_distribution import Reference
 
@@ -432,7 +430,7 @@ def test_a_mode_without_particles_joins_each_island() -> None:
     z = torch.randn(1600, 1)
     weights = torch.full((1600,), -math.log(1600))
     population = Population(z, weights, space.log_p(z), torch.full((16,), math.log(0.6)).double(), [0.0, 1.0])
-    tops = Tops(space, population, torch.tensor([[28.0], [31.0]]))
+    tops = ModeMixture(space, population, torch.tensor([[28.0], [31.0]]))
     found = tops.population
     assert tops.places.squeeze(-1).tolist() == pytest.approx([0, 30], abs=0.1)
     assert found.log_evidence == pytest.approx(0, abs=0.03)
@@ -447,7 +445,7 @@ def test_steps_that_shrank_grow_again_for_another_density() -> None:
     kernel = HMC(density, White(z), 3)
     kernel.step = kernel.time = 1e-5
     for _ in range(10):
-        kernel.turn_to(density, White(z))
+        kernel.retarget(density, White(z))
         for _ in range(12):
             z, _ = kernel.move(z, adapt=True)
     assert 0.3 < kernel.step < 3

@@ -334,7 +334,7 @@ def _raise(error, *_, **__):
 
 
 def test_where_the_flow_breaks_down_a_population_takes_over(monkeypatch):
-    fit_once = ladder.Ladder._fit
+    fit_once = ladder.Ladder.fit
 
     def broken(self, name, guide, **settings):
         if name == "flow":
@@ -342,22 +342,23 @@ def test_where_the_flow_breaks_down_a_population_takes_over(monkeypatch):
         return fit_once(self, name, guide, **settings)
 
     monkeypatch.setattr(ladder, "check", distrust)
-    monkeypatch.setattr(ladder.Ladder, "_fit", broken)
+    monkeypatch.setattr(ladder.Ladder, "fit", broken)
     with pytest.warns(UserWarning, match=r"a population takes over\. not finite"):
         fit = fit_svi(normal, AutoFlow(normal, small), Y, escalate=True, progress=False)
     assert names(fit) == ["Gaussian", "annealed", "exact draws"]
 
 
 def test_a_start_that_breaks_down_costs_no_other(monkeypatch):
-    fit_once, calls = ladder.Ladder._fit, []
+    fit_once, calls = ladder.Ladder.fit, []
 
     def broken(self, name, guide, **settings):
         calls.append(name)
+        self.name = name
         if name == "start 2":
             raise FloatingPointError("not finite")
         return fit_once(self, name, guide, **settings)
 
-    monkeypatch.setattr(ladder.Ladder, "_fit", broken)
+    monkeypatch.setattr(ladder.Ladder, "fit", broken)
     fit = fit_svi(normal, AutoFlow(normal, small), Y, steps=20, restarts=3, progress=False)
     assert names(fit) == ["start 1"]
     assert calls == ["flow", "start 2"]

@@ -17,7 +17,7 @@ from ..programs.log_density import or_nan
 from ..programs.nesting import runs_programs
 from ..programs.task import Task, check_trained
 from ..sampling.chains import FROZEN, Chains
-from ..sampling.coordinates import charts_of
+from ..sampling.coordinates import guide_coordinates
 from .drift import Drift, DriftMeter
 
 BATCH = 500  # chains that run at once
@@ -120,7 +120,7 @@ def refine(
     with pyro.validation_enabled(False):  # because chains reject points without a density
         space = sound_space(Task(model, guide, args, kwargs, vectorize))
         reference = space.draw(max(4 * BATCH, 10 * space.dim))
-        charts, _ = charts_of(space, reference.z)
+        charts, _ = guide_coordinates(space, reference.z)
         began = space.draw(num_samples)
         meter = DriftMeter(reference.quantities, began.quantities)
         batches = [Chains(or_nan(space.log_p), charts, z) for z in began.z.split(BATCH)]

@@ -30,7 +30,7 @@ from ..programs.log_density import or_nan
 from ..programs.nesting import runs_programs
 from ..programs.task import Task, check_trained
 from ..sampling.chains import FROZEN, Chains
-from ..sampling.coordinates import Chart, White, charts_of
+from ..sampling.coordinates import Coordinates, White, guide_coordinates
 from .drift import Drift, DriftMeter, weighted_drift
 from .findings import Finding, worst
 from .importance import Psis, weigh
@@ -248,7 +248,7 @@ def check(
         psis = weigh(draws.log_p - draws.log_q)
         judged = _judged(space, draws.quantities)
         names = [name for name, used in zip(space.read.names, judged.tolist(), strict=True) if used]
-        charts, white = charts_of(space, draws.z)
+        charts, white = guide_coordinates(space, draws.z)
         looked_at = _Looked(space, white, judged)
         weighted = weighted_drift(draws.quantities[:, judged], psis.smoothed)
         of_weights = weighted_shape(looked_at.features(draws.quantities, draws.z), psis.smoothed.to(draws.z.device))
@@ -294,7 +294,7 @@ def _judged(space: LatentSpace, quantities: Tensor) -> Tensor:
 
 
 def _run(
-    looked_at: _Looked, charts: list[Chart], draws: Scored, num_chains: int, calm: bool
+    looked_at: _Looked, charts: list[Coordinates], draws: Scored, num_chains: int, calm: bool
 ) -> tuple[Drift, Drift, Shape, list[float]]:
     """Run chains from new draws of the guide until their drift is decided.
 

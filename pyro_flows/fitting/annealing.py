@@ -1,4 +1,4 @@
-"""Modes and evidence: a population annealed from the prior, and a guide that covers whatever modes it has found."""
+"""Modes and evidence of a posterior, by a population annealed from the prior and a guide that covers its modes."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ def anneal(
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Annealed:
-    """Find the modes of a posterior, what each weighs, and the evidence.
+    """Find the modes of a posterior, their weights, and the evidence.
 
-    Particles start as draws of the prior, or of a wide Gaussian where the prior is flat, and are annealed to the
+    Particles start as draws of the prior, or of a wide Gaussian if the prior is flat.  They are annealed to the
     posterior p(z | x) in steps of temperature (Del Moral, Doucet, Jasra 2006)::
 
         r(z)¹⁻ᵝ p(z, x)ᵝ,    β from 0 to 1
 
-    At each they are weighed, resampled on 16 islands, and moved by Hamiltonian Monte Carlo, with steps that the
-    population learns.  Places from which climbs lead to one connected top are one mode.  Then an :class:`AutoFlow` is
-    built over a base with these modes and fitted, to the particles and by the ELBO.
+    At each temperature they are weighted, resampled on 16 islands, and moved by Hamiltonian Monte Carlo with adaptive
+    steps.  Places whose climbs end at one connected top are one mode.  Then an :class:`AutoFlow` is built over a base
+    with these modes, and fitted to the particles and by the ELBO.
 
     Args:
         model: A Pyro model; discrete latents of finite support are summed out.
         *args: The model's arguments.
-        num_particles: The number of particles, rounded up to a multiple of 16: more find smaller modes.
-        fit: Whether to fit a guide.  Without one the evidence of a centred hierarchy may lie several standard errors
-            too low, since particles are slow to enter the neck of a funnel.
-        progress: Whether to show the progress bars of its fit.
+        num_particles: The number of particles, rounded up to a multiple of 16; more particles find smaller modes.
+        fit: Whether to fit a guide.  Without one the evidence of a centred hierarchy may be several standard errors too
+            low, since particles enter the neck of a funnel slowly.
+        progress: Whether to show the progress bars of the fit.
         vectorize: The way to run many draws: ``"plate"``, ``"vmap"`` or ``"loop"``; by default the first of these that
-            does to draws what single runs do (*Any Pyro program* in the docs).
-        max_plate_nesting: How many dimensions the plates of the model take; by default what one run shows.
+            gives the results of single runs (*Any Pyro program* in the docs).
+        max_plate_nesting: The number of dimensions of the model's plates; by default found by one run.
         model_kwargs: Keyword arguments of the model whose names clash with those above.
         **kwargs: The model's other keyword arguments.
 
@@ -57,11 +57,11 @@ def anneal(
         The :class:`~pyro_flows.Annealed`.
 
     Raises:
-        ValueError: If a number is out of its range, the model is one that ``AutoFlow`` refuses, or hardly a draw of the
-            prior has a density.
+        ValueError: If a number is out of its range, ``AutoFlow`` refuses the model, or hardly a draw of the prior has a
+            density.
 
     Warns:
-        UserWarning: If the model runs one draw at a time, or its log-density is an estimate whose noise shows.
+        UserWarning: If the model runs one draw at a time, or its log-density is a visibly noisy estimate.
 
     Example::
 

@@ -1,3 +1,3 @@
-"""Draws of a posterior, many at once: Markov chains, populations that are annealed, and how far they have come."""
+"""Sampling of posteriors: Markov chains, their convergence, and annealed populations."""
 
 from .samples import Samples as Samples

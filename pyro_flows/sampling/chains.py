@@ -1,85 +1,205 @@
-"""Many Markov chains at once, which move in several coordinates in turn, and by draws of the guide.
+"""Hamiltonian Monte Carlo for many chains at once, in several sets of coordinates, with proposals from a guide.
 
-In each set of coordinates they make a step of Hamiltonian Monte Carlo.  Draws of the guide are proposed too, each
-accepted with the chance min(1, w' / w), where w = p / q: a good guide's carry a chain anywhere in one step.  All leave
-the density invariant.
+A transition proposes the end of a trajectory of L leapfrog steps of size ε.  Each chain multiplies ε by a random factor
+between LEAST and MOST.  So travel times differ, no trajectory is periodic, and some chains enter narrow regions.
+During adaptation ε follows the mean acceptance.  The travel time T ascends the *ChEES criterion*, the expected squared
+change in |x - mean|²: a transition should carry a chain from the centre to the tails and back.
 
-Monte Carlo Sampling Methods Using Markov Chains and Their Applications (Hastings 1970); Adaptive Monte Carlo augmented
-with normalizing flows (Gabrié, Rotskoff, Vanden-Eijnden 2021, arXiv:2105.12603).
+The chains alternate between sets of coordinates.  Draws of the guide are proposed too, each accepted with probability
+min(1, w' / w), where w = p / q.  A good guide's draws carry a chain anywhere in one step.  All transitions leave the
+density invariant.
+
+Monte Carlo Sampling Methods Using Markov Chains and Their Applications (Hastings 1970); Hybrid Monte Carlo (Duane,
+Kennedy, Pendleton, Roweth 1987); MCMC using Hamiltonian dynamics (Neal 2011, arXiv:1206.1901); An Adaptive-MCMC Scheme
+for Setting Trajectory Lengths in Hamiltonian Monte Carlo (Hoffman, Radul, Sountsov 2021); Adaptive Monte Carlo
+augmented with normalizing flows (Gabrié, Rotskoff, Vanden-Eijnden 2021, arXiv:2105.12603).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..programs.latent_space import Scored
 from ..programs.log_density import LogDensity
-from .hmc import HMC, Coordinates
+from .coordinates import Coordinates
 
-FROZEN = 0.2  # the mean acceptance below which chains hardly move
+FROZEN = 0.2  # mean acceptance below which chains hardly move
+TARGET = 0.8  # the mean acceptance that adaptation aims at
+LEAST, MOST = 0.4, 1.2  # range of a chain's step size, in units of the common one
+QUARTER = math.pi / 2 / 0.8  # the first travel time: on average a quarter of the period of a standard normal
+DIVERGED = 1000.0  # energy error, in nats, of a divergent trajectory
+
+
+class HMC:
+    """Transition kernel for N chains of a density over vectors z, in one set of coordinates.
+
+    Args:
+        density: The log-density, ``(N, D) -> (N,)``.  Chains never move to places where it is not finite.
+        coordinates: The coordinates.
+        dim: The number D of dimensions.
+        max_steps: The largest number of leapfrog steps per transition.
+
+    Attributes:
+        step: The step size ε.
+        time: The travel time T.
+        acceptance: The mean acceptance of the latest transition.
+        gradients: The number of gradients so far; one evaluation for all chains counts as one.
+        divergences: The number of divergent trajectories so far, summed over chains.
+    """
+
+    def __init__(self, density: LogDensity, coordinates: Coordinates, dim: int, max_steps: int = 8) -> None:
+        self.density, self.coordinates, self.max_steps = density, coordinates, max_steps
+        self.step, self.time = 1.2 * dim**-0.25, QUARTER
+        self.acceptance, self.divergences, self.gradients = math.nan, 0, 0
+        self._count, self._first, self._second = 0, 0.0, 0.0
+        self._latest: _State | None = None
+
+    def retarget(self, density: LogDensity, coordinates: Coordinates) -> None:
+        """Set another density and other coordinates, and restart adaptation from the present step size."""
+        self.density, self.coordinates, self.time = density, coordinates, max(self.time, QUARTER)
+        self._count, self._first, self._second = 0, 0.0, 0.0
+
+    @torch.no_grad()
+    def move(self, z: Tensor, *, adapt: bool) -> tuple[Tensor, Tensor]:
+        """Make a transition from z, ``(N, D)``; return the new z and the log-density there, ``(N,)``."""
+        start = self._latest
+        if start is None or start.z is not z or start.coordinates is not self.coordinates:
+            start = self._state(self.coordinates.inverse(z))
+        factor = LEAST + (MOST - LEAST) * torch.rand(len(z), 1, dtype=z.dtype, device=z.device)
+        count = min(self.max_steps, max(1, math.ceil(self.time / self.step)))
+        size = min(self.step, self.time / count) * factor  # (N, 1)
+        self.gradients += 1 + count
+        momentum = torch.randn_like(start.x)
+        energy = start.log_p - momentum.square().sum(-1) / 2
+        end = start
+        for _ in range(count):
+            momentum = momentum + size / 2 * end.score
+            end = self._state(end.x + size * momentum)
+            momentum = momentum + size / 2 * end.score
+        error = (end.log_p - momentum.square().sum(-1) / 2 - energy).nan_to_num(-math.inf, math.inf, -math.inf)
+        self.divergences += int((error < -DIVERGED).sum())
+        chance = error.clamp_max(0).exp()
+        taken = torch.rand_like(chance) < chance
+        self.acceptance = float(chance.mean())
+        if adapt:
+            self._adapt(start.x, end.x, momentum, chance, count * size.squeeze(-1))
+        self._latest = start.replaced(taken, end)
+        return self._latest.z, self._latest.log_p - self._latest.log_det
+
+    def _adapt(self, x: Tensor, end: Tensor, momentum: Tensor, chance: Tensor, times: Tensor) -> None:
+        """Adapt the step size to the acceptance, and the travel time by a step of Adam."""
+        self._count += 1
+        self.step *= math.exp(1.5 * self._count**-0.5 * (self.acceptance - TARGET))
+        usable = (chance > 0.01) & end.isfinite().all(-1)
+        if usable.sum() < 8:
+            return
+        x, end, momentum, chance, times = (part[usable] for part in (x, end, momentum, chance, times))
+        centred, moved = x - x.mean(0), end - (chance.unsqueeze(-1) * end).sum(0) / chance.sum()
+        change = moved.square().sum(-1) - centred.square().sum(-1)
+        slope = times * change * (moved * momentum).sum(-1)
+        ascent = float((chance * slope).sum() / chance.sum())
+        self._first = 0.8 * self._first + 0.2 * ascent
+        self._second = 0.95 * self._second + 0.05 * ascent**2
+        root = math.sqrt(self._second / (1 - 0.95**self._count)) + 1e-12
+        direction = self._first / (1 - 0.8**self._count) / root
+        time = self.time * math.exp(0.1 * min(1.0, max(-1.0, direction)))
+        self.time = min(max(time, self.step), MOST * self.max_steps * self.step)
+
+    def _state(self, x: Tensor) -> _State:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            z, log_det = self.coordinates.forward(leaf)
+            log_p = self.density(z) + log_det
+            (score,) = torch.autograd.grad(log_p.where(log_p.isfinite(), 0).sum(), leaf)
+        finite = log_p.isfinite() & score.isfinite().all(-1)
+        log_p = log_p.detach().where(finite, -math.inf)
+        return _State(x, z.detach(), score.where(finite[:, None], 0), log_p, log_det.detach(), self.coordinates)
+
+
+class _State(NamedTuple):
+    x: Tensor  # (N, D)
+    z: Tensor  # (N, D)
+    score: Tensor  # (N, D), over x
+    log_p: Tensor  # (N,), over x
+    log_det: Tensor  # (N,)
+    coordinates: Coordinates
+
+    def replaced(self, taken: Tensor, other: _State) -> _State:
+        """Replace the rows that are ``taken``, ``(N,)`` of bool, by those of another state."""
+        rows = taken.unsqueeze(-1)
+        x, z, score = (torch.where(rows, new, old) for new, old in zip(other[:3], self[:3], strict=True))
+        log_p, log_det = (torch.where(taken, new, old) for new, old in zip(other[3:5], self[3:5], strict=True))
+        return _State(x, z, score, log_p, log_det, self.coordinates)
 
 
 class Chains:
     """N chains of a density over vectors z.
 
     Args:
-        density: The log-density, ``(N, D) -> (N,)``; where it is not finite no chain goes.
-        charts: The coordinates to move in: the first in each sweep, the others in every second one.
-        z: Where the chains start, ``(N, D)``.
-        max_steps: The most leapfrog steps in a transition.
+        density: The log-density, ``(N, D) -> (N,)``.  Chains never move to places where it is not finite.
+        coordinates: The coordinates to move in: the first set in each sweep, the others in every second sweep.
+        z: The chains' starts, ``(N, D)``.
+        max_steps: The largest number of leapfrog steps per transition.
 
     Attributes:
-        z: Where the chains are, ``(N, D)``.
+        z: The chains' current places, ``(N, D)``.
         log_p: The log-density there, ``(N,)``.
-        excess: The log-weights log p - log q there, after the latest proposals, less the logarithm of these' mean.
-        kernels: What moves them, one in each of the charts.
+        excess: The log-weights log p - log q there after the latest proposals, minus the log mean weight of these.
+        kernels: The transition kernels, one per set of coordinates.
+        count: The number of sweeps so far.
     """
 
-    def __init__(self, density: LogDensity, charts: Sequence[Coordinates], z: Tensor, max_steps: int = 8) -> None:
+    def __init__(self, density: LogDensity, coordinates: Sequence[Coordinates], z: Tensor, max_steps: int = 8) -> None:
         self.z, self.log_p = z, torch.full(z.shape[:1], math.nan).to(z)
-        self.kernels = [HMC(density, chart, z.shape[1], max_steps) for chart in charts]
+        self.kernels = [HMC(density, one, z.shape[1], max_steps) for one in coordinates]
         self.excess = torch.zeros_like(self.log_p)
-        self._sweeps = 0
+        self.count = 0
 
     @property
     def acceptance(self) -> list[float]:
-        """The mean acceptance of the latest move in each of the charts."""
+        """The mean acceptance of the latest transition, per set of coordinates."""
         return [kernel.acceptance for kernel in self.kernels]
 
     @property
     def divergences(self) -> int:
-        """In how many trajectories the energy went astray."""
+        """The number of divergent trajectories."""
         return sum(kernel.divergences for kernel in self.kernels)
 
     def sweep(self, *, adapt: bool) -> None:
-        """Move in the charts' coordinates; steps are adapted, in all of them, while that is asked for."""
-        self._sweeps += 1
-        for kernel in self.kernels if adapt or self._sweeps % 2 else self.kernels[:1]:
+        """Make a transition in each set of coordinates; step sizes adapt in all of them if asked for."""
+        self.count += 1
+        for kernel in self.kernels if adapt or self.count % 2 else self.kernels[:1]:
             self.z, self.log_p = kernel.move(self.z, adapt=adapt)
+
+    def sweeps(self, number: int, *, adapt: bool) -> Iterator[Tensor]:
+        """Sweep a number of times; yield z after each sweep."""
+        for _ in range(number):
+            self.sweep(adapt=adapt)
+            yield self.z
 
     @torch.no_grad()
     def propose(self, draw: Callable[[int], Scored], log_q: LogDensity, times: int) -> tuple[list[Tensor], float]:
-        """Propose draws of a guide to each chain, a number of times.
+        """Propose a number of draws of a guide to each chain.
 
         Args:
-            draw: Draws of the guide.
-            log_q: Its log-density, ``(N, D) -> (N,)``.
-            times: How often.
+            draw: Returns draws of the guide.
+            log_q: The guide's log-density, ``(N, D) -> (N,)``.
+            times: The number of proposals per chain.
 
         Returns:
-            Where the chains were after each time, and the mean chance of a draw to be taken.
+            The chains' places after each proposal, and the mean acceptance probability.
         """
-        proposals, number, chances = draw(times * len(self.z)), len(self.z), []
+        proposals, number = draw(times * len(self.z)), len(self.z)
         log_weights = (proposals.log_p - proposals.log_q).nan_to_num(-math.inf, -math.inf, -math.inf)
         own = self.log_p - log_q(self.z).nan_to_num(-math.inf, math.inf, -math.inf)
-        places = []
-        for z, log_p, log_weight in zip(
-            proposals.z.split(number), proposals.log_p.split(number), log_weights.split(number), strict=True
-        ):
+        places, chances = [], []
+        columns = (column.split(number) for column in (proposals.z, proposals.log_p, log_weights))
+        for z, log_p, log_weight in zip(*columns, strict=True):
             chance = (log_weight - own).clamp_max(0).exp()
             taken = torch.rand_like(chance) < chance
             self.z = torch.where(taken.unsqueeze(-1), z, self.z)

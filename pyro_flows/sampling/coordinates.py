@@ -1,36 +1,72 @@
 """Coordinates x in which Markov chains move through vectors z, each with the log-determinant of dz/dx.
 
-The base of a good guide turns the posterior into a normal, in which a step forgets where it started.  Directions that
-mix slowly there, where the guide is bad, mix fast in whitened coordinates.
+In the base coordinates of a good guide the posterior is nearly normal, and a transition forgets where it started.
+Where the guide is poor, directions that mix slowly in its base mix fast in whitened coordinates.
 
-NeuTra (Hoffman et al. 2019, arXiv:1903.03704).
+A hierarchy has a narrow neck where its scales are small, and step sizes that suit the rest are too large to enter it.
+The non-centred parametrisation measures effects in units of their priors' scales.  It has no neck, unless the data
+determine the effects.
+
+NeuTra (Hoffman et al. 2019, arXiv:1903.03704); A General Framework for the Parametrization of Hierarchical Models
+(Papaspiliopoulos, Roberts, Sköld 2007); To Center or Not to Center (Yu, Meng 2011).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
-from torch.distributions import Transform
+from torch.distributions import Cauchy, Laplace, Normal, Transform
 from torch.distributions.utils import _sum_rightmost
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from ..programs.engines import Site, Values, View
 from ..programs.latent_space import LatentSpace
+from ..programs.log_density import is_breakdown
+from ..programs.latents import innermost
+
+LEVELS = 3  # largest depth of a hierarchy; each level takes a run of the model
+FIRST = 4096  # draws by which a hierarchy is recognised
+ROUND_OFF = 1e-4  # largest relative error of a round trip
+PARAMETERS: dict[str, Callable[[Site], Tensor]] = {
+    "loc": lambda site: innermost(site["fn"]).loc,
+    "scale": lambda site: innermost(site["fn"]).scale,
+}
+
+
+class Coordinates(Protocol):
+    """Coordinates x, ``(N, D)``, of vectors z, ``(N, D)``."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z and the log-determinant of dz/dx, ``(N,)``."""
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Return x."""
+
+    def whitened(self, z: Tensor) -> Coordinates:
+        """Return the same coordinates whitened by other draws z, where they are whitened at all."""
 
 
 class White:
-    """Coordinates in which draws ``(N, D)`` have mean 0 and, where they are enough, the identity as covariance.
+    """Coordinates in which draws ``(N, D)`` have mean 0 and identity covariance.
+
+    With few draws for D dimensions they have unit variances only.
 
     Args:
         z: The draws.
-        weights: What each counts, ``(N,)``; by default all count the same.
+        weights: The weights of the draws, ``(N,)``; equal by default.
     """
 
     def __init__(self, z: Tensor, weights: Tensor | None = None) -> None:
         self.loc = z.mean(0) if weights is None else (weights.unsqueeze(-1) * z).sum(0) / weights.sum()
-        enough = len(z) if weights is None else float(weights.sum().square() / weights.square().sum())
+        effective = len(z) if weights is None else float(weights.sum().square() / weights.square().sum())
         covariance = torch.cov(z.T, aweights=weights).reshape(z.shape[1], z.shape[1])
         factor, failed = torch.linalg.cholesky_ex(covariance)
-        self.scale_tril = covariance.diagonal().sqrt().diag() if failed or enough < 5 * z.shape[1] else factor
+        self.scale_tril = covariance.diagonal().sqrt().diag() if failed or effective < 5 * z.shape[1] else factor
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.loc + x @ self.scale_tril.T, self.scale_tril.diagonal().log().sum().expand(len(x))
@@ -38,22 +74,25 @@ class White:
     def inverse(self, z: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self.scale_tril, (z - self.loc).T, upper=False).T
 
+    def whitened(self, z: Tensor) -> White:
+        return White(z)
+
 
 class Base:
-    """The coordinates of an ``AutoContinuous`` guide's base distribution."""
+    """Coordinates of an ``AutoContinuous`` guide's base distribution."""
 
     def __init__(self, space: LatentSpace) -> None:
         self._space = space
 
     @classmethod
     def of(cls, space: LatentSpace, z: Tensor) -> Base | None:
-        """Return a guide's base coordinates, or None unless it has some that are invertible at its draws z."""
+        """Return a guide's base coordinates; None if it has no base, or its transform is not invertible at draws z."""
         if not isinstance(space.task.guide.call, AutoContinuous):
             return None
         found = cls(space)
         try:
             again, _ = found.forward(found.inverse(z))
-        except (NotImplementedError, KeyError):  # no transform, or one without a way back
+        except (NotImplementedError, KeyError):  # no transform, or no inverse
             return None
         return found if bool(((again - z).abs() <= 1e-3 * z.std(0)).all()) else None
 
@@ -66,15 +105,103 @@ class Base:
     def inverse(self, z: Tensor) -> Tensor:
         return self._transform().inv(z)
 
+    def whitened(self, z: Tensor) -> Base:
+        return self
+
     def _transform(self) -> Transform:
         guide = self._space.task.guide
         return guide.call.get_transform(*guide.args, **guide.kwargs)  # type: ignore[attr-defined]
 
 
-Chart = Base | White  # coordinates x, (N, D), for vectors z
+class NonCentred:
+    """Whitened coordinates of z after z = loc + scale x for each real latent whose prior has these parameters.
+
+    The parameters depend on other latents.
+
+    Args:
+        space: The space.
+        names: The latents.
+        levels: The depth of the hierarchy.
+        z: Draws, ``(N, D)``, that whiten the coordinates.
+    """
+
+    def __init__(self, space: LatentSpace, names: list[str], levels: int, z: Tensor) -> None:
+        self._space, self._names, self._levels = space, names, levels
+        self._columns = _columns(space, names).to(z.device)
+        self._white = White(self._units(z))
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, space: LatentSpace, z: Tensor) -> NonCentred | None:
+        """Return a model's non-centred coordinates, given draws z; None if no prior's scale depends on latents."""
+        model = space.task.model
+        names = [name for name in space.task.latents if _has_loc_and_scale(model.single.nodes[name])]
+        if not names or model.enumerated or space.task.runs_one_by_one:
+            return None
+        latents, columns = space.latents(z), _columns(space, names).to(z.device)
+        values = torch.cat([latents[name].reshape(len(z), -1) for name in names], -1)
+        if values.shape[1] != len(columns) or not torch.allclose(z[:, columns], values):
+            return None
+        for levels in range(2, LEVELS + 1):
+            found = cls(space, names, levels, z)
+            again, log_det = found.forward(found.inverse(z))
+            if bool(((again - z).abs() <= ROUND_OFF * (z.abs() + z.std(0))).all()):
+                return found if bool(log_det.std() > ROUND_OFF) else None
+        return None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        units, log_det = self._white.forward(x)
+        z = units
+        try:
+            for _ in range(self._levels):  # each level needs the values of those above
+                loc, scale = self._parameters(z)
+                z = units.index_copy(1, self._columns, loc + scale * units[:, self._columns])
+        except (ValueError, LinAlgError, FloatingPointError) as error:
+            if not is_breakdown(error):
+                raise
+            return x * math.nan, log_det
+        return z, log_det + scale.log().sum(-1)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return self._white.inverse(self._units(z))
+
+    def whitened(self, z: Tensor) -> NonCentred:
+        return NonCentred(self._space, self._names, self._levels, z)
+
+    def _units(self, z: Tensor) -> Tensor:
+        loc, scale = self._parameters(z)
+        return z.index_copy(1, self._columns, (z[:, self._columns] - loc) / scale)
+
+    def _parameters(self, z: Tensor) -> list[Tensor]:
+        """Return the locations and the scales of the priors, given all latents, each ``(N, L)``."""
+
+        def read(view: View) -> Values:
+            return {f"{key} {name}": view.read(name, of) for name in self._names for key, of in PARAMETERS.items()}
+
+        found = self._space.task.model.run(read, self._space.latents(z), len(z))
+        parts = [[found[f"{key} {name}"].reshape(len(z), -1) for name in self._names] for key in PARAMETERS]
+        return [torch.cat(part, -1).to(z) for part in parts]
 
 
-def charts_of(space: LatentSpace, z: Tensor) -> tuple[list[Chart], White]:
-    """Return the coordinates that chains of a guide move in, given draws z, and the whitened ones among them."""
+def _columns(space: LatentSpace, names: list[str]) -> Tensor:
+    """Return the dimensions of some latents among the coordinates of a space."""
+    places = [place for name in names for place, own in enumerate(space.coordinates) if own == name]
+    return torch.tensor(places, dtype=torch.long)
+
+
+def _has_loc_and_scale(site: Site) -> bool:
+    """True if each value of a site has its own location and scale: it is loc + scale times a standardised variable."""
+    fn = innermost(site["fn"])
+    return isinstance(fn, Normal | Laplace | Cauchy) and fn.loc.shape == site["value"].shape == fn.scale.shape
+
+
+def guide_coordinates(space: LatentSpace, z: Tensor) -> tuple[list[Coordinates], White]:
+    """Return base coordinates, if any, and whitened ones, given draws z, ``(N, D)``; also the latter alone."""
     white, base = White(z), Base.of(space, z[:100])
     return [base, white] if base else [white], white
+
+
+def chain_coordinates(space: LatentSpace, z: Tensor) -> list[Coordinates]:
+    """Return the coordinates for chains, given draws z, ``(N, D)``: non-centred ones first if the model has them."""
+    found, (others, _) = NonCentred.of(space, z[:FIRST]), guide_coordinates(space, z)
+    return [found, others[0]] if found else others

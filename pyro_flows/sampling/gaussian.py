@@ -1,8 +1,8 @@
-"""The Gaussian that comes closest to a density, found in about a second.
+"""The Gaussian nearest to a density, found in about a second.
 
-Batch and match (Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei, Saul 2024, arXiv:2402.14758): each round draws z
-from the Gaussian N(μ, Σ), takes the scores g = ∇ log p(z), and moves to the Gaussian whose own scores match them best,
-in closed form and alike under every linear change of variables.
+Batch and match (Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei, Saul 2024, arXiv:2402.14758) draws z from the
+Gaussian N(μ, Σ) in each round and takes the scores g = ∇ log p(z).  Then it moves to the Gaussian whose own scores
+match them best.  The update has a closed form and is invariant under linear changes of variables.
 """
 
 from __future__ import annotations
@@ -19,21 +19,28 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..programs.log_density import LogDensity, score_of, value_and_score
 
-NEAR = 0.25  # how little, in nats, the log-weights of a Gaussian vary that hardly differs from the posterior
+NEAR = 0.25  # standard deviation of the log-weights, in nats, of a Gaussian that hardly differs from the posterior
 TRIED = 32  # draws at which each size is tried
 FEWEST = 10  # rounds
-LAST = 20  # rounds in which the learning rate falls
-CLOSE = 0.5  # the mean square of a difference between scores, relative to that of a score
-POOR = 5.0  # how much, in nats, the log-weights of a Gaussian may vary before its correlations mislead
+LAST = 20  # rounds in which the learning rate decreases
+CLOSE = 0.5  # mean square of a difference between scores, relative to that of a score
+POOR = 5.0  # standard deviation of the log-weights, in nats, of a Gaussian whose correlations may mislead
+
+Watch = Callable[[], bool]
+
+
+def never() -> bool:
+    """Return False."""
+    return False
 
 
 class Gaussian(NamedTuple):
-    """A Gaussian over packed, unconstrained latents, and how it fits: with log-weights log p - log q.
+    """A Gaussian over packed, unconstrained latents, and its fit by the log-weights log p - log q.
 
     Attributes:
         loc: The mean, ``(D,)``.
         scale_tril: The Cholesky factor of the covariance, ``(D, D)``.
-        elbo: The mean log-weight, in nats; -inf if it is no number.
+        elbo: The mean log-weight, in nats; -inf if it is NaN.
         spread: The standard deviation of the log-weights, in nats.
     """
 
@@ -44,25 +51,19 @@ class Gaussian(NamedTuple):
 
     @property
     def is_near(self) -> bool:
-        """True if it hardly differs from the posterior."""
+        """True if the Gaussian hardly differs from the posterior."""
         return self.spread < NEAR
 
     @property
     def is_poor(self) -> bool:
-        """True if it fits so badly that its correlations mislead."""
+        """True if the Gaussian fits so badly that its correlations may mislead."""
         return self.spread > POOR
 
 
 def fit_gaussian(
-    density: LogDensity,
-    loc: Tensor,
-    scale: float,
-    *,
-    rounds: int = 100,
-    budget: float = math.inf,
-    watch: Callable[[], bool] = lambda: False,
+    density: LogDensity, loc: Tensor, scale: float, *, rounds: int = 100, budget: float = math.inf, watch: Watch = never
 ) -> Gaussian:
-    """Find the best Gaussian by some rounds of batch and match, or the start where they find none better.
+    """Fit a Gaussian by batch and match; return the start if no round improves on it.
 
     Args:
         density: The log-density.
@@ -85,10 +86,10 @@ def fit_gaussian(
 
 
 def match_top(density: LogDensity, top: Tensor, scale_tril: Tensor) -> Gaussian | None:
-    """Match a Gaussian to the mode around a top, which may be far narrower than the scale that is given.
+    """Match a Gaussian to the mode around a top, which may be far narrower than ``scale_tril``.
 
-    It starts at the largest of some sizes at which the density falls by no more than a nat per dimension.  None where
-    it breaks down or leads away.
+    It starts at the largest of some sizes at which the density falls by at most a nat per dimension.  None if it breaks
+    down or leads away.
     """
     sizes = 3.0 ** -torch.arange(1.0, 7.0).to(top)
     noise = torch.randn(len(sizes), TRIED, len(top), dtype=top.dtype, device=top.device) @ scale_tril.T
@@ -96,53 +97,50 @@ def match_top(density: LogDensity, top: Tensor, scale_tril: Tensor) -> Gaussian 
         heights = density((top + sizes.view(-1, 1, 1) * noise).flatten(0, 1)).view(len(sizes), -1)
         fall = density(top.unsqueeze(0)) - heights.nan_to_num(-math.inf, math.inf, -math.inf).median(-1).values
     fits = (fall <= len(top)).nonzero()
-    size = sizes[int(fits[0]) if len(fits) else -1]
-    found = match(density, top, size * scale_tril, rounds=60)
+    found = match(density, top, sizes[int(fits[0]) if len(fits) else -1] * scale_tril, rounds=60)
     if found is None:
         return None
-    apart = torch.linalg.solve_triangular(found.scale_tril, (top - found.loc).unsqueeze(-1), upper=False)
-    return found if float(apart.norm()) < math.sqrt(len(top)) + 3 else None
+    distance = torch.linalg.solve_triangular(found.scale_tril, (top - found.loc).unsqueeze(-1), upper=False).norm()
+    return found if float(distance) < math.sqrt(len(top)) + 3 else None
 
 
 def match(
-    density: LogDensity, loc: Tensor, scale_tril: Tensor, rounds: int = 100, watch: Callable[[], bool] = lambda: False
+    density: LogDensity, loc: Tensor, scale_tril: Tensor, rounds: int = 100, watch: Watch = never
 ) -> Gaussian | None:
-    """Batch and match, with a learning rate that is constant until the scores agree no better, and then falls.
+    """Batch and match with a learning rate that is constant until the scores stop improving, and then decreases.
 
-    None where it breaks down.
+    None if it breaks down.
     """
     eye, draws = torch.eye(len(loc), dtype=loc.dtype, device=loc.device), _draws(len(loc))
-    apart: list[float] = []  # the mean square of the difference between the scores, in coordinates where Σ = I
+    errors: list[float] = []  # mean squares of the difference between the scores, in coordinates where Σ = I
     rests = rounds / 2
     try:
         for number in range(1, rounds + 1):
-            z = loc + torch.randn(draws, len(loc), dtype=loc.dtype, device=loc.device) @ scale_tril.T
-            score = score_of(density, z)
+            noise = torch.randn(draws, len(loc), dtype=loc.dtype, device=loc.device)
+            score = score_of(density, loc + noise @ scale_tril.T)
             usable = score.isfinite().all(-1)
             if usable.sum() < draws / 2:
                 scale_tril = scale_tril / 2
                 continue
-            z, score = z[usable], score[usable]
-            own = torch.linalg.solve_triangular(scale_tril, (z - loc).T, upper=False).T
-            apart.append(float((score @ scale_tril + own).square().mean()))
-            if number < rests and _is_at_rest(apart):
+            noise, score = noise[usable], score[usable]
+            errors.append(float((score @ scale_tril + noise).square().mean()))
+            if number < rests and _is_at_rest(errors):
                 rests = number
             if number > rests + LAST or watch():
                 break
             rate = draws / max(1.0, number - rests)
             weight = rate / (1 + rate)
-            mean, mean_score = z.mean(0), score.mean(0)
-            moved = loc - mean
+            mean, mean_score = noise.mean(0), score.mean(0)
             u = rate * torch.cov(score.T, correction=0).reshape(eye.shape) + weight * mean_score.outer(mean_score)
-            v = rate * torch.cov(z.T, correction=0).reshape(eye.shape) + weight * moved.outer(moved)
-            # Σ' solves Σ' U Σ' + Σ' = Σ + V; in coordinates where the right side is the identity, by its eigenvalues.
-            root = scale_tril @ torch.linalg.cholesky(eye + _whitened(v, scale_tril))
+            v = rate * torch.cov(noise.T, correction=0).reshape(eye.shape) + weight * mean.outer(mean)
+            # Σ' solves Σ' U Σ' + Σ' = Σ + L V Lᵀ with Σ = L Lᵀ; eigenvalues give it where the right side is I.
+            root = scale_tril @ torch.linalg.cholesky(eye + v)
             eigenvalues, vectors = torch.linalg.eigh(root.T @ u @ root)
             shrink = 2 / (1 + (1 + 4 * eigenvalues.clamp_min(0)).sqrt())
             factor = root @ (vectors * shrink.sqrt())
+            loc = loc + weight * (factor @ (factor.T @ mean_score) + scale_tril @ mean)
             scale_tril = torch.linalg.qr(factor.T).R.T
             scale_tril = scale_tril * scale_tril.diagonal().sign()
-            loc = (loc + rate * (factor @ (factor.T @ mean_score) + mean)) / (1 + rate)
     except LinAlgError:
         return None
     return _judged(density, loc, scale_tril)
@@ -152,22 +150,17 @@ def _draws(dim: int) -> int:
     return max(64, 2 * dim)
 
 
-def _is_at_rest(apart: list[float]) -> bool:
-    """True if the latest values are small, and no smaller than those before."""
-    if len(apart) < 6:
+def _is_at_rest(errors: list[float]) -> bool:
+    """True if the latest errors are small, and hardly smaller than those before."""
+    if len(errors) < 6:
         return False
-    latest, before = statistics.median(apart[-3:]), statistics.median(apart[-6:-3])
+    latest, before = statistics.median(errors[-3:]), statistics.median(errors[-6:-3])
     return latest < CLOSE and latest > 0.7 * before
 
 
-def _whitened(v: Tensor, scale_tril: Tensor) -> Tensor:
-    half = torch.linalg.solve_triangular(scale_tril, v, upper=False)
-    return torch.linalg.solve_triangular(scale_tril, half.T, upper=False)
-
-
 def _climb(density: LogDensity, loc: Tensor, steps: int = 20) -> Tensor:
-    """Some steps of L-BFGS uphill."""
-    from scipy.optimize import minimize  # torch's imports the compiler, in most of a second
+    """Make some steps of L-BFGS uphill."""
+    from scipy.optimize import minimize  # importing torch's L-BFGS takes most of a second
 
     def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
         height, score = value_and_score(density, torch.as_tensor(x).to(loc).unsqueeze(0))
@@ -179,9 +172,9 @@ def _climb(density: LogDensity, loc: Tensor, steps: int = 20) -> Tensor:
 
 
 @torch.no_grad()
-def _judged(density: LogDensity, loc: Tensor, scale_tril: Tensor, draws: int = 500) -> Gaussian:
-    """A Gaussian with what some log-weights say of it; they have no noise where it is the posterior."""
-    noise = torch.randn(draws, len(loc), dtype=loc.dtype, device=loc.device)
+def _judged(density: LogDensity, loc: Tensor, scale_tril: Tensor) -> Gaussian:
+    """Return a Gaussian with the mean and spread of some log-weights, which are constant if it is the posterior."""
+    noise = torch.randn(500, len(loc), dtype=loc.dtype, device=loc.device)
     log_q = -noise.square().sum(-1) / 2 - scale_tril.diagonal().log().sum() - len(loc) / 2 * math.log(2 * math.pi)
     log_weights = density(loc + noise @ scale_tril.T) - log_q
     elbo = log_weights.mean().nan_to_num(-math.inf, math.inf, -math.inf)

@@ -1,16 +1,28 @@
-"""A population that is annealed from a law r to a posterior p: tempered sequential Monte Carlo.
+"""A population annealed from a distribution r to a posterior p: tempered sequential Monte Carlo.
 
-N particles start as draws of r.  At each of some inverse temperatures β they are weighed against the law before, which
-is proportional to r¹⁻ᵝ pᵝ, resampled by their weights, and moved by Hamiltonian Monte Carlo until they have forgotten
-where they were.  The next β is as far away as the effective sample size of the weights allows.  The product of the mean
-weights estimates p's evidence, with hardly a bias.  Particles live on islands, each resampled by itself: how much the
-islands' estimates differ tells the error of all, lost modes included that some islands have found.  Each half of the
-islands moves in coordinates that are white for the other half: in their own, particles would be whiter than new draws.
+N particles start as draws of r.  A sequence of inverse temperatures β leads through distributions proportional to
+r¹⁻ᵝ pᵝ.  At each β the particles are weighted, resampled and moved by Hamiltonian Monte Carlo until they have forgotten
+their places.  The effective sample size of the weights determines the next β.  The product of the mean weights is a
+nearly unbiased estimate of the evidence.
+
+The particles live on islands, and each island is resampled separately.  The scatter of the islands' estimates gives the
+standard error of their mean.  It includes the error from modes that only some islands have found.  Each half of the
+islands moves in coordinates whitened by the other half: whitened by themselves, particles would be whiter than new
+draws.
+
+Bridge sampling combines the particles with draws of a guide q.  With n draws of p and m of q, both normalised, the
+ratio r of p's unnormalised density to its normalised one solves::
+
+    r = Σ_q[l / (n l + m r)] / m  ·  n / Σ_p[1 / (n l + m r)],    l = p / q with p not normalised
+
+No term exceeds 1 / n or 1 / (m r).  So regions where the guide rarely draws do not spoil the evidence if particles
+cover them.  They do spoil the mean of l over draws of q.
 
 Sequential Monte Carlo Samplers (Del Moral, Doucet, Jasra 2006); An Adaptive Sequential Monte Carlo Method for
 Approximate Bayesian Computation (Del Moral, Doucet, Jasra 2012); Adaptive Tuning of Hamiltonian Monte Carlo Within
 Sequential Monte Carlo (Buchholz, Chopin, Jacob 2021, arXiv:1808.07730); On the Role of Interaction in Sequential Monte
-Carlo Algorithms (Whiteley, Lee, Heine 2016, arXiv:1309.2918).
+Carlo Algorithms (Whiteley, Lee, Heine 2016, arXiv:1309.2918); Simulating Ratios of Normalizing Constants via a Simple
+Identity (Meng, Wong 1996); A Tutorial on Bridge Sampling (Gronau et al. 2017, arXiv:1703.05984).
 """
 
 from __future__ import annotations
@@ -20,26 +32,30 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from .coordinates import White
-from .hmc import HMC
-from .start_distribution import Reference
+from ..programs.latent_space import LatentSpace
+from ..programs.log_density import or_nan
+from .chains import HMC, Chains
+from .coordinates import White, chain_coordinates
+from .start_distribution import BATCH, Reference
 
 ISLANDS = 16
-BATCH = 2048  # particles that are run at once
-HOT, STUCK = 1e-12, 8  # an inverse temperature, and how many below it show that particles are stuck
-TRIES, LEAST = 64, 32  # times as many draws of r to begin with, where few have a density, and how many must
+HOT, STUCK = 1e-12, 8  # particles are stuck if this inverse temperature is not reached in so many steps
+TRIES, LEAST = 64, 32  # draws of r per particle, if few have a density, and the least number of draws that have one
+SWEEPS, PROPOSED = 20, 8  # sweeps that move particles on, and draws of the guide proposed after each
+ROUNDS, CLOSE = 200, 1e-4  # largest number of fixed-point iterations; the step, in nats, that ends them
 
 
 class Effort(NamedTuple):
-    """How thoroughly a population is annealed.
+    """Settings of annealing.
 
     Attributes:
-        kept: The effective share of the particles that the weights of a step in temperature must leave.
-        forgotten: The correlation with where they were at which particles have moved enough.
-        moves: Transitions at each temperature, at least and at most.
-        max_steps: The most leapfrog steps in a transition.
-        gradients: How many gradients of all particles are taken at most; then it stops, wherever it is.
+        kept: The effective share of the particles that a step in temperature keeps.
+        forgotten: The autocorrelation below which particles have moved enough.
+        moves: The least and the largest number of transitions per temperature.
+        max_steps: The largest number of leapfrog steps per transition.
+        gradients: The largest number of gradients per particle, at which annealing stops.
     """
 
     kept: float = 0.5
@@ -54,10 +70,10 @@ class Population(NamedTuple):
 
     Attributes:
         z: The particles, ``(N, D)``.
-        log_weights: Their log-weights, normalised, ``(N,)``.
+        log_weights: Their normalised log-weights, ``(N,)``.
         log_p: The posterior's log-density, not normalised, ``(N,)`` in nats.
-        log_evidences: The log evidence as each of the islands sees it, ``(G,)`` in nats.
-        temperatures: The inverse temperatures β, from 0 to 1, or as far as it came.
+        log_evidences: The estimates of the log evidence by the islands, ``(G,)`` in nats.
+        temperatures: The inverse temperatures β, from 0 to 1 if annealing is complete.
         start_se: The standard error, in nats, of the share of r where p has a density, which all islands share.
     """
 
@@ -70,22 +86,22 @@ class Population(NamedTuple):
 
     @property
     def has_arrived(self) -> bool:
-        """True if it has come to the posterior."""
+        """True if the population has reached the posterior."""
         return self.temperatures[-1] == 1
 
     @property
     def log_evidence(self) -> float:
-        """The log evidence, in nats: that of the mean of the islands'."""
+        """The log evidence, in nats: the logarithm of the islands' mean evidence."""
         return float(self.log_evidences.logsumexp(0)) - math.log(len(self.log_evidences))
 
     @property
     def log_evidence_se(self) -> float:
-        """Its standard error, in nats."""
+        """The standard error of the log evidence, in nats."""
         relative = self.log_evidences.softmax(0) * len(self.log_evidences)
         return math.hypot(float(relative.std()) / math.sqrt(len(relative)), self.start_se)
 
     def share(self, among: Tensor) -> tuple[float, float]:
-        """The weight of some of the particles, ``(N,)`` of bool or of shares, and its standard error."""
+        """Return the weight of some particles, ``(N,)`` of bool or of shares, and its standard error."""
         islands = len(self.log_evidences)
         weights = self.log_weights.exp().reshape(islands, -1)
         inside = (weights * among.to(weights).reshape(islands, -1)).sum(-1)
@@ -97,85 +113,77 @@ class Population(NamedTuple):
 def anneal(reference: Reference, number: int, effort: Effort) -> Population | None:
     """Anneal a population.
 
-    Particles from a prior of many magnitudes may be stuck.  They start anew from a wide Gaussian.
+    If particles are stuck, as may be those from a prior of many magnitudes, they start again from a wide Gaussian.
 
     Args:
-        reference: The law that it starts from, and the posterior.
+        reference: The distribution r to start from, and the posterior.
         number: The number N of particles, a multiple of the 16 islands.
-        effort: How thoroughly to do it.
+        effort: The settings.
 
     Returns:
-        The :class:`Population`; None where no particle has a density to begin with.
+        The :class:`Population`; None if hardly a draw of r has a density.
     """
     found = _annealed(reference, number, effort, HOT)
     if found is not None and found.temperatures[-1] < HOT and reference.widen():
-        return _annealed(reference, number, effort)
+        return _annealed(reference, number, effort, 0.0)
     return found
 
 
 @torch.no_grad()
-def _annealed(reference: Reference, number: int, effort: Effort, hot: float = 0.0) -> Population | None:
-    """Anneal a population as far as the effort goes, or some steps in temperature if it is then still too hot."""
-    found = _begun(reference, number)
-    if found is None:
+def _annealed(reference: Reference, number: int, effort: Effort, hot: float) -> Population | None:
+    """Anneal a population until its effort is spent, or it is stuck at inverse temperatures below ``hot``."""
+    start = _start(reference, number)
+    if start is None:
         return None
-    z, share, start_se = found
-    log_r, log_p = _scored(reference, z)
+    z, log_evidence, start_se = start
+    log_r, log_p = reference.log_r_and_p(z)
     kernels: list[HMC] = []
-    log_weights = torch.zeros(number).to(z)
-    log_evidences, betas = torch.full((ISLANDS,), math.log(share), dtype=torch.float64, device=z.device), [0.0]
+    log_evidences, betas = torch.full((ISLANDS,), log_evidence, dtype=torch.float64, device=z.device), [0.0]
     while betas[-1] < 1 and sum(kernel.gradients for kernel in kernels) < 2 * effort.gradients:
         if len(betas) > STUCK and betas[-1] < hot:
             break
         log_ratio = (log_p - log_r).nan_to_num(-math.inf, -math.inf, -math.inf)
-        step = _step(log_weights, log_ratio, 1 - betas[-1], effort.kept)
+        step = _step(log_ratio, 1 - betas[-1], effort.kept)
         betas.append(1.0 if step >= 1 - betas[-1] else betas[-1] + step)
-        log_weights = log_weights + step * log_ratio
-        by_island = log_weights.double().reshape(ISLANDS, -1)
+        by_island = (step * log_ratio).double().reshape(ISLANDS, -1)
         log_evidences += by_island.logsumexp(-1) - math.log(by_island.shape[1])
-        picked = _resampled(by_island)
-        z, log_weights = z[picked], torch.zeros_like(log_weights)
-        density, charts = reference.bridge(betas[-1]), [White(half) for half in reversed(z.chunk(2))]
-        kernels = kernels or [HMC(density, chart, z.shape[1], effort.max_steps) for chart in charts]
-        for kernel, chart in zip(kernels, charts, strict=True):
-            kernel.turn_to(density, chart)
-        z = torch.cat([_moved(kernel, half, effort) for kernel, half in zip(kernels, z.chunk(2), strict=True)])
-        log_r, log_p = _scored(reference, z)
+        picked = systematic(by_island.softmax(-1), by_island.shape[1]).unsqueeze(-1)
+        halves = z.reshape(ISLANDS, -1, z.shape[1]).take_along_dim(picked, 1).flatten(0, 1).chunk(2)
+        density, coordinates = reference.bridge(betas[-1]), [White(half) for half in reversed(halves)]
+        kernels = kernels or [HMC(density, white, z.shape[1], effort.max_steps) for white in coordinates]
+        for kernel, white in zip(kernels, coordinates, strict=True):
+            kernel.retarget(density, white)
+        z = torch.cat([_moved(kernel, half, effort) for kernel, half in zip(kernels, halves, strict=True)])
+        log_r, log_p = reference.log_r_and_p(z)
     log_weights = log_evidences.log_softmax(0).repeat_interleave(number // ISLANDS) - math.log(number // ISLANDS)
     return Population(z, log_weights.to(z), log_p, log_evidences, betas, start_se)
 
 
-def _begun(reference: Reference, number: int) -> tuple[Tensor, float, float] | None:
-    """Draws of r at which p has a density, ``(number, D)``, the share of all that have, and the noise of its logarithm;
-    None if too few have."""
-    alive: list[Tensor] = []
+def _start(reference: Reference, number: int) -> tuple[Tensor, float, float] | None:
+    """Draw particles from r where p has a density; return them, and the logarithm of r's share there with its error.
+
+    None if too few draws have a density.
+    """
+    parts: list[Tensor] = []
     count = 0
-    while sum(len(part) for part in alive) < number and count < TRIES * number:
+    while sum(map(len, parts)) < number and count < TRIES * number:
         z = reference.draw(number)
-        log_r, log_p = _scored(reference, z)
-        alive.append(z[(log_r + log_p).isfinite()])
+        log_r, log_p = reference.log_r_and_p(z)
+        parts.append(z[(log_r + log_p).isfinite()])
         count += number
-    z = torch.cat(alive)
+    z = torch.cat(parts)
     if len(z) < LEAST:
         return None
     share = len(z) / count
-    return (
-        z[:number] if len(z) >= number else z[torch.randint(len(z), (number,))],
-        share,
-        math.sqrt((1 - share) / (share * count)),
-    )
+    z = z[:number] if len(z) >= number else z[torch.randint(len(z), (number,))]
+    return z, math.log(share), math.sqrt((1 - share) / (share * count))
 
 
-def _scored(reference: Reference, z: Tensor) -> tuple[Tensor, Tensor]:
-    parts = [reference.log_r_and_p(part) for part in z.split(BATCH)]
-    return torch.cat([log_r for log_r, _ in parts]), torch.cat([log_p for _, log_p in parts])
-
-
-def _step(log_weights: Tensor, log_ratio: Tensor, most: float, least: float) -> float:
-    """How far β may rise: as far as the weights keep an effective share of the particles."""
+def _step(log_ratio: Tensor, most: float, least: float) -> float:
+    """Return the largest step in β after which the weights keep an effective share ``least`` of the particles."""
 
     def kept(step: float) -> float:
-        found = log_weights + step * log_ratio
+        found = step * log_ratio
         found = found - found.max()
         return float((2 * found.logsumexp(0) - (2 * found).logsumexp(0)).exp()) / len(found)
 
@@ -183,36 +191,70 @@ def _step(log_weights: Tensor, log_ratio: Tensor, most: float, least: float) -> 
     if kept(most) >= least:
         return most
     for _ in range(50):
-        middle = (low + high) / 2 if low else high / 10  # β may begin many orders of magnitude below 1
+        middle = (low + high) / 2 if low else high / 10  # the first β may be many orders of magnitude below 1
         low, high = (middle, high) if kept(middle) >= least else (low, middle)
         if low and high / low < 1.01:
             break
     return low or high
 
 
-def _resampled(log_weights: Tensor) -> Tensor:
-    """Indices of particles by their weights on islands, ``(G, n)``: systematic on each, ``(G * n,)``."""
-    islands, number = log_weights.shape
-    ends = log_weights.softmax(-1).cumsum(-1)
-    points = (torch.arange(number) + torch.rand(islands, 1)).to(ends) / number
-    picked = torch.searchsorted(ends, points).clamp_max(number - 1)
-    return (picked + number * torch.arange(islands, device=picked.device).unsqueeze(-1)).flatten()
+def systematic(weights: Tensor, number: int) -> Tensor:
+    """Resample systematically by each row of weights, ``(G, n)``; return indices, ``(G, number)``."""
+    ends = weights.cumsum(-1) / weights.sum(-1, keepdim=True)
+    points = (torch.arange(number) + torch.rand(len(weights), 1)).to(ends) / number
+    return torch.searchsorted(ends, points).clamp_max(weights.shape[1] - 1)
 
 
 def _moved(kernel: HMC, z: Tensor, effort: Effort) -> Tensor:
-    """Move particles until they have forgotten where they were, and how far from the middle."""
-    start = _features(kernel.chart.inverse(z))
-    least, most = effort.moves
+    """Move particles until they have forgotten their places and their distances from the centre."""
+    start, (least, most) = _features(kernel, z), effort.moves
     for count in range(1, most + 1):
         z = torch.cat([kernel.move(part, adapt=True)[0] for part in z.split(BATCH)])
-        kept = (start * _features(kernel.chart.inverse(z))).sum(0)
-        if count >= least and float(kept.max()) < effort.forgotten:
+        if count >= least and float((start * _features(kernel, z)).sum(0).max()) < effort.forgotten:
             break
     return z
 
 
-def _features(x: Tensor) -> Tensor:
-    """The coordinates and the square of the distance from the middle, centred and of norm 1, ``(N, D + 1)``."""
+def _features(kernel: HMC, z: Tensor) -> Tensor:
+    """Return the coordinates and the squared distance from the origin, centred and of norm 1, ``(N, D + 1)``."""
+    x = kernel.coordinates.inverse(z)
     found = torch.cat((x, x.square().sum(-1, keepdim=True)), -1)
     found = found - found.mean(0)
     return found / found.norm(dim=0).clamp_min(1e-12)
+
+
+def moved_on(space: LatentSpace, population: Population) -> Population:
+    """Move the particles of a population as chains in a guide's space, in its coordinates and by its draws."""
+    log_q, coordinates = or_nan(space.log_q), chain_coordinates(space, population.z)
+    chains = Chains(or_nan(space.log_p), coordinates, population.z, max_steps=16)
+    for _ in chains.sweeps(SWEEPS, adapt=True):
+        chains.propose(lambda number: space.draw(number, batch_size=2 * BATCH), log_q, PROPOSED)
+    return population._replace(z=chains.z, log_p=chains.log_p)
+
+
+def bridge(population: Population, of_p: Tensor, of_q: Tensor) -> tuple[float, float]:
+    """Return the log evidence and its standard error, in nats; the error is infinite without an overlap.
+
+    Args:
+        population: Weighted draws of the posterior, whose islands give their sampling error.
+        of_p: The log-ratios log p - log q of these draws, ``(N,)``.
+        of_q: The log-ratios of draws of the guide, ``(M,)``.
+    """
+    of_p, of_q = (x.double().nan_to_num(-math.inf, math.inf, -math.inf) for x in (of_p, of_q))
+    log_weights = population.log_weights.double()
+    number = 1 / float(log_weights.exp().square().sum())
+    odds, log_r = math.log(number / len(of_q)), float(of_q.logsumexp(0)) - math.log(len(of_q))
+    for _ in range(ROUNDS):
+        above = logsigmoid(of_q + odds - log_r)  # at draws of q, the logarithm of p's share of the two densities
+        below = logsigmoid(log_r - of_p - odds)  # at draws of p, the logarithm of q's share
+        mean_above = float(above.logsumexp(0)) - math.log(len(of_q))
+        mean_below = float((log_weights + below).logsumexp(0))
+        change = mean_above - mean_below - odds
+        log_r += change / 2  # whole steps may oscillate
+        if abs(change) < CLOSE:
+            break
+    else:
+        return log_r, math.inf
+    relative = (above - mean_above).exp()
+    _, noise = population.share((below - mean_below).exp())
+    return log_r, math.hypot(float(relative.std()) / math.sqrt(len(of_q)), noise)

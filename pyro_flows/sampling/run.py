@@ -1,17 +1,18 @@
 """Chains of a guide's posterior that run until they have converged.
 
-They start from draws of the guide.  A warm-up adapts steps and coordinates, and measures with what chance draws of the
-guide are accepted; after it nothing changes any more, so that the chains are exact.  Then they run in rounds, each
-longer than the one before, until R-hat and effective sample sizes are as asked for.  Draws that are kept further apart
-depend less on each other, and short chains of independent draws have an R-hat of 1: so with many chains it is cheapest
-to keep few of each.  What chains record while they still drift is dropped.
+The chains start from draws of the guide.  A warm-up adapts step sizes and coordinates, and measures how often draws of
+the guide are accepted.  After it nothing adapts, so the chains are exact.  They run in rounds of growing length until
+R-hat and effective sample sizes reach the goal.  Thinned draws are less correlated, and short chains of independent
+draws have an R-hat of 1.  So it is cheapest to run many chains and keep few draws of each.  Draws that chains recorded
+while they still drifted are dropped.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -22,107 +23,77 @@ from ..programs.latent_space import LatentSpace
 from ..programs.log_density import or_nan
 from .chains import Chains
 from .convergence import FEWEST, Convergence, convergence
-from .coordinates import White
-from .non_centred import NonCentred, coordinates_of
+from .coordinates import White, chain_coordinates
+from .population import systematic
+from .samples import Samples
 
-RHAT = 1.01  # where chains have converged
-SHORT, LONG = 16, 60  # sweeps of a warm-up: for a guide whose draws are mostly accepted, and for any other
-GOOD, FAIR = 0.5, 0.01  # mean chances of a draw of the guide to be accepted
-FEW, MANY = 8, 32  # draws of such guides that are proposed to each chain in a cycle
-LEAST = 160  # draws of each chain of a good guide
-SWEEPS = 20  # between which the draws of such a guide are proposed, at least
-STARTS = 20  # draws of the guide for each chain's start
-SPREAD = 0.1  # the effective share of these by which they are resampled
-HEAVY = 0.01  # the share of the posterior that draws of the guide may need longer to reach or to leave than chains run
-VISITS = 20.0  # how often a chain must have left such places, had it been there all the time, to know what they hold
-AGAIN = 10  # sweeps that adapt once more, where chains have moved on
-KEPT = 400  # draws of each chain that are kept at most, unless more are asked for
-KNOWN = 5000  # normal draws that tell a standard deviation to 1 %
-HEAVY_TAILED = 10  # times as many sweeps, at most, as convergence takes, where a standard deviation is still unknown
-MANY_CHAINS = 64  # from which on their scatter tells how well a standard deviation is known
-WORST = 16  # quantities that are looked at first, those that were furthest from convergence before
-BATCH = 4096  # draws of the guide, or values of draws, that are computed at once
+RHAT = 1.01  # of converged chains
+SHORT, LONG = 16, 60  # sweeps of the warm-up, with a good guide and with any other
+GOOD, FAIR = 0.5, 0.01  # mean acceptance of draws of a good guide, and of a fair one
+FEW, MANY = 8, 32  # proposed draws of the guide per chain and cycle
+LEAST = 160  # recorded draws per chain with a good guide
+SWEEPS = 20  # least number of cycles with a good guide
+STARTS = 20  # draws of the guide per chain, for its start
+SPREAD = 0.1  # effective share of these from which they are resampled by their weights
+HEAVY = 0.01  # share of the posterior at weights so large that proposals alone may not visit it
+VISITS = 20.0  # departures from such places, per chain that is always there, from which their mass is known
+AGAIN = 10  # sweeps that adapt again after a drift
+KEPT = 400  # largest number of recorded draws per chain, unless more are asked for
+KNOWN = 5000  # normal draws that estimate a standard deviation to 1 %
+HEAVY_TAILED = 10  # largest factor by which unknown standard deviations lengthen a run
+MANY_CHAINS = 64  # chains from which their scatter estimates the error of a standard deviation
+WORST = 16  # quantities that are tested first: those furthest from convergence so far
+BATCH = 4096  # draws per run of the model
 
 
 class Goal(NamedTuple):
     """The goal of a run of chains.
 
     Attributes:
-        num_draws: The least effective sample size of each quantity, of its bulk and of its tails.  Chains run on, up to
-            ten times as long, until each standard deviation is known as well as from so many normal draws, or to 1 %.
-        max_sweeps: How often chains are moved at most.
+        num_draws: The least effective sample size of each quantity, of its bulk and of its tails.  Chains run up to ten
+            times longer until each standard deviation is as well known as from so many normal draws, or to 1 %.
+        max_sweeps: The largest number of sweeps.
     """
 
     num_draws: int
     max_sweeps: int
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The result of a run of chains.
-
-    Attributes:
-        z: Draws, ``(C, n, D)``.
-        convergence: How far they have converged, for each of the K quantities of the space.
-        converged: True if each of them is as asked for.
-        acceptance: The mean acceptance of the moves, in each of the coordinates.
-        chance: The mean chance of a draw of the guide to be accepted.
-        divergences: In how many trajectories after the warm-up the energy went astray.
-        sweeps: How often the chains were moved.
-    """
-
-    z: Tensor
-    convergence: Convergence
-    converged: bool
-    acceptance: list[float]
-    chance: float
-    divergences: int
-    sweeps: int
-
-
 class Run:
-    """Chains of a guide's space that run until they have converged.
+    """A run of chains of a guide's space.
 
     Args:
         space: The space.
         num_chains: The number C of chains.
-        goal: What is asked of them.
-        tell: Is told after each sweep, in words, how far the chains are.
-        stopped: Asked after each sweep; True to end early.
-        others: Places where a quarter of the chains start, ``(n, D)``, to tell whether all come from there to where the
-            guide is; None to start all of them from the guide's draws.
+        goal: The goal.
+        watch: Called after each sweep with the state of the chains in words; True ends the run early.
+        others: Starts of a quarter of the chains, ``(n, D)``, to see whether these mix with the others; None to start
+            all chains from draws of the guide.
     """
 
     def __init__(
-        self,
-        space: LatentSpace,
-        num_chains: int,
-        goal: Goal,
-        tell: Callable[[str], None],
-        stopped: Callable[[], bool],
-        others: Tensor | None = None,
+        self, space: LatentSpace, num_chains: int, goal: Goal, watch: Callable[[str], bool], others: Tensor | None
     ) -> None:
-        self.space, self.goal, self._tell, self._stopped = space, goal, tell, stopped
-        self._draw = partial(space.draw, batch_size=BATCH)
+        self.space, self.goal, self._watch, self._is_stopped = space, goal, watch, False
+        self._draw, self._began = partial(space.draw, batch_size=BATCH), time.perf_counter()
         z, start = self._starts(num_chains)
         if others is not None:
             quarter = start[: num_chains // 4]
             quarter.copy_(others[torch.arange(len(quarter)) % len(others)])
-        self.chains = Chains(or_nan(space.log_p), coordinates_of(space, z), start, max_steps=16)
+        self.chains = Chains(or_nan(space.log_p), chain_coordinates(space, z), start, max_steps=16)
         self.record = Record(space, max(KEPT, math.ceil(2 * goal.num_draws / num_chains)))
-        self.sweeps, self.chance, self.times, self._words = 0, math.nan, 0, "warm-up"
+        self.chance, self._times, self._words = math.nan, 0, "warm-up"
         self._records_all, self._proposed = False, 0
         self._accepted: list[list[float]] = []
-        self._heavy: list[float] = []
-        self._was_heavy, self._visits = torch.zeros(num_chains, dtype=torch.bool, device=z.device), (0, 0)
+        self._heavy: list[Tensor] = []  # per cycle, True for chains at places of large weight, (C,)
 
     def _starts(self, num_chains: int) -> tuple[Tensor, Tensor]:
-        """Draws of the guide, and where the chains start: at draws resampled by their weights, if the guide is good.
+        """Return draws of the guide, and the starts of the chains, resampled by weights if the guide is good.
 
         Weights are truncated (Ionides 2008), so that no draw starts many chains.
         """
-        most = 4 if self.space.task.runs_one_by_one else STARTS
-        guide = self._draw(max(num_chains * most, 10 * self.space.dim))
+        per_chain = 4 if self.space.task.runs_one_by_one else STARTS
+        guide = self._draw(max(num_chains * per_chain, 10 * self.space.dim))
         sound = guide.log_p.isfinite() & guide.log_q.isfinite() & guide.z.isfinite().all(-1)
         if not sound.any():
             raise ValueError("the model has no finite density at any draw of the guide; train the guide first.")
@@ -131,191 +102,178 @@ class Run:
         weights = weights.clamp_max(float(weights.mean()) * math.sqrt(len(z)))
         if float(weights.sum().square() / weights.square().sum()) < SPREAD * len(z):
             return z, z[torch.arange(num_chains) % len(z)]
-        points = (torch.arange(num_chains, device=z.device) + torch.rand((), device=z.device)) / num_chains
-        places = torch.searchsorted(weights.cumsum(0) / weights.sum(), points.double()).clamp_max(len(z) - 1)
+        places = systematic(weights.unsqueeze(0), num_chains)[0]
         return z, z[places[torch.randperm(num_chains, device=z.device)]]
 
-    def run(self) -> Outcome:
-        """Warm up, and run until the chains have converged, or as long as they may."""
+    def run(self) -> Samples:
+        """Warm up, and run until the chains have converged, ``watch`` returns True, or the sweeps are used up."""
         self._warm_up()
-        before, reached = self.chains.divergences, 0
+        before, converged_at = self.chains.divergences, 0
         wanted = self._least
         while True:
             self._extend(wanted)
-            found, is_enough, growth = self.record.judge(self.goal)
-            if is_enough and self._is_short():
-                is_enough, growth = False, 2.0
-            if is_enough:
-                reached = reached or self.sweeps  # when the chains had converged
-                if self._knows_sds(found) or self.sweeps >= HEAVY_TAILED * reached:
+            found, converged, growth = self.record.judge(self.goal)
+            if converged and self._is_short():
+                converged, growth = False, 2.0
+            if converged:
+                converged_at, growth = converged_at or self.chains.count, 1.5
+                if self._knows_sds(found) or self.chains.count >= HEAVY_TAILED * converged_at:
                     break
-                growth = 1.5
             if self._is_over():
                 break
             self._words = f"R-hat {float(found.rhat.max()):.3f}, ESS {float(found.ess.min()):.0f}"
-            if self.record.drifts(found):
+            if found.drifts:
                 self.record.drop_half()
-                self._adapt_again()
+                self._whiten(self.record.z().flatten(0, 1))
+                for _ in range(AGAIN):
+                    if not self._is_over():
+                        self._sweep(adapt=True)
             wanted = math.ceil(len(self.record) * growth)
-        return Outcome(
-            self.record.z(),
-            self.record.convergence() if len(found.rhat) < len(self.space.read.names) else found,
-            is_enough,
-            [sum(values) / len(values) for values in zip(*self._accepted, strict=True)],
-            self.chance,
-            self.chains.divergences - before,
-            self.sweeps,
+        z, names = self.record.z(), self.space.read.names
+        rhat, ess_bulk, ess_tail, *_ = found if len(found.rhat) == len(names) else self.record.convergence()
+        return Samples(
+            draws={k: v.unflatten(0, z.shape[:2]) for k, v in self.space.drawn_back(z.flatten(0, 1), BATCH).items()},
+            names=names,
+            rhat=rhat,
+            ess_bulk=ess_bulk,
+            ess_tail=ess_tail,
+            converged=converged,
+            divergences=self.chains.divergences - before,
+            acceptance=[statistics.fmean(values) for values in zip(*self._accepted, strict=True)],
+            chance=self.chance,
+            sweeps=self.chains.count,
+            seconds=time.perf_counter() - self._began,
+            guide=self.space.task.guide.call,
         )
 
     @property
     def _least(self) -> int:
-        """The number of draws of each chain that may do."""
+        """The least number of recorded draws per chain."""
         least = LEAST if self._records_all else 2 * FEWEST
         return max(least, math.ceil(1.2 * self.goal.num_draws / len(self.chains.z)))
 
     def _knows_sds(self, found: Convergence) -> bool:
-        """True if each standard deviation is known as well as is asked for, or chains are too few to tell."""
+        """True if each standard deviation is as well known as asked for, or there are too few chains to tell."""
         return len(self.chains.z) < MANY_CHAINS or bool((found.ess_sd >= min(self.goal.num_draws, KNOWN)).all())
 
     def _is_short(self) -> bool:
-        """True if much of the posterior has weights w = p / q above the number of draws proposed to each chain, and
-        chains come and go there seldom.
+        """True if much of the posterior lies at weights above the number of proposals, and chains rarely enter there.
 
-        By proposals alone a chain stays at a place of weight w for about w of them, and takes as long to find it.
+        By proposals alone a chain stays at a place of weight w = p / q for about w proposals, and finds it as rarely.
         """
-        if not self._records_all or sum(self._heavy) <= HEAVY * len(self._heavy):
+        if not self._records_all:
             return False
-        there, stayed = self._visits
-        return (there - stayed) * len(self._heavy) < VISITS * there
+        heavy = torch.stack(self._heavy)  # (cycles, C)
+        departures, visits = int((heavy[:-1] & ~heavy[1:]).sum()), int(heavy[:-1].sum())
+        return bool(heavy.double().mean() > HEAVY) and departures * len(heavy) < VISITS * visits
 
     def _is_over(self) -> bool:
-        return self.sweeps >= self.goal.max_sweeps or self._stopped()
+        return self.chains.count >= self.goal.max_sweeps or self._is_stopped
 
     def _sweep(self, *, adapt: bool) -> None:
         self.chains.sweep(adapt=adapt)
-        self.sweeps += 1
-        self._tell(self._words)
+        self._is_stopped = self._watch(self._words)
 
     def _propose(self, times: int) -> list[Tensor]:
         places, self.chance = self.chains.propose(self._draw, or_nan(self.space.log_q), times)
         self._proposed += times
-        heavy = self.chains.excess > math.log(self._proposed)
-        if self._heavy:  # else there was no cycle before
-            there, stayed = self._visits
-            self._visits = there + int(self._was_heavy.sum()), stayed + int((self._was_heavy & heavy).sum())
-        self._heavy.append(float(heavy.double().mean()))
-        self._was_heavy = heavy
+        self._heavy.append(self.chains.excess > math.log(self._proposed))
         return places
 
     def _warm_up(self) -> None:
-        """Adapt steps and coordinates, and decide how often draws of the guide are proposed."""
+        """Adapt step sizes and coordinates, and choose how often draws of the guide are proposed."""
         chances: list[float] = []
         visited: list[Tensor] = []
         for sweep in range(1, LONG + 1):
             self._sweep(adapt=True)
-            self._propose(FEW if self.chance > FAIR else 1)  # what the guide draws too rarely takes many
+            self._propose(FEW if self.chance > FAIR else 1)  # many proposals reach places where the guide rarely draws
             chances.append(self.chance)
             visited.append(self.chains.z)
-            self.chance = sum(chances[-5:]) / len(chances[-5:])
-            if self.chance > GOOD and sweep >= FEW:  # the base's steps go further
-                self._leave_white()
-            is_last = self.sweeps >= self.goal.max_sweeps - FEWEST  # the draws that are recorded take sweeps too
-            if is_last or self._stopped() or (sweep >= SHORT and self.chance > GOOD):
+            self.chance = statistics.fmean(chances[-5:])
+            kernels = self.chains.kernels
+            if self.chance > GOOD and sweep >= FEW:  # steps in the base are longer than in whitened coordinates
+                others = [kernel for kernel in kernels if not isinstance(kernel.coordinates, White)]
+                self.chains.kernels = others or kernels
+            is_last = self.chains.count >= self.goal.max_sweeps - FEWEST  # the recorded draws take sweeps too
+            if is_last or self._is_stopped or (sweep >= SHORT and self.chance > GOOD):
                 break
             if sweep in (LONG // 6, LONG // 3, LONG // 2):
                 self._whiten(torch.cat(visited[sweep // 2 :]))
-        # Good draws are recorded one by one: where many are asked for, large batches of them are fastest.
-        self._records_all = self.chance > GOOD
-        self._heavy, self._visits = [], (0, 0)
+        # With a good guide each proposal is recorded; large batches are fastest if many draws are asked for.
+        self._records_all, self._heavy = self.chance > GOOD, []
         many = min(MANY, max(FEW, self._least // SWEEPS)) if self._records_all else FEW
-        self.times = many if self.chance > FAIR else 0
-
-    def _leave_white(self) -> None:
-        """Move no more in whitened coordinates, where there are others."""
-        others = [kernel for kernel in self.chains.kernels if not isinstance(kernel.chart, White)]
-        self.chains.kernels = others or self.chains.kernels
+        self._times = many if self.chance > FAIR else 0
 
     def _whiten(self, z: Tensor) -> None:
-        white = White(z)
         for kernel in self.chains.kernels:
-            if isinstance(kernel.chart, White):
-                kernel.chart = white
-            elif isinstance(kernel.chart, NonCentred):
-                kernel.chart = kernel.chart.whitened(z)
-
-    def _adapt_again(self) -> None:
-        """Adapt once more, to where the chains are now."""
-        self._whiten(self.record.z().flatten(0, 1))
-        for _ in range(AGAIN):
-            if not self._is_over():
-                self._sweep(adapt=True)
+            kernel.coordinates = kernel.coordinates.whitened(z)
 
     def _extend(self, wanted: int) -> None:
-        """Run until a number of draws of each chain is recorded."""
+        """Run until a number of draws per chain is recorded."""
         while len(self.record) < wanted and not (self._is_over() and len(self.record) >= FEWEST):
             self._sweep(adapt=False)
             self._accepted.append(self.chains.acceptance)
-            places = self._propose(self.times) if self.times else [self.chains.z]
+            places = self._propose(self._times) if self._times else [self.chains.z]
             for z in places if self._records_all else places[-1:]:
                 if self.record.keep(z):
                     wanted = math.ceil(wanted / 2)
 
 
 class Record:
-    """The draws of chains, at a bounded number of times.
+    """The draws of chains at a bounded number of times.
 
     Args:
-        space: The space in which they are drawn.
-        most: How many are kept of each chain; where there are more, every second one is dropped.
+        space: The space of the draws.
+        most: The largest number of draws per chain; beyond it every second draw is dropped.
     """
 
     def __init__(self, space: LatentSpace, most: int) -> None:
         self._space, self._most, self._every, self._since = space, most, 1, 0
         self._z: list[Tensor] = []  # (C, D) each
-        self._numbers: list[Tensor] = []  # (C, K) each, of the first ones
-        self._worst = torch.arange(0)
+        self._quantities: list[Tensor] = []  # (C, K) each, of the first of these draws
+        self._worst = torch.arange(0)  # the quantities furthest from convergence
 
     def __len__(self) -> int:
         return len(self._z)
 
     def keep(self, z: Tensor) -> bool:
-        """Record where the chains are; True if every second one was dropped."""
+        """Record the places of the chains; return True if every second draw was dropped."""
         self._since += 1
         if self._since < self._every:
             return False
         self._z.append(z)
         self._since = 0
-        if len(self._z) <= self._most:
-            return False
-        self._thin(2)
-        return True
+        is_full = len(self._z) > self._most
+        if is_full:
+            self._thin(2)
+        return is_full
 
     def _thin(self, step: int) -> None:
-        start = (len(self._z) - 1) % step  # the last one stays
-        self._z, self._numbers, self._every = self._z[start::step], self._numbers[start::step], self._every * step
+        kept = slice((len(self._z) - 1) % step, None, step)  # with the last draw
+        self._z, self._quantities, self._every = self._z[kept], self._quantities[kept], self._every * step
 
     def drop_half(self) -> None:
-        """Forget the first half."""
+        """Drop the first half."""
         half = len(self._z) // 2
-        self._z, self._numbers = self._z[half:], self._numbers[half:]
+        self._z, self._quantities = self._z[half:], self._quantities[half:]
 
     def z(self) -> Tensor:
-        """All draws, ``(C, n, D)``."""
+        """Return all draws, ``(C, n, D)``."""
         return torch.stack(self._z, 1)
 
     def judge(self, goal: Goal) -> tuple[Convergence, bool, float]:
-        """Look at all draws, and at those that are left if only every second, fourth, … is kept.
+        """Test all draws, and the draws that remain if only every second, fourth, … is kept.
 
         Returns:
-            How far these have converged, or at least those quantities that lag behind; whether that is enough, and
-            then only the draws that were looked at are left; and by what factor more are needed.
+            The convergence of all quantities, or of the worst; True if the goal is reached, in which case only the
+            tested draws are kept; and the factor by which more draws are needed.
         """
-        numbers, chains = self._all_numbers(), len(self._z[0])
+        quantities, chains = self._all_quantities(), len(self._z[0])
         growth, step, first = 2.0, 1, None
         while step == 1 or (len(self) // step >= 2 * FEWEST and len(self) // step * chains >= goal.num_draws):
-            found, is_whole = self._look(numbers[:, (len(self) - 1) % step :: step], goal)
+            found, is_reached = self._test(quantities[:, (len(self) - 1) % step :: step], goal)
             first = first or found
-            if is_whole and self._is_enough(found, goal):
+            if is_reached:
                 self._thin(step)
                 return found, True, 1.0
             excess = (float(found.rhat.max()) ** 2 - 1) / (RHAT**2 - 1)
@@ -325,32 +283,28 @@ class Record:
         return first, False, max(1.25, growth)
 
     def convergence(self) -> Convergence:
-        """How far all draws have converged, for each quantity."""
-        return convergence(self._all_numbers())
+        """Return the convergence of all quantities."""
+        return convergence(self._all_quantities())
 
-    def drifts(self, found: Convergence) -> bool:
-        """True if the chains still move away from where they started, by more than chance explains."""
-        tests = 2 * max(1, found.drift.numel())
-        return bool((found.drift > torch.special.ndtri(torch.tensor(1 - 0.0005 / tests, dtype=torch.float64))).any())
+    def _test(self, quantities: Tensor, goal: Goal) -> tuple[Convergence, bool]:
+        """Test the worst quantities first, and the others if these have converged."""
 
-    def _is_enough(self, found: Convergence, goal: Goal) -> bool:
-        return bool((found.rhat <= RHAT).all() and (found.ess >= goal.num_draws).all()) and not self.drifts(found)
+        def is_reached(found: Convergence) -> bool:
+            return bool((found.rhat <= RHAT).all() and (found.ess >= goal.num_draws).all()) and not found.drifts
 
-    def _look(self, numbers: Tensor, goal: Goal) -> tuple[Convergence, bool]:
-        """Look at the worst quantities first, and at the others where these have converged; True where at all."""
         if len(self._worst):
-            found = convergence(numbers[..., self._worst])
-            if not self._is_enough(found, goal):
+            found = convergence(quantities[..., self._worst])
+            if not is_reached(found):
                 return found, False
-        found = convergence(numbers)
+        found = convergence(quantities)
         lacks = torch.maximum((found.rhat - 1) / (RHAT - 1), goal.num_draws / found.ess.clamp_min(1))
         self._worst = lacks.topk(WORST).indices if len(lacks) > WORST else torch.arange(0)
-        return found, True
+        return found, is_reached(found)
 
-    def _all_numbers(self) -> Tensor:
-        """The quantities, ``(C, n, K)``; those of new draws are computed."""
+    def _all_quantities(self) -> Tensor:
+        """Return the quantities, ``(C, n, K)``; only those of new draws are computed."""
         chains = len(self._z[0])
-        while len(self._numbers) < len(self._z):
-            part = self._z[len(self._numbers) :][: max(1, BATCH // chains)]
-            self._numbers += self._space.quantities(torch.cat(part)).split(chains)
-        return torch.stack(self._numbers, 1)
+        while len(self._quantities) < len(self._z):
+            part = self._z[len(self._quantities) :][: max(1, BATCH // chains)]
+            self._quantities += self._space.quantities(torch.cat(part)).split(chains)
+        return torch.stack(self._quantities, 1)

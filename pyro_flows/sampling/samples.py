@@ -1,4 +1,4 @@
-"""The record of draws of a posterior that Markov chains have made."""
+"""The result of sampling a posterior by Markov chains."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Samples:
-    """Draws of a posterior, and how far their chains have converged: the result of :func:`~pyro_flows.sample`.
+    """Draws of a posterior by Markov chains, and how far they have converged: the result of :func:`~pyro_flows.sample`.
 
     Attributes:
         draws: Draws of latents and deterministic sites: name -> ``(chains, draws, *site_shape)``.
-        names: The names of the K quantities that were looked at; angles count as their cosine and sine.
-        rhat: Rank-normalised split R-hat of each, ``(K,)``.
-        ess_bulk: The effective sample size of its bulk, ``(K,)``.
-        ess_tail: That of its tails, the smaller of the two.
-        converged: True if every R-hat is at most 1.01 and every effective sample size as large as asked for.
-        divergences: In how many trajectories after the warm-up the energy went astray.
-        acceptance: The mean acceptance of the chains' moves, between 0 and 1, in each of their coordinates.
-        chance: The mean chance of a draw of the guide to be accepted as a chain's next place.
-        sweeps: How often the chains were moved.
-        seconds: How long sampling took, without the fit.
-        guide: The guide whose draws the chains started from.
-        fit: Its fit, None if the guide was given.
+        names: The names of the K tested quantities; angles count as their cosine and sine.
+        rhat: Rank-normalised split R-hat, ``(K,)``.
+        ess_bulk: The effective sample size of the bulk, ``(K,)``.
+        ess_tail: The effective sample size of the tails, the smaller of the two, ``(K,)``.
+        converged: True if every R-hat is at most 1.01 and every effective sample size at least as large as asked for.
+        divergences: The number of divergent trajectories after the warm-up.
+        acceptance: The mean acceptance of the chains' transitions, between 0 and 1, per set of coordinates.
+        chance: The mean acceptance of draws of the guide, between 0 and 1.
+        sweeps: The number of sweeps, those of the warm-up included.
+        seconds: The wall time of sampling, without the fit.
+        guide: The guide that the chains started from.
+        fit: The record of its fit; None if the guide was given.
 
     Example::
 
@@ -60,8 +60,8 @@ class Samples:
     @property
     def worst(self) -> str:
         """The largest R-hat and the smallest effective sample size, in words."""
-        ess, lowest = self.ess_bulk.minimum(self.ess_tail), int(self.ess_bulk.minimum(self.ess_tail).argmin())
-        highest = int(self.rhat.argmax())
+        ess = self.ess_bulk.minimum(self.ess_tail)
+        highest, lowest = int(self.rhat.argmax()), int(ess.argmin())
         return (
             f"R-hat <= {float(self.rhat[highest]):.3f} ({self.names[highest]}), "
             f"ESS >= {float(ess[lowest]):,.0f} ({self.names[lowest]})"
