@@ -1,8 +1,8 @@
-"""Supports that depend on other latents, as that of Uniform(0, theta): constrained one by one while the model runs.
+"""Supports that depend on other latents, such as that of Uniform(0, theta), constrained one by one in a model's run.
 
-Each latent's support is known once those before it have values, so the map from the unconstrained space is triangular:
-its log-determinant is the sum of those of the sites.  The Stan Math Library (Carpenter et al. 2015, arXiv:1509.07164)
-constrains parameters in the order of their declarations likewise.
+The support of a latent is known once the latents before it have values.  So the map from the unconstrained space is
+triangular, and its log-determinant is the sum over the sites.  The Stan Math Library (Carpenter et al. 2015,
+arXiv:1509.07164) constrains parameters in the order of their declarations likewise.
 """
 
 from __future__ import annotations
@@ -22,69 +22,75 @@ from ..programs.engines import Site, Values, View, value_of
 from ..programs.nesting import nesting_of
 from ..programs.program import Program
 from .guide_call import Call
+from .packing import Packing, put
 
 
 class Moving:
-    """The map from unconstrained latents to a model's, for some arguments.
+    """The map between packed latents and a model's latents, for some arguments.
 
     Args:
         call: The call of a guide.
-        engine: The way to run many draws, ``"vmap"`` or ``"loop"``; by default the former if it does to two draws what
-            single runs do.
+        packing: The layout of the latents.
+        engine: The way to run many draws, ``"vmap"`` or ``"loop"``; by default ``"vmap"`` if it gives two draws the
+            same values as single runs do.
     """
 
-    def __init__(self, call: Call, engine: str | None = None) -> None:
+    def __init__(self, call: Call, packing: Packing, engine: str | None = None) -> None:
         model = call.model
         while isinstance(model, functools.partial) and isinstance(model.args[0], InitMessenger):
-            model = model.args[1]  # latents have values, so that none needs a start
+            model = model.args[1]  # all latents are given values
         self._program = Program(model, call.args, call.kwargs, call.prototype, nesting_of(call.prototype))
-        self._names = [*call.latents]
-        self.engine = self._program.engine = engine or self._fastest(call)
+        self._packing = packing
+        self.engine = self._program.engine = engine or self._fastest()
 
-    def unpack(self, free: Values, size: int) -> tuple[Values, Values]:
-        """Constrain N draws: the sites' values, ``(N, *site_shape)``, and the log-determinants, ``(N, *batch_shape)``.
+    def place(self, latent: Tensor, plates: dict[str, Any]) -> dict[str, Tensor]:
+        """Put packed latents ``(*sample, *1s, D)`` at their sites, in their plates, and return the values."""
+        found, placed = self._constrained(latent.reshape(-1, self._packing.size)), {}
+        for name, part in self._packing.parts.items():
+            sample = latent.shape[: max(0, latent.dim() - 1 - len(part.batch))]
+            value, log_det = (found[key].reshape((*sample, *found[key].shape[1:])) for key in (name, f"log det {name}"))
+            placed[name] = put(name, value, log_det, part, plates)
+        return placed
 
-        Args:
-            free: The unconstrained values of all latents, ``(N, *shape)``.
-            size: The number N of draws.
+    def values(self, latent: Tensor) -> Values:
+        """Map vectors ``(N, D)`` to values of the sites, ``(N, *site_shape)``."""
+        found = self._constrained(latent)
+        return {name: found[name] for name in self._packing.parts}
+
+    def pack(self, values: Values) -> tuple[Tensor, Tensor]:
+        """Pack values ``(*batch, *site_shape)`` into ``(*batch, D)``, and return log|det| of that map too, in nats.
+
+        The log-determinant is -inf outside of the support, and the vectors are arbitrary there.
         """
-        found = self._program.run(self._read(value_of), free, size, place=_constrained)
-        return {n: found[n] for n in self._names}, {n: found[f"log det {n}"] for n in self._names}
-
-    def packed(self, values: Values) -> tuple[Tensor, Tensor]:
-        """The way back: packed vectors ``(*batch, D)``, and the log-determinant of it, ``batch`` in nats.
-
-        It is -inf outside of the support, where the vectors mean nothing.
-
-        Args:
-            values: The values of all latents, ``(*batch, *site_shape)``.
-        """
-        shapes = {name: self._program.single.nodes[name]["value"].shape for name in self._names}
-        first = values[self._names[0]]
-        batch = first.shape[: first.dim() - len(shapes[self._names[0]])]
-        held = {name: values[name].reshape(-1, *shape) for name, shape in shapes.items()}
+        name, part = next(iter(self._packing.parts.items()))
+        batch = values[name].shape[: values[name].dim() - part.start.dim()]
+        held = {name: values[name].reshape(-1, *part.start.shape) for name, part in self._packing.parts.items()}
         found = self._program.run(self._read(_free), held, batch.numel())
-        total = sum(found[f"log det {name}"].reshape(batch.numel(), -1).sum(-1) for name in self._names)
+        total = sum(found[f"log det {name}"].reshape(batch.numel(), -1).sum(-1) for name in held)
         log_det = torch.as_tensor(total).neg()
-        vectors = torch.cat([found[name].reshape(*batch, -1) for name in self._names], -1)
+        vectors = torch.cat([found[name].reshape(*batch, -1) for name in held], -1)
         return vectors.nan_to_num(0.0, 0.0, 0.0), log_det.where(log_det.isfinite(), -torch.inf).reshape(batch)
+
+    def _constrained(self, latent: Tensor) -> Values:
+        # The handler lies outside of the model's own, which may change its distributions.
+        free, read = self._packing.free(latent), self._read(value_of)
+        return self._program.run(read, free, len(latent), place=lambda model, data: _Constrained(data)(model))
 
     def _read(self, value: Callable[[Site], Tensor]) -> Callable[[View], Values]:
         def read(view: View) -> Values:
-            values = {name: view.read(name, value) for name in self._names}
-            return {**values, **{f"log det {name}": view.read(name, _log_det) for name in self._names}}
+            values = {name: view.read(name, value) for name in self._packing.parts}
+            return {**values, **{f"log det {name}": view.read(name, _log_det) for name in self._packing.parts}}
 
         return read
 
     @torch.no_grad()
-    def _fastest(self, call: Call) -> str:
-        transforms = call.transforms
-        start = {name: transforms[name].inv(value) for name, value in call.start.items()}
-        free = {name: torch.stack((value, value + 0.5)) for name, value in start.items()}
-        alone = self._program.run(self._read(value_of), free, 2, place=_constrained)
-        self._program.engine = "vmap"  # a guide may run in a plate of draws itself, and two of these would collide
+    def _fastest(self) -> str:
+        start = self._packing.start
+        two = torch.stack((start, start + 0.5))
+        alone = self._constrained(two)
+        self._program.engine = "vmap"  # a guide may itself run in the plate of draws of engine "plate"
         try:
-            found = self._program.run(self._read(value_of), free, 2, place=_constrained)
+            found = self._constrained(two)
         except Exception:  # a user's program may raise anything
             return "loop"
         agree = all(torch.allclose(found[name], alone[name], rtol=1e-4, atol=1e-5) for name in alone)
@@ -96,7 +102,7 @@ def _free(site: Site) -> Tensor:
 
 
 def _log_det(site: Site) -> Tensor:
-    """The log-determinant of constraining a site, of its batch shape; NaN outside of the support."""
+    """Return the log-determinant of constraining a site, of its batch shape; NaN outside of the support."""
     support, value = site["fn"].support, site["value"]
     transform = biject_to(support)
     found = transform.log_abs_det_jacobian(transform.inv(value), value)
@@ -107,7 +113,7 @@ def _log_det(site: Site) -> Tensor:
 
 
 class _Constrained(Messenger):
-    """Puts unconstrained values into the sites of a model, constrained to the supports that are met."""
+    """Handler that gives sites unconstrained values, constrained to the supports in the run."""
 
     def __init__(self, free: Values) -> None:
         super().__init__()
@@ -116,8 +122,3 @@ class _Constrained(Messenger):
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] in self._free and not msg["is_observed"]:
             msg["value"] = biject_to(msg["fn"].support)(self._free[msg["name"]])
-
-
-def _constrained(model: Callable[..., Any], data: Values) -> Callable[..., Any]:
-    # Outside of the model's own handlers, which may change its distributions.
-    return _Constrained(data)(model)

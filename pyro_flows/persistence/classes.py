@@ -18,8 +18,8 @@ from .. import bijectors, conditioners, distributions, encoders, transforms
 from ..bijectors import Bijector
 from ..flows import Dequantized, Flow
 from ..guides import AutoFlow, AutoPlateFlow
-from ..guides.circles import Circle
-from ..guides.stored import Site, auto_of, parts_of_auto, parts_of_plate, plate_of
+from ..guides.stored import Site
+from ..guides.supports import Circle
 
 
 class Kind(NamedTuple):
@@ -57,8 +57,8 @@ def _own() -> Iterator[Kind]:
                 yield Kind(found, f"{part}.{name}", arguments_of, found)
     yield Kind(Flow, "flows.Flow", arguments_of, Flow)
     yield Kind(Dequantized, "flows.Dequantized", arguments_of, Dequantized)
-    yield Kind(AutoFlow, "guides.AutoFlow", parts_of_auto, auto_of)
-    yield Kind(AutoPlateFlow, "guides.AutoPlateFlow", parts_of_plate, plate_of)
+    yield Kind(AutoFlow, "guides.AutoFlow", AutoFlow.parts, AutoFlow.from_parts)
+    yield Kind(AutoPlateFlow, "guides.AutoPlateFlow", AutoPlateFlow.parts, AutoPlateFlow.from_parts)
     yield Kind(Site, "guides.Site", arguments_of, Site)
     yield Kind(Circle, "guides.Circle", arguments_of, Circle)
 
