@@ -7,7 +7,7 @@ Automatic Differentiation Variational Inference (Kucukelbir et al. 2017, arXiv:1
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,16 +26,15 @@ from ..flows.distribution import FlowDistribution
 from ..transforms import Compose, Conditioned, View
 from ..vjp import keeps
 from .base import FlowGuide
-from .checks import check_latents, check_supports, moving_supports
+from .checks import check_latents
 from .contexts import data_plates
-from .dependent_supports import Moving
 from .encoding import check_finite, encode, width_for_one
-from .guide_call import Call, Rows
+from .guide_call import Call
 from .init import settle_start
-from .packing import Packing
+from .packing import Moving, Packing, check_supports, moving_supports
 from .recipe import DENSE, FEW, assemble, built, check_recipes, default_for, is_untrained, start_at
 from .schedule import Schedule
-from .stored import Site, check_fits
+from .stored import check_fits
 from .supports import is_circular
 
 
@@ -70,10 +69,10 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     Raises:
         TypeError: If ``flow``, ``base`` or ``encoder`` cannot be called; at :meth:`setup`, if the recipe fails.
-        ValueError: If ``init_scale`` is not positive.  At :meth:`setup`, naming the site, if a latent is discrete with
-            infinite support, its support has no volume, it is masked or in a subsampled plate, or the model's density
-            is not finite at the start; or if the recipe's flow or the encoder's output does not fit.  In use, if
-            arguments change which latents the model has, or their shapes.
+        ValueError: If ``init_scale`` is not positive.  At :meth:`setup`, if a latent is discrete with infinite support,
+            has a support without volume, is masked or lies in a subsampled plate; the error names the site.  Also if
+            the model's density is not finite at the start, or the recipe's flow or the encoder's output does not fit.
+            In use, if arguments change which latents the model has, or their shapes.
         FloatingPointError: In training, naming the site, the cause and the way out, if a draw is not finite.
 
     Example::
@@ -89,6 +88,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     """
 
     recipes = "_build_flow", "_build_base"
+    settings = "encoder", "init_scale"
     is_joint = True
 
     def __init__(
@@ -135,30 +135,12 @@ class AutoFlow(FlowGuide, AutoContinuous):
         self._adopt_stored()
 
     def parts(self) -> dict[str, Any]:
-        return {
-            **super().parts(),
-            "encoder": self.encoder,
-            "flow": self.flow,
-            "context_dim": self._context_dim,
-            "moves": self._engine is not None,
-        }
+        parts = super().parts() | {"encoder": self.encoder, "flow": self.flow}
+        return parts | {"context_dim": self._context_dim, "moves": self._engine is not None}
 
-    @classmethod
-    def from_parts(
-        cls, sites: Sequence[Site], flow: Flow, context_dim: int, name: str, moves: bool = False, **settings: Any
-    ) -> AutoFlow:
-        """Build a guide without a model from its :meth:`parts`; ``settings`` are other arguments of the class.
-
-        Raises:
-            ValueError: If the parts do not fit together.
-        """
-        guide = cls._of_sites(sites, name, **settings)
-        AutoContinuous._setup_prototype(guide)
-        guide.packings = guide._layouts(dict(guide.prototype_trace.iter_stochastic_nodes()))
-        check_fits(flow, guide.latent_dim, context_dim)
-        guide.flow, guide._context_dim, guide._engine = flow, context_dim, "vmap" if moves else None
-        guide._model = (None,)
-        return guide
+    def _restore(self, flow: Flow, context_dim: int, moves: bool = False) -> None:
+        check_fits(flow, self.latent_dim, context_dim)
+        self.flow, self._context_dim, self._engine = flow, context_dim, "vmap" if moves else None
 
     # The default training.
 
@@ -266,7 +248,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         new.encoder, new._context_dim, new.flow = None, 0, Flow(layers, new.flow.base)
         return new
 
-    def _layouts(self, sites: dict[str, Any], rows: Rows | None = None) -> dict[str, Packing]:
+    def _layouts(self, sites: dict[str, Any]) -> dict[str, Packing]:
         return {"latent": Packing("AutoFlow", sites.values())}
 
     def _layout(self, call: Call) -> Packing | Moving:

@@ -28,7 +28,7 @@ from ..programs.log_density import is_breakdown
 from .checks import Calls, check_shapes, setup_error
 from .discrete import HideDiscrete, draw_discrete
 from .encoding import check_encoder
-from .guide_call import Call, Found, Rows
+from .guide_call import Call, Found
 from .init import init_to_center
 from .packing import Packing
 from .schedule import Plan
@@ -40,10 +40,11 @@ _live: weakref.WeakValueDictionary[str, FlowGuide] = weakref.WeakValueDictionary
 
 
 class FlowGuide(Plan, AutoGuide):
-    """A guide whose networks are stored under a name of its own in Pyro's parameter store."""
+    """A guide whose networks are stored under a unique name in Pyro's parameter store."""
 
     num_summary_draws = 10_000
-    recipes: tuple[str, ...] = ()  # attributes that hold functions: copies share them, and pickles leave them out
+    recipes: tuple[str, ...]  # attributes that hold functions: copies share them, and pickles leave them out
+    settings: tuple[str, ...]  # arguments of the class that files hold
     prototype_trace: Any
     packings: dict[str, Packing]  # the layout of the vector at each of the guide's sample statements
     plate: str | None = None  # the plate whose rows have a flow
@@ -51,11 +52,7 @@ class FlowGuide(Plan, AutoGuide):
     _init_scale: Any
 
     def __init__(
-        self,
-        model: Callable[..., Any],
-        encoder: Callable[..., Tensor] | None,
-        init_loc_fn: Callable[..., Any] | None,
-        name: str | None,
+        self, model: Callable[..., Any], encoder: Any, init_loc_fn: Callable[..., Any] | None, name: str | None
     ) -> None:
         check_encoder(type(self).__name__, encoder)
         check_program(model=model)
@@ -82,8 +79,7 @@ class FlowGuide(Plan, AutoGuide):
             return self
         owner = type(self).__name__
         if self.model is None:
-            fault = "this guide was saved before setup(), and saved guides leave their models behind"
-            raise ValueError(f"{owner}: {fault}.")
+            raise ValueError(f"{owner}: this guide was saved before setup(), and saved guides have no model.")
         try:
             self._set_up(*args, **kwargs)
         except Exception as error:
@@ -137,7 +133,7 @@ class FlowGuide(Plan, AutoGuide):
         """Sample the guide's latents, each at its sample statement."""
 
     @abstractmethod
-    def _layouts(self, sites: dict[str, Any], rows: Rows | None) -> dict[str, Packing]:
+    def _layouts(self, sites: dict[str, Any]) -> dict[str, Packing]:
         """Return the layout of the vector at each of the guide's sample statements, for some latent sites."""
 
     def check_same(self, call: Call) -> Found | None:
@@ -146,7 +142,7 @@ class FlowGuide(Plan, AutoGuide):
             return None
         found = call.look()
         check_shapes(call, found)
-        there = self._layouts({name: found.latents[name] for name in call.latents}, found.rows)
+        there = self._layouts({name: found.latents[name] for name in call.latents})
         for name, packing in self.packings.items():
             packing.check_same(call.owner, there[name])
         return found
@@ -202,7 +198,7 @@ class FlowGuide(Plan, AutoGuide):
         return self.plates
 
     def parts(self) -> dict[str, Any]:
-        """Return the parts of the guide that a file holds; the class's ``from_parts`` builds it again from them.
+        """Return the parts of the guide that a file holds, for :meth:`from_parts`.
 
         Raises:
             ValueError: If the guide was never set up.
@@ -210,15 +206,27 @@ class FlowGuide(Plan, AutoGuide):
         return {"sites": sites_of(self), "init_scale": self._init_scale, "name": self._pyro_name}
 
     @classmethod
-    def _of_sites(cls, sites: Sequence[Site], name: str, **settings: Any) -> Any:
-        """Build a guide of a program that draws some sites, with the other arguments of the class.
+    def from_parts(cls, sites: Sequence[Site], name: str, **parts: Any) -> Any:
+        """Build a guide without a model from its :meth:`parts`.
 
         It gets another name if the parameter store holds tensors under this one, which would replace its own.
+
+        Raises:
+            ValueError: If the parts do not fit together.
         """
-        found = any(key.startswith(f"{name}.") for key in pyro.get_param_store())
+        taken = name in _live or any(key.startswith(f"{name}.") for key in pyro.get_param_store())
         start = init_to_value(values={site.name: site.value for site in sites}, fallback=None)
-        free = name if is_free(name) and not found else None
-        return cls(**{"model": program_of(sites), "init_loc_fn": start, "name": free, **settings})
+        settings = {key: parts.pop(key) for key in cls.settings if key in parts}
+        guide = cls(program_of(sites), init_loc_fn=start, name=None if taken else name, **settings)
+        super(FlowGuide, guide)._setup_prototype()
+        guide.packings = guide._layouts(dict(guide.prototype_trace.iter_stochastic_nodes()))
+        guide._restore(**parts)
+        guide._model = (None,)
+        return guide
+
+    @abstractmethod
+    def _restore(self, *args: Any, **parts: Any) -> None:
+        """Set the other parts of a guide that was built from a file."""
 
     # Two guides under one name would train one set of tensors and use another, so names are unique.
 
@@ -229,7 +237,7 @@ class FlowGuide(Plan, AutoGuide):
         if name is None:
             names = (kind if i == 1 else f"{kind}_{i}" for i in itertools.count(1))
             name = next(n for n in names if n not in _used)
-        elif not is_free(name):
+        elif name in _live:
             fault = f"Another live {kind} is named {name!r}; the two would share parameters in Pyro's store"
             warnings.warn(f"{fault}. Give each guide a name of its own.", stacklevel=4)
         _used.add(name)
@@ -278,13 +286,13 @@ class FlowGuide(Plan, AutoGuide):
         self._adopt_stored()
         super()._save_to_state_dict(*args, **kwargs)
 
-    # Copies have independent parameters under a name of their own; pickles leave the model out.
+    # Copies have independent parameters under another name; pickles leave the model out.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         self._adopt_stored()
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        shared = {name: self.__dict__.get(name) for name in ("_model", "prototype_trace", *self.recipes)}
+        shared = {name: self.__dict__.get(name) for name in ("_model", "prototype_trace", "packings", *self.recipes)}
         state = {k: v for k, v in self.__dict__.items() if k not in (*shared, "master")}
         new.__dict__.update(copy.deepcopy(state, memo), **shared, master=None)
         new._claim_name(None)
@@ -298,12 +306,7 @@ class FlowGuide(Plan, AutoGuide):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._claim_name(self._pyro_name if is_free(self._pyro_name) else None)
-
-
-def is_free(name: str) -> bool:
-    """True if no live guide has the name."""
-    return name not in _live
+        self._claim_name(None if self._pyro_name in _live else self._pyro_name)
 
 
 def holders(parameters: Collection[Tensor]) -> list[nn.Module]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from pyro import validation_enabled
 from torch import Tensor
-from torch.distributions import biject_to
 from torch.utils._pytree import tree_flatten
 
 from ..programs.error_text import place_of, quoted
@@ -70,7 +69,7 @@ def check_density(call: Call, program: Program | None) -> None:
 
     Args:
         call: The call of the guide.
-        program: The model with its discrete latents summed out, or None if it has none.
+        program: The model with its discrete latents summed out; None without discrete latents.
     """
     with validation_enabled(False):  # its errors would come first and say less
         if program:
@@ -93,34 +92,6 @@ def _check_finite(owner: str, what: str, log_prob: Tensor) -> None:
     if not log_prob.isfinite().all():
         fault = f"the log-density of {what} is {worst(log_prob)} at the guide's start"
         raise ValueError(f"{owner}: {fault}; give a better one with init_loc_fn=init_to_value(values={{...}}).")
-
-
-def moving_supports(call: Call, scale: float) -> list[str]:
-    """Return the latents whose supports change if all latents move by ``scale`` in the unconstrained space."""
-    start, transforms = call.start, call.transforms
-    places = {name: transform.inv(start[name]) for name, transform in transforms.items()}
-    moved = {name: transforms[name](place + scale) for name, place in places.items()}
-    found = []
-    for name, site in call.trace_at(moved).nodes.items():
-        if name in places:
-            there = biject_to(site["fn"].support)(places[name])
-            if there.shape != start[name].shape or not torch.allclose(there, transforms[name](places[name])):
-                found.append(name)
-    return found
-
-
-def check_supports(call: Call, moving: list[str]) -> None:
-    """Refuse latents whose supports depend on another latent."""
-    if moving:
-        name, support = moving[0], call.latents[moving[0]]["fn"].support
-        fault = f"the support of latent site {name!r}, {support}, depends on another latent"
-        raise ValueError(f"{call.owner}: {fault}. {stretched(name)}")
-
-
-def other_support(owner: str, name: str, there: Any, here: Any) -> ValueError:
-    """Return the error for a latent that has another support with other arguments."""
-    fault = f"latent site {name!r} has another support ({there}) than the guide was built for ({here})"
-    return ValueError(f"{owner}: with these arguments {fault}. {stretched(name)}")
 
 
 def check_shapes(call: Call, found: Found) -> None:

@@ -64,12 +64,9 @@ def check_tied(call: Call, name: str, rows: Rows) -> None:
         inside = (s for s in trace.nodes.values() if any(f.name == name for f in s.get("cond_indep_stack", ())))
         seen.append([s["value"] for s in inside if s["is_observed"] and s["name"] not in latents])
     if seen[0] and all(torch.equal(a, b) for other in seen for a, b in zip(seen[0], other, strict=True)):
-        fault = (
-            f"plate {name!r} is subsampled ({rows.size} of {rows.full_size} rows), but its data are the same whatever "
-            "its indices"
-        )
-        way = f"take rows by its indices, `with pyro.plate({name!r}, ...) as i: ... obs=y[i]`, or by subsample=i"
-        raise ValueError(f"AutoPlateFlow: {fault}. Use an encoder, or {way}.")
+        part = f"plate {name!r} is subsampled ({rows.size} of {rows.full_size} rows)"
+        way = f"Use an encoder, or take rows by its indices: `with pyro.plate({name!r}, ...) as i: ... obs=y[i]`"
+        raise ValueError(f"AutoPlateFlow: {part}, but its data are the same whatever its indices. {way}.")
 
 
 class RowContexts(Paced):
@@ -100,9 +97,7 @@ class RowContexts(Paced):
             start = torch.cat((torch.zeros(rows.full_size, num_zeros), noise), 1)
             self.restore(num_zeros + self.embedding_dim, start.to(like))
         else:
-            context = probe(call, self.encoder)
-            self._check(context, rows.size, rows.full_size)
-            self.width = context.shape[-1]
+            self.width = self._checked(probe(call, self.encoder), rows.size, rows.full_size).shape[-1]
 
     def restore(self, width: int, embedding: Tensor | None) -> None:
         """Set the width and the rows' parameters."""
@@ -130,8 +125,8 @@ class RowContexts(Paced):
         places = places_of(indices, plate.size)
         is_data = places is not None and places is not indices
         if is_data and not any(value is indices for value in (*call.args, *call.kwargs.values())):
-            fault = f"the data that plate {self.plate!r} is given as subsample= must be an argument of the model"
-            raise ValueError(f"AutoPlateFlow: {fault}, as it is. Write subsample=x, or leave it out.")
+            fault = f"the data that plate {self.plate!r} is given as subsample= must itself be an argument of the model"
+            raise ValueError(f"AutoPlateFlow: {fault}. Write subsample=x, or leave it out.")
         if self.embedding is not None:
             self._check_known(plate.size)
             if places is None:
@@ -161,21 +156,22 @@ class RowContexts(Paced):
     def _check_known(self, full_size: int) -> None:
         if self.embedding is not None and full_size != self.embedding.num_embeddings:
             known = f"the {self.embedding.num_embeddings} rows of plate {self.plate!r} that it was built for"
-            way = "Give it an encoder, or build another guide"
-            raise ValueError(f"AutoPlateFlow: without an encoder the guide knows {known}, not {full_size}. {way}.")
+            fault = f"without an encoder the guide knows {known}, not {full_size}"
+            raise ValueError(f"AutoPlateFlow: {fault}. Give it an encoder, or build another guide.")
 
     def _encode(self, call: Call, *numbers: int) -> Tensor:
-        assert self.encoder is not None
-        context = encode(call, self.encoder, self.width)
-        self._check(context, *numbers)
-        return context
+        return self._checked(encode(call, self.encoder, self.width), *numbers)
 
-    def _check(self, context: Tensor, *numbers: int) -> None:
-        """Raise ValueError unless contexts have one of the numbers of rows, if any; the last is that of all rows."""
+    def _checked(self, context: Tensor, *numbers: int) -> Tensor:
+        """Return contexts, or raise ValueError unless they have one of these numbers of rows, if any.
+
+        The last is the number of all rows.
+        """
         all_rows = numbers[-1] if numbers else len(context)
         if context.dim() != 2 or len(context) not in (*numbers, all_rows):
             wanted = f"one vector for each of the {all_rows} rows of plate {self.plate!r}, ({all_rows}, context_dim)"
             raise ValueError(f"AutoPlateFlow: the encoder must return {wanted}, got shape {tuple(context.shape)}.")
+        return context
 
 
 def _take_rows(call: Call, indices: Tensor, full_size: int) -> Call:

@@ -26,7 +26,7 @@ def check_encoder(owner: str, encoder: object) -> None:
         raise TypeError(f"{owner}: encoder must be {words}, got {encoder!r:.100}.")
 
 
-def encode(call: Call, encoder: Callable[..., Any], width: int | None = None) -> Tensor:
+def encode(call: Call, encoder: Any, width: int | None = None) -> Tensor:
     """Return the context that an encoder computes from the arguments of a call, ``(*batch, width)``.
 
     Raises:

@@ -13,7 +13,6 @@ from pyro.poutine.runtime import NonlocalExit
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import Transform, biject_to
 
 from ..programs.engines import apart
 from ..programs.traces import trace_at
@@ -61,11 +60,6 @@ class Call(NamedTuple):
     def start(self) -> dict[str, Tensor]:
         """The values of the prototype's latents."""
         return {name: site["value"].detach() for name, site in self.latents.items()}
-
-    @property
-    def transforms(self) -> dict[str, Transform]:
-        """The maps from real numbers onto the supports of the prototype's latents."""
-        return {name: biject_to(site["fn"].support) for name, site in self.latents.items()}
 
     def trace_at(self, values: dict[str, Tensor]) -> Trace:
         """Return the trace of a run of the model with some sites held at values."""

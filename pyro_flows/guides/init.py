@@ -1,15 +1,16 @@
 """Starts of guides: the centre of the prior, the origin of the unconstrained space, or the first place with a density.
 
-The centre is the default.  Where priors are as wide as LogNormal(-20, 5) it may be absurd: noise of scale e⁻²⁰ makes
-any data impossible, and the steps of an optimiser do not lead out of there.  The origin replaces the centre if its
-density, data included, is far higher.  If neither has a density, as in models whose draws must fit each other, random
-places around the origin are tried, as in Pyro's NUTS, and then draws of the latents' own distributions.
+The centre is the default.  It may be absurd for priors as wide as LogNormal(-20, 5): noise of scale e⁻²⁰ makes any data
+impossible.  The steps of an optimiser do not lead out of there.  The origin replaces the centre if its density, data
+included, is far higher.  In models whose draws must fit each other, neither may have a density.  Then random places
+around the origin are tried, as in Pyro's NUTS, and then draws of the latents' own distributions.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ..programs.engines import Values
 from ..programs.program import Program
 from .checks import check_density
 from .discrete import summed
 from .guide_call import Call
+from .packing import Packing
 from .supports import bare
 
 ABSURD = 10.0  # nats per latent by which the origin must be likelier
@@ -30,11 +31,10 @@ TRIES = 100  # random places, and draws, to try if centre and origin have no den
 
 
 def init_to_center(site: dict[str, Any] | None = None) -> Tensor | Callable[..., Any]:
-    """Initialise a site to the median of its prior if it is known in closed form, else to the mean if it is finite,
-    else to the origin of the unconstrained space.
+    """Initialise a site to the median of its prior if it is known in closed form.
 
-    The value is the same each time.  Pyro's strategies draw from the prior; this one also starts flat priors
-    (``ImproperUniform``).
+    Otherwise the value is the mean of the prior if it is finite, or else the origin of the unconstrained space.  It is
+    the same each time.  Pyro's strategies draw from the prior; this one also starts flat priors (``ImproperUniform``).
 
     Args:
         site: A Pyro sample site.  Without one the strategy itself is returned, as Pyro's strategies do.
@@ -61,36 +61,30 @@ def init_to_center(site: dict[str, Any] | None = None) -> Tensor | Callable[...,
     try:
         bijection = biject_to(fn.support)
     except NotImplementedError as error:
-        fault = f"torch knows no bijection from real vectors onto {fn.support}, the support of site"
+        fault = f"torch maps no real vectors onto {fn.support}, the support of site {site.get('name')!r}"
         way = "Write the site another way, such as a covariance as scales and an LKJCholesky"
-        raise NotImplementedError(f"init_to_center: {fault} {site.get('name')!r}. {way}.") from error
-    for value in (_median(fn), _mean(fn)):
-        if value is not None and value.shape == fn.shape() and bijection.inv(value).isfinite().all():
+        raise NotImplementedError(f"init_to_center: {fault}. {way}.") from error
+    for value in _centres(fn):
+        if value.shape == fn.shape() and bijection.inv(value).isfinite().all():
             return value
     like = next(iter(_tensors(fn)), torch.zeros(()))
     return bijection(like.new_zeros(bijection.inverse_shape(fn.shape())))
 
 
-def _median(fn: Any) -> Tensor | None:
-    shape, fn = fn.shape(), bare(fn)
-    if not (tensors := _tensors(fn)):
-        return None
-    try:
-        return fn.icdf(tensors[0].new_full((), 0.5)).expand(shape).detach()
-    except (NotImplementedError, RuntimeError, ValueError):
-        return None
-
-
-def _mean(fn: Any) -> Tensor | None:
-    try:
+def _centres(fn: Any) -> list[Tensor]:
+    """Return the median and the mean of a distribution, if they are known in closed form."""
+    found, inner = [], bare(fn)
+    with suppress(NotImplementedError, RuntimeError, ValueError):
+        for tensor in _tensors(inner)[:1]:
+            found.append(inner.icdf(tensor.new_full((), 0.5)).expand(fn.shape()).detach())
+    with suppress(NotImplementedError, RuntimeError, AttributeError):
         mean = fn.mean.detach().clone()
-        return torch.where(mean.isfinite(), mean, fn.loc) if hasattr(fn, "loc") else mean  # StudentT of one degree
-    except (NotImplementedError, RuntimeError, AttributeError):
-        return None
+        found.append(torch.where(mean.isfinite(), mean, fn.loc) if hasattr(fn, "loc") else mean)  # a wide StudentT
+    return found
 
 
 def _tensors(fn: Any) -> list[Tensor]:
-    """Return the floating parameters of a distribution, or of its base if it has none."""
+    """Return the floating parameters of a distribution, or else those of its base."""
     found = [t for t in vars(fn).values() if isinstance(t, Tensor) and t.is_floating_point()]
     base = getattr(fn, "base_dist", None)
     return found or (_tensors(base) if base is not None else [])
@@ -112,13 +106,12 @@ def settle_start(call: Call, *, choose: bool) -> None:
 
 def _choose(call: Call, program: Program | None) -> None:
     """Compare densities of unconstrained latents at one subsample of the data, and move the prototype's latents."""
-    transforms = call.transforms
-    centre = {name: transforms[name].inv(value) for name, value in call.start.items()}
-    origin = {name: torch.zeros_like(value) for name, value in centre.items()}
-    rows: Values = {}
+    packing = Packing(call.owner, call.latents.values())
+    centre, rows = packing.start, dict[str, Tensor]()
+    origin = torch.zeros_like(centre)
 
-    def log_density(free: Values) -> float:
-        values = {name: transforms[name](value) for name, value in free.items()}
+    def log_density(z: Tensor) -> float:
+        values, change = packing.values(z), sum(log_det.sum() for *_, log_det in packing.unpack(z))
         if program:
             total = program.log_prob({name: value.unsqueeze(0) for name, value in values.items()}, 1)[0]
         else:
@@ -126,35 +119,33 @@ def _choose(call: Call, program: Program | None) -> None:
             sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
             rows.update({site["name"]: site["value"] for site in sites if isinstance(site["fn"], _Subsample)})
             total = torch.as_tensor(trace.log_prob_sum())
-        for name, value in values.items():
-            total = total + transforms[name].log_abs_det_jacobian(free[name], value).sum()
+        total = total + change
         return -math.inf if total.isnan() else float(total)
 
     with torch.no_grad(), call.same_draws(), validation_enabled(False):
         at_centre = log_density(centre)
-        at_origin = log_density(origin) if any(value.any() for value in centre.values()) else at_centre
-        least = ABSURD * sum(value.numel() for value in origin.values())
-        place = origin if math.isfinite(at_origin) and at_centre < at_origin - least else centre
+        at_origin = log_density(origin) if centre.any() else at_centre
+        place = origin if math.isfinite(at_origin) and at_centre < at_origin - ABSURD * len(origin) else centre
         if not (math.isfinite(at_centre) or math.isfinite(at_origin)):
-            places = _elsewhere(call, centre)
+            places = _elsewhere(packing, call)
             place = next((elsewhere for elsewhere in places if math.isfinite(log_density(elsewhere))), centre)
         # Sites that are hidden from the guide may be drawn anew in each run; then the densities cannot be compared.
         if place is centre or (log_density(centre), log_density(origin)) != (at_centre, at_origin):
             return
-    for name, site in call.latents.items():
-        site["value"] = transforms[name](place[name])
+        for name, value in packing.values(place).items():
+            call.latents[name]["value"] = value
 
 
-def _elsewhere(call: Call, centre: Values) -> Iterator[Values]:
+def _elsewhere(packing: Packing, call: Call) -> Iterator[Tensor]:
     """Yield unconstrained latents within 2 of the origin, then draws of their distributions.
 
     These distributions are those of the prototype, with other latents at the centre.
     """
     for _ in range(TRIES):
-        yield {name: 4 * torch.rand_like(value) - 2 for name, value in centre.items()}
+        yield 4 * torch.rand_like(packing.start) - 2
     for _ in range(TRIES):
         try:
             drawn = {name: site["fn"].sample() for name, site in call.latents.items()}
         except NotImplementedError:  # an ImproperUniform cannot be sampled
             return
-        yield {name: transform.inv(drawn[name]) for name, transform in call.transforms.items()}
+        yield packing.pack(drawn)[0]

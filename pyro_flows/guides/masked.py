@@ -1,9 +1,9 @@
 """Masked latents: a mask takes rows out of the model's density, so it must take them out of the guide's.
 
 For rows of a plate that have a flow the mask is the same.  One joint density cannot leave out a part of a vector.  But
-a part that nothing else depends on, such as the steps that pad a series, may be *absent*: the guide gives it a standard
-normal distribution in the unconstrained space, and takes that off its density.  A latent that is masked as a whole,
-while no data are, has a flat prior.  The guide draws and scores it as any other.
+a part may be *absent* if nothing else depends on it, such as the steps that pad a series.  The guide gives it a
+standard normal distribution in the unconstrained space, and takes that off its density.  A latent that is masked as a
+whole, while no data are, has a flat prior.  The guide draws and scores it as any other.
 """
 
 from __future__ import annotations
@@ -116,25 +116,21 @@ def check_absent(call: Call, masks: RowMasks, found: Found, rows: dict[str, Tens
         rows: The rows of a subsampled plate, by its name.
     """
     values = {name: site["value"].detach() for name, site in found.latents.items()}
-
-    def densities(name: str, shift: float) -> dict[str, Tensor]:
+    for name, mask in masks.parts.items():
         fn, here = found.latents[name]["fn"], values[name]
-        bijection = biject_to(fn.support)
-        counts = masks.parts[name].bool()
-        there = bijection(bijection.inv(here) + shift)
-        moved = torch.where(counts.reshape(counts.shape + (1,) * fn.event_dim), here, there)
-        with torch.random.fork_rng(), validation_enabled(False):
-            torch.manual_seed(0)
-            trace = call.trace_at({**values, **rows, name: moved})
-            trace.compute_log_prob()
-        return {key: site["log_prob"] for key, site in trace.nodes.items() if site["type"] == "sample"}
-
-    for name in masks.parts:
-        known = densities(name, 0.0)
-        for shift in (-3.0, -1.0, 1.0, 3.0):
-            for site, log_prob in densities(name, shift).items():
-                if not torch.allclose(log_prob, known[site], rtol=1e-5, atol=1e-6, equal_nan=True):
-                    fault = f"hides a part of it that the rest of the model depends on, as site {site!r}"
+        bijection, counts = biject_to(fn.support), mask.bool().reshape(mask.shape + (1,) * fn.event_dim)
+        known: dict[str, Tensor] = {}
+        for shift in (0.0, -3.0, -1.0, 1.0, 3.0):
+            moved = torch.where(counts, here, bijection(bijection.inv(here) + shift))
+            with torch.random.fork_rng(), validation_enabled(False):
+                torch.manual_seed(0)
+                trace = call.trace_at({**values, **rows, name: moved})
+                trace.compute_log_prob()
+            densities = {key: site["log_prob"] for key, site in trace.nodes.items() if site["type"] == "sample"}
+            known = known or densities
+            for key, log_prob in densities.items():
+                if not torch.allclose(log_prob, known[key], rtol=1e-5, atol=1e-6, equal_nan=True):
+                    fault = f"hides a part of it that the rest of the model depends on, as site {key!r}"
                     way = "Mask whole rows, with one mask around all of the plate, or the observed sites only"
                     raise ValueError(f"AutoPlateFlow: the mask of latent site {name!r} {fault}. {way}.")
 

@@ -7,7 +7,6 @@ model broke.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -76,7 +75,7 @@ class Watch:
         plain = z.detach()
         size = torch.linalg.vector_norm(plain, math.inf).item()
         training = z.requires_grad and not is_weighing()
-        in_range = size < _reach(plain.dtype)  # False for NaN
+        in_range = size < math.log(torch.finfo(plain.dtype).max)  # so that its exponential is finite; False for NaN
         if not in_range and (training or (is_validation_enabled() and _number_lost(guide))):
             self._judge(guide, name, q, plain, size)
         if training:
@@ -137,15 +136,11 @@ class Watch:
             if not site["log_prob"].isfinite().all():
                 return f": there the log-density of the model's site {name!r} was {worst(site['log_prob'])}"
         for name, site in found.items():
-            if site["log_prob_sum"].requires_grad and not _is_smooth(site["log_prob_sum"], leaves):
-                return f": there the log-density of the model's site {name!r} had a gradient that is not finite"
+            if site["log_prob_sum"].requires_grad:
+                gradients = torch.autograd.grad(site["log_prob_sum"], leaves, allow_unused=True, retain_graph=True)
+                if not all(gradient is None or gradient.isfinite().all() for gradient in gradients):
+                    return f": there the log-density of the model's site {name!r} had a gradient that is not finite"
         return ""
-
-
-def _is_smooth(log_prob: Tensor, leaves: list[Tensor]) -> bool:
-    """True if a log-density has finite gradients."""
-    gradients = torch.autograd.grad(log_prob, leaves, allow_unused=True, retain_graph=True)
-    return all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients)
 
 
 def worst(value: Tensor) -> float:
@@ -156,9 +151,3 @@ def worst(value: Tensor) -> float:
 def _number_lost(guide: nn.Module) -> int:
     """Return the number of a guide's parameters that are not finite."""
     return sum(not bool(parameter.isfinite().all()) for parameter in guide.parameters())
-
-
-@functools.cache
-def _reach(dtype: torch.dtype) -> float:
-    """Return the largest number whose exponential is finite."""
-    return math.log(torch.finfo(dtype).max)

@@ -7,13 +7,12 @@ arXiv:2111.03144).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
 from ..arguments import check_integers, check_numbers
@@ -25,15 +24,15 @@ from ..programs.engines import plate_like
 from ..programs.minibatches import Shuffled
 from . import recipe
 from .base import FlowGuide
-from .checks import check_latents, check_supports, moving_supports
+from .checks import check_latents
 from .contexts import InTurn, RowContexts, check_tied, data_plates
 from .encoding import initialize
 from .guide_call import Call, Found, Rows, frame_of
 from .init import settle_start
 from .masked import RowMasks, check_unmasked, masks_of_all
-from .packing import Packing
+from .packing import Packing, check_supports, moving_supports
 from .schedule import Schedule
-from .stored import Site, check_fits
+from .stored import check_fits
 from .supports import is_circular
 
 
@@ -155,10 +154,11 @@ class AutoPlateFlow(FlowGuide):
 
     Raises:
         TypeError: If a recipe or ``encoder`` cannot be called; at :meth:`setup`, if a recipe fails.
-        ValueError: If ``init_scale`` or ``embedding_dim`` is out of its range.  At :meth:`setup`, naming site or plate,
-            if the model lacks the plate, another plate that holds latents is subsampled, a latent is discrete, an angle
-            or has no fixed support, its density is not finite at the start, a mask divides a row, or the encoder's or a
-            recipe's result does not fit.  In use, if arguments change which latents the model has, or their shapes.
+        ValueError: If ``init_scale`` or ``embedding_dim`` is out of its range.  At :meth:`setup`, if the model lacks
+            the plate, or another plate that holds latents is subsampled.  If a latent is discrete, an angle or has no
+            fixed support, or a mask divides a row; the error names the site or plate.  If the model's density is not
+            finite at the start, or the result of the encoder or of a recipe does not fit.  In use, if arguments change
+            which latents the model has, or their shapes.
         FloatingPointError: In training, naming the site, the cause and the way out, if a draw is not finite.
 
     Example::
@@ -178,6 +178,7 @@ class AutoPlateFlow(FlowGuide):
     """
 
     recipes = "_build_local", "_build_global"
+    settings = "encoder", "init_scale", "plate", "embedding_dim"
     plate: str
 
     def __init__(
@@ -207,8 +208,10 @@ class AutoPlateFlow(FlowGuide):
         self._data_plates, rows = data_plates(found), found.rows
         assert rows is not None
         check_latents(call)
+        if not call.latents:
+            raise ValueError("AutoPlateFlow: the model has no latents.")
         settle_start(call, choose=self._chooses_start)
-        self.packings = self._layouts(call.latents, rows)
+        self.packings = self._layouts(call.latents)
         shared, own = self.packings.values()
         scale = float(self._init_scale or (0.1 if shared.size else 1.0))
         check_supports(call, moving_supports(call, scale))
@@ -229,51 +232,20 @@ class AutoPlateFlow(FlowGuide):
         self._adopt_stored()
 
     def parts(self) -> dict[str, Any]:
-        posterior, contexts = self.posterior, self.contexts
-        return {
-            **super().parts(),
-            "encoder": contexts.encoder,
-            "plate": self.plate,
-            "flow": posterior.flow,
-            "local_flow": posterior.local_flow,
-            "embedding": None if contexts.embedding is None else contexts.embedding.weight,
-            "embedding_dim": contexts.embedding_dim,
-            "width": contexts.width,
-            "full_size": self.full_size,
-            "scale": float(posterior.scale),
-        }
+        parts, contexts = super().parts(), self.contexts
+        parts |= {"plate": self.plate, "flow": self.posterior.flow, "local_flow": self.posterior.local_flow}
+        parts |= {name: getattr(contexts, name) for name in ("encoder", "embedding_dim", "width")}
+        parts["embedding"] = None if contexts.embedding is None else contexts.embedding.weight
+        return parts | {"full_size": self.full_size, "scale": float(self.posterior.scale)}
 
-    @classmethod
-    def from_parts(
-        cls,
-        sites: Sequence[Site],
-        plate: str,
-        flow: Flow | None,
-        local_flow: Flow | None,
-        embedding: Tensor | None,
-        width: int,
-        full_size: int,
-        scale: float,
-        name: str,
-        **settings: Any,
-    ) -> AutoPlateFlow:
-        """Build a guide without a model from its :meth:`parts`; ``settings`` are other arguments of the class.
-
-        Raises:
-            ValueError: If the parts do not fit together.
-        """
-        guide = cls._of_sites(sites, name, plate=plate, **settings)
-        AutoGuide._setup_prototype(guide)
-        seen = [size for site in sites for frame, _, size, _ in site.plates if frame == plate]
-        rows = Rows(full_size, seen[0] if seen else full_size)
-        guide.packings = guide._layouts(dict(guide.prototype_trace.iter_stochastic_nodes()), rows)
-        shared, own = guide.packings.values()
+    def _restore(
+        self, flow: Flow | None, local_flow: Flow | None, scale: float, full_size: int, **contexts: Any
+    ) -> None:
+        shared, own = self.packings.values()
+        self.contexts.restore(**contexts)
         check_fits(flow, shared.size, 0)
-        check_fits(local_flow, own.size, width + shared.size)
-        guide.contexts.restore(width, embedding)
-        guide.posterior, guide.full_size = Nested(shared, own, flow, local_flow, scale), full_size
-        guide._model = (None,)
-        return guide
+        check_fits(local_flow, own.size, self.contexts.width + shared.size)
+        self.posterior, self.full_size = Nested(shared, own, flow, local_flow, scale), full_size
 
     # The default training.
 
@@ -295,15 +267,12 @@ class AutoPlateFlow(FlowGuide):
         if self.is_fresh:
             initialize(Call("fit_svi", model, args, kwargs), self.contexts.encoder)
 
-    def _layouts(self, sites: dict[str, Any], rows: Rows | None) -> dict[str, Packing]:
-        if not sites:
-            raise ValueError("AutoPlateFlow: the model has no latents.")
+    def _layouts(self, sites: dict[str, Any]) -> dict[str, Packing]:
         if angles := [name for name, site in sites.items() if is_circular(site["fn"].support)]:
             raise ValueError(f"AutoPlateFlow: latent site {angles[0]!r} is an angle; only AutoFlow takes angles.")
         inside = [site for site in sites.values() if frame_of(site, self.plate)]
         outside = [site for site in sites.values() if not frame_of(site, self.plate)]
-        dim, size = frame_of(inside[0], self.plate).dim if inside else None, rows.size if rows else 1
-        own = Packing("AutoPlateFlow", inside, dim, size)
+        own = Packing("AutoPlateFlow", inside, frame_of(inside[0], self.plate).dim if inside else None)
         return {"latent": Packing("AutoPlateFlow", outside), f"{self.plate}_latent": own}
 
     def _draws(self, call: Call) -> dict[str, Tensor]:
@@ -337,7 +306,7 @@ class AutoPlateFlow(FlowGuide):
             if rows is None:  # a guide without a model takes all rows in the arguments
                 number = len(self._all_rows(call))
                 rows = Rows(number, number)
-            # A plate without a size has no site in the model, so it must have none here.
+            # A plate without a size has no site in the model, and must not get one here.
             hidden = [f.name for f in frames if f.name == self.plate and f.size < 0]
             with poutine.block(hide=hidden), InTurn(self.plate, self.minibatches):
                 made[self.plate] = pyro.plate(self.plate, *rows, dim=posterior.own.dim)

@@ -36,36 +36,28 @@ Recipe = Callable[..., Flow]
 
 
 def affine_couplings(
-    input_dim: int,
-    context_dim: int = 0,
-    *,
-    num_transforms: int = 8,
-    hidden_dims: Sequence[int] = (64, 64),
-    max_log_scale: float = 3.0,
-    activation: type[nn.Module] = nn.ELU,
+    input_dim: int, context_dim: int = 0, *, num_transforms: int = 8, hidden_dims: Sequence[int] = (64, 64)
 ) -> Flow:
     """Build affine couplings for a guide, y_B = x_B exp(s) + t, with (s, t) = net(x_A).
 
-    The arguments are those of the recipe :func:`~pyro_flows.flows.realnvp`, which is made for densities: its scales are
-    steep, and its shifts are in units of the base.  A guide is trained on its own draws, so here shifts are in units of
-    the draws.  Scales are damped: steep ones compound from layer to layer, and throw the first draws of a fit out of
-    range.  Without a context the networks are centred.  While a guide is far from the posterior, all gradients point
-    one way, and should move the affine map, not bend the couplings.
+    The recipe :func:`~pyro_flows.flows.realnvp` is made for densities: its scales are steep, and its shifts are in
+    units of the base.  A guide is trained on its own draws, so here shifts are in units of the draws.  Scales are
+    damped: steep ones compound from layer to layer, and throw the first draws of a fit out of range.  Without a context
+    the networks are centred.  While a guide is far from the posterior, all gradients point one way, and should move the
+    affine map, not bend the couplings.
 
     Density estimation using Real NVP (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803).
 
     Raises:
-        ValueError: If a size or ``max_log_scale`` is out of its range.
+        ValueError: If a size is out of its range.
 
     Example::
 
         >>> len(affine_couplings(4, num_transforms=2).transforms)
         2
     """
-    bijector = Affine(max_log_scale)
-    sizes = input_dim, context_dim, num_transforms, hidden_dims
-    centered = context_dim == 0  # with a context the location is a function of it
-    return Flow(coupling_layers("affine_couplings", bijector, *sizes, activation, False, centered))
+    sizes, centered = (input_dim, context_dim, num_transforms, hidden_dims), context_dim == 0
+    return Flow(coupling_layers("affine_couplings", Affine(3.0), *sizes, nn.ELU, False, centered))
 
 
 def default_flow(input_dim: int) -> Flow:
