@@ -37,8 +37,8 @@ from pyro_flows.bijectors import RationalQuadraticSpline
 from pyro_flows.distributions import ContaminatedNormalBase, StandardNormal, StudentTBase
 from pyro_flows.fitting.optimizers import optimizers
 from pyro_flows.guides import init_to_center
-from pyro_flows.guides.couplings import affine_couplings as default
 from pyro_flows.guides.recipe import FEW
+from pyro_flows.guides.recipe import affine_couplings as default
 from pyro_flows.guides.schedule import plan_of
 from pyro_flows.transforms import Elementwise
 

@@ -396,7 +396,7 @@ def test_an_amortised_guide_works_with_pyro(trained):
 
 def test_bind_asks_for_one_data_set(trained):
     guide, _ = trained
-    with pytest.raises(ValueError, match=r"give one data set, for which the encoder returns one vector"):
+    with pytest.raises(ValueError, match=r"give one dataset, for which the encoder returns one vector"):
         guide.bind(torch.zeros(4, 3))
     with pytest.raises(ValueError, match="has no encoder"):
         guide.bind(X).bind(X)
@@ -758,7 +758,7 @@ def test_encoders_and_recipes_that_do_not_fit_are_refused():
         def forward(self, x):
             return super().forward(x).sum()
 
-    words = "for one data set the encoder must return one vector|must return a floating tensor"
+    words = "for one dataset the encoder must return one vector|must return a floating tensor"
     refused(linear, words, guide=AutoFlow(linear, small, encoder=Flat(3, 2, (4,))))
     refused(linear, words, guide=AutoFlow(linear, small, encoder=lambda x: x[..., None]))
     refused(

@@ -23,7 +23,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows import flows
-from pyro_flows.guides.couplings import affine_couplings
+from pyro_flows.guides.recipe import affine_couplings
 from pyro_flows.persistence import archive, size_limit
 from pyro_flows.persistence.archive import Archive
 

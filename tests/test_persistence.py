@@ -37,7 +37,7 @@ from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import MADE, MLP
 from pyro_flows.distributions import FixedBase, ModesBase, StandardNormal
 from pyro_flows.encoders import ConvEncoder, MLPEncoder, SetEncoder
-from pyro_flows.guides.couplings import affine_couplings
+from pyro_flows.guides.recipe import affine_couplings
 from pyro_flows.persistence.classes import BASES, BY_NAME
 from pyro_flows.persistence.spec import build, describe
 from pyro_flows.training.checkpoint import Checkpoint

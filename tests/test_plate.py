@@ -331,14 +331,13 @@ def test_pack_and_unpack_undo_each_other(case):
     for packing in filter(lambda p: p.size, map(double, (guide.posterior.shared, guide.posterior.own))):
         batch = (4,) if packing.dim is None else (4, N)
         z = torch.randn(*batch, packing.size, dtype=torch.float64)
-        trailing = (1,) * (1 if packing is None else packing.trailing)
-        depth = max(packing.depth, 1) - len(batch) + 1
-        lead = z if packing.dim is not None else z.reshape(4, *(1,) * depth, packing.size)
+        plates = [1] * max(1, *(len(part.batch) for part in packing.parts.values()))
         if packing.dim is not None:
-            lead = z.reshape(4, *(1,) * (packing.depth - 1 - len(trailing)), N, *trailing, packing.size)
+            plates[packing.dim] = N
+        lead = z.reshape(4, *plates, packing.size)
         found = list(packing.unpack(lead))
         change = sum(log_det.flatten(1).sum(1) for *_, log_det in found)
-        again, log_det = packing.pack(dict(packing.values(lead, 4)))
+        again, log_det = packing.pack(packing.values(z))
         torch.testing.assert_close(again, z, rtol=1e-7, atol=1e-7)
         assert log_det.shape == batch
         torch.testing.assert_close(log_det.reshape(4, -1).sum(1), -change, rtol=1e-7, atol=1e-7)
@@ -348,7 +347,7 @@ def test_pack_and_unpack_undo_each_other(case):
 def test_log_det_of_packing_is_autograds(case):
     guide = build(case, False)
     for packing in filter(lambda p: p.size, map(double, (guide.posterior.shared, guide.posterior.own))):
-        shape = (1,) * max(packing.depth, 1)
+        shape = (1,) * max(1, *(len(part.batch) for part in packing.parts.values()))
 
         def constrained(z: Tensor, packing: Any = packing, shape: Any = shape) -> Tensor:
             found = packing.unpack(z.reshape(*shape, -1))

@@ -19,7 +19,7 @@ from torch import nn
 import pyro_flows as pf
 from pyro_flows import AutoFlow, AutoPlateFlow
 from pyro_flows.encoders import MLPEncoder
-from pyro_flows.guides.rows import places_of
+from pyro_flows.guides.contexts import places_of
 from pyro_flows.objectives import PathELBO, PathEnumELBO, TemperedELBO
 from pyro_flows.programs.error_text import quoted
 from pyro_flows.programs.task import Task

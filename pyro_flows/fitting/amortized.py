@@ -23,7 +23,6 @@ from ..data.batches import Batch, Rows, suited_size
 from ..guides import AutoFlow
 from ..guides.encoding import initialize
 from ..guides.guide_call import Call
-from ..guides.packing import check_same
 from ..programs.nesting import runs_programs
 from ..programs.simulations import Simulations, check_draws, check_given
 from ..programs.simulator import Simulator
@@ -278,7 +277,7 @@ def _standardise(simulator: Simulator, guide: AutoFlow, simulations: Simulations
             raise ValueError(f"{CALLER}: latent site {name!r} of the guide is not drawn by the model without data.")
         check_draws(CALLER, "latent site", name, simulations.latents[name])
     args, kwargs = simulator.arguments(simulations.row(1))
-    check_same(Call(CALLER, simulator.model.call, args, kwargs, guide.prototype_trace))
+    guide.check_same(Call(CALLER, simulator.model.call, args, kwargs, guide.prototype_trace))
     with torch.no_grad():
         z, log_det = guide.pack(simulations.latents)
         for name, column in zip(guide.coordinates, z.T, strict=True):

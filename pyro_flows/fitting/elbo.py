@@ -30,8 +30,8 @@ from tqdm import tqdm
 from ..conditioners.base import Network
 from ..flows import Flow
 from ..guides import AutoFlow
+from ..guides.base import holders
 from ..guides.contexts import RowContexts
-from ..guides.parameter_names import holders
 from ..guides.schedule import Schedule, plan_of
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..diagnostics import Check, Finding, check
 from ..flows import Flow
 from ..guides import AutoFlow
-from ..guides.couplings import affine_couplings
+from ..guides.recipe import affine_couplings
 from ..programs.latent_space import LatentSpace, sound_space
 from ..programs.log_density import or_nan
 from ..programs.task import Task

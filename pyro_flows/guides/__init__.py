@@ -1,6 +1,5 @@
 """Guides for Pyro models, built from flows."""
 
-from . import supports as supports
 from .auto import AutoFlow as AutoFlow
 from .graph import posterior_graph as posterior_graph
 from .init import init_to_center as init_to_center

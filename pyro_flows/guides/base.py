@@ -1,76 +1,96 @@
-"""What all guides made of flows share: a name of their own, summaries of their draws, and independent copies."""
+"""The base class of guides made of flows: setup, summaries of draws, unique names, and independent copies."""
 
 from __future__ import annotations
 
 import copy
+import itertools
+import warnings
 import weakref
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine, validation_enabled
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide import AutoGuide, init_to_value
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
 from pyro.nn.module import _is_module_local_param_enabled
+from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
-from ..arguments import quoted
+from ..arguments import check_kind, check_program, quoted
 from ..flows import Flow
 from ..flows.distribution import FlowDistribution
 from ..programs.engines import plate_like
 from ..programs.log_density import is_breakdown
-from .call_checks import Calls
-from .discrete import draw_discrete
-from .guide_call import Call
-from .nonfinite import Sites
-from .parameter_names import adopt_stored_parameters, claim_name, is_free
-from .refusals import setup_error
+from .checks import Calls, check_shapes, setup_error
+from .discrete import HideDiscrete, draw_discrete
+from .encoding import check_encoder
+from .guide_call import Call, Found
+from .init import init_to_center
+from .packing import Packing
 from .schedule import Plan
+from .stored import Site, program_of, sites_of
+from .supports import MarkCircles
+
+_used: set[str] = set()  # names of guides in Pyro's parameter store, which all guides of a process share
+_live: weakref.WeakValueDictionary[str, FlowGuide] = weakref.WeakValueDictionary()
 
 
 class FlowGuide(Plan, AutoGuide):
-    """A guide whose networks are its own, under a name that no other guide bears."""
+    """A guide whose networks are stored under a unique name in Pyro's parameter store."""
 
     num_summary_draws = 10_000
-    recipes: tuple[str, ...] = ()  # attributes that hold functions, which copies share and pickles leave behind
+    recipes: tuple[str, ...]  # attributes that hold functions: copies share them, and pickles leave them out
+    settings: tuple[str, ...]  # arguments of the class that files hold
     prototype_trace: Any
-    plate: str | None = None  # whose rows have a flow of their own
-    _calls: Calls
-    _chooses_start: bool  # as no init_loc_fn was given
-    _data_plates: Sequence[str] = ()  # those that the model gives their rows' data
+    packings: dict[str, Packing]  # the layout of the vector at each of the guide's sample statements
+    plate: str | None = None  # the plate whose rows have a flow
+    _data_plates: Sequence[str] = ()  # the plates that the model gives their rows' data
+    _init_scale: Any
+
+    def __init__(
+        self, model: Callable[..., Any], encoder: Any, init_loc_fn: Callable[..., Any] | None, name: str | None
+    ) -> None:
+        check_encoder(type(self).__name__, encoder)
+        check_program(model=model)
+        seen = HideDiscrete()(MarkCircles()(model))
+        AutoGuide.__init__(self, InitMessenger(init_loc_fn or init_to_center)(seen))
+        self._chooses_start = init_loc_fn is None
+        self._calls = Calls()
+        self._claim_name(name)
 
     def setup(self, *args: Any, **kwargs: Any) -> Any:
         """Build the guide now, by running the model, and return it.  A second call does nothing.
 
         Args:
-            *args: The model's arguments, with data of the shapes that are to come.
+            *args: The model's arguments, with data of the shapes that later calls have.
             **kwargs: Its keyword arguments.
 
         Raises:
-            TypeError: If the model asks for arguments and none are given, or a recipe fails.
+            TypeError: If the model requires arguments and none are given, or a recipe fails.
             RuntimeError: If the model of an ``AutoFlow`` has no latents.
             NotImplementedError: If torch knows no bijection onto the support of a latent.
-            ValueError: If the guide cannot answer for the model; the error names the site or plate, and the way out.
+            ValueError: If the guide cannot represent the model; the error names the site or plate, and the way out.
         """
         if self.prototype_trace is not None:
             return self
         owner = type(self).__name__
         if self.model is None:
-            fault = "this guide was saved before setup(), and saved guides leave their models behind"
-            raise ValueError(f"{owner}: {fault}.")
+            raise ValueError(f"{owner}: this guide was saved before setup(), and saved guides have no model.")
         try:
             self._set_up(*args, **kwargs)
         except Exception as error:
             self.prototype_trace = None  # a failed setup can be tried again
-            if told := setup_error(owner, error, bool(args or kwargs)):
-                raise told from error
+            if clearer := setup_error(owner, error, bool(args or kwargs)):
+                raise clearer from error
             raise
         return self
 
     def _set_up(self, *args: Any, **kwargs: Any) -> None:
-        """Build the guide; where the model breaks down at the start, find another if none was asked for."""
+        """Build the guide; if the model breaks down at the default start, find another one."""
         try:
             self._setup_prototype(*args, **kwargs)
         except ValueError as error:
@@ -90,8 +110,8 @@ class FlowGuide(Plan, AutoGuide):
     def compile(self, **settings: Any) -> None:
         """Compile the guide's flows once it is set up; see :meth:`~pyro_flows.flows.Flow.compile`.
 
-        Path gradients, and so ``fit_svi`` by default, go layer by layer as before; draws, densities and gradients of
-        Pyro's own ELBOs are compiled.
+        Draws, densities and gradients of Pyro's own ELBOs are compiled.  Path gradients, the default of ``fit_svi``,
+        still run layer by layer.
 
         Raises:
             ValueError: If the guide was not set up yet, and has no flow.
@@ -102,7 +122,7 @@ class FlowGuide(Plan, AutoGuide):
             flow.compile(**settings)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draw the latents, as Pyro's guides do: site name -> value; in Pyro's ``Predictive`` discrete ones too."""
+        """Sample the latents, as Pyro's guides do: site name -> value; in Pyro's ``Predictive`` discrete ones too."""
         call = self.setup(*args, **kwargs)._call(args, kwargs)
         with self._calls.watch.over(self, call):
             found = self._draws(call)
@@ -110,53 +130,66 @@ class FlowGuide(Plan, AutoGuide):
 
     @abstractmethod
     def _draws(self, call: Call) -> dict[str, Tensor]:
-        """Draw the guide's latents, each at its sample statement."""
+        """Sample the guide's latents, each at its sample statement."""
+
+    @abstractmethod
+    def _layouts(self, sites: dict[str, Any]) -> dict[str, Packing]:
+        """Return the layout of the vector at each of the guide's sample statements, for some latent sites."""
+
+    def check_same(self, call: Call) -> Found | None:
+        """Raise ValueError if arguments change the latents, their shapes or supports; return the model's sites."""
+        if call.model is None:
+            return None
+        found = call.look()
+        check_shapes(call, found)
+        there = self._layouts({name: found.latents[name] for name in call.latents})
+        for name, packing in self.packings.items():
+            packing.check_same(call.owner, there[name])
+        return found
 
     @abstractmethod
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draw from the guide: for each latent site, values of shape ``(num_samples, *site_shape)``.
+        """Sample from the guide: for each latent site, values of shape ``(num_samples, *site_shape)``.
 
-        A million fit into memory if their values do: networks see some of them at a time.
+        A million draws fit into memory if their values do, since networks see some of them at a time.
         """
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The median of each latent, from ``num_summary_draws`` draws: site name -> ``site_shape``."""
-        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+        """Return the median of each latent, from ``num_summary_draws`` draws: site name -> ``site_shape``."""
+        return self.quantiles(0.5, *args, **kwargs)
 
     @torch.no_grad()
     def quantiles(self, quantiles: float | list[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Quantiles of each latent, from ``num_summary_draws`` draws, or fewer where there are more than 2,000 numbers.
+        """Return quantiles of each latent, from ``num_summary_draws`` draws, or fewer for more than 2,000 numbers.
 
         Args:
             quantiles: Levels between 0 and 1, or a single one.
-            *args: The model's arguments, where the guide is new or depends on data.
+            *args: The model's arguments, if the guide is new or depends on data.
             **kwargs: Its keyword arguments.
 
         Returns:
-            For each latent site values of shape ``(len(quantiles), *site_shape)``; of a single level ``site_shape``.
+            For each latent site values of shape ``(len(quantiles), *site_shape)``; ``site_shape`` for a single level.
         """
         one = sum(value.numel() for value in self.sample(1, *args, **kwargs).values())
-        number = min(self.num_summary_draws, max(1000, 20_000_000 // one))  # so that they fit into memory
+        number = min(self.num_summary_draws, max(1000, 20_000_000 // one))  # so that the draws fit into memory
         return {name: _quantiles(value, quantiles) for name, value in self.sample(number, *args, **kwargs).items()}
 
-    def _draw(self, name: str, q: FlowDistribution, sites: Sites) -> Tensor:
-        """Draw packed latents, at a sample statement of the guide's own.
+    def _draw(self, name: str, q: FlowDistribution, rows: Tensor | None = None) -> Tensor:
+        """Sample packed latents at an auxiliary sample statement.
 
         Raises:
             FloatingPointError: Naming the site, if a draw is not finite while the guide is trained.
         """
         z = pyro.sample(f"_{self._pyro_name}_{name}", q.for_one_step(), infer={"is_auxiliary": True})
-        self._calls.watch.see(self, name, sites, q, z)
+        self._calls.watch.see(self, name, q, z, rows)
         return z
 
-    # The plates that latents lie in.
-
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Make the plates of the prototype that Pyro would make otherwise.
+        """Make the plates of the prototype, as Pyro does, with two differences.
 
-        A plate without a size stays without.  The rows' data that a model gives a plate, ``subsample=x``, are the
-        model's own: indices in the guide's trace would be replayed in their place.
+        A plate without a size stays without.  The rows' data that a model gives a plate, ``subsample=x``, are left to
+        the model: indices in the guide's trace would be replayed in their place.
         """
         if self.master is not None:
             return dict(super()._create_plates(*args, **kwargs))
@@ -164,21 +197,83 @@ class FlowGuide(Plan, AutoGuide):
             self.plates = {name: plate_like(frame) for name, frame in sorted(self._prototype_frames.items())}
         return self.plates
 
-    # Parameters under a name of the guide's own.
+    def parts(self) -> dict[str, Any]:
+        """Return the parts of the guide that a file holds, for :meth:`from_parts`.
+
+        Raises:
+            ValueError: If the guide was never set up.
+        """
+        return {"sites": sites_of(self), "init_scale": self._init_scale, "name": self._pyro_name}
+
+    @classmethod
+    def from_parts(cls, sites: Sequence[Site], name: str, **parts: Any) -> Any:
+        """Build a guide without a model from its :meth:`parts`.
+
+        It gets another name if the parameter store holds tensors under this one, which would replace its own.
+
+        Raises:
+            ValueError: If the parts do not fit together.
+        """
+        taken = name in _live or any(key.startswith(f"{name}.") for key in pyro.get_param_store())
+        start = init_to_value(values={site.name: site.value for site in sites}, fallback=None)
+        settings = {key: parts.pop(key) for key in cls.settings if key in parts}
+        guide = cls(program_of(sites), init_loc_fn=start, name=None if taken else name, **settings)
+        super(FlowGuide, guide)._setup_prototype()
+        guide.packings = guide._layouts(dict(guide.prototype_trace.iter_stochastic_nodes()))
+        guide._restore(**parts)
+        guide._model = (None,)
+        return guide
+
+    @abstractmethod
+    def _restore(self, *args: Any, **parts: Any) -> None:
+        """Set the other parts of a guide that was built from a file."""
+
+    # Two guides under one name would train one set of tensors and use another, so names are unique.
+
+    def _claim_name(self, name: str | None) -> None:
+        """Take a name in the parameter store, by default the first of the class that was never used."""
+        kind = type(self).__name__
+        check_kind(kind, (str, type(None)), "a word or None", name=name)
+        if name is None:
+            names = (kind if i == 1 else f"{kind}_{i}" for i in itertools.count(1))
+            name = next(n for n in names if n not in _used)
+        elif name in _live:
+            fault = f"Another live {kind} is named {name!r}; the two would share parameters in Pyro's store"
+            warnings.warn(f"{fault}. Give each guide a name of its own.", stacklevel=4)
+        _used.add(name)
+        _live[name] = self
+        self.__dict__["_pyro_name"] = name
 
     def _adopt_stored(self, *names: str) -> None:
-        """Let modules take over what Pyro's parameter store holds under the guide's name: it may have been loaded."""
-        if not _is_module_local_param_enabled():
-            for name in names or self._modules:
-                if (module := self._modules[name]) is not None:
-                    adopt_stored_parameters(f"{self._pyro_name}.{name}", module)
+        """Copy what the parameter store holds under the guide's name into modules, for example after its ``load``.
+
+        The store then drops its own tensors, so that it and the guide share one set.
+        """
+        if _is_module_local_param_enabled():
+            return
+        store = pyro.get_param_store()
+        for outer in names or self._modules:
+            module = self._modules[outer]
+            for inner, parameter in module.named_parameters() if module is not None else ():
+                full = param_with_module_name(f"{self._pyro_name}.{outer}", inner)
+                if (kept := store._params.get(full)) is None or kept is parameter:  # nearly always, and at each step
+                    continue
+                if (stored := store[full].detach()).data_ptr() == parameter.data_ptr():
+                    continue
+                if stored.shape != parameter.shape:
+                    shapes = f"of shape {tuple(stored.shape)}, but the guide needs {tuple(parameter.shape)}"
+                    way = "give the guide another name= or clear the store"
+                    raise ValueError(f"The parameter store holds {full!r} {shapes}; {way}.")
+                with torch.no_grad():
+                    parameter.copy_(stored)
+                del store[full]
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
-        """Inside a list of guides too, the guide keeps its own name, which is unique; its place in the list is not."""
+        """Keep the guide's own name inside a list of guides: it is unique, and the place in the list is not."""
         super()._pyro_set_supermodule(self._pyro_name, context)
 
     def __getattr__(self, name: str) -> Any:
-        """Every way to a network leads through here, so that none answers from parameters older than the store's."""
+        """Return a module with the store's parameters, since every access to a network passes through here."""
         if name in self.__dict__.get("_modules", ()):
             self._adopt_stored(name)
         value = super().__getattr__(name)
@@ -191,16 +286,16 @@ class FlowGuide(Plan, AutoGuide):
         self._adopt_stored()
         super()._save_to_state_dict(*args, **kwargs)
 
-    # Copies: independent parameters under a name of their own; pickles leave the model behind.
+    # Copies have independent parameters under another name; pickles leave the model out.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         self._adopt_stored()
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        shared = {name: self.__dict__.get(name) for name in ("_model", "prototype_trace", *self.recipes)}
+        shared = {name: self.__dict__.get(name) for name in ("_model", "prototype_trace", "packings", *self.recipes)}
         state = {k: v for k, v in self.__dict__.items() if k not in (*shared, "master")}
         new.__dict__.update(copy.deepcopy(state, memo), **shared, master=None)
-        new.__dict__["_pyro_name"] = claim_name(new, None)
+        new._claim_name(None)
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -211,11 +306,17 @@ class FlowGuide(Plan, AutoGuide):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__["_pyro_name"] = claim_name(self, self._pyro_name if is_free(self._pyro_name) else None)
+        self._claim_name(None if self._pyro_name in _live else self._pyro_name)
+
+
+def holders(parameters: Collection[Tensor]) -> list[nn.Module]:
+    """Return the live guides that hold some of these parameters."""
+    wanted = {id(parameter) for parameter in parameters}
+    return [guide for guide in _live.values() if any(id(parameter) in wanted for parameter in guide.parameters())]
 
 
 def _quantiles(value: Tensor, quantiles: float | list[float] | Tensor) -> Tensor:
-    """Quantiles over the first dimension, some columns at a time: torch takes no more than 2²⁴ numbers."""
+    """Return quantiles over the first dimension, some columns at a time, since torch takes at most 2²⁴ numbers."""
     try:
         levels = torch.as_tensor(quantiles, dtype=value.dtype, device=value.device)
         fits = bool(((levels >= 0) & (levels <= 1)).all())

@@ -1,4 +1,4 @@
-"""What a guide knows of each row of a plate: what an encoder makes of the row's data, or a vector learned for it."""
+"""Rows of a plate: which come next, their data, and the context of each, encoded from its data or learned."""
 
 from __future__ import annotations
 
@@ -6,14 +6,67 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from pyro import validation_enabled
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 
 from ..arguments import check_integers
 from ..conditioners.base import Paced
-from .encoding import encode, finite, probe
-from .guide_call import Call
-from .prototype import Rows, look
-from .rows import places_of, take_rows
+from ..programs.minibatches import Shuffled
+from .encoding import check_finite, encode, probe
+from .guide_call import Call, Found, Rows
+
+
+def places_of(given: Tensor, full_size: int) -> Tensor | None:
+    """Return the indices of the rows that a plate is given as ``subsample=``, or None if they cannot be told.
+
+    Pyro allows indices, and the data of the rows themselves: all of them in their order, or some.
+    """
+    order = torch.arange(full_size, device=given.device)
+    whole = len(given) == full_size
+    if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool:
+        return order if whole else None
+    if whole:
+        indices = torch.equal(given, order) or torch.equal(given.sort().values, order)
+    else:
+        indices = bool(((given >= 0) & (given < full_size)).all())
+    return given if indices else order if whole else None
+
+
+def data_plates(found: Found) -> list[str]:
+    """Return the plates whose ``subsample=`` is their rows' data, and not indices."""
+    return [name for name, (size, given) in found.given.items() if places_of(given, size) is not given]
+
+
+class InTurn(Messenger):
+    """Handler that lets a subsampled plate take its rows in turn, unless its rows are given or replayed."""
+
+    def __init__(self, name: str, rows: Shuffled) -> None:
+        super().__init__()
+        self.name, self.rows = name, rows
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        fn = msg["fn"]
+        if msg["name"] == self.name and isinstance(fn, _Subsample) and (fn.subsample_size or fn.size) < fn.size:
+            fn.sample = lambda *_: self.rows.next(fn.size, fn.subsample_size)
+
+
+def check_tied(call: Call, name: str, rows: Rows) -> None:
+    """Raise ValueError if the data in a subsampled plate do not depend on its indices: no row can be learned then."""
+    if rows.chosen is not None or rows.size == rows.full_size:
+        return
+    latents, seen = call.start, []
+    for _ in range(10):  # a few rows may be alike
+        indices = torch.randperm(rows.full_size)[: rows.size]
+        with validation_enabled(False):
+            trace = call.trace_at({**latents, name: indices})
+        inside = (s for s in trace.nodes.values() if any(f.name == name for f in s.get("cond_indep_stack", ())))
+        seen.append([s["value"] for s in inside if s["is_observed"] and s["name"] not in latents])
+    if seen[0] and all(torch.equal(a, b) for other in seen for a, b in zip(seen[0], other, strict=True)):
+        part = f"plate {name!r} is subsampled ({rows.size} of {rows.full_size} rows)"
+        way = f"Use an encoder, or take rows by its indices: `with pyro.plate({name!r}, ...) as i: ... obs=y[i]`"
+        raise ValueError(f"AutoPlateFlow: {part}, but its data are the same whatever its indices. {way}.")
 
 
 class RowContexts(Paced):
@@ -21,11 +74,11 @@ class RowContexts(Paced):
 
     Args:
         plate: The plate's name.
-        encoder: A network or function from the model's arguments to them; without one they are parameters.
-        embedding_dim: How many random numbers a row's parameters then start with, beside some zeros.
+        encoder: A network or function from the model's arguments to the contexts; without one they are parameters.
+        embedding_dim: The number of random numbers in a row's parameters at the start; the others are zero.
 
     Attributes:
-        pace: How far a row's context moves when an optimiser moves its parameters.
+        pace: How far a row's context moves if an optimiser moves its parameters by 1.
     """
 
     pace: float = 1.0
@@ -38,26 +91,23 @@ class RowContexts(Paced):
         self.embedding: nn.Embedding | None = None
 
     def setup(self, call: Call, rows: Rows, like: Tensor, num_zeros: int) -> None:
-        """Learn the width from the encoder, or make for each row a vector of zeros and then random numbers."""
+        """Find the width by the encoder, or make a vector of zeros and then random numbers for each row."""
         if self.encoder is None:
-            self.width = num_zeros + self.embedding_dim
             noise = torch.randn(rows.full_size, self.embedding_dim)
             start = torch.cat((torch.zeros(rows.full_size, num_zeros), noise), 1)
-            self.embedding = nn.Embedding.from_pretrained(start.to(like), freeze=False)
+            self.restore(num_zeros + self.embedding_dim, start.to(like))
         else:
-            context = probe(call, self.encoder)
-            self._check(context, rows.size, rows.full_size)
-            self.width = context.shape[-1]
+            self.width = self._checked(probe(call, self.encoder), rows.size, rows.full_size).shape[-1]
 
     def restore(self, width: int, embedding: Tensor | None) -> None:
-        """Take over the parts of contexts that were saved."""
+        """Set the width and the rows' parameters."""
         self.width = width
         if embedding is not None:
             self.embedding = nn.Embedding.from_pretrained(embedding, freeze=False)
 
     @torch.no_grad()
     def set_pace(self, pace: float | None) -> None:
-        """Change the pace, by default to 1, and keep the contexts; exact in floating point for powers of 2."""
+        """Change the pace, by default to 1, and keep the contexts; this is exact for powers of 2."""
         pace = pace or 1.0
         if self.embedding is not None:
             self.embedding.weight.mul_(self.pace / pace)
@@ -71,13 +121,11 @@ class RowContexts(Paced):
         return ("embedding.weight",)
 
     def of(self, call: Call, plate: Any, indices: Tensor) -> Tensor:
-        """The contexts of the rows at ``indices`` of a plate."""
+        """Return the contexts of the rows at ``indices`` of a plate."""
         places = places_of(indices, plate.size)
         is_data = places is not None and places is not indices
         if is_data and not any(value is indices for value in (*call.args, *call.kwargs.values())):
-            fault = (
-                f"the data that plate {self.plate!r} is given as subsample= must be an argument of the model, as it is"
-            )
+            fault = f"the data that plate {self.plate!r} is given as subsample= must itself be an argument of the model"
             raise ValueError(f"AutoPlateFlow: {fault}. Write subsample=x, or leave it out.")
         if self.embedding is not None:
             self._check_known(plate.size)
@@ -85,10 +133,10 @@ class RowContexts(Paced):
                 got = f"plate {self.plate!r} is given the data of {len(indices)} of {plate.size} rows as subsample="
                 raise ValueError(f"AutoPlateFlow: {got}. Give an encoder, or the rows' indices as subsample=.")
             return self.pace * self.embedding(places.to(self.embedding.weight.device))
-        if places is None:  # the arguments are of these rows alone
+        if places is None:  # the arguments hold these rows alone
             return self._encode(call, len(indices))
         if len(places) < plate.size:
-            call = take_rows(call, places, plate.size)
+            call = _take_rows(call, places, plate.size)
         elif places is indices and not torch.equal(indices, torch.arange(plate.size, device=indices.device)):
             fault = f"plate {self.plate!r} takes all of its rows in another order, by subsample="
             raise ValueError(f"AutoPlateFlow: {fault}. Leave subsample= out where all rows are taken.")
@@ -96,30 +144,43 @@ class RowContexts(Paced):
         return context if len(context) == len(places) else context[places]
 
     def of_all(self, call: Call) -> Tensor:
-        """The contexts of all rows that the arguments tell of."""
+        """Return the contexts of all rows in the arguments."""
         if self.embedding is not None:
-            if call.model is not None and (rows := look(call, until=()).rows):  # saved guides are without a model
+            if call.model is not None and (rows := call.look(until=()).rows):
                 self._check_known(rows.full_size)
             return self.pace * self.embedding.weight
         context = self._encode(call)
-        finite("AutoPlateFlow", context)
+        check_finite("AutoPlateFlow", context)
         return context
 
     def _check_known(self, full_size: int) -> None:
         if self.embedding is not None and full_size != self.embedding.num_embeddings:
             known = f"the {self.embedding.num_embeddings} rows of plate {self.plate!r} that it was built for"
-            way = "Give it an encoder, or build another guide"
-            raise ValueError(f"AutoPlateFlow: without an encoder the guide knows {known}, not {full_size}. {way}.")
+            fault = f"without an encoder the guide knows {known}, not {full_size}"
+            raise ValueError(f"AutoPlateFlow: {fault}. Give it an encoder, or build another guide.")
 
     def _encode(self, call: Call, *numbers: int) -> Tensor:
-        assert self.encoder is not None
-        context = encode(call, self.encoder, self.width)
-        self._check(context, *numbers)
-        return context
+        return self._checked(encode(call, self.encoder, self.width), *numbers)
 
-    def _check(self, context: Tensor, *numbers: int) -> None:
-        """Refuse contexts of another number of rows than those, if any; the last is that of all rows."""
+    def _checked(self, context: Tensor, *numbers: int) -> Tensor:
+        """Return contexts, or raise ValueError unless they have one of these numbers of rows, if any.
+
+        The last is the number of all rows.
+        """
         all_rows = numbers[-1] if numbers else len(context)
         if context.dim() != 2 or len(context) not in (*numbers, all_rows):
             wanted = f"one vector for each of the {all_rows} rows of plate {self.plate!r}, ({all_rows}, context_dim)"
             raise ValueError(f"AutoPlateFlow: the encoder must return {wanted}, got shape {tuple(context.shape)}.")
+        return context
+
+
+def _take_rows(call: Call, indices: Tensor, full_size: int) -> Call:
+    """Return a call with some rows of each tensor that has one row for each row of the plate."""
+
+    def take(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() and len(value) == full_size:
+            return value[indices.to(value.device)]
+        return value
+
+    kwargs = {name: take(value) for name, value in call.kwargs.items()}
+    return call._replace(args=tuple(map(take, call.args)), kwargs=kwargs)

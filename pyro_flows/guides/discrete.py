@@ -1,4 +1,4 @@
-"""Latents that a guide leaves alone: discrete ones of finite support, which are summed out, and points."""
+"""Latents outside of a guide: discrete ones of finite support, which are summed out, and point masses."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .guide_call import Call
 
 
 class HideDiscrete(BlockMessenger):
-    """Hides the discrete latents of a model that can be summed out, and points, from the guide that looks at it.
+    """Handler that hides point masses, and discrete latents that can be summed out, from the guide of a model.
 
     Attributes:
-        has_met: True once a discrete one was met.
+        has_met: True once the model had such a discrete latent.
     """
 
     def __init__(self) -> None:
@@ -32,16 +32,18 @@ class HideDiscrete(BlockMessenger):
         self.has_met = False
 
     def _hides(self, msg: dict[str, Any]) -> bool:
-        hidden = msg["type"] == "sample" and not msg["is_observed"] and (is_summable(msg["fn"]) or is_point(msg["fn"]))
-        self.has_met |= hidden and not is_point(msg["fn"])
-        return hidden
+        if msg["type"] != "sample" or msg["is_observed"]:
+            return False
+        sums = is_summable(msg["fn"])
+        self.has_met |= sums
+        return sums or is_point(msg["fn"])
 
 
 def summed(call: Call) -> Program | None:
-    """Return a program with the density of a model whose discrete latents are hidden; None where it has none."""
+    """Return a program that sums the hidden discrete latents out of the model's density, or None without any."""
     program = call.model
     while isinstance(program, functools.partial) and isinstance(next(iter(program.args), None), Messenger):
-        messenger, inner = program.args[:2]  # one of Pyro's handlers, and what it is around
+        messenger, inner = program.args[:2]  # a handler of Pyro, and the program that it handles
         if isinstance(messenger, HideDiscrete) and messenger.has_met:
             single = trace_at(inner, {}, call.args, call.kwargs)
             sites = prune_subsample_sites(single).iter_stochastic_nodes()
@@ -52,15 +54,15 @@ def summed(call: Call) -> Program | None:
 
 
 def draw_discrete(call: Call, latents: Values) -> Values:
-    """Draw the discrete latents that are hidden from a guide, given its own, where predictions are made.
+    """Sample the hidden discrete latents given the guide's latents, in Pyro's ``Predictive``.
 
-    Pyro's ``Predictive`` masks all densities, so that sites more or less in a guide do not count.  Elsewhere nothing is
-    drawn, nor where a plate is subsampled, data are missing or latents are another guide's: what is not known would
-    have to be summed over too.
+    ``Predictive`` masks all densities, so that further sites in a guide do not count.  Outside of it nothing is
+    sampled.  Nor is it if a plate is subsampled, data are missing or another guide has some latents: these unknowns
+    would have to be summed out too.
 
     Args:
         call: The call of the guide; its model has the guide's handlers.
-        latents: The guide's latents, under a plate of draws or not.
+        latents: The guide's latents, with or without a plate of draws.
     """
     program = summed(call) if call.model and latents and get_mask() is False else None
     if program is None or program.subsamples:
@@ -69,15 +71,15 @@ def draw_discrete(call: Call, latents: Values) -> Values:
     latent = {name for name, site in program.single.iter_stochastic_nodes() if not is_point(site["fn"])}
     if latent != {*latents, *program.enumerated}:
         return {}
-    # A plate of draws lies to the left of what the latents' plates take; a discrete latent may lie in more plates.
-    depths = {name: value.dim() - sites[name]["fn"].event_dim for name, value in latents.items()}
+    # A plate of draws lies to the left of the latents' plates; a discrete latent may lie in more plates.
+    depth = max(value.dim() - sites[name]["fn"].event_dim for name, value in latents.items())
     several = any(value.dim() > sites[name]["value"].dim() for name, value in latents.items())
     rows = {name: value.reshape(-1, *sites[name]["value"].shape) for name, value in latents.items()}
     size = max(map(len, rows.values()))
     held = {name: value.expand(size, *value.shape[1:]) for name, value in rows.items()}
     for name, value in program.discrete(held, size).items():
         event = sites[name]["fn"].event_dim
-        more = value.dim() - event - max(depths.values())
+        more = value.dim() - event - depth
         if several:
             value = value.reshape(size, *(1,) * max(0, -more), *value.shape[1:])
             event += max(0, more)

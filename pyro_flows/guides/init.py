@@ -1,25 +1,43 @@
-"""Where a guide starts: at the centre of the prior, without drawing from it."""
+"""Starts of guides: the centre of the prior, the origin of the unconstrained space, or the first place with a density.
+
+The centre is the default.  It may be absurd for priors as wide as LogNormal(-20, 5): noise of scale e⁻²⁰ makes any data
+impossible.  The steps of an optimiser do not lead out of there.  The origin replaces the centre if its density, data
+included, is far higher.  In models whose draws must fit each other, neither may have a density.  Then random places
+around the origin are tried, as in Pyro's NUTS, and then draws of the latents' own distributions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
-from pyro.distributions import Independent, MaskedDistribution
+from pyro import validation_enabled
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
+from ..programs.program import Program
+from .checks import check_density
+from .discrete import summed
+from .guide_call import Call
+from .packing import Packing
+from .supports import bare
+
+ABSURD = 10.0  # nats per latent by which the origin must be likelier
+TRIES = 100  # random places, and draws, to try if centre and origin have no density
+
 
 def init_to_center(site: dict[str, Any] | None = None) -> Tensor | Callable[..., Any]:
-    """Initialise a site to its prior's median where that is known in closed form, else to its mean where that is
-    finite, else to the origin of the unconstrained space.
+    """Initialise a site to the median of its prior if it is known in closed form.
 
-    Unlike Pyro's strategies it needs no draw, so flat priors (``ImproperUniform``) have a start too, and the same
-    start every time.
+    Otherwise the value is the mean of the prior if it is finite, or else the origin of the unconstrained space.  It is
+    the same each time.  Pyro's strategies draw from the prior; this one also starts flat priors (``ImproperUniform``).
 
     Args:
-        site: A Pyro sample site; without one the strategy itself is returned, as Pyro's strategies do.
+        site: A Pyro sample site.  Without one the strategy itself is returned, as Pyro's strategies do.
 
     Returns:
         A value of the site's shape, in its support.
@@ -39,50 +57,95 @@ def init_to_center(site: dict[str, Any] | None = None) -> Tensor | Callable[...,
         return init_to_center
     fn = site["fn"]
     if fn.support.is_discrete:
-        return fn.sample()  # for the guide to refuse, in words of its own
+        return fn.sample()  # the guide refuses the site with a better error
     try:
         bijection = biject_to(fn.support)
     except NotImplementedError as error:
-        fault = (
-            f"torch knows no bijection from real vectors onto {fn.support}, the support of site {site.get('name')!r}"
-        )
-        way = "write the site another way, a covariance as scales and an LKJCholesky, say"
-        raise NotImplementedError(f"init_to_center: {fault}; {way}.") from error
-    for value in (_median(fn), _mean(fn)):
-        if value is not None and value.shape == fn.shape() and bijection.inv(value).isfinite().all():
+        fault = f"torch maps no real vectors onto {fn.support}, the support of site {site.get('name')!r}"
+        way = "Write the site another way, such as a covariance as scales and an LKJCholesky"
+        raise NotImplementedError(f"init_to_center: {fault}. {way}.") from error
+    for value in _centres(fn):
+        if value.shape == fn.shape() and bijection.inv(value).isfinite().all():
             return value
     like = next(iter(_tensors(fn)), torch.zeros(()))
     return bijection(like.new_zeros(bijection.inverse_shape(fn.shape())))
 
 
-def bare(fn: Any) -> Any:
-    """Return a distribution of single numbers, without a mask."""
-    while isinstance(fn, Independent | MaskedDistribution):
-        fn = fn.base_dist
-    return fn
-
-
-def _median(fn: Any) -> Tensor | None:
-    shape, fn = fn.shape(), bare(fn)
-    tensors = _tensors(fn)
-    if not tensors:
-        return None
-    try:
-        return fn.icdf(torch.full((), 0.5, dtype=tensors[0].dtype, device=tensors[0].device)).expand(shape).detach()
-    except (NotImplementedError, RuntimeError, ValueError):
-        return None
-
-
-def _mean(fn: Any) -> Tensor | None:
-    try:
+def _centres(fn: Any) -> list[Tensor]:
+    """Return the median and the mean of a distribution, if they are known in closed form."""
+    found, inner = [], bare(fn)
+    with suppress(NotImplementedError, RuntimeError, ValueError):
+        for tensor in _tensors(inner)[:1]:
+            found.append(inner.icdf(tensor.new_full((), 0.5)).expand(fn.shape()).detach())
+    with suppress(NotImplementedError, RuntimeError, AttributeError):
         mean = fn.mean.detach().clone()
-        return torch.where(mean.isfinite(), mean, fn.loc) if hasattr(fn, "loc") else mean  # StudentT of one degree
-    except (NotImplementedError, RuntimeError, AttributeError):
-        return None
+        found.append(torch.where(mean.isfinite(), mean, fn.loc) if hasattr(fn, "loc") else mean)  # a wide StudentT
+    return found
 
 
 def _tensors(fn: Any) -> list[Tensor]:
-    """The floating parameters of a distribution, down to the base that it wraps."""
+    """Return the floating parameters of a distribution, or else those of its base."""
     found = [t for t in vars(fn).values() if isinstance(t, Tensor) and t.is_floating_point()]
     base = getattr(fn, "base_dist", None)
     return found or (_tensors(base) if base is not None else [])
+
+
+def settle_start(call: Call, *, choose: bool) -> None:
+    """Raise ValueError unless the model has a finite density at the latents of the prototype.
+
+    Args:
+        call: The call of a guide at setup.
+        choose: True to move the latents first, as the module's docstring says.
+    """
+    with call.same_draws():
+        program = summed(call)
+    if choose:
+        _choose(call, program)
+    check_density(call, program)
+
+
+def _choose(call: Call, program: Program | None) -> None:
+    """Compare densities of unconstrained latents at one subsample of the data, and move the prototype's latents."""
+    packing = Packing(call.owner, call.latents.values())
+    centre, rows = packing.start, dict[str, Tensor]()
+    origin = torch.zeros_like(centre)
+
+    def log_density(z: Tensor) -> float:
+        values, change = packing.values(z), sum(log_det.sum() for *_, log_det in packing.unpack(z))
+        if program:
+            total = program.log_prob({name: value.unsqueeze(0) for name, value in values.items()}, 1)[0]
+        else:
+            trace = call.trace_at({**values, **rows})
+            sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
+            rows.update({site["name"]: site["value"] for site in sites if isinstance(site["fn"], _Subsample)})
+            total = torch.as_tensor(trace.log_prob_sum())
+        total = total + change
+        return -math.inf if total.isnan() else float(total)
+
+    with torch.no_grad(), call.same_draws(), validation_enabled(False):
+        at_centre = log_density(centre)
+        at_origin = log_density(origin) if centre.any() else at_centre
+        place = origin if math.isfinite(at_origin) and at_centre < at_origin - ABSURD * len(origin) else centre
+        if not (math.isfinite(at_centre) or math.isfinite(at_origin)):
+            places = _elsewhere(packing, call)
+            place = next((elsewhere for elsewhere in places if math.isfinite(log_density(elsewhere))), centre)
+        # Sites that are hidden from the guide may be drawn anew in each run; then the densities cannot be compared.
+        if place is centre or (log_density(centre), log_density(origin)) != (at_centre, at_origin):
+            return
+        for name, value in packing.values(place).items():
+            call.latents[name]["value"] = value
+
+
+def _elsewhere(packing: Packing, call: Call) -> Iterator[Tensor]:
+    """Yield unconstrained latents within 2 of the origin, then draws of their distributions.
+
+    These distributions are those of the prototype, with other latents at the centre.
+    """
+    for _ in range(TRIES):
+        yield 4 * torch.rand_like(packing.start) - 2
+    for _ in range(TRIES):
+        try:
+            drawn = {name: site["fn"].sample() for name, site in call.latents.items()}
+        except NotImplementedError:  # an ImproperUniform cannot be sampled
+            return
+        yield packing.pack(drawn)[0]

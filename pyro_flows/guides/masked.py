@@ -1,9 +1,9 @@
 """Masked latents: a mask takes rows out of the model's density, so it must take them out of the guide's.
 
-For rows of a plate that have a flow each this is the same mask.  One joint density cannot leave out a part of itself,
-but a part that nothing else depends on, as the steps that pad a series, is *absent*: the guide gives it the law of a
-standard normal, unconstrained, and takes that off its density.  A latent that is masked as a whole while no data are
-has a flat prior, and is drawn and scored as ever.
+For rows of a plate that have a flow the mask is the same.  One joint density cannot leave out a part of a vector.  But
+a part may be *absent* if nothing else depends on it, such as the steps that pad a series.  The guide gives it a
+standard normal distribution in the unconstrained space, and takes that off its density.  A latent that is masked as a
+whole, while no data are, has a flat prior.  The guide draws and scores it as any other.
 """
 
 from __future__ import annotations
@@ -17,40 +17,17 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..programs.masks import is_masked, is_observation, mask_of
-from .guide_call import Call
-from .prototype import Found, frame_of, rows_in
+from .guide_call import Call, Found, frame_of, rows_in
 
 FLAT = "For a flat prior write dist.ImproperUniform."
 
 
-def hides_outside(plate: str | None, found: Found) -> bool:
-    """True if a mask hides some of a latent outside of a plate."""
-    return any(frame_of(site, plate) is None and mask_of(site).hides for site in found.latents.values())
-
-
-def check_unmasked(call: Call, found: Found) -> None:
-    """Refuse masks on latents outside of a plate.
-
-    Raises:
-        ValueError: Naming the site.
-    """
-    for name, site in found.latents.items():
-        mask = mask_of(site)
-        is_flat = mask.is_scalar and not _hides_data(found)
-        if frame_of(site, call.plate) is None and mask.hides and not is_flat:
-            way = f"a mask may take out rows of plate {call.plate!r} only"
-            if call.plate is None:
-                way = "where a mask takes out whole rows of a plate, use AutoPlateFlow(model, plate)"
-            fault = f"latent site {name!r} is masked, and one joint density cannot leave out a part of itself"
-            raise ValueError(f"{call.owner}: {fault}. Mask the observed sites only; {way}. {FLAT}")
-
-
 class RowMasks(NamedTuple):
-    """The parts of a plate's latents that count.
+    """Masks of a plate's latents.
 
     Attributes:
-        rows: The rows that count, ``(rows, *1s)`` to the plate's dimension; None where all do.
-        parts: For each latent that is absent in part, a mask of what counts, over the latent's batch shape.
+        rows: True for the rows that count, ``(rows, *1s)`` to the plate's dimension; None if all do.
+        parts: For each latent that is absent in part, a mask of its present parts, over its batch shape.
     """
 
     rows: Tensor | None = None
@@ -58,103 +35,111 @@ class RowMasks(NamedTuple):
 
     @property
     def context(self) -> Any:
-        """A context in which the rows count that do."""
+        """A context that masks the rows that do not count."""
         return nullcontext() if self.rows is None else poutine.mask(mask=self.rows)
 
 
+def check_unmasked(call: Call, found: Found) -> None:
+    """Raise ValueError if a mask, other than that of a flat prior, hides some of a latent outside of the plate."""
+    hides_data = _hides_data(found)
+    for name, site in found.latents.items():
+        mask = mask_of(site)
+        if mask.hides and (hides_data or not mask.is_scalar) and not frame_of(site, call.plate):
+            way = f"a mask may take out rows of plate {call.plate!r} only"
+            if call.plate is None:
+                way = "where a mask takes out whole rows of a plate, use AutoPlateFlow(model, plate)"
+            fault = f"latent site {name!r} is masked, and one joint density cannot leave out a part of itself"
+            raise ValueError(f"{call.owner}: {fault}. Mask the observed sites only; {way}. {FLAT}")
+
+
 def masks_of_rows(plate: str | None, found: Found) -> RowMasks:
-    """Return what counts of the latents in a plate.
+    """Return the masks of the latents in a plate.
 
     Raises:
-        ValueError: Naming the site, if a mask leaves in the data of a row that it takes out, or divides an event.
+        ValueError: Naming the site, if a mask divides an event, or takes out a row but leaves its data in.
     """
     inside = {name: site for name, site in found.latents.items() if frame_of(site, plate)}
-    rows = {name: _rows_of(name, site, plate) for name, site in inside.items()}
+    rows = [_rows_of(name, site, plate) for name, site in inside.items()]
     parts = {name: torch.as_tensor(mask_of(site).every) for name, site in inside.items()}
     hidden = [name for name, part in parts.items() if not part.all()]
     are_flat = all(mask_of(inside[name]).is_scalar for name in hidden) and not _hides_data(found)
     if are_flat or not hidden:
         return RowMasks()
-    first, mask = hidden[0], torch.stack([*rows.values()]).any(0)
-    for name, site in found.observed.items():
-        counts = frame_of(site, plate) and is_observation(site)
-        if counts and bool((_reduced(mask_of(site).some, site, plate) & ~mask).any()):
-            fault = f"observed site {name!r} in plate {plate!r} counts where latent site {first!r} is masked"
-            raise ValueError(f"AutoPlateFlow: {fault}. Mask both alike, or the observed sites only. {FLAT}")
-    _check_data_inside(plate, first, found)
-    frame = frame_of(inside[first], plate)
-    shown = mask.reshape(-1, *(1,) * (-1 - frame.dim))
+    first, mask = hidden[0], torch.stack(rows).any(0)
+    _check_data(plate, first, mask, found)
+    shown = mask.reshape(-1, *(1,) * (-1 - frame_of(inside[first], plate).dim))
     divided = {n: part for n, part in parts.items() if not torch.equal(*torch.broadcast_tensors(part, shown))}
     return RowMasks(None if bool(mask.all()) else shown, divided)
 
 
+def _check_data(plate: str | None, latent: str, mask: Tensor, found: Found) -> None:
+    """Refuse data that count for masked rows, or may: with no data in the plate, those outside may depend on all rows.
+
+    Args:
+        plate: The plate.
+        latent: A masked latent in it, for errors.
+        mask: True for the rows that count, ``(rows,)``.
+        found: The sites of the model.
+    """
+    data = {name: site for name, site in found.observed.items() if is_observation(site)}
+    inside = {name: site for name, site in data.items() if frame_of(site, plate)}
+    for name, site in inside.items():
+        if bool((_reduced(mask_of(site).some, site, plate) & ~mask).any()):
+            fault = f"observed site {name!r} in plate {plate!r} counts where latent site {latent!r} is masked"
+            raise ValueError(f"AutoPlateFlow: {fault}. Mask both alike, or the observed sites only. {FLAT}")
+    for name, site in data.items():
+        if not inside and bool(torch.as_tensor(mask_of(site).some).any()):
+            data_lie = f"the data, such as {name!r}, lie outside of plate {plate!r}"
+            fault = f"latent site {latent!r} is masked, and {data_lie}, and may count for the rows that are left out"
+            raise ValueError(f"AutoPlateFlow: {fault}. {FLAT}")
+
+
 def patterns_of(plate: str | None, masks: RowMasks, found: Found) -> set[bytes]:
-    """Return what of a row is absent, for each row of a plate: which of its numbers count, in one word."""
-    if not masks.parts:
-        return set()
+    """Return the patterns of absent parts in the rows of a plate: one word of bytes for each distinct row."""
     columns = []
     for name in sorted(masks.parts):
         site = found.latents[name]
         dim, batch = frame_of(site, plate).dim, site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
         columns.append(masks.parts[name].bool().expand(batch).movedim(dim, 0).reshape(batch[dim], -1))
-    return {bytes(row) for row in torch.cat(columns, -1).tolist()}
+    return {bytes(row) for row in torch.cat(columns, -1).tolist()} if columns else set()
 
 
 def check_absent(call: Call, masks: RowMasks, found: Found, rows: dict[str, Tensor]) -> None:
-    """Refuse masks that hide a part of a latent on which the rest of the model depends.
+    """Raise ValueError if a mask hides a part of a latent on which the rest of the model depends.
 
-    The part is moved, and no site's density may change; sites that are drawn are drawn alike each time.
+    The part is moved, and no site's density may change.  All runs have the same random numbers.
 
     Args:
         call: The call of the guide.
-        masks: What counts of the latents.
-        found: The latents.
-        rows: The rows of the plate, by its name, where it is subsampled.
-
-    Raises:
-        ValueError: Naming the latent and the site that depends on it.
+        masks: The masks of the latents.
+        found: The sites of the model.
+        rows: The rows of a subsampled plate, by its name.
     """
     values = {name: site["value"].detach() for name, site in found.latents.items()}
-
-    def densities(name: str, shift: float) -> dict[str, Tensor]:
+    for name, mask in masks.parts.items():
         fn, here = found.latents[name]["fn"], values[name]
-        bijection = biject_to(fn.support)
-        counts = masks.parts[name].bool()
-        there = bijection(bijection.inv(here) + shift)
-        moved = torch.where(counts.reshape(counts.shape + (1,) * fn.event_dim), here, there)
-        with torch.random.fork_rng(), validation_enabled(False):
-            torch.manual_seed(0)
-            trace = call.trace_at({**values, **rows, name: moved})
-            trace.compute_log_prob()
-        return {key: site["log_prob"] for key, site in trace.nodes.items() if site["type"] == "sample"}
-
-    for name in masks.parts:
-        known = densities(name, 0.0)
-        for shift in (-3.0, -1.0, 1.0, 3.0):
-            for site, log_prob in densities(name, shift).items():
-                if not torch.allclose(log_prob, known[site], rtol=1e-5, atol=1e-6, equal_nan=True):
-                    fault = f"hides a part of it that the rest of the model depends on, as site {site!r}"
+        bijection, counts = biject_to(fn.support), mask.bool().reshape(mask.shape + (1,) * fn.event_dim)
+        known: dict[str, Tensor] = {}
+        for shift in (0.0, -3.0, -1.0, 1.0, 3.0):
+            moved = torch.where(counts, here, bijection(bijection.inv(here) + shift))
+            with torch.random.fork_rng(), validation_enabled(False):
+                torch.manual_seed(0)
+                trace = call.trace_at({**values, **rows, name: moved})
+                trace.compute_log_prob()
+            densities = {key: site["log_prob"] for key, site in trace.nodes.items() if site["type"] == "sample"}
+            known = known or densities
+            for key, log_prob in densities.items():
+                if not torch.allclose(log_prob, known[key], rtol=1e-5, atol=1e-6, equal_nan=True):
+                    fault = f"hides a part of it that the rest of the model depends on, as site {key!r}"
                     way = "Mask whole rows, with one mask around all of the plate, or the observed sites only"
                     raise ValueError(f"AutoPlateFlow: the mask of latent site {name!r} {fault}. {way}.")
 
 
-def _check_data_inside(plate: str | None, latent: str, found: Found) -> None:
-    """Refuse masked rows of a plate without data: what is observed outside may depend on them all the same."""
-    data = {name: site for name, site in found.observed.items() if is_observation(site)}
-    if not any(frame_of(site, plate) for site in data.values()):
-        for name, site in data.items():
-            if bool(torch.as_tensor(mask_of(site).some).any()):
-                fault = (
-                    f"latent site {latent!r} is masked, and the data, such as {name!r}, lie outside of plate {plate!r}"
-                )
-                raise ValueError(f"AutoPlateFlow: {fault}, and may count for the rows that are left out. {FLAT}")
-
-
 def masks_of_all(plate: str, found: Found) -> RowMasks:
-    """Return what counts of the latents of all rows of a plate.
+    """Return the masks of the latents of all rows of a plate.
 
     Raises:
-        ValueError: As :func:`masks_of_rows`, or if the plate is subsampled, so that the others' masks are not known.
+        ValueError: As :func:`masks_of_rows`, or if the plate is subsampled, which leaves other rows' masks unknown.
     """
     inside = [name for name, site in found.latents.items() if frame_of(site, plate) and is_masked(site)]
     if inside and found.rows and found.rows.size < found.rows.full_size:
@@ -169,7 +154,7 @@ def _hides_data(found: Found) -> bool:
 
 
 def _rows_of(name: str, site: dict[str, Any], plate: str | None) -> Tensor:
-    """Return the rows in which some of a latent counts, ``(rows,)``."""
+    """Return True for the rows in which some of a latent counts, ``(rows,)``."""
     mask = mask_of(site)
     if not torch.equal(*(torch.as_tensor(part) for part in mask)):
         fault = f"the mask of latent site {name!r} divides an event"
@@ -178,10 +163,10 @@ def _rows_of(name: str, site: dict[str, Any], plate: str | None) -> Tensor:
 
 
 def _reduced(mask: Tensor | bool, site: dict[str, Any], plate: str | None) -> Tensor:
-    """A mask, reduced to the rows of a plate, ``(rows,)``."""
+    """Return a mask, reduced to the rows of a plate, ``(rows,)``."""
     frame = frame_of(site, plate)
-    number = frame.size if frame.size > 0 else rows_in(site, frame.dim)
+    dim, number = frame.dim, frame.size if frame.size > 0 else rows_in(site, frame.dim)
     whole = torch.as_tensor(mask, device=site["value"].device)
-    if whole.dim() < -frame.dim:
+    if whole.dim() < -dim:
         return whole.any().expand(number)
-    return whole.movedim(frame.dim, 0).reshape(whole.shape[frame.dim], -1).any(-1).expand(number)
+    return whole.movedim(dim, 0).reshape(whole.shape[dim], -1).any(-1).expand(number)

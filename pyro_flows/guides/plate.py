@@ -13,34 +13,114 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..arguments import check_integers, check_numbers
 from ..bijectors import Affine
 from ..encoders.base import at_rest
 from ..flows import Flow
+from ..flows.chunks import chunk_for, in_chunks
 from ..programs.engines import plate_like
 from ..programs.minibatches import Shuffled
+from . import recipe
 from .base import FlowGuide
-from .call_checks import Calls
-from .circles import is_circular, mark_circles
-from .contexts import RowContexts
-from .discrete import HideDiscrete
-from .encoding import check_encoder, initialize
-from .guide_call import Call
-from .init import init_to_center
+from .checks import check_latents
+from .contexts import InTurn, RowContexts, check_tied, data_plates
+from .encoding import initialize
+from .guide_call import Call, Found, Rows, frame_of
+from .init import settle_start
 from .masked import RowMasks, check_unmasked, masks_of_all
-from .packing import Packing
-from .parameter_names import claim_name
-from .plate_distribution import Nested
-from .prototype import Found, Rows, frame_of, look
-from .recipe import assemble, built, check_recipes, default_flow
-from .refusals import check_latents, check_shapes, check_supports, moving_supports
-from .row_flows import assemble_local, autoencoder_flow, local_flow
-from .rows import InTurn, check_tied, data_plates
+from .packing import Packing, check_supports, moving_supports
 from .schedule import Schedule
-from .start import settle_start
+from .stored import check_fits
+from .supports import is_circular
+
+
+class Nested(nn.Module):
+    """A flow over the latents outside of a plate, and a conditional flow over the latents of each row.
+
+    Args:
+        shared: The packing of the latents outside of the plate into a vector g.
+        own: The packing of the latents of a row into a vector l.
+        flow: The flow over g, from :func:`assemble`; None if there is no g.
+        local_flow: The flow over l, from :func:`assemble_local`; None if there is no l.
+        scale: The scale of the guide's start.
+    """
+
+    scale: Tensor
+
+    def __init__(self, shared: Packing, own: Packing, flow: Flow | None, local_flow: Flow | None, scale: float) -> None:
+        super().__init__()
+        self.shared, self.own = shared, own
+        self.flow, self.local_flow = flow, local_flow
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
+
+    @property
+    def is_fresh(self) -> bool:
+        """True if the flows are untrained."""
+        if self.flow and not recipe.is_untrained(self.flow, float(self.scale), [False] * self.shared.size):
+            return False
+        layers = self.local_flow.transforms[:-1] if self.local_flow else []
+        return recipe.permutes(layers, self.own.start.new_zeros(self.own.size)) if layers else True
+
+    def contexts(self, rows: Tensor, g: Tensor | None) -> Tensor:
+        """Return the contexts of rows, from ``(rows, context_dim)``, in the plate's dimension and followed by g.
+
+        g is given relative to the middle of its flow, in a fixed unit.  In units of the flow's width, what was learned
+        of a row given g would be wrong whenever the flow gets narrower.  The unit is wide: many rows leave g a narrow
+        distribution, within which noise in what was learned then matters little.
+        """
+        rows = rows.to(self.own.start.dtype).reshape(len(rows), *(1,) * self.own.trailing, -1)
+        if g is None or self.flow is None:
+            return rows
+        centre = torch.zeros_like(self.shared.start)
+        for transform in self.flow.transforms:
+            centre, _ = transform.forward_and_log_det(centre)
+        g = (g - centre) / (10 * self.scale.to(g))
+        shape = torch.broadcast_shapes(rows.shape[:-1], g.shape[:-1])
+        return torch.cat((rows.expand(*shape, -1), g.expand(*shape, -1)), -1)
+
+    def draw(self, size: int, rows: Tensor) -> dict[str, Tensor]:
+        """Sample the sites for rows with some contexts, each ``(size, *site_shape)``."""
+        g, found = None, dict[str, Tensor]()
+        if self.flow:
+            g = self.flow().sample((size, *(1,) * (1 + self.own.trailing)))
+            found.update(self.shared.values(g.reshape(size, -1)))
+        if self.local_flow:
+            own = self.local_flow(self.contexts(rows, g)).sample(() if self.flow else (size,))
+            found.update(self.own.values(own.reshape(size, -1, self.own.size)))
+        return found
+
+    def log_prob(self, values: dict[str, Tensor], rows: Tensor, masks: RowMasks) -> Tensor:
+        """Return the log-density of values ``(*batch, *site_shape)`` for rows with some contexts, ``batch``.
+
+        Masked rows do not count.  The flows see a chunk of the batch at a time, so that many values fit into memory.
+        """
+        packed, change = [], torch.zeros(())
+        if self.flow:
+            g, log_det = self.shared.pack(values)
+            packed, change = [g], change + log_det
+        if self.local_flow:
+            own, log_det = self.own.pack(values, masks.parts)  # (*batch, rows, size), (*batch, rows)
+            packed, change = [*packed, own.flatten(-2)], change + self._counted(log_det, masks)
+        batch = torch.broadcast_shapes(*(part.shape[:-1] for part in packed))
+        z = torch.cat([part.expand(*batch, -1) for part in packed], -1)
+
+        def score(z: Tensor, _: None) -> Tensor:
+            g, own = z.tensor_split([self.shared.size], -1)
+            total = self.flow().log_prob(g) if self.flow else z.new_zeros(())
+            if self.local_flow:
+                own = own.reshape(*z.shape[:-1], -1, *(1,) * self.own.trailing, self.own.size)
+                seen = g.reshape(*z.shape[:-1], *(1,) * (self.own.trailing + 1), -1) if self.flow else None
+                log_q = self.local_flow(self.contexts(rows, seen)).log_prob(own)
+                total = total + self._counted(log_q.reshape(*z.shape[:-1], -1), masks)
+            return total
+
+        return in_chunks(score, chunk_for(z.shape[-1]), z, None, 1) + change
+
+    def _counted(self, log_prob: Tensor, masks: RowMasks) -> Tensor:
+        """Return the sum over the rows that count, of ``(*batch, rows)``."""
+        return (log_prob if masks.rows is None else log_prob.where(masks.rows.flatten(), 0.0)).sum(-1)
 
 
 class AutoPlateFlow(FlowGuide):
@@ -48,34 +128,37 @@ class AutoPlateFlow(FlowGuide):
 
         q(g, l) = q(g) Π_i q(l_i | c_i, g)
 
-    The latents l_i of row i get a posterior of their own, given the latents g outside and the row's context c_i, which
-    an encoder computes from the data (*amortised*: rows never seen work as well) or, without one, is learned for each
-    row.  The plate may be subsampled: minibatches are tied to the rows' indices, and Pyro's plate scales them.  Latents
-    in the plate may lie in further plates, of fixed size: they belong to the row.  Rows that a mask takes out of the
-    model do not count in the guide.  A model without latents outside of the plate is a variational autoencoder (Kingma,
-    Welling 2013, arXiv:1312.6114), one with some a hierarchy (Agrawal, Domke 2021, arXiv:2111.03144); one without
-    latents in it gets what ``AutoFlow`` gives.
+    The posterior of the latents l_i of row i depends on the latents g outside and on the row's context c_i.  An encoder
+    computes the context from the data (*amortised*: new rows work as well).  Without an encoder each row's context is
+    learned.  The plate may be subsampled: minibatches are tied to the rows' indices, and Pyro's plate scales them.
+    Latents in the plate may lie in further plates, of fixed size, within a row.  Rows that a mask takes out of the
+    model do not count in the guide.
+
+    If all latents lie in the plate, the model is a variational autoencoder; with latents outside too it is a hierarchy.
+    If none lie in the plate, the guide is that of ``AutoFlow``.
 
     Args:
         model: A Pyro model of fixed structure, with continuous latents.
         plate: The name of the plate.
         encoder: A network or function from the model's arguments to a context for each row, ``(rows, context_dim)``.
-            Of arguments with one row for each of a subsampled plate it gets the rows of the minibatch only.
+            Of arguments with one row for each row of a subsampled plate it gets the rows of the minibatch only.
         local_flow: A recipe for the rows' latents, called with their number and the width of the context, such as
-            ``flows.iaf``; by default affine couplings, splines for a single latent, after an affine map of the context.
+            ``flows.iaf``.  By default affine couplings, or splines for a single latent, and then an affine map that
+            depends on the context.
         global_flow: A recipe for the other latents, called with their number; by default as for ``AutoFlow``.
-        embedding_dim: Without an encoder, the width of the vector that is learned for each row.
-        init_loc_fn: Where the guide starts, as for ``AutoFlow``.
-        init_scale: The scale of each unconstrained latent at the start; by default 0.1, or 1 where all lie in the
-            plate: with an encoder they start spread by a random map of their contexts.
+        embedding_dim: The width of the learned vector of each row, without an encoder.
+        init_loc_fn: The strategy for the start, as for ``AutoFlow``.
+        init_scale: The scale of each unconstrained latent at the start.  By default 0.1, or 1 if all lie in the plate.
+            Then, with an encoder, the rows start at a random linear map of their contexts.
         name: The guide's name in Pyro's parameter store, unique by default.
 
     Raises:
         TypeError: If a recipe or ``encoder`` cannot be called; at :meth:`setup`, if a recipe fails.
-        ValueError: If ``init_scale`` or ``embedding_dim`` is out of its range; at :meth:`setup`, naming site or plate:
-            if the model lacks the plate, another plate that holds latents is subsampled, a latent is discrete, an angle
-            or has no fixed support, its density is not finite at the start, a mask divides a row, or what encoder or
-            recipe return does not fit.  In use, if arguments change which latents the model has, or their shapes.
+        ValueError: If ``init_scale`` or ``embedding_dim`` is out of its range.  At :meth:`setup`, if the model lacks
+            the plate, or another plate that holds latents is subsampled.  If a latent is discrete, an angle or has no
+            fixed support, or a mask divides a row; the error names the site or plate.  If the model's density is not
+            finite at the start, or the result of the encoder or of a recipe does not fit.  In use, if arguments change
+            which latents the model has, or their shapes.
         FloatingPointError: In training, naming the site, the cause and the way out, if a draw is not finite.
 
     Example::
@@ -95,6 +178,7 @@ class AutoPlateFlow(FlowGuide):
     """
 
     recipes = "_build_local", "_build_global"
+    settings = "encoder", "init_scale", "plate", "embedding_dim"
     plate: str
 
     def __init__(
@@ -110,16 +194,12 @@ class AutoPlateFlow(FlowGuide):
         init_scale: float | None = None,
         name: str | None = None,
     ) -> None:
-        check_recipes("AutoPlateFlow", local_flow=local_flow, global_flow=global_flow)
-        check_encoder("AutoPlateFlow", encoder)
+        recipe.check_recipes("AutoPlateFlow", local_flow=local_flow, global_flow=global_flow)
         check_numbers("AutoPlateFlow", above=0, optional=True, init_scale=init_scale)
-        super().__init__(InitMessenger(init_loc_fn or init_to_center)(HideDiscrete()(mark_circles(model))))
-        self.plate = plate
+        super().__init__(model, encoder, init_loc_fn, name)
         self._build_local, self._build_global = local_flow, global_flow
-        self._init_scale, self._chooses_start = init_scale, init_loc_fn is None
+        self.plate, self._init_scale = plate, init_scale
         self.contexts, self.minibatches = RowContexts(plate, encoder, embedding_dim), Shuffled()
-        self._calls = Calls()
-        self._pyro_name = claim_name(self, name)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
@@ -128,41 +208,57 @@ class AutoPlateFlow(FlowGuide):
         self._data_plates, rows = data_plates(found), found.rows
         assert rows is not None
         check_latents(call)
+        if not call.latents:
+            raise ValueError("AutoPlateFlow: the model has no latents.")
         settle_start(call, choose=self._chooses_start)
-        shared, own = self._sorted(rows)
+        self.packings = self._layouts(call.latents)
+        shared, own = self.packings.values()
         scale = float(self._init_scale or (0.1 if shared.size else 1.0))
         check_supports(call, moving_supports(call, scale))
-        self._build(call, rows, shared, own, scale)
-
-    def _build(self, call: Call, rows: Rows, shared: Packing, own: Packing, scale: float) -> None:
         by_row = self.contexts.encoder is None
         if own.size and by_row:
             check_tied(call, self.plate, rows)
         outer = inner = None
         if shared.size:
-            outer = built("AutoPlateFlow", "global_flow", self._build_global, default_flow, shared.size)
-            outer = assemble(outer, None, shared.start, scale)
+            outer = recipe.built("AutoPlateFlow", "global_flow", self._build_global, recipe.default_flow, shared.size)
+            outer = recipe.assemble(outer, None, shared.start, scale)
         if own.size:
             self.contexts.setup(call, rows, own.start, num_zeros=Affine().num_params * own.size)
             sizes = own.size, self.contexts.width + shared.size
-            default = local_flow if shared.size or by_row else autoencoder_flow
-            inner = built("AutoPlateFlow", "local_flow", self._build_local, default, *sizes)
-            inner = assemble_local(inner, own.start.mean(0), scale, by_row=by_row)
-        self.posterior = Nested(shared, own, outer, inner, scale)
-        self.full_size = rows.full_size
+            default = recipe.local_flow if shared.size or by_row else recipe.autoencoder_flow
+            inner = recipe.built("AutoPlateFlow", "local_flow", self._build_local, default, *sizes)
+            inner = recipe.assemble_local(inner, own.start.mean(0), scale, by_row=by_row)
+        self.posterior, self.full_size = Nested(shared, own, outer, inner, scale), rows.full_size
         self._adopt_stored()
 
-    # How it is trained where nothing else is asked for.
+    def parts(self) -> dict[str, Any]:
+        parts, contexts = super().parts(), self.contexts
+        parts |= {"plate": self.plate, "flow": self.posterior.flow, "local_flow": self.posterior.local_flow}
+        parts |= {name: getattr(contexts, name) for name in ("encoder", "embedding_dim", "width")}
+        parts["embedding"] = None if contexts.embedding is None else contexts.embedding.weight
+        return parts | {"full_size": self.full_size, "scale": float(self.posterior.scale)}
+
+    def _restore(
+        self, flow: Flow | None, local_flow: Flow | None, scale: float, full_size: int, **contexts: Any
+    ) -> None:
+        shared, own = self.packings.values()
+        self.contexts.restore(**contexts)
+        check_fits(flow, shared.size, 0)
+        check_fits(local_flow, own.size, self.contexts.width + shared.size)
+        self.posterior, self.full_size = Nested(shared, own, flow, local_flow, scale), full_size
+
+    # The default training.
 
     @property
     def is_fresh(self) -> bool:
-        """True if the guide is still untrained."""
+        """True if the guide is untrained."""
         return self.posterior.is_fresh
 
     def schedule(self, *, near: bool = False, alone: bool = True) -> Schedule:
-        """Few draws a step: the rows average themselves, and only the latents that they share need several.
+        """Return the schedule that suits the guide: few draws per step, since gradients are averaged over the rows.
 
-        Gradients grow with the plate, and clipping at any one norm would weigh minibatches by theirs.
+        Only the latents outside of the plate need several draws.  The largest norm of a gradient grows with the plate,
+        as the gradients do; a fixed norm would weight minibatches by their gradients.
         """
         num_particles = 8 if self.posterior.shared.size else 1
         return Schedule(4000, num_particles, lr=0.005, clip_norm=1e3 * self.full_size)
@@ -171,45 +267,35 @@ class AutoPlateFlow(FlowGuide):
         if self.is_fresh:
             initialize(Call("fit_svi", model, args, kwargs), self.contexts.encoder)
 
-    def restore(self, posterior: Nested, full_size: int) -> None:
-        """Take over the parts of a guide that was saved, and let go of the model."""
-        self.posterior, self.full_size = posterior, full_size
-        self._model = (None,)
-
-    def _sorted(self, rows: Rows, found: Found | None = None) -> tuple[Packing, Packing]:
-        """The latents outside of the plate, and those in it, as they were at setup or are found to be now."""
-        at_setup = dict(self.prototype_trace.iter_stochastic_nodes())
-        sites = [found.latents[name] if found else site for name, site in at_setup.items()]
-        if not sites:
-            raise ValueError("AutoPlateFlow: the model has no latents.")
-        if angles := [site["name"] for site in sites if is_circular(site["fn"].support)]:
+    def _layouts(self, sites: dict[str, Any]) -> dict[str, Packing]:
+        if angles := [name for name, site in sites.items() if is_circular(site["fn"].support)]:
             raise ValueError(f"AutoPlateFlow: latent site {angles[0]!r} is an angle; only AutoFlow takes angles.")
-        inside = [site for site in sites if frame_of(site, self.plate)]
-        outside = [site for site in sites if not frame_of(site, self.plate)]
-        dim = frame_of(inside[0], self.plate).dim if inside else None
-        return Packing("AutoPlateFlow", outside), Packing("AutoPlateFlow", inside, dim, rows.size)
+        inside = [site for site in sites.values() if frame_of(site, self.plate)]
+        outside = [site for site in sites.values() if not frame_of(site, self.plate)]
+        own = Packing("AutoPlateFlow", inside, frame_of(inside[0], self.plate).dim if inside else None)
+        return {"latent": Packing("AutoPlateFlow", outside), f"{self.plate}_latent": own}
 
     def _draws(self, call: Call) -> dict[str, Tensor]:
         posterior = self.posterior
         plates = self._plates(posterior, call)
         result, g = dict[str, Tensor](), None
         if posterior.flow:
-            g = self._draw("latent", posterior.flow(), posterior.shared.sites())
-            result.update(posterior.shared.place(g, plates, {}))
+            g = self._draw("latent", posterior.flow())
+            result.update(posterior.shared.place(g, plates))
         if posterior.local_flow:
             plate = plates[self.plate]
-            # The model enters the plate itself, so it is looked at before the guide is in there.
+            # The model enters the plate itself, so it must be run before the guide does.
             masks = self._calls.masks(call, plate.indices)
             with plate as indices, masks.context:
                 rows = self.contexts.of(call, plate, indices)
                 q = posterior.local_flow(posterior.contexts(rows, g))
-                latent = self._draw(f"{self.plate}_latent", q, posterior.own.sites(indices))
+                latent = self._draw(f"{self.plate}_latent", q, indices)
             with masks.context:
                 result.update(posterior.own.place(latent, plates, masks.parts))
         return result
 
     def _plates(self, posterior: Nested, call: Call) -> dict[str, Any]:
-        """The plates that latents lie in, of the sizes that they have with these arguments."""
+        """Return the plates of the latents, with their sizes for these arguments."""
         needed = self.master is None and posterior.own.size > 0
         rows = self._calls.rows(call, needed=needed)
         if self.master is not None:
@@ -217,26 +303,26 @@ class AutoPlateFlow(FlowGuide):
         frames = self._prototype_frames.values()
         made = {f.name: plate_like(f) for f in frames if f.name != self.plate}
         if needed:
-            if rows is None:  # a guide that was saved looks at all rows that it is told of
+            if rows is None:  # a guide without a model takes all rows in the arguments
                 number = len(self._all_rows(call))
                 rows = Rows(number, number)
-            # One without a size has no site in the model, so it shall have none here.
+            # A plate without a size has no site in the model, and must not get one here.
             hidden = [f.name for f in frames if f.name == self.plate and f.size < 0]
             with poutine.block(hide=hidden), InTurn(self.plate, self.minibatches):
                 made[self.plate] = pyro.plate(self.plate, *rows, dim=posterior.own.dim)
         return made
 
-    # Using the answer, for all rows of the plate even where the model looks at a few.
+    # Answers for all rows of the plate, even if the model subsamples it.
 
     @torch.no_grad()
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draw from the guide, for all rows of the plate that the arguments tell of, one draw at least.
+        """Sample from the guide, for all rows of the plate in the arguments, at least one draw.
 
         Returns:
             For each latent site values of shape ``(num_samples, *site_shape)``.
         """
         call = self.setup(*args, **kwargs)._call(args, kwargs)
-        self._look(call)
+        self.check_same(call)
         check_integers("AutoPlateFlow.sample", num_samples=num_samples)
         rows = self._all_rows(call)
         size = max(1, 100_000 // max(1, len(rows)))
@@ -244,32 +330,24 @@ class AutoPlateFlow(FlowGuide):
         return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
     def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """The guide's log-density, in nats, of any constrained values of all rows.
+        """Return the guide's log-density, in nats, of constrained values of all rows.
 
         Values of all latent sites, ``(*batch, *site_shape)``, have one of shape ``batch``; -inf outside of the support.
         Rows that the model masks do not count.
         """
         call = self.setup(*args, **kwargs)._call(args, kwargs)
-        found = self._look(call)
+        found = self.check_same(call)
         masks = masks_of_all(self.plate, found) if found else RowMasks()
         return self.posterior.log_prob(values, self._all_rows(call), masks)
 
     def _all_rows(self, call: Call) -> Tensor:
-        """The contexts of all rows, ``(rows, context_dim)``; of one without content where none is needed."""
+        """Return the contexts of all rows, ``(rows, context_dim)``; one empty context if the plate has no latents."""
         if not self.posterior.local_flow:
             return torch.zeros(1, 0)
         with at_rest(self.contexts.encoder):
             return self.contexts.of_all(call)
 
-    def _look(self, call: Call) -> Found | None:
-        """Refuse arguments that change the latents or their supports."""
-        if call.model is None:  # which saved guides are without
-            return None
-        found = look(call)
-        check_shapes(call, found)
-        check_unmasked(call, found)
-        assert found.rows is not None
-        shared, own = self._sorted(found.rows, found)
-        self.posterior.shared.check_same(shared)
-        self.posterior.own.check_same(own)
+    def check_same(self, call: Call) -> Found | None:
+        if (found := super().check_same(call)) is not None:
+            check_unmasked(call, found)
         return found

@@ -1,6 +1,6 @@
-"""The default flows of :class:`AutoFlow`, and the affine maps between a recipe's flow and the latents.
+"""Default flows of guides, and the affine maps between a recipe's flow and the latents.
 
-*Choosing a flow* in the docs tells how the defaults were found.
+*Choosing a flow* in the docs says how the defaults were found.
 """
 
 from __future__ import annotations
@@ -13,29 +13,60 @@ import torch
 from torch import Tensor, nn
 
 from .. import flows
-from ..bijectors import SoftplusAffine
-from ..conditioners import Conditioner
+from ..bijectors import Affine, SoftplusAffine
+from ..conditioners import MLP, Conditioner, Given
 from ..conditioners.base import Network
 from ..distributions import CircularBase, ContaminatedNormalBase, ModesBase, StandardNormal
 from ..flows import Flow
+from ..flows.arguments import checked_sizes
+from ..flows.coupling import coupling_layers
 from ..transforms import ActNorm, Elementwise, FixedAffine, FlowTransform, ScaledLinear
 from ..transforms.linear import unrotated
-from .couplings import affine_couplings
 
-FEW = 32  # up to how many latents eight couplings and Adam will do
-QUICK = 64  # up to how many latents, and beyond FEW, each coupling moves by a quarter of a step
-LEARNED = 64  # up to how many latents the learned affine map has a full matrix
-DENSE = 512  # up to how many the one that the guide starts from has
-TAILED = 512  # up to how many the base has wide tails
+# Largest numbers of latents
+FEW = 32  # for eight couplings and SOAP; beyond, sixteen and Muon
+QUICK = 64  # for couplings that each move by a quarter of a step, beyond FEW
+LEARNED = 64  # for a full matrix in the learned affine map
+DENSE = 512  # for a full matrix in the map that the guide starts from
+TAILED = 512  # for a base with wide tails
+# The pace of the map from a context to a row's place, which has to keep up with the encoder.  At 1 it learns less in
+# the usual number of steps of an autoencoder.  Without an encoder a step of .03 throws the rows far away.
+PLACE_PACE = 16.0
 
 Recipe = Callable[..., Flow]
 
 
+def affine_couplings(
+    input_dim: int, context_dim: int = 0, *, num_transforms: int = 8, hidden_dims: Sequence[int] = (64, 64)
+) -> Flow:
+    """Build affine couplings for a guide, y_B = x_B exp(s) + t, with (s, t) = net(x_A).
+
+    The recipe :func:`~pyro_flows.flows.realnvp` is made for densities: its scales are steep, and its shifts are in
+    units of the base.  A guide is trained on its own draws, so here shifts are in units of the draws.  Scales are
+    damped: steep ones compound from layer to layer, and throw the first draws of a fit out of range.  Without a context
+    the networks are centred.  While a guide is far from the posterior, all gradients point one way, and should move the
+    affine map, not bend the couplings.
+
+    Density estimation using Real NVP (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803).
+
+    Raises:
+        ValueError: If a size is out of its range.
+
+    Example::
+
+        >>> len(affine_couplings(4, num_transforms=2).transforms)
+        2
+    """
+    sizes = checked_sizes("affine_couplings", input_dim, context_dim, num_transforms, hidden_dims)
+    return Flow(coupling_layers(Affine(3.0), sizes, nn.ELU, False, context_dim == 0))
+
+
 def default_flow(input_dim: int) -> Flow:
-    """The flow that :class:`~pyro_flows.AutoFlow` builds when none is named: 8 affine couplings, 16 beyond 32 latents,
-    over a base with tails that are slightly heavier than a normal's, so that weights p / q stay bounded where the
-    posterior's are.  Beyond 512 latents the base is normal: each draw would have some latents far out, whose gradients
-    are noise to all others.  For 33 to 64 latents each coupling has a pace of 1/4; other paces are left to the guide.
+    """Build the default flow of :class:`~pyro_flows.AutoFlow`: 8 affine couplings, 16 beyond 32 latents.
+
+    The base has slightly heavier tails than a normal, so that weights p / q are bounded if those of the posterior are.
+    Beyond 512 latents the base is normal.  Otherwise each draw would have some latents far out, whose gradients are
+    noise to all others.  For 33 to 64 latents each coupling has a pace of 1/4; other paces are left to the guide.
 
     After Agrawal, Domke 2024, Disentangling impact of capacity, objective, batchsize, estimators, and step-size on
     flow VI, arXiv:2412.08824.
@@ -44,10 +75,10 @@ def default_flow(input_dim: int) -> Flow:
         input_dim: The number D of latent dimensions.
 
     Returns:
-        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, its base at the start.
+        A :class:`~pyro_flows.flows.Flow` over vectors ``(D,)``, equal to its base at the start.
 
     Raises:
-        ValueError: If ``input_dim`` is no positive integer.
+        ValueError: If ``input_dim`` is not a positive integer.
 
     Example::
 
@@ -55,25 +86,49 @@ def default_flow(input_dim: int) -> Flow:
         [8, 16]
     """
     couplings = affine_couplings(input_dim, num_transforms=8 if input_dim <= FEW else 16)
+    base: nn.Module = StandardNormal(input_dim)
+    if input_dim <= FEW:
+        base = ContaminatedNormalBase(input_dim)
+    elif input_dim <= TAILED:
+        # Among many latents one is always in the wide component, which must then be less wide.
+        base = ContaminatedNormalBase(input_dim, share=0.05, scale=1.3)
     if FEW < input_dim <= QUICK:
         # If 16 shared a step they would bend slowly.  With fewer latents, networks of this pace bend on a long way to
         # the posterior; with more, draws can leave the range of float32.
         for network in _networks(couplings):
             network.set_pace(0.25)
-    return Flow(couplings.transforms, _default_base(input_dim))
+    return Flow(couplings.transforms, base)
 
 
-def _default_base(input_dim: int) -> nn.Module:
-    if input_dim > TAILED:
-        return StandardNormal(input_dim)
-    if input_dim <= FEW:
-        return ContaminatedNormalBase(input_dim)
-    # Among many latents one is always in the wide component, which must then be less wide.
-    return ContaminatedNormalBase(input_dim, share=0.05, scale=1.3)
+def local_flow(input_dim: int, context_dim: int) -> Flow:
+    """Build the default flow of :class:`AutoPlateFlow` for the rows of a plate, l = A_c(T_c(u)).
+
+    The last layer A_c is an affine map that depends on the context c alone, so that each row's place and scale are
+    found first.
+    """
+    if input_dim == 1:
+        layers = flows.nsf(1, context_dim, num_transforms=2, activation=nn.ELU).transforms
+    else:
+        layers = affine_couplings(input_dim, context_dim, num_transforms=4).transforms
+    place = MLP(context_dim, input_dim, Affine().num_params, activation=nn.ELU, skip=True, pace=PLACE_PACE)
+    return Flow([*layers, Elementwise(Affine(), input_dim, place)])
+
+
+def autoencoder_flow(input_dim: int, context_dim: int) -> Flow:
+    """Build a flow as :func:`local_flow` does, whose rows start at a random linear map of their contexts.
+
+    If all rows started alike, a decoder that is trained with the guide would learn to ignore their latents.
+    """
+    flow = local_flow(input_dim, context_dim)
+    # A conditioner returns all scales of an affine map and then all shifts, here from the context's own columns.
+    direct = flow.transforms[-1].conditioner.direct
+    shift = direct.weight[input_dim : 2 * input_dim, :context_dim]
+    nn.init.normal_(shift, std=context_dim**-0.5 / direct.unit)
+    return flow
 
 
 def check_recipes(owner: str, **recipes: object) -> None:
-    """Raise a TypeError unless each argument is None or a function of the number of latent dimensions."""
+    """Raise TypeError unless each argument is None or a function of the number of latent dimensions."""
     for argument, recipe in recipes.items():
         if isinstance(recipe, nn.Module) or not (recipe is None or callable(recipe)):
             example = "distributions.StudentTBase" if argument == "base" else "flows.nsf"
@@ -85,7 +140,8 @@ def built(owner: str, name: str, build: Recipe | None, default: Recipe, input_di
     """Build the flow from the recipe that a guide is given under a name, or from the default recipe.
 
     Raises:
-        ValueError: If it is no flow over so many latents with such a context.
+        TypeError: If the recipe fails.
+        ValueError: If it returns no flow over that number of latents, with contexts of that width.
     """
     sizes = (input_dim, context_dim) if context_dim else (input_dim,)
     call = f"{name}({', '.join(map(str, sizes))})"
@@ -103,9 +159,9 @@ def built(owner: str, name: str, build: Recipe | None, default: Recipe, input_di
 
 
 def default_for(circular: Sequence[bool], context_dim: int) -> Recipe:
-    """Return the recipe of :class:`AutoFlow` where none is named.
+    """Return the default recipe of :class:`AutoFlow`.
 
-    With an encoder it is that of autoregressive splines, which score simulations in one pass and overfit less than
+    With an encoder it is that of autoregressive splines.  They score simulations in one pass and overfit less than
     couplings do.
     """
     if any(circular):
@@ -116,8 +172,7 @@ def default_for(circular: Sequence[bool], context_dim: int) -> Recipe:
 def assemble(
     flow: Flow, base: Callable[[int], nn.Module] | None, loc: Tensor, scale: float, circular: Sequence[bool] = ()
 ) -> Flow:
-    """A recipe's flow over a base, then an affine map that is learned and starts at ``scale``, then one that is fixed
-    and starts at ``loc``.
+    """Return a recipe's flow, followed by a learned affine map that starts at ``scale`` and a fixed one at ``loc``.
 
     Raises:
         ValueError: If the flow has no place for the angles among the latents.
@@ -130,21 +185,38 @@ def assemble(
         fault = "some latents are angles, which a base or recipe for real numbers cannot hold"
         way = f"use flow=lambda dim: flows.circular_coupling(dim, circular={list(circular)}, ...)"
         raise ValueError(f"AutoFlow: {fault}; leave both out, or {way}.")
-    if not flow.context_dim:  # amortised guides are trained by other means, on simulations
+    if not flow.context_dim:  # amortised guides are trained on simulations, without paces
         set_pace(flow)
-    fixed = FixedAffine(dim, dense=dim <= DENSE)
-    layers: list[FlowTransform] = [*flow.transforms, _learned(circular, _reachable(scale)), fixed]
-    made = Flow(layers, made_base).to(device=loc.device, dtype=loc.dtype)
-    rest = torch.as_tensor(circular, device=loc.device)
-    fixed.set(loc.masked_fill(rest, 0), torch.full_like(loc, scale / _reachable(scale)).masked_fill(rest, 1))
+    reachable, rest = _reachable(scale), torch.as_tensor(circular, device=loc.device)
+    width = torch.full_like(loc, scale / reachable)
+    layers = [*flow.transforms, _learned(circular, reachable)]
+    return _ending(layers, made_base, loc.masked_fill(rest, 0), width.masked_fill(rest, 1), dense=dim <= DENSE)
+
+
+def assemble_local(flow: Flow, loc: Tensor, scale: float, *, by_row: bool) -> Flow:
+    """Return a recipe's flow for the latents of a row, followed by a fixed affine map.
+
+    With ``by_row`` another affine map lies between them; its parameters are the first numbers of the context.
+    """
+    set_pace(flow)
+    dim, width = len(loc), torch.full_like(loc, scale)
+    own = [Elementwise(Affine(), dim, Given(flow.context_dim, dim, Affine().num_params))] if by_row else []
+    return _ending([*flow.transforms, *own], flow.base, loc, width, dense=False)
+
+
+def _ending(layers: Sequence[FlowTransform], base: nn.Module, loc: Tensor, scale: Tensor, *, dense: bool) -> Flow:
+    """Return a flow of layers that ends with a fixed affine map."""
+    fixed = FixedAffine(len(loc), dense=dense)
+    made = Flow([*layers, fixed], base).to(device=loc.device, dtype=loc.dtype)
+    fixed.set(loc, scale)
     return made
 
 
 def set_pace(flow: Flow) -> None:
-    """Let each network of a flow move its layer by a share of a step of Adam.
+    """Let each network of a flow move its layer by a share of a step of Adam, so that all together move by one step.
 
-    All layers together then move by one step.  So do the tables of a bijector's parameters.  A deep or wide flow bears
-    the steps that people take in plain SVI.  Parts whose recipe gave them a pace keep it.
+    The tables of a bijector's parameters get paces likewise.  This keeps deep or wide flows stable at the usual step
+    sizes of plain SVI.  Parts whose recipe gave them a pace keep it.
     """
     tables = [part for part in flow.modules() if isinstance(part, Elementwise) and part.conditioner is None]
     for parts in ([*_networks(flow)], tables):
@@ -154,7 +226,7 @@ def set_pace(flow: Flow) -> None:
 
 
 def _networks(module: nn.Module) -> Iterator[Network]:
-    """Yield the networks of a module, but not those inside of a conditioner, which share its pace."""
+    """Yield the networks of a module, without those inside of a conditioner, which share its pace."""
     for part in module.children():
         if isinstance(part, Network):
             yield part
@@ -163,9 +235,9 @@ def _networks(module: nn.Module) -> Iterator[Network]:
 
 
 def start_at(flow: Flow, loc: Tensor, scale_tril: Tensor, circular: Sequence[bool]) -> None:
-    """Let the affine maps of an assembled flow take N(0, I) to N(loc, L Lᵀ): the fixed one does, the other rests.
+    """Set the fixed affine map of an assembled flow to N(0, I) -> N(loc, L Lᵀ), and reset the learned one.
 
-    Angles stay as they are.
+    Angles stay the same.
     """
     learned, fixed = flow.transforms[-2:]
     assert isinstance(fixed, FixedAffine)
@@ -180,21 +252,21 @@ def start_at(flow: Flow, loc: Tensor, scale_tril: Tensor, circular: Sequence[boo
 
 @torch.no_grad()
 def is_untrained(flow: Flow, scale: float, circular: Sequence[bool]) -> bool:
-    """Whether an assembled flow is where it started: the learned affine map there or at rest, the rest permutes."""
+    """True if an assembled flow is as at its start: its learned affine map was not trained, and its layers permute."""
     if isinstance(flow.base, ModesBase) and flow.base.loc.any():
-        return False  # its modes are what was learned
+        return False  # the modes were found by training
     *layers, learned, _ = flow.transforms
     mine = list(learned.parameters())
     starts = [_learned(circular, s) for s in (_reachable(scale), 1.0)]
     if type(learned) is not type(starts[0]):
-        return False  # a file of another version
+        return False  # the flow is from a file of another version
     rests = any(all(torch.equal(m, p.to(m)) for m, p in zip(mine, s.parameters(), strict=True)) for s in starts)
     return rests and permutes(layers, mine[0].new_zeros(len(circular)))
 
 
 @torch.no_grad()
 def permutes(layers: Sequence[FlowTransform], like: Tensor) -> bool:
-    """Whether layers do nothing but permute, beyond the rotations that they start from, as before they are trained."""
+    """True if layers, apart from the rotations that they start from, only permute, as they do before training."""
     x = torch.linspace(-1.5, 1.5, 3 * like.numel()).reshape(3, *like.shape).to(like)
     y = x
     with unrotated(layers):
@@ -204,12 +276,12 @@ def permutes(layers: Sequence[FlowTransform], like: Tensor) -> bool:
 
 
 def _reachable(scale: float) -> float:
-    """As much of a scale as a learned map may start at."""
+    """Return the scale that the learned map starts at; the fixed map has the rest."""
     return min(max(scale, 0.01), 100.0)
 
 
 def _learned(circular: Sequence[bool], scale: float) -> FlowTransform:
-    """The affine map that is learned: a full matrix for some latents, a scale each for many; angles rest."""
+    """Build the learned affine map: a full matrix for few latents, a scale for each of many; angles are left alone."""
     dim, angles = len(circular), any(circular)
     if dim > LEARNED and not angles:
         scaled = Elementwise(SoftplusAffine(), dim)

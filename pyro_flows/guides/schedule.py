@@ -1,6 +1,6 @@
-"""How a guide is trained where nothing else is asked for: each guide of this package answers for itself.
+"""Training of guides by default: the schedule and the optimisers that suit a guide, as the guide itself says.
 
-*Choosing a flow* in the docs tells how the numbers were found.
+*Choosing a flow* in the docs says how the numbers were found.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Schedule(NamedTuple):
-    """How long, with how many draws and in what steps a guide is trained."""
+    """The number of steps and of draws per step, the step size, and the largest norm of a gradient."""
 
     steps: int = 3000
     num_particles: int = 64
@@ -21,40 +21,35 @@ class Schedule(NamedTuple):
 
 
 class Plan:
-    """What a fit asks of a guide; the answers here are those for guides that are not of this package.
+    """The properties of a guide that its training depends on.  These are the defaults for guides of other packages.
 
     Attributes:
-        is_joint: Whether it is one flow over all latents, which can be built anew and compared with others.
+        is_joint: True if the guide is one flow over all latents, which can be rebuilt and compared with others.
     """
 
     is_joint = False
 
     @property
     def is_fresh(self) -> bool:
-        """Whether the guide is still untrained, as far as that is known."""
-        return False
-
-    @property
-    def starts_from_gaussian(self) -> bool:
-        """Whether ``start_at(loc, scale_tril)`` lets it start from a Gaussian."""
+        """True if the guide is known to be untrained."""
         return False
 
     @property
     def takes_paths(self) -> bool:
-        """Whether path gradients suit it."""
+        """True if path gradients suit the guide."""
         return True
 
     def schedule(self, *, near: bool = False, alone: bool = True) -> Schedule:
         """Return the schedule that suits the guide.
 
         Args:
-            near: True if the guide starts near the posterior already.
-            alone: True if nothing but the guide is trained, by many draws a step: then SOAP takes the steps.
+            near: True if the guide starts near the posterior.
+            alone: True if only the guide is trained, by many draws per step, so that SOAP takes the steps.
         """
         return Schedule()
 
     def by_soap(self) -> list[Tensor]:
-        """Return the parameters that SOAP trains where nothing else is trained, by many draws a step."""
+        """Return the parameters that SOAP trains if only the guide is trained, by many draws per step."""
         return []
 
     def by_muon(self) -> list[Tensor]:
@@ -62,9 +57,9 @@ class Plan:
         return []
 
     def prepare(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Let the data that the guide will be trained on set what depends on their scale."""
+        """Initialise, from the data that the guide will be trained on, layers that depend on their scale."""
 
 
 def plan_of(guide: Any) -> Plan:
-    """Return the answers of a guide."""
+    """Return a guide itself if it is a plan, else the default plan."""
     return guide if isinstance(guide, Plan) else Plan()

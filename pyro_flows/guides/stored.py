@@ -1,7 +1,7 @@
-"""What a guide is without its model: its latent sites, its flows, its encoder.
+"""Latent sites of a guide as data, and a program that stands in for the model of a guide that is loaded from a file.
 
-These parts are enough to draw and to score latents, and from them a guide is built again.  In place of its model runs
-a program that draws the same sites, flat over their supports; then the model is forgotten, as pickles forget it.
+The program draws the same sites, with flat distributions over their supports.  The guide that is built from it drops
+it at the end, since loaded guides have no model.
 """
 
 from __future__ import annotations
@@ -14,30 +14,23 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide import AutoContinuous, AutoGuide, init_to_value
 from torch import Tensor
 from torch.distributions import constraints
 
 from ..flows import Flow
-from .auto import AutoFlow
-from .base import FlowGuide
-from .parameter_names import is_free
-from .plate import AutoPlateFlow
-from .plate_distribution import Nested
-from .prototype import Rows
 
 
 @dataclass(frozen=True)
 class Site:
-    """A latent site as a guide saw it.
+    """A latent site of a guide.
 
     Args:
         name: Its name.
-        support: Where its values lie.
+        support: The support of its values.
         value: The value that the guide starts from, ``batch_shape + event_shape``.
-        batch_shape: The batch shape of its law, that of its plates included.
-        event_shape: The event shape of its law.
-        plates: Its plates, the outermost first: name, dim, how many rows the guide saw, and how many there are.
+        batch_shape: The batch shape of its distribution, with its plates.
+        event_shape: The event shape of its distribution.
+        plates: Its plates, the outermost first: name, dim, the number of rows that the guide saw, and of all rows.
     """
 
     name: str
@@ -48,8 +41,8 @@ class Site:
     plates: tuple[tuple[str, int, int, int], ...]
 
 
-def sites_of(guide: FlowGuide) -> list[Site]:
-    """The latent sites of a guide.
+def sites_of(guide: Any) -> list[Site]:
+    """Return the latent sites of a guide.
 
     Raises:
         ValueError: If the guide was never set up.
@@ -66,7 +59,7 @@ def sites_of(guide: FlowGuide) -> list[Site]:
 
 
 def program_of(sites: Sequence[Site]) -> Callable[[], None]:
-    """A program that draws sites, flat over their supports, in their plates."""
+    """Return a program that draws sites in their plates, with flat distributions over their supports."""
 
     def program() -> None:
         plates: dict[str, Any] = {}
@@ -81,97 +74,8 @@ def program_of(sites: Sequence[Site]) -> Callable[[], None]:
     return program
 
 
-# ------------------------------------------------------------ AutoFlow
-
-
-def parts_of_auto(guide: AutoFlow) -> dict[str, Any]:
-    """Return what :func:`auto_of` needs to build a guide again."""
-    return {
-        **_parts_of_both(guide, sites_of(guide), guide.encoder),
-        "flow": guide.flow,
-        "context_dim": guide._context_dim,
-        "moves": guide._engine is not None,
-    }
-
-
-def auto_of(
-    sites: Sequence[Site], flow: Flow, context_dim: int, name: str, moves: bool = False, **settings: Any
-) -> AutoFlow:
-    """Build a guide without a model from its parts; ``settings`` are other arguments of its class.
-
-    Raises:
-        ValueError: If they do not fit together.
-    """
-    guide = AutoFlow(program_of(sites), **settings, **_start_of(sites, name))
-    AutoContinuous._setup_prototype(guide)  # Pyro's part: what is ours is built already
-    _check_fits(flow, guide.latent_dim, context_dim)
-    guide.restore(flow, context_dim, "vmap" if moves else None)
-    return guide
-
-
-# ------------------------------------------------------------ AutoPlateFlow
-
-
-def parts_of_plate(guide: AutoPlateFlow) -> dict[str, Any]:
-    """Return what :func:`plate_of` needs to build a guide again."""
-    sites = sites_of(guide)
-    posterior, contexts = guide.posterior, guide.contexts
-    return {
-        **_parts_of_both(guide, sites, contexts.encoder),
-        "plate": guide.plate,
-        "flow": posterior.flow,
-        "local_flow": posterior.local_flow,
-        "embedding": None if contexts.embedding is None else contexts.embedding.weight,
-        "embedding_dim": contexts.embedding_dim,
-        "width": contexts.width,
-        "full_size": guide.full_size,
-        "scale": float(posterior.scale),
-    }
-
-
-def plate_of(
-    plate: str,
-    sites: Sequence[Site],
-    flow: Flow | None,
-    local_flow: Flow | None,
-    embedding: Tensor | None,
-    width: int,
-    full_size: int,
-    scale: float,
-    name: str,
-    **settings: Any,
-) -> AutoPlateFlow:
-    """Build a guide without a model from its parts; ``settings`` are other arguments of its class.
-
-    Raises:
-        ValueError: If they do not fit together.
-    """
-    guide = AutoPlateFlow(program_of(sites), plate, **settings, **_start_of(sites, name))
-    AutoGuide._setup_prototype(guide)
-    seen = [size for site in sites for frame, _, size, _ in site.plates if frame == plate]
-    shared, own = guide._sorted(Rows(full_size, seen[0] if seen else full_size))
-    _check_fits(flow, shared.size, 0)
-    _check_fits(local_flow, own.size, width + shared.size)
-    guide.contexts.restore(width, embedding)
-    guide.restore(Nested(shared, own, flow, local_flow, scale), full_size)
-    return guide
-
-
-# ------------------------------------------------------------ both
-
-
-def _parts_of_both(guide: Any, sites: list[Site], encoder: Any) -> dict[str, Any]:
-    return {"sites": sites, "encoder": encoder, "init_scale": guide._init_scale, "name": guide._pyro_name}
-
-
-def _start_of(sites: Sequence[Site], name: str) -> dict[str, Any]:
-    """Return the start of a guide and its name: none where tensors of another would be taken for its own."""
-    stored = any(key.startswith(f"{name}.") for key in pyro.get_param_store())
-    start = init_to_value(values={site.name: site.value for site in sites}, fallback=None)
-    return {"init_loc_fn": start, "name": name if is_free(name) and not stored else None}
-
-
-def _check_fits(flow: Flow | None, size: int, context_dim: int) -> None:
+def check_fits(flow: Flow | None, size: int, context_dim: int) -> None:
+    """Raise ValueError unless a flow is over ``size`` numbers with contexts of a width; None stands for 0 numbers."""
     got = (0, 0) if flow is None else (flow.event_shape.numel(), flow.context_dim)
     if got[0] != size or (size and got[1] != context_dim):
         fault = f"the flow is over {got[0]} numbers with a context of width {got[1]}"

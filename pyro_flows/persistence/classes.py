@@ -19,8 +19,8 @@ from .. import bijectors, conditioners, distributions, encoders, transforms
 from ..bijectors import Bijector
 from ..flows import Dequantized, Flow
 from ..guides import AutoFlow, AutoPlateFlow
-from ..guides.circles import Circle
-from ..guides.stored import Site, auto_of, parts_of_auto, parts_of_plate, plate_of
+from ..guides.stored import Site
+from ..guides.supports import Circle
 
 
 class Kind(NamedTuple):
@@ -58,8 +58,8 @@ def _own() -> Iterator[Kind]:
                 yield Kind(found, f"{part}.{name}", arguments_of, found)
     for part, found in (("flows", Flow), ("flows", Dequantized), ("guides", Site), ("guides", Circle)):
         yield Kind(found, f"{part}.{found.__name__}", arguments_of, found)
-    yield Kind(AutoFlow, "guides.AutoFlow", parts_of_auto, auto_of)
-    yield Kind(AutoPlateFlow, "guides.AutoPlateFlow", parts_of_plate, plate_of)
+    for guide in (AutoFlow, AutoPlateFlow):
+        yield Kind(guide, f"guides.{guide.__name__}", guide.parts, guide.from_parts)
 
 
 def _is_abstract(found: type) -> bool:

@@ -26,8 +26,8 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..programs.engines import Site, Values, View
 from ..programs.latent_space import LatentSpace
-from ..programs.log_density import is_breakdown
 from ..programs.latents import innermost
+from ..programs.log_density import is_breakdown
 
 LEVELS = 3  # largest depth of a hierarchy; each level takes a run of the model
 FIRST = 4096  # draws by which a hierarchy is recognised

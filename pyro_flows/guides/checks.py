@@ -1,0 +1,226 @@
+"""Checks of the model of a guide, at setup and at each call; errors name the site or plate.
+
+A guide draws the latents that it was built for, whatever the model draws with other arguments.  If the model lacks one,
+or a mask removes it, the guide's entropy counts without the model's density, and grows without bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from pyro import validation_enabled
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from ..programs.error_text import place_of, quoted
+from ..programs.latents import is_discrete, named
+from ..programs.masks import is_masked, mask_of
+from ..programs.program import Program
+from .guide_call import Call, Found, Rows, frame_of
+from .masked import RowMasks, check_absent, check_unmasked, masks_of_rows, patterns_of
+from .nonfinite import Watch, worst
+from .supports import innermost
+
+PLAIN = bool | int | float | complex | str | bytes | None | torch.Size | torch.dtype | torch.device
+
+
+def setup_error(owner: str, error: Exception, has_arguments: bool) -> Exception | None:
+    """Return an error that says why setup runs the model, or None if the error of the setup itself is clear."""
+    if isinstance(error, TypeError) and not has_arguments and not str(error).startswith(f"{owner}: "):
+        fault = f"this guide is new, and to set it up the model is called with what is given here: {error}"
+        return TypeError(f"{owner}: {fault}. Fit the guide first, or give the model's arguments here too.")
+    breaks = isinstance(error, RuntimeError) and place_of(error)  # in the model, and not in Pyro
+    if breaks or isinstance(error, AssertionError | IndexError | KeyError):
+        fault = f"the model fails where it is run to find its latents: {quoted(error)}"
+        return ValueError(f"{owner}: {fault}. Give it arguments with which it runs by itself.")
+    return None
+
+
+def stretched(name: str) -> str:
+    """Return the advice on latents whose support is not fixed."""
+    drawn = f"{name} = pyro.deterministic({name!r}, low + (high - low) * u)"
+    return f"Draw it on a fixed scale and stretch it: u ~ Uniform(0, 1), {drawn}."
+
+
+def check_latents(call: Call) -> None:
+    """Refuse discrete latents, supports without volume, and latents in subsampled plates other than the guide's."""
+    if names := [name for name, site in call.latents.items() if is_discrete(site["fn"])]:
+        which = f"sites {named(names)} are" if len(names) > 1 else f"site {named(names)} is"
+        why = "values are infinitely many, more than 1000 in one event, or not listed by Pyro"
+        way = "Sum out by hand (a Poisson of Gamma rate is a GammaPoisson), cut off at a Categorical, or condition"
+        raise ValueError(f"{call.owner}: latent {which} discrete, and cannot be enumerated: {why}. {way}.")
+    for name, site in call.latents.items():
+        support = site["fn"].support
+        low, high = (getattr(innermost(support), bound, None) for bound in ("lower_bound", "upper_bound"))
+        if low is not None and high is not None and (torch.as_tensor(low) >= torch.as_tensor(high)).any():
+            fault = f"the support of latent site {name!r}, {support}, has no volume: low must be below high"
+            raise ValueError(f"{call.owner}: {fault}. Where they are equal, write pyro.deterministic({name!r}, value).")
+        for frame in site["cond_indep_stack"]:
+            if frame.name != call.plate and frame.full_size is not None and frame.size < frame.full_size:
+                rows = f"which is subsampled ({frame.size} of {frame.full_size} rows)"
+                way = f"Let it run over all rows, or use AutoPlateFlow(model, {frame.name!r})"
+                raise ValueError(f"{call.owner}: latent site {name!r} lies in plate {frame.name!r}, {rows}. {way}.")
+
+
+def check_density(call: Call, program: Program | None) -> None:
+    """Refuse a model without a finite density at the start.
+
+    Args:
+        call: The call of the guide.
+        program: The model with its discrete latents summed out; None without discrete latents.
+    """
+    with validation_enabled(False):  # its errors would come first and say less
+        if program:
+            values = {name: value.unsqueeze(0) for name, value in call.start.items()}
+            _check_finite(call.owner, "the model, discrete latents summed out,", program.log_prob(values, 1))
+            return
+        trace = call.trace_at(call.start)
+        trace.compute_log_prob()
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site["log_prob"].isfinite().all():
+            continue
+        value: Any = site["value"]
+        if name not in call.latents and isinstance(value, Tensor) and not value.isfinite().all():
+            bad = f"{int((~value.isfinite()).sum())} of {value.numel()} numbers"
+            raise ValueError(f"{call.owner}: observed site {name!r} holds NaN or inf ({bad}).")
+        _check_finite(call.owner, f"site {name!r}", site["log_prob"])
+
+
+def _check_finite(owner: str, what: str, log_prob: Tensor) -> None:
+    if not log_prob.isfinite().all():
+        fault = f"the log-density of {what} is {worst(log_prob)} at the guide's start"
+        raise ValueError(f"{owner}: {fault}; give a better one with init_loc_fn=init_to_value(values={{...}}).")
+
+
+def check_shapes(call: Call, found: Found) -> None:
+    """Refuse a model that lacks a latent of the guide or has another shape, apart from the number of a plate's rows."""
+    for name, site in call.latents.items():
+        shape = list(site["value"].shape)
+        if (frame := frame_of(site, call.plate)) and found.rows:
+            shape[frame.dim - site["fn"].event_dim] = found.rows.size
+        now = found.latents.get(name)
+        if now is None:
+            there, built = "is observed" if name in found.observed else "is not in the model", "one of shape "
+        elif tuple(now["value"].shape) != tuple(shape):
+            there, built = f"has shape {tuple(now['value'].shape)}", ""
+        else:
+            continue
+        fault = f"latent site {name!r} {there}, but the guide was built for {built}{tuple(shape)}"
+        way = "Build another, pad series to one length and mask the observed sites only, or use AutoPlateFlow"
+        raise ValueError(f"{call.owner}: with these arguments {fault}. {way}.")
+
+
+def check_no_more(call: Call, found: Found, observed: Collection[str]) -> None:
+    """Refuse latents that the guide was not built for, except sites that were ``observed`` then: they are predicted."""
+    for name, site in found.latents.items():
+        if name not in call.prototype.nodes and name not in observed:
+            fault = f"the model has the latent site {name!r} of shape {tuple(site['value'].shape)}, which it had not"
+            way = "Build another guide, or let the model draw the same sites for all data"
+            raise ValueError(f"{call.owner}: {fault} when the guide was built. {way}.")
+
+
+class Calls:
+    """The calls of one guide.  The model is not run again for the very arguments of the call before.
+
+    Attributes:
+        observed: The sites that were data when the guide was built.
+        masked: True if some latents have a mask.
+        watch: The watch over the guide's draws.
+    """
+
+    def __init__(self) -> None:
+        self.observed: frozenset[str] = frozenset()
+        self.masked = False
+        self.watch = Watch()
+        self._absent: set[bytes] = set()  # patterns of hidden parts of rows that were found to change nothing else
+        self._last: tuple[list[object], list[object]] | None = None  # keys of arguments, and the arguments
+
+    def begin(self, call: Call) -> Found:
+        """Look at all of a model with the arguments that the guide is built for."""
+        with call.same_draws():
+            found = call.look()
+        self.observed = frozenset(found.observed)
+        self._settle(call, found)
+        if found.rows and found.rows.size == found.rows.full_size:
+            self._checked(call, found, {})
+        return found
+
+    def rows(self, call: Call, *, needed: bool) -> Rows | None:
+        """Check new arguments, and return the rows of the plate if they are needed.
+
+        Raises:
+            ValueError: Naming the site, if the model lacks a latent of the guide, has a further one or another shape,
+                or masks latents that the guide cannot leave out.
+        """
+        known = self._knows(call)
+        if call.model is None or (known and not needed):
+            return None
+        with call.same_draws():
+            found = call.look(until=() if known else call.latents)
+        if not known:
+            check_shapes(call, found)
+            check_no_more(call, found, self.observed)
+            self._settle(call, found)
+        return found.rows
+
+    def masks(self, call: Call, indices: Tensor) -> RowMasks:
+        """Return the masks of the latents at some rows of the plate."""
+        if not self.masked or call.model is None or call.plate is None:
+            return RowMasks()
+        with call.same_draws():
+            found = call.look(indices=indices)
+        return self._checked(call, found, {call.plate: indices})
+
+    def _checked(self, call: Call, found: Found, rows: dict[str, Tensor]) -> RowMasks:
+        """Return the masks of the latents; new patterns must not hide what the rest of the model depends on."""
+        masks = masks_of_rows(call.plate, found)
+        if new := patterns_of(call.plate, masks, found) - self._absent:
+            with call.same_draws():
+                check_absent(call, masks, found, rows)
+            self._absent |= new
+        return masks
+
+    def _settle(self, call: Call, found: Found) -> None:
+        """Refuse masks outside of the plate, and remember the arguments."""
+        self.masked = any(map(is_masked, found.latents.values()))
+        if any(mask_of(site).hides and not frame_of(site, call.plate) for site in found.latents.values()):
+            with call.same_draws():  # flat priors and masked rows differ in the data's masks
+                check_unmasked(call, call.look())
+        self._last = _keys(call)
+
+    def _knows(self, call: Call) -> bool:
+        """True if the model need not be run for the arguments of a call.
+
+        Without arguments the guide draws again, as Pyro's guides do.  A traced program has one structure.  Iterators
+        are for the model alone, which would find them used up.  A mask may change unseen.
+        """
+        keys, leaves = _keys(call)
+        if any(isinstance(leaf, Iterator) for leaf in leaves):
+            return True
+        if self.masked and call.plate is not None:
+            return False
+        if not (call.args or call.kwargs) or torch._C._get_tracing_state():
+            return True
+        return self._last is not None and self._last[0] == keys
+
+    def __getstate__(self) -> dict[str, Any]:  # copies and pickles hold no data
+        return {**self.__dict__, "_last": None, "watch": Watch()}
+
+
+def _keys(call: Call) -> tuple[list[object], list[object]]:
+    """Return keys that two calls share only if their arguments are the same, unchanged objects; and the arguments.
+
+    They must be kept with the keys, so that no other object takes their identity.
+    """
+    leaves, spec = tree_flatten((call.args, call.kwargs))
+    return [spec, *map(_key, leaves)], leaves
+
+
+def _key(leaf: Any) -> object:
+    if isinstance(leaf, Tensor):  # inference tensors have no version, and could have changed unseen
+        return object() if leaf.is_inference() else (id(leaf), leaf._version)
+    if isinstance(leaf, PLAIN):
+        return type(leaf), leaf
+    return id(leaf) if callable(leaf) else object()
