@@ -95,7 +95,7 @@ class Integral(Bijector):
         t = (nodes + self.bound) * ((self.hidden - 1) / (2 * self.bound))
         rates = 6 * bounded(w, MAX_LOG_RATE).exp()  # tanh(z) = 2 σ(2 z) - 1, and a sigmoid is faster
         net = c - v.sum(0)
-        for k in range(self.hidden):  # one unit at a time saves memory
+        for k in range(self.hidden):
             bend = torch.sigmoid(torch.addcmul(-rates[k] * (u[k] + k), rates[k], t))
             net = torch.addcmul(net, v[k], bend, value=2)
         slopes = bounded(net, self.max_log_slope).exp()

@@ -11,7 +11,7 @@ run chains without autograd: inside an autograd function, or under ``torch.no_gr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -40,16 +40,16 @@ class Chain:
     def __init__(
         self, sizes: list[list[int]], weights: list[Tensor], biases: list[Tensor], finish: list[Finish], like: Tensor
     ) -> None:
-        self._sizes, self._weights, self._biases, self._finish = sizes, weights, biases, [*finish, None]
+        self._sizes, self._layers = sizes, list(zip(weights, biases, [*finish, None], strict=True))
         self._starts = [[0, *accumulate(of_layer)] for of_layer in sizes]
         # The rows of the last layer are returned to the caller, and stored for one block only.
         self._known = [like.new_zeros(starts[-1], like.shape[-1]) for starts in self._starts[:-1]]
         self._given = self._known[0].split(sizes[0])
         self._step, self._steps = 0, len(sizes[0])
         self._length = 2 * math.isqrt(self._steps - 1) + 1
-        # For each step of a block and each layer: the sums over the rows from before the block, the weights and the
-        # rows within the block whose product is added to them, and the function that finishes them.
-        self._plan: list[list[tuple[Tensor, Tensor, Tensor, Finish | None]]] = []
+        # For each layer in a block: by step, the sums over the rows from before the block, and the weights of the rows
+        # within the block; these rows; and the function that finishes the sums.
+        self._block: list[tuple[Sequence[Tensor], Sequence[Tensor], Tensor, Finish | None]] = []
 
     def step(self, rows: Tensor | None = None) -> Tensor | None:
         """Take the rows of layer 0 of one step, ``(n, N)`` or ``(N,)``, and return those of the last layer.
@@ -61,26 +61,25 @@ class Chain:
             self._open_block()
         if rows is not None:
             self._given[t].copy_(rows)
-        for sums, weight, below, finish in self._plan[place]:
-            sums.addmm_(weight, below)
-            if finish:
-                finish(sums, t)
+        for sums, weights, below, finish in self._block:
+            own = sums[place]
+            if len(own):
+                own.addmm_(weights[place], below)
+                if finish:
+                    finish(own, t)
         self._step = t + 1
-        return sums if self._sizes[-1][t] else None
+        return own if len(own) else None
 
     def _open_block(self) -> None:
-        """Sum over all earlier rows for the steps of a block, and plan the rest of each step."""
+        """Sum over all earlier rows for the steps of a block."""
         start, stop = self._step, min(self._step + self._length, self._steps)
-        self._plan = [[] for _ in range(start, stop)]
-        for layer, (weight, bias, finish) in enumerate(zip(self._weights, self._biases, self._finish, strict=True), 1):
+        self._block = []
+        for layer, (weight, bias, finish) in enumerate(self._layers, 1):
             below, own = self._starts[layer - 1], self._starts[layer]
             rows, old, new = slice(own[start], own[stop]), slice(0, below[start]), slice(below[start], below[stop])
             known, weight, sizes = self._known[layer - 1], weight[rows], self._sizes[layer][start:stop]
             sums = torch.addmm(bias[rows], weight[:, old], known[old], out=self._known[layer][rows] if finish else None)
-            parts = zip(self._plan, sizes, sums.split(sizes), weight[:, new].split(sizes), strict=True)
-            for tasks, size, of_step, weights in parts:
-                if size:
-                    tasks.append((of_step, weights, known[new], finish))
+            self._block.append((sums.split(sizes), weight[:, new].split(sizes), known[new], finish))
 
 
 def stream(net: MADE, context: Tensor | None, like: Tensor) -> Chain:
