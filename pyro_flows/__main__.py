@@ -58,7 +58,7 @@ def command_line() -> argparse.ArgumentParser:
     main_job.add_argument("--steps", type=_positive, default=400, help="optimisation steps (default: 400)")
     main_job.add_argument("--out", type=Path, default=Path(), help="folder of the two files (default: the current one)")
     _add_common(main_job, eight_schools.run, RECIPES)
-    commands = main_job.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    commands = main_job.add_subparsers(title="commands", metavar="[COMMAND]", dest="command")
 
     model = commands.add_parser("fit", description=FIT, epilog=STATUS, help="fit a model of your own")
     model.add_argument(

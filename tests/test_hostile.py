@@ -335,3 +335,37 @@ def halve(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_long_row_in_the_file_allows_no_large_matrix() -> None:
     """60 kB, whose longer side squared would stand for gigabytes."""
     assert size_limit.Allowance(60_000, 1, 60_000**2).bytes_left < 60e6
+
+
+ROW = torch.ones(20_000)
+LARGE: dict[str, Callable[[], object]] = {
+    "outer": lambda: torch.outer(ROW, ROW),
+    "diagonal": lambda: torch.diag(ROW),
+    "identity": lambda: torch.eye(10**6),
+    "padded": lambda: torch.nn.functional.pad(ROW, (0, 10**10)),
+    "a sum of a view": lambda: ROW.expand(10**6, -1) + 0,
+    "a stack": lambda: torch.stack([ROW] * 100_000),
+    "resized": lambda: torch.ones(1).resize_(10**9),
+    "by its values": lambda: torch.bincount(torch.tensor([10**10])),
+    "repeated by its values": lambda: ROW.repeat_interleave(torch.tensor(10**6)),
+    "random, with a generator": lambda: torch.randn(10**6, 10**6, generator=torch.Generator()),
+    "random, without a device": lambda: torch.normal(0.0, 1.0, (10**6, 10**6)),
+    "beyond all memory": lambda: torch.empty(2**40, 2**40),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_functions_are_refused_before_they_make_large_tensors(name: str) -> None:
+    limit = size_limit.Allowance(1000, 3, 10)
+    with pytest.raises(ValueError, match="asks for larger tensors"), limit, torch.device("cpu"):
+        LARGE[name]()
+
+
+def test_small_results_of_all_kinds_are_let_through_unchanged() -> None:
+    with size_limit.Allowance(1000, 3, 10), torch.device("cpu"):
+        seeded = torch.randn(3, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(seeded, torch.randn(3, generator=torch.Generator().manual_seed(1)))
+        assert torch.broadcast_shapes((3, 1), (4,)) == (3, 4)
+        assert torch.linalg.qr(torch.eye(3)).R.device.type == "cpu"
+        assert torch.bincount(torch.tensor([0, 2, 2])).tolist() == [1, 0, 2]
+        assert torch.arange(5)[torch.arange(5) > 2].tolist() == [3, 4]
