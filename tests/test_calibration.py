@@ -237,5 +237,5 @@ def test_models_that_cannot_be_simulated_are_refused():
         theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         pyro.sample("x", dist.Normal(theta, 1.0).to_event(1), obs=torch.zeros(2))
 
-    with pytest.raises(ValueError, match="calibrate: .*site 'x' is observed though no argument"):
+    with pytest.raises(ValueError, match=r"calibrate: .*site 'x' is observed though no argument"):
         calibrate(coded, by_hand())

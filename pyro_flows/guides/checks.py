@@ -21,7 +21,7 @@ from ..programs.program import Program
 from .guide_call import Call, Found, Rows, frame_of
 from .masked import RowMasks, check_absent, check_unmasked, masks_of_rows, patterns_of
 from .nonfinite import Watch, worst
-from .supports import innermost
+from .supports import scalar_support
 
 PLAIN = bool | int | float | complex | str | bytes | None | torch.Size | torch.dtype | torch.device
 
@@ -53,7 +53,7 @@ def check_latents(call: Call) -> None:
         raise ValueError(f"{call.owner}: latent {which} discrete, and cannot be enumerated: {why}. {way}.")
     for name, site in call.latents.items():
         support = site["fn"].support
-        low, high = (getattr(innermost(support), bound, None) for bound in ("lower_bound", "upper_bound"))
+        low, high = (getattr(scalar_support(support), bound, None) for bound in ("lower_bound", "upper_bound"))
         if low is not None and high is not None and (torch.as_tensor(low) >= torch.as_tensor(high)).any():
             fault = f"the support of latent site {name!r}, {support}, has no volume: low must be below high"
             raise ValueError(f"{call.owner}: {fault}. Where they are equal, write pyro.deterministic({name!r}, value).")

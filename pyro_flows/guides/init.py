@@ -19,12 +19,12 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
+from ..programs.latents import innermost
 from ..programs.program import Program
 from .checks import check_density
 from .discrete import summed
 from .guide_call import Call
 from .packing import Packing
-from .supports import bare
 
 ABSURD = 10.0  # nats per latent by which the origin must be likelier
 TRIES = 100  # random places, and draws, to try if centre and origin have no density
@@ -73,7 +73,7 @@ def init_to_center(site: dict[str, Any] | None = None) -> Tensor | Callable[...,
 
 def _centres(fn: Any) -> list[Tensor]:
     """Return the median and the mean of a distribution, if they are known in closed form."""
-    found, inner = [], bare(fn)
+    found, inner = [], innermost(fn)
     with suppress(NotImplementedError, RuntimeError, ValueError):
         for tensor in _tensors(inner)[:1]:
             found.append(inner.icdf(tensor.new_full((), 0.5)).expand(fn.shape()).detach())

@@ -15,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
-from ..programs.latents import states_support, support_of
+from ..programs.latents import innermost, states_support, support_of
 
 
 class Circle(constraints.interval):
@@ -57,10 +57,10 @@ class MarkCircles(Messenger):
         fn = msg["fn"]
         if msg["is_observed"] or type(fn).__name__ == "_Subsample":
             return
-        if isinstance(bare(fn), dist.VonMises | torch.distributions.VonMises):
+        if isinstance(innermost(fn), dist.VonMises | torch.distributions.VonMises):
             support: Any = Circle(-math.pi, math.pi)
         elif msg["infer"] and msg["infer"].get("periodic"):
-            interval = innermost(fn.support)
+            interval = scalar_support(fn.support)
             if not isinstance(interval, constraints.interval):
                 fault = f"is marked periodic, but its support is {fn.support} and no interval"
                 raise ValueError(f"AutoFlow: latent site {msg['name']!r} {fault}.")
@@ -74,21 +74,14 @@ class MarkCircles(Messenger):
 
 def is_circular(support: Any) -> bool:
     """True if a support holds angles."""
-    return isinstance(innermost(support), Circle)
+    return isinstance(scalar_support(support), Circle)
 
 
-def innermost(support: Any) -> Any:
+def scalar_support(support: Any) -> Any:
     """Return the support of the single numbers of an event."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support
-
-
-def bare(fn: Any) -> Any:
-    """Return a distribution without its masks and its event dimensions."""
-    while isinstance(fn, dist.Independent | dist.MaskedDistribution):
-        fn = fn.base_dist
-    return fn
 
 
 @biject_to.register(Circle)  # type: ignore[untyped-decorator]
@@ -98,7 +91,7 @@ def _onto_circle(constraint: Circle) -> Wrap:
 
 def _onto_mixture(support: Any) -> Transform:
     shared = support.base_constraint
-    inner = innermost(shared)
+    inner = scalar_support(shared)
     if any(isinstance(bound, Tensor) and bound.dim() for bound in vars(inner).values()):
         raise NotImplementedError(f"components may differ in their support, {inner}")
     return biject_to(shared)
