@@ -36,7 +36,13 @@ Recipe = Callable[..., Flow]
 
 
 def affine_couplings(
-    input_dim: int, context_dim: int = 0, *, num_transforms: int = 8, hidden_dims: Sequence[int] = (64, 64)
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    num_transforms: int = 8,
+    hidden_dims: Sequence[int] = (64, 64),
+    max_log_scale: float = 3.0,
+    activation: type[nn.Module] = nn.ELU,
 ) -> Flow:
     """Build affine couplings for a guide, y_B = x_B exp(s) + t, with (s, t) = net(x_A).
 
@@ -49,7 +55,7 @@ def affine_couplings(
     Density estimation using Real NVP (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803).
 
     Raises:
-        ValueError: If a size is out of its range.
+        ValueError: If a size or ``max_log_scale`` is out of its range.
 
     Example::
 
@@ -57,7 +63,7 @@ def affine_couplings(
         2
     """
     sizes, centered = (input_dim, context_dim, num_transforms, hidden_dims), context_dim == 0
-    return Flow(coupling_layers("affine_couplings", Affine(3.0), *sizes, nn.ELU, False, centered))
+    return Flow(coupling_layers("affine_couplings", Affine(max_log_scale), *sizes, activation, False, centered))
 
 
 def default_flow(input_dim: int) -> Flow:
