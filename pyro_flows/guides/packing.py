@@ -89,7 +89,8 @@ class Packing:
                 batch[dim] = 1
             event, plates = free[len(batch) :], tuple(site["cond_indep_stack"])
             self.parts[name] = Part(support, transform, torch.Size(batch), event, fn.event_dim, plates, value.detach())
-        self.size = sum(part.size for part in self.parts.values())
+        self._sizes = [part.size for part in self.parts.values()]
+        self.size = sum(self._sizes)
 
     @property
     def trailing(self) -> int:
@@ -107,8 +108,7 @@ class Packing:
         return [name for name, part in self.parts.items() for _ in range(part.size)]
 
     def _split(self, latent: Tensor) -> Iterator[tuple[str, Part, Tensor]]:
-        sizes = [part.size for part in self.parts.values()]
-        for (name, part), chunk in zip(self.parts.items(), latent.split(sizes, -1), strict=True):
+        for (name, part), chunk in zip(self.parts.items(), latent.split(self._sizes, -1), strict=True):
             yield name, part, chunk
 
     def _free(self, part: Part, chunk: Tensor, sample: Sequence[int]) -> Tensor:

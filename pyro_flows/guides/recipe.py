@@ -37,7 +37,13 @@ Recipe = Callable[..., Flow]
 
 
 def affine_couplings(
-    input_dim: int, context_dim: int = 0, *, num_transforms: int = 8, hidden_dims: Sequence[int] = (64, 64)
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    num_transforms: int = 8,
+    hidden_dims: Sequence[int] = (64, 64),
+    max_log_scale: float = 3.0,
+    activation: type[nn.Module] = nn.ELU,
 ) -> Flow:
     """Build affine couplings for a guide, y_B = x_B exp(s) + t, with (s, t) = net(x_A).
 
@@ -50,7 +56,7 @@ def affine_couplings(
     Density estimation using Real NVP (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803).
 
     Raises:
-        ValueError: If a size is out of its range.
+        ValueError: If a size or ``max_log_scale`` is out of its range.
 
     Example::
 
@@ -58,7 +64,7 @@ def affine_couplings(
         2
     """
     sizes = checked_sizes("affine_couplings", input_dim, context_dim, num_transforms, hidden_dims)
-    return Flow(coupling_layers(Affine(3.0), sizes, nn.ELU, False, context_dim == 0))
+    return Flow(coupling_layers(Affine(max_log_scale), sizes, activation, False, context_dim == 0))
 
 
 def default_flow(input_dim: int) -> Flow:
