@@ -152,9 +152,7 @@ def fit_amortized(
     file = check_path(CALLER, "checkpoint", checkpoint, f".{rounds}.simulations" if several else ".simulations")
     simulator = Simulator(CALLER, model, args, kwargs)
     _check_rounds(simulator, rounds, observed, vectorize)
-    given = distributed.broadcast(lambda: simulations)  # each process may have drawn its own
-    if given is not None:
-        check_given(CALLER, given, simulator.sites, rounds)
+    given = _given(simulations, simulator, rounds)
     total = num_simulations if given is None else len(given)
     settings: dict[str, Any] = {"lr": lr, "clip_norm": clip_norm, "on_nonfinite": on_nonfinite, "progress": progress}
     run = {"batch_size": simulation_batch_size, "vectorize": vectorize}
@@ -204,6 +202,14 @@ def _check_rounds(simulator: Simulator, rounds: int, observed: dict[str, Tensor]
         shape = simulator.model.single.nodes[simulator.sites[name]]["value"].shape
         if value.shape != shape:
             raise ValueError(f"{CALLER}: observed[{name!r}] must have shape {tuple(shape)}, got {tuple(value.shape)}.")
+
+
+def _given(simulations: Simulations | None, simulator: Simulator, rounds: int) -> Simulations | None:
+    """Return the user's simulations in process 0, checked, since each process may have drawn its own."""
+    given = distributed.broadcast(lambda: simulations)
+    if given is not None:
+        check_given(CALLER, given, simulator.sites, rounds)
+    return given
 
 
 def _draw(

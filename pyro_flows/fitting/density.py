@@ -149,20 +149,16 @@ def fit_density(
     check_numbers(CALLER, above=0, below=1, held_out=held_out)
     check_choice(CALLER, ("skip", "raise"), on_nonfinite=on_nonfinite)
     file, grid = check_path(CALLER, "checkpoint", checkpoint), check_path(CALLER, "samples", samples)
-    _move(flow, device)
-    loss, reader = checked(CALLER, objective), Reader(CALLER, flow)
+    loss, reader = checked(CALLER, objective), Reader(CALLER, _moved(flow, device))
     _check_flow(reader, grid, mixed_precision)
     train, judge = sources(reader, x, context, validation, batch_size, held_out)
     seen, judged = (Survey(source, reader.width) for source in (train, judge))
     places = _survey(reader, seen, judged, discrete, apart=validation is not None, again=train.again)
     spread, pictures = CellNoise(places, reader.like.device), Attempts(CALLER, "samples", grid)
-    outliers = seen.has_outliers and getattr(loss, "trains_base", True) and _is_table(reader)
-    heavy = outliers if heavy_tails is None else heavy_tails
-    some = _start(flow, reader.flow, seen, spread, standardize=standardize, heavy_tails=heavy)
     data = [*_marks(train, seen), *_marks(judge, judged), f"discrete {places}"]
+    some = _start(flow, loss, reader, seen, spread, standardize=standardize, heavy_tails=heavy_tails)
     marks = {"model": design(flow), "objective": repr(loss), "ema_decay": ema_decay, "mixed_precision": mixed_precision}
     settings: dict[str, Any] = {"lr": lr, "on_nonfinite": on_nonfinite, "progress": progress, "checkpoint": file}
-    images = len(reader.event_shape) == 3
     try:
         with networks_in_bfloat16(flow) if mixed_precision else contextlib.nullcontext():
             fit = train_on_rows(
@@ -172,10 +168,10 @@ def fit_density(
                 patience=patience,
                 diagnose=lambda: culprit(flow, reader.flow, *some),
                 decay=ema_decay,
-                show=functools.partial(_in_bits, flow) if images else format_of(loss),
+                show=functools.partial(_in_bits, flow) if len(reader.event_shape) == 3 else format_of(loss),
                 end_epoch=lambda epoch: pictures.attempt(lambda path: _draw(flow, judged.sample[1], path, epoch)),
                 caller=CALLER,
-                clip_norm=clip_norm or (50.0 if images else 5.0),
+                clip_norm=clip_norm or (5.0 if len(reader.event_shape) == 1 else 50.0),
                 marks=marks,
                 **settings,
             )
@@ -185,14 +181,15 @@ def fit_density(
     return fit
 
 
-def _move(flow: Any, device: str | torch.device | None) -> None:
-    """Move a flow to a device; raise ValueError if there is no such device."""
+def _moved(flow: Any, device: str | torch.device | None) -> Any:
+    """Move a flow to a device and return it; raise ValueError if there is no such device."""
     if device is not None and isinstance(flow, nn.Module):
         try:
             flow.to(device)
         except (RuntimeError, AssertionError, TypeError) as error:
             why = str(error).splitlines()[0]
             raise ValueError(f"{CALLER}: device={device!r} is not there ({why:.200}).") from error
+    return flow
 
 
 def _check_flow(reader: Reader, grid: Path | None, mixed_precision: bool) -> None:
@@ -237,7 +234,14 @@ def _survey(
 
 
 def _start(
-    model: Flow | Dequantized, flow: Flow, seen: Survey, spread: CellNoise, *, standardize: bool, heavy_tails: bool
+    model: Flow | Dequantized,
+    loss: nn.Module,
+    reader: Reader,
+    seen: Survey,
+    spread: CellNoise,
+    *,
+    standardize: bool,
+    heavy_tails: bool | None,
 ) -> Batch:
     """Start a new flow from rows, and return some of them, with their contexts, in the flow's coordinates."""
     with torch.random.fork_rng():
@@ -248,7 +252,9 @@ def _start(
             rows = model.unbounded(rows)
             scale, loc = torch.std_mean(rows.transpose(0, 1).flatten(1), 1)
             moments = loc, scale
-    start(flow, rows, contexts, moments if standardize else None, heavy_tails=heavy_tails)
+    if heavy_tails is None:
+        heavy_tails = seen.has_outliers and _is_table(reader) and getattr(loss, "trains_base", True)
+    start(reader.flow, rows, contexts, moments if standardize else None, heavy_tails=heavy_tails)
     return rows, contexts
 
 
