@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ..transforms import FlowTransform, View
-from ..transforms.compose import chained
-from ..transforms.snapshot import Counters, Snapshot, can_be_kept
+from ..transforms.base import chained
+from ..transforms.view import Counters, Snapshot, can_be_kept
 from .arguments import as_size, check_value, parameter_of
 from .path import can_be_carried, carried
 
@@ -29,7 +29,7 @@ class FlowDistribution(dist.TransformedDistribution):
     off (``pyro.enable_validation(False)``).
 
     The pair of the last draw is kept until it is scored, together with a copy of all numbers that it depends on
-    (:mod:`~pyro_flows.transforms.snapshot`).  If nothing has changed, ``log_prob`` of this very tensor runs no network.
+    (:mod:`~pyro_flows.transforms.view`).  If nothing has changed, ``log_prob`` of this very tensor runs no network.
 
     Args:
         base: A function, such as a module, that builds the base distribution.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..transforms import FlowTransform
-from ..transforms.compose import carried_along
+from ..transforms.base import carried_along
 from ..vjp import is_plain
 
 
