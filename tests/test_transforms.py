@@ -485,7 +485,11 @@ def test_actnorm_sets_itself_from_data() -> None:
         (lambda: Coupling(Affine(), MLP(1, 1, 2), [False, False]), ValueError, r"mask .*got \[False, False\]"),
         (lambda: Coupling(Affine(), MLP(1, 1, 3), [True, False]), ValueError, r"\(1, 2\) for .*got \(1, 3\)"),
         (lambda: Coupling(Affine(), MLP(1, 2, 2), [True, False]), ValueError, r"\(1, 2\) for 1 .*got \(2, 2\)"),
-        (lambda: Coupling(Affine(), MLP(2, 1, 2), [True, False]), ValueError, r"1 features condition, .* takes 2"),
+        (
+            lambda: Coupling(Affine(), MLP(2, 1, 2), [True, False]),
+            ValueError,
+            r"take the 1 features .*got 2",
+        ),
         (lambda: Autoregressive(RationalQuadraticSpline(), MADE(3, 2)), ValueError, r"\(3, 23\) .*got \(3, 2\)"),
         (lambda: Autoregressive(Affine(), MLP(3, 3, 2)), TypeError, r"a MADE or a CausalTransformer, got MLP"),
         (lambda: PerPixel(LULinear(2), (4,)), ValueError, r"size must be height and width, got \(4,\)"),

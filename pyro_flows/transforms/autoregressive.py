@@ -64,7 +64,7 @@ class Autoregressive(FlowTransform):
         self.fixed_point = fixed_point
         check_flags("Autoregressive", fixed_point=fixed_point)
         if fixed_point and isinstance(conditioner, CausalTransformer):
-            raise ValueError("Autoregressive: fixed_point=True is for a MADE; tokens are found one after the other.")
+            raise ValueError("Autoregressive: fixed_point=True is for a MADE, got a CausalTransformer. Use False.")
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, log_det = self.bijector.forward_and_log_det(x, self.conditioner(x, context))

@@ -32,7 +32,7 @@ from ..conditioners import Conditioner
 from ..conditioners.base import MaskedLinear, Network
 from .conditional import Conditional, check_outputs
 
-STEPS = 11  # of the search, and one more for each nat of max_log_slope in each layer: what the last bits take
+STEPS = 11  # of the search to the last bits, and one more for each nat of max_log_slope in each layer
 
 
 class BlockAutoregressive(Network, Conditional):
@@ -177,7 +177,7 @@ class _Net(NamedTuple):
     layers: list[_Layer]
     last: Tensor  # p: (D, 1, K)
     biases: list[Tensor]  # a b of each layer and c: (D K, 1), or (D K, N) with a context; of one feature: (1, K, …)
-    weights: list[Tensor]  # a W of each layer and V: (D K, D K'), zero but from features to later ones; of one: none
+    weights: list[Tensor]  # a W of each layer and V: (D K, D K'), zero except from features to later ones; of one: none
 
     def shift(self, layer: int, seen: Tensor) -> Tensor:
         """Return what a layer adds to the copies of each feature, ``(D, K, N)``, from what it sees of earlier ones."""

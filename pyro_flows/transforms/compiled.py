@@ -150,10 +150,10 @@ class CompiledRuns:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         if "dynamic" in settings:
-            raise ValueError("compile: dynamic is set already, to batches of any size; leave it out.")
+            raise ValueError("compile: dynamic is set already, to batches of any size. Leave it out.")
         known = COMPILE_SETTINGS - {"model", "dynamic"}
         if unknown := sorted(set(settings) - known):
-            raise ValueError(f"compile: torch.compile knows no {unknown[0]}; it takes {', '.join(sorted(known))}.")
+            raise ValueError(f"compile: torch.compile knows no {unknown[0]}. Use {', '.join(sorted(known))}.")
         self.settings = settings
         self._known: list[FlowTransform] = []
         self._runs: list[FlowTransform] = []

@@ -63,7 +63,7 @@ class Coupling(FlowTransform):
         kept, taken = int(mask.sum()), conditioner.input_dim
         check_params("Coupling", bijector, conditioner, len(mask) - kept)
         if taken != kept:
-            raise ValueError(f"Coupling: {kept} features condition, but the conditioner takes {taken}.")
+            raise ValueError(f"Coupling: conditioner must take the {kept} features that condition, got {taken}.")
         self.bijector = bijector
         self.conditioner = conditioner
         self.register_buffer("mask", mask)

@@ -71,7 +71,7 @@ class Elementwise(Paced, Conditional):
         """
         check_numbers("Elementwise", above=0, optional=True, pace=pace)
         if self.conditioner is not None:
-            raise ValueError("Elementwise: a pace is for a table; set that of the conditioner.")
+            raise ValueError("Elementwise: pace must be set on the conditioner. Use conditioner.set_pace.")
         before, self.pace = self.unit, pace
         self.params.mul_(before / self.unit)
 

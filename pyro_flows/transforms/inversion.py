@@ -83,12 +83,13 @@ class _Inversion(torch.autograd.Function):
             # Stand-ins, so that a path into one input from upstream of another does not count.
             if tensor is not None and not (own and place >= 2):
                 inputs[place] = tensor.view_as(tensor) if again else tensor.detach().requires_grad_(needed)
-        # The sweep may have seen other weights than the module has now, for example those of a functional call.  The
-        # module's own weights are not swapped, so that threads can share it.
-        weights = {} if own else {f"net.{name}": w for name, w in zip(ctx.names, inputs[2:], strict=True)}
         wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
         arguments = (x.detach(), *inputs[:2], wanted, (grad_x, grad_log_det))
-        grads = iter(functional_call(ctx.layer, weights, arguments))
+        if own:
+            grads = iter(ctx.layer(*arguments))
+        else:  # at the weights that the sweep has seen, which are not the module's, as in a functional call
+            weights = {f"net.{name}": weight for name, weight in zip(ctx.names, inputs[2:], strict=True)}
+            grads = iter(functional_call(ctx.layer, weights, arguments))
         return None, None, *(next(grads) if needed else None for needed in needs)
 
 
@@ -170,7 +171,7 @@ class _Layer(nn.Module):
         return torch.stack([total[feature] for feature in range(len(own))], -1)
 
     def _iterated(self, x: Tensor, params: Tensor, own: Tensor, gain: Tensor, fixed: Tensor) -> Tensor:
-        """Return the same, by passes over all features."""
+        """Return the total gradient of x, as ``_swept`` does, by passes over all features."""
 
         def step(total: Tensor) -> tuple[Tensor, ...]:
             of_network = torch.addcmul(fixed, gain, total.unsqueeze(-1))

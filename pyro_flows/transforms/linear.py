@@ -304,7 +304,7 @@ class FixedAffine(VectorTransform):
 
     @torch.no_grad()
     def set(self, loc: Tensor, scale: Tensor) -> None:
-        """Set the map from N(0, I) to N(t, L Lᵀ), or to the marginals of this if the matrix is diagonal.
+        """Set the map from N(0, I) to N(t, L Lᵀ), or to its marginals if the matrix is diagonal.
 
         Args:
             loc: The shift t, ``(D,)``.
@@ -361,5 +361,5 @@ def _orthogonal(dim: int, seed: int) -> Tensor:
 
 
 def _polished(rotation: Tensor) -> Tensor:
-    """Make a matrix that is orthogonal up to rounding in a coarser dtype more so, up to its square: Newton's step."""
+    """Return the rotation up to the square of its rounding, which may be that of a coarser dtype: a Newton step."""
     return 1.5 * rotation - 0.5 * rotation @ (rotation.T @ rotation)

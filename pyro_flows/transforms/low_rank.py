@@ -1,7 +1,8 @@
-"""Planar and radial transforms: their Jacobian is the identity, or a multiple of it, plus a matrix of rank one.
+"""Planar, radial and Sylvester transforms: the Jacobian is a multiple of the identity plus a matrix of low rank.
 
-Both hold a *ridge*, an increasing map k = z + s tanh z of a number, or its slope: it increases if s > -1.  With
-log(1 + s) = B tanh(raw / B) for a free number, zero is the identity, and slopes stay within exp(±B).
+Their strength is a number s, which is bounded as for a *ridge*, the map k = z + s tanh z of one number.  A ridge
+increases if s > -1.  With log(1 + s) = B tanh(raw / B), a free number gives s: zero is the identity, and slopes stay
+within exp(±B).
 
 Variational Inference with Normalizing Flows (Rezende, Mohamed 2015, arXiv:1505.05770, section 4.1 and appendix A).
 """
@@ -182,11 +183,11 @@ class Sylvester(Tabled):
     orthogonal, M = D the Householder kind.  With H = 0 as well it is the triangular kind, for which the order of the
     features is reversed between layers.
 
-    It is a bijection if every s_i > -1.  So the diagonal of R̃ is a free scale, and that of R is s_i / R̃_ii, with s_i
-    from a free number as for a planar transform.  The inverse solves M increasing scalar equations, so any value can
-    be scored.
+    It is a bijection if every s_i > -1.  So the diagonal of R̃ is a free scale, and the diagonal of R is s_i / R̃_ii,
+    with s_i from a free number as for a planar transform.  The inverse solves M increasing scalar equations, so any
+    value can be scored.
 
-    Its parameters are a table, in which only those of R start at zero: the others are random, so that gradients are
+    Its parameters are a table.  Only the parameters of R start at zero: the others are random, so that gradients are
     not zero and all ridges differ.  A conditioner adds to the table what depends on the context.
 
     Sylvester Normalizing Flows for Variational Inference (van den Berg, Hasenclever, Tomczak, Welling 2018,

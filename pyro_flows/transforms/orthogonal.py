@@ -148,8 +148,8 @@ class Orthogonal(Isometry):
 def unit(vectors: Tensor) -> Tensor:
     """Scale vectors ``(*, D)`` to length one; vectors too short to have a direction become zero and reflect nothing.
 
-    The division by the largest entry keeps squares of small numbers from underflowing: with half the length lost, a
-    reflection would be half a reflection.
+    The division by the largest entry comes first, since squares of small numbers underflow, and a vector that is too
+    short reflects by too little.
     """
     tiny = torch.finfo(vectors.dtype).tiny
     vectors = vectors / vectors.detach().abs().amax(-1, keepdim=True).clamp_min(tiny)

@@ -28,9 +28,13 @@ class Rearranged(FlowTransform):
     def arrange(self, x: Tensor) -> Tensor:
         """Return events ``(*batch, *event_shape)`` as the inner transform takes them."""
 
-    @abstractmethod
-    def restore(self, inside: Tensor, whole: Tensor) -> Tensor:
-        """Return whole events, with the results of the inner transform in their places."""
+    def restore(self, x: Tensor) -> Tensor:
+        """Return the events of an arrangement, the inverse of ``arrange``."""
+        raise NotImplementedError
+
+    def put_back(self, inside: Tensor, whole: Tensor) -> Tensor:
+        """Return whole events, with the results of the inner transform in their places; by default these are all."""
+        return self.restore(inside)
 
     def inner_context(self, context: Tensor | None) -> Tensor | None:
         """Return the context as the inner transform takes it."""
@@ -42,16 +46,16 @@ class Rearranged(FlowTransform):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, log_det = self.inner.forward_and_log_det(self.arrange(x), self.inner_context(context))
-        return self.restore(y, x), self.total(log_det)
+        return self.put_back(y, x), self.total(log_det)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, log_det = self.inner.inverse_and_log_det(self.arrange(y), self.inner_context(context))
-        return self.restore(x, y), self.total(log_det)
+        return self.put_back(x, y), self.total(log_det)
 
     def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         context = self.inner_context(context)
         y, log_det, inner_score = self.inner.forward_and_score(self.arrange(x), self.arrange(score), context)
-        return self.restore(y, x), self.total(log_det), self.restore(inner_score, score)
+        return self.put_back(y, x), self.total(log_det), self.put_back(inner_score, score)
 
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
         self.inner.initialize(self.arrange(y), self.inner_context(context))
@@ -98,8 +102,8 @@ class Squeezed(Rearranged):
         # Convolutions and maps of channels are fastest if the channels of a pixel are contiguous in memory.
         return F.pixel_unshuffle(x, self.factor).movedim(-3, -1).contiguous().movedim(-1, -3)
 
-    def restore(self, inside: Tensor, whole: Tensor) -> Tensor:
-        return F.pixel_shuffle(inside, self.factor)
+    def restore(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(x, self.factor)
 
 
 class Patched(Rearranged):
@@ -110,7 +114,8 @@ class Patched(Rearranged):
         image_shape: Channels, height and width of an image.
 
     Raises:
-        ValueError: If no side p of a patch fits both, or ``image_shape`` does not hold three sizes.
+        ValueError: If the inner transform does not act on patches of such images, or ``image_shape`` does not hold
+            three sizes.
 
     Example::
 
@@ -125,25 +130,22 @@ class Patched(Rearranged):
 
     def __init__(self, inner: FlowTransform, image_shape: Sequence[int]) -> None:
         check_kind("Patched", FlowTransform, TRANSFORM, inner=inner)
-        image_shape = as_image("Patched", "image_shape", image_shape)
-        channels, height, width = image_shape
-        side = math.isqrt(inner.event_shape[-1] // channels)
-        if side == 0 or height % side or width % side:
-            raise ValueError(f"Patched: an image of shape {tuple(image_shape)} has no patches of side {side}.")
-        if (wanted := (height * width // side**2, channels * side**2)) != tuple(inner.event_shape):
+        image_shape = channels, height, width = as_image("Patched", "image_shape", image_shape)
+        side = math.isqrt(inner.event_shape[-1] // channels) or 1
+        if height % side or width % side or inner.event_shape != (height * width // side**2, channels * side**2):
             raise ValueError(
-                f"Patched: inner must act on events of shape {wanted}, the patches of side {side} of an image of shape "
-                f"{tuple(image_shape)}, got {tuple(inner.event_shape)}."
+                f"Patched: inner must act on the patches of images of shape {image_shape}, (H W / p², C p²) where p "
+                f"divides H and W, got events of shape {tuple(inner.event_shape)}."
             )
         super().__init__(inner, image_shape)
-        self.image_shape, self.side = tuple(image_shape), side
+        self.image_shape, self.side = image_shape, side
 
     def arrange(self, x: Tensor) -> Tensor:
         return F.pixel_unshuffle(x, self.side).flatten(-2).mT.contiguous()
 
-    def restore(self, inside: Tensor, whole: Tensor) -> Tensor:
-        _, height, width = self.image_shape
-        return F.pixel_shuffle(inside.mT.unflatten(-1, (height // self.side, width // self.side)), self.side)
+    def restore(self, x: Tensor) -> Tensor:
+        size = self.image_shape[1] // self.side, self.image_shape[2] // self.side
+        return F.pixel_shuffle(x.mT.unflatten(-1, size), self.side)
 
 
 class Reshaped(Rearranged):
@@ -176,8 +178,8 @@ class Reshaped(Rearranged):
     def arrange(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[: x.dim() - len(self.shape)], *self.inner.event_shape)
 
-    def restore(self, inside: Tensor, whole: Tensor) -> Tensor:
-        return inside.reshape(*inside.shape[: inside.dim() - len(self.inner.event_shape)], *self.shape)
+    def restore(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[: x.dim() - len(self.inner.event_shape)], *self.shape)
 
 
 class PerPixel(Rearranged):
@@ -216,8 +218,8 @@ class PerPixel(Rearranged):
     def arrange(self, x: Tensor) -> Tensor:
         return x.movedim(-3, -1)
 
-    def restore(self, inside: Tensor, whole: Tensor) -> Tensor:
-        return inside.movedim(-1, -3)
+    def restore(self, x: Tensor) -> Tensor:
+        return x.movedim(-1, -3)
 
     def inner_context(self, context: Tensor | None) -> Tensor | None:
         return None if context is None else context.unsqueeze(-2).unsqueeze(-2)
@@ -235,11 +237,11 @@ class Split(Rearranged):
     makes their distribution depend on A.  Real NVP, section 3.6, and Glow.
 
     Args:
-        inner: The transform of the first ones.
+        inner: The transform of the first channels or features.
         input_dim: The number of all channels or features; by default twice as many as ``inner`` acts on.
 
     Raises:
-        ValueError: If nothing is left to stay.
+        ValueError: If no channel or feature is left over.
 
     Example::
 
@@ -268,7 +270,7 @@ class Split(Rearranged):
     def arrange(self, x: Tensor) -> Tensor:
         return x.split(self.sizes, -len(self.event_shape))[0]
 
-    def restore(self, inside: Tensor, whole: Tensor) -> Tensor:
+    def put_back(self, inside: Tensor, whole: Tensor) -> Tensor:
         number = len(self.event_shape)
         rest = whole.split(self.sizes, -number)[1]
         rest = rest.expand(*inside.shape[:-number], *rest.shape[-number:])

@@ -1,4 +1,4 @@
-"""Residual transforms add a contraction: y = x + g(x) with Lip(g) < 1, which no mask or triangle constrains.
+"""Residual transforms add a contraction: y = x + g(x) with Lip(g) < 1, without masks or triangular Jacobians.
 
 If the network has a narrow layer, the determinant of I + J is computed, with J the Jacobian of g.  Otherwise its
 logarithm is estimated without bias from its series.  A random vector v estimates each trace, tr(Jᵏ) = E vᵀ Jᵏ v
@@ -133,12 +133,11 @@ def _search(layers: Layers, y: Tensor, lipschitz: float) -> Tensor:
         change, jacobian = layers.linearise(trials)
         left = trials + change - y  # (3, *batch, D)
         best = left.square().sum(-1, keepdim=True).argmin(0, keepdim=True)
-
-        def chosen(values: Tensor, best: Tensor = best) -> Tensor:
-            return values.gather(0, best.expand(1, *values.shape[1:])).squeeze(0)
-
-        x, residual = chosen(trials), chosen(left)
-        jacobian = Jacobian(layers.weights, [chosen(slope) for slope in jacobian.slopes])
+        x, residual, *slopes = (
+            values.gather(0, best.expand(1, *values.shape[1:])).squeeze(0)
+            for values in (trials, left, *jacobian.slopes)
+        )
+        jacobian = Jacobian(layers.weights, slopes)
     return x
 
 
