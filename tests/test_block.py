@@ -146,13 +146,13 @@ def test_the_steps_suffice_at_all_bounds(max_log_slope: float, scale: float) -> 
 def test_the_inverse_takes_the_evaluations_that_it_promises(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each evaluation of the units of one feature counts one D-th of the network's."""
     counts = [0]
-    original = block._Block.ascend
+    original = block._Net.ascend
 
-    def counted(self: block._Block, x: Tensor) -> tuple:
+    def counted(self: block._Net, x: Tensor) -> tuple:
         counts[0] += 1
         return original(self, x)
 
-    monkeypatch.setattr(block._Block, "ascend", counted)
+    monkeypatch.setattr(block._Net, "ascend", counted)
     random(4).inverse_and_log_det(laws.normal(10, 4))
     assert counts[0] / 4 == 22
 

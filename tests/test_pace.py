@@ -116,7 +116,7 @@ def test_a_pace_keeps_what_a_layer_computes_bit_for_bit(name):
 
 def test_a_conditioner_has_a_pace_of_its_own():
     layer = Elementwise(LogisticMixture(3), 4, MLP(2, 4, LogisticMixture(3).num_params))
-    with pytest.raises(ValueError, match="a pace is for a table; set that of the conditioner"):
+    with pytest.raises(ValueError, match="pace must be set on the conditioner"):
         layer.set_pace(1.0)
     block = BlockAutoregressive(4, (3, 3), MLP(5, 4, 8, pace=2.0))
     set_pace(flows.Flow([block]))

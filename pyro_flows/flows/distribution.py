@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution
 
 from ..transforms import FlowTransform, View
-from ..transforms.compose import carried_along, chained
-from ..transforms.snapshot import Counters, Snapshot, can_be_kept
+from ..transforms.base import carried_along, chained
+from ..transforms.view import Counters, Snapshot, can_be_kept
 from ..vjp import is_plain
 from .arguments import as_size, check_value, parameter_of
 
@@ -30,7 +30,7 @@ class FlowDistribution(dist.TransformedDistribution):
     are checked before they are scored, unless validation is off (``pyro.enable_validation(False)``).
 
     The last draw is kept until it is scored, together with a copy of all numbers that it depends on
-    (:mod:`~pyro_flows.transforms.snapshot`).  If nothing has changed, ``log_prob`` of this very tensor runs no network.
+    (:mod:`~pyro_flows.transforms.view`).  If nothing has changed, ``log_prob`` of this very tensor runs no network.
 
     Args:
         base: A module that builds the base distribution.

@@ -17,8 +17,8 @@ from torch.distributions import Distribution
 from ..arguments import check_kind, quoted
 from ..distributions import FixedBase, StandardNormal
 from ..transforms import Compose, FlowTransform, View
+from ..transforms.base import chained, checked_chain
 from ..transforms.compiled import CompiledRuns
-from ..transforms.compose import chained, checked_chain
 from .arguments import as_size, check_like, check_precision, check_tensor, check_value, parameter_of
 from .chunks import T, in_chunks
 from .distribution import FlowDistribution, log_prob_of

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..conditioners import LipschitzMLP
 from ..transforms import ActNorm, FlowTransform, Permute, Planar, Radial, Residual, Sylvester
-from ..transforms.sylvester import check_ridges
+from ..transforms.low_rank import check_ridges
 from .arguments import checked_sizes
 from .coupling import context_network
 from .flow import Flow

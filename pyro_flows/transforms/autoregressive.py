@@ -1,14 +1,7 @@
-"""Autoregressive scheme: y_i = f(x_i; θ_i(x_<i, context)), where < is the conditioner's order.
-
-Forward, one pass of the network.  Backward, the features become known one after the other, in about the work of one
-pass and not of D, or in a few passes over all (:mod:`~pyro_flows.transforms.inversion`).  Features are numbers, or the
-tokens of a sequence.  IAF (Kingma et al. 2016, arXiv:1606.04934) uses the forward direction to sample; MAF
-(Papamakarios, Pavlakou, Murray 2017, arXiv:1705.07057) uses it to score.
-"""
+"""Autoregressive scheme: the map of each feature depends on the features before it, in the conditioner's order."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..arguments import BIJECTOR, check_flags, check_kind
@@ -16,7 +9,7 @@ from ..bijectors import Bijector
 from ..conditioners import MADE, CausalTransformer
 from .base import FlowTransform
 from .conditional import check_params
-from .inversion import Inversion, invert_by_passes, invert_tokens
+from .inversion import invert, invert_by_passes, invert_tokens
 from .tracing import is_traced
 
 
@@ -25,7 +18,7 @@ class Autoregressive(FlowTransform):
 
         y_i = f(x_i; θ_i(x_<i, c)),    log|det dy/dx| = Σ_i log f'(x_i; θ_i)
 
-    where < is the conditioner's order.  Forward is one pass of the network; backward, features become known one after
+    where < is the conditioner's order.  Forward is one pass of the network.  The inverse finds the features one after
     the other, in about the work of one pass and not of D.  IAF samples by the forward direction; MAF scores by it, as
     ``layer.inv`` in a flow.
 
@@ -35,14 +28,15 @@ class Autoregressive(FlowTransform):
     Args:
         bijector: The map of each feature, or of each number of a token.
         conditioner: The masked network or causal transformer; its ``order`` is the order of the layer.
-        fixed_point: Whether the slow direction is found by passes over all features at once until none changes, rather
-            than feature by feature: at most D passes, and far fewer where features steer one another weakly.  Results
-            are the same, to round-off.  Suits few rows of many features, and GPUs; may be set at any time.
+        fixed_point: True if the slow direction repeats passes over all features until none changes, and does not go
+            feature by feature.  It takes at most D passes, and far fewer if features depend weakly on one another.
+            Results are the same, to round-off.  It suits few rows of many features, and GPUs; it may be set at any
+            time.
 
     Raises:
         TypeError: If the conditioner is neither a ``MADE`` nor a ``CausalTransformer``.
-        ValueError: If bijector and conditioner do not fit, or ``fixed_point`` is no bool or asked of tokens.  In use,
-            if the conditioner takes contexts and none is given.
+        ValueError: If bijector and conditioner do not fit, or ``fixed_point`` is not a bool or is True for tokens.  In
+            use, if the conditioner takes contexts and none is given.
 
     Example::
 
@@ -53,7 +47,7 @@ class Autoregressive(FlowTransform):
         >>> _ = torch.nn.init.normal_(layer.conditioner.output.weight)  # as if trained
         >>> x = torch.randn(5, 3)
         >>> y, log_det = layer.forward_and_log_det(x)
-        >>> torch.equal(y[:, 0], x[:, 0]), log_det.shape  # nothing steers the first feature
+        >>> torch.equal(y[:, 0], x[:, 0]), log_det.shape  # the first feature depends on no other
         (True, torch.Size([5]))
         >>> torch.allclose(layer.inverse_and_log_det(y)[0], x, atol=1e-3)
         True
@@ -70,7 +64,7 @@ class Autoregressive(FlowTransform):
         self.fixed_point = fixed_point
         check_flags("Autoregressive", fixed_point=fixed_point)
         if fixed_point and isinstance(conditioner, CausalTransformer):
-            raise ValueError("Autoregressive: fixed_point=True is for a MADE; tokens are found one after the other.")
+            raise ValueError("Autoregressive: fixed_point=True is for a MADE, got a CausalTransformer. Use False.")
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, log_det = self.bijector.forward_and_log_det(x, self.conditioner(x, context))
@@ -83,13 +77,7 @@ class Autoregressive(FlowTransform):
         elif is_traced():
             x, log_det = invert_by_passes(self.bijector, self.conditioner, y, context)
         else:
-            names, weights = zip(*self.conditioner.named_parameters(), strict=True)
-            with torch.autocast(y.device.type, enabled=False):  # round-off would add up from feature to feature
-                y = y.to(weights[0].dtype)
-                context = None if context is None else context.to(y.dtype)
-                x, log_det = Inversion.apply(
-                    self.bijector, self.conditioner, self.fixed_point, names, y, context, *weights
-                )
+            x, log_det = invert(self.bijector, self.conditioner, y, context, self.fixed_point)
         return x.reshape(batch + self.event_shape), log_det.reshape(batch)
 
     def compiles(self, inverse: bool) -> bool:

@@ -1,8 +1,8 @@
 """Compiled transforms: the same parameters and answers, in fewer and larger steps.
 
-A run of layers becomes one graph for each verb, of any batch size.  A verb that finds one feature after the other, as
-the inverse of an autoregressive layer does, or asks a solver, stays as it is: its graph would grow with the number of
-features, or change with the data.  What an autoregressive layer does to each feature is compiled.
+A run of layers becomes one graph for each verb, of any batch size.  A verb that finds one feature after the other stays
+uncompiled, since its graph would grow with the number of features.  A verb that calls a solver stays uncompiled too,
+since its graph would change with the data.  In an autoregressive layer, the map of each feature is compiled.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..bijectors import Bijector
 from .autoregressive import Autoregressive
-from .base import FlowTransform, Inverse
-from .compose import Compose
+from .base import Compose, FlowTransform, Inverse
 from .tracing import COMPILE_SETTINGS, is_traced
 
 # dynamic=True would make symbols of the numbers in bijectors, for which torch 2.13 compiles wrong code; so all is
@@ -34,10 +33,10 @@ class CompiledVerb:
 
     Args:
         plain: The verb, whose first argument is a batch ``(N, ...)``, and its second one too, or None.
-        settings: What ``torch.compile`` takes; by default a whole graph, of a batch of any size.
+        settings: The arguments of ``torch.compile``; by default a whole graph, of a batch of any size.
 
     Warns:
-        UserWarning: Once, where the machine has no compiler or the verb cannot be compiled: it then runs as it is.
+        UserWarning: Once, if the machine has no compiler or the verb cannot be compiled: it then runs uncompiled.
     """
 
     def __init__(self, plain: Verb, settings: dict[str, Any]) -> None:
@@ -57,10 +56,12 @@ class CompiledVerb:
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
-            answer = self.plain(x, theta)  # what is wrong with the arguments is said as without a compiler
+            answer = self.plain(x, theta)  # errors in the arguments are reported as without a compiler
             self._compiled = dict.fromkeys((False, True), self.plain)
             name = getattr(self.plain, "__qualname__", repr(self.plain))
-            warnings.warn(f"A part of this flow runs uncompiled, {name}: {_reason(error)}", stacklevel=4)
+            reason = " ".join(str(error).split())
+            said = f"A part of this flow runs uncompiled, {name}: {type(error).__name__}: {reason:.300}"
+            warnings.warn(said, stacklevel=4)
             return answer
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,7 +69,7 @@ class CompiledVerb:
 
 
 def _any_size(batch: Tensor) -> Tensor:
-    """A copy, since graphs are told of views and made anew for others, whose first size is left open."""
+    """Return a copy whose first size is left open; a copy, since graphs differ for views and for other tensors."""
     copy = batch.clone()
     if len(copy) > 1:
         torch._dynamo.maybe_mark_dynamic(copy, 0)
@@ -76,11 +77,11 @@ def _any_size(batch: Tensor) -> Tensor:
 
 
 class Compiled(FlowTransform):
-    """A transform whose verbs are compiled, where they compile to one graph.
+    """A transform whose verbs are compiled, if they compile to one graph.
 
     Args:
         inner: The transform.
-        **settings: What ``torch.compile`` takes.
+        **settings: The arguments of ``torch.compile``.
 
     Example::
 
@@ -115,11 +116,11 @@ class Compiled(FlowTransform):
 
 
 class CompiledMap(Bijector):
-    """A bijector whose inverse, asked for feature by feature, is compiled where no gradient is wanted.
+    """A bijector whose inverse, called feature by feature, is compiled if no gradient is wanted.
 
     Args:
         inner: The bijector.
-        settings: What ``torch.compile`` takes.
+        settings: The arguments of ``torch.compile``.
     """
 
     def __init__(self, inner: Bijector, settings: dict[str, Any]) -> None:
@@ -138,27 +139,27 @@ class CompiledMap(Bijector):
 
 
 class CompiledRuns:
-    """The transforms of a flow in as few parts as there are runs whose verbs compile alike.
+    """The transforms of a flow in runs whose verbs compile alike, as few as possible.
 
     Args:
-        settings: What ``torch.compile`` takes, but ``dynamic``.
+        settings: The arguments of ``torch.compile``, without ``dynamic``.
 
     Raises:
-        ValueError: If ``dynamic`` is among the settings, or what ``torch.compile`` does not know.
+        ValueError: If ``dynamic`` is among the settings, or a setting that ``torch.compile`` does not know.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         if "dynamic" in settings:
-            raise ValueError("compile: dynamic is set already, to batches of any size; leave it out.")
+            raise ValueError("compile: dynamic is set already, to batches of any size. Leave it out.")
         known = COMPILE_SETTINGS - {"model", "dynamic"}
         if unknown := sorted(set(settings) - known):
-            raise ValueError(f"compile: torch.compile knows no {unknown[0]}; it takes {', '.join(sorted(known))}.")
+            raise ValueError(f"compile: torch.compile knows no {unknown[0]}. Use {', '.join(sorted(known))}.")
         self.settings = settings
         self._known: list[FlowTransform] = []
         self._runs: list[FlowTransform] = []
 
     def of(self, transforms: Sequence[FlowTransform]) -> list[FlowTransform]:
-        """The runs of some transforms, made anew where these have changed."""
+        """Return the runs of some transforms, built anew if these have changed."""
         if list(map(id, self._known)) != list(map(id, transforms)):
             maps: dict[Bijector, CompiledMap] = {}
             layers = [self._compiled_steps(transform, maps) for transform in transforms]
@@ -167,15 +168,10 @@ class CompiledRuns:
         return self._runs
 
     def _compiled_steps(self, transform: FlowTransform, maps: dict[Bijector, CompiledMap]) -> FlowTransform:
-        """Return a twin of an autoregressive layer whose map is compiled; affine maps are faster as they are."""
+        """Return a copy of an autoregressive layer whose map is compiled; affine maps are faster uncompiled."""
         if isinstance(transform, Inverse):
             return self._compiled_steps(transform.transform, maps).inv
         if isinstance(transform, Autoregressive) and (bijector := transform.bijector).num_params > 2:
             map_of = maps.setdefault(bijector, CompiledMap(bijector, self.settings))
             return Autoregressive(map_of, transform.conditioner, fixed_point=transform.fixed_point)
         return transform
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:3]):.300}"

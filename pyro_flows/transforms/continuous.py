@@ -1,46 +1,50 @@
-"""A continuous transform follows a vector field: y = x(1), where dx/dt = v(t, x) and x(0) = x.
+"""Continuous transforms: one solve of an augmented equation gives the end of a path and the log-determinant.
 
-Its log-determinant is the integral of the divergence along the path,
+The divergence of the field is exact if that is cheap.  Otherwise it is estimated without bias (Hutchinson 1990), by
+random vectors that stay the same along a path, so that the integrand is smooth.
 
-    log|det dy/dx| = ∫₀¹ tr J(t, x(t)) dt,    J = ∂v/∂x,
-
-so one solve of the augmented equation gives both; run from 1 to 0 it gives the inverse.  The divergence is exact where
-that is cheap.  Else it is estimated without bias as εᵀ J ε, with E ε εᵀ = I (Hutchinson 1990) and ε the same all along
-a path, so that what is integrated is smooth.  Steps are as long as the worst row of the batch allows: the others change
-its result no more than the tolerance does.
-
-Neural Ordinary Differential Equations (Chen, Rubanova, Bettencourt, Duvenaud 2018, arXiv:1806.07366); FFJORD
-(Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud 2018, arXiv:1810.01367); How to Train Your Neural ODE: the World of
-Jacobian and Kinetic Regularization (Finlay, Jacobsen, Nurbekyan, Oberman 2020, arXiv:2002.02798).
+The error of a step is the root mean square over the numbers of a row, and its maximum over rows.  With the usual mean
+over the batch, a row that needs short steps would hide among the others.  So the row that needs the shortest steps sets
+their length, which changes the results of the other rows by at most the tolerance.  Solving Ordinary Differential
+Equations I (Hairer, Nørsett, Wanner 1993), section II.4.  In the adjoint equation, the share of the parameters is an
+integral whose error need not be judged: "Hey, that's not an ODE" (Kidger, Chen, Lyons 2020, arXiv:2009.09457).
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..arguments import check_choice, check_flags, check_integers, check_kind
+from ..arguments import check_choice, check_flags, check_integers, check_kind, check_numbers
 from ..conditioners import VectorField
 from .base import FlowTransform
-from .ode import ADAPTIVE, Solver
 
+ADAPTIVE = "dopri5", "dopri8", "bosh3", "adaptive_heun"
+FIXED = "rk4", "heun3", "midpoint", "euler"
 FEW = 16  # up to how many features a field that is differentiated by autograd has an exact divergence
+FIRST_STEP = 0.1  # of an adaptive method, as a share of the way
+LEAST_STEP = 1e-7  # about the least that float32 resolves
+ENDS = "(the data are at 1, the base at 0)"
+PENALTY = "objectives.Likelihood(kinetic=0.01, jacobian=0.01)"
+Rates = Callable[[Tensor, Tensor], Tensor]  # (t, state) -> the derivative of the state
+REGULARISE = f"train with a penalty that keeps the field smooth, {PENALTY}"
 
 
 class Solution(NamedTuple):
-    """What one solve of a :class:`Continuous` transform has found.
+    """The results of one solve of a :class:`Continuous` transform.
 
     Attributes:
-        value: Where the points arrive, ``(*batch, D)``.
+        value: The ends of the paths, ``(*batch, D)``.
         log_det: The log-determinant, ``(*batch)``, in nats.
-        log_det_se: Its standard error, ``(*batch)``, in nats, where it is estimated by several probes; 0 where it is
-            exact, NaN with one probe.
+        log_det_se: Its standard error, ``(*batch)``, in nats, if it is estimated by several probes; 0 if it is exact,
+            NaN with one probe.
         kinetic: The kinetic energy ∫|v|² dt of each path, ``(*batch)``.
         jacobian: The squared Frobenius norm ∫|J|² dt along each path, ``(*batch)``, estimated without bias.
-        evaluations: How often the field was evaluated, for all rows at once.
+        evaluations: The number of evaluations of the field, for all rows together.
 
     Example::
 
@@ -65,38 +69,41 @@ class Solution(NamedTuple):
 class Continuous(FlowTransform):
     """A continuous transform of a vector ``(*batch, D)``, y = x(1), which follows a vector field from x(0) = x::
 
-        dx/dt = v(t, x, c),    log|det dy/dx| = ∫₀¹ tr ∂v/∂x dt
+        dx/dt = v(t, x, c),    log|det dy/dx| = ∫₀¹ tr J(t, x(t)) dt,    J = ∂v/∂x
 
-    It starts at the identity where the field starts at zero, as an :class:`~pyro_flows.conditioners.MLPField` does.
-    Where the divergence is not exact it is estimated without bias as εᵀ (∂v/∂x) ε, with one random ε for a path.
+    The inverse runs from 1 to 0.  It starts at the identity if the field starts at zero, as an
+    :class:`~pyro_flows.conditioners.MLPField` does.  If the divergence is not exact it is estimated without bias as
+    εᵀ J ε, with one random ε, E ε εᵀ = I, for a path.
 
     Both directions cost the same, and are exact up to the tolerances.  The number of evaluations follows the data, so
     it neither compiles to one graph nor maps under ``torch.func``.  Rows that hold NaN or inf become NaN.
 
     Neural Ordinary Differential Equations (Chen, Rubanova, Bettencourt, Duvenaud 2018, arXiv:1806.07366); FFJORD
-    (Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud 2018, arXiv:1810.01367).
+    (Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud 2018, arXiv:1810.01367); for the costs of paths, How to Train
+    Your Neural ODE: the World of Jacobian and Kinetic Regularization (Finlay, Jacobsen, Nurbekyan, Oberman 2020,
+    arXiv:2002.02798).
 
     Args:
         field: The vector field, such as an ``MLPField``.
-        exact: Whether the divergence is exact, or estimated anew in each solve by torch's generators; by default it is
-            exact where that costs little: for an ``MLPField`` of at most two hidden layers, and for others up to 16
-            features.
-        num_probes: How many vectors ε an estimate takes; with several, :meth:`solve` tells its standard error.
-        noise: The law of ε: ``"rademacher"``, which has the least variance, or ``"gaussian"``.
+        exact: True for an exact divergence, False for an estimate that torch's generators draw anew in each solve.  By
+            default it is exact for an ``MLPField`` of at most two hidden layers, where that costs little, and for other
+            fields up to 16 features.
+        num_probes: How many vectors ε an estimate takes; with several, :meth:`solve` returns its standard error.
+        noise: The distribution of ε: ``"rademacher"``, which has the least variance, or ``"gaussian"``.
         solver: An adaptive Runge-Kutta method: ``"dopri5"``, ``"dopri8"``, ``"bosh3"`` or ``"adaptive_heun"``; or one
             of fixed steps: ``"rk4"``, ``"heun3"``, ``"midpoint"`` or ``"euler"``.
-        rtol: The relative tolerance of each step of an adaptive method; none below ten times the dtype's precision, in
-            float32 1.2e-6, is aimed at.
+        rtol: The relative tolerance of each step of an adaptive method, raised to at least ten times the dtype's
+            precision, in float32 1.2e-6.
         atol: The absolute tolerance, likewise.
         num_steps: The number of fixed steps.
-        adjoint: Whether gradients are found by solving the adjoint equation backwards, in memory that does not depend
-            on the number of steps.  They are as exact as the tolerances are in the mean over the batch, and reach the
+        adjoint: True if gradients come from solving the adjoint equation backwards, in memory that does not depend on
+            the number of steps.  They are as exact as the tolerances are in the mean over the batch, and reach the
             values, the context and the field's own parameters.  By default they are those of the very steps that were
             taken, which is faster, and has second derivatives.
-        max_num_steps: How many steps an adaptive method may take, those that it rejects included.
+        max_num_steps: The greatest number of steps of an adaptive method, including those that it rejects.
 
     Raises:
-        TypeError: If ``field`` is no ``VectorField``.
+        TypeError: If ``field`` is not a ``VectorField``.
         ValueError: If an argument is out of its range.
         FloatingPointError: In use, if the field is not finite somewhere on the way, or too stiff for ``max_num_steps``
             or for the dtype; the error names the time and what to change.
@@ -129,24 +136,20 @@ class Continuous(FlowTransform):
     ) -> None:
         check_kind("Continuous", VectorField, "a VectorField such as conditioners.MLPField(input_dim)", field=field)
         super().__init__((field.input_dim,), field.context_dim)
-        self.field = field
-        self.exact = exact
-        self.num_probes = num_probes
-        self.noise = noise
-        self.solver = solver
-        self.rtol, self.atol = rtol, atol
-        self.num_steps = num_steps
-        self.adjoint = adjoint
-        self.max_num_steps = max_num_steps
-        check_integers("Continuous", num_probes=num_probes)
+        self.field, self.exact = field, exact
+        self.num_probes, self.noise = num_probes, noise
+        self.solver, self.rtol, self.atol = solver, rtol, atol
+        self.num_steps, self.adjoint, self.max_num_steps = num_steps, adjoint, max_num_steps
+        check_integers("Continuous", num_probes=num_probes, num_steps=num_steps, max_num_steps=max_num_steps)
+        check_numbers("Continuous", above=0, rtol=rtol, atol=atol)
         check_flags("Continuous", optional=True, exact=exact)
         check_flags("Continuous", adjoint=adjoint)
         check_choice("Continuous", ("rademacher", "gaussian"), noise=noise)
-        self._solver()
+        check_choice("Continuous", ADAPTIVE + FIXED, solver=solver)
 
     @property
     def is_exact(self) -> bool:
-        """Whether log-determinants are exact up to the tolerances."""
+        """True if log-determinants are exact up to the tolerances."""
         return (self.field.cheap_trace or self.field.input_dim <= FEW) if self.exact is None else self.exact
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -167,70 +170,191 @@ class Continuous(FlowTransform):
         costs: bool = False,
         num_probes: int | None = None,
     ) -> Solution:
-        """Follow the field, and tell all that is known of the way.
+        """Follow the field, and return everything that is known of the paths.
 
         Args:
-            value: Where to start, ``(*batch, D)``.
+            value: The starts of the paths, ``(*batch, D)``.
             context: ``(*batch, context_dim)``; its batch broadcasts with that of ``value``.
-            inverse: Whether to go from data to base.
-            costs: Whether to integrate ``kinetic`` and ``jacobian`` too; else they are zero.
-            num_probes: In place of the transform's own number.
+            inverse: True to go from data to base.
+            costs: True to integrate ``kinetic`` and ``jacobian`` too; they are zero otherwise.
+            num_probes: Replaces the transform's own number.
 
         Returns:
-            Where the points arrive, the log-determinants, and the rest of a :class:`Solution`.
+            The ends of the paths, the log-determinants, and the rest of a :class:`Solution`.
 
         Raises:
             FloatingPointError: If the field is not finite somewhere on the way, or too stiff.
         """
-        batch = self._batch_of(value, context)
+        exact, batch, dim = self.is_exact, self._batch_of(value, context), value.shape[-1]
         value = value.expand(*batch, -1)
         broken = ~value.isfinite().all(-1, keepdim=True)
         value = value.masked_fill(broken, 0.0)
-        probes = None
-        if costs or not self.is_exact:
-            probes = self._probes(value, num_probes or self.num_probes)
-        columns = 1 if self.is_exact or probes is None else len(probes)
+        probes = None if exact and not costs else self._probes(value, num_probes or self.num_probes)
+        columns = 1 if exact or probes is None else len(probes)
         rates = self.field.at(context)
 
         def augmented(t: Tensor, state: Tensor) -> Tensor:
             # The adjoint method differentiates each evaluation by itself, down to the parameters.
-            v, jacobian = (self.field.at(context) if self.adjoint else rates)(t, state[..., : value.shape[-1]])
-            pulled = v if probes is None else jacobian.pull(probes)  # (K, *batch, D)
-            parts = [v]
-            if self.is_exact or probes is None:
-                parts.append(jacobian.trace().unsqueeze(-1))
-            else:
-                parts.append((pulled * probes).sum(-1).movedim(0, -1))
-            if costs:
-                parts += [v.square().sum(-1, True), pulled.square().sum(-1).mean(0).unsqueeze(-1)]
-            return torch.cat(parts, -1)
+            v, jacobian = (self.field.at(context) if self.adjoint else rates)(t, state[..., :dim])
+            if probes is None:
+                return torch.cat((v, jacobian.trace().unsqueeze(-1)), -1)
+            pulled = jacobian.pull(probes)  # (K, *batch, D)
+            traces = jacobian.trace().unsqueeze(-1) if exact else (pulled * probes).sum(-1).movedim(0, -1)
+            if not costs:
+                return torch.cat((v, traces), -1)
+            return torch.cat((v, traces, v.square().sum(-1, True), pulled.square().sum(-1).mean(0).unsqueeze(-1)), -1)
 
         start = torch.cat((value, value.new_zeros(*batch, columns + 2 * costs)), -1)
-        needs = [*self.field.parameters(), *([] if context is None else [context])]
-        end, evaluations = self._solver().solve(augmented, start, inverse, value.shape[-1] + columns, needs)
-        end = end.masked_fill(broken, math.nan)
-        x, log_dets, more = end.split((value.shape[-1], columns, 2 * costs), -1)
-        kinetic, jacobian = more.abs().unbind(-1) if costs else (torch.zeros_like(x[..., 0]),) * 2
-        return Solution(x, log_dets.mean(-1), self._error(log_dets), kinetic, jacobian, evaluations)
+        end, evaluations = self._integrate(augmented, start, inverse, dim + columns, context)
+        x, log_dets, more = end.masked_fill(broken, math.nan).split((dim, columns, 2 * costs), -1)
+        zeros = torch.zeros_like(x[..., 0])
+        kinetic, jacobian = more.abs().unbind(-1) if costs else (zeros, zeros)
+        if columns > 1:
+            error = log_dets.std(-1) / math.sqrt(columns)
+        else:
+            error = zeros if exact else torch.full_like(zeros, math.nan)
+        return Solution(x, log_dets.mean(-1), error, kinetic, jacobian, evaluations)
 
     def extra_repr(self) -> str:
         steps = f"rtol={self.rtol:g}, atol={self.atol:g}" if self.solver in ADAPTIVE else f"num_steps={self.num_steps}"
         divergence = "exact" if self.is_exact else f"{self.num_probes} {self.noise} probes"
         return f"solver={self.solver!r}, {steps}, adjoint={self.adjoint}, divergence: {divergence}"
 
-    def _solver(self) -> Solver:
-        return Solver(self.solver, self.rtol, self.atol, self.num_steps, self.adjoint, self.max_num_steps)
+    def _integrate(
+        self, rates: Rates, start: Tensor, inverse: bool, judged: int, context: Tensor | None
+    ) -> tuple[Tensor, int]:
+        """Solve the augmented equation with torchdiffeq.
+
+        Args:
+            rates: The right-hand side; of the state, ``(*batch, n)``.
+            start: The initial state.
+            inverse: True to go from time 1 to 0.
+            judged: How many numbers of each row, the first ones, are held to the tolerances.
+            context: The context, which the adjoint method differentiates.
+
+        Returns:
+            The state at the end, and the number of evaluations.
+        """
+        from torchdiffeq import odeint, odeint_adjoint  # a late import, since it loads all of SciPy's integrators
+
+        begin, goal = (1.0, 0.0) if inverse else (0.0, 1.0)
+        watched = Watched(self, rates, goal)
+        times = torch.tensor([begin, goal], dtype=start.dtype, device=start.device)
+        least = 10 * torch.finfo(start.dtype).eps
+        settings: dict[str, Any] = {"method": self.solver, "rtol": max(self.rtol, least), "atol": max(self.atol, least)}
+        settings["options"] = self._options(goal, judged)
+        if self.adjoint:
+            # torchdiffeq goes back through negative times if it has gone forth through falling ones.
+            back = self._options(-begin if inverse else begin, judged)
+            settings["adjoint_options"] = {**back, "norm": _norm_of_gradients} if "norm" in back else back
+            needs = (*self.field.parameters(), *(() if context is None else (context,)))
+            settings["adjoint_params"] = [tensor for tensor in needs if tensor.requires_grad]
+        end = (odeint_adjoint if self.adjoint else odeint)(watched, start, times, **settings)[1]
+        watched.check_state(goal, end)
+        if self.adjoint and end.requires_grad:
+            end.register_hook(_check_gradient)
+        return end, watched.evaluations
+
+    def _options(self, goal: float, judged: int) -> dict[str, Any]:
+        """Return torchdiffeq's options of the method, for a solve up to the time ``goal``."""
+        if self.solver in FIXED:
+            return {"grid_constructor": lambda _, state, t: torch.linspace(t[0], t[-1], self.num_steps + 1).to(t)}
+
+        def norm(errors: Tensor) -> Tensor:
+            rows = errors[..., :judged].square().mean(-1)
+            return rows.amax().sqrt() if rows.numel() else rows.new_zeros(())
+
+        # Without the goal, the last step would lead beyond it.
+        return {"norm": norm, "first_step": FIRST_STEP, "step_t": torch.tensor([goal], dtype=torch.float64)}
 
     def _probes(self, like: Tensor, number: int) -> Tensor:
-        """Vectors of mean zero and unit covariance, ``(number, *batch, D)``."""
+        """Draw vectors of mean zero and unit covariance, ``(number, *batch, D)``."""
         shape = number, *like.shape
         if self.noise == "gaussian":
             return torch.randn(shape, dtype=like.dtype, device=like.device)
         return torch.randint(0, 2, shape, dtype=like.dtype, device=like.device) * 2 - 1
 
-    def _error(self, log_dets: Tensor) -> Tensor:
-        """The standard error of the mean of estimates, ``(*batch, K)``."""
-        if self.is_exact:
-            return torch.zeros_like(log_dets[..., 0])
-        number = log_dets.shape[-1]
-        return log_dets.std(-1) / math.sqrt(number) if number > 1 else torch.full_like(log_dets[..., 0], math.nan)
+
+class Watched:
+    """The right-hand side that torchdiffeq calls; it counts the evaluations and checks every step.
+
+    Args:
+        layer: The transform.
+        rates: The right-hand side.
+        goal: The time at the end, where the adjoint equation begins.
+    """
+
+    def __init__(self, layer: Continuous, rates: Rates, goal: float) -> None:
+        self.layer, self.rates, self.goal = layer, rates, goal
+        self.evaluations = self.steps = self.steps_back = 0
+
+    def __call__(self, t: Tensor, state: Tensor) -> Tensor:
+        self.evaluations += 1
+        return self.rates(t, state)
+
+    def callback_step(self, t: Tensor, state: Tensor, dt: Tensor) -> None:
+        """Check a step; torchdiffeq calls this before each one, with the time, the state, and the step's length."""
+        self.steps += 1
+        self.check_state(float(t), state)
+        self._check_step(self.steps, t, state, float(dt))
+
+    def callback_step_adjoint(self, t: Tensor, state: tuple[Tensor, ...], dt: Tensor) -> None:
+        """Check a step of the adjoint equation, which may be solved more than once."""
+        first = float(t) == self.goal and float(dt) == FIRST_STEP
+        self.steps_back = 1 if first else self.steps_back + 1
+        if not all(part.isfinite().all() for part in state):
+            raise FloatingPointError(
+                f"Continuous: gradients of the adjoint equation are not finite near time {abs(float(t)):.6g} {ENDS}: "
+                "the field has no finite derivative there."
+            )
+        self._check_step(self.steps_back, t, state[1], float(dt))
+
+    def check_state(self, t: float, state: Tensor) -> None:
+        if not state.isfinite().all():
+            raise FloatingPointError(
+                f"Continuous: the field is not finite near time {t:.6g} {ENDS}: its parameters have grown too large. "
+                f"Train with a smaller lr, or with a penalty, {PENALTY}."
+            )
+
+    def _check_step(self, number: int, t: Tensor, state: Tensor, dt: float) -> None:
+        layer, method = self.layer, self.layer.solver
+        if method in FIXED or (dt >= LEAST_STEP and number <= layer.max_num_steps):
+            return
+        time, tolerances = f"time {abs(float(t)):.6g} {ENDS}", f"rtol={layer.rtol:g} and atol={layer.atol:g}"
+        if dt == 0:  # torchdiffeq's step after an error that is NaN
+            self.check_state(abs(float(t)), self.rates(t.to(state).abs(), state))
+            why = (
+                f"from {time}, a step of {method} reached points where the field is not finite: it is too steep, or "
+                f"undefined there. Train with a smaller lr, or with a penalty, {PENALTY}."
+            )
+        elif dt < LEAST_STEP:
+            finer = "" if state.dtype == torch.float64 else "go to float64, "
+            why = (
+                f"the step of {method} fell to {dt:.1e} at {time}: {tolerances} ask for more than {state.dtype} "
+                f"resolves there, or the field jumps. Loosen them, {finer}or {REGULARISE}."
+            )
+        else:
+            why = (
+                f"{method} has taken max_num_steps={layer.max_num_steps} steps and is at {time}: the field is stiff. "
+                f"Loosen {tolerances}, raise max_num_steps, or {REGULARISE}."
+            )
+        raise FloatingPointError(f"Continuous: {why}")
+
+
+def _norm_of_gradients(errors: tuple[Tensor, ...]) -> Tensor:
+    """Return the norm of errors in time, state, its gradient, and the gradients of the other tensors.
+
+    It is the worst row's error in the state, or the mean over all rows of the error in the gradient, whichever is
+    larger.  The latter is a mean since the gradients of rows add up.
+    """
+    _, state, gradient, *_ = errors
+    rows = state.square().mean(-1)
+    return torch.maximum(rows.amax(), gradient.square().mean()).sqrt() if rows.numel() else rows.new_zeros(())
+
+
+def _check_gradient(gradient: Tensor | None) -> None:
+    """Check the gradient that reaches an adjoint equation before it is solved."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("Continuous: with adjoint=True there are no second derivatives; use adjoint=False.")
+    if gradient is not None and not gradient.isfinite().all():
+        raise FloatingPointError("Continuous: the gradient of the loss is not finite where it reaches the solve.")

@@ -1,8 +1,4 @@
-"""Coupling: one part of the features steers the other, y_A = x_A, y_B = f(x_B; θ(x_A, context)).
-
-Both directions cost one pass of the network.  NICE (Dinh, Krueger, Bengio 2014, arXiv:1410.8516); Real NVP (Dinh,
-Sohl-Dickstein, Bengio 2016, arXiv:1605.08803).
-"""
+"""Coupling: the map of one part of the features depends on the other part, which stays the same."""
 
 from __future__ import annotations
 
@@ -24,8 +20,8 @@ class Coupling(FlowTransform):
 
         y_A = x_A,    y_B = f(x_B; θ(x_A, c)),    log|det dy/dx| = Σ_B log f'(x_B; θ)
 
-    One part A of the features steers the other, B.  Both directions cost one pass of the network.  A checkerboard over
-    the pixels of an image is a choice of channels once it is :class:`Squeezed`.
+    The map of part B of the features depends on part A, which stays the same.  Both directions cost one pass of the
+    network.  A checkerboard over the pixels of an image is a choice of channels once it is :class:`Squeezed`.
 
     NICE (Dinh, Krueger, Bengio 2014, arXiv:1410.8516); Density Estimation Using Real NVP (Dinh, Sohl-Dickstein, Bengio
     2016, arXiv:1605.08803).
@@ -34,7 +30,7 @@ class Coupling(FlowTransform):
         bijector: The map of the features that are transformed.
         conditioner: A network from the other features to the parameters; ``conditioner.size`` is the shape of a
             feature: ``()`` in a vector, ``(H, W)`` where features are channels.
-        mask: For each feature, True where it conditions and stays as it is, False where it is transformed.
+        mask: For each feature, True if it conditions and stays the same, False if it is transformed.
 
     Raises:
         ValueError: If the mask has no True or no False, or the conditioner's sizes do not fit it or the bijector.  In
@@ -67,23 +63,23 @@ class Coupling(FlowTransform):
         kept, taken = int(mask.sum()), conditioner.input_dim
         check_params("Coupling", bijector, conditioner, len(mask) - kept)
         if taken != kept:
-            raise ValueError(f"Coupling: {kept} features condition, but the conditioner takes {taken}.")
+            raise ValueError(f"Coupling: conditioner must take the {kept} features that condition, got {taken}.")
         self.bijector = bijector
         self.conditioner = conditioner
         self.register_buffer("mask", mask)
-        self._set_indices()
-        self.register_load_state_dict_post_hook(Coupling._set_indices)
+        self._set_places()
+        self.register_load_state_dict_post_hook(Coupling._set_places)
 
-    def _set_indices(self, _keys: object = None) -> None:
+    def _set_places(self, _keys: object = None) -> None:
         """Find the places of features from the mask, also when a state is loaded."""
         kept, mapped = self.mask.nonzero().flatten(), (~self.mask).nonzero().flatten()
         self.register_buffer("kept", kept, persistent=False)
         self.register_buffer("mapped", mapped, persistent=False)
         self.register_buffer("restore", torch.argsort(torch.cat((kept, mapped))), persistent=False)
-        # Two runs, as the halves of an image's channels, need no copy to be taken apart, and one to be joined.
-        self._in_runs = bool((self.mask[1:] != self.mask[:-1]).sum() == 1)
-        self._kept_first = bool(self.mask[0])
-        self._runs = (len(kept), len(mapped)) if self._kept_first else (len(mapped), len(kept))
+        # Two runs, such as the halves of an image's channels, are split without a copy and joined by one.
+        self._kept_first, sizes = bool(self.mask[0]), (len(kept), len(mapped))
+        in_runs = (self.mask[1:] != self.mask[:-1]).sum() == 1
+        self._runs = (sizes if self._kept_first else sizes[::-1]) if in_runs else None
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_verb(self.bijector.forward_and_log_det, x, context)
@@ -94,14 +90,13 @@ class Coupling(FlowTransform):
     def carry(self, x: Tensor, score: Tensor) -> Carried:
         if not keeps(self, Coupling, "forward_and_log_det", "forward_and_score"):
             return super().carry(x, score)
-        # The Jacobian is triangular by blocks, so its transpose is solved in the pass at hand, without a way back.
+        # The Jacobian is block triangular, so its transpose is solved in this pass, without a way back.
         kept, mapped = self._part(x)
         params, pull_network = self.conditioner.forward_and_pull(kept)
         y, log_det, bend, pull_map = self.bijector.forward_and_pull(mapped, params)
-        ones = torch.ones_like(log_det)
         of_kept, of_mapped = self._part(score)
         of_mapped = (of_mapped if bend is None else of_mapped - bend) * torch.exp(-log_det)
-        of_kept = of_kept - pull_network(pull_map(of_mapped, ones)[1], False)[0]
+        of_kept = of_kept - pull_network(pull_map(of_mapped, torch.ones_like(log_det))[1], False)[0]
 
         def pull(g: Tensor) -> tuple[Tensor, Gradients]:
             g_kept, g_mapped = self._part(g)
@@ -114,30 +109,30 @@ class Coupling(FlowTransform):
     def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         if not keeps(self, Coupling, "forward_and_log_det"):
             return super().forward_and_score(x, score, context)
-        # The Jacobian is triangular by blocks, so its transpose is solved in the pass at hand, without a way back.
+        # The Jacobian is block triangular, so its transpose is solved in this pass, without a way back.
         kept, mapped = self._part(x)
         y, log_det = self.bijector.forward_and_log_det(mapped, self.conditioner(kept, context))
         ones = torch.ones_like(log_det)
         of_kept, of_mapped = self._part(score)
-        of_mapped = of_mapped - vjp((log_det,), (mapped,), (ones,))[0]
-        of_mapped = of_mapped * torch.exp(-log_det.detach())
+        of_mapped = (of_mapped - vjp((log_det,), (mapped,), (ones,))[0]) * torch.exp(-log_det.detach())
         of_kept = of_kept - vjp((log_det, y), (kept,), (ones, of_mapped))[0]
         return self._join(kept, y), self._sum_event(log_det), self._join(of_kept, of_mapped)
 
     def _part(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What conditions, and what is transformed."""
+        """Split events into the features that condition and the features that are transformed."""
         dim = -len(self.event_shape)
-        if self._in_runs:
-            first, second = x.split(self._runs, dim)
-            return (first, second) if self._kept_first else (second, first)
-        return _taken(x, dim, self.kept), _taken(x, dim, self.mapped)
+        if self._runs is None:
+            return _taken(x, dim, self.kept), _taken(x, dim, self.mapped)
+        first, second = x.split(self._runs, dim)
+        return (first, second) if self._kept_first else (second, first)
 
     def _join(self, kept: Tensor, mapped: Tensor) -> Tensor:
+        """Put the parts of events together again."""
         dim = -len(self.event_shape)
         kept = kept.expand(*mapped.shape[:dim], *kept.shape[dim:])
-        if self._in_runs:
-            return torch.cat((kept, mapped) if self._kept_first else (mapped, kept), dim)
-        return _taken(torch.cat((kept, mapped), dim), dim, self.restore)
+        if self._runs is None:
+            return _taken(torch.cat((kept, mapped), dim), dim, self.restore)
+        return torch.cat((kept, mapped) if self._kept_first else (mapped, kept), dim)
 
     def _apply_verb(
         self, verb: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, context: Tensor | None

@@ -1,16 +1,20 @@
-"""A bijector applied to each feature on its own: y_i = f(x_i; θ_i), with θ learned or computed from a context."""
+"""Maps of each number on its own: a bijector with learned or conditional parameters, and a fixed logistic map."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.nn import functional as F
 
-from ..arguments import BIJECTOR, check_kind, check_numbers
+from ..arguments import BIJECTOR, as_shape, check_kind, check_numbers
 from ..bijectors import Bijector
 from ..conditioners import Conditioner
 from ..conditioners.base import Paced, power_of_2
+from .base import FlowTransform
 from .conditional import Conditional, check_params
 
 
@@ -43,12 +47,7 @@ class Elementwise(Paced, Conditional):
     pace: float | None = None
 
     def __init__(
-        self,
-        bijector: Bijector,
-        input_dim: int,
-        conditioner: Conditioner | None = None,
-        *,
-        pace: float | None = None,
+        self, bijector: Bijector, input_dim: int, conditioner: Conditioner | None = None, *, pace: float | None = None
     ) -> None:
         super().__init__(input_dim, conditioner)
         check_kind("Elementwise", Bijector, BIJECTOR, bijector=bijector)
@@ -62,17 +61,17 @@ class Elementwise(Paced, Conditional):
 
     @torch.no_grad()
     def set_pace(self, pace: float | None) -> None:
-        """Choose how far the table moves in a step of an optimiser; the map stays as it is.
+        """Choose how far the table moves in a step of an optimiser; the map itself does not change.
 
         Args:
             pace: For steps of Adam of size lr, parameters of the bijector move by about ``pace * lr``; None for lr.
 
         Raises:
-            ValueError: If the pace is not positive and finite, or there is a conditioner, which has one of its own.
+            ValueError: If the pace is not positive and finite, or there is a conditioner, whose pace is set instead.
         """
         check_numbers("Elementwise", above=0, optional=True, pace=pace)
         if self.conditioner is not None:
-            raise ValueError("Elementwise: a pace is for a table; set that of the conditioner.")
+            raise ValueError("Elementwise: pace must be set on the conditioner. Use conditioner.set_pace.")
         before, self.pace = self.unit, pace
         self.params.mul_(before / self.unit)
 
@@ -93,7 +92,57 @@ class Elementwise(Paced, Conditional):
         return x, log_det.sum(-1)
 
     def _params(self, context: Tensor | None) -> Tensor:
-        params = self._conditioned(context)
-        if params is None:
-            return self.params if self.unit == 1.0 else self.unit * self.params
-        return params
+        if self.conditioner is not None:
+            return self._conditioned(self.conditioner, context)
+        return self.params if self.unit == 1.0 else self.unit * self.params
+
+
+class Sigmoid(FlowTransform):
+    """The fixed elementwise map from R onto an interval that is slightly wider than ``[low, high]``::
+
+        y = low + (high - low) (σ(x) - α) / (1 - 2 α)
+
+    It ends a flow, whose events then lie in the interval.  A value outside has no logit, and its inverse is NaN.  With
+    a small α > 0 the ends of the interval lie at finite x, so that data there, such as black pixels, do no harm.
+
+    Density Estimation Using Real NVP (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803, section 4.1), where it is
+    the preprocessing by a logit.
+
+    Args:
+        event_shape: The shape of an event.
+        low: The lower end.
+        high: The upper end.
+        alpha: The share α by which the interval is wider, from 0 up to but below 1/2: its ends lie
+            ``α (high - low) / (1 - 2 α)`` beyond ``low`` and ``high``.
+
+    Raises:
+        ValueError: If a size is not positive, the interval is empty or infinite, or α is out of its range.
+
+    Example::
+
+        >>> import torch
+        >>> pixels = Sigmoid((1, 2, 2), high=256.0)
+        >>> pixels(torch.zeros(1, 2, 2)).unique().item()
+        128.0
+    """
+
+    def __init__(self, event_shape: Sequence[int], *, low: float = 0.0, high: float = 1.0, alpha: float = 0.05) -> None:
+        super().__init__(as_shape("Sigmoid", "event_shape", event_shape))
+        check_numbers("Sigmoid", low=low, high=high)
+        check_numbers("Sigmoid", least=0, below=0.5, alpha=alpha)
+        if not low < high:
+            raise ValueError(f"Sigmoid: low must lie below high, both finite, got low={low} and high={high}.")
+        self.low, self.high, self.alpha = low, high, alpha
+        self._stretch = (high - low) / (1 - 2 * alpha)
+        ends = constraints.interval(low - alpha * self._stretch, high + alpha * self._stretch)
+        self.codomain = constraints.independent(ends, len(self.event_shape))
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.low + self._stretch * (torch.sigmoid(x) - self.alpha), self._log_det(x)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = torch.logit(self.alpha + (y - self.low) / self._stretch)
+        return x, -self._log_det(x)
+
+    def _log_det(self, x: Tensor) -> Tensor:
+        return self._sum_event(F.logsigmoid(x) + F.logsigmoid(-x) + math.log(self._stretch))

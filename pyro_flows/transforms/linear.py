@@ -1,24 +1,89 @@
-"""A dense linear map in factors: y = L U Q x + t, with L unit lower, U upper triangular and Q orthogonal and fixed.
+"""Affine maps of vectors by diagonal and triangular matrices: log-determinants are sums of D numbers.
 
-The diagonal of U is exp(b tanh(a / b)), so the map can never become singular, the log-determinant is a sum of D
-numbers and both directions cost O(D²) a vector.  Q is the identity unless a random one is asked for, which mixes all
-features from the start.  Glow (Kingma, Dhariwal 2018, arXiv:1807.03039, section 3.2); Neural Spline Flows (Durkan et
-al. 2019, arXiv:1906.04032).
+Dense maps cost O(D²) per vector.  Their trained diagonals are exp(b tanh(a / b)), so that no parameters make them
+singular.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import solve_triangular
 from torch.nn import functional as F
 
-from ..arguments import check_integers, check_numbers
+from ..arguments import as_flags, check_flags, check_integers, check_numbers
 from ..bijectors.base import bounded
-from .base import VectorTransform
+from ..conditioners.base import Paced, power_of_2
+from .base import Scored, VectorTransform
+
+
+class ActNorm(VectorTransform):
+    """An affine map of each feature of a vector ``(*batch, D)``, the identity at the start::
+
+        y = loc + exp(log_scale) x,    log|det dy/dx| = Σ_i log_scale_i
+
+    It replaces batch normalisation, whose density would depend on the other rows of a batch.  Here :meth:`initialize`
+    computes location and scale once from data, and training does the rest.
+
+    Glow: Generative Flow with Invertible 1×1 Convolutions (Kingma, Dhariwal 2018, arXiv:1807.03039, section 3.1).
+
+    Args:
+        input_dim: The number D of features.
+        fixed: For each feature, True if it stays unchanged; by default no feature does.
+
+    Raises:
+        ValueError: If ``input_dim`` is not positive, or ``fixed`` does not hold D values.
+
+    Example::
+
+        >>> import torch
+        >>> norm = ActNorm(1)
+        >>> norm.initialize(torch.tensor([[2.0], [6.0]]))
+        >>> norm.inverse_and_log_det(torch.tensor([[2.0], [6.0]]))[0].flatten().tolist()
+        [-1.0, 1.0]
+    """
+
+    free: Tensor | None
+
+    def __init__(self, input_dim: int, *, fixed: Sequence[bool] | Tensor | None = None) -> None:
+        super().__init__(input_dim)
+        self.loc = nn.Parameter(torch.zeros(input_dim))
+        self.log_scale = nn.Parameter(torch.zeros(input_dim))
+        free = None if fixed is None else 1.0 - as_flags("ActNorm", "fixed", fixed, input_dim).float()
+        self.register_buffer("free", free)
+
+    @property
+    def fixed(self) -> list[bool] | None:
+        """For each feature, True if it stays unchanged; None if every feature is free."""
+        return None if self.free is None else (self.free == 0).tolist()
+
+    @torch.no_grad()
+    def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
+        """Set location and scale so that the data ``(*batch, D)`` go back to mean 0 and standard deviation 1.
+
+        A constant feature keeps the scale 1.
+        """
+        rows = y.reshape(-1, self.input_dim)
+        scale = rows.std(0, correction=0)
+        self.loc.copy_(rows.mean(0))
+        self.log_scale.copy_(torch.where(scale > 0, scale, 1.0).log())
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        loc, log_scale = self._loc_and_log_scale()
+        return torch.addcmul(loc, x, log_scale.exp()), log_scale.sum().expand(x.shape[:-1])
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        loc, log_scale = self._loc_and_log_scale()
+        return (y - loc) * torch.exp(-log_scale), -log_scale.sum().expand(y.shape[:-1])
+
+    def _loc_and_log_scale(self) -> tuple[Tensor, Tensor]:
+        if self.free is None:
+            return self.loc, self.log_scale
+        return self.loc * self.free, self.log_scale * self.free
 
 
 class Factored(VectorTransform):
@@ -38,13 +103,13 @@ class Factored(VectorTransform):
 
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
-        """Become a multiple of the identity, or of the rotation if there is one.
+        """Set the map to a multiple of the identity, or of the rotation if there is one.
 
         Args:
             scale: The factor, whose logarithm lies within ``max_log_scale``.
 
         Raises:
-            ValueError: If it does not, or the factor is not positive.
+            ValueError: If the factor is not positive, or its logarithm is out of range.
         """
         caller, most = f"{type(self).__name__}.set_scale", self.max_log_scale
         check_numbers(caller, above=0, scale=scale)
@@ -61,11 +126,10 @@ class LULinear(Factored):
 
         y = L U Q x + t,    log|det dy/dx| = Σ_i log U_ii,    U_ii = exp(b tanh(a_i / b))
 
-    with L unit lower and U upper triangular, and Q orthogonal and fixed.  It starts at Q, which is the identity unless
-    a random one is asked for.  Both directions cost O(D²) a vector, and no parameters make it singular.
+    with L unit lower and U upper triangular, and Q orthogonal and fixed.  It starts at Q, which is the identity by
+    default.  A random Q mixes all features from the start.
 
-    Glow: Generative Flow with Invertible 1×1 Convolutions (Kingma, Dhariwal 2018, arXiv:1807.03039, section 3.2);
-    Neural Spline Flows (Durkan, Bekasov, Murray, Papamakarios 2019, arXiv:1906.04032).
+    Glow, section 3.2; Neural Spline Flows (Durkan, Bekasov, Murray, Papamakarios 2019, arXiv:1906.04032).
 
     Args:
         input_dim: The number D of features.
@@ -103,22 +167,183 @@ class LULinear(Factored):
         matrix = lower @ upper
         if self.rotation is not None:
             matrix = matrix @ _polished(self.rotation)
-        y = F.linear(x, matrix, self.shift)
-        return y, log_pivots.sum().expand(x.shape[:-1])
+        return F.linear(x, matrix, self.shift), log_pivots.sum().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lower, upper, log_pivots = self._lower_upper_log_pivots()
         columns = (y - self.shift).reshape(-1, self.input_dim).T  # (D, N)
-        columns = torch.linalg.solve_triangular(lower, columns, upper=False, unitriangular=True)
-        columns = torch.linalg.solve_triangular(upper, columns, upper=True)
+        columns = solve_triangular(lower, columns, upper=False, unitriangular=True)
+        columns = solve_triangular(upper, columns, upper=True)
         if self.rotation is not None:
             columns = _polished(self.rotation).T @ columns
         return columns.T.reshape(y.shape), -log_pivots.sum().expand(y.shape[:-1])
 
 
+class ScaledLinear(Paced, Factored):
+    """An invertible dense matrix and a shift, of vectors ``(*batch, D)``, the identity at the start::
+
+        y = t + exp(s) ∘ (L U x),    log|det dy/dx| = Σ_i s_i,    s_i = b tanh(a_i / b)
+
+    with L unit lower and U unit upper triangular.
+
+    A step of an optimiser moves each feature by a share of the feature's own scale, however much the scales differ.
+    The share does not grow with the number of dimensions.  In stochastic gradient descent with one draw both matter:
+    the noise of each trained number keeps the loss above its minimum.
+
+    Args:
+        input_dim: The number D of features.
+        max_log_scale: The bound b on each log-scale, in nats.
+        pace: How far a feature moves in a step of an optimiser: see :meth:`set_pace`.
+
+    Raises:
+        ValueError: If ``input_dim`` is not positive, or ``max_log_scale`` or ``pace`` not positive and finite.
+
+    Example::
+
+        >>> import torch
+        >>> layer = ScaledLinear(3)
+        >>> layer.set_scale(2.0)
+        >>> y, log_det = layer.forward_and_log_det(torch.ones(3))
+        >>> round(y[0].item(), 4), round(log_det.item(), 4)  # nats: 3 log 2
+        (2.0, 2.0794)
+    """
+
+    pace: float | None = None
+
+    def __init__(self, input_dim: int, *, max_log_scale: float = 8.0, pace: float | None = None) -> None:
+        super().__init__(input_dim, max_log_scale)
+        self.set_pace(pace)
+
+    @torch.no_grad()
+    def set_pace(self, pace: float | None) -> None:
+        """Choose how far a feature moves in a step of an optimiser; the map itself does not change, bit for bit.
+
+        Args:
+            pace: For steps of Adam of size lr, L and U move a feature by about ``pace * lr`` of its scale, whatever D.
+                With None, L and U are stored without a factor, and it moves by D times as much.
+        """
+        check_numbers("ScaledLinear", above=0, optional=True, pace=pace)
+        before, self.pace = self.unit, pace
+        self.factors.copy_(self._rescaled(self.factors, before / self.unit))
+
+    @property
+    def unit(self) -> float:
+        """The factor by which stored L and U are multiplied."""
+        return 1.0 if self.pace is None else power_of_2(self.pace / self.input_dim)
+
+    def _paced_names(self) -> Iterable[str]:
+        return ("factors",)
+
+    def _rescaled(self, stored: Tensor, ratio: float) -> Tensor:
+        diagonal = torch.diag(stored.diagonal())
+        return (stored - diagonal) * ratio + diagonal
+
+    def _below_and_above(self) -> tuple[Tensor, Tensor]:
+        """Return L and U without their diagonals of ones."""
+        factors = self.factors if self.unit == 1.0 else self.unit * self.factors
+        return factors.tril(-1), factors.triu(1)
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        log_scale, (below, above) = self._log_scale(), self._below_and_above()
+        x = x + F.linear(x, above)
+        y = torch.addcmul(self.shift, x + F.linear(x, below), log_scale.exp())
+        return y, log_scale.sum().expand(x.shape[:-1])
+
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+        with torch.no_grad():  # log|det dy/dx| is the same for all x, so a score is multiplied by the inverse transpose
+            below, above = self._below_and_above()
+            rows = score.reshape(-1, self.input_dim)
+            rows = solve_triangular(above, rows, upper=True, left=False, unitriangular=True)
+            rows = solve_triangular(below, rows, upper=False, left=False, unitriangular=True)
+            score = (rows * torch.exp(-self._log_scale())).reshape(score.shape)
+        return *self.forward_and_log_det(x), score
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        log_scale, (below, above) = self._log_scale(), self._below_and_above()
+        columns = ((y - self.shift) * torch.exp(-log_scale)).reshape(-1, self.input_dim).T  # (D, N)
+        columns = solve_triangular(below, columns, upper=False, unitriangular=True)
+        columns = solve_triangular(above, columns, upper=True, unitriangular=True)
+        return columns.T.reshape(y.shape), -log_scale.sum().expand(y.shape[:-1])
+
+
+class FixedAffine(VectorTransform):
+    """A shift and a matrix of vectors ``(*batch, D)``, y = t + L x, that are set and not trained.
+
+    Until they are set it is the identity, afterwards log|det dy/dx| = Σ_i log L_ii.  Both are parameters, so that
+    parameter stores and checkpoints hold them, but no gradient reaches them.
+
+    It whitens the coordinates of the layers before it: these are then trained at one pace, even if the target is
+    ill-conditioned.
+
+    Args:
+        input_dim: The number D of features.
+        dense: True if the matrix is lower triangular, False if it is diagonal and takes D numbers.
+
+    Attributes:
+        loc: The shift t, ``(D,)``.
+        scale: The matrix L, ``(D, D)``, or its diagonal, ``(D,)``.
+
+    Raises:
+        ValueError: If ``input_dim`` is not positive.
+
+    Example::
+
+        >>> import torch
+        >>> layer = FixedAffine(2)
+        >>> layer.set(torch.tensor([1.0, 0.0]), torch.tensor([[2.0, 0.0], [1.0, 3.0]]))
+        >>> layer.forward_and_log_det(torch.ones(2))[0].tolist()
+        [3.0, 4.0]
+    """
+
+    def __init__(self, input_dim: int, *, dense: bool = True) -> None:
+        super().__init__(input_dim)
+        check_flags("FixedAffine", dense=dense)
+        self.dense = dense
+        self.loc = nn.Parameter(torch.zeros(input_dim))
+        self.scale = nn.Parameter(torch.eye(input_dim) if dense else torch.ones(input_dim))
+
+    @torch.no_grad()
+    def set(self, loc: Tensor, scale: Tensor) -> None:
+        """Set the map from N(0, I) to N(t, L Lᵀ), or to its marginals if the matrix is diagonal.
+
+        Args:
+            loc: The shift t, ``(D,)``.
+            scale: The lower triangular L with a positive diagonal, ``(D, D)``, or the diagonal alone, ``(D,)``.
+        """
+        self.loc.copy_(loc)
+        if self.dense != (scale.dim() == 2):
+            scale = torch.diag(scale) if self.dense else scale.norm(dim=-1)
+        self.scale.copy_(scale)
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        scale = self._matrix()
+        y = self.loc.detach() + (x @ scale.T if self.dense else x * scale)
+        return y, self._log_det(scale, x)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        scale = self._matrix()
+        return self._divided(y - self.loc.detach(), scale, transposed=True), -self._log_det(scale, y)
+
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+        return *self.forward_and_log_det(x), self._divided(score, self._matrix(), transposed=False)
+
+    def _matrix(self) -> Tensor:
+        return self.scale.detach().tril() if self.dense else self.scale.detach()
+
+    def _log_det(self, scale: Tensor, x: Tensor) -> Tensor:
+        return (scale.diagonal() if self.dense else scale).abs().log().sum().expand(x.shape[:-1])
+
+    def _divided(self, rows: Tensor, scale: Tensor, transposed: bool) -> Tensor:
+        """Multiply rows ``(*batch, D)`` from the right by the inverse of the matrix, or of its transpose."""
+        if not self.dense:
+            return rows / scale
+        matrix, flat = (scale.T if transposed else scale), rows.reshape(-1, self.input_dim)
+        return solve_triangular(matrix, flat, upper=transposed, left=False).reshape(rows.shape)
+
+
 @contextlib.contextmanager
 def unrotated(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Let all linear maps in some layers do without their rotations for a while."""
+    """Remove the rotations of all linear maps in some layers within this context."""
     kept = {part: part.rotation for layer in layers for part in layer.modules() if isinstance(part, LULinear)}
     for part in kept:
         part.rotation = None
@@ -130,12 +355,11 @@ def unrotated(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _orthogonal(dim: int, seed: int) -> Tensor:
-    """One of all orthogonal matrices, with equal chances (Mezzadri 2006, arXiv:math-ph/0609050), ``(D, D)``."""
-    source = torch.Generator().manual_seed(seed)
-    q, r = torch.linalg.qr(torch.randn(dim, dim, generator=source, dtype=torch.float64))
-    return (q * r.diagonal().sign()).to(torch.get_default_dtype())
+    """Draw an orthogonal matrix ``(D, D)`` uniformly (Mezzadri 2006, arXiv:math-ph/0609050)."""
+    matrix, source = torch.empty(dim, dim, dtype=torch.float64), torch.Generator().manual_seed(seed)
+    return nn.init.orthogonal_(matrix, generator=source).to(torch.get_default_dtype())
 
 
 def _polished(rotation: Tensor) -> Tensor:
-    """A matrix that is orthogonal up to rounding in a coarser dtype, up to its square: Newton's step."""
+    """Return the rotation up to the square of its rounding, which may be that of a coarser dtype: a Newton step."""
     return 1.5 * rotation - 0.5 * rotation @ (rotation.T @ rotation)

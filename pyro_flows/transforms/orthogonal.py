@@ -1,34 +1,72 @@
-"""Rotations, y = Q x with Qᵀ Q = 1: the log-determinant is zero, and the way back is the transpose.
-
-``Householder``: Q is a product of reflections 1 - 2 v vᵀ / |v|², at a price of O(D) each.  They come in pairs,
-which turn the plane of their two vectors.  With unit vectors v, v' and d = v' - v, for which 2 v·v' = 2 - |d|²,
-
-    (1 - 2 v vᵀ)(1 - 2 v' v'ᵀ) = 1 + 2 v dᵀ - 2 (d + |d|² v) v'ᵀ:
-
-two equal vectors are the identity to the last bit.
-
-``Orthogonal``: Q = exp(A - Aᵀ), which is every rotation, at a price of O(D³) for a batch and O(D²) a vector.
-
-Improving Variational Auto-Encoders using Householder Flow (Tomczak, Welling 2016, arXiv:1611.09630).
-Cheap Orthogonal Constraints in Neural Networks (Lezcano-Casado, Martínez-Rubio 2019, arXiv:1901.08428).
-"""
+"""Permutations and rotations, y = Q x with Qᵀ Q = 1: the log-determinant is zero, and the inverse is the transpose."""
 
 from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_integers
+from ..arguments import as_order, check_integers
 from .base import Scored, VectorTransform
 
 
-class Householder(VectorTransform):
+class Isometry(VectorTransform):
+    """A map of vectors ``(*batch, D)`` by an orthogonal matrix Q, which maps values and scores alike."""
+
+    @abstractmethod
+    def _turn(self, back: bool) -> Callable[[Tensor], Tensor]:
+        """Return the map x -> Q x, or the map y -> Qᵀ y."""
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._turn(back=False)(x), x.new_zeros(x.shape[:-1])
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._turn(back=True)(y), y.new_zeros(y.shape[:-1])
+
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+        turn = self._turn(back=False)
+        return turn(x), x.new_zeros(x.shape[:-1]), turn(score).detach()
+
+
+class Permute(Isometry):
+    """A fixed permutation π of the features of a vector ``(*batch, D)``, y_i = x_{π(i)}, with log-determinant zero.
+
+    It is a buffer: it is saved, loaded and moved with the flow.
+
+    Args:
+        permutation: ``permutation[i]`` is the feature of x that becomes feature i of y.
+
+    Raises:
+        ValueError: If ``permutation`` is empty or not a permutation of 0 … D - 1.
+
+    Example::
+
+        >>> import torch
+        >>> Permute([2, 0, 1])(torch.tensor([10.0, 20.0, 30.0])).tolist()
+        [30.0, 10.0, 20.0]
+    """
+
+    permutation: Tensor
+
+    def __init__(self, permutation: Sequence[int] | Tensor) -> None:
+        order = as_order("Permute", "permutation", permutation)
+        super().__init__(len(order))
+        self.register_buffer("permutation", torch.tensor(order, device=getattr(permutation, "device", None)))
+
+    def _turn(self, back: bool) -> Callable[[Tensor], Tensor]:
+        places = torch.argsort(self.permutation) if back else self.permutation
+        return lambda x: x.index_select(-1, places)
+
+
+class Householder(Isometry):
     """A rotation of vectors ``(*batch, D)``, a product of an even number of reflections, the identity at the start::
 
         y = Q x,    Q = Π_k (1 - 2 v_k v_kᵀ / |v_k|²),    log|det dy/dx| = 0
 
-    The vectors v start in pairs of two equal random ones, so that gradients are alive and no two pairs alike.  Each
-    reflection costs O(D) a vector.
+    The vectors v start in pairs of two equal random vectors: gradients are not zero, and all pairs differ.  Each
+    reflection costs O(D) per vector.
 
     Improving Variational Auto-Encoders using Householder Flow (Tomczak, Welling 2016, arXiv:1611.09630).
 
@@ -58,29 +96,24 @@ class Householder(VectorTransform):
         self.reflections = reflections
         self.vectors = nn.Parameter(torch.randn(reflections // 2, input_dim).repeat_interleave(2, 0))
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._turn(x), x.new_zeros(x.shape[:-1])
+    def _turn(self, back: bool) -> Callable[[Tensor], Tensor]:
+        units = unit(self.vectors)
+        pairs = (units.flip(0) if back else units).unflatten(0, (-1, 2)).unbind(0)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        for first, second in unit(self.vectors).unflatten(0, (-1, 2)).flip(0).unbind(0):
-            y = _turn_plane(y, second, first)
-        return y, y.new_zeros(y.shape[:-1])
+        def turn(x: Tensor) -> Tensor:
+            for first, second in pairs:
+                x = _turn_plane(x, first, second)
+            return x
 
-    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
-        return self._turn(x), x.new_zeros(x.shape[:-1]), self._turn(score).detach()
-
-    def _turn(self, x: Tensor) -> Tensor:
-        for first, second in unit(self.vectors).unflatten(0, (-1, 2)).unbind(0):
-            x = _turn_plane(x, first, second)
-        return x
+        return turn
 
 
-class Orthogonal(VectorTransform):
+class Orthogonal(Isometry):
     """Any rotation of vectors ``(*batch, D)``, the identity at the start::
 
         y = Q x,    Q = exp(A - Aᵀ),    log|det dy/dx| = 0
 
-    Its price is O(D³) for a batch and O(D²) a vector.
+    It costs O(D³) per batch and O(D²) per vector.
 
     Cheap Orthogonal Constraints in Neural Networks (Lezcano-Casado, Martínez-Rubio 2019, arXiv:1901.08428).
 
@@ -105,27 +138,18 @@ class Orthogonal(VectorTransform):
         super().__init__(input_dim)
         self.params = nn.Parameter(torch.zeros(input_dim * (input_dim - 1) // 2))
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return x @ self._matrix().T, x.new_zeros(x.shape[:-1])
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return y @ self._matrix(), y.new_zeros(y.shape[:-1])
-
-    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
-        matrix = self._matrix()
-        return x @ matrix.T, x.new_zeros(x.shape[:-1]), (score @ matrix.T).detach()
-
-    def _matrix(self) -> Tensor:
-        """Q, ``(D, D)``."""
+    def _turn(self, back: bool) -> Callable[[Tensor], Tensor]:
         rows, columns = torch.tril_indices(self.input_dim, self.input_dim, -1, device=self.params.device)
         lower = self.params.new_zeros(self.input_dim, self.input_dim).index_put((rows, columns), self.params)
-        return torch.linalg.matrix_exp(lower - lower.T)
+        matrix = torch.linalg.matrix_exp(lower - lower.T)
+        return lambda x: x @ (matrix if back else matrix.T)
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Vectors ``(*, D)`` of length one; those too short to have a direction become zero, which reflects nothing.
+    """Scale vectors ``(*, D)`` to length one; vectors too short to have a direction become zero and reflect nothing.
 
-    The largest entry comes first, lest squares of small numbers vanish: half a length would be half a reflection.
+    The division by the largest entry comes first, since squares of small numbers underflow, and a vector that is too
+    short reflects by too little.
     """
     tiny = torch.finfo(vectors.dtype).tiny
     vectors = vectors / vectors.detach().abs().amax(-1, keepdim=True).clamp_min(tiny)
@@ -133,14 +157,21 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def reflect(x: Tensor, units: Tensor) -> Tensor:
-    """Reflections along unit vectors, the first one first, ``(*batch, D), (*batch, H, D) -> (*batch, D)``."""
+    """Reflect along unit vectors, the first one first, ``(*batch, D), (*batch, H, D) -> (*batch, D)``."""
     for v in units.unbind(-2):
         x = torch.addcmul(x, (x * v).sum(-1, keepdim=True), v, value=-2)
     return x
 
 
 def _turn_plane(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The reflection along ``first``, then that along ``second``, ``(*batch, D), (D), (D) -> (*batch, D)``."""
+    """Reflect along ``first``, then along ``second``, ``(*batch, D), (D), (D) -> (*batch, D)``.
+
+    Two reflections turn the plane of their vectors.  With unit vectors v, v' and d = v' - v, 2 v·v' = 2 - |d|², so
+
+        (1 - 2 v vᵀ)(1 - 2 v' v'ᵀ) = 1 + 2 v dᵀ - 2 (d + |d|² v) v'ᵀ:
+
+    in this form two equal vectors are the identity to the last bit.
+    """
     gap = first - second
     of_gap, of_first = (x * gap).sum(-1, keepdim=True), (x * first).sum(-1, keepdim=True)
     return x + 2 * (of_gap * second - of_first * (gap + gap.square().sum() * second))

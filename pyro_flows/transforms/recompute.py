@@ -1,7 +1,4 @@
-"""Memory for time: activations of a transform are computed again in the backward pass in place of being kept.
-
-Training Deep Nets with Sublinear Memory Cost (Chen, Xu, Zhang, Guestrin 2016, arXiv:1604.06174).
-"""
+"""Memory for time: the backward pass computes activations of a transform again, and they are not kept."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ T = TypeVar("T")
 
 
 class Recomputed(FlowTransform):
-    """A transform of which only the input is kept for the gradient; it takes about a third more time to train.
+    """A transform that keeps only its input for the gradient; training takes about a third more time.
 
     Values, log-determinants and gradients are those of the inner transform, which is run again in the backward pass.
 
@@ -53,7 +50,7 @@ class Recomputed(FlowTransform):
 
 
 def recomputed(function: Callable[..., T], *args: Any) -> T:
-    """What a function makes of its arguments, which alone are kept for the gradient; it runs again for the rest."""
+    """Call a function and keep only its arguments for the gradient; the backward pass calls it again."""
     if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return function(*args)
     from torch.utils.checkpoint import checkpoint  # which loads a compiler on torch 2.4

@@ -1,7 +1,6 @@
-"""Events seen in another shape: an inner transform acts on pixels put into channels, patches put in a row, or a vector.
+"""Events that an inner transform sees rearranged: as channels of larger pixels, patches in a row, pixels, or a part.
 
-Nothing but places changes, so the log-determinant is that of the inner transform.  Space to depth: Real NVP (Dinh,
-Sohl-Dickstein, Bengio 2016, arXiv:1605.08803, section 3.6).
+Only places change, so the log-determinant is that of the inner transform.
 """
 
 from __future__ import annotations
@@ -10,17 +9,16 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..arguments import TRANSFORM, as_image, as_shape, check_integers, check_kind
 from .base import FlowTransform, Scored
 
 
 class Rearranged(FlowTransform):
-    """An inner transform that sees each event in another arrangement of its numbers.
-
-    Subclasses define :meth:`arrange`, and :meth:`restore` or :meth:`put_back`.
-    """
+    """A transform of events whose numbers an inner transform sees in another arrangement."""
 
     def __init__(self, inner: FlowTransform, event_shape: Sequence[int]) -> None:
         super().__init__(tuple(event_shape), inner.context_dim)
@@ -28,14 +26,14 @@ class Rearranged(FlowTransform):
 
     @abstractmethod
     def arrange(self, x: Tensor) -> Tensor:
-        """Events ``(*batch, *event_shape)`` as the inner transform takes them."""
+        """Return events ``(*batch, *event_shape)`` as the inner transform takes them."""
 
     def restore(self, x: Tensor) -> Tensor:
-        """The way back."""
+        """Return the events of an arrangement, the inverse of ``arrange``."""
         raise NotImplementedError
 
     def put_back(self, inside: Tensor, whole: Tensor) -> Tensor:
-        """Return whole events in which the inner transform's part is replaced; by default it is all of them."""
+        """Return whole events, with the results of the inner transform in their places; by default these are all."""
         return self.restore(inside)
 
     def inner_context(self, context: Tensor | None) -> Tensor | None:
@@ -67,7 +65,7 @@ class Squeezed(Rearranged):
     """An inner transform of images at a lower resolution: each block of ``factor`` × ``factor`` pixels becomes one.
 
     Channel c of pixel (i, j) of a block becomes channel ``(c * factor + i) * factor + j``, so that a checkerboard over
-    pixels is a choice of channels.  Nothing but places changes, so the log-determinant is the inner transform's.
+    pixels is a choice of channels.
 
     Density Estimation Using Real NVP (Dinh, Sohl-Dickstein, Bengio 2016, arXiv:1605.08803, section 3.6).
 
@@ -76,8 +74,8 @@ class Squeezed(Rearranged):
         factor: The side of a block, at least 2.
 
     Raises:
-        ValueError: If ``factor`` is below 2, or the inner transform's events are no images whose channels can be
-            divided so.
+        ValueError: If ``factor`` is below 2, or the inner transform does not act on images whose number of channels
+            is a multiple of factor².
 
     Example::
 
@@ -101,24 +99,23 @@ class Squeezed(Rearranged):
         self.factor = factor
 
     def arrange(self, x: Tensor) -> Tensor:
-        return to_blocks(x, self.factor).flatten(-3).movedim(-1, -3)
+        # Convolutions and maps of channels are fastest if the channels of a pixel are contiguous in memory.
+        return F.pixel_unshuffle(x, self.factor).movedim(-3, -1).contiguous().movedim(-1, -3)
 
     def restore(self, x: Tensor) -> Tensor:
-        channels, f = self.event_shape[0], self.factor
-        return from_blocks(x.movedim(-3, -1).unflatten(-1, (channels, f, f)))
+        return F.pixel_shuffle(x, self.factor)
 
 
 class Patched(Rearranged):
     """An inner transform of the patches of an image, read row by row: a sequence of vectors.
-
-    Nothing but places changes, so the log-determinant is the inner transform's.
 
     Args:
         inner: A transform of sequences ``(T, D)``: of T = H W / p² patches of D = C p² numbers each.
         image_shape: Channels, height and width of an image.
 
     Raises:
-        ValueError: If no side p of a patch fits both, or ``image_shape`` does not hold three sizes.
+        ValueError: If the inner transform does not act on patches of such images, or ``image_shape`` does not hold
+            three sizes.
 
     Example::
 
@@ -133,32 +130,26 @@ class Patched(Rearranged):
 
     def __init__(self, inner: FlowTransform, image_shape: Sequence[int]) -> None:
         check_kind("Patched", FlowTransform, TRANSFORM, inner=inner)
-        image_shape = as_image("Patched", "image_shape", image_shape)
-        channels, height, width = image_shape
-        side = math.isqrt(inner.event_shape[-1] // channels)
-        if side == 0 or height % side or width % side:
-            raise ValueError(f"Patched: an image of shape {tuple(image_shape)} has no patches of side {side}.")
-        if (wanted := (height * width // side**2, channels * side**2)) != tuple(inner.event_shape):
+        image_shape = channels, height, width = as_image("Patched", "image_shape", image_shape)
+        side = math.isqrt(inner.event_shape[-1] // channels) or 1
+        if height % side or width % side or inner.event_shape != (height * width // side**2, channels * side**2):
             raise ValueError(
-                f"Patched: inner must act on events of shape {wanted}, the patches of side {side} of an image of shape "
-                f"{tuple(image_shape)}, got {tuple(inner.event_shape)}."
+                f"Patched: inner must act on the patches of images of shape {image_shape}, (H W / p², C p²) where p "
+                f"divides H and W, got events of shape {tuple(inner.event_shape)}."
             )
         super().__init__(inner, image_shape)
-        self.image_shape, self.side = tuple(image_shape), side
+        self.image_shape, self.side = image_shape, side
 
     def arrange(self, x: Tensor) -> Tensor:
-        return to_blocks(x, self.side).flatten(-3).flatten(-3, -2)
+        return F.pixel_unshuffle(x, self.side).flatten(-2).mT.contiguous()
 
     def restore(self, x: Tensor) -> Tensor:
-        channels, height, width = self.image_shape
-        grid = x.unflatten(-2, (height // self.side, width // self.side))
-        return from_blocks(grid.unflatten(-1, (channels, self.side, self.side)))
+        size = self.image_shape[1] // self.side, self.image_shape[2] // self.side
+        return F.pixel_shuffle(x.mT.unflatten(-1, size), self.side)
 
 
 class Reshaped(Rearranged):
     """An inner transform that takes the numbers of an event, in their order, in another shape.
-
-    Nothing but places changes, so the log-determinant is the inner transform's.
 
     Args:
         inner: A transform, as of vectors.
@@ -191,16 +182,96 @@ class Reshaped(Rearranged):
         return x.reshape(*x.shape[: x.dim() - len(self.inner.event_shape)], *self.shape)
 
 
-def to_blocks(x: Tensor, side: int) -> Tensor:
-    """Images ``(*batch, C, H, W)`` as blocks of pixels, ``(*batch, H / side, W / side, C, side, side)``, in one copy.
+class PerPixel(Rearranged):
+    """A transform t of vectors, applied to the channels of each pixel of an image ``(*batch, C, H, W)``::
 
-    The numbers of a block lie side by side in memory, where convolutions and maps of channels are fastest.
+        y[:, i, j] = t(x[:, i, j] | c)
+
+    With a linear map it is the invertible 1 × 1 convolution of Glow (Kingma, Dhariwal 2018, arXiv:1807.03039).
+
+    Args:
+        inner: A transform of vectors ``(C,)``; a context of the image is the context of each pixel.
+        size: Height and width of the image.
+
+    Raises:
+        ValueError: If the inner transform does not act on vectors, or ``size`` does not hold two positive numbers.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows.transforms import LULinear
+        >>> convolution = PerPixel(LULinear(3), (8, 8))
+        >>> convolution.inner.set_scale(2.0)
+        >>> y, log_det = convolution.forward_and_log_det(torch.ones(5, 3, 8, 8))
+        >>> y.shape, round(log_det[0].item(), 2)  # nats: 64 times 3 log 2
+        (torch.Size([5, 3, 8, 8]), 133.08)
     """
-    x = x.unflatten(-1, (x.shape[-1] // side, side)).unflatten(-3, (x.shape[-2] // side, side))
-    return x.movedim((-4, -2, -5, -3, -1), (-5, -4, -3, -2, -1)).contiguous()
+
+    def __init__(self, inner: FlowTransform, size: Sequence[int]) -> None:
+        check_kind("PerPixel", FlowTransform, TRANSFORM, inner=inner)
+        if len(inner.event_shape) != 1:
+            raise ValueError(f"PerPixel: inner must act on vectors, got events of shape {tuple(inner.event_shape)}.")
+        size = as_shape("PerPixel", "size", size, length=2, words="height and width")
+        super().__init__(inner, (*inner.event_shape, *size))
+        self.size = tuple(size)
+
+    def arrange(self, x: Tensor) -> Tensor:
+        return x.movedim(-3, -1)
+
+    def restore(self, x: Tensor) -> Tensor:
+        return x.movedim(-1, -3)
+
+    def inner_context(self, context: Tensor | None) -> Tensor | None:
+        return None if context is None else context.unsqueeze(-2).unsqueeze(-2)
+
+    def total(self, log_det: Tensor) -> Tensor:
+        return log_det.sum((-2, -1))
 
 
-def from_blocks(blocks: Tensor) -> Tensor:
-    """The way back."""
-    x = blocks.movedim((-5, -4, -3, -2, -1), (-4, -2, -5, -3, -1))
-    return x.flatten(-2).flatten(-3, -2)
+class Split(Rearranged):
+    """A transform t of the first channels of an image, or of the first features of a vector; the others stay::
+
+        (y_A, y_B) = (t(x_A | c), x_B)
+
+    It makes flows of images multiscale: from data to base, the channels B leave the flow early.  A coupling behind it
+    makes their distribution depend on A.  Real NVP, section 3.6, and Glow.
+
+    Args:
+        inner: The transform of the first channels or features.
+        input_dim: The number of all channels or features; by default twice as many as ``inner`` acts on.
+
+    Raises:
+        ValueError: If no channel or feature is left over.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_flows.transforms import LULinear, PerPixel
+        >>> split = Split(PerPixel(LULinear(2), (4, 4)))
+        >>> split.event_shape, split(torch.zeros(5, 4, 4, 4)).shape
+        (torch.Size([4, 4, 4]), torch.Size([5, 4, 4, 4]))
+        >>> linear = LULinear(1)
+        >>> linear.set_scale(2.0)
+        >>> Split(linear)(torch.ones(2)).round(decimals=4).tolist()
+        [2.0, 1.0]
+    """
+
+    def __init__(self, inner: FlowTransform, input_dim: int | None = None) -> None:
+        check_kind("Split", FlowTransform, TRANSFORM, inner=inner)
+        check_integers("Split", optional=True, input_dim=input_dim)
+        first, *size = inner.event_shape
+        total = 2 * first if input_dim is None else input_dim
+        if total <= first:
+            raise ValueError(f"Split: input_dim must exceed the {first} that inner acts on, got {total}.")
+        super().__init__(inner, (total, *size))
+        self.input_dim = total
+        self.sizes = [first, total - first]
+
+    def arrange(self, x: Tensor) -> Tensor:
+        return x.split(self.sizes, -len(self.event_shape))[0]
+
+    def put_back(self, inside: Tensor, whole: Tensor) -> Tensor:
+        number = len(self.event_shape)
+        rest = whole.split(self.sizes, -number)[1]
+        rest = rest.expand(*inside.shape[:-number], *rest.shape[-number:])
+        return torch.cat((inside, rest), -number)

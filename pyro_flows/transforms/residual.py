@@ -1,21 +1,15 @@
-"""A residual transform adds a contraction: y = x + g(x) with Lip(g) < 1, which no mask or triangle constrains.
+"""Residual transforms add a contraction: y = x + g(x) with Lip(g) < 1, without masks or triangular Jacobians.
 
-With J the Jacobian of g, the log-determinant is
+If the network has a narrow layer, the determinant of I + J is computed, with J the Jacobian of g.  Otherwise its
+logarithm is estimated without bias from its series.  A random vector v estimates each trace, tr(Jᵏ) = E vᵀ Jᵏ v
+(Hutchinson 1990).  The sum takes its first terms and a random number of more, each divided by the probability that it
+is reached (Russian roulette).  The roulette continues with probability Lip(g) after each term, as slowly as the terms
+fall, so the variance is finite at any parameters.
 
-    log det(I + J) = Σ_{k≥1} (-1)^{k+1} tr(Jᵏ) / k.
-
-Where the network has a narrow layer, the left side is computed as it stands.  Else the right side is estimated without
-bias: each trace by a random vector v, tr(Jᵏ) = E vᵀ Jᵏ v (Hutchinson 1990), and the sum by its first terms and a
-random number of more, each divided by the probability that it is reached (Russian roulette).  From term to term the
-roulette goes on with probability Lip(g), as slowly as the terms fall; so the variance is finite at any parameters.
-
-The way back solves x + g(x) = y.  The step x ← y - g(x) shrinks the residual at least by Lip(g), that of Newton squares
-it near the root; of these two and their mean the best is taken, each time and for each event.  So a dozen of steps
-reach the last bits.  Where J is never built, the first kind of step is repeated until its guarantee suffices.  The
+The inverse solves x + g(x) = y.  The step x ← y - g(x) shrinks the residual at least by Lip(g); Newton's step squares
+it near the root.  The search takes the best of these two and their mean, in each step and for each event, and a dozen
+steps reach the last bits.  If J is never built, the first kind of step is repeated until its guarantee suffices.  The
 derivatives are those of the implicit function.
-
-Invertible Residual Networks (Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen 2018, arXiv:1811.00995);
-Residual Flows for Invertible Generative Modeling (Chen, Behrmann, Duvenaud, Jacobsen 2019, arXiv:1906.02735).
 """
 
 from __future__ import annotations
@@ -31,8 +25,8 @@ from ..conditioners.jacobian import Jacobian
 from ..conditioners.lipschitz import Layers
 from .base import FlowTransform, Scored
 
-# Exact log-determinants cost no more than estimates at a width of 16, six times as much at 64; but there the noise of
-# one estimate, 0.3 nats, would take dozens of them to remove.
+# Exact log-determinants take the time of estimates at a width of 16, and six times as much at 64.  But there one
+# estimate has a noise of 0.3 nats, which only dozens of estimates would remove.
 WIDEST = 64
 TERMS = 8  # of the series, always taken
 STEPS = 4  # of the search, and one more for each doubling from the least slope of x + g, 1 - Lip(g), to the greatest
@@ -44,20 +38,20 @@ class Residual(FlowTransform):
         y = x + g(x),    Lip(g) < 1,    log|det dy/dx| = log det(I + J) = Σ_{k≥1} (-1)^{k+1} tr(Jᵏ) / k
 
     with J the Jacobian of g.  The direction from x to y is the fast one: one pass of the network, and the
-    log-determinant.  The way back solves the equation to the last bits.
+    log-determinant.  The inverse solves the equation to the last bits.
 
     Invertible Residual Networks (Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen 2018, arXiv:1811.00995);
     Residual Flows for Invertible Generative Modeling (Chen, Behrmann, Duvenaud, Jacobsen 2019, arXiv:1906.02735).
 
     Args:
         net: The network g of D numbers, with or without a context.
-        exact: Whether log-determinants are exact, or unbiased estimates that differ from call to call, by torch's
-            generators; by default they are exact where the network is at most 64 wide at its narrowest, inputs
-            included.  Estimates need no matrix for each event, nor does the inverse then.  They compile, but not to
-            one graph, and map under ``vmap`` with ``randomness="same"``.
+        exact: True for exact log-determinants, False for unbiased estimates that differ from call to call, by torch's
+            generators.  By default they are exact if the network is at most 64 wide at its narrowest, inputs included.
+            Estimates and their inverse need no matrix for each event.  They compile, but not to one graph, and map
+            under ``vmap`` with ``randomness="same"``.
 
     Raises:
-        TypeError: If ``net`` is no ``LipschitzMLP``.
+        TypeError: If ``net`` is not a ``LipschitzMLP``.
         ValueError: In use, if the network takes contexts and none is given.
 
     Example::
@@ -75,13 +69,13 @@ class Residual(FlowTransform):
     def __init__(self, net: LipschitzMLP, exact: bool | None = None) -> None:
         check_kind("Residual", LipschitzMLP, "a LipschitzMLP", net=net)
         super().__init__((net.input_dim,), net.context_dim)
+        check_flags("Residual", optional=True, exact=exact)
         self.net = net
         self.exact = exact
-        check_flags("Residual", optional=True, exact=exact)
 
     @property
     def is_exact(self) -> bool:
-        """Whether log-determinants are exact."""
+        """True if log-determinants are exact."""
         return min(self.net.input_dim, *self.net.hidden_dims) <= WIDEST if self.exact is None else self.exact
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -124,10 +118,10 @@ class Residual(FlowTransform):
 
 
 def _search(layers: Layers, y: Tensor, lipschitz: float) -> Tensor:
-    """The root x of x + g(x) = y.
+    """Return the root x of x + g(x) = y.
 
-    With the two steps of Newton's that follow, networks bent by hill climbing to be hard for it took 8 of 11 steps at a
-    bound of 0.9, 12 of 14 at 0.99 and 16 of 17 at 0.999; random ones take 4 or 5.
+    Networks bent by hill climbing to be hard for it took 8 of 11 steps at a bound of 0.9, 12 of 14 at 0.99 and 16 of 17
+    at 0.999, including the two steps of Newton's that follow.  Random networks take 4 or 5.
     """
     steps = STEPS + math.ceil(math.log2((1 + lipschitz) / (1 - lipschitz)))
     x = y
@@ -139,17 +133,16 @@ def _search(layers: Layers, y: Tensor, lipschitz: float) -> Tensor:
         change, jacobian = layers.linearise(trials)
         left = trials + change - y  # (3, *batch, D)
         best = left.square().sum(-1, keepdim=True).argmin(0, keepdim=True)
-
-        def chosen(values: Tensor, best: Tensor = best) -> Tensor:
-            return values.gather(0, best.expand(1, *values.shape[1:])).squeeze(0)
-
-        x, residual = chosen(trials), chosen(left)
-        jacobian = Jacobian(layers.weights, [chosen(slope) for slope in jacobian.slopes])
+        x, residual, *slopes = (
+            values.gather(0, best.expand(1, *values.shape[1:])).squeeze(0)
+            for values in (trials, left, *jacobian.slopes)
+        )
+        jacobian = Jacobian(layers.weights, slopes)
     return x
 
 
 def _neumann(jacobian: Jacobian, v: Tensor, steps: int) -> Tensor:
-    """(I + J)⁻¹ v = Σ_{k≥0} (-J)ᵏ v, which has no gradient to J."""
+    """Return (I + J)⁻¹ v = Σ_{k≥0} (-J)ᵏ v, which has no gradient to J."""
     jacobian = Jacobian(*([factor.detach() for factor in factors] for factors in jacobian))
     total = v
     for _ in range(steps):
@@ -158,12 +151,12 @@ def _neumann(jacobian: Jacobian, v: Tensor, steps: int) -> Tensor:
 
 
 def _series(ring: Jacobian, survival: float) -> Tensor:
-    """An unbiased estimate of log det(I + J), ``(*batch)``, in the value and in its gradient."""
+    """Return an unbiased estimate of log det(I + J), ``(*batch)``, in the value and in its gradient."""
     more = int(torch.empty((), dtype=torch.float64).exponential_(-math.log(survival)))  # geometric, one for all events
     like = ring.slopes[-1]
-    width = ring.weights[0].shape[-1]
-    probe = torch.randint(0, 2, (*like.shape[:-1], width), dtype=like.dtype, device=like.device) * 2 - 1
-    v, total = probe, torch.zeros_like(like[..., 0])
+    shape = *like.shape[:-1], ring.weights[0].shape[-1]
+    v = probe = torch.randint(0, 2, shape, dtype=like.dtype, device=like.device) * 2 - 1
+    total = torch.zeros_like(like[..., 0])
     for k in range(1, TERMS + more + 1):
         v = -ring.push(v)
         total = total - (v * probe).sum(-1) / (k * survival ** max(k - TERMS, 0))

@@ -1,4 +1,4 @@
-"""The layers of a flow in single precision, for quicker steps of training.
+"""The layers of a flow in single precision, for faster steps of training.
 
 Products of matrices take half the time in single precision.  As long as the layers act on numbers of order one, the
 rounding of a gradient is far below the noise of its draws.
@@ -16,18 +16,17 @@ from torch import Tensor
 from ..bijectors import Affine, SoftplusAffine
 from ..conditioners import MLP
 from ..vjp import is_plain
-from .base import Carried, FlowTransform, Gradients
-from .compose import Compose, carried_along
+from .base import Carried, Compose, FlowTransform, Gradients, carried_along
 from .coupling import Coupling
 from .elementwise import Elementwise
-from .scaled_linear import ScaledLinear
+from .linear import ScaledLinear
 
 
 class InSingle(Compose):
     """A chain of transforms in double precision that carries draws, scores and gradients along in single precision.
 
-    It holds copies of the transforms, which take over all numbers at each call of :meth:`carry`; all else is done by
-    the transforms themselves, and so is what passes beyond the range of single precision.
+    It holds copies of the transforms, into which each call of :meth:`carry` copies all numbers.  The transforms
+    themselves do everything else; they also carry values beyond the range of single precision.
 
     Args:
         transforms: The transforms.
@@ -35,7 +34,7 @@ class InSingle(Compose):
 
     def __init__(self, transforms: Sequence[FlowTransform]) -> None:
         super().__init__(transforms)
-        self._copies = [copy.deepcopy(transform).float() for transform in transforms]  # no modules of its own
+        self._copies = [copy.deepcopy(transform).float() for transform in transforms]  # in a list, so not registered
         self._own = dict(zip(_numbers(self._copies), _numbers(transforms), strict=True))
 
     @staticmethod
@@ -52,7 +51,7 @@ class InSingle(Compose):
             return carried_along(self.transforms, x, score)
 
         def pulled(g: Tensor) -> tuple[Tensor, Gradients]:
-            size = g.abs().max().clamp_min(1.0)  # those of models far from the posterior are beyond single precision
+            size = g.abs().max().clamp_min(1.0)  # gradients of models far from the posterior would overflow
             g, gradients = pull((g / size).float())
             return g.double() * size, [(self._own[copied], gradient.double() * size) for copied, gradient in gradients]
 
@@ -62,9 +61,7 @@ class InSingle(Compose):
 def _numbers(transforms: Sequence[FlowTransform]) -> Iterator[Tensor]:
     """Yield all parameters and buffers that are of floating point."""
     for transform in transforms:
-        for tensor in (*transform.parameters(), *transform.buffers()):
-            if tensor.is_floating_point():
-                yield tensor
+        yield from (t for t in (*transform.parameters(), *transform.buffers()) if t.is_floating_point())
 
 
 def _is_affine(transform: FlowTransform) -> bool:

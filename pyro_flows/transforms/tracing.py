@@ -1,4 +1,4 @@
-"""Detect code that is compiled, recorded or mapped rather than run, and the settings that torch's compiler knows."""
+"""Detection of code that is compiled, recorded or mapped rather than run, and the settings of torch's compiler."""
 
 from __future__ import annotations
 

@@ -1,14 +1,13 @@
-"""A transform at a context, for torch's own classes, which ask for a value and its log-determinant one by one."""
+"""A transform at a context, for torch's own classes, and the snapshots of tensors that guard what it keeps."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Transform
-
-from .snapshot import Snapshot, can_be_kept
 
 if TYPE_CHECKING:
     from .base import FlowTransform
@@ -18,8 +17,8 @@ class View(Transform):
     """A transform at a context, as torch's :class:`~torch.distributions.TransformedDistribution` wants it.
 
     torch asks for a value and then for the log-determinant of the pair (x, y).  So a view keeps the log-determinant of
-    the pair that it made last, and gives it away once, when it is asked about these two tensors and no number that it
-    depends on has changed.  Values are always computed.
+    its last pair.  It returns this once, if asked about the same two tensors while every number that it depends on is
+    unchanged.  Values are always computed.
 
     Args:
         transform: The transform.
@@ -64,7 +63,7 @@ class View(Transform):
         return self.transform.log_abs_det_jacobian(x, y, self.context)
 
     def with_cache(self, cache_size: int = 1) -> View:
-        """Itself: a view always keeps the log-determinant of one pair."""
+        """Return the view itself: it always keeps the log-determinant of one pair."""
         return self
 
     def _keep(self, x: Tensor, y: Tensor, log_det: Tensor) -> None:
@@ -74,3 +73,66 @@ class View(Transform):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_pair": None}
+
+
+class Counters:
+    """The tensors of modules and torch's counts of their changes: fast, for a value that is scored in the same step.
+
+    Fused optimisers and assignments to ``.data`` leave no count.
+
+    Args:
+        modules: The modules.
+        others: Other tensors.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], others: Sequence[Tensor]) -> None:
+        self._modules = [part for module in modules for part in module.modules()]
+        self._others = others
+        self._kept = self._state()
+
+    def holds(self) -> bool:
+        """Return True if the tensors are the same and no change was counted."""
+        return self._state() == self._kept
+
+    def _state(self) -> Any:
+        return [(id(t), -1 if t.is_inference() else t._version, t.requires_grad) for t in self._tensors()]
+
+    def _tensors(self) -> list[Tensor]:
+        slots = [part._parameters for part in self._modules] + [part._buffers for part in self._modules]
+        return [*(tensor for slot in slots for tensor in slot.values() if tensor is not None), *self._others]
+
+
+class Snapshot(Counters):
+    """Copies of all parameters and buffers of modules, and of other tensors.
+
+    Contents show every change, also those that torch does not count.  Copying and comparing take some tenths of a
+    millisecond for a guide of 50 tensors.
+
+    Args:
+        modules: The modules.
+        others: The other tensors.
+    """
+
+    def holds(self) -> bool:
+        """Return True if numbers, ``requires_grad`` and the modules' modes are unchanged.
+
+        Nothing is compared while ``torch.jit`` traces a program, since its one run is not interrupted.
+        """
+        kept, now = self._kept, self._state()
+        if kept is None or now is None:
+            return kept is None and now is None
+        return kept[0] == now[0] and all(map(torch.equal, kept[1], now[1]))
+
+    def _state(self) -> Any:
+        """Return the modes of the modules with the kinds of tensors, and the numbers of each kind in one tensor."""
+        if torch._C._get_tracing_state():
+            return None
+        found: dict[tuple[torch.dtype, torch.device, bool], list[Tensor]] = {}
+        for t in self._tensors():
+            found.setdefault((t.dtype, t.device, t.requires_grad), []).append(t.detach().reshape(-1))
+        return ([part.training for part in self._modules], [*found]), [torch.cat(tensors) for tensors in found.values()]
+
+
+def can_be_kept() -> bool:
+    """Return False while compiling or mapping under ``torch.func``, where tensors have no contents to compare."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
