@@ -65,8 +65,9 @@ def check_tied(call: Call, name: str, rows: Rows) -> None:
         seen.append([s["value"] for s in inside if s["is_observed"] and s["name"] not in latents])
     if seen[0] and all(torch.equal(a, b) for other in seen for a, b in zip(seen[0], other, strict=True)):
         part = f"plate {name!r} is subsampled ({rows.size} of {rows.full_size} rows)"
-        way = f"Use an encoder, or take rows by its indices: `with pyro.plate({name!r}, ...) as i: ... obs=y[i]`"
-        raise ValueError(f"AutoPlateFlow: {part}, but its data are the same whatever its indices. {way}.")
+        way = f"take rows by its indices, `with pyro.plate({name!r}, ...) as i: ... obs=y[i]`, or by subsample=i"
+        fault = "but its data are the same whatever its indices"
+        raise ValueError(f"AutoPlateFlow: {part}, {fault}. Use an encoder, or {way}.")
 
 
 class RowContexts(Paced):
@@ -125,8 +126,8 @@ class RowContexts(Paced):
         places = places_of(indices, plate.size)
         is_data = places is not None and places is not indices
         if is_data and not any(value is indices for value in (*call.args, *call.kwargs.values())):
-            fault = f"the data that plate {self.plate!r} is given as subsample= must itself be an argument of the model"
-            raise ValueError(f"AutoPlateFlow: {fault}. Write subsample=x, or leave it out.")
+            fault = f"the data that plate {self.plate!r} is given as subsample= must be an argument of the model"
+            raise ValueError(f"AutoPlateFlow: {fault}, as it is. Write subsample=x, or leave it out.")
         if self.embedding is not None:
             self._check_known(plate.size)
             if places is None:
