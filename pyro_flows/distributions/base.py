@@ -158,3 +158,10 @@ class NormalOrUniform(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         return torch.where(self.circular, -math.log(2 * self.bound), self.normal.log_prob(value)).sum(-1)
+
+
+def log_prob_of(base: Distribution, value: Tensor) -> Tensor:
+    """Return the log-density of values under a base; torch's distributions fail for an empty batch."""
+    if value.numel():
+        return base.log_prob(value)
+    return value.reshape(*value.shape[: value.dim() - len(base.event_shape)], base.event_shape.numel()).sum(-1)

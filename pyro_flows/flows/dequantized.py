@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ..arguments import check_integers, check_kind, check_numbers
+from ..distributions.base import log_prob_of
 from ..transforms import Sigmoid, View
 from .arguments import check_event, check_tensor
 from .chunks import in_chunks
-from .distribution import FlowDistribution, log_prob_of
+from .distribution import FlowDistribution
 from .flow import Flow
 
 FLOW = "a Flow, such as flows.glow((1, 28, 28))"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution
 
+from ..distributions.base import log_prob_of
 from ..transforms import FlowTransform, View
 from ..transforms.base import carried_along, chained
 from ..transforms.view import Counters, Snapshot, can_be_kept
@@ -186,13 +187,6 @@ class _Draw(NamedTuple):
         leaf = value.is_leaf and value.requires_grad
         same = self.value is value and self.grad_fn is value.grad_fn and self.grad_mode == torch.is_grad_enabled()
         return same and not leaf and self.snapshot.holds()
-
-
-def log_prob_of(base: Distribution, value: Tensor) -> Tensor:
-    """Return the log-density of values under a base; torch's distributions fail for an empty batch."""
-    if value.numel():
-        return base.log_prob(value)
-    return value.reshape(*value.shape[: value.dim() - len(base.event_shape)], base.event_shape.numel()).sum(-1)
 
 
 def can_be_carried(transforms: Sequence[FlowTransform]) -> bool:

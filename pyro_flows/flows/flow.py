@@ -16,12 +16,13 @@ from torch.distributions import Distribution
 
 from ..arguments import check_kind, quoted
 from ..distributions import FixedBase, StandardNormal
+from ..distributions.base import log_prob_of
 from ..transforms import Compose, FlowTransform, View
 from ..transforms.base import chained, checked_chain
 from ..transforms.compiled import CompiledRuns
 from .arguments import as_size, check_like, check_precision, check_tensor, check_value, parameter_of
 from .chunks import T, in_chunks
-from .distribution import FlowDistribution, log_prob_of
+from .distribution import FlowDistribution
 
 
 class Flow(nn.Module):
@@ -242,7 +243,9 @@ class Flow(nn.Module):
         return self._in_chunks(run, chunk_size, value, self.encode(context, like))
 
     def _in_chunks(self, run: Callable[..., T], chunk_size: int | None, value: Tensor, context: Tensor | None) -> T:
-        if chunk_size is not None and (batch := self.base().batch_shape):
+        if chunk_size is None:
+            return run(value, context)
+        if batch := self.base().batch_shape:
             raise ValueError(f"Flow: chunk_size needs a base without a batch, got one of {tuple(batch)}.")
         return in_chunks(run, chunk_size, value, context, len(self.event_shape))
 
