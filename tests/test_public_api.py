@@ -33,7 +33,9 @@ NAMES = {
     "Spike anneal bits_per_dim calibrate check dequantize encoders find_spikes fit_amortized fit_density fit_svi flows "
     "importance_log_likelihood load neutra ode_report plots posterior_graph psis refine resample "
     "round_off sample save save_images simulate to_arviz",
-    bijectors: " ".join({"Bijector", "Continued", *(type(bijector).__name__ for bijector in BIJECTORS.values())}),
+    bijectors: " ".join(
+        sorted({"Bijector", "Continued", *(type(bijector).__name__ for bijector in BIJECTORS.values())})
+    ),
     conditioners: "CausalTransformer Conditioner ConvNet Given LipschitzMLP MADE MLP MLPField Periodic Tokens "
     "VectorField stream stream_vjp",
     encoders: "ClassEmbedding ConvEncoder Encoder Flatten MLPEncoder SetEncoder Standardize",
@@ -42,9 +44,11 @@ NAMES = {
     "Recomputed Reshaped Residual ScaledLinear Sigmoid Solution Split Squeezed Sylvester View",
     distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase ModesBase NormalBase StandardNormal "
     "StudentTBase",
-    flows: " ".join({"Dequantized", "Flow", "ffjord", *RECIPES, *IMAGES}),
+    flows: " ".join(sorted({"Dequantized", "Flow", "ffjord", *RECIPES, *IMAGES})),
     objectives: " ".join(
-        {"FlowMatching", "Likelihood", "PathEnumELBO", *(type(build()).__name__ for build in OBJECTIVES.values())}
+        sorted(
+            {"FlowMatching", "Likelihood", "PathEnumELBO", *(type(build()).__name__ for build in OBJECTIVES.values())}
+        )
     ),
     guides: "AutoFlow AutoPlateFlow default_flow init_to_center posterior_graph",
     data: "Spike dequantize find_spikes",
