@@ -40,6 +40,7 @@ from pyro_flows.guides import init_to_center
 from pyro_flows.guides.recipe import FEW
 from pyro_flows.guides.recipe import affine_couplings as default
 from pyro_flows.guides.schedule import plan_of
+from pyro_flows.training.stopping import Horizon
 from pyro_flows.transforms import Elementwise
 
 TARGETS = "earnings", "gp_pois_regr", "eight_schools_centered", "german_credit_sparse"
@@ -105,12 +106,12 @@ def until_flat(guide: Any, model: Callable[[], None], steps: int, draws: int, lr
                 return
 
 
-def along_a_line(step: int, steps: int) -> float:
-    return min(1.0, step / 100) * (1 - (step - 1) / steps)
+def along_a_line(horizon: Horizon, step: int) -> float:
+    return min(1.0, step / 100) * (1 - (step - 1) / horizon.steps)
 
 
-def late(step: int, steps: int) -> float:
-    return min(1.0, step / 100, 2 * (1 - (step - 1) / steps))
+def late(horizon: Horizon, step: int) -> float:
+    return min(1.0, step / 100, 2 * (1 - (step - 1) / horizon.steps))
 
 
 def adam_alone(parameters: list[Tensor], lr: float, **_: Any) -> list[Any]:
@@ -152,8 +153,8 @@ VARIANTS = {
     "steps x 2": Variant(steps=2),
     "step size x 3": Variant(lr=3),
     "step size / 3": Variant(lr=1 / 3),
-    "step size falls along a line": Variant(other={"training.loop._schedule": along_a_line}),
-    "step size falls in the second half": Variant(other={"training.loop._schedule": late}),
+    "step size falls along a line": Variant(other={"training.stopping.Horizon.share": along_a_line}),
+    "step size falls in the second half": Variant(other={"training.stopping.Horizon.share": late}),
     "step size falls when the loss does not, to a stop": Variant(train=until_flat),
     "averaged iterates": Variant(train=averaged),
     "gradients clipped at 1": Variant(fit={"clip_norm": 1.0}),
