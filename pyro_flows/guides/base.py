@@ -198,7 +198,7 @@ class FlowGuide(Plan, AutoGuide):
         return self.plates
 
     def parts(self) -> dict[str, Any]:
-        """Return the parts of the guide that a file holds, for :meth:`from_parts`.
+        """Return the parts of the guide that a file holds, for ``from_parts``.
 
         Raises:
             ValueError: If the guide was never set up.
