@@ -34,9 +34,10 @@ class Planar(Tabled):
 
         y = x + û tanh(z),    z = w·x + b,    log|det dy/dx| = log(1 + s (1 - tanh² z)),    s = w·û
 
-    The free vector u is bounded along w, as in the paper: û = u + (s - w·u) w / |w|² with log(1 + s) = B tanh(w·u / B)
-    and B = 4.  So s > -1, a bijection at any parameters; no layer stretches or squeezes space by more than exp(B).  The
-    inverse solves one increasing scalar equation, z + s tanh z = w·y + b, so any value can be scored.
+    The free vector u is bounded along w, as in the paper: ``û = u + (s - w·u) w / |w|²`` with
+    ``log(1 + s) = B tanh(w·u / B)`` and B = 4.  So s > -1, a bijection at any parameters; no layer stretches or
+    squeezes space by more than exp(B).  The inverse solves one increasing scalar equation, ``z + s tanh z = w·y + b``,
+    so any value can be scored.
 
     Its 2 D + 1 parameters (u, w, b) are a table.  Only u starts at zero: w and b are random, so that gradients are not
     zero and all layers differ.  A conditioner adds to the table what depends on the context.
@@ -103,10 +104,10 @@ class Radial(Tabled):
         y = x + β (x - x₀) / (α + r),    r = |x - x₀|
         log|det dy/dx| = (D - 1) log(1 + s h) + log(1 + s h²),    s = β / α > -1,    h = α / (α + r)
 
-    The Jacobian has the eigenvalue 1 + s h across, D - 1 times, and 1 + s h² along x - x₀.  Here log(1 + s) =
-    B tanh(raw / B) with B = 4, so no layer stretches or squeezes space by more than exp(B).  The inverse solves a
-    quadratic equation of the radius, ρ² + (1 + s - ρ') ρ - ρ' = 0 with ρ = r / α and ρ' = |y - x₀| / α, so any value
-    can be scored.
+    The Jacobian has the eigenvalue 1 + s h across, D - 1 times, and 1 + s h² along x - x₀.  Here ``log(1 + s) =
+    B tanh(raw / B)`` with B = 4, so no layer stretches or squeezes space by more than exp(B).  The inverse solves a
+    quadratic equation of the radius, ``ρ² + (1 + s - ρ') ρ - ρ' = 0`` with ``ρ = r / α`` and ``ρ' = |y - x₀| / α``, so
+    any value can be scored.
 
     Its D + 2 parameters (x₀, log(α / √D), raw) are a table; the last two are bounded smoothly.  Only raw starts at
     zero: x₀ and α are random, so that all layers differ.  A conditioner adds to the table what depends on the context.
