@@ -12,7 +12,6 @@ posterior's mass where the guide has less than a twentieth of it is the mass tha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,14 +61,13 @@ class Missing(NamedTuple):
     is_blind: bool = False
 
 
-def search(space: LatentSpace, white: White, draws: Scored, judged: Tensor) -> Missing:
+def search(space: LatentSpace, white: White, draws: Scored) -> Missing:
     """Search for mass that a guide misses.
 
     Args:
         space: The guide's space.
         white: Coordinates in which the guide's draws have mean 0 and the identity as covariance.
         draws: Draws of the guide.
-        judged: True for the quantities that are judged.
     """
     if (outside := _outside(space)) is not None:
         return outside
@@ -77,7 +75,7 @@ def search(space: LatentSpace, white: White, draws: Scored, judged: Tensor) -> M
     evidence = log_mean(draws.log_p - draws.log_q)
     lacking, is_blind = _lacking(space, white, density, draws, evidence)
     fitted = _fitted(density, lacking, white, evidence) if len(lacking) else []
-    found = _missed(space, density, draws, fitted, judged) if fitted else Missing(0.0, 0.0)
+    found = _missed(space, density, draws, fitted) if fitted else Missing(0.0, 0.0)
     return found._replace(is_blind=is_blind)
 
 
@@ -179,9 +177,7 @@ def _fitted(density: LogDensity, places: Tensor, white: White, evidence: float) 
 
 
 @torch.no_grad()
-def _missed(
-    space: LatentSpace, density: LogDensity, draws: Scored, fitted: Sequence[MultivariateT], judged: Tensor
-) -> Missing:
+def _missed(space: LatentSpace, density: LogDensity, draws: Scored, fitted: list[MultivariateT]) -> Missing:
     """Return the posterior's mass that the guide misses, and the resulting errors of the guide's moments."""
     probes = [proposal.sample(PROBES // len(fitted)) for proposal in fitted]
     places = torch.cat((draws.z, *probes))
@@ -197,10 +193,10 @@ def _missed(
     noise = float((weights * (lacking.to(weights) - share)).norm())
     if not share:
         return Missing(0.0, 0.0)
-    quantities = space.quantities(places[lacking])[:, judged].double()
+    found = space.quantities(places[lacking]).double()
     inside = weights[lacking].double().unsqueeze(-1) / share
     place = places[lacking][log_p[lacking].argmax()]
-    return Missing(share, noise, place, _moved(draws.quantities[:, judged].double(), quantities, inside, share, noise))
+    return Missing(share, noise, place, _moved(draws.quantities.double(), found, inside, share, noise))
 
 
 def _moved(own: Tensor, found: Tensor, weights: Tensor, share: float, noise: float) -> Drift:
@@ -213,21 +209,14 @@ def _moved(own: Tensor, found: Tensor, weights: Tensor, share: float, noise: flo
         share: The missing share.
         noise: The standard error of the share.
     """
-    usable = found.isfinite()
-    found = found.where(usable, own.mean(0))
     mean, variance = own.mean(0), own.var(0)
+    found = found.where(found.isfinite(), mean)
     there = (weights * found).sum(0)
-    apart = there - mean
-    spread = (weights * (found - there).square()).sum(0)
-    total = (1 - share) * variance + share * spread + share * (1 - share) * apart.square()
+    apart, spread = there - mean, (weights * (found - there).square()).sum(0)
+    total = ((1 - share) * variance + share * spread + share * (1 - share) * apart.square()).clamp_min(1e-12)
     of_share = spread - variance + (1 - 2 * share) * apart.square()
-    total = total.clamp_min(1e-12)
-    return Drift(
-        -share * apart / total.sqrt(),
-        noise * apart.abs() / total.sqrt(),
-        total / variance,
-        noise * of_share.abs() / variance,
-    )
+    error, error_se = -share * apart / total.sqrt(), noise * apart.abs() / total.sqrt()
+    return Drift(error, error_se, total / variance, noise * of_share.abs() / variance)
 
 
 @torch.no_grad()
