@@ -64,25 +64,20 @@ class ParticleObjective(Trace_ELBO):
         """The number of draws in one trace."""
         return self.num_particles if self.vectorize_particles else 1
 
-    def _traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> list[tuple[Trace, Trace]]:
-        """Return pairs of traces of model and guide that hold all K draws.
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        """Run guide and model, and refuse latents that the guide lacks.
 
         The model's trace has its own copies of the latents, so that hooks on them see the model's gradient alone.
         """
-        pairs = []
-        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
-            for name, _ in model_trace.iter_stochastic_nodes():
-                if name not in guide_trace.nodes:
-                    raise ValueError(
-                        f"{type(self).__name__}: latent site {name!r} of the model is not in the guide. If it is "
-                        "discrete, sum it out with PathEnumELBO or in the model itself."
-                    )
-            pairs.append((model_trace, guide_trace))
-        return pairs
-
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         with _Apart():
-            return super()._get_trace(model, guide, args, kwargs)
+            model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        for name, _ in model_trace.iter_stochastic_nodes():
+            if name not in guide_trace.nodes:
+                raise ValueError(
+                    f"{type(self).__name__}: latent site {name!r} of the model is not in the guide. If it is "
+                    "discrete, sum it out with PathEnumELBO or in the model itself."
+                )
+        return model_trace, guide_trace
 
     def _check_reparameterised(self, guide_trace: Trace) -> None:
         for name, site in guide_trace.iter_stochastic_nodes():

@@ -73,7 +73,7 @@ class RenyiELBO(PathGradient, ParticleObjective):
         self.alpha = alpha
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        traces = self._traces(model, guide, args, kwargs)
+        traces = list(self._get_traces(model, guide, args, kwargs))
         for _, guide_trace in traces:
             self._check_reparameterised(guide_trace)
         log_p = torch.cat([self._log_density(model_trace) for model_trace, _ in traces])  # (K,)

@@ -100,7 +100,7 @@ class TemperedELBO(PathGradient, ParticleObjective):
         beta, compares = self.beta, self.step < COMPARED * self.num_steps
         self.step += torch.is_grad_enabled()
         elbos, ratios = [], []
-        for model_trace, guide_trace in self._traces(model, guide, args, kwargs):
+        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             self._check_reparameterised(guide_trace)
             # The density of a guide's Delta is the change of variables from the space of its draws.
             change = self._log_density(guide_trace, dist.Delta)
