@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from torch import Tensor
 
 from ..arguments import check_flags, check_integers, joined
 from ..arviz_versions import Groups, Variable, container
@@ -117,7 +116,8 @@ def to_arviz(
         for name, variable in read(observed, row_log_prob, event_dim=0).items():
             groups["log_likelihood"].update(_seen(name, *variable))
     groups["observed_data"] = {
-        name: (_dims(name, site, site["value"].shape), _array(site["value"])) for name, site in observed.items()
+        name: (_dims(name, site, site["value"].shape), site["value"].numpy(force=True))
+        for name, site in observed.items()
     }
     groups = {group: variables for group, variables in groups.items() if variables}
     return container(groups, {"inference_library": "pyro_flows", **attrs})
@@ -168,7 +168,7 @@ def _by_draw(
     return {
         name: (
             ("chain", "draw", *_dims(name, nodes.get(name), value.shape[1:], event_dim)),
-            _array(value.unflatten(0, (chains, -1))),
+            value.unflatten(0, (chains, -1)).numpy(force=True),
         )
         for name, value in values.items()
     }
@@ -196,7 +196,3 @@ def _seen(name: str, dims: tuple[str, ...], array: np.ndarray) -> dict[str, Vari
         return {}
     label = f"{name}_seen"
     return {name: (("chain", "draw", label), array[:, :, rows]), label: ((label,), np.flatnonzero(rows))}
-
-
-def _array(value: Tensor) -> np.ndarray:
-    return value.detach().cpu().numpy()

@@ -61,18 +61,18 @@ class Missing(NamedTuple):
     is_blind: bool = False
 
 
-def search(space: LatentSpace, white: White, draws: Scored) -> Missing:
+def search(space: LatentSpace, white: White, draws: Scored, evidence: float) -> Missing:
     """Search for mass that a guide misses.
 
     Args:
         space: The guide's space.
         white: Coordinates in which the guide's draws have mean 0 and the identity as covariance.
         draws: Draws of the guide.
+        evidence: The log evidence, as estimated by the weights of the draws.
     """
     if (outside := _outside(space)) is not None:
         return outside
     density = or_nan(space.log_p)
-    evidence = log_mean(draws.log_p - draws.log_q)
     lacking, is_blind = _lacking(space, white, density, draws, evidence)
     fitted = _fitted(density, lacking, white, evidence) if len(lacking) else []
     found = _missed(space, density, draws, fitted) if fitted else Missing(0.0, 0.0)
@@ -108,22 +108,18 @@ def _lacking(
     space: LatentSpace, white: White, density: LogDensity, draws: Scored, evidence: float
 ) -> tuple[Tensor, bool]:
     """Return points where the guide lacks density, ``(n, D)``, and True if no population could be annealed."""
-    alone = space.task.runs_one_by_one
+    particles, number = (FEW, STARTS // 8) if space.task.runs_one_by_one else (PARTICLES, STARTS // 2)
     reference = Reference(space, white.loc, white.scale_tril)
-    population = anneal(reference, FEW if alone else PARTICLES, EFFORT)
-    number = STARTS // (8 if alone else 2)
-    drawn = reference.draw(FEW if alone else PARTICLES)
+    population = anneal(reference, particles, EFFORT)
+    drawn = reference.draw(particles)
     # Points of an unfinished ascent have almost no density, but may still exceed the guide's: leave them out.
     faint = float(draws.log_p.max()) - FAINT * (1 + space.dim)
     beyond = white.forward(far(white.inverse(draws.z[:number])))[0]
     starts = torch.cat((beyond, ways_up(density, drawn, faint)))
-    found = []
-    if population is not None and population.has_arrived:
-        found = [population.z]
-    elif population is not None:  # particles that have not reached the posterior
+    arrived = population.z if population is not None and population.has_arrived else drawn[:0]
+    if population is not None and not population.has_arrived:  # its particles have not reached the posterior
         starts = torch.cat((starts, population.z))
-    ends = climb(density, white, starts, least=faint)
-    places = space.wrapped(torch.cat([*found, ends]), white.loc)
+    places = space.wrapped(torch.cat((arrived, climb(density, white, starts, least=faint))), white.loc)
     with torch.no_grad():
         heights = density(places)
     surprise = (heights - log_q(space, places) - evidence).nan_to_num(-math.inf, math.inf, -math.inf)
@@ -186,9 +182,10 @@ def _missed(space: LatentSpace, density: LogDensity, draws: Scored, fitted: list
     sizes = torch.tensor([len(draws.z), *map(len, probes)]) / len(places)
     log_proposals = torch.stack([own, *(proposal.log_prob(places) for proposal in fitted)])
     log_weights = log_p - torch.logsumexp(log_proposals + sizes.log().to(log_proposals).unsqueeze(-1), 0)
-    evidence = log_mean(log_weights)
+    log_weights = log_weights.nan_to_num(-math.inf, -math.inf, -math.inf)
+    evidence = float(log_weights.logsumexp(0)) - math.log(len(places))
     lacking = (log_p - own - evidence).nan_to_num(-math.inf, math.inf, -math.inf) > SURPRISE
-    weights = (log_weights - evidence).nan_to_num(-math.inf, -math.inf, -math.inf).exp() / len(places)
+    weights = (log_weights - evidence).exp() / len(places)
     share = float(weights[lacking].sum())
     noise = float((weights * (lacking.to(weights) - share)).norm())
     if not share:
@@ -223,8 +220,3 @@ def _moved(own: Tensor, found: Tensor, weights: Tensor, share: float, noise: flo
 def log_q(space: LatentSpace, z: Tensor) -> Tensor:
     """Return the guide's log-density, -inf where it is not finite."""
     return space.log_q(z).nan_to_num(-math.inf, math.inf, -math.inf)
-
-
-def log_mean(log_weights: Tensor) -> float:
-    """Return the logarithm of the mean of weights, counting NaN as zero weight."""
-    return float(log_weights.nan_to_num(-math.inf, -math.inf, -math.inf).logsumexp(0)) - math.log(len(log_weights))

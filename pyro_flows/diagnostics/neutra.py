@@ -175,8 +175,7 @@ def neutra(
         if found.verdict == "do not trust":
             words = "neutra: the guide cannot be trusted, so chains may miss a part of the posterior."
             warnings.warn(f"{words} {found.reason}", stacklevel=3)
-    first = next(name for name, _ in guide.prototype_trace.iter_stochastic_nodes())
-    site = f"{first}_shared_latent"
+    site = f"{guide.prototype_trace.stochastic_nodes[0]}_shared_latent"
     return Neutra(_over_base(model, guide, site), site, guide, args, kwargs)
 
 

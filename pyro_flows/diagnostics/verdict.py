@@ -249,11 +249,10 @@ def check(
         draws = _varying(space, draws)
         charts, white = guide_coordinates(space, draws.z)
         weighted = weighted_drift(draws.quantities, psis.smoothed)
-        features = _with_distance(space, white, draws.quantities, draws.z)
-        of_weights = weighted_shape(features, psis.smoothed.to(draws.z.device))
+        of_weights = weighted_shape(_with_distance(space, white, draws.quantities, draws.z), psis.smoothed)
         calm, count = _is_calm(psis, weighted), num_chains or (16 if alone else 256)
         chains, directions, of_chains, acceptance = _run(space, charts, white, draws, count, calm)
-        missing = search(space, white, draws)
+        missing = search(space, white, draws, psis.log_evidence)
         rare = torch.zeros_like(weighted.error) if alone else outliers(space, draws, psis)
     names, shapes, seconds = space.read.names, (of_chains, of_weights), time.perf_counter() - start
     seen = Check((), psis, chains, directions, weighted, shapes, names, missing, rare, acceptance, seconds)
@@ -382,16 +381,13 @@ def _outside(seen: Check) -> Iterator[Finding]:
 def _misshapen(seen: Check) -> Iterator[Finding]:
     """Yield the certain error of a distribution function, and reliable weights that are very unequal."""
     of_chains, of_weights = seen.shapes
-    reliable, told = seen.psis.reliable, bool(of_weights.flagged.any())
-    if bool(of_chains.flagged.any()) or (reliable and told):
-        shape = of_weights if reliable and told else of_chains
-        verdict = "reweight" if reliable and told else "do not trust"
-        names = [*seen.names, "the distance from the middle"]
-        i = shape.worst
-        yield Finding("shape", names[i], float(shape.error[i]), float(shape.error_se[i]), verdict)
+    told = seen.psis.reliable and bool(of_weights.flagged.any())
+    shape, verdict = (of_weights, "reweight") if told else (of_chains, "do not trust")
+    if bool(shape.flagged.any()):
+        yield shape.worst([*seen.names, "the distance from the middle"], verdict)
     weights = seen.psis.smoothed.exp() * len(seen.psis.smoothed)
     apart = float((weights - 1).abs().mean()) / 2  # the total variation distance between guide and posterior
-    if reliable and apart > UNEQUAL:
+    if seen.psis.reliable and apart > UNEQUAL:
         yield Finding("weights", "", apart, verdict="reweight")
 
 

@@ -62,13 +62,12 @@ class ForwardKL(ParticleObjective):
         True
     """
 
-    least_particles = 2
     settled = False
 
     def __init__(
         self, num_particles: int = 128, buffer_size: int = 10_000, max_plate_nesting: float = float("inf")
     ) -> None:
-        super().__init__(num_particles, max_plate_nesting)
+        super().__init__(num_particles, max_plate_nesting, least=2)
         check_integers("ForwardKL", buffer_size=buffer_size)
         if buffer_size < num_particles:
             raise ValueError(f"ForwardKL: buffer_size must be at least num_particles, got {buffer_size}.")
