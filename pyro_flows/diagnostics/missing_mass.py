@@ -24,7 +24,7 @@ from ..programs.log_density import LogDensity, or_nan
 from ..programs.task import Task
 from ..sampling.coordinates import White
 from ..sampling.gaussian import match_top
-from ..sampling.modes import ascend, climb, components, far, ways_up
+from ..sampling.modes import ascend, climb, components, far, highest_of_each, ways_up
 from ..sampling.population import Effort, anneal
 from ..sampling.start_distribution import Reference
 from .drift import Drift
@@ -158,15 +158,15 @@ def _fitted(density: LogDensity, places: Tensor, white: White, evidence: float) 
     modes = [places[labels == label] for label in range(int(labels.max()) + 1)]
     within = torch.cat([mode - mode.mean(0) for mode in modes if len(mode) > 1] or [places[:0]])
     pooled = White(within) if len(within) > ENOUGH * dim else None  # for modes with too few particles
-    tops = [int(heights.where(labels == label, -math.inf).argmax()) for label in range(len(modes[:MOST]))]
-    highest = sorted(range(len(tops)), key=lambda label: -float(heights[tops[label]]))[:MATCHED]
+    tops = highest_of_each(labels, heights)[:MOST]
+    highest = heights[tops].argsort(descending=True, stable=True)[:MATCHED].tolist()
     fitted = []
-    for label, mode in enumerate(modes[:MOST]):
+    for label, (mode, top) in enumerate(zip(modes, ends[tops], strict=False)):
         fit = White(mode) if len(mode) > ENOUGH * dim else pooled
         if fit is not None:
             fitted.append(MultivariateT(mode.mean(0), fit.scale_tril))
         if label < MATCHED or label in highest:  # because quickly annealed particles spread too widely
-            found = match_top(density, ends[tops[label]], white.scale_tril)
+            found = match_top(density, top, white.scale_tril)
             if found is not None and found.elbo > evidence - LEAST:
                 fitted.append(MultivariateT(found.loc, found.scale_tril))
     return fitted
