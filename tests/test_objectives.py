@@ -26,6 +26,7 @@ from pyro_flows.objectives import (
     RenyiELBO,
     TemperedELBO,
 )
+from pyro_flows.programs.program import TOTAL
 
 Y = torch.tensor([1.0, 2.5, 4.0])
 
@@ -453,10 +454,10 @@ def test_old_draws_are_kept_up_to_a_number():
     objective, guide = ForwardKL(8, 20), AutoNormal(plain)
     for step in range(1, 5):
         objective.loss_and_grads(plain, guide)
-        assert len(objective.state_dict()["scores"]["log_p"]) == min(8 * step, 20)
+        assert len(objective.state_dict()[TOTAL]) == min(8 * step, 20)
     kept = objective.state_dict()
     assert math.isfinite(objective.loss(plain, guide))  # without gradients nothing changes
-    assert objective.state_dict()["scores"]["log_p"] is kept["scores"]["log_p"]
+    assert objective.state_dict()[TOTAL] is kept[TOTAL]
 
 
 def test_draws_are_kept_for_one_guide_one_model_and_one_data_set():
@@ -468,7 +469,7 @@ def test_draws_are_kept_for_one_guide_one_model_and_one_data_set():
 
     def kept(*args, program=first, guide=normal, **kwargs):
         objective.loss_and_grads(program.shifted, guide, *args, **kwargs)
-        return len(objective.state_dict()["scores"]["log_p"])
+        return len(objective.state_dict()[TOTAL])
 
     objective, places = ForwardKL(8, 64), torch.tensor([1.0, -1.0])
     assert [kept(places[0]) for _ in range(3)] == [8, 16, 24]  # views of the same number, a new method each time

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyro
 import torch
-from torch import Tensor
 
 from ..arguments import check_flags, check_integers, joined
 from ..arviz_versions import Groups, Variable, container
@@ -99,19 +98,17 @@ def to_arviz(
     with pyro.validation_enabled(False):  # because the weights show draws without a density
         task = Task(model, guide, args, kwargs, vectorize).check(whole=False)
     if chains:
-        drawn = _from_chains(task, chains, batch_size)
+        latents, stats, attrs = _from_chains(task, chains, batch_size)
     else:
-        drawn = _from_guide(task, num_samples, num_weighed if importance else 0, batch_size)
+        latents, stats, attrs = _from_guide(task, num_samples, num_weighed if importance else 0, batch_size)
+    number = len(next(iter(chains.draws.values()))) if chains else 1
     nodes, observed = task.model.single.nodes, task.sites("observed")
 
     def read(sites: Mapping[str, Site], *what: Any, event_dim: int | None = None, **how: Any) -> dict[str, Variable]:
-        values = task.read(drawn.latents, list(sites), *what, batch_size=batch_size, **how)
-        return _by_draw(nodes, values, drawn.chains, event_dim)
+        values = task.read(latents, list(sites), *what, batch_size=batch_size, **how)
+        return _by_draw(nodes, values, number, event_dim)
 
-    groups: Groups = {
-        "posterior": read(task.sites("posterior")),
-        "sample_stats": _by_draw(nodes, drawn.stats, drawn.chains),
-    }
+    groups: Groups = {"posterior": read(task.sites("posterior")), "sample_stats": _by_draw(nodes, stats, number)}
     if posterior_predictive:
         groups["posterior_predictive"] = read(observed, forget=True)
     if log_likelihood:
@@ -119,30 +116,19 @@ def to_arviz(
         for name, variable in read(observed, row_log_prob, event_dim=0).items():
             groups["log_likelihood"].update(_seen(name, *variable))
     groups["observed_data"] = {
-        name: (_dims(name, site, site["value"].shape), _array(site["value"])) for name, site in observed.items()
+        name: (_dims(name, site, site["value"].shape), site["value"].numpy(force=True))
+        for name, site in observed.items()
     }
-    attrs = {"inference_library": "pyro_flows", **drawn.attrs}
-    return container({group: variables for group, variables in groups.items() if variables}, attrs)
+    groups = {group: variables for group, variables in groups.items() if variables}
+    return container(groups, {"inference_library": "pyro_flows", **attrs})
 
 
-class _Drawn(NamedTuple):
-    """Draws of all latents, including discrete ones, with their statistics.
+def _from_guide(task: Task, number: int, num_weighed: int, batch_size: int) -> tuple[Values, Values, dict[str, Any]]:
+    """Draw from a guide, and resample the draws if ``num_weighed`` is positive.
 
-    Attributes:
-        latents: The draws, chain after chain: name -> ``(N, *site_shape)``.
-        stats: Statistics of each draw: name -> ``(N,)``.
-        chains: The number of chains.
-        attrs: Statistics of all draws.
+    Returns:
+        The draws of all latents, each ``(N, *site_shape)``, statistics of each draw, ``(N,)``, and of all draws.
     """
-
-    latents: Values
-    stats: Values
-    chains: int
-    attrs: dict[str, Any]
-
-
-def _from_guide(task: Task, number: int, num_weighed: int, batch_size: int) -> _Drawn:
-    """Draw from a guide, and resample the draws if ``num_weighed`` is positive."""
     draws = task.draw(max(number, num_weighed), batch_size)
     if num_weighed:
         draws, psis = reweighted(draws, number, "to_arviz")
@@ -155,18 +141,16 @@ def _from_guide(task: Task, number: int, num_weighed: int, batch_size: int) -> _
         "importance_resampled": int(bool(num_weighed)),
         "importance_ess": psis.ess,
     }
-    return _Drawn(task.complete(draws.latents, batch_size), stats, 1, attrs)
+    return task.complete(draws.latents, batch_size), stats, attrs
 
 
 @torch.no_grad()
-def _from_chains(task: Task, samples: Samples, batch_size: int) -> _Drawn:
-    """Return the draws of Markov chains."""
-    flat = samples.flat
-    if missing := [name for name in (*task.latents, *task.model.enumerated) if name not in flat]:
+def _from_chains(task: Task, samples: Samples, batch_size: int) -> tuple[Values, Values, dict[str, Any]]:
+    """Return the draws of Markov chains, chain after chain, as :func:`_from_guide` does."""
+    flat, names = samples.flat, (*task.latents, *task.model.enumerated)
+    if missing := [name for name in names if name not in flat]:
         raise ValueError(f"to_arviz: the Samples are of another model; they lack the latent {missing[0]!r}.")
-    latents = {name: flat[name] for name in (*task.latents, *task.model.enumerated)}
-    held = {name: flat[name] for name in task.latents}
-    number = len(next(iter(flat.values())))
+    held, number = {name: flat[name] for name in task.latents}, len(next(iter(flat.values())))
     stats = in_batches(lambda part, size: {"log_p": task.model.log_prob(part, size)}, held, number, batch_size)
     attrs = {
         "inference_method": "mcmc",
@@ -174,7 +158,7 @@ def _from_chains(task: Task, samples: Samples, batch_size: int) -> _Drawn:
         "converged": int(samples.converged),
         "divergences": samples.divergences,
     }
-    return _Drawn(latents, stats, len(next(iter(samples.draws.values()))), attrs)
+    return {name: flat[name] for name in names}, stats, attrs
 
 
 def _by_draw(
@@ -184,7 +168,7 @@ def _by_draw(
     return {
         name: (
             ("chain", "draw", *_dims(name, nodes.get(name), value.shape[1:], event_dim)),
-            _array(value.unflatten(0, (chains, -1))),
+            value.unflatten(0, (chains, -1)).numpy(force=True),
         )
         for name, value in values.items()
     }
@@ -212,7 +196,3 @@ def _seen(name: str, dims: tuple[str, ...], array: np.ndarray) -> dict[str, Vari
         return {}
     label = f"{name}_seen"
     return {name: (("chain", "draw", label), array[:, :, rows]), label: ((label,), np.flatnonzero(rows))}
-
-
-def _array(value: Tensor) -> np.ndarray:
-    return value.detach().cpu().numpy()

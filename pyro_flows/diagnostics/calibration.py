@@ -171,7 +171,8 @@ def calibrate(
         fitted, posterior = _posterior(guide, amortised, simulator, rows)
         parts.append(_compare(fitted, posterior, rows.latents, num_samples))
     ranks, coverage, truth, draws = map(torch.cat, zip(*parts, strict=True))
-    names = [label for name in _latents(fitted) for label in labels_of(name, known.latents[name].shape[1:])]
+    sites = fitted.prototype_trace.stochastic_nodes
+    names = [label for name in sites for label in labels_of(name, known.latents[name].shape[1:])]
     tarp = _tarp(truth, draws)
     rank_p = torch.tensor([uniformity(column, num_samples) for column in ranks.T], dtype=torch.float64)
     sbc_p = min(1.0, float(rank_p.min()) * len(rank_p))
@@ -193,17 +194,13 @@ def _posterior(guide: Any, amortised: bool, simulator: Simulator, rows: Simulati
     return fitted, fitted.get_posterior(*args, **kwargs).expand((1,))
 
 
-def _latents(guide: Any) -> list[str]:
-    return [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
-
-
 def _compare(guide: Any, posterior: Any, latents: dict[str, Tensor], num_samples: int) -> tuple[Tensor, ...]:
     """Place the truths of M datasets among S draws.
 
     Returns:
         Ranks ``(M, K)``, coverage ``(M,)``, and the unconstrained truths ``(M, D)`` and draws ``(M, S, D)``.
     """
-    truths = {name: latents[name] for name in _latents(guide)}
+    truths = {name: latents[name] for name in guide.prototype_trace.stochastic_nodes}
     truth, truth_det = guide.pack(truths)
     z = posterior.sample((num_samples,))
     values = guide.unpack(z)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .findings import Finding
 
+FLAG, SURE = 0.08, 0.05  # a certain error exceeds FLAG, and exceeds SURE by some standard errors
 SLOWEST = 0.95  # a larger slope tells nothing about the limit of a chain
 
 
@@ -44,14 +45,23 @@ class Drift(NamedTuple):
         return self.variance_se * self.ratio**3 / 2
 
     @property
+    def signed(self) -> Tensor:
+        """The errors, ``(2, K)``: of means, and of standard deviations (half the variance's error)."""
+        return torch.stack((self.error, (self.variance - 1) / 2))
+
+    @property
     def errors(self) -> Tensor:
-        """The sizes of the errors, ``(2, K)``: of means, and of standard deviations (half the variance's error)."""
-        return torch.stack((self.error.abs(), (self.variance - 1).abs() / 2))
+        """The sizes of the errors, ``(2, K)``."""
+        return self.signed.abs()
 
     @property
     def noise(self) -> Tensor:
         """The standard errors of ``errors``, ``(2, K)``."""
         return torch.stack((self.error_se, self.variance_se / 2))
+
+    def flagged(self, times: float) -> Tensor:
+        """Return True for each error that is certain by some standard errors, ``(2, K)``."""
+        return (self.errors > FLAG) & (self.errors - times * self.noise > SURE)
 
     def pooled_with(self, other: Drift) -> Drift:
         """Return the precision-weighted mean of two independent estimates."""

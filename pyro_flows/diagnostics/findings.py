@@ -65,7 +65,7 @@ class Finding:
         return f"distribution function of {self.quantity} off by {self.size:.2f} ± {self.noise:.2f}"
 
     def __str__(self) -> str:
-        return WORDS[self.kind](self)
+        return WORDS[self.kind].format(f=self)
 
 
 def worst(findings: Sequence[Finding]) -> str:
@@ -74,33 +74,23 @@ def worst(findings: Sequence[Finding]) -> str:
 
 
 WORDS = {
-    "mean": lambda f: f"The guide's draws are off ({f.moment}).",
-    "sd": lambda f: f"The guide's draws are off ({f.moment}).",
-    "shape": lambda f: f"The shape of the guide's draws is off ({f.moment}), whatever their means and sds are.",
-    "outside": lambda f: f"The model has no density at {f.size:.1%} of the draws.",
-    "outliers": lambda f: (
-        f"A few rare draws lie where the posterior has next to nothing (with them the sd of {f.quantity} is "
-        f"{f.size:.2f} times as large)."
-    ),
-    "weights": lambda f: f"The guide's draws count unequally: by their weights {f.size:.0%} of the mass is misplaced.",
-    "mode": lambda f: (
-        f"A mode may be missing: {f.size:.0%} of the posterior's mass, as far as it was found, lies where the guide "
-        "draws nothing."
-    ),
-    "far": lambda f: f"A little mass is missing, far away ({f.moment}).",
-    "collapsed": lambda f: (
-        f"The guide has collapsed or lies elsewhere: {f.size:.0%} of the posterior's mass, as far as it was found, "
-        f"lies where the guide draws nothing, and chains drift ({f.quantity})."
-    ),
-    "whitened": lambda f: (
-        f"The guide's correlations or tails are off ({f.moment}), though its means and sds are right."
-    ),
-    "tails": lambda f: f"The weights have no mean (k-hat {f.size:.2f}): the guide's tails are too short.",
-    "blind": lambda f: "Hardly a draw of the prior has a density, so modes elsewhere could not be looked for.",
-    "frozen": lambda f: (
-        f"The chains hardly move (acceptance {f.size:.2f}): is the gradient of the model's density finite?"
-    ),
-    "unclear": lambda f: f"It cannot be told whether the draws are right ({f.moment}).",
-    "doubt": lambda f: f"The chains doubt that the draws are right ({f.moment}).",
-    "evidence": lambda f: f"Mass is missing: the rung {f.quantity!r} has found {f.size:.2f} nats more evidence.",
+    "mean": "The guide's draws are off ({f.moment}).",
+    "sd": "The guide's draws are off ({f.moment}).",
+    "shape": "The shape of the guide's draws is off ({f.moment}), whatever their means and sds are.",
+    "outside": "The model has no density at {f.size:.1%} of the draws.",
+    "outliers": "A few rare draws lie where the posterior has next to nothing (with them the sd of {f.quantity} is "
+    "{f.size:.2f} times as large).",
+    "weights": "The guide's draws count unequally: by their weights {f.size:.0%} of the mass is misplaced.",
+    "mode": "A mode may be missing: {f.size:.0%} of the posterior's mass, as far as it was found, lies where the guide "
+    "draws nothing.",
+    "far": "A little mass is missing, far away ({f.moment}).",
+    "collapsed": "The guide has collapsed or lies elsewhere: {f.size:.0%} of the posterior's mass, as far as it was "
+    "found, lies where the guide draws nothing, and chains drift ({f.quantity}).",
+    "whitened": "The guide's correlations or tails are off ({f.moment}), though its means and sds are right.",
+    "tails": "The weights have no mean (k-hat {f.size:.2f}): the guide's tails are too short.",
+    "blind": "Hardly a draw of the prior has a density, so modes elsewhere could not be looked for.",
+    "frozen": "The chains hardly move (acceptance {f.size:.2f}): is the gradient of the model's density finite?",
+    "unclear": "It cannot be told whether the draws are right ({f.moment}).",
+    "doubt": "The chains doubt that the draws are right ({f.moment}).",
+    "evidence": "Mass is missing: the rung {f.quantity!r} has found {f.size:.2f} nats more evidence.",
 }

@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import plots
 from ..arguments import check_integers, joined
 from ..programs.engines import Values, View, in_batches, row_log_prob
-from ..programs.nesting import runs_programs
+from ..programs.nesting import plates_of, runs_programs
 from ..programs.task import Draws, Task
 from .pareto import smooth
 
@@ -338,47 +338,44 @@ def importance_log_likelihood(
             'importance_log_likelihood: plate must be the name of the rows\' plate, got None. Pass plate="name".'
         )
     task = Task(model, guide, args, kwargs, vectorize).check(whole=False).settle()
-    dims = {program: _place(name, program.single) for program in (task.guide, task.model)}
+    for program in (task.guide, task.model):
+        _check_rows(name, program.single)
 
     def read(view: View) -> Values:
-        return {"log_q": _by_row(view, name, dims[task.guide]), **{n: view.read(n) for n in task.latents}}
+        return {"log_q": _by_row(view, name), **{n: view.read(n) for n in task.latents}}
 
     def step(_: Values, size: int) -> Values:
         latents = task.guide.run(read, {}, size)
         log_q = latents.pop("log_q")
-        found = task.model.run(lambda view: {"log_p": _by_row(view, name, dims[task.model])}, latents, size)
+        found = task.model.run(lambda view: {"log_p": _by_row(view, name)}, latents, size)
         return {"log_weights": (found["log_p"] - log_q).logsumexp(0, keepdim=True)}  # (1, rows)
 
     return in_batches(step, {}, num_samples, batch_size)["log_weights"].logsumexp(0) - math.log(num_samples)
 
 
-def _place(plate: str, trace: Trace) -> int:
-    """Return the plate's dimension; raise ValueError for a latent outside it."""
-    dim = None
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or (site["is_observed"] and not _in(plate, site)):
-            continue  # observed values outside the plate are the same for all rows
-        frames = _in(plate, site)
-        if not frames:
+def _check_rows(plate: str, trace: Trace) -> None:
+    """Raise ValueError for a latent outside the plate, or a program without the plate."""
+    inside = _dims(plate, trace)
+    for name, _ in trace.iter_stochastic_nodes():
+        if name not in inside:
             raise ValueError(
                 f"importance_log_likelihood: site {name!r} lies outside of plate {plate!r}. Fix such latents with "
                 "poutine.condition(model, data={...}), and use a guide whose latents all lie in the plate."
             )
-        dim = frames[0].dim
-    if dim is None:
+    if not inside:
         raise ValueError(f"importance_log_likelihood: the model has no plate {plate!r}.")
-    return dim
 
 
-def _in(plate: str, site: dict[str, Any]) -> list[Any]:
-    return [frame for frame in site["cond_indep_stack"] if frame.name == plate and frame.vectorized]
+def _dims(plate: str, trace: Trace) -> dict[str, int]:
+    """Return the sites in a plate, with the plate's dimension."""
+    sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+    return {n: frame.dim for n, site in sites.items() for frame in plates_of(site) if frame.name == plate}
 
 
-def _by_row(view: View, plate: str, dim: int) -> Tensor:
+def _by_row(view: View, plate: str) -> Tensor:
     """Return the log-density of each draw and row, ``(N, rows)``, or of each row of one draw."""
     total, lead = torch.zeros(()), int(view.size is not None)
-    for site in view.trace.nodes.values():
-        if site["type"] == "sample" and _in(plate, site):
-            rows = view.by_draw(row_log_prob(site)).movedim(dim, -1)
-            total = total + (rows.flatten(lead, -2).sum(lead) if rows.dim() > lead + 1 else rows)
+    for name, dim in _dims(plate, view.single).items():
+        rows = view.by_draw(row_log_prob(view.trace.nodes[name])).movedim(dim, -1)
+        total = total + (rows.flatten(lead, -2).sum(lead) if rows.dim() > lead + 1 else rows)
     return total

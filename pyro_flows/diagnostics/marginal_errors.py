@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .drift import arrival
+from .findings import Finding
 
 LEVELS = 0.025, 0.1, 0.25, 0.5, 0.75, 0.9, 0.975
 SHAPE, SURE, TIMES = 0.06, 0.03, 4.0  # a certain error exceeds SHAPE, and exceeds SURE by TIMES standard errors
@@ -34,10 +35,10 @@ class Shape(NamedTuple):
         """True for each error that is certain, ``(K,)``."""
         return (self.error.abs() > SHAPE) & (self.error.abs() - TIMES * self.error_se > SURE)
 
-    @property
-    def worst(self) -> int:
-        """The index of the most significant error."""
-        return int((self.error.abs() - TIMES * self.error_se).argmax())
+    def worst(self, names: list[str], verdict: str) -> Finding:
+        """Return a finding of the most significant error."""
+        i = int((self.error.abs() - TIMES * self.error_se).argmax())
+        return Finding("shape", names[i], float(self.error[i]), float(self.error_se[i]), verdict)
 
 
 class ShapeMeter:

@@ -12,7 +12,6 @@ posterior's mass where the guide has less than a twentieth of it is the mass tha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from ..programs.log_density import LogDensity, or_nan
 from ..programs.task import Task
 from ..sampling.coordinates import White
 from ..sampling.gaussian import match_top
-from ..sampling.modes import ascend, climb, components, far, ways_up
+from ..sampling.modes import ascend, climb, components, far, highest_of_each, ways_up
 from ..sampling.population import Effort, anneal
 from ..sampling.start_distribution import Reference
 from .drift import Drift
@@ -62,22 +61,21 @@ class Missing(NamedTuple):
     is_blind: bool = False
 
 
-def search(space: LatentSpace, white: White, draws: Scored, judged: Tensor) -> Missing:
+def search(space: LatentSpace, white: White, draws: Scored, evidence: float) -> Missing:
     """Search for mass that a guide misses.
 
     Args:
         space: The guide's space.
         white: Coordinates in which the guide's draws have mean 0 and the identity as covariance.
         draws: Draws of the guide.
-        judged: True for the quantities that are judged.
+        evidence: The log evidence, as estimated by the weights of the draws.
     """
     if (outside := _outside(space)) is not None:
         return outside
     density = or_nan(space.log_p)
-    evidence = log_mean(draws.log_p - draws.log_q)
     lacking, is_blind = _lacking(space, white, density, draws, evidence)
     fitted = _fitted(density, lacking, white, evidence) if len(lacking) else []
-    found = _missed(space, density, draws, fitted, judged) if fitted else Missing(0.0, 0.0)
+    found = _missed(space, density, draws, fitted) if fitted else Missing(0.0, 0.0)
     return found._replace(is_blind=is_blind)
 
 
@@ -110,22 +108,18 @@ def _lacking(
     space: LatentSpace, white: White, density: LogDensity, draws: Scored, evidence: float
 ) -> tuple[Tensor, bool]:
     """Return points where the guide lacks density, ``(n, D)``, and True if no population could be annealed."""
-    alone = space.task.runs_one_by_one
+    particles, number = (FEW, STARTS // 8) if space.task.runs_one_by_one else (PARTICLES, STARTS // 2)
     reference = Reference(space, white.loc, white.scale_tril)
-    population = anneal(reference, FEW if alone else PARTICLES, EFFORT)
-    number = STARTS // (8 if alone else 2)
-    drawn = reference.draw(FEW if alone else PARTICLES)
+    population = anneal(reference, particles, EFFORT)
+    drawn = reference.draw(particles)
     # Points of an unfinished ascent have almost no density, but may still exceed the guide's: leave them out.
     faint = float(draws.log_p.max()) - FAINT * (1 + space.dim)
     beyond = white.forward(far(white.inverse(draws.z[:number])))[0]
     starts = torch.cat((beyond, ways_up(density, drawn, faint)))
-    found = []
-    if population is not None and population.has_arrived:
-        found = [population.z]
-    elif population is not None:  # particles that have not reached the posterior
+    arrived = population.z if population is not None and population.has_arrived else drawn[:0]
+    if population is not None and not population.has_arrived:  # its particles have not reached the posterior
         starts = torch.cat((starts, population.z))
-    ends = climb(density, white, starts, least=faint)
-    places = space.wrapped(torch.cat([*found, ends]), white.loc)
+    places = space.wrapped(torch.cat((arrived, climb(density, white, starts, least=faint))), white.loc)
     with torch.no_grad():
         heights = density(places)
     surprise = (heights - log_q(space, places) - evidence).nan_to_num(-math.inf, math.inf, -math.inf)
@@ -164,24 +158,22 @@ def _fitted(density: LogDensity, places: Tensor, white: White, evidence: float) 
     modes = [places[labels == label] for label in range(int(labels.max()) + 1)]
     within = torch.cat([mode - mode.mean(0) for mode in modes if len(mode) > 1] or [places[:0]])
     pooled = White(within) if len(within) > ENOUGH * dim else None  # for modes with too few particles
-    tops = [int(heights.where(labels == label, -math.inf).argmax()) for label in range(len(modes[:MOST]))]
-    highest = sorted(range(len(tops)), key=lambda label: -float(heights[tops[label]]))[:MATCHED]
+    tops = highest_of_each(labels, heights)[:MOST]
+    highest = heights[tops].argsort(descending=True, stable=True)[:MATCHED].tolist()
     fitted = []
-    for label, mode in enumerate(modes[:MOST]):
+    for label, (mode, top) in enumerate(zip(modes, ends[tops], strict=False)):
         fit = White(mode) if len(mode) > ENOUGH * dim else pooled
         if fit is not None:
             fitted.append(MultivariateT(mode.mean(0), fit.scale_tril))
         if label < MATCHED or label in highest:  # because quickly annealed particles spread too widely
-            found = match_top(density, ends[tops[label]], white.scale_tril)
+            found = match_top(density, top, white.scale_tril)
             if found is not None and found.elbo > evidence - LEAST:
                 fitted.append(MultivariateT(found.loc, found.scale_tril))
     return fitted
 
 
 @torch.no_grad()
-def _missed(
-    space: LatentSpace, density: LogDensity, draws: Scored, fitted: Sequence[MultivariateT], judged: Tensor
-) -> Missing:
+def _missed(space: LatentSpace, density: LogDensity, draws: Scored, fitted: list[MultivariateT]) -> Missing:
     """Return the posterior's mass that the guide misses, and the resulting errors of the guide's moments."""
     probes = [proposal.sample(PROBES // len(fitted)) for proposal in fitted]
     places = torch.cat((draws.z, *probes))
@@ -190,17 +182,18 @@ def _missed(
     sizes = torch.tensor([len(draws.z), *map(len, probes)]) / len(places)
     log_proposals = torch.stack([own, *(proposal.log_prob(places) for proposal in fitted)])
     log_weights = log_p - torch.logsumexp(log_proposals + sizes.log().to(log_proposals).unsqueeze(-1), 0)
-    evidence = log_mean(log_weights)
+    log_weights = log_weights.nan_to_num(-math.inf, -math.inf, -math.inf)
+    evidence = float(log_weights.logsumexp(0)) - math.log(len(places))
     lacking = (log_p - own - evidence).nan_to_num(-math.inf, math.inf, -math.inf) > SURPRISE
-    weights = (log_weights - evidence).nan_to_num(-math.inf, -math.inf, -math.inf).exp() / len(places)
+    weights = (log_weights - evidence).exp() / len(places)
     share = float(weights[lacking].sum())
     noise = float((weights * (lacking.to(weights) - share)).norm())
     if not share:
         return Missing(0.0, 0.0)
-    quantities = space.quantities(places[lacking])[:, judged].double()
+    found = space.quantities(places[lacking]).double()
     inside = weights[lacking].double().unsqueeze(-1) / share
     place = places[lacking][log_p[lacking].argmax()]
-    return Missing(share, noise, place, _moved(draws.quantities[:, judged].double(), quantities, inside, share, noise))
+    return Missing(share, noise, place, _moved(draws.quantities.double(), found, inside, share, noise))
 
 
 def _moved(own: Tensor, found: Tensor, weights: Tensor, share: float, noise: float) -> Drift:
@@ -213,29 +206,17 @@ def _moved(own: Tensor, found: Tensor, weights: Tensor, share: float, noise: flo
         share: The missing share.
         noise: The standard error of the share.
     """
-    usable = found.isfinite()
-    found = found.where(usable, own.mean(0))
     mean, variance = own.mean(0), own.var(0)
+    found = found.where(found.isfinite(), mean)
     there = (weights * found).sum(0)
-    apart = there - mean
-    spread = (weights * (found - there).square()).sum(0)
-    total = (1 - share) * variance + share * spread + share * (1 - share) * apart.square()
+    apart, spread = there - mean, (weights * (found - there).square()).sum(0)
+    total = ((1 - share) * variance + share * spread + share * (1 - share) * apart.square()).clamp_min(1e-12)
     of_share = spread - variance + (1 - 2 * share) * apart.square()
-    total = total.clamp_min(1e-12)
-    return Drift(
-        -share * apart / total.sqrt(),
-        noise * apart.abs() / total.sqrt(),
-        total / variance,
-        noise * of_share.abs() / variance,
-    )
+    error, error_se = -share * apart / total.sqrt(), noise * apart.abs() / total.sqrt()
+    return Drift(error, error_se, total / variance, noise * of_share.abs() / variance)
 
 
 @torch.no_grad()
 def log_q(space: LatentSpace, z: Tensor) -> Tensor:
     """Return the guide's log-density, -inf where it is not finite."""
     return space.log_q(z).nan_to_num(-math.inf, math.inf, -math.inf)
-
-
-def log_mean(log_weights: Tensor) -> float:
-    """Return the logarithm of the mean of weights, counting NaN as zero weight."""
-    return float(log_weights.nan_to_num(-math.inf, -math.inf, -math.inf).logsumexp(0)) - math.log(len(log_weights))

@@ -20,11 +20,9 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..arguments import check_integers, joined
-from ..programs.nesting import runs_programs
+from ..programs.nesting import nesting_of, runs_programs
 from ..programs.task import check_trained
 from .verdict import check as judge
-
-_NEEDED = "guide must be an AutoContinuous with a base distribution, such as AutoFlow or AutoMultivariateNormal"
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,7 @@ class Neutra:
                 )
             others = dict(samples)
             samples = others.pop(self.site)
-        batch, nodes = samples.shape[:-1], self.guide.prototype_trace.nodes.values()
-        frames = [frame for site in nodes for frame in site.get("cond_indep_stack", ()) if frame.vectorized]
-        room = (1,) * max((-frame.dim for frame in frames), default=0)  # because draws lie left of all plates
+        batch, room = samples.shape[:-1], (1,) * nesting_of(self.guide.prototype_trace)  # draws lie left of all plates
         latent = self.guide.get_transform(*self.args, **self.kwargs)(samples.reshape(-1, *room, samples.shape[-1]))
         if hasattr(self.guide, "constrain"):
             values = self.guide.constrain(latent.reshape(-1, latent.shape[-1]), *self.args, **self.kwargs)
@@ -165,23 +161,21 @@ def neutra(
         torch.Size([20])
     """
     kwargs = joined("neutra", kwargs, model_kwargs)
-    if not isinstance(guide, AutoContinuous):
-        raise ValueError(f"neutra: {_NEEDED}, got {type(guide).__name__}.")
+    if not isinstance(guide, AutoContinuous) or type(guide).get_base_dist is AutoContinuous.get_base_dist:
+        raise ValueError(
+            "neutra: guide must be an AutoContinuous with a base distribution, such as AutoFlow or "
+            f"AutoMultivariateNormal, got {type(guide).__name__}, which has no base."
+        )
     check_trained("neutra", guide)
-    try:
-        guide.get_base_dist()
-    except NotImplementedError as error:
-        raise ValueError(f"neutra: {_NEEDED}, got {type(guide).__name__}, which has no base.") from error
     if check:
         try:
             found = judge(model, guide, *args, model_kwargs=kwargs)
         except ValueError as error:
             raise ValueError(f"neutra: check failed: {error} Pass check=False to skip the check.") from error
         if found.verdict == "do not trust":
-            words = "the guide cannot be trusted, so chains may miss a part of the posterior"
-            warnings.warn(f"neutra: {words}. {found.reason}", stacklevel=3)
-    first = next(name for name, _ in guide.prototype_trace.iter_stochastic_nodes())
-    site = f"{first}_shared_latent"
+            words = "neutra: the guide cannot be trusted, so chains may miss a part of the posterior."
+            warnings.warn(f"{words} {found.reason}", stacklevel=3)
+    site = f"{guide.prototype_trace.stochastic_nodes[0]}_shared_latent"
     return Neutra(_over_base(model, guide, site), site, guide, args, kwargs)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..arguments import check_integers
 from ..flows import Flow
 from ..flows.arguments import check_value, parameter_of
-from ..flows.continuous import continuous_of
+from ..flows.continuous import continuous_of, solved
 from ..transforms import Continuous
 
 
@@ -92,26 +92,15 @@ def ode_report(flow: Flow, x: Tensor, context: Tensor | None = None, *, num_prob
         raise TypeError(f"ode_report: flow must be a Flow, got {type(flow).__name__}. Pass guide.flow for a guide.")
     continuous_of(flow, "ode_report")
     check_value(x, flow.event_shape, parameter_of(flow.transforms), "ode_report", "x")
-    views = flow(context).transforms
-    log_prob, variance, kinetic, jacobian = torch.zeros(4, *x.shape[:-1], dtype=x.dtype, device=x.device)
-    there = back = 0
-    z = x
-    for view in reversed(views):
-        if isinstance(view.transform, Continuous):
-            found = view.transform.solve(z, view.context, inverse=True, costs=True, num_probes=num_probes)
-            z, log_det = found.value, found.log_det
-            there += found.evaluations
-            variance = variance + found.log_det_se.square()
-            kinetic, jacobian = kinetic + found.kinetic, jacobian + found.jacobian
-        else:
-            z, log_det = view.transform.inverse_and_log_det(z, view.context)
-        log_prob = log_prob + log_det
-    log_prob = log_prob + flow.base().log_prob(z)
-    for view in views:
+    distribution, back = flow(context), 0
+    z, log_prob, solutions = solved(distribution, x, num_probes)
+    for view in distribution.transforms:
         if isinstance(view.transform, Continuous):
             found = view.transform.solve(z, view.context)
             z, back = found.value, back + found.evaluations
         else:
             z, _ = view.transform.forward_and_log_det(z, view.context)
     round_trip = ((z - x).abs() / (1 + x.abs())).amax(-1)
-    return OdeReport(log_prob, variance.sqrt(), there, back, round_trip, kinetic, jacobian)
+    _, _, errors, kinetic, jacobian = map(torch.stack, zip(*(found[:5] for found in solutions), strict=True))
+    there = sum(found.evaluations for found in solutions)
+    return OdeReport(log_prob, errors.norm(dim=0), there, back, round_trip, kinetic.sum(0), jacobian.sum(0))

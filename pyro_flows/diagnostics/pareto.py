@@ -36,9 +36,7 @@ def smooth(log_weights: Tensor) -> tuple[Tensor, float]:
     cutoff = relative[-number - 1].clamp_min(math.log(torch.finfo(relative.dtype).tiny))
     above = relative > cutoff
     tail = relative[above].exp() - cutoff.exp()
-    if len(tail) < FEWEST:
-        return log_weights.log_softmax(0), math.inf
-    khat, sigma = fit_generalized_pareto(tail)
+    khat, sigma = fit_generalized_pareto(tail) if len(tail) >= FEWEST else (math.inf, 0.0)
     if not (math.isfinite(khat) and sigma > 0):
         return log_weights.log_softmax(0), math.inf if math.isnan(khat) else khat
     levels = torch.arange(0.5, len(tail), dtype=tail.dtype, device=tail.device) / len(tail)

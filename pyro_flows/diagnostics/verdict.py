@@ -17,7 +17,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from itertools import compress
+from typing import Any
 
 import pyro
 import torch
@@ -31,7 +32,7 @@ from ..programs.nesting import runs_programs
 from ..programs.task import Task, check_trained
 from ..sampling.chains import FROZEN, Chains
 from ..sampling.coordinates import Coordinates, White, guide_coordinates
-from .drift import Drift, DriftMeter, weighted_drift
+from .drift import FLAG, SURE, Drift, DriftMeter, weighted_drift
 from .findings import Finding, worst
 from .importance import Psis, weigh
 from .marginal_errors import Shape, ShapeMeter, weighted_shape
@@ -40,8 +41,7 @@ from .outliers import outliers
 
 LIMIT = 0.1  # the largest error of trusted draws, in standard deviations
 BENT = 0.3  # the same along whitened directions, which show correlations and far tails
-FLAG, SURE = 0.08, 0.05  # a certain error exceeds FLAG, and exceeds SURE by three standard errors
-CERTAIN = 3.0  # standard errors between SURE and a certain error
+CERTAIN = 3.0  # standard errors by which a certain error exceeds what is sure to be right
 DOUBT = 2.5  # standard errors of an error beyond LIMIT that chains alone must show
 CALM = 0.5  # k-hat below which weights that show no error count for more
 CONTRARY = 2.0  # additional standard errors that chains must then show
@@ -246,94 +246,75 @@ def check(
         alone = space.task.runs_one_by_one
         draws = space.draw(num_samples or (1000 if alone else 10_000))
         psis = weigh(draws.log_p - draws.log_q)
-        judged = _judged(space, draws.quantities)
-        names = [name for name, used in zip(space.read.names, judged.tolist(), strict=True) if used]
+        draws = _varying(space, draws)
         charts, white = guide_coordinates(space, draws.z)
-        looked_at = _Looked(space, white, judged)
-        weighted = weighted_drift(draws.quantities[:, judged], psis.smoothed)
-        of_weights = weighted_shape(looked_at.features(draws.quantities, draws.z), psis.smoothed.to(draws.z.device))
-        calm = _is_calm(psis, weighted)
-        count = num_chains or (16 if alone else 256)
-        chains, directions, of_chains, acceptance = _run(looked_at, charts, draws, count, calm)
-        missing = search(space, white, draws, judged)
-        rare = torch.zeros_like(weighted.error) if alone else outliers(space, draws, psis)[judged]
-    shapes, seconds = (of_chains, of_weights), time.perf_counter() - start
+        weighted = weighted_drift(draws.quantities, psis.smoothed)
+        of_weights = weighted_shape(_with_distance(space, white, draws.quantities, draws.z), psis.smoothed)
+        calm, count = _is_calm(psis, weighted), num_chains or (16 if alone else 256)
+        chains, directions, of_chains, acceptance = _run(space, charts, white, draws, count, calm)
+        missing = search(space, white, draws, psis.log_evidence)
+        rare = torch.zeros_like(weighted.error) if alone else outliers(space, draws, psis)
+    names, shapes, seconds = space.read.names, (of_chains, of_weights), time.perf_counter() - start
     seen = Check((), psis, chains, directions, weighted, shapes, names, missing, rare, acceptance, seconds)
     return replace(seen, findings=tuple(judge(seen)))
 
 
-class _Looked(NamedTuple):
-    """The space, coordinates and quantities of a check.
-
-    Attributes:
-        space: The guide's space.
-        white: Coordinates in which the guide's draws have mean 0 and the identity as covariance.
-        judged: True for the quantities that are judged, a bool tensor over all quantities.
-    """
-
-    space: LatentSpace
-    white: White
-    judged: Tensor
-
-    def features(self, quantities: Tensor, z: Tensor) -> Tensor:
-        """Return the judged quantities and the squared distance from the centre, ``(N, K + 1)``."""
-        distance = self.white.inverse(z).square().sum(-1, keepdim=True)
-        if self.space.read.has_angles:  # which have no centre
-            distance = torch.zeros_like(distance)
-        return torch.cat((quantities[:, self.judged], distance), -1)
-
-
-def _judged(space: LatentSpace, quantities: Tensor) -> Tensor:
-    """Return True for each quantity that varies and is finite; raise ValueError for a guide that is a point."""
-    spread = quantities.double().std(0)
-    varies = spread > 1e-6 * quantities.double().mean(0).abs().clamp_min(1e-12)
+def _varying(space: LatentSpace, draws: Scored) -> Scored:
+    """Leave out the quantities that are constant or not finite; raise ValueError for a guide that is a point."""
+    quantities = draws.quantities.double()
+    varies = quantities.std(0) > 1e-6 * quantities.mean(0).abs().clamp_min(1e-12)
     for name in space.task.latents:
-        if not any(v for v, site in zip(varies.tolist(), space.read.sites, strict=True) if site == name):
+        if name not in compress(space.read.sites, varies.tolist()):
             raise ValueError(f"the guide's site {name!r} is a point: it has the same value in all draws.")
-    return varies & quantities.isfinite().all(0)
+    used = varies & quantities.isfinite().all(0)
+    space.read.keep(used)
+    return draws._replace(quantities=draws.quantities[:, used])
+
+
+def _with_distance(space: LatentSpace, white: White, quantities: Tensor, z: Tensor) -> Tensor:
+    """Append the squared distance of z from the centre, 0 if some latents are angles: ``(N, K) -> (N, K + 1)``."""
+    distance = white.inverse(z).square().sum(-1, keepdim=True)
+    return torch.cat((quantities, torch.zeros_like(distance) if space.read.has_angles else distance), -1)
 
 
 def _run(
-    looked_at: _Looked, charts: list[Coordinates], draws: Scored, num_chains: int, calm: bool
+    space: LatentSpace, charts: list[Coordinates], white: White, draws: Scored, num_chains: int, calm: bool
 ) -> tuple[Drift, Drift, Shape, list[float]]:
     """Run chains from new draws of the guide until their drift is decided.
 
     Args:
-        looked_at: The space and quantities.
+        space: The guide's space.
         charts: The coordinates of the chains.
+        white: Coordinates in which the guide's draws have mean 0 and the identity as covariance.
         draws: Draws of the guide.
         num_chains: The number of chains.
         calm: Whether the weights show no error, so that weaker evidence of the chains suffices.
     """
-    space, white, judged = looked_at
     began = space.draw(num_chains)
     chains = Chains(or_nan(space.log_p), charts, began.z)
-    meter = DriftMeter(draws.quantities[:, judged], began.quantities[:, judged])
-    shape = ShapeMeter(looked_at.features(draws.quantities, draws.z), looked_at.features(began.quantities, began.z))
     places = []
-    for number in range(TRIES * ADAPT):
-        if number >= ADAPT and max(chains.acceptance) > FROZEN:
+    for z in chains.sweeps(TRIES * ADAPT, adapt=True):
+        places.append(white.inverse(z))
+        if len(places) >= ADAPT and max(chains.acceptance) > FROZEN:
             break
-        chains.sweep(adapt=True)
-        places.append(white.inverse(chains.z))
     extremes = torch.linalg.eigh(torch.cov(torch.cat(places).T).reshape(space.dim, space.dim)).eigenvectors[:, [0, -1]]
     axes = torch.cat((torch.eye(space.dim).to(extremes), extremes), -1)
-    compass = DriftMeter(white.inverse(draws.z) @ axes, white.inverse(began.z) @ axes)
+    if space.read.has_angles:  # because periodic coordinates have neither mean nor variance
+        axes = axes[:, :0]
+    meter = DriftMeter(draws.quantities, began.quantities)
+    shape = ShapeMeter(*(_with_distance(space, white, some.quantities, some.z) for some in (draws, began)))
+    compass = DriftMeter(*(white.inverse(some.z) @ axes for some in (draws, began)))
     for block in range(BLOCKS):
-        for _ in range(BLOCK):
-            chains.sweep(adapt=False)
-            quantities = space.quantities(chains.z)
-            meter.record(quantities[:, judged])
-            shape.record(looked_at.features(quantities, chains.z))
-            compass.record(white.inverse(chains.z) @ axes)
+        for z in chains.sweeps(BLOCK, adapt=False):
+            quantities = space.quantities(z)
+            meter.record(quantities)
+            shape.record(_with_distance(space, white, quantities, z))
+            compass.record(white.inverse(z) @ axes)
         drift = meter.drift()
         right = drift.errors + (0.0 if calm else 1.5) * drift.noise < LIMIT
-        if bool(right.all()) or (block > 0 and is_off(drift, CERTAIN + CONTRARY * calm)):
+        if bool(right.all()) or (block > 0 and bool(drift.flagged(CERTAIN + CONTRARY * calm).any())):
             break
-    directions = compass.drift()
-    if space.read.has_angles:  # because periodic coordinates have neither mean nor variance
-        directions = Drift(*(part[:0] for part in directions))
-    return drift, directions, shape.shape(), chains.acceptance
+    return drift, compass.drift(), shape.shape(), chains.acceptance
 
 
 def _is_calm(psis: Psis, weighted: Drift) -> bool:
@@ -353,17 +334,7 @@ def _more(seen: Check) -> float:
 
 def _flags(seen: Check) -> tuple[Tensor, Tensor]:
     """Return True for each certain error, ``(2, K)``: of chains, and of weights."""
-    return _flagged(seen.chains, CERTAIN + _more(seen)), _flagged(seen.weighted) & seen.psis.reliable
-
-
-def _flagged(drift: Drift, times: float = CERTAIN) -> Tensor:
-    """Return True for each certain error, ``(2, K)``."""
-    return (drift.errors > FLAG) & (drift.errors - times * drift.noise > SURE)
-
-
-def is_off(drift: Drift, times: float = CERTAIN) -> bool:
-    """True if some error is certain."""
-    return bool(_flagged(drift, times).any())
+    return seen.chains.flagged(CERTAIN + _more(seen)), seen.weighted.flagged(CERTAIN) & seen.psis.reliable
 
 
 def _elsewhere(seen: Check) -> Iterator[Finding]:
@@ -410,16 +381,13 @@ def _outside(seen: Check) -> Iterator[Finding]:
 def _misshapen(seen: Check) -> Iterator[Finding]:
     """Yield the certain error of a distribution function, and reliable weights that are very unequal."""
     of_chains, of_weights = seen.shapes
-    reliable, told = seen.psis.reliable, bool(of_weights.flagged.any())
-    if bool(of_chains.flagged.any()) or (reliable and told):
-        shape = of_weights if reliable and told else of_chains
-        verdict = "reweight" if reliable and told else "do not trust"
-        names = [*seen.names, "the distance from the middle"]
-        i = shape.worst
-        yield Finding("shape", names[i], float(shape.error[i]), float(shape.error_se[i]), verdict)
+    told = seen.psis.reliable and bool(of_weights.flagged.any())
+    shape, verdict = (of_weights, "reweight") if told else (of_chains, "do not trust")
+    if bool(shape.flagged.any()):
+        yield shape.worst([*seen.names, "the distance from the middle"], verdict)
     weights = seen.psis.smoothed.exp() * len(seen.psis.smoothed)
     apart = float((weights - 1).abs().mean()) / 2  # the total variation distance between guide and posterior
-    if reliable and apart > UNEQUAL:
+    if seen.psis.reliable and apart > UNEQUAL:
         yield Finding("weights", "", apart, verdict="reweight")
 
 
@@ -443,7 +411,6 @@ def _doubts(seen: Check) -> list[Finding]:
 
 def _agree(chains: Drift, weighted: Drift) -> bool:
     """Return True if chains and weights show the same errors."""
-    signed = [torch.stack((drift.error, (drift.variance - 1) / 2)) for drift in (chains, weighted)]
-    apart, noise = (signed[0] - signed[1]).abs(), chains.noise.hypot(weighted.noise)
+    apart, noise = (chains.signed - weighted.signed).abs(), chains.noise.hypot(weighted.noise)
     size = 1 + weighted.errors  # large errors need only agree in proportion
     return not bool(((apart > FLAG * size) & (apart > 3 * noise)).any()) and bool((weighted.noise < LIMIT * size).all())

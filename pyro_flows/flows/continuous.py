@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..conditioners import MLPField
 from ..transforms import Continuous
+from ..transforms.continuous import Solution
 from .arguments import checked_sizes
+from .distribution import FlowDistribution
 from .flow import Flow
 
 
@@ -28,6 +30,24 @@ def continuous_of(flow: Flow, caller: str) -> list[Continuous]:
         needs = "it needs continuous transforms in the list of the flow itself, as flows.cnf has them"
         raise ValueError(f"{caller}: {needs}; among its {names} there are {what}.")
     return found
+
+
+def solved(flow: FlowDistribution, x: Tensor, num_probes: int | None = None) -> tuple[Tensor, Tensor, list[Solution]]:
+    """Follow rows from data to base, with the costs of the paths.
+
+    Returns:
+        The places in the base, ``(*batch, D)``, the log-densities of the rows, ``(*batch)``, and the solution of each
+        continuous transform.
+    """
+    log_prob, solutions = x.new_zeros(x.shape[:-1]), []
+    for view in reversed(flow.transforms):
+        if isinstance(view.transform, Continuous):
+            solutions.append(view.transform.solve(x, view.context, inverse=True, costs=True, num_probes=num_probes))
+            x, log_det = solutions[-1][:2]
+        else:
+            x, log_det = view.transform.inverse_and_log_det(x, view.context)
+        log_prob = log_prob + log_det
+    return x, log_prob + flow.base_dist.log_prob(x), solutions
 
 
 def cnf(

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ..arguments import check_integers
 from ..programs.latents import check_drawn
+from ..programs.program import TOTAL
+from ..programs.task import LOG_Q, subsampled_plate
 from .particles import ParticleObjective
 
 
@@ -60,30 +62,29 @@ class ForwardKL(ParticleObjective):
         True
     """
 
-    least_particles = 2
     settled = False
 
     def __init__(
         self, num_particles: int = 128, buffer_size: int = 10_000, max_plate_nesting: float = float("inf")
     ) -> None:
-        super().__init__(num_particles, max_plate_nesting)
+        super().__init__(num_particles, max_plate_nesting, least=2)
         check_integers("ForwardKL", buffer_size=buffer_size)
         if buffer_size < num_particles:
             raise ValueError(f"ForwardKL: buffer_size must be at least num_particles, got {buffer_size}.")
         self.buffer_size = buffer_size
-        self._kept: dict[str, dict[str, Tensor]] = {}
+        self._kept: dict[str, Tensor] = {}  # the draws by site, and both log-densities
         self._posterior: tuple[Any, ...] = ()
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         self._forget_others((model, guide, *args, *kwargs, *kwargs.values()))
         if torch.is_grad_enabled() or not self._kept:
             self._draw(model, guide, args, kwargs)
-        scores = self._kept["scores"]
-        picked = torch.multinomial(_truncated(scores["log_p"] - scores["log_q"]), self.num_particles, replacement=True)
-        held = {name: value[picked] for name, value in self._kept["draws"].items()}
+        weights = _truncated(self._kept[TOTAL] - self._kept[LOG_Q])
+        picked = torch.multinomial(weights, self.num_particles, replacement=True)
+        held = {name: value[picked] for name, value in self._kept.items()}
         trace = self._score(guide, held, args, kwargs)
         _check_held(trace)
-        return (scores["log_p"][picked] - self._log_density(trace)).mean()
+        return (held[TOTAL] - self._log_density(trace)).mean()
 
     def _forget_others(self, posterior: tuple[Any, ...]) -> None:
         """Empty the buffer if model, guide or data have changed."""
@@ -95,27 +96,24 @@ class ForwardKL(ParticleObjective):
     @torch.no_grad()
     def _draw(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
         """Put new draws of the guide, and the log-densities of model and guide there, first in the buffer."""
-        ((model_trace, guide_trace),) = self._traces(model, guide, args, kwargs)
+        ((model_trace, guide_trace),) = self._get_traces(model, guide, args, kwargs)
         check_drawn("ForwardKL: ", model_trace, guide_trace)
-        _check_whole(model_trace)
-        scores = {"log_p": self._log_density(model_trace), "log_q": self._log_density(guide_trace)}
-        new = {"draws": self._draws_of(guide_trace), "scores": scores}
-        self._kept = {
-            kind: {
-                name: torch.cat((tensor, self._kept[kind][name]))[: self.buffer_size] if self._kept else tensor
-                for name, tensor in tensors.items()
-            }
-            for kind, tensors in new.items()
-        }
+        if subsampled := subsampled_plate(model_trace):
+            raise ValueError(
+                f"ForwardKL: {subsampled}, but each draw is weighed only once. Let the plate run over all rows."
+            )
+        scores = {TOTAL: self._log_density(model_trace), LOG_Q: self._log_density(guide_trace)}
+        new = {**self._draws_of(guide_trace), **scores}
+        old = self._kept or {name: value[:0] for name, value in new.items()}
+        self._kept = {name: torch.cat((value, old[name]))[: self.buffer_size] for name, value in new.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the draws in the buffer."""
-        return {kind: dict(tensors) for kind, tensors in self._kept.items()}
+        return dict(self._kept)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the buffer of a ``state_dict``, for whichever model and data come next."""
-        self._kept = {kind: dict(tensors) for kind, tensors in state.items()}
-        self._posterior = ()
+        self._kept, self._posterior = dict(state), ()
 
 
 def _is_same(left: Any, right: Any) -> bool:
@@ -136,17 +134,6 @@ def _truncated(log_weights: Tensor) -> Tensor:
     log_weights = log_weights.where(usable, -math.inf)
     log_mean = torch.logsumexp(log_weights, 0) - math.log(len(log_weights))
     return (log_weights - log_mean).clamp_max(math.log(len(log_weights)) / 2).exp()
-
-
-def _check_whole(trace: Trace) -> None:
-    """Raise ValueError for a subsampled plate, whose draws would need new weights at each step."""
-    for name, site in trace.nodes.items():
-        for frame in site.get("cond_indep_stack", ()):
-            if frame.full_size is not None and frame.size < frame.full_size:
-                raise ValueError(
-                    f"ForwardKL: site {name!r} lies in plate {frame.name!r}, which is subsampled ({frame.size} of "
-                    f"{frame.full_size} rows), but each draw is weighed only once. Let the plate run over all rows."
-                )
 
 
 def _check_held(trace: Trace) -> None:

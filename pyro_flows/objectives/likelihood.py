@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..arguments import check_numbers
 from ..flows import Flow
-from ..flows.continuous import continuous_of
-from ..transforms import Continuous
+from ..flows.continuous import continuous_of, solved
 
 
 class Likelihood(nn.Module):
@@ -58,19 +58,10 @@ class Likelihood(nn.Module):
             raise ValueError(
                 f"Likelihood: flow must be a Flow if there are penalties, got {type(flow).__name__}. Use flows.cnf(2)."
             )
-        continuous_of(flow, f"Likelihood(kinetic={self.kinetic}, jacobian={self.jacobian})")
-        context = flow.encode(context)
-        loss = x.new_zeros(len(x))
-        for transform in reversed(flow.transforms):
-            own = context if transform.context_dim else None
-            if isinstance(transform, Continuous):
-                found = transform.solve(x, own, inverse=True, costs=True)
-                x, log_det = found.value, found.log_det
-                loss = loss + self.kinetic * found.kinetic + self.jacobian * found.jacobian
-            else:
-                x, log_det = transform.inverse_and_log_det(x, own)
-            loss = loss - log_det
-        return (loss - flow.base().log_prob(x)).mean()
+        continuous_of(flow, f"Likelihood({self.extra_repr()})")
+        _, log_prob, solutions = solved(flow(context), x)
+        costs = [self.kinetic * found.kinetic + self.jacobian * found.jacobian for found in solutions]
+        return (torch.stack(costs).sum(0) - log_prob).mean()
 
     def extra_repr(self) -> str:
         return f"kinetic={self.kinetic}, jacobian={self.jacobian}"

@@ -26,22 +26,17 @@ class ParticleObjective(Trace_ELBO):
         max_plate_nesting: The number of dimensions that the model's plates take; found by a run by default.
         vectorize_particles: Whether all draws run at once under an outer plate, or one after the other.  The model must
             then broadcast to the left of its plates.
+        least: The smallest K that makes sense.
     """
 
-    least_particles = 1
-
     def __init__(
-        self, num_particles: int, max_plate_nesting: float = float("inf"), vectorize_particles: bool = True
+        self, num_particles: int, max_plate_nesting: float, vectorize_particles: bool = True, *, least: int = 1
     ) -> None:
-        check_integers(type(self).__name__, self.least_particles, num_particles=num_particles)
+        check_integers(type(self).__name__, least, num_particles=num_particles)
         check_flags(type(self).__name__, vectorize_particles=vectorize_particles)
         if max_plate_nesting != float("inf"):
             check_integers(type(self).__name__, 0, max_plate_nesting=max_plate_nesting)
-        super().__init__(
-            num_particles=num_particles,
-            max_plate_nesting=max_plate_nesting,
-            vectorize_particles=vectorize_particles,
-        )
+        super().__init__(num_particles, max_plate_nesting, vectorize_particles=vectorize_particles)
 
     @abstractmethod
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -64,25 +59,20 @@ class ParticleObjective(Trace_ELBO):
         """The number of draws in one trace."""
         return self.num_particles if self.vectorize_particles else 1
 
-    def _traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> list[tuple[Trace, Trace]]:
-        """Return pairs of traces of model and guide that hold all K draws.
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        """Run guide and model, and refuse latents that the guide lacks.
 
         The model's trace has its own copies of the latents, so that hooks on them see the model's gradient alone.
         """
-        pairs = []
-        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
-            for name, _ in model_trace.iter_stochastic_nodes():
-                if name not in guide_trace.nodes:
-                    raise ValueError(
-                        f"{type(self).__name__}: latent site {name!r} of the model is not in the guide. If it is "
-                        "discrete, sum it out with PathEnumELBO or in the model itself."
-                    )
-            pairs.append((model_trace, guide_trace))
-        return pairs
-
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         with _Apart():
-            return super()._get_trace(model, guide, args, kwargs)
+            model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        for name, _ in model_trace.iter_stochastic_nodes():
+            if name not in guide_trace.nodes:
+                raise ValueError(
+                    f"{type(self).__name__}: latent site {name!r} of the model is not in the guide. If it is "
+                    "discrete, sum it out with PathEnumELBO or in the model itself."
+                )
+        return model_trace, guide_trace
 
     def _check_reparameterised(self, guide_trace: Trace) -> None:
         for name, site in guide_trace.iter_stochastic_nodes():
@@ -120,11 +110,6 @@ class ParticleObjective(Trace_ELBO):
 class _Apart(Messenger):
     """Handler that gives the model copies of the guide's draws."""
 
-    def __enter__(self) -> _Apart:
-        self._drawn: set[str] = set()
-        return super().__enter__()
-
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] in self._drawn and not msg["is_observed"] and msg["value"].requires_grad:
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["done"] and not msg["is_observed"] and msg["value"].requires_grad:  # done by a replay of the guide
             msg["value"] = msg["value"].view_as(msg["value"])
-        self._drawn.add(msg["name"])

@@ -24,8 +24,6 @@ from ..flows.distribution import FlowDistribution
 from ..programs.latents import check_drawn
 from ..programs.traces import trace_of
 
-DENSITY = "log_prob", "log_prob_sum", "unscaled_log_prob", "score_parts", "packed"  # entries of a scored site
-
 
 class PathGradient:
     """Mixin for a Pyro ELBO that scores the guide's reparameterised draws with its parameters held fixed."""
@@ -56,8 +54,7 @@ class PathGradient:
             again.pack_tensors(model_trace.plate_to_symbol)
         for name in rest:
             _check_same(name, guide_trace.nodes[name]["fn"], again.nodes[name]["fn"])
-            site = again.nodes[name]
-            guide_trace.nodes[name].update({key: site[key] for key in DENSITY if key in site})
+            guide_trace.nodes[name] = again.nodes[name]
 
 
 class PathELBO(PathGradient, Trace_ELBO):
@@ -148,19 +145,17 @@ class _CarryScores(Messenger):
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         fn = msg["fn"]
-        if isinstance(fn, FlowDistribution) and not msg["done"]:
-            contexts = {id(view.context): view.context for view in fn.transforms if view.context is not None}
-            if not any(_reaches(context, self._drawn) for context in contexts.values()):
-                msg["fn"] = fn.with_path_gradient()
+        if isinstance(fn, FlowDistribution) and not msg["done"] and not _reaches(fn.context, self._drawn):
+            msg["fn"] = fn.with_path_gradient()
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if isinstance(msg["value"], Tensor) and msg["value"].grad_fn is not None:
             self._drawn.add(msg["value"].grad_fn)
 
 
-def _reaches(value: Tensor, nodes: set[Any]) -> bool:
+def _reaches(value: Tensor | None, nodes: set[Any]) -> bool:
     """Return True if a tensor was computed from the results of some nodes of the autograd graph."""
-    seen, front = set(), [value.grad_fn] if nodes else []
+    seen, front = set(), [] if value is None or not nodes else [value.grad_fn]
     while front:
         node = front.pop()
         if node in nodes:
@@ -179,13 +174,12 @@ def _has_parameters(fn: Any) -> bool:
 
 def _check_same(name: str, first: Any, second: Any) -> None:
     """Raise ValueError if a flow's context has changed between two runs of the guide with the same draws."""
-    if isinstance(first, FlowDistribution):
-        for a, b in zip(first.transforms, second.transforms, strict=True):
-            if a.context is not None and not torch.equal(a.context, b.context):
-                raise ValueError(
-                    f"PathELBO: the context of the guide's site {name!r} changes between calls, for example because of "
-                    "dropout. Put its encoder into evaluation mode, or use Pyro's Trace_ELBO."
-                )
+    context = first.context if isinstance(first, FlowDistribution) else None
+    if context is not None and not torch.equal(context, second.context):
+        raise ValueError(
+            f"PathELBO: the context of the guide's site {name!r} changes between calls, for example because of "
+            "dropout. Put its encoder into evaluation mode, or use Pyro's Trace_ELBO."
+        )
 
 
 def _leaves(guide: Any, trace: Trace) -> list[Tensor]:

@@ -73,21 +73,21 @@ class RenyiELBO(PathGradient, ParticleObjective):
         self.alpha = alpha
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        traces = self._traces(model, guide, args, kwargs)
-        for _, guide_trace in traces:
-            self._check_reparameterised(guide_trace)
-        log_p = torch.cat([self._log_density(model_trace) for model_trace, _ in traces])  # (K,)
-        log_q = torch.cat([self._log_density(guide_trace) for _, guide_trace in traces])  # (K,)
+        model_traces, guide_traces = zip(*self._get_traces(model, guide, args, kwargs), strict=True)
+        for trace in guide_traces:
+            self._check_reparameterised(trace)
+        log_p = torch.cat([self._log_density(trace) for trace in model_traces])  # (K,)
+        log_q = torch.cat([self._log_density(trace) for trace in guide_traces])  # (K,)
         order = 1 - self.alpha
         powers = order * (log_p - log_q).detach()
         bound = (torch.logsumexp(powers, 0) - math.log(self.num_particles)) / order
         weight = torch.softmax(powers, 0)
         share = self.alpha + order * weight  # the guide's weight of a draw over the model's
-        self._scale_draws([model_trace for model_trace, _ in traces], share)
+        self._scale_draws(model_traces, share)
         surrogate = (weight * (log_p - share * log_q)).where(weight > 0, 0).sum()  # no density, no gradient
         return surrogate.detach() - bound - surrogate
 
-    def _scale_draws(self, model_traces: list[Trace], share: Tensor) -> None:
+    def _scale_draws(self, model_traces: tuple[Trace, ...], share: Tensor) -> None:
         """Multiply the model's gradient at each of K draws by its share, ``(K,)``.
 
         A value that all draws have in common is a parameter, for example of a ``Delta``, and keeps its gradient.

@@ -68,8 +68,6 @@ class TemperedELBO(PathGradient, ParticleObjective):
         (10, 1.0)
     """
 
-    least_particles = 2
-
     def __init__(
         self,
         num_steps: int,
@@ -78,7 +76,7 @@ class TemperedELBO(PathGradient, ParticleObjective):
         max_plate_nesting: float = float("inf"),
         vectorize_particles: bool = True,
     ) -> None:
-        super().__init__(num_particles, max_plate_nesting, vectorize_particles)
+        super().__init__(num_particles, max_plate_nesting, vectorize_particles, least=2)
         check_integers("TemperedELBO", num_steps=num_steps)
         check_numbers("TemperedELBO", start=start)
         if not 0 < start <= 1:
@@ -100,7 +98,7 @@ class TemperedELBO(PathGradient, ParticleObjective):
         beta, compares = self.beta, self.step < COMPARED * self.num_steps
         self.step += torch.is_grad_enabled()
         elbos, ratios = [], []
-        for model_trace, guide_trace in self._traces(model, guide, args, kwargs):
+        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             self._check_reparameterised(guide_trace)
             # The density of a guide's Delta is the change of variables from the space of its draws.
             change = self._log_density(guide_trace, dist.Delta)

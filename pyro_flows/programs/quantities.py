@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,12 @@ class Quantities:
         self.angles = {name for name in latents if self._turns[name] is not None}
         self.has_angles = bool(self.angles)
         self.plain_angles = {name for name in self.angles if isinstance(innermost(nodes[name]["fn"]), VonMises)}
+        self._kept: Tensor | slice = slice(None)
+
+    def keep(self, used: Tensor) -> None:
+        """Leave out the quantities for which ``used``, ``(K,)`` of bool, is False."""
+        self._kept = used
+        self.names, self.sites = (list(compress(of, used.tolist())) for of in (self.names, self.sites))
 
     def numbers(self, values: Values) -> Tensor:
         """Return all quantities as columns, ``(N, K)``, given the values of their sites, ``(N, *shape)``."""
@@ -56,7 +63,7 @@ class Quantities:
             value = values[name]
             parts = (value,) if turn is None else ((value * turn).cos(), (value * turn).sin())
             columns += [part.reshape(len(part), -1) for part in parts]
-        return torch.cat(columns, -1)
+        return torch.cat(columns, -1)[:, self._kept]
 
 
 def labels_of(name: str, shape: torch.Size) -> list[str]:
