@@ -59,13 +59,16 @@ def masks_of_rows(plate: str | None, found: Found) -> RowMasks:
         ValueError: Naming the site, if a mask divides an event, or takes out a row but leaves its data in.
     """
     inside = {name: site for name, site in found.latents.items() if frame_of(site, plate)}
-    rows = [_rows_of(name, site, plate) for name, site in inside.items()]
     parts = {name: torch.as_tensor(mask_of(site).every) for name, site in inside.items()}
+    for name, site in inside.items():
+        if not torch.equal(parts[name], torch.as_tensor(mask_of(site).some)):
+            fault = f"the mask of latent site {name!r} divides an event"
+            raise ValueError(f"AutoPlateFlow: {fault}. Mask whole events, or the observed sites only.")
     hidden = [name for name, part in parts.items() if not part.all()]
     are_flat = all(mask_of(inside[name]).is_scalar for name in hidden) and not _hides_data(found)
     if are_flat or not hidden:
         return RowMasks()
-    first, mask = hidden[0], torch.stack(rows).any(0)
+    first, mask = hidden[0], torch.stack([_reduced(parts[name], site, plate) for name, site in inside.items()]).any(0)
     _check_data(plate, first, mask, found)
     shown = mask.reshape(-1, *(1,) * (-1 - frame_of(inside[first], plate).dim))
     divided = {n: part for n, part in parts.items() if not torch.equal(*torch.broadcast_tensors(part, shown))}
@@ -151,15 +154,6 @@ def masks_of_all(plate: str, found: Found) -> RowMasks:
 
 def _hides_data(found: Found) -> bool:
     return any(mask_of(site).hides for site in found.observed.values() if is_observation(site))
-
-
-def _rows_of(name: str, site: dict[str, Any], plate: str | None) -> Tensor:
-    """Return True for the rows in which some of a latent counts, ``(rows,)``."""
-    mask = mask_of(site)
-    if not torch.equal(*(torch.as_tensor(part) for part in mask)):
-        fault = f"the mask of latent site {name!r} divides an event"
-        raise ValueError(f"AutoPlateFlow: {fault}. Mask whole events, or the observed sites only.")
-    return _reduced(mask.every, site, plate)
 
 
 def _reduced(mask: Tensor | bool, site: dict[str, Any], plate: str | None) -> Tensor:

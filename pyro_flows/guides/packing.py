@@ -12,7 +12,6 @@ their declarations likewise.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import MappingProxyType
@@ -21,7 +20,6 @@ from typing import Any, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
@@ -58,6 +56,9 @@ class Part(NamedTuple):
     def inner_value(self, at: float = 0.0) -> Tensor:
         """Return the value inside of the support that a constant of the unconstrained space has."""
         return self.transform(self.start.new_full(self.event, at))
+
+
+Unpacked = Iterator[tuple[str, Part, Tensor, Tensor]]
 
 
 class Packing:
@@ -128,7 +129,7 @@ class Packing:
         """Map vectors ``(*batch, [rows,] size)`` to values of the sites, ``(*batch, *site_shape)``."""
         return {name: self.parts[name].transform(free) for name, free in self.free(latent).items()}
 
-    def unpack(self, latent: Tensor, absent: Absent = NONE) -> Iterator[tuple[str, Part, Tensor, Tensor]]:
+    def unpack(self, latent: Tensor, absent: Absent = NONE) -> Unpacked:
         """Yield the sites in vectors inside of plates: names, parts, values and log|det| of the constraining map.
 
         For an absent part the last is the log-density of a standard normal: see ``masked.py``.
@@ -148,10 +149,6 @@ class Packing:
                 change = change.where(absent[name], _normal(free, depth))
                 value = value.where(absent[name].reshape(absent[name].shape + (1,) * part.event_dim), value.detach())
             yield name, part, value, change
-
-    def place(self, latent: Tensor, plates: dict[str, Any], absent: Absent = NONE) -> dict[str, Tensor]:
-        """Put packed latents at their sites, in their plates, and return the values; arguments as in :meth:`unpack`."""
-        return {n: put(n, v, change, part, plates, n in absent) for n, part, v, change in self.unpack(latent, absent)}
 
     def pack(self, values: dict[str, Tensor], absent: Absent = NONE) -> tuple[Tensor, Tensor]:
         """Pack values ``(*sample, *site_shape)`` into ``(*sample, [rows,] size)``, and return log|det| of that map too.
@@ -196,15 +193,16 @@ class Packing:
                 raise ValueError(f"{owner}: {fault}. {stretched(name)}")
 
 
-def put(
-    name: str, value: Tensor, log_det: Tensor, part: Part, plates: dict[str, Any], keeps_mask: bool = False
-) -> Tensor:
-    """Put a value that was constrained, with that log|det|, at its site and in its plates."""
-    with ExitStack() as stack:
-        for frame in part.plates:
-            stack.enter_context(plates[frame.name])
-        fn = dist.Delta(value, log_density=-log_det, event_dim=part.event_dim)
-        return pyro.sample(name, fn, infer={KEEPS_MASK: keeps_mask})
+def place(sites: Unpacked, plates: dict[str, Any], absent: Absent = NONE) -> dict[str, Tensor]:
+    """Put unpacked latents at their sites, in their plates, and return the values."""
+    placed = {}
+    for name, part, value, log_det in sites:
+        with ExitStack() as stack:
+            for frame in part.plates:
+                stack.enter_context(plates[frame.name])
+            fn = dist.Delta(value, log_density=-log_det, event_dim=part.event_dim)
+            placed[name] = pyro.sample(name, fn, infer={KEEPS_MASK: name in absent})
+    return placed
 
 
 def _normal(free: Tensor, batch_dim: int) -> Tensor:
@@ -243,21 +241,18 @@ class Moving:
     """
 
     def __init__(self, call: Call, packing: Packing, engine: str | None = None) -> None:
-        model = call.model
-        while isinstance(model, functools.partial) and isinstance(model.args[0], InitMessenger):
-            model = model.args[1]  # all latents are given values
+        _, model = call.model.args  # without the handler that initialises latents, since all are given values
         self._program = Program(model, call.args, call.kwargs, call.prototype, nesting_of(call.prototype))
         self._packing = packing
         self.engine = self._program.engine = engine or self._fastest()
 
-    def place(self, latent: Tensor, plates: dict[str, Any]) -> dict[str, Tensor]:
-        """Put packed latents ``(*sample, *1s, D)`` at their sites, in their plates, and return the values."""
-        found, placed = self._constrained(latent.reshape(-1, self._packing.size)), {}
+    def unpack(self, latent: Tensor) -> Unpacked:
+        """Yield the sites in vectors ``(*sample, *1s, D)`` inside of plates, as :meth:`Packing.unpack` does."""
+        found = self._constrained(latent.reshape(-1, self._packing.size))
         for name, part in self._packing.parts.items():
             sample = latent.shape[: max(0, latent.dim() - 1 - len(part.batch))]
             value, log_det = (found[key].reshape((*sample, *found[key].shape[1:])) for key in (name, f"log det {name}"))
-            placed[name] = put(name, value, log_det, part, plates)
-        return placed
+            yield name, part, value, log_det
 
     def values(self, latent: Tensor) -> Values:
         """Map vectors ``(N, D)`` to values of the sites, ``(N, *site_shape)``."""

@@ -20,17 +20,16 @@ from ..bijectors import Affine
 from ..encoders.base import at_rest
 from ..flows import Flow
 from ..flows.chunks import chunk_for, in_chunks
-from ..programs.engines import plate_like
+from ..programs.engines import in_batches
 from ..programs.minibatches import Shuffled
 from . import recipe
 from .base import FlowGuide
 from .checks import check_latents
-from .contexts import InTurn, RowContexts, check_tied, data_plates
-from .encoding import initialize
-from .guide_call import Call, Found, Rows, frame_of
+from .contexts import InTurn, RowContexts, check_tied, data_plates, initialize
+from .guide_call import Call, Rows, frame_of
 from .init import settle_start
-from .masked import RowMasks, check_unmasked, masks_of_all
-from .packing import Packing, check_supports, moving_supports
+from .masked import RowMasks, masks_of_all
+from .packing import Packing, check_supports, moving_supports, place
 from .schedule import Schedule
 from .stored import check_fits
 from .supports import is_circular
@@ -281,7 +280,7 @@ class AutoPlateFlow(FlowGuide):
         result, g = dict[str, Tensor](), None
         if posterior.flow:
             g = self._draw("latent", posterior.flow())
-            result.update(posterior.shared.place(g, plates))
+            result.update(place(posterior.shared.unpack(g), plates))
         if posterior.local_flow:
             plate = plates[self.plate]
             # The model enters the plate itself, so it must be run before the guide does.
@@ -291,26 +290,22 @@ class AutoPlateFlow(FlowGuide):
                 q = posterior.local_flow(posterior.contexts(rows, g))
                 latent = self._draw(f"{self.plate}_latent", q, indices)
             with masks.context:
-                result.update(posterior.own.place(latent, plates, masks.parts))
+                result.update(place(posterior.own.unpack(latent, masks.parts), plates, masks.parts))
         return result
 
     def _plates(self, posterior: Nested, call: Call) -> dict[str, Any]:
         """Return the plates of the latents, with their sizes for these arguments."""
         needed = self.master is None and posterior.own.size > 0
-        rows = self._calls.rows(call, needed=needed)
-        if self.master is not None:
-            return self._create_plates()
-        frames = self._prototype_frames.values()
-        made = {f.name: plate_like(f) for f in frames if f.name != self.plate}
+        rows, plates = self._calls.rows(call, needed=needed), dict(self._create_plates())
         if needed:
             if rows is None:  # a guide without a model takes all rows in the arguments
                 number = len(self._all_rows(call))
                 rows = Rows(number, number)
             # A plate without a size has no site in the model, and must not get one here.
-            hidden = [f.name for f in frames if f.name == self.plate and f.size < 0]
+            hidden = [self.plate] if self._prototype_frames[self.plate].size < 0 else []
             with poutine.block(hide=hidden), InTurn(self.plate, self.minibatches):
-                made[self.plate] = pyro.plate(self.plate, *rows, dim=posterior.own.dim)
-        return made
+                plates[self.plate] = pyro.plate(self.plate, *rows, dim=posterior.own.dim)
+        return plates
 
     # Answers for all rows of the plate, even if the model subsamples it.
 
@@ -326,8 +321,7 @@ class AutoPlateFlow(FlowGuide):
         check_integers("AutoPlateFlow.sample", num_samples=num_samples)
         rows = self._all_rows(call)
         size = max(1, 100_000 // max(1, len(rows)))
-        batches = [self.posterior.draw(min(size, num_samples - i), rows) for i in range(0, num_samples, size)]
-        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        return in_batches(lambda _, number: self.posterior.draw(number, rows), {}, num_samples, size)
 
     def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Return the guide's log-density, in nats, of constrained values of all rows.
@@ -346,8 +340,3 @@ class AutoPlateFlow(FlowGuide):
             return torch.zeros(1, 0)
         with at_rest(self.contexts.encoder):
             return self.contexts.of_all(call)
-
-    def check_same(self, call: Call) -> Found | None:
-        if (found := super().check_same(call)) is not None:
-            check_unmasked(call, found)
-        return found
