@@ -8,6 +8,7 @@ import warnings
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyro
@@ -97,13 +98,13 @@ class FlowGuide(Plan, AutoGuide):
         except ValueError as error:
             if not (self._chooses_start and is_breakdown(error)):
                 raise
-            try:
+            with suppress(ValueError):
                 with validation_enabled(False):
                     self._setup_prototype(*args, **kwargs)
                 call = self._call(args, kwargs)
                 call.trace_at(call.start).compute_log_prob()
-            except ValueError:
-                raise error from None
+                return
+            raise
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         return Call(type(self).__name__, self.model, args, kwargs, self.prototype_trace, self.plate)
@@ -157,12 +158,10 @@ class FlowGuide(Plan, AutoGuide):
         A million draws fit into memory if their values do, since networks see some of them at a time.
         """
 
-    @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the median of each latent, from ``num_summary_draws`` draws: site name -> ``site_shape``."""
         return self.quantiles(0.5, *args, **kwargs)
 
-    @torch.no_grad()
     def quantiles(self, quantiles: float | list[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return quantiles of each latent, from ``num_summary_draws`` draws, or fewer for more than 2,000 numbers.
 

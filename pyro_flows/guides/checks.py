@@ -36,12 +36,6 @@ def setup_error(owner: str, error: Exception, has_arguments: bool) -> Exception 
     return None
 
 
-def stretched(name: str) -> str:
-    """Return the advice on latents whose support is not fixed."""
-    drawn = f"{name} = pyro.deterministic({name!r}, low + (high - low) * u)"
-    return f"Draw it on a fixed scale and stretch it: u ~ Uniform(0, 1), {drawn}."
-
-
 def check_latents(call: Call) -> None:
     """Refuse discrete latents, supports without volume, and latents in subsampled plates other than the guide's."""
     if names := [name for name, site in call.latents.items() if is_discrete(site["fn"])]:
@@ -103,7 +97,7 @@ class Calls:
         self.masked = False
         self.watch = Watch()
         self._absent: set[bytes] = set()  # patterns of hidden parts of rows that were found to change nothing else
-        self._last: list[object] = []  # the keys of the last arguments
+        self._last: list[object] | None = None  # the keys of the last arguments
 
     def begin(self, call: Call) -> Found:
         """Look at all of a model with the arguments that the guide is built for."""
@@ -143,8 +137,8 @@ class Calls:
 
     def _checked(self, call: Call, found: Found, rows: dict[str, Tensor]) -> RowMasks:
         """Return the masks of the latents; new patterns must not hide what the rest of the model depends on."""
-        masks = masks_of_rows(call.plate, found)
-        if new := patterns_of(call.plate, masks, found) - self._absent:
+        masks = masks_of_rows(found)
+        if new := patterns_of(masks, found) - self._absent:
             check_absent(call, masks, found, rows)
             self._absent |= new
         return masks
@@ -172,7 +166,7 @@ class Calls:
         return self._last == _keys(call)
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles hold no data
-        return {**self.__dict__, "_last": [], "watch": Watch()}
+        return {**self.__dict__, "_last": None, "watch": Watch()}
 
 
 def _keys(call: Call) -> list[object]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from pyro import poutine, validation_enabled
+from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from ..encoders import Standardize
 from ..encoders.base import at_rest
 from ..encoders.standardize import learning
 from ..programs.minibatches import Shuffled
-from .guide_call import Call, Found, Rows
+from .guide_call import Call, Found, Rows, frame_of
 
 
 def check_encoder(owner: str, encoder: object) -> None:
@@ -145,17 +145,14 @@ class InTurn(Messenger):
             fn.sample = lambda *_: self.rows.next(fn.size, fn.subsample_size)
 
 
-def check_tied(call: Call, name: str, rows: Rows) -> None:
+def check_tied(call: Call, rows: Rows) -> None:
     """Raise ValueError if the data in a subsampled plate do not depend on its indices: no row can be learned then."""
     if rows.chosen is not None or rows.size == rows.full_size:
         return
-    latents, seen = call.start, []
+    name, seen = call.plate, []
     for _ in range(10):  # a few rows may be alike
-        indices = torch.randperm(rows.full_size)[: rows.size]
-        with validation_enabled(False):
-            trace = call.trace_at({**latents, name: indices})
-        inside = (s for s in trace.nodes.values() if any(f.name == name for f in s.get("cond_indep_stack", ())))
-        seen.append([s["value"] for s in inside if s["is_observed"] and s["name"] not in latents])
+        found = call.look(indices=torch.randperm(rows.full_size)[: rows.size])
+        seen.append([site["value"] for site in found.observed.values() if frame_of(site, name)])
     if seen[0] and all(torch.equal(a, b) for other in seen for a, b in zip(seen[0], other, strict=True)):
         part = f"plate {name!r} is subsampled ({rows.size} of {rows.full_size} rows)"
         way = f"take rows by its indices, `with pyro.plate({name!r}, ...) as i: ... obs=y[i]`, or by subsample=i"

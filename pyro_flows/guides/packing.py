@@ -29,7 +29,6 @@ from ..programs.engines import Site, Values, View, value_of
 from ..programs.latents import KEEPS_MASK
 from ..programs.nesting import nesting_of
 from ..programs.program import Program
-from .checks import stretched
 from .guide_call import Call, rows_in
 from .supports import is_circular
 
@@ -190,7 +189,7 @@ class Packing:
             if there is None or not all(_alike(part.inner_value(at), there.inner_value(at)) for at in (0.0, 1.0)):
                 supports = f"({there and there.support}) than the guide was built for ({part.support})"
                 fault = f"with these arguments latent site {name!r} has another support {supports}"
-                raise ValueError(f"{owner}: {fault}. {stretched(name)}")
+                raise ValueError(f"{owner}: {fault}. {_stretched(name)}")
 
 
 def place(sites: Unpacked, plates: dict[str, Any], absent: Absent = NONE) -> dict[str, Tensor]:
@@ -225,7 +224,7 @@ def _of_one_row(name: str, support: Any, axis: int, rows: int) -> Any:
             first = bound.narrow(axis, 0, 1)
             if not (bound == first).all():
                 what = f"the support of latent site {name!r}, {support}, differs from row to row"
-                raise ValueError(f"AutoPlateFlow: {what}. {stretched(name)}")
+                raise ValueError(f"AutoPlateFlow: {what}. {_stretched(name)}")
             setattr(one, key, first)
     return one
 
@@ -307,12 +306,18 @@ def moving_supports(call: Call, scale: float) -> list[str]:
     return [n for n in free if n in sites and not _alike(biject_to(sites[n]["fn"].support)(free[n]), here[n])]
 
 
+def _stretched(name: str) -> str:
+    """Return the advice on latents whose support is not fixed."""
+    drawn = f"{name} = pyro.deterministic({name!r}, low + (high - low) * u)"
+    return f"Draw it on a fixed scale and stretch it: u ~ Uniform(0, 1), {drawn}."
+
+
 def check_supports(call: Call, moving: list[str]) -> None:
     """Refuse latents whose supports depend on another latent."""
     if moving:
         name, support = moving[0], call.latents[moving[0]]["fn"].support
         fault = f"the support of latent site {name!r}, {support}, depends on another latent"
-        raise ValueError(f"{call.owner}: {fault}. {stretched(name)}")
+        raise ValueError(f"{call.owner}: {fault}. {_stretched(name)}")
 
 
 def _free(site: Site) -> Tensor:

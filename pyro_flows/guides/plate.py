@@ -54,14 +54,6 @@ class Nested(nn.Module):
         self.flow, self.local_flow = flow, local_flow
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
 
-    @property
-    def is_fresh(self) -> bool:
-        """True if the flows are untrained."""
-        if self.flow and not recipe.is_untrained(self.flow, float(self.scale), [False] * self.shared.size):
-            return False
-        layers = self.local_flow.transforms[:-1] if self.local_flow else []
-        return recipe.permutes(layers, self.own.start.new_zeros(self.own.size)) if layers else True
-
     def contexts(self, rows: Tensor, g: Tensor | None) -> Tensor:
         """Return the contexts of rows, from ``(rows, context_dim)``, in the plate's dimension and followed by g.
 
@@ -119,7 +111,8 @@ class Nested(nn.Module):
 
     def _counted(self, log_prob: Tensor, masks: RowMasks) -> Tensor:
         """Return the sum over the rows that count, of ``(*batch, rows)``."""
-        return (log_prob if masks.rows is None else log_prob.where(masks.rows.flatten(), 0.0)).sum(-1)
+        counted = log_prob.where(masks.rows.flatten(), 0.0) if isinstance(masks.rows, Tensor) else log_prob
+        return counted.sum(-1)
 
 
 class AutoPlateFlow(FlowGuide):
@@ -216,7 +209,7 @@ class AutoPlateFlow(FlowGuide):
         check_supports(call, moving_supports(call, scale))
         by_row = self.contexts.encoder is None
         if own.size and by_row:
-            check_tied(call, self.plate, rows)
+            check_tied(call, rows)
         outer = inner = None
         if shared.size:
             outer = recipe.built("AutoPlateFlow", "global_flow", self._build_global, recipe.default_flow, shared.size)
@@ -251,7 +244,11 @@ class AutoPlateFlow(FlowGuide):
     @property
     def is_fresh(self) -> bool:
         """True if the guide is untrained."""
-        return self.posterior.is_fresh
+        posterior, size = self.posterior, self.posterior.shared.size
+        if posterior.flow and not recipe.is_untrained(posterior.flow, float(posterior.scale), [False] * size):
+            return False
+        layers = posterior.local_flow.transforms[:-1] if posterior.local_flow else []
+        return recipe.permutes(layers, posterior.own.start.new_zeros(posterior.own.size)) if layers else True
 
     def schedule(self, *, near: bool = False, alone: bool = True) -> Schedule:
         """Return the schedule that suits the guide: few draws per step, since gradients are averaged over the rows.
@@ -285,11 +282,11 @@ class AutoPlateFlow(FlowGuide):
             plate = plates[self.plate]
             # The model enters the plate itself, so it must be run before the guide does.
             masks = self._calls.masks(call, plate.indices)
-            with plate as indices, masks.context:
+            with plate as indices, poutine.mask(mask=masks.rows):
                 rows = self.contexts.of(call, plate, indices)
                 q = posterior.local_flow(posterior.contexts(rows, g))
                 latent = self._draw(f"{self.plate}_latent", q, indices)
-            with masks.context:
+            with poutine.mask(mask=masks.rows):
                 result.update(place(posterior.own.unpack(latent, masks.parts), plates, masks.parts))
         return result
 
@@ -331,7 +328,7 @@ class AutoPlateFlow(FlowGuide):
         """
         call = self.setup(*args, **kwargs)._call(args, kwargs)
         found = self.check_same(call)
-        masks = masks_of_all(self.plate, found) if found else RowMasks()
+        masks = masks_of_all(found) if found else RowMasks()
         return self.posterior.log_prob(values, self._all_rows(call), masks)
 
     def _all_rows(self, call: Call) -> Tensor:
