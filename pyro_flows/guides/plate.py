@@ -111,8 +111,7 @@ class Nested(nn.Module):
 
     def _counted(self, log_prob: Tensor, masks: RowMasks) -> Tensor:
         """Return the sum over the rows that count, of ``(*batch, rows)``."""
-        counted = log_prob.where(masks.rows.flatten(), 0.0) if isinstance(masks.rows, Tensor) else log_prob
-        return counted.sum(-1)
+        return log_prob.where(torch.as_tensor(masks.rows, device=log_prob.device).flatten(), 0.0).sum(-1)
 
 
 class AutoPlateFlow(FlowGuide):
