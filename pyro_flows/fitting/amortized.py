@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..arguments import check_choice, check_integers, check_numbers, joined
 from ..data.batches import Batch, Rows, suited_size
 from ..guides import AutoFlow
-from ..guides.encoding import initialize
+from ..guides.contexts import initialize
 from ..guides.guide_call import Call
 from ..programs.nesting import runs_programs
 from ..programs.simulations import Simulations, check_draws, check_given

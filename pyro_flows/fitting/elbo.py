@@ -32,6 +32,7 @@ from ..flows import Flow
 from ..guides import AutoFlow
 from ..guides.base import holders
 from ..guides.contexts import RowContexts
+from ..guides.recipe import DENSE
 from ..guides.schedule import Schedule, plan_of
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective
@@ -260,7 +261,7 @@ def start_from_gaussian(
         budget: The largest number of gradients to spend.
         progress: True to show a progress bar if the search takes more than a second.
     """
-    if not guide.starts_from_gaussian:
+    if guide.has_circles or guide.latent_dim > DENSE:
         return None
     shown = progress and distributed.rank() == 0
     words = "looking for a Gaussian to start from"

@@ -21,18 +21,17 @@ from torch.distributions import Transform
 from ..arguments import check_numbers
 from ..encoders.base import at_rest
 from ..flows import Flow
-from ..flows.chunks import chunk_for, in_chunks
+from ..flows.chunks import chunk_for
 from ..flows.distribution import FlowDistribution
 from ..transforms import Compose, Conditioned, View
 from ..vjp import keeps
 from .base import FlowGuide
 from .checks import check_latents
-from .contexts import data_plates
-from .encoding import check_finite, encode, width_for_one
+from .contexts import check_finite, data_plates, encode, width_for_one
 from .guide_call import Call
 from .init import settle_start
-from .packing import Moving, Packing, check_supports, moving_supports
-from .recipe import DENSE, FEW, assemble, built, check_recipes, default_for, is_untrained, start_at
+from .packing import Moving, Packing, check_supports, moving_supports, place
+from .recipe import FEW, assemble, built, check_recipes, default_for, is_untrained, start_at
 from .schedule import Schedule
 from .stored import check_fits
 from .supports import is_circular
@@ -165,11 +164,6 @@ class AutoFlow(FlowGuide, AutoContinuous):
         return is_untrained(self.flow, self._init_scale, self.circular)
 
     @property
-    def starts_from_gaussian(self) -> bool:
-        """True if a Gaussian suits as a start, by :meth:`start_at`."""
-        return not self.has_circles and self.latent_dim <= DENSE
-
-    @property
     def takes_paths(self) -> bool:
         return not self.has_circles
 
@@ -263,7 +257,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def _draws(self, call: Call) -> dict[str, Tensor]:
         self._calls.rows(call, needed=False)
         layout, latent = self._layout(call), self.sample_latent(*call.args, **call.kwargs)
-        return layout.place(latent, self._create_plates(*call.args, **call.kwargs))
+        return place(layout.unpack(latent), self._create_plates())
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sample the packed, unconstrained latents, ``(latent_dim,)``."""
@@ -310,8 +304,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """
         context = self.setup(*args, **kwargs)._context_at_rest(args, kwargs)
         packed, log_det = self.pack(values, *args, **kwargs)
-        chunk = chunk_for(self.latent_dim)
-        return in_chunks(lambda z, c: self.flow(c).log_prob(z), chunk, packed, context, 1) + log_det
+        return self.flow.log_prob(packed, context, chunk_size=chunk_for(self.latent_dim)) + log_det
 
     def _context_at_rest(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         if self.encoder is not None:

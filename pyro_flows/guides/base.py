@@ -8,6 +8,7 @@ import warnings
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyro
@@ -26,10 +27,11 @@ from ..flows.distribution import FlowDistribution
 from ..programs.engines import plate_like
 from ..programs.log_density import is_breakdown
 from .checks import Calls, check_shapes, setup_error
+from .contexts import check_encoder
 from .discrete import HideDiscrete, draw_discrete
-from .encoding import check_encoder
 from .guide_call import Call, Found
 from .init import init_to_center
+from .masked import check_unmasked
 from .packing import Packing
 from .schedule import Plan
 from .stored import Site, program_of, sites_of
@@ -96,13 +98,13 @@ class FlowGuide(Plan, AutoGuide):
         except ValueError as error:
             if not (self._chooses_start and is_breakdown(error)):
                 raise
-            try:
+            with suppress(ValueError):
                 with validation_enabled(False):
                     self._setup_prototype(*args, **kwargs)
                 call = self._call(args, kwargs)
                 call.trace_at(call.start).compute_log_prob()
-            except ValueError:
-                raise error from None
+                return
+            raise
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         return Call(type(self).__name__, self.model, args, kwargs, self.prototype_trace, self.plate)
@@ -142,6 +144,8 @@ class FlowGuide(Plan, AutoGuide):
             return None
         found = call.look()
         check_shapes(call, found)
+        if call.plate is not None:
+            check_unmasked(call, found)
         there = self._layouts({name: found.latents[name] for name in call.latents})
         for name, packing in self.packings.items():
             packing.check_same(call.owner, there[name])
@@ -154,12 +158,10 @@ class FlowGuide(Plan, AutoGuide):
         A million draws fit into memory if their values do, since networks see some of them at a time.
         """
 
-    @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the median of each latent, from ``num_summary_draws`` draws: site name -> ``site_shape``."""
         return self.quantiles(0.5, *args, **kwargs)
 
-    @torch.no_grad()
     def quantiles(self, quantiles: float | list[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return quantiles of each latent, from ``num_summary_draws`` draws, or fewer for more than 2,000 numbers.
 
@@ -186,15 +188,16 @@ class FlowGuide(Plan, AutoGuide):
         return z
 
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Make the plates of the prototype, as Pyro does, with two differences.
+        """Make the plates of the prototype, as Pyro does, except the plate whose rows have a flow.
 
         A plate without a size stays without.  The rows' data that a model gives a plate, ``subsample=x``, are left to
         the model: indices in the guide's trace would be replayed in their place.
         """
         if self.master is not None:
             return dict(super()._create_plates(*args, **kwargs))
+        frames = sorted(self._prototype_frames.items())
         with poutine.block(hide=self._data_plates):
-            self.plates = {name: plate_like(frame) for name, frame in sorted(self._prototype_frames.items())}
+            self.plates = {name: plate_like(frame) for name, frame in frames if name != self.plate}
         return self.plates
 
     def parts(self) -> dict[str, Any]:

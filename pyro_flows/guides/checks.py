@@ -10,17 +10,15 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-from pyro import validation_enabled
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..programs.error_text import place_of, quoted
 from ..programs.latents import is_discrete, named
 from ..programs.masks import is_masked, mask_of
-from ..programs.program import Program
 from .guide_call import Call, Found, Rows, frame_of
 from .masked import RowMasks, check_absent, check_unmasked, masks_of_rows, patterns_of
-from .nonfinite import Watch, worst
+from .nonfinite import Watch
 from .supports import scalar_support
 
 PLAIN = bool | int | float | complex | str | bytes | None | torch.Size | torch.dtype | torch.device
@@ -36,12 +34,6 @@ def setup_error(owner: str, error: Exception, has_arguments: bool) -> Exception 
         fault = f"the model fails where it is run to find its latents: {quoted(error)}"
         return ValueError(f"{owner}: {fault}. Give it arguments with which it runs by itself.")
     return None
-
-
-def stretched(name: str) -> str:
-    """Return the advice on latents whose support is not fixed."""
-    drawn = f"{name} = pyro.deterministic({name!r}, low + (high - low) * u)"
-    return f"Draw it on a fixed scale and stretch it: u ~ Uniform(0, 1), {drawn}."
 
 
 def check_latents(call: Call) -> None:
@@ -62,36 +54,6 @@ def check_latents(call: Call) -> None:
                 rows = f"which is subsampled ({frame.size} of {frame.full_size} rows)"
                 way = f"Let it run over all rows, or use AutoPlateFlow(model, {frame.name!r})"
                 raise ValueError(f"{call.owner}: latent site {name!r} lies in plate {frame.name!r}, {rows}. {way}.")
-
-
-def check_density(call: Call, program: Program | None) -> None:
-    """Refuse a model without a finite density at the start.
-
-    Args:
-        call: The call of the guide.
-        program: The model with its discrete latents summed out; None without discrete latents.
-    """
-    with validation_enabled(False):  # its errors would come first and say less
-        if program:
-            values = {name: value.unsqueeze(0) for name, value in call.start.items()}
-            _check_finite(call.owner, "the model, discrete latents summed out,", program.log_prob(values, 1))
-            return
-        trace = call.trace_at(call.start)
-        trace.compute_log_prob()
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or site["log_prob"].isfinite().all():
-            continue
-        value: Any = site["value"]
-        if name not in call.latents and isinstance(value, Tensor) and not value.isfinite().all():
-            bad = f"{int((~value.isfinite()).sum())} of {value.numel()} numbers"
-            raise ValueError(f"{call.owner}: observed site {name!r} holds NaN or inf ({bad}).")
-        _check_finite(call.owner, f"site {name!r}", site["log_prob"])
-
-
-def _check_finite(owner: str, what: str, log_prob: Tensor) -> None:
-    if not log_prob.isfinite().all():
-        fault = f"the log-density of {what} is {worst(log_prob)} at the guide's start"
-        raise ValueError(f"{owner}: {fault}; give a better one with init_loc_fn=init_to_value(values={{...}}).")
 
 
 def check_shapes(call: Call, found: Found) -> None:
@@ -135,7 +97,7 @@ class Calls:
         self.masked = False
         self.watch = Watch()
         self._absent: set[bytes] = set()  # patterns of hidden parts of rows that were found to change nothing else
-        self._last: tuple[list[object], list[object]] | None = None  # keys of arguments, and the arguments
+        self._last: list[object] | None = None  # the keys of the last arguments
 
     def begin(self, call: Call) -> Found:
         """Look at all of a model with the arguments that the guide is built for."""
@@ -175,10 +137,9 @@ class Calls:
 
     def _checked(self, call: Call, found: Found, rows: dict[str, Tensor]) -> RowMasks:
         """Return the masks of the latents; new patterns must not hide what the rest of the model depends on."""
-        masks = masks_of_rows(call.plate, found)
-        if new := patterns_of(call.plate, masks, found) - self._absent:
-            with call.same_draws():
-                check_absent(call, masks, found, rows)
+        masks = masks_of_rows(found)
+        if new := patterns_of(masks, found) - self._absent:
+            check_absent(call, masks, found, rows)
             self._absent |= new
         return masks
 
@@ -196,31 +157,28 @@ class Calls:
         Without arguments the guide draws again, as Pyro's guides do.  A traced program has one structure.  Iterators
         are for the model alone, which would find them used up.  A mask may change unseen.
         """
-        keys, leaves = _keys(call)
-        if any(isinstance(leaf, Iterator) for leaf in leaves):
+        if any(isinstance(leaf, Iterator) for leaf in tree_leaves((call.args, call.kwargs))):
             return True
         if self.masked and call.plate is not None:
             return False
         if not (call.args or call.kwargs) or torch._C._get_tracing_state():
             return True
-        return self._last is not None and self._last[0] == keys
+        return self._last == _keys(call)
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles hold no data
         return {**self.__dict__, "_last": None, "watch": Watch()}
 
 
-def _keys(call: Call) -> tuple[list[object], list[object]]:
-    """Return keys that two calls share only if their arguments are the same, unchanged objects; and the arguments.
-
-    They must be kept with the keys, so that no other object takes their identity.
-    """
+def _keys(call: Call) -> list[object]:
+    """Return keys that two calls share only if their arguments are the same, unchanged objects."""
     leaves, spec = tree_flatten((call.args, call.kwargs))
-    return [spec, *map(_key, leaves)], leaves
+    return [spec, *map(_key, leaves)]
 
 
 def _key(leaf: Any) -> object:
-    if isinstance(leaf, Tensor):  # inference tensors have no version, and could have changed unseen
-        return object() if leaf.is_inference() else (id(leaf), leaf._version)
     if isinstance(leaf, PLAIN):
         return type(leaf), leaf
-    return id(leaf) if callable(leaf) else object()
+    # The key holds the object, so that no other one takes its identity.
+    if isinstance(leaf, Tensor):  # inference tensors have no version, and could have changed unseen
+        return object() if leaf.is_inference() else (id(leaf), leaf._version, leaf)
+    return (id(leaf), leaf) if callable(leaf) else object()

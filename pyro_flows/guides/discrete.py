@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 from pyro.poutine.block_messenger import BlockMessenger
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import get_mask
 from pyro.poutine.util import prune_subsample_sites
 
@@ -41,16 +39,13 @@ class HideDiscrete(BlockMessenger):
 
 def summed(call: Call) -> Program | None:
     """Return a program that sums the hidden discrete latents out of the model's density, or None without any."""
-    program = call.model
-    while isinstance(program, functools.partial) and isinstance(next(iter(program.args), None), Messenger):
-        messenger, inner = program.args[:2]  # a handler of Pyro, and the program that it handles
-        if isinstance(messenger, HideDiscrete) and messenger.has_met:
-            single = trace_at(inner, {}, call.args, call.kwargs)
-            sites = prune_subsample_sites(single).iter_stochastic_nodes()
-            names = tuple(name for name, site in sites if is_summable(site["fn"]))
-            return Program(inner, call.args, call.kwargs, single, nesting_of(single), names) if names else None
-        program = inner
-    return None
+    hides, inner = call.model.args[1].args  # the guide's model is handled by InitMessenger, and before by HideDiscrete
+    if not hides.has_met:
+        return None
+    single = trace_at(inner, {}, call.args, call.kwargs)
+    sites = prune_subsample_sites(single).iter_stochastic_nodes()
+    names = tuple(name for name, site in sites if is_summable(site["fn"]))
+    return Program(inner, call.args, call.kwargs, single, nesting_of(single), names) if names else None
 
 
 def draw_discrete(call: Call, latents: Values) -> Values:

@@ -21,9 +21,9 @@ from torch.distributions import biject_to
 
 from ..programs.latents import innermost
 from ..programs.program import Program
-from .checks import check_density
 from .discrete import summed
 from .guide_call import Call
+from .nonfinite import worst
 from .packing import Packing
 
 ABSURD = 10.0  # nats per latent by which the origin must be likelier
@@ -101,7 +101,7 @@ def settle_start(call: Call, *, choose: bool) -> None:
         program = summed(call)
     if choose:
         _choose(call, program)
-    check_density(call, program)
+    _check_density(call, program)
 
 
 def _choose(call: Call, program: Program | None) -> None:
@@ -134,6 +134,36 @@ def _choose(call: Call, program: Program | None) -> None:
             return
         for name, value in packing.values(place).items():
             call.latents[name]["value"] = value
+
+
+def _check_density(call: Call, program: Program | None) -> None:
+    """Refuse a model without a finite density at the start.
+
+    Args:
+        call: The call of the guide.
+        program: The model with its discrete latents summed out; None without discrete latents.
+    """
+    with validation_enabled(False):  # its errors would come first and say less
+        if program:
+            values = {name: value.unsqueeze(0) for name, value in call.start.items()}
+            _check_finite(call.owner, "the model, discrete latents summed out,", program.log_prob(values, 1))
+            return
+        trace = call.trace_at(call.start)
+        trace.compute_log_prob()
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site["log_prob"].isfinite().all():
+            continue
+        value: Any = site["value"]
+        if name not in call.latents and isinstance(value, Tensor) and not value.isfinite().all():
+            bad = f"{int((~value.isfinite()).sum())} of {value.numel()} numbers"
+            raise ValueError(f"{call.owner}: observed site {name!r} holds NaN or inf ({bad}).")
+        _check_finite(call.owner, f"site {name!r}", site["log_prob"])
+
+
+def _check_finite(owner: str, what: str, log_prob: Tensor) -> None:
+    if not log_prob.isfinite().all():
+        fault = f"the log-density of {what} is {worst(log_prob)} at the guide's start"
+        raise ValueError(f"{owner}: {fault}; give a better one with init_loc_fn=init_to_value(values={{...}}).")
 
 
 def _elsewhere(packing: Packing, call: Call) -> Iterator[Tensor]:

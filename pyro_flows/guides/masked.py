@@ -8,11 +8,10 @@ whole, while no data are, has a flat prior.  The guide draws and scores it as an
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from pyro import poutine, validation_enabled
+from pyro import validation_enabled
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -26,17 +25,12 @@ class RowMasks(NamedTuple):
     """Masks of a plate's latents.
 
     Attributes:
-        rows: True for the rows that count, ``(rows, *1s)`` to the plate's dimension; None if all do.
+        rows: True for the rows that count, ``(rows, *1s)`` to the plate's dimension; True itself if all do.
         parts: For each latent that is absent in part, a mask of its present parts, over its batch shape.
     """
 
-    rows: Tensor | None = None
+    rows: Tensor | bool = True
     parts: dict[str, Tensor] = {}
-
-    @property
-    def context(self) -> Any:
-        """A context that masks the rows that do not count."""
-        return nullcontext() if self.rows is None else poutine.mask(mask=self.rows)
 
 
 def check_unmasked(call: Call, found: Found) -> None:
@@ -52,54 +46,57 @@ def check_unmasked(call: Call, found: Found) -> None:
             raise ValueError(f"{call.owner}: {fault}. Mask the observed sites only; {way}. {FLAT}")
 
 
-def masks_of_rows(plate: str | None, found: Found) -> RowMasks:
+def masks_of_rows(found: Found) -> RowMasks:
     """Return the masks of the latents in a plate.
 
     Raises:
         ValueError: Naming the site, if a mask divides an event, or takes out a row but leaves its data in.
     """
-    inside = {name: site for name, site in found.latents.items() if frame_of(site, plate)}
-    rows = [_rows_of(name, site, plate) for name, site in inside.items()]
+    inside = {name: site for name, site in found.latents.items() if frame_of(site, found.plate)}
     parts = {name: torch.as_tensor(mask_of(site).every) for name, site in inside.items()}
+    for name, site in inside.items():
+        if not torch.equal(parts[name], torch.as_tensor(mask_of(site).some)):
+            fault = f"the mask of latent site {name!r} divides an event"
+            raise ValueError(f"AutoPlateFlow: {fault}. Mask whole events, or the observed sites only.")
     hidden = [name for name, part in parts.items() if not part.all()]
     are_flat = all(mask_of(inside[name]).is_scalar for name in hidden) and not _hides_data(found)
     if are_flat or not hidden:
         return RowMasks()
+    rows = [_reduced(parts[name], site, found.plate) for name, site in inside.items()]
     first, mask = hidden[0], torch.stack(rows).any(0)
-    _check_data(plate, first, mask, found)
-    shown = mask.reshape(-1, *(1,) * (-1 - frame_of(inside[first], plate).dim))
+    _check_data(first, mask, found)
+    shown = mask.reshape(-1, *(1,) * (-1 - frame_of(inside[first], found.plate).dim))
     divided = {n: part for n, part in parts.items() if not torch.equal(*torch.broadcast_tensors(part, shown))}
-    return RowMasks(None if bool(mask.all()) else shown, divided)
+    return RowMasks(bool(mask.all()) or shown, divided)
 
 
-def _check_data(plate: str | None, latent: str, mask: Tensor, found: Found) -> None:
+def _check_data(latent: str, mask: Tensor, found: Found) -> None:
     """Refuse data that count for masked rows, or may: with no data in the plate, those outside may depend on all rows.
 
     Args:
-        plate: The plate.
         latent: A masked latent in it, for errors.
         mask: True for the rows that count, ``(rows,)``.
         found: The sites of the model.
     """
     data = {name: site for name, site in found.observed.items() if is_observation(site)}
-    inside = {name: site for name, site in data.items() if frame_of(site, plate)}
+    inside = {name: site for name, site in data.items() if frame_of(site, found.plate)}
     for name, site in inside.items():
-        if bool((_reduced(mask_of(site).some, site, plate) & ~mask).any()):
-            fault = f"observed site {name!r} in plate {plate!r} counts where latent site {latent!r} is masked"
+        if bool((_reduced(mask_of(site).some, site, found.plate) & ~mask).any()):
+            fault = f"observed site {name!r} in plate {found.plate!r} counts where latent site {latent!r} is masked"
             raise ValueError(f"AutoPlateFlow: {fault}. Mask both alike, or the observed sites only. {FLAT}")
     for name, site in data.items():
         if not inside and bool(torch.as_tensor(mask_of(site).some).any()):
-            data_lie = f"the data, such as {name!r}, lie outside of plate {plate!r}"
+            data_lie = f"the data, such as {name!r}, lie outside of plate {found.plate!r}"
             fault = f"latent site {latent!r} is masked, and {data_lie}, and may count for the rows that are left out"
             raise ValueError(f"AutoPlateFlow: {fault}. {FLAT}")
 
 
-def patterns_of(plate: str | None, masks: RowMasks, found: Found) -> set[bytes]:
+def patterns_of(masks: RowMasks, found: Found) -> set[bytes]:
     """Return the patterns of absent parts in the rows of a plate: one word of bytes for each distinct row."""
     columns = []
     for name in sorted(masks.parts):
         site = found.latents[name]
-        dim, batch = frame_of(site, plate).dim, site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
+        dim, batch = frame_of(site, found.plate).dim, site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
         columns.append(masks.parts[name].bool().expand(batch).movedim(dim, 0).reshape(batch[dim], -1))
     return {bytes(row) for row in torch.cat(columns, -1).tolist()} if columns else set()
 
@@ -122,7 +119,7 @@ def check_absent(call: Call, masks: RowMasks, found: Found, rows: dict[str, Tens
         known: dict[str, Tensor] = {}
         for shift in (0.0, -3.0, -1.0, 1.0, 3.0):
             moved = torch.where(counts, here, bijection(bijection.inv(here) + shift))
-            with torch.random.fork_rng(), validation_enabled(False):
+            with call.same_draws(), validation_enabled(False):
                 torch.manual_seed(0)
                 trace = call.trace_at({**values, **rows, name: moved})
                 trace.compute_log_prob()
@@ -135,31 +132,22 @@ def check_absent(call: Call, masks: RowMasks, found: Found, rows: dict[str, Tens
                     raise ValueError(f"AutoPlateFlow: the mask of latent site {name!r} {fault}. {way}.")
 
 
-def masks_of_all(plate: str, found: Found) -> RowMasks:
+def masks_of_all(found: Found) -> RowMasks:
     """Return the masks of the latents of all rows of a plate.
 
     Raises:
         ValueError: As :func:`masks_of_rows`, or if the plate is subsampled, which leaves other rows' masks unknown.
     """
-    inside = [name for name, site in found.latents.items() if frame_of(site, plate) and is_masked(site)]
+    inside = [name for name, site in found.latents.items() if frame_of(site, found.plate) and is_masked(site)]
     if inside and found.rows and found.rows.size < found.rows.full_size:
-        subsampled = f"plate {plate!r} is subsampled ({found.rows.size} of {found.rows.full_size} rows)"
+        subsampled = f"plate {found.plate!r} is subsampled ({found.rows.size} of {found.rows.full_size} rows)"
         fault = f"latent site {inside[0]!r} is masked, and {subsampled}"
         raise ValueError(f"AutoPlateFlow.log_prob: {fault}. Let the plate run over all rows.")
-    return masks_of_rows(plate, found)
+    return masks_of_rows(found)
 
 
 def _hides_data(found: Found) -> bool:
     return any(mask_of(site).hides for site in found.observed.values() if is_observation(site))
-
-
-def _rows_of(name: str, site: dict[str, Any], plate: str | None) -> Tensor:
-    """Return True for the rows in which some of a latent counts, ``(rows,)``."""
-    mask = mask_of(site)
-    if not torch.equal(*(torch.as_tensor(part) for part in mask)):
-        fault = f"the mask of latent site {name!r} divides an event"
-        raise ValueError(f"AutoPlateFlow: {fault}. Mask whole events, or the observed sites only.")
-    return _reduced(mask.every, site, plate)
 
 
 def _reduced(mask: Tensor | bool, site: dict[str, Any], plate: str | None) -> Tensor:

@@ -32,12 +32,10 @@ ANEW = (
 
 
 class _Broken(NonFiniteDraw):
-    """A draw that is not finite; its cause is found once the guide has left all plates, which the model enters too."""
+    """A draw that is not finite: its sites, the value and the likely cause.
 
-    def __init__(self, sites: list[str], got: float, cause: str) -> None:
-        others = f" and of {len(sites) - 1} more" if len(sites) > 1 else ""
-        super().__init__(f"the draw of latent site {sites[0]!r}{others} must be finite, got {got}")
-        self.cause = cause
+    It is explained once the guide has left all plates, which the model enters too.
+    """
 
 
 class Watch:
@@ -52,16 +50,25 @@ class Watch:
 
     @contextmanager
     def over(self, guide: Any, call: Call) -> Iterator[None]:
-        """Explain the error if a call of the guide ends because a draw is not finite."""
+        """Explain the error if a call of the guide ends because a draw is not finite.
+
+        If parameters are lost, a distribution or an equation may raise its own error first.
+        """
         self._now = {}
         try:
             yield
-        except _Broken as broken:
-            raise self._explained(guide, broken, call) from None
-        except (ValueError, RuntimeError, FloatingPointError) as error:  # a distribution or an equation may be first
-            if not _number_lost(guide):
+        except (ValueError, RuntimeError, FloatingPointError) as error:
+            own, lost = isinstance(error, _Broken), _number_lost(guide)
+            if not (own or lost):
                 raise
-            raise self._explained(guide, _Broken(list(call.latents), math.nan, ""), call) from error
+            sites, got, cause = error.args if own else (list(call.latents), math.nan, "")
+            if lost:
+                when = "the last step" if self._last else "an earlier step"
+                parameters = f"{lost} of the guide's {len(list(guide.parameters()))} parameters"
+                cause = f"{parameters} are lost, since the gradient of {when} was not{self._fault(guide, call)}"
+            draw = f"the draw of latent site {sites[0]!r}" + (f" and of {len(sites) - 1} more" if sites[1:] else "")
+            words = f"{call.owner}: {draw} must be finite, got {got}: {cause}. {ANEW}."
+            raise NonFiniteDraw(words) from (None if own else error)
         self._last = self._now or self._last
 
     def see(self, guide: Any, name: str, q: FlowDistribution, z: Tensor, rows: Tensor | None) -> None:
@@ -98,14 +105,6 @@ class Watch:
             cause = "the encoder returned NaN or infinite numbers, as of data that are not finite"
         sites = dict.fromkeys(site for site, is_bad in zip(packing.coordinates, bad, strict=True) if is_bad)
         raise _Broken(list(sites), worst(z[..., bad.index(True)]), cause)
-
-    def _explained(self, guide: Any, broken: _Broken, call: Call) -> NonFiniteDraw:
-        cause = broken.cause
-        if lost := _number_lost(guide):
-            when = "the last step" if self._last else "an earlier step"
-            parameters = f"{lost} of the guide's {len(list(guide.parameters()))} parameters"
-            cause = f"{parameters} are lost, since the gradient of {when} was not{self._fault(guide, call)}"
-        return NonFiniteDraw(f"{call.owner}: {broken}: {cause}. {ANEW}.")
 
     def _fault(self, guide: Any, call: Call) -> str:
         """Name the model's first site whose log-density at the last draws, or its gradient, was not finite."""

@@ -12,7 +12,6 @@ their declarations likewise.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import MappingProxyType
@@ -21,7 +20,6 @@ from typing import Any, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
@@ -31,7 +29,6 @@ from ..programs.engines import Site, Values, View, value_of
 from ..programs.latents import KEEPS_MASK
 from ..programs.nesting import nesting_of
 from ..programs.program import Program
-from .checks import stretched
 from .guide_call import Call, rows_in
 from .supports import is_circular
 
@@ -58,6 +55,9 @@ class Part(NamedTuple):
     def inner_value(self, at: float = 0.0) -> Tensor:
         """Return the value inside of the support that a constant of the unconstrained space has."""
         return self.transform(self.start.new_full(self.event, at))
+
+
+Unpacked = Iterator[tuple[str, Part, Tensor, Tensor]]
 
 
 class Packing:
@@ -128,7 +128,7 @@ class Packing:
         """Map vectors ``(*batch, [rows,] size)`` to values of the sites, ``(*batch, *site_shape)``."""
         return {name: self.parts[name].transform(free) for name, free in self.free(latent).items()}
 
-    def unpack(self, latent: Tensor, absent: Absent = NONE) -> Iterator[tuple[str, Part, Tensor, Tensor]]:
+    def unpack(self, latent: Tensor, absent: Absent = NONE) -> Unpacked:
         """Yield the sites in vectors inside of plates: names, parts, values and log|det| of the constraining map.
 
         For an absent part the last is the log-density of a standard normal: see ``masked.py``.
@@ -148,10 +148,6 @@ class Packing:
                 change = change.where(absent[name], _normal(free, depth))
                 value = value.where(absent[name].reshape(absent[name].shape + (1,) * part.event_dim), value.detach())
             yield name, part, value, change
-
-    def place(self, latent: Tensor, plates: dict[str, Any], absent: Absent = NONE) -> dict[str, Tensor]:
-        """Put packed latents at their sites, in their plates, and return the values; arguments as in :meth:`unpack`."""
-        return {n: put(n, v, change, part, plates, n in absent) for n, part, v, change in self.unpack(latent, absent)}
 
     def pack(self, values: dict[str, Tensor], absent: Absent = NONE) -> tuple[Tensor, Tensor]:
         """Pack values ``(*sample, *site_shape)`` into ``(*sample, [rows,] size)``, and return log|det| of that map too.
@@ -193,18 +189,19 @@ class Packing:
             if there is None or not all(_alike(part.inner_value(at), there.inner_value(at)) for at in (0.0, 1.0)):
                 supports = f"({there and there.support}) than the guide was built for ({part.support})"
                 fault = f"with these arguments latent site {name!r} has another support {supports}"
-                raise ValueError(f"{owner}: {fault}. {stretched(name)}")
+                raise ValueError(f"{owner}: {fault}. {_stretched(name)}")
 
 
-def put(
-    name: str, value: Tensor, log_det: Tensor, part: Part, plates: dict[str, Any], keeps_mask: bool = False
-) -> Tensor:
-    """Put a value that was constrained, with that log|det|, at its site and in its plates."""
-    with ExitStack() as stack:
-        for frame in part.plates:
-            stack.enter_context(plates[frame.name])
-        fn = dist.Delta(value, log_density=-log_det, event_dim=part.event_dim)
-        return pyro.sample(name, fn, infer={KEEPS_MASK: keeps_mask})
+def place(sites: Unpacked, plates: dict[str, Any], absent: Absent = NONE) -> dict[str, Tensor]:
+    """Put unpacked latents at their sites, in their plates, and return the values."""
+    placed = {}
+    for name, part, value, log_det in sites:
+        with ExitStack() as stack:
+            for frame in part.plates:
+                stack.enter_context(plates[frame.name])
+            fn = dist.Delta(value, log_density=-log_det, event_dim=part.event_dim)
+            placed[name] = pyro.sample(name, fn, infer={KEEPS_MASK: name in absent})
+    return placed
 
 
 def _normal(free: Tensor, batch_dim: int) -> Tensor:
@@ -227,7 +224,7 @@ def _of_one_row(name: str, support: Any, axis: int, rows: int) -> Any:
             first = bound.narrow(axis, 0, 1)
             if not (bound == first).all():
                 what = f"the support of latent site {name!r}, {support}, differs from row to row"
-                raise ValueError(f"AutoPlateFlow: {what}. {stretched(name)}")
+                raise ValueError(f"AutoPlateFlow: {what}. {_stretched(name)}")
             setattr(one, key, first)
     return one
 
@@ -243,21 +240,18 @@ class Moving:
     """
 
     def __init__(self, call: Call, packing: Packing, engine: str | None = None) -> None:
-        model = call.model
-        while isinstance(model, functools.partial) and isinstance(model.args[0], InitMessenger):
-            model = model.args[1]  # all latents are given values
+        _, model = call.model.args  # without the handler that initialises latents, since all are given values
         self._program = Program(model, call.args, call.kwargs, call.prototype, nesting_of(call.prototype))
         self._packing = packing
         self.engine = self._program.engine = engine or self._fastest()
 
-    def place(self, latent: Tensor, plates: dict[str, Any]) -> dict[str, Tensor]:
-        """Put packed latents ``(*sample, *1s, D)`` at their sites, in their plates, and return the values."""
-        found, placed = self._constrained(latent.reshape(-1, self._packing.size)), {}
+    def unpack(self, latent: Tensor) -> Unpacked:
+        """Yield the sites in vectors ``(*sample, *1s, D)`` inside of plates, as :meth:`Packing.unpack` does."""
+        found = self._constrained(latent.reshape(-1, self._packing.size))
         for name, part in self._packing.parts.items():
             sample = latent.shape[: max(0, latent.dim() - 1 - len(part.batch))]
             value, log_det = (found[key].reshape((*sample, *found[key].shape[1:])) for key in (name, f"log det {name}"))
-            placed[name] = put(name, value, log_det, part, plates)
-        return placed
+            yield name, part, value, log_det
 
     def values(self, latent: Tensor) -> Values:
         """Map vectors ``(N, D)`` to values of the sites, ``(N, *site_shape)``."""
@@ -312,12 +306,18 @@ def moving_supports(call: Call, scale: float) -> list[str]:
     return [n for n in free if n in sites and not _alike(biject_to(sites[n]["fn"].support)(free[n]), here[n])]
 
 
+def _stretched(name: str) -> str:
+    """Return the advice on latents whose support is not fixed."""
+    drawn = f"{name} = pyro.deterministic({name!r}, low + (high - low) * u)"
+    return f"Draw it on a fixed scale and stretch it: u ~ Uniform(0, 1), {drawn}."
+
+
 def check_supports(call: Call, moving: list[str]) -> None:
     """Refuse latents whose supports depend on another latent."""
     if moving:
         name, support = moving[0], call.latents[moving[0]]["fn"].support
         fault = f"the support of latent site {name!r}, {support}, depends on another latent"
-        raise ValueError(f"{call.owner}: {fault}. {stretched(name)}")
+        raise ValueError(f"{call.owner}: {fault}. {_stretched(name)}")
 
 
 def _free(site: Site) -> Tensor:

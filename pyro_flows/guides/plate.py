@@ -20,17 +20,16 @@ from ..bijectors import Affine
 from ..encoders.base import at_rest
 from ..flows import Flow
 from ..flows.chunks import chunk_for, in_chunks
-from ..programs.engines import plate_like
+from ..programs.engines import in_batches
 from ..programs.minibatches import Shuffled
 from . import recipe
 from .base import FlowGuide
 from .checks import check_latents
-from .contexts import InTurn, RowContexts, check_tied, data_plates
-from .encoding import initialize
-from .guide_call import Call, Found, Rows, frame_of
+from .contexts import InTurn, RowContexts, check_tied, data_plates, initialize
+from .guide_call import Call, Rows, frame_of
 from .init import settle_start
-from .masked import RowMasks, check_unmasked, masks_of_all
-from .packing import Packing, check_supports, moving_supports
+from .masked import RowMasks, masks_of_all
+from .packing import Packing, check_supports, moving_supports, place
 from .schedule import Schedule
 from .stored import check_fits
 from .supports import is_circular
@@ -54,14 +53,6 @@ class Nested(nn.Module):
         self.shared, self.own = shared, own
         self.flow, self.local_flow = flow, local_flow
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
-
-    @property
-    def is_fresh(self) -> bool:
-        """True if the flows are untrained."""
-        if self.flow and not recipe.is_untrained(self.flow, float(self.scale), [False] * self.shared.size):
-            return False
-        layers = self.local_flow.transforms[:-1] if self.local_flow else []
-        return recipe.permutes(layers, self.own.start.new_zeros(self.own.size)) if layers else True
 
     def contexts(self, rows: Tensor, g: Tensor | None) -> Tensor:
         """Return the contexts of rows, from ``(rows, context_dim)``, in the plate's dimension and followed by g.
@@ -120,7 +111,7 @@ class Nested(nn.Module):
 
     def _counted(self, log_prob: Tensor, masks: RowMasks) -> Tensor:
         """Return the sum over the rows that count, of ``(*batch, rows)``."""
-        return (log_prob if masks.rows is None else log_prob.where(masks.rows.flatten(), 0.0)).sum(-1)
+        return log_prob.where(torch.as_tensor(masks.rows, device=log_prob.device).flatten(), 0.0).sum(-1)
 
 
 class AutoPlateFlow(FlowGuide):
@@ -217,7 +208,7 @@ class AutoPlateFlow(FlowGuide):
         check_supports(call, moving_supports(call, scale))
         by_row = self.contexts.encoder is None
         if own.size and by_row:
-            check_tied(call, self.plate, rows)
+            check_tied(call, rows)
         outer = inner = None
         if shared.size:
             outer = recipe.built("AutoPlateFlow", "global_flow", self._build_global, recipe.default_flow, shared.size)
@@ -252,7 +243,11 @@ class AutoPlateFlow(FlowGuide):
     @property
     def is_fresh(self) -> bool:
         """True if the guide is untrained."""
-        return self.posterior.is_fresh
+        posterior, size = self.posterior, self.posterior.shared.size
+        if posterior.flow and not recipe.is_untrained(posterior.flow, float(posterior.scale), [False] * size):
+            return False
+        layers = posterior.local_flow.transforms[:-1] if posterior.local_flow else []
+        return recipe.permutes(layers, posterior.own.start.new_zeros(posterior.own.size)) if layers else True
 
     def schedule(self, *, near: bool = False, alone: bool = True) -> Schedule:
         """Return the schedule that suits the guide: few draws per step, since gradients are averaged over the rows.
@@ -281,36 +276,32 @@ class AutoPlateFlow(FlowGuide):
         result, g = dict[str, Tensor](), None
         if posterior.flow:
             g = self._draw("latent", posterior.flow())
-            result.update(posterior.shared.place(g, plates))
+            result.update(place(posterior.shared.unpack(g), plates))
         if posterior.local_flow:
             plate = plates[self.plate]
             # The model enters the plate itself, so it must be run before the guide does.
             masks = self._calls.masks(call, plate.indices)
-            with plate as indices, masks.context:
+            with plate as indices, poutine.mask(mask=masks.rows):
                 rows = self.contexts.of(call, plate, indices)
                 q = posterior.local_flow(posterior.contexts(rows, g))
                 latent = self._draw(f"{self.plate}_latent", q, indices)
-            with masks.context:
-                result.update(posterior.own.place(latent, plates, masks.parts))
+            with poutine.mask(mask=masks.rows):
+                result.update(place(posterior.own.unpack(latent, masks.parts), plates, masks.parts))
         return result
 
     def _plates(self, posterior: Nested, call: Call) -> dict[str, Any]:
         """Return the plates of the latents, with their sizes for these arguments."""
         needed = self.master is None and posterior.own.size > 0
-        rows = self._calls.rows(call, needed=needed)
-        if self.master is not None:
-            return self._create_plates()
-        frames = self._prototype_frames.values()
-        made = {f.name: plate_like(f) for f in frames if f.name != self.plate}
+        rows, plates = self._calls.rows(call, needed=needed), dict(self._create_plates())
         if needed:
             if rows is None:  # a guide without a model takes all rows in the arguments
                 number = len(self._all_rows(call))
                 rows = Rows(number, number)
             # A plate without a size has no site in the model, and must not get one here.
-            hidden = [f.name for f in frames if f.name == self.plate and f.size < 0]
+            hidden = [self.plate] if self._prototype_frames[self.plate].size < 0 else []
             with poutine.block(hide=hidden), InTurn(self.plate, self.minibatches):
-                made[self.plate] = pyro.plate(self.plate, *rows, dim=posterior.own.dim)
-        return made
+                plates[self.plate] = pyro.plate(self.plate, *rows, dim=posterior.own.dim)
+        return plates
 
     # Answers for all rows of the plate, even if the model subsamples it.
 
@@ -326,8 +317,7 @@ class AutoPlateFlow(FlowGuide):
         check_integers("AutoPlateFlow.sample", num_samples=num_samples)
         rows = self._all_rows(call)
         size = max(1, 100_000 // max(1, len(rows)))
-        batches = [self.posterior.draw(min(size, num_samples - i), rows) for i in range(0, num_samples, size)]
-        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        return in_batches(lambda _, number: self.posterior.draw(number, rows), {}, num_samples, size)
 
     def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Return the guide's log-density, in nats, of constrained values of all rows.
@@ -337,7 +327,7 @@ class AutoPlateFlow(FlowGuide):
         """
         call = self.setup(*args, **kwargs)._call(args, kwargs)
         found = self.check_same(call)
-        masks = masks_of_all(self.plate, found) if found else RowMasks()
+        masks = masks_of_all(found) if found else RowMasks()
         return self.posterior.log_prob(values, self._all_rows(call), masks)
 
     def _all_rows(self, call: Call) -> Tensor:
@@ -346,8 +336,3 @@ class AutoPlateFlow(FlowGuide):
             return torch.zeros(1, 0)
         with at_rest(self.contexts.encoder):
             return self.contexts.of_all(call)
-
-    def check_same(self, call: Call) -> Found | None:
-        if (found := super().check_same(call)) is not None:
-            check_unmasked(call, found)
-        return found

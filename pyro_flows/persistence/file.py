@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -132,15 +133,11 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 def _write(content: dict[str, Any], draft: str) -> None:
     # Checksums show damage.  torch before 2.6 always writes them, and has no option.
-    with _settings_of_torch:
-        omits = hasattr(serialization, "get_crc32_options") and not serialization.get_crc32_options()
-        try:
-            if omits:
-                serialization.set_crc32_options(True)
-            save_tensors(content, draft)
-        finally:
-            if omits:
-                serialization.set_crc32_options(False)
+    with _settings_of_torch, ExitStack() as stack:
+        if hasattr(serialization, "set_crc32_options"):
+            stack.callback(serialization.set_crc32_options, serialization.get_crc32_options())
+            serialization.set_crc32_options(True)
+        save_tensors(content, draft)
 
 
 def _refused(path: Path, words: str) -> ValueError:

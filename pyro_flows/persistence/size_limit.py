@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 FREE_BYTES, TIMES_BYTES = 2**25, 32  # in all, and per byte of tensors in the file: initialisers take some
 TIMES_SQUARES = 16  # bytes per square of a matrix's longer side: the masks of autoregressive networks
@@ -62,8 +63,8 @@ class Allowance(TorchFunctionMode):
 
 def _size_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """Return the bytes of a function's result, found by a run on tensors of the device "meta", which have no memory."""
-    tensors = list(_tensors_in((*args, *kwargs.values())))
-    args, kwargs = _without_memory(args), {name: _without_memory(value) for name, value in kwargs.items()}
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), (args, kwargs))
     if "device" in kwargs or not tensors:
         kwargs["device"] = "meta"
     if "generator" in kwargs:
@@ -77,19 +78,4 @@ def _size_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         integers = [tensor for tensor in tensors if not tensor.is_floating_point() and tensor.numel()]
         largest = max((int(tensor.max()) for tensor in integers), default=0)
         return sum(tensor.nbytes for tensor in tensors) * (1 + largest)
-    return sum(tensor.nbytes for tensor in _tensors_in([made]))
-
-
-def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors_in(value)
-
-
-def _without_memory(value: Any) -> Any:
-    """Return arguments with tensors of the device "meta" in place of tensors."""
-    if isinstance(value, Tensor):
-        return value.detach().to("meta")
-    return type(value)(map(_without_memory, value)) if type(value) in (list, tuple) else value
+    return sum(leaf.nbytes for leaf in tree_leaves(made) if isinstance(leaf, Tensor))
