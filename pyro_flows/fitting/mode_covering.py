@@ -169,23 +169,24 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
         if population is None:
             raise ValueError("anneal: hardly a draw of the prior has a density; is the model's density finite?")
         modes = ModeMixture(space, population, others if starts is None else torch.cat((others, starts)))
-    weighted, fit = _fitted(task, modes, fit_once) if fit_once else (None, None)
+    weighted = _fitted(task, modes, fit_once) if fit_once else None
     if weighted:  # the best of several guides is best for its draws in part, so these are replaced
-        weighted = _weighted(weighted.guide, task)
+        weighted = _weighted(weighted.guide, task, weighted.fit)
     with pyro.validation_enabled(False):
-        return _summary(space, modes, weighted, fit, began)
+        return _summary(space, modes, weighted, began)
 
 
 class _Weighted(NamedTuple):
-    """A guide with draws z, ``(N, D)``, and their weights."""
+    """A guide with draws z, ``(N, D)``, their weights, and the record of its fit, if it was trained."""
 
     guide: AutoFlow
     z: Tensor
     psis: Psis
+    fit: Fit | None
 
 
-def _fitted(task: Task, modes: ModeMixture, fit_once: FitOnce) -> tuple[_Weighted, Fit | None]:
-    """Fit a guide that covers the modes; return it with weighted draws, and the record of its fit.
+def _fitted(task: Task, modes: ModeMixture, fit_once: FitOnce) -> _Weighted:
+    """Fit a guide that covers the modes, and draw from it.
 
     If Gaussians at the modes are the posterior already, no training is needed.  Else a flow is trained over these
     modes, and one over a single Gaussian if that may be better: the neck of a funnel looks like a mode.  The best guide
@@ -193,22 +194,22 @@ def _fitted(task: Task, modes: ModeMixture, fit_once: FitOnce) -> tuple[_Weighte
     """
     start = _balanced(_weighted(_with_modes(task, modes), task), task)
     if start.psis.reliable and start.psis.ess > ENOUGH_ESS * DRAWS:
-        return start, None
-    found: list[tuple[_Weighted, Fit | None]] = [(start, None)]
+        return start
+    found = [start]
     if len(modes.places) > 1 or start.guide.has_circles:  # a flow starts uniform over angles
         guide = copy.deepcopy(start.guide)
         _teach(guide, modes.population)
         fit = _trained(fit_once, guide, lr=GENTLE)
-        found.append((_balanced(_weighted(guide, task), task), fit))
-    if not found[-1][0].psis.reliable or len(found) == 1:
+        found.append(_balanced(_weighted(guide, task, fit), task))
+    if not found[-1].psis.reliable or len(found) == 1:
         guide = _at_population(task, modes)
         if (fit := _trained(fit_once, guide)) is not None:
-            found.append((_weighted(guide, task), fit))
+            found.append(_weighted(guide, task, fit))
 
-    def quality(one: tuple[_Weighted, Fit | None]) -> tuple[bool, bool, float, float]:
+    def quality(one: _Weighted) -> tuple[bool, bool, float, float]:
         """Return small values for a good guide; one that lacks a mode may have the least noise of all."""
-        psis, (diverges, lacks) = one[0].psis, _faults(one[0], modes.population)
-        return diverges or lacks, lacks, psis.log_evidence_se, -psis.ess
+        diverges, lacks = _faults(one, modes.population)
+        return diverges or lacks, lacks, one.psis.log_evidence_se, -one.psis.ess
 
     return min(found, key=quality)
 
@@ -256,18 +257,19 @@ def _with_modes(task: Task, modes: ModeMixture) -> AutoFlow:
     return guide
 
 
-def _space_of(guide: AutoFlow, task: Task) -> LatentSpace:
+def space_of(guide: Any, task: Task, engine: str) -> LatentSpace:
+    """Return the latent space of another guide of a task's model."""
     model = task.model
-    return sound_space(Task(model.call, guide, model.args, model.kwargs, model.engine))
+    return sound_space(Task(model.call, guide, model.args, model.kwargs, engine))
 
 
-def _weighted(guide: AutoFlow, task: Task) -> _Weighted:
+def _weighted(guide: AutoFlow, task: Task, fit: Fit | None = None) -> _Weighted:
     """Draw from a guide and weight the draws; all processes use the draws of the first."""
     with pyro.validation_enabled(False):
-        draws = distributed.broadcast(lambda: _space_of(guide, task).draw(DRAWS))
+        draws = distributed.broadcast(lambda: space_of(guide, task, task.model.engine).draw(DRAWS))
         distributed.sync()
     log_weights = (draws.log_p - draws.log_q).nan_to_num(-math.inf, -math.inf, -math.inf)
-    return _Weighted(guide, draws.z, weigh(log_weights))
+    return _Weighted(guide, draws.z, weigh(log_weights), fit)
 
 
 @torch.no_grad()
@@ -284,12 +286,10 @@ def _balanced(weighted: _Weighted, task: Task) -> _Weighted:
         chances = (heights + shares.log()).softmax(-1)
         shares = (weighted.psis.smoothed.to(u).exp() @ chances).clamp_min(1e-6)
     base.set(base.loc, base.scale_tril, shares)
-    return _weighted(guide, task)
+    return _weighted(guide, task, weighted.fit)
 
 
-def _summary(
-    space: LatentSpace, modes: ModeMixture, weighted: _Weighted | None, fit: Fit | None, began: float
-) -> Annealed:
+def _summary(space: LatentSpace, modes: ModeMixture, weighted: _Weighted | None, began: float) -> Annealed:
     """Summarise the guide's weighted draws or the population, whichever is better."""
     population, number, bridged = modes.population, len(modes.places), None
     psis = weighted.psis if weighted else None
@@ -319,7 +319,7 @@ def _summary(
         log_evidence_se=noise,
         modes=sorted(found, key=lambda mode: -mode.weight),
         guide=weighted.guide if weighted else None,
-        fit=fit,
+        fit=weighted.fit if weighted else None,
         psis=psis,
         is_weighed=is_weighed,
         population=population,
@@ -334,7 +334,7 @@ def _bridged(task: Task, weighted: _Weighted, population: Population) -> tuple[P
     Only particles estimate the mass where the guide rarely draws, and they may be slow to reach it.  So the error
     includes that mass.
     """
-    population = distributed.broadcast(lambda: moved_on(_space_of(weighted.guide, task), population))
+    population = distributed.broadcast(lambda: moved_on(space_of(weighted.guide, task, task.model.engine), population))
     distributed.sync()
     of_p = population.log_p - weighted.guide.flow().log_prob(population.z)
     log_evidence, noise = bridge(population, of_p, weighted.psis.log_weights)
