@@ -148,15 +148,16 @@ class Stream:
 Source = Rows | Stream
 
 
-def sum_of(loss: Callable[[Batch], Tensor], source: Source) -> float:
-    """Return the sum over all rows of a source of a mean loss; each process computes its share."""
-    total = 0.0
+def mean_of(loss: Callable[[Batch], Tensor], source: Source) -> float:
+    """Return the mean loss of all rows of a source; each process computes its share."""
+    total, number = 0.0, 0
     for batch in source:
+        number += len(batch[0])
         own, share = distributed.share(len(batch[0]))
         if share:
             mine = part_of(batch, own)
             total += float(loss(mine)) * len(mine[0])
-    return sum(distributed.all_gather(lambda: total))
+    return sum(distributed.all_gather(lambda: total)) / number
 
 
 def part_of(batch: Batch, own: Tensor | slice) -> Batch:
@@ -165,14 +166,14 @@ def part_of(batch: Batch, own: Tensor | slice) -> Batch:
     return x[own], None if context is None else context[own]
 
 
-def split(caller: str, loader: Any, share: float) -> tuple[DataLoader, DataLoader]:
+def split(loader: Any, share: float) -> tuple[DataLoader, DataLoader]:
     """Split the dataset of a loader, with a fixed seed, into two loaders: one to train on, one of rows held out.
 
     Raises:
         ValueError: If the loader has a custom sampler or no dataset with indices.
     """
     if reason := _indivisible(loader):
-        words = f"{caller}: x is {reason}, and no rows of it can be held out"
+        words = f"fit_density: x is {reason}, and no rows of it can be held out"
         raise ValueError(f"{words}; give others to judge by: validation=x, (x, context) or a loader.")
     number = len(loader.dataset)
     held = min(math.ceil(share * number), number - 1)

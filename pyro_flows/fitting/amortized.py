@@ -27,9 +27,8 @@ from ..programs.nesting import runs_programs
 from ..programs.simulations import Simulations, check_draws, check_given
 from ..programs.simulator import Simulator
 from ..training import distributed
-from ..training.checkpoint import Checkpoint, fingerprint
+from ..training.checkpoint import Checkpoint, check_path, fingerprint
 from ..training.loop import Fit
-from ..training.output_files import check_path
 from .row_training import RowLoss, checked, format_of, train_on_rows
 from .truncated import Truncated
 
@@ -269,7 +268,7 @@ def _rows(
     number = max(1, len(order) - math.ceil(share * len(order)))
     train, judge = torch.arange(len(order)).unsqueeze(-1).tensor_split([number])
     source = Rows(train, None, suited_size(number, batch_size))
-    return RowLoss(source, Rows(judge, None), len(judge), loss, fingerprint((z, *known.data.values())))
+    return RowLoss(source, Rows(judge, None), loss, fingerprint((z, *known.data.values())))
 
 
 def _standardise(simulator: Simulator, guide: AutoFlow, simulations: Simulations) -> tuple[Tensor, Tensor]:

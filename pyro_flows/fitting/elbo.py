@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from ..guides.contexts import RowContexts
 from ..guides.schedule import Schedule, plan_of
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective
+from ..programs.error_text import warn_user
 from ..programs.latent_space import LatentSpace
 from ..programs.log_density import is_breakdown, or_nan
 from ..programs.task import Task
@@ -155,11 +155,8 @@ class ELBOFit:
                 companion=objective,
             ).fit()
         if fit.skipped > fit.steps / 5:
-            warnings.warn(
-                f"fit_svi: {fit.skipped} of {fit.steps} steps were skipped, as loss or gradient were not finite; the "
-                f"guide was trained by the others. {ask(lambda: culprit(task))}",
-                stacklevel=5,
-            )
+            words = f"{fit.skipped} of {fit.steps} steps were skipped, as loss or gradient were not finite"
+            warn_user(f"fit_svi: {words}; the guide was trained by the others. {ask(lambda: culprit(task))}")
         return fit
 
     def _settings(

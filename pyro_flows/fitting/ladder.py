@@ -14,7 +14,6 @@ import math
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +28,7 @@ from ..diagnostics import Check, Finding, check
 from ..flows import Flow
 from ..guides import AutoFlow
 from ..guides.recipe import affine_couplings
+from ..programs.error_text import warn_user
 from ..programs.latent_space import LatentSpace
 from ..programs.log_density import or_nan
 from ..programs.task import Task
@@ -251,7 +251,7 @@ def _escalated(ladder: Ladder, guide: AutoFlow, restarts: int) -> None:
     except FloatingPointError as error:  # for example at a hard edge, where a population still works
         if ladder.settings["on_nonfinite"] == "raise":
             raise
-        warnings.warn(f"fit_svi: training broke down; a population takes over. {error}", stacklevel=5)
+        warn_user(f"fit_svi: training broke down; a population takes over. {error}")
     if not ladder.ended:
         ladder.cover("annealed")
     if not ladder.ended and ladder.misses_a_mode:

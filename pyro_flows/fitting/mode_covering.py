@@ -292,12 +292,11 @@ def _balanced(weighted: _Weighted, task: Task) -> _Weighted:
 def _summary(space: LatentSpace, modes: ModeMixture, weighted: _Weighted | None, began: float) -> Annealed:
     """Summarise the guide's weighted draws or the population, whichever is better."""
     population, number, bridged = modes.population, len(modes.places), None
-    psis = weighted.psis if weighted else None
-    if weighted and psis and not (psis.even or psis.khat < CLEAR or space.task.runs_one_by_one):
+    if weighted and not (weighted.psis.even or weighted.psis.khat < CLEAR or space.task.runs_one_by_one):
         population, bridged = _bridged(space.task, weighted, population)
-    is_weighed = weighted is not None and not any(_faults(weighted, population))
-    if weighted and psis and is_weighed:
-        z, log_weights = weighted.z, psis.smoothed.to(weighted.z)
+    source: Psis | Population = population
+    if weighted and not any(_faults(weighted, population)):
+        source, z, log_weights = weighted.psis, weighted.z, weighted.psis.smoothed.to(weighted.z)
         labels, weights = modes.label(z), log_weights.exp()
         inside = [weights * (labels == k) for k in range(number)]
         shares = [(float(w.sum()), float((w - w.sum() * weights).norm())) for w in inside]
@@ -305,7 +304,6 @@ def _summary(space: LatentSpace, modes: ModeMixture, weighted: _Weighted | None,
         z, log_weights = population.z, population.log_weights
         labels = modes.label(z) if bridged else modes.labels
         shares = [population.share(labels == k) for k in range(number)]
-    source = psis if psis and is_weighed else population
     log_evidence, noise = source.log_evidence, source.log_evidence_se
     if bridged and bridged[1] < population.log_evidence_se:
         log_evidence, noise = bridged
@@ -320,8 +318,8 @@ def _summary(space: LatentSpace, modes: ModeMixture, weighted: _Weighted | None,
         modes=sorted(found, key=lambda mode: -mode.weight),
         guide=weighted.guide if weighted else None,
         fit=weighted.fit if weighted else None,
-        psis=psis,
-        is_weighed=is_weighed,
+        psis=weighted.psis if weighted else None,
+        is_weighed=source is not population,
         population=population,
         seconds=time.perf_counter() - began,
     )
