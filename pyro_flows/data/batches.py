@@ -21,11 +21,7 @@ from ..training.randomness import random_state, set_random_state
 Batch = tuple[Tensor, Tensor | None]  # rows (N, *event_shape), and contexts (N, ...) or None
 PART = 10_000  # rows in a batch of one pass over all
 NUMBERS = 250_000  # numbers in such a batch of images
-
-
-def suited_size(number: int, asked: int | None = None, most: int = 256) -> int:
-    """Return the size of a batch: the size asked for, or at most ``most`` and less for few rows."""
-    return min(asked or min(most, max(32, number // 18)), number)
+MOST, IMAGES = 256, 64  # rows and images in a batch by default
 
 
 class Rows:
@@ -34,19 +30,20 @@ class Rows:
     Args:
         x: ``(N, *event_shape)``.
         context: ``(N, ...)``, or None.
-        size: The number of rows of a batch, at most N; rows left over in an epoch come in another one.
+        size: The number of rows of a batch, at most N; by default as suits N.  Rows left over in an epoch come in
+            another one.
 
     Attributes:
         steps: The number of batches of an epoch.
         share: The share of the last batch that this process took.
     """
 
-    again = False
     in_common = True  # all processes have the same state
 
-    def __init__(self, x: Tensor, context: Tensor | None, size: int = PART) -> None:
-        self.x, self.context, self.size = x, context, size
-        self.steps, self.share = len(x) // size, 1.0
+    def __init__(self, x: Tensor, context: Tensor | None, size: int | None = None) -> None:
+        self.x, self.context = x, context
+        self.size = min(size or min(MOST if x.dim() == 2 else IMAGES, max(32, len(x) // 18)), len(x))
+        self.steps, self.share = len(x) // max(1, self.size), 1.0
         self._order, self._place = torch.zeros(0, dtype=torch.long), 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -164,6 +161,15 @@ def part_of(batch: Batch, own: Tensor | slice) -> Batch:
     """Return some rows of a batch and their contexts."""
     x, context = batch
     return x[own], None if context is None else context[own]
+
+
+def divided(batch: Batch, share: float, size: int | None) -> tuple[Rows, Rows]:
+    """Divide rows into those to train on, in batches of a size, and a share to hold out."""
+    # Rows may be sorted, so they are shuffled; a fixed seed lets a resumed run hold out the same rows.
+    number = len(batch[0])
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(0))
+    kept, out = order.tensor_split([max(1, number - math.ceil(share * number))])
+    return Rows(*part_of(batch, kept), size), Rows(*part_of(batch, out))
 
 
 def split(loader: Any, share: float) -> tuple[DataLoader, DataLoader]:

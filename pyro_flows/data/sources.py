@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..encoders import Standardize
 from ..encoders.base import at_rest
 from ..flows import Dequantized, Flow
 from ..flows.arguments import check_precision
-from .batches import Batch, Rows, Source, Stream, part_of, split, suited_size
+from .batches import Batch, Rows, Source, Stream, divided, split
 from .table import Names, is_table, read_table
 
 FEWEST = 20  # rows that can be split
@@ -33,8 +32,6 @@ class Reader:
         width: The number of columns of a table, or of channels of an image.
         like: A parameter with the flow's dtype and device.
         names: The names of the columns, once a table with names was read.
-        span: The minimum and maximum of each column of a table before it was rounded to the flow's dtype; None if
-            nothing was rounded.
     """
 
     def __init__(self, model: Any) -> None:
@@ -56,7 +53,6 @@ class Reader:
         self.flow: Flow = model.flow if isinstance(model, Dequantized) else model
         self.levels: int | None = model.levels if isinstance(model, Dequantized) else None
         self.names: Names = None
-        self.span: tuple[Tensor, Tensor] | None = None
         self._is_new = True
 
     @property
@@ -104,17 +100,13 @@ class Reader:
             raise ValueError(f"fit_density: {words}; use flows.Dequantized(flow), or x.float() for real numbers.")
 
     def _rounded(self, found: Tensor, argument: str) -> Tensor:
-        """Return numbers in the flow's dtype and record the span of columns; overflow raises ValueError."""
+        """Return numbers in the flow's dtype; overflow raises ValueError."""
         rounded = found.to(self.like.dtype)
-        if rounded.dtype == found.dtype or not found.numel():
-            return rounded
-        if found.is_floating_point() and bool((rounded.isinf() & ~found.isinf()).any()):
+        is_narrower = found.is_floating_point() and found.dtype != rounded.dtype
+        if is_narrower and bool((rounded.isinf() & ~found.isinf()).any()):
             most = found[found.isfinite()].abs().max().item()
             words = f"{argument} holds numbers of up to {most:.3g}, which overflow in the flow's dtype, {rounded.dtype}"
             raise ValueError(f"fit_density: {words}; divide them by their scale, or use flow.double().")
-        if rounded.dim() == 2 and argument in ("x", "a batch"):
-            low, high = self.span or (found[0], found[0])
-            self.span = torch.minimum(low, found.amin(0)), torch.maximum(high, found.amax(0))
         return rounded
 
     def _context(self, context: Any, number: int) -> Tensor:
@@ -150,16 +142,10 @@ def sources(
     """
     judge = None if validation is None else _validation(reader, validation)
     if is_table(x):
-        rows, contexts = reader.rows(x, context)
-        if len(rows) < FEWEST:
-            raise ValueError(f"fit_density: x must hold at least {FEWEST} rows, got {len(rows)}.")
-        if judge is None:
-            # Rows may be sorted, so they are shuffled; a fixed seed lets a resumed run hold out the same rows.
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-            kept, out = order.tensor_split([max(1, len(rows) - math.ceil(share * len(rows)))])
-            judge = Rows(*part_of((rows, contexts), out))
-            rows, contexts = part_of((rows, contexts), kept)
-        return Rows(rows, contexts, suited_size(len(rows), batch_size, 256 if rows.dim() == 2 else 64)), judge
+        batch = reader.rows(x, context)
+        if len(batch[0]) < FEWEST:
+            raise ValueError(f"fit_density: x must hold at least {FEWEST} rows, got {len(batch[0])}.")
+        return divided(batch, share, batch_size) if judge is None else (Rows(*batch, batch_size), judge)
     if context is not None or batch_size is not None:
         what = "context" if context is not None else "batch_size"
         raise ValueError(f"fit_density: {what} is for a table x; a loader sets it in its batches.")

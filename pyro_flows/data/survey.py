@@ -5,13 +5,13 @@ Uniform noise on discrete columns has known moments.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..programs.error_text import warn_user
-from .batches import Batch, part_of
+from .batches import Batch, Source, Stream, part_of
 from .columns import spikes_of, tied_columns
 from .sources import Reader
 from .table import label, listed, places_of
@@ -36,9 +36,11 @@ class Survey:
         broken: The number of NaN or inf in each column.
         broken_contexts: The number of contexts that hold NaN or inf.
         sample: Rows at regular distances, in their order, and their contexts.
+        repeats: True if the user samples rows with replacement.
     """
 
-    def __init__(self, batches: Iterable[Batch], width: int) -> None:
+    def __init__(self, batches: Source, width: int) -> None:
+        self.repeats = isinstance(batches, Stream) and batches.again
         self.rows, self.numbers, self.broken_contexts = 0, 0, 0
         self.loc, self._squares, zero = torch.zeros(3, width, dtype=torch.float64)
         self.low, self.high = zero + torch.inf, zero - torch.inf
@@ -111,7 +113,7 @@ def _joined(batches: list[Batch]) -> Batch:
 
 
 def check_rows(
-    reader: Reader, seen: Survey, judged: Survey, discrete: Sequence[int | str] | None, *, apart: bool, again: bool
+    reader: Reader, seen: Survey, judged: Survey, discrete: Sequence[int | str] | None, *, apart: bool
 ) -> list[int]:
     """Raise ValueError, by column and number, if rows cannot have a density, and warn if it would grow without bound.
 
@@ -121,7 +123,6 @@ def check_rows(
         judged: The rows that validate.
         discrete: The columns that the user declared as integers, by index or name.
         apart: True if the user gave the rows that validate.
-        again: True if the user samples rows with replacement.
 
     Returns:
         The indices of the discrete columns.
@@ -140,17 +141,16 @@ def check_rows(
         words = f"fit_density: discrete columns must hold integers only, unlike {listed(found)}"
         raise ValueError(f"{words}. For other steps use dequantize(x, columns, step=...).")
     same = [place for place in (seen.high == seen.low).nonzero().flatten().tolist() if place not in places]
-    low, high = reader.span or (seen.low, seen.high)
-    if found := [f"{labels[p]} (from {low[p].item()} to {high[p].item()})" for p in same if low[p] < high[p]]:
-        words = f"the flow's dtype, {dtype}, has too few digits for {listed(found)}, whose numbers it rounds to one"
-        raise ValueError(f"fit_density: {words}. Subtract a constant such as the mean, or use flow.double().")
     if found := [f"{labels[place]} ({seen.low[place].item():.6g})" for place in same]:
-        raise ValueError(f"fit_density: x is constant in {listed(found)}, which has no density. Leave it out.")
+        raise ValueError(
+            f"fit_density: x is constant in {listed(found)}, which has no density. Leave it out; if its numbers differ "
+            f"by less than {dtype} can tell, subtract a constant such as the mean, or use flow.double()."
+        )
     rounding = torch.maximum(seen.low.abs(), seen.high.abs()) * torch.finfo(dtype).eps
     if found := [f"{labels[p]} (up to {seen.high[p].item():.6g})" for p in places if rounding[p] > ROOM]:
         words = f"fit_density: {dtype} leaves no room for noise between the integers of {listed(found)}"
         raise ValueError(f"{words}; subtract a constant, or use flow.double().")
-    _warn_of_columns(reader, seen, [place for place in range(reader.width) if place not in places], again=again)
+    _warn_of_columns(reader, seen, [place for place in range(reader.width) if place not in places])
     return places
 
 
@@ -189,7 +189,7 @@ def _check_usable(parts: dict[str, list[Survey]], labels: list[str], unit: str) 
         raise ValueError(f"fit_density: {must}, got {seen} and {judged}.")
 
 
-def _warn_of_columns(reader: Reader, seen: Survey, places: Sequence[int], *, again: bool) -> None:
+def _warn_of_columns(reader: Reader, seen: Survey, places: Sequence[int]) -> None:
     """Warn of columns without noise in which densities grow without bound, or whose numbers lose digits."""
     dtype = reader.like.dtype
     step = torch.finfo(dtype).eps * seen.loc.abs() / seen.scale
@@ -197,7 +197,7 @@ def _warn_of_columns(reader: Reader, seen: Survey, places: Sequence[int], *, aga
     if found := [f"{label(reader.names, place)} (to {step[place].item():.1g} sd)" for place in coarse]:
         words = f"{dtype} rounds {listed(found)}, so far from zero"
         warn_user(f"fit_density: {words}; subtract the mean, or use flow.double().")
-    x = seen.sample[0].unique(dim=0) if again else seen.sample[0]
+    x = seen.sample[0].unique(dim=0) if seen.repeats else seen.sample[0]
     fine = [place for place in places if place not in coarse]
     if tied := tied_columns(x[:, fine]) if len(fine) > 1 else []:
         words = f"{listed([label(reader.names, fine[place]) for place in tied])} determine one another"

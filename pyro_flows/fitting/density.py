@@ -151,7 +151,7 @@ def fit_density(
     _check_flow(reader, grid, mixed_precision)
     train, judge = sources(reader, x, context, validation, batch_size, held_out)
     seen, judged = (Survey(source, reader.width) for source in (train, judge))
-    places = check_rows(reader, seen, judged, discrete, apart=validation is not None, again=train.again)
+    places = check_rows(reader, seen, judged, discrete, apart=validation is not None)
     spread, pictures = CellNoise(places, reader.like.device), Attempts(CALLER, "samples", grid)
     data = [*_marks(train, seen), *_marks(judge, judged), f"discrete {places}"]
     if heavy_tails is None:
@@ -169,7 +169,7 @@ def fit_density(
                 diagnose=lambda: culprit(flow, reader.flow, *some),
                 decay=ema_decay,
                 show=functools.partial(_in_bits, flow) if len(reader.event_shape) == 3 else format_of(loss),
-                end_epoch=lambda epoch: pictures.attempt(lambda path: _draw(flow, judged.sample[1], path, epoch)),
+                end_epoch=lambda epoch: pictures.attempt(lambda path: _draw(reader, judged.sample[1], path, epoch)),
                 caller=CALLER,
                 clip_norm=clip_norm or (5.0 if len(reader.event_shape) == 1 else 50.0),
                 marks=marks,
@@ -229,17 +229,16 @@ def _in_bits(flow: Flow | Dequantized, nats: float) -> str:
 
 
 @torch.no_grad()
-def _draw(model: Flow | Dequantized, contexts: Tensor | None, path: Path, epoch: int) -> None:
+def _draw(reader: Reader, contexts: Tensor | None, path: Path, epoch: int) -> None:
     """Write a grid of samples: one column for each class, or one image for each context.
 
     Args:
-        model: The flow.
+        reader: The reader of the flow's rows.
         contexts: Contexts ``(N, ...)`` of data, or None.
         path: The file; ``{epoch}`` in its name is replaced.
         epoch: The number of the epoch.
     """
-    flow, levels = (model.flow, model.levels) if isinstance(model, Dequantized) else (model, None)
-    columns = 8
+    flow, model, columns = reader.flow, reader.model, 8
     if isinstance(flow.encoder, ClassEmbedding):
         classes = columns = min(flow.encoder.num_classes, 16)
         contexts = torch.arange(classes).repeat(NUMBER // classes)
@@ -248,4 +247,4 @@ def _draw(model: Flow | Dequantized, contexts: Tensor | None, path: Path, epoch:
     else:
         images = model(contexts[:NUMBER].to(next(flow.parameters()).device)).sample()
     name = path.name.replace("{epoch}", f"{epoch:04d}")
-    save_images(images, path.with_name(name), columns=columns, levels=levels)
+    save_images(images, path.with_name(name), columns=columns, levels=reader.levels)

@@ -42,7 +42,7 @@ from ..sampling.gaussian import Gaussian, fit_gaussian
 from ..threads import OPERATIONS
 from ..training import distributed
 from ..training.checkpoint import fingerprint, steps_of
-from ..training.interrupts import hold_interrupts
+from ..training.interrupts import watching
 from ..training.loop import Descent, Fit, Settings, ask
 from ..training.randomness import unchanged
 from ..training.stopping import noise_at
@@ -261,16 +261,8 @@ def start_from_gaussian(
         return None
     shown = progress and distributed.rank() == 0
     words = "looking for a Gaussian to start from"
-    with (
-        tqdm(desc=words, unit="round", disable=not shown, delay=1, leave=False) as bar,
-        hold_interrupts(notice=SKIPPED) as asked,
-        validation_enabled(False),  # a draw without density must reach the scores
-    ):
-
-        def watch() -> bool:
-            bar.update()
-            return asked()
-
+    bar = tqdm(desc=words, unit="round", disable=not shown, delay=1, leave=False)
+    with watching(bar, SKIPPED) as watch, validation_enabled(False):  # a draw without density must reach the scores
         density = or_nan(LatentSpace(task).log_p)
         found = fit_gaussian(lambda latent: power * density(latent), *guide.start, budget=budget, watch=watch)
     guide.start_at(found.loc, found.scale_tril.norm(dim=-1).diag() if found.is_poor else found.scale_tril)
