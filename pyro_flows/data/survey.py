@@ -94,8 +94,7 @@ class CellNoise:
         self.places, self.device = torch.tensor(places, dtype=torch.long), device
 
     def __call__(self, batch: Batch) -> Batch:
-        x, context = (None if part is None else part.to(self.device) for part in batch)
-        assert x is not None
+        x, context = batch[0].to(self.device), None if batch[1] is None else batch[1].to(self.device)
         if len(self.places):
             noise = torch.rand(len(x), len(self.places), dtype=x.dtype)
             x = x.index_add(1, self.places.to(x.device), noise.to(x.device))

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pyro
 import torch
@@ -157,8 +157,7 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
     Raises:
         ValueError: If hardly a draw of the prior has a density.
     """
-    began, guide = time.perf_counter(), task.guide.call
-    assert isinstance(guide, AutoFlow)
+    began, guide = time.perf_counter(), cast(AutoFlow, task.guide.call)
     with pyro.validation_enabled(False):
         space = sound_space(task)
         reference, number = Reference(space, guide.start[0]), -(-number // ISLANDS) * ISLANDS
@@ -245,12 +244,10 @@ def _with_modes(task: Task, modes: ModeMixture) -> AutoFlow:
     Small components get more weight than they have, so that weighted draws estimate it well.
     """
     mixture = modes.mixture()
-    circular = task.guide.call.circular  # type: ignore[attr-defined]
+    circular = cast(AutoFlow, task.guide.call).circular
     build = partial(ModesBase, num_components=len(mixture.weights), circular=circular)
     guide = _at_population(task, modes, base=build)
-    base, fixed = guide.flow.base, guide.flow.transforms[-1]
-    assert isinstance(base, ModesBase)
-    assert isinstance(fixed, FixedAffine)
+    base, fixed = cast(ModesBase, guide.flow.base), cast(FixedAffine, guide.flow.transforms[-1])
     scale = fixed.scale if fixed.dense else fixed.scale.diag()
     factor = torch.linalg.solve_triangular(scale, mixture.scale_tril, upper=False)
     base.set(fixed.inverse_and_log_det(mixture.loc)[0], factor, mixture.weights.sqrt())
@@ -277,8 +274,7 @@ def _balanced(weighted: _Weighted, task: Task) -> _Weighted:
     """Fit the weights of the base's components to reliably weighted draws, which are less noisy than a population."""
     if not weighted.psis.reliable:
         return weighted
-    guide, base = weighted.guide, weighted.guide.flow.base
-    assert isinstance(base, ModesBase)
+    guide, base = weighted.guide, cast(ModesBase, weighted.guide.flow.base)
     u = guide.get_transform(*task.model.args, **task.model.kwargs).inv(weighted.z)
     heights = torch.cat([base().component_distribution.log_prob(part.unsqueeze(1)) for part in u.split(1000)])
     shares = base.logits.softmax(-1)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from pyro import validation_enabled
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -29,16 +28,15 @@ def check_proper(guide: AutoFlow, task: Task) -> None:
     flat = _flat_latents(guide, space)
     if not 0 < sum(map(len, flat.values())) <= MANY:
         return
-    with validation_enabled(False):
-        density = or_nan(space.log_p)
-        for on_lines, places in flat.items():
-            for direction in _straight_lines(density, guide.start[0], places, on_lines):
-                sites = sorted({guide.coordinates[place] for place in (direction.abs() > 0.1).nonzero()})
-                which = f"latent site{'s' * (len(sites) > 1)} {', '.join(map(repr, sites))}"
-                raise ValueError(
-                    f"fit_svi: the posterior is improper: nothing in the model bounds {which}, whose prior is flat, in "
-                    f"some direction. Give {'it' if len(sites) == 1 else 'one of them'} a proper prior."
-                )
+    density = or_nan(space.log_p)
+    for on_lines, places in flat.items():
+        for direction in _straight_lines(density, guide.start[0], places, on_lines):
+            sites = sorted({guide.coordinates[place] for place in (direction.abs() > 0.1).nonzero()})
+            which = f"latent site{'s' * (len(sites) > 1)} {', '.join(map(repr, sites))}"
+            raise ValueError(
+                f"fit_svi: the posterior is improper: nothing in the model bounds {which}, whose prior is flat, in "
+                f"some direction. Give {'it' if len(sites) == 1 else 'one of them'} a proper prior."
+            )
 
 
 def _flat_latents(guide: AutoFlow, space: LatentSpace) -> dict[bool, list[int]]:

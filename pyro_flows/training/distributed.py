@@ -272,8 +272,6 @@ def agree(caller: str, settings: dict[str, Any], device: torch.device) -> None:
     Raises:
         ValueError: If they do not; the error names what differs, or the way out.
     """
-    if alone():
-        return
     mine = {name: repr(value) for name, value in settings.items()}
     first = broadcast(lambda: mine)
     if differ := [name for name, value in first.items() if mine.get(name) != value]:
@@ -281,7 +279,7 @@ def agree(caller: str, settings: dict[str, Any], device: torch.device) -> None:
             f"{caller}: processes 0 and {rank()} are to fit different things (their {', '.join(differ)}). Run the same "
             "script on the same data in all. If it generates data, set a seed first."
         )
-    on_gpu = device.type == "cuda" and "nccl" in dist.get_backend_config()
+    on_gpu = device.type == "cuda" and not alone() and "nccl" in dist.get_backend_config()
     gpu = str(torch.cuda.get_device_properties(device).uuid) if on_gpu else ""
     if all_gather(lambda: gpu).count(gpu) > 1 and on_gpu:
         raise ValueError(
