@@ -38,8 +38,6 @@ class Rows:
         share: The share of the last batch that this process took.
     """
 
-    in_common = True  # all processes have the same state
-
     def __init__(self, x: Tensor, context: Tensor | None, size: int | None = None) -> None:
         self.x, self.context = x, context
         self.size = min(size or min(MOST if x.dim() == 2 else IMAGES, max(32, len(x) // 18)), len(x))
@@ -82,8 +80,6 @@ class Stream:
         again: True if the loader samples rows with replacement.
         share: The share of the last batch that this process took.
     """
-
-    in_common = True
 
     def __init__(self, loader: Iterable[Any], read: Callable[[Any], Batch]) -> None:
         self.loader, self.read = loader, read

@@ -233,22 +233,17 @@ def _kept(file: Path | None, draw: Callable[[], Simulations], settings: dict[str
 
 
 def _rows(
-    simulator: Simulator,
-    guide: AutoFlow,
-    simulations: Simulations,
-    objective: nn.Module,
-    share: float,
-    batch_size: int | None,
+    simulator: Simulator, guide: AutoFlow, known: Simulations, objective: nn.Module, share: float, size: int | None
 ) -> RowLoss:
     """Return the loss of simulations, with a share held out.
 
     A batch holds the indices of some simulations, ``(N, 1)``.
     """
-    z, log_det = _standardise(simulator, guide, simulations)
+    z, log_det = _standardise(simulator, guide, known)
 
     def loss(batch: Batch) -> Tensor:
         index = batch[0][:, 0]
-        args, kwargs = simulator.arguments(simulations.take(index).data)
+        args, kwargs = simulator.arguments(known.take(index).data)
         context = guide.context(*args, **kwargs)
         if context is None or context.shape[:-1] != index.shape:
             shape = None if context is None else tuple(context.shape)
@@ -256,8 +251,8 @@ def _rows(
         found = objective(guide.flow, z[index], context)
         return found - log_det[index].mean() if getattr(objective, "in_nats", False) else found
 
-    train, judge = divided((torch.arange(len(simulations)).unsqueeze(-1), None), share, batch_size)
-    return RowLoss(train, judge, loss, fingerprint((z, *simulations.data.values())))
+    train, judge = divided((torch.arange(len(known)).unsqueeze(-1), None), share, size)
+    return RowLoss(train, judge, loss, fingerprint((z, *known.data.values())))
 
 
 def _standardise(simulator: Simulator, guide: AutoFlow, simulations: Simulations) -> tuple[Tensor, Tensor]:

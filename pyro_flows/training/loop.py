@@ -156,10 +156,10 @@ class Descent:
         settings: The settings of the run.
         trained: The guide or flow; its buffers belong to the state of the run.
         diagnose: Returns what is not finite, for the error.
-        companion: The objective or the source of rows.  Its state belongs to the run if it has ``load_state_dict``, and
-            is the same in all processes if it has ``in_common``.  Its ``share`` is the share of this process in the
-            rows of the last loss; by default all have equal shares.  While its ``settled`` is False, losses are not
-            comparable, and the latest state counts as the best.
+        companion: The objective or the source of rows.  Its state belongs to the run if it has ``load_state_dict``; a
+            source has the same state in all processes.  Its ``share`` is the share of this process in the rows of the
+            last loss; by default all have equal shares.  While its ``settled`` is False, losses are not comparable, and
+            the latest state counts as the best.
         judge: Judges states by held-out data; None to judge them by the running loss.
 
     Raises:
@@ -363,8 +363,7 @@ class Descent:
         return self.average.in_place() if self.average else contextlib.nullcontext()
 
     def _save(self) -> None:
-        own = () if getattr(self.companion, "in_common", False) else ("companion", "buffers")
-        self.checkpoint.save(self.state_dict(), own)
+        self.checkpoint.save(self.state_dict(), () if self.judge else ("companion", "buffers"))
 
     def state_dict(self) -> dict[str, Any]:
         return {
