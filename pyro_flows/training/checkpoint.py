@@ -142,8 +142,7 @@ class Checkpoint(Attempts):
         state = distributed.broadcast(lambda: _load(self.path, self._caller, self._settings))
         if state is None:
             return None
-        if distributed.rank() == 0:
-            set_random_state(state["random"])
+        set_random_state(state["random"])
         distributed.seed()
         others = state["others"]
         if 0 < distributed.rank() <= len(others):
