@@ -104,13 +104,6 @@ def _set_up(
 
 
 def _observed(trace: Trace) -> list[Tensor]:
-    """Return the values that a model observes.
-
-    Raises:
-        TypeError: If one is not a tensor.
-    """
-    sites = {name: trace.nodes[name] for name in trace.observation_nodes}
-    for name, site in sites.items():
-        if not isinstance(site["value"], Tensor):
-            raise TypeError(f"site {name!r} observes {site['value']!r:.40}, which is not a tensor")
-    return [site["value"] for site in sites.values() if not site["infer"].get("_deterministic")]
+    """Return the values that a model observes."""
+    sites = [trace.nodes[name] for name in trace.observation_nodes]
+    return [site["value"] for site in sites if not site["infer"].get("_deterministic")]
