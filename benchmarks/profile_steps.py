@@ -89,7 +89,7 @@ def fit() -> Step:
     (optimizer,) = optimizers(parameters, 1e-6, by_soap=guide.by_soap(), by_muon=[])
 
     def step() -> None:
-        optimizer.zero_grad()
+        guide.zero_grad()
         elbo.joint_loss().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 100.0)
         optimizer.step()

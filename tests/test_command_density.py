@@ -324,7 +324,7 @@ def test_ctrl_c_writes_the_best_state_beside_the_old_files_and_ends_with_130(fol
 
 def test_ctrl_c_in_a_long_first_epoch_keeps_what_it_has_trained(folder, capsys, monkeypatch, interrupt):
     """There is no loss on held-out data by then."""
-    monkeypatch.setattr("pyro_flows.data.sources.suited_size", lambda *_: 4)
+    monkeypatch.setattr("pyro_flows.data.batches.MOST", 4)
     with pytest.raises(SystemExit):
         interrupt(14)
     assert "Interrupted after 15 steps; kept the best state, of step 15" in capsys.readouterr().err

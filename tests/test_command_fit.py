@@ -21,7 +21,7 @@ import torch
 from models import with_verdict
 
 import pyro_flows
-from pyro_flows import sample
+from pyro_flows import Fit, sample
 from pyro_flows.__main__ import main
 from pyro_flows.commands import Refused, fit
 from pyro_flows.commands.data import read_data
@@ -388,7 +388,8 @@ def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
 
 
 def table(draws: dict[str, np.ndarray], a_check) -> list[str]:
-    return report(draws, a_check, seconds=1.0, skipped=0, advice="").split("\n\n")[0].splitlines()[1:]
+    a_fit = Fit(None, torch.zeros(1), 0.0, 1, 1, 0, 1.0, "steps")
+    return report(draws, a_check, a_fit, seconds=1.0, advice="").split("\n\n")[0].splitlines()[1:]
 
 
 def test_long_sites_are_cut_short_where_there_are_many_rows(a_check):

@@ -15,5 +15,5 @@ DENSITIES = {
 }
 
 
-class Refused(ValueError):
+class Refused(Exception):
     """Error for a wish that cannot be granted; its text is one line for the user of the command."""

@@ -71,8 +71,6 @@ def _read_json(path: Path) -> Data:
 
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once_each)
-    except Refused:
-        raise
     except ValueError as error:
         raise Refused(f"the data file {str(path)!r} is not JSON: {error}") from error
     except RecursionError as error:

@@ -69,8 +69,7 @@ def run(wish: Namespace) -> bool:
         drawn = partial(to_arviz, eight_schools, guide, *data, importance=checked.verdict == "reweight")
         write_atomically(outputs.paths[0], drawn(num_samples=WRITTEN).to_netcdf)
     draws = draws_of(drawn(num_samples=SHOWN, log_likelihood=False, batch_size=BATCH))
-    settings: dict[str, Any] = {"seconds": time.perf_counter() - start, "skipped": fit.skipped, "advice": ADVICE}
-    said = report(draws, checked, labels={"theta": list(SCHOOLS)}, **settings)
+    said = report(draws, checked, fit, time.perf_counter() - start, ADVICE, theta=list(SCHOOLS))
     draw = partial(plot_funnel, {name: values[:WRITTEN] for name, values in draws.items()})
     outputs.finish(draw, f"{said}\nWrote {outputs}.", quiet=wish.quiet, interrupted=asked())
     return checked.verdict != "do not trust"

@@ -25,7 +25,7 @@ from . import RECIPES, Refused
 from .data import Data, read_data
 from .model import check_arguments, in_one_line, load_model
 from .outputs import Outputs, hold_ctrl_c
-from .report import draws_of, report
+from .report import draws_of, exact_draws, report
 
 DRAWS = 4000
 MOST_OBSERVED = 5000  # numbers, whose log-likelihoods are kept draw by draw
@@ -66,7 +66,7 @@ def run(wish: Namespace) -> bool:
             checked = fit.check or check(model, fit.guide, model_kwargs=arguments)
         except (ValueError, TypeError, FloatingPointError) as error:
             raise Refused(in_one_line(error, file)) from error
-        exact = fit.samples if fit.samples is not None and fit.samples.converged else None
+        exact = exact_draws(fit)
         container = to_arviz(
             model,
             exact or fit.guide,
@@ -77,8 +77,7 @@ def run(wish: Namespace) -> bool:
         )
         write_atomically(outputs.paths[0], container.to_netcdf)
     advice = f"Try {'' if wish.escalate else '--escalate, '}more --steps or another --flow."
-    settings = {"seconds": time.perf_counter() - start, "skipped": fit.skipped, "advice": advice}
-    said = report(draws_of(container), checked, exact=exact, **settings)
+    said = report(draws_of(container), checked, fit, time.perf_counter() - start, advice)
     outputs.finish(checked.plot, f"{said}\nWrote {outputs}.", quiet=wish.quiet, interrupted=asked())
     return bool(exact) or checked.verdict != "do not trust"
 
@@ -105,13 +104,6 @@ def _set_up(
 
 
 def _observed(trace: Trace) -> list[Tensor]:
-    """Return the values that a model observes.
-
-    Raises:
-        TypeError: If one is not a tensor.
-    """
-    sites = {name: trace.nodes[name] for name in trace.observation_nodes}
-    for name, site in sites.items():
-        if not isinstance(site["value"], Tensor):
-            raise TypeError(f"site {name!r} observes {site['value']!r:.40}, which is not a tensor")
-    return [site["value"] for site in sites.values() if not site["infer"].get("_deterministic")]
+    """Return the values that a model observes."""
+    sites = [trace.nodes[name] for name in trace.observation_nodes]
+    return [site["value"] for site in sites if not site["infer"].get("_deterministic")]

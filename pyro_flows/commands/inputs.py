@@ -60,8 +60,6 @@ def read_numpy(what: str, path: Path) -> np.ndarray | dict[str, np.ndarray]:
                 return _array(file, size, "it")
             with zipfile.ZipFile(file) as archive:
                 return _arrays(archive, size)
-        except OSError:
-            raise
         except Exception as error:  # damaged files raise errors of many kinds
             words = " ".join(f"{error!s:.250}".split()) or "its header cannot be read"
             if isinstance(error, zipfile.BadZipFile):

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..data.table import listed_names
 from . import Refused
 
 
@@ -70,20 +71,16 @@ def check_arguments(model: Callable[..., Any], given: list[str]) -> None:
         return  # callables without a signature raise their own errors
     required = [p for p in taken if p.default is p.empty]
     if nameless := [p.name for p in required if p.kind is p.POSITIONAL_ONLY]:
-        raise Refused(f"the model takes {_listed(nameless)} by position only; arguments are given by name")
+        raise Refused(f"the model takes {listed_names(nameless)} by position only; arguments are given by name")
     named = [p for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     missing = [p.name for p in named if p in required and p.name not in given]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in taken)
     unexpected = [] if takes_any else sorted(set(given) - {p.name for p in named})
-    faults = [f"the data lack {_listed(missing)}"] if missing else []
-    faults += [f"the model does not take {_listed(unexpected)}"] if unexpected else []
+    faults = [f"the data lack {listed_names(missing)}"] if missing else []
+    faults += [f"the model does not take {listed_names(unexpected)}"] if unexpected else []
     if faults:
         takes = ", ".join(p.name if p in required else f"{p.name}={p.default!r:.30}" for p in named)
         raise Refused(f"{' and '.join(faults)}; the model's arguments: {takes or 'none'}")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names))
 
 
 def in_one_line(error: BaseException, file: Path) -> str:

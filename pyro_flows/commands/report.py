@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..diagnostics import Check
 from ..sampling.samples import Samples
+from ..training import Fit
 
 MANY = 40  # rows, beyond which long sites are cut short
 HEADINGS = "mean", "sd", "5 %", "95 %"
@@ -29,41 +30,38 @@ def draws_of(data: Any) -> dict[str, np.ndarray]:
     return {str(name): variable.values.reshape(-1, *variable.shape[2:]) for name, variable in variables}
 
 
+def exact_draws(fit: Fit) -> Samples | None:
+    """Return the exact draws of a fit, if there are some and their chains have converged."""
+    return fit.samples if fit.samples is not None and fit.samples.converged else None
+
+
 def report(
-    draws: dict[str, np.ndarray],
-    check: Check,
-    *,
-    seconds: float,
-    skipped: int,
-    advice: str,
-    exact: Samples | None = None,
-    labels: dict[str, list[str]] | None = None,
+    draws: dict[str, np.ndarray], check: Check, fit: Fit, seconds: float, advice: str, **labels: list[str]
 ) -> str:
     """Return the table, the diagnostics and the verdict as text.
 
     Args:
         draws: For each site, values of shape ``(N, *site_shape)``.
         check: The check of the guide.
+        fit: The fit of the guide.
         seconds: The time of the run.
-        skipped: The number of skipped steps.
         advice: What to try if the answer cannot be trusted.
-        exact: The chains of the draws, if these are exact.
-        labels: Names for the numbers of a site, in place of their indices.
+        **labels: Names for the numbers of a site, in place of their indices.
     """
-    psis = check.psis
+    psis, exact = check.psis, exact_draws(fit)
     verdict = f"{VERDICTS[check.verdict]} {check.reason}" + (f" {advice}" if check.verdict == "do not trust" else "")
     if exact:
         verdict = f"{VERDICTS['trust']} They are exact: their chains have converged. Of the guide: {check.reason}"
     return "\n".join(
         [
             "",
-            *_table(draws, labels or {}),
+            *_table(draws, labels),
             "",
             *([f"chains        {exact.worst}"] if exact else []),
             f"k-hat         {psis.khat:.2f}  (weights are reliable below {psis.threshold:.2f})",
             f"ESS           {psis.ess:.0f} of {len(psis.log_weights)} draws",
             f"log evidence  {psis.log_evidence:.3f} ± {psis.log_evidence_se:.3f} nats",
-            f"time          {seconds:.1f} s" + (f", {skipped} steps skipped" if skipped else ""),
+            f"time          {seconds:.1f} s" + (f", {fit.skipped} steps skipped" if fit.skipped else ""),
             "",
             *textwrap.wrap(verdict, 110),
         ]

@@ -6,7 +6,6 @@ import csv
 import io
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,17 +53,32 @@ def read_table(path: Path, chosen: list[str] | None = None) -> tuple[pd.DataFram
             raise Refused(f"argument --columns: there is no {listed_names(unknown)}; the table has {has}")
         cells = {name: cells[name] for name in chosen}
     numbers, words = _columns(cells)
-    selection = _Selection(pd.DataFrame(numbers), remarks, strict=chosen is not None)
-    selection.leave_out("columns that are not numbers", words)
-    first = selection.table.iloc[:, 0]
+    table = pd.DataFrame(numbers)
+
+    def leave_out(kind: str, faults: Mapping[str, str]) -> None:
+        """Drop the columns with a fault; ``faults`` holds a detail for each, which may be empty."""
+        nonlocal table
+        if not faults:
+            return
+        found = listed([f"{name!r} ({detail})" if detail else repr(name) for name, detail in faults.items()], MANY)
+        if chosen is not None:
+            raise Refused(f"argument --columns: {kind} have no density: {found}")
+        remarks.append(f"Left out {kind}: {found}.")
+        table = table.drop(columns=list(faults))
+        if table.columns.empty:
+            raise Refused(" ".join(["the table has no column that has a density.", *remarks]))
+
+    leave_out("columns that are not numbers", words)
+    first = table.iloc[:, 0]
     if first.name == FIRST and len(first) > 1 and (np.diff(first) == 1).all():
-        selection.leave_out("row numbers", {FIRST: ""})
-    selection.leave_out("empty columns", dict.fromkeys(selection.table.columns[selection.table.isna().all()], ""))
-    selection.leave_out_constants()
-    if infinite := _counted(np.isinf(selection.table)):
+        leave_out("row numbers", {FIRST: ""})
+    leave_out("empty columns", dict.fromkeys(table.columns[table.isna().all()], ""))
+    leave_out("constant columns", _constants(table))
+    if infinite := _counted(np.isinf(table)):
         raise Refused(f"the table holds inf in {infinite}; leave these rows out")
-    selection.leave_out_gaps()
-    return selection.table, remarks
+    table = _complete(table, remarks)
+    leave_out("constant columns", _constants(table))
+    return table, remarks
 
 
 def split_names(text: str) -> list[str]:
@@ -79,48 +93,22 @@ def split_names(text: str) -> list[str]:
     return names
 
 
-@dataclass
-class _Selection:
-    """Columns that remain.
+def _complete(table: pd.DataFrame, remarks: list[str]) -> pd.DataFrame:
+    """Return the rows without missing values, and add a remark on the others."""
+    gaps = table.isna()
+    missing, rows = int(gaps.any(axis=1).sum()), len(gaps)
+    where = f"{missing} of {rows} rows"
+    if missing > rows / 2:
+        raise Refused(f"values are missing in {where}: in {_counted(gaps)}; choose other columns by --columns")
+    if missing:
+        remarks.append(f"Left out {where}, where values are missing: in {_counted(gaps)}.")
+    return table.dropna()
 
-    Attributes:
-        table: The columns.
-        remarks: A line for each omission.
-        strict: True if an omission of columns is an error.
-    """
 
-    table: pd.DataFrame
-    remarks: list[str]
-    strict: bool
-
-    def leave_out(self, kind: str, faults: Mapping[str, str]) -> None:
-        """Drop the columns with a fault; ``faults`` holds a detail for each, which may be empty."""
-        if not faults:
-            return
-        found = listed([f"{name!r} ({detail})" if detail else repr(name) for name, detail in faults.items()], MANY)
-        if self.strict:
-            raise Refused(f"argument --columns: {kind} have no density: {found}")
-        self.remarks.append(f"Left out {kind}: {found}.")
-        self.table = self.table.drop(columns=list(faults))
-        if self.table.columns.empty:
-            raise Refused(" ".join(["the table has no column that has a density.", *self.remarks]))
-
-    def leave_out_constants(self) -> None:
-        lowest = self.table.min()
-        same = lowest[lowest == self.table.max()]
-        self.leave_out("constant columns", {name: f"{value:.6g}" for name, value in same.items()})
-
-    def leave_out_gaps(self) -> None:
-        """Drop the rows with missing values."""
-        gaps = self.table.isna()
-        missing, rows = int(gaps.any(axis=1).sum()), len(gaps)
-        if missing > rows / 2:
-            words = f"values are missing in {missing} of {rows} rows: in {_counted(gaps)}"
-            raise Refused(f"{words}; choose other columns by --columns")
-        if missing:
-            self.remarks.append(f"Left out {missing} of {rows} rows, where values are missing: in {_counted(gaps)}.")
-            self.table = self.table.dropna()
-            self.leave_out_constants()
+def _constants(table: pd.DataFrame) -> dict[str, str]:
+    """Return the columns that hold one value, and these values."""
+    lowest = table.min()
+    return {name: f"{value:.6g}" for name, value in lowest[lowest == table.max()].items()}
 
 
 def _columns(cells: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, str]]:

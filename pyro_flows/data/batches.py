@@ -21,11 +21,7 @@ from ..training.randomness import random_state, set_random_state
 Batch = tuple[Tensor, Tensor | None]  # rows (N, *event_shape), and contexts (N, ...) or None
 PART = 10_000  # rows in a batch of one pass over all
 NUMBERS = 250_000  # numbers in such a batch of images
-
-
-def suited_size(number: int, asked: int | None = None, most: int = 256) -> int:
-    """Return the size of a batch: the size asked for, or at most ``most`` and less for few rows."""
-    return min(asked or min(most, max(32, number // 18)), number)
+MOST, IMAGES = 256, 64  # rows and images in a batch by default
 
 
 class Rows:
@@ -34,19 +30,18 @@ class Rows:
     Args:
         x: ``(N, *event_shape)``.
         context: ``(N, ...)``, or None.
-        size: The number of rows of a batch, at most N; rows left over in an epoch come in another one.
+        size: The number of rows of a batch, at most N; by default as suits N.  Rows left over in an epoch come in
+            another one.
 
     Attributes:
         steps: The number of batches of an epoch.
         share: The share of the last batch that this process took.
     """
 
-    again = False
-    in_common = True  # all processes have the same state
-
-    def __init__(self, x: Tensor, context: Tensor | None, size: int = PART) -> None:
-        self.x, self.context, self.size = x, context, size
-        self.steps, self.share = len(x) // size, 1.0
+    def __init__(self, x: Tensor, context: Tensor | None, size: int | None = None) -> None:
+        self.x, self.context = x, context
+        self.size = min(size or min(MOST if x.dim() == 2 else IMAGES, max(32, len(x) // 18)), len(x))
+        self.steps, self.share = len(x) // max(1, self.size), 1.0
         self._order, self._place = torch.zeros(0, dtype=torch.long), 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -85,8 +80,6 @@ class Stream:
         again: True if the loader samples rows with replacement.
         share: The share of the last batch that this process took.
     """
-
-    in_common = True
 
     def __init__(self, loader: Iterable[Any], read: Callable[[Any], Batch]) -> None:
         self.loader, self.read = loader, read
@@ -148,15 +141,16 @@ class Stream:
 Source = Rows | Stream
 
 
-def sum_of(loss: Callable[[Batch], Tensor], source: Source) -> float:
-    """Return the sum over all rows of a source of a mean loss; each process computes its share."""
-    total = 0.0
+def mean_of(loss: Callable[[Batch], Tensor], source: Source) -> float:
+    """Return the mean loss of all rows of a source; each process computes its share."""
+    total, number = 0.0, 0
     for batch in source:
+        number += len(batch[0])
         own, share = distributed.share(len(batch[0]))
         if share:
             mine = part_of(batch, own)
             total += float(loss(mine)) * len(mine[0])
-    return sum(distributed.all_gather(lambda: total))
+    return sum(distributed.all_gather(lambda: total)) / number
 
 
 def part_of(batch: Batch, own: Tensor | slice) -> Batch:
@@ -165,14 +159,23 @@ def part_of(batch: Batch, own: Tensor | slice) -> Batch:
     return x[own], None if context is None else context[own]
 
 
-def split(caller: str, loader: Any, share: float) -> tuple[DataLoader, DataLoader]:
+def divided(batch: Batch, share: float, size: int | None) -> tuple[Rows, Rows]:
+    """Divide rows into those to train on, in batches of a size, and a share to hold out."""
+    # Rows may be sorted, so they are shuffled; a fixed seed lets a resumed run hold out the same rows.
+    number = len(batch[0])
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(0))
+    kept, out = order.tensor_split([max(1, number - math.ceil(share * number))])
+    return Rows(*part_of(batch, kept), size), Rows(*part_of(batch, out))
+
+
+def split(loader: Any, share: float) -> tuple[DataLoader, DataLoader]:
     """Split the dataset of a loader, with a fixed seed, into two loaders: one to train on, one of rows held out.
 
     Raises:
         ValueError: If the loader has a custom sampler or no dataset with indices.
     """
     if reason := _indivisible(loader):
-        words = f"{caller}: x is {reason}, and no rows of it can be held out"
+        words = f"fit_density: x is {reason}, and no rows of it can be held out"
         raise ValueError(f"{words}; give others to judge by: validation=x, (x, context) or a loader.")
     number = len(loader.dataset)
     held = min(math.ceil(share * number), number - 1)

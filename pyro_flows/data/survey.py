@@ -5,22 +5,22 @@ Uniform noise on discrete columns has known moments.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .batches import Batch, part_of
+from ..programs.error_text import warn_user
+from .batches import Batch, Source, Stream, part_of
 from .columns import spikes_of, tied_columns
-from .table import Names, label, listed
+from .sources import Reader
+from .table import label, listed, places_of
 
 SAMPLE = 25_000  # the least number of rows in the sample, if there are as many
 IMAGES = 4_000_000  # numbers in a sample of images
 COARSE = 1e-3  # the largest rounding error of a number, in standard deviations
 ROOM = 0.01  # the largest rounding error of noise from [0, 1)
 FAR = 8  # standard deviations from the mean that no normal draw exceeds
-Span = tuple[Tensor, Tensor]  # the minimum and maximum of each column
 
 
 class Survey:
@@ -36,9 +36,11 @@ class Survey:
         broken: The number of NaN or inf in each column.
         broken_contexts: The number of contexts that hold NaN or inf.
         sample: Rows at regular distances, in their order, and their contexts.
+        repeats: True if the user samples rows with replacement.
     """
 
-    def __init__(self, batches: Iterable[Batch], width: int) -> None:
+    def __init__(self, batches: Source, width: int) -> None:
+        self.repeats = isinstance(batches, Stream) and batches.again
         self.rows, self.numbers, self.broken_contexts = 0, 0, 0
         self.loc, self._squares, zero = torch.zeros(3, width, dtype=torch.float64)
         self.low, self.high = zero + torch.inf, zero - torch.inf
@@ -92,8 +94,7 @@ class CellNoise:
         self.places, self.device = torch.tensor(places, dtype=torch.long), device
 
     def __call__(self, batch: Batch) -> Batch:
-        x, context = (None if part is None else part.to(self.device) for part in batch)
-        assert x is not None
+        x, context = batch[0].to(self.device), None if batch[1] is None else batch[1].to(self.device)
         if len(self.places):
             noise = torch.rand(len(x), len(self.places), dtype=x.dtype)
             x = x.index_add(1, self.places.to(x.device), noise.to(x.device))
@@ -111,107 +112,98 @@ def _joined(batches: list[Batch]) -> Batch:
 
 
 def check_rows(
-    caller: str, names: Names, seen: Survey, judged: Survey, discrete: Sequence[int], *, apart: bool, span: Span | None
-) -> None:
-    """Raise ValueError, by column and number, if rows cannot have a density.
+    reader: Reader, seen: Survey, judged: Survey, discrete: Sequence[int | str] | None, *, apart: bool
+) -> list[int]:
+    """Raise ValueError, by column and number, if rows cannot have a density, and warn if it would grow without bound.
 
     Args:
-        caller: The public function named in errors.
-        names: The names of the columns.
+        reader: The reader of the rows.
         seen: The rows to train on.
         judged: The rows that validate.
-        discrete: The indices of the columns that the user declared as integers.
+        discrete: The columns that the user declared as integers, by index or name.
         apart: True if the user gave the rows that validate.
-        span: The range of the numbers before they were rounded to the flow's dtype, or None.
+
+    Returns:
+        The indices of the discrete columns.
     """
-    labels, dtype = [label(names, place) for place in range(len(seen.loc))], seen.sample[0].dtype
-    parts = {"x": [seen], "validation": [judged]} if apart else {"x": [seen, judged]}
-    _check_usable(caller, parts, labels, "rows")
-    if found := [labels[place] for place in discrete if not (seen.whole & judged.whole)[place]]:
-        words = f"{caller}: discrete columns must hold integers only, unlike {listed(found)}"
+    if not reader.is_table:
+        if discrete:
+            words = f"discrete is for tables, got {list(discrete)}"
+            raise ValueError(f"fit_density: {words}; use flows.Dequantized(flow).")
+        _check_images(reader, seen, judged)
+        return []
+    discrete = () if discrete is None else discrete
+    places = places_of("fit_density", "discrete", discrete, reader.names, reader.width)
+    labels, dtype = [label(reader.names, place) for place in range(reader.width)], reader.like.dtype
+    _check_usable({"x": [seen], "validation": [judged]} if apart else {"x": [seen, judged]}, labels, "rows")
+    if found := [labels[place] for place in places if not (seen.whole & judged.whole)[place]]:
+        words = f"fit_density: discrete columns must hold integers only, unlike {listed(found)}"
         raise ValueError(f"{words}. For other steps use dequantize(x, columns, step=...).")
-    same = [place for place in (seen.high == seen.low).nonzero().flatten().tolist() if place not in discrete]
-    low, high = span or (seen.low, seen.high)
-    if found := [f"{labels[p]} (from {low[p].item()} to {high[p].item()})" for p in same if low[p] < high[p]]:
-        words = f"the flow's dtype, {dtype}, has too few digits for {listed(found)}, whose numbers it rounds to one"
-        raise ValueError(f"{caller}: {words}. Subtract a constant such as the mean, or use flow.double().")
+    same = [place for place in (seen.high == seen.low).nonzero().flatten().tolist() if place not in places]
     if found := [f"{labels[place]} ({seen.low[place].item():.6g})" for place in same]:
-        raise ValueError(f"{caller}: x is constant in {listed(found)}, which has no density. Leave it out.")
+        raise ValueError(
+            f"fit_density: x is constant in {listed(found)}, which has no density. Leave it out; if its numbers differ "
+            f"by less than {dtype} can tell, subtract a constant such as the mean, or use flow.double()."
+        )
     rounding = torch.maximum(seen.low.abs(), seen.high.abs()) * torch.finfo(dtype).eps
-    if found := [f"{labels[p]} (up to {seen.high[p].item():.6g})" for p in discrete if rounding[p] > ROOM]:
-        words = f"{caller}: {dtype} leaves no room for noise between the integers of {listed(found)}"
+    if found := [f"{labels[p]} (up to {seen.high[p].item():.6g})" for p in places if rounding[p] > ROOM]:
+        words = f"fit_density: {dtype} leaves no room for noise between the integers of {listed(found)}"
         raise ValueError(f"{words}; subtract a constant, or use flow.double().")
+    _warn_of_columns(reader, seen, [place for place in range(reader.width) if place not in places])
+    return places
 
 
-def check_images(caller: str, seen: Survey, judged: Survey, levels: int | None) -> None:
-    """Raise ValueError if images, or rows of integers, cannot have a density, and warn of integers and unused levels.
-
-    Args:
-        caller: The public function named in errors.
-        seen: The images to train on.
-        judged: The images that validate.
-        levels: The number of integers of a dequantised flow, else None.
-    """
-    _check_usable(caller, {"x": [seen, judged]}, [f"channel {place}" for place in range(len(seen.loc))], "pixels")
-    if not levels:
+def _check_images(reader: Reader, seen: Survey, judged: Survey) -> None:
+    """Raise ValueError if images or rows of integers cannot have a density; warn of integers and unused levels."""
+    _check_usable({"x": [seen, judged]}, [f"channel {place}" for place in range(reader.width)], "pixels")
+    if (levels := reader.levels) is None:
         if bool((seen.high == seen.low).any()):
-            raise ValueError(f"{caller}: x is constant in a channel, which has no density. Leave it out.")
+            raise ValueError("fit_density: x is constant in a channel, which has no density. Leave it out.")
         if bool(seen.whole.all()):
-            words = f"{caller}: the images hold integers only, where densities grow without bound"
-            _warn(f"{words}. Use flows.Dequantized(flow) and x.to(torch.uint8).")
+            words = "fit_density: the images hold integers only, where densities grow without bound"
+            warn_user(f"{words}. Use flows.Dequantized(flow) and x.to(torch.uint8).")
         return
-    low = min(survey.low.min().item() for survey in (seen, judged))
-    high = max(survey.high.max().item() for survey in (seen, judged))
+    low, high = min(seen.low.min(), judged.low.min()).item(), max(seen.high.max(), judged.high.max()).item()
     if not 0 <= low <= high < levels:
-        raise ValueError(f"{caller}: x must hold integers from 0 to {levels - 1}, got some from {low:g} to {high:g}.")
+        got = f"got some from {low:g} to {high:g}"
+        raise ValueError(f"fit_density: x must hold integers from 0 to {levels - 1}, {got}.")
     if 2 * (high + 1) <= levels:
         words = f"the greatest integer in x is {high:g}, but the flow has levels={levels}: most would stay empty"
-        _warn(f"{caller}: {words}. Use Dequantized(flow, levels={high + 1:g}) if there are no others.")
+        warn_user(f"fit_density: {words}. Use Dequantized(flow, levels={high + 1:g}) if there are no others.")
 
 
-def _check_usable(caller: str, parts: dict[str, list[Survey]], labels: list[str], unit: str) -> None:
+def _check_usable(parts: dict[str, list[Survey]], labels: list[str], unit: str) -> None:
     """Raise ValueError if rows or contexts hold NaN or inf, or if no rows are left to train on or to validate."""
     for argument, surveys in parts.items():
         rows, numbers = sum(survey.rows for survey in surveys), sum(survey.numbers for survey in surveys)
         broken = torch.stack([survey.broken for survey in surveys]).sum(0).tolist()
         if found := [f"{name} ({n} of {numbers} {unit})" for name, n in zip(labels, broken, strict=True) if n]:
-            words = f"{caller}: {argument} holds NaN or inf in {listed(found)}"
+            words = f"fit_density: {argument} holds NaN or inf in {listed(found)}"
             raise ValueError(f"{words}. Leave those rows out, or fill the gaps.")
         if number := sum(survey.broken_contexts for survey in surveys):
-            raise ValueError(f"{caller}: the contexts of {argument} hold NaN or inf in {number} of {rows} rows.")
+            raise ValueError(f"fit_density: the contexts of {argument} hold NaN or inf in {number} of {rows} rows.")
     seen, judged = (survey.rows for surveys in parts.values() for survey in surveys)
     if not judged or seen < 2:
         must = "there must be some rows to train on and some to judge by"
-        raise ValueError(f"{caller}: {must}, got {seen} and {judged}.")
+        raise ValueError(f"fit_density: {must}, got {seen} and {judged}.")
 
 
-def _warn(words: str) -> None:
-    warnings.warn(words, stacklevel=6)  # the user's call of fit_density
-
-
-def warn(caller: str, names: Names, seen: Survey, places: Sequence[int], dtype: torch.dtype, *, again: bool) -> None:
-    """Warn of columns in which densities grow without bound, alone or together, and of columns that lose digits.
-
-    Args:
-        caller: The public function named in warnings.
-        names: The names of the columns.
-        seen: The rows to train on.
-        places: The indices of the columns that get no noise.
-        dtype: The dtype of the flow.
-        again: True if the user samples rows with replacement.
-    """
+def _warn_of_columns(reader: Reader, seen: Survey, places: Sequence[int]) -> None:
+    """Warn of columns without noise in which densities grow without bound, or whose numbers lose digits."""
+    dtype = reader.like.dtype
     step = torch.finfo(dtype).eps * seen.loc.abs() / seen.scale
     coarse = [place for place in places if step[place] > COARSE]
-    if found := [f"{label(names, place)} (to {step[place].item():.1g} sd)" for place in coarse]:
-        _warn(f"{caller}: {dtype} rounds {listed(found)}, so far from zero; subtract the mean, or use flow.double().")
-    x = seen.sample[0].unique(dim=0) if again else seen.sample[0]
+    if found := [f"{label(reader.names, place)} (to {step[place].item():.1g} sd)" for place in coarse]:
+        words = f"{dtype} rounds {listed(found)}, so far from zero"
+        warn_user(f"fit_density: {words}; subtract the mean, or use flow.double().")
+    x = seen.sample[0].unique(dim=0) if seen.repeats else seen.sample[0]
     fine = [place for place in places if place not in coarse]
     if tied := tied_columns(x[:, fine]) if len(fine) > 1 else []:
-        words = f"{listed([label(names, fine[place]) for place in tied])} determine one another"
-        _warn(f"{caller}: {words} (by a linear relation): densities grow without bound. Leave one of them out.")
-    if spikes := spikes_of(x, names, fine):
-        _warn(
-            f"{caller}: {listed([str(spike) for spike in spikes])}. Densities grow without bound there, and nats say "
-            "how narrow the spikes are, not how good the density is. Give columns of integers as discrete=[...], use "
-            "dequantize(x, columns, step=...) for those of other steps, or leave such columns and copies out."
+        words = f"{listed([label(reader.names, fine[place]) for place in tied])} determine one another"
+        warn_user(f"fit_density: {words} (by a linear relation): densities grow without bound. Leave one of them out.")
+    if spikes := spikes_of(x, reader.names, fine):
+        warn_user(
+            f"fit_density: {listed([str(spike) for spike in spikes])}. Densities grow without bound there, and nats "
+            "say how narrow the spikes are, not how good the density is. Give columns of integers as discrete=[...], "
+            "use dequantize(x, columns, step=...) for those of other steps, or leave such columns and copies out."
         )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_choice, check_integers, check_numbers, joined
-from ..data.batches import Batch, Rows, suited_size
+from ..data.batches import Batch, divided
 from ..guides import AutoFlow
 from ..guides.contexts import initialize
 from ..guides.guide_call import Call
@@ -27,9 +27,8 @@ from ..programs.nesting import runs_programs
 from ..programs.simulations import Simulations, check_draws, check_given
 from ..programs.simulator import Simulator
 from ..training import distributed
-from ..training.checkpoint import Checkpoint, fingerprint
+from ..training.checkpoint import Checkpoint, check_path, fingerprint
 from ..training.loop import Fit
-from ..training.output_files import check_path
 from .row_training import RowLoss, checked, format_of, train_on_rows
 from .truncated import Truncated
 
@@ -152,7 +151,9 @@ def fit_amortized(
     file = check_path(CALLER, "checkpoint", checkpoint, f".{rounds}.simulations" if several else ".simulations")
     simulator = Simulator(CALLER, model, args, kwargs)
     _check_rounds(simulator, rounds, observed, vectorize)
-    given = _given(simulations, simulator, rounds)
+    given = distributed.broadcast(lambda: simulations)  # each process may have drawn its own
+    if given is not None:
+        check_given(CALLER, given, simulator.sites, rounds)
     total = num_simulations if given is None else len(given)
     settings: dict[str, Any] = {"lr": lr, "clip_norm": clip_norm, "on_nonfinite": on_nonfinite, "progress": progress}
     run = {"batch_size": simulation_batch_size, "vectorize": vectorize}
@@ -204,14 +205,6 @@ def _check_rounds(simulator: Simulator, rounds: int, observed: dict[str, Tensor]
             raise ValueError(f"{CALLER}: observed[{name!r}] must have shape {tuple(shape)}, got {tuple(value.shape)}.")
 
 
-def _given(simulations: Simulations | None, simulator: Simulator, rounds: int) -> Simulations | None:
-    """Return the user's simulations in process 0, checked, since each process may have drawn its own."""
-    given = distributed.broadcast(lambda: simulations)
-    if given is not None:
-        check_given(CALLER, given, simulator.sites, rounds)
-    return given
-
-
 def _draw(
     simulator: Simulator, guide: AutoFlow, observed: dict[str, Tensor] | None, size: int, run: dict[str, Any]
 ) -> Simulations:
@@ -240,20 +233,12 @@ def _kept(file: Path | None, draw: Callable[[], Simulations], settings: dict[str
 
 
 def _rows(
-    simulator: Simulator,
-    guide: AutoFlow,
-    simulations: Simulations,
-    objective: nn.Module,
-    share: float,
-    batch_size: int | None,
+    simulator: Simulator, guide: AutoFlow, known: Simulations, objective: nn.Module, share: float, size: int | None
 ) -> RowLoss:
     """Return the loss of simulations, with a share held out.
 
     A batch holds the indices of some simulations, ``(N, 1)``.
     """
-    # Given simulations may be sorted.  A fixed order lets a run resume with the same ones held out.
-    order = torch.randperm(len(simulations), generator=torch.Generator().manual_seed(0))
-    known = simulations.take(order)
     z, log_det = _standardise(simulator, guide, known)
 
     def loss(batch: Batch) -> Tensor:
@@ -266,10 +251,8 @@ def _rows(
         found = objective(guide.flow, z[index], context)
         return found - log_det[index].mean() if getattr(objective, "in_nats", False) else found
 
-    number = max(1, len(order) - math.ceil(share * len(order)))
-    train, judge = torch.arange(len(order)).unsqueeze(-1).tensor_split([number])
-    source = Rows(train, None, suited_size(number, batch_size))
-    return RowLoss(source, Rows(judge, None), len(judge), loss, fingerprint((z, *known.data.values())))
+    train, judge = divided((torch.arange(len(known)).unsqueeze(-1), None), share, size)
+    return RowLoss(train, judge, loss, fingerprint((z, *known.data.values())))
 
 
 def _standardise(simulator: Simulator, guide: AutoFlow, simulations: Simulations) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from ..programs.latent_space import LatentSpace
 from ..sampling import Samples
 from ..sampling.run import Goal, Run
-from ..training.interrupts import hold_interrupts
+from ..training.interrupts import watching
 
 CHAINS, ONE_BY_ONE = 256, 16  # default numbers of chains; the latter where the model runs one draw at a time
 
@@ -26,11 +26,5 @@ def exact(
         others: Starts of some of the chains, ``(n, D)``.
     """
     num_chains = num_chains or (ONE_BY_ONE if space.task.runs_one_by_one else CHAINS)
-    with hold_interrupts() as asked, tqdm(disable=not progress, unit="sweep", dynamic_ncols=True) as bar:
-
-        def watch(words: str) -> bool:
-            bar.update()
-            bar.set_postfix_str(words, refresh=False)
-            return asked()
-
+    with watching(tqdm(disable=not progress, unit="sweep", dynamic_ncols=True)) as watch:
         return Run(space, num_chains, goal, watch, others).run()

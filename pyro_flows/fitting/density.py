@@ -20,16 +20,14 @@ from torch import Tensor, nn
 from ..arguments import check_choice, check_flags, check_integers, check_numbers
 from ..data.batches import Batch, Rows, Source
 from ..data.sources import Reader, sources
-from ..data.survey import CellNoise, Survey, check_images, check_rows, warn
-from ..data.table import places_of
+from ..data.survey import CellNoise, Survey, check_rows
 from ..diagnostics import bits_per_dim, save_images
 from ..diagnostics.rounding import warn_of_round_off
 from ..encoders import ClassEmbedding
 from ..flows import Dequantized, Flow
 from ..training import distributed
-from ..training.checkpoint import design, fingerprint
+from ..training.checkpoint import Attempts, check_path, design, fingerprint
 from ..training.loop import Fit
-from ..training.output_files import Attempts, check_path
 from .initialization import culprit, start
 from .precision import networks_in_bfloat16
 from .row_training import RowLoss, checked, format_of, train_on_rows
@@ -149,27 +147,29 @@ def fit_density(
     check_numbers(CALLER, above=0, below=1, held_out=held_out)
     check_choice(CALLER, ("skip", "raise"), on_nonfinite=on_nonfinite)
     file, grid = check_path(CALLER, "checkpoint", checkpoint), check_path(CALLER, "samples", samples)
-    loss, reader = checked(CALLER, objective), Reader(CALLER, _moved(flow, device))
+    loss, reader = checked(CALLER, objective), Reader(_moved(flow, device))
     _check_flow(reader, grid, mixed_precision)
     train, judge = sources(reader, x, context, validation, batch_size, held_out)
     seen, judged = (Survey(source, reader.width) for source in (train, judge))
-    places = _survey(reader, seen, judged, discrete, apart=validation is not None, again=train.again)
+    places = check_rows(reader, seen, judged, discrete, apart=validation is not None)
     spread, pictures = CellNoise(places, reader.like.device), Attempts(CALLER, "samples", grid)
     data = [*_marks(train, seen), *_marks(judge, judged), f"discrete {places}"]
-    some = _start(flow, loss, reader, seen, spread, standardize=standardize, heavy_tails=heavy_tails)
+    if heavy_tails is None:
+        heavy_tails = seen.has_outliers and reader.is_table and getattr(loss, "trains_base", True)
+    some = _start(reader, seen, spread, standardize=standardize, heavy_tails=heavy_tails)
     marks = {"model": design(flow), "objective": repr(loss), "ema_decay": ema_decay, "mixed_precision": mixed_precision}
     settings: dict[str, Any] = {"lr": lr, "on_nonfinite": on_nonfinite, "progress": progress, "checkpoint": file}
     try:
         with networks_in_bfloat16(flow) if mixed_precision else contextlib.nullcontext():
             fit = train_on_rows(
                 flow,
-                RowLoss(train, judge, judged.rows, lambda batch: loss(flow, *spread(batch)), data),
+                RowLoss(train, judge, lambda batch: loss(flow, *spread(batch)), data),
                 max_epochs=max_epochs,
                 patience=patience,
                 diagnose=lambda: culprit(flow, reader.flow, *some),
                 decay=ema_decay,
                 show=functools.partial(_in_bits, flow) if len(reader.event_shape) == 3 else format_of(loss),
-                end_epoch=lambda epoch: pictures.attempt(lambda path: _draw(flow, judged.sample[1], path, epoch)),
+                end_epoch=lambda epoch: pictures.attempt(lambda path: _draw(reader, judged.sample[1], path, epoch)),
                 caller=CALLER,
                 clip_norm=clip_norm or (5.0 if len(reader.event_shape) == 1 else 50.0),
                 marks=marks,
@@ -203,57 +203,16 @@ def _check_flow(reader: Reader, grid: Path | None, mixed_precision: bool) -> Non
         raise ValueError(f"{CALLER}: mixed_precision is for flows in float32, got one in {dtype}. Use flow.float().")
 
 
-def _is_table(reader: Reader) -> bool:
-    """True if a flow is over the real numbers in a table, not over images or integers."""
-    return len(reader.event_shape) == 1 and not reader.levels
-
-
-def _survey(
-    reader: Reader, seen: Survey, judged: Survey, discrete: Sequence[int | str] | None, *, apart: bool, again: bool
-) -> list[int]:
-    """Check all rows, warn of columns in which densities grow without bound, and return the discrete columns.
-
-    Args:
-        reader: The reader of the rows.
-        seen: The rows to train on.
-        judged: The rows held out.
-        discrete: The columns of integers, by index or name.
-        apart: True if the rows held out were given apart from the others.
-        again: True if rows are drawn again and again on purpose.
-    """
-    if not _is_table(reader):
-        if discrete:
-            raise ValueError(f"{CALLER}: discrete is for tables, got {list(discrete)}; use flows.Dequantized(flow).")
-        check_images(CALLER, seen, judged, reader.levels)
-        return []
-    places = places_of(CALLER, "discrete", () if discrete is None else discrete, reader.names, reader.width)
-    check_rows(CALLER, reader.names, seen, judged, places, apart=apart, span=reader.span)
-    real = [place for place in range(reader.width) if place not in places]
-    warn(CALLER, reader.names, seen, real, reader.like.dtype, again=again)
-    return places
-
-
-def _start(
-    model: Flow | Dequantized,
-    loss: nn.Module,
-    reader: Reader,
-    seen: Survey,
-    spread: CellNoise,
-    *,
-    standardize: bool,
-    heavy_tails: bool | None,
-) -> Batch:
+def _start(reader: Reader, seen: Survey, spread: CellNoise, *, standardize: bool, heavy_tails: bool) -> Batch:
     """Start a new flow from rows, and return some of them, with their contexts, in the flow's coordinates."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         rows, contexts = spread(seen.sample)
         moments = spread.moments(seen)
-        if isinstance(model, Dequantized):
-            rows = model.unbounded(rows)
+        if isinstance(reader.model, Dequantized):
+            rows = reader.model.unbounded(rows)
             scale, loc = torch.std_mean(rows.transpose(0, 1).flatten(1), 1)
             moments = loc, scale
-    if heavy_tails is None:
-        heavy_tails = seen.has_outliers and _is_table(reader) and getattr(loss, "trains_base", True)
     start(reader.flow, rows, contexts, moments if standardize else None, heavy_tails=heavy_tails)
     return rows, contexts
 
@@ -270,17 +229,16 @@ def _in_bits(flow: Flow | Dequantized, nats: float) -> str:
 
 
 @torch.no_grad()
-def _draw(model: Flow | Dequantized, contexts: Tensor | None, path: Path, epoch: int) -> None:
+def _draw(reader: Reader, contexts: Tensor | None, path: Path, epoch: int) -> None:
     """Write a grid of samples: one column for each class, or one image for each context.
 
     Args:
-        model: The flow.
+        reader: The reader of the flow's rows.
         contexts: Contexts ``(N, ...)`` of data, or None.
         path: The file; ``{epoch}`` in its name is replaced.
         epoch: The number of the epoch.
     """
-    flow, levels = (model.flow, model.levels) if isinstance(model, Dequantized) else (model, None)
-    columns = 8
+    flow, model, columns = reader.flow, reader.model, 8
     if isinstance(flow.encoder, ClassEmbedding):
         classes = columns = min(flow.encoder.num_classes, 16)
         contexts = torch.arange(classes).repeat(NUMBER // classes)
@@ -289,4 +247,4 @@ def _draw(model: Flow | Dequantized, contexts: Tensor | None, path: Path, epoch:
     else:
         images = model(contexts[:NUMBER].to(next(flow.parameters()).device)).sample()
     name = path.name.replace("{epoch}", f"{epoch:04d}")
-    save_images(images, path.with_name(name), columns=columns, levels=levels)
+    save_images(images, path.with_name(name), columns=columns, levels=reader.levels)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from ..guides.recipe import DENSE
 from ..guides.schedule import Schedule, plan_of
 from ..objectives import PathELBO, TemperedELBO
 from ..objectives.particles import ParticleObjective
+from ..programs.error_text import warn_user
 from ..programs.latent_space import LatentSpace
 from ..programs.log_density import is_breakdown, or_nan
 from ..programs.task import Task
@@ -43,7 +43,7 @@ from ..sampling.gaussian import Gaussian, fit_gaussian
 from ..threads import OPERATIONS
 from ..training import distributed
 from ..training.checkpoint import fingerprint, steps_of
-from ..training.interrupts import hold_interrupts
+from ..training.interrupts import watching
 from ..training.loop import Descent, Fit, Settings, ask
 from ..training.randomness import unchanged
 from ..training.stopping import noise_at
@@ -156,11 +156,8 @@ class ELBOFit:
                 companion=objective,
             ).fit()
         if fit.skipped > fit.steps / 5:
-            warnings.warn(
-                f"fit_svi: {fit.skipped} of {fit.steps} steps were skipped, as loss or gradient were not finite; the "
-                f"guide was trained by the others. {ask(lambda: culprit(task))}",
-                stacklevel=5,
-            )
+            words = f"{fit.skipped} of {fit.steps} steps were skipped, as loss or gradient were not finite"
+            warn_user(f"fit_svi: {words}; the guide was trained by the others. {ask(lambda: culprit(task))}")
         return fit
 
     def _settings(
@@ -265,16 +262,8 @@ def start_from_gaussian(
         return None
     shown = progress and distributed.rank() == 0
     words = "looking for a Gaussian to start from"
-    with (
-        tqdm(desc=words, unit="round", disable=not shown, delay=1, leave=False) as bar,
-        hold_interrupts(notice=SKIPPED) as asked,
-        validation_enabled(False),  # a draw without density must reach the scores
-    ):
-
-        def watch() -> bool:
-            bar.update()
-            return asked()
-
+    bar = tqdm(desc=words, unit="round", disable=not shown, delay=1, leave=False)
+    with watching(bar, SKIPPED) as watch, validation_enabled(False):  # a draw without density must reach the scores
         density = or_nan(LatentSpace(task).log_p)
         found = fit_gaussian(lambda latent: power * density(latent), *guide.start, budget=budget, watch=watch)
     guide.start_at(found.loc, found.scale_tril.norm(dim=-1).diag() if found.is_poor else found.scale_tril)

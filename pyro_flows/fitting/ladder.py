@@ -14,7 +14,6 @@ import math
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +28,8 @@ from ..diagnostics import Check, Finding, check
 from ..flows import Flow
 from ..guides import AutoFlow
 from ..guides.recipe import affine_couplings
-from ..programs.latent_space import LatentSpace, sound_space
+from ..programs.error_text import warn_user
+from ..programs.latent_space import LatentSpace
 from ..programs.log_density import or_nan
 from ..programs.task import Task
 from ..sampling import Samples
@@ -38,7 +38,7 @@ from ..training import distributed
 from ..training.loop import Fit
 from ..transforms import ActNorm
 from .chain_run import exact
-from .mode_covering import cover
+from .mode_covering import cover, space_of
 
 LOST = "mode", "far", "evidence", "blind"  # findings of mass that chains may not reach
 ORDER = "do not trust", "reweight", "trust"
@@ -124,11 +124,7 @@ class Ladder:
     def cover(self, name: str) -> None:
         """Fit a guide to the modes of a population and to places with mass from earlier rungs, and check it."""
         start, self.name = time.perf_counter(), name
-        try:
-            found = cover(self.task, PARTICLES, partial(self.fit, name), distributed.broadcast(self._places))
-        except FloatingPointError as error:
-            self.break_off(error)
-            return
+        found = cover(self.task, PARTICLES, partial(self.fit, name), distributed.broadcast(self._places))
         if found.guide is not None:
             # Without training there is no record of a fit.
             fit = found.fit or Fit(found.guide, torch.zeros(0), -found.log_evidence, 0, 0, 0, 0.0, "steps")
@@ -154,11 +150,10 @@ class Ladder:
         start, best = time.perf_counter(), self.best
         if best.check is None or distributed.size() > 1 or any(one.kind in LOST for one in best.check.findings):
             return
-        model, lost = self.task.model, self._lost()
-        task = Task(model.call, best.fit.guide, model.args, model.kwargs, self.settings["vectorize"])
+        others = torch.cat(lost) if (lost := self._lost()) else None
         with validation_enabled(False):
-            others = torch.cat(lost) if lost else None
-            samples = exact(sound_space(task), EXACT, None, progress=self.settings["progress"], others=others)
+            space = space_of(best.fit.guide, self.task, self.settings["vectorize"])
+            samples = exact(space, EXACT, None, progress=self.settings["progress"], others=others)
         self.note(Rung(name, best.fit, best.check, time.perf_counter() - start, samples))
 
     def judge(self, name: str, fit: Fit, seconds: float) -> None:
@@ -177,8 +172,9 @@ class Ladder:
         self.note(Rung(name, fit, found, seconds + time.perf_counter() - start))
 
     def break_off(self, error: BaseException) -> None:
-        """Stop; raise the error if there is no rung to keep, or if another process has failed unexpectedly."""
-        if not self.rungs or (isinstance(error, distributed.Parted) and not error.refused):
+        """Stop; raise the error if no rung can be kept, the user wants it raised, or a process failed unexpectedly."""
+        asked = isinstance(error, FloatingPointError) and self.settings["on_nonfinite"] == "raise"
+        if not self.rungs or asked or (isinstance(error, distributed.Parted) and not error.refused):
             raise error
         self.stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{self.name}: {error}"
 
@@ -243,7 +239,7 @@ def climb(ladder: Ladder, guide: AutoFlow, *, escalate: bool, restarts: int) -> 
     """Fit a guide, from several starts or with growing effort or both; return the best fit, with all rungs."""
     try:
         (_escalated if escalate else _restarted)(ladder, guide, restarts)
-    except (KeyboardInterrupt, ValueError, distributed.Parted) as error:
+    except (KeyboardInterrupt, ValueError, FloatingPointError, distributed.Parted) as error:
         ladder.break_off(error)
     return ladder.result()
 
@@ -255,7 +251,7 @@ def _escalated(ladder: Ladder, guide: AutoFlow, restarts: int) -> None:
     except FloatingPointError as error:  # for example at a hard edge, where a population still works
         if ladder.settings["on_nonfinite"] == "raise":
             raise
-        warnings.warn(f"fit_svi: training broke down; a population takes over. {error}", stacklevel=5)
+        warn_user(f"fit_svi: training broke down; a population takes over. {error}")
     if not ladder.ended:
         ladder.cover("annealed")
     if not ladder.ended and ladder.misses_a_mode:
@@ -289,12 +285,8 @@ def _restarted(ladder: Ladder, guide: AutoFlow, restarts: int) -> Fit:
         again, name = guide.rebuilt(), f"start {number}"
         place = _elsewhere(LatentSpace(ladder.task), guide.start[0])
         again.start_at(place, guide.start[1] * torch.eye(len(place)).to(place))
-        try:
-            fit = ladder.fit(name, again)
-        except (KeyboardInterrupt, ValueError, FloatingPointError, distributed.Parted) as error:
-            ladder.break_off(error)
-        else:
-            ladder.note(Rung(name, fit, None, fit.seconds))
+        fit = ladder.fit(name, again)
+        ladder.note(Rung(name, fit, None, fit.seconds))
     return max(ladder.rungs[before:], key=lambda rung: rung.elbo).fit
 
 

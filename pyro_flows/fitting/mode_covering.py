@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pyro
 import torch
@@ -157,8 +157,7 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
     Raises:
         ValueError: If hardly a draw of the prior has a density.
     """
-    began, guide = time.perf_counter(), task.guide.call
-    assert isinstance(guide, AutoFlow)
+    began, guide = time.perf_counter(), cast(AutoFlow, task.guide.call)
     with pyro.validation_enabled(False):
         space = sound_space(task)
         reference, number = Reference(space, guide.start[0]), -(-number // ISLANDS) * ISLANDS
@@ -169,23 +168,24 @@ def cover(task: Task, number: int, fit_once: FitOnce | None, starts: Tensor | No
         if population is None:
             raise ValueError("anneal: hardly a draw of the prior has a density; is the model's density finite?")
         modes = ModeMixture(space, population, others if starts is None else torch.cat((others, starts)))
-    weighted, fit = _fitted(task, modes, fit_once) if fit_once else (None, None)
+    weighted = _fitted(task, modes, fit_once) if fit_once else None
     if weighted:  # the best of several guides is best for its draws in part, so these are replaced
-        weighted = _weighted(weighted.guide, task)
+        weighted = _weighted(weighted.guide, task, weighted.fit)
     with pyro.validation_enabled(False):
-        return _summary(space, modes, weighted, fit, began)
+        return _summary(space, modes, weighted, began)
 
 
 class _Weighted(NamedTuple):
-    """A guide with draws z, ``(N, D)``, and their weights."""
+    """A guide with draws z, ``(N, D)``, their weights, and the record of its fit, if it was trained."""
 
     guide: AutoFlow
     z: Tensor
     psis: Psis
+    fit: Fit | None
 
 
-def _fitted(task: Task, modes: ModeMixture, fit_once: FitOnce) -> tuple[_Weighted, Fit | None]:
-    """Fit a guide that covers the modes; return it with weighted draws, and the record of its fit.
+def _fitted(task: Task, modes: ModeMixture, fit_once: FitOnce) -> _Weighted:
+    """Fit a guide that covers the modes, and draw from it.
 
     If Gaussians at the modes are the posterior already, no training is needed.  Else a flow is trained over these
     modes, and one over a single Gaussian if that may be better: the neck of a funnel looks like a mode.  The best guide
@@ -193,22 +193,22 @@ def _fitted(task: Task, modes: ModeMixture, fit_once: FitOnce) -> tuple[_Weighte
     """
     start = _balanced(_weighted(_with_modes(task, modes), task), task)
     if start.psis.reliable and start.psis.ess > ENOUGH_ESS * DRAWS:
-        return start, None
-    found: list[tuple[_Weighted, Fit | None]] = [(start, None)]
+        return start
+    found = [start]
     if len(modes.places) > 1 or start.guide.has_circles:  # a flow starts uniform over angles
         guide = copy.deepcopy(start.guide)
         _teach(guide, modes.population)
         fit = _trained(fit_once, guide, lr=GENTLE)
-        found.append((_balanced(_weighted(guide, task), task), fit))
-    if not found[-1][0].psis.reliable or len(found) == 1:
+        found.append(_balanced(_weighted(guide, task, fit), task))
+    if not found[-1].psis.reliable or len(found) == 1:
         guide = _at_population(task, modes)
         if (fit := _trained(fit_once, guide)) is not None:
-            found.append((_weighted(guide, task), fit))
+            found.append(_weighted(guide, task, fit))
 
-    def quality(one: tuple[_Weighted, Fit | None]) -> tuple[bool, bool, float, float]:
+    def quality(one: _Weighted) -> tuple[bool, bool, float, float]:
         """Return small values for a good guide; one that lacks a mode may have the least noise of all."""
-        psis, (diverges, lacks) = one[0].psis, _faults(one[0], modes.population)
-        return diverges or lacks, lacks, psis.log_evidence_se, -psis.ess
+        diverges, lacks = _faults(one, modes.population)
+        return diverges or lacks, lacks, one.psis.log_evidence_se, -one.psis.ess
 
     return min(found, key=quality)
 
@@ -244,30 +244,29 @@ def _with_modes(task: Task, modes: ModeMixture) -> AutoFlow:
     Small components get more weight than they have, so that weighted draws estimate it well.
     """
     mixture = modes.mixture()
-    circular = task.guide.call.circular  # type: ignore[attr-defined]
+    circular = cast(AutoFlow, task.guide.call).circular
     build = partial(ModesBase, num_components=len(mixture.weights), circular=circular)
     guide = _at_population(task, modes, base=build)
-    base, fixed = guide.flow.base, guide.flow.transforms[-1]
-    assert isinstance(base, ModesBase)
-    assert isinstance(fixed, FixedAffine)
+    base, fixed = cast(ModesBase, guide.flow.base), cast(FixedAffine, guide.flow.transforms[-1])
     scale = fixed.scale if fixed.dense else fixed.scale.diag()
     factor = torch.linalg.solve_triangular(scale, mixture.scale_tril, upper=False)
     base.set(fixed.inverse_and_log_det(mixture.loc)[0], factor, mixture.weights.sqrt())
     return guide
 
 
-def _space_of(guide: AutoFlow, task: Task) -> LatentSpace:
+def space_of(guide: Any, task: Task, engine: str) -> LatentSpace:
+    """Return the latent space of another guide of a task's model."""
     model = task.model
-    return sound_space(Task(model.call, guide, model.args, model.kwargs, model.engine))
+    return sound_space(Task(model.call, guide, model.args, model.kwargs, engine))
 
 
-def _weighted(guide: AutoFlow, task: Task) -> _Weighted:
+def _weighted(guide: AutoFlow, task: Task, fit: Fit | None = None) -> _Weighted:
     """Draw from a guide and weight the draws; all processes use the draws of the first."""
     with pyro.validation_enabled(False):
-        draws = distributed.broadcast(lambda: _space_of(guide, task).draw(DRAWS))
+        draws = distributed.broadcast(lambda: space_of(guide, task, task.model.engine).draw(DRAWS))
         distributed.sync()
     log_weights = (draws.log_p - draws.log_q).nan_to_num(-math.inf, -math.inf, -math.inf)
-    return _Weighted(guide, draws.z, weigh(log_weights))
+    return _Weighted(guide, draws.z, weigh(log_weights), fit)
 
 
 @torch.no_grad()
@@ -275,8 +274,7 @@ def _balanced(weighted: _Weighted, task: Task) -> _Weighted:
     """Fit the weights of the base's components to reliably weighted draws, which are less noisy than a population."""
     if not weighted.psis.reliable:
         return weighted
-    guide, base = weighted.guide, weighted.guide.flow.base
-    assert isinstance(base, ModesBase)
+    guide, base = weighted.guide, cast(ModesBase, weighted.guide.flow.base)
     u = guide.get_transform(*task.model.args, **task.model.kwargs).inv(weighted.z)
     heights = torch.cat([base().component_distribution.log_prob(part.unsqueeze(1)) for part in u.split(1000)])
     shares = base.logits.softmax(-1)
@@ -284,20 +282,17 @@ def _balanced(weighted: _Weighted, task: Task) -> _Weighted:
         chances = (heights + shares.log()).softmax(-1)
         shares = (weighted.psis.smoothed.to(u).exp() @ chances).clamp_min(1e-6)
     base.set(base.loc, base.scale_tril, shares)
-    return _weighted(guide, task)
+    return _weighted(guide, task, weighted.fit)
 
 
-def _summary(
-    space: LatentSpace, modes: ModeMixture, weighted: _Weighted | None, fit: Fit | None, began: float
-) -> Annealed:
+def _summary(space: LatentSpace, modes: ModeMixture, weighted: _Weighted | None, began: float) -> Annealed:
     """Summarise the guide's weighted draws or the population, whichever is better."""
     population, number, bridged = modes.population, len(modes.places), None
-    psis = weighted.psis if weighted else None
-    if weighted and psis and not (psis.even or psis.khat < CLEAR or space.task.runs_one_by_one):
+    if weighted and not (weighted.psis.even or weighted.psis.khat < CLEAR or space.task.runs_one_by_one):
         population, bridged = _bridged(space.task, weighted, population)
-    is_weighed = weighted is not None and not any(_faults(weighted, population))
-    if weighted and psis and is_weighed:
-        z, log_weights = weighted.z, psis.smoothed.to(weighted.z)
+    source: Psis | Population = population
+    if weighted and not any(_faults(weighted, population)):
+        source, z, log_weights = weighted.psis, weighted.z, weighted.psis.smoothed.to(weighted.z)
         labels, weights = modes.label(z), log_weights.exp()
         inside = [weights * (labels == k) for k in range(number)]
         shares = [(float(w.sum()), float((w - w.sum() * weights).norm())) for w in inside]
@@ -305,7 +300,6 @@ def _summary(
         z, log_weights = population.z, population.log_weights
         labels = modes.label(z) if bridged else modes.labels
         shares = [population.share(labels == k) for k in range(number)]
-    source = psis if psis and is_weighed else population
     log_evidence, noise = source.log_evidence, source.log_evidence_se
     if bridged and bridged[1] < population.log_evidence_se:
         log_evidence, noise = bridged
@@ -319,9 +313,9 @@ def _summary(
         log_evidence_se=noise,
         modes=sorted(found, key=lambda mode: -mode.weight),
         guide=weighted.guide if weighted else None,
-        fit=fit,
-        psis=psis,
-        is_weighed=is_weighed,
+        fit=weighted.fit if weighted else None,
+        psis=weighted.psis if weighted else None,
+        is_weighed=source is not population,
         population=population,
         seconds=time.perf_counter() - began,
     )
@@ -334,7 +328,7 @@ def _bridged(task: Task, weighted: _Weighted, population: Population) -> tuple[P
     Only particles estimate the mass where the guide rarely draws, and they may be slow to reach it.  So the error
     includes that mass.
     """
-    population = distributed.broadcast(lambda: moved_on(_space_of(weighted.guide, task), population))
+    population = distributed.broadcast(lambda: moved_on(space_of(weighted.guide, task, task.model.engine), population))
     distributed.sync()
     of_p = population.log_p - weighted.guide.flow().log_prob(population.z)
     log_evidence, noise = bridge(population, of_p, weighted.psis.log_weights)

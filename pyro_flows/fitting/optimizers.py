@@ -57,11 +57,6 @@ class Stacked:
         self.param_groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": lr}]
         self.state: dict[str, dict[str, Any]] = {}  # of the matrices of each shape, and of all other tensors
 
-    def zero_grad(self) -> None:
-        """Delete all gradients."""
-        for parameter in self.param_groups[0]["params"]:
-            parameter.grad = None
-
     def state_dict(self) -> dict[str, Any]:
         """Return the state, whose tensors are those in use."""
         return {shape: dict(state) for shape, state in self.state.items()}
@@ -124,7 +119,7 @@ class SOAP(Stacked):
         >>> weight = torch.nn.Parameter(torch.ones(3, 2))
         >>> optimizer = SOAP([weight], lr=0.1)
         >>> for _ in range(100):
-        ...     optimizer.zero_grad()
+        ...     weight.grad = None
         ...     weight.square().sum().backward()
         ...     optimizer.step()
         >>> bool(weight.abs().max() < 0.2)

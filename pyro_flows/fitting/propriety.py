@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import pyro.distributions as dist
 import torch
-from pyro import validation_enabled
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -26,33 +24,29 @@ MANY = 200  # latents with flat priors beyond which the search would take long
 
 def check_proper(guide: AutoFlow, task: Task) -> None:
     """Raise ValueError if the posterior is detectably improper; the message names the sites at fault."""
-    flat = _flat_latents(guide)
+    space = LatentSpace(task)
+    flat = _flat_latents(guide, space)
     if not 0 < sum(map(len, flat.values())) <= MANY:
         return
-    with validation_enabled(False):
-        density = or_nan(LatentSpace(task).log_p)
-        for on_lines, places in flat.items():
-            for direction in _straight_lines(density, guide.start[0], places, on_lines):
-                sites = sorted({guide.coordinates[place] for place in (direction.abs() > 0.1).nonzero()})
-                which = f"latent site{'s' * (len(sites) > 1)} {', '.join(map(repr, sites))}"
-                raise ValueError(
-                    f"fit_svi: the posterior is improper: nothing in the model bounds {which}, whose prior is flat, in "
-                    f"some direction. Give {'it' if len(sites) == 1 else 'one of them'} a proper prior."
-                )
+    density = or_nan(space.log_p)
+    for on_lines, places in flat.items():
+        for direction in _straight_lines(density, guide.start[0], places, on_lines):
+            sites = sorted({guide.coordinates[place] for place in (direction.abs() > 0.1).nonzero()})
+            which = f"latent site{'s' * (len(sites) > 1)} {', '.join(map(repr, sites))}"
+            raise ValueError(
+                f"fit_svi: the posterior is improper: nothing in the model bounds {which}, whose prior is flat, in "
+                f"some direction. Give {'it' if len(sites) == 1 else 'one of them'} a proper prior."
+            )
 
 
-def _flat_latents(guide: AutoFlow) -> dict[bool, list[int]]:
+def _flat_latents(guide: AutoFlow, space: LatentSpace) -> dict[bool, list[int]]:
     """Return the packed latents with flat priors on the real line (True) and elsewhere (False)."""
     flat: dict[bool, list[int]] = {True: [], False: []}
     for place, name in enumerate(guide.coordinates):
-        fn = guide.prototype_trace.nodes[name]["fn"]
-        while isinstance(fn, dist.Independent):
-            fn = fn.base_dist
-        support = fn.support
+        support = guide.prototype_trace.nodes[name]["fn"].support
         while isinstance(support, constraints.independent):
             support = support.base_constraint
-        is_flat = isinstance(fn, dist.ImproperUniform | dist.MaskedDistribution)
-        if is_flat and not isinstance(support, constraints.interval):
+        if name in space.flat and not isinstance(support, constraints.interval):
             flat[isinstance(support, type(constraints.real))].append(place)
     return flat
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from ..data.batches import Batch, Rows, Source, sum_of
+from ..arguments import check_kind
+from ..data.batches import Batch, Rows, Source, mean_of
 from ..encoders import Standardize
 from ..objectives import Likelihood
 from ..threads import OPERATIONS
@@ -27,14 +27,12 @@ class RowLoss:
     Attributes:
         source: The rows to train on.
         judge: The rows held out.
-        number: The number of rows held out.
         loss: Returns the mean loss of a batch.
         marks: Words that identify the rows, for checkpoints.
     """
 
     source: Source
     judge: Source
-    number: int
     loss: Callable[[Batch], Tensor]
     marks: list[str]
 
@@ -72,7 +70,7 @@ def train_on_rows(
         trained.eval()
         with torch.random.fork_rng():
             torch.manual_seed(distributed.rank())
-            found = sum_of(rows.loss, rows.judge) / rows.number
+            found = mean_of(rows.loss, rows.judge)
             end_epoch(epoch)
         trained.train()
         return found
@@ -103,15 +101,9 @@ def train_on_rows(
 
 def checked(caller: str, objective: nn.Module | None) -> nn.Module:
     """Return the objective, or ``Likelihood()`` for None; raise TypeError unless it is an objective of rows."""
-    if objective is None:
-        return Likelihood()
-    if isinstance(objective, ELBO) or not isinstance(objective, nn.Module):
-        got = objective.__name__ if isinstance(objective, type) else type(objective).__name__
-        raise TypeError(
-            f"{caller}: objective must be a module objective(flow, x, context) -> loss, such as "
-            f"objectives.Likelihood() or objectives.FlowMatching(), got {got}"
-            + (", which is for fit_svi." if isinstance(objective, ELBO) else ".")
-        )
+    words = "a module objective(flow, x, context) -> loss such as objectives.Likelihood(), not an ELBO, as for fit_svi"
+    objective = Likelihood() if objective is None else objective
+    check_kind(caller, nn.Module, words, objective=objective)
     return objective
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import pyro
 
 from ..arguments import check_flags, check_integers, joined
 from ..guides import AutoFlow
+from ..programs.error_text import warn_user
 from ..programs.latent_space import sound_space
 from ..programs.nesting import runs_programs
 from ..programs.task import Task, check_trained
@@ -109,7 +109,5 @@ def sample(
             words = "They hardly move. Is the gradient of the model's density finite?"
         elif found.sweeps < max_sweeps:
             words = "They were interrupted."
-        warnings.warn(
-            f"{CALLER}: the chains have not converged after {found.sweeps} sweeps. {found.worst}. {words}", stacklevel=3
-        )
+        warn_user(f"{CALLER}: the chains have not converged after {found.sweeps} sweeps. {found.worst}. {words}")
     return replace(found, fit=fit)

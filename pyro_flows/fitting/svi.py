@@ -18,8 +18,8 @@ from ..guides.schedule import plan_of
 from ..programs.nesting import runs_programs, settle
 from ..programs.task import Task
 from ..training import distributed
+from ..training.checkpoint import check_path
 from ..training.loop import Fit
-from ..training.output_files import check_path
 from .elbo import ELBOFit
 from .ladder import Ladder, climb
 from .program_checks import check_no_parameters, check_task

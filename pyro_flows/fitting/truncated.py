@@ -18,7 +18,7 @@ from pyro.poutine.runtime import NonlocalExit
 from torch import Tensor
 
 from ..guides import AutoFlow
-from ..programs.engines import Values, View
+from ..programs.engines import Values, View, in_batches
 from ..programs.simulator import Simulator
 from ..training import distributed
 
@@ -57,7 +57,7 @@ class Truncated:
             kept.append({name: value[inside] for name, value in values.items()})
             tried, found = tried + batch_size, found + int(inside.sum())
         if found >= number:
-            return {name: value[:number] for name, value in _joined(kept).items()}
+            return {name: torch.cat([values[name] for values in kept])[:number] for name in kept[0]}
         if hidden := kept[0].keys() - set(self.names):
             raise ValueError(
                 "fit_amortized: too few of the prior's draws are near the posterior of observed to draw anew the "
@@ -67,9 +67,8 @@ class Truncated:
 
     def _resampled(self, number: int, each: int = 1024) -> dict[str, Tensor]:
         """Draw from many draws of the guide in the region, with probabilities in proportion to prior / guide."""
-        parts = []
-        for start in range(0, number, 100):
-            rows = min(100, number - start)
+
+        def step(_: Values, rows: int) -> Values:
             values = self.guide.sample(rows * each, *self.given[0], **self.given[1])
             log_q = self._log_q(values)
             _, log_p = self._prior(rows * each, values)
@@ -77,8 +76,9 @@ class Truncated:
             weights = weights.where(weights.isfinite().any(1, keepdim=True), 0.0)
             first = each * torch.arange(rows, device=weights.device)
             picked = torch.distributions.Categorical(logits=weights).sample() + first
-            parts.append({name: values[name][picked] for name in self.names})
-        return _joined(parts)
+            return {name: values[name][picked] for name in self.names}
+
+        return in_batches(step, {}, number, 100)
 
     def _log_q(self, values: dict[str, Tensor]) -> Tensor:
         return self.guide.log_prob(values, *self.given[0], **self.given[1])
@@ -120,7 +120,3 @@ class _StopAfter(Messenger):
         self.missing.discard(msg["name"])
         if not self.missing:
             raise NonlocalExit(msg)
-
-
-def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,25 +1,103 @@
-"""Checkpoints: the state of a run in one file, from which it resumes to the same end as without the break."""
+"""Files that a run writes while it trains: tested before it begins, and tried again after a failure.
+
+A checkpoint is the state of a run in one file, from which it resumes to the same end as without the break.
+"""
 
 from __future__ import annotations
 
 import inspect
+import os
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..atomic_files import save_tensors, write_atomically
+from ..arguments import as_path
+from ..atomic_files import save_tensors, try_path, write_atomically
 from ..bijectors import Bijector
+from ..programs.error_text import warn_user
 from . import distributed
-from .output_files import Attempts
 from .randomness import random_state, set_random_state
 
 FORMAT = 5
 EVERY = 10.0  # seconds
 WAY_OUT = "Use the same settings, name another file, or remove this one."
+
+
+def check_path(caller: str, argument: str, value: Any, ends: str = "") -> Path | None:
+    """Return the path of a file that process 0 can write, or None for None.
+
+    Args:
+        caller: The public function, for errors.
+        argument: Its argument that names the file.
+        value: The file.  A folder is accepted without ``ends``; the reader of the file refuses it.
+        ends: The longest suffix that is added to the name.
+
+    Raises:
+        TypeError: If the value is not a path.
+        ValueError: If the file cannot be written.
+    """
+    path = as_path(caller, argument, value)
+    if path is None:
+        return None
+
+    def problem() -> str:
+        if not os.path.isdir(path.parent):  # Path.is_dir raises for names that are too long
+            return "lies in a folder that does not exist."
+        if os.path.isdir(path) and not ends:
+            return ""
+        if why := _why_not(lambda: try_path(path.with_name(f"{path.name}{ends}"))):
+            longest = f" with {ends!r} at its end" if ends else ""
+            return f"cannot be written{longest} ({why}). Name another file."
+        return ""
+
+    if words := distributed.broadcast(problem):
+        raise ValueError(f"{caller}: {argument}={os.fspath(path)!r} {words}")
+    return path
+
+
+def _why_not(write: Callable[[], object]) -> str:
+    """Write a file; return the system's reason if it could not be written, else an empty string."""
+    try:
+        write()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+class Attempts:
+    """Attempts of process 0 to write one file while training continues.
+
+    A failure warns, unless the last attempt failed for the same reason.  One that lasts to the end warns again.
+
+    Args:
+        caller: The public function, for warnings.
+        argument: Its argument that names the file.
+        path: The file; None to write nothing.
+    """
+
+    def __init__(self, caller: str, argument: str, path: Path | None) -> None:
+        self.path, self._file = path, f"{caller}: {argument}={str(path)!r}"
+        self.problem = ""  # of the last attempt
+
+    def attempt(self, write: Callable[[Path], object]) -> None:
+        """Write the file, or warn that it could not be written."""
+        if (path := self.path) is None or distributed.rank():
+            return
+        before, self.problem = self.problem, _why_not(lambda: write(path))
+        if self.problem and self.problem != before:
+            words = f"{self._file} could not be written ({self.problem}). Training goes on, and the file is tried again"
+            warn_user(f"{words}; until then it is as it was before.")
+
+    def conclude(self) -> None:
+        """Warn if the last attempt failed."""
+        if self.problem:
+            words = f"{self._file} could not be written at the end ({self.problem})"
+            warn_user(f"{words}: it lacks the last part of the training. The fit itself is complete.")
 
 
 class Checkpoint(Attempts):
@@ -64,8 +142,7 @@ class Checkpoint(Attempts):
         state = distributed.broadcast(lambda: _load(self.path, self._caller, self._settings))
         if state is None:
             return None
-        if distributed.rank() == 0:
-            set_random_state(state["random"])
+        set_random_state(state["random"])
         distributed.seed()
         others = state["others"]
         if 0 < distributed.rank() <= len(others):

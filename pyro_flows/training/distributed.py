@@ -188,6 +188,41 @@ def broadcast(make: Callable[[], T]) -> T:
     return cast(T, made if rank() == 0 else pickle.loads(packed[0]))
 
 
+@torch.no_grad()
+def add_up(parameters: list[Tensor], loss: Tensor, share: float, flags: list[bool]) -> tuple[float, list[bool]]:
+    """Replace gradients by their weighted sum over all processes, or None if no process has one.
+
+    One all-reduce of one flat vector serves parameters of modules and of Pyro's store, and objectives that fill in
+    gradients themselves.  The vector also holds the loss and the flags, so that all processes skip, save and stop at
+    the same steps.
+
+    Args:
+        parameters: The tensors with gradients.
+        loss: The loss of this process.
+        share: The weight of this process.
+        flags: Flags of this process.
+
+    Returns:
+        The weighted sum of the losses, and for each flag True if a process has raised it.
+    """
+    barrier()
+    gradients = [parameter.grad for parameter in parameters]
+    parts = [
+        (torch.zeros_like(parameter) if gradient is None else gradient).reshape(-1)
+        for parameter, gradient in zip(parameters, gradients, strict=True)
+    ]
+    own = torch.cat([*parts, loss.reshape(1).to(parts[0].device)]).mul_(share)
+    raised = torch.tensor([*(gradient is not None for gradient in gradients), *flags])
+    flat = torch.cat((own, raised.to(own)))
+    with reaching():
+        dist.all_reduce(flat)
+    *sums, rest = flat.split([*(len(part) for part in parts), 1 + len(raised)])
+    total, *counts = rest.tolist()
+    for parameter, part, count in zip(parameters, sums, counts, strict=False):
+        parameter.grad = part.reshape(parameter.shape).to(parameter.dtype) if count else None
+    return total, [count > 0 for count in counts[len(parameters) :]]
+
+
 def share(number: int) -> tuple[slice, float]:
     """Return which of a number of rows belong to this process, and their share of all.
 
@@ -201,8 +236,6 @@ def share(number: int) -> tuple[slice, float]:
 
 def sync() -> None:
     """Set the random numbers of all processes to those of process 0."""
-    if alone():
-        return
     on_gpu = torch.cuda.is_available()
     state, current = broadcast(lambda: (random_state(), torch.cuda.get_rng_state() if on_gpu else None))
     if rank():
@@ -213,8 +246,6 @@ def sync() -> None:
 
 def seed(program: Any = None) -> None:
     """Seed each process but the first differently, and let it shuffle the rows of a guide's plates anew."""
-    if alone():
-        return
     seed = broadcast(lambda: zlib.crc32(torch.get_rng_state().numpy().tobytes()))
     if rank():
         pyro.set_rng_seed((seed + rank()) % 2**32)
@@ -241,8 +272,6 @@ def agree(caller: str, settings: dict[str, Any], device: torch.device) -> None:
     Raises:
         ValueError: If they do not; the error names what differs, or the way out.
     """
-    if alone():
-        return
     mine = {name: repr(value) for name, value in settings.items()}
     first = broadcast(lambda: mine)
     if differ := [name for name, value in first.items() if mine.get(name) != value]:
@@ -250,7 +279,7 @@ def agree(caller: str, settings: dict[str, Any], device: torch.device) -> None:
             f"{caller}: processes 0 and {rank()} are to fit different things (their {', '.join(differ)}). Run the same "
             "script on the same data in all. If it generates data, set a seed first."
         )
-    on_gpu = device.type == "cuda" and "nccl" in dist.get_backend_config()
+    on_gpu = device.type == "cuda" and not alone() and "nccl" in dist.get_backend_config()
     gpu = str(torch.cuda.get_device_properties(device).uuid) if on_gpu else ""
     if all_gather(lambda: gpu).count(gpu) > 1 and on_gpu:
         raise ValueError(

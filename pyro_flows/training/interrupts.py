@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tqdm import tqdm
+
 
 @dataclass
 class _Hold:
@@ -59,3 +61,19 @@ def hold_interrupts(grace: float = 0.0, notice: str = "") -> Iterator[Callable[[
         yield hold.held
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def watching(bar: tqdm, notice: str = "") -> Iterator[Callable[..., bool]]:
+    """Hold a first Ctrl-C back under a progress bar.
+
+    The function that is yielded moves the bar on, shows words beside it, and returns True if there was a Ctrl-C.
+    """
+    with bar, hold_interrupts(notice=notice) as asked:
+
+        def watch(words: str = "") -> bool:
+            bar.update()
+            bar.set_postfix_str(words, refresh=False)
+            return asked()
+
+        yield watch

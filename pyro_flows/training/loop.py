@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from .. import plots
 from ..memory import keep_memory
+from ..programs.log_density import NonFiniteDraw, is_breakdown
 from ..threads import Threads, using
 from . import distributed
 from .checkpoint import Checkpoint
-from .gradients import backward
 from .interrupts import hold_interrupts
 from .state import Average, Best, Optimizer
 from .stopping import Horizon
@@ -156,10 +156,10 @@ class Descent:
         settings: The settings of the run.
         trained: The guide or flow; its buffers belong to the state of the run.
         diagnose: Returns what is not finite, for the error.
-        companion: The objective or the source of rows.  Its state belongs to the run if it has ``load_state_dict``, and
-            is the same in all processes if it has ``in_common``.  Its ``share`` is the share of this process in the
-            rows of the last loss; by default all have equal shares.  While its ``settled`` is False, losses are not
-            comparable, and the latest state counts as the best.
+        companion: The objective or the source of rows.  Its state belongs to the run if it has ``load_state_dict``; a
+            source has the same state in all processes.  Its ``share`` is the share of this process in the rows of the
+            last loss; by default all have equal shares.  While its ``settled`` is False, losses are not comparable, and
+            the latest state counts as the best.
         judge: Judges states by held-out data; None to judge them by the running loss.
 
     Raises:
@@ -241,18 +241,14 @@ class Descent:
         bar = tqdm(total=self.settings.steps, initial=self.step, disable=not shown, unit="step", dynamic_ncols=True)
         try:
             with bar, hold_interrupts(0.0 if alone else AGAIN) as asked, using(1):
-
-                def wishes() -> list[bool]:
-                    return [asked(), self.checkpoint.due]
-
                 while not stopped:
-                    wished = self._take_step(wishes)
+                    wished = self._take_step(asked)
                     self.horizon.observe(self.losses)
                     bar.total = self.horizon.last
                     bar.update()
                     if self.step % every == 0 or self.step == self.horizon.last:
                         bar.set_postfix_str(self._judge())
-                    interrupted, due = wishes() if alone else wished
+                    interrupted, due = wished or (asked(), self.checkpoint.due)
                     stopped = self._reason_to_stop(interrupted=interrupted)
                     if stopped or due:
                         self._save()
@@ -275,27 +271,50 @@ class Descent:
             return "converged" if self.horizon.converged_at else "steps"
         return ""
 
-    def _take_step(self, wishes: Callable[[], list[bool]]) -> list[bool]:
-        """Take a step, or skip it if its loss or gradient is not finite; return what any process wishes."""
+    def _take_step(self, asked: Callable[[], bool]) -> list[bool]:
+        """Take a step, or skip it if its loss or gradient is not finite.
+
+        Returns:
+            True if any of several processes was asked to stop, and True if any is to save; empty if there is one only.
+        """
         began, step = time.perf_counter(), self.step + 1
-        for optimizer in self.optimizers:
-            optimizer.param_groups[0]["lr"] = self.settings.lr * self.horizon.share(step)
-            optimizer.zero_grad()
-        found = backward(self.loss, self._share, self.parameters, self.settings.clip_norm, wishes)
-        self.losses.append(found.loss)
-        if math.isfinite(found.loss):
+        wished: list[bool] = []
+        for parameter in self.parameters:
+            parameter.grad = None
+        loss, error = self._backward()
+        unsolved = isinstance(error, FloatingPointError)
+        if distributed.alone():
+            total = loss.item()
+        else:
+            share = float(getattr(self.companion, "share", 1 / distributed.size()))  # known after the loss
+            flags = [unsolved, asked(), self.checkpoint.due]
+            total, (unsolved, *wished) = distributed.add_up(self.parameters, loss, share, flags)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
+        self.losses.append(total if norm.isfinite() else math.nan)
+        if math.isfinite(self.losses[-1]):
             for optimizer in self.optimizers:
+                optimizer.param_groups[0]["lr"] = self.settings.lr * self.horizon.share(step)
                 optimizer.step()
             if self.average:
                 self.average.update(step)
         else:
-            self._check_skipped(found.error, UNSOLVED if found.unsolved else self.settings.patience)
+            self._check_skipped(error, UNSOLVED if unsolved else self.settings.patience)
         self.threads.saw(time.perf_counter() - began)
         torch.set_num_threads(self.threads.number)
-        return found.wishes
+        return wished
 
-    def _share(self) -> float:
-        return float(getattr(self.companion, "share", 1 / distributed.size()))
+    def _backward(self) -> tuple[Tensor, Exception | None]:
+        """Compute the gradients; return the loss, NaN if the model broke down, and the error that says why."""
+        try:
+            loss = self.loss()
+            loss.backward()
+            return loss.detach(), None
+        except NonFiniteDraw:  # it counts as a loss that is not finite
+            return torch.tensor(math.nan), None
+        except Exception as error:
+            if not is_breakdown(error):
+                raise
+            return torch.tensor(math.nan), error
 
     def _check_skipped(self, error: Exception | None, limit: int) -> None:
         """Raise FloatingPointError if as many consecutive steps were skipped as are allowed."""
@@ -344,8 +363,7 @@ class Descent:
         return self.average.in_place() if self.average else contextlib.nullcontext()
 
     def _save(self) -> None:
-        own = () if getattr(self.companion, "in_common", False) else ("companion", "buffers")
-        self.checkpoint.save(self.state_dict(), own)
+        self.checkpoint.save(self.state_dict(), () if self.judge else ("companion", "buffers"))
 
     def state_dict(self) -> dict[str, Any]:
         return {
