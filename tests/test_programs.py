@@ -677,6 +677,23 @@ def test_a_number_of_plates_holds_for_one_call_only():
     assert Task(by_hand, by_hand, (X,), {}).nesting == HIDDEN[by_hand]
 
 
+def test_an_enumerated_model_on_a_subsampled_plate_has_no_noise():
+    """Runs are compared on one subsample: the density of all rows, by which draws are weighed, is another number."""
+    x = torch.tensor([0.0] * 4 + [30.0] * 4)
+
+    def mixture():
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 8, subsample_size=2) as rows:
+            side = pyro.sample("side", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(loc + side, 1.0), obs=x[rows])
+
+    def guide():
+        pyro.sample("loc", dist.Normal(0.0, 1.0))
+
+    program = Task(mixture, guide, (), {}).check().settle().model
+    assert (program.engine, program.noise.deviation) == ("plate", 0)
+
+
 def test_plates_that_one_run_shows_need_no_number():
     """A plate made by hand far to the left, one in the guide alone, and one that only some data open."""
 
