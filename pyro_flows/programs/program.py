@@ -123,9 +123,7 @@ class Program:
     @property
     def marked(self) -> Function:
         """The program with its discrete latents marked for Pyro's own enumeration."""
-        if not self.enumerated:
-            return self.call
-        return poutine.infer_config(WithValues(self.enumerated)(self.call), self._mark)
+        return WithValues(self.enumerated)(self.call) if self.enumerated else self.call
 
     def whole(self) -> None:
         """Score all rows of the only subsampled plate, part by part, instead of a subsample."""
@@ -138,11 +136,6 @@ class Program:
         if self.enumerated:
             self._sum_of_parts = other.enumeration
         return other
-
-    @property
-    def at_values(self) -> Program:
-        """The program to run at values of its discrete latents: by vmap, as an enumerated program may not broadcast."""
-        return self.with_(engine="vmap") if self.enumerated and self.engine != "loop" else self
 
     def alone(self, read: Read, size: int) -> Values:
         """Run the program one draw at a time, with nothing held, and read some tensors: each ``(size, *shape)``."""
@@ -204,7 +197,7 @@ class Program:
 
     def discrete(self, held: Values, size: int) -> Values:
         """Draw the discrete latents that are summed out, given N draws of the others: each ``(N, *site_shape)``."""
-        return self.enumeration.sample(self, held, size) if self.enumerated else {}
+        return self.enumeration.sample(self, held, size)
 
     @property
     def enumeration(self) -> Parallel | Sequential:
@@ -234,15 +227,10 @@ class Program:
             if size is not None:
                 program = pyro.plate(DRAWS, size, dim=-1 - self.nesting)(program)
             if self.enumerated:
-                program = WithValues(self.enumerated)(program)
+                program = WithValues(self.enumerated, marked=enumerate)(program)
             if enumerate:
-                program = poutine.infer_config(program, self._mark)
                 program = EnumMessenger(first_available_dim=-1 - self.nesting - (size is not None))(program)
             return prune_subsample_sites(trace_of(program, self.args, self.kwargs))
-
-    def _mark(self, site: dict[str, Any]) -> dict[str, Any]:
-        marks = {"enumerate": "parallel", "expand": False, "num_samples": None}
-        return marks if site["name"] in self.enumerated else {}
 
 
 class _Largest(TorchFunctionMode):

@@ -197,7 +197,9 @@ class Task:
             batch_size: The number of draws to run at once.
             forget: True to draw the observed sites anew instead of the data; deterministic sites cannot be read then.
         """
-        place, model = _forgetful if forget else poutine.condition, self.model.at_values
+        place, model = _forgetful if forget else poutine.condition, self.model
+        if model.enumerated and model.engine != "loop":
+            model = model.with_(engine="vmap")  # at values of its discrete latents it may not broadcast
 
         def step(held: Values, size: int) -> Values:
             return model.sample(lambda view: {n: view.read(n, what) for n in sites}, held, size, place=place)
