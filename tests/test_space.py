@@ -240,6 +240,9 @@ def test_a_breakdown_of_one_draw_spares_the_others():
     z[4] = -1
     for fragile in (singular, unsolved):
         assert or_nan(fragile)(z).isnan().tolist() == [i == 4 for i in range(9)]
+    assert or_nan(lambda z: torch.stack((unsolved(z), z[:, 0]), -1), 2)(z).isnan().any(-1).tolist() == [
+        i == 4 for i in range(9)
+    ]
 
     def wrong(z: Tensor) -> Tensor:
         raise ValueError("a mistake of the model's")

@@ -278,7 +278,7 @@ class _Looked(NamedTuple):
     def features(self, quantities: Tensor, z: Tensor) -> Tensor:
         """Return the judged quantities and the squared distance from the centre, ``(N, K + 1)``."""
         distance = self.white.inverse(z).square().sum(-1, keepdim=True)
-        if self.space.read.has_angles:  # which have no centre
+        if self.space.read.angles:  # which have no centre
             distance = torch.zeros_like(distance)
         return torch.cat((quantities[:, self.judged], distance), -1)
 
@@ -331,7 +331,7 @@ def _run(
         if bool(right.all()) or (block > 0 and is_off(drift, CERTAIN + CONTRARY * calm)):
             break
     directions = compass.drift()
-    if space.read.has_angles:  # because periodic coordinates have neither mean nor variance
+    if space.read.angles:  # because periodic coordinates have neither mean nor variance
         directions = Drift(*(part[:0] for part in directions))
     return drift, directions, shape.shape(), chains.acceptance
 

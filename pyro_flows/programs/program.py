@@ -83,7 +83,7 @@ class Program:
         self._sum: Parallel | Sequential | None = None
         self._draws_alone = False
         self._parts: list[Part] = []
-        self._part: Part | None = None
+        self._is_part = False
         self._sum_of_parts: Parallel | Sequential | None = None
         self.threads, self._threads_without_gradient = Threads(), Threads()  # for a part of many draws
 
@@ -132,7 +132,8 @@ class Program:
 
     def _take(self, part: Part) -> Program:
         """Return the program on one part of the rows; all parts share one sum over discrete latents."""
-        other = self.with_rows({part.plate: part.rows}).with_(_parts=[], _part=part, _sum=self._sum_of_parts)
+        rows = {**self.rows, part.plate: part.rows}
+        other = self.with_(call=part(self.call), rows=rows, _parts=[], _is_part=True, _sum=self._sum_of_parts)
         if self.enumerated:
             self._sum_of_parts = other.enumeration
         return other
@@ -208,7 +209,7 @@ class Program:
         """
         if self._sum is None:
             with pyro.validation_enabled(False), torch.no_grad():
-                single = self._trace_at({}) if self._part else self.single  # a part has other scales
+                single = self._trace_at({}) if self._is_part else self.single  # a part has other scales
                 self._sum = sum_over(self._trace_at, single, self.enumerated, self.nesting)
         return self._sum
 
@@ -221,8 +222,6 @@ class Program:
     def _trace(self, program: Function, size: int | None, enumerate: bool) -> Trace:
         if self.rows:
             program = poutine.condition(program, data=self.rows)
-        if self._part is not None:
-            program = self._part(program)
         with poutine.block(expose_types=["param"]), outside_plates():  # those who train see parameters
             if size is not None:
                 program = pyro.plate(DRAWS, size, dim=-1 - self.nesting)(program)

@@ -114,11 +114,6 @@ class Task:
         return "loop" in (self.model.engine, self.guide.engine)
 
     @property
-    def nesting(self) -> int:
-        """The number of dimensions that the plates of model and guide take."""
-        return self.model.nesting
-
-    @property
     def subsampled(self) -> str:
         """The first plate that runs over a part of its rows, in words, or an empty string."""
         return subsampled_plate(self.traces[0])

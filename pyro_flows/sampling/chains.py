@@ -18,7 +18,7 @@ augmented with normalizing flows (Gabrié, Rotskoff, Vanden-Eijnden 2021, arXiv:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -175,12 +175,6 @@ class Chains:
         self.count += 1
         for kernel in self.kernels if adapt or self.count % 2 else self.kernels[:1]:
             self.z, self.log_p = kernel.move(self.z, adapt=adapt)
-
-    def sweeps(self, number: int, *, adapt: bool) -> Iterator[Tensor]:
-        """Sweep a number of times; yield z after each sweep."""
-        for _ in range(number):
-            self.sweep(adapt=adapt)
-            yield self.z
 
     @torch.no_grad()
     def propose(self, draw: Callable[[int], Scored], log_q: LogDensity, times: int) -> tuple[list[Tensor], float]:

@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 from torch.distributions import Cauchy, Laplace, Normal, Transform
 from torch.distributions.utils import _sum_rightmost
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..programs.engines import Site, Values, View
 from ..programs.latent_space import LatentSpace
@@ -36,19 +34,6 @@ PARAMETERS: dict[str, Callable[[Site], Tensor]] = {
     "loc": lambda site: innermost(site["fn"]).loc,
     "scale": lambda site: innermost(site["fn"]).scale,
 }
-
-
-class Coordinates(Protocol):
-    """Coordinates x, ``(N, D)``, of vectors z, ``(N, D)``."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z and the log-determinant of dz/dx, ``(N,)``."""
-
-    def inverse(self, z: Tensor) -> Tensor:
-        """Return x."""
-
-    def whitened(self, z: Tensor) -> Coordinates:
-        """Return the same coordinates whitened by other draws z, where they are whitened at all."""
 
 
 class White:
@@ -69,12 +54,15 @@ class White:
         self.scale_tril = covariance.diagonal().sqrt().diag() if failed or effective < 5 * z.shape[1] else factor
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z, ``(N, D)``, and the log-determinant of dz/dx, ``(N,)``, given x, ``(N, D)``."""
         return self.loc + x @ self.scale_tril.T, self.scale_tril.diagonal().log().sum().expand(len(x))
 
     def inverse(self, z: Tensor) -> Tensor:
+        """Return x."""
         return torch.linalg.solve_triangular(self.scale_tril, (z - self.loc).T, upper=False).T
 
     def whitened(self, z: Tensor) -> White:
+        """Return the same coordinates whitened by other draws z; other coordinates may ignore these."""
         return White(z)
 
 
@@ -156,7 +144,7 @@ class NonCentred:
             for _ in range(self._levels):  # each level needs the values of those above
                 loc, scale = self._parameters(z)
                 z = units.index_copy(1, self._columns, loc + scale * units[:, self._columns])
-        except (ValueError, LinAlgError, FloatingPointError) as error:
+        except Exception as error:
             if not is_breakdown(error):
                 raise
             return x * math.nan, log_det
@@ -181,6 +169,9 @@ class NonCentred:
         found = self._space.task.model.run(read, self._space.latents(z), len(z))
         parts = [[found[f"{key} {name}"].reshape(len(z), -1) for name in self._names] for key in PARAMETERS]
         return [torch.cat(part, -1).to(z) for part in parts]
+
+
+Coordinates = White | Base | NonCentred  # coordinates x, (N, D), of vectors z, (N, D)
 
 
 def _columns(space: LatentSpace, names: list[str]) -> Tensor:

@@ -49,6 +49,11 @@ class Gaussian(NamedTuple):
     elbo: float
     spread: float
 
+    def holds(self, z: Tensor) -> Tensor:
+        """Return True for vectors, ``(N, D)``, within the radius that holds nearly all of the Gaussian, ``(N,)``."""
+        distance = torch.linalg.solve_triangular(self.scale_tril, (z - self.loc).T, upper=False).norm(dim=0)
+        return distance < math.sqrt(len(self.loc)) + 3
+
     @property
     def is_near(self) -> bool:
         """True if the Gaussian hardly differs from the posterior."""
@@ -98,10 +103,7 @@ def match_top(density: LogDensity, top: Tensor, scale_tril: Tensor) -> Gaussian 
         fall = density(top.unsqueeze(0)) - heights.nan_to_num(-math.inf, math.inf, -math.inf).median(-1).values
     fits = (fall <= len(top)).nonzero()
     found = match(density, top, sizes[int(fits[0]) if len(fits) else -1] * scale_tril, rounds=60)
-    if found is None:
-        return None
-    distance = torch.linalg.solve_triangular(found.scale_tril, (top - found.loc).unsqueeze(-1), upper=False).norm()
-    return found if float(distance) < math.sqrt(len(top)) + 3 else None
+    return found if found is not None and found.holds(top.unsqueeze(0)) else None
 
 
 def match(
