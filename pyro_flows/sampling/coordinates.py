@@ -14,7 +14,6 @@ NeuTra (Hoffman et al. 2019, arXiv:1903.03704); A General Framework for the Para
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from pyro.infer.autoguide import AutoContinuous
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.distributions import Cauchy, Laplace, Normal, Transform
 from torch.distributions.utils import _sum_rightmost
 
-from ..programs.engines import Site, Values, View
+from ..programs.engines import Site
 from ..programs.latent_space import LatentSpace
 from ..programs.latents import innermost
 from ..programs.log_density import is_breakdown
@@ -30,10 +29,6 @@ from ..programs.log_density import is_breakdown
 LEVELS = 3  # largest depth of a hierarchy; each level takes a run of the model
 FIRST = 4096  # draws by which a hierarchy is recognised
 ROUND_OFF = 1e-4  # largest relative error of a round trip
-PARAMETERS: dict[str, Callable[[Site], Tensor]] = {
-    "loc": lambda site: innermost(site["fn"]).loc,
-    "scale": lambda site: innermost(site["fn"]).scale,
-}
 
 
 class White:
@@ -160,15 +155,11 @@ class NonCentred:
         loc, scale = self._parameters(z)
         return z.index_copy(1, self._columns, (z[:, self._columns] - loc) / scale)
 
-    def _parameters(self, z: Tensor) -> list[Tensor]:
+    def _parameters(self, z: Tensor) -> tuple[Tensor, ...]:
         """Return the locations and the scales of the priors, given all latents, each ``(N, L)``."""
-
-        def read(view: View) -> Values:
-            return {f"{key} {name}": view.read(name, of) for name in self._names for key, of in PARAMETERS.items()}
-
-        found = self._space.task.model.run(read, self._space.latents(z), len(z))
-        parts = [[found[f"{key} {name}"].reshape(len(z), -1) for name in self._names] for key in PARAMETERS]
-        return [torch.cat(part, -1).to(z) for part in parts]
+        model, latents = self._space.task.model, self._space.latents(z)
+        found = model.run(lambda view: {name: view.read(name, _loc_and_scale) for name in self._names}, latents, len(z))
+        return torch.cat([found[name].reshape(len(z), -1, 2) for name in self._names], 1).to(z).unbind(-1)
 
 
 Coordinates = White | Base | NonCentred  # coordinates x, (N, D), of vectors z, (N, D)
@@ -178,6 +169,12 @@ def _columns(space: LatentSpace, names: list[str]) -> Tensor:
     """Return the dimensions of some latents among the coordinates of a space."""
     places = [place for name in names for place, own in enumerate(space.coordinates) if own == name]
     return torch.tensor(places, dtype=torch.long)
+
+
+def _loc_and_scale(site: Site) -> Tensor:
+    """Return the location and the scale of each value of a site, ``(*shape, 2)``."""
+    fn = innermost(site["fn"])
+    return torch.stack((fn.loc, fn.scale), -1)
 
 
 def _has_loc_and_scale(site: Site) -> bool:

@@ -26,12 +26,7 @@ LAST = 20  # rounds in which the learning rate decreases
 CLOSE = 0.5  # mean square of a difference between scores, relative to that of a score
 POOR = 5.0  # standard deviation of the log-weights, in nats, of a Gaussian whose correlations may mislead
 
-Watch = Callable[[], bool]
-
-
-def never() -> bool:
-    """Return False."""
-    return False
+Watch = Callable[[], bool]  # bool() is False
 
 
 class Gaussian(NamedTuple):
@@ -66,7 +61,7 @@ class Gaussian(NamedTuple):
 
 
 def fit_gaussian(
-    density: LogDensity, loc: Tensor, scale: float, *, rounds: int = 100, budget: float = math.inf, watch: Watch = never
+    density: LogDensity, loc: Tensor, scale: float, *, rounds: int = 100, budget: float = math.inf, watch: Watch = bool
 ) -> Gaussian:
     """Fit a Gaussian by batch and match; return the start if no round improves on it.
 
@@ -107,7 +102,7 @@ def match_top(density: LogDensity, top: Tensor, scale_tril: Tensor) -> Gaussian 
 
 
 def match(
-    density: LogDensity, loc: Tensor, scale_tril: Tensor, rounds: int = 100, watch: Watch = never
+    density: LogDensity, loc: Tensor, scale_tril: Tensor, rounds: int = 100, watch: Watch = bool
 ) -> Gaussian | None:
     """Batch and match with a learning rate that is constant until the scores stop improving, and then decreases.
 
