@@ -265,7 +265,7 @@ def test_in_both_modes_of_parameters(local):
     assert issubclass(AutoFlow, PyroModule)
 
 
-@pytest.mark.parametrize("kind", ["AutoFlow", "AutoMultivariateNormal"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_latents_of_a_packed_vector_are_placed_as_by_a_run_of_the_guide(kind):
     space = LatentSpace(Task(model, trained(kind), (Y,), {}))
     assert [*space._packing] == ["mean", "scale", "share", "effect"]
