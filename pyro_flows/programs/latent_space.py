@@ -231,7 +231,8 @@ class LatentSpace:
         guide: Any = self.task.guide.call
         prototype = getattr(guide, "prototype_trace", None)
         nodes = prototype.nodes if prototype else {}
-        constraints = {name: biject_to(support_of(nodes[name]["fn"])) for name in self.task.latents if name in nodes}
+        sites = {name: nodes[name] for name in self.task.latents if "fn" in nodes.get(name, ())}
+        constraints = {name: biject_to(support_of(site["fn"])) for name, site in sites.items()}
         constraints.update({name: transform for name, (_, transform) in self._own.items()})
         if isinstance(guide, AutoContinuous):
             return {name: (shape, constraints[name]) for name, shape in guide._unconstrained_shapes.items()}
