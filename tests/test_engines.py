@@ -207,7 +207,7 @@ def test_elbo_gradients_are_those_of_the_twins(name, objective):
 
     def gradients(program):
         pyro.set_rng_seed(5)
-        loss = objective(task.nesting).differentiable_loss(program, guide, X, Y)
+        loss = objective(task.model.nesting).differentiable_loss(program, guide, X, Y)
         return loss, torch.autograd.grad(loss, parameters, allow_unused=True)
 
     with pyro.validation_enabled(True):

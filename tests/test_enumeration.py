@@ -446,7 +446,7 @@ def factorial(data):
 
 
 def test_draws_of_factorial_chains_are_joint():
-    """Against all values by hand: the pair of chains at two times, which Pyro's own backward sampler cannot draw."""
+    """Against all values by hand: the pairs of two chains at all times."""
     data = torch.tensor([0.5, 2.5, 3.0])
     guide = AutoFlow(factorial).setup(data)
     task = Task(factorial, guide, (data,), {}).settle()

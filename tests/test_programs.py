@@ -564,7 +564,7 @@ def test_a_number_of_plates_that_is_given_holds_for_fits_and_verdicts(model):
     guide = AutoFlow(model)
     for validate in (True, False):
         with pyro.validation_enabled(validate):
-            assert Task(model, guide, (X,), {}, "plate").settle().nesting == HIDDEN[model]  # one run shows them
+            assert Task(model, guide, (X,), {}, "plate").settle().model.nesting == HIDDEN[model]  # one run shows them
     with pyro.validation_enabled(model is not free):  # Pyro itself wants a plate around rows
         given = {"max_plate_nesting": HIDDEN[model]}
         pf.fit_svi(model, guide, X, steps=100, progress=False, **given)
@@ -674,7 +674,24 @@ def test_a_number_of_plates_holds_for_one_call_only():
     with pytest.raises(ValueError, match="max_plate_nesting"):
         pf.psis(by_hand, by_hand, X, num_samples=30, max_plate_nesting=0)
     assert pf.psis(model, model, num_samples=30, max_plate_nesting=3).khat == -math.inf
-    assert Task(by_hand, by_hand, (X,), {}).nesting == HIDDEN[by_hand]
+    assert Task(by_hand, by_hand, (X,), {}).model.nesting == HIDDEN[by_hand]
+
+
+def test_an_enumerated_model_on_a_subsampled_plate_has_no_noise():
+    """Runs are compared on one subsample: the density of all rows, by which draws are weighed, is another number."""
+    x = torch.tensor([0.0] * 4 + [30.0] * 4)
+
+    def mixture():
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 8, subsample_size=2) as rows:
+            side = pyro.sample("side", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(loc + side, 1.0), obs=x[rows])
+
+    def guide():
+        pyro.sample("loc", dist.Normal(0.0, 1.0))
+
+    program = Task(mixture, guide, (), {}).check().settle().model
+    assert (program.engine, program.noise.deviation) == ("plate", 0)
 
 
 def test_plates_that_one_run_shows_need_no_number():

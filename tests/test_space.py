@@ -146,6 +146,23 @@ def test_flat_priors_stay():
     torch.testing.assert_close(space.prior(z), z)
 
 
+def test_the_prior_leaves_out_flat_latents_that_a_guide_draws_itself():
+    def flat() -> None:
+        slope = pyro.sample("slope", dist.ImproperUniform(dist.constraints.positive, (), ()))
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 2.0))
+        pyro.sample("y", dist.Normal(slope, scale), obs=torch.tensor(1.0))
+
+    def guide() -> None:
+        pyro.sample("slope", dist.LogNormal(0.0, 1.0))
+        pyro.sample("scale", dist.LogNormal(0.3, 0.5))
+
+    space = LatentSpace(Task(flat, guide, (), {}))
+    z = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    log_prior, log_p = space.log_prior_and_p(z)
+    torch.testing.assert_close(log_prior, dist.Normal(0.0, 2.0).log_prob(z[:, 1]))
+    torch.testing.assert_close(log_p, space.log_p(z))
+
+
 def test_angles_are_points_of_the_circle():
     def turning() -> None:
         pyro.sample("angle", dist.VonMises(3.0, 4.0))
@@ -223,6 +240,9 @@ def test_a_breakdown_of_one_draw_spares_the_others():
     z[4] = -1
     for fragile in (singular, unsolved):
         assert or_nan(fragile)(z).isnan().tolist() == [i == 4 for i in range(9)]
+    assert or_nan(lambda z: torch.stack((unsolved(z), z[:, 0]), -1), 2)(z).isnan().any(-1).tolist() == [
+        i == 4 for i in range(9)
+    ]
 
     def wrong(z: Tensor) -> Tensor:
         raise ValueError("a mistake of the model's")
@@ -245,7 +265,7 @@ def test_in_both_modes_of_parameters(local):
     assert issubclass(AutoFlow, PyroModule)
 
 
-@pytest.mark.parametrize("kind", ["AutoFlow", "AutoMultivariateNormal"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_latents_of_a_packed_vector_are_placed_as_by_a_run_of_the_guide(kind):
     space = LatentSpace(Task(model, trained(kind), (Y,), {}))
     assert [*space._packing] == ["mean", "scale", "share", "effect"]

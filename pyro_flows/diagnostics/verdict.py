@@ -274,7 +274,7 @@ def _varying(space: LatentSpace, draws: Scored) -> Scored:
 def _with_distance(space: LatentSpace, white: White, quantities: Tensor, z: Tensor) -> Tensor:
     """Append the squared distance of z from the centre, 0 if some latents are angles: ``(N, K) -> (N, K + 1)``."""
     distance = white.inverse(z).square().sum(-1, keepdim=True)
-    return torch.cat((quantities, torch.zeros_like(distance) if space.read.has_angles else distance), -1)
+    return torch.cat((quantities, torch.zeros_like(distance) if space.read.angles else distance), -1)
 
 
 def _run(
@@ -299,7 +299,7 @@ def _run(
             break
     extremes = torch.linalg.eigh(torch.cov(torch.cat(places).T).reshape(space.dim, space.dim)).eigenvectors[:, [0, -1]]
     axes = torch.cat((torch.eye(space.dim).to(extremes), extremes), -1)
-    if space.read.has_angles:  # because periodic coordinates have neither mean nor variance
+    if space.read.angles:  # because periodic coordinates have neither mean nor variance
         axes = axes[:, :0]
     meter = DriftMeter(draws.quantities, began.quantities)
     shape = ShapeMeter(*(_with_distance(space, white, some.quantities, some.z) for some in (draws, began)))

@@ -96,7 +96,7 @@ class ELBOFit:
                 number = min(ONE_BY_ONE, number)
         self.marks = {"num_particles": number, "vectorize_particles": several}
         kind = PathELBO if self.plan.takes_paths else Trace_ELBO
-        return kind(-(-number // processors), max_plate_nesting=self.task.nesting, vectorize_particles=by_plate)
+        return kind(-(-number // processors), max_plate_nesting=self.task.model.nesting, vectorize_particles=by_plate)
 
     def start(self, warm: bool | None, progress: bool = False) -> Gaussian | None:
         """Start the guide from a Gaussian and return it, or None if the guide keeps its start.

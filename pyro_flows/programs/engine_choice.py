@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pyro
 import torch
 from torch import Tensor
 
@@ -59,8 +58,7 @@ class _SingleRuns:
     """
 
     def __init__(self, program: Program, draw: Values) -> None:
-        nodes = program.single.nodes
-        self.traced = {name: value_of(nodes[name]).unsqueeze(0) for name in draw}
+        self.traced = {name: value_of(program.single.nodes[name]).unsqueeze(0) for name in draw}
         program.engine = "loop"
         self.program = program.with_()
         if program.enumerated:
@@ -69,9 +67,7 @@ class _SingleRuns:
             return
         self.held, self.size = _joined(self.traced, draw), 2
         try:
-            with pyro.validation_enabled(False):
-                traced = _terms(View(program.single.copy(), program.single, None, program.nesting))
-            self.known = _joined({name: value.unsqueeze(0) for name, value in traced.items()}, _read(program, draw, 1))
+            self.known = _read(self.program, self.held, 2)
         except (KeyError, NotImplementedError):  # some guides of Pyro cannot score a value that they did not draw
             self.known = {}
 

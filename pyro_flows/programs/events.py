@@ -60,12 +60,14 @@ def with_values(fn: Any) -> Any:
 
 
 class WithValues(Messenger):
-    """Lets sites list their values."""
+    """Lets sites list their values, and marks them for Pyro's enumeration unless ``marked`` is False."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self, names: tuple[str, ...], *, marked: bool = True) -> None:
         super().__init__()
         self._names = names
+        self._marks = {"enumerate": "parallel", "expand": False, "num_samples": None} if marked else {}
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] in self._names:
             msg["fn"] = with_values(msg["fn"])
+            msg["infer"] = {**msg["infer"], **self._marks}

@@ -28,7 +28,7 @@ from .quantities import Quantities
 from .task import Task
 
 OWN, REST, FLAT = "log q of own sites", "log q of other sites", "log q of flat latents"  # not names of sites
-Packing = dict[str, tuple[torch.Size, Transform]]  # the shape and the constraint of each latent in a packed vector
+Packing = dict[str, tuple[torch.Size, Transform]]  # the shape and the constraint of each site in a packed vector
 
 
 class Scored(NamedTuple):
@@ -79,15 +79,14 @@ class LatentSpace:
         self.task = task.settle()
         if not task.latents:
             raise ValueError("the model has no latent sites; there is nothing to judge.")
-        self._own: dict[str, Transform] = {}  # the constraints of the guide's own sites
-        self._free: Values = {}  # their unconstrained values in a single run
+        self._own: Packing = {}  # the guide's own sites
         for name in task.own:
             site = task.guide.single.nodes[name]
             if site["fn"].support.is_discrete:
                 raise ValueError(f"site {name!r} of the guide is discrete; leave it out, and it is summed out.")
-            self._own[name] = biject_to(site["fn"].support)
-            self._free[name] = self._own[name].inv(site["value"])
-        self.dim = sum(free.numel() for free in self._free.values())
+            transform = biject_to(site["fn"].support)
+            self._own[name] = transform.inv(site["value"]).shape, transform
+        self.dim = sum(shape.numel() for shape, _ in self._own.values())
         self.read = Quantities(task)
 
     @torch.no_grad()
@@ -97,14 +96,14 @@ class LatentSpace:
         Raises:
             ValueError: If a support of the guide depends on its other draws, or the guide has auxiliary draws.
         """
-        guide = self.task.guide
+        values = {name: self.task.guide.single.nodes[name]["value"] for name in self._own}
 
         def moved(view: View) -> Values:
-            nodes = view.trace.nodes
-            return {name: biject_to(nodes[name]["fn"].support)(free) for name, free in self._free.items()}
+            constraints = {name: biject_to(view.trace.nodes[name]["fn"].support) for name in values}
+            return {name: constraints[name](transform.inv(values[name])) for name, (_, transform) in self._own.items()}
 
-        for name, (there,) in guide.alone(moved, 1).items():
-            value = guide.single.nodes[name]["value"]
+        for name, (there,) in self.task.guide.alone(moved, 1).items():
+            value = values[name]
             if there.shape != value.shape or not torch.allclose(there, value, rtol=1e-4, atol=1e-6):
                 raise ValueError(f"the support of the guide's site {name!r} depends on its other draws.")
         sites = [self.task.model.single.nodes[name] for name in self.task.latents]
@@ -124,11 +123,10 @@ class LatentSpace:
 
         def step(_: Values, size: int) -> Values:
             found = self.task.guide.sample(read, {}, size)
-            free = {name: transform.inv(found[name]) for name, transform in self._own.items()}
-            latents = {name: found[name] for name in self.task.latents}
-            scores, change = self._score(latents, size), self._change(free, found)
+            z, latents = _packed(found, self._own), {name: found[name] for name in self.task.latents}
+            scores, change = self._score(latents, size), _total(_unpacked(z, self._own)[1].values())
             return {
-                "z": _packed(free.values()),
+                "z": z,
                 "log_p": scores[TOTAL] - found[REST] + change,
                 "log_q": found[OWN] + change,
                 "quantities": self.read.numbers({**latents, **scores}),
@@ -142,7 +140,7 @@ class LatentSpace:
 
         def step(_: Values, size: int) -> Values:
             found = self.task.guide.sample(lambda view: {name: view.read(name) for name in self._own}, {}, size)
-            return {"z": _packed(transform.inv(found[name]) for name, transform in self._own.items())}
+            return {"z": _packed(found, self._own)}
 
         return in_batches(step, {}, number, batch_size)["z"]
 
@@ -196,9 +194,9 @@ class LatentSpace:
 
     def log_q(self, z: Tensor) -> Tensor:
         """Return the guide's log-density over z, ``(N, D) -> (N,)`` in nats."""
-        free, held = self._split(z)
+        held, changes = _unpacked(z, self._own)
         found = self.task.guide.run(lambda view: {OWN: view.log_prob(self._own.__contains__)}, held, len(z))
-        return found[OWN] + self._change(free, held)
+        return found[OWN] + _total(changes.values())
 
     def latents(self, z: Tensor) -> Values:
         """Return the model's latents at z: each ``(N, *shape)``."""
@@ -225,11 +223,22 @@ class LatentSpace:
     @functools.cached_property
     def coordinates(self) -> list[str]:
         """The latent that each of the coordinates belongs to, or the guide's own site if the latent is unknown."""
+        return [name for name, (shape, _) in self._layout.items() for _ in range(shape.numel())]
+
+    @functools.cached_property
+    def _layout(self) -> Packing:
+        """The latents in a packed vector, or the guide's own sites if the latents are unknown."""
         guide: Any = self.task.guide.call
+        prototype = getattr(guide, "prototype_trace", None)
+        nodes = prototype.nodes if prototype else {}
+        sites = {name: nodes[name] for name in self.task.latents if "fn" in nodes.get(name, ())}
+        constraints = {name: biject_to(support_of(site["fn"])) for name, site in sites.items()}
+        constraints.update({name: transform for name, (_, transform) in self._own.items()})
         if isinstance(guide, AutoContinuous):
-            return [name for name, shape in guide._unconstrained_shapes.items() for _ in range(shape.numel())]
-        sites = {f"{name}_unconstrained": name for name in self.task.latents}
-        return [sites.get(name, name) for name, free in self._free.items() for _ in range(free.numel())]
+            return {name: (shape, constraints[name]) for name, shape in guide._unconstrained_shapes.items()}
+        latents = {f"{name}_unconstrained": name for name in constraints}
+        shapes = {latents.get(name, name): shape for name, (shape, _) in self._own.items()}
+        return {name: (shape, constraints[name]) for name, shape in shapes.items()}
 
     @functools.cached_property
     def _angles(self) -> Tensor:
@@ -284,81 +293,68 @@ class LatentSpace:
         }
 
     def _place(self, z: Tensor) -> _Placed:
-        return self._unpack(z, self._packing) if self._packing else self._place_by_run(z)
+        return self._placed(*_unpacked(z, self._packing)) if self._packing else self._place_by_run(z)
 
     def _place_by_run(self, z: Tensor) -> _Placed:
-        free, held = self._split(z)
+        held, changes = _unpacked(z, self._own)
         found = self.task.guide.run(self._placing, held, len(z))
-        latents = {name: found[name] for name in self.task.latents}
-        flat = self._change({name: part for name, part in free.items() if name in self.flat}, held)
-        return _Placed(latents, self._change(free, held) - found[REST], flat - found[FLAT])
+        latents, change, flat = self._placed({name: found[name] for name in self.task.latents}, changes)
+        return _Placed(latents, change - found[REST], flat - found[FLAT])
 
-    def _split(self, z: Tensor) -> tuple[Values, Values]:
-        """Return the unconstrained and the constrained values of the guide's own sites at z."""
-        parts = zip(self._free.items(), z.split([free.numel() for free in self._free.values()], -1), strict=True)
-        free = {name: part.reshape(len(z), *one.shape) for (name, one), part in parts}
-        return free, {name: transform(free[name]) for name, transform in self._own.items()}
+    def _placed(self, latents: Values, changes: Values) -> _Placed:
+        flat = [change for name, change in changes.items() if name in self.flat]
+        return _Placed(latents, _total(changes.values()), _total(flat))
 
     @functools.cached_property
     def _packing(self) -> Packing:
-        """The packing of an ``AutoContinuous`` guide; empty for other guides.
-
-        It places latents without a run of the guide, if it gives the same as a run.
-        """
-        guide: Any = self.task.guide.call
-        if not isinstance(guide, AutoContinuous) or {*guide._unconstrained_shapes} != {*self.task.latents}:
+        """The latents in a packed vector, if constraining them gives the same as a run of the guide, or else empty."""
+        if {*self._layout} != {*self.task.latents}:
             return {}
-        ((_, latent),) = self._free.items()
-        nodes, z = guide.prototype_trace.nodes, latent.reshape(1, -1)
-        known = {n: (shape, biject_to(nodes[n]["fn"].support)) for n, shape in guide._unconstrained_shapes.items()}
+        nodes = self.task.guide.single.nodes
+        z = _packed({name: nodes[name]["value"].unsqueeze(0) for name in self._own}, self._own)
         # Cosines in place of a draw use no random numbers.
         z = torch.cat((z, z + torch.arange(1.0, 1 + self.dim).to(z).cos() / 10))
         with torch.no_grad():
             run = self._place_by_run(z)
             try:
-                found = self._unpack(z, known)
+                found = self._placed(*_unpacked(z, self._layout))
             except RuntimeError:
                 return {}
         pairs = [(found.change, run.change), *((value, run.latents[name]) for name, value in found.latents.items())]
         same = all(a.shape == b.shape and torch.allclose(a, b.to(a), 1e-4, 1e-6, equal_nan=True) for a, b in pairs)
-        return known if same else {}
-
-    def _unpack(self, z: Tensor, packing: Packing) -> _Placed:
-        latents, change, flat = {}, z.new_zeros(len(z)), z.new_zeros(len(z))
-        parts = z.split([shape.numel() for shape, _ in packing.values()], -1)
-        for (name, (shape, transform)), part in zip(packing.items(), parts, strict=True):
-            free = part.reshape(len(z), *shape)
-            latents[name] = transform(free)
-            log_det = transform.log_abs_det_jacobian(free, latents[name]).reshape(len(z), -1).sum(-1)
-            change = change + log_det
-            flat = flat + log_det if name in self.flat else flat
-        return _Placed(latents, change, flat)
-
-    def _change(self, free: Values, found: Values) -> Tensor:
-        """Return the log-determinant of constraining some of the guide's own sites."""
-        total = torch.zeros(())
-        for name, part in free.items():
-            log_det = self._own[name].log_abs_det_jacobian(part, found[name])
-            total = total + log_det.reshape(len(log_det), -1).sum(-1)
-        return total
+        return self._layout if same else {}
 
     def _locate(self, values: Values) -> Tensor | None:
         """Return the vectors at which the latents take values ``(N, *shape)``, or None if they are unknown."""
         guide: Any = self.task.guide.call
         if hasattr(guide, "pack"):
             z, _ = guide.pack(values, *self.task.guide.args, **self.task.guide.kwargs)
-            return z if z.shape[1:] == (self.dim,) else None
-        if {*self.coordinates} != values.keys():
+        elif {*self._layout} == values.keys():
+            z = _packed(values, self._layout)
+        else:
             return None
-        prototype = getattr(guide, "prototype_trace", None)
-        placed = {name: biject_to(prototype.nodes[name]["fn"].support) for name in values if prototype}
-        transforms = {**placed, **self._own}
-        z = _packed(transforms[name].inv(values[name]) for name in dict.fromkeys(self.coordinates))
-        return z if z.shape[1] == self.dim else None
+        return z if z.shape[1:] == (self.dim,) else None
 
 
-def _packed(parts: Iterable[Tensor]) -> Tensor:
+def _packed(values: Values, packing: Packing) -> Tensor:
+    """Return packed vectors, ``(N, D)``, of constrained values."""
+    parts = [transform.inv(values[name]) for name, (_, transform) in packing.items()]
     return torch.cat([part.reshape(len(part), -1) for part in parts], -1)
+
+
+def _unpacked(z: Tensor, packing: Packing) -> tuple[Values, Values]:
+    """Return the constrained values in packed vectors, and the log-determinants of their constraints, ``(N,)`` each."""
+    values, changes = {}, {}
+    parts = z.split([shape.numel() for shape, _ in packing.values()], -1)
+    for (name, (shape, transform)), part in zip(packing.items(), parts, strict=True):
+        free = part.reshape(len(z), *shape)
+        values[name] = transform(free)
+        changes[name] = transform.log_abs_det_jacobian(free, values[name]).reshape(len(z), -1).sum(-1)
+    return values, changes
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return sum(parts, torch.zeros(()))
 
 
 def _is_flat(site: Site) -> bool:

@@ -23,8 +23,13 @@ class NonFiniteDraw(FloatingPointError):
     """Draw of a guide that is not finite: ``fit_svi`` skips the step, as it does if a loss is not finite."""
 
 
-def or_nan(density: LogDensity) -> LogDensity:
-    """Return a log-density that is NaN where the model breaks down; if need be, halving finds the draws at fault."""
+def or_nan(density: LogDensity, *shape: int) -> LogDensity:
+    """Return a log-density that is NaN where the model breaks down; if need be, halving finds the draws at fault.
+
+    Args:
+        density: The log-density, or several for each draw, ``(N, *shape)``.
+        *shape: The shape of several.
+    """
 
     def guarded(z: Tensor) -> Tensor:
         for mode in (contextlib.nullcontext(), _Singular()):
@@ -37,7 +42,7 @@ def or_nan(density: LogDensity) -> LogDensity:
                 if not isinstance(error, LinAlgError):
                     break
         if len(z) == 1:
-            return z.sum(-1) * math.nan
+            return (z.sum() * math.nan).expand(1, *shape)
         return torch.cat([guarded(half) for half in z.chunk(2)])
 
     return guarded

@@ -20,7 +20,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..arguments import is_integer
+from ..arguments import check_integers
 from ..threads import using
 
 P = ParamSpec("P")
@@ -127,11 +127,7 @@ def _asked(caller: str, argument: Any, objective: Any) -> _Given | None:
         own = int(objective.max_plate_nesting) - _draws_dim(objective)
     if argument is None:
         return None if own is None else _Given(own, f"{caller}: the objective's max_plate_nesting")
-    if not is_integer(argument) or argument < 0:
-        raise ValueError(
-            f"{caller}: max_plate_nesting must be an integer of at least 0, got {argument!r}. Leave it out to have it "
-            "found by one run."
-        )
+    check_integers(caller, 0, max_plate_nesting=argument)
     if own is not None and own != argument:
         raise ValueError(
             f"{caller}: max_plate_nesting must be that of the objective, {own}, got {argument}. Leave one of the two "

@@ -83,7 +83,7 @@ class Program:
         self._sum: Parallel | Sequential | None = None
         self._draws_alone = False
         self._parts: list[Part] = []
-        self._part: Part | None = None
+        self._is_part = False
         self._sum_of_parts: Parallel | Sequential | None = None
         self.threads, self._threads_without_gradient = Threads(), Threads()  # for a part of many draws
 
@@ -123,9 +123,7 @@ class Program:
     @property
     def marked(self) -> Function:
         """The program with its discrete latents marked for Pyro's own enumeration."""
-        if not self.enumerated:
-            return self.call
-        return poutine.infer_config(WithValues(self.enumerated)(self.call), self._mark)
+        return WithValues(self.enumerated)(self.call) if self.enumerated else self.call
 
     def whole(self) -> None:
         """Score all rows of the only subsampled plate, part by part, instead of a subsample."""
@@ -134,15 +132,11 @@ class Program:
 
     def _take(self, part: Part) -> Program:
         """Return the program on one part of the rows; all parts share one sum over discrete latents."""
-        other = self.with_rows({part.plate: part.rows}).with_(_parts=[], _part=part, _sum=self._sum_of_parts)
+        rows = {**self.rows, part.plate: part.rows}
+        other = self.with_(call=part(self.call), rows=rows, _parts=[], _is_part=True, _sum=self._sum_of_parts)
         if self.enumerated:
             self._sum_of_parts = other.enumeration
         return other
-
-    @property
-    def at_values(self) -> Program:
-        """The program to run at values of its discrete latents: by vmap, as an enumerated program may not broadcast."""
-        return self.with_(engine="vmap") if self.enumerated and self.engine != "loop" else self
 
     def alone(self, read: Read, size: int) -> Values:
         """Run the program one draw at a time, with nothing held, and read some tensors: each ``(size, *shape)``."""
@@ -204,7 +198,7 @@ class Program:
 
     def discrete(self, held: Values, size: int) -> Values:
         """Draw the discrete latents that are summed out, given N draws of the others: each ``(N, *site_shape)``."""
-        return self.enumeration.sample(self, held, size) if self.enumerated else {}
+        return self.enumeration.sample(self, held, size)
 
     @property
     def enumeration(self) -> Parallel | Sequential:
@@ -215,7 +209,7 @@ class Program:
         """
         if self._sum is None:
             with pyro.validation_enabled(False), torch.no_grad():
-                single = self._trace_at({}) if self._part else self.single  # a part has other scales
+                single = self._trace_at({}) if self._is_part else self.single  # a part has other scales
                 self._sum = sum_over(self._trace_at, single, self.enumerated, self.nesting)
         return self._sum
 
@@ -228,21 +222,14 @@ class Program:
     def _trace(self, program: Function, size: int | None, enumerate: bool) -> Trace:
         if self.rows:
             program = poutine.condition(program, data=self.rows)
-        if self._part is not None:
-            program = self._part(program)
         with poutine.block(expose_types=["param"]), outside_plates():  # those who train see parameters
             if size is not None:
                 program = pyro.plate(DRAWS, size, dim=-1 - self.nesting)(program)
             if self.enumerated:
-                program = WithValues(self.enumerated)(program)
+                program = WithValues(self.enumerated, marked=enumerate)(program)
             if enumerate:
-                program = poutine.infer_config(program, self._mark)
                 program = EnumMessenger(first_available_dim=-1 - self.nesting - (size is not None))(program)
             return prune_subsample_sites(trace_of(program, self.args, self.kwargs))
-
-    def _mark(self, site: dict[str, Any]) -> dict[str, Any]:
-        marks = {"enumerate": "parallel", "expand": False, "num_samples": None}
-        return marks if site["name"] in self.enumerated else {}
 
 
 class _Largest(TorchFunctionMode):

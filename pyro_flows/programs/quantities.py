@@ -30,7 +30,6 @@ class Quantities:
         derived: The deterministic sites among them.  They are left out if discrete latents are summed out, since they
             may depend on these latents.
         angles: The latents that are angles, along which densities are periodic.
-        has_angles: True if some latents are angles.
         plain_angles: The angles whose values are in radians.
     """
 
@@ -47,7 +46,6 @@ class Quantities:
             self.names += labels
             self.sites += [name] * len(labels)
         self.angles = {name for name in latents if self._turns[name] is not None}
-        self.has_angles = bool(self.angles)
         self.plain_angles = {name for name in self.angles if isinstance(innermost(nodes[name]["fn"]), VonMises)}
         self._kept: Tensor | slice = slice(None)
 

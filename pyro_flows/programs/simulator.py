@@ -195,7 +195,7 @@ class Simulator:
         Raises:
             ValueError: If the model means something else vectorised as ``vectorize`` asks.
         """
-        self.settle(vectorize)
+        self._settle(vectorize)
         values = in_batches(self._run, latents or {}, number, batch_size)
         data = {name: values.pop(site) for name, site in self.sites.items()}
         return Simulations(values, data)
@@ -204,41 +204,34 @@ class Simulator:
         names = [name for name, _ in self.model.single.iter_stochastic_nodes()]
         return (model or self.model).sample(lambda view: {name: view.read(name) for name in names}, latents, size)
 
-    def settle(self, vectorize: str) -> None:
-        """Choose the engine for many simulations, once.
-
-        Raises:
-            ValueError: If the model means something else vectorised as ``vectorize`` asks.
-        """
+    def _settle(self, vectorize: str) -> None:
+        """Choose the engine for many simulations, once."""
         check_vectorize(vectorize)
         if self._settled == vectorize:
             return
-        drawn = self._run({}, 1, self.model.with_(engine="loop"))
-        settle(self.model, drawn, vectorize, "model", self._fault)
+        settle(self.model, self._run({}, 1, self.model.with_(engine="loop")), vectorize, "model", self._fault)
         self._settled = vectorize
         if self.model.engine == "loop" and vectorize == "auto":
             warn_user(f"{self.caller}: the model runs one draw at a time, as it{self.model.fault}.")
 
     def _fault(self) -> str:
-        """Return a fault of data without a density that could show it, in words, or an empty string."""
-        latents = {name: value for name, value in self._run({}, 2).items() if name not in self.sites.values()}
-        nodes = self.model.single.nodes
-        points = [name for name in self.sites.values() if isinstance(innermost(nodes[name]["fn"]), dist.Delta)]
-        return next(filter(None, (self._fault_of(name, latents) for name in points)), "")
+        """Return a fault of data without a density that could show it, in words, or an empty string.
 
-    def _fault_of(self, name: str, latents: Values) -> str:
-        """Compare data given latents with single runs, or, if the data are noisy, check that the noise differs."""
-        many = self._run(latents, 2)[name]
-        alone = [self._run(latents, 2, self.model.with_(engine="loop"))[name] for _ in range(2)]
-        if torch.equal(alone[0], alone[1]):
-            if torch.allclose(many, alone[0], rtol=1e-4, atol=1e-6):
-                return ""
-            return (
-                f" makes site {name!r} another function of the latents when it runs vectorised over simulations: one "
-                "of them sees the others"
-            )
-        twice = {key: value[:1].expand(2, *value.shape[1:]) for key, value in latents.items()}
-        pair = self._run(twice, 2)[name]
-        if torch.equal(pair[0], pair[1]):
-            return f" draws noise for site {name!r} outside of sample statements, the same for all draws of one run"
+        Such data are compared with single runs at the same latents.  If they are noisy, the noise must differ.
+        """
+        latents = {name: value for name, value in self._run({}, 2).items() if name not in self.sites.values()}
+        twice = {name: value[:1].expand(2, *value.shape[1:]) for name, value in latents.items()}
+        nodes, alone = self.model.single.nodes, self.model.with_(engine="loop")
+        for name in self.sites.values():
+            if not isinstance(innermost(nodes[name]["fn"]), dist.Delta):
+                continue
+            many, one, again = (self._run(latents, 2, model)[name] for model in (self.model, alone, alone))
+            is_noisy = not torch.equal(one, again)
+            if not is_noisy and not torch.allclose(many, one, rtol=1e-4, atol=1e-6):
+                return (
+                    f" makes site {name!r} another function of the latents when it runs vectorised over simulations: "
+                    "one of them sees the others"
+                )
+            if is_noisy and torch.equal(*self._run(twice, 2)[name]):
+                return f" draws noise for site {name!r} outside of sample statements, the same for all draws of one run"
         return ""

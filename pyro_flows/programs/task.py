@@ -114,11 +114,6 @@ class Task:
         return "loop" in (self.model.engine, self.guide.engine)
 
     @property
-    def nesting(self) -> int:
-        """The number of dimensions that the plates of model and guide take."""
-        return self.model.nesting
-
-    @property
     def subsampled(self) -> str:
         """The first plate that runs over a part of its rows, in words, or an empty string."""
         return subsampled_plate(self.traces[0])
@@ -197,7 +192,9 @@ class Task:
             batch_size: The number of draws to run at once.
             forget: True to draw the observed sites anew instead of the data; deterministic sites cannot be read then.
         """
-        place, model = _forgetful if forget else poutine.condition, self.model.at_values
+        place, model = _forgetful if forget else poutine.condition, self.model
+        if model.enumerated and model.engine != "loop":
+            model = model.with_(engine="vmap")  # at values of its discrete latents it may not broadcast
 
         def step(held: Values, size: int) -> Values:
             return model.sample(lambda view: {n: view.read(n, what) for n in sites}, held, size, place=place)

@@ -24,6 +24,7 @@ from torch import Tensor
 BLOCK = 400_000  # numbers per block, few enough for the cache
 LINE = 64  # quantities that are transposed together, for whole cache lines
 FEWEST = 8  # draws per chain: each half needs four
+DIRECT = 8  # lags whose covariances are summed directly; a Fourier transform gives all lags if these do not suffice
 
 
 class Convergence(NamedTuple):
@@ -63,21 +64,21 @@ def convergence(draws: Tensor) -> Convergence:
     for some in draws.detach().split(LINE, -1):
         centre = some[:, 0].nan_to_num(0.0, 0.0, 0.0).median(0).values  # for precision in float32
         some = (some - centre).float().cpu()
-        halves = torch.cat((some[:, :half], some[:, -half:]), 1)  # without the middle draw of an odd number
-        columns = halves.permute(2, 0, 1).flatten(1)  # (K, S), with S = 2 n C
+        halves = torch.cat((some[:, :half], some[:, -half:]))  # without the middle draw of an odd number
+        columns = halves.permute(2, 1, 0).flatten(1)  # (K, S), with S = 2 n C
         parts += [_summary(part, half) for part in columns.split(step)]
     return Convergence(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _summary(columns: Tensor, length: int) -> Convergence:
-    """Summarise K quantities, ``(K, S)``: chain by chain, and two halves of ``length`` draws per chain."""
+    """Summarise K quantities, ``(K, S)``: time by time, the first and then the second halves of all chains."""
     unknown, size = columns.isnan().any(-1), columns.shape[1]
     columns = columns.nan_to_num(0.0, math.inf, -math.inf)
     ordered, order = _sort(columns)
     constant = ordered[:, 0] == ordered[:, -1]
     median = ordered[:, (size - 1) // 2, None]
     distances = (columns - median).abs().nan_to_num(math.inf)
-    scores, folded = (_normal_scores(*part).unflatten(1, (-1, length)) for part in ((ordered, order), _sort(distances)))
+    scores, folded = (_normal_scores(*part).unflatten(1, (length, -1)) for part in ((ordered, order), _sort(distances)))
     tails = []
     for share in (0.05, 0.95):
         place = share * (size - 1)
@@ -122,22 +123,22 @@ def _scores_of_ranks(size: int) -> Tensor:
 
 
 def _rhat(x: Tensor) -> Tensor:
-    """Return R-hat of K quantities in half chains, ``(K, 2 C, n)``."""
-    length, means = x.shape[-1], x.mean(-1, keepdim=True)
+    """Return R-hat of K quantities in half chains, ``(K, n, 2 C)``."""
+    length, means = x.shape[1], x.mean(1, keepdim=True)
     within = (x - means).square().mean((1, 2)) * length / (length - 1)
     return ((length - 1) / length + means.flatten(1).var(-1) / within).sqrt().nan_to_num(1.0, math.inf)
 
 
 def _ess_of_sd(x: Tensor) -> Tensor:
-    """Return how many normal draws estimate each standard deviation as well as half chains do, ``(K, 2 C, n)``."""
+    """Return how many normal draws estimate each standard deviation as well as half chains do, ``(K, n, 2 C)``."""
     centred = x - x.mean((1, 2), keepdim=True)
-    squares = (centred / centred.abs().amax((1, 2), keepdim=True)).square().mean(-1)
+    squares = (centred / centred.abs().amax((1, 2), keepdim=True)).square().mean(1)
     return (2 * squares.shape[-1] * (squares.mean(-1) / squares.std(-1)).square()).nan_to_num(math.inf)
 
 
 def _drift(x: Tensor) -> Tensor:
-    """Return the mean change between the halves of chains, ``(K, 2 C, n)``, in standard errors."""
-    first, second = x.mean(-1).unflatten(1, (-1, 2)).unbind(-1)  # (K, C)
+    """Return the mean change between the halves of chains, ``(K, n, 2 C)``, in standard errors."""
+    first, second = x.mean(1).chunk(2, -1)  # (K, C)
     change, freedom = second - first, first.shape[-1] - 1
     t = change.mean(-1) / (change.std(-1) / math.sqrt(freedom + 1))
     # With few chains this is Student's t, which is turned into a normal score (Wallace 1959).
@@ -146,21 +147,29 @@ def _drift(x: Tensor) -> Tensor:
 
 
 def _ess(x: Tensor) -> Tensor:
-    """Return the effective sample size of K quantities in half chains, ``(K, 2 C, n)``.
+    """Return the effective sample size of K quantities in half chains, ``(K, n, 2 C)``.
 
     The autocorrelation time is a sum over Geyer's initial monotone sequence of pairs of lags.
     """
-    length, size = x.shape[-1], x.shape[1] * x.shape[2]
-    means = x.mean(-1, keepdim=True)
-    spectrum = torch.view_as_real(torch.fft.rfft(x - means, n=2 * length))
-    power = spectrum.square().mean(1).sum(-1)
-    covariance = torch.fft.irfft(power, n=2 * length)[:, : length - length % 2] / length
-    covariance[:, 0] *= length / (length - 1)
-    within = covariance[:, :1]
-    total = within * (length - 1) / length + means.squeeze(-1).var(-1, keepdim=True)
-    correlations = 1 - (within - covariance) / total
-    even = correlations[:, ::2]
-    pairs = even + correlations[:, 1::2]
+    (length, chains), size = x.shape[1:], x[0].numel()
+    means, lags = x.mean(1, keepdim=True), length - length % 2
+    centred = x - means
+    flat = centred.flatten(1)
+    shifts = range(0, chains * min(DIRECT, lags), chains)
+    covariance = torch.stack([torch.linalg.vecdot(flat[:, : size - by], flat[:, by:]) for by in shifts], -1) / size
+    within = covariance[:, :1] * length / (length - 1)
+    total = covariance[:, :1] + means.flatten(1).var(-1, keepdim=True)
+
+    def correlations(covariance: Tensor) -> Tensor:
+        """Return the correlations in pairs of lags, ``(K, pairs, 2)``."""
+        return torch.cat((torch.ones_like(total), 1 - (within - covariance[:, 1:]) / total), -1).unflatten(-1, (-1, 2))
+
+    found = correlations(covariance)
+    if lags > DIRECT and (found.sum(-1) > 0).all(-1).any():
+        spectrum = torch.view_as_real(torch.fft.rfft(centred.mT, n=2 * length))
+        power = spectrum.square().mean(1).sum(-1)
+        found = correlations(torch.fft.irfft(power, n=2 * length)[:, :lags] / length)
+    even, pairs = found[..., 0], found.sum(-1)
     kept = (pairs > 0).cumprod(-1).bool()
     kept[:, -1] = False  # the last pair counts by half, like the first negative one
     last = even.gather(-1, kept.sum(-1, keepdim=True)).squeeze(-1).clamp_min(0)

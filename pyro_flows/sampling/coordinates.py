@@ -14,17 +14,14 @@ NeuTra (Hoffman et al. 2019, arXiv:1903.03704); A General Framework for the Para
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 from torch.distributions import Cauchy, Laplace, Normal, Transform
 from torch.distributions.utils import _sum_rightmost
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from ..programs.engines import Site, Values, View
+from ..programs.engines import Site
 from ..programs.latent_space import LatentSpace
 from ..programs.latents import innermost
 from ..programs.log_density import is_breakdown
@@ -32,23 +29,6 @@ from ..programs.log_density import is_breakdown
 LEVELS = 3  # largest depth of a hierarchy; each level takes a run of the model
 FIRST = 4096  # draws by which a hierarchy is recognised
 ROUND_OFF = 1e-4  # largest relative error of a round trip
-PARAMETERS: dict[str, Callable[[Site], Tensor]] = {
-    "loc": lambda site: innermost(site["fn"]).loc,
-    "scale": lambda site: innermost(site["fn"]).scale,
-}
-
-
-class Coordinates(Protocol):
-    """Coordinates x, ``(N, D)``, of vectors z, ``(N, D)``."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z and the log-determinant of dz/dx, ``(N,)``."""
-
-    def inverse(self, z: Tensor) -> Tensor:
-        """Return x."""
-
-    def whitened(self, z: Tensor) -> Coordinates:
-        """Return the same coordinates whitened by other draws z, where they are whitened at all."""
 
 
 class White:
@@ -69,12 +49,15 @@ class White:
         self.scale_tril = covariance.diagonal().sqrt().diag() if failed or effective < 5 * z.shape[1] else factor
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z, ``(N, D)``, and the log-determinant of dz/dx, ``(N,)``, given x, ``(N, D)``."""
         return self.loc + x @ self.scale_tril.T, self.scale_tril.diagonal().log().sum().expand(len(x))
 
     def inverse(self, z: Tensor) -> Tensor:
+        """Return x."""
         return torch.linalg.solve_triangular(self.scale_tril, (z - self.loc).T, upper=False).T
 
     def whitened(self, z: Tensor) -> White:
+        """Return the same coordinates whitened by other draws z; other coordinates may ignore these."""
         return White(z)
 
 
@@ -156,7 +139,7 @@ class NonCentred:
             for _ in range(self._levels):  # each level needs the values of those above
                 loc, scale = self._parameters(z)
                 z = units.index_copy(1, self._columns, loc + scale * units[:, self._columns])
-        except (ValueError, LinAlgError, FloatingPointError) as error:
+        except Exception as error:
             if not is_breakdown(error):
                 raise
             return x * math.nan, log_det
@@ -172,21 +155,26 @@ class NonCentred:
         loc, scale = self._parameters(z)
         return z.index_copy(1, self._columns, (z[:, self._columns] - loc) / scale)
 
-    def _parameters(self, z: Tensor) -> list[Tensor]:
+    def _parameters(self, z: Tensor) -> tuple[Tensor, ...]:
         """Return the locations and the scales of the priors, given all latents, each ``(N, L)``."""
+        model, latents = self._space.task.model, self._space.latents(z)
+        found = model.run(lambda view: {name: view.read(name, _loc_and_scale) for name in self._names}, latents, len(z))
+        return torch.cat([found[name].reshape(len(z), -1, 2) for name in self._names], 1).to(z).unbind(-1)
 
-        def read(view: View) -> Values:
-            return {f"{key} {name}": view.read(name, of) for name in self._names for key, of in PARAMETERS.items()}
 
-        found = self._space.task.model.run(read, self._space.latents(z), len(z))
-        parts = [[found[f"{key} {name}"].reshape(len(z), -1) for name in self._names] for key in PARAMETERS]
-        return [torch.cat(part, -1).to(z) for part in parts]
+Coordinates = White | Base | NonCentred  # coordinates x, (N, D), of vectors z, (N, D)
 
 
 def _columns(space: LatentSpace, names: list[str]) -> Tensor:
     """Return the dimensions of some latents among the coordinates of a space."""
     places = [place for name in names for place, own in enumerate(space.coordinates) if own == name]
     return torch.tensor(places, dtype=torch.long)
+
+
+def _loc_and_scale(site: Site) -> Tensor:
+    """Return the location and the scale of each value of a site, ``(*shape, 2)``."""
+    fn = innermost(site["fn"])
+    return torch.stack((fn.loc, fn.scale), -1)
 
 
 def _has_loc_and_scale(site: Site) -> bool:

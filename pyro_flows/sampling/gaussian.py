@@ -26,12 +26,7 @@ LAST = 20  # rounds in which the learning rate decreases
 CLOSE = 0.5  # mean square of a difference between scores, relative to that of a score
 POOR = 5.0  # standard deviation of the log-weights, in nats, of a Gaussian whose correlations may mislead
 
-Watch = Callable[[], bool]
-
-
-def never() -> bool:
-    """Return False."""
-    return False
+Watch = Callable[[], bool]  # bool() is False
 
 
 class Gaussian(NamedTuple):
@@ -49,6 +44,11 @@ class Gaussian(NamedTuple):
     elbo: float
     spread: float
 
+    def holds(self, z: Tensor) -> Tensor:
+        """Return True for vectors, ``(N, D)``, within the radius that holds nearly all of the Gaussian, ``(N,)``."""
+        distance = torch.linalg.solve_triangular(self.scale_tril, (z - self.loc).T, upper=False).norm(dim=0)
+        return distance < math.sqrt(len(self.loc)) + 3
+
     @property
     def is_near(self) -> bool:
         """True if the Gaussian hardly differs from the posterior."""
@@ -61,7 +61,7 @@ class Gaussian(NamedTuple):
 
 
 def fit_gaussian(
-    density: LogDensity, loc: Tensor, scale: float, *, rounds: int = 100, budget: float = math.inf, watch: Watch = never
+    density: LogDensity, loc: Tensor, scale: float, *, rounds: int = 100, budget: float = math.inf, watch: Watch = bool
 ) -> Gaussian:
     """Fit a Gaussian by batch and match; return the start if no round improves on it.
 
@@ -98,14 +98,11 @@ def match_top(density: LogDensity, top: Tensor, scale_tril: Tensor) -> Gaussian 
         fall = density(top.unsqueeze(0)) - heights.nan_to_num(-math.inf, math.inf, -math.inf).median(-1).values
     fits = (fall <= len(top)).nonzero()
     found = match(density, top, sizes[int(fits[0]) if len(fits) else -1] * scale_tril, rounds=60)
-    if found is None:
-        return None
-    distance = torch.linalg.solve_triangular(found.scale_tril, (top - found.loc).unsqueeze(-1), upper=False).norm()
-    return found if float(distance) < math.sqrt(len(top)) + 3 else None
+    return found if found is not None and found.holds(top.unsqueeze(0)) else None
 
 
 def match(
-    density: LogDensity, loc: Tensor, scale_tril: Tensor, rounds: int = 100, watch: Watch = never
+    density: LogDensity, loc: Tensor, scale_tril: Tensor, rounds: int = 100, watch: Watch = bool
 ) -> Gaussian | None:
     """Batch and match with a learning rate that is constant until the scores stop improving, and then decreases.
 

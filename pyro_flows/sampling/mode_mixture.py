@@ -125,8 +125,7 @@ class ModeMixture:
     def _lacks(self, found: Gaussian) -> bool:
         """True if a mode has relevant mass, but too few particles, or only copies of a few."""
         z, log_weights, *_ = self.population
-        distance = torch.linalg.solve_triangular(found.scale_tril, (z - found.loc).T, upper=False).norm(dim=0)
-        inside = distance < math.sqrt(len(found.loc)) + 3
+        inside = found.holds(z)
         _, weights = _distinct(z[inside], log_weights[inside].exp())
         is_rare = float(weights.sum()) ** 2 < ENOUGH * len(found.loc) * float(weights.square().sum())
         mass = found.elbo - self.population.log_evidence

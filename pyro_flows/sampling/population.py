@@ -227,7 +227,8 @@ def moved_on(space: LatentSpace, population: Population) -> Population:
     """Move the particles of a population as chains in a guide's space, in its coordinates and by its draws."""
     log_q, coordinates = or_nan(space.log_q), chain_coordinates(space, population.z)
     chains = Chains(or_nan(space.log_p), coordinates, population.z, max_steps=16)
-    for _ in chains.sweeps(SWEEPS, adapt=True):
+    for _ in range(SWEEPS):
+        chains.sweep(adapt=True)
         chains.propose(lambda number: space.draw(number, batch_size=2 * BATCH), log_q, PROPOSED)
     return population._replace(z=chains.z, log_p=chains.log_p)
 

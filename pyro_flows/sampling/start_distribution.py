@@ -92,7 +92,7 @@ class Reference:
 
     def log_r_and_p(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log-densities of r and p over z, each ``(N,)`` in nats; NaN where the model breaks down."""
-        both = torch.cat([or_nan(self._log_r_and_p)(part) for part in z.split(BATCH)])
+        both = torch.cat([or_nan(self._log_r_and_p, 2)(part) for part in z.split(BATCH)])
         return both[..., 0], both[..., 1]
 
     def bridge(self, beta: float) -> LogDensity:
