@@ -3,7 +3,7 @@
 from .amortized import fit_amortized as fit_amortized
 from .annealing import anneal as anneal
 from .density import fit_density as fit_density
+from .exact_draws import sample as sample
 from .mode_covering import Annealed as Annealed
 from .mode_covering import Mode as Mode
-from .sampling import sample as sample
 from .svi import fit_svi as fit_svi

@@ -29,7 +29,7 @@ from ..training import distributed
 from ..training.checkpoint import Attempts, check_path, design, fingerprint
 from ..training.loop import Fit
 from .initialization import culprit, start
-from .precision import networks_in_bfloat16
+from .mixed_precision import networks_in_bfloat16
 from .row_training import RowLoss, checked, format_of, train_on_rows
 
 CALLER = "fit_density"

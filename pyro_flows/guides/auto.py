@@ -27,14 +27,14 @@ from ..transforms import Compose, Conditioned, View
 from ..vjp import keeps
 from .base import FlowGuide
 from .checks import check_latents
+from .circles import is_circular
 from .contexts import check_finite, data_plates, encode, width_for_one
 from .guide_call import Call
-from .init import settle_start
 from .packing import Moving, Packing, check_supports, moving_supports, place
 from .recipe import FEW, assemble, built, check_recipes, default_for, is_untrained, start_at
 from .schedule import Schedule
+from .start import settle_start
 from .stored import check_fits
-from .supports import is_circular
 
 
 class AutoFlow(FlowGuide, AutoContinuous):

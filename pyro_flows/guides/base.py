@@ -27,15 +27,15 @@ from ..flows.distribution import FlowDistribution
 from ..programs.engines import plate_like
 from ..programs.log_density import is_breakdown
 from .checks import Calls, check_shapes, setup_error
+from .circles import MarkCircles
 from .contexts import check_encoder
 from .discrete import HideDiscrete, draw_discrete
 from .guide_call import Call, Found
-from .init import init_to_center
 from .masked import check_unmasked
 from .packing import Packing
 from .schedule import Plan
+from .start import init_to_center
 from .stored import Site, program_of, sites_of
-from .supports import MarkCircles
 
 _used: set[str] = set()  # names of guides in Pyro's parameter store, which all guides of a process share
 _live: weakref.WeakValueDictionary[str, FlowGuide] = weakref.WeakValueDictionary()

@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from ..programs.error_text import place_of, quoted
 from ..programs.latents import is_discrete, named
 from ..programs.masks import is_masked, mask_of
+from .circles import scalar_support
 from .guide_call import Call, Found, Rows, frame_of
 from .masked import RowMasks, check_absent, check_unmasked, masks_of_rows, patterns_of
 from .nonfinite import Watch
-from .supports import scalar_support
 
 PLAIN = bool | int | float | complex | str | bytes | None | torch.Size | torch.dtype | torch.device
 

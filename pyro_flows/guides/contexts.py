@@ -20,7 +20,7 @@ from ..conditioners.base import Paced
 from ..encoders import Standardize
 from ..encoders.base import at_rest
 from ..encoders.standardize import learning
-from ..programs.minibatches import Shuffled
+from ..programs.shuffled_rows import Shuffled
 from .guide_call import Call, Found, Rows, frame_of
 
 

@@ -29,8 +29,8 @@ from ..programs.engines import Site, Values, View, value_of
 from ..programs.latents import KEEPS_MASK
 from ..programs.nesting import nesting_of
 from ..programs.program import Program
+from .circles import is_circular
 from .guide_call import Call, rows_in
-from .supports import is_circular
 
 Absent = Mapping[str, Tensor]  # for each site that is absent in part, a mask of its present parts
 NONE: Absent = MappingProxyType({})

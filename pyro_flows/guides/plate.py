@@ -21,18 +21,18 @@ from ..encoders.base import at_rest
 from ..flows import Flow
 from ..flows.chunks import chunk_for, in_chunks
 from ..programs.engines import in_batches
-from ..programs.minibatches import Shuffled
+from ..programs.shuffled_rows import Shuffled
 from . import recipe
 from .base import FlowGuide
 from .checks import check_latents
+from .circles import is_circular
 from .contexts import InTurn, RowContexts, check_tied, data_plates, initialize
 from .guide_call import Call, Rows, frame_of
-from .init import settle_start
 from .masked import RowMasks, masks_of_all
 from .packing import Packing, check_supports, moving_supports, place
 from .schedule import Schedule
+from .start import settle_start
 from .stored import check_fits
-from .supports import is_circular
 
 
 class Nested(nn.Module):

@@ -19,8 +19,8 @@ from .. import bijectors, conditioners, distributions, encoders, transforms
 from ..bijectors import Bijector
 from ..flows import Dequantized, Flow
 from ..guides import AutoFlow, AutoPlateFlow
+from ..guides.circles import Circle
 from ..guides.stored import Site
-from ..guides.supports import Circle
 
 
 class Kind(NamedTuple):

@@ -1,10 +1,10 @@
 """Figures of fits, draws, weights, calibrations, images and flows, by matplotlib, which notebooks show."""
 
 from .deformation import deformation as deformation
+from .diagnostics import calibration as calibration
+from .diagnostics import check as check
+from .diagnostics import weights as weights
 from .draws import marginals as marginals
 from .draws import pairs as pairs
 from .history import history as history
 from .images import images as images
-from .trust import calibration as calibration
-from .trust import check as check
-from .trust import weights as weights

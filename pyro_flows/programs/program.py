@@ -21,8 +21,8 @@ from .engines import DRAWS, Read, Values, View, in_batches, run, with_room
 from .enumeration import Parallel
 from .events import WithValues
 from .log_density import part_size
-from .one_by_one import Sequential, sum_over
 from .row_parts import Part, parts_of
+from .sequential_sum import Sequential, sum_over
 from .traces import Args, Function, Kwargs, outside_plates, trace_of
 
 LARGEST = 2**18  # numbers in a tensor of many draws, 2 MB of them in double precision

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..programs.minibatches import Shuffled
+from ..programs.shuffled_rows import Shuffled
 from .randomness import random_state, set_random_state
 
 P = ParamSpec("P")
