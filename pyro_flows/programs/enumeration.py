@@ -1,7 +1,7 @@
 """Discrete latents k, summed out exactly and drawn back: log p(z, x) = log Σ_k p(z, k, x), and k ~ p(k | z, x).
 
 :class:`Parallel` runs each discrete site at all values of its support at once, along a separate dimension, and
-contracts the terms by variable elimination.  ``one_by_one.py`` is for programs that do not run so.  Tensor Variable
+contracts the terms by variable elimination.  ``sequential_sum.py`` is for programs that do not run so.  Tensor Variable
 Elimination for Plated Factor Graphs (Obermeyer et al. 2019, arXiv:1902.03210).  Pyro's ``TraceEnum_ELBO`` and
 ``infer_discrete`` do the same for one draw of z; here it is done for each of N draws.
 """

@@ -262,14 +262,9 @@ class Descent:
         return stopped
 
     def _reason_to_stop(self, *, interrupted: bool = False) -> str:
-        """Return why the run ends after the steps so far, or an empty string if it goes on."""
-        if self.judge and self.step - self.best.step >= self.judge.patience * self.judge.every:
-            return "held-out"
-        if interrupted:
-            return "interrupted"
-        if self.step >= self.horizon.last:
-            return "converged" if self.horizon.converged_at else "steps"
-        return ""
+        judge, idle = self.judge, self.step - self.best.step  # steps since the last improvement
+        stale = judge is not None and idle >= judge.patience * judge.every
+        return self.horizon.reason_to_stop(self.step, stale=stale, interrupted=interrupted)
 
     def _take_step(self, asked: Callable[[], bool]) -> list[bool]:
         """Take a step, or skip it if its loss or gradient is not finite.

@@ -1,4 +1,4 @@
-"""Step sizes of a run and its last step.
+"""When a run stops: its last step, its step sizes, and the test of convergence.
 
 The step size rises linearly, since the first steps of Adam have full size and deep flows compound them.  Then it falls
 along a cosine (Loshchilov, Hutter 2016, arXiv:1608.03983).
@@ -57,6 +57,22 @@ class Horizon:
             rounding = ROUNDED * self.eps * float(latest.abs().max())
             if max(float(latest.std()), rounding) < self.noise:  # False if a step was skipped: its loss is NaN
                 self.converged_at = self._seen
+
+    def reason_to_stop(self, step: int, *, stale: bool, interrupted: bool) -> str:
+        """Return why a run ends after a step, or an empty string if it goes on.
+
+        Args:
+            step: The number of steps taken.
+            stale: True if held-out data have shown no improvement for too long.
+            interrupted: True after Ctrl-C.
+        """
+        if stale:
+            return "held-out"
+        if interrupted:
+            return "interrupted"
+        if step >= self.last:
+            return "converged" if self.converged_at else "steps"
+        return ""
 
     def share(self, step: int) -> float:
         """Return the step size of a step, as a share of the largest."""
