@@ -564,7 +564,7 @@ def test_truncated_draws_follow_the_prior_within_the_region(noise, monkeypatch):
     )
     x = 0.6
     simulator = Simulator("test", model, (), {})
-    simulator.settle("auto")
+    simulator.draw(2)  # as before any truncated round
     law = truncated.Truncated(simulator, guide, {"x": torch.tensor([x])})
     draws = law.draw(1000)["theta"].double()
     assert draws.shape == (1000,)

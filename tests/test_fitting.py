@@ -385,7 +385,7 @@ def test_interrupt_keeps_the_best_state(build, capsys):
     guide = build(conjugate)
     guide(Y)
     state = functools.partial(in_use, guide)
-    model, seen = ending(KeyboardInterrupt(), 58, state)
+    model, seen = ending(KeyboardInterrupt(), 62, state)
     fit = quick(model, guide, Y, steps=500, lr=0.03)
     assert fit.stopped == "interrupted"
     assert 50 < fit.steps < 60
