@@ -175,7 +175,7 @@ def elbo(own: list[Row], rows: list[Row]) -> list[str]:
         "",
         f"The ELBO in nats after {own[0]['steps']} steps of Adam, from 1,000 draws (200 of models that do not "
         f"broadcast), the mean over seeds. The first seed tries the step sizes {sizes(own)}, or some of "
-        "them on larger models with more particles, and each guide takes its best one for the other seeds, which "
+        "them on larger models with more particles. Each guide takes its best one for the other seeds, which "
         "favours all guides a little. Runs that are not finite are *lost*. The mean leaves them out, and brackets give "
         f"their number. *Not finite* counts ours up to {USUAL:g}. *Difference*: ours minus the best of Pyro's, ± its "
         "standard error over seeds, or over draws where there is one seed. On `vae` the ELBO is that of the first "

@@ -190,13 +190,13 @@ def table(rows: list[Row]) -> str:
         "*default*, what `AutoPlateFlow` builds where no flow is named, with one of its own. Parameters: all, also "
         "what is set and not trained. ELBO of "
         f"the 10,000 test images ({ELBO_DRAWS} draws each) and log-likelihood of the first {LIKELIHOOD_IMAGES:,} "
-        f"(K = {LIKELIHOOD_DRAWS}), in nats an image, ± standard error over images, which leaves out the noise from "
-        "one training to the next. Gains are over the diagonal posterior with a normal prior and the same seed, image "
+        f"(K = {LIKELIHOOD_DRAWS}), in nats per image, ± standard error over images. This error does not include the "
+        "noise between trainings. Gains are over the diagonal posterior with a normal prior and the same seed, image "
         f"by image. Seconds of one core of a CPU; torch {torch.__version__}, Pyro {pyro.__version__}. Reproduce with "
         "`python benchmarks/vae.py`.",
         "",
-        "Log-likelihood less ELBO is what the posterior misses, by its family, which a flow widens, and by the "
-        "encoder, which after few epochs is far from the best answer for each image.",
+        "Log-likelihood minus ELBO is the error of the posterior. One part comes from its family, which a flow widens. "
+        "The other comes from the encoder, which after few epochs is far from the best answer for each image.",
         "",
         "With larger networks and far longer training, van den Berg et al. (2018, arXiv:1803.05649) report a negative "
         "ELBO of 86.55 without a flow, 86.06 with planar flows and 84.20 with IAF.",

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "pyro_flows").rglob("*.py"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 FIRST = re.compile(r"(What|Those|How|Whether)\b")  # words that no docstring begins with
 LONGEST = 30  # words of a sentence
@@ -45,7 +45,7 @@ def test_docstrings_begin_with_the_thing_or_the_act(path: Path) -> None:
     assert not [(name, text.splitlines()[0]) for name, text in docstrings(path) if FIRST.match(text)]
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_sentences_of_pages_are_short(path: Path) -> None:
     assert not too_long(path.read_text())
 
