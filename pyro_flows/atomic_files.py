@@ -23,7 +23,7 @@ from typing import IO, Any, cast
 
 DRAFT = re.compile(r"draft-([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{16}\.part")
 LONGEST_SUFFIX = 16  # bytes; drafts keep a suffix, by which writers know the format
-ABANDONED = 86_400.0  # seconds, after which a draft of another machine has no writer
+ABANDONED = 86_400.0  # seconds, after which a draft has no writer
 
 
 def write_atomically(path: Path, write: Callable[[str], object]) -> None:
@@ -125,7 +125,7 @@ def _remove_abandoned(folder: Path) -> None:
         for draft in folder.iterdir():
             if found := DRAFT.match(draft.name):
                 own, age = found[1] == _machine(), time.time() - draft.stat().st_mtime
-                if not _is_alive(int(found[2])) if own else age > ABANDONED:
+                if age > ABANDONED or (own and not _is_alive(int(found[2]))):  # another process may have its number
                     draft.unlink(missing_ok=True)
 
 

@@ -84,12 +84,13 @@ class Outputs:
     def __str__(self) -> str:
         return f"{self.paths[0]} and {self.paths[1]}"
 
-    def finish(self, draw: Callable[[], Any], said: str, *, quiet: bool, interrupted: bool) -> None:
-        """Write the picture, and print a report.
+    def finish(self, draw: Callable[[], Any], said: str, wrote: str, *, quiet: bool, interrupted: bool) -> None:
+        """Print a report, write the picture, and print what was written.
 
         Args:
             draw: Returns a figure of matplotlib.
             said: The report.
+            wrote: The lines to print after the picture is written.
             quiet: True if nothing is printed.
             interrupted: True if Ctrl-C came after the training.
 
@@ -97,11 +98,13 @@ class Outputs:
             Interrupted: After Ctrl-C.
         """
         try:
+            if not quiet:  # first, so that a picture that cannot be written does not cost the report
+                print(said)
             write_atomically(self.paths[1], lambda path: draw().savefig(path, dpi=150))
         except KeyboardInterrupt as error:
             raise self._interruption(str(self.paths[0])) from error
         if not quiet:
-            print(said)
+            print(wrote)
         if interrupted or self.paths != self._whole:
             raise self._interruption(str(self))
 

@@ -157,7 +157,7 @@ def read_delimited(path: Path) -> Columns:
 
     Raises:
         OSError: If there is no such file.
-        Refused: If it is not text in UTF-8, is empty, or has lines that are too long.
+        Refused: If it is not text in UTF-8, is empty, or has lines of different lengths.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -170,6 +170,10 @@ def read_delimited(path: Path) -> Columns:
     except ValueError as error:
         words = "is empty" if not text.strip() else f"cannot be read: {str(error).removeprefix(TOKENIZER).strip()}"
         raise Refused(f"the table {str(path)!r} {words}") from error
+    if (short := cells.isna().any(axis=1)).any():
+        row = cells[short].iloc[0]
+        has = f"row {int(row.name) + 1} has {int(row.count())} of {len(row)} values"
+        raise Refused(f"the table {str(path)!r} cannot be read: {has}; is it damaged, or cut off?")
     header = cells.iloc[0]
     numbers, titles = _numbers(header.to_numpy())
     names, remarks = [f"column {place + 1}" for place in range(len(header))], []

@@ -101,6 +101,7 @@ def ode_report(flow: Flow, x: Tensor, context: Tensor | None = None, *, num_prob
         else:
             z, _ = view.transform.forward_and_log_det(z, view.context)
     round_trip = ((z - x).abs() / (1 + x.abs())).amax(-1)
-    _, _, errors, kinetic, jacobian = map(torch.stack, zip(*(found[:5] for found in solutions), strict=True))
+    costs = [torch.broadcast_tensors(*parts) for parts in zip(*(found[2:5] for found in solutions), strict=True)]
+    errors, kinetic, jacobian = map(torch.stack, costs)
     there = sum(found.evaluations for found in solutions)
     return OdeReport(log_prob, errors.norm(dim=0), there, back, round_trip, kinetic.sum(0), jacobian.sum(0))

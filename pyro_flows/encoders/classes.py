@@ -72,6 +72,7 @@ class ClassEmbedding(nn.Module):
             if not ((labels >= 0).all() and torch.allclose(labels.sum(-1), labels.new_ones(()), atol=1e-3)):
                 return "floating labels must be probabilities, at least 0 and with the sum 1"
         elif labels.numel():
+            labels = labels.long()  # because torch has no minimum of unsigned integers
             low, high = int(labels.min()), int(labels.max())
             if not 0 <= low <= high < number:
                 return f"labels must lie between 0 and {number - 1}, got labels from {low} to {high}"

@@ -131,8 +131,8 @@ def learning(parts: Sequence[Standardize]) -> Iterator[None]:
         yield
 
 
-class _AllSet(Exception):
-    """Ends the block of :func:`learning`."""
+class _AllSet(BaseException):
+    """Signal that ends the block of :func:`learning`; ``except Exception`` in a network does not catch it."""
 
 
 def _brief(values: Tensor) -> str:

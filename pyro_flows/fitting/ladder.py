@@ -147,7 +147,7 @@ class Ladder:
         Some chains start where checks have found mass that guides lack.  If they do not mix with the others, R-hat is
         large.
         """
-        start, best = time.perf_counter(), self.best
+        start, best, self.name = time.perf_counter(), self.best, name
         if best.check is None or distributed.size() > 1 or any(one.kind in LOST for one in best.check.findings):
             return
         others = torch.cat(lost) if (lost := self._lost()) else None
@@ -158,7 +158,7 @@ class Ladder:
 
     def judge(self, name: str, fit: Fit, seconds: float) -> None:
         """Check a fit, unless the run was interrupted, and compare it with the evidence of earlier ones."""
-        start, found = time.perf_counter(), None
+        start, found, self.name = time.perf_counter(), None, name
         if not self.stopped:
             try:
                 model, vectorize = self.task.model, self.settings["vectorize"]

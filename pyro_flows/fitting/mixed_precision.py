@@ -24,9 +24,15 @@ def networks_in_bfloat16(flow: nn.Module) -> Iterator[None]:
             if isinstance(part, Flow):
                 stack.enter_context(part.uncompiled())  # a compiled graph would keep the networks as they were
             elif isinstance(part, Conditioner):
+                stack.callback(_restore, part, vars(part).get("forward"))
                 part.forward = _in_bfloat16(part.forward)  # type: ignore[assignment, method-assign]
-                stack.callback(delattr, part, "forward")
         yield
+
+
+def _restore(part: nn.Module, forward: Any) -> None:
+    del part.forward
+    if forward is not None:  # set by the user on this object
+        part.forward = forward
 
 
 def _in_bfloat16(forward: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import NonlocalExit
 from torch import Tensor
 
 from ..guides import AutoFlow
@@ -103,10 +102,14 @@ class Truncated:
         held = poutine.condition(model, data=data)
 
         def run(*args: Any, **kwargs: Any) -> None:
-            with contextlib.suppress(NonlocalExit), _StopAfter(self.names):
+            with contextlib.suppress(_Drawn), _StopAfter(self.names):
                 held(*args, **kwargs)
 
         return run
+
+
+class _Drawn(BaseException):
+    """Signal that ends a run of a model.  ``except Exception`` in the model does not catch a ``BaseException``."""
 
 
 class _StopAfter(Messenger):
@@ -119,4 +122,4 @@ class _StopAfter(Messenger):
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         self.missing.discard(msg["name"])
         if not self.missing:
-            raise NonlocalExit(msg)
+            raise _Drawn

@@ -98,10 +98,25 @@ def probe(call: Call, encoder: Callable[..., Any]) -> Tensor:
     """
     with at_rest(encoder), torch.enable_grad():
         context = encode(call, encoder)
-    if context.requires_grad and not isinstance(encoder, nn.Module):
+    own = {id(parameter) for parameter in encoder.parameters()} if isinstance(encoder, nn.Module) else set()
+    if any(isinstance(leaf, nn.Parameter) and id(leaf) not in own for leaf in leaves_of(context)):
         fault = "the encoder is a function of parameters that the guide cannot see, and would never train"
         raise ValueError(f"{call.owner}: {fault}. Give the network itself, or an nn.Module that holds it.")
     return context.detach()
+
+
+def leaves_of(value: Tensor) -> list[Tensor]:
+    """Return the leaves of the autograd graph of a tensor."""
+    found, seen, front = [], set(), [value.grad_fn]
+    while front:
+        node = front.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        front.extend(parent for parent, _ in node.next_functions)
+    return found
 
 
 def width_for_one(call: Call, encoder: Callable[..., Any] | None) -> int:
@@ -150,8 +165,10 @@ def check_tied(call: Call, rows: Rows) -> None:
     if rows.chosen is not None or rows.size == rows.full_size:
         return
     name, seen = call.plate, []
-    for _ in range(10):  # a few rows may be alike
-        found = call.look(indices=torch.randperm(rows.full_size)[: rows.size])
+    indices = [torch.randperm(rows.full_size)[: rows.size] for _ in range(10)]  # a few rows may be alike
+    for number in range(len(indices)):
+        with call.same_draws():  # so that only the indices differ
+            found = call.look(indices=indices[number])
         seen.append([site["value"] for site in found.observed.values() if frame_of(site, name)])
     if seen[0] and all(torch.equal(a, b) for other in seen for a, b in zip(seen[0], other, strict=True)):
         part = f"plate {name!r} is subsampled ({rows.size} of {rows.full_size} rows)"

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from pyro import poutine, validation_enabled
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import NonlocalExit
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -82,12 +81,16 @@ class Call(NamedTuple):
             ValueError: If the model does not enter the plate.
         """
         found = Found(self.plate, until, indices)
-        quietly = suppress(NonlocalExit)
+        quietly = suppress(_Reached)
         with poutine.block(), torch.no_grad(), outside_plates(), validation_enabled(False), quietly, found:
             self.model(*self.args, **self.kwargs)
         if self.plate is not None and found.rows is None:
             found.rows = found.rows_in_frame(self.plate)
         return found
+
+
+class _Reached(BaseException):
+    """Signal that ends a run of a model.  ``except Exception`` in the model does not catch a ``BaseException``."""
 
 
 class Found(Messenger):
@@ -143,7 +146,7 @@ class Found(Messenger):
         placed = self.plate is None or self.rows or self.plate in self.frames
         if self._until is not None and placed and self._until <= self.latents.keys():
             self._until = None  # a model that catches the exception runs to its end
-            raise NonlocalExit(msg)
+            raise _Reached
 
     def rows_in_frame(self, plate: str) -> Rows:
         """Return the rows of a plate that is hidden, was made outside of the model, or has no size."""

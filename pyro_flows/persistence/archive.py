@@ -26,6 +26,7 @@ from torch import Tensor
 DEPTH = 100  # of containers in containers
 LONGEST = 1000  # characters of a name
 CHUNK = 2**20  # bytes
+MOST_ARGUMENTS = 8  # of the functions that torch.save names
 DTYPES = {
     "torch BoolStorage": torch.bool,
     "torch ByteStorage": torch.uint8,
@@ -190,8 +191,16 @@ class _PlainUnpickler(pickle._Unpickler):
         return found
 
     def persistent_load(self, pid: Any) -> Any:
+        if type(pid) is not tuple or len(pid) != 5:
+            raise ValueError("it names a part that cannot belong to a tensor")
         _, dtype, key, _, numel = pid
         return self._storage(dtype, key, numel)
+
+    def load_reduce(self) -> None:
+        """Call a function with a short tuple of arguments, because others take memory beyond that of the file."""
+        if type(self.stack[-1]) is not tuple or len(self.stack[-1]) > MOST_ARGUMENTS:
+            raise ValueError("its pickle calls a function with arguments that torch.save does not write")
+        super().load_reduce()  # type: ignore[misc]
 
     def _set_items(self, pairs: list[Any]) -> None:
         if not isinstance(self.stack[-1], dict) or any(type(key) not in (str, int) for key in pairs[::2]):
@@ -212,9 +221,12 @@ class _PlainUnpickler(pickle._Unpickler):
             raise Foreign("the state of an object")
 
     dispatch.update({pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.BUILD[0]: load_build})
+    dispatch[pickle.REDUCE[0]] = load_reduce
 
 
 def _parameter(value: Tensor, *_: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError("it describes a parameter that is no tensor")
     return value
 
 

@@ -47,7 +47,7 @@ class Allowance(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in SMALL or (name.endswith("_") and name != "resize_" and not name.startswith("__")):
             return func(*args, **kwargs)
-        if _size_of(func, args, kwargs) > self.bytes_left:
+        if _bound(args, kwargs) > self.bytes_left and _size_of(func, args, kwargs) > self.bytes_left:
             self._refuse("larger")
         made = func(*args, **kwargs)
         if isinstance(made, Tensor):
@@ -59,6 +59,22 @@ class Allowance(TorchFunctionMode):
 
     def _refuse(self, kind: str) -> None:
         raise ValueError(f"its spec asks for {kind} tensors than a file with {self._held} bytes of them can need")
+
+
+def _bound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Return an upper bound of the bytes of a result: 16 times the product of all sizes and numbers of the arguments.
+
+    It spares small functions the run of :func:`_size_of`, the first of which imports sympy for most of a second.
+    """
+    bound = 16.0
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor):
+            bound *= max(1, leaf.numel())
+            if not leaf.is_floating_point() and leaf.numel():
+                bound *= max(1.0, float(leaf.abs().max()))
+        elif isinstance(leaf, int | float) and leaf:
+            bound *= max(abs(leaf), 1 / abs(leaf))
+    return bound
 
 
 def _size_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:

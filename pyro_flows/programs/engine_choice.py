@@ -101,7 +101,7 @@ class _SingleRuns:
         # An estimate, for example of dequantised images, differs from run to run.
         if any(((found[key] - self.known[key]).abs() > 10 * noise.deviation).any() for key in differ):
             site = differ[-1].removeprefix(DENSITY)
-            raise _Fault(f" means something else vectorised over draws, as at site {site!r}")
+            raise _Fault(" means something else vectorised over draws" + (f", as at site {site!r}" if site else ""))
         return noise
 
     def _noise(self) -> Noise:

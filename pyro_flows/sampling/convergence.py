@@ -152,7 +152,7 @@ def _ess(x: Tensor) -> Tensor:
     The autocorrelation time is a sum over Geyer's initial monotone sequence of pairs of lags.
     """
     (length, chains), size = x.shape[1:], x[0].numel()
-    means, lags = x.mean(1, keepdim=True), length - length % 2
+    means, lags = x.mean(1, keepdim=True), 2 * ((length - 1) // 2)
     centred = x - means
     flat = centred.flatten(1)
     shifts = range(0, chains * min(DIRECT, lags), chains)

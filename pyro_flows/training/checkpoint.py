@@ -72,7 +72,7 @@ def _why_not(write: Callable[[], object]) -> str:
 class Attempts:
     """Attempts of process 0 to write one file while training continues.
 
-    A failure warns, unless the last attempt failed for the same reason.  One that lasts to the end warns again.
+    A failure warns once for each reason.  One that lasts to the end warns again.
 
     Args:
         caller: The public function, for warnings.
@@ -82,14 +82,15 @@ class Attempts:
 
     def __init__(self, caller: str, argument: str, path: Path | None) -> None:
         self.path, self._file = path, f"{caller}: {argument}={str(path)!r}"
-        self.problem = ""  # of the last attempt
+        self.problem, self._told = "", set[str]()  # of the last attempt, and those that were warned of
 
     def attempt(self, write: Callable[[Path], object]) -> None:
         """Write the file, or warn that it could not be written."""
         if (path := self.path) is None or distributed.rank():
             return
-        before, self.problem = self.problem, _why_not(lambda: write(path))
-        if self.problem and self.problem != before:
+        self.problem = _why_not(lambda: write(path))
+        if self.problem and self.problem not in self._told:
+            self._told.add(self.problem)
             words = f"{self._file} could not be written ({self.problem}). Training goes on, and the file is tried again"
             warn_user(f"{words}; until then it is as it was before.")
 

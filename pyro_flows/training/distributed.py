@@ -207,11 +207,13 @@ def add_up(parameters: list[Tensor], loss: Tensor, share: float, flags: list[boo
     """
     barrier()
     gradients = [parameter.grad for parameter in parameters]
+    # The dtype of the parameters, because that of a loss that failed may differ between processes.
+    dtype = functools.reduce(torch.promote_types, {parameter.dtype for parameter in parameters})
     parts = [
-        (torch.zeros_like(parameter) if gradient is None else gradient).reshape(-1)
+        (torch.zeros_like(parameter) if gradient is None else gradient).reshape(-1).to(dtype)
         for parameter, gradient in zip(parameters, gradients, strict=True)
     ]
-    own = torch.cat([*parts, loss.reshape(1).to(parts[0].device)]).mul_(share)
+    own = torch.cat([*parts, loss.reshape(1).to(parts[0].device, dtype)]).mul_(share)
     raised = torch.tensor([*(gradient is not None for gradient in gradients), *flags])
     flat = torch.cat((own, raised.to(own)))
     with reaching():

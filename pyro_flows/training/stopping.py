@@ -68,11 +68,9 @@ class Horizon:
         """
         if stale:
             return "held-out"
-        if interrupted:
-            return "interrupted"
         if step >= self.last:
             return "converged" if self.converged_at else "steps"
-        return ""
+        return "interrupted" if interrupted else ""
 
     def share(self, step: int) -> float:
         """Return the step size of a step, as a share of the largest."""

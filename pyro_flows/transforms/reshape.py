@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..arguments import TRANSFORM, as_image, as_shape, check_integers, check_kind
 from .base import FlowTransform, Scored
@@ -100,10 +99,11 @@ class Squeezed(Rearranged):
 
     def arrange(self, x: Tensor) -> Tensor:
         # Convolutions and maps of channels are fastest if the channels of a pixel are contiguous in memory.
-        return F.pixel_unshuffle(x, self.factor).movedim(-3, -1).contiguous().movedim(-1, -3)
+        return to_blocks(x, self.factor).flatten(-3).movedim(-1, -3)
 
     def restore(self, x: Tensor) -> Tensor:
-        return F.pixel_shuffle(x, self.factor)
+        blocks = self.event_shape[0], self.factor, self.factor
+        return from_blocks(x.movedim(-3, -1).unflatten(-1, blocks))
 
 
 class Patched(Rearranged):
@@ -141,11 +141,28 @@ class Patched(Rearranged):
         self.image_shape, self.side = image_shape, side
 
     def arrange(self, x: Tensor) -> Tensor:
-        return F.pixel_unshuffle(x, self.side).flatten(-2).mT.contiguous()
+        return to_blocks(x, self.side).flatten(-3).flatten(-3, -2)
 
     def restore(self, x: Tensor) -> Tensor:
-        size = self.image_shape[1] // self.side, self.image_shape[2] // self.side
-        return F.pixel_shuffle(x.mT.unflatten(-1, size), self.side)
+        channels, height, width = self.image_shape
+        grid = x.unflatten(-2, (height // self.side, width // self.side))
+        return from_blocks(grid.unflatten(-1, (channels, self.side, self.side)))
+
+
+def to_blocks(x: Tensor, side: int) -> Tensor:
+    """Return images ``(*batch, C, H, W)`` as blocks of pixels, ``(*batch, H / side, W / side, C, side, side)``.
+
+    The numbers of a block are contiguous in memory, where convolutions and maps of channels are fastest.  Unlike
+    torch's ``pixel_unshuffle`` it works for empty batches.
+    """
+    x = x.unflatten(-1, (x.shape[-1] // side, side)).unflatten(-3, (x.shape[-2] // side, side))
+    return x.movedim((-4, -2, -5, -3, -1), (-5, -4, -3, -2, -1)).contiguous()
+
+
+def from_blocks(blocks: Tensor) -> Tensor:
+    """Return the images of blocks from ``to_blocks``."""
+    x = blocks.movedim((-5, -4, -3, -2, -1), (-4, -2, -5, -3, -1))
+    return x.flatten(-2).flatten(-3, -2)
 
 
 class Reshaped(Rearranged):
