@@ -15,6 +15,7 @@ TIMES_SQUARES = 16  # bytes per square of a matrix's longer side: the masks of a
 MOST_SQUARES = 256  # bytes per byte in the file, at most, for these
 FREE_TENSORS, TIMES_TENSORS = 500, 100
 FREE_NUMBER = 2**20  # a size that any file may ask for
+SQUARES = {"eye", "diag", "diag_embed", "diagflat", "combinations"}  # results beyond the product of the sizes given
 SMALL = {  # functions that return properties, views or summaries of tensors
     *("__get__", "__set__", "__len__", "__bool__", "__int__", "size", "dim", "numel", "stride", "data_ptr", "tolist"),
     *("is_floating_point", "is_complex", "is_contiguous", "is_shared", "has_names", "item", "all", "any", "detach"),
@@ -47,7 +48,8 @@ class Allowance(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in SMALL or (name.endswith("_") and name != "resize_" and not name.startswith("__")):
             return func(*args, **kwargs)
-        if _bound(args, kwargs) > self.bytes_left and _size_of(func, args, kwargs) > self.bytes_left:
+        bound = math.inf if name in SQUARES else _bound(args, kwargs)
+        if bound > self.bytes_left and _size_of(func, args, kwargs) > self.bytes_left:
             self._refuse("larger")
         made = func(*args, **kwargs)
         if isinstance(made, Tensor):
@@ -71,9 +73,10 @@ def _bound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         if isinstance(leaf, Tensor):
             bound *= max(1, leaf.numel())
             if not leaf.is_floating_point() and leaf.numel():
-                bound *= max(1.0, float(leaf.abs().max()))
+                bound *= max(1.0, float(leaf.double().abs().max()))
         elif isinstance(leaf, int | float) and leaf:
-            bound *= max(abs(leaf), 1 / abs(leaf))
+            number = float(min(abs(leaf), 2**62))
+            bound *= max(number, 1 / number)
     return bound
 
 
