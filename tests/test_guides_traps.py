@@ -20,7 +20,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, init_to_value
 from torch.distributions import constraints
 
-from pyro_flows import AutoFlow, fit_svi, flows, psis
+from pyro_flows import AutoFlow, AutoPlateFlow, fit_svi, flows, psis
 from pyro_flows.programs.task import Task
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
@@ -400,3 +400,39 @@ def test_a_store_loaded_after_setup_is_taken_over_and_trained(tmp_path):
     for _ in range(5):
         svi.step()
     assert any(not torch.equal(old, new) for old, new in zip(before, guide.parameters(), strict=True))
+
+
+class Hidden(torch.nn.Module):
+    """An encoder whose network is in a plain list, which torch does not register."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.networks = [torch.nn.Linear(2, 3)]
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return self.networks[0](y)
+
+
+def test_encoders_with_hidden_weights_are_refused():
+    def observed(y: torch.Tensor) -> None:
+        pyro.sample("y", dist.Normal(pyro.sample("x", dist.Normal(0.0, 1.0)), 1.0).expand([2]).to_event(1), obs=y)
+
+    y = torch.zeros(2)
+    with pytest.raises(ValueError, match="parameters that the guide cannot see"):
+        AutoFlow(observed, encoder=Hidden()).setup(y)
+    assert AutoFlow(observed, encoder=lambda y: 2 * y).setup(y.clone().requires_grad_()).flow.context_dim == 2
+
+
+def test_models_that_catch_exceptions_run_as_others():
+    def catching(y: torch.Tensor) -> None:
+        with pyro.plate("row", len(y)):
+            try:
+                x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            except Exception as error:
+                raise RuntimeError("the model's own handler") from error
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    y = torch.randn(5)
+    guide = AutoPlateFlow(catching, "row")
+    fit_svi(catching, guide, y, steps=3, progress=False)
+    assert guide.sample(2, y)["x"].shape == (2, 5)

@@ -233,6 +233,19 @@ def test_a_stride_that_repeats_numbers_is_refused(tmp_path: Path) -> None:
     assert "a tensor of shape (1000000, 1000000) is to be made of 1 numbers" in refused(file)
 
 
+def test_a_function_is_called_with_a_short_tuple_only(tmp_path: Path) -> None:
+    """Unpacked by each of many calls, a long string would take time and memory without bound."""
+    text = b"X" + struct.pack("<I", 300_000) + b"a" * 300_000 + b"q\x01"
+    start = b"\x80\x02]ctorch._utils\n_rebuild_parameter\nq\x00" + text + b"\x86a"
+    pickle_of_calls = start + b"(" + b"h\x00h\x01R" * 60_000 + b"e."
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as file:
+        file.writestr("archive/data.pkl", pickle_of_calls)
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match=r"a\.pt"):
+        pf.load(tmp_path / "a.pt")
+    assert time.perf_counter() - began < 5
+
+
 def test_files_of_machines_with_another_order_of_bytes_are_read(tmp_path: Path) -> None:
     file, flow = tmp_path / "flow", small().double()
     pf.save(flow, file)

@@ -876,3 +876,11 @@ def test_an_autoencoder_with_a_flow_for_a_decoder_learns() -> None:
     bound = pf.importance_log_likelihood(model, guide, x[:20], num_samples=8)
     assert bound.shape == (20,)
     assert pf.bits_per_dim(bound.mean(), (1, 8, 8)) < 3.6
+
+
+@every_recipe
+def test_empty_batches_of_images(name):
+    flow = IMAGES[name]((1, 8, 8))
+    for batch in ((0,), (2, 0)):
+        assert flow.log_prob(torch.zeros(*batch, 1, 8, 8)).shape == batch
+        assert flow.sample(batch).shape == (*batch, 1, 8, 8)

@@ -64,7 +64,17 @@ def test_an_unknown_sd_lengthens_a_run_and_fails_none(law, chains):
 
 @pytest.mark.parametrize(
     ("slope", "chains", "length"),
-    [(0.0, 4, 1000), (0.5, 4, 1000), (0.95, 4, 1000), (-0.4, 4, 999), (0.9, 8, 301), (0.3, 256, 16), (0.99, 64, 400)],
+    [
+        (0.0, 4, 1000),
+        (0.5, 4, 1000),
+        (0.95, 4, 1000),
+        (-0.4, 4, 999),
+        (0.9, 8, 301),
+        (0.3, 256, 16),
+        (0.9, 4, 16),
+        (0.9, 4, 24),
+        (0.99, 64, 400),
+    ],
 )
 def test_convergence_is_that_of_arviz(slope, chains, length):
     draws = autoregressive(slope, chains, length)

@@ -170,10 +170,8 @@ def read_delimited(path: Path) -> Columns:
     except ValueError as error:
         words = "is empty" if not text.strip() else f"cannot be read: {str(error).removeprefix(TOKENIZER).strip()}"
         raise Refused(f"the table {str(path)!r} {words}") from error
-    if (short := cells.isna().any(axis=1)).any():
-        row = cells[short].iloc[0]
-        has = f"row {int(row.name) + 1} has {int(row.count())} of {len(row)} values"
-        raise Refused(f"the table {str(path)!r} cannot be read: {has}; is it damaged, or cut off?")
+    if short := _first_short_row(file, delimiter, cells.shape[1]):
+        raise Refused(f"the table {str(path)!r} cannot be read: {short}; is it damaged, or cut off?")
     header = cells.iloc[0]
     numbers, titles = _numbers(header.to_numpy())
     names, remarks = [f"column {place + 1}" for place in range(len(header))], []
@@ -194,6 +192,17 @@ def _cells(file: io.StringIO, delimiter: str, **options: Any) -> pd.DataFrame:
     file.seek(0)
     settings = {"header": None, "dtype": str, "keep_default_na": False, "skipinitialspace": True}
     return pd.read_csv(file, sep=delimiter, **settings, **options)
+
+
+def _first_short_row(file: io.StringIO, delimiter: str, width: int) -> str:
+    """Return a description of the first row with too few values, which pandas fills up, or an empty string."""
+    file.seek(0)
+    plain = len(delimiter) == 1
+    rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True) if plain else (line.split() for line in file)
+    for number, row in enumerate((row for row in rows if any(row)), 1):
+        if len(row) < width:
+            return f"row {number} has {len(row)} of {width} values"
+    return ""
 
 
 def _score(file: io.StringIO, delimiter: str) -> float:
