@@ -527,15 +527,6 @@ def test_rows_with_missing_values_are_left_out_and_counted(word, folder):
     ]
 
 
-def test_cells_that_a_line_lacks_are_missing(folder):
-    """Some programs leave out empty cells at the ends of lines."""
-    assert read("a,b\n1,2\n\n3\n4,5\n") == (
-        ["a", "b"],
-        [[1, 2], [4, 5]],
-        ["Left out 1 of 3 rows, where values are missing: in 'b' (1 row)."],
-    )
-
-
 def test_numbers_are_read_to_the_last_digit(folder):
     numbers = RANDOM.standard_normal((1000, 2)) * (1e-9, 1e12)
     write("t.csv", ["a", "b"], [map(repr, row) for row in numbers.tolist()])
