@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,17 @@ def vjp(outputs: Sequence[Tensor], sources: Sequence[Tensor], gradients: Sequenc
             return tuple(torch.zeros_like(source) for source in sources)
         found = torch.autograd.grad(sum(parts[1:], parts[0]), sources, retain_graph=True, materialize_grads=True)
     return tuple(part.detach() for part in found)  # on torch 2.4 zeros that replace None require gradients
+
+
+def graph_of(value: Tensor) -> Iterator[Any]:
+    """Iterate over the nodes of the autograd graph of a tensor."""
+    seen, front = set(), [value.grad_fn]
+    while front:
+        node = front.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            front.extend(parent for parent, _ in node.next_functions)
+            yield node
 
 
 def keeps(thing: object, kind: type, *methods: str) -> bool:

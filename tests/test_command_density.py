@@ -118,7 +118,7 @@ def test_prints_nats_beside_a_gaussian_and_writes_both_files(folder, capsys):
     assert total / 12 == pytest.approx(8 * table["nsf"][0] + table["nsf"][1] + table["nsf"][2], abs=0.01)
     out = " ".join(captured.out.split())
     for words in (
-        "Columns: 'a', 'b'. Rows: 120, of which 96 to train on, 12 to validate and 12 to test.",
+        "Columns: 'a', 'b'. Rows: 120 (96 to train on, 12 to validate, 12 to test).",
         "nats per row over the Gaussian",
         "time",
         "for rows x of float32 with the columns in the order above: flow = pyro_flows.load('new/folder/bend.pt');",

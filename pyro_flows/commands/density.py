@@ -174,7 +174,7 @@ def _beginning(
 ) -> Iterator[str]:
     """Yield lines about the table, before the training."""
     columns = f"Columns: {listed_names(table.columns, MANY)}."
-    rows = f"Rows: {sum(sizes)}, of which {sizes[0]} to train on, {sizes[1]} to validate and {sizes[2]} to test."
+    rows = f"Rows: {sum(sizes)} ({sizes[0]} to train on, {sizes[1]} to validate, {sizes[2]} to test)."
     yield from _wrapped(f"Read {file}.", *remarks, columns, rows)
     for kinds, words in NOTES.items():
         if found := [repr(s.column) if s.kind == "integers" else str(s) for s in spikes if s.kind in kinds]:

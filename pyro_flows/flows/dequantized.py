@@ -226,7 +226,7 @@ class DequantizedDistribution(dist.TorchDistribution):
 def _to_integers(value: Tensor, levels: int, *, checked: bool) -> Tensor:
     """Return the integers whose cells hold real numbers; NaN raises ValueError if ``checked``."""
     if checked and value.isnan().any():
-        raise ValueError("sample: the flow gives NaN, of which there are no integers; look at context and weights.")
+        raise ValueError("sample: the flow gives NaN, which is no integer; look at context and weights.")
     return value.floor().clamp(0, levels - 1).to(torch.uint8 if levels <= 256 else torch.int64)
 
 

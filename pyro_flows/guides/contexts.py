@@ -21,6 +21,7 @@ from ..encoders import Standardize
 from ..encoders.base import at_rest
 from ..encoders.standardize import learning
 from ..programs.shuffled_rows import Shuffled
+from ..vjp import graph_of
 from .guide_call import Call, Found, Rows, frame_of
 
 
@@ -99,24 +100,11 @@ def probe(call: Call, encoder: Callable[..., Any]) -> Tensor:
     with at_rest(encoder), torch.enable_grad():
         context = encode(call, encoder)
     own = {id(parameter) for parameter in encoder.parameters()} if isinstance(encoder, nn.Module) else set()
-    if any(isinstance(leaf, nn.Parameter) and id(leaf) not in own for leaf in leaves_of(context)):
+    leaves = [getattr(node, "variable", None) for node in graph_of(context)]
+    if any(isinstance(leaf, nn.Parameter) and id(leaf) not in own for leaf in leaves):
         fault = "the encoder is a function of parameters that the guide cannot see, and would never train"
         raise ValueError(f"{call.owner}: {fault}. Give the network itself, or an nn.Module that holds it.")
     return context.detach()
-
-
-def leaves_of(value: Tensor) -> list[Tensor]:
-    """Return the leaves of the autograd graph of a tensor."""
-    found, seen, front = [], set(), [value.grad_fn]
-    while front:
-        node = front.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        front.extend(parent for parent, _ in node.next_functions)
-    return found
 
 
 def width_for_one(call: Call, encoder: Callable[..., Any] | None) -> int:
@@ -165,10 +153,9 @@ def check_tied(call: Call, rows: Rows) -> None:
     if rows.chosen is not None or rows.size == rows.full_size:
         return
     name, seen = call.plate, []
-    indices = [torch.randperm(rows.full_size)[: rows.size] for _ in range(10)]  # a few rows may be alike
-    for number in range(len(indices)):
+    for indices in [torch.randperm(rows.full_size)[: rows.size] for _ in range(10)]:  # a few rows may be alike
         with call.same_draws():  # so that only the indices differ
-            found = call.look(indices=indices[number])
+            found = call.look(indices=indices)
         seen.append([site["value"] for site in found.observed.values() if frame_of(site, name)])
     if seen[0] and all(torch.equal(a, b) for other in seen for a, b in zip(seen[0], other, strict=True)):
         part = f"plate {name!r} is subsampled ({rows.size} of {rows.full_size} rows)"

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..flows.distribution import FlowDistribution
 from ..programs.latents import check_drawn
 from ..programs.traces import trace_of
+from ..vjp import graph_of
 
 
 class PathGradient:
@@ -155,15 +156,7 @@ class _CarryScores(Messenger):
 
 def _reaches(value: Tensor | None, nodes: set[Any]) -> bool:
     """Return True if a tensor was computed from the results of some nodes of the autograd graph."""
-    seen, front = set(), [] if value is None or not nodes else [value.grad_fn]
-    while front:
-        node = front.pop()
-        if node in nodes:
-            return True
-        if node is not None and node not in seen:
-            seen.add(node)
-            front.extend(parent for parent, _ in node.next_functions)
-    return False
+    return value is not None and bool(nodes) and any(node in nodes for node in graph_of(value))
 
 
 def _has_parameters(fn: Any) -> bool:

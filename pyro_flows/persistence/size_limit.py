@@ -66,7 +66,7 @@ class Allowance(TorchFunctionMode):
 def _bound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """Return an upper bound of the bytes of a result: 16 times the product of all sizes and numbers of the arguments.
 
-    It spares small functions the run of :func:`_size_of`, the first of which imports sympy for most of a second.
+    A small bound makes :func:`_size_of` unnecessary, whose first run imports sympy and takes most of a second.
     """
     bound = 16.0
     for leaf in tree_leaves((args, kwargs)):
@@ -77,6 +77,8 @@ def _bound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         elif isinstance(leaf, int | float) and leaf:
             number = float(min(abs(leaf), 2**62))
             bound *= max(number, 1 / number)
+        elif isinstance(leaf, Sequence) and not isinstance(leaf, str):  # a range, whose numbers are not looked at
+            return math.inf
     return bound
 
 

@@ -97,7 +97,7 @@ def score_of(density: LogDensity, z: Tensor) -> Tensor:
 
 
 def part_size(number: int, size: int) -> int:
-    """Return the size of the parts of N vectors, the last of which may be smaller, that is nearest to a given size."""
+    """Return the size of parts of N vectors that is nearest to a given size; the last part may be smaller."""
     return math.ceil(number / max(1, round(number / size)))
 
 
