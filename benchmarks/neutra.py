@@ -1,18 +1,22 @@
-"""Does NeuTra sample funnels at a lower price than plain NUTS?
+"""Comparison of NeuTra and plain NUTS on funnels: effective draws per gradient.
 
     python benchmarks/neutra.py                       # about an hour on 2 cores
     python benchmarks/neutra.py --seeds 0             # about 20 minutes
     python benchmarks/neutra.py --quick --out DIR     # one target, few draws: a smoke run
 
-Pyro's NUTS with its defaults, four chains of 300 draws to warm up and 500 to keep, in double precision: on the model as
-it is, on the model over the base of an ``AutoFlow`` fitted with its defaults, and over that of an
-``AutoMultivariateNormal`` (3,000 steps of 64 draws, step size .05).  Plain NUTS starts where Pyro starts it, the others
-from draws of the guide.  The targets are Neal's funnel, v ~ N(0, 3) and nine x ~ N(0, exp(v / 2)), whose v is known,
-and the centred eight schools, whose log tau is compared with the reference draws of posteriordb.
+All samplers are Pyro's NUTS with its defaults, in double precision.  Each run has four chains of 300 warm-up draws and
+500 draws.  The samplers differ in the space that they move in:
 
-The price is the number of times that the model's density is evaluated at one point, with its gradient: warm-up
-included; and with those of the fit as well, in which a batch of n draws counts n times.  ESS and r-hat are ArviZ's,
-the worst over all latents.  Writes ``neutra.csv`` (a row for each run) and ``neutra.md`` into ``docs/benchmarks``.
+* *NUTS*: the latents of the model.  The chains start where Pyro starts them.
+* *NeuTra, AutoFlow*: the base of an ``AutoFlow``, fitted with its defaults.  The chains start from draws of the guide.
+* *NeuTra, AutoMultivariateNormal*: the base of that guide, fitted in 3,000 steps of 64 draws with step size .05.
+
+One target is Neal's funnel: v ~ N(0, 3) and nine x ~ N(0, exp(v / 2)).  Its v has a known distribution.  The other is
+the centred eight schools.  Its log tau is compared with the reference draws of posteriordb.
+
+The cost is the number of points at which the density of the model and its gradient are evaluated, warm-up included.
+A second figure adds the evaluations of the fit, where a batch of n draws counts n times.  ESS and r-hat are ArviZ's,
+the worst over all latents.  Writes ``neutra.csv`` (a row per run) and ``neutra.md`` into ``docs/benchmarks``.
 """
 
 from __future__ import annotations
@@ -62,7 +66,7 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Funnel:
-    """A model, the site that makes it one, the way to read that site, and its mean and standard deviation."""
+    """Funnel-shaped target: the model, its scale site, the map from draws of that site, and the true mean and sd."""
 
     model: Callable[[], None]
     site: str
@@ -72,6 +76,7 @@ class Funnel:
 
 
 def neal() -> None:
+    """Sample from Neal's funnel."""
     zero = torch.zeros(())
     v = pyro.sample("v", dist.Normal(zero, 3.0))
     with pyro.plate("row", 9):
@@ -79,6 +84,7 @@ def neal() -> None:
 
 
 def load(name: str) -> Funnel:
+    """Return a target by name."""
     if name == "funnel":
         return Funnel(neal, "v", np.asarray, 0.0, 3.0)
     reference = np.log(targets.reference_draws(name)["tau"])
@@ -86,7 +92,7 @@ def load(name: str) -> Funnel:
 
 
 class Counter(Messenger):
-    """Counts the points at which a model is evaluated, by the values of a scalar site."""
+    """Counter of the points at which a model is evaluated: the number of values of a scalar site."""
 
     def __init__(self, site: str) -> None:
         super().__init__()
@@ -98,20 +104,20 @@ class Counter(Messenger):
 
 
 def fit(model: Callable[[], None], sampler: str, steps: int | None) -> Any:
-    """A trained guide."""
+    """Return the trained guide of a sampler."""
     if sampler == "NeuTra, AutoFlow":
         guide = pf.AutoFlow(model)
         pf.fit_svi(model, guide, steps=steps, progress=False)
         return guide
     guide = AutoMultivariateNormal(model, init_loc_fn=init_to_center)
-    guide()  # its parameters do not exist before
+    guide()  # the first call creates the parameters
     objective = Trace_ELBO(64, vectorize_particles=True)
     pf.fit_svi(model, guide, steps=steps or 3000, lr=0.05, objective=objective, progress=False)
     return guide
 
 
 def measure(name: str, sampler: str, seed: int, steps: int | None, chains: int, warmup: int, draws: int) -> Row:
-    """Run the chains of one sampler on one target, and judge them."""
+    """Run the chains of one sampler on one target and return their diagnostics."""
     prepare(seed)
     warnings.simplefilter("ignore", UserWarning)
     target = load(name)
@@ -147,7 +153,7 @@ def measure(name: str, sampler: str, seed: int, steps: int | None, chains: int, 
 
 
 def judge(target: Funnel, samples: dict[str, np.ndarray]) -> dict[str, float]:
-    """What the chains, ``(chains, draws, *shape)`` for each site, are worth."""
+    """Return ESS, r-hat and errors of chains, ``(chains, draws, *shape)`` per site."""
     import arviz
 
     samples[target.site] = known = target.read(samples[target.site])
@@ -164,21 +170,29 @@ def judge(target: Funnel, samples: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def table(rows: list[Row]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     seeds = " ".join(sorted({r["seed"] for r in rows}))
     lines = [
         "# NeuTra",
         "",
-        f"Pyro's NUTS on the model, and on the model over a fitted guide's base (`pyro_flows.neutra`); {CHAINS} chains "
-        f"of {WARMUP} draws to warm up and {DRAWS} to keep; torch {torch.__version__}, Pyro "
-        f"{pyro.__version__}, Python {platform.python_version()}.",
-        "ESS (the least of all latents) for 1,000 gradients, warm-up included, and with those of the fit; r-hat, the "
-        "worst; error of the mean of v (funnel) or log tau (eight schools) in sd, and the ratio of sds.",
-        "`check` is the verdict on the guide. Seconds on one core of two, both at work. Reproduce with "
-        f"`python benchmarks/neutra.py --seeds {seeds}`.",
+        "This page is for users who sample funnels with NUTS. It compares Pyro's NUTS on the latents of the model with "
+        "NUTS on the base of a fitted guide (`pyro_flows.neutra`). With an `AutoFlow`, NeuTra yields more effective "
+        "draws per gradient than plain NUTS on both targets, even if the gradients of the fit count.",
         "",
-        "| target | sampler | seed | check | gradients of fit | of chains | ESS bulk | ESS tail | bulk ESS per 1,000 "
-        "| with fit | r-hat | divergences | error | sd | fit s | s |",
+        f"Reproduce with `python benchmarks/neutra.py --seeds {seeds}`. Each run has {CHAINS} chains of {WARMUP} "
+        f"warm-up draws and {DRAWS} draws. torch {torch.__version__}, Pyro {pyro.__version__}, Python "
+        f"{platform.python_version()}.",
+        "",
+        "* *check*: the verdict of `check` on the guide.",
+        "* *ESS*: the smallest over all latents. *Per 1,000*: bulk ESS per 1,000 gradients of the chains, warm-up "
+        "included. *With fit*: the gradients of the fit count too.",
+        "* *r-hat*: the largest over all latents.",
+        "* *error*: the error of the mean of v (funnel) or log tau (eight schools), in standard deviations. *sd "
+        "ratio*: the standard deviation over the true one.",
+        "* *fit s*, *s*: seconds of the fit and of the chains on one core of two, both busy.",
+        "",
+        "| target | sampler | seed | check | gradients, fit | gradients, chains | ESS bulk | ESS tail "
+        "| bulk ESS per 1,000 | with fit | r-hat | divergences | error | sd ratio | fit s | s |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in rows:
@@ -189,11 +203,20 @@ def table(rows: list[Row]) -> str:
         cells += [f"{float(r['error']):+.2f}", f"{float(r['sd_ratio']):.2f}"]
         cells += [f"{float(r.get('fit_seconds') or 0):.0f}", f"{float(r['seconds']):.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *NOTES]) + "\n"
+
+
+NOTES = (
+    "## What to notice",
+    "",
+    "* Only the chains with an `AutoFlow` have an r-hat below 1.01.",
+    "* A Gaussian guide does not remove the funnel, so its chains mix slowly too.",
+    "* A fit costs more gradients than the chains. It pays off because plain NUTS does not converge.",
+)
 
 
 def save(rows: list[Row], out: Path) -> None:
-    """The rows as CSV and as Markdown, in the order of targets, samplers and seeds."""
+    """Write the rows as CSV and as Markdown, in the order of targets, samplers and seeds."""
     rows.sort(key=lambda r: (TARGETS.index(r["target"]), SAMPLERS.index(r["sampler"]), int(r["seed"])))
     write_csv(rows, ["target", "sampler", "seed", *MEASURES], out / "neutra.csv")
     write(table(rows), out / "neutra.md")
@@ -203,14 +226,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel runs, one thread each")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the two files")
-    parser.add_argument("--quick", action="store_true", help="the funnel, 100 steps, 2 short chains: needs --out")
+    parser.add_argument("--quick", action="store_true", help="smoke run of the funnel, 100 steps; needs --out")
     options = parser.parse_args()
     size: tuple[int | None, int, int, int] = (None, CHAINS, WARMUP, DRAWS)
     if options.quick:
         if options.out == OUT:
-            parser.error("--quick needs --out: its figures are no results")
+            parser.error("--quick needs --out, because its figures are not results. Add --out DIR.")
         options.targets, options.seeds, size = ["funnel"], [0], (100, 2, 20, 30)
     options.out.mkdir(parents=True, exist_ok=True)
     rows = read(options.out / "neutra.csv")

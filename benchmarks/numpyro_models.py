@@ -1,8 +1,8 @@
-"""The posteriors of ``targets.py`` and Neal's funnel as NumPyro models, with the same sites, priors and data.
+"""Posteriors of ``targets.py`` and Neal's funnel as NumPyro models, with the same sites, priors and data.
 
     python benchmarks/numpyro_models.py       # compare every log-density with Pyro's at random points
 
-A model takes no arguments.  ``sample.py`` runs NumPyro's NUTS on them.  They need the files of ``targets.py``.
+The models take no arguments and need the files of ``targets.py``.  ``sample.py`` runs NumPyro's NUTS on them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _funnel() -> None:
 
 
 def _regression(x: Array, y: Array, coefficients: dist.Distribution, noise: dist.Distribution) -> Model:
-    """y ~ Normal(x beta, sigma)."""
+    """Return the model y ~ Normal(x beta, sigma)."""
 
     def model() -> None:
         beta = numpyro.sample("beta", coefficients)
@@ -240,7 +240,7 @@ def _electric_1c_chr(data: Data) -> Model:
 
 
 def differences(name: str, points: int = 20) -> np.ndarray:
-    """Return the log-density of a NumPyro model less that of the Pyro model, at random points."""
+    """Return the log-density of a NumPyro model minus that of the Pyro model, at random points."""
     import torch
     from neutra import neal
     from numpyro.infer.util import log_density

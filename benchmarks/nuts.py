@@ -1,24 +1,24 @@
-"""How long until there is a posterior that can be trusted?  ``fit_svi`` and ``check`` beside four NUTS.
+"""Time to a posterior with a verdict: ``fit_svi`` and ``check``, compared with five ways to run NUTS.
 
     python benchmarks/nuts.py                                   # about an hour
     python benchmarks/nuts.py --methods pyro_flows NumPyro      # a quarter of that
     python benchmarks/nuts.py --quick --out DIR                 # two targets, short runs: a smoke run
 
-Each run has a fresh process and both cores to itself, with the threads that each library chooses.  The time is that of
-the wall, from the model at hand to the answer, with compilation and all that is imported on the way, without the
-imports at the top of a program.  NUTS has its defaults and four chains of 1,000 warm-up draws and 1,000 draws:
+Each run has a fresh process and both cores to itself, with the threads that each library chooses.  The time is wall
+time, from the model to the answer.  It includes compilation and all imports on the way, but not the imports at the top
+of a program.  NUTS has its defaults and four chains of 1,000 warm-up draws and 1,000 draws:
 
-* *NumPyro*: as a user writes it, ``MCMC(NUTS(model), ...).run(key)``, which runs the chains one after another and
-  shows its progress (without that it takes longer here);
-* *NumPyro, parallel*: each chain on a device of its own, after ``numpyro.set_host_device_count(4)``;
-* *NumPyro, one program*: all chains in one compiled loop, a chain method of ours and NumPyro's fastest here;
-* *nutpie*: its chains in parallel, on the compiled log-density of the NumPyro model;
+* *NumPyro*: ``MCMC(NUTS(model), ...).run(key)``, as a user writes it.  The chains run one after another, with the
+  progress bar on (without the bar a run takes longer here).
+* *NumPyro, parallel*: one device per chain, after ``numpyro.set_host_device_count(4)``.
+* *NumPyro, one program*: all chains in one compiled loop.  This chain method is ours and NumPyro's fastest here.
+* *nutpie*: parallel chains on the compiled log-density of the NumPyro model.
 * *Pyro*: one chain, compiled.
 
 Each NUTS is stopped after ``--limit`` seconds.
 
-The effective draws of pyro_flows are those of the 10,000 draws that ``check`` has weighed, and its errors those of as
-many draws, not weighed; those of NUTS are ArviZ's, the smaller of bulk and tail, the worst over all latents.  An
+The ESS of pyro_flows is that of the 10,000 importance-weighted draws of ``check``.  Its errors are those of 10,000
+unweighted draws.  The ESS of NUTS is ArviZ's, the smaller one of bulk and tail, the worst over all latents.  An
 interrupted benchmark continues where it stopped.  Writes ``nuts.csv``, ``nuts.md`` and ``nuts.png``.
 """
 
@@ -54,8 +54,8 @@ NUMPYRO = {  # by the chain method
 }
 METHODS = OURS, *NUMPYRO, NUTPIE, PYRO
 CHAINS, WARMUP, DRAWS, JUDGED = 4, 1000, 1000, 10_000
-CONVERGED = 1.01  # the R-hat that chains must come to
-LIMIT = 300  # seconds that a NUTS may take
+CONVERGED = 1.01  # the largest R-hat of converged chains
+LIMIT = 300  # seconds until a NUTS is stopped
 QUICK = "wells", "eight_schools_centered"
 KEYS = "target", "method", "seed"
 MEASURES = "seconds", "fit_seconds", "ess", "r_hat", "worst_error", "low_sd", "high_sd", "khat", "verdict", "failed"
@@ -65,7 +65,7 @@ Found = tuple[sample.Samples, dict[str, Any]]
 
 
 def flows(name: str, seed: int, steps: int | None) -> Found:
-    """Fit ``AutoFlow`` by its defaults and check it."""
+    """Fit ``AutoFlow`` with its defaults and check it."""
     pyro.set_rng_seed(seed)
     model = targets.load(name).model
     start = sample.clocks()
@@ -80,7 +80,7 @@ def flows(name: str, seed: int, steps: int | None) -> Found:
 
 
 def numpyro(name: str, seed: int, warmup: int, draws: int, method: Any) -> Found:
-    """Run NumPyro's NUTS by a chain method, or by its defaults."""
+    """Run NumPyro's NUTS with a chain method, or with its defaults."""
     samples, known = sample.nuts(name, seed, warmup, CHAINS * draws, False, method)
     return samples, {"seconds": known["seconds"]}
 
@@ -143,7 +143,7 @@ def plain_pyro(name: str, seed: int, warmup: int, draws: int) -> Found:
 
 
 def measure(name: str, method: str, seed: int, quick: bool, pipe: Connection) -> None:
-    """Send a row of results: one run of one method on one target.  It needs a fresh process."""
+    """Run one method on one target and send the row of results.  Needs a fresh process."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     if NUMPYRO.get(method) == "parallel":
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={CHAINS}"
@@ -170,7 +170,7 @@ def measure(name: str, method: str, seed: int, quick: bool, pipe: Connection) ->
 
 
 def run(name: str, method: str, seed: int, quick: bool, limit: float) -> Row:
-    """Run :func:`measure` in a process of its own, for so many seconds at most where it is NUTS."""
+    """Run :func:`measure` in a new process.  ``limit`` is the largest number of seconds of a NUTS."""
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe(duplex=False)
     process = context.Process(target=measure, args=(name, method, seed, quick, theirs))
@@ -213,23 +213,40 @@ def table(rows: list[Row]) -> str:
     lines = [
         "# Time to a posterior",
         "",
-        f"`fit_svi` with its defaults and `check`, beside NUTS ({CHAINS} chains of {WARMUP:,} + {DRAWS:,} draws), "
-        f"{words}, in double precision on {os.cpu_count()} cores; torch {torch.__version__}, "
-        f"{versions}, Python {platform.python_version()}.",
-        "Seconds are those of the wall, from the model to the answer, with compilation, without the imports at the top "
-        "of a program. NumPyro's chains run one after another, as `MCMC(NUTS(model), ...)` does, its progress bar on; "
-        "in parallel, after `numpyro.set_host_device_count(4)`; or in one "
-        "compiled loop, by a chain method of our own. Pyro runs one chain. Errors of means and ratios of sds are "
-        "against reference draws, the worst over the quantities; a dash: there is no reference, or no run. Ours are "
-        "effective draws of 10,000 independent ones that are weighed, an estimate too high where k-hat is above .7; "
-        "those of NUTS are of 4,000 draws of chains. A ratio is our time over theirs, or our ESS/s.",
-        "Reproduce with `python benchmarks/nuts.py`.",
+        "This page is for users who choose between a fitted guide and NUTS. It compares the time from a model to its "
+        "posterior: `fit_svi` with its defaults and `check`, or NUTS. "
+        + " ".join(
+            f"Compared with *{rival}*, ours is faster on {ahead_of(found, rival)} posteriors." for rival in rivals[:2]
+        ),
+        "",
+        f"Reproduce with `python benchmarks/nuts.py`. NUTS has {CHAINS} chains of {WARMUP:,} warm-up draws and "
+        f"{DRAWS:,} draws. All runs are in double precision on {os.cpu_count()} cores, with {words}. "
+        f"torch {torch.__version__}, {versions}, Python {platform.python_version()}.",
+        "",
+        "* *NumPyro*: the chains run one after another, as in `MCMC(NUTS(model), ...)`, with the progress bar on.",
+        "* *NumPyro, parallel*: the chains run in parallel, after `numpyro.set_host_device_count(4)`.",
+        "* *NumPyro, one program*: one compiled loop runs all chains, by a chain method of the benchmark.",
+        "* *Pyro*: one chain.",
+        "* *s*: wall time from the model to the answer, with compilation, without the imports at the top of a program.",
+        "* *ESS*: ours is that of 10,000 independent draws with importance weights. It is too high where k-hat is "
+        "above .7. That of NUTS is for 4,000 draws of chains.",
+        "* *worst error*, *sd ratio*: the error of a mean in standard deviations, and the ratios of standard "
+        "deviations, against reference draws. Both are the worst over the quantities.",
+        "* A dash: there is no reference, or no run.",
+        "",
+        "## Summary",
+        "",
+        "The ratio of times is our time over theirs. The ratio of ESS/s is our ESS/s over theirs.",
         "",
         *summary(found, rivals),
         "",
         "![Seconds of each method on each posterior](nuts.png)",
         "",
-        "| target | D | method | s | fit, s | ESS | ESS/s | worst error | sd | k-hat or R-hat | verdict |",
+        "*Seconds to the answer, a row per posterior. Marks further to the left are faster; the red circles are ours.*",
+        "",
+        "## All runs",
+        "",
+        "| target | D | method | s | fit s | ESS | ESS/s | worst error | sd ratio | k-hat or R-hat | verdict |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for name in targets.NAMES:
@@ -257,26 +274,36 @@ def cells(method: str, m: dict[str, Any]) -> list[str]:
     ]
 
 
+def time_ratios(found: dict[tuple[str, str], dict[str, Any]], rival: str) -> dict[str, float]:
+    """Return our time over that of a NUTS, for each target with both."""
+    return {
+        name: found[name, OURS]["seconds"] / found[name, rival]["seconds"]
+        for name in targets.NAMES
+        if "seconds" in found.get((name, OURS), {}) and "seconds" in found.get((name, rival), {})
+    }
+
+
+def ahead_of(found: dict[tuple[str, str], dict[str, Any]], rival: str) -> str:
+    """Return in words the number of targets on which our time is shorter than that of a NUTS."""
+    ratios = time_ratios(found, rival).values()
+    return f"{sum(ratio < 1 for ratio in ratios)} of {len(ratios)}"
+
+
 def summary(found: dict[tuple[str, str], dict[str, Any]], rivals: list[str]) -> list[str]:
-    """Return a line for each NUTS: on how many targets ours is ahead, the median ratios, and where NUTS fails."""
+    """Return a row per NUTS: the number of targets on which ours is faster, the median ratios, and failures of NUTS."""
     lines = [
-        "| beside | ahead in time on | median ratio of times | of ESS/s | behind on | R-hat above 1.01 |",
+        "| compared with | ours is faster on | median ratio of times | median ratio of ESS/s "
+        "| ours is slower on (ratio of times) | R-hat above 1.01 |",
         "|---|---:|---:|---:|---|---|",
     ]
     for rival in rivals:
-        ratios = {
-            name: found[name, OURS]["seconds"] / found[name, rival]["seconds"]
-            for name in targets.NAMES
-            if "seconds" in found.get((name, OURS), {}) and "seconds" in found.get((name, rival), {})
-        }
-        if ratios:
+        if ratios := time_ratios(found, rival):
             behind = ", ".join(f"{name} ({ratio:.1f})" for name, ratio in ratios.items() if ratio >= 1)
-            ahead = sum(ratio < 1 for ratio in ratios.values())
             middle = statistics.median(ratios.values())
             draws = {name: [found[name, method]["ess"] for method in (OURS, rival)] for name in ratios}
             rates = statistics.median(ours / theirs / ratios[name] for name, (ours, theirs) in draws.items())
             lost = ", ".join(name for name in ratios if found[name, rival]["r_hat"] > CONVERGED)
-            shown = f"{ahead} of {len(ratios)} | {middle:.2f} | {rates:.1f}"
+            shown = f"{ahead_of(found, rival)} | {middle:.2f} | {rates:.1f}"
             lines.append(f"| {rival} | {shown} | {behind or 'none'} | {lost or 'none'} |")
     return lines
 
@@ -311,12 +338,12 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=list(targets.NAMES), choices=targets.NAMES)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that a NUTS may take")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds until a NUTS is stopped")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the three files")
-    parser.add_argument("--quick", action="store_true", help="two targets, short runs: needs --out")
+    parser.add_argument("--quick", action="store_true", help="smoke run: two targets, short runs; needs --out")
     options = parser.parse_args()
     if options.quick and options.out == OUT:
-        parser.error("--quick needs --out: its figures are no results")
+        parser.error("--quick needs --out, because its figures are not results. Add --out DIR.")
     if options.quick:
         options.targets = list(QUICK)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,21 +1,21 @@
-"""Do flows learn real tables in a plain loop of Adam, at any usual step size, beside zuko's and nflows'?
+"""Flows trained on real tables by a plain Adam loop, at several step sizes: ours, zuko's and nflows'.
 
-    python benchmarks/plain_density.py                                # all of it, some three hours of one core
+    python benchmarks/plain_density.py                                # all, about three hours on one core
     python benchmarks/plain_density.py --only magic maf --rates 1e-3  # some tables, recipes and rates
     python benchmarks/plain_density.py --quick --out DIR              # a smoke run
 
-The loop is the one that anyone writes: ``torch.optim.Adam(flow.parameters(), lr)`` at a constant rate, without warm-up,
-clipping or averages, 15 epochs over minibatches of 512 of the first 16,000 training rows of magic, diamonds and
-protein, as ``tables.py`` reads and standardises them.  Ours and the peers' flows see the same rows in the same order.
-They have 5 layers, two hidden layers of 128 and 8 bins where there are bins; all else is each library's default.
-nflows' couplings take residual networks only, with one hidden layer more.  zuko's UNAF is left out, since its integrals
-take seconds per step; ``umnn`` stands without a peer.
+The loop is ``torch.optim.Adam(flow.parameters(), lr)`` at a constant step size, without warm-up, clipping or averages.
+It runs 15 epochs with minibatches of 512.  The data are the first 16,000 training rows of magic, diamonds and protein,
+read and standardised as in ``tables.py``.  All flows see the same rows in the same order.  They have 5 layers, two
+hidden layers of 128 and 8 bins where there are bins.  All other options are the defaults of each library.  Couplings of
+nflows accept only residual networks, which have one more hidden layer.  zuko's UNAF is left out, because its integrals
+take seconds per step.  So ``umnn`` has no peer.
 
-Reported are mean log-densities of the test rows in nats, over the states at the ends of the last five epochs, and their
-differences to each peer, row by row, ± 2 standard errors.  At a constant rate a single state is noisy; five states of
-each seed show the level of a rate.  The table of figures also has the very last states, and those with the best
-validation loss.  A run that was stopped goes on after its last finished fit, and rows of other runs stay in the table.
-Writes ``plain_density.md`` and ``plain_density.csv`` into ``docs/benchmarks``.
+The results are mean log-densities of the test rows in nats, averaged over the states after each of the last five
+epochs.  The differences to each peer are taken per row, ± 2 standard errors.  At a constant step size a single state is
+noisy, so five states per seed give a stable mean.  The CSV file also has the last states, and those with the best
+validation loss.  An interrupted run continues after its last finished fit, and keeps the rows of other runs.  Writes
+``plain_density.md`` and ``plain_density.csv`` into ``docs/benchmarks``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from pyro_flows.flows import Flow
 
 ROWS, EPOCHS, LAST = 16000, 15, 5
 RATES = 3e-4, 1e-3, 3e-3, 8e-3
-AFFINE = "maf", "iaf.inv", "realnvp", "nice"  # cheap ones, fitted from several seeds
+AFFINE = "maf", "iaf.inv", "realnvp", "nice"  # cheap recipes, fitted with several seeds
 SEEDS = 2
 COLUMNS = (
     "data",
@@ -79,7 +79,7 @@ COLUMNS = (
 
 
 def of_nflows(kind: str) -> Recipe:
-    """nflows' affine flows; its masked networks have the hidden layers that ours have."""
+    """Return the recipe of an affine flow of nflows; its masked networks have the hidden layers of ours."""
 
     def recipe(input_dim: int, context_dim: int) -> Flow:
         if kind == "MAF":
@@ -96,7 +96,7 @@ def of_nflows(kind: str) -> Recipe:
     return recipe
 
 
-ADDITIVE = {"univariate": zuko.transforms.AdditiveTransform, "shapes": [()]}  # zuko's NICE scales too by default
+ADDITIVE = {"univariate": zuko.transforms.AdditiveTransform, "shapes": [()]}  # by default zuko's NICE also scales
 FLOWS: dict[str, dict[str, Recipe]] = {  # ours comes first, then its peers
     "maf": {
         "maf": lambda d, c: flows.maf(d, c, **SIZES),
@@ -135,10 +135,10 @@ FLOWS: dict[str, dict[str, Recipe]] = {  # ours comes first, then its peers
 
 
 def fit(recipe: Recipe, table: Table, rate: float, seed: int, quick: bool) -> tuple[Tensor, float, int]:
-    """Scores of the test rows, the seconds taken and the best epoch.
+    """Fit a flow and return the scores of the test rows, the seconds taken and the best epoch.
 
-    The scores, ``(3, N)``, are means over the states of the last epochs, those of the very last state, and those of the
-    state with the best validation loss.
+    The scores, ``(3, N)``, are the mean over the states of the last epochs, the score of the last state, and the score
+    of the state with the best validation loss.
     """
     torch.manual_seed(seed)
     flow = recipe(table.train.shape[1], 0)
@@ -161,7 +161,7 @@ def fit(recipe: Recipe, table: Table, rate: float, seed: int, quick: bool) -> tu
 
 
 def rows_of(data: str, recipe: str, rate: float, found: dict[str, list[tuple[Tensor, float, int]]]) -> Iterator[dict]:
-    """A row for our flow, and one for each peer with what ours gains over it, from the fits of all seeds."""
+    """Yield a row for our flow and a row per peer, with the gain of ours over it, from the fits of all seeds."""
     scores = {name: torch.stack([values for values, _, _ in fits]) for name, fits in found.items()}  # (S, 3, N)
     for name, values in scores.items():
         nats, two_se = mean_and_error(values[:, 0].mean(0))
@@ -176,24 +176,31 @@ def rows_of(data: str, recipe: str, rate: float, found: dict[str, list[tuple[Ten
 
 
 def page(rows: list[dict]) -> str:
+    """Return the page of the results."""
     seeds = sorted(int(row["seeds"]) for row in rows)
     spreads = torch.tensor([float(row["seed_sd"]) for row in rows if row.get("seed_sd")])
+    gains = [(float(row["gain"]), float(row["gain_two_se"])) for row in rows if row.get("gain")]
+    better, worse = sum(gain > error for gain, error in gains), sum(gain < -error for gain, error in gains)
     lines = [
-        "# Learning in a plain loop",
+        "# Flows in a plain training loop",
         "",
-        "For those who train a flow in a loop of their own: which step sizes will do, and how do the recipes compare",
-        f"with zuko's and nflows' at the same ones? Adam at a constant rate, {EPOCHS} epochs over the first {ROWS:,}",
-        f"training rows, minibatches of {BATCH}, no warm-up, clipping or averages; {LAYERS} layers, two hidden layers",
-        f"of {HIDDEN[0]}, {BINS} bins. Reproduce with `python benchmarks/plain_density.py`.",
+        "This page is for users who train a flow in their own loop. It shows which step sizes work, and compares our",
+        f"recipes with those of zuko and nflows at the same step size. There are {len(gains)} comparisons. By more",
+        f"than 2 standard errors, our recipe has the higher test density in {better} and the lower one in {worse}.",
         "",
-        f"Each cell has the mean test log-density in nats, over the states at the ends of the last {LAST} epochs.",
-        "Cells of peers add what our recipe gains over them, ± 2 standard errors over the rows of the difference.",
-        f"Cells are means of as many fits as `plain_density.csv` tells, {seeds[0]} to {seeds[-1]}.",
+        "Reproduce with `python benchmarks/plain_density.py`. The loop is Adam at a constant step size, without",
+        f"warm-up, clipping or averages. It runs {EPOCHS} epochs over the first {ROWS:,} training rows, with",
+        f"minibatches of {BATCH}. Flows have {LAYERS} layers, two hidden layers of {HIDDEN[0]}, and {BINS} bins.",
+        "",
+        "Columns are step sizes. A cell is the mean test log-density in nats, averaged over the states after each of",
+        f"the last {LAST} epochs. Brackets in the rows of peers hold the gain of our recipe, ± 2 standard errors over",
+        f"test rows. A cell is the mean of {seeds[0]} to {seeds[-1]} fits; `plain_density.csv` has the number.",
     ]
     if len(spreads):
         lines += [
             f"The standard deviation between seeds is {spreads.median():.3f} nats in the median cell and",
-            f"{spreads.quantile(0.9):.3f} nats in the ninth decile: a fit that a few rows lead astray costs much.",
+            f"{spreads.quantile(0.9):.3f} nats in the ninth decile. Large values come from a few rows with very low",
+            "densities.",
         ]
     rates = sorted({row["rate"] for row in rows}, key=float)
     for data in dict.fromkeys(row["data"] for row in rows):
@@ -207,6 +214,7 @@ def page(rows: list[dict]) -> str:
 
 
 def cell(row: dict | None) -> str:
+    """Return the cell of a row, or an empty text if there is no row."""
     if row is None:
         return ""
     gain = f" ({row['gain']} ± {row['gain_two_se']})" if row.get("gain") else ""
@@ -216,14 +224,19 @@ def cell(row: dict | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[], help="names of tables and recipes (default: all)")
-    parser.add_argument("--rates", nargs="*", type=float, default=RATES)
-    parser.add_argument("--seeds", type=int, help=f"fits of each (default: {SEEDS} of the affine recipes, else one)")
-    parser.add_argument("--quick", action="store_true", help="one epoch of few rows: a smoke run")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "pyro_flows_plain_density")
+    parser.add_argument("--rates", nargs="*", type=float, default=RATES, help="step sizes")
+    parser.add_argument("--seeds", type=int, help=f"fits per flow (default: {SEEDS} for affine recipes, else 1)")
+    parser.add_argument("--quick", action="store_true", help="smoke run: one epoch of few rows")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the two files")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "pyro_flows_plain_density",
+        help="folder of finished fits",
+    )
     wish = parser.parse_args()
     if unknown := set(wish.only) - {*TABLES, *FLOWS}:
-        parser.error(f"--only: unknown {sorted(unknown)}; known are {[*TABLES, *FLOWS]}")
+        parser.error(f"--only must name tables or recipes of {[*TABLES, *FLOWS]}, got {sorted(unknown)}.")
     torch.set_num_threads(1)
     wish.out.mkdir(parents=True, exist_ok=True)
     store = Store(wish.keep / ("quick" if wish.quick else "full"))
@@ -244,7 +257,7 @@ def main() -> None:
 
 
 def place_of(row: dict) -> tuple[int, int, int, float]:
-    """Where a row stands in the table, which also tells it from all others."""
+    """Return the place of a row in the table; no two rows share one."""
     peers = list(FLOWS[row["recipe"]])
     return (
         TABLES.index(row["data"]),
@@ -255,6 +268,7 @@ def place_of(row: dict) -> tuple[int, int, int, float]:
 
 
 def save(rows: list[dict], file: Path) -> None:
+    """Write the rows as CSV and the page as Markdown."""
     write_csv(rows, COLUMNS, file)
     write(page(rows), file.with_suffix(".md"))
 

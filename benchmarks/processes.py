@@ -1,14 +1,14 @@
-"""What are several processes worth, and do they find what one finds?
+"""Throughput and loss curves of ``fit_density`` in several processes, compared with one.
 
-    python benchmarks/processes.py            # about 7 minutes on 2 cores, which must be free
+    python benchmarks/processes.py            # about 7 minutes on 2 free cores
     python benchmarks/processes.py --quick    # few steps: a smoke run
 
-Throughput: ``fit_density`` on a made-up table, with fixed numbers of rows to each process in a step, so that the batch
-grows with the processes, and one thread to each.  Beside one process and N by torchrun, N that know nothing of each
-other say what the machine itself allows.  The three take turns, so a machine whose speed drifts treats them alike; a
-figure is the batch divided by the median time from step to step, and the median of the rounds.
+*Throughput*: ``fit_density`` on a simulated table.  Every process has one thread and a fixed number of rows per step.
+So the batch grows with the number of processes.  One process is compared with N processes of torchrun, and with N
+independent runs, which show what the machine allows.  The three alternate, so that a drift of the machine's speed
+affects all.  A rate is the batch divided by the median time between steps, and the median over rounds.
 
-Loss curves: the same batch in one process and divided among N, from the same start.
+*Loss curves*: the same batch in one process and divided among N, from the same start.
 
 Writes ``docs/benchmarks/processes.md``.
 """
@@ -34,14 +34,14 @@ from pyro_flows import flows
 from pyro_flows.objectives import Likelihood
 
 COLUMNS, HIDDEN = 16, (128, 128)
-FIRST = 20  # steps before much is made of round-off
+FIRST = 20  # steps before round-off has grown
 FLOWS = {"nsf": flows.nsf, "maf": flows.maf}
-Rates = dict[str, dict[tuple[str, int], list[float]]]  # how it was run -> flow and rows -> rows a second
+Rates = dict[str, dict[tuple[str, int], list[float]]]  # way to run -> flow and rows -> rows per second
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 
 
 class Timed(Likelihood):
-    """The likelihood, which notes when it is asked for in training."""
+    """Likelihood that records the time of each call in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Timed(Likelihood):
 
 
 def table(rows: int) -> Tensor:
-    """Correlated columns along a curve."""
+    """Return a table with correlated, curved columns."""
     seeded = torch.Generator().manual_seed(0)
     x = torch.randn(rows, COLUMNS, generator=seeded) @ torch.randn(COLUMNS, COLUMNS, generator=seeded)
     x[:, ::2] += 0.3 * x[:, 1::2].square()
@@ -62,7 +62,7 @@ def table(rows: int) -> Tensor:
 
 
 def work(options: argparse.Namespace) -> None:
-    """What each process does."""
+    """Run the fits of one process and save their rates, or their loss curves."""
     torch.set_num_threads(1)
     (rows,) = options.rows
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -82,7 +82,7 @@ def work(options: argparse.Namespace) -> None:
             x, batch = table(size * rows * options.steps), size * rows
             judge = x[: 2 * COLUMNS]
             pf.fit_density(flow, x, validation=judge, objective=timed, batch_size=batch, max_epochs=1, progress=False)
-            steps = torch.tensor(timed.times).double().diff()[5:]  # the first find the memory that they need
+            steps = torch.tensor(timed.times).double().diff()[5:]  # the first steps allocate memory
             found[name] = batch / steps.median().item()
     torch.save(found, options.worker / f"found_{os.environ.get('RANK', os.getpid())}")
 
@@ -90,7 +90,7 @@ def work(options: argparse.Namespace) -> None:
 def launch(
     options: argparse.Namespace, rows: int, processes: int, *, apart: bool = False, curves: bool = False
 ) -> list[Any]:
-    """What each of some processes has found, from the first on."""
+    """Run several processes and return the result of each, in their order."""
     with tempfile.TemporaryDirectory() as folder:
         own = [__file__, "--worker", folder, "--rows", str(rows), "--steps", str(options.steps)]
         own += ["--curves"] if curves else []
@@ -100,31 +100,37 @@ def launch(
         running = [subprocess.Popen(command, env=environment) for command in commands]
         statuses = [one.wait() for one in running]
         if any(statuses):
-            raise SystemExit("a process has failed")
+            raise SystemExit("launch: all processes must succeed, but one has failed. See its error above.")
         return [torch.load(file, weights_only=False) for file in sorted(Path(folder).iterdir())]
 
 
 def page(rates: Rates, curves: list[Any], options: argparse.Namespace) -> str:
-    """The table of throughputs and that of loss curves."""
+    """Return the page: the table of throughputs and that of loss curves."""
     number = options.processes
+    middle = {how: {case: statistics.median(found) for case, found in cases.items()} for how, cases in rates.items()}
+    gains = [middle["torchrun"][case] / one for case, one in middle["one"].items()]
     lines = [
         "# Several processes",
         "",
-        f"`fit_density` on a made-up table of {COLUMNS} columns, default flows with hidden {HIDDEN[0]} × {HIDDEN[1]}, "
-        f"one thread to a process, on the CPU (gloo); torch {torch.__version__}, "
-        f"Python {platform.python_version()}, pyro_flows {pf.__version__}. Medians of {options.rounds} rounds.",
-        f"Reproduce with `python benchmarks/processes.py` on {number} free cores.",
+        "This page is for users who train one flow in several processes. It compares the throughput and the result of "
+        f"`fit_density` in one process and in {number}. On {number} cores, {number} processes are {min(gains):.2f} to "
+        f"{max(gains):.2f} times as fast as one. In float64 both find the same flow.",
+        "",
+        f"Reproduce with `python benchmarks/processes.py` on {number} free cores. The data are a simulated table of "
+        f"{COLUMNS} columns. Flows are default ones with hidden {HIDDEN[0]} × {HIDDEN[1]}. Every process has one "
+        f"thread of the CPU (gloo). Rates are medians of {options.rounds} rounds. torch {torch.__version__}, Python "
+        f"{platform.python_version()}, pyro_flows {pf.__version__}.",
         "",
         "## Throughput",
         "",
-        f"Rows per second; in parentheses the ratio to one process. Those apart are {number} runs that know nothing of "
-        "each other: what the machine allows.",
+        f"Rows per second, with the ratio to one process in brackets. The last column is for {number} independent "
+        "runs, which show what the machine allows.",
         "",
-        f"| flow | rows to a process in a step | one process | {number} by torchrun | {number} apart |",
+        f"| flow | rows per process and step | one process | {number} by torchrun | {number} independent |",
         "|---|---:|---:|---:|---:|",
     ]
     for name, rows in rates["one"]:
-        one, *more = (statistics.median(rates[how][name, rows]) for how in ("one", "torchrun", "apart"))
+        one, *more = (middle[how][name, rows] for how in ("one", "torchrun", "apart"))
         lines.append(
             f"| {name} | {rows} | {one:,.0f} | " + " | ".join(f"{r:,.0f} ({r / one:.2f})" for r in more) + " |"
         )
@@ -132,11 +138,12 @@ def page(rates: Rates, curves: list[Any], options: argparse.Namespace) -> str:
         "",
         "## Loss curves",
         "",
-        f"The same batches of {options.rows[0]} rows in one process and divided among {number}, from the same start: "
-        f"the largest difference of a step's loss in the first {FIRST} steps and in all, and the held-out loss at the "
-        "end, in nats. Sums are taken in another order, and the fit makes more of the round-off from step to step.",
+        f"The same batches of {options.rows[0]} rows, in one process and divided among {number}, from the same start. "
+        f"*Difference*: the largest one of a step's loss, in the first {FIRST} steps and in all. *Held-out*: the loss "
+        "at the end. All are in nats. Two processes sum in another order, and the fit amplifies this round-off from "
+        "step to step.",
         "",
-        f"| flow | dtype | steps | difference, first {FIRST} | all | held-out, one | held-out, divided |",
+        f"| flow | dtype | steps | difference, first {FIRST} | difference, all | held-out, one | held-out, {number} |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for key, (losses, held) in curves[0].items():
@@ -151,11 +158,11 @@ def page(rates: Rates, curves: list[Any], options: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2, help="how many, beside one")
-    parser.add_argument("--rows", type=int, nargs="+", default=[512, 2048], help="rows to a process in a step")
-    parser.add_argument("--steps", type=int, default=150, help="steps of a fit")
-    parser.add_argument("--rounds", type=int, default=3, help="how often the three take turns")
-    parser.add_argument("--quick", action="store_true", help="a smoke run")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes to compare with one")
+    parser.add_argument("--rows", type=int, nargs="+", default=[512, 2048], help="rows per process and step")
+    parser.add_argument("--steps", type=int, default=150, help="steps per fit")
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions of all runs")
+    parser.add_argument("--quick", action="store_true", help="smoke run with few steps")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the page")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--curves", action="store_true", help=argparse.SUPPRESS)

@@ -1,13 +1,13 @@
-"""Where does a step of training spend its time?  Shares of matrix products, kernels, copies and Python, one row a flow.
+"""Profile of a training step: the shares of matrix products, other kernels, copies and Python, a row per flow.
 
     python benchmarks/profile_steps.py            # under a minute
     python benchmarks/profile_steps.py --quick    # one step each, into a temporary folder: a smoke run
 
-A step scores a batch and back-propagates to the parameters, or is one step with ``AutoFlow``: guide, model, gradients,
-and an update by Adam in Pyro's ``SVI``, or by SOAP, with path gradients, in ``fit_svi``.  One thread, float32, nothing
-compiled.  Kernels' times are their own, without what they call, by ``torch.profiler``; *Python and dispatch* is what is
-left of the wall time of a step that is not profiled.
-Writes ``docs/benchmarks/profile.md`` and ``profile.csv``.
+A step of a flow scores a batch and back-propagates to the parameters.  A step of ``AutoFlow`` runs guide, model and
+gradients, and updates the parameters: by Adam in Pyro's ``SVI``, or by SOAP with path gradients in ``fit_svi``.  All
+run on one thread in float32, without compilation.  ``torch.profiler`` measures the time of each kernel without the
+kernels that it calls.  *Python and dispatch* is the rest of the wall time of a step without the profiler.  Writes
+``docs/benchmarks/profile.md`` and ``profile.csv``.
 """
 
 from __future__ import annotations
@@ -37,24 +37,28 @@ DIM, BATCH, LATENTS, IMAGES = 32, 512, 20, 32
 SIZES = {"num_transforms": 5, "hidden_dims": (128, 128)}
 Step = Callable[[], object]
 
-# The first kind that has a part of a kernel's name is its own; a kernel that fits none is elementwise.
+# A kernel is of the first kind with a matching part of its name, and elementwise if no kind matches.
 KINDS = {
     "matrix products": ("mm", "mkldnn_convolution", "convolution_backward", "thnn_conv", "triangular", "dot"),
     "softmax, cumsum, gather, scatter": ("softmax", "cumsum", "gather", "scatter", "index", "searchsorted", "sort"),
     "copies and cat": ("copy", "cat", "fill", "zero", "flip", "roll"),
 }
-# Operators that compute nothing themselves: they make views or memory, or call others.
+# Operators that compute nothing themselves: they make views, allocate memory, or call other operators.
 DISPATCH = (
     *("empty", "view", "reshape", "expand", "slice", "select", "transpose", "permute", "squeeze", "as_strided"),
     *("detach", "unbind", "split", "narrow", "chunk", "alias", "resize", "result_type", "numpy_T", "item", "scalar"),
     *("linear", "matmul", "einsum", "conv2d", "clone", "contiguous", "stack", "zeros", "ones", "full", "_to_copy"),
 )
 PYTHON = "Python and dispatch"
+BY_FIT_SVI = "the same by fit_svi"
 SHOWN = ["matrix products", "elementwise", "softmax, cumsum, gather, scatter", "copies and cat", PYTHON]
 
 
 def kind(event: str) -> str:
-    """What an event of the profiler is.  Nodes of autograd and the optimiser are dispatch: kernels are events too."""
+    """Return the kind of an event of the profiler.
+
+    Nodes of autograd and of the optimiser count as dispatch, because their kernels are events too.
+    """
     library, _, name = event.rpartition("::")
     if library != "aten" or name in ("t", "to", "convolution", "_convolution"):
         return PYTHON
@@ -65,6 +69,8 @@ def kind(event: str) -> str:
 
 
 def scoring(flow: torch.nn.Module, x: torch.Tensor) -> Step:
+    """Return a step that scores a batch and back-propagates."""
+
     def step() -> None:
         flow.zero_grad(set_to_none=True)
         (-flow().log_prob(x).mean()).backward()
@@ -73,17 +79,20 @@ def scoring(flow: torch.nn.Module, x: torch.Tensor) -> Step:
 
 
 def model() -> None:
+    """Sample normal latents."""
     scale = torch.linspace(0.5, 2.0, LATENTS)
     pyro.sample("z", dist.Normal(torch.ones(LATENTS), scale).to_event(1))
 
 
 def svi() -> Step:
+    """Return a step of Pyro's ``SVI`` with ``AutoFlow``."""
     guide = pf.AutoFlow(model)
     guide.setup()
     return SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO(64, vectorize_particles=True)).step
 
 
 def fit() -> Step:
+    """Return a step of ``fit_svi`` with ``AutoFlow``."""
     guide = pf.AutoFlow(model).setup()
     elbo, parameters = ELBOFit(Task(model, guide, (), {}), None, 64), list(guide.parameters())
     (optimizer,) = optimizers(parameters, 1e-6, by_soap=guide.by_soap(), by_muon=[])
@@ -98,6 +107,7 @@ def fit() -> Step:
 
 
 def steps() -> dict[str, Step]:
+    """Return all steps by their labels."""
     x, images = torch.randn(BATCH, DIM), torch.randn(IMAGES, 1, 28, 28)
     named = {name: getattr(flows, name)(DIM, **SIZES) for name in ("nsf", "nsf_ar", "maf", "realnvp")}
     made = {f"{name}, D = {DIM}, batch {BATCH}": scoring(flow, x) for name, flow in named.items()}
@@ -105,12 +115,12 @@ def steps() -> dict[str, Step]:
     glow.initialize(images)
     made[f"glow, 1 × 28 × 28, batch {IMAGES}"] = scoring(glow, images)
     made[f"AutoFlow, {LATENTS} latents, 64 particles"] = svi()
-    made["the same by fit_svi"] = fit()
+    made[BY_FIT_SVI] = fit()
     return made
 
 
 def shares(step: Step, repetitions: int) -> tuple[float, int, dict[str, float]]:
-    """Milliseconds of a step, its number of kernels, and the share of each kind."""
+    """Return the milliseconds of a step, its number of kernels, and the share of each kind."""
     walls = []
     for _ in range(3 + repetitions):  # three to warm up
         start = time.perf_counter()
@@ -126,24 +136,29 @@ def shares(step: Step, repetitions: int) -> tuple[float, int, dict[str, float]]:
         if label != PYTHON:
             spent[label] += event.self_cpu_time_total / repetitions
             count += event.count
-    # The profiler's own cost stays in the kernels: where there are many small ones, the rest is a lower bound.
+    # The cost of the profiler itself counts for the kernels, so with many small kernels the rest is a lower bound.
     spent[PYTHON] = max(wall - sum(spent.values()), 0.0)
     total = sum(spent.values())
     return wall / 1e3, count // repetitions, {label: value / total for label, value in spent.items()}
 
 
 def page(results: dict[str, tuple[float, int, dict[str, float]]]) -> str:
+    """Return the page of the results."""
+    by_fit_svi = " The other one is a step of `fit_svi`, with path gradients and SOAP." if BY_FIT_SVI in results else ""
     lines = [
-        "# Where a step of training spends its time",
+        "# Profile of a training step",
         "",
-        f"One thread, float32, nothing compiled; torch {torch.__version__.split('+')[0]}. Flows of vectors have 5 "
-        "layers, hidden 128 × 128; `glow` has 4 steps a scale, 32 channels wide. A step scores a batch and "
-        "back-propagates; those of `AutoFlow` are one of Pyro's `SVI` with Adam, and one of `fit_svi` with path "
-        "gradients and SOAP.",
+        "This page is for users who want to speed up training. It splits the wall time of a step into kinds of work. "
+        "Matrix products take the largest share in flows. Python and dispatch take the largest share in `AutoFlow`.",
         "",
-        "Shares of the wall time. *Python and dispatch* is what the kernels' own times, by torch.profiler, leave: "
-        "a lower bound, as each kernel's time has the call into it. *Kernels*: how many a step runs. "
-        "Reproduce with `python benchmarks/profile_steps.py`.",
+        "Reproduce with `python benchmarks/profile_steps.py`. All steps run on one thread in float32, without "
+        f"compilation. torch {torch.__version__.split('+')[0]}. Flows of vectors have 5 layers, hidden 128 × 128. "
+        "`glow` has 4 steps per scale and 32 channels. A step scores a batch and back-propagates. A step of `AutoFlow` "
+        f"is one of Pyro's `SVI` with Adam.{by_fit_svi}",
+        "",
+        "* *kernels*: the number of kernels that a step runs.",
+        "* *Python and dispatch*: the time that is left after the kernels, as measured by torch.profiler. It is a "
+        "lower bound, because the time of a kernel includes the call.",
         "",
         "| step | ms | kernels | " + " | ".join(SHOWN) + " |",
         "|---|---:|---:|" + "---:|" * len(SHOWN),
@@ -155,9 +170,9 @@ def page(results: dict[str, tuple[float, int, dict[str, float]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=20)
-    parser.add_argument("--kernels", action="store_true", help="print the ten kernels of each step that take longest")
-    parser.add_argument("--quick", action="store_true", help="a smoke run")
+    parser.add_argument("--repetitions", type=int, default=20, help="timed steps of each kind")
+    parser.add_argument("--kernels", action="store_true", help="print the ten slowest kernels of each step")
+    parser.add_argument("--quick", action="store_true", help="smoke run: one step each")
     parser.add_argument("--out", type=Path, help="folder of the results")
     options = parser.parse_args()
     out = options.out or (Path(tempfile.mkdtemp(prefix="profile-")) if options.quick else OUT)

@@ -1,11 +1,11 @@
-"""Programs as Pyro's users write them, with their arguments: the models that ``training.py`` trains guides on.
+"""Pyro programs with their arguments: the models that ``training.py`` trains guides on.
 
-Most come from Pyro's own tutorials and examples.  Nothing of them is copied here: ``taken`` runs their definitions,
+Most come from Pyro's own tutorials and examples.  Their code is not copied: ``taken`` runs their definitions,
 unchanged, from the checkout of Pyro's repository that ``PYRO_FLOWS_PYRO`` names.  Tables that the tutorials download
-are simulated, so that figures are the same with and without a network.  Four more are posteriors of ``targets.py``.
+are simulated, so that results are the same with and without a network.  Four more are posteriors of ``targets.py``.
 
-Every build is deterministic, leaves the random state as it was, and makes its modules anew.  Training changes modules,
-so build a program for each run.
+Every build is deterministic, restores the random state, and makes new modules.  Training changes modules, so build a
+program for each run.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ Built = TypeVar("Built")
 
 
 class Program(NamedTuple):
-    """A Pyro model with its arguments, and facts that a training loop needs.
+    """Pyro model with its arguments, and the options of its training loop.
 
     Attributes:
         model: The model.
         args: Its arguments.
         kwargs: Its named arguments.
-        plate: The plate of an ``AutoPlateFlow``, where latents are local and rows come in minibatches.
-        encoder: Makes the encoder of that guide.
-        scalable: False where a covariance matrix of all latents is too large.
-        batched: False where the model does not broadcast over ``vectorize_particles=True``.
-        elbo: Makes Pyro's ELBO for the model, given the arguments of ``Trace_ELBO``.
+        plate: The plate of an ``AutoPlateFlow``, if latents are local and rows come in minibatches.
+        encoder: Builder of the encoder of that guide.
+        scalable: False if a covariance matrix of all latents is too large.
+        batched: False if the model does not broadcast over ``vectorize_particles=True``.
+        elbo: Builder of Pyro's ELBO for the model, with the arguments of ``Trace_ELBO``.
         dtype: The default dtype to set before the program is built.
-        batches: Makes an endless iterator of the arguments of each step, where rows come in minibatches.
-        own_guide: The guide that the example trains, if it has one that is not an autoguide.
+        batches: Builder of an endless iterator of the arguments of each step, if rows come in minibatches.
+        own_guide: The guide that the example trains, if it is not an autoguide.
         hide: Discrete sites that the ELBO sums out.
-        flat: True where a prior is flat, so that Pyro's guides need a start.
+        flat: True if a prior is flat, so that Pyro's guides need a start.
     """
 
     model: Callable[..., Any]
@@ -98,7 +98,7 @@ def source(name: str) -> tuple[Path, str]:
 
 
 def bound_by(statement: ast.stmt) -> set[str]:
-    """Return the names that a definition, an import or an assignment binds; none for other statements."""
+    """Return the names that a definition, an import or an assignment binds; empty for other statements."""
     if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
         return {statement.name}
     if isinstance(statement, (ast.Import, ast.ImportFrom)):
@@ -118,9 +118,9 @@ def read_by(code: CodeType) -> set[str]:
 def taken(name: str, *wanted: str, nth: int | None = None, **given: Any) -> list[Any]:
     """Return the values of global names in a file of Pyro's repository.
 
-    Runs the last statement that binds each name and, before it, the statements that bind what it reads; names that are
-    given need none.  The rest of the file, its downloads, plots and training, does not run.  With ``nth`` the file ends
-    for this purpose at the nth statement, from 1, that binds the first name.
+    For each name the last statement that binds it runs.  The statements that bind what it reads run before it, except
+    for names that are given.  The rest of the file does not run: downloads, plots and training.  With ``nth`` the file
+    is read only up to the nth statement, from 1, that binds the first name.
     """
     path, text = source(name)
     body = ast.parse(text).body
@@ -143,7 +143,7 @@ def taken(name: str, *wanted: str, nth: int | None = None, **given: Any) -> list
 
 
 def seeded(build: Callable[[], Built]) -> Callable[[], Built]:
-    """Return the build with a fixed seed; it leaves the random state as it was."""
+    """Return the build with a fixed seed; it restores the random state."""
 
     def built() -> Built:
         with torch.random.fork_rng(devices=[]):
@@ -154,12 +154,12 @@ def seeded(build: Callable[[], Built]) -> Callable[[], Built]:
 
 
 def drawn(*shape: int) -> Tensor:
-    """Return standard normal draws: the same numbers under every default dtype."""
+    """Return standard normal draws, the same numbers for every default dtype."""
     return torch.randn(shape, dtype=torch.float64).to(torch.get_default_dtype())
 
 
 def conjugate() -> Program:
-    """Four standard normal latents, each observed once with unit noise."""
+    """Return four standard normal latents, each observed once with unit noise."""
     y = torch.tensor([1.0, -1.0, 2.0, -2.0])
 
     def model() -> None:
@@ -170,7 +170,10 @@ def conjugate() -> Program:
 
 
 def bayesian_regression() -> Program:
-    """The regression of bayesian_regression.ipynb on 170 simulated rows: Africa, ruggedness, their product, log GDP."""
+    """Return the regression of bayesian_regression.ipynb on 170 simulated rows.
+
+    The columns are Africa, ruggedness, their product and log GDP.
+    """
     (kind,) = taken("tutorial/source/bayesian_regression.ipynb", "BayesianRegression")
     africa = (torch.arange(170) % 10 < 3).to(torch.get_default_dtype())
     rugged = drawn(170).abs() * 1.3
@@ -180,18 +183,18 @@ def bayesian_regression() -> Program:
 
 
 def neutra() -> Program:
-    """The banana of examples/neutra.py, at the example's defaults."""
+    """Return the banana of examples/neutra.py, at the example's defaults."""
     (model,) = taken("examples/neutra.py", "model")
     return Program(model, (1.15, 1.0))
 
 
 def target(name: str) -> Program:
-    """A posterior of ``targets.py``."""
+    """Return a posterior of ``targets.py``."""
     return Program(targets.load(name).model, dtype=torch.float64, flat=name == "kidiq")
 
 
 def bnn() -> Program:
-    """A Bayesian network of two hidden layers, 2,042 latents, on 300 simulated rows of 8 features."""
+    """Return a Bayesian network of two hidden layers, 2,042 latents, on 300 simulated rows of 8 features."""
     x = drawn(300, 8)
     y = torch.sin(2 * x[:, 0]) + x[:, 1] * x[:, 2] + 0.1 * drawn(300)
     widths = 8, 40, 40, 1
@@ -209,7 +212,7 @@ def bnn() -> Program:
 
 
 def stable() -> Program:
-    """The stochastic volatility of stable.ipynb, as reparametrised there, on 200 simulated returns: 1,005 latents."""
+    """Return the reparametrised stochastic volatility of stable.ipynb, on 200 simulated returns: 1,005 latents."""
     (model,) = taken("tutorial/source/stable.ipynb", "reparam_model")
     volatility = 0.01 * (0.015 * drawn(200).cumsum(0)).exp()
     returns = dist.Stable(1.9, 0.0, volatility, 0.03 * volatility).sample()
@@ -217,10 +220,11 @@ def stable() -> Program:
 
 
 def lda() -> Program:
-    """The topics of examples/lda.py, of a size with 564 latents: word topics are summed out, as there.
+    """Return the topic model of examples/lda.py with 564 latents; word topics are summed out, as there.
 
-    More words would not do: with 96, draws from near the prior, Dirichlet(1 / words), have probabilities that float32
-    rounds to 0.  Their log-density is infinite, and AutoNormal itself ends in NaN, at .03 after 816 steps.
+    The number of words is limited by float32.  With 96 words, draws from near the prior, Dirichlet(1 / words), have
+    probabilities that float32 rounds to 0.  Their log-density is infinite, and even AutoNormal ends in NaN, at step
+    size .03 after 816 steps.
     """
     (model,) = taken("examples/lda.py", "model")
     sizes = SimpleNamespace(num_topics=8, num_words=32, num_docs=44, num_words_per_doc=64)
@@ -230,7 +234,7 @@ def lda() -> Program:
 
 
 def forecasting_i(number: int) -> Program:
-    """A model of forecasting_i.ipynb as its Forecaster trains it, on simulated log ridership of 469 weeks."""
+    """Return a model of forecasting_i.ipynb as its Forecaster trains it, on simulated log ridership of 469 weeks."""
     week = torch.arange(469, dtype=torch.get_default_dtype())
     level = 14.3 + 0.0004 * week - 0.1 * (2 * torch.pi * week / 52.18).cos() + 0.005 * drawn(469).cumsum(0)
     data = (level + 0.02 * drawn(469) - 0.1 * (drawn(469) > 2)).unsqueeze(-1)  # holidays make the noise skewed
@@ -243,7 +247,7 @@ def forecasting_i(number: int) -> Program:
 
 
 def forecasting_ii(number: int) -> Program:
-    """A model of forecasting_ii.ipynb as its Forecaster trains it, on simulated log ridership of hours."""
+    """Return a model of forecasting_ii.ipynb as its Forecaster trains it, on simulated hourly log ridership."""
     hour = torch.arange(HOURS[number], dtype=torch.get_default_dtype())
     cycle = 8 - 2 * (2 * torch.pi * hour / 24).cos() - 0.5 * (2 * torch.pi * hour / 168).cos()
     walk = torch.zeros(())
@@ -255,7 +259,7 @@ def forecasting_ii(number: int) -> Program:
 
 
 def vae() -> Program:
-    """The autoencoder of examples/vae/vae.py on MNIST's grey values, in the example's minibatches of 256."""
+    """Return the autoencoder of examples/vae/vae.py on MNIST's grey values, in the example's minibatches of 256."""
     (kind,) = taken("examples/vae/vae.py", "VAE")
     grey = (mnist("train")[0].flatten(1) / 255).to(torch.get_default_dtype())
     own = kind()

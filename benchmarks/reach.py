@@ -1,24 +1,27 @@
-"""Which programs of Pyro's own examples and tutorials do the guides reach, and where do they stop?
+"""Test of the guides on the programs of Pyro's examples and tutorials.
 
     python benchmarks/reach.py                   # all programs, 2 at a time
-    python benchmarks/reach.py --only gmm lda    # some programs, run anew
+    python benchmarks/reach.py --only gmm lda    # some programs, again
     python benchmarks/reach.py --trace gmm       # one program in this process, with the whole error
-    python benchmarks/reach.py --list            # their names
+    python benchmarks/reach.py --list            # names of the programs
 
-Each program of ``reach_programs.py`` is a model of Pyro's repository, unchanged, with small made-up data.  It goes the
-way of a user: ``guide = pf.AutoFlow(model)``, or ``pf.AutoPlateFlow`` where latents are local to the rows of a plate;
-``pf.fit_svi`` with few steps; ``pf.check``; ``pf.to_arviz``; Pyro's ``Predictive``.  The verdict of ``check`` does not
-count, since the fit is short.
+Each program of ``reach_programs.py`` is a model of Pyro's repository, unchanged, with small simulated data.  It runs
+the calls of a user: ``guide = pf.AutoFlow(model)``, or ``pf.AutoPlateFlow`` if latents are local to the rows of a
+plate; ``pf.fit_svi`` with few steps; ``pf.check``; ``pf.to_arviz``; Pyro's ``Predictive``.  The verdict of ``check`` is
+ignored, because the fit is short.
 
-*Works*: the four calls end without an error, draws are finite, and the log-densities that ``to_arviz`` stores are those
-of the plain model at the same draws, with its discrete latents summed out by Pyro.  *Refused*: an error that this
-package raises itself.  *Crash*: any other error, or no end within the time limit.  *Wrong*: no error, but values that
-fail the test above.  Where the fit fails, the other calls are not tried.  *Left out*: the program has no continuous
-latent, or the model does not run by itself.
+The outcomes:
 
-Each program runs in a process of its own.  Results are saved as they come, and a benchmark that was stopped goes on
-where it was; remove ``reach.csv`` when the guides have changed.  Needs ``PYRO_FLOWS_PYRO``, a checkout of Pyro's
-repository.  Writes ``docs/benchmarks/reach.md`` and ``reach.csv``.
+* *works*: The four calls end without an error, and draws are finite.  The log-densities of ``to_arviz`` are those of
+  the plain model at the same draws, with its discrete latents summed out by Pyro.
+* *refused*: an error that this package raises.
+* *crash*: any other error, or the time limit.
+* *wrong*: no error, but values that fail the test above.
+* *left out*: the program has no continuous latent, or the model does not run by itself.
+
+If the fit fails, the other calls are not tried.  Each program runs in its own process.  Results are saved after each
+program, and an interrupted benchmark continues.  Remove ``reach.csv`` after a change of the guides.  Needs
+``PYRO_FLOWS_PYRO``, a checkout of Pyro's repository.  Writes ``docs/benchmarks/reach.md`` and ``reach.csv``.
 """
 
 from __future__ import annotations
@@ -67,10 +70,10 @@ CALLS = "fit", "check", "arviz", "predictive"
 COLUMNS = "program", "where", "latents", "discrete", *CALLS, "outcome", "reason", "seconds"
 OUTCOMES = "works", "refused", "crash", "wrong", "left out"
 STEPS, DRAWS, CHAINS, PREDICTIONS, COMPARED = 50, 100, 16, 20, 3
-NESTING = 6  # the most plates within one another
-IDLE = 5  # times its processor time that a program may take where the machine is busy
-MOST = 1000  # values of discrete latents to sum one by one
-ELSEWHERE = {  # files without a program above
+NESTING = 6  # largest number of nested plates
+IDLE = 5  # largest ratio of wall time to processor time, on a busy machine
+MOST = 1000  # largest number of discrete values to sum one by one
+ELSEWHERE = {  # files without a program
     "examples/contrib/oed/gp_bayes_opt.py": "the Gaussian process of ab_test.py, without priors: no latent",
     "examples/contrib/timeseries/gp_models.py": "a torch module with a log-density, no Pyro model",
     "examples/einsum.py": "no Pyro model",
@@ -96,7 +99,7 @@ Row = dict[str, str]
 
 
 def latents_of(case: Case) -> tuple[dict[str, int], list[str]]:
-    """Return how many unconstrained numbers each continuous latent has, and the names of the discrete ones."""
+    """Return the number of unconstrained coordinates of each continuous latent, and the names of the discrete ones."""
     numbers: dict[str, int] = {}
     discrete = []
     for name, site in run_of(case).nodes.items():
@@ -117,7 +120,7 @@ def latents_of(case: Case) -> tuple[dict[str, int], list[str]]:
 
 
 def has_support(fn: Any) -> bool:
-    """True if a distribution says what its values are; a flow of zuko's does not."""
+    """True if a distribution has a support; a flow of zuko has none."""
     try:
         return fn.support is not None
     except NotImplementedError:
@@ -125,15 +128,15 @@ def has_support(fn: Any) -> bool:
 
 
 def centre(site: dict[str, Any]) -> torch.Tensor:
-    """Return a value within the support of a latent, for priors that do not sample."""
+    """Return a value in the support of a latent, for priors that do not sample."""
     to_support = biject_to(site["fn"].support)
     return to_support(torch.zeros(to_support.inverse_shape(site["fn"].shape())))
 
 
 def run_of(case: Case) -> poutine.Trace:
-    """Return a trace of the model by itself.
+    """Return a trace of the model without a guide.
 
-    A model that does not run so runs with its discrete latents enumerated, or from a start where a prior is improper.
+    If it fails, it runs again from a start in the support (improper priors), and then with enumerated discrete latents.
     """
     enumerated = [poutine.enum(case.model, first_available_dim=-1 - nesting) for nesting in range(NESTING)]
     try:
@@ -146,9 +149,9 @@ def run_of(case: Case) -> poutine.Trace:
 
 
 def differing(case: Case, container: Any, latents: Iterable[str]) -> str:
-    """Return what is wrong with the container of ``to_arviz``, or an empty text.
+    """Return the fault of a container of ``to_arviz``, or an empty text.
 
-    The stored log-density must be that of the plain model, run by itself at the same draws.
+    The stored log-density must be that of the plain model at the same draws.
     """
     posterior, stored = container["posterior"], container["sample_stats"]["log_p"].values[0]
     values = {name: torch.as_tensor(posterior[name].values[0]) for name in latents}
@@ -158,18 +161,18 @@ def differing(case: Case, container: Any, latents: Iterable[str]) -> str:
     for draw in range(COMPARED):
         model = poutine.condition(case.model, {name: draws[draw] for name, draws in values.items()})
         wanted, again = (log_density(case._replace(model=model)) for _ in range(2))
-        if wanted is None or again != wanted:  # the model draws noise of its own
+        if wanted is None or again != wanted:  # the model draws random numbers itself
             return ""
         if abs(wanted - stored[draw]) > 1e-2 + 1e-3 * abs(wanted):
-            return f"to_arviz: log_p is {stored[draw]:.6g}, and {wanted:.6g} by the model at the same draw"
+            return f"to_arviz: log_p is {stored[draw]:.6g}, but the model gives {wanted:.6g} at the same draw"
     return ""
 
 
 def log_density(case: Case) -> float | None:
-    """Return log p(latents, data) of a model whose continuous latents are given, discrete ones summed out.
+    """Return log p(latents, data) of a model with given continuous latents; discrete ones are summed out.
 
-    The sum is Pyro's own, in parallel or else over one run of the model per value.  None if the model subsamples rows,
-    so that the density is no single number, or if the values are too many.
+    Pyro takes the sum, in parallel, or else with one run of the model per value.  None if there are too many values, or
+    if the model subsamples rows, so that the density is not a single number.
     """
     trace = run_of(case)
     sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
@@ -190,7 +193,7 @@ def log_density(case: Case) -> float | None:
 
 
 def walk(name: str, tell: Callable[[Row], None], strict: bool = False) -> None:
-    """Take a program through all calls, and tell what is known after each."""
+    """Run all calls on a program, and report the row after each call."""
     row: Row = {"program": name, "where": PROGRAMS[name].where} | dict.fromkeys(CALLS, "–")
     try:
         latents, discrete = latents_of(PROGRAMS[name].build())
@@ -258,7 +261,7 @@ def predictions(case: Case, guide: Any) -> dict[str, torch.Tensor]:
 
 
 def fails_without_us(case: Case) -> bool:
-    """True if ``Predictive`` fails with Pyro's own guide too, or with none where that guide cannot be had."""
+    """True if ``Predictive`` also fails with Pyro's own guide, or without a guide if that guide cannot be built."""
     guide: Any = AutoNormal(case.model)
     try:
         guide(*case.args, **case.kwargs)
@@ -272,7 +275,7 @@ def fails_without_us(case: Case) -> bool:
 
 
 def ours(error: BaseException) -> bool:
-    """True if the package itself raises the error, and so has a message for it."""
+    """True if the package itself raises the error, with its own message."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     inside = PACKAGE in Path(last.filename).resolve().parents
     return inside and str(last.line).lstrip().startswith("raise ")
@@ -286,9 +289,9 @@ def named(error: BaseException) -> str:
 
 
 def worker(name: str, limit: float) -> None:
-    """Run one program in this process; each line of the output is what is known by then.
+    """Run one program in this process; each line of the output is the row so far.
 
-    The limit is on processor time, so that other work on the machine does not count.
+    The limit is on processor time, because other work on the machine must not count.
     """
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit), math.ceil(limit) + 5))
     output = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
@@ -298,7 +301,7 @@ def worker(name: str, limit: float) -> None:
 
 
 def run(name: str, limit: float) -> Row:
-    """Run one program in a process of its own, and return its row."""
+    """Run one program in a new process and return its row."""
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", name, "--limit", str(limit)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -334,6 +337,7 @@ def write(file: TextIO, rows: dict[str, Row]) -> None:
 
 
 def save(path: Path, rows: dict[str, Row]) -> None:
+    """Write the rows into a file, after creating its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         write(file, rows)
@@ -348,7 +352,7 @@ def cell(text: str, width: int = 240) -> str:
 
 
 def kind_of(reason: str) -> str:
-    """Return an error with its names and numbers left out, so that alike errors fall together."""
+    """Return an error without its names and numbers, so that similar errors are equal."""
     reason = re.sub(r"'[^']*'|\"[^\"]*\"", "'…'", reason)
     reason = re.sub(r"sites? '…'(, '…')*( and '…')? (is|are)", "site '…' is", reason)
     reason = re.sub(r"does not run vectorised over draws: .*", "does not run vectorised over draws: …", reason)
@@ -357,6 +361,7 @@ def kind_of(reason: str) -> str:
 
 
 def table(header: str, rows: Iterable[Iterable[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
     return [header, "|" + "---|" * (header.count("|") - 1), *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
@@ -374,20 +379,24 @@ def page(rows: dict[str, Row]) -> str:
     lines = [
         "# Reach",
         "",
-        "This page is for users who ask whether their kind of model runs. Every model of Pyro's examples and tutorials",
-        "that has a continuous latent goes, unchanged, through the calls of a first session: a guide, `fit_svi`,",
-        "`check`, `to_arviz` and Pyro's `Predictive`. The data are small and made up. Find a model like yours in the",
-        "table; its row says which calls work, and quotes the error.",
-        "",
+        "This page is for users who ask whether their kind of model runs. All models of Pyro's examples and tutorials",
+        "with a continuous latent are tested, unchanged, with small simulated data. Each runs the calls of a first",
+        "session: a guide, `fit_svi`, `check`, `to_arviz` and Pyro's `Predictive`. "
         f"Of {len(entered)} programs from {files} files, "
         + ", ".join(f"{counts[outcome]} {label}" for outcome, label in SUMMARY.items() if counts[outcome])
-        + ". Reproduce with `python benchmarks/reach.py`, where `PYRO_FLOWS_PYRO` names a checkout of Pyro. "
-        + f"{versions}, Python {platform.python_version()}; the limit is 180 s of processor time for each program.",
+        + ".",
+        "",
+        "Reproduce with `python benchmarks/reach.py`, where `PYRO_FLOWS_PYRO` names a checkout of Pyro. "
+        + f"{versions}, Python {platform.python_version()}. The limit is 180 s of processor time per program.",
         "",
         "## Programs",
         "",
-        "*Latents* counts unconstrained numbers, *discrete* the discrete sites. `–` is a call that was not tried.",
-        "*not by Pyro*: `Predictive` fails with Pyro's `AutoNormal` too, or with no guide; that does not count.",
+        "Find a model like yours in the table. Its row says which calls work, and quotes the error.",
+        "",
+        "* *latents*: the number of unconstrained coordinates. *discrete*: the number of discrete sites.",
+        "* `–`: the call was not tried.",
+        "* *not by Pyro*: `Predictive` also fails with Pyro's `AutoNormal`, or without a guide. This does not count as "
+        "an error.",
         "",
     ]
     lines += table(
@@ -400,10 +409,10 @@ def page(rows: dict[str, Row]) -> str:
         ),
     )
     if failed:
-        lines += ["## Errors", "", "Alike errors together, with names and numbers left out.", ""]
+        lines += ["## Errors", "", "The errors by kind, without names and numbers.", ""]
         groups = sorted(reasons.items(), key=lambda group: -len(group[1]))
         lines += table(
-            "| number | error | such as |", ([str(len(n)), cell(kind), ", ".join(n[:3])] for kind, n in groups)
+            "| programs | error | for example |", ([str(len(n)), cell(kind), ", ".join(n[:3])] for kind, n in groups)
         )
     lines += ["## Left out", "", "Programs without a continuous latent, and those that do not run by themselves.", ""]
     lines += table(
@@ -419,23 +428,24 @@ SUMMARY = {"works": "work", "refused": "are refused", "crash": "crash", "wrong":
 LIMITS = (
     "## Limits",
     "",
-    f"* A fit has {STEPS} steps, so *works* says that a program runs. It says nothing about how good the posterior is.",
-    "* Data are small. Memory and time of the full examples are not measured here.",
-    "* Stored log-densities are compared with the plain model, with two exceptions. One is a model that subsamples",
-    "  rows or draws its own noise. The other has discrete latents with too many values to sum out.",
-    "* In Pyro's `VariationalGP` and `VariationalSparseGP` the likelihood reads the parameters of their own guide, not",
-    "  the latents. Another guide runs, but finds the prior.",
-    "* Networks are those of the examples with smaller layers.",
+    f"* A fit has {STEPS} steps, so *works* says that a program runs. It does not say that the posterior is good.",
+    "* The data are small. Memory and time of the full examples are not measured here.",
+    "* Stored log-densities are compared with the plain model, with two exceptions: models that subsample rows or draw",
+    "  random numbers themselves, and models with discrete latents of too many values to sum out.",
+    "* In Pyro's `VariationalGP` and `VariationalSparseGP` the likelihood depends on the parameters of Pyro's guide,",
+    "  not on the latents. Another guide runs, but finds the prior.",
+    "* Networks have the architecture of the examples, with smaller layers.",
     "",
 )
 
 
 def short(where: str) -> str:
+    """Return the path of a file as the page shows it."""
     return where.removeprefix("tutorial/source/")
 
 
 def check_complete() -> None:
-    """Every example with a model, and every tutorial, must be a program or have a reason."""
+    """Exit with an error unless every example with a model, and every tutorial, is a program or has a reason."""
     folder = source("examples/hmm.py")[0].parents[1]
     known = {entry.where for entry in PROGRAMS.values()} | {*ELSEWHERE}
     files = [*(folder / "examples").rglob("*.py"), *(folder / "tutorial" / "source").glob("*.ipynb")]
@@ -449,12 +459,12 @@ def check_complete() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PROGRAMS, metavar="NAME", help="programs to run anew")
+    parser.add_argument("--only", nargs="+", choices=PROGRAMS, metavar="NAME", help="programs to run again")
     parser.add_argument("--list", action="store_true", help="list the programs")
     parser.add_argument("--trace", choices=PROGRAMS, metavar="NAME", help="run one program here, with the whole error")
-    parser.add_argument("--jobs", type=int, default=2, help="programs at a time")
-    parser.add_argument("--limit", type=float, default=180, help="seconds of processor time of a program")
-    parser.add_argument("--out", type=Path, default=OUT, help="the folder of the results")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel programs")
+    parser.add_argument("--limit", type=float, default=180, help="seconds of processor time per program")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the results")
     parser.add_argument("--worker", choices=PROGRAMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
-"""The programs of ``reach.py``: the models of Pyro's examples and tutorials, each with small made-up data.
+"""Programs of ``reach.py``: the models of Pyro's examples and tutorials, each with small simulated data.
 
-Nothing of them is copied here: ``taken`` of ``programs.py`` runs their definitions, unchanged, from the checkout of
-Pyro's repository that ``PYRO_FLOWS_PYRO`` names.  A builder adds what the file downloads, simulates or reads from its
-command line.  Sizes are small, so that a program shows whether it runs, not how well it fits.
+Their code is not copied: ``taken`` of ``programs.py`` runs their definitions, unchanged, from the checkout of Pyro's
+repository that ``PYRO_FLOWS_PYRO`` names.  A builder adds what the file downloads, simulates or reads from its command
+line.  Sizes are small, because a program shows only that it runs, not how well it fits.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from pyro_flows.encoders import MLPEncoder
 
 
 class Case(NamedTuple):
-    """A model with its arguments, as a user has them.
+    """Model with the arguments of a user.
 
     Attributes:
         model: The model.
         args: Its arguments.
         kwargs: Its named arguments.
-        predict: The arguments of predictions, with the observed data left out where the model allows it.
-        judged: Those of ``check`` and ``to_arviz``, with all data, for a model that is trained on minibatches.
-        start: Where the guide starts, for a program whose own inference names a place.
-        plate: The plate of an ``AutoPlateFlow``, where latents are local to rows.
+        predict: The arguments of predictions, without the observed data if the model allows it.
+        judged: The arguments of ``check`` and ``to_arviz``, with all data, for a model trained on minibatches.
+        start: The start of the guide, for a program whose own inference has one.
+        plate: The plate of an ``AutoPlateFlow``, if latents are local to rows.
         encoder: The encoder of that guide.
-        network: A module that goes into evaluation mode after the fit, as the example puts it.
+        network: A module to set to evaluation mode after the fit, as the example does.
     """
 
     model: Callable[..., Any]
@@ -55,7 +55,7 @@ class Case(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A program: the file that defines it, and its builder."""
+    """Program: the file that defines it, and its builder."""
 
     where: str
     build: Callable[[], Case]
@@ -80,7 +80,7 @@ def program(where: str, *choices: Any) -> Callable[[Callable[..., Case]], Callab
 
 
 def of(name: str, *wanted: str, nth: int | None = None, **given: Any) -> Any:
-    """Return one global name of a file, or several, with the file's folder importable as where it runs."""
+    """Return the values of one or several global names of a file; its folder is put on the import path."""
     path = name if name.startswith("examples/") else f"tutorial/source/{name}"
     folder = str(source(path)[0].parent)
     if folder not in sys.path:
@@ -99,7 +99,7 @@ def inside(name: str, outer: str, inner: str, **given: Any) -> Any:
 
 
 class OfFirst(nn.Module):
-    """An encoder of the rows of the model's first argument."""
+    """Encoder of the rows of the model's first argument."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -109,13 +109,13 @@ class OfFirst(nn.Module):
         return self.network(x.reshape(len(x), -1).to(torch.get_default_dtype()))
 
 
-def coins(*shape: int) -> Tensor:
-    """Return zeros and ones."""
+def bits(*shape: int) -> Tensor:
+    """Return random zeros and ones."""
     return (drawn(*shape) > 0).to(torch.get_default_dtype())
 
 
 def given(model: Callable[..., Any], **data: Tensor) -> Callable[..., Any]:
-    """Return the model with its data observed, where the tutorial conditions it."""
+    """Return the model conditioned on data, as in the tutorial."""
     return poutine.condition(model, data)
 
 
@@ -326,7 +326,7 @@ def strains() -> dict[str, Any]:
     counts = torch.poisson(3 * torch.ones(5, 2, 3))
     index = counts.nonzero().T
     sparse = {"index": index, "total": counts.sum(-1), "value": counts[tuple(index)]}
-    return {"features": coins(3, 4), "counts": counts, "sparse_counts": sparse, "time_step_days": 14}
+    return {"features": bits(3, 4), "counts": counts, "sparse_counts": sparse, "time_step_days": 14}
 
 
 @program("workflow.ipynb", "dense", "sparse", "reparam")
@@ -406,7 +406,7 @@ def svi_lightning() -> Case:
 
 @program("examples/svi_horovod.py")
 def svi_horovod() -> Case:
-    """Trained on a minibatch of ten of the twenty rows, as each of its workers has."""
+    """Return the model on a minibatch of ten of the twenty rows, which one of its workers has."""
     x, y = drawn(20), drawn(20)
     return Case(of("examples/svi_horovod.py", "Model")(20), (x[:10], y[:10]), predict=(x,), judged=(x, y))
 
@@ -430,7 +430,7 @@ def gmm() -> Case:
 @program("dirichlet_process_mixture.ipynb", 1, 2)
 def dirichlet_process_mixture(number: int) -> Case:
     names = {name: value for name, value in vars(dist).items() if name[0].isupper()}  # its star import
-    data = torch.poisson(5 * torch.ones(12)) if number == 2 else drawn(12, 2) + 8 * coins(12, 1) - 4
+    data = torch.poisson(5 * torch.ones(12)) if number == 2 else drawn(12, 2) + 8 * bits(12, 1) - 4
     return Case(
         of("dirichlet_process_mixture.ipynb", "model", nth=number, T=4, N=12, alpha=0.1, **names),
         (data,),
@@ -477,15 +477,15 @@ def autoname_scoping_mixture() -> Case:
 
 @program("examples/capture_recapture/cjs.py", 1, 2, 3, 4, 5)
 def capture_recapture(number: int) -> Case:
-    history = coins(6, 4)
+    history = bits(6, 4)
     history[:, 0] = 1
-    return Case(of("examples/capture_recapture/cjs.py", f"model_{number}"), (history, coins(6)))
+    return Case(of("examples/capture_recapture/cjs.py", f"model_{number}"), (history, bits(6)))
 
 
 def tones() -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
     """Return three short sequences of four tones, with the options of the hidden Markov models."""
     options = SimpleNamespace(hidden_dim=4, nn_dim=4, nn_channels=2, jit=False, raftery_parameterization=False)
-    return (coins(3, 4, 4), tensor([4, 3, 2])), {"args": options}
+    return (bits(3, 4, 4), tensor([4, 3, 2])), {"args": options}
 
 
 @program("examples/hmm.py", *range(8))
@@ -495,7 +495,7 @@ def hmm(number: int) -> Case:
 
 @program("examples/contrib/funsor/hmm.py")
 def funsor_hmm_7() -> Case:
-    """The one model of the file that examples/hmm.py does not have."""
+    """Return the only model of the file that examples/hmm.py does not have."""
     model = of("examples/contrib/funsor/hmm.py", "model_7", pyro=pyro, dist=dist, handlers=poutine)
     return Case(model, *tones())
 
@@ -509,7 +509,7 @@ def lda() -> Case:
 
 @program("examples/mixed_hmm/model.py", "group", "individual", "both", "discrete")
 def mixed_hmm(random: str) -> Case:
-    """Steps, angles and dives of three seals in each of two groups; continuous effects where the name says so."""
+    """Return the model of steps, angles and dives of three seals in two groups; the name says which effects it has."""
     kind = dict.fromkeys(("group", "individual"), "continuous" if random == "both" else "discrete")
     kind |= {random: "continuous"} if random in kind else {}
     data = {"step": drawn(3, 2, 4).abs(), "angle": drawn(3, 2, 4).clamp(-3, 3), "omega": torch.rand(3, 2, 4)}
@@ -584,7 +584,7 @@ def ekf() -> Case:
 
 @program("easyguide.ipynb")
 def easyguide() -> Case:
-    data, all_rows = coins(4, 6), torch.arange(6)
+    data, all_rows = bits(4, 6), torch.arange(6)
     model = of("easyguide.ipynb", "model")
     return Case(model, (data, all_rows, 6), predict=([None] * 4, all_rows, 6), plate="data")
 
@@ -611,16 +611,16 @@ def smcfilter() -> Case:
 )
 def sir_hmc(name: str) -> Case:
     torch.set_default_dtype(torch.float64)
-    # Discrete counts are summed out together: few people.
+    # The population is small, because discrete counts are summed out together.
     size, data = (2, [0.0, 1.0, 0.0]) if name == "discrete_model" else (5, [0.0, 1.0, 1.0, 0.0])
     args = SimpleNamespace(population=size, recovery_time=5.0)
     return Case(of("examples/sir_hmc.py", name, args=args), (args, tensor(data)))
 
 
 def compartments(model: Any, kind: str) -> Case:
-    """Return a model of a compartmental model: the one that its ``fit_svi`` trains on, that of NUTS, or the prior."""
+    """Return a form of a compartmental model: the one for its ``fit_svi``, the one for NUTS, or the prior."""
     model.num_quant_bins = 2
-    start = model._heuristic(False, num_particles=64) if kind == "quantized" else None  # as that of NUTS
+    start = model._heuristic(False, num_particles=64) if kind == "quantized" else None  # as NUTS starts
     return Case(getattr(model, f"_{kind}_model"), start=start)
 
 
@@ -679,7 +679,7 @@ def bo() -> Case:
 
 @program("gp.ipynb", "priors", "sparse", "variational_sparse", "multi_class")
 def gaussian_process(kind: str) -> Case:
-    """The models of gp.ipynb, which are built outside of any definition."""
+    """Return a model of gp.ipynb; the notebook builds them at its top level."""
     torch.set_default_dtype(torch.float64)
     x, kernel = 5 * torch.rand(12), gp.kernels.RBF(1)
     y = 0.5 * torch.sin(3 * x) + 0.2 * drawn(12)
@@ -718,7 +718,7 @@ def sv_dkl(kind: str) -> Case:
     binary = kind == "binary"
     model = gp.models.VariationalSparseGP(
         X=images,
-        y=coins(6) if binary else torch.arange(6),
+        y=bits(6) if binary else torch.arange(6),
         kernel=kernel,
         Xu=images[:3].clone(),
         likelihood=gp.likelihoods.Binary() if binary else gp.likelihoods.MultiClass(num_classes=10),
@@ -736,52 +736,52 @@ def sv_dkl(kind: str) -> Case:
 @program("examples/vae/vae.py")
 def vae() -> Case:
     model = of("examples/vae/vae.py", "VAE")(z_dim=3, hidden_dim=8)
-    return Case(model.model, (coins(6, 784),), plate="data", encoder=OfFirst(784))
+    return Case(model.model, (bits(6, 784),), plate="data", encoder=OfFirst(784))
 
 
 @program("vae.ipynb")
 def vae_tutorial() -> Case:
     model = of("vae.ipynb", "VAE", pyro=pyro)(z_dim=3, hidden_dim=8)
-    return Case(model.model, (coins(6, 784),), plate="data", encoder=OfFirst(784))
+    return Case(model.model, (bits(6, 784),), plate="data", encoder=OfFirst(784))
 
 
 @program("vae.ipynb")
 def vae_as_flow() -> Case:
-    """The same autoencoder with a guide over all rows at once."""
-    return Case(of("vae.ipynb", "VAE", pyro=pyro)(z_dim=3, hidden_dim=8).model, (coins(6, 784),))
+    """Return the same autoencoder, for a guide over all rows together."""
+    return Case(of("vae.ipynb", "VAE", pyro=pyro)(z_dim=3, hidden_dim=8).model, (bits(6, 784),))
 
 
 @program("examples/vae/vae_comparison.py")
 def vae_comparison() -> Case:
     kind = of("examples/vae/vae_comparison.py", "PyroVAEImpl", save_image=None, OUTPUT_DIR="")
     model = kind(SimpleNamespace(jit=False, batch_size=6), None, None)
-    return Case(model.model, (coins(6, 784),), plate="data", encoder=OfFirst(784))
+    return Case(model.model, (bits(6, 784),), plate="data", encoder=OfFirst(784))
 
 
 @program("vae_flow_prior.ipynb")
 def vae_flow_prior() -> Case:
     model = of("vae_flow_prior.ipynb", "VAE")(20, 3)
-    return Case(model.model, (coins(6, 20),), plate="batch", encoder=OfFirst(20))
+    return Case(model.model, (bits(6, 20),), plate="batch", encoder=OfFirst(20))
 
 
 @program("examples/vae/ss_vae_M2.py", "labelled", "unlabelled")
 def ss_vae(kind: str) -> Case:
     model = of("examples/vae/ss_vae_M2.py", "SSVAE")(3, 20, 2, [8], config_enum="parallel")
     labels = torch.eye(3)[torch.arange(6) % 3]
-    args = (coins(6, 20), labels) if kind == "labelled" else (coins(6, 20),)
+    args = (bits(6, 20), labels) if kind == "labelled" else (bits(6, 20),)
     return Case(model.model, args, plate="data", encoder=OfFirst(20))
 
 
 @program("examples/cvae/cvae.py")
 def cvae() -> Case:
     class Baseline(nn.Module):
-        """Stands in for the pre-trained network."""
+        """Substitute for the pre-trained network."""
 
         def forward(self, x: Tensor) -> Tensor:
             return x.clamp(min=0.0)
 
     model = of("examples/cvae/cvae.py", "CVAE")(2, 8, 8, Baseline())
-    whole = coins(4, 28, 28)
+    whole = bits(4, 28, 28)
     part = whole.clone()
     part[:, :14] = -1
     return Case(model.model, (part, whole), predict=(part, None), plate="data", encoder=OfFirst(784))
@@ -792,7 +792,7 @@ def dmm() -> Case:
     model = of("examples/dmm.py", "DMM", pyro=pyro, poly=None)(
         input_dim=5, z_dim=2, emission_dim=4, transition_dim=4, rnn_dim=4, num_layers=1
     )
-    data, lengths = coins(4, 3, 5), tensor([3, 3, 2, 1])
+    data, lengths = bits(4, 3, 5), tensor([3, 3, 2, 1])
     mask = (torch.arange(3) < lengths[:, None]).float()
     return Case(model.model, (data, data.flip(1), mask, lengths), plate="z_minibatch", encoder=OfFirst(15))
 
@@ -825,7 +825,7 @@ def scanvi_tutorial() -> Case:
 
 @program("prodlda.ipynb", "counts", "words")
 def dirichlet(kind: str) -> Case:
-    """The two models that lead to ProdLDA, a die rolled many times."""
+    """Return one of the two models that introduce ProdLDA, a die rolled many times."""
     model = of("prodlda.ipynb", "model", nth=1 if kind == "counts" else 2)
     data = tensor([5, 4, 2, 5, 6, 5]) if kind == "counts" else torch.randint(0, 6, (20,))
     return Case(model, (data,))
@@ -850,7 +850,7 @@ def cevae(kind: str) -> Case:
 
 
 def sequences() -> Tensor:
-    """Return the sequences of the examples' smoke tests, in their precision."""
+    """Return the sequences of the examples' smoke tests, in the precision of those tests."""
     torch.set_default_dtype(torch.float64)
     dataset = of("examples/contrib/mue/ProfileHMM.py", "BiosequenceDataset")
     return dataset(["BABBA", "BAAB", "BABBB"], "list", "AB").seq_data

@@ -1,14 +1,14 @@
-"""Why is the default guide what it is?  One change at a time, away from a reference, on four posteriors.
+"""Ablation of the default guide: one change at a time from a reference, on four posteriors.
 
     python benchmarks/recipe.py                     # about an hour on 2 cores
     python benchmarks/recipe.py --variants reference "no warm start"
     python benchmarks/recipe.py --quick --out DIR   # few steps: a smoke run
 
-The posteriors: a regression with condition number 1e5, a Gaussian process, two funnels of 10 and 51 dimensions.  One
-seed; 100,000 raw draws judge each fit, as in ``posteriors.py``.  The reference, 8 couplings and gradients clipped at
-100, is the default up to 32 latents; with 51 it has 3,000 steps, as the default had until more couplings proved to be
-worth more than more steps.  Multiples of steps are those of the full schedule, of which the regression, being
-near-Gaussian, takes half by default.  A fit is saved when it ends, and a run that was stopped goes on where it was.
+The posteriors are a regression with condition number 1e5, a Gaussian process, and two funnels of 10 and 51 dimensions.
+Each fit has one seed, and its measures are those of 100,000 raw draws, as in ``posteriors.py``.  The reference has 8
+couplings and gradients clipped at 100, the default for at most 32 latents.  For 51 latents it has 3,000 steps, which
+was the default until more couplings proved better than more steps.  Multiples of steps refer to the full schedule.  By
+default the near-Gaussian regression takes half of it.  A fit is saved when it ends, and an interrupted run continues.
 Writes ``recipe.csv`` and ``recipe.md`` into ``docs/benchmarks``.
 """
 
@@ -48,14 +48,14 @@ QUICK = "reference", "no warm start", "averaged iterates"
 
 
 class Variant(NamedTuple):
-    """What differs from the reference: of the guide, of the fit, of how many times the steps and the draws."""
+    """Difference from the reference: arguments of guide and fit, and factors of steps, draws and step size."""
 
     guide: dict[str, Any] = {}
     fit: dict[str, Any] = {}
     steps: float = 1.0
     draws: float = 1.0
     lr: float = 1.0
-    other: dict[str, Any] = {}  # constants of pyro_flows by another value
+    other: dict[str, Any] = {}  # other values for constants of pyro_flows
     prepare: Callable[[Any, Callable[[], None]], None] | None = None
     train: Callable[..., None] | None = None
 
@@ -69,7 +69,7 @@ def laplace(guide: Any, model: Callable[[], None]) -> None:
 
 
 def by_hand(guide: Any, model: Callable[[], None], draws: int, lr: float) -> Iterator[tuple[torch.optim.Adam, float]]:
-    """The default's steps by Adam, without end and without a decay: before each the optimizer, and the last loss."""
+    """Train by Adam without end or decay; before each step yield the optimizer and the last loss."""
     pf.fit_svi(model, guide, steps=1, num_particles=2, lr=1e-9, progress=False)  # the warm start
     objective = objectives.PathELBO(draws, vectorize_particles=True)
     optimizer, value = torch.optim.Adam(guide.parameters(), lr=lr / 100), math.nan
@@ -86,7 +86,7 @@ def by_hand(guide: Any, model: Callable[[], None], draws: int, lr: float) -> Ite
 
 
 def averaged(guide: Any, model: Callable[[], None], steps: int, draws: int, lr: float) -> None:
-    """A constant step size, and the exponential average of the iterates."""
+    """Train with a constant step size, and keep the exponential average of the iterates."""
     mean = torch.optim.swa_utils.AveragedModel(guide.flow, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn())
     for _ in itertools.islice(by_hand(guide, model, draws, lr), steps):
         mean.update_parameters(guide.flow)
@@ -94,7 +94,7 @@ def averaged(guide: Any, model: Callable[[], None], steps: int, draws: int, lr: 
 
 
 def until_flat(guide: Any, model: Callable[[], None], steps: int, draws: int, lr: float) -> None:
-    """A third of the step size when the loss of 50 steps has not fallen three times running; the fourth ends it."""
+    """Divide the step size by 3 after three blocks of 50 steps without a lower loss; stop at the fourth division."""
     losses: list[float] = []
     for optimizer, loss in itertools.islice(by_hand(guide, model, draws, lr), 4 * steps):
         losses.append(loss)
@@ -107,32 +107,38 @@ def until_flat(guide: Any, model: Callable[[], None], steps: int, draws: int, lr
 
 
 def along_a_line(horizon: Horizon, step: int) -> float:
+    """Return a share of the step size that falls linearly."""
     return min(1.0, step / 100) * (1 - (step - 1) / horizon.steps)
 
 
 def late(horizon: Horizon, step: int) -> float:
+    """Return a share of the step size that falls in the second half."""
     return min(1.0, step / 100, 2 * (1 - (step - 1) / horizon.steps))
 
 
 def adam_alone(parameters: list[Tensor], lr: float, **_: Any) -> list[Any]:
+    """Return Adam for all parameters."""
     return optimizers(parameters, lr, by_soap=[], by_muon=[])
 
 
 def muon_for_matrices(parameters: list[Tensor], lr: float, **_: Any) -> list[Any]:
+    """Return Muon for matrices, and Adam for all other parameters."""
     return optimizers(parameters, lr, by_soap=[], by_muon=[p for p in parameters if p.dim() == 2])
 
 
 def soap_alone(parameters: list[Tensor], lr: float, **_: Any) -> list[Any]:
+    """Return SOAP for all parameters."""
     return optimizers(parameters, lr, by_soap=parameters, by_muon=[])
 
 
 def with_splines(input_dim: int) -> flows.Flow:
-    """The default couplings, and then a spline for each latent."""
+    """Return the default couplings, followed by a spline for each latent."""
     splines = Elementwise(RationalQuadraticSpline(bound=6.0), input_dim)
     return flows.Flow([*default(input_dim).transforms, splines])
 
 
 def recipe(build: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """Return the arguments of a guide with a recipe and the default base."""
     return {"flow": functools.partial(build, **options), "base": ContaminatedNormalBase}
 
 
@@ -177,7 +183,7 @@ VARIANTS = {
 
 
 def measure(name: str, label: str, quick: bool) -> posteriors.Row:
-    """Fit one variant to one target and judge it."""
+    """Fit one variant to one target and return the row of results."""
     variant, draws = VARIANTS[label], 10_000 if quick else posteriors.DRAWS
 
     def fit(target: targets.Target) -> Any:
@@ -205,17 +211,24 @@ def measure(name: str, label: str, quick: bool) -> posteriors.Row:
 
 
 def table(rows: list[posteriors.Row], names: tuple[str, ...]) -> str:
-    """For each target: nats below log Z, k-hat, worst error, seconds."""
+    """Return the results as Markdown."""
     by_key = {(r["target"], r["variant"]): r for r in rows}
     names = tuple(name for name in names if any(r["target"] == name for r in rows))
     heads = [f"{name} ({targets.DIMS[name]})" for name in names]
     lines = [
-        "# The recipe: one change at a time",
+        "# Ablation of the default guide",
         "",
-        "Each cell: nats below log Z / k-hat / worst error of a mean in sd / seconds (seed 0, on a busy core; a rough "
-        "guide). The reference, 8 couplings, is the default up to 32 latents; with 51 the default is the row of 16 "
-        "couplings that is clipped at 1. Averaged iterates and the row that stops have Adam alone. "
-        "Reproduce with `python benchmarks/recipe.py`.",
+        "This page is for users who want to change the default guide. Each row makes one change to it, on four "
+        "posteriors. Without the warm start, path gradients or SOAP, the fit of at least one posterior gets much "
+        "worse. So it does with a quarter of the steps or of the draws. Most other changes matter little.",
+        "",
+        "Reproduce with `python benchmarks/recipe.py`. A cell has four figures: nats below log Z / k-hat / worst error "
+        "of a mean in standard deviations / seconds. Each fit has seed 0. The seconds are those of a busy core, so "
+        "they are rough. The number of latents stands in brackets.",
+        "",
+        "The reference has 8 couplings, the default for at most 32 latents. With 51 latents the default is the row with "
+        "16 couplings and gradients clipped at 1. *Plain gradient* is Pyro's `Trace_ELBO`. *Averaged iterates* and "
+        "*step size falls when the loss does not, to a stop* have Adam alone.",
         "",
         "| variant | " + " | ".join(heads) + " |",
         "|---" * (1 + len(heads)) + "|",
@@ -240,13 +253,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--jobs", type=int, default=2, help="fits at a time, one thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel fits, one thread each")
     parser.add_argument("--out", type=Path, default=posteriors.OUT, help="folder of the two files")
-    parser.add_argument("--quick", action="store_true", help="two targets, three variants, 20 steps: needs --out")
+    parser.add_argument("--quick", action="store_true", help="smoke run: two targets, 20 steps; needs --out")
     options = parser.parse_args()
     if options.quick:
         if options.out == posteriors.OUT:
-            parser.error("--quick needs --out: its figures are no results")
+            parser.error("--quick needs --out, because its figures are not results. Add --out DIR.")
         options.targets, options.variants = list(TARGETS[:2]), list(QUICK)
     options.out.mkdir(parents=True, exist_ok=True)
     results = options.out / "recipe.csv"

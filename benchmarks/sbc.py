@@ -1,12 +1,13 @@
-"""Are the draws of ``pf.sample`` exact?  Simulation-based calibration, with a guide that is wrong on purpose.
-
-Latents are drawn from the prior, data given them, and the latents' ranks among draws of the posterior are uniform if
-these are exact (Talts, Betancourt, Simpson, Vehtari, Gelman 2018, arXiv:1804.06788).  The model is a Poisson regression
-whose rows scatter by a latent scale.  The guide is a Gaussian that no data have moved.
+"""Simulation-based calibration of ``pf.sample``, with a guide that is wrong on purpose.
 
     python benchmarks/sbc.py
 
-writes docs/benchmarks/sbc.md, in about half an hour of one core that is free.  ``--datasets`` sets their number.
+The test draws latents from the prior, data given the latents, and posterior draws given the data.  If the posterior
+draws are exact, the ranks of the latents among them are uniform (Talts, Betancourt, Simpson, Vehtari, Gelman 2018,
+arXiv:1804.06788).  The model is a Poisson regression whose coefficients have a latent scale.  The guide is a Gaussian
+that does not depend on the data.
+
+Writes ``docs/benchmarks/sbc.md``, in about half an hour on one free core.  ``--datasets`` sets the number of datasets.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ ROWS, DRAWS, BINS, CHAINS = 8, 99, 20, 64
 X = torch.linspace(-1, 1, ROWS)
 PAGE = """# Simulation-based calibration of `pf.sample`
 
-Are the draws exact? Latents are drawn from the prior, data given them, and `pf.sample` draws from the posterior. The
-rank of each latent among {draws} draws is uniform if they are exact. `python benchmarks/sbc.py` makes this page, on one
-core.
+This page is for users who ask whether the draws of `pf.sample` are exact. Latents are drawn from the prior, data given
+the latents, and posterior draws by `pf.sample`. If these are exact, the rank of each latent among {draws} draws is
+uniform. The smallest p-value of {tests} tests of uniform ranks is {smallest:.2f}.
 
-The model is a Poisson regression of {rows} counts, with a latent intercept, slope and scale; the fourth quantity is the
-log-likelihood, which sees errors of their joint distribution. The guide is a Gaussian that no data have moved, so the
-chains have to mend its errors.
+Reproduce with `python benchmarks/sbc.py`, on one core. The model is a Poisson regression of {rows} counts, with a
+latent intercept, slope and scale. The fourth quantity is the log-likelihood, which detects errors of the joint
+distribution. The guide is a Gaussian that does not depend on the data, so the chains must correct it.
 
 | quantity | mean rank | share of ranks in the outer tenths | chi-square of {bins} bins | p-value |
 |---|---|---|---|---|
@@ -42,13 +43,13 @@ chains have to mend its errors.
 
 Exact draws have a mean rank of {middle}, and a share of .20 in the outer tenths.
 
-{datasets} datasets, {chains} chains each; {converged} of them converged. A dataset took {seconds:.1f} seconds and
-{sweeps:.0f} sweeps on average; a draw of the guide was accepted with a mean chance of {chance:.2f}.
+There are {datasets} datasets with {chains} chains each; {converged} of them converged. On average a dataset took
+{seconds:.1f} seconds and {sweeps:.0f} sweeps. The mean acceptance probability of a draw of the guide was {chance:.2f}.
 """
 
 
 def model(y: Tensor | None = None) -> Tensor:
-    """Counts whose rate depends on x, over a scale in which their intercept and slope are measured."""
+    """Sample counts whose log rate is linear in x; a latent scale is that of intercept and slope."""
     scale = pyro.sample("scale", dist.LogNormal(-0.5, 0.5))
     intercept = pyro.sample("intercept", dist.Normal(1.0, scale))
     slope = pyro.sample("slope", dist.Normal(0.0, scale))
@@ -57,20 +58,20 @@ def model(y: Tensor | None = None) -> Tensor:
 
 
 def guide(y: Tensor | None = None) -> None:
-    """A Gaussian that is independent of the data."""
+    """Sample latents independently of the data."""
     pyro.sample("scale", dist.LogNormal(-0.3, 0.4))
     pyro.sample("intercept", dist.Normal(0.8, 0.6))
     pyro.sample("slope", dist.Normal(0.2, 0.6))
 
 
 def log_likelihood(latents: dict[str, Tensor], y: Tensor) -> Tensor:
-    """The log-likelihood of counts at draws, (N,)."""
+    """Return the log-likelihood of counts at draws, (N,)."""
     rate = (latents["intercept"].unsqueeze(-1) + latents["slope"].unsqueeze(-1) * X).clamp(-8, 8).exp()
     return dist.Poisson(rate).log_prob(y).sum(-1)
 
 
 def ranks_of(seed: int) -> tuple[dict[str, int], pf.Samples]:
-    """The ranks of one prior draw among draws of the posterior, given data of this draw."""
+    """Return the ranks of one prior draw among posterior draws given its data, and the result of ``pf.sample``."""
     pyro.set_rng_seed(seed)
     trace = pyro.poutine.trace(model).get_trace()
     truth = {name: trace.nodes[name]["value"] for name in ("scale", "intercept", "slope")}
@@ -86,7 +87,7 @@ def ranks_of(seed: int) -> tuple[dict[str, int], pf.Samples]:
 def main() -> None:
     """Run all datasets and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--datasets", type=int, default=500)
+    parser.add_argument("--datasets", type=int, default=500, help="number of datasets")
     number = parser.parse_args().datasets
     torch.set_num_threads(1)
     start, results = time.perf_counter(), []
@@ -98,18 +99,22 @@ def main() -> None:
 
 
 def page_of(results: list[tuple[dict[str, int], pf.Samples]]) -> str:
-    """The page of the datasets so far."""
+    """Return the page for the datasets so far."""
     table, samples, number = [], [found for _, found in results], len(results)
+    p_values = []
     for name in results[0][0]:
         ranks = torch.tensor([ranks[name] for ranks, _ in results])
         tenth = (DRAWS + 1) // 10
         outer = ((ranks < tenth) | (ranks > DRAWS - tenth)).double().mean()
         test = chisquare(torch.bincount(ranks * BINS // (DRAWS + 1), minlength=BINS).numpy())
+        p_values.append(test.pvalue)
         table.append(
             f"| {name} | {ranks.double().mean():.1f} | {outer:.2f} | {test.statistic:.1f} | {test.pvalue:.2f} |"
         )
     return PAGE.format(
         draws=DRAWS,
+        tests=len(p_values),
+        smallest=min(p_values),
         rows=ROWS,
         bins=BINS,
         table="\n".join(table),
