@@ -9,8 +9,8 @@ two of them cannot start from flat priors.  The same loop trains them, with its 
 64 draws with Pyro's ``Trace_ELBO``.  The step size is .05 for the Gaussians, where they do best, and .01 for the flows.
 
 Each fit yields 100,000 unweighted draws.  They give the ELBO, the evidence by importance sampling, and k-hat (of 10,000
-draws).  Three measures compare them with the reference draws, all in standard deviations of the reference: the error of
-each mean, the ratio of standard deviations, and the Wasserstein-1 distance of the marginals.  log Z comes from
+draws).  Three measures compare them with the reference draws: the error of each mean, the ratio of standard deviations,
+and the Wasserstein-1 distance of the marginals.  All are in standard deviations of the reference.  log Z comes from
 ``evidence.py``.  A fit is saved when it ends, and an interrupted run continues.  Writes ``posteriors.csv`` (a row per
 fit), ``posteriors.md`` and ``posteriors.png`` into ``docs/benchmarks``.
 """

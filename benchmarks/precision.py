@@ -57,8 +57,8 @@ NOTES = """
 
 * The error in float32 is at most about 10⁻⁷ κ. It is below 0.01 nats for κ up to about 10⁵, and above 0.1 nats from
   about 10⁶ on.
-* The number format causes this error, not the algorithm. float32 knows a value to one part in 10⁷, and where κ is
-  large, neighbouring values have other densities. float64 has the same limit at larger κ.
+* The number format causes this error, not the algorithm. A float32 value is exact to one part in 10⁷. Where κ is
+  large, neighbouring values have other densities. In float64 the same happens at larger κ.
 * κ is a product over layers. So tighter bounds on splines reduce it only where they also cost test nats. The default
   bounds are wide for this reason.
 * Trained flows have much smaller errors. At its end `fit_density` tests its flow, and warns if more than 1 % of the

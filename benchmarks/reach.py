@@ -120,7 +120,7 @@ def latents_of(case: Case) -> tuple[dict[str, int], list[str]]:
 
 
 def has_support(fn: Any) -> bool:
-    """True if a distribution has a support; a flow of zuko has none."""
+    """True if a distribution has a support; a flow of zuko lacks one."""
     try:
         return fn.support is not None
     except NotImplementedError:
@@ -430,8 +430,8 @@ LIMITS = (
     "",
     f"* A fit has {STEPS} steps, so *works* says that a program runs. It does not say that the posterior is good.",
     "* The data are small. Memory and time of the full examples are not measured here.",
-    "* Stored log-densities are compared with the plain model, with two exceptions: models that subsample rows or draw",
-    "  random numbers themselves, and models with discrete latents of too many values to sum out.",
+    "* Stored log-densities are compared with the plain model, with two exceptions. One is a model that subsamples",
+    "  rows or draws random numbers itself. The other is a model with too many discrete values to sum out.",
     "* In Pyro's `VariationalGP` and `VariationalSparseGP` the likelihood depends on the parameters of Pyro's guide,",
     "  not on the latents. Another guide runs, but finds the prior.",
     "* Networks have the architecture of the examples, with smaller layers.",

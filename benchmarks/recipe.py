@@ -219,16 +219,16 @@ def table(rows: list[posteriors.Row], names: tuple[str, ...]) -> str:
         "# Ablation of the default guide",
         "",
         "This page is for users who want to change the default guide. Each row makes one change to it, on four "
-        "posteriors. Without the warm start, path gradients or SOAP, the fit of at least one posterior gets much "
-        "worse. So it does with a quarter of the steps or of the draws. Most other changes matter little.",
+        "posteriors. Some changes make the fit of at least one posterior much worse: no warm start, no path gradients, "
+        "no SOAP, or a quarter of the steps or draws. Most other changes matter little.",
         "",
         "Reproduce with `python benchmarks/recipe.py`. A cell has four figures: nats below log Z / k-hat / worst error "
         "of a mean in standard deviations / seconds. Each fit has seed 0. The seconds are those of a busy core, so "
         "they are rough. The number of latents stands in brackets.",
         "",
-        "The reference has 8 couplings, the default for at most 32 latents. With 51 latents the default is the row with "
-        "16 couplings and gradients clipped at 1. *Plain gradient* is Pyro's `Trace_ELBO`. *Averaged iterates* and "
-        "*step size falls when the loss does not, to a stop* have Adam alone.",
+        "The reference has 8 couplings, the default for at most 32 latents. With 51 latents the default is the row "
+        "with 16 couplings and gradients clipped at 1. *Plain gradient* is Pyro's `Trace_ELBO`. *Averaged iterates* "
+        "and *step size falls when the loss does not, to a stop* have Adam alone.",
         "",
         "| variant | " + " | ".join(heads) + " |",
         "|---" * (1 + len(heads)) + "|",

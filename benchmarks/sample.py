@@ -307,7 +307,7 @@ def table(rows: list[Row], clock: str) -> str:
         "",
         f"Reproduce with `python benchmarks/sample.py --seeds {seeds}`. NUTS has {CHAINS} chains with {WARMUP:,} "
         "warm-up draws. All runs are in double precision on one core. Figures are medians over the seeds "
-        f"{seeds}. pyro-flows {pf.__version__}, torch {torch.__version__}, NumPyro {version('numpyro')}, JAX "
+        f"({seeds}). pyro-flows {pf.__version__}, torch {torch.__version__}, NumPyro {version('numpyro')}, JAX "
         f"{version('jax')}, Python {platform.python_version()}.",
         "",
         "* *ESS*, *R-hat*: those of ArviZ, the worst over all latents and deterministic sites.",
@@ -400,9 +400,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--clock", default="wall", choices=CLOCKS, help="clock of the seconds in ESS/s")
     parser.add_argument("--jobs", type=int, default=1, help="parallel targets, one core each")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the two files")
-    parser.add_argument(
-        "--quick", action="store_true", help="smoke run: two targets, 100 steps, few draws; needs --out"
-    )
+    parser.add_argument("--quick", action="store_true", help="smoke run: two targets, few draws; needs --out")
     options = parser.parse_args()
     options.short, options.warmup, options.steps = CHAINS * DRAWS, WARMUP, None
     if options.quick:

@@ -1,27 +1,27 @@
-"""How fast are the flows, beside Pyro's own, zuko, nflows, flowjax and the bare matrix products, in one run?
+"""Speed of our flows, compared with Pyro, zuko, nflows, flowjax and the bare matrix products, in one run.
 
     python benchmarks/speed.py                                # all tables, three quarters of an hour on 2 cores
     python benchmarks/speed.py --tables main "1 thread"       # some of them
-    python benchmarks/speed.py --batch 64 --dims 8 --flows maf nsf --libraries pyro_flows zuko   # settings of your own
+    python benchmarks/speed.py --batch 64 --dims 8 --flows maf nsf --libraries pyro_flows zuko   # your settings
     python benchmarks/speed.py --report                       # the page and the plots, from the CSV file alone
     python benchmarks/speed.py --quick                        # D = 8, short, into a temporary folder: a smoke run
 
-Same architecture for all: 5 layers, two hidden layers of 128, 8 bins.  Four tasks:
+All flows have the same architecture: 5 layers, two hidden layers of 128, 8 bins.  There are four tasks:
 
     log-prob   score a batch, no gradient
     step       score a batch, back-propagate to the parameters
     sample     draw a batch, no gradient
-    slow step  the same training step through the other direction: draw, score what was drawn, back-propagate
-               (for iaf, whose fast direction draws: score a batch, back-propagate)
+    slow step  the training step in the other direction: draw a batch, score it, back-propagate
+               (for iaf, which draws in its fast direction: score a batch, back-propagate)
 
-The libraries take turns inside each repetition, so a machine whose speed drifts treats them alike, and medians count.
-Each brief run follows one that is not timed, so that threads of the library before are at rest.
-What compiles is warmed up first, and the seconds of its first call are kept in a table of their own.  A table runs in a
-process of its own, which may use as many cores as the table has threads: so jax, which sizes its pool by the cores that
-it may use, has the same number.  Peers that are not installed are left out (``pip install -e '.[bench]'``).
+The libraries alternate within each repetition, so that a drift of the machine's speed affects all.  Times are medians.
+Each short run follows an untimed one, so that the threads of the previous library are idle.  Compiled code is warmed up
+first, and the seconds of its first call have a separate table.  Each table runs in a new process, on as many cores as
+the table has threads.  So jax, which sizes its pool by the available cores, has the same number.  Peers that are not
+installed are left out (``pip install -e '.[bench]'``).
 
-Each cell is appended to ``docs/benchmarks/speed.csv`` when it ends, and a run that was stopped goes on after it; delete
-the file to measure all anew.  ``speed.md``, ``speed.png`` and ``speed_scaling.png`` are made from it.
+Each cell is appended to ``docs/benchmarks/speed.csv`` when it ends, and an interrupted run continues after it.  Delete
+the file to measure everything again.  ``speed.md``, ``speed.png`` and ``speed_scaling.png`` are made from it.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ from speed_contenders import (
 from speed_peers import LIBRARIES
 from speed_table import Row, append, read, report
 
-LONG = 5.0  # seconds after which a task is run once
-BRIEF = 0.5  # seconds below which each timed run follows one that is not timed
+LONG = 5.0  # seconds above which a task runs only once
+BRIEF = 0.5  # seconds below which each timed run follows an untimed one
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 EAGER = [OURS, "Pyro", "zuko", "nflows"]
 
 
 @dataclass(frozen=True)
 class Table:
-    """The settings of one table: all flows, tasks and dims of it at one batch, dtype, device and number of threads."""
+    """Settings of one table: its flows, tasks and dims, at one batch, dtype, device and number of threads."""
 
     name: str
     flows: Sequence[str] = tuple(FLOWS)
@@ -80,6 +80,7 @@ class Table:
     libraries: Sequence[str] = (*EAGER, FLOOR)
 
     def cells(self) -> Iterator[tuple[int, str, list[str]]]:
+        """Yield each D and flow with its tasks."""
         for dim in self.dims:
             for flow in self.flows:
                 tasks = [t for t in self.tasks if self.name != "scaling" or is_slow(flow, t)]
@@ -100,6 +101,7 @@ TABLES = [
 
 
 def clock(function: Callable[[], object]) -> float:
+    """Return the seconds of a call."""
     start = time.perf_counter()
     function()
     if torch.cuda.is_available():
@@ -108,7 +110,10 @@ def clock(function: Callable[[], object]) -> float:
 
 
 def measure(contenders: dict[str, Contender], task: str, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of each contender at one task, which take turns until the time is up, and those of first calls."""
+    """Return the median seconds of each contender at one task, and the seconds of first calls.
+
+    The contenders alternate until the time is up.
+    """
     compiles = {library: clock(contenders[library][task]) for library in (COMPILED, FLOWJAX) if library in contenders}
     times: dict[str, list[float]] = {library: [] for library in contenders}
     gc.collect()
@@ -117,24 +122,24 @@ def measure(contenders: dict[str, Contender], task: str, seconds: float) -> tupl
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline or min(map(len, times.values())) < 3:
         for library, tasks in contenders.items():
-            # What takes long is not slow for want of a warm-up: one run is enough.
+            # A long task is not slow because of a missing warm-up, so one run is enough.
             if first[library] < BRIEF:
-                clock(tasks[task])  # its own threads wake up, and those of the library before go to sleep
+                clock(tasks[task])  # wakes up its threads while those of the previous library become idle
             times[library].append(first[library] if first[library] > LONG else clock(tasks[task]))
     gc.enable()
     return {library: statistics.median(values) for library, values in times.items()}, compiles
 
 
 def run(table: Table, seconds: float, path: Path) -> None:
-    """Measure one table, in a process that has done nothing else; what is in the file already is not done again."""
+    """Measure one table, except for cells that are already in the file.  Needs a fresh process."""
     if hasattr(os, "sched_setaffinity"):  # before jax starts its threads
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: table.threads])
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # jax would take most of a GPU's memory
     torch.set_num_threads(table.threads)
     torch.set_default_dtype(getattr(torch, table.dtype))
     torch.manual_seed(0)
-    torch.compiler.config.force_disable_caches = True  # so that the seconds of first calls are those of compiling
-    torch._inductor.config.compile_threads = 1  # no pool of workers beside what is timed
+    torch.compiler.config.force_disable_caches = True  # so that the seconds of first calls include compiling
+    torch._inductor.config.compile_threads = 1  # a pool of workers would disturb the timings
     torch._dynamo.config.cache_size_limit = 64
 
     device = torch.cuda.get_device_name() if table.device == "cuda" else table.device
@@ -152,7 +157,7 @@ def run(table: Table, seconds: float, path: Path) -> None:
         built = {library: LIBRARIES[library].build(case) for library in libraries}
         contenders = {library: functions for library, functions in built.items() if functions is not None}
         for task in tasks:
-            left_out = {COMPILED} if task == "slow step" else set()  # each would take a graph more to compile
+            left_out = {COMPILED} if task == "slow step" else set()  # each would need one more compiled graph
             if is_too_large(case, task):
                 left_out |= {*EAGER[1:], FLOWJAX}
             able = {library: functions for library, functions in contenders.items() if library not in left_out}
@@ -172,6 +177,7 @@ def run(table: Table, seconds: float, path: Path) -> None:
 
 
 def version(library: str) -> str:
+    """Return the version of a library, with that of jax for flowjax."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         own = importlib.metadata.version(LIBRARIES[library].package)
         return f"{own} (jax {importlib.metadata.version('jax')})" if library == FLOWJAX else own
@@ -179,9 +185,10 @@ def version(library: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [table.name for table in TABLES]
-    made.add_argument("--tables", nargs="+", choices=names, help="which tables (default: all)")
+    made.add_argument("--tables", nargs="+", choices=names, help="tables to measure (default: all)")
     made.add_argument("--dims", type=int, nargs="+", help="numbers of features")
     made.add_argument("--flows", nargs="+", choices=FLOWS)
     made.add_argument("--tasks", nargs="+", choices=TASKS)
@@ -190,15 +197,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dtype", choices=["float32", "float64"])
     made.add_argument("--threads", type=int)
     made.add_argument("--device", choices=["cpu", "cuda"])
-    made.add_argument("--seconds", type=float, default=1.5, help="least time for each task and flow")
-    made.add_argument("--quick", action="store_true", help="a smoke run")
-    made.add_argument("--report", action="store_true", help="measure nothing; make page and plots from the CSV file")
+    made.add_argument("--seconds", type=float, default=1.5, help="minimum time per task and flow")
+    made.add_argument("--quick", action="store_true", help="smoke run: D = 8, into a temporary folder")
+    made.add_argument("--report", action="store_true", help="make page and plots from the CSV file, without measuring")
     made.add_argument("--out", type=Path, help="folder of the results")
     return made
 
 
 def chosen(options: argparse.Namespace) -> list[Table]:
-    """The tables that the command line asks for; settings without a table are the main table's with a change."""
+    """Return the requested tables; settings without a table change the main table."""
     given: dict[str, Any] = {f.name: getattr(options, f.name, None) for f in fields(Table)}
     given = {name: value for name, value in given.items() if value is not None}
     if options.quick:
@@ -218,7 +225,7 @@ def main() -> None:
     if len(tables) == 1:
         run(tables[0], 0.1 if options.quick else options.seconds, options.out / "speed.csv")
     for table in tables if len(tables) > 1 else []:
-        # The child of several tables is the parent of one.
+        # Each table runs in a child process, which gets the same options with one table.
         rest = [a for a in sys.argv[1:] if a != "--tables" and a not in (options.tables or [])]
         command = [sys.executable, __file__, *rest, "--out", str(options.out), "--tables", table.name]
         subprocess.run(command, check=True)

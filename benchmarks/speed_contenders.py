@@ -1,7 +1,7 @@
-"""What ``speed.py`` times: four tasks of a flow, here of ours and of the bare matrix products in it.
+"""Tasks of ``speed.py``, for our flows and for their bare matrix products.
 
-Every contender has ``LAYERS`` layers whose networks have the same widths, scores the same batch, and starts from its
-library's own initial weights, whose values do not change the work.
+Every contender has ``LAYERS`` layers, with networks of the same widths, and scores the same batch.  Weights are the
+initial ones of each library; their values do not change the work.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ FLOWS = [*AUTOREGRESSIVE, "nsf", "realnvp"]
 TASKS = ["log-prob", "step", "sample", "slow step"]
 OURS, COMPILED, FLOWJAX, FLOOR = "pyro_flows", "pyro_flows compiled", "flowjax (jit)", "floor"
 
-# A contender is a dictionary from task to a function of no arguments.
+# A contender maps each task to a function without arguments.
 Contender = dict[str, Callable[[], object]]
 
 
 class Case(NamedTuple):
-    """What is built: a flow over ``x.shape[1]`` features, to score ``x`` and to draw as many rows."""
+    """Flow to build: it has ``x.shape[1]`` features, scores ``x`` and draws as many rows."""
 
     flow: str
     x: Tensor
@@ -47,12 +47,12 @@ class Case(NamedTuple):
 
 
 def is_slow(flow: str, task: str) -> bool:
-    """Whether the task runs the direction of an autoregressive flow that finds one feature after the other."""
+    """True if the task runs the direction of an autoregressive flow that computes one feature after the other."""
     return flow in AUTOREGRESSIVE and task in ("slow step", "log-prob" if flow == "iaf" else "sample")
 
 
 def is_too_large(case: Case, task: str) -> bool:
-    """Whether a library that inverts by D passes would take a minute (D² rows of work), or 20 GB (D graphs to keep)."""
+    """True if a library that inverts by D passes would take a minute (D² rows of work) or 20 GB (D stored graphs)."""
     if not is_slow(case.flow, task):
         return False
     size = case.dim * case.batch * (BINS if case.splines else 1)
@@ -66,7 +66,7 @@ def contender(
     sample_and_log_prob: Callable[[], Tensor],
     parameters: list[Tensor],
 ) -> Contender:
-    """The four tasks of a torch library, from its three functions."""
+    """Return the four tasks of a torch library, from its three functions."""
 
     def descend(loss: Tensor) -> None:
         for parameter in parameters:
@@ -92,16 +92,19 @@ def contender(
 
 
 def ours(case: Case) -> Contender:
+    """Return the tasks of our flow."""
     return of_flow(our_flow(case), case)
 
 
 def compiled(case: Case) -> Contender:
+    """Return the tasks of our compiled flow."""
     flow = copy.deepcopy(our_flow(case))
     flow.compile()
     return of_flow(flow, case)
 
 
 def our_flow(case: Case) -> nn.Module:
+    """Return our flow of a case."""
     from pyro_flows import flows
 
     sizes = {"bins": BINS, "bound": BOUND} if case.splines else {}
@@ -110,6 +113,7 @@ def our_flow(case: Case) -> nn.Module:
 
 
 def of_flow(flow: nn.Module, case: Case) -> Contender:
+    """Return the tasks of a flow of ours."""
     return contender(
         case,
         lambda value: flow().log_prob(value),
@@ -120,9 +124,10 @@ def of_flow(flow: nn.Module, case: Case) -> Contender:
 
 
 def floor(case: Case) -> Contender:
-    """For each layer y = x Wᵀ, and in a step also the gradients of x and W; masked weights are dense ones.
+    """Return the tasks of the matrix products: y = x Wᵀ per layer, and in a step the gradients of x and W.
 
-    The same for both directions: that of D passes needs one pass' products if each unit is computed once.
+    Masked weights count as dense ones.  Both directions have the same products: the direction of D passes needs those
+    of one pass if each unit is computed once.
     """
     weights = [m.weight.detach() for m in our_flow(case).modules() if isinstance(m, nn.Linear)]
     like = {"dtype": case.x.dtype, "device": case.x.device}

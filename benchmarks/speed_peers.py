@@ -1,8 +1,8 @@
-"""The peers of ``speed.py``: the same flows in Pyro's own transforms, zuko, nflows and flowjax, as they mean it.
+"""Peers of ``speed.py``: the same flows in Pyro, zuko, nflows and flowjax, built in the way of each library.
 
-What differs, because a library has it no other way: between couplings Pyro reverses the features and flowjax permutes
-them, where the masks of all others alternate; and our ``nsf`` and ``nsf_ar`` end with one spline of each feature on its
-own, which no peer runs: it is part of our times.
+Two things differ, because a library has no other way.  Between couplings Pyro reverses the features and flowjax
+permutes them, while the masks of all others alternate.  Our ``nsf`` and ``nsf_ar`` end with an elementwise spline.  No
+peer has it, and it is part of our times.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from torch import Tensor
 
 
 def pyro_own(case: Case) -> Contender | None:
+    """Return the tasks of Pyro's flow, or None if Pyro cannot build it."""
     import pyro.distributions as dist
     import pyro.distributions.transforms as T
     from pyro.nn import AutoRegressiveNN, DenseNN
 
     name, dim, device = case.flow, case.dim, case.x.device
     if name in AUTOREGRESSIVE and dim > min(HIDDEN):
-        return None  # its networks must be as wide as the input
+        return None  # Pyro's networks must be at least as wide as the input
     half = dim // 2
     backwards = torch.arange(dim - 1, -1, -1, device=device)
     spline = [BINS, BINS, BINS - 1]
@@ -83,12 +84,13 @@ def pyro_own(case: Case) -> Contender | None:
 
 
 def zuko(case: Case) -> Contender:
+    """Return the tasks of zuko's flow."""
     import zuko
 
     features, net, spline = case.dim, {"hidden_features": HIDDEN}, [(BINS,), (BINS,), (BINS - 1,)]
     if case.flow == "realnvp":
         flow = zuko.flows.RealNVP(features, transforms=LAYERS, **net)
-    elif case.flow == "nsf":  # there is no recipe, but both of its factors
+    elif case.flow == "nsf":  # zuko has no such recipe, but it has couplings and splines
         splines = {"univariate": zuko.transforms.MonotonicRQSTransform, "shapes": spline}
         masks = [torch.arange(features) % 2 == layer % 2 for layer in range(LAYERS)]
         parts = [zuko.flows.GeneralCouplingTransform(features, mask=mask, **splines, **net) for mask in masks]
@@ -109,6 +111,7 @@ def zuko(case: Case) -> Contender:
 
 
 def nflows(case: Case) -> Contender:
+    """Return the tasks of nflows' flow."""
     from nflows import distributions, flows, transforms
     from nflows.nn.nets import MLP
 
@@ -149,6 +152,7 @@ def nflows(case: Case) -> Contender:
 
 
 def flowjax(case: Case) -> Contender | None:
+    """Return the tasks of flowjax's flow, or None if jax does not run on the device."""
     import jax
 
     if case.x.device.type != jax.default_backend().replace("gpu", "cuda"):
@@ -173,7 +177,7 @@ def flowjax(case: Case) -> Contender | None:
         invert=case.scores_fast,
     )
     data = jnp.asarray(case.x.cpu().numpy())
-    # Data and keys are arguments: what is drawn from a constant could be drawn while compiling.
+    # Data and keys are arguments, because draws from a constant key could be computed while compiling.
     score = eqx.filter_jit(lambda f, data, key: f.log_prob(data))
     draw = eqx.filter_jit(lambda f, data, key: f.sample(key, (case.batch,)))
     score_step = eqx.filter_jit(eqx.filter_grad(lambda f, data, key: -f.log_prob(data).mean()))
@@ -186,7 +190,9 @@ def flowjax(case: Case) -> Contender | None:
 
 
 class Library(NamedTuple):
-    build: Callable[[Case], Contender | None]  # None: it lacks the flow
+    """Library: its builder, its module and its package."""
+
+    build: Callable[[Case], Contender | None]  # None: the library lacks the flow
     module: str
     package: str
 

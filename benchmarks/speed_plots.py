@@ -1,4 +1,4 @@
-"""The plots of ``speed.py``: a panel for each flow and task, and how the slow direction grows with D."""
+"""Plots of ``speed.py``: a panel per flow and task, and the growth of the slow direction with D."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from speed_contenders import COMPILED, FLOOR, FLOWJAX, FLOWS, OURS, TASKS
 
 LIBRARIES = [OURS, COMPILED, "Pyro", "zuko", "nflows", FLOWJAX, FLOOR]
 COLOURS = dict(zip(LIBRARIES, ("C3", "C3", "C0", "C2", "C1", "C4", "0.5"), strict=True))
-Times = dict[tuple[str, int, str], dict[str, float]]  # by flow, D and task: by library, in ms
+Times = dict[tuple[str, int, str], dict[str, float]]  # (flow, D, task) -> library -> ms
 
 
 def curves(times: Times) -> dict[tuple[str, str, str], dict[int, float]]:
-    """By flow, task and library: the times by D."""
+    """Return the times by D, for each flow, task and library."""
     found: dict[tuple[str, str, str], dict[int, float]] = {}
     for (flow, dim, task), cells in sorted(times.items(), key=lambda item: item[0][1]):
         for library, ms in cells.items():
@@ -23,6 +23,7 @@ def curves(times: Times) -> dict[tuple[str, str, str], dict[int, float]]:
 
 
 def figure_of(rows: int, columns: int, width: float, height: float) -> tuple:
+    """Return a figure with a grid of axes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,6 +33,7 @@ def figure_of(rows: int, columns: int, width: float, height: float) -> tuple:
 
 
 def log_axes(axis: object, dims: list[int]) -> None:
+    """Set logarithmic axes with readable ticks."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.set(xscale="log", yscale="log")
@@ -46,12 +48,14 @@ def log_axes(axis: object, dims: list[int]) -> None:
 
 
 def style(library: str) -> dict[str, object]:
+    """Return the line style of a library."""
     mine = library in (OURS, COMPILED)
     dashes = {COMPILED: (0, (3, 1.5)), FLOOR: "dotted"}.get(library, "solid")
     return {"color": COLOURS[library], "lw": 2.2 if mine else 1.2, "zorder": 3 if mine else 2, "linestyle": dashes}
 
 
 def plot(times: Times, path: Path) -> None:
+    """Plot the times over D, a panel per flow and task."""
     dims = sorted({dim for _, dim, _ in times})
     names = [name for name in FLOWS if any(key[0] == name for key in times)]
     found = curves(times)
@@ -72,6 +76,7 @@ def plot(times: Times, path: Path) -> None:
 
 
 def plot_scaling(times: Times, path: Path) -> None:
+    """Plot the times of the slow direction over D."""
     dims = sorted({dim for _, dim, _ in times})
     figure, axes = figure_of(1, 2, 9, 4.6)
     sides: list[tuple[str, Callable[[str], bool]]] = [
@@ -101,6 +106,7 @@ def plot_scaling(times: Times, path: Path) -> None:
 
 
 def finish(figure: object, axis: object, path: Path, columns: int = 7, top: float = 0.95) -> None:
+    """Add the legend and save the figure."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=columns, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, top))

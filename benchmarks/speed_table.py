@@ -1,4 +1,4 @@
-"""The results of ``speed.py``: a CSV file with a row for each measurement, and the page ``speed.md``."""
+"""Results of ``speed.py``: a CSV file with a row per measurement, and the page ``speed.md``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ TITLES = {
     "batch 16384": "Many rows",
     "1 thread": "One thread",
     "wide": "Few and many features",
-    "custom": "Settings of your own",
+    "custom": "Your settings",
 }
 COLUMNS = "table", "flow", "dim", *SETTING, "task", "library", "version", "ms"
 
 
 def append(rows: Iterable[Row], path: Path) -> None:
+    """Append rows to the CSV file."""
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -34,6 +35,7 @@ def append(rows: Iterable[Row], path: Path) -> None:
 
 
 def read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of the CSV file, or none if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -41,7 +43,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def tables_of(rows: list[dict[str, str]]) -> dict[tuple[str, ...], Times]:
-    """The times of each table and setting; what was measured twice counts as last measured."""
+    """Return the times of each table and setting; the last of several measurements counts."""
     tables: dict[tuple[str, ...], Times] = {}
     for row in rows:
         times = tables.setdefault((row["table"], *(row[c] for c in SETTING)), {})
@@ -63,34 +65,41 @@ def report(out: Path) -> list[Path]:
     return written
 
 
-# The page.
-
-
 def page(rows: list[dict[str, str]], tables: dict[tuple[str, ...], Times]) -> str:
+    """Return the page of the results."""
     versions = {row["library"]: row["version"] for row in rows if row["library"] != COMPILED}
     versions["torch"] = versions.pop(FLOOR, "")
     lines = [
         "# Speed",
         "",
-        f"Medians in milliseconds; flows of {LAYERS} layers, hidden {' × '.join(map(str, HIDDEN))}, {BINS} bins. "
-        + ", ".join(f"{name} {version}".strip() for name, version in sorted(versions.items()))
-        + ". Reproduce with `python benchmarks/speed.py`, whose first lines say what the tasks are.",
+        "This page is for users who choose a library by its speed. It compares the times of our flows with those of "
+        "the same flows in other libraries. " + wins(tables),
         "",
-        "Like is set beside like. **Parentheses are our time divided by theirs; below 1 we are faster:**",
+        f"Reproduce with `python benchmarks/speed.py`. Flows have {LAYERS} layers, hidden "
+        f"{' × '.join(map(str, HIDDEN))}, {BINS} bins. Weights are the initial ones of each library. "
+        + ", ".join(f"{name} {version}".strip() for name, version in sorted(versions.items()))
+        + ".",
+        "",
+        "The tasks:",
+        "",
+        "* *log-prob*: score a batch, without gradients.",
+        "* *step*: score a batch and back-propagate to the parameters.",
+        "* *sample*: draw a batch, without gradients.",
+        "* *slow step*: a training step in the other direction. It draws a batch, scores it and back-propagates; for "
+        "`iaf` it scores a batch and back-propagates.",
+        "",
+        "The columns have medians in milliseconds. **Brackets are our time divided by theirs; below 1 we are faster:**",
         "",
         "* `pyro_flows`: our time without compiling.",
-        "* `compiled`: our time after `flow.compile()`; in parentheses over flowjax's, which is compiled too.",
-        "* `Pyro`, `zuko`, `nflows`: theirs, not compiled; in parentheses our time *without* compiling over theirs.",
-        "* `flowjax (jit)`: theirs.",
-        "* `floor`: the dense matrix products of our networks by torch and nothing else; in a step those of gradients "
-        "too, in the slow direction those of one pass. Eager code of these networks cannot be much faster.",
+        "* `compiled`: our time after `flow.compile()`. The bracket compares it with flowjax, which is compiled too.",
+        "* `Pyro`, `zuko`, `nflows`: their times, not compiled. The bracket has our time *without* compiling.",
+        "* `flowjax (jit)`: its time.",
+        "* `floor`: the dense matrix products of our networks in torch and nothing else. A step includes the "
+        "products of the gradients. The slow direction counts as one pass. Eager code of these networks cannot be "
+        "much faster.",
         "",
-        "A dash: the library lacks the flow, or its D passes would take minutes or not fit into memory. Our "
-        "compiled slow steps are not measured; `flow.compile()` leaves the slow direction of `maf`, `iaf` and `nsf_ar` "
-        "as it is, but for the last layer of `nsf_ar`. Our `nsf` and `nsf_ar` end with a spline of each feature that "
-        "no peer has; its time is part of ours.",
-        "",
-        "Weights are the libraries' own initial ones. Each process may use as many cores as the table has threads.",
+        "A dash: the library lacks the flow, or its D passes would take minutes or exceed the memory. Our compiled "
+        "slow steps are not measured. Each process runs on as many cores as the table has threads.",
     ]
     mains = [key for key in tables if key[0] == "main"]
     others = [k for k in tables if k[0] not in ("main", "scaling") and not k[0].endswith("first call")]
@@ -98,24 +107,42 @@ def page(rows: list[dict[str, str]], tables: dict[tuple[str, ...], Times]) -> st
         lines += ["", f"## {TITLES.get(key[0], key[0])}: {settings(key)}", ""]
         lines += comparison(tables[key])
     if mains:
-        lines += ["", "![Times over D](speed.png)"]
+        lines += ["", "![Times over D](speed.png)", "", "*Milliseconds over D. Red lines are ours; lower is faster.*"]
     for key in tables:
         if key[0] == "scaling":
-            lines += ["", "## How the slow direction grows", "", *scaling(tables[key], key)]
+            lines += ["", "## Growth of the slow direction", "", *scaling(tables[key], key)]
     firsts = [key for key in tables if key[0].endswith("first call")]
     if firsts:
-        lines += ["", "## What compiling takes", "", *first_calls({key: tables[key] for key in firsts})]
-    return "\n".join(lines) + "\n"
+        lines += ["", "## Compile times", "", *first_calls({key: tables[key] for key in firsts})]
+    return "\n".join([*lines, "", *LIMITS]) + "\n"
+
+
+LIMITS = (
+    "## Limits",
+    "",
+    "* `flow.compile()` does not compile the slow direction of `maf`, `iaf` and `nsf_ar`, except for the last layer of "
+    "`nsf_ar`.",
+    "* Our `nsf` and `nsf_ar` end with an elementwise spline that no peer has. Its time is part of ours.",
+)
+
+
+def wins(tables: dict[tuple[str, ...], Times]) -> str:
+    """Return a sentence with the number of cells of the main tables in which our eager flows are faster."""
+    cells = [cell for key, times in tables.items() if key[0] == "main" for cell in times.values() if OURS in cell]
+    pairs = [(cell[OURS], cell[name]) for cell in cells for name in ("Pyro", "zuko", "nflows") if name in cell]
+    faster = sum(own < other for own, other in pairs)
+    return f"In the main tables ours is faster than Pyro, zuko or nflows in {faster} of {len(pairs)} comparisons."
 
 
 def settings(key: tuple[str, ...]) -> str:
+    """Return the settings of a table in words."""
     _, batch, dtype, threads, device = key
     where = f"{threads} thread{'s' if threads != '1' else ''}" if device == "cpu" else device
     return f"{dtype}, batch {batch}, {where}"
 
 
 def comparison(times: Times) -> list[str]:
-    """A row for each flow, D and task, a column for each library; D by D."""
+    """Return a table per D, with a row per flow and task and a column per library."""
     found = [name for name in LIBRARIES if any(name in cell for cell in times.values())]
     lines = []
     for dim in sorted({dim for _, dim, _ in times}):
@@ -130,6 +157,7 @@ def comparison(times: Times) -> list[str]:
 
 
 def cell(times: dict[str, float], library: str) -> str:
+    """Return the time of a library with its ratio."""
     own = times.get(library)
     if own is None:
         return "–"
@@ -142,23 +170,25 @@ def cell(times: dict[str, float], library: str) -> str:
 
 
 def number(ms: float) -> str:
+    """Return milliseconds as text."""
     return f"{ms:.2f}" if ms < 1 else f"{ms:.1f}" if ms < 100 else f"{ms:.0f}"
 
 
 def exponent(points: dict[int, float]) -> str:
-    """The slope of log time over log D, by least squares."""
+    """Return the slope of log time over log D, by least squares."""
     if len(points) < 2:
         return "–"
     return f"{np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)[0]:.2f}"
 
 
 def scaling(times: Times, key: tuple[str, ...]) -> list[str]:
+    """Return the section on the growth of the slow direction with D."""
     dims = sorted({dim for _, dim, _ in times})
     lines = [
-        f"Milliseconds; {settings(key)}, not compiled. One side of an autoregressive flow finds one feature after the "
-        "other. Others run the whole network for each, D times the work for D features, and more as the network grows; "
-        "here each unit is computed once. *Exponent*: p of the fit time ~ Dᵖ to all D of the row; *last*: from "
-        "the largest D but one to the largest.",
+        f"Milliseconds; {settings(key)}, not compiled. One direction of an autoregressive flow computes one feature "
+        "after the other. Other libraries run the whole network D times for D features. "
+        "Our flows compute each unit once. *Exponent*: p of a fit of time ~ Dᵖ to all D of the row. *Last*: p between "
+        "the two largest D.",
         "",
         "| flow | task | library | " + " | ".join(f"D = {dim}" for dim in dims) + " | exponent | last |",
         "|---|---|---|" + "---:|" * (len(dims) + 2),
@@ -168,14 +198,16 @@ def scaling(times: Times, key: tuple[str, ...]) -> list[str]:
         last = exponent({dim: points[dim] for dim in list(points)[-2:]})
         own = (lambda text: f"**{text}**") if library == OURS else str
         lines.append(f"| {flow} | {task} | {library} | {' | '.join(cells)} | {own(exponent(points))} | {last} |")
-    return [*lines, "", "![Times of the slow direction over D](speed_scaling.png)"]
+    caption = "*Milliseconds over D, against dotted lines of slope 1 and 2. Flatter lines grow more slowly.*"
+    return [*lines, "", "![Times of the slow direction over D](speed_scaling.png)", "", caption]
 
 
 def first_calls(tables: dict[tuple[str, ...], Times]) -> list[str]:
+    """Return the section on the seconds of first calls."""
     lines = [
-        "Seconds of the first call of each task, `flow.compile()` / flowjax, without caches and without a pool of "
-        "compilers. Ours has a graph for each direction, with and without gradients, for batches of any size above 1; "
-        "flowjax has one for each task and size. A task that has nothing left to compile takes no time.",
+        "Seconds of the first call of each task, `flow.compile()` / flowjax, without caches, on one compiler thread. "
+        "Ours has a graph per direction, with and without gradients, for batches of any size above 1. flowjax has one "
+        "per task and batch size. A task takes no time if nothing is left to compile.",
         "",
         "| settings | flow | D | " + " | ".join(TASKS) + " |",
         "|---|---|---:|" + "---:|" * len(TASKS),
@@ -191,4 +223,5 @@ def first_calls(tables: dict[tuple[str, ...], Times]) -> list[str]:
 
 
 def seconds(ms: float | None) -> str:
+    """Return milliseconds as seconds, or a dash."""
     return "–" if ms is None else f"{ms / 1e3:.1f}"

@@ -1,23 +1,24 @@
-"""What does a step of SVI cost, beside Pyro's own guides, and where does it go?
+"""Cost of an SVI step and of its parts, compared with Pyro's guides.
 
     python benchmarks/svi.py                    # about 5 minutes on one core
     python benchmarks/svi.py --quick --out DIR  # few repetitions: a smoke run
 
-*Steps.*  ``SVI(model, guide, pyro.optim.Adam, Trace_ELBO())`` with one draw, nearly all overhead: eight schools
-(non-centred, 10 latents), a logistic regression (german credit, 25 latents) and a hierarchical model (50 groups, 52
-latents).  ``AutoFlow`` by default, and with ``flows.iaf`` of as many trained numbers as each ``AutoIAFNormal``, the one
-of Pyro's default size (one transform) and one of three transforms; zuko's flow in the same place (``ZukoToPyro``).
+*Steps*: ``SVI(model, guide, pyro.optim.Adam, Trace_ELBO())`` with one draw, which is nearly all overhead.  The models
+are eight schools (non-centred, 10 latents), a logistic regression (german credit, 25 latents) and a hierarchical model
+(50 groups, 52 latents).  ``AutoFlow`` has its default flow, or ``flows.iaf`` with as many trained parameters as an
+``AutoIAFNormal``.  There are two sizes of the latter: Pyro's default (one transform) and three transforms.  zuko's flow
+(``ZukoToPyro``) has the larger size.
 
-*The split.*  In the same turn each part is timed alone: the model (run at fixed latents, scored, back-propagated to
-them), the network (drawn and scored without any distribution; then back-propagated) and the optimiser (with zeroing
-gradients).  What is left of the step is the guide: Pyro's handlers and traces, sites, constraints, distributions, the
-parameter store.  The median of the differences is shown.
+*Parts*: in the same turn each part is timed alone.  The model runs at fixed latents, is scored, and back-propagates to
+them.  The network draws and scores without any distribution, and then back-propagates.  The optimiser includes zeroing
+of the gradients.  The rest of the step is the guide: Pyro's handlers and traces, sites, constraints, distributions, and
+the parameter store.  The page shows the median of the differences.
 
-*fit_svi.*  Its own step, with as many draws side by side as it takes by default: the difference of two lengths.
+*fit_svi*: its own step, with its default number of vectorised draws: the difference of two fits of different length.
 
-The contenders take turns, in another order each time, so a machine whose speed drifts treats them alike; what counts is
-the ratio in one run.  Times are those of the processor, since long ones are interrupted where others work too.  Data:
-see ``targets.py``.  Writes ``docs/benchmarks/svi.md`` and ``svi.csv``.
+The contenders alternate in random order, so that a drift of the machine's speed affects all.  The ratios in one run are
+the result.  Times are processor times, because other work on the machine interrupts long runs.  For the data see
+``targets.py``.  Writes ``docs/benchmarks/svi.md`` and ``svi.csv``.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ from pyro_flows.guides.schedule import plan_of
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 PARTS = "model", "forward", "backward", "optimiser"  # of a step; the rest is the guide
-REFERENCE = "AutoIAFNormal"  # what the others are measured by: Pyro's default size
+REFERENCE = "AutoIAFNormal"  # the unit of the ratios: Pyro's default size
 LARGE = "AutoIAFNormal, 3 × 64"
-PEERS = {  # of equal size
+PEERS = {  # the peer of equal size
     "AutoFlow(flows.iaf)": REFERENCE,
     "AutoFlow(flows.iaf), 3 transforms": LARGE,
     "zuko, 3 transforms": LARGE,
@@ -63,11 +64,12 @@ Guide = Any
 
 
 def eight_schools() -> Model:
+    """Return the non-centred eight schools."""
     return targets.load("eight_schools").model
 
 
 def logistic() -> Model:
-    """A logistic regression with 24 features and an intercept."""
+    """Return a logistic regression with 24 features and an intercept."""
     data = json.loads((targets.folder() / "german_credit_sparse.data.json").read_text())
     x, y = (torch.tensor(data[name], dtype=torch.float64) for name in ("features", "labels"))
     x = torch.cat(((x - x.mean(0)) / x.std(0), torch.ones_like(x[:, :1])), -1)
@@ -80,7 +82,7 @@ def logistic() -> Model:
 
 
 def hierarchical() -> Model:
-    """Varying intercepts of 50 groups of six rows each, simulated."""
+    """Return a model of varying intercepts on simulated data: 50 groups of six rows."""
     source = torch.Generator().manual_seed(0)
     level = 1 + 0.5 * torch.randn(50, generator=source)
     y = level + torch.randn(6, 50, generator=source)
@@ -105,7 +107,7 @@ MODELS: dict[str, Callable[[], Model]] = {
 
 
 class ZukoGuide(autoguide.AutoContinuous):
-    """zuko's inverse autoregressive flow, by way of Pyro's ``ZukoToPyro``."""
+    """Guide with zuko's inverse autoregressive flow, wrapped by Pyro's ``ZukoToPyro``."""
 
     def __init__(self, model: Model, numbers: int) -> None:
         super().__init__(model)
@@ -129,24 +131,25 @@ class ZukoGuide(autoguide.AutoContinuous):
 
 
 def trained(module: torch.nn.Module) -> list[Tensor]:
-    """The parameters that a gradient reaches: all but those of the map that a guide of ours starts from."""
+    """Return the trained parameters: all but those of the fixed affine map of our guides."""
     fixed = {p for m in module.modules() if isinstance(m, pf.transforms.FixedAffine) for p in m.parameters()}
     return [p for p in module.parameters() if p not in fixed]
 
 
 def size(module: torch.nn.Module) -> int:
+    """Return the number of trained parameters."""
     return sum(p.numel() for p in trained(module))
 
 
 def nearest(build: Callable[[int], Any], numbers: int) -> Any:
-    """What has the number of parameters nearest to the one wished for, of all hidden widths."""
+    """Return the module with the number of parameters nearest to ``numbers``, over all hidden widths."""
     widths = range(1, 400)
     low = next((w for w in widths if size(build(w)) >= numbers), widths[-1])
     return min((build(w) for w in (max(low - 1, 1), low)), key=lambda built: abs(size(built) - numbers))
 
 
 def iaf_of(model: Model, peer: Guide, num_transforms: int) -> Guide:
-    """``AutoFlow`` with ``flows.iaf`` of the size of a peer."""
+    """Return ``AutoFlow`` with ``flows.iaf`` of the size of a peer."""
 
     def build(width: int) -> Guide:
         recipe = functools.partial(flows.iaf, num_transforms=num_transforms, hidden_dims=(width,))
@@ -156,7 +159,10 @@ def iaf_of(model: Model, peer: Guide, num_transforms: int) -> Guide:
 
 
 def contenders(model: Model) -> dict[str, Guide]:
-    """The guides, set up.  Pyro's take their names in the parameter store from their classes: so each has one."""
+    """Return the guides after their setup.
+
+    Every guide of Pyro has its own class, because Pyro names its parameters in the store after the class.
+    """
 
     def own(number: int, name: str, *args: Any, **kwargs: Any) -> Guide:
         kind = getattr(autoguide, name)
@@ -181,13 +187,14 @@ def contenders(model: Model) -> dict[str, Guide]:
 
 
 def clock(function: Callable[[], object]) -> float:
+    """Return the milliseconds of processor time of a call."""
     start = time.process_time()
     function()
     return 1e3 * (time.process_time() - start)
 
 
 def draw_and_score(guide: Guide) -> tuple[Tensor, Tensor]:
-    """A draw of the packed latents and its log-density, from the bare transforms."""
+    """Return a draw of the packed latents and its log-density, from the bare transforms."""
     if isinstance(guide, pf.AutoFlow):
         return guide.flow.rsample_and_log_prob()
     base = guide.get_base_dist()
@@ -201,7 +208,7 @@ def draw_and_score(guide: Guide) -> tuple[Tensor, Tensor]:
 
 
 def parts_of(svi: SVI, model: Model, guide: Guide) -> Callable[[], dict[str, float]]:
-    """A function that times the parts of a step alone, in milliseconds."""
+    """Return a function that times each part of a step alone, in milliseconds."""
     parameters = set(trained(guide))
     latents = {name: value.detach().clone().requires_grad_() for name, value in guide().items()}
 
@@ -226,7 +233,7 @@ def parts_of(svi: SVI, model: Model, guide: Guide) -> Callable[[], dict[str, flo
 
 
 def measure(name: str, seconds: float) -> Iterator[dict[str, str]]:
-    """The rows of a model, one for each guide."""
+    """Yield the rows of a model, one per guide."""
     pyro.clear_param_store()
     torch.manual_seed(0)
     model = MODELS[name]()
@@ -239,7 +246,11 @@ def measure(name: str, seconds: float) -> Iterator[dict[str, str]]:
     times: dict[str, list[dict[str, float]]] = {key: [] for key in guides}
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline or len(times[REFERENCE]) < 3:
-        for key in random.sample(list(svis), len(svis)):  # the one after the largest finds the caches cold
+        for key in random.sample(
+            list(svis),
+            len(svis),
+            # In random order, because the largest guide empties the caches for the next one.
+        ):
             svi = svis[key]
             found = {"step": clock(svi.step)}
             if key in split:
@@ -265,7 +276,7 @@ def measure(name: str, seconds: float) -> Iterator[dict[str, str]]:
 
 
 def measure_fits(name: str, steps: int, rounds: int) -> Iterator[dict[str, str]]:
-    """Rows of ``fit_svi``: its own objective and Pyro's, and Pyro's guide."""
+    """Yield the rows of ``fit_svi``: with its own objective, with Pyro's, and with Pyro's guide."""
     pyro.clear_param_store()
     torch.manual_seed(0)
     model = MODELS[name]()
@@ -298,23 +309,32 @@ def measure_fits(name: str, steps: int, rounds: int) -> Iterator[dict[str, str]]
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     zuko = f", zuko {importlib.metadata.version('zuko')}" if any("zuko" in r["guide"] for r in rows) else ""
     lines = [
         "# A step of SVI",
         "",
-        f"`SVI` with `Trace_ELBO()`, one draw, `pyro.optim.Adam`; medians of contenders that take turns, one thread, "
-        f"processor time, float64; torch {torch.__version__.split('+')[0]}, Pyro {pyro.__version__}{zuko}, Python "
-        f"{platform.python_version()}. Reproduce with `python benchmarks/svi.py`.",
-        "*Ratio*: to `AutoIAFNormal` of its default size; *to peer*: to the one with as many numbers to train. "
-        "*Network*: draw and score, then back, without any distribution; *guide*: what the step takes beyond model, "
-        "network and optimiser, each timed alone, in ms and as a share of the step. Pyro's handlers are part of it, "
-        "for its own guides too. `pyro.optim.Adam` has an optimiser for each tensor, `fit_svi` one for all.",
+        "This page is for users who train a guide in Pyro's `SVI`. It shows the time of a step, and its parts. "
+        f"`AutoFlow` with its default flow takes {span(rows, ['AutoFlow'], 'ratio')} times as long as Pyro's "
+        "`AutoIAFNormal`. With a flow of the same size as the peer it takes "
+        f"{span(rows, ['AutoFlow(flows.iaf)', 'AutoFlow(flows.iaf), 3 transforms'], 'to_peer')} times as long.",
+        "",
+        "Reproduce with `python benchmarks/svi.py`. A step is one of `SVI` with `Trace_ELBO()`, one draw and "
+        "`pyro.optim.Adam`, in float64 on one thread. The guides alternate; times are medians of processor time. "
+        f"torch {torch.__version__.split('+')[0]}, Pyro {pyro.__version__}{zuko}, Python {platform.python_version()}.",
+        "",
+        "* *parameters*, *tensors*: those that are trained.",
+        "* *ratio*: the time over that of `AutoIAFNormal` with its default size. *to peer*: the time over that of the "
+        "guide of Pyro with as many parameters.",
+        "* *model*, *network*, *optimiser*: parts timed alone, in ms and as a share of the step. The network draws "
+        "and scores without any distribution; *back* is its back-propagation.",
+        "* *guide*: the rest of the step. It includes Pyro's handlers, for Pyro's guides too.",
+        "* `pyro.optim.Adam` has an optimiser per tensor, `fit_svi` has one for all.",
     ]
     steps = [row for row in rows if not row["guide"].startswith("fit_svi")]
     for name in dict.fromkeys(row["model"] for row in steps):
         lines += ["", f"## {name.capitalize()}", ""]
-        columns = "guide", "numbers", "tensors", "steps / s", "ms", "ratio", "to peer"
+        columns = "guide", "parameters", "tensors", "steps / s", "ms", "ratio", "to peer"
         lines += [f"| {' | '.join((*columns, 'model', 'network', 'back', 'optimiser', 'guide'))} |"]
         lines += ["|---|" + "---:|" * 11]
         for row in (row for row in steps if row["model"] == name):
@@ -328,8 +348,8 @@ def table(rows: list[dict[str, str]]) -> str:
     fits = [row for row in rows if row["guide"].startswith("fit_svi")]
     if fits:
         lines += ["", "## `fit_svi`", ""]
-        lines += ["With as many draws side by side as it takes by default, 256; the ratio is to Pyro's guide.", ""]
-        lines += ["| model | guide and objective | numbers | ms | ratio |", "|---|---|---:|---:|---:|"]
+        lines += ["A step of `fit_svi` with its default of 256 vectorised draws. *ratio*: to Pyro's guide.", ""]
+        lines += ["| model | guide and objective | parameters | ms | ratio |", "|---|---|---:|---:|---:|"]
         for row in fits:
             cells = [row["model"], row["guide"].removeprefix("fit_svi: "), f"{int(row['numbers']):,}"]
             lines.append(
@@ -338,7 +358,14 @@ def table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def span(rows: list[dict[str, str]], guides: list[str], column: str) -> str:
+    """Return in words the smallest and the largest ratio of some guides over the models."""
+    found = [float(row[column]) for row in rows if row["guide"] in guides]
+    return f"{min(found):.2f} to {max(found):.2f}"
+
+
 def save(rows: list[dict[str, str]], out: Path) -> None:
+    """Write the rows as CSV and as Markdown."""
     text = io.StringIO()
     names = "model", "guide", "numbers", "tensors", "ratio", "to_peer", *(f"{p}_ms" for p in ("step", *PARTS, "guide"))
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -351,15 +378,15 @@ def save(rows: list[dict[str, str]], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--seconds", type=float, default=45.0, help="for the steps on each model")
+    parser.add_argument("--seconds", type=float, default=45.0, help="seconds of steps per model")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the two files")
-    parser.add_argument("--no-fits", action="store_true", help="leave out fit_svi's own steps")
-    parser.add_argument("--quick", action="store_true", help="a smoke run: needs --out")
+    parser.add_argument("--no-fits", action="store_true", help="skip the steps of fit_svi")
+    parser.add_argument("--quick", action="store_true", help="smoke run with few steps; needs --out")
     options = parser.parse_args()
     steps, rounds = 40, 5
     if options.quick:
         if options.out == OUT:
-            parser.error("--quick needs --out: its figures are no results")
+            parser.error("--quick needs --out, because its figures are not results. Add --out DIR.")
         options.seconds, steps, rounds = 2.0, 5, 1
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)

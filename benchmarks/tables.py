@@ -1,20 +1,21 @@
-"""How well do flows fit real tables, beside zuko's and nflows', in one run?
+"""Test densities of flows on real tables: ours, zuko's and nflows', in one run.
 
-    python benchmarks/tables.py                       # all of it, some three hours of one core
+    python benchmarks/tables.py                       # all, about three hours on one core
     python benchmarks/tables.py --only magic nsf maf  # some tables and some flows
     python benchmarks/tables.py --quick --out DIR     # a smoke run
 
-*Tables*: magic, diamonds and protein by the protocol of the MAF paper (discrete columns and one of each pair of columns
-with |correlation| > .98 dropped, 80/10/10 split, standardised by the training rows); diamonds, all of whose columns are
-integers or rounded, is dequantised within its steps first.  *Regressions*: power-plant, kin8nm and concrete, five
-canonical splits, one setting for all.
+*Tables*: magic, diamonds and protein, by the protocol of the MAF paper.  It drops discrete columns, and one of each
+pair of columns with |correlation| > .98.  The split is 80/10/10, and the training rows set the standardisation.  All
+columns of diamonds are integers or rounded, so diamonds is first dequantised within its steps.
 
-All flows of one run, ours and the peers', are trained by the same call, ``pf.fit_density``: the same rows, batches,
-steps, step sizes, averages of states and early stopping; a peer's flow takes part as a transform of ours.  Layers,
-hidden widths and bins are equal where a peer has the like.  Reported are mean log-densities of the test rows in nats,
-± 2 standard errors, the difference to the best peer row by row, and the time of an epoch, for which all flows take
-turns, so that only ratios count.  On magic they are means of three fits.  A run that was stopped goes on after its last
-finished fit.  Writes ``tables.md`` and ``tables.csv`` into ``docs/benchmarks``.
+*Regressions*: power-plant, kin8nm and concrete, with five canonical splits and one setting for all.
+
+The same call trains all flows, ``pf.fit_density``.  So rows, batches, steps, step sizes, averages of states and early
+stopping are the same.  A peer's flow is wrapped as one of our transforms.  Layers, hidden widths and bins are equal if
+the peer has them.  The results are mean log-densities of the test rows in nats, ± 2 standard errors, and the mean
+difference to the best peer per row.  The flows alternate for the time of an epoch, so that its ratios can be compared.
+On magic all figures are means of three fits.  An interrupted run continues after its last finished fit.  Writes
+``tables.md`` and ``tables.csv`` into ``docs/benchmarks``.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ DATA = Path(os.environ.get("PYRO_FLOWS_DATA", Path(__file__).resolve().parents[2
 SOURCES = "UCI repository (magic, protein, power-plant, concrete), ggplot2 (diamonds) and DELVE (kin8nm)"
 LAYERS, HIDDEN, BINS, BOUND = 5, (128, 128), 8, 5.0
 BATCH, STEPS, EPOCHS, LR = 512, 3000, 100, 3e-3  # steps on tables, epochs on regressions
-SEEDS = {"magic": 3, "diamonds": 1, "protein": 1}  # magic is small: which states a fit finds is left to chance
-MEMBERS = 3  # of an ensemble
+SEEDS = {"magic": 3, "diamonds": 1, "protein": 1}  # magic is small, so that its fits vary with the seed
+MEMBERS = 3  # fits per ensemble
 
 Recipe = Callable[[int, int], Flow]  # features, context features -> flow
 
@@ -57,7 +58,7 @@ Recipe = Callable[[int, int], Flow]  # features, context features -> flow
 
 
 class Foreign(FlowTransform):
-    """A peer's transform, from data to base, as one of ours from base to data."""
+    """Peer's transform, from data to base, wrapped as one of ours, from base to data."""
 
     def __init__(self, module: nn.Module, input_dim: int, context_dim: int, peer: str) -> None:
         super().__init__((input_dim,), context_dim)
@@ -76,6 +77,8 @@ class Foreign(FlowTransform):
 
 
 def of_zuko(build: Callable[..., nn.Module], **options: object) -> Recipe:
+    """Return the recipe of a flow of zuko."""
+
     def recipe(input_dim: int, context_dim: int) -> Flow:
         flow = build(input_dim, context_dim, transforms=LAYERS, hidden_features=HIDDEN, **options)
         return Flow([Foreign(flow.transform, input_dim, context_dim, "zuko")])
@@ -84,7 +87,7 @@ def of_zuko(build: Callable[..., nn.Module], **options: object) -> Recipe:
 
 
 def of_nflows(input_dim: int, context_dim: int) -> Flow:
-    """nflows' autoregressive neural spline flow; its networks take one hidden width for all layers."""
+    """Return nflows' autoregressive neural spline flow; its networks have one hidden width for all layers."""
     layers: list[nn.Module] = []
     for layer in range(LAYERS):
         layers += [nt.ReversePermutation(input_dim)] if layer else []
@@ -144,15 +147,19 @@ TARGETS = {"power-plant": 2.79, "kin8nm": -1.10, "concrete": 3.10}
 
 
 def open_npz(name: str) -> dict[str, np.ndarray]:
+    """Return the arrays of a dataset."""
     path = DATA / f"{name}.npz"
     if not path.exists():
-        raise SystemExit(f"{path} is missing. Set PYRO_FLOWS_DATA to the data's folder; the originals: {SOURCES}.")
+        raise SystemExit(
+            f"open_npz: name must be a file in the data folder, but {path} is missing. Set PYRO_FLOWS_DATA to the "
+            f"folder of the data. The originals: {SOURCES}."
+        )
     with np.load(path) as found:
         return dict(found)
 
 
 class Table(NamedTuple):
-    """Standardised rows, ``(N, D)`` each."""
+    """Standardised rows of the three parts, ``(N, D)`` each."""
 
     train: Tensor
     validation: Tensor
@@ -160,6 +167,7 @@ class Table(NamedTuple):
 
 
 def read_table(name: str) -> Table:
+    """Return a table, split and standardised."""
     x = open_npz(name)["x"].astype(np.float64)
     random = np.random.default_rng(0)
     if name == "diamonds":  # prices are integers, lengths and weights multiples of .01, depth and table of .1
@@ -167,7 +175,7 @@ def read_table(name: str) -> Table:
         x = x + random.random(x.shape) * steps
     correlation = np.corrcoef(x.T)
     keep = [i for i in range(x.shape[1]) if not (np.abs(correlation[i, :i]) > 0.98).any()]
-    x = x[:, keep][np.random.RandomState(0).permutation(len(x))]  # the split of the quoted floors
+    x = x[:, keep][np.random.RandomState(0).permutation(len(x))]  # the split of the published results
     first, second = int(0.8 * len(x)), int(0.9 * len(x))
     x = (x - x[:first].mean(0)) / x[:first].std(0)
     parts = torch.from_numpy(x).float().split([first, second - first, len(x) - second])
@@ -175,12 +183,12 @@ def read_table(name: str) -> Table:
 
 
 def step_of(column: np.ndarray) -> float:
-    """The largest power of ten of which all values are multiples."""
+    """Return the largest power of ten that divides all values."""
     return next(s for s in (1.0, 0.1, 0.01, 0.001) if np.allclose(column / s, np.round(column / s), atol=1e-3))
 
 
 def gaussian(table: Table) -> Tensor:
-    """What a full-covariance Gaussian says of the test rows."""
+    """Return the log-densities of the test rows under a full-covariance Gaussian."""
     normal = torch.distributions.MultivariateNormal(table.train.double().mean(0), torch.cov(table.train.double().T))
     return normal.log_prob(table.test.double())
 
@@ -189,14 +197,14 @@ def gaussian(table: Table) -> Tensor:
 
 
 class Store:
-    """Scores of rows that were computed before, by the name of the fit."""
+    """Store of scores on disk, by the name of the fit."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: str, compute: Callable[[], tuple[Tensor, float, int]]) -> tuple[Tensor, float, int]:
-        """The scores of the test rows, the seconds that the fit took and its epochs."""
+        """Return the scores of the test rows, the seconds of the fit and its epochs; compute them if needed."""
         path = self.folder / f"{key.replace(' ', '_').replace(',', '')}.pt"
         if not path.exists():
             torch.save(compute(), path.with_suffix(".draft"))
@@ -205,6 +213,7 @@ class Store:
 
 
 def fit_table(recipe: Recipe, table: Table, quick: bool, seed: int) -> tuple[Tensor, float, int]:
+    """Fit a flow to a table and return the scores of the test rows, the seconds and the epochs."""
     torch.manual_seed(seed)
     flow = recipe(table.train.shape[1], 0)
     fit = pf.fit_density(
@@ -222,6 +231,7 @@ def fit_table(recipe: Recipe, table: Table, quick: bool, seed: int) -> tuple[Ten
 
 
 def fit_regression(recipe: Recipe, name: str, split: int, epochs: int, seed: int) -> tuple[Tensor, float, int]:
+    """Fit a conditional flow to a split and return the scores of the test rows, the seconds and the epochs."""
     data = open_npz(name)
     train, test = data[f"train_{split}"], data[f"test_{split}"]
     x, y = (torch.from_numpy(data[part]).float() for part in ("x", "y"))
@@ -236,11 +246,12 @@ def fit_regression(recipe: Recipe, name: str, split: int, epochs: int, seed: int
 
 @torch.no_grad()
 def score(flow: Flow, x: Tensor, context: Tensor | None = None) -> Tensor:
+    """Return log-densities in double precision."""
     return flow.log_prob(x, context).double()
 
 
 def time_epochs(recipes: dict[str, Recipe], table: Table, rounds: int, steps: int) -> dict[str, float]:
-    """Seconds of an epoch of training, all flows in turn in each round: the median over rounds."""
+    """Return the median seconds of a training epoch over rounds; the flows alternate in each round."""
     made, taken = {}, {name: [] for name in recipes}
     for name, recipe in recipes.items():
         torch.manual_seed(0)
@@ -254,7 +265,7 @@ def time_epochs(recipes: dict[str, Recipe], table: Table, rounds: int, steps: in
                 optimizer.zero_grad()
                 (-flow.log_prob(rows).mean()).backward()
                 optimizer.step()
-            if turn:  # the first one warms up
+            if turn:  # the first round is a warm-up
                 taken[name].append((time.perf_counter() - start) / steps)
     return {name: statistics.median(times) * (len(table.train) // BATCH) for name, times in taken.items()}
 
@@ -265,13 +276,14 @@ FIELDS = "data", "flow", "nats", "two_se", "gain", "gain_two_se", "epochs", "sec
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """The mean and two of its standard errors."""
+    """Return the mean and two standard errors."""
     return values.mean().item(), 2 * values.std().item() / math.sqrt(len(values))
 
 
 def rows_of_table(
     name: str, scores: dict[str, tuple[Tensor, float, int]], floor: Tensor, times: dict
 ) -> Iterator[dict]:
+    """Yield the rows of a table: the Gaussian, and each flow with its gain on the best peer."""
     peers = [flow for flow in PEERS if flow in scores]
     best = max(peers, key=lambda flow: scores[flow][0].mean().item()) if peers else None
     yield {"data": name, "flow": "Gaussian", **entry(floor, None)}
@@ -289,6 +301,7 @@ def rows_of_table(
 
 
 def entry(values: Tensor, against: Tensor | None) -> dict[str, str]:
+    """Return the columns of a mean density, and of its gain on other scores."""
     mean, error = mean_and_error(values)
     found = {"nats": f"{mean:.3f}", "two_se": f"{error:.3f}"}
     if against is not None:
@@ -298,15 +311,28 @@ def entry(values: Tensor, against: Tensor | None) -> dict[str, str]:
 
 
 def page(rows: list[dict], regressions: list[dict], paces: list[str]) -> str:
+    """Return the page of the results."""
+    names = list(dict.fromkeys(row["data"] for row in rows))
+    wins = [name for name in names if best_of(rows, name, peers=False) > best_of(rows, name, peers=True)]
     lines = [
-        "# Exact densities of real tables",
+        "# Densities of real tables",
         "",
-        "One run of `python benchmarks/tables.py`: ours and the peers' flows, trained by the same call on the same",
-        f"rows, {LAYERS} layers, two hidden layers of {HIDDEN[0]}, {BINS} bins, batch {BATCH}, at most {STEPS}",
-        "steps, early stopping on the validation rows. Mean test log-density in nats, ± 2 standard errors; *gain* is",
-        "the mean over rows of the difference to the best peer. `bnaf` has 12 units a feature; `residual_flow`,",
-        f"`gaussianization` and `sylvester_flow` have {2 * LAYERS} layers. On magic, the smallest table, all figures",
-        f"are means of {SEEDS['magic']} fits.",
+        "This page is for users who choose a flow for tabular data. It compares our flows with those of zuko and",
+        "nflows on real tables, trained by the same call on the same rows. The best of our flows has a higher test",
+        f"density than the best peer on {len(wins)} of {len(names)} tables.",
+        "",
+        f"Reproduce with `python benchmarks/tables.py`. Flows have {LAYERS} layers, two hidden layers of {HIDDEN[0]},",
+        f"and {BINS} bins. The batch size is {BATCH}, with at most {STEPS} steps and early stopping on the validation",
+        "rows. There are three exceptions:",
+        "",
+        "* `bnaf` has 12 units per feature.",
+        f"* `residual_flow`, `gaussianization` and `sylvester_flow` have {2 * LAYERS} layers.",
+        f"* On magic, the smallest table, all figures are means of {SEEDS['magic']} fits.",
+        "",
+        "The columns:",
+        "",
+        "* *test nats*: the mean test log-density in nats, ± 2 standard errors.",
+        "* *gain on the best peer*: the mean difference per row.",
     ]
     for name in dict.fromkeys(row["data"] for row in rows):
         lines += ["", f"## {name}", "", "| flow | test nats | gain on the best peer | epochs | s / epoch |"]
@@ -318,14 +344,15 @@ def page(rows: list[dict], regressions: list[dict], paces: list[str]) -> str:
                 f"| {title} | {row['nats']} ± {row['two_se']} | {gain} | {row.get('epochs', '')} "
                 f"| {row.get('seconds_per_epoch', '')} |"
             )
-    lines += ["", "Time of a training epoch, all flows in turn on one thread (ratio of medians):", "", *paces]
+    lines += ["", "Time of a training epoch on one thread, as a ratio of medians; the flows alternate:", "", *paces]
     lines += [
         "",
         "## Regressions",
         "",
-        "Mean of -log p(y | x) over the test rows of five splits, in nats of y as given; one layer, two hidden layers",
-        f"of {HIDDEN[0]}, one setting for all. *{MEMBERS} mixed* is the mean density of {MEMBERS} fits by other seeds.",
-        "Published (arXiv:1612.01474): MC dropout 2.80 / -.95 / 3.04, deep ensembles 2.79 / -1.20 / 3.06.",
+        "A cell is the mean of -log p(y | x) over the test rows of five splits, in nats; smaller is better. y has its",
+        f"original units. Flows have one layer and two hidden layers of {HIDDEN[0]}, with one setting for all data.",
+        f"*{MEMBERS} mixed* is the mean density of {MEMBERS} fits with different seeds. Published results",
+        "(arXiv:1612.01474): MC dropout 2.80 / -.95 / 3.04, deep ensembles 2.79 / -1.20 / 3.06.",
         "",
         "| flow | " + " | ".join(f"{name} (target {target:.2f})" for name, target in TARGETS.items()) + " |",
         "|---" * (len(TARGETS) + 1) + "|",
@@ -337,17 +364,28 @@ def page(rows: list[dict], regressions: list[dict], paces: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def best_of(rows: list[dict], name: str, *, peers: bool) -> float:
+    """Return the highest test density on a table, of the peers or of our flows."""
+    own = [row for row in rows if row["data"] == name and row["flow"] != "Gaussian"]
+    return max((float(row["nats"]) for row in own if (row["flow"] in PEERS) == peers), default=-math.inf)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[], help="names of tables and flows (default: all)")
-    parser.add_argument("--quick", action="store_true", help="two epochs: a smoke run")
-    parser.add_argument("--fits", action="store_true", help="fit and keep the scores, and write no page")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "pyro_flows_tables")
+    parser.add_argument("--quick", action="store_true", help="smoke run: two epochs")
+    parser.add_argument("--fits", action="store_true", help="fit and keep the scores, without writing the page")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the two files")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "pyro_flows_tables",
+        help="folder of finished fits",
+    )
     wish = parser.parse_args()
     known = {*TABLES, *TARGETS, *FLOWS, *REGRESSORS}
     if unknown := set(wish.only) - known:
-        parser.error(f"--only: unknown {sorted(unknown)}; known are {sorted(known)}")
+        parser.error(f"--only must name tables or flows of {sorted(known)}, got {sorted(unknown)}.")
     torch.set_num_threads(1)
     epochs = 2 if wish.quick else EPOCHS
     store = Store(wish.keep / ("quick" if wish.quick else "full"))

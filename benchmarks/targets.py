@@ -1,8 +1,8 @@
-"""Posteriors with trusted answers, as Pyro models: what ``posteriors.py`` fits and ``evidence.py`` integrates.
+"""Posteriors with reference answers, as Pyro models.
 
 Models and data come from posteriordb (Magnusson et al. 2024, arXiv:2407.04967), inference-gym and the study of Agrawal,
-Sheldon and Domke (2020, arXiv:2006.10343).  Neither is copied here: the files are read from the folder that
-``PYRO_FLOWS_DATA`` names.
+Sheldon and Domke (2020, arXiv:2006.10343).  They are not copied: the files are read from the folder that
+``PYRO_FLOWS_DATA`` names.  ``posteriors.py`` fits them and ``evidence.py`` integrates them.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ STEM = {  # the files of each target
 
 @dataclass(frozen=True)
 class Target:
-    """A posterior.
+    """Posterior.
 
     Attributes:
         name: Its name in tables.
         dim: The number of unconstrained latents.
         model: The Pyro model, without arguments.
-        quantities: From the draws of the latents to those of the named quantities that the reference is about, each
-            ``(N,)``; draws of more are left out of the comparison.
+        quantities: Map from draws of the latents to draws of the named quantities of the reference, each ``(N,)``.
+            Quantities that the reference lacks are not compared.
     """
 
     name: str
@@ -64,36 +64,37 @@ class Target:
 
 
 def folder() -> Path:
-    """Where the data lie, or an error that says where to get them."""
+    """Return the folder of the data, or exit with an error that names their sources."""
     here = Path(__file__).resolve()
     path = Path(os.environ.get("PYRO_FLOWS_DATA", here.parents[2] / "shared" / "data")) / "posteriors"
     if not path.is_dir():
         sys.exit(
-            f"No data in {path}. Set PYRO_FLOWS_DATA to a folder with posteriors/NAME.data.json, NAME.reference.npz "
-            "and NAME.moments.npz; the originals are in posteriordb (github.com/stan-dev/posteriordb), inference-gym "
-            "(PyPI) and stan-dev/example-models (hepatitis, electric_1c_chr, wells)."
+            f"folder: {path} must be a folder, but it is missing. Set PYRO_FLOWS_DATA to a folder with "
+            "posteriors/NAME.data.json, NAME.reference.npz and NAME.moments.npz. The originals are in posteriordb "
+            "(github.com/stan-dev/posteriordb), inference-gym (PyPI) and stan-dev/example-models (hepatitis, "
+            "electric_1c_chr, wells)."
         )
     return path
 
 
 def load(name: str) -> Target:
-    """One target by name."""
+    """Return a target by name."""
     if name not in STEM:
-        raise ValueError(f"load: name must be one of {', '.join(STEM)}, got {name!r}.")
+        raise ValueError(f"load: name must be one of {', '.join(STEM)}, got {name!r}. Use one of these names.")
     with open(folder() / f"{STEM[name]}.data.json") as file:
         data = {k: torch.as_tensor(np.array(v, dtype=float)) for k, v in json.load(file).items()}
     return globals()[f"_{name}"](data)
 
 
 def evidence(name: str) -> float:
-    """log Z of a target as ``evidence.py`` found it; NaN where it has not yet."""
+    """Return the log Z of a target from ``evidence.py``; NaN if it is not known yet."""
     path = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "evidence.csv"
     with path.open(newline="") as file:
         return next((float(r["log_evidence"]) for r in csv.DictReader(file) if r["target"] == name), math.nan)
 
 
 def reference_moments(name: str) -> dict[str, tuple[float, float]]:
-    """The reference's mean and standard deviation of each quantity; empty where there is no reference."""
+    """Return the reference's mean and standard deviation of each quantity; empty if there is no reference."""
     draws, moments = (folder() / f"{STEM[name]}.{kind}.npz" for kind in ("reference", "moments"))
     if draws.exists():
         return {k: (float(v.mean()), float(v.std())) for k, v in np.load(draws).items()}
@@ -110,7 +111,7 @@ def reference_moments(name: str) -> dict[str, tuple[float, float]]:
 
 
 def reference_draws(name: str) -> dict[str, np.ndarray]:
-    """The reference's draws of each quantity; empty where there are none."""
+    """Return the reference's draws of each quantity; empty if there is no reference."""
     path = folder() / f"{STEM[name]}.reference.npz"
     return dict(np.load(path)) if path.exists() else {}
 
@@ -120,7 +121,7 @@ def _flat(support: Any, *shape: int) -> dist.ImproperUniform:
 
 
 def _elements(draws: Draws, *names: str) -> Draws:
-    """Vector sites as ``name[1] …``, scalar sites as they are."""
+    """Return the draws of scalar sites, and those of vector sites by element as ``name[1] …``."""
     found = {}
     for name in names:
         value = draws[name]
@@ -130,7 +131,7 @@ def _elements(draws: Draws, *names: str) -> Draws:
 
 
 def _regression(name: str, x: Tensor, y: Tensor, coefficients: dist.Distribution, noise: dist.Distribution) -> Target:
-    """y ~ Normal(x beta, sigma)."""
+    """Return the target y ~ Normal(x beta, sigma)."""
 
     def model() -> None:
         beta = pyro.sample("beta", coefficients)
@@ -226,7 +227,7 @@ def _garch(data: dict[str, Tensor]) -> Target:
         u = pyro.sample("u", _flat(constraints.unit_interval))
         beta1 = (1 - alpha1) * u
         pyro.factor("jacobian", torch.log1p(-alpha1))
-        # s_t^2 = a_t + beta1 s_{t-1}^2 is summed by doubling: after k rounds each term holds 2^k steps of the past.
+        # s_t^2 = a_t + beta1 s_{t-1}^2 is summed by doubling: after k rounds each term sums 2^k steps of the past.
         shocks = alpha0.unsqueeze(-1) + alpha1.unsqueeze(-1) * (y[:-1] - mu.unsqueeze(-1)).square()
         variance = torch.cat((first.square().expand(*mu.shape, 1), shocks), -1)
         decay, step = beta1.unsqueeze(-1), 1

@@ -1,8 +1,8 @@
-"""Tasks of amortised inference, each one Pyro program: what ``amortized.py`` trains guides on.
+"""Tasks of amortised inference, as Pyro models: ``amortized.py`` trains guides on them.
 
-The first three are those of Benchmarking Simulation-Based Inference (Lueckmann, Boelts, Greenberg, Goncalves, Macke
-2021, arXiv:2101.04653), whose observations and reference draws are read from the folder that ``PYRO_FLOWS_DATA`` names;
-the others have answers in closed form, or on a grid.
+The first three come from Benchmarking Simulation-Based Inference (Lueckmann, Boelts, Greenberg, Goncalves, Macke 2021,
+arXiv:2101.04653).  Their observations and reference draws are read from the folder that ``PYRO_FLOWS_DATA`` names.  The
+others have answers in closed form, or on a grid.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OBSERVATIONS = 1, 2, 3, 4, 5
 
 
 class TwoMoons(dist.TorchDistribution):
-    """A half moon, turned to the right, around a place that θ sets: points at an angle and a distance from it."""
+    """Half moon, open to the left, around a centre that depends on θ: points at a random angle and distance from it."""
 
     arg_constraints = {"theta": constraints.real_vector}
     support = constraints.real_vector
@@ -57,25 +57,28 @@ class TwoMoons(dist.TorchDistribution):
 
 
 def box(limit: float, dim: int) -> dist.TorchDistribution:
+    """Return the uniform distribution on a box around zero."""
     return dist.Uniform(torch.full((dim,), -limit), limit).to_event(1)
 
 
 def two_moons(x: Tensor | None = None) -> Tensor:
+    """Sample a point of a half moon, whose posterior has two of them."""
     theta = pyro.sample("theta", box(1.0, 2))
     return pyro.sample("x", TwoMoons(theta), obs=x)
 
 
 def gaussian_linear_uniform(x: Tensor | None = None) -> Tensor:
+    """Sample a Gaussian vector with a uniform prior of its mean."""
     theta = pyro.sample("theta", box(1.0, 10))
     return pyro.sample("x", dist.Normal(theta, math.sqrt(0.1)).to_event(1), obs=x)
 
 
 def slcp(x: Tensor | None = None) -> Tensor:
-    """Simple likelihood, complex posterior: four points from a Gaussian."""
+    """Sample four points of a Gaussian: a simple likelihood with a complex posterior."""
     theta = pyro.sample("theta", box(3.0, 5))
-    s1, s2 = (theta[..., 2:4] ** 2).clamp(min=1e-6).unbind(-1)  # at zero, the prior's median, it has no density
+    s1, s2 = (theta[..., 2:4] ** 2).clamp(min=1e-6).unbind(-1)  # zero, the prior's median, has no density
     t5 = theta[..., 4]
-    # Of a correlation tanh(t5); 1 / cosh(t5) is the square root of 1 - tanh(t5)^2.
+    # The Cholesky factor of a correlation tanh(t5): 1 / cosh(t5) is the square root of 1 - tanh(t5)^2.
     rows = torch.stack((s1, torch.zeros_like(s1)), -1), torch.stack((s2 * t5.tanh(), s2 / t5.cosh()), -1)
     point = dist.MultivariateNormal(theta[..., None, :2], scale_tril=torch.stack(rows, -2)[..., None, :, :])
     return pyro.sample("x", point.expand((*theta.shape[:-1], 4)).to_event(1), obs=x)
@@ -83,7 +86,7 @@ def slcp(x: Tensor | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """A model, the limit of its prior's box, the shape of its data, and an encoder of these."""
+    """Task: a model, the limit of its prior's box, its number of latents, the shape of its data, and their encoder."""
 
     model: Callable[..., Tensor]
     limit: float
@@ -100,28 +103,29 @@ TASKS = {
 
 
 def folder() -> Path:
-    """Where the reference draws lie, or an error that says where to get them."""
+    """Return the folder of the reference draws, or exit with an error that names their source."""
     here = Path(__file__).resolve()
     path = Path(os.environ.get("PYRO_FLOWS_DATA", here.parents[2] / "shared" / "data")) / "sbi"
     if not path.is_dir():
         sys.exit(
-            f"No data in {path}. Set PYRO_FLOWS_DATA to a folder with sbi/TASK.npz, which holds observation_K and "
-            "reference_K for K = 1, ..., 5; the originals are in sbibm (github.com/sbi-benchmark/sbibm)."
+            f"folder: {path} must be a folder, but it is missing. Set PYRO_FLOWS_DATA to a folder with sbi/TASK.npz, "
+            "which holds observation_K and reference_K for K = 1, ..., 5. The originals are in sbibm "
+            "(github.com/sbi-benchmark/sbibm)."
         )
     return path
 
 
 def load(name: str, number: int) -> tuple[Tensor, np.ndarray]:
-    """An observation of a task, and reference draws of its posterior, ``(10,000, dim)``."""
+    """Return an observation of a task and reference draws of its posterior, ``(10,000, dim)``."""
     with np.load(folder() / f"{name}.npz") as file:
         x = torch.as_tensor(file[f"observation_{number}"], dtype=torch.float32).reshape(TASKS[name].shape)
         return x, np.asarray(file[f"reference_{number}"], dtype=np.float32)
 
 
 def c2st(draws: np.ndarray, reference: np.ndarray) -> float:
-    """How often a classifier tells draws from the reference, both ``(N, D)``: one half if they are alike.
+    """Return the accuracy of a classifier of draws against the reference, both ``(N, D)``; 0.5 if they agree.
 
-    Revisiting Classifier Two-Sample Tests (Lopez-Paz, Oquab 2016, arXiv:1610.06545), as sbibm does it.
+    Revisiting Classifier Two-Sample Tests (Lopez-Paz, Oquab 2016, arXiv:1610.06545), in the version of sbibm.
     """
     from sklearn.model_selection import KFold, cross_val_score
     from sklearn.neural_network import MLPClassifier
@@ -133,18 +137,18 @@ def c2st(draws: np.ndarray, reference: np.ndarray) -> float:
     labels = np.repeat((0, 1), (len(reference), len(draws)))
     network = MLPClassifier((width, width), activation="relu", solver="adam", max_iter=1000, random_state=1)
     with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.simplefilter("ignore")  # of a fold that did not converge
+        warnings.simplefilter("ignore")  # a fold that did not converge warns
         return float(cross_val_score(network, points, labels, cv=KFold(5, shuffle=True, random_state=1)).mean())
 
 
 def conjugate(x: Tensor | None = None) -> Tensor:
-    """A Gaussian in two dimensions, whose posterior is one as well."""
+    """Sample a Gaussian in two dimensions, with a Gaussian posterior."""
     theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     return pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
 
 
 def groups(y: Tensor, subsample_size: int | None = 100) -> None:
-    """Schools without end: each row of y, ``(groups, pupils)``, has a mean of its own."""
+    """Sample schools: each row of y, ``(groups, pupils)``, has a latent mean."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfNormal(2.0))
     with pyro.plate("group", len(y), subsample_size=subsample_size) as rows:
@@ -153,12 +157,16 @@ def groups(y: Tensor, subsample_size: int | None = 100) -> None:
 
 
 def make_groups(number: int = 2000, pupils: int = 5) -> Tensor:
+    """Return simulated data of ``groups``."""
     theta = 1.5 + 0.8 * torch.randn(number)
     return theta[:, None] + torch.randn(number, pupils)
 
 
 def exact_groups(y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Posterior means and standard deviations of the latents of ``groups``: mu and tau on a grid, the rest exact."""
+    """Return posterior means and standard deviations of the latents of ``groups``.
+
+    Those of mu and tau are computed on a grid, and the others are exact given mu and tau.
+    """
     number, mean, noise = len(y), y.double().mean(1), 1 / y.shape[1]
     spread = (mean.var() - noise).sqrt()
     span = torch.linspace(-0.15, 0.15, 201, dtype=torch.float64)

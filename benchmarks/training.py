@@ -1,4 +1,4 @@
-"""Do guides hold in a plain loop of Pyro's ``SVI``, at anyone's step size, and where do they end?
+"""Stability and final ELBO of guides in a plain loop of Pyro's ``SVI``, at several step sizes.
 
     python benchmarks/training.py --jobs 2                      # all parts, some hours on 2 cores
     python benchmarks/training.py hold --only conjugate neutra  # one part, some models
@@ -6,27 +6,27 @@
     python benchmarks/training.py --quick --out DIR             # two models, 25 steps: a smoke run
 
 Each run is ``SVI(model, guide, optimiser({"lr": lr}), Trace_ELBO(particles))`` on a model of ``programs.py``, without
-warm-up, clipping or decay.  ``AutoFlow`` has its defaults, or ``AutoPlateFlow`` where the latents of rows are in
-minibatches.  Pyro's guides have their defaults; where a prior is flat they start where ours does.
+warm-up, clipping or decay.  Our guide is ``AutoFlow`` with its defaults, or ``AutoPlateFlow`` if local latents come in
+minibatches.  Pyro's guides have their defaults.  On flat priors they start where ours start.  The parts:
 
-*hold*: 150 steps with Adam and ClippedAdam at five rates.  The largest loss after step 20 is to be at most 3 times that
-of ``AutoIAFNormal`` on the same seed.  That guide takes .6 s per step beyond 1,000 latents; there, and where it is not
-finite itself, ``AutoNormal`` is in its place.  Losses have an arbitrary constant and can be negative, so ratios are
-those of excesses over a floor: the lowest loss that any guide reached on the model.
+*hold*: 150 steps with Adam and ClippedAdam at five step sizes.  The target is a largest loss after step 20 of at most 3
+times that of ``AutoIAFNormal`` on the same seed.  That guide takes .6 s per step beyond 1,000 latents.  There, and if
+its own run is not finite, ``AutoNormal`` replaces it.  Losses have an arbitrary constant and can be negative.  So the
+ratios are those of excesses over a floor, which is the lowest loss that any guide reached on the model.
 
-*elbo*: 1,000 steps with Adam, and then the ELBO of 1,000 draws (200 where a model does not broadcast over them).  The
-first seed tries five rates, and each guide takes the best of them for the other seeds.
+*elbo*: 1,000 steps with Adam, then the ELBO of 1,000 draws (200 if the model does not broadcast over draws).  The first
+seed tries five step sizes, and each guide takes the best of them for the other seeds.
 
-*short*: 1,000 fits of 40 steps, seeds 0 to 999 dealt over ten models; all parameters must be finite after every step.
+*short*: 1,000 fits of 40 steps, with seeds 0 to 999 spread over ten models.  All parameters must be finite after every
+step.
 
-*recipes*: as *hold*, of ``AutoFlow(model, flows.maf)`` and so on, each recipe that needs no other argument.
+*recipes*: as *hold*, for ``AutoFlow(model, flows.maf)`` and all other recipes without further arguments.
 
-*ablation*: the default guide and the guide as it was before its networks were centred and had a pace, each with one
-change.
+*ablation*: the default guide, and the earlier guide without centred networks and without a pace, each with one change.
 
-A run ends where a loss is not finite, or a call fails.  It is saved when it ends, and a benchmark that was stopped goes
-on where it was; remove ``training.csv`` when a guide has changed.  Writes ``docs/benchmarks/training.md`` and
-``training.csv``, a row for each run.
+A run ends if a loss is not finite, or if a call fails.  It is saved when it ends, and an interrupted benchmark
+continues.  Remove ``training.csv`` after a change of a guide.  Writes ``docs/benchmarks/training.md`` and
+``training.csv``, a row per run.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ import pyro_flows as pf
 LRS, OPTIMISERS, PARTICLES = (0.001, 0.003, 0.01, 0.03, 0.05), ("Adam", "ClippedAdam"), (1, 16)
 STEPS = {"hold": 150, "elbo": 1000, "short": 40, "recipes": 150, "ablation": 150}
 SEEDS = {"hold": range(5), "elbo": range(5), "short": range(1000), "recipes": range(3), "ablation": range(3)}
-EARLY, LAST = 20, 20  # steps that may have any loss, and those whose mean is the loss at the end
-SLOW = 1000  # beyond so many latents AutoIAFNormal takes too long
+EARLY, LAST = 20, 20  # first steps to ignore, and last steps whose mean is the loss at the end
+SLOW = 1000  # largest number of latents for AutoIAFNormal, which is slow beyond it
 SHORT = (
     *("conjugate", "bayesian_regression", "neutra", "bnn", "stable", "lda", "eight_schools"),
     *("eight_schools_centered", "kidiq", "german_credit_sparse"),
@@ -83,7 +83,7 @@ MEASURES = "latents", "ended", "worst", "end", "elbo", "elbo_se", "seconds", "fa
 
 
 class Run(NamedTuple):
-    """One training run: what its row in ``training.csv`` begins with."""
+    """Training run: the first columns of its row in ``training.csv``."""
 
     part: str
     model: str
@@ -96,19 +96,19 @@ class Run(NamedTuple):
 
     @property
     def key(self) -> tuple[str, ...]:
-        """The fields as they stand in the file."""
+        """The fields as text, as in the file."""
         return tuple(map(str, self))
 
 
 def ours(program: Program) -> Any:
-    """Return our default guide of a program."""
+    """Return our default guide for a program."""
     if program.plate:
         return pf.AutoPlateFlow(program.guided, program.plate, encoder=program.encoder and program.encoder())
     return pf.AutoFlow(program.guided)
 
 
 def startable(program: Program) -> Any:
-    """The model for a guide of Pyro's, which cannot start from a flat prior by itself."""
+    """Return the model for Pyro's guides, which need a start if a prior is flat."""
     return centred(program.guided) if program.flat else program.guided
 
 
@@ -131,7 +131,7 @@ GUIDES: dict[str, Callable[[Program], Any]] = {
 
 def load(name: str) -> Program:
     """Build a program under its own default dtype."""
-    logging.getLogger("pyro").setLevel(logging.WARNING)  # it tells every guess of max_plate_nesting
+    logging.getLogger("pyro").setLevel(logging.WARNING)  # Pyro logs every guess of max_plate_nesting
     warnings.simplefilter("ignore")
     torch.set_default_dtype(torch.float32)
     program = PROGRAMS[name]()
@@ -156,7 +156,7 @@ def contenders(name: str, part: str) -> list[str]:
 
 
 def runs(part: str, options: argparse.Namespace, rows: list[Row]) -> Iterator[Run]:
-    """Yield the runs of a part whose step sizes the rows tell; one particle and the first seeds come first."""
+    """Yield the runs of a part, fewer particles and first seeds first, as far as rows determine the step sizes."""
     steps = options.steps or STEPS[part]
     seeds = SEEDS[part] if options.seeds is None else options.seeds
     if part == "short":
@@ -183,7 +183,7 @@ def runs(part: str, options: argparse.Namespace, rows: list[Row]) -> Iterator[Ru
 
 
 def best(tried: list[Run], rows: list[Row]) -> list[float]:
-    """Return the rate that ended at the highest ELBO, in a list, or none while one of the runs has no row."""
+    """Return a list of the step size with the highest ELBO, or an empty list while a run has no row."""
     elbos = {key_of(row): float(row["elbo"] or "-inf") for row in rows if row["part"] == "elbo"}
     if any(run.key not in elbos for run in tried):
         return []
@@ -191,7 +191,7 @@ def best(tried: list[Run], rows: list[Row]) -> list[float]:
 
 
 def measure(run: Run) -> Row:
-    """Train one guide, and estimate its ELBO where the part of the benchmark asks for it."""
+    """Train one guide and return its row; the part *elbo* also estimates the ELBO."""
     torch.set_num_threads(1)
     pyro.enable_validation(False)
     pyro.clear_param_store()
@@ -216,15 +216,15 @@ def measure(run: Run) -> Row:
 
 
 def message(error: Exception) -> str:
-    """Return an error in one short line."""
+    """Return an error as one short line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:120]
 
 
 def train(run: Run, program: Program, guide: Any) -> tuple[list[float], str]:
-    """Return the losses before one that is not finite, and the error that ended the run, if one did."""
+    """Return the losses up to the first one that is not finite, and the error that ended the run, if any."""
     optimiser = getattr(pyro.optim, run.optimiser)({"lr": run.lr})
-    side_by_side = program.batched and run.particles > 1
-    objective = program.elbo(num_particles=run.particles, vectorize_particles=side_by_side)
+    vectorised = program.batched and run.particles > 1
+    objective = program.elbo(num_particles=run.particles, vectorize_particles=vectorised)
     svi = SVI(program.model, guide, optimiser, objective)
     batches = program.batches() if program.batches else itertools.repeat(program.args)
     losses: list[float] = []
@@ -241,13 +241,13 @@ def train(run: Run, program: Program, guide: Any) -> tuple[list[float], str]:
 
 
 def finite_parameters() -> bool:
-    """Return True if all parameters in Pyro's store are finite."""
+    """True if all parameters in Pyro's store are finite."""
     return all(bool(value.isfinite().all()) for _, value in pyro.get_param_store().named_parameters())
 
 
 @torch.no_grad()
 def elbo(program: Program, guide: Any) -> tuple[float, float]:
-    """Return the ELBO and its standard error; sums over draws are in double precision."""
+    """Return the ELBO and its standard error, with sums over draws in double precision."""
     together, repeats = (50, 20) if program.batched else (1, 200)
     objective = program.elbo(num_particles=together, vectorize_particles=together > 1)
     found = [-objective.loss(program.model, guide, *program.args, **program.kwargs) for _ in range(repeats)]
@@ -267,19 +267,19 @@ def text_of(rows: Iterable[Row], header: bool) -> str:
 
 
 def append(row: Row, path: Path) -> None:
-    """Append a row to the file, which is then whole up to this row."""
+    """Append a row to the file."""
     new = not path.exists()
     with path.open("a", newline="") as file:
         file.write(text_of([row], header=new))
 
 
 def key_of(row: Row) -> tuple[str, ...]:
-    """Return the key of the run that a row tells of."""
+    """Return the key of the run of a row."""
     return tuple(row[name] for name in Run._fields)
 
 
 def whole(path: Path) -> list[Row]:
-    """Return the rows of the file; a last line that was cut off is removed from it."""
+    """Return the rows of the file, after removing an incomplete last line."""
     if path.exists() and not (text := path.read_text()).endswith("\n"):
         posteriors.write(text[: text.rfind("\n") + 1], path)
     return posteriors.read(path)
@@ -287,29 +287,30 @@ def whole(path: Path) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="*", help=f"of {', '.join(STEPS)}; all by default")
+    parser.add_argument("part", nargs="*", help=f"parts to run, of {', '.join(STEPS)} (default: all)")
     parser.add_argument("--only", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS), metavar="MODEL")
     parser.add_argument(
         "--seeds",
         nargs="+",
         type=int,
-        help="by default 0 to 4; 0 to 999 of short, 0 to 2 of recipes and ablation; elbo's first one tries all rates",
+        help="seeds (default: 0 to 4 for hold and elbo, 0 to 999 for short, 0 to 2 for recipes and ablation); the "
+        "first one of elbo tries all step sizes",
     )
-    parser.add_argument("--lrs", nargs="+", type=float, default=LRS, help="of all parts but short")
-    parser.add_argument("--particles", nargs="+", type=int, default=PARTICLES, help="of hold and elbo")
-    parser.add_argument("--optimisers", nargs="+", default=OPTIMISERS, choices=OPTIMISERS, help="of hold")
-    parser.add_argument("--steps", type=int, help=f"of each run, by default {STEPS}")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--lrs", nargs="+", type=float, default=LRS, help="step sizes of all parts except short")
+    parser.add_argument("--particles", nargs="+", type=int, default=PARTICLES, help="particles of hold and elbo")
+    parser.add_argument("--optimisers", nargs="+", default=OPTIMISERS, choices=OPTIMISERS, help="optimisers of hold")
+    parser.add_argument("--steps", type=int, help=f"steps per run (default: {STEPS})")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel runs, one thread each")
     parser.add_argument("--out", type=Path, default=posteriors.OUT, help="folder of the two files")
-    parser.add_argument("--quick", action="store_true", help="two models, one rate and seed, 25 steps: needs --out")
+    parser.add_argument("--quick", action="store_true", help="smoke run: two models, 25 steps; needs --out")
     options = parser.parse_args()
     if options.quick:
         if options.out == posteriors.OUT:
-            parser.error("--quick needs --out: its figures are no results")
+            parser.error("--quick needs --out, because its figures are not results. Add --out DIR.")
         options.only, options.seeds, options.lrs, options.particles = [*QUICK], [0], [0.01], [1]
         options.steps = 25
     if unknown := set(options.part) - set(STEPS):
-        parser.error(f"part must be of {', '.join(STEPS)}, got {unknown.pop()}")
+        parser.error(f"part must be one of {', '.join(STEPS)}, got {unknown.pop()}.")
     options.out.mkdir(parents=True, exist_ok=True)
     results = options.out / "training.csv"
     while wanted := missing(options, whole(results)):
@@ -322,13 +323,13 @@ def main() -> None:
 
 
 def missing(options: argparse.Namespace, rows: list[Row]) -> list[Run]:
-    """Return the requested runs without a row, as far as their step sizes are known."""
+    """Return the requested runs without a row whose step sizes are known."""
     done = {key_of(row) for row in rows}
     return [run for part in options.part or STEPS for run in runs(part, options, rows) if run.key not in done]
 
 
 def place(row: Row) -> tuple[Any, ...]:
-    """Return where a row stands in the file: by part, model, guide, and then the numbers."""
+    """Return the place of a row in the file: by part, model and guide, and then by the numbers."""
     names = *STEPS, *PROGRAMS, *GUIDES, *training_ablation.VARIANTS
     words = (names.index(row[name]) for name in ("part", "model", "guide"))
     return *words, row["optimiser"], *(float(row[name]) for name in ("lr", "particles", "seed", "steps"))

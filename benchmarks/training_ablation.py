@@ -1,8 +1,8 @@
-"""The variants of the part *ablation* of ``training.py``: two guides, and each with one change.
+"""Variants of the part *ablation* of ``training.py``: two guides, and each of them with one change.
 
-One is the default guide.  The other is the guide before its networks were centred and had a pace, with weights as torch
-has them and a full matrix for the learned affine map.  Changes to the first show what it needs; those to the second,
-which of the suspected causes made it explode.
+One is the default guide.  The other is the earlier guide, before its networks were centred and had a pace.  It has
+torch's weights and a full matrix for the learned affine map.  Changes to the first guide show what it needs.  Changes
+to the second show which of the suspected causes made it explode.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Change = Callable[[Any], None]
 
 
 class Variant(NamedTuple):
-    """A guide's arguments, changes to it once it is set up, and the number of particles."""
+    """Variant of a guide: its arguments, changes after its setup, and the number of particles."""
 
     guide: dict[str, Any] = {}
     changes: tuple[Change, ...] = ()
@@ -37,19 +37,19 @@ class Variant(NamedTuple):
 
 
 def no_pace(guide: Any) -> None:
-    """Let weights be as torch has them."""
+    """Use torch's weights, without a pace."""
     for network in (part for part in guide.flow.modules() if isinstance(part, Conditioner)):
         network.set_pace(None)
 
 
 def no_share(guide: Any) -> None:
-    """Let each network move its layer by a whole step, so that all layers together move by their number."""
+    """Let each network move its layer by a whole step, so that together n layers move by n steps."""
     for network in (part for part in guide.flow.modules() if isinstance(part, Conditioner)):
         network.set_pace(1.0)
 
 
 def no_pace_of(kind: str, guide: Any) -> None:
-    """Take the pace of hidden layers, or of output layers, away."""
+    """Remove the pace of hidden layers, or of output layers."""
     for layer in (part for part in guide.flow.modules() if isinstance(part, Linear)):
         if layer.zero is (kind == "output"):
             layer.set_pace(1.0)
@@ -63,7 +63,7 @@ def fast_hidden(guide: Any) -> None:
 
 
 def not_centered(guide: Any) -> None:
-    """Let the last layers read hidden units as they are."""
+    """Let the last layers read hidden units that are not centred."""
     for network in (part for part in guide.flow.modules() if isinstance(part, MLP)):
         network.centered = False
 
@@ -108,7 +108,7 @@ CHANGES = {
     "16 particles": Variant(particles=16),
 }
 OLD = not_centered, no_pace, full
-DEFAULT, BEFORE = "default", "before"  # what the labels of variants begin with
+DEFAULT, BEFORE = "default", "before"  # the first word of the label of a variant
 VARIANTS = {
     DEFAULT: Variant(),
     f"{DEFAULT}: no pace": Variant(changes=(no_pace,)),

@@ -1,4 +1,4 @@
-"""The page ``training.md``, made of the rows of ``training.csv``."""
+"""Page ``training.md``, made from the rows of ``training.csv``."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from posteriors import Row, mark
 from training_ablation import BEFORE, DEFAULT
 
 OURS, PEER, NORMAL = ("AutoFlow", "AutoPlateFlow"), ("AutoIAFNormal", "own guide"), "AutoNormal"
-USUAL = 0.03  # up to this step size every run is to hold
-BOUND = 3.0  # of the ratio to AutoIAFNormal
-HUGE = 1e4  # from here on, the order of magnitude will do
+USUAL = 0.03  # the largest step size at which every run must stay finite
+BOUND = 3.0  # the largest ratio to AutoIAFNormal that meets the target
+HUGE = 1e4  # larger numbers are shown by their order of magnitude
 
 
 def page(rows: list[Row]) -> str:
@@ -27,13 +27,14 @@ def page(rows: list[Row]) -> str:
     lines = [
         "# Guides in plain SVI",
         "",
-        'Does a guide hold in a loop that you already have, `SVI(model, guide, pyro.optim.Adam({"lr": lr}), '
-        "Trace_ELBO())`, at any usual step size, and how good is it at the end? `AutoFlow` has its defaults, beside "
-        "Pyro's guides in theirs. No run has warm-up, clipping (except ClippedAdam's own), decay or restarts. "
-        "The models are those of Pyro's tutorials and examples, on simulated data where the tutorials download theirs; "
-        "`benchmarks/programs.py` describes each. "
-        f"torch {torch.__version__.split('+')[0]}, Pyro {pyro.__version__}, Python {platform.python_version()}. "
-        "Reproduce with `python benchmarks/training.py`.",
+        "This page is for users who already have a loop of "
+        '`SVI(model, guide, pyro.optim.Adam({"lr": lr}), Trace_ELBO())`. It tests whether training stays stable '
+        "at all usual step sizes, and compares the final ELBO of our guides with that of Pyro's. " + result(rows),
+        "",
+        "Reproduce with `python benchmarks/training.py`. All guides have their defaults. No run has warm-up, clipping "
+        "(except ClippedAdam's own), decay or restarts. The models are those of Pyro's tutorials and examples. Data "
+        "that the tutorials download are simulated; `benchmarks/programs.py` describes each model. "
+        f"torch {torch.__version__.split('+')[0]}, Pyro {pyro.__version__}, Python {platform.python_version()}.",
     ]
     parts = {"hold": hold, "elbo": elbo, "short": short, "recipes": recipes, "ablation": ablation}
     for name, section in parts.items():
@@ -42,26 +43,35 @@ def page(rows: list[Row]) -> str:
     return "\n".join([*lines, "", *LIMITS]) + "\n"
 
 
+def result(rows: list[Row]) -> str:
+    """Return a sentence with the number of our runs that did not stay finite; empty without runs of *hold*."""
+    own = [row for row in rows if row["part"] == "hold" and row["guide"] in OURS and float(row["lr"]) <= USUAL]
+    bad = sum(not held(row) for row in own)
+    return f"Up to a step size of {USUAL:g}, {bad} of {len(own)} runs of our guides are not finite." if own else ""
+
+
 LIMITS = (
     "## Limits",
     "",
-    "`AutoIAFNormal` has one layer of Pyro's default size, which takes .6 s per step beyond 1,000 latents and was not "
-    "trained there. Models with data of their own (`lda`, `stable`, the forecasts, the regression) have simulated "
-    "ones. A run is one seed on one machine: another version of torch gives other draws.",
+    "* `AutoIAFNormal` has one layer of Pyro's default size. Beyond 1,000 latents it takes .6 s per step, so it was "
+    "not trained there.",
+    "* `lda`, `stable`, the forecasts and the regression have simulated data.",
+    "* A run is one seed on one machine. Another version of torch gives other draws.",
 )
 
 
 def value(row: Row, name: str) -> float:
-    """Return a measure of a run; NaN where it has none, as when its guide could not be built."""
+    """Return a measure of a run; NaN if it is missing, for example because the guide could not be built."""
     return float(row.get(name) or "nan")
 
 
 def held(row: Row) -> bool:
-    """Return True if all losses and the parameters at the end were finite."""
+    """True if all losses and the parameters at the end were finite."""
     return row["ended"] == row["steps"]
 
 
 def number(x: float, form: str = ".1f", huge: float = HUGE) -> str:
+    """Return a number as text: a dash for NaN, and only the order of magnitude of a large number."""
     if math.isnan(x):
         return "–"
     if math.isinf(x):
@@ -70,16 +80,17 @@ def number(x: float, form: str = ".1f", huge: float = HUGE) -> str:
 
 
 def ordered(rows: Iterable[Row], name: str) -> list[str]:
+    """Return the distinct values of a column, in their order."""
     return list(dict.fromkeys(row[name] for row in rows))
 
 
 def counts(rows: list[Row]) -> str:
-    """Return how many of some runs did not hold."""
+    """Return the number of runs that did not stay finite, of all runs."""
     return f"{sum(not held(row) for row in rows)} / {len(rows)}" if rows else "–"
 
 
 def floor(model: str, rows: list[Row]) -> float:
-    """Return the lowest loss that a guide reached on a model: of its ELBO, or at the end of the runs of *hold*."""
+    """Return the lowest loss that a guide reached on a model: by its ELBO, or at the end of the runs of *hold*."""
     ends: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         if row["model"] == model and row["part"] in ("hold", "elbo") and held(row):
@@ -91,22 +102,28 @@ def floor(model: str, rows: list[Row]) -> float:
 def hold(own: list[Row], rows: list[Row]) -> list[str]:
     """Return the section on the largest losses."""
     lines = [
-        "## Holding at any step size",
+        "## Stability",
         "",
-        f"Adam and ClippedAdam, step sizes {sizes(own)}, {own[0]['steps']} steps. Where there are fewer runs, Adam "
-        "alone at some of the step sizes. *Not finite*: runs with a loss, or parameters at the end, that are not; up "
-        f"to {USUAL:g}, and of ours beyond. *Ratio*: the largest loss after step 20 to that of Pyro's "
-        "flow guide, `AutoIAFNormal`, on the same seed, up to "
-        f"{USUAL:g}; of the excesses over the *floor*, the lowest loss that any guide reached on the model. Where that "
-        "guide is missing or not finite, the ratio is to `AutoNormal`. *Literal*: the ratio of the losses themselves, "
-        "where both are positive. *To AutoNormal*: of the excesses too; both start from the same place, while "
-        "`AutoIAFNormal` starts from a standard normal. On `vae` the peer is the example's own guide. Target: nothing "
-        f"that is not finite, ratios of at most {BOUND:g}.",
+        f"The runs have Adam and ClippedAdam, step sizes {sizes(own)}, and {own[0]['steps']} steps. Models with fewer "
+        "runs have Adam alone at some of the step sizes. The target is no run that is not finite, and ratios of at "
+        f"most {BOUND:g}.",
+        "",
+        "* *floor*: the lowest loss that any guide reached on the model.",
+        f"* *not finite*: runs with a loss, or parameters at the end, that are not finite, at step sizes up to "
+        f"{USUAL:g}. *ours beyond*: our runs at larger step sizes.",
+        "* *ratio*: the largest loss after step 20 over that of Pyro's flow guide, `AutoIAFNormal`, on the same seed. "
+        f"Both are excesses over the floor, at step sizes up to {USUAL:g}. If that guide is missing or not finite, the "
+        "ratio is to `AutoNormal`.",
+        "* *literal*: the ratio of the losses themselves, if both are positive.",
+        "* *to AutoNormal*: the ratio of excesses to `AutoNormal`, which has the same start. `AutoIAFNormal` starts "
+        "from a standard normal.",
+        f"* *at most {BOUND:g}*: the share of ratios that meet the target.",
+        "* On `vae` the peer is the example's own guide.",
         "",
         *head(
             *("model", "latents", "particles", "seeds", "floor"),
             *("not finite: ours", "AutoIAFNormal", "AutoNormal", "ours beyond"),
-            *("worst ratio", "median", f"at most {BOUND:g}", "worst literal", f"at most {BOUND:g}"),
+            *("worst ratio", "median ratio", f"at most {BOUND:g}", "worst literal", f"at most {BOUND:g}"),
             *("worst to AutoNormal", f"at most {BOUND:g}"),
         ),
     ]
@@ -122,7 +139,7 @@ def grouped(own: list[Row], rows: list[Row]) -> Iterator[tuple[str, str, list[Ro
 
 
 def holding(model: str, count: str, mine: list[Row], low: float) -> str:
-    """Return the line of a model and a number of particles."""
+    """Return the row of a model and a number of particles in the table of stability."""
     usual = [row for row in mine if float(row["lr"]) <= USUAL]
     groups = [[row for row in usual if row["guide"] in kind] for kind in (OURS, PEER, (NORMAL,))]
     beyond = [row for row in mine if row["guide"] in OURS and float(row["lr"]) > USUAL]
@@ -145,11 +162,12 @@ def holding(model: str, count: str, mine: list[Row], low: float) -> str:
 
 
 def excess(row: Row, low: float) -> float:
-    """Return by how much the largest loss of a run lies over the floor, at least a tenth of a nat."""
+    """Return the largest loss of a run minus the floor, at least a tenth of a nat."""
     return max(value(row, "worst") - low, 0.1)
 
 
 def setting(row: Row) -> tuple[str, ...]:
+    """Return the settings that runs of different guides share."""
     return tuple(row[name] for name in ("optimiser", "lr", "particles", "seed"))
 
 
@@ -159,6 +177,7 @@ def share(ratios: list[float]) -> str:
 
 
 def sizes(rows: list[Row]) -> str:
+    """Return the step sizes of rows in words."""
     return ", ".join(f"{lr:g}" for lr in sorted({float(row["lr"]) for row in rows}))
 
 
@@ -171,15 +190,18 @@ def seeds(rows: list[Row]) -> str:
 def elbo(own: list[Row], rows: list[Row]) -> list[str]:
     """Return the section on the ELBO."""
     lines = [
-        "## Where training ends",
+        "## Final ELBO",
         "",
-        f"The ELBO in nats after {own[0]['steps']} steps of Adam, from 1,000 draws (200 of models that do not "
-        f"broadcast), the mean over seeds. The first seed tries the step sizes {sizes(own)}, or some of "
+        f"The ELBO in nats after {own[0]['steps']} steps of Adam, as a mean over seeds. It has 1,000 draws, or 200 on "
+        f"models that do not broadcast. The first seed tries the step sizes {sizes(own)}, or some of "
         "them on larger models with more particles. Each guide takes its best one for the other seeds, which "
-        "favours all guides a little. Runs that are not finite are *lost*. The mean leaves them out, and brackets give "
-        f"their number. *Not finite* counts ours up to {USUAL:g}. *Difference*: ours minus the best of Pyro's, ± its "
-        "standard error over seeds, or over draws where there is one seed. On `vae` the ELBO is that of the first "
-        "minibatch, and Pyro's guide is the example's own. Target: no difference below zero, within its error.",
+        "favours all guides a little. The target is no difference below zero, within its error.",
+        "",
+        "* *lost*: runs that are not finite. The mean omits them, and brackets give their number.",
+        f"* *not finite*: our lost runs at step sizes up to {USUAL:g}.",
+        "* *difference*: ours minus the best of Pyro's, ± its standard error over seeds, or over draws if there is one "
+        "seed.",
+        "* On `vae` the ELBO is that of the first minibatch, and Pyro's guide is the example's own.",
         "",
         *head(
             *(
@@ -201,11 +223,11 @@ def elbo(own: list[Row], rows: list[Row]) -> list[str]:
 
 
 def ending(model: str, count: str, own: list[Row]) -> str:
-    """Return the line of a model and a number of particles."""
+    """Return the row of a model and a number of particles in the table of ELBOs."""
     found: dict[str, End] = {}
     for guide in ordered(own, "guide"):
         rates = [[row for row in own if (row["guide"], row["lr"]) == (guide, lr)] for lr in ordered(own, "lr")]
-        most = max(map(len, rates))  # the rate that all seeds took, or any rate where there is one seed
+        most = max(map(len, rates))  # the rate of all seeds, or any rate of a single seed
         found[guide] = max(end_of(mine) for mine in rates if len(mine) == most)
     nothing = End(-math.inf, math.nan, "–", 0)
     ours = max((end for guide, end in found.items() if guide in OURS), default=nothing)
@@ -221,7 +243,7 @@ def ending(model: str, count: str, own: list[Row]) -> str:
 
 
 class End(NamedTuple):
-    """Where the runs of a guide at one step size end: the mean of those that were not lost."""
+    """Final ELBO of a guide at one step size: the mean of the runs that were not lost."""
 
     elbo: float
     error: float
@@ -229,12 +251,13 @@ class End(NamedTuple):
     lost: int
 
     def text(self) -> str:
+        """Return the cell, with the number of lost runs."""
         lost = f" ({self.lost} lost)" if self.lost and math.isfinite(self.elbo) else ""
         return number(self.elbo, ".2f", 1e6) + lost
 
 
 def end_of(rows: list[Row]) -> End:
-    """Return the mean ELBO of runs with its standard error: over seeds, or over draws where there is one."""
+    """Return the mean ELBO of runs with its standard error: over seeds, or over the draws of a single seed."""
     kept = [row for row in rows if held(row) and math.isfinite(value(row, "elbo"))]
     if not kept:
         return End(-math.inf, math.nan, "–", len(rows))
@@ -248,9 +271,9 @@ def short(own: list[Row], rows: list[Row]) -> list[str]:
     lines = [
         "## A thousand short fits",
         "",
-        f"`AutoFlow`, Adam with a step size of {sizes(own)}, {own[0]['steps']} steps of one particle, "
-        f"{seeds(own)} dealt over ten models. Loss and all parameters are looked at after every step. Target: no state "
-        "that is not finite.",
+        f"`AutoFlow` takes {own[0]['steps']} steps of Adam with step size {sizes(own)} and one particle. The "
+        f"{seeds(own)} are spread over ten models. Loss and all parameters are tested after every step. The target "
+        "is no state that is not finite.",
         "",
         *head("model", "fits", "not finite", "largest loss after step 20", "median loss at the end"),
     ]
@@ -267,32 +290,32 @@ def recipes(own: list[Row], rows: list[Row]) -> list[str]:
     lines = [
         "## Other recipes",
         "",
-        f"`AutoFlow(model, flows.maf)` and so on: the largest loss after step 20 of {own[0]['steps']} steps of Adam, "
-        f"one particle, the worst of {seeds(own)}; in brackets the runs that were not finite. `AutoIAFNormal` starts "
-        "from a standard normal, and the others where `AutoNormal` does. Target: at most "
-        f"{BOUND:g} times that of Pyro's `AutoIAFNormal`.",
+        f"The guides are `AutoFlow(model, flows.maf)` and the like. They take {own[0]['steps']} steps of Adam with one "
+        f"particle. A cell is the largest loss after step 20, the worst of {seeds(own)}. Brackets give the runs that "
+        "were not finite. `AutoIAFNormal` starts from a standard normal, and all others start where `AutoNormal` "
+        f"starts. The target is at most {BOUND:g} times the loss of Pyro's `AutoIAFNormal`.",
         "",
     ]
     return [*lines, *grid(own)]
 
 
 def ablation(own: list[Row], rows: list[Row]) -> list[str]:
-    """Return the section on the cause."""
+    """Return the section on the causes."""
     lines = [
-        "## The cause: one change at a time",
+        "## Ablation",
         "",
-        f"The largest loss after step 20 of {own[0]['steps']} steps of Adam, one particle, the worst of "
-        f"{seeds(own)}; in brackets the runs that were not finite. *Default* is the guide as it is, whose networks "
-        "are centred and move at a pace; *before* is the guide without: weights as torch has them, and a full matrix "
-        "for the learned affine map. Each line makes one change to one of them. The starting loss of the guide is a "
-        "part of it, so compare columns within a group.",
+        f"A cell is the largest loss after step 20 of {own[0]['steps']} steps of Adam with one particle, the worst of "
+        f"{seeds(own)}. Brackets give the runs that were not finite. *Default* is the default guide, with centred "
+        "networks and a pace. *Before* is the earlier guide, with torch's weights and a full matrix for the learned "
+        "affine map. Each row makes one change to one of them. The loss includes the starting loss of the guide, so "
+        "compare the rows of one group.",
         "",
     ]
     return [*lines, *grid(own)]
 
 
 def grid(own: list[Row]) -> list[str]:
-    """Return a table of the worst losses, a line for each guide."""
+    """Return a table of the worst losses, a row per guide."""
     columns = list(itertools.product(ordered(own, "model"), sorted({float(row["lr"]) for row in own})))
     lines = head("guide", *(f"{model}, {lr:g}" for model, lr in columns))
     for label in ordered(own, "guide"):
@@ -303,7 +326,7 @@ def grid(own: list[Row]) -> list[str]:
 
 
 def cell(rows: list[Row]) -> str:
-    """Return the worst loss of the runs that held, and how many did not."""
+    """Return the worst loss of the finite runs, and the number of runs that were not finite."""
     bad = sum(not held(row) for row in rows)
     worst = number(max((value(row, "worst") for row in rows if held(row)), default=math.nan))
     return f"{worst} ({bad} / {len(rows)})" if bad else worst

@@ -1,18 +1,21 @@
-"""Does the verdict hold?  Fits, good and bad, judged by ``check`` and by answers that it does not know.
+"""Test of the verdicts of ``check`` on good and bad fits, against reference answers.
 
-    python benchmarks/trust.py                        # all of it, some two hours on 2 cores
-    python benchmarks/trust.py --parts broken modes   # some of it
+    python benchmarks/trust.py                        # all parts, about two hours on 2 cores
+    python benchmarks/trust.py --parts broken modes   # some parts
     python benchmarks/trust.py --quick --out DIR      # one target, few steps: a smoke run
 
-*guides*: ``AutoFlow`` (three seeds) and Pyro's guides (one) on the posteriors of ``posteriors.py``, fitted as there.
-*broken*: guides that are wrong on purpose, and spline couplings that have collapsed into a funnel's neck.  *modes*: two
-Gaussians 8 sd apart, fitted by the plain ELBO, which keeps one.
+The parts:
 
-The truth is that of 100,000 draws against the reference: the worst error of a mean in sd, and the ratios of sds; where
-there is no reference, against draws of the default ``AutoFlow``, weighed.  *Well fitted* are means within .05 sd,
-ratios within .95 to 1.05 and k-hat below .7; *accurate* are means within .1 and ratios within .9 to 1.1.  Fits are kept
-in the folder given by ``--fits``, so that they are not made again.  Writes ``trust.csv`` and ``trust.md`` into
-``docs/benchmarks``.
+* *guides*: ``AutoFlow`` (three seeds) and Pyro's guides (one seed) on the posteriors of ``posteriors.py``, fitted as
+  there.
+* *broken*: guides that are wrong on purpose, and spline couplings that have collapsed into the neck of a funnel.
+* *modes*: two Gaussians 8 sd apart, fitted by the plain ELBO, which keeps one.
+
+The true errors are those of 100,000 draws against the reference: the worst error of a mean in sd, and the ratios of
+sds.  If there is no reference, they are against importance-weighted draws of the default ``AutoFlow``.  A guide is
+*well fitted* if its means are within .05 sd, its ratios within .95 to 1.05, and its k-hat below .7.  It is *accurate*
+if its means are within .1 sd and its ratios within .9 to 1.1.  The folder of ``--fits`` keeps the fits for later runs.
+Writes ``trust.csv`` and ``trust.md`` into ``docs/benchmarks``.
 """
 
 from __future__ import annotations
@@ -42,8 +45,8 @@ from pyro_flows.programs.task import Task
 
 OUT = posteriors.OUT
 FUNNEL, REGRESSION = "eight_schools_centered", "nes1972"
-UNTRAINED = 30  # steps after which a fit is stopped that is stopped too early
-SLOW = "electric_1c_chr", "hepatitis"  # on which AutoNormalizingFlow takes up to 45 minutes
+UNTRAINED = 30  # steps of a fit that stops too early
+SLOW = "electric_1c_chr", "hepatitis"  # AutoNormalizingFlow takes up to 45 minutes on these
 COLUMNS = (
     *("part", "target", "guide", "seed", "verdict", "khat", "drift", "low_seen", "high_seen", "missing", "worst_error"),
     *("low_sd", "high_sd", "fit_seconds", "check_seconds", "reason"),
@@ -51,11 +54,11 @@ COLUMNS = (
 Row = dict[str, Any]
 
 
-# Fits, kept.
+# Fits, kept in a folder.
 
 
 def build(model: Callable[[], None], guide_name: str) -> Any:
-    """An untrained guide."""
+    """Return an untrained guide."""
     if guide_name == "AutoFlow":
         return pf.AutoFlow(model).setup()
     if guide_name == "splines":
@@ -66,7 +69,7 @@ def build(model: Callable[[], None], guide_name: str) -> Any:
 
 
 def fitted(name: str, guide_name: str, seed: int, steps: int | None, folder: Path) -> tuple[Any, Any, float]:
-    """A target, a guide of it, trained or found in the folder, and how long that took."""
+    """Return a target, its guide and the seconds of the fit; train the guide unless the folder has it."""
     posteriors.prepare(seed)
     target, path = targets.load(name), folder / f"{name}.{guide_name}.{seed}.pt"
     if path.exists():
@@ -86,7 +89,7 @@ def fitted(name: str, guide_name: str, seed: int, steps: int | None, folder: Pat
 
 
 def truth(target: targets.Target, guide: Any, steps: int | None, folder: Path, draws: int) -> Row:
-    """How wrong a guide's draws are."""
+    """Return the true errors of a guide's draws."""
     moments = {} if target.name in posteriors.UNRELATED else targets.reference_moments(target.name)
     if moments:
         ours = {k: v.numpy() for k, v in target.quantities(posteriors.draw(guide, draws)).items()}
@@ -101,7 +104,7 @@ def truth(target: targets.Target, guide: Any, steps: int | None, folder: Path, d
 
 
 def weighed_moments(name: str, steps: int | None, folder: Path, draws: int) -> tuple[Tensor, Tensor]:
-    """Means and standard deviations of all quantities, by weighed draws of the default guide."""
+    """Return the means and standard deviations of all quantities, by weighted draws of the default guide."""
     path = folder / f"{name}.moments.pt"
     if not path.exists():
         target, guide, _ = fitted(name, "AutoFlow", 0, steps, folder)
@@ -113,14 +116,14 @@ def weighed_moments(name: str, steps: int | None, folder: Path, draws: int) -> t
 
 
 def judged(model: Callable[[], None], guide: Any) -> Row:
-    """What the check says."""
+    """Return the row of ``check``, with its seconds."""
     torch.manual_seed(1)
     found = pf.check(model, guide)
     return {**seen(found), "check_seconds": found.seconds}
 
 
 def seen(found: pf.Check) -> Row:
-    """A check as a row."""
+    """Return a check as a row."""
     low, high = found.sd_ratios
     row = {"verdict": found.verdict, "khat": found.khat, "drift": found.drift, "low_seen": low, "high_seen": high}
     return {**row, "missing": found.missing.share, "reason": found.reason}
@@ -130,14 +133,14 @@ def seen(found: pf.Check) -> Row:
 
 
 def guides(name: str, guide_name: str, seed: int, steps: int | None, folder: Path, draws: int) -> list[Row]:
-    """A guide of the benchmark."""
+    """Return the row of a guide of the benchmark."""
     target, guide, seconds = fitted(name, guide_name, seed, steps, folder)
     found = {**judged(target.model, guide), "fit_seconds": seconds}
     return [{**found, **truth(target, guide, steps, folder, draws)}]
 
 
 class Clipped(nn.Module):
-    """The standard normal without what lies beyond 1.3 sd."""
+    """Base distribution: the standard normal, truncated at 1.3 sd."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -148,6 +151,8 @@ class Clipped(nn.Module):
 
 
 class ClippedNormal(dist.TorchDistribution):
+    """Standard normal, truncated at 1.3 sd in each dimension."""
+
     arg_constraints: dict[str, Any] = {}
     support = dist.constraints.real_vector
     has_rsample = True
@@ -171,7 +176,7 @@ class ClippedNormal(dist.TorchDistribution):
 
 
 def moved(guide: pf.AutoFlow, matrix: Tensor, shift: Tensor) -> None:
-    """Let a guide draw m + s A (z - m) / s + s shift where it drew z, with m its mean and s its sds."""
+    """Change the draws z of a guide to m + s A (z - m) / s + s shift, with its mean m and its sds s."""
     z = guide.flow().sample((20_000,))
     mean, sd = z.mean(0), z.std(0)
     fixed = guide.flow.transforms[-1]
@@ -183,7 +188,7 @@ def moved(guide: pf.AutoFlow, matrix: Tensor, shift: Tensor) -> None:
 
 
 def breaks(dim: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Ways to break a guide: a matrix and a shift each, in units of its sds."""
+    """Return ways to break a guide: a matrix and a shift each, in units of its sds."""
     one, none, first = torch.ones(dim), torch.zeros(dim), torch.eye(dim)[0]
     signs = torch.where(torch.arange(dim) % 2 == 0, 1.0, -1.0)
     return {
@@ -197,11 +202,11 @@ def breaks(dim: int) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def broken(name: str, kind: str, seed: int, steps: int | None, folder: Path, draws: int) -> list[Row]:
-    """A guide that is wrong on purpose."""
+    """Return the row of a guide that is wrong on purpose."""
     start = time.perf_counter()
     if kind == "collapsed splines":
         target, guide, seconds = fitted(name, "splines", seed, steps, folder)
-    elif kind == "funnel neck":  # fitted to a prior that wants tau fifty times smaller
+    elif kind == "funnel neck":  # the fit has a prior of tau with a scale fifty times smaller
         posteriors.prepare(seed)
         target = targets.load(name)
         guide = pf.AutoFlow(narrow_prior(target.model))
@@ -225,7 +230,7 @@ def broken(name: str, kind: str, seed: int, steps: int | None, folder: Path, dra
 
 
 def narrow_prior(model: Callable[[], None]) -> Callable[[], None]:
-    """The centred eight schools with a half-Cauchy prior of scale .1 for tau."""
+    """Return the centred eight schools with a half-Cauchy prior of scale .1 for tau."""
 
     class Narrow(pyro.poutine.messenger.Messenger):
         def _pyro_sample(self, msg: dict[str, Any]) -> None:
@@ -239,7 +244,7 @@ BROKEN = (*breaks(2), "tails cut", "funnel neck", "stopped early", "collapsed sp
 
 
 def modes(name: str, guide_name: str, seed: int, steps: int | None, folder: Path, draws: int) -> list[Row]:
-    """Two modes, of which the plain ELBO keeps one; the weight of the first is the target's name."""
+    """Return the row of a fit to two modes by the plain ELBO, which keeps one; the name is the weight of the first."""
     posteriors.prepare(seed)
     model, start = two_modes(float(name)), time.perf_counter()
     guide = pf.AutoFlow(model)
@@ -250,6 +255,7 @@ def modes(name: str, guide_name: str, seed: int, steps: int | None, folder: Path
 
 
 def measure(part: str, name: str, guide_name: str, seed: int, steps: int | None, folder: Path, draws: int) -> list[Row]:
+    """Run one task and return its rows, or a row with the error."""
     key = {"part": part, "target": name, "guide": guide_name, "seed": seed}
     try:
         found = {"guides": guides, "broken": broken, "modes": modes}[part](name, guide_name, seed, steps, folder, draws)
@@ -260,7 +266,7 @@ def measure(part: str, name: str, guide_name: str, seed: int, steps: int | None,
 
 
 def tasks(part: str, names: list[str]) -> list[tuple[str, str, str, int]]:
-    """What a part consists of."""
+    """Return the tasks of a part."""
     if part == "guides":
         flows = [(part, name, "AutoFlow", seed) for seed in posteriors.SEEDS for name in names]
         return flows + [
@@ -277,14 +283,16 @@ def tasks(part: str, names: list[str]) -> list[tuple[str, str, str, int]]:
     return [(part, weight, "AutoFlow", seed) for weight in ("0.5", "0.2") for seed in posteriors.SEEDS]
 
 
-# What was found.
+# The page.
 
 
 def number(row: Row, key: str) -> float:
+    """Return a number of a row, NaN if it is missing."""
     return float(row[key]) if row.get(key) else float("nan")
 
 
 def within(row: Row, error: float, ratio: float) -> bool:
+    """True if the true errors of a guide are within bounds."""
     return (
         number(row, "worst_error") <= error
         and number(row, "low_sd") >= 1 - ratio
@@ -293,28 +301,14 @@ def within(row: Row, error: float, ratio: float) -> bool:
 
 
 def quality(row: Row) -> str:
-    """How good a guide really is."""
+    """Return the true quality of a guide."""
     if within(row, 0.05, 0.05) and number(row, "khat") < 0.7:
         return "well fitted"
     return "accurate" if within(row, 0.1, 0.1) else "wrong"
 
 
 def table(rows: list[Row]) -> str:
-    """The results as Markdown."""
-    lines = [
-        "# Can the verdict be trusted?",
-        "",
-        "`check` beside the truth that it does not know. Errors of means in sd of the posterior, sds as ratios to the "
-        "posterior's; *seen* is what the chains say, the rest is measured on 100,000 draws against the reference (for "
-        "the posteriors without one, against weighed draws of the default guide). *Well fitted*: errors within .05, "
-        "ratios within .95 to 1.05, k-hat below .7. *Accurate*: within .1, and .9 to 1.1. "
-        "Reproduce with `python benchmarks/trust.py`.",
-        "",
-        "## Confusion",
-        "",
-        "| guides | number | trust | reweight | do not trust |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    """Return the results as Markdown."""
     benchmark = [row for row in rows if row["part"] == "guides" and row["verdict"] != "failed"]
     groups = {
         f"of the benchmark, {kind}": [r for r in benchmark if quality(r) == kind]
@@ -322,30 +316,67 @@ def table(rows: list[Row]) -> str:
     }
     groups["broken on purpose, or collapsed"] = [row for row in rows if row["part"] == "broken"]
     groups["one of two modes lost"] = [row for row in rows if row["part"] == "modes"]
+    good, bad = groups["of the benchmark, well fitted"], [row for group in list(groups.values())[2:] for row in group]
+    lines = [
+        "# Reliability of the verdict",
+        "",
+        "This page is for users who ask whether they can rely on `check`. It compares the verdicts with the true "
+        f"errors of good and bad guides. `check` trusts {trusted(good)} of {len(good)} well-fitted guides, and "
+        f"{trusted(bad)} of {len(bad)} guides that are wrong, broken or lack a mode.",
+        "",
+        "Reproduce with `python benchmarks/trust.py`. True errors are those of 100,000 draws against the reference. "
+        "Posteriors without a reference are compared with weighted draws of the default guide.",
+        "",
+        "* *well fitted*: errors of means within .05, ratios of sds within .95 to 1.05, and k-hat below .7.",
+        "* *accurate*: errors of means within .1, and ratios of sds within .9 to 1.1.",
+        "* *wrong*: all other guides.",
+        "",
+        "## Verdicts",
+        "",
+        "| guides | number | trust | reweight | do not trust |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for label, group in groups.items():
         counts = [sum(row["verdict"] == verdict for row in group) for verdict in ("trust", "reweight", "do not trust")]
         lines.append(f"| {label} | {len(group)} | " + " | ".join(map(str, counts)) + " |")
     titles = {
-        "guides": "Guides of the benchmark",
-        "broken": "Broken guides",
-        "modes": "Two modes, 8 sd apart, fitted by the plain ELBO (the target is the weight of the first mode)",
+        "guides": ("Guides of the benchmark", COLUMNS_SAY),
+        "broken": ("Broken guides", ""),
+        "modes": (
+            "Two distant modes",
+            "The modes are 8 sd apart, and the fit is by the plain ELBO. The target is the weight of the first mode.",
+        ),
     }
-    for part, title in titles.items():
+    for part, (title, text) in titles.items():
         mine = [row for row in rows if row["part"] == part]
         if not mine:
             continue
-        lines += ["", f"## {title}", "", *header()]
+        lines += ["", f"## {title}", "", *([text, ""] if text else []), *header()]
         lines += [line(row) for row in mine]
     return "\n".join(lines) + "\n"
 
 
+COLUMNS_SAY = (
+    "Errors of means are in sd of the posterior, and sds are ratios to those of the posterior. *Error seen*, *sds "
+    "seen* and *missing* come from the chains of `check`. *True error* and *true sds* come from the reference."
+)
+
+
+def trusted(rows: list[Row]) -> int:
+    """Return the number of guides that ``check`` trusts."""
+    return sum(row["verdict"] == "trust" for row in rows)
+
+
 def header() -> list[str]:
+    """Return the first two lines of a table of guides."""
     columns = "target", "guide", "seed", "verdict", "k-hat", "error seen", "sds seen"
-    columns += "missing", "error", "sds", "fit s", "check s"
+    columns += "missing", "true error", "true sds", "fit s", "check s"
     return ["| " + " | ".join(columns) + " |", "|---|---|---:|---|" + "---:|" * 8]
 
 
 def line(row: Row) -> str:
+    """Return the table row of a guide."""
+
     def text(key: str, form: str) -> str:
         return f"{float(row[key]):{form}}" if row.get(key) else "–"
 
@@ -357,7 +388,7 @@ def line(row: Row) -> str:
 
 
 def save(rows: list[Row], out: Path) -> None:
-    """Both files, each whole or not at all."""
+    """Write the rows as CSV and as Markdown, each atomically."""
     order = {name: i for i, name in enumerate(("guides", "broken", "modes", *targets.NAMES))}
     guides_first = {name: i for i, name in enumerate((*posteriors.GUIDES, *BROKEN))}
     rows.sort(
@@ -375,15 +406,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=list(parts), choices=parts)
     parser.add_argument("--targets", nargs="+", default=list(targets.NAMES), choices=targets.NAMES)
-    parser.add_argument("--fits", type=Path, help="folder in which fits are kept and looked for")
+    parser.add_argument("--fits", type=Path, help="folder of finished fits (default: a temporary one)")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the two files")
-    parser.add_argument("--quick", action="store_true", help="one target, 30 steps: needs --out")
+    parser.add_argument("--quick", action="store_true", help="smoke run: one target, 30 steps; needs --out")
     options = parser.parse_args()
     steps, draws = None, posteriors.DRAWS
     if options.quick:
         if options.out == OUT:
-            parser.error("--quick needs --out: its figures are no results")
+            parser.error("--quick needs --out, because its figures are not results. Add --out DIR.")
         options.targets, steps, draws = [FUNNEL], 30, 5_000
     targets.folder()
     folder = options.fits or Path(tempfile.mkdtemp())

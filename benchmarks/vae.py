@@ -1,22 +1,22 @@
-"""How much does a flow posterior, or a flow prior, improve a variational autoencoder of MNIST?
+"""Gain of a flow posterior, or a flow prior, in a variational autoencoder of MNIST.
 
-    python benchmarks/vae.py                                 # a table of one seed, about an hour of one core
-    python benchmarks/vae.py --only diagonal iaf --seeds 0   # some of its rows
+    python benchmarks/vae.py                                 # all rows for one seed, about an hour on one core
+    python benchmarks/vae.py --only diagonal iaf --seeds 0   # some rows
     python benchmarks/vae.py --epochs 1 --out DIR            # a smoke run
 
-The autoencoder is written as in Pyro's own tutorial: a decoder, a plate over the images of a minibatch, 40 latents,
-``pf.AutoPlateFlow`` for a guide, and Pyro's ``SVI`` with ``PathELBO``, or ``Trace_ELBO`` where a row says so.  All
-posteriors share encoder, decoder, epochs and step sizes, and end with the same affine map of the context, on its own
-the *diagonal* Gaussian; the others put a flow, which sees the context too, between base and map.  *default* is what
-``AutoPlateFlow`` builds where no flow is named.  The flow prior is a Real NVP.
+The autoencoder is that of Pyro's tutorial: a decoder, a plate over the images of a minibatch, and 40 latents.  Its
+guide is ``pf.AutoPlateFlow``, trained by Pyro's ``SVI`` with ``PathELBO`` (one row has ``Trace_ELBO``).  All posteriors
+share encoder, decoder, epochs and step sizes.  All end with the same affine map of the context.  Alone it is the
+*diagonal* Gaussian.  The other posteriors have a flow between base and map, which depends on the context too.
+*default* is the default flow of ``AutoPlateFlow``.  The flow prior is a Real NVP.
 
-Grey values are binarised anew at each step of the training, those of the test images once.  Reported are the ELBO of
-the 10,000 test images, in nats an image, with its standard error over images and the gain over the diagonal posterior
-image by image, and the log-likelihood of the first 2,000 by importance sampling (K = 500).  A run that was stopped goes
-on after its last finished row.  Writes ``vae.csv`` and ``vae.md`` into ``docs/benchmarks``.
+Grey values are binarised again at each training step, and once for the test images.  The results are the ELBO of the
+10,000 test images in nats per image, with its standard error over images, and the log-likelihood of the first 2,000 by
+importance sampling (K = 500).  The gain over the diagonal posterior is taken image by image.  An interrupted run
+continues after its last finished row.  Writes ``vae.csv`` and ``vae.md`` into ``docs/benchmarks``.
 
-Auto-Encoding Variational Bayes (Kingma, Welling 2013, arXiv:1312.6114); the protocol is that of Sylvester Normalizing
-Flows for Variational Inference (van den Berg et al. 2018, arXiv:1803.05649), with smaller networks.
+Auto-Encoding Variational Bayes (Kingma, Welling 2013, arXiv:1312.6114).  The protocol is that of Sylvester Normalizing
+Flows for Variational Inference (van den Berg et al. 2018), with smaller networks.
 """
 
 from __future__ import annotations
@@ -58,36 +58,41 @@ Row = dict[str, str]
 
 
 def place(context_dim: int) -> Elementwise:
-    """The map that ends each posterior: z = μ(c) + σ(c) x, where μ and σ see the image from the first step on."""
+    """Return the last map of each posterior: z = μ(c) + σ(c) x.  μ and σ depend on the image from the first step on."""
     net = MLP(context_dim, LATENTS, Affine().num_params, (CONTEXT,), skip=True)
     nn.init.normal_(net.direct.weight[:, :context_dim], std=context_dim**-0.5)
     return Elementwise(Affine(max_log_scale=5.0), LATENTS, net)
 
 
 def diagonal(input_dim: int, context_dim: int) -> Flow:
+    """Return the diagonal Gaussian."""
     return Flow([place(context_dim)])
 
 
 def planar(input_dim: int, context_dim: int) -> Flow:
+    """Return a posterior of planar flows."""
     flow = flows.planar_flow(input_dim, context_dim, num_transforms=10, hidden_dims=(64,))
     return Flow([*flow.transforms, place(context_dim)])
 
 
 def iaf(input_dim: int, context_dim: int) -> Flow:
+    """Return a posterior of inverse autoregressive flows."""
     flow = flows.iaf(input_dim, context_dim, num_transforms=4, hidden_dims=(256,), activation=nn.ELU)
     return Flow([*flow.transforms, place(context_dim)])
 
 
 def nsf(input_dim: int, context_dim: int) -> Flow:
+    """Return a posterior of spline couplings."""
     flow = flows.nsf(input_dim, context_dim, num_transforms=3, hidden_dims=(128,), activation=nn.ELU)
     return Flow([*flow.transforms, place(context_dim)])
 
 
 def realnvp() -> Flow:
+    """Return the flow prior."""
     return flows.realnvp(LATENTS, num_transforms=6, hidden_dims=(128,))
 
 
-# Posterior, prior and objective; without a posterior, what AutoPlateFlow makes of it.
+# Posterior (None: the default of AutoPlateFlow), prior (None: normal) and objective.
 RUNS: dict[str, tuple[Callable[[int, int], Flow] | None, Callable[[], Flow] | None, type[ELBO]]] = {
     "diagonal": (diagonal, None, PathELBO),
     "planar": (planar, None, PathELBO),
@@ -101,7 +106,10 @@ RUNS: dict[str, tuple[Callable[[int, int], Flow] | None, Callable[[], Flow] | No
 
 
 def start(network: nn.Module) -> nn.Module:
-    """He's start, under which the signal keeps its size; torch's own shrinks it, and the latents stay idle for long."""
+    """Apply He's initialisation and return the network.
+
+    It keeps the scale of the signal.  torch's default shrinks it, and latents then stay unused for many steps.
+    """
     for layer in network.modules():
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -110,7 +118,7 @@ def start(network: nn.Module) -> nn.Module:
 
 
 class VAE(nn.Module):
-    """p(x, z): a prior of the latents, normal or a flow, and a decoder."""
+    """Variational autoencoder p(x, z): a prior of the latents, normal or a flow, and a decoder."""
 
     def __init__(self, prior: Flow | None) -> None:
         super().__init__()
@@ -119,6 +127,7 @@ class VAE(nn.Module):
         self.prior = prior
 
     def model(self, x: Tensor) -> None:
+        """Sample the latents and the pixels of a minibatch."""
         pyro.module("decoder", self.decoder)
         prior = dist.Normal(torch.zeros(LATENTS), 1.0).to_event(1)
         if self.prior is not None:
@@ -129,12 +138,12 @@ class VAE(nn.Module):
 
 
 def images(part: str) -> Tensor:
-    """The grey values of MNIST's images, in [0, 1], ``(N, 784)``."""
+    """Return the grey values of MNIST's images, in [0, 1], ``(N, 784)``."""
     return mnist(part)[0].flatten(1) / 255
 
 
 def train(vae: VAE, guide: pf.AutoPlateFlow, objective: ELBO, grey: Tensor, epochs: int) -> float:
-    """Train model and guide; the seconds of CPU time that an epoch took."""
+    """Train model and guide and return the CPU seconds per epoch."""
     adam = {"optimizer": torch.optim.Adam, "optim_args": {"lr": LR, "fused": True}, "T_max": epochs}
     optimizer = CosineAnnealingLR(adam)
     svi = SVI(vae.model, guide, optimizer, objective)
@@ -147,13 +156,13 @@ def train(vae: VAE, guide: pf.AutoPlateFlow, objective: ELBO, grey: Tensor, epoc
 
 
 def log_likelihood(vae: VAE, guide: pf.AutoPlateFlow, x: Tensor, num_samples: int) -> Tensor:
-    """The importance-weighted bound of each image; with one sample an estimate of its ELBO."""
+    """Return the importance-weighted bound of each image; with one sample it is an estimate of the ELBO."""
     parts = [pf.importance_log_likelihood(vae.model, guide, rows, num_samples=num_samples) for rows in x.split(200)]
     return torch.cat(parts).double()
 
 
 def run(name: str, seed: int, epochs: int, folder: Path) -> Row:
-    """Train one autoencoder and score the test images, beside the diagonal posterior of the same seed."""
+    """Train one autoencoder, score the test images, and compare with the diagonal posterior of the same seed."""
     torch.set_num_threads(1)
     pyro.enable_validation(False)
     pyro.clear_param_store()
@@ -179,29 +188,30 @@ def run(name: str, seed: int, epochs: int, folder: Path) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     lines = [
         "# Variational autoencoders",
         "",
-        f"MNIST, binarised anew at each step, test images once; encoder {PIXELS}-{HIDDEN}-{HIDDEN}-{CONTEXT}, decoder "
-        f"{LATENTS}-{HIDDEN}-{HIDDEN}-{PIXELS}, `AutoPlateFlow` over {LATENTS} latents, Pyro's `SVI` and `PathELBO`: "
-        f"{rows[-1]['epochs']} epochs, minibatches of {BATCH}, Adam with a step size of {LR:g} that falls as a cosine. "
-        "Every posterior ends with the same affine map of the context, which alone is the diagonal Gaussian; "
-        "*default*, what `AutoPlateFlow` builds where no flow is named, with one of its own. Parameters: all, also "
-        "what is set and not trained. ELBO of "
-        f"the 10,000 test images ({ELBO_DRAWS} draws each) and log-likelihood of the first {LIKELIHOOD_IMAGES:,} "
-        f"(K = {LIKELIHOOD_DRAWS}), in nats per image, ± standard error over images. This error does not include the "
-        "noise between trainings. Gains are over the diagonal posterior with a normal prior and the same seed, image "
-        f"by image. Seconds of one core of a CPU; torch {torch.__version__}, Pyro {pyro.__version__}. Reproduce with "
-        "`python benchmarks/vae.py`.",
+        "This page is for users who train a variational autoencoder. It shows the gain of a flow in the posterior or "
+        f"in the prior, over a diagonal Gaussian posterior with a normal prior. {largest_gains(rows)}",
         "",
-        "Log-likelihood minus ELBO is the error of the posterior. One part comes from its family, which a flow widens. "
-        "The other comes from the encoder, which after few epochs is far from the best answer for each image.",
+        "Reproduce with `python benchmarks/vae.py`. The images are MNIST, binarised again at each training step, and "
+        f"once for the test images. The encoder is {PIXELS}-{HIDDEN}-{HIDDEN}-{CONTEXT}, the decoder "
+        f"{LATENTS}-{HIDDEN}-{HIDDEN}-{PIXELS}. `AutoPlateFlow` has {LATENTS} latents. Pyro's `SVI` trains with "
+        f"`PathELBO`, {rows[-1]['epochs']} epochs, minibatches of {BATCH}, and Adam. The step size {LR:g} falls as a "
+        f"cosine. torch {torch.__version__}, Pyro {pyro.__version__}.",
         "",
-        "With larger networks and far longer training, van den Berg et al. (2018, arXiv:1803.05649) report a negative "
-        "ELBO of 86.55 without a flow, 86.06 with planar flows and 84.20 with IAF.",
+        "* *posterior*: every one ends with the same affine map of the context. Alone it is the diagonal Gaussian. "
+        "*default* is the default flow of `AutoPlateFlow`, which has another map at its end.",
+        f"* *test ELBO*: of the 10,000 test images ({ELBO_DRAWS} draws each), in nats per image.",
+        f"* *log-likelihood*: of the first {LIKELIHOOD_IMAGES:,} test images (K = {LIKELIHOOD_DRAWS}), in nats per "
+        "image.",
+        "* *gain*: over the diagonal posterior with a normal prior and the same seed, image by image.",
+        "* ±: the standard error over images. It does not include the noise between trainings.",
+        "* *parameters*: all, with those that are not trained.",
+        "* *s per epoch*: seconds on one core of a CPU.",
         "",
-        "| posterior | prior | seed | test ELBO | gain | log-likelihood | gain | parameters | s an epoch |",
+        "| posterior | prior | seed | test ELBO | gain | log-likelihood | gain | parameters | s per epoch |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in rows:
@@ -212,18 +222,40 @@ def table(rows: list[Row]) -> str:
             cells.append(f"{value:.2f} ± {error:.2f}")
             cells.append("–" if gain != gain else f"**{gain:+.2f}** ± {gain_error:.2f}")
         lines.append("| " + " | ".join([*cells, f"{int(r['parameters']):,}", r["seconds_per_epoch"]]) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *NOTES]) + "\n"
+
+
+NOTES = (
+    "## What to notice",
+    "",
+    "* Log-likelihood minus ELBO is the error of the posterior. One part of it comes from the family of posteriors, "
+    "which a flow widens.",
+    "* The other part comes from the encoder. After few epochs it is far from the best answer for each image.",
+    "* With larger networks and far longer training, van den Berg et al. (2018, arXiv:1803.05649) report a negative "
+    "ELBO of 86.55 without a flow, 86.06 with planar flows and 84.20 with IAF.",
+)
+
+
+def largest_gains(rows: list[Row]) -> str:
+    """Return a sentence with the largest gain in ELBO under each prior, or an empty text without gains."""
+    gains: dict[str, float] = {}
+    for row in rows:
+        if gain := row["elbo_gain"]:
+            prior = "a flow prior" if "+" in row["run"] else "a normal prior"
+            gains[prior] = max(gains.get(prior, float(gain)), float(gain))
+    parts = [f"{gain:.2f} nats per image with {prior}" for prior, gain in gains.items()]
+    return f"The largest gain in ELBO is {' and '.join(parts)}." if parts else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="another number than the default needs --out")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="number of epochs; a new one needs --out")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--only", nargs="+", default=list(RUNS), choices=RUNS, help="some of the runs")
+    parser.add_argument("--only", nargs="+", default=list(RUNS), choices=RUNS, help="runs (default: all)")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the two files")
     options = parser.parse_args()
     if options.epochs != EPOCHS and options.out == OUT:
-        parser.error("--epochs needs --out: its figures are not those of the table")
+        parser.error("--epochs needs --out, because its figures are not those of the table. Add --out DIR.")
     folder = Path(tempfile.gettempdir()) / "pyro_flows_vae"  # scores of each test image, for the gains
     for path in (options.out, folder):
         path.mkdir(parents=True, exist_ok=True)
