@@ -1,4 +1,4 @@
-"""What every test starts from: one seed, no parameters left over, validation on, one thread."""
+"""Setup of every test: one seed, an empty parameter store, validation on, one thread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyro_flows import atomic_files
 
 
 def pytest_sessionstart() -> None:
-    # The tensors are tiny: two threads only wait for each other, for minutes where the machine is busy.
+    # The tensors are tiny, so a second thread only adds waiting, up to minutes on a busy machine.
     torch.set_num_threads(1)
 
 
@@ -26,7 +26,7 @@ def clean_start() -> None:
 
 @pytest.fixture
 def ctrl_c():
-    """Python's own handler, which a shell withholds from what it runs in the background."""
+    """Restore Python's handler of SIGINT, which a shell withholds from background jobs."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -34,7 +34,7 @@ def ctrl_c():
 
 @pytest.fixture
 def small_disk(monkeypatch):
-    """A disk on which no file of ours can have more than 20 kB, until what this returns is called."""
+    """Limit every file of ours to 20 kB, until the returned function is called."""
     room = 20_000
 
     class Small(io.FileIO):

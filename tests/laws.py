@@ -1,8 +1,8 @@
-"""The laws that every map obeys, and the registries of what has to obey them.
+"""Laws of all maps (shared property tests), and the registries of the maps that must obey them.
 
-A bijector and a transform are the same verb pair, ``forward_and_log_det(value, theta)`` and
-``inverse_and_log_det(value, theta)``, with parameters or a context as theta.  So a law is one function of such a map
-``f``, a value and a theta.  A new bijector, transform or recipe adds one line to a registry and gets every law.
+Bijectors and transforms have the same two verbs, ``forward_and_log_det(value, theta)`` and
+``inverse_and_log_det(value, theta)``, with parameters or a context as theta.  So a law is one function of a map ``f``,
+a value and a theta.  A new bijector, transform or recipe adds one line to a registry and is tested by every law.
 """
 
 from __future__ import annotations
@@ -108,20 +108,20 @@ Builder = Callable[[int, int], FlowTransform]  # (D, context_dim) -> transform
 
 
 class Kind(NamedTuple):
-    """A line of the registry of transforms; a feature of those of images is a channel of four pixels."""
+    """Line of the registry of transforms; a feature of an image transform is a channel of four pixels."""
 
     build: Builder
     takes_context: bool = False
-    size: int = 1  # how many numbers a feature has
+    size: int = 1  # numbers per feature
     least_dim: int = 1
     start: str = "identity"  # or "permutation", or "rotation"
     learns: bool = True
-    maps: bool = True  # under vmap
-    most_dim: int = 33  # up to which size laws are tried
+    maps: bool = True  # True if it runs under vmap
+    most_dim: int = 33  # the largest size at which the laws are tested
 
 
 def shuffled(dim: int) -> list[int]:
-    """A permutation of 0 … dim - 1 that is neither ascending nor descending once dim > 3."""
+    """Return a permutation of 0 … dim - 1 that is neither ascending nor descending for dim > 3."""
     return torch.randperm(dim, generator=torch.Generator().manual_seed(dim)).tolist()
 
 
@@ -164,7 +164,7 @@ def _fixed_point(dim: int, context_dim: int) -> FlowTransform:
 
 
 def _graph(dim: int, context_dim: int) -> FlowTransform:
-    """Each feature depends on those whose ranks differ from its own by one or by three, and are lower."""
+    """Build a layer in which each feature depends on the features of rank lower by one or three."""
     rank = torch.tensor(shuffled(dim))
     above = rank[:, None] - rank
     net = MADE(dim, 2, (48, 48), context_dim, adjacency=(above == 1) | (above == 3))
@@ -191,7 +191,7 @@ def _conditioned(dim: int, context_dim: int) -> FlowTransform:
 def _compose(dim: int, context_dim: int) -> FlowTransform:
     first = _coupling(Affine(1.0)) if dim > 1 else _elementwise(Affine(1.0))
     second = _autoregressive(RationalQuadraticSpline(), shuffled)
-    # The steep linear layers come first: after a bounded map they would multiply its round-off, which is not its own.
+    # The steep linear layers come first, because after a bounded map they would amplify its round-off.
     return Compose(
         [ActNorm(dim), LULinear(dim), Permute(shuffled(dim)), first(dim, context_dim), second(dim, context_dim)]
     )
@@ -222,13 +222,13 @@ def _residual(dim: int, context_dim: int) -> FlowTransform:
 
 
 def _continuous(dim: int, context_dim: int) -> FlowTransform:
-    """Solved as exactly as its dtype allows; the laws of a solver are not those of a tolerance."""
+    """Build a flow whose solver is as exact as its dtype, so that the laws do not depend on a tolerance."""
     field = MLPField(dim, context_dim, WIDTHS, activation=nn.Tanh)
     return Continuous(field, exact=True, solver="dopri8", rtol=1e-11, atol=1e-11)
 
 
 def _between_scales(rotation: Callable[[int], FlowTransform]) -> Builder:
-    """A rotation keeps |x| and the volume, all that the laws of learning look at; between two scales it matters."""
+    """Put a rotation between two scales: alone it keeps |x| and the volume, so that no test would see it learn."""
     return lambda dim, _: Compose([ActNorm(dim), rotation(dim), ActNorm(dim)])
 
 
@@ -236,7 +236,7 @@ PIXELS = 4
 
 
 def _of_images(build: Callable[[int, int], FlowTransform]) -> Builder:
-    """A transform of images of two by two pixels, (channels, context_dim) -> transform, that takes them as vectors."""
+    """Build a transform of images of two by two pixels, which it takes as vectors."""
     return lambda dim, context_dim: Reshaped(build(dim // PIXELS, context_dim), (dim,))
 
 
@@ -251,7 +251,7 @@ def _conv(bijector: Bijector, num_blocks: int, size: tuple[int, int] = (2, 2)) -
 
 
 def _multiscale(channels: int, context_dim: int) -> FlowTransform:
-    """All of a scale: a coupling of half of the channels, one that steers the others by them, one by a checkerboard."""
+    """Build one scale: couplings of half of the channels, of the other half given the first, and of a checkerboard."""
     coupling = _conv(Affine(1.0), 0, (1, 1))
     board = [place % 4 in (0, 3) for place in range(4 * channels)]
     net = ConvNet(2 * channels, 2 * channels, 2, (1, 1), 8, 1, context_dim)
@@ -264,14 +264,14 @@ def _tokens(channels: int, context_dim: int) -> FlowTransform:
     return Patched(Autoregressive(Affine(1.0), net), (channels, 2, 2))
 
 
-# One of each kind: what else a bijector's own settings may be is no matter for the transform.
+# One bijector of each kind: its other settings do not change the transform.
 OTHER_SETTINGS = ("affine_2", "affine_steep", "spline_16_bins", "sigmoidal_2_layers")
-STEERED = {name: b for name, b in BIJECTORS.items() if name not in OTHER_SETTINGS}
-# Scales without a bound, from features that were scaled themselves, outgrow the digits of any float.
-BOUNDED = {name: b for name, b in STEERED.items() if name != "softplus_affine"}
+CONDITIONED = {name: b for name, b in BIJECTORS.items() if name not in OTHER_SETTINGS}
+# Unbounded scales of already scaled features exceed the range of floats.
+BOUNDED = {name: b for name, b in CONDITIONED.items() if name != "softplus_affine"}
 
 TRANSFORMS: dict[str, Kind] = {
-    **{f"coupling_{name}": Kind(_coupling(b), True, least_dim=2) for name, b in STEERED.items()},
+    **{f"coupling_{name}": Kind(_coupling(b), True, least_dim=2) for name, b in CONDITIONED.items()},
     **{f"autoregressive_{name}": Kind(_autoregressive(BIJECTORS[name]), True) for name in ("affine", "spline_2_bins")},
     **{f"shuffled_{name}": Kind(_autoregressive(b, shuffled), True) for name, b in BOUNDED.items()},
     "coupling_paced": Kind(_paced(_coupling(Affine())), True, least_dim=2),
@@ -325,24 +325,24 @@ TRANSFORMS: dict[str, Kind] = {
 
 
 def circular_coupling(input_dim: int, context_dim: int = 0, **options: Any) -> Flow:
-    """Angles and real numbers in turn."""
+    """Build a flow of alternating angles and real numbers."""
     circular = [place % 2 == 0 for place in range(int(input_dim))]
     return flows.circular_coupling(input_dim, context_dim, circular=circular, **options)
 
 
 def umnn(input_dim: int, context_dim: int = 0, **options: Any) -> Flow:
-    """With few units, whose weights are parameters: it is steeper than other flows at parameters of one size."""
+    """Build a flow with few units: its weights are parameters, so at equal sizes it is steeper than other flows."""
     return flows.umnn(input_dim, context_dim, **{"hidden": 3, **options})
 
 
 def cnf(input_dim: int, context_dim: int = 0, *, num_transforms: int = 1, **options: Any) -> Flow:
-    """Solved far beyond the default tolerances, in float64, and of one field."""
+    """Build a flow of one field, solved in float64 far beyond the default tolerances."""
     options = {"solver": "dopri8", "rtol": 1e-11, "atol": 1e-11, **options}
     return flows.cnf(input_dim, context_dim, num_transforms=min(num_transforms, 1), **options)
 
 
 def bpf(input_dim: int, context_dim: int = 0, **options: Any) -> Flow:
-    """Of a low degree."""
+    """Build a flow of a low degree."""
     return flows.bpf(input_dim, context_dim, **{"degree": 8, **options})
 
 
@@ -372,7 +372,7 @@ RECIPES: dict[str, Callable[..., Flow]] = {
 
 
 def with_modes(base: ModesBase) -> ModesBase:
-    """Put the components in places of their own."""
+    """Move the components apart."""
     number, dim = base.num_components, base.input_dim
     places = torch.arange(1.0, number * dim + 1).reshape(number, dim).sin()
     factors = (0.7 + 0.2 * places.abs()).diag_embed() + 0.3 * torch.ones(dim, dim).tril(-1)
@@ -398,13 +398,13 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
-    """Standard normal draws times ``scale``, the same in every dtype."""
+    """Return standard normal draws times ``scale``, the same in every dtype."""
     return (torch.randn(shape, generator=generator(seed), dtype=torch.float64) * scale).to(dtype)
 
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module:
-    """Large random parameters: ``scale`` times standard normal in every last layer and table."""
+    """Set large random parameters: ``scale`` times standard normal in every last layer and table."""
     source = generator(seed)
 
     def draw(parameter: Tensor, size: float | Tensor) -> None:
@@ -428,7 +428,7 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
             for parameter in part.parameters():
                 draw(parameter, scale)
         elif isinstance(part, MLPField):
-            draw(part.output.weight, scale / part.hidden_dims[-1] ** 0.5)  # two points part by exp(slope) at most
+            draw(part.output.weight, scale / part.hidden_dims[-1] ** 0.5)  # |slope| bounds the growth of distances
             draw(part.output.bias, scale)
         elif isinstance(part, Householder):
             draw(part.vectors, scale)
@@ -444,7 +444,7 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
             diagonal = part.scale.diagonal() if part.dense else part.scale
             diagonal.copy_(torch.where(diagonal < 0, -1, 1) + diagonal / off)
         elif isinstance(part, LULinear | ScaledLinear):
-            # Off-diagonals shrink with the size, or the matrix would be singular to working precision.
+            # Off-diagonals shrink with the size, because otherwise the matrix would be numerically singular.
             off = scale / part.input_dim**0.5
             draw(part.factors, off + (1 - off) * torch.eye(part.input_dim, dtype=torch.float64))
             draw(part.shift, scale)
@@ -452,7 +452,7 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
 
 
 def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The Jacobian of each row: ``(N, D) -> (N, D, D)``."""
+    """Return the Jacobian of each row: ``(N, D) -> (N, D, D)``."""
     x = x.detach().requires_grad_()
     y = function(x)
     rows = [torch.autograd.grad(y[:, i].sum(), x, retain_graph=True)[0] for i in range(y.shape[-1])]
@@ -460,7 +460,7 @@ def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def square_jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The same in one pass over D copies of the batch, for a map of any batch whose results are as wide as its rows."""
+    """Return the Jacobian in one pass over D copies of the batch, for a map that keeps the width of its rows."""
     copies = x.detach().expand(x.shape[-1], *x.shape).clone().requires_grad_()
     y = function(copies)
     wanted = torch.eye(x.shape[-1]).to(y).unsqueeze(1).expand_as(y)
@@ -472,7 +472,7 @@ def bits_equal(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
 
 
 def gap(got: Tensor, wanted: Tensor, event_dim: int) -> Tensor:
-    """|got - wanted| / (1 + |wanted|) for each event; |·| is the largest entry of the event."""
+    """Return |got - wanted| / (1 + |wanted|) for each event; |·| is the largest entry of the event."""
     error, size = (got - wanted).abs(), wanted.abs()
     if event_dim:
         error, size = error.flatten(-event_dim).amax(-1), size.flatten(-event_dim).amax(-1)
@@ -509,7 +509,7 @@ def undoes_itself(f: Map, x: Tensor, theta: Tensor | None, tolerance: float | Te
 
 
 def inverts(f: Map, x: Tensor, theta: Tensor | None, tolerance: float) -> None:
-    """f(f⁻¹(y)) = y for y = f(x): the backward error, for which the map has no excuse."""
+    """f(f⁻¹(y)) = y for y = f(x): the backward error, which the map cannot amplify."""
     y, _ = f.forward_and_log_det(x, theta)
     x, _ = f.inverse_and_log_det(y, theta)
     again, _ = f.forward_and_log_det(x, theta)
@@ -517,7 +517,7 @@ def inverts(f: Map, x: Tensor, theta: Tensor | None, tolerance: float) -> None:
 
 
 def log_dets_are_opposite(f: Map, x: Tensor, theta: Tensor | None, tolerance: float) -> None:
-    """log|dx/dy| = -log|dy/dx| at the x that the inverse has found."""
+    """log|dx/dy| = -log|dy/dx| at the x that the inverse returns."""
     y, _ = f.forward_and_log_det(x, theta)
     x, backward = f.inverse_and_log_det(y, theta)
     _, forward = f.forward_and_log_det(x, theta)
@@ -540,7 +540,7 @@ def log_det_is_slogdet(f: FlowTransform, x: Tensor, context: Tensor | None) -> N
     matrix = square_jacobian(lambda value: f.forward_and_log_det(value, context)[0], x)
     order = order_of(f)
     if order is None:
-        # The elimination inside slogdet is itself only as exact as the matrix is well conditioned.
+        # The elimination in slogdet is only as exact as the condition number of the matrix allows.
         wanted, tolerance = torch.linalg.slogdet(matrix).logabsdet, 1e-9 + 1e-15 * torch.linalg.cond(matrix)
     else:
         wanted, tolerance = matrix.diagonal(dim1=-2, dim2=-1).log().sum(-1), torch.tensor(1e-9)
@@ -550,7 +550,7 @@ def log_det_is_slogdet(f: FlowTransform, x: Tensor, context: Tensor | None) -> N
 
 
 def carries_the_score(f: FlowTransform, x: Tensor, context: Tensor | None, tolerance: float) -> None:
-    """The score carried along with y is the gradient at y of the log-density that y has when x is standard normal."""
+    """The score that comes with y is the gradient at y of the log-density of y, for standard normal x."""
     y, log_det, score = f.forward_and_score(x.detach().requires_grad_(), -x, context)
     plain, plain_log_det = f.forward_and_log_det(x, context)
     assert gap(y, plain, 1).max() <= TINY[x.dtype]
@@ -561,12 +561,12 @@ def carries_the_score(f: FlowTransform, x: Tensor, context: Tensor | None, toler
     (wanted,) = torch.autograd.grad(log_density.sum(), leaf)
     assert not score.requires_grad
     matrix = square_jacobian(lambda value: f.forward_and_log_det(value, context)[0], x)
-    # Going back by way of y is only as exact as the map is well conditioned: round-off grows by some 50 operations.
+    # The way back through y is only as exact as the condition number allows: some 50 operations amplify round-off.
     assert (gap(score, wanted, 1) <= tolerance + 1e-14 * torch.linalg.cond(matrix)).all()
 
 
 def carries_the_gradient(f: FlowTransform, x: Tensor, tolerance: float) -> None:
-    """Outside of autograd a transform carries the same score, and pulls gradients back as autograd does."""
+    """Without autograd a transform returns the same score, and pulls gradients back as autograd does."""
     leaf, g = x.detach().requires_grad_(), torch.linspace(-1, 2, x.numel()).to(x).reshape(x.shape)
     y, log_det, score = f.forward_and_score(leaf, -x)
     trained = [parameter for parameter in f.parameters() if parameter.requires_grad]
@@ -586,7 +586,7 @@ def carries_the_gradient(f: FlowTransform, x: Tensor, tolerance: float) -> None:
 
 
 def order_of(f: FlowTransform) -> Tensor | None:
-    """The ranks of the features of an autoregressive layer, forward or inverted; None for other transforms."""
+    """Return the ranks of the features of an autoregressive layer, forward or inverted; None for other transforms."""
     f = f.transform if isinstance(f, Inverse) else f
     if isinstance(f, BlockAutoregressive):
         return torch.arange(f.input_dim)
@@ -594,7 +594,7 @@ def order_of(f: FlowTransform) -> Tensor | None:
 
 
 def is_triangular(f: FlowTransform, x: Tensor, context: Tensor | None) -> None:
-    """Feature i of y depends on no feature of higher rank, and increases in its own."""
+    """Feature i of y does not depend on features of higher rank, and it increases in feature i of x."""
     order = order_of(f)
     assert order is not None
     for verb in (f.forward_and_log_det, f.inverse_and_log_det):
@@ -604,7 +604,7 @@ def is_triangular(f: FlowTransform, x: Tensor, context: Tensor | None) -> None:
 
 
 def compiles(f: Map, x: Tensor, theta: Tensor | None, inverse: str = "aot_eager") -> None:
-    """Both verbs compile to one graph, forward and backward.  Not every machine has a compiler, hence ``aot_eager``."""
+    """Both verbs compile to one graph, forward and backward; ``aot_eager``, because some machines lack a compiler."""
     for verb, backend in ((f.forward_and_log_det, "aot_eager"), (f.inverse_and_log_det, inverse)):
         torch._dynamo.reset()
         plain = _value_and_grad(verb, x, theta)
@@ -621,12 +621,12 @@ def _value_and_grad(verb: Callable, x: Tensor, theta: Tensor | None) -> list[Ten
 
 
 def maps(f: Map, x: Tensor, theta: Tensor | None, in_dims: tuple[int, int | None]) -> None:
-    """``torch.func.vmap`` over a leading dimension gives what one call on the whole batch gives."""
+    """``torch.func.vmap`` over a leading dimension gives the result of one call on the whole batch."""
     for verb in (f.forward_and_log_det, f.inverse_and_log_det):
         for ours, theirs in zip(torch.func.vmap(verb, in_dims)(x, theta), verb(x, theta), strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
 
 
 def learned(guide: AutoFlow) -> list[nn.Parameter]:
-    """The parameters of a guide that are trained: all but those of the last transform, which is set."""
+    """Return the trained parameters of a guide: all but those of the fixed last transform."""
     return [parameter for transform in guide.flow.transforms[:-1] for parameter in transform.parameters()]

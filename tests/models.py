@@ -1,4 +1,4 @@
-"""Models that several files of tests share."""
+"""Models that several test files share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyro_flows.diagnostics import Finding
 
 
 def nested(y=None, *, noise=1.0):
-    """Two nested plates, a factor, a deterministic site, data."""
+    """Sample two nested plates, a factor, a deterministic site and data."""
     top = pyro.sample("top", dist.Normal(0.0, 1.0))
     with pyro.plate("outer", 2, dim=-2):
         middle = pyro.sample("middle", dist.Normal(top, 1.0))
@@ -30,6 +30,6 @@ Y = torch.tensor([[0.5, 1.0, 2.0], [3.0, 0.1, 1.5]])
 
 
 def with_verdict(found: Check, verdict: str) -> Check:
-    """A check that has found what leads to a verdict."""
+    """Return a check with the findings that lead to a verdict."""
     findings = () if verdict == "trust" else (Finding("mean", "x", 1.0, 0.1, verdict),)
     return dataclasses.replace(found, findings=findings)

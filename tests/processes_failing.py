@@ -1,4 +1,4 @@
-"""What fails in one of two processes, for ``processes_job.py``."""
+"""Failures of one of two processes, for ``processes_job.py``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ BRIEF: Any = {"validation": torch.zeros(9, 2).double() + 5, "max_epochs": 2, "pr
 
 
 class Broken(Exception):
-    """An error that can be sent nowhere: it is made of two arguments, and pickles as one."""
+    """Error that cannot be sent between processes: it takes two arguments, but its pickle has one."""
 
     def __init__(self, row: int, file: str) -> None:
         super().__init__(f"row {row} of {file}")
 
 
 class Batches:
-    """Batches that end in another way in the second epoch."""
+    """Batches whose second epoch has another end."""
 
     def __init__(self, end: Callable[[], Any]) -> None:
         self.end, self.epoch = end, 0
@@ -49,7 +49,7 @@ def unsendable() -> Any:
 
 
 def gap() -> Found:
-    """Found by one process before the first step."""
+    """Fit data with a NaN that only process 1 has, and that it finds before the first step."""
     x = rows()
     if RANK == 1:
         x[7, 1] = torch.nan
@@ -57,7 +57,7 @@ def gap() -> Found:
 
 
 def ugly(folder: Path) -> Fit:
-    """Found by the process that draws, between two steps."""
+    """Fit with pictures, in which the drawing process fails between two steps."""
 
     def refuse(*_: Any) -> None:
         raise ArithmeticError("the picture is ugly")
@@ -69,7 +69,7 @@ def ugly(folder: Path) -> Fit:
 
 
 def far_off() -> float:
-    """Where one draw for each process has to do: found by a start that both make, or not at all."""
+    """Run a fit far from its start with one draw per process; it needs a start on which both processes agree."""
 
     def model() -> None:
         x = pyro.sample("x", dist.Normal(torch.tensor([100.0, -50.0]), torch.tensor([1.0, 30.0])).to_event(1))
@@ -81,7 +81,7 @@ def far_off() -> float:
 
 
 def broken_off(inside: bool) -> tuple[str, int]:
-    """A second start that the model of process 1 refuses, before the first step or within one."""
+    """Run two starts; the model of process 1 refuses the second one, before the first step or within a step."""
     starts = [0]
 
     def model(y: Tensor) -> None:
@@ -101,7 +101,7 @@ def broken_off(inside: bool) -> tuple[str, int]:
 
 
 def failing(folder: Path) -> Found:
-    """Wherever one process fails, both do, and both go on if the script does."""
+    """Return the outcome of each failure: both processes fail together, and both go on if the script does."""
     return {
         "unreadable": failed(lambda: fit_density(small(), Batches(unreadable), **BRIEF)),
         "unsendable": failed(lambda: fit_density(small(), Batches(unsendable), **BRIEF)),

@@ -1,4 +1,4 @@
-"""What two processes do in ``test_processes.py``: ``torchrun --nproc-per-node 2 processes_job.py FOLDER``."""
+"""Job of two processes for ``test_processes.py``: ``torchrun --nproc-per-node 2 processes_job.py FOLDER``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Found = dict[str, Any]
 
 
 def told(fit: Fit) -> Found:
-    """What there is to compare of a fit."""
+    """Return the parts of a fit that are compared."""
     numbers = (
         [p.detach().flatten().double() for p in fit.guide.parameters()] if isinstance(fit.guide, nn.Module) else []
     )
@@ -55,7 +55,7 @@ def rows(seed: int = 0, number: int = 150) -> Tensor:
 
 
 def small() -> flows.Flow:
-    """A flow whose weights differ from process to process, until a fit makes them one."""
+    """Return a flow whose initial weights differ between processes; a fit broadcasts those of process 0."""
     flow = flows.maf(2, num_transforms=2, hidden_dims=(8,)).double()
     for parameter in flow.parameters():
         nn.init.normal_(parameter, 0, 0.1)
@@ -63,7 +63,7 @@ def small() -> flows.Flow:
 
 
 class At(Likelihood):
-    """The likelihood, with something else at one step of one process."""
+    """Likelihood that calls a function at one step of one process."""
 
     def __init__(self, step: int, rank: int, act: Callable[[Tensor], Tensor | None]) -> None:
         super().__init__()
@@ -83,14 +83,14 @@ class At(Likelihood):
 
 
 def density(**settings: Any) -> Found:
-    """Batches of 37 rows, of which processes have 18 and 19."""
+    """Fit batches of 37 rows, divided into 18 and 19 rows."""
     pyro.set_rng_seed(RANK)
     settings = {"x": rows(), "max_epochs": 5, "batch_size": 37, "progress": False, **settings}
     return told(fit_density(small(), **settings))
 
 
 def loader(**settings: Any) -> Found:
-    """The last batch has one row, so that a process has none."""
+    """Fit batches from a loader whose last batch has one row, so that one process has no row."""
     batches = DataLoader(TensorDataset(rows(number=152)), batch_size=34, shuffle=True)
     return density(x=batches, batch_size=None, **settings)
 
@@ -101,7 +101,7 @@ def amortized() -> Found:
         return pyro.sample("x", dist.Normal(theta, 0.5).to_event(1), obs=x)
 
     pyro.set_rng_seed(RANK)
-    theta = rows(RANK)  # others' are not used
+    theta = rows(RANK)  # the fit ignores those of process 1
     guide = AutoFlow(
         model, lambda *dims: flows.maf(*dims, num_transforms=1, hidden_dims=(8,)).double(),
         encoder=MLPEncoder(2, 4, hidden_dims=(8,)).double(), name=f"amortised_{time.monotonic_ns()}",
@@ -129,7 +129,7 @@ def without_noise(objective: Any) -> Found:
 
 
 def noise() -> Found:
-    """Losses of one guide, which hardly moves."""
+    """Return the losses of one guide that hardly moves."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     guide = AutoNormal(normal)
@@ -138,7 +138,7 @@ def noise() -> Found:
 
 
 def minibatches() -> Found:
-    """The processes' own minibatches, noted by each."""
+    """Return the fit and the minibatches that each process sees."""
     y, seen = torch.arange(40.0).double(), []
 
     def model(y: Tensor) -> None:
@@ -161,7 +161,7 @@ def restarted() -> Found:
 
 
 def replayed(folder: Path) -> Found:
-    """Draws of their own are kept by each process, and in the checkpoint."""
+    """Run and resume a fit in which every process stores its own draws, also in the checkpoint."""
 
     def run(file: Path | None, at: int) -> Found:
         pyro.set_rng_seed(3)
@@ -188,7 +188,7 @@ def interrupt(_: Tensor) -> None:
 
 
 def resumed(folder: Path) -> Found:
-    """Broken off by process 1 alone, and taken up again; and what one process has broken off."""
+    """Interrupt process 1 alone and resume; also resume what one process alone has interrupted."""
     broken = density(checkpoint=folder / "two", objective=At(6, 1, interrupt))
     if RANK == 0:
         (folder / "left_by_two").write_bytes((folder / "two").read_bytes())
@@ -200,7 +200,7 @@ def resumed(folder: Path) -> Found:
 
 
 def full_disk(folder: Path) -> Found:
-    """A checkpoint that process 0 cannot write, and no other knows of."""
+    """Fit with a checkpoint that only process 0 fails to write."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if RANK == 0:
@@ -225,7 +225,7 @@ def fail(_: Tensor) -> None:
 
 
 def missing() -> Found:
-    """Gradients that one process lacks, one that both lack, and a wish of one."""
+    """Add up gradients: one that one process lacks, one that both lack, and the request of one process."""
     a, b, c = (
         torch.ones((), dtype=dtype, requires_grad=True) for dtype in (torch.float32, torch.float64, torch.float64)
     )
@@ -260,13 +260,13 @@ def both(folder: Path) -> Found:
 
 
 def main(folder: Path) -> None:
-    from processes_failing import failing, gap  # made of what is above
+    from processes_failing import failing, gap  # imports from this module
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.redirect_stderr(io.StringIO()) as said:
         found = {**both(folder), **failing(folder)}
     torch.save({**found, "said": said.getvalue()}, folder / f"found_{RANK}")
-    gap()  # after which the launcher ends all
+    gap()  # ends the launcher
 
 
 if __name__ == "__main__":

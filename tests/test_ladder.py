@@ -1,4 +1,4 @@
-"""The ladder: it stops where it can, goes on where it must, tells of each rung, and loses nothing."""
+"""The ladder stops when it can, continues when it must, reports each rung, and loses nothing."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ Y = torch.tensor([1.0, 0.0, -2.0])
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch) -> None:
-    """Small populations, and few sweeps for exact draws."""
+    """Use small populations, and few sweeps for exact draws."""
     monkeypatch.setattr(ladder, "PARTICLES", 512)
     monkeypatch.setattr(ladder, "EXACT", Goal(200, 20))
 
 
 def distrust(*args, **kwargs):
-    """A coarse check that trusts nothing, and so needs no search."""
+    """Return a coarse check that trusts no guide, and so skips the search."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verdict, "search", lambda *_: Missing(0.0, 0.0))
         return with_verdict(check(*args, num_samples=1000, num_chains=16, **kwargs), "do not trust")
@@ -71,7 +71,7 @@ def test_a_gaussian_is_enough_for_a_gaussian():
     assert fit.check.trusted
     assert fit.guide is fit.rungs[0].fit.guide
     assert fit.guide.sample(5)["x"].shape == (5, 3)
-    assert guide.is_fresh  # it was not needed
+    assert guide.is_fresh  # the guide was not trained
 
 
 def test_a_bent_posterior_takes_a_flow():
@@ -87,7 +87,7 @@ def test_a_bent_posterior_takes_a_flow():
 
 
 def test_a_missing_mode_is_found():
-    """Neither more couplings nor more steps can find it, so they are passed over."""
+    """Neither more couplings nor more steps can find the mode, so these rungs are skipped."""
     pyro.set_rng_seed(1)
     fit = fit_svi(two_modes, AutoFlow(two_modes, small), num_particles=64, escalate=True, progress=False)
     assert names(fit)[:2] == ["Gaussian", "annealed"]
@@ -101,7 +101,7 @@ def never(*_, **__):
 
 
 def test_every_rung_is_tried_before_it_gives_up(monkeypatch):
-    """Each starts from the last: the deeper flow draws at first as the one before it."""
+    """Each rung starts from the last: the deeper flow first draws as the one before it."""
     monkeypatch.setattr(ladder, "check", distrust)
     deepened = []
     original = ladder._deepened
@@ -123,7 +123,7 @@ def test_every_rung_is_tried_before_it_gives_up(monkeypatch):
     assert fit.samples is fit.rungs[-1].samples
     assert "exact draws" in repr(fit)
     elbos = [float(rung.check.psis.log_weights.mean()) for rung in fit.rungs]
-    assert fit.guide is fit.rungs[elbos.index(max(elbos))].fit.guide  # losses of other objectives do not compare
+    assert fit.guide is fit.rungs[elbos.index(max(elbos))].fit.guide  # losses of other objectives are not comparable
 
 
 def test_draws_are_exact_where_weights_are_not_reliable(monkeypatch):
@@ -140,11 +140,11 @@ def test_draws_are_exact_where_weights_are_not_reliable(monkeypatch):
 
 
 def test_chains_that_leave_out_what_a_check_has_found_do_not_converge():
-    """The guide is too wide for one of two modes, so that its chains drift: it counts as collapsed."""
+    """A guide that is too wide for one of two modes counts as collapsed, because its chains drift."""
 
     def model() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 5.0))
-        pyro.sample("y", dist.Normal((x - 1) ** 2, 2.0), obs=torch.tensor(25.0))  # 6 or -4
+        pyro.sample("y", dist.Normal((x - 1) ** 2, 2.0), obs=torch.tensor(25.0))  # x is near 6 or -4
 
     def guide() -> None:
         pyro.sample("x", dist.Normal(6.0, 0.35))
@@ -159,7 +159,7 @@ def test_chains_that_leave_out_what_a_check_has_found_do_not_converge():
 
 
 def test_less_evidence_than_before_is_not_trusted():
-    """A second fit has found one mode, exactly; the first one had found two."""
+    """A second fit with one of two modes, exactly, is not trusted after a first fit with both."""
 
     def both() -> None:
         pyro.sample(
@@ -191,7 +191,7 @@ def test_the_best_rung_is_kept():
 
 
 def test_restarts_find_the_better_mode():
-    """From one start the fit stays at a spurious mode, tens of nats below the posterior."""
+    """A single start stays at a spurious mode, tens of nats below the posterior."""
 
     def spurious() -> None:
         z = pyro.sample("z", dist.Normal(0.0, 30.0))
@@ -221,7 +221,7 @@ def test_restarts_of_flat_priors():
 
 
 def test_restarts_in_another_dtype_and_of_angles():
-    """A model in float64 where floats are of 32 bits, and one whose angles no Gaussian can start from."""
+    """A float64 model restarts under a float32 default, and so does a model of angles, which have no Gaussian start."""
     double = Y.double()
 
     def precise() -> None:
@@ -266,7 +266,7 @@ def test_an_interrupted_ladder_keeps_the_best_rung(monkeypatch):
     assert names(fit) == ["Gaussian", "flow"]
     assert fit.stopped == "interrupted"
     assert fit.rungs[1].check is None
-    assert fit.guide is fit.rungs[0].fit.guide  # the one that was judged
+    assert fit.guide is fit.rungs[0].fit.guide  # the checked guide
     assert fit.guide.sample(3)["x"].isfinite().all()
 
 
@@ -277,19 +277,19 @@ def test_a_ladder_goes_on_from_its_files(tmp_path, monkeypatch):
     settings["checkpoint"] = tmp_path / "run.pt"
     first = fit_svi(normal, AutoFlow(normal, small), Y, **settings)
     files = {"run.pt.Gaussian", "run.pt.flow", "run.pt.deeper-and-longer"}
-    assert {path.name for path in tmp_path.iterdir()} - {"run.pt.annealed"} == files  # which may need no training
+    assert {path.name for path in tmp_path.iterdir()} - {"run.pt.annealed"} == files  # this rung may need no training
     again = fit_svi(normal, AutoFlow(normal, small), Y, **settings)
     assert [rung.fit.best_loss for rung in again.rungs] == [rung.fit.best_loss for rung in first.rungs]
 
 
 def positive() -> None:
-    """The half-normal in the first of two latents, whose density ends at 0."""
+    """Sample two normal latents, the first one restricted to positive values."""
     x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     pyro.factor("edge", torch.where(x[..., 0] > 0, 0.0, -math.inf))
 
 
 def test_a_hard_edge_is_met_by_a_population():
-    """There KL(q || p) is infinite, and no fit by the ELBO goes on."""
+    """At a hard edge KL(q || p) is infinite, so no fit by the ELBO can continue."""
     guide = AutoFlow(positive, small, init_loc_fn=init_to_value(values={"x": torch.tensor([0.05, 0.0])}))
     with pytest.raises(FloatingPointError, match=r"'edge' has a log-density of -inf.*hard edge"):
         fit_svi(positive, guide, progress=False)
@@ -305,7 +305,7 @@ def test_a_hard_edge_is_met_by_a_population():
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("bad")])
 def test_a_rung_that_breaks_off_costs_no_other(monkeypatch, error):
-    """In its warm start, say, outside of any loop that would hold a Ctrl-C."""
+    """A rung that fails in its warm start, outside of any loop that catches Ctrl-C, does not lose the other rungs."""
     monkeypatch.setattr(ladder, "check", distrust)
     monkeypatch.setattr(ladder, "_restarted", lambda climber, guide, *_: climber.fit("flow", _Broken(error)))
     monkeypatch.setattr(ladder.Ladder, "fit", _fit_or_break(ladder.Ladder.fit))
@@ -366,7 +366,7 @@ def test_a_start_that_breaks_down_costs_no_other(monkeypatch):
 
 
 def test_a_model_with_parameters_is_refused():
-    """Each fit would take over what the last has made of them."""
+    """A model with parameters is refused, because each fit would inherit those of the last one."""
 
     def model(y: Tensor) -> None:
         scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)

@@ -1,4 +1,4 @@
-"""The log-likelihood of each row: exact where the guide is, a bound that rises with the draws where it is not."""
+"""The log-likelihood of each row is exact for an exact guide, and otherwise a bound that rises with the draws."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ X = torch.tensor([[0.5, 1.0, 2.0], [-1.0, 0.3, -0.2], [3.0, 2.0, 4.0], [0.0, 0.0
 
 
 def model(x, seen=None):
-    """z ~ N(0, 1), x_j ~ N(z, 1) for three j in each row."""
+    """Sample rows z ~ N(0, 1) and, for three j, x_j ~ N(z, 1)."""
     with pyro.plate("row", len(x)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         with poutine.mask(mask=torch.tensor(True) if seen is None else seen):
@@ -43,14 +43,14 @@ score = functools.partial(importance_log_likelihood, plate="row")
 
 @pytest.mark.parametrize("draws", [1, 7, 120])
 def test_exact_where_the_guide_is(draws):
-    """Each draw has the same weight: any number of them, in any batches, gives the likelihood itself."""
+    """All draws have the same weight, so that any number of them, in any batches, gives the exact likelihood."""
     found = score(model, guide_of(), X, num_samples=draws)
     assert found.shape == (4,)
     torch.testing.assert_close(found, exact(X), rtol=1e-5, atol=1e-5)
 
 
 def test_a_bound_that_rises_with_the_draws():
-    """The mean of many estimates for each number of draws, within standard errors."""
+    """The mean over many estimates rises with the number of draws, within standard errors."""
     guide, repeats = guide_of(1.6, 0.4), 400
     many = X[:1].expand(repeats, 3)
     means, errors = [], []
@@ -64,7 +64,7 @@ def test_a_bound_that_rises_with_the_draws():
     assert means[0] < wanted - 5 * errors[0]
     assert means[1] > means[0] + 3 * math.hypot(errors[0], errors[1])
     assert abs(means[-1] - wanted) < 0.01 + 4 * errors[-1]
-    # With one draw it is the ELBO: log-evidence less KL(q, p), of normals.
+    # With one draw it is the ELBO: the log-evidence minus KL(q, p) of normals.
     divergence = -math.log(1.6) + (1.6**2 + (0.4 / 0.5) ** 2 - 1) / 2
     assert abs(means[0] - (wanted - divergence)) < 4 * errors[0]
 
@@ -84,7 +84,7 @@ def test_batches_do_not_matter(size):
 
 
 def test_masks():
-    """A masked row has no likelihood: zero, but for what the guide's draws leave of prior and guide."""
+    """A masked row has likelihood zero, except for the difference of prior and guide at the draws."""
     seen = torch.tensor([True, False, True, False])
 
     def guide(x, seen):
@@ -97,7 +97,7 @@ def test_masks():
 
 
 def outer(x):
-    """The rows at dim -2, with a plate of three inside that holds the data and a latent."""
+    """Put the rows at dim -2, around a plate of three with the data and a latent."""
     with pyro.plate("row", len(x), dim=-2):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         with pyro.plate("column", 3, dim=-1):
@@ -106,7 +106,7 @@ def outer(x):
 
 
 def outer_guide(x):
-    """x_j given z is N(z, 1), so z is as above; w given z and x is a normal between the two."""
+    """Sample z given x, as above, and w given z and x from the normal between the two."""
     precision = 1 / 0.25 + 1 / 0.75
     with pyro.plate("row", len(x), dim=-2):
         z = pyro.sample("z", dist.Normal(x.sum(-1, keepdim=True) / 4, 0.5))
@@ -118,13 +118,13 @@ def test_rows_at_another_dimension():
     found = score(outer, outer_guide, X, num_samples=20)
     assert found.shape == (4,)
     torch.testing.assert_close(found, exact(X), rtol=1e-4, atol=1e-4)
-    # And the columns have no likelihood of their own, as z lies outside of them.
+    # The columns are no rows of the likelihood, because z lies outside of them.
     with pytest.raises(ValueError, match="site 'z' lies outside of plate 'column'"):
         score(outer, outer_guide, X, plate="column")
 
 
 def test_inner_rows():
-    """The rows at dim -1, inside of a plate of two."""
+    """Put the rows at dim -1, inside a plate of two."""
 
     def program(x):
         with pyro.plate("side", 2, dim=-2), pyro.plate("row", x.shape[-2], dim=-1):
@@ -213,7 +213,7 @@ def test_latents_outside_of_the_plate_are_refused_with_the_way_out():
 
     with pytest.raises(ValueError, match=r"site 'mean' lies outside of plate 'row'.*poutine\.condition"):
         score(program, guide, X)
-    # The way out: fix it, and hide it from the guide.
+    # The way out is to fix the site and to hide it from the guide.
     fixed = poutine.condition(program, data={"mean": torch.tensor(0.0)})
     hidden = poutine.block(guide, hide=["mean"])
     torch.testing.assert_close(score(fixed, hidden, X, num_samples=3), exact(X), rtol=1e-5, atol=1e-5)

@@ -1,5 +1,7 @@
-"""The main job: ``python -m pyro_flows`` prints an answer and a verdict, writes two files, and refuses bad wishes
-before it trains."""
+"""The main job: ``python -m pyro_flows`` prints an answer and a verdict, and writes two files.
+
+It refuses bad options before training.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ ROWS = ["mu", "tau", *(f"theta[{school}]" for school in "ABCDEFGH")]
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A check of short chains that searches nowhere and whose verdict is known, and no more draws than are written."""
+    """Use short chains, no search, a fixed verdict, and only the draws that are written."""
 
     def coarse(*args, **_):
         return with_verdict(check(*args, num_samples=200, num_chains=16), "do not trust")
@@ -50,17 +52,17 @@ def check_files(folder: Path) -> None:
     assert data.observed_data["effect"].values.tolist() == [28, 8, -3, 7, -1, 1, 18, 12]
     picture = (folder / "eight_schools.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
-    assert picture.endswith(b"IEND\xaeB`\x82")  # a whole picture
+    assert picture.endswith(b"IEND\xaeB`\x82")  # the file is a complete picture
 
 
 def table_of(text: str) -> dict[str, list[float]]:
-    """The rows of the table: name -> mean, sd, 5 %, 95 %."""
+    """Return the rows of the printed table: name -> mean, sd, 5 %, 95 %."""
     rows = [line.split() for line in text.splitlines()]
     return {row[0]: [float(number) for number in row[1:]] for row in rows if row and row[0] in ROWS}
 
 
 def test_as_a_command(tmp_path):
-    """As a user runs it, in a process of its own."""
+    """The module runs as a command, in a separate process."""
     root = Path(pyro_flows.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "pyro_flows", "--steps", "30", "--quiet", "--out", str(tmp_path)]
@@ -82,7 +84,7 @@ def test_prints_table_diagnostics_and_verdict(tmp_path, capsys):
         assert sd > 0
         assert low < mean < high
     assert table["tau"][2] > 0
-    said = " ".join(captured.out.split())  # lines are broken anywhere
+    said = " ".join(captured.out.split())  # lines break at any place
     for words in ("k-hat", "ESS", "log evidence", "nats", "time", "Do not trust these draws. ", "Try more steps"):
         assert words in said
     assert str(tmp_path / "new" / "folder" / "eight_schools.nc") in captured.out
@@ -117,7 +119,7 @@ def test_every_flow_runs(flow, tmp_path, capsys):
 
 
 def test_realnvp_survives_its_first_steps():
-    """Eight layers of scales compound: full-sized first steps of Adam throw the funnel's draws out of float32."""
+    """Eight layers of scales compound, so that full first steps of Adam would overflow float32 on the funnel."""
     guide = AutoFlow(job.eight_schools, flows.realnvp)
     data = job.EFFECTS, job.STANDARD_ERRORS
     fit = fit_svi(job.eight_schools, guide, *data, steps=150, num_particles=64, warm_start=False, progress=False)
@@ -127,7 +129,7 @@ def test_realnvp_survives_its_first_steps():
 
 @pytest.mark.parametrize(("verdict", "status"), [("trust", 0), ("reweight", 0), ("do not trust", 3)])
 @pytest.mark.usefixtures("quick")
-@pytest.mark.filterwarnings("ignore:to_arviz")  # the fit is bad, whatever the verdict
+@pytest.mark.filterwarnings("ignore:to_arviz")  # the fit is bad for any verdict
 def test_the_verdict_is_the_exit_status(verdict, status, tmp_path, capsys, monkeypatch):
     quick = job.check
     monkeypatch.setattr(job, "check", lambda *a, **k: with_verdict(quick(*a, **k), verdict))
@@ -157,7 +159,7 @@ def test_ctrl_c_writes_beside_the_old_files_and_ends_with_130(tmp_path, capsys, 
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
-# Bad wishes.
+# Refused options.
 
 
 @pytest.fixture
@@ -202,7 +204,7 @@ def test_a_word_that_is_no_command_is_refused(capsys):
 
 @pytest.mark.usefixtures("no_training")
 def test_options_before_a_command_are_refused(capsys):
-    """They would be forgotten."""
+    """Options before a command would be ignored."""
     assert "unrecognized arguments: --steps 3" in refused(["--steps", "3", "density", "table.csv"], capsys)
 
 
@@ -219,7 +221,7 @@ def test_a_file_as_folder_is_refused_before_training(tmp_path, capsys):
 
 @pytest.mark.usefixtures("no_training")
 def test_an_unwritable_folder_is_refused_before_training(tmp_path, capsys, monkeypatch):
-    """The permission is denied by hand, since an administrator may write anywhere."""
+    """The test mocks the denied permission, because an administrator may write anywhere."""
 
     def denied(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
@@ -233,7 +235,7 @@ def test_an_unwritable_folder_is_refused_before_training(tmp_path, capsys, monke
 
 @pytest.mark.usefixtures("quick")
 def test_nothing_half_written_is_left_behind(tmp_path, monkeypatch):
-    """The disk fills up while the picture is written: what was there before stays, and no draft remains."""
+    """If the disk fills up while the picture is written, the old files stay and no draft remains."""
 
     class Picture:
         def savefig(self, path, **_):

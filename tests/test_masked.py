@@ -1,4 +1,4 @@
-"""A mask takes a row out of the model and out of the guide, or is refused by name; so are sites that come and go."""
+"""A mask removes a row from model and guide, or is refused by name; sites that come and go are treated alike."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def local_params(request: Any) -> Iterator[bool]:
 
 
 def masked(y: Tensor, seen: Any = SEEN, size: int | None = None) -> None:
-    """Rows of a latent and its datum, z ~ N(0, 1), y ~ N(z, 1), under a mask."""
+    """Sample rows z ~ N(0, 1), y ~ N(z, 1), under a mask."""
     with pyro.plate("row", len(y), subsample_size=size) as rows:
         mask = seen[rows] if isinstance(seen, Tensor) and seen.dim() else seen
         with poutine.mask(mask=mask):
@@ -41,7 +41,7 @@ def masked(y: Tensor, seen: Any = SEEN, size: int | None = None) -> None:
 
 
 def hierarchy(y: Tensor, seen: Tensor = SEEN) -> None:
-    """As ``masked``, with a mean that all rows share and a latent of two numbers in each row."""
+    """Sample rows as ``masked``, with a shared mean and a latent of two numbers per row."""
     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
     with pyro.plate("row", len(y), dim=-1), poutine.mask(mask=seen):
         z = pyro.sample("z", dist.Normal(mean, 1.0))
@@ -50,7 +50,7 @@ def hierarchy(y: Tensor, seen: Tensor = SEEN) -> None:
 
 
 def chain(x: Tensor, lengths: Tensor | None = None, *, latents_masked: bool = True) -> None:
-    """A deep Markov model's skeleton: a latent for each time step, masked by the lengths of the series."""
+    """Sample a deep Markov model without networks: a latent per time step, masked by the lengths of the series."""
     steps = x.shape[1]
     seen = torch.arange(steps) < (torch.full((len(x),), steps) if lengths is None else lengths)[:, None]
     with pyro.plate("series", len(x)):
@@ -82,13 +82,13 @@ def train(guide: Any, model: Callable[..., Any], *args: Any, steps: int = 150, l
 
 
 def test_the_entropy_of_masked_rows_does_not_grow(local_params: bool) -> None:
-    """Their standard deviations were 6,270 after 150 steps, and the loss below any bound."""
+    """Without the mask in the guide, standard deviations reached 6,270 after 150 steps, and the loss had no bound."""
     guide = plate_guide(masked)
     with pyro.validation_enabled(True):
         losses = train(guide, masked, Y)
     draws = guide.sample(2000, Y)["z"]
     assert draws.std(0).max() < 5
-    assert min(losses) > -EVIDENCE[SEEN].sum() - 3  # that is the least that the loss is in the mean
+    assert min(losses) > -EVIDENCE[SEEN].sum() - 3  # the mean of the loss is at least this
     assert sum(losses[-20:]) / 20 < -EVIDENCE[SEEN].sum() + 1
 
 
@@ -103,7 +103,7 @@ def test_the_evidence_is_that_of_the_rows_that_count(seen: Any) -> None:
 
 
 def test_densities_are_a_sum_over_the_rows_that_count() -> None:
-    """log q of ``log_prob``, of the trace, of particles side by side and of ``to_arviz`` are one."""
+    """log q of ``log_prob``, of the trace, of vectorised particles and of ``to_arviz`` agree."""
     guide = plate_guide(hierarchy).setup(Y)
     stir(guide)
     plain = copy.deepcopy(guide)
@@ -116,7 +116,7 @@ def test_densities_are_a_sum_over_the_rows_that_count() -> None:
     parts = [site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample" and site["name"] != "row"]
     wanted = torch.stack([part.reshape(5, -1).sum(-1) for part in parts]).sum(0)
     torch.testing.assert_close(guide.log_prob(values, Y), wanted, rtol=1e-4, atol=1e-4)
-    # The rows that count are those of the same guide without a mask.
+    # The remaining rows have the density of the same guide without a mask.
     moved = {**values, "z": torch.where(SEEN, values["z"], 7.0)}
     torch.testing.assert_close(guide.log_prob(moved, Y), wanted, rtol=1e-4, atol=1e-4)
     assert (plain.log_prob(moved, Y) - plain.log_prob(values, Y)).abs().min() > 0.1
@@ -136,7 +136,7 @@ def test_check_and_the_fit_agree_on_a_masked_model() -> None:
 
 @pytest.mark.parametrize("kind", ["vectorised", "looped"])
 def test_minibatches_take_the_mask_of_their_own_rows(kind: str) -> None:
-    """The loss of a minibatch of known rows, against a sum by hand, scaled as Pyro scales it."""
+    """The loss of a minibatch of known rows is a sum by hand, scaled as Pyro scales it."""
     guide = plate_guide(masked, encoder=lambda y, *_: y[:, None]).setup(Y, SEEN, 4)
     stir(guide)
     for seed in range(4):
@@ -159,7 +159,7 @@ def test_minibatches_take_the_mask_of_their_own_rows(kind: str) -> None:
 
 
 def test_a_mask_that_changes_between_calls_is_followed() -> None:
-    """Even where the arguments are the very same: the mask may be the model's own."""
+    """A mask that the model itself holds may change while the arguments stay the same."""
     own = {"seen": SEEN}
 
     def model(y: Tensor) -> None:
@@ -262,7 +262,7 @@ def test_a_mask_that_comes_after_setup_is_refused() -> None:
 
 
 def chain_evidence() -> Tensor:
-    """The log evidence of :func:`chain` for ``X`` and ``LENGTHS``: each series is normal, a walk seen with noise."""
+    """Return the log evidence of :func:`chain` for ``X`` and ``LENGTHS``: each series is a Gaussian walk with noise."""
     total = torch.zeros(())
     for x, length in zip(X, LENGTHS, strict=True):
         times = torch.arange(1, int(length) + 1)
@@ -273,7 +273,7 @@ def chain_evidence() -> Tensor:
 
 @pytest.mark.parametrize("by_encoder", [False, True])
 def test_masked_steps_of_a_series_are_absent(by_encoder: bool, local_params: bool) -> None:
-    """The evidence is that of the steps that are there, by Pyro's own loop too, and a draw's density is one density."""
+    """The evidence is that of the steps that are present, also in Pyro's own loop, and a draw has one density."""
     pyro.set_rng_seed(0)
     encoder = (lambda x, lengths: x) if by_encoder else None
     guide = plate_guide(chain, "series", encoder=encoder)
@@ -287,7 +287,7 @@ def test_masked_steps_of_a_series_are_absent(by_encoder: bool, local_params: boo
 
 
 def test_every_way_in_which_a_row_is_hidden_is_looked_at() -> None:
-    """A step is missing in the middle, which the next one depends on: at setup, later, and among many rows."""
+    """A missing step on which the next one depends is found at setup, in later calls, and among many rows."""
 
     def shown_chain(x: Tensor, shown: Tensor, size: int | None = None) -> None:
         with pyro.plate("series", len(x), subsample_size=size) as rows:
@@ -307,7 +307,7 @@ def test_every_way_in_which_a_row_is_hidden_is_looked_at() -> None:
     many[5, 1] = False
     with pytest.raises(ValueError, match="'z_1' hides a part"):
         plate_guide(shown_chain, "series", encoder=encoder).setup(X[:1].expand(3000, 4), many)
-    # Minibatches, and other numbers of rows, of series that are padded at their ends are fine.
+    # Series that are padded at their ends pass, in minibatches and with other numbers of rows.
     for size in (None, 2):
         guide = plate_guide(shown_chain, "series", encoder=encoder)
         fit_svi(shown_chain, guide, X, ends, size, steps=5, progress=False)
@@ -330,7 +330,7 @@ def test_what_is_hidden_may_stand_beside_discrete_latents() -> None:
 
 
 def test_series_padded_to_one_length_are_fitted() -> None:
-    """The way out: the observed sites are masked, and the priors of the latents stay in."""
+    """The recommended way out works: mask the observed sites, and leave the priors of the latents."""
     model = lambda x, lengths: chain(x, lengths, latents_masked=False)  # noqa: E731
     for guide in (AutoFlow(model, small), plate_guide(model, "series")):
         train(guide, model, X, LENGTHS, steps=60)
@@ -341,7 +341,7 @@ def test_series_padded_to_one_length_are_fitted() -> None:
     "build", [lambda model: AutoFlow(model, small), plate_guide], ids=["AutoFlow", "AutoPlateFlow"]
 )
 def test_a_latent_masked_alone_has_a_flat_prior(build: Callable[..., Any]) -> None:
-    """Pyro's idiom ``.mask(False)``: the posterior of data with a flat prior, which the guide goes on to fit."""
+    """After Pyro's ``.mask(False)`` the prior is flat, and the guide fits the posterior under it."""
 
     def model(y: Tensor) -> None:
         with pyro.plate("row", len(y)):
@@ -412,7 +412,7 @@ def test_objectives_refuse_a_site_that_the_model_lacks(name: str) -> None:
 
 
 def test_a_point_has_no_entropy_to_mask() -> None:
-    """Pyro's ``AutoDelta`` finds the maximum of a masked model as ever."""
+    """Pyro's ``AutoDelta`` still finds the maximum of a masked model."""
     guide = AutoDelta(masked, init_loc_fn=init_to_value(values={"z": torch.full((ROWS,), 0.7)}))
     lost = -(dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.7)) + dist.Normal(0.7, 1.0).log_prob(Y))[SEEN].sum()
     assert objectives.PathELBO().loss(masked, guide, Y) == pytest.approx(float(lost), rel=1e-5)
@@ -427,7 +427,7 @@ def test_diagnostics_refuse_a_mask_that_the_guide_does_not_know(ask: Callable[..
 
 
 def test_a_mask_around_both_is_one_mask() -> None:
-    """Pyro's own way for guides written by hand: the same handler around model and guide."""
+    """Pyro's way for guides written by hand works: the same handler around model and guide."""
     guide = AutoFlow(unmasked, small)
     loss = objectives.PathELBO().loss(
         poutine.mask(unmasked, mask=torch.tensor(False)), poutine.mask(guide, mask=torch.tensor(False)), Y
@@ -442,7 +442,7 @@ def test_a_mask_around_both_is_one_mask() -> None:
     "build", [AutoFlow, lambda model: plate_guide(model, "series")], ids=["AutoFlow", "AutoPlateFlow"]
 )
 def test_a_minibatch_of_fewer_time_steps_is_refused(build: Callable[..., Any], local_params: bool) -> None:
-    """The missing sites' entropy stayed in the loss, and grew."""
+    """The entropy of missing sites would stay in the loss and grow."""
     guide = build(chain)
     svi = SVI(chain, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     svi.step(X)
@@ -475,7 +475,7 @@ def test_a_latent_that_is_new_or_observed_is_refused() -> None:
 
 
 def test_data_that_are_to_be_predicted_are_no_new_latents() -> None:
-    """Pyro's ``Predictive`` runs guide and model without the data, some of which come before latents."""
+    """Pyro's ``Predictive`` runs guide and model without data, also data that come before latents."""
 
     def model(x: Tensor | None) -> None:
         z = torch.tensor(0.0)
@@ -497,7 +497,7 @@ def counted(model: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
     def count(*args: Any, **kwargs: Any) -> None:
         runs.append(1)
         model(*args, **kwargs)
-        runs.append(-1)  # is not reached where the run stops early
+        runs.append(-1)  # not reached if the run stops early
 
     return count, runs
 
@@ -511,10 +511,10 @@ def test_arguments_that_were_seen_are_not_looked_at_again() -> None:
         assert not runs
     other = X.clone()
     guide(other)
-    assert runs == [1]  # up to the last latent
+    assert runs == [1]  # the run stops at the last latent
     guide(other)
     assert runs == [1]
-    other += 1.0  # in place: the same object, with other contents
+    other += 1.0  # changed in place: the same object with other contents
     guide(other)
     assert runs == [1, 1]
     guide({"x": X}["x"])
@@ -525,7 +525,7 @@ def test_arguments_that_were_seen_are_not_looked_at_again() -> None:
     "build", [AutoFlow, lambda model: plate_guide(model, "series")], ids=["AutoFlow", "AutoPlateFlow"]
 )
 def test_a_look_leaves_the_random_numbers_as_they_are(build: Callable[..., Any]) -> None:
-    """With models that draw at random on the way, as one with a hidden discrete site does."""
+    """The test run of a model does not change the random state, even if the model draws at random."""
 
     def model(x: Tensor) -> None:
         with pyro.plate("series", len(x)):
@@ -542,7 +542,7 @@ def test_a_look_leaves_the_random_numbers_as_they_are(build: Callable[..., Any])
 
 
 def test_a_guide_that_was_set_up_draws_without_arguments() -> None:
-    """As Pyro's own: ``guide()`` needs no data again."""
+    """Like Pyro's guides, ``guide()`` needs no data after the setup."""
     guide = AutoFlow(chain, small).setup(X)
     for other in (guide, copy.deepcopy(guide)):
         assert other()["z_0"].shape == (3,)
@@ -571,7 +571,7 @@ def test_rows_with_an_encoder_keep_their_mask() -> None:
 
 
 class Rows(MLPEncoder):
-    """An encoder of the data alone."""
+    """Encoder of the data alone."""
 
     def __init__(self) -> None:
         super().__init__(1, context_dim=2)
@@ -581,7 +581,7 @@ class Rows(MLPEncoder):
 
 
 def test_a_guide_leaves_iterators_to_the_model() -> None:
-    """A look would use up the data, and the guide be fitted to the prior."""
+    """A test run would exhaust an iterator, so that the guide would fit the prior."""
 
     def model(rows: Any) -> None:
         z = pyro.sample("z", dist.Normal(0.0, 10.0))
@@ -608,7 +608,7 @@ def test_a_traced_elbo_takes_masks() -> None:
 
 
 def test_masked_rows_whose_data_lie_outside_of_the_plate_are_refused() -> None:
-    """Their guide would collapse to points: the data count for them, and their entropy does not."""
+    """Such a guide would collapse to points: the data count for the masked rows, but their entropy does not."""
 
     def model(y: Tensor) -> None:
         with pyro.plate("rows", 6), poutine.mask(mask=torch.arange(6) < 2):

@@ -1,4 +1,4 @@
-"""Supports that depend on other latents, against twins that draw on fixed scales and stretch."""
+"""Supports that depend on other latents, compared with models that draw on fixed supports and stretch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def stretched(y):
 
 
 def garch(y):
-    """The stationary GARCH(1, 1) of posteriordb, with its supports as Stan declares them."""
+    """Sample the stationary GARCH(1, 1) of posteriordb, with its supports as Stan declares them."""
     mean = pyro.sample("mean", dist.ImproperUniform(dist.constraints.real, (), ()))
     base = pyro.sample("base", dist.ImproperUniform(dist.constraints.positive, (), ()))
     shock = pyro.sample("shock", dist.Uniform(0.0, 1.0))
@@ -55,7 +55,7 @@ def garch(y):
 def test_a_guide_is_what_it_is_for_the_stretched_twin():
     """The unconstrained spaces are the same, and so are the fits, draw by draw.
 
-    They are fits by Adam: SOAP turns round-off into other bases where gradients have less than full rank.
+    Adam trains these guides.  SOAP would not do: with gradients of less than full rank, its bases depend on round-off.
     """
     losses, draws = [], []
     for model in (nested, stretched):
@@ -85,7 +85,7 @@ def test_draws_lie_in_their_supports_and_have_the_density_of_their_draws():
 
 
 def test_the_density_integrates_to_one():
-    """By importance sampling from the prior, which reaches all of the support."""
+    """Importance sampling from the prior, which covers the support, gives an integral of one."""
     guide = AutoFlow(nested, init_scale=0.3).setup(Y)
     prior = pf.simulate(lambda y=None: nested(y), num_simulations=40_000).latents
     log_prior = dist.LogNormal(0.0, 0.5).log_prob(prior["a"]) - prior["a"].log()

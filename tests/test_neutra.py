@@ -1,4 +1,4 @@
-"""NeuTra: chains in the base space of a guide find the posterior, and a collapsed guide is told apart."""
+"""NeuTra: chains in the base space of a guide find the posterior, and a collapsed guide is detected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Y = torch.tensor([1.0, 2.5, 0.2])
 
 
 def model(y: torch.Tensor, noise: float = 1.0) -> None:
-    """The first latent lies in a plate: x given y is N(y / 2, 1/2); the other two keep their priors."""
+    """Sample a latent in a plate: x given y is N(y / 2, 1/2); two more keep their priors."""
     with pyro.plate("rows", 3):
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(x, noise), obs=y)
@@ -36,7 +36,7 @@ def model(y: torch.Tensor, noise: float = 1.0) -> None:
 
 
 def bent() -> AutoFlow:
-    """A guide of the model that is far from it, and not linear."""
+    """Return a nonlinear guide that is far from the posterior."""
     flow = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(8,))
     guide = AutoFlow(model, flow, init_scale=1.0).setup(Y)
     for parameter in guide.flow.parameters():
@@ -52,17 +52,17 @@ def run(found: Neutra, *args) -> dict[str, torch.Tensor]:
 
 
 def error(draws: torch.Tensor, mean: float) -> float:
-    """How far the mean of a chain is off, in its own standard errors, from ten batches: Student-t with 9 degrees."""
+    """Return the error of a chain's mean in standard errors of ten batches: Student-t with 9 degrees of freedom."""
     batches = draws.reshape(10, -1).mean(1)
     return abs(float(batches.mean()) - mean) / (float(batches.std()) / 10**0.5)
 
 
-FAR = 6.0  # a t of 9 degrees of freedom lies beyond it once in 5,000
+FAR = 6.0  # a t with 9 degrees of freedom exceeds it once in 5,000 draws
 
 
 @pytest.mark.parametrize("local", [False, True])
 def test_chains_find_the_posterior(local):
-    """Whatever the guide; with the parameters in Pyro's store, or in the guide alone."""
+    """Any guide works, with its parameters in Pyro's store or in the guide alone."""
     with pyro.settings.context(module_local_params=local):
         draws = run(neutra(model, bent(), Y, check=False), Y)
     assert {name: value.shape[1:] for name, value in draws.items()} == {"x": (3,), "scale": (), "shares": (2,)}
@@ -90,7 +90,7 @@ def double():
 @pytest.mark.parametrize("options", [{"noise": 0.5}, {"model_kwargs": {"noise": 2.0}}])
 @torch.no_grad()
 def test_the_density_is_that_of_the_base(double, build, options):
-    """log p(T(u), x) + log|dT/du| by autograd, once, though the first latent lies in a plate of three rows."""
+    """It is log p(T(u), x) + log|dT/du| by autograd, counted once for a latent in a plate of three rows."""
     guide = build(model) if build else bent()
     guide(Y)
     for parameter in guide.parameters():
@@ -109,7 +109,7 @@ def test_the_density_is_that_of_the_base(double, build, options):
 
 
 def test_transform_keeps_the_shape_of_its_samples():
-    """By draw, by chain and draw, as a tensor or a dictionary; other sites stay as they are."""
+    """Samples come by draw, by chain and draw, as a tensor or as a dictionary; other sites do not change."""
     found = neutra(model, bent(), Y, check=False)
     u = torch.randn(4, 6, 5)
     by_chain = found.transform({found.site: u, "other": torch.ones(4, 6)})
@@ -154,7 +154,7 @@ def test_chains_start_from_the_guide():
 def test_several_chains():
     found = neutra(model, bent(), Y, check=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that there are few cores
+        warnings.simplefilter("ignore", UserWarning)  # a warning about few cores
         mcmc = MCMC(
             NUTS(found.model, max_tree_depth=4),
             20,
@@ -171,7 +171,7 @@ def test_several_chains():
 
 
 def test_a_model_that_breaks_down_leaves_nothing_behind():
-    """Between two latents; the next run starts anew."""
+    """After a failure between two latents, the next run is not affected."""
     broken = True
 
     def fragile() -> None:
@@ -197,7 +197,7 @@ def correlated() -> None:
 
 
 def gaussian(scale: float) -> AutoMultivariateNormal:
-    """The posterior of the model above, shrunk."""
+    """Return the posterior of the model above with its standard deviations scaled."""
     guide = AutoMultivariateNormal(correlated)
     guide()
     guide.loc.data.zero_()
@@ -218,12 +218,12 @@ def test_a_collapsed_guide_is_a_warning():
         warnings.simplefilter("error", UserWarning)
         neutra(correlated, guide, check=False)
         neutra(correlated, gaussian(1.0))
-    draws = run(found)  # this model is easy enough for the chains all the same
+    draws = run(found)  # the chains converge on this easy model despite the guide
     assert error(draws["x"], 0.0) < FAR
 
 
 def test_a_fitted_flow_passes():
-    pyro.set_rng_seed(2)  # one short fit in twenty or so ends with tails that are too short
+    pyro.set_rng_seed(2)  # about one in twenty short fits ends with tails that are too short
     guide = AutoFlow(model)
     fit_svi(model, guide, Y, steps=300, progress=False)
     with warnings.catch_warnings():
@@ -263,7 +263,7 @@ def test_a_guide_that_cannot_be_checked_is_refused():
 
 
 def test_the_density_of_a_model_that_sums_over_all_it_sees_is_that_of_the_base(double):
-    """Under a plate of draws its factor would count once for every draw."""
+    """Under a plate of draws such a factor would count once for every draw."""
 
     def sums() -> None:
         x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))

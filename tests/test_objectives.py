@@ -1,5 +1,7 @@
-"""Objectives are Pyro ELBOs: they have the right value, a gradient with the right mean and no noise where the guide is
-the posterior, and they respect what Pyro's models are made of: plates, scale, mask, subsampling, discrete latents."""
+"""Objectives are Pyro ELBOs, with the right value and a gradient with the right mean.
+
+If the guide is the posterior, the gradient has no noise.  Objectives respect plates, scale, mask, subsampling and
+discrete latents."""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def small(dim: int) -> Flow:
 
 
 def plain() -> None:
-    """Two latents and what they explain, in plates, scaled and masked."""
+    """Sample two latents and their data, in plates, scaled and masked."""
     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
     sigma = pyro.sample("sigma", dist.LogNormal(0.0, 0.5))
     with pyro.plate("group", 2, dim=-2), pyro.plate("row", 3, dim=-1), poutine.scale(scale=0.7):
@@ -63,7 +65,7 @@ def subsampled() -> None:
 
 
 def learned() -> None:
-    """A model with a parameter of its own."""
+    """Sample from a model that has a parameter."""
     offset = pyro.param("offset", torch.tensor(0.3))
     x = pyro.sample("x", dist.Normal(offset, 1.0).expand([2]).to_event(1))
     pyro.sample("y", dist.Normal(x.sum(-1), 0.7), obs=torch.tensor(1.5))
@@ -81,7 +83,7 @@ def coin() -> None:
 
 
 def randomly(guide: Any, scale: float = 0.3) -> list[Tensor]:
-    """Move a guide's parameters anywhere, and list them."""
+    """Set random parameters of a guide, and return them."""
     guide()
     parameters = list(guide.parameters())
     with torch.no_grad():
@@ -96,13 +98,13 @@ def gradient(loss: Tensor, parameters: list[Tensor]) -> Tensor:
 
 
 def moments(sample: Callable[[], Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """The mean of a random vector and its standard error."""
+    """Return the mean of a random vector and its standard error."""
     draws = torch.stack([sample() for _ in range(count)])
     return draws.mean(0), draws.std(0) / math.sqrt(count)
 
 
 def agree(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
-    """Two estimates are of one mean: their differences, in standard errors, are standard normal, about."""
+    """Assert that two estimates have one mean: their standardised differences are about standard normal."""
     z = (ours[0] - theirs[0]) / (ours[1] ** 2 + theirs[1] ** 2).sqrt().clamp_min(1e-9)
     assert z.abs().max() < 4.5
     assert z.square().mean() < 2
@@ -140,7 +142,7 @@ def test_it_is_a_module_with_local_parameters(build):
         guide = AutoFlow(plain, small).setup()
         loss = build()(plain, guide)
         loss().backward()
-        learned = guide.flow.transforms[:-1]  # the last is set, not trained
+        learned = guide.flow.transforms[:-1]  # the last transform is set, not trained
         assert all(p.grad is not None for transform in learned for p in transform.parameters())
         SVI(plain, guide, pyro.optim.Adam({"lr": 0.01}), build()).step()
 
@@ -175,7 +177,7 @@ def test_draws_without_a_gradient_are_refused_by_name(build):
 
 @every_objective
 def test_memory_stays_where_it_is(build):
-    """The nesting of plates is found out in time, and no step leaves anything behind."""
+    """Memory stays constant: the nesting of plates is known in time, and steps leave nothing behind."""
     objective, guide = build(), AutoFlow(plain, small)
     for _ in range(3):
         objective.loss_and_grads(plain, guide)
@@ -233,7 +235,7 @@ def test_path_gradients_are_those_of_a_loop():
 )
 @pytest.mark.parametrize("make", [lambda m: AutoFlow(m, small), AutoMultivariateNormal], ids=["flow", "normal"])
 def test_no_noise_is_left_where_the_guide_is_the_posterior(objective, make):
-    """The model's latent is what the guide draws, so every gradient is zero up to round-off, draw by draw."""
+    """The guide is the posterior of the latent, so every gradient of every draw is zero up to round-off."""
     guide = make(gaussian)
     parameters = randomly(guide)
     posterior = guide.get_posterior()
@@ -245,7 +247,7 @@ def test_no_noise_is_left_where_the_guide_is_the_posterior(objective, make):
 
 
 class _Frozen(dist.TorchDistribution):
-    """A distribution as it is now: scored with a gradient to the value alone."""
+    """Distribution with frozen parameters: its score has a gradient to the value alone."""
 
     def __init__(self, inner: Any, batch_shape: tuple[int, ...] = ()) -> None:
         self.inner = inner
@@ -265,7 +267,7 @@ class _Frozen(dist.TorchDistribution):
 
 
 def test_path_gradients_with_discrete_latents_summed_out():
-    """A mixture whose assignments are enumerated in the model."""
+    """The model is a mixture with enumerated assignments."""
 
     @config_enumerate
     def model():
@@ -289,7 +291,7 @@ def test_path_gradients_with_discrete_latents_summed_out():
 
 
 def log_weights(model: Any, guide: Any, count: int) -> Tensor:
-    """log p - log q of draws side by side, with all gradients: ``(count,)``."""
+    """Return log p - log q of vectorised draws, with all gradients: ``(count,)``."""
     with pyro.plate("draws", count):
         guide_trace = poutine.trace(guide).get_trace()
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace()
@@ -301,13 +303,13 @@ def log_weights(model: Any, guide: Any, count: int) -> Tensor:
 
 
 def textbook(model: Any, guide: Any, alpha: float, count: int) -> Tensor:
-    """Rényi's bound as it is written, to be differentiated as it is."""
+    """Return Rényi's bound by its formula, for autograd."""
     powers = (1 - alpha) * log_weights(model, guide, count)
     return -(torch.logsumexp(powers, 0) - math.log(count)) / (1 - alpha)
 
 
 def chain() -> None:
-    """A guide whose second draw depends on the first."""
+    """Sample a guide whose second draw depends on the first."""
     loc, scale, slope = (
         pyro.param(name, torch.tensor(value)) for name, value in (("loc", 0.2), ("scale", 0.6), ("slope", 0.4))
     )
@@ -323,7 +325,7 @@ def flow_guide() -> Any:
 
 
 def parameters_of(guide: Any) -> list[Tensor]:
-    """The model's parameter and the guide's."""
+    """Return the parameter of the model and those of the guide."""
     learned()
     if isinstance(guide, nn.Module):
         return [pyro.param("offset").unconstrained(), *guide.parameters()]
@@ -355,7 +357,7 @@ def test_the_bound_is_the_textbooks(make, alpha):
 @every_guide
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_its_gradient_has_the_mean_of_the_textbooks(make, alpha):
-    """That of the guide and that of the model, though neither is the gradient of the value as it is written."""
+    """The gradients of guide and model have the right mean, although neither is that of the formula."""
     guide = make()
     parameters = parameters_of(guide)
     objective = RenyiELBO(alpha, 5)
@@ -372,7 +374,7 @@ def test_side_by_side_and_one_by_one_have_the_same_gradient():
 
 @outside
 def test_a_point_takes_the_weights_of_a_parameter():
-    """The place of a ``Delta`` is no draw: its gradient is the plain one."""
+    """The location of a ``Delta`` is not a draw, so that its gradient is the plain one."""
 
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -411,7 +413,7 @@ def test_the_bound_rises_with_the_number_of_draws():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 2.0])
 def test_the_bound_of_a_gaussian_is_known(alpha):
-    """For q = N(0, 1) and p = N(1, 1) it is -α/2."""
+    """For q = N(0, 1) and p = N(1, 1) the bound is -α/2."""
 
     def model():
         pyro.sample("x", dist.Normal(1.0, 1.0))
@@ -431,7 +433,7 @@ def test_order_one_is_refused():
 
 
 def test_the_inclusive_divergence_covers_the_marginals():
-    """The exclusive one would end at a standard deviation of 0.6."""
+    """The exclusive divergence would give a standard deviation of 0.6."""
     guide = AutoNormal(gaussian, init_scale=0.5)
     fit_svi(gaussian, guide, steps=400, lr=0.1, objective=ForwardKL(128, 2000), progress=False)
     assert guide.locs.x.tolist() == pytest.approx([2.0, -1.0], abs=0.15)
@@ -472,7 +474,7 @@ def test_draws_are_kept_for_one_guide_one_model_and_one_data_set():
         return len(objective.state_dict()[TOTAL])
 
     objective, places = ForwardKL(8, 64), torch.tensor([1.0, -1.0])
-    assert [kept(places[0]) for _ in range(3)] == [8, 16, 24]  # views of the same number, a new method each time
+    assert [kept(places[0]) for _ in range(3)] == [8, 16, 24]  # views of the same number, with a new method each time
     assert [kept(places[1]) for _ in range(2)] == [8, 16]
     assert [kept(places[1], scale=2.0) for _ in range(2)] == [8, 16]
     assert kept(places[1], program=Program(), scale=2.0) == 8
@@ -521,7 +523,7 @@ def test_it_ends_as_the_path_elbo():
 
 
 def modes(share: float) -> None:
-    """Two modes six standard deviations apart: eight take longer to fit than a test may."""
+    """Sample from two modes, six standard deviations apart; at eight, the fit takes too long for a test."""
     x = pyro.sample("x", dist.ImproperUniform(dist.constraints.real_vector, (), (2,)))
     parts = dist.Normal(torch.tensor([[-3.0, 0.0], [3.0, 0.0]]), 1.0).to_event(1).log_prob(x.unsqueeze(-2))
     pyro.factor("modes", torch.logsumexp(parts + torch.tensor([share, 1 - share]).log(), -1))
@@ -543,7 +545,7 @@ def test_what_is_loaded_goes_on_as_what_was_saved(build, tmp_path):
         first.loss_and_grads(plain, guide)
     torch.save(first.state_dict(), tmp_path / "state")
     second.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
-    second.max_plate_nesting = first.max_plate_nesting  # which would else be found out by one more run
+    second.max_plate_nesting = first.max_plate_nesting  # otherwise one more run finds it out
     for _ in range(3):
         losses = []
         for objective in (first, second):

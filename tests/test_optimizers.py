@@ -1,4 +1,4 @@
-"""SOAP for small flows, Muon for the networks of large ones, Adam for all else; their state is kept."""
+"""SOAP trains small flows, Muon the networks of large ones, and Adam all else; checkpoints keep their states."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
 
 
 def chain(dim: int) -> None:
-    """A random walk seen at its end, of which everything is known."""
+    """Sample a random walk that is observed at its end, so that its posterior is known."""
     steps = pyro.sample("steps", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
     pyro.sample("end", dist.Normal(steps.sum(-1), 1.0), obs=torch.tensor(5.0))
 
@@ -47,7 +47,7 @@ def test_muon_has_the_matrices_of_networks_and_adam_all_else(recipe):
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon, to compare with: torch 2.9")
 def test_muon_side_by_side_does_what_torch_does_one_by_one():
-    """Wide, square and tall matrices, several of a shape, and one without a gradient; torch computes in bfloat16."""
+    """Wide, square and tall matrices, several of one shape, and one without a gradient; torch computes in bfloat16."""
     torch.manual_seed(0)
     shapes = [(3, 20), (20, 20), (3, 20), (30, 4), (30, 4), (5, 5)]
     mine, theirs = ([torch.ones(shape, dtype=torch.float64).requires_grad_() for shape in shapes] for _ in range(2))
@@ -80,7 +80,7 @@ def test_soap_has_all_of_a_joint_guide_and_adam_all_else():
 
 
 def moved(gradients: list[torch.Tensor], build=SOAP, **settings) -> torch.Tensor:
-    """Where a matrix of zeros is after some gradients."""
+    """Return a matrix of zeros after steps with some gradients."""
     weight = torch.zeros_like(gradients[0]).requires_grad_()
     optimizer = build([weight], lr=0.1, **settings)
     for gradient in gradients:
@@ -95,7 +95,7 @@ def normals(number: int, *shape: int) -> list[torch.Tensor]:
 
 
 def test_soap_turns_with_its_gradients():
-    """What is learned does not depend on the basis of the units: the law that Adam breaks."""
+    """SOAP does not depend on the basis of the units, while Adam does."""
     gradients = normals(25, 4, 4)
     left, right = (torch.linalg.qr(matrix).Q for matrix in normals(2, 4, 4))
     wanted = left @ moved(gradients) @ right
@@ -122,7 +122,7 @@ def test_directions_with_next_to_no_gradient_hardly_move():
 
 
 def test_a_stack_moves_as_each_of_its_matrices_does():
-    """Wide, square and tall matrices, several of a shape, one of a single row, and one without a gradient."""
+    """Wide, square and tall matrices, several of one shape, one with a single row, and one without a gradient."""
     shapes = [(3, 20), (20, 20), (3, 20), (30, 4), (1, 4), (5, 5)]
     together = [torch.zeros(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
     gradients = [normals(12, *shape) for shape in shapes[:-1]]
@@ -166,7 +166,7 @@ def test_a_large_flow_reaches_the_evidence_without_a_warm_start():
 
 @pytest.mark.parametrize(("dim", "num_particles"), [(FEW + 1, 4), (5, 64)], ids=["Muon and Adam", "SOAP"])
 def test_a_killed_run_goes_on_to_the_same_end(dim, num_particles, tmp_path, monkeypatch):
-    clock = itertools.count(step=60)  # each look at the clock takes a minute: a checkpoint every 50 steps
+    clock = itertools.count(step=60)  # each call adds a minute, so that every 50 steps end with a checkpoint
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
 
     def run(file, model):

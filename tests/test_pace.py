@@ -1,4 +1,4 @@
-"""Guides hold under Pyro's own SVI: the pace of their networks, their start, and steps at the sizes that people use."""
+"""Guides stay stable in Pyro's own SVI: the pace of their networks, their start, and steps of usual size."""
 
 import gc
 import math
@@ -33,7 +33,7 @@ NETWORKS = {
 }
 
 
-LAYERS = {  # layers with networks or tables of their own
+LAYERS = {  # layers with networks or tables
     "block": lambda: BlockAutoregressive(4, (3, 3), MLP(5, 4, 8)),
     "continuous": lambda: Continuous(MLPField(4, context_dim=5, hidden_dims=(8, 8))),
     "table": lambda: Elementwise(LogisticMixture(3), 4),
@@ -41,13 +41,13 @@ LAYERS = {  # layers with networks or tables of their own
 
 
 def gaussian():
-    """Four standard normal latents, each observed once with unit noise."""
+    """Sample four standard normal latents, each observed once with unit noise."""
     z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
     pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=torch.tensor([1.0, -1.0, 2.0, -2.0]))
 
 
 def centred():
-    """Eight schools, centred: a funnel."""
+    """Sample the centred eight schools, a funnel."""
     y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
     mean, sd = pyro.sample("mean", dist.Normal(0.0, 5.0)), pyro.sample("sd", dist.HalfCauchy(5.0))
@@ -57,14 +57,14 @@ def centred():
 
 
 def wide():
-    """A hundred latents, beyond those that have a matrix."""
+    """Sample a hundred latents, too many for a full matrix."""
     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
     z = pyro.sample("z", dist.Normal(torch.zeros(99), scale).to_event(1))
     pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=torch.linspace(-2, 2, 99))
 
 
 def rows(y):
-    """Groups of a plate, some at a time."""
+    """Sample the groups of a plate in minibatches."""
     mean, sd = pyro.sample("mean", dist.Normal(0.0, 5.0)), pyro.sample("sd", dist.HalfNormal(5.0))
     with pyro.plate("group", len(y), subsample_size=20) as seen:
         level = pyro.sample("level", dist.Normal(mean, sd))
@@ -75,7 +75,7 @@ def rows(y):
 
 
 def train(model, guide, *args, lr=0.03, steps=60, seed=0, elbo=None):
-    """The losses of plain SVI; a step that fails ends them with a NaN."""
+    """Return the losses of plain SVI; a failing step ends them with NaN."""
     pyro.clear_param_store()
     torch.manual_seed(seed)
     guide.setup(*args)
@@ -138,7 +138,7 @@ def test_a_guide_with_paces_comes_back_from_a_file(recipe, tmp_path):
 
 
 def largest_move(net: Conditioner, lr: float) -> float:
-    """The largest change of a parameter of a bijector in the second of two steps of Adam, which moves all layers."""
+    """Return the largest change of a bijector's parameter in the second of two Adam steps, which move all layers."""
     torch.manual_seed(0)
     x = torch.randn(64, 4)
     optimizer = torch.optim.Adam(net.parameters(), lr)
@@ -160,7 +160,7 @@ def test_a_step_of_adam_moves_paced_networks_of_all_widths_alike(name):
             moves[width, pace] = largest_move(net, 0.01)
     assert moves[512, 1.0] < 0.03
     assert moves[512, 1.0] < 2 * moves[16, 1.0]
-    assert moves[512, None] > 20 * moves[512, 1.0]  # else the law above would hold of any network
+    assert moves[512, None] > 20 * moves[512, 1.0]  # a control: networks without a pace fail
 
 
 def test_a_refused_pace_is_named():
@@ -218,7 +218,7 @@ def test_fit_svi_trains_a_guide_that_a_function_calls_alike():
 
 
 def test_a_compiled_objective_forgets_the_paces():
-    """They are constants in what it recorded: with others, steps would go astray."""
+    """The compiled objective stores paces as constants, so that it must be recompiled for new ones."""
     torch.manual_seed(0)
     guide = pf.AutoFlow(gaussian).setup()
     elbo = JitTrace_ELBO(64, vectorize_particles=True, max_plate_nesting=0)
@@ -330,8 +330,8 @@ RECIPES = "iaf", "maf", "nsf", "nsf_ar", "nice", "realnvp", "planar_flow", "radi
 @pytest.mark.parametrize("lr", [0.01, 0.03, 0.05])
 @pytest.mark.parametrize(("model", "start"), [(gaussian, 200), (centred, 400), (wide, 1500)])
 def test_plain_svi_does_not_explode(model, start, lr):
-    """These losses start below ``start``; before paces they rose to 4e3 at least, or ended in NaN."""
-    local = (lr == 0.03) == (model is centred)  # each model and each size of steps in both modes
+    """These losses start below ``start``; without paces they rose to at least 4e3, or ended in NaN."""
+    local = (lr == 0.03) == (model is centred)  # each model with each step size, in both modes
     with pyro.settings.context(module_local_params=local):
         losses = train(model, pf.AutoFlow(model), lr=lr)
     assert max(losses[20:]) < start
@@ -340,7 +340,7 @@ def test_plain_svi_does_not_explode(model, start, lr):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_plain_svi_does_not_explode_with_any_recipe(recipe):
-    """They start at 12 to 18.  Without paces flowpp rises to 1e19, realnvp to 1e4, maf and iaf to 100 and more."""
+    """Losses start at 12 to 18.  Without paces flowpp rises to 1e19, realnvp to 1e4, maf and iaf to at least 100."""
     assert max(train(gaussian, pf.AutoFlow(gaussian, getattr(flows, recipe)))[20:]) < 50
 
 
@@ -348,7 +348,7 @@ def test_plain_svi_does_not_explode_with_any_recipe(recipe):
     ("recipe", "steps"), [("bnaf", 15), ("cnf", 20), ("ffjord", 40), ("gaussianization", 40), ("residual_flow", 40)]
 )
 def test_plain_svi_does_not_explode_with_layers_of_other_kinds(recipe, steps):
-    """Losses start at 60 to 70.  Before their layers had a pace, the first three rose to 1e3 and more."""
+    """Losses start at 60 to 70.  Without a pace the first three layers rose to at least 1e3."""
     assert max(train(centred, pf.AutoFlow(centred, getattr(flows, recipe)), steps=steps)[5:]) < 100
 
 
@@ -367,8 +367,7 @@ def test_plain_svi_does_not_explode_with_plates(lr, encoder):
 
 
 def test_an_autoencoder_holds_in_plain_svi():
-    """Where the map from an encoder to the rows' place has weights as torch has them, losses rise to 4 to 30 times the
-    first one."""
+    """With torch's weights for the map from encoder to location, losses rise to 4 to 30 times the first one."""
     torch.manual_seed(1)
     x = (torch.randn(64, 5) @ torch.randn(5, 100) > 0).float()
     decoder = torch.nn.Sequential(torch.nn.Linear(20, 200), torch.nn.Softplus(), torch.nn.Linear(200, 100))
@@ -387,7 +386,7 @@ def test_an_autoencoder_holds_in_plain_svi():
 
 
 def test_rows_of_one_latent_hold_in_plain_svi():
-    """Where the splines of a row have weights as torch has them, losses rise to two to eight times the first one."""
+    """With torch's weights for the splines of a row, losses rise to two to eight times the first one."""
     torch.manual_seed(0)
     x = torch.randn(30, 1) @ torch.randn(1, 8) + 0.3 * torch.randn(30, 8)
     weights = torch.randn(8)
@@ -409,11 +408,11 @@ def test_scales_of_many_latents_grow_by_a_summand_where_all_is_flat():
 
     guide = pf.AutoFlow(flat)
     train(flat, guide, lr=0.05, steps=150)
-    assert 2.5 < guide.flow().sample(torch.Size([100])).std() < 10  # by a factor each it would be some 1e3
+    assert 2.5 < guide.flow().sample(torch.Size([100])).std() < 10  # a factor per layer would give about 1e3
 
 
 def test_plain_svi_reaches_the_evidence():
-    """log Z of the conjugate model is that of N(0, 2 I) at the data; a Gaussian posterior is the flow's start."""
+    """log Z of the conjugate model is that of N(0, 2 I) at the data; the flow starts at the Gaussian posterior."""
     guide = pf.AutoFlow(gaussian)
     train(gaussian, guide, lr=0.02, steps=300, elbo=Trace_ELBO(32, vectorize_particles=True))
     with torch.no_grad():
@@ -423,7 +422,7 @@ def test_plain_svi_reaches_the_evidence():
 
 
 def test_a_long_way_to_the_posterior_leaves_no_distortions():
-    """Networks that are not centred, or whose hidden layers move four times as far, end 8 to 20 nats lower."""
+    """With networks that are not centred, or hidden layers at four times the pace, fits end 8 to 20 nats lower."""
     torch.manual_seed(0)
     x = torch.randn(100, 2)
     y = x @ torch.tensor([9.0, -9.0]) + torch.randn(100)
@@ -443,7 +442,7 @@ def test_a_long_way_to_the_posterior_leaves_no_distortions():
 
 
 def absurd():
-    """The prior's centre, a noise of e⁻²⁰, makes these data impossible."""
+    """Sample data that are impossible at the prior's centre: their noise is e⁻²⁰."""
     level = pyro.sample("level", dist.Normal(0.0, 10.0))
     noise = pyro.sample("noise", dist.LogNormal(-20.0, 5.0))
     with pyro.plate("data", 3):
@@ -497,10 +496,10 @@ def test_a_linear_map_keeps_its_function_at_any_pace():
 
 
 def test_a_linear_map_moves_each_feature_by_its_own_scale():
-    """However much the scales differ: were the matrix in front of them, the second feature would move by 100 times."""
+    """A matrix in front of the scales would move the second feature by 100 times."""
     layer = ScaledLinear(2)
     layer.factors.data.copy_(torch.diag(torch.tensor([5.0, -5.0])))
     before, _ = layer.forward_and_log_det(torch.ones(2))
-    layer.factors.data[1, 0] = 0.01  # a step of Adam
+    layer.factors.data[1, 0] = 0.01  # one step of Adam
     after, _ = layer.forward_and_log_det(torch.ones(2))
     torch.testing.assert_close(after / before, torch.tensor([1.0, 1.01]))

@@ -1,4 +1,4 @@
-"""Path gradients where discrete latents are summed out, on the models of Pyro's tutorials, for guides of every kind."""
+"""Path gradients with discrete latents summed out, on the models of Pyro's tutorials, for guides of every kind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORDS = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 1.0])
 
 @config_enumerate
 def mixture() -> None:
-    """The Gaussian mixture of Pyro's tutorial: weights and scale outside of the plate of the components."""
+    """Sample the Gaussian mixture of Pyro's tutorial: weights and scale lie outside of the plate of the components."""
     weights = pyro.sample("weights", dist.Dirichlet(0.5 * torch.ones(2)))
     scale = pyro.sample("scale", dist.LogNormal(0.0, 2.0))
     with pyro.plate("components", 2):
@@ -35,7 +35,7 @@ def mixture() -> None:
 
 
 def hidden_markov() -> None:
-    """The hidden Markov model of Pyro's tutorial, with the states in a plate and a rate outside of it."""
+    """Sample the hidden Markov model of Pyro's tutorial: the states lie in a plate, and a rate lies outside."""
     rate = pyro.sample("rate", dist.Gamma(2.0, 2.0))
     with pyro.plate("states", 2):
         rows = pyro.sample("rows", dist.Dirichlet(torch.ones(2)))
@@ -66,7 +66,7 @@ def continuous(model: Any) -> Any:
 
 
 def moments(loss: Any, model: Any, guide: Any, parameters: list[Tensor], number: int) -> tuple[Tensor, Tensor]:
-    """The mean gradient over a number of steps, and its standard error."""
+    """Return the mean gradient over a number of steps, and its standard error."""
     rows = []
     for _ in range(number):
         found = torch.autograd.grad(loss.differentiable_loss(model, guide), parameters, allow_unused=True)
@@ -83,7 +83,7 @@ def moments(loss: Any, model: Any, guide: Any, parameters: list[Tensor], number:
 @pytest.mark.parametrize("kind", GUIDES)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_guide_has_the_gradient_of_pyros_own(name: str, kind: str, vectorize: bool) -> None:
-    """The same loss for the same draws, and the same gradient in the mean."""
+    """The loss is the same for the same draws, and the gradient has the same mean."""
     model, plate = MODELS[name]
     pyro.set_rng_seed(0)
     guide = GUIDES[kind](continuous(model), plate)
@@ -101,20 +101,20 @@ def test_every_guide_has_the_gradient_of_pyros_own(name: str, kind: str, vectori
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     if vectorize:
         (one, one_error), (other, other_error) = (moments(loss, model, guide, parameters, 30) for loss in (path, plain))
-        assert (other.abs() > 5 * other_error).any()  # there is a gradient to agree on
+        assert (other.abs() > 5 * other_error).any()  # the gradient is not zero
         assert ((one - other).abs() <= 5 * (one_error**2 + other_error**2).sqrt() + 1e-4).all()
     else:
         assert any(p.grad.abs().sum() > 0 for p in stepped(path, model, guide, parameters))
 
 
 def stepped(loss: Any, model: Any, guide: Any, parameters: list[Tensor]) -> list[Tensor]:
-    """The parameters that got a gradient from ``loss_and_grads``."""
+    """Return the parameters that get a gradient from ``loss_and_grads``."""
     loss.loss_and_grads(model, guide)
     return [parameter for parameter in parameters if parameter.grad is not None]
 
 
 def conjugate() -> None:
-    """A posterior that is known: k does not touch x, whose posterior is Normal(1, 1/√2)."""
+    """Sample from a model with a known posterior: k does not affect x, whose posterior is Normal(1, 1/√2)."""
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
     pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(2.0))
@@ -137,7 +137,7 @@ def test_gradients_vanish_at_the_posterior_draw_by_draw() -> None:
 
 
 def test_a_second_run_takes_no_branch_from_the_queue() -> None:
-    """A guide that enumerates k one value at a time: each branch is scored, and counts, once."""
+    """A guide that enumerates k sequentially scores and counts each branch once."""
 
     def model() -> None:
         k = pyro.sample("k", dist.Bernoulli(0.3))

@@ -1,8 +1,8 @@
-"""A file of ``pf.save`` restores the same function without the code that built it, and nothing else is let in or out.
+"""A file of ``pf.save`` restores the same function without the code that built it, and contains nothing else.
 
-What comes back has the same parts, tensors, dtypes and bits; guides come back without model and data.  What is not
-pyro_flows' own is refused by name before anything is written, and a file that is damaged, foreign or changed is refused
-in words, without its code being run.
+The loaded object has the same parts, tensors, dtypes and bits.  Guides are loaded without model and data.  Objects that
+are not from pyro_flows are refused by name before anything is written.  A damaged, foreign or changed file is refused
+with a message, and its code does not run.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def there_and_back(thing: Any, folder: Path) -> Any:
 
 
 def bits(ours: Any, theirs: Any) -> bool:
-    """Whether tensors are the same, bit by bit, also where they are not a number."""
+    """True if tensors are the same bit by bit, including NaN."""
     return ours.dtype == theirs.dtype and torch.equal(ours.nan_to_num(nan=-7.25), theirs.nan_to_num(nan=-7.25))
 
 
 def same_module(ours: nn.Module, theirs: nn.Module) -> None:
-    """The same parts with the same tensors, those that no ``state_dict`` holds included."""
+    """Assert that two modules have the same parts and tensors, including those that no ``state_dict`` holds."""
     assert [(n, type(m).__qualname__) for n, m in ours.named_modules()] == [
         (n, type(m).__qualname__) for n, m in theirs.named_modules()
     ]
@@ -145,7 +145,7 @@ def test_every_encoder_comes_back(name: str, tmp_path: Path) -> None:
 
 
 def test_no_public_class_is_left_out() -> None:
-    """A new class comes under these laws by its line in a registry; without one it would be saved unseen."""
+    """Every public class has a line in a registry, because a class without one would be saved untested."""
     found: set[str] = {"distributions.FixedBase", "conditioners.Given", "encoders.Standardize"}  # tested further below
     found |= {"transforms.Sigmoid", "encoders.ClassEmbedding", "encoders.Flatten"}  # tested with models of images
     builds = [kind.build(DIM * kind.size, laws.CONTEXT_DIM) for kind in laws.TRANSFORMS.values()]
@@ -157,14 +157,14 @@ def test_no_public_class_is_left_out() -> None:
 
 
 def names_in(spec: Any) -> list[str]:
-    """The classes that a spec names."""
+    """Return the names of the classes in a spec."""
     if isinstance(spec, dict):
         return [spec[key] for key in spec if key == "class"] + names_in(list(spec.values()))
     return [name for part in spec for name in names_in(part)] if isinstance(spec, list | tuple) else []
 
 
 def test_arguments_are_kept_under_their_names() -> None:
-    """Whatever ``save`` finds in attributes builds an object that says the same of itself."""
+    """The attributes that ``save`` reads rebuild an object with the same attributes."""
     for name, kind in laws.TRANSFORMS.items():
         spec = describe(kind.build(DIM * kind.size, 0))
         assert str(describe(build(spec))) == str(spec), name
@@ -229,7 +229,7 @@ def test_what_was_shared_is_shared_again(tmp_path: Path) -> None:
 
 
 def test_other_objects_stay_others(tmp_path: Path) -> None:
-    """Equal is not the same."""
+    """Equal objects that are not the same object stay separate."""
     first, second = there_and_back(Flow([ActNorm(2), ActNorm(2)]), tmp_path).transforms
     assert first is not second
     assert first.loc is not second.loc
@@ -245,7 +245,7 @@ def test_dtypes_are_kept_one_by_one(tmp_path: Path) -> None:
     assert again.base.zeros.dtype == again.transforms[1].conditioner.output.weight.dtype == torch.float64
     before = torch.get_default_dtype()
     try:
-        torch.set_default_dtype(torch.float64)  # what is usual where it is loaded does not matter
+        torch.set_default_dtype(torch.float64)  # the defaults of the loading process do not matter
         same_module(flow, pf.load(tmp_path / "saved.pt"))
     finally:
         torch.set_default_dtype(before)
@@ -333,7 +333,7 @@ def test_fixed_bases_come_back(name: str, tmp_path: Path) -> None:
     x = torch.rand(6, 3)
     assert bits(again().log_prob(x), flow().log_prob(x))
     assert type(again.base) is FixedBase
-    if name == "Uniform":  # outside, where validation is off, as it was
+    if name == "Uniform":  # outside, where validation is off, the call works
         assert again().log_prob(-x).tolist() == [-math.inf] * 6
 
 
@@ -341,28 +341,28 @@ def test_fixed_bases_come_back(name: str, tmp_path: Path) -> None:
 
 
 class OwnTransform(Permute):
-    """A subclass of ours is not ours."""
+    """Subclass of one of our transforms, which is not ours."""
 
 
 @dataclass(frozen=True)
 class OwnBijector(Affine):
-    """The same map under another name."""
+    """Bijector with the same map under another name."""
 
 
 class OwnFlow(Flow):
-    """A flow."""
+    """Flow of a user."""
 
 
 class OwnBase(StandardNormal):
-    """A base."""
+    """Base of a user."""
 
 
 class OwnConditioner(MLP):
-    """A conditioner."""
+    """Conditioner of a user."""
 
 
 class OwnActivation(nn.ReLU):
-    """An activation."""
+    """Activation of a user."""
 
 
 def own_encoder(x: Tensor) -> Tensor:
@@ -496,13 +496,13 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 
 def edited(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    """Change what is in a file and write it anew, with sums that are right."""
+    """Change the contents of a file and write it again, with correct checksums."""
     content = torch.load(path, weights_only=True)
     torch.save(edit(content) or content, path)
 
 
 def first(content: dict[str, Any]) -> dict[str, Any]:
-    """The spec of the first transform."""
+    """Return the spec of the first transform."""
     return content["spec"]["arguments"]["transforms"][0]
 
 
@@ -572,7 +572,7 @@ def test_changed_files_are_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_an_order_that_is_no_permutation_is_refused(tmp_path: Path) -> None:
-    """The masks would follow it, and the map would not be invertible."""
+    """The masks would follow such an order, and the map would not be invertible."""
     file = tmp_path / "flow.pt"
     pf.save(flows.maf(3, num_transforms=1, hidden_dims=(8,)), file)
     edited(file, lambda content: content["state"].update({ORDER: torch.ones(3, dtype=torch.long)}))
@@ -612,7 +612,7 @@ def test_files_that_were_cut_off_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
-    """torch would read it as another number."""
+    """torch would read such a bit as another number."""
     flow = small(3)
     pf.save(flow, tmp_path / "flow")
     raw = bytearray((tmp_path / "flow").read_bytes())
@@ -637,7 +637,7 @@ def test_the_sums_are_there_whatever_torch_is_told(tmp_path: Path) -> None:
 
 
 class Bomb:
-    """What a pickle of it does when it is read."""
+    """Object whose pickle runs code when it is read."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -670,7 +670,7 @@ def test_code_in_a_file_is_not_run(how: str, tmp_path: Path) -> None:
 
 
 def zoo() -> None:
-    """Latents on all the supports that have a bijection."""
+    """Sample latents on all supports that have a bijection."""
     pyro.sample("real", dist.Normal(0.0, 1.0))
     pyro.sample("simplex", dist.Dirichlet(torch.ones(3)))
     pyro.sample("corr", dist.LKJCholesky(3, 1.0))
@@ -718,7 +718,7 @@ def only_globals(y: Tensor) -> None:
 
 
 def stirred(guide: Any) -> Any:
-    """A guide that is no longer where it started."""
+    """Return a guide with parameters away from the start."""
     with torch.no_grad():
         for parameter in guide.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -731,12 +731,12 @@ def draws(guide: Any, *args: Any) -> dict[str, Tensor]:
 
 
 def same_guide(ours: Any, theirs: Any, args: tuple[Any, ...], bare: tuple[Any, ...]) -> None:
-    """The same law, asked with the model's arguments and with what a guide without a model needs of them."""
+    """Assert the same for guides, with the model's arguments, and with those that a guide without a model needs."""
     assert type(theirs) is type(ours)
     assert theirs.model is None
     same_module(ours, theirs)
     alone = copy.deepcopy(ours)
-    alone.__dict__["_model"] = (None,)  # a model draws random numbers of its own
+    alone.__dict__["_model"] = (None,)  # the model draws random numbers itself
     values, others = draws(alone, *bare), draws(theirs, *bare)
     assert list(values) == list(others)
     assert all(bits(others[name], value) for name, value in values.items())
@@ -752,7 +752,7 @@ def same_guide(ours: Any, theirs: Any, args: tuple[Any, ...], bare: tuple[Any, .
 
 
 def same_as_a_guide(model: Any, ours: Any, theirs: Any, *args: Any) -> None:
-    """Pyro, and all that asks for a model beside the guide, find the same."""
+    """Assert that Pyro and all functions that take a model and a guide give the same results."""
     found = []
     for guide in (ours, theirs):
         pyro.set_rng_seed(6)
@@ -861,7 +861,7 @@ def test_a_guide_of_a_plate_knows_new_rows_by_their_encoder(tmp_path: Path) -> N
 
 
 def test_a_loaded_guide_has_tensors_of_its_own(tmp_path: Path) -> None:
-    """Neither the guide that was saved, nor what the store still holds of it, is taken for the one in the file."""
+    """The loaded guide does not use the tensors of the saved guide, nor those in the parameter store."""
     guide = stirred(AutoFlow(nested, small, name="mine").setup(Y))
     pf.save(guide, tmp_path / "guide")
     wanted = draws(guide)
@@ -888,7 +888,7 @@ def test_a_guide_whose_parts_do_not_fit_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", ["setting", "hook"])
 def test_a_flow_that_was_changed_by_hand_is_refused(change: str, tmp_path: Path) -> None:
-    """What its constructor does not tell would be missing from the file, and another function come back."""
+    """The file would lack what the constructor does not show, and a different function would be loaded."""
     flow = flows.maf(3, num_transforms=1, activation=nn.LeakyReLU)
     part = next(module for module in flow.modules() if isinstance(module, nn.LeakyReLU))
     if change == "setting":

@@ -1,7 +1,7 @@
 """AutoPlateFlow is an exact Pyro guide of models with plates, whole or subsampled.
 
-It scores what it draws, ties minibatches to the rows that the model sees, finds the known posteriors of conjugate
-hierarchies with an encoder and without, does what Pyro asks of a guide, and refuses in words what it cannot answer for.
+It scores its draws, and its minibatches are the rows that the model sees.  It finds the known posteriors of conjugate
+hierarchies, with an encoder and without.  It meets Pyro's requirements on a guide, and refuses all else with a message.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ plate_flow = functools.partial(AutoPlateFlow, local_flow=small_local, global_flo
 
 
 def stir(guide: Any, scale: float = 0.2) -> Any:
-    """Move a guide away from its start, so that its flows are no longer the identity."""
+    """Move a guide away from its start, so that its flows are not the identity."""
     with torch.no_grad():
         for parameter in learned(guide):
             embedded = guide.contexts.embedding is not None and parameter is guide.contexts.embedding.weight
@@ -50,7 +50,7 @@ def stir(guide: Any, scale: float = 0.2) -> Any:
 
 
 def learned(guide: Any) -> list[nn.Parameter]:
-    """What is trained: all but the fixed affine maps that each flow ends with, and that an encoder begins with."""
+    """Return the trained parameters: all but the fixed affine maps of flows and encoders."""
     ends = [flow.transforms[-1] for flow in (guide.posterior.flow, guide.posterior.local_flow) if flow]
     begins = [part for part in guide.modules() if isinstance(part, Standardize)]
     fixed = {id(parameter) for part in ends + begins for parameter in part.parameters()}
@@ -70,11 +70,11 @@ def draws_of(guide: Any, *args: Any) -> list[Tensor]:
     return list(guide.sample(10, *args).values())
 
 
-# Models, all with rows of data (N, 3).
+# Models; all have rows of data (N, 3).
 
 
 def hierarchy(y, size=None, rows=None):
-    """mean ~ N(0, 1), level_i ~ N(mean, 1), y_ij ~ N(level_i, 1): all about it is known."""
+    """Sample mean ~ N(0, 1), level_i ~ N(mean, 1), y_ij ~ N(level_i, 1), a model with a known posterior."""
     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
     with pyro.plate("group", len(y), subsample_size=size, subsample=rows) as i:
         level = pyro.sample("level", dist.Normal(mean, 1.0))
@@ -82,14 +82,14 @@ def hierarchy(y, size=None, rows=None):
 
 
 def locals_only(y, size=None):
-    """A variational autoencoder's shape: nothing outside of the plate."""
+    """Sample like a variational autoencoder, without latents outside of the plate."""
     with pyro.plate("group", len(y), subsample_size=size) as i:
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         pyro.sample("y", dist.Normal(z.sum(-1, keepdim=True), torch.ones(3)).to_event(1), obs=y[i])
 
 
 def globals_only(y, size=None):
-    """Nothing in the plate but data."""
+    """Sample without latents in the plate."""
     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
     scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
     with pyro.plate("group", len(y), subsample_size=size) as i:
@@ -98,7 +98,7 @@ def globals_only(y, size=None):
 
 
 def inner(y, size=None):
-    """The plate of rows lies at dim -1, inside of another."""
+    """Put the plate of rows at dim -1, inside another plate."""
     top = pyro.sample("top", dist.Normal(0.0, 1.0))
     with pyro.plate("side", 3, dim=-2):
         middle = pyro.sample("middle", dist.LogNormal(top, 0.5))
@@ -109,7 +109,7 @@ def inner(y, size=None):
 
 
 def outer(y, size=None):
-    """The plate of rows lies at dim -2, around another, and holds latents of its own."""
+    """Put the plate of rows, with latents, at dim -2, around another plate."""
     top = pyro.sample("top", dist.Normal(0.0, 1.0))
     with pyro.plate("group", len(y), subsample_size=size, dim=-2) as i:
         middle = pyro.sample("middle", dist.LogNormal(top, 0.5))
@@ -120,7 +120,7 @@ def outer(y, size=None):
 
 
 def crossed(y, size=None):
-    """Latents outside of the rows that lie in a plate of their own, at the same place and at another."""
+    """Sample latents outside of the rows in another plate, at the same dim and at another one."""
     with pyro.plate("treatment", 3, dim=-1):
         effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
     with pyro.plate("season", 2, dim=-2):
@@ -132,7 +132,7 @@ def crossed(y, size=None):
 
 
 def supports(y, size=None):
-    """Every kind of support, outside of the plate and in it."""
+    """Sample all kinds of support, outside of the plate and in it."""
     pyro.sample("share", dist.Dirichlet(torch.ones(3)))
     pyro.sample("factor", dist.LKJCholesky(3, 2.0))
     pyro.sample("sorted", dist.ImproperUniform(dist.constraints.ordered_vector, (), (3,)))
@@ -181,7 +181,7 @@ def data(rows: int = N, seed: int = 0) -> Tensor:
 
 
 class Line(Conditioner):
-    """The parameters of an affine map as a linear function: a flow of it holds the posteriors of conjugate models."""
+    """Linear map from context to the parameters of an affine map, which fits the posteriors of conjugate models."""
 
     def __init__(self, input_dim: int, output_dim: int) -> None:
         super().__init__(input_dim, output_dim, 2, (1,), 0)
@@ -198,7 +198,7 @@ def line(dim: int, context_dim: int) -> Flow:
 
 
 class Rows(MLPEncoder):
-    """An encoder of the data alone, whatever else the model is called with."""
+    """Encoder of the data alone, which ignores the other arguments of the model."""
 
     def __init__(self, context_dim: int = 4, hidden_dims: tuple[int, ...] = (8,)) -> None:
         super().__init__(3, context_dim, hidden_dims)
@@ -249,7 +249,7 @@ def test_draws_have_the_shapes_and_supports_of_the_model(case, amortised):
 @both_ways
 @every_case
 def test_three_ways_to_the_same_elbo(case, amortised):
-    """Side by side, one by one, and from the guide's own draws and densities, within four standard errors."""
+    """Vectorised particles, single ones, and draws scored by hand give one ELBO, within four standard errors."""
     guide, y = build(case, amortised), data()
     with torch.no_grad():
         wide = psis(case.model, guide, y, num_samples=1000).log_weights.double()
@@ -270,7 +270,7 @@ def test_three_ways_to_the_same_elbo(case, amortised):
 
 @pytest.mark.parametrize("shared", [True, False], ids=["with a global", "without"])
 def test_density_integrates_to_one(shared):
-    """On a grid, in float64, at random parameters: over one global and one local, or two locals of one row."""
+    """On a grid, in float64, at random parameters: one global and one local latent, or two local ones of one row."""
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
 
     def model():
@@ -310,7 +310,7 @@ def test_density_is_zero_outside_of_the_support():
 
 
 def coordinates(name: str, value: Tensor) -> Tensor:
-    """As many numbers as a value of the site has degrees of freedom, flat."""
+    """Return a value of a site in flat unconstrained coordinates."""
     if name in ("weights", "share", "pair"):
         return value[..., :-1].flatten()
     if name in ("corr", "factor"):
@@ -359,11 +359,11 @@ def test_log_det_of_packing_is_autograds(case):
         torch.testing.assert_close(log_det, torch.linalg.slogdet(matrix).logabsdet, rtol=1e-8, atol=1e-8)
 
 
-# No locals, no globals.
+# Without local, or without global latents.
 
 
 def test_without_locals_it_is_what_autoflow_is():
-    """The same recipe, at the same parameters, has the same density."""
+    """The same recipe at the same parameters has the same density."""
     y = data()
     guide = stir(plate_flow(globals_only, "group", init_scale=0.5).setup(y))
     joint = AutoFlow(globals_only, small_global, init_scale=0.5).setup(y)
@@ -388,7 +388,7 @@ def test_without_globals_rows_are_independent():
 
 
 class Watched(Trace_ELBO):
-    """Notes which rows guide and model look at, and the scales of their sites."""
+    """Record of the rows that guide and model see, and of the scales of their sites."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -397,7 +397,7 @@ class Watched(Trace_ELBO):
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         programs = poutine.trace(model), poutine.trace(guide)
         found = super()._get_trace(*programs, args, kwargs)
-        looked = [program.trace.nodes["group"]["value"] for program in programs]  # before Pyro prunes these sites
+        looked = [program.trace.nodes["group"]["value"] for program in programs]  # before Pyro removes these sites
         assert torch.equal(*looked)
         self.seen.append(looked[0].clone())
         for program in programs:
@@ -419,7 +419,7 @@ def test_model_and_guide_look_at_the_same_rows(vectorize, amortised, local):
         losses = [svi.step(y, 4) for _ in range(6)]
     assert all(map(math.isfinite, losses))
     assert len(elbo.seen) == (6 if vectorize else 12)
-    for epoch in torch.stack(elbo.seen).reshape(-1, 12):  # every row once an epoch
+    for epoch in torch.stack(elbo.seen).reshape(-1, 12):  # every row once per epoch
         assert epoch.sort().values.tolist() == list(range(12))
     assert len({tuple(rows.tolist()) for rows in elbo.seen}) > 2
 
@@ -430,9 +430,9 @@ def test_minibatches_that_do_not_divide_the_rows():
         first, second = shuffled.next(10, 4), shuffled.next(10, 4)
         assert len({*first.tolist(), *second.tolist()}) == 8, epoch
         seen[torch.cat((first, second))] += 1
-    # Each row is left out of an epoch with probability .2: a binomial count, within four standard deviations.
+    # An epoch omits each row with probability .2: a binomial count, within four standard deviations.
     assert ((seen - 240).abs() < 4 * math.sqrt(300 * 0.2 * 0.8)).all()
-    assert shuffled.next(3, 3).sort().values.tolist() == [0, 1, 2]  # another size starts anew
+    assert shuffled.next(3, 3).sort().values.tolist() == [0, 1, 2]  # another size restarts
     kept = shuffled.next(6, 2)
     before = kept.clone()
     for _ in range(10):
@@ -451,12 +451,12 @@ def test_subsampled_loss_is_that_of_all_rows_on_average(amortised):
 
     whole, part = losses(40), losses(120, 4)
     epochs = part.reshape(40, 3).mean(1)
-    assert part.std() > 3 * epochs.std()  # the noise of minibatches cancels within an epoch: independent ones give √3
+    assert part.std() > 3 * epochs.std()  # their noise cancels within an epoch; independent ones give √3
     assert abs(whole.mean() - epochs.mean()) < 4 * math.hypot(whole.std(), epochs.std()) / math.sqrt(40)
 
 
 def exact(y: Tensor) -> tuple[Tensor, float, Tensor, Tensor]:
-    """The posterior of :func:`hierarchy`: mean and sd of the global, and of each level."""
+    """Return the posterior of :func:`hierarchy`: mean and sd of the global latent and of each level."""
     precision = 1 + len(y) / (1 + 1 / 3)
     mean = y.mean(1).sum() / (1 + 1 / 3) / precision
     return mean, precision**-0.5, (mean + 3 * y.mean(1)) / 4, torch.tensor(1 / 4 + 1 / precision / 16).sqrt()
@@ -472,7 +472,7 @@ def test_subsampled_hierarchy_finds_the_exact_posterior(amortised):
     draws = guide.sample(2000, y)
     mean, mean_sd, levels, level_sd = exact(y)
     assert draws["level"].shape == (2000, 60)
-    # In units of the posterior's sd; of 2000 draws the mean is known to 0.02, the sd to 1.6 %.
+    # Errors are in standard deviations of the posterior: 2000 draws have a mean error of 0.02, an sd error of 1.6 %.
     off = (draws["level"].mean(0) - levels) / level_sd
     assert off.square().mean().sqrt() < 0.15
     assert (draws["level"].std(0) / level_sd).log().square().mean().sqrt() < 0.15
@@ -488,7 +488,7 @@ def test_given_rows_are_respected(amortised):
     assert torch.equal(trace.nodes["group"]["value"], rows)
     assert trace.nodes["level"]["value"].shape == (3,)
     assert trace.nodes["level"]["scale"] == 2
-    # Each of the rows is drawn from its own conditional, that of the whole plate at its index.
+    # Each row is drawn from its conditional, which is that of the whole plate at its index.
     name = next(name for name in trace.nodes if name.endswith("group_latent"))
     pyro.set_rng_seed(5)
     part = poutine.trace(guide).get_trace(y, None, rows).nodes[name]["fn"]
@@ -510,7 +510,7 @@ def by_batch(y, total):
 
 
 def test_minibatches_as_arguments_with_a_ragged_last_one():
-    """As from a DataLoader; each row's latents come from its own data."""
+    """Minibatches come as from a DataLoader, and the latents of each row depend on its data."""
     y = data(10)
     guide = stir(plate_flow(by_batch, "group", encoder=Rows()).setup(y[:4], 10))
     svi = SVI(by_batch, guide, pyro.optim.Adam({"lr": 0.01}), Watched(3, max_plate_nesting=1, vectorize_particles=True))
@@ -565,12 +565,12 @@ def test_data_that_are_not_tied_to_the_rows_are_refused():
     y = torch.randn(5)
     with pytest.raises(ValueError, match=r"plate 'group' is subsampled \(5 of 100 rows\).*the same whatever its ind"):
         plate_flow(untied, "group").setup(y)
-    # The ways out: an encoder, or indices.
+    # The ways out of the errors: an encoder, or indices.
     plate_flow(untied, "group", encoder=lambda y: y[:, None]).setup(y)
     plate_flow(hierarchy, "group").setup(data(9), None, torch.tensor([2, 3]))
 
 
-# What Pyro asks of a guide.
+# Requirements of Pyro on a guide.
 
 
 @pytest.mark.parametrize("parallel", [True, False])
@@ -602,7 +602,7 @@ def test_psis_of_an_exact_guide_is_exact():
     found = psis(exact_model, guide, y.double(), num_samples=200)
     assert found.log_weights.std() < 1e-9
     y = y.double()
-    # y_i. is Gaussian with covariance I + 1 1' + 1 1' within a group, 1 across groups.
+    # y_i is Gaussian, with covariance I + 1 1' + 1 1' within a group, and 1 across groups.
     block = torch.eye(3, dtype=torch.float64) + 1
     cov = torch.kron(torch.eye(4, dtype=torch.float64), block) + 1
     wanted = dist.MultivariateNormal(torch.zeros(12, dtype=torch.float64), cov).log_prob(y.flatten())
@@ -665,16 +665,16 @@ def test_pickle_and_state_dict(amortised):
     other = pickle.loads(pickle.dumps(guide))
     assert same(draws_of(other, y), before)
     pyro.set_rng_seed(4)
-    found = psis(hierarchy, other, y, num_samples=50).log_weights  # it runs as a guide too, without its model
+    found = psis(hierarchy, other, y, num_samples=50).log_weights  # it runs as a guide without its model
     pyro.set_rng_seed(4)
     torch.testing.assert_close(found, psis(hierarchy, guide, y, num_samples=50).log_weights)
     assert same(draws_of(guide, y), before)
-    svi.step(y, 2)  # the live one is as it was, and trains on
+    svi.step(y, 2)  # the original guide is unchanged and trains on
     assert not same(draws_of(guide, y), before)
     buffer = io.BytesIO()
     torch.save(guide.state_dict(), buffer)
     buffer.seek(0)
-    # Of another init_scale: the state is all that the function depends on, as it is for AutoFlow.
+    # With another init_scale: as for AutoFlow, the function depends on the state alone.
     fresh = plate_flow(hierarchy, "group", encoder=Rows() if amortised else None).setup(y)
     assert not same(draws_of(fresh, y), draws_of(guide, y))
     fresh.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
@@ -707,7 +707,7 @@ def test_param_store_file_restores_the_function(amortised, tmp_path):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """Each look at the clock takes a minute, so that every window of 50 steps ends with a checkpoint."""
+    """Let each call of the clock add a minute, so that every window of 50 steps ends with a checkpoint."""
     clock = itertools.count(step=60)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
 
@@ -715,7 +715,7 @@ def hasty(monkeypatch):
 @both_ways
 @pytest.mark.usefixtures("hasty")
 def test_a_killed_run_goes_on_to_the_same_end(amortised, tmp_path):
-    """Minibatches included: which rows come next is part of the state."""
+    """The state includes the order of the rows, so that minibatches continue too."""
     y, file = data(12), tmp_path / "run"
 
     def checkpointed(model, file):
@@ -816,7 +816,7 @@ def test_float64(amortised):
 
 
 def test_rows_see_the_latents_outside_from_the_middle_of_their_flow():
-    """Wherever its layers have moved it: an offset would drown what rows learn of how these vary."""
+    """Rows depend on globals relative to the middle of their flow, because an offset would hide how these vary."""
     y = data()
     posterior = stir(plate_flow(hierarchy, "group", encoder=Rows(), init_scale=0.3).setup(y), 1.0).posterior
     middle = torch.zeros(1)
@@ -835,7 +835,7 @@ def test_fit_svi_shows_the_data_to_the_encoder_of_a_new_guide(tmp_path):
     quick(y, 10)  # all rows, not those of a minibatch
     torch.testing.assert_close(guide.contexts.encoder.standardize.loc.detach(), y.mean(0))
     torch.testing.assert_close(guide.contexts.encoder.standardize.scale.detach(), y.std(0, correction=0))
-    quick(y + 100)  # one that was trained keeps what it knows
+    quick(y + 100)  # a trained guide keeps its parameters
     torch.testing.assert_close(guide.contexts.encoder.standardize.loc.detach(), y.mean(0))
     SVI(locals_only, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).step(y)
     wanted = draws_of(guide, y)
@@ -863,7 +863,7 @@ def test_without_globals_rows_start_at_unit_scale(amortised):
         guide = AutoPlateFlow(model, "group", encoder=(lambda y: y) if amortised else None)
         draws = guide.setup(y).sample(300, y)["z" if model is locals_only else "level"]
         assert (draws - draws.mean(0)).std().item() == pytest.approx(scale, rel=0.03)
-        spread = amortised and model is locals_only  # by the encoder, or a decoder would learn to do without
+        spread = amortised and model is locals_only  # by the encoder; else a decoder would learn to ignore latents
         assert (draws.mean(0).std() > 0.15) == spread  # the noise of 300 draws is 0.06
         assert guide.is_fresh
 
@@ -876,7 +876,7 @@ def test_starts_at_loc_and_scale():
             hierarchy, "group", encoder=encoder, init_loc_fn=init_to_value(values=start), init_scale=0.3
         )
         draws = guide.setup(y).sample(300, y)
-        # 90 000 draws of levels; the default base of globals is 2 % wider than a normal.
+        # 90,000 draws of levels; the default base of globals is 2 % wider than a normal one.
         assert abs(draws["level"].mean() + 3) < 4 * 0.3 / 300
         assert draws["level"].std().item() == pytest.approx(0.3, rel=0.03)
         assert abs(draws["mean"].mean() - 2) < 4 * 0.31 / math.sqrt(300)
@@ -886,7 +886,7 @@ def test_starts_at_loc_and_scale():
 
 
 def exact_model(y):
-    """:func:`hierarchy` in float64."""
+    """Sample :func:`hierarchy` in float64."""
     zero = y.new_zeros(())
     mean = pyro.sample("mean", dist.Normal(zero, 1.0))
     with pyro.plate("group", len(y)):
@@ -895,7 +895,7 @@ def exact_model(y):
 
 
 def conjugate_guide(y: Tensor) -> AutoPlateFlow:
-    """A guide that is the posterior of :func:`exact_model`, set by hand."""
+    """Return the posterior of :func:`exact_model` as a guide, set by hand."""
     y = y.double()
 
     guide = AutoPlateFlow(
@@ -915,7 +915,7 @@ def conjugate_guide(y: Tensor) -> AutoPlateFlow:
     with torch.no_grad():
         norm.loc.fill_(mean)
         norm.log_scale.fill_(math.log(sd))
-        # Rows see the mean from where its flow now has its middle, in units of ten times init_scale.
+        # The context of rows has the mean relative to the middle of its flow, in units of ten times init_scale.
         net.output.bias[1] = mean / 4
         # level | mean, y ~ N((mean + 3 average) / 4, 1 / 4): a is where b tanh(a / 4b) is log(1 / 2), with b = 3.
         net.output.bias[0] = 12 * math.atanh(math.log(0.5) / 3)
@@ -951,7 +951,7 @@ def test_path_gradients_have_the_same_mean(amortised, size):
     plain, path = found
     error = ((plain.var(0) + path.var(0)) / 60).sqrt()
     off = (plain.mean(0) - path.mean(0)).abs() / error.clamp_min(1e-6)
-    # Some hundred parameters, each with an error of its own: the root mean square of normal errors is 1.
+    # Some hundred parameters have independent errors, so the root mean square of their normal errors is 1.
     assert off.square().mean().sqrt() < 1.3
     assert off.max() < 6
 
@@ -961,7 +961,7 @@ def test_path_gradients_have_the_same_mean(amortised, size):
 
 def refused(model, words, *args, plate="group", **settings):
     guide = plate_flow(model, plate, **settings)
-    for _ in range(2):  # a failed setup can be tried again
+    for _ in range(2):  # a failed setup can be repeated
         with pytest.raises(ValueError, match=words):
             guide.setup(*args)
 
@@ -1048,7 +1048,7 @@ def test_latents_that_it_cannot_answer_for_are_refused():
         lambda x: pyro.sample("u", dist.Uniform(0.0, torch.arange(1.0, 7.0))),
     )
     refused(program, "support of latent site 'u'", lambda x: pyro.sample("u", dist.Uniform(x, x + 2)))
-    for left_out in (dist.Delta, lambda x: dist.Bernoulli(logits=x)):  # a point, and what is summed out
+    for left_out in (dist.Delta, lambda x: dist.Bernoulli(logits=x)):  # a point, and an enumerated site
         guide = plate_flow(program, "group").setup(lambda x, fn=left_out: pyro.sample("d", fn(x)))
         assert [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()] == ["x"]
 
@@ -1056,7 +1056,7 @@ def test_latents_that_it_cannot_answer_for_are_refused():
         u = pyro.sample("u", dist.Uniform(0.0, 1.0))
         pyro.deterministic("v", u * torch.arange(1.0, 7.0))
 
-    plate_flow(program, "group").setup(scaled)  # what the error recommends
+    plate_flow(program, "group").setup(scaled)  # the way out in the error works
 
 
 def test_other_arguments_must_not_move_the_supports():
@@ -1074,7 +1074,7 @@ def test_other_arguments_must_not_move_the_supports():
 
 
 def test_rows_may_have_a_support_that_is_shared():
-    """Bounds that a plate expands to its rows, and data of other rows."""
+    """Bounds that a plate expands to its rows work, and so do data of other rows."""
 
     def model(top, rows):
         with pyro.plate("group", rows):
@@ -1125,7 +1125,7 @@ def test_fit_svi_refuses_what_is_for_autoflow():
 
 
 def test_training_is_silent():
-    """Minibatches, encoders and networks give no warning to wonder about."""
+    """Minibatches, encoders and networks give no warning."""
     guide = plate_flow(hierarchy, "group", encoder=Rows())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -1133,7 +1133,7 @@ def test_training_is_silent():
 
 
 def test_guides_without_the_plate_are_trained_on_minibatches_too():
-    """Only the model looks at rows; they differ, so that other minibatches have other densities."""
+    """Only the model subsamples rows; the rows differ, so that minibatches have different densities."""
     y = torch.tensor([0.0, 5.0, 9.0, 100.0])
 
     def model(y):
@@ -1146,7 +1146,7 @@ def test_guides_without_the_plate_are_trained_on_minibatches_too():
 
 
 def test_encoders_may_answer_for_all_rows():
-    """A table of features, say, of which the guide takes the minibatch's rows."""
+    """The encoder returns a table of features for all rows, and the guide takes the rows of the minibatch."""
     y, table = data(6), torch.randn(6, 2)
     guide = stir(plate_flow(hierarchy, "group", encoder=lambda *_: table).setup(y, 2))
     rows = torch.tensor([5, 1])
@@ -1159,7 +1159,7 @@ def test_encoders_may_answer_for_all_rows():
     torch.testing.assert_close(next(scores), next(scores)[rows])
 
 
-# The layer that reads a row's own parameters off its context.
+# The layer that computes the parameters of a row from its context.
 
 
 def test_given_reads_its_input():
@@ -1180,7 +1180,7 @@ def test_given_reads_its_input():
 
 
 def test_rows_start_alike_and_learn_apart():
-    """Without an encoder no row is ahead at the start; each learns its own place."""
+    """Without an encoder all rows start with the same distribution, and each converges to its posterior."""
     y = torch.tensor([[-4.0], [0.0], [4.0]]).expand(3, 3)
     guide = plate_flow(hierarchy, "group", local_flow=line).setup(y)
     draws = guide.sample(500, y)["level"]

@@ -1,4 +1,4 @@
-"""Pictures: what they show is what was given, and nothing that a person reads is cut off."""
+"""Plots show the given values, and cut off no text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RANDOM = np.random.default_rng(0)
 
 
 def read_by_a_person(picture) -> None:
-    """All that is drawn lies within the figure, and no title over another."""
+    """Assert that everything drawn lies within the figure, and that titles do not overlap."""
     canvas = FigureCanvasAgg(picture)
     canvas.draw()
     renderer = canvas.get_renderer()
@@ -42,7 +42,7 @@ def fit_of(losses, held_out=None, **own):
 
 
 def checked(names, error=0.0, reason="No error."):
-    """A check that has found an error of the first mean."""
+    """Return a check that has found an error of the first mean."""
     errors, small = torch.zeros(len(names)), torch.full((len(names),), 0.02)
     errors[0] = error
     drift = Drift(errors, small, torch.ones(len(names)), small)
@@ -52,7 +52,7 @@ def checked(names, error=0.0, reason="No error."):
 
 
 def over(base):
-    """A flow that doubles what a base draws."""
+    """Return a flow that doubles the draws of a base."""
     double = Elementwise(Affine(), 2)
     torch.nn.init.constant_(double.params, 3.0)
     return Flow([double], base.to_event(1))
@@ -70,18 +70,18 @@ def test_history_shows_losses_their_mean_held_out_ones_and_the_state_that_was_ke
     (axis,) = picture.axes
     raw, mean, held_out, kept = axis.get_lines()
     np.testing.assert_allclose(raw.get_ydata(), losses, rtol=1e-6)
-    assert len(mean.get_ydata()) == 200 - 40 + 1  # a fifth of those that are finite
+    assert len(mean.get_ydata()) == 200 - 40 + 1  # a fifth of the finite losses
     assert mean.get_ydata()[-1] == pytest.approx(np.mean(losses[160:200]))
     assert held_out.get_xdata().tolist() == [100.5, 201.0]
     assert (kept.get_xdata(), kept.get_ydata()) == ([150], [1.5])
-    assert axis.get_ylim()[1] < 4  # the first loss does not squash the others
+    assert axis.get_ylim()[1] < 4  # the first loss does not flatten the others
     assert "1 skipped" in axis.get_title()
     read_by_a_person(picture)
 
 
 def test_history_of_one_step_and_of_none():
     read_by_a_person(plots.history(fit_of([2.0], best_step=1, best_loss=2.0)))
-    early = plots.history(fit_of([2.0], best_step=0, best_loss=math.nan))  # interrupted before a state was judged
+    early = plots.history(fit_of([2.0], best_step=0, best_loss=math.nan))  # interrupted before a state was scored
     assert not [line for line in early.axes[0].get_lines() if "kept" in line.get_label()]
     with pytest.raises(ValueError, match="no step of this fit has a finite loss"):
         plots.history(fit_of([math.nan]))
@@ -109,14 +109,14 @@ def test_marginals_are_densities_of_the_numbers_of_all_sites():
 
 
 def test_marginals_are_of_the_draws_that_are_finite():
-    """One draw that is not would leave nothing to see."""
+    """One draw that is not finite would leave an empty plot."""
     values = torch.randn(1000)
     bad = torch.cat((values, torch.tensor([math.nan, math.inf, -math.inf])))
     picture = plots.marginals({"a": bad, "same": torch.ones(1003)}, {"a": bad, "same": torch.full((1003,), math.nan)})
     grid, density = picture.axes[0].get_lines()[0].get_data()
     expected = plots.marginals({"a": values}, {"a": values}).axes[0].get_lines()[0]
     np.testing.assert_allclose((grid, density), expected.get_data())
-    assert 1.0 in [line.get_xdata()[0] for line in picture.axes[1].get_lines()]  # no density, but a place
+    assert 1.0 in [line.get_xdata()[0] for line in picture.axes[1].get_lines()]  # a point instead of a density
     (axis,) = plots.marginals({"a": torch.tensor([1.0, *[2.0] * 999])}).axes
     assert [line.get_xdata()[0] for line in axis.get_lines()] == [2.0]
     read_by_a_person(picture)
@@ -171,7 +171,7 @@ def test_bad_input_is_refused_by_name(call, message):
 
 def test_the_picture_shows_data_below_and_samples_above_on_the_same_axes():
     data = RANDOM.standard_normal((500, 3)) * (1.0, 10.0, 100.0)
-    data[0] = 1e6  # an outlier does not squash the others
+    data[0] = 1e6  # an outlier does not flatten the others
     samples = RANDOM.standard_normal((400, 3)) + 1
     samples[1] = np.inf
     figure = plots.pairs(data, samples, names=["a", "b", "a name that is far too long"])
@@ -200,7 +200,7 @@ def test_the_picture_of_many_columns_shows_the_first_and_says_so():
 
 
 def test_the_picture_takes_any_names(tmp_path):
-    """Dollars begin no formula, which could not be drawn."""
+    """Dollars do not begin a formula, which could fail to render."""
     data = RANDOM.standard_normal((20, 2))
     figure = plots.pairs(data, data, names=["price ($", r"\frac{$}{$}_x^"])
     figure.savefig(tmp_path / "pairs.png")
@@ -225,9 +225,9 @@ def test_pairs_of_sites_take_those_of_the_same_names():
     picture = plots.pairs(guide, {"theta": torch.randn(80, 2), "mu": torch.randn(80)}, labels=("guide", "NUTS"))
     assert [axis.get_ylabel() for axis in picture.axes[::3]] == ["mu", "theta[0]", "theta[1]"]
     read_by_a_person(picture)
-    picture = plots.pairs({"mu": torch.randn(50)}, {"mu": torch.randn(50, 1)})  # as Pyro's Predictive gives scalars
+    picture = plots.pairs({"mu": torch.randn(50)}, {"mu": torch.randn(50, 1)})  # the shape of scalars in Predictive
     assert picture.axes[0].get_xlabel() == "mu"
-    read_by_a_person(plots.pairs(guide, most=2))  # no reference: nothing stands above the diagonal
+    read_by_a_person(plots.pairs(guide, most=2))  # without a reference nothing stands above the diagonal
     read_by_a_person(plots.pairs({"a": torch.randn(50)}, {"a": torch.randn(50)}))
 
 
@@ -277,7 +277,7 @@ def test_a_calibration_shows_shares_beside_the_band_of_exact_guides():
     np.testing.assert_allclose(tarp.get_lines()[1].get_ydata()[[10, 70, 182]], [0, 0.25, 1])
     band = coverage.collections[0].get_paths()[0].vertices
     for end in band[:, 1] - band[:, 0]:
-        assert abs(end) == pytest.approx(1.358 / 4**0.5)  # Kolmogorov and Smirnov's test at 5 % of four
+        assert abs(end) == pytest.approx(1.358 / 4**0.5)  # Kolmogorov and Smirnov's test of four quantities, at 5 %
 
 
 def test_a_check_of_many_quantities_shows_the_worst_and_says_so():
@@ -290,7 +290,7 @@ def test_a_check_of_many_quantities_shows_the_worst_and_says_so():
 
 
 def test_reports_take_any_names():
-    """Dollars begin no formula, which could not be drawn."""
+    """Dollars do not begin a formula, which could fail to render."""
     name = r"\frac{$a$}_$\frac$"
     read_by_a_person(plots.check(checked([name, "long " * 20], reason=f"mean of {name} off.")))
     u = torch.rand(50)
@@ -325,7 +325,7 @@ def test_deformation_follows_the_transforms(recipe):
     shown = np.asarray(picture.axes[-1].collections[-1].get_offsets())
     np.testing.assert_allclose(shown, expected.numpy(), atol=1e-4)
     corner = picture.axes[0].collections[0].get_segments()[0][0]
-    assert abs(corner).min() > 2  # the base's, some 2.5 standard deviations out
+    assert abs(corner).min() > 2  # the value of the base, at about 2.5 standard deviations
     read_by_a_person(picture)
 
 

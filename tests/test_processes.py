@@ -1,4 +1,4 @@
-"""Several processes fit as one: what two find is what one finds, and they stop, skip, save and fail together."""
+"""Two processes find the result of one process, and they stop, skip, save and fail together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def run_both(folder: Path) -> None:
-    """Let two processes work in a folder in which one has left something for them."""
+    """Run two processes in a folder in which one process has left a checkpoint."""
     folder.mkdir()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     left = job.density(checkpoint=folder / "left_by_one", objective=job.At(6, 0, job.interrupt))
@@ -40,7 +40,7 @@ def run_both(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """The folder, what each of two processes has found, and how they have ended; once for all workers of pytest."""
+    """Return the folder, the results of both processes and their exit; computed once for all workers of pytest."""
     root = tmp_path_factory.getbasetemp()
     folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "pair_of_processes"
     with FileLock(f"{folder}.lock"):
@@ -76,7 +76,7 @@ RUNS = (
 def test_both_processes_end_in_one_state(name, pair):
     zero, one = (found[name] for found in pair[1])
     assert_same(zero, one, rtol=0, atol=0)
-    assert torch.equal(zero["random"], one["random"])  # so that they go on as one, too
+    assert torch.equal(zero["random"], one["random"])  # so that they also continue with the same numbers
 
 
 ALONE = {
@@ -119,11 +119,11 @@ def test_rounds_divide_the_simulations(pair):
 
 
 def test_particles_are_divided_and_their_noise_differs(pair):
-    """Twice as many draws with the same noise in both processes would double the variance of losses."""
+    """The same noise in both processes would double the variance of the losses."""
     two, one = pair[1][0]["noise"]["losses"], job.noise()["losses"]
     error = (two.var() / len(two) + one.var() / len(one)).sqrt()
     assert (two.mean() - one.mean()).abs() < 4 * error
-    # The logarithm of the ratio of two variances has a standard error of 2 / √400 = 0.1, of heavier tails some more.
+    # The log ratio of two variances has a standard error of 2 / √400 = 0.1, and somewhat more for heavier tails.
     assert (two.var() / one.var()).log().abs() < 0.4
 
 

@@ -1,5 +1,6 @@
-"""Pyro programs as people write them: each runs, or is refused before any training, in one line that names what is at
-fault and the way out; under a plate of draws if that is asked for, and else by whatever engine runs them."""
+"""Pyro programs as users write them: each runs, or is refused before training, in one line with cause and way out.
+
+They run under a plate of draws if the user asks for it, and otherwise by any engine that can run them."""
 
 import contextlib
 import inspect
@@ -36,7 +37,7 @@ def fresh():
 
 @pytest.fixture(params=[False, True], ids=["store", "local"])
 def stores(request):
-    """Pyro's parameter store, and parameters that modules keep themselves."""
+    """Use Pyro's parameter store, and then parameters stored in modules."""
     with pyro.settings.context(module_local_params=request.param):
         yield
 
@@ -45,7 +46,7 @@ in_both_stores = pytest.mark.usefixtures("stores")
 
 
 def evidence(model, *args, low=-4.0, high=4.0):
-    """The log evidence of a model with one real latent, by a sum over a grid."""
+    """Return the log evidence of a model with one real latent, by a sum over a grid."""
     trace = prune_subsample_sites(poutine.trace(model).get_trace(*args))
     (name,) = [name for name, _ in trace.iter_stochastic_nodes()]
     grid = torch.linspace(low, high, 81)
@@ -59,7 +60,7 @@ def evidence(model, *args, low=-4.0, high=4.0):
 def asserts(y):
     w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
     if w.shape != (3,):
-        raise AssertionError  # as a bare assert does; pytest would give it words
+        raise AssertionError  # an error without words, like a bare assert; pytest would add words to the latter
     pyro.sample("y", dist.Normal(w.sum(-1), 1.0), obs=y)
 
 
@@ -88,7 +89,7 @@ FAULTS = {
 
 
 def words_of(settings):
-    """Name settings alike in every process; objects show where they lie in memory."""
+    """Return a name of settings that is equal in all processes; the default name of an object has its address."""
     return " ".join(f"{k}={v if isinstance(v, int) else type(v).__name__}" for k, v in settings.items()) or "default"
 
 
@@ -325,11 +326,11 @@ def test_latents_that_are_not_enumerated_are_named_with_an_enumerating_objective
         assert pf.fit_svi(several, AutoFlow(several), X, objective=objective, **QUICK, **search).losses.isfinite().all()
 
 
-# Observations that have more rows than their distribution.
+# Observations with more rows than their distribution.
 
 
 def coin(y):
-    """The observations of Pyro's tutorial SVI Part III, in a plate without a size."""
+    """Sample the observations of Pyro's tutorial SVI Part III, in a plate without a size."""
     heads = pyro.sample("heads", dist.Beta(10.0, 10.0))
     with pyro.plate("data_plate"):
         pyro.sample("obs", dist.Bernoulli(heads), obs=y)
@@ -364,11 +365,11 @@ def test_to_arviz_takes_the_shape_of_a_log_likelihood_from_itself(model, setting
     drawn = found["posterior_predictive"]["obs"]
     assert drawn.dims == found["log_likelihood"]["obs"].dims
     assert drawn.dims[2:] == found["observed_data"]["obs"].dims
-    assert 0 < drawn.values[0].std(1).mean() < 1  # each row has a draw of its own
+    assert 0 < drawn.values[0].std(1).mean() < 1  # each row has a separate draw
 
 
 def test_plates_name_the_dimensions_of_log_likelihoods_from_the_right():
-    """A site whose distribution has a dimension of its own to the left of a plate, of the same size."""
+    """The site's distribution has an extra dimension to the left of a plate, of the same size."""
 
     def model():
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
@@ -380,11 +381,11 @@ def test_plates_name_the_dimensions_of_log_likelihoods_from_the_right():
     assert found["observed_data"]["y"].dims == ("y_dim_0", "rows")
 
 
-# What Pyro allows as subsample=.
+# The forms of subsample= that Pyro accepts.
 
 
 def rows_model(plate):
-    """Rows with a latent each, in a plate that a function of the data makes and says which rows it holds."""
+    """Sample rows with a latent each, in a plate whose size and rows come from a function of the data."""
 
     def model(x):
         made, of = plate(x)
@@ -436,7 +437,7 @@ def test_data_given_as_subsample_are_the_rows_in_their_order(encoder, x):
 @pytest.mark.parametrize("num_particles", [1, 16])
 @in_both_stores
 def test_autoflow_leaves_a_model_the_data_that_it_gives_as_subsample(num_particles):
-    """Indices in the guide's trace would be replayed in place of the data, and the guide fitted to 0, 1, 2, ..."""
+    """Indices in the guide's trace would replace the data, so that the guide would fit 0, 1, 2, ..."""
 
     def twin(x):
         with pyro.plate("rows", len(x)):
@@ -445,7 +446,7 @@ def test_autoflow_leaves_a_model_the_data_that_it_gives_as_subsample(num_particl
 
     found, guide = losses(as_data, AutoFlow, X, num_particles=num_particles)
     assert torch.equal(found, losses(twin, AutoFlow, X, num_particles=num_particles)[0])
-    guide.start_at(X / 2, torch.eye(7) * 0.5**0.5)  # the posterior
+    guide.start_at(X / 2, torch.eye(7) * 0.5**0.5)  # the known posterior
     exact = float(dist.Normal(0.0, 2**0.5).log_prob(X).sum())
     weights = pf.psis(as_data, guide, X, num_samples=200)
     assert abs(weights.log_evidence - exact) < 0.3
@@ -536,13 +537,13 @@ def test_a_latent_of_infinite_support_alone_is_not_to_be_enumerated():
         AutoFlow(lambda: pyro.sample("n", dist.Poisson(2.0))).setup()
 
 
-# The number of dimensions that plates take.
+# The number of dimensions of plates.
 
 SHIFTS = torch.tensor([[0.0], [2.0]])
 
 
 def by_hand(y):
-    """Two components in a dimension of the model's own, left of its plate: one run does not show it."""
+    """Sample two components in a manual dimension, left of the plate; a single run does not reveal it."""
     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
     with pyro.plate("rows", len(y)):
         rows = dist.Normal(loc + SHIFTS, 1.0).log_prob(y).logsumexp(-2, keepdim=True)
@@ -550,12 +551,12 @@ def by_hand(y):
 
 
 def free(y):
-    """Rows that lie in no plate."""
+    """Sample rows without a plate."""
     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
     pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
 
 
-HIDDEN = {by_hand: 2, free: 1}  # models, and the dimensions that they take
+HIDDEN = {by_hand: 2, free: 1}  # models and the number of dimensions of their plates
 every_hidden = pytest.mark.parametrize("model", HIDDEN, ids=lambda model: model.__name__)
 
 
@@ -564,8 +565,8 @@ def test_a_number_of_plates_that_is_given_holds_for_fits_and_verdicts(model):
     guide = AutoFlow(model)
     for validate in (True, False):
         with pyro.validation_enabled(validate):
-            assert Task(model, guide, (X,), {}, "plate").settle().model.nesting == HIDDEN[model]  # one run shows them
-    with pyro.validation_enabled(model is not free):  # Pyro itself wants a plate around rows
+            assert Task(model, guide, (X,), {}, "plate").settle().model.nesting == HIDDEN[model]  # one run reveals them
+    with pyro.validation_enabled(model is not free):  # Pyro itself needs a plate around rows
         given = {"max_plate_nesting": HIDDEN[model]}
         pf.fit_svi(model, guide, X, steps=100, progress=False, **given)
         exact = evidence(model, X)
@@ -576,7 +577,7 @@ def test_a_number_of_plates_that_is_given_holds_for_fits_and_verdicts(model):
         assert pf.resample(model, guide, X, num_samples=50, **given)["loc"].shape == (50,)
         assert pf.to_arviz(model, guide, X, num_samples=50, **given)["posterior"]["loc"].shape == (1, 50)
         assert pf.neutra(model, guide, X, **given).site == "loc_shared_latent"
-        assert Task(model, guide, (X,), {}).settle().model.engine == "plate"  # where none is given
+        assert Task(model, guide, (X,), {}).settle().model.engine == "plate"  # if none is given
         assert abs(pf.psis(model, guide, X).log_evidence - exact) < 0.02
         assert pf.neutra(model, guide, X).site == "loc_shared_latent"
         given = {"max_plate_nesting": HIDDEN[model] - 1, "vectorize": "plate"}  # one fewer is too few
@@ -588,14 +589,14 @@ def test_a_number_of_plates_that_is_given_holds_for_fits_and_verdicts(model):
 @in_both_stores
 @every_hidden
 def test_an_objective_that_knows_the_number_of_plates_decides(model):
-    """The warm start took the guess in its place, and died in a RuntimeError."""
+    """The warm start used the guess instead, and ended in a RuntimeError."""
     with pyro.validation_enabled(model is not free):
         objective = PathELBO(64, max_plate_nesting=HIDDEN[model], vectorize_particles=True)
         fit = pf.fit_svi(model, AutoFlow(model), X, objective=objective, steps=50, progress=False)
         assert abs(float(fit.losses[-10:].mean()) + evidence(model, X)) < 0.3
         objective = TemperedELBO(5, num_particles=64, max_plate_nesting=HIDDEN[model])
         assert pf.fit_svi(model, AutoFlow(model), X, objective=objective, progress=False).losses.isfinite().all()
-        objective = PathELBO(64, vectorize_particles=True)  # and one that does not know it is told
+        objective = PathELBO(64, vectorize_particles=True)  # an objective without the number is told it
         pf.fit_svi(model, AutoFlow(model), X, objective=objective, max_plate_nesting=HIDDEN[model], **QUICK)
         assert objective.max_plate_nesting == HIDDEN[model] + 1
 
@@ -678,7 +679,7 @@ def test_a_number_of_plates_holds_for_one_call_only():
 
 
 def test_an_enumerated_model_on_a_subsampled_plate_has_no_noise():
-    """Runs are compared on one subsample: the density of all rows, by which draws are weighed, is another number."""
+    """Runs are compared on one subsample, because the weights of draws need the density of all rows."""
     x = torch.tensor([0.0] * 4 + [30.0] * 4)
 
     def mixture():
@@ -695,7 +696,7 @@ def test_an_enumerated_model_on_a_subsampled_plate_has_no_noise():
 
 
 def test_plates_that_one_run_shows_need_no_number():
-    """A plate made by hand far to the left, one in the guide alone, and one that only some data open."""
+    """A manual plate far to the left, a plate of the guide alone, and a plate that depends on the data are found."""
 
     def far(y):
         with pyro.plate("far", 2, dim=-3):
@@ -732,7 +733,7 @@ def slope(x, y, batch=None):
     ("rows", "batch"), [((5, 1), None), ((5, 1), (3,)), ((5,), (3, 1))], ids=["in a plate", "column", "row"]
 )
 def test_data_that_cross_their_distribution_are_refused(rows, batch):
-    """Each row would be compared with all others, in silence; Pyro's ELBO refuses it too."""
+    """Each row would be compared with all others without an error; Pyro's ELBO refuses it too."""
     arguments = (torch.ones(5), torch.ones(rows), batch)
     guide = AutoNormal(slope)
     with pytest.raises(ValueError, match=r"observed site 'y' has data of shape .* each row would meet every other"):

@@ -86,7 +86,7 @@ def test_every_module_is_documented():
 
 @every_name
 def test_docstrings_say_what_it_is_and_show_it(name):
-    """Of its own, not inherited: a sentence and an example, which the tests run."""
+    """Each object has a docstring, not an inherited one, with a sentence and an example that the tests run."""
     text = vars(OBJECTS[name]).get("__doc__") if isinstance(OBJECTS[name], type) else OBJECTS[name].__doc__
     assert re.match(r"\w.*?[.:](\s|$)", inspect.cleandoc(text), flags=re.DOTALL)
     assert "Example" in text
@@ -100,7 +100,7 @@ def test_docstrings_tell_arguments_and_errors(name):
         if parameter.name not in ("args", "kwargs") and parameter.kind is not parameter.VAR_KEYWORD:
             told = re.search(rf"\b{parameter.name}`*( \(.*\))?:|``\**{parameter.name}``", text)
             assert told or "rguments" in text, parameter.name
-    if "raise " in inspect.getsource(OBJECTS[name]):  # told there, or of the method that does
+    if "raise " in inspect.getsource(OBJECTS[name]):  # documented there, or in the method that does it
         methods = vars(OBJECTS[name]).values() if isinstance(OBJECTS[name], type) else []
         assert any("Raises:" in told or "rrors" in told for told in (text, *(inspect.getdoc(m) or "" for m in methods)))
 

@@ -33,7 +33,7 @@ def close(got: Tensor, wanted: Tensor) -> None:
 
 
 def three_steps(layer: FlowTransform, dim: int) -> None:
-    """Three steps of Adam from the start, towards draws that are neither centred, nor of one scale, nor independent."""
+    """Take three Adam steps from the start, towards draws that are not centred, of different scales, and dependent."""
     data = 0.5 * laws.normal(64, dim, seed=1).cumsum(-1) + 1
     weights = torch.arange(1, dim + 1)
     optimiser = torch.optim.Adam(layer.parameters(), lr=1e-2)
@@ -114,7 +114,7 @@ def test_radial_is_the_map_it_says() -> None:
 @pytest.mark.parametrize("dim", [1, 3])
 @pytest.mark.parametrize("raw", [-1e4, -3.0, 0.0, 3.0, 1e4])
 def test_radial_bends_no_more_than_its_bound_even_at_its_centre(raw: float, dim: int, dtype: torch.dtype) -> None:
-    """There the radius has no derivative, but the map has: a multiple of the identity."""
+    """At the centre the radius has no derivative, but the map has one: a multiple of the identity."""
     params = torch.tensor([1.0] * dim + [0.5, raw], dtype=dtype)
     layer = with_params(Radial(dim), params)
     for verb in (layer.forward_and_log_det, layer.inverse_and_log_det):
@@ -135,7 +135,7 @@ def test_radial_bends_no_more_than_its_bound_even_at_its_centre(raw: float, dim:
 @pytest.mark.parametrize("size", [-1e3, 0.0, 1e3])
 @pytest.mark.parametrize("raw", [-1e3, -3.0, -1e-3, 1e-3, 3.0, 1e3])
 def test_radial_inverts_to_the_last_bits_at_all_slopes(raw: float, size: float) -> None:
-    """The root of the quadratic equation does not cancel, from next to the centre to far outside."""
+    """The root of the quadratic equation has no cancellation, from close to the centre to far outside."""
     layer = with_params(Radial(1), torch.tensor([0.0, size, raw], dtype=torch.float64))
     y = torch.cat((torch.linspace(-120, 120, 4001), torch.logspace(-12, 9, 3001))).double().unsqueeze(-1)
     x, backward = layer.inverse_and_log_det(y)
@@ -155,7 +155,7 @@ def test_radial_inverse_has_first_and_second_derivatives() -> None:
 
 
 def factors_of(layer: Sylvester) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Q (D, M), R and R̃ (M, M) and b (M), written out from the table."""
+    """Return Q (D, M), R and R̃ (M, M) and b (M), computed from the table."""
     dim, rank = layer.input_dim, layer.rank
     square, scales, b, vectors = layer.params.detach().split((rank * rank, rank, rank, layer.reflections * dim))
     square, q = square.view(rank, rank), torch.eye(dim, dtype=torch.float64)
@@ -173,7 +173,7 @@ SIZES = [(1, 1, 0), (2, 1, 1), (5, 2, 3), (5, 5, 2), (5, 5, 0), (33, 8, 8), (33,
 
 @pytest.mark.parametrize(("dim", "rank", "reflections"), SIZES)
 def test_sylvester_is_the_map_it_says(dim: int, rank: int, reflections: int) -> None:
-    """y = x + Q R tanh(R̃ Qᵀ x + b) with orthonormal columns Q, and log|det| as its formula and as autograd says."""
+    """y = x + Q R tanh(R̃ Qᵀ x + b) with orthonormal columns of Q; log|det| agrees with formula and autograd."""
     layer = laws.randomise(Sylvester(dim, rank, reflections)).double()
     q, outer, inner, b = factors_of(layer)
     close(q.T @ q, torch.eye(rank, dtype=torch.float64))
@@ -183,7 +183,7 @@ def test_sylvester_is_the_map_it_says(dim: int, rank: int, reflections: int) -> 
     close(y, x + t @ outer.T @ q.T)
     bend = (outer @ ((1 - t * t).unsqueeze(-1) * inner)).mT  # (ROWS, M, M), transposed
     close(log_det, torch.linalg.slogdet(torch.eye(rank, dtype=torch.float64) + bend).logabsdet)
-    assert (y != x).any(0).sum() == (dim if reflections else rank)  # reflections mix; without, M features bend
+    assert (y != x).any(0).sum() == (dim if reflections else rank)  # reflections mix; without them M features bend
 
 
 def test_the_papers_kinds_are_choices_of_two_numbers() -> None:
@@ -214,7 +214,7 @@ def test_sylvester_of_rank_one_is_planar() -> None:
 
 @pytest.mark.parametrize("scale", [1e-9, 10.0, 1e4])
 def test_sylvester_stays_a_bijection_whatever_the_parameters(scale: float) -> None:
-    """No step of an optimiser can make a slope leave exp(±4): the log-det is bounded, and all gradients are finite."""
+    """The log-det is bounded by slopes within exp(±4), and all gradients are finite, for any step of an optimiser."""
     for seed in range(5):
         layer = laws.randomise(Sylvester(4, rank=3), seed=seed, scale=scale).double()
         x = laws.normal(ROWS, 4, seed=1)
@@ -238,14 +238,14 @@ def test_sylvester_inverts_to_the_last_bits_at_all_slopes(along: float) -> None:
     with torch.no_grad():
         x, backward = layer.inverse_and_log_det(y)
         again, forward = layer.forward_and_log_det(x)
-    assert laws.gap(again, y, 1).max() < 1e-11  # each ridge multiplies the round-off of those after it
+    assert laws.gap(again, y, 1).max() < 1e-11  # each ridge amplifies the round-off of the previous ones
     assert laws.gap(backward, -forward, 0).max() < 1e-10
 
 
 def test_sylvester_inverse_keeps_the_bits_that_high_ridges_would_drown() -> None:
-    """y - Q R t alone loses bits of z, where R is large, which a steep ridge multiplies: to 3e-4 at some of these.
+    """If R is large, y - Q R t alone loses bits of z.  A steep ridge amplifies the error, to 3e-4 at some of these.
 
-    The measure is the exact x, rounded to float32, whose y is off by up to 6e-5 where the map is steep.
+    The bound is the error of the exact x, rounded to float32: its y is off by up to 6e-5 where the map is steep.
     """
     for seed in range(30):
         torch.manual_seed(seed)
@@ -260,7 +260,7 @@ def test_sylvester_inverse_keeps_the_bits_that_high_ridges_would_drown() -> None
 
 @pytest.mark.parametrize("reflections", [0, 2])
 def test_sylvester_inverse_has_first_and_second_derivatives(reflections: int) -> None:
-    """Those of the implicit functions, in the value and, by way of a context, all parameters."""
+    """They are those of the implicit function, in the value and, through a context, in all parameters."""
     net = MLP(2, 1, Sylvester.count_params(3, 3, reflections), (4,), activation=nn.Tanh)
     layer = laws.randomise(Sylvester(3, 3, reflections, net), scale=1.0).double()
     inputs = (laws.normal(2, 3, seed=1).requires_grad_(), laws.normal(2, 2, seed=2).requires_grad_())
@@ -282,7 +282,7 @@ def test_no_two_ridges_coincide_and_each_number_moves() -> None:
 
 
 def matrix_of(layer: FlowTransform) -> Tensor:
-    """Q, whose columns are the images of the unit vectors."""
+    """Return Q, whose columns are the images of the unit vectors."""
     dtype = next(layer.parameters()).dtype
     return layer.forward_and_log_det(torch.eye(layer.event_shape[0], dtype=dtype))[0].T
 
@@ -327,13 +327,13 @@ def test_two_reflections_turn_by_twice_the_angle_between_them() -> None:
 @every_dtype
 @pytest.mark.parametrize("scale", [0.0, 1e-40, 1e-25, 1e-12, 1.0, 1e30])
 def test_reflections_have_no_length_to_fail_at(scale: float, dtype: torch.dtype) -> None:
-    """Short and long vectors reflect as others do, and a zero one, which has no direction, reflects nothing."""
+    """Short and long vectors reflect alike, and a zero vector, which has no direction, reflects nothing."""
     vectors = laws.normal(4, 3, dtype=torch.float64)
     short = torch.stack([vectors[0], vectors[1] * scale, vectors[2], vectors[3] * scale]).to(dtype)
     householder = with_params(Householder(3, reflections=4), short)
     sylvester = with_params(Sylvester(3, 3, 4), torch.cat((laws.normal(15, seed=1, dtype=dtype), short.flatten())))
     exact = {4: 1e-5, 8: 1e-13}[dtype.itemsize]
-    if scale not in (0.0, 1e-40):  # float32 keeps few bits, or none, of what is so small
+    if scale not in (0.0, 1e-40):  # float32 has few or no bits for such small numbers
         torch.testing.assert_close(unit(short), nn.functional.normalize(vectors, dim=-1).to(dtype), atol=exact, rtol=0)
     q = matrix_of(householder)
     torch.testing.assert_close(q @ q.T, torch.eye(3, dtype=dtype), atol=exact, rtol=0)
@@ -358,7 +358,7 @@ def test_orthogonal_reaches_any_rotation() -> None:
 
 @pytest.mark.parametrize("build", [Householder, Orthogonal])
 def test_rotations_learn_from_the_identity(build: type) -> None:
-    """Three steps move each number, and no two reflections coincide any longer; sixty find a rotation."""
+    """Three steps move each number, so that no two reflections coincide; sixty steps find a rotation."""
     torch.manual_seed(0)
     layer = build(5).double()
     before = next(layer.parameters()).detach().clone()

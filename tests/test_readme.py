@@ -1,4 +1,4 @@
-"""The README tells the truth: its examples run, and its commands are those that the gate runs."""
+"""The examples of the README run, and its commands are those of the gate."""
 
 import re
 from pathlib import Path
@@ -18,14 +18,14 @@ def test_example_runs(number, capsys, monkeypatch, tmp_path):
     exec(EXAMPLES[number], scope)
     out = capsys.readouterr().out
     assert out.strip()
-    if "flow" in scope:  # the ring: far better than the Gaussian of the same moments, whose entropy is 3.5 nats
+    if "flow" in scope:  # the ring: far better than the Gaussian with the same moments, whose entropy is 3.5 nats
         assert scope["flow"]().log_prob(scope["ring"]).mean() > -2.7
-    elif "y" not in scope:  # amortised: the exact posterior at x = (1, 3) has mean (1.0, 2.0) but for the bounds
+    elif "y" not in scope:  # amortised: except for the bounds, the exact posterior at x = (1, 3) has mean (1.0, 2.0)
         draws = scope["guide"].sample(1000, torch.tensor([1.0, 3.0]))["rate"]
         assert (draws.mean(0) - torch.tensor([1.0, 2.0])).abs().max() < 0.3
         assert draws.min() > 0
         assert draws.max() < 4
-    else:  # the least-squares solution lies inside the 99 % intervals, which are narrower than the prior's
+    else:  # the least-squares solution lies in the 99 % intervals, which are narrower than those of the prior
         low, high = scope["guide"].quantiles([0.005, 0.995])["w"]
         found = torch.linalg.lstsq(scope["x"], scope["y"].unsqueeze(-1)).solution.squeeze(-1)
         assert (low < found).all()

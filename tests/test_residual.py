@@ -1,5 +1,6 @@
-"""Residual transforms: the bound holds whatever the parameters, determinants are exact or estimated without bias, and
-the way back reaches the last bits, with the derivatives of the implicit function."""
+"""Residual transforms: the bound holds for all parameters, and determinants are exact or estimated without bias.
+
+The inverse is exact to the last bits, with the derivatives of the implicit function."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def net_of(dim: int, widths: tuple[int, ...], context_dim: int = 0, scale: float
 
 @torch.no_grad()
 def steep(dim: int, width: int, *, at_zero: bool = False, lipschitz: float = 0.9) -> LipschitzMLP:
-    """As steep as the bound allows along many directions, with sharp bends; near x = 0, J is -lipschitz if so asked."""
+    """Return a network as steep as the bound in many directions; ``at_zero`` makes its Jacobian -lipschitz at x = 0."""
     net = LipschitzMLP(dim, (width, width), lipschitz=lipschitz).double()
     net.steepness.fill_(9.0)
     for seed, layer in enumerate((*net.hidden, net.output)):
@@ -37,7 +38,7 @@ def steep(dim: int, width: int, *, at_zero: bool = False, lipschitz: float = 0.9
         layer.bias.copy_(laws.normal(len(layer.bias), seed=seed + 9))
     if at_zero:
         net.output.weight.copy_(-(net.hidden[1].weight @ net.hidden[0].weight).T)
-        a = 2.4 / 9  # there a sigmoid(9 a) has its greatest slope
+        a = 2.4 / 9  # a sigmoid(9 a) has its largest slope there
         net.hidden[0].bias.fill_(a)
         h = torch.full((width,), a / (1 + math.exp(-2.4)) / 1.1, dtype=torch.float64)
         net.hidden[1].bias.copy_(a - net.at().weights[1] @ h)
@@ -85,14 +86,14 @@ def test_no_parameters_break_the_lipschitz_bound(widths: tuple[int, ...], scale:
 
 
 def test_the_bound_can_be_used_up() -> None:
-    """All directions together can have nearly the slope that is allowed: the bound costs little freedom."""
+    """All directions together can have nearly the largest slope, so that the bound costs little freedom."""
     matrix = laws.jacobian(steep(5, 5, at_zero=True), laws.normal(50, 5, scale=1e-4))
     identity = torch.eye(5, dtype=torch.float64)
     assert torch.linalg.matrix_norm(matrix + 0.875 * identity, 2).max() < 0.025
 
 
 def test_it_is_the_map_it_says() -> None:
-    """Matrices within their bounds stay as they are: x + W₂ h, h = a sigmoid(β a) / 1.1, a = W₁ x + b + V context."""
+    """Matrices within their bounds do not change: x + W₂ h, h = a sigmoid(β a) / 1.1, a = W₁ x + b + V context."""
     layer = Residual(laws.randomise(LipschitzMLP(3, (7,), 2), scale=0.05).double())
     x, context = laws.normal(6, 3), laws.normal(6, 2, seed=1)
     net, inner = layer.net, layer.net.hidden[0]
@@ -119,7 +120,7 @@ def test_far_draws_have_finite_densities_in_each_mode() -> None:
 @every_widths
 @pytest.mark.parametrize("dim", [1, 5])
 def test_determinants_and_solutions_are_those_of_the_whole_matrix(widths: tuple[int, ...], dim: int) -> None:
-    """Wherever the narrowest layer is."""
+    """They agree for any position of the narrowest layer."""
     x, v = laws.normal(6, dim, scale=3.0), laws.normal(6, dim, seed=1)
     net = net_of(dim, widths)
     _, factors = net.at().linearise(x)
@@ -133,7 +134,7 @@ def test_determinants_and_solutions_are_those_of_the_whole_matrix(widths: tuple[
 
 
 def test_estimates_are_unbiased() -> None:
-    """So are their gradients.  The series converges as slowly as the bound allows, so its tail is felt."""
+    """Estimates and their gradients are unbiased.  The series converges as slowly as possible, so its tail matters."""
     x = laws.normal(3, 3, scale=0.05).repeat(8, 1)
     net = steep(3, 3, at_zero=True)
     parameters = [net.steepness, net.hidden[0].bias, net.hidden[1].weight]
@@ -190,7 +191,7 @@ def test_the_steepest_networks_are_inverted(
 
 
 class Bend:
-    """x + g(x) = 0.1 x + 0.45 tanh(4 x) + 2, with slopes of g between -0.9 and 0.9."""
+    """Map x + g(x) = 0.1 x + 0.45 tanh(4 x) + 2, with slopes of g between -0.9 and 0.9."""
 
     weights = [torch.ones(1, 1, dtype=torch.float64)] * 2
 
@@ -210,7 +211,7 @@ def test_the_search_converges_where_newtons_steps_alone_go_back_and_forth() -> N
 
 
 class Back(nn.Module):
-    """The way back as a module, so that its parameters can be given to it."""
+    """Inverse as a module, so that its parameters can be passed."""
 
     def __init__(self, layer: Residual) -> None:
         super().__init__()
@@ -223,7 +224,7 @@ class Back(nn.Module):
 @pytest.mark.parametrize("dim", [1, 3])
 @pytest.mark.parametrize("exact", [True, False], ids=["newton", "contraction"])
 def test_the_inverse_has_the_derivatives_of_the_implicit_function(dim: int, exact: bool) -> None:
-    """In the value, the context and all parameters; the second derivatives too where matrices are solved with."""
+    """First derivatives are right in the value, the context and all parameters; second ones if matrices are solved."""
     module = Back(Residual(net_of(dim, (4, 3), 2, scale=0.7), exact))
     names = [name for name, _ in module.named_parameters()]
 
@@ -251,7 +252,7 @@ def test_scores_are_carried_along_where_contexts_broadcast(widths: tuple[int, ..
 
 
 def test_exact_transforms_compile_to_one_graph() -> None:
-    net = LipschitzMLP(3, (8,), 2, lipschitz=0.3)  # the search is then short
+    net = LipschitzMLP(3, (8,), 2, lipschitz=0.3)  # the search is short then
     layer = Residual(laws.randomise(net, scale=0.5)).double()
     laws.compiles(layer, laws.normal(4, 3), laws.normal(4, 2, seed=1))
 

@@ -1,4 +1,4 @@
-"""Round-off of float32: it is told, it grows as the condition number of the map, and fits warn where it counts."""
+"""Round-off of float32 is reported, grows with the condition number of the map, and makes fits warn if it matters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def shaken(recipe: str, amount: float) -> Flow:
 
 
 def condition_number(flow: Flow, y: Tensor) -> Tensor:
-    """The ratio of the extreme singular values of dy/dx, at each row."""
+    """Return the ratio of the extreme singular values of dy/dx, at each row."""
 
     def to_base(value: Tensor) -> Tensor:
         for transform in reversed(flow.transforms):
@@ -36,7 +36,7 @@ def condition_number(flow: Flow, y: Tensor) -> Tensor:
 
 @every_recipe
 def test_round_off_is_about_the_condition_number_times_the_precision(recipe: str) -> None:
-    """From flows that are nearly the identity to those that float32 cannot hold, whose error is told as such."""
+    """The flows reach from nearly the identity to flows too steep for float32, whose error is reported."""
     seen = []
     for amount in (0.05, 0.15, 0.3):
         flow = shaken(recipe, amount)
@@ -57,7 +57,7 @@ def test_the_round_off_of_float64_is_none_by_definition() -> None:
 
 @torch.no_grad()
 def test_draws_that_are_scored_in_the_same_pass_are_not_affected() -> None:
-    """Where float32 scores a draw tens of nats off, the score that came with the draw is right."""
+    """The log-density that comes with a draw is right where float32 scores the draw tens of nats off."""
     flow = shaken("nsf", 2.0)
     exact = copy.deepcopy(flow).double()
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Exact draws: the numbers of convergence, a kernel that leaves the posterior as it is, posteriors that are known."""
+"""Exact draws: measures of convergence, a kernel that preserves the posterior, and known posteriors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ with warnings.catch_warnings():
 
 
 def autoregressive(slope: float, chains: int, length: int) -> torch.Tensor:
-    """Chains of three quantities, (chains, length, 3): normal, log-normal, and rounded, with many equal values."""
+    """Return chains of three quantities, (chains, length, 3): normal, log-normal, and rounded with many ties."""
     x, found = torch.randn(chains, 3), []
     for _ in range(length):
         x = slope * x + math.sqrt(1 - slope**2) * torch.randn(chains, 3)
@@ -42,7 +42,7 @@ def autoregressive(slope: float, chains: int, length: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("df", "share"), [(math.inf, 1.0), (9.0, 0.625)])
 def test_the_sd_has_an_effective_sample_size_of_its_own(df, share):
-    """Of independent draws of kurtosis κ it is a share of 2 / (κ - 1): 1 for normals, for Student's t of 9 df 5 / 8."""
+    """For independent draws of kurtosis κ its share is 2 / (κ - 1): 1 for normals, 5 / 8 for Student's t with 9 df."""
     law = dist.Normal(0.0, 1.0) if df == math.inf else dist.StudentT(df)
     found = convergence(law.sample((256, 400, 8)))
     assert found.ess_sd.mean() / (256 * 400) == pytest.approx(share, rel=0.15)
@@ -52,7 +52,7 @@ def test_the_sd_has_an_effective_sample_size_of_its_own(df, share):
     ("law", "chains"), [(dist.StudentT(3.0), 16), (dist.StudentT(3.0), 256), (dist.Normal(0, 1), 4)]
 )
 def test_an_unknown_sd_lengthens_a_run_and_fails_none(law, chains):
-    """The variance of a Student's t of 3 degrees of freedom is never known well; the sds of 4 chains tell little."""
+    """The variance of a Student's t with 3 df has a large error, and the sds of 4 chains show little."""
 
     def model():
         pyro.sample("x", law.expand((20,)).to_event(1))
@@ -121,8 +121,8 @@ def test_chains_that_move_on_drift():
     assert drift[2] > 4
 
 
-# The kernel: Getting It Right (Geweke 2004).  With values of the prior, and data given these, a kernel that leaves the
-# posterior given these data as it is leaves values of the prior.
+# The kernel: Getting It Right (Geweke 2004).  Start from values of the prior, and data given these values.  If a kernel
+# preserves the posterior given these data, the values still have the prior distribution afterwards.
 
 
 def funnel(y=None):
@@ -132,7 +132,7 @@ def funnel(y=None):
 
 
 def bent(model, *args) -> AutoFlow:
-    """A guide with a flow far from the identity, and far from the posterior."""
+    """Return a guide with a flow far from the identity and far from the posterior."""
     guide = AutoFlow(model, init_scale=1.0)
     guide.setup(*args)
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_kernel_leaves_the_joint_distribution_as_it_is(kind):
     space = sound_space(Task(funnel, guide, (torch.tensor(0.7),), {}))
     v = torch.randn(number)
     x = (v / 2).exp() * torch.randn(number)
-    y = x + 0.5 * torch.randn(number)  # each chain has data of its own
+    y = x + 0.5 * torch.randn(number)  # each chain has different data
 
     @pyro.validation_enabled(False)
     def density(z):
@@ -174,7 +174,7 @@ def test_kernel_leaves_the_joint_distribution_as_it_is(kind):
     moved = (chains.z - z).abs().gt(1e-6).any(-1).double().mean()
     assert moved > 0.3
     v, x = chains.z.double().unbind(-1)
-    scaled = x * (-v / 2).exp()  # standard normal, as v is
+    scaled = x * (-v / 2).exp()  # standard normal, like v
     for value, mean in (
         (v, 0),
         (scaled, 0),
@@ -189,7 +189,7 @@ def test_kernel_leaves_the_joint_distribution_as_it_is(kind):
         assert abs(float(value.mean()) - mean) < 4.5 * float(value.std()) / math.sqrt(number)
 
 
-# Posteriors that are known.
+# Known posteriors.
 
 
 def agree(found, name: str, mean, sd, ess: int = 4000) -> None:
@@ -208,7 +208,7 @@ def conjugate(y=None):
 
 
 def wrong(y=None):
-    """Two standard deviations off, and half as wide."""
+    """Sample from a guide that is off by two standard deviations, and half as wide."""
     pyro.sample("x", dist.Normal(1.0 + 2 * 0.5**0.5, 0.5 * 0.5**0.5))
 
 
@@ -258,7 +258,7 @@ def neck():
 
 
 def flat():
-    """A guide that never draws the neck: no chain starts there."""
+    """Sample from a guide that never reaches the neck, so that no chain starts there."""
     pyro.sample("v", dist.Normal(2.0, 1.0))
     with pyro.plate("nine", 9):
         pyro.sample("x", dist.Normal(0.0, 2.0))
@@ -360,7 +360,7 @@ def test_more_draws_come_from_the_guide():
     assert abs(float(found.flat["x"].mean()) - 1) < 5 * 0.71 / math.sqrt(40_000)
 
 
-# What is kept, what is refused, and what is said.
+# Stored results, refused arguments, and messages.
 
 
 def test_the_record_is_bounded():
@@ -397,7 +397,7 @@ def test_chains_that_have_not_converged_say_so():
     assert not found.converged
     assert "NOT converged" in repr(found)
     assert found.rhat > 1.01
-    assert pf.sample(apart, guide, progress=False, num_draws=400).converged  # whose draws lead from one to the other
+    assert pf.sample(apart, guide, progress=False, num_draws=400).converged  # its draws connect the two
 
 
 def test_ctrl_c_returns_what_there_is(ctrl_c):
@@ -454,7 +454,7 @@ def test_arviz_keeps_the_chains():
 
 @pytest.mark.parametrize("scale", [0.5, 0.7])
 def test_a_narrow_guide_does_where_chains_come_and_go(scale):
-    """Its weights grow without bound, and Hamiltonian moves lead out there all the same."""
+    """Its weights have no bound, but Hamiltonian moves reach the tails."""
 
     def model() -> None:
         pyro.sample("x", dist.Normal(0.0, 1.0))

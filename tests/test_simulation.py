@@ -1,5 +1,6 @@
-"""Simulations are draws of the model itself: side by side as one by one, with plates, whatever argument holds the data;
-what cannot be simulated is refused in words that name argument or site."""
+"""Simulations are draws of the model: vectorised or one by one, with plates, and with data in any argument.
+
+A model that cannot be simulated is refused with a message that names argument or site."""
 
 from __future__ import annotations
 
@@ -20,13 +21,13 @@ from pyro_flows.programs.simulator import Simulator
 
 
 def linear(x=None):
-    """theta ~ N(0, 1), x_j ~ N(theta, 1/4) for three j."""
+    """Sample theta ~ N(0, 1), x_j ~ N(theta, 1/4) for three j."""
     theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
     return pyro.sample("x", dist.Normal(theta[..., None], 0.5 * torch.ones(3)).to_event(1), obs=x)
 
 
 def plates(x=None, size=4):
-    """Two plates, one inside of the other, with latents in both and outside."""
+    """Sample two nested plates, with latents in both and outside."""
     top = pyro.sample("top", dist.Normal(0.0, 1.0))
     with pyro.plate("outer", 2, dim=-2):
         middle = pyro.sample("middle", dist.Normal(top, 1.0))
@@ -58,7 +59,7 @@ def test_side_by_side_is_one_by_one(model):
         moments.append((products.mean(0), products.std(0) / math.sqrt(len(draws))))
     (mean, error), (few, coarse) = moments
     off = ((mean - few) / (error**2 + coarse**2).sqrt().clamp_min(1e-12)).abs()
-    assert off.max() < 6  # of up to 1500 correlated numbers, from laws with heavier tails than a normal's
+    assert off.max() < 6  # for up to 1500 correlated numbers, from distributions with heavier tails than a normal one
 
 
 def test_shapes_are_those_of_the_sites():
@@ -75,7 +76,7 @@ def test_moments_of_a_linear_model():
     theta, x = found.latents["theta"], found.data["x"]
     assert len(theta) == len(x) == 20_000
     assert theta.unique().numel() > 19_900  # batches differ
-    # The variance of x is 1.25, that of its mean over j 1 + 1 / 12, its covariance with theta 1: four standard errors.
+    # The variance of x is 1.25, that of its mean over j is 1 + 1 / 12, and its covariance with theta is 1.
     assert abs(theta.mean()) < 4 / math.sqrt(20_000)
     assert (x.var(0) - 1.25).abs().max() < 4 * 1.25 * math.sqrt(2 / 20_000)
     cov = (theta[:, None] * x).mean(0)
@@ -124,7 +125,7 @@ def test_simulate():
             simulate(plates, **{name: 0})
 
 
-# Which argument holds the data.
+# The argument that holds the data.
 
 
 def sites(model, *args, **kwargs) -> dict[str, str]:
@@ -181,7 +182,7 @@ def test_arguments_come_back_in_their_places():
 
 
 def test_given_data_are_no_data_argument():
-    """What is fixed by the call is not simulated."""
+    """An argument that the call fixes is not simulated."""
 
     def model(x=None, covariate=None):
         theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
@@ -193,7 +194,7 @@ def test_given_data_are_no_data_argument():
     assert sites(model) == {"x": "x", "covariate": "covariate"}
 
 
-# What cannot be simulated.
+# Models that cannot be simulated.
 
 
 def refused(model, words, *args, **kwargs):
@@ -208,7 +209,7 @@ def refused_under_a_plate(model, words):
 
 
 def many(model, number=400) -> Simulations:
-    """Simulations, which a model that does not broadcast makes under vmap."""
+    """Return simulations; a model that does not broadcast runs under vmap."""
     made = simulator(model)
     found = made.draw(number)
     assert made.model.engine == "vmap"
@@ -254,7 +255,7 @@ def test_what_cannot_be_simulated_is_refused():
 
 
 def outside(x=None):
-    """Noise from torch, which comes once for all that run side by side."""
+    """Return noise from torch, which is drawn once for all vectorised draws."""
     theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
     noise = torch.randn(3)
     pyro.sample("x", dist.Delta(theta[..., None] + noise, event_dim=1), obs=x)
@@ -302,7 +303,7 @@ def test_a_model_that_does_not_broadcast_is_simulated_as_one_by_one():
 
 
 def test_as_many_numbers_as_draws_do_not_pass_for_them():
-    """With two draws side by side, a factor for each would fit a vector of two by accident."""
+    """With two vectorised draws, one factor per draw would match a vector of two by accident."""
 
     def model(x=None):
         factor = pyro.sample("factor", dist.LogNormal(0.0, 1.0))

@@ -24,7 +24,7 @@ Y = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
 
 @pytest.fixture(autouse=True)
 def double():
-    """Pyro's IAF is inverted in the default dtype."""
+    """Use float64, because Pyro inverts its IAF in the default dtype."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -79,7 +79,7 @@ def space(request) -> LatentSpace:
 
 
 def test_weights_are_those_of_traces(space):
-    """log p - log q of a draw, site by site in Pyro's words, with the constrained values held."""
+    """They are log p - log q of a draw, site by site by Pyro, with the constrained values fixed."""
     draws = space.draw(5)
     assert draws.z.shape == (5, space.dim) == (5, 7)
     values = space.values(draws.z)
@@ -110,7 +110,7 @@ def test_draws_come_in_batches(space):
 
 @pytest.mark.parametrize("kind", FLAT)
 def test_the_guides_density_integrates_to_one(kind):
-    """By importance sampling from a wide Student's t around the guide."""
+    """Importance sampling from a wide Student's t around the guide gives an integral of one."""
     space = LatentSpace(Task(model, trained(kind), (Y,), {}))
     z = space.draw(2000).z
     wide = dist.StudentT(5.0, z.mean(0), 1.5 * z.std(0)).to_event(1)
@@ -185,7 +185,7 @@ def test_discrete_sites_are_refused():
 
 @pytest.mark.parametrize("kind", ["AutoFlow", "AutoMultivariateNormal", "AutoIAFNormal"])
 def test_the_base_leads_to_the_guide(kind):
-    """The guide's density is the base's, moved."""
+    """The density of the guide is that of the base after the change of variables."""
     space = LatentSpace(Task(model, trained(kind), (Y,), {}))
     z = space.draw(6).z
     base = Base.of(space, z)
@@ -229,7 +229,7 @@ def test_few_draws_are_whitened_by_their_sds():
 
 def test_a_breakdown_of_one_draw_spares_the_others():
     def singular(z: Tensor) -> Tensor:
-        return torch.linalg.cholesky(z.diag_embed()).sum((-1, -2))  # there is one where all of a row is positive
+        return torch.linalg.cholesky(z.diag_embed()).sum((-1, -2))  # the factor exists only for positive rows
 
     def unsolved(z: Tensor) -> Tensor:
         if (z < 0).any():

@@ -1,7 +1,7 @@
-"""A density is that of the parameters as they are, however they were changed since the value was drawn.
+"""A density uses the current parameters, no matter how they changed since the value was drawn.
 
-Each test is a trap in which a cache of transforms has given a stale value, a lost gradient or a leak.  One pass serves
-draw and score where both are asked for at once: in ``rsample_and_log_prob``, and in a sample statement.
+Each test is a case in which a cache of transforms has given a stale value, a lost gradient or a leak.  Only two calls
+use one pass for draw and score: ``rsample_and_log_prob``, and a sample statement.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def test_own_samples_are_scored_like_any_other_value(recipe: object) -> None:
 @every_recipe
 @pytest.mark.parametrize("optimiser_type", [torch.optim.Adam, torch.optim.SGD])
 def test_an_optimiser_step_is_seen(recipe: object, optimiser_type: type) -> None:
-    """The same data tensor is scored before and after: the classical stale value."""
+    """The same data tensor is scored before and after the step, the usual case of a stale value."""
     flow = random_flow(recipe)
     optimiser = optimiser_type(flow.parameters(), lr=0.05)
     q, x = flow(), laws.normal(5, 3)
@@ -72,7 +72,7 @@ def test_a_sample_from_before_a_step_is_scored_afresh(recipe: object) -> None:
 
 @every_recipe
 def test_a_plain_loop_trains_one_distribution_for_many_steps(recipe: object) -> None:
-    """No clear_cache, no retain_graph, and the distribution made once."""
+    """The distribution is made once, without clear_cache and without retain_graph."""
     flow = random_flow(recipe)
     optimiser = torch.optim.Adam(flow.parameters(), lr=3e-2)
     q, x = flow(), 0.5 * laws.normal(64, 3) + 1
@@ -89,7 +89,7 @@ def test_a_plain_loop_trains_one_distribution_for_many_steps(recipe: object) -> 
 
 @every_recipe
 def test_scoring_a_sample_keeps_its_gradient(recipe: object) -> None:
-    """``sample`` makes no graph; the score of what it gave needs one nevertheless."""
+    """``sample`` makes no graph, but the score of its value needs one."""
     flow = random_flow(recipe)
     q = flow()
     x = q.sample((5,))
@@ -124,8 +124,8 @@ def test_sampling_in_inference_mode_and_scoring_outside(recipe: object) -> None:
 @every_recipe
 @pytest.mark.parametrize("draw", ["sample", "frozen_rsample"])
 def test_a_sample_made_a_leaf_has_the_right_score_gradient(recipe: object, draw: str) -> None:
-    """The path gradient's way: a score that was kept from the draw would not depend on the leaf."""
-    frozen = draw == "frozen_rsample"  # then even rsample, in the grad mode of the score, gives what can become a leaf
+    """Path gradients need this: a stored score of the draw would not depend on the leaf."""
+    frozen = draw == "frozen_rsample"  # in the grad mode of the score, even the value of rsample can become a leaf
     flow = random_flow(recipe).requires_grad_(not frozen)
     q = flow()
     leaf = (q.rsample((5,)) if frozen else q.sample((5,))).requires_grad_()
@@ -149,7 +149,7 @@ def test_reparameterised_gradients_are_those_of_one_pass(recipe: object) -> None
 
 
 @every_recipe
-@torch.no_grad()  # one grad mode throughout: the change itself has to be seen
+@torch.no_grad()  # one grad mode throughout, so that the change itself must be detected
 def test_a_sample_changed_in_place_is_scored_as_it_is(recipe: object) -> None:
     flow = random_flow(recipe)
     q = flow()
@@ -211,7 +211,7 @@ def by_fused_optimiser(flow: Flow) -> Flow:
 
 
 def by_freezing(flow: Flow) -> Flow:
-    """Two parameters frozen and a third edited in place: versions and flags add up to what they were."""
+    """Freeze two parameters and edit a third in place, so that versions and flags have the same sums as before."""
     first, second, third, *_ = flow.parameters()
     first.requires_grad_(False)
     second.requires_grad_(False)
@@ -238,7 +238,7 @@ UPDATES = [
     by_freezing,
     by_replacement,
 ]
-# All updates with two recipes that differ in what a draw leaves behind; three of them, in turns, with each other one.
+# Two recipes, whose draws leave different caches, have all updates; every other recipe has three of them.
 DRAWS = [
     *((name, draw, update) for name in ("realnvp", "iaf") for draw in ("rsample", "sample") for update in UPDATES),
     *(("realnvp", "frozen", update) for update in UPDATES),
@@ -254,7 +254,7 @@ every_update = pytest.mark.parametrize("update", UPDATES, ids=lambda update: upd
 
 @pytest.mark.parametrize(("recipe", "draw", "update"), DRAWS, ids=lambda part: getattr(part, "__name__", part))
 def test_no_update_leaves_a_stale_density(recipe: str, draw: str, update: Callable[[Flow], Flow]) -> None:
-    """``q = flow(); y = q.rsample()``, then an update by any means, then ``q.log_prob(y)``."""
+    """After ``q = flow(); y = q.rsample()`` and an update by any means, ``q.log_prob(y)`` is right."""
     flow = random_flow(laws.RECIPES[recipe])
     q = flow()
     with torch.set_grad_enabled(draw != "frozen"):
@@ -296,7 +296,7 @@ def test_a_view_computes_values_anew_after_an_update(recipe: object, update: Cal
 
 @every_recipe
 def test_a_sample_statement_is_scored_in_the_pass_that_drew_it(recipe: object) -> None:
-    """The score is that of any other value, and that of the parameters as they are when it is asked for."""
+    """The score equals ``log_prob``, and it uses the parameters at the time of the call."""
     flow = random_flow(recipe)
     calls: list[int] = []
 
@@ -431,7 +431,7 @@ def test_distributions_and_views_are_copied_and_pickled_after_use(handled: bool)
 
 
 def test_a_view_answers_torchs_own_questions() -> None:
-    """torch asks for the inverse and for its log-determinant one after the other, in either order of directions."""
+    """torch asks for the inverse and for its log-determinant in turn, in either order of directions."""
     flow = random_flow(laws.RECIPES["maf"], context_dim=2)
     context, transform = laws.normal(5, 2), flow.transforms[0]
     x = laws.normal(5, 3)
@@ -483,7 +483,7 @@ def test_a_context_made_in_inference_mode_is_welcome():
 
 @pytest.mark.parametrize("recipe", [None, flows.iaf], ids=["default", "iaf"])
 def test_a_trace_of_a_guide_is_scored_with_the_parameters_as_they_are(recipe: object) -> None:
-    """Its own draws are scored in the step that drew them; an update in between is seen all the same."""
+    """Its draws are scored in the step that draws them, and an update in between is detected."""
 
     def model() -> None:
         pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))

@@ -1,4 +1,4 @@
-"""A parameter store that was loaded: every way to a guide's answers leads through it at once."""
+"""After a parameter store is loaded, all results of a guide follow the store immediately."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ CASES = [
 ]
 
 
-TRIED = ("auto", "check", "load"), ("auto", "psis", "load"), ("plate", "psis", "load")  # of those that take longer
+TRIED = ("auto", "check", "load"), ("auto", "psis", "load"), ("plate", "psis", "load")  # one of the slower ones
 CASES_BY = [
     (*case, by)
     for case in CASES
@@ -127,7 +127,7 @@ def stir(guide: Any) -> None:
 
 @pytest.mark.parametrize("kind", GUIDES)
 def test_a_step_trains_what_was_loaded(kind: str) -> None:
-    """Store and guide agree on one set of tensors after a load, in whatever order they are used."""
+    """After a load, store and guide share one set of tensors, in any order of use."""
     guide = GUIDES[kind]()
     guide(Y)
     store = pyro.get_param_store()

@@ -1,4 +1,4 @@
-"""Small jobs use one thread and slow ones as many as help; afterwards there are as many as before."""
+"""Small jobs use one thread, slow ones as many as help, and afterwards the number of threads is restored."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_large_part_of_a_job_takes_what_the_user_allows():
             assert torch.get_num_threads() == allowed() == 2
         assert torch.get_num_threads() == 1
     torch.set_num_threads(1)
-    assert allowed() == 1  # anew for the next job
+    assert allowed() == 1  # again for the next job
 
 
 def test_the_number_that_a_user_allows_is_the_most():

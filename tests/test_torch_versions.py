@@ -1,4 +1,4 @@
-"""From torch 2.4 on everything works: what newer versions add is asked for by name, and never needed."""
+"""Everything works from torch 2.4 on: features of newer versions are looked up by name and are optional."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyro_flows
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST = "2.4"
-# What torch 2.4 lacks of what pyro_flows makes use of, taken away from the torch at hand.
+# The parts of torch that pyro_flows uses and torch 2.4 lacks; the tests remove them from the installed torch.
 LACKING = """
 import functools, inspect, sys, tempfile
 import pyro, pyro.distributions as dist, torch
@@ -79,7 +79,7 @@ def test_what_torch_adds_later_is_not_needed():
 
 
 def test_the_declared_bound_is_the_oldest_that_was_tried():
-    """In the sources, in what is installed, in the docs, and no newer than the torch at hand."""
+    """It is the same in the sources, the installed package and the docs, and not newer than the installed torch."""
     (bound,) = re.findall(r'^    "torch>=([\d.]+)",$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
     assert bound == OLDEST
     assert f"torch {OLDEST}" in (ROOT / "docs" / "start.md").read_text()

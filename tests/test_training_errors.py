@@ -1,4 +1,4 @@
-"""A step of Pyro's own SVI whose draw is not finite ends with one line: the site, the cause, the way out."""
+"""A step of Pyro's SVI with a draw that is not finite ends with one line: the site, the cause, the way out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WAY_OUT = "smaller step size, pyro.optim.ClippedAdam, more particles, or fit_svi
 
 
 def breaking(after: int = 8, log_density=lambda mu: (0 * mu).sqrt()):
-    """A hierarchy whose site "wall" breaks after some runs: by default its gradient, at a finite density."""
+    """Sample a hierarchy whose site "wall" fails after some runs: by default its gradient, at a finite density."""
     runs = []
 
     def model(y):
@@ -67,7 +67,7 @@ def spoil(guide, value: float = math.nan) -> None:
 
 
 def reaches(guide, place: float, scale: float = 0.1) -> None:
-    """Let an AutoFlow draw its latents around a place, by the fixed affine map that comes last."""
+    """Let an AutoFlow draw its latents around a place, by its last, fixed affine map."""
     last = guide.flow.transforms[-1]
     last.set(torch.full_like(last.loc, place), torch.full_like(last.loc, scale))
 
@@ -103,7 +103,7 @@ def test_a_broken_gradient_names_the_latent_and_the_site_of_the_model(elbo, buil
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("worst", [math.nan, -math.inf])
 def test_a_broken_density_is_named_with_its_value(worst, dtype, build):
-    with pyro.validation_enabled(False):  # by which Pyro would refuse the factor itself
+    with pyro.validation_enabled(False):  # otherwise Pyro would refuse the factor itself
         model = breaking(log_density=lambda mu: mu * 0 + worst * mu.exp())
         message = message_of(train, model, build(model), Y.to(dtype))
     assert f"there the log-density of the model's site 'wall' was {worst}. " in message
@@ -127,7 +127,7 @@ def test_rows_of_a_minibatch_are_those_of_the_broken_step():
     def model(y):
         with pyro.plate("row", len(y), subsample_size=2) as rows:
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0))
-            slope = torch.where(y[rows] == 4, 0 * z, 1 + z**2)  # row 4 alone breaks
+            slope = torch.where(y[rows] == 4, 0 * z, 1 + z**2)  # only row 4 fails
             pyro.sample("y", dist.Normal(z + slope.sqrt(), 1.0), obs=y[rows])
 
     message = message_of(train, model, AutoPlateFlow(model, "row", local_flow=small), y, steps=200)
@@ -157,7 +157,7 @@ def test_a_guide_that_was_lost_before_says_so(build):
 @pytest.mark.parametrize("validate", [True, False])
 @pytest.mark.parametrize("recipe", [flows.cnf, flows.nsf, functools.partial(flows.iaf)], ids=["cnf", "nsf", "iaf"])
 def test_other_recipes_end_in_the_same_words(recipe, validate):
-    """A solver would be first to refuse lost parameters, or the base's distribution, here by validation."""
+    """With lost parameters, a solver would fail first, or the base distribution with validation."""
     model = breaking(after=10**9)
     with pyro.validation_enabled(validate):
         guide = AutoFlow(model, recipe, base=distributions.StudentTBase).setup(Y)
@@ -167,7 +167,7 @@ def test_other_recipes_end_in_the_same_words(recipe, validate):
     assert "parameters are lost" in message
 
 
-# Draws that overflow though all parameters are finite.
+# Draws that overflow although all parameters are finite.
 
 
 @pytest.mark.parametrize("validate", [True, False])
@@ -195,7 +195,7 @@ def test_a_value_that_overflows_is_named_where_the_draw_is_finite(dtype, place, 
 
 @both_guides
 def test_large_real_latents_and_small_scales_are_welcome(build):
-    """Beyond the reach of the exponential, but not in a site that takes it; or taken to zero, not to infinity."""
+    """Values beyond the range of the exponential pass at real sites, and so do scales whose exponential is zero."""
 
     def model(y):
         scale = pyro.sample("scale", dist.HalfNormal(1.0))
@@ -229,11 +229,11 @@ def test_data_that_are_not_finite_reach_the_draw_through_the_encoder():
     assert "the encoder returned NaN or infinite numbers" in message
 
 
-# Where nothing is raised.
+# Cases without an error.
 
 
 def test_no_error_comes_from_draws_without_gradients():
-    """Draws are there to be weighed; and a guide that is lost is refused by validation only, which would refuse it."""
+    """Such draws get weights; a guide with lost parameters fails only under validation."""
     model = breaking(after=10**9)
     guide = auto(model).setup(Y)
     spoil(guide)
@@ -249,7 +249,7 @@ def test_no_error_comes_from_draws_without_gradients():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_traced_guide_is_left_alone(recwarn):
-    """A recorded program cannot raise: losses are NaN from then on."""
+    """A recorded program cannot raise, so losses are NaN from then on."""
     model = breaking(after=10**9)
     guide = auto(model)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), JitTrace_ELBO(max_plate_nesting=1))
@@ -261,7 +261,7 @@ def test_a_traced_guide_is_left_alone(recwarn):
 
 @pytest.mark.parametrize("objective", [None, Trace_ELBO()], ids=["path", "Trace_ELBO"])
 def test_fit_svi_skips_such_draws_as_losses_that_are_not_finite(objective):
-    """It counts them, its patience is that of such losses, and its error the one that it had."""
+    """It counts them with its usual patience for losses that are not finite, and raises its usual error."""
     model = breaking(after=10**9)
     guide = auto(model).setup(Y)
     reaches(guide, 95.0)

@@ -1,6 +1,8 @@
-"""Every transform is a learnable bijection that obeys the same laws, at large random parameters, in both dtypes, with
-and without a context: it starts at the identity, its verbs undo each other, its log-determinant is autograd's, its
-gradients reach every parameter, it copies, pickles, saves, compiles and maps, and Pyro and torch take it as theirs."""
+"""Every transform is a learnable bijection that obeys the same laws.
+
+The laws are tested at large random parameters, in both dtypes, with and without a context.  A transform starts at the
+identity, its verbs are inverse to each other, and its log-determinant is that of autograd.  Its gradients reach every
+parameter.  It copies, pickles, saves, compiles and maps, and it works in Pyro and torch."""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ CONTEXTS = ["no_context", "context", "batched_context"]
 
 
 class Case:
-    """A transform of the registry at one size and one kind of context."""
+    """Transform of the registry, at one size and with one kind of context."""
 
     def __init__(self, name: str, dim: int, context: str) -> None:
         self.name, self.context_kind = name, context
@@ -66,7 +68,7 @@ class Case:
         return laws.normal(*batch, self.context_dim, seed=2, dtype=dtype) if self.context_dim else None
 
     def values(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Half of the rows where the action is, half far outside."""
+        """Return rows half of which lie where the map bends, and half far outside."""
         near, far = laws.normal(ROWS // 2, self.dim, seed=1, scale=3.0), laws.normal(ROWS // 2, self.dim, seed=3)
         return torch.cat((near, far.clamp(-2, 2) * 500)).to(dtype)
 
@@ -84,7 +86,7 @@ def _cases(sizes: list[int], contexts: list[str]) -> Iterator[Case]:
 
 
 def is_white(case: Case) -> bool:
-    """Sizes and contexts are the squares of a chessboard; without a context there is nothing to take turns with."""
+    """True if size and context form a white square of a chessboard; without a context all sizes are white."""
     square = SIZES.index(case.dim // case.kind.size) + CONTEXTS.index(case.context_kind)
     return square % 2 == 0 or not case.kind.takes_context
 
@@ -94,7 +96,7 @@ def is_black(case: Case) -> bool:
 
 
 EVERYWHERE = cases(SIZES, CONTEXTS)
-# Half of the squares have each size and each context of every transform; float64 takes the one, float32 the other half.
+# float64 tests half of the squares of sizes and contexts of every transform, and float32 the other half.
 white_cases = pytest.mark.parametrize("case", list(filter(is_white, EVERYWHERE)), ids=repr)
 black_cases = pytest.mark.parametrize("case", list(filter(is_black, EVERYWHERE)), ids=repr)
 every_case_in_a_dtype = pytest.mark.parametrize(
@@ -105,7 +107,7 @@ every_case_in_a_dtype = pytest.mark.parametrize(
         for case in filter(belongs, EVERYWHERE)
     ],
 )
-# What does not depend on sizes is shown at one size, where no feature is special.
+# Properties that do not depend on sizes are tested at one size, where no feature is special.
 every_transform = pytest.mark.parametrize("case", cases([5], ["batched_context"]), ids=repr)
 every_learner = pytest.mark.parametrize(
     "case", [case for case in cases([5], ["no_context", "batched_context"]) if case.kind.learns], ids=repr
@@ -134,8 +136,8 @@ def test_it_starts_at_the_identity(case: Case, dtype: torch.dtype) -> None:
 @white_cases
 def test_the_two_verbs_undo_each_other(case: Case) -> None:
     transform, x, context = case.random(), case.values(), case.context()
-    # Far from the start a deep stack of steep splines amplifies the last bit of y by the condition of its Jacobian,
-    # whoever inverts it: up to 1e20 at D = 33.  There the backward error below is the law that bites.
+    # Far from the start a deep stack of steep splines amplifies the last bit of y by the condition number of its
+    # Jacobian, up to 1e20 at D = 33, for any inverse.  There only the backward error below is a useful test.
     matrix = laws.square_jacobian(lambda value: transform.forward_and_log_det(value, context)[0], x)
     with torch.no_grad():
         laws.undoes_itself(transform, x, context, (1e-13 * torch.linalg.cond(matrix)).clamp_min(1e-9))
@@ -159,7 +161,7 @@ def test_log_det_is_that_of_autograds_jacobian(case: Case) -> None:
 def test_the_log_dets_are_opposite(case: Case, dtype: torch.dtype) -> None:
     x = case.values(dtype)
     if "circular" in case.name and dtype == torch.float32:
-        x = x.clamp(-10, 10)  # an angle of 1000 radians is known to 6e-5 only, in which a slope may double
+        x = x.clamp(-10, 10)  # float32 knows an angle of 1000 radians to 6e-5, and a slope may double within that
     with torch.no_grad():
         laws.log_dets_are_opposite(case.random(dtype), x, case.context(dtype), {4: 1e-2, 8: 1e-9}[dtype.itemsize])
 
@@ -223,7 +225,7 @@ def test_gradients_reach_every_parameter(case: Case, backwards: bool) -> None:
 
 @every_learner
 def test_three_steps_from_the_start_move_every_parameter(case: Case) -> None:
-    """All start at the identity, yet nothing is stuck there."""
+    """All transforms start at the identity, but no parameter has a zero gradient for good."""
     transform, context = case.start().double(), case.context()
     before = {name: p.detach().clone() for name, p in transform.named_parameters()}
     data = 0.5 * laws.normal(8, ROWS, case.dim, seed=1).cumsum(-1) + 1
@@ -246,7 +248,7 @@ def test_three_steps_from_the_start_move_every_parameter(case: Case) -> None:
 
 @functools.cache
 def used(case: Case) -> FlowTransform:
-    """A transform that has run forward and backward, so that whatever it might keep is there."""
+    """Return a transform after forward and backward passes, with any caches filled."""
     transform, x, context = case.random(), case.values(), case.context()
     for verb in (transform.forward_and_log_det, transform.inverse_and_log_det):
         y, log_det = verb(x.requires_grad_(), context)
@@ -293,7 +295,7 @@ def _autoregressive(order: list[int]) -> FlowTransform:
     ids=["permute", "coupling", "autoregressive", "compose"],
 )
 def test_permutations_masks_and_orders_are_part_of_the_state(one: FlowTransform, other: FlowTransform) -> None:
-    """Were they missing, a strict load into a differently built instance would silently give another function."""
+    """Without them, a strict load into a differently built instance would silently give another function."""
     laws.randomise(one, seed=1)
     laws.randomise(other, seed=2)
     x = torch.randn(6, 4)
@@ -360,7 +362,7 @@ def test_holding_the_inverse_registers_its_parameters(case: Case, holder_type: t
 )
 def test_it_compiles_to_one_graph(name: str) -> None:
     case = Case(name, 3, "batched_context")
-    inverse = "eager" if name == "compose" else "aot_eager"  # its parts are lowered on their own
+    inverse = "eager" if name == "compose" else "aot_eager"  # its parts are lowered separately
     laws.compiles(case.random(scale=0.3), laws.normal(ROWS, case.dim), case.context(), inverse)
 
 
@@ -409,7 +411,7 @@ OTHERS = {
 }
 
 
-# One that maps numbers, in turns, and one that maps events.
+# One transform of numbers, and one of events, in turn.
 AMONG = [
     (case, other)
     for place, case in enumerate(cases([5], ["no_context"]))
@@ -419,7 +421,7 @@ AMONG = [
 
 @pytest.mark.parametrize(("case", "name"), AMONG, ids=str)
 def test_it_stands_among_torchs_transforms(case: Case, name: str) -> None:
-    """Fresh values are scored, in a list and inside torch's own composition."""
+    """It scores new values in a list of transforms and in torch's composition."""
     other = OTHERS[name]
     transform = case.random(scale=0.3)
     base = dist.Normal(torch.zeros(case.dim, dtype=torch.float64), 1.0).to_event(1)
@@ -517,7 +519,7 @@ def test_errors_name_argument_and_value(build: object, error: type[Exception], m
 
 
 def test_lu_linear_is_the_matrix_it_says() -> None:
-    """y = L U x + t with the pivots bounded: even an absurd parameter gives an invertible matrix."""
+    """y = L U x + t with bounded pivots: even an extreme parameter gives an invertible matrix."""
     layer = laws.randomise(LULinear(4)).double()
     with torch.no_grad():
         layer.factors.fill_diagonal_(-1e6)
@@ -540,7 +542,7 @@ def planar_of(u: Tensor, w: Tensor, b: float) -> Planar:
 
 
 def test_planar_is_the_map_it_says() -> None:
-    """y = x + û tanh(w·x + b), where û is u but for its part along w, and 1 + w·û = exp(4 tanh(w·u / 4))."""
+    """y = x + û tanh(w·x + b), where û differs from u only along w, and 1 + w·û = exp(4 tanh(w·u / 4))."""
     u, w, x = laws.normal(3), laws.normal(3, seed=1), laws.normal(ROWS, 3, seed=2)
     y, _ = planar_of(u, w, 0.5).forward_and_log_det(x)
     bent = u + (torch.expm1(4 * torch.tanh(w @ u / 4)) - w @ u) * w / (w @ w)
@@ -550,7 +552,7 @@ def test_planar_is_the_map_it_says() -> None:
 @pytest.mark.parametrize("scale_of_w", [0.0, 1e-9, 1.0, 1e4])
 @pytest.mark.parametrize("scale_of_u", [1e-9, 1.0, 1e4])
 def test_planar_slopes_are_bounded_whatever_the_parameters(scale_of_u: float, scale_of_w: float) -> None:
-    """Its Jacobian has one eigenvalue other than 1, within exp(±4): no step of an optimiser can make it singular."""
+    """Its Jacobian has one eigenvalue other than 1, within exp(±4), so that no optimiser step can make it singular."""
     for seed in range(20):
         u, w = laws.normal(3, seed=seed, scale=scale_of_u), laws.normal(3, seed=seed + 50, scale=scale_of_w)
         layer = planar_of(u, w, 0.0)
@@ -565,7 +567,7 @@ def test_planar_slopes_are_bounded_whatever_the_parameters(scale_of_u: float, sc
 
 @pytest.mark.parametrize("along", [-1e3, -10.0, -3.0, -1.0, -1e-3, 1e-3, 1.0, 3.0, 10.0, 1e3])
 def test_planar_inverts_to_the_last_bits_at_all_slopes(along: float) -> None:
-    """From squeezing to stretching by exp(4), on the ridge and far from it; a bound on steps must suffice."""
+    """Slopes of exp(±4), on the ridge and far from it, are inverted within a bounded number of steps."""
     layer = planar_of(torch.tensor([along]).double(), torch.ones(1).double(), 0.3)
     y = torch.cat((torch.linspace(-120, 120, 40001), torch.logspace(-9, 6, 3001))).double().unsqueeze(-1)
     with torch.no_grad():
@@ -577,7 +579,7 @@ def test_planar_inverts_to_the_last_bits_at_all_slopes(along: float) -> None:
 
 @pytest.mark.parametrize("dim", [1, 3])
 def test_planar_inverse_has_first_and_second_derivatives(dim: int) -> None:
-    """Those of the implicit function, not of the iterations: in the value and, by way of a context, all parameters."""
+    """They are those of the implicit function, in the value and, through a context, in all parameters."""
     layer = Planar(dim, MLP(2, 1, 2 * dim + 1, (8,), activation=nn.Tanh))
     laws.randomise(layer, scale=1.0).double()
     inputs = (laws.normal(4, dim, seed=1).requires_grad_(), laws.normal(4, 2, seed=2).requires_grad_())

@@ -1,6 +1,6 @@
-"""The tutorials run, where what they show is installed, and hold what they are said to hold.
+"""The tutorials run if their packages are installed, and have the described contents.
 
-``pip install -e '.[tutorials]'`` first, or the runs are skipped; the gate does so.
+Run ``pip install -e '.[tutorials]'`` first, as the gate does; otherwise the runs are skipped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 TUTORIALS = Path(__file__).parents[1] / "tutorials"
 NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
-MINUTES = 5  # that a notebook may have taken
+MINUTES = 5  # settings that a notebook may have changed
 
 
 def cells_of(path: Path, kind: str) -> list[dict]:

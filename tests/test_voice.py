@@ -15,28 +15,28 @@ FILES = sorted((ROOT / "pyro_flows").rglob("*.py"))
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 FIRST = re.compile(r"(What|Those|How|Whether)\b")  # words that no docstring begins with
-LONGEST = 30  # words of a sentence
+LONGEST = 30  # the largest number of words in a sentence
 MARKS = re.compile(r"```.*?```|<!--.*?-->|\$\$.*?\$\$", flags=re.DOTALL)
-ITEM = re.compile(r"\n\s*\n|\n\s*(?:[-*]|\d+\.) |\|")  # what parts paragraphs, items of lists and cells of tables
+ITEM = re.compile(r"\n\s*\n|\n\s*(?:[-*]|\d+\.) |\|")  # separators of paragraphs, list items and table cells
 QUOTED = re.compile(r"`[^`]*`|\$[^$]*\$|\([^()]*(?:arXiv|\.md|\.py)[^()]*\)")
 
 
 def docstrings(path: Path) -> Iterator[tuple[str, str]]:
-    """All docstrings of a file, by the names of what they document."""
+    """Yield all docstrings of a file with the names of their objects."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
             yield getattr(node, "name", path.name), text
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The sentences of a page, without code, formulas and links."""
+    """Yield the sentences of a page, without code, formulas and links."""
     for part in ITEM.split(MARKS.sub("", text)):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", QUOTED.sub("X", " ".join(part.split())))
         yield from re.split(r"(?<=[.:;?!])[*)\"]* ", plain)
 
 
 def too_long(text: str) -> list[str]:
-    """The sentences of a page that have too many words."""
+    """Return the sentences of a page with too many words."""
     return [found for found in sentences(text) if len(re.findall(r"[^\W\d_][\w'’-]*", found)) > LONGEST]
 
 

@@ -1,5 +1,6 @@
-"""The Gaussian that a flow guide starts from: exact where the posterior is one, far off and ill-conditioned included,
-and never worse than no warm start at all."""
+"""The Gaussian start of a flow guide is exact for Gaussian posteriors, also distant and ill-conditioned ones.
+
+It is never worse than no warm start."""
 
 from __future__ import annotations
 
@@ -28,14 +29,14 @@ small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
 
 
 def start(model, *args, recipe=small, **settings) -> AutoFlow:
-    """A guide after its warm start and before any training."""
+    """Return a guide after its warm start, before any training."""
     guide = AutoFlow(model, recipe, **settings).setup(*args)
     start_from_gaussian(guide, Task(model, guide, args, {}))
     return guide
 
 
 def elbo(density, loc: Tensor, scale_tril: Tensor, draws: int = 20_000) -> tuple[float, float]:
-    """A Gaussian's ELBO and its standard error."""
+    """Return the ELBO of a Gaussian and its standard error."""
     q = dist.MultivariateNormal(loc, scale_tril=scale_tril)
     z = q.sample((draws,))
     with torch.no_grad():
@@ -47,7 +48,7 @@ def at_the_start(density, dim: int, scale: float = 0.1) -> tuple[float, float]:
     return elbo(density, torch.zeros(dim), scale * torch.eye(dim))
 
 
-# Posteriors that are Gaussians.
+# Gaussian posteriors.
 
 
 def rotated(dim: int, condition: float, shift: float) -> dist.MultivariateNormal:
@@ -88,7 +89,7 @@ def test_an_ill_conditioned_regression_is_found_exactly():
 
     guide = start(regression, X, TARGETS)
     losses = torch.stack([_loss(regression, guide, X, TARGETS) for _ in range(20)])
-    assert losses.std() < 1e-3  # where the guide is the posterior each draw gives the evidence
+    assert losses.std() < 1e-3  # if the guide is the posterior, each draw gives the evidence
     assert abs(losses.mean() + evidence) < 1e-3
     deviations = torch.linalg.inv(precision).diagonal().sqrt()
     assert ((guide.flow.transforms[-1].loc - loc).abs() < 1e-3 * deviations).all()
@@ -99,7 +100,7 @@ def _loss(model, guide, *args) -> Tensor:
 
 
 def test_flat_priors_are_no_hindrance():
-    """Flat in w and in log sigma: w follows a t distribution, whose mean is that of least squares."""
+    """The priors of w and log sigma are flat: w follows a t distribution, whose mean is the least-squares solution."""
 
     def flat(x, y):
         w = pyro.sample("w", dist.ImproperUniform(constraints.real_vector, (), (3,)))
@@ -133,14 +134,14 @@ def test_a_target_a_thousand_deviations_away_is_reached(heavy):
 
 
 def test_log_p_counts_every_change_of_variables():
-    """Laws whose density is known in the unconstrained space too."""
+    """The distributions have a known density in the unconstrained space too."""
 
     def model():
         pyro.sample("a", dist.LogNormal(0.5, 2.0))  # log a is normal
-        pyro.sample("b", dist.Uniform(-2.0, 5.0))  # its logit is logistic
+        pyro.sample("b", dist.Uniform(-2.0, 5.0))  # the logit of b is logistic
         with pyro.plate("rows", 3):
             c = pyro.sample("c", dist.Normal(torch.arange(3.0), 1.0))
-            pyro.sample("d", dist.Exponential(1.0))  # log d is Gumbel's, mirrored
+            pyro.sample("d", dist.Exponential(1.0))  # log d has a mirrored Gumbel distribution
             pyro.sample("y", dist.Normal(c, 0.5), obs=torch.zeros(3))
             with poutine.scale(scale=2.5):
                 pyro.sample("again", dist.Normal(c, 0.5), obs=torch.ones(3))
@@ -181,7 +182,7 @@ def test_log_p_is_the_models_density_of_one_draw_at_a_time():
         torch.testing.assert_close(together[row], alone, rtol=1e-5, atol=1e-4)
 
 
-# What the guide makes of a Gaussian.
+# The flow after a Gaussian start.
 
 
 def gaussian_model(dim: int):
@@ -217,7 +218,7 @@ def test_beyond_64_latents_the_marginals_are_found():
     assert losses.abs().max() < 1e-3
 
 
-# It can do no harm.
+# Cases in which the warm start must not do harm.
 
 
 def funnel(z: Tensor) -> Tensor:
@@ -225,7 +226,7 @@ def funnel(z: Tensor) -> Tensor:
 
 
 def unbounded(z: Tensor) -> Tensor:
-    """Eight schools without data that would hold tau up: the density is infinite at tau = 0, which has no mass."""
+    """Sample eight schools without data for tau: the density is infinite at tau = 0, a point without mass."""
     tau = z[:, :1].exp()
     rest = dist.Normal(0.0, tau, validate_args=False).log_prob(z[:, 1:]).sum(-1)
     return rest + dist.HalfCauchy(5.0, validate_args=False).log_prob(tau[:, 0]) + z[:, 0]
@@ -261,7 +262,7 @@ def test_it_is_never_worse_than_the_start(density, seed):
 
 
 def test_the_funnels_best_gaussian_is_near():
-    """The best Gaussian is worth -1.9 nats or so; the start is worth -19."""
+    """The best Gaussian has an ELBO of about -1.9 nats, the start one of about -19."""
     found = fit_gaussian(funnel, torch.zeros(9), 0.1)
     assert elbo(funnel, found.loc, found.scale_tril)[0] > -3
 
@@ -283,7 +284,7 @@ def test_where_nothing_can_be_evaluated_the_start_stays(seed):
 
 
 def walled(kind: str):
-    """x ~ N(5, 2) and y = 2 seen, in a model that breaks down near the guide's start."""
+    """Sample x ~ N(5, 2) and observe y = 2; the model fails near the start of the guide."""
 
     def model():
         x = pyro.sample("x", dist.Normal(5.0, 2.0))
@@ -303,7 +304,7 @@ def walled(kind: str):
 
 @pytest.mark.parametrize("kind", ["nan", "invalid", "singular", "refused"])
 def test_it_survives_a_model_that_fails_in_places(kind):
-    """The posterior, far from where the model fails, is N(2.18, 0.485)."""
+    """The posterior, N(2.18, 0.485), lies far from the failures of the model."""
     guide = AutoFlow(walled(kind), small)
     fit = fit_svi(walled(kind), guide, steps=30, num_particles=8, progress=False)
     assert fit.losses.isfinite().any()
@@ -322,11 +323,11 @@ def test_an_error_of_the_model_is_not_swallowed():
         start(model)
 
 
-# When it runs.
+# Conditions for a warm start.
 
 
 def watched(guide: AutoFlow) -> list[int]:
-    """Grows when the guide is put in another place."""
+    """Return a list that grows when the guide is moved."""
     calls, place = [], guide.start_at
 
     def start_at(loc, scale_tril):

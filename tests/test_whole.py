@@ -1,4 +1,4 @@
-"""Subsampled plates of data are weighed on all of their rows."""
+"""Subsampled plates of data are weighted on all of their rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def mixture(y, size=None):
 
 
 def taking(y, size=None):
-    """``x @ w``, so that it runs by vmap."""
+    """Return ``x @ w``, which runs under vmap."""
     w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     with pyro.plate("rows", len(y), subsample_size=size) as rows:
         pyro.sample("y", dist.Normal(torch.stack((y, y**2), -1)[rows] @ w, 0.5), obs=y[rows])
@@ -90,7 +90,7 @@ def test_rows_with_latents_or_from_elsewhere_are_refused_by_the_plate():
 
 
 def shared(y, size=None):
-    """A discrete latent outside of the plate, which all rows share: its sum does not fall into parts."""
+    """Sample a discrete latent outside of the plate: all rows share it, so that its sum does not factorise."""
     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
     side = pyro.sample("side", dist.Bernoulli(0.5))
     with pyro.plate("rows", len(y), subsample_size=size) as rows:
