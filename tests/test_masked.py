@@ -1,4 +1,4 @@
-"""A mask removes a row from model and guide, or is refused by name; sites that come and go are treated alike."""
+"""A mask removes a row from model and guide, or is refused by name; sites that come and go are refused too."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def train(guide: Any, model: Callable[..., Any], *args: Any, steps: int = 150, l
     return [svi.step(*args) for _ in range(steps)]
 
 
-# ------------------------------------------------------------ rows that a mask takes out
+# ------------------------------------------------------------ rows removed by a mask
 
 
 def test_the_entropy_of_masked_rows_does_not_grow(local_params: bool) -> None:
@@ -192,7 +192,7 @@ def test_log_prob_of_masked_rows_that_are_not_seen_is_refused() -> None:
         guide.log_prob({"z": Y}, Y, SEEN, 4)
 
 
-# ------------------------------------------------------------ masks that are refused
+# ------------------------------------------------------------ refused masks
 
 
 def whole(y: Tensor) -> None:
@@ -361,7 +361,7 @@ def test_masks_that_hide_nothing_are_welcome() -> None:
     guide(Y, True)
 
 
-# ------------------------------------------------------------ what only the traces show
+# ------------------------------------------------------------ refusals that need traces
 
 
 def unmasked(y: Tensor) -> None:
@@ -435,7 +435,7 @@ def test_a_mask_around_both_is_one_mask() -> None:
     assert loss == 0
 
 
-# ------------------------------------------------------------ sites that come and go
+# ------------------------------------------------------------ changing sites
 
 
 @pytest.mark.parametrize(
@@ -488,7 +488,7 @@ def test_data_that_are_to_be_predicted_are_no_new_latents() -> None:
     assert found["x_2"].shape[0] == 4
 
 
-# ------------------------------------------------------------ what a check costs
+# ------------------------------------------------------------ cost of the test runs
 
 
 def counted(model: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:

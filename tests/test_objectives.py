@@ -117,7 +117,7 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-# ------------------------------------------------------------ all of them
+# ------------------------------------------------------------ all objectives
 
 
 @every_objective

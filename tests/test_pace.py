@@ -322,7 +322,7 @@ def test_amortised_guides_and_recipes_keep_torchs_weights():
         assert not any(part.pace for part in module.modules() if isinstance(part, Conditioner))
 
 
-# ------------------------------------------------------------ steps at the sizes that people use
+# ------------------------------------------------------------ usual step sizes
 
 RECIPES = "iaf", "maf", "nsf", "nsf_ar", "nice", "realnvp", "planar_flow", "radial_flow", "sylvester_flow", "flowpp"
 
@@ -330,7 +330,7 @@ RECIPES = "iaf", "maf", "nsf", "nsf_ar", "nice", "realnvp", "planar_flow", "radi
 @pytest.mark.parametrize("lr", [0.01, 0.03, 0.05])
 @pytest.mark.parametrize(("model", "start"), [(gaussian, 200), (centred, 400), (wide, 1500)])
 def test_plain_svi_does_not_explode(model, start, lr):
-    """These losses start below ``start``; without paces they rose to at least 4e3, or ended in NaN."""
+    """Losses start below ``start``; without paces they rose to at least 4e3, or ended in NaN."""
     local = (lr == 0.03) == (model is centred)  # each model with each step size, in both modes
     with pyro.settings.context(module_local_params=local):
         losses = train(model, pf.AutoFlow(model), lr=lr)

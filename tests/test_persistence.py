@@ -91,7 +91,7 @@ def same_flow(ours: Flow, theirs: Flow, context: Tensor | None = None) -> None:
     assert all(map(bits, *answers))
 
 
-# ------------------------------------------------------------ all that there is
+# ------------------------------------------------------------ all public classes
 
 
 @pytest.mark.parametrize(("context_dim", "dtype"), [(0, torch.float32), (laws.CONTEXT_DIM, torch.float64)], ids=str)
@@ -194,7 +194,7 @@ def test_a_new_process_has_the_same_bits(tmp_path: Path) -> None:
     assert name == "kept"
 
 
-# ------------------------------------------------------------ what else belongs to a flow
+# ------------------------------------------------------------ other state of a flow
 
 
 def test_the_file_is_plain(tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_fixed_bases_come_back(name: str, tmp_path: Path) -> None:
         assert again().log_prob(-x).tolist() == [-math.inf] * 6
 
 
-# ------------------------------------------------------------ what is refused at save, by name
+# ------------------------------------------------------------ refused at save, by name
 
 
 class OwnTransform(Permute):
@@ -492,7 +492,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         pf.save(small(3), tmp_path / "nowhere" / "flow")
 
 
-# ------------------------------------------------------------ what is refused at load, in words
+# ------------------------------------------------------------ refused at load, with a message
 
 
 def edited(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
@@ -731,7 +731,7 @@ def draws(guide: Any, *args: Any) -> dict[str, Tensor]:
 
 
 def same_guide(ours: Any, theirs: Any, args: tuple[Any, ...], bare: tuple[Any, ...]) -> None:
-    """Assert the same for guides, with the model's arguments, and with those that a guide without a model needs."""
+    """Assert that two guides agree, given the model's arguments, or those that a guide without a model needs."""
     assert type(theirs) is type(ours)
     assert theirs.model is None
     same_module(ours, theirs)

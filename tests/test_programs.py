@@ -596,7 +596,7 @@ def test_an_objective_that_knows_the_number_of_plates_decides(model):
         assert abs(float(fit.losses[-10:].mean()) + evidence(model, X)) < 0.3
         objective = TemperedELBO(5, num_particles=64, max_plate_nesting=HIDDEN[model])
         assert pf.fit_svi(model, AutoFlow(model), X, objective=objective, progress=False).losses.isfinite().all()
-        objective = PathELBO(64, vectorize_particles=True)  # an objective without the number is told it
+        objective = PathELBO(64, vectorize_particles=True)  # an objective without the number gets it
         pf.fit_svi(model, AutoFlow(model), X, objective=objective, max_plate_nesting=HIDDEN[model], **QUICK)
         assert objective.max_plate_nesting == HIDDEN[model] + 1
 

@@ -170,7 +170,7 @@ def test_estimates_follow_the_seed() -> None:
     assert not torch.equal(scores[0], scores[2])
 
 
-# ------------------------------------------------------------ the way back
+# ------------------------------------------------------------ the inverse
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ class Case:
         return laws.normal(*batch, self.context_dim, seed=2, dtype=dtype) if self.context_dim else None
 
     def values(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return rows half of which lie where the map bends, and half far outside."""
+        """Return rows: half of them lie where the map bends, and half far outside."""
         near, far = laws.normal(ROWS // 2, self.dim, seed=1, scale=3.0), laws.normal(ROWS // 2, self.dim, seed=3)
         return torch.cat((near, far.clamp(-2, 2) * 500)).to(dtype)
 
@@ -225,7 +225,7 @@ def test_gradients_reach_every_parameter(case: Case, backwards: bool) -> None:
 
 @every_learner
 def test_three_steps_from_the_start_move_every_parameter(case: Case) -> None:
-    """All transforms start at the identity, but no parameter has a zero gradient for good."""
+    """All transforms start at the identity, where no parameter may be stuck."""
     transform, context = case.start().double(), case.context()
     before = {name: p.detach().clone() for name, p in transform.named_parameters()}
     data = 0.5 * laws.normal(8, ROWS, case.dim, seed=1).cumsum(-1) + 1
