@@ -127,11 +127,12 @@ LIMITS = (
 
 
 def wins(tables: dict[tuple[str, ...], Times]) -> str:
-    """Return a sentence with the number of cells of the main tables in which our eager flows are faster."""
+    """Return a sentence with the number of comparisons that our eager flows win; empty without main tables."""
     cells = [cell for key, times in tables.items() if key[0] == "main" for cell in times.values() if OURS in cell]
     pairs = [(cell[OURS], cell[name]) for cell in cells for name in ("Pyro", "zuko", "nflows") if name in cell]
     faster = sum(own < other for own, other in pairs)
-    return f"In the main tables ours is faster than Pyro, zuko or nflows in {faster} of {len(pairs)} comparisons."
+    text = f"In the main tables ours is faster than Pyro, zuko or nflows in {faster} of {len(pairs)} comparisons."
+    return text if pairs else ""
 
 
 def settings(key: tuple[str, ...]) -> str:
