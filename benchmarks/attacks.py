@@ -684,7 +684,7 @@ class Errors:
 
     @property
     def right(self) -> bool:
-        """True if the guide is exact or all errors are small.  Ratios along directions are noisier, so get more room."""
+        """True if the guide is exact or all errors are small; noisy ratios along directions have wider limits."""
         ratios = max(self.high, self.high_along - 0.02) < 1.03 and min(self.low, self.low_along + 0.02) > 0.97
         small = self.mean < 0.03 and ratios and self.marginal < 0.03 and self.missing < 0.01
         return small or self.joint < 0.005

@@ -18,7 +18,7 @@ from torch.distributions import Distribution
 
 
 class Law(dist.TorchDistribution):
-    """Base class; a subclass defines ``draw(size)`` and ``log_prob(value)``, which broadcast over leading dimensions."""
+    """Base class; subclasses define ``draw(size)`` and ``log_prob(value)``, which broadcast over leading dimensions."""
 
     arg_constraints: dict[str, Any] = {}
 
