@@ -188,9 +188,8 @@ ASKED: dict[str, Callable[[Library], bool | str]] = {
     "draw and score, in draws": draw_and_score,
     "slow direction in network passes, D = 8, 32": slow_direction,
 }
-FUNCTIONAL = set(list(ASKED)[1:3]) | {
-    "float64 by `.double()`, draws too"
-}  # does not apply to libraries whose arrays never change
+# these rows do not apply to libraries whose arrays never change
+FUNCTIONAL = set(list(ASKED)[1:3]) | {"float64 by `.double()`, draws too"}
 
 
 def behaviour(library: Library, question: str) -> str:

@@ -60,10 +60,7 @@ GAUSSIAN = {  # latents to integrate out: given the others, the model is linear 
     "hepatitis": ("alpha0", "beta0", "gamma", "alpha", "beta"),
 }
 ESS = 0.5  # effective sample size after a step along the path, as a share of the particles
-ACCEPTANCE, MAX_MOVES = (
-    0.9,
-    24,
-)  # target rate of acceptance, most moves per step; with 12, log Z of gp_pois_regr is .03 low
+ACCEPTANCE, MAX_MOVES = 0.9, 24  # target rate, moves per step; with 12 moves, log Z of gp_pois_regr is .03 low
 LENGTH, MAX_LEAPS = 4.0, 128  # of a trajectory: length in standard deviations, number of leapfrog steps
 REACH, POINTS = 24.0, 145  # of a grid: half-width in standard deviations, points per dimension
 EVEN, DRAWS = 0.5, 100_000  # effective share of draws from which importance sampling is used, number of draws
