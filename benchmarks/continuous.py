@@ -349,8 +349,8 @@ def page(rows: list[Row]) -> str:
         "",
         f"Each fit runs on one core ({platform.machine()}, torch {torch.__version__}, zuko {zuko.__version__}). Rows "
         "of `cnf` and of zuko's CNF are trained by likelihood unless they name another method. *evaluations*: how "
-        "often a density evaluates the field. *round trip*: the largest `|x' - x| / (1 + |x|)`, where x' is x after both "
-        "directions.",
+        "often a density evaluates the field. *round trip*: the largest `|x' - x| / (1 + |x|)`, where x' is x after "
+        "both directions.",
     ]
     for part, (title, text) in TITLES.items():
         mine = [row for row in rows if row["part"] == part]
