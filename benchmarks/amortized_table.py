@@ -108,7 +108,7 @@ def posteriors(results: Results, simulations: int) -> list[str]:
         "1 is worst. The classifier is a network with two hidden layers of 10 d units, over five folds.",
         "",
         "*target*: the score that amortised draws should reach. *published*: NPE in the paper of sbibm. *sbi*: NPE "
-        "trained here. *training*: CPU seconds. The data of slcp are a set of points. `AutoFlow` reads it through a "
+        "trained here. *training*: CPU seconds. The data of slcp are a set of points. `AutoFlow` reads them through a "
         "`SetEncoder`. *sbi* reads the points as eight numbers, and *sbi, for sets* uses sbi's permutation-invariant "
         "network.",
         "",
@@ -219,12 +219,12 @@ def hierarchy(results: Results) -> list[str]:
         "defaults, with minibatches of 100 groups. *rows* says where the parameters of a group come from: an encoder "
         "of its data, or a learned row of a table.",
         "",
-        "*mean of*: errors of means, in standard deviations of the posterior (target: at most 0.15 for every group, "
+        "*error of*: errors of means, in standard deviations of the posterior (target: at most 0.15 for every group, "
         "0.1 for the population). *sd of*: the ratio of standard deviations to the posterior's. In the exact "
         "posterior, mean and scale of the population lie on a grid, and groups are normal given both.",
         "",
         *head(
-            *("rows", "seed", "mean of mu", "mean of tau", "mean of a group, typical", "mean of a group, worst"),
+            *("rows", "seed", "error of mu", "error of tau", "error of a group, typical", "error of a group, worst"),
             *("sd of mu", "sd of tau", "sd of groups", "steps", "s", "CPU s"),
         ),
     ]

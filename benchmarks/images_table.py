@@ -80,7 +80,13 @@ def summary(rows: list[Row]) -> str:
     best = min(found, key=lambda label: found[label])
     text = f"The best score on MNIST is {found[best]:.2f} bits per dimension ({best[0]}, {best[1]} dequantisation)."
     glows = [found.get((model, "uniform")) for model in ("Glow", "Glow of normflows")]
-    return text if None in glows else f"{text} Glow has {glows[0]:.2f}, and normflows' Glow has {glows[1]:.2f}."
+    return (
+        text
+        if None in glows
+        else (
+            f"{text} With uniform dequantisation, our Glow has {glows[0]:.2f}, and normflows' Glow has {glows[1]:.2f}."
+        )
+    )
 
 
 def scores(rows: list[Row]) -> list[str]:
