@@ -817,8 +817,9 @@ def misjudged(rows: list[Row], wrong: str) -> str:
 
 def table(rows: list[Row]) -> str:
     """Return the results as Markdown."""
+    names = "; ".join(row["name"] for row in rows if row["fooled"] == "True")
     lines = [
-        "# Can the check be fooled?",
+        "# Attacks on the check",
         "",
         "This page is for users who rely on the verdict of `check`. It runs `check` on wrong and right guides of known "
         f"posteriors that are chosen to mislead it. The check misjudges {misjudged(rows, 'True')} wrong guides and "
@@ -834,7 +835,8 @@ def table(rows: list[Row]) -> str:
         "",
         "## Guides",
         "",
-        "*s*: the time of the check, in seconds. *reason*: the reason that the check gives.",
+        f"Misjudged guides: {names or 'none'}. *s*: the time of the check, in seconds. *reason*: the reason that the "
+        "check gives.",
         "",
         "| class | guide | quality | verdict | misjudged | k-hat | s | reason |",
         "|---|---|---|---|---|---:|---:|---|",

@@ -225,6 +225,7 @@ def table(rows: list[Row]) -> str:
     def counted(word: str) -> int:
         return sum(outcome(row) == word for row in rows)
 
+    refused = "; ".join(row["target"] for row in rows if outcome(row) == "refused")
     lines = [
         "# The ladder",
         "",
@@ -234,7 +235,8 @@ def table(rows: list[Row]) -> str:
         "`python benchmarks/ladder.py`.",
         "",
         "All settings are the defaults. The answer is exact draws, the guide's draws or its reweighted draws. A run is "
-        "*refused* if the ladder recommends no draws. Two Gaussians are named by the weight of the first.",
+        f"*refused* if the ladder recommends no draws (here: {refused or 'none'}). Two Gaussians are named by the "
+        "weight of the first.",
         "",
         "*error*: the largest error of a mean, in sd of the posterior. *sds*: the ratios of sds to the posterior's. "
         "*variation*: the largest total variation of a marginal. A run is *right* if errors are at most "
