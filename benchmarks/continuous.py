@@ -347,8 +347,8 @@ def page(rows: list[Row]) -> str:
         "This page is for users who consider a continuous flow. It compares our `cnf`, zuko's CNF and our spline flow "
         f"`nsf` on small tables and posteriors. {summary(rows)} Reproduce with `python benchmarks/continuous.py`.",
         "",
-        f"Each fit runs on one core ({platform.machine()}, torch {torch.__version__}, zuko {zuko.__version__}). Rows "
-        "of `cnf` and of zuko's CNF are trained by likelihood unless they name another method. *evaluations*: how "
+        f"Each fit runs once, on one core ({platform.machine()}, torch {torch.__version__}, zuko {zuko.__version__}). "
+        "Rows of `cnf` and of zuko's CNF are trained by likelihood unless they name another method. *evaluations*: how "
         "often a density evaluates the field. *round trip*: the largest `|x' - x| / (1 + |x|)`, where x' is x after "
         "both directions.",
     ]
