@@ -130,7 +130,8 @@ def posteriors(results: Results, simulations: int) -> list[str]:
         "",
         "The next table has the scores of the five observations. *resampled*: `resample` selects from 100,000 draws by "
         "their weights under the model's likelihood; *k-hat* is the largest of the five. *fit_svi*: `guide.bind(x)` is "
-        "trained for 300 more steps on one observation.",
+        "trained for 300 more steps on one observation, which may lose modes. Its score is – if the fit ends with an "
+        "error, for example because a likelihood has hard edges.",
         "",
         "*log q*: the mean log-density of the true latents of 10,000 new simulations, given their data, in nats. For "
         "sbi it is the density of its network, which puts some mass outside the prior.",

@@ -234,7 +234,8 @@ def table(rows: list[Row]) -> str:
         f"{counted('refused')} refused, {counted('wrong')} wrong and {counted('failed')} failed. Reproduce with "
         "`python benchmarks/ladder.py`.",
         "",
-        "All settings are the defaults. The answer is exact draws, the guide's draws or its reweighted draws. A run is "
+        "The ladder gets the model alone, and all settings are the defaults. "
+        "The answer is exact draws, the guide's draws or its reweighted draws. A run is "
         f"*refused* if the ladder recommends no draws (here: {refused or 'none'}). Two Gaussians are named by the "
         "weight of the first.",
         "",
