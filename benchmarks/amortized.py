@@ -1,17 +1,21 @@
-"""Does one network answer for all data?  ``fit_amortized`` beside sbi's neural posterior estimation.
+"""How accurate are amortised posteriors?  ``fit_amortized`` compared with sbi's neural posterior estimation (NPE).
 
     python benchmarks/amortized.py                         # all of it, about 90 minutes on one core
-    python benchmarks/amortized.py --parts speed           # some of it; what is in the CSV file is not done again
+    python benchmarks/amortized.py --parts speed           # one part; rows in the CSV file are not measured again
     python benchmarks/amortized.py --quick --out DIR       # few simulations and draws: a smoke run
 
-*posteriors*: three tasks of sbibm, for which guides of this package and sbi's NPE (neural spline flow, all settings its
-defaults) are trained on the same simulations, one after the other.  10,000 draws for each of five observations are
-told from 10,000 reference draws by a classifier (C2ST: .5 is perfect).  *speed*: simulations, and a training step.
-*calibration*: of a guide as trained, and with its draws' scale shrunk by 20 %.  *hierarchy*: 2,000 groups seen 100 at a
-time, against the exact posterior.
+*posteriors*: three tasks of sbibm.  Our guides and sbi's NPE are trained one after the other on the same simulations.
+NPE is a neural spline flow with default settings.  For each of five observations, a classifier compares 10,000 draws
+with 10,000 reference draws (C2ST: .5 is perfect, 1 is worst).
 
-Needs the extra ``bench`` (sbi and scikit-learn).  Writes ``amortized.csv``, ``amortized.md`` and pictures of
-the calibration into ``docs/benchmarks``.
+*speed*: the time of simulations and of a training step.
+
+*calibration*: ``calibrate`` on a trained guide, and on the same guide with its scale reduced by 20 %.
+
+*hierarchy*: 2,000 groups in minibatches of 100, compared with the exact posterior.
+
+Needs the extra ``bench`` (sbi and scikit-learn).  Writes ``amortized.csv``, ``amortized.md`` and figures of the
+calibration into ``docs/benchmarks``.
 """
 
 from __future__ import annotations
@@ -47,7 +51,13 @@ Answer = Callable[[Tensor], tuple[Tensor, dict[str, float]]]
 
 @dataclass(frozen=True)
 class Trained:
-    """What was trained: its answers to data, its log-density of latents given data, and what training took."""
+    """Trained estimator of posteriors.
+
+    Attributes:
+        answers: For each method, the function from data to draws and measures.
+        log_q: The log-density of latents given data.
+        took: The cost of training.
+    """
 
     answers: dict[str, Answer]
     log_q: Callable[[Tensor, Tensor], Tensor]
@@ -55,20 +65,23 @@ class Trained:
 
 
 def timed(train: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """Return the result of a call, with its wall time and its CPU time in seconds."""
     wall, work = time.perf_counter(), time.process_time()
     result = train()
     return result, {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - work}
 
 
 def simulate(model: Callable[..., Any], number: int, seed: int) -> Any:
+    """Return simulations of a model, after setting the seed."""
     pyro.set_rng_seed(seed)
     return pf.simulate(model, num_simulations=number)
 
 
-# The two contestants.
+# The two methods.
 
 
 def ours(task: tasks.Task, simulations: Any, seed: int) -> Trained:
+    """Train ``AutoFlow`` by ``fit_amortized``."""
     pyro.set_rng_seed(seed)
     guide = pf.AutoFlow(task.model, encoder=task.encoder())
     fit, took = timed(lambda: pf.fit_amortized(task.model, guide, simulations=simulations, progress=False))
@@ -92,6 +105,7 @@ def ours(task: tasks.Task, simulations: Any, seed: int) -> Trained:
 
 
 def theirs(task: tasks.Task, simulations: Any, seed: int, *, sets: bool = False) -> Trained:
+    """Train sbi's NPE; with ``sets``, behind its permutation-invariant network."""
     from sbi.inference import NPE
     from sbi.utils import BoxUniform
 
@@ -115,7 +129,7 @@ def theirs(task: tasks.Task, simulations: Any, seed: int, *, sets: bool = False)
 
 
 def builder(sets: bool) -> Any:
-    """sbi's neural spline flow; for sets behind its permutation-invariant network."""
+    """Return sbi's neural spline flow, for sets behind its permutation-invariant network."""
     from sbi.neural_nets import posterior_nn
     from sbi.neural_nets.embedding_nets import FCEmbedding, PermutationInvariantEmbedding
 
@@ -125,7 +139,7 @@ def builder(sets: bool) -> Any:
     return posterior_nn("nsf", embedding_net=network)
 
 
-# What is measured.
+# The parts of the benchmark.
 
 
 def posteriors(results: Results, options: argparse.Namespace, name: str, seed: int) -> None:
@@ -162,7 +176,7 @@ def posteriors(results: Results, options: argparse.Namespace, name: str, seed: i
 
 
 def speed(results: Results, options: argparse.Namespace, name: str, seed: int) -> None:
-    """The price of simulations and of a step of training with a batch of 256, both contestants in turn."""
+    """Time simulations and training steps with a batch of 256; the steps of both methods alternate."""
     from sbi.neural_nets import posterior_nn
 
     task = tasks.TASKS[name]
@@ -206,7 +220,7 @@ def speed(results: Results, options: argparse.Namespace, name: str, seed: int) -
 
 
 def calibration(results: Results, options: argparse.Namespace, seed: int) -> None:
-    """Train a guide for a model with a known posterior; test it, and it with its scale shrunk by 20 %."""
+    """Train a guide for a model with a known posterior.  Test it as trained, and with its scale reduced by 20 %."""
     key = "calibration", "conjugate"
     if results.has(*key, "shrunk", seed, "sbc_p"):
         return
@@ -258,7 +272,7 @@ def main() -> None:
     options.repeats = REPEATS
     if options.quick:
         if options.out == OUT:
-            parser.error("--quick needs --out: its figures are no results")
+            parser.error("--quick needs --out, so that its figures do not replace the results")
         options.tasks, options.simulations, options.repeats = options.tasks[:1], 500, 5
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""What ``amortized.py`` measures: numbers in a CSV file, and the page made of them."""
+"""Results of ``amortized.py``: the CSV file, and the page that is made from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PUBLISHED = {"two_moons": 0.606, "gaussian_linear_uniform": 0.553, "slcp": 0.901
 
 
 class Results:
-    """Numbers in a CSV file, which are there as soon as they are measured."""
+    """Numbers in a CSV file, saved as soon as they are measured."""
 
     def __init__(self, path: Path) -> None:
         self.path: Path = path
@@ -43,23 +43,39 @@ class Results:
             writer.writerows([COLUMNS, *((*k, v) for k, v in sorted(self.values.items()))])
 
     def seeds(self, *key: str) -> list[str]:
-        """The seeds of which there is something under a key's beginning."""
+        """Return the seeds with a value whose key begins in this way."""
         return sorted({k[3] for k in self.values if k[: len(key)] == key}, key=int)
 
 
 def page(results: Results, simulations: int) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("sbi", "scikit-learn"))
     lines = [
         "# Amortised inference",
         "",
-        "`fit_amortized` with the default flow of `AutoFlow`, beside the neural posterior estimation of sbi (`NPE`, "
-        "neural spline flow, every setting its default). One thread of a machine that others use too: seconds of the "
-        "processor are given beside those of the clock. Reproduce with `python benchmarks/amortized.py`; "
+        "This page is for users who train one guide for many datasets. It compares `fit_amortized` and the default "
+        "flow of `AutoFlow` with sbi's neural posterior estimation (NPE). "
+        f"{summary(results)} Reproduce with `python benchmarks/amortized.py`.",
+        "",
+        "NPE is a neural spline flow with default settings. All runs use one thread of a shared machine, so CPU time "
+        "is given next to wall time. Versions: "
         f"torch {torch.__version__}, Pyro {pyro.__version__}, {packages}, Python {platform.python_version()}.",
     ]
     parts = posteriors(results, simulations), speed(results), calibration(results), hierarchy(results)
     return "\n".join([*lines, *(line for part in parts for line in part)]) + "\n"
+
+
+def summary(results: Results) -> str:
+    """Return the main result in a sentence."""
+    runs = [(task, seed) for task in TASKS for seed in results.seeds("posteriors", task)]
+    lower = sum(mean_c2st(results, t, METHODS[0], s) < mean_c2st(results, t, METHODS[3], s) for t, s in runs)
+    ratios = [results.get("speed", t, "ratio", s, "step") for t in TASKS for s in results.seeds("speed", t)]
+    if not (runs and ratios):
+        return "Some parts have not been run."
+    return (
+        f"The draws of `AutoFlow` are closer to the reference (mean C2ST) in {lower} of {len(runs)} runs. Its training "
+        f"steps take {number(min(ratios), '.2f')} to {number(max(ratios), '.2f')} times the CPU time of NPE's."
+    )
 
 
 def number(value: float, form: str = ".3f") -> str:
@@ -75,7 +91,7 @@ def row(*cells: str) -> str:
 
 
 def mean_c2st(results: Results, task: str, method: str, seed: str) -> float:
-    """The mean over five observations; NaN unless all are there."""
+    """Return the mean over five observations, or NaN if one is missing."""
     return sum(results.get("posteriors", task, method, seed, f"c2st_{k}") for k in range(1, 6)) / 5
 
 
@@ -87,16 +103,18 @@ def posteriors(results: Results, simulations: int) -> list[str]:
         "",
         "## Posteriors of simulators",
         "",
-        f"Three tasks of sbibm (arXiv:2101.04653), {simulations:,} simulations, the same for all methods. A classifier "
-        "tells 10,000 draws from 10,000 reference draws (C2ST, the accuracy of a network with two hidden layers of "
-        "10 d units over five folds): .5 is perfect, 1 hopeless. *Asked* is the figure that amortised draws are to "
-        "reach, *published* that of NPE in the paper; *sbi* is measured here, on the same simulations. "
-        "The points of slcp are a set, which `AutoFlow` sees by a `SetEncoder`, and sbi as eight numbers or, *for "
-        "sets*, by its permutation-invariant network. Training: seconds of the processor.",
+        f"Three tasks of sbibm (arXiv:2101.04653); all methods train on the same {simulations:,} simulations. The "
+        "score is C2ST: the accuracy of a classifier between 10,000 draws and 10,000 reference draws. 0.5 is perfect, "
+        "1 is worst. The classifier is a network with two hidden layers of 10 d units, over five folds.",
+        "",
+        "*target*: the score that amortised draws should reach. *published*: NPE in the paper of sbibm. *sbi*: NPE "
+        "trained here. *training*: CPU seconds. The data of slcp are a set of points. `AutoFlow` reads them through a "
+        "`SetEncoder`. *sbi* reads the points as eight numbers, and *sbi, for sets* uses sbi's permutation-invariant "
+        "network.",
         "",
         *head(
             *("task", "seed", "target", "published", "AutoFlow", "resampled", "fit_svi", "sbi", "sbi, for sets"),
-            *("training cpu s", "sbi", "sbi, for sets"),
+            *("AutoFlow, training", "sbi, training", "sbi, for sets, training"),
         ),
     ]
     for task in TASKS:
@@ -110,13 +128,15 @@ def posteriors(results: Results, simulations: int) -> list[str]:
             lines.append(row(task, seed, f"{ASKED[task]:.2f}", f"{PUBLISHED[task]:.3f}", *cells, *took))
     lines += [
         "",
-        "Each observation. *log q*: the mean log-density, in nats, of the truth of 10,000 new simulations given their "
-        "data, for sbi that of its network, which puts some mass outside of the prior. *Resampled*: `resample`, from "
-        "100,000 draws by their weights under the model's own likelihood, with the largest k-hat of the five. "
-        "*fit_svi*: `guide.bind(x)` trained for 300 more steps on that observation alone, which may lose modes; none "
-        "where the fit ends with an error, as where a likelihood has hard edges.",
+        "The next table has the scores of the five observations. *resampled*: `resample` selects from 100,000 draws by "
+        "their weights under the model's likelihood; *k-hat* is the largest of the five. *fit_svi*: `guide.bind(x)` is "
+        "trained for 300 more steps on one observation, which may lose modes. Its score is – if the fit ends with an "
+        "error, for example because a likelihood has hard edges.",
         "",
-        *head("task", "method", "seed", *"12345", "mean", "k-hat", "log q", "epochs", "s", "cpu s", text=2),
+        "*log q*: the mean log-density of the true latents of 10,000 new simulations, given their data, in nats. For "
+        "sbi it is the density of its network, which puts some mass outside the prior.",
+        "",
+        *head("task", "method", "seed", *"12345", "mean", "k-hat", "log q", "epochs", "s", "CPU s", text=2),
     ]
     for task in TASKS:
         for method in METHODS:
@@ -139,11 +159,11 @@ def speed(results: Results) -> list[str]:
         "",
         "## Speed",
         "",
-        "100,000 simulations run side by side (target: two_moons within 5 s). Milliseconds of the processor that a "
-        "step of training takes on a batch of 256, loss, gradients and Adam, both in turn, medians of 200 (target: a "
-        "ratio of at most 1).",
+        "*simulations*: the time of 100,000 simulations, vectorised over draws (target: at most 5 s for two_moons). "
+        "*step*: CPU milliseconds of a training step with a batch of 256: loss, gradients and Adam. The steps of both "
+        "methods alternate, and the table has medians of 200 (target: a ratio of at most 1).",
         "",
-        *head("task", "100,000 simulations s", "step ms, AutoFlow", "step ms, sbi", "ratio"),
+        *head("task", "simulations, s", "step, AutoFlow, ms", "step, sbi, ms", "ratio"),
     ]
     for task in TASKS:
         for seed in results.seeds("speed", task)[:1]:
@@ -162,18 +182,30 @@ def calibration(results: Results) -> list[str]:
         "",
         "## Calibration",
         "",
-        "Two normal means, each seen once with noise of half the prior's sd: the posterior is known to be normal. "
-        "`calibrate` on 1,000 new simulations, for the guide as trained, and for it with its draws' scale shrunk by "
-        "20 % (target: p above .01 for the ranks of the one, and that the other is found out).",
+        "The model has two normal means. Each is observed once, with noise of half the prior's standard deviation, so "
+        "the posterior is normal. `calibrate` tests the trained guide on 1,000 new simulations. It then tests the same "
+        "guide with its scale reduced by 20 %.",
         "",
-        *head("guide", "seed", "ranks p", "coverage p", "TARP p", "truths in regions of 90 %"),
+        "The target is a p-value of the ranks above 0.01 for the trained guide, and a rejection of the shrunk guide.",
+        "",
+        *head("guide", "seed", "ranks, p", "coverage, p", "TARP, p", "true values in 90 % regions"),
     ]
     for kind in ("trained", "shrunk"):
         for seed in seeds:
             key = "calibration", "conjugate", kind, seed
             p = [number(results.get(*key, m), ".2g") for m in ("sbc_p", "coverage_p", "tarp_p")]
             lines.append(row(kind, seed, *p, f"{100 * results.get(*key, 'in_90'):.1f} %"))
-    return [*lines, "", "![As trained](calibration_trained.png)", "", "![Shrunk](calibration_shrunk.png)"]
+    return [
+        *lines,
+        "",
+        "![Calibration of the trained guide](calibration_trained.png)",
+        "",
+        "The trained guide, first seed. Look at whether the curves stay within the bands.",
+        "",
+        "![Calibration of the shrunk guide](calibration_shrunk.png)",
+        "",
+        "The same guide with its scale reduced by 20 %. Look for curves that leave the bands.",
+    ]
 
 
 def hierarchy(results: Results) -> list[str]:
@@ -184,14 +216,17 @@ def hierarchy(results: Results) -> list[str]:
         "",
         "## A plate of 2,000 groups",
         "",
-        "Eight schools, but 2,000 of five pupils each, fitted by `AutoPlateFlow` and `fit_svi` with their defaults in "
-        "minibatches of 100 groups, with an encoder of the groups' data and with learned rows. The exact posterior is "
-        "normal given the mean and the spread of the population, which lie on a grid. Errors of means in posterior sd "
-        "(target: at most .15 for every group, .1 for the population), and the ratios of sds.",
+        "The model of eight schools, with 2,000 schools of five pupils each. `AutoPlateFlow` and `fit_svi` have their "
+        "defaults, with minibatches of 100 groups. *rows* says where the parameters of a group come from: an encoder "
+        "of its data, or a learned row of a table.",
+        "",
+        "*error of*: errors of means, in standard deviations of the posterior (target: at most 0.15 for every group, "
+        "0.1 for the population). *sd of*: the ratio of standard deviations to the posterior's. In the exact "
+        "posterior, mean and scale of the population lie on a grid, and groups are normal given both.",
         "",
         *head(
-            *("rows", "seed", "error of mu", "of tau", "of a group, typical", "worst"),
-            *("sd of mu", "of tau", "of groups", "steps", "s", "cpu s"),
+            *("rows", "seed", "error of mu", "error of tau", "error of a group, typical", "error of a group, worst"),
+            *("sd of mu", "sd of tau", "sd of groups", "steps", "s", "CPU s"),
         ),
     ]
     for method in ("encoder", "learned rows"):

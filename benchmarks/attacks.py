@@ -1,16 +1,16 @@
-"""Can ``check`` be fooled?  Wrong and right guides on posteriors of known truth, chosen by a hostile statistician.
+"""Can ``check`` be fooled?  Wrong and right guides on known posteriors that are chosen to mislead it.
 
-    python benchmarks/attacks.py                          # all of them, some 15 minutes on one core
-    python benchmarks/attacks.py --only "spike" "a ring"  # those whose names contain one of these
-    python benchmarks/attacks.py --truth                  # compare each guide's draws with exact ones
+    python benchmarks/attacks.py                          # all guides, about 15 minutes on one core
+    python benchmarks/attacks.py --only "spike" "a ring"  # guides whose names contain one of these words
+    python benchmarks/attacks.py --truth                  # compare the draws of each guide with exact draws
 
-*Wrong* is a guide with a mean off by more than .12 sd, an sd off by more than 12 % along some direction, more than 6 %
-of the mass missing, a marginal whose total variation from the truth is above .2, or a joint total variation above .4.
-*Right* is a guide that is exact or whose errors are below .03 sd, 3 % and a total variation of .03.  ``--truth``
-measures all of these and fails if a label is wrong.
+A guide is *wrong* if one of these errors is large.  A mean is off by more than .12 sd.  An sd is off by more than 12 %
+along some direction.  More than 6 % of the mass is missing.  The total variation is above .2 for a marginal, or above
+.4 for the joint distribution.  A guide is *right* if it is exact, or if its errors are below .03 sd, 3 % and a total
+variation of .03.  ``--truth`` measures all of these and fails if a label is wrong.
 
-A wrong guide fools the check if the verdict is "trust", or if it is "reweight" while the reweighted draws still have a
-mean, an sd or a marginal that is wrong.  A right guide fools it if the verdict is "do not trust".
+A wrong guide fools the check if the verdict is "trust".  It also fools the check if the verdict is "reweight" and the
+reweighted draws have a wrong mean, sd or marginal.  A right guide fools the check if the verdict is "do not trust".
 Writes ``attacks.csv`` and ``attacks.md`` into ``docs/benchmarks``.
 """
 
@@ -57,33 +57,33 @@ from pyro_flows.programs.latent_space import LatentSpace
 from pyro_flows.programs.task import Task
 
 KINDS = {
-    "labels": "symmetric modes near the middle of the prior",
-    "spike": "a broad mode beside a spike",
+    "labels": "symmetric modes near the centre of the prior",
+    "spike": "a broad mode and a narrow one",
     "far": "a small mode far away",
     "edges": "hard edges",
-    "shape": "right moments, wrong shape",
-    "part": "wrong in correlations, tails or one latent",
+    "shape": "correct moments, wrong shape",
+    "part": "errors in correlations, tails or one latent",
     "support": "angles, positive latents, simplices, discrete latents",
-    "plain": "posteriors of one mode",
+    "plain": "unimodal posteriors",
 }
 VERDICTS = "trust", "reweight", "do not trust"
 COLUMNS = "name", "kind", "wrong", "verdict", "fooled", "seconds", "khat", "drift", "missing", "how", "reason"
-LOST = 3.0  # by how many nats the guide must lie below the posterior where mass is missing
+LOST = 3.0  # nats: mass is missing where the guide's log-density is below the posterior's by more
 DRAWS = 100_000
 Row = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Attack:
-    """A guide whose quality is known, and its posterior.
+    """Guide of known quality, and its posterior.
 
     Attributes:
         name: A unique name.
         kind: The class, a key of ``KINDS``.
-        model: Build the target: the model with exact draws of its posterior.
-        guide: Build the guide, given the target.
+        model: Builds the target: the model, with exact draws of its posterior.
+        guide: Builds the guide from the target.
         wrong: True if the check must not trust the guide.
-        how: What is wrong with it, in a few words.
+        how: The error of the guide, in a few words.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Attack:
     how: str
 
     def build(self, seed: int = 0) -> tuple[Target, Any]:
-        """Return the target and the guide, fitted if need be; the seed is set first."""
+        """Set the seed, then return the target and the guide, fitted if necessary."""
         posteriors.prepare(seed)
         target = self.model()
         return target, self.guide(target)
@@ -104,12 +104,12 @@ class Attack:
 
 
 def exact(target: Target) -> Program:
-    """Return the guide that is the posterior, or very nearly."""
+    """Return the guide that equals the posterior, up to negligible errors."""
     return target.exact
 
 
 def component(*indices: int) -> Callable[[Target], Program]:
-    """Return the guide that draws from some components of a mixture only."""
+    """Return the guide that draws from some components of a mixture."""
 
     def guide(target: Target) -> Program:
         parts, weights = [target.law.laws[i] for i in indices], target.law.weights[list(indices)]
@@ -131,17 +131,17 @@ def uncorrelated(target: Target) -> Program:
 
 
 def mean_field(target: Target) -> Program:
-    """Return the independent normals that are nearest to a normal posterior by the ELBO."""
+    """Return the independent normals that maximise the ELBO for a normal posterior."""
     return sampling(normal(target.law.loc, target.law.precision_matrix.diagonal().rsqrt(), len(target.law.loc)))
 
 
 def drawing(law: Callable[[], Distribution]) -> Callable[[Target], Program]:
-    """Return the guide that draws from a law of its own."""
+    """Return the guide that draws from a given distribution."""
     return lambda target: sampling(law())
 
 
 def moved(shift: float, factor: float, latents: int | None = None) -> Callable[[Target], Program]:
-    """Return a normal guide for a normal posterior: some means moved by ``shift`` sd, their sds scaled."""
+    """Return a normal guide for a normal posterior, with some means moved by ``shift`` sd and their sds scaled."""
 
     def guide(target: Target) -> Program:
         mean, covariance = target.law.mean, target.law.covariance_matrix
@@ -153,7 +153,7 @@ def moved(shift: float, factor: float, latents: int | None = None) -> Callable[[
 
 
 def fitted(kind: str, steps: int = 500, particles: int = 16) -> Callable[[Target], Any]:
-    """Return the guide that a user would fit."""
+    """Return a guide fitted by ``fit_svi``."""
 
     def guide(target: Target) -> Any:
         if kind == "AutoFlow":
@@ -169,11 +169,11 @@ def fitted(kind: str, steps: int = 500, particles: int = 16) -> Callable[[Target
     return guide
 
 
-# The attacks, class by class.
+# The attacks, by class.
 
 
 def labels() -> Iterator[Attack]:
-    """Label switching, signs, periods, mirrors: copies of a mode that the prior does not tell apart."""
+    """Yield posteriors with copies of a mode: label switching, signs, periods and mirror images."""
     models: dict[str, tuple[Callable[[], Target], int, str]] = {
         "two clusters": (partial(targets.clusters, (-2.0, 2.0), 60), 2, "1 of 2 labellings"),
         "two close clusters": (partial(targets.clusters, (-1.5, 1.5), 100), 2, "1 of 2 labellings"),
@@ -187,7 +187,7 @@ def labels() -> Iterator[Attack]:
         "a network": (partial(targets.network, 60), 8, "1 of 8 copies"),
     }
     for name, (model, modes, how) in models.items():
-        if name != "a network":  # its modes are too crooked for a mixture of normals
+        if name != "a network":  # a mixture of normals does not fit the shape of its modes
             yield Attack(name, "labels", model, exact, False, "mixture over all copies")
         yield Attack(f"{name}, one copy", "labels", model, component(0), True, how)
         if modes > 2:
@@ -205,8 +205,7 @@ def labels() -> Iterator[Attack]:
 
 
 def numbers() -> Iterator[Attack]:
-    """Modes of one number, or of a few independent ones."""
-
+    """Yield posteriors with several modes of one number, or of independent numbers."""
     cases: dict[str, tuple[Callable[[], targets.Factor], float, float, float, float, int]] = {
         "a magnitude": (partial(targets.magnitude, 1.5, 0.2), 1.0, 6.0, 0.0, 6.0, 1),
         "five magnitudes": (partial(targets.magnitude, 1.5, 0.3), 1.0, 6.0, 0.0, 6.0, 5),
@@ -238,28 +237,28 @@ def numbers() -> Iterator[Attack]:
 def mode_between(
     likelihood: Callable[[], targets.Factor], scale: float, low: float, high: float, dim: int
 ) -> Distribution:
-    """Return the law of independent numbers as :func:`tabulated` has them, between two bounds."""
+    """Return the distribution of :func:`tabulated`, truncated to an interval."""
     prior, factor = dist.Normal(0.0, scale), likelihood()
     return repeated(Tabulated(lambda x: prior.log_prob(x) + factor(x), low, high), dim)
 
 
 def tabulated(likelihood: Callable[[], targets.Factor], scale: float, reach: float, dim: int) -> Target:
-    """Return independent numbers of normal prior and one likelihood."""
+    """Return the target of independent numbers with a normal prior and the same likelihood."""
     return targets.tabulated(likelihood(), scale, reach, dim)
 
 
 def two(first: Distribution, second: Distribution, share: float, scale: float) -> Target:
-    """Return the target of two laws; the first has the given share of the mass."""
+    """Return the mixture of two distributions as a target; the first has the given share of the mass."""
     return free(Mixture([share, 1 - share], [first, second]), scale)
 
 
 def balls(first: tuple[float, float], second: tuple[float, float], share: float, dim: int, scale: float) -> Target:
-    """Return the target of two isotropic normals, each given by the mean and the sd of every coordinate."""
+    """Return the target of two isotropic normals, each given by its mean and sd per coordinate."""
     return two(normal(*first, dim), normal(*second, dim), share, scale)
 
 
 def spike() -> Iterator[Attack]:
-    """A narrow and a broad mode: climbs end in either, and densities are far from masses."""
+    """Yield a narrow and a broad mode: the highest density is not where most of the mass is."""
     for dim, width in ((1, 0.01), (2, 0.001), (3, 0.05), (5, 0.05), (10, 0.01), (20, 0.02)):
         model = partial(balls, (0.0, width), (3.0, 1.0), 0.3, dim, 3.0)
         name = f"spike of {width:g} and slab, {dim}-D"
@@ -278,7 +277,7 @@ def spike() -> Iterator[Attack]:
 
 
 def far() -> Iterator[Attack]:
-    """Little mass far away: what is missing spoils means and standard deviations."""
+    """Yield posteriors with little mass far away, which changes means and standard deviations."""
     cases = [(1, 0.96, 20.0, 1.0), (2, 0.96, 20.0, 1.0), (5, 0.96, 20.0, 1.0), (10, 0.96, 20.0, 1.0)]
     cases += [(20, 0.96, 20.0, 1.0), (1, 0.98, 40.0, 1.0), (3, 0.98, 40.0, 1.0), (2, 0.99, 100.0, 1.0)]
     cases += [(2, 0.93, 12.0, 0.2), (5, 0.93, 30.0, 6.0), (10, 0.92, 6.0, 1.0)]
@@ -297,7 +296,7 @@ def several(places: tuple[tuple[float, float], ...], weights: tuple[float, ...],
 
 
 def edges() -> Iterator[Attack]:
-    """Log-densities of minus infinity, and gradients of zero."""
+    """Yield posteriors with log-densities of minus infinity and zero gradients."""
     for dim, share in ((1, 0.5), (2, 0.5), (5, 0.3), (10, 0.6)):
         model = partial(boxes, share, dim)
         yield Attack(f"two boxes, {dim}-D", "edges", model, exact, False, "exact")
@@ -348,7 +347,7 @@ def cube_of(dim: int) -> Target:
 
 
 def shape() -> Iterator[Attack]:
-    """Means and covariances are right, and the shape is not."""
+    """Yield guides with correct means and covariances and a wrong shape."""
     laws: dict[str, tuple[Callable[[], Distribution], str]] = {
         "a ring": (partial(Shell, 2, 3.0, 0.3), "no hole"),
         "a thin ring": (partial(Shell, 2, 5.0, 0.05), "no hole"),
@@ -393,7 +392,7 @@ def one_bimodal(dim: int) -> Law:
 
 
 def log_gamma(x: Tensor) -> Tensor:
-    """Return the log-density of the logarithm of a gamma number of shape .3, up to a constant."""
+    """Return the log-density of log(g), up to a constant, where g has a gamma distribution of shape .3."""
     return 0.3 * x - x.exp()
 
 
@@ -402,13 +401,13 @@ def student(df: float, dim: int) -> Distribution:
 
 
 def soft_board() -> Law:
-    """Normals on the black squares of a board of 4 × 4; no two touch."""
+    """Return separate normals on the black squares of a 4 × 4 board."""
     places = [(row, column) for row in range(4) for column in range(4) if (row + column) % 2 == 0]
     return Mixture(torch.ones(8) / 8, [normal(torch.tensor(p) * 2 - 3.0, 0.35, 2) for p in places])
 
 
 def arms() -> Law:
-    """Three long normals that cross in the middle."""
+    """Return three long normals that cross in the middle."""
     turns = torch.arange(3) * math.pi / 3
     ways = torch.stack((turns.cos(), turns.sin()), -1)
     covariances = [9 * way.outer(way) + 0.02 * torch.eye(2) for way in ways]
@@ -416,13 +415,13 @@ def arms() -> Law:
 
 
 def crossed() -> Law:
-    """Two normals of opposite correlations."""
+    """Return two normals of opposite correlations."""
     covariances = [torch.tensor([[1.0, r], [r, 1.0]]) for r in (0.97, -0.97)]
     return Mixture([0.5, 0.5], [dist.MultivariateNormal(torch.zeros(2), c) for c in covariances])
 
 
 def part() -> Iterator[Attack]:
-    """Errors of few directions: correlations, tails, a latent among many."""
+    """Yield guides with errors in few directions: correlations, tails, one latent of many."""
     for dim, correlation in ((2, 0.9), (10, 0.8), (50, 0.8)):
         model = partial(autoregressive, dim, correlation)
         yield Attack(f"correlated, {dim}-D", "part", model, exact, False, "exact")
@@ -450,7 +449,7 @@ def part() -> Iterator[Attack]:
 
 
 def curved() -> Iterator[Attack]:
-    """Funnels, bananas and heavy tails that are cut."""
+    """Yield funnels, bananas and heavy tails, and guides without parts of them."""
     for dim, scale in ((2, 1.0), (5, 1.5), (10, 3.0)):
         model = partial(free_of, partial(funnel, dim, scale), 3.0 * scale)
         name = f"funnel of {scale:g}, {dim}-D"
@@ -474,7 +473,7 @@ def curved() -> Iterator[Attack]:
 
 
 def funnel(dim: int, scale: float, low: float = -math.inf, high: float = math.inf) -> Law:
-    """Return v ~ Normal(0, scale), cut, and numbers of scale exp(v / 2)."""
+    """Return v ~ Normal(0, scale), truncated, and normal numbers of scale exp(v / 2)."""
     first = dist.Normal(0.0, scale)
     if math.isfinite(low) or math.isfinite(high):
         first = Tabulated(dist.Normal(0.0, scale).log_prob, max(low, -9 * scale), min(high, 9 * scale))
@@ -499,7 +498,7 @@ def correlated_pair() -> Law:
 
 
 def mixed() -> Iterator[Attack]:
-    """Mass in the wrong proportions, and mass where there should be none."""
+    """Yield guides with wrong shares of modes, or with mass where the posterior has none."""
     for dim, share in ((1, 0.65), (5, 0.7)):
         model = partial(balls, (-4.0, 1.0), (4.0, 1.0), 0.5, dim, 4.0)
         law = drawing(lambda dim=dim, share=share: Mixture([share, 1 - share], [normal(-4, 1, dim), normal(4, 1, dim)]))
@@ -519,7 +518,7 @@ def mixed() -> Iterator[Attack]:
 
 
 def support() -> Iterator[Attack]:
-    """Latents on circles, half-lines, simplices, matrices, and discrete ones that are summed out."""
+    """Yield posteriors on circles, half-lines and simplices, and with enumerated discrete latents."""
     pairs: dict[str, tuple[Callable[[], Target], str]] = {
         "two angles": (partial(angles, 1, (-1.0, 2.0)), "half of the mass missing"),
         "opposite angles, 3-D": (partial(angles, 3, (-1.57, 1.57)), "half of the mass missing"),
@@ -548,7 +547,7 @@ def support() -> Iterator[Attack]:
 
 
 def fits() -> Iterator[Attack]:
-    """Guides of a wrong width or labelling where latents are not numbers of any size."""
+    """Yield guides with a wrong width or labelling, for angles, positive and discrete latents."""
     arc = drawing(partial(angle, -1.0, 8.0))
     wide = partial(
         posterior_of, lambda: repeated(dist.VonMises(-1.0, 4.0), 1), lambda: repeated(dist.VonMises(0.0, 0.5), 1)
@@ -600,7 +599,7 @@ def beta(a: float, b: float) -> Distribution:
 
 
 def plain() -> Iterator[Attack]:
-    """Guides of users that are right."""
+    """Yield right guides on unimodal posteriors."""
     laws: dict[str, Callable[[], Distribution]] = {
         "standard normal, 1-D": lambda: normal(0, 1, 1),
         "standard normal, 50-D": lambda: normal(0, 1, 50),
@@ -645,7 +644,7 @@ ATTACKS: dict[str, Attack] = {
 }
 
 
-# How wrong a guide is.
+# Errors of a guide.
 
 
 @dataclass(frozen=True)
@@ -653,14 +652,14 @@ class Errors:
     """Errors of a guide against exact draws.
 
     Attributes:
-        mean: The largest error of a mean, in sd of the posterior; angles count as cosine and sine.
+        mean: The largest error of a mean, in sd of the posterior.  Angles count as cosine and sine.
         low: The smallest ratio of an sd to the posterior's.
-        high: The largest.
+        high: The largest ratio of an sd to the posterior's.
         marginal: The largest total variation between marginals, by histograms of 40 bins of equal mass.
         low_along: The smallest ratio of sds along any direction.
-        high_along: The largest.
+        high_along: The largest ratio of sds along any direction.
         missing: The share of the mass where the guide's density is less than a twentieth of the posterior's.
-        joint: The total variation between guide and posterior, as far as densities tell it.
+        joint: The total variation between guide and posterior, estimated from their densities.
     """
 
     mean: float
@@ -679,13 +678,13 @@ class Errors:
 
     @property
     def wrong(self) -> bool:
-        """True if some error is beyond what may be trusted."""
+        """True if some error is above the limit of a wrong guide."""
         along = self.high_along > 1.12 or self.low_along < 0.88
         return self.off or along or self.missing > 0.06 or self.joint > 0.4
 
     @property
     def right(self) -> bool:
-        """True if the guide is exact, or if all errors are small; along directions there is more noise."""
+        """True if the guide is exact or all errors are small; noisy ratios along directions have wider limits."""
         ratios = max(self.high, self.high_along - 0.02) < 1.03 and min(self.low, self.low_along + 0.02) > 0.97
         small = self.mean < 0.03 and ratios and self.marginal < 0.03 and self.missing < 0.01
         return small or self.joint < 0.005
@@ -696,7 +695,7 @@ class Errors:
 
 @torch.no_grad()
 def measure(target: Target, guide: Any, reweighted: bool = False, draws: int = DRAWS) -> Errors:
-    """Compare a guide's draws, or its reweighted draws, with exact ones."""
+    """Compare a guide's draws, or its reweighted draws, with exact draws."""
     space = LatentSpace(Task(target.model, guide, (), {}).check())
     exact_draws = target.truth(draws)
     scored, truth = space.draw(draws), space.read.numbers(exact_draws)
@@ -729,14 +728,14 @@ def directions(ours: Tensor, truth: Tensor) -> Tensor:
 
 
 def variation(a: Tensor, b: Tensor) -> float:
-    """Return the total variation of two samples of a number, by a histogram."""
+    """Return the total variation between two samples of a number, by a histogram."""
     edges = torch.quantile(torch.cat((a, b))[:: max(1, len(a) // 50_000)], torch.linspace(0, 1, 41)[1:-1])
     shares = [torch.bincount(torch.bucketize(x.contiguous(), edges), minlength=40) / len(x) for x in (a, b)]
     return float((shares[0] - shares[1]).abs().sum() / 2)
 
 
 def densities(target: Target, space: LatentSpace, exact_draws: dict[str, Tensor]) -> tuple[float, float]:
-    """Return the missing share and the joint total variation; NaN where the guide's coordinates are unknown."""
+    """Return the missing share and the joint total variation, or NaN if the guide's coordinates are unknown."""
     z = space._locate({name: exact_draws[name] for name in space.task.latents})
     if z is None:
         return math.nan, math.nan
@@ -746,14 +745,14 @@ def densities(target: Target, space: LatentSpace, exact_draws: dict[str, Tensor]
     log_ratio = (log_q - log_p).nan_to_num(-math.inf, math.inf, -math.inf)
     if not log_ratio.isfinite().any():
         return 1.0, 1.0
-    # Over the posterior, q / p has the guide's mass there over the evidence as its mean.
+    # The mean of q / p over the posterior is the guide's mass on its support, divided by the evidence.
     known = target.log_evidence is not None
     log_ratio = log_ratio + (target.log_evidence if known else math.log(len(z)) - log_ratio.logsumexp(0))
     return float((log_ratio < -LOST).double().mean()), float((1 - log_ratio.exp()).clamp_min(0).mean())
 
 
 def check_label(name: str, seed: int) -> Row:
-    """Return the errors of a guide, and whether its label is true."""
+    """Return the errors of a guide, and its label, marked if it is not true."""
     attack = ATTACKS[name]
     try:
         found = measure(*attack.build(seed))
@@ -764,7 +763,7 @@ def check_label(name: str, seed: int) -> Row:
     return {"name": name, "label": label, "errors": str(found)}
 
 
-# The check, and what came of it.
+# Verdicts and results.
 
 
 def attacked(name: str, seed: int) -> Row:
@@ -787,7 +786,7 @@ def attacked(name: str, seed: int) -> Row:
 
 
 def is_fooled(attack: Attack, target: Target, guide: Any, verdict: str) -> bool:
-    """True if a wrong guide may be used, or a right one may not."""
+    """True if the verdict accepts a wrong guide or rejects a right one."""
     if not attack.wrong:
         return verdict == "do not trust"
     return verdict == "trust" or (verdict == "reweight" and measure(target, guide, reweighted=True).off)
@@ -810,28 +809,41 @@ def confusion(rows: list[Row]) -> list[str]:
     return lines
 
 
+def misjudged(rows: list[Row], wrong: str) -> str:
+    """Return how many wrong or right guides are misjudged, in words."""
+    mine = [row for row in rows if row["wrong"] == wrong]
+    return f"{sum(row['fooled'] == 'True' for row in mine)} of {len(mine)}"
+
+
 def table(rows: list[Row]) -> str:
     """Return the results as Markdown."""
+    names = "; ".join(row["name"] for row in rows if row["fooled"] == "True")
     lines = [
-        "# Can the check be fooled?",
+        "# Attacks on the check",
         "",
-        "`check` on guides whose quality is known: wrong and right ones, on posteriors that are hard to see through. "
-        "A wrong guide is misjudged if it is trusted, or if it is to be reweighted and its reweighted draws are wrong "
-        'too. A right one is misjudged if the verdict is "do not trust". Seconds are those of the check. '
-        "Reproduce with `python benchmarks/attacks.py`.",
+        "This page is for users who rely on the verdict of `check`. It runs `check` on wrong and right guides of known "
+        f"posteriors that are chosen to mislead it. The check misjudges {misjudged(rows, 'True')} wrong guides and "
+        f"{misjudged(rows, 'False')} right guides. Reproduce with `python benchmarks/attacks.py`.",
         "",
-        "## Confusion",
+        'A wrong guide is misjudged if the verdict is "trust". It is also misjudged if the verdict is "reweight" and '
+        'its reweighted draws are wrong. A right guide is misjudged if the verdict is "do not trust". The first lines '
+        "of the script define *wrong* and *right*.",
+        "",
+        "## Verdicts by class",
         "",
         *confusion(rows),
         "",
-        "## Each guide",
+        "## Guides",
         "",
-        "| class | guide | what it is | verdict | misjudged | k-hat | s | reason |",
+        f"Misjudged guides: {names or 'none'}. *s*: the time of the check, in seconds. *reason*: the reason that the "
+        "check gives.",
+        "",
+        "| class | guide | quality | verdict | misjudged | k-hat | s | reason |",
         "|---|---|---|---|---|---:|---:|---|",
     ]
     for row in rows:
         what = f"{'wrong' if row['wrong'] == 'True' else 'right'}: {row['how']}"
-        misjudged = "**yes**" if row["fooled"] == "True" else ""
+        mark = "**yes**" if row["fooled"] == "True" else ""
         khat = f"{float(row['khat']):.2f}" if row.get("khat") else "–"
         reason = row["reason"].replace("|", "/")
         cells = [
@@ -839,7 +851,7 @@ def table(rows: list[Row]) -> str:
             row["name"],
             what,
             row["verdict"],
-            misjudged,
+            mark,
             khat,
             f"{float(row['seconds']):.1f}",
             reason,
@@ -849,14 +861,14 @@ def table(rows: list[Row]) -> str:
 
 
 def save(rows: dict[str, Row], out: Path) -> None:
-    """Write both files, each whole or not at all."""
+    """Write both files, each atomically."""
     ordered = [rows[name] for name in ATTACKS if name in rows]
     posteriors.write_csv(ordered, COLUMNS, out / "attacks.csv")
     posteriors.write(table(ordered), out / "attacks.md")
 
 
 def results(do: Callable[[str, int], Row], names: list[str], seed: int, jobs: int) -> Iterator[Row]:
-    """Yield a row for each name as it is done."""
+    """Yield the row of each name as soon as it is complete."""
     if jobs == 1:
         yield from (do(name, seed) for name in names)
         return
@@ -867,8 +879,8 @@ def results(do: Callable[[str, int], Row], names: list[str], seed: int, jobs: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], help="parts of names, or classes")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
+    parser.add_argument("--only", nargs="+", default=[""], help="classes, or parts of the names of guides")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes, one thread each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=posteriors.OUT, help="folder of the two files")
     parser.add_argument("--truth", action="store_true", help="compare guides with exact draws; write nothing")

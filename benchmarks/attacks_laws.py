@@ -1,7 +1,7 @@
-"""Distributions of odd shapes that have exact samples and exact densities: the material of ``attacks.py``.
+"""Distributions of unusual shapes with exact samples and exact densities, for ``attacks.py``.
 
-Each is unbatched until a plate expands it.  Supports are unconstrained, also those of densities that end at an edge:
-outside, the log-density is minus infinity.
+Each distribution is unbatched until a plate expands it.  All supports are unconstrained.  If a density ends at an edge,
+the log-density beyond the edge is minus infinity.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributions import Distribution
 
 
 class Law(dist.TorchDistribution):
-    """Base class: a subclass defines ``draw(size)`` and ``log_prob(value)``, both broadcast over leading dimensions."""
+    """Base class; subclasses define ``draw(size)`` and ``log_prob(value)``, which broadcast over leading dimensions."""
 
     arg_constraints: dict[str, Any] = {}
 
@@ -44,12 +44,12 @@ class Law(dist.TorchDistribution):
 
 
 def normal(loc: float | Tensor, scale: float | Tensor, dim: int) -> Distribution:
-    """Independent normals of a vector."""
+    """Return a vector of independent normals."""
     return dist.Normal(loc + torch.zeros(dim), scale + torch.zeros(dim)).to_event(1)
 
 
 class Mixture(Law):
-    """Mixture of laws of one event shape and one support."""
+    """Mixture of distributions with the same event shape and support."""
 
     def __init__(self, weights: Sequence[float] | Tensor, laws: Sequence[Distribution]) -> None:
         super().__init__(laws[0].event_shape)
@@ -69,7 +69,7 @@ class Mixture(Law):
 
 
 class Blocks(Law):
-    """Independent vectors, one after the other."""
+    """Concatenation of independent vectors."""
 
     def __init__(self, *laws: Distribution) -> None:
         self.laws, self.sizes = laws, [law.event_shape[0] for law in laws]
@@ -84,7 +84,7 @@ class Blocks(Law):
 
 
 class Chain(Law):
-    """First number from a scalar law, the others from a law of vectors that depends on it."""
+    """Scalar distribution of the first number, and a distribution of the other numbers that depends on it."""
 
     def __init__(self, first: Distribution, rest: Callable[[Tensor], Distribution], dim: int) -> None:
         super().__init__((dim,))
@@ -125,7 +125,7 @@ class Tabulated(Law):
 
 
 class Edged(Law):
-    """Law of bounded support as a law over all numbers, whose density is zero outside."""
+    """Distribution of bounded support, extended to all numbers by a density of zero."""
 
     def __init__(self, base: Distribution) -> None:
         super().__init__(base.event_shape)
@@ -141,12 +141,12 @@ class Edged(Law):
 
 
 def box(low: float, high: float, dim: int) -> Law:
-    """Uniform law on a cube, with hard edges."""
+    """Return the uniform distribution on a cube, with hard edges."""
     return Edged(dist.Uniform(low * torch.ones(dim), high * torch.ones(dim), validate_args=False).to_event(1))
 
 
 class Shell(Law):
-    """Directions uniform, the radius from a gamma law: a ring in two dimensions, a shell in more."""
+    """Uniform direction and gamma radius: a ring in two dimensions, a shell in more."""
 
     def __init__(self, dim: int, radius: float, width: float) -> None:
         super().__init__((dim,))
@@ -164,7 +164,7 @@ class Shell(Law):
 
 
 class Triangle(Law):
-    """Uniform law on the triangle between 0, (side, 0) and (0, side)."""
+    """Uniform distribution on the triangle between 0, (side, 0) and (0, side)."""
 
     def __init__(self, side: float) -> None:
         super().__init__((2,))
@@ -179,7 +179,7 @@ class Triangle(Law):
 
 
 class Checkerboard(Law):
-    """Uniform law on the black squares of a board of n × n unit squares around the origin, with n even."""
+    """Uniform distribution on the black squares of an n × n board of unit squares around the origin, with n even."""
 
     def __init__(self, squares: int) -> None:
         super().__init__((2,))
@@ -197,9 +197,9 @@ class Checkerboard(Law):
 
 
 class Correlations(Law):
-    """LKJ law of the Cholesky factor of a 3 × 3 correlation matrix, drawn by partial correlations.
+    """LKJ distribution of the Cholesky factor of a 3 × 3 correlation matrix, sampled by partial correlations.
 
-    The draws of ``LKJCholesky`` itself do not follow its density in torch 2.13: their correlations are too wide.
+    In torch 2.13, the draws of ``LKJCholesky`` do not follow its density: their correlations vary too much.
     """
 
     def __init__(self, concentration: float) -> None:

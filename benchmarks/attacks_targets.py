@@ -1,8 +1,8 @@
-"""Posteriors of known truth: the targets of ``attacks.py``.
+"""Known posteriors: the targets of ``attacks.py``.
 
-Most have a law that is written down: the model is a prior times a factor, so that the posterior is exactly this law.
-Posteriors of data with symmetries are sampled around one mode, by importance sampling from a Student t, and the draws
-are then spread over all modes by the group of the symmetries.
+Most posteriors are given distributions: the model is a prior times a factor, so that the posterior is exact.  The other
+posteriors have data and symmetries.  They are sampled around one mode, by importance sampling from a Student t.  The
+group of the symmetries then copies the draws to all modes.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from torch.distributions import Distribution
 
 Draws = dict[str, Tensor]
 Program = Callable[[], Any]
-Factor = Callable[[Tensor], Tensor]  # the log-likelihood of latents, broadcast over leading dimensions
+Factor = Callable[[Tensor], Tensor]  # log-likelihood of latents, broadcast over leading dimensions
 DRAWS = 100_000  # draws around a mode
 
 
 @dataclass(frozen=True)
 class Target:
-    """Posterior of known truth.
+    """Known posterior.
 
     Attributes:
         model: The Pyro model.
-        truth: Return exact draws, ``(n, *shape)`` for each latent, given n.
-        exact: A guide that is the posterior, or very nearly.
+        truth: Returns n exact draws, ``(n, *shape)`` for each latent.
+        exact: A guide that equals the posterior, up to negligible errors.
         law: The distribution of ``x``, for models of a single latent.
-        log_evidence: The logarithm of the model's evidence, if it is known.
+        log_evidence: The logarithm of the model's evidence, or None if unknown.
     """
 
     model: Program
@@ -47,7 +47,7 @@ class Target:
 
 
 def sampling(law: Distribution) -> Program:
-    """Return a guide that draws ``x`` from a law."""
+    """Return a guide that draws ``x`` from a distribution."""
 
     def guide() -> None:
         pyro.sample("x", law)
@@ -66,23 +66,23 @@ def factored(prior: Distribution, log_factor: Factor) -> Program:
 
 
 def posterior(law: Distribution, prior: Distribution) -> Target:
-    """Return the target whose posterior is a given law."""
+    """Return the target whose posterior is a given distribution."""
     model = factored(prior, lambda x: law.log_prob(x) - prior.log_prob(x))
     return Target(model, lambda n: {"x": law.sample(torch.Size((n,)))}, sampling(law), law, 0.0)
 
 
 def free(law: Distribution, scale: float) -> Target:
-    """Return the target of a law over vectors without bounds; the prior is normal with the given scale."""
+    """Return the target of an unconstrained distribution; the prior is normal with the given scale."""
     return posterior(law, normal(0.0, scale, law.event_shape[0]))
 
 
 def repeated(law: Distribution, dim: int) -> Distribution:
-    """Return the law of independent copies of a number."""
+    """Return the distribution of independent copies of a number."""
     return law.expand((dim,)).to_event(1)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
-    """Return standard normal numbers for data, the same in each run."""
+    """Return standard normal numbers for data, identical in each run."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -90,7 +90,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def signs(dim: int) -> Tensor:
-    """Return all changes of signs, as matrices."""
+    """Return all sign changes, as matrices."""
     return torch.stack([torch.tensor(row).diag() for row in itertools.product((1.0, -1.0), repeat=dim)])
 
 
@@ -105,13 +105,13 @@ def one(dim: int) -> Tensor:
 
 
 def symmetric(prior: Distribution, log_factor: Factor, start: Tensor, group: Tensor | None = None) -> Target:
-    """Return the target of a likelihood that a group of orthogonal matrices leaves as it is.
+    """Return the target of a likelihood that is invariant under a group of orthogonal matrices.
 
     Args:
-        prior: The prior of the latent vector, invariant too.
+        prior: The prior of the latent vector, also invariant.
         log_factor: The log-likelihood.
-        start: A place close to a mode, away from its copies.
-        group: The matrices ``(G, D, D)``, the identity first; by default only the identity.
+        start: A point close to a mode and far from its copies.
+        group: The matrices ``(G, D, D)``, the identity first.  Default: only the identity.
     """
     group = one(len(start)) if group is None else group
     copies = group @ start
@@ -135,7 +135,7 @@ def symmetric(prior: Distribution, log_factor: Factor, start: Tensor, group: Ten
 
 
 def resampled(log_density: Factor, start: Tensor) -> Tensor:
-    """Return draws from a density of one mode: importance sampling from a Student t that adapts to it."""
+    """Return draws from a unimodal density, by importance sampling from a Student t that adapts to it."""
     place = start.clone()
     for _ in range(30):
         score = torch.func.grad(log_density)(place)
@@ -154,13 +154,13 @@ def resampled(log_density: Factor, start: Tensor) -> Tensor:
         loc = weights @ x
         covariance = (weights.unsqueeze(-1) * (x - loc)).T @ (x - loc)
     if 1 / weights.square().sum() < DRAWS / 2:
-        raise RuntimeError("resampled: the weights of the exact draws are uneven; choose another start.")
+        raise RuntimeError("resampled: the weights of the exact draws are uneven. Choose another start.")
     return x[torch.multinomial(weights, DRAWS, replacement=True)]
 
 
 @functools.cache
 def clusters(truth: Sequence[float], rows: int) -> Target:
-    """Return the means of the equal components of a mixture of unit normals: any labels fit the data equally."""
+    """Return the means of a mixture of equal unit normals, whose labels are not identified."""
     dim = len(truth)
     y = torch.tensor(truth).repeat(rows) + noise(rows * dim)
 
@@ -172,7 +172,7 @@ def clusters(truth: Sequence[float], rows: int) -> Target:
 
 @functools.cache
 def squares(dim: int, rows: int, power: float = 2.0) -> Target:
-    """Return the weights of a regression on |w|^power: their signs are not identified."""
+    """Return the weights w of a regression on |w|^power, whose signs are not identified."""
     weights, design = torch.linspace(0.8, 1.3, dim), noise(rows, dim)
     y = design @ weights**power + 0.5 * noise(rows, seed=1)
 
@@ -199,7 +199,7 @@ def loadings(dim: int, rows: int) -> Target:
 
 @functools.cache
 def ranges(rows: int, at: float) -> Target:
-    """Return a place in the plane seen by its distances to two anchors on a line: it may be mirrored in the line."""
+    """Return a point observed by its distances to two anchors; its mirror image fits equally."""
     anchors, place = torch.tensor([[-2.0, 0.0], [3.0, 0.0]]), torch.tensor([0.5, at])
     y = (place - anchors).norm(dim=-1) + 0.3 * noise(rows, 2)
 
@@ -212,7 +212,7 @@ def ranges(rows: int, at: float) -> Target:
 
 @functools.cache
 def network(rows: int) -> Target:
-    """Return a network of two hidden units: their order and signs are not identified, so that there are 8 modes."""
+    """Return a network of two hidden units.  Their order and signs are not identified, so there are 8 modes."""
     inputs = torch.linspace(-3, 3, rows)
 
     def outputs(x: Tensor) -> Tensor:
@@ -239,11 +239,11 @@ def logistic(dim: int, rows: int) -> Target:
     return symmetric(normal(0.0, 2.0, dim), log_factor, weights)
 
 
-# Posteriors of one number, tabulated, and of two.
+# Posteriors of one number, tabulated, and of two numbers.
 
 
 def tabulated(log_factor: Factor, scale: float, reach: float, dim: int = 1) -> Target:
-    """Return independent numbers of one likelihood each; the prior is normal, and what is beyond reach is left out."""
+    """Return independent numbers with a normal prior and the same likelihood, truncated at ± ``reach``."""
     prior = dist.Normal(0.0, scale)
     law = repeated(Tabulated(lambda x: prior.log_prob(x) + log_factor(x), -reach, reach), dim)
     model = factored(normal(0.0, scale, dim), lambda x: log_factor(x).sum(-1))
@@ -256,26 +256,26 @@ def magnitude(y: float, scale: float) -> Factor:
 
 
 def wave(rows: int, spread: float) -> Factor:
-    """Return the likelihood of the phase of a sine, which is known up to turns."""
+    """Return the likelihood of the phase of a sine, which is known up to full turns."""
     times = torch.linspace(0, 6, rows)
     y = (times + 0.8).sin() + spread * noise(rows)
     return lambda x: dist.Normal((x.unsqueeze(-1) + times).sin(), spread).log_prob(y).sum(-1)
 
 
 def alias(rows: int, spread: float) -> Factor:
-    """Return the likelihood of the frequency of a cosine seen at whole times: aliases and signs fit equally."""
+    """Return the likelihood of the frequency of a cosine at integer times; aliases and signs fit equally."""
     times = torch.arange(1.0, rows + 1)
     y = (times * 1.1).cos() + spread * noise(rows)
     return lambda x: dist.Normal((x.unsqueeze(-1) * times).cos(), spread).log_prob(y).sum(-1)
 
 
 def outliers(y: Sequence[float]) -> Factor:
-    """Return the likelihood of a place under Cauchy noise, for data that disagree."""
+    """Return the likelihood of a location under Cauchy noise, for data that disagree."""
     return lambda x: dist.Cauchy(x.unsqueeze(-1), 0.5).log_prob(torch.tensor(y)).sum(-1)
 
 
 def product(y: float, scale: float, low: float = -8.0) -> Chain:
-    """Return the posterior of (a, b), both standard normal, given y ~ Normal(a b, scale), where a is above ``low``."""
+    """Return the posterior of standard normal (a, b) with a above ``low``, given y ~ Normal(a b, scale)."""
 
     def given(a: Tensor) -> Distribution:
         precision = 1 + (a / scale).square()
@@ -300,7 +300,7 @@ def products(y: float, scale: float) -> Target:
 
 
 def regression(dim: int, rows: int, shared: float = 0.0) -> Target:
-    """Return the coefficients of a linear regression, whose columns share a part."""
+    """Return the coefficients of a linear regression, whose columns share a common component."""
     design = noise(rows, dim) + shared * noise(rows, 1, seed=2)
     y = design @ torch.linspace(-1, 1, dim) + noise(rows, seed=1)
     precision = design.T @ design + torch.eye(dim) / 4
@@ -315,7 +315,7 @@ def regression(dim: int, rows: int, shared: float = 0.0) -> Target:
 
 
 def normal_gamma(rows: int) -> tuple[Program, Callable[[float, float], Program]]:
-    """Return the model of a mean and a precision, and its guides, given factors of the precision's and mean's sd.
+    """Return the model of a mean and a precision, and its guides by factors of the precision's and mean's sd.
 
     Both factors are 1 for the posterior.
     """

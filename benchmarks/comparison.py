@@ -1,14 +1,19 @@
-"""Which flows does each library score and draw, and what holds of them after an update, a copy, a restore?
+"""Which flows of each library score and sample, and how robust are they to updates, copies and restores?
 
     python benchmarks/comparison.py                      # about ten minutes of one core
-    python benchmarks/comparison.py --libraries zuko     # some libraries, printed and not written
+    python benchmarks/comparison.py --libraries zuko     # some libraries; the page is printed, not written
 
-Small flows of pyro_flows, Pyro, zuko, nflows, normflows and FlowJAX, each built as its manual has it, are put to the
-same tests; nothing is trained.  *Flows*: in two dimensions, with all parameters moved away from where they start, a
-flow *scores and draws* if the density of values that it did not draw integrates to one over a grid, within 3 %, and
-the moments of 4,000 draws are those of that density, within 5 standard errors.  *Behaviour*: what a user meets
-between two calls.  Work is counted as multiplications in matrix products, which is the same in every run.  Peers that
-are not installed are left out.  Writes ``docs/benchmarks/comparison.md``.
+Small flows of pyro_flows, Pyro, zuko, nflows, normflows and FlowJAX pass the same tests.  Each flow is built as in its
+library's manual, and none is trained.
+
+*Flows*: two dimensions, with all parameters moved away from their initial values.  A flow passes if it meets two
+conditions.  The density of values that it did not draw integrates to one over a grid, within 3 %.  The moments of 4,000
+draws equal those of the density, within 5 standard errors.
+
+*Behaviour*: the effects of updates, copies, contexts and precisions.  Work is counted as multiplications in matrix
+products, which are equal in every run.
+
+Libraries that are not installed are skipped.  Writes ``docs/benchmarks/comparison.md``.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ USED = "affine coupling", "affine autoregressive"
 def succeeds(test: Callable[[], bool]) -> bool:
     try:
         return test()
-    except Exception:  # a library that ends with an error of any kind does not do it
+    except Exception:  # any error of a library counts as a failure
         return False
 
 
@@ -41,7 +46,7 @@ def succeeds(test: Callable[[], bool]) -> bool:
 
 
 def density_on_grid(made: Made, draws: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The middles of the cells of a square and the mass in each; with draws, cells are small where these are dense."""
+    """Return the centres and the masses of the cells of a square; cells are small where draws are dense."""
     lines = [torch.linspace(-EXTENT, EXTENT, POINTS)] * 2
     if draws is not None:
         levels = torch.linspace(0, 1, 2 * POINTS)
@@ -58,7 +63,7 @@ def moments(x: Tensor) -> Tensor:
 
 
 def verdict(library: Library, kind: str) -> str:
-    """What a library does with a kind of flow, in words."""
+    """Return which directions of a kind of flow work in a library, in words."""
     torch.manual_seed(0)
     made = library.build(kind, 2)
     if made is None:
@@ -72,7 +77,7 @@ def verdict(library: Library, kind: str) -> str:
     with torch.no_grad():
         draws = made.sample(CHECKED)
     x, mass = density_on_grid(made, None)
-    if abs(mass.sum() - 1) > 0.03:  # perhaps for narrow peaks
+    if abs(mass.sum() - 1) > 0.03:  # the first grid may be too coarse for narrow peaks
         x, mass = density_on_grid(made, draws)
     if abs(mass.sum() - 1) > 0.03:
         return "draws and density differ"
@@ -87,7 +92,7 @@ def verdict(library: Library, kind: str) -> str:
 
 
 def scores_after_update(library: Library, kind: str) -> bool:
-    """The density of the same tensor by the same object, after the parameters have moved."""
+    """True if the same object scores the same tensor correctly after an update of the parameters."""
     made = library.build(kind, DIM)
     x, score = torch.randn(5, DIM), made.log_prob
     if made.hold is not None:
@@ -107,7 +112,7 @@ def trains_on_a_tensor(library: Library, kind: str) -> bool:
 
 
 def scores_its_draws(library: Library, kind: str) -> bool:
-    """The gradient of the density at draws that were made without gradients."""
+    """True if the gradient of the density is correct at draws that were made without gradients."""
     made = library.build(kind, DIM)
     made.perturb(0.1)
     with torch.no_grad():
@@ -131,7 +136,7 @@ def copies(library: Library, kind: str, how: str) -> bool:
 
 
 def restores(library: Library) -> bool:
-    """Two flows with random permutations of six features; the second takes the state of the first."""
+    """True if a second flow with its own random permutation restores the state of the first."""
     first, second = library.build("permuted", 6), library.build("permuted", 6)
     first.perturb(0.1)
     x = torch.randn(5, 6)
@@ -153,13 +158,13 @@ def doubles(library: Library) -> bool:
 
 
 def draw_and_score(library: Library) -> str:
-    """What drawing and scoring costs, in draws."""
+    """Return the work of sampling with scores, relative to sampling."""
     made = library.build("affine coupling", 32)
     return f"{made.work_of_both() / made.work_of_draws():.1f}"
 
 
 def slow_direction(library: Library) -> str:
-    """The work of the slow direction of an autoregressive layer, in passes of its network."""
+    """Return the work of the slow direction of an autoregressive layer, in passes of its network."""
     found = []
     for dim in (8, 32):
         made = library.build("affine autoregressive", dim)
@@ -183,7 +188,8 @@ ASKED: dict[str, Callable[[Library], bool | str]] = {
     "draw and score, in draws": draw_and_score,
     "slow direction in network passes, D = 8, 32": slow_direction,
 }
-FUNCTIONAL = set(list(ASKED)[1:3]) | {"float64 by `.double()`, draws too"}  # not a question where arrays never change
+# these rows do not apply to libraries whose arrays never change
+FUNCTIONAL = set(list(ASKED)[1:3]) | {"float64 by `.double()`, draws too"}
 
 
 def behaviour(library: Library, question: str) -> str:
@@ -222,25 +228,34 @@ def main() -> None:
             cells.append(behaviour(library, question))
             print(f"{name}: {question}: {cells[-1]}", flush=True)
     names = [f"{name} {version(library.package)}" for name, library in libraries.items()]
+    counts = [sum(cell == "both" for cell in cells) for cells in zip(*kinds.values(), strict=True)]
+    working = ", ".join(f"{name} {count}" for name, count in zip(libraries, counts, strict=True))
     text = f"""# What each library does
 
-Small flows of each library, built as its manual has it and not trained; torch {torch.__version__.split("+")[0]},
-Python {platform.python_version()}. Reproduce with `python benchmarks/comparison.py`, about ten minutes of one core.
-[Comparison](../comparison.md) says what follows for whoever chooses.
+This page is for users who choose a library. It puts small, untrained flows of each library through the same tests. Each
+flow is built as in its library's manual. Both directions work for this many kinds of flows: {working}.
+[Comparison](../comparison.md) draws the conclusions. Reproduce with `python benchmarks/comparison.py`, about ten
+minutes of one core.
+
+Versions: torch {torch.__version__.split("+")[0]}, Python {platform.python_version()}, and those in the tables.
 
 ## Flows
 
-*both*: values that it did not draw are scored, their density integrates to one (± 3 %), and draws have its moments,
-with all parameters moved away from the start; *draws and density differ* where not. *draws only*, *scores only*: the
-other direction ends with an error. –: the library has no such flow.
+All parameters are moved away from their initial values.
+
+* *both*: the flow scores values that it did not draw. Their density integrates to one (± 3 %), and draws have its
+  moments.
+* *draws and density differ*: one of these conditions fails.
+* *draws only*, *scores only*: the other direction raises an error.
+* –: the library has no such flow.
 
 {table("flow", kinds, names)}
 
 ## Behaviour
 
-With an affine coupling flow and an affine autoregressive one, unless a row says so; *no* is a wrong answer or an error.
-–: no question where arrays never change. Work is counted in multiplications of matrix products. The slow direction is
-the one that goes feature by feature: Pyro's and normflows' score so, the others' draw so.
+Rows without a named flow test an affine coupling flow and an affine autoregressive flow. *no* is a wrong answer or an
+error. –: the question does not apply to arrays that never change. Work is counted in multiplications of matrix
+products. The slow direction runs feature by feature: scoring for Pyro and normflows, sampling for the others.
 
 {table("", answers, names)}
 """

@@ -1,4 +1,4 @@
-"""The peers of ``comparison.py``: small flows of each library, with its defaults, behind one face."""
+"""Libraries of ``comparison.py``: small flows with default settings, behind one interface."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 HIDDEN = (32, 32)
 LAYERS = 2
-ROWS = 64  # of which work is counted
+ROWS = 64  # rows for which work is counted
 KINDS = {
     "affine coupling": "affine coupling (RealNVP)",
     "spline coupling": "spline coupling (NSF)",
@@ -41,16 +41,16 @@ KINDS = {
 
 @dataclass
 class Made:
-    """A flow of some library; contexts are its last argument, where it has any."""
+    """Flow of some library; its context, if any, is the last argument."""
 
     module: nn.Module
     log_prob: Callable[..., Tensor]  # (x, context=None)
     sample: Callable[..., Tensor]  # (n, context=None)
     both: Callable[..., tuple[Tensor, Tensor]]  # (n, context=None): draws and their log-densities, as its manual has it
-    hold: Callable[[], Any] | None = None  # the distribution that a user keeps, where there is one
+    hold: Callable[[], Any] | None = None  # builds the distribution that a user would keep, if the library has one
 
     def perturb(self, scale: float) -> None:
-        """Moves all parameters, in place, as an optimiser does."""
+        """Change all parameters in place, as an optimiser does."""
         with torch.no_grad():
             for p in self.module.parameters():
                 p.add_(scale * torch.randn_like(p))
@@ -59,7 +59,7 @@ class Made:
         return copy.deepcopy(self.module) if how == "copy" else pickle.loads(pickle.dumps(self.module))
 
     def restore(self, other: Made) -> None:
-        """Takes the state of another flow of the same make, strictly, through a file."""
+        """Load the state of another flow of the same kind, strictly, through a file."""
         file = io.BytesIO()
         torch.save(other.module.state_dict(), file)
         file.seek(0)
@@ -87,7 +87,7 @@ class Made:
 
 
 def of_distribution(module: nn.Module, build: Callable[..., Any]) -> Made:
-    """Of a library whose flows hand out distributions: ours, Pyro and zuko."""
+    """Return the flow of a library whose flows return distributions: pyro_flows, Pyro and zuko."""
 
     def both(n: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         flow = build(context)
@@ -107,8 +107,8 @@ def of_distribution(module: nn.Module, build: Callable[..., Any]) -> Made:
 
 class Library:
     module, package = "", ""
-    scores_fast = True  # the fast direction of its autoregressive flows
-    functional = False  # nothing changes in place
+    scores_fast = True  # True if its autoregressive flows score in one pass
+    functional = False  # True if arrays never change in place
 
     def installed(self) -> bool:
         try:
@@ -118,7 +118,7 @@ class Library:
         return True
 
     def build(self, kind: str, dim: int, context: int = 0) -> Made | None:
-        """A flow, or None where the library has no such flow."""
+        """Return a flow, or None if the library has no such flow."""
         raise NotImplementedError
 
 
@@ -301,7 +301,7 @@ class Normflows(Library):
         base = nf.distributions.DiagGaussian(dim, trainable=False)
         if context:
 
-            class Base(nn.Module):  # its bases take no context, its conditional flows hand them one
+            class Base(nn.Module):  # conditional flows pass a context to their base, but normflows' bases accept none
                 def __init__(self) -> None:
                     super().__init__()
                     self.base = base
@@ -368,7 +368,7 @@ def _jitted() -> tuple[Callable[..., Any], ...]:
 
 
 class MadeOfJax(Made):
-    """A flow of FlowJAX: a tree of arrays that nothing changes in place."""
+    """Flow of FlowJAX: a tree of arrays that never change in place."""
 
     def __init__(self, flow: Any) -> None:
         self.module = flow
@@ -426,7 +426,7 @@ class MadeOfJax(Made):
         self.module = eqx.tree_deserialise_leaves(file, self.module)
 
     def work(self, run: Callable[[], object]) -> int:
-        """Of a function's matrix products, those of a loop counted as often as it runs."""
+        """Return the multiplications in matrix products; products in a loop count once per iteration."""
         import jax
 
         def count(jaxpr: Any) -> int:

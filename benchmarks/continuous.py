@@ -1,18 +1,25 @@
-"""What do continuous flows cost, and what are they worth, beside zuko's and beside splines, in one run?
+"""What do continuous flows, ours and zuko's, cost and gain, compared with splines?
 
-    python benchmarks/continuous.py                         # all of it, about an hour on 2 cores
+    python benchmarks/continuous.py                         # all parts, about an hour on 2 cores
     python benchmarks/continuous.py --only steps            # planes, magic, posteriors or steps
     python benchmarks/continuous.py --quick --out DIR       # few steps: a smoke run
 
-*Planes*: eight Gaussians, a checkerboard and two spirals, 20,000 rows to train on, 10,000 to test.  *Magic*: the table
-of ``tables.py``.  *Posteriors*: of ``posteriors.py``, the flow being that of an ``AutoFlow``.  Continuous flows of a
-part have the same field, three Fourier modes of time and SiLU, and by likelihood the same tolerances (1e-5 relative,
-1e-6 absolute), steps and step sizes; zuko's takes part as a transform of ours.  Flow matching has more and shorter
-steps.  Reported are test nats, the time of training, and at the defaults of each library how often a field is evaluated
-for a density, how long 10,000 densities take, and the round trip, the largest |x' - x| / (1 + |x|).  *Steps*: the time
-of a training step, ours and zuko's in turn, at equal fields, solver and tolerances, of the same rows.
+*Planes*: eight Gaussians, a checkerboard and two spirals, with 20,000 training rows and 10,000 test rows.
 
-Each fit has one thread, and times are seconds of its core; a run that was stopped goes on after its last fit.  Writes
+*Magic*: the table of ``tables.py``.
+
+*Posteriors*: two posteriors of ``posteriors.py``, with the flow inside an ``AutoFlow``.
+
+The continuous flows of a part have the same field, with three Fourier modes of time and SiLU.  Fits by likelihood have
+the same tolerances (1e-5 relative, 1e-6 absolute), steps and step sizes.  zuko's flow is wrapped as one of our
+transforms.  Flow matching takes more and shorter steps.
+
+Reported are test nats and training time.  Three more figures use the defaults of each library: the evaluations of the
+field per density, the time of 10,000 densities, and the round trip, which is the largest |x' - x| / (1 + |x|).
+
+*Steps*: the time of a training step, with equal fields, solvers, tolerances and rows.  Our steps and zuko's alternate.
+
+Each fit has one thread, and times are seconds of its core.  An interrupted run resumes after its last fit.  Writes
 ``continuous.csv`` and ``continuous.md`` into ``docs/benchmarks``.
 """
 
@@ -49,7 +56,7 @@ from pyro_flows.transforms import Continuous
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 ROWS, TEST, DRAWS = 20_000, 10_000, 10_000
-TOLERANCES = {"rtol": 1e-5, "atol": 1e-6}  # zuko's own
+TOLERANCES = {"rtol": 1e-5, "atol": 1e-6}  # the defaults of zuko
 STEPS = {"planes": 1000, "magic": 600, "posteriors": 300}  # by likelihood
 MATCHED = {"planes": 15_000, "magic": 10_000}
 WIDTHS = {"planes": (64, 64, 64), "magic": (128, 128), "posteriors": (64, 64)}
@@ -72,7 +79,7 @@ def eight_gaussians(number: int, generator: torch.Generator) -> Tensor:
 
 
 def checkerboard(number: int, generator: torch.Generator) -> Tensor:
-    """Uniform over eight squares of side 2."""
+    """Return rows from the uniform distribution over eight squares of side 2."""
     x, y = torch.rand(2, number, generator=generator)
     column, row = (4 * x).floor(), torch.randint(0, 2, (number,), generator=generator)
     return torch.stack((8 * x - 4, 2 * y + 4 * row - 4 + 2 * (column % 2)), -1)
@@ -86,11 +93,11 @@ def spirals(number: int, generator: torch.Generator) -> Tensor:
 
 
 PLANES = {"eight Gaussians": eight_gaussians, "checkerboard": checkerboard, "spirals": spirals}
-ENTROPY = {"eight Gaussians": "2.84", "checkerboard": "3.47"}  # nats that no flow can be below
+ENTROPY = {"eight Gaussians": "2.84", "checkerboard": "3.47"}  # lower bounds on the test nats
 
 
 def data_of(name: str) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Rows to train on, to judge states by where they are given, and to test."""
+    """Return training rows, held-out rows if the data have any, and test rows."""
     if name in PLANES:
         source = torch.Generator().manual_seed(0)
         return PLANES[name](ROWS, source), None, PLANES[name](TEST, source)
@@ -98,7 +105,7 @@ def data_of(name: str) -> tuple[Tensor, Tensor | None, Tensor]:
     return table.train, table.validation, table.test
 
 
-# ------------------------------------------------------------ contenders
+# ------------------------------------------------------------ flows
 
 
 def cnf(part: str, dim: int) -> Flow:
@@ -125,7 +132,7 @@ BUILDERS: dict[str, Callable[[str, int], Flow]] = {
 
 
 def fit_rows(part: str, data: str, model: str, quick: bool) -> Row:
-    """Fit a flow to rows and score those of the test."""
+    """Fit a flow to training rows, and score test rows."""
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
     train, validation, test = data_of(data)
@@ -133,7 +140,7 @@ def fit_rows(part: str, data: str, model: str, quick: bool) -> Row:
     matched = "matching" in model
     size = 512 if matched or model == "nsf" else 256
     steps = MATCHED[part] if matched else 3 * STEPS[part] if model == "nsf" else STEPS[part]
-    steps = steps // 2 if "optimal" in model else steps  # which take longer
+    steps = steps // 2 if "optimal" in model else steps  # optimal pairs take longer per step
     objective: nn.Module = Likelihood()
     if matched:
         objective = FlowMatching(pairing="optimal" if "optimal" in model else "independent")
@@ -160,7 +167,7 @@ def fit_rows(part: str, data: str, model: str, quick: bool) -> Row:
 
 @torch.no_grad()
 def judged(flow: Flow, x: Tensor) -> Row:
-    """Nats, and what a density costs at each library's defaults."""
+    """Return test nats, and the cost of a density with the defaults of each library."""
     for part in flow.transforms:
         if isinstance(part, Continuous):
             part.rtol = part.atol = flows.cnf(1).transforms[0].rtol
@@ -185,7 +192,7 @@ def judged(flow: Flow, x: Tensor) -> Row:
 
 
 def counted(flow: Flow) -> list[int]:
-    """How often the fields of a flow have been evaluated from now on."""
+    """Return a list that counts the evaluations of the fields of a flow from now on."""
     counts = [0]
 
     def add(*_: object) -> None:
@@ -200,7 +207,7 @@ def counted(flow: Flow) -> list[int]:
 
 
 def fit_posterior(part: str, data: str, model: str, quick: bool) -> Row:
-    """Fit a guide to a posterior, and weigh its draws."""
+    """Fit a guide to a posterior, and weight its draws."""
     torch.set_default_dtype(torch.float64)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
@@ -230,7 +237,7 @@ def fit_posterior(part: str, data: str, model: str, quick: bool) -> Row:
 
 
 def step_times(repetitions: int) -> list[Row]:
-    """Milliseconds of a training step: 256 rows, two hidden layers of 64, zuko's trained weights in both."""
+    """Return the milliseconds of a training step: 256 rows, two hidden layers of 64, zuko's weights in both flows."""
     rows = []
     for dim, exact in ((2, True), (10, True), (10, False)):
         torch.manual_seed(0)
@@ -253,7 +260,7 @@ def step_times(repetitions: int) -> list[Row]:
 
 
 def bent(dim: int, number: int = 256) -> Tensor:
-    """A banana in two features; the scales of all others depend on the first."""
+    """Return a banana in two features; the scales of the other features depend on the first."""
     z = torch.randn(number, dim)
     return torch.cat((z[:, :1], 0.5 * z[:, 1:2] + z[:, :1] ** 2 - 1, z[:, 2:] * (1 + 0.5 * z[:, :1].tanh())), -1)
 
@@ -264,7 +271,7 @@ def step(flow: Flow, x: Tensor) -> None:
 
 
 def with_weights_of(theirs: Any, dim: int, exact: bool) -> Flow:
-    """Our flow with the field of zuko's, which goes from data at time 0 to the base at time 1."""
+    """Return our flow with zuko's field, which maps data at time 0 to the base at time 1."""
     ours = flows.ffjord(dim, hidden_dims=(64, 64), exact=exact, **TOLERANCES)
     field = ours.transforms[0].field
     first, second, last = (layer for layer in theirs.transform.ode if hasattr(layer, "weight"))
@@ -275,7 +282,7 @@ def with_weights_of(theirs: Any, dim: int, exact: bool) -> Flow:
         for mine, its in ((field.hidden[1], second), (field.output, last)):
             mine.load_state_dict(its.state_dict())
     flow = ours.inv
-    if exact:  # the same density, up to the tolerances
+    if exact:  # both flows have the same density, up to the tolerances
         x = bent(dim)
         assert (flow.log_prob(x) - theirs().log_prob(x)).abs().max() < 0.01
     return flow
@@ -295,14 +302,14 @@ COLUMNS = {
 TITLES = {
     "planes": (
         "Planes",
-        "Mean of -log p over 10,000 test rows, ± 2 standard errors. Fields of three hidden layers of 64; 20,000 rows. "
-        f"*penalties*: kinetic and Jacobian, {PENALTY} each.",
+        "*nats*: the mean of -log p over 10,000 test rows, ± 2 standard errors. Fields have three hidden layers of 64, "
+        f"and the training set has 20,000 rows. *penalties*: kinetic and Jacobian, {PENALTY} each.",
     ),
-    "magic": ("Magic", "Ten features; fields of two hidden layers of 128."),
+    "magic": ("Magic", "The table has ten features. Fields have two hidden layers of 128."),
     "posteriors": (
         "Posteriors",
-        f"log Z - ELBO in nats, ± 2 standard errors, of {DRAWS:,} draws, after as many steps for each flow; fields of "
-        "two hidden layers of 64. *10,000 densities*: draws, with the model's.",
+        f"*nats*: log Z - ELBO, ± 2 standard errors, from {DRAWS:,} draws. All flows take the same number of steps. "
+        "Fields have two hidden layers of 64. *10,000 densities*: draws, with the densities of guide and model.",
     ),
 }
 
@@ -316,13 +323,34 @@ def save(rows: list[Row], out: Path) -> None:
     write(page(rows), out / "continuous.md")
 
 
+def summary(rows: list[Row]) -> str:
+    """Return the main results in two sentences."""
+    tables: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["part"] in ("planes", "magic"):
+            tables.setdefault(row["data"], {})[row["model"]] = float(row["nats"])
+    best = sum(min(nats, key=lambda model: nats[model]) == "nsf" for nats in tables.values())
+    ratios = [float(row["ours"]) / float(row["zuko"]) for row in rows if row["part"] == "steps"]
+    if not (tables and ratios):
+        return "Some parts have not been run."
+    return (
+        f"`nsf` has the lowest test nats on {best} of {len(tables)} tables. A training step of `cnf` takes "
+        f"{min(ratios):.2f} to {max(ratios):.2f} times as long as zuko's."
+    )
+
+
 def page(rows: list[Row]) -> str:
+    """Return the results as Markdown."""
     lines = [
         "# Continuous flows",
         "",
-        "One run of `python benchmarks/continuous.py`, whose first lines say what is compared; each fit on one core "
-        f"({platform.machine()}, torch {torch.__version__}, zuko {zuko.__version__}). Rows of `cnf` and zuko's CNF are "
-        "trained by likelihood unless they say otherwise.",
+        "This page is for users who consider a continuous flow. It compares our `cnf`, zuko's CNF and our spline flow "
+        f"`nsf` on small tables and posteriors. {summary(rows)} Reproduce with `python benchmarks/continuous.py`.",
+        "",
+        f"Each fit runs once, on one core ({platform.machine()}, torch {torch.__version__}, zuko {zuko.__version__}). "
+        "Rows of `cnf` and of zuko's CNF are trained by likelihood unless they name another method. *evaluations*: how "
+        "often a density evaluates the field. *round trip*: the largest `|x' - x| / (1 + |x|)`, where x' is x after "
+        "both directions.",
     ]
     for part, (title, text) in TITLES.items():
         mine = [row for row in rows if row["part"] == part]
@@ -330,14 +358,14 @@ def page(rows: list[Row]) -> str:
         if mine:
             lines += ["", f"## {title}", "", text]
         for data in dict.fromkeys(row["data"] for row in mine):
-            known = f" (no flow can be below {ENTROPY[data]})" if data in ENTROPY else ""
+            known = f" (lower bound {ENTROPY[data]})" if data in ENTROPY else ""
             lines += ["", f"**{data}**{known}", "", f"| flow | {' | '.join(COLUMNS[key] for key in shown)} |"]
             lines.append("|---|" + "---:|" * len(shown))
             for row in (row for row in mine if row["data"] == data):
                 cells = [f"{row[key]} ± {row['two_se']}" if key == "nats" else row.get(key, "") for key in shown]
                 lines.append(f"| {row['model']} | {' | '.join(cells)} |")
     if times := [row for row in rows if row["part"] == "steps"]:
-        lines += ["", "## Training steps", "", "Medians of steps in turn, 256 rows, two hidden layers of 64.", ""]
+        lines += ["", "## Training steps", "", "Medians of alternating steps, 256 rows, two hidden layers of 64.", ""]
         lines += ["| features | divergence | ours, ms | zuko, ms | ratio |", "|---|---|---:|---:|---:|"]
         for row in times:
             ratio = float(row["ours"]) / float(row["zuko"])
@@ -350,7 +378,7 @@ def label_of(row: Row) -> Label:
 
 
 def alone() -> None:
-    """Give a fit's process one core."""
+    """Limit the process of a fit to one core."""
     torch.set_num_threads(1)
     pyro.enable_validation(False)
 
@@ -359,12 +387,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ["planes", "magic", "posteriors", "steps"]
     parser.add_argument("--only", nargs="+", default=parts, choices=parts)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="fits at a time; by default one a core")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="parallel fits; default: one per core")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the files")
     parser.add_argument("--quick", action="store_true", help="few steps: needs --out")
     options = parser.parse_args()
     if options.quick and options.out == OUT:
-        parser.error("--quick needs --out: its figures are no results")
+        parser.error("--quick needs --out, so that its figures do not replace the results")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "continuous.csv"
     rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []

@@ -1,14 +1,17 @@
-"""What do the three ways to run many draws cost, and how do two of Pyro's tutorials go through?
+"""What do the engines for many draws cost, and how long do two of Pyro's tutorials take?
 
     python benchmarks/engines.py
 
-*Engines*: log-densities of 256 draws and their gradients, under an outer plate, by vmap and in a loop, alternating in
-one process; the median of the runs, and the ratio to the plate where that works.  *Choice*: the seconds that
-``Task.settle`` takes to choose engines for model and guide, and the model's runs beyond the first.  *Tutorials*: the
-model of ``bayesian_regression.ipynb`` and that of ``gmm.ipynb``, unchanged, by ``AutoFlow``, ``fit_svi`` and ``check``
-with their defaults.
+*Engines*: the time of the log-densities of 256 draws and of their gradients.  The engines are an outer plate, vmap and
+a loop.  Their runs alternate in one process, and the page has medians.
 
-Needs ``PYRO_FLOWS_PYRO``, a checkout of Pyro's repository, and ``PYRO_FLOWS_DATA``.  Writes
+*Choice*: the seconds that ``Task.settle`` needs to choose engines for model and guide, and the model's runs beyond the
+first.
+
+*Tutorials*: the unchanged models of ``bayesian_regression.ipynb`` and ``gmm.ipynb``, with ``AutoFlow``, ``fit_svi`` and
+``check`` and their defaults.
+
+Set ``PYRO_FLOWS_PYRO`` to a checkout of Pyro's repository, and set ``PYRO_FLOWS_DATA``.  Writes
 ``docs/benchmarks/engines.md``.
 """
 
@@ -33,7 +36,7 @@ from pyro_flows.programs.task import Task
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 DRAWS, REPEATS, SEEDS = 256, 7, 5
-SIZES = {"loop": 16}  # draws of a timed run, where fewer than DRAWS
+SIZES = {"loop": 16}  # draws of a timed run, if fewer than DRAWS
 MODELS: dict[str, Callable[[], Program]] = {
     "four conjugate latents": programs.seeded(programs.conjugate),
     "neutra.py, a banana": programs.seeded(programs.neutra),
@@ -48,7 +51,7 @@ MODELS: dict[str, Callable[[], Program]] = {
 
 
 def gmm() -> Program:
-    """The mixture of gmm.ipynb, with its data."""
+    """Return the mixture of gmm.ipynb, with its data."""
     data = torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0])
     (model,) = taken("tutorial/source/gmm.ipynb", "model", K=2)
     return Program(model, (data,))
@@ -70,12 +73,12 @@ def timed(task: Task, size: int) -> float:
 
 
 def engines(build: Callable[[], Program]) -> dict[str, float]:
-    """Return the seconds of 256 draws by each engine that runs a program; those of the loop from fewer draws."""
+    """Return the seconds of 256 draws by each engine that runs a program; the loop is timed on fewer draws."""
     tasks = {}
     for engine in ENGINES:
         try:
             tasks[engine] = task_of(build(), engine).settle()
-        except ValueError:  # this one does not run the program
+        except ValueError:  # the engine does not run this program
             continue
     seconds: dict[str, list[float]] = {engine: [] for engine in tasks}
     for _ in range(REPEATS):
@@ -86,7 +89,7 @@ def engines(build: Callable[[], Program]) -> dict[str, float]:
 
 
 def choice(build: Callable[[], Program]) -> tuple[float, int, str]:
-    """Return the seconds of the choice, the runs of the model that it takes, and the engine that is chosen."""
+    """Return the seconds and the model runs that the choice needs, and the chosen engine."""
     program, runs = build(), [0]
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -100,7 +103,7 @@ def choice(build: Callable[[], Program]) -> tuple[float, int, str]:
 
 
 def tutorial(build: Callable[[], Program], seed: int) -> dict[str, Any]:
-    """Fit and check a program; return what a user sees."""
+    """Fit and check a program, and return verdict, time, ELBO and evidence."""
     program = build()
     torch.set_default_dtype(program.dtype)
     pyro.clear_param_store()
@@ -120,30 +123,38 @@ def tutorial(build: Callable[[], Program], seed: int) -> dict[str, Any]:
 
 
 def report() -> list[str]:
-    """Run all and return the lines of the page."""
-    lines = [
-        "# Engines",
-        "",
-        f"What do the ways to run many draws cost? Milliseconds for the log-densities of {DRAWS} draws and their",
-        "gradients, on one core; `–` where a way does not run the model. *Choice*: the seconds and the runs of the",
-        "model that it takes to choose. Reproduce with `python benchmarks/engines.py`.",
-        "",
-        "| model | plate | vmap | vmap / plate | loop | chosen | choice, s | runs |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """Run all parts, and return the lines of the page."""
+    rows, ratios = [], []
     for name, build in MODELS.items():
         found, (seconds, runs, engine) = engines(build), choice(build)
         shown = {key: f"{1e3 * value:.1f}" for key, value in found.items()}
-        ratio = f"{found['vmap'] / found['plate']:.2f}" if {"plate", "vmap"} <= found.keys() else "–"
+        ratio = "–"
+        if {"plate", "vmap"} <= found.keys():
+            ratios.append(found["vmap"] / found["plate"])
+            ratio = f"{ratios[-1]:.2f}"
         cells = shown.get("plate", "–"), shown.get("vmap", "–"), ratio, shown.get("loop", "–")
-        lines.append(f"| {name} | {' | '.join(cells)} | {engine} | {seconds:.2f} | {runs} |")
-        print(lines[-1], flush=True)
-    lines += [
+        rows.append(f"| {name} | {' | '.join(cells)} | {engine} | {seconds:.2f} | {runs} |")
+        print(rows[-1], flush=True)
+    lines = [
+        "# Engines",
+        "",
+        "This page is for users who choose `vectorize`. It compares the three engines that run a model for many draws:",
+        "an outer plate, vmap and a loop. By default, the package uses the first of them that works for the model.",
+        f"If plate and vmap work, vmap takes {min(ratios):.2f} to {max(ratios):.2f} times as long as the plate.",
+        "Reproduce with `python benchmarks/engines.py`.",
+        "",
+        f"Columns *plate*, *vmap* and *loop*: milliseconds for the log-densities of {DRAWS} draws and their gradients,",
+        "on one core; `–`: the engine does not run the model. *choice* and *runs*: the seconds and the model runs that",
+        "the choice needs.",
+        "",
+        "| model | plate, ms | vmap, ms | vmap / plate | loop, ms | chosen | choice, s | runs |",
+        "|---|---|---|---|---|---|---|---|",
+        *rows,
         "",
         "## Two tutorials",
         "",
-        "`AutoFlow(model)`, `fit_svi` and `check` with their defaults, the model's code unchanged. ELBO and evidence,",
-        "in nats, are those of 5,000 draws. The mixture with its sum written by hand reaches an ELBO of -18.0.",
+        "`AutoFlow(model)`, `fit_svi` and `check` run the unchanged models with their defaults. ELBO and evidence are",
+        "in nats, from 5,000 draws. If the sum over labels is written by hand, the mixture reaches an ELBO of -18.0.",
         "",
         "| model | seed | verdict | seconds | ELBO | log evidence |",
         "|---|---|---|---|---|---|",
@@ -159,7 +170,7 @@ def report() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help="the folder of the page")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the page")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

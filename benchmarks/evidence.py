@@ -1,22 +1,28 @@
-"""How much evidence do the benchmark's posteriors have?  Reference values of log Z that owe nothing to a flow.
+"""What is the evidence of the benchmark posteriors?  Reference values of log Z by methods without flows.
 
-    python benchmarks/evidence.py                        # every target, about half an hour on one core
+    python benchmarks/evidence.py                        # every target, about an hour on one core
     python benchmarks/evidence.py --targets garch wells
     python benchmarks/evidence.py --quick --out quick.csv
 
-Z is the integral over the latents of the joint density as Pyro scores it in a trace; ``ImproperUniform`` counts as 1.
-A sequential Monte Carlo sampler (Del Moral, Doucet and Jasra 2006, doi:10.1111/j.1467-9868.2006.00553.x) computes it in
-unconstrained space.  Particles of q, Student-t's after whitening, pass through the densities
+Z is the integral of the joint density over the latents, as Pyro scores it in a trace.  ``ImproperUniform`` counts as 1.
+A sequential Monte Carlo sampler (Del Moral, Doucet and Jasra 2006, doi:10.1111/j.1467-9868.2006.00553.x) computes Z in
+unconstrained space.  Particles start from q, which is a product of Student t's after whitening.  They pass through the
+densities
 
     p_b(x) ~ q(x)^(1-b) p(x)^b,    0 = b_0 < b_1 < ... < b_T = 1,    Z = prod_t E_{x ~ p_b_t} (p/q)(x)^(b_{t+1} - b_t)
 
-Each step is as long as the effective sample size allows; then the particles are resampled and moved by Hamiltonian
-Monte Carlo, whose metric is their covariance (Buchholz, Chopin and Jacob 2021, arXiv:1808.07730).  Where a model is
-linear and Gaussian in many of its latents, only the others are sampled: particles do not find the neck of a funnel; and
-one or two that are left need no sampling, but a grid.  A pilot run from a standard q gives mean and covariance of the q
-of all other runs, which are independent: log Z is the logarithm of their mean, and their scatter gives the standard
-error.  Where weighed draws of that q are nearly as good as independent ones, they give log Z: SMC adapts to its own
-particles, and so is low by some thousandths.  Writes ``docs/benchmarks/evidence.csv``.
+Each step is as long as the effective sample size allows.  The particles are then resampled and moved by Hamiltonian
+Monte Carlo, whose metric is their covariance (Buchholz, Chopin and Jacob 2021, arXiv:1808.07730).
+
+A pilot run from a standard q gives mean and covariance of the q of all other runs, which are independent.  log Z is the
+logarithm of the mean of their Z, and their variation gives the standard error.
+
+Two cases differ.  Some models are linear and Gaussian in many of their latents.  These latents are integrated out,
+because particles do not find the neck of a funnel.  If one or two latents are left, a grid replaces sampling.  If
+weighted draws of q have a high effective sample size, importance sampling gives log Z.  SMC adapts to its particles, so
+its values are a few thousandths too low.
+
+Writes ``docs/benchmarks/evidence.csv``.
 """
 
 from __future__ import annotations
@@ -43,8 +49,8 @@ from torch.distributions import Transform, biject_to
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "evidence.csv"
 COLUMNS = "target", "log_evidence", "standard_error", "method", "seconds"
-SAME = {"eight_schools_centered": "eight_schools"}  # the same evidence, and easier to have
-GAUSSIAN = {  # latents in which the model is linear and Gaussian, given the others: integrated out exactly
+SAME = {"eight_schools_centered": "eight_schools"}  # equal evidence, easier to compute
+GAUSSIAN = {  # latents to integrate out: given the others, the model is linear and Gaussian in them
     "eight_schools": ("mu", "theta_raw"),
     "kidiq": ("beta",),
     "diamonds": ("b",),
@@ -53,18 +59,18 @@ GAUSSIAN = {  # latents in which the model is linear and Gaussian, given the oth
     "brownian_unknown_scales": ("locs",),
     "hepatitis": ("alpha0", "beta0", "gamma", "alpha", "beta"),
 }
-ESS = 0.5  # what a step along the path leaves of the effective sample size, as a share of the particles
-ACCEPTANCE, MAX_MOVES = 0.9, 24  # of the moves, and how many follow a step: with half, gp_pois_regr is .03 low
-LENGTH, MAX_LEAPS = 4.0, 128  # of a trajectory, in standard deviations and in leapfrog steps
-REACH, POINTS = 24.0, 145  # of a grid in one or two dimensions, in standard deviations, and of a line through it
-EVEN, DRAWS = 0.5, 100_000  # the effective share of draws at which importance sampling is exact enough, and how many
-ROWS = 10_000  # points at which slopes are had side by side, for Hessians
+ESS = 0.5  # effective sample size after a step along the path, as a share of the particles
+ACCEPTANCE, MAX_MOVES = 0.9, 24  # target rate, moves per step; with 12 moves, log Z of gp_pois_regr is .03 low
+LENGTH, MAX_LEAPS = 4.0, 128  # of a trajectory: length in standard deviations, number of leapfrog steps
+REACH, POINTS = 24.0, 145  # of a grid: half-width in standard deviations, points per dimension
+EVEN, DRAWS = 0.5, 100_000  # effective share of draws from which importance sampling is used, number of draws
+ROWS = 10_000  # points per batch of gradients, for Hessians
 
 Density = Callable[[Tensor], Tensor]  # from (N, D) to (N,)
 
 
 class Site(NamedTuple):
-    """A latent: its bijection, and its unconstrained shape, padded to the model's plates."""
+    """Latent, with its bijection and its unconstrained shape, padded to the model's plates."""
 
     name: str
     transform: Transform
@@ -72,7 +78,7 @@ class Site(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of each particle: log p_b, its gradient, and log p/q."""
+    """log p_b, its gradient and log p/q of each particle."""
 
     log_density: Tensor
     gradient: Tensor
@@ -80,9 +86,9 @@ class Scores(NamedTuple):
 
 
 def latent_sites(model: Callable[[], None]) -> tuple[list[Site], int]:
-    """The latents of a model, in its order, and how many dimensions its plates take."""
+    """Return the latents of a model in its order, and the number of dimensions of its plates."""
 
-    def origin(site: dict[str, Any]) -> Tensor:  # flat priors cannot be drawn from
+    def origin(site: dict[str, Any]) -> Tensor:  # flat priors cannot be sampled
         transform = biject_to(site["fn"].support)
         return transform(torch.zeros(transform.inverse_shape(site["fn"].shape())))
 
@@ -98,7 +104,7 @@ def latent_sites(model: Callable[[], None]) -> tuple[list[Site], int]:
 
 
 def log_joint(model: Callable[[], None], sites: list[Site], plates: int, position: Tensor) -> Tensor:
-    """The model's log-density at unconstrained positions, side by side under a plate, Jacobian included."""
+    """Return the model's log-density at unconstrained positions, with the Jacobian, vectorised by a plate."""
     number, total, values = len(position), position.new_zeros(len(position)), {}
     for site, part in zip(sites, position.split([math.prod(s.shape) for s in sites], -1), strict=True):
         free = part.reshape(number, *site.shape)
@@ -107,7 +113,7 @@ def log_joint(model: Callable[[], None], sites: list[Site], plates: int, positio
     try:
         with pyro.plate("particles", number, dim=-1 - plates):
             trace = prune_subsample_sites(poutine.trace(poutine.condition(model, data=values)).get_trace())
-    except torch.linalg.LinAlgError:  # some particle's matrix has no Cholesky factor
+    except torch.linalg.LinAlgError:  # the matrix of some particle has no Cholesky factor
         if number == 1:
             return torch.full((1,), -math.inf)
         return torch.cat([log_joint(model, sites, plates, half) for half in position.chunk(2)])
@@ -117,9 +123,9 @@ def log_joint(model: Callable[[], None], sites: list[Site], plates: int, positio
 
 
 def integrated(log_p: Density, inner: Tensor, outer: Tensor) -> Density:
-    """The log-density of the outer coordinates alone, where log p is quadratic in the inner ones.
+    """Return the marginal log-density of the outer coordinates; log p must be quadratic in the inner ones.
 
-    log of the integral of exp(log p) is log p(mode) + (log det(2 pi) - log det H) / 2, and H = slope(0) - slope(e_i).
+    The log-integral of exp(log p) is log p(mode) + (log det(2 pi) - log det H) / 2, with H = slope(0) - slope(e_i).
     """
     size, dim = len(inner), len(inner) + len(outer)
     corners = torch.cat((torch.zeros(1, size), torch.eye(size)))
@@ -143,7 +149,7 @@ def integrated(log_p: Density, inner: Tensor, outer: Tensor) -> Density:
 def moved(
     z: Tensor, now: Scores, score: Callable[[Tensor], Scores], metric: Tensor, step: float
 ) -> tuple[Tensor, Scores, float]:
-    """Each particle after a trajectory of Hamiltonian Monte Carlo, its scores, and the rate of acceptance."""
+    """Return the particles after a trajectory of Hamiltonian Monte Carlo, their scores, and the rate of acceptance."""
     steps = step * (0.5 + 0.5 * torch.rand(len(z), 1))
     momentum = torch.randn_like(z)
     energy = now.log_density - momentum.square().sum(-1) / 2
@@ -161,7 +167,7 @@ def moved(
 
 
 def increment(log_ratio: Tensor, left: float) -> float:
-    """The longest step along the path, at most ``left``, that leaves enough of the effective sample size."""
+    """Return the longest step along the path, at most ``left``, that keeps the effective sample size high enough."""
 
     def enough(log_step: float) -> bool:
         return float(torch.softmax(math.exp(log_step) * log_ratio, 0).square().sum()) * ESS * len(log_ratio) <= 1
@@ -176,14 +182,14 @@ def increment(log_ratio: Tensor, left: float) -> float:
 
 
 def remembered(a: Tensor, b: Tensor) -> bool:
-    """Whether a coordinate before is correlated with itself after, by more than the noise of so many particles."""
+    """True if a coordinate's values before and after are correlated by more than the noise of the particles."""
     a, b = ((c - c.mean(0)) / c.std(0, correction=0) for c in (a, b))
     return bool(((a * b).mean(0).abs() > 2 / math.sqrt(len(a))).any())
 
 
 def anneal(log_p: Density, mean: Tensor, scale: Tensor, number: int, batch: int) -> tuple[float, Tensor]:
-    """Take particles from q = mean + scale z to p: log Z and the particles; ``batch`` of them are scored at a time."""
-    base = dist.StudentT(torch.tensor(10.0))  # its tails are heavier than any posterior's in unconstrained space
+    """Move particles from q = mean + scale z to p, scored in batches, and return log Z and the particles."""
+    base = dist.StudentT(torch.tensor(10.0))  # heavier tails than any posterior in unconstrained space
 
     def score(z: Tensor, b: float) -> Scores:
         return Scores(*map(torch.cat, zip(*(score_batch(part, b) for part in z.split(batch)), strict=True)))
@@ -219,7 +225,7 @@ def anneal(log_p: Density, mean: Tensor, scale: Tensor, number: int, batch: int)
 
 
 def evidence(target: targets.Target, number: int, runs: int) -> tuple[float, float, str]:
-    """log Z of a target, its standard error, and in words how it was found."""
+    """Return log Z of a target, its standard error, and the method in words."""
     sites, plates = latent_sites(target.model)
     names = [site.name for site in sites for _ in range(math.prod(site.shape))]
     gaussian = torch.tensor([name in GAUSSIAN.get(target.name, ()) for name in names])
@@ -245,7 +251,7 @@ def evidence(target: targets.Target, number: int, runs: int) -> tuple[float, flo
 
 
 def importance(log_p: Density, mean: Tensor, scale: Tensor, batch: int, number: int) -> tuple[float, float, float]:
-    """log Z by draws of a Student t, its standard error, and the effective share of the draws."""
+    """Return log Z by draws of a Student t, its standard error, and the effective share of the draws."""
     law = dist.MultivariateStudentT(torch.tensor(10.0), mean, scale)
     log_weights = torch.cat([(log_p(z) - law.log_prob(z)).detach() for z in law.sample((number,)).split(batch)])
     value = float(log_weights.logsumexp(0)) - math.log(len(log_weights))
@@ -255,7 +261,7 @@ def importance(log_p: Density, mean: Tensor, scale: Tensor, batch: int, number: 
 
 
 def quadrature(log_p: Density, dim: int, batch: int) -> tuple[float, float]:
-    """log Z by the trapezoidal rule on a grid around the mode, and the difference that half as many points make."""
+    """Return log Z by the trapezoidal rule on a grid around the mode, and its change with half as many points."""
     mode = torch.zeros(1, dim, requires_grad=True)
     optimizer = torch.optim.LBFGS([mode], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -279,7 +285,7 @@ def quadrature(log_p: Density, dim: int, batch: int) -> tuple[float, float]:
 
 
 def write(path: Path, rows: dict[str, dict[str, str]]) -> None:
-    """The table, whole or not at all."""
+    """Write the table atomically."""
     part = path.with_suffix(".part")
     with part.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -292,12 +298,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(targets.NAMES), choices=targets.NAMES)
     parser.add_argument(
-        "--particles", type=int, default=1000, help="a quarter of them where latents are integrated out"
+        "--particles", type=int, default=1000, help="number of particles; a quarter if latents are integrated out"
     )
-    parser.add_argument("--runs", type=int, default=8, help="independent runs, whose scatter is the standard error")
+    parser.add_argument("--runs", type=int, default=8, help="independent runs, which give the standard error")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a smoke run")
-    parser.add_argument("--out", type=Path, default=OUT, help="the table; the rows of other targets stay in it")
+    parser.add_argument("--out", type=Path, default=OUT, help="file of the table; rows of other targets are kept")
     options = parser.parse_args()
     if options.quick:
         options.particles, options.runs = 200, 2

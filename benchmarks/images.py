@@ -1,23 +1,28 @@
-"""How well do flows model images, beside normflows' Glow, in one run?
+"""How well do our flows and normflows' Glow model images?
 
-    python benchmarks/images.py                              # all of it, some two hours on 2 cores
+    python benchmarks/images.py                              # all parts, about two hours on 2 cores
     python benchmarks/images.py --only digits                # parts: mnist, logit, digits or costs
-    python benchmarks/images.py --models Glow TarFlow        # fits of some models alone
+    python benchmarks/images.py --models Glow TarFlow        # only some models
     python benchmarks/images.py --minutes 0.2 --out DIR      # a smoke run
 
-Each fit has one core of its own, and its time is that core's: as many run side by side as there are cores.  How many
-steps fill the time is estimated beforehand, so it is met within some 15 %; the table has the seconds that were taken.
+Each fit has one core, and its time is CPU time of that core.  One fit per core runs in parallel.  The number of steps
+that fill the time is estimated before the fit, so the time is met within about 15 %.  The table has the actual seconds.
 
-*mnist*: MNIST as integers 0 … 255, every model for about the same time.  All are trained by the same call,
-``pf.fit_density``: the same images, batches, optimiser, step sizes and averages of states; normflows' Glow takes part
-as a transform of ours, between the same base and the same logits.  Reported are bits per dimension of the 10,000 test
-images, an upper bound, ± 2 standard errors over images, and with K = 16 draws of the noise those of the first 1,000.
-*digits*: scikit-learn's 8 × 8 digits, 0 … 16, a fifth of them for the test; also by class, and decoded from 16
-latents by an autoencoder.  *logit*: MNIST in the logit space of the MAF paper (arXiv:1705.07057), in nats.
-*costs*: time of a training step and of a batch of samples, and memory, as a Glow grows.
+*mnist*: MNIST as integers 0 … 255, with about the same time for each model.  All models are trained by
+``pf.fit_density``, with the same images, batches, optimiser, step sizes and weight averages.  normflows' Glow is
+wrapped as one of our transforms, with the same base and the same logits.  Reported are bits per dimension of the 10,000
+test images: an upper bound, ± 2 standard errors over images.  A tighter bound, with 16 draws of the noise, is reported
+for the first 1,000 images.
 
-A run that was stopped goes on after its last finished fit.  Writes ``images.md``, ``images.csv`` and grids of samples
-into ``docs/benchmarks``.
+*digits*: scikit-learn's 8 × 8 digits, 0 … 16; a fifth of them is the test set.  One flow has the class as context, and
+one is the decoder of an autoencoder with 16 latents.
+
+*logit*: MNIST in the logit space of the MAF paper (arXiv:1705.07057), in nats.
+
+*costs*: the time of a training step and of a batch of samples, and the memory of Glows of three depths.
+
+An interrupted run resumes after its last complete fit.  Writes ``images.md``, ``images.csv`` and grids of samples into
+``docs/benchmarks``.
 """
 
 from __future__ import annotations
@@ -53,13 +58,13 @@ from pyro_flows.flows import Dequantized, Flow
 from pyro_flows.transforms import FlowTransform
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
-MINUTES = {"mnist": 24.0, "digits": 1.5, "logit": 12.0}  # of one core
-PORTIONS = 12  # how often a fit looks at held-out images
-SHARE = 0.87  # of a fit's time that its steps take: the rest goes to these looks, the start and the averages
+MINUTES = {"mnist": 24.0, "digits": 1.5, "logit": 12.0}  # of one core, per fit
+PORTIONS = 12  # evaluations on held-out images per fit
+SHARE = 0.87  # of a fit's time for its steps; evaluations, start and weight averages take the rest
 BATCH, LR = 64, 8e-3
 SCALES, STEPS, HIDDEN = 2, 8, 64  # of both Glows
 DRAWS, FEW = 16, 1000
-LARGE = 1024  # images in the batch whose memory is looked at
+LARGE = 1024  # images in the batch whose memory is measured
 ALPHA = 1e-6  # of the logit space of the MAF paper
 
 VAE = "digits", "VAE with a Glow for decoder", "uniform"
@@ -73,7 +78,7 @@ Shape = tuple[int, int, int]
 
 
 class Images(NamedTuple):
-    """Integers ``(N, C, H, W)`` and their classes: to train on, to judge by and to test."""
+    """Integer images ``(N, C, H, W)`` and their classes: training set, held-out set and test set."""
 
     train: tuple[Tensor, Tensor]
     judge: tuple[Tensor, Tensor]
@@ -100,7 +105,7 @@ def data(name: str) -> Images:
 
 
 class Portion:
-    """An epoch of a given number of batches, drawn anew."""
+    """Epoch of a given number of batches, sampled again in each pass."""
 
     def __init__(self, batches: int, draw: Callable[[Tensor], tuple[Tensor, ...]], number: int) -> None:
         self.batches, self.draw, self.number = batches, draw, number
@@ -109,11 +114,11 @@ class Portion:
         return (self.draw(torch.randint(0, self.number, (BATCH,))) for _ in range(self.batches))
 
 
-# ------------------------------------------------------------ contenders
+# ------------------------------------------------------------ models
 
 
 class Normflows(FlowTransform):
-    """normflows' Glow, with its trainable Gaussians, from data to base, as one of ours from base to data."""
+    """normflows' Glow with its trainable Gaussians, as one of our transforms from base to data."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
@@ -163,7 +168,7 @@ def noise(shape: Shape) -> Flow:
 
 
 class Run(NamedTuple):
-    """A model: its part of the benchmark, its name, its flow, and how it is dequantised or steered."""
+    """Model of a part of the benchmark, with its flow, its dequantisation and its context."""
 
     part: str
     name: str
@@ -173,7 +178,7 @@ class Run(NamedTuple):
 
     @property
     def label(self) -> Label:
-        """Part, model and dequantisation, as the table has them."""
+        """Part, model and dequantisation, as in the table."""
         return (
             self.part,
             f"{self.name}, by class" if self.by_class else self.name,
@@ -201,7 +206,7 @@ RUNS = [
 
 
 def paced(model: nn.Module, loss: Callable[[], Tensor], minutes: float) -> int:
-    """How many steps of training a model takes in a time, measured on a copy of nothing but its gradients."""
+    """Return the number of training steps of a model that fit into a time, by timing some gradients."""
     optimiser = torch.optim.Adam(model.parameters(), lr=0.0)
     times = []
     for _ in range(12):
@@ -224,7 +229,7 @@ def fitted(run: Run, minutes: float, out: Path) -> Row:
     def draw(rows: Tensor) -> tuple[Tensor, ...]:
         return (x[rows], labels[rows])[:parts]
 
-    model.log_prob(*draw(torch.arange(256)))  # lets a peer's layers that start from data do so
+    model.log_prob(*draw(torch.arange(256)))  # initialises normflows' layers that depend on data
     probe = copy.deepcopy(model)
     probe.initialize(*draw(torch.arange(256)))
     steps = paced(probe, lambda: -probe.log_prob(*draw(torch.arange(BATCH))).mean(), minutes)
@@ -264,7 +269,7 @@ def batched(parts: tuple[Tensor, ...], size: int, most: int) -> Iterator[tuple[T
 
 
 def logits(rows: Tensor) -> Tensor:
-    """MNIST's images in the logit space of the MAF paper, with fresh noise, ``(N, 784)``."""
+    """Return MNIST's images in the logit space of the MAF paper, with fresh noise, ``(N, 784)``."""
     share = (rows.flatten(1) + torch.rand(len(rows), 784)) / 256
     return torch.logit(ALPHA + (1 - 2 * ALPHA) * share)
 
@@ -276,7 +281,7 @@ LOGIT: dict[str, Callable[[], Flow]] = {
 
 
 def fitted_logits(name: str, minutes: float) -> Row:
-    """Train and score one flow over vectors of logits, in nats."""
+    """Train one flow over vectors of logits, and score it in nats."""
     torch.manual_seed(0)
     images, flow = data("mnist"), LOGIT[name]()
     x = images.train[0]
@@ -309,7 +314,7 @@ def fitted_logits(name: str, minutes: float) -> Row:
 
 
 def autoencoded(minutes: float, out: Path) -> Row:
-    """A variational autoencoder of the digits whose decoder is a Glow, given 16 latents."""
+    """Train and score a variational autoencoder of the digits with 16 latents, whose decoder is a Glow."""
     torch.manual_seed(0)
     pyro.clear_param_store()
     images, latents = data("digits"), 16
@@ -349,7 +354,7 @@ def autoencoded(minutes: float, out: Path) -> Row:
 
 
 def in_turns(tasks: dict[str, Callable[[], object]], repetitions: int = 15) -> dict[str, float]:
-    """Median seconds of each task; they take turns, so that a machine whose speed drifts treats them alike."""
+    """Return the median seconds of each task.  Tasks alternate, so a drift of the machine's speed affects all alike."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(repetitions + 3):
         for name, task in tasks.items():
@@ -360,16 +365,16 @@ def in_turns(tasks: dict[str, Callable[[], object]], repetitions: int = 15) -> d
 
 
 def peak(queue: multiprocessing.Queue, steps: int, recompute: bool) -> None:
-    """Put the memory, in MiB, that a training step of a Glow takes at its peak on top of model and images."""
+    """Put the peak memory of a training step of a Glow into the queue, in MiB, without model and images."""
     torch.set_num_threads(1)
     flow, x = (
         flows.glow((1, 28, 28), num_steps=steps, hidden_dim=HIDDEN, recompute=recompute),
         torch.randn(8, 1, 28, 28),
     )
-    flow.log_prob(x).mean().backward()  # libraries load, gradients are there
+    flow.log_prob(x).mean().backward()  # loads libraries and allocates gradients
     x = torch.randn(LARGE, 1, 28, 28)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-    flow.log_prob(x).mean().backward()  # so many that no peak before was as high
+    flow.log_prob(x).mean().backward()  # the large batch, so that the peak is higher than all earlier peaks
     queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before)
 
 
@@ -384,7 +389,7 @@ def peak_of(steps: int, recompute: bool) -> float:
 
 
 def costs(shape: Shape = (1, 28, 28)) -> list[Row]:
-    """Times of both Glows and of TarFlow, and memory, as rows of the table of costs."""
+    """Return the times of both Glows and of TarFlow, and memory, as rows of the table of costs."""
     torch.manual_seed(0)
     rows: list[Row] = []
     x = torch.randn(BATCH, *shape)
@@ -417,7 +422,7 @@ def costs(shape: Shape = (1, 28, 28)) -> list[Row]:
         rows += [{"what": f"TarFlow, {n}, {number} images", "ours": f"{1e3 * value:.1f}"} for n, value in found.items()]
     for steps in (4, 8, 16):
         kept, again = peak_of(steps, False), peak_of(steps, True)
-        rows.append({"what": f"memory, {steps} steps a scale", "kept": f"{kept:.0f}", "again": f"{again:.0f}"})
+        rows.append({"what": f"memory, {steps} steps per scale", "kept": f"{kept:.0f}", "again": f"{again:.0f}"})
     return rows
 
 
@@ -426,7 +431,7 @@ def label_of(row: Row) -> Label:
 
 
 def alone() -> None:
-    """Give a fit's process one core."""
+    """Limit the process of a fit to one core."""
     torch.set_num_threads(1)
     pyro.enable_validation(False)
 
@@ -436,13 +441,13 @@ def main() -> None:
     parts = ["mnist", "digits", "logit", "costs"]
     models = sorted({run.label[1] for run in RUNS} | {VAE[1], *LOGIT})
     parser.add_argument("--only", nargs="+", default=parts, choices=parts)
-    parser.add_argument("--models", nargs="+", choices=models, metavar="MODEL", help=f"of {models}; leaves costs out")
-    parser.add_argument("--minutes", type=float, help="for each fit; another number than the default needs --out")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="fits at a time; by default one a core")
+    parser.add_argument("--models", nargs="+", choices=models, metavar="MODEL", help=f"some of {models}; skips costs")
+    parser.add_argument("--minutes", type=float, help="minutes per fit; needs --out")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="parallel fits; default: one per core")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the files")
     options = parser.parse_args()
     if options.minutes and options.out == OUT:
-        parser.error("--minutes needs --out: its figures are not those of the table")
+        parser.error("--minutes needs --out, so that its figures do not replace the results")
     options.out.mkdir(parents=True, exist_ok=True)
     minutes = {part: options.minutes or number for part, number in MINUTES.items()}
     rows = read(options.out / "images.csv")

@@ -1,4 +1,4 @@
-"""The results of ``benchmarks/images.py`` as a table."""
+"""Results of ``images.py``: the CSV file and the page."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ FIELDS = (
 PARTS = {
     "mnist": (
         "MNIST, 256 levels",
-        "Bits per dimension of the 10,000 test images, from above, with one draw of the noise, and with 16 of the "
-        "first 1,000. Both Glows: 2 scales, 8 steps each, networks of width 64. Published, with far larger models and "
-        "longer training: RealNVP 1.06, Glow 1.05, FFJORD .99 (arXiv:1810.01367).",
+        "*bits/dim*: upper bounds on the bits per dimension of the 10,000 test images, with one draw of the noise. "
+        "*16 draws*: the same for the first 1,000 images with 16 draws. Both Glows have 2 scales of 8 steps, and "
+        "networks of width 64. Published values for far larger models and longer training are: RealNVP 1.06, Glow "
+        "1.05, FFJORD 0.99 (arXiv:1810.01367).",
     ),
     "digits": (
         "Digits of 8 × 8 pixels, 17 levels",
-        "Some 1,260 images to train on, 360 to test. The autoencoder's figure is that of 16 draws of its latents.",
+        "About 1,260 training images and 360 test images. The autoencoder's score uses 16 draws of its latents.",
     ),
     "logit": (
         "MNIST in logit space",
-        "Mean log-density of the 10,000 test images in nats, after training with fresh noise in each batch. Published, "
-        "with fixed noise (arXiv:1705.07057): Gaussian -1366.9, RealNVP (5) -1323.2, MAF (5) -1300.5.",
+        "*nats*: the mean log-density of the 10,000 test images. Training uses fresh noise in each batch. Published "
+        "values with fixed noise are: Gaussian -1366.9, RealNVP (5) -1323.2, MAF (5) -1300.5 (arXiv:1705.07057).",
     ),
 }
 
@@ -35,7 +36,7 @@ Row = dict[str, str]
 
 
 def file_name(part: str, model: str, dequantisation: str) -> str:
-    """That of a grid of samples."""
+    """Return the name of the file with a grid of samples."""
     words = [part, model, *(["variational"] if dequantisation == "variational" else [])]
     return f"images_{'_'.join(words)}.png".replace(",", "").replace(" ", "-").replace("+", "p")
 
@@ -47,25 +48,45 @@ def save(rows: list[Row], minutes: dict[str, float], out: Path) -> None:
 
 
 def table(rows: list[Row], minutes: dict[str, float]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     lines = [
         "# Images",
         "",
-        f"All models of a part are trained for about the same time of one core of a CPU ({platform.machine()}, torch "
-        f"{torch.__version__}), as far as it is known beforehand, by `fit_density`: Adam in batches of 64, a step "
-        "size that falls as a cosine, averaged weights. Errors are 2 standard errors over test images. Seconds are "
-        "those of the core that a fit took; sampling: those for 64 images. Reproduce with "
-        "`python benchmarks/images.py`.",
+        "This page is for users who model images. It compares our image flows and normflows' Glow after equal training "
+        f"times. {summary(rows)} Reproduce with `python benchmarks/images.py`.",
+        "",
+        f"All models of a part train for about the same time on one CPU core ({platform.machine()}, torch "
+        f"{torch.__version__}), by `fit_density`: Adam in batches of 64, a cosine schedule of step sizes, and averaged "
+        "weights. Errors are 2 standard errors over test images. *seconds*: CPU time of the fit. *sampling*: seconds "
+        "for 64 images.",
         "",
     ]
     for part, (title, words) in PARTS.items():
         if own := [row for row in rows if row["part"] == part]:
-            lines += [f"## {title}, some {minutes[part]:g} min of a core each", "", words, "", *scores(own), ""]
+            lines += [f"## {title}, about {minutes[part]:g} minutes per fit", "", words, "", *scores(own), ""]
             if part != "logit":
+                lines += ["Samples of each model follow. Look for complete strokes and legible digits.", ""]
                 lines += [line for row in own for line in picture(row)]
     if own := [row for row in rows if row["part"] == "costs"]:
         lines += costs(own)
     return "\n".join(lines)
+
+
+def summary(rows: list[Row]) -> str:
+    """Return the main results for MNIST."""
+    found = {(r["model"], r["dequantisation"]): float(r["score"]) for r in rows if r["part"] == "mnist"}
+    if not found:
+        return "MNIST has not been run."
+    best = min(found, key=lambda label: found[label])
+    text = f"The best score on MNIST is {found[best]:.2f} bits per dimension ({best[0]}, {best[1]} dequantisation)."
+    glows = [found.get((model, "uniform")) for model in ("Glow", "Glow of normflows")]
+    return (
+        text
+        if None in glows
+        else (
+            f"{text} With uniform dequantisation, our Glow has {glows[0]:.2f}, and normflows' Glow has {glows[1]:.2f}."
+        )
+    )
 
 
 def scores(rows: list[Row]) -> list[str]:
@@ -94,10 +115,10 @@ def costs(rows: list[Row]) -> list[str]:
     lines = [
         "## Costs",
         "",
-        f"Milliseconds for a batch of 64 images of 28 × 28 pixels on {os.cpu_count()} cores, if no other number is "
-        "named, taking turns; both Glows with 2 scales, 8 steps each and networks of width 64.",
+        f"Milliseconds on {os.cpu_count()} cores for a batch of 64 images of 28 × 28 pixels, unless the row has "
+        "another number. Tasks alternate. Both Glows have 2 scales of 8 steps, and networks of width 64.",
         "",
-        "| | pyro_flows | normflows | ratio |",
+        "| task | pyro_flows, ms | normflows, ms | ratio |",
         "|---|---:|---:|---:|",
     ]
     for r in (r for r in rows if r["ours"]):
@@ -106,10 +127,10 @@ def costs(rows: list[Row]) -> list[str]:
     return [
         *lines,
         "",
-        "MiB that a training step of a Glow with 1,024 images takes at its peak, with activations kept for the "
-        "gradient and with `recompute=True`.",
+        "Peak memory of a training step of a Glow with 1,024 images. Activations are kept for the gradient, or "
+        "computed again with `recompute=True`.",
         "",
-        "| | kept | computed again |",
+        "| task | kept, MiB | computed again, MiB |",
         "|---|---:|---:|",
         *(f"| {r['what']} | {r['kept']} | {r['again']} |" for r in rows if r["kept"]),
         "",

@@ -2,8 +2,8 @@
 
     python benchmarks/imports.py    # a minute
 
-Fresh interpreters that import Pyro, and Pyro and pyro_flows, by turns, with cached bytecode, as installed packages have
-it; processor time of each, medians, and the median of the differences.  Writes ``docs/benchmarks/imports.md``.
+Fresh interpreters alternate: one imports Pyro, the next imports Pyro and pyro_flows.  Bytecode is cached, as in an
+installed package.  Reports the medians of CPU times and of the differences.  Writes ``docs/benchmarks/imports.md``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STATEMENTS = "import pyro", "import pyro, pyro_flows"
 
 
 def milliseconds(statement: str, bytecode: str) -> float:
-    """The processor time of an interpreter that runs a statement."""
+    """Return the CPU time of an interpreter that runs a statement."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": bytecode, "PYTHONDONTWRITEBYTECODE": ""}
     subprocess.run([sys.executable, "-c", statement], check=True, env=environment)
@@ -41,16 +41,18 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         pairs = [[milliseconds(statement, folder) for statement in STATEMENTS] for _ in range(options.pairs + 1)]
-    pairs = pairs[1:]  # the first compiles
+    pairs = pairs[1:]  # the first pair compiles bytecode
     alone, both = (statistics.median(times) for times in zip(*pairs, strict=True))
     more = statistics.median(second - first for first, second in pairs)
     versions = f"torch {torch.__version__.split('+')[0]}, Pyro {pyro.__version__}, Python {platform.python_version()}"
     text = f"""# Import
 
-{options.pairs} pairs of fresh interpreters by turns, processor time, medians; {versions}.
-Reproduce with `python benchmarks/imports.py`.
+This page is for authors of short scripts. It compares `import pyro, pyro_flows` with `import pyro`. The median of the
+differences is {more:.0f} ms. Reproduce with `python benchmarks/imports.py`.
 
-| statement | ms |
+Medians of the CPU times of {options.pairs} alternating pairs of fresh interpreters, with cached bytecode; {versions}.
+
+| statement | CPU ms |
 |---|---:|
 | `{STATEMENTS[0]}` | {alone:.0f} |
 | `{STATEMENTS[1]}` | {both:.0f} |

@@ -1,24 +1,25 @@
-"""How much memory do flows take, beside zuko and nflows where each feature costs them a graph?
+"""How much memory do our flows and those of zuko and nflows need?
 
-    python benchmarks/memory.py            # all of it, some minutes of one core
+    python benchmarks/memory.py            # all of it, a few minutes of one core
     python benchmarks/memory.py --quick    # small flows, few rows: a smoke run
 
-Two hidden layers of 128, 8 bins, float32.  Four tasks, each of them one call:
+Flows have two hidden layers of 128 and 8 bins, in float32.  There are four tasks, each a single call:
 
-    score      score a batch, no gradient
-    step       draw or score a batch, whichever is fast, back-propagate to the parameters
-    slow step  the same through the other direction
-    draw       draw a batch, no gradient
+    score      score a batch, without gradients
+    step       sample or score a batch, in the fast direction, and back-propagate to the parameters
+    slow step  the same in the slow direction
+    draw       sample a batch, without gradients
 
-What is reported is the peak of the tensors that are alive at a time, on top of parameters and data, with the gradients
-of parameters: each operation of a call and of its backward pass is watched, and the end of each storage that it made.
-That is the same in every run and for every allocator, so that one process measures all cases.  It leaves out what a
-kernel takes for itself while it runs: on six cases torch's profiler, which counts that too but takes minutes for the
-many small steps of the slow direction, agreed to 3 %.  How much a whole process grows is measured for the million
-draws, in a fresh one.  On a GPU (``--device cuda``) it is ``torch.cuda.max_memory_allocated``.
+The benchmark reports the peak memory of the tensors that are alive at the same time.  Gradients of parameters count,
+parameters and data do not.  It follows each operation of the forward and the backward pass, and the end of each storage
+that it allocates.  The result is equal in every run and for every allocator, so one process measures all cases.
 
-The peak is a line in the number of rows: each case is run at two small numbers and at those that fit into ``--limit``;
-others are read off the line, and the report says how far the line was from what was run.
+Temporary memory inside a kernel is not counted.  torch's profiler counts it, and agreed to 3 % on six cases, but needs
+minutes for the slow direction.  For a million draws, a fresh process also measures the growth of the whole process.  On
+a GPU (``--device cuda``) the measure is ``torch.cuda.max_memory_allocated``.
+
+The peak is linear in the number of rows.  Each case is run at two small numbers of rows, and at all numbers that fit
+into ``--limit``.  Other values are extrapolated.  The page states the largest error of the extrapolation.
 
 Writes ``docs/benchmarks/memory.md`` and ``docs/benchmarks/memory.csv``.
 """
@@ -53,7 +54,7 @@ from pyro_flows.flows import Flow
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 FLOWS, DIMS, LAYERS, ROWS = contenders.FLOWS, [8, 64, 256], [2, 5, 10], [512, 4096, 32768]
 TASKS = ["score", "step", "slow step"]
-SMALL = 256, 512  # enough for activations to outweigh the gradients of parameters, as they do from there on
+SMALL = 256, 512  # from here on, activations need more memory than the gradients of parameters
 SMALL_PEERS = {8: (32, 64), 64: (32, 64), 256: (8, 16)}
 PEERS = {"zuko": speed_peers.zuko, "nflows": speed_peers.nflows}
 DRAWS, CHUNK = 1_000_000, 10_000
@@ -61,7 +62,7 @@ Run = Callable[[], object]
 
 
 class Case(NamedTuple):
-    """What was measured: bytes at a number of rows, read off the line where it was not run."""
+    """Peak memory in bytes at a number of rows; extrapolated if ``run`` is False."""
 
     library: str
     flow: str
@@ -75,11 +76,11 @@ class Case(NamedTuple):
 
 
 class Alive(TorchDispatchMode):
-    """Adds up the bytes of the storages that are made while it is on, as long as they live."""
+    """Mode that adds up the bytes of all live storages that were allocated inside it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.known: dict[int, int] = {}  # the storages, those from before with no bytes
+        self.known: dict[int, int] = {}  # bytes by storage; earlier storages count as zero
         self.held = self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -105,7 +106,7 @@ class Alive(TorchDispatchMode):
 
 
 def peak_of(function: Run, device: str) -> int:
-    """The largest number of bytes that a call holds at a time, on top of what was there before."""
+    """Return the peak memory of a call in bytes, minus the memory before it."""
     gc.collect()
     if device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -118,7 +119,7 @@ def peak_of(function: Run, device: str) -> int:
 
 
 class Line(NamedTuple):
-    """Bytes of a call at any number of rows."""
+    """Linear model of the bytes of a call by the number of rows."""
 
     start: float
     slope: float
@@ -134,13 +135,13 @@ def line_through(build: Callable[[int], Run], rows: tuple[int, int], device: str
 
 
 def tasks_of(flow: Flow, scores_fast: bool, shape: tuple[int, ...], device: str, task: str) -> Callable[[int], Run]:
-    """From a number of rows to a call of the task."""
+    """Return a function that builds a call of the task for a number of rows."""
     flow = flow.to(device)
 
     def build(rows: int) -> Run:
         x = torch.randn(rows, *shape, device=device)
         run = contenders.contender(
-            contenders.Case("maf" if scores_fast else "iaf", x),  # of either only the direction counts
+            contenders.Case("maf" if scores_fast else "iaf", x),  # only the direction of the flow matters here
             flow.log_prob,
             lambda: flow.sample((rows,)),
             lambda: flow.rsample_and_log_prob((rows,))[1],
@@ -165,7 +166,7 @@ def peer(library: str, name: str, dim: int, task: str) -> Callable[[int], Run]:
 
 
 def grid(options: argparse.Namespace) -> Iterator[Case]:
-    """Recipes x features x layers x tasks x rows."""
+    """Yield the cases of recipes × features × layers × tasks × rows."""
     for name in FLOWS:
         for dim in options.dims:
             for layers in options.layers:
@@ -183,20 +184,20 @@ def grid(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def slow_peers(options: argparse.Namespace) -> Iterator[Case]:
-    """The slow direction's step of other libraries: D graphs of one pass each."""
+    """Yield the slow steps of other libraries, which keep D graphs of one pass each."""
     for library in PEERS:
         if importlib.util.find_spec(library) is None or options.device != "cpu":
             continue
         for name in ("maf", "nsf_ar"):
             for dim in options.dims:
                 if dim > 64 and name == "nsf_ar":
-                    continue  # gigabytes at 32 rows
+                    continue  # it needs gigabytes at 32 rows
                 line, _ = line_through(peer(library, name, dim, "slow step"), SMALL_PEERS.get(dim, (8, 16)), "cpu")
                 yield Case(library, name, dim, contenders.LAYERS, "slow step", 512, line.at(512), False)
 
 
 def special(options: argparse.Namespace) -> Iterator[Case]:
-    """Flows with ways of their own to take less: images computed again, and adjoint equations; and cheap layers."""
+    """Yield steps of flows with memory-saving options (``recompute``, ``adjoint``), and of cheap layers."""
     shapes = [(1, 28, 28)] if options.quick else [(1, 28, 28), (3, 32, 32)]
     for shape in shapes:
         for recompute in (False, True):
@@ -220,7 +221,7 @@ def special(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def in_chunks(options: argparse.Namespace) -> Iterator[Case]:
-    """A million draws of nsf, D = 32, at once and in chunks; and a training step at 32768 rows."""
+    """Yield a million draws of nsf with D = 32, and a training step at 32768 rows, whole and in chunks."""
     flow = flows.nsf(32, num_transforms=contenders.LAYERS, hidden_dims=contenders.HIDDEN).to(options.device)
     line, _ = line_through(tasks_of(flow, True, (32,), options.device, "draw"), (2048, 4096), options.device)
     yield Case("pyro_flows", "nsf", 32, contenders.LAYERS, "draw", options.draws, line.at(options.draws), False)
@@ -233,7 +234,7 @@ def in_chunks(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def growth(draws: int, device: str) -> tuple[float, Case]:
-    """How much a fresh process grows by drawing in chunks, in bytes; and the case."""
+    """Return the growth in bytes of a fresh process that samples in chunks, and the case."""
     code = f"import memory; memory.grow({draws}, {device!r}, {torch.get_num_threads()})"
     answer = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=Path(__file__).parent
@@ -243,7 +244,7 @@ def growth(draws: int, device: str) -> tuple[float, Case]:
 
 
 def grow(draws: int, device: str, threads: int) -> None:
-    """What :func:`growth` runs."""
+    """Run and print the measurement of :func:`growth`."""
     torch.set_num_threads(threads)
     flow = flows.nsf(32, num_transforms=contenders.LAYERS, hidden_dims=contenders.HIDDEN).to(device)
     peak_of(lambda: flow.sample((10,)), device)
@@ -253,7 +254,7 @@ def grow(draws: int, device: str, threads: int) -> None:
 
 
 def most_held() -> int:
-    """The bytes that this process has held at most; by ``getrusage`` Linux counts its parent's in."""
+    """Return the peak memory of this process in bytes.  On Linux, ``getrusage`` would include the parent's peak."""
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line)
@@ -266,6 +267,19 @@ def megabytes(case: Case | None) -> str:
     amount = case.peak / 2**20
     text = f"{amount:,.1f}" if amount < 10 else f"{amount:,.0f}"
     return text if case.run else f"≈ {text}"
+
+
+def summary(found: dict[tuple[str, str, int, int, str, int], Case]) -> str:
+    """Return the comparison with other libraries in a sentence, or nothing without them."""
+    libraries = ("pyro_flows", "zuko", "nflows")
+    peaks = [found.get((library, "maf", 64, 5, "slow step", 512)) for library in libraries]
+    if None in peaks:
+        return ""
+    ours, zuko, nflows = map(megabytes, peaks)
+    return (
+        "With 64 features and 512 rows, a training step of `maf` in the slow direction needs "
+        f"{ours} MB here, {zuko} MB in zuko and {nflows} MB in nflows. "
+    )
 
 
 def report(cases: list[Case], grown: tuple[float, Case], options: argparse.Namespace) -> str:
@@ -291,19 +305,24 @@ def report(cases: list[Case], grown: tuple[float, Case], options: argparse.Names
     lines = [
         "# Memory",
         "",
-        f"Two hidden layers of 128, {contenders.BINS} bins, float32; torch {torch.__version__.split('+')[0]}, Python "
-        f"{platform.python_version()}, {options.device}.",
-        "MB (2²⁰ bytes): the peak of the tensors alive during one call, on top of parameters and data, with",
-        "gradients of parameters; the same in every run. *Score* is without gradient, a *step* scores (iaf: draws),",
-        "back-propagates; the *slow step* takes the other direction. Memory is a line in the number of rows, and",
-        f"≈ was read off it: where both are known, they agree to {max(worst, 1e-3):.1%}.",
-        "Reproduce with `python benchmarks/memory.py`.",
+        "This page is for users who plan the memory of a flow. It compares the peak memory of a call of our flows with",
+        f"zuko and nflows. {summary(found)}Reproduce with `python benchmarks/memory.py`.",
         "",
-        "## Bytes for each number",
+        f"Flows have two hidden layers of 128 and {contenders.BINS} bins, in float32; torch "
+        f"{torch.__version__.split('+')[0]}, Python {platform.python_version()}, {options.device}.",
+        "One MB is 2²⁰ bytes. The peak counts the tensors that are alive during one call, with the gradients of",
+        "parameters, without parameters and data. It is equal in every run.",
         "",
-        "By row and feature for *score*, where layers follow one another in the same memory; by row, feature and layer",
-        "for steps, whose graph holds all layers. Memory is about this × rows × D (× layers). Networks have 2 × 128",
-        "hidden units a row whatever D is, so at small D these are the larger part.",
+        "*score* has no gradients. *step* scores (iaf: samples) and back-propagates. *slow step* uses the other",
+        "direction. Memory is linear in the number of rows, and values with ≈ are extrapolated. Where both values are",
+        f"known, they agree to {max(worst, 1e-3):.1%}.",
+        "",
+        "## Bytes per number",
+        "",
+        "For *score* the unit is bytes per row and feature, because all layers use the same memory. For steps it is",
+        "bytes per row, feature and layer, because the graph keeps all layers. The memory of a call is about this",
+        "value × rows × D, and × layers for steps. Networks have 2 × 128 hidden units per row for every D, so these",
+        "dominate at small D.",
     ]
     head = ["flow", *(f"{task}, D = {dim}" for task in TASKS for dim in dims)]
     body = [[name, *(per_number(name, dim, middle, task) for task in TASKS for dim in dims)] for name in FLOWS]
@@ -324,8 +343,10 @@ def report(cases: list[Case], grown: tuple[float, Case], options: argparse.Names
     peers = [case for case in cases if case.library != "pyro_flows"]
     if peers:
         names = sorted({case.library for case in peers}, reverse=True)
-        lines += ["", "## MB of the slow step beside other libraries, 5 layers, 512 rows", ""]
-        lines += ["They run the network once for each feature and keep all D graphs; here a unit is computed once."]
+        lines += ["", "## MB of the slow step, compared with other libraries, 5 layers, 512 rows", ""]
+        lines += [
+            "The others run the network once per feature, and keep all D graphs. pyro_flows computes each unit once."
+        ]
         body = [
             [n, str(d), megabytes(own(n, d, 5, "slow step", 512))]
             + [megabytes(found.get((library, n, d, 5, "slow step", 512))) for library in names]
@@ -335,16 +356,24 @@ def report(cases: list[Case], grown: tuple[float, Case], options: argparse.Names
         lines += table(["flow", "D", "pyro_flows", *names], body, 2)
     others = [c for c in cases if c.flow not in FLOWS and "chunks" not in c.flow]
     lines += ["", "## MB of a training step of other flows", ""]
-    lines += ["cnf and ffjord by 20 steps of rk4; glow with its defaults; `recompute` computes layers again."]
+    lines += ["cnf and ffjord take 20 steps of rk4. glow has its defaults. `recompute` computes activations again."]
     lines += table(["flow", "D", "rows", "MB"], [[c.flow, str(c.dim), str(c.rows), megabytes(c)] for c in others], 1)
     chunks = sorted((c for c in cases if c.dim == 32 and 32 not in dims), key=lambda c: (c.task, c.flow))
     lines += ["", "## chunk_size", ""]
-    lines += [f"nsf, D = 32, {contenders.LAYERS} layers; draws in chunks of {CHUNK:,}, a step in chunks of 1,000."]
-    lines += table(["", "task", "rows", "MB"], [[c.flow, c.task, f"{c.rows:,}", megabytes(c)] for c in chunks], 2)
+    lines += [
+        f"nsf, D = 32, {contenders.LAYERS} layers. Draws have chunks of {CHUNK:,}, and steps have chunks of 1,000."
+    ]
+    lines += table(["flow", "task", "rows", "MB"], [[c.flow, c.task, f"{c.rows:,}", megabytes(c)] for c in chunks], 2)
     both = f"{2 * options.draws * 32 * 4 / 2**20:,.0f} MB"
     lines += [
         "",
-        f"A fresh process grows by {grown[0] / 2**20:,.0f} MB as it makes them; they and their noise are {both}.",
+        f"A fresh process that makes these draws grows by {grown[0] / 2**20:,.0f} MB. "
+        f"Draws and noise are {both} of it.",
+        "",
+        "## Limits",
+        "",
+        "The temporary memory inside a kernel is not counted. torch's profiler counts it, and agreed to 3 % on six "
+        "cases.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -355,11 +384,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=LAYERS, help="numbers of layers")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="numbers of rows")
     parser.add_argument("--draws", type=int, default=DRAWS)
-    parser.add_argument("--limit", type=float, default=100, help="MB up to which cases are run as they are")
+    parser.add_argument(
+        "--limit", type=float, default=100, help="largest MB of cases that are run; larger ones are extrapolated"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="memory does not depend on them")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads; memory does not depend on it")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of the report and the table")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the page and the CSV file")
     options = parser.parse_args()
     if options.quick:
         options.dims, options.layers, options.rows, options.draws = [8], [5], [512, 2048], 20_000

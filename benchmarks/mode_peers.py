@@ -1,4 +1,4 @@
-"""pocoMC on Pyro models: the peer of ``modes.py``.
+"""pocoMC on Pyro models, for the comparison in ``modes.py``.
 
 pocoMC (Karamanis et al. 2022, arXiv:2207.05660) needs a prior that it can sample from and score, and a likelihood.
 Both are functions of the unconstrained latents here.  The prior is the model's.  An improper prior is replaced by
@@ -30,7 +30,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Run(NamedTuple):
-    """Weighted draws of the latents, log Z, and its standard error by the sampler's own account."""
+    """Weighted draws of the latents, log Z, and the standard error of log Z that the sampler states."""
 
     draws: Draws
     log_weights: Tensor
@@ -129,7 +129,7 @@ class Latents:
         return prior, likelihood.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
 
     def both(self, x: Array) -> tuple[Array, Array]:
-        """Return log prior and log likelihood; pocoMC asks for one after the other, and the model runs once."""
+        """Return log prior and log likelihood by one run of the model, since pocoMC requests both in turn."""
         if self.last is None or not np.array_equal(self.last[0], x):
             with double(), torch.no_grad():
                 prior, likelihood = self.scores(torch.as_tensor(x, dtype=torch.float64))

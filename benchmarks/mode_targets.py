@@ -1,4 +1,4 @@
-"""Posteriors with several modes, as Pyro models, whose evidence and shares of the modes are known.
+"""Pyro models whose posteriors have several modes, with known evidence and known shares of the modes.
 
 Most of the posteriors are constructed: the model samples from a prior and multiplies by target / prior, so that Z is
 the integral of the target.  ``forty`` is the mixture of Midgley et al. (2022, arXiv:2208.01893), as in their code.
@@ -38,7 +38,7 @@ LABELS = {  # log Z and its standard error, by importance sampling from ``propos
 }
 CENTRES = {"labels-2": (-3.0, 3.0), "labels-3": (-3.0, 0.0, 3.0)}
 POINTS, NOISE = 60, 0.5  # number and standard deviation of the mixtures' data
-RADIUS, WIDTH, APART = 2.0, 0.1, 3.5  # of a shell, and half the distance between the centres of two
+RADIUS, WIDTH, APART = 2.0, 0.1, 3.5  # radius and width of a shell, half the distance between two centres
 SEPARATION = 4.0  # half the distance between the two modes, in standard deviations
 ANGLES = 3.0, 3.0 - math.pi  # centres of the modes of the first angle
 GRID = 2000  # points of a grid per dimension
@@ -46,7 +46,7 @@ GRID = 2000  # points of a grid per dimension
 
 @dataclass(frozen=True)
 class ModeTarget:
-    """A posterior.
+    """Posterior with known evidence and modes.
 
     Attributes:
         name: The name in tables.
@@ -171,7 +171,7 @@ def _spike() -> ModeTarget:
 
 
 def data(name: str) -> Tensor:
-    """Return the data of ``labels-2`` or ``labels-3``: as many points around each centre."""
+    """Return the data of ``labels-2`` or ``labels-3``: the same number of points around each centre."""
     centres = torch.tensor(CENTRES[name])
     noise = torch.randn(POINTS, generator=torch.Generator().manual_seed(0), dtype=torch.float32).double()
     return centres.repeat_interleave(POINTS // len(centres)) + NOISE * noise

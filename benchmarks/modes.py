@@ -1,7 +1,7 @@
-"""Compare ``pf.anneal`` with pocoMC: modes found, their weights, and the evidence.
+"""Does ``pf.anneal`` find all modes, and the evidence?  A comparison with pocoMC.
 
     python benchmarks/modes.py                              # every target, both samplers, three seeds
-    python benchmarks/modes.py --samplers anneal            # without the peer
+    python benchmarks/modes.py --samplers anneal            # without pocoMC
     python benchmarks/modes.py --targets forty two-50 --seeds 0
     python benchmarks/modes.py --quick --out DIR            # one target, few particles: a smoke run
     python benchmarks/modes.py --truth                      # check the known answers, a minute of one core
@@ -80,7 +80,7 @@ Row = dict[str, str]
 
 
 class Counter(Messenger):
-    """Counts the points at which a model is evaluated, by the values of its first latent."""
+    """Handler that counts the points at which a model is evaluated, by the values of its first latent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def of_draws(log_weights: Tensor) -> dict[str, float]:
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
-    """Return what a call returns, and its seconds: of the clock, and of the processor."""
+    """Return the result of a call, with its wall time and its CPU time in seconds."""
     clock, processor = time.perf_counter(), time.process_time()
     found = call()
     return found, {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - processor}
@@ -177,7 +177,7 @@ def pocomc(target: ModeTarget, seed: int, quick: bool) -> dict[str, Any]:
 
 
 def measure(name: str, sampler: str, seed: int, quick: bool, python: str) -> Row:
-    """Run one sampler on one target: a row of results, or of the reason why there are none."""
+    """Run one sampler on one target, and return a row of results, or of the reason of a failure."""
     if sampler != "anneal" and python != sys.executable:
         return elsewhere(name, sampler, seed, quick, python)
     torch.set_default_dtype(torch.float64)
@@ -210,7 +210,7 @@ def elsewhere(name: str, sampler: str, seed: int, quick: bool, python: str) -> R
 
 
 def middle(rows: list[Row]) -> dict[str, float]:
-    """Return the median of every measure; of log Z's distance in standard errors, the largest."""
+    """Return the median of every measure, and the largest error of log Z."""
     columns = {k: [float(r[k]) for r in rows if r.get(k)] for k in MEASURES if k != "failed"}
     found = {key: statistics.median(values) for key, values in columns.items() if values}
     for key in ("error", "z"):
@@ -222,23 +222,41 @@ def middle(rows: list[Row]) -> dict[str, float]:
 HEAD = """\
 # Modes
 
-`pyro_flows.anneal` beside pocoMC, both with their defaults, on posteriors whose modes, weights and evidence are known;
-torch {torch}, Pyro {pyro}, Python {python}.
+This page is for users whose posteriors have several modes. It compares `pyro_flows.anneal` with pocoMC, both with their
+defaults, on posteriors with known modes, shares and evidence. {summary} Reproduce with
+`python benchmarks/modes.py`.
 
-*found*: modes that have at least half of their share among the weighted draws, the fewest of all seeds. *TV*: total
-variation between the shares of the modes and the known shares. *guide*: the same two measures for unweighted draws of
-the guide that `anneal` returns. *log Z error*: the largest of all seeds, in nats, and in standard errors (the sampler's
-own and that of the known value). *s.e.*: the standard error that the sampler states. *evaluations*: points at which the
-model is evaluated, the fit of the guide included. Other columns are medians of the seeds. *CPU s*: seconds of
-processor time in one thread. Reproduce with `python benchmarks/modes.py`.
+Versions: torch {torch}, Pyro {pyro}, Python {python}.
+
+* *found*: the modes that have at least half of their share among the weighted draws; the smallest number of all seeds.
+* *TV*: the total variation between the estimated and the known shares of the modes.
+* *guide found*, *guide TV*: the same for unweighted draws of the guide that `anneal` returns.
+* *log Z*: the known value.
+* *log Z error*: the largest error of all seeds, in nats.
+* *s.e.*: the standard error that the sampler states.
+* *error / s.e.*: the largest error in standard errors, which combine the sampler's and that of the known value.
+* *evaluations*: the points at which the model is evaluated. The fit of the guide is included.
+* *CPU s*: CPU time of one thread.
+
+Columns without another rule are medians of the seeds. –: the sampler has no guide, or the modes are not known.
 
 """
 TITLES = "target", "D", "sampler", "seeds", "found", "TV", "guide found", "guide TV", "log Z", "log Z error", "s.e."
 TITLES_AFTER = "error / s.e.", "evaluations", "CPU s"
 
 
+def summary(rows: list[Row]) -> str:
+    """Return how often each sampler finds all modes."""
+    parts = []
+    for sampler in SAMPLERS:
+        known = [row for row in rows if row["sampler"] == sampler and row.get("found")]
+        complete = sum(row["found"] == row["of"] for row in known)
+        parts.append(f"{sampler} in {complete} of {len(known)} runs")
+    return f"All modes are found by {' and by '.join(parts)} with known modes."
+
+
 def table(rows: list[Row]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     versions = {"torch": torch.__version__, "pyro": pyro.__version__, "python": platform.python_version()}
     titles = TITLES + TITLES_AFTER
     rule = "|---|---:|---|" + "---:|" * (len(titles) - 3)
@@ -248,11 +266,11 @@ def table(rows: list[Row]) -> str:
             mine = [r for r in rows if (r["target"], r["sampler"]) == (name, sampler)]
             if mine:
                 lines.append("| " + " | ".join(cells(name, sampler, mine)) + " |")
-    return HEAD.format(**versions) + "\n".join(lines) + "\n"
+    return HEAD.format(**versions, summary=summary(rows)) + "\n".join(lines) + "\n"
 
 
 def cells(name: str, sampler: str, rows: list[Row]) -> list[str]:
-    """The cells of one target and sampler."""
+    """Return the cells of one target and sampler."""
     target, good = mode_targets.load(name), [r for r in rows if not r.get("failed")]
     head = [name, str(target.dim), f"**{sampler}**" if sampler == "anneal" else sampler, str(len(good))]
     if not good:
@@ -273,7 +291,7 @@ def cells(name: str, sampler: str, rows: list[Row]) -> list[str]:
 
 
 def save(rows: list[Row], out: Path) -> None:
-    """The rows as CSV and as Markdown, in the order of targets, samplers and seeds."""
+    """Write the rows as CSV and as Markdown, in the order of targets, samplers and seeds."""
     rows.sort(key=lambda r: (NAMES.index(r["target"]), SAMPLERS.index(r["sampler"]), int(r["seed"])))
     write_csv(rows, ["target", "sampler", "seed", *MEASURES], out / "modes.csv")
     write(table(rows), out / "modes.md")
@@ -284,16 +302,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--targets", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=SAMPLERS)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel runs, one thread each")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the two files")
     parser.add_argument("--quick", action="store_true", help="one target, one seed, few particles: needs --out")
-    parser.add_argument("--peer-python", default=sys.executable, help="the Python that has pocoMC and Pyro")
-    parser.add_argument("--truth", action="store_true", help="check the known answers, and run no sampler")
-    parser.add_argument("--row", help=argparse.SUPPRESS)  # of ``elsewhere``
+    parser.add_argument("--peer-python", default=sys.executable, help="Python of an environment with pocoMC and Pyro")
+    parser.add_argument("--truth", action="store_true", help="check the known answers; run no sampler")
+    parser.add_argument("--row", help=argparse.SUPPRESS)  # used by ``elsewhere``
     options = parser.parse_args()
     if options.quick:
         if options.out == OUT:
-            parser.error("--quick needs --out: its figures are no results")
+            parser.error("--quick needs --out, so that its figures do not replace the results")
         options.targets, options.seeds = ["two-2"], [0]
     return options
 

@@ -1,6 +1,8 @@
-"""One guide for all data sets, trained on simulations: it finds known posteriors of data that it never saw, whatever
-the scales, within every bound; it can be bound to one data set, stops and resumes as promised, and looks closer in
-rounds.  What cannot work is refused in words that name argument or site."""
+"""Amortised guides, trained on simulations.
+
+They find known posteriors of new data, at all scales and within all bounds.  They can be bound to one dataset, stop and
+resume, and improve in truncated rounds.  Errors name the argument or the site.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ NOISE = 0.5
 
 
 def linear(x=None):
-    """theta ~ N(0, I) in two dimensions, x ~ N(A theta, I / 4) in three: all about it is known."""
+    """theta ~ N(0, I) in two dimensions, x ~ N(A theta, I / 4) in three: the posterior is known."""
     theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     location = (theta[..., None, :] * DESIGN).sum(-1)
     return pyro.sample("x", dist.Normal(location, NOISE).to_event(1), obs=x)
@@ -71,7 +73,7 @@ def log_evidence(x: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def trained():
-    """A guide of the linear model, and the record of its fit."""
+    """Return a trained guide of the linear model, and the record of its fit."""
     pyro.set_rng_seed(0)
     guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (32,)))
     fit = fit_amortized(linear, guide, num_simulations=5000, max_epochs=18, batch_size=100, lr=1e-2, progress=False)
@@ -89,7 +91,7 @@ def simulations_of(model, number: int = 5, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def test_posteriors_of_new_data_are_found(trained):
-    """In units of the posterior's sd; those of 2000 draws are known to 0.022, their sds to 1.6 %."""
+    """Errors are in the posterior's sd.  The standard error of 2000 draws is 0.022 for means and 1.6 % for sds."""
     guide, _ = trained
     pyro.set_rng_seed(0)
     off = []
@@ -104,10 +106,10 @@ def test_posteriors_of_new_data_are_found(trained):
 
 
 def test_the_loss_is_the_entropy_of_the_posterior(trained):
-    """-E log q is the entropy of the exact posterior and, never negative, the divergence."""
+    """-E log q is the entropy of the exact posterior plus the divergence, which is not negative."""
     _, fit = trained
     entropy = 0.5 * torch.logdet(2 * math.pi * math.e * COV).item()
-    error = 1 / math.sqrt(500)  # of the mean of 500 half chi-squares of two degrees
+    error = 1 / math.sqrt(500)  # standard error of the mean of 500 half chi-squares of two degrees
     assert -4 * error < fit.best_loss - entropy < 0.05 + 4 * error
     assert fit.held_out.min().item() == fit.best_loss
     assert fit.guide.training is False
@@ -146,7 +148,7 @@ def test_with_and_without_module_local_params(local):
 
 
 def test_bad_scales_are_standardised():
-    """Latents around 1e4 with a spread of 10, data in thousandths: as good as the same in units of one."""
+    """Latents of 1e4 ± 10 and data of 1e-3 give the same fit as latents and data of unit scale."""
 
     def model(x=None):
         theta = pyro.sample("theta", dist.Normal(torch.tensor([1e4, -3e-4]), torch.tensor([10.0, 1e-4])).to_event(1))
@@ -164,7 +166,7 @@ def test_bad_scales_are_standardised():
 
 
 def bounded(x=None):
-    """Posteriors pile up at the bounds of the prior."""
+    """Posteriors that concentrate at the bounds of the prior."""
     a = pyro.sample("a", dist.Uniform(2.0, 3.0))
     share = pyro.sample("share", dist.Dirichlet(torch.ones(3)))
     size = pyro.sample("size", dist.HalfNormal(1.0))
@@ -184,7 +186,7 @@ def test_nothing_leaks_out_of_bounds():
         scores = guide.log_prob(off, x)
         assert scores[0] == scores[2] == -math.inf
         assert scores[1].isfinite()
-        # The density has all of its mass inside: its mean over the volume is one over the volume.
+        # All mass of the density lies inside, so its mean over the volume is one over the volume.
     a = torch.linspace(2, 3, 2002)[1:-1]
 
     def one(x=None):
@@ -201,7 +203,7 @@ def test_nothing_leaks_out_of_bounds():
 
 
 def test_arguments_of_every_kind():
-    """Fixed ones, data of another name, several, by keyword, integers; encoders see what the model sees."""
+    """Fixed, renamed, several, keyword and integer arguments reach the encoder as they reach the model."""
 
     def model(scale, counts=None, *, y=None):
         rate = pyro.sample("rate", dist.LogNormal(0.0, scale))
@@ -238,9 +240,9 @@ def test_positional_none_and_model_kwargs():
 
     guide = AutoFlow(model, small, encoder=First())
     quick(model, guide, None, model_kwargs={"progress": 50.0})
-    assert not guide.encoder.net.standardize.is_fresh  # however deep it lies
+    assert not guide.encoder.net.standardize.is_fresh  # also in nested arguments
     spread = guide.sample(500, torch.tensor([0.0, 0.0]), 50.0)["theta"].std()
-    assert spread > 5  # the prior's is 50
+    assert spread > 5  # the prior has 50
 
 
 def test_integer_data():
@@ -302,7 +304,7 @@ def test_float64():
 
 
 def test_simulations_made_before():
-    """They are trained on as they are, in any order; a run on as many new ones of the same law is as good."""
+    """Given simulations train in any order, and new simulations of the same number train equally well."""
     made = simulate(linear, num_simulations=600)
     order = made.latents["theta"][:, 0].argsort()
     losses = []
@@ -311,8 +313,8 @@ def test_simulations_made_before():
         guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (16,)))
         settings = {"num_simulations": 600, "max_epochs": 12, "lr": 0.01}
         losses.append(quick(linear, guide, simulations=simulations, **settings).best_loss)
-    assert max(losses) - min(losses) < 4 * math.sqrt(2 / 60) + 0.2  # 60 are held out
-    assert max(losses) < 2.4  # the prior's entropy is 2.84
+    assert max(losses) - min(losses) < 4 * math.sqrt(2 / 60) + 0.2  # 60 rows are held out
+    assert max(losses) < 2.4  # the entropy of the prior is 2.84
     guide = AutoFlow(linear, small, encoder=MLPEncoder(3, 4, (16,)))
     words = r"simulations must hold at least 20 draws of the data arguments \['x'\], got"
     refused(linear, words + " 19", simulations=made.take(slice(0, 19)), guide=guide)
@@ -320,7 +322,7 @@ def test_simulations_made_before():
     refused(linear, "either simulations or rounds=2", simulations=made, rounds=2, observed={"x": X})
 
 
-# One data set.
+# Guides bound to one dataset.
 
 
 def test_a_bound_guide_has_the_same_density(trained):
@@ -329,7 +331,7 @@ def test_a_bound_guide_has_the_same_density(trained):
     bound = guide.bind(X)
     assert bound.encoder is None
     draws = guide.sample(50, X)
-    for args in ((), (X,)):  # its arguments do not matter any more
+    for args in ((), (X,)):  # a bound guide ignores its arguments
         torch.testing.assert_close(bound.log_prob(draws, *args), guide.log_prob(draws, X), rtol=1e-4, atol=1e-4)
     pyro.set_rng_seed(2)
     mine = bound.sample(5)["theta"]
@@ -366,7 +368,7 @@ def test_a_bound_guide_is_checked_exported_and_used_by_neutra(trained):
     verdict = check(linear, bound, X, num_samples=1000)
     assert abs(verdict.log_evidence - log_evidence(X)) < 0.05
     assert to_arviz(linear, bound, X, num_samples=50)["posterior"]["theta"].shape == (1, 50, 2)
-    # Through the guide the target over the base is p(theta(u), x) q_base(u) / q(theta(u)), whoever does the mapping.
+    # The target over the base is p(theta(u), x) q_base(u) / q(theta(u)), for every implementation of the map.
     found = neutra(linear, bound, X, check=False)
     reparam = NeuTraReparam(bound)
     ways = (
@@ -404,11 +406,11 @@ def test_bind_asks_for_one_data_set(trained):
         AutoFlow(linear, encoder=MLPEncoder(3, 2)).bind(X)
 
 
-# Stopping and going on.
+# Stopping and resuming.
 
 
 def test_early_stopping_restores_the_best_averaged_state(tmp_path):
-    """Few simulations and a large network: it overfits soon."""
+    """A large network overfits few simulations soon."""
 
     class Watched(MLPEncoder):
         held = None
@@ -439,13 +441,13 @@ def test_early_stopping_restores_the_best_averaged_state(tmp_path):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """Each look at the clock takes a minute, so that every epoch ends with a checkpoint."""
+    """Let each call of the clock advance it by a minute, so that every epoch ends with a checkpoint."""
     clock = itertools.count(step=60)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
 
 
 class Mortal(MLPEncoder):
-    """An encoder that something happens to when it is used for the n-th time."""
+    """Encoder with a callback at its n-th call."""
 
     last, what = math.inf, None
 
@@ -457,7 +459,7 @@ class Mortal(MLPEncoder):
 
 
 def checkpointed(file, last=math.inf, what=None, **settings):
-    """A fit of a new guide from one seed: the losses and the parameters in the end."""
+    """Fit a new guide from a fixed seed, and return the losses and the final parameters."""
     pyro.set_rng_seed(1)
     encoder = Mortal(3, 4, (8,))
     encoder.last, encoder.what = last, what
@@ -523,7 +525,7 @@ def test_a_second_fit_goes_on():
 
 
 class Line(Conditioner):
-    """The parameters of an affine map as a linear function."""
+    """Affine parameters as a linear function."""
 
     def __init__(self, input_dim: int, output_dim: int) -> None:
         super().__init__(input_dim, output_dim, 2, (1,), 0)
@@ -534,7 +536,7 @@ class Line(Conditioner):
 
 
 def narrow(noise: float):
-    """theta ~ N(0, 1), x ~ N(theta, noise²), and the guide that is the posterior, set by hand."""
+    """Return theta ~ N(0, 1), x ~ N(theta, noise²), and a guide that equals the posterior by construction."""
 
     def model(x=None):
         theta = pyro.sample("theta", dist.Normal(torch.zeros(()), 1.0))
@@ -564,7 +566,7 @@ def test_truncated_draws_follow_the_prior_within_the_region(noise, monkeypatch):
     )
     x = 0.6
     simulator = Simulator("test", model, (), {})
-    simulator.draw(2)  # as before any truncated round
+    simulator.draw(2)  # as before the first truncated round
     law = truncated.Truncated(simulator, guide, {"x": torch.tensor([x])})
     draws = law.draw(1000)["theta"].double()
     assert draws.shape == (1000,)
@@ -572,7 +574,7 @@ def test_truncated_draws_follow_the_prior_within_the_region(noise, monkeypatch):
     mean = x / (1 + noise**2)
     # log q = -z² / 2 - log sd - log sqrt(2π) > τ
     reach = sd * math.sqrt(-2 * (float(law.threshold) + math.log(sd) + 0.5 * math.log(2 * math.pi)))
-    assert 3 < reach / sd < 5.5  # the region of all but 1e-4 ends at 3.9 standard deviations
+    assert 3 < reach / sd < 5.5  # the region with all but 1e-4 of the mass ends at 3.9 standard deviations
     assert (draws - mean).abs().max() <= reach * (1 + 1e-3)
     low, high = (stats.norm.cdf(mean + side * reach) for side in (-1, 1))
     shares = (stats.norm.cdf(draws.numpy()) - low) / (high - low)
@@ -580,7 +582,7 @@ def test_truncated_draws_follow_the_prior_within_the_region(noise, monkeypatch):
 
 
 def test_second_rounds_look_closer(tmp_path, monkeypatch):
-    """Their latents are the prior's within the region of the first round's guide, and their data the model's."""
+    """The second round draws latents from the prior, within the region of the first guide, and data from the model."""
     x, laws = torch.tensor([0.8, -0.3, 1.1]), []
     draw = truncated.Truncated.draw
 
@@ -601,7 +603,7 @@ def test_second_rounds_look_closer(tmp_path, monkeypatch):
     far = []
     for part in (first, second):
         off = part["latents"]["theta"] - exact_mean(x)
-        far.append((off * torch.linalg.solve(COV, off.T).T).sum(1).mean())  # squared, in units of the posterior
+        far.append((off * torch.linalg.solve(COV, off.T).T).sum(1).mean())  # squared, in sd of the posterior
     assert far[1] < 0.9 * far[0]
     residual = second["data"]["x"] - second["latents"]["theta"] @ DESIGN.T
     assert stats.kstest((residual / NOISE).flatten().numpy(), "norm").pvalue > 1e-3
@@ -611,7 +613,7 @@ def test_second_rounds_look_closer(tmp_path, monkeypatch):
 
 
 def test_later_rounds_keep_the_latents_that_the_guide_does_not_show():
-    """mu comes first and is hidden: drawn anew, it would not fit the theta that is kept."""
+    """mu comes before theta and is not in the guide; a new mu would not fit the theta that is kept."""
 
     def model(x=None):
         mu = pyro.sample("mu", dist.Normal(torch.zeros(()), 1.0))
@@ -636,7 +638,7 @@ def test_later_rounds_keep_the_latents_that_the_guide_does_not_show():
 
 
 def before_narrow(noise: float):
-    """The model of :func:`narrow`, theta in two steps."""
+    """The model of :func:`narrow`, with theta in two steps."""
 
     def model(x=None):
         mu = pyro.sample("mu", dist.Normal(torch.zeros(()), math.sqrt(0.5)))
@@ -743,7 +745,7 @@ def test_draws_that_cannot_be_learned_from_are_refused():
 
 
 def test_a_prior_that_is_constant_is_left_out():
-    """A point follows from the model: the guide has no part in it, and nothing is left where it is the only latent."""
+    """A constant latent is not in the guide; if it is the only latent, no guide is possible."""
 
     def model(x=None):
         theta = pyro.sample("theta", dist.Delta(torch.tensor(1.0)))

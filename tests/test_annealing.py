@@ -56,7 +56,7 @@ def flat() -> None:
 
 
 def enumerated() -> None:
-    """The prior of the continuous latent depends on the discrete one."""
+    """Model in which the prior of the continuous latent depends on a discrete latent."""
     k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])), infer={"enumerate": "parallel"})
     x = pyro.sample("x", dist.Normal(torch.tensor([-3.0, 2.0])[k], 1.0))
     pyro.sample("y", dist.Normal(x, 2.0), obs=torch.tensor(0.5))
@@ -76,7 +76,7 @@ def positive() -> None:
 
 
 def of_shared_mean(sd: float, noise: float) -> float:
-    """The log evidence of rows that share a mean of this standard deviation around zero."""
+    """Return the log evidence of rows with a common mean, whose prior is normal around zero with this sd."""
     covariance = sd**2 * torch.ones(len(Y), len(Y)) + noise**2 * torch.eye(len(Y))
     return float(dist.MultivariateNormal(torch.zeros(len(Y)), covariance).log_prob(Y))
 
@@ -108,7 +108,7 @@ SEEDS = 4
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short training, and few draws of guides that are weighed."""
+    """Shorten the training, and weight few draws of guides."""
     monkeypatch.setattr(AutoFlow, "schedule", lambda self, near=False, alone=True: Schedule(100, lr=0.01))
     monkeypatch.setattr(mode_covering, "DRAWS", 5000)
 
@@ -122,7 +122,7 @@ def double() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", EVIDENCES)
 def test_the_evidence_is_right_to_its_standard_error(name: str, double: None) -> None:
-    """The error over the standard error is a Student t of 15 degrees of freedom: there are 16 islands.
+    """The error over the standard error has a Student t distribution of 15 degrees of freedom: there are 16 islands.
 
     It exceeds 5 once in 6,000 runs.  Its square has mean 1.15 and variance 3.4, so that the mean of 4 squares stays
     below 5.
@@ -182,7 +182,7 @@ def test_labellings_of_a_mixture_weigh_the_same(short: None) -> None:
 
 
 def test_both_modes_of_an_angle_have_their_weights() -> None:
-    """Half a turn apart, they weigh the same."""
+    """The modes are half a turn apart and have equal weights."""
 
     def model() -> None:
         angle = pyro.sample("angle", dist.VonMises(0.0, 1e-3))
@@ -196,7 +196,7 @@ def test_both_modes_of_an_angle_have_their_weights() -> None:
 
 
 def test_a_guide_covers_the_modes_of_angles(short: None) -> None:
-    """One of them lies at the seam; the second angle leans on the first."""
+    """One mode lies at the seam, and the second angle depends on the first."""
 
     def model() -> None:
         a = pyro.sample("a", dist.VonMises(0.0, 1e-3))
@@ -249,7 +249,7 @@ def test_climbs_end_at_the_tops() -> None:
 
 
 def test_climbs_that_leap_over_a_valley_are_made_again_in_shorter_steps() -> None:
-    """Narrow modes, fifty of their sds apart: steps of half of all draws' sd lead from one to any other."""
+    """The modes are narrow and 50 sd apart, so a step of half the sd of all draws can reach any of them."""
     tops = torch.tensor([-5.0, 0.0, 5.0])
     z = tops.repeat_interleave(100).unsqueeze(-1) + 0.1 * torch.randn(300, 1)
 
@@ -272,11 +272,11 @@ def test_a_gaussian_is_matched_to_a_mode_that_is_far_narrower_than_said() -> Non
     assert found is not None
     torch.testing.assert_close(found.scale_tril @ found.scale_tril.T, covariance, rtol=0.05, atol=0)
     assert found.elbo == pytest.approx(math.log(0.3), abs=0.02)
-    assert match_top(density, torch.tensor([40.0, 40.0]), torch.eye(2)) is None  # it leads away
+    assert match_top(density, torch.tensor([40.0, 40.0]), torch.eye(2)) is None  # the step leads away from the mode
 
 
 def test_a_mixture_is_fitted_to_weighted_draws() -> None:
-    """Draws of equal numbers from a spike and a slab around it, of which those of the slab weigh more."""
+    """There are equal numbers of draws from a spike and a slab around it; the draws of the slab have larger weights."""
     spike, slab = torch.randn(2000, 2, dtype=torch.float64) * 0.05, torch.randn(2000, 2, dtype=torch.float64)
     weights = torch.cat((torch.full((2000,), 0.2), torch.full((2000,), 0.8))).double() / 2000
     sizes = torch.tensor([0.5, 1.2], dtype=torch.float64).view(2, 1, 1)
@@ -287,13 +287,13 @@ def test_a_mixture_is_fitted_to_weighted_draws() -> None:
     for factor, sd in zip(found.scale_tril, (0.05, 1.0), strict=True):
         torch.testing.assert_close(factor @ factor.T / sd**2, eye, atol=0.1, rtol=0)
     few = start.fitted(slab[:30], torch.full((30,), 1 / 30, dtype=torch.float64))
-    assert torch.equal(few.loc, start.loc)  # too few for covariances
+    assert torch.equal(few.loc, start.loc)  # too few draws for covariances
     assert float(few.weights.sum()) == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("weight", [0.3, 0.7])
 def test_a_narrow_mode_that_particles_miss_is_found_where_a_prior_has_its_middle(weight: float) -> None:
-    """A needle whose width is a thousandth of the prior's, in five dimensions."""
+    """The mode has a thousandth of the prior's width, in five dimensions."""
 
     def model() -> None:
         prior = dist.Normal(torch.zeros(5), 3.0).to_event(1)
@@ -308,7 +308,7 @@ def test_a_narrow_mode_that_particles_miss_is_found_where_a_prior_has_its_middle
 
 
 def test_modes_on_a_lattice_are_told_apart() -> None:
-    """Halves and quarters of the way between two of them lie on others."""
+    """Points halfway and at a quarter between two modes lie on other modes."""
     z = torch.arange(8.0).unsqueeze(-1)
     assert len(components(lambda z: 10 * (2 * math.pi * z[:, 0]).cos(), White(z), z).unique()) == 8
 
@@ -337,7 +337,7 @@ def test_factors_are_no_part_of_a_prior_with_discrete_latents_that_are_summed_ou
 
 
 def test_draws_at_which_a_model_breaks_down_weigh_nothing() -> None:
-    """One in a thousand of the prior's: batches with and without some of them."""
+    """One in a thousand draws of the prior fails, so some batches have such draws and others do not."""
 
     def fragile() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -356,7 +356,7 @@ def test_draws_at_which_a_model_breaks_down_weigh_nothing() -> None:
 
 
 def test_particles_of_islands_far_below_the_others_do_no_harm() -> None:
-    """Most islands miss a needle that has nearly all of the mass."""
+    """Most islands miss a narrow mode that has nearly all of the mass."""
 
     def model() -> None:
         x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -382,7 +382,7 @@ def test_modes_without_particles_count_in_the_evidence() -> None:
 
 @pytest.mark.parametrize(("prior", "number"), [(2.0, 1024), (3.5, 512)])
 def test_modes_with_hard_edges_are_covered(prior: float, number: int, short: None) -> None:
-    """Under the wider prior next to no draw has a density."""
+    """Almost no draw of the wider prior has a positive density."""
 
     def model() -> None:
         x = pyro.sample("x", dist.Normal(torch.zeros(3), prior).to_event(1))
@@ -407,18 +407,18 @@ def test_draws_hold_all_sites() -> None:
     torch.testing.assert_close(draws["sum"], draws["x"] + draws["k"])
 
 
-# The evidence from both.
+# The evidence from particles and guide.
 
 
 def drawn_from(law: torch.distributions.Distribution, number: int) -> Population:
-    """Independent draws as particles."""
+    """Return independent draws as particles."""
     z = law.sample((number,))
     weights = torch.full((number,), -math.log(number))
     return Population(z, weights, law.log_prob(z) + 7.0, torch.zeros(16), [0.0, 1.0])
 
 
 def test_a_mode_without_particles_joins_each_island() -> None:
-    """Particles know .6 of the posterior; Z is 1."""
+    """Particles cover .6 of the posterior; Z is 1."""
 
     def model() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 50.0))
@@ -453,7 +453,7 @@ def test_steps_that_shrank_grow_again_for_another_density() -> None:
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
 def test_bridge_sampling_bears_a_guide_that_is_too_narrow(scale: float) -> None:
-    """Weights of the narrow guide's draws have no variance.  Z is e⁷."""
+    """The weights of the narrow guide's draws have infinite variance.  Z is e⁷."""
     law, guide = normal(torch.zeros(3), 1.0), normal(torch.zeros(3), scale)
     errors, noises = [], []
     for _ in range(40):
@@ -501,7 +501,7 @@ def test_particles_move_on_to_where_the_guide_hardly_draws() -> None:
 
 
 def test_the_evidence_of_a_funnel_has_an_error_that_covers_it() -> None:
-    """The guide's weights are not reliable there; its draws and the particles together know more."""
+    """The guide's weights alone are not reliable; its draws and the particles together are."""
 
     def model() -> None:
         v = pyro.sample("v", dist.Normal(0.0, 2.0))
@@ -517,7 +517,7 @@ def test_the_evidence_of_a_funnel_has_an_error_that_covers_it() -> None:
 
 
 def test_a_prior_of_many_magnitudes_is_left_for_a_wide_gaussian() -> None:
-    """Half of the draws of such a variance are above e⁶⁹³; from there particles would never come back."""
+    """Half of the draws of such a variance are above e⁶⁹³, and particles would never return from there."""
     y = torch.tensor([-0.6, 0.2, 0.5, 1.1])
 
     def model() -> None:
@@ -572,7 +572,7 @@ def test_arguments_that_clash() -> None:
 @pytest.mark.parametrize("validated", [False, True])
 @pytest.mark.parametrize("local", [False, True])
 def test_in_both_modes_of_parameters_and_of_validation(local: bool, validated: bool) -> None:
-    """A guide that is fitted does not disturb the parameters of others."""
+    """Fitting a guide does not change the parameters of other guides."""
     with pyro.settings.context(module_local_params=local), pyro.validation_enabled(validated):
         pyro.clear_param_store()
         found = found_in(positive, number=128)
@@ -612,7 +612,7 @@ def test_bad_input_is_refused_in_words() -> None:
         anneal(never, num_particles=64)
 
 
-# What it stands on.
+# Building blocks.
 
 
 def space_of(model: Callable[[], None]) -> tuple[LatentSpace, Tensor]:
@@ -672,13 +672,13 @@ def test_an_effort_that_is_spent_ends_the_annealing() -> None:
 
 
 def population_of(log_weights: Tensor) -> Population:
-    """Islands of equal evidence."""
+    """Return islands of equal evidence."""
     number = len(log_weights)
     return Population(torch.zeros(number, 1), log_weights, torch.zeros(number), torch.zeros(ISLANDS), [0.0, 1.0])
 
 
 def test_shares_of_a_population_have_standard_errors() -> None:
-    """Of islands that differ by chance alone, as of as many independent draws: within 5 of 200 such populations."""
+    """If islands differ by chance alone, the errors are those of independent draws, up to 5 of 200 populations."""
     number = 64 * ISLANDS
     population = population_of(torch.full((number,), -math.log(number)))
     assert population.share(torch.ones(number, dtype=torch.bool)) == pytest.approx((1, 0), abs=1e-5)
@@ -692,7 +692,7 @@ def test_shares_of_a_population_have_standard_errors() -> None:
 def test_islands_that_differ_widen_the_standard_error() -> None:
     number = 64 * ISLANDS
     population = population_of(torch.full((number,), -math.log(number)))
-    half = torch.arange(ISLANDS).repeat_interleave(64) % 2 == 0  # half of the islands are all inside
+    half = torch.arange(ISLANDS).repeat_interleave(64) % 2 == 0  # half of the islands lie inside
     share, error = population.share(half)
     assert share == pytest.approx(0.5, abs=1e-5)
     assert error == pytest.approx(0.5 / math.sqrt(ISLANDS - 1), rel=1e-3)
@@ -708,5 +708,5 @@ def test_weighted_draws_are_whitened() -> None:
     torch.testing.assert_close(white.forward(white.inverse(z))[0], z, atol=1e-4, rtol=1e-4)
     log_det = law.scale_tril.diagonal().log().sum()
     torch.testing.assert_close(white.forward(z[:3])[1], log_det.expand(3), atol=0.1, rtol=0)
-    few = White(z, torch.ones(len(z)).where(torch.arange(len(z)) < 4, 1e-8))  # too few for correlations
+    few = White(z, torch.ones(len(z)).where(torch.arange(len(z)) < 4, 1e-8))  # too few particles for correlations
     assert few.scale_tril[1, 0] == 0

@@ -1,4 +1,4 @@
-"""The house keeps its plan: imports point one way, siblings never meet, networks and maps stay free of Pyro."""
+"""Rules of the architecture: imports go one way, siblings do not import each other, networks and maps avoid Pyro."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ every_file = pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(RO
 
 
 def part_of(path: Path) -> str:
-    """The part of the house that a file belongs to: a package, or a module beside them."""
+    """Return the part that a file belongs to: a package, or a top-level module."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    """The absolute names of all modules that a file imports, wherever the statement stands."""
+    """Return the absolute names of all modules that a file imports, at any place in the file."""
     package = ["pyro_flows", *path.relative_to(ROOT).parent.parts]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -45,12 +45,12 @@ def imports_of(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *filter(None, [node.module])])
-            # `from . import name` may name a module; with a module given, what follows is inside it.
+            # `from . import name` may name a module; `from .module import name` names an object inside it.
             yield from ([f"{module}.{alias.name}" for alias in node.names] if module == "pyro_flows" else [module])
 
 
 def parts_imported_by(path: Path) -> set[str]:
-    """The parts of the house that a file imports; a name straight from the top belongs to ``__init__``."""
+    """Return the parts that a file imports; a name from the top-level package belongs to ``__init__``."""
     names = [name.split(".") for name in imports_of(path)]
     inner = [parts[1] if len(parts) > 1 else "__init__" for parts in names if parts[0] == "pyro_flows"]
     return {part if part in RANK else "__init__" for part in inner}
@@ -69,7 +69,7 @@ def test_imports_point_left_only_and_siblings_never_meet(path: Path) -> None:
 
 
 def test_the_reader_of_imports_sees_them() -> None:
-    """Were the reader blind, the law above would hold of anything."""
+    """Without this test, a reader that finds no imports would pass the law above."""
     assert {"bijectors", "conditioners"} <= parts_imported_by(ROOT / "transforms" / "autoregressive.py")
     assert {"distributions", "transforms"} <= parts_imported_by(ROOT / "flows" / "flow.py")
     assert "pyro.distributions" in imports_of(ROOT / "flows" / "distribution.py")
@@ -87,8 +87,8 @@ def test_no_file_is_a_bag_of_tools(path: Path) -> None:
     assert "utils" not in path.relative_to(ROOT).with_suffix("").parts
 
 
-LINES, PARAMETERS = 40, 10  # of a function that does one thing
-LONG = {  # functions that are still longer, by their files; the list may only shrink
+LINES, PARAMETERS = 40, 10  # of a function
+LONG = {  # exceptions by file; the list may only shrink
     "diagnostics/arviz.py": {"to_arviz"},
     "fitting/amortized.py": {"fit_amortized"},
     "fitting/density.py": {"fit_density"},
@@ -99,7 +99,7 @@ LONG = {  # functions that are still longer, by their files; the list may only s
 
 
 def is_long(function: ast.FunctionDef) -> bool:
-    """True if a function has too many lines, its docstring apart, or too many parameters."""
+    """True if a function has too many lines without its docstring, or too many parameters."""
     first = function.body[ast.get_docstring(function) is not None :]
     lines = (function.end_lineno or 0) - first[0].lineno + 1 if first else 0
     given = [argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)]

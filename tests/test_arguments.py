@@ -1,4 +1,4 @@
-"""Arguments that make no sense are refused in one clear line: the caller, the argument, its requirement, its value."""
+"""Errors of invalid arguments name the function, the argument, its requirement and its value, in one line."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_what_makes_no_sense_is_refused_by_name(name, use, value):
 
 
 def test_values_that_make_sense_are_taken_in_all_their_forms():
-    """Were everything refused, the law above would hold too."""
+    """Without this test, a function that refuses all values would pass the law above."""
     assert flows.nsf(
         np.int64(3), num_transforms=np.int32(1), hidden_dims=[np.int64(8)], bound=np.float32(5)
     ).event_shape
@@ -123,7 +123,7 @@ def test_none_is_a_default_where_the_signature_says_so():
     assert fit.steps
     assert pf.fit_density(flows.nice(3), x, max_epochs=1, batch_size=None, heavy_tails=None, progress=False).steps
     with pytest.raises(ValueError, match="discrete columns must hold integers only, unlike column 0"):
-        pf.fit_density(flows.nice(3), x, discrete=0)  # the first column, and not none
+        pf.fit_density(flows.nice(3), x, discrete=0)  # index 0 is a column, not a missing argument
 
 
 @pytest.mark.parametrize("fit", [pf.fit_svi, pf.psis, pf.resample, pf.refine])
@@ -184,7 +184,7 @@ def test_a_flow_without_numbers_says_so():
         flow.log_prob(torch.zeros(5, 3))
     with pytest.raises(ValueError, match="fit_density: the flow must hold numbers, but lies on the meta device"):
         pf.fit_density(flow, torch.randn(60, 3))
-    assert flow.log_prob(torch.zeros(5, 3, device="meta")).shape == (5,)  # shapes alone are fine
+    assert flow.log_prob(torch.zeros(5, 3, device="meta")).shape == (5,)  # the shapes alone are valid
     assert flow().log_prob(torch.zeros(5, 3, device="meta")).shape == (5,)
     with pytest.raises(ValueError, match="fit_density: x must hold numbers, but lies on the meta device"):
         pf.fit_density(FLOW, torch.zeros(60, 3, device="meta"))
@@ -242,7 +242,7 @@ def test_numbers_that_float32_collapses_have_two_ways_out(loader):
     words = r"x is constant in column 1 \(1e\+09\), .* if its numbers differ by less than torch.float32 can tell, "
     with pytest.raises(ValueError, match=f"^fit_density: {words}subtract a constant .*or use flow.double"):
         fit(stamps, new())
-    assert fit(stamps, new().double()).steps  # both ways out
+    assert fit(stamps, new().double()).steps  # both remedies
     assert fit(stamps - stamps.mean(0), new()).steps
     with pytest.raises(ValueError, match=r"x is constant in column 1 \(3\), which has no density"):
         fit(torch.stack((x[:, 0], torch.full((90,), 3.0)), 1), new())

@@ -1,7 +1,7 @@
 """Guide draws as ArviZ data, and draws resampled by their weights.
 
-Every number is in its place, with both generations of ArviZ; resampled draws and predictions have the laws that they
-should have, where these are known.
+All values are in the right groups, with ArviZ 0.2x and 1.x.  Resampled draws and predictions have their known
+distributions.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
 
 
 def groups_of(data) -> set[str]:
-    """The groups of an InferenceData (ArviZ 0.2x) or DataTree (1.x)."""
+    """Return the groups of an InferenceData (ArviZ 0.2x) or DataTree (1.x)."""
     return set(data.groups()) if callable(data.groups) else set(data.children)
 
 
 def _find_psislw():
-    """ArviZ's own smoothing, asked directly: 1.x takes the negative of the log-weights."""
+    """Return ArviZ's smoothing function; ArviZ 1.x expects negative log-weights."""
     if hasattr(az, "psislw"):
         return az.psislw
     smooth = importlib.import_module("arviz_stats.base").array_stats.psislw
     return lambda log_weights: smooth(-log_weights)
 
 
-arviz_psislw = _find_psislw()  # found now, before a test puts a stand-in in ArviZ's place
+arviz_psislw = _find_psislw()  # found before a test replaces ArviZ
 
 
 def target(*_, **__):
@@ -142,12 +142,12 @@ def test_netcdf_round_trip(data, tmp_path):
 def test_summary_runs(data):
     table = az.summary(data, kind="stats")
     assert "leaf[1, 2]" in table.index
-    shown = float(table.loc["top", "mean"])  # three decimals, in ArviZ 1.2 as text
+    shown = float(table.loc["top", "mean"])  # three decimals, as text in ArviZ 1.2
     assert shown == pytest.approx(float(data.posterior["top"].mean()), abs=6e-4)
 
 
 def test_a_model_that_does_not_broadcast_is_told_how():
-    """A model that mixes its draws up under a plate is refused by the site's name, and runs by other engines."""
+    """A model that mixes draws under a plate raises an error with the site's name, and runs by other engines."""
 
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -167,14 +167,14 @@ def test_agrees_with_arviz():
     smoothed = np.exp(log_smoothed) / np.exp(log_smoothed).sum()
     assert checked.khat == pytest.approx(float(khat), abs=1e-9)
     assert checked.ess == pytest.approx(1 / (smoothed**2).sum(), rel=1e-9)
-    # The evidence is the plain mean of the raw weights.
+    # The evidence is the mean of the raw weights.
     assert checked.log_evidence == pytest.approx(
         checked.log_weights.double().logsumexp(0).item() - math.log(2000), abs=1e-9
     )
 
 
 def test_equal_weights_have_no_tail():
-    """All that are not zero, that is; round-off makes ties too, where densities are large."""
+    """Zero weights do not count; for large densities, round-off makes weights equal too."""
     log_weights = (
         torch.tensor([2.0, 1.0, 0.0, 1.0], dtype=torch.float64).repeat_interleave(torch.tensor([90, 10, 60, 40])).log()
     )
@@ -186,11 +186,11 @@ def test_equal_weights_have_no_tail():
     assert smooth(torch.as_tensor(nearly).double())[1] == -math.inf
 
 
-# The other generation of ArviZ, which this environment may lack: stand-ins with its layout.
+# The other version of ArviZ, which may not be installed: stand-ins with its layout.
 
 
 def test_arviz_1_gets_a_tree(monkeypatch):
-    """ArviZ 1.x has no container of its own: it takes xarray's."""
+    """ArviZ 1.x has no container class and uses xarray's."""
     monkeypatch.setitem(sys.modules, "arviz", types.ModuleType("arviz"))
     variables = {"x": (("chain", "draw", "row"), np.zeros((1, 30, 2))), "row": (("row",), np.array([3, 7]))}
     tree = arviz_versions.container({"posterior": variables}, {"khat": 0.1})
@@ -209,7 +209,7 @@ def elpd(found) -> float:
 
 
 def loo(data, **options) -> float:
-    """The expected log predictive density that ArviZ finds, without a word of warning."""
+    """Return the expected log predictive density by ArviZ, and fail on warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         return elpd(az.loo(data, **options))
@@ -225,7 +225,7 @@ def rows_model(y: torch.Tensor, w: torch.Tensor | None = None, seen: torch.Tenso
 
 
 def exact(precision: float, mean: float):
-    """A Gaussian guide of the site x."""
+    """Return a Gaussian guide of the site x."""
     return lambda *_, **__: pyro.sample("x", dist.Normal(mean, precision**-0.5))
 
 
@@ -233,7 +233,7 @@ ROWS, PAIRS = torch.tensor([0.3, -1.0, 2.0, 1.1]), torch.tensor([[1.0, 2.0], [0.
 
 
 def test_loo_of_each_observed_site_is_exact():
-    """Against the densities of each row given all others, which a Gaussian model knows; a pair counts as one row."""
+    """The reference is the exact density of each row given the others in a Gaussian model; a pair is one row."""
     precision = 0.01 + 4 + 6 / 4
     total = float(ROWS.sum() + PAIRS.sum() / 4)
     data = to_arviz(rows_model, exact(precision, total / precision), ROWS, PAIRS, num_samples=4000)
@@ -248,14 +248,14 @@ def test_loo_of_each_observed_site_is_exact():
         loc = (total - float(pair.sum()) / 4) / rest * torch.ones(2)
         expected["w"] += float(dist.MultivariateNormal(loc, 4 * torch.eye(2) + 1 / rest).log_prob(pair))
     for name, value in expected.items():
-        # The plain estimate is -log mean(1 / p) for each row; smoothing makes it no noisier.
+        # The unsmoothed estimate is -log mean(1 / p) for each row, and smoothing does not add noise.
         ratios = np.exp(-data.log_likelihood[name].values[0].astype(float))
         noise = (ratios.std(0) / ratios.mean(0)).sum() / math.sqrt(4000)
         assert abs(loo(data, var_name=name) - value) < 4 * noise < 0.3
 
 
 def test_loo_of_masked_rows_is_that_of_the_others():
-    """ArviZ 1.x fails on rows without any likelihood, and 0.2x counts them as outliers: they are left out."""
+    """Rows without a likelihood are left out, because ArviZ 1.x fails on them and 0.2x counts them as outliers."""
     seen = torch.tensor([True, False, True, True])
     guide = exact(3.01, 1.1)
     found = []
@@ -276,7 +276,7 @@ def test_loo_of_masked_rows_is_that_of_the_others():
 
 
 def growth(y: torch.Tensor, z: torch.Tensor) -> None:
-    """A later observed site that depends on an earlier one, by way of a deterministic site in a plate."""
+    """Model with an observed site that depends on an earlier one through a deterministic site in a plate."""
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     with pyro.plate("rows", 3):
         first = pyro.sample("y", dist.Normal(x, 1.0), obs=y)
@@ -287,7 +287,7 @@ def growth(y: torch.Tensor, z: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(("number", "vectorize"), [(4000, "plate"), (4000, "vmap"), (400, "loop")])
 def test_predictions_follow_the_model(number, vectorize):
-    """The guide says x ~ N(4.5, 1/4); then y = x + e and z = 2 y + e / 2, whatever the data were."""
+    """With the guide x ~ N(4.5, 1/4), predictions are y = x + e and z = 2 y + e / 2, for all data."""
     data = to_arviz(
         growth,
         exact(4.0, 4.5),
@@ -305,21 +305,21 @@ def test_predictions_follow_the_model(number, vectorize):
     np.testing.assert_array_equal(data.observed_data["y"].values, [5.0, 6.0, 7.0])
     columns = data.posterior["x"], predicted["y"], predicted["z"]
     joint = np.concatenate([column.values[0].reshape(number, -1) for column in columns], 1)
-    loading = np.zeros((10, 10))  # of x's noise, the three of y, the six of z
+    loading = np.zeros((10, 10))  # noise of x, of the three y and of the six z
     loading[0, 0], loading[1:4, 0], loading[1:4, 1:4] = 0.5, 0.5, np.eye(3)
     loading[4:] = 2 * np.repeat(loading[1:4], 2, axis=0)
     loading[4:, 4:] = 0.5 * np.eye(6)
     covariance = loading @ loading.T
     expected, sd = 4.5 * np.array([1.0] * 4 + [2.0] * 6), np.sqrt(np.diag(covariance))
     assert (abs(joint.mean(0) - expected) < 4 * sd / math.sqrt(number)).all()
-    noise = np.sqrt((np.outer(sd, sd) ** 2 + covariance**2) / number)  # of a Gaussian sample's covariance
+    noise = np.sqrt((np.outer(sd, sd) ** 2 + covariance**2) / number)  # standard error of a sample covariance
     assert (abs(np.cov(joint.T) - covariance) < 4.5 * noise).all()
 
 
 def test_predictions_of_nested_plates_and_masked_rows(guide):
     data = to_arviz(nested, guide, Y, num_samples=30, posterior_predictive=True)
     assert data.posterior_predictive["y"].dims == ("chain", "draw", "outer", "inner")
-    assert (data.posterior_predictive["y"].values.std((0, 1)) > 0.3).all()  # their noise has sd 1
+    assert (data.posterior_predictive["y"].values.std((0, 1)) > 0.3).all()  # the noise has sd 1
     seen = torch.tensor([True, False, True, True])
     masked = to_arviz(rows_model, exact(2.0, 1.0), ROWS, seen=seen, num_samples=30, posterior_predictive=True)
     assert masked.posterior_predictive["y"].shape == (1, 30, 4)
@@ -337,11 +337,11 @@ def test_systematic_resampling_keeps_each_draw_as_often_as_it_weighs():
     part = 10 * weights % 1
     assert ((counts.mean(0) - 10 * weights).abs() <= 4 * (part * (1 - part) / 4000).sqrt() + 1e-6).all()
     orders = torch.stack([systematic(torch.zeros(10), 10) for _ in range(2000)]).double()
-    assert ((orders.mean(0) - 4.5).abs() < 4 * 2.9 / math.sqrt(2000)).all()  # shuffled: any draw may be anywhere
+    assert ((orders.mean(0) - 4.5).abs() < 4 * 2.9 / math.sqrt(2000)).all()  # shuffled: the order of draws is random
 
 
 def test_resampled_draws_are_the_posterior():
-    """From a guide that is off by half a standard deviation and too wide; the posterior is N(2.4 / 4.01, 1 / 4.01)."""
+    """The guide is off by half an sd and too wide; the posterior is N(2.4 / 4.01, 1 / 4.01)."""
     guide = exact(1.5, 0.85)
     draws = resample(rows_model, guide, ROWS, num_samples=3000)["x"]
     assert draws.shape == (3000,)
@@ -352,7 +352,7 @@ def test_resampled_draws_are_the_posterior():
 
 
 def test_resampled_sites_keep_together(guide):
-    """Latent and deterministic sites in their own shapes, from the same draw, the same for the same seed."""
+    """All sites keep their shapes and come from the same draw, and equal seeds give equal draws."""
     found = []
     for batch_size in (1000, 1000, 7):
         pyro.set_rng_seed(3)
@@ -385,7 +385,7 @@ def test_sample_stats_are_those_of_the_draws_that_are_kept(guide):
     held = [pyro.poutine.condition(nested, {name: value[row] for name, value in latents.items()}) for row in range(50)]
     log_p = torch.stack([pyro.poutine.trace(model).get_trace(Y).log_prob_sum() for model in held])
     torch.testing.assert_close(stats["log_p"], log_p.detach(), rtol=1e-4, atol=1e-3)
-    assert len(latents["top"].unique()) < 50  # some are there several times
+    assert len(latents["top"].unique()) < 50  # some draws occur several times
 
 
 def test_resampled_data_say_so():
@@ -405,7 +405,7 @@ def test_resampled_data_say_so():
 
 @pytest.mark.parametrize("function", [resample, functools.partial(to_arviz, importance=True)])
 def test_weights_that_cannot_be_trusted_are_a_warning(function):
-    """For a Gaussian of scale .3 the weights' tail has the shape 1 - .3² = .91."""
+    """For a Gaussian of scale .3, the shape of the weights' tail is 1 - .3² = .91."""
     with pytest.warns(UserWarning, match=r"k-hat is .*, above 0.70: a few draws hold most of the weight"):
         function(target, gaussian(0.3), num_samples=100)
 

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, whoever else writes them, and whatever ends a writer."""
+"""Atomic files: a file is written completely or not at all, with other writers and after a crash."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def a_flow(seed: int) -> flows.Flow:
 
 
 def seeds_in(flow: flows.Flow) -> set[float]:
-    """The numbers that all parameters of a flow hold: one, unless it is a mixture of several files."""
+    """Return the values of all parameters of a flow: a single one, unless several files are mixed."""
     return {number for parameter in flow.parameters() for number in parameter.detach().unique().tolist()}
 
 
@@ -128,14 +128,14 @@ def test_processes_that_write_to_one_path_never_mix_contents(tmp_path: Path) -> 
 
 @pytest.fixture
 def killed(tmp_path: Path) -> list[str]:
-    """What a writer leaves that is killed amid its work."""
+    """Return the files that a killed writer leaves."""
     command = [sys.executable, "-c", KILLED, str(tmp_path / "other.nc")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None
         assert writer.stdout.readline() == "begun\n"
         write_atomically(tmp_path / "mine", words("mine"))
         left = [name for name in names(tmp_path) if name != "mine"]
-        assert len(left) == 1  # the draft of a live writer stays
+        assert len(left) == 1  # the draft of a running writer stays
         writer.kill()
     assert names(tmp_path) == [*left, "mine"]
     return left
@@ -151,7 +151,7 @@ def test_drafts_of_killed_writers_are_removed_and_those_of_live_ones_stay(tmp_pa
 def test_drafts_from_other_machines_are_removed_a_day_later(
     tmp_path: Path, killed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their processes cannot be seen from here."""
+    """Their processes are not visible from this machine."""
     monkeypatch.setattr(atomic_files, "_machine", lambda: "0" * 8)
     try_path(tmp_path / "mine")
     assert names(tmp_path) == [*killed, "mine"]
@@ -162,7 +162,7 @@ def test_drafts_from_other_machines_are_removed_a_day_later(
 
 
 def test_drafts_of_processes_of_others_stay(tmp_path: Path, killed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system refuses to signal them; where it cannot be asked, all stay."""
+    """The system does not allow a signal to them; if it cannot be asked, all drafts stay."""
 
     def refuse(process: int, number: int) -> None:
         raise PermissionError(1, "Operation not permitted")
@@ -189,7 +189,7 @@ def test_names_near_the_limit_of_the_file_system_work(length: int, tmp_path: Pat
 def test_a_symbolic_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "store" / "file")
-    for text in ("new", "newer"):  # at first it points to nothing
+    for text in ("new", "newer"):  # at first, the link points to a missing file
         write_atomically(tmp_path / "link", words(text))
         assert (tmp_path / "link").is_symlink()
         assert (tmp_path / "store" / "file").read_text() == text
@@ -218,7 +218,7 @@ def test_modes_are_those_of_the_old_file_or_of_the_umask(tmp_path: Path) -> None
     file.chmod(0o604)
     write_atomically(file, lambda draft: (Path(draft).write_text("newer"), during.append(mode(Path(draft)))))
     assert mode(file) == 0o604
-    assert during == [0o600]  # nobody reads a secret while it is written
+    assert during == [0o600]  # drafts are private too
 
 
 def test_what_is_no_file_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_what_is_no_file_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 
 def test_write_protected_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An administrator may write everything, so that the answer is given by hand."""
+    """The answer of the system is simulated, because an administrator may write everything."""
     (tmp_path / "a").write_text("keep me")
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(PermissionError, match="write-protected"):
@@ -260,7 +260,7 @@ def test_an_interruption_leaves_the_old_file(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_disk")
 def test_a_full_disk_is_told_in_the_systems_words(tmp_path: Path) -> None:
-    """And not in those of torch, "enforce fail at inline_container.cc"."""
+    """The message is not that of torch, "enforce fail at inline_container.cc"."""
     with pytest.raises(OSError, match="No space left"):
         save_tensors({"x": torch.ones(100_000)}, str(tmp_path / "plain"))
     (tmp_path / "flow").write_text("old")

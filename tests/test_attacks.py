@@ -1,6 +1,6 @@
-"""Attacks on ``check``: a wrong guide of each class, and a right one of each geometry.  benchmarks/attacks.py has more.
+"""Attacks on ``check``: a wrong guide of each class, and a right one of each shape.  benchmarks/attacks.py has more.
 
-Posteriors are laws that are written down: the model is a normal prior times the law over the prior.
+Posteriors are given distributions: the model is a normal prior times the ratio of the distribution to the prior.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def normal(loc: float, scale: float, dim: int) -> Law:
 
 
 class Mixture(dist.TorchDistribution):
-    """Two laws of vectors; the first has the given share of the mass."""
+    """Mixture of two distributions of vectors; the first has the given share of the mass."""
 
     arg_constraints: dict[str, Any] = {}
     support = dist.constraints.real_vector
@@ -51,7 +51,7 @@ class Mixture(dist.TorchDistribution):
 
 
 class Edged(dist.TorchDistribution):
-    """Uniform on a cube, as a law over all vectors."""
+    """Uniform distribution on a cube, extended to all vectors by a density of zero."""
 
     arg_constraints: dict[str, Any] = {}
     support = dist.constraints.real_vector
@@ -73,7 +73,7 @@ class Edged(dist.TorchDistribution):
 
 
 class Ring(dist.TorchDistribution):
-    """The radius normal, 3 ± .3, the direction uniform."""
+    """Distribution with a normal radius, 3 ± .3, and a uniform direction."""
 
     arg_constraints: dict[str, Any] = {}
     support = dist.constraints.real_vector
@@ -95,7 +95,7 @@ class Ring(dist.TorchDistribution):
 
 
 def posterior(law: Law, scale: float) -> Program:
-    """Return a model whose posterior is a law, under a normal prior of this standard deviation."""
+    """Return a model whose posterior is a given distribution; its prior is normal with this sd."""
     prior = normal(0.0, scale, law.event_shape[0])
 
     def model() -> None:
@@ -168,7 +168,7 @@ def test_missing_mass_is_measured() -> None:
 
 
 def test_weights_that_count_unequally_ask_for_resampling() -> None:
-    """Its marginals are the posterior's; the joint distribution has a second arm where the posterior has none."""
+    """The guide has the posterior's marginals, but a second arm that the posterior does not have."""
     law = CROSS.first
     found = check(posterior(law, 3.0), sampling(CROSS))
     assert found.verdict == "reweight", found.findings
@@ -181,7 +181,7 @@ def test_weights_that_count_unequally_ask_for_resampling() -> None:
 
 
 def test_weights_that_hardly_vary_are_believed_whatever_their_tail() -> None:
-    """k-hat of weights that are equal but for rounding is a number without meaning."""
+    """If weights are equal up to rounding, k-hat has no meaning."""
 
     def model() -> None:
         x = pyro.sample("x", dist.StudentT(2.5, torch.zeros(2), 1.0).to_event(1))
@@ -196,7 +196,7 @@ def test_weights_that_hardly_vary_are_believed_whatever_their_tail() -> None:
 
 
 def angles() -> None:
-    """Two modes at ±1, each half of the mass."""
+    """Model of an angle with two modes at ±1, each with half of the mass."""
     pyro.sample("x", dist.Normal(0.0, 1.0))
     angle = pyro.sample("angle", dist.VonMises(0.0, 1e-3))
     parts = dist.VonMises(torch.tensor([-1.0, 1.0]), 32.0)
@@ -215,7 +215,7 @@ def test_a_lost_mode_of_an_angle_is_found() -> None:
 
 
 def test_a_mode_that_is_orders_of_magnitude_smaller_is_found() -> None:
-    """Hardly a draw of the prior is as small as that."""
+    """Draws of the prior are rarely that small."""
     parts = dist.Gamma(torch.tensor([9.0, 9.0]), torch.tensor([9e3, 0.9]))  # near .001 and 10
 
     def model() -> None:
@@ -234,7 +234,7 @@ def test_a_mode_that_is_orders_of_magnitude_smaller_is_found() -> None:
 
 
 def test_a_needle_in_the_middle_of_the_prior_is_found() -> None:
-    """The guide draws the broad mode beside it."""
+    """The guide draws only the broad mode."""
 
     def model() -> None:
         prior = dist.Normal(torch.zeros(5), 3.0).to_event(1)

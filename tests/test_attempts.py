@@ -1,4 +1,4 @@
-"""What a run writes while it trains: refused before it begins if it cannot be written, and else never the end of it."""
+"""Files that a run writes: a path that cannot be written is an error before training, and never ends it later."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ X = torch.randn(80, 2, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each look at the clock takes a minute, so that every step ends with a checkpoint."""
+    """Let each call of the clock advance it by a minute, so that every step ends with a checkpoint."""
     clock = itertools.count(step=60)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
 
 
 class At(nn.Module):
-    """The likelihood, and something that happens at one of its calls in training."""
+    """Likelihood with a callback at one of its calls in training."""
 
     def __init__(self, when: int, what: Callable[[], object]) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class At(nn.Module):
 
 
 def density(file: Path | None, objective: At | None = None) -> Fit:
-    """Eight steps of a flow whose state takes 60 kB."""
+    """Train a flow with a state of 60 kB for eight steps."""
     torch.manual_seed(1)
     flow = flows.realnvp(2, num_transforms=2, hidden_dims=(32,))
     settings = {"batch_size": 36, "objective": objective or At(0, int), "checkpoint": file, "progress": False}
@@ -76,7 +76,7 @@ def test_a_full_disk_is_told_once_and_at_the_end_and_training_goes_on(tmp_path: 
 
 @pytest.mark.usefixtures("hasty")
 def test_a_checkpoint_is_tried_again_and_a_run_goes_on_from_it(tmp_path: Path, small_disk: Callable[[], None]) -> None:
-    """The disk has room again from the sixth step on; the run is interrupted at the seventh."""
+    """The disk is full until the sixth step, and the run is interrupted at the seventh."""
     file, whole = tmp_path / "run", density(None)
 
     def at_seven() -> None:
@@ -166,9 +166,9 @@ def table(**settings: Any) -> Fit:
     ("fit", "settings", "length"),
     [
         (svi, {}, 256),
-        (svi, {"escalate": True}, 250),  # with the name of a rung added
+        (svi, {"escalate": True}, 250),  # the name of a rung makes the path longer
         (svi, {"restarts": 2}, 250),
-        (amortized, {}, 250),  # as the simulations lie beside it
+        (amortized, {}, 250),  # the file of simulations has a longer name
         (table, {}, 256),
     ],
 )

@@ -1,4 +1,4 @@
-"""The bibliography lists what the code cites, and says where."""
+"""The bibliography lists all citations of the code, with their places."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CITED = re.compile(r"(?:arXiv:(?:[a-z-]+/)?[0-9]{4}\.?[0-9]{3,5}|doi:10\.[0-9]{4
 
 
 def places() -> dict[str, set[str]]:
-    """By identifier: the modules and benchmarks that cite it."""
+    """Return the modules and benchmarks that cite each identifier."""
     found: dict[str, set[str]] = {}
     for path in [*(ROOT / "pyro_flows").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         part = path.relative_to(ROOT)
@@ -23,7 +23,7 @@ def places() -> dict[str, set[str]]:
 
 def test_the_bibliography_says_where_each_paper_is_cited():
     cited = places()
-    assert {"transforms.coupling", "flows.coupling"} <= cited["arXiv:1410.8516"]  # the reader of the code sees it
+    assert {"transforms.coupling", "flows.coupling"} <= cited["arXiv:1410.8516"]  # the citation in the code is found
     for identifier, modules in cited.items():
         lines = [line for line in PAGE.splitlines() if f"[{identifier}]" in line]
         assert len(lines) == 1, identifier

@@ -1,5 +1,8 @@
-"""Every bijector is an increasing map of the whole real line onto itself, the identity at zero parameters, whose two
-verbs undo each other and whose log-determinant is autograd's, at large random parameters and far outside any box."""
+"""Laws of bijectors, at large random parameters and far outside the box.
+
+A bijector is an increasing map of the real line onto itself, and the identity at zero parameters.  Its two directions
+are inverse to each other, and its log-determinant equals that of autograd.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +45,13 @@ def params_of(bijector: Bijector, *shape: int, dtype: torch.dtype = torch.float6
 
 
 def knots_of(spline: Spline | Integral | CircularSpline, params: Tensor) -> tuple[Tensor, Tensor]:
-    """The K + 1 knots along x and along y, to the last bit."""
+    """Return the K + 1 knots along x and along y, exactly."""
     xs, ys = spline._table(params)[:2]
     return xs, ys
 
 
 def places(bijector: Bijector, params: Tensor) -> Tensor:
-    """Values where a formula could break: zero, far out, and the spline's knots and edges exactly."""
+    """Return values where a formula may fail: zero, large values, and the exact knots and edges of the spline."""
     far = torch.tensor([0.0, 1e-30, 1.0, 4.99, 1e3, 1e30], dtype=params.dtype)
     if not isinstance(bijector, Spline | CircularSpline):
         return torch.cat((-far, far))
@@ -57,7 +60,7 @@ def places(bijector: Bijector, params: Tensor) -> Tensor:
 
 
 def neighbours(values: Tensor) -> Tensor:
-    """Values and the three numbers of their dtype next to each on either side, ``(7 N,)``."""
+    """Return values with the three nearest floating-point numbers on either side, ``(7 N,)``."""
     found = [values]
     for end in (-math.inf, math.inf):
         value = values
@@ -130,7 +133,7 @@ def test_it_increases(bijector: Bijector) -> None:
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(data=st.data())
 def test_any_values_and_parameters(bijector: Bijector, data: st.DataObject) -> None:
-    """Round trip and order hold wherever hypothesis looks, parameters far beyond what training reaches included."""
+    """Round trip and order hold for all values of hypothesis, with parameters far beyond those of training."""
     number = st.floats(-10, 10, allow_subnormal=False)
     params = torch.tensor(
         data.draw(st.lists(number, min_size=bijector.num_params, max_size=bijector.num_params)), dtype=torch.float64
@@ -165,7 +168,7 @@ def test_knots_map_to_knots(spline: Spline, dtype: torch.dtype) -> None:
 
 @every_spline
 def test_a_value_outside_the_box_poisons_no_gradient(spline: Spline) -> None:
-    """The branch that ``where`` does not select has a gradient too: were it NaN, 0 x NaN would spoil the others."""
+    """If the unselected branch of ``where`` has a NaN gradient, 0 × NaN makes all gradients NaN."""
     inner = torch.linspace(-0.99, 0.99, 9, dtype=torch.float64) * spline.bound
     outer = torch.tensor([-1e30, -spline.bound, spline.bound, 1e30], dtype=torch.float64)
     for verb in (spline.forward_and_log_det, spline.inverse_and_log_det):
@@ -186,7 +189,7 @@ def test_the_slope_does_not_jump_at_the_edge_of_the_box(spline: Spline) -> None:
         inside = torch.full((50,), edge * (1 - 1e-10), dtype=torch.float64)
         for verb in (spline.forward_and_log_det, spline.inverse_and_log_det):
             y, log_det = verb(inside, params)
-            assert 0 < log_det.abs().max() < 1e-5  # not zero: the place is inside, where the spline bends
+            assert 0 < log_det.abs().max() < 1e-5  # not zero: the value is inside the box
             assert (y - edge).abs().max() < 1e-8
 
 
@@ -194,7 +197,7 @@ def test_the_slope_does_not_jump_at_the_edge_of_the_box(spline: Spline) -> None:
     "bijector", [RationalQuadraticSpline(), LinearRationalSpline(), Integral(), *CIRCULAR.values()], ids=repr
 )
 def test_gradients_do_not_stop_next_to_a_knot(bijector: Spline | Integral | CircularSpline) -> None:
-    """Within round-off of a knot a formula may leave its bin; the derivative must stay what the log-det says."""
+    """Within round-off of a knot, a formula may leave its bin; the derivative must still equal the log-det."""
     for params in params_of(bijector, 20):
         rotation = params[-1] if isinstance(bijector, CircularSpline) else 0.0
         xs, ys = knots_of(bijector, params)
@@ -221,7 +224,7 @@ def test_once_around_is_once_around(circular: CircularSpline) -> None:
 @every_dtype
 @every_circular
 def test_the_seams_cannot_be_seen(circular: CircularSpline, dtype: torch.dtype) -> None:
-    """On both sides of an odd multiple of B the value is the seam's and the slope is the one free number."""
+    """On both sides of an odd multiple of B, value and slope equal those at the seam."""
     seams = circular.bound * torch.tensor([-7.0, -1.0, 1.0, 3.0], dtype=dtype)
     for params in params_of(circular, 20, dtype=dtype, scale=1.0):
         slope = circular._table(params)[2, 0].log()
@@ -276,7 +279,7 @@ def test_gradcheck(bijector: Bijector) -> None:
 
 @pytest.mark.parametrize("name", [name for name in laws.CONDITIONED if name != "spline_2_bins"])
 def test_it_compiles_to_one_graph(name: str) -> None:
-    """The search for a root is long, and the same wherever there is one: for one bijector its graph is lowered."""
+    """The root search is long and equal in all bijectors, so its graph is lowered for only one of them."""
     bijector = laws.BIJECTORS[name]
     inverse = "eager" if isinstance(bijector, Continued) and name != "squares" else "aot_eager"
     laws.compiles(bijector, laws.normal(4, 3, scale=3.0), params_of(bijector, 4, 3), inverse)
@@ -292,7 +295,7 @@ def test_affine_scales_are_bounded(bound: float, value: float) -> None:
     _, log_det = Affine(bound).forward_and_log_det(torch.tensor(1.0), torch.tensor([value, 0.0]))
     assert log_det.item() == pytest.approx(math.copysign(bound, value), rel=1e-6)
     _, log_det = Affine(bound).forward_and_log_det(torch.tensor(1.0), torch.tensor([0.01, 0.0]))
-    assert log_det.item() == pytest.approx(0.01 / 4, rel=1e-3)  # whatever the bound
+    assert log_det.item() == pytest.approx(0.01 / 4, rel=1e-3)  # for every bound
     _, log_det = Affine(bound, slope=1.0).forward_and_log_det(torch.tensor(1.0), torch.tensor([0.01, 0.0]))
     assert log_det.item() == pytest.approx(0.01, rel=1e-3)
 

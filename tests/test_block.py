@@ -1,7 +1,8 @@
-"""The block neural autoregressive transform: it is the map it says, with slopes bounded at any parameters, and its
-inverse is exact in both dtypes, cheap, and has the derivatives of the implicit function.
+"""Block neural autoregressive transform.
 
-What it shares with all transforms is in test_transforms.py, what its recipe shares with all recipes in test_flows.py.
+The map follows its formula, with bounded slopes at all parameters.  Its inverse is exact in both dtypes and cheap, and
+has the derivatives of the implicit function.  The laws of all transforms are in test_transforms.py, and those of all
+recipes in test_flows.py.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def random(
 
 
 def by_the_formula(layer: BlockAutoregressive, x: Tensor, added: Tensor) -> Tensor:
-    """One event ``(D)``, unit by unit, with what a context adds, ``(D, P)``."""
+    """Return the map of one event ``(D)``, unit by unit, with the terms of a context, ``(D, P)``."""
     bound, dim, widths = layer.max_log_slope, layer.input_dim, layer.hidden_dims
 
     def exp(raw: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ def test_every_feature_sees_all_earlier_ones_and_the_context() -> None:
 @pytest.mark.parametrize("scale", [1.0, 10.0, 1e4])
 @every_width
 def test_slopes_are_bounded_whatever_the_parameters(scale: float, hidden_dims: tuple[int, ...]) -> None:
-    """One nat for each layer that bends and one for the scale: no step of an optimiser can make a feature flat."""
+    """The bound is one nat per nonlinear layer and one for the scale, so no optimiser step makes a feature flat."""
     for seed in range(5):
         layer = BlockAutoregressive(3, hidden_dims, max_log_slope=1.0).double()
         laws.randomise(layer, seed=seed, scale=scale)
@@ -103,7 +104,7 @@ def test_slopes_are_bounded_whatever_the_parameters(scale: float, hidden_dims: t
 
 
 def test_a_layer_can_bend_both_ways() -> None:
-    """With a gate of each sign it stretches here and squeezes there."""
+    """With gates of both signs, slopes are above one at some values and below one at others."""
     layer = BlockAutoregressive(1, (2,)).double()
     with torch.no_grad():
         layer.cross[0].bias.copy_(torch.tensor([-2.0, 2.0]))
@@ -114,7 +115,7 @@ def test_a_layer_can_bend_both_ways() -> None:
     assert log_slope[2].abs() < 1e-12
 
 
-# ------------------------------------------------------------ the way back
+# ------------------------------------------------------------ the inverse
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
@@ -131,7 +132,7 @@ def test_the_inverse_is_exact_at_large_parameters(dim: int, hidden_dims: tuple[i
 @pytest.mark.parametrize("scale", [1.0, 3.0, 10.0])
 @pytest.mark.parametrize("max_log_slope", [1.0, 3.0, 5.0])
 def test_the_steps_suffice_at_all_bounds(max_log_slope: float, scale: float) -> None:
-    """Many layers of steep bends, on a fine grid: what the search leaves would be seen in some of 60,000 equations."""
+    """Many steep layers on a fine grid: an insufficient search would fail in some of 60,000 equations."""
     worst = 0.0
     with torch.no_grad():
         for seed, hidden_dims in enumerate([(8, 8), (8,), (2, 2)] * 5):
@@ -140,11 +141,11 @@ def test_the_steps_suffice_at_all_bounds(max_log_slope: float, scale: float) -> 
             y = torch.cat((torch.linspace(-300, 300, 2000), torch.linspace(-20, 20, 2000))).double().unsqueeze(-1)
             again, _ = layer.forward_and_log_det(layer.inverse_and_log_det(y)[0])
             worst = max(worst, laws.gap(again, y, 1).max().item())
-    assert worst < 1e-15 * math.exp(3 * max_log_slope)  # round-off, times the slopes that it passes
+    assert worst < 1e-15 * math.exp(3 * max_log_slope)  # round-off, multiplied by the slopes
 
 
 def test_the_inverse_takes_the_evaluations_that_it_promises(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each evaluation of the units of one feature counts one D-th of the network's."""
+    """An evaluation of the units of one feature counts as 1 / D of the network's."""
     counts = [0]
     original = block._Net.ascend
 
@@ -159,7 +160,7 @@ def test_the_inverse_takes_the_evaluations_that_it_promises(monkeypatch: pytest.
 
 @pytest.mark.parametrize("hidden_dims", [(2, 2), (3,)], ids=str)
 def test_the_inverse_has_first_and_second_derivatives(hidden_dims: tuple[int, ...]) -> None:
-    """Those of the implicit function, not of the iterations: in the value, the context and all parameters."""
+    """Derivatives with respect to value, context and parameters are those of the implicit function."""
     conditioner = MLP(1, 3, sum(hidden_dims) + 2, (2,), activation=nn.Tanh)
     backwards = _Backwards(laws.randomise(BlockAutoregressive(3, hidden_dims, conditioner).double(), scale=0.7))
     names, parameters = zip(*backwards.named_parameters(), strict=True)
@@ -182,7 +183,7 @@ class _Backwards(nn.Module):
 
 
 def test_gradients_of_the_inverse_are_those_of_the_forward_map_read_backwards() -> None:
-    """dx/dθ = -(dy/dx)⁻¹ dy/dθ for all parameters at once, at sizes that finite differences are too slow for."""
+    """dx/dθ = -(dy/dx)⁻¹ dy/dθ for all parameters, at sizes for which finite differences are too slow."""
     layer, x = random(5, (8, 8), scale=1.0), laws.normal(6, 5)
     y = layer.forward_and_log_det(x)[0].detach()
     matrix = laws.jacobian(lambda value: layer.forward_and_log_det(value)[0], x).detach()
@@ -196,13 +197,13 @@ def test_gradients_of_the_inverse_are_those_of_the_forward_map_read_backwards() 
 
 
 def test_it_compiles_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps are unrolled, each alike; a few show what the graph is made of."""
+    """Steps are unrolled and equal, so a few steps suffice."""
     monkeypatch.setattr(block, "STEPS", 2 - 3)
     layer = random(2, (3,), scale=0.3)
     laws.compiles(layer, laws.normal(4, 2), None)
 
 
-# ------------------------------------------------------------ learning
+# ------------------------------------------------------------ training
 
 
 def test_no_two_units_become_alike() -> None:
@@ -227,11 +228,11 @@ def test_the_recipe_reverses_the_features_between_layers() -> None:
     assert flow.transforms[1].permutation.tolist() == [2, 1, 0]
     layer = flow.transforms[0].inv
     assert (layer.hidden_dims, layer.conditioner.hidden_dims, layer.max_log_slope) == ((4, 5), (12, 15), 3.0)
-    assert len(flows.bnaf(1, num_transforms=3).transforms) == 3  # one feature has no order
+    assert len(flows.bnaf(1, num_transforms=3).transforms) == 3  # a single feature has no order
 
 
 def test_one_feature_fits_narrow_modes_beside_a_gap() -> None:
-    """Stretched at the modes, squeezed between.  A standard normal, where the flow starts, is 1.1 nats away."""
+    """The flow starts from a standard normal, which is 1.1 nats away."""
     target = dist.MixtureSameFamily(
         dist.Categorical(torch.tensor([0.6, 0.4], dtype=torch.float64)),
         dist.Normal(torch.tensor([-1.5, 1.5], dtype=torch.float64), torch.tensor([0.3, 0.2], dtype=torch.float64)),

@@ -1,4 +1,4 @@
-"""Calibration tells exact amortised guides from narrow, wide and shifted ones, by each of its three tests."""
+"""Calibration accepts exact amortised guides and rejects narrow, wide and shifted ones, by each of three tests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model(x=None, scale=1.0):
 
 
 class Line(Conditioner):
-    """The parameters of an affine map as a linear function."""
+    """Affine parameters as a linear function."""
 
     def __init__(self, input_dim: int, output_dim: int) -> None:
         super().__init__(input_dim, output_dim, 2, (1,), 0)
@@ -41,7 +41,7 @@ class Line(Conditioner):
 
 
 def by_hand(program=model, *, width: float = 1.0, shift: float = 0.0) -> AutoFlow:
-    """The posterior, its sd times ``width`` and its mean off by ``shift`` sds."""
+    """Return the posterior as a guide, with its sd times ``width`` and its mean off by ``shift`` sds."""
 
     def recipe(dim, context_dim):
         return Flow([Elementwise(Affine(), dim, Line(context_dim, dim))])
@@ -64,7 +64,7 @@ def test_the_guide_by_hand_is_the_posterior():
 
 def test_an_exact_guide_passes():
     found = run(model, by_hand())
-    assert found.calibrated is True  # no number of numpy's
+    assert found.calibrated is True  # a Python bool, not one of NumPy
     assert found.reason.startswith("No test finds an error over 1000 datasets; ")
     assert repr(found).startswith("Calibration(calibrated=True, sbc_p=")
     assert found.names == ["theta[0]", "theta[1]"]
@@ -74,23 +74,23 @@ def test_an_exact_guide_passes():
     assert found.sbc_p == min(1, 2 * float(found.rank_p.min()))
     for shares in (found.ranks, found.coverage, found.tarp):
         assert ((shares >= 0) & (shares <= 1)).all()
-        # The mean of a uniform number has the standard error sqrt(1 / 12 / 1000).
+        # The mean of 1000 uniform numbers has the standard error sqrt(1 / 12 / 1000).
         assert ((shares.mean(0) - 0.5).abs() < 4 / math.sqrt(12_000)).all()
 
 
 def test_p_values_of_an_exact_guide_are_uniform():
-    """Over some seeds."""
+    """The p-values are collected over several seeds."""
     guide, found = by_hand(), []
     for seed in range(24):
         pyro.set_rng_seed(seed)
         one = calibrate(model, guide, num_simulations=200, num_samples=50)
         found.append([*one.rank_p.tolist(), one.coverage_p, one.tarp_p])
     p = torch.tensor(found, dtype=torch.float64)
-    # Twice the smaller of two p-values that are nearly independent: P(p < t) = t - t² / 4, and a quarter of them is 1.
+    # p is twice the smaller of two nearly independent p-values: P(p < t) = t - t² / 4, and p = 1 in a quarter of cases.
     u = torch.where(p < 1, p - p**2 / 4, 0.75 + 0.25 * torch.rand_like(p))
     for column in u.T.numpy():
         assert stats.kstest(column, "uniform").pvalue > 1e-3
-    assert (p < 0.01 / 3).sum() <= 4  # of 96
+    assert (p < 0.01 / 3).sum() <= 4  # of 96 p-values
 
 
 ERRORS = {
@@ -121,18 +121,18 @@ def test_each_test_sees_what_is_wrong(settings):
 
 
 def test_levels_of_coverage_are_those_of_the_chi_square():
-    """A guide of 0.8 times the width: its region of level γ holds the truth with the probability of a wider one."""
+    """With 0.8 times the width, the region of level γ contains the true value with a known smaller probability."""
     found = run(model, by_hand(width=0.8), num_simulations=4000, num_samples=200)
     for level in (0.5, 0.9):
         radius = stats.chi2.ppf(level, 2)
         wanted = stats.chi2.cdf(radius * 0.64, 2)
         share = float((found.coverage <= level).double().mean())
-        # 200 draws know a level to .035 at most; the noise of it averages out but for a bias of 1 / 200.
+        # With 200 draws, a level has an error of at most .035; its noise averages out up to a bias of 1 / 200.
         assert abs(share - wanted) < 4 * math.sqrt(0.25 / 4000) + 1 / 200
 
 
 def test_bounds_and_plates():
-    """Latents with supports of their own, in plates; the densities compared are those of constrained values."""
+    """Latents have different supports and plates; the densities are those of constrained values."""
 
     def bounded(x=None):
         rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
@@ -149,7 +149,7 @@ def test_bounds_and_plates():
 
 
 def test_coverage_of_constrained_values():
-    """log theta of the model above: density regions of the positive values, which the exact guide still passes."""
+    """Density regions of positive values: the exact guide of the log-normal model passes."""
 
     def positive(x=None):
         theta = pyro.sample("theta", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
@@ -160,7 +160,7 @@ def test_coverage_of_constrained_values():
 
 
 def test_a_function_that_fits_each_data_set():
-    """Refits: a function from the model's arguments to a guide of one data set."""
+    """A function that maps the model's arguments to a guide of one dataset replaces an amortised guide."""
     calls = []
 
     def refit(guide):
@@ -187,7 +187,7 @@ def test_one_by_one():
 
 def test_model_kwargs_reach_the_model():
     found = run(model, by_hand(), num_simulations=300, model_kwargs={"scale": 10.0})
-    assert found.sbc_p < 1e-6  # the guide is of the model at scale 1
+    assert found.sbc_p < 1e-6  # the guide is exact for scale 1
 
 
 def test_uniformity():
@@ -196,7 +196,7 @@ def test_uniformity():
     assert uniformity(counts, 100) > 1e-3
     for wrong in (counts * 0.9, 0.5 + (counts - 0.5) * 0.85, torch.full((50,), 0.5), torch.zeros(50)):
         assert uniformity(wrong, 100) < 1e-4
-    # Few steps: the shares of two draws are three numbers, which tell nothing apart but are uniform.
+    # The shares of two draws take three values: they are uniform, and have little power.
     assert uniformity(torch.randint(0, 3, (2000,)) / 2.0, 2) > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""The one pass outside of autograd is taken where derivatives are known, and never where a part was changed."""
+"""The single pass outside of autograd is used if derivatives are known, and never after a part was changed."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def flow(request):
 
 
 def after_changes(ask):
-    """What is said of the layers of a flow after each of the changes."""
+    """Return whether the layers of a flow may use the single pass, after each of the changes."""
     answers = []
     for change in CHANGES.values():
         made = affine_couplings(DIM, num_transforms=2, hidden_dims=(4, 4))
@@ -100,7 +100,7 @@ def after_changes(ask):
 
 
 def gradients(flow):
-    """Draws, their log-densities, and the gradients of an ELBO along the path."""
+    """Return draws, their log-densities, and the path gradients of an ELBO."""
     torch.manual_seed(1)
     z, log_q = flow().with_path_gradient().rsample_and_log_prob((DRAWS,))
     flow.zero_grad()
@@ -200,7 +200,7 @@ def test_the_default_guide_is_trained_in_single_precision(dim):
 
 
 def test_the_log_density_is_one_of_the_draw(flow):
-    """Its gradient at the draw is the score, for what a user builds of both."""
+    """The gradient of the log-density at the draw is the score, so users can combine both."""
     torch.manual_seed(1)
     z, log_q = flow().with_path_gradient().rsample_and_log_prob((DRAWS,))
     (score,) = torch.autograd.grad(log_q.sum(), z, retain_graph=True)
@@ -238,7 +238,7 @@ def curved():
 def test_a_fit_trains_all_of_a_flow_whose_weights_are_normed():
     guide = AutoFlow(curved).setup()
     for part in linears(guide.flow):
-        if part.weight.any():  # zero has no direction
+        if part.weight.any():  # a zero vector has no direction
             parametrizations.weight_norm(part)
     before = {name: parameter.detach().clone() for name, parameter in guide.named_parameters()}
     fit_svi(curved, guide, steps=20, progress=False)

@@ -1,4 +1,4 @@
-"""The verdict holds: right guides are trusted, wrong ones are not, whatever is wrong with them."""
+"""Verdicts of ``check``: right guides are trusted, and guides with errors of any kind are not."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_what_is_trusted_is_known_with_small_noise():
 
 
 def test_nearly_right_is_trusted():
-    """Off by .03 sd, and 3 % too narrow."""
+    """The guide is off by .03 sd, and 3 % too narrow."""
     assert check(correlated, gaussian(torch.full((DIM,), 1.03), 0.97 * FACTOR)).trusted
 
 
@@ -121,7 +121,7 @@ def test_wrong_guides_are_not_trusted(wrong):
 
 
 def test_errors_are_measured():
-    """Off by 1 sd of the posterior and 20 % too wide, as weights and chains both see."""
+    """The guide is off by 1 sd and 20 % too wide; weights and chains both measure this."""
     found = check(correlated, gaussian(1 + FIRST, 1.2 * FACTOR))
     wanted, ratio = FIRST, torch.full((DIM,), 1.2)
     for drift in (found.chains, found.weighted):
@@ -143,7 +143,7 @@ def test_a_lost_mode_is_missed(share):
 
 
 def test_a_lost_mode_that_only_the_prior_knows():
-    """A hundred sds away."""
+    """The lost mode is a hundred sds away."""
 
     def model() -> None:
         pyro.sample(
@@ -157,7 +157,7 @@ def test_a_lost_mode_that_only_the_prior_knows():
 
 
 def test_both_modes_with_the_wrong_shares():
-    """The chains cannot cross, but the weights see it."""
+    """Chains cannot move between the modes, but weights measure the shares."""
 
     def guide() -> None:
         parts = dist.Normal(torch.tensor([-4.0, 4.0]), 1.0)
@@ -182,12 +182,12 @@ def test_a_guide_in_the_neck_of_a_funnel():
     assert found.sd_ratios[0] < 0.5
 
 
-# Any guide of Pyro's.
+# Guides of Pyro.
 
 
 @pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal, AutoFlow])
 def test_pyros_guides_are_judged(kind):
-    """A posterior that is a product of normals, which each of them can be."""
+    """The posterior is a product of normals, which each guide can represent."""
 
     def model(y: Tensor) -> None:
         with pyro.plate("row", 3):
@@ -199,7 +199,7 @@ def test_pyros_guides_are_judged(kind):
     guide(y)
     fit_svi(model, guide, y, steps=400, num_particles=64, lr=0.05, progress=False)
     assert check(model, guide, y).trusted
-    assert not check(model, guide, y + 1).trusted  # the posterior of other data
+    assert not check(model, guide, y + 1).trusted  # the guide is the posterior of other data
 
 
 def standard_normal() -> None:
@@ -207,14 +207,14 @@ def standard_normal() -> None:
 
 
 def with_outliers() -> None:
-    """One draw in 20,000 comes from a normal that is 1,000 times as wide: the sd is 7 times too large."""
+    """Return a guide that draws one in 20,000 draws from a normal 1,000 times as wide: its sd is 7 times too large."""
     shares = dist.Categorical(torch.tensor([1 - 5e-5, 5e-5]))
     parts = dist.Normal(torch.zeros(2, 2), torch.tensor([[1.0, 1.0], [1.0, 1000.0]])).to_event(1)
     pyro.sample("x", dist.MixtureSameFamily(shares, parts))
 
 
 def test_rare_draws_far_out_are_found():
-    pyro.set_rng_seed(0)  # none of them is among the draws that are weighed
+    pyro.set_rng_seed(0)  # the weighted draws include no outlier
     found = check(standard_normal, with_outliers, num_samples=2000)
     assert found.weighted.errors.max() < 0.05
     assert found.outliers[0] < 0.05
@@ -226,7 +226,7 @@ def test_rare_draws_far_out_are_found():
 
 
 def test_draws_beyond_an_edge_are_told():
-    """2 % of the guide's draws have no density; its moments are right."""
+    """2 % of the guide's draws have a density of zero; its moments are right."""
 
     def positive():
         x = pyro.sample("x", dist.Normal(2.0, 1.0))
@@ -289,7 +289,7 @@ def test_a_cholesky_factor_has_constant_entries():
 
 
 def test_a_sampler_that_belies_its_density_is_found_out():
-    """torch draws Cholesky factors of three dimensions and more from another law than it scores them by."""
+    """In three and more dimensions, torch's draws of Cholesky factors do not follow their density."""
 
     def model() -> None:
         pyro.sample("L", dist.LKJCholesky(3, 2.0))
@@ -327,7 +327,7 @@ def test_angles_are_judged_on_the_circle():
     pyro.set_rng_seed(1)
     guide = AutoFlow(model)
     fit_svi(model, guide, steps=400, progress=False)
-    assert check(model, guide).khat < 1  # it is not taken for untrained
+    assert check(model, guide).khat < 1  # the guide does not count as untrained
 
     def turned() -> None:
         pyro.sample("angle", dist.VonMises(1.0, 4.0))
@@ -340,12 +340,12 @@ def test_angles_are_judged_on_the_circle():
 def test_pyros_other_guides_run(kind):
     guide = kind(banana)
     guide()
-    assert not check(banana, guide).trusted  # they have their random starts
+    assert not check(banana, guide).trusted  # the parameters keep their random initial values
     assert refine(banana, guide, num_samples=20).draws["sum"].shape == (20,)
 
 
 def test_chains_that_cannot_move_are_not_believed():
-    """A gradient that is not finite, though the density is."""
+    """The density is finite, but its gradient is not."""
 
     def model() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 1.3))
@@ -390,7 +390,7 @@ def test_a_guide_without_density_far_out_misses_what_lies_there():
 
 
 def test_a_prior_that_breaks_down_does_no_harm():
-    """Some draws of the prior are no correlations."""
+    """Some draws of the prior are not valid correlations."""
 
     def model() -> None:
         r = pyro.sample("r", dist.Normal(0.0, 1.0))
@@ -407,8 +407,11 @@ def test_a_prior_that_breaks_down_does_no_harm():
 
 @pytest.mark.parametrize(("law", "seeds", "allowed"), [("t", 12, 1), ("funnel", 6, 3)])
 def test_heavy_tails_raise_few_false_alarms(law, seeds, allowed):
-    """Variances that few chains can know.  With the alarm's rate at most 1 in 30 for the t, two alarms of 12 come about
-    once in 17 runs of other seeds; the funnel's squares have a kurtosis of thousands."""
+    """Few chains cannot estimate these variances.
+
+    With a rate of at most 1 in 30 for the t, two alarms of 12 come about once in 17 runs of other seeds.  The squares
+    of the funnel have a kurtosis of thousands.
+    """
 
     def t() -> None:
         pyro.sample("x", dist.StudentT(3.0, torch.zeros(5), 1.0).to_event(1))
@@ -433,7 +436,7 @@ def test_nothing_outside_is_changed():
         assert p.requires_grad == required
         assert p.grad is grad
         assert torch.equal(p, value)
-    assert dist.Normal._validate_args  # as conftest has set it
+    assert dist.Normal._validate_args  # as set in conftest.py
 
 
 # Bad input.
@@ -499,7 +502,7 @@ def test_bad_guides_are_refused_in_words():
 
 
 def test_chains_leave_a_density_alone():
-    """From draws of a bent density all moments stay, to within standard errors."""
+    """Chains that start from draws of a curved density keep all moments, within standard errors."""
     pyro.set_rng_seed(3)
     x = torch.randn(4000, 2, dtype=torch.float64)
     z = torch.stack((x[:, 0], x[:, 0].square() / 2 + 0.5 * x[:, 1]), -1)
@@ -530,7 +533,7 @@ def test_chains_never_go_where_there_is_no_density():
 
 
 def test_a_drift_counts_as_what_it_would_become():
-    """Chains that have forgotten only a part of where they started."""
+    """The chains have moved only a part of the way from their start."""
     pyro.set_rng_seed(0)
     slope, truth = 0.8, torch.tensor([0.5, 0.0])
     reference, start = torch.randn(20_000, 2), torch.randn(4000, 2)
@@ -568,7 +571,7 @@ def test_two_views_are_pooled_by_their_precision():
 
 @pytest.mark.parametrize("kind", ["program", "AutoMultivariateNormal"])
 def test_refined_draws_are_better(kind):
-    """From a guide that is off and far too narrow to the posterior itself."""
+    """The guide is off and far too narrow; the refined draws follow the posterior."""
     if kind == "program":
         model, guide = correlated, gaussian(torch.zeros(DIM), 0.5 * FACTOR)
     else:
@@ -606,12 +609,12 @@ def test_the_distribution_around_a_mode_is_pyros_student_t():
     torch.testing.assert_close(own.log_prob(z), known.log_prob(z), rtol=1e-12, atol=1e-12)
     number = 40_000
     size = (torch.linalg.solve_triangular(scale_tril, (own.sample(number) - loc).T, upper=False) ** 2).sum(0)
-    share = float((size < 2 * 0.7988).double().mean())  # half of an F of 2 and 5 degrees of freedom lies below .7988
+    share = float((size < 2 * 0.7988).double().mean())  # .7988: median of F with 2 and 5 degrees of freedom
     assert abs(share - 0.5) < 4 * 0.5 / number**0.5
 
 
 def test_rough_draws_are_those_of_the_guide():
-    """Far from zero too, where single precision does not hold a latent's own units."""
+    """This holds far from zero too, where single precision does not resolve a latent's scale."""
 
     def far():
         pyro.sample("x", dist.Normal(torch.tensor(1e6, dtype=torch.float64), 1e-2))
@@ -627,7 +630,7 @@ def test_rough_draws_are_those_of_the_guide():
 
 @pytest.mark.parametrize("verb", [check, pf.sample, pf.anneal])
 def test_data_in_double_precision_for_latents_in_single(verb):
-    """As ``torch.from_numpy`` gives them."""
+    """``torch.from_numpy`` returns such data."""
     x = torch.linspace(-1, 1, 20, dtype=torch.float64)
 
     def line(x):

@@ -1,4 +1,4 @@
-"""Draws and densities in chunks: the same numbers and gradients as at once, from batches that stay small."""
+"""Draws and densities in chunks: values and gradients equal those without chunks, from small batches."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def gradients(found: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
 
 @contextmanager
 def batches_seen(flow: Flow) -> Iterator[list[int]]:
-    """The numbers of events that reach the transforms of a flow, in all of its calls."""
+    """Return the number of events that reach the transforms of a flow, for each call."""
     seen: list[int] = []
 
     def counted(plain: Callable[..., Any], value: Tensor, *rest: Any) -> Any:
@@ -162,7 +162,7 @@ def test_compiled_flows_take_chunks_of_all_sizes() -> None:
             close(flow.log_prob(x, chunk_size=chunk_size), plain)
     assert len(graphs) == 2, "one with gradients, one without"
     torch._dynamo.reset()
-    pyro.enable_validation(True)  # torch's own default goes off once anything was compiled
+    pyro.enable_validation(True)  # compiling turns torch's default validation off
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1, 2.0, True, "10"])
@@ -197,7 +197,7 @@ def test_dequantized_images_in_chunks() -> None:
         assert max(seen) <= 4 * 200
     again = model.log_prob(images, context, num_samples=200)
     assert bound.shape == (2, 11)
-    torch.testing.assert_close(bound, again, atol=0.5, rtol=0)  # an estimate, with noise of its own
+    torch.testing.assert_close(bound, again, atol=0.5, rtol=0)  # an estimate with its own noise
 
 
 # ------------------------------------------------------------------------------------------------------------- guides

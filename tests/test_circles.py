@@ -1,4 +1,4 @@
-"""Latents on circles: whatever lies at the seam is as near as anything else."""
+"""Latents on circles: results do not depend on the place of the seam."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def stir(guide: AutoFlow, scale: float = 0.3) -> AutoFlow:
 
 
 def small(*circular: bool):
-    """A recipe for so many latents, of which some are angles."""
+    """Return a recipe for latents that include some angles."""
     return lambda dim: flows.circular_coupling(dim, circular=circular, num_transforms=4, hidden_dims=(16, 16))
 
 
@@ -58,7 +58,7 @@ def test_wrap_stays_on_the_circle_and_has_its_period(low, high, dtype):
     y = wrap(x)
     assert y.dtype == dtype
     assert ((y >= low) & (y < high)).all()
-    around = (wrap(x + 2 * math.pi) - y) / (high - low)  # in turns; at the seam the two ends are one point
+    around = (wrap(x + 2 * math.pi) - y) / (high - low)  # in turns; at the seam, both ends are the same point
     assert (around - around.round()).abs().max() < 100 * torch.finfo(dtype).eps
 
 
@@ -167,7 +167,7 @@ def test_a_circle_that_depends_on_another_latent_turns_with_it():
     turns = draws["phase"] / draws["period"]
     assert turns.min() >= 0
     assert turns.max() <= 1
-    # The guide's density integrates to one, as the average over places of a known density 1 / period shows.
+    # The guide's density integrates to one: its mean over draws with the known density 1 / period shows this.
     period = torch.rand(500) + 1
     phase = torch.rand(500) * period
     heights = [guide.log_prob({"period": a, "phase": b}) for a, b in zip(period, phase, strict=True)]
@@ -176,7 +176,7 @@ def test_a_circle_that_depends_on_another_latent_turns_with_it():
 
 
 def angle_and_line():
-    """An angle near the seam and a line that leans on it, nothing observed: both densities are normalised."""
+    """An angle near the seam and a number that depends on it, without data: both densities are normalised."""
     angle = pyro.sample("angle", dist.VonMises(3.0, 2.0))
     pyro.sample("line", dist.Normal(2 * torch.cos(angle - 3.0), 0.5))
 
@@ -190,7 +190,7 @@ def test_what_has_no_place_for_angles_is_refused(settings):
 def test_a_recipe_for_other_angles_is_refused():
     with pytest.raises(ValueError, match="some latents are angles"):
         AutoFlow(angle_and_line, lambda dim: flows.circular_coupling(dim, circular=[True, True])).setup()
-    assert AutoFlow(angle_and_line, small(True, False)).setup().has_circles  # what the error recommends
+    assert AutoFlow(angle_and_line, small(True, False)).setup().has_circles  # the remedy in the error
 
 
 def test_a_start_is_one_of_the_latents_that_are_no_angles():
@@ -226,7 +226,7 @@ def test_a_base_with_modes_has_a_place_for_angles():
 
 
 def line(low: float, high: float, size: int) -> Tensor:
-    """Places of the trapezoid rule, which for smooth periodic functions is exact to many digits."""
+    """Return points of the trapezoidal rule, which is very accurate for smooth periodic functions."""
     return low + (high - low) * torch.arange(size, dtype=torch.float64) / size
 
 
@@ -239,7 +239,7 @@ def test_the_density_of_an_angle_has_its_period_and_integrates_to_one(low, high)
     guide = stir(AutoFlow(model).setup(), 0.5)
     grid = line(low, high, 50_000)
     log_prob = guide.log_prob({"a": grid})
-    assert log_prob.max() - log_prob.min() > 0.5  # it is no longer uniform
+    assert log_prob.max() - log_prob.min() > 0.5  # the density is not uniform
     assert log_prob.exp().mean().item() * (high - low) == pytest.approx(1, abs=1e-4)
     torch.testing.assert_close(guide.log_prob({"a": grid + (high - low)}), log_prob)
     ends = guide.log_prob({"a": torch.tensor([low, high - 1e-9], dtype=torch.float64)})
@@ -275,7 +275,7 @@ SEEN = torch.tensor([3.0, -3.0, 2.6, -2.9])
 
 
 def seam(y):
-    """A von Mises prior on the mean of von Mises angles, all of it at the seam."""
+    """Model with a von Mises prior on the mean of von Mises angles, with all mass at the seam."""
     mean = pyro.sample("mean", dist.VonMises(math.pi, 2.0))
     with pyro.plate("rows", len(y)):
         pyro.sample("y", dist.VonMises(mean, 1.0), obs=y)
@@ -286,7 +286,7 @@ def log_bessel(x: Tensor) -> Tensor:
 
 
 def seam_evidence(y: Tensor) -> float:
-    """Products of exp(κ cos(x - μ)) add up as vectors of length κ and angle μ."""
+    """Return the log evidence: products of exp(κ cos(x - μ)) add vectors of length κ and angle μ."""
     angles, lengths = torch.cat([torch.tensor([math.pi]), y]), torch.tensor([2.0, *[1.0] * len(y)])
     total = torch.hypot((lengths * angles.cos()).sum(), (lengths * angles.sin()).sum())
     constants = math.log(2 * math.pi) + log_bessel(lengths)
@@ -302,12 +302,12 @@ def test_a_posterior_across_the_seam_reaches_its_evidence():
     assert -4 * error < seam_evidence(SEEN) - weights.mean().item() < 0.05 + 4 * error
     assert found.log_evidence == pytest.approx(seam_evidence(SEEN), abs=4 * found.log_evidence_se + 1e-3)
     draws = guide.sample(1000)["mean"]
-    assert (draws > 2).float().mean() > 0.2  # on both sides
+    assert (draws > 2).float().mean() > 0.2  # on both sides of the seam
     assert (draws < -2).float().mean() > 0.2
 
 
 def ring(y):
-    """Three angles in a plate, each near the next and near what is seen of it."""
+    """Model of three angles in a plate, each near the next angle and near its observation."""
     with pyro.plate("place", 3):
         angle = pyro.sample("angle", dist.Uniform(-math.pi, math.pi), infer=PERIODIC)
         pyro.sample("y", dist.VonMises(angle, 1.0), obs=y)
@@ -321,7 +321,7 @@ def test_a_plate_of_angles_reaches_its_evidence():
     grid = line(-math.pi, math.pi, 48)
     angles = torch.cartesian_prod(grid, grid, grid)
     density = dist.VonMises(angles, 1.0).log_prob(RING_Y).sum(-1) + 2 * torch.cos(angles - angles.roll(1, -1)).sum(-1)
-    evidence = (density.logsumexp(0) - math.log(len(angles))).item()  # the prior is one over the volume
+    evidence = (density.logsumexp(0) - math.log(len(angles))).item()  # the density of the prior is one over the volume
 
     guide = AutoFlow(ring, small(True, True, True))
     fit(ring, guide, RING_Y)

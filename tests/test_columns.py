@@ -1,5 +1,7 @@
-"""What no density can be of is found and told by column, and only that: integers, rounded values, values and rows that
-repeat.  Dequantised integers have a density, whose mean bounds their log-mass."""
+"""Columns without a density: integers, rounded values, and repeated values and rows are reported by column.
+
+Dequantised integers have a density, whose mean bounds their log-mass.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-# ------------------------------------------------------------------------------------------------------- what is found
+# ------------------------------------------------------------------------------------------------------------ findings
 
 
 CONTINUOUS = {
@@ -30,7 +32,7 @@ CONTINUOUS = {
     "cauchy": lambda x: torch.tan(math.pi * (torch.special.ndtr(x) - 0.5)),
     "log-normal": lambda x: (4 * x).exp(),
     "tiny": lambda x: 1e-30 * x,
-    "huge": lambda x: 1e9 * x,  # in float32 all of these are integers
+    "huge": lambda x: 1e9 * x,  # in float32, all of these values are integers
     "with two scales": lambda x: torch.where(x > 1, 1e5 * x, 1e-3 * x),
 }
 
@@ -59,7 +61,7 @@ def test_integers_are_found(dtype: torch.dtype, rows: int) -> None:
 def test_flags_counts_and_ids_are_integers() -> None:
     x = torch.stack((normal(1000) > 0, torch.arange(1000), torch.full((1000,), 7)), 1)
     assert [(spike.column, spike.kind) for spike in find_spikes(x)] == [(0, "integers"), (1, "integers"), (2, "value")]
-    assert find_spikes((1e6 * normal(1000)).round()) == []  # no finer than what is hardly resolved
+    assert find_spikes((1e6 * normal(1000)).round()) == []  # at the limit of the resolution
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -97,14 +99,14 @@ def test_single_values_among_others_are_found() -> None:
 
 def test_few_rows_that_share_a_value_by_chance_are_let_be() -> None:
     x = normal(50, 2)
-    x[:4] = x[4:8]  # 8 %, but four rows only
+    x[:4] = x[4:8]  # 8 % of the rows, but only four rows
     assert find_spikes(x) == []
     x[:5] = x[5]
     assert [spike.kind for spike in find_spikes(x)] == ["value", "value"]
 
 
 def test_copies_are_no_fault_of_their_own_where_all_columns_repeat_values() -> None:
-    """Rows of counts coincide; to leave some of them out would make another distribution of them."""
+    """Rows of counts coincide; leaving some of them out would change the distribution."""
     counts = torch.randint(0, 5, (1000, 2)).double()
     assert [spike.kind for spike in find_spikes(counts)] == ["integers", "integers"]
     x = torch.cat((counts, normal(1000, 1)), -1)
@@ -129,7 +131,7 @@ def test_copies_of_rows_are_found() -> None:
     assert find_spikes(x) == [Spike(None, "rows", 0.1)]
     x[:100, 2] = normal(100, seed=5)
     assert find_spikes(x) == []
-    x[:100, [0, 1, 2]] = x[100:200, [1, 2, 0]]  # the same numbers in another order
+    x[:100, [0, 1, 2]] = x[100:200, [1, 2, 0]]  # the same values in another order
     assert find_spikes(x) == []
 
 
@@ -172,7 +174,7 @@ def test_only_columns_of_integers_are_changed() -> None:
 def test_a_grid_may_have_an_offset() -> None:
     x = normal(50).round() + 0.5
     assert torch.equal(dequantize(x, [0]).sub(0.5).floor(), x - 0.5)
-    assert torch.equal(dequantize(x), x)  # they are no integers
+    assert torch.equal(dequantize(x), x)  # the values are not integers
 
 
 @pytest.mark.parametrize("kind", ["tensor", "array", "frame"])
@@ -188,7 +190,7 @@ def test_any_table_can_be_spread(kind: str) -> None:
 
 
 def test_the_mean_log_density_bounds_the_log_mass() -> None:
-    """Of a density that is not constant within cells; of one that is, the bound is the mass itself."""
+    """The bound is strict if the density varies within cells, and equals the mass otherwise."""
     k = torch.distributions.Poisson(3.0).sample((20_000,)).double()
     noisy = dequantize(k, generator=torch.Generator().manual_seed(0))
     density = torch.distributions.Normal(torch.tensor(3.5).double(), math.sqrt(3 + 1 / 12))
@@ -266,7 +268,7 @@ def test_numbers_of_every_kind_are_read(value: object) -> None:
     found, _ = read_table("test", "x", value)
     assert found.double().tolist() == [[1, 2], [3, 4]]
     assert not found.requires_grad
-    found += 1  # a copy, or the tensor itself; never an array that is not to be written to
+    found += 1  # a copy or the tensor, never a read-only array
 
 
 def test_masked_values_are_missing() -> None:

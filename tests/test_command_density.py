@@ -1,4 +1,4 @@
-"""The command ``density``: a flow as the density of a user's own table, and one clear line for each bad wish."""
+"""The command ``density``: it fits a flow to a user's table, and reports invalid input in one line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ X[:, 1] += X[:, 0] ** 2
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """Where a user works, with a table of 120 rows of two columns, ``a`` and ``b``."""
+    """Return a working folder, with a table of 120 rows and two columns, ``a`` and ``b``."""
     monkeypatch.chdir(tmp_path)
     write("table.csv", ["a", "b"], X)
     return tmp_path
@@ -50,23 +50,23 @@ def no_training(monkeypatch):
 
 
 def write(name: str, names: list[str], rows: object) -> None:
-    """A table as CSV."""
+    """Write a table as CSV."""
     with open(name, "w", newline="") as file:
         csv.writer(file).writerows([names, *rows])
 
 
 def run(*words: str, epochs: int = 2) -> int:
-    """The exit status of a short run."""
+    """Return the exit status of a short run."""
     return main(["density", *words, "--epochs", str(epochs)])
 
 
 def said(capsys) -> str:
-    """What was printed, as one line."""
+    """Return the printed text as one line."""
     return " ".join(capsys.readouterr().out.split())
 
 
 def refused(capsys, *words: str) -> str:
-    """The one line that a bad wish is answered with."""
+    """Return the one line of an error."""
     with pytest.raises(SystemExit) as exit_:
         main(["density", *words])
     assert exit_.value.code == 2
@@ -79,18 +79,18 @@ def refused(capsys, *words: str) -> str:
 
 
 def nats(out: str) -> dict[str, list[float]]:
-    """The rows of the printed table: train, validation, test and twice the error of the last."""
+    """Return the rows of the printed table: train, validation, test, and two standard errors of test."""
     rows = [line.replace("±", "").split() for line in out.splitlines()]
     return {
         row[0]: [float(word) for word in row[1:]] for row in rows if len(row) == 5 and row[0] in ("Gaussian", "nsf")
     }
 
 
-# Good wishes.
+# Valid input.
 
 
 def test_as_a_command(folder):
-    """As a user runs it, in a process of its own."""
+    """The command runs in a separate process."""
     root = Path(pyro_flows.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     words = ["table.csv", "--flow", "nsf", "--out", "model.pt", "--epochs", "3", "--quiet"]
@@ -108,11 +108,11 @@ def test_prints_nats_beside_a_gaussian_and_writes_both_files(folder, capsys):
     assert sorted(path.name for path in (folder / "new" / "folder").iterdir()) == ["bend.png", "bend.pt"]
     picture = (folder / "new" / "folder" / "bend.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
-    assert picture.endswith(b"IEND\xaeB`\x82")  # a whole picture
+    assert picture.endswith(b"IEND\xaeB`\x82")  # a complete image
     table = nats(captured.out)
     assert list(table) == ["Gaussian", "nsf"]
-    assert table["nsf"][0] > table["Gaussian"][0] + 0.1  # on the rows for training, for certain
-    # The file holds the flow whose nats were printed: 96, 12 and 12 rows.
+    assert table["nsf"][0] > table["Gaussian"][0] + 0.1  # certain on the training rows only
+    # The file contains the flow with the printed nats: 96, 12 and 12 rows.
     flow = pyro_flows.load("new/folder/bend.pt")
     total = flow.log_prob(torch.from_numpy(X).float()).sum().item()
     assert total / 12 == pytest.approx(8 * table["nsf"][0] + table["nsf"][1] + table["nsf"][2], abs=0.01)
@@ -170,7 +170,7 @@ def test_double_calculates_in_float64_and_leaves_no_trace(folder, capsys):
 
 
 def test_integers_get_noise(folder, capsys, monkeypatch):
-    """Fresh noise in training, which the Gaussian and the nats see too: a Gaussian of 0 and 1 alone has more nats."""
+    """Training, the Gaussian and the nats use noise: a Gaussian of 0 and 1 without noise has more nats."""
     asked = []
     monkeypatch.setattr(density, "fit_density", lambda *a, **k: asked.append(k["discrete"]) or fit_density(*a, **k))
     flips = RANDOM.integers(0, 2, 4000)
@@ -187,7 +187,7 @@ def test_integers_get_noise(folder, capsys, monkeypatch):
 
 
 def test_spikes_and_copies_are_told_of_by_name(folder, capsys):
-    """In lines of the command, and not as warnings of Python's."""
+    """The command prints lines, not Python warnings."""
     x = np.stack((X[:, 0], X[:, 1].clip(0), X[:, 0].round(1)), 1)
     write("table.csv", ["a", "hurdle", "grid"], np.concatenate((x, x[:10])))
     with warnings.catch_warnings():
@@ -208,14 +208,14 @@ def test_columns_far_from_zero_are_told_of_before_the_training(folder, capsys):
     out = said(capsys)
     assert out.index("Warning: torch.float32 rounds column 'time' (to ") < out.index("Gaussian")
     assert "use --double." in out
-    assert "repeats" not in out  # only because of the rounding
+    assert "repeats" not in out  # the repeats come only from rounding
     run("table.csv", "--double", epochs=1)
     assert "Warning" not in said(capsys)
 
 
 @pytest.mark.parametrize("far", ["integers", "shifted", "huge", "tiny"])
 def test_columns_that_single_precision_loses_are_refused(folder, capsys, far):
-    """Noise between integers would be rounded away, and the density of what is left be one of spikes."""
+    """Rounding would remove the noise between integers, and the density would consist of spikes."""
     column = {
         "integers": 16_000_000 + np.arange(len(X)) % 6,
         "shifted": 1e9 + X[:, 1],
@@ -249,7 +249,7 @@ def test_quiet_prints_nothing(folder, capsys):
 
 @pytest.fixture
 def untrained(monkeypatch) -> list:
-    """A fit that leaves the flow at its start, the standard normal; what it was given to train on and to validate."""
+    """Replace the fit by one that leaves the flow untrained, and return its training and validation data."""
     given = []
 
     def idle(_, x, *, validation, **__):
@@ -271,7 +271,7 @@ def test_a_flow_below_the_gaussian_ends_with_3(folder, capsys):
 
 
 def test_a_flow_within_the_error_of_the_gaussian_ends_with_0(folder, untrained):
-    """Standard normal data, which the flow has at its start."""
+    """The data are standard normal, as the untrained flow is."""
     write("table.csv", ["a", "b"], RANDOM.standard_normal((2000, 2)))
     assert run("table.csv", "--quiet") == 0
 
@@ -286,7 +286,7 @@ def test_the_rows_are_divided_into_80_10_and_10_of_100(folder, untrained):
 
 @pytest.fixture
 def interrupt(monkeypatch, ctrl_c):
-    """A run that is interrupted after some steps, two an epoch."""
+    """Interrupt a run after some steps; an epoch has two."""
 
     def run(last: int) -> int:
         class Interrupting(loop.tqdm):
@@ -302,7 +302,7 @@ def interrupt(monkeypatch, ctrl_c):
 
 
 def test_ctrl_c_writes_the_best_state_beside_the_old_files_and_ends_with_130(folder, capsys, interrupt):
-    """And never over those of an earlier interrupted run."""
+    """Files of an earlier interrupted run are not overwritten."""
     write("table.csv", ["a", "b"], 10 * X)
     (folder / "model.pt").write_text("a good model")
     (folder / "model.png").write_text("its picture")
@@ -317,13 +317,13 @@ def test_ctrl_c_writes_the_best_state_beside_the_old_files_and_ends_with_130(fol
         assert captured.err.endswith(f"python -m pyro_flows density: interrupted; {kept}")
         assert f"Wrote {name}.pt and {name}.png." in captured.out
         flow = pyro_flows.load(f"{name}.pt")
-        assert flow.log_prob(torch.from_numpy(10 * X).float()).mean() > -8  # standardised at least
+        assert flow.log_prob(torch.from_numpy(10 * X).float()).mean() > -8  # at least standardised
     assert (folder / "model.pt").read_text() == "a good model"
     assert (folder / "model.png").read_text() == "its picture"
 
 
 def test_ctrl_c_in_a_long_first_epoch_keeps_what_it_has_trained(folder, capsys, monkeypatch, interrupt):
-    """There is no loss on held-out data by then."""
+    """At that time, no loss on held-out data exists."""
     monkeypatch.setattr("pyro_flows.data.batches.MOST", 4)
     with pytest.raises(SystemExit):
         interrupt(14)
@@ -340,7 +340,7 @@ def test_ctrl_c_at_once_leaves_nothing_to_write(folder, capsys, interrupt):
 
 
 def test_ctrl_c_after_the_training_leaves_the_model(folder, capsys, monkeypatch, ctrl_c):
-    """Its picture is what it ends."""
+    """The interrupt ends only the plot."""
 
     def stop(*_, **__):
         signal.raise_signal(signal.SIGINT)
@@ -393,7 +393,7 @@ def test_ctrl_c_in_a_real_process_damages_nothing(storm, folder, ctrl_c):
     assert "Traceback" not in said
     assert (folder / "model.pt").read_text() == "a good model"
     kept = {path.name for path in folder.iterdir()} - {"model.pt", "table.csv"}
-    assert kept <= {"model.interrupted.pt", "model.interrupted.png"}  # and no drafts
+    assert kept <= {"model.interrupted.pt", "model.interrupted.png"}  # and no temporary files
     if not storm:
         assert len(kept) == 2
         assert "interrupted; wrote model.interrupted.pt and model.interrupted.png, and left model.pt as it was" in said
@@ -402,7 +402,7 @@ def test_ctrl_c_in_a_real_process_damages_nothing(storm, folder, ctrl_c):
 
 
 def test_nothing_half_written_is_left_behind(folder, monkeypatch):
-    """The disk fills up while the picture is written: what was there before stays, and no draft remains."""
+    """The disk fills up while the plot is written: earlier files stay, and no temporary file remains."""
 
     class Picture:
         def savefig(self, path, **_):
@@ -460,7 +460,7 @@ def test_the_report_tells_errors_of_means_and_of_the_gain():
 
 
 def read(text: str, chosen: list[str] | None = None, name: str = "t.csv") -> tuple[list[str], list, list[str]]:
-    """The columns, rows and remarks of a table that is written in a file."""
+    """Return the columns, rows and remarks of a table in a file."""
     Path(name).write_text(text, encoding="utf-8")
     table, remarks = read_table(Path(name), chosen)
     return list(table.columns), table.to_numpy().tolist(), remarks
@@ -470,12 +470,12 @@ def read(text: str, chosen: list[str] | None = None, name: str = "t.csv") -> tup
     "text",
     [
         "a,b\n1,2.5\n3,-4e1\n",
-        "\ufeffa,b\r\n1,2.5\r\n3,-4e1\r\n",  # as Excel writes it
+        "\ufeffa,b\r\n1,2.5\r\n3,-4e1\r\n",  # as written by Excel
         "a;b\n1;2.5\n3;-4e1",
         "a\tb\n1\t2.5\n3\t-4e1\n",
         '"a", "b"\n"1", 2.5\n 3 ,"-4e1"\n',
         "\na,b\n\n1,2.5\n  \n3,-4e1\n\n",
-        "# a b\n1 2.5\n3 -4e1\n",  # as NumPy does
+        "# a b\n1 2.5\n3 -4e1\n",  # as written by NumPy
         "# a,b\n1,2.5\n3,-4e1\n",
         "   a     b\n   1   2.5\n\n   3  -4e1\n",
     ],
@@ -512,8 +512,8 @@ def test_columns_without_a_name_are_numbered_and_row_numbers_left_out(folder):
         [[5, 0], [5.5, 7], [1, 3]],
         ["Left out row numbers: 'column 1'."],
     )
-    assert read("time,b\n1,5\n2,5.5\n3,1\n")[0] == ["time", "b"]  # it has a name
-    assert read(",b\n1,5\n2,5.5\n4,1\n")[0] == ["column 1", "b"]  # it does not count
+    assert read("time,b\n1,5\n2,5.5\n3,1\n")[0] == ["time", "b"]  # the column has a name
+    assert read(",b\n1,5\n2,5.5\n4,1\n")[0] == ["column 1", "b"]  # not a running index: 1, 2, 4
 
 
 @pytest.mark.parametrize("word", ["", "NA", "NaN", "nan", "null", "NULL", "None", "n/a", "#N/A", "?", "-", ".", " NA "])
@@ -586,7 +586,7 @@ def test_an_npz_file_goes_all_the_way(folder):
     assert run("table.npz", "--quiet") in (0, 3)
 
 
-# Bad wishes.
+# Invalid input.
 
 
 @pytest.mark.usefixtures("no_training")
@@ -680,7 +680,7 @@ def test_a_bad_place_for_the_files_is_refused_before_training(folder, capsys, mo
     (folder / "a.png").mkdir()
     assert "argument --out: cannot write 'a.png': it is a folder" in refused(capsys, "table.csv", "--out", "a.pt")
 
-    long = "n" * 245  # which leaves no room for ".interrupted"
+    long = "n" * 245  # too long for the suffix ".interrupted"
     assert "nn.interrupted.pt', as an interrupted run does: File name too long" in refused(
         capsys, "table.csv", "--out", f"{long}.pt"
     )
@@ -688,7 +688,7 @@ def test_a_bad_place_for_the_files_is_refused_before_training(folder, capsys, mo
     def denied(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(os, "open", denied)  # by hand, since an administrator may write anywhere
+    monkeypatch.setattr(os, "open", denied)  # simulated, because an administrator may write anywhere
     assert "cannot write 'b.pt': Permission denied" in refused(capsys, "table.csv", "--out", "b.pt")
 
 

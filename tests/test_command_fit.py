@@ -1,4 +1,4 @@
-"""The command ``fit``: a posterior of a user's own model, with a verdict, and one clear line for each bad wish."""
+"""The command ``fit``: it fits and checks a user's model, and reports invalid input in one line."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ instance = Class()
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """Where a user works: a file of models, and data."""
+    """Return a working folder with a file of models, and data."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models.py").write_text(MODELS)
     (tmp_path / "data.json").write_text('{"y": [1.5, 2.5, 3.0]}')
@@ -149,12 +149,12 @@ def no_training(monkeypatch):
 
 
 def run(*words: str) -> int:
-    """The exit status of a run of few steps."""
+    """Return the exit status of a run of few steps."""
     return main(["fit", *words, "--steps", "20"])
 
 
 def refused(capsys, *words: str) -> str:
-    """The one line that a bad wish is answered with."""
+    """Return the one line of an error."""
     with pytest.raises(SystemExit) as exit_:
         main(["fit", *words])
     assert exit_.value.code == 2
@@ -179,16 +179,16 @@ def a_check() -> Check:
 
 @pytest.fixture
 def quick(monkeypatch, a_check) -> None:
-    """Neither start from a Gaussian nor judge."""
+    """Skip the Gaussian warm start and the check."""
     monkeypatch.setattr(fit, "fit_svi", functools.partial(pyro_flows.fit_svi, warm_start=False))
     monkeypatch.setattr(fit, "check", lambda *_, **__: a_check)
 
 
-# Good wishes.
+# Valid input.
 
 
 def test_as_a_command(folder):
-    """As a user runs it, in a process of its own."""
+    """The command runs in a separate process."""
     root = Path(pyro_flows.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     words = ["models.py:normal", "--data", "data.json", "--out", "posterior.nc", "--steps", "20", "--quiet"]
@@ -278,10 +278,10 @@ def test_double_calculates_in_float64_and_leaves_no_trace(folder):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.filterwarnings("ignore:to_arviz")  # the fit is bad, whatever the verdict
+@pytest.mark.filterwarnings("ignore:to_arviz")  # the fit is bad, for every verdict
 @pytest.mark.parametrize(("verdict", "status"), [("trust", 0), ("reweight", 0), ("do not trust", 3)])
 def test_the_verdict_is_the_exit_status(verdict, status, folder, capsys, monkeypatch, a_check):
-    """Draws are resampled where they must be, and only there."""
+    """Draws are resampled only if the verdict is "reweight"."""
     asked, to_arviz = [], fit.to_arviz
     monkeypatch.setattr(fit, "check", lambda *_, **__: with_verdict(a_check, verdict))
     monkeypatch.setattr(fit, "to_arviz", lambda *a, **k: asked.append(k["importance"]) or to_arviz(*a, **k))
@@ -294,7 +294,7 @@ def test_the_verdict_is_the_exit_status(verdict, status, folder, capsys, monkeyp
 
 
 def test_escalate_keeps_the_guide_and_the_check_of_the_best_rung(folder, capsys, monkeypatch):
-    """The check of the rung that was kept is not made again."""
+    """The check of the best rung is not repeated."""
     monkeypatch.setattr(fit, "check", None)
     assert run("models.py:normal", "--data", "data.json", "--escalate") == 0
     assert "Trust these draws. " in capsys.readouterr().out
@@ -321,7 +321,7 @@ def test_exact_draws_are_shown_and_written_whatever_the_guide(folder, capsys, mo
 
 @pytest.fixture
 def interrupt(monkeypatch, ctrl_c):
-    """A run of 100 000 steps that is interrupted after some."""
+    """Interrupt a run of 100 000 steps after some steps."""
 
     def run(last: int) -> int:
         monkeypatch.setattr(loop, "tqdm", interrupting(last))
@@ -372,7 +372,7 @@ def test_the_likelihood_of_very_many_observations_is_not_kept(folder, monkeypatc
 
 
 def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
-    """One list must be of integers, for it indexes, and another must not, for a Bernoulli refuses integers."""
+    """One list must become integers, because it is an index; another must not, because a Bernoulli refuses integers."""
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).resolve().parents[1] / "docs" / "commands.md").read_text()
     for name in ("drug.py", "data.json"):
@@ -564,7 +564,7 @@ def test_arguments_must_be_those_of_the_model(model, given, words):
         check_arguments(model, given)
 
 
-# Bad wishes.
+# Invalid input.
 
 
 @pytest.mark.usefixtures("no_training")
@@ -651,12 +651,12 @@ def test_a_bad_place_for_the_files_is_refused_before_training(folder, capsys, mo
     def denied(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(os, "open", denied)  # by hand, since an administrator may write anywhere
+    monkeypatch.setattr(os, "open", denied)  # simulated, because an administrator may write anywhere
     assert "argument --out: cannot write 'b.nc': Permission denied" in refused(capsys, *words, "b.nc")
 
 
 def test_what_training_refuses_is_one_line(folder, capsys):
-    """The posterior is seen to be improper by what trains."""
+    """Training detects the improper posterior."""
     assert "the posterior is improper" in refused(capsys, "models.py:improper", "--data", "data.json", "--quiet")
 
 

@@ -1,4 +1,4 @@
-"""What the comparison of libraries says was run is what the page of that run says."""
+"""The comparison of libraries quotes the page of its benchmark."""
 
 from pathlib import Path
 

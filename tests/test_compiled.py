@@ -1,4 +1,4 @@
-"""Compiled flows: the same answers as before, in one graph for each direction, wherever a flow is used."""
+"""Compiled flows: equal results, and one graph per direction, for all uses of a flow."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _fresh() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
-    pyro.enable_validation(True)  # torch's own default goes off once anything was compiled
+    pyro.enable_validation(True)  # compiling turns torch's default validation off
 
 
 def random(recipe: Callable[..., Flow], *sizes: int, **settings: Any) -> Flow:
@@ -42,7 +42,7 @@ def random(recipe: Callable[..., Flow], *sizes: int, **settings: Any) -> Flow:
 
 
 class Graphs:
-    """A backend that runs graphs as they were captured, and counts them."""
+    """Backend that runs captured graphs without changes, and counts them."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -88,7 +88,7 @@ def test_it_answers_as_before_in_both_directions(recipe: Callable[..., Flow], co
 
 @pytest.mark.parametrize("name", ["affine", "spline"])
 def test_what_compilers_make_of_it_is_right(name: str) -> None:
-    """Graphs taken apart into elementary operations, as for kernels: with numbers for symbols torch gets them wrong."""
+    """Graphs are decomposed into elementary operations, as for kernels; torch gets them wrong with symbolic sizes."""
     bijector = laws.BIJECTORS[name]
     layer = Coupling(bijector, MLP(1, 2, bijector.num_params, (8,)), [True, False, False])
     plain = Flow([laws.randomise(layer, scale=0.5)]).double()
@@ -104,7 +104,7 @@ def test_what_compilers_make_of_it_is_right(name: str) -> None:
 
 
 def test_machine_code_is_right() -> None:
-    """Or, where there is no compiler, what runs in its place."""
+    """Without a compiler, the fallback is right."""
     flow, x = random(flows.realnvp, 2), laws.normal(7, 2)
     plain = value_and_grad(flow, lambda: flow.log_prob(x))
     flow.compile()
@@ -121,7 +121,7 @@ def test_sample_statements_are_scored_without_a_second_pass() -> None:
     graphs = counted(flow)
     trace = pyro.poutine.trace(lambda: pyro.sample("x", flow().expand((4,)))).get_trace()
     trace.compute_log_prob()
-    assert graphs.number == 1  # the way back was not even compiled
+    assert graphs.number == 1  # the inverse was not compiled
     torch.testing.assert_close(flow.log_prob(trace.nodes["x"]["value"]), trace.nodes["x"]["log_prob"])
 
 
@@ -136,7 +136,7 @@ def test_batches_of_any_size_share_their_graphs() -> None:
     with torch.no_grad():
         for number in range(1, 8):
             flow.log_prob(laws.normal(number, 3))
-    assert graphs.number <= 4  # without gradients, and of a single row
+    assert graphs.number <= 4  # without gradients, and for a single row
     optimiser = torch.optim.Adam(flow.parameters(), lr=1e-2)
     before = graphs.number
     for number in (7, 8, 9):
@@ -160,7 +160,7 @@ def test_the_direction_that_goes_feature_by_feature_is_left_alone(recipe: Callab
     flow = random(recipe, 3)
     graphs = counted(flow)
     flow.rsample_and_log_prob((4,))
-    # Its splines are compiled once for all layers, and so is the last layer, which maps each feature on its own.
+    # Its splines are compiled once for all layers, and so is the last layer, which maps each feature separately.
     assert graphs.number == (2 if recipe is flows.nsf_ar else 0)
     flow.log_prob(laws.normal(4, 3))
     assert graphs.number == (4 if recipe is flows.nsf_ar else 1)
@@ -182,9 +182,9 @@ def test_it_copies_and_pickles_and_saves(tmp_path: Any) -> None:
     torch.testing.assert_close(other.log_prob(x), expected)
     with torch.no_grad():
         next(other.parameters()).add_(1.0)
-    assert not torch.allclose(other.log_prob(x), expected)  # its own parameters, not those of the original
+    assert not torch.allclose(other.log_prob(x), expected)  # the parameters of the copy, not of the original
     torch.testing.assert_close(flow.log_prob(x), expected)
-    assert graphs.number == 1  # the copy has a backend of its own
+    assert graphs.number == 1  # the copy has its own backend
     flow.compile(backend="aot_eager")
     torch.testing.assert_close(pickle.loads(pickle.dumps(flow)).log_prob(x), expected)
     pf.save(flow, tmp_path / "flow.pt")
@@ -219,7 +219,7 @@ def test_a_fit_and_a_guide_use_it() -> None:
     guide.compile(backend=graphs)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO(num_particles=4, vectorize_particles=True))
     losses = [svi.step() for _ in range(5)]
-    assert graphs.number == 2  # for one draw, from which Pyro guesses shapes, and for several
+    assert graphs.number == 2  # for one draw, from which Pyro infers shapes, and for several
     assert all(torch.tensor(losses).isfinite())
 
 

@@ -1,5 +1,8 @@
-"""Networks give bijectors their parameters: a MADE sees the features of lower rank only, runs feature by feature at
-the price of one pass in both directions, with exact gradients; an MLP broadcasts its context and starts at zero."""
+"""Conditioners.
+
+A MADE depends only on features of lower rank.  Incremental evaluation costs one pass in both directions, with exact
+gradients.  An MLP broadcasts its context and starts at zero.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ every_width = pytest.mark.parametrize("hidden_dims", [NARROW, WIDE, (7,)], ids=[
 
 
 def made(dim: int, num_params: int = 2, hidden_dims: tuple[int, ...] = WIDE, context_dim: int = 0, **options) -> MADE:
-    """A MADE in float64 with large random parameters and a shuffled order."""
+    """Return a MADE in float64 with large random parameters and a shuffled order."""
     net = MADE(dim, num_params, hidden_dims, context_dim, order=laws.shuffled(dim), **options)
     return laws.randomise(net).double()
 
@@ -48,13 +51,13 @@ def test_parameters_depend_on_lower_ranks_alone(dim: int, context_dim: int, hidd
     touched = (matrix != 0).any(0)  # feature i's parameters, by feature j
     lower = net.order[:, None] > net.order
     assert not (touched & ~lower).any()
-    if hidden_dims is WIDE:  # one unit for each degree: nothing that may be seen is lost
+    if hidden_dims is WIDE:  # one unit per degree, so all allowed dependencies remain
         assert (touched == lower).all()
 
 
 @every_size
 def test_every_feature_sees_the_context(dim: int) -> None:
-    """The first one too, whose parameters depend on nothing else."""
+    """The parameters of the first feature depend on the context alone."""
     net = made(dim, 1, WIDE, 3, activation=nn.Tanh)
     x, context = inputs(dim, 3, rows=4)
     matrix = laws.jacobian(lambda c: net(x, c).squeeze(-1), context)
@@ -91,7 +94,7 @@ def test_a_streamed_vector_jacobian_product_gives_the_gradient_rank_by_rank(
     (wanted,) = torch.autograd.grad(net(x, context), x, cotangents, materialize_grads=True)
     params, slopes = net.params_and_slopes(x, context)
     torch.testing.assert_close(params, net(x, context))
-    with torch.no_grad():  # as inside a backward pass, where it runs
+    with torch.no_grad():  # as in a backward pass
         chain = stream_vjp(net, slopes)
         for rank in reversed(range(dim)):
             passed = chain.step(cotangents[:, net.features[rank]].T)
@@ -101,7 +104,7 @@ def test_a_streamed_vector_jacobian_product_gives_the_gradient_rank_by_rank(
 
 
 def inverse_gradients(by_passes: bool, layer: Autoregressive, y: Tensor, context: Tensor | None) -> list[Tensor]:
-    """Gradients of a function of the inverse and its log-determinant, with respect to all that it depends on."""
+    """Return the gradients of a function of the inverse and its log-determinant, for all inputs and parameters."""
     leaves = [t.clone().requires_grad_() for t in (y, context) if t is not None]
     arguments = leaves[0], leaves[1] if context is not None else None
     if by_passes:
@@ -157,7 +160,7 @@ def test_the_swept_inverse_can_be_differentiated_twice(context_dim: int) -> None
 
 
 class Both(nn.Module):
-    """The inverse and its log-determinant as one module call, which is what ``functional_call`` can reach."""
+    """Inverse and log-determinant as one module call, as ``functional_call`` requires."""
 
     def __init__(self, layer: Autoregressive) -> None:
         super().__init__()
@@ -168,7 +171,7 @@ class Both(nn.Module):
 
 
 def test_the_gradient_is_that_of_the_weights_of_a_functional_call() -> None:
-    """The backward sweep runs after the call has put the module's own weights back."""
+    """The backward pass runs after the call has restored the module's own weights."""
     layer = Autoregressive(Affine(), made(5))
     other = copy.deepcopy(layer)
     laws.randomise(other, seed=9)
@@ -183,7 +186,7 @@ def test_the_gradient_is_that_of_the_weights_of_a_functional_call() -> None:
 
 
 class Flops(TorchDispatchMode):
-    """Counts the work of matrix products, those inside a backward pass included."""
+    """Mode that counts the work of matrix products, also in backward passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +195,7 @@ class Flops(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> object:
         result = function(*args, **kwargs or {})
         packet = function._overloadpacket
-        count = flop_registry.get(aten.addmm if packet is aten.addmm_ else packet)  # in place, the work is the same
+        count = flop_registry.get(aten.addmm if packet is aten.addmm_ else packet)  # same work in place
         if count is not None:
             self.total += count(*args, **kwargs or {}, out_val=result)
         return result
@@ -215,7 +218,7 @@ def test_inverting_costs_about_one_pass_and_not_one_for_each_feature(bijector: B
 
 
 def test_orders_travel_with_the_state() -> None:
-    """Masks follow the order that was saved; were it missing, a strict load would silently give another network."""
+    """Masks follow the saved order; without it, a strict load would silently give a different network."""
     first, second = (
         laws.randomise(MADE(4, 2, (9, 8), order=order), seed=s) for s, order in ((0, [2, 0, 3, 1]), (1, None))
     )
@@ -232,7 +235,7 @@ PERIODIC = [True, False, True, False, False]
 
 
 def periodic(context_dim: int = 0, bound: float = 2.0) -> Periodic:
-    """A periodic network in float64 with random parameters."""
+    """Return a periodic network in float64 with random parameters."""
     net = Periodic(MLP(7, 4, 3, (16,), context_dim, activation=nn.Tanh), PERIODIC, bound)
     return laws.randomise(net, scale=1.0).double()
 
@@ -249,7 +252,7 @@ def test_parameters_have_the_period_of_each_marked_feature_and_of_no_other(conte
             change = (net(moved, context) - params).abs()
             assert change.max() < 1e-10 if is_periodic else change.max() > 1e-2
     matrix = laws.jacobian(lambda value: net(value, context).flatten(1), x)
-    assert (matrix != 0).any(0).all()  # every feature is seen
+    assert (matrix != 0).any(0).all()  # the network depends on every feature
 
 
 def test_the_network_sees_cosines_sines_and_the_others() -> None:
@@ -324,7 +327,7 @@ def test_residual_layers_add_their_input() -> None:
     x = laws.normal(5, 4)
     h = net.hidden[0](x).relu()
     h = h + net.hidden[1](h).relu()
-    h = net.hidden[2](h).relu()  # the width changes here: nothing to add
+    h = net.hidden[2](h).relu()  # the width changes, so this layer has no residual
     torch.testing.assert_close(net(x), net.output(h).unflatten(-1, (2, 3)).mT)
 
 
@@ -384,7 +387,7 @@ def test_sizes_out_of_range_are_named(build: Callable[[], object], message: str)
 
 
 def test_create_graph_changes_no_gradient():
-    """Tied layers: what flows through y to the shared weights must not count twice when the graph is kept."""
+    """With shared weights, the gradient through y must not count twice if the graph is kept."""
     layer = Autoregressive(Affine(), MADE(3, 2, (8,), order=(1, 2, 0))).double()
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -431,7 +434,7 @@ def test_a_fixed_point_takes_few_passes_where_features_steer_one_another_weakly(
     laws.randomise(net, scale=3.0)
     passes.clear()
     layer.inverse_and_log_det(y)
-    assert len(passes) <= 24  # and never more than there are features
+    assert len(passes) <= 24  # and never more than the number of features
 
 
 def test_tokens_have_no_fixed_point() -> None:

@@ -1,6 +1,8 @@
-"""Maps without a closed inverse find it to the last bits with a bounded number of evaluations, whatever their
-parameters, with the derivatives of the implicit function; each map is the one that its formula says; none waits at its
-start."""
+"""Bijectors without an inverse in closed form.
+
+The numerical inverse is exact up to round-off, at all parameters, after a bounded number of evaluations.  It has the
+derivatives of the implicit function.  Each map follows its formula, and trains from its first steps.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ def params_of(bijector: Bijector, *shape: int, dtype: torch.dtype = torch.float6
 
 
 def places(dtype: torch.dtype = torch.float64) -> Tensor:
-    """Half of them within [-10, 10], all within [-100, 100]."""
+    """Return values within [-100, 100], half of them within [-10, 10]."""
     x = torch.linspace(-100, 100, 3000, dtype=dtype)
     return torch.cat((x, x / 10))
 
@@ -63,7 +65,7 @@ def places(dtype: torch.dtype = torch.float64) -> Tensor:
 @every_root
 @pytest.mark.parametrize(("scale", "tolerance"), [(1.0, 1e-12), (3.0, 1e-11), (10.0, 1e-9)])
 def test_the_root_is_found(bijector: Continued, scale: float, tolerance: float) -> None:
-    """Forward errors grow with the reciprocal of the slope, which the bounds limit; backward errors do not."""
+    """Forward errors grow with the reciprocal of the slope, which is bounded; backward errors do not grow."""
     x, params = places(), params_of(bijector, 6000, scale=scale)
     y, _ = bijector.forward_and_log_det(x, params)
     again, _ = bijector.inverse_and_log_det(y, params)
@@ -114,7 +116,7 @@ def test_the_root_has_first_and_second_derivatives(bijector: Continued) -> None:
 
 @every_map
 def test_derivatives_are_those_of_the_implicit_function(bijector: Continued) -> None:
-    """dx/dy = 1 / f'(x) and dx/dθ = -(∂f/∂θ) / f'(x), far out too."""
+    """dx/dy = 1 / f'(x) and dx/dθ = -(∂f/∂θ) / f'(x), also for large values."""
     x, params = places()[::30], params_of(bijector, 200)
     leaf = params.clone().requires_grad_()
     y, log_det = bijector.forward_and_log_det(x, leaf)
@@ -138,7 +140,7 @@ def test_the_ends_go_on_as_tangents(bijector: Continued) -> None:
             y, log_det = bijector.forward_and_log_det(x, params)
             torch.testing.assert_close(y, of_edge + (x - edge) * log_slope.exp(), rtol=1e-14, atol=0)
             assert torch.equal(log_det, log_slope)
-            # Round-off is that of y, seen through the slope.
+            # Round-off is that of y, divided by the slope.
             again, back = bijector.inverse_and_log_det(y, params)
             assert (again - x).abs().le(1e-15 * (x.abs() + y.abs() / log_slope.exp())).all()
             torch.testing.assert_close(back, -log_slope, rtol=0, atol=1e-12)
@@ -153,7 +155,7 @@ def bimodal() -> Tensor:
 
 
 def fitted(bijector: Bijector, x: Tensor, steps: int, lr: float) -> tuple[Tensor, float]:
-    """A table of parameters after steps of Adam towards the density of x, and the last loss, in nats."""
+    """Fit a table of parameters to the density of x by Adam, and return it with the last loss in nats."""
     params = torch.zeros(bijector.num_params, dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.Adam([params], lr=lr)
     for _ in range(steps):
@@ -179,15 +181,14 @@ def test_no_component_stays_equal_to_another(bijector: Bijector) -> None:
             parts = bijector.table(params)[1][:, :, 0].T
         case Integral():
             parts = params[: bijector.hidden].unsqueeze(-1)
-        case _:  # bins and the like differ by where they are
+        case _:  # bins differ by their position
             return
     assert torch.pdist(parts, p=math.inf).min() > 1e-6
 
 
 @every_default
 def test_learning_does_not_wait(bijector: Bijector) -> None:
-    """At once and not after hundreds of steps the map is better than the best affine one: its start is no saddle, from
-    which all changes of first order are affine."""
+    """A map that starts at a saddle would change only affinely at first, and stay at the best affine loss for long."""
     x = bimodal()
     affine = 0.5 + x.std(correction=0).log().item()
     _, loss = fitted(bijector, x, steps=40, lr=5e-2)
@@ -209,7 +210,7 @@ def test_a_mixture_of_logits_is_the_one_it_says() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_slopes_of_mixtures_stay_within_those_of_their_parts(dtype: torch.dtype) -> None:
-    """Also where a weight has vanished and all sigmoids are far in a tail, so that shares and weights overflow."""
+    """This holds also if a weight vanishes and all sigmoids are in a tail, so that shares and weights overflow."""
     u = laws.normal(4, 500, dtype=dtype, scale=1e3)
     log_weight = torch.log_softmax(laws.normal(4, 500, seed=1, dtype=dtype, scale=1e3), 0)
     logit, slope = mixture_logit(u.requires_grad_(), torch.full_like(u, 0.7), log_weight.requires_grad_())
@@ -236,7 +237,7 @@ def test_a_logistic_mixture_has_no_completion_when_its_share_is_gone() -> None:
 
 @pytest.mark.parametrize(("degree", "polynomials"), [(1, 1), (2, 3), (8, 2), (15, 1)])
 def test_a_sum_of_squares_is_the_integral_it_says(degree: int, polynomials: int) -> None:
-    """Gauss's rule is exact: numpy's antiderivative of the very polynomials agrees."""
+    """Gauss's rule is exact: NumPy's antiderivative of the same polynomials agrees."""
     squares = SumOfSquares(degree, polynomials, bound=3.0)
     params, x = params_of(squares, scale=1.0), torch.linspace(-3, 3, 41, dtype=torch.float64)
     y, log_det = squares.forward_and_log_det(x, params)
@@ -253,7 +254,7 @@ def test_the_mean_slope_of_a_sum_of_squares_is_bounded(scale: float) -> None:
     y, _ = squares.forward_and_log_det(ends.unsqueeze(-1), params_of(squares, 200, scale=scale))
     mean = (y[1] - y[0]) / 10
     assert mean.max() <= 4.0
-    assert mean.max() > 3.0  # else the law would hold of anything
+    assert mean.max() > 3.0  # otherwise the test would pass for any map
 
 
 @pytest.mark.parametrize("degree", [2, 7, 32])
@@ -269,7 +270,7 @@ def test_a_bernstein_polynomial_is_the_one_it_says(degree: int) -> None:
 
 
 def test_bernstein_polynomials_have_second_derivatives_at_their_ends() -> None:
-    """Powers of zero have: 0 · 0^-1 must not come in."""
+    """The derivative of a power of zero must not contain 0 · 0^-1."""
     bernstein = Bernstein(degree=6, bound=1.0)
     leaves = torch.tensor([-1.0, 1.0, 5.0]).requires_grad_(), params_of(bernstein, dtype=torch.float32).requires_grad_()
     y, log_det = bernstein.forward_and_log_det(*leaves)
@@ -279,7 +280,7 @@ def test_bernstein_polynomials_have_second_derivatives_at_their_ends() -> None:
 
 
 def test_an_integral_is_that_of_its_network() -> None:
-    """The error is of second order in the width of a panel: half the width, a quarter of the error."""
+    """The error is of second order: half the panel width gives a quarter of the error."""
     x, errors = torch.linspace(-5, 5, 2001, dtype=torch.float64), []
     params = params_of(Integral(), scale=0.5)
     v, w, u = params[:-2].view(3, 8, 1)
@@ -299,7 +300,7 @@ def test_an_integral_is_that_of_its_network() -> None:
 
 
 def test_a_linear_rational_spline_is_the_papers() -> None:
-    """Weights w and values in the middle, equation (8) of arXiv:2001.05168, at random places of random bins."""
+    """The reference is equation (8) of arXiv:2001.05168 with weights w, at random places of random bins."""
     spline = LinearRationalSpline(bins=5)
     for params in params_of(spline, 20):
         xs, ys, slopes, shares = spline._table(params)

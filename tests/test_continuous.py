@@ -1,5 +1,8 @@
-"""Continuous transforms follow a field: exact divergences are the Jacobian's, estimated ones unbiased, rows keep to
-themselves, gradients are those of the solution, and what cannot be solved says why and what to change."""
+"""Continuous transforms.
+
+Exact divergences equal those of the Jacobian, and estimated ones are unbiased.  Rows do not affect each other.
+Gradients are those of the solution.  Errors of the solver name the reason and the remedy.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def tight(field: VectorField, **options: Any) -> Continuous:
 
 
 class Opaque(VectorField):
-    """A field that nothing is known of."""
+    """Field without known structure."""
 
     def __init__(self, field: VectorField) -> None:
         super().__init__(field.input_dim, field.context_dim)
@@ -50,7 +53,7 @@ class Opaque(VectorField):
 
 
 class Given(VectorField):
-    """A field that is a function of time and place."""
+    """Field given by a function of time and place."""
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], dim: int = 2) -> None:
         super().__init__(dim)
@@ -67,7 +70,7 @@ class Given(VectorField):
 @every_depth
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_jacobian_of_a_network_is_autograds(hidden_dims: tuple[int, ...], activation: type[nn.Module]) -> None:
-    """Trace and products, at each point's own time and context, in both ways to find them."""
+    """Trace and products agree for both methods, at the time and context of each point."""
     field = field_of(3, 2, hidden_dims, activation=activation)
     t, x, context = torch.rand(5).double(), laws.normal(5, 3), laws.normal(5, 2, seed=1)
     v, jacobian = field.at(context)(t, x)
@@ -80,7 +83,7 @@ def test_the_jacobian_of_a_network_is_autograds(hidden_dims: tuple[int, ...], ac
 
 
 def test_the_exact_divergence_of_two_hidden_layers_takes_one_pass_in_any_dimension() -> None:
-    """No operation that it records for backward holds a number for each row, feature and unit."""
+    """No operation in the graph stores a number per row, feature and unit."""
     largest = 0
 
     def watch(tensor: Tensor) -> Tensor:
@@ -128,7 +131,7 @@ def test_fields_of_any_kind_are_solved_in_inference_mode(exact: bool) -> None:
 
 
 def test_a_linear_field_is_solved_by_the_exponential() -> None:
-    """dx/dt = A x leads to exp(A) x, with the trace of A as log-determinant; its regularisers are known too."""
+    """The solution of dx/dt = A x is exp(A) x, with log-determinant tr A and known regularisers."""
     matrix = laws.normal(3, 3)
     layer = tight(Given(lambda t, x: x @ matrix.T, 3))
     x = laws.normal(5, 3, seed=1)
@@ -139,7 +142,7 @@ def test_a_linear_field_is_solved_by_the_exponential() -> None:
     paths = torch.einsum("tij,nj->tni", torch.matrix_exp(times[:, None, None] * matrix), x)
     torch.testing.assert_close(found.kinetic, (paths @ matrix.T).square().sum(-1).mean(0), rtol=1e-5, atol=0)
     torch.testing.assert_close(found.jacobian, matrix.square().sum().expand(5), rtol=0.1, atol=0)
-    assert found.evaluations == layer.solve(x).evaluations  # costs do not set the pace
+    assert found.evaluations == layer.solve(x).evaluations  # regularisers do not affect the step size
     back = layer.solve(found.value, inverse=True, costs=True)
     torch.testing.assert_close(back.kinetic, found.kinetic)
     torch.testing.assert_close(back.log_det, -found.log_det)
@@ -172,7 +175,7 @@ def test_fixed_steps_converge_at_their_order(solver: str) -> None:
 
 
 def test_the_density_of_a_plane_integrates_to_one() -> None:
-    """At the default tolerances, in float32, for a field that is bent by training."""
+    """The field is trained, in float32 with the default tolerances."""
     torch.manual_seed(0)
     z = torch.randn(500, 2)
     x = torch.stack((z[:, 0], z[:, 0].square() + 0.5 * z[:, 1]), -1)
@@ -187,7 +190,7 @@ def test_the_density_of_a_plane_integrates_to_one() -> None:
 
 
 def test_rows_do_not_change_each_others_answer_beyond_the_tolerance() -> None:
-    """One row in 10,000 moves fast.  A mean over the batch would let it go a hundred times as wrong."""
+    """One row in 10,000 moves fast.  A mean error over the batch would allow it a hundred times the error."""
     layer = Continuous(
         Given(lambda t, x: torch.where(x[..., :1] > 5, 30 * torch.sin(40 * t), 0.1) * torch.ones_like(x))
     )
@@ -221,7 +224,7 @@ def test_batches_may_be_empty_or_have_many_dimensions(exact: bool) -> None:
     ],
 )
 def test_estimates_are_unbiased(noise: str, inverse: bool, opaque: bool) -> None:
-    """Within 3 standard errors, which probes tell, of what is exact; so is the mean of the errors themselves."""
+    """Estimates and their stated errors agree with exact values within 3 standard errors."""
     field = field_of(3, 2)
     x, context = laws.normal(6, 3), laws.normal(6, 2, seed=1)
     wanted = tight(field).solve(x, context, inverse=inverse).log_det
@@ -233,11 +236,11 @@ def test_estimates_are_unbiased(noise: str, inverse: bool, opaque: bool) -> None
         layer.num_probes = 1
         single = torch.stack([layer.solve(x, context, inverse=inverse).log_det for _ in range(60)])
     spread = found.log_det_se * math.sqrt(400)
-    assert (single.std(0) / spread - 1).abs().max() < 0.6  # the standard error of a ratio is .1 to .2
+    assert (single.std(0) / spread - 1).abs().max() < 0.6  # the standard error of the ratio is .1 to .2
 
 
 def test_the_noise_is_one_draw_for_a_solve() -> None:
-    """However many evaluations there are."""
+    """The noise is equal in all evaluations of a solve."""
     x, states = laws.normal(4, 3), []
     for number in (1, 50):
         torch.manual_seed(0)
@@ -285,7 +288,7 @@ def test_the_estimated_flow_starts_at_its_base_and_scores_about_as_the_exact_one
 
 
 class Verb(nn.Module):
-    """One direction as a module, so that its parameters can be given to it."""
+    """One direction as a module, for ``functional_call``."""
 
     def __init__(self, layer: Continuous, inverse: bool) -> None:
         super().__init__()
@@ -314,7 +317,7 @@ in_both_ways = pytest.mark.parametrize(
 
 @in_both_ways
 def test_gradients_are_those_of_the_solution(solver: str, inverse: bool, opaque: bool) -> None:
-    """In the value, the context and all parameters."""
+    """Gradients are checked for value, context and all parameters."""
     field = field_of(2, 2, (4, 3))
     layer = Continuous(Opaque(field) if opaque else field, solver=solver, rtol=1e-9, atol=1e-9, num_steps=5)
     assert checked_gradients(layer, inverse, fast_mode=True, atol=1e-6)
@@ -354,7 +357,7 @@ def test_second_derivatives_are_there_but_for_the_adjoint_method() -> None:
 
 
 def test_the_adjoint_method_keeps_no_steps() -> None:
-    """What autograd saves grows with the steps of the direct method, not with those of the adjoint one."""
+    """The memory of the graph grows with the steps of the direct method, not of the adjoint method."""
     saved = {}
     for adjoint in (False, True):
         for number in (5, 50):
@@ -383,7 +386,7 @@ def test_a_stiff_field_ends_with_a_way_out() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_field_that_jumps_underflows_with_an_explanation(dtype: torch.dtype) -> None:
-    """The slope across the jump is too much for any step; the budget is not used up to find out."""
+    """No step size can cross the jump, and the error comes before the budget is used up."""
     layer = Continuous(Given(lambda t, x: -1e9 * (x - 1).sign() * t.gt(0.3)), max_num_steps=10**6).to(dtype)
     with pytest.raises(FloatingPointError, match=r"step of dopri5 fell to .*time 0\.3\d* .*float(32 .*float64|64)"):
         layer.forward_and_log_det(torch.zeros(4, 2, dtype=dtype))
@@ -413,7 +416,7 @@ def test_a_step_into_places_without_a_field_is_told_from_a_field_that_is_not_fin
 
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 def test_the_adjoint_equation_is_watched_too(inverse: bool) -> None:
-    """A root has no derivative at zero; in the parameter alone the solve itself does not notice."""
+    """A square root has no derivative at zero, which only the adjoint equation meets."""
 
     class Root(Given):
         def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -477,7 +480,7 @@ def test_the_adjoint_gradient_of_a_row_is_right_in_quiet_company(inverse: bool) 
 
 
 class Sticky(Likelihood):
-    """A likelihood that cannot be solved from some step on."""
+    """Likelihood that raises a solver error from some step on."""
 
     def __init__(self, last: int, until: int = 10**6) -> None:
         super().__init__()
@@ -504,7 +507,7 @@ def test_a_fit_that_meets_a_stiff_field_skips_it_or_ends_with_what_was_best() ->
         flow.transforms[0].max_num_steps = 1000
         kept.append(flow.log_prob(x).mean().item())
     start = dist.Normal(torch.zeros(2), 1.0).to_event(1).log_prob(x).mean().item()
-    assert kept[0] > kept[1] > start + 0.3  # two epochs were worth something
+    assert kept[0] > kept[1] > start + 0.3  # two epochs have reduced the loss
 
 
 @pytest.mark.parametrize(
@@ -624,7 +627,7 @@ def test_penalties_make_a_field_cheaper() -> None:
 
 
 def test_flow_matching_has_the_target_that_it_says() -> None:
-    """For a field that is the line's velocity itself the loss is zero; x = x₀ + t (x₁ - (1 - σ) x₀)."""
+    """The loss is zero for the velocity of the line x = x₀ + t (x₁ - (1 - σ) x₀)."""
     flow, x = flows.cnf(2).double(), laws.normal(50, 2, seed=1) * 3
     seen: list[tuple[Tensor, Tensor]] = []
 
@@ -644,7 +647,7 @@ def test_flow_matching_has_the_target_that_it_says() -> None:
     start = (point - t.unsqueeze(-1) * x) / (1 - t.unsqueeze(-1))
     assert start.mean().abs() < 0.5
     assert start.std() == pytest.approx(1, abs=0.3)
-    assert ((t * 50).floor().sort().values == torch.arange(50)).all()  # one time in each of 50 equal parts
+    assert ((t * 50).floor().sort().values == torch.arange(50)).all()  # one time per stratum, of 50 equal strata
     before, after = ActNorm(2).double(), ActNorm(2).double()
     before.loc.data.fill_(100.0)
     after.log_scale.data.fill_(2.0)
@@ -662,7 +665,7 @@ def test_times_follow_their_law(power: float) -> None:
 
 
 def test_optimal_pairs_have_the_least_distance() -> None:
-    """On a line, the order: each draw goes to the row of its rank."""
+    """In one dimension, each draw is paired with the row of its rank."""
     from pyro_flows.objectives.matching import MOST_PAIRED, _pairs
 
     start, x = laws.normal(MOST_PAIRED, 1), laws.normal(MOST_PAIRED, 1, seed=1)
@@ -674,7 +677,7 @@ def test_optimal_pairs_have_the_least_distance() -> None:
 
 @pytest.mark.parametrize("pairing", ["independent", "optimal"])
 def test_flow_matching_finds_a_correlated_normal(pairing: str) -> None:
-    """Standardised at first, then matched, then as exact a density as any other flow's."""
+    """Data are standardised, then matched; the density is then exact."""
     torch.manual_seed(0)
     law = dist.MultivariateNormal(torch.tensor([50.0, -3.0]), torch.tensor([[4.0, 1.8], [1.8, 1.0]]))
     x, fresh = law.sample((2000,)), law.sample((2000,))
@@ -729,7 +732,7 @@ def test_it_is_the_flow_of_a_guide() -> None:
 
 
 def test_it_answers_for_all_data_by_flow_matching() -> None:
-    """Linear and normal, so the posterior is known: N(0.8 x, 0.2)."""
+    """The model is linear and normal, with the posterior N(0.8 x, 0.2)."""
 
     def model(x: Tensor | None = None) -> Tensor:
         theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -748,7 +751,7 @@ def test_it_answers_for_all_data_by_flow_matching() -> None:
 
 
 def test_losses_of_latents_are_in_nats_as_the_model_has_them() -> None:
-    """Those of LogNormal(3, 0.1) lie at 20, so the density of their logarithms is another one by 3 nats."""
+    """Latents of LogNormal(3, 0.1) are near 20, so the log-density of their logarithms differs by 3 nats."""
 
     def model(x: Tensor | None = None) -> Tensor:
         theta = pyro.sample("theta", dist.LogNormal(torch.full((1,), 3.0), 0.1).to_event(1))
@@ -789,7 +792,7 @@ def test_couplings_beside_a_field_are_trained_by_likelihood() -> None:
 
 @pytest.mark.parametrize("dim", [1, 64, 65])
 def test_flow_matching_trains_guides_of_any_width(dim: int) -> None:
-    """The learned affine map of a guide is another beyond 64 latents; it stays where it is."""
+    """Beyond 64 latents, a guide has a different learned affine map, which flow matching leaves unchanged."""
 
     def model(y=None):
         z = pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1))

@@ -1,6 +1,9 @@
-"""A flow trained on a table is its density, in nats of the table as it is: known densities are found whatever their
-scales, with contexts and encoders, from tensors, arrays, frames and loaders alike; outliers do no harm, integers have a
-mass, runs stop and resume as promised.  What no density can be of is refused or told of by column, before training."""
+"""Densities of tables, in nats of the unscaled table.
+
+Fits find known densities at all scales, with contexts and encoders, from tensors, arrays, frames and loaders.  Outliers
+do no harm, integers have a mass, and runs stop and resume.  Columns without a density are an error or a warning before
+training.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ TARGET = dist.MultivariateNormal(LOC.double(), scale_tril=TRIL.double())
 
 
 def correlated(rows: int, seed: int = 0) -> Tensor:
-    """Normals with correlation 0.8, around 1e4 with a spread of 10 and around -3e-4 with one of 1e-4."""
+    """Return normals with correlation 0.8: 1e4 ± 10, and -3e-4 ± 1e-4."""
     return (LOC + normal(rows, 2, seed=seed) @ TRIL.T).float()
 
 
@@ -54,7 +57,7 @@ def test_a_density_of_bad_scales_is_found_in_nats_of_the_data() -> None:
     x, unseen = correlated(2000).double(), correlated(2000, seed=1).double()
     flow = small(2).double()
     fit = fit_density(flow, x, max_epochs=10, lr=0.01, progress=False)
-    gap = TARGET.log_prob(unseen) - flow.log_prob(unseen)  # its mean is the divergence, never negative
+    gap = TARGET.log_prob(unseen) - flow.log_prob(unseen)  # its mean is the divergence, which is not negative
     assert -4 * gap.std().item() / math.sqrt(2000) < gap.mean().item() < 0.06
     assert (gap - gap.mean()).abs().quantile(0.9) < 0.5
     assert isinstance(fit, Fit)
@@ -69,7 +72,7 @@ def test_a_density_of_bad_scales_is_found_in_nats_of_the_data() -> None:
 
 
 def test_a_conditional_density_of_bad_scales_is_found() -> None:
-    """y ~ N(±(c - 5000), 1): two lines that cross, contexts in thousands."""
+    """y ~ N(±(c - 5000), 1): two crossing lines, with contexts in the thousands."""
     context = 5000 + 100 * normal(2000, 1, seed=1)
     side = torch.where(torch.arange(2000) % 2 == 0, 1.0, -1.0)[:, None]
     x = 7 + 0.03 * (side * (context - 5000) / 100 + 0.3 * normal(2000, 1))
@@ -88,7 +91,7 @@ def test_a_conditional_density_of_bad_scales_is_found() -> None:
 
 
 def test_an_encoder_learns_with_the_flow() -> None:
-    """Contexts are sets of five numbers; x is their mean and noise."""
+    """Contexts are sets of five numbers; x is their mean plus noise."""
     sets = 300 + 20 * normal(1000, 5, 1, seed=1)
     x = sets.mean(1) + 1.0 * normal(1000, 1)
     encoder = SetEncoder(1, 4, (16,), num_queries=1)
@@ -106,7 +109,7 @@ MIX = normal(5, 5, seed=103)
 
 
 def outlying(rows: int, seed: int, far: float = 50.0) -> Tensor:
-    """Five correlated normals, five rows of them many standard deviations away."""
+    """Return five correlated normals, with five rows many standard deviations away."""
     x = normal(rows, 5, seed=seed) @ MIX
     if far:
         x[:: rows // 5][:5] = far * MIX.norm(dim=0) * nn.functional.normalize(normal(5, 5, seed=seed + 1), dim=1)
@@ -115,7 +118,7 @@ def outlying(rows: int, seed: int, far: float = 50.0) -> Tensor:
 
 @pytest.mark.parametrize("recipe", [flows.maf, flows.nsf, flows.nsf_ar])
 def test_outliers_do_no_harm(recipe: Any) -> None:
-    """Networks know nothing of places where they never were: affine maps make some 1e5 of outliers not seen before."""
+    """Networks are arbitrary far from the data: an affine map may send new outliers to 1e5."""
     x, others, clean = outlying(1000, 30), outlying(1000, 40), outlying(1000, 50, far=0.0)
     flow = recipe(5, num_transforms=2, hidden_dims=(32,))
     fit = fit_density(flow, x, max_epochs=15, batch_size=60, lr=0.01, progress=False)
@@ -144,12 +147,12 @@ def test_only_outliers_change_the_base() -> None:
     laplace = dist.Laplace(torch.zeros(5), 1.0).to_event(1)
     assert quick(Flow(small(5).transforms, laplace), x).guide.base.distribution is laplace
     trained = quick(small(5), normal(200, 5)).guide
-    assert not isinstance(quick(trained, x).guide.base, StudentTBase)  # its density would jump
+    assert not isinstance(quick(trained, x).guide.base, StudentTBase)  # the density would jump
     assert quick(small(5).double(), x).guide.base.free_df.dtype == torch.float64
 
 
 def test_integers_get_a_mass() -> None:
-    """What the flow says of a noisy integer bounds its log-mass; the entropy bounds the mean of that from below."""
+    """The mean log-density with noise bounds the log-mass, and the entropy is a lower bound of its mean."""
     k = torch.distributions.Poisson(3.0).sample((2000,))
     x = torch.stack((k, 0.5 * k + normal(2000)), 1)
     flow = flows.nsf(2, num_transforms=2, hidden_dims=(32,))
@@ -166,7 +169,7 @@ def test_integers_get_a_mass() -> None:
     entropy = -(p.exp() * p).sum().item() + dist.Normal(0.0, 1.0).entropy().item()
     error = math.sqrt(1 / 200)
     assert -4 * error < fit.best_loss - entropy < 0.2 + 4 * error
-    # The noise of the rows held out is the same each time: what is kept has the loss that it says.
+    # The noise of held-out rows is fixed, so the kept state reproduces its stated loss.
     noisy = dequantize(x[order[1800:]], [0], generator=torch.Generator().manual_seed(0))
     assert -flow.log_prob(noisy).mean().item() == pytest.approx(fit.best_loss, abs=1e-4)
 
@@ -183,7 +186,7 @@ def test_angles_keep_their_scale() -> None:
     assert fit.best_loss < math.log(2 * math.pi) + dist.Normal(0.0, 5.0).entropy().item() - 0.3
 
 
-# ------------------------------------------------------------------------------------------------------ what x may be
+# ---------------------------------------------------------------------------------------------------------- types of x
 
 
 def losses_of(x: Any, *args: Any, **settings: Any) -> Tensor:
@@ -216,7 +219,7 @@ def test_contexts_of_every_kind_are_the_same_context() -> None:
     labels = torch.arange(60) % 3
     embedding = nn.Sequential(nn.Embedding(3, 2))
     flow = Flow(small(2, 2).transforms, encoder=embedding)
-    assert quick(flow, x, labels).losses.isfinite().all()  # integers reach an encoder as they are
+    assert quick(flow, x, labels).losses.isfinite().all()  # integers reach an encoder unchanged
     assert quick(small(2, 1), x, labels).losses.isfinite().all()
 
 
@@ -237,7 +240,7 @@ def test_a_data_set_in_a_loader_is_divided() -> None:
 
     fit = quick(small(2), DataLoader(Watched(), batch_size=32, collate_fn=collate))
     assert fit.steps == 2 * 3  # batches of 32, 32 and 26
-    assert sizes == 3 * [32, 32, 26, 10]  # once to look, then in each epoch
+    assert sizes == 3 * [32, 32, 26, 10]  # once to inspect, then once per epoch
     assert len(fit.held_out) == 2
     dropped = quick(small(2), DataLoader(TensorDataset(x), batch_size=32, drop_last=True, shuffle=True))
     assert dropped.steps == 2 * 2
@@ -271,19 +274,19 @@ def test_batches_may_come_from_anywhere_if_others_judge() -> None:
                DataLoader(TensorDataset(x, context), batch_size=30, sampler=sampler)]  # fmt: skip
     for source, judge in [*itertools.product(sources, judges[:1]), *itertools.product(sources[:1], judges)]:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a sampler that draws rows again makes no copies worth telling of
+            warnings.simplefilter("error")  # rows repeated by a sampler are no reason for a warning
             fit = quick(small(2, 1), source, validation=judge)
         assert fit.steps == 6
     for source in sources:
         with pytest.raises(ValueError, match=r"x is a .*no rows of it can be held out; give others .*validation="):
             quick(small(2, 1), source)
     judged = quick(small(2), x, validation=x[:20])
-    assert judged.steps == 2 * (90 // 32)  # all rows are trained on
+    assert judged.steps == 2 * (90 // 32)  # all rows are used for training
     torch.testing.assert_close(judged.guide.transforms[-1].loc.detach(), x.mean(0))
     assert -judged.guide.log_prob(x[:20]).mean().item() == pytest.approx(judged.best_loss, abs=1e-4)
 
 
-# --------------------------------------------------------------------------------------------- where a flow starts from
+# -------------------------------------------------------------------------------------------------------- initial state
 
 
 def test_a_new_flow_is_standardised_by_the_rows_it_is_trained_on() -> None:
@@ -337,7 +340,7 @@ def test_layers_that_start_from_data_see_standardised_ones() -> None:
     assert not any(isinstance(t, FixedAffine) for t in flow.transforms)
     torch.testing.assert_close(bent.loc.detach(), torch.tensor([5.0, 5.0]), rtol=0, atol=0.5)
     torch.testing.assert_close(bent.log_scale.exp().detach(), torch.tensor([3.0, 3.0]), rtol=0.1, atol=0)
-    assert quick(flows.nice(2).inv, x).losses.isfinite().all()  # whose layers cannot start from data
+    assert quick(flows.nice(2).inv, x).losses.isfinite().all()  # a flow whose layers cannot be initialised from data
 
 
 def test_a_second_fit_goes_on() -> None:
@@ -352,7 +355,7 @@ def test_a_second_fit_goes_on() -> None:
     trained = small(2)
     laws.randomise(trained, scale=0.3)
     quick(trained, normal(50, 2))
-    assert not any(isinstance(t, FixedAffine) for t in trained.transforms)  # it was made for the data as they are
+    assert not any(isinstance(t, FixedAffine) for t in trained.transforms)  # the flow was built for unscaled data
 
 
 def test_only_what_has_a_gradient_is_handed_to_the_optimiser(monkeypatch: Any) -> None:
@@ -390,7 +393,7 @@ def test_a_flow_keeps_its_dtype() -> None:
     assert fit.losses.isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------- stopping, going on
+# ---------------------------------------------------------------------------------------------- stopping and resuming
 
 
 def test_early_stopping_restores_the_best_averaged_state() -> None:
@@ -410,13 +413,13 @@ def test_early_stopping_restores_the_best_averaged_state() -> None:
 
 @pytest.fixture
 def hasty(monkeypatch: Any) -> None:
-    """Each look at the clock takes a minute, so that every epoch ends with a checkpoint."""
+    """Let each call of the clock advance it by a minute, so that every epoch ends with a checkpoint."""
     clock = itertools.count(step=60)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
 
 
 class Mortal(Flow):
-    """A flow that something happens to when it is scored for the n-th time in training."""
+    """Flow with a callback at its n-th score in training."""
 
     calls, last, what = 0, math.inf, None
 
@@ -431,7 +434,7 @@ TABLE, CONTEXT = (50 * normal(100, 2)).round(), normal(100, 1, seed=1)
 
 
 def noisy(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Augments rows with random numbers, and is given to a loader."""
+    """Collate function that augments rows with random numbers."""
     x, context = (torch.stack(part) for part in zip(*rows, strict=True))
     return x, context + 0.1 * torch.randn(context.shape)
 
@@ -456,7 +459,7 @@ KINDS = {
 
 
 def checkpointed(kind: str, file: Any, last: float = math.inf, what: Any = None, **settings: Any) -> tuple:
-    """A fit of a new flow from one seed: the record, and losses and parameters in the end."""
+    """Fit a new flow from a fixed seed, and return the record, the losses and the final parameters."""
     pyro.set_rng_seed(1)
     args, options = KINDS[kind]()
     flow = Mortal(flows.nsf(2, 1, num_transforms=2, hidden_dims=(8,)).transforms)
@@ -600,7 +603,7 @@ def test_columns_whose_digits_are_lost_are_told_of() -> None:
 
 
 def refused(words: str, flow: Any, *args: Any, error: type = ValueError, **settings: Any) -> None:
-    """Refused in these words, and the flow is as it was."""
+    """Assert the error message, and that the flow is unchanged."""
     before = copy.deepcopy(flow)
     with pytest.raises(error, match=words):
         quick(flow, *args, **settings)
@@ -679,7 +682,7 @@ def test_rows_that_are_not_finite_or_constant_are_refused_by_column() -> None:
     refused("discrete columns must hold integers only, unlike column 2", small(3), x, discrete=[2])
     refused("discrete must hold places from 0 to 2, got 3", small(3), x, discrete=[3])
     x[:, 2] = 4.0
-    assert quick(small(3), x, discrete=[2]).losses.isfinite().all()  # an integer that is always the same has a mass
+    assert quick(small(3), x, discrete=[2]).losses.isfinite().all()  # a constant integer has a mass
 
 
 def test_a_seldom_column_that_varies_in_few_rows_is_no_error() -> None:
@@ -710,7 +713,7 @@ def test_numbers_out_of_range_are_refused() -> None:
 
 
 def encoded(seed: int = 0) -> tuple[Flow, Flow, nn.Module]:
-    """A flow, the same with an encoder before it, and the encoder, all at random parameters."""
+    """Return a flow, the same flow with an encoder, and the encoder, at random parameters."""
     flow = laws.randomise(flows.nsf(3, 4, num_transforms=2, hidden_dims=(8,)).double(), scale=0.3)
     encoder = MLPEncoder(2, 4, (8,)).double()
     return flow, Flow(flow.transforms, flow.base, encoder=encoder), encoder
@@ -797,15 +800,15 @@ def test_encoders_that_do_not_fit_are_refused() -> None:
         Flow(layers, encoder=MLPEncoder(3, 4))(raw)
     with pytest.raises(ValueError, match="Flow: context is missing"):
         Flow(layers, encoder=MLPEncoder(2, 4))()
-    # The raw context is the encoder's affair.
+    # The encoder checks the raw context.
     assert Flow(layers, encoder=nn.Embedding(7, 4))(torch.tensor([1, 6])).batch_shape == (2,)
 
 
-# ------------------------------------------------------------ what a hostile table would hide
+# ------------------------------------------------------------ values beyond the precision
 
 
 def test_integers_too_large_for_noise_are_refused() -> None:
-    """In float32 noise from [0, 1) on 16,000,000 is 0 or 1, and the density of two spikes is no bound of anything."""
+    """In float32, 16,000,000 plus noise from [0, 1) takes two values, whose density is no bound."""
     x = torch.stack((16_000_000 + torch.randint(0, 6, (200,)).double(), torch.randn(200).double()), 1)
     flow = flows.nsf(2, num_transforms=1, hidden_dims=(4,))
     with pytest.raises(ValueError, match=r"float32 leaves no room for noise .*column 0 \(up to 1.6e\+07\)"):
@@ -816,7 +819,7 @@ def test_integers_too_large_for_noise_are_refused() -> None:
 
 
 class Frame:
-    """As much of a data frame as matters here."""
+    """Minimal data frame."""
 
     def __init__(self, columns: list[str], values: np.ndarray) -> None:
         self.columns, self.values = columns, values

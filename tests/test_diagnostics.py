@@ -1,6 +1,6 @@
-"""The diagnostics tell the truth.
+"""Importance sampling diagnostics.
 
-``psis`` finds the k-hat and the evidence of pairs where both are known, and refuses what cannot be weighed.
+``psis`` finds known values of k-hat and of the evidence, and raises errors for models and guides without weights.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def gaussian(scale: float):
 
 @pytest.mark.parametrize(("scale", "low", "high"), [(0.5, 0.6, 1.0), (0.95, -1.0, 0.3), (1.5, -math.inf, 0.3)])
 def test_khat_of_gaussians(scale, low, high):
-    """For a Gaussian of scale s < 1 against the standard one the weights' tail has the shape 1 - s²."""
+    """For a Gaussian guide of scale s < 1 and a standard normal, the weights' tail has the shape 1 - s²."""
     checked = psis(target, gaussian(scale), num_samples=10_000)
     assert isinstance(checked, Psis)
     assert low < checked.khat < high
@@ -51,7 +51,7 @@ def test_evidence_and_its_standard_error():
     evidence = torch.tensor([run.log_evidence for run in runs])
     error = torch.tensor([run.log_evidence_se for run in runs])
     assert (evidence.abs() < 4 * error).all()  # the evidence is 1
-    # A standard deviation of 20 runs is known to within 1 / sqrt(2 · 19), 16 %: four of these are 65 %.
+    # The relative error of an sd of 20 runs is 1 / sqrt(2 · 19) = 16 %; four of these are 65 %.
     assert 0.35 < (evidence.std() / error.mean()).item() < 1.65
 
 
@@ -71,7 +71,7 @@ def test_equal_densities():
 
 
 def test_even_weights_are_reliable_whatever_the_shape_of_their_tail():
-    """A tail that is heavy, and whose size is a thousandth."""
+    """The tail is heavy, but its size is a thousandth."""
     log_weights = 1e-3 * dist.Pareto(1.0, 1.0).sample((10_000,)).clamp_max(500)
     found = weigh(log_weights)
     assert found.khat > found.threshold
@@ -86,7 +86,7 @@ def test_few_draws_lower_the_threshold():
 
 
 def test_log_weights_are_raw():
-    """Neither normalised nor smoothed: with an observation they are log p(x, y) - log q(x) of each draw."""
+    """Log-weights are log p(x, y) - log q(x) of each draw, neither normalised nor smoothed."""
     seen = []
 
     def model():
@@ -109,7 +109,7 @@ def guide():
 
 
 def test_vectorized_draws_have_the_law_of_single_ones(guide):
-    """Log-weights of both kinds have the same mean, within four standard errors, and the same spread."""
+    """Log-weights of both kinds have the same mean, within four standard errors, and the same sd."""
     many = psis(nested, guide, Y, num_samples=2000).log_weights.double()
     few = psis(nested, guide, Y, num_samples=300, vectorize="loop").log_weights.double()
     assert few.shape == (300,)
@@ -118,7 +118,7 @@ def test_vectorized_draws_have_the_law_of_single_ones(guide):
 
 
 def test_log_weights_of_nested_plates_are_those_of_the_trace(guide):
-    """Recomputed from the densities alone, at the guide's own draws."""
+    """The reference is computed from the densities at the same draws."""
     data = to_arviz(nested, guide, Y, num_samples=30)
     posterior = {name: torch.as_tensor(data.posterior[name].values[0]) for name in ("top", "middle", "leaf", "pair")}
     top, middle, leaf, pair = posterior.values()
@@ -142,7 +142,7 @@ def test_batch_size_changes_no_shapes(guide, batch_size):
 
 
 def test_model_keyword_arguments(guide):
-    """Given straight, or through model_kwargs where their names clash."""
+    """Keyword arguments are passed directly, or by ``model_kwargs`` if names clash."""
 
     def clashing(y, num_samples=None):
         nested(y, noise=num_samples)
@@ -158,7 +158,7 @@ def test_model_keyword_arguments(guide):
 
 
 def guide_of(guide):
-    """A guide that takes any keyword."""
+    """Return a guide that accepts any keyword."""
     return lambda y, **_: guide(y)
 
 
@@ -184,7 +184,7 @@ def test_weights_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="all log-weights are -inf"):
         weigh(torch.full((50,), -math.inf))
     some = good.clone()
-    some[:5] = -math.inf  # draws outside the model's support only weigh nothing
+    some[:5] = -math.inf  # draws outside the model's support have weight zero
     assert math.isfinite(weigh(some).log_evidence)
 
 
@@ -219,7 +219,7 @@ def test_batch_size_must_be_positive():
 
 
 def test_the_error_of_the_evidence_has_room_for_what_was_not_drawn():
-    """Pareto weights of shape .6 have no variance; the deviation of those that are drawn says too little."""
+    """Pareto weights of shape .6 have infinite variance, so their sample variance underestimates the error."""
     within = 0
     for _ in range(200):
         found = weigh(-0.6 * torch.rand(1000, dtype=torch.float64).log())
@@ -230,7 +230,7 @@ def test_the_error_of_the_evidence_has_room_for_what_was_not_drawn():
 
 
 def test_a_model_that_sums_over_all_it_sees_sees_one_draw():
-    """Under a plate of draws it runs without an error, and is wrong: its factor would count once for every draw."""
+    """Under a plate of draws, the model would run without an error, but count its factor once per draw."""
 
     def model() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
@@ -248,7 +248,7 @@ def test_a_model_that_sums_over_all_it_sees_sees_one_draw():
 
 
 def test_a_model_that_does_not_broadcast_has_the_weights_of_one_that_does():
-    """Its data lie in a plate, which the guide has not; still the two are tried together."""
+    """The data are in a plate that the guide lacks; model and guide are still tested together."""
     x = torch.randn(20, 3)
 
     def model(product) -> None:
@@ -267,7 +267,7 @@ def test_a_model_that_does_not_broadcast_has_the_weights_of_one_that_does():
         ValueError, match=r"does not run vectorised over draws.*with \(x \* w\).sum\(-1\) in place of x @ w"
     ):
         weights(lambda w: x @ w, vectorize="plate")
-    wanted = weights(lambda w: (x * w).sum(-1), vectorize="plate")  # what the error recommends
+    wanted = weights(lambda w: (x * w).sum(-1), vectorize="plate")  # the remedy in the error
     torch.testing.assert_close(weights(lambda w: x @ w), wanted)
 
     def total(w):

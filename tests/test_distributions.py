@@ -1,5 +1,8 @@
-"""A base is a module that builds a Pyro distribution: in its own dtype, expandable, with a density that integrates to
-one, draws that follow it, and gradients of draws that are those of the density's integrals."""
+"""Bases and distributions.
+
+A base is a module that builds a Pyro distribution in its own dtype.  Its density integrates to one, and draws follow
+it.  Gradients of draws are those of the integrals.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ every_learner = pytest.mark.parametrize("name", ["normal", "student_t", "mixture
 
 
 def random(name: str, dim: int = 3, seed: int = 0) -> nn.Module:
-    """A base in float64 whose parameters are away from the start."""
+    """Return a base in float64 with parameters away from their initial values."""
     base = laws.BASES[name](dim).double()
     with torch.no_grad():
         for place, parameter in enumerate(base.parameters()):
@@ -36,16 +39,16 @@ def random(name: str, dim: int = 3, seed: int = 0) -> nn.Module:
 
 
 def quadrature(base: nn.Module) -> tuple[Tensor, Tensor]:
-    """Places x, ``(N, 1)``, and weights of an integral over all that the first feature can be."""
+    """Return points ``(N, 1)`` and weights of an integral over the support of the first feature."""
     unit = (torch.arange(20001, dtype=torch.float64) + 0.5) / 20001 * 2 - 1
     if isinstance(base, CircularBase):
         return base.bound * unit.unsqueeze(-1), torch.full_like(unit, 2 * base.bound / len(unit))
-    steps = 32 * unit  # equidistant in arsinh x, for tails as heavy as Cauchy's
+    steps = 32 * unit  # equidistant in arsinh x, for tails as heavy as those of a Cauchy
     return steps.sinh().unsqueeze(-1), steps.cosh() * (64 / len(unit))
 
 
 def bounded(x: Tensor) -> Tensor:
-    """A smooth bounded function with the period of the circular base, or none."""
+    """Return a smooth bounded function, with the period of the circular base if there is one."""
     return torch.sin(math.pi / 2 * x + 0.5).sum(-1)
 
 
@@ -68,7 +71,7 @@ def test_shapes_and_dtypes(name: str, dtype: torch.dtype) -> None:
             assert x.shape == (*shape, *batch, 3) == q.sample(torch.Size(shape)).shape
             assert q.log_prob(x).shape == (*shape, *batch)
             assert x.dtype == q.log_prob(x).dtype == dtype
-            assert x.reshape(-1, 3).unique(dim=0).shape[0] == math.prod((*shape, *batch))  # no draw twice
+            assert x.reshape(-1, 3).unique(dim=0).shape[0] == math.prod((*shape, *batch))  # no repeated draws
             torch.testing.assert_close(q.log_prob(x), base().log_prob(x))
     assert isinstance(base(), TorchDistributionMixin)
 
@@ -89,7 +92,7 @@ def test_the_density_integrates_to_one_and_its_draws_follow_it(name: str) -> Non
 
 @every_base
 def test_features_are_scored_with_the_others(name: str) -> None:
-    """In two dimensions too: the mean of exp(log q - log p) over draws of p is one."""
+    """In two dimensions, the mean of exp(log q - log p) over draws of p is one."""
     p, q = random(name, 2, seed=0), random(name, 2, seed=9)
     with torch.no_grad():
         x = p().sample((40000,))
@@ -97,14 +100,14 @@ def test_features_are_scored_with_the_others(name: str) -> None:
     assert ratio.mean().item() == pytest.approx(1, abs=4 * ratio.std().item() / 200 + 1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------------ learning
+# ------------------------------------------------------------------------------------------------------------ training
 
 
 @every_learner
 @every_dtype
 @pytest.mark.parametrize("function", [bounded, skewed])
 def test_gradients_of_draws_are_those_of_the_integral(name: str, dtype: torch.dtype, function: Callable) -> None:
-    """d/dθ ∫ p f = E[f'(x) dx/dθ], within four standard errors over 40 batches; both sides see one feature."""
+    """d/dθ ∫ p f = E[f'(x) dx/dθ] for one feature, within four standard errors over 40 batches."""
     base = random(name, 1)
     x, weight = quadrature(base)
     parameters = list(base.parameters())
@@ -207,7 +210,7 @@ def test_degrees_of_freedom_stay_between_their_bounds(free: float) -> None:
 
 
 def test_student_t_learns_the_tails_of_each_feature() -> None:
-    """Within four standard errors, from the Fisher information of 4000 draws, of what made them."""
+    """Fits recover the parameters within four standard errors, by the Fisher information of 4000 draws."""
     true = torch.tensor([1.5, 6.0], dtype=torch.float64)
     data = dist.StudentT(true, 0.0, 1.0).sample((4000,))
     base = StudentTBase((2,)).double()
@@ -241,7 +244,7 @@ def test_a_mixture_starts_with_unit_variance_and_components_apart(dim: int, num_
 
 @pytest.mark.parametrize("name", ["sin", "x", "y^2", "x y"])
 def test_draws_of_a_mixture_move_as_the_density_does(name: str) -> None:
-    """E[∇f · dx/dθ] = d/dθ ∫ p f for locations, scales and logits alike, both as sums over one grid, so exactly."""
+    """E[∇f · dx/dθ] = d/dθ ∫ p f for locations, scales and logits; both sides are sums over one grid, so exact."""
     function = {
         "sin": lambda z: torch.sin(z[:, 0] + 2 * z[:, 1]),
         "x": lambda z: z[:, 0],
@@ -260,7 +263,7 @@ def test_draws_of_a_mixture_move_as_the_density_does(name: str) -> None:
 
 
 def test_gradients_of_a_mixture_are_finite_where_components_are_far_apart() -> None:
-    """In float32, next to float64: in a tail the distribution function rounds to one, its derivative does not."""
+    """Float32 is compared with float64; in a tail, the distribution function rounds to one, its derivative does not."""
     base = MixtureBase(3, 4)
     with torch.no_grad():
         base.loc.mul_(10)
@@ -283,7 +286,7 @@ def test_weights_of_a_normal_are_bounded_under_the_contaminated_one():
     normal = dist.Normal(torch.zeros((), dtype=torch.float64), 1.0)
     log_weights = normal.log_prob(x).sum(-1) - base.log_prob(x)
     assert log_weights.max() <= -math.log(1 - 0.02) + 1e-12
-    assert log_weights[0] < -1000  # where the normal has long ended
+    assert log_weights[0] < -1000  # far beyond the normal component
 
 
 def test_moments_of_the_contaminated_normal():
@@ -364,7 +367,7 @@ def test_modes_are_the_mixture_that_they_are_set_to() -> None:
 
 
 def modes_of_angles(sd: float) -> ModesBase:
-    """Two modes of an angle, a number and another angle, all correlated."""
+    """Return two modes of an angle, a number and another angle, all correlated."""
     base = ModesBase(3, 2, circular=[True, False, True]).double()
     factor = sd * torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.3, 0.0], [-0.6, 0.2, 0.5]]).double()
     base.set(torch.tensor([[3.0, 1.0, 0.0], [0.5, -1.0, -3.0]]).double(), factor.expand(2, 3, 3), torch.ones(2))

@@ -1,4 +1,4 @@
-"""The documentation tells the truth: its examples run and print what it shows, and its links lead somewhere."""
+"""Documentation: examples run and print the shown output, links exist, and quoted figures equal the benchmarks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "```python" in 
 LINKED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = re.compile(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", flags=re.DOTALL)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-PRINTED = {  # by pages that show no outputs
+PRINTED = {  # output of pages that do not show it
     "amortized": "Calibration(",
     "continuous": "OdeReport(",
     "density": "\nTrue\n",
@@ -22,7 +22,7 @@ PRINTED = {  # by pages that show no outputs
 
 
 def alike(shown: str, printed: str) -> bool:
-    """Whether words and integers are the same, and decimals up to their last digit: machines round differently."""
+    """True if words and integers are equal, and decimals up to their last digit, because machines round differently."""
     if NUMBER.sub("#", shown).split() != NUMBER.sub("#", printed).split():
         return False
     for one, other in zip(NUMBER.findall(shown), NUMBER.findall(printed), strict=True):
@@ -62,7 +62,7 @@ def test_links_lead_to_files(page):
 
 
 def rows_of(text: str) -> list[list[str]]:
-    """The cells of the tables in a piece of Markdown."""
+    """Return the cells of the tables in Markdown text."""
     return [[cell.strip(" *`") for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
 
 
@@ -72,7 +72,7 @@ def part_of(page: str, first: str, last: str) -> str:
 
 
 def test_what_flows_cost_is_what_was_measured():
-    """Choosing a flow quotes the benchmarks' tables, cell by cell."""
+    """The page "Choosing a flow" quotes the benchmark tables cell by cell."""
     times = {}
     for dim in (8, 32, 128):
         for flow, task, eager, compiled, *_ in rows_of(part_of("benchmarks/speed.md", f"### D = {dim}\n", "\n##"))[2:]:
@@ -90,7 +90,7 @@ def test_what_flows_cost_is_what_was_measured():
 
 
 def test_how_flows_fit_is_what_was_measured():
-    """And so does it the tables of test nats, the best of the peers included."""
+    """The page "Choosing a flow" quotes test nats, and the best other library."""
     pages = {name: rows_of(part_of("benchmarks/tables.md", f"## {name}\n", "\n\n##")) for name in ("magic", "diamonds")}
     pages["protein"] = rows_of(part_of("benchmarks/tables.md", "## protein\n", "\n\nTime of"))
     found = {name: {row[0]: row for row in rows if len(row) == 5} for name, rows in pages.items()}

@@ -1,4 +1,4 @@
-"""Encoders turn each row of data into a context of its own, whatever the batch, the dtype or the order of a set."""
+"""Encoders map each row of data to a context, for all batches and dtypes, and for any order of a set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONTEXT_DIM = 6
 
 
 class Kind(NamedTuple):
-    """A line of the registry: how to build an encoder, the shape of one row of its data, and its hyper-parameters."""
+    """Registry entry: builder of an encoder, shape of a row of its data, and hyper-parameters."""
 
     build: Callable[[], Encoder]
     row: tuple[int, ...]
@@ -66,7 +66,7 @@ every_encoder = pytest.mark.parametrize("kind", ENCODERS.values(), ids=ENCODERS.
 
 
 def made(kind: Kind, seed: int = 0) -> Encoder:
-    """An encoder in float64 that has seen data."""
+    """Return an encoder in float64, initialised from data."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         encoder = kind.build().double()
@@ -75,7 +75,7 @@ def made(kind: Kind, seed: int = 0) -> Encoder:
 
 
 def data(kind: Kind, *batch: int, seed: int = 1) -> Tensor:
-    """Data that are far from standardised."""
+    """Return data that are far from standardised."""
     return 30.0 + 7.0 * laws.normal(*batch, *kind.row, seed=seed)
 
 
@@ -96,7 +96,7 @@ def test_rows_do_not_touch_each_other(kind: Kind) -> None:
     together = encoder(x)
     alone = torch.stack([torch.stack([encoder(row) for row in rows]) for rows in x])
     torch.testing.assert_close(together, alone)
-    assert not torch.allclose(together[0, 0], together[1, 2])  # the data do matter
+    assert not torch.allclose(together[0, 0], together[1, 2])  # the context depends on the data
 
 
 @every_encoder
@@ -104,7 +104,7 @@ def test_a_gradient_reaches_every_parameter_and_the_data(kind: Kind) -> None:
     encoder, x = made(kind), data(kind, 16).requires_grad_()
     encoder(x).square().sum().backward()
     for name, parameter in encoder.named_parameters():
-        if name.startswith("standardize"):  # which is set, and not trained
+        if name.startswith("standardize"):  # set from data, not trained
             assert parameter.grad is None
         else:
             assert parameter.grad.abs().sum() > 0, name
@@ -260,7 +260,7 @@ def test_data_that_cannot_set_a_scale_are_refused(x: Tensor, message: str) -> No
     standardize = Standardize((2,))
     with pytest.raises(ValueError, match=f"^Standardize: data must (be|hold)? ?{message}"):
         standardize.initialize(x)
-    assert torch.equal(standardize(torch.ones(2)), torch.ones(2))  # as it was
+    assert torch.equal(standardize(torch.ones(2)), torch.ones(2))  # unchanged
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5, 1), (5, 3)])
@@ -329,7 +329,7 @@ def test_a_full_mask_is_no_mask() -> None:
 
 
 def test_an_empty_set_has_a_context() -> None:
-    """Also with a gradient, in either spelling."""
+    """An empty set is valid in both notations, and has a gradient."""
     encoder, x = encoded_sets()
     masked, empty = encoder(x, torch.zeros(3, 7, dtype=torch.bool)), encoder(x[:, :0])
     torch.testing.assert_close(masked, empty)
@@ -339,7 +339,7 @@ def test_an_empty_set_has_a_context() -> None:
 
 
 def test_the_size_of_a_set_is_known() -> None:
-    """Every element twice leaves all means as they are, but it is twice the evidence."""
+    """Repeating every element keeps all means, but doubles the evidence."""
     encoder, x = encoded_sets()
     assert (encoder(x.repeat(1, 2, 1)) - encoder(x)).abs().max() > 1e-3
 
@@ -355,7 +355,7 @@ def test_a_mask_that_does_not_fit_is_refused(mask: Tensor) -> None:
 
 
 def test_a_set_encoder_learns_what_a_set_says() -> None:
-    """Mean, spread, maximum and size of ragged sets, then also of sets larger than any that it has seen."""
+    """It learns mean, sd, maximum and size of ragged sets, also for sets larger than those in training."""
     torch.manual_seed(0)
     encoder = SetEncoder(1, 4, (32, 32))
     optimiser = torch.optim.Adam(encoder.parameters(), lr=5e-3)
@@ -380,7 +380,7 @@ def test_a_set_encoder_learns_what_a_set_says() -> None:
         assert (error < 0.3).all(), error
 
 
-# ------------------------------------------------------------ refusals
+# ------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(

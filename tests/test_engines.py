@@ -1,4 +1,4 @@
-"""Any Pyro program: plate, vmap and loop do to many draws what single runs do, and the first that does so is chosen."""
+"""Engines: plate, vmap and loop give many draws the results of single runs, and the first that works is chosen."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fresh():
     torch.set_default_dtype(before)
 
 
-# Models as Pyro's tutorials write them, and their twins, which broadcast to the left of their plates.
+# Models from Pyro's tutorials, and equivalent models that broadcast to the left of their plates.
 
 
 class Regression(PyroModule):
@@ -138,7 +138,7 @@ def states_of(number):
 
 
 def chain(x, y):
-    """A ``pyro.markov`` loop that stacks its states along a dimension of its own."""
+    """Model with a ``pyro.markov`` loop that stacks its states along a new dimension."""
     states = states_of(len(y))
     with pyro.plate("data", len(y)):
         pyro.sample("y", dist.Normal(torch.stack(states), 0.5), obs=y)
@@ -163,7 +163,7 @@ every_twin = pytest.mark.parametrize("name", TWINS)
 
 @pytest.fixture
 def brief(monkeypatch):
-    """Searches of few climbs and particles, and chains that are soon judged."""
+    """Shorten the search for modes and the chains."""
     for name, number in {"STARTS": 16, "FEW": 16, "PARTICLES": 64, "PROBES": 500}.items():
         monkeypatch.setattr(missing_mass, name, number)
     monkeypatch.setattr(missing_mass, "EFFORT", missing_mass.EFFORT._replace(gradients=40))
@@ -243,7 +243,7 @@ def test_verbs_take_models_that_do_not_broadcast(name):
 
 
 def test_evidence_of_twins_agrees():
-    """The verbs end to end, with log evidence ± s.e. of the exact answer: Y is Gaussian given X."""
+    """The functions agree with the exact log evidence, within standard errors: Y is Gaussian given X."""
     torch.set_default_dtype(torch.float32)
     x, y = X.float(), Y.float()
     exact = dist.MultivariateNormal(torch.zeros(4), x @ x.T + 0.25 * torch.eye(4)).log_prob(y)
@@ -253,7 +253,7 @@ def test_evidence_of_twins_agrees():
         assert abs(pf.psis(model, guide, x, y).log_evidence - exact) < 0.01
 
 
-# The loop, and what makes a model need it.
+# The loop, and models that need it.
 
 
 def branching(y):
@@ -297,7 +297,7 @@ def test_what_only_single_runs_can_do_runs_in_a_loop_and_one_line_says_so(model)
 
 
 def summing(y):
-    """A term that sees all draws at once, small beside the data's."""
+    """Model with a small term that depends on all draws together."""
     w = pyro.sample("w", dist.Normal(0.0, 1.0))
     pyro.factor("penalty", -w.square().sum())
     with pyro.plate("data", 10_000):
@@ -334,7 +334,7 @@ def test_a_guide_that_does_not_broadcast_is_run_by_vmap():
     task = Task(matmul, guide, (X, Y), {}).settle()
     assert task.guide.engine == "vmap"
     draws = task.draw(1000)
-    assert draws.latents["w"].std(0).min() > 0.05  # each draw has noise of its own
+    assert draws.latents["w"].std(0).min() > 0.05  # each draw has its own noise
     scale = torch.tensor([[0.2, 0.1, 0.0], [0.0, 0.3, 0.0], [0.0, 0.0, 0.1]])
     exact = dist.MultivariateNormal(torch.zeros(3), scale @ scale.T).log_prob(draws.latents["w"])
     torch.testing.assert_close(draws.log_q, exact)
@@ -370,7 +370,7 @@ def test_the_choice_takes_few_runs_of_the_model():
     guide = AutoFlow(counted).setup(X, Y)
     runs.clear()
     Task(counted, guide, (X, Y), {}).settle()
-    assert len(runs) <= 6  # one to see the sites, and five
+    assert len(runs) <= 6  # one run to find the sites, and five
 
 
 def test_random_structure_is_refused_by_the_site():
@@ -389,7 +389,7 @@ def test_random_structure_is_refused_by_the_site():
         pf.psis(growing, guide, Y[0], num_samples=50)
 
 
-# Programs that would stop an engine, a search or a guide.
+# Programs with traps for engines, searches or guides.
 
 
 def test_a_batch_with_matrices_that_have_no_factor_loses_those_draws_alone():
@@ -410,7 +410,7 @@ def test_a_batch_with_matrices_that_have_no_factor_loses_those_draws_alone():
 
 
 def test_a_draw_out_of_range_is_weighed_and_no_error():
-    """One draw of the latents overflows where it is constrained: its density is not finite, that of the others is."""
+    """One draw overflows in its constrained space; its density is not finite, and the others are."""
 
     def model():
         x = pyro.sample("x", dist.LogNormal(0.0, 1.0))
@@ -423,7 +423,7 @@ def test_a_draw_out_of_range_is_weighed_and_no_error():
 
 
 def test_the_engine_of_hidden_markov_models_is_vmap():
-    """Their logarithm is safe at 0, which vmap knows nothing of, and has the same gradient."""
+    """Pyro's logarithm that is safe at 0 has no vmap rule, and is replaced by one with the same gradient."""
 
     def model(data):
         p = pyro.sample("p", dist.Beta(2.0, 2.0))
@@ -443,7 +443,7 @@ def test_the_engine_of_hidden_markov_models_is_vmap():
 
 
 def test_plates_that_hold_no_site_do_not_meet_the_plate_of_draws():
-    """Pyro's compartmental models compute within a plate of time, and add what they find outside of it."""
+    """Pyro's compartmental models compute within a plate of time, and add a factor outside of it."""
 
     def model(data):
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -467,7 +467,7 @@ def test_a_model_without_gradients_is_refused_before_training():
 
 
 def test_a_guide_starts_where_the_model_has_a_density():
-    """Neither the centre of the prior nor the origin has one here: one latent must be larger than the other."""
+    """Centre and origin have a density of zero here, because one latent must be larger than the other."""
 
     def model():
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
@@ -479,7 +479,7 @@ def test_a_guide_starts_where_the_model_has_a_density():
 
 
 def test_a_law_without_a_support_is_over_the_real_numbers():
-    """As zuko's flows are within ``ZukoToPyro``."""
+    """Example: zuko's flows within ``ZukoToPyro``."""
 
     class Nameless(dist.TorchDistribution):
         arg_constraints = {}
@@ -508,7 +508,7 @@ def test_a_law_without_a_support_is_over_the_real_numbers():
         assert guide.sample(4, y)["z"].shape == (4, 3, 2)
 
 
-# Densities that change from run to run.
+# Densities that change between runs.
 
 DROPOUT = nn.Dropout(0.5)
 
@@ -532,13 +532,13 @@ def test_a_density_that_changes_from_run_to_run_is_refused_at_its_site(verb, mod
     guide = AutoFlow(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pf.fit_svi(model, guide, Y, warm_start=False, **QUICK)  # the noise of a loss does no harm
+        pf.fit_svi(model, guide, Y, warm_start=False, **QUICK)  # a noisy loss does no harm
         with pytest.raises(ValueError, match=r"log-density changes from run to run, .* most at site 'y': draws cannot"):
             verb(model, guide, Y)
 
 
 class Remembering(PyroModule):
-    """A model that makes a parameter in its first run only, and whose density changes from run to run."""
+    """Model that creates a parameter in its first run, and whose density changes between runs."""
 
     def __init__(self):
         super().__init__()

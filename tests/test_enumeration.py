@@ -1,4 +1,4 @@
-"""Discrete latents are summed out for many draws at once, and drawn back: against sums written by hand."""
+"""Enumeration: discrete latents are summed out for many draws, and sampled afterwards, as in sums by hand."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def parameters():
 
 
 def mixture(data):
-    """Pyro's ``gmm.ipynb``, without its decorator."""
+    """Model of Pyro's ``gmm.ipynb``, without its decorator."""
     weights, scale, locs = parameters()
     with pyro.plate("data", len(data)):
         assignment = pyro.sample("assignment", dist.Categorical(weights))
@@ -65,7 +65,7 @@ def hidden_markov(data):
 
 
 def forward(latents: dict[str, Tensor], data: Tensor) -> list[Tensor]:
-    """The forward recursion: log p(state_t, obs_1..t) of one draw."""
+    """Return log p(state_t, obs_1..t) of one draw, by the forward recursion."""
     log_rows = latents["transition"].log()
     emission = dist.Normal(latents["means"], 1.0)
     found = [log_rows[0] + emission.log_prob(data[0])]
@@ -75,7 +75,7 @@ def forward(latents: dict[str, Tensor], data: Tensor) -> list[Tensor]:
 
 
 def smoothed(latents: dict[str, Tensor], data: Tensor) -> Tensor:
-    """The marginals of the states given all data by forward-backward, ``(T, 3)``."""
+    """Return the marginals of the states given all data, ``(T, 3)``, by forward-backward."""
     ahead, log_rows = forward(latents, data), latents["transition"].log()
     emission, back = dist.Normal(latents["means"], 1.0), [torch.zeros(3)]
     for value in data.flip(0)[:-1]:
@@ -121,7 +121,7 @@ def test_discrete_draws_have_the_marginals_of_the_mixture():
     drawn = task.complete(repeated(latents, 10_000))["assignment"]
     likelihood = dist.Normal(latents["locs"], latents["scale"].unsqueeze(-1)).log_prob(data.unsqueeze(-1))
     wanted = (latents["weights"].log() + likelihood).softmax(-1)[:, 1]
-    assert (drawn.double().mean(0) - wanted).abs().max() < 0.02  # four standard errors of the worst
+    assert (drawn.double().mean(0) - wanted).abs().max() < 0.02  # four standard errors of the largest error
 
 
 def test_discrete_draws_have_the_marginals_of_forward_backward():
@@ -135,7 +135,7 @@ def test_discrete_draws_have_the_marginals_of_forward_backward():
     wanted = smoothed({name: value[0] for name, value in latents.items()}, data)
     found = torch.stack([torch.bincount(drawn[f"state_{t}"], minlength=3) / 10_000 for t in range(4)])
     assert (found - wanted).abs().max() < 0.02
-    pairs = drawn["state_0"] * 3 + drawn["state_1"]  # jointly, not only each on its own
+    pairs = drawn["state_0"] * 3 + drawn["state_1"]  # jointly, not only marginally
     first = (forward({n: v[0] for n, v in latents.items()}, data)[0]).unsqueeze(-1) + latents["transition"][0].log()
     emission, back = dist.Normal(latents["means"][0], 1.0), torch.zeros(3)
     for value in data.flip(0)[:-2]:
@@ -175,7 +175,7 @@ def test_gradients_of_the_sum_are_those_of_the_sum_by_hand(double):
 
 
 def test_the_way_of_pyro_still_works():
-    """Pyro's own ELBO sums out what the model marks; the guide leaves the site to it."""
+    """Pyro's ELBO sums out the sites that the model marks, and the guide skips them."""
     guide = AutoFlow(mixture)
     svi = pyro.infer.SVI(
         config_enumerate(mixture), guide, pyro.optim.Adam({"lr": 0.01}), TraceEnum_ELBO(max_plate_nesting=1)
@@ -223,7 +223,7 @@ def test_other_discrete_distributions_and_events():
 
 
 def test_scales_stand_outside_of_the_sum_and_masks_inside():
-    """As in ``TraceEnum_ELBO``: a scaled mixture is s times its log-density, and a masked row is left out."""
+    """As in ``TraceEnum_ELBO``, a scaled mixture has s times its log-density, and masked rows are left out."""
     mask = torch.tensor([True, True, False, True, True])
 
     def scaled(data):
@@ -241,7 +241,7 @@ def test_scales_stand_outside_of_the_sum_and_masks_inside():
 
 
 def test_a_start_that_random_states_make_impossible_is_none():
-    """Capture and recapture: an animal that is drawn dead and seen later has no density, and their sum has one."""
+    """Capture–recapture: an animal that is dead and seen later has a density of zero, but the sum is positive."""
     seen = torch.tensor([1.0, 1.0, 0.0, 1.0])
 
     def survival(seen):
@@ -275,7 +275,7 @@ def test_infinite_supports_are_refused_by_name_all_at_once():
 
 
 def branching(y):
-    """Pyro's ``intro_part_i.ipynb`` writes its weather so: the discrete value is a key."""
+    """Model as in Pyro's ``intro_part_i.ipynb``: the discrete value is a key."""
     cloudy = pyro.sample("cloudy", dist.Bernoulli(0.3))
     mean = {"cloudy": 55.0, "sunny": 75.0}["cloudy" if cloudy.item() == 1.0 else "sunny"]
     heat = pyro.sample("heat", dist.Normal(mean, 10.0))
@@ -310,7 +310,7 @@ def test_sites_that_only_some_discrete_values_lead_to_are_refused():
         pyro.sample("x", dist.Normal(0.0, 1.0))
 
     def weigh():
-        for seed in range(4):  # whichever value the first run has drawn
+        for seed in range(4):  # for each value of the first run
             pyro.set_rng_seed(seed)
             pf.psis(growing, guide, torch.tensor(1.0), num_samples=30)
 
@@ -333,11 +333,11 @@ def test_discrete_latents_that_cannot_be_summed_out_are_refused_with_the_line_an
         AutoFlow(crowded).setup(torch.tensor(1.0))
 
 
-# One value after the other, row by row; values that Pyro does not list; factorial chains.
+# Sequential enumeration by row, supports that Pyro does not list, and factorial chains.
 
 
 def stubborn(data, unsized=False):
-    """A mixture whose rows do not broadcast over discrete values, as Pyro's AIR and semi-supervised VAE have them."""
+    """Mixture whose rows do not broadcast over discrete values, as in Pyro's AIR and semi-supervised VAE."""
     locs = pyro.sample("locs", dist.Normal(torch.tensor([0.0, 5.0, 10.0]), 1.0).to_event(1))
     share = torch.tensor([0.5, 0.3, 0.2])
     with pyro.plate("data", None if unsized else len(data), dim=-1):
@@ -374,7 +374,7 @@ def test_rows_that_do_not_run_at_all_values_at_once_have_a_sum_each(scale, unsiz
 
 
 def test_latents_that_discrete_ones_mask_are_refused():
-    """Where the mask is on, nothing bounds the latent, and the sum is no density."""
+    """A masked latent has no density, so the sum cannot be normalised."""
 
     def model(y):
         seen = pyro.sample("seen", dist.Bernoulli(0.5))
@@ -383,7 +383,7 @@ def test_latents_that_discrete_ones_mask_are_refused():
         pyro.sample("y", dist.Normal(seen * z, 1.0), obs=y)
 
     def setup():
-        for seed in range(6):  # the first run draws either value
+        for seed in range(6):  # the first run may draw either value
             pyro.set_rng_seed(seed)
             AutoFlow(model).setup(torch.tensor(1.0))
 
@@ -436,7 +436,7 @@ def test_a_binomial_of_a_latent_number_of_trials_is_summed_out():
 
 
 def factorial(data):
-    """Two chains that are seen together, as Pyro's ``hmm.py`` has them in model 3."""
+    """Two chains with a joint observation, as in model 3 of Pyro's ``hmm.py``."""
     stay = pyro.sample("stay", dist.Beta(4.0, 2.0))
     w = x = torch.tensor(0)
     for t in pyro.markov(range(len(data))):
@@ -446,7 +446,7 @@ def factorial(data):
 
 
 def test_draws_of_factorial_chains_are_joint():
-    """Against all values by hand: the pairs of two chains at all times."""
+    """The reference sums over the pairs of both chains at all times."""
     data = torch.tensor([0.5, 2.5, 3.0])
     guide = AutoFlow(factorial).setup(data)
     task = Task(factorial, guide, (data,), {}).settle()
@@ -467,7 +467,7 @@ def test_draws_of_factorial_chains_are_joint():
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("by_rows", [False, True], ids=["joint", "rows"])
 def test_predictions_have_the_discrete_latents_of_the_posterior(parallel, by_rows):
-    """Pyro's ``Predictive`` draws them given the data, and not from their prior."""
+    """Pyro's ``Predictive`` samples them given the data, not from their prior."""
 
     def model(data):
         z = pyro.sample("z", dist.Normal(0.0, 0.1))
@@ -504,7 +504,7 @@ def test_where_data_are_missing_predictions_draw_discrete_latents_as_the_model_d
 
 
 def test_discrete_latents_are_those_of_the_arguments_at_hand():
-    """Labels that are data now stay as they are, and a shorter series has fewer states."""
+    """Labels that are now data stay fixed, and a shorter series has fewer states."""
 
     def labelled(y, kind=None):
         z = pyro.sample("z", dist.Normal(0.0, 0.1))
@@ -549,7 +549,7 @@ def test_rows_that_see_each_other_are_refused():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_branch_on_all_values_at_once_is_no_sum_at_once(seed):
-    """``k.any()`` is true where k has all of its values; the sum is then taken one value after the other."""
+    """``k.any()`` is wrong if k holds all values, so the values are enumerated sequentially."""
 
     def model(y):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -622,7 +622,7 @@ def test_plates_that_cross_and_values_that_are_too_many_are_refused_by_name():
 
 
 def test_a_discrete_latent_without_rows_in_a_plate_without_a_size_is_refused():
-    """Pyro draws one for all rows, and sums over one for each."""
+    """Pyro samples one value for all rows, but sums over one value per row."""
 
     def model(data):
         locs = pyro.sample("locs", dist.Normal(torch.tensor([0.0, 10.0]), 1.0).to_event(1))

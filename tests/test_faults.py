@@ -1,5 +1,7 @@
-"""Models without a posterior, or without room for a density, are refused in words that name the site; models that
-only look like them are not."""
+"""Models without a posterior or a density.
+
+Errors name the site, and models that only look faulty are accepted.
+"""
 
 from __future__ import annotations
 
@@ -141,7 +143,7 @@ def total():
 
 
 def difference():
-    """Item response without an anchor: abilities less difficulties."""
+    """Item response model without an anchor: abilities minus difficulties."""
     a, b = flat("a", constraints.real_vector, (5,)), flat("b", constraints.real_vector, (4,))
     logits = a[..., :, None] - b[..., None, :]
     seen = (torch.arange(20).reshape(5, 4) % 3 == 0).float()
@@ -181,7 +183,7 @@ def design(kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["plain", "tiny", "huge", "collinear"])
 @pytest.mark.parametrize("unit", [1e-4, 1.0, 1e5])
 def test_flat_regressions_are_welcome(kind, unit):
-    """Unlike a column that is not there, one in strange units is no fault."""
+    """A column in unusual units is valid, unlike a missing column."""
     x = design(kind)
     y = unit * (x @ torch.tensor([1.0, 2.0, -1.0]) + 0.1 * torch.sin(20 * x[:, 2]))
     assert fit(regression, x, y).steps == 1
@@ -222,7 +224,7 @@ def two_modes():
 
 
 def change_point():
-    """A step function of tau, whose slope is zero nearly everywhere, and which comes to an end far out."""
+    """Model with a step function of tau: its slope is zero almost everywhere, and it ends far out."""
     tau = pyro.sample("tau", dist.ImproperUniform(constraints.real, (), ()))
     t = torch.linspace(-3, 3, 7)
     likelihood = dist.Normal((t > tau.unsqueeze(-1)).float(), 0.1).log_prob((t > 0).float()).sum(-1)
@@ -236,7 +238,7 @@ def heavy():
 
 
 def far_scale():
-    """Started far above the data, where the likelihood is close to a straight line in log sigma."""
+    """Model that starts far above the data, where the likelihood is nearly linear in log sigma."""
     sigma = flat("sigma", constraints.positive)
     with pyro.plate("row", 4):
         pyro.sample("y", dist.Normal(0.0, sigma), obs=1e-3 * DATA)
@@ -248,7 +250,7 @@ def ordered():
 
 
 def vague():
-    """A proper prior, however wide, is the modeller's business."""
+    """Model with a very wide proper prior, which is valid."""
     a = pyro.sample("a", dist.Normal(0.0, 1e6))
     b = flat("b")
     with pyro.plate("row", 4):

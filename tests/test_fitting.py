@@ -1,7 +1,7 @@
-"""The training loop keeps its promises.
+"""Training loop.
 
-It reaches known evidences, trains what there is to train, survives steps that are not finite, and leaves the
-parameters at the best state whatever ends the run.
+It reaches known evidences, trains all parameters, and survives steps that are not finite.  At the end of any run, the
+parameters have their best state.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ Y = torch.tensor([2.0, 3.0, 2.5])
 
 
 def conjugate(y):
-    """mu ~ N(0, 1), y_i ~ N(mu, 1): everything about it is known."""
+    """mu ~ N(0, 1), y_i ~ N(mu, 1): posterior and evidence are known."""
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("row", len(y)):
         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
 
 def log_evidence(y: Tensor) -> float:
-    """y is Gaussian with covariance I + 1 1ᵀ."""
+    """Return the exact log evidence: y is Gaussian with covariance I + 1 1ᵀ."""
     return dist.MultivariateNormal(torch.zeros(len(y)), torch.eye(len(y)) + 1).log_prob(y).item()
 
 
 quick = functools.partial(fit_svi, steps=5, num_particles=2, warm_start=False, progress=False)
 
 
-# A fit that goes well.
+# Fits that converge.
 
 
 def test_record():
@@ -75,15 +75,15 @@ def test_record():
 
 @pytest.mark.parametrize("build", [functools.partial(AutoFlow, flow=small), AutoNormal, AutoMultivariateNormal])
 def test_conjugate_model_reaches_its_evidence(build):
-    """The posterior is a Gaussian, which each of these guides holds exactly: the ELBO is then the evidence."""
+    """Each of these guides can represent the Gaussian posterior, so the ELBO equals the evidence."""
     guide = build(conjugate)
     fit = quick(conjugate, guide, Y, steps=450, lr=0.03, num_particles=16)
     weights = psis(conjugate, guide, Y, num_samples=2000).log_weights.double()
     gap = log_evidence(Y) - weights.mean().item()
-    # The gap is the divergence of the guide from the posterior: never negative but for the mean's standard error.
+    # The gap is the divergence of the guide from the posterior; only noise can make it negative.
     error = weights.std().item() / math.sqrt(2000)
     assert -4 * error - 1e-5 < gap < 0.02 + 4 * error
-    # The loss of the record is the mean of the last 50 steps.
+    # The recorded loss is the mean of the last 50 steps.
     spread = fit.losses[-50:].std().item() / math.sqrt(50)
     assert abs(fit.best_loss + log_evidence(Y)) < 0.03 + 4 * spread
 
@@ -100,7 +100,7 @@ def test_progress_bar_shows_loss_and_is_silent_on_request(capsys):
 
 
 def test_trains_parameters_of_the_model():
-    """y_i ~ N(theta + z, 1) with z ~ N(0, 1): the likelihood, z summed out, is highest at the mean of y."""
+    """y_i ~ N(theta + z, 1) with z ~ N(0, 1): the marginal likelihood is highest at the mean of y."""
 
     def model(y):
         theta = pyro.param("theta", torch.tensor(0.0))
@@ -112,7 +112,7 @@ def test_trains_parameters_of_the_model():
     fit = quick(model, AutoFlow(model, small), Y, steps=500, lr=0.03, num_particles=32)
     assert fit.losses[-50:].mean() < fit.losses[:10].mean()
     assert pyro.param("theta").item() == pytest.approx(2.5, abs=0.1)
-    # The residuals' variance on two degrees of freedom; z takes the third.
+    # Variance of the residuals with two degrees of freedom; z takes the third.
     assert pyro.param("noise").item() == pytest.approx(Y.var().sqrt().item(), abs=0.1)
 
 
@@ -210,7 +210,7 @@ def run(loss, parameters, *, steps=100, clip_norm=10.0) -> Fit:
 
 
 class Bowl:
-    """(x - 1)² with a last part of one's choice: ``after`` is called from step ``turn`` on."""
+    """The loss (x - 1)² until step ``turn``, and ``after`` from then on."""
 
     def __init__(self, after, turn: int) -> None:
         self.x, self.after, self.turn, self.calls = torch.zeros((), requires_grad=True), after, turn, 0
@@ -230,11 +230,11 @@ def test_descend_finds_the_minimum():
 
 
 def test_a_loss_that_blows_up_is_undone():
-    bowl = Bowl(lambda x: 1000 - 100 * x, turn=51)  # from here on the gradient drags x away
+    bowl = Bowl(lambda x: 1000 - 100 * x, turn=51)  # from here on, the gradient moves x away
     fit = run(bowl, [bowl.x])
-    assert abs(bowl.seen[-1] - 1) > 1  # it did blow up
+    assert abs(bowl.seen[-1] - 1) > 1  # x has diverged
     assert 20 <= fit.best_step <= 50
-    assert bowl.x.item() == bowl.seen[fit.best_step]  # what the next step saw is what this one left
+    assert bowl.x.item() == bowl.seen[fit.best_step]  # the next step starts from the state that this step left
     assert bowl.x.item() == pytest.approx(1, abs=0.1)
     assert fit.best_loss == pytest.approx(fit.losses[fit.best_step - 10 : fit.best_step].mean().item())
 
@@ -243,7 +243,7 @@ def test_step_size_falls_to_zero_along_a_cosine():
     x = torch.zeros((), requires_grad=True)
     seen = []
 
-    def slope() -> Tensor:  # a constant gradient, on which Adam's steps are exactly as long as the step size
+    def slope() -> Tensor:  # with a constant gradient, Adam's steps equal the step size
         seen.append(x.item())
         return -x
 
@@ -251,7 +251,7 @@ def test_step_size_falls_to_zero_along_a_cosine():
     moves = torch.tensor([*seen, x.item()]).diff()
     expected = 0.05 * (1 + torch.cos(math.pi * torch.arange(100) / 100))
     torch.testing.assert_close(moves[50:], expected[50:], rtol=1e-3, atol=1e-5)
-    assert (moves[:50] <= expected[:50] + 1e-5).all()  # the first steps may be held back
+    assert (moves[:50] <= expected[:50] + 1e-5).all()  # warm-up may shorten the first steps
 
 
 def test_gradients_are_clipped():
@@ -282,13 +282,13 @@ def test_nonfinite_steps_are_skipped_and_counted():
 
 def test_nonfinite_gradient_of_a_finite_loss_is_skipped():
     x = torch.zeros((), requires_grad=True)
-    fit = run(lambda: x.sqrt() + 1, [x], steps=5)  # the slope at zero is infinite
+    fit = run(lambda: x.sqrt() + 1, [x], steps=5)  # the gradient at zero is infinite
     assert fit.skipped == 5
     assert x.item() == 0
 
 
 def poisoned(after: int):
-    """The conjugate model, whose site "wall" turns NaN for good after so many calls, and the list of its calls."""
+    """Return the conjugate model with a site "wall" that is NaN after some calls, and the list of its calls."""
     calls = []
 
     def model(y):
@@ -342,7 +342,7 @@ def test_a_hard_edge_in_the_likelihood_points_to_escalate():
 
 
 def test_a_draw_that_a_distribution_refuses_counts_as_nonfinite():
-    """Pyro's validation raises where a scale is negative; that too is a bad step and not the end."""
+    """Pyro's validation raises an error for negative scales; it counts as a bad step, and training continues."""
     calls = []
 
     def model(y):
@@ -357,18 +357,18 @@ def test_a_draw_that_a_distribution_refuses_counts_as_nonfinite():
     assert fit.losses.isfinite().sum() == 32
 
 
-# What ends a run early.
+# Errors and interrupts that end a run.
 
 
 def in_use(guide) -> list[Tensor]:
-    """The parameters as a guide uses them.  Tables are stored in another unit while ``fit_svi`` trains them."""
+    """Return the parameters in the guide's units; ``fit_svi`` stores tables in other units during training."""
     tables = [part for part in guide.modules() if isinstance(part, Elementwise)]
     units = {id(parameter): part.unit for part in tables for parameter in part.parameters()}
     return [units.get(id(parameter), 1.0) * parameter.detach() for parameter in guide.parameters()]
 
 
 def ending(error: BaseException, after: int, watch=lambda: None):
-    """The conjugate model, which raises at a call; what ``watch`` sees at each call is kept in ``seen``."""
+    """Conjugate model that raises at a call, and keeps the values of ``watch`` at each call in ``seen``."""
     seen = []
 
     def model(y):
@@ -392,7 +392,7 @@ def test_interrupt_keeps_the_best_state(build, capsys):
     assert fit.losses.shape == (fit.steps,)
     assert fit.best_step == 50
     assert f"Interrupted after {fit.steps} steps; kept the best state, of step 50" in capsys.readouterr().err
-    # The last call was that of step fit.steps + 1; the call of step 51 saw what step 50 had left.
+    # The last call belongs to step fit.steps + 1; the call of step 51 saw the state after step 50.
     best = seen[51 - (fit.steps + 1) - 1]
     assert all(torch.equal(kept, then) for kept, then in zip(state(), best, strict=True))
     assert not all(torch.equal(kept, then) for kept, then in zip(state(), seen[-1], strict=True))
@@ -436,7 +436,7 @@ def test_an_error_of_the_model_is_not_swallowed():
 
 
 class Rising(Trace_ELBO):
-    """An ELBO whose likelihood counts more from call to call: a state of its own, for a checkpoint to keep."""
+    """ELBO whose likelihood gets more weight in each call: a state that checkpoints must keep."""
 
     calls = 0
 
@@ -453,13 +453,13 @@ class Rising(Trace_ELBO):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """Each look at the clock takes a minute, so that every step ends with a checkpoint."""
+    """Let each call of the clock advance it by a minute, so that every step ends with a checkpoint."""
     clock = itertools.count(step=60)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
 
 
 def checkpointed(model, file, steps=100, **settings) -> tuple[Tensor, list[Tensor], Fit]:
-    """A fit of a new guide from one seed: the losses, and the parameters in the end."""
+    """Fit a new guide from a fixed seed, and return the losses and the final parameters."""
     pyro.set_rng_seed(1)
     guide = AutoFlow(conjugate, small)
     fit = fit_svi(model, guide, Y, steps=steps, num_particles=4, progress=False, checkpoint=file, **settings)
@@ -491,7 +491,7 @@ def test_a_killed_run_goes_on_to_the_same_end(objective, tmp_path):
     resumed = checkpointed(conjugate, file, objective=objective())
     assert resumed[2].steps == 100
     assert_same_run(resumed, whole)
-    again = checkpointed(conjugate, file, objective=objective())  # what is done is not done again
+    again = checkpointed(conjugate, file, objective=objective())  # a complete run is not repeated
     assert_same_run(again, whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "whole"]
 
@@ -667,7 +667,7 @@ def test_a_checkpoint_of_another_guide_is_refused(tmp_path):
 
 
 def near(y):
-    """A posterior that a Gaussian holds: a part of the usual steps."""
+    """Model with a Gaussian posterior, for which a part of the usual steps suffices."""
     pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
 
@@ -677,7 +677,7 @@ def curved(y):
 
 
 def tuned(y):
-    """Near-Gaussian at any theta, which is still to be learned."""
+    """Model with a near-Gaussian posterior at any value of the parameter theta."""
     theta = pyro.param("theta", torch.tensor(0.0))
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
     pyro.sample("y", dist.Normal(theta + z, 1.0), obs=y[0])
@@ -699,7 +699,7 @@ def test_few_steps_where_the_gaussian_is_near_also_when_resumed(model, steps, tm
 
 
 def test_steps_that_are_asked_for_take_as_many_draws_when_resumed(tmp_path, monkeypatch):
-    """As many steps as a near posterior takes are no sign of one."""
+    """An explicit number of steps does not imply a Gaussian posterior, even if it equals the default for one."""
     asked = []
 
     def stop(descent):
@@ -771,7 +771,7 @@ def test_a_frozen_guide_is_refused():
 
 
 def test_a_diverged_state_is_not_kept_for_its_own_noise():
-    """One exploding loss widens its window's standard error; that must not let the window in."""
+    """One exploding loss raises the standard error of its window, which must not make the window acceptable."""
     parameter = torch.zeros(())
     best = Best([parameter])
     best.offer([1.0, 1.1] * 25, 50)
@@ -783,6 +783,6 @@ def test_a_diverged_state_is_not_kept_for_its_own_noise():
 
 
 def test_a_point_guide_can_be_fitted():
-    """psis refuses a point; training one is maximum a posteriori, and welcome."""
+    """psis rejects point guides, but training one is valid: it is maximum a posteriori."""
     fit = fit_svi(conjugate, AutoDelta(conjugate), Y, steps=20, progress=False)
     assert fit.losses.isfinite().all()

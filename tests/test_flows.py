@@ -1,5 +1,9 @@
-"""A flow is a module that lasts, ``flow(context)`` a Pyro distribution: it starts at its base, its density integrates
-to one, its batch is that of its context, each network runs once, and it goes wherever a distribution goes in Pyro."""
+"""Flows.
+
+A flow is a persistent module, and ``flow(context)`` is a Pyro distribution.  It starts at its base, its density
+integrates to one, and its batch shape is that of its context.  Each network runs once.  Flows work in Pyro as other
+distributions do.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +50,7 @@ def context_of(flow: Flow, *batch: int) -> Tensor | None:
 
 
 def circular_of(flow: Flow) -> Tensor:
-    """Which features are angles; their density integrates to one over one period."""
+    """Return which features are angles, whose density integrates to one over one period."""
     base = flow.base
     return base.circular if isinstance(base, CircularBase) else torch.zeros(flow.event_shape, dtype=torch.bool)
 
@@ -135,10 +139,10 @@ def test_samples_and_scores_belong_together(name: str, dim: int, context_dim: in
 @every_recipe
 @pytest.mark.parametrize("dim", [1, 2])
 def test_the_density_integrates_to_one(name: str, dim: int, context_dim: int) -> None:
-    """The mean of f(x) under the density agrees with that of the samples too: they are the same law."""
+    """The mean of f(x) under the density equals that of the samples, so both have the same distribution."""
     flow = random(name, dim, context_dim, scale=0.2)
     q, circular = flow(context_of(flow)), circular_of(flow)
-    count = 2800 if dim == 1 else 140 if name == "cnf" else 280  # a solver's density has no kinks
+    count = 2800 if dim == 1 else 140 if name == "cnf" else 280  # the density of a solver is smooth
     unit = (torch.arange(count, dtype=torch.float64) + 0.5) / count * 2 - 1
     bounds = torch.where(circular, math.pi, 14.0).double()
     grid = torch.cartesian_prod(*(bound * unit for bound in bounds)).reshape(-1, dim)
@@ -152,7 +156,7 @@ def test_the_density_integrates_to_one(name: str, dim: int, context_dim: int) ->
 
 @every_recipe
 def test_draws_of_another_law_have_finite_scores_that_are_kept_nowhere(name: str) -> None:
-    """10,000 heavy-tailed ones, in training and in evaluation mode, before and after an update of the same tensor."""
+    """10,000 heavy-tailed draws, in both modes, before and after an in-place update of the tensor."""
     flow = random(name, 3, scale=0.3).float()
     x = 5 * dist.StudentT(2.0).sample((10_000, 3))
     with torch.no_grad():
@@ -167,11 +171,11 @@ def test_draws_of_another_law_have_finite_scores_that_are_kept_nowhere(name: str
         close(third, copy.deepcopy(flow)().log_prob(x.clone()))
 
 
-# -------------------------------------------------------------------------------------------------------------- economy
+# ----------------------------------------------------------------------------------------------------- network calls
 
 
 def count_calls(flow: Flow) -> list[int]:
-    """How often each conditioner has run as a module; an incremental run, which inverts a layer, is not one."""
+    """Count the calls of each conditioner as a module; incremental evaluation does not count."""
     counts = [0] * sum(isinstance(part, Conditioner) for part in flow.modules())
     for place, net in enumerate(part for part in flow.modules() if isinstance(part, Conditioner)):
 
@@ -195,7 +199,7 @@ def test_each_network_runs_once(name: str, context_dim: int) -> None:
     assert set(counts) == {2}
     x = x.detach().clone()
     close(q.log_prob(x), remembered)
-    # Coupling layers run once more for a value from elsewhere; iaf's networks then run incrementally, not as modules.
+    # Other values need one more run of coupling layers; iaf's networks then run incrementally, not as modules.
     assert set(counts) == ({2} if name == "iaf" else {3})
 
 
@@ -217,7 +221,7 @@ def test_density_fast_flows_score_in_one_pass_and_never_run_to_score_their_sampl
 @pytest.mark.parametrize("dim", [2, 3, 5, 8])
 def test_every_dimension_is_transformed_by_two_layers(name: str, dim: int) -> None:
     flow = laws.randomise(start(name, dim, num_transforms=2), scale=1.0)
-    layers = [layer for layer in flow.transforms if not isinstance(layer, ActNorm)]  # couplings alone must do it
+    layers = [layer for layer in flow.transforms if not isinstance(layer, ActNorm)]  # couplings and permutations alone
     x = y = laws.normal(9, dim)
     for layer in layers:
         y, _ = layer.forward_and_log_det(y)
@@ -268,7 +272,7 @@ def test_it_expands(name: str) -> None:
     x = laws.normal(4, 5, 3)
     assert (wide.batch_shape, wide.event_shape, wide.sample().shape) == ((4, 5), (3,), (4, 5, 3))
     close(wide.log_prob(x), q.log_prob(x))
-    assert wide.sample().unique(dim=0).shape[0] == 4  # independent draws, not copies of one
+    assert wide.sample().unique(dim=0).shape[0] == 4  # independent draws, not copies of a single draw
     conditional = random(name, 3, CONTEXT_DIM)
     narrow = conditional(laws.normal(5, CONTEXT_DIM))
     close(narrow.expand((4, 5)).log_prob(x), narrow.log_prob(x))
@@ -354,7 +358,7 @@ def test_data_set_the_layers_that_start_from_data() -> None:
 
 @every_context
 def test_planar_flows_score_what_they_did_not_draw(context_dim: int) -> None:
-    """At large parameters the density of unseen values still integrates to one, and is that of the draws."""
+    """At large parameters, the density of new values integrates to one and equals that of the draws."""
     flow = flows.planar_flow(1, context_dim, num_transforms=4, hidden_dims=(8,)).double()
     with torch.no_grad():
         for seed, parameter in enumerate(flow.parameters()):
@@ -390,7 +394,7 @@ def test_the_density_has_the_period_of_each_angle_and_of_no_other(circular: list
 
 @pytest.mark.parametrize("circular", PATTERNS, ids=str)
 def test_all_features_steer_all_others(circular: list[bool]) -> None:
-    """Eight layers couple each feature with each other one, whether it is an angle or not."""
+    """In eight layers, each feature depends on each other feature, angles included."""
     dim = len(circular)
     flow = flows.circular_coupling(dim, circular=circular, num_transforms=8, hidden_dims=(32, 32)).double()
     laws.randomise(flow, scale=0.3)
@@ -406,7 +410,7 @@ def _through(flow: Flow, x: Tensor) -> Tensor:
 
 
 def test_one_angle_fits_a_mixture_of_von_mises() -> None:
-    """One mode straddles the seam.  Below 1e-3 nats, a thousand draws do not tell the fit from the target."""
+    """One mode lies across the seam.  Below 1e-3 nats, a thousand draws do not distinguish fit and target."""
     target = dist.MixtureSameFamily(
         dist.Categorical(torch.tensor([0.6, 0.4], dtype=torch.float64)),
         dist.VonMises(torch.tensor([-1.0, 3.0], dtype=torch.float64), torch.tensor([4.0, 10.0], dtype=torch.float64)),
@@ -414,7 +418,7 @@ def test_one_angle_fits_a_mixture_of_von_mises() -> None:
     flow = flows.circular_coupling(1, circular=[True], num_transforms=2, bins=16).double()
 
     def divergence(count: int) -> Tensor:
-        """KL(target, flow), the integral as a mean over equidistant angles."""
+        """Return KL(target, flow) as a mean over equidistant angles."""
         x = ((torch.arange(count, dtype=torch.float64) + 0.5) / count * 2 - 1) * math.pi
         log_p = target.log_prob(x)
         return 2 * math.pi * (log_p.exp() * (log_p - flow.log_prob(x.unsqueeze(-1)))).mean()
@@ -427,7 +431,7 @@ def test_one_angle_fits_a_mixture_of_von_mises() -> None:
         divergence(512).backward()
         optimiser.step()
         schedule.step()
-    assert abs(divergence(16384).item()) < 1e-3  # finer than what it was trained on: the flow has kinks between
+    assert abs(divergence(16384).item()) < 1e-3  # finer than the training grid, between whose points are kinks
 
 
 # ------------------------------------------------------------------------------------------------------ copy and state
@@ -563,7 +567,7 @@ def test_arrays_are_refused_with_the_way_out() -> None:
 def test_a_wrong_value_is_refused(value: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         start("realnvp", 3)().log_prob(value)
-    if value.dim() != 1:  # what is not finite costs a look, which this way does without
+    if value.dim() != 1:  # this path skips the check for finite values
         with pytest.raises(ValueError, match=message):
             start("realnvp", 3).log_prob(value)
 
@@ -594,7 +598,7 @@ def test_the_recipe_for_angles_wants_one_bool_for_each_feature(circular: list) -
 
 
 def test_couplings_are_what_coupling_recipes_are_made_of() -> None:
-    """With one feature there is nothing to couple; from two on, every layer is a coupling."""
+    """One feature has no coupling; with two or more features, every layer is a coupling."""
     assert not any(isinstance(layer, Coupling) for layer in start("nsf", 1).transforms)
     assert all(isinstance(layer, Coupling) for layer in start("nsf", 2).transforms[:-1])
     assert all(isinstance(layer.inv, Coupling) for layer in start("realnvp", 2).transforms)
@@ -603,7 +607,7 @@ def test_couplings_are_what_coupling_recipes_are_made_of() -> None:
 @pytest.mark.parametrize("rate", [3e-4, 1e-3, 3e-3, 8e-3])
 @pytest.mark.parametrize("name", ["maf", "realnvp"])
 def test_affine_recipes_learn_in_a_plain_loop_of_adam_at_any_usual_rate(name: str, rate: float) -> None:
-    """200 steps without warm-up, clipping or decay, on a table whose second column's scale depends on the first."""
+    """The loop has 200 steps without warm-up, clipping or decay; the second column's scale depends on the first."""
     z = laws.normal(4096, 2).float()
     log_scale = 1.5 * z[:, 0]
     x = torch.stack((z[:, 0], z[:, 1] * log_scale.exp()), -1)

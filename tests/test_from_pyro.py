@@ -1,4 +1,4 @@
-"""The page for those who come from Pyro's own flows: its tables leave out none of these, and name what there is."""
+"""Page for users of Pyro's flows: its tables list all of these flows, and all named objects exist."""
 
 import inspect
 import re

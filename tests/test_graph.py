@@ -1,4 +1,4 @@
-"""Autoregressive layers that know who depends on whom: masks of a graph, and the graph of a Pyro model's posterior."""
+"""Graphs of autoregressive layers: masks from a graph, and the dependency graph of a Pyro model's posterior."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ every_context = pytest.mark.parametrize("context_dim", [0, 3], ids=["plain", "co
 
 
 def graph_of(dim: int, seed: int, share: float = 0.4) -> Tensor:
-    """A random directed graph without cycles, whose order is hidden."""
+    """Return a random directed acyclic graph in a random order of its nodes."""
     source = laws.generator(seed)
     lower = (torch.rand(dim, dim, generator=source) < share).tril(-1)
     shuffle = torch.randperm(dim, generator=source)
@@ -121,7 +121,7 @@ def test_too_few_units_for_a_graph_are_refused() -> None:
 
 @pytest.mark.parametrize("recipe", [flows.iaf, flows.maf])
 def test_a_chain_of_latents_is_found_whole(recipe: object) -> None:
-    """Latents far apart are correlated though each depends on its neighbour alone: no graph may forbid that."""
+    """Distant latents are correlated through their neighbours, and the graph must allow this."""
     pyro.set_rng_seed(0)
 
     def model() -> None:
@@ -139,7 +139,7 @@ def test_a_chain_of_latents_is_found_whole(recipe: object) -> None:
 
 
 def test_colliders_and_plates() -> None:
-    """What shares a child depends on each other; rows of a plate do not, unless something joins them."""
+    """Parents of the same child are dependent; rows of a plate are not, unless a site joins them."""
 
     def model() -> None:
         scale = pyro.sample("scale", dist.LogNormal(0, 1))
@@ -162,7 +162,7 @@ def test_colliders_and_plates() -> None:
 
 
 def test_a_guide_with_the_graph_of_its_model_is_exact_where_the_graph_is() -> None:
-    """Skewed latents that are independent in the posterior: a layer without arrows finds log Z."""
+    """Skewed latents are independent in the posterior, so a layer without edges is exact and finds log Z."""
     pyro.set_rng_seed(0)
 
     def model() -> None:

@@ -1,8 +1,8 @@
-"""AutoFlow is an exact Pyro guide.
+"""AutoFlow.
 
-It starts where it was told to, stays inside every support, scores what it draws, and does what Pyro asks of an
-``AutoContinuous``: SVI under each ELBO, ``Predictive``, NeuTra, ``AutoGuideList``, the compiled ELBO, copies and
-pickles.  A flow is a prior too.
+It starts at its specified place, stays inside every support, and scores its draws.  It supports what Pyro expects of
+an ``AutoContinuous``: SVI with each ELBO, ``Predictive``, NeuTra, ``AutoGuideList``, the compiled ELBO, copies and
+pickles.  A flow can also be a prior.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def stir(guide: AutoFlow, scale: float = 0.1) -> AutoFlow:
 
 
 def regression(y=None):
-    """Two globals and a row of locals; every site is constrained but one."""
+    """Model with two global latents and a row of local ones; all sites but one are constrained."""
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     tau = pyro.sample("tau", dist.HalfCauchy(1.0))
     with pyro.plate("row", 3):
@@ -56,7 +56,7 @@ Y = torch.tensor([0.5, 1.0, 2.0])
 
 
 def nested(y=None):
-    """Latents in both of two nested plates and outside."""
+    """Model with latents in two nested plates and outside of them."""
     top = pyro.sample("top", dist.Normal(0.0, 1.0))
     with pyro.plate("outer", 2, dim=-2):
         middle = pyro.sample("middle", dist.Normal(top, 1.0))
@@ -69,7 +69,7 @@ def nested(y=None):
 NESTED_Y = torch.tensor([[0.5, 1.0, 2.0], [3.0, 0.1, 1.5]])
 
 
-# Where it starts.
+# Initial values.
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -86,7 +86,7 @@ def test_starts_exactly_at_loc_and_scale(name):
     loc = torch.cat([start["a"][None], start["b"].log()])
     gaussian = dist.Normal(loc, 0.3).to_event(1)
 
-    # Far out as well as near: the whole density is the Gaussian's, up to float32's round-off in numbers up to 100.
+    # The whole density equals the Gaussian's, also far out, up to round-off in float32 for numbers up to 100.
     z = loc + torch.randn(50, 4) * torch.tensor([0.3, 3.0]).repeat_interleave(25)[:, None]
     torch.testing.assert_close(guide.get_posterior().log_prob(z), gaussian.log_prob(z), rtol=1e-5, atol=1e-4)
 
@@ -101,10 +101,10 @@ CENTERS = [
     (dist.Normal(100.0, 1.0), 100.0),  # the median
     (dist.HalfCauchy(2.0), 2.0),
     (dist.LogNormal(0.7, 1.0), math.exp(0.7)),
-    (dist.Gamma(3.0, 2.0), 1.5),  # no median in closed form: the mean
+    (dist.Gamma(3.0, 2.0), 1.5),  # no median in closed form, so the mean
     (dist.Beta(2.0, 6.0), 0.25),
     (dist.Dirichlet(torch.tensor([1.0, 2.0, 5.0])), [0.125, 0.25, 0.625]),
-    (dist.LKJCholesky(2, 1.0), [[1.0, 0.0], [0.0, 1.0]]),  # neither: the origin of the unconstrained space
+    (dist.LKJCholesky(2, 1.0), [[1.0, 0.0], [0.0, 1.0]]),  # neither, so the origin of the unconstrained space
     (dist.StudentT(1.0, 0.0, 1.0), 0.0),
     (dist.ImproperUniform(constraints.positive, (), ()), 1.0),
     (dist.ImproperUniform(constraints.interval(0.0, 4.0), (), (2,)), [2.0, 2.0]),
@@ -134,7 +134,7 @@ def test_setup_makes_parameters_once():
 
 def test_failed_setup_can_be_retried():
     guide = AutoFlow(regression, small)
-    for _ in range(2):  # the failure repeats itself rather than leaving a guide that is half set up
+    for _ in range(2):  # the error is repeated, and the guide does not stay half set up
         with pytest.raises(ValueError, match="site 'y'"):
             guide.setup(torch.tensor([0.0, math.nan, 1.0]))
     assert guide.setup(Y).sample(2)["rate"].shape == (2, 3)
@@ -161,7 +161,7 @@ def test_draws_stay_inside_the_support(name):
     def model():
         pyro.sample("x", prior)
 
-    guide = stir(AutoFlow(model, small, init_scale=0.5).setup())  # float32 holds no exp(89), which 1.0 would reach
+    guide = stir(AutoFlow(model, small, init_scale=0.5).setup())  # exp(89) overflows in float32, and 1.0 would reach it
     draws = guide.sample(500)["x"]
     assert draws.shape == (500, *prior.shape())
     assert prior.support.check(draws).all()
@@ -180,7 +180,7 @@ ONE_DIMENSIONAL = {
 
 @pytest.mark.parametrize("name", ONE_DIMENSIONAL)
 def test_one_dimensional_densities_integrate_to_one(name):
-    """The trapezoid rule on the constrained line knows nothing of the guide's Jacobians."""
+    """The trapezoidal rule on the constrained line does not use the guide's Jacobians."""
     family, numbers, grid = ONE_DIMENSIONAL[name]
 
     def model():
@@ -238,7 +238,7 @@ def test_log_prob_names_what_is_wrong_with_its_values():
         guide.log_prob({**draws, "rate": draws["rate"][:, :2]})
 
 
-# Reading the answer.
+# Quantiles and draws.
 
 
 def test_sample_shapes():
@@ -269,7 +269,7 @@ def test_median_and_quantiles():
     assert median["y"].shape == (2,)
     assert (median["x"].log() - 1).abs() < error[1]
 
-    # And away from the start they are those of the draws, again within four standard errors of both (hence sqrt 2).
+    # Away from the start, they equal those of the draws, within four standard errors of both (hence sqrt 2).
     stir(guide)
     draws = guide.sample(guide.num_summary_draws)["x"].log()
     inside = (draws[:, None] < guide.quantiles(levels)["x"].log()).float().mean(0)
@@ -282,7 +282,7 @@ def test_predictive(parallel):
     predictive = Predictive(regression, guide=guide, num_samples=20, parallel=parallel)
     draws = predictive(None)
     assert draws["y"].shape == (20, 3)
-    # Pyro keeps the dimensions of plates that a site is not in when it runs in parallel.
+    # In parallel runs, Pyro keeps the dimensions of plates that do not contain the site.
     assert draws["rate"].shape == (20, 3)
     assert draws["mu"].numel() == 20
     assert draws["mu"].std() > 0
@@ -319,10 +319,10 @@ def test_every_recipe_trains_as_a_guide(name, size):
     before = [parameter.detach().clone() for parameter in laws.learned(guide)]
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(64, vectorize_particles=True))
     losses = [svi.step() for _ in range(5)]
-    # The start at 0 +- 0.1 is some 3 nats a row from the answer, its loss known to 1 / sqrt(64) of less than that.
+    # The start at 0 +- 0.1 is some 3 nats per row from the optimum, known to 1 / sqrt(64) of less than that.
     assert losses[-1] < losses[0] - 0.3 * size
     moved = [not torch.equal(old, new) for old, new in zip(before, laws.learned(guide), strict=True)]
-    # With one feature an autoregressive network has no input left, so that its first weights rest.
+    # With one feature, an autoregressive network has no inputs, so its first weights do not change.
     assert all(moved) if size > 1 else sum(moved) > 2
 
 
@@ -330,7 +330,7 @@ def test_every_recipe_trains_as_a_guide(name, size):
 @pytest.mark.parametrize("vectorize", [False, True], ids=["loop", "vectorized"])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_jit_elbo_equals_trace_elbo(recipe, vectorize):
-    """From its second call on, since the first draws more random numbers while it traces."""
+    """They are equal from the second call on, because tracing uses more random numbers."""
     guide = stir(AutoFlow(regression, recipe).setup(Y))
     settings = {"num_particles": 3, "vectorize_particles": vectorize, "max_plate_nesting": 1}
     compiled, plain = JitTrace_ELBO(**settings, ignore_jit_warnings=True), Trace_ELBO(**settings)
@@ -348,7 +348,7 @@ def test_jit_elbo_equals_trace_elbo(recipe, vectorize):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_jit_elbo_sees_updated_parameters():
-    """Compiled code must not freeze the parameters that it was traced with."""
+    """Compiled code must not keep the parameters of the trace."""
     guide = AutoFlow(regression, small)
     elbo = JitTrace_ELBO(8, vectorize_particles=True, max_plate_nesting=1, ignore_jit_warnings=True)
     svi = SVI(regression, guide, pyro.optim.Adam({"lr": 0.02}), elbo)
@@ -362,7 +362,7 @@ def test_jit_elbo_sees_updated_parameters():
 
 
 def test_neutra_and_nuts_on_a_trained_guide():
-    """x ~ N(0, 1), y = 2 seen with noise 1: the posterior is N(1, 1/2)."""
+    """x ~ N(0, 1), and y = 2 has noise 1, so the posterior is N(1, 1/2)."""
 
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -379,7 +379,7 @@ def test_neutra_and_nuts_on_a_trained_guide():
     draws = neutra.transform_sample(latent)
     assert draws["x"].shape == (60,)
     assert (draws["w"] > 0).all()
-    # Four standard errors of 60 draws, each counted as half an independent one.
+    # Four standard errors of 60 draws, each counted as half an independent draw.
     assert abs(draws["x"].mean().item() - 1) < 4 * math.sqrt(0.5 / 30)
     assert 0.3 < draws["x"].std().item() < 1.3
 
@@ -402,7 +402,7 @@ def test_transform_runs_each_network_once(recipe):
     transform.log_abs_det_jacobian(x, y)
     assert list(networks.values()) == [1, 1]
 
-    guide(Y)  # a draw, and the score of what was drawn
+    guide(Y)  # a draw and its score
     poutine.trace(guide).get_trace(Y).compute_log_prob()
     assert list(networks.values()) == [3, 3]
 
@@ -424,7 +424,7 @@ def test_base_transform_and_posterior_are_consistent():
 
 
 def schools(effects, errors):
-    """Eight schools, centred: a funnel."""
+    """Model of eight schools, centred: a funnel."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("school", len(effects)):
@@ -436,7 +436,7 @@ SCHOOLS = torch.tensor([28.0, 8.0, -3.0]), torch.tensor([15.0, 10.0, 16.0])
 
 
 def schools_evidence(effects, errors) -> float:
-    """The schools and mu summed out by hand, tau by the trapezoid rule in log tau."""
+    """Return the log evidence: schools and mu by hand, tau by the trapezoidal rule in log tau."""
     log_tau = torch.linspace(-15, 10, 5001, dtype=torch.float64)
     tau, size = log_tau.exp(), len(effects)
     covariance = torch.diag_embed((errors**2 + tau[:, None] ** 2).double()) + 25 * torch.ones(size, size).double()
@@ -454,7 +454,7 @@ def test_the_default_fit_of_a_funnel_reaches_its_evidence_in_few_steps():
 
 
 def test_the_default_fit_of_correlated_latents_is_exact_at_once():
-    """The warm start finds a Gaussian posterior, and the flow, trained with path gradients, leaves it alone."""
+    """The warm start finds the Gaussian posterior, and training by path gradients keeps it."""
     scale_tril = torch.linalg.cholesky(0.99 * torch.ones(6, 6) + 0.01 * torch.eye(6))
 
     def model():
@@ -462,13 +462,13 @@ def test_the_default_fit_of_correlated_latents_is_exact_at_once():
 
     guide = AutoFlow(model)
     fit = fit_svi(model, guide, steps=20, num_particles=64, progress=False)
-    assert fit.losses.abs().max() < 0.1  # the log evidence is 0; float32 knows 500 to 3e-5, of deviations of 0.1
+    assert fit.losses.abs().max() < 0.1  # log evidence 0; float32 has an error of 3e-5 at 500, for sds of 0.1
     assert fit.losses.mean().abs() < 0.02
 
 
 @pytest.mark.parametrize("elbo", [Trace_ELBO(), Trace_ELBO(16, vectorize_particles=True)], ids=["one draw", "16 draws"])
 def test_the_default_guide_trains_under_plain_svi(elbo):
-    """x ~ N(0, 1) in four dimensions, whose sum is seen: the sum of five normals."""
+    """x ~ N(0, 1) in four dimensions, with its noisy sum observed: the sum of five normals."""
 
     def model():
         x = pyro.sample("x", dist.Normal(torch.zeros(4), 1.0).to_event(1))
@@ -483,7 +483,7 @@ def test_the_default_guide_trains_under_plain_svi(elbo):
     assert losses[-50:].median() < 1.5 - evidence
 
 
-# Beside discrete sites.
+# Models with discrete sites.
 
 MIXED = torch.cat([torch.linspace(-2.5, -1.5, 10), torch.linspace(2.5, 3.5, 20)])
 
@@ -517,7 +517,7 @@ def test_guide_list_beside_a_discrete_site(guided):
 
 
 def banana() -> Flow:
-    """A fixed prior over two numbers that is no Gaussian."""
+    """Return a fixed non-Gaussian prior over two numbers."""
     flow = flows.realnvp(2, num_transforms=2, hidden_dims=(8,))
     with torch.no_grad():
         for parameter in flow.parameters():
@@ -526,7 +526,7 @@ def banana() -> Flow:
 
 
 def test_flow_as_a_prior():
-    """Under SVI and under NUTS, whose answers agree."""
+    """SVI and NUTS agree on the posterior."""
     prior = banana()
 
     def model():
@@ -540,7 +540,7 @@ def test_flow_as_a_prior():
     chain.run()
     draws = chain.get_samples()["x"]
     assert draws.shape == (80, 2)
-    # The likelihood alone holds x to +- 0.3; four standard errors of the chain, whose draws count half.
+    # The likelihood alone gives x an sd of 0.3; four standard errors of the chain, whose draws count half.
     assert ((guide.median()["x"] - draws.mean(0)).abs() < 4 * 0.3 / math.sqrt(40)).all()
 
 
@@ -582,7 +582,7 @@ def test_save_and_load_a_whole_guide():
     assert_same(before, draws_of(loaded))
     values = guide.sample(4)
     torch.testing.assert_close(loaded.log_prob(values), guide.log_prob(values))
-    # The file leaves the model behind; the live guide keeps it and goes on training, away from the loaded one.
+    # The file does not contain the model; the original guide keeps it, and trains independently of the loaded one.
     train(guide, 2)
     assert differ(before, draws_of(guide))
     assert_same(before, draws_of(loaded))
@@ -609,7 +609,7 @@ def test_a_guide_starts_elsewhere_where_the_model_breaks_down_at_the_centre():
     def ring():
         x = pyro.sample("x", dist.Normal(torch.zeros(2), 3.0).to_event(1))
         radius = x.norm(dim=-1)
-        pyro.factor("ring", radius / radius - 1)  # NaN at the centre
+        pyro.factor("ring", radius / radius - 1)  # the density at the centre is NaN
         pyro.sample("y", dist.Normal(radius, 0.3), obs=torch.tensor(3.0))
 
     def seen_outside():
@@ -620,7 +620,7 @@ def test_a_guide_starts_elsewhere_where_the_model_breaks_down_at_the_centre():
     with pyro.validation_enabled(True):
         assert AutoFlow(ring).setup().start[0].norm() > 0
         with pytest.raises(ValueError, match="found invalid values"):
-            AutoFlow(ring, init_loc_fn=init_to_center).setup()  # as it was told
+            AutoFlow(ring, init_loc_fn=init_to_center).setup()  # as specified
         with pytest.raises(ValueError):
             AutoFlow(seen_outside).setup()
 
@@ -642,7 +642,7 @@ def test_float64_model_gives_float64_draws():
         pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0, dtype=torch.float64))
 
     guide = AutoFlow(model)
-    fit_svi(model, guide, steps=3, num_particles=2, progress=False)  # warm start included
+    fit_svi(model, guide, steps=3, num_particles=2, progress=False)  # with the warm start
     assert {parameter.dtype for parameter in guide.parameters()} == {torch.float64}
     draws = guide.sample(3)
     assert {value.dtype for value in (*draws.values(), *guide().values(), guide.log_prob(draws))} == {torch.float64}
@@ -650,7 +650,7 @@ def test_float64_model_gives_float64_draws():
 
 
 def test_guides_keep_damped_couplings_from_base_to_draws() -> None:
-    """The recipe ``realnvp`` is for densities, steep and from data to base; a guide's first steps need these."""
+    """The recipe ``realnvp`` is steep and goes from data to base, but first steps of guides need damped couplings."""
     layers = [*default_flow(3).transforms, *local_flow(3, 2).transforms[:-1]]
     assert len(layers) == 12
     assert all(isinstance(layer, Coupling) and layer.bijector == Affine(3.0, slope=0.25) for layer in layers)

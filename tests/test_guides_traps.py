@@ -1,6 +1,6 @@
-"""Traps of Pyro's own flow guides, each of which once cost somebody an afternoon: AutoFlow falls into none.
+"""Traps of Pyro's flow guides, which AutoFlow avoids.
 
-Either it works, or it is refused at setup in words that name the site at fault.
+Each case works, or is an error at setup that names the site.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
 
 
 def model():
-    """x ~ N(0, 1) and y = x + noise seen at 3: the loss at the optimum is -log N(3; 0, 2)."""
+    """x ~ N(0, 1), and y = x + noise is observed at 3: the optimal loss is -log N(3; 0, 2)."""
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     scale = pyro.sample("scale", dist.LogNormal(0.0, 0.1))
     pyro.sample("y", dist.Normal(x, scale), obs=torch.tensor(3.0))
@@ -55,14 +55,14 @@ def draws_of(guide) -> list[torch.Tensor]:
 
 
 def test_second_guide_trains():
-    """Without clearing the parameter store; the first guide is left as it is, bit for bit."""
+    """The parameter store is not cleared, and the first guide stays identical."""
     first = AutoFlow(model, small)
     reached = train(first)
     kept = state(first)
     second = AutoFlow(model, small)
     losses = train(second)
-    assert losses[0] > reached[-1] + 0.5  # it starts afresh
-    # Losses are means of 16 draws, averaged over 20 steps; their spread is that of the steps themselves.
+    assert losses[0] > reached[-1] + 0.5  # it starts from new parameters
+    # Losses are means of 16 draws, averaged over 20 steps; their sd is estimated from the steps.
     tails = torch.tensor([reached[-20:], losses[-20:]])
     assert (tails.mean(1).diff().abs() < 4 * (tails.var(1).sum() / 20).sqrt()).all()
     Trace_ELBO().loss(model, first)
@@ -70,7 +70,7 @@ def test_second_guide_trains():
 
 
 def test_second_guide_list_starts_afresh():
-    """AutoGuideList renames its parts after their place, the same in every list."""
+    """AutoGuideList names its parts by position, so names are equal in every list."""
 
     def other():
         pyro.sample("z", dist.Normal(torch.zeros(5), 1.0).to_event(1))
@@ -92,7 +92,7 @@ def test_same_explicit_name_of_two_live_guides_warns():
         second = AutoFlow(model, small, name="posterior")
     del first, second
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # both are gone, so the name is free again
+        warnings.simplefilter("error")  # both guides are deleted, so the name is free
         AutoFlow(model, small, name="posterior").setup()
 
 
@@ -119,12 +119,12 @@ def test_parameters_exist_after_setup_under_clean_names():
     names = [name for name, _ in guide.named_parameters(remove_duplicate=False)]
     assert names
     assert all(name.startswith("flow.transforms.") for name in names)
-    # After the two couplings: a dense matrix and a shift that are learned, a location and a scale that are set.
+    # After the two couplings: a trained dense matrix and shift, and a fixed location and scale.
     assert names[-4:] == [f"flow.transforms.{place}" for place in ("2.factors", "2.shift", "3.loc", "3.scale")]
     assert len({id(p) for _, p in guide.named_parameters(remove_duplicate=False)}) == len(names)
     before = [parameter.detach().clone() for parameter in laws.learned(guide)]
     optimizer = torch.optim.Adam(guide.parameters(), lr=0.01)
-    for _ in range(2):  # in the first step only the last layers move, which start at zero
+    for _ in range(2):  # in the first step, only the last layers change, because they start at zero
         optimizer.zero_grad()
         Trace_ELBO(2).differentiable_loss(model, guide).backward()
         optimizer.step()
@@ -151,7 +151,7 @@ def test_param_store_file_restores_the_function(tmp_path):
     pyro.get_param_store().load(str(tmp_path / "params"))
     fresh = AutoFlow(model, small, name="kept").setup()
     assert same(draws_of(fresh), expected)
-    losses = train(fresh, 50)  # and it goes on from there
+    losses = train(fresh, 50)  # training continues from there
     assert losses[-1] < losses[0]
     assert not same(draws_of(fresh), expected)
 
@@ -177,11 +177,11 @@ def test_pickling_leaves_the_live_guide_usable():
     assert not same(draws_of(guide), before)
 
 
-# Posteriors that are hard to reach.
+# Difficult posteriors.
 
 
 def test_far_gaussian_is_reached_with_the_defaults():
-    pyro.set_rng_seed(2)  # not every seed is as hard: half of them forgive a step size that is too small
+    pyro.set_rng_seed(2)  # with half of the seeds, a step size that is too small also works
     loc, scale = torch.tensor([0.0, 10.0, -20.0, 0.0]), torch.tensor([1.0, 1.0, 0.1, 30.0])
 
     def far():
@@ -208,7 +208,7 @@ def test_improper_uniform_sites_start():
     assert sum(losses[-10:]) < sum(losses[:10])
 
 
-# What one joint flow cannot answer for is refused by name; what it can is not.
+# Models outside the scope of a joint flow are errors with the site's name.
 
 
 def test_support_that_depends_on_another_latent_moves_with_it():
@@ -225,11 +225,11 @@ def test_support_that_depends_on_another_latent_moves_with_it():
     twin.load_state_dict(guide.state_dict())
     draws = guide.sample(100)
     assert (draws["b"] < 1 - draws["a"]).all()
-    for a, b in zip(draws["a"], draws["b"], strict=True):  # the density of b is that of u, stretched
+    for a, b in zip(draws["a"], draws["b"], strict=True):  # the density of b is the scaled density of u
         found, wanted = guide.log_prob({"a": a, "b": b}), twin.log_prob({"a": a, "u": b / (1 - a)}) - (1 - a).log()
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="support of latent site 'b'"):
-        AutoFlow(triangle, small, encoder=lambda: torch.zeros(2)).setup()  # what a flow of any data cannot answer for
+        AutoFlow(triangle, small, encoder=lambda: torch.zeros(2)).setup()  # outside the scope of amortised flows
 
 
 def test_support_that_depends_on_the_data_alone_is_accepted():
@@ -307,7 +307,7 @@ def test_subsampled_plate_of_observations_is_accepted():
     guide = AutoFlow(observed, small)
     losses = train(guide, 300, observed)
     assert sum(losses[-30:]) < sum(losses[:30])
-    # The posterior is N(2, 1 / 20); a noisy objective reaches it roughly.
+    # The posterior is N(2, 1 / 20), which a noisy objective reaches approximately.
     assert guide.median()["x"].item() == pytest.approx(2, abs=0.3)
 
 
@@ -329,7 +329,7 @@ def test_a_discrete_latent_is_left_out_and_summed():
     draws = Task(coin, guide, (), {}).settle().draw(20)
     wanted = Task(by_hand, guide, (), {}).settle().model.log_prob(draws.latents, 20)
     torch.testing.assert_close(draws.log_p, wanted, rtol=1e-4, atol=1e-4)
-    blocked = AutoFlow(poutine.block(coin, hide=["side"]), small).setup()  # as Pyro's own guides need it
+    blocked = AutoFlow(poutine.block(coin, hide=["side"]), small).setup()  # as Pyro's guides need it
     assert blocked.latent_dim == 1
 
 
@@ -348,7 +348,7 @@ def test_nan_in_the_data_is_refused(validate):
 def test_impossible_start_is_refused():
     def narrow():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.factor("wall", torch.where(x > 6, 0.0, -math.inf))  # no draw of the prior is there
+        pyro.factor("wall", torch.where(x > 6, 0.0, -math.inf))  # no draw of the prior is in this region
 
     with pytest.raises(ValueError, match=r"site 'wall' is -inf.*init_to_value"):
         AutoFlow(narrow, small).setup()
@@ -403,7 +403,7 @@ def test_a_store_loaded_after_setup_is_taken_over_and_trained(tmp_path):
 
 
 class Hidden(torch.nn.Module):
-    """An encoder whose network is in a plain list, which torch does not register."""
+    """Encoder whose network is in a plain list, which torch does not register."""
 
     def __init__(self) -> None:
         super().__init__()

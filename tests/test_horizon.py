@@ -1,4 +1,4 @@
-"""Runs whose losses have converged end soon, at the same step when resumed; others take all steps."""
+"""Early end of runs: it comes after convergence, at the same step in resumed runs; other runs take all steps."""
 
 import math
 import statistics
@@ -12,11 +12,11 @@ from pyro_flows import AutoFlow, fit_svi
 from pyro_flows.training.stopping import FINISH, LOOK, Horizon, noise_at
 
 STEPS, NOISE = 200, 0.1
-LOUD, QUIET = [1.0, 2.0] * 50, [1.0, 1.1] * 50  # of sds .5 and .05
+LOUD, QUIET = [1.0, 2.0] * 50, [1.0, 1.1] * 50  # with sds .5 and .05
 
 
 def shares(horizon: Horizon, losses: list[float]) -> list[float]:
-    """The sizes of all steps of a run with such losses."""
+    """Return the sizes of all steps of a run with the given losses."""
     taken: list[float] = []
     while len(taken) < horizon.last:
         taken.append(horizon.share(len(taken) + 1))
@@ -40,7 +40,7 @@ def test_a_run_that_has_converged_ends_soon(loud):
     taken = shares(horizon, LOUD[: loud * LOOK] + 2 * QUIET)
     converged = (loud + 1) * LOOK
     assert (horizon.converged_at, len(taken)) == (converged, converged + max(FINISH, converged // 2))
-    assert taken[converged] == pytest.approx(Horizon(STEPS, 0.0).share(converged))  # no leap
+    assert taken[converged] == pytest.approx(Horizon(STEPS, 0.0).share(converged))  # no jump
     assert taken[converged:] == sorted(taken[converged:], reverse=True)
     assert taken[-1] < 0.002
 
@@ -50,14 +50,14 @@ def test_no_run_takes_more_steps_than_are_asked_for():
 
 
 def test_neither_a_trend_nor_skipped_steps_are_convergence():
-    drifting = [-0.02 * step for step in range(STEPS)]  # each quiet, all together not
+    drifting = [-0.02 * step for step in range(STEPS)]  # each window is flat, but all together are not
     assert len(shares(Horizon(STEPS, NOISE), drifting)) == STEPS
     skipped = [math.nan if step % LOOK == 3 else 1.0 for step in range(STEPS)]
     assert len(shares(Horizon(STEPS, NOISE), skipped)) == STEPS
 
 
 def test_losses_whose_noise_is_rounded_away_tell_nothing():
-    """Of 1e7 nats single precision holds whole ones: the losses of a guide that is far off are all equal."""
+    """At 1e7 nats, single precision has a resolution of one, so the losses of a poor guide are all equal."""
     large = [1e7] * STEPS
     assert len(shares(Horizon(STEPS, NOISE, torch.finfo(torch.float32).eps), large)) == STEPS
     assert len(shares(Horizon(STEPS, NOISE, torch.finfo(torch.float64).eps), large)) == LOOK + FINISH
@@ -72,7 +72,7 @@ def test_a_run_that_is_resumed_turns_where_it_did():
 
 
 def test_the_noise_of_the_loss_tells_the_gap():
-    """Of N(mean, 1) for N(0, 1) log-weights have the variance mean², and the gap is mean² / 2."""
+    """For a guide N(mean, 1) of N(0, 1), log-weights have the variance mean², and the gap is mean² / 2."""
     draws, gap = 64, 0.02
     source = torch.Generator().manual_seed(0)
     log_weights = math.sqrt(2 * gap) * torch.randn(4000, draws, generator=source)
@@ -100,7 +100,7 @@ def test_a_fit_ends_when_it_has_converged_and_no_sooner(tmp_path):
     assert fit.stopped == "converged"
     assert 100 < fit.steps < 300
     again = fit_svi(model, AutoFlow(model), progress=False, checkpoint=tmp_path / "run")
-    assert (again.stopped, again.steps) == ("converged", fit.steps)  # it has nothing left to do
+    assert (again.stopped, again.steps) == ("converged", fit.steps)  # no steps are left
     harder = bent(1.0)
     assert fit_svi(harder, AutoFlow(harder), progress=False).steps > fit.steps
 

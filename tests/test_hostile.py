@@ -1,4 +1,4 @@
-"""Files that ask for more than they hold end in one line, in a second, and take no memory; each is made here."""
+"""Files that claim more than they contain: each is an error of one line, within a second, without much memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def small() -> flows.Flow:
 
 
 def nested(depth: int) -> Any:
-    """A tuple of two that are one and the same, and so on: 2**depth nodes in a few bytes each."""
+    """Return a nested pair of identical tuples, with 2**depth nodes in a few bytes per level."""
     found: Any = (1,)
     for _ in range(depth):
         found = (found, found)
@@ -56,7 +56,7 @@ def edited(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def mlp(content: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a network."""
+    """Return the arguments of a network."""
     return content["spec"]["arguments"]["transforms"][0]["arguments"]["conditioner"]["arguments"]
 
 
@@ -67,11 +67,11 @@ def cyclic(content: dict[str, Any]) -> None:
 
 
 def keyed(content: dict[str, Any]) -> None:
-    content["spec"]["arguments"][nested(15)] = 1  # hashing more would take the test for ever
+    content["spec"]["arguments"][nested(15)] = 1  # hashing a deeper tuple would not end
 
 
 def with_site(plate: tuple[str, int, int, int]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A guide with one latent, in a plate."""
+    """Return a guide with one latent, in a plate."""
     site = {
         "name": "z",
         "support": {"class": "constraints.real", "arguments": {}},
@@ -142,7 +142,7 @@ for file in sys.argv[2:]:
 
 
 def test_small_files_cost_little(tmp_path: Path) -> None:
-    """In a process of its own, whose memory is measured."""
+    """The memory is measured in a separate process."""
     pf.save(small(), tmp_path / "good")
     for name, (edit, _) in SPECS.items():
         edited(tmp_path / name, edit)
@@ -156,7 +156,7 @@ def test_small_files_cost_little(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=words):
             raise ValueError(said)
         assert len(said) < 900
-        assert float(seconds) < 10, line  # on a quiet machine below one
+        assert float(seconds) < 10, line  # below one second on an idle machine
         assert int(megabytes) < 100, line
 
 
@@ -184,7 +184,7 @@ def refused(file: Path) -> str:
         assert tracemalloc.get_traced_memory()[1] < 50e6
     finally:
         tracemalloc.stop()
-    assert time.perf_counter() - began < 10  # on a quiet machine below a tenth
+    assert time.perf_counter() - began < 10  # below a tenth of a second on an idle machine
     return str(error.value)
 
 
@@ -199,7 +199,7 @@ def test_parts_that_claim_to_be_larger_than_the_file_are_refused(tmp_path: Path)
     file = tmp_path / "flow"
     pf.save(small(), file)
     raw = bytearray(file.read_bytes())
-    place = raw.rindex(b"PK\x01\x02")  # the last part, in the directory: its size there is that of a gigabyte
+    place = raw.rindex(b"PK\x01\x02")  # the directory states a size of a gigabyte for the last part
     raw[place + 20 : place + 28] = struct.pack("<II", 2**30, 2**30)
     file.write_bytes(raw)
     assert "its parts claim to be larger than it is" in refused(file)
@@ -212,14 +212,14 @@ def test_parts_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_tensor_has_no_more_numbers_than_its_part(tmp_path: Path) -> None:
-    """torch would read what lies beyond it in memory."""
+    """torch would read the memory beyond the part."""
     file = tmp_path / "flow"
     rewritten(file, lambda parts: parts.update({"archive/data/3": parts["archive/data/3"][:4]}))
     assert "numbers, which its part '3' has not" in refused(file)
 
 
 def pickled(content: Any) -> bytes:
-    """A file of torch.save, as bytes."""
+    """Return a file of torch.save, as bytes."""
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -234,7 +234,7 @@ def test_a_stride_that_repeats_numbers_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_function_is_called_with_a_short_tuple_only(tmp_path: Path) -> None:
-    """Unpacked by each of many calls, a long string would take time and memory without bound."""
+    """If many calls unpack a long string, time and memory are unbounded."""
     text = b"X" + struct.pack("<I", 300_000) + b"a" * 300_000 + b"q\x01"
     start = b"\x80\x02]ctorch._utils\n_rebuild_parameter\nq\x00" + text + b"\x86a"
     pickle_of_calls = start + b"(" + b"h\x00h\x01R" * 60_000 + b"e."
@@ -263,7 +263,7 @@ def test_files_of_machines_with_another_order_of_bytes_are_read(tmp_path: Path) 
 
 
 def test_what_is_read_is_what_torch_reads(tmp_path: Path) -> None:
-    """Of all dtypes and shapes, strides and sharing, and of what a checkpoint holds beside tensors."""
+    """The test covers all dtypes, shapes, strides, shared storages, and other objects in checkpoints."""
     base = torch.arange(24.0)
     content = {
         "views": [base[3:9].view(2, 3).T, base, torch.zeros(0, 3), torch.tensor(5)],
@@ -280,7 +280,7 @@ def test_what_is_read_is_what_torch_reads(tmp_path: Path) -> None:
     assert repr(found) == repr({**wanted, "parameter": wanted["parameter"].data})
     assert found["views"][0].stride() == (1, 3)
     found["views"][1][3] = -1
-    assert found["views"][0][0, 0] == -1  # they share their numbers still
+    assert found["views"][0][0, 0] == -1  # they still share a storage
 
 
 @pytest.mark.parametrize("value", [np.ones(2), torch.float32, slice(3), {(1, 2): 3}, torch.ones(2).to_sparse()])
@@ -290,7 +290,7 @@ def test_what_is_not_plain_is_refused(value: Any) -> None:
 
 
 def test_no_pickle_ends_otherwise_than_in_a_refusal() -> None:
-    """Whatever bits are flipped, and wherever it is cut."""
+    """The test flips bits and truncates files at any place."""
     whole = pickled({"state": {"a": torch.ones(2)}, "spec": [(1, 2.0, "x"), None]})
     with zipfile.ZipFile(io.BytesIO(whole)) as found:
         parts = {name: found.read(name) for name in found.namelist()}
@@ -318,7 +318,7 @@ def test_no_pickle_ends_otherwise_than_in_a_refusal() -> None:
 def test_large_flows_stay_far_within_their_allowance(
     make: Callable[[], flows.Flow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With half of what they are allowed they come back too."""
+    """Large flows load even with half of the limits."""
     halve(monkeypatch)
     flow = make()
     pf.save(flow, tmp_path / "flow")
@@ -340,13 +340,13 @@ def test_guides_of_many_sites_stay_far_within_their_allowance(tmp_path: Path, mo
 
 
 def halve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allow half as much."""
+    """Halve the limits."""
     for name in ("FREE_BYTES", "TIMES_BYTES", "TIMES_SQUARES", "FREE_TENSORS", "TIMES_TENSORS"):
         monkeypatch.setattr(size_limit, name, getattr(size_limit, name) // 2)
 
 
 def test_a_long_row_in_the_file_allows_no_large_matrix() -> None:
-    """60 kB, whose longer side squared would stand for gigabytes."""
+    """The file has 60 kB, but the square of its longer side would be gigabytes."""
     assert size_limit.Allowance(60_000, 1, 60_000**2).bytes_left < 60e6
 
 

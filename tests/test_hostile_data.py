@@ -1,4 +1,4 @@
-"""Data files of the commands that claim more than they hold, or mean two things, are refused in one line."""
+"""Data files of the commands: files with false sizes or ambiguous content are errors of one line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model(y):
 
 
 def header(shape: Any, descr: Any = "<f8", version: tuple[int, int] = (1, 0)) -> bytes:
-    """A file that has numbers for its header alone."""
+    """Return a file that consists of a header alone."""
     text = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode() + b"\n"
     size = len(text).to_bytes(2 if version == (1, 0) else 4, "little")
     return npy.magic(*version) + size + text
@@ -55,7 +55,7 @@ CLAIMS = {
 
 @pytest.fixture
 def little_memory() -> Any:
-    """What would be taken beyond two gigabytes is refused by the system, too."""
+    """Limit the memory of the process to 256 MiB beyond its present use."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, before[1]))
@@ -86,7 +86,7 @@ def test_headers_that_claim_more_than_there_is_are_refused(name: str, tmp_path: 
 
 @pytest.mark.usefixtures("little_memory")
 def test_an_npz_bomb_is_refused(tmp_path: Path) -> None:
-    """An honest header of a gigabyte of zeros, in a megabyte."""
+    """The header is correct: a gigabyte of zeros, compressed to a megabyte."""
     packed = zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1)
     with packed as archive, archive.open("x.npy", "w", force_zip64=True) as part:
         part.write(header((2**15, 2**12)))
@@ -100,7 +100,7 @@ def test_an_npz_bomb_is_refused(tmp_path: Path) -> None:
 
 
 def test_compressed_tables_of_much_the_same_numbers_are_read(tmp_path: Path) -> None:
-    """Far more than a hundredfold, but in all no more than fits."""
+    """The compression ratio is above 100, but the data fit into memory."""
     np.savez_compressed(tmp_path / "x.npz", x=np.zeros((10_000, 300)))
     assert len(read_arrays(tmp_path / "x.npz")[0]) == 300
     np.savez(tmp_path / "y.npz", x=np.asfortranarray(np.arange(6.0).reshape(2, 3)), columns=["α", "b", "c"])

@@ -1,5 +1,8 @@
-"""Image flows are exact at every scale, whatever steers them; models of integers give masses to integers alone, and
-never too much; training shows what it does, stops, resumes and saves."""
+"""Image flows.
+
+They are exact at every scale, with and without context.  Models of integers give mass to integers only, with a total of
+at most one.  Training shows progress, stops, resumes and saves.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,7 @@ def random(name: str, shape: tuple[int, int, int] = SHAPE, scale: float = 0.5, *
 
 
 def slogdet(function: Any, x: Tensor) -> Tensor:
-    """The log-determinants of the whole Jacobians, by brute force."""
+    """Return the log-determinants of the full Jacobians."""
     rows = [torch.autograd.functional.jacobian(function, row.unsqueeze(0)).reshape(row.numel(), -1) for row in x]
     return torch.linalg.slogdet(torch.stack(rows)).logabsdet
 
@@ -80,7 +83,7 @@ def slogdet(function: Any, x: Tensor) -> Tensor:
 @every_recipe
 def test_densities_are_those_of_the_whole_jacobian(name: str, kind: str) -> None:
     options, contexts = CONTEXTS[kind]
-    # The elimination inside of slogdet is itself only as exact as the matrix is well conditioned.
+    # The precision of slogdet depends on the condition number of the matrix.
     scale = 0.3 if name == "tarflow" else 2.0
     flow, x = random(name, scale=scale, **options), laws.normal(5, *SHAPE, seed=1, scale=2.0)
     score = flow(contexts).log_prob(x)
@@ -115,7 +118,7 @@ def test_each_starts_at_its_base(name: str) -> None:
 
 
 def test_a_rotation_follows_from_the_recipe_alone() -> None:
-    """So what holds parameters and no buffers, such as Pyro's parameter store, holds all of a Glow."""
+    """Thus Pyro's parameter store, which has parameters and no buffers, contains a complete Glow."""
     flow, x = random("glow"), laws.normal(5, *SHAPE)
     torch.manual_seed(7)
     other = IMAGES["glow"](SHAPE).double()
@@ -197,7 +200,7 @@ def test_activations_are_computed_again() -> None:
 
 
 def test_random_numbers_are_the_same_when_computed_again() -> None:
-    """As those of an estimated log-determinant."""
+    """An estimated log-determinant uses such random numbers."""
     inner = laws.randomise(Residual(LipschitzMLP(5, (16, 16))), scale=1.0).double()
     x, grads = laws.normal(50, 5), []
     for layer in (inner, Recomputed(inner)):
@@ -218,7 +221,7 @@ def test_patches_are_neither_few_nor_wide(size: int, patches: int) -> None:
 
 
 def kept_for_the_gradient(flow: Flow, x: Tensor) -> int:
-    """The bytes of all tensors that a graph keeps, but for parameters."""
+    """Return the bytes of all tensors that a graph keeps, without parameters."""
     sizes: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -268,7 +271,7 @@ def test_the_order_of_tokens_is_part_of_the_state() -> None:
 
 
 def test_a_checkerboard_is_one() -> None:
-    """What conditions stays as it is, and these are the squares of one colour; no other pixel does."""
+    """The conditioning pixels, and no others, are unchanged: the squares of one colour."""
     board = checkerboard(1, 0)
     layer = Squeezed(Coupling(Affine(), ConvNet(2, 2, 2, (3, 3), 4), board))
     laws.randomise(layer)
@@ -387,7 +390,7 @@ def test_bad_sizes_are_refused_by_name(build: Any, words: str) -> None:
 
 
 def quantised(levels: int = 4, noise: bool = False, **options: Any) -> Dequantized:
-    """A random flow over images of two pixels, whose masses can be added up."""
+    """Return a random flow over images of two pixels, whose masses can be summed."""
     shape = (2, 1, 1)
     layer = Coupling(Affine(), ConvNet(1, 1, 2, (1, 1), 8, 0), [True, False])
     other = Coupling(Affine(), ConvNet(1, 1, 2, (1, 1), 8, 0), [False, True])
@@ -405,7 +408,7 @@ def every_image(levels: int) -> Tensor:
 
 
 def masses(model: Dequantized, levels: int) -> Tensor:
-    """The mass of each image of two pixels, by a grid over its cell; the ends own what lies beyond."""
+    """Return the mass of each image of two pixels, by a grid over its cell; end cells are unbounded."""
     edges = torch.arange(levels + 1).double()
     fine = 60
     centres = (torch.arange(levels * fine).double() + 0.5) / fine
@@ -493,12 +496,12 @@ def test_out_of_range_there_is_no_mass() -> None:
         score = model.log_prob(torch.cat((image_of(255.0), *map(image_of, (256.0, -1.0, 0.5, math.nan)))))
     assert score.isfinite().tolist() == [True] * 3 + [False] * 12
     assert (score[3:] == -math.inf).all()
-    score[:3].sum().backward()  # the others do no harm
+    score[:3].sum().backward()  # other values do no harm
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_values_are_checked_after_something_was_compiled() -> None:
-    """Which turns torch's own validation off."""
+    """Compiling turns torch's own validation off."""
     model = Dequantized(flows.glow((1, 8, 8), num_steps=1, hidden_dim=4))
     before = torch.distributions.Distribution._validate_args
     torch.distributions.Distribution.set_default_validate_args(False)
@@ -589,7 +592,7 @@ def test_bits_per_dim() -> None:
 
 
 def stripes(number: int, levels: int = 16) -> tuple[Tensor, Tensor]:
-    """Images of stripes, upright or lying as their class says, with noise: ``(N, 1, 8, 8)`` of 0 … levels - 1."""
+    """Return noisy images of vertical or horizontal stripes, by class: ``(N, 1, 8, 8)`` of 0 … levels - 1."""
     source = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 2, (number,), generator=source)
     phase = torch.randint(0, 4, (number, 1, 1), generator=source)
@@ -613,7 +616,7 @@ def test_classes_are_learned_and_drawn(tmp_path: Path) -> None:
     model = small(num_classes=2)
     fit = fit_density(model, x, labels, max_epochs=8, lr=1e-2, progress=False, samples=tmp_path / "samples-{epoch}.png")
     bits = pf.bits_per_dim(-fit.held_out[-1], (1, 8, 8))
-    assert bits < 3.2  # 4 where nothing is learned, log2 3 = 1.585 at best
+    assert bits < 3.2  # 4 for an untrained flow, log2 3 = 1.585 at best
     draws = model(torch.tensor([0, 1])).sample((50,)).double()
     down, across = draws.diff(dim=-2).abs().mean((0, 2, 3, 4)), draws.diff(dim=-1).abs().mean((0, 2, 3, 4))
     assert down[0] < across[0]
@@ -642,7 +645,7 @@ def test_tables_of_integers_have_masses_too() -> None:
     x = torch.cat((first, (first + torch.randint(0, 2, (600, 1), generator=source)) % 10), 1)
     model = Dequantized(flows.nsf(2, num_transforms=2, hidden_dims=(16,)), levels=10)
     fit = fit_density(model, x, max_epochs=20, progress=False)
-    assert math.log(20) < fit.best_loss + 0.05  # the entropy of such rows
+    assert math.log(20) < fit.best_loss + 0.05  # entropy of the rows
     assert fit.best_loss < math.log(100) - 0.3
     assert model().sample((5,)).shape == (5, 2)
 
@@ -656,7 +659,7 @@ def test_real_images_are_standardised_channel_by_channel() -> None:
     torch.testing.assert_close(last.inner.scale.detach(), torch.tensor([10.0, 0.01]), rtol=0.1, atol=0)
     wanted = -dist.Normal(5.0, torch.tensor([10.0, 0.01])).log_prob(x.movedim(1, -1)).sum((1, 2, 3)).mean()
     assert abs(fit.held_out[-1] - wanted) < 3
-    quick(flow, x + 1)  # by then the flow is not new, however slightly it was trained
+    quick(flow, x + 1)  # even a little training makes the flow not new
     assert flow.transforms[-1] is last
     assert last.inner.loc.max() < 5.5
 
@@ -757,7 +760,7 @@ def test_what_is_kept_is_the_average(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_design_is_refused(tmp_path: Path) -> None:
-    """Though all shapes are the same."""
+    """The shapes of both designs are equal."""
     x, labels = stripes(100)
     quick(small(num_classes=2), x, labels, checkpoint=tmp_path / "run.pt")
     for options in ({"max_log_scale": 1.0}, {"activation": nn.Tanh}):
@@ -829,7 +832,7 @@ def test_a_grid_shows_the_images(tmp_path: Path) -> None:
 
 
 def test_an_estimated_density_may_run_side_by_side() -> None:
-    """Its estimates differ by their noise, which no check takes for a fault of the model, and a fault is one still."""
+    """Noise of the estimates is not reported as a fault of the model, but real faults are."""
     torch.manual_seed(0)
     decoder = Dequantized(flows.glow((1, 2, 2), 2, num_steps=1, hidden_dim=4), levels=16)
     x = torch.randint(0, 16, (20, 1, 2, 2))

@@ -1,4 +1,4 @@
-"""Importing the package is cheap: what is large and not always needed is imported where it is used."""
+"""Imports of the package are cheap: large modules are imported at their first use."""
 
 import functools
 import subprocess
@@ -24,7 +24,7 @@ guide = pf.AutoFlow(model)
 pf.fit_svi(model, guide, steps=5, progress=False)
 pf.check(model, guide)
 """
-CODE = {  # one after the other: what is loaded stays
+CODE = {  # in sequence, because loaded modules stay
     "package": "import pyro_flows",
     "main": HELP.format(words=[]),
     "fit": HELP.format(words=["fit"]),
@@ -36,7 +36,7 @@ CODE = {  # one after the other: what is loaded stays
 
 @functools.cache
 def loaded() -> dict[str, set[str]]:
-    """Which large modules a fresh interpreter has loaded, beyond those that Pyro loads, after each piece of code."""
+    """Return the large modules that each piece of code loads in a fresh interpreter, without those of Pyro."""
     lines = [f"import contextlib, io, sys, pyro; known = set(sys.modules); large = {LARGE.split()}"]
     for name, code in CODE.items():
         lines += [code, f"print({name!r}, *(name for name in large if name in sys.modules and name not in known))"]
@@ -55,7 +55,7 @@ def test_the_command_line_starts_without_anything_large(command):
 
 
 def test_the_reader_of_modules_sees_them():
-    """Were the reader blind, the laws above would hold of anything."""
+    """Without this test, a reader that sees no modules would pass the laws above."""
     assert "matplotlib" in loaded()["plots"]
 
 
