@@ -6,9 +6,13 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.runtime import get_mask
 from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+from torch.distributions import biject_to
 
 from ..programs.engines import Values
 from ..programs.latents import is_point, is_summable
@@ -42,10 +46,20 @@ def summed(call: Call) -> Program | None:
     hides, inner = call.model.args[1].args  # the guide's model is handled by InitMessenger, and before by HideDiscrete
     if not hides.has_met:
         return None
-    single = trace_at(inner, {}, call.args, call.kwargs)
+    single = trace_at(InitMessenger(_sampled)(inner), {}, call.args, call.kwargs)
     sites = prune_subsample_sites(single).iter_stochastic_nodes()
     names = tuple(name for name, site in sites if is_summable(site["fn"]))
     return Program(inner, call.args, call.kwargs, single, nesting_of(single), names) if names else None
+
+
+def _sampled(site: dict[str, Any]) -> Tensor:
+    """Sample a site, or return a value in its support if its prior is flat."""
+    fn = site["fn"]
+    try:
+        return fn.sample()
+    except NotImplementedError:
+        bijection = biject_to(fn.support)
+        return bijection(torch.zeros(bijection.inverse_shape(fn.shape())))
 
 
 def draw_discrete(call: Call, latents: Values) -> Values:
