@@ -71,7 +71,7 @@ class Call(NamedTuple):
             yield
 
     def look(self, *, until: Collection[str] | None = None, indices: Tensor | None = None) -> Found:
-        """Run the model, hidden from outer handlers, and return its sites.
+        """Run the model, hidden from outer handlers and with the same random numbers each time, and return its sites.
 
         Args:
             until: The run may end once these latents and the plate were found; None runs all of the model.
@@ -81,8 +81,8 @@ class Call(NamedTuple):
             ValueError: If the model does not enter the plate.
         """
         found = Found(self.plate, until, indices)
-        quietly = suppress(_Reached)
-        with poutine.block(), torch.no_grad(), outside_plates(), validation_enabled(False), quietly, found:
+        hidden, quietly = poutine.block(), suppress(_Reached)
+        with hidden, torch.no_grad(), outside_plates(), validation_enabled(False), self.same_draws(), quietly, found:
             self.model(*self.args, **self.kwargs)
         if self.plate is not None and found.rows is None:
             found.rows = found.rows_in_frame(self.plate)
