@@ -50,7 +50,7 @@ class FlowGuide(Plan, AutoGuide):
     prototype_trace: Any
     packings: dict[str, Packing]  # the layout of the vector at each of the guide's sample statements
     plate: str | None = None  # the plate whose rows have a flow
-    _data_plates: Sequence[str] = ()  # the plates that the model gives their rows' data
+    _given_plates: Sequence[str] = ()  # the plates to which the model gives rows, ``subsample=``
     _init_scale: Any
 
     def __init__(
@@ -190,13 +190,13 @@ class FlowGuide(Plan, AutoGuide):
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Make the plates of the prototype, as Pyro does, except the plate whose rows have a flow.
 
-        A plate without a size stays without.  The rows' data that a model gives a plate, ``subsample=x``, are left to
-        the model: indices in the guide's trace would be replayed in their place.
+        A plate without a size stays without.  Rows that a model gives a plate, ``subsample=x``, are left to the model:
+        x may be data, and indices in the guide's trace would be replayed in their place.
         """
         if self.master is not None:
             return dict(super()._create_plates(*args, **kwargs))
         frames = sorted(self._prototype_frames.items())
-        with poutine.block(hide=self._data_plates):
+        with poutine.block(hide=self._given_plates):
             self.plates = {name: plate_like(frame) for name, frame in frames if name != self.plate}
         return self.plates
 

@@ -22,7 +22,7 @@ from ..encoders.base import at_rest
 from ..encoders.standardize import learning
 from ..programs.shuffled_rows import Shuffled
 from ..vjp import graph_of
-from .guide_call import Call, Found, Rows, frame_of
+from .guide_call import Call, Rows, frame_of
 
 
 def check_encoder(owner: str, encoder: object) -> None:
@@ -128,11 +128,6 @@ def places_of(given: Tensor, full_size: int) -> Tensor | None:
         if in_range and (not whole or torch.equal(given, order) or torch.equal(given.sort().values, order)):
             return given
     return order if whole else None
-
-
-def data_plates(found: Found) -> list[str]:
-    """Return the plates whose ``subsample=`` is their rows' data, and not indices."""
-    return [name for name, (size, given) in found.given.items() if places_of(given, size) is not given]
 
 
 class InTurn(Messenger):

@@ -105,7 +105,7 @@ class Found(Messenger):
         latents: The latent sites, by name.
         observed: The observed sites, by name.
         frames: The frames of the plates around these sites, by name.
-        given: The full size and the ``subsample=`` of the plates that have one, by name.
+        given: The plates to which the model gives rows, ``subsample=``.
         rows: The rows of the plate; None until the model enters it.
     """
 
@@ -116,15 +116,15 @@ class Found(Messenger):
         self.latents: dict[str, dict[str, Any]] = {}
         self.observed: dict[str, dict[str, Any]] = {}
         self.frames: dict[str, Any] = {}
-        self.given: dict[str, tuple[int, Tensor]] = {}
+        self.given: list[str] = []
         self.rows: Rows | None = None
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         name, fn, chosen = msg["name"], msg["fn"], msg["value"]
         if not isinstance(fn, _Subsample):
             return
-        if isinstance(chosen, Tensor):
-            self.given[name] = fn.size, chosen
+        if chosen is not None:
+            self.given.append(name)
         if name == self.plate:
             size = fn.size if fn.subsample_size is None else fn.subsample_size
             if chosen is not None:

@@ -28,7 +28,7 @@ from . import recipe
 from .base import FlowGuide
 from .checks import check_latents
 from .circles import is_circular
-from .contexts import InTurn, RowContexts, check_tied, data_plates, initialize
+from .contexts import InTurn, RowContexts, check_tied, initialize
 from .guide_call import Call, Rows, frame_of
 from .masked import RowMasks, masks_of_all
 from .packing import Packing, check_supports, moving_supports, place
@@ -191,7 +191,7 @@ class AutoPlateFlow(FlowGuide):
         super()._setup_prototype(*args, **kwargs)
         call = self._call(args, kwargs)
         found = self._calls.begin(call)
-        self._data_plates, rows = data_plates(found), found.rows
+        self._given_plates, rows = found.given, found.rows
         assert rows is not None
         check_latents(call)
         if not call.latents:
