@@ -6,13 +6,11 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
-import torch
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.runtime import get_mask
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
-from torch.distributions import biject_to
 
 from ..programs.engines import Values
 from ..programs.latents import is_point, is_summable
@@ -43,22 +41,20 @@ class HideDiscrete(BlockMessenger):
 
 def summed(call: Call) -> Program:
     """Return the model as a program, with the hidden discrete latents summed out of its density."""
-    hides, inner = call.model.args[1].args  # the guide's model is handled by InitMessenger, and before by HideDiscrete
-    program, values = (InitMessenger(_sampled)(inner), {}) if hides.has_met else (inner, call.start)
+    starts, hidden = call.model.args  # the guide's model is handled by InitMessenger, and before by HideDiscrete
+    hides, inner = hidden.args
+
+    def sampled(site: dict[str, Any]) -> Tensor:
+        try:
+            return site["fn"].sample()
+        except NotImplementedError:  # a flat prior
+            return starts.init_fn(site)
+
+    program, values = (InitMessenger(sampled)(inner), {}) if hides.has_met else (inner, call.start)
     single = trace_at(program, values, call.args, call.kwargs)
     sites = prune_subsample_sites(single).iter_stochastic_nodes()
     names = tuple(name for name, site in sites if is_summable(site["fn"]))
     return Program(inner, call.args, call.kwargs, single, nesting_of(single), names)
-
-
-def _sampled(site: dict[str, Any]) -> Tensor:
-    """Sample a site, or return a value in its support if its prior is flat."""
-    fn = site["fn"]
-    try:
-        return fn.sample()
-    except NotImplementedError:
-        bijection = biject_to(fn.support)
-        return bijection(torch.zeros(bijection.inverse_shape(fn.shape())))
 
 
 def draw_discrete(call: Call, latents: Values) -> Values:

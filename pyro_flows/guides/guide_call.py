@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import AbstractContextManager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -63,12 +63,9 @@ class Call(NamedTuple):
         """Return the trace of a run of the model with some sites held at values."""
         return trace_at(self.model, values, self.args, self.kwargs)
 
-    @contextmanager
-    def same_draws(self) -> Iterator[None]:
-        """Restore the random number generators afterwards, on the CPU and on the latents' devices."""
-        devices = {value.device.index for value in self.start.values() if value.device.type == "cuda"}
-        with torch.random.fork_rng(devices):
-            yield
+    def same_draws(self) -> AbstractContextManager[None]:
+        """Restore the random number generators after a block, on the CPU and on the latents' devices."""
+        return torch.random.fork_rng({v.device.index for v in self.start.values() if v.device.type == "cuda"})
 
     def look(self, *, until: Collection[str] | None = None, indices: Tensor | None = None) -> Found:
         """Run the model, hidden from outer handlers and with the same random numbers each time, and return its sites.
