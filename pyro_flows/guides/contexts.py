@@ -149,7 +149,7 @@ def check_tied(call: Call, rows: Rows) -> None:
         return
     name, seen = call.plate, []
     for indices in [torch.randperm(rows.full_size)[: rows.size] for _ in range(10)]:  # a few rows may be alike
-        found = call.look(indices=indices)  # with the same random numbers, so that only the indices differ
+        found = call.look(indices=indices)  # all with the same random numbers: only the indices differ
         seen.append([site["value"] for site in found.observed.values() if frame_of(site, name)])
     if seen[0] and all(torch.equal(a, b) for other in seen for a, b in zip(seen[0], other, strict=True)):
         part = f"plate {name!r} is subsampled ({rows.size} of {rows.full_size} rows)"

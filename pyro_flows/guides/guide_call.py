@@ -68,7 +68,7 @@ class Call(NamedTuple):
         return torch.random.fork_rng({v.device.index for v in self.start.values() if v.device.type == "cuda"})
 
     def look(self, *, until: Collection[str] | None = None, indices: Tensor | None = None) -> Found:
-        """Run the model, hidden from outer handlers and with the same random numbers each time, and return its sites.
+        """Run the model, hidden from outer handlers, and return its sites; random number generators are restored.
 
         Args:
             until: The run may end once these latents and the plate were found; None runs all of the model.
