@@ -121,22 +121,6 @@ def check_program(**programs: object) -> None:
             raise TypeError(f"{argument} must be a Pyro program, which can be called, got {quoted(program)}.")
 
 
-def check_dense(caller: str, argument: str, value: Tensor) -> None:
-    """Raise ValueError with a way out unless a tensor is dense, real and not quantised."""
-    must = "be a dense tensor"
-    if value.is_nested:
-        got, way = "a nested one", f"give its parts one by one, {argument}.unbind()"
-    elif value.is_quantized:
-        got, way = f"a quantised one, {value.dtype}", f"use {argument}.dequantize()"
-    elif value.layout != torch.strided:
-        got, way = f"a sparse one, {value.layout}", f"use {argument}.to_dense()"
-    elif value.is_complex():
-        must, got, way = "hold real numbers", f"{value.dtype}", f"use torch.view_as_real({argument}).flatten(-2)"
-    else:
-        return
-    raise ValueError(f"{caller}: {argument} must {must}, got {got}; {way}.")
-
-
 def as_file(caller: str, argument: str, value: Any) -> Path:
     """Return the path of a file.
 

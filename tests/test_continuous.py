@@ -541,7 +541,7 @@ def test_a_fit_that_meets_a_stiff_field_skips_it_or_ends_with_what_was_best() ->
         (
             lambda: FlowMatching()(Flow(flows.cnf(2).transforms, MixtureBase(2, 3)), torch.zeros(4, 2)),
             ValueError,
-            "the base MixtureBase needs training too",
+            "MixtureBase needs training too",
         ),
         (lambda: ode_report(nn.Linear(2, 2), torch.zeros(3, 2)), TypeError, "must be a Flow, got Linear"),
         (lambda: ode_report(flows.cnf(2), torch.zeros(3, 2), num_probes=1), ValueError, "num_probes"),

@@ -333,6 +333,18 @@ def test_a_discrete_latent_is_left_out_and_summed():
     assert blocked.latent_dim == 1
 
 
+@pytest.mark.parametrize("prior", [dist.VonMises(0.0, 1.0), dist.ImproperUniform(dist.constraints.positive, (), ())])
+def test_a_discrete_latent_is_summed_next_to_a_prior_that_cannot_be_sampled(prior):
+    def model():
+        x = pyro.sample("x", prior)
+        side = pyro.sample("side", dist.Bernoulli(0.3))
+        pyro.sample("y", dist.Normal(x + side, 1.0), obs=torch.tensor(1.0))
+
+    guide = AutoFlow(model).setup()
+    assert guide.sample(5).keys() == {"x"}
+    assert Task(model, guide, (), {}).settle().draw(5).log_p.isfinite().all()
+
+
 @pytest.mark.parametrize("validate", [True, False])
 def test_nan_in_the_data_is_refused(validate):
     def holes(y):

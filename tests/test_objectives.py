@@ -5,6 +5,7 @@ discrete latents."""
 
 from __future__ import annotations
 
+import functools
 import math
 import resource
 from collections.abc import Callable, Iterator
@@ -155,6 +156,26 @@ def test_it_trains_with_subsamples_or_refuses_them(build):
             objective.loss(subsampled, guide)
     else:
         assert math.isfinite(objective.loss_and_grads(subsampled, guide))
+
+
+@every_objective
+@pytest.mark.filterwarnings("ignore:Found vars in model but not guide")
+def test_a_latent_that_follows_from_others_changes_nothing(build):
+    def model(place):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(place(2 * x), 1.0), obs=torch.tensor(1.0))
+
+    written_out = functools.partial(model, lambda x: x)
+    guide = AutoNormal(written_out)
+    named = functools.partial(model, lambda x: pyro.sample("twice", dist.Delta(x)))
+    guide()
+    found = []
+    for program in (written_out, named):
+        pyro.set_rng_seed(0)
+        guide.zero_grad()
+        loss = build().loss_and_grads(program, guide)
+        found.append([torch.tensor(loss), *(parameter.grad for parameter in guide.parameters())])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("build", [OBJECTIVES[n] for n in ("importance", "importance_looped", "forward", "tempered")])

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..arguments import check_numbers
 from ..vjp import keeps
-from .base import Bijector, Pulled, split_params
+from .base import Bijector, Pulled
 
 SHARPNESS = 1.25  # b of SoftplusAffine: a scale grows from 0.1 to 1 in as many steps as an exponential
 OFFSET = math.log(math.expm1(SHARPNESS))  # c of SoftplusAffine: the scale is 1 where a = 0
@@ -53,13 +53,13 @@ class ScaleAndShift(Bijector):
         """Return s for the sign 1, and -s for the sign -1."""
 
     def forward_and_log_det(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        a, t = split_params(params)
+        a, t = _split(params)
         s = self._log_scale(a, 1)
         y = torch.addcmul(t, x, s.exp())
         return y, s.expand_as(y)
 
     def inverse_and_log_det(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        a, t = split_params(params)
+        a, t = _split(params)
         s = self._log_scale(a, -1)
         x = (y - t) * s.exp()
         return x, s.expand_as(x)
@@ -111,7 +111,7 @@ class Affine(ScaleAndShift):
     def forward_and_pull(self, x: Tensor, params: Tensor) -> Pulled:
         if not keeps(self, Affine, "forward_and_log_det", "_log_scale"):
             return super().forward_and_pull(x, params)
-        a, t = split_params(params)
+        a, t = _split(params)
         s = self._log_scale(a, 1)
         scale = s.exp()
         stretched = x * scale
@@ -163,3 +163,8 @@ class SoftplusAffine(ScaleAndShift):
         bent = z.clamp(min=-20)  # below, log(1 + exp(z)) is exp(z) to nine digits, but quotients in gradients overflow
         s = (F.softplus(bent) / SHARPNESS).log() + (z - bent)
         return s if sign == 1 else -s
+
+
+def _split(params: Tensor) -> tuple[Tensor, ...]:
+    """Return the P parameters, ``(*s)`` each.  Their gradients are then assembled in the order of conditioners."""
+    return params.mT.unbind(-2) if params.dim() > 1 else params.unbind(-1)

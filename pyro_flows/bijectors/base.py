@@ -121,11 +121,6 @@ class Bijector(ABC):
         return Pulled(y.detach(), log_det.detach(), bend, pull)
 
 
-def split_params(params: Tensor) -> tuple[Tensor, ...]:
-    """Return the P parameters, ``(*s)`` each.  Their gradients are then assembled in the order of conditioners."""
-    return params.mT.unbind(-2) if params.dim() > 1 else params.unbind(-1)
-
-
 def bounded(raw: Tensor, limit: float) -> Tensor:
     """Return real numbers bounded smoothly to (-limit, limit), with slope 1 at zero."""
     return limit * torch.tanh(raw / limit)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import check_dense, is_integer
+from ..arguments import is_integer
+from ..flows.arguments import check_dense
 
 Names = list[str] | None  # of the columns, if the table has names
 NUMBER = (numbers.Real, np.bool_)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Size, Tensor, nn
 
-from ..arguments import check_dense, check_integers, check_sizes, is_integer, quoted
+from ..arguments import check_integers, check_sizes, is_integer, quoted
 from ..transforms.tracing import is_traced
 
 HALF = torch.float16, torch.bfloat16
@@ -33,6 +33,22 @@ def checked_sizes(name: str, *sizes: Any) -> Sizes:
     return checked
 
 
+def check_dense(caller: str, argument: str, value: Tensor) -> None:
+    """Raise ValueError with a way out unless a tensor is dense, real and not quantised."""
+    must = "be a dense tensor"
+    if value.is_nested:
+        got, way = "a nested one", f"give its parts one by one, {argument}.unbind()"
+    elif value.is_quantized:
+        got, way = f"a quantised one, {value.dtype}", f"use {argument}.dequantize()"
+    elif value.layout != torch.strided:
+        got, way = f"a sparse one, {value.layout}", f"use {argument}.to_dense()"
+    elif value.is_complex():
+        must, got, way = "hold real numbers", f"{value.dtype}", f"use torch.view_as_real({argument}).flatten(-2)"
+    else:
+        return
+    raise ValueError(f"{caller}: {argument} must {must}, got {got}; {way}.")
+
+
 def check_tensor(caller: str, argument: str, value: object, *, floating: bool = True) -> None:
     """Raise TypeError unless a value is a tensor, and ValueError unless it is dense and real."""
     if not isinstance(value, Tensor):
@@ -42,19 +58,11 @@ def check_tensor(caller: str, argument: str, value: object, *, floating: bool = 
     check_dense(caller, argument, value)
 
 
-def parameter_of(modules: Iterable[nn.Module | None]) -> Tensor | None:
+def parameter_of(modules: Iterable[nn.Module]) -> Tensor | None:
     """Return the first floating-point parameter of modules, or None if there is none or the code is being compiled."""
     if torch.compiler.is_compiling():  # a graph guards dtypes and devices itself
         return None
-    for module in modules:  # by hand, since nn.Module.parameters() takes as long as a layer of a small flow
-        if module is None:
-            continue
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.is_floating_point():
-                return parameter
-        if (found := parameter_of(module._modules.values())) is not None:
-            return found
-    return None
+    return next((p for module in modules for p in module.parameters() if p.is_floating_point()), None)
 
 
 def check_precision(caller: str, like: Tensor | None) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -65,11 +64,6 @@ class FlowDistribution(dist.TransformedDistribution):
         """The base distribution at its present parameters, of the batch shape of the flow."""
         base = self.base()
         return base if base.batch_shape == self.batch_shape else base.expand(self.batch_shape)
-
-    @cached_property
-    def has_rsample(self) -> bool:
-        """True if draws of the base are reparameterised."""
-        return self.base_dist.has_rsample
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> FlowDistribution:
         return self._with(_batch_shape=torch.Size(batch_shape))

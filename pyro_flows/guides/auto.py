@@ -28,7 +28,7 @@ from ..vjp import keeps
 from .base import FlowGuide
 from .checks import check_latents
 from .circles import is_circular
-from .contexts import check_finite, data_plates, encode, width_for_one
+from .contexts import check_finite, encode, width_for_one
 from .guide_call import Call
 from .packing import Moving, Packing, check_supports, moving_supports, place
 from .recipe import FEW, assemble, built, check_recipes, default_for, is_untrained, start_at
@@ -123,23 +123,22 @@ class AutoFlow(FlowGuide, AutoContinuous):
             if amortised:
                 check_supports(call, moving)
             self._engine = Moving(call, self.packings["latent"]).engine if moving else None
-            self._data_plates = data_plates(self._calls.begin(call))
-        self._context_dim = width_for_one(call, self.encoder)
-        self._build()
+            self._given_plates = self._calls.begin(call).given
+        self._build(width_for_one(call, self.encoder))
 
-    def _build(self) -> None:
-        circular, sizes = self.circular, (self.latent_dim, self._context_dim)
-        flow = built("AutoFlow", "flow", self._build_flow, default_for(circular, self._context_dim), *sizes)
+    def _build(self, context_dim: int) -> None:
+        circular, sizes = self.circular, (self.latent_dim, context_dim)
+        flow = built("AutoFlow", "flow", self._build_flow, default_for(circular, context_dim), *sizes)
         self.flow = assemble(flow, self._build_base, self._init_loc(), self._init_scale, circular)
         self._adopt_stored()
 
     def parts(self) -> dict[str, Any]:
         parts = super().parts() | {"encoder": self.encoder, "flow": self.flow}
-        return parts | {"context_dim": self._context_dim, "moves": self._engine is not None}
+        return parts | {"context_dim": self.flow.context_dim, "moves": self._engine is not None}
 
     def _restore(self, flow: Flow, context_dim: int, moves: bool = False) -> None:
         check_fits(flow, self.latent_dim, context_dim)
-        self.flow, self._context_dim, self._engine = flow, context_dim, "vmap" if moves else None
+        self.flow, self._engine = flow, "vmap" if moves else None
 
     # The default training.
 
@@ -207,7 +206,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """Return a new, untrained guide of the same model, with another recipe or with the same."""
         new = copy.deepcopy(self)
         new._build_flow = flow or self._build_flow
-        new._build()
+        new._build(self.flow.context_dim)
         return new
 
     def start_at(self, loc: Tensor, scale_tril: Tensor) -> None:
@@ -225,8 +224,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """Return the encoder's context of data, ``(*batch, context_dim)``; None without an encoder."""
         if self.encoder is None:
             return None
-        context = encode(self._call(args, kwargs), self.encoder, self._context_dim)
-        return context.to(self.flow.transforms[-1].loc)
+        flow = self.flow
+        return encode(self._call(args, kwargs), self.encoder, flow.context_dim).to(flow.transforms[-1].loc)
 
     @torch.no_grad()
     def bind(self, *args: Any, **kwargs: Any) -> AutoFlow:
@@ -239,7 +238,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             raise ValueError("AutoFlow.bind: give one dataset, for which the encoder returns one vector.")
         new, context = copy.deepcopy(self), nn.Parameter(seen.clone())
         layers = [Conditioned(t, context) if t.context_dim else t for t in new.flow.transforms]
-        new.encoder, new._context_dim, new.flow = None, 0, Flow(layers, new.flow.base)
+        new.encoder, new.flow = None, Flow(layers, new.flow.base)
         return new
 
     def _layouts(self, sites: dict[str, Any]) -> dict[str, Packing]:

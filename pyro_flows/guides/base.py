@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine, validation_enabled
@@ -50,7 +51,7 @@ class FlowGuide(Plan, AutoGuide):
     prototype_trace: Any
     packings: dict[str, Packing]  # the layout of the vector at each of the guide's sample statements
     plate: str | None = None  # the plate whose rows have a flow
-    _data_plates: Sequence[str] = ()  # the plates that the model gives their rows' data
+    _given_plates: Sequence[str] = ()  # the plates to which the model gives rows, ``subsample=``
     _init_scale: Any
 
     def __init__(
@@ -190,13 +191,13 @@ class FlowGuide(Plan, AutoGuide):
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Make the plates of the prototype, as Pyro does, except the plate whose rows have a flow.
 
-        A plate without a size stays without.  The rows' data that a model gives a plate, ``subsample=x``, are left to
-        the model: indices in the guide's trace would be replayed in their place.
+        A plate without a size stays without.  Rows that a model gives a plate, ``subsample=x``, are left to the model:
+        x may be data, and indices in the guide's trace would be replayed in their place.
         """
         if self.master is not None:
             return dict(super()._create_plates(*args, **kwargs))
         frames = sorted(self._prototype_frames.items())
-        with poutine.block(hide=self._data_plates):
+        with poutine.block(hide=self._given_plates):
             self.plates = {name: plate_like(frame) for name, frame in frames if name != self.plate}
         return self.plates
 
@@ -319,7 +320,7 @@ def holders(parameters: Collection[Tensor]) -> list[nn.Module]:
 
 
 def _quantiles(value: Tensor, quantiles: float | list[float] | Tensor) -> Tensor:
-    """Return quantiles over the first dimension, some columns at a time, since torch takes at most 2²⁴ numbers."""
+    """Return quantiles over the first dimension, by numpy: torch takes at most 2²⁴ numbers."""
     try:
         levels = torch.as_tensor(quantiles, dtype=value.dtype, device=value.device)
         fits = bool(((levels >= 0) & (levels <= 1)).all())
@@ -327,6 +328,4 @@ def _quantiles(value: Tensor, quantiles: float | list[float] | Tensor) -> Tensor
         fits = False
     if not fits:
         raise ValueError(f"quantiles must be numbers from 0 to 1, such as [0.05, 0.95], got {quoted(quantiles)}.")
-    columns = value.reshape(len(value), -1).split(1000, 1)
-    found = torch.cat([torch.quantile(part, levels.reshape(-1), dim=0) for part in columns], 1)
-    return found.reshape(levels.shape + value.shape[1:])
+    return torch.as_tensor(np.quantile(value.cpu(), levels.cpu(), axis=0)).to(value)

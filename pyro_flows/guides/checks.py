@@ -101,8 +101,7 @@ class Calls:
 
     def begin(self, call: Call) -> Found:
         """Look at all of a model with the arguments that the guide is built for."""
-        with call.same_draws():
-            found = call.look()
+        found = call.look()
         self.observed = frozenset(found.observed)
         self._settle(call, found)
         if found.rows and found.rows.size == found.rows.full_size:
@@ -119,8 +118,7 @@ class Calls:
         known = self._knows(call)
         if call.model is None or (known and not needed):
             return None
-        with call.same_draws():
-            found = call.look(until=() if known else call.latents)
+        found = call.look(until=() if known else call.latents)
         if not known:
             check_shapes(call, found)
             check_no_more(call, found, self.observed)
@@ -131,8 +129,7 @@ class Calls:
         """Return the masks of the latents at some rows of the plate."""
         if not self.masked or call.model is None or call.plate is None:
             return RowMasks()
-        with call.same_draws():
-            found = call.look(indices=indices)
+        found = call.look(indices=indices)
         return self._checked(call, found, {call.plate: indices})
 
     def _checked(self, call: Call, found: Found, rows: dict[str, Tensor]) -> RowMasks:
@@ -147,8 +144,7 @@ class Calls:
         """Refuse masks outside of the plate, and remember the arguments."""
         self.masked = any(map(is_masked, found.latents.values()))
         if any(mask_of(site).hides and not frame_of(site, call.plate) for site in found.latents.values()):
-            with call.same_draws():  # flat priors and masked rows differ in the data's masks
-                check_unmasked(call, call.look())
+            check_unmasked(call, call.look())  # flat priors and masked rows differ in the data's masks
         self._last = _keys(call)
 
     def _knows(self, call: Call) -> bool:

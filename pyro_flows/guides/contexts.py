@@ -22,7 +22,7 @@ from ..encoders.base import at_rest
 from ..encoders.standardize import learning
 from ..programs.shuffled_rows import Shuffled
 from ..vjp import graph_of
-from .guide_call import Call, Found, Rows, frame_of
+from .guide_call import Call, Rows, frame_of
 
 
 def check_encoder(owner: str, encoder: object) -> None:
@@ -130,11 +130,6 @@ def places_of(given: Tensor, full_size: int) -> Tensor | None:
     return order if whole else None
 
 
-def data_plates(found: Found) -> list[str]:
-    """Return the plates whose ``subsample=`` is their rows' data, and not indices."""
-    return [name for name, (size, given) in found.given.items() if places_of(given, size) is not given]
-
-
 class InTurn(Messenger):
     """Handler that lets a subsampled plate take its rows in turn, unless its rows are given or replayed."""
 
@@ -154,8 +149,7 @@ def check_tied(call: Call, rows: Rows) -> None:
         return
     name, seen = call.plate, []
     for indices in [torch.randperm(rows.full_size)[: rows.size] for _ in range(10)]:  # a few rows may be alike
-        with call.same_draws():  # so that only the indices differ
-            found = call.look(indices=indices)
+        found = call.look(indices=indices)  # all with the same random numbers: only the indices differ
         seen.append([site["value"] for site in found.observed.values() if frame_of(site, name)])
     if seen[0] and all(torch.equal(a, b) for other in seen for a, b in zip(seen[0], other, strict=True)):
         part = f"plate {name!r} is subsampled ({rows.size} of {rows.full_size} rows)"

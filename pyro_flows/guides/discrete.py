@@ -6,9 +6,11 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.runtime import get_mask
 from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
 
 from ..programs.engines import Values
 from ..programs.latents import is_point, is_summable
@@ -37,15 +39,22 @@ class HideDiscrete(BlockMessenger):
         return sums or is_point(msg["fn"])
 
 
-def summed(call: Call) -> Program | None:
-    """Return a program that sums the hidden discrete latents out of the model's density, or None without any."""
-    hides, inner = call.model.args[1].args  # the guide's model is handled by InitMessenger, and before by HideDiscrete
-    if not hides.has_met:
-        return None
-    single = trace_at(inner, {}, call.args, call.kwargs)
+def summed(call: Call) -> Program:
+    """Return the model as a program, with the hidden discrete latents summed out of its density."""
+    starts, hidden = call.model.args  # the guide's model is handled by InitMessenger, and before by HideDiscrete
+    hides, inner = hidden.args
+
+    def sampled(site: dict[str, Any]) -> Tensor:
+        try:
+            return site["fn"].sample()
+        except NotImplementedError:  # a flat prior
+            return starts.init_fn(site)
+
+    program, values = (InitMessenger(sampled)(inner), {}) if hides.has_met else (inner, call.start)
+    single = trace_at(program, values, call.args, call.kwargs)
     sites = prune_subsample_sites(single).iter_stochastic_nodes()
     names = tuple(name for name, site in sites if is_summable(site["fn"]))
-    return Program(inner, call.args, call.kwargs, single, nesting_of(single), names) if names else None
+    return Program(inner, call.args, call.kwargs, single, nesting_of(single), names)
 
 
 def draw_discrete(call: Call, latents: Values) -> Values:
@@ -59,8 +68,10 @@ def draw_discrete(call: Call, latents: Values) -> Values:
         call: The call of the guide; its model has the guide's handlers.
         latents: The guide's latents, with or without a plate of draws.
     """
-    program = summed(call) if call.model and latents and get_mask() is False else None
-    if program is None or program.subsamples:
+    if not latents or get_mask() is not False or not call.model or not call.model.args[1].args[0].has_met:
+        return {}
+    program = summed(call)
+    if program.subsamples:
         return {}
     sites, found = program.single.nodes, {}
     latent = {name for name, site in program.single.iter_stochastic_nodes() if not is_point(site["fn"])}

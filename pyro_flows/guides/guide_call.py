@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import AbstractContextManager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -63,15 +63,12 @@ class Call(NamedTuple):
         """Return the trace of a run of the model with some sites held at values."""
         return trace_at(self.model, values, self.args, self.kwargs)
 
-    @contextmanager
-    def same_draws(self) -> Iterator[None]:
-        """Restore the random number generators afterwards, on the CPU and on the latents' devices."""
-        devices = {value.device.index for value in self.start.values() if value.device.type == "cuda"}
-        with torch.random.fork_rng(devices):
-            yield
+    def same_draws(self) -> AbstractContextManager[None]:
+        """Restore the random number generators after a block, on the CPU and on the latents' devices."""
+        return torch.random.fork_rng({v.device.index for v in self.start.values() if v.device.type == "cuda"})
 
     def look(self, *, until: Collection[str] | None = None, indices: Tensor | None = None) -> Found:
-        """Run the model, hidden from outer handlers, and return its sites.
+        """Run the model, hidden from outer handlers, and return its sites; random number generators are restored.
 
         Args:
             until: The run may end once these latents and the plate were found; None runs all of the model.
@@ -81,8 +78,8 @@ class Call(NamedTuple):
             ValueError: If the model does not enter the plate.
         """
         found = Found(self.plate, until, indices)
-        quietly = suppress(_Reached)
-        with poutine.block(), torch.no_grad(), outside_plates(), validation_enabled(False), quietly, found:
+        hidden, quietly = poutine.block(), suppress(_Reached)
+        with hidden, torch.no_grad(), outside_plates(), validation_enabled(False), self.same_draws(), quietly, found:
             self.model(*self.args, **self.kwargs)
         if self.plate is not None and found.rows is None:
             found.rows = found.rows_in_frame(self.plate)
@@ -105,7 +102,7 @@ class Found(Messenger):
         latents: The latent sites, by name.
         observed: The observed sites, by name.
         frames: The frames of the plates around these sites, by name.
-        given: The full size and the ``subsample=`` of the plates that have one, by name.
+        given: The plates to which the model gives rows, ``subsample=``.
         rows: The rows of the plate; None until the model enters it.
     """
 
@@ -116,15 +113,15 @@ class Found(Messenger):
         self.latents: dict[str, dict[str, Any]] = {}
         self.observed: dict[str, dict[str, Any]] = {}
         self.frames: dict[str, Any] = {}
-        self.given: dict[str, tuple[int, Tensor]] = {}
+        self.given: list[str] = []
         self.rows: Rows | None = None
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         name, fn, chosen = msg["name"], msg["fn"], msg["value"]
         if not isinstance(fn, _Subsample):
             return
-        if isinstance(chosen, Tensor):
-            self.given[name] = fn.size, chosen
+        if chosen is not None:
+            self.given.append(name)
         if name == self.plate:
             size = fn.size if fn.subsample_size is None else fn.subsample_size
             if chosen is not None:

@@ -126,7 +126,7 @@ class Watch:
         for name, leaf in zip(draw, leaves, strict=True):
             data.update((site, value) for site, _, value, _ in guide.packings[name].unpack(leaf))
             rows = self._last[name][1]
-            if rows is not None and call.plate is not None and call.plate not in guide._data_plates:
+            if rows is not None and call.plate is not None and call.plate not in guide._given_plates:
                 data[call.plate] = rows
         trace = trace_of(poutine.condition(call.model, data=data), call.args, call.kwargs)
         trace.compute_log_prob()

@@ -8,6 +8,7 @@ arXiv:2111.03144).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
@@ -22,11 +23,12 @@ from ..flows import Flow
 from ..flows.chunks import chunk_for, in_chunks
 from ..programs.engines import in_batches
 from ..programs.shuffled_rows import Shuffled
+from ..transforms.base import chained
 from . import recipe
 from .base import FlowGuide
 from .checks import check_latents
 from .circles import is_circular
-from .contexts import InTurn, RowContexts, check_tied, data_plates, initialize
+from .contexts import InTurn, RowContexts, check_tied, initialize
 from .guide_call import Call, Rows, frame_of
 from .masked import RowMasks, masks_of_all
 from .packing import Packing, check_supports, moving_supports, place
@@ -64,9 +66,7 @@ class Nested(nn.Module):
         rows = rows.to(self.own.start.dtype).reshape(len(rows), *(1,) * self.own.trailing, -1)
         if g is None or self.flow is None:
             return rows
-        centre = torch.zeros_like(self.shared.start)
-        for transform in self.flow.transforms:
-            centre, _ = transform.forward_and_log_det(centre)
+        centre, _ = chained(self.flow.transforms, torch.zeros_like(self.shared.start), None)
         g = (g - centre) / (10 * self.scale.to(g))
         shape = torch.broadcast_shapes(rows.shape[:-1], g.shape[:-1])
         return torch.cat((rows.expand(*shape, -1), g.expand(*shape, -1)), -1)
@@ -87,31 +87,26 @@ class Nested(nn.Module):
 
         Masked rows do not count.  The flows see a chunk of the batch at a time, so that many values fit into memory.
         """
-        packed, change = [], torch.zeros(())
+        total, g = torch.zeros(()), None
         if self.flow:
-            g, log_det = self.shared.pack(values)
-            packed, change = [g], change + log_det
+            g, log_det = self.shared.pack(values)  # (*batch, size), (*batch)
+            q = self.flow()
+            total = in_chunks(lambda g, _: q.log_prob(g), chunk_for(self.shared.size), g, None, 1) + log_det
         if self.local_flow:
             own, log_det = self.own.pack(values, masks.parts)  # (*batch, rows, size), (*batch, rows)
-            packed, change = [*packed, own.flatten(-2)], change + self._counted(log_det, masks)
-        batch = torch.broadcast_shapes(*(part.shape[:-1] for part in packed))
-        z = torch.cat([part.expand(*batch, -1) for part in packed], -1)
+            conditional = partial(self._log_prob_of_rows, rows)
+            log_q = in_chunks(conditional, chunk_for(own.shape[-2:].numel()), own, g, 2) + log_det
+            counts = torch.as_tensor(masks.rows, device=log_q.device).flatten()
+            total = total + log_q.where(counts, 0.0).sum(-1)
+        return total
 
-        def score(z: Tensor, _: None) -> Tensor:
-            g, own = z.tensor_split([self.shared.size], -1)
-            total = self.flow().log_prob(g) if self.flow else z.new_zeros(())
-            if self.local_flow:
-                own = own.reshape(*z.shape[:-1], -1, *(1,) * self.own.trailing, self.own.size)
-                seen = g.reshape(*z.shape[:-1], *(1,) * (self.own.trailing + 1), -1) if self.flow else None
-                log_q = self.local_flow(self.contexts(rows, seen)).log_prob(own)
-                total = total + self._counted(log_q.reshape(*z.shape[:-1], -1), masks)
-            return total
-
-        return in_chunks(score, chunk_for(z.shape[-1]), z, None, 1) + change
-
-    def _counted(self, log_prob: Tensor, masks: RowMasks) -> Tensor:
-        """Return the sum over the rows that count, of ``(*batch, rows)``."""
-        return log_prob.where(torch.as_tensor(masks.rows, device=log_prob.device).flatten(), 0.0).sum(-1)
+    def _log_prob_of_rows(self, rows: Tensor, own: Tensor, g: Tensor | None) -> Tensor:
+        """Return the log-densities of the rows' vectors ``(*batch, rows, size)`` given g, ``(*batch, rows)``."""
+        ones = (1,) * self.own.trailing
+        seen = None if g is None else g.reshape(*g.shape[:-1], 1, *ones, -1)
+        q = self.local_flow(self.contexts(rows, seen))  # type: ignore[misc]
+        log_q = q.log_prob(own.reshape(*own.shape[:-1], *ones, self.own.size))  # (*batch, rows, *ones)
+        return log_q.reshape(log_q.shape[: log_q.dim() - len(ones)])
 
 
 class AutoPlateFlow(FlowGuide):
@@ -196,7 +191,7 @@ class AutoPlateFlow(FlowGuide):
         super()._setup_prototype(*args, **kwargs)
         call = self._call(args, kwargs)
         found = self._calls.begin(call)
-        self._data_plates, rows = data_plates(found), found.rows
+        self._given_plates, rows = found.given, found.rows
         assert rows is not None
         check_latents(call)
         if not call.latents:

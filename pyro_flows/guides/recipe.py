@@ -21,6 +21,7 @@ from ..flows import Flow
 from ..flows.arguments import checked_sizes
 from ..flows.coupling import coupling_layers
 from ..transforms import ActNorm, Elementwise, FixedAffine, FlowTransform, ScaledLinear
+from ..transforms.base import chained
 from ..transforms.linear import unrotated
 
 # Largest numbers of latents
@@ -274,10 +275,8 @@ def is_untrained(flow: Flow, scale: float, circular: Sequence[bool]) -> bool:
 def permutes(layers: Sequence[FlowTransform], like: Tensor) -> bool:
     """True if layers, apart from the rotations that they start from, only permute, as they do before training."""
     x = torch.linspace(-1.5, 1.5, 3 * like.numel()).reshape(3, *like.shape).to(like)
-    y = x
     with unrotated(layers):
-        for layer in layers:
-            y, _ = layer.forward_and_log_det(y, x.new_zeros(layer.context_dim) if layer.context_dim else None)
+        y, _ = chained(layers, x, x.new_zeros(max(layer.context_dim for layer in layers)))
     return torch.allclose(x.flatten(1).sort().values, y.flatten(1).sort().values, rtol=0, atol=1e-3)
 
 

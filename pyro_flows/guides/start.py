@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from pyro import validation_enabled
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -104,22 +103,14 @@ def settle_start(call: Call, *, choose: bool) -> None:
     _check_density(call, program)
 
 
-def _choose(call: Call, program: Program | None) -> None:
+def _choose(call: Call, program: Program) -> None:
     """Compare densities of unconstrained latents at one subsample of the data, and move the prototype's latents."""
     packing = Packing(call.owner, call.latents.values())
-    centre, rows = packing.start, dict[str, Tensor]()
-    origin = torch.zeros_like(centre)
+    centre, origin = packing.start, torch.zeros_like(packing.start)
 
     def log_density(z: Tensor) -> float:
-        values, change = packing.values(z), sum(log_det.sum() for *_, log_det in packing.unpack(z))
-        if program:
-            total = program.log_prob({name: value.unsqueeze(0) for name, value in values.items()}, 1)[0]
-        else:
-            trace = call.trace_at({**values, **rows})
-            sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
-            rows.update({site["name"]: site["value"] for site in sites if isinstance(site["fn"], _Subsample)})
-            total = torch.as_tensor(trace.log_prob_sum())
-        total = total + change
+        change = sum(log_det.sum() for *_, log_det in packing.unpack(z))
+        total = program.log_prob(packing.values(z.unsqueeze(0)), 1)[0] + change
         return -math.inf if total.isnan() else float(total)
 
     with torch.no_grad(), call.same_draws(), validation_enabled(False):
@@ -136,15 +127,15 @@ def _choose(call: Call, program: Program | None) -> None:
             call.latents[name]["value"] = value
 
 
-def _check_density(call: Call, program: Program | None) -> None:
+def _check_density(call: Call, program: Program) -> None:
     """Refuse a model without a finite density at the start.
 
     Args:
         call: The call of the guide.
-        program: The model with its discrete latents summed out; None without discrete latents.
+        program: The model with its discrete latents summed out.
     """
     with validation_enabled(False):  # its errors would come first and say less
-        if program:
+        if program.enumerated:
             values = {name: value.unsqueeze(0) for name, value in call.start.items()}
             _check_finite(call.owner, "the model, discrete latents summed out,", program.log_prob(values, 1))
             return

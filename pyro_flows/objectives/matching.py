@@ -119,14 +119,11 @@ def _parts(flow: Any) -> tuple[list[FlowTransform], Continuous, list[FlowTransfo
             f"FlowMatching: flow must be a Flow with exactly one continuous transform, {has}. Use flows.cnf(2)."
         )
     still = [part for part in transforms if not (isinstance(part, Continuous) or _is_affine(part))]
-    for part, name, more in (
-        *((part, type(part).__name__, "") for part in still),
-        (flow.base, f"the base {type(flow.base).__name__}", ", or keep the base by flow.base.requires_grad_(False)"),
-    ):
+    for part in (*still, flow.base):
         if any(p.requires_grad for p in part.parameters()):
             raise ValueError(
-                f"FlowMatching: only the continuous transform is trained, but {name} needs training too. Train this "
-                f"flow by likelihood{more}."
+                f"FlowMatching: only the continuous transform is trained, but {type(part).__name__} needs training "
+                "too. Train this flow by likelihood, or keep that part as it is by requires_grad_(False)."
             )
     return transforms[: places[0]], transforms[places[0]], transforms[places[0] + 1 :]
 

@@ -15,6 +15,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from ..arguments import check_flags, check_integers
+from ..programs.latents import is_point
 from ..programs.traces import trace_of
 
 
@@ -66,8 +67,8 @@ class ParticleObjective(Trace_ELBO):
         """
         with _Apart():
             model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
-        for name, _ in model_trace.iter_stochastic_nodes():
-            if name not in guide_trace.nodes:
+        for name, site in model_trace.iter_stochastic_nodes():
+            if name not in guide_trace.nodes and not is_point(site["fn"]):
                 raise ValueError(
                     f"{type(self).__name__}: latent site {name!r} of the model is not in the guide. If it is "
                     "discrete, sum it out with PathEnumELBO or in the model itself."

@@ -83,16 +83,16 @@ class RenyiELBO(PathGradient, ParticleObjective):
         bound = (torch.logsumexp(powers, 0) - math.log(self.num_particles)) / order
         weight = torch.softmax(powers, 0)
         share = self.alpha + order * weight  # the guide's weight of a draw over the model's
-        self._scale_draws(model_traces, share)
+        self._scale_draws(model_traces, guide_traces[0], share)
         surrogate = (weight * (log_p - share * log_q)).where(weight > 0, 0).sum()  # no density, no gradient
         return surrogate.detach() - bound - surrogate
 
-    def _scale_draws(self, model_traces: tuple[Trace, ...], share: Tensor) -> None:
-        """Multiply the model's gradient at each of K draws by its share, ``(K,)``.
+    def _scale_draws(self, model_traces: tuple[Trace, ...], guide_trace: Trace, share: Tensor) -> None:
+        """Multiply the model's gradient at each of the guide's K draws by its share, ``(K,)``.
 
         A value that all draws have in common is a parameter, for example of a ``Delta``, and keeps its gradient.
         """
-        for name, _ in model_traces[0].iter_stochastic_nodes():
+        for name in [name for name, _ in model_traces[0].iter_stochastic_nodes() if name in guide_trace.nodes]:
             values = [trace.nodes[name]["value"] for trace in model_traces]
             rows = torch.cat([value.detach().reshape(self._rows, -1) for value in values])
             factors = torch.where((rows == rows[0]).all(), 1, share)
