@@ -18,7 +18,7 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor, nn
 from torch.distributions import Transform
 
-from ..arguments import check_numbers
+from ..arguments import check_integers, check_numbers, suggests_keywords
 from ..encoders.base import at_rest
 from ..flows import Flow
 from ..flows.chunks import chunk_for
@@ -90,6 +90,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     settings = "encoder", "init_scale"
     is_joint = True
 
+    @suggests_keywords
     def __init__(
         self,
         model: Callable[..., Any],
@@ -278,6 +279,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     @torch.no_grad()
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample from the guide: for each latent site, values of shape ``(num_samples, *site_shape)``."""
+        check_integers("AutoFlow.sample", 0, num_samples=num_samples)
         context = self.setup(*args, **kwargs)._context_at_rest(args, kwargs)
         latent = self.flow.sample((num_samples,), context, chunk_size=chunk_for(self.latent_dim))
         return self.constrain(latent, *args, **kwargs)

@@ -13,7 +13,8 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ..programs.traces import outside_plates, trace_at
+from ..programs.error_text import explained
+from ..programs.traces import arguments_of, outside_plates, trace_at
 
 
 class Rows(NamedTuple):
@@ -81,8 +82,8 @@ class Call(NamedTuple):
             ValueError: If the model does not enter the plate.
         """
         found = Found(self.plate, until, indices)
-        quietly = suppress(_Reached)
-        with poutine.block(), torch.no_grad(), outside_plates(), validation_enabled(False), quietly, found:
+        ours = explained("model", arguments_of(self.model, self.args, self.kwargs)), suppress(_Reached)
+        with poutine.block(), torch.no_grad(), outside_plates(), validation_enabled(False), ours[0], ours[1], found:
             self.model(*self.args, **self.kwargs)
         if self.plate is not None and found.rows is None:
             found.rows = found.rows_in_frame(self.plate)
