@@ -130,6 +130,16 @@ def test_masked_nan_is_no_fault():
     assert pf.psis(masked, guide, y, num_samples=30).log_weights.isfinite().all()
 
 
+def test_arguments_that_are_not_dense_are_no_fault():
+    def counts(rows, parts, y):
+        rate = pyro.sample("rate", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(rate * rows.to_dense().sum() * parts.size(0), 1.0), obs=y)
+
+    guide = pf.AutoFlow(counts, small)
+    rows, parts = torch.eye(3).to_sparse(), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    assert pf.psis(counts, guide, rows, parts, torch.tensor(1.0), num_samples=30).log_weights.isfinite().all()
+
+
 def test_an_error_of_the_user_keeps_its_class(guide):
     class Strange(Exception):
         def __init__(self, one, two):

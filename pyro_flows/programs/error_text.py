@@ -75,7 +75,8 @@ def _described(value: Any) -> str:
 
 
 def _count_nan(value: Any) -> int:
-    return int(value.isnan().sum()) if isinstance(value, Tensor) and value.is_floating_point() else 0
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+    return int(value.isnan().sum()) if dense and value.is_floating_point() else 0
 
 
 def check_observed(owner: str, trace: Trace, given: dict[str, Any]) -> None:
