@@ -118,6 +118,17 @@ def test_nan_in_the_data_names_site_and_argument(call, guide):
     refused(ValueError, words, call, guide, torch.where(torch.arange(20)[:, None] == 3, math.nan, X), Y)
 
 
+def test_nan_is_named_where_discrete_latents_are_summed_out():
+    def mixture(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y)):
+            side = pyro.sample("side", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(loc * side, 1.0), obs=y)
+
+    y = torch.where(torch.arange(20) == 3, math.nan, Y)
+    refused(ValueError, r"AutoFlow: observed site 'y' holds NaN or inf", pf.AutoFlow(mixture, small).setup, y)
+
+
 def test_masked_nan_is_no_fault():
     def masked(y):
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))

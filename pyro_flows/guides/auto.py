@@ -67,8 +67,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         name: The guide's name in Pyro's parameter store, unique by default; a name of yours finds stored parameters.
 
     Raises:
-        TypeError: If ``flow``, ``base`` or ``encoder`` cannot be called, or ``model`` is a guide; at :meth:`setup`, if the
-            recipe fails.
+        TypeError: If ``flow``, ``base`` or ``encoder`` cannot be called, or ``model`` is a guide.  At :meth:`setup`, if
+            the recipe fails.
         ValueError: If ``init_scale`` is not positive.  At :meth:`setup`, if a latent is discrete with infinite support,
             has a support without volume, is masked or lies in a subsampled plate; the error names the site.  Also if
             the model's density is not finite at the start, or the recipe's flow or the encoder's output does not fit.

@@ -40,8 +40,8 @@ def setup_error(owner: str, error: Exception, given: dict[str, Any], *, alone: b
     ours = str(error).startswith(f"{owner}: ")
     if ours or not (place_of(error) or isinstance(error, AssertionError | IndexError | KeyError)):
         return None  # Pyro or this package found the fault, not the model
-    same = isinstance(error, TypeError | AttributeError)
-    if same or is_breakdown(error) or isinstance(error, RuntimeError | AssertionError | IndexError | KeyError):
+    same = type(error) in (TypeError, AttributeError) or (type(error) is ValueError and is_breakdown(error))
+    if same or isinstance(error, RuntimeError | AssertionError | IndexError | KeyError):
         words = f"{owner}: the model fails where it is run to find its latents: {failure(error, given)}"
         return type(error)(words) if same else ValueError(words)
     return None

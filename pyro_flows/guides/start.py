@@ -148,14 +148,18 @@ def _check_density(call: Call, program: Program | None) -> None:
         call: The call of the guide.
         program: The model with its discrete latents summed out; None without discrete latents.
     """
+    owner, given = f"{call.owner}: ", arguments_of(call.model, call.args, call.kwargs)
     with validation_enabled(False):  # its errors would come first and say less
         if program:
             values = {name: value.unsqueeze(0) for name, value in call.start.items()}
-            _check_finite(call.owner, "the model, discrete latents summed out,", program.log_prob(values, 1))
+            total = program.log_prob(values, 1)
+            if not total.isfinite().all():
+                check_observed(owner, program.single, given)
+            _check_finite(call.owner, "the model, discrete latents summed out,", total)
             return
         trace = call.trace_at(call.start)
         trace.compute_log_prob()
-    check_observed(f"{call.owner}: ", trace, arguments_of(call.model, call.args, call.kwargs))
+    check_observed(owner, trace, given)
     for name, site in trace.nodes.items():
         if site["type"] == "sample":
             _check_finite(call.owner, f"site {name!r}", site["log_prob"])

@@ -110,7 +110,7 @@ def check_guided(owner: str, model: Trace, guide: Trace, left_out: Sequence[str]
     way_out = " ".join(f"{named(names)} {_are(names)} {way}" for way, names in ways.items() if names)
     sites = _sites("latent site", list(missing))
     if left_out:
-        data = ", ".join(f"{name}=..." for name in left_out)
+        data = ", ".join(f"{name}=..." for name in [name for name in missing if name in left_out] or left_out)
         way_out = f"Perhaps data are missing here: give {data}, as in the fit. {way_out}"
     raise ValueError(f"{owner}{sites} of the model {_are(missing)} not in the guide. {way_out}")
 
