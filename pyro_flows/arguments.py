@@ -6,16 +6,21 @@ no part.
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+P = ParamSpec("P")
+T = TypeVar("T")
 IMAGE = "(channels, height, width)"  # words for error messages
 BIJECTOR = "a bijector such as bijectors.Affine()"
 CONDITIONER = "a conditioner such as conditioners.MLP(...)"
@@ -115,10 +120,34 @@ def check_kind(caller: str, kind: type | tuple[type, ...], words: str, /, **valu
 
 
 def check_program(**programs: object) -> None:
-    """Raise TypeError unless each argument is callable, as a Pyro model or guide is."""
+    """Raise TypeError unless each argument is callable, as a Pyro model or guide is, and ``model`` is no guide."""
     for argument, program in programs.items():
         if not callable(program):
             raise TypeError(f"{argument} must be a Pyro program, which can be called, got {quoted(program)}.")
+        if argument == "model" and hasattr(program, "prototype_trace"):  # the attribute of Pyro's autoguides
+            got = f"a guide, {type(program).__name__}"
+            raise TypeError(f"model must be a Pyro model, got {got}. Give the model itself, before its guide.")
+
+
+def check_keywords(caller: str, known: Collection[str], given: Collection[str]) -> None:
+    """Raise TypeError for an unknown keyword argument whose name is close to a known one."""
+    for name in given:
+        if name not in known and (close := difflib.get_close_matches(name, known, 1)):
+            raise TypeError(
+                f"{caller}: keyword arguments must name parameters, got {name!r}. Did you mean {close[0]!r}?"
+            )
+
+
+def suggests_keywords(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function without ``**kwargs`` suggest the name of a parameter for a mistyped one."""
+    known, caller = inspect.signature(function).parameters, function.__qualname__.removesuffix(".__init__")
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        check_keywords(caller, known, kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def as_file(caller: str, argument: str, value: Any) -> Path:

@@ -13,7 +13,7 @@ from ..arguments import check_flags, check_integers, joined
 from ..arviz_versions import Groups, Variable, container
 from ..programs.engines import Site, Values, in_batches, row_log_prob
 from ..programs.nesting import runs_programs
-from ..programs.task import Task
+from ..programs.task import Task, warn_untrained
 from ..sampling.samples import Samples
 from .importance import LEAST, reweighted, weigh
 
@@ -77,7 +77,8 @@ def to_arviz(
         ValueError: If a number is out of its range, or :func:`~pyro_flows.psis` refuses the guide or its weights.
 
     Warns:
-        UserWarning: With ``importance``, if k-hat is above its threshold, so that the draws cannot be trusted.
+        UserWarning: If the guide was never trained.  With ``importance``, if k-hat is above its threshold, so that the
+            draws cannot be trusted.
 
     Example::
 
@@ -100,6 +101,7 @@ def to_arviz(
     if chains:
         latents, stats, attrs = _from_chains(task, chains, batch_size)
     else:
+        warn_untrained("to_arviz", guide)
         latents, stats, attrs = _from_guide(task, num_samples, num_weighed if importance else 0, batch_size)
     number = len(next(iter(chains.draws.values()))) if chains else 1
     nodes, observed = task.model.single.nodes, task.sites("observed")

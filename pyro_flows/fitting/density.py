@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_choice, check_flags, check_integers, check_numbers
+from ..arguments import check_choice, check_flags, check_integers, check_numbers, suggests_keywords
 from ..data.batches import Batch, Rows, Source
 from ..data.sources import Reader, sources
 from ..data.survey import CellNoise, Survey, check_rows
@@ -37,6 +37,7 @@ NUMBER = 64  # images in a picture
 
 
 @distributed.collective
+@suggests_keywords
 def fit_density(
     flow: Flow | Dequantized,
     x: Any,

@@ -25,7 +25,7 @@ def check_task(task: Task, objective: ELBO | None, *, search: bool) -> None:
         search: True if the fit searches for a start.
     """
     if search or objective is None or isinstance(objective, PathELBO | PathEnumELBO | ParticleObjective):
-        check_guided("fit_svi: ", *task.traces)
+        check_guided("fit_svi: ", *task.traces, task.left_out)
     if search or objective is None:
         with unchanged():
             _check_gradients(task)

@@ -112,7 +112,7 @@ def fit_svi(
         ends the fit early.
 
     Raises:
-        TypeError: If the model needs arguments that are not given.
+        TypeError: If the model needs arguments that are not given, or a guide is given in its place.
         ValueError: If an argument is out of its range, the guide does not suit the model or lacks a latent that cannot
             be summed out, there is nothing to train, the posterior is improper, the checkpoint is of another run, or
             several processes do not fit the same.

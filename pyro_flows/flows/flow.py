@@ -6,6 +6,7 @@ A flow is a module with parameters; ``flow(context)`` is a Pyro distribution for
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -86,6 +87,14 @@ class Flow(nn.Module):
             raise ValueError(f"Flow: encoder must be a network from contexts to vectors; {why}.")
         self.encoder = encoder
         self._compiled: CompiledRuns | None = None
+
+    def __repr__(self) -> str:
+        """Return shapes, base and the kinds of transforms in a few lines; ``modules()`` has every layer."""
+        size = sum(parameter.numel() for parameter in self.parameters())
+        kinds = ", ".join(f"{number} {kind}" for kind, number in Counter(map(_kind_of, self.transforms)).items())
+        encoder = "" if self.encoder is None else f"\n  encoder: {type(self.encoder).__name__}"
+        head = f"{type(self).__name__}({tuple(self.event_shape)}, context_dim={self.context_dim}, {size} parameters)"
+        return f"{head}{encoder}\n  base: {_kind_of(self.base)}\n  transforms: {kinds}"
 
     def compile(self, **settings: Any) -> None:
         """Compile the transforms by ``torch.compile`` into fewer and larger steps, in all later uses of the flow.
@@ -263,6 +272,12 @@ class Flow(nn.Module):
         if self._compiled is not None:
             inverse.compile(**self._compiled.settings)
         return inverse
+
+
+def _kind_of(part: Any) -> str:
+    """Return the class of a part of a flow, with that of the transform or bijector in it."""
+    inner = getattr(part, "transform", getattr(part, "bijector", None))
+    return type(part).__name__ + ("" if inner is None else f"({_kind_of(inner)})")
 
 
 ConditionalDistribution.register(Flow)

@@ -18,7 +18,7 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor, nn
 from torch.distributions import Transform
 
-from ..arguments import check_numbers
+from ..arguments import check_integers, check_numbers, suggests_keywords
 from ..encoders.base import at_rest
 from ..flows import Flow
 from ..flows.chunks import chunk_for
@@ -67,7 +67,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         name: The guide's name in Pyro's parameter store, unique by default; a name of yours finds stored parameters.
 
     Raises:
-        TypeError: If ``flow``, ``base`` or ``encoder`` cannot be called; at :meth:`setup`, if the recipe fails.
+        TypeError: If ``flow``, ``base`` or ``encoder`` cannot be called, or ``model`` is a guide.  At :meth:`setup`, if
+            the recipe fails.
         ValueError: If ``init_scale`` is not positive.  At :meth:`setup`, if a latent is discrete with infinite support,
             has a support without volume, is masked or lies in a subsampled plate; the error names the site.  Also if
             the model's density is not finite at the start, or the recipe's flow or the encoder's output does not fit.
@@ -90,6 +91,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     settings = "encoder", "init_scale"
     is_joint = True
 
+    @suggests_keywords
     def __init__(
         self,
         model: Callable[..., Any],
@@ -277,6 +279,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     @torch.no_grad()
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample from the guide: for each latent site, values of shape ``(num_samples, *site_shape)``."""
+        check_integers("AutoFlow.sample", 0, num_samples=num_samples)
         context = self.setup(*args, **kwargs)._context_at_rest(args, kwargs)
         latent = self.flow.sample((num_samples,), context, chunk_size=chunk_for(self.latent_dim))
         return self.constrain(latent, *args, **kwargs)

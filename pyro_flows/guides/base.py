@@ -27,6 +27,8 @@ from ..flows import Flow
 from ..flows.distribution import FlowDistribution
 from ..programs.engines import plate_like
 from ..programs.log_density import is_breakdown
+from ..programs.task import warn_untrained
+from ..programs.traces import arguments_of
 from .checks import Calls, check_shapes, setup_error
 from .circles import MarkCircles
 from .contexts import check_encoder
@@ -38,6 +40,7 @@ from .schedule import Plan
 from .start import init_to_center
 from .stored import Site, program_of, sites_of
 
+SHOWN = 8  # latents in the repr of a guide
 _used: set[str] = set()  # names of guides in Pyro's parameter store, which all guides of a process share
 _live: weakref.WeakValueDictionary[str, FlowGuide] = weakref.WeakValueDictionary()
 
@@ -87,7 +90,8 @@ class FlowGuide(Plan, AutoGuide):
             self._set_up(*args, **kwargs)
         except Exception as error:
             self.prototype_trace = None  # a failed setup can be tried again
-            if clearer := setup_error(owner, error, bool(args or kwargs)):
+            given = arguments_of(self.model, args, kwargs)
+            if clearer := setup_error(owner, error, given, alone=not (args or kwargs)):
                 raise clearer from error
             raise
         return self
@@ -173,10 +177,24 @@ class FlowGuide(Plan, AutoGuide):
 
         Returns:
             For each latent site values of shape ``(len(quantiles), *site_shape)``; ``site_shape`` for a single level.
+
+        Warns:
+            UserWarning: If the guide was never trained.
         """
         one = sum(value.numel() for value in self.sample(1, *args, **kwargs).values())
+        warn_untrained(f"{type(self).__name__}.quantiles", self)
         number = min(self.num_summary_draws, max(1000, 20_000_000 // one))  # so that the draws fit into memory
         return {name: _quantiles(value, quantiles) for name, value in self.sample(number, *args, **kwargs).items()}
+
+    def __repr__(self) -> str:
+        """Return the state of training, the latents and the flows in a few lines; ``modules()`` has every layer."""
+        if self.prototype_trace is None:
+            return f"{type(self).__name__}(not set up)"
+        sites = [f"{name} {tuple(site['value'].shape)}" for name, site in self.prototype_trace.iter_stochastic_nodes()]
+        latents = ", ".join(sites[:SHOWN]) + (f" and {len(sites) - SHOWN} more" if sites[SHOWN:] else "")
+        head = f"{type(self).__name__}({'untrained' if self.is_fresh else 'trained'}; latents {latents})"
+        flows = [repr(part) for part in self.modules() if isinstance(part, Flow)]
+        return "\n".join([head, *flows]).replace("\n", "\n  ")
 
     def _draw(self, name: str, q: FlowDistribution, rows: Tensor | None = None) -> Tensor:
         """Sample packed latents at an auxiliary sample statement.

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from ..programs.error_text import place_of, quoted
+from ..programs.error_text import failure, place_of
 from ..programs.latents import is_discrete, named
+from ..programs.log_density import is_breakdown
 from ..programs.masks import is_masked, mask_of
 from .circles import scalar_support
 from .guide_call import Call, Found, Rows, frame_of
@@ -24,15 +25,25 @@ from .nonfinite import Watch
 PLAIN = bool | int | float | complex | str | bytes | None | torch.Size | torch.dtype | torch.device
 
 
-def setup_error(owner: str, error: Exception, has_arguments: bool) -> Exception | None:
-    """Return an error that says why setup runs the model, or None if the error of the setup itself is clear."""
-    if isinstance(error, TypeError) and not has_arguments and not str(error).startswith(f"{owner}: "):
+def setup_error(owner: str, error: Exception, given: dict[str, Any], *, alone: bool) -> Exception | None:
+    """Return an error that says why setup runs the model, or None if the error of the setup itself is clear.
+
+    Args:
+        owner: The class of the guide.
+        error: The error of the setup.
+        given: The model's arguments by their names.
+        alone: True if setup was called without arguments.
+    """
+    if isinstance(error, TypeError) and alone and not str(error).startswith(f"{owner}: "):
         fault = f"this guide is new, and to set it up the model is called with what is given here: {error}"
         return TypeError(f"{owner}: {fault}. Fit the guide first, or give the model's arguments here too.")
-    breaks = isinstance(error, RuntimeError) and place_of(error)  # in the model, and not in Pyro
-    if breaks or isinstance(error, AssertionError | IndexError | KeyError):
-        fault = f"the model fails where it is run to find its latents: {quoted(error)}"
-        return ValueError(f"{owner}: {fault}. Give it arguments with which it runs by itself.")
+    ours = str(error).startswith(f"{owner}: ")
+    if ours or not (place_of(error) or isinstance(error, AssertionError | IndexError | KeyError)):
+        return None  # Pyro or this package found the fault, not the model
+    same = type(error) in (TypeError, AttributeError) or (type(error) is ValueError and is_breakdown(error))
+    if same or isinstance(error, RuntimeError | AssertionError | IndexError | KeyError):
+        words = f"{owner}: the model fails where it is run to find its latents: {failure(error, given)}"
+        return type(error)(words) if same else ValueError(words)
     return None
 
 

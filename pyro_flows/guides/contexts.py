@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from ..encoders import Standardize
 from ..encoders.base import at_rest
 from ..encoders.standardize import learning
 from ..programs.shuffled_rows import Shuffled
+from ..programs.traces import signature_of
 from ..vjp import graph_of
 from .guide_call import Call, Rows, frame_of
 
@@ -60,9 +60,8 @@ def _arranged(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     Keyword-only arguments of the model keep their names.
     """
-    program = poutine.unwrap(call.model)
     try:
-        signature = inspect.signature(program.forward if isinstance(program, nn.Module) else program)
+        signature = signature_of(call.model)
         bound = signature.bind(*call.args, **call.kwargs)
     except (TypeError, ValueError):  # Python does not know the signature, or the arguments do not fit it
         return call.args, call.kwargs

@@ -13,7 +13,8 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ..programs.traces import outside_plates, trace_at
+from ..programs.error_text import explained
+from ..programs.traces import arguments_of, outside_plates, trace_at
 
 
 class Rows(NamedTuple):
@@ -79,8 +80,9 @@ class Call(NamedTuple):
         """
         found = Found(self.plate, until, indices)
         hidden, quietly = poutine.block(), suppress(_Reached)
+        run = explained("model", arguments_of(self.model, self.args, self.kwargs))(self.model)
         with hidden, torch.no_grad(), outside_plates(), validation_enabled(False), self.same_draws(), quietly, found:
-            self.model(*self.args, **self.kwargs)
+            run(*self.args, **self.kwargs)
         if self.plate is not None and found.rows is None:
             found.rows = found.rows_in_frame(self.plate)
         return found

@@ -16,7 +16,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ..arguments import check_integers, check_numbers
+from ..arguments import check_integers, check_numbers, suggests_keywords
 from ..bijectors import Affine
 from ..encoders.base import at_rest
 from ..flows import Flow
@@ -167,6 +167,7 @@ class AutoPlateFlow(FlowGuide):
     settings = "encoder", "init_scale", "plate", "embedding_dim"
     plate: str
 
+    @suggests_keywords
     def __init__(
         self,
         model: Callable[..., Any],
@@ -307,9 +308,9 @@ class AutoPlateFlow(FlowGuide):
         Returns:
             For each latent site values of shape ``(num_samples, *site_shape)``.
         """
+        check_integers("AutoPlateFlow.sample", num_samples=num_samples)
         call = self.setup(*args, **kwargs)._call(args, kwargs)
         self.check_same(call)
-        check_integers("AutoPlateFlow.sample", num_samples=num_samples)
         rows = self._all_rows(call)
         size = max(1, 100_000 // max(1, len(rows)))
         return in_batches(lambda _, number: self.posterior.draw(number, rows), {}, num_samples, size)

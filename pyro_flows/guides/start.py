@@ -18,8 +18,11 @@ from pyro import validation_enabled
 from torch import Tensor
 from torch.distributions import biject_to
 
+from ..programs.error_text import check_observed
 from ..programs.latents import innermost
+from ..programs.nesting import check_crossed
 from ..programs.program import Program
+from ..programs.traces import arguments_of
 from .discrete import summed
 from .guide_call import Call
 from .nonfinite import worst
@@ -90,7 +93,7 @@ def _tensors(fn: Any) -> list[Tensor]:
 
 
 def settle_start(call: Call, *, choose: bool) -> None:
-    """Raise ValueError unless the model has a finite density at the latents of the prototype.
+    """Raise ValueError unless the data have the model's shapes, and a finite density at the latents of the prototype.
 
     Args:
         call: The call of a guide at setup.
@@ -98,6 +101,8 @@ def settle_start(call: Call, *, choose: bool) -> None:
     """
     with call.same_draws():
         program = summed(call)
+        with validation_enabled(False):
+            check_crossed(f"{call.owner}: ", program.single)
     if choose:
         _choose(call, program)
     _check_density(call, program)
@@ -134,21 +139,21 @@ def _check_density(call: Call, program: Program) -> None:
         call: The call of the guide.
         program: The model with its discrete latents summed out.
     """
+    owner, given = f"{call.owner}: ", arguments_of(call.model, call.args, call.kwargs)
     with validation_enabled(False):  # its errors would come first and say less
         if program.enumerated:
             values = {name: value.unsqueeze(0) for name, value in call.start.items()}
-            _check_finite(call.owner, "the model, discrete latents summed out,", program.log_prob(values, 1))
+            total = program.log_prob(values, 1)
+            if not total.isfinite().all():
+                check_observed(owner, program.single, given)
+            _check_finite(call.owner, "the model, discrete latents summed out,", total)
             return
         trace = call.trace_at(call.start)
         trace.compute_log_prob()
+    check_observed(owner, trace, given)
     for name, site in trace.nodes.items():
-        if site["type"] != "sample" or site["log_prob"].isfinite().all():
-            continue
-        value: Any = site["value"]
-        if name not in call.latents and isinstance(value, Tensor) and not value.isfinite().all():
-            bad = f"{int((~value.isfinite()).sum())} of {value.numel()} numbers"
-            raise ValueError(f"{call.owner}: observed site {name!r} holds NaN or inf ({bad}).")
-        _check_finite(call.owner, f"site {name!r}", site["log_prob"])
+        if site["type"] == "sample":
+            _check_finite(call.owner, f"site {name!r}", site["log_prob"])
 
 
 def _check_finite(owner: str, what: str, log_prob: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -76,17 +77,24 @@ def is_summable(fn: Any) -> bool:
     return is_discrete(fn) and bool(with_values(fn).has_enumerate_support)
 
 
-def check_match(model: Trace, guide: Trace) -> None:
+def check_match(model: Trace, guide: Trace, left_out: Sequence[str] = ()) -> None:
     """Raise ValueError for a guide that is a point, lacks latents, or has other latents or masks than the model."""
     drawn = _drawn(guide).values()
     if drawn and all(isinstance(site["fn"], dist.Delta) for site in drawn):
         raise ValueError("the guide is a point (every site is a Delta) and not a distribution; it cannot be weighed.")
-    check_guided("", model, guide)
+    check_guided("", model, guide, left_out)
     check_drawn("", model, guide)
 
 
-def check_guided(owner: str, model: Trace, guide: Trace) -> None:
-    """Raise ValueError for a guide that lacks latents of the model which cannot be summed out."""
+def check_guided(owner: str, model: Trace, guide: Trace, left_out: Sequence[str] = ()) -> None:
+    """Raise ValueError for a guide that lacks latents of the model which cannot be summed out.
+
+    Args:
+        owner: The start of the message.
+        model: The trace of the model.
+        guide: The trace of the guide.
+        left_out: The model's arguments that are None, which may hold the data of these sites.
+    """
     missing = lacking(model, guide)
     if not missing:
         return
@@ -101,6 +109,9 @@ def check_guided(owner: str, model: Trace, guide: Trace) -> None:
     }
     way_out = " ".join(f"{named(names)} {_are(names)} {way}" for way, names in ways.items() if names)
     sites = _sites("latent site", list(missing))
+    if left_out:
+        data = ", ".join(f"{name}=..." for name in [name for name in missing if name in left_out] or left_out)
+        way_out = f"Perhaps data are missing here: give {data}, as in the fit. {way_out}"
     raise ValueError(f"{owner}{sites} of the model {_are(missing)} not in the guide. {way_out}")
 
 

@@ -8,8 +8,9 @@ such models the user gives ``max_plate_nesting``, or the objective has it.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from itertools import zip_longest
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -20,8 +21,9 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..arguments import check_integers
+from ..arguments import check_integers, check_keywords
 from ..threads import using
+from .traces import signature_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,11 +40,13 @@ _given: ContextVar[_Given | None] = ContextVar("max_plate_nesting", default=None
 def runs_programs(function: Callable[P, T]) -> Callable[P, T]:
     """Apply a function's ``max_plate_nesting``, or that of its objective, to all programs that it runs.
 
-    Programs run with one thread, unless they are large.
+    Programs run with one thread, unless they are large.  Mistyped keyword arguments are refused.
     """
+    known = inspect.signature(function).parameters
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        _check_keywords(function.__name__, known, args[0] if args else kwargs.get("model"), kwargs)
         given = _asked(function.__name__, kwargs.get("max_plate_nesting"), kwargs.get("objective"))
         token = _given.set(given or _given.get())
         try:
@@ -52,6 +56,16 @@ def runs_programs(function: Callable[P, T]) -> Callable[P, T]:
             _given.reset(token)
 
     return call
+
+
+def _check_keywords(caller: str, known: Mapping[str, Any], model: Any, given: Mapping[str, Any]) -> None:
+    """Raise TypeError for a mistyped keyword argument, unless the model takes it."""
+    try:
+        taken = signature_of(model).parameters
+    except (TypeError, ValueError):  # Python does not know the signature
+        return
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        check_keywords(caller, {**known, **taken}, given)
 
 
 def nesting_of(*traces: Trace) -> int:
@@ -83,19 +97,22 @@ def has_bare_dimensions(trace: Trace) -> bool:
     return False
 
 
-def check_crossed(trace: Trace) -> None:
-    """Raise ValueError if data and their distribution broadcast to more rows than either of them has."""
+def check_crossed(owner: str, trace: Trace) -> None:
+    """Raise ValueError if data and their distribution do not broadcast, or to more rows than either of them has."""
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or not site["is_observed"] or site_is_subsample(site):
             continue
         fn, value = site["fn"], site["value"]
         rows = [fn.batch_shape, value.shape[: value.dim() - fn.event_dim]]
-        together = math.prod(map(max, zip_longest(*map(reversed, rows), fillvalue=1)))
-        if together > max(map(math.prod, rows)):
+        pairs = list(zip_longest(*map(reversed, rows), fillvalue=1))
+        shapes = f"data of shape {tuple(value.shape)}, but a distribution of batch shape {tuple(fn.batch_shape)}"
+        found = f"{owner}observed site {name!r} has {shapes}"
+        if any(one != other and 1 not in (one, other) for one, other in pairs):
+            raise ValueError(f"{found}. Give the model arguments with the same number of rows.")
+        if math.prod(map(max, pairs)) > max(map(math.prod, rows)):
             raise ValueError(
-                f"observed site {name!r} has data of shape {tuple(value.shape)}, but a distribution of batch shape "
-                f"{tuple(fn.batch_shape)}: each row would meet every other. Give both one shape, as by y[:, 0] or "
-                "y[:, None], or declare the dimensions of both by plates."
+                f"{found}: each row would meet every other. Give both one shape, as by y[:, 0] "
+                "or y[:, None], or declare the dimensions of both by plates."
             )
 
 

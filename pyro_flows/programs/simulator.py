@@ -6,15 +6,13 @@ The model takes its data by arguments, and draws the data whose argument is None
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..arguments import check_integers, check_program
 from ..threads import allowed, using
@@ -27,7 +25,7 @@ from .nesting import nesting_of, runs_programs
 from .program import Program
 from .simulations import Simulations
 from .task import check_vectorize, subsampled_plate
-from .traces import Args, Function, Kwargs, trace_at
+from .traces import Args, Function, Kwargs, signature_of, trace_at
 
 
 @runs_programs
@@ -99,12 +97,15 @@ class Simulator:
     def __init__(self, caller: str, model: Function, args: Args, kwargs: Kwargs) -> None:
         self.caller = caller
         check_program(model=model)
-        program = poutine.unwrap(model)
-        self._signature = inspect.signature(program.forward if isinstance(program, nn.Module) else program)
+        self._signature = signature_of(model)
         try:
             self._given = self._signature.bind(*args, **kwargs).arguments
         except TypeError as error:
-            self._refuse(f"{error}. Data arguments must be optional, `def model(x=None)`; give the others here", error)
+            self._refuse(
+                f"{error}. An argument that holds data must be optional, `def model(x=None)`, and is not given here. "
+                f"Give all others, as in {caller}(model, ..., n=10)",
+                error,
+            )
         args, kwargs = self.arguments({})
         try:
             single = trace_at(model, {}, args, kwargs)

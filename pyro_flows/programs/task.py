@@ -21,12 +21,12 @@ from .. import arguments
 from ..memory import keep_memory
 from .engine_choice import check_noise, settle
 from .engines import ENGINES, Site, Values, View, in_batches, plate_like, value_of
-from .error_text import warn_user
+from .error_text import check_observed, explained, warn_user
 from .latents import check_match, is_point, summable
 from .nesting import check_crossed, has_bare_dimensions, nesting_of, plates_of
 from .program import TOTAL, Program
 from .row_parts import can_be_whole
-from .traces import Args, Function, Kwargs, trace_of
+from .traces import Args, Function, Kwargs, arguments_of, trace_of
 
 LOG_Q = "the guide's log-density"  # a key next to the names of sites
 Of = Callable[[Site], Tensor]  # a tensor of a site, such as its value
@@ -63,6 +63,7 @@ class Task:
     Attributes:
         model: The model as a :class:`Program`.
         guide: The guide as a :class:`Program`.
+        given: The model's arguments by their names.
         traces: The traces of one run of model and guide, in this order.
         latents: The names of the model's latents except those that are summed out.
         own: The names of the sites that the guide draws, without sites of type ``Delta``.
@@ -78,9 +79,11 @@ class Task:
         check_vectorize(vectorize)
         arguments.check_program(model=model, guide=guide)
         self._programs, self._arguments, marks = (model, guide), (args, kwargs), _Marks()
+        self.given = arguments_of(model, args, kwargs)
         single, drawn = self.once(marks)
         marks.restore(single)
-        check_crossed(single)
+        check_crossed("", single)
+        check_observed("", single, self.given)
         nesting = nesting_of(drawn, single)
         self.traces, self._vectorize = (single, drawn), vectorize
         self.is_settled = self._weighs = False
@@ -99,8 +102,10 @@ class Task:
         """Run guide and model once, the model with a handler; return the traces of the model and of the guide."""
         model, guide = self._programs
         with poutine.block():
-            drawn = trace_of(guide, *self._arguments)
-            return trace_of(poutine.replay(handler(model), trace=drawn), *self._arguments), drawn
+            with explained("guide", self.given):
+                drawn = trace_of(guide, *self._arguments)
+            with explained("model", self.given):
+                return trace_of(poutine.replay(handler(model), trace=drawn), *self._arguments), drawn
 
     @functools.cached_property
     def broadcasting(self) -> Function:
@@ -112,6 +117,11 @@ class Task:
     def runs_one_by_one(self) -> bool:
         """True if model or guide run one draw at a time."""
         return "loop" in (self.model.engine, self.guide.engine)
+
+    @property
+    def left_out(self) -> list[str]:
+        """The model's arguments that are None; a site that observes one draws its data."""
+        return [name for name, value in self.given.items() if value is None]
 
     @property
     def subsampled(self) -> str:
@@ -128,7 +138,7 @@ class Task:
             ValueError: If the guide is a point, or has other latents than the model.  If a subsampled plate holds
                 latents, or does not draw its rows.
         """
-        check_match(*self.traces)
+        check_match(*self.traces, self.left_out)
         self._weighs = whole
         if whole and can_be_whole(self.model, self.latents, list(self.sites("observed"))):
             self.model.whole()
@@ -278,9 +288,25 @@ def check_vectorize(vectorize: Any) -> None:
 
 def check_trained(caller: str, guide: Any) -> None:
     """Raise ValueError for a guide that is known to be untrained."""
-    if getattr(guide, "is_fresh", False) or getattr(guide, "prototype_trace", guide) is None:
-        kind = type(guide).__name__
-        raise ValueError(f"{caller}: the {kind} was never trained; fit it first: fit_svi(model, guide, ...).")
+    if _is_untrained(guide):
+        raise ValueError(f"{caller}: the {type(guide).__name__} was never trained; {_way_to_fit(guide)}.")
+
+
+def warn_untrained(caller: str, guide: Any) -> None:
+    """Warn of a guide that is known to be untrained."""
+    if _is_untrained(guide):
+        fault = f"the {type(guide).__name__} was never trained, so its draws are not those of a posterior"
+        warn_user(f"{caller}: {fault}; {_way_to_fit(guide)}.")
+
+
+def _way_to_fit(guide: Any) -> str:
+    amortised = getattr(guide, "encoder", None) is not None
+    return f"fit it first: {'fit_amortized(model, guide)' if amortised else 'fit_svi(model, guide, ...)'}"
+
+
+def _is_untrained(guide: Any) -> bool:
+    """True if a guide is known to be untrained: it was not set up, or its parameters are those of its start."""
+    return getattr(guide, "prototype_trace", guide) is None or bool(getattr(guide, "is_fresh", False))
 
 
 def group_of(site: Site) -> str | None:

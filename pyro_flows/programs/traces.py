@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,11 +11,27 @@ import torch
 from pyro import poutine
 from pyro.poutine.runtime import _DIM_ALLOCATOR
 from pyro.poutine.trace_struct import Trace
-from torch import Tensor
+from torch import Tensor, nn
 
 Function = Callable[..., Any]  # a Pyro program
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+
+
+def signature_of(program: Function) -> inspect.Signature:
+    """Return the signature of a program without the handlers around it; errors as for ``inspect.signature``."""
+    program = poutine.unwrap(program)
+    return inspect.signature(program.forward if isinstance(program, nn.Module) else program)
+
+
+def arguments_of(program: Function, args: Args, kwargs: Kwargs) -> Kwargs:
+    """Return the arguments of a call by their names, defaults included; by their places if the names are unknown."""
+    try:
+        bound = signature_of(program).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # Python does not know the signature, or the arguments do not fit it
+        return {**{f"argument {place}": value for place, value in enumerate(args)}, **kwargs}
+    bound.apply_defaults()
+    return dict(bound.arguments)
 
 
 @contextmanager

@@ -1,0 +1,235 @@
+"""Mistakes of new users end in one clear error: it names the argument or site, the fault and the way out."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+
+import pyro_flows as pf
+from pyro_flows import flows
+from pyro_flows.encoders import MLPEncoder
+
+X, Y = torch.randn(20, 3), torch.randn(20)
+small = partial(flows.realnvp, num_transforms=2, hidden_dims=(8,))
+SHORT = {"steps": 3, "num_particles": 4, "warm_start": False, "progress": False}
+
+
+def model(x, y=None):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("row", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
+def hierarchy(y):
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(pyro.sample("level", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+
+@pytest.fixture(scope="module")
+def guide():
+    found = pf.AutoFlow(model, small)
+    pf.fit_svi(model, found, X, Y, **SHORT)
+    return found
+
+
+CALLS = {
+    "fit_svi": lambda guide, *data: pf.fit_svi(model, guide, *data, **SHORT),
+    "fit_svi of a new guide": lambda _, *data: pf.fit_svi(model, pf.AutoFlow(model, small), *data, **SHORT),
+    "setup": lambda _, *data: pf.AutoFlow(model, small).setup(*data),
+    "check": lambda guide, *data: pf.check(model, guide, *data, num_samples=100, num_chains=16),
+    "psis": lambda guide, *data: pf.psis(model, guide, *data, num_samples=100),
+    "to_arviz": lambda guide, *data: pf.to_arviz(model, guide, *data, num_samples=100),
+}
+every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+def refused(kind, words, call, *args, **kwargs):
+    with pytest.raises(kind, match=words) as caught:
+        call(*args, **kwargs)
+    assert len(str(caught.value).splitlines()) == 1  # Pyro appends the shapes of a trace
+    return caught.value
+
+
+# Guides that were never trained.
+
+
+@pytest.mark.parametrize("build", [pf.AutoFlow, partial(pf.AutoPlateFlow, plate="row")], ids=["AutoFlow", "by row"])
+def test_summaries_of_an_untrained_guide_warn(build):
+    guide = build(hierarchy)
+    with pytest.warns(UserWarning, match=r"Auto\w+\.quantiles: the Auto\w+ was never trained.*fit_svi\(model, guide"):
+        guide.median(Y)
+    with pytest.warns(UserWarning, match=r"to_arviz: the Auto\w+ was never trained"):
+        pf.to_arviz(hierarchy, guide, Y, num_samples=30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guide.sample(3, Y)
+
+
+def test_summaries_of_a_trained_guide_are_silent(tmp_path):
+    guide = pf.AutoFlow(model, small)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    svi.step(X, Y)
+    pf.save(guide, tmp_path / "guide.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for trained in (guide, pf.load(tmp_path / "guide.pt")):
+            trained.median()
+        pf.to_arviz(model, guide, X, Y, num_samples=30)
+
+
+@pytest.mark.parametrize("number", [(10, 2), -1, 2.5])
+def test_numbers_of_draws_are_checked(guide, number):
+    refused(ValueError, r"AutoFlow\.sample: num_samples must be an integer of at least 0, got", guide.sample, number)
+
+
+# Data that the model does not take.
+
+
+@every_call
+def test_a_model_that_fails_is_quoted_with_its_arguments(call, guide):
+    where = r"the model fails.*: test_mistakes\.py:\d+, `pyro\.sample\(\"y\".*RuntimeError: "
+    given = r"It was run with x: Tensor float32 \(20, 4\), y: Tensor float32 \(20,\)"
+    error = refused((RuntimeError, ValueError), where + ".*" + given, call, guide, torch.randn(20, 4), Y)
+    assert isinstance(error.__cause__, RuntimeError)
+    refused((RuntimeError, ValueError), r"x: Tensor int64 \(20, 3\)", call, guide, torch.ones(20, 3).long(), Y)
+    refused(TypeError, r"run with x: ndarray float32 \(20, 3\)", call, guide, X.numpy(), Y)
+
+
+@every_call
+def test_data_of_different_lengths_name_the_site(call, guide):
+    words = r"observed site 'y' has data of shape \(15,\), but a distribution of batch shape \(20,\)\. Give the model"
+    refused(ValueError, words, call, guide, X, Y[:15])
+
+
+@every_call
+def test_nan_in_the_data_names_site_and_argument(call, guide):
+    holes = torch.where(torch.arange(20) == 3, math.nan, Y)
+    words = r"observed site 'y' holds NaN or inf \(1 of 20 numbers\); argument 'y' holds 1 NaN\. Leave those rows out"
+    refused(ValueError, words, call, guide, X, holes)
+    words = r"`pyro\.sample\(\"y\".* x: Tensor float32 \(20, 3\) with 3 NaN|site 'y' .*; argument 'x' holds 3 NaN"
+    refused(ValueError, words, call, guide, torch.where(torch.arange(20)[:, None] == 3, math.nan, X), Y)
+
+
+def test_nan_is_named_where_discrete_latents_are_summed_out():
+    def mixture(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y)):
+            side = pyro.sample("side", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(loc * side, 1.0), obs=y)
+
+    y = torch.where(torch.arange(20) == 3, math.nan, Y)
+    refused(ValueError, r"AutoFlow: observed site 'y' holds NaN or inf", pf.AutoFlow(mixture, small).setup, y)
+
+
+def test_masked_nan_is_no_fault():
+    def masked(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y)), pyro.poutine.mask(mask=~y.isnan()):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y.nan_to_num())
+
+    guide = pf.AutoFlow(masked, small)
+    y = torch.where(torch.arange(20) == 3, math.nan, Y)
+    pf.fit_svi(masked, guide, y, **SHORT)
+    assert pf.psis(masked, guide, y, num_samples=30).log_weights.isfinite().all()
+
+
+def test_arguments_that_are_not_dense_are_no_fault():
+    def counts(rows, parts, y):
+        rate = pyro.sample("rate", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(rate * rows.to_dense().sum() * parts.size(0), 1.0), obs=y)
+
+    guide = pf.AutoFlow(counts, small)
+    rows, parts = torch.eye(3).to_sparse(), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    assert pf.psis(counts, guide, rows, parts, torch.tensor(1.0), num_samples=30).log_weights.isfinite().all()
+
+
+def test_an_error_of_the_user_keeps_its_class(guide):
+    class Strange(Exception):
+        def __init__(self, one, two):
+            super().__init__(one + two)
+
+    def own(x, y=None):
+        model(x, y)
+        raise Strange("one", "two")
+
+    with pytest.raises(Strange, match=r"^onetwo"):
+        pf.check(own, guide, X, Y)
+
+
+# Arguments that are swapped, forgotten or mistyped.
+
+
+@pytest.mark.parametrize("call", [pf.check, pf.fit_svi, pf.psis, pf.to_arviz])
+def test_a_guide_in_place_of_the_model_is_refused(call, guide):
+    refused(TypeError, r"model must be a Pyro model, got a guide, AutoFlow\. Give the model", call, guide, model, X, Y)
+    refused(TypeError, "got a guide, AutoNormal", call, AutoNormal(model), model, X, Y)
+
+
+@pytest.mark.parametrize("build", [pf.AutoFlow, partial(pf.AutoPlateFlow, plate="row")], ids=["AutoFlow", "by row"])
+def test_a_guide_of_a_guide_is_refused(build, guide):
+    refused(TypeError, "model must be a Pyro model, got a guide, AutoFlow", build, guide)
+
+
+@pytest.mark.parametrize("call", [CALLS[name] for name in ("fit_svi", "check", "psis", "to_arviz")])
+def test_forgotten_data_are_asked_for(call, guide):
+    refused(ValueError, r"site 'y' .* not in the guide\. Perhaps data are missing here: give y=\.\.\.", call, guide, X)
+
+
+def test_mistyped_keywords_are_corrected(guide):
+    for words, call in {
+        "fit_svi: .*, got 'step'. Did you mean 'steps'": partial(pf.fit_svi, model, guide, X, Y, step=100),
+        "check: .*, got 'num_sample'. Did you mean 'num_samples'": partial(pf.check, model, guide, X, Y, num_sample=9),
+        "fit_density: .*, got 'epochs'. Did you mean 'max_epochs'": partial(pf.fit_density, flows.nsf(3), X, epochs=3),
+        "^AutoFlow: .*, got 'enocder'. Did you mean 'encoder'": partial(pf.AutoFlow, model, enocder=None),
+        "AutoPlateFlow: .*, got 'nam'. Did you mean 'name'": partial(pf.AutoPlateFlow, model, "row", nam="a"),
+    }.items():
+        refused(TypeError, words, call)
+    refused(TypeError, r"unexpected keyword argument 'zzz'", pf.psis, model, guide, X, Y, zzz=1)
+
+
+def test_keywords_of_the_model_are_its_own():
+    def other(step, **more):
+        pyro.sample("x", dist.Normal(step * more["lrs"], 1.0))
+
+    fit = pf.fit_svi(other, pf.AutoFlow(other, small), step=1.0, lrs=2.0, **SHORT)
+    assert fit.steps == 3
+
+
+@pytest.mark.parametrize("call", ["simulate", "fit_amortized", "calibrate"])
+def test_a_simulator_without_open_data_says_so(call):
+    def needs(x):
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        return pyro.sample("x", dist.Normal(mean, 0.5).to_event(1), obs=x)
+
+    guide = pf.AutoFlow(needs, small_with_context, encoder=MLPEncoder(2, context_dim=2)).setup(torch.zeros(2))
+    run = partial(getattr(pf, call), needs, *([] if call == "simulate" else [guide]))
+    refused(ValueError, rf"{call}: .*missing a required argument: 'x'.*must be optional, `def model\(x=None\)`", run)
+    refused(ValueError, rf"{call}: .*'x' is observed though no argument was left open for it", run, torch.zeros(2))
+
+
+def small_with_context(input_dim, context_dim):
+    return flows.nsf(input_dim, context_dim, num_transforms=1, hidden_dims=(8,))
+
+
+# What print shows.
+
+
+def test_a_guide_and_a_flow_print_in_a_few_lines(guide):
+    assert repr(pf.AutoFlow(model)) == "AutoFlow(not set up)"
+    new = pf.AutoFlow(model, small).setup(X, Y)
+    assert repr(new).startswith("AutoFlow(untrained; latents w (3,))\n  Flow((3,), context_dim=0, ")
+    assert repr(guide).startswith("AutoFlow(trained; ")
+    assert len(repr(guide).splitlines()) == 4
+    flow = flows.nsf_ar(2, context_dim=3, num_transforms=2)
+    head, *lines = repr(flow).splitlines()
+    assert head == f"Flow((2,), context_dim=3, {sum(p.numel() for p in flow.parameters())} parameters)"
+    layers = "2 Inverse(Autoregressive(RationalQuadraticSpline)), 1 Inverse(Elementwise(RationalQuadraticSpline))"
+    assert lines == ["  base: StandardNormal", f"  transforms: {layers}"]
