@@ -21,7 +21,7 @@ from torch.distributions import Transform, biject_to
 
 from .engines import Site, Values, View, in_batches
 from .latents import innermost, support_of
-from .log_density import LogDensity, in_parts, is_breakdown
+from .log_density import LogDensity, in_parts, is_breakdown, or_nan
 from .masks import mask_of
 from .program import TOTAL, Program
 from .quantities import Quantities
@@ -258,20 +258,20 @@ class LatentSpace:
         return found
 
     @torch.no_grad()
-    def prior(self, z: Tensor) -> Tensor | None:
+    def prior(self, z: Tensor) -> Tensor:
         """Return draws of the prior, as many as there are vectors z; latents with flat priors stay.
 
-        None if the vectors of latents are unknown for this guide, or if the model breaks down at a draw.
+        Draws are NaN where the model breaks down, and all of them if the vectors of latents are unknown for this guide.
         """
-        try:
+
+        def drawn(z: Tensor) -> Tensor:
             latents = self.latents(z)
             held = {name: latents[name] for name in self.flat}
-            drawn = self.task.model.sample(lambda view: {name: view.read(name) for name in latents}, held, len(z))
-        except Exception as error:
-            if not is_breakdown(error):
-                raise
-            return None
-        return self._locate(drawn)
+            found = self.task.model.sample(lambda view: {name: view.read(name) for name in latents}, held, len(z))
+            located = self._locate(found)
+            return z * math.nan if located is None else located
+
+        return or_nan(drawn, self.dim)(z)
 
     def _place(self, z: Tensor) -> tuple[Values, Values]:
         """Return the model's latents θ at N vectors z, and by site the terms of log |dθ/dz|, ``(N,)`` each."""
