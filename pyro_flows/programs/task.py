@@ -190,14 +190,14 @@ class Task:
             sites: The sites.
             what: The tensor to read off a site; by default its value.
             batch_size: The number of draws to run at once.
-            forget: True to draw the observed sites anew instead of the data; deterministic sites cannot be read then.
+            forget: True to draw the observed sites anew instead of the data.
         """
-        place, model = _forgetful if forget else poutine.condition, self.model
+        model = self.model.with_(call=_Anew()(self.model.call)) if forget else self.model
         if model.enumerated and model.engine != "loop":
             model = model.with_(engine="vmap")  # at values of its discrete latents it may not broadcast
 
         def step(held: Values, size: int) -> Values:
-            return model.sample(lambda view: {n: view.read(n, what) for n in sites}, held, size, place=place)
+            return model.sample(lambda view: {n: view.read(n, what) for n in sites}, held, size)
 
         return in_batches(step, latents, len(next(iter(latents.values()))), batch_size)
 
@@ -309,11 +309,6 @@ class _Replay(ReplayMessenger):
         marks = {**(msg["infer"] or {}), GIVEN: site_is_subsample(msg) and msg["value"] is not None}
         super()._pyro_sample(msg)
         msg["infer"] = {**(msg["infer"] or {}), **marks}
-
-
-def _forgetful(model: Function, data: Values) -> Function:
-    """Hold latents, and let the observed sites be drawn anew."""
-    return poutine.condition(_Anew()(model), data=data)
 
 
 class _Anew(Messenger):
