@@ -136,6 +136,21 @@ def test_prior_draws_are_the_priors(space):
     assert abs((prior["effect"] - prior["mean"].unsqueeze(-1)).std() - 1) < 4 / math.sqrt(24_000)
 
 
+def test_prior_draws_are_nan_where_the_model_breaks_down():
+    def breaks() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        if bool((x > 1).any()):
+            raise FloatingPointError
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(0.0))
+
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(0.0, 0.1))
+
+    drawn = LatentSpace(Task(breaks, guide, (), {})).prior(torch.zeros(64, 1))
+    assert 0 < drawn.isnan().sum() < 64
+    assert (drawn[drawn.isfinite()] <= 1).all()
+
+
 def test_flat_priors_stay():
     def flat() -> None:
         slope = pyro.sample("slope", dist.ImproperUniform(dist.constraints.real, (), ()))
