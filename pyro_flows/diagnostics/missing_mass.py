@@ -94,7 +94,8 @@ def _outside(space: LatentSpace) -> Missing | None:
         return None
     other = LatentSpace(Task(model.call, guide, model.args, model.kwargs, model.engine))
     drawn = other.prior(guide.start[0].expand(TRIED, -1))
-    if drawn is None or not bool(space.outside(other.values(drawn)).any()):
+    drawn = drawn[drawn.isfinite().all(-1)]
+    if not len(drawn) or not bool(space.outside(other.values(drawn)).any()):
         return None
     number, effort = FEW if space.task.runs_one_by_one else PARTICLES, EFFORT._replace(gradients=10 * EFFORT.gradients)
     population = anneal(Reference(other, guide.start[0]), number, effort)

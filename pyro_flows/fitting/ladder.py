@@ -294,9 +294,8 @@ def _restarted(ladder: Ladder, guide: AutoFlow, restarts: int) -> Fit:
 def _elsewhere(space: LatentSpace, start: Tensor) -> Tensor:
     """Return the most likely of some draws from the prior, or of some places within 2 of the origin."""
     wide = (4 * torch.rand(TRIES, space.dim) - 2).to(start)
-    with validation_enabled(False):
-        found = space.prior(wide)
-    places = wide if found is None else found
+    found = space.prior(wide)
+    places = found.where(found.isfinite(), wide)
     heights = or_nan(space.log_p)(places).nan_to_num(-math.inf, -math.inf, -math.inf)
     return places[heights.argmax()]
 

@@ -168,8 +168,8 @@ class _UnderVmap(TorchFunctionMode):
         return torch.rand_like(found) if func in _EMPTY and found.is_floating_point() else found
 
 
-class _SafeLog(torch.autograd.Function):
-    """The logarithm with Pyro's finite gradient at 0."""
+class _SafeLog(special._SafeLog):
+    """Pyro's logarithm, whose gradient is finite at 0, with a rule for vmap."""
 
     generate_vmap_rule = True
 
@@ -180,11 +180,6 @@ class _SafeLog(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return gradient / x.clamp(min=torch.finfo(x.dtype).eps)
 
 
 _EMPTY = torch.empty, torch.Tensor.new, torch.Tensor.new_empty

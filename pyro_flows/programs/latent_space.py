@@ -21,13 +21,14 @@ from torch.distributions import Transform, biject_to
 
 from .engines import Site, Values, View, in_batches
 from .latents import innermost, support_of
-from .log_density import LogDensity, in_parts, is_breakdown
+from .log_density import LogDensity, in_parts, is_breakdown, or_nan
 from .masks import mask_of
 from .program import TOTAL, Program
 from .quantities import Quantities
 from .task import Task
 
-OWN, REST, FLAT = "log q of own sites", "log q of other sites", "log q of flat latents"  # not names of sites
+OWN = "log q of own sites"  # not the name of a site
+CHANGE = "change of "  # prefix of a site's name
 Packing = dict[str, tuple[torch.Size, Transform]]  # the shape and the constraint of each site in a packed vector
 
 
@@ -45,20 +46,6 @@ class Scored(NamedTuple):
     log_p: Tensor
     log_q: Tensor
     quantities: Tensor
-
-
-class _Placed(NamedTuple):
-    """The model's latents θ at N vectors z.
-
-    Attributes:
-        latents: The latents, each ``(N, *shape)``.
-        change: log |dθ/dz|, ``(N,)``.
-        flat: The part of it that belongs to latents with flat priors.
-    """
-
-    latents: Values
-    change: Tensor
-    flat: Tensor
 
 
 class LatentSpace:
@@ -123,12 +110,14 @@ class LatentSpace:
 
         def step(_: Values, size: int) -> Values:
             found = self.task.guide.sample(read, {}, size)
-            z, latents = _packed(found, self._own), {name: found[name] for name in self.task.latents}
-            scores, change = self._score(latents, size), _total(_unpacked(z, self._own)[1].values())
+            z = _packed(found, self._own)
+            _, own = _unpacked(z, self._own)
+            latents, changes = self._placed(found, own)
+            scores = self._score(latents, size)
             return {
                 "z": z,
-                "log_p": scores[TOTAL] - found[REST] + change,
-                "log_q": found[OWN] + change,
+                "log_p": scores[TOTAL] + _total(changes.values()),
+                "log_q": found[OWN] + _total(own.values()),
                 "quantities": self.read.numbers({**latents, **scores}),
             }
 
@@ -169,8 +158,8 @@ class LatentSpace:
         return in_parts(density, self.task.model.chunk, self.task.model.threads)
 
     def _log_p(self, z: Tensor) -> Tensor:
-        placed = self._place(z)
-        return self.task.model.log_prob(placed.latents, len(z)) + placed.change
+        latents, changes = self._place(z)
+        return self.task.model.log_prob(latents, len(z)) + _total(changes.values())
 
     def log_prior_and_p(self, z: Tensor, prior: Program | None = None) -> tuple[Tensor, Tensor]:
         """Return the log-densities over z, each ``(N,)`` in nats, of the prior and of the model.
@@ -181,7 +170,7 @@ class LatentSpace:
             z: The vectors.
             prior: The model without its data, if discrete latents are summed out; None to read both off one run.
         """
-        (latents, change, flat), model = self._place(z), self.task.model
+        (latents, changes), model = self._place(z), self.task.model
         names = {*self.task.latents} - {*self.flat}
         if prior is None:
             both = model.run(
@@ -190,7 +179,8 @@ class LatentSpace:
             log_p, log_prior = both["p"], both["prior"]
         else:
             log_p, log_prior = (program.log_prob(latents, len(z)) for program in (model, prior))
-        return log_prior + change - flat, log_p + change
+        proper = _total(change for name, change in changes.items() if name not in self.flat)
+        return log_prior + proper, log_p + _total(changes.values())
 
     def log_q(self, z: Tensor) -> Tensor:
         """Return the guide's log-density over z, ``(N, D) -> (N,)`` in nats."""
@@ -200,7 +190,7 @@ class LatentSpace:
 
     def latents(self, z: Tensor) -> Values:
         """Return the model's latents at z: each ``(N, *shape)``."""
-        return self._place(z).latents
+        return self._place(z)[0]
 
     @torch.no_grad()
     def values(self, z: Tensor) -> Values:
@@ -268,42 +258,39 @@ class LatentSpace:
         return found
 
     @torch.no_grad()
-    def prior(self, z: Tensor) -> Tensor | None:
+    def prior(self, z: Tensor) -> Tensor:
         """Return draws of the prior, as many as there are vectors z; latents with flat priors stay.
 
-        None if the vectors of latents are unknown for this guide, or if the model breaks down at a draw.
+        Draws are NaN where the model breaks down, and all of them if the vectors of latents are unknown for this guide.
         """
-        try:
+
+        def drawn(z: Tensor) -> Tensor:
             latents = self.latents(z)
             held = {name: latents[name] for name in self.flat}
-            drawn = self.task.model.sample(lambda view: {name: view.read(name) for name in latents}, held, len(z))
-        except Exception as error:
-            if not is_breakdown(error):
-                raise
-            return None
-        return self._locate(drawn)
+            found = self.task.model.sample(lambda view: {name: view.read(name) for name in latents}, held, len(z))
+            located = self._locate(found)
+            return z * math.nan if located is None else located
+
+        return or_nan(drawn, self.dim)(z)
+
+    def _place(self, z: Tensor) -> tuple[Values, Values]:
+        """Return the model's latents θ at N vectors z, and by site the terms of log |dθ/dz|, ``(N,)`` each."""
+        return _unpacked(z, self._packing) if self._packing else self._place_by_run(z)
+
+    def _place_by_run(self, z: Tensor) -> tuple[Values, Values]:
+        held, changes = _unpacked(z, self._own)
+        return self._placed(self.task.guide.run(self._placing, held, len(z)), changes)
 
     def _placing(self, view: View) -> Values:
-        """Read the latents that a run of the guide places, and the log-densities of their changes of variables."""
-        flat = {*self.flat} - self._own.keys()
-        return {
-            **{name: view.read(name) for name in self.task.latents},
-            REST: view.log_prob(lambda name: name not in self._own),
-            FLAT: view.log_prob(flat.__contains__),
-        }
+        """Read the latents that a run of the guide places, and the changes of variables at all sites but its own."""
+        others = [name for name, site in view.trace.nodes.items() if site["type"] == "sample" and name not in self._own]
+        changes = {CHANGE + name: -view.log_prob(name.__eq__) for name in others}
+        return {**{name: view.read(name) for name in self.task.latents}, **changes}
 
-    def _place(self, z: Tensor) -> _Placed:
-        return self._placed(*_unpacked(z, self._packing)) if self._packing else self._place_by_run(z)
-
-    def _place_by_run(self, z: Tensor) -> _Placed:
-        held, changes = _unpacked(z, self._own)
-        found = self.task.guide.run(self._placing, held, len(z))
-        latents, change, flat = self._placed({name: found[name] for name in self.task.latents}, changes)
-        return _Placed(latents, change - found[REST], flat - found[FLAT])
-
-    def _placed(self, latents: Values, changes: Values) -> _Placed:
-        flat = [change for name, change in changes.items() if name in self.flat]
-        return _Placed(latents, _total(changes.values()), _total(flat))
+    def _placed(self, found: Values, changes: Values) -> tuple[Values, Values]:
+        """Return the latents that :meth:`_placing` has read, and its changes of variables after those of own sites."""
+        placed = {key.removeprefix(CHANGE): value for key, value in found.items() if key.startswith(CHANGE)}
+        return {name: found[name] for name in self.task.latents}, {**changes, **placed}
 
     @functools.cached_property
     def _packing(self) -> Packing:
@@ -315,12 +302,13 @@ class LatentSpace:
         # Cosines in place of a draw use no random numbers.
         z = torch.cat((z, z + torch.arange(1.0, 1 + self.dim).to(z).cos() / 10))
         with torch.no_grad():
-            run = self._place_by_run(z)
+            known, known_changes = self._place_by_run(z)
             try:
-                found = self._placed(*_unpacked(z, self._layout))
+                latents, changes = _unpacked(z, self._layout)
             except RuntimeError:
                 return {}
-        pairs = [(found.change, run.change), *((value, run.latents[name]) for name, value in found.latents.items())]
+        pairs = [(_total(changes.values()), _total(known_changes.values()))]
+        pairs += [(value, known[name]) for name, value in latents.items()]
         same = all(a.shape == b.shape and torch.allclose(a, b.to(a), 1e-4, 1e-6, equal_nan=True) for a, b in pairs)
         return self._layout if same else {}
 

@@ -26,6 +26,7 @@ from .sequential_sum import Sequential, sum_over
 from .traces import Args, Function, Kwargs, outside_plates, trace_of
 
 LARGEST = 2**18  # numbers in a tensor of many draws, 2 MB of them in double precision
+GIVEN = "_given"  # the mark of a plate whose rows the program chooses itself
 TOTAL = "the log-density"  # the key of a program's log-density, next to the names of sites
 Names = tuple[str, ...]
 Place = Function  # a handler that puts values into a program's sites: place(program, data=values)
@@ -53,9 +54,9 @@ class Program:
         single: The trace of one run.
         nesting: The number of dimensions that its plates take.
         enumerated: The discrete latents that are summed out of its density.
-        given: The plates whose rows the program chooses itself, ``pyro.plate(..., subsample=...)``.
 
     Attributes:
+        given: The plates whose rows the program chooses itself, ``pyro.plate(..., subsample=...)``.
         subsamples: The subsampled plates whose rows are drawn.
         rows: The rows of these plates by their names, the same in every run.
         engine: The way to run many draws: one of ``ENGINES``.
@@ -71,12 +72,12 @@ class Program:
         single: Trace,
         nesting: int,
         enumerated: Names = (),
-        given: Names = (),
     ) -> None:
-        self.call, self.args, self.kwargs, self.given = call, args, kwargs, given
+        self.call, self.args, self.kwargs = call, args, kwargs
         self.single, self.nesting, self.enumerated = prune_subsample_sites(single), nesting, enumerated
         plates = {name: site for name, site in single.nodes.items() if site_is_subsample(site)}
-        drawn = {n: s for n, s in plates.items() if n not in given and len(s["value"]) < s["fn"].size}
+        self.given = [name for name, site in plates.items() if site["infer"].get(GIVEN)]
+        drawn = {n: s for n, s in plates.items() if n not in self.given and len(s["value"]) < s["fn"].size}
         self.subsamples = {name: site["fn"] for name, site in drawn.items()}
         self.rows = {name: site["value"] for name, site in drawn.items()}
         self.engine, self.noise, self.fault = "loop", Noise(), ""

@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -24,7 +25,7 @@ from .engines import ENGINES, Site, Values, View, in_batches, plate_like, value_
 from .error_text import check_observed, explained, warn_user
 from .latents import check_match, is_point, summable
 from .nesting import check_crossed, has_bare_dimensions, nesting_of, plates_of
-from .program import TOTAL, Program
+from .program import GIVEN, TOTAL, Program
 from .row_parts import can_be_whole
 from .traces import Args, Function, Kwargs, arguments_of, trace_of
 
@@ -78,10 +79,9 @@ class Task:
         keep_memory()
         check_vectorize(vectorize)
         arguments.check_program(model=model, guide=guide)
-        self._programs, self._arguments, marks = (model, guide), (args, kwargs), _Marks()
+        self._programs, self._arguments = (model, guide), (args, kwargs)
         self.given = arguments_of(model, args, kwargs)
-        single, drawn = self.once(marks)
-        marks.restore(single)
+        single, drawn = self.once()
         check_crossed("", single)
         check_observed("", single, self.given)
         nesting = nesting_of(drawn, single)
@@ -89,7 +89,7 @@ class Task:
         self.is_settled = self._weighs = False
         enumerated = tuple(summable(single, drawn))
         self.guide = Program(guide, args, kwargs, drawn, nesting)
-        self.model = Program(model, args, kwargs, single, nesting, enumerated, tuple(marks.given))
+        self.model = Program(model, args, kwargs, single, nesting, enumerated)
         sites = dict(self.model.single.iter_stochastic_nodes())
         follows = {name for name, site in sites.items() if name not in drawn.nodes and is_point(site["fn"])}
         self.latents = [name for name in sites if name not in {*enumerated, *follows}]
@@ -98,14 +98,14 @@ class Task:
         self.own = [name for name, site in own if not isinstance(site["fn"], dist.Delta)]
 
     @torch.no_grad()
-    def once(self, handler: Callable[[Function], Function] = lambda model: model) -> tuple[Trace, Trace]:
-        """Run guide and model once, the model with a handler; return the traces of the model and of the guide."""
+    def once(self) -> tuple[Trace, Trace]:
+        """Run guide and model once; return the traces of the model and of the guide."""
         model, guide = self._programs
         with poutine.block():
             with explained("guide", self.given):
                 drawn = trace_of(guide, *self._arguments)
             with explained("model", self.given):
-                return trace_of(poutine.replay(handler(model), trace=drawn), *self._arguments), drawn
+                return trace_of(_Replay(trace=drawn)(model), *self._arguments), drawn
 
     @functools.cached_property
     def broadcasting(self) -> Function:
@@ -200,14 +200,14 @@ class Task:
             sites: The sites.
             what: The tensor to read off a site; by default its value.
             batch_size: The number of draws to run at once.
-            forget: True to draw the observed sites anew instead of the data; deterministic sites cannot be read then.
+            forget: True to draw the observed sites anew instead of the data.
         """
-        place, model = _forgetful if forget else poutine.condition, self.model
+        model = self.model.with_(call=_Anew()(self.model.call)) if forget else self.model
         if model.enumerated and model.engine != "loop":
             model = model.with_(engine="vmap")  # at values of its discrete latents it may not broadcast
 
         def step(held: Values, size: int) -> Values:
-            return model.sample(lambda view: {n: view.read(n, what) for n in sites}, held, size, place=place)
+            return model.sample(lambda view: {n: view.read(n, what) for n in sites}, held, size)
 
         return in_batches(step, latents, len(next(iter(latents.values()))), batch_size)
 
@@ -328,39 +328,23 @@ def subsampled_plate(trace: Trace) -> str:
     return ""
 
 
-class _Marks(Messenger):
-    """Keeps the marks of a model's sites, ``infer={...}``, since replaying a guide replaces them by the guide's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[str, dict[str, Any]] = {}
-        self.given: list[str] = []
+class _Replay(ReplayMessenger):
+    """Puts a guide's draws into a model's sites, keeps their marks ``infer={...}``, and marks plates of given rows."""
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        self.found[msg["name"]] = dict(msg["infer"] or {})
-        if site_is_subsample(msg) and msg["value"] is not None:
-            self.given.append(msg["name"])
-
-    def restore(self, trace: Trace) -> None:
-        """Add the model's marks to the sites of a trace."""
-        for name in self.found.keys() & trace.nodes.keys():
-            trace.nodes[name]["infer"] = {**trace.nodes[name]["infer"], **self.found[name]}
+        marks = {**(msg["infer"] or {}), GIVEN: site_is_subsample(msg) and msg["value"] is not None}
+        super()._pyro_sample(msg)
+        msg["infer"] = {**(msg["infer"] or {}), **marks}
 
 
-def _forgetful(model: Function, data: Values) -> Function:
-    """Hold latents, and let the observed sites be drawn anew."""
+class _Anew(Messenger):
+    """Draws observed sites anew, in as many rows as they observe.
 
-    def is_derived(msg: Site) -> bool:
-        return msg["type"] == "sample" and msg["is_observed"] and group_of(msg) != "observed"
-
-    # Pyro counts deterministic sites as observed: drawn anew in a plate, they would grow by the plate's size.
-    return poutine.condition(poutine.uncondition(_AllRows()(poutine.block(model, hide_fn=is_derived))), data=data)
-
-
-class _AllRows(Messenger):
-    """Expands distributions to as many rows as their sites observe, so that all of them are drawn anew."""
+    Pyro's ``uncondition`` draws deterministic sites anew too, which would grow by the size of each plate.
+    """
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if group_of(msg) == "observed":
             rows = msg["value"].shape[: msg["value"].dim() - msg["fn"].event_dim]
             msg["fn"] = msg["fn"].expand(torch.broadcast_shapes(msg["fn"].batch_shape, rows))
+            msg["value"], msg["is_observed"] = None, False

@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 400_000  # numbers per block, few enough for the cache
-LINE = 64  # quantities that are transposed together, for whole cache lines
 FEWEST = 8  # draws per chain: each half needs four
-DIRECT = 8  # lags whose covariances are summed directly; a Fourier transform gives all lags if these do not suffice
 
 
 class Convergence(NamedTuple):
@@ -61,12 +59,11 @@ def convergence(draws: Tensor) -> Convergence:
     """Summarise draws of K quantities by C chains of n draws, ``(C, n, K)``, with n at least 8."""
     half, step = draws.shape[1] // 2, max(1, BLOCK // (len(draws) * draws.shape[1]))
     parts = []
-    for some in draws.detach().split(LINE, -1):
+    for some in draws.detach().split(step, -1):
         centre = some[:, 0].nan_to_num(0.0, 0.0, 0.0).median(0).values  # for precision in float32
         some = (some - centre).float().cpu()
         halves = torch.cat((some[:, :half], some[:, -half:]))  # without the middle draw of an odd number
-        columns = halves.permute(2, 1, 0).flatten(1)  # (K, S), with S = 2 n C
-        parts += [_summary(part, half) for part in columns.split(step)]
+        parts.append(_summary(halves.permute(2, 1, 0).flatten(1), half))  # of (K, S), with S = 2 n C
     return Convergence(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -151,24 +148,15 @@ def _ess(x: Tensor) -> Tensor:
 
     The autocorrelation time is a sum over Geyer's initial monotone sequence of pairs of lags.
     """
-    (length, chains), size = x.shape[1:], x[0].numel()
+    length, size = x.shape[1], x[0].numel()
     means, lags = x.mean(1, keepdim=True), 2 * ((length - 1) // 2)
-    centred = x - means
-    flat = centred.flatten(1)
-    shifts = range(0, chains * min(DIRECT, lags), chains)
-    covariance = torch.stack([torch.linalg.vecdot(flat[:, : size - by], flat[:, by:]) for by in shifts], -1) / size
+    spectrum = torch.view_as_real(torch.fft.rfft((x - means).mT, n=2 * length))
+    power = spectrum.square().mean(1).sum(-1)
+    covariance = torch.fft.irfft(power, n=2 * length)[:, :lags] / length
     within = covariance[:, :1] * length / (length - 1)
     total = covariance[:, :1] + means.flatten(1).var(-1, keepdim=True)
-
-    def correlations(covariance: Tensor) -> Tensor:
-        """Return the correlations in pairs of lags, ``(K, pairs, 2)``."""
-        return torch.cat((torch.ones_like(total), 1 - (within - covariance[:, 1:]) / total), -1).unflatten(-1, (-1, 2))
-
-    found = correlations(covariance)
-    if lags > DIRECT and (found.sum(-1) > 0).all(-1).any():
-        spectrum = torch.view_as_real(torch.fft.rfft(centred.mT, n=2 * length))
-        power = spectrum.square().mean(1).sum(-1)
-        found = correlations(torch.fft.irfft(power, n=2 * length)[:, :lags] / length)
+    later = 1 - (within - covariance[:, 1:]) / total
+    found = torch.cat((torch.ones_like(total), later), -1).unflatten(-1, (-1, 2))  # (K, pairs, 2)
     even, pairs = found[..., 0], found.sum(-1)
     kept = (pairs > 0).cumprod(-1).bool()
     kept[:, -1] = False  # the last pair counts by half, like the first negative one

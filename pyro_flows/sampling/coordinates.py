@@ -13,8 +13,6 @@ NeuTra (Hoffman et al. 2019, arXiv:1903.03704); A General Framework for the Para
 
 from __future__ import annotations
 
-import math
-
 import torch
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
@@ -24,7 +22,7 @@ from torch.distributions.utils import _sum_rightmost
 from ..programs.engines import Site
 from ..programs.latent_space import LatentSpace
 from ..programs.latents import innermost
-from ..programs.log_density import is_breakdown
+from ..programs.log_density import or_nan
 
 LEVELS = 3  # largest depth of a hierarchy; each level takes a run of the model
 FIRST = 4096  # draws by which a hierarchy is recognised
@@ -134,22 +132,22 @@ class NonCentred:
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         units, log_det = self._white.forward(x)
-        z = units
-        try:
-            for _ in range(self._levels):  # each level needs the values of those above
-                loc, scale = self._parameters(z)
-                z = units.index_copy(1, self._columns, loc + scale * units[:, self._columns])
-        except Exception as error:
-            if not is_breakdown(error):
-                raise
-            return x * math.nan, log_det
-        return z, log_det + scale.log().sum(-1)
+        found = or_nan(self._centred, x.shape[1] + 1)(units)
+        return found[:, :-1], log_det + found[:, -1]
 
     def inverse(self, z: Tensor) -> Tensor:
         return self._white.inverse(self._units(z))
 
     def whitened(self, z: Tensor) -> NonCentred:
         return NonCentred(self._space, self._names, self._levels, z)
+
+    def _centred(self, units: Tensor) -> Tensor:
+        """Return z, and the log-determinant of dz/du as a last column, given units u, ``(N, D) -> (N, D + 1)``."""
+        z = units
+        for _ in range(self._levels):  # each level needs the values of those above
+            loc, scale = self._parameters(z)
+            z = units.index_copy(1, self._columns, loc + scale * units[:, self._columns])
+        return torch.cat((z, scale.log().sum(-1, keepdim=True)), -1)
 
     def _units(self, z: Tensor) -> Tensor:
         loc, scale = self._parameters(z)

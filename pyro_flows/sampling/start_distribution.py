@@ -81,14 +81,7 @@ class Reference:
         z = self._loc.expand(number, -1).clone()
         if self._wide is not None:
             z[:, self._flat] = self._wide.sample(torch.Size((number,)))
-        if self._is_wide:
-            return z
-        drawn = self._space.prior(z)
-        if drawn is not None:
-            return drawn.to(z)
-        if number == 1:
-            return z * math.nan
-        return torch.cat([self.draw(number // 2), self.draw(number - number // 2)])
+        return z if self._is_wide else self._space.prior(z).to(z)
 
     def log_r_and_p(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log-densities of r and p over z, each ``(N,)`` in nats; NaN where the model breaks down."""
