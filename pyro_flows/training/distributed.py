@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..programs.shuffled_rows import Shuffled
 from .randomness import random_state, set_random_state
+from .state import fill
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -256,7 +257,6 @@ def seed(program: Any = None) -> None:
                 part.order.resize_(0)
 
 
-@torch.no_grad()
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
     """Set the tensors of all processes to those of process 0; tensors without gradients may change their shapes."""
     if alone():
@@ -264,8 +264,7 @@ def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
     own = list({id(tensor): tensor for tensor in tensors}.values())
     new = broadcast(lambda: [tensor.detach().cpu() for tensor in own])
     if rank():
-        for tensor, value in zip(own, new, strict=True):
-            (tensor if tensor.shape == value.shape else tensor.resize_(value.shape)).copy_(value)
+        fill(own, new)
 
 
 def agree(caller: str, settings: dict[str, Any], device: torch.device) -> None:
