@@ -81,7 +81,7 @@ class Call(NamedTuple):
             ValueError: If the model does not enter the plate.
         """
         found = Found(self.plate, until, indices)
-        quietly = suppress(_Reached)
+        quietly = suppress(Reached)
         with poutine.block(), torch.no_grad(), outside_plates(), validation_enabled(False), quietly, found:
             self.model(*self.args, **self.kwargs)
         if self.plate is not None and found.rows is None:
@@ -89,7 +89,7 @@ class Call(NamedTuple):
         return found
 
 
-class _Reached(BaseException):
+class Reached(BaseException):
     """Signal that ends a run of a model.  ``except Exception`` in the model does not catch a ``BaseException``."""
 
 
@@ -98,7 +98,7 @@ class Found(Messenger):
 
     Args:
         plate: The plate whose rows to find.
-        until: The latents after which the run may end; None to go on to the end.
+        until: The sites, drawn or observed, after which the run may end; None to go on to the end.
         indices: The rows for the plate to take, if the model subsamples it.
 
     Attributes:
@@ -144,9 +144,9 @@ class Found(Messenger):
 
     def _stop(self, msg: Any) -> None:
         placed = self.plate is None or self.rows or self.plate in self.frames
-        if self._until is not None and placed and self._until <= self.latents.keys():
+        if self._until is not None and placed and self._until <= self.latents.keys() | self.observed.keys():
             self._until = None  # a model that catches the exception runs to its end
-            raise _Reached
+            raise Reached
 
     def rows_in_frame(self, plate: str) -> Rows:
         """Return the rows of a plate that is hidden, was made outside of the model, or has no size."""
