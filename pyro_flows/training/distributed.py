@@ -167,26 +167,20 @@ def barrier(failure: Exception | None = None) -> None:
 
 def all_gather(make: Callable[[], T]) -> list[T]:
     """Return the values that all processes make, in all of them."""
-    if alone():
-        return [make()]
-    packed = pickle.dumps(make())  # before the barrier, so that a failure here is announced there
-    barrier()
-    found: list[Any] = [None] * size()
-    with reaching():
-        dist.all_gather_object(found, packed)
-    return [pickle.loads(made) for made in found]
+    mine = make()
+    return [broadcast(lambda: mine, source) for source in range(size())]
 
 
-def broadcast(make: Callable[[], T]) -> T:
-    """Return the value that process 0 makes, in all processes; the others do not call ``make``."""
+def broadcast(make: Callable[[], T], source: int = 0) -> T:
+    """Return the value that one process makes, in all processes; the others do not call ``make``."""
     if alone():
         return make()
-    made = make() if rank() == 0 else None
-    packed = [pickle.dumps(made)]
+    made = make() if rank() == source else None
+    packed = [pickle.dumps(made)]  # before the barrier, so that a failure here is announced there
     barrier()
     with reaching():
-        dist.broadcast_object_list(packed)
-    return cast(T, made if rank() == 0 else pickle.loads(packed[0]))
+        dist.broadcast_object_list(packed, source)
+    return cast(T, made if rank() == source else pickle.loads(packed[0]))
 
 
 @torch.no_grad()
