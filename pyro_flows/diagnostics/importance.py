@@ -13,7 +13,6 @@ rounded up or down, with less noise than independent picks.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from torch import Tensor
 from .. import plots
 from ..arguments import check_integers, joined
 from ..programs.engines import Values, View, in_batches, row_log_prob
+from ..programs.error_text import warn_user
 from ..programs.nesting import plates_of, runs_programs
 from ..programs.task import Draws, Task
 from .pareto import smooth
@@ -249,10 +249,9 @@ def reweighted(draws: Draws, number: int, caller: str) -> tuple[Draws, Psis]:
     """Return draws resampled by their weights, and the summary of the weights."""
     psis = weigh(draws.log_p - draws.log_q)
     if not psis.reliable:
-        warnings.warn(
+        warn_user(
             f"{caller}: k-hat is {psis.khat:.2f}, above {psis.threshold:.2f}: a few draws hold most of the weight, and "
-            "the resampled draws cannot be trusted. Fit the guide longer, or use a flow with more layers.",
-            stacklevel=4,
+            "the resampled draws cannot be trusted. Fit the guide longer, or use a flow with more layers."
         )
     return draws.take(systematic(psis.smoothed, number)), psis
 
