@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import as_path
+from ..arguments import as_file
 from ..atomic_files import save_tensors, try_path, write_atomically
 from ..bijectors import Bijector
 from ..programs.error_text import warn_user
@@ -41,9 +41,9 @@ def check_path(caller: str, argument: str, value: Any, ends: str = "") -> Path |
         TypeError: If the value is not a path.
         ValueError: If the file cannot be written.
     """
-    path = as_path(caller, argument, value)
-    if path is None:
+    if value is None:
         return None
+    path = as_file(caller, argument, value)
 
     def problem() -> str:
         if not os.path.isdir(path.parent):  # Path.is_dir raises for names that are too long
