@@ -85,8 +85,6 @@ def _target_of(path: Path) -> Path:
     try:
         mode = os.stat(target).st_mode
     except FileNotFoundError:
-        if os.path.islink(target):  # realpath does not resolve a circle of links
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
         if not target.parent.is_dir():
             words = f"there is no folder {str(target.parent)!r} to write {target.name!r} into"
             raise FileNotFoundError(words) from None
