@@ -161,11 +161,6 @@ def as_file(caller: str, argument: str, value: Any) -> Path:
     return Path(value)
 
 
-def as_path(caller: str, argument: str, value: Any) -> Path | None:
-    """Return the path of a file, or None for None; errors as in :func:`as_file`."""
-    return None if value is None else as_file(caller, argument, value)
-
-
 def joined(caller: str, kwargs: dict[str, Any], model_kwargs: Any) -> dict[str, Any]:
     """Return a model's keyword arguments, with those of ``model_kwargs``, whose names may clash with the caller's.
 

@@ -18,8 +18,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import IO, Any, cast
+from typing import Any
 
 DRAFT = re.compile(r"draft-([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{16}\.part")
 LONGEST_SUFFIX = 16  # bytes; drafts keep a suffix, by which writers know the format
@@ -67,19 +66,13 @@ def save_tensors(content: Any, file: str) -> None:
     """
     import torch  # here, since it is slow to import
 
-    errors: list[OSError] = []  # torch would replace the first by another error
-    with open(file, "wb") as stream:
-
-        def write(data: bytes) -> int:
-            try:
-                return len(data) if errors else stream.write(data)
-            except OSError as error:
-                errors.append(error)
-                return len(data)
-
-        torch.save(content, cast("IO[bytes]", SimpleNamespace(write=write, flush=stream.flush)))
-        if errors:
-            raise errors[0]
+    try:
+        with open(file, "wb") as stream:  # given a name, torch would not say why it could not write
+            torch.save(content, stream)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch fails once more as it ends the file
+            raise error.__context__ from None
+        raise
 
 
 def _target_of(path: Path) -> Path:
@@ -92,8 +85,6 @@ def _target_of(path: Path) -> Path:
     try:
         mode = os.stat(target).st_mode
     except FileNotFoundError:
-        if os.path.islink(target):  # realpath does not resolve a circle of links
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
         if not target.parent.is_dir():
             words = f"there is no folder {str(target.parent)!r} to write {target.name!r} into"
             raise FileNotFoundError(words) from None

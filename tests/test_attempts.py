@@ -182,7 +182,7 @@ def test_names_that_are_too_long_are_refused_before_training(
     caller = {svi: "fit_svi", amortized: "fit_amortized", table: "fit_density"}[fit]
     with pytest.raises(ValueError, match=rf"^{caller}: checkpoint='.*n' cannot be written.*\(File name too long\)"):
         fit(checkpoint=tmp_path / ("n" * length), **settings)
-    with pytest.raises(ValueError, match=rf"^{caller}: checkpoint='.*run' lies in a folder that does not exist"):
+    with pytest.raises(ValueError, match=rf"^{caller}: checkpoint='.*run' cannot be written.*\(there is no folder"):
         fit(checkpoint=tmp_path / "no" / "run", **settings)
     assert not list(tmp_path.iterdir())
 
@@ -191,5 +191,7 @@ def test_paths_that_are_no_files_are_refused_before_training(tmp_path: Path) -> 
     (tmp_path / "link").symlink_to(tmp_path / "no" / "run")
     with pytest.raises(ValueError, match=r"checkpoint='/dev/null' cannot be written \(it is a device or a pipe"):
         table(checkpoint="/dev/null")
+    with pytest.raises(ValueError, match=r"checkpoint='.*' cannot be written \(it is a folder\)"):
+        table(checkpoint=tmp_path)
     with pytest.raises(ValueError, match=r"checkpoint='.*link' cannot be written \(there is no folder '.*no'"):
         table(checkpoint=tmp_path / "link")

@@ -608,14 +608,11 @@ def _spoil(file: Path, kind: str) -> None:
         file.write_bytes(b"")
     elif kind == "text":
         file.write_text("keep me")
-    elif kind == "folder":
-        file.unlink()
-        file.mkdir()
     else:
         torch.save({"weights": {"weight": torch.zeros(2)}, "number": 5, "tensor": torch.zeros(2)}[kind], file)
 
 
-@pytest.mark.parametrize("kind", ["half", "empty", "text", "folder", "weights", "number", "tensor"])
+@pytest.mark.parametrize("kind", ["half", "empty", "text", "weights", "number", "tensor"])
 def test_what_is_no_checkpoint_is_refused(kind, tmp_path):
     file = tmp_path / "run"
     quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=file)
@@ -714,7 +711,7 @@ def test_steps_that_are_asked_for_take_as_many_draws_when_resumed(tmp_path, monk
 
 
 def test_a_checkpoint_in_no_folder_is_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match=r"checkpoint='.*/missing/run' lies in a folder that does not exist"):
+    with pytest.raises(ValueError, match=r"missing/run' cannot be written \(there is no folder '.*missing'"):
         quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=tmp_path / "missing" / "run")
 
 

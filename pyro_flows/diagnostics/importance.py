@@ -13,7 +13,6 @@ rounded up or down, with less noise than independent picks.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from torch import Tensor
 from .. import plots
 from ..arguments import check_integers, joined
 from ..programs.engines import Values, View, in_batches, row_log_prob
+from ..programs.error_text import warn_user
 from ..programs.nesting import plates_of, runs_programs
 from ..programs.task import Draws, Task
 from .pareto import smooth
@@ -249,10 +249,9 @@ def reweighted(draws: Draws, number: int, caller: str) -> tuple[Draws, Psis]:
     """Return draws resampled by their weights, and the summary of the weights."""
     psis = weigh(draws.log_p - draws.log_q)
     if not psis.reliable:
-        warnings.warn(
+        warn_user(
             f"{caller}: k-hat is {psis.khat:.2f}, above {psis.threshold:.2f}: a few draws hold most of the weight, and "
-            "the resampled draws cannot be trusted. Fit the guide longer, or use a flow with more layers.",
-            stacklevel=4,
+            "the resampled draws cannot be trusted. Fit the guide longer, or use a flow with more layers."
         )
     return draws.take(systematic(psis.smoothed, number)), psis
 
@@ -338,24 +337,28 @@ def importance_log_likelihood(
             'importance_log_likelihood: plate must be the name of the rows\' plate, got None. Pass plate="name".'
         )
     task = Task(model, guide, args, kwargs, vectorize).check(whole=False).settle()
-    for program in (task.guide, task.model):
-        _check_rows(name, program.single)
+    of_guide, of_model = (_rows_of(name, program.single) for program in (task.guide, task.model))
 
     def read(view: View) -> Values:
-        return {"log_q": _by_row(view, name), **{n: view.read(n) for n in task.latents}}
+        return {"log_q": _by_row(view, of_guide), **{n: view.read(n) for n in task.latents}}
 
     def step(_: Values, size: int) -> Values:
         latents = task.guide.run(read, {}, size)
         log_q = latents.pop("log_q")
-        found = task.model.run(lambda view: {"log_p": _by_row(view, name)}, latents, size)
+        found = task.model.run(lambda view: {"log_p": _by_row(view, of_model)}, latents, size)
         return {"log_weights": (found["log_p"] - log_q).logsumexp(0, keepdim=True)}  # (1, rows)
 
     return in_batches(step, {}, num_samples, batch_size)["log_weights"].logsumexp(0) - math.log(num_samples)
 
 
-def _check_rows(plate: str, trace: Trace) -> None:
-    """Raise ValueError for a latent outside the plate, or a program without the plate."""
-    inside = _dims(plate, trace)
+def _rows_of(plate: str, trace: Trace) -> dict[str, int]:
+    """Return the plate's dimension in each site that lies in it.
+
+    Raises:
+        ValueError: If a latent lies outside the plate, or the program lacks the plate.
+    """
+    sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+    inside = {n: frame.dim for n, site in sites.items() for frame in plates_of(site) if frame.name == plate}
     for name, _ in trace.iter_stochastic_nodes():
         if name not in inside:
             raise ValueError(
@@ -364,18 +367,13 @@ def _check_rows(plate: str, trace: Trace) -> None:
             )
     if not inside:
         raise ValueError(f"importance_log_likelihood: the model has no plate {plate!r}.")
+    return inside
 
 
-def _dims(plate: str, trace: Trace) -> dict[str, int]:
-    """Return the sites in a plate, with the plate's dimension."""
-    sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
-    return {n: frame.dim for n, site in sites.items() for frame in plates_of(site) if frame.name == plate}
-
-
-def _by_row(view: View, plate: str) -> Tensor:
+def _by_row(view: View, dims: dict[str, int]) -> Tensor:
     """Return the log-density of each draw and row, ``(N, rows)``, or of each row of one draw."""
     total, lead = torch.zeros(()), int(view.size is not None)
-    for name, dim in _dims(plate, view.single).items():
+    for name, dim in dims.items():
         rows = view.by_draw(row_log_prob(view.trace.nodes[name])).movedim(dim, -1)
-        total = total + (rows.flatten(lead, -2).sum(lead) if rows.dim() > lead + 1 else rows)
+        total = total + rows.unsqueeze(lead).flatten(lead, -2).sum(lead)
     return total

@@ -6,7 +6,6 @@ Hamiltonian Monte Carlo mixes fast for any shape of the posterior.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ..arguments import check_integers, joined
+from ..programs.error_text import warn_user
 from ..programs.nesting import nesting_of, runs_programs
 from ..programs.task import check_trained
 from .verdict import check as judge
@@ -174,7 +174,7 @@ def neutra(
             raise ValueError(f"neutra: check failed: {error} Pass check=False to skip the check.") from error
         if found.verdict == "do not trust":
             words = "neutra: the guide cannot be trusted, so chains may miss a part of the posterior."
-            warnings.warn(f"{words} {found.reason}", stacklevel=3)
+            warn_user(f"{words} {found.reason}")
     site = f"{guide.prototype_trace.stochastic_nodes[0]}_shared_latent"
     return Neutra(_over_base(model, guide, site), site, guide, args, kwargs)
 

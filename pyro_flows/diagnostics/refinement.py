@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_integers, joined
+from ..programs.error_text import warn_user
 from ..programs.latent_space import sound_space
 from ..programs.log_density import or_nan
 from ..programs.nesting import runs_programs
@@ -133,9 +133,8 @@ def refine(
     draws = {name: torch.cat([values[name] for values in ends]) for name in ends[0]}
     acceptance = batches[-1].acceptance
     if max(acceptance) < FROZEN:
-        warnings.warn(
+        warn_user(
             f"refine: the chains hardly move (acceptance {max(acceptance):.2f}), so the draws are still the guide's. "
-            "Check that the gradient of the model's density is finite.",
-            stacklevel=3,
+            "Check that the gradient of the model's density is finite."
         )
     return Refined(draws, acceptance, meter.drift(), space.read.names)

@@ -9,13 +9,13 @@ arXiv:2006.09347).
 from __future__ import annotations
 
 import copy
-import warnings
 
 import torch
 from torch import Tensor
 
 from ..flows import Flow
 from ..flows.arguments import check_value, parameter_of
+from ..programs.error_text import warn_user
 
 TOLERANCE = 0.1  # nats, the largest error of a log-density without a warning
 SHARE = 0.01  # of the rows, the largest fraction beyond TOLERANCE without a warning
@@ -78,9 +78,8 @@ def warn_of_round_off(caller: str, flow: Flow, value: Tensor, context: Tensor | 
         noise = (flow.log_prob(value, context) - flow.log_prob(value, context)).abs().max()
         error = round_off(flow, value, context) - 10 * noise
     if (error > TOLERANCE).double().mean() > SHARE:
-        warnings.warn(
+        warn_user(
             f"{caller}: in {str(value.dtype).removeprefix('torch.')} round-off moves the log-densities of "
             f"{int((error > TOLERANCE).sum())} of {len(value)} rows by more than {TOLERANCE} nats, up to "
-            f"{error.max():.3g}. Train in float64: flow.double(), with the data in float64.",
-            stacklevel=3,
+            f"{error.max():.3g}. Train in float64: flow.double(), with the data in float64."
         )

@@ -196,7 +196,7 @@ def _moved(flow: Any, device: str | torch.device | None) -> Any:
 def _check_flow(reader: Reader, grid: Path | None, mixed_precision: bool) -> None:
     """Raise ValueError unless a flow can draw a grid of images, and compute in mixed precision, if requested."""
     shape, dtype = tuple(reader.event_shape), reader.like.dtype
-    if grid and (grid.suffix != ".png" or grid.is_dir()):
+    if grid and grid.suffix != ".png":
         raise ValueError(f"{CALLER}: samples must name a .png file, got {str(grid)!r}.")
     if grid and not (len(shape) == 3 and reader.width in (1, 3)):
         raise ValueError(f"{CALLER}: samples are drawn of images of 1 or 3 channels, not {shape}.")

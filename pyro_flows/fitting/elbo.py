@@ -39,6 +39,7 @@ from ..programs.error_text import warn_user
 from ..programs.latent_space import LatentSpace
 from ..programs.log_density import is_breakdown, or_nan
 from ..programs.task import Task
+from ..programs.traces import leaves_of
 from ..sampling.gaussian import Gaussian, fit_gaussian
 from ..threads import OPERATIONS
 from ..training import distributed
@@ -232,11 +233,7 @@ def _trained_by(loss: Callable[[], Tensor], model: Any, guide: Any) -> list[Tens
         except (ValueError, LinAlgError, FloatingPointError) as error:
             if not is_breakdown(error):
                 raise
-    touched = [site["value"] for site in capture.trace.nodes.values()]
-    found = [value.unconstrained() if hasattr(value, "unconstrained") else value for value in touched]
-    for program in (model, guide):
-        if isinstance(program, nn.Module):
-            found += program.parameters()
+    found = leaves_of(capture.trace, model, guide)
     unique = {id(parameter): parameter for parameter in found if parameter is not None and parameter.requires_grad}
     if not unique:
         raise ValueError("fit_svi: neither the guide nor the model has parameters to train.")

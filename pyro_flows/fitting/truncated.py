@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..guides import AutoFlow
+from ..guides.guide_call import Found, Reached
 from ..programs.engines import Values, View, in_batches
 from ..programs.simulator import Simulator
 from ..training import distributed
@@ -102,24 +102,7 @@ class Truncated:
         held = poutine.condition(model, data=data)
 
         def run(*args: Any, **kwargs: Any) -> None:
-            with contextlib.suppress(_Drawn), _StopAfter(self.names):
+            with contextlib.suppress(Reached), Found(None, self.names, None):
                 held(*args, **kwargs)
 
         return run
-
-
-class _Drawn(BaseException):
-    """Signal that ends a run of a model.  ``except Exception`` in the model does not catch a ``BaseException``."""
-
-
-class _StopAfter(Messenger):
-    """Handler that ends a program after some sites; a program that catches the exception merely runs on."""
-
-    def __init__(self, names: list[str]) -> None:
-        super().__init__()
-        self.missing = set(names)
-
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        self.missing.discard(msg["name"])
-        if not self.missing:
-            raise _Drawn

@@ -79,7 +79,7 @@ class Call(NamedTuple):
             ValueError: If the model does not enter the plate.
         """
         found = Found(self.plate, until, indices)
-        hidden, quietly = poutine.block(), suppress(_Reached)
+        hidden, quietly = poutine.block(), suppress(Reached)
         run = explained("model", arguments_of(self.model, self.args, self.kwargs))(self.model)
         with hidden, torch.no_grad(), outside_plates(), validation_enabled(False), self.same_draws(), quietly, found:
             run(*self.args, **self.kwargs)
@@ -88,7 +88,7 @@ class Call(NamedTuple):
         return found
 
 
-class _Reached(BaseException):
+class Reached(BaseException):
     """Signal that ends a run of a model.  ``except Exception`` in the model does not catch a ``BaseException``."""
 
 
@@ -97,7 +97,7 @@ class Found(Messenger):
 
     Args:
         plate: The plate whose rows to find.
-        until: The latents after which the run may end; None to go on to the end.
+        until: The sites, drawn or observed, after which the run may end; None to go on to the end.
         indices: The rows for the plate to take, if the model subsamples it.
 
     Attributes:
@@ -143,9 +143,9 @@ class Found(Messenger):
 
     def _stop(self, msg: Any) -> None:
         placed = self.plate is None or self.rows or self.plate in self.frames
-        if self._until is not None and placed and self._until <= self.latents.keys():
+        if self._until is not None and placed and self._until <= self.latents.keys() | self.observed.keys():
             self._until = None  # a model that catches the exception runs to its end
-            raise _Reached
+            raise Reached
 
     def rows_in_frame(self, plate: str) -> Rows:
         """Return the rows of a plate that is hidden, was made outside of the model, or has no size."""

@@ -18,11 +18,11 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..flows.distribution import FlowDistribution
 from ..programs.latents import check_drawn
-from ..programs.traces import trace_of
+from ..programs.traces import leaves_of, trace_of
 from ..vjp import graph_of
 
 
@@ -45,7 +45,7 @@ class PathGradient:
         if not rest:
             return
         program = self._vectorized_num_particles(guide) if self.vectorize_particles else guide  # type: ignore[attr-defined]
-        with frozen(_leaves(guide, seen)), poutine.block(), warnings.catch_warnings():
+        with frozen(leaves_of(seen, poutine.unwrap(guide))), poutine.block(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not registered in the param store")  # because they are frozen
             again = trace_of(poutine.replay(program, trace=seen), args, kwargs)
             for name in again.nodes.keys() - set(rest):
@@ -173,14 +173,6 @@ def _check_same(name: str, first: Any, second: Any) -> None:
             f"PathELBO: the context of the guide's site {name!r} changes between calls, for example because of "
             "dropout. Put its encoder into evaluation mode, or use Pyro's Trace_ELBO."
         )
-
-
-def _leaves(guide: Any, trace: Trace) -> list[Tensor]:
-    """Return the trainable tensors of a guide: its param statements and the parameters of its modules."""
-    values = [site["value"] for site in trace.nodes.values() if site["type"] == "param"]
-    found = [value.unconstrained() if hasattr(value, "unconstrained") else value for value in values]
-    program = poutine.unwrap(guide)
-    return found + (list(program.parameters()) if isinstance(program, nn.Module) else [])
 
 
 @contextlib.contextmanager

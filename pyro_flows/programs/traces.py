@@ -49,6 +49,13 @@ def trace_of(program: Function, args: Args, kwargs: Kwargs) -> Trace:
     return poutine.trace(program).get_trace(*args, **kwargs)
 
 
+def leaves_of(trace: Trace, *programs: Function) -> list[Tensor]:
+    """Return the tensors of a trace's param statements, unconstrained, and the parameters of modules among programs."""
+    values = [site["value"] for site in trace.nodes.values() if site["type"] == "param"]
+    found = [value.unconstrained() if hasattr(value, "unconstrained") else value for value in values]
+    return found + [parameter for part in programs if isinstance(part, nn.Module) for parameter in part.parameters()]
+
+
 def trace_at(program: Function, values: dict[str, Tensor], args: Args, kwargs: Kwargs) -> Trace:
     """Return the trace of a run at some values, without gradients and hidden from the handlers outside."""
     with poutine.block(), torch.no_grad(), outside_plates():

@@ -6,7 +6,6 @@ A checkpoint is the state of a run in one file, from which it resumes to the sam
 from __future__ import annotations
 
 import inspect
-import os
 import time
 import zlib
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import as_path
+from ..arguments import as_file
 from ..atomic_files import save_tensors, try_path, write_atomically
 from ..bijectors import Bijector
 from ..programs.error_text import warn_user
@@ -34,29 +33,20 @@ def check_path(caller: str, argument: str, value: Any, ends: str = "") -> Path |
     Args:
         caller: The public function, for errors.
         argument: Its argument that names the file.
-        value: The file.  A folder is accepted without ``ends``; the reader of the file refuses it.
+        value: The file.
         ends: The longest suffix that is added to the name.
 
     Raises:
         TypeError: If the value is not a path.
         ValueError: If the file cannot be written.
     """
-    path = as_path(caller, argument, value)
-    if path is None:
+    if value is None:
         return None
-
-    def problem() -> str:
-        if not os.path.isdir(path.parent):  # Path.is_dir raises for names that are too long
-            return "lies in a folder that does not exist."
-        if os.path.isdir(path) and not ends:
-            return ""
-        if why := _why_not(lambda: try_path(path.with_name(f"{path.name}{ends}"))):
-            longest = f" with {ends!r} at its end" if ends else ""
-            return f"cannot be written{longest} ({why}). Name another file."
-        return ""
-
-    if words := distributed.broadcast(problem):
-        raise ValueError(f"{caller}: {argument}={os.fspath(path)!r} {words}")
+    path = as_file(caller, argument, value)
+    longest = Path(f"{path}{ends}")
+    if why := distributed.broadcast(lambda: _why_not(lambda: try_path(longest))):
+        more = f" with {ends!r} at its end" if ends else ""
+        raise ValueError(f"{caller}: {argument}={str(path)!r} cannot be written{more} ({why}). Name another file.")
     return path
 
 

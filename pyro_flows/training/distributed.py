@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..programs.shuffled_rows import Shuffled
 from .randomness import random_state, set_random_state
+from .state import fill
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -166,26 +167,20 @@ def barrier(failure: Exception | None = None) -> None:
 
 def all_gather(make: Callable[[], T]) -> list[T]:
     """Return the values that all processes make, in all of them."""
-    if alone():
-        return [make()]
-    packed = pickle.dumps(make())  # before the barrier, so that a failure here is announced there
-    barrier()
-    found: list[Any] = [None] * size()
-    with reaching():
-        dist.all_gather_object(found, packed)
-    return [pickle.loads(made) for made in found]
+    mine = make()
+    return [broadcast(lambda: mine, source) for source in range(size())]
 
 
-def broadcast(make: Callable[[], T]) -> T:
-    """Return the value that process 0 makes, in all processes; the others do not call ``make``."""
+def broadcast(make: Callable[[], T], source: int = 0) -> T:
+    """Return the value that one process makes, in all processes; the others do not call ``make``."""
     if alone():
         return make()
-    made = make() if rank() == 0 else None
-    packed = [pickle.dumps(made)]
+    made = make() if rank() == source else None
+    packed = [pickle.dumps(made)]  # before the barrier, so that a failure here is announced there
     barrier()
     with reaching():
-        dist.broadcast_object_list(packed)
-    return cast(T, made if rank() == 0 else pickle.loads(packed[0]))
+        dist.broadcast_object_list(packed, source)
+    return cast(T, made if rank() == source else pickle.loads(packed[0]))
 
 
 @torch.no_grad()
@@ -256,7 +251,6 @@ def seed(program: Any = None) -> None:
                 part.order.resize_(0)
 
 
-@torch.no_grad()
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
     """Set the tensors of all processes to those of process 0; tensors without gradients may change their shapes."""
     if alone():
@@ -264,8 +258,7 @@ def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
     own = list({id(tensor): tensor for tensor in tensors}.values())
     new = broadcast(lambda: [tensor.detach().cpu() for tensor in own])
     if rank():
-        for tensor, value in zip(own, new, strict=True):
-            (tensor if tensor.shape == value.shape else tensor.resize_(value.shape)).copy_(value)
+        fill(own, new)
 
 
 def agree(caller: str, settings: dict[str, Any], device: torch.device) -> None:

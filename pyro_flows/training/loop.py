@@ -28,7 +28,7 @@ from ..threads import Threads, using
 from . import distributed
 from .checkpoint import Checkpoint
 from .interrupts import hold_interrupts
-from .state import Average, Best, Optimizer
+from .state import Average, Best, Optimizer, fill
 from .stopping import Horizon
 
 AGAIN = 5.0  # seconds within which a launcher passes Ctrl-C on to processes that have received it already
@@ -262,9 +262,12 @@ class Descent:
         return stopped
 
     def _reason_to_stop(self, *, interrupted: bool = False) -> str:
-        judge, idle = self.judge, self.step - self.best.step  # steps since the last improvement
-        stale = judge is not None and idle >= judge.patience * judge.every
-        return self.horizon.reason_to_stop(self.step, stale=stale, interrupted=interrupted)
+        """Return why the run ends now, or an empty string if it goes on."""
+        if self.judge and self.step - self.best.step >= self.judge.patience * self.judge.every:
+            return "held-out"
+        if self.step >= self.horizon.last:
+            return "converged" if self.horizon.converged_at else "steps"
+        return "interrupted" if interrupted else ""
 
     def _take_step(self, asked: Callable[[], bool]) -> list[bool]:
         """Take a step, or skip it if its loss or gradient is not finite.
@@ -375,10 +378,8 @@ class Descent:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         own = self.parameters, self.buffers, self.average.values if self.average else []
-        with torch.no_grad():
-            for name, tensors in zip(("parameters", "buffers", "average"), own, strict=True):
-                for tensor, kept in zip(tensors, state[name], strict=True):
-                    (tensor if tensor.shape == kept.shape else tensor.resize_(kept.shape)).copy_(kept)
+        for name, tensors in zip(("parameters", "buffers", "average"), own, strict=True):
+            fill(tensors, state[name])
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         if hasattr(self.companion, "load_state_dict"):

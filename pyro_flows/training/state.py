@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,13 @@ class Optimizer(Protocol):
     def step(self) -> Any: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+@torch.no_grad()
+def fill(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Set tensors to values; tensors without gradients also take the shapes of their values."""
+    for tensor, value in zip(tensors, values, strict=True):
+        (tensor if tensor.shape == value.shape else tensor.resize_(value.shape)).copy_(value)
 
 
 class Average:
@@ -47,12 +54,10 @@ class Average:
         finally:
             self._swap()
 
-    @torch.no_grad()
     def _swap(self) -> None:
-        for value, parameter in zip(self.values, self._parameters, strict=True):
-            kept = parameter.detach().clone()
-            parameter.copy_(value)
-            value.copy_(kept)
+        kept = [parameter.detach().clone() for parameter in self._parameters]
+        fill(self._parameters, self.values)
+        fill(self.values, kept)
 
 
 class Best:
@@ -100,11 +105,8 @@ class Best:
 
     def _keep(self, step: int) -> None:
         self.mean, self.step = self.latest, step
-        for kept, parameter in zip(self._state, self._parameters, strict=True):
-            kept.copy_(parameter.detach())
+        fill(self._state, self._parameters)
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Set the parameters to the kept state."""
-        for kept, parameter in zip(self._state, self._parameters, strict=True):
-            parameter.copy_(kept)
+        fill(self._parameters, self._state)

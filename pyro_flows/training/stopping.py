@@ -58,20 +58,6 @@ class Horizon:
             if max(float(latest.std()), rounding) < self.noise:  # False if a step was skipped: its loss is NaN
                 self.converged_at = self._seen
 
-    def reason_to_stop(self, step: int, *, stale: bool, interrupted: bool) -> str:
-        """Return why a run ends after a step, or an empty string if it goes on.
-
-        Args:
-            step: The number of steps taken.
-            stale: True if held-out data have shown no improvement for too long.
-            interrupted: True after Ctrl-C.
-        """
-        if stale:
-            return "held-out"
-        if step >= self.last:
-            return "converged" if self.converged_at else "steps"
-        return "interrupted" if interrupted else ""
-
     def share(self, step: int) -> float:
         """Return the step size of a step, as a share of the largest."""
         if not self.converged_at:
