@@ -41,8 +41,8 @@ class View(Transform):
         self.domain, self.codomain = transform.domain, transform.codomain
         self.transform = transform
         self.context = context
-        # The last pair y = t(x), its log|det dy/dx|, the grad mode, and a watch over the tensors that it depends on.
-        self._pair: tuple[Tensor, Tensor, Tensor, bool, Callable[[], bool]] | None = None
+        # The last pair y = t(x), its log|det dy/dx|, and a watch over the tensors that it depends on.
+        self._pair: tuple[Tensor, Tensor, Tensor, Callable[[], bool]] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         y, log_det = self.transform.forward_and_log_det(x, self.context)
@@ -57,8 +57,8 @@ class View(Transform):
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         pair, self._pair = self._pair, None
         if pair is not None:
-            of_x, of_y, log_det, grad_mode, unchanged = pair
-            if of_x is x and of_y is y and grad_mode == torch.is_grad_enabled() and unchanged():
+            of_x, of_y, log_det, unchanged = pair
+            if of_x is x and of_y is y and unchanged():
                 return log_det
         return self.transform.log_abs_det_jacobian(x, y, self.context)
 
@@ -69,7 +69,7 @@ class View(Transform):
     def _keep(self, x: Tensor, y: Tensor, log_det: Tensor) -> None:
         if can_be_kept():
             depends = [x, y] if self.context is None else [x, y, self.context]
-            self._pair = x, y, log_det, torch.is_grad_enabled(), watch([self.transform], depends)
+            self._pair = x, y, log_det, watch([self.transform], depends)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_pair": None}
@@ -79,14 +79,14 @@ State = tuple[list[Any], list[Tensor]]  # facts, and copies of numbers
 
 
 def watch(modules: Iterable[nn.Module], others: Sequence[Tensor], *, by_counts: bool = False) -> Callable[[], bool]:
-    """Return a function that returns True while the tensors of modules, and other tensors, are as they are now.
+    """Return a function that returns True while tensors, their graphs and the grad mode are as they are now.
 
     By default it compares copies of all numbers, which show every change.  Copying and comparing take some tenths of a
     millisecond for a guide of 50 tensors.
 
     Args:
-        modules: The modules.
-        others: The other tensors.
+        modules: Modules with the tensors.
+        others: Other tensors.
         by_counts: True to compare torch's counts of changes: fast, for a value that is scored in the same step.  Fused
             optimisers and assignments to ``.data`` leave no count.
     """
@@ -95,7 +95,8 @@ def watch(modules: Iterable[nn.Module], others: Sequence[Tensor], *, by_counts: 
     def state() -> State:
         slots = [part._parameters for part in parts] + [part._buffers for part in parts]
         tensors = [*(tensor for slot in slots for tensor in slot.values() if tensor is not None), *others]
-        return _counts(tensors) if by_counts else _contents(parts, tensors)
+        facts, numbers = _counts(tensors) if by_counts else _contents(parts, tensors)
+        return [torch.is_grad_enabled(), *(tensor.grad_fn for tensor in others), *facts], numbers
 
     def holds() -> bool:
         facts, numbers = state()
