@@ -66,16 +66,16 @@ class Coupling(FlowTransform):
             raise ValueError(f"Coupling: conditioner must take the {kept} features that condition, got {taken}.")
         self.bijector = bijector
         self.conditioner = conditioner
+        self._sizes = kept, len(mask) - kept
         self.register_buffer("mask", mask)
         self._set_places()
         self.register_load_state_dict_post_hook(Coupling._set_places)
 
     def _set_places(self, _keys: object = None) -> None:
-        """Find the places of features from the mask, also when a state is loaded."""
-        kept, mapped = self.mask.nonzero().flatten(), (~self.mask).nonzero().flatten()
-        self.register_buffer("kept", kept, persistent=False)
-        self.register_buffer("mapped", mapped, persistent=False)
-        self.register_buffer("restore", torch.argsort(torch.cat((kept, mapped))), persistent=False)
+        """Find the order that puts the features that condition first, also when a state is loaded."""
+        order = torch.argsort(~self.mask, stable=True)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("restore", torch.argsort(order), persistent=False)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_verb(self.bijector.forward_and_log_det, x, context)
@@ -117,7 +117,8 @@ class Coupling(FlowTransform):
     def _part(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Split events into the features that condition and the features that are transformed."""
         dim = -len(self.event_shape)
-        return _taken(x, dim, self.kept), _taken(x, dim, self.mapped)
+        kept, mapped = _taken(x, dim, self.order).split(self._sizes, dim)
+        return kept, mapped
 
     def _join(self, kept: Tensor, mapped: Tensor) -> Tensor:
         """Put the parts of events together again."""
