@@ -285,14 +285,14 @@ def test_squeezing_is_space_to_depth() -> None:
     x = torch.arange(2 * 4 * 6).reshape(2, 4, 6).double()
     layer = Squeezed(PerPixel(ActNorm(8), (2, 3)))
     assert torch.equal(layer.arrange(x), F.pixel_unshuffle(x, 2))
-    assert torch.equal(layer.restore(layer.arrange(x)), x)
+    assert torch.equal(layer.put_back(layer.arrange(x), x), x)
 
 
 def test_patches_are_read_row_by_row() -> None:
     x = torch.arange(16).reshape(1, 4, 4).double()
     layer = Patched(Autoregressive(Affine(), CausalTransformer(4, 4, 2, 8)), (1, 4, 4))
     assert layer.arrange(x)[1].tolist() == [2, 3, 6, 7]
-    assert torch.equal(layer.restore(layer.arrange(x)), x)
+    assert torch.equal(layer.put_back(layer.arrange(x), x), x)
 
 
 def test_an_invertible_1x1_convolution_is_one() -> None:

@@ -203,9 +203,30 @@ class Paced(nn.Module):
         """The factor between the stored tensors and those in use, by default the pace."""
         return 1.0 if self.pace is None else self.pace
 
+    @torch.no_grad()
+    def set_pace(self, pace: float | None) -> None:
+        """Change the pace and keep what the module computes, exactly in floating point if units are powers of 2.
+
+        Args:
+            pace: How far the tensors in use move in a step of an optimiser, as the class defines it.  None stores them
+                without a factor.
+
+        Raises:
+            ValueError: If the pace is not positive and finite.
+        """
+        check_numbers(type(self).__name__, above=0, optional=True, pace=pace)
+        before, self.pace = self.unit, pace
+        parameters = dict(self.named_parameters())
+        for name in self._paced_names():
+            parameters[name].copy_(self._rescaled(parameters[name], before / self.unit))
+
+    def paced(self, stored: Tensor) -> Tensor:
+        """Return a stored tensor, or a linear function of stored tensors, times the unit."""
+        return stored if self.unit == 1.0 else self.unit * stored
+
     def _paced_names(self) -> Iterable[str]:
-        """Return the names, in a state, of the tensors that are stored in the unit."""
-        raise NotImplementedError
+        """Return the names, in a state, of the tensors that are stored in the unit; by default all parameters."""
+        return [name for name, _ in self.named_parameters()]
 
     def _rescaled(self, stored: Tensor, ratio: float) -> Tensor:
         """Return a stored tensor for a unit that is divided by a ratio."""
@@ -255,16 +276,6 @@ class Linear(Paced, nn.Linear):
         if zero:
             zero_(self)
 
-    @torch.no_grad()
-    def set_pace(self, pace: float) -> None:
-        """Change the pace and keep the function, exactly in floating point, since paces are powers of 2."""
-        for parameter in self.parameters():
-            parameter.mul_(self.pace / pace)
-        self.pace = pace
-
-    def _paced_names(self) -> Iterable[str]:
-        return self._parameters
-
     def connections(self) -> Tensor:
         """Return W."""
         return self.weight
@@ -275,10 +286,6 @@ class Linear(Paced, nn.Linear):
     def matrix(self) -> Tensor:
         """Return the matrix of the map, p W."""
         return self.paced(self.connections())
-
-    def paced(self, y: Tensor) -> Tensor:
-        """Return p y."""
-        return y if self.pace == 1.0 else self.pace * y
 
     def pull(self, g: Tensor, x: Tensor, gradients: Gradients | None) -> Tensor:
         """Return the gradient of the inputs.

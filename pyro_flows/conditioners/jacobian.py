@@ -36,11 +36,13 @@ class Jacobian(NamedTuple):
             v = v if slope is None else v * slope
         return v
 
-    def pull(self, v: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Map covectors, ``(*batch, n_stop)``, from one layer down to another; by default to Jᵀ v."""
-        for weight, slope in reversed(self._layers(start, stop)):
-            v = (v if slope is None else v * slope) @ weight
-        return v
+    def transposed(self) -> Jacobian:
+        """Return Jᵀ, which has the same form."""
+        return Jacobian([weight.mT for weight in reversed(self.weights)], self.slopes[::-1])
+
+    def pull(self, v: Tensor) -> Tensor:
+        """Map covectors, ``(*batch, D)``, to Jᵀ v."""
+        return self.transposed().push(v)
 
     def ring(self) -> Jacobian:
         """Return B A, where B ends at the narrowest layer: det(I + B A) and the traces of its powers are those of J."""
@@ -65,12 +67,6 @@ class Jacobian(NamedTuple):
         k = self._waist()
         z = torch.linalg.solve(self._core().mT, self.push(v, 0, k).unsqueeze(-1)).squeeze(-1)
         return v - self.push(z, k) if k else z
-
-    def solve_transposed(self, v: Tensor) -> Tensor:
-        """Return (I + Jᵀ)⁻¹ v for covectors v, ``(*batch, D)``."""
-        k = self._waist()
-        z = torch.linalg.solve(self._core(), (self.pull(v, k) if k else v).unsqueeze(-1)).squeeze(-1)
-        return v - self.pull(z, 0, k) if k else z
 
     def _core(self) -> Tensor:
         """Return (I + B A)ᵀ, ``(*batch, n, n)`` for a narrowest layer of width n."""

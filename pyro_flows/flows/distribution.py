@@ -18,7 +18,7 @@ from torch.distributions import Distribution
 from ..distributions.base import log_prob_of
 from ..transforms import FlowTransform, View
 from ..transforms.base import carried_along, chained
-from ..transforms.view import Counters, Snapshot, can_be_kept
+from ..transforms.view import can_be_kept, watch
 from ..vjp import is_plain
 from .arguments import as_size, check_value, parameter_of
 
@@ -101,8 +101,7 @@ class FlowDistribution(dist.TransformedDistribution):
         if can_be_kept():
             modules: list[nn.Module] = [*(view.transform for view in self.transforms), self.base]
             others = [value] if self.context is None else [value, self.context]
-            snapshot = (Counters if self.one_step else Snapshot)(modules, others)
-            self._last = _Draw(value, score, torch.is_grad_enabled(), value.grad_fn, snapshot)
+            self._last = _Draw(value, score, watch(modules, others, by_counts=self.one_step))
         return value
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
@@ -168,19 +167,16 @@ class FlowDistribution(dist.TransformedDistribution):
 
 
 class _Draw(NamedTuple):
-    """A draw, the function that scores it, and the state that both depend on."""
+    """A draw, the function that scores it, and a watch over all that both depend on."""
 
     value: Tensor
     score: Callable[[], Tensor]
-    grad_mode: bool
-    grad_fn: object
-    snapshot: Snapshot | Counters
+    unchanged: Callable[[], bool]
 
     def answers(self, value: Tensor) -> bool:
         """True for the same tensor, if nothing has changed since the draw and it is no leaf that requires grad."""
         leaf = value.is_leaf and value.requires_grad
-        same = self.value is value and self.grad_fn is value.grad_fn and self.grad_mode == torch.is_grad_enabled()
-        return same and not leaf and self.snapshot.holds()
+        return self.value is value and not leaf and self.unchanged()
 
 
 def can_be_carried(transforms: Sequence[FlowTransform]) -> bool:

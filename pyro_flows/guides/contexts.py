@@ -169,7 +169,7 @@ class RowContexts(Paced):
         pace: How far a row's context moves if an optimiser moves its parameters by 1.
     """
 
-    pace: float = 1.0
+    pace: float | None = 1.0
 
     def __init__(self, plate: str, encoder: Callable[..., Tensor] | None, embedding_dim: int) -> None:
         super().__init__()
@@ -193,16 +193,8 @@ class RowContexts(Paced):
         if embedding is not None:
             self.embedding = nn.Embedding.from_pretrained(embedding, freeze=False)
 
-    @torch.no_grad()
-    def set_pace(self, pace: float | None) -> None:
-        """Change the pace, by default to 1, and keep the contexts; this is exact for powers of 2."""
-        pace = pace or 1.0
-        if self.embedding is not None:
-            self.embedding.weight.mul_(self.pace / pace)
-        self.pace = pace
-
     def _paced_names(self) -> Iterable[str]:
-        return ("embedding.weight",)
+        return () if self.embedding is None else ("embedding.weight",)
 
     def of(self, call: Call, plate: Any, indices: Tensor) -> Tensor:
         """Return the contexts of the rows at ``indices`` of a plate."""
@@ -216,7 +208,7 @@ class RowContexts(Paced):
             if places is None:
                 got = f"plate {self.plate!r} is given the data of {len(indices)} of {plate.size} rows as subsample="
                 raise ValueError(f"AutoPlateFlow: {got}. Give an encoder, or the rows' indices as subsample=.")
-            return self.pace * self.embedding(places.to(self.embedding.weight.device))
+            return self.paced(self.embedding(places.to(self.embedding.weight.device)))
         if places is None:  # the arguments hold these rows alone
             return self._encode(call, len(indices))
         if len(places) < plate.size:
@@ -232,7 +224,7 @@ class RowContexts(Paced):
         if self.embedding is not None:
             if call.model is not None and (rows := call.look(until=()).rows):
                 self._check_known(rows.full_size)
-            return self.pace * self.embedding.weight
+            return self.paced(self.embedding.weight)
         context = self._encode(call)
         check_finite("AutoPlateFlow", context)
         return context

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class Elementwise(Paced, Conditional):
         input_dim: The number D of features.
         conditioner: A network from contexts to parameters, with ``input_dim = context_dim`` and ``output_dim = D``; by
             default the parameters are a table ``params`` of shape ``(D, P)`` that starts at zero.
-        pace: How far the table moves in a step of an optimiser: see :meth:`set_pace`.
+        pace: For steps of Adam of size lr, parameters of the bijector move by about ``pace * lr``; None for lr.
 
     Raises:
         ValueError: If ``input_dim`` or ``pace`` is not positive, the conditioner's sizes do not fit it or the bijector,
@@ -59,29 +59,20 @@ class Elementwise(Paced, Conditional):
         if pace is not None:
             self.set_pace(pace)
 
-    @torch.no_grad()
-    def set_pace(self, pace: float | None) -> None:
-        """Choose how far the table moves in a step of an optimiser; the map itself does not change.
-
-        Args:
-            pace: For steps of Adam of size lr, parameters of the bijector move by about ``pace * lr``; None for lr.
-
-        Raises:
-            ValueError: If the pace is not positive and finite, or there is a conditioner, whose pace is set instead.
-        """
-        check_numbers("Elementwise", above=0, optional=True, pace=pace)
-        if self.conditioner is not None:
-            raise ValueError("Elementwise: pace must be set on the conditioner. Use conditioner.set_pace.")
-        before, self.pace = self.unit, pace
-        self.params.mul_(before / self.unit)
-
     @property
     def unit(self) -> float:
         """The factor by which the stored table is multiplied."""
         return 1.0 if self.pace is None else power_of_2(self.pace)
 
-    def _paced_names(self) -> Iterable[str]:
-        return ("params",)
+    def set_pace(self, pace: float | None) -> None:
+        """Change the pace of the table; the map itself does not change.
+
+        Raises:
+            ValueError: If the pace is not positive and finite, or there is a conditioner, whose pace is set instead.
+        """
+        if self.conditioner is not None:
+            raise ValueError("Elementwise: pace must be set on the conditioner. Use conditioner.set_pace.")
+        super().set_pace(pace)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, log_det = self.bijector.forward_and_log_det(x, self._params(context))
@@ -94,7 +85,7 @@ class Elementwise(Paced, Conditional):
     def _params(self, context: Tensor | None) -> Tensor:
         if self.conditioner is not None:
             return self._conditioned(self.conditioner, context)
-        return self.params if self.unit == 1.0 else self.unit * self.params
+        return self.paced(self.params)
 
 
 class Sigmoid(FlowTransform):

@@ -77,6 +77,7 @@ class _Inversion(torch.autograd.Function):
         x, *inputs = ctx.saved_tensors  # inputs: y, context, weights
         needs = ctx.needs_input_grad[2:]
         again = torch.is_grad_enabled()  # create_graph=True: this gradient will itself be differentiated
+        # ``functional_call`` swaps the module's weights, which other threads would see.
         live = dict(ctx.layer.net.named_parameters())
         own = not again and all(live[name] is weight for name, weight in zip(ctx.names, inputs[2:], strict=True))
         for place, (tensor, needed) in enumerate(zip(inputs, needs, strict=True)):

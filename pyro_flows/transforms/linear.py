@@ -193,7 +193,8 @@ class ScaledLinear(Paced, Factored):
     Args:
         input_dim: The number D of features.
         max_log_scale: The bound b on each log-scale, in nats.
-        pace: How far a feature moves in a step of an optimiser: see :meth:`set_pace`.
+        pace: For steps of Adam of size lr, L and U move a feature by about ``pace * lr`` of its scale, whatever D.
+            With None, L and U are stored without a factor, and it moves by D times as much.  ``set_pace`` changes it.
 
     Raises:
         ValueError: If ``input_dim`` is not positive, or ``max_log_scale`` or ``pace`` not positive and finite.
@@ -214,18 +215,6 @@ class ScaledLinear(Paced, Factored):
         super().__init__(input_dim, max_log_scale)
         self.set_pace(pace)
 
-    @torch.no_grad()
-    def set_pace(self, pace: float | None) -> None:
-        """Choose how far a feature moves in a step of an optimiser; the map itself does not change, bit for bit.
-
-        Args:
-            pace: For steps of Adam of size lr, L and U move a feature by about ``pace * lr`` of its scale, whatever D.
-                With None, L and U are stored without a factor, and it moves by D times as much.
-        """
-        check_numbers("ScaledLinear", above=0, optional=True, pace=pace)
-        before, self.pace = self.unit, pace
-        self.factors.copy_(self._rescaled(self.factors, before / self.unit))
-
     @property
     def unit(self) -> float:
         """The factor by which stored L and U are multiplied."""
@@ -240,7 +229,7 @@ class ScaledLinear(Paced, Factored):
 
     def _below_and_above(self) -> tuple[Tensor, Tensor]:
         """Return L and U without their diagonals of ones."""
-        factors = self.factors if self.unit == 1.0 else self.unit * self.factors
+        factors = self.paced(self.factors)
         return factors.tril(-1), factors.triu(1)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -27,13 +27,14 @@ class Rearranged(FlowTransform):
     def arrange(self, x: Tensor) -> Tensor:
         """Return events ``(*batch, *event_shape)`` as the inner transform takes them."""
 
-    def restore(self, x: Tensor) -> Tensor:
-        """Return the events of an arrangement, the inverse of ``arrange``."""
-        raise NotImplementedError
-
+    @abstractmethod
     def put_back(self, inside: Tensor, whole: Tensor) -> Tensor:
-        """Return whole events, with the results of the inner transform in their places; by default these are all."""
-        return self.restore(inside)
+        """Return events with the results of the inner transform in the places of its inputs.
+
+        Args:
+            inside: The results, arranged.
+            whole: The events, of which a :class:`Split` keeps a part.
+        """
 
     def inner_context(self, context: Tensor | None) -> Tensor | None:
         """Return the context as the inner transform takes it."""
@@ -101,9 +102,9 @@ class Squeezed(Rearranged):
         # Convolutions and maps of channels are fastest if the channels of a pixel are contiguous in memory.
         return to_blocks(x, self.factor).flatten(-3).movedim(-1, -3)
 
-    def restore(self, x: Tensor) -> Tensor:
+    def put_back(self, inside: Tensor, whole: Tensor) -> Tensor:
         blocks = self.event_shape[0], self.factor, self.factor
-        return from_blocks(x.movedim(-3, -1).unflatten(-1, blocks))
+        return from_blocks(inside.movedim(-3, -1).unflatten(-1, blocks))
 
 
 class Patched(Rearranged):
@@ -143,9 +144,9 @@ class Patched(Rearranged):
     def arrange(self, x: Tensor) -> Tensor:
         return to_blocks(x, self.side).flatten(-3).flatten(-3, -2)
 
-    def restore(self, x: Tensor) -> Tensor:
+    def put_back(self, inside: Tensor, whole: Tensor) -> Tensor:
         channels, height, width = self.image_shape
-        grid = x.unflatten(-2, (height // self.side, width // self.side))
+        grid = inside.unflatten(-2, (height // self.side, width // self.side))
         return from_blocks(grid.unflatten(-1, (channels, self.side, self.side)))
 
 
@@ -195,8 +196,8 @@ class Reshaped(Rearranged):
     def arrange(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[: x.dim() - len(self.shape)], *self.inner.event_shape)
 
-    def restore(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[: x.dim() - len(self.inner.event_shape)], *self.shape)
+    def put_back(self, inside: Tensor, whole: Tensor) -> Tensor:
+        return inside.reshape(*inside.shape[: inside.dim() - len(self.inner.event_shape)], *self.shape)
 
 
 class PerPixel(Rearranged):
@@ -235,8 +236,8 @@ class PerPixel(Rearranged):
     def arrange(self, x: Tensor) -> Tensor:
         return x.movedim(-3, -1)
 
-    def restore(self, x: Tensor) -> Tensor:
-        return x.movedim(-1, -3)
+    def put_back(self, inside: Tensor, whole: Tensor) -> Tensor:
+        return inside.movedim(-1, -3)
 
     def inner_context(self, context: Tensor | None) -> Tensor | None:
         return None if context is None else context.unsqueeze(-2).unsqueeze(-2)

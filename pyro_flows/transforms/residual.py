@@ -108,7 +108,7 @@ class Residual(FlowTransform):
             change, jacobian = self.net.at(context).linearise(x)
             log_det = jacobian.log_det()
             (slope,) = torch.autograd.grad(log_det.sum(), x, retain_graph=True)
-        return x + change, log_det, jacobian.solve_transposed(score - slope).detach()
+        return x + change, log_det, jacobian.transposed().solve(score - slope).detach()
 
     def compiles(self, inverse: bool) -> bool:
         return self.is_exact and not inverse

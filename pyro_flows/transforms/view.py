@@ -1,8 +1,8 @@
-"""A transform at a context, for torch's own classes, and the snapshots of tensors that guard what it keeps."""
+"""A transform at a context, for torch's own classes, and the watch over tensors that guards what it keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,8 +41,8 @@ class View(Transform):
         self.domain, self.codomain = transform.domain, transform.codomain
         self.transform = transform
         self.context = context
-        # The last pair y = t(x), its log|det dy/dx|, the grad mode, and the tensors that it depends on.
-        self._pair: tuple[Tensor, Tensor, Tensor, bool, Snapshot] | None = None
+        # The last pair y = t(x), its log|det dy/dx|, and a watch over the tensors that it depends on.
+        self._pair: tuple[Tensor, Tensor, Tensor, Callable[[], bool]] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         y, log_det = self.transform.forward_and_log_det(x, self.context)
@@ -57,8 +57,8 @@ class View(Transform):
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         pair, self._pair = self._pair, None
         if pair is not None:
-            of_x, of_y, log_det, grad_mode, snapshot = pair
-            if of_x is x and of_y is y and grad_mode == torch.is_grad_enabled() and snapshot.holds():
+            of_x, of_y, log_det, unchanged = pair
+            if of_x is x and of_y is y and unchanged():
                 return log_det
         return self.transform.log_abs_det_jacobian(x, y, self.context)
 
@@ -69,68 +69,59 @@ class View(Transform):
     def _keep(self, x: Tensor, y: Tensor, log_det: Tensor) -> None:
         if can_be_kept():
             depends = [x, y] if self.context is None else [x, y, self.context]
-            self._pair = x, y, log_det, torch.is_grad_enabled(), Snapshot([self.transform], depends)
+            self._pair = x, y, log_det, watch([self.transform], depends)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_pair": None}
 
 
-class Counters:
-    """The tensors of modules and torch's counts of their changes: fast, for a value that is scored in the same step.
-
-    Fused optimisers and assignments to ``.data`` leave no count.
-
-    Args:
-        modules: The modules.
-        others: Other tensors.
-    """
-
-    def __init__(self, modules: Iterable[nn.Module], others: Sequence[Tensor]) -> None:
-        self._modules = [part for module in modules for part in module.modules()]
-        self._others = others
-        self._kept = self._state()
-
-    def holds(self) -> bool:
-        """Return True if the tensors are the same and no change was counted."""
-        return self._state() == self._kept
-
-    def _state(self) -> Any:
-        return [(id(t), -1 if t.is_inference() else t._version, t.requires_grad) for t in self._tensors()]
-
-    def _tensors(self) -> list[Tensor]:
-        slots = [part._parameters for part in self._modules] + [part._buffers for part in self._modules]
-        return [*(tensor for slot in slots for tensor in slot.values() if tensor is not None), *self._others]
+State = tuple[list[Any], list[Tensor]]  # facts, and copies of numbers
 
 
-class Snapshot(Counters):
-    """Copies of all parameters and buffers of modules, and of other tensors.
+def watch(modules: Iterable[nn.Module], others: Sequence[Tensor], *, by_counts: bool = False) -> Callable[[], bool]:
+    """Return a function that returns True while tensors, their graphs and the grad mode are as they are now.
 
-    Contents show every change, also those that torch does not count.  Copying and comparing take some tenths of a
+    By default it compares copies of all numbers, which show every change.  Copying and comparing take some tenths of a
     millisecond for a guide of 50 tensors.
 
     Args:
-        modules: The modules.
-        others: The other tensors.
+        modules: Modules with the tensors.
+        others: Other tensors.
+        by_counts: True to compare torch's counts of changes: fast, for a value that is scored in the same step.  Fused
+            optimisers and assignments to ``.data`` leave no count.
     """
+    parts = [part for module in modules for part in module.modules()]
 
-    def holds(self) -> bool:
-        """Return True if numbers, ``requires_grad`` and the modules' modes are unchanged.
+    def state() -> State:
+        slots = [part._parameters for part in parts] + [part._buffers for part in parts]
+        tensors = [*(tensor for slot in slots for tensor in slot.values() if tensor is not None), *others]
+        facts, numbers = _counts(tensors) if by_counts else _contents(parts, tensors)
+        return [torch.is_grad_enabled(), *(tensor.grad_fn for tensor in others), *facts], numbers
 
-        Nothing is compared while ``torch.jit`` traces a program, since its one run is not interrupted.
-        """
-        kept, now = self._kept, self._state()
-        if kept is None or now is None:
-            return kept is None and now is None
-        return kept[0] == now[0] and all(map(torch.equal, kept[1], now[1]))
+    def holds() -> bool:
+        facts, numbers = state()
+        return facts == before[0] and all(map(torch.equal, numbers, before[1]))
 
-    def _state(self) -> Any:
-        """Return the modes of the modules with the kinds of tensors, and the numbers of each kind in one tensor."""
-        if torch._C._get_tracing_state():
-            return None
-        found: dict[tuple[torch.dtype, torch.device, bool], list[Tensor]] = {}
-        for t in self._tensors():
-            found.setdefault((t.dtype, t.device, t.requires_grad), []).append(t.detach().reshape(-1))
-        return ([part.training for part in self._modules], [*found]), [torch.cat(tensors) for tensors in found.values()]
+    before = state()
+    return holds
+
+
+def _counts(tensors: list[Tensor]) -> State:
+    """Return the identities of tensors, with torch's counts of their changes."""
+    return [(id(t), -1 if t.is_inference() else t._version, t.requires_grad) for t in tensors], []
+
+
+def _contents(parts: list[nn.Module], tensors: list[Tensor]) -> State:
+    """Return the modes of modules with the kinds of tensors, and the numbers of each kind in one tensor.
+
+    Nothing is compared while ``torch.jit`` traces a program, since its one run is not interrupted.
+    """
+    if torch._C._get_tracing_state():
+        return [], []
+    found: dict[tuple[torch.dtype, torch.device, bool], list[Tensor]] = {}
+    for t in tensors:
+        found.setdefault((t.dtype, t.device, t.requires_grad), []).append(t.detach().reshape(-1))
+    return [[part.training for part in parts], *found], [torch.cat(of_kind) for of_kind in found.values()]
 
 
 def can_be_kept() -> bool:
