@@ -339,18 +339,19 @@ def test_ctrl_c_at_once_leaves_nothing_to_write(folder, capsys, interrupt):
     assert [path.name for path in folder.iterdir()] == ["table.csv"]
 
 
-def test_ctrl_c_after_the_training_leaves_the_model(folder, capsys, monkeypatch, ctrl_c):
-    """Its picture is what it ends."""
-
+@pytest.mark.parametrize("place", ["_log_prob", "report_density", "plots.pairs"])
+def test_a_second_ctrl_c_after_the_model_is_written_names_it(place, folder, capsys, monkeypatch, ctrl_c):
     def stop(*_, **__):
-        signal.raise_signal(signal.SIGINT)
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(density.plots, "pairs", stop)
+    monkeypatch.setattr(f"{density.__name__}.{place}", stop)
     with pytest.raises(SystemExit) as exit_:
         run("table.csv", "--quiet")
     assert exit_.value.code == 130
     assert capsys.readouterr().err.endswith("density: interrupted after the training; wrote model.pt\n")
     assert pyro_flows.load("model.pt").event_shape == (2,)
+    assert not (folder / "model.png").exists()
 
 
 def test_ctrl_c_while_the_model_is_written_waits_for_it(folder, capsys, monkeypatch, ctrl_c):
