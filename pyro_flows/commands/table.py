@@ -157,8 +157,8 @@ def read_delimited(path: Path) -> Columns:
 
     Raises:
         OSError: If there is no such file.
-        Refused: If it is not text in UTF-8, is empty, has lines of different lengths, or has a
-            quotation mark or a line break in a column of numbers.
+        Refused: If it is not text in UTF-8, is empty, has lines of different lengths, or has a quotation mark or a line
+            break in a column of numbers.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
