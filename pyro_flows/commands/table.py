@@ -174,7 +174,9 @@ def read_delimited(path: Path) -> Columns:
     if short := _first_short_row(file, delimiter, cells.shape[1]):
         raise Refused(f"the table {str(path)!r} cannot be read: {short}; is it damaged, or cut off?")
     if damaged := _first_bad_quote(cells) if '"' in text else "":
-        raise Refused(f"the table {str(path)!r} cannot be read: {damaged}; is a quotation mark missing, or one too many?")
+        raise Refused(
+            f"the table {str(path)!r} cannot be read: {damaged}; is a quotation mark missing, or one too many?"
+        )
     header = cells.iloc[0]
     numbers, titles = _numbers(header.to_numpy())
     names, remarks = [f"column {place + 1}" for place in range(len(header))], []
