@@ -22,8 +22,10 @@ import xarray
 from models import Y, nested
 
 from pyro_flows import AutoFlow, arviz_versions, flows, psis, resample, to_arviz
-from pyro_flows.diagnostics.importance import systematic, weigh
+from pyro_flows.diagnostics.importance import reweighted, weigh
 from pyro_flows.diagnostics.pareto import smooth
+from pyro_flows.programs.task import Draws
+from pyro_flows.sampling.population import systematic
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
@@ -330,14 +332,23 @@ def test_predictions_of_nested_plates_and_masked_rows(guide):
 
 def test_systematic_resampling_keeps_each_draw_as_often_as_it_weighs():
     weights = torch.tensor([0.0, 0.31, 0.02, 0.0, 0.6, 0.07, 0.0], dtype=torch.float64)
-    counts = torch.stack([systematic(weights.log(), 10).bincount(minlength=7) for _ in range(4000)]).double()
+    counts = torch.stack([systematic(weights, 10).bincount(minlength=7) for _ in range(4000)]).double()
     assert (counts.sum(-1) == 10).all()
     assert ((counts - 10 * weights).abs() < 1).all()
     assert (counts[:, weights == 0] == 0).all()
     part = 10 * weights % 1
     assert ((counts.mean(0) - 10 * weights).abs() <= 4 * (part * (1 - part) / 4000).sqrt() + 1e-6).all()
-    orders = torch.stack([systematic(torch.zeros(10), 10) for _ in range(2000)]).double()
-    assert ((orders.mean(0) - 4.5).abs() < 4 * 2.9 / math.sqrt(2000)).all()  # shuffled: the order of draws is random
+    rows = systematic(torch.stack((weights, weights.flip(0))), 10)
+    assert ((rows[1].bincount(minlength=7) - 10 * weights.flip(0)).abs() < 1).all()
+
+
+def test_resampled_draws_are_shuffled():
+    """The weights are all alike, so that each draw is kept once and may be anywhere."""
+    x = torch.arange(50.0)
+    draws = Draws({"x": x}, torch.zeros(50), torch.zeros(50))
+    orders = torch.stack([reweighted(draws, 50, "resample")[0].latents["x"] for _ in range(500)])
+    assert (orders.sort(-1).values == x).all()
+    assert ((orders.mean(0) - 24.5).abs() < 4.5 * 14.5 / math.sqrt(500)).all()
 
 
 def test_resampled_draws_are_the_posterior():

@@ -339,18 +339,19 @@ def test_ctrl_c_at_once_leaves_nothing_to_write(folder, capsys, interrupt):
     assert [path.name for path in folder.iterdir()] == ["table.csv"]
 
 
-def test_ctrl_c_after_the_training_leaves_the_model(folder, capsys, monkeypatch, ctrl_c):
-    """The interrupt ends only the plot."""
-
+@pytest.mark.parametrize("place", ["_log_prob", "report_density", "plots.pairs"])
+def test_a_second_ctrl_c_after_the_model_is_written_names_it(place, folder, capsys, monkeypatch, ctrl_c):
     def stop(*_, **__):
-        signal.raise_signal(signal.SIGINT)
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(density.plots, "pairs", stop)
+    monkeypatch.setattr(f"{density.__name__}.{place}", stop)
     with pytest.raises(SystemExit) as exit_:
         run("table.csv", "--quiet")
     assert exit_.value.code == 130
     assert capsys.readouterr().err.endswith("density: interrupted after the training; wrote model.pt\n")
     assert pyro_flows.load("model.pt").event_shape == (2,)
+    assert not (folder / "model.png").exists()
 
 
 def test_ctrl_c_while_the_model_is_written_waits_for_it(folder, capsys, monkeypatch, ctrl_c):
@@ -599,6 +600,8 @@ def test_an_npz_file_goes_all_the_way(folder):
         ("a,b\n1,2\n3,4,5\n", "the table 't.csv' cannot be read: Expected 2 fields in line 3, saw 3"),
         ("a,b\n1,2\n\n3,4,5\n", "the table 't.csv' cannot be read: Expected 2 fields in line 4, saw 3"),
         ('a,b\n1,2\n"3,4\n', "the table 't.csv' cannot be read: EOF inside string starting at row 2"),
+        ('a,b\n1,2\n3,"4\n5,6"\n7,8\n', r"cannot be read: row 3 holds '4\n5,6' in a column of numbers; is a quotation"),
+        ('a,b\n1,2\n3,4"\n5,6\n', "cannot be read: row 3 holds '4\"' in a column of numbers; is a quotation mark"),
         ("a,b\n1,2\n3\n4,5\n", "the table 't.csv' cannot be read: row 3 has 1 of 2 values; is it damaged"),
         ("a,b,a\n1,2,3\n", "several columns named 'a'; rename them"),
         ("column 2,\n1,2\n", "several columns named 'column 2'"),

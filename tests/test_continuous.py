@@ -612,6 +612,15 @@ def test_the_likelihood_is_the_mean_log_density_and_its_penalties_are_the_report
     assert error.abs() < 4 * parts.std() / 50**0.5 + 0.3 * 4 * report.jacobian.std() / (20 * 16) ** 0.5
 
 
+def test_penalties_of_layers_with_and_without_a_context_add_up() -> None:
+    """With several contexts for each row, the two kinds of layers have costs of different shapes."""
+    flow = laws.randomise(Flow([*flows.cnf(2, 2).transforms, *flows.cnf(2).transforms]), scale=0.5).double()
+    x, contexts = laws.normal(5, 2), laws.normal(3, 5, 2, seed=1)
+    found = Likelihood(kinetic=0.3)(flow, x, contexts)
+    each = [Likelihood(kinetic=0.3)(flow, x, context) for context in contexts]
+    torch.testing.assert_close(found, torch.stack(each).mean(), rtol=1e-4, atol=0)
+
+
 def test_penalties_make_a_field_cheaper() -> None:
     torch.manual_seed(0)
     angle = torch.rand(300) * 2 * math.pi

@@ -642,6 +642,14 @@ def test_a_checkpoint_of_another_run_is_refused(settings, words, tmp_path):
         quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=tmp_path / "run", **settings)
 
 
+def test_a_checkpoint_of_another_version_is_refused_as_such(tmp_path):
+    quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=tmp_path / "run")
+    torch.save(torch.load(tmp_path / "run", weights_only=True) | {"format": 4}, tmp_path / "run")
+    words = r"fit_svi: checkpoint='.*/run' was written by another version of pyro_flows\. Resume it with that version"
+    with pytest.raises(ValueError, match=words):
+        quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=tmp_path / "run")
+
+
 def test_a_checkpoint_of_other_data_is_refused(tmp_path):
     quick(conjugate, AutoFlow(conjugate, small), Y, checkpoint=tmp_path / "run")
     with pytest.raises(ValueError, match=r"of another run \(data=.* and not "):

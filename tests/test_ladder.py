@@ -348,7 +348,8 @@ def test_where_the_flow_breaks_down_a_population_takes_over(monkeypatch):
     assert names(fit) == ["Gaussian", "annealed", "exact draws"]
 
 
-def test_a_start_that_breaks_down_costs_no_other(monkeypatch):
+@pytest.mark.parametrize("on_nonfinite", ["skip", "raise"])
+def test_a_start_that_breaks_down_costs_no_other(on_nonfinite, monkeypatch):
     fit_once, calls = ladder.Ladder.fit, []
 
     def broken(self, name, guide, **settings):
@@ -359,7 +360,8 @@ def test_a_start_that_breaks_down_costs_no_other(monkeypatch):
         return fit_once(self, name, guide, **settings)
 
     monkeypatch.setattr(ladder.Ladder, "fit", broken)
-    fit = fit_svi(normal, AutoFlow(normal, small), Y, steps=20, restarts=3, progress=False)
+    settings = {"steps": 20, "restarts": 3, "on_nonfinite": on_nonfinite, "progress": False}
+    fit = fit_svi(normal, AutoFlow(normal, small), Y, **settings)
     assert names(fit) == ["start 1"]
     assert calls == ["flow", "start 2"]
     assert fit.stopped == "start 2: not finite"

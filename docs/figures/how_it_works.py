@@ -1,4 +1,4 @@
-"""The pictures of docs/how_it_works.md:  ``python docs/figures/how_it_works.py``  (or some of them, by name)."""
+"""Figures of docs/how_it_works.md:  ``python docs/figures/how_it_works.py``  (or some of them, by name)."""
 
 import sys
 from pathlib import Path
@@ -30,7 +30,7 @@ def save(figure, name):
 
 
 def factors():
-    """What is multiplied into a transform, and what transforms become."""
+    """Draw the parts of a transform, and the way from transforms to a distribution."""
     figure, axis = plt.subplots(figsize=(8.6, 3.9), layout="constrained")
     axis.set(xlim=(0, 100), ylim=(1, 48))
     axis.axis("off")
@@ -45,12 +45,12 @@ def factors():
 
     box(1, 33, 29, "bijector", "one number, P parameters\nAffine, splines, mixtures …", BLUE)
     box(35.5, 33, 29, "conditioner", "network → parameters\nMLP, MADE, ConvNet …", ORANGE)
-    box(70, 33, 29, "scheme", "who steers whom\nCoupling, Autoregressive", GREEN)
+    box(70, 33, 29, "scheme", "which features condition which\nCoupling, Autoregressive", GREEN)
     for x in (32.75, 67.25):
         axis.text(x, 39.5, "×", ha="center", va="center", fontsize=16, color=GREY)
     box(1, 2, 29, "transform", "an event, a context\na module", "0.5")
-    box(35.5, 2, 29, "flow", "transforms over a base\na module that lasts", "0.5")
-    box(70, 2, 29, "flow(context)", "a Pyro distribution\nfor one use", "0.5")
+    box(35.5, 2, 29, "flow", "transforms over a base\na module", "0.5")
+    box(70, 2, 29, "flow(context)", "a Pyro distribution\nmade at each call", "0.5")
     for x in (15.5, 50, 84.5):
         axis.plot([x, x], [33, 29], color=GREY, lw=1.2)
     axis.plot([15.5, 84.5], [29, 29], color=GREY, lw=1.2)
@@ -68,7 +68,7 @@ def factors():
 
 
 def incremental():
-    """The masks of a MADE by the step that computes them, and what a way back costs."""
+    """Draw the masks of a MADE by the step that computes them, and the cost of the inverse."""
     size, units = 6, 12
     net = MADE(size, 1, (units, units))
     figure, axes = plt.subplots(1, 4, figsize=(9.6, 3.5), layout="constrained", width_ratios=(0.62, 1, 1, 1.55))
@@ -100,22 +100,22 @@ def incremental():
             found.append(counter.get_total_flops() / 100 / 1e6)
     axis = axes[3]
     passes = [dim * cost for dim, cost in zip(sizes, forward, strict=True)]
-    axis.loglog(sizes, passes, "o--", color="0.6", label="D passes", ms=4)
-    axis.loglog(sizes, inverse, "o-", color=ORANGE, label="the way back here", ms=4)
-    axis.loglog(sizes, forward, "o-", color=BLUE, label="one pass", ms=4)
+    axis.loglog(sizes, passes, "o--", color="0.6", label="inverse by D passes", ms=4)
+    axis.loglog(sizes, inverse, "o-", color=ORANGE, label="incremental inverse", ms=4)
+    axis.loglog(sizes, forward, "o-", color=BLUE, label="forward", ms=4)
     axis.set_xticks(sizes, sizes)
     axis.minorticks_off()
     axis.set_xlabel("features D", fontsize=9)
-    axis.set_ylabel("million operations a row", fontsize=9)
+    axis.set_ylabel("million operations per row", fontsize=9)
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8.5)
-    print("way back / one pass:", [round(b / a, 2) for a, b in zip(forward, inverse, strict=True)])
+    print("inverse / forward:", [round(b / a, 2) for a, b in zip(forward, inverse, strict=True)])
     save(figure, "incremental")
 
 
 def layers():
-    """A grid of the base, carried through the layers of a flow that was fitted to a ring."""
+    """Draw the images of a grid of the base under the layers of a flow, fitted to a ring."""
     pyro.set_rng_seed(0)
     radius, angle = 2 + 0.15 * torch.randn(4000), 6.2832 * torch.rand(4000)
     ring = torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
@@ -127,7 +127,7 @@ def layers():
 
 @torch.no_grad()
 def stages_of(guide, number):
-    """Draws of a guide as they pass: of its base, after the couplings, after the two affine maps."""
+    """Return draws of a guide at three stages: of its base, after the couplings, after the two affine maps."""
     value = guide.flow.base().sample((number,))
     found = [value]
     for place, transform in enumerate(guide.flow.transforms):
@@ -138,7 +138,7 @@ def stages_of(guide, number):
 
 
 def pipeline():
-    """What the guide of the eight schools does to draws of its base."""
+    """Draw the stages of the guide of the eight schools."""
     pyro.set_rng_seed(0)
     guide = pf.AutoFlow(eight_schools)
     pf.fit_svi(eight_schools, guide, EFFECTS, STANDARD_ERRORS, progress=False)

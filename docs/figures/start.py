@@ -1,4 +1,4 @@
-"""The picture of docs/start.md: what the page's own code draws.  ``python docs/figures/start.py``"""
+"""Figure of docs/start.md, drawn by the code of the page:  ``python docs/figures/start.py``"""
 
 import os
 import re

@@ -27,7 +27,7 @@ from ..flows import Flow
 from ..persistence import save
 from ..training import Fit
 from . import DENSITIES, Refused
-from .outputs import Outputs, hold_ctrl_c
+from .outputs import Outputs
 from .report import report_density, two_errors
 from .table import MANY, read_table, split_names
 
@@ -76,22 +76,22 @@ def run(wish: Namespace) -> bool:
     if not wish.quiet:
         print(*_beginning(wish.table, table, remarks, [len(part) for part in parts], spikes), sep="\n", flush=True)
     flow = DENSITIES[wish.flow](table.shape[1]).to(scored[0].dtype)
-    with hold_ctrl_c() as asked:
+    with outputs.hold_ctrl_c() as asked:
         fit = _trained(flow, parts, integers, wish)
         outputs.settle(fit)
-        save(flow, outputs.paths[0])
+        outputs.write(partial(save, flow))
         nats, floor = ([_log_prob(density, x) for x in scored] for density in (flow, gaussian))
         samples = flow().sample((SAMPLES,))
-    gain = nats[2] - floor[2]
-    usable = bool(gain.mean() >= -two_errors(gain))
-    assert fit.held_out is not None  # there are rows for validation
-    note = f", {len(fit.held_out)} epoch{'' if len(fit.held_out) == 1 else 's'}"
-    note += f", {fit.skipped} steps skipped" if fit.skipped else ""
-    said = report_density(nats, floor, wish.flow, seconds=time.perf_counter() - start, note=note)
-    ending = _ending(outputs, flow, scored[0].dtype, integers, usable=usable)
-    titles = [f"{name} + noise" if place in integers else name for place, name in enumerate(table.columns)]
-    draw = partial(plots.pairs, torch.cat(scored), samples, names=titles, labels=("data", "samples"))
-    outputs.finish(draw, said, "\n".join(ending), quiet=wish.quiet, interrupted=asked())
+        gain = nats[2] - floor[2]
+        usable = bool(gain.mean() >= -two_errors(gain))
+        assert fit.held_out is not None  # there are rows for validation
+        note = f", {len(fit.held_out)} epoch{'' if len(fit.held_out) == 1 else 's'}"
+        note += f", {fit.skipped} steps skipped" if fit.skipped else ""
+        said = report_density(nats, floor, wish.flow, seconds=time.perf_counter() - start, note=note)
+        ending = _ending(outputs, flow, scored[0].dtype, integers, usable=usable)
+        titles = [f"{name} + noise" if place in integers else name for place, name in enumerate(table.columns)]
+        draw = partial(plots.pairs, torch.cat(scored), samples, names=titles, labels=("data", "samples"))
+        outputs.finish(draw, said, "\n".join(ending), quiet=wish.quiet, interrupted=asked())
     return usable
 
 

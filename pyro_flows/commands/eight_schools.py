@@ -23,7 +23,7 @@ from ..guides import AutoFlow
 from ..plots.draws import density_of
 from ..plots.panels import panels
 from . import RECIPES
-from .outputs import Outputs, hold_ctrl_c
+from .outputs import Outputs
 from .report import draws_of, report
 
 SCHOOLS = "ABCDEFGH"
@@ -62,16 +62,16 @@ def run(wish: Namespace) -> bool:
     pyro.clear_param_store()
     data = EFFECTS, STANDARD_ERRORS
     guide = AutoFlow(eight_schools, RECIPES.get(wish.flow))
-    with hold_ctrl_c() as asked:
+    with outputs.hold_ctrl_c() as asked:
         fit = fit_svi(eight_schools, guide, *data, steps=wish.steps, progress=not wish.quiet)
         outputs.settle(fit)
         checked = check(eight_schools, guide, *data, num_samples=40_000)
         drawn = partial(to_arviz, eight_schools, guide, *data, importance=checked.verdict == "reweight")
-        write_atomically(outputs.paths[0], drawn(num_samples=WRITTEN).to_netcdf)
-    draws = draws_of(drawn(num_samples=SHOWN, log_likelihood=False, batch_size=BATCH))
-    said = report(draws, checked, fit, time.perf_counter() - start, ADVICE, theta=list(SCHOOLS))
-    draw = partial(plot_funnel, {name: values[:WRITTEN] for name, values in draws.items()})
-    outputs.finish(draw, said, f"Wrote {outputs}.", quiet=wish.quiet, interrupted=asked())
+        outputs.write(lambda path: write_atomically(path, drawn(num_samples=WRITTEN).to_netcdf))
+        draws = draws_of(drawn(num_samples=SHOWN, log_likelihood=False, batch_size=BATCH))
+        said = report(draws, checked, fit, time.perf_counter() - start, ADVICE, theta=list(SCHOOLS))
+        draw = partial(plot_funnel, {name: values[:WRITTEN] for name, values in draws.items()})
+        outputs.finish(draw, said, f"Wrote {outputs}.", quiet=wish.quiet, interrupted=asked())
     return checked.verdict != "do not trust"
 
 

@@ -24,7 +24,7 @@ from ..programs.task import Task
 from . import RECIPES, Refused
 from .data import Data, read_data
 from .model import check_arguments, in_one_line, load_model
-from .outputs import Outputs, hold_ctrl_c
+from .outputs import Outputs
 from .report import draws_of, exact_draws, report
 
 DRAWS = 4000
@@ -58,7 +58,7 @@ def run(wish: Namespace) -> bool:
         if not observed:
             print("Nothing is observed, so the posterior is the prior: is an obs= missing?", file=sys.stderr)
         outputs.check_writable()
-        asked = stack.enter_context(hold_ctrl_c())
+        asked = stack.enter_context(outputs.hold_ctrl_c())
         try:
             settings = {"steps": wish.steps, "escalate": wish.escalate, "progress": not wish.quiet}
             fit = fit_svi(model, guide, model_kwargs=arguments, **settings)
@@ -75,10 +75,10 @@ def run(wish: Namespace) -> bool:
             log_likelihood=sum(value.numel() for value in observed) <= MOST_OBSERVED,
             model_kwargs=arguments,
         )
-        write_atomically(outputs.paths[0], container.to_netcdf)
-    advice = f"Try {'' if wish.escalate else '--escalate, '}more --steps or another --flow."
-    said = report(draws_of(container), checked, fit, time.perf_counter() - start, advice)
-    outputs.finish(checked.plot, said, f"Wrote {outputs}.", quiet=wish.quiet, interrupted=asked())
+        outputs.write(lambda path: write_atomically(path, container.to_netcdf))
+        advice = f"Try {'' if wish.escalate else '--escalate, '}more --steps or another --flow."
+        said = report(draws_of(container), checked, fit, time.perf_counter() - start, advice)
+        outputs.finish(checked.plot, said, f"Wrote {outputs}.", quiet=wish.quiet, interrupted=asked())
     return bool(exact) or checked.verdict != "do not trust"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,6 @@ NOTICE = "\nInterrupted: finishing what is at hand, to keep what was trained; Ct
 
 class Interrupted(KeyboardInterrupt):
     """Error for a run that Ctrl-C has ended; its text is a line about the files that were kept."""
-
-
-def hold_ctrl_c() -> contextlib.AbstractContextManager[Callable[[], bool]]:
-    """Delay the first Ctrl-C from the start of training until all is written."""
-    return hold_interrupts(AGAIN if "RANK" in os.environ else 0.0, NOTICE)
 
 
 class Outputs:
@@ -47,6 +42,7 @@ class Outputs:
         if file.suffix != suffix:
             raise Refused(f"argument --out: {str(file)!r} must end with {suffix}")
         self._whole = self.paths = file, file.with_suffix(".png")
+        self._has_file = False  # of this run
 
     def check_writable(self) -> None:
         """Make the folder, and raise Refused unless all files can be written, those of an interrupted run included."""
@@ -60,6 +56,23 @@ class Outputs:
                     try_path(path)
         except OSError as error:
             raise Refused(f"argument --out: cannot {task}: {error.strerror or error}") from error
+
+    @contextlib.contextmanager
+    def hold_ctrl_c(self) -> Iterator[Callable[[], bool]]:
+        """Delay the first Ctrl-C until all is written; the function that is yielded returns True if there was one.
+
+        Raises:
+            Interrupted: At a second Ctrl-C, if the file is written already.
+        """
+        with hold_interrupts(AGAIN if "RANK" in os.environ else 0.0, NOTICE) as asked:
+            try:
+                yield asked
+            except Interrupted:
+                raise
+            except KeyboardInterrupt as error:
+                if not self._has_file:
+                    raise
+                raise self._interruption(str(self.paths[0])) from error
 
     def settle(self, fit: Fit) -> None:
         """Choose free names if the fit was interrupted.
@@ -84,6 +97,11 @@ class Outputs:
     def __str__(self) -> str:
         return f"{self.paths[0]} and {self.paths[1]}"
 
+    def write(self, write: Callable[[Path], object]) -> None:
+        """Write the file."""
+        write(self.paths[0])
+        self._has_file = True
+
     def finish(self, draw: Callable[[], Any], said: str, wrote: str, *, quiet: bool, interrupted: bool) -> None:
         """Print a report, write the picture, and print what was written.
 
@@ -97,12 +115,9 @@ class Outputs:
         Raises:
             Interrupted: After Ctrl-C.
         """
-        try:
-            if not quiet:  # first, so that a picture that cannot be written does not cost the report
-                print(said)
-            write_atomically(self.paths[1], lambda path: draw().savefig(path, dpi=150))
-        except KeyboardInterrupt as error:
-            raise self._interruption(str(self.paths[0])) from error
+        if not quiet:  # first, so that a picture that cannot be written does not cost the report
+            print(said)
+        write_atomically(self.paths[1], lambda path: draw().savefig(path, dpi=150))
         if not quiet:
             print(wrote)
         if interrupted or self.paths != self._whole:

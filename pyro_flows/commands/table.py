@@ -157,7 +157,8 @@ def read_delimited(path: Path) -> Columns:
 
     Raises:
         OSError: If there is no such file.
-        Refused: If it is not text in UTF-8, is empty, or has lines of different lengths.
+        Refused: If it is not text in UTF-8, is empty, has lines of different lengths, or has a quotation mark or a line
+            break in a column of numbers.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -172,6 +173,10 @@ def read_delimited(path: Path) -> Columns:
         raise Refused(f"the table {str(path)!r} {words}") from error
     if short := _first_short_row(file, delimiter, cells.shape[1]):
         raise Refused(f"the table {str(path)!r} cannot be read: {short}; is it damaged, or cut off?")
+    if damaged := _first_bad_quote(cells) if '"' in text else "":
+        raise Refused(
+            f"the table {str(path)!r} cannot be read: {damaged}; is a quotation mark missing, or one too many?"
+        )
     header = cells.iloc[0]
     numbers, titles = _numbers(header.to_numpy())
     names, remarks = [f"column {place + 1}" for place in range(len(header))], []
@@ -202,6 +207,19 @@ def _first_short_row(file: io.StringIO, delimiter: str, width: int) -> str:
     for number, row in enumerate((row for row in rows if any(row)), 1):
         if len(row) < width:
             return f"row {number} has {len(row)} of {width} values"
+    return ""
+
+
+def _first_bad_quote(cells: pd.DataFrame) -> str:
+    """Return a description of a row with a quotation mark or a line break in a column of numbers, or an empty string.
+
+    A mark without a partner makes one cell of several rows.
+    """
+    for column in cells.to_numpy().T:
+        numbers, wrong = _numbers(column[1:])
+        if wrong and not np.isnan(numbers).all() and all(set(cell) & {'"', "\n"} for cell in wrong):
+            row = next(number for number, cell in enumerate(column[1:], 2) if cell.strip() == wrong[0])
+            return f"row {row} holds {wrong[0][:30]!r} in a column of numbers"
     return ""
 
 

@@ -103,7 +103,8 @@ def spikes_of(table: Tensor, names: Names, places: list[int], share: float = 0.0
     values = table.to("cpu", torch.float64)
     least = max(LEAST, share * len(values))
     columns: Sequence[int | str] = names or range(table.shape[1])
-    spikes = (_spike_of(columns[place], values[:, place].sort().values, eps, least) for place in places)
+    ordered = ((place, torch.from_numpy(np.sort(values[:, place].numpy()))) for place in places)  # faster than torch
+    spikes = (_spike_of(columns[place], x, eps, least) for place, x in ordered)
     found = [spike for spike in spikes if spike]
     if len(found) < len(places) > 1:  # otherwise the columns' own spikes explain copies
         rows = (values[:, places] + 0.0).contiguous().numpy()  # the sum turns -0 into 0

@@ -28,6 +28,7 @@ from ..programs.engines import Values, View, in_batches, row_log_prob
 from ..programs.error_text import warn_user
 from ..programs.nesting import plates_of, runs_programs
 from ..programs.task import Draws, Task
+from ..sampling.population import systematic
 from .pareto import smooth
 
 LEAST = 25  # the fewest draws that have a tail to fit
@@ -253,23 +254,8 @@ def reweighted(draws: Draws, number: int, caller: str) -> tuple[Draws, Psis]:
             f"{caller}: k-hat is {psis.khat:.2f}, above {psis.threshold:.2f}: a few draws hold most of the weight, and "
             "the resampled draws cannot be trusted. Fit the guide longer, or use a flow with more layers."
         )
-    return draws.take(systematic(psis.smoothed, number)), psis
-
-
-def systematic(log_weights: Tensor, number: int) -> Tensor:
-    """Return the indices of resampled draws, ``(number,)``, shuffled.
-
-    Args:
-        log_weights: The logarithms of weights, ``(S,)``, at least one of them finite.
-        number: The number of draws to keep.
-    """
-    edges = (log_weights.double() - log_weights.max().double()).exp().cumsum(0)
-    offset = torch.rand((), dtype=edges.dtype, device=edges.device)
-    places = (torch.arange(number, dtype=edges.dtype, device=edges.device) + offset) / number * edges[-1]
-    # A point that is rounded up to the very end would lie beyond the last draw.
-    places = places.minimum(edges[-1].nextafter(torch.zeros_like(offset)))
-    kept = torch.searchsorted(edges, places, right=True)
-    return kept[torch.randperm(number, device=edges.device)]
+    kept = systematic(psis.smoothed.double().softmax(-1), number)
+    return draws.take(kept[torch.randperm(number, device=kept.device)]), psis
 
 
 @runs_programs

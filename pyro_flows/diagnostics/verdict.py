@@ -1,11 +1,11 @@
 """The verdict on a guide: whether its draws can be trusted, and why.
 
-Four tests look at the draws, and none needs the true posterior:
+Three tests look at the draws, and none needs the true posterior:
 
-* importance weights compare guide and posterior at the draws, and k-hat tells whether the weights are reliable;
+* importance weights compare guide and posterior at the draws, and k-hat tells whether the weights are reliable; many
+  more draws show whether a few lie where the posterior has no density (:mod:`.outliers`);
 * short Markov chains from the draws drift if the guide is wrong nearby (:mod:`.drift`, :mod:`.marginal_errors`);
-* a population annealed from the prior finds mass that lies far away (:mod:`.missing_mass`);
-* many more draws of the guide show whether a few lie where the posterior has no density (:mod:`.outliers`).
+* a population annealed from the prior finds mass that lies far away (:mod:`.missing_mass`).
 
 Draws are trusted if each mean is right to 0.1 standard deviations, each standard deviation to 10 %, each distribution
 function to about 0.05, and hardly any mass is missing.  Each error is a finding (:mod:`.findings`), and the verdict is

@@ -172,9 +172,8 @@ class Ladder:
         self.note(Rung(name, fit, found, seconds + time.perf_counter() - start))
 
     def break_off(self, error: BaseException) -> None:
-        """Stop; raise the error if no rung can be kept, the user wants it raised, or a process failed unexpectedly."""
-        asked = isinstance(error, FloatingPointError) and self.settings["on_nonfinite"] == "raise"
-        if not self.rungs or asked or (isinstance(error, distributed.Parted) and not error.refused):
+        """Stop; raise the error if no rung can be kept, or a process failed unexpectedly."""
+        if not self.rungs or (isinstance(error, distributed.Parted) and not error.refused):
             raise error
         self.stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{self.name}: {error}"
 

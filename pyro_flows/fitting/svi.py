@@ -82,7 +82,8 @@ def fit_svi(
             posterior.  By default a new ``AutoFlow`` does so with objectives of ``pyro_flows`` that are vectorised over
             draws, without subsampled plates.  A guide that was trained before resumes from its present state.
         on_nonfinite: ``"skip"`` skips steps whose loss or gradient is not finite, counts them, and raises an error
-            after 100 consecutive ones; ``"raise"`` raises it at the first.
+            after 100 consecutive ones; ``"raise"`` raises it at the first.  With ``escalate`` or ``restarts`` an error
+            of a later fit ends the search.  The best earlier fit is returned, and its ``stopped`` quotes the error.
         checkpoint: A file for the state of the run, written every 50 steps but at most every ten seconds, and at the
             end.  The same call with the same file resumes a run that was killed, to the same result as without the
             break.  With another number of processes the noise differs.  Runs are identified by their settings and

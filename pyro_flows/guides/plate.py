@@ -117,14 +117,14 @@ class AutoPlateFlow(FlowGuide):
     The posterior of the latents l_i of row i depends on the latents g outside and on the row's context c_i.  An encoder
     computes the context from the data (*amortised*: new rows work as well).  Without an encoder each row's context is
     learned.  The plate may be subsampled: minibatches are tied to the rows' indices, and Pyro's plate scales them.
-    Latents in the plate may lie in further plates, of fixed size, within a row.  Rows that a mask takes out of the
-    model do not count in the guide.
+    Latents in the plate may lie in further plates, of fixed size, within a row.  Rows that a mask hides do not count in
+    the guide.  A mask may also hide a part of a row if no visible site depends on that part.
 
     If all latents lie in the plate, the model is a variational autoencoder; with latents outside too it is a hierarchy.
     If none lie in the plate, the guide is that of ``AutoFlow``.
 
     Args:
-        model: A Pyro model of fixed structure, with continuous latents.
+        model: A Pyro model of fixed structure.  Its discrete latents of finite support are summed out.
         plate: The name of the plate.
         encoder: A network or function from the model's arguments to a context for each row, ``(rows, context_dim)``.
             Of arguments with one row for each row of a subsampled plate it gets the rows of the minibatch only.
@@ -141,10 +141,11 @@ class AutoPlateFlow(FlowGuide):
     Raises:
         TypeError: If a recipe or ``encoder`` cannot be called; at :meth:`setup`, if a recipe fails.
         ValueError: If ``init_scale`` or ``embedding_dim`` is out of its range.  At :meth:`setup`, if the model lacks
-            the plate, or another plate that holds latents is subsampled.  If a latent is discrete, an angle or has no
-            fixed support, or a mask divides a row; the error names the site or plate.  If the model's density is not
-            finite at the start, or the result of the encoder or of a recipe does not fit.  In use, if arguments change
-            which latents the model has, or their shapes.
+            the plate, or another plate that holds latents is subsampled.  If a latent is discrete with infinite
+            support, is an angle or has no fixed support.  If a mask divides an event, or hides a part of a row that
+            visible sites depend on.  The error names the site or plate.  If the model's density is not finite at the
+            start, or the result of the encoder or of a recipe does not fit.  In use, if arguments change which latents
+            the model has, or their shapes.
         FloatingPointError: In training, naming the site, the cause and the way out, if a draw is not finite.
 
     Example::

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..arguments import check_numbers
@@ -60,8 +59,9 @@ class Likelihood(nn.Module):
             )
         continuous_of(flow, f"Likelihood({self.extra_repr()})")
         _, log_prob, solutions = solved(flow(context), x)
-        costs = [self.kinetic * found.kinetic + self.jacobian * found.jacobian for found in solutions]
-        return (torch.stack(costs).sum(0) - log_prob).mean()
+        # Layers without a context cost the same for all contexts, so the costs of the layers broadcast.
+        costs = (self.kinetic * found.kinetic + self.jacobian * found.jacobian for found in solutions)
+        return sum(costs, -log_prob).mean()
 
     def extra_repr(self) -> str:
         return f"kinetic={self.kinetic}, jacobian={self.jacobian}"

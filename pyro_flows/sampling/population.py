@@ -199,10 +199,14 @@ def _step(log_ratio: Tensor, most: float, least: float) -> float:
 
 
 def systematic(weights: Tensor, number: int) -> Tensor:
-    """Resample systematically by each row of weights, ``(G, n)``; return indices, ``(G, number)``."""
-    ends = weights.cumsum(-1) / weights.sum(-1, keepdim=True)
-    points = (torch.arange(number) + torch.rand(len(weights), 1)).to(ends) / number
-    return torch.searchsorted(ends, points).clamp_max(weights.shape[1] - 1)
+    """Resample systematically by weights ``(*batch, S)``; return indices in increasing order, ``(*batch, number)``."""
+    edges = weights.double().cumsum(-1)
+    end = edges[..., -1:]
+    offset, steps = torch.rand_like(end), torch.arange(number, device=end.device)
+    # A point that is rounded up to the very end would lie beyond the last draw of positive weight.
+    points = ((steps + offset) / number * end).minimum(end.nextafter(torch.zeros_like(end)))
+    # Without any weight the edges are NaN, and no index is right.
+    return torch.searchsorted(edges, points, right=True).clamp_max(weights.shape[-1] - 1)
 
 
 def _moved(kernel: HMC, z: Tensor, effort: Effort) -> Tensor:

@@ -101,7 +101,7 @@ class Run:
         weights = weights.clamp_max(float(weights.mean()) * math.sqrt(len(z)))
         if float(weights.sum().square() / weights.square().sum()) < SPREAD * len(z):
             return z, z[torch.arange(num_chains) % len(z)]
-        places = systematic(weights.unsqueeze(0), num_chains)[0]
+        places = systematic(weights, num_chains)
         return z, z[places[torch.randperm(num_chains, device=z.device)]]
 
     def run(self) -> Samples:

@@ -25,6 +25,7 @@ from .randomness import random_state, set_random_state
 FORMAT = 5
 EVERY = 10.0  # seconds
 WAY_OUT = "Use the same settings, name another file, or remove this one."
+OTHER_VERSION = "Resume it with that version, name another file, or remove this one."
 
 
 def check_path(caller: str, argument: str, value: Any, ends: str = "") -> Path | None:
@@ -153,19 +154,21 @@ def _load(path: Path | None, caller: str, settings: dict[str, Any] | None = None
     if path is None or not path.exists():
         return None
 
-    def refused(words: str) -> ValueError:
-        return ValueError(f"{caller}: checkpoint={str(path)!r} is {words}. {WAY_OUT}")
+    def refused(words: str, way_out: str = WAY_OUT) -> ValueError:
+        return ValueError(f"{caller}: checkpoint={str(path)!r} {words}. {way_out}")
 
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
-        version, kept, _ = state["format"], state["settings"], state["settings"]["steps"]
+        version, kept = state["format"], state["settings"]
     except Exception as error:
-        raise refused(f"not a checkpoint ({error!s:.100})") from error
+        raise refused(f"is not a checkpoint ({error!s:.100})") from error
     if version != FORMAT:
-        raise refused("of another run (another format)")
+        raise refused("was written by another version of pyro_flows", OTHER_VERSION)
+    if not isinstance(kept, dict) or "steps" not in kept:
+        raise refused("is not a checkpoint (it has no settings)")
     if settings is not None and kept != settings:
         other = [f"{k}={kept.get(k)!r} and not {v!r}" for k, v in settings.items() if kept.get(k) != v]
-        raise refused(f"of another run ({', '.join(other)})")
+        raise refused(f"is of another run ({', '.join(other)})")
     return state
 
 

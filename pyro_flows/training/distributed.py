@@ -265,18 +265,18 @@ def agree(caller: str, settings: dict[str, Any], device: torch.device) -> None:
     """Check that all processes fit the same, each on a separate GPU, since nccl cannot share one.
 
     Raises:
-        ValueError: If they do not; the error names what differs, or the way out.
+        ValueError: In all processes, if they do not; the error names what differs, or the way out.
     """
-    mine = {name: repr(value) for name, value in settings.items()}
-    first = broadcast(lambda: mine)
-    if differ := [name for name, value in first.items() if mine.get(name) != value]:
-        raise ValueError(
-            f"{caller}: processes 0 and {rank()} are to fit different things (their {', '.join(differ)}). Run the same "
-            "script on the same data in all. If it generates data, set a seed first."
-        )
     on_gpu = device.type == "cuda" and not alone() and "nccl" in dist.get_backend_config()
     gpu = str(torch.cuda.get_device_properties(device).uuid) if on_gpu else ""
-    if all_gather(lambda: gpu).count(gpu) > 1 and on_gpu:
+    first, *others = all_gather(lambda: ({name: repr(value) for name, value in settings.items()}, gpu))
+    for number, (other, _) in enumerate(others, 1):
+        if differ := [name for name, value in first[0].items() if other.get(name) != value]:
+            raise ValueError(
+                f"{caller}: processes 0 and {number} are to fit different things (their {', '.join(differ)}). Run the "
+                "same script on the same data in all. If it generates data, set a seed first."
+            )
+    if on_gpu and [used for _, used in (first, *others)].count(gpu) > 1:
         raise ValueError(
             f"{caller}: two processes train on one GPU. Give each its own: `torchrun --virtual-local-rank ...`, or "
             'torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) before the flow or guide is put on "cuda".'

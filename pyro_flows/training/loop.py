@@ -51,7 +51,8 @@ class Fit:
         seconds: The wall time of the steps, including those before a resumption, and of the checks of ``escalate``.
             The search for a start is not included.
         stopped: Why the run ended: ``"steps"``, ``"converged"`` if its losses show that an ``AutoFlow`` has,
-            ``"interrupted"``, or ``"held-out"`` if held-out data stopped it.
+            ``"interrupted"``, or ``"held-out"`` if held-out data stopped it.  Of several fits, it may be the name of
+            a later one and its error.
         check: The :class:`~pyro_flows.Check` of the guide, with ``escalate``.
         samples: Exact draws, a :class:`~pyro_flows.Samples`, if ``escalate`` had to go as far as that.
         rungs: All fits of ``escalate`` or ``restarts``, from the first to the last.
