@@ -354,6 +354,17 @@ def test_a_second_ctrl_c_after_the_model_is_written_names_it(place, folder, caps
     assert not (folder / "model.png").exists()
 
 
+def test_a_second_ctrl_c_while_matplotlib_is_imported_names_the_model(folder, capsys, monkeypatch, ctrl_c):
+    def broken(*_, **__):  # as compiled modules answer Ctrl-C
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    monkeypatch.setattr(density.plots, "pairs", broken)
+    with pytest.raises(SystemExit) as exit_:
+        run("table.csv", "--quiet")
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err.endswith("density: interrupted after the training; wrote model.pt\n")
+
+
 def test_ctrl_c_while_the_model_is_written_waits_for_it(folder, capsys, monkeypatch, ctrl_c):
     def slow(flow, path):
         signal.raise_signal(signal.SIGINT)

@@ -69,9 +69,12 @@ class Outputs:
                 yield asked
             except Interrupted:
                 raise
-            except KeyboardInterrupt as error:
-                if not self._has_file:
+            except (KeyboardInterrupt, ImportError) as error:
+                # Ctrl-C while a compiled module is imported, as by a first plot, becomes an ImportError.
+                if isinstance(error, ImportError) and not isinstance(error.__cause__, KeyboardInterrupt):
                     raise
+                if not self._has_file:
+                    raise KeyboardInterrupt from error
                 raise self._interruption(str(self.paths[0])) from error
 
     def settle(self, fit: Fit) -> None:
