@@ -54,7 +54,7 @@ from torch.distributions import Distribution
 
 import pyro_flows as pf
 from pyro_flows.programs.latent_space import LatentSpace
-from pyro_flows.programs.task import Task
+from pyro_flows.programs.model_and_guide import Task
 
 KINDS = {
     "labels": "symmetric modes near the centre of the prior",

@@ -32,7 +32,7 @@ from programs import Program, taken
 
 import pyro_flows as pf
 from pyro_flows.programs.engines import ENGINES
-from pyro_flows.programs.task import Task
+from pyro_flows.programs.model_and_guide import Task
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 DRAWS, REPEATS, SEEDS = 256, 7, 5

@@ -41,7 +41,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows.programs.latent_space import LatentSpace
-from pyro_flows.programs.task import Task
+from pyro_flows.programs.model_and_guide import Task
 
 KINDS = {
     "posteriors": "posteriors of data",

@@ -30,7 +30,7 @@ import pyro_flows as pf
 from pyro_flows import flows
 from pyro_flows.fitting.elbo import ELBOFit
 from pyro_flows.fitting.optimizers import optimizers
-from pyro_flows.programs.task import Task
+from pyro_flows.programs.model_and_guide import Task
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 DIM, BATCH, LATENTS, IMAGES = 32, 512, 20, 32

@@ -37,9 +37,9 @@ from pyro_flows.bijectors import RationalQuadraticSpline
 from pyro_flows.distributions import ContaminatedNormalBase, StandardNormal, StudentTBase
 from pyro_flows.fitting.optimizers import optimizers
 from pyro_flows.guides import init_to_center
-from pyro_flows.guides.recipe import FEW
-from pyro_flows.guides.recipe import affine_couplings as default
-from pyro_flows.guides.schedule import plan_of
+from pyro_flows.guides.default_flows import FEW
+from pyro_flows.guides.default_flows import affine_couplings as default
+from pyro_flows.guides.default_training import plan_of
 from pyro_flows.training.stopping import Horizon
 from pyro_flows.transforms import Elementwise
 
@@ -173,7 +173,7 @@ VARIANTS = {
     "5 spline couplings": Variant(guide=recipe(flows.nsf, activation=nn.ELU)),
     "5 spline couplings, step size / 3": Variant(guide=recipe(flows.nsf, activation=nn.ELU), lr=1 / 3),
     "a spline for each latent at the end": Variant(guide=recipe(with_splines)),
-    "a scale for each latent at the end": Variant(other={"guides.recipe.LEARNED": 0}),
+    "a scale for each latent at the end": Variant(other={"guides.default_flows.LEARNED": 0}),
     "steps x 0.7, clipped at 1, and with 51 latents 16 couplings": Variant(
         guide={"flow": None, "base": None}, fit={"clip_norm": 1.0}, steps=0.7
     ),

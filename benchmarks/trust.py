@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 import pyro_flows as pf
 from pyro_flows.programs.latent_space import LatentSpace
-from pyro_flows.programs.task import Task
+from pyro_flows.programs.model_and_guide import Task
 
 OUT = posteriors.OUT
 FUNNEL, REGRESSION = "eight_schools_centered", "nes1972"

@@ -12,7 +12,7 @@ import pyro_flows
 
 ROOT = Path(pyro_flows.__file__).parent
 LAYERS = [
-    {"arguments", "memory", "threads", "vjp"},
+    {"arguments", "allocator", "threads", "vjp"},
     {"bijectors", "arviz_versions", "conditioners", "encoders", "atomic_files"},
     {"transforms"},
     {"distributions"},

@@ -24,8 +24,8 @@ from models import Y, nested
 from pyro_flows import AutoFlow, arviz_versions, flows, psis, resample, to_arviz
 from pyro_flows.diagnostics.importance import reweighted, weigh
 from pyro_flows.diagnostics.pareto import smooth
-from pyro_flows.programs.task import Draws
-from pyro_flows.sampling.population import systematic
+from pyro_flows.programs.model_and_guide import Draws
+from pyro_flows.sampling.annealed_population import systematic
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)

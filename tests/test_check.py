@@ -25,7 +25,7 @@ from pyro_flows import AutoFlow, check, fit_svi, flows, refine
 from pyro_flows.diagnostics.drift import Drift, DriftMeter, weighted_drift
 from pyro_flows.diagnostics.findings import worst
 from pyro_flows.diagnostics.marginal_errors import Shape
-from pyro_flows.diagnostics.missing_mass import DF, Missing, MultivariateT
+from pyro_flows.diagnostics.missing_modes import DF, Missing, MultivariateT
 from pyro_flows.diagnostics.verdict import Check, judge
 from pyro_flows.sampling.chains import Chains
 from pyro_flows.sampling.coordinates import White

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_flows import Spike, dequantize, find_spikes
 from pyro_flows.data.columns import tied_columns
-from pyro_flows.data.table import read_table
+from pyro_flows.data.table import as_table
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -265,7 +265,7 @@ def test_what_holds_no_real_numbers_is_refused_by_column(value: object, words: s
     ],
 )
 def test_numbers_of_every_kind_are_read(value: object) -> None:
-    found, _ = read_table("test", "x", value)
+    found, _ = as_table("test", "x", value)
     assert found.double().tolist() == [[1, 2], [3, 4]]
     assert not found.requires_grad
     found += 1  # a copy or the tensor, never a read-only array

@@ -24,7 +24,7 @@ from pyro_flows.__main__ import main
 from pyro_flows.commands import DENSITIES, RECIPES, Refused, density
 from pyro_flows.commands.density import gaussian_of
 from pyro_flows.commands.report import report_density
-from pyro_flows.commands.table import read_table, split_names
+from pyro_flows.commands.table_file import read_table_file, split_names
 from pyro_flows.fitting import fit_density
 from pyro_flows.training import loop
 
@@ -379,7 +379,7 @@ def test_ctrl_c_while_the_model_is_written_waits_for_it(folder, capsys, monkeypa
 
 
 def test_ctrl_c_while_the_table_is_read_is_one_line(folder, capsys, monkeypatch, ctrl_c):
-    monkeypatch.setattr(density, "read_table", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(density, "read_table_file", lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as exit_:
         run("table.csv", "--quiet")
     assert exit_.value.code == 130
@@ -474,7 +474,7 @@ def test_the_report_tells_errors_of_means_and_of_the_gain():
 def read(text: str, chosen: list[str] | None = None, name: str = "t.csv") -> tuple[list[str], list, list[str]]:
     """Return the columns, rows and remarks of a table in a file."""
     Path(name).write_text(text, encoding="utf-8")
-    table, remarks = read_table(Path(name), chosen)
+    table, remarks = read_table_file(Path(name), chosen)
     return list(table.columns), table.to_numpy().tolist(), remarks
 
 
@@ -542,7 +542,7 @@ def test_rows_with_missing_values_are_left_out_and_counted(word, folder):
 def test_numbers_are_read_to_the_last_digit(folder):
     numbers = RANDOM.standard_normal((1000, 2)) * (1e-9, 1e12)
     write("t.csv", ["a", "b"], [map(repr, row) for row in numbers.tolist()])
-    assert (read_table(Path("t.csv"))[0].to_numpy() == numbers).all()
+    assert (read_table_file(Path("t.csv"))[0].to_numpy() == numbers).all()
 
 
 def test_columns_without_a_density_are_left_out_by_name(folder):
@@ -571,7 +571,7 @@ def test_numpy_files_hold_a_matrix_or_vectors(folder):
     x = np.array([[1.5, 2], [3, 5]], dtype=np.float32)
 
     def read(name: str) -> tuple[list[str], list, list[str]]:
-        table, remarks = read_table(Path(name))
+        table, remarks = read_table_file(Path(name))
         assert set(table.dtypes) == {np.dtype(np.float64)}
         return list(table.columns), table.to_numpy().tolist(), remarks
 

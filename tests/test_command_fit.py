@@ -24,8 +24,8 @@ import pyro_flows
 from pyro_flows import Fit, sample
 from pyro_flows.__main__ import main
 from pyro_flows.commands import Refused, fit
-from pyro_flows.commands.data import read_data
 from pyro_flows.commands.model import check_arguments, load_model
+from pyro_flows.commands.model_arguments import read_data
 from pyro_flows.commands.report import report
 from pyro_flows.diagnostics import Check, check
 from pyro_flows.training import loop

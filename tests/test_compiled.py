@@ -23,7 +23,7 @@ from pyro_flows.conditioners import MLP
 from pyro_flows.objectives import Likelihood
 from pyro_flows.transforms import ActNorm, Coupling, Permute
 from pyro_flows.transforms.compiled import Compiled
-from pyro_flows.transforms.tracing import NEW_COMPILER
+from pyro_flows.transforms.compiler_state import NEW_COMPILER
 
 
 @pytest.fixture(autouse=True)

@@ -675,7 +675,7 @@ def test_times_follow_their_law(power: float) -> None:
 
 def test_optimal_pairs_have_the_least_distance() -> None:
     """In one dimension, each draw is paired with the row of its rank."""
-    from pyro_flows.objectives.matching import MOST_PAIRED, _pairs
+    from pyro_flows.objectives.flow_matching import MOST_PAIRED, _pairs
 
     start, x = laws.normal(MOST_PAIRED, 1), laws.normal(MOST_PAIRED, 1, seed=1)
     paired = start[_pairs(start, x)]

@@ -14,7 +14,7 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows import AutoFlow
 from pyro_flows.objectives import PathELBO
-from pyro_flows.programs.task import Task
+from pyro_flows.programs.model_and_guide import Task
 
 DATA = torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0])
 ENGINES = pytest.mark.parametrize("engine", ["vmap", "loop"])

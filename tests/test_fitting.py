@@ -29,9 +29,9 @@ from torch import Tensor
 from pyro_flows import AutoFlow, Fit, fit_svi, flows, psis
 from pyro_flows.objectives import TemperedELBO
 from pyro_flows.training import loop
+from pyro_flows.training.best_state import Best
 from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.training.loop import Descent, Settings
-from pyro_flows.training.state import Best
 from pyro_flows.transforms import Elementwise
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))

@@ -21,7 +21,7 @@ from pyro.infer.autoguide import AutoGuideList, init_to_value
 from torch.distributions import constraints
 
 from pyro_flows import AutoFlow, AutoPlateFlow, fit_svi, flows, psis
-from pyro_flows.programs.task import Task
+from pyro_flows.programs.model_and_guide import Task
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))
 

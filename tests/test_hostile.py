@@ -23,9 +23,9 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows import flows
-from pyro_flows.guides.recipe import affine_couplings
+from pyro_flows.guides.default_flows import affine_couplings
 from pyro_flows.persistence import archive, size_limit
-from pyro_flows.persistence.archive import Archive
+from pyro_flows.persistence.safe_archive import Archive
 
 ROOT = Path(pf.__file__).parents[1]
 

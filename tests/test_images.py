@@ -31,7 +31,7 @@ from pyro_flows.conditioners import CausalTransformer, ConvNet, LipschitzMLP
 from pyro_flows.encoders import ClassEmbedding, ConvEncoder, Flatten
 from pyro_flows.flows import Dequantized
 from pyro_flows.flows.image import checkerboard
-from pyro_flows.programs.task import Task
+from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.transforms import (
     ActNorm,
     Autoregressive,

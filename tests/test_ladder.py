@@ -17,11 +17,11 @@ from torch import Tensor
 
 from pyro_flows import AutoFlow, Fit, check, fit_svi, flows
 from pyro_flows.diagnostics import verdict
-from pyro_flows.diagnostics.missing_mass import Missing
+from pyro_flows.diagnostics.missing_modes import Missing
 from pyro_flows.fitting import ladder
-from pyro_flows.guides.schedule import Schedule
-from pyro_flows.programs.task import Task
-from pyro_flows.sampling.run import Goal
+from pyro_flows.guides.default_training import Schedule
+from pyro_flows.programs.model_and_guide import Task
+from pyro_flows.sampling.converged_chains import Goal
 
 small = functools.partial(flows.realnvp, num_transforms=4, hidden_dims=(16,))
 

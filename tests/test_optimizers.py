@@ -14,8 +14,8 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 
 from pyro_flows import AutoFlow, fit_svi, flows
 from pyro_flows.fitting.optimizers import SOAP, WIDEST, Muon, optimizers
-from pyro_flows.guides.recipe import FEW
-from pyro_flows.guides.schedule import plan_of
+from pyro_flows.guides.default_flows import FEW
+from pyro_flows.guides.default_training import plan_of
 from pyro_flows.training import loop
 from pyro_flows.transforms import Coupling
 

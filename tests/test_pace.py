@@ -19,7 +19,7 @@ from pyro_flows.bijectors import LogisticMixture
 from pyro_flows.conditioners import MADE, MLP, Conditioner, MLPField, Periodic
 from pyro_flows.encoders import MLPEncoder
 from pyro_flows.fitting.elbo import in_training
-from pyro_flows.guides.recipe import set_pace
+from pyro_flows.guides.default_flows import set_pace
 from pyro_flows.transforms import BlockAutoregressive, Continuous, Elementwise, ScaledLinear
 
 NETWORKS = {

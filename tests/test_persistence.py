@@ -37,8 +37,8 @@ from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import MADE, MLP
 from pyro_flows.distributions import FixedBase, ModesBase, StandardNormal
 from pyro_flows.encoders import ConvEncoder, MLPEncoder, SetEncoder
-from pyro_flows.guides.recipe import affine_couplings
-from pyro_flows.persistence.classes import BASES, BY_NAME
+from pyro_flows.guides.default_flows import affine_couplings
+from pyro_flows.persistence.allowed_classes import BASES, BY_NAME
 from pyro_flows.persistence.spec import build, describe
 from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.transforms import ActNorm, Autoregressive, Compose, Conditioned, Elementwise, FixedAffine, Permute

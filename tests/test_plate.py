@@ -31,7 +31,7 @@ from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import Conditioner, Given
 from pyro_flows.encoders import MLPEncoder, Standardize
 from pyro_flows.objectives import PathELBO
-from pyro_flows.programs.shuffled_rows import Shuffled
+from pyro_flows.programs.plate_minibatches import Shuffled
 from pyro_flows.training import loop
 from pyro_flows.transforms import ActNorm, Elementwise
 

@@ -16,11 +16,11 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 import pyro_flows as pf
 from pyro_flows import AutoFlow
 from pyro_flows.programs.latent_space import Scored, sound_space
-from pyro_flows.programs.task import Task
+from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.chains import Chains
+from pyro_flows.sampling.converged_chains import Goal, Record
 from pyro_flows.sampling.convergence import convergence
 from pyro_flows.sampling.coordinates import Base, NonCentred, White
-from pyro_flows.sampling.run import Goal, Record
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)

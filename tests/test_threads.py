@@ -9,7 +9,7 @@ import torch
 
 from pyro_flows import AutoFlow, check, fit_density, fit_svi, flows
 from pyro_flows.programs.latent_space import LatentSpace
-from pyro_flows.programs.task import Task
+from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.threads import TRIED, Threads, allowed, using
 
 

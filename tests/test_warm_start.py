@@ -22,7 +22,7 @@ from torch.distributions import biject_to, constraints
 from pyro_flows import AutoFlow, fit_svi, flows
 from pyro_flows.fitting.elbo import start_from_gaussian
 from pyro_flows.programs.latent_space import LatentSpace
-from pyro_flows.programs.task import Task
+from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.gaussian import Gaussian, fit_gaussian
 
 small = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(16,))

@@ -11,7 +11,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow
-from pyro_flows.programs.task import Task
+from pyro_flows.programs.model_and_guide import Task
 
 Y = torch.linspace(-1.0, 2.0, 10)
 

@@ -4,8 +4,8 @@ from .affine import Affine as Affine
 from .affine import Shift as Shift
 from .affine import SoftplusAffine as SoftplusAffine
 from .base import Bijector as Bijector
-from .continued import Continued as Continued
-from .integral import Integral as Integral
+from .network_integral import Integral as Integral
+from .numerical_inverse import Continued as Continued
 from .polynomial import Bernstein as Bernstein
 from .polynomial import SumOfSquares as SumOfSquares
 from .sigmoidal import LogisticMixture as LogisticMixture

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..arguments import check_integers, check_numbers
 from .base import as_column, bounded, evenly_spaced
-from .continued import Continued
+from .numerical_inverse import Continued
 
 FLOOR = 0.01  # ε of SumOfSquares
 UNIT = 1 / 2  # with 1, steps of .003 in coefficients compound over layers until rows overflow: slopes are squares

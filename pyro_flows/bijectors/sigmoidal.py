@@ -21,7 +21,7 @@ from torch.nn.functional import logsigmoid
 
 from ..arguments import check_integers, check_numbers
 from .base import bounded, evenly_spaced
-from .continued import Continued
+from .numerical_inverse import Continued
 
 FLOOR = 0.01  # ε
 SPREAD = 3.0

@@ -29,7 +29,7 @@ from ..training import Fit
 from . import DENSITIES, Refused
 from .outputs import Outputs
 from .report import report_density, two_errors
-from .table import MANY, read_table, split_names
+from .table_file import MANY, read_table_file, split_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,7 +65,7 @@ def run(wish: Namespace) -> bool:
     """
     outputs = Outputs(wish.out, ".pt")
     start = time.perf_counter()
-    table, remarks = read_table(wish.table, None if wish.columns is None else split_names(wish.columns))
+    table, remarks = read_table_file(wish.table, None if wish.columns is None else split_names(wish.columns))
     spikes = find_spikes(table)
     integers = [table.columns.get_loc(str(spike.column)) for spike in spikes if spike.kind == "integers"]
     pyro.set_rng_seed(wish.seed)

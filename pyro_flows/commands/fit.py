@@ -20,10 +20,10 @@ from ..diagnostics import check, to_arviz
 from ..fitting import fit_svi
 from ..flows import Flow
 from ..guides import AutoFlow
-from ..programs.task import Task
+from ..programs.model_and_guide import Task
 from . import RECIPES, Refused
-from .data import Data, read_data
 from .model import check_arguments, in_one_line, load_model
+from .model_arguments import Data, read_data
 from .outputs import Outputs
 from .report import draws_of, exact_draws, report
 

@@ -2,14 +2,14 @@
 
 from .base import Conditioner as Conditioner
 from .conv import ConvNet as ConvNet
-from .field import MLPField as MLPField
-from .field import VectorField as VectorField
-from .given import Given as Given
+from .incremental import stream as stream
+from .incremental import stream_vjp as stream_vjp
 from .lipschitz import LipschitzMLP as LipschitzMLP
 from .made import MADE as MADE
 from .mlp import MLP as MLP
+from .pass_through import Given as Given
 from .periodic import Periodic as Periodic
-from .stream import stream as stream
-from .stream import stream_vjp as stream_vjp
 from .transformer import CausalTransformer as CausalTransformer
 from .transformer import Tokens as Tokens
+from .vector_field import MLPField as MLPField
+from .vector_field import VectorField as VectorField

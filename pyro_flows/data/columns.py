@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_kind, check_numbers
-from .table import Names, is_table, label, places_of, read_table
+from .table import Names, as_table, is_table, label, places_of
 
 FINE = {"integers": 1e-4, "lattice": 1e-3}  # steps in standard deviations below which flows hardly see a step
 SHARED = 0.1  # the share of rows with a repeated value from which a lattice matters
@@ -228,7 +228,7 @@ def _read(caller: str, x: Any) -> tuple[Tensor, Names]:
     """Return a table of at least one row as a matrix ``(N, D)``, and the names of its columns."""
     if not is_table(x):
         raise TypeError(f"{caller}: x must be a tensor, an array or a data frame, got {type(x).__name__}.")
-    table, names = read_table(caller, "x", x)
+    table, names = as_table(caller, "x", x)
     if table.dim() not in (1, 2) or not table.numel():
         raise ValueError(f"{caller}: x must have shape (N, D) or (N,), got {tuple(table.shape)}.")
     if table.is_floating_point() and (bad := int((~table.isfinite()).sum())):

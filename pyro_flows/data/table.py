@@ -22,7 +22,7 @@ def is_table(value: Any) -> bool:
     return isinstance(value, Tensor) or hasattr(value, "to_numpy") or hasattr(value, "__array__")
 
 
-def read_table(caller: str, argument: str, value: Any) -> tuple[Tensor, Names]:
+def as_table(caller: str, argument: str, value: Any) -> tuple[Tensor, Names]:
     """Return a table as a tensor, in its own dtype if torch computes with it, and the names of its columns.
 
     Raises:

@@ -12,8 +12,8 @@ import torch
 from ..arguments import check_flags, check_integers, joined
 from ..arviz_versions import Groups, Variable, container
 from ..programs.engines import Site, Values, in_batches, row_log_prob
-from ..programs.nesting import runs_programs
-from ..programs.task import Task, warn_untrained
+from ..programs.model_and_guide import Task, warn_untrained
+from ..programs.plate_nesting import runs_programs
 from ..sampling.samples import Samples
 from .importance import LEAST, reweighted, weigh
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import plots
 from ..arguments import check_integers, joined
 from ..encoders.base import at_rest
-from ..programs.nesting import runs_programs
+from ..programs.plate_nesting import runs_programs
 from ..programs.quantities import labels_of
 from ..programs.simulations import Simulations
 from ..programs.simulator import Simulator

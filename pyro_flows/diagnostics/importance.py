@@ -26,9 +26,9 @@ from .. import plots
 from ..arguments import check_integers, joined
 from ..programs.engines import Values, View, in_batches, row_log_prob
 from ..programs.error_text import warn_user
-from ..programs.nesting import plates_of, runs_programs
-from ..programs.task import Draws, Task
-from ..sampling.population import systematic
+from ..programs.model_and_guide import Draws, Task
+from ..programs.plate_nesting import plates_of, runs_programs
+from ..sampling.annealed_population import systematic
 from .pareto import smooth
 
 LEAST = 25  # the fewest draws that have a tail to fit

@@ -20,8 +20,8 @@ from torch.distributions import biject_to
 
 from ..arguments import check_integers, joined
 from ..programs.error_text import warn_user
-from ..programs.nesting import nesting_of, runs_programs
-from ..programs.task import check_trained
+from ..programs.model_and_guide import check_trained
+from ..programs.plate_nesting import nesting_of, runs_programs
 from .verdict import check as judge
 
 

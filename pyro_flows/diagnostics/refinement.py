@@ -14,8 +14,8 @@ from ..arguments import check_integers, joined
 from ..programs.error_text import warn_user
 from ..programs.latent_space import sound_space
 from ..programs.log_density import or_nan
-from ..programs.nesting import runs_programs
-from ..programs.task import Task, check_trained
+from ..programs.model_and_guide import Task, check_trained
+from ..programs.plate_nesting import runs_programs
 from ..sampling.chains import FROZEN, Chains
 from ..sampling.coordinates import guide_coordinates
 from .drift import Drift, DriftMeter

@@ -5,7 +5,7 @@ Three tests look at the draws, and none needs the true posterior:
 * importance weights compare guide and posterior at the draws, and k-hat tells whether the weights are reliable; many
   more draws show whether a few lie where the posterior has no density (:mod:`.outliers`);
 * short Markov chains from the draws drift if the guide is wrong nearby (:mod:`.drift`, :mod:`.marginal_errors`);
-* a population annealed from the prior finds mass that lies far away (:mod:`.missing_mass`).
+* a population annealed from the prior finds mass that lies far away (:mod:`.missing_modes`).
 
 Draws are trusted if each mean is right to 0.1 standard deviations, each standard deviation to 10 %, each distribution
 function to about 0.05, and hardly any mass is missing.  Each error is a finding (:mod:`.findings`), and the verdict is
@@ -28,15 +28,15 @@ from .. import plots
 from ..arguments import check_integers, joined
 from ..programs.latent_space import LatentSpace, Scored, sound_space
 from ..programs.log_density import or_nan
-from ..programs.nesting import runs_programs
-from ..programs.task import Task, check_trained
+from ..programs.model_and_guide import Task, check_trained
+from ..programs.plate_nesting import runs_programs
 from ..sampling.chains import FROZEN, Chains
 from ..sampling.coordinates import Coordinates, White, guide_coordinates
 from .drift import FLAG, SURE, Drift, DriftMeter, weighted_drift
 from .findings import Finding, worst
 from .importance import Psis, weigh
 from .marginal_errors import Shape, ShapeMeter, weighted_shape
-from .missing_mass import Missing, search
+from .missing_modes import Missing, search
 from .outliers import outliers
 
 LIMIT = 0.1  # the largest error of trusted draws, in standard deviations

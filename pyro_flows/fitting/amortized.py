@@ -23,7 +23,7 @@ from ..data.batches import Batch, divided
 from ..guides import AutoFlow
 from ..guides.contexts import initialize
 from ..guides.guide_call import Call
-from ..programs.nesting import runs_programs
+from ..programs.plate_nesting import runs_programs
 from ..programs.simulations import Simulations, check_draws, check_given
 from ..programs.simulator import Simulator
 from ..training import distributed

@@ -7,9 +7,9 @@ from typing import Any
 
 from ..arguments import check_flags, check_integers, joined
 from ..guides import AutoFlow
-from ..programs.nesting import runs_programs
-from ..programs.task import Task
-from ..sampling.population import ISLANDS
+from ..programs.model_and_guide import Task
+from ..programs.plate_nesting import runs_programs
+from ..sampling.annealed_population import ISLANDS
 from ..training.loop import Fit
 from .mode_covering import Annealed, cover
 from .svi import fit_svi

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..arguments import check_choice, check_flags, check_integers, check_numbers, suggests_keywords
 from ..data.batches import Batch, Rows, Source
-from ..data.sources import Reader, sources
-from ..data.survey import CellNoise, Survey, check_rows
+from ..data.reading import Reader, sources
+from ..data.row_statistics import CellNoise, Survey, check_rows
 from ..diagnostics import bits_per_dim, save_images
 from ..diagnostics.rounding import warn_of_round_off
 from ..encoders import ClassEmbedding

@@ -31,14 +31,14 @@ from ..flows import Flow
 from ..guides import AutoFlow
 from ..guides.base import holders
 from ..guides.contexts import RowContexts
-from ..guides.recipe import DENSE
-from ..guides.schedule import Schedule, plan_of
+from ..guides.default_flows import DENSE
+from ..guides.default_training import Schedule, plan_of
 from ..objectives import PathELBO, TemperedELBO
-from ..objectives.particles import ParticleObjective
+from ..objectives.base import ParticleObjective
 from ..programs.error_text import warn_user
 from ..programs.latent_space import LatentSpace
 from ..programs.log_density import is_breakdown, or_nan
-from ..programs.task import Task
+from ..programs.model_and_guide import Task
 from ..programs.traces import leaves_of
 from ..sampling.gaussian import Gaussian, fit_gaussian
 from ..threads import OPERATIONS

@@ -1,10 +1,11 @@
 """A guide that covers all modes of a posterior, and the evidence, from an annealed population.
 
-The population finds the modes and their weights (:mod:`pyro_flows.sampling.population`).  A mixture of Gaussians at the
-modes becomes the base of a flow, which is trained on the particles and then by the ELBO.  If the weights of this
-guide's draws are reliable, the draws replace the particles: their evidence and mode weights are less noisy.  If they
-are not, or miss evidence that the population has, the particles are kept.  If the weights may mislead, the particles
-move on as chains in the guide's coordinates, and bridge sampling combines both kinds of draws to the evidence.
+The population finds the modes and their weights (:mod:`pyro_flows.sampling.annealed_population`).  A mixture of
+Gaussians at the modes becomes the base of a flow, which is trained on the particles and then by the ELBO.  If the
+weights of this guide's draws are reliable, the draws replace the particles: their evidence and mode weights are less
+noisy.  If they are not, or miss evidence that the population has, the particles are kept.  If the weights may mislead,
+the particles move on as chains in the guide's coordinates, and bridge sampling combines both kinds of draws to the
+evidence.
 
 Sequential Monte Carlo Samplers (Del Moral, Doucet, Jasra 2006); Annealed Flow Transport Monte Carlo (Arbel, Matthews,
 Doucet 2021, arXiv:2102.07501).
@@ -31,10 +32,10 @@ from ..distributions import ModesBase
 from ..guides import AutoFlow
 from ..programs.latent_space import LatentSpace, sound_space
 from ..programs.log_density import or_nan
-from ..programs.task import Task
+from ..programs.model_and_guide import Task
+from ..sampling.annealed_population import ISLANDS, Effort, Population, anneal, bridge, moved_on
+from ..sampling.climbs import SOME, ways_up
 from ..sampling.mode_mixture import ROUNDS, ModeMixture
-from ..sampling.modes import SOME, ways_up
-from ..sampling.population import ISLANDS, Effort, Population, anneal, bridge, moved_on
 from ..sampling.start_distribution import Reference
 from ..training import distributed
 from ..training.loop import Fit

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..training.state import Optimizer
+from ..training.best_state import Optimizer
 
 OTHERS = "others"
 # SOAP.

@@ -9,10 +9,10 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 
 from ..objectives import PathELBO, PathEnumELBO
-from ..objectives.particles import ParticleObjective
+from ..objectives.base import ParticleObjective
 from ..programs.error_text import quoted
 from ..programs.latents import check_guided, lacking
-from ..programs.task import Task
+from ..programs.model_and_guide import Task
 from ..training.randomness import unchanged
 
 

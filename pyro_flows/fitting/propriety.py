@@ -17,7 +17,7 @@ from torch.distributions import constraints
 from ..guides import AutoFlow
 from ..programs.latent_space import LatentSpace
 from ..programs.log_density import LogDensity, or_nan, score_of
-from ..programs.task import Task
+from ..programs.model_and_guide import Task
 
 MANY = 200  # latents with flat priors beyond which the search would take long
 

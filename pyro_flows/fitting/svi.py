@@ -14,14 +14,14 @@ from pyro.infer import ELBO
 
 from ..arguments import check_choice, check_flags, check_integers, check_numbers, joined, quoted
 from ..guides import AutoFlow
-from ..guides.schedule import plan_of
-from ..programs.nesting import runs_programs, settle
-from ..programs.task import Task
+from ..guides.default_training import plan_of
+from ..programs.model_and_guide import Task
+from ..programs.plate_nesting import runs_programs, settle
 from ..training import distributed
 from ..training.checkpoint import check_path
 from ..training.loop import Fit
 from .elbo import ELBOFit
-from .ladder import Ladder, climb
+from .escalation import Ladder, climb
 from .program_checks import check_no_parameters, check_task
 
 CALLER = "fit_svi"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ..arguments import check_integers, check_kind, check_numbers
-from ..distributions.base import log_prob_of
+from ..distributions.normal import log_prob_of
 from ..transforms import Sigmoid, View
 from .arguments import check_event, check_tensor
 from .chunks import in_chunks

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution
 
-from ..distributions.base import log_prob_of
+from ..distributions.normal import log_prob_of
 from ..transforms import FlowTransform, View
 from ..transforms.base import carried_along, chained
-from ..transforms.view import can_be_kept, watch
+from ..transforms.torch_view import can_be_kept, watch
 from ..vjp import is_plain
 from .arguments import as_size, check_value, parameter_of
 
@@ -30,7 +30,8 @@ class FlowDistribution(dist.TransformedDistribution):
     are checked before they are scored, unless validation is off (``pyro.enable_validation(False)``).
 
     The last draw is kept until it is scored, together with a copy of all numbers that it depends on
-    (:mod:`~pyro_flows.transforms.view`).  If nothing has changed, ``log_prob`` of this very tensor runs no network.
+    (:mod:`~pyro_flows.transforms.torch_view`).  If nothing has changed, ``log_prob`` of this very tensor runs no
+    network.
 
     Args:
         base: A module that builds the base distribution.

@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 
 from ..arguments import check_kind, quoted
 from ..distributions import FixedBase, StandardNormal
-from ..distributions.base import log_prob_of
+from ..distributions.normal import log_prob_of
 from ..transforms import Compose, FlowTransform, View
 from ..transforms.base import chained, checked_chain
 from ..transforms.compiled import CompiledRuns

@@ -29,12 +29,13 @@ from .base import FlowGuide
 from .checks import check_latents
 from .circles import is_circular
 from .contexts import check_finite, encode, width_for_one
+from .default_flows import FEW, assemble, built, check_recipes, default_for, is_untrained, start_at
+from .default_training import Schedule
 from .guide_call import Call
-from .packing import Moving, Packing, check_supports, moving_supports, place
-from .recipe import FEW, assemble, built, check_recipes, default_for, is_untrained, start_at
-from .schedule import Schedule
-from .start import settle_start
-from .stored import check_fits
+from .loaded import check_fits
+from .moving_supports import Moving, check_supports, moving_supports
+from .packing import Packing, place
+from .start_location import settle_start
 
 
 class AutoFlow(FlowGuide, AutoContinuous):

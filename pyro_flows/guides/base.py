@@ -27,18 +27,18 @@ from ..flows import Flow
 from ..flows.distribution import FlowDistribution
 from ..programs.engines import plate_like
 from ..programs.log_density import is_breakdown
-from ..programs.task import warn_untrained
+from ..programs.model_and_guide import warn_untrained
 from ..programs.traces import arguments_of
 from .checks import Calls, check_shapes, setup_error
 from .circles import MarkCircles
 from .contexts import check_encoder
+from .default_training import Plan
 from .discrete import HideDiscrete, draw_discrete
 from .guide_call import Call, Found
+from .loaded import Site, program_of, sites_of
 from .masked import check_unmasked
 from .packing import Packing
-from .schedule import Plan
-from .start import init_to_center
-from .stored import Site, program_of, sites_of
+from .start_location import init_to_center
 
 SHOWN = 8  # latents in the repr of a guide
 _used: set[str] = set()  # names of guides in Pyro's parameter store, which all guides of a process share

@@ -19,7 +19,7 @@ from ..conditioners.base import Paced
 from ..encoders import Standardize
 from ..encoders.base import at_rest
 from ..encoders.standardize import learning
-from ..programs.shuffled_rows import Shuffled
+from ..programs.plate_minibatches import Shuffled
 from ..programs.traces import signature_of
 from ..vjp import graph_of
 from .guide_call import Call, Rows, frame_of

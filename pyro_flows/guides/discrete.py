@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..programs.engines import Values
 from ..programs.latents import is_point, is_summable
-from ..programs.nesting import nesting_of
+from ..programs.plate_nesting import nesting_of
 from ..programs.program import Program
 from ..programs.traces import trace_at
 from .guide_call import Call

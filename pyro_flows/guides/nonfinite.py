@@ -21,7 +21,7 @@ from ..flows.distribution import FlowDistribution
 from ..programs.engines import is_weighing
 from ..programs.log_density import NonFiniteDraw
 from ..programs.traces import trace_of
-from ..transforms.tracing import is_traced
+from ..transforms.compiler_state import is_traced
 from .guide_call import Call
 
 MOST = 100  # draws of one step at which the model is run again

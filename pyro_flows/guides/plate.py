@@ -22,19 +22,30 @@ from ..encoders.base import at_rest
 from ..flows import Flow
 from ..flows.chunks import chunk_for, in_chunks
 from ..programs.engines import in_batches
-from ..programs.shuffled_rows import Shuffled
+from ..programs.plate_minibatches import Shuffled
 from ..transforms.base import chained
-from . import recipe
 from .base import FlowGuide
 from .checks import check_latents
 from .circles import is_circular
 from .contexts import InTurn, RowContexts, check_tied, initialize
+from .default_flows import (
+    assemble,
+    assemble_local,
+    autoencoder_flow,
+    built,
+    check_recipes,
+    default_flow,
+    is_untrained,
+    local_flow,
+    permutes,
+)
+from .default_training import Schedule
 from .guide_call import Call, Rows, frame_of
+from .loaded import check_fits
 from .masked import RowMasks, masks_of_all
-from .packing import Packing, check_supports, moving_supports, place
-from .schedule import Schedule
-from .start import settle_start
-from .stored import check_fits
+from .moving_supports import check_supports, moving_supports
+from .packing import Packing, place
+from .start_location import settle_start
 
 
 class Nested(nn.Module):
@@ -182,7 +193,7 @@ class AutoPlateFlow(FlowGuide):
         init_scale: float | None = None,
         name: str | None = None,
     ) -> None:
-        recipe.check_recipes("AutoPlateFlow", local_flow=local_flow, global_flow=global_flow)
+        check_recipes("AutoPlateFlow", local_flow=local_flow, global_flow=global_flow)
         check_numbers("AutoPlateFlow", above=0, optional=True, init_scale=init_scale)
         super().__init__(model, encoder, init_loc_fn, name)
         self._build_local, self._build_global = local_flow, global_flow
@@ -208,14 +219,14 @@ class AutoPlateFlow(FlowGuide):
             check_tied(call, rows)
         outer = inner = None
         if shared.size:
-            outer = recipe.built("AutoPlateFlow", "global_flow", self._build_global, recipe.default_flow, shared.size)
-            outer = recipe.assemble(outer, None, shared.start, scale)
+            outer = built("AutoPlateFlow", "global_flow", self._build_global, default_flow, shared.size)
+            outer = assemble(outer, None, shared.start, scale)
         if own.size:
             self.contexts.setup(call, rows, own.start, num_zeros=Affine().num_params * own.size)
             sizes = own.size, self.contexts.width + shared.size
-            default = recipe.local_flow if shared.size or by_row else recipe.autoencoder_flow
-            inner = recipe.built("AutoPlateFlow", "local_flow", self._build_local, default, *sizes)
-            inner = recipe.assemble_local(inner, own.start.mean(0), scale, by_row=by_row)
+            default = local_flow if shared.size or by_row else autoencoder_flow
+            inner = built("AutoPlateFlow", "local_flow", self._build_local, default, *sizes)
+            inner = assemble_local(inner, own.start.mean(0), scale, by_row=by_row)
         self.posterior, self.full_size = Nested(shared, own, outer, inner, scale), rows.full_size
         self._adopt_stored()
 
@@ -241,10 +252,10 @@ class AutoPlateFlow(FlowGuide):
     def is_fresh(self) -> bool:
         """True if the guide is untrained."""
         posterior, size = self.posterior, self.posterior.shared.size
-        if posterior.flow and not recipe.is_untrained(posterior.flow, float(posterior.scale), [False] * size):
+        if posterior.flow and not is_untrained(posterior.flow, float(posterior.scale), [False] * size):
             return False
         layers = posterior.local_flow.transforms[:-1] if posterior.local_flow else []
-        return recipe.permutes(layers, posterior.own.start.new_zeros(posterior.own.size)) if layers else True
+        return permutes(layers, posterior.own.start.new_zeros(posterior.own.size)) if layers else True
 
     def schedule(self, *, near: bool = False, alone: bool = True) -> Schedule:
         """Return the schedule that suits the guide: few draws per step, since gradients are averaged over the rows.

@@ -6,11 +6,11 @@ The losses of variational inference are Pyro ELBOs: ``fit_svi`` and Pyro's ``SVI
 ``trains_base = False`` a loss that does not train the base.
 """
 
-from .forward import ForwardKL as ForwardKL
+from .flow_matching import FlowMatching as FlowMatching
+from .forward_kl import ForwardKL as ForwardKL
 from .likelihood import Likelihood as Likelihood
-from .matching import FlowMatching as FlowMatching
-from .path import PathELBO as PathELBO
-from .path import PathEnumELBO as PathEnumELBO
+from .path_gradient import PathELBO as PathELBO
+from .path_gradient import PathEnumELBO as PathEnumELBO
 from .renyi import ImportanceWeightedELBO as ImportanceWeightedELBO
 from .renyi import RenyiELBO as RenyiELBO
 from .tempered import TemperedELBO as TemperedELBO

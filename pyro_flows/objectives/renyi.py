@@ -17,8 +17,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ..arguments import check_numbers
-from .particles import ParticleObjective
-from .path import PathGradient
+from .base import ParticleObjective
+from .path_gradient import PathGradient
 
 
 class RenyiELBO(PathGradient, ParticleObjective):

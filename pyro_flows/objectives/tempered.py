@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_integers, check_numbers
-from .particles import ParticleObjective
-from .path import PathGradient
+from .base import ParticleObjective
+from .path_gradient import PathGradient
 
 # Shares of all steps: β begins to rise after the first, is 1 after the second; modes are compared until the third.
 HOLD, RISEN, COMPARED = 0.05, 0.55, 0.9

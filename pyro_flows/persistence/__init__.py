@@ -1,4 +1,4 @@
 """Flows and guides in files: what they are built of, and their tensors; never code."""
 
-from .file import load as load
-from .file import save as save
+from .save_load import load as load
+from .save_load import save as save

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .classes import BY_NAME, BY_TYPE
+from .allowed_classes import BY_NAME, BY_TYPE
 
 UNSIZED = "flows.Dequantized", "guides.AutoPlateFlow", "guides.Site"  # their numbers may count levels, or rows
 WAY_OUT = (

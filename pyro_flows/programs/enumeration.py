@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .engines import Site, Values, View
 from .masks import mask_of
-from .nesting import plates_of
+from .plate_nesting import plates_of
 
 if TYPE_CHECKING:
     from .program import Program

@@ -23,9 +23,9 @@ from .engines import Site, Values, View, in_batches
 from .latents import innermost, support_of
 from .log_density import LogDensity, in_parts, is_breakdown, or_nan
 from .masks import mask_of
+from .model_and_guide import Task
 from .program import TOTAL, Program
 from .quantities import Quantities
-from .task import Task
 
 OWN = "log q of own sites"  # not the name of a site
 CHANGE = "change of "  # prefix of a site's name

@@ -11,7 +11,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch.distributions import constraints
 
-from .events import with_values
+from .finite_supports import with_values
 from .masks import Mask, is_observation, mask_of
 
 KEEPS_MASK = "_keeps_mask"  # marks a guide's site whose density leaves out what the model masks

@@ -19,11 +19,11 @@ from torch.overrides import TorchFunctionMode
 from ..threads import Threads
 from .engines import DRAWS, Read, Values, View, in_batches, run, with_room
 from .enumeration import Parallel
-from .events import WithValues
+from .finite_supports import WithValues
 from .log_density import part_size
-from .row_parts import Part, parts_of
 from .sequential_sum import Sequential, sum_over
 from .traces import Args, Function, Kwargs, outside_plates, trace_of
+from .whole_plate import Part, parts_of
 
 LARGEST = 2**18  # numbers in a tensor of many draws, 2 MB of them in double precision
 GIVEN = "_given"  # the mark of a plate whose rows the program chooses itself

@@ -13,7 +13,7 @@ from torch.distributions import VonMises
 
 from .engines import Values, is_deterministic
 from .latents import innermost
-from .task import Task
+from .model_and_guide import Task
 
 MOST = 1000  # numbers of a deterministic site; larger ones are left out
 

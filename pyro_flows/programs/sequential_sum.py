@@ -17,8 +17,8 @@ from torch import Tensor
 from .engines import Site, Values, View
 from .enumeration import REST, Parallel, TraceAt, check_masks, check_rows, terms_of
 from .error_text import quoted
-from .events import MOST, with_values
-from .nesting import plates_of
+from .finite_supports import MOST, with_values
+from .plate_nesting import plates_of
 
 if TYPE_CHECKING:
     from .program import Program

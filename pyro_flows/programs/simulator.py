@@ -21,10 +21,10 @@ from .engines import Values, in_batches
 from .error_text import warn_user
 from .latents import innermost
 from .masks import is_observation
-from .nesting import nesting_of, runs_programs
+from .model_and_guide import check_vectorize, subsampled_plate
+from .plate_nesting import nesting_of, runs_programs
 from .program import Program
 from .simulations import Simulations
-from .task import check_vectorize, subsampled_plate
 from .traces import Args, Function, Kwargs, signature_of, trace_at
 
 

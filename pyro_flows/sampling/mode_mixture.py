@@ -17,10 +17,10 @@ from torch.distributions import MultivariateNormal
 
 from ..programs.latent_space import LatentSpace
 from ..programs.log_density import LogDensity, or_nan
+from .annealed_population import Population
+from .climbs import NARROW, ascend, climb, components, highest_of_each
 from .coordinates import White
 from .gaussian import Gaussian, match_top
-from .modes import NARROW, ascend, climb, components, highest_of_each
-from .population import Population
 
 FITTED = 20  # effective draws per dimension from which a component's mean and covariance are estimated
 ROUNDS = 50  # of expectation maximisation

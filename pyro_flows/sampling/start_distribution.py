@@ -18,7 +18,7 @@ from torch.distributions import MultivariateNormal
 
 from ..programs.latent_space import LatentSpace
 from ..programs.log_density import LogDensity, or_nan
-from ..programs.task import Task
+from ..programs.model_and_guide import Task
 from .gaussian import fit_gaussian
 
 WIDE = 10.0  # standard deviation of a wide Gaussian, in units and in those of the Gaussian nearest to the posterior

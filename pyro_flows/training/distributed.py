@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..programs.shuffled_rows import Shuffled
+from ..programs.plate_minibatches import Shuffled
+from .best_state import fill
 from .randomness import random_state, set_random_state
-from .state import fill
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -22,13 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import plots
-from ..memory import keep_memory
+from ..allocator import keep_memory
 from ..programs.log_density import NonFiniteDraw, is_breakdown
 from ..threads import Threads, using
 from . import distributed
+from .best_state import Average, Best, Optimizer, fill
 from .checkpoint import Checkpoint
 from .interrupts import hold_interrupts
-from .state import Average, Best, Optimizer, fill
 from .stopping import Horizon
 
 AGAIN = 5.0  # seconds within which a launcher passes Ctrl-C on to processes that have received it already
@@ -264,11 +264,9 @@ class Descent:
 
     def _reason_to_stop(self, *, interrupted: bool = False) -> str:
         """Return why the run ends now, or an empty string if it goes on."""
-        if self.judge and self.step - self.best.step >= self.judge.patience * self.judge.every:
-            return "held-out"
-        if self.step >= self.horizon.last:
-            return "converged" if self.horizon.converged_at else "steps"
-        return "interrupted" if interrupted else ""
+        judge = self.judge
+        stale = judge is not None and self.step - self.best.step >= judge.patience * judge.every
+        return self.horizon.reason_to_stop(self.step, stale=stale, interrupted=interrupted)
 
     def _take_step(self, asked: Callable[[], bool]) -> list[bool]:
         """Take a step, or skip it if its loss or gradient is not finite.

@@ -1,4 +1,4 @@
-"""When a run stops: its last step, its step sizes, and the test of convergence.
+"""The end of a run and the step sizes up to it: why a run stops, and the test of convergence.
 
 The step size rises linearly, since the first steps of Adam have full size and deep flows compound them.  Then it falls
 along a cosine (Loshchilov, Hutter 2016, arXiv:1608.03983).
@@ -57,6 +57,20 @@ class Horizon:
             rounding = ROUNDED * self.eps * float(latest.abs().max())
             if max(float(latest.std()), rounding) < self.noise:  # False if a step was skipped: its loss is NaN
                 self.converged_at = self._seen
+
+    def reason_to_stop(self, step: int, *, stale: bool, interrupted: bool) -> str:
+        """Return why the run ends after a step, or an empty string if it goes on.
+
+        Args:
+            step: The number of steps taken.
+            stale: True if the loss on held-out data has not improved for too long.
+            interrupted: True after Ctrl-C.
+        """
+        if stale:
+            return "held-out"
+        if step >= self.last:
+            return "converged" if self.converged_at else "steps"
+        return "interrupted" if interrupted else ""
 
     def share(self, step: int) -> float:
         """Return the step size of a step, as a share of the largest."""

@@ -5,7 +5,7 @@ from .base import Compose as Compose
 from .base import Conditioned as Conditioned
 from .base import FlowTransform as FlowTransform
 from .base import Inverse as Inverse
-from .block import BlockAutoregressive as BlockAutoregressive
+from .block_autoregressive import BlockAutoregressive as BlockAutoregressive
 from .continuous import Continuous as Continuous
 from .continuous import Solution as Solution
 from .coupling import Coupling as Coupling
@@ -28,4 +28,4 @@ from .reshape import Reshaped as Reshaped
 from .reshape import Split as Split
 from .reshape import Squeezed as Squeezed
 from .residual import Residual as Residual
-from .view import View as View
+from .torch_view import View as View

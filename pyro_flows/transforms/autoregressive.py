@@ -8,9 +8,9 @@ from ..arguments import BIJECTOR, check_flags, check_kind
 from ..bijectors import Bijector
 from ..conditioners import MADE, CausalTransformer
 from .base import FlowTransform
+from .compiler_state import is_traced
 from .conditional import check_params
 from .inversion import invert, invert_by_passes, invert_tokens
-from .tracing import is_traced
 
 
 class Autoregressive(FlowTransform):

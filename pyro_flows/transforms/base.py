@@ -19,7 +19,7 @@ from torch.distributions import Transform, constraints
 from ..arguments import TRANSFORM, as_shape, check_integers, check_kind, quoted
 from ..conditioners.base import Gradients as Gradients
 from ..vjp import keeps, vjp
-from .view import View
+from .torch_view import View
 
 Scored = tuple[Tensor, Tensor, Tensor]  # values, log-determinants, and the scores of the values
 

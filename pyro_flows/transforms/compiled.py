@@ -18,7 +18,7 @@ from torch import Tensor
 from ..bijectors import Bijector
 from .autoregressive import Autoregressive
 from .base import Compose, FlowTransform, Inverse
-from .tracing import COMPILE_SETTINGS, is_traced
+from .compiler_state import COMPILE_SETTINGS, is_traced
 
 # dynamic=True would make symbols of the numbers in bijectors, for which torch 2.13 compiles wrong code; so all is
 # static but what is marked.  There are graphs with and without gradients, of one event and of many, in training or not.

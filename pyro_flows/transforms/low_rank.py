@@ -20,9 +20,9 @@ from ..arguments import check_integers, is_integer
 from ..bijectors.base import bounded
 from ..conditioners import Conditioner
 from .base import Scored
+from .compiler_state import NEW_COMPILER
 from .conditional import Tabled
 from .orthogonal import reflect, unit
-from .tracing import NEW_COMPILER
 
 MAX_LOG_SLOPE = 4.0  # B
 MAX_LOG_SCALE = 2.0  # bound on log R̃_ii of a Sylvester transform: ridges are between 1/7 and 7 wide

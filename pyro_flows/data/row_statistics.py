@@ -13,7 +13,7 @@ from torch import Tensor
 from ..programs.error_text import warn_user
 from .batches import Batch, Source, Stream, part_of
 from .columns import spikes_of, tied_columns
-from .sources import Reader
+from .reading import Reader
 from .table import label, listed, places_of
 
 SAMPLE = 25_000  # the least number of rows in the sample, if there are as many

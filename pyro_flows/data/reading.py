@@ -14,7 +14,7 @@ from ..encoders.base import at_rest
 from ..flows import Dequantized, Flow
 from ..flows.arguments import check_precision
 from .batches import Batch, Rows, Source, Stream, divided, split
-from .table import Names, is_table, read_table
+from .table import Names, as_table, is_table
 
 FEWEST = 20  # rows that can be split
 
@@ -66,7 +66,7 @@ class Reader:
         Raises:
             ValueError: If they do not fit the flow or each other.
         """
-        found, names = read_table("fit_density", argument, x)
+        found, names = as_table("fit_density", argument, x)
         if names and self.names and names != self.names:
             words = f"{argument} has the columns {names}, but x has {self.names}"
             raise ValueError(f"fit_density: {words}; give them in one order.")
@@ -111,7 +111,7 @@ class Reader:
 
     def _context(self, context: Any, number: int) -> Tensor:
         """Return the contexts of ``number`` rows as a tensor."""
-        found, _ = read_table("fit_density", "context", context)
+        found, _ = as_table("fit_density", "context", context)
         if not self.flow.context_dim:
             words = f"context of shape {tuple(found.shape)} is unexpected: this flow takes none"
             raise ValueError(f"fit_density: {words}. Build it with context_dim > 0, or num_classes for labels.")

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..arguments import check_integers
 from ..programs.latents import check_drawn
+from ..programs.model_and_guide import LOG_Q, subsampled_plate
 from ..programs.program import TOTAL
-from ..programs.task import LOG_Q, subsampled_plate
-from .particles import ParticleObjective
+from .base import ParticleObjective
 
 
 class ForwardKL(ParticleObjective):

@@ -28,7 +28,7 @@ FIRST = "column 1"  # the name of a first column without a name
 MANY = 50  # names in a line
 
 
-def read_table(path: Path, chosen: list[str] | None = None) -> tuple[pd.DataFrame, list[str]]:
+def read_table_file(path: Path, chosen: list[str] | None = None) -> tuple[pd.DataFrame, list[str]]:
     """Return a table in float64, and a remark on each kind of omission.
 
     Columns of text, empty ones and constant ones are left out, unless they are chosen: then they are an error.  Rows

@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from .. import arguments
-from ..memory import keep_memory
+from ..allocator import keep_memory
 from .engine_choice import check_noise, settle
 from .engines import ENGINES, Site, Values, View, in_batches, plate_like, value_of
 from .error_text import check_observed, explained, warn_user
 from .latents import check_match, is_point, summable
-from .nesting import check_crossed, has_bare_dimensions, nesting_of, plates_of
+from .plate_nesting import check_crossed, has_bare_dimensions, nesting_of, plates_of
 from .program import GIVEN, TOTAL, Program
-from .row_parts import can_be_whole
 from .traces import Args, Function, Kwargs, arguments_of, trace_of
+from .whole_plate import can_be_whole
 
 LOG_Q = "the guide's log-density"  # a key next to the names of sites
 Of = Callable[[Site], Tensor]  # a tensor of a site, such as its value

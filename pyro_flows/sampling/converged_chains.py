@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ..programs.latent_space import LatentSpace
 from ..programs.log_density import or_nan
+from .annealed_population import systematic
 from .chains import Chains
 from .convergence import FEWEST, Convergence, convergence
 from .coordinates import White, chain_coordinates
-from .population import systematic
 from .samples import Samples
 
 RHAT = 1.01  # of converged chains

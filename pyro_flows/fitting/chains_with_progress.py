@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from ..programs.latent_space import LatentSpace
 from ..sampling import Samples
-from ..sampling.run import Goal, Run
+from ..sampling.converged_chains import Goal, Run
 from ..training.interrupts import watching
 
 CHAINS, ONE_BY_ONE = 256, 16  # default numbers of chains; the latter where the model runs one draw at a time

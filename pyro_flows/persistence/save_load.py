@@ -19,11 +19,11 @@ from ..arguments import as_file
 from ..atomic_files import save_tensors, write_atomically
 from ..flows import Dequantized, Flow
 from ..guides import AutoFlow, AutoPlateFlow
-from .archive import Archive, Damaged, Foreign
-from .classes import BY_TYPE, ROOTS
+from .allowed_classes import BY_TYPE, ROOTS
+from .module_state import check_comes_back, marks_of, restore, state_of
+from .safe_archive import Archive, Damaged, Foreign
 from .size_limit import FREE_NUMBER, Allowance
 from .spec import WAY_OUT, build, describe, named
-from .state import check_comes_back, marks_of, restore, state_of
 
 FORMAT = 1
 _settings_of_torch = threading.Lock()  # torch has one setting for all threads

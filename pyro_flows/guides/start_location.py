@@ -20,7 +20,7 @@ from torch.distributions import biject_to
 
 from ..programs.error_text import check_observed
 from ..programs.latents import innermost
-from ..programs.nesting import check_crossed
+from ..programs.plate_nesting import check_crossed
 from ..programs.program import Program
 from ..programs.traces import arguments_of
 from .discrete import summed

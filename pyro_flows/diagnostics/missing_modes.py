@@ -21,11 +21,11 @@ from torch.distributions import Chi2
 from ..guides import AutoFlow
 from ..programs.latent_space import LatentSpace, Scored
 from ..programs.log_density import LogDensity, or_nan
-from ..programs.task import Task
+from ..programs.model_and_guide import Task
+from ..sampling.annealed_population import Effort, anneal
+from ..sampling.climbs import ascend, climb, components, far, highest_of_each, ways_up
 from ..sampling.coordinates import White
 from ..sampling.gaussian import match_top
-from ..sampling.modes import ascend, climb, components, far, highest_of_each, ways_up
-from ..sampling.population import Effort, anneal
 from ..sampling.start_distribution import Reference
 from .drift import Drift
 

@@ -27,17 +27,17 @@ from torch import Tensor
 from ..diagnostics import Check, Finding, check
 from ..flows import Flow
 from ..guides import AutoFlow
-from ..guides.recipe import affine_couplings
+from ..guides.default_flows import affine_couplings
 from ..programs.error_text import warn_user
 from ..programs.latent_space import LatentSpace
 from ..programs.log_density import or_nan
-from ..programs.task import Task
+from ..programs.model_and_guide import Task
 from ..sampling import Samples
-from ..sampling.run import Goal
+from ..sampling.converged_chains import Goal
 from ..training import distributed
 from ..training.loop import Fit
 from ..transforms import ActNorm
-from .chain_run import exact
+from .chains_with_progress import exact
 from .mode_covering import cover, space_of
 
 LOST = "mode", "far", "evidence", "blind"  # findings of mass that chains may not reach

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_numbers, check_sizes
 from ..bijectors.base import bounded
-from ..bijectors.continued import bracketed_root, implicit_root
+from ..bijectors.numerical_inverse import bracketed_root, implicit_root
 from ..conditioners import Conditioner
 from ..conditioners.base import MaskedLinear, Network
 from .conditional import Conditional, check_outputs

@@ -20,7 +20,7 @@ from ..bijectors import Bijector
 from ..flows import Dequantized, Flow
 from ..guides import AutoFlow, AutoPlateFlow
 from ..guides.circles import Circle
-from ..guides.stored import Site
+from ..guides.loaded import Site
 
 
 class Kind(NamedTuple):
