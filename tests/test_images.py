@@ -682,7 +682,7 @@ def test_images_steer_images() -> None:
         (small().flow, stripes(50)[0], {}, "flows.Dequantized"),
         (small().flow, torch.full((50, 1, 8, 8), math.nan), {}, "NaN or inf"),
         (small().flow, torch.ones(50, 1, 8, 8), {}, "constant in a channel"),
-        (small(), stripes(50)[0], {"samples": "no/where.png"}, "does not exist"),
+        (small(), stripes(50)[0], {"samples": "no/where.png"}, "there is no folder"),
         (small(), stripes(50)[0], {"samples": "x.jpg"}, "must name a .png file"),
         (small(), stripes(50)[0], {"context": torch.zeros(50)}, "this flow takes none. Build it with"),
         (small(num_classes=2), stripes(50)[0], {}, "labels of 2 classes"),

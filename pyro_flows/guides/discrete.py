@@ -71,7 +71,7 @@ def draw_discrete(call: Call, latents: Values) -> Values:
     if not latents or get_mask() is not False or not call.model or not call.model.args[1].args[0].has_met:
         return {}
     program = summed(call)
-    if program.subsamples:
+    if program.subsamples or not program.enumerated:
         return {}
     sites, found = program.single.nodes, {}
     latent = {name for name, site in program.single.iter_stochastic_nodes() if not is_point(site["fn"])}
