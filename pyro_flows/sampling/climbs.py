@@ -125,6 +125,8 @@ def components(density: LogDensity, coordinates: White, z: Tensor) -> Tensor:
             two draws than at both, whatever their modes.
     """
     number, x = len(z), coordinates.inverse(z)
+    if number == 1:
+        return torch.zeros(1, dtype=torch.long, device=z.device)
     heights = density(z)
     one, near = _neighbours(x)
     joined = _joined(density, z, heights, one, near)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 400_000  # numbers per block, few enough for the cache
+LINE = 64  # quantities that are transposed together, for whole cache lines
 FEWEST = 8  # draws per chain: each half needs four
 
 
@@ -59,11 +60,12 @@ def convergence(draws: Tensor) -> Convergence:
     """Summarise draws of K quantities by C chains of n draws, ``(C, n, K)``, with n at least 8."""
     half, step = draws.shape[1] // 2, max(1, BLOCK // (len(draws) * draws.shape[1]))
     parts = []
-    for some in draws.detach().split(step, -1):
+    for some in draws.detach().split(LINE, -1):
         centre = some[:, 0].nan_to_num(0.0, 0.0, 0.0).median(0).values  # for precision in float32
         some = (some - centre).float().cpu()
         halves = torch.cat((some[:, :half], some[:, -half:]))  # without the middle draw of an odd number
-        parts.append(_summary(halves.permute(2, 1, 0).flatten(1), half))  # of (K, S), with S = 2 n C
+        columns = halves.permute(2, 1, 0).flatten(1)  # (K, S), with S = 2 n C
+        parts += [_summary(part, half) for part in columns.split(step)]
     return Convergence(*map(torch.cat, zip(*parts, strict=True)))
 
 
