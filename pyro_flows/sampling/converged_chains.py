@@ -42,6 +42,7 @@ KEPT = 400  # largest number of recorded draws per chain, unless more are asked 
 KNOWN = 5000  # normal draws that estimate a standard deviation to 1 %
 HEAVY_TAILED = 10  # largest factor by which unknown standard deviations lengthen a run
 MANY_CHAINS = 64  # chains from which their scatter estimates the error of a standard deviation
+WORST = 16  # quantities that are tested first: those furthest from convergence so far
 BATCH = 4096  # draws per run of the model
 
 
@@ -128,13 +129,14 @@ class Run:
                     if not self._is_over():
                         self._sweep(adapt=True)
             wanted = math.ceil(len(self.record) * growth)
-        z = self.record.z()
+        z, names = self.record.z(), self.space.read.names
+        rhat, ess_bulk, ess_tail, *_ = found if len(found.rhat) == len(names) else self.record.convergence()
         return Samples(
             draws={k: v.unflatten(0, z.shape[:2]) for k, v in self.space.drawn_back(z.flatten(0, 1), BATCH).items()},
-            names=self.space.read.names,
-            rhat=found.rhat,
-            ess_bulk=found.ess_bulk,
-            ess_tail=found.ess_tail,
+            names=names,
+            rhat=rhat,
+            ess_bulk=ess_bulk,
+            ess_tail=ess_tail,
             converged=converged,
             divergences=self.chains.divergences - before,
             acceptance=[statistics.fmean(values) for values in zip(*self._accepted, strict=True)],
@@ -229,6 +231,7 @@ class Record:
         self._space, self._most, self._every, self._since = space, most, 1, 0
         self._z: list[Tensor] = []  # (C, D) each
         self._quantities: list[Tensor] = []  # (C, K) each, of the first of these draws
+        self._worst = torch.arange(0)  # the quantities furthest from convergence
 
     def __len__(self) -> int:
         return len(self._z)
@@ -262,15 +265,15 @@ class Record:
         """Test all draws, and the draws that remain if only every second, fourth, … is kept.
 
         Returns:
-            The convergence; True if the goal is reached, in which case only the tested draws are kept; and the factor
-            by which more draws are needed.
+            The convergence of all quantities, or of the worst; True if the goal is reached, in which case only the
+            tested draws are kept; and the factor by which more draws are needed.
         """
         quantities, chains = self._all_quantities(), len(self._z[0])
         growth, step, first = 2.0, 1, None
         while step == 1 or (len(self) // step >= 2 * FEWEST and len(self) // step * chains >= goal.num_draws):
-            found = convergence(quantities[:, (len(self) - 1) % step :: step])
+            found, is_reached = self._test(quantities[:, (len(self) - 1) % step :: step], goal)
             first = first or found
-            if (found.rhat <= RHAT).all() and (found.ess >= goal.num_draws).all() and not found.drifts:
+            if is_reached:
                 self._thin(step)
                 return found, True, 1.0
             excess = (float(found.rhat.max()) ** 2 - 1) / (RHAT**2 - 1)
@@ -278,6 +281,25 @@ class Record:
             step *= 2
         assert first is not None
         return first, False, max(1.25, growth)
+
+    def convergence(self) -> Convergence:
+        """Return the convergence of all quantities."""
+        return convergence(self._all_quantities())
+
+    def _test(self, quantities: Tensor, goal: Goal) -> tuple[Convergence, bool]:
+        """Test the worst quantities first, and the others if these have converged."""
+
+        def is_reached(found: Convergence) -> bool:
+            return bool((found.rhat <= RHAT).all() and (found.ess >= goal.num_draws).all()) and not found.drifts
+
+        if len(self._worst):
+            found = convergence(quantities[..., self._worst])
+            if not is_reached(found):
+                return found, False
+        found = convergence(quantities)
+        lacks = torch.maximum((found.rhat - 1) / (RHAT - 1), goal.num_draws / found.ess.clamp_min(1))
+        self._worst = lacks.topk(WORST).indices if len(lacks) > WORST else torch.arange(0)
+        return found, is_reached(found)
 
     def _all_quantities(self) -> Tensor:
         """Return the quantities, ``(C, n, K)``; only those of new draws are computed."""

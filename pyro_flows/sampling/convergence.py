@@ -24,6 +24,7 @@ from torch import Tensor
 BLOCK = 400_000  # numbers per block, few enough for the cache
 LINE = 64  # quantities that are transposed together, for whole cache lines
 FEWEST = 8  # draws per chain: each half needs four
+DIRECT = 8  # lags whose covariances are summed directly; a Fourier transform gives all lags if these do not suffice
 
 
 class Convergence(NamedTuple):
@@ -150,15 +151,24 @@ def _ess(x: Tensor) -> Tensor:
 
     The autocorrelation time is a sum over Geyer's initial monotone sequence of pairs of lags.
     """
-    length, size = x.shape[1], x[0].numel()
+    (length, chains), size = x.shape[1:], x[0].numel()
     means, lags = x.mean(1, keepdim=True), 2 * ((length - 1) // 2)
-    spectrum = torch.view_as_real(torch.fft.rfft((x - means).mT, n=2 * length))
-    power = spectrum.square().mean(1).sum(-1)
-    covariance = torch.fft.irfft(power, n=2 * length)[:, :lags] / length
+    centred = x - means
+    flat = centred.flatten(1)
+    shifts = range(0, chains * min(DIRECT, lags), chains)
+    covariance = torch.stack([torch.linalg.vecdot(flat[:, : size - by], flat[:, by:]) for by in shifts], -1) / size
     within = covariance[:, :1] * length / (length - 1)
     total = covariance[:, :1] + means.flatten(1).var(-1, keepdim=True)
-    later = 1 - (within - covariance[:, 1:]) / total
-    found = torch.cat((torch.ones_like(total), later), -1).unflatten(-1, (-1, 2))  # (K, pairs, 2)
+
+    def correlations(covariance: Tensor) -> Tensor:
+        """Return the correlations in pairs of lags, ``(K, pairs, 2)``."""
+        return torch.cat((torch.ones_like(total), 1 - (within - covariance[:, 1:]) / total), -1).unflatten(-1, (-1, 2))
+
+    found = correlations(covariance)
+    if lags > DIRECT and (found.sum(-1) > 0).all(-1).any():
+        spectrum = torch.view_as_real(torch.fft.rfft(centred.mT, n=2 * length))
+        power = spectrum.square().mean(1).sum(-1)
+        found = correlations(torch.fft.irfft(power, n=2 * length)[:, :lags] / length)
     even, pairs = found[..., 0], found.sum(-1)
     kept = (pairs > 0).cumprod(-1).bool()
     kept[:, -1] = False  # the last pair counts by half, like the first negative one
