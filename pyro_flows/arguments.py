@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import numpy as np
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
 P = ParamSpec("P")
@@ -124,7 +125,7 @@ def check_program(**programs: object) -> None:
     for argument, program in programs.items():
         if not callable(program):
             raise TypeError(f"{argument} must be a Pyro program, which can be called, got {quoted(program)}.")
-        if argument == "model" and hasattr(program, "prototype_trace"):  # the attribute of Pyro's autoguides
+        if argument == "model" and isinstance(program, AutoGuide):
             got = f"a guide, {type(program).__name__}"
             raise TypeError(f"model must be a Pyro model, got {got}. Give the model itself, before its guide.")
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pyro_flows import flows
 from pyro_flows.conditioners import MLP
-from pyro_flows.transforms import BlockAutoregressive, Inverse, Permute, block
+from pyro_flows.transforms import BlockAutoregressive, Inverse, Permute, block_autoregressive
 
 WIDTHS = [(8, 8), (6,), (4, 1, 3)]
 every_width = pytest.mark.parametrize("hidden_dims", WIDTHS, ids=str)
@@ -147,13 +147,13 @@ def test_the_steps_suffice_at_all_bounds(max_log_slope: float, scale: float) -> 
 def test_the_inverse_takes_the_evaluations_that_it_promises(monkeypatch: pytest.MonkeyPatch) -> None:
     """An evaluation of the units of one feature counts as 1 / D of the network's."""
     counts = [0]
-    original = block._Net.ascend
+    original = block_autoregressive._Net.ascend
 
-    def counted(self: block._Net, x: Tensor) -> tuple:
+    def counted(self: block_autoregressive._Net, x: Tensor) -> tuple:
         counts[0] += 1
         return original(self, x)
 
-    monkeypatch.setattr(block._Net, "ascend", counted)
+    monkeypatch.setattr(block_autoregressive._Net, "ascend", counted)
     random(4).inverse_and_log_det(laws.normal(10, 4))
     assert counts[0] / 4 == 22
 
@@ -198,7 +198,7 @@ def test_gradients_of_the_inverse_are_those_of_the_forward_map_read_backwards() 
 
 def test_it_compiles_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are unrolled and equal, so a few steps suffice."""
-    monkeypatch.setattr(block, "STEPS", 2 - 3)
+    monkeypatch.setattr(block_autoregressive, "STEPS", 2 - 3)
     layer = random(2, (3,), scale=0.3)
     laws.compiles(layer, laws.normal(4, 2), None)
 

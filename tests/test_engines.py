@@ -17,7 +17,7 @@ from torch import nn
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow
-from pyro_flows.diagnostics import missing_mass, verdict
+from pyro_flows.diagnostics import missing_modes, verdict
 from pyro_flows.objectives import ImportanceWeightedELBO, PathELBO, TemperedELBO
 from pyro_flows.programs.latent_space import LatentSpace
 from pyro_flows.programs.log_density import or_nan, score_of
@@ -165,8 +165,8 @@ every_twin = pytest.mark.parametrize("name", TWINS)
 def brief(monkeypatch):
     """Shorten the search for modes and the chains."""
     for name, number in {"STARTS": 16, "FEW": 16, "PARTICLES": 64, "PROBES": 500}.items():
-        monkeypatch.setattr(missing_mass, name, number)
-    monkeypatch.setattr(missing_mass, "EFFORT", missing_mass.EFFORT._replace(gradients=40))
+        monkeypatch.setattr(missing_modes, name, number)
+    monkeypatch.setattr(missing_modes, "EFFORT", missing_modes.EFFORT._replace(gradients=40))
     monkeypatch.setattr(verdict, "BLOCKS", 1)
 
 

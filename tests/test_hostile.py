@@ -24,7 +24,7 @@ import torch
 import pyro_flows as pf
 from pyro_flows import flows
 from pyro_flows.guides.default_flows import affine_couplings
-from pyro_flows.persistence import archive, size_limit
+from pyro_flows.persistence import safe_archive, size_limit
 from pyro_flows.persistence.safe_archive import Archive
 
 ROOT = Path(pf.__file__).parents[1]
@@ -267,7 +267,7 @@ def test_what_is_read_is_what_torch_reads(tmp_path: Path) -> None:
     base = torch.arange(24.0)
     content = {
         "views": [base[3:9].view(2, 3).T, base, torch.zeros(0, 3), torch.tensor(5)],
-        "dtypes": [base.to(dtype) for dtype in archive.DTYPES.values()],
+        "dtypes": [base.to(dtype) for dtype in safe_archive.DTYPES.values()],
         "plain": (1, -2.5, None, True, "word", [], {}, 2**40, {3: (1, 2, 3)}),
         "parameter": torch.nn.Parameter(base[:2]),
         "state": torch.nn.Linear(2, 3).state_dict(),

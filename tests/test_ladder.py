@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_flows import AutoFlow, Fit, check, fit_svi, flows
 from pyro_flows.diagnostics import verdict
 from pyro_flows.diagnostics.missing_modes import Missing
-from pyro_flows.fitting import ladder
+from pyro_flows.fitting import escalation
 from pyro_flows.guides.default_training import Schedule
 from pyro_flows.programs.model_and_guide import Task
 from pyro_flows.sampling.converged_chains import Goal
@@ -49,8 +49,8 @@ Y = torch.tensor([1.0, 0.0, -2.0])
 @pytest.fixture(autouse=True)
 def short(monkeypatch) -> None:
     """Use small populations, and few sweeps for exact draws."""
-    monkeypatch.setattr(ladder, "PARTICLES", 512)
-    monkeypatch.setattr(ladder, "EXACT", Goal(200, 20))
+    monkeypatch.setattr(escalation, "PARTICLES", 512)
+    monkeypatch.setattr(escalation, "EXACT", Goal(200, 20))
 
 
 def distrust(*args, **kwargs):
@@ -102,9 +102,9 @@ def never(*_, **__):
 
 def test_every_rung_is_tried_before_it_gives_up(monkeypatch):
     """Each rung starts from the last: the deeper flow first draws as the one before it."""
-    monkeypatch.setattr(ladder, "check", distrust)
+    monkeypatch.setattr(escalation, "check", distrust)
     deepened = []
-    original = ladder._deepened
+    original = escalation._deepened
 
     def spy(guide):
         new = original(guide)
@@ -113,7 +113,7 @@ def test_every_rung_is_tried_before_it_gives_up(monkeypatch):
         deepened.append(new)
         return new
 
-    monkeypatch.setattr(ladder, "_deepened", spy)
+    monkeypatch.setattr(escalation, "_deepened", spy)
     settings = {"num_particles": 16, "progress": False}
     monkeypatch.setattr(AutoFlow, "schedule", lambda self, near=False, alone=True: Schedule(20))
     fit = fit_svi(banana, AutoFlow(banana, small), steps=40, escalate=True, **settings)
@@ -132,7 +132,7 @@ def test_draws_are_exact_where_weights_are_not_reliable(monkeypatch):
         log_weights = found.psis.log_weights + 2 * (torch.arange(len(found.psis.log_weights)) == 0)
         return dataclasses.replace(found, psis=dataclasses.replace(found.psis, khat=1.1, log_weights=log_weights))
 
-    monkeypatch.setattr(ladder, "check", uncertain)
+    monkeypatch.setattr(escalation, "check", uncertain)
     fit = fit_svi(normal, AutoFlow(normal, small), Y, escalate=True, progress=False)
     assert names(fit) == ["Gaussian", "exact draws"]
     assert fit.check.trusted
@@ -151,8 +151,8 @@ def test_chains_that_leave_out_what_a_check_has_found_do_not_converge():
 
     found = check(model, guide)
     assert next(finding.kind for finding in found.findings) in ("collapsed", "mode")
-    climber = ladder.Ladder(never, Task(model, guide, (), {}), {"progress": False, "vectorize": "auto"}, None)
-    climber.note(ladder.Rung("wide", Fit(guide, torch.zeros(1), 0.0, 1, 1, 0, 1.0, "steps"), found, 1.0))
+    climber = escalation.Ladder(never, Task(model, guide, (), {}), {"progress": False, "vectorize": "auto"}, None)
+    climber.note(escalation.Rung("wide", Fit(guide, torch.zeros(1), 0.0, 1, 1, 0, 1.0, "steps"), found, 1.0))
     climber.sample("exact draws")
     samples = climber.result().samples
     assert samples is None or not samples.converged
@@ -167,9 +167,9 @@ def test_less_evidence_than_before_is_not_trusted():
         )
 
     whole = check(both, both)
-    climber = ladder.Ladder(never, Task(both, both, (), {}), {"progress": False}, None)
+    climber = escalation.Ladder(never, Task(both, both, (), {}), {"progress": False}, None)
     fit = Fit(both, torch.zeros(1), 0.0, 1, 1, 0, 1.0, "steps")
-    climber.note(ladder.Rung("first", fit, whole, 1.0))
+    climber.note(escalation.Rung("first", fit, whole, 1.0))
     half = dataclasses.replace(whole, psis=dataclasses.replace(whole.psis, log_evidence=whole.log_evidence - 0.69))
     found = climber._compared(half)
     assert found.verdict == "do not trust"
@@ -178,12 +178,12 @@ def test_less_evidence_than_before_is_not_trusted():
 
 
 def test_the_best_rung_is_kept():
-    climber = ladder.Ladder(never, Task(banana, banana, (), {}), {"progress": False}, None)
+    climber = escalation.Ladder(never, Task(banana, banana, (), {}), {"progress": False}, None)
     right = check(banana, banana)
     for name, said, elbo in (("a", "do not trust", -1.0), ("b", "reweight", -3.0), ("c", "reweight", -2.0)):
         fit = Fit(name, torch.zeros(1), 0.0, 1, 1, 0, 1.0, "steps")
         weights = dataclasses.replace(right.psis, log_weights=torch.full((10,), elbo))
-        climber.note(ladder.Rung(name, fit, with_verdict(dataclasses.replace(right, psis=weights), said), 1.0))
+        climber.note(escalation.Rung(name, fit, with_verdict(dataclasses.replace(right, psis=weights), said), 1.0))
     assert climber.result().guide == "c"
 
 
@@ -242,7 +242,7 @@ def test_longer_training_leaves_the_rung_before_it_alone(monkeypatch):
     def turning() -> None:
         pyro.sample("angle", dist.VonMises(1.0, 4.0))
 
-    monkeypatch.setattr(ladder, "check", distrust)
+    monkeypatch.setattr(escalation, "check", distrust)
     monkeypatch.setattr(AutoFlow, "schedule", lambda self, near=False, alone=True: Schedule(20))
     fit = fit_svi(turning, AutoFlow(turning), steps=20, escalate=True, progress=False)
     assert names(fit) == ["flow", "deeper and longer", "annealed", "exact draws"]
@@ -261,7 +261,7 @@ def test_an_interrupted_ladder_keeps_the_best_rung(monkeypatch):
             raise KeyboardInterrupt
         return distrust(*args, **kwargs)
 
-    monkeypatch.setattr(ladder, "check", interrupted)
+    monkeypatch.setattr(escalation, "check", interrupted)
     fit = fit_svi(normal, AutoFlow(normal, small), Y, steps=30, escalate=True, progress=False)
     assert names(fit) == ["Gaussian", "flow"]
     assert fit.stopped == "interrupted"
@@ -271,7 +271,7 @@ def test_an_interrupted_ladder_keeps_the_best_rung(monkeypatch):
 
 
 def test_a_ladder_goes_on_from_its_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(ladder, "check", distrust)
+    monkeypatch.setattr(escalation, "check", distrust)
     monkeypatch.setattr(AutoFlow, "schedule", lambda self, near=False, alone=True: Schedule(20))
     settings = {"steps": 30, "num_particles": 16, "escalate": True, "progress": False}
     settings["checkpoint"] = tmp_path / "run.pt"
@@ -306,9 +306,9 @@ def test_a_hard_edge_is_met_by_a_population():
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("bad")])
 def test_a_rung_that_breaks_off_costs_no_other(monkeypatch, error):
     """A rung that fails in its warm start, outside of any loop that catches Ctrl-C, does not lose the other rungs."""
-    monkeypatch.setattr(ladder, "check", distrust)
-    monkeypatch.setattr(ladder, "_restarted", lambda climber, guide, *_: climber.fit("flow", _Broken(error)))
-    monkeypatch.setattr(ladder.Ladder, "fit", _fit_or_break(ladder.Ladder.fit))
+    monkeypatch.setattr(escalation, "check", distrust)
+    monkeypatch.setattr(escalation, "_restarted", lambda climber, guide, *_: climber.fit("flow", _Broken(error)))
+    monkeypatch.setattr(escalation.Ladder, "fit", _fit_or_break(escalation.Ladder.fit))
     fit = fit_svi(normal, AutoFlow(normal, small), Y, escalate=True, progress=False)
     assert names(fit) == ["Gaussian"]
     assert fit.guide is fit.rungs[0].fit.guide
@@ -334,15 +334,15 @@ def _raise(error, *_, **__):
 
 
 def test_where_the_flow_breaks_down_a_population_takes_over(monkeypatch):
-    fit_once = ladder.Ladder.fit
+    fit_once = escalation.Ladder.fit
 
     def broken(self, name, guide, **settings):
         if name == "flow":
             raise FloatingPointError("not finite")
         return fit_once(self, name, guide, **settings)
 
-    monkeypatch.setattr(ladder, "check", distrust)
-    monkeypatch.setattr(ladder.Ladder, "fit", broken)
+    monkeypatch.setattr(escalation, "check", distrust)
+    monkeypatch.setattr(escalation.Ladder, "fit", broken)
     with pytest.warns(UserWarning, match=r"a population takes over\. not finite"):
         fit = fit_svi(normal, AutoFlow(normal, small), Y, escalate=True, progress=False)
     assert names(fit) == ["Gaussian", "annealed", "exact draws"]
@@ -350,7 +350,7 @@ def test_where_the_flow_breaks_down_a_population_takes_over(monkeypatch):
 
 @pytest.mark.parametrize("on_nonfinite", ["skip", "raise"])
 def test_a_start_that_breaks_down_costs_no_other(on_nonfinite, monkeypatch):
-    fit_once, calls = ladder.Ladder.fit, []
+    fit_once, calls = escalation.Ladder.fit, []
 
     def broken(self, name, guide, **settings):
         calls.append(name)
@@ -359,7 +359,7 @@ def test_a_start_that_breaks_down_costs_no_other(on_nonfinite, monkeypatch):
             raise FloatingPointError("not finite")
         return fit_once(self, name, guide, **settings)
 
-    monkeypatch.setattr(ladder.Ladder, "fit", broken)
+    monkeypatch.setattr(escalation.Ladder, "fit", broken)
     settings = {"steps": 20, "restarts": 3, "on_nonfinite": on_nonfinite, "progress": False}
     fit = fit_svi(normal, AutoFlow(normal, small), Y, **settings)
     assert names(fit) == ["start 1"]

@@ -112,7 +112,7 @@ def test_data_of_different_lengths_name_the_site(call, guide):
 @every_call
 def test_nan_in_the_data_names_site_and_argument(call, guide):
     holes = torch.where(torch.arange(20) == 3, math.nan, Y)
-    words = r"observed site 'y' holds NaN or inf \(1 of 20 numbers\); argument 'y' holds 1 NaN\. Leave those rows out"
+    words = r"observed site 'y' holds 1 NaN; argument 'y' holds 1 NaN\. Leave those rows out"
     refused(ValueError, words, call, guide, X, holes)
     words = r"`pyro\.sample\(\"y\".* x: Tensor float32 \(20, 3\) with 3 NaN|site 'y' .*; argument 'x' holds 3 NaN"
     refused(ValueError, words, call, guide, torch.where(torch.arange(20)[:, None] == 3, math.nan, X), Y)
@@ -126,7 +126,7 @@ def test_nan_is_named_where_discrete_latents_are_summed_out():
             pyro.sample("y", dist.Normal(loc * side, 1.0), obs=y)
 
     y = torch.where(torch.arange(20) == 3, math.nan, Y)
-    refused(ValueError, r"AutoFlow: observed site 'y' holds NaN or inf", pf.AutoFlow(mixture, small).setup, y)
+    refused(ValueError, r"AutoFlow: observed site 'y' holds 1 NaN", pf.AutoFlow(mixture, small).setup, y)
 
 
 def test_masked_nan_is_no_fault():
@@ -139,6 +139,124 @@ def test_masked_nan_is_no_fault():
     y = torch.where(torch.arange(20) == 3, math.nan, Y)
     pf.fit_svi(masked, guide, y, **SHORT)
     assert pf.psis(masked, guide, y, num_samples=30).log_weights.isfinite().all()
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["handler", "distribution"])
+def test_masked_nan_passes_where_densities_hide_it(own):
+    def masked(y):
+        fn = dist.Normal(pyro.sample("loc", dist.Normal(0.0, 1.0)) * torch.ones(20), 1.0)
+        with pyro.poutine.mask(mask=True if own else ~y.isnan()):
+            pyro.sample("y", fn.mask(~y.isnan()).to_event(1) if own else fn, obs=y)
+
+    y = torch.where(torch.arange(20) == 3, math.nan, Y)
+    guide = pf.AutoFlow(masked, small).setup(y)
+    assert all(value.isfinite().all() for value in guide.sample(3).values())
+
+
+# Data outside of a support.
+
+
+def coin(y, fn=dist.Bernoulli, **settings):
+    p = pyro.sample("p", dist.Beta(1.0, 1.0))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", fn(p, **settings), obs=y)
+
+
+def trained_on(model, *data):
+    guide = pf.AutoFlow(model, small)
+    pf.fit_svi(model, guide, *data, **SHORT)
+    return guide
+
+
+@pytest.mark.parametrize(
+    ("fn", "y", "words"),
+    [
+        (dist.Bernoulli, 1.0 + (Y > 0), r"support of Bernoulli \(\d+ of 20, such as 2\)\. Recode the data"),
+        (dist.Poisson, Y.abs() + 0.5, "support of Poisson"),
+        (dist.Exponential, -1 - Y.abs(), r"support of Exponential \(20 of 20, such as -"),
+        (lambda p: dist.LogNormal(p, 1.0), -1 - Y.abs(), "support of LogNormal"),
+        (lambda p: dist.Categorical(torch.stack((p, 1 - p), -1)), torch.full((20,), 2), "Categorical .* as 2"),
+    ],
+)
+def test_data_outside_of_a_support_are_refused(fn, y, words):
+    model = partial(coin, fn=fn)
+    guide = trained_on(model, 1 + (Y > 9).float())
+    for call in (
+        lambda: pf.AutoFlow(model, small).setup(y),
+        lambda: pf.fit_svi(model, pf.AutoFlow(model, small), y, **SHORT),
+        lambda: pf.fit_svi(model, guide, y, **SHORT),
+        lambda: pf.check(model, guide, y, num_samples=100, num_chains=16),
+        lambda: pf.psis(model, guide, y, num_samples=100),
+    ):
+        refused(ValueError, words, call)
+
+
+def test_data_that_pyro_accepts_are_accepted():
+    """Grey values of Bernoulli pixels without validation, hidden data, and supports that depend on latents."""
+    grey = torch.rand(20)
+    assert trained_on(partial(coin, validate_args=False), grey)
+    with pyro.validation_enabled(False):
+        assert trained_on(coin, grey)
+
+    def hidden(y):
+        p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        with pyro.plate("row", len(y)), pyro.poutine.mask(mask=y < 2):
+            pyro.sample("y", dist.Bernoulli(p), obs=y)
+
+    assert pf.AutoFlow(hidden, small).setup(torch.tensor([0.0, 1.0, 2.0]))
+
+    def bounded(y):
+        high = pyro.sample("high", dist.Gamma(2.0, 1.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Uniform(0.0, high), obs=y)
+
+    assert trained_on(bounded, torch.tensor([0.1, 3.0]))
+
+
+def test_own_distributions_take_data_of_any_kind():
+    class Ragged(dist.TorchDistribution):
+        arg_constraints: dict = {}
+        support = dist.constraints.real
+
+        def __init__(self, loc):
+            self.loc = loc
+            super().__init__(batch_shape=torch.Size([5]), validate_args=False)
+
+        def sample(self, sample_shape=()):
+            return torch.zeros(1)
+
+        def log_prob(self, rows):
+            return sum(dist.Normal(self.loc, 1.0).log_prob(row).sum() for row in rows)
+
+    def ragged(rows):
+        pyro.sample("y", Ragged(pyro.sample("loc", dist.Normal(0.0, 1.0))), obs=rows)
+
+    for rows in ([torch.ones(2), torch.ones(3)], torch.ones(6)):
+        svi = SVI(ragged, pf.AutoFlow(ragged, small), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+        assert math.isfinite(svi.step(rows))
+
+
+@every_call
+def test_arrays_are_refused_by_the_name_of_the_site(call, guide):
+    words = r"observed site 'y' must hold a tensor, got ndarray\. Use torch\.as_tensor"
+    refused(TypeError, words, call, guide, X, Y.numpy())
+
+
+def test_a_fit_without_data_warns():
+    with pytest.warns(UserWarning, match=r"fit_svi: the model observes no data, since y=None is drawn\. Give y="):
+        pf.fit_svi(model, pf.AutoFlow(model, small), X, **SHORT)
+
+
+def test_an_error_is_told_for_arguments_of_any_kind(guide):
+    class Odd:
+        shape, dtype = 3, None
+
+    def broken(x, y):
+        raise ValueError("boo")
+
+    parts = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    for value in (Odd(), parts, torch.ones(2, device="meta")):
+        refused(ValueError, "boo", pf.psis, broken, guide, value, Y)
 
 
 def test_arguments_that_are_not_dense_are_no_fault():
@@ -193,6 +311,19 @@ def test_mistyped_keywords_are_corrected(guide):
     }.items():
         refused(TypeError, words, call)
     refused(TypeError, r"unexpected keyword argument 'zzz'", pf.psis, model, guide, X, Y, zzz=1)
+
+
+def test_keywords_that_only_a_call_shows_are_left_to_the_model():
+    def stepped(prior, link, x, step=1):
+        pyro.sample("y", dist.Normal(link(pyro.sample("z", prior)) * step, 1.0), obs=x)
+
+    class Module(torch.nn.Module):
+        def __call__(self, x, step=1):
+            return stepped(dist.Normal(0.0, 1.0), torch.exp, x, step)
+
+    bound = partial(stepped, dist.Normal(0.0, 1.0), torch.exp)
+    for program in (bound, Module()):
+        pf.fit_svi(program, pf.AutoFlow(program, small), torch.tensor(1.0), step=2, **SHORT)
 
 
 def test_keywords_of_the_model_are_its_own():

@@ -91,7 +91,7 @@ def run(wish: Namespace) -> bool:
         ending = _ending(outputs, flow, scored[0].dtype, integers, usable=usable)
         titles = [f"{name} + noise" if place in integers else name for place, name in enumerate(table.columns)]
         draw = partial(plots.pairs, torch.cat(scored), samples, names=titles, labels=("data", "samples"))
-        outputs.finish(draw, said, "\n".join(ending), quiet=wish.quiet, interrupted=asked())
+        outputs.finish(draw, said, "\n".join(ending), quiet=wish.quiet, interrupted=asked)
     return usable
 
 

@@ -71,7 +71,7 @@ def run(wish: Namespace) -> bool:
         draws = draws_of(drawn(num_samples=SHOWN, log_likelihood=False, batch_size=BATCH))
         said = report(draws, checked, fit, time.perf_counter() - start, ADVICE, theta=list(SCHOOLS))
         draw = partial(plot_funnel, {name: values[:WRITTEN] for name, values in draws.items()})
-        outputs.finish(draw, said, f"Wrote {outputs}.", quiet=wish.quiet, interrupted=asked())
+        outputs.finish(draw, said, f"Wrote {outputs}.", quiet=wish.quiet, interrupted=asked)
     return checked.verdict != "do not trust"
 
 

@@ -78,7 +78,7 @@ def run(wish: Namespace) -> bool:
         outputs.write(lambda path: write_atomically(path, container.to_netcdf))
         advice = f"Try {'' if wish.escalate else '--escalate, '}more --steps or another --flow."
         said = report(draws_of(container), checked, fit, time.perf_counter() - start, advice)
-        outputs.finish(checked.plot, said, f"Wrote {outputs}.", quiet=wish.quiet, interrupted=asked())
+        outputs.finish(checked.plot, said, f"Wrote {outputs}.", quiet=wish.quiet, interrupted=asked)
     return bool(exact) or checked.verdict != "do not trust"
 
 

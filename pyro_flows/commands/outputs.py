@@ -105,7 +105,9 @@ class Outputs:
         write(self.paths[0])
         self._has_file = True
 
-    def finish(self, draw: Callable[[], Any], said: str, wrote: str, *, quiet: bool, interrupted: bool) -> None:
+    def finish(
+        self, draw: Callable[[], Any], said: str, wrote: str, *, quiet: bool, interrupted: Callable[[], bool]
+    ) -> None:
         """Print a report, write the picture, and print what was written.
 
         Args:
@@ -113,7 +115,7 @@ class Outputs:
             said: The report.
             wrote: The lines to print after the picture is written.
             quiet: True if nothing is printed.
-            interrupted: True if Ctrl-C came after the training.
+            interrupted: Returns True if Ctrl-C came after the training.
 
         Raises:
             Interrupted: After Ctrl-C.
@@ -123,7 +125,7 @@ class Outputs:
         write_atomically(self.paths[1], lambda path: draw().savefig(path, dpi=150))
         if not quiet:
             print(wrote)
-        if interrupted or self.paths != self._whole:
+        if interrupted() or self.paths != self._whole:
             raise self._interruption(str(self))
 
     def _interruption(self, written: str) -> Interrupted:

@@ -157,8 +157,8 @@ def read_delimited(path: Path) -> Columns:
 
     Raises:
         OSError: If there is no such file.
-        Refused: If it is not text in UTF-8, is empty, has lines of different lengths, or has a quotation mark or a line
-            break in a column of numbers.
+        Refused: If it is not text in UTF-8, is empty, has lines of different lengths, or has rows that a quotation mark
+            joins to one cell.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -173,7 +173,7 @@ def read_delimited(path: Path) -> Columns:
         raise Refused(f"the table {str(path)!r} {words}") from error
     if short := _first_short_row(file, delimiter, cells.shape[1]):
         raise Refused(f"the table {str(path)!r} cannot be read: {short}; is it damaged, or cut off?")
-    if damaged := _first_bad_quote(cells) if '"' in text else "":
+    if damaged := _first_joined_rows(cells) if '"' in text else "":
         raise Refused(
             f"the table {str(path)!r} cannot be read: {damaged}; is a quotation mark missing, or one too many?"
         )
@@ -210,16 +210,15 @@ def _first_short_row(file: io.StringIO, delimiter: str, width: int) -> str:
     return ""
 
 
-def _first_bad_quote(cells: pd.DataFrame) -> str:
-    """Return a description of a row with a quotation mark or a line break in a column of numbers, or an empty string.
+def _first_joined_rows(cells: pd.DataFrame) -> str:
+    """Return a description of the first row with a cell of several lines of numbers, or an empty string.
 
-    A mark without a partner makes one cell of several rows.
+    A quotation mark without a partner joins rows so.
     """
-    for column in cells.to_numpy().T:
-        numbers, wrong = _numbers(column[1:])
-        if wrong and not np.isnan(numbers).all() and all(set(cell) & {'"', "\n"} for cell in wrong):
-            row = next(number for number, cell in enumerate(column[1:], 2) if cell.strip() == wrong[0])
-            return f"row {row} holds {wrong[0][:30]!r} in a column of numbers"
+    for number, row in enumerate(cells.to_numpy(), 1):
+        for cell in row:
+            if "\n" in cell and not _numbers(np.array(re.split(r'[\s,;"]+', cell)))[1]:
+                return f"row {number} holds {cell[:30]!r}"
     return ""
 
 

@@ -96,8 +96,9 @@ def to_arviz(
     chains, guide = (guide, guide.guide) if isinstance(guide, Samples) else (None, guide)
     if chains and importance:
         raise ValueError("to_arviz: importance must be False for draws of pf.sample, got True. They need no weights.")
+    task = Task(model, guide, args, kwargs, vectorize)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
-        task = Task(model, guide, args, kwargs, vectorize).check(whole=False)
+        task.check(whole=False)
     if chains:
         latents, stats, attrs = _from_chains(task, chains, batch_size)
     else:

@@ -151,8 +151,9 @@ def psis(
     """
     check_integers("psis", LEAST, num_samples=num_samples)
     kwargs = joined("psis", kwargs, model_kwargs)
+    task = Task(model, guide, args, kwargs, vectorize)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
-        draws = Task(model, guide, args, kwargs, vectorize).check().draw(num_samples, batch_size)
+        draws = task.check().draw(num_samples, batch_size)
     return weigh(draws.log_p - draws.log_q)
 
 
@@ -240,8 +241,9 @@ def resample(
     check_integers("resample", num_samples=num_samples)
     check_integers("resample", LEAST, num_weighed=num_weighed)
     kwargs = joined("resample", kwargs, model_kwargs)
+    task = Task(model, guide, args, kwargs, vectorize)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
-        task = Task(model, guide, args, kwargs, vectorize).check()
+        task.check()
     kept, _ = reweighted(task.draw(max(num_samples, num_weighed), batch_size), num_samples, "resample")
     return task.values(kept.latents, batch_size)
 

@@ -117,8 +117,9 @@ def refine(
     check_integers("refine", num_samples=num_samples)
     check_integers("refine", 4, transitions=transitions)
     check_trained("refine", guide)
+    task = Task(model, guide, args, kwargs, vectorize)
     with pyro.validation_enabled(False):  # because chains reject points without a density
-        space = sound_space(Task(model, guide, args, kwargs, vectorize))
+        space = sound_space(task)
         reference = space.draw(max(4 * BATCH, 10 * space.dim))
         charts, _ = guide_coordinates(space, reference.z)
         began = space.draw(num_samples)

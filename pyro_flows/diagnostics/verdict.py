@@ -241,8 +241,9 @@ def check(
     check_integers("check", 100, optional=True, num_samples=num_samples)
     check_integers("check", 16, optional=True, num_chains=num_chains)
     check_trained("check", guide)
+    task = Task(model, guide, args, kwargs, vectorize)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
-        space = sound_space(Task(model, guide, args, kwargs, vectorize))
+        space = sound_space(task)
         alone = space.task.runs_one_by_one
         draws = space.draw(num_samples or (1000 if alone else 10_000))
         psis = weigh(draws.log_p - draws.log_q)

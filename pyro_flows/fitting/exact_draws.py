@@ -100,8 +100,9 @@ def sample(
         guide = AutoFlow(model)
         fit = fit_svi(model, guide, *args, progress=progress, vectorize=vectorize, model_kwargs=kwargs)
     check_trained(CALLER, guide)
+    task = Task(model, guide, args, kwargs, vectorize)
     with pyro.validation_enabled(False):  # chains avoid draws without density, which are no errors
-        space = sound_space(Task(model, guide, args, kwargs, vectorize))
+        space = sound_space(task)
         found = exact(space, Goal(num_draws, max_sweeps), num_chains, progress=progress)
     if not found.converged:
         words = f"Train the guide longer, reparametrise the model, or give more than max_sweeps={max_sweeps}."

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..objectives import PathELBO, PathEnumELBO
 from ..objectives.base import ParticleObjective
-from ..programs.error_text import quoted
+from ..programs.error_text import quoted, warn_user
 from ..programs.latents import check_guided, lacking
 from ..programs.model_and_guide import Task
 from ..training.randomness import unchanged
@@ -24,6 +24,9 @@ def check_task(task: Task, objective: ELBO | None, *, search: bool) -> None:
         objective: The user's objective; None for the default one.
         search: True if the fit searches for a start.
     """
+    if drawn := [name for name in task.left_out if name in task.latents and not task.observes]:
+        name = drawn[0]
+        warn_user(f"fit_svi: the model observes no data, since {name}=None is drawn. Give {name}=... if you have it.")
     if search or objective is None or isinstance(objective, PathELBO | PathEnumELBO | ParticleObjective):
         check_guided("fit_svi: ", *task.traces, task.left_out)
     if search or objective is None:

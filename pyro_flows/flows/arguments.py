@@ -58,11 +58,19 @@ def check_tensor(caller: str, argument: str, value: object, *, floating: bool = 
     check_dense(caller, argument, value)
 
 
-def parameter_of(modules: Iterable[nn.Module]) -> Tensor | None:
+def parameter_of(modules: Iterable[nn.Module | None]) -> Tensor | None:
     """Return the first floating-point parameter of modules, or None if there is none or the code is being compiled."""
     if torch.compiler.is_compiling():  # a graph guards dtypes and devices itself
         return None
-    return next((p for module in modules for p in module.parameters() if p.is_floating_point()), None)
+    for module in modules:  # by hand, since nn.Module.parameters() takes as long as a layer of a small flow
+        if module is None:
+            continue
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                return parameter
+        if (found := parameter_of(module._modules.values())) is not None:
+            return found
+    return None
 
 
 def check_precision(caller: str, like: Tensor | None) -> None:

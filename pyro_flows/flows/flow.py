@@ -138,9 +138,9 @@ class Flow(nn.Module):
         """The transforms, one by one or in compiled runs."""
         return list(self.transforms) if self._compiled is None else self._compiled.of(self.transforms)
 
-    def encode(self, context: Tensor | None) -> Tensor | None:
+    def encode(self, context: Tensor | None, like: Tensor | None = None) -> Tensor | None:
         """Return the context that the transforms take, ``(*batch, context_dim)``, or None; errors as for the call."""
-        like = parameter_of(self.transforms)
+        like = parameter_of(self.transforms) if like is None else like
         check_precision("Flow", like)
         if context is None:
             if self.context_dim:
@@ -243,13 +243,13 @@ class Flow(nn.Module):
             TypeError: If one of them is not a tensor.
             ValueError: If value or context do not fit, or ``chunk_size`` is not a positive integer.
         """
-        check_value(value, self.event_shape, parameter_of(self.transforms))
+        check_value(value, self.event_shape, like := parameter_of(self.transforms))
 
         def run(y: Tensor, context: Tensor | None) -> Tensor:
             x, log_det = chained(self.runs, y, context, inverse=True)
             return log_prob_of(self.base(), x) + log_det
 
-        return self._in_chunks(run, chunk_size, value, self.encode(context))
+        return self._in_chunks(run, chunk_size, value, self.encode(context, like))
 
     def _in_chunks(self, run: Callable[..., T], chunk_size: int | None, value: Tensor, context: Tensor | None) -> T:
         if chunk_size is None:

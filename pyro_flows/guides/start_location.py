@@ -99,10 +99,12 @@ def settle_start(call: Call, *, choose: bool) -> None:
         call: The call of a guide at setup.
         choose: True to move the latents first, as the module's docstring says.
     """
+    owner = f"{call.owner}: "
     with call.same_draws():
         program = summed(call)
         with validation_enabled(False):
-            check_crossed(f"{call.owner}: ", program.single)
+            check_crossed(owner, program.single)
+        check_observed(owner, program.single, arguments_of(call.model, call.args, call.kwargs))
     if choose:
         _choose(call, program)
     _check_density(call, program)
@@ -139,18 +141,13 @@ def _check_density(call: Call, program: Program) -> None:
         call: The call of the guide.
         program: The model with its discrete latents summed out.
     """
-    owner, given = f"{call.owner}: ", arguments_of(call.model, call.args, call.kwargs)
     with validation_enabled(False):  # its errors would come first and say less
         if program.enumerated:
             values = {name: value.unsqueeze(0) for name, value in call.start.items()}
-            total = program.log_prob(values, 1)
-            if not total.isfinite().all():
-                check_observed(owner, program.single, given)
-            _check_finite(call.owner, "the model, discrete latents summed out,", total)
+            _check_finite(call.owner, "the model, discrete latents summed out,", program.log_prob(values, 1))
             return
         trace = call.trace_at(call.start)
         trace.compute_log_prob()
-    check_observed(owner, trace, given)
     for name, site in trace.nodes.items():
         if site["type"] == "sample":
             _check_finite(call.owner, f"site {name!r}", site["log_prob"])

@@ -13,12 +13,15 @@ from types import FrameType
 from typing import Any
 
 import torch
+from pyro import validation_enabled
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.distributions import constraints
 
 from .. import arguments
-from .masks import is_observation
+from .latents import innermost, states_support
+from .masks import is_observation, mask_of
 
 # Errors of a program that get more words.  Other classes may take no message, or a user may wait for them.
 BUILT_IN = ValueError, RuntimeError, TypeError, AttributeError, AssertionError, IndexError, KeyError
@@ -49,7 +52,7 @@ def place_of(error: BaseException) -> str:
 def failure(error: BaseException, given: dict[str, Any]) -> str:
     """Return an error of a program in words, with the arguments of the run by their names."""
     run = ", ".join(f"{name}: {_described(value)}" for name, value in given.items()) or "no arguments"
-    return f"{quoted(error)}. It was run with {run}. Give it arguments with which it runs by itself."
+    return f"{quoted(error)}. It was run with {run}. Check that it runs alone with these arguments."
 
 
 @contextmanager
@@ -58,31 +61,42 @@ def explained(role: str, given: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(error) in BUILT_IN and place_of(error):
+        if type(error) in BUILT_IN and place_of(error) and not _is_ours(error):
             raise type(error)(f"the {role} fails: {failure(error, given)}") from error
         if "\nTrace Shapes:" in str(error) and type(error.__cause__) is type(error):  # Pyro's copy says no more
             raise error.__cause__ from error.__cause__.__cause__
         raise
 
 
+def _is_ours(error: BaseException) -> bool:
+    """True if this package raised an error itself."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]
+
+
 def _described(value: Any) -> str:
     """Return the class, dtype and shape of an array, with a count of NaN, or any other value in a few characters."""
     kind, lost = type(value).__name__, _count_nan(value)
-    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        return arguments.quoted(value) if isinstance(value, bool | int | float | str | None) else f"a {kind}"
+    if isinstance(value, bool | int | float | str | None):
+        return arguments.quoted(value)
+    try:
+        shape = tuple(value.shape)
+    except (AttributeError, TypeError, RuntimeError):  # no array, or a nested tensor
+        return f"a {kind}"
     bad = f" with {lost} NaN" if lost else ""
-    return f"{kind} {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}{bad}"
+    return f"{kind} {str(getattr(value, 'dtype', '')).removeprefix('torch.')} {shape}{bad}"
 
 
 def _count_nan(value: Any) -> int:
-    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_nested or value.is_meta)
     return int(value.isnan().sum()) if dense and value.is_floating_point() else 0
 
 
 def check_observed(owner: str, trace: Trace, given: dict[str, Any]) -> None:
-    """Raise ValueError if data or arguments that are not finite leave an observed site without a density.
+    """Raise ValueError if the data of an observed site are outside of its support, or have a density of NaN.
 
-    Masks may hide such numbers, and some densities take them.
+    A mask may hide such data, and Pyro's validation may be off, in all programs or for the distribution.  Supports with
+    a tensor for a bound may depend on latents; they are not compared with the data.
 
     Args:
         owner: The start of the message.
@@ -93,21 +107,51 @@ def check_observed(owner: str, trace: Trace, given: dict[str, Any]) -> None:
     for name, site in trace.nodes.items():
         if not (is_observation(site) and isinstance(site["value"], Tensor)):
             continue
-        bad = int((~site["value"].isfinite()).sum())
-        if (bad or sources) and not _has_density(site, finite=bool(bad)):
-            fault = f"holds NaN or inf ({bad} of {site['value'].numel()} numbers)" if bad else "has a density of NaN"
-            words = f"{owner}observed site {name!r} {'; '.join([fault, *sources[:1]])}"
-            raise ValueError(f"{words}. Leave those rows out, or mask them with poutine.mask.")
+        lost, outside = _count_nan(site["value"]), _outside(site)
+        if (lost and len(outside)) or ((lost or sources) and _is_nan(site)):
+            fault = "; ".join([f"holds {lost} NaN" if lost else "has a density of NaN", *sources[:1]])
+            way = "Leave those rows out, or mask them by poutine.mask and replace the NaN: y.nan_to_num()"
+        elif len(outside):
+            fault = f"holds data outside of the support of {type(innermost(site['fn'])).__name__}"
+            fault += f" ({len(outside)} of {site['fn'].batch_shape.numel()}, such as {outside.flatten()[0].item():g})"
+            way = "Recode the data, or choose another distribution"
+        else:
+            continue
+        raise ValueError(f"{owner}observed site {name!r} {fault}. {way}.")
 
 
 @torch.no_grad()
-def _has_density(site: dict[str, Any], *, finite: bool) -> bool:
-    """True if the log-density of a site is not NaN, or is finite if that is asked for."""
+def _outside(site: dict[str, Any]) -> Tensor:
+    """Return the data of a site, ``(number, *event_shape)``, that Pyro's validation refuses and no mask hides."""
+    fn, value = site["fn"], site["value"]
+    event = value.shape[value.dim() - fn.event_dim :]
+    if not (states_support(fn) and _is_fixed(fn.support)):
+        return value.new_empty(0, *event)
     try:
-        log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), 1.0, site["mask"])
-    except ValueError:  # under validation a distribution refuses NaN
+        outside = ~fn.support.check(value) & mask_of(site).every
+        if outside.any():
+            fn.log_prob(value)
+    except ValueError:
+        return value.expand(*outside.shape, *event)[outside]
+    return value.new_empty(0, *event)
+
+
+def _is_fixed(support: constraints.Constraint) -> bool:
+    """True if no bound of a support is a tensor."""
+    parts = vars(support).values()
+    nested = [part for part in parts if isinstance(part, constraints.Constraint)]
+    return not any(isinstance(part, Tensor | list) for part in parts) and all(map(_is_fixed, nested))
+
+
+@torch.no_grad()
+def _is_nan(site: dict[str, Any]) -> bool:
+    """True if the log-density of a site is NaN where no mask hides it."""
+    try:
+        with validation_enabled(False):
+            log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), 1.0, site["mask"])
+    except ValueError:  # a distribution that was built under validation refuses NaN, masked or not
         return False
-    return bool(log_prob.isfinite().all() if finite else not log_prob.isnan().any())
+    return bool(log_prob.isnan().any())
 
 
 def warn_user(message: str) -> None:

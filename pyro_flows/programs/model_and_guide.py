@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
+from pyro import poutine, validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.trace_struct import Trace
@@ -24,6 +24,7 @@ from .engine_choice import check_noise, settle
 from .engines import ENGINES, Site, Values, View, in_batches, plate_like, value_of
 from .error_text import check_observed, explained, warn_user
 from .latents import check_match, is_point, summable
+from .masks import is_observation
 from .plate_nesting import check_crossed, has_bare_dimensions, nesting_of, plates_of
 from .program import GIVEN, TOTAL, Program
 from .traces import Args, Function, Kwargs, arguments_of, trace_of
@@ -99,13 +100,21 @@ class Task:
 
     @torch.no_grad()
     def once(self) -> tuple[Trace, Trace]:
-        """Run guide and model once; return the traces of the model and of the guide."""
+        """Run guide and model once; return the traces of the model and of the guide.
+
+        Parameters that are not valid at this draw are no error, since other draws may give valid ones.
+        """
         model, guide = self._programs
         with poutine.block():
             with explained("guide", self.given):
                 drawn = trace_of(guide, *self._arguments)
+            replayed = _Replay(trace=drawn)(model)
             with explained("model", self.given):
-                return trace_of(_Replay(trace=drawn)(model), *self._arguments), drawn
+                try:
+                    return trace_of(replayed, *self._arguments), drawn
+                except ValueError:
+                    with validation_enabled(False):
+                        return trace_of(replayed, *self._arguments), drawn
 
     @functools.cached_property
     def broadcasting(self) -> Function:
@@ -122,6 +131,11 @@ class Task:
     def left_out(self) -> list[str]:
         """The model's arguments that are None; a site that observes one draws its data."""
         return [name for name, value in self.given.items() if value is None]
+
+    @property
+    def observes(self) -> bool:
+        """True if a site of the model is observed."""
+        return any(is_observation(site) and not site_is_subsample(site) for site in self.traces[0].nodes.values())
 
     @property
     def subsampled(self) -> str:

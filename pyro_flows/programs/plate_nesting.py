@@ -13,17 +13,19 @@ import math
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from itertools import zip_longest
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from pyro.infer import ELBO
+from pyro.nn import PyroModule
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..arguments import check_integers, check_keywords
 from ..threads import using
-from .traces import signature_of
+from .latents import innermost
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -59,11 +61,15 @@ def runs_programs(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _check_keywords(caller: str, known: Mapping[str, Any], model: Any, given: Mapping[str, Any]) -> None:
-    """Raise TypeError for a mistyped keyword argument, unless the model takes it."""
-    try:
-        taken = signature_of(model).parameters
-    except (TypeError, ValueError):  # Python does not know the signature
+    """Raise TypeError for a mistyped keyword argument, if the model is a function or module that does not take it.
+
+    Other objects, such as those of ``functools.partial``, may take more than their signature shows.
+    """
+    is_plain = isinstance(model, nn.Module) and type(model).__call__ in (nn.Module.__call__, PyroModule.__call__)
+    program = model.forward if is_plain else model
+    if not isinstance(program, FunctionType | MethodType) or hasattr(program, "__wrapped__"):
         return
+    taken = inspect.signature(program).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
         check_keywords(caller, {**known, **taken}, given)
 
@@ -98,11 +104,21 @@ def has_bare_dimensions(trace: Trace) -> bool:
 
 
 def check_crossed(owner: str, trace: Trace) -> None:
-    """Raise ValueError if data and their distribution do not broadcast, or to more rows than either of them has."""
+    """Raise an error unless data are tensors that broadcast with their distribution.
+
+    Raises:
+        TypeError: If data are not a tensor.
+        ValueError: If data and distribution do not broadcast, or to more rows than either of them has.
+    """
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or not site["is_observed"] or site_is_subsample(site):
             continue
         fn, value = site["fn"], site["value"]
+        if type(innermost(fn)).__module__.partition(".")[0] not in ("torch", "pyro"):
+            continue  # a distribution of the user's own may take data of any kind and shape
+        if not isinstance(value, Tensor):
+            must = f"{owner}observed site {name!r} must hold a tensor, got {type(value).__name__}"
+            raise TypeError(f"{must}. Use torch.as_tensor(value), or torch.as_tensor(frame.to_numpy()).")
         rows = [fn.batch_shape, value.shape[: value.dim() - fn.event_dim]]
         pairs = list(zip_longest(*map(reversed, rows), fillvalue=1))
         shapes = f"data of shape {tuple(value.shape)}, but a distribution of batch shape {tuple(fn.batch_shape)}"

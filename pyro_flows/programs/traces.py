@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import _bound_partial
 from pyro.poutine.runtime import _DIM_ALLOCATOR
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ Kwargs = dict[str, Any]
 
 def signature_of(program: Function) -> inspect.Signature:
     """Return the signature of a program without the handlers around it; errors as for ``inspect.signature``."""
-    program = poutine.unwrap(program)
+    while isinstance(program, _bound_partial):  # a handler around a program
+        program = program.func.args[1]
     return inspect.signature(program.forward if isinstance(program, nn.Module) else program)
 
 

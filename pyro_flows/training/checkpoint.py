@@ -22,7 +22,7 @@ from ..programs.error_text import warn_user
 from . import distributed
 from .randomness import random_state, set_random_state
 
-FORMAT = 5
+FORMAT = 6
 EVERY = 10.0  # seconds
 WAY_OUT = "Use the same settings, name another file, or remove this one."
 OTHER_VERSION = "Resume it with that version, name another file, or remove this one."
