@@ -8,7 +8,6 @@ Elimination for Plated Factor Graphs (Obermeyer et al. 2019, arXiv:1902.03210). 
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -98,25 +97,32 @@ class Parallel:
             terms: The terms of a run at all discrete values.
             plain: A run at the same other latents, and at one value of each discrete one.
         """
-        wanted = self._read(plain)
-        chosen = [self._chosen(name, plain.trace.nodes[name]["value"]) for name in self._shapes]
-        for name, term in terms.items():
-            for among in chosen:
-                dim = -among.dim()  # of the discrete site's values
-                if term.dim() > -dim and term.shape[dim] > 1:
-                    term = term.where(among, -math.inf).amax(dim, keepdim=True)
-            here, there = term.sum(), wanted[name].sum()
+        places = [self._place_of(name, plain.trace.nodes[name]["value"]) for name in self._shapes]
+        wanted, found = self._read(plain), {REST: terms[REST]}
+        for term in (term for group in self._factors(terms).values() for term in group):
+            name = term._pyro_site
+            for place in places:
+                if place is not None and place._pyro_symbol in term._pyro_dims:
+                    term = packed.gather(term, place, place._pyro_symbol)
+            found[name] = term
+        for name, value in found.items():
+            here, there = value.sum(), wanted[name].sum()
             if not (here.isfinite() or there.isfinite()):
                 continue  # both runs find these values impossible
             if not (here - there).abs() <= 1e-3 * (1 + wanted[name].abs().sum()):
                 what = name if name == REST else f"site {name!r}"
                 raise ValueError(f"{what} has another density at all discrete values at once than at one")
 
-    def _chosen(self, name: str, value: Tensor) -> Tensor:
-        """Return True at a given value of a discrete site among all of its values, ``(values, *1s, *batch)``."""
-        site = self._trace.nodes[name]
-        same = site["value"] == value
-        return same.reshape(*same.shape[: same.dim() - site["fn"].event_dim], -1).all(-1)
+    def _place_of(self, name: str, value: Tensor) -> Packed | None:
+        """Return the indices of a discrete site's values in its support, packed; None for a support of one value."""
+        infer, support, batch = self._trace.nodes[name]["infer"], self._support(name), self._batch(name)
+        if len(support) < 2:
+            return None
+        same = value.unsqueeze(0) == support.reshape(-1, *(1,) * len(batch), *support.shape[1:])
+        place = same.reshape(len(support), *batch, -1).all(-1).long().argmax(0)
+        place = packed.pack(place, infer["_dim_to_symbol"])
+        place._pyro_symbol = infer["_dim_to_symbol"][infer["_enumerate_dim"]]
+        return place
 
     def log_prob(self, program: Program, held: Values, size: int) -> Tensor:
         """Return the log-density of N draws of the continuous latents, ``(N,)`` in nats."""
@@ -163,12 +169,12 @@ class Parallel:
 
     def _places(self, name: str, drawn: Packed) -> Tensor:
         """Return the indices of a site's draws in its support, ``(N, *batch_shape)``, given packed draws."""
-        infer = self._trace.nodes[name]["infer"]
-        place = drawn[drawn._pyro_sample_dims.index(infer["_dim_to_symbol"][infer["_enumerate_dim"]])]
-        place._pyro_dims = drawn._pyro_dims[1:]
-        dims = {**self._trace.symbol_to_dim, self._draws: -1 - len(self._batch(name))}
-        found: Tensor = packed.unpack(place, dims)
-        return found
+        infer, batch, dims = self._trace.nodes[name]["infer"], self._batch(name), drawn._pyro_dims[1:]
+        to_symbol = infer["_dim_to_symbol"]
+        symbols = [to_symbol.get(dim, " ") for dim in range(-len(batch), 0)]
+        place = drawn[drawn._pyro_sample_dims.index(to_symbol[infer["_enumerate_dim"]])]
+        place = place.permute([dims.index(symbol) for symbol in (self._draws, *symbols) if symbol in dims])
+        return place.reshape(-1, *(size if symbol in dims else 1 for size, symbol in zip(batch, symbols, strict=True)))
 
     def _support(self, name: str) -> Tensor:
         site = self._trace.nodes[name]
