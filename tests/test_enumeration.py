@@ -14,6 +14,7 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows import AutoFlow
 from pyro_flows.objectives import PathELBO
+from pyro_flows.programs.enumeration import Parallel
 from pyro_flows.programs.model_and_guide import Task
 
 DATA = torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0])
@@ -91,6 +92,13 @@ def test_a_mixture_has_the_density_of_the_sum_by_hand(engine):
     draws = task.draw(20)
     wanted = Task(mixture_by_hand, guide, (DATA,), {}).settle().model.log_prob(draws.latents, 20)
     torch.testing.assert_close(draws.log_p, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_long_chains_are_summed_at_all_values_at_once():
+    """Pyro uses a dimension again for every second state; the values one after the other would be too many."""
+    data = torch.linspace(-1.0, 1.0, 12)
+    task = Task(hidden_markov, AutoFlow(hidden_markov).setup(data), (data,), {}).settle()
+    assert isinstance(task.model.enumeration, Parallel)
 
 
 @ENGINES
