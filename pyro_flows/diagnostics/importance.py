@@ -257,7 +257,7 @@ def resample(
     return task.values(kept.latents, batch_size)
 
 
-def reweighted(draws: Draws, number: int, caller: str, task: Task) -> tuple[Draws, Psis]:
+def reweighted(draws: Draws, number: int, caller: str, task: Task | None = None) -> tuple[Draws, Psis]:
     """Return draws of a task resampled by their weights, and the summary of the weights."""
     psis = weigh(draws.log_p - draws.log_q, caller, task)
     if not psis.reliable:

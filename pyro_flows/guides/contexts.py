@@ -52,7 +52,7 @@ def encode(call: Call, encoder: Any, width: int | None = None) -> Tensor:
             must = "the encoder must get the model's data, got no arguments"
             raise TypeError(f"{call.owner}: {must}. Give them, as in guide.sample(1000, x).") from error
         if arrays := [type(value).__name__ for value in values if isinstance(value, np.ndarray | list)]:
-            must = f"data for the encoder must be tensors, got {arrays[0]}"
+            must = f"the data for the encoder must be tensors, got {arrays[0]}"
             raise TypeError(f"{call.owner}: {must}. Use torch.as_tensor(...).") from error
         raise ValueError(f"{call.owner}: {fault}: {f'{error!s:.300}'.rstrip('.')}. {way}.") from error
     if not isinstance(context, Tensor) or not context.dim() or not context.is_floating_point():
