@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import os
+import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeGuard, TypeVar
@@ -29,9 +30,26 @@ TRANSFORM = "a transform such as transforms.LULinear(3)"
 MOST = 80  # characters of a value that an error quotes
 
 
+class _Brief(reprlib.Repr):
+    """Representations in which tensors and arrays have a dtype and a shape in place of their numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxdict = self.maxstring = self.maxlong = self.maxother = 4 * MOST
+
+    def repr1(self, x: Any, level: int) -> str:
+        if not isinstance(x, Tensor | np.ndarray) or (isinstance(x, Tensor) and x.is_nested):
+            return super().repr1(x, level)
+        shape = tuple(x.shape)
+        return f"{type(x).__name__} {str(x.dtype).removeprefix('torch.')} {shape}" if shape else repr(x)
+
+
+_brief = _Brief()
+
+
 def quoted(value: object) -> str:
-    """Return a value for error messages: on one line, and cut off if it is long."""
-    words = " ".join(repr(value).split())
+    """Return a value for error messages: on one line, cut off if it is long, and without the numbers of tensors."""
+    words = " ".join(_brief.repr(value).split())
     return words if len(words) <= MOST else f"{words[:MOST]}…"
 
 
@@ -120,9 +138,25 @@ def check_kind(caller: str, kind: type | tuple[type, ...], words: str, /, **valu
             raise TypeError(f"{caller}: {argument} must be {words}, got {given}.")
 
 
+def check_tensors(caller: str, argument: str, values: Any) -> None:
+    """Raise TypeError unless a value is a dict of tensors."""
+    check_kind(caller, Mapping, "a dict of tensors by name", **{argument: values})
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            fault = f"{argument}[{name!r}] must be a tensor, got {type(value).__name__}"
+            raise TypeError(f"{caller}: {fault}. Use torch.as_tensor(...).")
+
+
 def check_program(**programs: object) -> None:
-    """Raise TypeError unless each argument is callable, as a Pyro model or guide is, and ``model`` is no guide."""
+    """Raise TypeError unless each argument is callable, as a Pyro model or guide is, and ``model`` is no guide.
+
+    Classes are refused too, since an instance is meant.
+    """
     for argument, program in programs.items():
+        if isinstance(program, type):
+            call = f"{program.__name__}({'model' if argument == 'guide' else '...'})"
+            got = f"the class {program.__name__}, uncalled"
+            raise TypeError(f"{argument} must be a Pyro program, got {got}. Give an instance, {call}.")
         if not callable(program):
             raise TypeError(f"{argument} must be a Pyro program, which can be called, got {quoted(program)}.")
         if argument == "model" and isinstance(program, AutoGuide):
@@ -131,24 +165,55 @@ def check_program(**programs: object) -> None:
 
 
 def check_keywords(caller: str, known: Collection[str], given: Collection[str]) -> None:
-    """Raise TypeError for an unknown keyword argument whose name is close to a known one."""
+    """Raise TypeError for a keyword argument that neither a function nor its model takes; suggest a close name.
+
+    Args:
+        caller: The public name that the user called, which passes on unknown keyword arguments to its model.
+        known: The names of the parameters of both.
+        given: The names of the keyword arguments.
+    """
     for name in given:
-        if name not in known and (close := difflib.get_close_matches(name, known, 1)):
-            raise TypeError(
-                f"{caller}: keyword arguments must name parameters, got {name!r}. Did you mean {close[0]!r}?"
-            )
+        if name not in known:
+            _check_close(caller, known, name)
+            must = f"keyword arguments must name parameters of {caller} or of the model, got {name!r}"
+            raise TypeError(f"{caller}: {must}, which would be passed on to the model. Leave it out.")
+
+
+def _check_close(caller: str, known: Collection[str], name: str) -> None:
+    """Raise TypeError with a suggestion if an unknown name is close to a known one."""
+    if close := difflib.get_close_matches(name, known, 1):
+        raise TypeError(f"{caller}: keyword arguments must name parameters, got {name!r}. Did you mean {close[0]!r}?")
 
 
 def suggests_keywords(function: Callable[P, T]) -> Callable[P, T]:
     """Let a function without ``**kwargs`` suggest the name of a parameter for a mistyped one."""
-    known, caller = inspect.signature(function).parameters, function.__qualname__.removesuffix(".__init__")
+    return suggests_recipes()(function)
 
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        check_keywords(caller, known, kwargs)
-        return function(*args, **kwargs)
 
-    return call
+def suggests_recipes(*recipes: Callable[..., Any]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Return a decorator as :func:`suggests_keywords`, which also knows the parameters of recipes.
+
+    Args:
+        *recipes: The recipes of flows to suggest, in this order, for their own parameters.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        known, caller = inspect.signature(function).parameters, function.__qualname__.removesuffix(".__init__")
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            for name in kwargs.keys() - known.keys():
+                for recipe in recipes:
+                    if name in inspect.signature(recipe).parameters:
+                        way = f"functools.partial(flows.{recipe.__name__}, {name}={quoted(kwargs[name])})"
+                        must = f"keyword arguments must name parameters, got {name!r}, which a recipe takes"
+                        raise TypeError(f"{caller}: {must}. Give a recipe with it, {way}.")
+                _check_close(caller, known, name)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def as_file(caller: str, argument: str, value: Any) -> Path:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor, nn
 
-from pyro_flows import AutoFlow, Flow, calibrate, fit_amortized, flows, plots
+from pyro_flows import AutoFlow, Calibration, Flow, calibrate, fit_amortized, flows, plots
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import Conditioner
 from pyro_flows.diagnostics.calibration import uniformity
@@ -106,8 +106,24 @@ def test_an_error_is_found_and_named(how, settings):
     found = run(model, by_hand(**settings))
     assert not found.calibrated
     assert found.sbc_p < 1e-4
-    assert found.reason.endswith(f", whose draws lie {how}.")
-    assert found.reason.startswith("The draws are not calibrated: ")
+    assert found.reason.startswith("The draws are not calibrated: the ranks of ")
+    assert f" are not uniform, since its draws lie {how}" in found.reason
+
+
+def test_the_reason_names_the_tests_that_fail():
+    even = torch.linspace(0.001, 0.999, 500)
+    exact = {"names": ["rate"], "ranks": even[:, None], "coverage": even, "tarp": even, "rank_p": torch.tensor([0.5])}
+    exact |= {"sbc_p": 0.5, "coverage_p": 0.5, "tarp_p": 0.5}
+    assert "regions of 90 %" in Calibration(**exact).reason
+    ranks = Calibration(**{**exact, "ranks": even[:, None] ** 2, "sbc_p": 1e-9}).reason
+    assert ranks == "The draws are not calibrated: the ranks of rate are not uniform, since its draws lie too high."
+    narrow = Calibration(**{**exact, "coverage": even**0.5, "coverage_p": 1e-9}).reason
+    assert narrow.endswith(": 81.0 % of the truths lie in regions of 90 %, since the draws lie too narrow.")
+    middle = torch.where(even > 0.85, even, even**2 / 0.85)
+    assert (
+        ": by TARP 65.2 % of the truths lie in regions of 50 %"
+        in Calibration(**{**exact, "tarp": middle, "tarp_p": 1e-9}).reason
+    )
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from pyro_flows.commands.model import check_arguments, load_model
 from pyro_flows.commands.model_arguments import read_data
 from pyro_flows.commands.report import report
 from pyro_flows.diagnostics import Check, check
+from pyro_flows.diagnostics.importance import weigh
 from pyro_flows.training import loop
 
 with warnings.catch_warnings():
@@ -390,6 +391,14 @@ def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
 def table(draws: dict[str, np.ndarray], a_check) -> list[str]:
     a_fit = Fit(None, torch.zeros(1), 0.0, 1, 1, 0, 1.0, "steps")
     return report(draws, a_check, a_fit, seconds=1.0, advice="").split("\n\n")[0].splitlines()[1:]
+
+
+def test_a_log_evidence_that_is_not_reliable_is_marked(a_check):
+    a_fit = Fit(None, torch.zeros(1), 0.0, 1, 1, 0, 1.0, "steps")
+    for log_weights, mark in ((torch.zeros(100), " nats"), (4 * torch.randn(100).abs() ** 2, " nats  (not reliable)")):
+        seen = dataclasses.replace(a_check, psis=weigh(log_weights))
+        said = report({"x": np.arange(9.0)}, seen, a_fit, seconds=1.0, advice="").splitlines()
+        assert next(line for line in said if line.startswith("log evidence")).endswith(mark)
 
 
 def test_long_sites_are_cut_short_where_there_are_many_rows(a_check):

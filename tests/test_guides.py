@@ -234,7 +234,7 @@ def test_log_prob_names_what_is_wrong_with_its_values():
     draws = guide.sample(4)
     with pytest.raises(ValueError, match="lack the latent site 'rate'"):
         guide.log_prob({"mu": draws["mu"], "tau": draws["tau"]})
-    with pytest.raises(ValueError, match=r"values\['rate'\] must have shape \(\*batch, \*\(3,\)\), got \(4, 2\)"):
+    with pytest.raises(ValueError, match=r"values\['rate'\] must have shape \(\*batch, 3\), got \(4, 2\)"):
         guide.log_prob({**draws, "rate": draws["rate"][:, :2]})
 
 

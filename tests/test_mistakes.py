@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from functools import partial
@@ -15,6 +16,7 @@ from pyro.infer.autoguide import AutoNormal
 
 import pyro_flows as pf
 from pyro_flows import flows
+from pyro_flows.diagnostics.findings import NEXT, WORDS, Finding
 from pyro_flows.encoders import MLPEncoder
 
 X, Y = torch.randn(20, 3), torch.randn(20)
@@ -310,7 +312,25 @@ def test_mistyped_keywords_are_corrected(guide):
         "AutoPlateFlow: .*, got 'nam'. Did you mean 'name'": partial(pf.AutoPlateFlow, model, "row", nam="a"),
     }.items():
         refused(TypeError, words, call)
-    refused(TypeError, r"unexpected keyword argument 'zzz'", pf.psis, model, guide, X, Y, zzz=1)
+    words = r"psis: .* parameters of psis or of the model, got 'zzz', which would be passed on to the model\. Leave it"
+    refused(TypeError, words, pf.psis, model, guide, X, Y, zzz=1)
+    refused(TypeError, "fit_svi: .*, got 'optim', which would", pf.fit_svi, model, pf.AutoFlow(model), X, Y, optim=None)
+
+
+@pytest.mark.parametrize("build", [pf.AutoFlow, partial(pf.AutoPlateFlow, plate="row")], ids=["AutoFlow", "by row"])
+def test_keywords_of_recipes_are_named(build):
+    words = (
+        r"got 'num_transforms', which a recipe takes\. Give a recipe with it, functools\.partial\(flows\.nsf, num_tr"
+    )
+    refused(TypeError, words, build, model, num_transforms=3)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in inspect.getmembers(flows, inspect.isfunction)])
+def test_recipes_correct_mistyped_keywords(name):
+    recipe = getattr(flows, name)
+    for parameter in inspect.signature(recipe).parameters:
+        words = f"^{name}: keyword arguments .*, got '{parameter}x'. Did you mean '{parameter}'"
+        refused(TypeError, words, recipe, **{f"{parameter}x": 1})
 
 
 def test_keywords_that_only_a_call_shows_are_left_to_the_model():
@@ -350,7 +370,122 @@ def small_with_context(input_dim, context_dim):
     return flows.nsf(input_dim, context_dim, num_transforms=1, hidden_dims=(8,))
 
 
+# Guides of other programs, and calls that suit other guides.
+
+
+def simulator(x=None):
+    mean = pyro.sample("mean", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    return pyro.sample("x", dist.Delta(mean + 0.1 * torch.randn_like(mean), event_dim=1), obs=x)
+
+
+@pytest.fixture(scope="module")
+def amortised():
+    found = pf.AutoFlow(simulator, small_with_context, encoder=MLPEncoder(2, context_dim=2))
+    pf.fit_amortized(simulator, found, num_simulations=50, max_epochs=1, progress=False)
+    return found
+
+
+@pytest.mark.parametrize("call", [pf.check, pf.psis, pf.resample, pf.sample])
+def test_a_simulator_has_no_likelihood(call, amortised):
+    words = rf"{call.__name__}: model must have a likelihood, got only Delta .* site 'x'\. Judge .* by calibrate"
+    refused(ValueError, words, call, simulator, amortised, torch.zeros(2))
+
+
+def test_a_guide_of_the_model_without_its_condition_names_the_site():
+    conditioned = pyro.condition(model, data={"y": Y})
+    words = "fit_svi: site 'y' of the guide is observed in the model; .* from the conditioned one"
+    for settings in (SHORT, {**SHORT, "warm_start": None}):
+        refused(ValueError, words, pf.fit_svi, conditioned, pf.AutoFlow(model, small), X, **settings)
+    pf.fit_svi(conditioned, pf.AutoFlow(conditioned, small), X, **SHORT)
+
+
+@pytest.fixture(scope="module")
+def by_row():
+    found = pf.AutoPlateFlow(hierarchy, "row")
+    pf.fit_svi(hierarchy, found, Y, **SHORT)
+    return found
+
+
+def test_a_guide_of_rows_asks_for_its_data(by_row):
+    for method, given in {"sample": 5, "quantiles": [0.5], "log_prob": {}}.items():
+        words = rf"AutoPlateFlow\.{method}: the model's arguments .* 'y'\. Use guide\.{method}\(\.\.\., y\)"
+        refused(TypeError, words, getattr(by_row, method), given)
+    refused(TypeError, "AutoPlateFlow.quantiles: the model's arguments", by_row.median)
+
+
+@pytest.mark.parametrize("settings", [{"escalate": True}, {"restarts": 2}], ids=["escalate", "restarts"])
+def test_a_guide_of_rows_that_cannot_escalate_names_another_way(by_row, settings):
+    words = r"not for AutoPlateFlow\. Use pf\.sample\(model, guide, \.\.\.\) after the fit, or pf\.AutoFlow\(model\)"
+    refused(ValueError, words, pf.fit_svi, hierarchy, by_row, Y, **settings)
+
+
+def test_exact_draws_start_from_a_guide_of_rows(by_row):
+    found = pf.sample(hierarchy, by_row, Y, num_draws=100, progress=False)
+    assert found.converged
+    assert found.flat["level"].shape[1:] == Y.shape
+
+
+def test_classes_and_swapped_programs_are_refused(guide, amortised):
+    words = r"guide must be a Pyro program, got the class AutoFlow, uncalled\. Give an instance, AutoFlow\(model\)"
+    for settings in ({}, {"escalate": True}):
+        refused(TypeError, words, pf.fit_svi, model, pf.AutoFlow, X, Y, **settings)
+    refused(TypeError, words, pf.check, model, pf.AutoFlow, X, Y)
+    refused(TypeError, "model must be a Pyro model, got a guide, AutoFlow", pf.fit_amortized, amortised, simulator)
+    words = r"anneal: the arguments after the model .* got a guide, AutoFlow\. Leave it out: anneal\(model, \.\.\.\)"
+    refused(TypeError, words, pf.anneal, model, guide, X, Y)
+
+
+# Arrays and tables in place of tensors and draws.
+
+
+def test_arrays_are_to_be_made_tensors(guide, amortised):
+    array, way = X.numpy(), r" must be a tensor, got ndarray\. Use torch\.as_tensor\(\.\.\.\)"
+    refused(TypeError, r"Simulations: latents\['w'\]" + way, pf.Simulations, {"w": array}, {"x": array})
+    refused(TypeError, r"AutoFlow\.log_prob: values\['w'\]" + way, guide.log_prob, {"w": array[0]})
+    refused(TypeError, r"log_prob: values must be .*, got Tensor float32 \(4,\)", guide.log_prob, torch.zeros(4))
+    fit = partial(pf.fit_amortized, simulator, amortised, rounds=2)
+    refused(TypeError, r"observed must be a dict of tensors by name, got Tensor float32 \(2,\)", fit, observed=Y[:2])
+    refused(TypeError, r"observed\['x'\]" + way, fit, observed={"x": array[0, :2]})
+    refused(TypeError, "data for the encoder must be tensors, got ndarray", amortised.sample, 5, array[0, :2])
+    refused(TypeError, r"must get the model's data, got no arguments\. Give them, as in", amortised.sample, 5)
+
+
+def test_plots_of_a_guide_ask_for_its_draws(guide):
+    refused(ValueError, r"got AutoFlow\. Give draws by site, such as guide\.sample\(1000\)", pf.plots.marginals, guide)
+
+
+def test_tensors_are_quoted_without_their_numbers():
+    refused(TypeError, r"got \{'x': Tensor float32 \(20, 3\)\}\.", pf.fit_svi, model, {"x": X}, X, Y)
+    refused(ValueError, r"got tensor\(-1\.\)", pf.fit_svi, model, pf.AutoFlow(model), X, Y, lr=torch.tensor(-1.0))
+
+
+def test_shapes_are_written_once(guide):
+    refused(ValueError, r"must have shape \(\*batch, 3\), got \(4,\)", guide.log_prob, {"w": torch.zeros(4)})
+
+
 # What print shows.
+
+
+def test_a_finding_of_all_mass_has_a_sentence():
+    assert str(Finding("mode", size=1.0)).endswith("draws nothing where nearly all of the posterior's mass was found.")
+    assert "draws nothing where 37% of the posterior's mass was found" in str(Finding("collapsed", "x", size=0.37))
+    assert NEXT.keys() == WORDS.keys()
+
+
+def test_a_check_ends_with_a_next_step():
+    def target():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    def far():
+        pyro.sample("x", dist.Normal(5.0, 0.1))
+
+    def narrow():
+        pyro.sample("x", dist.Normal(0.0, 0.7))
+
+    found = pf.check(target, far, num_samples=500, num_chains=16)
+    assert repr(found).endswith(f"{found.reason} {NEXT[found.findings[0].kind]}")
+    assert repr(pf.check(target, narrow)).endswith("Use pf.resample(model, guide, ...).")
+    assert repr(pf.check(target, target, num_samples=500)).endswith(" sd.")
 
 
 def test_a_guide_and_a_flow_print_in_a_few_lines(guide):

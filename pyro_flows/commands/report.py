@@ -49,6 +49,7 @@ def report(
         **labels: Names for the numbers of a site, in place of their indices.
     """
     psis, exact = check.psis, exact_draws(fit)
+    doubt = "" if psis.reliable else "  (not reliable)"
     verdict = f"{VERDICTS[check.verdict]} {check.reason}" + (f" {advice}" if check.verdict == "do not trust" else "")
     if exact:
         verdict = f"{VERDICTS['trust']} They are exact: their chains have converged. Of the guide: {check.reason}"
@@ -60,7 +61,7 @@ def report(
             *([f"chains        {exact.worst}"] if exact else []),
             f"k-hat         {psis.khat:.2f}  (weights are reliable below {psis.threshold:.2f})",
             f"ESS           {psis.ess:.0f} of {len(psis.log_weights)} draws",
-            f"log evidence  {psis.log_evidence:.3f} ± {psis.log_evidence_se:.3f} nats",
+            f"log evidence  {psis.log_evidence:.3f} ± {psis.log_evidence_se:.3f} nats{doubt}",
             f"time          {seconds:.1f} s" + (f", {fit.skipped} steps skipped" if fit.skipped else ""),
             "",
             *textwrap.wrap(verdict, 110),

@@ -17,6 +17,8 @@ from ..programs.quantities import labels_of
 from ..programs.simulations import Simulations
 from ..programs.simulator import Simulator
 
+LIMIT = 0.01 / 3  # the p-value of each of three tests below which the draws are not calibrated
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -62,23 +64,34 @@ class Calibration:
     @property
     def calibrated(self) -> bool:
         """True if no p-value is below 0.01 / 3, which holds for exact guides in 99 % of all cases."""
-        return min(self.sbc_p, self.coverage_p, self.tarp_p) > 0.01 / 3
+        return min(self.sbc_p, self.coverage_p, self.tarp_p) > LIMIT
 
     @property
     def reason(self) -> str:
-        """The result in a sentence."""
-        found = f"{100 * float((self.coverage <= 0.9).double().mean()):.1f} % of the truths lie in regions of 90 %"
+        """The result in words: the tests that fail, or the share of the truths in regions of 90 %."""
         if self.calibrated:
+            inside = 100 * float((self.coverage <= 0.9).double().mean())
+            found = f"{inside:.1f} % of the truths lie in regions of 90 %"
             return f"No test finds an error over {len(self.ranks)} datasets; {found}."
-        if self.sbc_p > 0.01 / 3:
-            wide = bool(self.coverage.mean() < 0.5)
-            return f"The draws are not calibrated: {found}; they lie {'too wide' if wide else 'too narrow'} as a whole."
+        faults = []
+        if self.sbc_p <= LIMIT:
+            faults.append(self._worst)
+        if self.coverage_p <= LIMIT:
+            width = "wide" if self.coverage.mean() < 0.5 else "narrow"
+            faults.append(f"{_share(self.coverage)}, since the draws lie too {width}")
+        if self.tarp_p <= LIMIT:
+            faults.append(f"by TARP {_share(self.tarp)}")
+        return f"The draws are not calibrated: {'; '.join(faults)}."
+
+    @property
+    def _worst(self) -> str:
+        """The element with the worst ranks and its fault, in words."""
         worst = int(self.rank_p.argmin())
         bias = float(self.ranks[:, worst].mean()) - 0.5
         spread = float((2 * self.ranks[:, worst] - 1).abs().mean()) - 0.5
         side = "low" if bias > 0 else "high"
         how = f"too {side}" if abs(bias) > abs(spread) else "too narrow" if spread > 0 else "too wide"
-        return f"The draws are not calibrated: {found}; worst is {self.names[worst]}, whose draws lie {how}."
+        return f"the ranks of {self.names[worst]} are not uniform, since its draws lie {how}"
 
     def plot(self) -> Any:
         """Plot the three tests with :func:`pyro_flows.plots.calibration`."""
@@ -208,6 +221,17 @@ def _compare(guide: Any, posterior: Any, latents: dict[str, Tensor], num_samples
     ranks = torch.cat([(values[n] < t).double().mean(0).reshape(len(truth), -1) for n, t in truths.items()], 1)
     higher = posterior.log_prob(z) + det > posterior.log_prob(truth) + truth_det
     return ranks, higher.double().mean(0), truth, z.transpose(0, 1)
+
+
+def _share(levels: Tensor) -> str:
+    """Return words for the share of truths in regions of 90 %, or of 50 % if that share is further off."""
+
+    def excess(level: float) -> float:
+        return float((levels <= level).double().mean()) - level
+
+    noise = 0.3 / len(levels) ** 0.5  # the standard deviation of the share in regions of 90 %
+    level = 0.9 if abs(excess(0.9)) > min(3 * noise, abs(excess(0.5))) else 0.5
+    return f"{100 * (level + excess(level)):.1f} % of the truths lie in regions of {100 * level:.0f} %"
 
 
 def _tarp(truth: Tensor, draws: Tensor) -> Tensor:

@@ -64,6 +64,10 @@ class Finding:
             return f"sd of {self.quantity} {self.size:.2f} ± {self.noise:.2f} times the posterior's"
         return f"distribution function of {self.quantity} off by {self.size:.2f} ± {self.noise:.2f}"
 
+    @property
+    def _share(self) -> str:
+        return "nearly all" if self.size > 0.995 else f"{self.size:.0%}"
+
     def __str__(self) -> str:
         return WORDS[self.kind].format(f=self)
 
@@ -81,11 +85,10 @@ WORDS = {
     "outliers": "A few rare draws lie where the posterior has next to nothing (with them the sd of {f.quantity} is "
     "{f.size:.2f} times as large).",
     "weights": "The guide's draws count unequally: by their weights {f.size:.0%} of the mass is misplaced.",
-    "mode": "A mode may be missing: {f.size:.0%} of the posterior's mass, as far as it was found, lies where the guide "
-    "draws nothing.",
+    "mode": "A mode may be missing: the guide draws nothing where {f._share} of the posterior's mass was found.",
     "far": "A little mass is missing, far away ({f.moment}).",
-    "collapsed": "The guide has collapsed or lies elsewhere: {f.size:.0%} of the posterior's mass, as far as it was "
-    "found, lies where the guide draws nothing, and chains drift ({f.quantity}).",
+    "collapsed": "The guide has collapsed or lies elsewhere: it draws nothing where {f._share} of the posterior's mass "
+    "was found, and chains drift ({f.quantity}).",
     "whitened": "The guide's correlations or tails are off ({f.moment}), though its means and sds are right.",
     "tails": "The weights have no mean (k-hat {f.size:.2f}): the guide's tails are too short.",
     "blind": "Hardly a draw of the prior has a density, so modes elsewhere could not be looked for.",
@@ -93,4 +96,24 @@ WORDS = {
     "unclear": "It cannot be told whether the draws are right ({f.moment}).",
     "doubt": "The chains doubt that the draws are right ({f.moment}).",
     "evidence": "Mass is missing: the rung {f.quantity!r} has found {f.size:.2f} nats more evidence.",
+}
+EXACT = "pf.sample for exact draws, or fit an AutoFlow by fit_svi(..., escalate=True)"
+SEARCH = "pf.anneal, which finds modes and needs no guide"
+NEXT = {  # the first remedies of docs/trust.md, for draws that cannot be trusted
+    "mean": f"Use {EXACT}.",
+    "sd": f"Use {EXACT}.",
+    "shape": f"Use {EXACT}.",
+    "whitened": f"Use {EXACT}.",
+    "outside": "Fit an AutoFlow by fit_svi(..., escalate=True).",
+    "outliers": "Use medians and quantiles.",
+    "weights": "Use pf.resample(model, guide, ...).",
+    "mode": f"Use {SEARCH}.",
+    "far": f"Use {SEARCH}.",
+    "evidence": f"Use that fit, or {SEARCH}.",
+    "collapsed": "Fit an AutoFlow by fit_svi(..., escalate=True).",
+    "tails": "Fit with more steps=, or give AutoFlow a base with wider tails.",
+    "blind": "Choose a prior closer to what the data allow.",
+    "frozen": "Remove hard edges of the model, or gradients that are not finite.",
+    "unclear": "Check again with num_samples=40_000 and num_chains=1024.",
+    "doubt": "Check again with num_samples=40_000 and num_chains=1024.",
 }

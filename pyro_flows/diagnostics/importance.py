@@ -26,6 +26,7 @@ from .. import plots
 from ..arguments import check_integers, joined
 from ..programs.engines import Values, View, in_batches, row_log_prob
 from ..programs.error_text import warn_user
+from ..programs.latents import check_likelihood
 from ..programs.model_and_guide import Draws, Task
 from ..programs.plate_nesting import plates_of, runs_programs
 from ..sampling.annealed_population import systematic
@@ -154,15 +155,24 @@ def psis(
     task = Task(model, guide, args, kwargs, vectorize)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
         draws = task.check().draw(num_samples, batch_size)
-    return weigh(draws.log_p - draws.log_q)
+    return weigh(draws.log_p - draws.log_q, "psis", task)
 
 
-def weigh(log_weights: Tensor) -> Psis:
-    """Return the summary of raw log-weights, ``(S,)`` in nats."""
+def weigh(log_weights: Tensor, caller: str = "psis", task: Task | None = None) -> Psis:
+    """Return the summary of raw log-weights, ``(S,)`` in nats, of the draws of a task.
+
+    Raises:
+        ValueError: If a weight is NaN or infinite, or all weights are zero.
+    """
     if bad := int((log_weights.isnan() | (log_weights == math.inf)).sum()):
-        raise ValueError(f"psis: {bad} of {len(log_weights)} log-weights are NaN or +inf, from the model's density.")
+        raise ValueError(
+            f"{caller}: {bad} of {len(log_weights)} log-weights are NaN or +inf, from the model's density."
+        )
     if (log_weights == -math.inf).all():
-        raise ValueError("psis: all log-weights are -inf; the guide draws only where the model has no density.")
+        if task is not None:
+            check_likelihood(caller, task.traces[0])
+        fault = "all log-weights are -inf; the guide draws only where the model has no density"
+        raise ValueError(f"{caller}: {fault}. Fit the guide to this model and these data first.")
     raw, size = log_weights.double().cpu(), len(log_weights)
     relative = (raw - raw.max()).exp()
     mean, noise = relative.mean(), relative.std() / math.sqrt(size)
@@ -244,13 +254,13 @@ def resample(
     task = Task(model, guide, args, kwargs, vectorize)
     with pyro.validation_enabled(False):  # because the weights show draws without a density
         task.check()
-    kept, _ = reweighted(task.draw(max(num_samples, num_weighed), batch_size), num_samples, "resample")
+    kept, _ = reweighted(task.draw(max(num_samples, num_weighed), batch_size), num_samples, "resample", task)
     return task.values(kept.latents, batch_size)
 
 
-def reweighted(draws: Draws, number: int, caller: str) -> tuple[Draws, Psis]:
-    """Return draws resampled by their weights, and the summary of the weights."""
-    psis = weigh(draws.log_p - draws.log_q)
+def reweighted(draws: Draws, number: int, caller: str, task: Task | None = None) -> tuple[Draws, Psis]:
+    """Return draws of a task resampled by their weights, and the summary of the weights."""
+    psis = weigh(draws.log_p - draws.log_q, caller, task)
     if not psis.reliable:
         warn_user(
             f"{caller}: k-hat is {psis.khat:.2f}, above {psis.threshold:.2f}: a few draws hold most of the weight, and "

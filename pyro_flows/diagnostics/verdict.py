@@ -33,7 +33,7 @@ from ..programs.plate_nesting import runs_programs
 from ..sampling.chains import FROZEN, Chains
 from ..sampling.coordinates import Coordinates, White, guide_coordinates
 from .drift import FLAG, SURE, Drift, DriftMeter, weighted_drift
-from .findings import Finding, worst
+from .findings import NEXT, Finding, worst
 from .importance import Psis, weigh
 from .marginal_errors import Shape, ShapeMeter, weighted_shape
 from .missing_modes import Missing, search
@@ -171,8 +171,15 @@ class Check:
         return (
             f"Check({self.verdict!r}, khat={self.khat:.2f}, log_evidence={self.log_evidence:.3f} ± "
             f"{self.log_evidence_se:.3f}, drift={self.drift:.2f}, sd_ratios={low:.2f}–{high:.2f}, "
-            f"missing={self.missing.share:.2f}, seconds={self.seconds:.1f})\n{self.reason}"
+            f"missing={self.missing.share:.2f}, seconds={self.seconds:.1f})\n{' '.join([self.reason, *self._next])}"
         )
+
+    @property
+    def _next(self) -> list[str]:
+        """The next step in a sentence, unless the draws are right as they are."""
+        if self.verdict == "reweight":
+            return ["Use pf.resample(model, guide, ...)."]
+        return [NEXT[finding.kind] for finding in self.findings if finding.verdict == self.verdict][:1]
 
     def plot(self) -> Any:
         """Plot the errors of each quantity and the weights with :func:`pyro_flows.plots.check`."""
@@ -246,7 +253,7 @@ def check(
         space = sound_space(task)
         alone = space.task.runs_one_by_one
         draws = space.draw(num_samples or (1000 if alone else 10_000))
-        psis = weigh(draws.log_p - draws.log_q)
+        psis = weigh(draws.log_p - draws.log_q, "check", space.task)
         draws = _varying(space, draws)
         charts, white = guide_coordinates(space, draws.z)
         weighted = weighted_drift(draws.quantities, psis.smoothed)

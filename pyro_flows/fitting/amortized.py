@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_choice, check_integers, check_numbers, joined
+from ..arguments import check_choice, check_integers, check_numbers, check_program, check_tensors, joined, quoted
 from ..data.batches import Batch, divided
 from ..guides import AutoFlow
 from ..guides.contexts import initialize
@@ -119,7 +119,7 @@ def fit_amortized(
         latents, or values of the objective.  The guide is left in evaluation mode, at its best averaged state.
 
     Raises:
-        TypeError: If ``objective`` is not a module of rows.
+        TypeError: If ``objective`` is not a module of rows, ``model`` is a guide, or ``observed`` holds no tensors.
         ValueError: If an argument is out of its range, the guide has no encoder, the model cannot be simulated, as for
             :func:`~pyro_flows.simulate`, its draws are constant or not finite, or the checkpoint is of another run; the
             error names the argument or site.
@@ -143,6 +143,7 @@ def fit_amortized(
     check_integers(CALLER, 20, num_simulations=num_simulations)
     check_integers(CALLER, rounds=rounds, patience=patience, simulation_batch_size=simulation_batch_size)
     check_integers(CALLER, optional=True, max_epochs=max_epochs, batch_size=batch_size)
+    check_program(model=model)
     _check_guide(guide)
     check_numbers(CALLER, above=0, below=1, held_out=held_out)
     check_numbers(CALLER, above=0, lr=lr, clip_norm=clip_norm)
@@ -192,10 +193,12 @@ def _check_guide(guide: Any) -> None:
 
 def _check_rounds(simulator: Simulator, rounds: int, observed: dict[str, Tensor] | None, vectorize: str) -> None:
     """Raise ValueError unless the observed data are one dataset of the model, which later rounds need."""
+    if observed is not None:
+        check_tensors(CALLER, "observed", observed)
     if (rounds > 1 or observed) and (observed is None or observed.keys() != simulator.sites.keys()):
         raise ValueError(
             f"{CALLER}: rounds={rounds} needs observed={{{', '.join(f'{n!r}: ...' for n in simulator.sites)}}}, "
-            f"the data to draw simulations for, got {observed!r:.100}."
+            f"the data to draw simulations for, got {quoted(observed)}."
         )
     if rounds > 1 and vectorize == "loop":
         raise ValueError(f"{CALLER}: rounds={rounds} draws many latents at once; it needs another vectorize.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..arguments import check_flags, check_integers, joined
+from ..arguments import check_flags, check_integers, check_program, joined
 from ..guides import AutoFlow
 from ..programs.model_and_guide import Task
 from ..programs.plate_nesting import runs_programs
@@ -57,6 +57,7 @@ def anneal(
         The :class:`~pyro_flows.Annealed`.
 
     Raises:
+        TypeError: If a guide is given.
         ValueError: If a number is out of its range, ``AutoFlow`` refuses the model, or hardly a draw of the prior has a
             density.
 
@@ -78,6 +79,10 @@ def anneal(
     kwargs = joined(CALLER, kwargs, model_kwargs)
     check_integers(CALLER, ISLANDS * 4, num_particles=num_particles)
     check_flags(CALLER, fit=fit, progress=progress)
+    check_program(model=model)
+    if guides := [type(value).__name__ for value in args if hasattr(value, "prototype_trace")]:
+        must = f"the arguments after the model must be the model's own, got a guide, {guides[0]}"
+        raise TypeError(f"{CALLER}: {must}. Leave it out: {CALLER}(model, ...) builds its own guide.")
     guide = AutoFlow(model).setup(*args, **kwargs)
 
     def fit_once(guide: AutoFlow, **settings: Any) -> Fit:

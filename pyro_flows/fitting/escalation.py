@@ -81,8 +81,9 @@ class Rung:
         return ORDER.index(self.check.verdict) if self.check else -1
 
     def __repr__(self) -> str:
+        if self.samples:  # the fit is that of an earlier rung
+            return f"{self.name} ({self.seconds:.0f} s): {self.samples!r}"
         said = f"{self.check.verdict}. {self.check.reason}" if self.check else "not checked"
-        said = repr(self.samples) if self.samples else said
         return f"{self.name} (loss {self.fit.best_loss:.3f}, {self.fit.steps} steps, {self.seconds:.0f} s): {said}"
 
 

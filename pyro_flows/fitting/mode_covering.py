@@ -267,7 +267,7 @@ def _weighted(guide: AutoFlow, task: Task, fit: Fit | None = None) -> _Weighted:
         draws = distributed.broadcast(lambda: space_of(guide, task, task.model.engine).draw(DRAWS))
         distributed.sync()
     log_weights = (draws.log_p - draws.log_q).nan_to_num(-math.inf, -math.inf, -math.inf)
-    return _Weighted(guide, draws.z, weigh(log_weights), fit)
+    return _Weighted(guide, draws.z, weigh(log_weights, "anneal"), fit)
 
 
 @torch.no_grad()

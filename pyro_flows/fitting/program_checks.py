@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..objectives import PathELBO, PathEnumELBO
 from ..objectives.base import ParticleObjective
 from ..programs.error_text import quoted, warn_user
-from ..programs.latents import check_guided, lacking
+from ..programs.latents import check_drawn, check_guided, lacking
 from ..programs.model_and_guide import Task
 from ..training.randomness import unchanged
 
@@ -29,6 +29,7 @@ def check_task(task: Task, objective: ELBO | None, *, search: bool) -> None:
         warn_user(f"fit_svi: the model observes no data, since {name}=None is drawn. Give {name}=... if you have it.")
     if search or objective is None or isinstance(objective, PathELBO | PathEnumELBO | ParticleObjective):
         check_guided("fit_svi: ", *task.traces, task.left_out)
+        check_drawn("fit_svi: ", *task.traces)
     if search or objective is None:
         with unchanged():
             _check_gradients(task)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pyro.infer import ELBO
 
-from ..arguments import check_choice, check_flags, check_integers, check_numbers, joined, quoted
+from ..arguments import check_choice, check_flags, check_integers, check_numbers, check_program, joined, quoted
 from ..guides import AutoFlow
 from ..guides.default_training import plan_of
 from ..programs.model_and_guide import Task
@@ -136,6 +136,7 @@ def fit_svi(
         (torch.Size([20]), True)
     """
     kwargs = joined(CALLER, kwargs, model_kwargs)
+    check_program(model=model, guide=guide)
     check_integers(CALLER, restarts=restarts)
     check_integers(CALLER, optional=True, steps=steps, num_particles=num_particles)
     check_flags(CALLER, escalate=escalate, progress=progress)
@@ -180,7 +181,9 @@ def _check_objective(objective: ELBO | None, steps: int | None) -> None:
 def _check_several(guide: Any, objective: ELBO | None, *, escalate: bool) -> None:
     """Raise ValueError if the guide cannot be fitted several times, or the objective does not suit ``escalate``."""
     if not plan_of(guide).is_joint:
-        raise ValueError(f"{CALLER}: escalate and restarts are for an AutoFlow, not for {type(guide).__name__}.")
+        fault = f"escalate and restarts are for an AutoFlow, not for {type(guide).__name__}"
+        way = "Use pf.sample(model, guide, ...) after the fit, or pf.AutoFlow(model) unless a plate has many rows"
+        raise ValueError(f"{CALLER}: {fault}. {way}.")
     if guide.encoder is not None:
         raise ValueError(f"{CALLER}: escalate and restarts fit one dataset; give guide.bind(...), or no encoder.")
     if escalate and objective is not None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ..arguments import suggests_keywords
 from ..bijectors import Affine, Bernstein, Bijector, Integral, RationalQuadraticSpline, Sigmoidal, SumOfSquares
 from ..conditioners import MADE
 from ..conditioners.made import ancestors, checked_graph
@@ -21,6 +22,7 @@ from .flow import Flow
 Graph = Sequence[Sequence[bool]] | Tensor
 
 
+@suggests_keywords
 def iaf(
     input_dim: int,
     context_dim: int = 0,
@@ -78,6 +80,7 @@ def iaf(
     return Flow([layer.inv for layer in layers])
 
 
+@suggests_keywords
 def maf(
     input_dim: int,
     context_dim: int = 0,
@@ -127,6 +130,7 @@ def maf(
     return Flow(masked_layers(Affine(max_log_scale, slope), sizes, adjacency, activation, fixed_point))
 
 
+@suggests_keywords
 def nsf_ar(
     input_dim: int,
     context_dim: int = 0,
@@ -179,6 +183,7 @@ def nsf_ar(
     return Flow([*layers, *(layer.inv for layer in marginal(bijector, input_dim))])
 
 
+@suggests_keywords
 def naf(
     input_dim: int,
     context_dim: int = 0,
@@ -227,6 +232,7 @@ def naf(
     return Flow(masked_layers(Sigmoidal(components, layers, bound), sizes, adjacency, activation))
 
 
+@suggests_keywords
 def umnn(
     input_dim: int,
     context_dim: int = 0,
@@ -274,6 +280,7 @@ def umnn(
     return Flow(masked_layers(Integral(hidden, bound=bound), sizes, adjacency, activation))
 
 
+@suggests_keywords
 def sospf(
     input_dim: int,
     context_dim: int = 0,
@@ -322,6 +329,7 @@ def sospf(
     return Flow(masked_layers(SumOfSquares(degree, polynomials, bound=bound), sizes, adjacency, activation))
 
 
+@suggests_keywords
 def bpf(
     input_dim: int,
     context_dim: int = 0,
@@ -369,6 +377,7 @@ def bpf(
     return Flow(masked_layers(Bernstein(degree, bound=bound), sizes, adjacency, activation))
 
 
+@suggests_keywords
 def bnaf(
     input_dim: int,
     context_dim: int = 0,

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..arguments import suggests_keywords
 from ..conditioners import MLPField
 from ..transforms import Continuous
 from ..transforms.continuous import Solution
@@ -50,6 +51,7 @@ def solved(flow: FlowDistribution, x: Tensor, num_probes: int | None = None) -> 
     return x, log_prob + flow.base_dist.log_prob(x), solutions
 
 
+@suggests_keywords
 def cnf(
     input_dim: int,
     context_dim: int = 0,
@@ -111,6 +113,7 @@ def cnf(
     return Flow(layers)
 
 
+@suggests_keywords
 def ffjord(
     input_dim: int,
     context_dim: int = 0,

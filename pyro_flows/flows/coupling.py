@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..arguments import as_flags, check_flags
+from ..arguments import as_flags, check_flags, suggests_keywords
 from ..bijectors import Affine, Bijector, CircularSpline, LogisticMixture, RationalQuadraticSpline, Shift
 from ..conditioners import MLP, Periodic
 from ..distributions import CircularBase
@@ -16,6 +16,7 @@ from .arguments import Sizes, checked_sizes
 from .flow import Flow
 
 
+@suggests_keywords
 def nice(
     input_dim: int,
     context_dim: int = 0,
@@ -60,6 +61,7 @@ def nice(
     return Flow([*coupling_layers(Shift(), sizes, activation, residual), ActNorm(input_dim)])
 
 
+@suggests_keywords
 def realnvp(
     input_dim: int,
     context_dim: int = 0,
@@ -110,6 +112,7 @@ def realnvp(
     return Flow([layer.inv for layer in layers])
 
 
+@suggests_keywords
 def nsf(
     input_dim: int,
     context_dim: int = 0,
@@ -165,6 +168,7 @@ def nsf(
     return Flow([*layers, *marginal(bijector, input_dim)])
 
 
+@suggests_keywords
 def flowpp(
     input_dim: int,
     context_dim: int = 0,
@@ -214,6 +218,7 @@ def flowpp(
     return Flow(part for layer in layers for part in (layer.inv, ActNorm(input_dim)))
 
 
+@suggests_keywords
 def circular_coupling(
     input_dim: int,
     context_dim: int = 0,
@@ -279,6 +284,7 @@ def circular_coupling(
     return Flow(layers, CircularBase(angles))
 
 
+@suggests_keywords
 def gaussianization(
     input_dim: int,
     context_dim: int = 0,

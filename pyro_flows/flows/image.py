@@ -14,7 +14,7 @@ from functools import partial
 
 from torch import nn
 
-from ..arguments import IMAGE, as_image, check_flags, check_integers, is_integer
+from ..arguments import IMAGE, as_image, check_flags, check_integers, is_integer, suggests_keywords
 from ..bijectors import Affine, Bijector, LogisticMixture
 from ..conditioners import CausalTransformer, ConvNet
 from ..distributions import NormalBase
@@ -42,6 +42,7 @@ Layers = list[FlowTransform]
 Couple = Callable[[Shape, Sequence[bool]], FlowTransform]  # from a shape of images and a mask of their channels
 
 
+@suggests_keywords
 def realnvp_image(
     image_shape: Sequence[int],
     context_dim: int | Sequence[int] = 0,
@@ -102,6 +103,7 @@ def realnvp_image(
     return images.flow(num_scales, layers, lambda _: [])
 
 
+@suggests_keywords
 def glow(
     image_shape: Sequence[int],
     context_dim: int | Sequence[int] = 0,
@@ -152,6 +154,7 @@ def glow(
     return _glow(images, couple, num_scales, num_steps, recompute, rotated=True)
 
 
+@suggests_keywords
 def flowpp_image(
     image_shape: Sequence[int],
     context_dim: int | Sequence[int] = 0,
@@ -189,6 +192,7 @@ def flowpp_image(
     return _glow(images, lambda *of: couple(*of).inv, num_scales, num_steps, recompute, rotated=False)
 
 
+@suggests_keywords
 def tarflow(
     image_shape: Sequence[int],
     context_dim: int | Sequence[int] = 0,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ..arguments import suggests_keywords
 from ..conditioners import LipschitzMLP
 from ..transforms import ActNorm, FlowTransform, Permute, Planar, Radial, Residual, Sylvester
 from ..transforms.low_rank import check_ridges
@@ -19,6 +20,7 @@ from .coupling import context_network
 from .flow import Flow
 
 
+@suggests_keywords
 def planar_flow(
     input_dim: int,
     context_dim: int = 0,
@@ -61,6 +63,7 @@ def planar_flow(
     return Flow(Planar(input_dim, context_network(sizes, 1, num_params, activation)) for _ in range(num_transforms))
 
 
+@suggests_keywords
 def radial_flow(
     input_dim: int,
     context_dim: int = 0,
@@ -103,6 +106,7 @@ def radial_flow(
     return Flow(Radial(input_dim, context_network(sizes, 1, num_params, activation)) for _ in range(num_transforms))
 
 
+@suggests_keywords
 def sylvester_flow(
     input_dim: int,
     context_dim: int = 0,
@@ -158,6 +162,7 @@ def sylvester_flow(
     return Flow(layers)
 
 
+@suggests_keywords
 def residual_flow(
     input_dim: int,
     context_dim: int = 0,

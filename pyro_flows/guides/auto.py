@@ -18,9 +18,9 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor, nn
 from torch.distributions import Transform
 
-from ..arguments import check_integers, check_numbers, suggests_keywords
+from ..arguments import check_integers, check_numbers, check_tensors, suggests_recipes
 from ..encoders.base import at_rest
-from ..flows import Flow
+from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
 from ..flows.chunks import chunk_for
 from ..flows.distribution import FlowDistribution
 from ..transforms import Compose, Conditioned, View
@@ -92,7 +92,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     settings = "encoder", "init_scale"
     is_joint = True
 
-    @suggests_keywords
+    @suggests_recipes(nsf, nsf_ar, realnvp, cnf)
     def __init__(
         self,
         model: Callable[..., Any],
@@ -305,6 +305,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
         Values of all latent sites, ``(*batch, *site_shape)``, have one of shape ``batch``; -inf outside of the support.
         """
+        check_tensors("AutoFlow.log_prob", "values", values)
         context = self.setup(*args, **kwargs)._context_at_rest(args, kwargs)
         packed, log_det = self.pack(values, *args, **kwargs)
         return self.flow.log_prob(packed, context, chunk_size=chunk_for(self.latent_dim)) + log_det

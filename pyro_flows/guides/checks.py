@@ -17,6 +17,7 @@ from ..programs.error_text import failure, place_of
 from ..programs.latents import is_discrete, named
 from ..programs.log_density import is_breakdown
 from ..programs.masks import is_masked, mask_of
+from ..programs.traces import signature_of
 from .circles import scalar_support
 from .guide_call import Call, Found, Rows, frame_of
 from .masked import RowMasks, check_absent, check_unmasked, masks_of_rows, patterns_of
@@ -45,6 +46,19 @@ def setup_error(owner: str, error: Exception, given: dict[str, Any], *, alone: b
         words = f"{owner}: the model fails where it is run to find its latents: {failure(error, given)}"
         return type(error)(words) if same else ValueError(words)
     return None
+
+
+def check_arguments(method: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise TypeError if a method of a guide lacks arguments that its model requires."""
+    try:
+        signature = signature_of(model)
+    except (TypeError, ValueError):  # Python does not know the signature
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        call = f"guide.{method.rpartition('.')[2]}(..., {', '.join(signature.parameters)})"
+        raise TypeError(f"{method}: the model's arguments must be given too, got {error}. Use {call}.") from error
 
 
 def check_latents(call: Call) -> None:

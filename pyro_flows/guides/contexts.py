@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
@@ -36,16 +37,24 @@ def encode(call: Call, encoder: Any, width: int | None = None) -> Tensor:
     """Return the context that an encoder computes from the arguments of a call, ``(*batch, width)``.
 
     Raises:
-        ValueError: If the encoder fails, or returns no floating tensor of that width.
+        TypeError: If the encoder fails without arguments, or on data that are no tensors.
+        ValueError: If it fails otherwise, or returns no floating tensor of that width.
     """
     places, names = _arranged(call)
     try:
         context = encoder(*places, **names)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        seen = [str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in (*places, *names.values())]
+        values = (*places, *names.values())
+        seen = [str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in values]
         fault = f"the encoder fails on the arguments that the model is given, {', '.join(seen) or 'none at all'}"
         way = "It must take all of them, in the model's order; wrap it in an nn.Module that does"
-        raise ValueError(f"{call.owner}: {fault}: {error!s:.300}. {way}.") from error
+        if not values:
+            must = "the encoder must get the model's data, got no arguments"
+            raise TypeError(f"{call.owner}: {must}. Give them, as in guide.sample(1000, x).") from error
+        if arrays := [type(value).__name__ for value in values if isinstance(value, np.ndarray | list)]:
+            must = f"the data for the encoder must be tensors, got {arrays[0]}"
+            raise TypeError(f"{call.owner}: {must}. Use torch.as_tensor(...).") from error
+        raise ValueError(f"{call.owner}: {fault}: {f'{error!s:.300}'.rstrip('.')}. {way}.") from error
     if not isinstance(context, Tensor) or not context.dim() or not context.is_floating_point():
         what = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
         raise ValueError(f"{call.owner}: the encoder must return a floating tensor (*batch, context_dim), got {what}.")

@@ -155,7 +155,7 @@ def built(owner: str, name: str, build: Recipe | None, default: Recipe, input_di
     try:
         flow = (build or default)(*sizes)
     except TypeError as error:
-        raise TypeError(f"{owner}: {call} fails: {error}.") from error
+        raise TypeError(f"{owner}: {call} fails: {str(error).rstrip('.')}.") from error
     if not isinstance(flow, Flow) or flow.event_shape != (input_dim,) or flow.context_dim != context_dim:
         context = f"contexts of width {context_dim}" if context_dim else "no context"
         wanted = f"a Flow over events of shape ({input_dim},) with {context}"

@@ -152,7 +152,8 @@ class Packing:
             value, plates = values[name], len(part.batch)
             sample = value.dim() - plates - part.event_dim
             if self.dim is None and value.shape[max(sample, 0) :] != part.start.shape:
-                wanted = f"values[{name!r}] must have shape (*batch, *{tuple(part.start.shape)})"
+                shape = ", ".join(["*batch", *map(str, part.start.shape)])
+                wanted = f"values[{name!r}] must have shape ({shape})"
                 raise ValueError(f"{self.owner}.log_prob: {wanted}, got {tuple(value.shape)}.")
             inside = part.support.check(value)
             if is_circular(part.support):  # an angle may be given modulo 2π

@@ -16,16 +16,16 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ..arguments import check_integers, check_numbers, suggests_keywords
+from ..arguments import check_integers, check_numbers, check_tensors, suggests_recipes
 from ..bijectors import Affine
 from ..encoders.base import at_rest
-from ..flows import Flow
+from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
 from ..flows.chunks import chunk_for, in_chunks
 from ..programs.engines import in_batches
 from ..programs.plate_minibatches import Shuffled
 from ..transforms.base import chained
 from .base import FlowGuide
-from .checks import check_latents
+from .checks import check_arguments, check_latents
 from .circles import is_circular
 from .contexts import InTurn, RowContexts, check_tied, initialize
 from .default_flows import (
@@ -179,7 +179,7 @@ class AutoPlateFlow(FlowGuide):
     settings = "encoder", "init_scale", "plate", "embedding_dim"
     plate: str
 
-    @suggests_keywords
+    @suggests_recipes(nsf, nsf_ar, realnvp, cnf)
     def __init__(
         self,
         model: Callable[..., Any],
@@ -321,6 +321,7 @@ class AutoPlateFlow(FlowGuide):
             For each latent site values of shape ``(num_samples, *site_shape)``.
         """
         check_integers("AutoPlateFlow.sample", num_samples=num_samples)
+        self._check_arguments("sample", args, kwargs)
         call = self.setup(*args, **kwargs)._call(args, kwargs)
         self.check_same(call)
         rows = self._all_rows(call)
@@ -333,10 +334,22 @@ class AutoPlateFlow(FlowGuide):
         Values of all latent sites, ``(*batch, *site_shape)``, have one of shape ``batch``; -inf outside of the support.
         Rows that the model masks do not count.
         """
+        check_tensors("AutoPlateFlow.log_prob", "values", values)
+        self._check_arguments("log_prob", args, kwargs)
         call = self.setup(*args, **kwargs)._call(args, kwargs)
         found = self.check_same(call)
         masks = masks_of_all(found) if found else RowMasks()
         return self.posterior.log_prob(values, self._all_rows(call), masks)
+
+    def _check_arguments(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise TypeError if a guide that is set up lacks arguments of its model, on whose rows its answers depend."""
+        if self.prototype_trace is not None and self.model is not None:
+            check_arguments(f"AutoPlateFlow.{method}", self.model, args, kwargs)
+
+    def quantiles(self, quantiles: float | list[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return quantiles of each latent, for all rows of the plate in the arguments, as ``AutoFlow`` does."""
+        self._check_arguments("quantiles", args, kwargs)
+        return super().quantiles(quantiles, *args, **kwargs)
 
     def _all_rows(self, call: Call) -> Tensor:
         """Return the contexts of all rows, ``(rows, context_dim)``; one empty context if the plate has no latents."""

@@ -224,7 +224,11 @@ def _columns_of(caller: str, argument: str, draws: Draws, names: Sequence[str] |
     else:
         table = _as_array(draws)
         if table.ndim != 2:
-            raise ValueError(f"{caller}: {argument} must be a dict of sites or of shape (N, D), got {table.shape}.")
+            must = f"{caller}: {argument} must be a dict of sites or of shape (N, D)"
+            if table.dtype == object:
+                way = "Give draws by site, such as guide.sample(1000)"
+                raise ValueError(f"{must}, got {type(draws).__name__}. {way}.")
+            raise ValueError(f"{must}, got {table.shape}.")
         width = table.shape[1]
         labels = [f"x[{i}]" for i in range(width)] if names is None else [str(name) for name in names]
         if len(labels) != width or len(set(labels)) != width:

@@ -128,12 +128,14 @@ def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
     drawn = {name: site for name, site in _drawn(guide).items() if not site["infer"].get("is_auxiliary")}
     unknown = [name for name in drawn if name not in nodes]
     observed = [name for name in drawn if name in nodes and nodes[name]["is_observed"]]
-    for what, names in (("not in", unknown), ("observed in", observed)):
+    ways = {
+        "not in": "Where sites come and go with the data, pad the data and mask the observed sites only",
+        "observed in": "Build the guide from this very model: if it is conditioned, from the conditioned one",
+    }
+    for (what, way), names in zip(ways.items(), (unknown, observed), strict=True):
         if names:
-            raise ValueError(
-                f"{owner}{_sites('site', names)} of the guide {_are(names)} {what} the model; is it the guide of "
-                "another model? Where sites come and go with the data, pad the data and mask the observed sites only."
-            )
+            fault = f"{_sites('site', names)} of the guide {_are(names)} {what} the model"
+            raise ValueError(f"{owner}{fault}; is it the guide of another model? {way}.")
     for name, site in drawn.items():
         mask = mask_of(nodes[name])
         if not mask.hides or site["infer"].get(KEEPS_MASK) or _are_equal(mask, mask_of(site)):
@@ -147,6 +149,15 @@ def check_drawn(owner: str, model: Trace, guide: Trace) -> None:
                 "AutoPlateFlow(poutine.mask(model, mask=...), plate), or mask the observed sites only. For a flat "
                 "prior write dist.ImproperUniform."
             )
+
+
+def check_likelihood(caller: str, model: Trace) -> None:
+    """Raise ValueError if all observed sites of a model are points, so that hardly any draw has a density."""
+    points = [name for name, site in model.nodes.items() if is_observation(site)]
+    if points and all(is_point(model.nodes[name]["fn"]) for name in points):
+        got = f"only Delta distributions at {_sites('observed site', points)}"
+        way = "Judge a guide of a simulator by calibrate(model, guide)"
+        raise ValueError(f"{caller}: model must have a likelihood, got {got}. {way}.")
 
 
 def _is_bare_point(site: dict[str, Any], guide: Trace) -> bool:

@@ -301,7 +301,8 @@ def check_vectorize(vectorize: Any) -> None:
 
 
 def check_trained(caller: str, guide: Any) -> None:
-    """Raise ValueError for a guide that is known to be untrained."""
+    """Raise ValueError for a guide that is known to be untrained, and TypeError for what is no guide."""
+    arguments.check_program(guide=guide)
     if _is_untrained(guide):
         raise ValueError(f"{caller}: the {type(guide).__name__} was never trained; {_way_to_fit(guide)}.")
 

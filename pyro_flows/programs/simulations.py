@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import check_tensors
+
 
 @dataclass(frozen=True)
 class Simulations:
@@ -18,6 +20,7 @@ class Simulations:
         data: For each argument that holds data the values, ``(N, *site_shape)``.
 
     Raises:
+        TypeError: If a value is no tensor.
         ValueError: If there are no data, or not as many rows of all.
 
     Example::
@@ -33,6 +36,8 @@ class Simulations:
     data: dict[str, Tensor]
 
     def __post_init__(self) -> None:
+        check_tensors("Simulations", "latents", self.latents)
+        check_tensors("Simulations", "data", self.data)
         sizes = {name: len(value) for group in (self.latents, self.data) for name, value in group.items()}
         if not self.data or len(set(sizes.values())) > 1:
             raise ValueError(f"Simulations: latents and data must have as many rows, and some data, got {sizes}.")

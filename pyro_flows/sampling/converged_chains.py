@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..programs.latent_space import LatentSpace
+from ..programs.latents import check_likelihood
 from ..programs.log_density import or_nan
 from .annealed_population import systematic
 from .chains import Chains
@@ -96,6 +97,7 @@ class Run:
         guide = self._draw(max(num_chains * per_chain, 10 * self.space.dim))
         sound = guide.log_p.isfinite() & guide.log_q.isfinite() & guide.z.isfinite().all(-1)
         if not sound.any():
+            check_likelihood("sample", self.space.task.traces[0])
             raise ValueError("the model has no finite density at any draw of the guide; train the guide first.")
         z, log_weights = guide.z[sound], (guide.log_p - guide.log_q)[sound].double()
         weights = (log_weights - log_weights.max()).exp()
