@@ -353,7 +353,7 @@ def test_nan_in_the_data_is_refused(validate):
             pyro.sample("y", dist.Normal(x, 1.0), obs=y)
 
     pyro.enable_validation(validate)
-    with pytest.raises(ValueError, match=r"observed site 'y' holds NaN or inf \(1 of 3 numbers\)"):
+    with pytest.raises(ValueError, match=r"observed site 'y' holds 1 NaN"):
         AutoFlow(holes, small).setup(torch.tensor([0.0, math.nan, 1.0]))
 
 
