@@ -242,7 +242,7 @@ def test_no_error_comes_from_draws_without_gradients():
     assert guide.sample(3, Y)["mu"].isnan().all()
     with pyro.validation_enabled(False), pytest.raises(ValueError, match="NaN"):
         psis(model, guide, Y, num_samples=50)
-    with pytest.raises(FloatingPointError, match="AutoFlow: the draw of latent site 'mu' .* parameters are lost"):
+    with pytest.raises(FloatingPointError, match=r"AutoFlow: the draw of latent site 'mu' .* parameters are lost"):
         psis(model, guide, Y, num_samples=50)
     with torch.no_grad(), pyro.validation_enabled(True):
         message = message_of(Predictive(model, guide=guide, num_samples=2), Y)
