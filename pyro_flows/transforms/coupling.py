@@ -66,16 +66,20 @@ class Coupling(FlowTransform):
             raise ValueError(f"Coupling: conditioner must take the {kept} features that condition, got {taken}.")
         self.bijector = bijector
         self.conditioner = conditioner
-        self._sizes = kept, len(mask) - kept
         self.register_buffer("mask", mask)
         self._set_places()
         self.register_load_state_dict_post_hook(Coupling._set_places)
 
     def _set_places(self, _keys: object = None) -> None:
-        """Find the order that puts the features that condition first, also when a state is loaded."""
-        order = torch.argsort(~self.mask, stable=True)
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("restore", torch.argsort(order), persistent=False)
+        """Find the places of features from the mask, also when a state is loaded."""
+        kept, mapped = self.mask.nonzero().flatten(), (~self.mask).nonzero().flatten()
+        self.register_buffer("kept", kept, persistent=False)
+        self.register_buffer("mapped", mapped, persistent=False)
+        self.register_buffer("restore", torch.argsort(torch.cat((kept, mapped))), persistent=False)
+        # Two runs, such as the halves of an image's channels, are split without a copy and joined by one.
+        self._kept_first, sizes = bool(self.mask[0]), (len(kept), len(mapped))
+        in_runs = (self.mask[1:] != self.mask[:-1]).sum() == 1
+        self._runs = (sizes if self._kept_first else sizes[::-1]) if in_runs else None
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_verb(self.bijector.forward_and_log_det, x, context)
@@ -117,14 +121,18 @@ class Coupling(FlowTransform):
     def _part(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Split events into the features that condition and the features that are transformed."""
         dim = -len(self.event_shape)
-        kept, mapped = _taken(x, dim, self.order).split(self._sizes, dim)
-        return kept, mapped
+        if self._runs is None:
+            return _taken(x, dim, self.kept), _taken(x, dim, self.mapped)
+        first, second = x.split(self._runs, dim)
+        return (first, second) if self._kept_first else (second, first)
 
     def _join(self, kept: Tensor, mapped: Tensor) -> Tensor:
         """Put the parts of events together again."""
         dim = -len(self.event_shape)
         kept = kept.expand(*mapped.shape[:dim], *kept.shape[dim:])
-        return _taken(torch.cat((kept, mapped), dim), dim, self.restore)
+        if self._runs is None:
+            return _taken(torch.cat((kept, mapped), dim), dim, self.restore)
+        return torch.cat((kept, mapped) if self._kept_first else (mapped, kept), dim)
 
     def _apply_verb(
         self, verb: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, context: Tensor | None
