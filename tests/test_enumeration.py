@@ -529,6 +529,25 @@ def test_discrete_latents_are_those_of_the_arguments_at_hand():
     assert "w_2" not in draws
 
 
+def test_discrete_latents_of_several_chains_in_plates_are_drawn_back():
+    """Pyro's own ring for samples fails here, as it does for the mixed hidden Markov models of its examples."""
+
+    def two_chains(data):
+        probs = pyro.sample("probs", dist.Beta(torch.ones(2, 2), 1.0).to_event(2))
+        with pyro.plate("sequence", 3, dim=-2):
+            w, x = torch.tensor(0), torch.tensor(0)
+            for t in pyro.markov(range(3)):
+                w = pyro.sample(f"w_{t}", dist.Bernoulli(0.2 + 0.6 * w))
+                x = pyro.sample(f"x_{t}", dist.Bernoulli(0.2 + 0.6 * x))
+                with pyro.plate(f"tone_{t}", 4, dim=-1):
+                    pyro.sample(f"y_{t}", dist.Bernoulli(probs[..., w.long(), x.long()]), obs=data[:, t])
+
+    data = (torch.rand(3, 3, 4) < 0.5).float()
+    guide = AutoFlow(two_chains).setup(data)
+    drawn = Predictive(two_chains, guide=guide, num_samples=100)(data)
+    assert {value.unique().numel() for name, value in drawn.items() if name[0] in "wx"} == {2}
+
+
 @pytest.mark.parametrize("parallel", [False, True])
 def test_predictions_draw_discrete_latents_in_sequential_plates(parallel):
     def model(y):

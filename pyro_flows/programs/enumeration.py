@@ -18,20 +18,18 @@ from opt_einsum import shared_intermediates
 from pyro.distributions.util import scale_and_mask
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
-from pyro.ops.einsum.adjoint import require_backward
-from pyro.ops.rings import SampleRing
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from .engines import Site, Values, View
 from .masks import mask_of
 from .plate_nesting import plates_of
+from .sampling_ring import SamplingRing
 
 if TYPE_CHECKING:
     from .program import Program
 
 REST = "the sum over all sites that depend on no discrete latent"
-LARGEST = 1e30  # nats of a log-density in single precision whose sums over sites and rows are finite
 Packed = Any  # a tensor with Pyro's names of its dimensions as an attribute
 Factors = OrderedDict[frozenset[str], list[Packed]]
 TraceAt = Callable[..., Trace]  # the trace of a model at values: trace_at(values, enumerate=False)
@@ -137,18 +135,19 @@ class Parallel:
     @torch.no_grad()
     def sample(self, program: Program, held: Values, size: int) -> Values:
         """Draw the discrete latents given N draws of the others: for each site ``(N, *site_shape)``."""
-        terms = program.run(self._read, held, size, enumerate=True)
-        # Draws without a density get discrete values too, and any will do.
-        factors = self._factors({name: term.nan_to_num(-LARGEST, LARGEST, -LARGEST) for name, term in terms.items()})
+        factors = self._factors(program.run(self._read, held, size, enumerate=True))
         sizes = {d: n for group in factors.values() for t in group for d, n in zip(t._pyro_dims, t.shape, strict=True)}
         own = {term._pyro_site: term for group in factors.values() for term in group if term._pyro_site in self._shapes}
-        for term in own.values():
-            require_backward(term)
-        tree = contract_tensor_tree(factors, self._summed, ring=SampleRing(dim_to_size=sizes))
-        for term in [term for group in tree.values() for term in group if hasattr(term, "_pyro_backward")]:
-            term._pyro_backward()
         places = {name: torch.zeros((), dtype=torch.long) for name in self._shapes}  # for supports of one value
-        places.update({name: self._places(name, term._pyro_backward_result) for name, term in own.items()})
+        if own:
+            for term in own.values():
+                term.requires_grad_()
+            with torch.enable_grad():
+                tree = contract_tensor_tree(factors, self._summed, ring=SamplingRing(dim_to_size=sizes))
+                total = sum((term.sum() for group in tree.values() for term in group), torch.zeros(()))
+            marks = torch.autograd.grad(total, list(own.values()))
+            for (name, term), mark in zip(own.items(), marks, strict=True):
+                places[name] = self._places(name, term._pyro_dims, mark)
         supports = {name: self._support(name) for name in places}
         return {n: supports[n][p.to(supports[n].device).expand(size, *self._batch(n))] for n, p in places.items()}
 
@@ -167,14 +166,22 @@ class Parallel:
             found.setdefault(own | {self._draws}, []).append(term)
         return found
 
-    def _places(self, name: str, drawn: Packed) -> Tensor:
-        """Return the indices of a site's draws in its support, ``(N, *batch_shape)``, given packed draws."""
-        infer, batch, dims = self._trace.nodes[name]["infer"], self._batch(name), drawn._pyro_dims[1:]
+    def _places(self, name: str, dims: str, marks: Tensor) -> Tensor:
+        """Return the indices of a site's draws in its support, ``(N, *batch_shape)``.
+
+        Args:
+            name: The site.
+            dims: The names of the dimensions of its term.
+            marks: 1 where the term has the values of the draw, those of other sites included, and 0 elsewhere.
+        """
+        infer, batch = self._trace.nodes[name]["infer"], self._batch(name)
         to_symbol = infer["_dim_to_symbol"]
         symbols = [to_symbol.get(dim, " ") for dim in range(-len(batch), 0)]
-        place = drawn[drawn._pyro_sample_dims.index(to_symbol[infer["_enumerate_dim"]])]
-        place = place.permute([dims.index(symbol) for symbol in (self._draws, *symbols) if symbol in dims])
-        return place.reshape(-1, *(size if symbol in dims else 1 for size, symbol in zip(batch, symbols, strict=True)))
+        inner = to_symbol[infer["_enumerate_dim"]]
+        kept = [symbol for symbol in (self._draws, *symbols, inner) if symbol in dims]
+        marks = opt_einsum.contract(f"{dims}->{''.join(kept)}", marks)
+        shape = [size if symbol in dims else 1 for size, symbol in zip(batch, symbols, strict=True)]
+        return marks.argmax(-1).reshape(-1, *shape)
 
     def _support(self, name: str) -> Tensor:
         site = self._trace.nodes[name]
