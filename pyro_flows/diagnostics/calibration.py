@@ -68,7 +68,7 @@ class Calibration:
 
     @property
     def reason(self) -> str:
-        """The result in words: the tests that fail, or the share of the truths in regions of 90 %."""
+        """The result in words, which names the tests that fail or the share of the truths in regions of 90 %."""
         if self.calibrated:
             inside = 100 * float((self.coverage <= 0.9).double().mean())
             found = f"{inside:.1f} % of the truths lie in regions of 90 %"
