@@ -202,7 +202,7 @@ def suggests_recipes(*recipes: Callable[..., Any]) -> Callable[[Callable[P, T]],
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
-            for name in kwargs.keys() - known.keys():
+            for name in [name for name in kwargs if name not in known]:
                 for recipe in recipes:
                     if name in inspect.signature(recipe).parameters:
                         way = f"functools.partial(flows.{recipe.__name__}, {name}={quoted(kwargs[name])})"

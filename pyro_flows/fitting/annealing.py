@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pyro.infer.autoguide import AutoGuide
+
 from ..arguments import check_flags, check_integers, check_program, joined
 from ..guides import AutoFlow
 from ..programs.model_and_guide import Task
@@ -80,7 +82,7 @@ def anneal(
     check_integers(CALLER, ISLANDS * 4, num_particles=num_particles)
     check_flags(CALLER, fit=fit, progress=progress)
     check_program(model=model)
-    if guides := [type(value).__name__ for value in args if hasattr(value, "prototype_trace")]:
+    if guides := [type(value).__name__ for value in args if isinstance(value, AutoGuide)]:
         must = f"the arguments after the model must be the model's own, got a guide, {guides[0]}"
         raise TypeError(f"{CALLER}: {must}. Leave it out: {CALLER}(model, ...) builds its own guide.")
     guide = AutoFlow(model).setup(*args, **kwargs)

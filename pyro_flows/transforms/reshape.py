@@ -33,7 +33,7 @@ class Rearranged(FlowTransform):
 
         Args:
             inside: The results, arranged.
-            whole: The events, of which a :class:`Split` keeps a part.
+            whole: The whole events; a :class:`Split` keeps a part of them.
         """
 
     def inner_context(self, context: Tensor | None) -> Tensor | None:
