@@ -38,6 +38,7 @@ from pyro_flows.conditioners import (
     LipschitzMLP,
     MLPField,
     Periodic,
+    StepNet,
 )
 from pyro_flows.distributions import (
     CircularBase,
@@ -70,6 +71,7 @@ from pyro_flows.transforms import (
     Planar,
     Radial,
     Recomputed,
+    Recurrence,
     Reshaped,
     Residual,
     ScaledLinear,
@@ -217,6 +219,19 @@ def _sylvester(sizes: Callable[[int], tuple[int | None, int | None]]) -> Builder
     return build
 
 
+def _recurrence(width: int) -> Builder:
+    def build(dim: int, context_dim: int) -> FlowTransform:
+        net = StepNet([False] * dim, dim // width, 2 + width, (4,), context_dim) if context_dim else None
+        return Recurrence(dim // width, width, net)
+
+    return build
+
+
+def _coupling_of_steps(dim: int, context_dim: int) -> FlowTransform:
+    mask = [place % 2 == 0 for place in range(dim)]
+    return Coupling(Affine(1.0), StepNet(mask, dim, 2, (4, 4), context_dim), mask)
+
+
 def _residual(dim: int, context_dim: int) -> FlowTransform:
     return Residual(LipschitzMLP(dim, WIDTHS, context_dim), exact=True)
 
@@ -298,6 +313,9 @@ TRANSFORMS: dict[str, Kind] = {
     "sylvester": Kind(_sylvester(lambda dim: (None, None)), True),
     "sylvester_householder": Kind(_sylvester(lambda dim: (dim, 3)), True),
     "sylvester_triangular": Kind(_sylvester(lambda dim: (dim, 0)), True),
+    "recurrence": Kind(_recurrence(1), True),
+    "recurrence_wide": Kind(_recurrence(2), True, size=2),
+    "coupling_of_steps": Kind(_coupling_of_steps, True, least_dim=2),
     "residual": Kind(_residual, True),
     "continuous": Kind(_continuous, True, maps=False, most_dim=5),
     "householder": Kind(lambda dim, _: Householder(dim), learns=False),
@@ -414,9 +432,11 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 3.0) -> nn.Module
         if isinstance(part, Conditioner) and not isinstance(part, Periodic | Given):
             draw(part.output.weight, scale)
             draw(part.output.bias, scale)
+            if isinstance(part, StepNet):
+                draw(part.table, scale)
             if isinstance(part, MLP) and part.skip:
                 draw(part.direct.weight, scale / 10)
-        elif (isinstance(part, Elementwise) and part.conditioner is None) or isinstance(
+        elif (isinstance(part, Elementwise | Recurrence) and part.conditioner is None) or isinstance(
             part, Planar | Radial | Sylvester | Orthogonal
         ):
             draw(part.params, scale)

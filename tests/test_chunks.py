@@ -234,8 +234,8 @@ def test_a_guide_of_rows_scores_many_in_chunks(monkeypatch: pytest.MonkeyPatch, 
     values = {name: value.reshape(*batch, *value.shape[1:]) for name, value in guide.sample(50, Y).items()}
     inputs = [parameter for parameter in guide.parameters() if parameter.requires_grad]
     wanted = guide.log_prob(values, Y)
-    monkeypatch.setattr("pyro_flows.guides.plate.chunk_for", lambda numbers: 7)
-    with batches_seen(guide.posterior.flow) as seen:
+    monkeypatch.setattr("pyro_flows.guides.blocks.chunk_for", lambda numbers: 7)
+    with batches_seen(guide.posterior.blocks[0].flow) as seen:
         got = guide.log_prob(values, Y)
     assert max(seen) <= 7 * 50 / batch[0]
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)

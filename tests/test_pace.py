@@ -481,7 +481,7 @@ def test_a_plate_guide_starts_at_the_likelier_one_too():
             pyro.sample("y", dist.Normal(level, noise), obs=y[seen])
 
     y = torch.tensor([13.0, 14.0, 15.0])
-    assert pf.AutoPlateFlow(model, "row").setup(y).posterior.shared.start.tolist() == [0.0]
+    assert pf.AutoPlateFlow(model, "row").setup(y).packings["latent"].start.tolist() == [0.0]
 
 
 def test_a_linear_map_keeps_its_function_at_any_pace():

@@ -847,7 +847,7 @@ def test_a_guide_of_a_plate_comes_back(model: Any, by_encoder: bool, size: int |
     guide = stirred(AutoPlateFlow(seen, "group", encoder=encoder, **recipes).setup(y))
     again = there_and_back(guide, tmp_path)
     same_guide(guide, again, (y,), (y,) if by_encoder else ())
-    assert again.full_size == 6
+    assert again.size_of_rows == 6
     assert again.is_fresh == guide.is_fresh
     if not size:
         same_as_a_guide(model, guide, again, y)

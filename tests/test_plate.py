@@ -30,10 +30,12 @@ from pyro_flows import AutoFlow, AutoPlateFlow, Flow, fit_svi, flows, psis, to_a
 from pyro_flows.bijectors import Affine
 from pyro_flows.conditioners import Conditioner, Given
 from pyro_flows.encoders import MLPEncoder, Standardize
+from pyro_flows.guides.blocks import Drawn
+from pyro_flows.guides.frame import Frame
 from pyro_flows.objectives import PathELBO
 from pyro_flows.programs.plate_minibatches import Shuffled
 from pyro_flows.training import loop
-from pyro_flows.transforms import ActNorm, Elementwise
+from pyro_flows.transforms import ActNorm, Elementwise, FixedAffine
 
 small_local = functools.partial(flows.nsf, num_transforms=2, hidden_dims=(8,))
 small_global = functools.partial(flows.realnvp, num_transforms=2, hidden_dims=(8,))
@@ -44,16 +46,17 @@ def stir(guide: Any, scale: float = 0.2) -> Any:
     """Move a guide away from its start, so that its flows are not the identity."""
     with torch.no_grad():
         for parameter in learned(guide):
-            embedded = guide.contexts.embedding is not None and parameter is guide.contexts.embedding.weight
+            tables = [block.contexts.embedding for block in guide.posterior.blocks if block.contexts]
+            embedded = any(table is not None and parameter is table.weight for table in tables)
             parameter.add_(scale / (10 if embedded else 1) * torch.randn_like(parameter))
     return guide
 
 
 def learned(guide: Any) -> list[nn.Parameter]:
     """Return the trained parameters: all but the fixed affine maps of flows and encoders."""
-    ends = [flow.transforms[-1] for flow in (guide.posterior.flow, guide.posterior.local_flow) if flow]
-    begins = [part for part in guide.modules() if isinstance(part, Standardize)]
-    fixed = {id(parameter) for part in ends + begins for parameter in part.parameters()}
+    parts = [part for part in guide.modules() if isinstance(part, FixedAffine | Frame | Standardize)]
+    fixed = {id(parameter) for part in parts for parameter in part.parameters()}
+    fixed |= {id(block.unit) for block in guide.posterior.blocks}
     return [parameter for parameter in guide.parameters() if id(parameter) not in fixed]
 
 
@@ -328,12 +331,15 @@ def double(packing: Any) -> Any:
 @with_locals
 def test_pack_and_unpack_undo_each_other(case):
     guide = build(case, False)
-    for packing in filter(lambda p: p.size, map(double, (guide.posterior.shared, guide.posterior.own))):
-        batch = (4,) if packing.dim is None else (4, N)
+    for packing in map(double, guide.packings.values()):
+        rows = [1] * packing.depth
+        for dim in packing.dims:
+            rows[dim] = N
+        batch = (4, *rows)
         z = torch.randn(*batch, packing.size, dtype=torch.float64)
         plates = [1] * max(1, *(len(part.batch) for part in packing.parts.values()))
-        if packing.dim is not None:
-            plates[packing.dim] = N
+        for dim in packing.dims:
+            plates[dim] = N
         lead = z.reshape(4, *plates, packing.size)
         found = list(packing.unpack(lead))
         change = sum(log_det.flatten(1).sum(1) for *_, log_det in found)
@@ -346,7 +352,7 @@ def test_pack_and_unpack_undo_each_other(case):
 @with_locals
 def test_log_det_of_packing_is_autograds(case):
     guide = build(case, False)
-    for packing in filter(lambda p: p.size, map(double, (guide.posterior.shared, guide.posterior.own))):
+    for packing in map(double, guide.packings.values()):
         shape = (1,) * max(1, *(len(part.batch) for part in packing.parts.values()))
 
         def constrained(z: Tensor, packing: Any = packing, shape: Any = shape) -> Tensor:
@@ -367,7 +373,7 @@ def test_without_locals_it_is_what_autoflow_is():
     y = data()
     guide = stir(plate_flow(globals_only, "group", init_scale=0.5).setup(y))
     joint = AutoFlow(globals_only, small_global, init_scale=0.5).setup(y)
-    joint.flow.load_state_dict(guide.posterior.flow.state_dict())
+    joint.flow.load_state_dict(guide.posterior.blocks[0].flow.state_dict())
     draws = joint.sample(20)
     torch.testing.assert_close(guide.log_prob(draws, y), joint.log_prob(draws))
     assert set(guide(y)) == {"mean", "scale"}
@@ -378,7 +384,7 @@ def test_without_locals_it_is_what_autoflow_is():
 def test_without_globals_rows_are_independent():
     y = data()
     guide = stir(plate_flow(locals_only, "group", encoder=Rows()).setup(y))
-    assert guide.posterior.flow is None
+    assert len(guide.posterior.blocks) == 1
     whole = guide.sample(4, y)
     by_row = sum(guide.log_prob({"z": whole["z"][:, [i]]}, y[[i]]) for i in range(N))
     torch.testing.assert_close(guide.log_prob(whole, y), by_row, rtol=1e-4, atol=1e-4)
@@ -521,7 +527,11 @@ def test_minibatches_as_arguments_with_a_ragged_last_one():
             trace = poutine.trace(guide).get_trace(batch, 10)
             assert trace.nodes["z"]["value"].shape == (len(batch), 2)
             assert trace.nodes["z"]["scale"] == 10 / len(batch)
-            wanted = guide.posterior.local_flow(guide.contexts.encoder(batch)).log_prob(torch.zeros(2))
+            wanted = (
+                guide.posterior.blocks[0]
+                .flow(guide.posterior.blocks[0].contexts.encoder(batch))
+                .log_prob(torch.zeros(2))
+            )
             torch.testing.assert_close(trace.nodes[name]["fn"].log_prob(torch.zeros(2)), wanted)
 
 
@@ -820,11 +830,12 @@ def test_rows_see_the_latents_outside_from_the_middle_of_their_flow():
     y = data()
     posterior = stir(plate_flow(hierarchy, "group", encoder=Rows(), init_scale=0.3).setup(y), 1.0).posterior
     middle = torch.zeros(1)
-    for transform in posterior.flow.transforms:
+    top, _ = posterior.blocks
+    for transform in top.flow.transforms:
         middle, _ = transform.forward_and_log_det(middle)
     assert middle.abs() > 0.01
     for distance in (0.0, 1.0, -2.0):  # in units of ten times init_scale
-        seen = posterior.contexts(torch.zeros(len(y), 4), middle + 3 * distance)[..., -1]
+        seen = top.relative(Drawn(middle + 3 * distance, top.flow()))
         torch.testing.assert_close(seen, torch.full_like(seen, distance), atol=1e-5, rtol=1e-5)
 
 
@@ -833,10 +844,12 @@ def test_fit_svi_shows_the_data_to_the_encoder_of_a_new_guide(tmp_path):
     guide = AutoPlateFlow(locals_only, "group", encoder=Rows(), local_flow=small_local, name="standardised")
     quick = functools.partial(fit_svi, locals_only, guide, steps=2, progress=False)
     quick(y, 10)  # all rows, not those of a minibatch
-    torch.testing.assert_close(guide.contexts.encoder.standardize.loc.detach(), y.mean(0))
-    torch.testing.assert_close(guide.contexts.encoder.standardize.scale.detach(), y.std(0, correction=0))
+    torch.testing.assert_close(guide.posterior.blocks[0].contexts.encoder.standardize.loc.detach(), y.mean(0))
+    torch.testing.assert_close(
+        guide.posterior.blocks[0].contexts.encoder.standardize.scale.detach(), y.std(0, correction=0)
+    )
     quick(y + 100)  # a trained guide keeps its parameters
-    torch.testing.assert_close(guide.contexts.encoder.standardize.loc.detach(), y.mean(0))
+    torch.testing.assert_close(guide.posterior.blocks[0].contexts.encoder.standardize.loc.detach(), y.mean(0))
     SVI(locals_only, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).step(y)
     wanted = draws_of(guide, y)
     pyro.get_param_store().save(str(tmp_path / "params"))
@@ -907,7 +920,7 @@ def conjugate_guide(y: Tensor) -> AutoPlateFlow:
         init_scale=1.0,
     ).setup(y)
     mean, sd, _, _ = exact(y)
-    flow, local = guide.posterior.flow, guide.posterior.local_flow
+    flow, local = (block.flow for block in guide.posterior.blocks)
     norm, net = flow.transforms[0], local.transforms[0].conditioner
     learned_norm, fixed = flow.transforms[1:]
     assert learned_norm.log_scale.item() == fixed.loc.item() == 0

@@ -9,6 +9,7 @@ from .made import MADE as MADE
 from .mlp import MLP as MLP
 from .pass_through import Given as Given
 from .periodic import Periodic as Periodic
+from .steps import StepNet as StepNet
 from .transformer import CausalTransformer as CausalTransformer
 from .transformer import Tokens as Tokens
 from .vector_field import MLPField as MLPField

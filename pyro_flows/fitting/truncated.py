@@ -102,7 +102,7 @@ class Truncated:
         held = poutine.condition(model, data=data)
 
         def run(*args: Any, **kwargs: Any) -> None:
-            with contextlib.suppress(Reached), Found(None, self.names, None):
+            with contextlib.suppress(Reached), Found("", (), self.names, {}):
                 held(*args, **kwargs)
 
         return run

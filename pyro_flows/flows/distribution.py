@@ -69,6 +69,13 @@ class FlowDistribution(dist.TransformedDistribution):
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> FlowDistribution:
         return self._with(_batch_shape=torch.Size(batch_shape))
 
+    def followed_by(self, transform: FlowTransform) -> FlowDistribution:
+        """Return the distribution of this one's draws mapped by a transform without a context.
+
+        Tensors of the transform may have a batch, which is that of the context.
+        """
+        return self._with(transforms=[*self.transforms, View(transform)], runs=[*self.runs, transform])
+
     def with_path_gradient(self) -> FlowDistribution:
         """Return the same distribution, which scores its own draws without a gradient to the density's parameters.
 

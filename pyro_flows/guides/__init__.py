@@ -5,3 +5,4 @@ from .default_flows import default_flow as default_flow
 from .plate import AutoPlateFlow as AutoPlateFlow
 from .posterior_graph import posterior_graph as posterior_graph
 from .start_location import init_to_center as init_to_center
+from .structured import AutoStructuredFlow as AutoStructuredFlow

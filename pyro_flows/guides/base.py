@@ -7,7 +7,7 @@ import itertools
 import warnings
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -34,7 +34,7 @@ from .circles import MarkCircles
 from .contexts import check_encoder
 from .default_training import Plan
 from .discrete import HideDiscrete, draw_discrete
-from .guide_call import Call, Found
+from .guide_call import NONE, Call, Found
 from .loaded import Site, program_of, sites_of
 from .masked import check_unmasked
 from .packing import Packing
@@ -53,7 +53,7 @@ class FlowGuide(Plan, AutoGuide):
     settings: tuple[str, ...]  # arguments of the class that files hold
     prototype_trace: Any
     packings: dict[str, Packing]  # the layout of the vector at each of the guide's sample statements
-    plate: str | None = None  # the plate whose rows have a flow
+    row_plates: tuple[str, ...] = ()  # the plates whose rows have flows
     _given_plates: Sequence[str] = ()  # the plates to which the model gives rows, ``subsample=``
     _init_scale: Any
 
@@ -112,7 +112,7 @@ class FlowGuide(Plan, AutoGuide):
             raise
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        return Call(type(self).__name__, self.model, args, kwargs, self.prototype_trace, self.plate)
+        return Call(type(self).__name__, self.model, args, kwargs, self.prototype_trace, self.row_plates)
 
     def compile(self, **settings: Any) -> None:
         """Compile the guide's flows once it is set up; see :meth:`~pyro_flows.flows.Flow.compile`.
@@ -149,7 +149,7 @@ class FlowGuide(Plan, AutoGuide):
             return None
         found = call.look()
         check_shapes(call, found)
-        if call.plate is not None:
+        if call.plates:
             check_unmasked(call, found)
         there = self._layouts({name: found.latents[name] for name in call.latents})
         for name, packing in self.packings.items():
@@ -196,7 +196,7 @@ class FlowGuide(Plan, AutoGuide):
         flows = [repr(part) for part in self.modules() if isinstance(part, Flow)]
         return "\n".join([head, *flows]).replace("\n", "\n  ")
 
-    def _draw(self, name: str, q: FlowDistribution, rows: Tensor | None = None) -> Tensor:
+    def _draw(self, name: str, q: FlowDistribution, rows: Mapping[str, Tensor] = NONE) -> Tensor:
         """Sample packed latents at an auxiliary sample statement.
 
         Raises:
@@ -207,7 +207,7 @@ class FlowGuide(Plan, AutoGuide):
         return z
 
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Make the plates of the prototype, as Pyro does, except the plate whose rows have a flow.
+        """Make the plates of the prototype, as Pyro does, except those whose rows have flows.
 
         A plate without a size stays without.  Rows that a model gives a plate, ``subsample=x``, are left to the model:
         x may be data, and indices in the guide's trace would be replayed in their place.
@@ -216,7 +216,7 @@ class FlowGuide(Plan, AutoGuide):
             return dict(super()._create_plates(*args, **kwargs))
         frames = sorted(self._prototype_frames.items())
         with poutine.block(hide=self._given_plates):
-            self.plates = {name: plate_like(frame) for name, frame in frames if name != self.plate}
+            self.plates = {name: plate_like(frame) for name, frame in frames if name not in self.row_plates}
         return self.plates
 
     def parts(self) -> dict[str, Any]:

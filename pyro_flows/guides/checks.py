@@ -6,7 +6,7 @@ or a mask removes it, the guide's entropy counts without the model's density, an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..programs.log_density import is_breakdown
 from ..programs.masks import is_masked, mask_of
 from ..programs.traces import signature_of
 from .circles import scalar_support
-from .guide_call import Call, Found, Rows, frame_of
+from .guide_call import Call, Found, Key, Rows, frames_of
 from .masked import RowMasks, check_absent, check_unmasked, masks_of_rows, patterns_of
 from .nonfinite import Watch
 
@@ -62,7 +62,7 @@ def check_arguments(method: str, model: Any, args: tuple[Any, ...], kwargs: dict
 
 
 def check_latents(call: Call) -> None:
-    """Refuse discrete latents, supports without volume, and latents in subsampled plates other than the guide's."""
+    """Refuse discrete latents, supports without volume, and latents in other subsampled plates than the guide's."""
     if names := [name for name, site in call.latents.items() if is_discrete(site["fn"])]:
         which = f"sites {named(names)} are" if len(names) > 1 else f"site {named(names)} is"
         why = "values are infinitely many, more than 1000 in one event, or not listed by Pyro"
@@ -75,18 +75,18 @@ def check_latents(call: Call) -> None:
             fault = f"the support of latent site {name!r}, {support}, has no volume: low must be below high"
             raise ValueError(f"{call.owner}: {fault}. Where they are equal, write pyro.deterministic({name!r}, value).")
         for frame in site["cond_indep_stack"]:
-            if frame.name != call.plate and frame.full_size is not None and frame.size < frame.full_size:
+            if frame.name not in call.plates and frame.full_size is not None and frame.size < frame.full_size:
                 rows = f"which is subsampled ({frame.size} of {frame.full_size} rows)"
-                way = f"Let it run over all rows, or use AutoPlateFlow(model, {frame.name!r})"
+                way = "Let it run over all rows, or use AutoStructuredFlow(model)"
                 raise ValueError(f"{call.owner}: latent site {name!r} lies in plate {frame.name!r}, {rows}. {way}.")
 
 
 def check_shapes(call: Call, found: Found) -> None:
-    """Refuse a model that lacks a latent of the guide or has another shape, apart from the number of a plate's rows."""
+    """Refuse a model that lacks a latent of the guide or has another shape, apart from the numbers of rows."""
     for name, site in call.latents.items():
         shape = list(site["value"].shape)
-        if (frame := frame_of(site, call.plate)) and found.rows:
-            shape[frame.dim - site["fn"].event_dim] = found.rows.size
+        for frame in frames_of(site, call.plates):
+            shape[frame.dim - site["fn"].event_dim] = found.rows[frame.name].size
         now = found.latents.get(name)
         if now is None:
             there, built = "is observed" if name in found.observed else "is not in the model", "one of shape "
@@ -129,12 +129,12 @@ class Calls:
         found = call.look()
         self.observed = frozenset(found.observed)
         self._settle(call, found)
-        if found.rows and found.rows.size == found.rows.full_size:
+        if call.plates and all(rows.size == rows.full_size for rows in found.rows.values()):
             self._checked(call, found, {})
         return found
 
-    def rows(self, call: Call, *, needed: bool) -> Rows | None:
-        """Check new arguments, and return the rows of the plate if they are needed.
+    def rows(self, call: Call, *, needed: bool) -> dict[str, Rows]:
+        """Check new arguments, and return the rows of the plates if they are needed.
 
         Raises:
             ValueError: Naming the site, if the model lacks a latent of the guide, has a further one or another shape,
@@ -142,7 +142,7 @@ class Calls:
         """
         known = self._knows(call)
         if call.model is None or (known and not needed):
-            return None
+            return {}
         found = call.look(until=() if known else call.latents)
         if not known:
             check_shapes(call, found)
@@ -150,25 +150,25 @@ class Calls:
             self._settle(call, found)
         return found.rows
 
-    def masks(self, call: Call, indices: Tensor) -> RowMasks:
-        """Return the masks of the latents at some rows of the plate."""
-        if not self.masked or call.model is None or call.plate is None:
-            return RowMasks()
-        found = call.look(indices=indices)
-        return self._checked(call, found, {call.plate: indices})
+    def masks(self, call: Call, indices: Mapping[str, Tensor]) -> dict[Key, RowMasks]:
+        """Return the masks of the latents at some rows of the plates."""
+        if not self.masked or call.model is None or not call.plates:
+            return {}
+        return self._checked(call, call.look(indices=indices), indices)
 
-    def _checked(self, call: Call, found: Found, rows: dict[str, Tensor]) -> RowMasks:
+    def _checked(self, call: Call, found: Found, rows: Mapping[str, Tensor]) -> dict[Key, RowMasks]:
         """Return the masks of the latents; new patterns must not hide what the rest of the model depends on."""
-        masks = masks_of_rows(found)
-        if new := patterns_of(masks, found) - self._absent:
-            check_absent(call, masks, found, rows)
-            self._absent |= new
-        return masks
+        found_masks = masks_of_rows(found)
+        for key, masks in found_masks.items():
+            if new := patterns_of(key, masks, found) - self._absent:
+                check_absent(call, masks, found, rows)
+                self._absent |= new
+        return found_masks
 
     def _settle(self, call: Call, found: Found) -> None:
-        """Refuse masks outside of the plate, and remember the arguments."""
+        """Refuse masks outside of the plates, and remember the arguments."""
         self.masked = any(map(is_masked, found.latents.values()))
-        if any(mask_of(site).hides and not frame_of(site, call.plate) for site in found.latents.values()):
+        if any(mask_of(site).hides and not frames_of(site, call.plates) for site in found.latents.values()):
             check_unmasked(call, call.look())  # flat priors and masked rows differ in the data's masks
         self._last = _keys(call)
 
@@ -180,7 +180,7 @@ class Calls:
         """
         if any(isinstance(leaf, Iterator) for leaf in tree_leaves((call.args, call.kwargs))):
             return True
-        if self.masked and call.plate is not None:
+        if self.masked and call.plates:
             return False
         if not (call.args or call.kwargs) or torch._C._get_tracing_state():
             return True

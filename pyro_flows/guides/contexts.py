@@ -1,4 +1,4 @@
-"""Contexts of conditional flows: encoded from the model's arguments, or learned for each row of a plate.
+"""Contexts of conditional flows: encoded from the model's arguments, or learned for each row of some plates.
 
 Amortised inference: one network serves all data (Gershman, Goodman 2014; Kingma, Welling 2013, arXiv:1312.6114).
 """
@@ -6,8 +6,9 @@ Amortised inference: one network serves all data (Gershman, Goodman 2014; Kingma
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 
-from ..arguments import check_integers
 from ..conditioners.base import Paced
 from ..encoders import Standardize
 from ..encoders.base import at_rest
@@ -23,7 +23,7 @@ from ..encoders.standardize import learning
 from ..programs.plate_minibatches import Shuffled
 from ..programs.traces import signature_of
 from ..vjp import graph_of
-from .guide_call import Call, Rows, frame_of
+from .guide_call import Call, Key, Rows, frame_of
 
 
 def check_encoder(owner: str, encoder: object) -> None:
@@ -151,111 +151,153 @@ class InTurn(Messenger):
             fn.sample = lambda *_: self.rows.next(fn.size, fn.subsample_size)
 
 
-def check_tied(call: Call, rows: Rows) -> None:
+def check_tied(call: Call, name: str, rows: Rows) -> None:
     """Raise ValueError if the data in a subsampled plate do not depend on its indices: no row can be learned then."""
     if rows.chosen is not None or rows.size == rows.full_size:
         return
-    name, seen = call.plate, []
+    seen = []
     for indices in [torch.randperm(rows.full_size)[: rows.size] for _ in range(10)]:  # a few rows may be alike
-        found = call.look(indices=indices)  # all with the same random numbers: only the indices differ
+        found = call.look(indices={name: indices})  # all with the same random numbers: only the indices differ
         seen.append([site["value"] for site in found.observed.values() if frame_of(site, name)])
     if seen[0] and all(torch.equal(a, b) for other in seen for a, b in zip(seen[0], other, strict=True)):
         part = f"plate {name!r} is subsampled ({rows.size} of {rows.full_size} rows)"
         way = f"take rows by its indices, `with pyro.plate({name!r}, ...) as i: ... obs=y[i]`, or by subsample=i"
         fault = "but its data are the same whatever its indices"
-        raise ValueError(f"AutoPlateFlow: {part}, {fault}. Use an encoder, or {way}.")
+        raise ValueError(f"{call.owner}: {part}, {fault}. Use an encoder, or {way}.")
+
+
+class BlockRows(NamedTuple):
+    """The rows of a block for which it is drawn or scored.
+
+    Attributes:
+        places: Their places among all rows that the block was set up for, ``(*rows)``; None if there is no frame.
+        contexts: Their contexts, ``(*rows, width)``; None for latents outside of all rows.
+    """
+
+    places: Tensor | None = None
+    contexts: Tensor | None = None
 
 
 class RowContexts(Paced):
-    """Contexts of a plate's rows, ``(rows, width)``.
+    """Contexts of the rows of some plates, ``(*rows, width)``.
 
     Args:
-        plate: The plate's name.
-        encoder: A network or function from the model's arguments to the contexts; without one they are parameters.
+        plates: The names of the plates, the outermost first.
+        encoder: A network or function from the model's arguments to the contexts of the rows of a single plate; without
+            one they are parameters.
         embedding_dim: The number of random numbers in a row's parameters at the start; the others are zero.
 
     Attributes:
         pace: How far a row's context moves if an optimiser moves its parameters by 1.
+        sizes: The numbers of all rows that the contexts were set up for.
     """
 
     pace: float | None = 1.0
 
-    def __init__(self, plate: str, encoder: Callable[..., Tensor] | None, embedding_dim: int) -> None:
+    def __init__(self, plates: Key, encoder: Callable[..., Tensor] | None, embedding_dim: int) -> None:
         super().__init__()
-        check_integers("AutoPlateFlow", embedding_dim=embedding_dim)
-        self.embedding_dim = embedding_dim
-        self.plate, self.encoder, self.width = plate, encoder, 0
+        self.embedding_dim, self.sizes = embedding_dim, (0,) * len(plates)
+        self.plates, self.encoder, self.width = plates, encoder, 0
         self.embedding: nn.Embedding | None = None
 
-    def setup(self, call: Call, rows: Rows, like: Tensor, num_zeros: int) -> None:
+    def setup(self, call: Call, rows: Sequence[Rows], like: Tensor, num_zeros: int) -> None:
         """Find the width by the encoder, or make a vector of zeros and then random numbers for each row."""
         if self.encoder is None:
-            noise = torch.randn(rows.full_size, self.embedding_dim)
-            start = torch.cat((torch.zeros(rows.full_size, num_zeros), noise), 1)
-            self.restore(num_zeros + self.embedding_dim, start.to(like))
+            sizes = tuple(row.full_size for row in rows)
+            noise = torch.randn(math.prod(sizes), self.embedding_dim)
+            start = torch.cat((torch.zeros(len(noise), num_zeros), noise), 1)
+            self.restore(num_zeros + self.embedding_dim, start.to(like), sizes)
         else:
-            self.width = self._checked(probe(call, self.encoder), rows.size, rows.full_size).shape[-1]
+            context, self.sizes = probe(call, self.encoder), (rows[0].full_size,)
+            self.width = self._checked(call, context, rows[0].size, rows[0].full_size).shape[-1]
 
-    def restore(self, width: int, embedding: Tensor | None) -> None:
+    def restore(self, width: int, embedding: Tensor | None, sizes: tuple[int, ...]) -> None:
         """Set the width and the rows' parameters."""
-        self.width = width
+        self.width, self.sizes = width, sizes
         if embedding is not None:
             self.embedding = nn.Embedding.from_pretrained(embedding, freeze=False)
+
+    @property
+    def number(self) -> int:
+        """The number of all rows that the contexts were set up for."""
+        return math.prod(self.sizes)
+
+    def parts(self) -> tuple[Any, ...]:
+        """Return the parts that a file holds, for :meth:`restore`."""
+        return self.width, None if self.embedding is None else self.embedding.weight, self.sizes
 
     def _paced_names(self) -> Iterable[str]:
         return () if self.embedding is None else ("embedding.weight",)
 
-    def of(self, call: Call, plate: Any, indices: Tensor) -> Tensor:
-        """Return the contexts of the rows at ``indices`` of a plate."""
+    def of(self, call: Call, plates: Sequence[Any], indices: Sequence[Tensor]) -> BlockRows:
+        """Return the rows at ``indices`` of the plates."""
+        places = [self._places(call, plate, rows) for plate, rows in zip(plates, indices, strict=True)]
+        if self.embedding is not None:
+            for plate, rows, found in zip(plates, indices, places, strict=True):
+                self._check_known(call, plate.name, plate.size)
+                if found is None:
+                    got = f"plate {plate.name!r} is given the data of {len(rows)} of {plate.size} rows as subsample="
+                    raise ValueError(f"{call.owner}: {got}. Give an encoder, or the rows' indices as subsample=.")
+            flat = self._flat(places).to(self.embedding.weight.device)
+            return BlockRows(flat, self.paced(self.embedding(flat)))
+        (plate,), (rows,), (found,) = plates, indices, places
+        if found is None:  # the arguments hold these rows alone
+            return BlockRows(None, self._encode(call, len(rows)))
+        if len(found) < plate.size:
+            call = _take_rows(call, found, plate.size)
+        elif found is rows and not torch.equal(rows, torch.arange(plate.size, device=rows.device)):
+            fault = f"plate {plate.name!r} takes all of its rows in another order, by subsample="
+            raise ValueError(f"{call.owner}: {fault}. Leave subsample= out where all rows are taken.")
+        context = self._encode(call, len(found), plate.size)
+        return BlockRows(None, context if len(context) == len(found) else context[found])
+
+    def _places(self, call: Call, plate: Any, indices: Tensor) -> Tensor | None:
+        """Return the indices of the rows that a plate takes, or None if it is given other data of rows."""
         places = places_of(indices, plate.size)
         is_data = places is not None and places is not indices
         if is_data and not any(value is indices for value in (*call.args, *call.kwargs.values())):
-            fault = f"the data that plate {self.plate!r} is given as subsample= must be an argument of the model"
-            raise ValueError(f"AutoPlateFlow: {fault}, as it is. Write subsample=x, or leave it out.")
-        if self.embedding is not None:
-            self._check_known(plate.size)
-            if places is None:
-                got = f"plate {self.plate!r} is given the data of {len(indices)} of {plate.size} rows as subsample="
-                raise ValueError(f"AutoPlateFlow: {got}. Give an encoder, or the rows' indices as subsample=.")
-            return self.paced(self.embedding(places.to(self.embedding.weight.device)))
-        if places is None:  # the arguments hold these rows alone
-            return self._encode(call, len(indices))
-        if len(places) < plate.size:
-            call = _take_rows(call, places, plate.size)
-        elif places is indices and not torch.equal(indices, torch.arange(plate.size, device=indices.device)):
-            fault = f"plate {self.plate!r} takes all of its rows in another order, by subsample="
-            raise ValueError(f"AutoPlateFlow: {fault}. Leave subsample= out where all rows are taken.")
-        context = self._encode(call, len(places), plate.size)
-        return context if len(context) == len(places) else context[places]
+            fault = f"the data that plate {plate.name!r} is given as subsample= must be an argument of the model"
+            raise ValueError(f"{call.owner}: {fault}, as it is. Write subsample=x, or leave it out.")
+        return places
 
-    def of_all(self, call: Call) -> Tensor:
-        """Return the contexts of all rows in the arguments."""
+    def _flat(self, places: Sequence[Any]) -> Tensor:
+        """Return the places of rows in the table of parameters, from their places in each plate."""
+        flat = places[0]
+        for size, found in zip(self.sizes[1:], places[1:], strict=True):
+            flat = flat.unsqueeze(-1) * size + found
+        return flat
+
+    def of_all(self, call: Call) -> BlockRows:
+        """Return all rows in the arguments."""
         if self.embedding is not None:
-            if call.model is not None and (rows := call.look(until=()).rows):
-                self._check_known(rows.full_size)
-            return self.paced(self.embedding.weight)
+            for plate, rows in call.look(until=()).rows.items() if call.model is not None else ():
+                if plate in self.plates:
+                    self._check_known(call, plate, rows.full_size)
+            places = torch.arange(self.number, device=self.embedding.weight.device).reshape(self.sizes)
+            return BlockRows(places, self.paced(self.embedding.weight).reshape(*self.sizes, -1))
         context = self._encode(call)
-        check_finite("AutoPlateFlow", context)
-        return context
+        check_finite(call.owner, context)
+        return BlockRows(None, context)
 
-    def _check_known(self, full_size: int) -> None:
-        if self.embedding is not None and full_size != self.embedding.num_embeddings:
-            known = f"the {self.embedding.num_embeddings} rows of plate {self.plate!r} that it was built for"
+    def _check_known(self, call: Call, plate: str, full_size: int) -> None:
+        if full_size != (size := self.sizes[self.plates.index(plate)]):
+            known = f"the {size} rows of plate {plate!r} that it was built for"
             fault = f"without an encoder the guide knows {known}, not {full_size}"
-            raise ValueError(f"AutoPlateFlow: {fault}. Give it an encoder, or build another guide.")
+            raise ValueError(f"{call.owner}: {fault}. Give it an encoder, or build another guide.")
 
     def _encode(self, call: Call, *numbers: int) -> Tensor:
-        return self._checked(encode(call, self.encoder, self.width), *numbers)
+        return self._checked(call, encode(call, self.encoder, self.width), *numbers)
 
-    def _checked(self, context: Tensor, *numbers: int) -> Tensor:
+    def _checked(self, call: Call, context: Tensor, *numbers: int) -> Tensor:
         """Return contexts, or raise ValueError unless they have one of these numbers of rows, if any.
 
         The last is the number of all rows.
         """
         all_rows = numbers[-1] if numbers else len(context)
         if context.dim() != 2 or len(context) not in (*numbers, all_rows):
-            wanted = f"one vector for each of the {all_rows} rows of plate {self.plate!r}, ({all_rows}, context_dim)"
-            raise ValueError(f"AutoPlateFlow: the encoder must return {wanted}, got shape {tuple(context.shape)}.")
+            plate = self.plates[0]
+            wanted = f"one vector for each of the {all_rows} rows of plate {plate!r}, ({all_rows}, context_dim)"
+            raise ValueError(f"{call.owner}: the encoder must return {wanted}, got shape {tuple(context.shape)}.")
         return context
 
 

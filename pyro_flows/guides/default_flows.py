@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from .. import flows
 from ..bijectors import Affine, SoftplusAffine
-from ..conditioners import MLP, Conditioner, Given
+from ..conditioners import MLP, Conditioner, Given, StepNet
 from ..conditioners.base import Network
 from ..distributions import CircularBase, ContaminatedNormalBase, ModesBase, StandardNormal
 from ..flows import Flow
 from ..flows.arguments import checked_sizes
 from ..flows.coupling import coupling_layers
-from ..transforms import ActNorm, Elementwise, FixedAffine, FlowTransform, ScaledLinear
+from ..transforms import ActNorm, Coupling, Elementwise, FixedAffine, FlowTransform, Recurrence, ScaledLinear
 from ..transforms.base import chained
 from ..transforms.linear import unrotated
 
@@ -119,6 +119,23 @@ def local_flow(input_dim: int, context_dim: int) -> Flow:
         layers = affine_couplings(input_dim, context_dim, num_transforms=4).transforms
     place = MLP(context_dim, input_dim, Affine().num_params, activation=nn.ELU, skip=True, pace=PLACE_PACE)
     return Flow([*layers, Elementwise(Affine(), input_dim, place)])
+
+
+def sequence_flow(steps: int, width: int, context_dim: int = 0) -> Flow:
+    """Build the default flow of :class:`AutoStructuredFlow` for T steps of d latents, e = R(T_2(T_1(u))).
+
+    Two couplings bend every other number, depending on its neighbours and on the context.  A recurrence R makes the
+    steps depend on all before.  All are convolutional, so that time and memory are proportional to T.
+    """
+    layers: list[FlowTransform] = []
+    place = torch.arange(steps * width)
+    board = (place // width + place % width) % 2 == 0
+    for mask in (board, ~board):
+        if 0 < mask.sum() < len(mask):
+            net = StepNet(mask, steps, Affine().num_params, (16, 16), context_dim)
+            layers.append(Coupling(Affine(3.0), net, mask))
+    net = StepNet(torch.zeros_like(board), steps, 2 + width, (16,), context_dim)
+    return Flow([*layers, Recurrence(steps, width, net)])
 
 
 def autoencoder_flow(input_dim: int, context_dim: int) -> Flow:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, suppress
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from ..programs.error_text import explained
 from ..programs.traces import arguments_of, outside_plates, trace_at
+
+Key = tuple[str, ...]  # the plates of rows that have a flow, the outermost first
+NONE: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Rows(NamedTuple):
@@ -40,7 +44,7 @@ class Call(NamedTuple):
         args: The model's arguments.
         kwargs: Its keyword arguments.
         prototype: The trace of the model that the guide was built from.
-        plate: The plate whose rows have a flow, or None.
+        plates: The plates whose rows have flows.
     """
 
     owner: str
@@ -48,7 +52,7 @@ class Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     prototype: Any = None
-    plate: str | None = None
+    plates: tuple[str, ...] = ()
 
     @property
     def latents(self) -> dict[str, dict[str, Any]]:
@@ -68,23 +72,24 @@ class Call(NamedTuple):
         """Restore the random number generators after a block, on the CPU and on the latents' devices."""
         return torch.random.fork_rng({v.device.index for v in self.start.values() if v.device.type == "cuda"})
 
-    def look(self, *, until: Collection[str] | None = None, indices: Tensor | None = None) -> Found:
+    def look(self, *, until: Collection[str] | None = None, indices: Mapping[str, Tensor] = NONE) -> Found:
         """Run the model, hidden from outer handlers, and return its sites; random number generators are restored.
 
         Args:
-            until: The run may end once these latents and the plate were found; None runs all of the model.
-            indices: The rows for the plate to take, if the model subsamples it.
+            until: The run may end once these latents and the plates were found; None runs all of the model.
+            indices: The rows for each plate to take, if the model subsamples it.
 
         Raises:
-            ValueError: If the model does not enter the plate.
+            ValueError: If the model does not enter a plate.
         """
-        found = Found(self.plate, until, indices)
+        found = Found(self.owner, self.plates, until, indices)
         hidden, quietly = poutine.block(), suppress(Reached)
         run = explained("model", arguments_of(self.model, self.args, self.kwargs))(self.model)
         with hidden, torch.no_grad(), outside_plates(), validation_enabled(False), self.same_draws(), quietly, found:
             run(*self.args, **self.kwargs)
-        if self.plate is not None and found.rows is None:
-            found.rows = found.rows_in_frame(self.plate)
+        for plate in self.plates:
+            if plate not in found.rows:
+                found.rows[plate] = found.rows_in_frame(plate)
         return found
 
 
@@ -96,27 +101,30 @@ class Found(Messenger):
     """The sites and plates of a run of a model.
 
     Args:
-        plate: The plate whose rows to find.
+        owner: The name for errors.
+        plates: The plates whose rows to find.
         until: The sites, drawn or observed, after which the run may end; None to go on to the end.
-        indices: The rows for the plate to take, if the model subsamples it.
+        indices: The rows for each plate to take, if the model subsamples it.
 
     Attributes:
         latents: The latent sites, by name.
         observed: The observed sites, by name.
         frames: The frames of the plates around these sites, by name.
         given: The plates to which the model gives rows, ``subsample=``.
-        rows: The rows of the plate; None until the model enters it.
+        rows: The rows of each of the plates that the model has entered.
     """
 
-    def __init__(self, plate: str | None, until: Collection[str] | None, indices: Tensor | None) -> None:
+    def __init__(
+        self, owner: str, plates: tuple[str, ...], until: Collection[str] | None, indices: Mapping[str, Tensor]
+    ) -> None:
         super().__init__()
-        self.plate, self.indices = plate, indices
+        self.owner, self.plates, self.indices = owner, plates, indices
         self._until = None if until is None else set(until)
         self.latents: dict[str, dict[str, Any]] = {}
         self.observed: dict[str, dict[str, Any]] = {}
         self.frames: dict[str, Any] = {}
         self.given: list[str] = []
-        self.rows: Rows | None = None
+        self.rows: dict[str, Rows] = {}
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         name, fn, chosen = msg["name"], msg["fn"], msg["value"]
@@ -124,14 +132,14 @@ class Found(Messenger):
             return
         if chosen is not None:
             self.given.append(name)
-        if name == self.plate:
+        if name in self.plates:
             size = fn.size if fn.subsample_size is None else fn.subsample_size
             if chosen is not None:
                 chosen = torch.as_tensor(chosen)
                 size = len(chosen)
-            elif self.indices is not None:
-                msg["value"] = self.indices
-            self.rows = Rows(fn.size, min(size, fn.size), chosen)
+            elif name in self.indices:
+                msg["value"] = self.indices[name]
+            self.rows[name] = Rows(fn.size, min(size, fn.size), chosen)
             self._stop(msg)
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
@@ -142,7 +150,7 @@ class Found(Messenger):
             self._stop(msg)
 
     def _stop(self, msg: Any) -> None:
-        placed = self.plate is None or self.rows or self.plate in self.frames
+        placed = {*self.plates} <= self.rows.keys() | self.frames.keys()
         if self._until is not None and placed and self._until <= self.latents.keys() | self.observed.keys():
             self._until = None  # a model that catches the exception runs to its end
             raise Reached
@@ -152,18 +160,24 @@ class Found(Messenger):
         frame = self.frames.get(plate)
         if frame is None or not frame.vectorized:
             has = ", ".join(sorted(self.frames)) or "none"
-            raise ValueError(f"AutoPlateFlow: the model enters no plate {plate!r} of known size; it has {has}.")
+            raise ValueError(f"{self.owner}: the model enters no plate {plate!r} of known size; it has {has}.")
         if frame.size > 0:
             return Rows(frame.full_size or frame.size, frame.size)
         inside = {name: site for name, site in self.latents.items() if frame_of(site, plate)}
         number = max((rows_in(site, frame.dim) for site in inside.values()), default=1)
         if not number:
             fault = f"latent site {next(iter(inside))!r} has no dimension for the rows of plate {plate!r}"
-            raise ValueError(f"AutoPlateFlow: {fault}. Give the number of its rows: pyro.plate({plate!r}, len(x)).")
+            raise ValueError(f"{self.owner}: {fault}. Give the number of its rows: pyro.plate({plate!r}, len(x)).")
         return Rows(number, number)
 
 
-def frame_of(site: dict[str, Any], plate: str | None) -> Any:
+def frames_of(site: dict[str, Any], plates: Collection[str]) -> list[Any]:
+    """Return the frames of some plates around a site, the outermost (leftmost) first."""
+    found = [frame for frame in site["cond_indep_stack"] if frame.name in plates]
+    return sorted(found, key=lambda frame: frame.dim)
+
+
+def frame_of(site: dict[str, Any], plate: str) -> Any:
     """Return the frame of a plate around a site, or None."""
     return next((frame for frame in site["cond_indep_stack"] if frame.name == plate), None)
 

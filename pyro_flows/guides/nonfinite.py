@@ -8,7 +8,7 @@ model broke.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -45,8 +45,8 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self._now: dict[str, tuple[Tensor, Tensor | None]] = {}  # draws, and the rows of the plate that they are of
-        self._last: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._now: dict[str, tuple[Tensor, Mapping[str, Tensor]]] = {}  # draws, and the rows that they are of
+        self._last: dict[str, tuple[Tensor, Mapping[str, Tensor]]] = {}
 
     @contextmanager
     def over(self, guide: Any, call: Call) -> Iterator[None]:
@@ -71,7 +71,7 @@ class Watch:
             raise NonFiniteDraw(words) from (None if own else error)
         self._last = self._now or self._last
 
-    def see(self, guide: Any, name: str, q: FlowDistribution, z: Tensor, rows: Tensor | None) -> None:
+    def see(self, guide: Any, name: str, q: FlowDistribution, z: Tensor, rows: Mapping[str, Tensor]) -> None:
         """Refuse a packed draw that is not finite, or whose constrained value is not.
 
         Without gradients, for example if draws are weighed, the draw is refused only if parameters of the guide are
@@ -112,7 +112,7 @@ class Watch:
             return ""
         singles = {}
         for name, (z, _) in self._last.items():  # each (particles, [rows, *1s,] size)
-            singles[name] = z.reshape(-1, *z.shape[z.dim() - 1 + (guide.packings[name].dim or 0) :])[:MOST]
+            singles[name] = z.reshape(-1, *z.shape[z.dim() - 1 - guide.packings[name].depth :])[:MOST]
         # A user's program may raise anything, and the step has its error already.
         with suppress(Exception), call.same_draws(), poutine.block(), torch.enable_grad(), validation_enabled(False):
             for particle in range(max(map(len, singles.values()))):
@@ -125,9 +125,7 @@ class Watch:
         leaves, data = [z.clone().requires_grad_() for z in draw.values()], dict[str, Tensor]()
         for name, leaf in zip(draw, leaves, strict=True):
             data.update((site, value) for site, _, value, _ in guide.packings[name].unpack(leaf))
-            rows = self._last[name][1]
-            if rows is not None and call.plate is not None and call.plate not in guide._given_plates:
-                data[call.plate] = rows
+            data.update({p: rows for p, rows in self._last[name][1].items() if p not in guide._given_plates})
         trace = trace_of(poutine.condition(call.model, data=data), call.args, call.kwargs)
         trace.compute_log_prob()
         found = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}

@@ -1,7 +1,8 @@
-"""Latent sites packed into one vector: all sites outside of a plate, or the sites in one row of the plate.
+"""Latent sites packed into one vector: all sites outside of plates, or the sites in one row of some plates.
 
-A row's vector holds all numbers of a site in that row, with dimensions of other plates.  So the plate's dimension
-belongs to the batch of vectors, and all other dimensions of a site to the vector.
+A row's vector holds all numbers of a site in that row, with dimensions of other plates.  So the dimensions of the
+row's plates belong to the batch of vectors, and all other dimensions of a site to the vector.  Vectors are *aligned*:
+their batch has the rows at the dimensions of the plates, and 1 at dimensions between and to the right of them.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from torch.distributions.utils import _sum_rightmost
 
 from ..programs.latents import KEEPS_MASK
 from .circles import is_circular
-from .guide_call import rows_in
+from .guide_call import Key, frames_of, rows_in
 
 Absent = Mapping[str, Tensor]  # for each site that is absent in part, a mask of its present parts
 NONE: Absent = MappingProxyType({})
 
 
 class Part(NamedTuple):
-    """A site in the vector: its batch shape with 1 for the plate's rows, and the shape of an unconstrained event."""
+    """A site in the vector: its batch shape with 1 for rows, and the shape of an unconstrained event."""
 
     support: constraints.Constraint
     transform: Transform
@@ -57,26 +58,31 @@ class Packing:
     Args:
         owner: The class of the guide, for errors.
         sites: Latent sites of a prototype trace.
-        dim: The (negative) dimension of the plate that has one vector for each row; None for a single vector.
+        plates: The plates of all sites that have one vector for each row, the outermost first; none for one vector.
 
     Attributes:
         size: The length of the vector.
+        dims: The (negative) dimensions of the plates.
+        depth: The number of dimensions of an aligned batch of rows.
 
     Raises:
         ValueError: If the support of a site differs from row to row.
     """
 
-    def __init__(self, owner: str, sites: Iterable[dict[str, Any]], dim: int | None = None) -> None:
+    def __init__(self, owner: str, sites: Iterable[dict[str, Any]], plates: Key = ()) -> None:
         self.parts: dict[str, Part] = {}
-        self.owner, self.dim = owner, dim
+        sites = list(sites)
+        self.owner, self.plates = owner, plates
+        self.dims = tuple(frame.dim for frame in frames_of(sites[0], plates)) if plates else ()
+        self.depth = -min(self.dims, default=0)
         for site in sites:
             name, fn, value, support = site["name"], site["fn"], site["value"], site["fn"].support
-            if dim is not None:
-                support = _of_one_row(name, support, dim - fn.event_dim, rows_in(site, dim))
+            for dim in self.dims:
+                support = _of_one_row(owner, name, support, dim - fn.event_dim, rows_in(site, dim))
             transform = biject_to(support)
             free = transform.inv(value).shape
             batch = list(free[: value.dim() - fn.event_dim])
-            if dim is not None:
+            for dim in self.dims:
                 batch[dim] = 1
             event, plates = free[len(batch) :], tuple(site["cond_indep_stack"])
             self.parts[name] = Part(support, transform, torch.Size(batch), event, fn.event_dim, plates, value.detach())
@@ -84,13 +90,13 @@ class Packing:
         self.size = sum(self._sizes)
 
     @property
-    def trailing(self) -> int:
-        """The number of dimensions of plates to the right of the rows'."""
-        return 0 if self.dim is None else -1 - self.dim
+    def dtype(self) -> torch.dtype:
+        """The dtype of the vectors."""
+        return next(iter(self.parts.values())).start.dtype
 
     @property
     def start(self) -> Tensor:
-        """The prototype's vectors, ``([rows,] size)``."""
+        """The prototype's vectors, ``(*rows, size)``."""
         return self.pack({name: part.start for name, part in self.parts.items()})[0]
 
     @property
@@ -104,19 +110,19 @@ class Packing:
 
     def _free(self, part: Part, chunk: Tensor, sample: Sequence[int]) -> Tensor:
         """Return the unconstrained values of a site, ``(*sample, *batch, *event)``, from its numbers in vectors."""
-        if self.dim is None:
-            return chunk.reshape((*sample, *part.batch, *part.event))
-        place = len(part.batch) + self.dim
-        rest = part.batch[:place] + part.batch[place + 1 :] + part.event
-        return chunk.reshape(*sample, -1, *rest).movedim(len(sample), len(sample) + place)
+        first, places = len(sample), [len(part.batch) + dim for dim in self.dims]
+        rows = [chunk.shape[chunk.dim() - 1 + dim] for dim in self.dims]
+        rest = [size for place, size in enumerate(part.batch) if place not in places]
+        free = chunk.reshape((*sample, *rows, *rest, *part.event))
+        return free.movedim([*range(first, first + len(rows))], [first + place for place in places])
 
     def free(self, latent: Tensor) -> dict[str, Tensor]:
-        """Map vectors ``(*batch, [rows,] size)`` to unconstrained values of the sites, ``(*batch, *shape)``."""
-        sample = latent.shape[: latent.dim() - 1 - (self.dim is not None)]
+        """Map vectors ``(*batch, *rows, size)`` to unconstrained values of the sites, ``(*batch, *shape)``."""
+        sample = latent.shape[: latent.dim() - 1 - self.depth]
         return {name: self._free(part, chunk, sample) for name, part, chunk in self._split(latent)}
 
     def values(self, latent: Tensor) -> dict[str, Tensor]:
-        """Map vectors ``(*batch, [rows,] size)`` to values of the sites, ``(*batch, *site_shape)``."""
+        """Map vectors ``(*batch, *rows, size)`` to values of the sites, ``(*batch, *site_shape)``."""
         return {name: self.parts[name].transform(free) for name, free in self.free(latent).items()}
 
     def unpack(self, latent: Tensor, absent: Absent = NONE) -> Unpacked:
@@ -125,7 +131,7 @@ class Packing:
         For an absent part the last is the log-density of a standard normal: see ``masked.py``.
 
         Args:
-            latent: The vectors, ``(*sample, *plates, size)``.  Of the plates only that of the rows has a size above 1.
+            latent: The vectors, ``(*sample, *plates, size)``.  Only the plates of the rows have sizes above 1.
             absent: The masks of sites that are absent in part.
         """
         for name, part, chunk in self._split(latent):
@@ -141,7 +147,7 @@ class Packing:
             yield name, part, value, change
 
     def pack(self, values: dict[str, Tensor], absent: Absent = NONE) -> tuple[Tensor, Tensor]:
-        """Pack values ``(*sample, *site_shape)`` into ``(*sample, [rows,] size)``, and return log|det| of that map too.
+        """Pack values ``(*sample, *site_shape)`` into ``(*sample, *rows, size)``, and return log|det| of that map too.
 
         The log-determinant, in nats and of the shape of the batch, is -inf outside of the support.
         """
@@ -151,7 +157,7 @@ class Packing:
                 raise ValueError(f"{self.owner}.log_prob: values lack the latent site {name!r}.")
             value, plates = values[name], len(part.batch)
             sample = value.dim() - plates - part.event_dim
-            if self.dim is None and value.shape[max(sample, 0) :] != part.start.shape:
+            if not self.dims and value.shape[max(sample, 0) :] != part.start.shape:
                 shape = ", ".join(["*batch", *map(str, part.start.shape)])
                 wanted = f"values[{name!r}] must have shape ({shape})"
                 raise ValueError(f"{self.owner}.log_prob: {wanted}, got {tuple(value.shape)}.")
@@ -166,12 +172,15 @@ class Packing:
             change = _sum_rightmost(change, change.dim() - sample - plates).where(inside, -torch.inf)
             if name in absent:
                 change = change.where(absent[name], -_normal(free, sample + plates))
-            if self.dim is not None:
-                axis = sample + plates + self.dim
-                free, change = free.movedim(axis, sample), change.movedim(axis, sample)
-            batch = sample + (self.dim is not None)
-            packed.append(free.reshape(*free.shape[:batch], -1))
-            changes.append(_sum_rightmost(change, change.dim() - batch))
+            axes = [sample + plates + dim for dim in self.dims]
+            front = [*range(sample, sample + len(axes))]
+            free, change = free.movedim(axes, front), change.movedim(axes, front)
+            aligned = [1] * self.depth
+            for dim, place in zip(self.dims, front, strict=True):
+                aligned[dim] = free.shape[place]
+            packed.append(free.reshape(*free.shape[:sample], *aligned, -1))
+            change = _sum_rightmost(change, change.dim() - sample - len(axes))
+            changes.append(change.reshape((*change.shape[:sample], *aligned)))
         return torch.cat(packed, -1), sum(changes[1:], changes[0])
 
     def check_same(self, owner: str, other: Packing) -> None:
@@ -206,17 +215,17 @@ def alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
-def _of_one_row(name: str, support: Any, axis: int, rows: int) -> Any:
+def _of_one_row(owner: str, name: str, support: Any, axis: int, rows: int) -> Any:
     """Return a support with one row in place of all, since plates expand bounds and other data have other rows."""
     one = copy.copy(support)
     for key, bound in vars(support).items():
         if isinstance(bound, constraints.Constraint):
-            setattr(one, key, _of_one_row(name, bound, axis, rows))
+            setattr(one, key, _of_one_row(owner, name, bound, axis, rows))
         elif isinstance(bound, Tensor) and bound.dim() >= -axis and bound.shape[axis] == rows:
             first = bound.narrow(axis, 0, 1)
             if not (bound == first).all():
                 what = f"the support of latent site {name!r}, {support}, differs from row to row"
-                raise ValueError(f"AutoPlateFlow: {what}. {stretched(name)}")
+                raise ValueError(f"{owner}: {what}. {stretched(name)}")
             setattr(one, key, first)
     return one
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -171,7 +171,7 @@ def _are_equal(one: Mask, other: Mask) -> bool:
     return all(bool((a.to(b.device) == b).all()) for a, b in pairs)
 
 
-def named(names: list[str]) -> str:
+def named(names: Iterable[str]) -> str:
     """Return names as a list in words: ``'a', 'b'``."""
     return ", ".join(map(repr, names))
 

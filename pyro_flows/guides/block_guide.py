@@ -1,0 +1,325 @@
+"""The base class of guides that are made of blocks: a flow over shared latents, and conditional flows over rows."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from ..arguments import check_integers, check_numbers, check_tensors
+from ..bijectors import Affine
+from ..encoders.base import at_rest
+from ..flows import Flow
+from ..programs.engines import in_batches
+from ..programs.plate_minibatches import Shuffled
+from .base import FlowGuide
+from .blocks import Block, Blocks, Drawn
+from .checks import check_arguments, check_latents
+from .circles import is_circular
+from .contexts import BlockRows, InTurn, RowContexts, check_encoder, check_tied, initialize
+from .default_flows import (
+    assemble,
+    assemble_local,
+    autoencoder_flow,
+    built,
+    check_recipes,
+    default_flow,
+    is_untrained,
+    local_flow,
+    permutes,
+    sequence_flow,
+)
+from .default_training import Schedule
+from .frame import Frame
+from .guide_call import Call, Found, Key, Rows, frames_of
+from .loaded import check_fits
+from .masked import RowMasks, masks_of_all
+from .moving_supports import check_supports, moving_supports
+from .packing import Packing, place
+from .start_location import settle_start
+from .structure import Structure
+
+SHARED = "latent"  # the name of the block of latents outside of all rows
+WIDE = 10.0  # the unit of a block's latents, as other blocks see them, in scales of the start
+LARGEST = 1_000_000  # numbers to draw at once
+Encoder = Callable[..., Tensor]
+
+
+class BlockGuide(FlowGuide):
+    """A guide whose joint density is a product over blocks of latents.
+
+    Args:
+        model: The model.
+        encoders: For the plates whose rows have encoded contexts, the encoder.
+        local_flow: The recipe for the latents of rows, or None.
+        global_flow: The recipe for the latents outside of rows, or None.
+        embedding_dim: The width of the learned vector of each row, without an encoder.
+        init_loc_fn: The strategy for the start, or None.
+        init_scale: The scale of each unconstrained latent at the start, or None.
+        name: The guide's name, or None.
+    """
+
+    recipes = "_build_local", "_build_global"
+    posterior: Blocks
+    minibatches: Any
+    structure: Structure
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        encoders: Mapping[str, Encoder],
+        local_flow: Callable[..., Flow] | None,
+        global_flow: Callable[[int], Flow] | None,
+        embedding_dim: int,
+        init_loc_fn: Callable[..., Any] | None,
+        init_scale: float | None,
+        name: str | None,
+    ) -> None:
+        owner = type(self).__name__
+        check_recipes(owner, local_flow=local_flow, global_flow=global_flow)
+        check_numbers(owner, above=0, optional=True, init_scale=init_scale)
+        check_integers(owner, embedding_dim=embedding_dim)
+        for encoder in encoders.values():
+            check_encoder(owner, encoder)
+        super().__init__(model, None, init_loc_fn, name)
+        self._build_local, self._build_global = local_flow, global_flow
+        self._encoders, self.embedding_dim, self._init_scale = dict(encoders), embedding_dim, init_scale
+
+    @abstractmethod
+    def _read(self, call: Call) -> Structure:
+        """Return the structure of the guide, for the latents of a prototype."""
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        self.structure = self._read(self._call(args, kwargs))
+        self.row_plates = self.structure.plates
+        call = self._call(args, kwargs)
+        found = self._calls.begin(call)
+        self._given_plates = found.given
+        check_latents(call)
+        if not call.latents:
+            raise ValueError(f"{call.owner}: the model has no latents.")
+        settle_start(call, choose=self._chooses_start)
+        self.packings = self._layouts(call.latents)
+        scale = float(self._init_scale or (0.1 if SHARED in self.packings else 1.0))
+        check_supports(call, moving_supports(call, scale))
+        self.minibatches = nn.ModuleDict({name: Shuffled() for name in self.row_plates})
+        self.posterior = Blocks(scale)
+        for name, packing in self.packings.items():
+            self.posterior.blocks.append(self._block(name, packing, call, found))
+        self._adopt_stored()
+
+    def _block(self, name: str, packing: Packing, call: Call, found: Found) -> Block:
+        """Build the block of some latents, which depends on the blocks before it."""
+        scale, key, order = self.posterior.scale, packing.plates, self._order(packing)
+        blocks = self.posterior.blocks
+        parents = [i for i, b in enumerate(blocks) if b.permute is None and {*b.packing.plates} <= {*key}]
+        width = num_given = sum(blocks[parent].packing.size for parent in parents)
+        contexts, start = None, packing.start.reshape(-1, packing.size)
+        if key:
+            contexts = RowContexts(key, self._encoders.get(key[0]) if len(key) == 1 else None, self.embedding_dim)
+            rows = [found.rows[plate] for plate in key]
+            for plate in key if contexts.encoder is None else ():
+                check_tied(call, plate, found.rows[plate])
+            contexts.setup(call, rows, start, Affine().num_params * packing.size)
+            width += contexts.width
+        flow = self._flow(packing, order, contexts, width, start)
+        whole = all(found.rows[plate].size == found.rows[plate].full_size for plate in key)
+        by_row = contexts is not None and contexts.encoder is None
+        frame = None
+        if order is not None:
+            frame = Frame(start[:, order] if whole and by_row else start[:1, order], scale, num_given)
+        elif whole and by_row:
+            frame = Frame(torch.zeros_like(start)[:, None], 1.0, num_given)
+        return Block(name, packing, flow, contexts, parents, frame, order, WIDE * scale)
+
+    def _flow(
+        self, packing: Packing, order: Tensor | None, contexts: RowContexts | None, width: int, start: Tensor
+    ) -> Flow:
+        """Build the flow of a block with contexts of some width, from the recipe or the default."""
+        owner, scale, by_row = type(self).__name__, self.posterior.scale, contexts is not None and not contexts.encoder
+        if order is not None:
+            steps, each = order.shape
+            recipe = partial(sequence_flow, steps, each)
+            flow = built(owner, "sequence_flow", None, lambda _, *width: recipe(*width), packing.size, width)
+            return assemble_local(flow, torch.zeros_like(start[0]), 1.0, by_row=by_row)
+        if contexts is None:
+            flow = built(owner, "global_flow", self._build_global, default_flow, packing.size)
+            return assemble(flow, None, start[0], scale)
+        default = local_flow if width > contexts.width or by_row else autoencoder_flow
+        flow = built(owner, "local_flow", self._build_local, default, packing.size, width)
+        return assemble_local(flow, start.mean(0), scale, by_row=by_row)
+
+    def _order(self, packing: Packing) -> Tensor | None:
+        """Return the places of each step of a sequence in a row's vector, ``(T, d)``; None if it is no sequence."""
+        names = list(packing.parts)
+        which = self.structure.group(names[0])
+        return None if which < 0 else self.structure.sequences[which].order(names)
+
+    def _layouts(self, sites: dict[str, Any]) -> dict[str, Packing]:
+        owner = type(self).__name__
+        if angles := [name for name, site in sites.items() if is_circular(site["fn"].support)]:
+            raise ValueError(f"{owner}: latent site {angles[0]!r} is an angle; only AutoFlow takes angles.")
+        groups: dict[tuple[Key, int], list[Any]] = {}
+        for name, site in sites.items():
+            key = tuple(frame.name for frame in frames_of(site, self.row_plates))
+            groups.setdefault((key, self.structure.group(name)), []).append(site)
+        found = {}
+        for key, which in sorted(groups, key=lambda group: (len(group[0]), group[1])):  # parents first
+            group = groups[key, which]
+            words = [*key, SHARED] if which < 0 else [*key, group[0]["name"], "steps"]
+            found["_".join(words)] = Packing(owner, group, key)
+        return found
+
+    def parts(self) -> dict[str, Any]:
+        found = super().parts()
+        blocks = tuple(block.parts() for block in self.posterior.blocks)
+        return found | {"embedding_dim": self.embedding_dim, "scale": self.posterior.scale, "blocks": blocks}
+
+    def _restore(self, scale: float, blocks: tuple[tuple[Any, ...], ...]) -> None:
+        self.minibatches = nn.ModuleDict({name: Shuffled() for name in self.row_plates})
+        self.posterior = Blocks(scale)
+        for (name, packing), (flow, parents, frame, unit, rows) in zip(self.packings.items(), blocks, strict=True):
+            width = num_given = sum(self.posterior.blocks[parent].packing.size for parent in parents)
+            key, contexts, order = packing.plates, None, self._order(packing)
+            if rows is not None:
+                contexts = RowContexts(key, self._encoders.get(key[0]) if len(key) == 1 else None, self.embedding_dim)
+                contexts.restore(*rows)
+                width += contexts.width
+            check_fits(flow, packing.size, width)
+            block = Block(name, packing, flow, contexts, parents, Frame.of(frame, num_given), order, 1.0)
+            block.unit.data.copy_(unit)
+            self.posterior.blocks.append(block)
+
+    # The default training.
+
+    @property
+    def is_fresh(self) -> bool:
+        """True if the guide is untrained."""
+        for block in self.posterior.blocks:
+            start, flow = block.packing.start, block.flow
+            if block.contexts is None:
+                fresh = is_untrained(flow, self.posterior.scale, [False] * block.packing.size)
+            else:
+                layers = flow.transforms[:-1]
+                fresh = not layers or permutes(layers, start.new_zeros(block.packing.size))
+            if not fresh:
+                return False
+        return True
+
+    @property
+    def size_of_rows(self) -> int:
+        """The number of all rows of the guide's largest block."""
+        return max((block.contexts.number for block in self.posterior.blocks if block.contexts), default=1)
+
+    def schedule(self, *, near: bool = False, alone: bool = True) -> Schedule:
+        """Return the schedule that suits the guide: few draws per step, since gradients are averaged over the rows.
+
+        Only the latents outside of rows need several draws.  The largest norm of a gradient grows with the plates, as
+        the gradients do; a fixed norm would weight minibatches by their gradients.
+        """
+        num_particles = 8 if SHARED in self.packings else 1
+        return Schedule(4000, num_particles, lr=0.005, clip_norm=1e3 * self.size_of_rows)
+
+    def prepare(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.is_fresh:
+            for encoder in self._encoders.values():
+                initialize(Call("fit_svi", model, args, kwargs), encoder)
+
+    def _draws(self, call: Call) -> dict[str, Tensor]:
+        posterior, plates = self.posterior, self._plates(call)
+        result, drawn = dict[str, Tensor](), list[Drawn]()
+        # The model enters the plates itself, so it must be run before the guide does.
+        all_rows = {name: plates[name].indices for name in self._inner_plates}
+        masks = self._calls.masks(call, all_rows)
+        for block in posterior.blocks:
+            key, mask = block.packing.plates, masks.get(block.packing.plates, RowMasks())
+            with ExitStack() as stack:
+                indices = {name: stack.enter_context(plates[name]) for name in key}
+                stack.enter_context(poutine.mask(mask=mask.rows))
+                inside = [plates[name] for name in key]
+                rows = block.contexts.of(call, inside, [*indices.values()]) if block.contexts else BlockRows()
+                q = posterior.at(block, rows, drawn)
+                z = self._draw(block.name, q, indices)
+            drawn.append(Drawn(z, q))
+            with poutine.mask(mask=mask.rows):
+                result.update(place(block.packing.unpack(z, mask.parts), plates, mask.parts))
+        return result
+
+    @property
+    def _inner_plates(self) -> list[str]:
+        """The plates of rows that hold latents."""
+        return [name for name in self.row_plates if any(name in p.plates for p in self.packings.values())]
+
+    def _plates(self, call: Call) -> dict[str, Any]:
+        """Return the plates of the latents, with their sizes for these arguments."""
+        inner = self._inner_plates if self.master is None else []
+        rows, plates = self._calls.rows(call, needed=bool(inner)), dict(self._create_plates())
+        for name in inner:
+            # A plate without a size has no site in the model, and must not get one here.
+            frame = self._prototype_frames[name]
+            hidden, known = [name] if frame.size < 0 else [], rows.get(name) or self._rows_without_model(name, call)
+            with poutine.block(hide=hidden), InTurn(name, self.minibatches[name]):
+                plates[name] = pyro.plate(name, *known, dim=frame.dim)
+        return plates
+
+    def _rows_without_model(self, name: str, call: Call) -> Rows:
+        """Return the rows of a plate in the arguments: all of them."""
+        contexts = next(b.contexts for b in self.posterior.blocks if b.contexts and name in b.packing.plates)
+        number = contexts.of_all(call).contexts.shape[contexts.plates.index(name)]
+        return Rows(number, number)
+
+    # Answers for all rows of the plates, even if the model subsamples them.
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample from the guide, for all rows of the plates in the arguments, at least one draw.
+
+        Returns:
+            For each latent site values of shape ``(num_samples, *site_shape)``.
+        """
+        check_integers(f"{type(self).__name__}.sample", num_samples=num_samples)
+        self._check_arguments("sample", args, kwargs)
+        call = self.setup(*args, **kwargs)._call(args, kwargs)
+        self.check_same(call)
+        rows = self._all_rows(call)
+        size = max(
+            1, LARGEST // sum(sum(part.start.numel() for part in p.parts.values()) for p in self.packings.values())
+        )
+        return in_batches(lambda _, number: self.posterior.draw(number, rows), {}, num_samples, size)
+
+    def log_prob(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the guide's log-density, in nats, of constrained values of all rows.
+
+        Values of all latent sites, ``(*batch, *site_shape)``, have one of shape ``batch``; -inf outside of the support.
+        Rows that the model masks do not count.
+        """
+        check_tensors(f"{type(self).__name__}.log_prob", "values", values)
+        self._check_arguments("log_prob", args, kwargs)
+        call = self.setup(*args, **kwargs)._call(args, kwargs)
+        found = self.check_same(call)
+        return self.posterior.log_prob(values, self._all_rows(call), masks_of_all(found) if found else {})
+
+    def _check_arguments(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise TypeError if a guide that is set up lacks arguments of its model, on whose rows its answers depend."""
+        if self.prototype_trace is not None and self.model is not None:
+            check_arguments(f"{type(self).__name__}.{method}", self.model, args, kwargs)
+
+    def quantiles(self, quantiles: float | list[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return quantiles of each latent, for all rows of the plates in the arguments, as ``AutoFlow`` does."""
+        self._check_arguments("quantiles", args, kwargs)
+        return super().quantiles(quantiles, *args, **kwargs)
+
+    def _all_rows(self, call: Call) -> list[BlockRows]:
+        """Return all rows of each block."""
+        with ExitStack() as stack:
+            for encoder in self._encoders.values():
+                stack.enter_context(at_rest(encoder))
+            return [block.contexts.of_all(call) if block.contexts else BlockRows() for block in self.posterior.blocks]

@@ -1,0 +1,199 @@
+"""Blocks of latents, each with a flow that depends on the blocks before it: q(z) = Π_b Π_i q(z_bi | c_bi, z_<b).
+
+A block holds the latents in the rows i of some plates, or those outside of all such plates.  Structured Stochastic
+Variational Inference (Hoffman, Blei 2015, arXiv:1404.4114).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..flows import Flow
+from ..flows.chunks import chunk_for, in_chunks
+from ..flows.distribution import FlowDistribution
+from ..transforms import Permute
+from ..transforms.base import chained
+from .contexts import BlockRows, RowContexts
+from .frame import Frame
+from .guide_call import Key
+from .masked import RowMasks
+from .packing import Packing
+
+Masks = Mapping[Key, RowMasks]
+
+
+class Drawn(NamedTuple):
+    """The vectors of a block, aligned, and their distribution."""
+
+    z: Tensor
+    q: FlowDistribution
+
+
+class Block(nn.Module):
+    """The latents in the rows of some plates: a flow over each row's vector, conditional on its context.
+
+    Args:
+        name: The name of the guide's sample statement.
+        packing: The packing of a row's latents into a vector.
+        flow: The flow over the vector.
+        contexts: The contexts of the rows; None outside of all rows.
+        parents: The places of the blocks on which this one depends.
+        frame: The Gaussian that follows the flow, or None.
+        order: The places of the frame's numbers in the vector, ``(T, d)``; None for the same order.
+        unit: The unit of the block's latents, as other blocks see them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        packing: Packing,
+        flow: Flow,
+        contexts: RowContexts | None,
+        parents: Sequence[int],
+        frame: Frame | None,
+        order: Tensor | None,
+        unit: float,
+    ) -> None:
+        super().__init__()
+        self.name, self.packing, self.flow, self.contexts, self.frame = name, packing, flow, contexts, frame
+        self.parents = tuple(parents)
+        self.permute = None if order is None else Permute(torch.argsort(order.flatten()))
+        # A parameter, so that parameter stores hold it, but no gradient reaches it.
+        self.unit = nn.Parameter(torch.full((packing.size,), unit, dtype=packing.dtype))
+
+    def parts(self) -> tuple[Any, ...]:
+        """Return the parts of the block that a file holds."""
+        frame = None if self.frame is None else self.frame.parts()
+        return self.flow, self.parents, frame, self.unit, None if self.contexts is None else self.contexts.parts()
+
+    def aligned(self, rows: Tensor, trailing: int) -> Tensor:
+        """Put tensors ``(*rows, ...)`` with so many trailing dimensions at the dimensions of the rows' plates."""
+        shape = [1] * self.packing.depth
+        for dim, size in zip(self.packing.dims, rows.shape, strict=False):
+            shape[dim] = size
+        return rows.reshape((*shape, *rows.shape[rows.dim() - trailing :]))
+
+    def at(self, context: Tensor | None, places: Tensor | None, given: Tensor | None) -> FlowDistribution:
+        """Return the distribution of the rows' vectors.
+
+        Args:
+            context: Their contexts, aligned.
+            places: The places of the rows.
+            given: The latents of the parents, aligned.
+        """
+        q = self.flow(context)
+        if self.frame is None:
+            return q
+        alike = places is None or len(self.frame.loc) == 1  # rows that have one frame
+        where = torch.zeros((), dtype=torch.long) if alike or places is None else self.aligned(places, 0)
+        q = q.followed_by(self.frame.at(where, given))
+        return q if self.permute is None else q.followed_by(self.permute)
+
+    def relative(self, drawn: Drawn) -> Tensor:
+        """Return vectors relative to the middle of their distribution, in a fixed unit, as other blocks see them.
+
+        In units of the flow's width, what was learned of other blocks would be wrong whenever the flow gets narrower.
+        The unit is wide: many rows leave shared latents a narrow distribution, within which noise in what was learned
+        then matters little.
+        """
+        middle, _ = chained(drawn.q.runs, drawn.z.new_zeros(self.packing.size), drawn.q.context)
+        return (drawn.z - middle) / self.unit.detach()
+
+
+class Blocks(nn.Module):
+    """The joint distribution of blocks, in an order in which each depends on earlier ones alone.
+
+    Args:
+        scale: The scale of the guide's start.
+
+    Attributes:
+        blocks: The blocks, none at first.
+    """
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.blocks: Any = nn.ModuleList()
+        self.scale = scale
+
+    def at(self, block: Block, rows: BlockRows, drawn: Sequence[Drawn]) -> FlowDistribution:
+        """Return the distribution of a block's vectors for some rows, given the blocks before it."""
+        parents = [(self.blocks[parent], drawn[parent]) for parent in block.parents]
+        context = _joined(
+            [] if rows.contexts is None else [block.aligned(rows.contexts.to(block.packing.dtype), 1)],
+            [parent.relative(vectors) for parent, vectors in parents],
+        )
+        given = _joined([vectors.z for _, vectors in parents]) if block.frame is not None else None
+        return block.at(context, rows.places, given)
+
+    def draw(self, size: int, rows: Sequence[BlockRows]) -> dict[str, Tensor]:
+        """Sample the sites for some rows of each block, each ``(size, *site_shape)``."""
+        drawn, found = list[Drawn](), dict[str, Tensor]()
+        for block, own in zip(self.blocks, rows, strict=True):
+            q, depth = self.at(block, own, drawn), block.packing.depth
+            z = q.sample(() if block.parents else (size, *(1,) * (self.depth - depth)))  # parents' draws have the size
+            drawn.append(Drawn(z, q))
+            found.update(block.packing.values(z.reshape(size, *z.shape[z.dim() - 1 - depth :])))
+        return found
+
+    @property
+    def depth(self) -> int:
+        """The number of dimensions of an aligned batch that holds the rows of all blocks."""
+        return max(block.packing.depth for block in self.blocks)
+
+    def log_prob(self, values: dict[str, Tensor], rows: Sequence[BlockRows], masks: Masks) -> Tensor:
+        """Return the log-density of values ``(*batch, *site_shape)`` for rows with some contexts, ``batch``.
+
+        Masked rows do not count.  The flows see a chunk of the batch at a time, so that many values fit into memory.
+        """
+        packed, shapes, change = [], [], torch.zeros(())
+        for block in self.blocks:
+            mask = masks.get(block.packing.plates, RowMasks())
+            z, log_det = block.packing.pack(values, mask.parts)  # (*batch, *rows, size), (*batch, *rows)
+            depth = block.packing.depth
+            shapes.append(z.shape[z.dim() - 1 - depth :])
+            packed.append(z.flatten(z.dim() - 1 - depth))
+            change = change + _counted(log_det, mask, depth)
+        batch = torch.broadcast_shapes(*(z.shape[:-1] for z in packed))
+        vectors = torch.cat([z.expand(*batch, -1) for z in packed], -1)
+
+        def of_vectors(z: Tensor, _: None) -> Tensor:
+            return self._log_prob(z, shapes, rows, masks)
+
+        return in_chunks(of_vectors, chunk_for(vectors.shape[-1]), vectors, None, 1) + change
+
+    def _log_prob(
+        self, vectors: Tensor, shapes: Sequence[torch.Size], rows: Sequence[BlockRows], masks: Masks
+    ) -> Tensor:
+        """Return the log-density of packed vectors of all blocks, ``(*batch, sum of sizes)``."""
+        total, drawn, batch = torch.zeros(()), list[Drawn](), vectors.shape[:-1]
+        parts = vectors.split([shape.numel() for shape in shapes], -1)
+        for block, own, shape, part in zip(self.blocks, rows, shapes, parts, strict=True):
+            depth = block.packing.depth
+            z = part.reshape(*batch, *(1,) * (self.depth - depth), *shape)
+            q = self.at(block, own, drawn)
+            log_q = q.log_prob(z)
+            mask = masks.get(block.packing.plates, RowMasks())
+            total = total + _counted(log_q.reshape((*batch, *shape[:-1])), mask, depth)
+            drawn.append(Drawn(z, q))
+        return total
+
+
+def _joined(*groups: Sequence[Tensor]) -> Tensor | None:
+    """Join vectors ``(*batch, n)`` whose batches broadcast; None if there are none."""
+    parts = [part for group in groups for part in group]
+    if not parts:
+        return None
+    batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return torch.cat([part.expand(*batch, -1) for part in parts], -1)
+
+
+def _counted(log_q: Tensor, mask: RowMasks, depth: int) -> Tensor:
+    """Sum log-densities ``(*batch, *rows)`` over the rows that count."""
+    if not depth:
+        return log_q
+    counts = torch.as_tensor(mask.rows, device=log_q.device)
+    return log_q.where(counts, 0.0).sum([*range(-depth, 0)])

@@ -1,0 +1,105 @@
+"""AutoStructuredFlow: a guide whose blocks follow the structure of the model, q(z) = Π_b Π_i q(z_bi | c_bi, z_<b).
+
+Automatic structured variational inference (Ambrogioni et al. 2021, arXiv:2002.00643); conditional flows for nested
+plates: ADAVI (Rouillard, Wassermann 2022, arXiv:2106.12248).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..arguments import suggests_recipes
+from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
+from .block_guide import BlockGuide, Encoder
+from .guide_call import Call
+from .structure import Sequence, Structure, read_structure
+
+
+class AutoStructuredFlow(BlockGuide):
+    """A guide for models of many latents, which knows the structure of their posterior.
+
+    The structure is read from the model's log-density, and latents are divided into blocks::
+
+        q(z) = q(g) Π_p Π_i q(l_pi | c_pi, g) Π_s q(x_s | g)
+
+    - Latents g outside of plates have one flow.
+    - The rows i of a plate p are independent given the latents outside.  They share one conditional flow, and each has
+      a learned context c.  There may be several plates, nested or crossed, each subsampled or not.  Rows of a nested
+      plate depend on the latents in their own row of the outer plate.
+    - Latents along a sequence s of steps, such as the states of a ``pyro.markov`` chain or of a random walk, or the
+      lines of a grid, have a flow that is linear and convolutional along the sequence.
+
+    Time and memory of a step are proportional to the number of latents.  Without subsampled plates ``fit_svi`` starts
+    the guide at the best Gaussian of this structure.
+
+    Args:
+        model: A Pyro model of fixed structure.  Its discrete latents of finite support are summed out.
+        encoders: For some plates, by name, a network or function from the model's arguments to a context for each row,
+            ``(rows, context_dim)``.  Of arguments with one row for each row of a subsampled plate it gets the rows of
+            the minibatch only.  Rows of other plates have learned contexts.
+        local_flow: A recipe for the latents of rows, called with their number and the width of the context.
+        global_flow: A recipe for the latents outside of plates, called with their number; by default as ``AutoFlow``.
+        embedding_dim: The width of the learned vector of each row, without an encoder.
+        init_loc_fn: The strategy for the start, as for ``AutoFlow``.
+        init_scale: The scale of each unconstrained latent at the start, by default as for ``AutoPlateFlow``.
+        structure: The plates with independent rows, and the sequences; by default they are found.
+        name: The guide's name in Pyro's parameter store, unique by default.
+
+    Raises:
+        TypeError: If a recipe or encoder cannot be called; at :meth:`setup`, if a recipe fails.
+        ValueError: If a number is out of its range.  At :meth:`setup`, as for ``AutoPlateFlow``.
+        FloatingPointError: In training, naming the site, the cause and the way out, if a draw is not finite.
+
+    Example::
+
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> def model(y):
+        ...     mean = pyro.sample("mean", dist.Normal(0, 1))
+        ...     users = pyro.plate("users", y.shape[0], subsample_size=5, dim=-2)
+        ...     items = pyro.plate("items", y.shape[1], subsample_size=4, dim=-1)
+        ...     with users:
+        ...         kind = pyro.sample("kind", dist.Normal(0, 1))
+        ...     with items:
+        ...         good = pyro.sample("good", dist.Normal(0, 1))
+        ...     with users as u, items as i:
+        ...         pyro.sample("y", dist.Normal(mean + kind + good, 1), obs=y[u][:, i])
+        >>> y = torch.randn(100, 80)
+        >>> guide = AutoStructuredFlow(model).setup(y)
+        >>> {name: tuple(value.shape) for name, value in guide(y).items()}
+        {'mean': (), 'kind': (5, 1), 'good': (4,)}
+    """
+
+    settings = "init_scale", "embedding_dim", "encoders", "structure"
+
+    @suggests_recipes(nsf, nsf_ar, realnvp, cnf)
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        encoders: Mapping[str, Encoder] | None = None,
+        local_flow: Callable[..., Flow] | None = None,
+        global_flow: Callable[[int], Flow] | None = None,
+        embedding_dim: int = 8,
+        init_loc_fn: Callable[..., Any] | None = None,
+        init_scale: float | None = None,
+        structure: Structure | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            model, dict(encoders or {}), local_flow, global_flow, embedding_dim, init_loc_fn, init_scale, name
+        )
+        self._given_structure = structure
+        if structure is not None:
+            plates, sequences = structure
+            self.structure = Structure(tuple(plates), tuple(Sequence(*sequence) for sequence in sequences))
+            self.row_plates = self.structure.plates
+
+    def _read(self, call: Call) -> Structure:
+        return self.structure if self._given_structure is not None else read_structure(call)
+
+    def parts(self) -> dict[str, Any]:
+        plates, sequences = self.structure
+        structure = tuple(plates), tuple(tuple(sequence) for sequence in sequences)
+        return super().parts() | {"encoders": tuple(self._encoders.items()), "structure": structure}
