@@ -30,6 +30,7 @@ from ..conditioners.base import Network
 from ..flows import Flow
 from ..guides import AutoFlow
 from ..guides.base import holders
+from ..guides.block_guide import BlockGuide
 from ..guides.contexts import RowContexts
 from ..guides.default_flows import DENSE
 from ..guides.default_training import Schedule, plan_of
@@ -40,6 +41,7 @@ from ..programs.latent_space import LatentSpace
 from ..programs.log_density import is_breakdown, or_nan
 from ..programs.model_and_guide import Task
 from ..programs.traces import leaves_of
+from ..sampling.block_gaussian import Layout, fit_blocks
 from ..sampling.gaussian import Gaussian, fit_gaussian
 from ..threads import OPERATIONS
 from ..training import distributed
@@ -109,11 +111,14 @@ class ELBOFit:
         Raises:
             ValueError: If the posterior is improper.
         """
-        if not self.plan.is_joint:
-            return None
         objective = self.objective
         ours = isinstance(objective, PathELBO | ParticleObjective) and objective.vectorize_particles
-        new = self.plan.is_fresh and ours and not self.task.subsampled and self.guide.encoder is None
+        new = self.plan.is_fresh and ours and not self.task.subsampled
+        if not self.plan.is_joint:
+            if new and isinstance(self.guide, BlockGuide):
+                start_from_blocks(self.guide, self.task, progress)
+            return None
+        new = new and self.guide.encoder is None
         if new:
             check_proper(self.guide, self.task)
         if not (new if warm is None else warm):
@@ -257,14 +262,38 @@ def start_from_gaussian(
     """
     if guide.has_circles or guide.latent_dim > DENSE:
         return None
-    shown = progress and distributed.rank() == 0
-    words = "looking for a Gaussian to start from"
-    bar = tqdm(desc=words, unit="round", disable=not shown, delay=1, leave=False)
-    with watching(bar, SKIPPED) as watch, validation_enabled(False):  # a draw without density must reach the scores
+    with (
+        watching(_bar(progress), SKIPPED) as watch,
+        validation_enabled(False),
+    ):  # a draw without density must reach the scores
         density = or_nan(LatentSpace(task).log_p)
         found = fit_gaussian(lambda latent: power * density(latent), *guide.start, budget=budget, watch=watch)
     guide.start_at(found.loc, found.scale_tril.norm(dim=-1).diag() if found.is_poor else found.scale_tril)
     return found
+
+
+def start_from_blocks(guide: BlockGuide, task: Task, progress: bool = False) -> None:
+    """Start a guide from the best Gaussian of its structure, or leave it at its start if none is better.
+
+    Args:
+        guide: The guide.
+        task: The model and the guide.
+        progress: True to show a progress bar if the search takes more than a second.
+    """
+    if not guide.takes_gaussian:
+        return
+    with watching(_bar(progress), SKIPPED) as watch, validation_enabled(False):
+        space = LatentSpace(task)
+        start = torch.cat([block.packing.start.flatten() for block in guide.posterior.blocks])
+        layouts = [Layout(*of_block) for of_block in guide.places()]
+        found = fit_blocks(or_nan(space.log_p), layouts, start, guide.posterior.scale, watch=watch)
+    if found is not None:
+        guide.start_from(found.blocks)
+
+
+def _bar(progress: bool) -> tqdm:
+    shown = progress and distributed.rank() == 0
+    return tqdm(desc="looking for a Gaussian to start from", unit="round", disable=not shown, delay=1, leave=False)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ from .default_flows import (
     local_flow,
     permutes,
     sequence_flow,
+    start_at,
 )
 from .default_training import Schedule
 from .frame import Frame
@@ -48,6 +49,7 @@ from .structure import Structure
 
 SHARED = "latent"  # the name of the block of latents outside of all rows
 WIDE = 10.0  # the unit of a block's latents, as other blocks see them, in scales of the start
+UNIT = 3.0  # the same in standard deviations, once the guide has started from a Gaussian
 LARGEST = 1_000_000  # numbers to draw at once
 Encoder = Callable[..., Tensor]
 
@@ -213,6 +215,47 @@ class BlockGuide(FlowGuide):
             if not fresh:
                 return False
         return True
+
+    @property
+    def takes_gaussian(self) -> bool:
+        """True if the guide can start at a Gaussian of its structure: all rows are seen at once, and no encoder is."""
+        return all(block.contexts is None or block.has_frames for block in self.posterior.blocks)
+
+    def places(self) -> list[tuple[Tensor, tuple[tuple[int, Tensor], ...]]]:
+        """Return the layout of each block in the vector of all latents of the guide's sample statements.
+
+        Returns:
+            For each block the places of its latents, ``(N, T, d)`` for N rows and T steps, and its parents.  These are
+            pairs of the parent's place among the blocks and the parent's row of each row, ``(N,)``.
+        """
+        found, start = [], 0
+        for block in self.posterior.blocks:
+            number, size = block.number, block.packing.size
+            own = torch.arange(start, start + number * size).reshape(number, size)
+            start += own.numel()
+            order = block.order if block.order is not None else torch.arange(size).unsqueeze(0)
+            found.append((own[:, order], tuple((i, block.rows_of(self.posterior.blocks[i])) for i in block.parents)))
+        return found
+
+    @torch.no_grad()
+    def start_from(self, blocks: Sequence[tuple[Tensor, Sequence[Tensor], Tensor, Tensor]]) -> None:
+        """Start from a Gaussian, given for each block by means, gains, matrices and scales, as a :class:`Frame` is."""
+        means: list[Tensor] = []
+        for block, (loc, gains, matrix, scale) in zip(self.posterior.blocks, blocks, strict=True):
+            if block.frame is None:
+                start_at(block.flow, loc[0, 0], scale[0, 0], [False] * block.packing.size)
+                deviation = scale[0, 0].norm(dim=-1)
+            else:
+                end = block.flow.transforms[-1]
+                end.set(torch.zeros_like(end.loc), torch.ones_like(end.scale))
+                given = [means[parent][block.rows_of(self.posterior.blocks[parent])] for parent in block.parents]
+                origin = torch.cat(given, -1) if given else loc.new_zeros(len(loc), 0)
+                gain = torch.cat([*gains], -1).unflatten(1, loc.shape[1:3]) if given else loc.new_zeros(*loc.shape, 0)
+                block.frame.set(origin, loc, gain, scale, matrix)
+                deviation = scale.square().sum(-1).mean((0, 1)).sqrt()
+            if block.order is None:
+                block.unit.copy_(UNIT * deviation)
+            means.append(loc.flatten(1))
 
     @property
     def size_of_rows(self) -> int:

@@ -61,9 +61,27 @@ class Block(nn.Module):
         super().__init__()
         self.name, self.packing, self.flow, self.contexts, self.frame = name, packing, flow, contexts, frame
         self.parents = tuple(parents)
+        self.order = order
         self.permute = None if order is None else Permute(torch.argsort(order.flatten()))
         # A parameter, so that parameter stores hold it, but no gradient reaches it.
         self.unit = nn.Parameter(torch.full((packing.size,), unit, dtype=packing.dtype))
+
+    @property
+    def number(self) -> int:
+        """The number of all rows, 1 for latents outside of all rows."""
+        return 1 if self.contexts is None else self.contexts.number
+
+    @property
+    def has_frames(self) -> bool:
+        """True if each row has a frame."""
+        return self.frame is not None and len(self.frame.loc) == self.number
+
+    def rows_of(self, parent: Block) -> Tensor:
+        """Return for each row the row of a parent that it belongs to, ``(number,)``."""
+        sizes = () if self.contexts is None else self.contexts.sizes
+        above = zip(self.packing.plates, sizes, strict=True)
+        kept = [size if plate in parent.packing.plates else 1 for plate, size in above]
+        return torch.arange(parent.number).reshape(kept).expand(sizes).flatten()
 
     def parts(self) -> tuple[Any, ...]:
         """Return the parts of the block that a file holds."""

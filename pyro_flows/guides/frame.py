@@ -2,9 +2,10 @@
 
 For the latents z of row i given the latents g of the block's parents::
 
-    z_i = μ_i + M_i (g - g₀) + e_i,    e_it = A_it e_i,t-1 + L_it w_it
+    z_i = μ_i + M_i (g - g_i) + e_i,    e_it = A_it e_i,t-1 + L_it w_it
 
-with w from the block's flow.  So the flow is trained in coordinates in which the posterior is nearly standard normal.
+with w from the block's flow, and g_i the place of the parents at which the row has the mean μ_i.  So the flow is
+trained in coordinates in which the posterior is nearly standard normal.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Frame(nn.Module):
         super().__init__()
         rows, self.steps, self.width = start.shape
         eye = scale * torch.eye(self.width).to(start)
-        self.origin = nn.Parameter(start.new_zeros(num_given))
+        self.origin = nn.Parameter(start.new_zeros(rows, num_given))
         self.loc = nn.Parameter(start.clone())
         self.gain = nn.Parameter(start.new_zeros(rows, self.steps, self.width, num_given))
         self.scale = nn.Parameter(eye.expand(rows, self.steps, -1, -1).clone())
@@ -71,6 +72,6 @@ class Frame(nn.Module):
         """
         loc, scale = self.loc.detach()[places], self.scale.detach()[places].tril()
         if given is not None:
-            shift = self.gain.detach()[places] @ (given - self.origin.detach())[..., None, :, None]
+            shift = self.gain.detach()[places] @ (given - self.origin.detach()[places])[..., None, :, None]
             loc = loc + shift.squeeze(-1)
         return Process(loc, None if self.matrix is None else self.matrix.detach()[places], scale)
