@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import pyro
@@ -33,6 +32,7 @@ from .default_flows import (
     default_flow,
     is_untrained,
     local_flow,
+    many_rows_flow,
     permutes,
     sequence_flow,
     start_at,
@@ -112,7 +112,7 @@ class BlockGuide(FlowGuide):
         self.packings = self._layouts(call.latents)
         scale = float(self._init_scale or (0.1 if SHARED in self.packings else 1.0))
         check_supports(call, moving_supports(call, scale))
-        self.minibatches = nn.ModuleDict({name: Shuffled() for name in self.row_plates})
+        self.minibatches = nn.ModuleList(Shuffled() for _ in self.row_plates)
         self.posterior = Blocks(scale)
         for name, packing in self.packings.items():
             self.posterior.blocks.append(self._block(name, packing, call, found))
@@ -120,43 +120,61 @@ class BlockGuide(FlowGuide):
 
     def _block(self, name: str, packing: Packing, call: Call, found: Found) -> Block:
         """Build the block of some latents, which depends on the blocks before it."""
-        scale, key, order = self.posterior.scale, packing.plates, self._order(packing)
-        blocks = self.posterior.blocks
+        blocks, key, order = self.posterior.blocks, packing.plates, self._order(packing)
         parents = [i for i, b in enumerate(blocks) if b.permute is None and {*b.packing.plates} <= {*key}]
         width = num_given = sum(blocks[parent].packing.size for parent in parents)
-        contexts, start = None, packing.start.reshape(-1, packing.size)
+        start, rows = packing.start.reshape(-1, packing.size), [found.rows[plate] for plate in key]
+        contexts, many = None, order is None and self._are_many(start, num_given)
         if key:
-            contexts = RowContexts(key, self._encoders.get(key[0]) if len(key) == 1 else None, self.embedding_dim)
-            rows = [found.rows[plate] for plate in key]
+            contexts = self._contexts(key, 0 if many else self.embedding_dim)
             for plate in key if contexts.encoder is None else ():
                 check_tied(call, plate, found.rows[plate])
-            contexts.setup(call, rows, start, Affine().num_params * packing.size)
+            factors = 1 + num_given if many else 1
+            contexts.setup(call, rows, start, Affine().num_params * packing.size * factors)
             width += contexts.width
-        flow = self._flow(packing, order, contexts, width, start)
-        whole = all(found.rows[plate].size == found.rows[plate].full_size for plate in key)
-        by_row = contexts is not None and contexts.encoder is None
+        flow = self._flow(packing, order, contexts, width, num_given if many else None)
+        by_row = contexts is not None and contexts.encoder is None and all(row.size == row.full_size for row in rows)
+        shared = blocks[0].packing.size if parents[:1] == [0] and not blocks[0].packing.plates else 0
         frame = None
         if order is not None:
-            frame = Frame(start[:, order] if whole and by_row else start[:1, order], scale, num_given)
-        elif whole and by_row:
-            frame = Frame(torch.zeros_like(start)[:, None], 1.0, num_given)
-        return Block(name, packing, flow, contexts, parents, frame, order, WIDE * scale)
+            frame = Frame(start[: None if by_row else 1, order], self.posterior.scale, num_given, shared)
+        elif by_row:
+            frame = Frame(torch.zeros_like(start)[:, None], 1.0, num_given, shared)
+        return Block(name, packing, flow, contexts, parents, frame, order, WIDE * self.posterior.scale)
+
+    def _contexts(self, key: Key, embedding_dim: int) -> RowContexts:
+        return RowContexts(key, self._encoders.get(key[0]) if len(key) == 1 else None, embedding_dim)
+
+    def _are_many(self, start: Tensor, num_given: int) -> bool:
+        """True if the rows of a step are too many for a network that all rows share; AutoPlateFlow has one always."""
+        return False
 
     def _flow(
-        self, packing: Packing, order: Tensor | None, contexts: RowContexts | None, width: int, start: Tensor
+        self, packing: Packing, order: Tensor | None, contexts: RowContexts | None, width: int, many: int | None
     ) -> Flow:
-        """Build the flow of a block with contexts of some width, from the recipe or the default."""
-        owner, scale, by_row = type(self).__name__, self.posterior.scale, contexts is not None and not contexts.encoder
+        """Build the flow of a block.
+
+        Args:
+            packing: The packing of its latents.
+            order: The order of a sequence, or None.
+            contexts: The contexts of its rows, or None.
+            width: The width of the contexts together with the parents' latents.
+            many: The number of the parents' latents if the rows are many, or None.
+        """
+        owner, size, scale = type(self).__name__, packing.size, self.posterior.scale
+        start = packing.start.reshape(-1, size)
+        by_row = contexts is not None and contexts.encoder is None
         if order is not None:
             steps, each = order.shape
-            recipe = partial(sequence_flow, steps, each)
-            flow = built(owner, "sequence_flow", None, lambda _, *width: recipe(*width), packing.size, width)
+            flow = built(owner, "sequence_flow", None, lambda _, n=0: sequence_flow(steps, each, n), size, width)
             return assemble_local(flow, torch.zeros_like(start[0]), 1.0, by_row=by_row)
         if contexts is None:
-            flow = built(owner, "global_flow", self._build_global, default_flow, packing.size)
+            flow = built(owner, "global_flow", self._build_global, default_flow, size)
             return assemble(flow, None, start[0], scale)
+        if many is not None:
+            return assemble_local(many_rows_flow(size, width, many), start.mean(0), scale, by_row=False)
         default = local_flow if width > contexts.width or by_row else autoencoder_flow
-        flow = built(owner, "local_flow", self._build_local, default, packing.size, width)
+        flow = built(owner, "local_flow", self._build_local, default, size, width)
         return assemble_local(flow, start.mean(0), scale, by_row=by_row)
 
     def _order(self, packing: Packing) -> Tensor | None:
@@ -186,17 +204,17 @@ class BlockGuide(FlowGuide):
         return found | {"embedding_dim": self.embedding_dim, "scale": self.posterior.scale, "blocks": blocks}
 
     def _restore(self, scale: float, blocks: tuple[tuple[Any, ...], ...]) -> None:
-        self.minibatches = nn.ModuleDict({name: Shuffled() for name in self.row_plates})
+        self.minibatches = nn.ModuleList(Shuffled() for _ in self.row_plates)
         self.posterior = Blocks(scale)
         for (name, packing), (flow, parents, frame, unit, rows) in zip(self.packings.items(), blocks, strict=True):
-            width = num_given = sum(self.posterior.blocks[parent].packing.size for parent in parents)
+            width = sum(self.posterior.blocks[parent].packing.size for parent in parents)
             key, contexts, order = packing.plates, None, self._order(packing)
             if rows is not None:
-                contexts = RowContexts(key, self._encoders.get(key[0]) if len(key) == 1 else None, self.embedding_dim)
+                contexts = self._contexts(key, self.embedding_dim)
                 contexts.restore(*rows)
                 width += contexts.width
             check_fits(flow, packing.size, width)
-            block = Block(name, packing, flow, contexts, parents, Frame.of(frame, num_given), order, 1.0)
+            block = Block(name, packing, flow, contexts, parents, Frame.of(frame), order, 1.0)
             block.unit.data.copy_(unit)
             self.posterior.blocks.append(block)
 
@@ -238,23 +256,29 @@ class BlockGuide(FlowGuide):
         return found
 
     @torch.no_grad()
-    def start_from(self, blocks: Sequence[tuple[Tensor, Sequence[Tensor], Tensor, Tensor]]) -> None:
-        """Start from a Gaussian, given for each block by means, gains, matrices and scales, as a :class:`Frame` is."""
+    def start_from(self, blocks: Sequence[Any]) -> None:
+        """Start from a distribution with the structure of the guide.
+
+        Args:
+            blocks: For each block its ``loc``, ``gains``, ``scale``, ``stretch``, ``matrix`` and ``turn``.
+        """
         means: list[Tensor] = []
-        for block, (loc, gains, matrix, scale) in zip(self.posterior.blocks, blocks, strict=True):
+        for block, found in zip(self.posterior.blocks, blocks, strict=True):
+            loc, scale = found.loc, found.scale
             if block.frame is None:
                 start_at(block.flow, loc[0, 0], scale[0, 0], [False] * block.packing.size)
-                deviation = scale[0, 0].norm(dim=-1)
             else:
                 end = block.flow.transforms[-1]
                 end.set(torch.zeros_like(end.loc), torch.ones_like(end.scale))
-                given = [means[parent][block.rows_of(self.posterior.blocks[parent])] for parent in block.parents]
-                origin = torch.cat(given, -1) if given else loc.new_zeros(len(loc), 0)
-                gain = torch.cat([*gains], -1).unflatten(1, loc.shape[1:3]) if given else loc.new_zeros(*loc.shape, 0)
-                block.frame.set(origin, loc, gain, scale, matrix)
-                deviation = scale.square().sum(-1).mean((0, 1)).sqrt()
+                given = [means[i][block.rows_of(self.posterior.blocks[i])] for i in block.parents]
+                none = loc.new_zeros(*loc.shape[:1], 0), loc.new_zeros(*loc.shape, 0)
+                origin = torch.cat((none[0], *given), -1)
+                gain = torch.cat((none[1], *(gain.reshape(*loc.shape, -1) for gain in found.gains)), -1)
+                size = block.frame.num_shared
+                stretch, turn = found.stretch[..., :size], found.turn[..., :size]
+                block.frame.set(origin, loc, gain, scale, stretch, found.matrix, turn)
             if block.order is None:
-                block.unit.copy_(UNIT * deviation)
+                block.unit.copy_(UNIT * scale.square().sum(-1).mean((0, 1)).sqrt())
             means.append(loc.flatten(1))
 
     @property
@@ -309,7 +333,7 @@ class BlockGuide(FlowGuide):
             # A plate without a size has no site in the model, and must not get one here.
             frame = self._prototype_frames[name]
             hidden, known = [name] if frame.size < 0 else [], rows.get(name) or self._rows_without_model(name, call)
-            with poutine.block(hide=hidden), InTurn(name, self.minibatches[name]):
+            with poutine.block(hide=hidden), InTurn(name, self.minibatches[self.row_plates.index(name)]):
                 plates[name] = pyro.plate(name, *known, dim=frame.dim)
         return plates
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import flows
-from ..bijectors import Affine, SoftplusAffine
-from ..conditioners import MLP, Conditioner, Given, StepNet
+from ..bijectors import Affine, RationalQuadraticSpline, SoftplusAffine
+from ..conditioners import MLP, Conditioner, Given, GivenLinear, StepNet
 from ..conditioners.base import Network
 from ..distributions import CircularBase, ContaminatedNormalBase, ModesBase, StandardNormal
 from ..flows import Flow
@@ -30,6 +30,8 @@ QUICK = 64  # for couplings that each move by a quarter of a step, beyond FEW
 LEARNED = 64  # for a full matrix in the learned affine map
 DENSE = 512  # for a full matrix in the map that the guide starts from
 TAILED = 512  # for a base with wide tails
+NETWORKED = 4096  # in the rows of a step, for networks that all rows share
+FACTORS = 8  # shared latents that each row has coefficients for
 # The pace of the map from a context to a row's place, which has to keep up with the encoder.  At 1 it learns less in
 # the usual number of steps of an autoencoder.  Without an encoder a step of .03 throws the rows far away.
 PLACE_PACE = 16.0
@@ -119,6 +121,21 @@ def local_flow(input_dim: int, context_dim: int) -> Flow:
         layers = affine_couplings(input_dim, context_dim, num_transforms=4).transforms
     place = MLP(context_dim, input_dim, Affine().num_params, activation=nn.ELU, skip=True, pace=PLACE_PACE)
     return Flow([*layers, Elementwise(Affine(), input_dim, place)])
+
+
+def many_rows_flow(input_dim: int, context_dim: int, num_shared: int) -> Flow:
+    """Build the default flow of :class:`AutoStructuredFlow` for many rows, without a network::
+
+        l = m + M g + exp(s + S g) T(u)
+
+    Each row has its own coefficients m, M, s and S, at the start of its context; g are the shared latents.  All rows
+    have the same spline T.  So a step costs little more than one of a Gaussian guide.
+    """
+    if num_shared:
+        net: Conditioner = GivenLinear(context_dim, input_dim, Affine().num_params, num_shared)
+    else:
+        net = Given(context_dim, input_dim, Affine().num_params)
+    return Flow([Elementwise(RationalQuadraticSpline(), input_dim), Elementwise(Affine(), input_dim, net)])
 
 
 def sequence_flow(steps: int, width: int, context_dim: int = 0) -> Flow:

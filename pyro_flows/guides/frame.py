@@ -1,77 +1,87 @@
-"""The Gaussian from which a block of latents starts: a process along the steps of each row, linear in its parents.
+"""The distribution from which a block of latents starts: Gaussian along the steps of each row, given its parents.
 
-For the latents z of row i given the latents g of the block's parents::
+For the latents z of row i, given the latents p of the block's parents, among them the latents g outside of all rows::
 
-    z_i = μ_i + M_i (g - g_i) + e_i,    e_it = A_it e_i,t-1 + L_it w_it
+    z_i = μ_i + M_i (p - p_i) + e_i,    e_it = A_it(g) e_i,t-1 + L_it(g) w_it,
+    A_it(g) = A_it + Σ_k B_itk (g - g_i)_k,    L_it(g) = L_it diag exp(s_it (g - g_i))
 
-with w from the block's flow, and g_i the place of the parents at which the row has the mean μ_i.  So the flow is
-trained in coordinates in which the posterior is nearly standard normal.
+with w from the block's flow, and p_i the place of the parents at which the row has mean μ_i.  So the flow is trained in
+coordinates in which the posterior is nearly standard normal, and funnels have straight walls.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..transforms import Process
 
-Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]  # the tensors of a frame, in the order of Frame.set
+Parts = tuple[Tensor | None, ...]  # the tensors of a frame, in the order of Frame.set
 
 
 class Frame(nn.Module):
-    """The Gaussian of a block: one for each row, set and not trained, at first the same for all rows.
+    """The distribution of a block: one for each row, set and not trained, at first the same for all rows.
 
     All tensors are parameters, so that parameter stores and checkpoints hold them, but no gradient reaches them.
 
     Args:
         start: The first means, ``(rows, T, d)``.
         scale: The first standard deviation.
-        num_given: The number G of the parents' latents.
+        num_given: The number of the parents' latents.
+        num_shared: The number of these, the first ones, that lie outside of all rows.
     """
 
-    def __init__(self, start: Tensor, scale: float, num_given: int) -> None:
+    def __init__(self, start: Tensor, scale: float, num_given: int, num_shared: int) -> None:
         super().__init__()
         rows, self.steps, self.width = start.shape
-        eye = scale * torch.eye(self.width).to(start)
+        self.num_shared, several = num_shared, self.steps > 1  # the first step has none before it
+        eye = (scale * torch.eye(self.width).to(start)).expand(rows, self.steps, -1, -1)
         self.origin = nn.Parameter(start.new_zeros(rows, num_given))
         self.loc = nn.Parameter(start.clone())
-        self.gain = nn.Parameter(start.new_zeros(rows, self.steps, self.width, num_given))
-        self.scale = nn.Parameter(eye.expand(rows, self.steps, -1, -1).clone())
-        # The first step has none before it.
-        self.matrix = nn.Parameter(torch.zeros_like(self.scale)) if self.steps > 1 else None
+        self.gain = nn.Parameter(start.new_zeros(*start.shape, num_given))
+        self.scale = nn.Parameter(eye.clone())
+        self.stretch = nn.Parameter(start.new_zeros(*start.shape, num_shared))
+        self.matrix = nn.Parameter(torch.zeros_like(eye)) if several else None
+        self.turn = nn.Parameter(start.new_zeros(*eye.shape, num_shared)) if several else None
 
     def parts(self) -> Parts:
         """Return the tensors that a file holds, for :meth:`of`."""
-        return self.origin, self.loc, self.gain, self.scale, self.matrix
+        return self.origin, self.loc, self.gain, self.scale, self.stretch, self.matrix, self.turn
 
     @classmethod
-    def of(cls, parts: Parts | None, num_given: int) -> Frame | None:
+    def of(cls, parts: Any) -> Frame | None:
         """Return a frame from its parts, or None."""
         if parts is None:
             return None
-        frame = cls(parts[1], 1.0, num_given)
+        origin, loc, _, _, stretch, *_ = parts
+        frame = cls(loc, 1.0, origin.shape[-1], stretch.shape[-1])
         frame.set(*parts)
         return frame
 
     @torch.no_grad()
-    def set(self, origin: Tensor, loc: Tensor, gain: Tensor, scale: Tensor, matrix: Tensor | None) -> None:
-        """Set all tensors."""
-        self.origin.copy_(origin)
-        self.loc.copy_(loc)
-        self.gain.copy_(gain)
-        self.scale.copy_(scale)
-        if self.matrix is not None and matrix is not None:
-            self.matrix.copy_(matrix)
+    def set(self, *parts: Any) -> None:
+        """Set all tensors, in the order of :meth:`parts`; those that a single step lacks may be given."""
+        for own, new in zip(self.parts(), parts, strict=True):
+            if own is not None:
+                own.copy_(new)
 
     def at(self, places: Tensor, given: Tensor | None) -> Process:
         """Return the map from noise to the latents of some rows.
 
         Args:
             places: The places of the rows, aligned, ``(*batch)``.
-            given: The parents' latents, ``(*batch, G)``, or None.
+            given: The parents' latents, ``(*batch, num_given)``, or None.
         """
         loc, scale = self.loc.detach()[places], self.scale.detach()[places].tril()
-        if given is not None:
-            shift = self.gain.detach()[places] @ (given - self.origin.detach()[places])[..., None, :, None]
-            loc = loc + shift.squeeze(-1)
-        return Process(loc, None if self.matrix is None else self.matrix.detach()[places], scale)
+        matrix = None if self.matrix is None else self.matrix.detach()[places]
+        if given is None:
+            return Process(loc, matrix, scale)
+        away = given - self.origin.detach()[places]
+        along, shared = away[..., None, :, None], away[..., None, : self.num_shared, None]
+        loc = loc + (self.gain.detach()[places] @ along).squeeze(-1)
+        scale = scale * (self.stretch.detach()[places] @ shared).exp().mT
+        if matrix is not None and self.turn is not None:
+            matrix = matrix + (self.turn.detach()[places] @ shared.unsqueeze(-3)).squeeze(-1)
+        return Process(loc, matrix, scale)

@@ -9,6 +9,11 @@ P has the structure of the guide.  Rows are independent given the latents of the
 coupled to its neighbours alone.  So a few differences of scores give all of P: in one difference move all latents that
 share no neighbour (Curtis, Powell, Reid 1974, *On the Estimation of Sparse Jacobian Matrices*).  Elimination of the
 blocks, the last one first, costs as much as P has numbers.
+
+One block may be the *root*, whose latents g all others share, such as the scale of a prior.  Given g the others are
+Gaussian with means and scales that depend on g to first order.  So q is no Gaussian: it follows a funnel.  The root is
+fitted to log p(g, z(g, w)) + log|dz/dw|, where the others move with g: a Laplace approximation nested in another (Rue,
+Martino, Chopin 2009, JRSS B 71).
 """
 
 from __future__ import annotations
@@ -23,17 +28,21 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..programs.log_density import LogDensity, score_of
-from ..transforms.recurrence import applied, recur
+from ..transforms.recurrence import applied, before, recur
 
-PAIRS = 8  # antithetic pairs of draws of a round
-CURVED = 2  # pairs of them at which second derivatives are taken
+PAIRS = 2, 8  # the fewest and the most antithetic pairs of draws of a round
+DRAWN = 40_000  # numbers to draw in a round, between these; many rows average the noise of a draw
 APART = 3  # steps of a sequence that share no neighbour
 SHIFT = 0.1  # of differences of scores, in conditional standard deviations
 MOST = 256  # directions of such differences
 NUMBERS = 20_000_000  # to hold at once
-HALVINGS = 6  # of a step that does not increase the ELBO
-NEAR = 0.3  # the root mean square step, in standard deviations, from which on rounds are averaged
-AVERAGED = 12  # rounds
+DAMPINGS = 0.0, 0.1, 1.0, 10.0, 100.0, 1000.0  # of a step that does not increase the ELBO (Levenberg, Marquardt)
+NEAR = 0.2  # the root mean square step, in standard deviations, from which on rounds are averaged
+AVERAGED = 12  # rounds at most
+STILL = 0.03  # the step, in the same unit, at which the search ends
+HELD = 6  # rounds at most in which the root is held, so that the others suit it before it moves
+BEND = 0.7  # standard deviations of the root by which it is moved to see how the others depend on it
+SLACK = 0.5  # nats by which the ELBO may fall in a step
 
 Watch = Callable[[], bool]
 
@@ -71,6 +80,12 @@ class Precision(NamedTuple):
             tuple(torch.lerp(mine, theirs, rate) for mine, theirs in zip(self.cross, other.cross, strict=True)),
         )
 
+    def damped(self, damping: float) -> Precision:
+        """Return the precision of a root, positive definite, with its diagonal increased by a share."""
+        matrix = _positive(self.diagonal)
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+        return self._replace(diagonal=matrix + torch.diag_embed(damping * diagonal))
+
 
 class Conditional(NamedTuple):
     """The distribution of a block given its parents: e_t = A_t e_{t-1} + L_t w_t around the mean.
@@ -78,28 +93,39 @@ class Conditional(NamedTuple):
     Attributes:
         loc: The mean where the parents are at theirs, ``(N, T, d)``.
         gains: For each parent the change of the mean, ``(N, T d, d_p)``.
-        matrix: The matrices A, ``(N, T, d, d)``.
-        scale: The lower triangular matrices L, ``(N, T, d, d)``.
+        matrix: The matrices A where the root is at its mean, ``(N, T, d, d)``.
+        scale: The lower triangular matrices L there, ``(N, T, d, d)``.
+        turn: The derivative of A in the root's latents, ``(N, T, d, d, G)``.
+        stretch: That of the logarithm of the diagonal of L, ``(N, T, d, G)``; it multiplies columns of L.
     """
 
     loc: Tensor
     gains: tuple[Tensor, ...]
     matrix: Tensor
     scale: Tensor
+    turn: Tensor
+    stretch: Tensor
 
-    def deviation(self, w: Tensor) -> Tensor:
-        """Return e for noise w, ``(*batch, N, T, d)``."""
-        return recur(self.matrix, applied(self.scale, w))
+    def deviation(self, w: Tensor, root: Tensor) -> Tensor:
+        """Return e for noise w ``(S, N, T, d)`` and deviations of the root from its mean, ``(S, G)``."""
+        along = root[:, None, None, :, None]  # (S, 1, 1, G, 1)
+        stretched = w * (self.stretch @ along).squeeze(-1).exp()
+        turned = (self.turn @ along.unsqueeze(-3)).squeeze(-1)
+        return recur(self.matrix + turned, applied(self.scale, stretched))
+
+    def log_det(self, root: Tensor) -> Tensor:
+        """Return log|de/dw|, ``(S,)``."""
+        return self.scale.diagonal(dim1=-2, dim2=-1).log().sum() + root @ self.stretch.sum((0, 1, 2))
 
     def solved(self, x: Tensor) -> Tensor:
-        """Return the conditional covariance times x, ``(*batch, N, T, d)``."""
+        """Return the conditional covariance, where the root is at its mean, times x, ``(*batch, N, T, d)``."""
         later = torch.roll(self.matrix, -1, -3).mT.flip(-3)  # step t takes up what step t + 1 has
         c = recur(later, x.flip(-2)).flip(-2)
         return recur(self.matrix, applied(self.scale, applied(self.scale.mT, c)))
 
 
 class BlockGaussian(NamedTuple):
-    """A Gaussian of some block structure, with its fit.
+    """A distribution of some block structure, Gaussian given its root, with its fit.
 
     Attributes:
         blocks: The distribution of each block given its parents.
@@ -111,13 +137,13 @@ class BlockGaussian(NamedTuple):
 
 
 def fit_blocks(
-    density: LogDensity, layouts: list[Layout], loc: Tensor, scale: float, *, rounds: int = 60, watch: Watch = bool
+    density: LogDensity, layouts: list[Layout], loc: Tensor, scale: float, *, rounds: int = 80, watch: Watch = bool
 ) -> BlockGaussian | None:
-    """Fit a Gaussian of a block structure; return None if no round improves on the start, or it is too large.
+    """Fit a distribution of a block structure; return None if no round improves on the start, or it is too large.
 
     Args:
         density: The log-density.
-        layouts: The layout of each block, parents first; the last blocks are eliminated first.
+        layouts: The layout of each block, parents first.  The first is the root if it has one row and is a parent.
         loc: The start's mean, ``(D,)``.
         scale: The start's standard deviation.
         rounds: The largest number of rounds.
@@ -127,9 +153,17 @@ def fit_blocks(
         return None
     search = _Search(density, layouts, loc, scale)
     began, averaged = search.elbo, 0
-    for _ in range(rounds):
-        averaged += bool(averaged) or search.step < NEAR
-        if averaged > AVERAGED or watch() or not search.advance(1 / max(1, averaged)):
+    for number in range(rounds):
+        if search.holds_root and (number >= HELD or search.step < NEAR):
+            search.holds_root, search.step = False, math.inf
+        settled = search.step < (2 * NEAR if averaged else NEAR) and not search.holds_root
+        averaged = averaged + 1 if settled else 0
+        if (
+            averaged > AVERAGED
+            or (averaged > 1 and search.step < STILL)
+            or watch()
+            or not search.advance(1 / max(1, averaged))
+        ):
             break
     if not math.isfinite(search.elbo) or (math.isfinite(began) and search.elbo <= began):
         return None
@@ -140,16 +174,29 @@ class _Search:
     """The state of a search: the mean, the precision, and the conditional distributions that follow from it.
 
     Attributes:
-        step: The root mean square of the last step, in standard deviations.
+        step: The root mean square of the last step, in standard deviations, of the block in which it was largest.
         elbo: The estimated ELBO, in nats.
+        holds_root: True to leave the root as it is.
     """
 
     def __init__(self, density: LogDensity, layouts: list[Layout], loc: Tensor, scale: float) -> None:
         self.density, self.layouts, self.like = density, layouts, loc
         self.loc, self.step = loc.double(), math.inf
+        least, most = PAIRS
+        self.pairs = max(least, min(most, DRAWN // len(loc)))
+        self.curved = max(2, self.pairs // 2)  # draws at which second derivatives are taken
+        self.root = (
+            layouts[0].places[0, 0] if any(0 in dict(layout.parents) for layout in layouts) else loc.new_zeros(0).long()
+        )
+        self.holds_root = len(self.root) > 0
         self.precision = [self._isotropic(layout, scale**-2) for layout in layouts]
         self.blocks = self._conditionals(self.precision, self.loc)
         self.elbo = self._judged(self.blocks, self._noise())
+
+    @property
+    def has_root(self) -> bool:
+        """True if the first block is the root."""
+        return len(self.root) > 0
 
     def _isotropic(self, layout: Layout, value: float) -> Precision:
         rows, steps, width = layout.places.shape
@@ -159,7 +206,7 @@ class _Search:
         return Precision(diagonal, torch.zeros_like(diagonal), cross)
 
     def _noise(self) -> Tensor:
-        half = torch.randn(PAIRS, len(self.loc), dtype=self.loc.dtype, device=self.loc.device)
+        half = torch.randn(self.pairs, len(self.loc), dtype=self.loc.dtype, device=self.loc.device)
         return torch.stack((half, -half), 1).flatten(0, 1)
 
     def advance(self, rate: float) -> bool:
@@ -170,25 +217,49 @@ class _Search:
         usable = score.isfinite().all(-1)
         if usable.sum() < len(score) / 2:
             return self._shrink()
-        mean_score = score[usable].mean(0)
-        found = self._curvature(z[usable][: 2 * CURVED])
-        before_elbo = self._judged(self.blocks, noise)
-        for _ in range(HALVINGS):
+        score, found = score[usable].mean(0), self._curvature(z[usable][: self.curved])
+        bends = None
+        if self.has_root:
+            score[self.root] = 0.0
+            found[0] = self.precision[0]
+            if not self.holds_root:
+                bends = self._bends(noise[: self.curved])
+                score[self.root], found[0] = self._of_root(noise)
+        start = self._judged(self.blocks, noise)
+        for damping in DAMPINGS:
             precision = [mine.blended(new, rate) for mine, new in zip(self.precision, found, strict=True)]
+            if self.has_root:
+                precision[0] = precision[0].damped(damping)
             try:
-                blocks = self._conditionals(precision, self.loc)
+                blocks = self._conditionals(precision, self.loc, bends, rate)
+                change = rate * self._solved(blocks, score, damping)
+                moved = self._conditionals(precision, self.loc + change, bends, rate)
             except LinAlgError:
                 rate /= 2
                 continue
-            change = self._solved(blocks, mean_score) * rate
-            moved = self._conditionals(precision, self.loc + change)
             elbo = self._judged(moved, noise)
-            if elbo >= before_elbo - 0.5 or not math.isfinite(before_elbo):
-                self.step = float((change * mean_score).sum().clamp_min(0) / rate / len(change)) ** 0.5
+            if elbo >= start - self._slack(start) or not math.isfinite(start):
+                self.step = self._size(blocks, change / rate)
                 self.loc, self.precision, self.blocks, self.elbo = self.loc + change, precision, moved, elbo
                 return True
-            rate /= 2
         return False
+
+    def _slack(self, elbo: float) -> float:
+        """Return the nats by which the ELBO may fall in a step: noise of draws, and round-off of large sums."""
+        return SLACK + 16 * torch.finfo(self.like.dtype).eps * abs(elbo)
+
+    def _size(self, blocks: list[Conditional], change: Tensor) -> float:
+        """Return the root mean square of a step in standard deviations, of the block in which it is largest."""
+        largest, away = 0.0, list[Tensor]()
+        for layout, block in zip(self.layouts, blocks, strict=True):
+            own = change[layout.places]
+            away.append(own.flatten(1))
+            for (parent, row), gain in zip(layout.parents, block.gains, strict=True):
+                own = own - (gain @ away[parent][row].unsqueeze(-1)).reshape(own.shape)
+            own = own - applied(block.matrix, before(own))
+            noise = torch.linalg.solve_triangular(block.scale, own.unsqueeze(-1), upper=False)
+            largest = max(largest, float(noise.square().mean().sqrt()))
+        return largest
 
     def _shrink(self) -> bool:
         """Halve all deviations, since most draws have no finite score; the means stay."""
@@ -205,36 +276,85 @@ class _Search:
     def _judged(self, blocks: list[Conditional], noise: Tensor) -> float:
         """Return the mean log-weight of the draws with some noise."""
         log_q = -noise.square().sum(-1) / 2 - len(self.loc) / 2 * math.log(2 * math.pi)
+        root = self._root_of(blocks, noise)
         for block in blocks:
-            log_q = log_q - block.scale.diagonal(dim1=-2, dim2=-1).log().sum()
+            log_q = log_q - block.log_det(root)
         log_p = self.density(self._placed(blocks, noise).to(self.like)).to(log_q)
         return float((log_p - log_q).mean().nan_to_num(-math.inf, math.inf, -math.inf))
 
-    def _placed(self, blocks: list[Conditional], noise: Tensor) -> Tensor:
-        """Return the draws with some noise, ``(S, D)``."""
-        z = torch.empty_like(noise)
-        away: list[Tensor] = []  # deviations of the parents from their means, (S, N, T d)
-        for layout, block in zip(self.layouts, blocks, strict=True):
-            e = block.deviation(noise[:, layout.places])
+    def _root_of(self, blocks: list[Conditional], noise: Tensor) -> Tensor:
+        """Return the deviations of the root from its mean, ``(S, G)``."""
+        return noise[:, self.root] @ blocks[0].scale[0, 0].mT if self.has_root else noise[:, :0]
+
+    def _placed(self, blocks: list[Conditional], noise: Tensor, root: Tensor | None = None) -> Tensor:
+        """Return the draws with some noise, ``(S, D)``, and with some deviations of the root from its mean."""
+        root = self._root_of(blocks, noise) if root is None else root
+        parts: list[Tensor] = []
+        away: list[Tensor] = []  # deviations of blocks from their means, (S, N, T d)
+        for place, (layout, block) in enumerate(zip(self.layouts, blocks, strict=True)):
+            is_root = place == 0 and self.has_root
+            e = root[:, None, None] if is_root else block.deviation(noise[:, layout.places], root)
             for (parent, row), gain in zip(layout.parents, block.gains, strict=True):
                 shift = (gain @ away[parent][:, row].unsqueeze(-1)).squeeze(-1)
                 e = e + shift.reshape(e.shape)
-            z[:, layout.places] = block.loc + e
+            parts.append((block.loc + e).flatten(1))
             away.append(e.flatten(-2))
-        return z
+        order = torch.cat([layout.places.flatten() for layout in self.layouts])
+        return torch.cat(parts, -1)[:, torch.argsort(order)]
 
-    def _curvature(self, z: Tensor) -> list[Precision]:
-        """Return minus the mean second derivatives at some draws."""
+    def _bends(self, noise: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+        """Return for each block the derivatives of A and of log diag L in the root's latents; None if there are none.
+
+        They are differences of the conditional distributions that suit the posterior at either side of the root's mean.
+        """
+        size = BEND * self.precision[0].diagonal[0, 0].inverse().diagonal().sqrt()
+        turns: list[list[Tensor]] = [[] for _ in self.layouts]
+        stretches: list[list[Tensor]] = [[] for _ in self.layouts]
+        for own in torch.diag(size):
+            sides = []
+            for side in (own, -own):
+                z = self._placed(self.blocks, noise, side.expand(len(noise), -1))
+                curvature = [self.precision[0], *self._curvature(z, first=1)]
+                try:
+                    sides.append(self._conditionals(curvature, self.loc))
+                except LinAlgError:
+                    return None
+            for place, (forth, back) in enumerate(zip(*sides, strict=True)):
+                turns[place].append((forth.matrix - back.matrix) / (2 * own.sum()))
+                logs = [block.scale.diagonal(dim1=-2, dim2=-1).log() for block in (forth, back)]
+                stretches[place].append((logs[0] - logs[1]) / (2 * own.sum()))
+        return [
+            (torch.stack(turn, -1), torch.stack(stretch, -1)) for turn, stretch in zip(turns, stretches, strict=True)
+        ]
+
+    def _of_root(self, noise: Tensor) -> tuple[Tensor, Precision]:
+        """Return the mean score of the root, where the other blocks move with it, and minus its mean derivative."""
+
+        def total(root: Tensor) -> Tensor:
+            z = self._placed(self.blocks, noise.repeat(len(root) // len(noise), 1), root)
+            return self.density(z.to(self.like)).to(z) + sum(block.log_det(root) for block in self.blocks[1:])
+
+        root = self._root_of(self.blocks, noise)
+        size = SHIFT * self.precision[0].diagonal[0, 0].diagonal().rsqrt()
+        moves = torch.diag(size).unsqueeze(1)  # (G, 1, G)
+        moved = torch.cat((root.unsqueeze(0), root + moves, root - moves)).flatten(0, 1)
+        scores = torch.cat([score_of(total, part) for part in moved.split(len(noise))])
+        own, forth, back = (
+            scores.reshape(-1, *root.shape).nan_to_num(0.0, 0.0, 0.0).mean(1).split((1, *[len(size)] * 2))
+        )
+        second = (back - forth) / (2 * size.unsqueeze(-1))
+        return own[0], Precision(((second + second.mT) / 2)[None, None], self.precision[0].lower, ())
+
+    def _curvature(self, z: Tensor, first: int = 0) -> list[Precision]:
+        """Return minus the mean second derivatives at some draws, for all blocks or without the first."""
         sizes = torch.ones_like(self.loc)
         for layout, own in zip(self.layouts, self.precision, strict=True):
             sizes[layout.places] = SHIFT * own.diagonal.diagonal(dim1=-2, dim2=-1).rsqrt()
-        colours = [_colours(layout) for layout in self.layouts]
+        colours = [_colours(layout) if place >= first else [] for place, layout in enumerate(self.layouts)]
         found = self._responses(z, [places for of_block in colours for places in of_block], sizes)
         responses = found.split([len(of_block) for of_block in colours])
-        return [
-            self._derivatives(layout, response, responses, sizes)
-            for layout, response in zip(self.layouts, responses, strict=True)
-        ]
+        pairs = list(zip(self.layouts, responses, strict=True))[first:]
+        return [self._derivatives(layout, response, responses, sizes) for layout, response in pairs]
 
     def _responses(self, z: Tensor, colours: list[Tensor], sizes: Tensor) -> Tensor:
         """Return minus the mean changes of the score if the latents of each colour move, ``(colours, D)``."""
@@ -265,52 +385,92 @@ class _Search:
         diagonal = columns[step % apart, :, step].movedim(0, 1) / size.unsqueeze(-2)
         lower = torch.zeros_like(diagonal)
         if apart > 1:
-            before, after = step[:-1], step[1:]
-            below = columns[before % apart, :, after].movedim(0, 1) / size[:, :-1].unsqueeze(-2)
-            above = columns[after % apart, :, before].movedim(0, 1) / size[:, 1:].unsqueeze(-2)
+            first, second = step[:-1], step[1:]
+            below = columns[first % apart, :, second].movedim(0, 1) / size[:, :-1].unsqueeze(-2)
+            above = columns[second % apart, :, first].movedim(0, 1) / size[:, 1:].unsqueeze(-2)
             lower[:, 1:] = (below + above.mT) / 2
         cross = []
         for parent, row in layout.parents:
-            of_parent = responses[parent][:, layout.places].flatten(-2).permute(1, 2, 0)  # (N, T d, d_p)
-            cross.append(of_parent / sizes[self.layouts[parent].places[row].flatten(1)].unsqueeze(-2))
+            size = sizes[self.layouts[parent].places[row].flatten(1)].unsqueeze(-2)  # (N, 1, d_p)
+            if len(found := responses[parent]):
+                cross.append(found[:, layout.places].flatten(-2).permute(1, 2, 0) / size)  # (N, T d, d_p)
+            else:
+                cross.append(torch.zeros_like(size).expand(-1, steps * width, -1))
         return Precision((diagonal + diagonal.mT) / 2, lower, tuple(cross))
 
-    def _conditionals(self, precision: list[Precision], loc: Tensor) -> list[Conditional]:
+    def _conditionals(
+        self,
+        precision: list[Precision],
+        loc: Tensor,
+        bends: list[tuple[Tensor, Tensor]] | None = None,
+        rate: float = 1.0,
+    ) -> list[Conditional]:
         """Return the distribution of each block given its parents, by elimination of the last block first.
+
+        The precision of the root is that of its marginal distribution.
+
+        Args:
+            precision: The precision of each block.
+            loc: The mean, ``(D,)``.
+            bends: Derivatives in the root's latents, to be blended with the present ones; None for the present ones.
+            rate: Their share.
 
         Raises:
             LinAlgError: If the precision is not positive definite.
         """
         left = [Precision(p.diagonal.clone(), p.lower, tuple(c.clone() for c in p.cross)) for p in precision]
         found: list[Conditional] = []
-        for layout, own in zip(reversed(self.layouts), reversed(left), strict=True):
-            matrix, scale = _forwards(own.diagonal, own.lower)
-            mean = loc[layout.places]
-            block = Conditional(mean, (), matrix, scale)
+        for place in reversed(range(len(left))):
+            layout, own = self.layouts[place], left[place]
+            diagonal = own.diagonal if own.diagonal.shape[1] > 1 else _positive(own.diagonal)
+            matrix, scale = _forwards(diagonal, own.lower)
+            turn, stretch = self._bent(place, bends, rate)
+            block = Conditional(loc[layout.places], (), matrix, scale, turn, stretch)
             solved = [-_solved_columns(block, cross) for cross in own.cross]
             for (parent, row), cross in zip(layout.parents, own.cross, strict=True):
+                if parent == 0 and self.has_root:
+                    continue
+                above = [other for other, _ in self.layouts[parent].parents]
                 for (other, _), gain in zip(layout.parents, solved, strict=True):
                     change = cross.mT @ gain  # (N, d_p, d_q)
                     if other == parent:
                         left[parent].diagonal[:, 0].index_add_(0, row, change)
-                    elif other in (up := [place for place, _ in self.layouts[parent].parents]):
-                        left[parent].cross[up.index(other)].index_add_(0, row, change)
+                    elif other in above:
+                        left[parent].cross[above.index(other)].index_add_(0, row, change)
             found.append(block._replace(gains=tuple(solved)))
         return found[::-1]
 
-    def _solved(self, blocks: list[Conditional], x: Tensor) -> Tensor:
-        """Return the inverse of the precision times a vector ``(D,)``."""
+    def _bent(self, place: int, bends: list[tuple[Tensor, Tensor]] | None, rate: float) -> tuple[Tensor, Tensor]:
+        """Return the derivatives of a block's A and log diag L in the root's latents."""
+        if not hasattr(self, "blocks"):
+            rows, steps, width = self.layouts[place].places.shape
+            turn = self.loc.new_zeros(rows, steps, width, width, len(self.root))
+            return turn, turn[:, :, :, 0]
+        own = self.blocks[place]
+        if bends is None or (place == 0 and self.has_root):
+            return own.turn, own.stretch
+        turn, stretch = bends[place]
+        return torch.lerp(own.turn, turn, rate), torch.lerp(own.stretch, stretch, rate)
+
+    def _solved(self, blocks: list[Conditional], x: Tensor, damping: float) -> Tensor:
+        """Return the natural gradient from a gradient ``(D,)``; that of the root counts the moves of all blocks.
+
+        The root is damped by its precision, the others here.
+        """
         x, change = x.clone(), torch.empty_like(x)
         middle: list[Tensor] = []
         for layout, block in zip(reversed(self.layouts), reversed(blocks), strict=True):
-            solved = block.solved(x[layout.places])
+            middle.append(block.solved(x[layout.places]))
             for (parent, row), gain in zip(layout.parents, block.gains, strict=True):
+                if parent == 0 and self.has_root:
+                    continue
                 place = self.layouts[parent].places[:, 0]  # (N_p, d_p)
                 back = (gain.mT @ x[layout.places].flatten(1).unsqueeze(-1)).squeeze(-1)  # (N, d_p)
                 x[place] = x[place].index_add(0, row, back)
-            middle.append(solved)
         away: list[Tensor] = []
-        for layout, block, solved in zip(self.layouts, blocks, reversed(middle), strict=True):
+        for number, (layout, block, solved) in enumerate(zip(self.layouts, blocks, reversed(middle), strict=True)):
+            if number or not self.has_root:
+                solved = solved / (1 + damping)
             for (parent, row), gain in zip(layout.parents, block.gains, strict=True):
                 solved = solved + (gain @ away[parent][row].unsqueeze(-1)).reshape(solved.shape)
             change[layout.places] = solved
@@ -329,6 +489,19 @@ def _solved_columns(block: Conditional, cross: Tensor) -> Tensor:
     """Return the conditional covariance of each row times a matrix, ``(N, T d, n)``."""
     columns = cross.movedim(-1, 0).unflatten(-1, block.loc.shape[-2:])
     return block.solved(columns).flatten(-2).movedim(0, -1)
+
+
+def _positive(matrix: Tensor) -> Tensor:
+    """Return symmetric matrices with the absolute values of their eigenvalues, where one is not positive definite.
+
+    Newton's step then leads away from a saddle (Dauphin et al. 2014, arXiv:1406.2572).
+    """
+    _, fault = torch.linalg.cholesky_ex(matrix)
+    if not fault.any():
+        return matrix
+    values, vectors = torch.linalg.eigh(matrix)
+    values = values.abs().clamp_min(1e-6 * values.abs().amax(-1, keepdim=True))
+    return torch.where((fault != 0)[..., None, None], (vectors * values.unsqueeze(-2)) @ vectors.mT, matrix)
 
 
 def _forwards(diagonal: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
@@ -362,7 +535,7 @@ def _scalar_recursion(diagonal: Tensor, lower: Tensor) -> Tensor:
     found, last = np.empty_like(own), np.zeros_like(own[0])
     for step in reversed(range(len(own))):
         found[step] = own[step] - last
-        last = coupled[step] / found[step]
+        last = coupled[step] / np.where(found[step] > 0, found[step], np.nan)
     if not (found > 0).all():
         raise LinAlgError("the precision is not positive definite.")
     return torch.as_tensor(found.T.copy()).to(diagonal)
