@@ -29,19 +29,20 @@ from pyro_flows import (
 )
 
 NAMES = {
-    pyro_flows: "Annealed AutoFlow AutoPlateFlow Calibration Check Fit Flow Mode OdeReport Psis Samples Simulations "
-    "Spike anneal bits_per_dim calibrate check dequantize encoders find_spikes fit_amortized fit_density fit_svi flows "
+    pyro_flows: "Annealed AutoFlow AutoPlateFlow AutoStructuredFlow Calibration Check Fit Flow Mode OdeReport Psis "
+    "Samples Simulations Spike anneal bits_per_dim calibrate check dequantize encoders find_spikes fit_amortized "
+    "fit_density fit_svi flows "
     "importance_log_likelihood load neutra ode_report plots posterior_graph psis refine resample "
     "round_off sample save save_images simulate to_arviz",
     bijectors: " ".join(
         sorted({"Bijector", "Continued", *(type(bijector).__name__ for bijector in BIJECTORS.values())})
     ),
-    conditioners: "CausalTransformer Conditioner ConvNet Given LipschitzMLP MADE MLP MLPField Periodic Tokens "
-    "VectorField stream stream_vjp",
+    conditioners: "CausalTransformer Conditioner ConvNet Given GivenLinear LipschitzMLP MADE MLP MLPField Periodic "
+    "StepNet Tokens VectorField stream stream_vjp",
     encoders: "ClassEmbedding ConvEncoder Encoder Flatten MLPEncoder SetEncoder Standardize",
     transforms: "ActNorm Autoregressive BlockAutoregressive Compose Conditioned Continuous Coupling Elementwise "
     "FixedAffine FlowTransform Householder Inverse LULinear Orthogonal Patched PerPixel Permute Planar Radial "
-    "Recomputed Reshaped Residual ScaledLinear Sigmoid Solution Split Squeezed Sylvester View",
+    "Recomputed Recurrence Reshaped Residual ScaledLinear Sigmoid Solution Split Squeezed Sylvester View",
     distributions: "CircularBase ContaminatedNormalBase FixedBase MixtureBase ModesBase NormalBase StandardNormal "
     "StudentTBase",
     flows: " ".join(sorted({"Dequantized", "Flow", "ffjord", *RECIPES, *IMAGES})),
@@ -50,7 +51,7 @@ NAMES = {
             {"FlowMatching", "Likelihood", "PathEnumELBO", *(type(build()).__name__ for build in OBJECTIVES.values())}
         )
     ),
-    guides: "AutoFlow AutoPlateFlow default_flow init_to_center posterior_graph",
+    guides: "AutoFlow AutoPlateFlow AutoStructuredFlow default_flow init_to_center posterior_graph",
     data: "Spike dequantize find_spikes",
     diagnostics: "Calibration Check Finding Neutra OdeReport Psis Refined bits_per_dim calibrate check "
     "importance_log_likelihood neutra ode_report psis refine resample round_off save_images to_arviz",

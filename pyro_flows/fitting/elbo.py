@@ -31,6 +31,7 @@ from ..flows import Flow
 from ..guides import AutoFlow
 from ..guides.base import holders
 from ..guides.block_guide import BlockGuide
+from ..guides.blocks import Block
 from ..guides.contexts import RowContexts
 from ..guides.default_flows import DENSE
 from ..guides.default_training import Schedule, plan_of
@@ -41,7 +42,7 @@ from ..programs.latent_space import LatentSpace
 from ..programs.log_density import is_breakdown, or_nan
 from ..programs.model_and_guide import Task
 from ..programs.traces import leaves_of
-from ..sampling.block_gaussian import Layout, fit_blocks
+from ..sampling.block_gaussian import BlockGaussian, Layout, fit_blocks
 from ..sampling.gaussian import Gaussian, fit_gaussian
 from ..threads import OPERATIONS
 from ..training import distributed
@@ -59,7 +60,7 @@ from .propriety import check_proper
 
 # The attributes of objectives that identify a run.
 SETTINGS = "num_particles", "vectorize_particles", "num_steps", "start", "alpha", "buffer_size"
-OF_ROWS = 32.0  # the pace of the parameters of rows
+OF_ROWS = 32.0  # the pace of the parameters of rows, unless the rows start near the posterior
 PACED = Network, Elementwise, RowContexts, ScaledLinear
 # The attributes in which Pyro's JIT objectives keep compiled functions.
 RECORDED = "_loss_and_surrogate_loss", "_differentiable_loss", "_jit_loss_and_surrogate_loss"
@@ -101,7 +102,7 @@ class ELBOFit:
         kind = PathELBO if self.plan.takes_paths else Trace_ELBO
         return kind(-(-number // processors), max_plate_nesting=self.task.model.nesting, vectorize_particles=by_plate)
 
-    def start(self, warm: bool | None, progress: bool = False) -> Gaussian | None:
+    def start(self, warm: bool | None, progress: bool = False) -> Gaussian | BlockGaussian | None:
         """Start the guide from a Gaussian and return it, or None if the guide keeps its start.
 
         Args:
@@ -112,13 +113,12 @@ class ELBOFit:
             ValueError: If the posterior is improper.
         """
         objective = self.objective
-        ours = isinstance(objective, PathELBO | ParticleObjective) and objective.vectorize_particles
+        ours = isinstance(objective, PathELBO | ParticleObjective)
         new = self.plan.is_fresh and ours and not self.task.subsampled
         if not self.plan.is_joint:
-            if new and isinstance(self.guide, BlockGuide):
-                start_from_blocks(self.guide, self.task, progress)
-            return None
-        new = new and self.guide.encoder is None
+            blocked = new and isinstance(self.guide, BlockGuide)
+            return start_from_blocks(self.guide, self.task, progress) if blocked else None
+        new = new and objective.vectorize_particles and self.guide.encoder is None
         if new:
             check_proper(self.guide, self.task)
         if not (new if warm is None else warm):
@@ -272,7 +272,7 @@ def start_from_gaussian(
     return found
 
 
-def start_from_blocks(guide: BlockGuide, task: Task, progress: bool = False) -> None:
+def start_from_blocks(guide: BlockGuide, task: Task, progress: bool = False) -> BlockGaussian | None:
     """Start a guide from the best Gaussian of its structure, or leave it at its start if none is better.
 
     Args:
@@ -281,7 +281,7 @@ def start_from_blocks(guide: BlockGuide, task: Task, progress: bool = False) -> 
         progress: True to show a progress bar if the search takes more than a second.
     """
     if not guide.takes_gaussian:
-        return
+        return None
     with watching(_bar(progress), SKIPPED) as watch, validation_enabled(False):
         space = LatentSpace(task)
         start = torch.cat([block.packing.start.flatten() for block in guide.posterior.blocks])
@@ -289,6 +289,7 @@ def start_from_blocks(guide: BlockGuide, task: Task, progress: bool = False) -> 
         found = fit_blocks(or_nan(space.log_p), layouts, start, guide.posterior.scale, watch=watch)
     if found is not None:
         guide.start_from(found.blocks)
+    return found
 
 
 def _bar(progress: bool) -> tqdm:
@@ -308,7 +309,11 @@ def in_training(guide: Any, parameters: list[Tensor], objective: Any) -> Iterato
         objective: The loss, whose compiled functions are dropped, since paces are constants in them.
     """
     guides = [guide] if isinstance(guide, nn.Module) else holders(parameters)
-    parts = [part for one in guides for part in one.modules() if isinstance(part, PACED) and part.pace is not None]
+    modules = [part for one in guides for part in one.modules()]
+    parts = [part for part in modules if isinstance(part, PACED) and part.pace is not None]
+    framed = [
+        part.contexts for part in modules if isinstance(part, Block) and part.frame is not None and part.frame.is_set
+    ]
     with contextlib.ExitStack() as stack:
         for one in guides:
             stack.callback(one.eval)
@@ -316,7 +321,8 @@ def in_training(guide: Any, parameters: list[Tensor], objective: Any) -> Iterato
         stack.callback(_forget, objective)
         for part in parts:
             stack.callback(part.set_pace, part.pace)
-            part.set_pace(OF_ROWS if isinstance(part, RowContexts) else None)
+            far = isinstance(part, RowContexts) and not any(part is contexts for contexts in framed)
+            part.set_pace(OF_ROWS if far else None)
         _forget(objective)
         yield
 

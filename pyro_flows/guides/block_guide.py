@@ -32,8 +32,8 @@ from .default_flows import (
     default_flow,
     is_untrained,
     local_flow,
-    many_rows_flow,
     permutes,
+    rows_flow,
     sequence_flow,
     start_at,
 )
@@ -51,6 +51,7 @@ SHARED = "latent"  # the name of the block of latents outside of all rows
 WIDE = 10.0  # the unit of a block's latents, as other blocks see them, in scales of the start
 UNIT = 3.0  # the same in standard deviations, once the guide has started from a Gaussian
 LARGEST = 1_000_000  # numbers to draw at once
+NUMBERS = 200_000  # latents to draw in a step, with up to 8 draws
 Encoder = Callable[..., Tensor]
 
 
@@ -110,7 +111,7 @@ class BlockGuide(FlowGuide):
             raise ValueError(f"{call.owner}: the model has no latents.")
         settle_start(call, choose=self._chooses_start)
         self.packings = self._layouts(call.latents)
-        scale = float(self._init_scale or (0.1 if SHARED in self.packings else 1.0))
+        scale = float(self._init_scale or (0.1 if self._has_shared else 1.0))
         check_supports(call, moving_supports(call, scale))
         self.minibatches = nn.ModuleList(Shuffled() for _ in self.row_plates)
         self.posterior = Blocks(scale)
@@ -118,21 +119,27 @@ class BlockGuide(FlowGuide):
             self.posterior.blocks.append(self._block(name, packing, call, found))
         self._adopt_stored()
 
+    @property
+    def _has_shared(self) -> bool:
+        """True if some latents lie outside of all rows."""
+        return any(not packing.plates for packing in self.packings.values())
+
     def _block(self, name: str, packing: Packing, call: Call, found: Found) -> Block:
         """Build the block of some latents, which depends on the blocks before it."""
         blocks, key, order = self.posterior.blocks, packing.plates, self._order(packing)
         parents = [i for i, b in enumerate(blocks) if b.permute is None and {*b.packing.plates} <= {*key}]
         width = num_given = sum(blocks[parent].packing.size for parent in parents)
         start, rows = packing.start.reshape(-1, packing.size), [found.rows[plate] for plate in key]
-        contexts, many = None, order is None and self._are_many(start, num_given)
+        contexts, linear = None, False
         if key:
-            contexts = self._contexts(key, 0 if many else self.embedding_dim)
+            contexts = self._contexts(key)
+            linear = order is None and not self._needs_network(contexts, num_given)
             for plate in key if contexts.encoder is None else ():
                 check_tied(call, plate, found.rows[plate])
-            factors = 1 + num_given if many else 1
-            contexts.setup(call, rows, start, Affine().num_params * packing.size * factors)
+            numbers = Affine().num_params * packing.size * (1 + num_given if linear else 1)
+            contexts.setup(call, rows, start, numbers, noise=0 if linear else self.embedding_dim)
             width += contexts.width
-        flow = self._flow(packing, order, contexts, width, num_given if many else None)
+        flow = self._flow(packing, order, contexts, width, num_given if linear else None)
         by_row = contexts is not None and contexts.encoder is None and all(row.size == row.full_size for row in rows)
         shared = blocks[0].packing.size if parents[:1] == [0] and not blocks[0].packing.plates else 0
         frame = None
@@ -142,15 +149,20 @@ class BlockGuide(FlowGuide):
             frame = Frame(torch.zeros_like(start)[:, None], 1.0, num_given, shared)
         return Block(name, packing, flow, contexts, parents, frame, order, WIDE * self.posterior.scale)
 
-    def _contexts(self, key: Key, embedding_dim: int) -> RowContexts:
-        return RowContexts(key, self._encoders.get(key[0]) if len(key) == 1 else None, embedding_dim)
+    def _contexts(self, key: Key) -> RowContexts:
+        return RowContexts(key, self._encoders.get(key[0]) if len(key) == 1 else None)
 
-    def _are_many(self, start: Tensor, num_given: int) -> bool:
-        """True if the rows of a step are too many for a network that all rows share; AutoPlateFlow has one always."""
-        return False
+    def _needs_network(self, contexts: RowContexts, num_given: int) -> bool:
+        """True if rows share a network: in an AutoPlateFlow always.
+
+        Args:
+            contexts: The contexts of the rows.
+            num_given: The number of latents of the parents.
+        """
+        return True
 
     def _flow(
-        self, packing: Packing, order: Tensor | None, contexts: RowContexts | None, width: int, many: int | None
+        self, packing: Packing, order: Tensor | None, contexts: RowContexts | None, width: int, linear: int | None
     ) -> Flow:
         """Build the flow of a block.
 
@@ -159,7 +171,7 @@ class BlockGuide(FlowGuide):
             order: The order of a sequence, or None.
             contexts: The contexts of its rows, or None.
             width: The width of the contexts together with the parents' latents.
-            many: The number of the parents' latents if the rows are many, or None.
+            linear: The number of the parents' latents if rows share no network, or None.
         """
         owner, size, scale = type(self).__name__, packing.size, self.posterior.scale
         start = packing.start.reshape(-1, size)
@@ -171,8 +183,8 @@ class BlockGuide(FlowGuide):
         if contexts is None:
             flow = built(owner, "global_flow", self._build_global, default_flow, size)
             return assemble(flow, None, start[0], scale)
-        if many is not None:
-            return assemble_local(many_rows_flow(size, width, many), start.mean(0), scale, by_row=False)
+        if linear is not None:
+            return assemble_local(rows_flow(size, width, linear), start.mean(0), scale, by_row=False)
         default = local_flow if width > contexts.width or by_row else autoencoder_flow
         flow = built(owner, "local_flow", self._build_local, default, size, width)
         return assemble_local(flow, start.mean(0), scale, by_row=by_row)
@@ -210,7 +222,7 @@ class BlockGuide(FlowGuide):
             width = sum(self.posterior.blocks[parent].packing.size for parent in parents)
             key, contexts, order = packing.plates, None, self._order(packing)
             if rows is not None:
-                contexts = self._contexts(key, self.embedding_dim)
+                contexts = self._contexts(key)
                 contexts.restore(*rows)
                 width += contexts.width
             check_fits(flow, packing.size, width)
@@ -225,7 +237,7 @@ class BlockGuide(FlowGuide):
         """True if the guide is untrained."""
         for block in self.posterior.blocks:
             start, flow = block.packing.start, block.flow
-            if block.contexts is None:
+            if block.contexts is None and block.order is None:
                 fresh = is_untrained(flow, self.posterior.scale, [False] * block.packing.size)
             else:
                 layers = flow.transforms[:-1]
@@ -292,8 +304,10 @@ class BlockGuide(FlowGuide):
         Only the latents outside of rows need several draws.  The largest norm of a gradient grows with the plates, as
         the gradients do; a fixed norm would weight minibatches by their gradients.
         """
-        num_particles = 8 if SHARED in self.packings else 1
-        return Schedule(4000, num_particles, lr=0.005, clip_norm=1e3 * self.size_of_rows)
+        size = sum(site["value"].numel() for _, site in self.prototype_trace.iter_stochastic_nodes())
+        num_particles = max(1, min(8, NUMBERS // size)) if self._has_shared else 1
+        steps, lr = (500, 0.002) if near else (4000, 0.005)
+        return Schedule(steps, num_particles, lr=lr, clip_norm=1e3 * self.size_of_rows)
 
     def prepare(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.is_fresh:

@@ -185,7 +185,6 @@ class RowContexts(Paced):
         plates: The names of the plates, the outermost first.
         encoder: A network or function from the model's arguments to the contexts of the rows of a single plate; without
             one they are parameters.
-        embedding_dim: The number of random numbers in a row's parameters at the start; the others are zero.
 
     Attributes:
         pace: How far a row's context moves if an optimiser moves its parameters by 1.
@@ -194,19 +193,19 @@ class RowContexts(Paced):
 
     pace: float | None = 1.0
 
-    def __init__(self, plates: Key, encoder: Callable[..., Tensor] | None, embedding_dim: int) -> None:
+    def __init__(self, plates: Key, encoder: Callable[..., Tensor] | None) -> None:
         super().__init__()
-        self.embedding_dim, self.sizes = embedding_dim, (0,) * len(plates)
+        self.sizes = (0,) * len(plates)
         self.plates, self.encoder, self.width = plates, encoder, 0
         self.embedding: nn.Embedding | None = None
 
-    def setup(self, call: Call, rows: Sequence[Rows], like: Tensor, num_zeros: int) -> None:
+    def setup(self, call: Call, rows: Sequence[Rows], like: Tensor, num_zeros: int, noise: int) -> None:
         """Find the width by the encoder, or make a vector of zeros and then random numbers for each row."""
         if self.encoder is None:
             sizes = tuple(row.full_size for row in rows)
-            noise = torch.randn(math.prod(sizes), self.embedding_dim)
-            start = torch.cat((torch.zeros(len(noise), num_zeros), noise), 1)
-            self.restore(num_zeros + self.embedding_dim, start.to(like), sizes)
+            number = math.prod(sizes)
+            start = torch.cat((torch.zeros(number, num_zeros), torch.randn(number, noise)), 1)
+            self.restore(num_zeros + noise, start.to(like), sizes)
         else:
             context, self.sizes = probe(call, self.encoder), (rows[0].full_size,)
             self.width = self._checked(call, context, rows[0].size, rows[0].full_size).shape[-1]

@@ -30,8 +30,7 @@ QUICK = 64  # for couplings that each move by a quarter of a step, beyond FEW
 LEARNED = 64  # for a full matrix in the learned affine map
 DENSE = 512  # for a full matrix in the map that the guide starts from
 TAILED = 512  # for a base with wide tails
-NETWORKED = 4096  # in the rows of a step, for networks that all rows share
-FACTORS = 8  # shared latents that each row has coefficients for
+FACTORS = 8  # of the parents' latents that each row has coefficients for
 # The pace of the map from a context to a row's place, which has to keep up with the encoder.  At 1 it learns less in
 # the usual number of steps of an autoencoder.  Without an encoder a step of .03 throws the rows far away.
 PLACE_PACE = 16.0
@@ -123,16 +122,16 @@ def local_flow(input_dim: int, context_dim: int) -> Flow:
     return Flow([*layers, Elementwise(Affine(), input_dim, place)])
 
 
-def many_rows_flow(input_dim: int, context_dim: int, num_shared: int) -> Flow:
-    """Build the default flow of :class:`AutoStructuredFlow` for many rows, without a network::
+def rows_flow(input_dim: int, context_dim: int, num_given: int) -> Flow:
+    """Build the default flow of :class:`AutoStructuredFlow` for the rows of plates, without a network::
 
-        l = m + M g + exp(s + S g) T(u)
+        l = m + M p + exp(s + S p) T(u)
 
-    Each row has its own coefficients m, M, s and S, at the start of its context; g are the shared latents.  All rows
-    have the same spline T.  So a step costs little more than one of a Gaussian guide.
+    Each row has its own coefficients m, M, s and S, at the start of its context; p are the parents' latents.  All rows
+    have the same spline T.  So a step costs little more than one of a Gaussian guide, and rows learn independently.
     """
-    if num_shared:
-        net: Conditioner = GivenLinear(context_dim, input_dim, Affine().num_params, num_shared)
+    if num_given:
+        net: Conditioner = GivenLinear(context_dim, input_dim, Affine().num_params, num_given)
     else:
         net = Given(context_dim, input_dim, Affine().num_params)
     return Flow([Elementwise(RationalQuadraticSpline(), input_dim), Elementwise(Affine(), input_dim, net)])

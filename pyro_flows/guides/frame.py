@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..transforms import Process
+from ..transforms.recurrence import Process
 
 Parts = tuple[Tensor | None, ...]  # the tensors of a frame, in the order of Frame.set
 
@@ -45,6 +45,11 @@ class Frame(nn.Module):
         self.stretch = nn.Parameter(start.new_zeros(*start.shape, num_shared))
         self.matrix = nn.Parameter(torch.zeros_like(eye)) if several else None
         self.turn = nn.Parameter(start.new_zeros(*eye.shape, num_shared)) if several else None
+
+    @property
+    def is_set(self) -> bool:
+        """True if the rows start near the posterior: their means differ, or depend on the parents."""
+        return bool(self.origin.any() or self.gain.any() or (self.loc != self.loc[:1]).any())
 
     def parts(self) -> Parts:
         """Return the tensors that a file holds, for :meth:`of`."""

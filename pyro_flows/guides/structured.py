@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from ..arguments import suggests_recipes
 from ..flows import Flow, cnf, nsf, nsf_ar, realnvp
 from .block_guide import BlockGuide, Encoder
-from .default_flows import FACTORS, NETWORKED
+from .contexts import RowContexts
+from .default_flows import FACTORS
 from .guide_call import Call
 from .structure import Sequence, Structure, read_structure
 
@@ -102,9 +101,8 @@ class AutoStructuredFlow(BlockGuide):
     def _read(self, call: Call) -> Structure:
         return self.structure if self._given_structure is not None else read_structure(call)
 
-    def _are_many(self, start: Tensor, num_given: int) -> bool:
-        networked = self._build_local is not None or self._encoders or num_given > FACTORS
-        return not networked and start.numel() > NETWORKED
+    def _needs_network(self, contexts: RowContexts, num_given: int) -> bool:
+        return self._build_local is not None or contexts.encoder is not None or num_given > FACTORS
 
     def parts(self) -> dict[str, Any]:
         plates, sequences = self.structure

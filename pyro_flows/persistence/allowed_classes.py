@@ -18,7 +18,7 @@ from torch import nn
 from .. import bijectors, conditioners, distributions, encoders, transforms
 from ..bijectors import Bijector
 from ..flows import Dequantized, Flow
-from ..guides import AutoFlow, AutoPlateFlow
+from ..guides import AutoFlow, AutoPlateFlow, AutoStructuredFlow
 from ..guides.circles import Circle
 from ..guides.loaded import Site
 
@@ -32,7 +32,7 @@ class Kind(NamedTuple):
     build: Callable[..., Any]
 
 
-ROOTS = "flows.Flow", "flows.Dequantized", "guides.AutoFlow", "guides.AutoPlateFlow"
+ROOTS = "flows.Flow", "flows.Dequantized", "guides.AutoFlow", "guides.AutoPlateFlow", "guides.AutoStructuredFlow"
 BASES = {  # distributions that ``FixedBase`` may hold, with the attributes that define them
     "Cauchy": ("loc", "scale"),
     "Gumbel": ("loc", "scale"),
@@ -58,7 +58,7 @@ def _own() -> Iterator[Kind]:
                 yield Kind(found, f"{part}.{name}", arguments_of, found)
     for part, found in (("flows", Flow), ("flows", Dequantized), ("guides", Site), ("guides", Circle)):
         yield Kind(found, f"{part}.{found.__name__}", arguments_of, found)
-    for guide in (AutoFlow, AutoPlateFlow):
+    for guide in (AutoFlow, AutoPlateFlow, AutoStructuredFlow):
         yield Kind(guide, f"guides.{guide.__name__}", guide.parts, guide.from_parts)
 
 

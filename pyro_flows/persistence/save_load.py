@@ -18,7 +18,7 @@ from torch import Tensor, nn, serialization
 from ..arguments import as_file
 from ..atomic_files import save_tensors, write_atomically
 from ..flows import Dequantized, Flow
-from ..guides import AutoFlow, AutoPlateFlow
+from ..guides import AutoFlow, AutoPlateFlow, AutoStructuredFlow
 from .allowed_classes import BY_TYPE, ROOTS
 from .module_state import check_comes_back, marks_of, restore, state_of
 from .safe_archive import Archive, Damaged, Foreign
@@ -26,10 +26,11 @@ from .size_limit import FREE_NUMBER, Allowance
 from .spec import WAY_OUT, build, describe, named
 
 FORMAT = 1
+Guide = AutoFlow | AutoPlateFlow | AutoStructuredFlow
 _settings_of_torch = threading.Lock()  # torch has one setting for all threads
 
 
-def save(flow_or_guide: Flow | Dequantized | AutoFlow | AutoPlateFlow, path: str | os.PathLike[str]) -> None:
+def save(flow_or_guide: Flow | Dequantized | Guide, path: str | os.PathLike[str]) -> None:
     """Write a flow or a guide to a file, from which :func:`load` restores it without the code that built it.
 
     A guide is saved without its model; after loading it draws and scores latents.  A flow keeps its dtypes, its frozen
@@ -41,7 +42,8 @@ def save(flow_or_guide: Flow | Dequantized | AutoFlow | AutoPlateFlow, path: str
     ``Gumbel``, ``Uniform`` or ``MultivariateNormal``, with ``to_event``.
 
     Args:
-        flow_or_guide: A ``Flow`` or ``Dequantized`` flow, or an ``AutoFlow`` or ``AutoPlateFlow`` that was set up.
+        flow_or_guide: A ``Flow`` or ``Dequantized`` flow, or an ``AutoFlow``, ``AutoPlateFlow`` or
+            ``AutoStructuredFlow`` that was set up.
         path: The file, which is replaced if it exists: readers and other writers see the old file or the new one.
             A symbolic link stays, and the file that it points to is replaced; its mode is kept.
 
@@ -67,8 +69,8 @@ def save(flow_or_guide: Flow | Dequantized | AutoFlow | AutoPlateFlow, path: str
     kind = BY_TYPE.get(type(flow_or_guide))
     if kind is None or kind.name not in ROOTS:
         raise ValueError(
-            f"save: flow_or_guide is {named(flow_or_guide)}, but must be a Flow, a Dequantized flow, an AutoFlow or "
-            f"an AutoPlateFlow, exactly. {WAY_OUT}"
+            f"save: flow_or_guide is {named(flow_or_guide)}, but must be a Flow, a Dequantized flow, an AutoFlow, "
+            f"an AutoPlateFlow or an AutoStructuredFlow, exactly. {WAY_OUT}"
         )
     spec = describe(flow_or_guide)
     parts = kind.arguments(flow_or_guide) if kind.type is not Flow else {"the flow": flow_or_guide}
@@ -93,7 +95,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         path: The file.
 
     Returns:
-        A ``Flow``, a ``Dequantized`` flow, an ``AutoFlow`` or an ``AutoPlateFlow``.
+        A ``Flow``, a ``Dequantized`` flow, or one of the guides.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 from .allowed_classes import BY_NAME, BY_TYPE
 
-UNSIZED = "flows.Dequantized", "guides.AutoPlateFlow", "guides.Site"  # their numbers may count levels, or rows
+UNSIZED = (
+    "flows.Dequantized",
+    "guides.AutoPlateFlow",
+    "guides.AutoStructuredFlow",
+    "guides.Site",
+)  # their numbers may count levels, or rows
 WAY_OUT = (
     "Keep its tensors instead, torch.save(x.state_dict(), path), and load them into what your own code builds, "
     "x.load_state_dict(torch.load(path)); a fitted flow ends with the FixedAffine that fit_density has put there."

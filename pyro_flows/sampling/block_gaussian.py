@@ -41,6 +41,8 @@ NEAR = 0.2  # the root mean square step, in standard deviations, from which on r
 AVERAGED = 12  # rounds at most
 STILL = 0.03  # the step, in the same unit, at which the search ends
 HELD = 6  # rounds at most in which the root is held, so that the others suit it before it moves
+FAINT = 1e-4  # a coupling this small, relative to the largest, is round-off
+ROUNDS, PRECISE = 30, 0.02  # of conjugate gradients at most, and the error at which they end
 BEND = 0.7  # standard deviations of the root by which it is moved to see how the others depend on it
 SLACK = 0.5  # nats by which the ELBO may fall in a step
 
@@ -134,6 +136,7 @@ class BlockGaussian(NamedTuple):
 
     blocks: tuple[Conditional, ...]
     elbo: float
+    is_near: bool = True  # a guide that starts from it needs few steps
 
 
 def fit_blocks(
@@ -177,6 +180,7 @@ class _Search:
         step: The root mean square of the last step, in standard deviations, of the block in which it was largest.
         elbo: The estimated ELBO, in nats.
         holds_root: True to leave the root as it is.
+        is_coupled: True if blocks are coupled that are no parents of each other, such as effects of users and items.
     """
 
     def __init__(self, density: LogDensity, layouts: list[Layout], loc: Tensor, scale: float) -> None:
@@ -188,7 +192,7 @@ class _Search:
         self.root = (
             layouts[0].places[0, 0] if any(0 in dict(layout.parents) for layout in layouts) else loc.new_zeros(0).long()
         )
-        self.holds_root = len(self.root) > 0
+        self.holds_root, self.is_coupled = len(self.root) > 0, False
         self.precision = [self._isotropic(layout, scale**-2) for layout in layouts]
         self.blocks = self._conditionals(self.precision, self.loc)
         self.elbo = self._judged(self.blocks, self._noise())
@@ -217,23 +221,24 @@ class _Search:
         usable = score.isfinite().all(-1)
         if usable.sum() < len(score) / 2:
             return self._shrink()
-        score, found = score[usable].mean(0), self._curvature(z[usable][: self.curved])
-        bends = None
+        score, places = score[usable].mean(0), z[usable][: self.curved]
+        found, bends = self._curvature(places), None
         if self.has_root:
             score[self.root] = 0.0
             found[0] = self.precision[0]
             if not self.holds_root:
                 bends = self._bends(noise[: self.curved])
                 score[self.root], found[0] = self._of_root(noise)
+        joint = self._joint(places, score, found) if self.is_coupled else None
         start = self._judged(self.blocks, noise)
         for damping in DAMPINGS:
             precision = [mine.blended(new, rate) for mine, new in zip(self.precision, found, strict=True)]
             if self.has_root:
                 precision[0] = precision[0].damped(damping)
             try:
-                blocks = self._conditionals(precision, self.loc, bends, rate)
-                change = rate * self._solved(blocks, score, damping)
-                moved = self._conditionals(precision, self.loc + change, bends, rate)
+                blocks = self._with_gains(self._conditionals(precision, self.loc, bends, rate), joint)
+                change = rate * self._solved(blocks, score, damping, joint)
+                moved = self._with_gains(self._conditionals(precision, self.loc + change, bends, rate), joint)
             except LinAlgError:
                 rate /= 2
                 continue
@@ -353,8 +358,93 @@ class _Search:
         colours = [_colours(layout) if place >= first else [] for place, layout in enumerate(self.layouts)]
         found = self._responses(z, [places for of_block in colours for places in of_block], sizes)
         responses = found.split([len(of_block) for of_block in colours])
+        self.is_coupled |= self._sees_couplings(responses)
         pairs = list(zip(self.layouts, responses, strict=True))[first:]
         return [self._derivatives(layout, response, responses, sizes) for layout, response in pairs]
+
+    def _sees_couplings(self, responses: Sequence[Tensor]) -> bool:
+        """True if moves of a block change the scores of another one that is no parent or child of it."""
+        for place, response in enumerate(responses):
+            own = [place, *(parent for parent, _ in self.layouts[place].parents)]
+            for other, layout in enumerate(self.layouts):
+                related = other in own or place in [parent for parent, _ in layout.parents]
+                if (
+                    not related
+                    and len(response)
+                    and response[:, layout.places].abs().max() > FAINT * response.abs().max()
+                ):
+                    return True
+        return False
+
+    def _joint(self, z: Tensor, score: Tensor, found: list[Precision]) -> Tensor:
+        """Return the moves of all blocks but the root that follow from couplings between the blocks, too.
+
+        They are found by conjugate gradients, with the inverse of the precision without these couplings as a
+        preconditioner (Hestenes, Stiefel 1952).
+
+        Args:
+            z: Draws at which the second derivatives are taken.
+            score: The mean score, ``(D,)``.
+            found: The precision without these couplings.
+
+        Returns:
+            The change of the mean and, for each latent of the root, the move per unit, ``(1 + G, D)``.
+        """
+        wanted = torch.zeros(1 + len(self.root), len(score)).to(score)
+        wanted[0] = score
+        for layout, own in zip(self.layouts, found, strict=True):
+            for (parent, _), cross in zip(layout.parents, own.cross, strict=True):
+                if parent == 0 and self.has_root:
+                    wanted[1:, layout.places.flatten(1)] = -cross.movedim(-1, 0)
+        wanted[:, self.root] = 0.0
+        solution, rest = torch.zeros_like(wanted), wanted
+        step = ready = self._uncoupled(rest)
+        size = (rest * ready).sum(-1, keepdim=True)
+        least = PRECISE**2 * size
+        for _ in range(ROUNDS):
+            bent = self._bent_by(z, step)
+            length = size / (step * bent).sum(-1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)
+            solution, rest = solution + length * step, rest - length * bent
+            ready, last = self._uncoupled(rest), size
+            size = (rest * ready).sum(-1, keepdim=True)
+            if (size <= least).all():
+                break
+            step = ready + size / last.clamp_min(torch.finfo(size.dtype).tiny) * step
+        return solution
+
+    def _uncoupled(self, x: Tensor) -> Tensor:
+        """Return the covariance of each block but the root, given its parents, times vectors ``(K, D)``."""
+        found = torch.zeros_like(x)
+        for layout, block in zip(self.layouts, self.blocks, strict=True):
+            found[:, layout.places] = block.solved(x[:, layout.places])
+        found[:, self.root] = 0.0
+        return found
+
+    def _bent_by(self, z: Tensor, steps: Tensor) -> Tensor:
+        """Return minus the mean second derivatives, without the root, times vectors ``(K, D)``."""
+        deviations = torch.ones_like(self.loc)
+        for layout, own in zip(self.layouts, self.precision, strict=True):
+            deviations[layout.places] = own.diagonal.diagonal(dim1=-2, dim2=-1).rsqrt()
+        scale = SHIFT / (steps / deviations).abs().amax(-1, keepdim=True).clamp_min(1e-30)
+        move = (scale * steps).unsqueeze(1)
+        moved = torch.cat((z + move, z - move), 1)  # (K, 2 S, D)
+        forth, back = self._score(moved.flatten(0, 1)).reshape(moved.shape).chunk(2, 1)
+        found = (back - forth).nan_to_num(0.0, 0.0, 0.0).mean(1) / 2 / scale
+        found[:, self.root] = 0.0
+        return found
+
+    def _with_gains(self, blocks: list[Conditional], joint: Tensor | None) -> list[Conditional]:
+        """Return blocks whose means move with the root as all couplings between blocks demand."""
+        if joint is None or not self.has_root:
+            return blocks
+        found = [blocks[0]]
+        for layout, block in zip(self.layouts[1:], blocks[1:], strict=True):
+            gains = list(block.gains)
+            for place, (parent, _) in enumerate(layout.parents):
+                if parent == 0:
+                    gains[place] = joint[1:, layout.places.flatten(1)].movedim(0, -1)
+            found.append(block._replace(gains=tuple(gains)))
+        return found
 
     def _responses(self, z: Tensor, colours: list[Tensor], sizes: Tensor) -> Tensor:
         """Return minus the mean changes of the score if the latents of each colour move, ``(colours, D)``."""
@@ -452,7 +542,7 @@ class _Search:
         turn, stretch = bends[place]
         return torch.lerp(own.turn, turn, rate), torch.lerp(own.stretch, stretch, rate)
 
-    def _solved(self, blocks: list[Conditional], x: Tensor, damping: float) -> Tensor:
+    def _solved(self, blocks: list[Conditional], x: Tensor, damping: float, joint: Tensor | None) -> Tensor:
         """Return the natural gradient from a gradient ``(D,)``; that of the root counts the moves of all blocks.
 
         The root is damped by its precision, the others here.
@@ -470,7 +560,15 @@ class _Search:
         away: list[Tensor] = []
         for number, (layout, block, solved) in enumerate(zip(self.layouts, blocks, reversed(middle), strict=True)):
             if number or not self.has_root:
-                solved = solved / (1 + damping)
+                solved = (solved if joint is None else joint[0][layout.places]) / (1 + damping)
+            if joint is not None:  # it has the moves that follow from those of other blocks, except the root
+                above = [(parent, gain) for (parent, _), gain in zip(layout.parents, block.gains, strict=True)]
+                for parent, gain in above if self.has_root else ():
+                    if parent == 0:
+                        solved = solved + (gain @ away[0][[0] * len(gain)].unsqueeze(-1)).reshape(solved.shape)
+                change[layout.places] = solved
+                away.append(solved.flatten(1))
+                continue
             for (parent, row), gain in zip(layout.parents, block.gains, strict=True):
                 solved = solved + (gain @ away[parent][row].unsqueeze(-1)).reshape(solved.shape)
             change[layout.places] = solved

@@ -22,7 +22,6 @@ from .orthogonal import Householder as Householder
 from .orthogonal import Orthogonal as Orthogonal
 from .orthogonal import Permute as Permute
 from .recompute import Recomputed as Recomputed
-from .recurrence import Process as Process
 from .recurrence import Recurrence as Recurrence
 from .reshape import Patched as Patched
 from .reshape import PerPixel as PerPixel

@@ -1,0 +1,448 @@
+"""Guides of thousands of latents, beside Pyro's own and exact answers.
+
+    python benchmarks/scale_guides.py                        # all programs, about 40 minutes on two cores
+    python benchmarks/scale_guides.py --programs states walk # some of them
+    python benchmarks/scale_guides.py --quick --out F        # small programs: a smoke run
+
+The programs, with data drawn from each:
+
+* *states*: a linear-Gaussian state space of 10,000 steps, with the Kalman smoother as answer;
+* *volatility*: stochastic volatility of 2,500 days, with sums over grids as answer;
+* *hierarchy*: 100,000 groups of 5 rows with three shared latents, with exact integrals as answer;
+* *crossed*: 10,000 users and 1,000 items with 100,000 ratings, both plates subsampled, with the exact Gaussian.
+
+``AutoStructuredFlow`` has the defaults of ``fit_svi``.  Pyro's guides have Adam with a step size that falls from 0.01
+to 0.0001, and as much time.  Errors are in posterior standard deviations.
+
+Writes ``docs/benchmarks/scale_guides.csv`` and ``.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import posteriors
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoNormal
+from torch import Tensor
+
+import pyro_flows as pf
+from pyro_flows.guides import init_to_center
+
+OUT = posteriors.OUT / "scale_guides.md"
+COLUMNS = "program", "guide", "seconds", "step_ms", "elbo", "elbo_se", "shared", "low_sd", "high_sd", "local", "within"
+OURS = "AutoStructuredFlow"
+PYROS = {  # with our start, since Pyro's draws from priors, and some are flat
+    "AutoNormal": lambda model: AutoNormal(model, init_loc_fn=init_to_center),
+    "AutoDiagonalNormal": lambda model: AutoDiagonalNormal(model, init_loc_fn=init_to_center),
+    "AutoLowRankMultivariateNormal": lambda model: AutoLowRankMultivariateNormal(model, init_to_center, rank=20),
+}
+ROWS_ONLY = ("AutoNormal",)  # of Pyro's guides the ones that take subsampled plates
+TOGETHER = 100  # draws at once
+Row = dict[str, Any]
+
+
+class Program(NamedTuple):
+    """A program with data and answers.
+
+    Attributes:
+        model: The program.
+        train: The arguments of a fit.
+        whole: The arguments with all rows.
+        shared: The latents outside of rows and sequences, by name.
+        answer: Returns the mean and the standard deviation of each latent.
+        particles: Draws per step of Pyro's guides, and of ours if they are given.
+        evidence: The log evidence, or NaN.
+    """
+
+    model: Callable[..., Any]
+    train: tuple[Any, ...]
+    whole: tuple[Any, ...]
+    shared: tuple[str, ...]
+    answer: Callable[[], dict[str, tuple[Tensor, Tensor]]]
+    particles: int | None
+    evidence: float
+
+
+def states(steps: int) -> Program:
+    """Return a linear-Gaussian state space of known parameters, and the Kalman smoother's answer."""
+    share, drift, noise = 0.95, 0.3, 0.5
+    x, y = torch.zeros(()), []
+    for _ in range(steps):
+        x = share * x + drift * torch.randn(())
+        y.append(x + noise * torch.randn(()))
+    data = torch.stack(y)
+
+    def model(y: Tensor) -> None:
+        x = pyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), (len(y),)))
+        before = torch.nn.functional.pad(x, (1, 0))[..., :-1]
+        pyro.factor("states", dist.Normal(share * before, drift).log_prob(x).sum(-1))
+        pyro.sample("y", dist.Normal(x, noise).to_event(1), obs=y)
+
+    evidence, means, deviations = kalman(data.double().tolist(), share, drift, noise)
+    return Program(model, (data,), (data,), (), lambda: {"x": (means, deviations)}, 8, evidence)
+
+
+def kalman(y: list[float], share: float, drift: float, noise: float) -> tuple[float, Tensor, Tensor]:
+    """Return the log evidence, and the smoothed means and standard deviations."""
+    mean, variance, evidence = 0.0, 0.0, 0.0
+    filtered, predicted = [], []
+    for value in y:
+        ahead, spread = share * mean, share**2 * variance + drift**2
+        total = spread + noise**2
+        evidence -= math.log(2 * math.pi * total) / 2 + (value - ahead) ** 2 / total / 2
+        mean, variance = ahead + spread / total * (value - ahead), spread * noise**2 / total
+        filtered.append((mean, variance))
+        predicted.append((ahead, spread))
+    found = [filtered[-1]]
+    for (mean, variance), (ahead, spread) in zip(filtered[-2::-1], predicted[:0:-1], strict=True):
+        gain, (later, wide) = variance * share / spread, found[-1]
+        found.append((mean + gain * (later - ahead), variance + gain**2 * (wide - spread)))
+    means, variances = torch.tensor(found[::-1], dtype=torch.float64).T
+    return evidence, means, variances.sqrt()
+
+
+def volatility(days: int) -> Program:
+    """Return stochastic volatility with centred log-variances, and sums over grids of its parameters."""
+    level, share, jump = -9.0, 0.98, 0.18
+    h, path = torch.tensor(level), []
+    for _ in range(days):
+        h = level + share * (h - level) + jump * torch.randn(())
+        path.append(h)
+    data = torch.randn(days) * (torch.stack(path) / 2).exp()
+
+    def model(y: Tensor) -> None:
+        level = pyro.sample("level", dist.Normal(-8.0, 5.0)).unsqueeze(-1)
+        share = pyro.sample("share", dist.Beta(20.0, 1.5)).unsqueeze(-1)
+        jump = pyro.sample("jump", dist.LogNormal(-2.0, 1.0)).unsqueeze(-1)
+        h = pyro.sample("h", dist.ImproperUniform(dist.constraints.real, (), (len(y),)))
+        start = dist.Normal(level, jump / (1 - share**2).sqrt()).log_prob(h[..., :1])
+        steps = dist.Normal(level + share * (h[..., :-1] - level), jump).log_prob(h[..., 1:])
+        pyro.factor("path", torch.cat((start, steps), -1).sum(-1))
+        pyro.sample("y", dist.Normal(0.0, (h / 2).exp()).to_event(1), obs=y)
+
+    guide = pf.AutoStructuredFlow(model)  # it says where to put the grid, whose ends must hold no mass
+    pf.fit_svi(model, guide, data, steps=1, progress=False)
+    answers, evidence = filtered(data.double(), guide.sample(1000, data))
+    return Program(model, (data,), (data,), tuple(answers), lambda: answers, 8, evidence)
+
+
+def filtered(y: Tensor, draws: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """Return moments of level, share and jump, and the log evidence, by sums over grids.
+
+    Given these three, log-variances are a hidden Markov chain, on a grid of 120 values around the level.  The three
+    have a grid of 15 x 15 x 15, along the axes of some draws.
+    """
+    names, unit = ("level", "share", "jump"), torch.linspace(-1, 1, 120, dtype=torch.float64)
+    priors = dist.Normal(-8.0, 5.0), dist.Beta(20.0, 1.5), dist.LogNormal(-2.0, 1.0)
+    supports = [torch.distributions.biject_to(prior.support) for prior in priors]
+
+    def log_density(free: Tensor) -> Tensor:  # (N, 3)
+        values = [support(part) for support, part in zip(supports, free.unbind(-1), strict=True)]
+        total = sum(
+            prior.log_prob(value) + support.log_abs_det_jacobian(part, value)
+            for prior, support, part, value in zip(priors, supports, free.unbind(-1), values, strict=True)
+        )
+        level, share, jump = (value[:, None] for value in values)
+        wide = jump / (1 - share**2).sqrt()
+        grid = 6 * wide * unit  # (N, 120), around the level
+        spacing = grid[:, 1:2] - grid[:, :1]
+        moves = dist.Normal(share[..., None] * grid[..., None], jump[..., None]).log_prob(grid[:, None]).exp()
+        moves, weight = moves * spacing[..., None], dist.Normal(0.0, wide).log_prob(grid).exp() * spacing
+        scale = ((level + grid) / 2).exp()
+        for value in y:
+            weight = weight * dist.Normal(0.0, scale).log_prob(value).exp()
+            size = weight.sum(-1, keepdim=True)
+            total = total + size.log()[:, 0]
+            weight = ((weight / size).unsqueeze(1) @ moves).squeeze(1)
+        return total
+
+    located = [support.inv(draws[name].double()) for support, name in zip(supports, names, strict=True)]
+    points = torch.stack(located, -1)
+    place, step = points.mean(0), torch.linalg.cholesky(torch.cov(points.T)).T
+    axis = torch.linspace(-6, 6, 15, dtype=torch.float64)
+    free = place + torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3) @ step
+    height = torch.cat([log_density(part) for part in free.split(200)])
+    ends = torch.softmax(height, 0).reshape(15, 15, 15)
+    if max(ends[0].sum(), ends[-1].sum(), ends[:, 0].sum(), ends[:, -1].sum()) > 1e-3:
+        raise RuntimeError("volatility: the grid ends within the posterior.")
+    weight, cell = torch.softmax(height, 0), (axis[1] - axis[0]) ** 3 * torch.linalg.det(step).abs()
+    values = [support(part) for support, part in zip(supports, free.unbind(-1), strict=True)]
+    means = [(weight * value).sum() for value in values]
+    spreads = [(weight * (v - m) ** 2).sum().sqrt() for v, m in zip(values, means, strict=True)]
+    pairs_of = zip(names, zip(means, spreads, strict=True), strict=True)
+    return dict(pairs_of), float(height.logsumexp(0) + cell.log())
+
+
+def hierarchy(groups: int) -> Program:
+    """Return a two-level normal hierarchy, and exact integrals over its three shared latents."""
+    rows = 5
+    level = 1 + 0.7 * torch.randn(groups)
+    data = level[:, None] + 1.5 * torch.randn(groups, rows)
+
+    def model(y: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+        between = pyro.sample("between", dist.LogNormal(0.0, 1.0))
+        within = pyro.sample("within", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("groups", len(y), dim=-2):
+            level = pyro.sample("level", dist.Normal(mean, between))
+            with pyro.plate("rows", rows, dim=-1):
+                pyro.sample("y", dist.Normal(level, within), obs=y)
+
+    exact = integrals(data.double())
+    shared = ("mean", "between", "within")
+    answers = {name: exact[name] for name in (*shared, "level")}
+    return Program(model, (data,), (data,), shared, lambda: answers, None, math.nan)
+
+
+def integrals(y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return exact moments of the hierarchy, on a grid of its shared latents around the maximum of their density."""
+    number, rows = y.shape
+    means = y.mean(1)
+    inside, first, second = (y - means[:, None]).square().sum(), means.sum(), means.square().sum()
+
+    def log_density(mean: Tensor, b: Tensor, w: Tensor) -> Tensor:  # logarithms of the standard deviations
+        variance = (2 * b).exp() + (2 * w).exp() / rows
+        spread = second - 2 * mean * first + number * mean**2
+        likelihood = -number / 2 * variance.log() - spread / variance / 2
+        likelihood = likelihood - number * (rows - 1) * w - inside / (2 * w).exp() / 2
+        return likelihood - mean**2 / 50 - b**2 / 2 - w**2 / 2
+
+    place = torch.tensor([float(means.mean()), -0.35, 0.4], dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([place], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = -log_density(*place)
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    hessian = torch.autograd.functional.hessian(lambda p: -log_density(*p), place.detach())
+    axis = torch.linspace(-5, 5, 61, dtype=torch.float64)
+    grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1) @ torch.linalg.cholesky(hessian.inverse()).T
+    mean, b, w = (place.detach() + grid).unbind(-1)
+    weight = torch.softmax(log_density(mean, b, w).flatten(), 0).reshape(mean.shape)
+
+    def expected(value: Tensor) -> Tensor:
+        return (weight * value).sum()
+
+    found = {}
+    for name, value in (("mean", mean), ("between", b.exp()), ("within", w.exp())):
+        found[name] = expected(value), expected((value - expected(value)) ** 2).sqrt()
+    shrink = (2 * b).exp() / ((2 * b).exp() + (2 * w).exp() / rows)
+    centre = expected(shrink) * means + expected((1 - shrink) * mean)
+    own = expected(shrink * (2 * w).exp() / rows)
+    second_moment = expected(shrink**2) * means**2 + 2 * expected(shrink * (1 - shrink) * mean) * means
+    variance = own + second_moment + expected(((1 - shrink) * mean) ** 2) - centre**2
+    found["level"] = centre[:, None], variance.sqrt()[:, None]
+    return found
+
+
+def crossed(users: int, items: int, ratings: int) -> Program:
+    """Return effects of users and items with few ratings, both subsampled, and the exact Gaussian."""
+    kind, good, noise = 0.6, 0.8, 1.0
+    pairs = torch.randperm(users * items)[:ratings]
+    u, i = pairs // items, pairs % items
+    values = 0.5 + kind * torch.randn(users)[u] + good * torch.randn(items)[i] + noise * torch.randn(ratings)
+    y, seen = torch.zeros(users, items), torch.zeros(users, items, dtype=torch.bool)
+    y[u, i], seen[u, i] = values, True
+
+    def model(y: Tensor, seen: Tensor, some_users: int | None, some_items: int | None) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+        rows = pyro.plate("users", len(y), some_users, dim=-2)
+        columns = pyro.plate("items", y.shape[1], some_items, dim=-1)
+        with rows:
+            a = pyro.sample("kind", dist.Normal(0.0, kind))
+        with columns:
+            b = pyro.sample("good", dist.Normal(0.0, good))
+        with rows as u, columns as i, poutine.mask(mask=seen[u][:, i]):
+            pyro.sample("y", dist.Normal(mean + a + b, noise), obs=y[u][:, i])
+
+    design = torch.zeros(users, items + 1, dtype=torch.float64)  # of each user's ratings, items and the mean
+    design[u, i], design[:, items] = 1 / noise**2, torch.bincount(u, minlength=users) / noise**2
+    own = design[:, items] + kind**-2
+    ratings_of = torch.bincount(i, minlength=items).double() / noise**2
+    rest = torch.diag(torch.cat((ratings_of + good**-2, torch.tensor([ratings / noise**2 + 0.04]).double())))
+    rest[items, :items] = rest[:items, items] = ratings_of
+    of_users = torch.zeros(users).double().index_add(0, u, values.double()) / noise**2
+    of_items = torch.zeros(items).double().index_add(0, i, values.double()) / noise**2
+    right = torch.cat((of_items, of_items.sum().unsqueeze(0)))
+    covariance = torch.linalg.inv(rest - design.T @ (design / own[:, None]))
+    found = covariance @ (right - design.T @ (of_users / own))
+    deviation, gain = covariance.diagonal().sqrt(), design / own[:, None]
+    spread = (1 / own + ((gain @ covariance) * gain).sum(1)).sqrt()
+    answers = {
+        "mean": (found[-1], deviation[-1]),
+        "kind": (((of_users - design @ found) / own)[:, None], spread[:, None]),
+        "good": (found[:-1], deviation[:-1]),
+    }
+    sizes = max(2, users // 10), max(2, items // 2)
+    return Program(model, (y, seen, *sizes), (y, seen, None, None), ("mean",), lambda: answers, 1, math.nan)
+
+
+PROGRAMS: dict[str, tuple[Callable[..., Program], tuple[int, ...], tuple[int, ...]]] = {
+    "states": (states, (10_000,), (100,)),
+    "volatility": (volatility, (2_500,), (1_000,)),
+    "hierarchy": (hierarchy, (100_000,), (100,)),
+    "crossed": (crossed, (10_000, 1_000, 100_000), (90, 80, 3_000)),
+}
+
+
+def moments_of(guide: Any, program: Program, number: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return means and standard deviations of draws of a guide, for all rows, found a few draws at a time."""
+    sums: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for _ in range(number // TOGETHER):
+            if isinstance(guide, pf.AutoStructuredFlow):
+                draws = guide.sample(TOGETHER, *program.whole)
+            else:
+                found = [guide(*program.whole) for _ in range(TOGETHER)]
+                draws = {name: torch.stack([draw[name] for draw in found]) for name in found[0]}
+            for name, value in draws.items():
+                part = torch.stack((value.double().sum(0), value.double().square().sum(0)))
+                sums[name] = [*sums.get(name, []), part]
+    means = {name: torch.stack(parts).sum(0) / number for name, parts in sums.items()}
+    return {name: (first, (second - first**2).clamp_min(0).sqrt()) for name, (first, second) in means.items()}
+
+
+def elbo_of(guide: Any, program: Program, number: int) -> tuple[float, float]:
+    """Return the mean of log p - log q over single draws of a guide for all rows, and its standard error."""
+    values = []
+    with torch.no_grad():
+        for _ in range(number):
+            drawn = poutine.trace(guide).get_trace(*program.whole)
+            ran = poutine.trace(poutine.replay(program.model, trace=drawn)).get_trace(*program.whole)
+            values.append(float(ran.log_prob_sum()) - float(drawn.log_prob_sum()))
+    found = torch.tensor(values, dtype=torch.float64)
+    return float(found.mean()), float(found.std() / number**0.5)
+
+
+def fit_pyro(guide: Any, program: Program, seconds: float, steps: int | None) -> int:
+    """Train one of Pyro's guides for some time, with a step size that falls by a factor of 100; return the steps."""
+    elbo = Trace_ELBO(program.particles or 1, vectorize_particles=(program.particles or 1) > 1, max_plate_nesting=2)
+    optimiser = pyro.optim.ClippedAdam({"lr": 0.01})
+    svi, start, done = SVI(program.model, guide, optimiser, elbo), time.perf_counter(), 0
+    while (share := (done / steps if steps else (time.perf_counter() - start) / seconds)) < 1:
+        for inner in optimiser.optim_objs.values():
+            for group in inner.param_groups:
+                group["lr"] = 0.01 * 0.01**share
+        svi.step(*program.train)
+        done += 1
+    return done
+
+
+def measure(name: str, guide_name: str, program: Program, answer: dict[str, Any], seconds: float, quick: bool) -> Row:
+    """Fit a guide and compare it with the answer."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(1)
+    start = time.perf_counter()
+    if guide_name == OURS:
+        guide: Any = pf.AutoStructuredFlow(program.model)
+        subsampled = any(a is not b for a, b in zip(program.train, program.whole, strict=True))
+        particles = program.particles if subsampled else None
+        steps = 10 if quick else None
+        fit = pf.fit_svi(program.model, guide, *program.train, steps=steps, num_particles=particles, progress=False)
+        done = fit.steps
+    else:
+        guide = PYROS[guide_name](program.model)
+        done = fit_pyro(guide, program, seconds, 10 if quick else None)
+    spent = time.perf_counter() - start
+    numbers = sum(mean.numel() for mean, _ in answer.values())
+    number = TOGETHER if quick else TOGETHER * max(20, min(200, 200_000_000 // numbers // TOGETHER))
+    found = moments_of(guide, program, number)
+    elbo, elbo_se = elbo_of(guide, program, 20 if quick else 200)
+    errors = {key: ((found[key][0] - mean) / sd).abs().flatten() for key, (mean, sd) in answer.items()}
+    ratios = [float(found[key][1] / answer[key][1]) for key in program.shared]
+    local = torch.cat([torch.zeros(0), *(errors[key] for key in answer if key not in program.shared)])
+    row = {
+        "program": name,
+        "guide": guide_name,
+        "seconds": f"{spent:.0f}",
+        "step_ms": f"{1000 * spent / done:.0f}",
+        "elbo": f"{elbo:.2f}",
+        "elbo_se": f"{elbo_se:.2f}",
+        "shared": f"{max((float(errors[key].max()) for key in program.shared), default=0):.3f}",
+        "low_sd": f"{min(ratios, default=1):.2f}",
+        "high_sd": f"{max(ratios, default=1):.2f}",
+        "local": f"{float(local.max()):.3f}" if len(local) else "",
+        "within": f"{float((local < 0.15).double().mean()):.4f}" if len(local) else "",
+    }
+    print(" ".join(str(value) for value in row.values()), flush=True)
+    return row
+
+
+def page(rows: list[Row], evidence: dict[str, float]) -> str:
+    """Return the page."""
+    lines = [
+        "# Guides of thousands of latents\n",
+        "This page is for users whose models have thousands of latents. It compares `AutoStructuredFlow` with exact "
+        "answers, and with Pyro's guides in equal time.\n",
+        "Reproduce with `python benchmarks/scale_guides.py`. Data are drawn from each program. All runs are in float32 "
+        f"on two threads. torch {torch.__version__}, Pyro {pyro.__version__}.\n",
+        "Errors are those of posterior means, in posterior standard deviations. *shared* is the largest error of a "
+        "latent outside of rows and sequences, *sd ratio* the range of their standard deviations over the exact ones. "
+        "*local* is the largest error of all other latents, and *within* the share with an error below 0.15. Means are "
+        "those of 2,000 to 20,000 draws, with a standard error of 0.007 to 0.02.\n",
+    ]
+    for name in dict.fromkeys(row["program"] for row in rows):
+        build, sizes, _ = PROGRAMS[name]
+        lines += [
+            f"## {name.capitalize()}\n",
+            f"{(build.__doc__ or '').splitlines()[0]} Size: {', '.join(map(str, sizes))}.",
+        ]
+        if math.isfinite(evidence.get(name, math.nan)):
+            lines.append(f"The log evidence is {evidence[name]:.2f} nats.")
+        lines += [
+            "",
+            "| guide | ELBO, nats | shared | sd ratio | local | within | s |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        for row in (row for row in rows if row["program"] == name):
+            cells = f"{row['elbo']} ± {row['elbo_se']} | {row['shared']} | {row['low_sd']}–{row['high_sd']}"
+            lines.append(f"| {row['guide']} | {cells} | {row['local']} | {row['within']} | {row['seconds']} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="the programs to run")
+    parser.add_argument("--quick", action="store_true", help="smoke run of small programs; needs --out")
+    parser.add_argument("--out", type=Path, default=OUT, help="the page to write, next to a CSV file")
+    options = parser.parse_args()
+    if options.quick and options.out == OUT:
+        parser.error("--quick needs --out, because its figures are not results. Add --out FILE.")
+    torch.set_num_threads(2)
+    file = options.out.with_suffix(".csv")
+    kept = posteriors.read(file) if file.exists() else []
+    rows, evidence = [row for row in kept if row["program"] not in options.programs], {}
+    for name in options.programs:
+        build, sizes, small = PROGRAMS[name]
+        pyro.set_rng_seed(0)
+        program = build(*(small if options.quick else sizes))
+        answer, evidence[name] = program.answer(), program.evidence
+        seconds = 1.0
+        for guide_name in (OURS, *PYROS):
+            subsampled = any(a is not b for a, b in zip(program.train, program.whole, strict=True))
+            if subsampled and guide_name not in (OURS, *ROWS_ONLY):
+                continue
+            rows.append(measure(name, guide_name, program, answer, seconds, options.quick))
+            seconds = float(rows[-1]["seconds"]) if guide_name == OURS else seconds
+            posteriors.write_csv(rows, COLUMNS, file)
+    order = {name: place for place, name in enumerate(PROGRAMS)}
+    rows.sort(key=lambda row: order[row["program"]])
+    posteriors.write(page(rows, evidence), options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""AutoStructuredFlow reads the structure of models, is an exact guide of them, and finds known posteriors.
+
+Models have plates that are nested, crossed or subsampled, and sequences: chains, walks, grids and panels.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from torch import Tensor
+
+import pyro_flows as pf
+from pyro_flows import AutoStructuredFlow, fit_svi
+from pyro_flows.encoders import MLPEncoder
+from pyro_flows.guides.structure import Structure
+
+normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+
+
+def walk(y):
+    """Sample a random walk as one vector, whose steps a factor joins."""
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    x = pyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), (len(y),)))
+    before = torch.cat((torch.zeros_like(x[..., :1]), x[..., :-1]), -1)
+    pyro.factor("steps", dist.Normal(before, scale[..., None]).log_prob(x).sum(-1))
+    pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+
+def chain(y):
+    """Sample a chain site by site, as examples of Pyro do."""
+    scale, x = pyro.sample("scale", dist.LogNormal(0.0, 0.5)), torch.tensor(0.0)
+    for t in pyro.markov(range(len(y))):
+        x = pyro.sample(f"x_{t}", dist.Normal(x, scale))
+        pyro.sample(f"y_{t}", dist.Normal(x, 1.0), obs=y[t])
+
+
+def crossed(y, users=None, items=None):
+    """Sample effects of users and items."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    rows = pyro.plate("users", y.shape[0], users, dim=-2)
+    columns = pyro.plate("items", y.shape[1], items, dim=-1)
+    with rows:
+        kind = pyro.sample("kind", dist.Normal(0.0, 1.0))
+    with columns:
+        good = pyro.sample("good", dist.Normal(0.0, 1.0))
+    with rows as i, columns as j:
+        pyro.sample("y", dist.Normal(mean + kind + good, 1.0), obs=y[i][:, j])
+
+
+def nested(y):
+    """Sample pupils in schools."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    with pyro.plate("schools", y.shape[0], dim=-2):
+        school = pyro.sample("school", dist.Normal(mean, 1.0))
+        with pyro.plate("pupils", y.shape[1], dim=-1):
+            pupil = pyro.sample("pupil", dist.Normal(school, 1.0))
+            pyro.sample("y", dist.Normal(pupil, 1.0), obs=y)
+
+
+def panel(y):
+    """Sample a chain for each person, around a level of their own."""
+    share = pyro.sample("share", dist.Uniform(0.0, 1.0))
+    with pyro.plate("people", len(y)):
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+        x = level
+        for t in pyro.markov(range(y.shape[1])):
+            x = pyro.sample(f"x{t}", dist.Normal(level + share * x, 1.0))
+            pyro.sample(f"y{t}", dist.Normal(x, 1.0), obs=y[:, t])
+
+
+def grid(y):
+    """Sample a field on a grid, whose neighbours factors join."""
+    x = pyro.sample("x", dist.Normal(torch.zeros(y.shape), 5.0).to_event(2))
+    pyro.factor("down", -(x[..., 1:, :] - x[..., :-1, :]).square().sum((-1, -2)))
+    pyro.factor("right", -(x[..., :, 1:] - x[..., :, :-1]).square().sum((-1, -2)))
+    pyro.sample("y", dist.Normal(x, 1.0).to_event(2), obs=y)
+
+
+def mixture(y):
+    """Sample means of components, which data couple, and a shift of each row."""
+    with pyro.plate("components", 3):
+        mean = pyro.sample("mean", dist.Normal(0.0, 3.0))
+    with pyro.plate("rows", len(y)):
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        kind = pyro.sample("kind", dist.Categorical(torch.ones(3)), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(mean[kind] + shift, 1.0), obs=y)
+
+
+def dense(y):
+    """Sample a walk by its increments: all of them are coupled."""
+    steps = pyro.sample("steps", dist.Normal(torch.zeros(len(y)), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(steps.cumsum(-1), 1.0).to_event(1), obs=y)
+
+
+class Case(NamedTuple):
+    model: Any
+    args: tuple[Any, ...]
+    blocks: dict[str, tuple[int, ...]]  # the size of each block's vector, and its parents
+
+
+CASES = {
+    "walk": Case(walk, (normal(100),), {"latent": (1,), "x_steps": (100, 0)}),
+    "chain": Case(chain, (normal(70),), {"latent": (1,), "x_0_steps": (70, 0)}),
+    "crossed": Case(crossed, (normal(70, 80),), {"latent": (1,), "users_latent": (1, 0), "items_latent": (1, 0)}),
+    "crossed_small": Case(crossed, (normal(6, 90),), {"latent": (7,), "items_latent": (1, 0)}),
+    "nested": Case(
+        nested, (normal(70, 5),), {"latent": (1,), "schools_latent": (1, 0), "schools_pupils_latent": (1, 0, 1)}
+    ),
+    "panel": Case(panel, (normal(70, 9),), {"latent": (1,), "people_latent": (1, 0), "people_x0_steps": (9, 0, 1)}),
+    "grid": Case(grid, (normal(10, 12),), {"x_steps": (120,)}),
+    "mixture": Case(mixture, (normal(80),), {"latent": (3,), "rows_latent": (1, 0)}),
+    "dense": Case(dense, (normal(80),), {"latent": (80,)}),
+    "few": Case(nested, (normal(4, 3),), {"latent": (17,)}),
+}
+
+
+@pytest.fixture(params=[False, True], ids=["shared", "local"])
+def local_params(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pyro.settings.context(module_local_params=request.param):
+        yield
+
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def stirred(guide: Any) -> Any:
+    """Move a guide away from its start, frames included."""
+    with torch.no_grad():
+        for name, parameter in guide.named_parameters():
+            if not name.endswith("unit"):
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return guide
+
+
+@every_case
+def test_the_structure_is_that_of_the_model(case: Case) -> None:
+    guide = AutoStructuredFlow(case.model).setup(*case.args)
+    found = {block.name: (block.packing.size, *block.parents) for block in guide.posterior.blocks}
+    assert found == case.blocks
+
+
+@every_case
+def test_log_prob_is_that_of_the_trace(case: Case) -> None:
+    torch.manual_seed(0)
+    guide = stirred(AutoStructuredFlow(case.model).setup(*case.args))
+    trace = poutine.trace(guide).get_trace(*case.args)
+    values = {name: trace.nodes[name]["value"] for name, _ in guide.prototype_trace.iter_stochastic_nodes()}
+    torch.testing.assert_close(guide.log_prob(values, *case.args), trace.log_prob_sum(), rtol=1e-4, atol=1e-2)
+    draws = guide.sample(3, *case.args)
+    assert {name: value.shape[1:] for name, value in draws.items()} == {n: v.shape for n, v in values.items()}
+    assert guide.log_prob(draws, *case.args).isfinite().all()
+
+
+@every_case
+def test_copies_pickles_and_files_have_the_same_density(case: Case, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    guide = stirred(AutoStructuredFlow(case.model).setup(*case.args))
+    draws = guide.sample(3, *case.args)
+    wanted = guide.log_prob(draws, *case.args)
+    torch.testing.assert_close(copy.deepcopy(guide).log_prob(draws, *case.args), wanted)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(guide)).log_prob(draws), wanted)
+    pf.save(guide, tmp_path / "guide")
+    torch.testing.assert_close(pf.load(tmp_path / "guide").log_prob(draws), wanted)
+    fresh = AutoStructuredFlow(case.model).setup(*case.args)
+    fresh.load_state_dict(guide.state_dict())
+    torch.testing.assert_close(fresh.log_prob(draws, *case.args), wanted)
+
+
+@pytest.mark.parametrize("sizes", [(20, 30), (70, 30), (20, None)])
+def test_crossed_plates_may_each_be_subsampled(sizes: tuple[int | None, int | None], local_params: None) -> None:
+    y = CASES["crossed"].args[0]
+    guide = AutoStructuredFlow(crossed)
+    svi = SVI(crossed, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    with pyro.validation_enabled(True):
+        losses = [svi.step(y, *sizes) for _ in range(30)]
+    assert all(loss < 1e6 for loss in losses)
+    draw = guide(y, *sizes)
+    assert draw["kind"].shape == (sizes[0] or 70, 1)
+    assert draw["good"].shape == (sizes[1] or 80,)
+    found = Predictive(crossed, guide=guide, num_samples=4)(y)
+    assert found["kind"].shape == (4, 70, 1)
+
+
+def exact_walk(y: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation of a walk of known scale."""
+    below = torch.eye(len(y)) - torch.diag(torch.ones(len(y) - 1), -1)
+    covariance = torch.linalg.inv((below.T @ below / scale**2 + torch.eye(len(y))).double())
+    return covariance @ y.double(), covariance.diagonal().sqrt()
+
+
+@pytest.mark.parametrize("model", [walk, chain])
+def test_a_walk_of_known_scale_is_found_exactly(model: Any) -> None:
+    y = normal(70).cumsum(0)
+    known = poutine.condition(model, data={"scale": torch.tensor(0.7)})
+    guide = AutoStructuredFlow(known)
+    fit = fit_svi(known, guide, y, steps=1, lr=1e-9, num_particles=2, progress=False)
+    draws = guide.sample(4000, y)
+    x = draws["x"] if "x" in draws else torch.stack([draws[f"x_{t}"] for t in range(len(y))], -1)
+    mean, deviation = exact_walk(y, 0.7)
+    error = (x.double().mean(0) - mean) / deviation * 4000**0.5
+    assert error.abs().max() < 4.5  # standard errors, of 70
+    assert ((x.double().std(0) / deviation - 1).abs() < 4.5 * 8000**-0.5).all()
+    assert fit.losses.isfinite().all()
+
+
+@pytest.mark.parametrize("args", [(None, None), (35, 40)])
+def test_crossed_effects_are_found(args: tuple[Any, ...]) -> None:
+    torch.manual_seed(1)
+    users, items = torch.randn(70, 1), torch.randn(80)
+    y = 0.5 + users + items + torch.randn(70, 80)
+    guide = AutoStructuredFlow(crossed)
+    fit_svi(crossed, guide, y, *args, steps=600, lr=0.02, num_particles=2, progress=False)
+    draws = guide.sample(1000, y)
+    size = 1 + 70 + 80
+    design = torch.zeros(70, 80, size, dtype=torch.float64)
+    design[..., 0] = 1
+    design[range(70), :, range(1, 71)] = 1
+    design[:, range(80), range(71, size)] = 1
+    rows = design.reshape(-1, size)
+    prior = torch.ones(size, dtype=torch.float64)
+    prior[0] = 0.25
+    covariance = torch.linalg.inv(rows.T @ rows + torch.diag(prior))
+    mean, deviation = covariance @ (rows.T @ y.double().flatten()), covariance.diagonal().sqrt()
+    found = torch.cat((draws["mean"][:, None], draws["kind"][..., 0], draws["good"]), -1).double()
+    assert ((found.mean(0) - mean) / deviation).abs().max() < 0.3
+
+
+def test_rows_of_a_plate_may_have_an_encoder() -> None:
+    """New users have contexts from their data, and items belong to the shared latents."""
+    y = CASES["crossed"].args[0]
+    encoders, structure = {"users": MLPEncoder(80, context_dim=4)}, Structure(("users",))
+
+    def some(y):
+        crossed(y, 20)
+
+    guide = AutoStructuredFlow(some, encoders=encoders, structure=structure)
+    fit_svi(some, guide, y, steps=5, progress=False)
+    assert guide.sample(3, y[:50])["kind"].shape == (3, 50, 1)
+
+
+def test_errors_name_the_argument() -> None:
+    with pytest.raises(ValueError, match=r"AutoStructuredFlow: embedding_dim must be .* got 0"):
+        AutoStructuredFlow(walk, embedding_dim=0)
+    with pytest.raises(TypeError, match=r"AutoStructuredFlow: encoder must be"):
+        AutoStructuredFlow(walk, encoders={"rows": 3})
