@@ -139,10 +139,10 @@ def volatility(days: int) -> Program:
 def filtered(y: Tensor, draws: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
     """Return moments of level, share and jump, and the log evidence, by sums over grids.
 
-    Given these three, log-variances are a hidden Markov chain, on a grid of 120 values around the level.  The three
-    have a grid of 15 x 15 x 15, along the axes of some draws.
+    Given these three, log-variances are a hidden Markov chain, on a grid of 80 values around the level.  The three
+    have a grid of 11 x 11 x 11, along the axes of some draws.
     """
-    names, unit = ("level", "share", "jump"), torch.linspace(-1, 1, 120, dtype=torch.float64)
+    names, unit = ("level", "share", "jump"), torch.linspace(-1, 1, 80, dtype=torch.float64)
     priors = dist.Normal(-8.0, 5.0), dist.Beta(20.0, 1.5), dist.LogNormal(-2.0, 1.0)
     supports = [torch.distributions.biject_to(prior.support) for prior in priors]
 
@@ -154,7 +154,7 @@ def filtered(y: Tensor, draws: dict[str, Tensor]) -> tuple[dict[str, tuple[Tenso
         )
         level, share, jump = (value[:, None] for value in values)
         wide = jump / (1 - share**2).sqrt()
-        grid = 6 * wide * unit  # (N, 120), around the level
+        grid = 6 * wide * unit  # (N, 80), around the level
         spacing = grid[:, 1:2] - grid[:, :1]
         moves = dist.Normal(share[..., None] * grid[..., None], jump[..., None]).log_prob(grid[:, None]).exp()
         moves, weight = moves * spacing[..., None], dist.Normal(0.0, wide).log_prob(grid).exp() * spacing
@@ -169,10 +169,10 @@ def filtered(y: Tensor, draws: dict[str, Tensor]) -> tuple[dict[str, tuple[Tenso
     located = [support.inv(draws[name].double()) for support, name in zip(supports, names, strict=True)]
     points = torch.stack(located, -1)
     place, step = points.mean(0), torch.linalg.cholesky(torch.cov(points.T)).T
-    axis = torch.linspace(-6, 6, 15, dtype=torch.float64)
+    axis = torch.linspace(-5, 5, 11, dtype=torch.float64)
     free = place + torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3) @ step
-    height = torch.cat([log_density(part) for part in free.split(200)])
-    ends = torch.softmax(height, 0).reshape(15, 15, 15)
+    height = torch.cat([log_density(part) for part in free.split(100)])
+    ends = torch.softmax(height, 0).reshape(11, 11, 11)
     if max(ends[0].sum(), ends[-1].sum(), ends[:, 0].sum(), ends[:, -1].sum()) > 1e-3:
         raise RuntimeError("volatility: the grid ends within the posterior.")
     weight, cell = torch.softmax(height, 0), (axis[1] - axis[0]) ** 3 * torch.linalg.det(step).abs()

@@ -213,14 +213,11 @@ def test_a_walk_of_known_scale_is_found_exactly(model: Any) -> None:
     assert fit.losses.isfinite().all()
 
 
-@pytest.mark.parametrize("args", [(None, None), (35, 40)])
-def test_crossed_effects_are_found(args: tuple[Any, ...]) -> None:
-    torch.manual_seed(1)
-    users, items = torch.randn(70, 1), torch.randn(80)
-    y = 0.5 + users + items + torch.randn(70, 80)
-    guide = AutoStructuredFlow(crossed)
-    fit_svi(crossed, guide, y, *args, steps=600, lr=0.02, num_particles=2, progress=False)
-    draws = guide.sample(1000, y)
+def effects() -> tuple[Tensor, Tensor, Tensor]:
+    """Return data of crossed effects, and the exact means and standard deviations of mean, users and items."""
+    generator = torch.Generator().manual_seed(1)
+    users, items = torch.randn(70, 1, generator=generator), torch.randn(80, generator=generator)
+    y = 0.5 + users + items + torch.randn(70, 80, generator=generator)
     size = 1 + 70 + 80
     design = torch.zeros(70, 80, size, dtype=torch.float64)
     design[..., 0] = 1
@@ -230,9 +227,39 @@ def test_crossed_effects_are_found(args: tuple[Any, ...]) -> None:
     prior = torch.ones(size, dtype=torch.float64)
     prior[0] = 0.25
     covariance = torch.linalg.inv(rows.T @ rows + torch.diag(prior))
-    mean, deviation = covariance @ (rows.T @ y.double().flatten()), covariance.diagonal().sqrt()
-    found = torch.cat((draws["mean"][:, None], draws["kind"][..., 0], draws["good"]), -1).double()
+    return y, covariance @ (rows.T @ y.double().flatten()), covariance.diagonal().sqrt()
+
+
+def fitted_effects(y: Tensor, *args: int, **settings: Any) -> Tensor:
+    torch.manual_seed(0)
+    guide = AutoStructuredFlow(crossed)
+    fit_svi(crossed, guide, y, *args, progress=False, **settings)
+    draws = guide.sample(4000, y)
+    return torch.cat((draws["mean"][:, None], draws["kind"][..., 0], draws["good"]), -1).double()
+
+
+def test_crossed_effects_start_at_the_exact_means() -> None:
+    """The mean, all users and all items are shifted against each other at hardly any cost."""
+    y, mean, deviation = effects()
+    found = fitted_effects(y, steps=1, lr=1e-9, num_particles=2)
+    assert ((found.mean(0) - mean) / deviation).abs().max() < 0.1
+    assert abs(float(found[:, 0].std() / deviation[0]) - 1) < 0.06
+    ratio = found[:, 1:].std(0) / deviation[1:]
+    assert 0.75 < ratio.min() < ratio.max() < 1.1  # users and items are independent given the mean
+
+
+def test_training_keeps_what_the_start_has_found() -> None:
+    y, mean, deviation = effects()
+    found = fitted_effects(y, steps=60, num_particles=2)
     assert ((found.mean(0) - mean) / deviation).abs().max() < 0.3
+
+
+def test_crossed_effects_of_minibatches_are_near() -> None:
+    """Rows take hundreds of steps to settle, as each is in half of them."""
+    y, mean, _ = effects()
+    found = fitted_effects(y, 35, 40, steps=400, num_particles=1)
+    for part in (slice(1, 71), slice(71, None)):
+        assert torch.corrcoef(torch.stack((found.mean(0)[part], mean[part])))[0, 1] > 0.97
 
 
 def test_rows_of_a_plate_may_have_an_encoder() -> None:

@@ -114,11 +114,11 @@ class ELBOFit:
         """
         objective = self.objective
         ours = isinstance(objective, PathELBO | ParticleObjective)
-        new = self.plan.is_fresh and ours and not self.task.subsampled
+        new = self.plan.is_fresh and ours
         if not self.plan.is_joint:
             blocked = new and isinstance(self.guide, BlockGuide)
             return start_from_blocks(self.guide, self.task, progress) if blocked else None
-        new = new and objective.vectorize_particles and self.guide.encoder is None
+        new = new and objective.vectorize_particles and not self.task.subsampled and self.guide.encoder is None
         if new:
             check_proper(self.guide, self.task)
         if not (new if warm is None else warm):

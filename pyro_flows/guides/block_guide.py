@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -145,8 +146,8 @@ class BlockGuide(FlowGuide):
         frame = None
         if order is not None:
             frame = Frame(start[: None if by_row else 1, order], self.posterior.scale, num_given, shared)
-        elif by_row:
-            frame = Frame(torch.zeros_like(start)[:, None], 1.0, num_given, shared)
+        elif by_row or linear:  # rows of a minibatch have one frame
+            frame = Frame(torch.zeros_like(start)[: None if by_row else 1, None], 1.0, num_given, shared)
         return Block(name, packing, flow, contexts, parents, frame, order, WIDE * self.posterior.scale)
 
     def _contexts(self, key: Key) -> RowContexts:
@@ -248,8 +249,8 @@ class BlockGuide(FlowGuide):
 
     @property
     def takes_gaussian(self) -> bool:
-        """True if the guide can start at a Gaussian of its structure: all rows are seen at once, and no encoder is."""
-        return all(block.contexts is None or block.has_frames for block in self.posterior.blocks)
+        """True if the guide can start at a Gaussian of its structure: each block of rows has a frame."""
+        return all(block.contexts is None or block.frame is not None for block in self.posterior.blocks)
 
     def places(self) -> list[tuple[Tensor, tuple[tuple[int, Tensor], ...]]]:
         """Return the layout of each block in the vector of all latents of the guide's sample statements.
@@ -260,7 +261,7 @@ class BlockGuide(FlowGuide):
         """
         found, start = [], 0
         for block in self.posterior.blocks:
-            number, size = block.number, block.packing.size
+            number, size = math.prod(block.seen), block.packing.size
             own = torch.arange(start, start + number * size).reshape(number, size)
             start += own.numel()
             order = block.order if block.order is not None else torch.arange(size).unsqueeze(0)
@@ -270,6 +271,9 @@ class BlockGuide(FlowGuide):
     @torch.no_grad()
     def start_from(self, blocks: Sequence[Any]) -> None:
         """Start from a distribution with the structure of the guide.
+
+        All rows of a subsampled plate start from the average over the rows of the minibatch.  There priors and
+        likelihoods count as often as rows are left out, so that deviations are too small.
 
         Args:
             blocks: For each block its ``loc``, ``gains``, ``scale``, ``stretch``, ``matrix`` and ``turn``.
@@ -288,9 +292,12 @@ class BlockGuide(FlowGuide):
                 gain = torch.cat((none[1], *(gain.reshape(*loc.shape, -1) for gain in found.gains)), -1)
                 size = block.frame.num_shared
                 stretch, turn = found.stretch[..., :size], found.turn[..., :size]
-                block.frame.set(origin, loc, gain, scale, stretch, found.matrix, turn)
+                parts = [origin, loc, gain, scale / block.share**0.5, stretch, found.matrix, turn]
+                if len(block.frame.loc) < len(loc):
+                    parts = [part.mean(0, keepdim=True) for part in parts]
+                block.frame.set(*parts)
             if block.order is None:
-                block.unit.copy_(UNIT * scale.square().sum(-1).mean((0, 1)).sqrt())
+                block.unit.copy_(UNIT * (scale.square().sum(-1).mean((0, 1)) / block.share).sqrt())
             means.append(loc.flatten(1))
 
     @property

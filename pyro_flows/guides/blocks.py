@@ -1,11 +1,12 @@
 """Blocks of latents, each with a flow that depends on the blocks before it: q(z) = Π_b Π_i q(z_bi | c_bi, z_<b).
 
 A block holds the latents in the rows i of some plates, or those outside of all such plates.  Structured Stochastic
-Variational Inference (Hoffman, Blei 2015, arXiv:1404.4114).
+Variational Inference (Hoffman, Blei 2014, arXiv:1404.4114).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -72,16 +73,22 @@ class Block(nn.Module):
         return 1 if self.contexts is None else self.contexts.number
 
     @property
-    def has_frames(self) -> bool:
-        """True if each row has a frame."""
-        return self.frame is not None and len(self.frame.loc) == self.number
+    def seen(self) -> tuple[int, ...]:
+        """The numbers of rows in each plate that the guide was set up with, all rows or those of a minibatch."""
+        start = self.packing.start
+        return tuple(start.shape[start.dim() - 1 + dim] for dim in self.packing.dims)
+
+    @property
+    def share(self) -> float:
+        """The share of all rows that the guide was set up with."""
+        return math.prod(self.seen) / self.number
 
     def rows_of(self, parent: Block) -> Tensor:
-        """Return for each row the row of a parent that it belongs to, ``(number,)``."""
-        sizes = () if self.contexts is None else self.contexts.sizes
-        above = zip(self.packing.plates, sizes, strict=True)
-        kept = [size if plate in parent.packing.plates else 1 for plate, size in above]
-        return torch.arange(parent.number).reshape(kept).expand(sizes).flatten()
+        """Return for each row of :attr:`seen` the row of a parent that it belongs to."""
+        kept = [
+            n if plate in parent.packing.plates else 1 for plate, n in zip(self.packing.plates, self.seen, strict=True)
+        ]
+        return torch.arange(math.prod(kept)).reshape(kept).expand(self.seen).flatten()
 
     def parts(self) -> tuple[Any, ...]:
         """Return the parts of the block that a file holds."""

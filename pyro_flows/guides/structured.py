@@ -1,7 +1,7 @@
 """AutoStructuredFlow: a guide whose blocks follow the structure of the model, q(z) = Π_b Π_i q(z_bi | c_bi, z_<b).
 
-Automatic structured variational inference (Ambrogioni et al. 2021, arXiv:2002.00643); conditional flows for nested
-plates: ADAVI (Rouillard, Wassermann 2022, arXiv:2106.12248).
+Automatic Structured Variational Inference (Ambrogioni et al. 2020, arXiv:2002.00643); conditional flows for nested
+plates: ADAVI (Rouillard, Wassermann 2021, arXiv:2106.12248).
 """
 
 from __future__ import annotations
